@@ -1,0 +1,123 @@
+"""Progress of a long stage: what is being done, how much, how fast, how long still.
+
+On a terminal it is one live `rich` line; elsewhere (a log, CI) a plain line every ten seconds, so that a log stays
+readable. A JSONL log of the same can be kept beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+console = Console(stderr=True)
+PLAIN_EVERY_SEC = 10.0
+
+
+class _RateColumn(ProgressColumn):
+    """Units per second over the recent past."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s", style="cyan")
+
+
+class Stage:
+    """One long stage as a context manager.
+
+    Args:
+        name: what is being done, shown as it is ("capture").
+        total: units in all, or None where unknown.
+        unit: what is counted ("tokens", "steps", "rows").
+        log: a JSONL file that receives {stage, done, total, unit, seconds, ...facts} at the same rhythm, or None.
+    """
+
+    def __init__(self, name: str, total: int | None = None, unit: str = "tokens", log: Path | None = None) -> None:
+        self.name, self.total, self.unit, self.done = name, total, unit, 0
+        self._facts: dict[str, object] = {}
+        self._log = log
+        self._live: Progress | None = None
+        self._last_plain = 0.0
+
+    def __enter__(self) -> Stage:
+        self._start = self._last_plain = time.monotonic()
+        if console.is_terminal:
+            self._live = Progress(
+                SpinnerColumn(),
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                _RateColumn(),
+                TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[facts]}"),
+                console=console,
+            )
+            self._task = self._live.add_task(self.name, total=self.total, unit=self.unit, facts="")
+            self._live.start()
+        return self
+
+    def advance(self, count: int, **facts: object) -> None:
+        """Count `count` more units; `facts` (loss=4.2) are shown beside the bar."""
+        self.done += count
+        self._facts.update(facts)
+        if self._live is not None:
+            self._live.update(self._task, advance=count, facts=self._facts_text())
+        elif time.monotonic() - self._last_plain >= PLAIN_EVERY_SEC:
+            self._last_plain = time.monotonic()
+            console.print(self._line(), highlight=False)
+            self._write_log()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+        else:
+            console.print(self._line(end="failed" if kind else "done"), highlight=False)
+        self._write_log()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the stage began."""
+        return time.monotonic() - self._start
+
+    def _facts_text(self) -> str:
+        return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self._facts.items())
+
+    def _line(self, end: str = "") -> str:
+        rate = self.done / max(self.seconds, 1e-9)
+        of = f"/{self.total:,}" if self.total else ""
+        left = ""
+        if not end and self.total and self.done:
+            left = f"  {(self.total - self.done) / rate:,.0f} s left"
+        elif end:
+            left = f"  {end} in {self.seconds:,.1f} s"
+        return f"{self.name}: {self.done:,}{of} {self.unit}  {rate:,.0f}/s{left}  {self._facts_text()}".rstrip()
+
+    def _write_log(self) -> None:
+        if self._log is None:
+            return
+        record = {
+            "stage": self.name,
+            "done": self.done,
+            "total": self.total,
+            "unit": self.unit,
+            "seconds": round(self.seconds, 3),
+            **self._facts,
+        }
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
