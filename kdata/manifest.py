@@ -1,0 +1,116 @@
+"""dataset.json and manifest.jsonl: what a dataset is, and which shards it has.
+
+The manifest is the truth: a file that it does not name is no part of the dataset. Both files are treated as hostile:
+names are checked against a pattern, paths must stay inside the dataset.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path, PurePosixPath
+
+from pydantic import ValidationError
+
+from kdata.errors import CorruptError, FormatError, MissingError
+from kdata.schema import FORMAT_MAJOR, DatasetInfo, ManifestEntry, canonical_json
+
+
+def read_info(root: Path) -> DatasetInfo:
+    """Read dataset.json.
+
+    Raises:
+        MissingError: no dataset there.
+        FormatError: a newer major version, or not a dataset description.
+    """
+    path = root / "dataset.json"
+    if not path.exists():
+        raise MissingError(f"{root} is no kdata dataset: it has no dataset.json")
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{path} is not JSON ({error}); restore it from a copy of the dataset") from error
+    version = str(raw.get("format_version", "")) if isinstance(raw, dict) else ""
+    major = version.split(".")[0]
+    if not major.isdigit():
+        raise FormatError(f"{path} names no format version; it is not a kdata dataset")
+    if int(major) > FORMAT_MAJOR:
+        raise FormatError(f"{root} has format {version}, this kdata reads up to {FORMAT_MAJOR}.x; upgrade kdata")
+    try:
+        return DatasetInfo.model_validate(raw)
+    except ValidationError as error:
+        raise CorruptError(f"{path} does not follow the format: {first_problem(error)}") from error
+
+
+def write_info(root: Path, info: DatasetInfo) -> None:
+    """Write dataset.json atomically."""
+    write_atomically(root / "dataset.json", json.dumps(info.model_dump(), indent=2, sort_keys=True).encode() + b"\n")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write under a temporary name, flush, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_manifest(root: Path, *, heal: bool = False) -> list[ManifestEntry]:
+    """Read manifest.jsonl in order; a last line without its newline is a commit that did not happen.
+
+    Args:
+        heal: cut such a torn last line off the file (a writer does, before it adds lines).
+    Raises:
+        CorruptError: a line is not a manifest entry, or stands twice.
+    """
+    path = root / "manifest.jsonl"
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if heal and len(whole) < len(content):
+        with path.open("rb+") as file:
+            file.truncate(len(whole))
+            os.fsync(file.fileno())
+    entries: list[ManifestEntry] = []
+    names: set[str] = set()
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            entry = ManifestEntry.model_validate_json(line)
+        except ValidationError as error:
+            raise CorruptError(
+                f"{path} line {number} is damaged ({first_problem(error)}); `kdata verify {root}` tells what is whole"
+            ) from error
+        if entry.name in names:
+            raise CorruptError(f"{path} line {number}: shard {entry.name} stands twice")
+        for relative in entry.files:
+            inside(root, relative)
+        names.add(entry.name)
+        entries.append(entry)
+    return entries
+
+
+def append_entry(root: Path, entry: ManifestEntry) -> None:
+    """Append one line and flush it: the commit."""
+    line = canonical_json(entry.model_dump()) + b"\n"
+    with (root / "manifest.jsonl").open("ab") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def inside(root: Path, relative: str) -> Path:
+    """Return root/relative, refusing a path that leaves the dataset (absolute, '..', or through a link)."""
+    pure = PurePosixPath(relative)
+    path = root / pure
+    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(root.resolve()):
+        raise CorruptError(f"{root}: the manifest names {relative!r}, which lies outside the dataset; do not trust it")
+    return path
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first complaint of a validation, on one line."""
+    problem = error.errors()[0]
+    return f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"

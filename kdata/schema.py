@@ -1,0 +1,189 @@
+"""The format's contracts as objects: Arrow schemas read from `schemas/v1`, and typed models of the JSON files.
+
+The Arrow schemas exist once, as the JSON documents in `schemas/v1`; code reads them from there, so document and code
+cannot part. The JSON files (dataset.json, manifest lines, plan) are pydantic models here; `schemas/v1/*.schema.json`
+are their published JSON Schemas and a test holds the two equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT_MAJOR, FORMAT_MINOR = 1, 0
+FORMAT_VERSION = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
+
+_SCALARS = {
+    "string": pa.string(),
+    "bool": pa.bool_(),
+    "uint8": pa.uint8(),
+    "uint16": pa.uint16(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float16": pa.float16(),
+    "float32": pa.float32(),
+    "float64": pa.float64(),
+}
+
+
+def _arrow_type(name: str) -> pa.DataType:
+    if name.startswith("list<"):
+        return pa.list_(pa.field("item", _SCALARS[name[5:-1]], nullable=False))
+    return _SCALARS[name]
+
+
+@cache
+def _document(name: str) -> dict[str, Any]:
+    return json.loads(resources.files("schemas").joinpath("v1", name).read_text("utf-8"))
+
+
+def _fields(columns: list[dict[str, Any]]) -> list[pa.Field]:
+    return [pa.field(c["name"], _arrow_type(c["type"]), c["nullable"], {"doc": c["doc"]}) for c in columns]
+
+
+@cache
+def payload_schema(codec: str) -> pa.Schema:
+    """Arrow schema of a payload shard: the common columns, then those of the codec with this id."""
+    document = _document("payload.json")
+    return pa.schema(_fields(document["columns"]) + _fields(document["codecs"][codec]["columns"]))
+
+
+def known_codecs() -> dict[str, int]:
+    """Codec ids that the format documents, with the version of each."""
+    return {name: spec["version"] for name, spec in _document("payload.json")["codecs"].items()}
+
+
+@cache
+def index_schema() -> pa.Schema:
+    """Arrow schema of an index part."""
+    return pa.schema(_fields(_document("index.json")["columns"]))
+
+
+@cache
+def rejects_schema() -> pa.Schema:
+    """Arrow schema of a rejects part."""
+    return pa.schema(_fields(_document("rejects.json")["columns"]))
+
+
+class Strict(BaseModel):
+    """A model that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Contract(BaseModel):
+    """A file that a newer minor version may have added keys to: unknown keys are kept out of the way."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class CodecInfo(Contract):
+    """How kept entries are stored; all that a reader needs."""
+
+    id: str = Field(description="Codec id, a key of `codecs` in payload.json.")
+    version: int = Field(description="Version of that codec.")
+    kind: str = Field(description="What is kept: topk, adaptive, sampled or hybrid.")
+    parameters: dict[str, Any] = Field(description="Parameters of the kind and of the codec.")
+
+
+class TokenizerInfo(Contract):
+    """Which tokenizer made the ids."""
+
+    hash: str = Field(description="SHA-256 of the tokenizer's canonical JSON; students are checked against it.")
+    chat_template_hash: str | None = Field(description="SHA-256 of the chat template; null without one.")
+    bos_id: int | None = Field(description="Id that begins a sequence; null without one.")
+    eos_id: int | None = Field(description="Id that ends a sequence; null without one.")
+
+
+class TeacherInfo(Contract):
+    """Who believed what is stored."""
+
+    model: str = Field(description="Hub name, or the folder's name for a local model.")
+    revision: str | None = Field(description="Hub commit; null for a local model.")
+    weights_hash: str | None = Field(description="SHA-256 over a local model's config and weights; null for Hub.")
+    backend: str = Field(description="vllm, vllm-server, transformers, ...")
+    backend_version: str = Field(description="Version of the backend.")
+    dtype: str = Field(description="Arithmetic of the forward pass.")
+    logprobs: str = Field(description="What the recorded numbers are: raw log-softmax at temperature 1.")
+    deterministic: bool = Field(description="True: a work unit submitted again gives the same bytes.")
+
+
+class SourceInfo(Contract):
+    """One piece of work that wrote rows: a capture of a corpus, or a generation from prompts."""
+
+    kind: Literal["capture", "generate"] = Field(description="Reads text, or writes it.")
+    settings: dict[str, Any] = Field(description="Everything that decides the rows; a resume must repeat it.")
+    num_units: int | None = Field(description="Work units in all, once the work is complete; null before.")
+
+
+class DatasetInfo(Contract):
+    """dataset.json: what the dataset is."""
+
+    format: Literal["kdata"] = "kdata"
+    format_version: str = Field(description="MAJOR.MINOR; a newer minor is readable, a newer major is not.")
+    vocab_size: int = Field(gt=1, description="Number of token ids; every stored id is below it.")
+    teacher: TeacherInfo
+    tokenizer: TokenizerInfo
+    codec: CodecInfo
+    tail: Literal["ghost", "draws"] = Field(
+        description="ghost: kept entries are exact and log_tail is the rest; draws: weights already sum to 1."
+    )
+    sources: dict[str, SourceInfo] = Field(description="Work that wrote rows, by name.")
+    fingerprint: str = Field(description="SHA-256 of the identity: everything above except `sources`.")
+
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same for as long as rows are added."""
+        return self.model_dump(exclude={"sources", "fingerprint"})
+
+
+class FileInfo(Contract):
+    """One file of a shard."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+
+class CodecError(Contract):
+    """What storing cost, measured at write time against what the teacher returned."""
+
+    mean_nats: float = Field(description="Mean |log p - log p stored| over kept entries.")
+    max_nats: float = Field(description="Largest of the same.")
+    kl_nats: float = Field(description="Mean KL(teacher || stored), kept entries plus one bucket for the rest.")
+    max_sum: float = Field(description="Largest sum of stored probabilities at one position; never above 1.")
+
+
+class ManifestEntry(Contract):
+    """One line of manifest.jsonl: one committed shard."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*-\d{5,}$", description="Shard, for instance capture-00000.")
+    source: str = Field(description="Key of `sources` in dataset.json.")
+    unit: int = Field(ge=0, description="Work unit of that source.")
+    rows: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    target_tokens: int = Field(ge=0)
+    rejected: int = Field(ge=0, description="Inputs refused in this unit.")
+    inputs: str = Field(description="SHA-256 over ids and content of the unit's inputs.")
+    files: dict[str, FileInfo] = Field(description="Relative path to digest and size.")
+    codec_error: CodecError | None = Field(description="Null for an empty shard.")
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces, for hashing."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 (hex) of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def content_hash(token_ids: np.ndarray) -> str:
+    """BLAKE2b-128 (hex) of token ids [T] as little-endian int32."""
+    return hashlib.blake2b(np.ascontiguousarray(token_ids, dtype="<i4").tobytes(), digest_size=16).hexdigest()

@@ -1,0 +1,392 @@
+"""Writing a dataset: work units become shards, each committed whole or not at all.
+
+A unit's files are written under temporary names, flushed to disk and renamed; its manifest line comes last, so a crash
+at any moment loses at most the unit in flight. Nothing that depends on the clock or the machine is written: the
+same units give the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from kdata import codec as codecs
+from kdata.codec import Kept
+from kdata.errors import DataError, MismatchError, StorageError, settings_difference
+from kdata.manifest import append_entry, read_info, read_manifest, write_info
+from kdata.schema import (
+    DatasetInfo,
+    FileInfo,
+    ManifestEntry,
+    SourceInfo,
+    content_hash,
+    fingerprint,
+    index_schema,
+    payload_schema,
+    rejects_schema,
+)
+
+ROWS_PER_BATCH = 32  # random access decompresses one record batch: about 10k tokens
+
+
+@dataclass
+class Record:
+    """One sequence ready to be stored; arrays [T] are aligned with `token_ids` (entry t predicts token t)."""
+
+    id: str
+    domain: str
+    token_ids: np.ndarray
+    target_mask: np.ndarray
+    logprob: np.ndarray
+    rank: np.ndarray
+    log_tail: np.ndarray
+    kept: Kept
+    text: str | None
+    entropy: np.ndarray | None = None
+    token_bytes: np.ndarray | None = None
+    origin: str | None = None
+    license: str | None = None
+    prompt: str | None = None
+    finish_reason: str | None = None
+
+
+@dataclass
+class Reject:
+    """One input that was refused."""
+
+    id: str
+    domain: str | None
+    reason: str
+    detail: str
+
+
+@dataclass
+class Unit:
+    """What one work unit hands over for commit."""
+
+    number: int
+    records: list[Record]
+    rejects: list[Reject] = field(default_factory=list)
+    inputs: str = ""
+
+
+class Writer:
+    """Adds the units of one source to a dataset; a context manager that holds the dataset's lock.
+
+    Args:
+        root: dataset directory, made when absent.
+        info: identity of the dataset (teacher, tokenizer, codec); compared with what is there.
+        source: name of the work, the prefix of its shards.
+        source_info: kind and settings of the work; compared with what is there.
+        resume: "auto" goes on where a former run stopped, "never" refuses a source that has rows, "must" refuses one
+            that has none.
+        tokenizer_dir: folder whose files are copied to DATASET/tokenizer, so that the dataset is self-contained.
+    Raises:
+        MismatchError: the dataset was begun with other settings; the message lists them.
+        StorageError: the disk refused, or another process is writing.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        info: DatasetInfo,
+        source: str,
+        source_info: SourceInfo,
+        *,
+        resume: str = "auto",
+        tokenizer_dir: Path | None = None,
+    ) -> None:
+        self.root, self.source, self.info = root, source, info
+        self._source_info = source_info
+        self._resume = resume
+        self._tokenizer_dir = tokenizer_dir
+        # Beside the dataset, not in it: a lock is no part of what is shared.
+        self._lock = FileLock(root.parent / f".{root.name}.lock")
+
+    def __enter__(self) -> Writer:
+        with storage_errors(self.root):
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout as error:
+                raise StorageError(f"{self.root} is being written by another process; wait for it") from error
+            try:
+                self._open()
+            except BaseException:
+                self._lock.release()
+                raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def _open(self) -> None:
+        for name in ("data", "index"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        if (self.root / "dataset.json").exists():
+            before = read_info(self.root)
+            _refuse_difference("the dataset", before.identity(), self.info.identity(), self.root)
+            known = before.sources.get(self.source)
+            if known is not None:
+                _refuse_difference(
+                    f"source {self.source!r}",
+                    {"kind": known.kind, **known.settings},
+                    {"kind": self._source_info.kind, **self._source_info.settings},
+                    self.root,
+                )
+                self._source_info = known
+            self.info = before
+        elif self._resume == "must":
+            raise MismatchError(f"--resume must: there is no dataset at {self.root} to go on with")
+        self._clear_temporary()
+        entries = [e for e in read_manifest(self.root, heal=True) if e.source == self.source]
+        if entries and self._resume == "never":
+            raise MismatchError(
+                f"--resume never: {self.root} already holds {len(entries)} shards of {self.source!r}; "
+                "choose another folder, or --resume auto"
+            )
+        self.committed = {entry.unit: entry for entry in entries}
+        self._copy_tokenizer()
+        self._write_info(self._source_info)
+
+    def _write_info(self, source_info: SourceInfo) -> None:
+        sources = {**self.info.sources, self.source: source_info}
+        self.info = self.info.model_copy(update={"sources": dict(sorted(sources.items()))})
+        write_info(self.root, self.info)
+
+    def _copy_tokenizer(self) -> None:
+        target = self.root / "tokenizer"
+        if self._tokenizer_dir is None or target.exists():
+            return
+        temporary = self.root / "tokenizer.tmp"
+        shutil.copytree(self._tokenizer_dir, temporary)
+        os.rename(temporary, target)
+
+    def _clear_temporary(self) -> None:
+        for path in self.root.glob("**/*.tmp"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def commit(self, unit: Unit) -> ManifestEntry:
+        """Store one unit: payload, index and rejects are renamed into place, then the manifest line is written.
+
+        Raises:
+            StorageError: the disk refused; nothing that was committed is touched.
+            DataError: an id stands twice in the unit.
+        """
+        name = f"{self.source}-{unit.number:05d}"
+        files: dict[str, FileInfo] = {}
+        with storage_errors(self.root):
+            table, index, error = shard_tables(unit, name, self.source, self.info)
+            files[f"data/{name}.arrow"] = self._write_arrow(f"data/{name}.arrow", table)
+            files[f"index/{name}.parquet"] = self._write_parquet(f"index/{name}.parquet", index)
+            if unit.rejects:
+                rejects = pa.table(
+                    {
+                        "id": [r.id for r in unit.rejects],
+                        "domain": [r.domain for r in unit.rejects],
+                        "source": [self.source] * len(unit.rejects),
+                        "reason": [r.reason for r in unit.rejects],
+                        "detail": [r.detail for r in unit.rejects],
+                    },
+                    schema=rejects_schema(),
+                )
+                (self.root / "rejects").mkdir(exist_ok=True)
+                files[f"rejects/{name}.parquet"] = self._write_parquet(f"rejects/{name}.parquet", rejects)
+            entry = ManifestEntry(
+                name=name,
+                source=self.source,
+                unit=unit.number,
+                rows=table.num_rows,
+                tokens=int(sum(len(r.token_ids) for r in unit.records)),
+                target_tokens=int(sum(r.target_mask.sum() for r in unit.records)),
+                rejected=len(unit.rejects),
+                inputs=unit.inputs,
+                files=files,
+                codec_error=error,
+            )
+            append_entry(self.root, entry)
+        self.committed[unit.number] = entry
+        return entry
+
+    def finish(self, num_units: int) -> None:
+        """Mark the source complete with `num_units` units."""
+        with storage_errors(self.root):
+            self._write_info(self._source_info.model_copy(update={"num_units": num_units}))
+
+    def _write_arrow(self, relative: str, table: pa.Table) -> FileInfo:
+        path = self.root / f"{relative}.tmp"
+        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=3))
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
+            writer.write_table(table, max_chunksize=ROWS_PER_BATCH)
+        return self._settle(relative)
+
+    def _write_parquet(self, relative: str, table: pa.Table) -> FileInfo:
+        pq.write_table(table, self.root / f"{relative}.tmp", compression="zstd")
+        return self._settle(relative)
+
+    def _settle(self, relative: str) -> FileInfo:
+        """Flush, digest and rename a temporary file."""
+        temporary = self.root / f"{relative}.tmp"
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()
+        os.replace(temporary, self.root / relative)
+        sync_directory((self.root / relative).parent)
+        return FileInfo(sha256=digest, bytes=size)
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory, so that a rename in it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _refuse_difference(what: str, before: dict, after: dict, root: Path) -> None:
+    difference = settings_difference(before, after)
+    if difference:
+        raise MismatchError(
+            f"{root}: {what} was begun with other settings (before -> now):\n{difference}\n"
+            "Use the former settings to go on, or another folder (or source name) for the new ones."
+        )
+
+
+@contextmanager
+def storage_errors(root: Path) -> Iterator[None]:
+    """Turn an OSError of the disk into one StorageError that names cause and remedy."""
+    remedies = {
+        errno.ENOSPC: "the disk is full; free some space",
+        errno.EDQUOT: "the disk quota is used up; free some space",
+        errno.EROFS: "the file system is read-only; choose another folder",
+        errno.EACCES: "no permission to write there; choose another folder",
+        errno.EPERM: "no permission to write there; choose another folder",
+        errno.ENOTDIR: "a part of the path is a file, not a folder; choose another folder",
+    }
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in remedies:
+            raise
+        raise StorageError(
+            f"cannot write {error.filename or root}: {remedies[error.errno]}, then run the same command again. "
+            "What was committed is intact."
+        ) from error
+
+
+def new_info(**fields: object) -> DatasetInfo:
+    """Build a DatasetInfo whose fingerprint is that of its identity."""
+    draft = DatasetInfo.model_validate({**fields, "sources": {}, "fingerprint": ""})
+    return draft.model_copy(update={"fingerprint": fingerprint(draft.identity())})
+
+
+def shard_tables(unit: Unit, name: str, source: str, info: DatasetInfo):
+    """Return payload table, index table and measured codec error of one unit."""
+    records = unit.records
+    ids = [record.id for record in records]
+    if len(set(ids)) != len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise DataError(f"id {twice!r} stands twice in the input; ids must be unique")
+    for record in records:
+        _check_record(record, info)
+    lengths = np.array([len(record.token_ids) for record in records], np.int64)
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    kept = Kept.concatenate([record.kept for record in records])
+    entries, stored = codecs.to_columns(kept, offsets, info.codec)
+    error = codecs.measure_error(kept, stored)
+    if error is not None and error.max_sum > 1.0:
+        raise DataError(f"{name}: kept probabilities would sum to {error.max_sum} > 1; the teacher's output is not "
+                        "a distribution")
+    entropy = [r.entropy if r.entropy is not None else np.full(len(r.token_ids), np.nan) for r in records]
+    columns = {
+        "id": pa.array(ids, pa.string()),
+        "input_ids": _lists(offsets, [r.token_ids for r in records], pa.int32()),
+        "target_mask": _lists(offsets, [r.target_mask for r in records], pa.bool_()),
+        "logprob": _lists(offsets, [r.logprob for r in records], pa.float32()),
+        "rank": _lists(offsets, [r.rank for r in records], pa.int32()),
+        "log_tail": _lists(offsets, [r.log_tail for r in records], pa.float32()),
+        "entropy": _lists(offsets, entropy, pa.float32()),
+        "num_kept": _lists(offsets, [r.kept.num_kept for r in records], pa.uint16()),
+        "token_bytes": _nullable_lists([r.token_bytes for r in records], pa.uint16()),
+        **entries,
+    }
+    schema = payload_schema(info.codec.id).with_metadata(
+        {"kdata.format_version": info.format_version, "kdata.codec": info.codec.model_dump_json(),
+         "kdata.vocab_size": str(info.vocab_size), "kdata.tail": info.tail}
+    )
+    table = pa.table(columns, schema=schema)
+    mass = stored.mass()
+    rows = [_index_row(r, name, source, i, mass[offsets[i] : offsets[i + 1]]) for i, r in enumerate(records)]
+    return table, pa.Table.from_pylist(rows, schema=index_schema()), error
+
+
+def _check_record(record: Record, info: DatasetInfo) -> None:
+    tokens = len(record.token_ids)
+    for field_name in ("target_mask", "logprob", "rank", "log_tail"):
+        if len(getattr(record, field_name)) != tokens:
+            raise DataError(f"{record.id}: {field_name} has {len(getattr(record, field_name))} values for {tokens} tokens")
+    if len(record.kept.num_kept) != tokens:
+        raise DataError(f"{record.id}: kept entries cover {len(record.kept.num_kept)} of {tokens} positions")
+    if tokens and (record.target_mask[0] or record.kept.num_kept[0]):
+        raise DataError(f"{record.id}: position 0 cannot be a target, nothing predicts it")
+    for what, values in (("token", record.token_ids), ("kept", record.kept.ids)):
+        if len(values) and (values.min() < 0 or values.max() >= info.vocab_size):
+            raise DataError(f"{record.id}: a {what} id lies outside [0, {info.vocab_size})")
+    if not np.isfinite(record.logprob[record.target_mask]).all():
+        raise DataError(f"{record.id}: a target position has no finite teacher log-probability")
+    if not np.isfinite(record.kept.logprobs).all() or (record.kept.logprobs > 1e-5).any():
+        raise DataError(f"{record.id}: a kept log-probability is not a finite number <= 0")
+
+
+def _index_row(record: Record, name: str, source: str, row: int, mass_T: np.ndarray) -> dict[str, object]:
+    target = record.target_mask
+    counted = int(target.sum())
+    entropy = record.entropy
+    return {
+        "id": record.id,
+        "content_hash": content_hash(record.token_ids),
+        "domain": record.domain,
+        "source": source,
+        "origin": record.origin,
+        "license": record.license,
+        "num_tokens": len(record.token_ids),
+        "num_target_tokens": counted,
+        "num_bytes": len((record.text or "").encode()),
+        "text": record.text,
+        "prompt": record.prompt,
+        "finish_reason": record.finish_reason,
+        "nll": float(-record.logprob[target].astype(np.float64).mean()) if counted else None,
+        "mean_entropy": float(entropy[target].mean(dtype=np.float64)) if counted and entropy is not None else None,
+        "kept_mass": float(mass_T[target].mean()) if counted else None,
+        "shard": name,
+        "row": row,
+    }
+
+
+def _lists(offsets: np.ndarray, parts: list[np.ndarray], item: pa.DataType) -> pa.Array:
+    values = np.concatenate(parts) if parts else np.zeros(0)
+    array = pa.array(values.astype(item.to_pandas_dtype(), copy=False), item)
+    return pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), array, type=pa.list_(pa.field("item", item, nullable=False))
+    )
+
+
+def _nullable_lists(parts: list[np.ndarray | None], item: pa.DataType) -> pa.Array:
+    kind = pa.list_(pa.field("item", item, nullable=False))
+    return pa.array([None if part is None else part.tolist() for part in parts], kind)
