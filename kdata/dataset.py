@@ -48,6 +48,10 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def spans(self) -> list[tuple[int, int]]:
+        """(begin, end) of each sequence in the token arrays."""
+        return [(int(a), int(b)) for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
+
     def padded(self, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Kept entries as a grid.
 
@@ -175,6 +179,10 @@ class Dataset:
             batch = int(np.searchsorted(starts, local, side="right")) - 1
             parts.append((self._batch(shard, batch), local - int(starts[batch])))
         return _gather(parts)
+
+    def shard(self, number: int) -> Sequences:
+        """All sequences of one shard, in order."""
+        return self.take(np.arange(self._starts[number], self._starts[number + 1]))
 
     def __getitem__(self, row: int) -> Sequences:
         return self.take(np.array([row if row >= 0 else row + self.num_rows]))

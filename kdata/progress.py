@@ -33,6 +33,8 @@ class _RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
+        if task.fields["tokens_sec"]:
+            return Text(f"{task.fields['tokens_sec']:,.0f} tokens/s", style="cyan")
         return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s", style="cyan")
 
 
@@ -48,6 +50,7 @@ class Stage:
 
     def __init__(self, name: str, total: int | None = None, unit: str = "tokens", log: Path | None = None) -> None:
         self.name, self.total, self.unit, self.done = name, total, unit, 0
+        self.tokens = 0
         self._facts: dict[str, object] = {}
         self._log = log
         self._live: Progress | None = None
@@ -66,16 +69,18 @@ class Stage:
                 TextColumn("[dim]{task.fields[facts]}"),
                 console=console,
             )
-            self._task = self._live.add_task(self.name, total=self.total, unit=self.unit, facts="")
+            self._task = self._live.add_task(self.name, total=self.total, unit=self.unit, facts="", tokens_sec=0)
             self._live.start()
         return self
 
-    def advance(self, count: int, **facts: object) -> None:
-        """Count `count` more units; `facts` (loss=4.2) are shown beside the bar."""
+    def advance(self, count: int, *, tokens: int = 0, **facts: object) -> None:
+        """Count `count` more units, with `tokens` in them where the unit is not tokens; `facts` are shown beside."""
         self.done += count
+        self.tokens += tokens
         self._facts.update(facts)
         if self._live is not None:
-            self._live.update(self._task, advance=count, facts=self._facts_text())
+            self._live.update(self._task, advance=count, facts=self._facts_text(),
+                              tokens_sec=self.tokens / max(self.seconds, 1e-9))
         elif time.monotonic() - self._last_plain >= PLAIN_EVERY_SEC:
             self._last_plain = time.monotonic()
             console.print(self._line(), highlight=False)
@@ -99,14 +104,16 @@ class Stage:
         return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self._facts.items())
 
     def _line(self, end: str = "") -> str:
-        rate = self.done / max(self.seconds, 1e-9)
+        seconds = max(self.seconds, 1e-9)
+        rate = self.done / seconds
+        shown = f"{self.tokens / seconds:,.0f} tokens/s" if self.tokens else f"{rate:,.0f} {self.unit}/s"
         of = f"/{self.total:,}" if self.total else ""
         left = ""
         if not end and self.total and self.done:
             left = f"  {(self.total - self.done) / rate:,.0f} s left"
         elif end:
             left = f"  {end} in {self.seconds:,.1f} s"
-        return f"{self.name}: {self.done:,}{of} {self.unit}  {rate:,.0f}/s{left}  {self._facts_text()}".rstrip()
+        return f"{self.name}: {self.done:,}{of} {self.unit}  {shown}{left}  {self._facts_text()}".rstrip()
 
     def _write_log(self) -> None:
         if self._log is None:
@@ -116,6 +123,7 @@ class Stage:
             "done": self.done,
             "total": self.total,
             "unit": self.unit,
+            "tokens": self.tokens or (self.done if self.unit == "tokens" else 0),
             "seconds": round(self.seconds, 3),
             **self._facts,
         }

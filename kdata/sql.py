@@ -96,7 +96,10 @@ def query(dataset: Dataset, text: str, parameters: list[Any] | dict[str, Any] | 
     """Run one query and return its result as an Arrow table. Raises QueryError with DuckDB's own reason."""
     with connect(dataset) as connection:
         try:
-            return connection.execute(text, parameters).to_arrow_table()
+            result = connection.sql(text, params=parameters)
+            if result is None:
+                raise QueryError("the statement returns no rows; kdata sql reads, it does not change a dataset")
+            return result.to_arrow_table()
         except duckdb.Error as error:
             raise QueryError(f"{str(error).strip()}\nViews: {', '.join(views(connection))}") from error
 

@@ -1,0 +1,235 @@
+"""Capture: a teacher reads existing text, and what it believed at every position goes into shards.
+
+The corpus is cut into work units of about `unit_tokens` in its own order; a unit is one shard and one call of the
+teacher, so a restart repeats exactly the calls that were not committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from kdata.corpus import Corpus, CorpusConfig, Document, TextEncoder
+from kdata.dataset import Dataset, open_dataset
+from kdata.errors import ConfigError, DataError, TooLongError
+from kdata.progress import Stage
+from kdata.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, Strict
+from kdata.teachers import Readout, Teacher, TeacherConfig, load_teacher, load_tokenizer, tokenizer_info
+from kdata.writer import Record, Reject, Unit, Writer, new_info
+
+
+class CaptureConfig(Strict):
+    """What is read, and how much of it is kept."""
+
+    corpus: CorpusConfig
+    k: int = Field(64, ge=1, description="Entries kept at every position: the teacher's top k.")
+    max_tokens: int | None = Field(None, ge=2, description="Longest sequence; null takes the teacher's context.")
+    long_text: Literal["split", "reject", "refuse"] = Field(
+        "split",
+        description="A text longer than that: split into pieces DOC#0, DOC#1 ... read one by one; put aside in "
+        "rejects; or refuse the run.",
+    )
+    append_eos: bool = Field(False, description="End every text with the tokenizer's end-of-sequence token.")
+    unit_tokens: int = Field(32768, ge=1, description="Tokens of one work unit, which is one shard.")
+    name: str = Field("capture", pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of the source; prefix of shards.")
+
+
+@dataclass
+class ReadingUnit:
+    """Sequences that are read, committed and repeated together."""
+
+    number: int
+    sequences: list[Record] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    documents: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return sum(len(s.token_ids) for s in self.sequences)
+
+
+def capture(
+    root: Path, teacher_config: TeacherConfig, config: CaptureConfig, *, resume: str = "auto", log: Path | None = None
+) -> Dataset:
+    """Read a corpus with a teacher and add it to the dataset at `root` (made when absent).
+
+    Args:
+        root: dataset folder.
+        resume: auto, never or must; see `Writer`.
+        log: JSONL file for progress.
+    Raises:
+        MismatchError: the dataset was begun with other settings.
+        TooLongError: `long_text` is refuse and a text is too long.
+        DataError: empty corpus, duplicate id.
+    """
+    corpus = Corpus(config.corpus)
+    teacher = load_teacher(teacher_config, max_k=config.k)
+    try:
+        return capture_with(root, teacher, teacher_config, corpus, config, resume=resume, log=log)
+    finally:
+        teacher.close()
+
+
+def capture_with(
+    root: Path,
+    teacher: Teacher,
+    teacher_config: TeacherConfig,
+    corpus: Corpus,
+    config: CaptureConfig,
+    *,
+    resume: str = "auto",
+    log: Path | None = None,
+) -> Dataset:
+    """The same with a teacher that is already loaded."""
+    tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
+    check_k(config.k, teacher)
+    limit = min(config.max_tokens or teacher.context, teacher.context)
+    settings = {**config.model_dump(exclude={"corpus", "name", "max_tokens"}), "max_tokens": limit}
+    source = SourceInfo(kind="capture", settings={**settings, "corpus": corpus.settings()}, num_units=None)
+    info = dataset_info(teacher, tokenizer, config.k)
+    with (
+        tokenizer_files(tokenizer, root) as folder,
+        Writer(root, info, config.name, source, resume=resume, tokenizer_dir=folder) as writer,
+        Stage(f"{config.name}: reading", corpus.num_rows, "documents", log) as stage,
+    ):
+        units = 0
+        for unit in reading_units(corpus, tokenizer, config, limit):
+            units = unit.number + 1
+            if unit.number not in writer.committed:
+                writer.commit(read_unit(teacher, unit, config.k))
+            stage.advance(unit.documents, tokens=unit.tokens, shards=units)
+        writer.finish(units)
+    return open_dataset(root)
+
+
+def read_unit(teacher: Teacher, unit: ReadingUnit, k: int) -> Unit:
+    """Have one unit read."""
+    readouts = teacher.read([s.token_ids for s in unit.sequences], k) if unit.sequences else []
+    records = [record_of(s, r) for s, r in zip(unit.sequences, readouts, strict=True)]
+    return Unit(unit.number, records, unit.rejects, inputs=inputs_digest(unit.sequences))
+
+
+def record_of(sequence: Record, readout: Readout) -> Record:
+    """Fill a record's distributions from a readout; every recorded position is a target."""
+    sequence.target_mask = readout.kept.num_kept > 0
+    sequence.logprob, sequence.rank = readout.logprob, readout.rank
+    sequence.log_tail, sequence.entropy, sequence.kept = readout.log_tail, readout.entropy, readout.kept
+    return sequence
+
+
+def inputs_digest(sequences: list[Record]) -> str:
+    """SHA-256 over ids and token ids, in order."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(sequence.id.encode() + b"\0" + sequence.token_ids.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def reading_units(corpus: Corpus, tokenizer: Any, config: CaptureConfig, limit: int) -> Iterator[ReadingUnit]:
+    """Cut a corpus into units, deterministically: a unit closes with the document that reaches `unit_tokens`."""
+    encoder = TextEncoder(tokenizer)
+    eos = tokenizer.eos_token_id if config.append_eos else None
+    if config.append_eos and eos is None:
+        raise ConfigError("append_eos: the tokenizer has no end-of-sequence token")
+    if limit < encoder.num_special + 2:
+        raise ConfigError(f"max_tokens={limit} leaves no room for text beside {encoder.num_special} special tokens")
+    unit = ReadingUnit(0)
+    for document in corpus.documents():
+        _add(unit, document, encoder, config, limit, eos)
+        if unit.tokens >= config.unit_tokens:
+            yield unit
+            unit = ReadingUnit(unit.number + 1)
+    if unit.documents:
+        yield unit
+
+
+def _add(
+    unit: ReadingUnit, document: Document, encoder: TextEncoder, config: CaptureConfig, limit: int, eos: int | None
+) -> None:
+    unit.documents += 1
+    if not document.text.strip():
+        unit.rejects.append(Reject(document.id, document.domain, "empty", "the text is empty"))
+        return
+    pieces = encoder.pieces(document.text, limit - (eos is not None))
+    if len(pieces) > 1 and config.long_text != "split":
+        detail = f"the text has {sum(len(p[1]) for p in pieces):,} tokens, the limit is {limit:,}"
+        if config.long_text == "refuse":
+            raise TooLongError(f"{document.id}: {detail}; set long_text to split or reject, or raise max_tokens")
+        unit.rejects.append(Reject(document.id, document.domain, "too_long", detail))
+        return
+    for number, (text, ids, token_bytes) in enumerate(pieces):
+        if eos is not None and number == len(pieces) - 1:
+            ids, token_bytes = np.append(ids, np.int32(eos)), np.append(token_bytes, np.uint16(0))
+        if len(ids) < 2:
+            unit.rejects.append(Reject(document.id, document.domain, "no_targets", "one token: nothing to predict"))
+            continue
+        name = document.id if len(pieces) == 1 else f"{document.id}#{number}"
+        unit.sequences.append(unread(name, document, ids, token_bytes, text))
+
+
+def unread(name: str, document: Document, ids: np.ndarray, token_bytes: np.ndarray | None, text: str) -> Record:
+    """A record whose distributions are still to come."""
+    from kdata.codec import Kept
+
+    nothing = np.zeros(0, np.float32)
+    return Record(
+        id=name,
+        domain=document.domain,
+        token_ids=ids,
+        target_mask=np.zeros(0, bool),
+        logprob=nothing,
+        rank=np.zeros(0, np.int32),
+        log_tail=nothing,
+        kept=Kept.concatenate([]),
+        text=text,
+        token_bytes=token_bytes,
+        origin=document.origin,
+        license=document.license,
+    )
+
+
+def check_k(k: int, teacher: Teacher) -> None:
+    """Refuse a k that the vocabulary cannot give."""
+    if k >= teacher.vocab_size:
+        raise ConfigError(f"k={k} must be below the vocabulary size {teacher.vocab_size}; lower k")
+
+
+def dataset_info(teacher: Teacher, tokenizer: Any, k: int) -> DatasetInfo:
+    """Identity of a dataset that this teacher fills. Raises DataError when tokenizer and model disagree."""
+    if len(tokenizer) > teacher.vocab_size:
+        raise DataError(
+            f"the tokenizer has {len(tokenizer)} ids, the teacher's head only {teacher.vocab_size}: they do not belong "
+            "together"
+        )
+    return new_info(
+        format_version=FORMAT_VERSION,
+        vocab_size=teacher.vocab_size,
+        teacher=teacher.info,
+        tokenizer=tokenizer_info(tokenizer),
+        codec=CodecInfo(id="plain", version=1, kind="topk", parameters={"k": k}),
+        tail="ghost",
+    )
+
+
+class tokenizer_files:
+    """A temporary folder with a tokenizer's files, for the dataset's own copy."""
+
+    def __init__(self, tokenizer: Any, root: Path) -> None:
+        self._tokenizer, self._root = tokenizer, root
+
+    def __enter__(self) -> Path:
+        import tempfile
+
+        self._folder = tempfile.TemporaryDirectory(prefix="kdata-tokenizer-")
+        self._tokenizer.save_pretrained(self._folder.name)
+        return Path(self._folder.name)
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()

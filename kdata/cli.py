@@ -1,0 +1,283 @@
+"""The command line's dataset commands: a skin over the library. `pipelines/cli.py` adds run, train and evaluate."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import kdata
+from kdata.config import apply_settings, parse_config
+from kdata.errors import ConfigError, CorruptError
+
+app = typer.Typer(
+    name="kdata",
+    help="Logit datasets: capture what a teacher believes, query it, share it, and train students offline.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+
+
+class Resume(str, Enum):
+    """What to do with work that is already there."""
+
+    auto = "auto"
+    never = "never"
+    must = "must"
+
+
+class Format(str, Enum):
+    """How a table is printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+DatasetArgument = Annotated[str, typer.Argument(metavar="DATASET", help="Dataset folder, or hf://OWNER/NAME.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any further setting; may be repeated.")
+]
+TeacherOption = Annotated[str, typer.Option("--teacher", metavar="MODEL", help="Model folder or Hub name.")]
+BackendOption = Annotated[str, typer.Option(help="What runs the teacher: vllm or transformers.")]
+ResumeOption = Annotated[
+    Resume, typer.Option(help="auto: go on where a former run stopped; never: refuse; must: refuse a fresh start.")
+]
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        out.print(f"kdata {kdata.__version__}")
+        raise typer.Exit()
+
+
+def _with_settings(values: dict[str, Any], settings: list[str] | None) -> dict[str, Any]:
+    return apply_settings({k: v for k, v in values.items() if v is not None}, settings or [])
+
+
+def _teacher(values: dict[str, Any], model: str, backend: str) -> Any:
+    """Take the `teacher` part out of a stage's settings and validate it."""
+    from kdata.teachers import TeacherConfig
+
+    given = values.pop("teacher", {})
+    if not isinstance(given, dict):
+        raise ConfigError("teacher must be a mapping: --set teacher.dtype=bfloat16")
+    return parse_config(TeacherConfig, {"model": model, "backend": backend, **given}, "teacher settings")
+
+
+@app.command()
+def generate(
+    dataset: DatasetArgument,
+    teacher: TeacherOption,
+    prompts: Annotated[Path, typer.Option(help="File or folder of prompts: columns id, domain and a text column.")],
+    prompt_column: Annotated[str, typer.Option(help="Column with the prompt.")] = "prompt",
+    backend: BackendOption = "vllm",
+    k: Annotated[int, typer.Option(help="Entries kept at every written position.")] = 64,
+    max_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 128,
+    resume: ResumeOption = Resume.auto,
+    set: SetOption = None,
+) -> None:
+    """Have a teacher write text from prompts, keeping the distributions it wrote from."""
+    from kdata.generate import GenerateConfig
+    from kdata.generate import generate as run
+
+    source = {"path": str(prompts), "text_column": prompt_column}
+    values = _with_settings({"prompts": source, "k": k, "sampling": {"max_tokens": max_tokens}}, set)
+    who = _teacher(values, teacher, backend)
+    config = parse_config(GenerateConfig, values, "generate settings")
+    _done(run(_local(dataset), who, config, resume=resume.value))
+
+
+@app.command()
+def capture(
+    dataset: DatasetArgument,
+    teacher: TeacherOption,
+    corpus: Annotated[Path, typer.Option(help="File or folder of text: columns id, domain, text.")],
+    backend: BackendOption = "vllm",
+    k: Annotated[int, typer.Option(help="Entries kept at every position.")] = 64,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest sequence; the teacher's context if not given.")] = None,
+    long_text: Annotated[str, typer.Option(help="A longer text: split, reject or refuse.")] = "split",
+    resume: ResumeOption = Resume.auto,
+    set: SetOption = None,
+) -> None:
+    """Have a teacher read text, keeping its top-k distribution at every position."""
+    from kdata.capture import CaptureConfig
+    from kdata.capture import capture as run
+
+    values = _with_settings(
+        {"corpus": {"path": str(corpus)}, "k": k, "max_tokens": max_tokens, "long_text": long_text}, set
+    )
+    who = _teacher(values, teacher, backend)
+    config = parse_config(CaptureConfig, values, "capture settings")
+    _done(run(_local(dataset), who, config, resume=resume.value))
+
+
+@app.command()
+def score(
+    dataset: DatasetArgument,
+    model: Annotated[str, typer.Option(help="Reference model: folder or Hub name, with the teacher's tokenizer.")],
+    name: Annotated[str, typer.Option(help="Name of the sidecar: scores.NAME in SQL.")] = "ref",
+    backend: BackendOption = "transformers",
+    set: SetOption = None,
+) -> None:
+    """Add a sidecar: a reference model's NLL of every sequence."""
+    from kdata.score import ScoreConfig
+    from kdata.score import score as run
+
+    values = _with_settings({"model": {"model": model, "backend": backend}, "name": name}, set)
+    opened = kdata.open(dataset)
+    run(opened, parse_config(ScoreConfig, values, "score settings"))
+    out.print(f"scores.{values['name']} covers {opened.num_rows:,} rows of {opened.path}")
+
+
+@app.command()
+def select(
+    dataset: DatasetArgument,
+    method: Annotated[str, typer.Option(help="difference (MiniPLM), random, all, or sql.")] = "difference",
+    share: Annotated[float, typer.Option(help="Share of the sequences that is kept.")] = 0.5,
+    score: Annotated[str, typer.Option(help="Sidecar with the reference NLL.")] = "ref",
+    sql: Annotated[str | None, typer.Option(help="Query that returns ids (method sql).")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the plan; the method's if not given.")] = None,
+    set: SetOption = None,
+) -> None:
+    """Write a plan: which sequences to train on."""
+    from kdata.selection import SelectConfig
+    from kdata.selection import select as run
+
+    how = "sql" if sql else method
+    values = _with_settings({"method": how, "share": share, "score": score, "sql": sql, "name": name}, set)
+    plan = run(kdata.open(dataset), parse_config(SelectConfig, values, "select settings"))
+    table = Table("domain", "share of tokens, dataset", "plan", title=f"plan {plan.info.name}: {len(plan.ids):,} rows")
+    for domain, shares in plan.info.shares.items():
+        table.add_row(domain, f"{shares['dataset']:.1%}", f"{shares['plan']:.1%}")
+    out.print(table)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Folder that `kdata run` wrote.")]) -> None:
+    """Write RUN/report.html: what was made, and how good it is."""
+    from kdata.report import write_report
+
+    out.print(f"report: {write_report(run)}")
+
+
+@app.command()
+def info(dataset: DatasetArgument) -> None:
+    """Say what a dataset is and what it holds."""
+    opened = kdata.open(dataset)
+    about = opened.info
+    payload = sum(f.bytes for e in opened.manifest for n, f in e.files.items() if n.startswith("data/"))
+    facts = {
+        "format": f"kdata {about.format_version}",
+        "teacher": f"{about.teacher.model} ({about.teacher.backend} {about.teacher.backend_version}, {about.teacher.dtype})",
+        "vocabulary": f"{about.vocab_size:,}",
+        "tokenizer": about.tokenizer.hash[:12],
+        "codec": f"{about.codec.id} {about.codec.version}: {about.codec.kind} {json.dumps(about.codec.parameters)}",
+        "rows": f"{opened.num_rows:,} in {len(opened.manifest)} shards",
+        "tokens": f"{opened.num_tokens:,}",
+        "payload": f"{payload:,} bytes, {payload / max(opened.num_tokens, 1):.1f} per token",
+        "rejected": f"{sum(e.rejected for e in opened.manifest):,}",
+        "complete": ", ".join(
+            f"{n}: {'yes' if s.num_units is not None else 'no'}" for n, s in about.sources.items()
+        ),
+        "fingerprint": opened.fingerprint,
+    }
+    grid = Table(show_header=False, box=None, title=str(opened.path), title_justify="left")
+    for key, value in facts.items():
+        grid.add_row(f"[bold]{key}", value)
+    out.print(grid)
+    _print_table(
+        opened.sql(
+            'select source, domain, count(*) as "rows", sum(num_tokens)::bigint as tokens, avg(nll) as nll, '
+            "avg(kept_mass) as kept_mass from rows group by all order by all"
+        ),
+        Format.table,
+    )
+
+
+@app.command()
+def verify(
+    dataset: DatasetArgument,
+    deep: Annotated[bool, typer.Option("--deep", help="Also decode every row and compare it with the index.")] = False,
+) -> None:
+    """Prove that a dataset is whole; exit status 1 and a list where it is not."""
+    from kdata.verify import verify as run
+
+    opened = kdata.open(dataset)
+    problems = run(opened, deep=deep)
+    if problems:
+        listing = "\n".join(f"  {p.path}: {p.what}" for p in problems)
+        raise CorruptError(f"{opened.path} is not whole:\n{listing}")
+    out.print(f"whole: {len(opened.manifest)} shards, {opened.num_rows:,} rows, {opened.num_tokens:,} tokens")
+
+
+@app.command()
+def sql(
+    dataset: DatasetArgument,
+    query: Annotated[str, typer.Argument(help="DuckDB SQL over rows, manifest, rejects, scores.NAME, plans.NAME.")],
+    format: Annotated[Format, typer.Option(help="How the result is printed.")] = Format.table,
+) -> None:
+    """Query a dataset. Views and columns: schemas/README.md."""
+    _print_table(kdata.open(dataset).sql(query), format)
+
+
+@app.command()
+def push(
+    dataset: DatasetArgument,
+    destination: Annotated[str, typer.Argument(help="A new folder, or hf://OWNER/NAME (needs HF_TOKEN).")],
+    public: Annotated[bool, typer.Option("--public", help="Hub: make it public; private otherwise.")] = False,
+) -> None:
+    """Copy a dataset, verified and with its card, to a folder or to the Hub."""
+    from kdata.hub import push as run
+
+    out.print(f"pushed to {run(kdata.open(dataset), destination, public=public)}")
+
+
+def _local(dataset: str) -> Path:
+    if dataset.startswith("hf:"):
+        raise ConfigError("a stage writes to a local folder; push it to the Hub afterwards")
+    return Path(dataset)
+
+
+def _done(dataset: Any) -> None:
+    out.print(f"{dataset.path}: {dataset.num_rows:,} rows, {dataset.num_tokens:,} tokens")
+
+
+def _print_table(table: Any, format: Format) -> None:
+    if format is Format.json:
+        print(json.dumps(table.to_pylist(), default=str, ensure_ascii=False))
+        return
+    if format is Format.csv:
+        import sys
+
+        from pyarrow import csv
+
+        csv.write_csv(table, sys.stdout.buffer)
+        return
+    from rich.text import Text
+
+    shown = Table(*(Text(name) for name in table.column_names))
+    for row in table.slice(0, 200).to_pylist():
+        shown.add_row(*(Text(_cell(value)) for value in row.values()))
+    out.print(shown)
+    if table.num_rows > 200:
+        out.print(f"200 of {table.num_rows:,} rows; --format csv prints all")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "" if value is None else str(value)

@@ -1,0 +1,94 @@
+"""From YAML or `--set key=value` to a typed model, with errors that name the key, the value and the nearest known key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from kdata.corpus import nearest
+from kdata.errors import ConfigError, MissingError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse_config(model: type[Model], values: dict[str, Any], where: str) -> Model:
+    """Validate `values` as `model`. Raises ConfigError with every problem, one a line."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_problem(model, problem) for problem in error.errors()]
+        raise ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def _problem(model: type[BaseModel], problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(model, path[:-1])
+        return f"unknown key {key!r}{nearest(path[-1], known)}; known here: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{key!r} is missing"
+    return f"{key}: {problem['msg']} (got {problem['input']!r})"
+
+
+def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Keys of the model that `path` leads to, as far as it can be followed."""
+    current: Any = model
+    for part in path:
+        fields = getattr(current, "model_fields", {})
+        if part not in fields:
+            break
+        current = _inner_model(fields[part].annotation)
+    return sorted(getattr(current, "model_fields", {}))
+
+
+def _inner_model(annotation: Any) -> Any:
+    """The first pydantic model inside an annotation such as `X | None` or `dict[str, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _inner_model(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping. Raises MissingError or ConfigError."""
+    if not path.is_file():
+        raise MissingError(f"{path} does not exist; name a recipe file")
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values")
+    return values
+
+
+def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """Return `values` with each `dotted.key=value` (value read as YAML) put in."""
+    result = _copy(values)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {setting!r}: write it as key=value, for instance --set capture.k=32")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {key}: {text!r} is not a YAML value ({error})") from error
+        inner = result
+        *parents, last = key.strip().split(".")
+        for part in parents:
+            if not isinstance(inner.setdefault(part, {}), dict):
+                inner[part] = {}
+            inner = inner[part]
+        inner[last] = value
+    return result
+
+
+def _copy(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, dict) else v for k, v in values.items()}

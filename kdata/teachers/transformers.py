@@ -1,0 +1,151 @@
+"""The plain forward pass: the oracle in tests, and the teacher where vLLM cannot be installed.
+
+It sees the full distribution, so entropy and tail are exact. Sequences are sorted by length and padded on the right;
+a causal model's real positions do not see the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from kdata.errors import TeacherError
+from kdata.schema import TeacherInfo
+from kdata.teachers import Completion, Readout, SamplingConfig, TeacherConfig, model_identity, readout_from_top
+
+
+class TransformersTeacher:
+    """A Hugging Face causal language model. See `Teacher`."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        name, commit, weights_hash = model_identity(config)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self._model = AutoModelForCausalLM.from_pretrained(
+                config.model,
+                revision=commit,
+                dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+                trust_remote_code=False,
+            )
+        except (OSError, ValueError) as error:
+            raise TeacherError(f"transformers cannot load {config.model!r}: {error}") from error
+        self._model.to(self._device).eval()
+        self._batch_tokens = config.batch_tokens
+        self.vocab_size: int = self._model.config.vocab_size
+        self.context: int = config.context or self._model.config.max_position_embeddings
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        self.info = TeacherInfo(
+            model=name,
+            revision=commit,
+            weights_hash=weights_hash,
+            backend="transformers",
+            backend_version=transformers.__version__,
+            dtype=dtype,
+            logprobs="raw log-softmax at temperature 1, from the full distribution",
+            deterministic=self._device == "cpu" and dtype == "float32",
+        )
+
+    @torch.inference_mode()
+    def read(self, sequences: Sequence[np.ndarray], k: int) -> list[Readout]:
+        """Read sequences; see `Teacher.read`."""
+        readouts: dict[int, Readout] = {}
+        for group in _batches([len(ids) for ids in sequences], self._batch_tokens):
+            batch = self._pad([sequences[i] for i in group])
+            logits_BTV = self._model(batch).logits
+            for row, number in enumerate(group):
+                ids = np.asarray(sequences[number], np.int32)
+                readouts[number] = self._read_one(ids, logits_BTV[row, : len(ids) - 1].float(), 1, k)
+        return [readouts[i] for i in range(len(sequences))]
+
+    def _read_one(self, ids: np.ndarray, logits_MV: torch.Tensor, start: int, k: int) -> Readout:
+        """Readout of `ids` whose positions from `start` on are predicted by the rows of `logits_MV`."""
+        logprobs_MV = torch.log_softmax(logits_MV, -1)
+        actual_M = torch.as_tensor(ids[start:], dtype=torch.long, device=logits_MV.device)
+        own_M = logprobs_MV.gather(1, actual_M[:, None])
+        rank_M = (logprobs_MV >= own_M).sum(1)
+        top = logprobs_MV.topk(k, -1)
+        entropy_M = -(logprobs_MV.exp() * logprobs_MV.clamp_min(-1e4)).sum(-1)
+
+        def beside(values: torch.Tensor, fill: float) -> np.ndarray:
+            array = values.cpu().numpy()
+            return np.concatenate([np.full((start, *array.shape[1:]), fill, array.dtype), array])
+
+        return readout_from_top(
+            ids,
+            beside(own_M[:, 0], np.nan),
+            beside(rank_M, 0),
+            beside(top.indices, 0),
+            beside(top.values, 0),
+            np.arange(len(ids)) >= start,
+            beside(entropy_M, np.nan).astype(np.float32),
+        )
+
+    @torch.inference_mode()
+    def write(
+        self, prompts: Sequence[np.ndarray], k: int, sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """Continue prompts one at a time: an oracle, not a generator for volume."""
+        if sampling.stop:
+            raise TeacherError("the transformers teacher does not write with stop strings; use vllm")
+        eos = self._model.generation_config.eos_token_id
+        ends = set(eos if isinstance(eos, list) else [eos]) - {None}
+        return [self._write_one(p, k, sampling, s, ends) for p, s in zip(prompts, seeds, strict=True)]
+
+    def _write_one(
+        self, prompt: np.ndarray, k: int, sampling: SamplingConfig, seed: int, ends: set[int]
+    ) -> Completion:
+        generator = torch.Generator(device=self._device).manual_seed(seed)
+        ids, rows, cache, step = prompt.tolist(), [], None, prompt.tolist()
+        finish = "length"
+        for number in range(min(sampling.max_tokens, self.context - len(prompt))):
+            output = self._model(torch.tensor([step], device=self._device), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits_V = output.logits[0, -1].float()
+            rows.append(logits_V)
+            step = [_draw(logits_V, sampling, generator, ends if number < sampling.min_tokens else set())]
+            ids += step
+            if step[0] in ends:
+                finish = "stop"
+                break
+        whole = np.array(ids, np.int32)
+        return Completion(self._read_one(whole, torch.stack(rows), len(prompt), k), len(prompt), finish)  # type: ignore[arg-type]
+
+    def _pad(self, sequences: list[np.ndarray]) -> torch.Tensor:
+        longest = max(len(ids) for ids in sequences)
+        batch = np.zeros((len(sequences), longest), np.int64)
+        for row, ids in enumerate(sequences):
+            batch[row, : len(ids)] = ids
+        return torch.from_numpy(batch).to(self._device)
+
+    def close(self) -> None:
+        """Drop the model."""
+        del self._model
+
+
+def _draw(logits_V: torch.Tensor, sampling: SamplingConfig, generator: torch.Generator, banned: set[int]) -> int:
+    """Sample one id with temperature and nucleus."""
+    logits_V = logits_V.clone()
+    logits_V[list(banned)] = -torch.inf
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    probs, order = torch.softmax(logits_V / sampling.temperature, -1).sort(descending=True)
+    outside = probs.cumsum(-1) - probs >= sampling.top_p
+    probs = probs.masked_fill(outside, 0.0)
+    return int(order[torch.multinomial(probs, 1, generator=generator)])
+
+
+def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
+    """Group sequence numbers by similar length so that rows times the longest stays within `budget` tokens."""
+    group: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        longest = lengths[group[0]] if group else lengths[number]
+        if group and longest * (len(group) + 1) > budget:
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group

@@ -1,0 +1,130 @@
+"""A recipe: the whole way from text to evaluated students, as one typed YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from kdata.capture import CaptureConfig
+from kdata.config import apply_settings, parse_config, read_yaml
+from kdata.corpus import CorpusConfig, nearest
+from kdata.errors import ConfigError
+from kdata.generate import SamplingConfig
+from kdata.schema import Strict
+from kdata.selection import SelectConfig
+from kdata.teachers import TeacherConfig
+from pipelines.builtin import BuiltinConfig
+from trainer.student import StudentConfig
+from trainer.train import TrainConfig
+
+BUILTIN = "builtin"
+
+
+class TextConfig(CorpusConfig):
+    """As a corpus, but `builtin` names the text that every Python carries."""
+
+    path: str = Field(BUILTIN, description="File or folder of text rows; builtin makes them from the standard library.")
+
+
+class ReaderConfig(TeacherConfig):
+    """As a teacher, but `builtin` names the model that is trained on the spot."""
+
+    model: str = Field(BUILTIN, description="Model folder or Hub name; builtin trains one on the spot.")
+
+
+class ReferenceConfig(ReaderConfig):
+    """The small model of difference sampling."""
+
+    model: str = Field(
+        "auto",
+        description="Model folder or Hub name; auto: builtin's reference beside the builtin teacher, otherwise the "
+        "student's checkpoint (student.model).",
+    )
+    backend: Any = Field("transformers", description="vllm or transformers.")
+
+
+class GenerateStage(Strict):
+    """The teacher writes."""
+
+    prompts: TextConfig = TextConfig(text_column="prompt")
+    k: int = Field(64, ge=1, description="Entries kept at every written position.")
+    num_samples: int = Field(1, ge=1, description="Completions per prompt.")
+    sampling: SamplingConfig = SamplingConfig()
+    unit_prompts: int = Field(128, ge=1, description="Prompts of one shard.")
+
+
+class CaptureStage(Strict):
+    """The teacher reads."""
+
+    k: int = Field(64, ge=1, description="Entries kept at every position.")
+    max_tokens: int | None = Field(None, ge=2, description="Longest sequence; null takes the teacher's context.")
+    long_text: str = Field("split", description="A longer text: split, reject or refuse.")
+    append_eos: bool = Field(False, description="End every text with the end-of-sequence token.")
+    unit_tokens: int = Field(32768, ge=1, description="Tokens of one shard.")
+
+
+class StudentRun(Strict):
+    """One student: on what, with which objectives."""
+
+    label: str = Field(description="How tables and plots call it.")
+    plan: bool = Field(False, description="Train on the selected plan; otherwise on every sequence.")
+    objectives: dict[str, Any] = Field(description="Objective to weight (or settings), as the trainer takes them.")
+
+
+class EvaluateStage(Strict):
+    """What students are asked."""
+
+    samples: int = Field(1, ge=0, description="Texts per domain that each student writes.")
+    sample_tokens: int = Field(64, ge=1, description="Length of each.")
+
+
+class Recipe(Strict):
+    """The whole run. Every stage can also be run alone from the command line."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of the run.")
+    seed: int = Field(0, ge=0, description="Seed of generation, students and batches.")
+    builtin: BuiltinConfig = Field(BuiltinConfig(), description="The built-in corpus, teacher and reference.")
+    teacher: ReaderConfig = ReaderConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    generate: GenerateStage | None = Field(GenerateStage(), description="null leaves generation out.")
+    corpus: TextConfig = Field(TextConfig(), description="Text that the teacher reads.")
+    heldout: TextConfig = Field(TextConfig(), description="Text that students are measured on; never trained on.")
+    capture: CaptureStage = CaptureStage()
+    select: SelectConfig = SelectConfig()
+    student: StudentConfig = Field(description="The network that every student starts from.")
+    train: TrainConfig = Field(description="What every student's training has in common.")
+    students: dict[str, StudentRun] = Field(description="Students by name.", min_length=1)
+    evaluate: EvaluateStage = EvaluateStage()
+
+    def capture_config(self, corpus: CorpusConfig, name: str) -> CaptureConfig:
+        """Settings of a capture of one corpus."""
+        values = {"corpus": corpus.model_dump(), "name": name, **self.capture.model_dump()}
+        return parse_config(CaptureConfig, values, "capture")
+
+
+def load_recipe(path: Path, settings: list[str]) -> Recipe:
+    """Read a recipe file and put `--set` settings in. Raises ConfigError naming keys, values and the nearest key."""
+    if not path.exists() and not path.suffix:
+        path = _packaged(path)
+    values = apply_settings(read_yaml(path), settings)
+    recipe = parse_config(Recipe, values, str(path))
+    uses_plan = [name for name, run in recipe.students.items() if run.plan]
+    if uses_plan and recipe.select.method == "difference" and recipe.teacher.model != BUILTIN:
+        if recipe.reference.model == "auto" and recipe.student.model is None:
+            raise ConfigError(
+                "difference sampling needs a reference model with the teacher's tokenizer: set reference.model, or "
+                "student.model (a checkpoint, which then is the reference too), or select.method=random"
+            )
+    return recipe
+
+
+def _packaged(path: Path) -> Path:
+    """A recipe that kdata brings, by its bare name."""
+    folder = Path(__file__).parent
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    found = folder / f"{path.name}.yaml"
+    if len(path.parts) == 1 and found.exists():
+        return found
+    raise ConfigError(f"there is no recipe {str(path)!r}{nearest(path.name, known)}; kdata brings {known}")

@@ -1,0 +1,92 @@
+"""Dense float64 references: a full [M, V] softmax, every formula written out, gradients by autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.objectives import Targets
+
+
+@dataclass
+class Problem:
+    """A tiny student and a tiny teacher that agree on nothing, and the sparse view of the teacher."""
+
+    hidden: Tensor
+    head: Tensor
+    p: Tensor  # float64 [M, V], the teacher's full distribution
+    targets: Targets
+
+
+def make_problem(
+    num_positions: int = 7,
+    hidden_size: int = 5,
+    vocab_size: int = 23,
+    kept: int = 6,
+    *,
+    ragged: bool = True,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    scale: float = 1.0,
+) -> Problem:
+    """Top-k targets of a random teacher; `ragged` pads some positions, one of them down to no entry at all."""
+    rng = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_positions, hidden_size, generator=rng, dtype=torch.float64) * scale
+    head = torch.randn(vocab_size, hidden_size, generator=rng, dtype=torch.float64)
+    p = torch.softmax(2 * torch.randn(num_positions, vocab_size, generator=rng, dtype=torch.float64), -1)
+    top, ids = p.topk(kept, dim=-1)
+    if ragged:
+        num_kept = torch.arange(num_positions) % (kept + 1)
+        pad = torch.arange(kept)[None, :] >= num_kept[:, None]
+        ids, top = ids.masked_fill(pad, -1), top.masked_fill(pad, 0.0)
+    tail = (1 - top.sum(-1)).clamp_min(0)
+    tokens = torch.randint(0, vocab_size, (num_positions,), generator=rng)
+    tokens[0] = p[0].argmax()  # one actual token among the kept entries, others where they fall
+    targets = Targets(tokens, ids, top.log(), tail.log())
+    return Problem(hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), p, targets)
+
+
+def lumped(problem: Problem, tail: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, q) over the kept entries and the rest, and log q of the actual token, from the full softmax in float64."""
+    targets = problem.targets
+    logits = problem.hidden.double() @ problem.head.double().T
+    log_q = torch.log_softmax(logits, -1)
+    live = targets.ids_CK >= 0
+    ids = targets.ids_CK.clamp_min(0)
+    q_kept = log_q.exp().gather(1, ids) * live
+    is_rest = torch.ones_like(log_q).scatter_reduce(1, ids, (~live).double(), "prod")
+    q = torch.cat([q_kept, (log_q.exp() * is_rest).sum(-1, keepdim=True)], -1)
+    p_kept = targets.logprobs_CK.double().exp()
+    p_rest = torch.zeros(len(p_kept), 1, dtype=torch.float64)
+    if tail == "ghost":
+        p_rest = targets.log_tail_C.double().exp()[:, None]
+    elif tail == "renormalise":
+        p_kept = p_kept / p_kept.sum(-1, keepdim=True).clamp_min(1e-300)
+    return torch.cat([p_kept, p_rest], -1), q, log_q.gather(1, targets.token_ids_C[:, None])[:, 0]
+
+
+def kl(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of a log(a / b) over the last axis, with 0 log 0 = 0."""
+    live = a > 0
+    safe_a, safe_b = torch.where(live, a, 1.0), torch.where(live, b, 1.0)
+    return (safe_a * (safe_a.log() - safe_b.log()) * live).sum(-1)
+
+
+def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, skew: float = 0.1) -> Tensor:
+    """One objective at each position, differentiable in the problem's hidden states and head."""
+    p, q, log_q_token = lumped(problem, tail)
+    if name == "cross_entropy":
+        return -log_q_token
+    if name == "jsd" and 0 < beta < 1:
+        m = beta * p + (1 - beta) * q
+        return beta * kl(p, m) + (1 - beta) * kl(q, m)
+    return {
+        "forward_kl": lambda: kl(p, q),
+        "reverse_kl": lambda: kl(q, p),
+        "jsd": lambda: kl(p, q) if beta == 0 else kl(q, p),
+        "skewed_forward_kl": lambda: kl(p, skew * p + (1 - skew) * q),
+        "skewed_reverse_kl": lambda: kl(q, (1 - skew) * p + skew * q),
+        "total_variation": lambda: 0.5 * (p - q).abs().sum(-1),
+    }[name]()

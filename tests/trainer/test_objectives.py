@@ -1,0 +1,251 @@
+"""The fused sparse loss against a dense float64 oracle: values, gradients, tails, pads, chunks, precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from kdata.errors import ConfigError, ShapeError
+from tests.trainer.oracle import Problem, kl, make_problem, oracle_values
+from trainer.fused import Loss, distillation_loss, measure
+from trainer.objectives import OBJECTIVES, ObjectiveConfig, Targets, resolve_tail
+
+BUCKETLESS = [n for n in OBJECTIVES if n != "reverse_kl"]
+CASES = [(n, "ghost") for n in OBJECTIVES] + [(n, t) for t in ("draws", "renormalise") for n in BUCKETLESS]
+
+
+def fused(problem: Problem, weights: dict[str, float], tail: str, **kwargs: object) -> Loss:
+    config = ObjectiveConfig(weights=weights, **{k: kwargs.pop(k) for k in ("jsd_beta",) if k in kwargs})
+    return distillation_loss(problem.hidden, problem.head, problem.targets, config, tail, **kwargs)
+
+
+def grads(problem: Problem, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.autograd.grad(loss, (problem.hidden, problem.head))
+
+
+@pytest.mark.parametrize(("name", "tail"), CASES)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_value_and_gradient_equal_the_dense_oracle(name: str, tail: str, ragged: bool) -> None:
+    # reverse KL towards an empty bucket is infinite by definition; the ragged problem has none under ghost.
+    problem = make_problem(ragged=ragged)
+    loss = fused(problem, {name: 1.7}, tail)
+    expected = oracle_values(problem, name, tail)
+    torch.testing.assert_close(loss.values_MO[:, 0], expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(loss.total, 1.7 * expected.mean(), rtol=1e-10, atol=1e-12)
+    for got, want in zip(grads(problem, loss.total), grads(problem, 1.7 * expected.mean()), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_generalised_jsd_and_its_ends(beta: float) -> None:
+    problem = make_problem()
+    loss = fused(problem, {"jsd": 1.0}, "ghost", jsd_beta=beta)
+    expected = oracle_values(problem, "jsd", "ghost", beta=beta)
+    torch.testing.assert_close(loss.values_MO[:, 0], expected, rtol=1e-10, atol=1e-12)
+    end = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta)
+    if end:
+        torch.testing.assert_close(expected, oracle_values(problem, end, "ghost"))
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_gradient_equals_finite_differences(name: str) -> None:
+    problem = make_problem(num_positions=3, hidden_size=3, vocab_size=9, kept=4, seed=3)
+    analytic = grads(problem, fused(problem, {name: 1.0}, "ghost").total)
+    step = 1e-6
+    for leaf, gradient in zip((problem.hidden, problem.head), analytic, strict=True):
+        for i in range(leaf.numel()):
+            around = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    leaf.view(-1)[i] += sign * step
+                    around.append(float(fused(problem, {name: 1.0}, "ghost").total))
+                    leaf.view(-1)[i] -= sign * step
+            assert math.isclose((around[0] - around[1]) / (2 * step), float(gradient.reshape(-1)[i]), abs_tol=2e-8)
+
+
+def test_a_mix_is_the_weighted_sum_and_weight_0_only_measures() -> None:
+    problem = make_problem()
+    loss = fused(problem, {"cross_entropy": 0.1, "forward_kl": 0.9, "total_variation": 0.0}, "ghost")
+    expected = 0.1 * oracle_values(problem, "cross_entropy", "ghost") + 0.9 * oracle_values(
+        problem, "forward_kl", "ghost"
+    )
+    torch.testing.assert_close(loss.total, expected.mean())
+    torch.testing.assert_close(loss.values_MO[:, 2], oracle_values(problem, "total_variation", "ghost"))
+    for got, want in zip(grads(problem, loss.total), grads(problem, expected.mean()), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_all_entries_kept_is_the_full_divergence_and_ghost_is_a_lower_bound() -> None:
+    full = make_problem(kept=23, ragged=False)
+    q = torch.softmax(full.hidden @ full.head.T, -1)
+    loss = fused(full, {"forward_kl": 1.0}, "ghost")
+    torch.testing.assert_close(loss.values_MO[:, 0], kl(full.p, q), rtol=1e-9, atol=1e-9)
+    for got, want in zip(grads(full, loss.total), grads(full, kl(full.p, q).mean()), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+    sparse = fused(make_problem(kept=6, ragged=False), {"forward_kl": 1.0}, "ghost")
+    assert (sparse.values_MO[:, 0] <= kl(full.p, q) + 1e-12).all()
+
+
+def test_draws_have_the_gradient_of_full_distillation_on_average() -> None:
+    problem = make_problem(num_positions=2, vocab_size=11, ragged=False)
+    rng = torch.Generator().manual_seed(0)
+    q = torch.softmax(problem.hidden @ problem.head.T, -1)
+    want = grads(problem, kl(problem.p, q).mean())[0]
+    total, rounds, draws = torch.zeros_like(want), 3000, 12
+    for _ in range(rounds):
+        counts = torch.zeros_like(problem.p).scatter_add_(
+            1, torch.multinomial(problem.p, draws, True, generator=rng), torch.ones(2, draws, dtype=torch.float64)
+        )
+        weights, ids = (counts / draws).topk(11, dim=-1)
+        ids = ids.masked_fill(weights == 0, -1)
+        problem.targets = Targets(problem.targets.token_ids_C, ids, weights.log(), weights.new_full((2,), -math.inf))
+        total += grads(problem, fused(problem, {"forward_kl": 1.0}, "draws").total)[0]
+    torch.testing.assert_close(total / rounds, want, atol=0.02, rtol=0.02)
+
+
+def test_padded_entries_and_chunk_size_change_nothing() -> None:
+    problem = make_problem(num_positions=9)
+    loss = fused(problem, {"cross_entropy": 0.5, "jsd": 0.5}, "ghost")
+    want = grads(problem, loss.total)
+    pad = torch.full((9, 4), -1)
+    t = problem.targets
+    wider = Targets(
+        t.token_ids_C,
+        torch.cat([t.ids_CK, pad], -1),
+        torch.cat([t.logprobs_CK, torch.full((9, 4), -math.inf, dtype=torch.float64)], -1),
+        t.log_tail_C,
+    )
+    for targets, chunk_bytes in ((wider, 2**20), (t, 1), (t, 23 * 8 * 4)):
+        again = dataclasses.replace(problem, targets=targets)
+        other = fused(again, {"cross_entropy": 0.5, "jsd": 0.5}, "ghost", chunk_bytes=chunk_bytes)
+        torch.testing.assert_close(other.values_MO, loss.values_MO, rtol=1e-12, atol=1e-13)
+        for got, expected in zip(grads(again, other.total), want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_no_counted_position_gives_zero_loss_and_zero_gradient() -> None:
+    problem = make_problem()
+    problem.targets = problem.targets.rows(slice(0, 0))
+    loss = distillation_loss(problem.hidden[:0], problem.head, problem.targets, ObjectiveConfig(), "ghost")
+    assert float(loss.total) == 0.0 and loss.values_MO.shape == (0, 2)
+    assert not grads(problem, loss.total)[1].any()
+
+
+def test_accumulation_by_counted_tokens_equals_one_batch() -> None:
+    problem = make_problem(num_positions=10)
+    config = ObjectiveConfig()
+    want = grads(problem, fused(problem, config.weights, "ghost").total)
+    parts = [slice(0, 3), slice(3, 4), slice(4, 10)]
+    total = sum(
+        distillation_loss(
+            problem.hidden[s], problem.head, problem.targets.rows(s), config, "ghost", counted_tokens=10
+        ).total
+        for s in parts
+    )
+    for got, expected in zip(grads(problem, total), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tail", ["ghost", "draws"])
+def test_low_precision_errs_no_more_than_the_naive_version(dtype: torch.dtype, tail: str) -> None:
+    exact = make_problem(64, 32, 512, 16, seed=1, scale=0.3)
+    rounded = make_problem(64, 32, 512, 16, seed=1, scale=0.3, dtype=dtype)
+    reference = dataclasses.replace(
+        exact,
+        hidden=rounded.hidden.detach().double().requires_grad_(),
+        head=rounded.head.detach().double().requires_grad_(),
+    )
+    true_value = oracle_values(reference, "forward_kl", tail)
+    true_grads = grads(reference, true_value.mean())
+    low = fused(dataclasses.replace(rounded), {"forward_kl": 1.0}, tail)
+    low_grads = grads(rounded, low.total)
+    naive_value = _naive_low_precision(rounded, tail)
+    naive_grads = grads(rounded, naive_value.mean())
+    error = (low.values_MO[:, 0].double() - true_value).abs().max()
+    assert error <= 1.1 * (naive_value.double() - true_value).abs().max()
+    for got, naive, want in zip(low_grads, naive_grads, true_grads, strict=True):
+        assert (got.double() - want).norm() <= 1.1 * (naive.double() - want).norm()
+
+
+def _naive_low_precision(problem: Problem, tail: str) -> torch.Tensor:
+    """What people write: logits in low precision, log_softmax in float32, gather."""
+    log_q = torch.log_softmax((problem.hidden @ problem.head.T).float(), -1)
+    t = problem.targets
+    live = t.ids_CK >= 0
+    q_kept = log_q.gather(1, t.ids_CK.clamp_min(0))
+    p = t.logprobs_CK.float().exp()
+    value = (p * torch.where(live, t.logprobs_CK.float() - q_kept, 0.0).nan_to_num()).sum(-1)
+    if tail == "ghost":
+        rest = (1 - (q_kept.exp() * live).sum(-1)).clamp_min(1e-30)
+        value = value + t.log_tail_C.float().exp() * (t.log_tail_C.float() - rest.log())
+    return value
+
+
+def test_a_tiny_student_tail_keeps_its_value_in_float32() -> None:
+    """1 - sum of kept q has no digit left in float32 here; the summed rest has them all."""
+    problem = make_problem(3, 4, 50, 2, ragged=False, dtype=torch.float32)
+    with torch.no_grad():
+        problem.head.zero_()
+        problem.hidden.zero_()
+        problem.hidden[:, 0] = 1.0
+        for row in range(3):
+            problem.targets.ids_CK[row] = torch.tensor([0, 1])
+        problem.head[:2, 0] = 30.0
+    loss = fused(problem, {"forward_kl": 1.0}, "ghost")
+    torch.testing.assert_close(
+        loss.values_MO[:, 0].double(), oracle_values(problem, "forward_kl", "ghost"), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_measure_finds_the_students_top_tokens_and_confidence() -> None:
+    problem = make_problem(9)
+    got = measure(problem.hidden, problem.head, problem.targets, ("reverse_kl",), "ghost", chunk_bytes=23 * 8 * 2)
+    q = torch.softmax(problem.hidden @ problem.head.T, -1)
+    assert torch.equal(got.top_ids_MN, q.topk(5).indices)
+    torch.testing.assert_close(got.confidence_M, q.amax(-1))
+    torch.testing.assert_close(got.values_MO[:, 0], oracle_values(problem, "reverse_kl", "ghost"))
+
+
+def test_ids_outside_the_vocabulary_and_wrong_shapes_are_refused() -> None:
+    problem = make_problem()
+    problem.targets.ids_CK[2, 0] = 23
+    with pytest.raises(ShapeError, match=r"outside the student's \[0, 23\)"):
+        fused(problem, {"forward_kl": 1.0}, "ghost")
+    with pytest.raises(ShapeError, match="do not fit"):
+        distillation_loss(problem.hidden[:3], problem.head, problem.targets, ObjectiveConfig(), "ghost")
+
+
+def test_a_second_backward_is_refused() -> None:
+    problem = make_problem()
+    total = fused(problem, {"forward_kl": 1.0}, "ghost").total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        total.backward()
+
+
+@pytest.mark.parametrize(
+    ("config", "held", "message"),
+    [
+        ({"weights": {"forward_lk": 1.0}}, "ghost", "known objectives"),
+        ({"weights": {"forward_kl": 0.0}}, "ghost", "not all 0"),
+        ({"weights": {"forward_kl": -1.0}}, "ghost", "must be finite"),
+        ({"temperature": 2.0}, "ghost", "log-sum-exp at 1"),
+        ({"tail": "ghost"}, "draws", "use draws"),
+        ({"tail": "draws"}, "ghost", "use ghost or renormalise"),
+        ({"weights": {"reverse_kl": 1.0}}, "draws", "infinite"),
+        ({"weights": {"jsd": 1.0}, "jsd_beta": 1.0}, "draws", "infinite"),
+    ],
+)
+def test_impossible_objectives_are_refused(config: dict, held: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_tail(ObjectiveConfig(**config), held)
+
+
+def test_the_default_tail_is_what_the_dataset_holds() -> None:
+    assert resolve_tail(ObjectiveConfig(), "draws") == "draws"
+    assert resolve_tail(ObjectiveConfig(), "ghost") == "ghost"
+    assert resolve_tail(ObjectiveConfig(tail="renormalise"), "ghost") == "renormalise"
