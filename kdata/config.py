@@ -31,7 +31,9 @@ def _problem(model: type[BaseModel], problem: Any) -> str:
         return f"unknown key {key!r}{nearest(path[-1], known)}; known here: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{key!r} is missing"
-    return f"{key}: {problem['msg']} (got {problem['input']!r})"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+    return f"{key + ': ' if key else ''}{message}{given}"
 
 
 def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -1,12 +1,13 @@
 """The built-in corpus: code, docstrings and prose that every CPython carries, cut into documents and split.
 
-So that the quick start needs no hub. Three real domains of visibly different difficulty: `code` (functions and
-classes, their docstrings removed), `docstrings`, and `prose` (the language reference in `pydoc_data.topics` and long
-comments). Parts that a distribution may leave out (test, idlelib, tkinter, lib2to3, distutils) are never read, so
-that a Debian python and a python.org build give nearly the same corpus; exact equality needs the same patch version.
+So that the quick start needs no hub. Three real domains of visibly different difficulty: `code` (functions
+and classes, their docstrings removed), `docstrings`, and `prose` (the language reference in
+`pydoc_data.topics` and long comments). Parts that a distribution may leave out (test, idlelib, tkinter,
+lib2to3, distutils) are never read, so that a Debian python and a python.org build give nearly the same
+corpus; exact equality needs the same patch version.
 
-Trade-off: held out are whole modules and topics, never single documents, so that no sibling of a held-out document
-is trained on; the price is that the held-out part has a few dozen sources, not hundreds.
+Trade-off: held out are whole modules and topics, never single documents, so that no sibling of a held-out
+document is trained on; the price is that the held-out part has a few dozen sources, not hundreds.
 """
 
 from __future__ import annotations
@@ -34,10 +35,29 @@ LICENSE = "PSF-2.0"
 MIN_CHARS = {"code": 250, "docstrings": 100, "prose": 200}
 MAX_HELDOUT = 90  # documents a domain: at 250 tokens each, a standard error near 0.05 nats per token
 
-# Not read: tests and what distributions package apart (absent on some machines), and tables that are no language.
+# Not read: tests and what distributions package apart (absent on some machines), and tables that are no
+# language.
 _LEFT_OUT = frozenset(
-    "site-packages dist-packages test tests idle_test idlelib tkinter turtledemo lib2to3 distutils ensurepip "
-    "encodings pydoc_data __pycache__ this.py antigravity.py turtle.py sitecustomize.py".split()
+    [
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "idlelib",
+        "tkinter",
+        "turtledemo",
+        "lib2to3",
+        "distutils",
+        "ensurepip",
+        "encodings",
+        "pydoc_data",
+        "__pycache__",
+        "this.py",
+        "antigravity.py",
+        "turtle.py",
+        "sitecustomize.py",
+    ]
 )
 _LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-", "__phello", "__hello")
 _HEADING = re.compile(r"^[*=\-^~\"]{4,}$")
@@ -71,8 +91,10 @@ class CorpusFiles:
             FileNotFoundError: nothing complete lies there.
         """
         facts = json.loads((directory / "corpus.json").read_text(encoding="utf-8"))
-        names = ("corpus.parquet", "heldout.parquet", "prompts.parquet")
-        return cls(*(directory / name for name in names), fingerprint=facts["fingerprint"])
+        corpus, heldout, prompts = (
+            directory / f"{name}.parquet" for name in ("corpus", "heldout", "prompts")
+        )
+        return cls(corpus, heldout, prompts, fingerprint=facts["fingerprint"])
 
 
 def build_corpus(
@@ -84,15 +106,18 @@ def build_corpus(
     max_domain_chars: int = 2_200_000,
     num_prompts: int = 360,
 ) -> CorpusFiles:
-    """Gather, split and write the corpus; the same interpreter and arguments give the same rows in the same order.
+    """Gather, split and write the corpus; the same interpreter and arguments give the same rows in the same
+    order.
 
     Args:
         directory: created; receives corpus.parquet and heldout.parquet (id, domain, text, source, license),
             prompts.parquet (id, domain, prompt) and corpus.json (counts and fingerprint).
-        heldout_share: share of each domain's documents that is held out, in (0, 0.5), but about MAX_HELDOUT documents
+        heldout_share: share of each domain's documents that is held out, in (0, 0.5), but about MAX_HELDOUT
+        documents
             at most; whole modules and topics.
         seed: orders the documents (any prefix is a mix of the domains) and picks the held-out sources.
-        max_chars: longest document in characters; longer functions are left out, longer prose is cut at paragraphs.
+        max_chars: longest document in characters; longer functions are left out, longer prose is cut at
+        paragraphs.
         max_domain_chars: at most this many characters of training text per domain; binds for code only.
         num_prompts: beginnings of training documents to write, spread evenly over the domains.
     Raises:
@@ -164,7 +189,8 @@ def _modules() -> Iterator[tuple[str, Path]]:
 
 
 def _group(module: str) -> str:
-    """Modules that share text share a group: a package as a whole, `_pydecimal` with `decimal`, `_pyio` with `io`."""
+    """Modules that share text share a group: a package as a whole, `_pydecimal` with `decimal`, `_pyio` with
+    `io`."""
     top = module.split(".")[0]
     return re.sub(r"^_(py)?", "", top) or top
 
@@ -183,15 +209,16 @@ def _code(tree: ast.Module, source: str, module: str, max_chars: int) -> Iterato
             if len(text) > max_chars and isinstance(node, ast.ClassDef):
                 yield from visit(node.body, name + ".")
             elif MIN_CHARS["code"] <= len(text) <= max_chars:
-                seen[name] += 1
-                number = f"~{seen[name]}" if seen[name] > 1 else ""  # a property's setter has its getter's name
-                yield Document(f"code/{module}/{name}{number}", "code", text, f"cpython:{module}", _group(module))
+                seen[name] += 1  # a property's setter has its getter's name
+                stem = f"code/{module}/{name}" + (f"~{seen[name]}" if seen[name] > 1 else "")
+                yield Document(stem, "code", text, f"cpython:{module}", _group(module))
 
     yield from visit(tree.body, "")
 
 
 def _without_docstrings(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, lines: list[str]) -> str:
-    """The source of `node`, dedented, without the lines of any docstring in it; "" where nothing else remains."""
+    """The source of `node`, dedented, without the lines of any docstring in it; "" where nothing else
+    remains."""
     first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
     dropped: set[int] = set()
     for inner in ast.walk(node):
@@ -200,7 +227,7 @@ def _without_docstrings(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Class
         if ast.get_docstring(inner, clean=False) is None:
             continue
         doc = inner.body[0]
-        if len(inner.body) == 1 or doc.lineno == inner.lineno:  # nothing but words: removing them breaks the syntax
+        if len(inner.body) == 1 or doc.lineno == inner.lineno:  # without its words it would not be Python
             if inner is node:
                 return ""
             continue
@@ -228,7 +255,8 @@ def _docstrings(tree: ast.Module, module: str, max_chars: int) -> Iterator[Docum
 
 
 def _comments(source: str, module: str, max_chars: int) -> Iterator[Document]:
-    """Runs of comment lines that read as prose (four fifths letters and spaces): reasons, algorithms, history."""
+    """Runs of comment lines that read as prose (four fifths letters and spaces): reasons, algorithms,
+    history."""
     block: list[str] = []
     for number, line in enumerate([*source.split("\n"), ""], start=1):
         stripped = line.strip()
@@ -243,7 +271,8 @@ def _comments(source: str, module: str, max_chars: int) -> Iterator[Document]:
 
 
 def _topics(max_chars: int) -> Iterator[Document]:
-    """The language reference by topic. Topics quote each other, so a paragraph counts where it is seen first."""
+    """The language reference by topic. Topics quote each other, so a paragraph counts where it is seen
+    first."""
     from pydoc_data.topics import topics
 
     seen: set[str] = set()
@@ -251,15 +280,17 @@ def _topics(max_chars: int) -> Iterator[Document]:
         fresh: list[str] = []
         for paragraph in topics[topic].split("\n\n"):
             key = " ".join(paragraph.split())
-            if len(key) < 40 or key not in seen:  # short ones (headings, "Note:") are no leak and hold the rest up
+            if len(key) < 40 or key not in seen:  # short ones (headings, "Note:") leak nothing
                 fresh.append(paragraph)
             seen.add(key)
         text = "\n\n".join(fresh).strip()
-        yield from _cut(text, f"prose/topics/{topic}", "prose", "cpython:pydoc_data.topics", f"topic:{topic}", max_chars)
+        stem, source = f"prose/topics/{topic}", "cpython:pydoc_data.topics"
+        yield from _cut(text, stem, "prose", source, f"topic:{topic}", max_chars)
 
 
 def _cut(text: str, stem: str, domain: str, source: str, group: str, max_chars: int) -> Iterator[Document]:
-    """Cut a text at paragraphs into documents of at most `max_chars`; a heading begins a new one where it can.
+    """Cut a text at paragraphs into documents of at most `max_chars`; a heading begins a new one where it
+    can.
 
     A paragraph that is longer than `max_chars` by itself (a table, a grammar) is left out.
     """
@@ -271,7 +302,8 @@ def _cut(text: str, stem: str, domain: str, source: str, group: str, max_chars: 
         heading = len(lines) > 1 and bool(_HEADING.match(lines[1].strip()))
         if len(paragraph) > max_chars:
             continue
-        if current and (len(current) + 2 + len(paragraph) > max_chars or (heading and len(current) > max_chars // 3)):
+        full = len(current) + 2 + len(paragraph) > max_chars
+        if current and (full or (heading and len(current) > max_chars // 3)):
             parts.append(current)
             current = ""
         current = f"{current}\n\n{paragraph}" if current else paragraph
@@ -302,7 +334,10 @@ def _draw(seed: int, name: str) -> str:
 
 
 def _heldout_groups(documents: Sequence[Document], share: float, seed: int) -> set[str]:
-    """Groups, in seeded order, until every domain has its share; one that would overshoot by half is passed over."""
+    """Groups, in seeded order, until every domain has its share.
+
+    A group that is a quarter of a domain's share by itself, or overshoots it by a quarter, is passed over.
+    """
     if not 0 < share < 0.5:
         raise DataError(f"heldout_share is {share}; it must lie between 0 and 0.5.")
     sizes: dict[str, Counter[str]] = defaultdict(Counter)
@@ -310,12 +345,13 @@ def _heldout_groups(documents: Sequence[Document], share: float, seed: int) -> s
         sizes[document.group][document.domain] += 1
     total = Counter(document.domain for document in documents)
     target = {domain: min(share * total[domain], MAX_HELDOUT) for domain in DOMAINS}
+    limit = {domain: (1.25 * target[domain] + 1, 0.25 * target[domain] + 1) for domain in DOMAINS}
     held: Counter[str] = Counter()
     chosen: set[str] = set()
     for group in sorted(sizes, key=lambda g: _draw(seed, g)):
         size = sizes[group]
         wanted = any(held[d] < target[d] for d in size)
-        fits = all(held[d] + size[d] <= 1.25 * target[d] + 1 and size[d] <= 0.25 * target[d] + 1 for d in size)
+        fits = all(held[d] + size[d] <= limit[d][0] and size[d] <= limit[d][1] for d in size)
         if wanted and fits:
             chosen.add(group)
             held += size
@@ -349,7 +385,8 @@ def _prompts(documents: Sequence[Document], num_prompts: int) -> list[dict[str, 
 
 
 def _beginning(document: Document) -> str:
-    """Up to and with the first `def`/`class` line of code, the first sentence of anything else; at most 160 chars."""
+    """Up to and with the first `def`/`class` line of code, the first sentence of anything else; at most 160
+    chars."""
     if document.domain == "code":
         match = re.search(r"^[ ]*(?:async def|def|class)\b.*:$", document.text, re.MULTILINE)
         prompt = document.text[: match.end()] + "\n" if match else ""

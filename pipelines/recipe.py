@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdata.capture import CaptureConfig
 from kdata.config import apply_settings, parse_config, read_yaml
@@ -16,7 +16,8 @@ from kdata.schema import Strict
 from kdata.selection import SelectConfig
 from kdata.teachers import TeacherConfig
 from pipelines.builtin import BuiltinConfig
-from trainer.student import StudentConfig
+from trainer.objectives import ObjectiveConfig
+from trainer.student import CheckpointStudent, ScratchStudent
 from trainer.train import TrainConfig
 
 BUILTIN = "builtin"
@@ -42,7 +43,7 @@ class ReferenceConfig(ReaderConfig):
         description="Model folder or Hub name; auto: builtin's reference beside the builtin teacher, otherwise the "
         "student's checkpoint (student.model).",
     )
-    backend: Any = Field("transformers", description="vllm or transformers.")
+    backend: Literal["vllm", "transformers"] = Field("transformers", description="What runs the model.")
 
 
 class GenerateStage(Strict):
@@ -70,7 +71,21 @@ class StudentRun(Strict):
 
     label: str = Field(description="How tables and plots call it.")
     plan: bool = Field(False, description="Train on the selected plan; otherwise on every sequence.")
-    objectives: dict[str, Any] = Field(description="Objective to weight (or settings), as the trainer takes them.")
+    objective: ObjectiveConfig = Field(description="What it minimises.")
+
+
+class StudentStage(Strict):
+    """Where every student begins."""
+
+    model: str | None = Field(
+        None, description="Checkpoint folder or Hub name with the teacher's tokenizer; null starts from `scratch`."
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch on the Hub; null: the default branch.")
+    scratch: ScratchStudent = Field(ScratchStudent(), description="Network at random initialisation.")
+
+    def resolve(self) -> ScratchStudent | CheckpointStudent:
+        """What the trainer takes."""
+        return CheckpointStudent(path=self.model, revision=self.revision) if self.model else self.scratch
 
 
 class EvaluateStage(Strict):
@@ -93,10 +108,24 @@ class Recipe(Strict):
     heldout: TextConfig = Field(TextConfig(), description="Text that students are measured on; never trained on.")
     capture: CaptureStage = CaptureStage()
     select: SelectConfig = SelectConfig()
-    student: StudentConfig = Field(description="The network that every student starts from.")
-    train: TrainConfig = Field(description="What every student's training has in common.")
+    student: StudentStage = Field(StudentStage(), description="The network that every student starts from.")
+    train: TrainConfig = Field(TrainConfig(), description="What every student's training has in common.")
     students: dict[str, StudentRun] = Field(description="Students by name.", min_length=1)
     evaluate: EvaluateStage = EvaluateStage()
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> Recipe:
+        for key in sorted(self.train.model_fields_set & {"student", "objective", "label", "seed"}):
+            raise ValueError(
+                f"train.{key} would be ignored: the student stands under `student`, objectives and labels under "
+                "`students`, the seed at the top"
+            )
+        return self
+
+    def train_config(self, run: StudentRun) -> TrainConfig:
+        """Settings of one student's training."""
+        own = {"label": run.label, "student": self.student.resolve(), "objective": run.objective, "seed": self.seed}
+        return self.train.model_copy(update=own)
 
     def capture_config(self, corpus: CorpusConfig, name: str) -> CaptureConfig:
         """Settings of a capture of one corpus."""

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from kdata.errors import ShapeError
-from trainer.objectives import LOG_ZERO, OBJECTIVES, ObjectiveConfig, Outcomes, Tail, Targets, teacher_outcomes
+from trainer.objectives import (
+    LOG_ZERO,
+    OBJECTIVES,
+    ObjectiveConfig,
+    Outcomes,
+    Tail,
+    Targets,
+    teacher_outcomes,
+)
 
 # Size of the logits buffer. 64 MiB keeps the matrix products at full speed at V = 128k (128 positions a chunk).
 CHUNK_BYTES = 64 * 2**20
@@ -109,7 +117,9 @@ def measure(
 ) -> Measured:
     """Objectives at each position and the student's `top` most likely tokens, for evaluation; same core, no gradient."""
     _check(hidden_MD, head_VD, targets)
-    recipe = Recipe(ObjectiveConfig(), tail, names, 1.0, hidden_MD.dtype, _chunk_positions(head_VD, chunk_bytes))
+    recipe = Recipe(
+        ObjectiveConfig(), tail, names, 1.0, hidden_MD.dtype, _chunk_positions(head_VD, chunk_bytes)
+    )
     values, top_ids, confidence = [], [], []
     for part, logits_CV in _logit_chunks(hidden_MD, head_VD.to(recipe.matmul_dtype), recipe):
         top_logits_CN, top_ids_CN = logits_CV.topk(min(top, logits_CV.shape[1]), dim=-1)
@@ -134,10 +144,14 @@ class _Student(NamedTuple):
 
 class _SparseLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, head_VD: Tensor, targets: Targets, recipe: Recipe, grad: bool) -> Any:
+    def forward(
+        ctx: Any, hidden_MD: Tensor, head_VD: Tensor, targets: Targets, recipe: Recipe, grad: bool
+    ) -> Any:
         wide = _wide(hidden_MD)
         values_MO = torch.empty(len(targets), len(recipe.names), dtype=wide, device=hidden_MD.device)
-        weights_O = torch.tensor([recipe.config.weights[n] for n in recipe.names], dtype=wide).to(hidden_MD.device)
+        weights_O = torch.tensor([recipe.config.weights[n] for n in recipe.names], dtype=wide).to(
+            hidden_MD.device
+        )
         grad_hidden_MD = torch.zeros_like(hidden_MD) if grad and ctx.needs_input_grad[0] else None
         grad_head_VD = torch.zeros_like(head_VD, dtype=wide) if grad and ctx.needs_input_grad[1] else None
         head_cast_VD = head_VD.to(recipe.matmul_dtype)
@@ -160,15 +174,22 @@ class _SparseLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> Any:
         if ctx.gradients is None:
-            raise RuntimeError("the sparse loss was differentiated twice; compute it again before a second backward")
-        gradients, ctx.gradients = ctx.gradients, None  # handed over, so that autograd takes them without a copy
+            raise RuntimeError(
+                "the sparse loss was differentiated twice; compute it again before a second backward"
+            )
+        gradients, ctx.gradients = (
+            ctx.gradients,
+            None,
+        )  # handed over, so that autograd takes them without a copy
         hidden, head = (None if g is None else g.mul_(grad_total) for g in gradients)
         return hidden, head, None, None, None
 
 
 def _check(hidden_MD: Tensor, head_VD: Tensor, targets: Targets) -> None:
     if hidden_MD.ndim != 2 or head_VD.ndim != 2 or hidden_MD.shape[1] != head_VD.shape[1]:
-        raise ShapeError(f"hidden {tuple(hidden_MD.shape)} and head {tuple(head_VD.shape)} must be [M, D] and [V, D]")
+        raise ShapeError(
+            f"hidden {tuple(hidden_MD.shape)} and head {tuple(head_VD.shape)} must be [M, D] and [V, D]"
+        )
     targets.check(hidden_MD.shape[0], head_VD.shape[0])
 
 

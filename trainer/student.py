@@ -31,12 +31,16 @@ class ScratchStudent(BaseModel):
     kind: Literal["scratch"] = "scratch"
     hidden_size: int = Field(default=128, ge=2, description="Width D of the hidden states.")
     num_layers: int = Field(default=4, ge=1, description="Transformer layers.")
-    num_heads: int = Field(default=4, ge=1, description="Attention heads; must divide hidden_size into even widths.")
+    num_heads: int = Field(
+        default=4, ge=1, description="Attention heads; must divide hidden_size into even widths."
+    )
     num_kv_heads: int | None = Field(
         default=None, ge=1, description="Key-value heads (grouped attention); None: num_heads."
     )
     intermediate_size: int | None = Field(
-        default=None, ge=1, description="Width of the feed-forward layers; None: 8/3 of hidden_size, rounded up to 32."
+        default=None,
+        ge=1,
+        description="Width of the feed-forward layers; None: 8/3 of hidden_size, rounded up to 32.",
     )
     max_positions: int = Field(default=2048, ge=2, description="Longest document that the student can read.")
     tied_embeddings: bool = Field(default=True, description="One matrix for input and output embeddings.")
@@ -50,7 +54,9 @@ class CheckpointStudent(BaseModel):
 
     kind: Literal["checkpoint"] = "checkpoint"
     path: str = Field(description="Directory in Hugging Face format, or a model name on the Hub.")
-    revision: str | None = Field(default=None, description="Commit, tag or branch on the Hub; None: the default branch.")
+    revision: str | None = Field(
+        default=None, description="Commit, tag or branch on the Hub; None: the default branch."
+    )
 
 
 StudentConfig = Annotated[ScratchStudent | CheckpointStudent, Field(discriminator="kind")]
@@ -181,7 +187,9 @@ def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedM
             config.path, revision=config.revision, dtype=torch.float32, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise MissingError(f"student.path {config.path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise MissingError(
+            f"student.path {config.path!r} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
     if found != dataset.info.tokenizer.hash:
         raise MismatchError(
             f"the student's tokenizer ({found[:12]}) is not the dataset's ({dataset.info.tokenizer.hash[:12]}), so the "

