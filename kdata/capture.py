@@ -118,9 +118,9 @@ def read_unit(teacher: Teacher, unit: ReadingUnit, k: int) -> Unit:
 
 def record_of(sequence: Record, readout: Readout) -> Record:
     """Fill a record's distributions from a readout; every recorded position is a target."""
-    sequence.target_mask = readout.kept.num_kept > 0
-    sequence.logprob, sequence.rank = readout.logprob, readout.rank
-    sequence.log_tail, sequence.entropy, sequence.kept = readout.log_tail, readout.entropy, readout.kept
+    sequence.target_mask = readout.rank > 0
+    sequence.logprob, sequence.rank, sequence.log_tail = readout.logprob, readout.rank, readout.log_tail
+    sequence.log_z, sequence.entropy, sequence.kept = readout.log_z, readout.entropy, readout.kept
     return sequence
 
 
@@ -213,7 +213,12 @@ def dataset_info(teacher: Teacher, tokenizer: Any, k: int) -> DatasetInfo:
         vocab_size=teacher.vocab_size,
         teacher=teacher.info,
         tokenizer=tokenizer_info(tokenizer),
-        codec=CodecInfo(id="plain", version=1, kind="topk", parameters={"k": k}),
+        codec=CodecInfo(
+            id="packed",
+            version=1,
+            kind="topk",
+            parameters={"k": k, "id_bytes": 2 if teacher.vocab_size <= 2**16 else 3},
+        ),
         tail="ghost",
     )
 

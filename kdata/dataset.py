@@ -15,10 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdata import codec as codecs
-from kdata.codec import Kept
 from kdata.errors import ConfigError, CorruptError, MissingError, ShapeError
 from kdata.manifest import inside, read_info, read_manifest
-from kdata.schema import DatasetInfo, ManifestEntry, content_hash, fingerprint
+from kdata.schema import DatasetInfo, ManifestEntry, content_hash, fingerprint, index_schema, payload_schema
 
 CACHED_BATCHES = 64  # decoded record batches kept per open dataset: about 50 MB at 64 entries per token
 
@@ -29,8 +28,10 @@ class Sequences:
 
     token_ids int32 [T]; offsets int64 [S+1]; target_mask bool [T]; logprob float32 [T] (nats, NaN where nothing was
     recorded); rank int32 [T] (1 = first choice, 0 = nothing recorded); log_tail float32 [T] (nats); entropy
-    float32 [T] (nats, NaN where unknown); num_kept int32 [T]; entry_offsets int64 [T+1]; entry_ids int32 [N];
-    entry_logprobs float32 [N] (nats, not renormalised).
+    float32 [T] (nats, NaN where unknown); num_exact int32 [T] entries kept exactly; num_kept int32 [T] entries in all,
+    the exact ones first, then draws; log_z float32 [T, temperatures] or None; entry_offsets int64 [T+1]; entry_ids
+    int32 [N]; entry_logprobs float32 [N] (nats, not renormalised; of a draw the log of its unbiased weight);
+    draw_logprobs float32 [N], the log-probability of draws (NaN for exact entries), or None where not stored.
     """
 
     token_ids: np.ndarray
@@ -40,10 +41,13 @@ class Sequences:
     rank: np.ndarray
     log_tail: np.ndarray
     entropy: np.ndarray
+    num_exact: np.ndarray
     num_kept: np.ndarray
+    log_z: np.ndarray | None
     entry_offsets: np.ndarray
     entry_ids: np.ndarray
     entry_logprobs: np.ndarray
+    draw_logprobs: np.ndarray | None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -118,8 +122,6 @@ class Dataset:
         """The readable index, one row per sequence in global row order."""
         parts = [self._read_index(entry, columns) for entry in self.manifest]
         if not parts:
-            from kdata.schema import index_schema
-
             schema = index_schema()
             return schema.empty_table().select(columns) if columns else schema.empty_table()
         return pa.concat_tables(parts)
@@ -253,25 +255,46 @@ def _flat(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _decode(batch: pa.RecordBatch, info: DatasetInfo) -> Sequences:
-    token_ids, offsets = _flat(batch.column("input_ids"))
-    per_token = {n: _flat(batch.column(n))[0] for n in ("target_mask", "logprob", "rank", "log_tail", "entropy")}
-    num_kept = _flat(batch.column("num_kept"))[0].astype(np.int32)
-    from kdata.schema import payload_schema
-
-    common = set(payload_schema(info.codec.id).names)
-    entry_names = [n for n in batch.schema.names if n.startswith("entry_") and n in common]
-    kept = codecs.from_columns({n: _flat(batch.column(n))[0] for n in entry_names}, num_kept, info.codec)
-    if not all(len(values) == len(token_ids) for values in (*per_token.values(), num_kept)):
+    flat = {name: _flat(batch.column(name)) for name in COMMON}
+    token_ids, offsets = flat["input_ids"]
+    if not all(len(values) == len(token_ids) for values, _ in flat.values()):
         raise ShapeError("columns disagree in length")
+    values = {name: array for name, (array, _) in flat.items()}
+    num_exact, num_drawn = values["num_exact"].astype(np.int32), values["num_drawn"].astype(np.int32)
+    own = [n for n in payload_schema(info.codec.id).names if n.split("_")[0] in ("entry", "exact", "draw")]
+    present = [n for n in own if batch.num_rows and batch.column(n).null_count == 0]
+    kept = codecs.from_columns(
+        {n: _flat(batch.column(n))[0] for n in present},
+        codecs.Positions(num_exact, num_drawn, values["log_tail"]),
+        info.codec,
+    )
+    temperatures = len(info.codec.parameters.get("temperatures", []))
+    log_z = _flat(batch.column("log_z"))[0].reshape(-1, temperatures) if temperatures else None
+    draws = None
+    if kept.draw_logprobs is not None:
+        draws = np.full(len(kept.ids), np.nan, np.float32)
+        draws[kept.is_draw] = kept.draw_logprobs
     return Sequences(
         token_ids=token_ids,
         offsets=offsets.astype(np.int64),
-        **per_token,
-        num_kept=num_kept,
-        entry_offsets=np.concatenate(([0], np.cumsum(num_kept, dtype=np.int64))),
+        target_mask=values["target_mask"],
+        logprob=values["logprob"].astype(np.float32),
+        rank=values["rank"],
+        log_tail=values["log_tail"],
+        entropy=values["entropy"].astype(np.float32),
+        num_exact=num_exact,
+        num_kept=num_exact + num_drawn,
+        log_z=log_z,
+        entry_offsets=np.concatenate(([0], np.cumsum(num_exact + num_drawn, dtype=np.int64))),
         entry_ids=kept.ids,
         entry_logprobs=kept.logprobs,
+        draw_logprobs=draws,
     )
+
+
+COMMON = (
+    "input_ids", "target_mask", "logprob", "rank", "log_tail", "entropy", "num_exact", "num_drawn",
+)  # fmt: skip
 
 
 def _gather(parts: list[tuple[Sequences, int]]) -> Sequences:
@@ -279,23 +302,30 @@ def _gather(parts: list[tuple[Sequences, int]]) -> Sequences:
     spans = [(s, int(s.offsets[i]), int(s.offsets[i + 1])) for s, i in parts]
     entries = [(s, int(s.entry_offsets[a]), int(s.entry_offsets[b])) for s, a, b in spans]
 
-    def tokens(name: str, dtype: type) -> np.ndarray:
-        return np.concatenate([getattr(s, name)[a:b] for s, a, b in spans] or [np.zeros(0, dtype)])
+    def join(name: str, dtype: type, ranges: list[tuple[Sequences, int, int]] = spans) -> np.ndarray:
+        return np.concatenate([getattr(s, name)[a:b] for s, a, b in ranges] or [np.zeros(0, dtype)])
 
-    num_kept = tokens("num_kept", np.int32)
-    empty = Kept.concatenate([])
+    num_kept = join("num_kept", np.int32)
+    first = parts[0][0] if parts else None
     return Sequences(
-        token_ids=tokens("token_ids", np.int32),
+        token_ids=join("token_ids", np.int32),
         offsets=np.concatenate(([0], np.cumsum([b - a for _, a, b in spans], dtype=np.int64))),
-        target_mask=tokens("target_mask", np.bool_),
-        logprob=tokens("logprob", np.float32),
-        rank=tokens("rank", np.int32),
-        log_tail=tokens("log_tail", np.float32),
-        entropy=tokens("entropy", np.float32),
+        target_mask=join("target_mask", np.bool_),
+        logprob=join("logprob", np.float32),
+        rank=join("rank", np.int32),
+        log_tail=join("log_tail", np.float32),
+        entropy=join("entropy", np.float32),
+        num_exact=join("num_exact", np.int32),
         num_kept=num_kept,
+        log_z=join("log_z", np.float32) if first is not None and first.log_z is not None else None,
         entry_offsets=np.concatenate(([0], np.cumsum(num_kept, dtype=np.int64))),
-        entry_ids=np.concatenate([s.entry_ids[a:b] for s, a, b in entries] or [empty.ids]),
-        entry_logprobs=np.concatenate([s.entry_logprobs[a:b] for s, a, b in entries] or [empty.logprobs]),
+        entry_ids=join("entry_ids", np.int32, entries),
+        entry_logprobs=join("entry_logprobs", np.float32, entries),
+        draw_logprobs=(
+            join("draw_logprobs", np.float32, entries)
+            if first is not None and first.draw_logprobs is not None
+            else None
+        ),
     )
 
 

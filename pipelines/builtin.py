@@ -296,8 +296,8 @@ def train_language_model(
 
     Documents are packed as bos + text + eos, without attention isolation: at these sizes a wasted pad costs
     more than a window that begins inside a document. Muon for the inner matrices, AdamW for the embedding,
-    linear decay to a twentieth. The arithmetic is bf16 (weights are float32); two runs on one machine with the
-    same number of threads give the same weights, other machines give equal losses to about 0.01.
+    linear decay to a twentieth. The arithmetic is bf16 (weights are float32). Two runs on one machine with
+    the same number of threads give the same weights; other machines round differently.
 
     Args:
         texts: training documents.
@@ -453,10 +453,10 @@ def _head_loss(
 def _hidden_states(model: LlamaForCausalLM, ids_BT: torch.Tensor) -> torch.Tensor:
     """The model's last hidden states [B, T, D] in bf16: the same function of the same weights, but faster.
 
-    12,300 tokens/s of training against 7,000 (6 M parameters, two cores): under autocast two thirds of a step of
-    transformers' own forward go outside matrix products, to norms and rotary embeddings in float32 and a slow
-    attention kernel. Here all but the sums is bf16, and q/k/v and gate/up are one product each. A test holds
-    the two equal.
+    12,300 tokens/s of training against 7,000 (6 M parameters, two cores): under autocast two thirds of a step
+    of transformers' own forward go outside matrix products, to norms and rotary embeddings in float32 and a
+    slow attention kernel. Here all but the sums is bf16, and q/k/v and gate/up are one product each. A test
+    holds the two equal.
     """
     import torch
     import torch.nn.functional as F

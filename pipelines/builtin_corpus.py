@@ -123,6 +123,8 @@ def build_corpus(
     Raises:
         DataError: the interpreter carries no readable sources (a frozen or stripped build).
     """
+    if not 0 < heldout_share < 0.5:
+        raise DataError(f"heldout_share is {heldout_share}; it must lie between 0 and 0.5.")
     documents = _without_duplicates(gather(max_chars))
     if {d.domain for d in documents} != set(DOMAINS):
         found = sorted({d.domain for d in documents})
@@ -338,8 +340,6 @@ def _heldout_groups(documents: Sequence[Document], share: float, seed: int) -> s
 
     A group that is a quarter of a domain's share by itself, or overshoots it by a quarter, is passed over.
     """
-    if not 0 < share < 0.5:
-        raise DataError(f"heldout_share is {share}; it must lie between 0 and 0.5.")
     sizes: dict[str, Counter[str]] = defaultdict(Counter)
     for document in documents:
         sizes[document.group][document.domain] += 1

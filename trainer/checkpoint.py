@@ -1,6 +1,6 @@
-"""Checkpoints that survive a kill at any moment: safetensors and JSON, never pickle; written aside, then renamed.
+"""Checkpoints that survive a kill at any moment: safetensors and JSON, no pickle; written aside and renamed.
 
-    OUT/checkpoints/step-00000100/tensors.safetensors   parameters, AdamW moments and step counts, random state
+    OUT/checkpoints/step-00000100/tensors.safetensors   parameters, AdamW moments and counts, random state
                                   state.json            step, counts, loader state, settings
 
 Only the newest is kept: a new one is complete on disk before the old one goes.
@@ -60,7 +60,10 @@ def save_checkpoint(
 def load_checkpoint(
     root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Restore the newest checkpoint into model, optimizer and random state; return its `state`, None without one.
+    """Restore the newest checkpoint into model, optimizer and random state.
+
+    Returns:
+        Its `state`; None without a checkpoint.
 
     Raises:
         MismatchError: it was written under other settings; the message lists them.

@@ -1,12 +1,12 @@
-"""The sparse loss without logits: head, log-sum-exp and gather, a chunk of positions at a time, forward and backward.
+"""The sparse loss without logits: head, log-sum-exp and gather, forward and backward, chunk by chunk.
 
-Never more than [chunk, V] logits exist, in one buffer that all chunks share. For each chunk the logits are computed
-once; the kept entries' and the actual token's logits are gathered; the rest of the vocabulary is summed with the kept
-entries set to exactly 0, so the student's tail mass has no cancellation however small it is. The objective is
-differentiated on those [C, K + 2] numbers by autograd, and its Jacobian turns the same buffer into d loss / d logits,
-from which both gradients follow. Three matrix products in all, as in the naive version, and a fraction of its memory
-(`tests/benchmarks/loss.py`). Gradients are computed in the forward pass and handed out in the backward pass, which
-can therefore run once.
+Never more than [chunk, V] logits exist, in one buffer that all chunks share. For each chunk the logits are
+computed once; the kept entries' and the actual token's logits are gathered; the rest of the vocabulary is
+summed with the kept entries set to exactly 0, so the student's tail mass has no cancellation however small it
+is. The objective is differentiated on those [C, K + 2] numbers by autograd, and its Jacobian turns the same
+buffer into d loss / d logits, from which both gradients follow. Three matrix products in all, as in the naive
+version, and a fraction of its memory (`tests/benchmarks/loss.py`). Gradients are computed in the forward pass
+and handed out in the backward pass, which can therefore run once.
 
 Shapes: M counted positions, C positions of a chunk, V vocabulary, D hidden, K kept entries, O objectives.
 """
@@ -31,13 +31,17 @@ from trainer.objectives import (
     teacher_outcomes,
 )
 
-# Size of the logits buffer. 64 MiB keeps the matrix products at full speed at V = 128k (128 positions a chunk).
+# Size of the logits buffer. 64 MiB keeps the matrix products at full speed at V = 128k (128 positions a
+# chunk).
 CHUNK_BYTES = 64 * 2**20
 
 
 class Loss(NamedTuple):
-    """total: scalar, nats per counted token, differentiable. values_MO: float [M, O], each objective at each position,
-    detached, in the order of `names`."""
+    """What a batch costs.
+
+    total: scalar, nats per counted token, differentiable. values_MO: float [M, O], each objective at each
+    position, detached, in the order of `names`.
+    """
 
     total: Tensor
     values_MO: Tensor
@@ -45,7 +49,7 @@ class Loss(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """values_MO as in Loss; top_ids_MN: int64 [M, N] student's most likely tokens; confidence_M: its top probability."""
+    """values_MO as in Loss; top_ids_MN: int64 [M, N], most likely tokens; confidence_M: the top probability."""
 
     values_MO: Tensor
     top_ids_MN: Tensor
@@ -54,7 +58,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How values become a loss. `scale` multiplies the sum over positions: 1 / (counted tokens of the whole step)."""
+    """How values become a loss. `scale` multiplies the sum over positions: 1 / counted tokens of the step."""
 
     config: ObjectiveConfig
     tail: Tail
@@ -75,16 +79,17 @@ def distillation_loss(
     matmul_dtype: torch.dtype | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Loss:
-    """Weighted sum of the configured objectives, per counted token, with gradients for hidden states and head.
+    """Weighted sum of the objectives, per counted token, with gradients for hidden states and head.
 
     Args:
         hidden_MD: float [M, D], the hidden states that predict the targets, after the final norm.
         head_VD: float [V, D], the student's output embedding.
         targets: teacher's side of the same M positions.
         config, tail: the mix, and the tail mode from `resolve_tail`.
-        counted_tokens: divisor of the sum; M when None. Under accumulation it is the whole step's count, so that the
-            parts add up to the loss of one large batch.
-        matmul_dtype: dtype of the three matrix products; None: hidden_MD's. Sums are float32 (float64 for float64).
+        counted_tokens: divisor of the sum; M when None. Under accumulation it is the whole step's count, so
+            that the parts add up to the loss of one large batch.
+        matmul_dtype: dtype of the three matrix products; None: hidden_MD's. Sums are float32 (float64 for
+            float64).
         chunk_bytes: size of the logits buffer.
     Returns:
         Loss; `values_MO` also holds objectives of weight 0. M = 0 gives 0 with zero gradients.
@@ -115,7 +120,7 @@ def measure(
     top: int = 5,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Measured:
-    """Objectives at each position and the student's `top` most likely tokens, for evaluation; same core, no gradient."""
+    """Objectives and the `top` most likely tokens at each position, for evaluation: same core, no gradient."""
     _check(hidden_MD, head_VD, targets)
     recipe = Recipe(
         ObjectiveConfig(), tail, names, 1.0, hidden_MD.dtype, _chunk_positions(head_VD, chunk_bytes)
@@ -216,7 +221,7 @@ def _logit_chunks(hidden_MD: Tensor, head_cast_VD: Tensor, recipe: Recipe) -> It
 
 
 def _student(logits_CV: Tensor, targets: Targets) -> _Student:
-    """Gather what objectives need, leaving in `logits_CV` exp(logits - row maximum) with 0 at the kept entries."""
+    """Gather what objectives need; leave exp(logits - row maximum) in `logits_CV`, 0 at the kept entries."""
     pad_CK = targets.ids_CK < 0
     ids_CK = targets.ids_CK.clamp_min(0)
     kept_CK = logits_CV.gather(1, ids_CK).masked_fill_(pad_CK, -torch.inf)
@@ -247,8 +252,8 @@ def _to_logit_gradient_(
 ) -> Tensor:
     """Turn what `_student` left into d loss / d logits, in place; return the values [C, O].
 
-    With r = log-sum-exp of the rest, d loss / d z_v is (d loss / d r) exp(z_v - r) for the rest, and the gathered
-    logits' own derivatives are added at their ids.
+    With r = log-sum-exp of the rest, d loss / d z_v is (d loss / d r) exp(z_v - r) for the rest, and the
+    gathered logits' own derivatives are added at their ids.
     """
     leaves = _Student(*(t.detach().requires_grad_() for t in student))
     with torch.enable_grad():

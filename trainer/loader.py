@@ -1,10 +1,11 @@
-"""Dataset and plan to batches: a grid of rows, several whole documents in each, and the teacher's view of what counts.
+"""Dataset and plan to batches: rows of several whole documents, and the teacher's view of what counts.
 
-No document is cut, none is dropped, none sees another (positions restart, segments differ). Decoding is vectorised
-over a batch and runs in a background thread, so a step waits only when reading is slower than training. State is
-constant in size and exact: a resumed loader gives the batches that would have come.
+No document is cut, none is dropped, none sees another (positions restart, segments differ). Decoding is
+vectorised over a batch and runs in a background thread, so a step waits only when reading is slower than
+training. State is constant in size and exact: a resumed loader gives the batches that would have come.
 
-Shapes: B rows, L context, S documents of the batch, T = tokens of the batch, M counted positions, K kept entries.
+Shapes: B rows, L context, S documents of the batch, T = tokens of the batch, M counted positions, K kept
+entries.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ class LoaderConfig(BaseModel):
 class Batch:
     """One grid of packed documents.
 
-    input_ids, position_ids, segment_ids: int64 [B, L]; positions restart at 0 in each document, segments count from 0
-    within a row, free cells are one trailing segment -1 of token 0. predictor_M: int64 [M], flat index into [B * L]
-    of the hidden state that predicts each counted token (the cell before it). targets: the teacher's view, M rows.
-    logprob_M float32, rank_M int32, entropy_M float32: the teacher on the actual tokens. document_M: int64 [M], which
-    of `rows` a counted token belongs to. rows: int64 [S], global dataset rows. num_tokens: tokens in documents.
+    input_ids, position_ids, segment_ids: int64 [B, L]; positions restart at 0 in each document, segments
+    count from 0 within a row, free cells are one trailing segment -1 of token 0. predictor_M: int64 [M], flat
+    index into [B * L] of the hidden state that predicts each counted token (the cell before it). targets: the
+    teacher's view, M rows. logprob_M float32, rank_M int32, entropy_M float32: the teacher on the actual
+    tokens. document_M: int64 [M], which of `rows` a counted token belongs to. rows: int64 [S], global dataset
+    rows. num_tokens: tokens in documents.
     """
 
     input_ids: Tensor
@@ -100,7 +102,7 @@ class Loader:
         self._place = Place()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from where the state stands; the state moves as batches are taken, not as they are read ahead."""
+        """Batches from where the state stands; it moves as batches are taken, not as they are read ahead."""
         batches = self._batches(self._place)
         if self.config.prefetch_batches:
             batches = _ahead(batches, self.config.prefetch_batches)
@@ -109,7 +111,7 @@ class Loader:
             yield batch
 
     def epoch(self) -> Iterator[Batch]:
-        """Every planned document once, in order, from the beginning; the last batch holds fewer rows. For evaluation."""
+        """Every planned document once, from the beginning; the last batch may hold fewer rows. For evaluation."""
         stream = self._stream(Place())
         done = False
         while not done:
@@ -126,13 +128,13 @@ class Loader:
         return {**asdict(self._place), "identity": self.identity, **order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another loader's state stood. Raises MismatchError when data or order are not the same."""
+        """Go on where another loader's state stood. Raises MismatchError when data or order differ."""
         here = self.state_dict()
         different = [k for k in here if k not in ("epoch", "window", "row") and here[k] != state.get(k)]
         if different:
             raise MismatchError(
-                f"the loader's state was made with another {', '.join(different)}; resume with the same dataset, "
-                "plan and loader settings, or start anew in another folder"
+                f"the loader's state was made with another {', '.join(different)}; resume with the same "
+                "dataset, plan and loader settings, or start anew in another folder"
             )
         self._place = Place(state["epoch"], state["window"], state["row"])
 
@@ -143,8 +145,8 @@ class Loader:
             name = self.dataset.index(["id"])["id"][int(rows[too_long[0]])].as_py()
             raise DataError(
                 f"document {name!r} has {lengths[too_long[0]]} tokens, more than context_tokens={context} "
-                f"({len(too_long)} of {len(rows)} are longer). Documents are never cut: set context_tokens to "
-                f"{lengths.max()} or more, or train on a plan with num_tokens <= {context}"
+                f"({len(too_long)} of {len(rows)} are longer). Documents are never cut: set context_tokens "
+                f"to {lengths.max()} or more, or train on a plan with num_tokens <= {context}"
             )
 
     def _stream(self, start: Place) -> Iterator[tuple[list[int], Place]]:
@@ -210,7 +212,7 @@ def _lay_out(
 
 
 def _ahead(source: Iterator[Any], depth: int) -> Iterator[Any]:
-    """Run `source` in a thread, at most `depth` items ahead; its exception is raised where its item would have come.
+    """Run `source` in a thread, at most `depth` items ahead; its exception is raised in its place.
 
     The thread ends when the consumer stops iterating (the generator is closed or collected).
     """

@@ -1,15 +1,15 @@
 """What a student is asked to minimise, written as formulas over a handful of outcomes per position.
 
-A position has J = K + 1 outcomes: the K kept entries and one bucket for everything else. An objective is a function
-of the teacher's and the student's log-probabilities over those outcomes, and nothing else: `trainer.fused` computes
-the student's side without ever holding [positions, vocabulary], differentiates the formula by autograd on [C, J], and
-carries the result back to hidden states and head. To add an objective: one function, one line in `OBJECTIVES`, one
-oracle test.
+A position has J = K + 1 outcomes: the K kept entries and one bucket for everything else. An objective is a
+function of the teacher's and the student's log-probabilities over those outcomes, and nothing else:
+`trainer.fused` computes the student's side without ever holding [positions, vocabulary], differentiates the
+formula by autograd on [C, J], and carries the result back to hidden states and head. To add an objective: one
+function, one line in `OBJECTIVES`, one oracle test.
 
-By the log-sum inequality, lumping outcomes never increases an f-divergence, so every divergence below is, with the
-ghost bucket, a lower bound of the full one; only the cross-entropy of the actual token is exact. On draws (random
-sampling and hybrids) a term that is linear in the teacher's probabilities is unbiased, any other is not; each
-docstring says which.
+By the log-sum inequality, lumping outcomes never increases an f-divergence, so every divergence below is,
+with the ghost bucket, a lower bound of the full one; only the cross-entropy of the actual token is exact. On
+draws (random sampling and hybrids) a term that is linear in the teacher's probabilities is unbiased, any
+other is not; each docstring says which.
 
 Shapes: C positions, K kept entries, J = K + 1 outcomes (the last is the bucket). All values are nats.
 """
@@ -29,8 +29,8 @@ from kdata.errors import ConfigError, ShapeError
 
 Tail = Literal["ghost", "draws", "renormalise"]
 
-# The logarithm that stands for probability 0: e^-100 is below float32's normal range, and a finite number keeps
-# 0 * log 0 = 0 and every gradient free of NaN without a mask in each formula.
+# The logarithm that stands for probability 0: e^-100 is below float32's normal range, and a finite number
+# keeps 0 * log 0 = 0 and every gradient free of NaN without a mask in each formula.
 LOG_ZERO = -100.0
 
 
@@ -46,14 +46,14 @@ class ObjectiveConfig(BaseModel):
     )
     tail: Literal["auto", "ghost", "draws", "renormalise"] = Field(
         default="auto",
-        description="What stands for the mass outside the kept entries. auto: what the dataset holds (ghost or "
-        "draws). ghost: one bucket with the exact remaining mass. draws: none, the kept weights are unbiased and sum "
-        "to 1. renormalise: none, the kept entries are scaled to sum to 1 (biased; for comparison).",
+        description="What stands for the mass outside the kept entries. auto: what the dataset holds (ghost "
+        "or draws). ghost: one bucket with the exact remaining mass. draws: none, the kept weights are unbiased "
+        "and sum to 1. renormalise: none, the kept entries are scaled to sum to 1 (biased; for comparison).",
     )
     temperature: float = Field(
         default=1.0,
         gt=0,
-        description="Temperature of teacher and student. Only 1 can be trained exactly from log-probabilities at 1.",
+        description="Temperature of teacher and student. Only 1 is exact from log-probabilities at 1.",
     )
     jsd_beta: float = Field(
         default=0.5,
@@ -71,8 +71,8 @@ class Targets:
     """The teacher's side of C counted positions, and the tokens that are really there.
 
     token_ids_C: int64 [C] in [0, V). ids_CK: int64 [C, K] in [0, V), no id twice in a row, -1 pads.
-    logprobs_CK: float [C, K], nats, not renormalised, -inf at pads. log_tail_C: float [C], log of the exact mass
-    outside the kept entries, -inf if none.
+    logprobs_CK: float [C, K], nats, not renormalised, -inf at pads. log_tail_C: float [C], log of the exact
+    mass outside the kept entries, -inf if none.
     """
 
     token_ids_C: Tensor
@@ -92,7 +92,7 @@ class Targets:
         return Targets(*(t[part] for t in vars(self).values()))
 
     def check(self, num_positions: int, vocab_size: int) -> None:
-        """Raise ShapeError where shapes disagree or an id lies outside [-1, vocab_size) (0 for actual tokens)."""
+        """Raise ShapeError where shapes disagree or an id lies outside the vocabulary (-1 may pad kept ids)."""
         if not len(self) == self.ids_CK.shape[0] == self.log_tail_C.shape[0] == num_positions:
             shapes = {name: tuple(t.shape) for name, t in vars(self).items()}
             raise ShapeError(f"targets {shapes} do not fit {num_positions} hidden states")
@@ -109,7 +109,7 @@ class Targets:
 
 
 class Outcomes(NamedTuple):
-    """What an objective sees: log-probabilities of the same J outcomes, and the student's of the actual token."""
+    """What an objective sees: log-probabilities of J outcomes, and the student's of the actual token."""
 
     log_p_CJ: Tensor  # teacher, constant; LOG_ZERO where 0
     log_q_CJ: Tensor  # student, differentiable; LOG_ZERO where 0
@@ -119,8 +119,9 @@ class Outcomes(NamedTuple):
 def teacher_outcomes(targets: Targets, tail: Tail) -> Tensor:
     """Complete the kept entries to J outcomes: [C, K + 1] log-probabilities with LOG_ZERO for 0.
 
-    ghost: the bucket holds `log_tail`. draws: the bucket is empty and the weights stand as they are. renormalise: the
-    bucket is empty and the kept entries are scaled to sum to 1 (a position without kept entries stays empty).
+    ghost: the bucket holds `log_tail`. draws: the bucket is empty and the weights stand as they are.
+    renormalise: the bucket is empty and the kept entries are scaled to sum to 1 (a position without kept
+    entries stays empty).
     """
     kept_CK = targets.logprobs_CK
     empty_C = torch.full_like(targets.log_tail_C, -math.inf)
@@ -149,29 +150,35 @@ def cross_entropy(o: Outcomes, config: ObjectiveConfig) -> Tensor:
 
 
 def forward_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
-    """KL(p || q) = sum_j p_j (log p_j - log q_j); dz = (sum p) q - p (Hinton et al., arXiv 1503.02531, at T = 1).
+    """KL(p || q) = sum_j p_j (log p_j - log q_j); dz = (sum p) q - p.
 
-    ghost: a lower bound; the gradient moves the tail as one lump. draws: the gradient is unbiased (Random Sampling
-    KD, arXiv 2503.16870), the value is shifted by the constant entropy of the weights. renormalise: biased towards
-    the head.
+    Source: Hinton et al., arXiv 1503.02531, at T = 1.
+
+    ghost: a lower bound; the gradient moves the tail as one lump. draws: the gradient is unbiased (Random
+    Sampling KD, arXiv 2503.16870), the value is shifted by the constant entropy of the weights. renormalise:
+    biased towards the head.
     """
     return _kl(o.log_p_CJ, o.log_q_CJ)
 
 
 def reverse_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
-    """KL(q || p) = sum_j q_j (log q_j - log p_j) (MiniLLM's direction, arXiv 2306.08543, without its sampling).
+    """KL(q || p) = sum_j q_j (log q_j - log p_j).
 
-    ghost: a lower bound that is blind to where in the tail the student puts its mass. Infinite without a bucket, so
-    draws and renormalise are refused.
+    Source: the direction of MiniLLM, arXiv 2306.08543, without its sampling.
+
+    ghost: a lower bound that is blind to where in the tail the student puts its mass. Infinite without a
+    bucket, so draws and renormalise are refused.
     """
     return _kl(o.log_q_CJ, o.log_p_CJ)
 
 
 def jsd(o: Outcomes, config: ObjectiveConfig) -> Tensor:
-    """Generalised Jensen-Shannon (GKD, arXiv 2306.13649): b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q.
+    """Generalised Jensen-Shannon: b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q.
 
-    By definition it vanishes at both ends; as in TRL, b = 0 is forward KL and b = 1 reverse KL (refused without a
-    bucket). ghost: a lower bound. draws and renormalise: biased, p enters non-linearly.
+    Source: GKD, arXiv 2306.13649.
+
+    By definition it vanishes at both ends; as in TRL, b = 0 is forward KL and b = 1 reverse KL (refused
+    without a bucket). ghost: a lower bound. draws and renormalise: biased, p enters non-linearly.
     """
     beta = config.jsd_beta
     if beta == 0.0:
@@ -183,7 +190,9 @@ def jsd(o: Outcomes, config: ObjectiveConfig) -> Tensor:
 
 
 def skewed_forward_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
-    """KL(p || s p + (1 - s) q) (DistiLLM, arXiv 2402.03898).
+    """KL(p || s p + (1 - s) q).
+
+    Source: DistiLLM, arXiv 2402.03898.
 
     ghost: a lower bound. draws and renormalise: biased, p enters non-linearly.
     """
@@ -191,7 +200,9 @@ def skewed_forward_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
 
 
 def skewed_reverse_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
-    """KL(q || (1 - s) p + s q) (DistiLLM, arXiv 2402.03898). Finite without a bucket, where the log-ratio is -log s.
+    """KL(q || (1 - s) p + s q). Finite without a bucket: where p is 0 the log-ratio is -log s.
+
+    Source: DistiLLM, arXiv 2402.03898.
 
     ghost: a lower bound. draws and renormalise: biased, p enters non-linearly.
     """
@@ -199,7 +210,9 @@ def skewed_reverse_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
 
 
 def total_variation(o: Outcomes, config: ObjectiveConfig) -> Tensor:
-    """0.5 sum_j |p_j - q_j|; 1 - E[TV] is the acceptance of speculative decoding (DistillSpec, arXiv 2310.08461).
+    """0.5 sum_j |p_j - q_j|; 1 - E[TV] is the acceptance of speculative decoding.
+
+    Source: DistillSpec, arXiv 2310.08461.
 
     ghost: a lower bound. draws and renormalise: biased. The gradient is a subgradient where p_j = q_j.
     """
@@ -221,8 +234,8 @@ def resolve_tail(config: ObjectiveConfig, held: Literal["ghost", "draws"]) -> Ta
     """Check an objective mix against what a dataset holds, and return the tail mode to train with.
 
     Raises:
-        ConfigError: an unknown objective, no positive weight, a negative or non-finite weight, a temperature other
-            than 1, a tail mode that the data cannot serve, or an objective that is infinite under it.
+        ConfigError: an unknown objective, no positive weight, a negative or non-finite weight, a temperature
+            other than 1, a tail mode that the data cannot serve, or an objective that is infinite under it.
     """
     unknown = sorted(set(config.weights) - set(OBJECTIVES))
     if unknown:
@@ -233,8 +246,8 @@ def resolve_tail(config: ObjectiveConfig, held: Literal["ghost", "draws"]) -> Ta
         raise ConfigError(f"objective.weights {config.weights} must be finite, >= 0 and not all 0")
     if config.temperature != 1.0:
         raise ConfigError(
-            f"objective.temperature is {config.temperature}, but the dataset holds the teacher's log-sum-exp at 1 "
-            "only, so any other temperature would be wrong in the tail; set it to 1"
+            f"objective.temperature is {config.temperature}, but the dataset holds the teacher's log-sum-exp at "
+            "1 only, so any other temperature would be wrong in the tail; set it to 1"
         )
     tail: Tail = held if config.tail == "auto" else config.tail
     if (tail == "draws") != (held == "draws"):
@@ -245,7 +258,7 @@ def resolve_tail(config: ObjectiveConfig, held: Literal["ghost", "draws"]) -> Ta
     needs_bucket = [n for n in config.weights if n == "reverse_kl" or (n == "jsd" and config.jsd_beta == 1.0)]
     if needs_bucket and tail != "ghost":
         raise ConfigError(
-            f"{needs_bucket[0]} is infinite with tail {tail!r} (the student's mass outside the kept entries meets "
-            "probability 0); use skewed_reverse_kl, or data with an exact tail (ghost)"
+            f"{needs_bucket[0]} is infinite with tail {tail!r} (the student's mass outside the kept entries "
+            "meets probability 0); use skewed_reverse_kl, or data with an exact tail (ghost)"
         )
     return tail

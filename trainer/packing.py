@@ -1,12 +1,12 @@
-"""Documents into rows of fixed length: whole, never across, in an order that only the data and the seed decide.
+"""Documents into rows of fixed length: whole, in an order that only the data and the seed decide.
 
-Documents are shuffled once per epoch and cut into windows; within a window they are packed by best-fit decreasing and
-the finished rows are shuffled. Windows do not know of each other, so a position in the stream of rows is three numbers
-(epoch, window, row) and resuming costs one window. The trade: a larger window fills rows better and lets each row see
-a wider mix; each window ends in about one row that is not full.
+Documents are shuffled once per epoch and cut into windows; within a window they are packed by best-fit
+decreasing and the finished rows are shuffled. Windows do not know of each other, so a position in the stream
+of rows is three numbers (epoch, window, row) and resuming costs one window. The trade: a larger window fills
+rows better and lets each row see a wider mix; each window ends in about one row that is not full.
 
-Property: the stream of rows is a pure function of (lengths, identity, seed, context, window), whatever the batch size,
-the number of ranks or the number of worker threads.
+Property: the stream of rows is a pure function of (lengths, identity, seed, context, window), whatever the
+batch size, the number of ranks or the number of worker threads.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def row_stream(
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Pack items into bins by best-fit decreasing: the longest first, each into the fullest bin that still takes it.
+    """Pack items into bins by best-fit decreasing: longest first, each into the fullest bin that takes it.
 
-    Bins of equal room stand on one stack, and a bit set of the rooms in use finds the smallest sufficient one, so an
-    item costs O(capacity / word) bit operations instead of a search over bins.
+    Bins of equal room stand on one stack, and a bit set of the rooms in use finds the smallest sufficient
+    one, so an item costs O(capacity / word) bit operations instead of a search over bins.
 
     Args:
         lengths: int [N], each in [1, capacity].

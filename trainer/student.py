@@ -1,8 +1,8 @@
 """The model that learns: from a small configuration, or from a checkpoint.
 
-Any Hugging Face causal language model whose logits are `head @ hidden` and whose attention keeps packed documents
-apart. Both are probed on a few tokens before training rather than trusted, because a student that breaks either trains
-without complaint on the wrong thing.
+Any Hugging Face causal language model whose logits are `head @ hidden` and whose attention keeps packed
+documents apart. Both are probed on a few tokens before training rather than trusted, because a student that
+breaks either trains without complaint on the wrong thing.
 
 Shapes: B rows, L context, D hidden, V vocabulary.
 """
@@ -83,8 +83,8 @@ def build_student(config: ScratchStudent | CheckpointStudent, dataset: Dataset, 
 def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
     """Last hidden states after the final norm, [B, L, D]; documents packed in a row do not see each other.
 
-    No attention mask is passed: from positions that restart, transformers builds a block-causal mask by itself
-    (masking_utils.find_packed_sequence_indices), and none at all where each row is one document.
+    No attention mask is passed: from positions that restart, transformers builds a block-causal mask by
+    itself (masking_utils.find_packed_sequence_indices), and none at all where each row is one document.
     """
     backbone = getattr(model, model.base_model_prefix)
     return backbone(input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False).last_hidden_state
@@ -101,7 +101,7 @@ def num_parameters(model: PreTrainedModel) -> int:
 
 
 def tokenizer_hash(folder: Path | str, revision: str | None = None) -> str:
-    """SHA-256 (hex) of a fast tokenizer's canonical JSON, without truncation and padding: the dataset's own rule."""
+    """SHA-256 (hex) of a fast tokenizer's canonical JSON without truncation and padding: the dataset's rule."""
     tokenizer = AutoTokenizer.from_pretrained(str(folder), revision=revision, trust_remote_code=False)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("truncation", None)
@@ -128,8 +128,8 @@ def probe_head(model: PreTrainedModel) -> None:
     if not torch.allclose(logits_BLV, ours_BLV, rtol=1e-3, atol=1e-4):
         raise ConfigError(
             f"{type(model).__name__}'s logits are not head @ hidden (off by "
-            f"{float((logits_BLV - ours_BLV).abs().max()):.2g}): a bias, logit scaling or soft-capping that the sparse "
-            "loss does not know; choose a student without it"
+            f"{float((logits_BLV - ours_BLV).abs().max()):.2g}): a bias, logit scaling or soft-capping that the "
+            "sparse loss does not know; choose a student without it"
         )
 
 
@@ -143,7 +143,8 @@ def probe_isolation(model: PreTrainedModel) -> None:
     if not torch.allclose(packed_LD, alone_LD, rtol=1e-3, atol=1e-3):
         raise ConfigError(
             f"{type(model).__name__} lets packed documents see each other (hidden states differ by "
-            f"{float((packed_LD - alone_LD).abs().max()):.2g}); choose a student whose attention follows position_ids"
+            f"{float((packed_LD - alone_LD).abs().max()):.2g}); choose a student whose attention "
+            "follows position_ids"
         )
 
 
@@ -155,7 +156,8 @@ def _from_scratch(config: ScratchStudent, dataset: Dataset, seed: int) -> PreTra
     head_width, odd = divmod(config.hidden_size, config.num_heads)
     if odd or head_width % 2:
         raise ConfigError(
-            f"student.hidden_size={config.hidden_size} over num_heads={config.num_heads} gives no even head width"
+            f"student.hidden_size={config.hidden_size} over num_heads={config.num_heads} gives no even head "
+            "width; choose a hidden_size that 2 * num_heads divides"
         )
     kv_heads = config.num_kv_heads or config.num_heads
     if config.num_heads % kv_heads:
@@ -192,7 +194,7 @@ def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedM
         ) from error
     if found != dataset.info.tokenizer.hash:
         raise MismatchError(
-            f"the student's tokenizer ({found[:12]}) is not the dataset's ({dataset.info.tokenizer.hash[:12]}), so the "
-            "stored ids would mean other tokens; choose a student with the teacher's tokenizer"
+            f"the student's tokenizer ({found[:12]}) is not the dataset's ({dataset.info.tokenizer.hash[:12]}), so "
+            "the stored ids would mean other tokens; choose a student with the teacher's tokenizer"
         )
     return model

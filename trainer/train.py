@@ -1,8 +1,8 @@
 """The training loop: dataset + plan + student in, student out. Reads from top to bottom.
 
-What is promised: the order of data is that of the plan and the seed; losses are per counted token of the whole step,
-however it is cut into micro-batches; a run that is killed and started again gives bit-equal losses on a CPU; a
-non-finite loss stops the run before the weights are touched.
+What is promised: the order of data is that of the plan and the seed; losses are per counted token of the
+whole step, however it is cut into micro-batches; a run that is killed and started again gives bit-equal
+losses on a CPU; a non-finite loss stops the run before the weights are touched.
 
     OUT/model/          the student in Hugging Face format, with the tokenizer
     OUT/train.json      TrainResult
@@ -64,7 +64,7 @@ class TrainConfig(BaseModel):
     micro_batch_tokens: int | None = Field(
         default=None,
         ge=2,
-        description="Cells of one forward and backward pass; divides batch_tokens. Memory only. None: batch_tokens.",
+        description="Cells of one forward and backward pass; divides batch_tokens. None: batch_tokens.",
     )
     context_tokens: int = Field(default=512, ge=2, description="Tokens of a row; no document may be longer.")
     seed: int = Field(default=0, ge=0, description="Seed of the initial weights and of the order of data.")
@@ -137,7 +137,8 @@ def train(
         out_dir: made when it does not exist.
     Raises:
         ConfigError: settings that do not go together, or an objective that the data cannot serve.
-        MismatchError: student or plan do not belong to the dataset, or `out_dir` was begun with other settings.
+        MismatchError: student or plan do not belong to the dataset, or `out_dir` was begun with other
+            settings.
         DataError: a document is longer than the context, or there is nothing to train on.
         TrainingError: a non-finite loss or gradient; the message names step and rows.
     """
@@ -150,7 +151,8 @@ def train(
     )
     tail = resolve_tail(config.objective, dataset.info.tail)
     torch.manual_seed(config.seed)
-    model = build_student(config.student, dataset, config.seed).to(device).train()
+    model = build_student(config.student, dataset, config.seed)
+    model.to(device).train()  # type: ignore[arg-type]  # transformers wraps Module.to
     optimizer = _optimizer(model, config)
 
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -199,7 +201,7 @@ def train(
                 done.waited + waited,
                 losses,
             )
-            stage.advance(tokens, step=done.step, **losses)
+            stage.advance(tokens, step=done.step, loss=losses["loss"])
             if done.step % config.log_every_steps == 0 or done.step in (1, config.steps):
                 line = {
                     "step": done.step,
@@ -239,7 +241,7 @@ def train(
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of step 0, 1, ...: a linear rise over `warmup_steps`, then the decay down to its final share."""
+    """Learning rate of step 0, 1, ...: a linear rise over `warmup_steps`, then the decay."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
     way = (step - config.warmup_steps) / max(config.steps - 1 - config.warmup_steps, 1)
@@ -282,7 +284,7 @@ def _gradients(
     tail: Tail,
     step: int,
 ) -> tuple[dict[str, float], float]:
-    """Accumulate one step's gradients; return its losses per counted token, and the gradient norm before clipping."""
+    """Accumulate one step's gradients; return losses per counted token and the norm before clipping."""
     objective = _with_cross_entropy(config.objective)
     counted = sum(len(b.targets) for b in batches)
     total, sums = 0.0, np.zeros(len(objective.weights))
@@ -321,12 +323,12 @@ def _with_cross_entropy(objective: ObjectiveConfig) -> ObjectiveConfig:
 
 
 def _check_sizes(config: TrainConfig) -> int:
-    """Return tokens of a micro-batch. Raises ConfigError where sizes do not divide, or the warm-up is too long."""
+    """Return tokens of a micro-batch. Raises ConfigError where sizes do not divide or warm-up is too long."""
     micro = config.micro_batch_tokens or config.batch_tokens
     if micro % config.context_tokens or config.batch_tokens % micro:
         raise ConfigError(
-            f"batch_tokens={config.batch_tokens}, micro_batch_tokens={micro} and context_tokens={config.context_tokens}"
-            ": each must be a multiple of the next"
+            f"batch_tokens={config.batch_tokens}, micro_batch_tokens={micro} and "
+            f"context_tokens={config.context_tokens}: each must be a multiple of the next"
         )
     if config.warmup_steps >= config.steps:
         raise ConfigError(f"warmup_steps={config.warmup_steps} must be less than steps={config.steps}")

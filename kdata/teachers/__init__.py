@@ -57,6 +57,7 @@ class Readout:
     kept: Kept
     log_tail: np.ndarray
     entropy: np.ndarray | None
+    log_z: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class VllmTeacher:
         if on_cpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
         logging.getLogger("vllm").setLevel(logging.ERROR)
+        _quiet_llvmlite()
         try:
             self._llm = LLM(
                 model=config.model,
@@ -129,6 +131,27 @@ class VllmTeacher:
         """Shut the engine down and drop the model, so that the next stage has the memory."""
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
+
+
+def _quiet_llvmlite() -> None:
+    """Keep vLLM's CPU start from tripping over llvmlite (numba, which the codec uses).
+
+    vLLM 0.32 looks at the `__dict__` of every object in every loaded module; llvmlite's library handle answers any
+    attribute, `__dict__` too, with a function wrapper, and vLLM calls `.get` on it. Dunder names are none of its.
+    """
+    module = sys.modules.get("llvmlite.binding.ffi")
+    handle = getattr(module, "_lib_wrapper", None)
+    if handle is None or hasattr(handle, "_kdata_dunder_free"):
+        return
+    original = handle.__getattr__
+
+    def plain_names_only(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return original(self, name)
+
+    handle.__getattr__ = plain_names_only
+    handle._kdata_dunder_free = True
 
 
 def _rectangle(flat: Any, *, first: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

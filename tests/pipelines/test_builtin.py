@@ -1,7 +1,12 @@
-"""The built-in corpus, tokenizer and models: deterministic, disjoint, loadable, and trained by the right gradient."""
+"""The built-in corpus, tokenizer and models: deterministic, disjoint, loadable, the gradient right."""
 
+import ast
+from collections.abc import Iterator
+from functools import cache as memoize
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -9,7 +14,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdata.errors import ConfigError, DataError
-from pipelines import builtin
+from pipelines import builtin, builtin_corpus
 from pipelines.builtin import BuiltinConfig, NetworkConfig, ensure_reference, ensure_teacher
 from pipelines.builtin_corpus import DOMAINS, CorpusFiles, build_corpus
 
@@ -26,6 +31,17 @@ TINY = NetworkConfig(
 CONFIG = BuiltinConfig(
     vocab_size=512, context=128, max_domain_chars=60_000, num_prompts=30, teacher=TINY, reference=TINY
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _light() -> Iterator[None]:
+    """Read the standard library once (3.5 s of CPU), and leave the other cores alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtin_corpus, "gather", memoize(builtin_corpus.gather))
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +86,13 @@ def test_corpus_is_deterministic_and_follows_the_seed(corpus: CorpusFiles, tmp_p
     assert other.fingerprint != corpus.fingerprint
 
 
+def test_gathering_is_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = list(islice(builtin_corpus._modules(), 40))
+    monkeypatch.setattr(builtin_corpus, "_modules", lambda: iter(modules))
+    gather = builtin_corpus.gather.__wrapped__
+    assert gather(1600) == gather(1600)
+
+
 def test_prompts_begin_training_documents(corpus: CorpusFiles) -> None:
     prompts = pl.read_parquet(corpus.prompts)
     assert prompts.columns == ["id", "domain", "prompt"] and len(prompts) == 30
@@ -80,8 +103,6 @@ def test_prompts_begin_training_documents(corpus: CorpusFiles) -> None:
 
 
 def test_code_loses_its_docstrings_and_stays_python(corpus: CorpusFiles) -> None:
-    import ast
-
     for text in pl.read_parquet(corpus.corpus).filter(pl.col("domain") == "code")["text"].head(100):
         node = ast.parse(text).body[0]
         assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
@@ -142,8 +163,6 @@ def test_head_loss_is_exact_in_double_precision() -> None:
 
 
 def test_windows_cover_the_stream_once_a_pass() -> None:
-    import numpy as np
-
     network = TINY.model_copy(update={"steps": 3, "batch_tokens": 256, "short_share": 0.0})
     stream = np.arange(128 * 7 + 1)
     batches = list(builtin._windows(stream, network, context=128, seed=0))
@@ -152,7 +171,9 @@ def test_windows_cover_the_stream_once_a_pass() -> None:
     assert len(set(starts)) == 6 and (np.diff(np.sort(starts)) == 128).all()
 
 
-def test_teacher_is_cached_loadable_and_reproducible(cache: Path, tmp_path: Path, monkeypatch) -> None:
+def test_teacher_is_cached_loadable_and_reproducible(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     teacher = ensure_teacher(cache, CONFIG)
     names = {p.name for p in teacher.iterdir()}
     assert names >= {
@@ -182,7 +203,9 @@ def test_reference_shares_the_tokenizer(cache: Path) -> None:
     assert (teacher / "tokenizer.json").read_bytes() == (reference / "tokenizer.json").read_bytes()
 
 
-def test_killed_training_leaves_nothing(tmp_path: Path, monkeypatch, corpus: CorpusFiles) -> None:
+def test_killed_training_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: CorpusFiles
+) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 

@@ -31,7 +31,7 @@ def make_problem(
     dtype: torch.dtype = torch.float64,
     scale: float = 1.0,
 ) -> Problem:
-    """Top-k targets of a random teacher; `ragged` pads some positions, one of them down to no entry at all."""
+    """Top-k targets of a random teacher; `ragged` pads some positions, one down to no entry at all."""
     rng = torch.Generator().manual_seed(seed)
     hidden = torch.randn(num_positions, hidden_size, generator=rng, dtype=torch.float64) * scale
     head = torch.randn(vocab_size, hidden_size, generator=rng, dtype=torch.float64)
@@ -49,7 +49,7 @@ def make_problem(
 
 
 def lumped(problem: Problem, tail: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(p, q) over the kept entries and the rest, and log q of the actual token, from the full softmax in float64."""
+    """(p, q) over kept entries and the rest, and log q of the actual token, from the full float64 softmax."""
     targets = problem.targets
     logits = problem.hidden.double() @ problem.head.double().T
     log_q = torch.log_softmax(logits, -1)

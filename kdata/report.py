@@ -1,0 +1,633 @@
+"""The report of a run: one self-contained HTML page whose every number is read from the run's files.
+
+RUN/results.json, RUN/students/NAME/metrics.jsonl, RUN/dataset and RUN/heldout go in, RUN/report.html comes out. What a
+partial run lacks is named as not run. Plots are inline SVG with text as text; their colours are CSS variables, so that
+the page follows the reader's light or dark setting. The same files give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import matplotlib
+import numpy as np
+import yaml
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kdata.card import facts, flatten, human_bytes, number, one_line
+from kdata.dataset import Dataset, open_dataset
+from kdata.errors import CorruptError, FormatError, MissingError, QueryError
+from kdata.manifest import write_atomically
+from kdata.plan import Plan
+
+BASELINE = "ce"  # the student that never saw the teacher's distributions
+TIE = 0.0005  # nats: differences that the three decimals of the tables do not show
+MAX_PANELS = 8  # domains that a plot shows; tables show all
+SMOOTHED = 5  # logged steps behind one point of a loss curve
+
+# Okabe and Ito's order of hues, darkened to 3:1 on white; `report.html.j2` gives their counterparts on a dark page.
+COLOURS = {
+    "ink": "#22262b", "muted": "#686f78", "grid": "#dde1e6", "page": "#fffffe",
+    "ce": "#c4501b", "everything": "#1f6fb5", "plan": "#0f8a6a", "x1": "#8d5aa9", "x2": "#a97b00", "x3": "#4f7f8f",
+    "capture": "#5b7fb0", "generate": "#d08a2e", "rest": "#b6bcc4",
+}  # fmt: skip
+STYLE = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5, "text.parse_math": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": COLOURS["muted"],
+    "axes.labelcolor": COLOURS["muted"], "axes.titlesize": 9.5, "axes.titlecolor": COLOURS["ink"],
+    "axes.axisbelow": True, "grid.color": COLOURS["grid"], "grid.linewidth": 0.7, "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["muted"], "ytick.color": COLOURS["muted"], "legend.frameon": False,
+    "legend.labelcolor": COLOURS["ink"], "legend.handlelength": 1.2, "figure.constrained_layout.h_pad": 0.03,
+}  # fmt: skip
+WIDTH = 5.4  # inches; 390 units, about a phone's width, so that its text is readable there
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether distillation helped: one sentence, and the numbers that it rests on."""
+
+    kind: Literal["better", "worse", "mixed", "equal", "missing"]
+    headline: str
+    details: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with its caption, or the reason why there is none."""
+
+    title: str
+    caption: str
+    svg: Markup | None = None
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html and return its path.
+
+    Raises:
+        MissingError: the folder holds neither a dataset nor results.
+        FormatError: results.json is of a newer format.
+        CorruptError: results.json, the dataset or a plan is damaged.
+    """
+    results = read_results(run / "results.json")
+    dataset, heldout = _open(run / "dataset"), _open(run / "heldout")
+    if dataset is None and results is None:
+        raise MissingError(
+            f"{run} holds neither dataset/ nor results.json; make a run with `kdata run RECIPE`"
+        )
+    results = results or {}
+    students = results.get("students", {})
+    with matplotlib.rc_context(STYLE):
+        plots = make_plots(run, students, dataset)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("kdata", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        name=one_line(results.get("name") or run.resolve().name),
+        verdict=verdict(students),
+        students=students,
+        grid=grid(students),
+        plots=plots,
+        datasets=[(n, d, facts(d)) for n, d in (("dataset", dataset), ("heldout", heldout)) if d is not None],
+        plans=_plans(dataset),
+        prompts=prompts(students),
+        stages=stages(run, results, dataset, heldout),
+        machine=flatten(results.get("machine", {})),
+        settings=yaml.safe_dump(results["settings"], sort_keys=False, allow_unicode=True)
+        if results.get("settings")
+        else None,
+        colours=COLOURS,
+        best=best,
+        flatten=flatten,
+        human_bytes=human_bytes,
+        number=number,
+    )
+    path = run / "report.html"
+    write_atomically(path, page.encode("utf-8", "replace"))
+    return path
+
+
+def read_results(path: Path) -> dict[str, Any] | None:
+    """Read results.json; None where the run has none. Checks what the page takes for granted of its shape."""
+    if not path.exists():
+        return None
+    try:
+        results = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CorruptError(f"{path} is not JSON ({error}); run `kdata run` again to make it anew") from error
+    if not isinstance(results, dict) or results.get("format") != 1:
+        stated = results.get("format") if isinstance(results, dict) else None
+        raise FormatError(f"{path} has format {stated!r}, this kdata reads 1; upgrade kdata, or run again")
+    parts = {name: results.get(name) or {} for name in ("students", "settings", "machine", "teacher")}
+    for name, student in parts["students"].items() if isinstance(parts["students"], dict) else ():
+        parts[f"students.{name}"] = student
+        if isinstance(student, dict):
+            parts |= {f"students.{name}.{key}": student.get(key) or {} for key in ("domains", "overall")}
+            parts |= {f"students.{name}.domains.{d}": v for d, v in parts[f"students.{name}.domains"].items()}
+    wrong = next((name for name, value in parts.items() if not isinstance(value, dict)), None)
+    if wrong is not None:
+        raise CorruptError(f"{path}: {wrong} is not an object; run `kdata run` again to make it anew")
+    return {**results, **{name: value for name, value in parts.items() if "." not in name}}
+
+
+def _open(path: Path) -> Dataset | None:
+    return open_dataset(path) if (path / "dataset.json").exists() else None
+
+
+def _plans(dataset: Dataset | None) -> list[Plan]:
+    return [Plan.load(p) for p in sorted(dataset.path.glob("plans/*.json"))] if dataset else []
+
+
+def measure(student: dict[str, Any], key: str, domain: str | None = None) -> float | None:
+    """One measured number of a student, overall or of one domain; None where it was not measured."""
+    scope = student.get("overall") if domain is None else student.get("domains", {}).get(domain)
+    value = (scope or {}).get(key)
+    return None if number(value) == "—" else float(value)
+
+
+def label_of(name: str, student: dict[str, Any]) -> str:
+    """How tables and plots call a student."""
+    return one_line(student.get("label") or name, 40)
+
+
+def domains_of(students: dict[str, dict[str, Any]]) -> list[str]:
+    """Domains that any student was measured on, in the order of the first."""
+    return list(dict.fromkeys(d for s in students.values() for d in s.get("domains") or {}))
+
+
+def verdict(students: dict[str, dict[str, Any]]) -> Verdict:
+    """Compare each distilled student with the cross-entropy one, on held-out NLL and KL to the teacher."""
+    base = students.get(BASELINE, {})
+    measured = {n: s for n, s in students.items() if n != BASELINE and measure(s, "nll") is not None}
+    if measure(base, "nll") is None or not measured:
+        lacking = "cross-entropy student" if measured else "distilled student" if base else "student"
+        return Verdict("missing", f"No verdict: no {lacking} has been evaluated on held-out text.")
+    outcomes = {name: _outcome(base, student) for name, student in measured.items()}
+    details = [_comparison(name, student, base) for name, student in measured.items()]
+    for key, what in (("steps", "numbers of steps"), ("params", "sizes")):
+        values = {s[key] for s in (base, *measured.values()) if number(s.get(key)) != "—"}
+        if len(values) > 1:
+            listing = " and ".join(f"{value:,}" for value in sorted(values))
+            details.append(f"The students have different {what} ({listing}): the comparison is not even.")
+    winners = [label_of(n, students[n]) for n, outcome in outcomes.items() if outcome == "better"]
+    kinds = set(outcomes.values())
+    what = "NLL and KL to the teacher" if _has_kl(base, measured) else "NLL (KL was not measured for all)"
+    every = {1: "the distilled student", 2: "both distilled students"}.get(
+        len(measured), "all distilled students"
+    )
+    if kinds == {"better"}:
+        verb = "beats" if len(measured) == 1 else "beat"
+        return Verdict(
+            "better", f"Yes: {every} {verb} the cross-entropy student on held-out {what}.", details
+        )
+    if kinds == {"worse"}:
+        verb = "is" if len(measured) == 1 else "are"
+        return Verdict(
+            "worse", f"No: {every} {verb} worse than the cross-entropy student on held-out {what}.", details
+        )
+    if kinds == {"equal"}:
+        return Verdict(
+            "equal",
+            f"No difference: {every} and the cross-entropy student agree on held-out {what}.",
+            details,
+        )
+    if winners:
+        return Verdict(
+            "mixed", f"Mixed: on held-out {what}, only “{'”, “'.join(winners)}” wins on every count.", details
+        )
+    return Verdict(
+        "mixed",
+        f"Mixed: no distilled student beats the cross-entropy one on all of held-out {what}.",
+        details,
+    )
+
+
+def _has_kl(base: dict[str, Any], others: dict[str, dict[str, Any]]) -> bool:
+    return all(measure(s, "kl") is not None for s in (base, *others.values()))
+
+
+def _outcome(base: dict[str, Any], student: dict[str, Any]) -> str:
+    """better: lower in one of NLL and KL and in none higher; worse: the reverse; equal; mixed."""
+    signs = set()
+    for key in ("nll", "kl"):
+        before, after = measure(base, key), measure(student, key)
+        if before is not None and after is not None:
+            signs.add(0 if abs(before - after) < TIE else 1 if after < before else -1)
+    if {1, -1} <= signs:
+        return "mixed"
+    return "better" if 1 in signs else "worse" if -1 in signs else "equal"
+
+
+def _comparison(name: str, student: dict[str, Any], base: dict[str, Any]) -> str:
+    """One student against the baseline, in words and numbers."""
+    parts = []
+    for key, what in (("nll", "NLL"), ("kl", "KL")):
+        before, after = measure(base, key), measure(student, key)
+        if before is None or after is None:
+            continue
+        gap = before - after
+        side = "lower" if gap > 0 else "higher"
+        share = f", {abs(gap) / before:.1%}" if before > 0 else ""
+        change = "the same" if abs(gap) < TIE else f"{abs(gap):.3f} {side}{share}"
+        parts.append(f"{what} {after:.3f} against {before:.3f} ({change})")
+    shared = [d for d in domains_of({"a": base}) if measure(student, "nll", d) is not None]
+    gains = [(measure(base, "nll", d) or 0.0) - (measure(student, "nll", d) or 0.0) for d in shared]
+    if gains:
+        parts.append(f"lower NLL in {sum(g >= TIE for g in gains)} of {len(gains)} domains")
+    return f"{label_of(name, student)}: {'; '.join(parts)}."
+
+
+def best(
+    students: dict[str, dict[str, Any]], key: str, domain: str | None = None, *, largest: bool = False
+) -> set[str]:
+    """Names of the students with the best value, as far as three decimals show; none where fewer than two are measured."""
+    values = {n: round(v, 3) for n, s in students.items() if (v := measure(s, key, domain)) is not None}
+    if len(values) < 2:
+        return set()
+    top = max(values.values()) if largest else min(values.values())
+    return {name for name, value in values.items() if value == top}
+
+
+def grid(students: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table by domain, `overall` (domain None) last: each measure of each student, and the teacher's NLL."""
+    rows = []
+    for domain in [*domains_of(students), None] if students else []:
+        cells = [
+            [
+                (measure(s, key, domain), form, name in best(students, key, domain, largest=largest), name)
+                for name, s in students.items()
+            ]
+            for key, form, largest in (("nll", ".3f", False), ("kl", ".3f", False), ("top1", ".1%", True))
+        ]
+        rows.append(
+            {
+                "domain": domain,
+                "teacher": _first(students, "teacher_nll", domain),
+                "cells": cells,
+                "tokens": _first(students, "tokens", domain),
+            }
+        )
+    return rows
+
+
+def _first(students: dict[str, dict[str, Any]], key: str, domain: str | None) -> float | None:
+    return next((v for s in students.values() if (v := measure(s, key, domain)) is not None), None)
+
+
+def prompts(students: dict[str, dict[str, Any]]) -> list[tuple[str, str, dict[str, str]]]:
+    """Samples side by side: domain, prompt, and each student's text by its name."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for name, student in students.items():
+        for sample in student.get("samples") or []:
+            key = (str(sample.get("domain", "")), str(sample.get("prompt", "")))
+            found.setdefault(key, {})[name] = str(sample.get("text", ""))
+    return [(domain, prompt, texts) for (domain, prompt), texts in found.items()]
+
+
+def stages(
+    run: Path, results: dict[str, Any], dataset: Dataset | None, heldout: Dataset | None
+) -> list[dict[str, Any]]:
+    """What ran, judged by what is there; seconds as results.json has them. `found` is None where a stage left nothing."""
+    recorded = {
+        s["name"]: s.get("seconds")
+        for s in results.get("stages") or []
+        if isinstance(s, dict) and "name" in s
+    }
+    students = results.get("students", {})
+    measured = [n for n, s in students.items() if measure(s, "nll") is not None]
+    logs = [n for n, path in _logs(run, students).items() if path.exists()]
+    scores = sorted(p.stem for p in dataset.path.glob("scores/*.json")) if dataset else []
+    evidence = {
+        "generate": _written(dataset, "generate"),
+        "capture": _written(dataset, "capture"),
+        "heldout": _written(heldout, "capture"),
+        "score": ", ".join(scores),
+        "select": ", ".join(f"{p.info.name} ({p.info.num_rows:,} rows)" for p in _plans(dataset)),
+        "train": ", ".join(logs),
+        "evaluate": ", ".join(measured),
+    }
+    parts = {n: seconds for n, seconds in recorded.items() if n not in evidence}
+    rows = []
+    for name, found in evidence.items():
+        rows.append({"name": name, "found": found or None, "seconds": recorded.get(name), "part": False})
+        inner = [n for n in parts if n.startswith(f"{name} ")]
+        rows += [{"name": n, "found": "", "seconds": parts.pop(n), "part": True} for n in inner]
+    return rows + [
+        {"name": n, "found": "", "seconds": seconds, "part": False} for n, seconds in parts.items()
+    ]
+
+
+def _written(dataset: Dataset | None, kind: str) -> str:
+    """Rows that sources of this kind wrote, and whether they are all there; empty where there is none."""
+    sources = {n: s for n, s in dataset.info.sources.items() if s.kind == kind} if dataset else {}
+    if dataset is None or not sources:
+        return ""
+    rows = sum(e.rows for e in dataset.manifest if e.source in sources)
+    return f"{rows:,} rows" + (
+        "" if all(s.num_units is not None for s in sources.values()) else ", not finished"
+    )
+
+
+def make_plots(run: Path, students: dict[str, dict[str, Any]], dataset: Dataset | None) -> dict[str, Plot]:
+    """All figures of the page, by name."""
+    mass = "Mean probability that the kept entries hold, per sequence. What they do not hold is stored as one exact tail."
+    nll = "How surprised the teacher was, per sequence: low is easy text, or text of the teacher's own."
+    return {
+        "curves": _curves(_logs(run, students), students),
+        "domains": _domains(students),
+        "difference": _difference(dataset),
+        "shares": _shares(dataset),
+        "kept_mass": _rows(
+            dataset, "kept_mass", "Kept mass", "kept probability mass, mean of a sequence", mass
+        ),
+        "nll": _rows(dataset, "nll", "The teacher's NLL", "teacher's NLL, nats per target token", nll),
+    }
+
+
+def palette(students: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """A colour role for each student: the usual three have their own."""
+    others = [n for n in students if n not in (BASELINE, "everything", "plan")]
+    return {n: f"x{others.index(n) % 3 + 1}" if n in others else n for n in students}
+
+
+def _logs(run: Path, students: dict[str, dict[str, Any]]) -> dict[str, Path]:
+    """metrics.jsonl of each student, those that results.json does not have too. Paths that leave the run are ignored."""
+    names = [
+        *students,
+        *sorted(p.parent.name for p in run.glob("students/*/metrics.jsonl") if p.parent.name not in students),
+    ]
+    paths = {n: run / str(students.get(n, {}).get("metrics") or f"students/{n}/metrics.jsonl") for n in names}
+    return {n: path for n, path in paths.items() if path.resolve().is_relative_to(run.resolve())}
+
+
+def _steps(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a metrics file, up to the first that a kill has torn."""
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            return
+        if isinstance(values, dict):
+            yield values
+
+
+def _curves(logs: dict[str, Path], students: dict[str, dict[str, Any]]) -> Plot:
+    title = "Loss while training"
+    steps = {name: found for name, path in logs.items() if (found := list(_steps(path)))}
+    if not steps:
+        return Plot(title, "Training has not run: there is no metrics.jsonl.")
+    shared = set.intersection(*(set(found[-1]) for found in steps.values()))
+    key = next((k for k in ("cross_entropy", "forward_kl") if k in shared), "loss")
+    across = "tokens" if "tokens" in shared else "step"
+    figure, [axes] = _figure(3.1)
+    for name, role in palette({n: {} for n in steps}).items():
+        points = [
+            (s[across], s[key]) for s in steps[name] if "—" not in (number(s.get(across)), number(s.get(key)))
+        ]
+        if not points:
+            continue
+        x, y = np.array(points, float).T
+        axes.plot(x, y, color=COLOURS[role], linewidth=0.8, alpha=0.3)
+        mean = [y[max(0, i + 1 - SMOOTHED) : i + 1].mean() for i in range(len(y))]
+        axes.plot(x, mean, color=COLOURS[role], linewidth=2, label=label_of(name, students.get(name, {})))
+    axes.set(
+        xlabel=f"{across} seen" if across == "tokens" else across,
+        ylabel=f"{key.replace('_', ' ')}, nats per token",
+    )
+    axes.xaxis.set_major_formatter(
+        lambda value, _: (
+            f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
+        )
+    )
+    axes.grid(axis="y")
+    caption = f"Thick: mean of the last {SMOOTHED} logged steps; thin: each logged step. On each student's own training text"
+    same = (
+        ", the same objective for all."
+        if key != "loss"
+        else "; each minimises its own objective, so heights cannot be compared."
+    )
+    return Plot(title, caption + same, _svg(figure, "curves"))
+
+
+def _domains(students: dict[str, dict[str, Any]]) -> Plot:
+    title = "Held-out NLL by domain"
+    measured = {n: s for n, s in students.items() if measure(s, "nll") is not None or domains_of({n: s})}
+    if not measured:
+        return Plot(title, "Evaluation has not run: there are no held-out numbers.")
+    domains = [*domains_of(measured)[:MAX_PANELS], None]
+    roles = palette(students)
+    series = [
+        (label_of(n, s), roles[n], [measure(s, "nll", d) for d in domains]) for n, s in measured.items()
+    ]
+    floor = [_first(measured, "teacher_nll", d) for d in domains]
+    names = ["all domains" if d is None else one_line(d, 20) for d in domains]
+    svg = _bars(
+        "domains", names, series, "NLL on held-out text, nats per token (lower is better)", ".3f", floor
+    )
+    caption = "The black line is the teacher's own NLL on the same text: what a perfect copy of the teacher would reach."
+    return Plot(title, caption + _left_out(len(domains_of(measured))), svg)
+
+
+def _shares(dataset: Dataset | None) -> Plot:
+    title = "Share of tokens by domain"
+    plans = _plans(dataset)[:3]
+    if dataset is None or not plans:
+        return Plot(title, "Selection has not run: the dataset has no plan.")
+    domains = sorted(
+        {d for p in plans for d in p.info.shares},
+        key=lambda d: -plans[0].info.shares.get(d, {}).get("dataset", 0),
+    )
+    names = [one_line(d, 20) for d in domains[:MAX_PANELS]]
+    series: list[tuple[str, str, list[float | None]]] = []
+    for plan, role in zip(plans, ("plan", "x1", "x2"), strict=False):
+        for key, label, colour in (
+            ("dataset", "dataset", "rest"),
+            ("plan", f"plan “{one_line(plan.info.name, 20)}”", role),
+        ):
+            if key == "plan" or not series:
+                series.append(
+                    (
+                        label,
+                        colour,
+                        [100 * plan.info.shares.get(d, {}).get(key, 0.0) for d in domains[:MAX_PANELS]],
+                    )
+                )
+    stale = [p.info.name for p in plans if p.dataset_fingerprint != dataset.fingerprint]
+    caption = "What selection did to the mixture: no weights were set, sequences were chosen one by one."
+    caption += f" Made for an earlier state of the dataset: {', '.join(stale)}." if stale else ""
+    return Plot(
+        title, caption + _left_out(len(domains)), _bars("shares", names, series, "share of tokens, %", ".1f")
+    )
+
+
+def _difference(dataset: Dataset | None) -> Plot:
+    title = "Where the teacher knows more than a small model"
+    plan = next((p for p in _plans(dataset) if number(p.info.parameters.get("threshold")) != "—"), None)
+    score = str(plan.info.parameters.get("score", "ref")) if plan else "ref"
+    if dataset is None or not (dataset.path / "scores" / score).is_dir():
+        return Plot(title, f"Scoring has not run: the dataset has no score “{one_line(score)}”.")
+    try:
+        quoted = score.replace('"', '""')
+        table = dataset.sql(
+            f'select domain, s.nll - r.nll as gap from rows as r join scores."{quoted}" as s using (id) where gap is not null'
+        )
+    except QueryError as error:
+        return Plot(title, f"Not shown: {one_line(error)}")
+    values = table["gap"].to_numpy()
+    cut = float(plan.info.parameters["threshold"]) if plan else None
+    kinds = [("sequences", "capture", np.full(len(values), True))]
+    if plan and cut is not None:
+        kinds = [
+            ("left out", "rest", values < cut),
+            (f"kept by “{one_line(plan.info.name, 20)}”", "plan", values >= cut),
+        ]
+    label = f"NLL of {score} − NLL of the teacher, nats per target token"
+    caption = f"{len(values):,} of {dataset.num_rows:,} sequences are scored. To the right, text that a small model has yet to learn"
+    caption += f"; difference sampling keeps what lies at or above {cut:.3f}." if cut is not None else "."
+    return _histograms("difference", title, caption, table["domain"].to_pylist(), values, kinds, label, cut)
+
+
+def _rows(dataset: Dataset | None, column: str, title: str, label: str, caption: str) -> Plot:
+    """Distribution of one index column, by domain and by the kind of source."""
+    if dataset is None:
+        return Plot(title, "Neither capture nor generation has run: there is no dataset.")
+    table = dataset.sql(
+        f"select domain, source, {column} as value from rows where value is not null order by shard, row"
+    )
+    source = np.array(
+        [
+            dataset.info.sources[s].kind if s in dataset.info.sources else ""
+            for s in table["source"].to_pylist()
+        ]
+    )
+    words = (("text the teacher read", "capture"), ("text the teacher wrote", "generate"))
+    kinds = [(words_, kind, source == kind) for words_, kind in words if (source == kind).any()]
+    return _histograms(
+        column, title, caption, table["domain"].to_pylist(), table["value"].to_numpy(), kinds, label
+    )
+
+
+def _left_out(num_domains: int) -> str:
+    return f" Shown: the first {MAX_PANELS} of {num_domains} domains." if num_domains > MAX_PANELS else ""
+
+
+def _histograms(
+    name: str,
+    title: str,
+    caption: str,
+    domains: list[str],
+    values: np.ndarray,
+    kinds: list[tuple[str, str, np.ndarray]],
+    xlabel: str,
+    cut: float | None = None,
+) -> Plot:
+    """One panel per domain, the kinds (label, colour role, mask over the values) stacked; bins meet at `cut`."""
+    if not len(values):
+        return Plot(title, "No sequence has this number.")
+    low, high = np.percentile(values, [0.5, 99.5]) + np.array([-1e-6, 1e-6])
+    width = max((high - low) / 40, 1e-3)
+    start = low if cut is None else cut - np.ceil((cut - low) / width) * width
+    edges = start + width * np.arange(int(np.ceil((high - start) / width)) + 1)
+    domain = np.array(domains, object)
+    counts = {d: int((domain == d).sum()) for d in dict.fromkeys(sorted(domains))}
+    shown = sorted(counts, key=lambda d: (-counts[d], d))[:MAX_PANELS]
+    figure, panels = _figure(0.75 + 0.82 * len(shown), len(shown))
+    for axes, one in zip(panels, shown, strict=True):
+        masks = [(domain == one) & mask for _, _, mask in kinds]
+        axes.hist(
+            [values[m] for m in masks],
+            edges,
+            stacked=True,
+            color=[COLOURS[k] for _, k, _ in kinds],
+            label=[n for n, _, _ in kinds],
+        )
+        middle = np.median(values[domain == one])
+        axes.set_title(
+            f"{one_line(one, 24)}: {counts[one]:,} sequences, median {middle:.3f}", loc="left", pad=3
+        )
+        axes.locator_params(axis="y", nbins=3, integer=True)
+        axes.grid(axis="y")
+        if cut is not None:
+            axes.axvline(cut, color=COLOURS["ink"], linewidth=1.2, linestyle=(0, (3, 2)))
+    panels[-1].set_xlabel(xlabel)
+    figure.supylabel("sequences", fontsize=9.5, color=COLOURS["muted"])
+    outside = int(((values < edges[0]) | (values > edges[-1])).sum())
+    caption += f" Beyond the axis: {outside:,} sequences." if outside else ""
+    return Plot(title, caption + _left_out(len(counts)), _svg(figure, name))
+
+
+def _bars(
+    name: str,
+    groups: list[str],
+    series: list[tuple[str, str, list[float | None]]],
+    xlabel: str,
+    form: str,
+    marks: list[float | None] | None = None,
+) -> Markup:
+    """Horizontal bars from zero, a group per domain, values written at their ends; `marks` are lines across a group."""
+    figure, [axes] = _figure(0.85 + len(groups) * (0.14 + 0.19 * len(series)))
+    height = 0.84 / len(series)
+    for i, (label, role, values) in enumerate(series):
+        places = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * height
+        bars = axes.barh(places, [v or 0.0 for v in values], height * 0.86, color=COLOURS[role], label=label)
+        axes.bar_label(bars, [number(v, form) for v in values], padding=3, color=COLOURS["ink"], fontsize=8.5)
+    for place, mark in enumerate(marks or []):
+        if mark is not None:
+            axes.vlines(mark, place - 0.46, place + 0.46, color=COLOURS["page"], linewidth=4)
+            axes.vlines(mark, place - 0.46, place + 0.46, color=COLOURS["ink"], linewidth=1.8)
+    axes.set_yticks(range(len(groups)), groups)
+    axes.set(xlabel=xlabel, ylim=(len(groups) - 0.5, -0.5))
+    axes.margins(x=0.12)
+    axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+    return _svg(figure, name)
+
+
+def _figure(height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of the page's width with `rows` axes below each other that share their x axis."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+
+
+def _svg(figure: Figure, name: str) -> Markup:
+    """The figure with its legend, as inline SVG: scalable, colours as CSS variables, ids unique on the page, no URL."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if len(labels) > 1:
+        columns = max(1, min(len(labels), 70 // (max(map(len, labels)) + 6)))
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns, handleheight=0.9)
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
+    drawing = buffer.getvalue()
+    drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing[drawing.index("<svg") :], flags=re.DOTALL)
+    return Markup(re.sub(r"<[^>]*>", _page_tag(name), drawing))
+
+
+def _page_tag(name: str) -> Callable[[re.Match[str]], str]:
+    """Rewrite one SVG tag for the page; text between tags, which may come from data, is never touched."""
+
+    def rewrite(match: re.Match[str]) -> str:
+        tag = match[0]
+        if tag.startswith("<svg"):
+            box = re.search(r'viewBox="[^"]*"', tag)
+            return f'<svg {box[0] if box else ""} role="img">'
+        tag = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", tag).replace("xlink:href", "href")
+        for role, colour in COLOURS.items():
+            tag = tag.replace(colour, f"var(--{role}, {colour})")
+        return re.sub(r"(\d+(?:\.\d+)?px) [^;\"]*sans-serif", r"\1 sans-serif", tag)
+
+    return rewrite

@@ -1,0 +1,154 @@
+"""Evaluation against dense recomputation from the same model and the stored teacher."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import kdata
+from kdata.errors import MismatchError, MissingError
+from tests.trainer.datasets import VOCAB, make_dataset
+from trainer.evaluate import EvaluateConfig, evaluate
+from trainer.student import ScratchStudent, build_student
+from trainer.train import TrainConfig, train
+
+LENGTHS = [5 + (i * 11) % 30 for i in range(30)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def dataset(folder: Path) -> kdata.Dataset:
+    return make_dataset(folder / "full", LENGTHS, kept=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, dataset: kdata.Dataset) -> Path:
+    config = TrainConfig(
+        label="tiny",
+        student=ScratchStudent(hidden_size=16, num_layers=1, num_heads=2, max_positions=64),
+        steps=15,
+        batch_tokens=128,
+        context_tokens=64,
+        warmup_steps=2,
+        learning_rate=1e-2,
+    )
+    train(config, dataset.path, None, folder / "run")
+    return folder / "run"
+
+
+def dense(model_dir: Path, dataset: kdata.Dataset) -> dict[str, np.ndarray]:
+    """Every figure at every counted position, one document at a time, from full logits."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    index = dataset.index(["domain"])["domain"].to_pylist()
+    names = ("domain", "nll", "kl", "rkl", "tv", "top1", "top5", "conf", "hit")
+    found: dict[str, list] = {k: [] for k in names}
+    for row, domain in enumerate(index):
+        seqs = dataset[row]
+        ids, logprobs = seqs.padded()
+        logits = model(torch.from_numpy(seqs.token_ids.astype(np.int64))[None]).logits[0].double()
+        log_q = torch.log_softmax(logits, -1).detach().numpy()
+        for t in np.flatnonzero(seqs.target_mask):
+            p = np.zeros(VOCAB)
+            p[ids[t]] = np.exp(logprobs[t].astype(np.float64))
+            lq, q = log_q[t - 1], np.exp(log_q[t - 1])
+            order = np.argsort(-lq)
+            found["domain"].append(domain)
+            found["nll"].append(-lq[seqs.token_ids[t]])
+            found["kl"].append((p * (np.log(p) - lq)).sum())
+            found["rkl"].append((q * (lq - np.log(p))).sum())
+            found["tv"].append(0.5 * np.abs(p - q).sum())
+            found["top1"].append(order[0] == ids[t][logprobs[t].argmax()])
+            found["top5"].append(ids[t][logprobs[t].argmax()] in order[:5])
+            found["conf"].append(q.max())
+            found["hit"].append(order[0] == seqs.token_ids[t])
+    return {k: np.array(v) for k, v in found.items()}
+
+
+def test_figures_equal_the_dense_ones_per_domain_and_overall(run: Path, dataset: kdata.Dataset) -> None:
+    result = evaluate(run / "model", dataset.path, config=EvaluateConfig(batch_tokens=128))
+    expected = dense(run / "model", dataset)
+    assert set(result["domains"]) == {"code", "prose"}
+    for name, figures in [*result["domains"].items(), ("overall", result["overall"])]:
+        part = expected["domain"] == name if name != "overall" else np.ones(len(expected["nll"]), bool)
+        assert figures["tokens"] == part.sum()
+        assert figures["nll"] == pytest.approx(expected["nll"][part].mean(), rel=1e-5)
+        assert figures["ppl"] == pytest.approx(math.exp(expected["nll"][part].mean()), rel=1e-4)
+        # all entries are kept, so the bucket holds only what float16 rounding took: at most 1e-3 nats
+        assert figures["kl"] == pytest.approx(expected["kl"][part].mean(), abs=2e-3)
+        assert figures["reverse_kl"] == pytest.approx(expected["rkl"][part].mean(), abs=2e-3)
+        assert figures["tv"] == pytest.approx(expected["tv"][part].mean(), abs=2e-3)
+        assert figures["top1"] == pytest.approx(expected["top1"][part].mean())
+        assert figures["top5"] == pytest.approx(expected["top5"][part].mean())
+        bins = np.minimum((expected["conf"][part] * 15).astype(int), 14)
+        gaps = [abs((expected["conf"][part] - expected["hit"][part])[bins == b].sum()) for b in range(15)]
+        assert figures["ece"] == pytest.approx(sum(gaps) / part.sum(), abs=1e-3)
+
+
+def test_the_teachers_own_figures_come_from_the_dataset(run: Path, dataset: kdata.Dataset) -> None:
+    result = evaluate(run / "model", dataset.path)
+    index = dataset.index(["domain", "nll", "num_target_tokens"]).to_pandas()
+    for name, part in index.groupby("domain"):
+        weighted = np.average(part["nll"], weights=part["num_target_tokens"])
+        assert result["domains"][name]["teacher_nll"] == pytest.approx(weighted, rel=1e-5)
+    assert result["overall"]["teacher_nll"] < result["overall"]["nll"]
+    assert 0 <= result["overall"]["teacher_ece"] < 0.15
+
+
+def test_fewer_kept_entries_bound_the_divergence_from_below(
+    folder: Path, run: Path, dataset: kdata.Dataset
+) -> None:
+    sparse = make_dataset(folder / "sparse", LENGTHS, kept=4)
+    full, bound = (evaluate(run / "model", d.path)["overall"] for d in (dataset, sparse))
+    assert bound["nll"] == pytest.approx(full["nll"])
+    assert 0 < bound["kl"] < full["kl"] and 0 < bound["tv"] < full["tv"]
+    assert 0 < bound["reverse_kl"] < full["reverse_kl"]
+
+
+def test_draws_with_stored_entropy_estimate_the_full_divergence(
+    folder: Path, run: Path, dataset: kdata.Dataset
+) -> None:
+    # With every id kept the weights are the distribution, so the estimate has no noise.
+    draws = make_dataset(folder / "draws", LENGTHS, kept=VOCAB, tail="draws")
+    result = evaluate(run / "model", draws.path)
+    full = evaluate(run / "model", dataset.path)["overall"]
+    assert "unbiased" in result["kl_is"]
+    assert result["overall"]["kl"] == pytest.approx(full["kl"], abs=5e-3)
+    assert result["overall"]["reverse_kl"] is None and result["overall"]["teacher_ece"] is None
+
+
+def test_the_result_carries_the_run_and_samples(run: Path, dataset: kdata.Dataset) -> None:
+    prompts = [{"domain": "code", "prompt": "w5 w6 w7"}, {"domain": "prose", "prompt": "w9"}]
+    greedy = evaluate(
+        run / "model", dataset.path, prompts=prompts, config=EvaluateConfig(sample_tokens=5, max_documents=2)
+    )
+    assert (greedy["label"], greedy["steps"], greedy["metrics"]) == ("tiny", 15, "run/metrics.jsonl")
+    assert greedy["tokens"] > greedy["target_tokens"] > 0 and greedy["train_seconds"] > 0
+    assert [s["domain"] for s in greedy["samples"]] == ["code", "prose"]
+    assert all(len(s["text"].split()) <= 5 for s in greedy["samples"])
+    index = dataset.index(["domain", "num_target_tokens"]).to_pandas()
+    expected = index.groupby("domain")["num_target_tokens"].apply(lambda n: int(n.head(2).sum()))
+    assert {n: d["tokens"] for n, d in greedy["domains"].items()} == expected.to_dict()
+    sampling = EvaluateConfig(sample_tokens=5, max_documents=2, sample_temperature=1.0, seed=3)
+    texts = [
+        evaluate(run / "model", dataset.path, prompts=prompts, config=sampling)["samples"] for _ in range(2)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_wrong_or_missing_models_are_refused(folder: Path, dataset: kdata.Dataset) -> None:
+    with pytest.raises(MissingError, match="holds no model"):
+        evaluate(folder / "nowhere", dataset.path)
+    other = make_dataset(folder / "other", [8, 9], vocab=VOCAB - 1)
+    model = build_student(ScratchStudent(hidden_size=16, num_layers=1, num_heads=2), other, 0)
+    model.save_pretrained(folder / "alien" / "model")
+    with pytest.raises(MismatchError, match="vocabulary"):
+        evaluate(folder / "alien" / "model", dataset.path)

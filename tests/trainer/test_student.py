@@ -1,0 +1,161 @@
+"""Students: checked against the dataset, packed documents apart, logits that are head @ hidden."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Cohere2Config, Cohere2ForCausalLM, MambaConfig, MambaForCausalLM
+
+import kdata
+from kdata.errors import ConfigError, MismatchError, MissingError
+from kdata.teachers import load_tokenizer, tokenizer_info
+from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
+from trainer.fused import distillation_loss
+from trainer.loader import Loader, LoaderConfig
+from trainer.objectives import ObjectiveConfig
+from trainer.student import (
+    CheckpointStudent,
+    ScratchStudent,
+    build_student,
+    head_of,
+    hidden_states,
+    num_parameters,
+    probe_head,
+    probe_isolation,
+    tokenizer_hash,
+)
+
+TINY = ScratchStudent(hidden_size=16, num_layers=2, num_heads=2, max_positions=64)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
+    return make_dataset(tmp_path_factory.mktemp("data") / "set", [9, 20, 13, 1, 2, 30, 7, 16])
+
+
+def test_a_student_from_scratch_is_reproducible_and_has_the_datasets_vocabulary(
+    dataset: kdata.Dataset,
+) -> None:
+    first, again, other = (build_student(TINY, dataset, seed) for seed in (3, 3, 4))
+    assert head_of(first).shape == (VOCAB, 16)
+    assert head_of(first) is first.get_input_embeddings().weight
+    assert torch.equal(head_of(first), head_of(again)) and not torch.equal(head_of(first), head_of(other))
+    assert num_parameters(first) == sum(p.numel() for p in first.parameters())
+
+
+def test_packed_documents_have_the_logits_of_the_document_alone(dataset: kdata.Dataset) -> None:
+    model = build_student(TINY, dataset, 0).eval()
+    loader = Loader(dataset, None, LoaderConfig(context_tokens=40, batch_rows=3))
+    seen = 0
+    for batch in loader.epoch():
+        packed = hidden_states(model, batch.input_ids, batch.position_ids) @ head_of(model).T
+        for row, segments in enumerate(batch.segment_ids):
+            for segment in range(int(segments.max()) + 1):
+                ids = batch.input_ids[row][segments == segment]
+                alone = model(input_ids=ids[None], use_cache=False).logits[0]
+                torch.testing.assert_close(packed[row][segments == segment], alone, rtol=1e-4, atol=1e-5)
+                seen += 1
+    assert seen == 8
+
+
+def test_packed_loss_and_gradients_equal_unpacked(dataset: kdata.Dataset) -> None:
+    model = build_student(TINY, dataset, 0)
+
+    def run(context: int, rows: int) -> tuple[float, list[torch.Tensor]]:
+        model.zero_grad()
+        loader = Loader(dataset, None, LoaderConfig(context_tokens=context, batch_rows=rows))
+        batches = list(loader.epoch())
+        counted = sum(len(b.targets) for b in batches)
+        total = 0.0
+        for b in batches:
+            hidden = hidden_states(model, b.input_ids, b.position_ids).flatten(0, 1)[b.predictor_M]
+            loss = distillation_loss(
+                hidden, head_of(model), b.targets, ObjectiveConfig(), "ghost", counted_tokens=counted
+            )
+            loss.total.backward()
+            total += float(loss.total.detach())
+        return total, [p.grad.clone() for p in model.parameters()]
+
+    packed, packed_grads = run(60, 8)
+    alone, alone_grads = run(30, 1)  # other rows, other neighbours, and accumulated over many batches
+    assert packed == pytest.approx(alone, rel=1e-5)
+    for got, want in zip(packed_grads, alone_grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
+
+
+def test_a_student_that_leaks_across_documents_is_refused() -> None:
+    torch.manual_seed(0)
+    leaky = MambaForCausalLM(
+        MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4, use_mambapy=False)
+    )
+    with torch.no_grad():
+        for parameter in leaky.parameters():
+            parameter.mul_(3.0)
+    original = leaky.backbone.forward
+    leaky.backbone.forward = lambda position_ids=None, **kw: original(**kw)
+    with pytest.raises(ConfigError, match="see each other"):
+        probe_isolation(leaky)
+
+
+def test_a_student_with_scaled_logits_is_refused() -> None:
+    torch.manual_seed(0)
+    scaled = Cohere2ForCausalLM(
+        Cohere2Config(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            logit_scale=0.25,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    with torch.no_grad():
+        head_of(scaled).mul_(20)
+    with pytest.raises(ConfigError, match="not head @ hidden"):
+        probe_head(scaled)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hidden_size": 18, "num_heads": 4}, "even head width"),
+        ({"hidden_size": 12, "num_heads": 4}, "even head width"),
+        ({"hidden_size": 16, "num_heads": 4, "num_kv_heads": 3}, "does not divide"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(dataset: kdata.Dataset, config: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_student(ScratchStudent(**config), dataset, 0)
+
+
+def test_a_checkpoint_is_loaded_in_float32_and_checked(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    model = build_student(TINY, dataset, 0)
+    good = tmp_path / "good"
+    model.half().save_pretrained(good)
+    save_tokenizer(good)
+    loaded = build_student(CheckpointStudent(path=str(good)), dataset, 1)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    torch.testing.assert_close(head_of(loaded), head_of(model).float())
+
+    save_tokenizer(good, VOCAB - 1)
+    with pytest.raises(MismatchError, match="tokenizer"):
+        build_student(CheckpointStudent(path=str(good)), dataset, 1)
+    save_tokenizer(good)
+    model.resize_token_embeddings(VOCAB + 3)
+    model.save_pretrained(good)
+    with pytest.raises(MismatchError, match=rf"head has {VOCAB + 3} rows.*{VOCAB} ids"):
+        build_student(CheckpointStudent(path=str(good)), dataset, 1)
+    with pytest.raises(MissingError, match="cannot be loaded"):
+        build_student(CheckpointStudent(path=str(tmp_path / "nowhere")), dataset, 1)
+
+
+def test_tokenizers_are_hashed_as_the_dataset_hashes_them(dataset: kdata.Dataset) -> None:
+    assert dataset.tokenizer_dir is not None
+    assert tokenizer_hash(dataset.tokenizer_dir) == dataset.info.tokenizer.hash
+    assert tokenizer_hash(dataset.tokenizer_dir) == tokenizer_info(load_tokenizer(dataset.tokenizer_dir)).hash

@@ -1,0 +1,214 @@
+"""The loop: it learns, resumes bit-equal after a kill, accumulates exactly, and stops on NaN."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import kdata
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, TrainingError
+from kdata.plan import make_plan
+from tests.trainer.datasets import make_dataset
+from trainer.student import CheckpointStudent, ScratchStudent, build_student, num_parameters
+from trainer.train import TrainConfig, TrainResult, learning_rate, train
+
+LENGTHS = [5 + (i * 7) % 40 for i in range(120)]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
+    return make_dataset(tmp_path_factory.mktemp("data") / "set", LENGTHS)
+
+
+def config(**changes: object) -> TrainConfig:
+    base: dict[str, object] = {
+        "student": ScratchStudent(hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
+        "steps": 20,
+        "batch_tokens": 256,
+        "context_tokens": 64,
+        "warmup_steps": 3,
+        "learning_rate": 5e-3,
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 10,
+    }
+    return TrainConfig(**{**base, **changes})
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[tuple]:
+    return [
+        (r["step"], r["loss"], r["cross_entropy"], r["grad_norm"], r["lr"], r["tokens"]) for r in lines(out)
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: kdata.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(config(), dataset.path, None, out)
+    return out
+
+
+def test_a_student_learns_the_chain_and_everything_is_written(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    result = train(config(steps=120, checkpoint_every_steps=0), dataset.path, None, tmp_path / "run")
+    first, last = lines(tmp_path / "run")[0], lines(tmp_path / "run")[-1]
+    assert first["forward_kl"] > 1.5 and last["forward_kl"] < 0.15  # impossible with targets one position off
+    assert result == TrainResult.model_validate_json((tmp_path / "run" / "train.json").read_bytes())
+    assert result.steps == 120 and result.tokens == last["tokens"] < 120 * 256
+    mix = 0.1 * last["cross_entropy"] + 0.9 * last["forward_kl"]
+    assert result.losses["loss"] == pytest.approx(mix, rel=1e-5)
+    made = {p.name for p in (tmp_path / "run").iterdir()}
+    assert made == {"model", "train.json", "metrics.jsonl", "checkpoints"}
+    again = build_student(CheckpointStudent(path=str(tmp_path / "run" / "model")), dataset, 0)
+    assert num_parameters(again) == result.params
+
+
+def test_a_run_killed_and_resumed_gives_bit_equal_losses(
+    dataset: kdata.Dataset, whole: Path, tmp_path: Path
+) -> None:
+    """SIGKILL in the middle of step 14; step 10 is the newest checkpoint."""
+    out = tmp_path / "run"
+    script = (
+        "import os, signal, sys, trainer.train as t\n"
+        "real = t._gradients\n"
+        "def dying(*args):\n"
+        "    if args[-1] == 14: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(*args)\n"
+        "t._gradients = dying\n"
+        "from pathlib import Path\n"
+        "t.train(t.TrainConfig.model_validate_json(sys.argv[1]), sys.argv[2], None, Path(sys.argv[3]))\n"
+    )
+    arguments = [sys.executable, "-c", script, config().model_dump_json(), str(dataset.path), str(out)]
+    killed = subprocess.run(
+        arguments, env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert [r["step"] for r in lines(out)] == list(range(1, 14))
+    train(config(), dataset.path, None, out)
+    assert losses(out) == losses(whole)
+    for name in ("model.safetensors", "config.json"):
+        assert (out / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
+
+
+def test_a_finished_run_is_not_trained_again(dataset: kdata.Dataset, whole: Path) -> None:
+    before = losses(whole)
+    result = train(config(), dataset.path, None, whole)
+    assert result.steps == 20 and losses(whole) == before
+
+
+def test_other_settings_or_data_do_not_resume(dataset: kdata.Dataset, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match=r"learning_rate: 0\.005 -> 0\.001"):
+        train(config(learning_rate=1e-3), dataset.path, None, whole)
+    other = make_dataset(tmp_path / "other", LENGTHS, seed=9)
+    with pytest.raises(MismatchError, match="data: "):
+        train(config(), other.path, None, whole)
+
+
+def test_a_damaged_checkpoint_is_named(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    train(config(steps=4), dataset.path, None, tmp_path)
+    tensors = next(tmp_path.glob("checkpoints/step-*/tensors.safetensors"))
+    tensors.write_bytes(tensors.read_bytes()[:100])
+    with pytest.raises(CorruptError, match="step-00000004"):
+        train(config(steps=4), dataset.path, None, tmp_path)
+
+
+def test_accumulated_micro_batches_give_the_losses_of_one_batch(
+    dataset: kdata.Dataset, whole: Path, tmp_path: Path
+) -> None:
+    train(config(micro_batch_tokens=64), dataset.path, None, tmp_path / "run")
+    for got, want in zip(losses(tmp_path / "run"), losses(whole), strict=True):
+        assert got[1:] == pytest.approx(want[1:], rel=2e-4)
+
+
+def test_bf16_follows_float32(dataset: kdata.Dataset, whole: Path, tmp_path: Path) -> None:
+    train(config(precision="bf16"), dataset.path, None, tmp_path / "run")
+    for got, want in zip(losses(tmp_path / "run"), losses(whole), strict=True):
+        assert got[1] == pytest.approx(want[1], rel=0.02)
+
+
+def test_a_plan_decides_what_is_read(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    plan = make_plan(dataset, "few", ["doc-1", "doc-3"], method="sql", parameters={})
+    path = plan.save(tmp_path / "plans")
+    result = train(config(steps=4, batch_tokens=64), dataset.path, path, tmp_path / "run")
+    per_epoch = LENGTHS[1] + LENGTHS[3]
+    assert result.plan == "few" and result.tokens == 4 * per_epoch  # both fit one row
+
+
+def test_a_non_finite_loss_stops_before_the_weights_and_names_step_and_rows(
+    dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, poisoned = kdata.Dataset.take, 17
+
+    def take(self: kdata.Dataset, rows: object) -> kdata.Sequences:
+        seqs = real(self, rows)
+        spoilt = seqs.log_tail.copy()
+        for number, row in enumerate(rows):
+            if row == poisoned:
+                spoilt[seqs.offsets[number] + 1] = float("nan")
+        return kdata.Sequences(**{**vars(seqs), "log_tail": spoilt})
+
+    monkeypatch.setattr(kdata.Dataset, "take", take)
+    steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(1))
+    with pytest.raises(TrainingError, match=r"loss of step (\d+) is nan; rows doc-17\. ") as caught:
+        train(config(steps=100), dataset.path, None, tmp_path / "run")
+    assert f"step {len(steps) + 1} " in str(caught.value)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_too(
+    dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(float("inf"))
+    )
+    with pytest.raises(TrainingError, match=r"gradient norm of step 1 is inf; rows doc-"):
+        train(config(), dataset.path, None, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_tokens": 100}, "multiple of the next"),
+        ({"micro_batch_tokens": 192}, "multiple of the next"),
+        ({"warmup_steps": 20}, "less than steps"),
+        ({"context_tokens": 128}, "max_positions"),
+        ({"objective": {"temperature": 2.0}}, "log-sum-exp at 1"),
+        ({"objective": {"tail": "draws"}}, "use ghost or renormalise"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    dataset: kdata.Dataset, tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(config(**changes), dataset.path, None, tmp_path)
+
+
+def test_unknown_settings_and_long_documents_are_refused(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        TrainConfig(learnin_rate=1.0)
+    with pytest.raises(DataError, match="Documents are never cut"):
+        train(config(context_tokens=32), dataset.path, None, tmp_path)
+
+
+def test_every_setting_is_described() -> None:
+    for model in (TrainConfig, ScratchStudent, CheckpointStudent):
+        assert all(f.description for n, f in model.model_fields.items() if n != "kind")
+
+
+@pytest.mark.parametrize(("decay", "middle"), [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)])
+def test_the_schedule_rises_and_decays(decay: str, middle: float) -> None:
+    c = config(steps=104, warmup_steps=3, decay=decay, learning_rate=1.0)
+    assert learning_rate(c, 0) == 0.25 and learning_rate(c, 2) == 0.75 and learning_rate(c, 3) == 1.0
+    assert learning_rate(c, 53) == pytest.approx(middle)
+    assert learning_rate(c, 103) == pytest.approx(1.0 if decay == "constant" else 0.1)

@@ -1,0 +1,300 @@
+"""How good a student is, measured offline against what the teacher believed about held-out text.
+
+The held-out set is a logit dataset captured like any other; no teacher runs here. Every figure is a
+micro-average over counted tokens. What is exact: NLL, perplexity, the teacher's NLL. What is not:
+
+- `kl`, `reverse_kl`, `tv` on a dataset of exact entries and tail (ghost) compare kept entries and one bucket
+  for the rest, and by the log-sum inequality are lower bounds of the full divergences.
+- `kl` on a dataset of draws is unbiased where the teacher's entropy was stored (cross-entropy from the draws
+  minus that entropy), else too high; `kl_is` says which. `reverse_kl`, `tv` and `teacher_ece` are then null.
+
+Shapes: M counted positions, K kept entries, N most likely tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import kdata
+from kdata.errors import MissingError
+from kdata.progress import Stage
+from trainer.fused import Measured, measure
+from trainer.loader import Batch, Loader, LoaderConfig
+from trainer.student import check_vocabulary, head_of, hidden_states, num_parameters
+from trainer.train import TrainResult
+
+ECE_BINS = 15
+
+
+class EvaluateConfig(BaseModel):
+    """How much is measured, and how samples are written."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    batch_tokens: int = Field(default=8192, ge=2, description="Cells of one forward pass. Memory only.")
+    max_documents: int | None = Field(
+        default=None, ge=1, description="Documents per domain, the first ones; None: all."
+    )
+    sample_tokens: int = Field(default=64, ge=1, description="Tokens written for each prompt.")
+    sample_temperature: float = Field(
+        default=0.0, ge=0, description="0 is greedy; 1 samples the student as it is."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of sampling.")
+    device: str = Field(default="cpu", description="Torch device.")
+
+
+def evaluate(
+    model_dir: Path,
+    heldout_path: Path | str,
+    *,
+    prompts: Iterable[Mapping[str, str]] = (),
+    label: str | None = None,
+    config: EvaluateConfig | None = None,
+) -> dict[str, Any]:
+    """Measure one student on a held-out logit dataset, and let it write.
+
+    Args:
+        model_dir: a model in Hugging Face format; the run's figures come from a `train.json` beside it.
+        heldout_path: what `kdata.open` takes.
+        prompts: {"domain", "prompt"} each; the student continues them.
+        label: name in the result; None: the run's, or the directory's name.
+    Returns:
+        {"label", "params", "steps", "tokens", "target_tokens", "train_seconds" (null without train.json),
+        "domains": {name: figures}, "overall": figures, "kl_is", "samples": [{"domain", "prompt", "text"}],
+        "metrics": metrics.jsonl relative to the run's parent directory, null without one}.
+        figures: nll, teacher_nll, kl, reverse_kl (nats per token), ppl, tv, top1, top5 (share of positions
+        where the teacher's first choice is the student's, or among its five), ece, teacher_ece (calibration
+        error of the likeliest token), tokens (counted positions).
+    Raises:
+        MissingError: no model there, or no tokenizer where prompts are given.
+        MismatchError: the model's vocabulary is not the dataset's.
+    """
+    config = config or EvaluateConfig()
+    dataset = kdata.open(heldout_path)
+    model = _load(model_dir).to(config.device).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
+    check_vocabulary(model, dataset)
+    run = _run_beside(model_dir)
+    domains, sums = _measure_dataset(model, dataset, config)
+    return {
+        "label": label or (run.label if run else model_dir.name),
+        "params": num_parameters(model),
+        "steps": run.steps if run else None,
+        "tokens": run.tokens if run else None,
+        "target_tokens": run.target_tokens if run else None,
+        "train_seconds": run.train_seconds if run else None,
+        "domains": {name: sums.figures(number) for number, name in enumerate(domains) if sums.tokens[number]},
+        "overall": sums.figures(None),
+        "kl_is": sums.kl_is,
+        "samples": _write_samples(model, model_dir, prompts, config),
+        "metrics": f"{model_dir.resolve().parent.name}/{run.metrics}" if run else None,
+    }
+
+
+@dataclass
+class _Calibration:
+    """Expected calibration error in `ECE_BINS` bins of equal width, per domain."""
+
+    num_domains: int
+    counts: np.ndarray = field(init=False)
+    confidence: np.ndarray = field(init=False)
+    correct: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts, self.confidence, self.correct = (
+            np.zeros((self.num_domains, ECE_BINS)) for _ in range(3)
+        )
+
+    def add(self, domain_M: np.ndarray, confidence_M: np.ndarray, correct_M: np.ndarray) -> None:
+        bin_M = np.minimum((confidence_M * ECE_BINS).astype(np.int64), ECE_BINS - 1)
+        for total, value_M in (
+            (self.counts, None),
+            (self.confidence, confidence_M),
+            (self.correct, correct_M),
+        ):
+            flat = np.bincount(domain_M * ECE_BINS + bin_M, value_M, minlength=total.size)
+            total += flat.reshape(total.shape)
+
+    def error(self, domains: slice) -> float:
+        gap = np.abs(self.confidence[domains].sum(0) - self.correct[domains].sum(0))
+        return float(gap.sum() / self.counts[domains].sum())
+
+
+class _Sums:
+    """Running sums over counted positions, one row per domain."""
+
+    def __init__(self, num_domains: int, tail: str) -> None:
+        self.tail = tail
+        self.tokens = np.zeros(num_domains, np.int64)
+        self.values: dict[str, np.ndarray] = {}
+        self.student = _Calibration(num_domains)
+        self.teacher = _Calibration(num_domains)
+        self.entropy_known = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Objectives that the stored entries can serve."""
+        exact = ("reverse_kl", "total_variation") if self.tail == "ghost" else ()
+        return ("cross_entropy", "forward_kl", *exact)
+
+    @property
+    def kl_is(self) -> str:
+        if self.tail == "ghost":
+            return "a lower bound: kept entries and one bucket for the rest"
+        if self.entropy_known:
+            return "an unbiased estimate: cross-entropy from the draws minus the stored entropy"
+        return "an estimate from draws, biased upwards"
+
+    def add(self, batch: Batch, measured: Measured, domain_M: np.ndarray) -> None:
+        objectives = dict(zip(self.names, measured.values_MO.double().cpu().numpy().T, strict=True))
+        targets, top_MN = batch.targets, measured.top_ids_MN.cpu().numpy()
+        first_M = _first_choice(batch)
+        values = {
+            "nll": objectives["cross_entropy"],
+            "kl": objectives["forward_kl"],
+            "teacher_nll": -batch.logprob_M.astype(np.float64),
+            "top1": (top_MN[:, 0] == first_M).astype(np.float64),
+            "top5": (top_MN == first_M[:, None]).any(-1).astype(np.float64),
+        }
+        confidence_M = measured.confidence_M.double().cpu().numpy()
+        self.student.add(domain_M, confidence_M, top_MN[:, 0] == targets.token_ids_C.numpy())
+        if self.tail == "ghost":
+            values |= {"reverse_kl": objectives["reverse_kl"], "tv": objectives["total_variation"]}
+            top_p_M = np.exp(targets.logprobs_CK.double().numpy()).max(-1, initial=0.0)
+            self.teacher.add(domain_M, top_p_M, batch.rank_M == 1)
+        else:
+            values["kl_from_entropy"] = values["kl"] + _entropy_of_weights(batch) - batch.entropy_M
+            self.entropy_known &= bool(np.isfinite(batch.entropy_M).all())
+        self.tokens += np.bincount(domain_M, minlength=len(self.tokens))
+        for name, value_M in values.items():
+            total = self.values.setdefault(name, np.zeros(len(self.tokens)))
+            total += np.bincount(domain_M, value_M, minlength=len(total))
+
+    def figures(self, domain: int | None) -> dict[str, Any]:
+        """Averages of one domain, or of all."""
+        part = slice(None) if domain is None else slice(domain, domain + 1)
+        tokens = int(self.tokens[part].sum())
+        mean = {name: float(total[part].sum() / tokens) for name, total in self.values.items()}
+        from_entropy = mean.pop("kl_from_entropy", None)
+        if from_entropy is not None and self.entropy_known:
+            mean["kl"] = from_entropy
+        ghost = self.tail == "ghost"
+        return {
+            "nll": mean["nll"],
+            "ppl": math.exp(min(mean["nll"], 700.0)),  # e^710 overflows a float
+            "kl": mean["kl"],
+            "reverse_kl": mean.get("reverse_kl"),
+            "tv": mean.get("tv"),
+            "top1": mean["top1"],
+            "top5": mean["top5"],
+            "ece": self.student.error(part),
+            "teacher_nll": mean["teacher_nll"],
+            "teacher_ece": self.teacher.error(part) if ghost else None,
+            "tokens": tokens,
+        }
+
+
+@torch.no_grad()
+def _measure_dataset(
+    model: PreTrainedModel, dataset: kdata.Dataset, config: EvaluateConfig
+) -> tuple[list[str], _Sums]:
+    """Domain names, and sums over all counted positions."""
+    index = dataset.index(["domain", "num_tokens"])
+    domains, domain_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str), return_inverse=True)
+    rows = _first_of_each(domain_R, config.max_documents)
+    context = max(int(index["num_tokens"].to_numpy()[rows].max(initial=2)), 2)
+    loader = Loader(
+        dataset, rows, LoaderConfig(context_tokens=context, batch_rows=max(1, config.batch_tokens // context))
+    )
+    sums = _Sums(len(domains), dataset.info.tail)
+    with Stage("evaluate", int(loader.lengths.sum()), unit="tokens") as stage:
+        for batch in loader.epoch():
+            device = head_of(model).device
+            hidden_BLD = hidden_states(model, batch.input_ids.to(device), batch.position_ids.to(device))
+            hidden_MD = hidden_BLD.flatten(0, 1).index_select(0, batch.predictor_M.to(device))
+            measured = measure(
+                hidden_MD, head_of(model), batch.targets.to(device), sums.names, dataset.info.tail
+            )
+            sums.add(batch, measured, domain_R[batch.rows[batch.document_M]])
+            stage.advance(batch.num_tokens)
+    return domains.tolist(), sums
+
+
+def _first_of_each(domain_R: np.ndarray, limit: int | None) -> np.ndarray:
+    """Global rows of the first `limit` documents of each domain, int64, in dataset order."""
+    if limit is None:
+        return np.arange(len(domain_R), dtype=np.int64)
+    order = np.argsort(domain_R, kind="stable")
+    starts = np.searchsorted(domain_R[order], np.arange(domain_R.max(initial=-1) + 1))
+    place = np.arange(len(order)) - starts[domain_R[order]]
+    return np.sort(order[place < limit]).astype(np.int64)
+
+
+def _first_choice(batch: Batch) -> np.ndarray:
+    """The teacher's most likely kept id at each position, -1 where nothing is kept; int64 [M]."""
+    ids_MK, logprobs_MK = batch.targets.ids_CK.numpy(), batch.targets.logprobs_CK.numpy()
+    if not ids_MK.shape[1]:
+        return np.full(len(ids_MK), -1, np.int64)
+    return np.take_along_axis(ids_MK, logprobs_MK.argmax(-1)[:, None], -1)[:, 0]
+
+
+def _entropy_of_weights(batch: Batch) -> np.ndarray:
+    """-sum w log w over the kept weights of each position, float64 [M]."""
+    log_w_MK = batch.targets.logprobs_CK.double().numpy()
+    return -np.where(np.isneginf(log_w_MK), 0.0, np.exp(log_w_MK) * log_w_MK).sum(-1)
+
+
+def _write_samples(
+    model: PreTrainedModel, model_dir: Path, prompts: Iterable[Mapping[str, str]], config: EvaluateConfig
+) -> list[dict[str, str]]:
+    """Continue each prompt. The last tokens of a prompt are kept where the whole does not fit the model."""
+    prompts = list(prompts)
+    if not prompts:
+        return []
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
+    except (OSError, ValueError) as error:
+        raise MissingError(
+            f"{model_dir} holds no tokenizer, and prompts need one; give none, or copy it"
+        ) from error
+    room = max(model.config.max_position_embeddings - config.sample_tokens, 1)
+    samples = []
+    for number, prompt in enumerate(prompts):
+        ids_BL = tokenizer(prompt["prompt"], return_tensors="pt").input_ids[:, -room:].to(model.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed + number)
+            choice = {"do_sample": True, "temperature": config.sample_temperature, "top_k": 0, "top_p": 1.0}
+            written_BL = model.generate(
+                ids_BL,
+                attention_mask=torch.ones_like(ids_BL),
+                max_new_tokens=config.sample_tokens,
+                pad_token_id=tokenizer.eos_token_id or 0,
+                **(choice if config.sample_temperature else {"do_sample": False}),
+            )
+        text = tokenizer.decode(written_BL[0, ids_BL.shape[1] :], skip_special_tokens=True)
+        samples.append({"domain": prompt["domain"], "prompt": prompt["prompt"], "text": text})
+    return samples
+
+
+def _load(model_dir: Path) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(model_dir), dtype=torch.float32, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise MissingError(
+            f"{model_dir} holds no model: {str(error).splitlines()[0]}; train it first"
+        ) from error
+
+
+def _run_beside(model_dir: Path) -> TrainResult | None:
+    path = model_dir.resolve().parent / "train.json"
+    return TrainResult.model_validate_json(path.read_bytes()) if path.exists() else None
