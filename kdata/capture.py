@@ -28,7 +28,7 @@ class CaptureConfig(Strict):
     """What is read, and how much of it is kept."""
 
     corpus: CorpusConfig
-    k: int = Field(64, ge=1, description="Entries kept at every position: the teacher's top k.")
+    k: int = Field(64, ge=1, le=65535, description="Entries kept at every position: the teacher's top k.")
     max_tokens: int | None = Field(None, ge=2, description="Longest sequence; null takes the teacher's context.")
     long_text: Literal["split", "reject", "refuse"] = Field(
         "split",
@@ -167,10 +167,10 @@ def _add(
     for number, (text, ids, token_bytes) in enumerate(pieces):
         if eos is not None and number == len(pieces) - 1:
             ids, token_bytes = np.append(ids, np.int32(eos)), np.append(token_bytes, np.uint16(0))
-        if len(ids) < 2:
-            unit.rejects.append(Reject(document.id, document.domain, "no_targets", "one token: nothing to predict"))
-            continue
         name = document.id if len(pieces) == 1 else f"{document.id}#{number}"
+        if len(ids) < 2:
+            unit.rejects.append(Reject(name, document.domain, "no_targets", "one token: nothing to predict"))
+            continue
         unit.sequences.append(unread(name, document, ids, token_bytes, text))
 
 

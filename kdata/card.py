@@ -1,7 +1,7 @@
-"""The dataset card: DATASET/README.md, made from the dataset alone, so that the same dataset gives the same bytes.
+"""The dataset card: DATASET/README.md, made from the dataset alone; the same dataset gives the same bytes.
 
-Everything that comes from data (domains, licences, model names, settings) is escaped by default; only the template's
-own Markdown is markup. What a person writes between the two notes marks is kept byte for byte.
+Everything that comes from data (domains, licences, model names, settings) is escaped by default; only the
+template's own Markdown is markup. What a person writes between the two notes marks is kept byte for byte.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pyarrow as pa
 import yaml
 
 from kdata.dataset import Dataset
@@ -27,12 +28,15 @@ EMPTY_NOTES = (
 
 # Licence identifiers that the Hub knows; any other is `other`, and the table in the card says what it is.
 HUB_LICENSES = frozenset(
-    "apache-2.0 mit isc unlicense wtfpl zlib ncsa postgresql ofl-1.1 bsl-1.0 mpl-2.0 ms-pl epl-1.0 epl-2.0 eupl-1.1 "
-    "eupl-1.2 ecl-2.0 afl-3.0 artistic-2.0 osl-3.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear gpl gpl-2.0 "
-    "gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 agpl-3.0 gfdl cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 "
-    "cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 "
-    "cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 odbl odc-by pddl cdla-permissive-1.0 cdla-permissive-2.0 "
-    "cdla-sharing-1.0 c-uda openrail llama2 llama3 llama3.1 llama3.2 llama3.3 gemma unknown".split()
+    """
+    apache-2.0 mit isc unlicense wtfpl zlib ncsa postgresql ofl-1.1 bsl-1.0 mpl-2.0 ms-pl epl-1.0
+    epl-2.0 eupl-1.1 eupl-1.2 ecl-2.0 afl-3.0 artistic-2.0 osl-3.0 bsd bsd-2-clause bsd-3-clause
+    bsd-3-clause-clear gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 agpl-3.0 gfdl cc cc0-1.0 cc-by-2.0 cc-
+    by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-
+    nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 odbl odc-by
+    pddl cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0 c-uda openrail llama2 llama3 llama3.1
+    llama3.2 llama3.3 gemma unknown
+    """.split()  # noqa: SIM905, a word list reads better than sixty quoted lines
 )
 
 _SPACE = re.compile(
@@ -40,20 +44,20 @@ _SPACE = re.compile(
 )  # line breaks, controls, text direction
 _MARKS = re.compile(r"[\\*_\[\]#~$!]")
 _ENTITIES = {ord(c): f"&#{ord(c)};" for c in "&<>|`\"'"}
-_MEANS = """
-    count(*) as num_rows, sum(num_tokens)::bigint as tokens, sum(num_target_tokens)::bigint as target_tokens,
-    sum(nll * num_target_tokens) / nullif(sum(num_target_tokens) filter (where nll is not null), 0) as nll,
-    sum(mean_entropy * num_target_tokens) / nullif(sum(num_target_tokens) filter (where mean_entropy is not null), 0)
-        as entropy,
-    sum(kept_mass * num_target_tokens) / nullif(sum(num_target_tokens) filter (where kept_mass is not null), 0) as kept_mass
-"""
+_MEANS = (
+    "count(*) as num_rows, sum(num_tokens)::bigint as tokens, sum(num_target_tokens)::bigint as target_tokens"
+) + "".join(
+    f", sum({column} * num_target_tokens)"
+    f" / nullif(sum(num_target_tokens) filter (where {column} is not null), 0) as {name}"
+    for column, name in (("nll", "nll"), ("mean_entropy", "entropy"), ("kept_mass", "kept_mass"))
+)
 
 
 @dataclass(frozen=True)
 class Facts:
     """What a dataset says about itself, counted; sizes in bytes, NLL and entropy in nats per target token.
 
-    `domains` and `sources` hold the columns of `_MEANS` beside their name; means are weighted by target tokens.
+    `domains` and `sources` hold the columns of `_MEANS` beside their name; means weigh by target tokens.
     """
 
     rows: int
@@ -103,8 +107,8 @@ def facts(dataset: Dataset) -> Facts:
         sources=sources,
         licenses=_sql(
             dataset,
-            "select domain, license, count(*) as num_rows, count(distinct origin) as origins, min(origin) as example "
-            "from rows group by all order by domain, license nulls last",
+            "select domain, license, count(*) as num_rows, count(distinct origin) as origins, "
+            "min(origin) as example from rows group by all order by domain, license nulls last",
         ),
         rejects=_sql(
             dataset,
@@ -135,13 +139,14 @@ def codec_error(dataset: Dataset) -> CodecError | None:
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as (dotted key, JSON value), in the order of keys."""
+    """Nested settings as (dotted key, value as JSON, strings bare), in the order of keys."""
     pairs: list[tuple[str, str]] = []
     for key, value in sorted(settings.items()):
         if isinstance(value, dict) and value:
             pairs += flatten(value, f"{prefix}{key}.")
         else:
-            pairs.append((f"{prefix}{key}", json.dumps(value, ensure_ascii=False, sort_keys=True)))
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+            pairs.append((f"{prefix}{key}", text))
     return pairs
 
 
@@ -199,8 +204,8 @@ def _notes(path: Path) -> bytes:
     begin, end = content.find(NOTES_BEGIN), content.rfind(NOTES_END)
     if begin < 0 or end < begin:
         raise ConfigError(
-            f"{path} was not made by kdata, or its notes marks are gone. Move it away, or put its text between "
-            f"{NOTES_BEGIN.decode()} and {NOTES_END.decode()}, then run the same command again."
+            f"{path} was not made by kdata, or its notes marks are gone. Move it away, or put its text "
+            f"between {NOTES_BEGIN.decode()} and {NOTES_END.decode()}, then run the same command again."
         )
     return content[begin + len(NOTES_BEGIN) : end]
 
@@ -241,16 +246,23 @@ def number(value: object, form: str = ".3f") -> str:
     return format(value, form)
 
 
-def _columns(schema: Any) -> list[tuple[Markdown, Markdown, Markdown]]:
+def _columns(schema: pa.Schema) -> list[tuple[Markdown, Markdown, Markdown]]:
     """Name, type and meaning; these come from the package's own documents, not from data."""
     return [
         (
             Markdown(f"`{field.name}`"),
-            Markdown(f"`{str(field.type).replace('item: ', '').replace(' not null', '')}`"),
+            Markdown(f"`{_type_name(field.type)}`"),
             Markdown(field.metadata[b"doc"].decode()),
         )
         for field in schema
     ]
+
+
+def _type_name(kind: pa.DataType) -> str:
+    """The name that the documents in `schemas/v1` give to an Arrow type."""
+    if isinstance(kind, pa.ListType):
+        return f"list<{_type_name(kind.value_type)}>"
+    return {"halffloat": "float16", "float": "float32", "double": "float64"}.get(str(kind), str(kind))
 
 
 def _header(found: Facts, title: str) -> str:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pyarrow.dataset as pads
+import pyarrow.json as pajson
 from pydantic import Field
 
-from kdata.errors import ConfigError, DataError, MissingError
+from kdata.errors import ConfigError, DataError, KdataError, MissingError
 from kdata.schema import Strict
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".arrow": "ipc"}
+
+BLOCK_BYTES = 1 << 24  # a line of JSONL or a row of CSV must fit a block; pyarrow's own default is 1 MiB
 
 
 class CorpusConfig(Strict):
@@ -55,20 +60,32 @@ class Corpus:
     def __init__(self, config: CorpusConfig) -> None:
         self.config = config
         self._files = _files(Path(config.path))
-        kind = FORMATS[self._files[0].suffix]
-        try:
-            self._data = pads.dataset([str(f) for f in self._files], format=kind)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{config.path} cannot be read as {kind}: {error}") from error
+        with self._readable():
+            self._data = pads.dataset([str(f) for f in self._files], format=_format(self._files[0], config))
         names = self._data.schema.names
         for field_name in ("text_column", "id_column", "domain_column"):
             column = getattr(config, field_name)
             if column is not None and column not in names:
-                raise ConfigError(f"{config.path} has no column {column!r} ({field_name}); it has {names}")
-        self._filter = self._domain_filter()
-        self.num_rows: int = min(self._data.count_rows(filter=self._filter), config.limit or 2**62)
+                hint = nearest(column, names)
+                raise ConfigError(f"{config.path} has no column {column!r} ({field_name}){hint}; it has {names}")
+        with self._readable():
+            self._filter = self._domain_filter()
+            self.num_rows: int = min(self._data.count_rows(filter=self._filter), config.limit or 2**62)
         if self.num_rows == 0:
             raise DataError(f"{config.path} holds no row; give it some text")
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Turn what pyarrow says of broken input into one DataError."""
+        try:
+            yield
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+            if isinstance(error, KdataError):
+                raise
+            kind, reason = FORMATS[self._files[0].suffix], str(error).splitlines()[0]
+            if "straddl" in reason:
+                reason = f"a row is longer than {BLOCK_BYTES:,} bytes; store such text as Parquet"
+            raise DataError(f"{self.config.path} cannot be read as {kind}: {reason}") from error
 
     def _domain_filter(self) -> pads.Expression | None:
         wanted, column = self.config.domains, self.config.domain_column
@@ -77,11 +94,11 @@ class Corpus:
         if column is None:
             raise ConfigError("`domains` chooses by the domain column, and domain_column is null")
         table = self._data.to_table(columns=[column])
-        known = sorted(str(v) for v in table[column].unique().to_pylist())
+        known = sorted(str(v) for v in table[column].unique().to_pylist() if v is not None)
         for name in wanted:
             if name not in known:
                 raise ConfigError(f"{self.config.path} has no domain {name!r}{nearest(name, known)}; it has {known}")
-        return pads.field(column).isin(wanted)
+        return pads.field(column).cast(pa.string()).isin(wanted)
 
     def settings(self) -> dict[str, Any]:
         """What decides the rows, by content and not by place: goes into the dataset's settings."""
@@ -96,16 +113,17 @@ class Corpus:
         config, left, seen = self.config, self.num_rows, set[str]()
         columns = {config.id_column, config.text_column, config.domain_column, "source", "license"}
         present = [name for name in self._data.schema.names if name in columns]
-        for batch in self._data.to_batches(columns=present, filter=self._filter, batch_size=1024):
-            for row in batch.to_pylist()[:left]:
-                document = self._document(row)
-                if document.id in seen:
-                    raise DataError(f"{config.path}: id {document.id!r} stands twice; ids must be unique")
-                seen.add(document.id)
-                yield document
-            left -= min(left, batch.num_rows)
-            if left == 0:
-                return
+        with self._readable():
+            for batch in self._data.to_batches(columns=present, filter=self._filter, batch_size=1024):
+                for row in batch.to_pylist()[:left]:
+                    document = self._document(row)
+                    if document.id in seen:
+                        raise DataError(f"{config.path}: id {document.id!r} stands twice; ids must be unique")
+                    seen.add(document.id)
+                    yield document
+                left -= min(left, batch.num_rows)
+                if left == 0:
+                    return
 
     def _document(self, row: dict[str, Any]) -> Document:
         config = self.config
@@ -124,6 +142,21 @@ def nearest(name: str, known: list[str]) -> str:
     """' (did you mean X?)' where something close is known, else ''."""
     close = difflib.get_close_matches(name, known, 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _format(file: Path, config: CorpusConfig) -> pads.FileFormat | str:
+    """How pyarrow reads such a file: rows of any length up to BLOCK_BYTES, and a CSV's ids and texts as they stand."""
+    kind = FORMATS[file.suffix]
+    if kind == "json":
+        return pads.JsonFileFormat(read_options=pajson.ReadOptions(block_size=BLOCK_BYTES))
+    if kind == "csv":
+        text = {name: pa.string() for name in (config.id_column, config.text_column, config.domain_column) if name}
+        return pads.CsvFileFormat(
+            parse_options=pacsv.ParseOptions(newlines_in_values=True),
+            read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES),
+            convert_options=pacsv.ConvertOptions(column_types=text),
+        )
+    return kind
 
 
 def _files(path: Path) -> list[Path]:

@@ -29,7 +29,7 @@ class GenerateConfig(Strict):
     """What is written, from which prompts."""
 
     prompts: CorpusConfig
-    k: int = Field(64, ge=1, description="Entries kept at every written position: the teacher's top k.")
+    k: int = Field(64, ge=1, le=65535, description="Entries kept at every written position: the teacher's top k.")
     num_samples: int = Field(1, ge=1, description="Completions per prompt.")
     sampling: SamplingConfig = SamplingConfig()
     seed: int = Field(0, ge=0, description="Seed of the whole generation.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from kdata.card import write_card
 from kdata.dataset import Dataset, open_dataset
 from kdata.errors import ConfigError, CorruptError, DependencyError, MissingError, StorageError
+from kdata.manifest import inside
 from kdata.verify import verify
 from kdata.writer import storage_errors
 
@@ -63,8 +64,10 @@ def dataset_files(dataset: Dataset) -> list[str]:
     """Relative paths of everything that belongs to a dataset: committed shards, sidecars, plans, tokenizer, card."""
     files = ["dataset.json", "manifest.jsonl"]
     files += [relative for entry in dataset.manifest for relative in entry.files]
-    for pattern in ("scores/*.json", "scores/*/*.parquet", "plans/*", "tokenizer/*", "README.md"):
+    for pattern in ("scores/*.json", "scores/*/*.parquet", "plans/*.json", "plans/*.parquet", "tokenizer/*", "README.md"):
         files += [p.relative_to(dataset.path).as_posix() for p in sorted(dataset.path.glob(pattern)) if p.is_file()]
+    for relative in files:
+        inside(dataset.path, relative)  # a link would share what lies behind it
     return files
 
 
@@ -76,11 +79,19 @@ def hub_name(name: str) -> str:
     return match[1]
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the Hub's client raises when it is not there, refuses, or cannot be reached (its HTTP library's own)."""
+    from huggingface_hub import errors
+
+    http = {base for cls in errors.HfHubHTTPError.__mro__ for base in cls.__mro__ if base.__name__ == "HTTPError"}
+    return (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError, *http)
+
+
 def _push_to_hub(dataset: Dataset, destination: str, public: bool) -> str:
     name = hub_name(destination)
     try:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+        from huggingface_hub.errors import LocalTokenNotFoundError
     except ModuleNotFoundError as error:
         raise DependencyError("sharing on the Hub needs huggingface_hub: pip install 'kdata[hub]'") from error
     write_card(dataset)
@@ -96,20 +107,22 @@ def _push_to_hub(dataset: Dataset, destination: str, public: bool) -> str:
         )
     except LocalTokenNotFoundError as error:
         raise ConfigError("the Hub needs a token: set HF_TOKEN, or run `hf auth login`") from error
-    except (HfHubHTTPError, OSError) as error:
+    except hub_errors() as error:
         raise StorageError(f"the Hub refused {name}: {error}; check HF_TOKEN, the name and the network") from error
     return str(url)
 
 
 def download(name: str) -> Path:
-    """Download a Hub dataset into the Hub client's cache and return its folder."""
+    """Download a Hub dataset with the Hub's client, into a folder of its own under HF_HOME, and return that."""
     repository = hub_name(name)
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.constants import HF_HOME
     except ModuleNotFoundError as error:
         raise DependencyError("opening a Hub dataset needs huggingface_hub: pip install 'kdata[hub]'") from error
+    # A folder of its own: the client's cache is made of links that lead out of the dataset, which `inside` refuses.
+    folder = Path(HF_HOME) / "kdata" / repository.replace("/", "--")
     try:
-        return Path(snapshot_download(repository, repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(repository, repo_type="dataset", local_dir=folder))
+    except hub_errors() as error:
         raise MissingError(f"{name} cannot be downloaded: {error}; check the name, HF_TOKEN and the network") from error

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from pydantic import ValidationError
 
 from kdata.errors import CorruptError, FormatError, MissingError
-from kdata.schema import FORMAT_MAJOR, DatasetInfo, ManifestEntry, canonical_json
+from kdata.schema import FORMAT_MAJOR, DatasetInfo, ManifestEntry, canonical_json, fingerprint
 
 
 def read_info(root: Path) -> DatasetInfo:
@@ -36,6 +37,8 @@ def read_info(root: Path) -> DatasetInfo:
         raise FormatError(f"{path} names no format version; it is not a kdata dataset")
     if int(major) > FORMAT_MAJOR:
         raise FormatError(f"{root} has format {version}, this kdata reads up to {FORMAT_MAJOR}.x; upgrade kdata")
+    if raw.get("digest") != digest_of(raw):
+        raise CorruptError(f"{path} is damaged: it does not match its own digest; restore it from a copy of the dataset")
     try:
         return DatasetInfo.model_validate(raw)
     except ValidationError as error:
@@ -44,7 +47,13 @@ def read_info(root: Path) -> DatasetInfo:
 
 def write_info(root: Path, info: DatasetInfo) -> None:
     """Write dataset.json atomically."""
-    write_atomically(root / "dataset.json", json.dumps(info.model_dump(), indent=2, sort_keys=True).encode() + b"\n")
+    content = {**info.model_dump(), "digest": digest_of(info.model_dump())}
+    write_atomically(root / "dataset.json", json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+
+
+def digest_of(content: dict[str, Any]) -> str:
+    """SHA-256 (hex) of the canonical JSON of everything but `digest` itself."""
+    return fingerprint({key: value for key, value in content.items() if key != "digest"})
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -55,6 +64,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory, so that a rename in it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_manifest(root: Path, *, heal: bool = False) -> list[ManifestEntry]:
@@ -77,12 +96,7 @@ def read_manifest(root: Path, *, heal: bool = False) -> list[ManifestEntry]:
     entries: list[ManifestEntry] = []
     names: set[str] = set()
     for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            entry = ManifestEntry.model_validate_json(line)
-        except ValidationError as error:
-            raise CorruptError(
-                f"{path} line {number} is damaged ({first_problem(error)}); `kdata verify {root}` tells what is whole"
-            ) from error
+        entry = _entry(line, f"{path} line {number}")
         if entry.name in names:
             raise CorruptError(f"{path} line {number}: shard {entry.name} stands twice")
         for relative in entry.files:
@@ -92,20 +106,40 @@ def read_manifest(root: Path, *, heal: bool = False) -> list[ManifestEntry]:
     return entries
 
 
+def _entry(line: bytes, where: str) -> ManifestEntry:
+    remedy = "restore manifest.jsonl from a copy of the dataset"
+    try:
+        raw = json.loads(line)
+        entry = ManifestEntry.model_validate(raw)
+    except ValidationError as error:
+        raise CorruptError(f"{where} is damaged ({first_problem(error)}); {remedy}") from error
+    except ValueError as error:
+        raise CorruptError(f"{where} is damaged ({error}); {remedy}") from error
+    if raw.get("digest") != digest_of(raw):
+        raise CorruptError(f"{where} is damaged: it does not match its own digest; {remedy}")
+    return entry
+
+
 def append_entry(root: Path, entry: ManifestEntry) -> None:
     """Append one line and flush it: the commit."""
-    line = canonical_json(entry.model_dump()) + b"\n"
-    with (root / "manifest.jsonl").open("ab") as file:
+    content = entry.model_dump()
+    line = canonical_json({**content, "digest": digest_of(content)}) + b"\n"
+    path = root / "manifest.jsonl"
+    fresh = not path.exists()
+    with path.open("ab") as file:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
+    if fresh:
+        sync_directory(root)
 
 
 def inside(root: Path, relative: str) -> Path:
     """Return root/relative, refusing a path that leaves the dataset (absolute, '..', or through a link)."""
     pure = PurePosixPath(relative)
     path = root / pure
-    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(root.resolve()):
+    unsafe = pure.is_absolute() or ".." in pure.parts or "\0" in relative
+    if unsafe or not path.resolve().is_relative_to(root.resolve()):
         raise CorruptError(f"{root}: the manifest names {relative!r}, which lies outside the dataset; do not trust it")
     return path
 

@@ -70,7 +70,7 @@ class Plan:
             table = pq.read_table(table_path).cast(PLAN_SCHEMA)
         except ValidationError as error:
             raise CorruptError(f"{info_path} does not describe a plan: {first_problem(error)}") from error
-        except (pa.ArrowInvalid, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptError(f"{table_path} is not a plan: {error}") from error
         repeats = table["repeats"].to_numpy()
         if len(repeats) != info.num_rows or (len(repeats) and repeats.min() < 1):
@@ -103,6 +103,15 @@ class Plan:
         return np.repeat(dataset.rows_of(self.ids), self.repeats)
 
 
+def _whole(name: str, repeats: np.ndarray) -> np.ndarray:
+    """Repeats as int32 [R]. Raises DataError unless each is a whole number >= 1."""
+    given = np.array([np.nan if value is None else float(value) for value in repeats], np.float64)
+    bad = np.flatnonzero(~((given >= 1) & (given < 2**31) & (given == np.floor(given))))
+    if len(bad):
+        raise DataError(f"plan {name!r}: repeats must be whole numbers from 1 on, row {bad[0]} has {repeats[bad[0]]}")
+    return given.astype(np.int32)
+
+
 def make_plan(
     dataset: Dataset,
     name: str,
@@ -119,7 +128,7 @@ def make_plan(
         raise DataError(f"plan {name!r} selects no row; loosen its condition")
     if len(set(ids)) != len(ids):
         raise DataError(f"plan {name!r}: an id stands twice; say how often with repeats")
-    times = np.ones(len(ids), np.int32) if repeats is None else np.asarray(repeats, np.int32)
+    times = np.ones(len(ids), np.int32) if repeats is None else _whole(name, repeats)
     index = dataset.index(["domain", "num_tokens"])
     rows = dataset.rows_of(ids)
     domains = np.array(index["domain"].to_pylist())

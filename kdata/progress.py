@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -23,6 +24,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from kdata.errors import StorageError
 
 console = Console(stderr=True)
 PLAIN_EVERY_SEC = 10.0
@@ -93,7 +96,9 @@ class Stage:
             self._live.stop()
         else:
             console.print(self._line(end="failed" if kind else "done"), highlight=False)
-        self._write_log()
+        # Where the stage has failed (a full disk, perhaps) its own error is the one to show.
+        with suppress(StorageError) if kind else nullcontext():
+            self._write_log()
 
     @property
     def seconds(self) -> float:
@@ -127,5 +132,8 @@ class Stage:
             "seconds": round(self.seconds, 3),
             **self._facts,
         }
-        with self._log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write the log {self._log}: {error.strerror}; what was committed is intact") from error

@@ -1,14 +1,15 @@
 """The report of a run: one self-contained HTML page whose every number is read from the run's files.
 
-RUN/results.json, RUN/students/NAME/metrics.jsonl, RUN/dataset and RUN/heldout go in, RUN/report.html comes out. What a
-partial run lacks is named as not run. Plots are inline SVG with text as text; their colours are CSS variables, so that
-the page follows the reader's light or dark setting. The same files give the same bytes.
+RUN/results.json, RUN/students/NAME/metrics.jsonl, RUN/dataset and RUN/heldout go in, RUN/report.html comes
+out. What a partial run lacks is named as not run. Plots are inline SVG with text as text; their colours are
+CSS variables, so that the page follows the reader's light or dark setting. Same files, same bytes.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,11 +23,12 @@ import yaml
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdata.card import facts, flatten, human_bytes, number, one_line
 from kdata.dataset import Dataset, open_dataset
 from kdata.errors import CorruptError, FormatError, MissingError, QueryError
-from kdata.manifest import write_atomically
+from kdata.manifest import first_problem, write_atomically
 from kdata.plan import Plan
 
 BASELINE = "ce"  # the student that never saw the teacher's distributions
@@ -34,21 +36,43 @@ TIE = 0.0005  # nats: differences that the three decimals of the tables do not s
 MAX_PANELS = 8  # domains that a plot shows; tables show all
 SMOOTHED = 5  # logged steps behind one point of a loss curve
 
-# Okabe and Ito's order of hues, darkened to 3:1 on white; `report.html.j2` gives their counterparts on a dark page.
+Students = dict[str, dict[str, Any]]  # by name, as `students` of results.json
+
+# Hues that stay apart for the colour-blind, 3:1 on white; `report.html.j2` has their dark counterparts.
 COLOURS = {
     "ink": "#22262b", "muted": "#686f78", "grid": "#dde1e6", "page": "#fffffe",
-    "ce": "#c4501b", "everything": "#1f6fb5", "plan": "#0f8a6a", "x1": "#8d5aa9", "x2": "#a97b00", "x3": "#4f7f8f",
-    "capture": "#5b7fb0", "generate": "#d08a2e", "rest": "#b6bcc4",
+    "ce": "#c4501b", "everything": "#1f6fb5", "plan": "#0f8a6a",
+    "x1": "#8d5aa9", "x2": "#a97b00", "x3": "#4f7f8f",
+    "capture": "#5b7fb0", "generate": "#c97f1f", "rest": "#b6bcc4",
 }  # fmt: skip
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5, "text.parse_math": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": COLOURS["muted"],
     "axes.labelcolor": COLOURS["muted"], "axes.titlesize": 9.5, "axes.titlecolor": COLOURS["ink"],
-    "axes.axisbelow": True, "grid.color": COLOURS["grid"], "grid.linewidth": 0.7, "text.color": COLOURS["ink"],
+    "axes.axisbelow": True, "grid.color": COLOURS["grid"], "text.color": COLOURS["ink"],
     "xtick.color": COLOURS["muted"], "ytick.color": COLOURS["muted"], "legend.frameon": False,
     "legend.labelcolor": COLOURS["ink"], "legend.handlelength": 1.2, "figure.constrained_layout.h_pad": 0.03,
 }  # fmt: skip
 WIDTH = 5.4  # inches; 390 units, about a phone's width, so that its text is readable there
+
+
+class _Student(BaseModel):
+    """The shape of a student in results.json that the page relies on; a run may write more, or less."""
+
+    model_config = ConfigDict(extra="allow")
+    domains: dict[str, dict[str, Any]] = {}
+    overall: dict[str, Any] = {}
+    samples: list[dict[str, Any]] = []
+
+
+class _Results(BaseModel):
+    """The same for the whole of results.json."""
+
+    model_config = ConfigDict(extra="allow")
+    students: dict[str, _Student] = {}
+    settings: dict[str, Any] = {}
+    machine: dict[str, Any] = {}
+    stages: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -110,6 +134,11 @@ def write_report(run: Path) -> Path:
         else None,
         colours=COLOURS,
         best=best,
+        palette=palette(students),
+        kl_note=_kl_note(students, heldout),
+        label_of=label_of,
+        measure=measure,
+        exp=math.exp,
         flatten=flatten,
         human_bytes=human_bytes,
         number=number,
@@ -130,16 +159,12 @@ def read_results(path: Path) -> dict[str, Any] | None:
     if not isinstance(results, dict) or results.get("format") != 1:
         stated = results.get("format") if isinstance(results, dict) else None
         raise FormatError(f"{path} has format {stated!r}, this kdata reads 1; upgrade kdata, or run again")
-    parts = {name: results.get(name) or {} for name in ("students", "settings", "machine", "teacher")}
-    for name, student in parts["students"].items() if isinstance(parts["students"], dict) else ():
-        parts[f"students.{name}"] = student
-        if isinstance(student, dict):
-            parts |= {f"students.{name}.{key}": student.get(key) or {} for key in ("domains", "overall")}
-            parts |= {f"students.{name}.domains.{d}": v for d, v in parts[f"students.{name}.domains"].items()}
-    wrong = next((name for name, value in parts.items() if not isinstance(value, dict)), None)
-    if wrong is not None:
-        raise CorruptError(f"{path}: {wrong} is not an object; run `kdata run` again to make it anew")
-    return {**results, **{name: value for name, value in parts.items() if "." not in name}}
+    try:
+        return _Results.model_validate(results).model_dump()
+    except ValidationError as error:
+        raise CorruptError(
+            f"{path}: {first_problem(error)}; run `kdata run` again to make it anew"
+        ) from error
 
 
 def _open(path: Path) -> Dataset | None:
@@ -150,11 +175,17 @@ def _plans(dataset: Dataset | None) -> list[Plan]:
     return [Plan.load(p) for p in sorted(dataset.path.glob("plans/*.json"))] if dataset else []
 
 
+def _finite(value: object) -> float | None:
+    """The value where it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
 def measure(student: dict[str, Any], key: str, domain: str | None = None) -> float | None:
     """One measured number of a student, overall or of one domain; None where it was not measured."""
     scope = student.get("overall") if domain is None else student.get("domains", {}).get(domain)
-    value = (scope or {}).get(key)
-    return None if number(value) == "—" else float(value)
+    return _finite((scope or {}).get(key))
 
 
 def label_of(name: str, student: dict[str, Any]) -> str:
@@ -162,12 +193,12 @@ def label_of(name: str, student: dict[str, Any]) -> str:
     return one_line(student.get("label") or name, 40)
 
 
-def domains_of(students: dict[str, dict[str, Any]]) -> list[str]:
+def domains_of(students: Students) -> list[str]:
     """Domains that any student was measured on, in the order of the first."""
     return list(dict.fromkeys(d for s in students.values() for d in s.get("domains") or {}))
 
 
-def verdict(students: dict[str, dict[str, Any]]) -> Verdict:
+def verdict(students: Students) -> Verdict:
     """Compare each distilled student with the cross-entropy one, on held-out NLL and KL to the teacher."""
     base = students.get(BASELINE, {})
     measured = {n: s for n, s in students.items() if n != BASELINE and measure(s, "nll") is not None}
@@ -177,7 +208,7 @@ def verdict(students: dict[str, dict[str, Any]]) -> Verdict:
     outcomes = {name: _outcome(base, student) for name, student in measured.items()}
     details = [_comparison(name, student, base) for name, student in measured.items()]
     for key, what in (("steps", "numbers of steps"), ("params", "sizes")):
-        values = {s[key] for s in (base, *measured.values()) if number(s.get(key)) != "—"}
+        values = {s[key] for s in (base, *measured.values()) if _finite(s.get(key)) is not None}
         if len(values) > 1:
             listing = " and ".join(f"{value:,}" for value in sorted(values))
             details.append(f"The students have different {what} ({listing}): the comparison is not even.")
@@ -203,28 +234,37 @@ def verdict(students: dict[str, dict[str, Any]]) -> Verdict:
             f"No difference: {every} and the cross-entropy student agree on held-out {what}.",
             details,
         )
-    if winners:
-        return Verdict(
-            "mixed", f"Mixed: on held-out {what}, only “{'”, “'.join(winners)}” wins on every count.", details
-        )
-    return Verdict(
-        "mixed",
-        f"Mixed: no distilled student beats the cross-entropy one on all of held-out {what}.",
-        details,
-    )
+    patterns = {tuple(_signs(base, student).values()) for student in measured.values()}
+    verb = "is" if len(measured) == 1 else "are"
+    if patterns == {(-1, 1)}:
+        text = f"Mixed: {every} {verb} closer to the teacher (KL) than the cross-entropy student, and worse in NLL."
+    elif patterns == {(1, -1)}:
+        text = f"Mixed: {every} {verb} better in NLL than the cross-entropy student, and further from the teacher (KL)."
+    elif winners:
+        text = f"Mixed: on held-out {what}, only “{'”, “'.join(winners)}” wins on every count."
+    else:
+        text = f"Mixed: no distilled student beats the cross-entropy one on all of held-out {what}."
+    return Verdict("mixed", text, details)
 
 
-def _has_kl(base: dict[str, Any], others: dict[str, dict[str, Any]]) -> bool:
+def _has_kl(base: dict[str, Any], others: Students) -> bool:
     return all(measure(s, "kl") is not None for s in (base, *others.values()))
+
+
+def _signs(base: dict[str, Any], student: dict[str, Any]) -> dict[str, int]:
+    """For NLL and KL, where both are measured: 1 where the student is lower, -1 where higher, 0 in a tie."""
+    pairs = {key: (measure(base, key), measure(student, key)) for key in ("nll", "kl")}
+    known = {
+        key: before - after
+        for key, (before, after) in pairs.items()
+        if before is not None and after is not None
+    }
+    return {key: 0 if abs(gap) < TIE else 1 if gap > 0 else -1 for key, gap in known.items()}
 
 
 def _outcome(base: dict[str, Any], student: dict[str, Any]) -> str:
     """better: lower in one of NLL and KL and in none higher; worse: the reverse; equal; mixed."""
-    signs = set()
-    for key in ("nll", "kl"):
-        before, after = measure(base, key), measure(student, key)
-        if before is not None and after is not None:
-            signs.add(0 if abs(before - after) < TIE else 1 if after < before else -1)
+    signs = set(_signs(base, student).values())
     if {1, -1} <= signs:
         return "mixed"
     return "better" if 1 in signs else "worse" if -1 in signs else "equal"
@@ -249,19 +289,17 @@ def _comparison(name: str, student: dict[str, Any], base: dict[str, Any]) -> str
     return f"{label_of(name, student)}: {'; '.join(parts)}."
 
 
-def best(
-    students: dict[str, dict[str, Any]], key: str, domain: str | None = None, *, largest: bool = False
-) -> set[str]:
-    """Names of the students with the best value, as far as three decimals show; none where fewer than two are measured."""
+def best(students: Students, key: str, domain: str | None = None, *, largest: bool = False) -> set[str]:
+    """Names of the students with the best value, to three decimals; none where nobody is ahead."""
     values = {n: round(v, 3) for n, s in students.items() if (v := measure(s, key, domain)) is not None}
-    if len(values) < 2:
+    if len(set(values.values())) < 2:
         return set()
     top = max(values.values()) if largest else min(values.values())
     return {name for name, value in values.items() if value == top}
 
 
-def grid(students: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the table by domain, `overall` (domain None) last: each measure of each student, and the teacher's NLL."""
+def grid(students: Students) -> list[dict[str, Any]]:
+    """Rows of the table by domain, overall (None) last: every measure of every student, teacher's NLL."""
     rows = []
     for domain in [*domains_of(students), None] if students else []:
         cells = [
@@ -282,11 +320,11 @@ def grid(students: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _first(students: dict[str, dict[str, Any]], key: str, domain: str | None) -> float | None:
+def _first(students: Students, key: str, domain: str | None) -> float | None:
     return next((v for s in students.values() if (v := measure(s, key, domain)) is not None), None)
 
 
-def prompts(students: dict[str, dict[str, Any]]) -> list[tuple[str, str, dict[str, str]]]:
+def prompts(students: Students) -> list[tuple[str, str, dict[str, str]]]:
     """Samples side by side: domain, prompt, and each student's text by its name."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for name, student in students.items():
@@ -296,15 +334,24 @@ def prompts(students: dict[str, dict[str, Any]]) -> list[tuple[str, str, dict[st
     return [(domain, prompt, texts) for (domain, prompt), texts in found.items()]
 
 
+def _kl_note(students: Students, heldout: Dataset | None) -> str:
+    """How the KL was estimated, as evaluation says or as the held-out set's tail implies."""
+    stated = sorted({one_line(s["kl_is"]) for s in students.values() if isinstance(s.get("kl_is"), str)})
+    if stated:
+        return "; ".join(stated)
+    ghost = heldout is not None and heldout.info.tail == "ghost"
+    return (
+        "a lower bound: kept entries and one bucket for the rest"
+        if ghost
+        else "not recorded how it was estimated"
+    )
+
+
 def stages(
     run: Path, results: dict[str, Any], dataset: Dataset | None, heldout: Dataset | None
 ) -> list[dict[str, Any]]:
-    """What ran, judged by what is there; seconds as results.json has them. `found` is None where a stage left nothing."""
-    recorded = {
-        s["name"]: s.get("seconds")
-        for s in results.get("stages") or []
-        if isinstance(s, dict) and "name" in s
-    }
+    """What ran, judged by what is there (`found` is None where nothing is); seconds as in results.json."""
+    recorded = {str(s.get("name")): _finite(s.get("seconds")) for s in results.get("stages", [])}
     students = results.get("students", {})
     measured = [n for n, s in students.items() if measure(s, "nll") is not None]
     logs = [n for n, path in _logs(run, students).items() if path.exists()]
@@ -324,9 +371,8 @@ def stages(
         rows.append({"name": name, "found": found or None, "seconds": recorded.get(name), "part": False})
         inner = [n for n in parts if n.startswith(f"{name} ")]
         rows += [{"name": n, "found": "", "seconds": parts.pop(n), "part": True} for n in inner]
-    return rows + [
-        {"name": n, "found": "", "seconds": seconds, "part": False} for n, seconds in parts.items()
-    ]
+    others = [{"name": n, "found": "", "seconds": seconds, "part": False} for n, seconds in parts.items()]
+    return others + rows
 
 
 def _written(dataset: Dataset | None, kind: str) -> str:
@@ -340,9 +386,11 @@ def _written(dataset: Dataset | None, kind: str) -> str:
     )
 
 
-def make_plots(run: Path, students: dict[str, dict[str, Any]], dataset: Dataset | None) -> dict[str, Plot]:
+def make_plots(run: Path, students: Students, dataset: Dataset | None) -> dict[str, Plot]:
     """All figures of the page, by name."""
-    mass = "Mean probability that the kept entries hold, per sequence. What they do not hold is stored as one exact tail."
+    mass = "Mean probability that the kept entries hold."
+    if dataset is not None and dataset.info.tail == "ghost":
+        mass += " What they do not hold is stored as one exact tail."
     nll = "How surprised the teacher was, per sequence: low is easy text, or text of the teacher's own."
     return {
         "curves": _curves(_logs(run, students), students),
@@ -356,20 +404,24 @@ def make_plots(run: Path, students: dict[str, dict[str, Any]], dataset: Dataset 
     }
 
 
-def palette(students: dict[str, dict[str, Any]]) -> dict[str, str]:
+def palette(students: Students) -> dict[str, str]:
     """A colour role for each student: the usual three have their own."""
     others = [n for n in students if n not in (BASELINE, "everything", "plan")]
     return {n: f"x{others.index(n) % 3 + 1}" if n in others else n for n in students}
 
 
-def _logs(run: Path, students: dict[str, dict[str, Any]]) -> dict[str, Path]:
-    """metrics.jsonl of each student, those that results.json does not have too. Paths that leave the run are ignored."""
+def _logs(run: Path, students: Students) -> dict[str, Path]:
+    """metrics.jsonl of each student, in results.json or not. Paths that leave the run are ignored."""
     names = [
         *students,
         *sorted(p.parent.name for p in run.glob("students/*/metrics.jsonl") if p.parent.name not in students),
     ]
-    paths = {n: run / str(students.get(n, {}).get("metrics") or f"students/{n}/metrics.jsonl") for n in names}
-    return {n: path for n, path in paths.items() if path.resolve().is_relative_to(run.resolve())}
+    paths = {n: [run / "students" / n / "metrics.jsonl"] for n in names}
+    for name, student in students.items():
+        if isinstance(student.get("metrics"), str):
+            paths[name].insert(0, run / student["metrics"])
+    inside = {n: [p for p in some if p.resolve().is_relative_to(run.resolve())] for n, some in paths.items()}
+    return {n: next((p for p in some if p.is_file()), some[0]) for n, some in inside.items() if some}
 
 
 def _steps(path: Path) -> Iterator[dict[str, Any]]:
@@ -383,7 +435,7 @@ def _steps(path: Path) -> Iterator[dict[str, Any]]:
             yield values
 
 
-def _curves(logs: dict[str, Path], students: dict[str, dict[str, Any]]) -> Plot:
+def _curves(logs: dict[str, Path], students: Students) -> Plot:
     title = "Loss while training"
     steps = {name: found for name, path in logs.items() if (found := list(_steps(path)))}
     if not steps:
@@ -394,7 +446,9 @@ def _curves(logs: dict[str, Path], students: dict[str, dict[str, Any]]) -> Plot:
     figure, [axes] = _figure(3.1)
     for name, role in palette({n: {} for n in steps}).items():
         points = [
-            (s[across], s[key]) for s in steps[name] if "—" not in (number(s.get(across)), number(s.get(key)))
+            (s[across], s[key])
+            for s in steps[name]
+            if None not in (_finite(s.get(across)), _finite(s.get(key)))
         ]
         if not points:
             continue
@@ -412,7 +466,7 @@ def _curves(logs: dict[str, Path], students: dict[str, dict[str, Any]]) -> Plot:
         )
     )
     axes.grid(axis="y")
-    caption = f"Thick: mean of the last {SMOOTHED} logged steps; thin: each logged step. On each student's own training text"
+    caption = f"Thick: mean of the last {SMOOTHED} logged steps. On each student's own training text"
     same = (
         ", the same objective for all."
         if key != "loss"
@@ -421,7 +475,7 @@ def _curves(logs: dict[str, Path], students: dict[str, dict[str, Any]]) -> Plot:
     return Plot(title, caption + same, _svg(figure, "curves"))
 
 
-def _domains(students: dict[str, dict[str, Any]]) -> Plot:
+def _domains(students: Students) -> Plot:
     title = "Held-out NLL by domain"
     measured = {n: s for n, s in students.items() if measure(s, "nll") is not None or domains_of({n: s})}
     if not measured:
@@ -436,7 +490,7 @@ def _domains(students: dict[str, dict[str, Any]]) -> Plot:
     svg = _bars(
         "domains", names, series, "NLL on held-out text, nats per token (lower is better)", ".3f", floor
     )
-    caption = "The black line is the teacher's own NLL on the same text: what a perfect copy of the teacher would reach."
+    caption = "The line is the teacher's own NLL on the same text: what a perfect copy of it would reach."
     return Plot(title, caption + _left_out(len(domains_of(measured))), svg)
 
 
@@ -474,14 +528,15 @@ def _shares(dataset: Dataset | None) -> Plot:
 
 def _difference(dataset: Dataset | None) -> Plot:
     title = "Where the teacher knows more than a small model"
-    plan = next((p for p in _plans(dataset) if number(p.info.parameters.get("threshold")) != "—"), None)
+    plan = next((p for p in _plans(dataset) if _finite(p.info.parameters.get("threshold")) is not None), None)
     score = str(plan.info.parameters.get("score", "ref")) if plan else "ref"
     if dataset is None or not (dataset.path / "scores" / score).is_dir():
         return Plot(title, f"Scoring has not run: the dataset has no score “{one_line(score)}”.")
     try:
         quoted = score.replace('"', '""')
         table = dataset.sql(
-            f'select domain, s.nll - r.nll as gap from rows as r join scores."{quoted}" as s using (id) where gap is not null'
+            f'select domain, s.nll - r.nll as gap from rows as r join scores."{quoted}" as s using (id) '
+            "where gap is not null order by id"
         )
     except QueryError as error:
         return Plot(title, f"Not shown: {one_line(error)}")
@@ -494,7 +549,10 @@ def _difference(dataset: Dataset | None) -> Plot:
             (f"kept by “{one_line(plan.info.name, 20)}”", "plan", values >= cut),
         ]
     label = f"NLL of {score} − NLL of the teacher, nats per target token"
-    caption = f"{len(values):,} of {dataset.num_rows:,} sequences are scored. To the right, text that a small model has yet to learn"
+    caption = (
+        f"{len(values):,} of {dataset.num_rows:,} sequences are scored. To the right: text that a small "
+    )
+    caption += "model has yet to learn"
     caption += f"; difference sampling keeps what lies at or above {cut:.3f}." if cut is not None else "."
     return _histograms("difference", title, caption, table["domain"].to_pylist(), values, kinds, label, cut)
 
@@ -533,10 +591,11 @@ def _histograms(
     xlabel: str,
     cut: float | None = None,
 ) -> Plot:
-    """One panel per domain, the kinds (label, colour role, mask over the values) stacked; bins meet at `cut`."""
+    """One panel per domain, the kinds (label, colour role, mask over values) stacked; bins meet at `cut`."""
     if not len(values):
         return Plot(title, "No sequence has this number.")
-    low, high = np.percentile(values, [0.5, 99.5]) + np.array([-1e-6, 1e-6])
+    share = 0.5 if len(values) >= 1000 else 0.0  # percent at each end that a few odd sequences may stretch
+    low, high = np.percentile(values, [share, 100 - share]) + np.array([-1e-6, 1e-6])
     width = max((high - low) / 40, 1e-3)
     start = low if cut is None else cut - np.ceil((cut - low) / width) * width
     edges = start + width * np.arange(int(np.ceil((high - start) / width)) + 1)
@@ -576,17 +635,19 @@ def _bars(
     form: str,
     marks: list[float | None] | None = None,
 ) -> Markup:
-    """Horizontal bars from zero, a group per domain, values written at their ends; `marks` are lines across a group."""
+    """Horizontal bars from zero, a group per domain, values at their ends; `marks` cross a whole group."""
     figure, [axes] = _figure(0.85 + len(groups) * (0.14 + 0.19 * len(series)))
     height = 0.84 / len(series)
     for i, (label, role, values) in enumerate(series):
         places = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * height
         bars = axes.barh(places, [v or 0.0 for v in values], height * 0.86, color=COLOURS[role], label=label)
         axes.bar_label(bars, [number(v, form) for v in values], padding=3, color=COLOURS["ink"], fontsize=8.5)
-    for place, mark in enumerate(marks or []):
-        if mark is not None:
-            axes.vlines(mark, place - 0.46, place + 0.46, color=COLOURS["page"], linewidth=4)
-            axes.vlines(mark, place - 0.46, place + 0.46, color=COLOURS["ink"], linewidth=1.8)
+    lines = [(place, mark) for place, mark in enumerate(marks or []) if mark is not None]
+    for place, mark in lines:
+        ends = (place - 0.46, place + 0.46)
+        axes.vlines(mark, *ends, color=COLOURS["page"], linewidth=4)
+        label = "teacher" if place == lines[0][0] else "_"
+        axes.vlines(mark, *ends, color=COLOURS["ink"], linewidth=1.8, label=label)
     axes.set_yticks(range(len(groups)), groups)
     axes.set(xlabel=xlabel, ylim=(len(groups) - 0.5, -0.5))
     axes.margins(x=0.12)
@@ -603,7 +664,7 @@ def _figure(height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def _svg(figure: Figure, name: str) -> Markup:
-    """The figure with its legend, as inline SVG: scalable, colours as CSS variables, ids unique on the page, no URL."""
+    """The figure as inline SVG: scalable, with a legend, colours as CSS variables, ids unique on the page."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if len(labels) > 1:
         columns = max(1, min(len(labels), 70 // (max(map(len, labels)) + 6)))

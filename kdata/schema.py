@@ -137,10 +137,11 @@ class DatasetInfo(Contract):
     )
     sources: dict[str, SourceInfo] = Field(description="Work that wrote rows, by name.")
     fingerprint: str = Field(description="SHA-256 of the identity: everything above except `sources`.")
+    digest: str = Field("", description="SHA-256 of everything else in the file: finds a damaged byte.")
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same for as long as rows are added."""
-        return self.model_dump(exclude={"sources", "fingerprint"})
+        return self.model_dump(exclude={"sources", "fingerprint", "digest"})
 
 
 class FileInfo(Contract):
@@ -172,6 +173,7 @@ class ManifestEntry(Contract):
     inputs: str = Field(description="SHA-256 over ids and content of the unit's inputs.")
     files: dict[str, FileInfo] = Field(description="Relative path to digest and size.")
     codec_error: CodecError | None = Field(description="Null for an empty shard.")
+    digest: str = Field("", description="SHA-256 of everything else in the line: finds a damaged byte.")
 
 
 def canonical_json(value: Any) -> bytes:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from kdata.dataset import Dataset, Sequences
-from kdata.errors import ConfigError, MismatchError, MissingError, settings_difference
-from kdata.manifest import write_atomically
+from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, TeacherError, settings_difference
+from kdata.manifest import first_problem, write_atomically
 from kdata.progress import Stage
 from kdata.schema import Contract, FileInfo, ManifestEntry, Strict, TeacherInfo, fingerprint
 from kdata.sql import NAME
@@ -56,10 +56,12 @@ class ScoreInfo(Contract):
 def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> ScoreInfo:
     """Score every sequence of a dataset: mean NLL in nats over the same target positions as the teacher's.
 
-    A part that is there already, made by the same model for the same dataset, is kept.
+    A part that is there already, made by the same model for the same shard, is kept.
 
     Raises:
         MismatchError: the model has another tokenizer, or the sidecar is another model's.
+        ConfigError: a sequence is longer than the model's context.
+        TeacherError: the model's log-probabilities are not finite.
     """
     tokenizer = load_tokenizer(config.model.model, config.model.revision)
     own = tokenizer_info(tokenizer).hash
@@ -70,6 +72,12 @@ def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> 
         )
     model = load_teacher(config.model, max_k=1)
     try:
+        longest = max(dataset.index(["num_tokens"])["num_tokens"].to_pylist(), default=0)
+        if longest > model.context:
+            raise ConfigError(
+                f"the dataset has a sequence of {longest:,} tokens, {config.model.model} reads at most {model.context:,}; "
+                "score with a model of a longer context"
+            )
         info = ScoreInfo(
             name=config.name,
             unit="nats per target token",
@@ -84,7 +92,7 @@ def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> 
         ):
             begin_sidecar(dataset, info)
             for number, entry in enumerate(dataset.manifest):
-                if not _part(dataset, config.name, entry).exists():
+                if not _has_part(dataset, config.name, entry):
                     write_part(dataset, config.name, entry, _score_shard(dataset, number, entry, model))
                 stage.advance(entry.tokens)
             return finish_sidecar(dataset, info)
@@ -105,8 +113,15 @@ def _score_shard(dataset: Dataset, number: int, entry: ManifestEntry, model: Any
 
 
 def sequence_nll(logprob_T: np.ndarray, mask_T: np.ndarray) -> float | None:
-    """Mean negative log-probability over the masked positions, nats per token; None without any."""
-    return float(-logprob_T[mask_T].astype(np.float64).mean()) if mask_T.any() else None
+    """Mean negative log-probability over the masked positions, nats per token; None without any.
+
+    Raises TeacherError where it is not finite.
+    """
+    if not mask_T.any():
+        return None
+    if not np.isfinite(logprob_T[mask_T]).all():
+        raise TeacherError("the model gives a token a log-probability that is not finite; are its weights sound?")
+    return float(-logprob_T[mask_T].astype(np.float64).mean())
 
 
 def begin_sidecar(dataset: Dataset, info: ScoreInfo) -> None:
@@ -115,9 +130,9 @@ def begin_sidecar(dataset: Dataset, info: ScoreInfo) -> None:
     (dataset.path / "scores" / info.name).mkdir(parents=True, exist_ok=True)
     if path.exists():
         before = load_score_info(dataset, info.name)
-        difference = settings_difference(
-            before.model_dump(exclude={"files"}), info.model_dump(exclude={"files"})
-        )
+        # Of another fingerprint: rows were added since. Each part knows its shard, so those that fit are kept.
+        changing = {"files", "dataset_fingerprint"}
+        difference = settings_difference(before.model_dump(exclude=changing), info.model_dump(exclude=changing))
         if difference:
             raise MismatchError(
                 f"scores.{info.name} was made otherwise (before -> now):\n{difference}\n"
@@ -129,8 +144,22 @@ def begin_sidecar(dataset: Dataset, info: ScoreInfo) -> None:
 def write_part(dataset: Dataset, name: str, entry: ManifestEntry, table: pa.Table) -> None:
     """Write the scores of one shard, whole or not at all."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table.replace_schema_metadata({"kdata.shard": _shard_digest(entry)}), sink, compression="zstd")
     write_atomically(_part(dataset, name, entry), sink.getvalue().to_pybytes())
+
+
+def _shard_digest(entry: ManifestEntry) -> str:
+    return entry.files[f"data/{entry.name}.arrow"].sha256
+
+
+def _has_part(dataset: Dataset, name: str, entry: ManifestEntry) -> bool:
+    """True where a readable part stands that was made from this very shard."""
+    path = _part(dataset, name, entry)
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError):
+        return False
+    return metadata.get(b"kdata.shard") == _shard_digest(entry).encode()
 
 
 def finish_sidecar(dataset: Dataset, info: ScoreInfo) -> ScoreInfo:
@@ -161,7 +190,10 @@ def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
     if not path.exists():
         there = sorted(p.stem for p in (dataset.path / "scores").glob("*.json"))
         raise MissingError(f"there is no score {name!r} (there are: {there or 'none'}); make it with `kdata score`")
-    return ScoreInfo.model_validate_json(path.read_bytes())
+    try:
+        return ScoreInfo.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CorruptError(f"{path} is damaged ({first_problem(error)}); remove it and run `kdata score` again") from error
 
 
 def score_fingerprint(dataset: Dataset, name: str) -> str:

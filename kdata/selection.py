@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
@@ -18,12 +19,12 @@ from kdata.schema import Strict
 from kdata.score import score_fingerprint
 
 # MiniPLM (arXiv 2410.17215): r(x) = NLL_ref(x) - NLL_teacher(x), mean per token; the top share of all sequences is
-# kept, globally and deterministically. Ties go by id.
+# kept, globally and deterministically. Ties go by id. (0.07 * 100 is 7.000000000000001 in floating point: hence 1e-9.)
 DIFFERENCE = """
 select id, ref.nll - rows.nll as difference
 from rows join scores.{score} as ref using (id)
 where rows.nll is not null
-qualify row_number() over (order by difference desc, id) <= ceil($share * count(*) over ())
+qualify row_number() over (order by difference desc, id) <= ceil($share * count(*) over () - 1e-9)
 order by difference desc, id
 """
 
@@ -31,7 +32,7 @@ order by difference desc, id
 RANDOM = """
 select id from rows
 where nll is not null
-qualify row_number() over (order by md5($seed || ':' || id), id) <= ceil($share * count(*) over ())
+qualify row_number() over (order by md5($seed || ':' || id), id) <= ceil($share * count(*) over () - 1e-9)
 order by id
 """
 
@@ -71,7 +72,7 @@ def select(dataset: Dataset, config: SelectConfig) -> Plan:
     """
     choice = METHODS[config.method](dataset, config)
     columns = choice.table.column_names
-    repeats = choice.table["repeats"].to_numpy() if "repeats" in columns else None
+    repeats = np.array(choice.table["repeats"].to_pylist(), object) if "repeats" in columns else None
     plan = make_plan(
         dataset,
         config.name or config.method,
@@ -115,6 +116,8 @@ def _sql(dataset: Dataset, config: SelectConfig) -> Choice:
     table = dataset.sql(config.sql)
     if "id" not in table.column_names:
         raise ConfigError(f"the query must return a column `id`; it returns {table.column_names}")
+    if not pa.types.is_string(table.schema.field("id").type) or table["id"].null_count:
+        raise ConfigError("the column `id` of the query must hold ids of rows, as text and without nulls")
     return Choice(table, config.sql, {}, {})
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import pyarrow as pa
 
-from kdata.errors import QueryError
+from kdata.errors import CorruptError, QueryError
 from kdata.schema import index_schema, rejects_schema
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def _literal(text: str) -> str:
 
 def _files_view(connection: duckdb.DuckDBPyConnection, view: str, files: list[Path], schema: pa.Schema) -> None:
     if files:
-        listing = ", ".join(_literal(str(path)) for path in files)
+        # A folder's name may hold what DuckDB takes for a pattern.
+        listing = ", ".join(_literal(re.sub(r"([\[*?])", r"[\1]", str(path))) for path in files)
         connection.execute(f"create view {view} as select * from read_parquet([{listing}])")
     else:
         empty = ", ".join(f'null::{_duck_type(f.type)} as "{f.name}"' for f in schema)
@@ -93,15 +94,40 @@ def manifest_table(dataset: Dataset) -> pa.Table:
 
 
 def query(dataset: Dataset, text: str, parameters: list[Any] | dict[str, Any] | None = None) -> pa.Table:
-    """Run one query and return its result as an Arrow table. Raises QueryError with DuckDB's own reason."""
-    with connect(dataset) as connection:
-        try:
-            result = connection.sql(text, params=parameters)
-            if result is None:
-                raise QueryError("the statement returns no rows; kdata sql reads, it does not change a dataset")
-            return result.to_arrow_table()
-        except duckdb.Error as error:
-            raise QueryError(f"{str(error).strip()}\nViews: {', '.join(views(connection))}") from error
+    """Run one query and return its result as an Arrow table.
+
+    Raises:
+        QueryError: DuckDB refused it (with its own reason), or it is no query.
+        CorruptError: it failed, and a file of the index is not what was committed.
+    """
+    try:
+        with connect(dataset) as connection:
+            try:
+                _refuse_writing(connection, text)
+                return connection.sql(text, params=parameters).to_arrow_table()
+            except duckdb.Error as error:
+                _name_damage(dataset, error)
+                raise QueryError(f"{str(error).strip()}\nViews: {', '.join(views(connection))}") from error
+    except duckdb.Error as error:
+        _name_damage(dataset, error)
+        raise QueryError(f"{dataset.path}: the views cannot be made: {str(error).strip()}") from error
+
+
+def _refuse_writing(connection: duckdb.DuckDBPyConnection, text: str) -> None:
+    """Only queries: DuckDB lets COPY write where it may read, and that is the dataset's folder."""
+    statements = connection.extract_statements(text)
+    if not statements or any(s.type != duckdb.StatementType.SELECT for s in statements):
+        raise QueryError("kdata sql reads, it does not change a dataset: write a select (or describe, summarize, show)")
+
+
+def _name_damage(dataset: Dataset, error: duckdb.Error) -> None:
+    """Raise CorruptError where the cause of a failed query is a damaged file."""
+    for entry in dataset.manifest:
+        for folder in ("index", "rejects") if entry.rejected else ("index",):
+            try:
+                dataset.checked_file(entry, folder)
+            except CorruptError as damage:
+                raise damage from error
 
 
 def views(connection: duckdb.DuckDBPyConnection) -> list[str]:

@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from kdata.dataset import Dataset
 from kdata.errors import KdataError
 from kdata.manifest import inside
@@ -42,11 +44,6 @@ def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
                 stage.advance(info.bytes)
     problems += _sidecars(dataset)
     problems += _strays(dataset)
-    for name, source in dataset.info.sources.items():
-        units = sorted(e.unit for e in dataset.manifest if e.source == name)
-        if source.num_units is not None and units != list(range(source.num_units)):
-            missing = sorted(set(range(source.num_units)) - set(units))
-            problems.append(Problem("manifest.jsonl", f"source {name}: units {missing} are missing"))
     if deep and not problems:
         problems += _deep(dataset)
     return problems
@@ -71,7 +68,7 @@ def _sidecars(dataset: Dataset) -> list[Problem]:
     for path in sorted((dataset.path / "scores").glob("*.json")):
         try:
             files = load_score_info(dataset, path.stem).files
-        except (KdataError, ValueError) as error:
+        except KdataError as error:
             problems.append(Problem(f"scores/{path.name}", f"cannot be read: {str(error).splitlines()[0]}"))
             continue
         for relative, info in files.items():
@@ -100,7 +97,7 @@ def _deep_shard(dataset: Dataset, number: int, entry: ManifestEntry, seen: set[s
     where = f"data/{entry.name}.arrow"
     try:
         sequences = dataset.shard(number)
-        ids = dataset.index(["id", "shard"])
+        ids = pq.read_table(dataset.checked_file(entry, "index"), columns=["id"])["id"].to_pylist()
     except KdataError as error:
         return [Problem(where, str(error))]
     problems = []
@@ -108,9 +105,8 @@ def _deep_shard(dataset: Dataset, number: int, entry: ManifestEntry, seen: set[s
         problems.append(Problem(where, f"holds {len(sequences.token_ids)} tokens, the manifest says {entry.tokens}"))
     if len(sequences.entry_ids) and int(sequences.entry_ids.max()) >= dataset.info.vocab_size:
         problems.append(Problem(where, "a kept id is outside the vocabulary"))
-    for row_id, shard in zip(ids["id"].to_pylist(), ids["shard"].to_pylist(), strict=True):
-        if shard == entry.name:
-            if row_id in seen:
-                problems.append(Problem(where, f"id {row_id!r} stands twice in the dataset"))
-            seen.add(row_id)
+    for row_id in ids:
+        if row_id in seen:
+            problems.append(Problem(where, f"id {row_id!r} stands twice in the dataset"))
+        seen.add(row_id)
     return problems

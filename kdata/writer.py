@@ -24,8 +24,16 @@ from filelock import FileLock, Timeout
 
 from kdata import codec as codecs
 from kdata.codec import Kept
-from kdata.errors import DataError, MismatchError, StorageError, settings_difference
-from kdata.manifest import append_entry, read_info, read_manifest, write_info
+from kdata.errors import (
+    ConfigError,
+    CorruptError,
+    DataError,
+    KdataError,
+    MismatchError,
+    StorageError,
+    settings_difference,
+)
+from kdata.manifest import append_entry, inside, read_info, read_manifest, sync_directory, write_info
 from kdata.schema import (
     DatasetInfo,
     FileInfo,
@@ -39,6 +47,11 @@ from kdata.schema import (
 )
 
 ROWS_PER_BATCH = 32  # random access decompresses one record batch: about 10k tokens
+MASS_SLACK = 1e-3  # a float32 softmax sums to 1 within 1e-6; more than this over 1 is no distribution
+# What a run that was killed may leave under a temporary name. Nothing else is ever removed.
+TEMPORARY = ("dataset.json.tmp", "tokenizer.tmp", "data/*.tmp", "index/*.tmp", "rejects/*.tmp")
+# Names that may stand in a folder that is no dataset yet: what a run leaves that was killed before dataset.json.
+BEGUN = {"data", "index", "rejects", "tokenizer", "tokenizer.tmp", "dataset.json.tmp"}
 # Level 1: the planes are entropy-coded, and the matches that higher levels look for make them larger (90 against 93 bytes
 # per token for 64 ids).
 
@@ -94,10 +107,11 @@ class Writer:
         source: name of the work, the prefix of its shards.
         source_info: kind and settings of the work; compared with what is there.
         resume: "auto" goes on where a former run stopped, "never" refuses a source that has rows, "must" refuses one
-            that has none.
+            that was never begun.
         tokenizer_dir: folder whose files are copied to DATASET/tokenizer, so that the dataset is self-contained.
     Raises:
         MismatchError: the dataset was begun with other settings; the message lists them.
+        ConfigError: the folder holds other things than a dataset.
         StorageError: the disk refused, or another process is writing.
     """
 
@@ -116,7 +130,8 @@ class Writer:
         self._resume = resume
         self._tokenizer_dir = tokenizer_dir
         # Beside the dataset, not in it: a lock is no part of what is shared.
-        self._lock = FileLock(root.parent / f".{root.name}.lock")
+        place = root.resolve()  # one lock however the folder is named: relative, ".", through a link
+        self._lock = FileLock(place.parent / f".{place.name}.lock")
 
     def __enter__(self) -> Writer:
         with storage_errors(self.root):
@@ -138,8 +153,7 @@ class Writer:
         self._lock.release()
 
     def _open(self) -> None:
-        for name in ("data", "index"):
-            (self.root / name).mkdir(parents=True, exist_ok=True)
+        known = None
         if (self.root / "dataset.json").exists():
             before = read_info(self.root)
             _refuse_difference("the dataset", before.identity(), self.info.identity(), self.root)
@@ -153,10 +167,16 @@ class Writer:
                 )
                 self._source_info = known
             self.info = before
-        elif self._resume == "must":
-            raise MismatchError(f"--resume must: there is no dataset at {self.root} to go on with")
+        else:
+            _refuse_foreign(self.root)
+        if known is None and self._resume == "must":
+            raise MismatchError(f"--resume must: {self.root} has no {self.source!r} to go on with")
+        for name in ("data", "index"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
         self._clear_temporary()
-        entries = [e for e in read_manifest(self.root, heal=True) if e.source == self.source]
+        manifest = read_manifest(self.root, heal=True)
+        self._ids = _committed_ids(self.root, manifest)
+        entries = [e for e in manifest if e.source == self.source]
         if entries and self._resume == "never":
             raise MismatchError(
                 f"--resume never: {self.root} already holds {len(entries)} shards of {self.source!r}; "
@@ -176,20 +196,29 @@ class Writer:
         if self._tokenizer_dir is None or target.exists():
             return
         temporary = self.root / "tokenizer.tmp"
-        shutil.copytree(self._tokenizer_dir, temporary)
+        temporary.mkdir()
+        for file in sorted(self._tokenizer_dir.iterdir()):  # copytree would hide a full disk in its own error
+            shutil.copyfile(file, temporary / file.name)
         os.rename(temporary, target)
 
     def _clear_temporary(self) -> None:
-        for path in self.root.glob("**/*.tmp"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for pattern in TEMPORARY:
+            for path in list(self.root.glob(pattern)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def commit(self, unit: Unit) -> ManifestEntry:
         """Store one unit: payload, index and rejects are renamed into place, then the manifest line is written.
 
         Raises:
             StorageError: the disk refused; nothing that was committed is touched.
-            DataError: an id stands twice in the unit.
+            DataError: an id stands twice, in the unit or with a row of the dataset.
         """
+        for record in unit.records:
+            if record.id in self._ids:
+                raise DataError(
+                    f"{self.root} already has a row with id {record.id!r}; ids are unique in a dataset. Rename it in "
+                    "the input (a text that is split takes ID#0, ID#1, a completion ID~0), or use another dataset."
+                )
         name = f"{self.source}-{unit.number:05d}"
         files: dict[str, FileInfo] = {}
         with storage_errors(self.root):
@@ -223,6 +252,7 @@ class Writer:
             )
             append_entry(self.root, entry)
         self.committed[unit.number] = entry
+        self._ids.update(record.id for record in unit.records)
         return entry
 
     def finish(self, num_units: int) -> None:
@@ -253,13 +283,28 @@ class Writer:
         return FileInfo(sha256=digest, bytes=size)
 
 
-def sync_directory(path: Path) -> None:
-    """Flush a directory, so that a rename in it survives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _refuse_foreign(root: Path) -> None:
+    """Refuse to begin a dataset among other files, or beside a manifest whose dataset.json is gone."""
+    if (root / "manifest.jsonl").exists():
+        raise CorruptError(f"{root} has a manifest but no dataset.json; restore it from a copy of the dataset")
+    names = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.exists() else []
+    foreign = [name for name in names if name not in BEGUN]
+    if foreign:
+        raise ConfigError(f"{root} is no dataset and holds other things ({foreign[0]!r}); name a new or empty folder")
+
+
+def _committed_ids(root: Path, manifest: list[ManifestEntry]) -> set[str]:
+    """Ids of all rows that are committed, of every source. Raises CorruptError at an index that cannot be read."""
+    ids: set[str] = set()
+    for entry in manifest:
+        path = inside(root, f"index/{entry.name}.parquet")
+        try:
+            ids.update(pq.read_table(path, columns=["id"])["id"].to_pylist())
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise CorruptError(
+                f"{path} cannot be read ({str(error).splitlines()[0]}); restore it from a copy of the dataset"
+            ) from error
+    return ids
 
 
 def _refuse_difference(what: str, before: dict, after: dict, root: Path) -> None:
@@ -285,10 +330,11 @@ def storage_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in remedies:
+        if isinstance(error, KdataError) or error.errno is None:
             raise
+        remedy = remedies.get(error.errno) or f"{os.strerror(error.errno)}; see to that"
         raise StorageError(
-            f"cannot write {error.filename or root}: {remedies[error.errno]}, then run the same command again. "
+            f"cannot write {error.filename or root}: {remedy}, then run the same command again. "
             "What was committed is intact."
         ) from error
 
@@ -360,6 +406,13 @@ def _check_record(record: Record, info: DatasetInfo) -> None:
         raise DataError(f"{record.id}: a target position has no finite teacher log-probability")
     if not np.isfinite(record.kept.logprobs).all() or (record.kept.logprobs > 1e-5).any():
         raise DataError(f"{record.id}: a kept log-probability is not a finite number <= 0")
+    if record.kept.mass().max(initial=0.0) > 1 + MASS_SLACK:
+        raise DataError(
+            f"{record.id}: kept probabilities sum to {record.kept.mass().max():.4f} > 1; the teacher's output is not "
+            "a distribution"
+        )
+    if record.kept.num_kept.max(initial=0) > np.iinfo(np.uint16).max:
+        raise DataError(f"{record.id}: {record.kept.num_kept.max()} entries at a position, the format holds 65,535")
 
 
 def _index_row(record: Record, name: str, source: str, row: int, mass_T: np.ndarray) -> dict[str, object]:

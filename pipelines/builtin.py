@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -224,7 +223,8 @@ def _committed(directory: Path) -> Iterator[Path]:
     there.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    temporary = directory.parent / f".{directory.name}.{os.getpid()}"
+    temporary.mkdir()  # not mkdtemp: its mode 0700 would stay with a cache that people may share
     try:
         yield temporary
         try:

@@ -32,7 +32,7 @@ from kdata.teachers import Teacher, TeacherConfig, load_teacher
 from kdata.writer import storage_errors
 from pipelines.builtin import CorpusFiles, ensure_corpus, ensure_reference, ensure_teacher
 from pipelines.recipe import BUILTIN, Recipe, TextConfig
-from trainer.evaluate import evaluate
+from trainer.evaluate import EvaluateConfig, evaluate
 from trainer.train import train
 
 
@@ -184,22 +184,25 @@ def run_train(run: Run) -> None:
 
 def run_evaluate(run: Run) -> None:
     """Measure every student on the held-out logits; results.json."""
+    stage = run.recipe.evaluate
+    prompts = heldout_prompts(open_dataset(run.heldout_path), stage.samples)
     students = {}
     for name, student in run.recipe.students.items():
-        measured = evaluate(
-            run.out / "students" / name / "model",
-            run.heldout_path,
-            samples_per_domain=run.recipe.evaluate.samples,
-            sample_tokens=run.recipe.evaluate.sample_tokens,
-            name=f"evaluate {name}",
-        )
-        students[name] = {
-            "label": student.label,
-            **json.loads((run.out / "students" / name / "train.json").read_text()),
-            **measured,
-            "metrics": f"students/{name}/metrics.jsonl",
-        }
+        folder = run.out / "students" / name
+        config = EvaluateConfig(sample_tokens=stage.sample_tokens)
+        measured = evaluate(folder / "model", run.heldout_path, prompts=prompts, label=student.label, config=config)
+        students[name] = {**measured, "metrics": f"students/{name}/metrics.jsonl"}
     write_json(run.out / "results.json", {**_results_head(run), "students": students})
+
+
+def heldout_prompts(heldout: Dataset, number: int) -> list[dict[str, str]]:
+    """Beginnings (the first line or 80 characters) of the first `number` held-out texts of each domain."""
+    rows = heldout.sql(
+        "select domain, text from rows where length(text) > 160 "
+        "qualify row_number() over (partition by domain order by id) <= $number order by domain, id",
+        {"number": number},
+    ).to_pylist()
+    return [{"domain": row["domain"], "prompt": row["text"][:80].rsplit(" ", 1)[0]} for row in rows]
 
 
 def _results_head(run: Run) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from kdata.progress import Stage
 from trainer.fused import Measured, measure
 from trainer.loader import Batch, Loader, LoaderConfig
 from trainer.student import check_vocabulary, head_of, hidden_states, num_parameters
-from trainer.train import TrainResult
+from trainer.train import TrainResult, device_name
 
 ECE_BINS = 15
 
@@ -49,7 +49,9 @@ class EvaluateConfig(BaseModel):
         default=0.0, ge=0, description="0 is greedy; 1 samples the student as it is."
     )
     seed: int = Field(default=0, ge=0, description="Seed of sampling.")
-    device: str = Field(default="cpu", description="Torch device.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: cuda where there is one."
+    )
 
 
 def evaluate(
@@ -80,7 +82,8 @@ def evaluate(
     """
     config = config or EvaluateConfig()
     dataset = kdata.open(heldout_path)
-    model = _load(model_dir).to(config.device).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
+    model = _load(model_dir)
+    model.to(device_name(config.device)).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
     check_vocabulary(model, dataset)
     run = _run_beside(model_dir)
     domains, sums = _measure_dataset(model, dataset, config)
@@ -239,11 +242,16 @@ def _first_of_each(domain_R: np.ndarray, limit: int | None) -> np.ndarray:
 
 
 def _first_choice(batch: Batch) -> np.ndarray:
-    """The teacher's most likely kept id at each position, -1 where nothing is kept; int64 [M]."""
+    """The teacher's likeliest kept id at each position, int64 [M]: first exact entry, else heaviest draw.
+
+    A draw can outweigh exact entries (its weight is tail mass / draws), so the largest weight will not do.
+    -1 where nothing is kept.
+    """
     ids_MK, logprobs_MK = batch.targets.ids_CK.numpy(), batch.targets.logprobs_CK.numpy()
     if not ids_MK.shape[1]:
         return np.full(len(ids_MK), -1, np.int64)
-    return np.take_along_axis(ids_MK, logprobs_MK.argmax(-1)[:, None], -1)[:, 0]
+    column_M = np.where(batch.num_exact_M > 0, 0, logprobs_MK.argmax(-1))
+    return np.take_along_axis(ids_MK, column_M[:, None], -1)[:, 0]
 
 
 def _entropy_of_weights(batch: Batch) -> np.ndarray:
@@ -255,33 +263,38 @@ def _entropy_of_weights(batch: Batch) -> np.ndarray:
 def _write_samples(
     model: PreTrainedModel, model_dir: Path, prompts: Iterable[Mapping[str, str]], config: EvaluateConfig
 ) -> list[dict[str, str]]:
-    """Continue each prompt. The last tokens of a prompt are kept where the whole does not fit the model."""
+    """Continue each prompt."""
     prompts = list(prompts)
     if not prompts:
         return []
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(model_dir))
     except (OSError, ValueError) as error:
-        raise MissingError(
-            f"{model_dir} holds no tokenizer, and prompts need one; give none, or copy it"
-        ) from error
+        raise MissingError(f"{model_dir} holds no tokenizer, and prompts need one; copy it there") from error
+    return [
+        {**prompt, "text": _continue(model, tokenizer, prompt["prompt"], config, config.seed + number)}
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+@torch.no_grad()
+def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, config: EvaluateConfig, seed: int) -> str:
+    """What the student writes; of a prompt that does not fit the model, the last tokens are read."""
     room = max(model.config.max_position_embeddings - config.sample_tokens, 1)
-    samples = []
-    for number, prompt in enumerate(prompts):
-        ids_BL = tokenizer(prompt["prompt"], return_tensors="pt").input_ids[:, -room:].to(model.device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed + number)
-            choice = {"do_sample": True, "temperature": config.sample_temperature, "top_k": 0, "top_p": 1.0}
-            written_BL = model.generate(
-                ids_BL,
-                attention_mask=torch.ones_like(ids_BL),
-                max_new_tokens=config.sample_tokens,
-                pad_token_id=tokenizer.eos_token_id or 0,
-                **(choice if config.sample_temperature else {"do_sample": False}),
-            )
-        text = tokenizer.decode(written_BL[0, ids_BL.shape[1] :], skip_special_tokens=True)
-        samples.append({"domain": prompt["domain"], "prompt": prompt["prompt"], "text": text})
-    return samples
+    ids_BL = tokenizer(prompt, return_tensors="pt").input_ids[:, -room:].to(model.device)
+    choice: dict[str, Any] = {"do_sample": False}
+    if config.sample_temperature:
+        choice = {"do_sample": True, "temperature": config.sample_temperature, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        written_BL = cast(Any, model).generate(
+            ids_BL,
+            attention_mask=torch.ones_like(ids_BL),
+            max_new_tokens=config.sample_tokens,
+            pad_token_id=tokenizer.eos_token_id or 0,
+            **choice,
+        )
+    return str(tokenizer.decode(written_BL[0, ids_BL.shape[1] :], skip_special_tokens=True))
 
 
 def _load(model_dir: Path) -> PreTrainedModel:

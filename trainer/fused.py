@@ -49,7 +49,7 @@ class Loss(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """values_MO as in Loss; top_ids_MN: int64 [M, N], most likely tokens; confidence_M: the top probability."""
+    """values_MO as in Loss; top_ids_MN: int64 [M, N] likeliest tokens; confidence_M: the top probability."""
 
     values_MO: Tensor
     top_ids_MN: Tensor
@@ -120,7 +120,7 @@ def measure(
     top: int = 5,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Measured:
-    """Objectives and the `top` most likely tokens at each position, for evaluation: same core, no gradient."""
+    """Objectives and the `top` likeliest tokens at each position, for evaluation: same core, no gradient."""
     _check(hidden_MD, head_VD, targets)
     recipe = Recipe(
         ObjectiveConfig(), tail, names, 1.0, hidden_MD.dtype, _chunk_positions(head_VD, chunk_bytes)

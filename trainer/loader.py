@@ -55,9 +55,9 @@ class Batch:
     input_ids, position_ids, segment_ids: int64 [B, L]; positions restart at 0 in each document, segments
     count from 0 within a row, free cells are one trailing segment -1 of token 0. predictor_M: int64 [M], flat
     index into [B * L] of the hidden state that predicts each counted token (the cell before it). targets: the
-    teacher's view, M rows. logprob_M float32, rank_M int32, entropy_M float32: the teacher on the actual
-    tokens. document_M: int64 [M], which of `rows` a counted token belongs to. rows: int64 [S], global dataset
-    rows. num_tokens: tokens in documents.
+    teacher's view, M rows. logprob_M float32 and rank_M int32: of the actual tokens. entropy_M: float32.
+    num_exact_M: int32, kept entries that are no draws. document_M: int64 [M], which of `rows` a counted token
+    belongs to. rows: int64 [S], global dataset rows. num_tokens: tokens in documents.
     """
 
     input_ids: Tensor
@@ -68,6 +68,7 @@ class Batch:
     logprob_M: np.ndarray
     rank_M: np.ndarray
     entropy_M: np.ndarray
+    num_exact_M: np.ndarray
     document_M: np.ndarray
     rows: np.ndarray
     num_tokens: int
@@ -111,7 +112,7 @@ class Loader:
             yield batch
 
     def epoch(self) -> Iterator[Batch]:
-        """Every planned document once, from the beginning; the last batch may hold fewer rows. For evaluation."""
+        """Every planned document once, from the beginning, for evaluation; the last batch may be smaller."""
         stream = self._stream(Place())
         done = False
         while not done:
@@ -205,6 +206,7 @@ def _lay_out(
         logprob_M=seqs.logprob[counted_M],
         rank_M=seqs.rank[counted_M],
         entropy_M=seqs.entropy[counted_M],
+        num_exact_M=seqs.num_exact[counted_M],
         document_M=np.repeat(np.arange(len(rows)), lengths)[counted_M],
         rows=rows,
         num_tokens=len(seqs.token_ids),

@@ -47,8 +47,9 @@ class ObjectiveConfig(BaseModel):
     tail: Literal["auto", "ghost", "draws", "renormalise"] = Field(
         default="auto",
         description="What stands for the mass outside the kept entries. auto: what the dataset holds (ghost "
-        "or draws). ghost: one bucket with the exact remaining mass. draws: none, the kept weights are unbiased "
-        "and sum to 1. renormalise: none, the kept entries are scaled to sum to 1 (biased; for comparison).",
+        "or draws). ghost: one bucket with the exact remaining mass. draws: none, the kept weights are "
+        "unbiased and sum to 1. renormalise: none, the kept entries are scaled to sum to 1 (biased; for "
+        "comparison).",
     )
     temperature: float = Field(
         default=1.0,
@@ -92,7 +93,7 @@ class Targets:
         return Targets(*(t[part] for t in vars(self).values()))
 
     def check(self, num_positions: int, vocab_size: int) -> None:
-        """Raise ShapeError where shapes disagree or an id lies outside the vocabulary (-1 may pad kept ids)."""
+        """Raise ShapeError where shapes disagree or an id is outside the vocabulary (-1 may pad kept ids)."""
         if not len(self) == self.ids_CK.shape[0] == self.log_tail_C.shape[0] == num_positions:
             shapes = {name: tuple(t.shape) for name, t in vars(self).items()}
             raise ShapeError(f"targets {shapes} do not fit {num_positions} hidden states")
@@ -246,8 +247,8 @@ def resolve_tail(config: ObjectiveConfig, held: Literal["ghost", "draws"]) -> Ta
         raise ConfigError(f"objective.weights {config.weights} must be finite, >= 0 and not all 0")
     if config.temperature != 1.0:
         raise ConfigError(
-            f"objective.temperature is {config.temperature}, but the dataset holds the teacher's log-sum-exp at "
-            "1 only, so any other temperature would be wrong in the tail; set it to 1"
+            f"objective.temperature is {config.temperature}, but the dataset holds the teacher's log-sum-exp "
+            "at 1 only, so any other temperature would be wrong in the tail; set it to 1"
         )
     tail: Tail = held if config.tail == "auto" else config.tail
     if (tail == "draws") != (held == "draws"):
@@ -258,7 +259,7 @@ def resolve_tail(config: ObjectiveConfig, held: Literal["ghost", "draws"]) -> Ta
     needs_bucket = [n for n in config.weights if n == "reverse_kl" or (n == "jsd" and config.jsd_beta == 1.0)]
     if needs_bucket and tail != "ghost":
         raise ConfigError(
-            f"{needs_bucket[0]} is infinite with tail {tail!r} (the student's mass outside the kept entries "
-            "meets probability 0); use skewed_reverse_kl, or data with an exact tail (ghost)"
+            f"{needs_bucket[0]} is infinite with tail {tail!r} (the student's mass outside the kept "
+            "entries meets probability 0); use skewed_reverse_kl, or data with an exact tail (ghost)"
         )
     return tail

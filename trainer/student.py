@@ -101,7 +101,7 @@ def num_parameters(model: PreTrainedModel) -> int:
 
 
 def tokenizer_hash(folder: Path | str, revision: str | None = None) -> str:
-    """SHA-256 (hex) of a fast tokenizer's canonical JSON without truncation and padding: the dataset's rule."""
+    """SHA-256 (hex) of a fast tokenizer's canonical JSON without truncation and padding, as kdata does it."""
     tokenizer = AutoTokenizer.from_pretrained(str(folder), revision=revision, trust_remote_code=False)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("truncation", None)
@@ -128,8 +128,8 @@ def probe_head(model: PreTrainedModel) -> None:
     if not torch.allclose(logits_BLV, ours_BLV, rtol=1e-3, atol=1e-4):
         raise ConfigError(
             f"{type(model).__name__}'s logits are not head @ hidden (off by "
-            f"{float((logits_BLV - ours_BLV).abs().max()):.2g}): a bias, logit scaling or soft-capping that the "
-            "sparse loss does not know; choose a student without it"
+            f"{float((logits_BLV - ours_BLV).abs().max()):.2g}): a bias, logit scaling or soft-capping that "
+            "the sparse loss does not know; choose a student without it"
         )
 
 
@@ -194,7 +194,8 @@ def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedM
         ) from error
     if found != dataset.info.tokenizer.hash:
         raise MismatchError(
-            f"the student's tokenizer ({found[:12]}) is not the dataset's ({dataset.info.tokenizer.hash[:12]}), so "
-            "the stored ids would mean other tokens; choose a student with the teacher's tokenizer"
+            f"the student's tokenizer ({found[:12]}) is not the dataset's "
+            f"({dataset.info.tokenizer.hash[:12]}), "
+            "so the stored ids would mean other tokens; choose a student with the teacher's tokenizer"
         )
     return model

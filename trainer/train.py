@@ -143,7 +143,7 @@ def train(
         TrainingError: a non-finite loss or gradient; the message names step and rows.
     """
     micro_tokens = _check_sizes(config)
-    device = torch.device(_device_name(config))
+    device = torch.device(device_name(config.device))
     dataset = kdata.open(dataset_path)
     plan = None if plan_path is None else Plan.load(plan_path)
     loader = Loader(
@@ -340,10 +340,11 @@ def _check_sizes(config: TrainConfig) -> int:
     return micro
 
 
-def _device_name(config: TrainConfig) -> str:
-    if config.device == "cuda" and not torch.cuda.is_available():
+def device_name(device: Literal["auto", "cpu", "cuda"]) -> str:
+    """Resolve `auto`. Raises ConfigError when cuda is asked for and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch finds no CUDA device; set it to auto or cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _loader_config(config: TrainConfig, micro_tokens: int) -> LoaderConfig:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdata.codec import Kept
 from kdata.errors import ConfigError, DependencyError, MissingError
@@ -77,6 +77,12 @@ class SamplingConfig(Strict):
     max_tokens: int = Field(128, ge=1, description="Longest completion, in tokens.")
     min_tokens: int = Field(0, ge=0, description="No end of sequence before this many tokens.")
     stop: list[str] = Field([], description="Strings that end a completion.")
+
+    @model_validator(mode="after")
+    def _lengths(self) -> SamplingConfig:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}; lower it")
+        return self
 
 
 class Teacher(Protocol):
@@ -150,11 +156,12 @@ def model_identity(config: TeacherConfig) -> tuple[str, str | None, str | None]:
 def _hub_commit(config: TeacherConfig) -> str:
     """Resolve a Hub name to the commit that will be loaded."""
     from huggingface_hub import model_info
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from kdata.hub import hub_errors
 
     try:
         return str(model_info(config.model, revision=config.revision).sha)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except hub_errors() as error:
         raise MissingError(
             f"teacher model {config.model!r} is neither a local folder nor reachable on the Hub ({type(error).__name__}: "
             f"{error}); check the name, the network and HF_TOKEN"

@@ -110,7 +110,17 @@ def _record(
             np.int32
         ),
         log_tail=beside(rest, np.nan),
-        kept=Kept(counts, order.reshape(-1).astype(np.int32), np.log(top).reshape(-1).astype(np.float32)),
+        kept=_kept(counts, order, top, tail),
         text=" ".join(f"w{i}" for i in ids),
         entropy=beside(entropy, np.nan),
     )
+
+
+def _kept(counts: np.ndarray, ids: np.ndarray, weights: np.ndarray, tail: str) -> Kept:
+    """Exact entries by falling probability, or the same as draws by rising id."""
+    none = np.zeros_like(counts)
+    if tail == "draws":
+        order = np.argsort(ids, -1)
+        ids, weights = np.take_along_axis(ids, order, -1), np.take_along_axis(weights, order, -1)
+    flat_ids, flat = ids.reshape(-1).astype(np.int32), np.log(weights).reshape(-1).astype(np.float32)
+    return Kept(none, counts, flat_ids, flat) if tail == "draws" else Kept(counts, none, flat_ids, flat)

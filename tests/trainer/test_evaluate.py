@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from transformers import AutoModelForCausalLM
 import kdata
 from kdata.errors import MismatchError, MissingError
 from tests.trainer.datasets import VOCAB, make_dataset
-from trainer.evaluate import EvaluateConfig, evaluate
+from trainer.evaluate import EvaluateConfig, _first_choice, evaluate
+from trainer.loader import Batch
+from trainer.objectives import Targets
 from trainer.student import ScratchStudent, build_student
 from trainer.train import TrainConfig, train
 
@@ -98,7 +102,7 @@ def test_the_teachers_own_figures_come_from_the_dataset(run: Path, dataset: kdat
     index = dataset.index(["domain", "nll", "num_target_tokens"]).to_pandas()
     for name, part in index.groupby("domain"):
         weighted = np.average(part["nll"], weights=part["num_target_tokens"])
-        assert result["domains"][name]["teacher_nll"] == pytest.approx(weighted, rel=1e-5)
+        assert result["domains"][name]["teacher_nll"] == pytest.approx(weighted, rel=1e-3)
     assert result["overall"]["teacher_nll"] < result["overall"]["nll"]
     assert 0 <= result["overall"]["teacher_ece"] < 0.15
 
@@ -127,9 +131,8 @@ def test_draws_with_stored_entropy_estimate_the_full_divergence(
 
 def test_the_result_carries_the_run_and_samples(run: Path, dataset: kdata.Dataset) -> None:
     prompts = [{"domain": "code", "prompt": "w5 w6 w7"}, {"domain": "prose", "prompt": "w9"}]
-    greedy = evaluate(
-        run / "model", dataset.path, prompts=prompts, config=EvaluateConfig(sample_tokens=5, max_documents=2)
-    )
+    few = EvaluateConfig(sample_tokens=5, max_documents=2)
+    greedy = evaluate(run / "model", dataset.path, prompts=prompts, config=few)
     assert (greedy["label"], greedy["steps"], greedy["metrics"]) == ("tiny", 15, "run/metrics.jsonl")
     assert greedy["tokens"] > greedy["target_tokens"] > 0 and greedy["train_seconds"] > 0
     assert [s["domain"] for s in greedy["samples"]] == ["code", "prose"]
@@ -137,11 +140,22 @@ def test_the_result_carries_the_run_and_samples(run: Path, dataset: kdata.Datase
     index = dataset.index(["domain", "num_target_tokens"]).to_pandas()
     expected = index.groupby("domain")["num_target_tokens"].apply(lambda n: int(n.head(2).sum()))
     assert {n: d["tokens"] for n, d in greedy["domains"].items()} == expected.to_dict()
-    sampling = EvaluateConfig(sample_tokens=5, max_documents=2, sample_temperature=1.0, seed=3)
-    texts = [
-        evaluate(run / "model", dataset.path, prompts=prompts, config=sampling)["samples"] for _ in range(2)
+    warm = few.model_copy(update={"sample_temperature": 1.0, "seed": 3})
+    sampled = [
+        evaluate(run / "model", dataset.path, prompts=prompts, config=warm)["samples"] for _ in range(2)
     ]
-    assert texts[0] == texts[1]
+    assert sampled[0] == sampled[1] != greedy["samples"]
+
+
+def test_the_teachers_first_choice_is_its_first_exact_entry_even_under_heavier_draws() -> None:
+    targets = Targets(
+        token_ids_C=torch.tensor([0, 0]),
+        ids_CK=torch.tensor([[3, 4, 5], [6, 7, -1]]),
+        logprobs_CK=torch.tensor([[0.2, 0.1, 0.7], [0.3, 0.7, 0.0]]).log(),
+        log_tail_C=torch.zeros(2),
+    )
+    batch = cast(Batch, SimpleNamespace(targets=targets, num_exact_M=np.array([2, 0])))
+    assert _first_choice(batch).tolist() == [3, 7]
 
 
 def test_wrong_or_missing_models_are_refused(folder: Path, dataset: kdata.Dataset) -> None:

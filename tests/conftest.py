@@ -1,0 +1,73 @@
+"""Shared fixtures: a trained tokenizer, a tiny Llama, a small corpus and a dataset that nobody changes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+# The packages first: tests/kdata would otherwise be found where the tests' folder is on the path.
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+settings.register_profile(
+    "kdata", max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("kdata")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer of 300 ids that puts <s> before every text."""
+    from tests.fakes import save_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with that tokenizer."""
+    from tests.fakes import save_llama
+
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 rows of text in two domains, one of them empty and one longer than the stand-in's context."""
+    from tests.fakes import rows_of_text, write_jsonl
+
+    rows = rows_of_text(24)
+    rows[5]["text"] = "  "
+    rows[9]["text"] = "the dog sat on the log 🙂 " * 12
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def captured(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path) -> Path:
+    """A captured dataset. Read only: a test that changes it takes `copied`."""
+    from tests.fakes import run_capture
+
+    return run_capture(tmp_path_factory.mktemp("captured") / "dataset", corpus_file, tokenizer_dir).path
+
+
+@pytest.fixture
+def copied(captured: Path, tmp_path: Path) -> Path:
+    """A copy of the captured dataset that a test may damage."""
+    return Path(shutil.copytree(captured, tmp_path / "dataset"))
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[..., Path]:
+    """Write rows as a JSONL file and return its path."""
+    from tests.fakes import write_jsonl
+
+    return lambda rows, name="rows.jsonl": write_jsonl(tmp_path / name, rows)

@@ -1,0 +1,230 @@
+"""Stand-ins for tests: a teacher that is a hash function, and a tokenizer trained on a few lines.
+
+`StandInTeacher` implements the Teacher protocol. Its distribution after a prefix is drawn from a generator seeded by a
+hash of the prefix, so every number can be recomputed densely (`dense`), there is nothing to load, and two processes agree
+to the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdata.capture import CaptureConfig, capture_with
+from kdata.corpus import Corpus, CorpusConfig
+from kdata.dataset import Dataset
+from kdata.generate import GenerateConfig, generate_with
+from kdata.schema import TeacherInfo
+from kdata.teachers import Completion, Readout, SamplingConfig, TeacherConfig, readout_from_top
+
+VOCAB = 300
+BOS, EOS = 0, 1
+LINES = [
+    "the cat sat on the mat and the dog sat on the log",
+    "def add(a, b): return a + b",
+    "naïve café, Übergröße, 日本語 and 🙂🙃 emoji",
+    "for item in items: print(item)",
+]
+
+
+class StandInTeacher:
+    """A stand-in for a language model: the distribution after a prefix follows from a hash of the prefix.
+
+    Args:
+        salt: another salt is another teacher.
+        context: longest sequence.
+        before_call: called with the number of the call (from 0) before each read or write: sleep, or raise.
+    """
+
+    def __init__(
+        self, salt: str = "", *, context: int = 64, vocab_size: int = VOCAB, before_call: Callable[[int], None] | None = None
+    ) -> None:
+        self.vocab_size, self.context, self.calls = vocab_size, context, 0
+        self._salt, self._before_call = salt.encode(), before_call
+        self.info = TeacherInfo(
+            model="stand-in",
+            revision=None,
+            weights_hash=hashlib.sha256(self._salt).hexdigest(),
+            backend="stand-in",
+            backend_version="1",
+            dtype="float64",
+            logprobs="raw log-softmax at temperature 1",
+            deterministic=True,
+        )
+
+    def after(self, prefix: Sequence[int]) -> np.ndarray:
+        """Log-probabilities float64 [V] of the token after `prefix`."""
+        text = np.asarray(prefix, "<i4").tobytes()
+        seed = int.from_bytes(hashlib.blake2b(text, digest_size=8, key=self._salt[:32]).digest(), "little")
+        logits = 3.0 * np.random.default_rng(seed).standard_normal(self.vocab_size)
+        logits -= logits.max()
+        return logits - np.log(np.exp(logits).sum())
+
+    def dense(self, ids: np.ndarray) -> np.ndarray:
+        """The oracle: float64 [T, V], row t is the distribution of ids[t] given ids[:t]; row 0 is NaN."""
+        rows = [np.full(self.vocab_size, np.nan)] + [self.after(ids[:t]) for t in range(1, len(ids))]
+        return np.array(rows)
+
+    def readout(self, ids: np.ndarray, k: int, start: int = 1) -> Readout:
+        """What `read` returns for one sequence, recorded from `start` on."""
+        ids = np.asarray(ids, np.int32)
+        dense_TV = self.dense(ids)
+        own_T = dense_TV[np.arange(len(ids)), ids]
+        order_TK = np.argsort(-np.nan_to_num(dense_TV), axis=1, kind="stable")[:, :k]
+        with np.errstate(invalid="ignore"):
+            rank_T = (dense_TV >= own_T[:, None]).sum(1)
+            entropy_T = -(np.exp(dense_TV) * dense_TV).sum(1)
+        recorded = np.arange(len(ids)) >= start
+        return readout_from_top(
+            ids,
+            own_T,
+            rank_T,
+            order_TK,
+            np.take_along_axis(dense_TV, order_TK, 1).astype(np.float32),
+            recorded,
+            np.where(recorded, entropy_T, np.nan).astype(np.float32),
+        )
+
+    def _count(self) -> None:
+        if self._before_call is not None:
+            self._before_call(self.calls)
+        self.calls += 1
+
+    def read(self, sequences: Sequence[np.ndarray], k: int) -> list[Readout]:
+        """See `Teacher.read`."""
+        self._count()
+        return [self.readout(ids, k) for ids in sequences]
+
+    def write(
+        self, prompts: Sequence[np.ndarray], k: int, sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """See `Teacher.write`."""
+        self._count()
+        return [self._continue(p, k, sampling, seed) for p, seed in zip(prompts, seeds, strict=True)]
+
+    def _continue(self, prompt: np.ndarray, k: int, sampling: SamplingConfig, seed: int) -> Completion:
+        rng, ids = np.random.default_rng(seed), prompt.tolist()
+        for number in range(min(sampling.max_tokens, self.context - len(prompt))):
+            logprobs_V = self.after(ids)
+            if number < sampling.min_tokens:
+                logprobs_V[EOS] = -np.inf
+            ids.append(_draw(logprobs_V, sampling, rng))
+            if ids[-1] == EOS:
+                return Completion(self.readout(np.array(ids), k, len(prompt)), len(prompt), "stop")
+        return Completion(self.readout(np.array(ids), k, len(prompt)), len(prompt), "length")
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def _draw(logprobs_V: np.ndarray, sampling: SamplingConfig, rng: np.random.Generator) -> int:
+    if sampling.temperature == 0:
+        return int(logprobs_V.argmax())
+    weights = np.exp((logprobs_V - logprobs_V.max()) / sampling.temperature)
+    return int(rng.choice(len(weights), p=weights / weights.sum()))
+
+
+def save_tokenizer(folder: Path, *, lines: Sequence[str] = LINES, bos: bool = True) -> Any:
+    """Train a byte-level BPE of 300 ids on a few lines and save it; <s> goes before every text when `bos`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(lines, trainer)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def save_llama(folder: Path, *, seed: int = 0, context: int = 128) -> Path:
+    """Save a tiny random Llama with the tokenizer beside it: hidden 64, 2 layers, heads of 32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=context,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def rows_of_text(count: int, *, words: int = 12) -> list[dict[str, Any]]:
+    """Rows of a corpus: two domains, texts of differing length out of the tokenizer's own lines."""
+    rng = np.random.default_rng(7)
+    bag = " ".join(LINES).split(" ")
+    return [
+        {
+            "id": f"doc-{n:03}",
+            "domain": ("prose", "code")[n % 2],
+            "text": " ".join(rng.choice(bag, size=int(rng.integers(2, words)))),
+            "source": f"book {n}",
+            "license": "CC0-1.0",
+        }
+        for n in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write rows as JSONL."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def run_capture(root: Path, corpus: Path, tokenizer: Path, *, teacher: Any = None, resume: str = "auto", **settings: Any) -> Dataset:
+    """Capture a corpus with the stand-in teacher; k = 8 and units of 120 tokens unless said otherwise."""
+    fields = {"k": 8, "unit_tokens": 120, **settings}
+    given = fields.pop("corpus", {})
+    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus), **given), **fields)
+    who = TeacherConfig(model=str(tokenizer), backend="transformers")
+    return capture_with(root, teacher or StandInTeacher(), who, Corpus(config.corpus), config, resume=resume)
+
+
+def run_generate(root: Path, prompts: Path, tokenizer: Path, *, teacher: Any = None, resume: str = "auto", **settings: Any) -> Dataset:
+    """Generate from prompts with the stand-in teacher; k = 8, 12 tokens, units of 4 prompts unless said otherwise."""
+    fields = {"k": 8, "unit_prompts": 4, "sampling": SamplingConfig(max_tokens=12), **settings}
+    config = GenerateConfig(prompts=CorpusConfig(path=str(prompts)), **fields)
+    who = TeacherConfig(model=str(tokenizer), backend="transformers")
+    return generate_with(root, teacher or StandInTeacher(), who, Corpus(config.prompts), config, resume=resume)
+
+
+def generate_and_capture(root: Path, corpus: Path, tokenizer: Path, sleep_sec: float = 0.0) -> None:
+    """The job that is killed in the crash tests: both ways of making rows, into one dataset."""
+    teacher = StandInTeacher(before_call=lambda _: time.sleep(sleep_sec))
+    run_generate(root, corpus, tokenizer, teacher=teacher)
+    run_capture(root, corpus, tokenizer, teacher=teacher)
+
+
+def digests(root: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder, by relative path."""
+    files = (p for p in sorted(root.rglob("*")) if p.is_file())
+    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

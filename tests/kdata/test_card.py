@@ -1,0 +1,254 @@
+"""The card: true numbers, hostile strings shown as text, notes untouched, the Hub's own reader content."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import kdata
+from kdata.card import codec_error, escape_markdown, facts, human_bytes, number, write_card
+from kdata.codec import Kept
+from kdata.errors import ConfigError
+from kdata.schema import CodecInfo, SourceInfo, TeacherInfo, TokenizerInfo
+from kdata.writer import Record, Reject, Unit, Writer, new_info
+
+HOSTILE = "<script>alert(1)</script>|`rm`\n# **x** [a](http://evil.example) $&amp;"
+BEGIN, END = "<!-- notes: begin -->", "<!-- notes: end -->"
+
+
+def record(name: str, domain: str, nll: float, rng: np.random.Generator, **fields: str | None) -> Record:
+    """Twenty tokens at this NLL, give or take; four kept entries that hold about 0.9."""
+    tokens = 20
+    recorded = np.arange(tokens) > 0
+    top = np.sort(rng.dirichlet(np.full(4, 0.8), tokens), axis=1)[:, ::-1] * rng.uniform(0.8, 0.99)
+    ids = np.argsort(rng.random((tokens, 50)), axis=1)[:, :4].astype(np.int32)
+    kept = Kept.top(ids, np.log(top + 1e-9).astype(np.float32), recorded)
+    logprob = np.where(recorded, -nll - rng.normal(0, 0.1, tokens), np.nan).astype(np.float32)
+    tail = np.where(recorded, np.log(1 - top.sum(1)), np.nan).astype(np.float32)
+    return Record(
+        id=name,
+        domain=domain,
+        token_ids=rng.integers(0, 50, tokens).astype(np.int32),
+        target_mask=recorded,
+        logprob=logprob,
+        rank=recorded.astype(np.int32),
+        log_tail=tail,
+        kept=kept,
+        text=f"text of {name}",
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def make_dataset(
+    root: Path,
+    domains: dict[str, float],
+    *,
+    per_domain: int = 12,
+    model: str = "tiny-teacher",
+    license: str | None = "Apache-2.0",
+    generate: bool = True,
+    rejects: tuple[Reject, ...] = (),
+    finish: bool = True,
+) -> kdata.Dataset:
+    """A dataset with sources capture and (optionally) generate; `domains`: the teacher's mean NLL of each."""
+    rng = np.random.default_rng(0)
+    info = new_info(
+        format_version="1.0",
+        vocab_size=50,
+        teacher=TeacherInfo(
+            model=model,
+            revision=None,
+            weights_hash="a" * 64,
+            backend="fake",
+            backend_version="1",
+            dtype="float32",
+            logprobs="raw log-softmax at temperature 1",
+            deterministic=True,
+        ),
+        tokenizer=TokenizerInfo(hash="b" * 64, chat_template_hash=None, bos_id=0, eos_id=1),
+        codec=CodecInfo(id="plain", version=1, kind="topk", parameters={"k": 4}),
+        tail="ghost",
+    )
+    works = [("capture", 0.0)] + ([("generate", -0.6)] if generate else [])
+    for kind, shift in works:
+        source = SourceInfo(kind=kind, settings={"k": 4, "corpus": {"name": HOSTILE}}, num_units=None)
+        with Writer(root, info, kind, source) as writer:
+            for unit, (domain, nll) in enumerate(domains.items()):
+                records = [
+                    record(
+                        f"{kind}-{unit}-{i}",
+                        domain,
+                        nll + shift + rng.normal(0, 0.4),
+                        rng,
+                        license=license,
+                        origin=f"o{i % 3}",
+                    )
+                    for i in range(per_domain)
+                ]
+                refused = list(rejects) if kind == "capture" and unit == 0 else []
+                writer.commit(Unit(unit, records, refused))
+            if finish:
+                writer.finish(len(domains))
+    return kdata.open(root)
+
+
+def header_of(card: str) -> dict:
+    """The YAML between the first two lines of dashes."""
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_facts_are_those_of_the_rows(tmp_path: Path) -> None:
+    refused = (
+        Reject("r0", "code", "empty", "the text is empty"),
+        Reject("r1", None, "empty", "the text is empty"),
+    )
+    dataset = make_dataset(tmp_path / "d", {"code": 2.0, "prose": 4.0}, rejects=refused)
+    found = facts(dataset)
+    index = dataset.index().to_pylist()
+    assert (found.rows, found.tokens, found.target_tokens, found.shards) == (48, 48 * 20, 48 * 19, 4)
+    by_name = {d["name"]: d for d in found.domains}
+    for domain in ("code", "prose"):
+        expected = np.mean([r["nll"] for r in index if r["domain"] == domain])
+        assert by_name[domain]["nll"] == pytest.approx(expected)
+        assert by_name[domain]["num_rows"] == 24
+    assert by_name["code"]["entropy"] is None
+    assert [(r["reason"], r["num_rows"]) for r in found.rejects] == [("empty", 2)]
+    assert found.payload_bytes == sum(p.stat().st_size for p in (tmp_path / "d" / "data").iterdir())
+
+
+def test_codec_error_is_weighted_and_bounded(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "d", {"code": 2.0}, generate=False)
+    [entry] = dataset.manifest
+    assert entry.codec_error is not None
+    found = codec_error(dataset)
+    assert found is not None
+    assert found.model_dump() == pytest.approx(entry.codec_error.model_dump())
+    assert found.max_sum <= 1
+
+
+def test_header_names_only_the_parquet_index(tmp_path: Path) -> None:
+    card = write_card(make_dataset(tmp_path / "d", {"code": 2.0})).read_text()
+    header = header_of(card)
+    assert header["license"] == "apache-2.0"
+    assert header["tags"] == ["logits", "distillation", "kdata"]
+    assert header["size_categories"] == ["n<1K"]
+    assert header["configs"] == [
+        {"config_name": "default", "data_files": [{"split": "train", "path": "index/*.parquet"}]}
+    ]
+    assert "language" not in header
+
+
+@pytest.mark.parametrize(
+    ("license", "expected"),
+    [
+        (None, {"license": "unknown"}),
+        ("PSF-2.0", {"license": "other", "license_name": "psf-2.0"}),
+        ("x\n---\nevil: 1", {"license": "other", "license_name": "x-evil-1"}),
+    ],
+)
+def test_license_of_the_header(tmp_path: Path, license: str | None, expected: dict) -> None:
+    header = header_of(write_card(make_dataset(tmp_path / "d", {"code": 2.0}, license=license)).read_text())
+    assert {k: v for k, v in header.items() if k.startswith("license")} == expected
+    assert "evil" not in header
+
+
+def test_every_column_of_the_format_is_described(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "d", {"code": 2.0})
+    card = write_card(dataset).read_text()
+    for name in dataset.index().column_names:
+        assert f"| `{name}` |" in card
+    assert "| `nll` | `float64` |" in card
+    assert "| `input_ids` | `list<int32>` |" in card
+
+
+def test_hostile_strings_stay_text(tmp_path: Path) -> None:
+    refused = (Reject("r", HOSTILE, HOSTILE, HOSTILE),)
+    dataset = make_dataset(
+        tmp_path / "d", {HOSTILE: 2.0, f"{BEGIN}x{END}": 3.0}, model=HOSTILE, license=HOSTILE, rejects=refused
+    )
+    card = write_card(dataset).read_text()
+    body = card.split("---\n", 2)[2]
+    assert "<script" not in card
+    assert not re.search(r"(?<!\\)\[a(?<!\\)\]", body)
+    assert "`rm`" not in body
+    assert card.count(BEGIN) == card.count(END) == 1
+    tables = [line for line in body.splitlines() if line.startswith("|") and "alert" in line]
+    assert tables
+    # A pipe from data never makes a column: lines of a table agree with its head.
+    for block in re.findall(r"(?:^\|.*\n)+", body, re.MULTILINE):
+        assert len({line.count("|") for line in block.splitlines()}) == 1, block
+
+
+def test_escape_shows_exactly_the_text() -> None:
+    assert escape_markdown("a|b`c<d>&_e_\n# [x](y) \\ 'q'") == (
+        r"a&#124;b&#96;c&#60;d&#62;&#38;\_e\_ \# \[x\](y) \\ &#39;q&#39;"
+    )
+    assert escape_markdown("a\u202eb\x00c") == "a b c"
+    assert escape_markdown(None) == "not stated"
+
+
+def test_notes_are_kept_byte_for_byte(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "d", {"code": 2.0})
+    path = write_card(dataset)
+    notes = f"\r\nMine: ünïcode \xa0, a stray {END} too\r\n\r\n\t".encode() + b"\xff\xfe not UTF-8"
+    before, rest = path.read_bytes().split(BEGIN.encode())
+    after = rest.split(END.encode())[1]
+    path.write_bytes(before.replace(b"Rejects", b"scribbled") + BEGIN.encode() + notes + END.encode() + after)
+    write_card(kdata.open(dataset.path), title="Another title")
+    content = path.read_bytes()
+    assert BEGIN.encode() + notes + END.encode() in content
+    assert b"# Another title" in content
+    assert b"scribbled" not in content
+
+
+def test_a_readme_that_is_no_card_is_not_overwritten(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "d", {"code": 2.0})
+    (dataset.path / "README.md").write_text("by hand")
+    with pytest.raises(ConfigError, match="notes marks"):
+        write_card(dataset)
+    assert (dataset.path / "README.md").read_text() == "by hand"
+
+
+def test_same_dataset_same_bytes_wherever_it_lies(tmp_path: Path) -> None:
+    first = write_card(make_dataset(tmp_path / "one", {"code": 2.0, "prose": 3.0})).read_bytes()
+    second = write_card(make_dataset(tmp_path / "two", {"code": 2.0, "prose": 3.0})).read_bytes()
+    assert first == second
+    write_card(kdata.open(tmp_path / "one"))
+    assert (tmp_path / "one" / "README.md").read_bytes() == first
+
+
+def test_a_dataset_without_rows_or_end(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "d", {})
+    text = write_card(dataset).read_text()
+    assert "0 sequences" in text
+    assert "license" not in header_of(text)
+    unfinished = make_dataset(tmp_path / "u", {"code": 2.0}, finish=False)
+    assert "**not finished**" in write_card(unfinished).read_text()
+
+
+def test_the_hub_reader_opens_index_and_payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    dataset = make_dataset(tmp_path / "d", {"code": 2.0, "prose": 3.0})
+    write_card(dataset)
+    cache = str(tmp_path / "cache")
+    index = datasets.load_dataset(str(dataset.path), split="train", cache_dir=cache)
+    payload = datasets.load_dataset(str(dataset.path), data_dir="data", split="train", cache_dir=cache)
+    assert len(index) == len(payload) == dataset.num_rows
+    assert index["id"][:3] == payload["id"][:3]
+    assert "entry_ids" in payload.column_names
+
+
+def test_numbers_for_people() -> None:
+    assert [human_bytes(v) for v in (0, 999, 1000, 123_456, 5e9)] == [
+        "0 B",
+        "999 B",
+        "1 kB",
+        "123 kB",
+        "5 GB",
+    ]
+    assert [number(v) for v in (1.23456, None, float("nan"), float("inf"), True, "9")] == ["1.235", *"—————"]

@@ -1,0 +1,375 @@
+"""The report: a verdict that follows from the numbers, one page that loads nothing, data shown as text."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import kdata
+from kdata.errors import CorruptError, FormatError, MissingError
+from kdata.plan import make_plan
+from kdata.report import best, grid, read_results, stages, verdict, write_report
+from kdata.writer import Reject
+from tests.kdata.test_card import HOSTILE, make_dataset
+
+DOMAINS = {"code": 2.1, "docstrings": 3.2, "prose": 4.3}
+
+
+def student(label: str, nll: float | None, kl: float | None = 1.0, **more: Any) -> dict[str, Any]:
+    """A student of results.json with the same numbers overall and in each domain, shifted by the domain."""
+    overall = {"nll": nll, "kl": kl, "top1": 0.4, "teacher_nll": 3.2, "tokens": 900}
+    overall = {key: value for key, value in overall.items() if value is not None}
+    if nll is not None:
+        overall["ppl"] = float(np.exp(nll))
+    domains = {
+        d: {
+            **overall,
+            **({"nll": nll + base - 3.2} if nll is not None else {}),
+            "teacher_nll": base,
+            "tokens": 300,
+        }
+        for d, base in DOMAINS.items()
+    }
+    fixed = {
+        "params": 1_900_000,
+        "steps": 300,
+        "tokens": 1_200_000,
+        "target_tokens": 1_190_000,
+        "train_seconds": 61.5,
+    }
+    return {"label": label, **fixed, "domains": domains, "overall": overall, **more}
+
+
+def samples(words: str) -> list[dict[str, str]]:
+    """One sample per domain."""
+    return [{"domain": d, "prompt": f"def {d}(", "text": f"{words} in {d}"} for d in DOMAINS]
+
+
+def results_of(students: dict[str, Any]) -> dict[str, Any]:
+    """A whole results.json."""
+    seconds = {
+        "prepare": 0.4,
+        "generate": 31.5,
+        "capture": 51.2,
+        "heldout": 12.0,
+        "score": 20.1,
+        "select": 0.3,
+    }
+    seconds |= {"train ce": 60.0, "train plan": 66.0, "train": 126.0, "evaluate": 30.0}
+    return {
+        "format": 1,
+        "name": "quickstart",
+        "students": students,
+        "teacher": {"model": "tiny-teacher"},
+        "stages": [{"name": name, "seconds": value} for name, value in seconds.items()],
+        "settings": {"name": "quickstart", "seed": 0, "train": {"steps": 300}},
+        "machine": {"cores": 2, "packages": {"torch": "2.13.0"}},
+    }
+
+
+def write_metrics(run: Path, name: str, slope: float) -> None:
+    """A falling loss with noise."""
+    rng = np.random.default_rng(len(name))
+    folder = run / "students" / name
+    folder.mkdir(parents=True)
+    lines = []
+    for step in range(10, 310, 10):
+        loss = 4 + 5 * np.exp(-slope * step / 100) + rng.normal(0, 0.08)
+        lines.append({"step": step, "loss": loss, "cross_entropy": loss, "tokens": step * 4000, "lr": 1e-3})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 31')
+
+
+def write_scores(dataset: kdata.Dataset) -> None:
+    """A sidecar `ref`: a little worse than the teacher."""
+    table = dataset.sql("select id, nll + 0.4 + 0.4 * (hash(id) % 1000) / 1000 as nll from rows order by id")
+    (dataset.path / "scores" / "ref").mkdir(parents=True)
+    pq.write_table(table, dataset.path / "scores" / "ref" / "part-00000.parquet")
+    (dataset.path / "scores" / "ref.json").write_text("{}")
+
+
+def write_plan(dataset: kdata.Dataset, threshold: float = 0.6) -> None:
+    """The plan of difference sampling at this cut."""
+    sql = "select id from rows join scores.ref as s using (id) where s.nll - rows.nll >= $cut order by id"
+    ids = dataset.sql(sql, {"cut": threshold})["id"].to_pylist()
+    given = {"share": 0.5, "score": "ref", "threshold": threshold}
+    plan = make_plan(dataset, "difference", ids, method="difference", parameters=given, sql=sql)
+    plan.save(dataset.path / "plans")
+
+
+def make_run(run: Path, domains: dict[str, float] | None = None, *, per_domain: int = 12) -> Path:
+    """A whole run folder of made-up numbers."""
+    refused = (Reject("r0", "code", "empty", "the text is empty"),)
+    dataset = make_dataset(run / "dataset", domains or DOMAINS, per_domain=per_domain, rejects=refused)
+    make_dataset(run / "heldout", domains or DOMAINS, per_domain=4, generate=False)
+    write_scores(dataset)
+    write_plan(dataset)
+    students = {
+        "ce": student("Cross-entropy only", 4.894, 1.382, samples=samples("the the the")),
+        "everything": student("Distilled on everything", 4.693, 1.158, samples=samples("return self")),
+        "plan": student("Distilled on the plan", 4.590, 1.061, samples=samples("raise ValueError")),
+    }
+    for name, slope in (("ce", 1.0), ("everything", 1.3), ("plan", 1.6)):
+        students[name]["metrics"] = f"students/{name}/metrics.jsonl"
+        write_metrics(run, name, slope)
+    (run / "results.json").write_text(json.dumps(results_of(students)))
+    return run
+
+
+class Page(HTMLParser):
+    """What a page would load, its elements, and its text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.feed(path.read_text("utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Collect addresses that a browser would fetch."""
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action") and not (
+                value or ""
+            ).startswith("#"):
+                self.loads.append(f"{tag} {name}={value}")
+            if name == "id":
+                self.ids.append(value or "")
+            if name.startswith("on"):
+                self.loads.append(f"{tag} {name}")
+
+    def handle_data(self, data: str) -> None:
+        """Collect text."""
+        self.text += data
+
+
+def test_verdict_better_with_exact_numbers() -> None:
+    found = verdict(
+        {
+            "ce": student("CE", 5.0, 1.25),
+            "plan": student("Plan", 4.5, 1.0),
+            "everything": student("All", 4.8, 1.2),
+        }
+    )
+    assert found.kind == "better"
+    assert found.headline == (
+        "Yes: both distilled students beat the cross-entropy student on held-out NLL and KL to the teacher."
+    )
+    assert found.details == [
+        "Plan: NLL 4.500 against 5.000 (0.500 lower, 10.0%); KL 1.000 against 1.250 (0.250 lower, 20.0%); "
+        "lower NLL in 3 of 3 domains.",
+        "All: NLL 4.800 against 5.000 (0.200 lower, 4.0%); KL 1.200 against 1.250 (0.050 lower, 4.0%); "
+        "lower NLL in 3 of 3 domains.",
+    ]
+
+
+def test_verdict_worse_is_said_plainly() -> None:
+    found = verdict({"ce": student("CE", 4.0, 1.0), "plan": student("Plan", 4.4, 1.5)})
+    assert found.kind == "worse"
+    assert found.headline.startswith("No: the distilled student is worse")
+    assert "NLL 4.400 against 4.000 (0.400 higher, 10.0%)" in found.details[0]
+    assert "lower NLL in 0 of 3 domains" in found.details[0]
+
+
+@pytest.mark.parametrize(
+    ("others", "kind", "words"),
+    [
+        ({"plan": (4.5, 0.9), "everything": (5.5, 1.1)}, "mixed", "only “plan” wins on every count"),
+        ({"plan": (4.5, 1.1)}, "mixed", "better in NLL than the cross-entropy student, and further from"),
+        ({"plan": (5.5, 0.9), "everything": (5.1, 0.8)}, "mixed", "are closer to the teacher (KL) than"),
+        ({"plan": (5.5, 0.9), "everything": (5.1, 1.1)}, "mixed", "no distilled student beats"),
+        ({"plan": (5.0004, 1.0)}, "equal", "No difference"),
+        ({"plan": (5.0, 0.9)}, "better", "Yes: the distilled student beats"),
+        ({"plan": (4.5, None)}, "better", "NLL (KL was not measured for all)"),
+        ({"plan": (None, 0.5)}, "missing", "no distilled student has been evaluated"),
+        ({}, "missing", "no distilled student has been evaluated"),
+    ],
+)
+def test_verdict_of_every_kind(others: dict, kind: str, words: str) -> None:
+    students = {"ce": student("ce", 5.0, 1.0)} | {n: student(n, *values) for n, values in others.items()}
+    found = verdict(students)
+    assert (found.kind, words in found.headline) == (kind, True), found
+
+
+def test_verdict_without_a_baseline() -> None:
+    assert verdict({}).kind == "missing"
+    found = verdict({"plan": student("Plan", 4.0)})
+    assert (found.kind, "no cross-entropy student" in found.headline) == ("missing", True)
+
+
+def test_verdict_names_an_uneven_comparison() -> None:
+    found = verdict({"ce": student("CE", 5.0), "plan": student("Plan", 4.0, steps=600)})
+    assert (
+        found.details[-1]
+        == "The students have different numbers of steps (300 and 600): the comparison is not even."
+    )
+
+
+def test_best_marks_ties_and_nothing_alone() -> None:
+    students = {"a": student("a", 4.0001), "b": student("b", 4.0), "c": student("c", 4.1)}
+    assert best(students, "nll") == {"a", "b"}
+    assert best(students, "nll", largest=True) == {"c"}
+    assert best(students, "kl") == set(), "nobody is ahead"
+    assert best({"a": students["a"]}, "nll") == set()
+    rows = grid(students)
+    assert [row["domain"] for row in rows] == ["code", "docstrings", "prose", None]
+    assert rows[-1]["teacher"] == 3.2
+    assert [bold for _, _, bold, _ in rows[-1]["cells"][0]] == [True, True, False]
+
+
+def test_whole_run(tmp_path: Path) -> None:
+    path = write_report(make_run(tmp_path / "run"))
+    page = Page(path)
+    assert path == tmp_path / "run" / "report.html"
+    assert page.tags.count("svg") == 6
+    assert "Yes: both distilled students beat" in page.text
+    for needed in ("4.590", "1.061", "not run", "raise ValueError in prose", "the text is empty", "b" * 64):
+        assert (needed in page.text) == (needed != "not run"), needed
+    assert kdata.open(tmp_path / "run" / "dataset").fingerprint in page.text
+    assert "<b>4.590</b>" in path.read_text()
+    assert "difference sampling keeps what lies at or above 0.600" in page.text
+
+
+def test_page_loads_nothing_and_is_unique(tmp_path: Path) -> None:
+    path = write_report(make_run(tmp_path / "run"))
+    page, text = Page(path), path.read_text()
+    assert page.loads == []
+    assert not {"script", "link", "iframe", "img", "image", "object", "embed", "form"} & set(page.tags)
+    assert "@import" not in text
+    assert re.findall(r"url\((?!#)", text) == []
+    assert len(page.ids) == len(set(page.ids))
+    targets = set(re.findall(r'href="#([^"]*)"', text)) | set(re.findall(r"url\(#([^)]*)\)", text))
+    assert targets <= set(page.ids)
+    assert "http" not in re.sub(r"<svg|xmlns[^ ]*", "", text)
+
+
+def test_same_run_same_bytes(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+
+
+def test_hostile_strings_stay_text(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {HOSTILE: 2.0, "$\\frac{$": 3.0, 'id="#22262b': 4.0})
+    results = json.loads((run / "results.json").read_text())
+    for one in results["students"].values():
+        one["label"] += HOSTILE
+        one["domains"] = {HOSTILE: one["overall"]}
+        one["samples"] = [{"domain": HOSTILE, "prompt": HOSTILE, "text": HOSTILE}]
+    results |= {"name": HOSTILE, "machine": {HOSTILE: HOSTILE}, "settings": {HOSTILE: HOSTILE}}
+    results["stages"].append({"name": HOSTILE, "seconds": HOSTILE})
+    results["students"][HOSTILE] = {
+        "label": HOSTILE,
+        "metrics": "../../outside.jsonl",
+        "overall": {"nll": "x"},
+    }
+    (run / "results.json").write_text(json.dumps(results))
+    (tmp_path / "outside.jsonl").write_text('{"step": 1, "loss": 1}')
+    path = write_report(run)
+    page = Page(path)
+    assert not {"script", "x", "a"} & set(page.tags)
+    assert page.loads == []
+    assert HOSTILE.split("\n")[0] in page.text
+    assert 'id="#22262b' in page.text
+    assert "$\\frac{$" in page.text
+
+
+def test_dataset_alone_names_what_has_not_run(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "dataset", DOMAINS, generate=False, finish=False)
+    page = Page(write_report(tmp_path))
+    for words in (
+        "No verdict: no student has been evaluated",
+        "Training has not run",
+        "Evaluation has not run",
+        "Scoring has not run",
+        "Selection has not run",
+        "not finished",
+    ):
+        assert words in page.text
+    assert page.tags.count("svg") == 2
+    found = {s["name"]: s["found"] for s in stages(tmp_path, {}, kdata.open(tmp_path / "dataset"), None)}
+    assert found["capture"] == "36 rows, not finished"
+    assert [n for n, f in found.items() if f is None] == [
+        "generate",
+        "heldout",
+        "score",
+        "select",
+        "train",
+        "evaluate",
+    ]
+
+
+def test_results_alone(tmp_path: Path) -> None:
+    students = {"ce": student("CE", 5.0), "plan": {"label": "Plan"}}
+    (tmp_path / "results.json").write_text(json.dumps({"format": 1, "students": students}))
+    page = Page(write_report(tmp_path))
+    assert "no distilled student has been evaluated" in page.text
+    assert "Neither generation nor capture has run" in page.text
+    assert "did not record its machine" in page.text
+
+
+def test_training_in_progress_shows_curves(tmp_path: Path) -> None:
+    write_metrics(tmp_path, "ce", 1.0)
+    make_dataset(tmp_path / "dataset", {"code": 2.0})
+    page = Page(write_report(tmp_path))
+    assert page.tags.count("svg") == 3
+    assert "cross entropy, nats per token" in page.text
+
+
+def test_odd_datasets_still_make_a_page(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    make_dataset(empty / "dataset", {})
+    assert "No sequence has this number." in Page(write_report(empty)).text
+    many = tmp_path / "many"
+    dataset = make_dataset(many / "dataset", {f"d{i}": 2.0 for i in range(12)}, per_domain=1)
+    (dataset.path / "scores" / "ref").mkdir(parents=True)
+    pq.write_table(
+        pa.table({"id": ["x"], "mark": [1]}), dataset.path / "scores" / "ref" / "part-00000.parquet"
+    )
+    text = Page(write_report(many)).text
+    assert "Shown: the first 8 of 12 domains." in text
+    assert "Not shown:" in text
+
+
+def test_nothing_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="holds neither dataset"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "words"),
+    [
+        ("{", CorruptError, "not JSON"),
+        ("[]", FormatError, "format None"),
+        ('{"format": 2}', FormatError, "format 2"),
+        ('{"format": 1, "students": {}}', None, ""),
+        ('{"format": 1, "students": []}', CorruptError, "students: Input"),
+        ('{"format": 1, "students": [1]}', CorruptError, "students: Input"),
+        ('{"format": 1, "students": {"ce": 3}}', CorruptError, "students.ce: Input"),
+        (
+            '{"format": 1, "students": {"ce": {"domains": {"code": 1}}}}',
+            CorruptError,
+            "students.ce.domains.code: Input",
+        ),
+        ('{"format": 1, "students": {"ce": {"domains": [1]}}}', CorruptError, "students.ce.domains: Input"),
+    ],
+)
+def test_results_that_are_none(
+    tmp_path: Path, content: str, error: type[Exception] | None, words: str
+) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    if error is None:
+        assert read_results(path) is not None
+    else:
+        with pytest.raises(error, match=words):
+            read_results(path)
