@@ -18,17 +18,17 @@ from pydantic import Field
 from kdata.corpus import Corpus, CorpusConfig, Document, TextEncoder
 from kdata.dataset import Dataset, open_dataset
 from kdata.errors import ConfigError, DataError, TooLongError
+from kdata.keep import KeepConfig
 from kdata.progress import Stage
-from kdata.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, Strict
+from kdata.schema import FORMAT_VERSION, DatasetInfo, SourceInfo
 from kdata.teachers import Readout, Teacher, TeacherConfig, load_teacher, load_tokenizer, tokenizer_info
 from kdata.writer import Record, Reject, Unit, Writer, new_info
 
 
-class CaptureConfig(Strict):
+class CaptureConfig(KeepConfig):
     """What is read, and how much of it is kept."""
 
     corpus: CorpusConfig
-    k: int = Field(64, ge=1, le=65535, description="Entries kept at every position: the teacher's top k.")
     max_tokens: int | None = Field(None, ge=2, description="Longest sequence; null takes the teacher's context.")
     long_text: Literal["split", "reject", "refuse"] = Field(
         "split",
@@ -89,11 +89,12 @@ def capture_with(
 ) -> Dataset:
     """The same with a teacher that is already loaded."""
     tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
-    check_k(config.k, teacher)
+    check_k(config, teacher)
     limit = min(config.max_tokens or teacher.context, teacher.context)
-    settings = {**config.model_dump(exclude={"corpus", "name", "max_tokens"}), "max_tokens": limit}
+    own = config.model_dump(exclude={"corpus", "name", "max_tokens", *KeepConfig.model_fields})
+    settings = {**own, **config.settings(), "kind": config.kind, "max_tokens": limit}
     source = SourceInfo(kind="capture", settings={**settings, "corpus": corpus.settings()}, num_units=None)
-    info = dataset_info(teacher, tokenizer, config.k)
+    info = dataset_info(teacher, tokenizer, config)
     with (
         tokenizer_files(tokenizer, root) as folder,
         Writer(root, info, config.name, source, resume=resume, tokenizer_dir=folder) as writer,
@@ -103,15 +104,15 @@ def capture_with(
         for unit in reading_units(corpus, tokenizer, config, limit):
             units = unit.number + 1
             if unit.number not in writer.committed:
-                writer.commit(read_unit(teacher, unit, config.k))
+                writer.commit(read_unit(teacher, unit, config))
             stage.advance(unit.documents, tokens=unit.tokens, shards=units)
         writer.finish(units)
     return open_dataset(root)
 
 
-def read_unit(teacher: Teacher, unit: ReadingUnit, k: int) -> Unit:
+def read_unit(teacher: Teacher, unit: ReadingUnit, keep: KeepConfig) -> Unit:
     """Have one unit read."""
-    readouts = teacher.read([s.token_ids for s in unit.sequences], k) if unit.sequences else []
+    readouts = teacher.read([s.token_ids for s in unit.sequences], keep) if unit.sequences else []
     records = [record_of(s, r) for s, r in zip(unit.sequences, readouts, strict=True)]
     return Unit(unit.number, records, unit.rejects, inputs=inputs_digest(unit.sequences))
 
@@ -195,13 +196,13 @@ def unread(name: str, document: Document, ids: np.ndarray, token_bytes: np.ndarr
     )
 
 
-def check_k(k: int, teacher: Teacher) -> None:
+def check_k(keep: KeepConfig, teacher: Teacher) -> None:
     """Refuse a k that the vocabulary cannot give."""
-    if k >= teacher.vocab_size:
-        raise ConfigError(f"k={k} must be below the vocabulary size {teacher.vocab_size}; lower k")
+    if keep.num_exact >= teacher.vocab_size:
+        raise ConfigError(f"k={keep.k} must be below the vocabulary size {teacher.vocab_size}; lower k")
 
 
-def dataset_info(teacher: Teacher, tokenizer: Any, k: int) -> DatasetInfo:
+def dataset_info(teacher: Teacher, tokenizer: Any, keep: KeepConfig) -> DatasetInfo:
     """Identity of a dataset that this teacher fills. Raises DataError when tokenizer and model disagree."""
     if len(tokenizer) > teacher.vocab_size:
         raise DataError(
@@ -213,13 +214,8 @@ def dataset_info(teacher: Teacher, tokenizer: Any, k: int) -> DatasetInfo:
         vocab_size=teacher.vocab_size,
         teacher=teacher.info,
         tokenizer=tokenizer_info(tokenizer),
-        codec=CodecInfo(
-            id="packed",
-            version=1,
-            kind="topk",
-            parameters={"k": k, "id_bytes": 2 if teacher.vocab_size <= 2**16 else 3},
-        ),
-        tail="ghost",
+        codec=keep.codec(teacher.vocab_size),
+        tail=keep.tail,
     )
 
 

@@ -193,9 +193,12 @@ def _packed_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Colum
     columns = packed.id_planes(kept.ids, info.parameters["id_bytes"])
     columns["exact_gaps"] = packed.encode_gaps(kept.logprobs[~draws], kept.num_exact)
     if info.parameters.get("num_draws"):
-        columns["draw_counts"] = packed.encode_counts(
-            kept.logprobs[draws], kept.num_drawn, log_tail_T, info.parameters["num_draws"]
-        )
+        if info.parameters.get("tau", 1.0) == 1.0:
+            columns["draw_counts"] = packed.encode_counts(
+                kept.logprobs[draws], kept.num_drawn, log_tail_T, info.parameters["num_draws"]
+            )
+        else:
+            columns["draw_weights"] = kept.logprobs[draws].astype(np.float16)
         if info.parameters.get("temperatures"):
             if kept.draw_logprobs is None:
                 raise DataError("draws at further temperatures need the log-probability of each draw")
@@ -208,11 +211,14 @@ def _packed_decode(columns: Columns, positions: Positions, info: CodecInfo) -> K
 
     exact = packed.decode_gaps(columns["exact_gaps"], positions.num_exact, positions.log_tail)
     ids = packed.join_planes(columns)
-    if "draw_counts" not in columns:
+    if "draw_weights" in columns:
+        weights = columns["draw_weights"].astype(np.float32)
+    elif "draw_counts" in columns:
+        weights = packed.decode_counts(
+            columns["draw_counts"], positions.num_drawn, positions.log_tail, info.parameters["num_draws"]
+        )
+    else:
         return Kept(positions.num_exact, positions.num_drawn, ids, exact)
-    weights = packed.decode_counts(
-        columns["draw_counts"], positions.num_drawn, positions.log_tail, info.parameters["num_draws"]
-    )
     draws = draw_mask(positions.num_exact, positions.num_drawn)
     logprobs = np.empty(len(draws), np.float32)
     logprobs[~draws] = exact

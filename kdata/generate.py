@@ -19,17 +19,17 @@ from pydantic import Field
 from kdata.capture import check_k, dataset_info, inputs_digest, record_of, tokenizer_files, unread
 from kdata.corpus import Corpus, CorpusConfig, Document, TextEncoder
 from kdata.dataset import Dataset, open_dataset
+from kdata.keep import KeepConfig
 from kdata.progress import Stage
-from kdata.schema import SourceInfo, Strict
+from kdata.schema import SourceInfo
 from kdata.teachers import Completion, SamplingConfig, Teacher, TeacherConfig, load_teacher, load_tokenizer
 from kdata.writer import Record, Reject, Unit, Writer
 
 
-class GenerateConfig(Strict):
+class GenerateConfig(KeepConfig):
     """What is written, from which prompts."""
 
     prompts: CorpusConfig
-    k: int = Field(64, ge=1, le=65535, description="Entries kept at every written position: the teacher's top k.")
     num_samples: int = Field(1, ge=1, description="Completions per prompt.")
     sampling: SamplingConfig = SamplingConfig()
     seed: int = Field(0, ge=0, description="Seed of the whole generation.")
@@ -75,10 +75,11 @@ def generate_with(
 ) -> Dataset:
     """The same with a teacher that is already loaded."""
     tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
-    check_k(config.k, teacher)
-    settings = {**config.model_dump(exclude={"prompts", "name"}), "context": teacher.context}
+    check_k(config, teacher)
+    own = config.model_dump(exclude={"prompts", "name", *KeepConfig.model_fields})
+    settings = {**own, **config.settings(), "kind": config.kind, "context": teacher.context}
     source = SourceInfo(kind="generate", settings={**settings, "prompts": prompts.settings()}, num_units=None)
-    info = dataset_info(teacher, tokenizer, config.k)
+    info = dataset_info(teacher, tokenizer, config)
     encoder = TextEncoder(tokenizer)
     with (
         tokenizer_files(tokenizer, root) as folder,
@@ -126,7 +127,7 @@ def write_unit(
     """Have one unit written."""
     jobs = [(d, ids, n) for d, ids in unit.prompts for n in range(config.num_samples)]
     seeds = [sample_seed(config.seed, document.id, n) for document, _, n in jobs]
-    completions = teacher.write([ids for _, ids, _ in jobs], config.k, config.sampling, seeds) if jobs else []
+    completions = teacher.write([ids for _, ids, _ in jobs], config, config.sampling, seeds) if jobs else []
     records = [
         _record(document, number, completion, encoder, tokenizer)
         for (document, _, number), completion in zip(jobs, completions, strict=True)

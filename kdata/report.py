@@ -36,6 +36,7 @@ TIE = 0.0005  # nats: differences that the three decimals of the tables do not s
 MAX_PANELS = 8  # domains that a plot shows; tables show all
 SMOOTHED = 5  # logged steps behind one point of a loss curve
 
+Kind = Literal["better", "worse", "mixed", "equal", "missing"]
 Students = dict[str, dict[str, Any]]  # by name, as `students` of results.json
 
 # Hues that stay apart for the colour-blind, 3:1 on white; `report.html.j2` has their dark counterparts.
@@ -79,7 +80,7 @@ class _Results(BaseModel):
 class Verdict:
     """Whether distillation helped: one sentence, and the numbers that it rests on."""
 
-    kind: Literal["better", "worse", "mixed", "equal", "missing"]
+    kind: Kind
     headline: str
     details: list[str] = field(default_factory=list)
 
@@ -205,50 +206,38 @@ def verdict(students: Students) -> Verdict:
     if measure(base, "nll") is None or not measured:
         lacking = "cross-entropy student" if measured else "distilled student" if base else "student"
         return Verdict("missing", f"No verdict: no {lacking} has been evaluated on held-out text.")
-    outcomes = {name: _outcome(base, student) for name, student in measured.items()}
     details = [_comparison(name, student, base) for name, student in measured.items()]
     for key, what in (("steps", "numbers of steps"), ("params", "sizes")):
         values = {s[key] for s in (base, *measured.values()) if _finite(s.get(key)) is not None}
         if len(values) > 1:
             listing = " and ".join(f"{value:,}" for value in sorted(values))
             details.append(f"The students have different {what} ({listing}): the comparison is not even.")
+    outcomes = {name: _outcome(base, student) for name, student in measured.items()}
+    kind = next(iter(outcomes.values())) if len(set(outcomes.values())) == 1 else "mixed"
+    signs = {tuple(_signs(base, student).values()) for student in measured.values()}
     winners = [label_of(n, students[n]) for n, outcome in outcomes.items() if outcome == "better"]
-    kinds = set(outcomes.values())
-    what = "NLL and KL to the teacher" if _has_kl(base, measured) else "NLL (KL was not measured for all)"
-    every = {1: "the distilled student", 2: "both distilled students"}.get(
-        len(measured), "all distilled students"
-    )
-    if kinds == {"better"}:
-        verb = "beats" if len(measured) == 1 else "beat"
-        return Verdict(
-            "better", f"Yes: {every} {verb} the cross-entropy student on held-out {what}.", details
-        )
-    if kinds == {"worse"}:
-        verb = "is" if len(measured) == 1 else "are"
-        return Verdict(
-            "worse", f"No: {every} {verb} worse than the cross-entropy student on held-out {what}.", details
-        )
-    if kinds == {"equal"}:
-        return Verdict(
-            "equal",
-            f"No difference: {every} and the cross-entropy student agree on held-out {what}.",
-            details,
-        )
-    patterns = {tuple(_signs(base, student).values()) for student in measured.values()}
-    verb = "is" if len(measured) == 1 else "are"
-    if patterns == {(-1, 1)}:
-        text = f"Mixed: {every} {verb} closer to the teacher (KL) than the cross-entropy student, and worse in NLL."
-    elif patterns == {(1, -1)}:
-        text = f"Mixed: {every} {verb} better in NLL than the cross-entropy student, and further from the teacher (KL)."
-    elif winners:
-        text = f"Mixed: on held-out {what}, only “{'”, “'.join(winners)}” wins on every count."
-    else:
-        text = f"Mixed: no distilled student beats the cross-entropy one on all of held-out {what}."
-    return Verdict("mixed", text, details)
+    has_kl = all(measure(s, "kl") is not None for s in (base, *measured.values()))
+    return Verdict(kind, _headline(kind, len(measured), signs, winners, has_kl), details)
 
 
-def _has_kl(base: dict[str, Any], others: Students) -> bool:
-    return all(measure(s, "kl") is not None for s in (base, *others.values()))
+def _headline(kind: str, count: int, signs: set[tuple[int, ...]], winners: list[str], has_kl: bool) -> str:
+    """The verdict in one sentence, about `count` distilled students."""
+    who = {1: "the distilled student", 2: "both distilled students"}.get(count, "all distilled students")
+    verb, beat = ("is", "beats") if count == 1 else ("are", "beat")
+    what = "NLL and KL to the teacher" if has_kl else "NLL (KL was not measured for all)"
+    if kind == "better":
+        return f"Yes: {who} {beat} the cross-entropy student on held-out {what}."
+    if kind == "worse":
+        return f"No: {who} {verb} worse than the cross-entropy student on held-out {what}."
+    if kind == "equal":
+        return f"No difference: {who} and the cross-entropy student agree on held-out {what}."
+    if signs == {(-1, 1)}:
+        return f"Mixed: {who} {verb} closer to the teacher (KL) than the cross-entropy one, but worse in NLL."
+    if signs == {(1, -1)}:
+        return f"Mixed: {who} {verb} better in NLL than the cross-entropy one, but further from the teacher."
+    if winners:
+        return f"Mixed: on held-out {what}, only “{'”, “'.join(winners)}” wins on every count."
+    return f"Mixed: no distilled student beats the cross-entropy one on all of held-out {what}."
 
 
 def _signs(base: dict[str, Any], student: dict[str, Any]) -> dict[str, int]:
@@ -262,7 +251,7 @@ def _signs(base: dict[str, Any], student: dict[str, Any]) -> dict[str, int]:
     return {key: 0 if abs(gap) < TIE else 1 if gap > 0 else -1 for key, gap in known.items()}
 
 
-def _outcome(base: dict[str, Any], student: dict[str, Any]) -> str:
+def _outcome(base: dict[str, Any], student: dict[str, Any]) -> Kind:
     """better: lower in one of NLL and KL and in none higher; worse: the reverse; equal; mixed."""
     signs = set(_signs(base, student).values())
     if {1, -1} <= signs:
@@ -443,6 +432,7 @@ def _curves(logs: dict[str, Path], students: Students) -> Plot:
     shared = set.intersection(*(set(found[-1]) for found in steps.values()))
     key = next((k for k in ("cross_entropy", "forward_kl") if k in shared), "loss")
     across = "tokens" if "tokens" in shared else "step"
+    smooth = min(map(len, steps.values())) >= 4 * SMOOTHED
     figure, [axes] = _figure(3.1)
     for name, role in palette({n: {} for n in steps}).items():
         points = [
@@ -453,9 +443,10 @@ def _curves(logs: dict[str, Path], students: Students) -> Plot:
         if not points:
             continue
         x, y = np.array(points, float).T
-        axes.plot(x, y, color=COLOURS[role], linewidth=0.8, alpha=0.3)
-        mean = [y[max(0, i + 1 - SMOOTHED) : i + 1].mean() for i in range(len(y))]
-        axes.plot(x, mean, color=COLOURS[role], linewidth=2, label=label_of(name, students.get(name, {})))
+        if smooth:
+            axes.plot(x, y, color=COLOURS[role], linewidth=0.8, alpha=0.3)
+            y = np.array([y[max(0, i + 1 - SMOOTHED) : i + 1].mean() for i in range(len(y))])
+        axes.plot(x, y, color=COLOURS[role], linewidth=2, label=label_of(name, students.get(name, {})))
     axes.set(
         xlabel=f"{across} seen" if across == "tokens" else across,
         ylabel=f"{key.replace('_', ' ')}, nats per token",
@@ -466,7 +457,8 @@ def _curves(logs: dict[str, Path], students: Students) -> Plot:
         )
     )
     axes.grid(axis="y")
-    caption = f"Thick: mean of the last {SMOOTHED} logged steps. On each student's own training text"
+    caption = f"Thick: mean of the last {SMOOTHED} logged steps. " if smooth else ""
+    caption += "On each student's own training text"
     same = (
         ", the same objective for all."
         if key != "loss"

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 
 from kdata.dataset import Dataset, Sequences
 from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, TeacherError, settings_difference
+from kdata.keep import KeepConfig
 from kdata.manifest import first_problem, write_atomically
 from kdata.progress import Stage
 from kdata.schema import Contract, FileInfo, ManifestEntry, Strict, TeacherInfo, fingerprint
@@ -105,7 +106,7 @@ def _score_shard(dataset: Dataset, number: int, entry: ManifestEntry, model: Any
     ids = [sequences.token_ids[a:b] for a, b in sequences.spans()]
     nlls = [
         sequence_nll(readout.logprob, sequences.target_mask[a:b])
-        for readout, (a, b) in zip(model.read(ids, 1), sequences.spans(), strict=True)
+        for readout, (a, b) in zip(model.read(ids, KeepConfig(k=1)), sequences.spans(), strict=True)
     ]
     counts = [int(sequences.target_mask[a:b].sum()) for a, b in sequences.spans()]
     names = pq.read_table(dataset.shard_file(entry, "index"), columns=["id"])["id"]

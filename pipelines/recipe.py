@@ -12,6 +12,7 @@ from kdata.config import apply_settings, parse_config, read_yaml
 from kdata.corpus import CorpusConfig, nearest
 from kdata.errors import ConfigError
 from kdata.generate import SamplingConfig
+from kdata.keep import KeepConfig
 from kdata.schema import Strict
 from kdata.selection import SelectConfig
 from kdata.teachers import TeacherConfig
@@ -46,20 +47,18 @@ class ReferenceConfig(ReaderConfig):
     backend: Literal["vllm", "transformers"] = Field("transformers", description="What runs the model.")
 
 
-class GenerateStage(Strict):
+class GenerateStage(KeepConfig):
     """The teacher writes."""
 
     prompts: TextConfig = TextConfig(text_column="prompt")
-    k: int = Field(64, ge=1, description="Entries kept at every written position.")
     num_samples: int = Field(1, ge=1, description="Completions per prompt.")
     sampling: SamplingConfig = SamplingConfig()
     unit_prompts: int = Field(128, ge=1, description="Prompts of one shard.")
 
 
-class CaptureStage(Strict):
+class CaptureStage(KeepConfig):
     """The teacher reads."""
 
-    k: int = Field(64, ge=1, description="Entries kept at every position.")
     max_tokens: int | None = Field(None, ge=2, description="Longest sequence; null takes the teacher's context.")
     long_text: str = Field("split", description="A longer text: split, reject or refuse.")
     append_eos: bool = Field(False, description="End every text with the end-of-sequence token.")

@@ -20,8 +20,9 @@ from kdata.capture import CaptureConfig, capture_with
 from kdata.corpus import Corpus, CorpusConfig
 from kdata.dataset import Dataset
 from kdata.generate import GenerateConfig, generate_with
+from kdata.keep import KeepConfig
 from kdata.schema import TeacherInfo
-from kdata.teachers import Completion, Readout, SamplingConfig, TeacherConfig, readout_from_top
+from kdata.teachers import Completion, Readout, SamplingConfig, TeacherConfig
 
 VOCAB = 300
 BOS, EOS = 0, 1
@@ -68,47 +69,37 @@ class StandInTeacher:
 
     def dense(self, ids: np.ndarray) -> np.ndarray:
         """The oracle: float64 [T, V], row t is the distribution of ids[t] given ids[:t]; row 0 is NaN."""
-        rows = [np.full(self.vocab_size, np.nan)] + [self.after(ids[:t]) for t in range(1, len(ids))]
-        return np.array(rows)
+        return np.array([np.full(self.vocab_size, np.nan), *(self.after(ids[:t]) for t in range(1, len(ids)))])
 
-    def readout(self, ids: np.ndarray, k: int, start: int = 1) -> Readout:
+    def readout(self, ids: np.ndarray, keep: KeepConfig, start: int = 1) -> Readout:
         """What `read` returns for one sequence, recorded from `start` on."""
+        import torch
+
+        from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
+
         ids = np.asarray(ids, np.int32)
-        dense_TV = self.dense(ids)
-        own_T = dense_TV[np.arange(len(ids)), ids]
-        order_TK = np.argsort(-np.nan_to_num(dense_TV), axis=1, kind="stable")[:, :k]
-        with np.errstate(invalid="ignore"):
-            rank_T = (dense_TV >= own_T[:, None]).sum(1)
-            entropy_T = -(np.exp(dense_TV) * dense_TV).sum(1)
-        recorded = np.arange(len(ids)) >= start
-        return readout_from_top(
-            ids,
-            own_T,
-            rank_T,
-            order_TK,
-            np.take_along_axis(dense_TV, order_TK, 1).astype(np.float32),
-            recorded,
-            np.where(recorded, entropy_T, np.nan).astype(np.float32),
-        )
+        logits_MV = torch.from_numpy(self.dense(ids)[start:].astype(np.float32))
+        actual_M = torch.from_numpy(ids[start:].astype(np.int64))
+        return readout_of(ids, start, reduce_logits(logits_MV, actual_M, keep, draw_seed(ids, keep)))
 
     def _count(self) -> None:
         if self._before_call is not None:
             self._before_call(self.calls)
         self.calls += 1
 
-    def read(self, sequences: Sequence[np.ndarray], k: int) -> list[Readout]:
+    def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
         """See `Teacher.read`."""
         self._count()
-        return [self.readout(ids, k) for ids in sequences]
+        return [self.readout(ids, keep) for ids in sequences]
 
     def write(
-        self, prompts: Sequence[np.ndarray], k: int, sampling: SamplingConfig, seeds: Sequence[int]
+        self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[Completion]:
         """See `Teacher.write`."""
         self._count()
-        return [self._continue(p, k, sampling, seed) for p, seed in zip(prompts, seeds, strict=True)]
+        return [self._continue(p, keep, sampling, seed) for p, seed in zip(prompts, seeds, strict=True)]
 
-    def _continue(self, prompt: np.ndarray, k: int, sampling: SamplingConfig, seed: int) -> Completion:
+    def _continue(self, prompt: np.ndarray, keep: KeepConfig, sampling: SamplingConfig, seed: int) -> Completion:
         rng, ids = np.random.default_rng(seed), prompt.tolist()
         for number in range(min(sampling.max_tokens, self.context - len(prompt))):
             logprobs_V = self.after(ids)
@@ -116,8 +107,8 @@ class StandInTeacher:
                 logprobs_V[EOS] = -np.inf
             ids.append(_draw(logprobs_V, sampling, rng))
             if ids[-1] == EOS:
-                return Completion(self.readout(np.array(ids), k, len(prompt)), len(prompt), "stop")
-        return Completion(self.readout(np.array(ids), k, len(prompt)), len(prompt), "length")
+                return Completion(self.readout(np.array(ids), keep, len(prompt)), len(prompt), "stop")
+        return Completion(self.readout(np.array(ids), keep, len(prompt)), len(prompt), "length")
 
     def close(self) -> None:
         """Nothing to free."""

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 
 from kdata.codec import Kept
 from kdata.errors import ConfigError, DependencyError, MissingError
+from kdata.keep import KeepConfig, keep_top
 from kdata.schema import Strict, TeacherInfo, TokenizerInfo
 
 
@@ -92,14 +93,14 @@ class Teacher(Protocol):
     vocab_size: int
     context: int
 
-    def read(self, sequences: Sequence[np.ndarray], k: int) -> list[Readout]:
-        """Read token ids int32 [T] each and return the top k at every position but the first."""
+    def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
+        """Read token ids int32 [T] each and return what `keep` asks for at every position but the first."""
         ...
 
     def write(
-        self, prompts: Sequence[np.ndarray], k: int, sampling: SamplingConfig, seeds: Sequence[int]
+        self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[Completion]:
-        """Continue prompts (token ids), recording the top k of what is written in the same pass."""
+        """Continue prompts (token ids), recording what `keep` asks for in the same pass."""
         ...
 
     def close(self) -> None:
@@ -200,10 +201,10 @@ def tokenizer_info(tokenizer: Any) -> TokenizerInfo:
 
 def readout_from_top(
     token_ids: np.ndarray, logprob: np.ndarray, rank: np.ndarray, ids_TK: np.ndarray, logprobs_TK: np.ndarray,
-    recorded: np.ndarray, entropy: np.ndarray | None = None,
+    recorded: np.ndarray, keep: KeepConfig,
 ) -> Readout:
     """Build a Readout from rectangular top-k arrays aligned with `token_ids`; rows outside `recorded` are ignored."""
-    kept = Kept.top(ids_TK, logprobs_TK, recorded)
+    kept = keep_top(keep, ids_TK, logprobs_TK, recorded)
     with np.errstate(divide="ignore"):
         tail = np.log(np.clip(1.0 - kept.mass(), 0.0, 1.0))
     return Readout(
@@ -212,5 +213,5 @@ def readout_from_top(
         rank=np.where(recorded, rank, 0).astype(np.int32),
         kept=kept,
         log_tail=np.where(recorded, tail, np.nan).astype(np.float32),
-        entropy=entropy,
+        entropy=None,
     )

@@ -14,8 +14,10 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from kdata.errors import TeacherError
+from kdata.keep import KeepConfig
 from kdata.schema import TeacherInfo
-from kdata.teachers import Completion, Readout, SamplingConfig, TeacherConfig, model_identity, readout_from_top
+from kdata.teachers import Completion, Readout, SamplingConfig, TeacherConfig, model_identity
+from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
 
 
 class TransformersTeacher:
@@ -50,7 +52,7 @@ class TransformersTeacher:
         )
 
     @torch.inference_mode()
-    def read(self, sequences: Sequence[np.ndarray], k: int) -> list[Readout]:
+    def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
         """Read sequences; see `Teacher.read`."""
         readouts: dict[int, Readout] = {}
         for group in _batches([len(ids) for ids in sequences], self._batch_tokens):
@@ -58,45 +60,27 @@ class TransformersTeacher:
             logits_BTV = self._model(batch).logits
             for row, number in enumerate(group):
                 ids = np.asarray(sequences[number], np.int32)
-                readouts[number] = self._read_one(ids, logits_BTV[row, : len(ids) - 1].float(), 1, k)
+                readouts[number] = self._read_one(ids, logits_BTV[row, : len(ids) - 1], 1, keep)
         return [readouts[i] for i in range(len(sequences))]
 
-    def _read_one(self, ids: np.ndarray, logits_MV: torch.Tensor, start: int, k: int) -> Readout:
+    def _read_one(self, ids: np.ndarray, logits_MV: torch.Tensor, start: int, keep: KeepConfig) -> Readout:
         """Readout of `ids` whose positions from `start` on are predicted by the rows of `logits_MV`."""
-        logprobs_MV = torch.log_softmax(logits_MV, -1)
         actual_M = torch.as_tensor(ids[start:], dtype=torch.long, device=logits_MV.device)
-        own_M = logprobs_MV.gather(1, actual_M[:, None])
-        rank_M = (logprobs_MV >= own_M).sum(1)
-        top = logprobs_MV.topk(k, -1)
-        entropy_M = -(logprobs_MV.exp() * logprobs_MV.clamp_min(-1e4)).sum(-1)
-
-        def beside(values: torch.Tensor, fill: float) -> np.ndarray:
-            array = values.cpu().numpy()
-            return np.concatenate([np.full((start, *array.shape[1:]), fill, array.dtype), array])
-
-        return readout_from_top(
-            ids,
-            beside(own_M[:, 0], np.nan),
-            beside(rank_M, 0),
-            beside(top.indices, 0),
-            beside(top.values, 0),
-            np.arange(len(ids)) >= start,
-            beside(entropy_M, np.nan).astype(np.float32),
-        )
+        return readout_of(ids, start, reduce_logits(logits_MV, actual_M, keep, draw_seed(ids, keep)))
 
     @torch.inference_mode()
     def write(
-        self, prompts: Sequence[np.ndarray], k: int, sampling: SamplingConfig, seeds: Sequence[int]
+        self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[Completion]:
         """Continue prompts one at a time: an oracle, not a generator for volume."""
         if sampling.stop:
             raise TeacherError("the transformers teacher does not write with stop strings; use vllm")
         eos = self._model.generation_config.eos_token_id
         ends = set(eos if isinstance(eos, list) else [eos]) - {None}
-        return [self._write_one(p, k, sampling, s, ends) for p, s in zip(prompts, seeds, strict=True)]
+        return [self._write_one(p, keep, sampling, s, ends) for p, s in zip(prompts, seeds, strict=True)]
 
     def _write_one(
-        self, prompt: np.ndarray, k: int, sampling: SamplingConfig, seed: int, ends: set[int]
+        self, prompt: np.ndarray, keep: KeepConfig, sampling: SamplingConfig, seed: int, ends: set[int]
     ) -> Completion:
         generator = torch.Generator(device=self._device).manual_seed(seed)
         ids, rows, cache, step = prompt.tolist(), [], None, prompt.tolist()
@@ -112,7 +96,7 @@ class TransformersTeacher:
                 finish = "stop"
                 break
         whole = np.array(ids, np.int32)
-        return Completion(self._read_one(whole, torch.stack(rows), len(prompt), k), len(prompt), finish)  # type: ignore[arg-type]
+        return Completion(self._read_one(whole, torch.stack(rows), len(prompt), keep), len(prompt), finish)  # type: ignore[arg-type]
 
     def _pad(self, sequences: list[np.ndarray]) -> torch.Tensor:
         longest = max(len(ids) for ids in sequences)

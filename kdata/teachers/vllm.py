@@ -24,7 +24,8 @@ import torch
 import vllm
 from vllm import LLM, SamplingParams
 
-from kdata.errors import TeacherError
+from kdata.errors import ConfigError, TeacherError
+from kdata.keep import KeepConfig
 from kdata.schema import TeacherInfo
 from kdata.teachers import Completion, Readout, SamplingConfig, TeacherConfig, model_identity, readout_from_top
 
@@ -75,8 +76,9 @@ class VllmTeacher:
             deterministic=on_cpu and dtype == "float32",
         )
 
-    def read(self, sequences: Sequence[np.ndarray], k: int) -> list[Readout]:
+    def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
         """Read sequences; see `Teacher.read`. One more token is sampled and thrown away: the engine needs a step."""
+        k = _engine_k(keep)
         params = SamplingParams(
             max_tokens=1, temperature=0, prompt_logprobs=k, detokenize=False, flat_logprobs=True
         )
@@ -86,13 +88,14 @@ class VllmTeacher:
             top = _rectangle(output.prompt_logprobs, first=1, k=k)
             if len(top[0]) != len(ids) - 1 or not np.array_equal(top[0], ids[1:]):
                 raise TeacherError("vLLM returned log-probabilities for other tokens than it was given")
-            readouts.append(_readout(ids, 1, top, k))
+            readouts.append(_readout(ids, 1, top, keep))
         return readouts
 
     def write(
-        self, prompts: Sequence[np.ndarray], k: int, sampling: SamplingConfig, seeds: Sequence[int]
+        self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[Completion]:
         """Continue prompts; see `Teacher.write`."""
+        k = _engine_k(keep)
         params = [
             SamplingParams(
                 max_tokens=min(sampling.max_tokens, self.context - len(prompt)),
@@ -117,7 +120,7 @@ class VllmTeacher:
             top = _rectangle(written.logprobs, first=0, k=k)
             if not np.array_equal(top[0], ids[len(prompt) :]):
                 raise TeacherError("vLLM returned log-probabilities for other tokens than it wrote")
-            completions.append(Completion(_readout(ids, len(prompt), top, k), len(prompt), written.finish_reason))
+            completions.append(Completion(_readout(ids, len(prompt), top, keep), len(prompt), written.finish_reason))
         return completions
 
     def _generate(self, sequences: Sequence[np.ndarray], params: list[SamplingParams]) -> list[Any]:
@@ -131,6 +134,16 @@ class VllmTeacher:
         """Shut the engine down and drop the model, so that the next stage has the memory."""
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
+
+
+def _engine_k(keep: KeepConfig) -> int:
+    """How many entries to ask the engine for. Raises ConfigError for what its log-probabilities cannot give."""
+    if keep.needs_full_distribution:
+        raise ConfigError(
+            f"the engine's log-probabilities hold the top k only; kind {keep.kind} and further temperatures need the full "
+            "distribution: use backend transformers"
+        )
+    return keep.k
 
 
 def _quiet_llvmlite() -> None:
@@ -169,7 +182,7 @@ def _rectangle(flat: Any, *, first: int, k: int) -> tuple[np.ndarray, np.ndarray
     return ids[:, 0], logprobs[:, 0], ranks, ids[:, 1:], logprobs[:, 1:]
 
 
-def _readout(ids: np.ndarray, start: int, top: tuple[np.ndarray, ...], k: int) -> Readout:
+def _readout(ids: np.ndarray, start: int, top: tuple[np.ndarray, ...], keep: KeepConfig) -> Readout:
     """Place arrays of the positions from `start` on beside the whole sequence."""
     _, logprob, rank, top_ids, top_logprobs = top
     total = len(ids)
@@ -179,5 +192,5 @@ def _readout(ids: np.ndarray, start: int, top: tuple[np.ndarray, ...], k: int) -
         return np.concatenate([np.full((start, *values.shape[1:]), fill, values.dtype), values])
 
     return readout_from_top(
-        ids, beside(logprob, np.nan), beside(rank, 0), beside(top_ids, 0), beside(top_logprobs, 0), recorded
+        ids, beside(logprob, np.nan), beside(rank, 0), beside(top_ids, 0), beside(top_logprobs, 0), recorded, keep
     )

@@ -184,7 +184,7 @@ def test_verdict_worse_is_said_plainly() -> None:
     ("others", "kind", "words"),
     [
         ({"plan": (4.5, 0.9), "everything": (5.5, 1.1)}, "mixed", "only “plan” wins on every count"),
-        ({"plan": (4.5, 1.1)}, "mixed", "better in NLL than the cross-entropy student, and further from"),
+        ({"plan": (4.5, 1.1)}, "mixed", "better in NLL than the cross-entropy one, but further from"),
         ({"plan": (5.5, 0.9), "everything": (5.1, 0.8)}, "mixed", "are closer to the teacher (KL) than"),
         ({"plan": (5.5, 0.9), "everything": (5.1, 1.1)}, "mixed", "no distilled student beats"),
         ({"plan": (5.0004, 1.0)}, "equal", "No difference"),
@@ -337,6 +337,16 @@ def test_odd_datasets_still_make_a_page(tmp_path: Path) -> None:
     text = Page(write_report(many)).text
     assert "Shown: the first 8 of 12 domains." in text
     assert "Not shown:" in text
+
+
+def test_a_blank_sample_does_not_stretch_the_page(tmp_path: Path) -> None:
+    blank = [{"domain": "code", "prompt": "p", "text": "\n" * 64}]
+    students = {"ce": student("CE", 5.0, samples=blank, kl_is="an estimate from draws, biased upwards")}
+    (tmp_path / "results.json").write_text(json.dumps({"format": 1, "students": students}))
+    page = Page(write_report(tmp_path))
+    assert "White space only, 64 characters." in page.text
+    assert "KL to the teacher is an estimate from draws, biased upwards." in page.text
+    assert "log-sum" not in page.text
 
 
 def test_nothing_there_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""What is kept of a distribution: four kinds, one typed setting.
+
+    topk      the k most probable entries
+    adaptive  as many as reach a mass, at least min_k, at most k
+    sampled   N draws from the whole distribution: unbiased
+    hybrid    the k most probable exactly, and N draws from the tail: unbiased, and the best per byte
+
+For the first two the rest is one number, the exact tail mass ("ghost"). For the last two the kept weights already are an
+unbiased estimate of the whole distribution ("draws"), whose expected training gradient is that of full distillation.
+Source of random-sampling distillation: METHODS in the package's README; measured in tests/benchmarks/codec.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from kdata.codec import Kept
+from kdata.schema import CodecInfo, Strict
+
+
+class KeepConfig(Strict):
+    """How much of each distribution is kept."""
+
+    kind: Literal["topk", "adaptive", "sampled", "hybrid"] = Field("topk", description="What is kept; see above.")
+    k: int = Field(64, ge=1, le=4096, description="Exact entries (topk, hybrid), or at most so many (adaptive).")
+    mass: float = Field(0.95, gt=0, lt=1, description="Kept probability mass that is enough (adaptive).")
+    min_k: int = Field(4, ge=1, description="At least so many entries (adaptive).")
+    draws: int = Field(16, ge=1, le=255, description="Random draws at each position (sampled, hybrid).")
+    tau: float = Field(
+        1.0, gt=0, le=2, description="Draws are proportional to p^tau, weighted back (sampled, hybrid); 1 is p itself."
+    )
+    draw_seed: int = Field(0, ge=0, description="Seed of the draws (sampled, hybrid).")
+    temperatures: list[float] = Field(
+        [], description="Further temperatures at which training shall be exact; their log-sum-exp is stored too."
+    )
+
+    @model_validator(mode="after")
+    def _sane(self) -> KeepConfig:
+        if self.kind == "adaptive" and self.min_k > self.k:
+            raise ValueError(f"min_k={self.min_k} exceeds the cap k={self.k}; lower it")
+        if any(t <= 0 or t == 1 for t in self.temperatures):
+            raise ValueError("temperatures must be above 0 and other than 1 (1 is always exact)")
+        return self
+
+    @property
+    def tail(self) -> Literal["ghost", "draws"]:
+        """What stands for the rest."""
+        return "draws" if self.kind in ("sampled", "hybrid") else "ghost"
+
+    @property
+    def needs_full_distribution(self) -> bool:
+        """True where the top k alone do not suffice."""
+        return self.tail == "draws" or bool(self.temperatures)
+
+    @property
+    def num_exact(self) -> int:
+        """Most exact entries at a position."""
+        return 0 if self.kind == "sampled" else self.k
+
+    def settings(self) -> dict[str, Any]:
+        """The parameters that this kind uses, and no others: what identifies it."""
+        used = {
+            "topk": ("k",),
+            "adaptive": ("k", "mass", "min_k"),
+            "sampled": ("draws", "tau", "draw_seed"),
+            "hybrid": ("k", "draws", "tau", "draw_seed"),
+        }[self.kind]
+        found = {name: getattr(self, name) for name in used}
+        return {**found, "temperatures": self.temperatures} if self.temperatures else found
+
+    def codec(self, vocab_size: int) -> CodecInfo:
+        """The packed codec for this kind and vocabulary."""
+        parameters = {**self.settings(), "id_bytes": 2 if vocab_size <= 2**16 else 3}
+        if "draws" in parameters:
+            parameters["num_draws"] = parameters.pop("draws")
+        return CodecInfo(id="packed", version=1, kind=self.kind, parameters=parameters)
+
+
+def keep_top(keep: KeepConfig, ids_TK: np.ndarray, logprobs_TK: np.ndarray, recorded_T: np.ndarray) -> Kept:
+    """Kept entries of the kinds topk and adaptive out of rectangular top-k arrays, falling along K."""
+    if keep.kind == "topk":
+        return Kept.top(ids_TK, logprobs_TK, recorded_T)
+    mass_TK = np.cumsum(np.exp(logprobs_TK.astype(np.float64)), 1)
+    enough_T = (mass_TK < keep.mass).sum(1) + 1
+    counts_T = np.where(recorded_T, np.clip(enough_T, keep.min_k, ids_TK.shape[1]), 0).astype(np.int32)
+    taken_TK = np.arange(ids_TK.shape[1]) < counts_T[:, None]
+    return Kept(
+        counts_T,
+        np.zeros_like(counts_T),
+        ids_TK[taken_TK].astype(np.int32, copy=False),
+        logprobs_TK[taken_TK].astype(np.float32, copy=False),
+    )

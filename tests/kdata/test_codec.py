@@ -1,0 +1,145 @@
+"""Codecs: what comes back, how far off, and that it never sums to more than 1."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdata import codec as codecs
+from kdata.codec import CODECS, Kept, Positions
+from kdata.errors import FormatError, ShapeError
+from kdata.schema import CodecInfo, known_codecs, payload_schema
+
+VOCAB, DRAWS = 300, 16
+# Largest |log p - log p stored| of an exact entry. plain: half a float16 step, rounded down. packed: half a grid step of
+# 1/16 nat for the entry, and as much again for the shift of the sum.
+BOUND_NATS = {"plain": lambda logp: np.abs(logp) * 2.0**-10 + 1e-3, "packed": lambda logp: 1 / 16 + 1e-5}
+
+
+def info_of(codec: str, kind: str = "topk") -> CodecInfo:
+    parameters = {"k": 12, "id_bytes": 2} | ({"num_draws": DRAWS} if kind == "hybrid" else {})
+    return CodecInfo(id=codec, version=known_codecs()[codec], kind=kind, parameters=parameters)
+
+
+@st.composite
+def ragged(draw: st.DrawFn, kind: str = "topk", max_scale: float = 4.0) -> tuple[Kept, np.ndarray]:
+    """Entries of a few positions, some without any, and the log of the exact tail; float32 as a teacher gives them."""
+    counts = draw(st.lists(st.integers(0, 12), max_size=8))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    scale = draw(st.floats(0, max_scale))
+    ids, logprobs, drawn, tails = [], [], [], []
+    for count in counts:
+        logits = scale * rng.standard_normal(VOCAB)
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        order = np.argsort(-p)
+        exact = np.log(np.maximum(p[order[:count]], 1e-200)).astype(np.float32)
+        tail = (
+            np.float32(np.log(max(1 - np.exp(exact.astype(np.float64)).sum(), 1e-30)))
+            if count
+            else np.float32(np.nan)
+        )
+        ids.append(order[:count])
+        logprobs.append(exact)
+        drawn.append(0)
+        if kind == "hybrid" and count:
+            rest = order[count:]
+            found, times = np.unique(rng.choice(rest, DRAWS, p=p[rest] / p[rest].sum()), return_counts=True)
+            ids.append(found)
+            logprobs.append((np.log(times / DRAWS) + np.float64(tail)).astype(np.float32))
+            drawn[-1] = len(found)
+        tails.append(tail)
+    kept = Kept(
+        np.array(counts, np.int32),
+        np.array(drawn, np.int32),
+        np.concatenate([np.zeros(0), *ids]).astype(np.int32),
+        np.concatenate([np.zeros(0), *logprobs]).astype(np.float32),
+    )
+    return kept, np.array(tails, np.float32)
+
+
+def stored(kept: Kept, tail: np.ndarray, info: CodecInfo) -> Kept:
+    flat = CODECS[info.id].encode(kept, tail, info)
+    return CODECS[info.id].decode(flat, Positions(kept.num_exact, kept.num_drawn, tail), info)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("kind", ["topk", "hybrid"])
+@given(data=st.data())
+def test_entries_come_back_within_the_stated_error_and_never_sum_above_one(
+    codec: str, kind: str, data: st.DataObject
+) -> None:
+    kept, tail = data.draw(ragged(kind))
+    back = stored(kept, tail, info_of(codec, kind))
+    np.testing.assert_array_equal(back.ids, kept.ids)
+    np.testing.assert_array_equal(back.num_kept, kept.num_kept)
+    exact = ~kept.is_draw
+    error = np.abs(kept.logprobs[exact].astype(np.float64) - back.logprobs[exact])
+    assert (error <= BOUND_NATS[codec](kept.logprobs[exact])).all()
+    assert (back.mass() <= 1.0).all()
+    measured = codecs.measure_error(kept, back)
+    if measured is not None:
+        assert measured.max_nats == pytest.approx(error.max(initial=0.0))
+        assert measured.mean_nats == pytest.approx(error.mean() if len(error) else 0.0)
+        assert measured.max_sum == back.mass().max()
+        assert measured.kl_nats >= 0
+    else:
+        assert len(kept.ids) == 0
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@given(data=st.data())
+def test_the_most_certain_teacher_sums_to_one_at_most(codec: str, data: st.DataObject) -> None:
+    """Peaked to p = 1, where float32 softmax sums run over 1 and rounding has the least room."""
+    kept, tail = data.draw(ragged(max_scale=60.0))
+    assert (stored(kept, tail, info_of(codec)).mass() <= 1.0).all()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_softmax_a_little_above_one_is_brought_below(codec: str) -> None:
+    over = np.log(np.array([0.5, 0.3, 0.2]) * (1 + 3e-7)).astype(np.float32)
+    kept = Kept(np.array([3], np.int32), np.array([0], np.int32), np.arange(3, dtype=np.int32), over)
+    tail = codecs.log_tail(kept.mass())
+    assert kept.mass()[0] > 1 and tail[0] == -np.inf
+    assert stored(kept, tail, info_of(codec)).mass()[0] <= 1
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@given(data=st.data())
+def test_columns_of_a_shard_follow_the_schema_and_split_at_sequences(codec: str, data: st.DataObject) -> None:
+    kept, tail = data.draw(ragged())
+    info = info_of(codec)
+    tokens = len(kept.num_exact)
+    cut = data.draw(st.integers(0, tokens))
+    columns, seen = codecs.to_columns(kept, tail, np.array([0, cut, tokens]), info)
+    schema = payload_schema(codec)
+    for name, column in columns.items():
+        assert column.type == schema.field(name).type
+        assert len(column) == 2
+    flat = {name: column.flatten().to_numpy() for name, column in columns.items()}
+    back = codecs.from_columns(flat, Positions(kept.num_exact, kept.num_drawn, tail), info)
+    np.testing.assert_array_equal(back.logprobs, seen.logprobs)
+    np.testing.assert_array_equal(back.ids, kept.ids)
+
+
+def test_an_unknown_or_newer_codec_is_refused_by_name() -> None:
+    plain = info_of("plain")
+    with pytest.raises(FormatError, match="'zip'"):
+        codecs.codec_of(plain.model_copy(update={"id": "zip"}))
+    with pytest.raises(FormatError, match="version 99"):
+        codecs.codec_of(plain.model_copy(update={"version": 99}))
+
+
+def test_counts_and_entries_must_agree() -> None:
+    with pytest.raises(ShapeError, match="counts sum to 3"):
+        Kept(np.array([3], np.int32), np.array([0], np.int32), np.zeros(2, np.int32), np.zeros(2, np.float32))
+
+
+def test_segment_sums_do_not_lose_a_small_segment_behind_a_large_one() -> None:
+    values = np.concatenate([np.full(1000, 1e12), [1e-9, 2e-9]])
+    np.testing.assert_allclose(
+        codecs.segment_sum(values, np.array([1000, 0, 2])), [1e15, 0, 3e-9], rtol=1e-12
+    )
+    assert codecs.log_tail(np.array([1.0, 1.5, 0.0])).tolist() == [-np.inf, -np.inf, 0.0]

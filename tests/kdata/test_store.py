@@ -1,0 +1,257 @@
+"""Writer and reader are a pair: what goes in comes out, whole, in any order; and each refuses what cannot be right."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kdata
+from kdata.codec import CODECS, Kept
+from kdata.keep import KeepConfig
+from kdata.errors import ConfigError, DataError, MissingError, ShapeError
+from kdata.schema import CodecInfo, DatasetInfo, SourceInfo, TokenizerInfo, content_hash, known_codecs
+from kdata.writer import Record, Reject, Unit, Writer, new_info
+from tests.fakes import VOCAB, StandInTeacher, digests
+
+TEACHER = StandInTeacher()
+SOURCE = SourceInfo(kind="capture", settings={"k": 4}, num_units=None)
+
+
+def identity(codec: str = "packed", k: int = 4) -> DatasetInfo:
+    return new_info(
+        format_version="1.0",
+        vocab_size=VOCAB,
+        teacher=TEACHER.info,
+        tokenizer=TokenizerInfo(hash="0" * 64, chat_template_hash=None, bos_id=0, eos_id=1),
+        codec=CodecInfo(
+            id=codec, version=known_codecs()[codec], kind="topk", parameters={"k": k, "id_bytes": 2}
+        ),
+        tail="ghost",
+    )
+
+
+def record(name: str, ids: list[int], *, k: int = 4, domain: str = "d", text: str | None = "text") -> Record:
+    readout = TEACHER.readout(np.array(ids, np.int32), KeepConfig(k=k))
+    return Record(
+        id=name,
+        domain=domain,
+        token_ids=readout.token_ids,
+        target_mask=np.arange(len(ids)) > 0,
+        logprob=readout.logprob,
+        rank=readout.rank,
+        log_tail=readout.log_tail,
+        kept=readout.kept,
+        text=text,
+        entropy=readout.entropy,
+        token_bytes=np.arange(len(ids), dtype=np.uint16),
+    )
+
+
+def write(root: Path, units: list[list[Record]], codec: str = "packed") -> kdata.Dataset:
+    with Writer(root, identity(codec), "capture", SOURCE) as writer:
+        for number, records in enumerate(units):
+            writer.commit(Unit(number, records))
+        writer.finish(len(units))
+    return kdata.open(root)
+
+
+lengths = st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@settings(max_examples=12)
+@given(units=lengths, seed=st.integers(0, 1000))
+def test_what_is_written_is_read(codec: str, units: list[list[int]], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    records = [
+        [record(f"r{u}-{n}", rng.integers(0, VOCAB, size).tolist()) for n, size in enumerate(sizes)]
+        for u, sizes in enumerate(units)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = write(Path(folder) / "dataset", records, codec)
+        flat = [r for unit in records for r in unit]
+        assert dataset.num_rows == len(flat) and dataset.num_tokens == sum(len(r.token_ids) for r in flat)
+        assert dataset.index()["id"].to_pylist() == [r.id for r in flat]
+        assert dataset.index()["content_hash"].to_pylist() == [content_hash(r.token_ids) for r in flat]
+        for expected, got in zip(flat, dataset, strict=True):
+            np.testing.assert_array_equal(got.token_ids, expected.token_ids)
+            np.testing.assert_array_equal(got.target_mask, expected.target_mask)
+            np.testing.assert_array_equal(got.rank, expected.rank)
+            np.testing.assert_array_equal(got.log_tail, expected.log_tail)
+            np.testing.assert_allclose(got.logprob, expected.logprob, rtol=2**-11)
+            np.testing.assert_allclose(got.entropy, expected.entropy, rtol=2**-11)
+            np.testing.assert_array_equal(got.num_kept, expected.kept.num_kept)
+            np.testing.assert_array_equal(got.entry_ids, expected.kept.ids)
+            np.testing.assert_allclose(got.entry_logprobs, expected.kept.logprobs, atol=0.07)
+        order = rng.integers(0, max(len(flat), 1), 7) if flat else np.zeros(0, np.int64)
+        assert_is_one_by_one(dataset, order)
+
+
+def assert_is_one_by_one(dataset: kdata.Dataset, order: np.ndarray) -> None:
+    """`take` of many rows is the rows taken alone, in that order, with repeats."""
+    together = dataset.take(order)
+    alone = [dataset.take(np.array([row])) for row in order]
+    assert len(together) == len(order)
+    for name in (
+        "token_ids",
+        "target_mask",
+        "logprob",
+        "rank",
+        "log_tail",
+        "entropy",
+        "num_kept",
+        "entry_ids",
+        "entry_logprobs",
+    ):
+        parts = [getattr(part, name) for part in alone]
+        np.testing.assert_array_equal(
+            getattr(together, name), np.concatenate(parts) if parts else [], err_msg=name
+        )
+    for (a, b), part in zip(together.spans(), alone, strict=True):
+        assert b - a == len(part.token_ids)
+    assert (
+        together.entry_offsets[-1] == len(together.entry_ids)
+        and len(together.entry_offsets) == len(together.token_ids) + 1
+    )
+
+
+def test_take_across_shards_and_batches_in_any_order(captured: Path) -> None:
+    dataset = kdata.open(captured)
+    assert len(dataset.manifest) > 2
+    assert_is_one_by_one(dataset, np.array([24, 0, 7, 7, 3, 24, 11]))
+    whole = np.concatenate([part.token_ids for part in dataset.iter_sequences()])
+    np.testing.assert_array_equal(whole, dataset.take(np.arange(len(dataset))).token_ids)
+    np.testing.assert_array_equal(dataset[-1].token_ids, dataset[len(dataset) - 1].token_ids)
+
+
+@pytest.mark.parametrize("rows", [[-1], [25], [0, 99]])
+def test_a_row_outside_the_dataset_is_refused(captured: Path, rows: list[int]) -> None:
+    with pytest.raises(ShapeError, match=r"\[0, 25\)"):
+        kdata.open(captured).take(np.array(rows))
+
+
+def test_rows_are_found_by_id_in_the_order_asked(captured: Path) -> None:
+    dataset = kdata.open(captured)
+    ids = dataset.index(["id"])["id"].to_pylist()
+    assert dataset.rows_of([ids[4], ids[0], ids[4]]).tolist() == [4, 0, 4]
+    with pytest.raises(MissingError, match="nobody"):
+        dataset.rows_of([ids[0], "nobody"])
+    with pytest.raises(ConfigError, match="'nope'"):
+        dataset.index(["nope"])
+
+
+def test_padded_puts_entries_on_a_grid(tmp_path: Path) -> None:
+    ragged = record("a", [5, 6, 7, 8])
+    kept = Kept(
+        np.array([0, 2, 0, 1], np.int32),
+        np.zeros(4, np.int32),
+        np.array([9, 8, 7], np.int32),
+        np.log(np.array([0.5, 0.25, 0.5], np.float32)),
+    )
+    ragged.kept, ragged.log_tail = kept, np.log(np.array([np.nan, 0.25, np.nan, 0.5], np.float32))
+    sequences = write(tmp_path / "dataset", [[ragged]], "plain")[0]
+    ids, logprobs = sequences.padded()
+    assert ids.tolist() == [[-1, -1], [9, 8], [-1, -1], [7, -1]]
+    np.testing.assert_allclose(np.exp(logprobs), [[0, 0], [0.5, 0.25], [0, 0], [0.5, 0]], atol=1e-3)
+    assert sequences.padded(3)[0].shape == (4, 3)
+    with pytest.raises(ShapeError, match="width=1"):
+        sequences.padded(1)
+
+
+def test_an_empty_dataset_can_be_read_and_queried(tmp_path: Path) -> None:
+    dataset = write(tmp_path / "dataset", [[]])
+    assert len(dataset) == 0 and list(dataset) == []
+    assert dataset.index(["id"]).num_rows == 0
+    assert dataset.sql("select count(*) as n from rows")["n"][0].as_py() == 0
+    assert write(tmp_path / "none", []).sql("select * from rows join rejects using (id)").num_rows == 0
+
+
+def test_the_same_units_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write(tmp_path / name, [[record("a", [3, 4, 5])], [record("b", [6, 7])]])
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_rejects_are_counted_and_kept_with_their_reason(tmp_path: Path) -> None:
+    with Writer(tmp_path / "dataset", identity(), "capture", SOURCE) as writer:
+        writer.commit(Unit(0, [record("a", [3, 4])], [Reject("b", None, "empty", "the text is empty")]))
+    dataset = kdata.open(tmp_path / "dataset")
+    assert dataset.manifest[0].rejected == 1
+    assert dataset.sql("select * from rejects").to_pylist() == [
+        {"id": "b", "domain": None, "source": "capture", "reason": "empty", "detail": "the text is empty"}
+    ]
+
+
+def broken(**changes: object) -> Record:
+    made = record("bad", [3, 4, 5])
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+NAN3 = np.full(3, np.nan, np.float32)
+COUNTS = np.array([0, 4, 4], np.int32)
+NONE = np.zeros(3, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (broken(rank=np.zeros(2, np.int32)), "rank has 2 values for 3 tokens"),
+        (broken(target_mask=np.ones(3, bool)), "position 0"),
+        (broken(token_ids=np.array([3, 4, VOCAB], np.int32)), "token id lies outside"),
+        (broken(logprob=NAN3), "no finite teacher"),
+        (
+            broken(kept=Kept(COUNTS, NONE, np.full(8, VOCAB, np.int32), np.full(8, -9.0, np.float32))),
+            "kept id lies outside",
+        ),
+        (
+            broken(kept=Kept(COUNTS, NONE, np.arange(8, dtype=np.int32), np.full(8, np.nan, np.float32))),
+            "not a finite number",
+        ),
+        (
+            broken(kept=Kept(COUNTS, NONE, np.arange(8, dtype=np.int32), np.full(8, -0.7, np.float32))),
+            "sum to 1.9",
+        ),
+    ],
+)
+def test_what_cannot_be_a_distribution_is_refused(tmp_path: Path, made: Record, message: str) -> None:
+    with (
+        Writer(tmp_path / "dataset", identity(), "capture", SOURCE) as writer,
+        pytest.raises(DataError, match=message),
+    ):
+        writer.commit(Unit(0, [made]))
+    assert kdata.open(tmp_path / "dataset").num_rows == 0
+
+
+def test_an_id_stands_once_in_a_unit_and_once_in_the_dataset(tmp_path: Path) -> None:
+    root = tmp_path / "dataset"
+    with Writer(root, identity(), "capture", SOURCE) as writer:
+        with pytest.raises(DataError, match="'a' stands twice"):
+            writer.commit(Unit(0, [record("a", [3, 4]), record("a", [5, 6])]))
+        writer.commit(Unit(0, [record("a", [3, 4])]))
+        with pytest.raises(DataError, match="already has a row with id 'a'"):
+            writer.commit(Unit(1, [record("a", [5, 6])]))
+    with (
+        Writer(root, identity(), "second", SOURCE) as writer,
+        pytest.raises(DataError, match="already has a row"),
+    ):
+        writer.commit(Unit(0, [record("a", [3, 4])]))
+    assert kdata.open(root).index(["id"])["id"].to_pylist() == ["a"]
+
+
+def test_nothing_recorded_is_null_in_the_index(tmp_path: Path) -> None:
+    bare = record("a", [3, 4, 5])
+    bare.target_mask, bare.entropy, bare.token_bytes = np.zeros(3, bool), None, None
+    row = write(tmp_path / "dataset", [[bare]]).index().to_pylist()[0]
+    assert (row["nll"], row["mean_entropy"], row["kept_mass"], row["num_target_tokens"]) == (
+        None,
+        None,
+        None,
+        0,
+    )
