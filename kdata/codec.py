@@ -249,7 +249,7 @@ def codec_of(info: CodecInfo) -> Codec:
     return CODECS[info.id]
 
 
-def measure_error(true: Kept, stored: Kept) -> CodecError | None:
+def measure_error(true: Kept, stored: Kept, info: CodecInfo) -> CodecError | None:
     """Compare exact entries as the teacher returned them with what will be read back; None where nothing is kept.
 
     KL is over the exact entries plus one bucket for the rest, with each side's own rest. Draws carry no error: their
@@ -258,6 +258,7 @@ def measure_error(true: Kept, stored: Kept) -> CodecError | None:
     if len(true.ids) == 0:
         return None
     counts = true.num_exact
+    biased = info.parameters.get("tau", 1.0) != 1.0
     log_p = true.logprobs[~true.is_draw].astype(np.float64)
     log_q = stored.logprobs[~stored.is_draw].astype(np.float64)
     p, q = np.exp(log_p), np.exp(log_q)
@@ -271,7 +272,8 @@ def measure_error(true: Kept, stored: Kept) -> CodecError | None:
         mean_nats=float(size.mean()) if len(size) else 0.0,
         max_nats=float(size.max(initial=0.0)),
         kl_nats=float(max(kl[true.num_kept > 0].mean(), 0.0)),
-        max_sum=float(stored.mass().max()),
+        # Draws proportional to p^tau weigh back without bias, and their sum is 1 only on average.
+        max_sum=float((stored.exact_mass() if biased else stored.mass()).max()),
     )
 
 

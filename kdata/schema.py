@@ -157,7 +157,7 @@ class CodecError(Contract):
     mean_nats: float = Field(description="Mean |log p - log p stored| over kept entries.")
     max_nats: float = Field(description="Largest of the same.")
     kl_nats: float = Field(description="Mean KL(teacher || stored), kept entries plus one bucket for the rest.")
-    max_sum: float = Field(description="Largest sum of stored probabilities at one position; never above 1.")
+    max_sum: float = Field(description="Largest sum of stored probabilities at one position, never above 1; without draws where tau is not 1.")
 
 
 class ManifestEntry(Contract):

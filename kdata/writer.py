@@ -39,6 +39,7 @@ from kdata.schema import (
     FileInfo,
     ManifestEntry,
     SourceInfo,
+    canonical_json,
     content_hash,
     fingerprint,
     index_schema,
@@ -359,7 +360,7 @@ def shard_tables(unit: Unit, name: str, source: str, info: DatasetInfo):
     kept = Kept.concatenate([record.kept for record in records])
     tail = np.concatenate([r.log_tail for r in records] or [np.zeros(0)]).astype(np.float32)
     entries, stored = codecs.to_columns(kept, tail, offsets, info.codec)
-    error = codecs.measure_error(kept, stored)
+    error = codecs.measure_error(kept, stored, info.codec)
     if error is not None and error.max_sum > 1.0:
         raise DataError(f"{name}: kept probabilities would sum to {error.max_sum} > 1; the teacher's output is not "
                         "a distribution")
@@ -381,7 +382,7 @@ def shard_tables(unit: Unit, name: str, source: str, info: DatasetInfo):
     for absent in set(payload_schema(info.codec.id).names) - columns.keys():
         columns[absent] = pa.nulls(len(records), payload_schema(info.codec.id).field(absent).type)
     schema = payload_schema(info.codec.id).with_metadata(
-        {"kdata.format_version": info.format_version, "kdata.codec": info.codec.model_dump_json(),
+        {"kdata.format_version": info.format_version, "kdata.codec": canonical_json(info.codec.model_dump()),
          "kdata.vocab_size": str(info.vocab_size), "kdata.tail": info.tail}
     )
     table = pa.table(columns, schema=schema)
@@ -404,11 +405,12 @@ def _check_record(record: Record, info: DatasetInfo) -> None:
             raise DataError(f"{record.id}: a {what} id lies outside [0, {info.vocab_size})")
     if not np.isfinite(record.logprob[record.target_mask]).all():
         raise DataError(f"{record.id}: a target position has no finite teacher log-probability")
-    if not np.isfinite(record.kept.logprobs).all() or (record.kept.logprobs > 1e-5).any():
+    exact = record.kept.logprobs[~record.kept.is_draw]
+    if not np.isfinite(record.kept.logprobs).all() or (exact > 1e-5).any():
         raise DataError(f"{record.id}: a kept log-probability is not a finite number <= 0")
-    if record.kept.mass().max(initial=0.0) > 1 + MASS_SLACK:
+    if record.kept.exact_mass().max(initial=0.0) > 1 + MASS_SLACK:
         raise DataError(
-            f"{record.id}: kept probabilities sum to {record.kept.mass().max():.4f} > 1; the teacher's output is not "
+            f"{record.id}: kept probabilities sum to {record.kept.exact_mass().max():.4f} > 1; the teacher's output is not "
             "a distribution"
         )
     if record.kept.num_kept.max(initial=0) > np.iinfo(np.uint16).max:

@@ -194,7 +194,7 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def run_capture(root: Path, corpus: Path, tokenizer: Path, *, teacher: Any = None, resume: str = "auto", **settings: Any) -> Dataset:
     """Capture a corpus with the stand-in teacher; k = 8 and units of 120 tokens unless said otherwise."""
     fields = {"k": 8, "unit_tokens": 120, **settings}
-    given = fields.pop("corpus", {})
+    given = fields.pop("reading", {})
     config = CaptureConfig(corpus=CorpusConfig(path=str(corpus), **given), **fields)
     who = TeacherConfig(model=str(tokenizer), backend="transformers")
     return capture_with(root, teacher or StandInTeacher(), who, Corpus(config.corpus), config, resume=resume)

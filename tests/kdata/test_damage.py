@@ -1,0 +1,234 @@
+"""Hostile and damaged bytes: one CorruptError wherever they are read, and `verify` finds every one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kdata
+from kdata.errors import CorruptError, FormatError, KdataError, MissingError
+from kdata.manifest import digest_of, read_manifest
+from kdata.schema import canonical_json
+from kdata.verify import verify
+from tests.fakes import digests, run_capture
+
+
+def read_everything(root: Path) -> bytes:
+    """Every number and text that a reader can get, as bytes."""
+    dataset = kdata.open(root)
+    parts = [repr(dataset.index().to_pylist()).encode(), repr(dataset.info).encode(), dataset.fingerprint.encode()]
+    for sequence in dataset:
+        parts += [values.tobytes() for values in vars(sequence).values() if values is not None]
+    return b"".join(parts)
+
+
+def committed(root: Path) -> list[str]:
+    return [name for entry in read_manifest(root) for name in entry.files]
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_flipped_bit_in_a_shard_gives_one_corrupt_error_and_verify_finds_it(captured: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(committed(captured)))
+    original = (captured / name).read_bytes()
+    place, bit = data.draw(st.integers(0, len(original) - 1)), data.draw(st.integers(0, 7))
+    damaged = bytearray(original)
+    damaged[place] ^= 1 << bit
+    root = in_a_copy(captured)
+    (root / name).write_bytes(damaged)
+    assert [p.path for p in verify(kdata.open(root))] == [name]
+    if not name.startswith("rejects/"):
+        with pytest.raises(CorruptError, match=Path(name).name):
+            read_everything(root)
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_a_truncated_shard_gives_one_corrupt_error(captured: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from([n for n in committed(captured) if not n.startswith("rejects/")]))
+    original = (captured / name).read_bytes()
+    root = in_a_copy(captured)
+    (root / name).write_bytes(original[: data.draw(st.integers(0, len(original) - 1))])
+    assert [p.path for p in verify(kdata.open(root))] == [name]
+    with pytest.raises(CorruptError, match=Path(name).name):
+        read_everything(root)
+
+
+@settings(max_examples=150)
+@given(name=st.sampled_from(["dataset.json", "manifest.jsonl"]), data=st.data())
+def test_a_flipped_bit_in_the_json_files_never_goes_unseen(captured: Path, name: str, data: st.DataObject) -> None:
+    """Refused with one kdata error, or the file still says the same (a flip in white space or of a letter's case)."""
+    original = (captured / name).read_bytes()
+    damaged = bytearray(original)
+    damaged[data.draw(st.integers(0, len(original) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    root = in_a_copy(captured)
+    (root / name).write_bytes(damaged)
+    try:
+        seen = read_everything(root)
+    except (CorruptError, FormatError) as error:
+        assert str(root) in str(error)
+    else:
+        assert seen == read_everything(captured)
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "manifest.jsonl"])
+def test_json_files_cut_anywhere_are_refused(captured: Path, name: str) -> None:
+    content = (captured / name).read_bytes()
+    root = in_a_copy(captured)
+    for size in np.linspace(0, len(content) - 2, 30).astype(int):
+        (root / name).write_bytes(content[:size])
+        with pytest.raises(CorruptError):
+            kdata.open(root)
+
+
+_COPIES: dict[Path, tuple[Path, dict[str, bytes]]] = {}
+
+
+def in_a_copy(source: Path) -> Path:
+    """A copy of a dataset in its first state: made once, repaired at each call (Hypothesis runs in one test's tmp_path)."""
+    if source not in _COPIES:
+        target = Path(shutil.copytree(source, source.with_name("damaged")))
+        _COPIES[source] = target, {str(p): p.read_bytes() for p in target.rglob("*") if p.is_file()}
+    root, contents = _COPIES[source]
+    for path, content in contents.items():
+        if not os.path.exists(path) or Path(path).read_bytes() != content:
+            Path(path).write_bytes(content)
+    return root
+
+
+def test_content_that_is_not_the_index_s_is_refused(copied: Path) -> None:
+    """A payload swapped together with its digest: the content hashes of the index still tell."""
+    one, two = read_manifest(copied)[:2]
+    files = dict(one.files)
+    shutil.copyfile(copied / f"data/{two.name}.arrow", copied / f"data/{one.name}.arrow")
+    files[f"data/{one.name}.arrow"] = two.files[f"data/{two.name}.arrow"]
+    rewrite_manifest(copied, 0, files={k: v.model_dump() for k, v in files.items()}, rows=two.rows, tokens=two.tokens)
+    with pytest.raises(CorruptError):
+        read_everything(copied)
+    assert verify(kdata.open(copied)) == []
+    assert verify(kdata.open(copied), deep=True)[0].path == f"data/{one.name}.arrow"
+
+
+def rewrite_manifest(root: Path, line: int, **changes: object) -> None:
+    """Change one line as an attacker would: its own digest made to fit."""
+    lines = (root / "manifest.jsonl").read_bytes().splitlines()
+    content = {**json.loads(lines[line]), **changes}
+    lines[line] = canonical_json({**content, "digest": digest_of(content)})
+    (root / "manifest.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+
+
+def test_every_change_to_a_manifest_number_is_seen(copied: Path) -> None:
+    lines = (copied / "manifest.jsonl").read_text()
+    (copied / "manifest.jsonl").write_text(lines.replace('"target_tokens":', '"target_tokens":1', 1))
+    with pytest.raises(CorruptError, match=r"manifest.jsonl line 1 is damaged: it does not match its own digest"):
+        kdata.open(copied)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../outside", "data/../../outside", "data/link.arrow", "data/\0x", "link/x"])
+def test_a_manifest_cannot_lead_out_of_the_dataset(copied: Path, path: str) -> None:
+    (copied.parent / "outside").write_text("secret")
+    (copied / "data/link.arrow").symlink_to(copied.parent / "outside")
+    (copied / "link").symlink_to(copied.parent)
+    files = {path: {"sha256": "0" * 64, "bytes": 6}}
+    rewrite_manifest(copied, 0, files=files)
+    with pytest.raises(CorruptError, match="outside the dataset"):
+        kdata.open(copied)
+
+
+def test_a_shard_that_stands_twice_or_is_gone_is_named(copied: Path) -> None:
+    lines = (copied / "manifest.jsonl").read_bytes()
+    (copied / "manifest.jsonl").write_bytes(lines + lines.splitlines()[0] + b"\n")
+    with pytest.raises(CorruptError, match="capture-00000 stands twice"):
+        kdata.open(copied)
+    (copied / "manifest.jsonl").write_bytes(lines)
+    (copied / "data/capture-00001.arrow").unlink()
+    with pytest.raises(CorruptError, match=r"capture-00001.arrow is missing"):
+        read_everything(copied)
+    assert [(p.path, p.what) for p in verify(kdata.open(copied))] == [("data/capture-00001.arrow", "is missing")]
+
+
+def test_a_complete_source_whose_lines_were_lost_is_refused_and_mends_by_capturing_again(
+    copied: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
+    before = digests(copied)
+    lines = (copied / "manifest.jsonl").read_bytes().splitlines(keepends=True)
+    (copied / "manifest.jsonl").write_bytes(b"".join(lines[:2]))
+    with pytest.raises(CorruptError, match=r"lacks units \[2, 3\] of the complete source 'capture'"):
+        kdata.open(copied)
+    run_capture(copied, corpus_file, tokenizer_dir)
+    assert digests(copied) == before
+
+
+def test_a_torn_last_line_is_no_commit_and_a_writer_heals_it(copied: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+    before = digests(copied)
+    info = json.loads((copied / "dataset.json").read_bytes())
+    info["sources"]["capture"]["num_units"] = None
+    (copied / "dataset.json").write_text(json.dumps({**info, "digest": digest_of(info)}))
+    lines = (copied / "manifest.jsonl").read_bytes().splitlines(keepends=True)
+    for keep in (0, 1, len(lines[-1]) - 1):
+        (copied / "manifest.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:keep])
+        assert len(kdata.open(copied).manifest) == len(lines) - 1
+    run_capture(copied, corpus_file, tokenizer_dir)
+    assert digests(copied) == before
+
+
+def test_verify_names_strays_and_is_content_with_a_whole_dataset(copied: Path) -> None:
+    assert verify(kdata.open(copied), deep=True) == []
+    (copied / "data/capture-00099.arrow").write_bytes(b"left by a killed run")
+    [problem] = verify(kdata.open(copied))
+    assert problem.path == "data/capture-00099.arrow" and "in no manifest line" in problem.what
+
+
+def test_a_newer_major_version_is_refused_and_a_newer_minor_is_read(copied: Path) -> None:
+    def rewrite(**changes: object) -> None:
+        content = {**json.loads((copied / "dataset.json").read_bytes()), **changes}
+        (copied / "dataset.json").write_text(json.dumps({**content, "digest": digest_of(content)}))
+
+    rewrite(format_version="1.7", something_new={"a": 1})
+    assert kdata.open(copied).num_rows == 25
+    rewrite(format_version="2.0")
+    with pytest.raises(FormatError, match=r"has format 2.0, this kdata reads up to 1.x; upgrade kdata"):
+        kdata.open(copied)
+    rewrite(format_version="one")
+    with pytest.raises(FormatError, match="names no format version"):
+        kdata.open(copied)
+
+
+def test_what_is_no_dataset_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="does not exist"):
+        kdata.open(tmp_path / "nowhere")
+    with pytest.raises(MissingError, match="has no dataset.json"):
+        kdata.open(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KdataError, match="is a file"):
+        kdata.open(tmp_path / "file")
+
+
+def test_sql_names_the_damaged_index_file(copied: Path) -> None:
+    path = copied / "index/capture-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CorruptError, match=r"capture-00001.parquet is damaged"):
+        kdata.open(copied).sql("select * from rows")
+
+
+def test_an_index_with_more_rows_than_the_payload_is_refused(copied: Path) -> None:
+    """Both files sound, digests made to fit, rows that do not."""
+    entry = read_manifest(copied)[0]
+    path = copied / f"index/{entry.name}.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 1), path)
+    import hashlib
+
+    content = path.read_bytes()
+    files = {k: v.model_dump() for k, v in entry.files.items()}
+    files[f"index/{entry.name}.parquet"] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    rewrite_manifest(copied, 0, files=files)
+    with pytest.raises(CorruptError, match="holds 1 rows, the manifest says"):
+        kdata.open(copied).index()
