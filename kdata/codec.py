@@ -122,6 +122,25 @@ def log_tail(mass_T: np.ndarray) -> np.ndarray:
         return np.log(np.clip(1.0 - mass_T, 0.0, 1.0)).astype(np.float32)
 
 
+def pad(num_kept: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged entries as a grid: ids int32 [T, width] padded with -1, logprobs float32 [T, width] padded with -inf.
+
+    Raises:
+        ShapeError: a position holds more than `width` entries.
+    """
+    widest, tokens = int(num_kept.max(initial=0)), len(num_kept)
+    if widest > width:
+        raise ShapeError(f"a position holds {widest} kept entries, more than width={width}")
+    if len(ids) == tokens * width:
+        return ids.reshape(tokens, width), logprobs.reshape(tokens, width)
+    ids_TK = np.full((tokens, width), -1, np.int32)
+    logprobs_TK = np.full((tokens, width), -np.inf, np.float32)
+    filled_TK = np.arange(width) < num_kept[:, None]
+    ids_TK[filled_TK] = ids
+    logprobs_TK[filled_TK] = logprobs
+    return ids_TK, logprobs_TK
+
+
 @dataclass(frozen=True)
 class Positions:
     """What a decoder knows beside the entry columns: int32 num_exact [T], int32 num_drawn [T], float32 log_tail [T]."""
@@ -190,9 +209,12 @@ def _packed_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Colum
     from kdata import packed
 
     draws = kept.is_draw
-    columns = packed.id_planes(kept.ids, info.parameters["id_bytes"])
+    id_bytes = info.parameters["id_bytes"]
+    columns = packed.planes("exact_id", kept.ids[~draws], id_bytes)
     columns["exact_gaps"] = packed.encode_gaps(kept.logprobs[~draws], kept.num_exact)
     if info.parameters.get("num_draws"):
+        steps = packed.steps_up(kept.ids[draws], kept.num_drawn)
+        columns |= packed.planes("draw_id", steps, id_bytes)
         if info.parameters.get("tau", 1.0) == 1.0:
             columns["draw_counts"] = packed.encode_counts(
                 kept.logprobs[draws], kept.num_drawn, log_tail_T, info.parameters["num_draws"]
@@ -210,19 +232,20 @@ def _packed_decode(columns: Columns, positions: Positions, info: CodecInfo) -> K
     from kdata import packed
 
     exact = packed.decode_gaps(columns["exact_gaps"], positions.num_exact, positions.log_tail)
-    ids = packed.join_planes(columns)
+    exact_ids = packed.join_planes("exact_id", columns)
+    if "draw_id_0" not in columns:
+        return Kept(positions.num_exact, positions.num_drawn, exact_ids, exact)
     if "draw_weights" in columns:
         weights = columns["draw_weights"].astype(np.float32)
-    elif "draw_counts" in columns:
+    else:
         weights = packed.decode_counts(
             columns["draw_counts"], positions.num_drawn, positions.log_tail, info.parameters["num_draws"]
         )
-    else:
-        return Kept(positions.num_exact, positions.num_drawn, ids, exact)
+    draw_ids = packed.sum_steps(packed.join_planes("draw_id", columns), positions.num_drawn)
     draws = draw_mask(positions.num_exact, positions.num_drawn)
-    logprobs = np.empty(len(draws), np.float32)
-    logprobs[~draws] = exact
-    logprobs[draws] = weights
+    ids, logprobs = np.empty(len(draws), np.int32), np.empty(len(draws), np.float32)
+    ids[~draws], ids[draws] = exact_ids, draw_ids
+    logprobs[~draws], logprobs[draws] = exact, weights
     raw = columns.get("draw_logprobs")
     return Kept(
         positions.num_exact, positions.num_drawn, ids, logprobs, None if raw is None else raw.astype(np.float32)

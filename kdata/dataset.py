@@ -69,16 +69,8 @@ class Sequences:
         Raises:
             ShapeError: a position holds more than `width` entries.
         """
-        widest = int(self.num_kept.max(initial=0))
-        width = widest if width is None else width
-        if widest > width:
-            raise ShapeError(f"a position holds {widest} kept entries, more than width={width}")
-        ids_TK = np.full((len(self.token_ids), width), -1, np.int32)
-        logprobs_TK = np.full((len(self.token_ids), width), -np.inf, np.float32)
-        filled_TK = np.arange(width) < self.num_kept[:, None]
-        ids_TK[filled_TK] = self.entry_ids
-        logprobs_TK[filled_TK] = self.entry_logprobs
-        return ids_TK, logprobs_TK
+        width = int(self.num_kept.max(initial=0)) if width is None else width
+        return codecs.pad(self.num_kept, self.entry_ids, self.entry_logprobs, width)
 
 
 class Dataset:

@@ -36,26 +36,57 @@ GAP_STEPS = np.concatenate(
 _EXP = np.exp(-np.arange(800 * STEPS_PER_NAT) / STEPS_PER_NAT)
 
 
-def id_planes(ids_N: np.ndarray, num_bytes: int) -> dict[str, np.ndarray]:
-    """Split ids into little-endian byte planes `entry_id_0` ... uint8 [N] each.
+def planes(name: str, ids_N: np.ndarray, num_bytes: int) -> dict[str, np.ndarray]:
+    """Split ids into little-endian byte planes NAME_0 ... uint8 [N] each.
 
     Raises:
         ShapeError: an id does not fit.
     """
-    if len(ids_N) and int(ids_N.max()) >> (8 * num_bytes):
-        raise ShapeError(f"id {int(ids_N.max())} does not fit {num_bytes} bytes")
+    if len(ids_N) and (int(ids_N.max()) >> (8 * num_bytes) or int(ids_N.min()) < 0):
+        raise ShapeError(f"ids from {int(ids_N.min())} to {int(ids_N.max())} do not fit {num_bytes} bytes")
     grid = np.ascontiguousarray(ids_N, "<i4").view(np.uint8).reshape(-1, 4)
-    return {f"entry_id_{n}": np.ascontiguousarray(grid[:, n]) for n in range(num_bytes)}
+    return {f"{name}_{n}": np.ascontiguousarray(grid[:, n]) for n in range(num_bytes)}
 
 
-def join_planes(columns: dict[str, np.ndarray]) -> np.ndarray:
-    """Ids int32 [N] from their byte planes."""
-    ids = columns["entry_id_0"].astype(np.int32)
+def join_planes(name: str, columns: dict[str, np.ndarray]) -> np.ndarray:
+    """Ids int32 [N] from the byte planes NAME_0 ... that are there."""
+    ids = columns[f"{name}_0"].astype(np.int32)
     for number in (1, 2):
-        plane = columns.get(f"entry_id_{number}")
+        plane = columns.get(f"{name}_{number}")
         if plane is not None:
             ids |= plane.astype(np.int32) << (8 * number)
     return ids
+
+
+def steps_up(ids_D: np.ndarray, num_drawn_T: np.ndarray) -> np.ndarray:
+    """Distance of each drawn id from the one before it at its position, the first as it is; int32 [D].
+
+    Raises:
+        DataError: ids do not rise within a position.
+    """
+    steps_D = np.diff(ids_D, prepend=np.int32(0))
+    first = first_of(num_drawn_T)
+    steps_D[first] = ids_D[first]
+    inner = np.ones(len(ids_D), bool)
+    inner[first] = False
+    if (steps_D[inner] < 1).any():
+        raise DataError("drawn ids must rise within a position")
+    return steps_D
+
+
+def sum_steps(steps_D: np.ndarray, num_drawn_T: np.ndarray) -> np.ndarray:
+    """Ids int32 [D]: the running sum of steps within each position; inverse of `steps_up`."""
+    if int(num_drawn_T.sum()) != len(steps_D):
+        raise ShapeError(f"{len(steps_D)} draws, their counts say {int(num_drawn_T.sum())}")
+    running_D = np.cumsum(steps_D, dtype=np.int64)
+    first = first_of(num_drawn_T)
+    before = running_D[first] - steps_D[first]
+    return (running_D - np.repeat(before, num_drawn_T[num_drawn_T > 0])).astype(np.int32)
+
+
+def first_of(counts_T: np.ndarray) -> np.ndarray:
+    """Where each position that is not empty begins, int64."""
+    return (np.cumsum(counts_T, dtype=np.int64) - counts_T)[counts_T > 0]
 
 
 def encode_gaps(logprobs_N: np.ndarray, num_exact_T: np.ndarray) -> np.ndarray:

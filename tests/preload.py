@@ -1,8 +1,16 @@
-"""What the processes of the crash tests need, imported once by their server."""
+"""What the processes of the crash tests need, imported and compiled once by their server; no thread may start here."""
 
-import transformers.models.auto.tokenization_auto  # noqa: F401
+import numpy as np
+import pytest.__main__  # noqa: F401
+import torch
+import transformers.models.auto.tokenization_auto
 import transformers.tokenization_utils_tokenizers  # noqa: F401
 
-import kdata.packed
+import kdata.hub
+import kdata.packed as packed
 import kdata.teachers.reduce
 import tests.fakes  # noqa: F401
+
+torch.set_num_threads(1)
+_counts, _reals = np.zeros(1, np.int32), np.zeros(0, np.float32)
+packed.decode_gaps(packed.encode_gaps(_reals, _counts), _counts, np.zeros(1, np.float32))

@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import kdata
@@ -40,7 +41,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenize
     root = tmp_path_factory.mktemp("undisturbed") / "dataset"
     finish(start(generate_and_capture, root.with_name("warm"), corpus, tokenizer_dir))
     begun = time.monotonic()
-    finish(start(generate_and_capture, root, corpus, tokenizer_dir, 0.01))
+    finish(start(generate_and_capture, root, corpus, tokenizer_dir, 0.005))
     return digests(root), time.monotonic() - begun
 
 
@@ -62,7 +63,7 @@ def test_killed_at_random_moments(
     rng, kills, folder = random.Random(0), 0, 0
     while kills < 15:
         root = tmp_path / str(folder)
-        process = start(generate_and_capture, root, corpus, tokenizer_dir, 0.01)
+        process = start(generate_and_capture, root, corpus, tokenizer_dir, 0.005)
         process.join(rng.uniform(0, seconds))
         if process.is_alive():
             os.kill(process.pid or 0, signal.SIGKILL)
@@ -81,7 +82,7 @@ def test_killed_at_random_moments(
 
 
 def die_at(call: int, root: Path, corpus: Path, tokenizer: Path) -> None:
-    """Run the capture, and end this process with SIGKILL just before its `call`-th change of the dataset's disk."""
+    """Run a small capture, and end this process with SIGKILL just before its `call`-th change of the disk."""
     left = [call]
 
     def counted(function: Any) -> Any:
@@ -95,13 +96,19 @@ def die_at(call: int, root: Path, corpus: Path, tokenizer: Path) -> None:
 
     for name in DISK_CALLS:
         setattr(os, name, counted(getattr(os, name)))
-    run_capture(root, corpus, tokenizer, unit_tokens=200)
+    small_capture(root, corpus, tokenizer)
 
 
-def test_killed_at_every_call_that_changes_the_disk(tmp_path: Path, corpus: Path, tokenizer_dir: Path) -> None:
-    """Every state between two such calls is one from which the same bytes come, and is readable before that."""
-    run_capture(tmp_path / "undisturbed", corpus, tokenizer_dir, unit_tokens=200)
+def small_capture(root: Path, corpus: Path, tokenizer: Path) -> None:
+    """Two units, one of them with a reject."""
+    run_capture(root, corpus, tokenizer, unit_tokens=40, reading={"limit": 4})
+
+
+def test_killed_before_every_call_that_changes_the_disk(tmp_path: Path, corpus: Path, tokenizer_dir: Path) -> None:
+    """Each state in between can be read, and is one from which the same bytes come."""
+    small_capture(tmp_path / "undisturbed", corpus, tokenizer_dir)
     expected, call = digests(tmp_path / "undisturbed"), 0
+    units = np.cumsum([0] + [entry.rows for entry in kdata.open(tmp_path / "undisturbed").manifest]).tolist()
     while True:
         call += 1
         root = tmp_path / str(call)
@@ -111,7 +118,7 @@ def test_killed_at_every_call_that_changes_the_disk(tmp_path: Path, corpus: Path
             break
         assert process.exitcode == -signal.SIGKILL
         if (root / "dataset.json").exists():
-            assert len(list(kdata.open(root))) in (0, 7, 13)
-        run_capture(root, corpus, tokenizer_dir, unit_tokens=200)
+            assert len(list(kdata.open(root))) in units
+        small_capture(root, corpus, tokenizer_dir)
         assert digests(root) == expected, f"killed before call {call}"
-    assert call > 20
+    assert call > 20 and len(units) == 3

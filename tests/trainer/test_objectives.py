@@ -123,9 +123,9 @@ def test_padded_entries_and_chunk_size_change_nothing() -> None:
         torch.cat([t.logprobs_CK, torch.full((9, 4), -math.inf, dtype=torch.float64)], -1),
         t.log_tail_C,
     )
-    for targets, chunk_bytes in ((wider, 2**20), (t, 1), (t, 23 * 8 * 4)):
+    for targets, chunk_positions in ((wider, None), (t, 1), (t, 4)):
         again = dataclasses.replace(problem, targets=targets)
-        other = fused(again, {"cross_entropy": 0.5, "jsd": 0.5}, "ghost", chunk_bytes=chunk_bytes)
+        other = fused(again, {"cross_entropy": 0.5, "jsd": 0.5}, "ghost", chunk_positions=chunk_positions)
         torch.testing.assert_close(other.values_MO, loss.values_MO, rtol=1e-12, atol=1e-13)
         for got, expected in zip(grads(again, other.total), want, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
@@ -208,9 +208,7 @@ def test_a_tiny_student_tail_keeps_its_value_in_float32() -> None:
 
 def test_measure_finds_the_students_top_tokens_and_confidence() -> None:
     problem = make_problem(9)
-    got = measure(
-        problem.hidden, problem.head, problem.targets, ("reverse_kl",), "ghost", chunk_bytes=23 * 8 * 2
-    )
+    got = measure(problem.hidden, problem.head, problem.targets, ("reverse_kl",), "ghost", chunk_positions=2)
     q = torch.softmax(problem.hidden @ problem.head.T, -1)
     assert torch.equal(got.top_ids_MN, q.topk(5).indices)
     torch.testing.assert_close(got.confidence_M, q.amax(-1))

@@ -1,0 +1,348 @@
+"""What a stored distribution costs and what it loses: bytes, error, KL, gradient angle, speed. Prints a table, JSON last.
+
+    python tests/benchmarks/codec.py [--model DIR] [--student DIR] [--corpus FILE]
+
+Every figure is of targets that were written to shards and read back. Without the named folders it stops: this benchmark
+wants a trained teacher and student, and a corpus of several domains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kdata
+from kdata import codec as codecs
+from kdata.codec import Kept, Positions, log_tail
+from kdata.keep import KeepConfig
+from kdata.schema import FORMAT_VERSION, SourceInfo
+from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
+from kdata.writer import Record, Unit, Writer, new_info
+
+SHARED = Path(__file__).parents[3] / "shared"
+POSITIONS = 8192
+KINDS = {
+    "topk 64": KeepConfig(k=64),
+    "topk 16": KeepConfig(k=16),
+    "adaptive 0.95, at most 64": KeepConfig(kind="adaptive", k=64, mass=0.95),
+    "sampled 12": KeepConfig(kind="sampled", draws=12),
+    "sampled 50": KeepConfig(kind="sampled", draws=50),
+    "hybrid 4 + 8": KeepConfig(kind="hybrid", k=4, draws=8),
+    "hybrid 8 + 8": KeepConfig(kind="hybrid", k=8, draws=8),
+    "hybrid 8 + 25": KeepConfig(kind="hybrid", k=8, draws=25),
+    "hybrid 16 + 16": KeepConfig(kind="hybrid", k=16, draws=16),
+}
+
+
+def documents(corpus: Path, tokenizer, positions: int) -> list[np.ndarray]:  # type: ignore[no-untyped-def]
+    """Token ids of a domain-balanced sample whose predicted positions number `positions` exactly."""
+    import polars as pl
+
+    frame = pl.read_parquet(corpus).sample(fraction=1.0, shuffle=True, seed=5)
+    per_domain = positions / frame["domain"].n_unique()
+    taken: dict[str, int] = {}
+    found: list[np.ndarray] = []
+    left = positions
+    for domain, text in zip(frame["domain"], frame["text"], strict=True):
+        if taken.get(domain, 0) >= per_domain or left == 0:
+            continue
+        ids = np.array(tokenizer(text)["input_ids"][: min(257, left + 1)], np.int32)
+        if len(ids) > 1:
+            taken[domain] = taken.get(domain, 0) + len(ids) - 1
+            left -= len(ids) - 1
+            found.append(ids)
+    return found
+
+
+@torch.inference_mode()
+def all_logits(model, docs: list[np.ndarray]) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
+    """Float32 logits [M, V] of each document's predicted positions."""
+    return [model(torch.from_numpy(ids[None].astype(np.int64))).logits[0, :-1].float() for ids in docs]
+
+
+def store(docs: list[np.ndarray], logits: list[torch.Tensor], keep: KeepConfig, root: Path) -> kdata.Dataset:
+    """Reduce, write and open again, as capture does."""
+    teacher = {
+        "model": "benchmark", "revision": None, "weights_hash": None, "backend": "transformers", "backend_version": "-",
+        "dtype": "float32", "logprobs": "raw", "deterministic": True,
+    }  # fmt: skip
+    tokenizer = {"hash": "-", "chat_template_hash": None, "bos_id": None, "eos_id": None}
+    vocab = logits[0].shape[1]
+    info = new_info(
+        format_version=FORMAT_VERSION, vocab_size=vocab, teacher=teacher, tokenizer=tokenizer, codec=keep.codec(vocab),
+        tail=keep.tail,
+    )  # fmt: skip
+    records = []
+    for number, (ids, logits_MV) in enumerate(zip(docs, logits, strict=True)):
+        actual = torch.from_numpy(ids[1:].astype(np.int64))
+        out = readout_of(ids, 1, reduce_logits(logits_MV, actual, keep, draw_seed(ids, keep)))
+        records.append(
+            Record(
+                f"d{number}", "d", ids, out.rank > 0, out.logprob, out.rank, out.log_tail, out.kept, "", out.entropy,
+                out.log_z, np.ones(len(ids), np.uint16),
+            )
+        )  # fmt: skip
+    with Writer(root, info, "capture", SourceInfo(kind="capture", settings={}, num_units=None)) as writer:
+        writer.commit(Unit(0, records))
+    return kdata.open(root)
+
+
+def column_bytes(dataset: kdata.Dataset) -> tuple[float, float, float]:
+    """Bytes per token on disk: (entries, other columns, file), each column written alone as the shard writes it."""
+    path = dataset.shard_file(dataset.manifest[0], "data")
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    tokens = dataset.num_tokens
+    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
+
+    def size(names: list[str]) -> int:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.select(names).schema.remove_metadata(), options=options) as writer:
+            writer.write_table(table.select(names).replace_schema_metadata(None), max_chunksize=32)
+        return sink.getvalue().size
+
+    entries = size([n for n in table.column_names if n.split("_")[0] in ("entry", "exact", "draw")])
+    whole = path.stat().st_size
+    return entries / tokens, (whole - entries) / tokens, whole / tokens
+
+
+def stored_error(dataset: kdata.Dataset, logits: list[torch.Tensor]) -> dict[str, float]:
+    """Error of exact entries and KL(true || reconstructed with ghost), against the dense distribution in float64."""
+    errors, kls, sums = [], [], []
+    for row, logits_MV in enumerate(logits):
+        seq = dataset[row]
+        ids, stored = seq.padded()
+        dense = torch.log_softmax(logits_MV.double(), -1).numpy()
+        ids, stored = ids[1:], stored[1:].astype(np.float64)
+        filled = ids >= 0
+        true = np.take_along_axis(dense, np.maximum(ids, 0), 1)
+        errors.append(np.abs(true - stored)[filled])
+        p, q = np.where(filled, np.exp(true), 0), np.where(filled, np.exp(stored), 0)
+        rest_p, rest_q = np.clip(1 - p.sum(1), 1e-300, 1), np.clip(1 - q.sum(1), 1e-300, 1)
+        gap = np.where(filled, true - np.where(filled, stored, 0), 0)
+        kls.append((p * gap).sum(1) + rest_p * np.log(rest_p / rest_q))
+        sums.append(q.sum(1))
+    return {
+        "mean_err_nats": float(np.concatenate(errors).mean()),
+        "kl": float(np.concatenate(kls).mean()),
+        "rows_sum_gt_1": int((np.concatenate(sums) > 1).sum()),
+    }
+
+
+def student_gradient(student, docs, targets) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """Gradient of the mean loss over all positions; `targets(row, logits)` gives d loss / d logits [M, V], summed."""
+    student.zero_grad()
+    for row, ids in enumerate(docs):
+        logits = student(torch.from_numpy(ids[None].astype(np.int64))).logits[0, :-1].float()
+        logits.backward(targets(row, logits.detach()))
+    return torch.cat([p.grad.flatten().double() for p in student.parameters()])
+
+
+def target_gradient(dataset: kdata.Dataset, row: int, logits_MV: torch.Tensor, mode: str) -> torch.Tensor:
+    """d loss / d logits of one document for stored targets, dense and explicit (not the trainer's fused code)."""
+    seq = dataset[row]
+    ids, logprobs = (torch.from_numpy(x[1:]) for x in seq.padded())
+    weight = torch.where(ids >= 0, logprobs.double().exp(), 0.0)
+    index = ids.clamp_min(0).long()
+    q = torch.softmax(logits_MV.double(), -1)
+    p = torch.zeros_like(q).scatter_add_(1, index, weight)
+    if mode == "renormalise":
+        p = p / p.sum(1, keepdim=True)
+    if mode == "ghost":
+        # The rest is one bucket: its mass goes to the unkept ids in the student's own proportions.
+        unkept = torch.ones_like(q).scatter_(1, index, torch.where(ids >= 0, 0.0, q.gather(1, index) * 0 + 1))
+        rest = unkept * q
+        p = p + rest * ((1 - p.sum(1, keepdim=True)) / rest.sum(1, keepdim=True))
+    return (q * p.sum(1, keepdim=True) - p).float()
+
+
+def angle(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Degrees between two gradients."""
+    return float(torch.rad2deg(torch.arccos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))))
+
+
+def bias(docs, logits, keep: KeepConfig, repeats: int) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+    """Mean over `repeats` draws of (weight - p), averaged over positions with random signs, and its 95 % half-width."""
+    ids, logits_MV = docs[0], logits[0]
+    p = torch.softmax(logits_MV.double(), -1).numpy()
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], p.shape[1])
+    exact = p @ signs
+    found = []
+    for number in range(repeats):
+        actual = torch.from_numpy(ids[1:].astype(np.int64))
+        kept = reduce_logits(logits_MV, actual, keep, number).kept
+        sums = codecs.segment_sum(np.exp(kept.logprobs.astype(np.float64)) * signs[kept.ids], kept.num_kept)
+        found.append((sums - exact).mean())
+    return float(np.mean(found)), float(1.96 * np.std(found, ddof=1) / np.sqrt(repeats))
+
+
+def large_vocabulary(vocab: int, keep: KeepConfig, tokens: int = 4096) -> dict[str, float]:
+    """Entry bytes at a large vocabulary: entropy 1 to 2 nats, ids with BPE-like frequencies (Zipf by rank)."""
+    rng = np.random.default_rng(vocab)
+    width = keep.num_exact
+    slope = rng.uniform(1.6, 2.4, (tokens, 1))
+    logits = -slope * np.log(np.arange(1, 4097)) + rng.normal(0, 0.5, (tokens, 4096))
+    logits = -np.sort(-logits, 1)
+    logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    entropy = -(np.exp(logprobs) * logprobs).sum(1).mean()
+    frequency = 1.0 / np.arange(1, vocab + 1)
+    ids = rng.choice(vocab, (tokens, width * 2), p=frequency / frequency.sum()).astype(np.int32)
+    ids = np.stack([row[np.sort(np.unique(row, return_index=True)[1])][:width] for row in ids])
+    kept = Kept.top(ids, logprobs[:, :width].astype(np.float32), np.ones(tokens, bool))
+    tail = log_tail(kept.exact_mass())
+    columns, _ = codecs.to_columns(kept, tail, np.arange(0, tokens + 1, 256), keep.codec(vocab))
+    zstd = pa.Codec("zstd", compression_level=1)
+    size = sum(
+        len(zstd.compress(c.flatten().to_numpy(zero_copy_only=False).tobytes())) for c in columns.values()
+    )
+    return {
+        "entry_bytes": size / tokens,
+        "order0_bytes": order0_bits(ids) * width / 8,
+        "entropy": float(entropy),
+    }
+
+
+def order0_bits(ids: np.ndarray) -> float:
+    """Order-0 entropy of ids in bits: what coding them one by one cannot go below."""
+    counts = np.unique(ids, return_counts=True)[1]
+    share = counts / counts.sum()
+    return float(-(share * np.log2(share)).sum())
+
+
+def speed(dataset: kdata.Dataset) -> tuple[float, float]:
+    """Tokens per second on one core: encode (to compressed shard columns) and decode (to padded ids and logprobs)."""
+    seq = dataset.take(np.arange(dataset.num_rows))
+    copies = max(1, 100_000 // len(seq.token_ids))
+    one = Kept(seq.num_exact, seq.num_kept - seq.num_exact, seq.entry_ids, seq.entry_logprobs)
+    kept = Kept.concatenate([one] * copies)
+    tail = np.tile(np.nan_to_num(seq.log_tail), copies)
+    tokens = len(tail)
+    offsets = np.linspace(0, tokens, 32 * copies + 1).astype(np.int64)
+    zstd = pa.Codec("zstd", compression_level=1)
+    encode, decode = [], []
+    for _ in range(4):
+        started = time.perf_counter()
+        columns, _ = codecs.to_columns(kept, tail, offsets, dataset.info.codec)
+        flat = {n: c.flatten().to_numpy(zero_copy_only=False) for n, c in columns.items()}
+        packed = {n: zstd.compress(v.tobytes()) for n, v in flat.items()}
+        encode.append(tokens / (time.perf_counter() - started))
+        started = time.perf_counter()
+        raw = {n: np.frombuffer(zstd.decompress(packed[n], v.nbytes), v.dtype) for n, v in flat.items()}
+        back = codecs.from_columns(raw, Positions(kept.num_exact, kept.num_drawn, tail), dataset.info.codec)
+        codecs.pad(back.num_kept, back.ids, back.logprobs, int(back.num_kept.max()))
+        decode.append(tokens / (time.perf_counter() - started))
+    return max(encode), max(decode)
+
+
+def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """Measure every kind; one dictionary each."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    teacher = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    student = AutoModelForCausalLM.from_pretrained(arguments.student, dtype=torch.float32)
+    docs = documents(arguments.corpus, tokenizer, POSITIONS)
+    logits = all_logits(teacher, docs)
+    full = student_gradient(
+        student, docs, lambda row, z: torch.softmax(z, -1) - torch.softmax(logits[row], -1)
+    )
+    for name, keep in KINDS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            dataset = store(docs, logits, keep, Path(folder) / "dataset")
+            entry, other, whole = column_bytes(dataset)
+            seq = dataset.take(np.arange(dataset.num_rows))
+            found: dict[str, object] = {
+                "name": name, "entry_bytes": entry, "other_bytes": other, "bytes": whole,
+                "kept": float(seq.num_kept[seq.num_kept > 0].mean()),
+            }  # fmt: skip
+            if keep.num_exact:
+                found["order0_bytes"] = (
+                    order0_bits(seq.entry_ids) * len(seq.entry_ids) / len(seq.token_ids) / 8
+                )
+            if keep.tail == "ghost":
+                found |= stored_error(dataset, logits)
+            for mode in ("draws",) if keep.tail == "draws" else ("ghost", "renormalise"):
+                gradient = student_gradient(
+                    student, docs, lambda r, z, m=mode, d=dataset: target_gradient(d, r, z, m)
+                )
+                found[f"angle_{mode}"] = angle(full, gradient)
+                found[f"norm_{mode}"] = float(gradient.norm() / full.norm())
+            if keep.tail == "draws":
+                found["bias"], found["bias_ci"] = bias(docs, logits, keep, 200)
+            if name == "topk 64":
+                found["encode_tok_s"], found["decode_tok_s"] = speed(dataset)
+            yield found
+
+
+def main() -> None:
+    """Run it all, print the table, then one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=SHARED / "models" / "teacher-10m")
+    parser.add_argument("--student", type=Path, default=SHARED / "models" / "ref-1m")
+    parser.add_argument("--corpus", type=Path, default=SHARED / "data" / "corpus.parquet")
+    arguments = parser.parse_args()
+    for path in (arguments.model, arguments.student, arguments.corpus):
+        if not path.exists():
+            parser.error(
+                f"{path} does not exist; name a model, a student of the same vocabulary, and a corpus"
+            )
+    torch.set_num_threads(1)
+    table = Table(title=f"stored targets, {POSITIONS:,} positions, one core of {platform.machine()}")
+    for column in (
+        "kind",
+        "entries",
+        "entry B",
+        "other B",
+        "B/token",
+        "error nats",
+        "KL",
+        "angle",
+        "norm",
+        "bias ± 95 %",
+    ):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    found = {str(row["name"]): row for row in rows(arguments)}
+    for row in found.values():
+        mode = "draws" if "angle_draws" in row else "ghost"
+        text = {k: v if isinstance(v, str) else f"{v:.4g}" for k, v in row.items()}
+        table.add_row(
+            text["name"], text["kept"], text["entry_bytes"], text["other_bytes"], text["bytes"],
+            text.get("mean_err_nats", "-"), text.get("kl", "-"), text[f"angle_{mode}"], text[f"norm_{mode}"],
+            f"{row['bias']:.1e} ± {row['bias_ci']:.1e}" if "bias" in row else "-",
+        )  # fmt: skip
+    console = Console(width=130)
+    console.print(table)
+    vocabularies = {v: large_vocabulary(v, KeepConfig(k=64)) for v in (128_256, 151_936, 201_088, 262_144)}
+    sizes = Table("vocabulary", "entry B (topk 64)", "order-0 bound of the ids", "entropy nats")
+    for vocab, size in vocabularies.items():
+        sizes.add_row(f"{vocab:,}", *(f"{size[k]:.4g}" for k in ("entry_bytes", "order0_bytes", "entropy")))
+    console.print(sizes)
+    top, drawn, both = found["topk 64"], found["sampled 50"], found["hybrid 16 + 16"]
+    print(
+        json.dumps(
+            {
+                "topk64_entry_bytes": top["entry_bytes"], "other_bytes": top["other_bytes"],
+                "topk64_order0_id_bytes": top["order0_bytes"], "topk64_mean_err_nats": top["mean_err_nats"],
+                "topk64_kl": top["kl"], "rows_sum_gt_1": sum(int(r.get("rows_sum_gt_1", 0)) for r in found.values()),  # type: ignore[call-overload]
+                "topk64_entry_bytes_v151936": vocabularies[151_936]["entry_bytes"],
+                "sampled50_bytes": drawn["bytes"], "sampled50_distinct": drawn["kept"],
+                "sampled50_angle_deg": drawn["angle_draws"], "hybrid_bytes": both["bytes"],
+                "hybrid_angle_deg": both["angle_draws"], "topk64_ghost_angle_deg": top["angle_ghost"],
+                "topk64_renormalised_angle_deg": top["angle_renormalise"],
+                "encode_tok_s": top["encode_tok_s"], "decode_tok_s": top["decode_tok_s"],
+            }
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
