@@ -86,7 +86,7 @@ class Stage:
                               tokens_sec=self.tokens / max(self.seconds, 1e-9))
         elif time.monotonic() - self._last_plain >= PLAIN_EVERY_SEC:
             self._last_plain = time.monotonic()
-            console.print(self._line(), highlight=False)
+            console.print(self._line(), highlight=False, soft_wrap=True)
             self._write_log()
 
     def __exit__(
@@ -95,7 +95,7 @@ class Stage:
         if self._live is not None:
             self._live.stop()
         else:
-            console.print(self._line(end="failed" if kind else "done"), highlight=False)
+            console.print(self._line(end="failed" if kind else "done"), highlight=False, soft_wrap=True)
         # Where the stage has failed (a full disk, perhaps) its own error is the one to show.
         with suppress(StorageError) if kind else nullcontext():
             self._write_log()

@@ -26,10 +26,14 @@ def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def _unglobbed(path: Path) -> str:
+    """A path that DuckDB does not take for a pattern, whatever the folder is called."""
+    return re.sub(r"([\[*?])", r"[\1]", str(path))
+
+
 def _files_view(connection: duckdb.DuckDBPyConnection, view: str, files: list[Path], schema: pa.Schema) -> None:
     if files:
-        # A folder's name may hold what DuckDB takes for a pattern.
-        listing = ", ".join(_literal(re.sub(r"([\[*?])", r"[\1]", str(path))) for path in files)
+        listing = ", ".join(_literal(_unglobbed(path)) for path in files)
         connection.execute(f"create view {view} as select * from read_parquet([{listing}])")
     else:
         empty = ", ".join(f'null::{_duck_type(f.type)} as "{f.name}"' for f in schema)
@@ -60,7 +64,9 @@ def connect(dataset: Dataset, memory_limit: str | None = None) -> duckdb.DuckDBP
     connection.execute("create schema plans")
     for path in sorted(p for p in root.glob("plans/*.parquet") if NAME.match(p.stem)):
         _files_view(connection, f'plans."{path.stem}"', [path], pa.schema([]))
-    connection.execute(f"set allowed_directories = [{_literal(str(root))}]")
+    # A pattern is checked as it is written, and again each file that it stands for.
+    allowed = ", ".join(_literal(name) for name in sorted({str(root), _unglobbed(root)}))
+    connection.execute(f"set allowed_directories = [{allowed}]")
     connection.execute("set enable_external_access = false")
     connection.execute("set lock_configuration = true")
     return connection

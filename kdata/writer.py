@@ -162,8 +162,8 @@ class Writer:
             if known is not None:
                 _refuse_difference(
                     f"source {self.source!r}",
-                    {"kind": known.kind, **known.settings},
-                    {"kind": self._source_info.kind, **self._source_info.settings},
+                    {**known.settings, "work": known.kind},
+                    {**self._source_info.settings, "work": self._source_info.kind},
                     self.root,
                 )
                 self._source_info = known
@@ -326,6 +326,7 @@ def storage_errors(root: Path) -> Iterator[None]:
         errno.EROFS: "the file system is read-only; choose another folder",
         errno.EACCES: "no permission to write there; choose another folder",
         errno.EPERM: "no permission to write there; choose another folder",
+        errno.EEXIST: "a part of the path is a file, not a folder; choose another folder",
         errno.ENOTDIR: "a part of the path is a file, not a folder; choose another folder",
     }
     try:

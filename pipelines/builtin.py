@@ -1,6 +1,17 @@
 """The embedded default teacher: a small Llama trained on the spot from text that every Python carries.
 
-TUNING-TABLE
+Defaults: 4.5 M parameters, vocabulary 4096, 2.3 M tokens (two passes). Held-out nats/byte (and nats/token) of
+the teacher: code 1.02 (3.51), docstrings 1.33 (4.52), prose 1.18 (4.18); of the 0.7 M reference, trained on
+0.6 M tokens: 1.26, 1.59, 1.51. The teacher took 325 s of CPU time on a busy machine: about 160 s where two
+cores are free (estimated, not timed).
+
+Tried, mean held-out nats/byte after 120 steps of 4096 tokens, one seed: AdamW alone at 0.003 (not tuned
+further) 1.72; Muon 0.01 with AdamW on the embedding at 0.002, 0.004, 0.008: 1.52, 1.48, 1.43; Muon 0.02 with
+0.004 and 0.016: 1.47, 1.43; Muon 0.04 with 0.008: 1.51; twice as many steps of half the tokens: 1.43;
+vocabulary 2048 with a sixth more steps: 1.46. Other widths and depths were timed, not trained to the end.
+
+When other processes use the cores, set GOMP_SPINCOUNT=0 before Python starts: on two contended cores the same
+training step then ran at 5,100-5,600 tokens/s instead of 800.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -46,12 +47,17 @@ def run(
 
 def students_table(results: dict[str, Any]) -> Table:
     """One row per student: held-out NLL per domain and overall, KL to the teacher, top-1 agreement."""
-    domains = list(next(iter(results["students"].values()))["domains"])
-    table = Table(title="Students on held-out text", caption="NLL and KL in nats per token, lower is better")
-    table.add_column("student")
-    for column in (*(f"NLL {d}" for d in domains), "NLL all", "KL to teacher", "top-1 agreement"):
-        table.add_column(column, justify="right")
-    for student in results["students"].values():
+    students = list(results["students"].values())
+    domains = list(students[0]["domains"])
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title="Held-out text: NLL per domain and in all, KL to the teacher, top-1 agreement",
+        caption="NLL and KL in nats per token: lower is better",
+    )
+    table.add_column("student", no_wrap=True)
+    for column in (*domains, "all", "KL", "top-1"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for student in students:
         overall = student["overall"]
         table.add_row(
             student["label"],
@@ -60,10 +66,9 @@ def students_table(results: dict[str, Any]) -> Table:
             f"{overall['kl']:.3f}",
             f"{overall['top1']:.1%}",
         )
-    first = next(iter(results["students"].values()))
-    floor = [f"{first['domains'][d]['teacher_nll']:.3f}" for d in domains]
+    floor = [f"{students[0]['domains'][d]['teacher_nll']:.3f}" for d in domains]
     table.add_section()
-    table.add_row("[dim]the teacher itself", *floor, f"{first['overall']['teacher_nll']:.3f}", "", "")
+    table.add_row("[dim]the teacher itself", *floor, f"{students[0]['overall']['teacher_nll']:.3f}", "", "")
     return table
 
 

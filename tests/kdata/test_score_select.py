@@ -1,0 +1,332 @@
+"""Sidecars, selections and plans: exact on numbers small enough to do by hand, and refused where they do not fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kdata
+from kdata.errors import (
+    ConfigError,
+    CorruptError,
+    DataError,
+    KdataError,
+    MismatchError,
+    MissingError,
+    QueryError,
+    TeacherError,
+)
+from kdata.keep import KeepConfig
+from kdata.plan import Plan, make_plan
+from kdata.schema import CodecInfo, SourceInfo, TokenizerInfo
+from kdata.score import (
+    SCORE_SCHEMA,
+    ScoreConfig,
+    ScoreInfo,
+    begin_sidecar,
+    finish_sidecar,
+    load_score_info,
+    score,
+    sequence_nll,
+    write_part,
+)
+from kdata.selection import SelectConfig, select
+from kdata.teachers import TeacherConfig
+from kdata.verify import verify
+from kdata.writer import Record, Unit, Writer, new_info
+from tests.fakes import VOCAB, StandInTeacher, run_capture, save_llama, save_tokenizer
+
+TEACHER = StandInTeacher()
+
+
+def tiny(root: Path, nlls: dict[str, float], *, source: str = "capture", domains: str = "ab") -> kdata.Dataset:
+    """A dataset of two-token rows whose teacher's NLL is given, two rows a shard, domains in turn."""
+    info = new_info(
+        format_version="1.0",
+        vocab_size=VOCAB,
+        teacher=TEACHER.info,
+        tokenizer=TokenizerInfo(hash="0" * 64, chat_template_hash=None, bos_id=0, eos_id=1),
+        codec=CodecInfo(id="plain", version=1, kind="topk", parameters={"k": 2}),
+        tail="ghost",
+    )
+    records = []
+    for number, (name, nll) in enumerate(nlls.items()):
+        readout = TEACHER.readout(np.array([3, 4], np.int32), KeepConfig(k=2))
+        records.append(
+            Record(
+                name, domains[number % len(domains)], readout.token_ids, np.array([False, True]),
+                np.array([np.nan, -nll], np.float32), readout.rank, readout.log_tail, readout.kept, "text",
+            )  # fmt: skip
+        )
+    with Writer(root, info, source, SourceInfo(kind="capture", settings={}, num_units=None)) as writer:
+        for number in range(0, len(records), 2):
+            writer.commit(Unit(number // 2, records[number : number + 2]))
+    return kdata.open(root)
+
+
+def give_scores(dataset: kdata.Dataset, nlls: dict[str, float], name: str = "ref") -> None:
+    """A complete sidecar with these numbers; ids that are not named get none."""
+    info = ScoreInfo(
+        name=name, unit="nats per target token", model=TEACHER.info, tokenizer_hash="0" * 64,
+        dataset_fingerprint=dataset.fingerprint, files={},
+    )  # fmt: skip
+    begin_sidecar(dataset, info)
+    for entry in dataset.manifest:
+        ids = dataset.sql(f"select id from rows where shard = '{entry.name}' order by row")["id"].to_pylist()
+        numbers = [nlls.get(i) for i in ids]
+        table = pa.table({"id": ids, "nll": numbers, "num_target_tokens": [1] * len(ids)}, schema=SCORE_SCHEMA)
+        write_part(dataset, name, entry, table)
+    finish_sidecar(dataset, info)
+
+
+# ------------------------------------------------------------------------------------------------------- selection
+
+
+def test_difference_takes_where_the_reference_is_worst_against_the_teacher(tmp_path: Path) -> None:
+    dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0, "c": 1.0, "d": 3.0})
+    give_scores(dataset, {"a": 4.0, "b": 2.5, "c": 2.0, "d": 3.25})  # differences 3, 0.5, 1, 0.25
+    plan = select(dataset, SelectConfig(method="difference", share=0.5))
+    assert plan.ids == ["a", "c"] and plan.repeats.tolist() == [1, 1]
+    assert plan.info.parameters == {"share": 0.5, "score": "ref", "threshold": 1.0}
+    assert plan.info.shares == {"a": {"dataset": 0.5, "plan": 1.0}, "b": {"dataset": 0.5, "plan": 0.0}}
+    assert plan.info.num_tokens == 4 and set(plan.info.scores) == {"ref"}
+    again = Plan.load(tmp_path / "d/plans/difference")
+    assert again.ids == plan.ids and again.info == plan.info
+    assert again.rows(dataset).tolist() == [0, 2]
+
+
+def test_ties_go_by_id_and_a_share_is_never_off_by_one(tmp_path: Path) -> None:
+    names = [f"r{n:03}" for n in range(100)]
+    dataset = tiny(tmp_path / "d", dict.fromkeys(reversed(names), 1.0))
+    give_scores(dataset, dict.fromkeys(names, 2.0))
+    for share, count in ((0.07, 7), (0.29, 29), (0.5, 50), (0.501, 51), (0.001, 1), (1.0, 100)):
+        assert select(dataset, SelectConfig(share=share)).ids == names[:count]
+        assert len(select(dataset, SelectConfig(method="random", share=share)).ids) == count
+
+
+def test_random_is_a_function_of_the_seed_and_the_ids(tmp_path: Path) -> None:
+    names = [f"r{n}" for n in range(40)]
+    forward = tiny(tmp_path / "a", dict.fromkeys(names, 1.0))
+    backward = tiny(tmp_path / "b", dict.fromkeys(reversed(names), 1.0))
+    chosen = [select(d, SelectConfig(method="random", share=0.25, seed=3)).ids for d in (forward, backward)]
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 10
+    assert select(forward, SelectConfig(method="random", share=0.25, seed=4)).ids != chosen[0]
+
+
+def test_all_takes_every_row_with_a_target(tmp_path: Path) -> None:
+    assert select(tiny(tmp_path / "d", {"b": 1, "a": 2, "c": 1}), SelectConfig(method="all")).ids == ["a", "b", "c"]
+
+
+def test_sql_chooses_ids_and_repeats(tmp_path: Path) -> None:
+    dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0, "c": 3.0})
+    query = "select id, (case when nll > 2 then 3 else 1 end)::bigint as repeats from rows where nll > 1 order by nll desc"
+    plan = select(dataset, SelectConfig(method="sql", sql=query, name="mine"))
+    assert plan.ids == ["c", "b"] and plan.repeats.tolist() == [3, 1] and plan.info.sql == query
+    assert Plan.load(tmp_path / "d/plans/mine.parquet").rows(dataset).tolist() == [2, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("query", "error", "message"),
+    [
+        (None, ConfigError, "needs a query"),
+        ("select nll from rows", ConfigError, "must return a column `id`"),
+        ("select 5 as id", ConfigError, "as text"),
+        ("select id from rows where false", DataError, "selects no row"),
+        ("select id from rows union all select id from rows", DataError, "stands twice"),
+        ("select 'nobody' as id", MissingError, "no row with id 'nobody'"),
+        ("select id, 0 as repeats from rows", DataError, "whole numbers from 1 on, row 0 has 0"),
+        ("select id, 1.5 as repeats from rows", DataError, "whole numbers"),
+        ("select id, null::int as repeats from rows", DataError, "whole numbers"),
+        ("select id from rowz", QueryError, "rowz"),
+    ],
+)
+def test_a_query_that_makes_no_plan_is_refused(tmp_path: Path, query: str, error: type[Exception], message: str) -> None:
+    dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0})
+    with pytest.raises(error, match=message):
+        select(dataset, SelectConfig(method="sql", sql=query))
+    assert not (tmp_path / "d/plans").exists()
+
+
+def test_rows_that_the_score_does_not_cover_are_refused(tmp_path: Path) -> None:
+    dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0, "c": 1.0})
+    with pytest.raises(MissingError, match=r"no score 'ref' \(there are: none\); make it with `kdata score`"):
+        select(dataset, SelectConfig())
+    give_scores(dataset, {"a": 4.0, "c": 2.0})
+    with pytest.raises(DataError, match="lacks 1 rows"):
+        select(dataset, SelectConfig())
+
+
+def test_a_dataset_that_has_grown_needs_scores_and_plans_anew(tmp_path: Path) -> None:
+    dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0})
+    give_scores(dataset, {"a": 4.0, "b": 2.0})
+    plan = select(dataset, SelectConfig(share=0.5))
+    grown = tiny(tmp_path / "d", {"c": 1.0}, source="more")
+    with pytest.raises(MismatchError, match=r"plan 'difference' was made for .* Run `kdata select` again"):
+        plan.rows(grown)
+    with pytest.raises(MissingError, match="does not cover the dataset as it is now; run `kdata score` again"):
+        select(grown, SelectConfig(share=0.5))
+
+
+@given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=6), order=st.randoms())
+def test_a_plan_survives_its_files(captured: Path, tmp_path_factory: pytest.TempPathFactory, counts: list[int], order) -> None:  # type: ignore[no-untyped-def]
+    dataset = kdata.open(captured)
+    ids = dataset.index(["id"])["id"].to_pylist()
+    order.shuffle(ids)
+    plan = make_plan(
+        dataset, "p", ids[: len(counts)], method="sql", parameters={}, repeats=np.array(counts)
+    )
+    back = Plan.load(plan.save(tmp_path_factory.getbasetemp() / "plan"))
+    assert back.ids == plan.ids and back.repeats.tolist() == counts and back.info == plan.info
+    assert dataset.index(["id"])["id"].take(pa.array(back.rows(dataset))).to_pylist() == [
+        i for i, n in zip(plan.ids, counts, strict=True) for _ in range(n)
+    ]
+    assert sum(s["plan"] for s in plan.info.shares.values()) == pytest.approx(1)
+
+
+def test_a_damaged_plan_gives_one_error(tmp_path: Path) -> None:
+    dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0})
+    select(dataset, SelectConfig(method="all"))
+    path = tmp_path / "d/plans/all.parquet"
+    content, about = path.read_bytes(), path.with_suffix(".json").read_bytes()
+    for place in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        try:
+            ids = Plan.load(path).ids
+        except CorruptError:
+            continue
+        assert all(isinstance(i, str) for i in ids)
+    for size in range(0, len(content), 50):
+        path.write_bytes(content[:size])
+        with pytest.raises(CorruptError, match="is not a plan"):
+            Plan.load(path)
+    path.write_bytes(content)
+    path.with_suffix(".json").write_bytes(about[:40])
+    with pytest.raises(CorruptError, match="does not describe a plan"):
+        Plan.load(path)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(MissingError, match="kdata select"):
+        Plan.load(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- score
+
+
+@pytest.fixture
+def read_by_llama(tmp_path: Path, llama_dir: Path, corpus_file: Path, tokenizer_dir: Path) -> kdata.Dataset:
+    """A dataset whose tokenizer is the tiny Llama's."""
+    return run_capture(tmp_path / "d", corpus_file, tokenizer_dir)
+
+
+def config(model: Path, name: str = "ref") -> ScoreConfig:
+    return ScoreConfig(model=TeacherConfig(model=str(model), backend="transformers"), name=name)
+
+
+def test_a_score_is_the_model_s_nll_over_the_same_positions(read_by_llama: kdata.Dataset, llama_dir: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    info = score(read_by_llama, config(llama_dir))
+    assert len(info.files) == len(read_by_llama.manifest) and verify(read_by_llama) == []
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    table = read_by_llama.sql(
+        "select id, rows.num_target_tokens as n, ref.num_target_tokens as m, ref.nll as nll "
+        "from rows join scores.ref as ref using (id)"
+    ).to_pylist()
+    assert len(table) == read_by_llama.num_rows
+    for row in table:
+        ids = read_by_llama[int(read_by_llama.rows_of([row["id"]])[0])].token_ids
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids.tolist()])).logits[0]
+        expected = torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:].tolist()))
+        assert row["nll"] == pytest.approx(expected.item(), rel=1e-5) and row["n"] == row["m"]
+
+
+def test_scoring_goes_on_where_it_stopped_and_follows_growth(
+    read_by_llama: kdata.Dataset, llama_dir: Path, corpus_file: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    import kdata.score as module
+
+    real = module._score_shard
+
+    def counted(dataset, number, entry, model):  # type: ignore[no-untyped-def]
+        calls.append(entry.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(dataset, number, entry, model)
+
+    monkeypatch.setattr(module, "_score_shard", counted)
+    with pytest.raises(KeyboardInterrupt):
+        score(read_by_llama, config(llama_dir))
+    assert not load_score_info(read_by_llama, "ref").files
+    score(read_by_llama, config(llama_dir))
+    assert calls == [f"capture-{n:05}" for n in (0, 1, 2, 2, 3)]
+    complete = load_score_info(read_by_llama, "ref")
+    score(read_by_llama, config(llama_dir))
+    assert len(calls) == 5 and load_score_info(read_by_llama, "ref") == complete
+    rows = [{"id": "new", "domain": "prose", "text": "the dog sat on the log"}]
+    from tests.fakes import write_jsonl
+
+    grown = run_capture(read_by_llama.path, write_jsonl(read_by_llama.path.parent / "n.jsonl", rows), tokenizer_dir, name="more")
+    score(grown, config(llama_dir))
+    assert calls[5:] == ["more-00000"]
+    assert grown.sql("select count(*) as n from rows join scores.ref using (id)")["n"][0].as_py() == 26
+
+
+def test_a_model_that_does_not_fit_is_refused(read_by_llama: kdata.Dataset, llama_dir: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(llama_dir, tmp_path / "other"))
+    save_tokenizer(other, lines=["other text zzz qqq"])
+    with pytest.raises(MismatchError, match=r"has another tokenizer .* needs the same one"):
+        score(read_by_llama, config(other))
+    short = save_llama(tmp_path / "short", context=16)
+    with pytest.raises(ConfigError, match="a sequence of 64 tokens, .* reads at most 16"):
+        score(read_by_llama, config(short))
+    with pytest.raises(MissingError, match="does not exist"):
+        score(read_by_llama, config(tmp_path / "nowhere"))
+    assert not (read_by_llama.path / "scores").exists()
+
+
+def test_another_model_cannot_take_over_a_score(read_by_llama: kdata.Dataset, llama_dir: Path, tmp_path: Path) -> None:
+    score(read_by_llama, config(llama_dir))
+    second = save_llama(tmp_path / "second", seed=5)
+    with pytest.raises(MismatchError, match=r"scores.ref was made otherwise .*weights_hash"):
+        raise_on_one_line(lambda: score(read_by_llama, config(second)))
+    assert len(score(read_by_llama, config(second, "second")).files) == len(read_by_llama.manifest)
+
+
+def raise_on_one_line(call) -> None:  # type: ignore[no-untyped-def]
+    """Join a message's lines, for matching."""
+    try:
+        call()
+    except KdataError as error:
+        raise type(error)(" ".join(str(error).split())) from error
+
+
+def test_a_damaged_sidecar_is_found(read_by_llama: kdata.Dataset, llama_dir: Path) -> None:
+    score(read_by_llama, config(llama_dir))
+    part = read_by_llama.path / "scores/ref/capture-00001.parquet"
+    content = bytearray(part.read_bytes())
+    content[40] ^= 1
+    part.write_bytes(content)
+    assert [p.path for p in verify(read_by_llama)] == ["scores/ref/capture-00001.parquet"]
+    about = read_by_llama.path / "scores/ref.json"
+    about.write_bytes(about.read_bytes()[:-20])
+    assert [p.path for p in verify(read_by_llama)] == ["scores/ref.json"]
+    with pytest.raises(CorruptError, match=r"ref.json is damaged"):
+        select(read_by_llama, SelectConfig())
+
+
+def test_a_log_probability_that_is_not_finite_is_no_score() -> None:
+    mask = np.array([False, True, True])
+    assert sequence_nll(np.array([np.nan, -1.0, -3.0]), mask) == 2.0
+    assert sequence_nll(np.array([np.nan, -1.0, -3.0]), np.zeros(3, bool)) is None
+    with pytest.raises(TeacherError, match="not finite"):
+        sequence_nll(np.array([np.nan, np.nan, -3.0]), mask)
