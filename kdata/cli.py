@@ -267,7 +267,9 @@ def _print_table(table: Any, format: Format) -> None:
         return
     from rich.text import Text
 
-    shown = Table(*(Text(name) for name in table.column_names))
+    shown = Table()
+    for name in table.column_names:
+        shown.add_column(Text(name))
     for row in table.slice(0, 200).to_pylist():
         shown.add_row(*(Text(_cell(value)) for value in row.values()))
     out.print(shown)

@@ -126,17 +126,17 @@ class SourceInfo(Contract):
 class DatasetInfo(Contract):
     """dataset.json: what the dataset is."""
 
-    format: Literal["kdata"] = "kdata"
+    format: Literal["kdata"] = Field("kdata", description="Always kdata.")
     format_version: str = Field(description="MAJOR.MINOR; a newer minor is readable, a newer major is not.")
     vocab_size: int = Field(gt=1, description="Number of token ids; every stored id is below it.")
-    teacher: TeacherInfo
-    tokenizer: TokenizerInfo
-    codec: CodecInfo
+    teacher: TeacherInfo = Field(description="Who believed what is stored.")
+    tokenizer: TokenizerInfo = Field(description="Which tokenizer made the ids.")
+    codec: CodecInfo = Field(description="How kept entries are stored.")
     tail: Literal["ghost", "draws"] = Field(
         description="ghost: kept entries are exact and log_tail is the rest; draws: weights already sum to 1."
     )
     sources: dict[str, SourceInfo] = Field(description="Work that wrote rows, by name.")
-    fingerprint: str = Field(description="SHA-256 of the identity: everything above except `sources`.")
+    fingerprint: str = Field(description="SHA-256 of the identity: everything but `sources`, `fingerprint` and `digest`.")
     digest: str = Field("", description="SHA-256 of everything else in the file: finds a damaged byte.")
 
     def identity(self) -> dict[str, Any]:
@@ -147,8 +147,8 @@ class DatasetInfo(Contract):
 class FileInfo(Contract):
     """One file of a shard."""
 
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the file.")
+    bytes: int = Field(ge=0, description="Its size.")
 
 
 class CodecError(Contract):
@@ -166,9 +166,9 @@ class ManifestEntry(Contract):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*-\d{5,}$", description="Shard, for instance capture-00000.")
     source: str = Field(description="Key of `sources` in dataset.json.")
     unit: int = Field(ge=0, description="Work unit of that source.")
-    rows: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    target_tokens: int = Field(ge=0)
+    rows: int = Field(ge=0, description="Sequences in the shard.")
+    tokens: int = Field(ge=0, description="Tokens in the shard.")
+    target_tokens: int = Field(ge=0, description="Positions that count as targets.")
     rejected: int = Field(ge=0, description="Inputs refused in this unit.")
     inputs: str = Field(description="SHA-256 over ids and content of the unit's inputs.")
     files: dict[str, FileInfo] = Field(description="Relative path to digest and size.")

@@ -46,10 +46,10 @@ class ScoreConfig(Strict):
 class ScoreInfo(Contract):
     """scores/NAME.json."""
 
-    name: str
+    name: str = Field(description="Name of the sidecar, scores.NAME in SQL.")
     unit: str = Field(description="What the number is: nats per target token.")
-    model: TeacherInfo
-    tokenizer_hash: str
+    model: TeacherInfo = Field(description="Who scored.")
+    tokenizer_hash: str = Field(description="Its tokenizer; the same as the dataset's.")
     dataset_fingerprint: str = Field(description="Fingerprint of the dataset that was scored.")
     files: dict[str, FileInfo] = Field(description="Parts, by path inside the dataset; empty until all are there.")
 

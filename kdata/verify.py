@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from kdata.dataset import Dataset
 from kdata.errors import KdataError
 from kdata.manifest import inside
 from kdata.progress import Stage
-from kdata.schema import FileInfo, ManifestEntry
+from kdata.schema import FileInfo, ManifestEntry, fingerprint
 from kdata.score import load_score_info
 
 # Top-level names that belong to a dataset beside its shards.
@@ -42,6 +43,7 @@ def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
             for relative, info in entry.files.items():
                 problems += check_file(dataset.path, relative, info)
                 stage.advance(info.bytes)
+    problems += _tokenizer(dataset)
     problems += _sidecars(dataset)
     problems += _strays(dataset)
     if deep and not problems:
@@ -60,6 +62,21 @@ def check_file(root: Path, relative: str, info: FileInfo) -> list[Problem]:
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
             return [Problem(relative, "has other content than was committed (SHA-256 differs)")]
+    return []
+
+
+def _tokenizer(dataset: Dataset) -> list[Problem]:
+    """The dataset's own tokenizer must be the one that made its ids (a hash of its content, see schemas/README.md)."""
+    path = dataset.path / "tokenizer" / "tokenizer.json"
+    if not path.is_file():
+        return []
+    try:
+        state = json.loads(path.read_bytes())
+        found = fingerprint({key: value for key, value in state.items() if key not in ("truncation", "padding")})
+    except (ValueError, AttributeError) as error:
+        return [Problem("tokenizer/tokenizer.json", f"cannot be read: {error}")]
+    if found != dataset.info.tokenizer.hash:
+        return [Problem("tokenizer/tokenizer.json", "is not the tokenizer that made the token ids (its hash differs)")]
     return []
 
 

@@ -175,6 +175,8 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> Any:
         from transformers import AutoTokenizer
     except ModuleNotFoundError as error:
         raise DependencyError("reading text needs transformers: pip install 'kdata[train]'") from error
+    if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).count("/") > 1):
+        raise MissingError(f"model {str(model)!r} does not exist; name a model folder or a Hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model), revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

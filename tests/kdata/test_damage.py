@@ -187,6 +187,14 @@ def test_verify_names_strays_and_is_content_with_a_whole_dataset(copied: Path) -
     assert problem.path == "data/capture-00099.arrow" and "in no manifest line" in problem.what
 
 
+def test_verify_knows_the_dataset_s_own_tokenizer(copied: Path) -> None:
+    path = copied / "tokenizer/tokenizer.json"
+    content = path.read_text()
+    for damaged in (content.replace("Ġthe", "Ġhte"), content[:99], "[]"):
+        path.write_text(damaged)
+        assert [p.path for p in verify(kdata.open(copied))] == ["tokenizer/tokenizer.json"]
+
+
 def test_a_newer_major_version_is_refused_and_a_newer_minor_is_read(copied: Path) -> None:
     def rewrite(**changes: object) -> None:
         content = {**json.loads((copied / "dataset.json").read_bytes()), **changes}

@@ -1,0 +1,138 @@
+"""Sharing: a pushed folder opens with the real `datasets`, and nothing that is not the dataset's goes along."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+import kdata
+from kdata.errors import ConfigError, CorruptError, KdataError, MissingError
+from kdata.hub import download, hub_name, push
+from kdata.selection import SelectConfig, select
+from tests.fakes import digests
+
+# In a process of its own: tests/trainer holds a module called datasets too.
+LOAD = """
+import json, sys
+from datasets import load_dataset
+found = {}
+for stream in (False, True):
+    for data_dir in (None, "data"):
+        loaded = load_dataset(sys.argv[1], data_dir=data_dir, split="train", streaming=stream, cache_dir=sys.argv[2])
+        rows = list(loaded)
+        found[f"{stream} {data_dir}"] = [len(rows), sorted(rows[0]), [r["id"] for r in rows]]
+        if data_dir:
+            found["first"] = {k: rows[0][k] for k in ("input_ids", "rank", "num_exact")}
+print(json.dumps(found))
+"""
+
+
+def test_a_pushed_folder_opens_with_the_real_datasets_library(captured: Path, tmp_path: Path) -> None:
+    target = tmp_path / "shared"
+    assert push(kdata.open(captured), str(target)) == str(target)
+    output = subprocess.run(
+        [sys.executable, "-c", LOAD, str(target), str(tmp_path / "cache")],
+        capture_output=True, text=True, cwd=tmp_path, timeout=200, check=False,
+    )  # fmt: skip
+    assert output.returncode == 0, output.stderr
+    found, dataset = json.loads(output.stdout), kdata.open(captured)
+    ids = dataset.index(["id"])["id"].to_pylist()
+    for stream in (False, True):
+        assert found[f"{stream} None"] == [25, sorted(dataset.index().column_names), ids]
+        count, columns, payload_ids = found[f"{stream} data"]
+        assert (count, payload_ids) == (25, ids) and {"input_ids", "log_tail", "num_exact"} <= set(columns)
+    first = dataset[0]
+    assert found["first"]["input_ids"] == first.token_ids.tolist() and found["first"]["rank"] == first.rank.tolist()
+    assert found["first"]["num_exact"] == first.num_exact.tolist()
+
+
+def test_a_copy_has_what_belongs_and_nothing_else(copied: Path, tmp_path: Path) -> None:
+    select(kdata.open(copied), SelectConfig(method="all"))
+    (copied / "notes.txt").write_text("mine")
+    (copied / "plans/all.json.tmp").write_text("left by a killed run")
+    push(kdata.open(copied), str(tmp_path / "shared"))
+    before, after = digests(copied), digests(tmp_path / "shared")
+    assert set(before) - set(after) == {"notes.txt", "plans/all.json.tmp"} and set(after) - set(before) == {"README.md"}
+    assert all(after[name] == before[name] for name in set(before) & set(after))
+    assert kdata.open(tmp_path / "shared").fingerprint == kdata.open(copied).fingerprint
+
+
+def test_what_is_not_whole_is_not_shared(copied: Path, tmp_path: Path) -> None:
+    (copied / "data/stray.arrow").write_text("")
+    with pytest.raises(CorruptError, match="is not shared so"):
+        push(kdata.open(copied), str(tmp_path / "shared"))
+    (copied / "data/stray.arrow").unlink()
+    (tmp_path / "secret").write_text("key")
+    (copied / "tokenizer/link.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(CorruptError, match="outside the dataset"):
+        push(kdata.open(copied), str(tmp_path / "shared"))
+    assert not (tmp_path / "shared").exists()
+
+
+def test_a_destination_that_is_taken_or_no_name_is_refused(captured: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("")
+    for target in (tmp_path / "full", tmp_path / "full/file", captured):
+        with pytest.raises(ConfigError, match="not an empty folder"):
+            push(kdata.open(captured), str(target))
+    with pytest.raises(ConfigError, match="write hf://OWNER/NAME"):
+        push(kdata.open(captured), "hf://nobody")
+    assert hub_name("hf://datasets/a/b") == hub_name("hf://a/b") == "a/b"
+
+
+def test_the_hub_is_given_a_private_repository_and_the_dataset_s_files(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the Hub's client: no hub can be reached here."""
+    calls: dict[str, Any] = {}
+
+    class StandInApi:
+        def create_repo(self, name: str, **options: Any) -> str:
+            calls["create"] = (name, options)
+            return f"https://hub/{name}"
+
+        def upload_folder(self, **options: Any) -> None:
+            calls["upload"] = options
+
+    (copied / "notes.txt").write_text("mine")
+    monkeypatch.setattr(huggingface_hub, "HfApi", StandInApi)
+    assert push(kdata.open(copied), "hf://me/logits") == "https://hub/me/logits"
+    name, options = calls["create"]
+    assert name == "me/logits" and options["private"] and options["repo_type"] == "dataset"
+    sent = calls["upload"]["allow_patterns"]
+    assert "notes.txt" not in sent and {"README.md", "dataset.json", "manifest.jsonl"} <= set(sent)
+
+
+def test_a_hub_that_cannot_be_reached_gives_one_error(captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(KdataError, match=r"hf://nobody/nothing cannot be downloaded|Hub"):
+        kdata.open("hf://nobody/nothing")
+    with pytest.raises(KdataError):
+        push(kdata.open(captured), "hf://nobody/nothing")
+
+
+def test_a_download_is_a_folder_of_real_files(captured: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The client's own cache holds links that lead out of the snapshot, which a reader must refuse."""
+
+    def stand_in(name: str, *, repo_type: str, local_dir: Path | None = None, **_: Any) -> str:
+        assert (name, repo_type) == ("me/logits", "dataset")
+        target = tmp_path / "snapshot" if local_dir is None else Path(local_dir)
+        for file in (p for p in captured.rglob("*") if p.is_file()):
+            place = target / file.relative_to(captured)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(file) if local_dir is None else place.write_bytes(file.read_bytes())
+        return str(target)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
+    folder = download("hf://me/logits")
+    assert folder.is_relative_to(tmp_path / "home")
+    assert kdata.open(folder).take([0, 3]).token_ids.size > 0
+    with pytest.raises(MissingError, match="does not exist"):
+        kdata.open("me/logits")
