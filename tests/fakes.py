@@ -1,8 +1,8 @@
 """Stand-ins for tests: a teacher that is a hash function, and a tokenizer trained on a few lines.
 
-`StandInTeacher` implements the Teacher protocol. Its distribution after a prefix is drawn from a generator seeded by a
-hash of the prefix, so every number can be recomputed densely (`dense`), there is nothing to load, and two processes agree
-to the last bit.
+`StandInTeacher` implements the Teacher protocol. Its distribution after a prefix is drawn from a generator
+seeded by a hash of the prefix, so every number can be recomputed densely (`dense`), there is nothing to load,
+and two processes agree to the last bit.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ class StandInTeacher:
     """
 
     def __init__(
-        self, salt: str = "", *, context: int = 64, vocab_size: int = VOCAB, before_call: Callable[[int], None] | None = None
+        self,
+        salt: str = "",
+        *,
+        context: int = 64,
+        vocab_size: int = VOCAB,
+        before_call: Callable[[int], None] | None = None,
     ) -> None:
         self.vocab_size, self.context, self.calls = vocab_size, context, 0
         self._salt, self._before_call = salt.encode(), before_call
@@ -69,7 +74,9 @@ class StandInTeacher:
 
     def dense(self, ids: np.ndarray) -> np.ndarray:
         """The oracle: float64 [T, V], row t is the distribution of ids[t] given ids[:t]; row 0 is NaN."""
-        return np.array([np.full(self.vocab_size, np.nan), *(self.after(ids[:t]) for t in range(1, len(ids)))])
+        return np.array(
+            [np.full(self.vocab_size, np.nan), *(self.after(ids[:t]) for t in range(1, len(ids)))]
+        )
 
     def readout(self, ids: np.ndarray, keep: KeepConfig, start: int = 1) -> Readout:
         """What `read` returns for one sequence, recorded from `start` on."""
@@ -99,7 +106,9 @@ class StandInTeacher:
         self._count()
         return [self._continue(p, keep, sampling, seed) for p, seed in zip(prompts, seeds, strict=True)]
 
-    def _continue(self, prompt: np.ndarray, keep: KeepConfig, sampling: SamplingConfig, seed: int) -> Completion:
+    def _continue(
+        self, prompt: np.ndarray, keep: KeepConfig, sampling: SamplingConfig, seed: int
+    ) -> Completion:
         rng, ids = np.random.default_rng(seed), prompt.tolist()
         for number in range(min(sampling.max_tokens, self.context - len(prompt))):
             logprobs_V = self.after(ids)
@@ -191,7 +200,9 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def run_capture(root: Path, corpus: Path, tokenizer: Path, *, teacher: Any = None, resume: str = "auto", **settings: Any) -> Dataset:
+def run_capture(
+    root: Path, corpus: Path, tokenizer: Path, *, teacher: Any = None, resume: str = "auto", **settings: Any
+) -> Dataset:
     """Capture a corpus with the stand-in teacher; k = 8 and units of 120 tokens unless said otherwise."""
     fields = {"k": 8, "unit_tokens": 120, **settings}
     given = fields.pop("reading", {})
@@ -200,12 +211,16 @@ def run_capture(root: Path, corpus: Path, tokenizer: Path, *, teacher: Any = Non
     return capture_with(root, teacher or StandInTeacher(), who, Corpus(config.corpus), config, resume=resume)
 
 
-def run_generate(root: Path, prompts: Path, tokenizer: Path, *, teacher: Any = None, resume: str = "auto", **settings: Any) -> Dataset:
-    """Generate from prompts with the stand-in teacher; k = 8, 12 tokens, units of 4 prompts unless said otherwise."""
+def run_generate(
+    root: Path, prompts: Path, tokenizer: Path, *, teacher: Any = None, resume: str = "auto", **settings: Any
+) -> Dataset:
+    """Generate with the stand-in teacher; k = 8, 12 tokens, units of 4 prompts unless said otherwise."""
     fields = {"k": 8, "unit_prompts": 4, "sampling": SamplingConfig(max_tokens=12), **settings}
     config = GenerateConfig(prompts=CorpusConfig(path=str(prompts)), **fields)
     who = TeacherConfig(model=str(tokenizer), backend="transformers")
-    return generate_with(root, teacher or StandInTeacher(), who, Corpus(config.prompts), config, resume=resume)
+    return generate_with(
+        root, teacher or StandInTeacher(), who, Corpus(config.prompts), config, resume=resume
+    )
 
 
 def generate_and_capture(root: Path, corpus: Path, tokenizer: Path, sleep_sec: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""What the processes of the crash tests need, imported and compiled once by their server; no thread may start here."""
+"""What the processes of the crash tests need, imported once by their server; no thread may start here."""
 
 import numpy as np
 import pytest.__main__  # noqa: F401
@@ -6,9 +6,7 @@ import torch
 import transformers.models.auto.tokenization_auto
 import transformers.tokenization_utils_tokenizers  # noqa: F401
 
-import kdata.hub
 import kdata.packed as packed
-import kdata.teachers.reduce
 import tests.fakes  # noqa: F401
 
 torch.set_num_threads(1)

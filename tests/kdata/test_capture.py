@@ -19,7 +19,9 @@ LONG = "the cat sat on the mat 🙂🙃 naïve café 日本語 " * 8
 
 
 @pytest.fixture(scope="module")
-def kinds(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path) -> dict[str, kdata.Dataset]:
+def kinds(
+    tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path
+) -> dict[str, kdata.Dataset]:
     """One dataset of each kind."""
     settings = {
         "topk": {},
@@ -36,7 +38,9 @@ def kinds(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer
 
 
 @pytest.mark.parametrize("kind", ["topk", "adaptive", "sampled", "hybrid"])
-def test_entry_t_is_the_prediction_of_token_t_given_the_tokens_before_it(kinds: dict[str, kdata.Dataset], kind: str) -> None:
+def test_entry_t_is_the_prediction_of_token_t_given_the_tokens_before_it(
+    kinds: dict[str, kdata.Dataset], kind: str
+) -> None:
     """From text to `take`: the position convention, the ranks, the exact tail and the kept entries."""
     dataset, teacher = kinds[kind], StandInTeacher()
     for sequence in dataset:
@@ -76,7 +80,12 @@ def test_each_kind_keeps_what_it_says(kinds: dict[str, kdata.Dataset]) -> None:
     assert (exact == 0).all() and (drawn >= 1).all() and (drawn <= 50).all()
     exact, drawn = counted("hybrid")
     assert (exact == 8).all() and (drawn >= 1).all() and (drawn <= 12).all()
-    assert [kinds[k].info.tail for k in ("topk", "adaptive", "sampled", "hybrid")] == ["ghost", "ghost", "draws", "draws"]
+    assert [kinds[k].info.tail for k in ("topk", "adaptive", "sampled", "hybrid")] == [
+        "ghost",
+        "ghost",
+        "draws",
+        "draws",
+    ]
 
 
 def test_draws_are_unbiased() -> None:
@@ -122,9 +131,13 @@ def test_empty_texts_go_to_rejects_with_the_reason(captured: Path) -> None:
 def test_a_long_text_is_split_and_its_pieces_join_to_the_whole(
     tmp_path: Path, jsonl: Callable[..., Path], tokenizer_dir: Path, append_eos: bool
 ) -> None:
-    corpus = jsonl([{"id": "long", "domain": "d", "text": LONG}, {"id": "short", "domain": "d", "text": "the cat"}])
+    corpus = jsonl(
+        [{"id": "long", "domain": "d", "text": LONG}, {"id": "short", "domain": "d", "text": "the cat"}]
+    )
     dataset = run_capture(tmp_path / "d", corpus, tokenizer_dir, max_tokens=24, append_eos=append_eos)
-    rows = {row["id"]: (row, sequence) for row, sequence in zip(dataset.index().to_pylist(), dataset, strict=True)}
+    rows = {
+        row["id"]: (row, sequence) for row, sequence in zip(dataset.index().to_pylist(), dataset, strict=True)
+    }
     pieces = [name for name in rows if name.startswith("long#")]
     assert len(pieces) > 4 and pieces == [f"long#{n}" for n in range(len(pieces))] and "short" in rows
     assert "".join(rows[name][0]["text"] for name in pieces) == LONG
@@ -136,17 +149,23 @@ def test_a_long_text_is_split_and_its_pieces_join_to_the_whole(
         assert (sequence.token_ids[-1] == EOS) == (append_eos and row["id"] in (pieces[-1], "short"))
 
 
-def test_a_long_text_can_be_rejected_or_refused(tmp_path: Path, jsonl: Callable[..., Path], tokenizer_dir: Path) -> None:
-    corpus = jsonl([{"id": "long", "domain": "d", "text": LONG}, {"id": "short", "domain": "d", "text": "the cat"}])
+def test_a_long_text_can_be_rejected_or_refused(
+    tmp_path: Path, jsonl: Callable[..., Path], tokenizer_dir: Path
+) -> None:
+    corpus = jsonl(
+        [{"id": "long", "domain": "d", "text": LONG}, {"id": "short", "domain": "d", "text": "the cat"}]
+    )
     dataset = run_capture(tmp_path / "a", corpus, tokenizer_dir, long_text="reject")
     assert dataset.index(["id"])["id"].to_pylist() == ["short"]
     [reject] = dataset.sql("select * from rejects").to_pylist()
     assert (reject["id"], reject["reason"]) == ("long", "too_long") and "the limit is 64" in reject["detail"]
-    with pytest.raises(TooLongError, match="long: the text has .* the limit is 64; set long_text"):
+    with pytest.raises(TooLongError, match=r"long: the text has .* the limit is 64; set long_text"):
         run_capture(tmp_path / "b", corpus, tokenizer_dir, long_text="refuse")
 
 
-def test_one_token_without_a_prefix_has_nothing_to_predict(tmp_path: Path, jsonl: Callable[..., Path]) -> None:
+def test_one_token_without_a_prefix_has_nothing_to_predict(
+    tmp_path: Path, jsonl: Callable[..., Path]
+) -> None:
     from tests.fakes import save_tokenizer
 
     save_tokenizer(tmp_path / "bare", bos=False)
@@ -165,7 +184,9 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path, corpus_file: Path, 
         run_capture(tmp_path / "e", corpus_file, tokenizer_dir, teacher=StandInTeacher(vocab_size=200))
 
 
-def test_transformers_teacher_is_the_plain_forward_pass(tmp_path: Path, llama_dir: Path, jsonl: Callable[..., Path]) -> None:
+def test_transformers_teacher_is_the_plain_forward_pass(
+    tmp_path: Path, llama_dir: Path, jsonl: Callable[..., Path]
+) -> None:
     """The real Llama against logits that are computed here, dense and in float64."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -185,6 +206,8 @@ def test_transformers_teacher_is_the_plain_forward_pass(tmp_path: Path, llama_di
         for t in range(1, len(sequence.token_ids)):
             assert sequence.logprob[t] == pytest.approx(dense_TV[t - 1, sequence.token_ids[t]], rel=1e-3)
             span = slice(sequence.entry_offsets[t], sequence.entry_offsets[t + 1])
-            np.testing.assert_allclose(sequence.entry_logprobs[span], dense_TV[t - 1, sequence.entry_ids[span]], atol=0.07)
+            np.testing.assert_allclose(
+                sequence.entry_logprobs[span], dense_TV[t - 1, sequence.entry_ids[span]], atol=0.07
+            )
             kept = np.exp(dense_TV[t - 1, sequence.entry_ids[span]]).sum()
             assert np.exp(sequence.log_tail[t]) == pytest.approx(1 - kept, rel=1e-4)

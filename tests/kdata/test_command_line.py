@@ -46,10 +46,14 @@ def test_the_commands_make_and_read_a_dataset(made: Path, tmp_path: Path) -> Non
     assert "whole: " in call("verify", made, "--deep")
     shown = call("info", made)
     assert "capture: yes, generate: yes" in shown and "transformers" in shown
-    rows = json.loads(call("sql", made, "select domain, count(*) as n from rows group by 1 order by 1", "--format", "json"))
+    rows = json.loads(
+        call("sql", made, "select domain, count(*) as n from rows group by 1 order by 1", "--format", "json")
+    )
     assert rows == [{"domain": "code", "n": 5}, {"domain": "prose", "n": 6}]
     assert "domain" in call("sql", made, "select domain, count(*), avg(nll) from rows group by 1")
-    assert json.loads(call("sql", made, "select count(*) as n from plans.difference", "--format", "json")) == [{"n": 6}]
+    assert json.loads(
+        call("sql", made, "select count(*) as n from plans.difference", "--format", "json")
+    ) == [{"n": 6}]
     assert "pushed to" in call("push", made, tmp_path / "shared")
     assert (tmp_path / "shared/README.md").exists()
 
@@ -69,17 +73,31 @@ def test_a_second_capture_changes_nothing(made: Path, llama_dir: Path) -> None:
     [
         (["verify", "{tmp}/nowhere"], "does not exist"),
         (["sql", "{made}", "select nope from rows"], "nope"),
-        (["capture", "{tmp}/x", "--teacher", "{llama}", "--corpus", "{tmp}/none.jsonl"], "none.jsonl does not exist"),
+        (
+            ["capture", "{tmp}/x", "--teacher", "{llama}", "--corpus", "{tmp}/none.jsonl"],
+            "none.jsonl does not exist",
+        ),
         (["capture", "hf://a/b", "--teacher", "{llama}", "--corpus", "x"], "push it to the Hub afterwards"),
-        (["capture", "{tmp}/x", "--teacher", "{llama}", "--corpus", "x", "--set", "unit_token=3"], "did you mean 'unit_tokens'"),
-        (["capture", "{tmp}/x", "--teacher", "{llama}", "--corpus", "x", "--set", "teacher=3"], "teacher must be a mapping"),
-        (["capture", "{tmp}/x", "--teacher", "{llama}", "--corpus", "x", "--set", "teacher.dtyp=auto"], "did you mean 'dtype'"),
+        (
+            ["capture", "{tmp}/x", "--teacher", "{llama}", "--corpus", "x", "--set", "unit_token=3"],
+            "did you mean 'unit_tokens'",
+        ),
+        (
+            ["capture", "{tmp}/x", "--teacher", "{llama}", "--corpus", "x", "--set", "teacher=3"],
+            "teacher must be a mapping",
+        ),
+        (
+            ["capture", "{tmp}/x", "--teacher", "{llama}", "--corpus", "x", "--set", "teacher.dtyp=auto"],
+            "did you mean 'dtype'",
+        ),
         (["select", "{made}", "--method", "differenc"], "method: Input should be"),
         (["select", "{made}", "--score", "nobody"], "no score 'nobody'"),
         (["push", "{made}", "{made}"], "not an empty folder"),
     ],
 )
-def test_a_mistake_is_one_kdata_error(made: Path, llama_dir: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_a_mistake_is_one_kdata_error(
+    made: Path, llama_dir: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     filled = [a.format(tmp=tmp_path, made=made, llama=llama_dir) for a in arguments]
     result = RUNNER.invoke(app, filled)
     assert result.exit_code == 1 and isinstance(result.exception, KdataError)
@@ -91,7 +109,7 @@ def kdata(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command as a shell calls it."""
     return subprocess.run(
         [sys.executable, "-c", "from pipelines.cli import main; main()", *arguments],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "COLUMNS": "200"}, timeout=120, check=False,
+        capture_output=True, text=True, cwd=ROOT, timeout=120, env={**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
 
 
@@ -106,7 +124,9 @@ def test_an_error_leaves_with_status_one_and_no_traceback_unless_asked_for(copie
 
 
 @pytest.mark.parametrize("backend", ["vllm", "transformers"])
-def test_a_backend_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch, llama_dir: Path, backend: str) -> None:
+def test_a_backend_that_is_not_installed_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, llama_dir: Path, backend: str
+) -> None:
     for name in ("kdata.teachers.vllm", "kdata.teachers.transformers"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "vllm" if backend == "vllm" else "transformers", None)
@@ -114,7 +134,9 @@ def test_a_backend_that_is_not_installed_names_the_extra(monkeypatch: pytest.Mon
         load_teacher(TeacherConfig(model=str(llama_dir), backend=backend), max_k=8)
 
 
-def test_reading_text_without_transformers_names_the_extra(monkeypatch: pytest.MonkeyPatch, llama_dir: Path) -> None:
+def test_reading_text_without_transformers_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, llama_dir: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(DependencyError, match=r"kdata\[train\]"):
         load_tokenizer(llama_dir)

@@ -1,6 +1,6 @@
 """Killed at any moment and started again: no row lost, none twice, and the same bytes as an undisturbed run.
 
-The job is `tests.fakes.generate_and_capture`, in a process of its own that is killed with SIGKILL: at random moments from
+The job runs in a process of its own that is killed with SIGKILL: at random moments from
 outside, and at every single call that changes the disk from inside.
 """
 
@@ -36,7 +36,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_dir: Path) -> tuple[dict[str, str], float]:
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_dir: Path
+) -> tuple[dict[str, str], float]:
     """Digests of the run that nobody disturbs, and how long it takes."""
     root = tmp_path_factory.mktemp("undisturbed") / "dataset"
     finish(start(generate_and_capture, root.with_name("warm"), corpus, tokenizer_dir))
@@ -104,7 +106,9 @@ def small_capture(root: Path, corpus: Path, tokenizer: Path) -> None:
     run_capture(root, corpus, tokenizer, unit_tokens=40, reading={"limit": 4})
 
 
-def test_killed_before_every_call_that_changes_the_disk(tmp_path: Path, corpus: Path, tokenizer_dir: Path) -> None:
+def test_killed_before_every_call_that_changes_the_disk(
+    tmp_path: Path, corpus: Path, tokenizer_dir: Path
+) -> None:
     """Each state in between can be read, and is one from which the same bytes come."""
     small_capture(tmp_path / "undisturbed", corpus, tokenizer_dir)
     expected, call = digests(tmp_path / "undisturbed"), 0

@@ -1,4 +1,4 @@
-"""Generation: only what was written counts, the same settings write the same rows, and a prompt that does not fit is named."""
+"""Generation: only what was written counts, and the same settings write the same rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from kdata.generate import GenerateConfig, sample_seed
 from kdata.teachers import SamplingConfig, load_tokenizer
 from tests.fakes import EOS, StandInTeacher, digests, run_generate
 
-PROMPTS = [{"id": f"p{n}", "domain": "d", "text": text} for n, text in enumerate(["the cat", "def add", "🙂", "naïve", "日本"])]
+PROMPTS = [
+    {"id": f"p{n}", "domain": "d", "text": text}
+    for n, text in enumerate(["the cat", "def add", "🙂", "naïve", "日本"])
+]
 
 
 @pytest.fixture
@@ -23,7 +26,9 @@ def prompts(jsonl: Callable[..., Path]) -> Path:
     return jsonl(PROMPTS)
 
 
-def test_the_prompt_is_stored_but_only_the_completion_counts(tmp_path: Path, prompts: Path, tokenizer_dir: Path) -> None:
+def test_the_prompt_is_stored_but_only_the_completion_counts(
+    tmp_path: Path, prompts: Path, tokenizer_dir: Path
+) -> None:
     dataset, teacher = run_generate(tmp_path / "d", prompts, tokenizer_dir), StandInTeacher()
     tokenizer = load_tokenizer(tokenizer_dir)
     assert dataset.index(["id"])["id"].to_pylist() == [f"p{n}~0" for n in range(5)]
@@ -42,7 +47,9 @@ def test_the_prompt_is_stored_but_only_the_completion_counts(tmp_path: Path, pro
         assert ended or row["num_target_tokens"] == 12
 
 
-def test_samples_are_reproducible_and_differ_from_each_other(tmp_path: Path, prompts: Path, tokenizer_dir: Path) -> None:
+def test_samples_are_reproducible_and_differ_from_each_other(
+    tmp_path: Path, prompts: Path, tokenizer_dir: Path
+) -> None:
     first = run_generate(tmp_path / "a", prompts, tokenizer_dir, num_samples=3)
     run_generate(tmp_path / "b", prompts, tokenizer_dir, num_samples=3)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
@@ -53,32 +60,47 @@ def test_samples_are_reproducible_and_differ_from_each_other(tmp_path: Path, pro
     assert other.index(["text"])["text"].to_pylist() != texts
 
 
-def test_a_sample_does_not_depend_on_its_neighbours(tmp_path: Path, prompts: Path, jsonl: Callable[..., Path], tokenizer_dir: Path) -> None:
+def test_a_sample_does_not_depend_on_its_neighbours(
+    tmp_path: Path, prompts: Path, jsonl: Callable[..., Path], tokenizer_dir: Path
+) -> None:
     every = run_generate(tmp_path / "a", prompts, tokenizer_dir)
     alone = run_generate(tmp_path / "b", jsonl(PROMPTS[3:4], "one.jsonl"), tokenizer_dir)
     row = int(every.rows_of(["p3~0"])[0])
     np.testing.assert_array_equal(every[row].token_ids, alone[0].token_ids)
-    assert len({sample_seed(0, "p", 0), sample_seed(0, "p", 1), sample_seed(1, "p", 0), sample_seed(0, "q", 0)}) == 4
+    assert (
+        len({sample_seed(0, "p", 0), sample_seed(0, "p", 1), sample_seed(1, "p", 0), sample_seed(0, "q", 0)})
+        == 4
+    )
 
 
-def test_a_prompt_without_room_or_tokens_is_rejected(tmp_path: Path, jsonl: Callable[..., Path], tokenizer_dir: Path) -> None:
+def test_a_prompt_without_room_or_tokens_is_rejected(
+    tmp_path: Path, jsonl: Callable[..., Path], tokenizer_dir: Path
+) -> None:
     from tests.fakes import save_tokenizer
 
     save_tokenizer(tmp_path / "bare", bos=False)
-    rows = [{"id": "long", "domain": "d", "text": "the cat " * 60}, {"id": "none", "domain": "d", "text": ""}, PROMPTS[0]]
+    rows = [
+        {"id": "long", "domain": "d", "text": "the cat " * 60},
+        {"id": "none", "domain": "d", "text": ""},
+        PROMPTS[0],
+    ]
     dataset = run_generate(tmp_path / "d", jsonl(rows), tmp_path / "bare")
     assert dataset.index(["id"])["id"].to_pylist() == ["p0~0"]
     reasons = {row["id"]: row for row in dataset.sql("select * from rejects").to_pylist()}
     assert reasons["long"]["reason"] == "too_long" and "leave room to write" in reasons["long"]["detail"]
     assert reasons["none"]["reason"] == "empty"
     room = run_generate(
-        tmp_path / "e", jsonl([{"id": "x", "domain": "d", "text": "the cat " * 20}]), tokenizer_dir,
+        tmp_path / "e",
+        jsonl([{"id": "x", "domain": "d", "text": "the cat " * 20}]),
+        tokenizer_dir,
         sampling=SamplingConfig(max_tokens=30, min_tokens=30),
     )
     assert room.num_rows == 0
 
 
-def test_greedy_is_the_most_probable_token_every_time(tmp_path: Path, prompts: Path, tokenizer_dir: Path) -> None:
+def test_greedy_is_the_most_probable_token_every_time(
+    tmp_path: Path, prompts: Path, tokenizer_dir: Path
+) -> None:
     dataset = run_generate(
         tmp_path / "d", prompts, tokenizer_dir, sampling=SamplingConfig(temperature=0, max_tokens=4)
     )
@@ -89,14 +111,20 @@ def test_greedy_is_the_most_probable_token_every_time(tmp_path: Path, prompts: P
 def test_min_tokens_above_max_tokens_is_refused() -> None:
     with pytest.raises(ConfigError, match="min_tokens 9 exceeds max_tokens 8"):
         parse_config(
-            GenerateConfig, {"prompts": {"path": "x"}, "sampling": {"max_tokens": 8, "min_tokens": 9}}, "generate settings"
+            GenerateConfig,
+            {"prompts": {"path": "x"}, "sampling": {"max_tokens": 8, "min_tokens": 9}},
+            "generate settings",
         )
 
 
-def test_capture_and_generation_share_a_dataset(tmp_path: Path, prompts: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_capture_and_generation_share_a_dataset(
+    tmp_path: Path, prompts: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
     from tests.fakes import run_capture
 
     run_generate(tmp_path / "d", prompts, tokenizer_dir)
     run_capture(tmp_path / "d", corpus_file, tokenizer_dir)
-    counts = kdata.open(tmp_path / "d").sql("select source, count(*) as n from rows group by all order by all")
+    counts = kdata.open(tmp_path / "d").sql(
+        "select source, count(*) as n from rows group by all order by all"
+    )
     assert counts.to_pylist() == [{"source": "capture", "n": 25}, {"source": "generate", "n": 5}]

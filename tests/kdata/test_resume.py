@@ -18,7 +18,15 @@ from kdata import writer as writer_module
 from kdata.errors import ConfigError, CorruptError, MismatchError, StorageError
 from kdata.progress import Stage
 from kdata.verify import verify
-from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, save_tokenizer, write_jsonl
+from tests.fakes import (
+    StandInTeacher,
+    digests,
+    rows_of_text,
+    run_capture,
+    run_generate,
+    save_tokenizer,
+    write_jsonl,
+)
 
 
 @pytest.fixture
@@ -104,7 +112,9 @@ def test_auto_never_and_must(begun: Path, tmp_path: Path, corpus_file: Path, tok
     assert run_capture(tmp_path / "fresh", corpus_file, tokenizer_dir, resume="never").num_rows == 25
 
 
-def test_what_is_committed_is_not_read_again(begun: Path, corpus_file: Path, tokenizer_dir: Path, captured: Path) -> None:
+def test_what_is_committed_is_not_read_again(
+    begun: Path, corpus_file: Path, tokenizer_dir: Path, captured: Path
+) -> None:
     teacher = StandInTeacher()
     run_capture(begun, corpus_file, tokenizer_dir, teacher=teacher)
     assert teacher.calls == 2
@@ -113,14 +123,18 @@ def test_what_is_committed_is_not_read_again(begun: Path, corpus_file: Path, tok
     assert digests(begun) == digests(captured)
 
 
-def test_the_same_corpus_under_another_name_would_double_its_ids(begun: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_the_same_corpus_under_another_name_would_double_its_ids(
+    begun: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
     from kdata.errors import DataError
 
     with pytest.raises(DataError, match="already has a row with id 'doc-000'"):
         run_capture(begun, corpus_file, tokenizer_dir, name="second")
 
 
-def test_two_writers_at_once_are_refused(begun: Path, tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_two_writers_at_once_are_refused(
+    begun: Path, tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
     link = tmp_path / "link"
     link.symlink_to(begun)
 
@@ -133,7 +147,9 @@ def test_two_writers_at_once_are_refused(begun: Path, tmp_path: Path, corpus_fil
     assert verify(dataset, deep=True) == []
 
 
-def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_a_folder_with_other_things_is_left_alone(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "draft.tmp").write_text("precious")
@@ -143,7 +159,9 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, corpus_file: P
     assert digests(tmp_path) == before
 
 
-def test_files_of_others_in_a_dataset_are_left_alone(begun: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_files_of_others_in_a_dataset_are_left_alone(
+    begun: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
     (begun / "plans").mkdir()
     (begun / "plans" / "mine.tmp").write_text("precious")
     (begun / "data" / "capture-00002.arrow.tmp").write_text("left by a killed run")
@@ -152,20 +170,24 @@ def test_files_of_others_in_a_dataset_are_left_alone(begun: Path, corpus_file: P
     assert not (begun / "data" / "capture-00002.arrow.tmp").exists()
 
 
-def test_a_manifest_without_its_dataset_json_is_refused(begun: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_a_manifest_without_its_dataset_json_is_refused(
+    begun: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
     (begun / "dataset.json").unlink()
-    with pytest.raises(CorruptError, match="has a manifest but no dataset.json"):
+    with pytest.raises(CorruptError, match=r"has a manifest but no dataset\.json"):
         run_capture(begun, corpus_file, tokenizer_dir, k=9)
 
 
-# -------------------------------------------------------------------------------------------------- disks that refuse
+# ---------------------------------------------------------------------------------------- disks that refuse
 
 
 @contextlib.contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
     """A file system of its own; skips where this user may not mount one."""
     folder.mkdir(exist_ok=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True
+    ).returncode:
         pytest.skip("mounting a file system needs root")
     try:
         yield folder
@@ -181,10 +203,16 @@ def test_a_disk_that_is_full_leaves_what_was_committed(
     with mounted(tmp_path / "disk", "size=1m") as disk:
         size = 1024 * (1024 - kib)
         (disk / "ballast").write_bytes(b"\0" * size)
-        with pytest.raises(StorageError, match=r"the disk is full; free some space, then run the same command again"):
+        with pytest.raises(
+            StorageError, match=r"the disk is full; free some space, then run the same command again"
+        ):
             run_capture(disk / "d", corpus_file, tokenizer_dir)
         if (disk / "d" / "dataset.json").exists():
-            assert [p for p in verify(kdata.open(disk / "d"), deep=True) if not p.what.startswith("is in no manifest")] == []
+            assert [
+                p
+                for p in verify(kdata.open(disk / "d"), deep=True)
+                if not p.what.startswith("is in no manifest")
+            ] == []
         (disk / "ballast").unlink()
         run_capture(disk / "d", corpus_file, tokenizer_dir)
         assert digests(disk / "d") == digests(captured)
@@ -203,10 +231,21 @@ def test_a_read_only_file_system_is_named(tmp_path: Path, corpus_file: Path, tok
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "no permission"), (errno.EDQUOT, "quota"), (errno.EIO, "Input/output error")],
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EACCES, "no permission"),
+        (errno.EDQUOT, "quota"),
+        (errno.EIO, "Input/output error"),
+    ],
 )
 def test_injected_faults_of_the_disk(
-    begun: Path, monkeypatch: pytest.MonkeyPatch, corpus_file: Path, tokenizer_dir: Path, captured: Path, number: int, message: str
+    begun: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    corpus_file: Path,
+    tokenizer_dir: Path,
+    captured: Path,
+    number: int,
+    message: str,
 ) -> None:
     """Fault injection at fsync, for disks that cannot be mounted here."""
 

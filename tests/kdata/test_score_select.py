@@ -1,4 +1,4 @@
-"""Sidecars, selections and plans: exact on numbers small enough to do by hand, and refused where they do not fit."""
+"""Sidecars, selections and plans: exact on numbers done by hand, and refused where they do not fit."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ from tests.fakes import VOCAB, StandInTeacher, run_capture, save_llama, save_tok
 TEACHER = StandInTeacher()
 
 
-def tiny(root: Path, nlls: dict[str, float], *, source: str = "capture", domains: str = "ab") -> kdata.Dataset:
-    """A dataset of two-token rows whose teacher's NLL is given, two rows a shard, domains in turn."""
+def tiny(
+    root: Path, nlls: dict[str, float], *, source: str = "capture", domains: str = "ab", shard_rows: int = 2
+) -> kdata.Dataset:
+    """A dataset of two-token rows whose teacher's NLL is given, domains in turn."""
     info = new_info(
         format_version="1.0",
         vocab_size=VOCAB,
@@ -60,13 +62,20 @@ def tiny(root: Path, nlls: dict[str, float], *, source: str = "capture", domains
         readout = TEACHER.readout(np.array([3, 4], np.int32), KeepConfig(k=2))
         records.append(
             Record(
-                name, domains[number % len(domains)], readout.token_ids, np.array([False, True]),
-                np.array([np.nan, -nll], np.float32), readout.rank, readout.log_tail, readout.kept, "text",
-            )  # fmt: skip
+                name,
+                domains[number % len(domains)],
+                readout.token_ids,
+                np.array([False, True]),
+                np.array([np.nan, -nll], np.float32),
+                readout.rank,
+                readout.log_tail,
+                readout.kept,
+                "text",
+            )
         )
     with Writer(root, info, source, SourceInfo(kind="capture", settings={}, num_units=None)) as writer:
-        for number in range(0, len(records), 2):
-            writer.commit(Unit(number // 2, records[number : number + 2]))
+        for number in range(0, len(records), shard_rows):
+            writer.commit(Unit(number // shard_rows, records[number : number + shard_rows]))
     return kdata.open(root)
 
 
@@ -80,12 +89,14 @@ def give_scores(dataset: kdata.Dataset, nlls: dict[str, float], name: str = "ref
     for entry in dataset.manifest:
         ids = dataset.sql(f"select id from rows where shard = '{entry.name}' order by row")["id"].to_pylist()
         numbers = [nlls.get(i) for i in ids]
-        table = pa.table({"id": ids, "nll": numbers, "num_target_tokens": [1] * len(ids)}, schema=SCORE_SCHEMA)
+        table = pa.table(
+            {"id": ids, "nll": numbers, "num_target_tokens": [1] * len(ids)}, schema=SCORE_SCHEMA
+        )
         write_part(dataset, name, entry, table)
     finish_sidecar(dataset, info)
 
 
-# ------------------------------------------------------------------------------------------------------- selection
+# ------------------------------------------------------------------------------------------------ selection
 
 
 def test_difference_takes_where_the_reference_is_worst_against_the_teacher(tmp_path: Path) -> None:
@@ -103,7 +114,7 @@ def test_difference_takes_where_the_reference_is_worst_against_the_teacher(tmp_p
 
 def test_ties_go_by_id_and_a_share_is_never_off_by_one(tmp_path: Path) -> None:
     names = [f"r{n:03}" for n in range(100)]
-    dataset = tiny(tmp_path / "d", dict.fromkeys(reversed(names), 1.0))
+    dataset = tiny(tmp_path / "d", dict.fromkeys(reversed(names), 1.0), shard_rows=60)
     give_scores(dataset, dict.fromkeys(names, 2.0))
     for share, count in ((0.07, 7), (0.29, 29), (0.5, 50), (0.501, 51), (0.001, 1), (1.0, 100)):
         assert select(dataset, SelectConfig(share=share)).ids == names[:count]
@@ -120,12 +131,19 @@ def test_random_is_a_function_of_the_seed_and_the_ids(tmp_path: Path) -> None:
 
 
 def test_all_takes_every_row_with_a_target(tmp_path: Path) -> None:
-    assert select(tiny(tmp_path / "d", {"b": 1, "a": 2, "c": 1}), SelectConfig(method="all")).ids == ["a", "b", "c"]
+    assert select(tiny(tmp_path / "d", {"b": 1, "a": 2, "c": 1}), SelectConfig(method="all")).ids == [
+        "a",
+        "b",
+        "c",
+    ]
 
 
 def test_sql_chooses_ids_and_repeats(tmp_path: Path) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0, "c": 3.0})
-    query = "select id, (case when nll > 2 then 3 else 1 end)::bigint as repeats from rows where nll > 1 order by nll desc"
+    query = (
+        "select id, (case when nll > 2 then 3 else 1 end)::bigint as repeats "
+        "from rows where nll > 1 order by nll desc"
+    )
     plan = select(dataset, SelectConfig(method="sql", sql=query, name="mine"))
     assert plan.ids == ["c", "b"] and plan.repeats.tolist() == [3, 1] and plan.info.sql == query
     assert Plan.load(tmp_path / "d/plans/mine.parquet").rows(dataset).tolist() == [2, 2, 2, 1]
@@ -146,7 +164,9 @@ def test_sql_chooses_ids_and_repeats(tmp_path: Path) -> None:
         ("select id from rowz", QueryError, "rowz"),
     ],
 )
-def test_a_query_that_makes_no_plan_is_refused(tmp_path: Path, query: str, error: type[Exception], message: str) -> None:
+def test_a_query_that_makes_no_plan_is_refused(
+    tmp_path: Path, query: str, error: type[Exception], message: str
+) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0})
     with pytest.raises(error, match=message):
         select(dataset, SelectConfig(method="sql", sql=query))
@@ -169,18 +189,20 @@ def test_a_dataset_that_has_grown_needs_scores_and_plans_anew(tmp_path: Path) ->
     grown = tiny(tmp_path / "d", {"c": 1.0}, source="more")
     with pytest.raises(MismatchError, match=r"plan 'difference' was made for .* Run `kdata select` again"):
         plan.rows(grown)
-    with pytest.raises(MissingError, match="does not cover the dataset as it is now; run `kdata score` again"):
+    with pytest.raises(
+        MissingError, match="does not cover the dataset as it is now; run `kdata score` again"
+    ):
         select(grown, SelectConfig(share=0.5))
 
 
 @given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=6), order=st.randoms())
-def test_a_plan_survives_its_files(captured: Path, tmp_path_factory: pytest.TempPathFactory, counts: list[int], order) -> None:  # type: ignore[no-untyped-def]
+def test_a_plan_survives_its_files(
+    captured: Path, tmp_path_factory: pytest.TempPathFactory, counts: list[int], order
+) -> None:  # type: ignore[no-untyped-def]
     dataset = kdata.open(captured)
     ids = dataset.index(["id"])["id"].to_pylist()
     order.shuffle(ids)
-    plan = make_plan(
-        dataset, "p", ids[: len(counts)], method="sql", parameters={}, repeats=np.array(counts)
-    )
+    plan = make_plan(dataset, "p", ids[: len(counts)], method="sql", parameters={}, repeats=np.array(counts))
     back = Plan.load(plan.save(tmp_path_factory.getbasetemp() / "plan"))
     assert back.ids == plan.ids and back.repeats.tolist() == counts and back.info == plan.info
     assert dataset.index(["id"])["id"].take(pa.array(back.rows(dataset))).to_pylist() == [
@@ -216,7 +238,7 @@ def test_a_damaged_plan_gives_one_error(tmp_path: Path) -> None:
         Plan.load(path)
 
 
-# ------------------------------------------------------------------------------------------------------------- score
+# ---------------------------------------------------------------------------------------------------- score
 
 
 @pytest.fixture
@@ -229,7 +251,9 @@ def config(model: Path, name: str = "ref") -> ScoreConfig:
     return ScoreConfig(model=TeacherConfig(model=str(model), backend="transformers"), name=name)
 
 
-def test_a_score_is_the_model_s_nll_over_the_same_positions(read_by_llama: kdata.Dataset, llama_dir: Path) -> None:
+def test_a_score_is_the_model_s_nll_over_the_same_positions(
+    read_by_llama: kdata.Dataset, llama_dir: Path
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -250,7 +274,11 @@ def test_a_score_is_the_model_s_nll_over_the_same_positions(read_by_llama: kdata
 
 
 def test_scoring_goes_on_where_it_stopped_and_follows_growth(
-    read_by_llama: kdata.Dataset, llama_dir: Path, corpus_file: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+    read_by_llama: kdata.Dataset,
+    llama_dir: Path,
+    corpus_file: Path,
+    tokenizer_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = []
     import kdata.score as module
@@ -275,26 +303,35 @@ def test_scoring_goes_on_where_it_stopped_and_follows_growth(
     rows = [{"id": "new", "domain": "prose", "text": "the dog sat on the log"}]
     from tests.fakes import write_jsonl
 
-    grown = run_capture(read_by_llama.path, write_jsonl(read_by_llama.path.parent / "n.jsonl", rows), tokenizer_dir, name="more")
+    grown = run_capture(
+        read_by_llama.path,
+        write_jsonl(read_by_llama.path.parent / "n.jsonl", rows),
+        tokenizer_dir,
+        name="more",
+    )
     score(grown, config(llama_dir))
     assert calls[5:] == ["more-00000"]
     assert grown.sql("select count(*) as n from rows join scores.ref using (id)")["n"][0].as_py() == 26
 
 
-def test_a_model_that_does_not_fit_is_refused(read_by_llama: kdata.Dataset, llama_dir: Path, tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_is_refused(
+    read_by_llama: kdata.Dataset, llama_dir: Path, tmp_path: Path
+) -> None:
     other = Path(shutil.copytree(llama_dir, tmp_path / "other"))
     save_tokenizer(other, lines=["other text zzz qqq"])
     with pytest.raises(MismatchError, match=r"has another tokenizer .* needs the same one"):
         score(read_by_llama, config(other))
     short = save_llama(tmp_path / "short", context=16)
-    with pytest.raises(ConfigError, match="a sequence of 64 tokens, .* reads at most 16"):
+    with pytest.raises(ConfigError, match=r"a sequence of 64 tokens, .* reads at most 16"):
         score(read_by_llama, config(short))
     with pytest.raises(MissingError, match="does not exist"):
         score(read_by_llama, config(tmp_path / "nowhere"))
     assert not (read_by_llama.path / "scores").exists()
 
 
-def test_another_model_cannot_take_over_a_score(read_by_llama: kdata.Dataset, llama_dir: Path, tmp_path: Path) -> None:
+def test_another_model_cannot_take_over_a_score(
+    read_by_llama: kdata.Dataset, llama_dir: Path, tmp_path: Path
+) -> None:
     score(read_by_llama, config(llama_dir))
     second = save_llama(tmp_path / "second", seed=5)
     with pytest.raises(MismatchError, match=r"scores.ref was made otherwise .*weights_hash"):

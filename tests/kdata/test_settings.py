@@ -18,13 +18,33 @@ from kdata.teachers import TeacherConfig
 @pytest.mark.parametrize(
     ("model", "values", "message"),
     [
-        (CaptureConfig, {"corpus": {"path": "x"}, "unit_token": 5}, r"unknown key 'unit_token' \(did you mean 'unit_tokens'\?\)"),
+        (
+            CaptureConfig,
+            {"corpus": {"path": "x"}, "unit_token": 5},
+            r"unknown key 'unit_token' \(did you mean 'unit_tokens'\?\)",
+        ),
         (CaptureConfig, {"corpus": {"pth": "x"}}, r"unknown key 'corpus.pth' \(did you mean 'path'\?\)"),
-        (GenerateConfig, {"prompts": {"path": "x"}, "sampling": {"temprature": 1}}, r"'sampling.temprature' \(did you mean 'temperature'"),
+        (
+            GenerateConfig,
+            {"prompts": {"path": "x"}, "sampling": {"temprature": 1}},
+            r"'sampling.temprature' \(did you mean 'temperature'",
+        ),
         (CaptureConfig, {}, "'corpus' is missing"),
-        (CaptureConfig, {"corpus": {"path": "x"}, "k": 0}, r"k: Input should be greater than or equal to 1 \(got 0\)"),
-        (TeacherConfig, {"model": "x", "backend": "vlm"}, r"backend: Input should be 'vllm' or 'transformers'.* \(got 'vlm'\)"),
-        (CaptureConfig, {"corpus": {"path": "x"}, "kind": "adaptive", "k": 2, "min_k": 5}, "min_k=5 exceeds the cap k=2"),
+        (
+            CaptureConfig,
+            {"corpus": {"path": "x"}, "k": 0},
+            r"k: Input should be greater than or equal to 1 \(got 0\)",
+        ),
+        (
+            TeacherConfig,
+            {"model": "x", "backend": "vlm"},
+            r"backend: Input should be 'vllm' or 'transformers'.* \(got 'vlm'\)",
+        ),
+        (
+            CaptureConfig,
+            {"corpus": {"path": "x"}, "kind": "adaptive", "k": 2, "min_k": 5},
+            "min_k=5 exceeds the cap k=2",
+        ),
     ],
 )
 def test_each_mistake_names_key_value_and_nearest(model: type, values: dict, message: str) -> None:
@@ -42,7 +62,15 @@ def test_every_problem_is_listed_on_a_line_of_its_own() -> None:
 def test_set_puts_values_in_by_dotted_key_and_reads_them_as_yaml() -> None:
     before = {"capture": {"k": 64, "corpus": {"path": "a"}}, "steps": 3}
     after = apply_settings(
-        before, ["capture.k=32", "capture.corpus.domains=[code, prose]", "new.deep.key=null", "steps=1e3", "text=a=b", "empty="]
+        before,
+        [
+            "capture.k=32",
+            "capture.corpus.domains=[code, prose]",
+            "new.deep.key=null",
+            "steps=1e3",
+            "text=a=b",
+            "empty=",
+        ],
     )
     assert after == {
         "capture": {"k": 32, "corpus": {"path": "a", "domains": ["code", "prose"]}},
@@ -72,12 +100,20 @@ def test_a_yaml_file_must_be_there_and_hold_a_mapping(tmp_path: Path) -> None:
 def test_a_difference_has_one_line_for_each_setting() -> None:
     before = {"a": 1, "b": {"c": [1, 2], "d": None}, "gone": 3}
     after = {"a": 1, "b": {"c": [1, 3]}, "new": 4}
-    assert settings_difference(before, after).splitlines() == ["  b.c: [1, 2] -> [1, 3]", "  gone: 3 -> None", "  new: None -> 4"]
+    assert settings_difference(before, after).splitlines() == [
+        "  b.c: [1, 2] -> [1, 3]",
+        "  gone: 3 -> None",
+        "  new: None -> 4",
+    ]
     assert settings_difference(before, dict(before)) == ""
 
 
 def test_every_error_is_kdata_s_and_the_standard_library_s_and_can_be_pickled() -> None:
-    kinds = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, KdataError) and e is not KdataError]
+    kinds = [
+        e
+        for e in vars(errors).values()
+        if isinstance(e, type) and issubclass(e, KdataError) and e is not KdataError
+    ]
     assert len(kinds) > 10
     for kind in kinds:
         assert any(base.__module__ == "builtins" and base is not Exception for base in kind.__mro__[1:-3])

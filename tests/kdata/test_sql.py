@@ -26,7 +26,9 @@ def test_parameters_are_bound(captured: Path) -> None:
 
 def test_the_manifest_is_a_view(captured: Path) -> None:
     dataset = kdata.open(captured)
-    [row] = dataset.sql("select sum(rows)::int as r, sum(tokens)::int as t, sum(payload_bytes)::int as b from manifest").to_pylist()
+    [row] = dataset.sql(
+        "select sum(rows)::int as r, sum(tokens)::int as t, sum(payload_bytes)::int as b from manifest"
+    ).to_pylist()
     assert row["r"] == 25 and row["t"] == dataset.num_tokens
     assert row["b"] == sum(p.stat().st_size for p in (captured / "data").iterdir())
 
@@ -75,7 +77,10 @@ def test_an_error_is_duckdb_s_and_lists_the_views(captured: Path) -> None:
         kdata.open(captured).sql("selec 1")
 
 
-@pytest.mark.parametrize("query", ["describe rows", "summarize rows", "show tables", "from rows limit 1", "with a as (from rows) from a"])
+@pytest.mark.parametrize(
+    "query",
+    ["describe rows", "summarize rows", "show tables", "from rows limit 1", "with a as (from rows) from a"],
+)
 def test_ways_of_asking(captured: Path, query: str) -> None:
     assert kdata.open(captured).sql(query).num_rows > 0
 

@@ -1,4 +1,4 @@
-"""Writer and reader are a pair: what goes in comes out, whole, in any order; and each refuses what cannot be right."""
+"""Writer and reader are a pair: what goes in comes out, in any order; what cannot be right is refused."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import kdata
 from kdata.codec import CODECS, Kept
-from kdata.keep import KeepConfig
 from kdata.errors import ConfigError, DataError, MissingError, ShapeError
+from kdata.keep import KeepConfig
 from kdata.schema import CodecInfo, DatasetInfo, SourceInfo, TokenizerInfo, content_hash, known_codecs
 from kdata.writer import Record, Reject, Unit, Writer, new_info
 from tests.fakes import VOCAB, StandInTeacher, digests

@@ -1,4 +1,4 @@
-"""The real vLLM on a tiny random Llama: it reads what the plain forward pass reads, and survives SIGKILL to the byte."""
+"""The real vLLM on a tiny Llama: it reads what the plain forward pass reads, and survives SIGKILL to the byte."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[2]
 
-# One engine for all that can be asked in one process. In a process of its own: an engine keeps memory and threads.
+# One engine for all that can be asked of it, in a process of its own: it keeps memory and threads.
 ASK = """
 import pickle, sys
 import numpy as np
@@ -60,14 +60,20 @@ def test_vllm_reads_and_writes_what_the_plain_forward_pass_does(llama_dir: Path,
 
     rng = np.random.default_rng(0)
     sequences = [
-        np.concatenate([[0], rng.integers(2, 300, size)]).astype(np.int32) for size in (5, 40, 17, 90, 126 - 1)
+        np.concatenate([[0], rng.integers(2, 300, size)]).astype(np.int32)
+        for size in (5, 40, 17, 90, 126 - 1)
     ]
     (tmp_path / "in").write_bytes(pickle.dumps((sequences, str(llama_dir))))
     subprocess.run(
-        [sys.executable, "-c", ASK, str(tmp_path / "in"), str(tmp_path / "out")], cwd=ROOT, check=True, timeout=200
+        [sys.executable, "-c", ASK, str(tmp_path / "in"), str(tmp_path / "out")],
+        cwd=ROOT,
+        check=True,
+        timeout=200,
     )
     answers = pickle.loads((tmp_path / "out").read_bytes())
-    plain = TransformersTeacher(TeacherConfig(model=str(llama_dir), backend="transformers")).read(sequences, KeepConfig(k=8))
+    plain = TransformersTeacher(TeacherConfig(model=str(llama_dir), backend="transformers")).read(
+        sequences, KeepConfig(k=8)
+    )
     assert answers["context"] == 127 and answers["info"].backend == "vllm"
     for ours, theirs, again in zip(answers["read"], plain, answers["again"], strict=True):
         np.testing.assert_allclose(ours.logprob, theirs.logprob, atol=1e-4)
@@ -79,7 +85,9 @@ def test_vllm_reads_and_writes_what_the_plain_forward_pass_does(llama_dir: Path,
         if answers["info"].deterministic:
             np.testing.assert_array_equal(ours.logprob, again.logprob)
             np.testing.assert_array_equal(ours.kept.logprobs, again.kept.logprobs)
-    for written, rewritten, read in zip(answers["written"], answers["rewritten"], answers["reread"], strict=True):
+    for written, rewritten, read in zip(
+        answers["written"], answers["rewritten"], answers["reread"], strict=True
+    ):
         own = written.readout
         assert written.num_prompt_tokens == 5 and 5 < len(own.token_ids) <= 15
         assert written.finish_reason == ("stop" if own.token_ids[-1] == 1 else "length")
@@ -99,7 +107,9 @@ def start_capture(root: Path, llama: Path, corpus: Path) -> subprocess.Popen[byt
     )  # fmt: skip
 
 
-def test_killed_with_a_real_vllm_and_started_again_the_bytes_are_the_same(llama_dir: Path, tmp_path: Path) -> None:
+def test_killed_with_a_real_vllm_and_started_again_the_bytes_are_the_same(
+    llama_dir: Path, tmp_path: Path
+) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", rows_of_text(300))
     undisturbed, root = tmp_path / "undisturbed", tmp_path / "killed"
     whole = start_capture(undisturbed, llama_dir, corpus)

@@ -1,4 +1,4 @@
-"""What schemas/ holds beside the column documents: JSON Schemas and the tables of schemas/README.md, made from the code.
+"""What schemas/ holds beside the column documents: JSON Schemas and the README's tables, made from the code.
 
 `python -m tests.schemas.tables` writes both; test_contracts.py holds the files to them.
 """
@@ -35,11 +35,23 @@ JSON_FILES: dict[str, type[BaseModel]] = {
     "plan": PlanInfo,
     "score": ScoreInfo,
 }
-MODELS = [DatasetInfo, TeacherInfo, TokenizerInfo, CodecInfo, SourceInfo, ManifestEntry, FileInfo, CodecError, ScoreInfo, PlanInfo]
+MODELS = [
+    DatasetInfo,
+    TeacherInfo,
+    TokenizerInfo,
+    CodecInfo,
+    SourceInfo,
+    ManifestEntry,
+    FileInfo,
+    CodecError,
+    ScoreInfo,
+    PlanInfo,
+]
 # Columns of the manifest view, and of sidecars and plans, whose Arrow schemas carry no words.
 WORDS = {
     "id": "Id of the sequence.",
-    "nll": "The model's mean negative log-likelihood over the teacher's target positions, nats per token; null without any.",
+    "nll": "The model's mean negative log-likelihood over the teacher's target positions, nats per token; "
+    "null without any.",
     "num_target_tokens": "Positions that the mean is over.",
     "repeats": "How often it is taken, at least 1.",
     "shard": "Name of the shard.",
@@ -62,7 +74,7 @@ def document(name: str) -> dict[str, Any]:
 
 
 def json_schema(name: str) -> str:
-    """The JSON Schema of one JSON file, as text; further keys are allowed, as a newer minor version may add some."""
+    """The JSON Schema of one JSON file; further keys are allowed, as a newer minor version may add some."""
     schema = JSON_FILES[name].model_json_schema(mode="serialization")
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"kdata/v1/{name}.schema.json"}
     return json.dumps({**head, **schema}, indent=2) + "\n"
@@ -84,7 +96,9 @@ def columns_table(columns: list[dict[str, Any]]) -> str:
 
 def arrow_table(schema: pa.Schema) -> str:
     """A table of an Arrow schema."""
-    return table(["column", "type", "what it is"], [[f"`{f.name}`", str(f.type), WORDS[f.name]] for f in schema])
+    return table(
+        ["column", "type", "what it is"], [[f"`{f.name}`", str(f.type), WORDS[f.name]] for f in schema]
+    )
 
 
 def type_name(annotation: Any) -> str:
@@ -134,7 +148,9 @@ def tables() -> dict[str, Callable[[], str]]:
         "manifest": lambda: arrow_table(manifest_view()),
     }
     for name, spec in codecs.items():
-        made[name] = lambda spec=spec: f"Version {spec['version']}. {spec['doc']}\n\n" + columns_table(spec["columns"])
+        made[name] = lambda spec=spec: (
+            f"Version {spec['version']}. {spec['doc']}\n\n" + columns_table(spec["columns"])
+        )
     for model in MODELS:
         made[model.__name__] = lambda model=model: model_table(model)
     return made
