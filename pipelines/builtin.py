@@ -204,7 +204,8 @@ def _ensure_model(name: str, cache_dir: Path, config: BuiltinConfig, network: Ne
     settings = {"network": network.model_dump(), "recipe": RECIPE_VERSION} | config.model_dump(
         include={"seed", "vocab_size", "context"}
     )
-    directory = cache_dir / f"{name}-{_key(settings, corpus.fingerprint, sys.version)}"
+    # The folder's own name goes into dataset.json as the teacher's: the key stands above it.
+    directory = cache_dir / _key(settings, corpus.fingerprint, sys.version) / f"kdata-builtin-{name}"
     if directory.exists():
         return directory
     texts = pq.read_table(corpus.corpus, columns=["text"]).column("text").to_pylist()

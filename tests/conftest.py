@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,14 @@ settings.register_profile(
     "kdata", max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("kdata")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_power_is_cut_here() -> Iterator[None]:
+    """Flushing to the disk is half of the suite's time, and only a power cut could tell; test_resume injects faults."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The walls of DESIGN.md: schemas <- kdata <- trainer <- pipelines; vLLM in one module; a light `import kdata`."""
+"""The walls of DESIGN.md: who may import whom; vLLM in one module; a light `import kdata`."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from kdata.errors import FormatError, ShapeError
 from kdata.schema import CodecInfo, known_codecs, payload_schema
 
 VOCAB, DRAWS = 300, 16
-# Largest |log p - log p stored| of an exact entry. plain: a float16 step, as it is rounded down. packed: half a
-# grid step of 1/16 nat for the entry, and as much again for the shift of the sum.
+# Largest |log p - log p stored| of an exact entry. plain: a float16 step, as it is rounded down. packed: half
+# a grid step of 1/16 nat for the entry, and as much again for the shift of the sum.
 BOUND_NATS = {"plain": lambda logp: np.abs(logp) * 2.0**-10 + 1e-3, "packed": lambda logp: 1 / 16 + 1e-5}
 
 
@@ -25,7 +25,7 @@ def info_of(codec: str, kind: str = "topk") -> CodecInfo:
 
 @st.composite
 def ragged(draw: st.DrawFn, kind: str = "topk", max_scale: float = 4.0) -> tuple[Kept, np.ndarray]:
-    """Entries of a few positions, some without any, and the log of the exact tail; float32 as from a teacher."""
+    """Entries of a few positions, some without any, and the log of the exact tail; float32."""
     counts = draw(st.lists(st.integers(0, 12), max_size=8))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     scale = draw(st.floats(0, max_scale))

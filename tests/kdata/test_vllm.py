@@ -1,4 +1,4 @@
-"""The real vLLM on a tiny Llama: it reads what the plain forward pass reads, and survives SIGKILL to the byte."""
+"""The real vLLM: it reads what the plain forward pass reads, and survives SIGKILL to the byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""schemas/ is what the code does: schemas and tables equal, files of a real dataset valid, and a reader that is
+"""schemas/ is what the code does: schemas and tables equal, files of a dataset valid, and a reader that is
 written from the document alone reads what kdata reads."""
 
 from __future__ import annotations
