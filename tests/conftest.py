@@ -27,7 +27,7 @@ settings.load_profile("kdata")
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_power_is_cut_here() -> Iterator[None]:
-    """Flushing to the disk is half of the suite's time, and only a power cut could tell; test_resume injects faults."""
+    """Flushing takes a third of the time, and only a power cut could tell; test_resume injects faults."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield

@@ -1,14 +1,20 @@
-"""From logits to what is stored: one reduction for every teacher that sees the whole distribution.
+"""From logits, or from hidden states, to what is stored: one reduction for every teacher that sees the whole distribution.
 
 Exact entries, draws, tail mass, log-sum-exp at further temperatures, entropy, and the actual token's log-probability and
-rank, in float32 with exact tails: the tail is the log-sum-exp of what was not kept, not 1 minus what was.
+rank. The tail is the sum of what was not kept, not 1 minus what was, so it is exact however small. Draws are a function of
+the setting and the sequence's token ids alone: neither order, batching nor backend matters (uniforms come from numpy's
+Philox, and both backends invert the same cumulative sum; a uniform within rounding of a border may fall either way).
 
-Shapes: M predicted positions, V vocabulary, K exact entries, N draws.
+From hidden states the head is applied chunk by chunk: never [tokens, V].
+
+Shapes: M predicted positions, C of them in a chunk, V vocabulary, D hidden, K exact entries, N draws.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +23,10 @@ import torch
 from kdata.codec import Kept
 from kdata.keep import KeepConfig, keep_top
 from kdata.teachers import Readout
+
+CHUNK_BYTES = 8 << 20  # of float32 logits at a time: two such buffers stay in a CPU's cache
+
+Logits = Callable[[int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,96 +42,186 @@ class Reduced:
     kept: Kept
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rectangular results of a chunk: top ids and logprobs [C, K], draws int64 [C, N], -1 where there is no tail."""
+
+    logprob: np.ndarray
+    rank: np.ndarray
+    log_tail: np.ndarray
+    entropy: np.ndarray
+    log_z: np.ndarray | None
+    ids: np.ndarray
+    logprobs: np.ndarray
+    draws: np.ndarray
+    draw_logprobs: np.ndarray
+    draw_shares: np.ndarray
+
+
 def reduce_logits(logits_MV: torch.Tensor, actual_M: torch.Tensor, keep: KeepConfig, seed: int) -> Reduced:
     """Reduce logits of one sequence's predicted positions.
 
     Args:
-        logits_MV: float32 [M, V] (converted where it is not).
+        logits_MV: [M, V], converted to float32 where they are not.
         actual_M: int64 [M], the tokens that are there.
         keep: what to keep.
-        seed: of the draws; from the sequence's content, so that neither order nor batching matters.
+        seed: of the draws, see `draw_seed`.
     """
-    logprobs_MV = torch.log_softmax(logits_MV.float(), -1)
-    own_M = logprobs_MV.gather(1, actual_M[:, None])[:, 0]
-    rank_M = (logprobs_MV > own_M[:, None]).sum(1) + 1
-    entropy_M = -(logprobs_MV.exp() * logprobs_MV.clamp_min(-1e4)).sum(-1)
-    log_z = [torch.logsumexp(logprobs_MV / t, -1) for t in keep.temperatures]
-    width = min(keep.num_exact, logprobs_MV.shape[1])
-    top = logprobs_MV.topk(width, -1)
-    kept = keep_top(
-        keep if keep.kind == "adaptive" else KeepConfig(k=max(width, 1)),
-        top.indices.cpu().numpy(),
+    return reduce_chunks(lambda a, b: logits_MV[a:b].float(), logits_MV.shape[1], actual_M, keep, [(len(actual_M), seed)])
+
+
+def reduce_chunks(
+    logits: Logits, vocab_size: int, actual_M: torch.Tensor, keep: KeepConfig, parts: list[tuple[int, int]]
+) -> Reduced:
+    """Reduce positions whose logits are made on demand.
+
+    Args:
+        logits: (begin, end) -> float32 [end - begin, V]; called with rising chunks; may be overwritten.
+        actual_M: int64 [M].
+        parts: (positions, seed of the draws) of each sequence, in order; the positions sum to M.
+    """
+    uniforms_MN = _uniforms(parts, keep)
+    step = max(1, CHUNK_BYTES // (4 * vocab_size))
+    work = _reduce_cpu if actual_M.device.type == "cpu" and keep.tau == 1.0 and keep.kind != "adaptive" else _reduce_torch
+    found = []
+    for begin in range(0, len(actual_M), step):
+        end = min(begin + step, len(actual_M))
+        found.append(work(logits(begin, end), actual_M[begin:end], keep, uniforms_MN[begin:end]))
+    return _assemble(found, keep)
+
+
+def _uniforms(parts: list[tuple[int, int]], keep: KeepConfig) -> np.ndarray:
+    """Uniforms in [0, 1), float64 [M, N], rising along N; N = 0 for kinds without draws."""
+    width = keep.draws if keep.tail == "draws" else 0
+    drawn = [np.random.Generator(np.random.Philox(key=seed)).random((count, width)) for count, seed in parts]
+    return np.sort(np.concatenate(drawn), -1) if drawn else np.zeros((0, width))
+
+
+def _log_z(logprobs_or_logits_CV: torch.Tensor, lse_C: torch.Tensor, keep: KeepConfig) -> np.ndarray | None:
+    """ln sum_i p_i^(1/T) for each further temperature, float32 [C, n]."""
+    if not keep.temperatures:
+        return None
+    found = [torch.logsumexp(logprobs_or_logits_CV / t, -1) - lse_C / t for t in keep.temperatures]
+    return torch.stack(found, 1).cpu().numpy()
+
+
+def _reduce_cpu(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepConfig, uniforms_CN: np.ndarray) -> _Rows:
+    """The compiled rows kernel; the rows are split between two threads."""
+    from kdata.teachers.rows import reduce_rows
+
+    rows, vocab = logits_CV.shape
+    top_C = logits_CV.amax(-1)
+    probs_CV = (logits_CV - top_C[:, None]).exp_()
+    log_z = _log_z(logits_CV, torch.logsumexp(logits_CV, -1), keep) if keep.temperatures else None
+    width, draws = min(keep.num_exact, vocab), uniforms_CN.shape[1]
+    z, p, t, own = (x.numpy() for x in (logits_CV, probs_CV, top_C, actual_C))
+    out = (
+        np.empty(rows, np.float32), np.empty(rows, np.int32), np.empty(rows, np.float32), np.empty(rows, np.float32),
+        np.empty((rows, width), np.int32), np.empty((rows, width), np.float32), np.empty((rows, draws), np.int64),
+    )  # fmt: skip
+
+    def work(part: slice) -> None:
+        reduce_rows(z[part], p[part], t[part], own[part], uniforms_CN[part], *(o[part] for o in out))
+
+    half = rows // 2
+    if rows > 16:
+        list(_POOL.map(work, (slice(0, half), slice(half, rows))))
+    else:
+        work(slice(0, rows))
+    logprob, rank, entropy, log_tail, ids, logprobs, drawn = out
+    lse_C = z[np.arange(rows), own] - logprob
+    draw_logprobs = np.take_along_axis(z, np.maximum(drawn, 0), 1) - lse_C[:, None]
+    return _Rows(logprob, rank, log_tail, entropy, log_z, ids, logprobs, drawn, draw_logprobs, draw_logprobs)
+
+
+_POOL = ThreadPoolExecutor(2, thread_name_prefix="kdata-rows")
+
+
+def _reduce_torch(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepConfig, uniforms_CN: np.ndarray) -> _Rows:
+    """The same in torch: any device, any tau, and the reference of the compiled kernel."""
+    logprobs_CV = torch.log_softmax(logits_CV, -1)
+    own_C = logprobs_CV.gather(1, actual_C[:, None])[:, 0]
+    rank_C = (logits_CV > logits_CV.gather(1, actual_C[:, None])).sum(1) + 1
+    entropy_C = -(logprobs_CV.exp() * logprobs_CV.clamp_min(-1e4)).sum(-1)
+    width = min(keep.num_exact, logprobs_CV.shape[1])
+    top = logprobs_CV.topk(width, -1)
+    kept_CK = torch.ones_like(top.indices, dtype=torch.bool)
+    if keep.kind == "adaptive":
+        counts = keep_top(keep, top.indices.cpu().numpy(), top.values.cpu().numpy(), np.ones(len(own_C), bool)).num_exact
+        kept_CK = torch.arange(width, device=own_C.device) < torch.as_tensor(counts, device=own_C.device)[:, None]
+    rest_CV = logprobs_CV.scatter(1, top.indices, torch.where(kept_CK, -torch.inf, top.values))
+    log_tail_C = torch.logsumexp(rest_CV, -1).clamp_max(0.0)
+    alive_C = torch.isfinite(log_tail_C)
+    share_CV = torch.softmax(torch.where(alive_C[:, None], rest_CV, 0.0).double() * keep.tau, -1)
+    running_CV = share_CV.cumsum(-1)
+    wanted_CN = torch.as_tensor(uniforms_CN, device=own_C.device) * running_CV[:, -1:]
+    drawn_CN = torch.searchsorted(running_CV, wanted_CN, right=True).clamp_max(logprobs_CV.shape[1] - 1)
+    drawn_CN = torch.where(alive_C[:, None], drawn_CN, -1)
+    safe_CN = drawn_CN.clamp_min(0)
+    return _Rows(
+        own_C.cpu().numpy(),
+        rank_C.cpu().numpy().astype(np.int32),
+        log_tail_C.cpu().numpy(),
+        entropy_C.cpu().numpy(),
+        _log_z(logprobs_CV, torch.zeros_like(own_C), keep),
+        top.indices.cpu().numpy().astype(np.int32),
         top.values.cpu().numpy(),
-        np.full(len(logprobs_MV), width > 0),
+        drawn_CN.cpu().numpy(),
+        logprobs_CV.gather(1, safe_CN).cpu().numpy(),
+        share_CV.gather(1, safe_CN).log().float().cpu().numpy(),
     )
-    rest_MV = logprobs_MV.clone()
-    if width:
-        taken_MK = torch.arange(width, device=top.indices.device) < torch.as_tensor(
-            kept.num_exact, device=top.indices.device
-        ).unsqueeze(1)
-        rest_MV.scatter_(1, top.indices, torch.where(taken_MK, -torch.inf, top.values))
-    log_tail_M = torch.logsumexp(rest_MV, -1).clamp_max(0.0)
+
+
+def _assemble(chunks: list[_Rows], keep: KeepConfig) -> Reduced:
+    """Join chunks and lay entries out position by position."""
+
+    def join(name: str) -> np.ndarray:
+        return np.concatenate([getattr(c, name) for c in chunks])
+
+    ids_MK, log_tail_M = join("ids"), join("log_tail")
+    everywhere = np.full(len(ids_MK), ids_MK.shape[1] > 0)
+    top = keep if keep.kind == "adaptive" else KeepConfig(k=max(ids_MK.shape[1], 1))
+    kept = keep_top(top, ids_MK, join("logprobs"), everywhere)
     if keep.tail == "draws":
-        kept = _with_draws(kept, rest_MV, log_tail_M, keep, seed)
+        kept = _with_draws(kept, join("draws"), join("draw_logprobs"), join("draw_shares"), log_tail_M, keep)
     return Reduced(
-        logprob=own_M.cpu().numpy(),
-        rank=rank_M.cpu().numpy().astype(np.int32),
-        log_tail=log_tail_M.cpu().numpy(),
-        entropy=entropy_M.cpu().numpy(),
-        log_z=torch.stack(log_z, 1).cpu().numpy() if log_z else None,
+        logprob=join("logprob"),
+        rank=join("rank"),
+        log_tail=log_tail_M,
+        entropy=join("entropy"),
+        log_z=join("log_z") if keep.temperatures else None,
         kept=kept,
     )
 
 
 def _with_draws(
-    exact: Kept, rest_MV: torch.Tensor, log_tail_M: torch.Tensor, keep: KeepConfig, seed: int
-) -> Kept:
-    """Append draws from the tail to exact entries.
+    exact: Kept, drawn_MN: np.ndarray, logprob_MN: np.ndarray, log_share_MN: np.ndarray, log_tail_M: np.ndarray,
+    keep: KeepConfig,
+) -> Kept:  # fmt: skip
+    """Append draws to exact entries.
 
     At tau = 1 an id drawn c times of N weighs tail * c / N. Otherwise c/N * p_i / d_i, with d proportional to p^tau over
-    the tail. Positions without a tail (log_tail = -inf) have no draws.
+    the tail. Positions without a tail have no draws.
     """
-    device = rest_MV.device
-    generator = torch.Generator(device=device).manual_seed(seed)
-    alive_M = torch.isfinite(log_tail_M)
-    probs_MV = torch.softmax(torch.where(alive_M[:, None], rest_MV, torch.zeros((), device=device)) * keep.tau, -1)
-    drawn_MN = torch.multinomial(probs_MV, keep.draws, replacement=True, generator=generator).sort(-1).values
-    fresh_MN = torch.ones_like(drawn_MN, dtype=torch.bool)
-    fresh_MN[:, 1:] = drawn_MN[:, 1:] != drawn_MN[:, :-1]
-    fresh_MN &= alive_M[:, None]
-    logprob_MN = rest_MV.gather(1, drawn_MN)
-    log_draw_MN = probs_MV.gather(1, drawn_MN).log()
-
-    fresh = fresh_MN.cpu().numpy()
-    starts = np.flatnonzero(fresh.reshape(-1))
+    fresh_MN = drawn_MN >= 0
+    fresh_MN[:, 1:] &= drawn_MN[:, 1:] != drawn_MN[:, :-1]
+    starts = np.flatnonzero(fresh_MN.reshape(-1))
     # A run of equal draws ends where the next begins, or with its position.
     position = starts // keep.draws
-    ends = np.minimum(np.append(starts[1:], fresh.size), (position + 1) * keep.draws)
-    counts = (ends - starts).astype(np.float64)
-    logprobs = logprob_MN.cpu().numpy()[fresh].astype(np.float64)
+    ends = np.minimum(np.append(starts[1:], fresh_MN.size), (position + 1) * keep.draws)
+    log_count = np.log((ends - starts) / keep.draws)
+    logprobs = logprob_MN[fresh_MN]
     if keep.tau == 1.0:
-        weights = np.log(counts / keep.draws) + log_tail_M.cpu().numpy().astype(np.float64)[position]
+        weights = log_count + log_tail_M.astype(np.float64)[position]
     else:
-        weights = np.log(counts / keep.draws) + logprobs - log_draw_MN.cpu().numpy()[fresh].astype(np.float64)
-    return _interleave(
-        exact,
-        fresh.sum(1).astype(np.int32),
-        drawn_MN.cpu().numpy()[fresh].astype(np.int32),
-        weights.astype(np.float32),
-        logprobs.astype(np.float32),
-    )
-
-
-def _interleave(
-    exact: Kept, num_drawn: np.ndarray, ids: np.ndarray, weights: np.ndarray, logprobs: np.ndarray
-) -> Kept:
-    """Lay exact entries and draws out position by position."""
-    counts = np.stack([exact.num_exact, num_drawn], 1).reshape(-1)
-    draws = np.repeat(np.tile([False, True], len(num_drawn)), counts)
-    all_ids, all_logprobs = np.empty(len(draws), np.int32), np.empty(len(draws), np.float32)
-    all_ids[~draws], all_ids[draws] = exact.ids, ids
+        weights = log_count + logprobs.astype(np.float64) - log_share_MN[fresh_MN].astype(np.float64)
+    counts = fresh_MN.sum(1).astype(np.int32)
+    layout = np.stack([exact.num_exact, counts], 1).reshape(-1)
+    draws = np.repeat(np.tile([False, True], len(counts)), layout)
+    ids, all_logprobs = np.empty(len(draws), np.int32), np.empty(len(draws), np.float32)
+    ids[~draws], ids[draws] = exact.ids, drawn_MN[fresh_MN]
     all_logprobs[~draws], all_logprobs[draws] = exact.logprobs, weights
-    return Kept(exact.num_exact, num_drawn, all_ids, all_logprobs, logprobs)
+    return Kept(exact.num_exact, counts, ids, all_logprobs, logprobs)
 
 
 def draw_seed(token_ids: np.ndarray, keep: KeepConfig) -> int:

@@ -24,7 +24,7 @@ from tests.fakes import digests, generate_and_capture, rows_of_text, run_capture
 
 # A server that has imported everything once; each job is a fork of it, and begins after milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.preload"])
+CONTEXT.set_forkserver_preload(["tests.preload", __name__])
 DISK_CALLS = ("fsync", "replace", "rename", "mkdir")
 
 
