@@ -4,11 +4,12 @@ A codec is described by `CodecInfo` in dataset.json and in each shard's own meta
 Whatever it does to a number is measured while a shard is written (`measure_error`), and what is stored never sums to
 more than 1 at any position.
 
-Two codecs:
+Three codecs:
     packed   the default. Ids as byte planes, which zstd's entropy coder brings to within 8 % of the ids' order-0 entropy;
              log-probabilities of exact entries as gaps on a grid of 1/16 nat, 2.6 bits each, normalised by the exact
              tail mass; draws as counts. Measured in tests/benchmarks/codec.py.
     plain    ids as int32, log-probabilities as float16: four times the size, readable by eye.
+    verbatim of imported rows: what another tool returned, with the errors that it has.
 
 Shapes: T tokens, K kept entries of one position, N kept entries in all, D draws in all.
 """
@@ -202,6 +203,18 @@ def _plain_decode(columns: Columns, positions: Positions, info: CodecInfo) -> Ke
     )
 
 
+# --------------------------------------------------------------------------------------------------------- verbatim
+
+
+def _verbatim_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Columns:
+    """Ids as int32, log-probabilities as float32, as they came."""
+    return {"entry_ids": kept.ids, "entry_logprobs": kept.logprobs}
+
+
+def _verbatim_decode(columns: Columns, positions: Positions, info: CodecInfo) -> Kept:
+    return Kept(positions.num_exact, positions.num_drawn, columns["entry_ids"], columns["entry_logprobs"])
+
+
 # ----------------------------------------------------------------------------------------------------------- packed
 
 
@@ -255,6 +268,7 @@ def _packed_decode(columns: Columns, positions: Positions, info: CodecInfo) -> K
 CODECS: dict[str, Codec] = {
     "packed": Codec(_packed_encode, _packed_decode),
     "plain": Codec(_plain_encode, _plain_decode),
+    "verbatim": Codec(_verbatim_encode, _verbatim_decode),
 }
 
 
@@ -291,12 +305,14 @@ def measure_error(true: Kept, stored: Kept, info: CodecInfo) -> CodecError | Non
         ghost = np.where(tail_p > 0, tail_p * (np.log(tail_p) - np.log(tail_q)), 0.0)
     kl = segment_sum(p * error_N, counts) + ghost
     size = np.abs(error_N)
+    # Draws proportional to p^tau weigh back without bias, and their sum is 1 only on average.
+    sum_T = stored.exact_mass() if biased else stored.mass()
     return CodecError(
         mean_nats=float(size.mean()) if len(size) else 0.0,
         max_nats=float(size.max(initial=0.0)),
         kl_nats=float(max(kl[true.num_kept > 0].mean(), 0.0)),
-        # Draws proportional to p^tau weigh back without bias, and their sum is 1 only on average.
-        max_sum=float((stored.exact_mass() if biased else stored.mass()).max()),
+        max_sum=float(sum_T.max()),
+        sums_over_one=int((sum_T > 1).sum()),
     )
 
 

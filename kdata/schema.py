@@ -118,9 +118,18 @@ class TeacherInfo(Contract):
 class SourceInfo(Contract):
     """One piece of work that wrote rows: a capture of a corpus, or a generation from prompts."""
 
-    kind: Literal["capture", "generate"] = Field(description="Reads text, or writes it.")
+    kind: Literal["capture", "generate", "import", "split"] = Field(
+        description="capture reads text, generate writes it, import takes another tool's rows, split a dataset's."
+    )
     settings: dict[str, Any] = Field(description="Everything that decides the rows; a resume must repeat it.")
     num_units: int | None = Field(description="Work units in all, once the work is complete; null before.")
+
+
+class FileInfo(Contract):
+    """One file that was committed."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the file.")
+    bytes: int = Field(ge=0, description="Its size.")
 
 
 class DatasetInfo(Contract):
@@ -132,23 +141,22 @@ class DatasetInfo(Contract):
     teacher: TeacherInfo = Field(description="Who believed what is stored.")
     tokenizer: TokenizerInfo = Field(description="Which tokenizer made the ids.")
     codec: CodecInfo = Field(description="How kept entries are stored.")
-    tail: Literal["ghost", "draws"] = Field(
-        description="ghost: kept entries are exact and log_tail is the rest; draws: weights already sum to 1."
+    tail: Literal["ghost", "draws", "absent"] = Field(
+        description="ghost: kept entries are exact and log_tail is the rest; draws: weights already sum to 1; absent: "
+        "the rest is not known (imported rows)."
+    )
+    tokenizer_files: dict[str, FileInfo] = Field(
+        {}, description="Files in tokenizer/, by name, to find a damaged byte; no part of the identity."
     )
     sources: dict[str, SourceInfo] = Field(description="Work that wrote rows, by name.")
-    fingerprint: str = Field(description="SHA-256 of the identity: everything but `sources`, `fingerprint` and `digest`.")
+    fingerprint: str = Field(
+        description="SHA-256 of the identity: everything but `sources`, `tokenizer_files`, `fingerprint` and `digest`."
+    )
     digest: str = Field("", description="SHA-256 of everything else in the file: finds a damaged byte.")
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same for as long as rows are added."""
-        return self.model_dump(exclude={"sources", "fingerprint", "digest"})
-
-
-class FileInfo(Contract):
-    """One file of a shard."""
-
-    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the file.")
-    bytes: int = Field(ge=0, description="Its size.")
+        return self.model_dump(exclude={"sources", "tokenizer_files", "fingerprint", "digest"})
 
 
 class CodecError(Contract):
@@ -157,7 +165,11 @@ class CodecError(Contract):
     mean_nats: float = Field(description="Mean |log p - log p stored| over kept entries.")
     max_nats: float = Field(description="Largest of the same.")
     kl_nats: float = Field(description="Mean KL(teacher || stored), kept entries plus one bucket for the rest.")
-    max_sum: float = Field(description="Largest sum of stored probabilities at one position, never above 1; without draws where tau is not 1.")
+    max_sum: float = Field(
+        description="Largest sum of stored probabilities at one position, without draws where tau is not 1; above 1 only in "
+        "imported rows (codec verbatim)."
+    )
+    sums_over_one: int = Field(0, ge=0, description="Positions whose sum is above 1: imported rows only.")
 
 
 class ManifestEntry(Contract):

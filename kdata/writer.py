@@ -130,9 +130,7 @@ class Writer:
         self._source_info = source_info
         self._resume = resume
         self._tokenizer_dir = tokenizer_dir
-        # Beside the dataset, not in it: a lock is no part of what is shared.
-        place = root.resolve()  # one lock however the folder is named: relative, ".", through a link
-        self._lock = FileLock(place.parent / f".{place.name}.lock")
+        self._lock = lock_of(root)
 
     def __enter__(self) -> Writer:
         with storage_errors(self.root):
@@ -189,7 +187,8 @@ class Writer:
 
     def _write_info(self, source_info: SourceInfo) -> None:
         sources = {**self.info.sources, self.source: source_info}
-        self.info = self.info.model_copy(update={"sources": dict(sorted(sources.items()))})
+        update = {"sources": dict(sorted(sources.items())), "tokenizer_files": self._tokenizer_files()}
+        self.info = self.info.model_copy(update=update)
         write_info(self.root, self.info)
 
     def _copy_tokenizer(self) -> None:
@@ -201,6 +200,12 @@ class Writer:
         for file in sorted(self._tokenizer_dir.iterdir()):  # copytree would hide a full disk in its own error
             shutil.copyfile(file, temporary / file.name)
         os.rename(temporary, target)
+
+    def _tokenizer_files(self) -> dict[str, FileInfo]:
+        """What stands in tokenizer/: recorded when it is first written, and kept from then on."""
+        if self.info.tokenizer_files:
+            return self.info.tokenizer_files
+        return {path.name: file_info(path) for path in sorted((self.root / "tokenizer").glob("*")) if path.is_file()}
 
     def _clear_temporary(self) -> None:
         for pattern in TEMPORARY:
@@ -284,6 +289,18 @@ class Writer:
         return FileInfo(sha256=digest, bytes=size)
 
 
+def lock_of(root: Path) -> FileLock:
+    """The lock of whoever writes to a dataset: beside it, not in it, as a lock is no part of what is shared."""
+    place = root.resolve()  # one lock however the folder is named: relative, ".", through a link
+    return FileLock(place.parent / f".{place.name}.lock")
+
+
+def file_info(path: Path) -> FileInfo:
+    """Digest and size of a file."""
+    with path.open("rb") as file:
+        return FileInfo(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=path.stat().st_size)
+
+
 def _refuse_foreign(root: Path) -> None:
     """Refuse to begin a dataset among other files, or beside a manifest whose dataset.json is gone."""
     if (root / "manifest.jsonl").exists():
@@ -362,7 +379,7 @@ def shard_tables(unit: Unit, name: str, source: str, info: DatasetInfo):
     tail = np.concatenate([r.log_tail for r in records] or [np.zeros(0)]).astype(np.float32)
     entries, stored = codecs.to_columns(kept, tail, offsets, info.codec)
     error = codecs.measure_error(kept, stored, info.codec)
-    if error is not None and error.max_sum > 1.0:
+    if error is not None and error.max_sum > 1.0 and info.codec.id != "verbatim":
         raise DataError(f"{name}: kept probabilities would sum to {error.max_sum} > 1; the teacher's output is not "
                         "a distribution")
     entropy = [r.entropy if r.entropy is not None else np.full(len(r.token_ids), np.nan) for r in records]
@@ -404,12 +421,12 @@ def _check_record(record: Record, info: DatasetInfo) -> None:
     for what, values in (("token", record.token_ids), ("kept", record.kept.ids)):
         if len(values) and (values.min() < 0 or values.max() >= info.vocab_size):
             raise DataError(f"{record.id}: a {what} id lies outside [0, {info.vocab_size})")
-    if not np.isfinite(record.logprob[record.target_mask]).all():
+    if info.tail != "absent" and not np.isfinite(record.logprob[record.target_mask]).all():
         raise DataError(f"{record.id}: a target position has no finite teacher log-probability")
-    exact = record.kept.logprobs[~record.kept.is_draw]
-    if not np.isfinite(record.kept.logprobs).all() or (exact > 1e-5).any():
+    exact, as_given = record.kept.logprobs[~record.kept.is_draw], info.codec.id == "verbatim"
+    if not np.isfinite(record.kept.logprobs).all() or ((exact > 1e-5).any() and not as_given):
         raise DataError(f"{record.id}: a kept log-probability is not a finite number <= 0")
-    if record.kept.exact_mass().max(initial=0.0) > 1 + MASS_SLACK:
+    if record.kept.exact_mass().max(initial=0.0) > 1 + MASS_SLACK and not as_given:
         raise DataError(
             f"{record.id}: kept probabilities sum to {record.kept.exact_mass().max():.4f} > 1; the teacher's output is not "
             "a distribution"
@@ -422,6 +439,7 @@ def _index_row(record: Record, name: str, source: str, row: int, mass_T: np.ndar
     target = record.target_mask
     counted = int(target.sum())
     entropy = record.entropy
+    nll = float(-record.logprob[target].astype(np.float64).mean()) if counted else None
     return {
         "id": record.id,
         "content_hash": content_hash(record.token_ids),
@@ -435,7 +453,7 @@ def _index_row(record: Record, name: str, source: str, row: int, mass_T: np.ndar
         "text": record.text,
         "prompt": record.prompt,
         "finish_reason": record.finish_reason,
-        "nll": float(-record.logprob[target].astype(np.float64).mean()) if counted else None,
+        "nll": nll if nll is not None and np.isfinite(nll) else None,
         "mean_entropy": float(entropy[target].mean(dtype=np.float64)) if counted and entropy is not None else None,
         "kept_mass": float(mass_T[target].mean()) if counted else None,
         "shard": name,

@@ -30,6 +30,11 @@ class TeacherConfig(Strict):
 
     model: str = Field(description="Folder of a Hugging Face model, or a Hub name.")
     backend: Literal["vllm", "transformers"] = Field("vllm", description="What runs the model.")
+    path: Literal["auto", "logprobs", "hidden"] = Field(
+        "auto",
+        description="How vLLM is read: its own log-probabilities (top k), or hidden states and our own head (anything). "
+        "auto: logprobs where the top k suffice, hidden where the full distribution is asked for.",
+    )
     revision: str | None = Field(None, description="Hub branch, tag or commit; null takes the default branch.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="Arithmetic of the forward pass; auto takes the checkpoint's."

@@ -1,0 +1,95 @@
+"""The output head of a checkpoint, read from its files: hidden states to logits, without building [tokens, V].
+
+vLLM's pooling runner returns the states behind the final norm; the head is ours. Known kinds are tied or untied
+embeddings, with or without bias, with Gemma's soft-cap or a constant logit scale. What is not known is refused, not guessed:
+a model whose logits are more than that would be captured wrongly without any sign.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from kdata.errors import TeacherError
+
+# Architectures whose logits are `head @ hidden` with at most the options below; config keys that would change that.
+KNOWN = {
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM", "Phi3ForCausalLM", "OlmoForCausalLM", "Olmo2ForCausalLM", "CohereForCausalLM",
+    "Cohere2ForCausalLM", "GraniteForCausalLM", "SmolLM3ForCausalLM",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Head:
+    """weight_VD float [V, D]; bias_V or None; logits = cap * tanh(scale * (h W^T + b) / cap), cap None: no cap."""
+
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None
+    scale: float
+    cap: float | None
+
+    def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
+        """Float32 logits [C, V]."""
+        logits_CV = hidden_CD.to(self.weight_VD.dtype) @ self.weight_VD.T
+        logits_CV = logits_CV.float()
+        if self.bias_V is not None:
+            logits_CV += self.bias_V
+        if self.scale != 1.0:
+            logits_CV *= self.scale
+        if self.cap is not None:
+            logits_CV = self.cap * torch.tanh(logits_CV / self.cap)
+        return logits_CV
+
+
+def load_head(folder: Path, vocab_size: int, dtype: torch.dtype, device: str) -> Head:
+    """Read the head of a model folder.
+
+    Args:
+        folder: with config.json and *.safetensors.
+        vocab_size: rows that the engine has; the checkpoint must have as many.
+        dtype: of the matrix product; the forward pass's.
+    Raises:
+        TeacherError: an architecture or option that is not known, or no head in the files.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    architecture = (config.get("architectures") or ["none"])[0]
+    if architecture not in KNOWN:
+        raise TeacherError(
+            f"the head of {architecture} is not known to the hidden-state path; use path=logprobs, or backend transformers"
+        )
+    tied = bool(config.get("tie_word_embeddings", architecture.startswith(("Gemma", "Cohere"))))
+    weight = None if tied else _tensor(folder, ("lm_head.weight",))
+    if weight is None:
+        weight = _tensor(folder, ("model.embed_tokens.weight", "embed_tokens.weight"))
+    if weight is None:
+        raise TeacherError(f"{folder} holds neither lm_head.weight nor an embedding in *.safetensors")
+    if len(weight) != vocab_size:
+        raise TeacherError(f"the head in {folder} has {len(weight)} rows, the engine says {vocab_size}")
+    bias = _tensor(folder, ("lm_head.bias",))
+    return Head(
+        weight.to(device, dtype),
+        None if bias is None else bias.to(device, torch.float32),
+        _scale(config),
+        config.get("final_logit_softcapping"),
+    )
+
+
+def _scale(config: dict) -> float:
+    """Constant factor on the logits: Cohere's logit_scale, Granite's 1 / logits_scaling."""
+    if "logits_scaling" in config:
+        return 1.0 / float(config["logits_scaling"])
+    return float(config.get("logit_scale") or 1.0)
+
+
+def _tensor(folder: Path, names: tuple[str, ...]) -> torch.Tensor | None:
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in names:
+                if name in tensors.keys():  # noqa: SIM118  # safe_open is no mapping
+                    return tensors.get_tensor(name)
+    return None
