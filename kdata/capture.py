@@ -56,7 +56,12 @@ class ReadingUnit:
 
 
 def capture(
-    root: Path, teacher_config: TeacherConfig, config: CaptureConfig, *, resume: str = "auto", log: Path | None = None
+    root: Path,
+    teacher_config: TeacherConfig,
+    config: CaptureConfig,
+    *,
+    resume: str = "auto",
+    log: Path | None = None,
 ) -> Dataset:
     """Read a corpus with a teacher and add it to the dataset at `root` (made when absent).
 
@@ -90,7 +95,9 @@ def capture_with(
     """The same with a teacher that is already loaded."""
     tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
     check_k(config, teacher)
-    limit = min(config.max_tokens or teacher.context, teacher.context)
+    limit = config.max_tokens or teacher.context
+    if limit > teacher.context:
+        raise ConfigError(f"max_tokens={limit} exceeds what the teacher can read, {teacher.context}; lower it")
     own = config.model_dump(exclude={"corpus", "name", "max_tokens", *KeepConfig.model_fields})
     settings = {**own, **config.settings(), "kind": config.kind, "max_tokens": limit}
     source = SourceInfo(kind="capture", settings={**settings, "corpus": corpus.settings()}, num_units=None)
@@ -152,7 +159,12 @@ def reading_units(corpus: Corpus, tokenizer: Any, config: CaptureConfig, limit: 
 
 
 def _add(
-    unit: ReadingUnit, document: Document, encoder: TextEncoder, config: CaptureConfig, limit: int, eos: int | None
+    unit: ReadingUnit,
+    document: Document,
+    encoder: TextEncoder,
+    config: CaptureConfig,
+    limit: int,
+    eos: int | None,
 ) -> None:
     unit.documents += 1
     if not document.text.strip():

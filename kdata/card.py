@@ -22,9 +22,7 @@ from kdata.manifest import write_atomically
 from kdata.schema import CodecError, index_schema, payload_schema
 
 NOTES_BEGIN, NOTES_END = b"<!-- notes: begin -->", b"<!-- notes: end -->"
-EMPTY_NOTES = (
-    b"\nWhat a reader should know and the files do not say. This part is kept when the card is made again.\n"
-)
+EMPTY_NOTES = b"\nWhat a reader should know and the files do not say. This part is kept when the card is made again.\n"
 
 # Licence identifiers that the Hub knows; any other is `other`, and the table in the card says what it is.
 HUB_LICENSES = frozenset(
@@ -39,9 +37,7 @@ HUB_LICENSES = frozenset(
     """.split()  # noqa: SIM905, a word list reads better than sixty quoted lines
 )
 
-_SPACE = re.compile(
-    r"[\s\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+"
-)  # line breaks, controls, text direction
+_SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+")  # line breaks, controls, text direction
 _MARKS = re.compile(r"[\\*_\[\]#~$!]")
 _ENTITIES = {ord(c): f"&#{ord(c)};" for c in "&<>|`\"'"}
 _MEANS = (
@@ -101,9 +97,7 @@ def facts(dataset: Dataset) -> Facts:
         payload_bytes=size("data"),
         index_bytes=size("index"),
         codec_error=codec_error(dataset),
-        domains=_sql(
-            dataset, f"select domain as name, {_MEANS} from rows group by 1 order by tokens desc, name"
-        ),
+        domains=_sql(dataset, f"select domain as name, {_MEANS} from rows group by 1 order by tokens desc, name"),
         sources=sources,
         licenses=_sql(
             dataset,
@@ -124,9 +118,7 @@ def _sql(dataset: Dataset, query: str) -> list[dict[str, Any]]:
 
 def codec_error(dataset: Dataset) -> CodecError | None:
     """Codec error of the whole dataset: means weighted by target tokens, maxima over all shards."""
-    measured = [
-        (e.target_tokens, e.codec_error) for e in dataset.manifest if e.codec_error and e.target_tokens
-    ]
+    measured = [(e.target_tokens, e.codec_error) for e in dataset.manifest if e.codec_error and e.target_tokens]
     if not measured:
         return None
     weight = sum(tokens for tokens, _ in measured)

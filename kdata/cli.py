@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ app = typer.Typer(
 out = Console()
 
 
-class Resume(str, Enum):
+class Resume(StrEnum):
     """What to do with work that is already there."""
 
     auto = "auto"
@@ -33,7 +33,7 @@ class Resume(str, Enum):
     must = "must"
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     """How a table is printed."""
 
     table = "table"
@@ -48,7 +48,8 @@ SetOption = Annotated[
 TeacherOption = Annotated[str, typer.Option("--teacher", metavar="MODEL", help="Model folder or Hub name.")]
 BackendOption = Annotated[str, typer.Option(help="What runs the teacher: vllm or transformers.")]
 ResumeOption = Annotated[
-    Resume, typer.Option(help="auto: go on where a former run stopped; never: refuse; must: refuse a fresh start.")
+    Resume,
+    typer.Option(help="auto: go on where a former run stopped; never: refuse; must: refuse a fresh start."),
 ]
 
 
@@ -106,7 +107,9 @@ def capture(
     corpus: Annotated[Path, typer.Option(help="File or folder of text: columns id, domain, text.")],
     backend: BackendOption = "vllm",
     k: Annotated[int, typer.Option(help="Entries kept at every position.")] = 64,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest sequence; the teacher's context if not given.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest sequence; the teacher's context if not given.")
+    ] = None,
     long_text: Annotated[str, typer.Option(help="A longer text: split, reject or refuse.")] = "split",
     resume: ResumeOption = Resume.auto,
     set: SetOption = None,
@@ -188,9 +191,7 @@ def info(dataset: DatasetArgument) -> None:
         "tokens": f"{opened.num_tokens:,}",
         "payload": f"{payload:,} bytes, {payload / max(opened.num_tokens, 1):.1f} per token",
         "rejected": f"{sum(e.rejected for e in opened.manifest):,}",
-        "complete": ", ".join(
-            f"{n}: {'yes' if s.num_units is not None else 'no'}" for n, s in about.sources.items()
-        ),
+        "complete": ", ".join(f"{n}: {'yes' if s.num_units is not None else 'no'}" for n, s in about.sources.items()),
         "fingerprint": opened.fingerprint,
     }
     grid = Table(show_header=False, box=None, title=str(opened.path), title_justify="left")

@@ -261,7 +261,11 @@ def _packed_decode(columns: Columns, positions: Positions, info: CodecInfo) -> K
     logprobs[~draws], logprobs[draws] = exact, weights
     raw = columns.get("draw_logprobs")
     return Kept(
-        positions.num_exact, positions.num_drawn, ids, logprobs, None if raw is None else raw.astype(np.float32)
+        positions.num_exact,
+        positions.num_drawn,
+        ids,
+        logprobs,
+        None if raw is None else raw.astype(np.float32),
     )
 
 

@@ -20,7 +20,14 @@ from pydantic import Field
 from kdata.errors import ConfigError, DataError, KdataError, MissingError
 from kdata.schema import Strict
 
-FORMATS = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".arrow": "ipc"}
+FORMATS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".arrow": "ipc",
+}
 
 BLOCK_BYTES = 1 << 24  # a line of JSONL or a row of CSV must fit a block; pyarrow's own default is 1 MiB
 

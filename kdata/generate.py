@@ -52,7 +52,12 @@ class WritingUnit:
 
 
 def generate(
-    root: Path, teacher_config: TeacherConfig, config: GenerateConfig, *, resume: str = "auto", log: Path | None = None
+    root: Path,
+    teacher_config: TeacherConfig,
+    config: GenerateConfig,
+    *,
+    resume: str = "auto",
+    log: Path | None = None,
 ) -> Dataset:
     """Write text from prompts and add it to the dataset at `root` (made when absent). Errors as in `capture`."""
     prompts = Corpus(config.prompts)
@@ -97,9 +102,7 @@ def generate_with(
     return open_dataset(root)
 
 
-def writing_units(
-    prompts: Corpus, encoder: TextEncoder, config: GenerateConfig, context: int
-) -> Iterator[WritingUnit]:
+def writing_units(prompts: Corpus, encoder: TextEncoder, config: GenerateConfig, context: int) -> Iterator[WritingUnit]:
     """Cut prompts into units of `unit_prompts`; a prompt that leaves no room to write is refused."""
     unit = WritingUnit(0)
     room = context - max(config.sampling.min_tokens, 1)
@@ -136,9 +139,7 @@ def write_unit(
     return Unit(unit.number, records, unit.rejects, inputs=inputs_digest(asked))
 
 
-def _record(
-    document: Document, number: int, completion: Completion, encoder: TextEncoder, tokenizer: Any
-) -> Record:
+def _record(document: Document, number: int, completion: Completion, encoder: TextEncoder, tokenizer: Any) -> Record:
     ids = completion.readout.token_ids
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     record = record_of(

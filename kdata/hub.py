@@ -64,7 +64,14 @@ def dataset_files(dataset: Dataset) -> list[str]:
     """Relative paths of everything that belongs to a dataset: committed shards, sidecars, plans, tokenizer, card."""
     files = ["dataset.json", "manifest.jsonl"]
     files += [relative for entry in dataset.manifest for relative in entry.files]
-    for pattern in ("scores/*.json", "scores/*/*.parquet", "plans/*.json", "plans/*.parquet", "tokenizer/*", "README.md"):
+    for pattern in (
+        "scores/*.json",
+        "scores/*/*.parquet",
+        "plans/*.json",
+        "plans/*.parquet",
+        "tokenizer/*",
+        "README.md",
+    ):
         files += [p.relative_to(dataset.path).as_posix() for p in sorted(dataset.path.glob(pattern)) if p.is_file()]
     for relative in files:
         inside(dataset.path, relative)  # a link would share what lies behind it

@@ -30,11 +30,15 @@ class KeepConfig(Strict):
     min_k: int = Field(4, ge=1, description="At least so many entries (adaptive).")
     draws: int = Field(16, ge=1, le=255, description="Random draws at each position (sampled, hybrid).")
     tau: float = Field(
-        1.0, gt=0, le=2, description="Draws are proportional to p^tau, weighted back (sampled, hybrid); 1 is p itself."
+        1.0,
+        gt=0,
+        le=2,
+        description="Draws are proportional to p^tau, weighted back (sampled, hybrid); 1 is p itself.",
     )
     draw_seed: int = Field(0, ge=0, description="Seed of the draws (sampled, hybrid).")
     temperatures: list[float] = Field(
-        [], description="Further temperatures at which training shall be exact; their log-sum-exp is stored too."
+        [],
+        description="Further temperatures at which training shall be exact; their log-sum-exp is stored too.",
     )
 
     @model_validator(mode="after")

@@ -38,7 +38,9 @@ def read_info(root: Path) -> DatasetInfo:
     if int(major) > FORMAT_MAJOR:
         raise FormatError(f"{root} has format {version}, this kdata reads up to {FORMAT_MAJOR}.x; upgrade kdata")
     if raw.get("digest") != digest_of(raw):
-        raise CorruptError(f"{path} is damaged: it does not match its own digest; restore it from a copy of the dataset")
+        raise CorruptError(
+            f"{path} is damaged: it does not match its own digest; restore it from a copy of the dataset"
+        )
     try:
         return DatasetInfo.model_validate(raw)
     except ValidationError as error:

@@ -29,9 +29,9 @@ STEPS_PER_NAT = 16
 LINEAR_CODES = 240
 
 # Steps that a gap code stands for: exact up to 239 (14.9 nats), then growing by a quarter up to 8,000 (500 nats).
-GAP_STEPS = np.concatenate(
-    [np.arange(LINEAR_CODES), np.round(LINEAR_CODES * 1.25 ** np.arange(1, 17))]
-).astype(np.int32)
+GAP_STEPS = np.concatenate([np.arange(LINEAR_CODES), np.round(LINEAR_CODES * 1.25 ** np.arange(1, 17))]).astype(
+    np.int32
+)
 # e^(-u/16) for u grid steps; beyond 800 nats a float64 is 0 anyway.
 _EXP = np.exp(-np.arange(800 * STEPS_PER_NAT) / STEPS_PER_NAT)
 
@@ -103,7 +103,7 @@ def encode_gaps(logprobs_N: np.ndarray, num_exact_T: np.ndarray) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
-def _encode_gaps(logprobs_N, num_exact_T, gap_steps, codes_N):  # type: ignore[no-untyped-def]
+def _encode_gaps(logprobs_N, num_exact_T, gap_steps, codes_N):
     n = 0
     for t in range(len(num_exact_T)):
         reached = 0
@@ -142,7 +142,7 @@ def decode_gaps(codes_N: np.ndarray, num_exact_T: np.ndarray, log_tail_T: np.nda
 
 
 @numba.njit(cache=True, nogil=True)
-def _decode_gaps(codes_N, num_exact_T, log_tail_T, gap_steps, exp_table, logprobs_N):  # type: ignore[no-untyped-def]
+def _decode_gaps(codes_N, num_exact_T, log_tail_T, gap_steps, exp_table, logprobs_N):
     n = 0
     for t in range(len(num_exact_T)):
         count = num_exact_T[t]
@@ -162,7 +162,7 @@ def _decode_gaps(codes_N, num_exact_T, log_tail_T, gap_steps, exp_table, logprob
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _rounded_down(exact):  # type: ignore[no-untyped-def]
+def _rounded_down(exact):
     """The largest float32 that is not above a float64."""
     near = np.float32(exact)
     if np.float64(near) > exact:
@@ -170,9 +170,7 @@ def _rounded_down(exact):  # type: ignore[no-untyped-def]
     return near
 
 
-def encode_counts(
-    weights_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np.ndarray, num_draws: int
-) -> np.ndarray:
+def encode_counts(weights_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np.ndarray, num_draws: int) -> np.ndarray:
     """How often each drawn id was drawn, uint8 [D], from log-weights float32 [D].
 
     Raises:
@@ -185,9 +183,7 @@ def encode_counts(
     return counts_D.astype(np.uint8)
 
 
-def decode_counts(
-    counts_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np.ndarray, num_draws: int
-) -> np.ndarray:
+def decode_counts(counts_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np.ndarray, num_draws: int) -> np.ndarray:
     """Log-weights float32 [D], log(tail * count / N), rounded down. Raises ShapeError when the counts disagree."""
     if int(num_drawn_T.sum()) != len(counts_D):
         raise ShapeError(f"{len(counts_D)} draw counts for {int(num_drawn_T.sum())} draws")

@@ -5,11 +5,10 @@ Data is never copied to be reweighted; a trainer reads dataset + plan.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import json
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +34,9 @@ class PlanInfo(Contract):
     scores: dict[str, str] = Field(description="Sidecars that were read: name to fingerprint.")
     num_rows: int = Field(ge=0, description="Distinct sequences taken.")
     num_tokens: int = Field(ge=0, description="Tokens, repeats counted.")
-    shares: dict[str, dict[str, float]] = Field(description="Per domain: share of tokens in the dataset and in the plan.")
+    shares: dict[str, dict[str, float]] = Field(
+        description="Per domain: share of tokens in the dataset and in the plan."
+    )
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ class Plan:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{self.info.name}.parquet"
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.table({"id": self.ids, "repeats": self.repeats}, schema=PLAN_SCHEMA), sink, compression="zstd")
+        pq.write_table(
+            pa.table({"id": self.ids, "repeats": self.repeats}, schema=PLAN_SCHEMA), sink, compression="zstd"
+        )
         write_atomically(path, sink.getvalue().to_pybytes())
         text = json.dumps(self.info.model_dump(), indent=2, sort_keys=True) + "\n"
         write_atomically(path.with_suffix(".json"), text.encode())

@@ -82,8 +82,12 @@ class Stage:
         self.tokens += tokens
         self._facts.update(facts)
         if self._live is not None:
-            self._live.update(self._task, advance=count, facts=self._facts_text(),
-                              tokens_sec=self.tokens / max(self.seconds, 1e-9))
+            self._live.update(
+                self._task,
+                advance=count,
+                facts=self._facts_text(),
+                tokens_sec=self.tokens / max(self.seconds, 1e-9),
+            )
         elif time.monotonic() - self._last_plain >= PLAIN_EVERY_SEC:
             self._last_plain = time.monotonic()
             console.print(self._line(), highlight=False, soft_wrap=True)
@@ -136,4 +140,6 @@ class Stage:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise StorageError(f"cannot write the log {self._log}: {error.strerror}; what was committed is intact") from error
+            raise StorageError(
+                f"cannot write the log {self._log}: {error.strerror}; what was committed is intact"
+            ) from error

@@ -105,9 +105,7 @@ def write_report(run: Path) -> Path:
     results = read_results(run / "results.json")
     dataset, heldout = _open(run / "dataset"), _open(run / "heldout")
     if dataset is None and results is None:
-        raise MissingError(
-            f"{run} holds neither dataset/ nor results.json; make a run with `kdata run RECIPE`"
-        )
+        raise MissingError(f"{run} holds neither dataset/ nor results.json; make a run with `kdata run RECIPE`")
     results = results or {}
     students = results.get("students", {})
     with matplotlib.rc_context(STYLE):
@@ -163,9 +161,7 @@ def read_results(path: Path) -> dict[str, Any] | None:
     try:
         return _Results.model_validate(results).model_dump()
     except ValidationError as error:
-        raise CorruptError(
-            f"{path}: {first_problem(error)}; run `kdata run` again to make it anew"
-        ) from error
+        raise CorruptError(f"{path}: {first_problem(error)}; run `kdata run` again to make it anew") from error
 
 
 def _open(path: Path) -> Dataset | None:
@@ -243,11 +239,7 @@ def _headline(kind: str, count: int, signs: set[tuple[int, ...]], winners: list[
 def _signs(base: dict[str, Any], student: dict[str, Any]) -> dict[str, int]:
     """For NLL and KL, where both are measured: 1 where the student is lower, -1 where higher, 0 in a tie."""
     pairs = {key: (measure(base, key), measure(student, key)) for key in ("nll", "kl")}
-    known = {
-        key: before - after
-        for key, (before, after) in pairs.items()
-        if before is not None and after is not None
-    }
+    known = {key: before - after for key, (before, after) in pairs.items() if before is not None and after is not None}
     return {key: 0 if abs(gap) < TIE else 1 if gap > 0 else -1 for key, gap in known.items()}
 
 
@@ -329,11 +321,7 @@ def _kl_note(students: Students, heldout: Dataset | None) -> str:
     if stated:
         return "; ".join(stated)
     ghost = heldout is not None and heldout.info.tail == "ghost"
-    return (
-        "a lower bound: kept entries and one bucket for the rest"
-        if ghost
-        else "not recorded how it was estimated"
-    )
+    return "a lower bound: kept entries and one bucket for the rest" if ghost else "not recorded how it was estimated"
 
 
 def stages(
@@ -370,9 +358,7 @@ def _written(dataset: Dataset | None, kind: str) -> str:
     if dataset is None or not sources:
         return ""
     rows = sum(e.rows for e in dataset.manifest if e.source in sources)
-    return f"{rows:,} rows" + (
-        "" if all(s.num_units is not None for s in sources.values()) else ", not finished"
-    )
+    return f"{rows:,} rows" + ("" if all(s.num_units is not None for s in sources.values()) else ", not finished")
 
 
 def make_plots(run: Path, students: Students, dataset: Dataset | None) -> dict[str, Plot]:
@@ -386,9 +372,7 @@ def make_plots(run: Path, students: Students, dataset: Dataset | None) -> dict[s
         "domains": _domains(students),
         "difference": _difference(dataset),
         "shares": _shares(dataset),
-        "kept_mass": _rows(
-            dataset, "kept_mass", "Kept mass", "kept probability mass, mean of a sequence", mass
-        ),
+        "kept_mass": _rows(dataset, "kept_mass", "Kept mass", "kept probability mass, mean of a sequence", mass),
         "nll": _rows(dataset, "nll", "The teacher's NLL", "teacher's NLL, nats per target token", nll),
     }
 
@@ -435,11 +419,7 @@ def _curves(logs: dict[str, Path], students: Students) -> Plot:
     smooth = min(map(len, steps.values())) >= 4 * SMOOTHED
     figure, [axes] = _figure(3.1)
     for name, role in palette({n: {} for n in steps}).items():
-        points = [
-            (s[across], s[key])
-            for s in steps[name]
-            if None not in (_finite(s.get(across)), _finite(s.get(key)))
-        ]
+        points = [(s[across], s[key]) for s in steps[name] if None not in (_finite(s.get(across)), _finite(s.get(key)))]
         if not points:
             continue
         x, y = np.array(points, float).T
@@ -452,9 +432,7 @@ def _curves(logs: dict[str, Path], students: Students) -> Plot:
         ylabel=f"{key.replace('_', ' ')}, nats per token",
     )
     axes.xaxis.set_major_formatter(
-        lambda value, _: (
-            f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
-        )
+        lambda value, _: f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
     )
     axes.grid(axis="y")
     caption = f"Thick: mean of the last {SMOOTHED} logged steps. " if smooth else ""
@@ -474,14 +452,10 @@ def _domains(students: Students) -> Plot:
         return Plot(title, "Evaluation has not run: there are no held-out numbers.")
     domains = [*domains_of(measured)[:MAX_PANELS], None]
     roles = palette(students)
-    series = [
-        (label_of(n, s), roles[n], [measure(s, "nll", d) for d in domains]) for n, s in measured.items()
-    ]
+    series = [(label_of(n, s), roles[n], [measure(s, "nll", d) for d in domains]) for n, s in measured.items()]
     floor = [_first(measured, "teacher_nll", d) for d in domains]
     names = ["all domains" if d is None else one_line(d, 20) for d in domains]
-    svg = _bars(
-        "domains", names, series, "NLL on held-out text, nats per token (lower is better)", ".3f", floor
-    )
+    svg = _bars("domains", names, series, "NLL on held-out text, nats per token (lower is better)", ".3f", floor)
     caption = "The line is the teacher's own NLL on the same text: what a perfect copy of it would reach."
     return Plot(title, caption + _left_out(len(domains_of(measured))), svg)
 
@@ -513,9 +487,7 @@ def _shares(dataset: Dataset | None) -> Plot:
     stale = [p.info.name for p in plans if p.dataset_fingerprint != dataset.fingerprint]
     caption = "What selection did to the mixture: no weights were set, sequences were chosen one by one."
     caption += f" Made for an earlier state of the dataset: {', '.join(stale)}." if stale else ""
-    return Plot(
-        title, caption + _left_out(len(domains)), _bars("shares", names, series, "share of tokens, %", ".1f")
-    )
+    return Plot(title, caption + _left_out(len(domains)), _bars("shares", names, series, "share of tokens, %", ".1f"))
 
 
 def _difference(dataset: Dataset | None) -> Plot:
@@ -541,9 +513,7 @@ def _difference(dataset: Dataset | None) -> Plot:
             (f"kept by “{one_line(plan.info.name, 20)}”", "plan", values >= cut),
         ]
     label = f"NLL of {score} − NLL of the teacher, nats per target token"
-    caption = (
-        f"{len(values):,} of {dataset.num_rows:,} sequences are scored. To the right: text that a small "
-    )
+    caption = f"{len(values):,} of {dataset.num_rows:,} sequences are scored. To the right: text that a small "
     caption += "model has yet to learn"
     caption += f"; difference sampling keeps what lies at or above {cut:.3f}." if cut is not None else "."
     return _histograms("difference", title, caption, table["domain"].to_pylist(), values, kinds, label, cut)
@@ -557,16 +527,11 @@ def _rows(dataset: Dataset | None, column: str, title: str, label: str, caption:
         f"select domain, source, {column} as value from rows where value is not null order by shard, row"
     )
     source = np.array(
-        [
-            dataset.info.sources[s].kind if s in dataset.info.sources else ""
-            for s in table["source"].to_pylist()
-        ]
+        [dataset.info.sources[s].kind if s in dataset.info.sources else "" for s in table["source"].to_pylist()]
     )
     words = (("text the teacher read", "capture"), ("text the teacher wrote", "generate"))
     kinds = [(words_, kind, source == kind) for words_, kind in words if (source == kind).any()]
-    return _histograms(
-        column, title, caption, table["domain"].to_pylist(), table["value"].to_numpy(), kinds, label
-    )
+    return _histograms(column, title, caption, table["domain"].to_pylist(), table["value"].to_numpy(), kinds, label)
 
 
 def _left_out(num_domains: int) -> str:
@@ -605,9 +570,7 @@ def _histograms(
             label=[n for n, _, _ in kinds],
         )
         middle = np.median(values[domain == one])
-        axes.set_title(
-            f"{one_line(one, 24)}: {counts[one]:,} sequences, median {middle:.3f}", loc="left", pad=3
-        )
+        axes.set_title(f"{one_line(one, 24)}: {counts[one]:,} sequences, median {middle:.3f}", loc="left", pad=3)
         axes.locator_params(axis="y", nbins=3, integer=True)
         axes.grid(axis="y")
         if cut is not None:

@@ -17,8 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
-from kdata.dataset import Dataset, Sequences
-from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, TeacherError, settings_difference
+from kdata.dataset import Dataset
+from kdata.errors import (
+    ConfigError,
+    CorruptError,
+    MismatchError,
+    MissingError,
+    TeacherError,
+    settings_difference,
+)
 from kdata.keep import KeepConfig
 from kdata.manifest import first_problem, write_atomically
 from kdata.progress import Stage
@@ -194,7 +201,9 @@ def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
     try:
         return ScoreInfo.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise CorruptError(f"{path} is damaged ({first_problem(error)}); remove it and run `kdata score` again") from error
+        raise CorruptError(
+            f"{path} is damaged ({first_problem(error)}); remove it and run `kdata score` again"
+        ) from error
 
 
 def score_fingerprint(dataset: Dataset, name: str) -> str:

@@ -47,7 +47,9 @@ class SelectConfig(Strict):
         None, pattern=r"^[A-Za-z][A-Za-z0-9_]*$", description="Name of the plan; null takes the method's."
     )
     share: float = Field(0.5, gt=0, le=1, description="Share of the sequences that is kept (difference, random).")
-    score: str = Field("ref", pattern=r"^[A-Za-z][A-Za-z0-9_]*$", description="Sidecar with the reference NLL (difference).")
+    score: str = Field(
+        "ref", pattern=r"^[A-Za-z][A-Za-z0-9_]*$", description="Sidecar with the reference NLL (difference)."
+    )
     seed: int = Field(0, ge=0, description="Seed (random).")
     sql: str | None = Field(None, description="Query that returns a column `id` and optionally `repeats` (sql).")
 
@@ -112,7 +114,7 @@ def _all(dataset: Dataset, config: SelectConfig) -> Choice:
 
 def _sql(dataset: Dataset, config: SelectConfig) -> Choice:
     if not config.sql:
-        raise ConfigError("method sql needs a query: --sql \"select id from rows where ...\"")
+        raise ConfigError('method sql needs a query: --sql "select id from rows where ..."')
     table = dataset.sql(config.sql)
     if "id" not in table.column_names:
         raise ConfigError(f"the query must return a column `id`; it returns {table.column_names}")

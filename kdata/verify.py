@@ -17,7 +17,17 @@ from kdata.schema import FileInfo, ManifestEntry, fingerprint
 from kdata.score import load_score_info
 
 # Top-level names that belong to a dataset beside its shards.
-KNOWN = {"README.md", "dataset.json", "manifest.jsonl", "tokenizer", "scores", "plans", "data", "index", "rejects"}
+KNOWN = {
+    "README.md",
+    "dataset.json",
+    "manifest.jsonl",
+    "tokenizer",
+    "scores",
+    "plans",
+    "data",
+    "index",
+    "rejects",
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,11 @@ def _strays(dataset: Dataset) -> list[Problem]:
     named = {relative for entry in dataset.manifest for relative in entry.files}
     found = [p for folder in ("data", "index", "rejects") for p in (dataset.path / folder).glob("**/*") if p.is_file()]
     strays = [p.relative_to(dataset.path).as_posix() for p in found]
-    return [Problem(s, "is in no manifest line: left by a killed run, or put there by hand") for s in strays if s not in named]
+    return [
+        Problem(s, "is in no manifest line: left by a killed run, or put there by hand")
+        for s in strays
+        if s not in named
+    ]
 
 
 def _deep(dataset: Dataset) -> list[Problem]:

@@ -269,7 +269,10 @@ class Writer:
     def _write_arrow(self, relative: str, table: pa.Table) -> FileInfo:
         path = self.root / f"{relative}.tmp"
         options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
+        with (
+            pa.OSFile(str(path), "wb") as file,
+            pa.ipc.new_file(file, table.schema, options=options) as writer,
+        ):
             writer.write_table(table, max_chunksize=ROWS_PER_BATCH)
         return self._settle(relative)
 
@@ -380,8 +383,9 @@ def shard_tables(unit: Unit, name: str, source: str, info: DatasetInfo):
     entries, stored = codecs.to_columns(kept, tail, offsets, info.codec)
     error = codecs.measure_error(kept, stored, info.codec)
     if error is not None and error.max_sum > 1.0 and info.codec.id != "verbatim":
-        raise DataError(f"{name}: kept probabilities would sum to {error.max_sum} > 1; the teacher's output is not "
-                        "a distribution")
+        raise DataError(
+            f"{name}: kept probabilities would sum to {error.max_sum} > 1; the teacher's output is not a distribution"
+        )
     entropy = [r.entropy if r.entropy is not None else np.full(len(r.token_ids), np.nan) for r in records]
     columns = {
         "id": pa.array(ids, pa.string()),
@@ -400,8 +404,12 @@ def shard_tables(unit: Unit, name: str, source: str, info: DatasetInfo):
     for absent in set(payload_schema(info.codec.id).names) - columns.keys():
         columns[absent] = pa.nulls(len(records), payload_schema(info.codec.id).field(absent).type)
     schema = payload_schema(info.codec.id).with_metadata(
-        {"kdata.format_version": info.format_version, "kdata.codec": canonical_json(info.codec.model_dump()),
-         "kdata.vocab_size": str(info.vocab_size), "kdata.tail": info.tail}
+        {
+            "kdata.format_version": info.format_version,
+            "kdata.codec": canonical_json(info.codec.model_dump()),
+            "kdata.vocab_size": str(info.vocab_size),
+            "kdata.tail": info.tail,
+        }
     )
     table = pa.table(columns, schema=schema)
     mass = stored.exact_mass()
@@ -413,7 +421,9 @@ def _check_record(record: Record, info: DatasetInfo) -> None:
     tokens = len(record.token_ids)
     for field_name in ("target_mask", "logprob", "rank", "log_tail"):
         if len(getattr(record, field_name)) != tokens:
-            raise DataError(f"{record.id}: {field_name} has {len(getattr(record, field_name))} values for {tokens} tokens")
+            raise DataError(
+                f"{record.id}: {field_name} has {len(getattr(record, field_name))} values for {tokens} tokens"
+            )
     if len(record.kept.num_kept) != tokens:
         raise DataError(f"{record.id}: kept entries cover {len(record.kept.num_kept)} of {tokens} positions")
     if tokens and (record.target_mask[0] or record.kept.num_kept[0]):

@@ -54,15 +54,11 @@ class NetworkConfig(BaseModel):
 
     hidden_size: int = Field(gt=0, description="Width of the residual stream; a multiple of num_heads.")
     num_layers: int = Field(gt=0, description="Transformer blocks.")
-    num_heads: int = Field(
-        gt=0, description="Attention heads; hidden_size / num_heads must be 32 or 64 (vLLM on CPU)."
-    )
+    num_heads: int = Field(gt=0, description="Attention heads; hidden_size / num_heads must be 32 or 64 (vLLM on CPU).")
     ffn_size: int = Field(gt=0, description="Inner width of the gated feed-forward layer.")
     steps: int = Field(gt=0, description="Optimizer steps.")
     batch_tokens: int = Field(gt=0, description="Tokens per step; a multiple of the context.")
-    muon_lr: float = Field(
-        gt=0, description="Peak step size of Muon (inner matrices), in AdamW-matched units."
-    )
+    muon_lr: float = Field(gt=0, description="Peak step size of Muon (inner matrices), in AdamW-matched units.")
     adam_lr: float = Field(gt=0, description="Peak step size of AdamW (the tied embedding).")
     short_share: float = Field(
         default=0.7,
@@ -92,25 +88,17 @@ class BuiltinConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    seed: int = Field(
-        default=0, ge=0, description="Seeds the corpus order, the split, the weights and the batches."
-    )
-    vocab_size: int = Field(
-        default=4096, ge=300, description="Entries of the byte-level BPE, 3 special ones included."
-    )
+    seed: int = Field(default=0, ge=0, description="Seeds the corpus order, the split, the weights and the batches.")
+    vocab_size: int = Field(default=4096, ge=300, description="Entries of the byte-level BPE, 3 special ones included.")
     context: int = Field(default=512, ge=32, description="Longest sequence in tokens; even.")
-    heldout_share: float = Field(
-        default=0.08, gt=0, lt=0.5, description="Share of documents held out, by module."
-    )
+    heldout_share: float = Field(default=0.08, gt=0, lt=0.5, description="Share of documents held out, by module.")
     max_doc_chars: int = Field(default=1600, ge=300, description="Longest document in characters.")
     max_domain_chars: int = Field(
         default=2_200_000,
         gt=0,
         description="Cap on a domain's training text in characters; binds for code only.",
     )
-    num_prompts: int = Field(
-        default=360, ge=3, description="Beginnings of training documents in prompts.parquet."
-    )
+    num_prompts: int = Field(default=360, ge=3, description="Beginnings of training documents in prompts.parquet.")
     teacher: NetworkConfig = Field(
         default=NetworkConfig(
             hidden_size=256,
@@ -146,9 +134,7 @@ class BuiltinConfig(BaseModel):
             if tokens % self.context:
                 raise ValueError(f"{name}.batch_tokens {tokens} must be a multiple of context {self.context}")
         if self.context % 2:
-            raise ValueError(
-                f"context {self.context} must be even; the first steps use windows of half of it"
-            )
+            raise ValueError(f"context {self.context} must be even; the first steps use windows of half of it")
         return self
 
     @classmethod
@@ -170,9 +156,7 @@ class BuiltinConfig(BaseModel):
 
 def ensure_corpus(cache_dir: Path, config: BuiltinConfig) -> CorpusFiles:
     """The corpus for these settings and this interpreter, from the cache or built anew (four seconds)."""
-    settings = config.model_dump(
-        include={"seed", "heldout_share", "max_doc_chars", "max_domain_chars", "num_prompts"}
-    )
+    settings = config.model_dump(include={"seed", "heldout_share", "max_doc_chars", "max_domain_chars", "num_prompts"})
     directory = cache_dir / f"corpus-{_key(settings, sys.version, stdlib_listing())}"
     if not directory.exists():
         with _committed(directory) as temporary, Stage("built-in corpus", unit="documents") as stage:
@@ -212,9 +196,7 @@ def _ensure_model(name: str, cache_dir: Path, config: BuiltinConfig, network: Ne
     # The tokenizer sees all training text even where the network sees a slice: the two must share it exactly.
     tokenizer = train_tokenizer(texts, config.vocab_size, context=config.context)
     texts = texts[: max(1, round(len(texts) * network.corpus_share))]
-    model = train_language_model(
-        texts, tokenizer, network, context=config.context, seed=config.seed, name=name
-    )
+    model = train_language_model(texts, tokenizer, network, context=config.context, seed=config.seed, name=name)
     with _committed(directory) as temporary:
         save_model(model, tokenizer, temporary)
         resolved = {**settings, "corpus": corpus.fingerprint, "python": sys.version}
@@ -342,9 +324,7 @@ def train_language_model(
                     group["lr"] = lr * scale
             loss = _backward(model, torch.from_numpy(window_BT))
             if not math.isfinite(loss):
-                raise TrainingError(
-                    f"The loss of the built-in {name} is {loss} at step {step}; lower its step sizes."
-                )
+                raise TrainingError(f"The loss of the built-in {name} is {loss} at step {step}; lower its step sizes.")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -417,9 +397,7 @@ def _optimizers(model: LlamaForCausalLM, network: NetworkConfig) -> list[torch.o
     embedding = model.model.embed_tokens.weight
     inner = [p for p in model.parameters() if p.requires_grad and p is not embedding]
     return [
-        torch.optim.Muon(
-            inner, lr=network.muon_lr, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(inner, lr=network.muon_lr, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW([embedding], lr=network.adam_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
     ]
 
@@ -482,9 +460,7 @@ def _hidden_states(model: LlamaForCausalLM, ids_BT: torch.Tensor) -> torch.Tenso
     x_ND = F.embedding(ids_BT.flatten(), model.model.embed_tokens.weight).bfloat16()
     for layer in model.model.layers:
         attention, ffn = layer.self_attn, layer.mlp
-        qkv = torch.cat(
-            [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-        ).bfloat16()
+        qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]).bfloat16()
         qkv_BTSHE = F.linear(norm(x_ND), qkv).view(B, T, 3, H, E)
         mixed_ND = _attention(rotate(qkv_BTSHE[:, :, :2]), qkv_BTSHE[:, :, 2])
         x_ND = x_ND + F.linear(mixed_ND, attention.o_proj.weight.bfloat16())
@@ -521,9 +497,7 @@ def _rms_norm(eps: float) -> Callable[[torch.Tensor], torch.Tensor]:
     class RmsNorm(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            mean_square = (
-                torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.shape[-1]
-            )
+            mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.shape[-1]
             scale = (mean_square + eps).rsqrt().to(x.dtype)
             y = x * scale
             ctx.save_for_backward(y, scale)

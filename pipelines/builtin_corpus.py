@@ -91,9 +91,7 @@ class CorpusFiles:
             FileNotFoundError: nothing complete lies there.
         """
         facts = json.loads((directory / "corpus.json").read_text(encoding="utf-8"))
-        corpus, heldout, prompts = (
-            directory / f"{name}.parquet" for name in ("corpus", "heldout", "prompts")
-        )
+        corpus, heldout, prompts = (directory / f"{name}.parquet" for name in ("corpus", "heldout", "prompts"))
         return cls(corpus, heldout, prompts, fingerprint=facts["fingerprint"])
 
 

@@ -22,7 +22,9 @@ from kdata.errors import KdataError
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe kdata brings.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe kdata brings.")
+    ],
     out_dir: Annotated[Path | None, typer.Option("--out", help="Run folder; runs/NAME if not given.")] = None,
     set: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,

@@ -77,7 +77,8 @@ class StudentStage(Strict):
     """Where every student begins."""
 
     model: str | None = Field(
-        None, description="Checkpoint folder or Hub name with the teacher's tokenizer; null starts from `scratch`."
+        None,
+        description="Checkpoint folder or Hub name with the teacher's tokenizer; null starts from `scratch`.",
     )
     revision: str | None = Field(None, description="Commit, tag or branch on the Hub; null: the default branch.")
     scratch: ScratchStudent = Field(ScratchStudent(), description="Network at random initialisation.")
@@ -123,7 +124,12 @@ class Recipe(Strict):
 
     def train_config(self, run: StudentRun) -> TrainConfig:
         """Settings of one student's training."""
-        own = {"label": run.label, "student": self.student.resolve(), "objective": run.objective, "seed": self.seed}
+        own = {
+            "label": run.label,
+            "student": self.student.resolve(),
+            "objective": run.objective,
+            "seed": self.seed,
+        }
         return self.train.model_copy(update=own)
 
     def capture_config(self, corpus: CorpusConfig, name: str) -> CaptureConfig:
@@ -139,12 +145,13 @@ def load_recipe(path: Path, settings: list[str]) -> Recipe:
     values = apply_settings(read_yaml(path), settings)
     recipe = parse_config(Recipe, values, str(path))
     uses_plan = [name for name, run in recipe.students.items() if run.plan]
-    if uses_plan and recipe.select.method == "difference" and recipe.teacher.model != BUILTIN:
-        if recipe.reference.model == "auto" and recipe.student.model is None:
-            raise ConfigError(
-                "difference sampling needs a reference model with the teacher's tokenizer: set reference.model, or "
-                "student.model (a checkpoint, which then is the reference too), or select.method=random"
-            )
+    by_difference = bool(uses_plan) and recipe.select.method == "difference"
+    nameless = recipe.reference.model == "auto" and recipe.student.model is None
+    if by_difference and nameless and recipe.teacher.model != BUILTIN:
+        raise ConfigError(
+            "difference sampling needs a reference model with the teacher's tokenizer: set reference.model, or "
+            "student.model (a checkpoint, which then is the reference too), or select.method=random"
+        )
     return recipe
 
 

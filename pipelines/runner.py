@@ -138,7 +138,12 @@ def run_generate(run: Run) -> None:
     prompts = run.corpus(stage.prompts, "prompts")
     values = {**stage.model_dump(), "prompts": prompts.model_dump(), "seed": run.recipe.seed}
     generate_with(
-        run.dataset_path, run.teacher, run.teacher_config, Corpus(prompts), GenerateConfig(**values), log=run.log
+        run.dataset_path,
+        run.teacher,
+        run.teacher_config,
+        Corpus(prompts),
+        GenerateConfig(**values),
+        log=run.log,
     )
 
 
@@ -320,5 +325,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-

@@ -15,9 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The packages first: tests/kdata would otherwise be found where the tests' folder is on the path.
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tiny tensors on shared cores: threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors on shared cores: threads only wait for each other
 
 settings.register_profile(
     "kdata", max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

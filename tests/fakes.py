@@ -74,9 +74,7 @@ class StandInTeacher:
 
     def dense(self, ids: np.ndarray) -> np.ndarray:
         """The oracle: float64 [T, V], row t is the distribution of ids[t] given ids[:t]; row 0 is NaN."""
-        return np.array(
-            [np.full(self.vocab_size, np.nan), *(self.after(ids[:t]) for t in range(1, len(ids)))]
-        )
+        return np.array([np.full(self.vocab_size, np.nan), *(self.after(ids[:t]) for t in range(1, len(ids)))])
 
     def readout(self, ids: np.ndarray, keep: KeepConfig, start: int = 1) -> Readout:
         """What `read` returns for one sequence, recorded from `start` on."""
@@ -106,9 +104,7 @@ class StandInTeacher:
         self._count()
         return [self._continue(p, keep, sampling, seed) for p, seed in zip(prompts, seeds, strict=True)]
 
-    def _continue(
-        self, prompt: np.ndarray, keep: KeepConfig, sampling: SamplingConfig, seed: int
-    ) -> Completion:
+    def _continue(self, prompt: np.ndarray, keep: KeepConfig, sampling: SamplingConfig, seed: int) -> Completion:
         rng, ids = np.random.default_rng(seed), prompt.tolist()
         for number in range(min(sampling.max_tokens, self.context - len(prompt))):
             logprobs_V = self.after(ids)
@@ -218,9 +214,7 @@ def run_generate(
     fields = {"k": 8, "unit_prompts": 4, "sampling": SamplingConfig(max_tokens=12), **settings}
     config = GenerateConfig(prompts=CorpusConfig(path=str(prompts)), **fields)
     who = TeacherConfig(model=str(tokenizer), backend="transformers")
-    return generate_with(
-        root, teacher or StandInTeacher(), who, Corpus(config.prompts), config, resume=resume
-    )
+    return generate_with(root, teacher or StandInTeacher(), who, Corpus(config.prompts), config, resume=resume)
 
 
 def generate_and_capture(root: Path, corpus: Path, tokenizer: Path, sleep_sec: float = 0.0) -> None:

@@ -37,10 +37,7 @@ def imported(node: ast.AST, module: str) -> Iterator[str]:
         package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
         base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
         source = ".".join([*base, *([node.module] if node.module else [])])
-        yield from (
-            f"{source}.{alias.name}" if f"{source}.{alias.name}" in MODULES else source
-            for alias in node.names
-        )
+        yield from (f"{source}.{alias.name}" if f"{source}.{alias.name}" in MODULES else source for alias in node.names)
 
 
 def for_types_only(node: ast.AST) -> bool:
@@ -52,9 +49,7 @@ def imports_of(module: str, *, at_load: bool = False) -> set[str]:
     found: set[str] = set()
 
     def walk(node: ast.AST) -> None:
-        if at_load and (
-            for_types_only(node) or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        ):
+        if at_load and (for_types_only(node) or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
             return
         found.update(imported(node, module))
         for child in ast.iter_child_nodes(node):
@@ -96,9 +91,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 def loaded(statement: str) -> set[str]:
     """Top-level modules that a fresh interpreter has after a statement."""
     code = f"{statement}\nimport sys\nprint(*{{n.split('.')[0] for n in sys.modules}})"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(result.stdout.split())
 
 

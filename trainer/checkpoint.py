@@ -24,9 +24,7 @@ from kdata.errors import CorruptError, MismatchError, settings_difference
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def save_checkpoint(
-    root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> Path:
+def save_checkpoint(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
     """Write everything that the next step depends on; return the checkpoint's directory.
 
     Args:
@@ -77,9 +75,7 @@ def load_checkpoint(
         state = json.loads((path / "state.json").read_text("utf-8"))
         tensors = load_file(path / "tensors.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise CorruptError(
-            f"checkpoint {path} cannot be read: {error}; remove it to train from the start"
-        ) from error
+        raise CorruptError(f"checkpoint {path} cannot be read: {error}; remove it to train from the start") from error
     difference = settings_difference(state["settings"], settings)
     if difference:
         raise MismatchError(

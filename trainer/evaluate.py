@@ -45,13 +45,9 @@ class EvaluateConfig(BaseModel):
         default=None, ge=1, description="Documents per domain, the first ones; None: all."
     )
     sample_tokens: int = Field(default=64, ge=1, description="Tokens written for each prompt.")
-    sample_temperature: float = Field(
-        default=0.0, ge=0, description="0 is greedy; 1 samples the student as it is."
-    )
+    sample_temperature: float = Field(default=0.0, ge=0, description="0 is greedy; 1 samples the student as it is.")
     seed: int = Field(default=0, ge=0, description="Seed of sampling.")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto: cuda where there is one."
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one.")
 
 
 def evaluate(
@@ -112,9 +108,7 @@ class _Calibration:
     correct: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.counts, self.confidence, self.correct = (
-            np.zeros((self.num_domains, ECE_BINS)) for _ in range(3)
-        )
+        self.counts, self.confidence, self.correct = (np.zeros((self.num_domains, ECE_BINS)) for _ in range(3))
 
     def add(self, domain_M: np.ndarray, confidence_M: np.ndarray, correct_M: np.ndarray) -> None:
         bin_M = np.minimum((confidence_M * ECE_BINS).astype(np.int64), ECE_BINS - 1)
@@ -206,9 +200,7 @@ class _Sums:
 
 
 @torch.no_grad()
-def _measure_dataset(
-    model: PreTrainedModel, dataset: kdata.Dataset, config: EvaluateConfig
-) -> tuple[list[str], _Sums]:
+def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: EvaluateConfig) -> tuple[list[str], _Sums]:
     """Domain names, and sums over all counted positions."""
     index = dataset.index(["domain", "num_tokens"])
     domains, domain_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str), return_inverse=True)
@@ -223,9 +215,7 @@ def _measure_dataset(
             device = head_of(model).device
             hidden_BLD = hidden_states(model, batch.input_ids.to(device), batch.position_ids.to(device))
             hidden_MD = hidden_BLD.flatten(0, 1).index_select(0, batch.predictor_M.to(device))
-            measured = measure(
-                hidden_MD, head_of(model), batch.targets.to(device), sums.names, dataset.info.tail
-            )
+            measured = measure(hidden_MD, head_of(model), batch.targets.to(device), sums.names, dataset.info.tail)
             sums.add(batch, measured, domain_R[batch.rows[batch.document_M]])
             stage.advance(batch.num_tokens)
     return domains.tolist(), sums
@@ -299,13 +289,9 @@ def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, config: Evalu
 
 def _load(model_dir: Path) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(model_dir), dtype=torch.float32, trust_remote_code=False
-        )
+        return AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise MissingError(
-            f"{model_dir} holds no model: {str(error).splitlines()[0]}; train it first"
-        ) from error
+        raise MissingError(f"{model_dir} holds no model: {str(error).splitlines()[0]}; train it first") from error
 
 
 def _run_beside(model_dir: Path) -> TrainResult | None:

@@ -122,9 +122,7 @@ def measure(
 ) -> Measured:
     """Objectives and the `top` likeliest tokens at each position, for evaluation: same core, no gradient."""
     _check(hidden_MD, head_VD, targets)
-    recipe = Recipe(
-        ObjectiveConfig(), tail, names, 1.0, hidden_MD.dtype, chunk_positions or _chunk_positions(head_VD)
-    )
+    recipe = Recipe(ObjectiveConfig(), tail, names, 1.0, hidden_MD.dtype, chunk_positions or _chunk_positions(head_VD))
     values, top_ids, confidence = [], [], []
     for part, logits_CV in _logit_chunks(hidden_MD, head_VD.to(recipe.matmul_dtype), recipe):
         top_logits_CN, top_ids_CN = logits_CV.topk(min(top, logits_CV.shape[1]), dim=-1)
@@ -149,14 +147,10 @@ class _Student(NamedTuple):
 
 class _SparseLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_MD: Tensor, head_VD: Tensor, targets: Targets, recipe: Recipe, grad: bool
-    ) -> Any:
+    def forward(ctx: Any, hidden_MD: Tensor, head_VD: Tensor, targets: Targets, recipe: Recipe, grad: bool) -> Any:
         wide = _wide(hidden_MD)
         values_MO = torch.empty(len(targets), len(recipe.names), dtype=wide, device=hidden_MD.device)
-        weights_O = torch.tensor([recipe.config.weights[n] for n in recipe.names], dtype=wide).to(
-            hidden_MD.device
-        )
+        weights_O = torch.tensor([recipe.config.weights[n] for n in recipe.names], dtype=wide).to(hidden_MD.device)
         grad_hidden_MD = torch.zeros_like(hidden_MD) if grad and ctx.needs_input_grad[0] else None
         grad_head_VD = torch.zeros_like(head_VD, dtype=wide) if grad and ctx.needs_input_grad[1] else None
         head_cast_VD = head_VD.to(recipe.matmul_dtype)
@@ -179,9 +173,7 @@ class _SparseLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> Any:
         if ctx.gradients is None:
-            raise RuntimeError(
-                "the sparse loss was differentiated twice; compute it again before a second backward"
-            )
+            raise RuntimeError("the sparse loss was differentiated twice; compute it again before a second backward")
         gradients, ctx.gradients = (
             ctx.gradients,
             None,
@@ -192,9 +184,7 @@ class _SparseLoss(torch.autograd.Function):
 
 def _check(hidden_MD: Tensor, head_VD: Tensor, targets: Targets) -> None:
     if hidden_MD.ndim != 2 or head_VD.ndim != 2 or hidden_MD.shape[1] != head_VD.shape[1]:
-        raise ShapeError(
-            f"hidden {tuple(hidden_MD.shape)} and head {tuple(head_VD.shape)} must be [M, D] and [V, D]"
-        )
+        raise ShapeError(f"hidden {tuple(hidden_MD.shape)} and head {tuple(head_VD.shape)} must be [M, D] and [V, D]")
     targets.check(hidden_MD.shape[0], head_VD.shape[0])
 
 
@@ -259,9 +249,7 @@ def _to_logit_gradient_(
     with torch.enable_grad():
         values_CO = _values(leaves, targets, recipe)
         (values_CO.sum(0) @ weights_O * recipe.scale).backward()
-    d_kept_CK, d_rest_C, d_token_C = (
-        torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves
-    )
+    d_kept_CK, d_rest_C, d_token_C = (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
     mass_C = exp_CV.sum(-1)
     exp_CV.mul_((d_rest_C / mass_C).masked_fill(mass_C == 0, 0.0)[:, None])
     exp_CV.scatter_add_(1, targets.ids_CK.clamp_min(0), d_kept_CK.masked_fill(targets.ids_CK < 0, 0.0))

@@ -34,9 +34,7 @@ class LoaderConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     context_tokens: int = Field(default=512, ge=2, description="Tokens of a row; no document may be longer.")
-    batch_rows: int = Field(
-        default=8, ge=1, description="Rows of a batch. Does not change the order of rows."
-    )
+    batch_rows: int = Field(default=8, ge=1, description="Rows of a batch. Does not change the order of rows.")
     seed: int = Field(default=0, ge=0, description="Seed of the order.")
     window_documents: int = Field(
         default=1024, ge=1, description="Shuffled documents that are packed together; more fills rows better."

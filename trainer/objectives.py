@@ -62,9 +62,7 @@ class ObjectiveConfig(BaseModel):
         le=1,
         description="Teacher's share in the mixture of `jsd`. 0: forward KL, 1: reverse KL.",
     )
-    skew: float = Field(
-        default=0.1, gt=0, lt=1, description="s of the skewed divergences; 0.1 is the authors' choice."
-    )
+    skew: float = Field(default=0.1, gt=0, lt=1, description="s of the skewed divergences; 0.1 is the authors' choice.")
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,7 @@ class Targets:
             shapes = {name: tuple(t.shape) for name, t in vars(self).items()}
             raise ShapeError(f"targets {shapes} do not fit {num_positions} hidden states")
         if self.ids_CK.shape != self.logprobs_CK.shape:
-            raise ShapeError(
-                f"ids {tuple(self.ids_CK.shape)} and logprobs {tuple(self.logprobs_CK.shape)} disagree"
-            )
+            raise ShapeError(f"ids {tuple(self.ids_CK.shape)} and logprobs {tuple(self.logprobs_CK.shape)} disagree")
         for name, ids, lowest in (("token", self.token_ids_C, 0), ("kept", self.ids_CK, -1)):
             if ids.numel() == 0:
                 continue
@@ -241,9 +237,7 @@ def resolve_tail(config: ObjectiveConfig, held: Literal["ghost", "draws"]) -> Ta
     unknown = sorted(set(config.weights) - set(OBJECTIVES))
     if unknown:
         raise ConfigError(f"objective.weights names {unknown}; known objectives: {', '.join(OBJECTIVES)}")
-    if any(not math.isfinite(w) or w < 0 for w in config.weights.values()) or not any(
-        config.weights.values()
-    ):
+    if any(not math.isfinite(w) or w < 0 for w in config.weights.values()) or not any(config.weights.values()):
         raise ConfigError(f"objective.weights {config.weights} must be finite, >= 0 and not all 0")
     if config.temperature != 1.0:
         raise ConfigError(
@@ -253,9 +247,7 @@ def resolve_tail(config: ObjectiveConfig, held: Literal["ghost", "draws"]) -> Ta
     tail: Tail = held if config.tail == "auto" else config.tail
     if (tail == "draws") != (held == "draws"):
         allowed = "draws" if held == "draws" else "ghost or renormalise"
-        raise ConfigError(
-            f"objective.tail is {tail!r}, but the dataset's kept entries are for {held!r}; use {allowed}"
-        )
+        raise ConfigError(f"objective.tail is {tail!r}, but the dataset's kept entries are for {held!r}; use {allowed}")
     needs_bucket = [n for n in config.weights if n == "reverse_kl" or (n == "jsd" and config.jsd_beta == 1.0)]
     if needs_bucket and tail != "ghost":
         raise ConfigError(

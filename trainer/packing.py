@@ -29,9 +29,7 @@ class Place:
 
 def identity_of(fingerprint: str, rows: np.ndarray) -> str:
     """SHA-256 (hex) of what is read: the dataset's fingerprint and the planned global rows int64 [R]."""
-    return hashlib.sha256(
-        fingerprint.encode() + b"\0" + np.ascontiguousarray(rows, "<i8").tobytes()
-    ).hexdigest()
+    return hashlib.sha256(fingerprint.encode() + b"\0" + np.ascontiguousarray(rows, "<i8").tobytes()).hexdigest()
 
 
 def row_stream(

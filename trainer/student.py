@@ -31,9 +31,7 @@ class ScratchStudent(BaseModel):
     kind: Literal["scratch"] = "scratch"
     hidden_size: int = Field(default=128, ge=2, description="Width D of the hidden states.")
     num_layers: int = Field(default=4, ge=1, description="Transformer layers.")
-    num_heads: int = Field(
-        default=4, ge=1, description="Attention heads; must divide hidden_size into even widths."
-    )
+    num_heads: int = Field(default=4, ge=1, description="Attention heads; must divide hidden_size into even widths.")
     num_kv_heads: int | None = Field(
         default=None, ge=1, description="Key-value heads (grouped attention); None: num_heads."
     )
@@ -70,10 +68,11 @@ def build_student(config: ScratchStudent | CheckpointStudent, dataset: Dataset, 
         MismatchError: vocabulary or tokenizer differ from the dataset's.
         MissingError: there is no such checkpoint.
     """
-    if isinstance(config, ScratchStudent):
-        model = _from_scratch(config, dataset, seed)
-    else:
-        model = _from_checkpoint(config, dataset)
+    model = (
+        _from_scratch(config, dataset, seed)
+        if isinstance(config, ScratchStudent)
+        else _from_checkpoint(config, dataset)
+    )
     check_vocabulary(model, dataset)
     probe_head(model)
     probe_isolation(model)
@@ -189,9 +188,7 @@ def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedM
             config.path, revision=config.revision, dtype=torch.float32, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise MissingError(
-            f"student.path {config.path!r} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise MissingError(f"student.path {config.path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     if found != dataset.info.tokenizer.hash:
         raise MismatchError(
             f"the student's tokenizer ({found[:12]}) is not the dataset's "

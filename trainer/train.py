@@ -70,9 +70,7 @@ class TrainConfig(BaseModel):
     seed: int = Field(default=0, ge=0, description="Seed of the initial weights and of the order of data.")
     learning_rate: float = Field(default=2e-3, gt=0, description="Peak learning rate.")
     warmup_steps: int = Field(default=30, ge=0, description="Steps of linear rise to the peak; 0: none.")
-    decay: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="Shape after the rise."
-    )
+    decay: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Shape after the rise.")
     final_learning_rate_share: float = Field(
         default=0.1, ge=0, le=1, description="Learning rate at the last step as a share of the peak."
     )
@@ -82,17 +80,11 @@ class TrainConfig(BaseModel):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="Matrix products of forward and backward; weights and sums stay float32."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto: cuda where there is one."
-    )
-    window_documents: int = Field(
-        default=1024, ge=1, description="Shuffled documents that are packed together."
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one.")
+    window_documents: int = Field(default=1024, ge=1, description="Shuffled documents that are packed together.")
     prefetch_batches: int = Field(default=4, ge=0, description="Micro-batches read ahead; 0: none.")
     log_every_steps: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl.")
-    checkpoint_every_steps: int = Field(
-        default=100, ge=0, description="Steps between checkpoints; 0: only at the end."
-    )
+    checkpoint_every_steps: int = Field(default=100, ge=0, description="Steps between checkpoints; 0: only at the end.")
 
 
 class TrainResult(BaseModel):
@@ -125,9 +117,7 @@ class _Progress:
     losses: dict[str, float] = field(default_factory=dict)
 
 
-def train(
-    config: TrainConfig, dataset_path: Path | str, plan_path: Path | str | None, out_dir: Path
-) -> TrainResult:
+def train(config: TrainConfig, dataset_path: Path | str, plan_path: Path | str | None, out_dir: Path) -> TrainResult:
     """Train a student, going on from a checkpoint in `out_dir` where there is one.
 
     Args:
@@ -146,9 +136,7 @@ def train(
     device = torch.device(device_name(config.device))
     dataset = kdata.open(dataset_path)
     plan = None if plan_path is None else Plan.load(plan_path)
-    loader = Loader(
-        dataset, None if plan is None else plan.rows(dataset), _loader_config(config, micro_tokens)
-    )
+    loader = Loader(dataset, None if plan is None else plan.rows(dataset), _loader_config(config, micro_tokens))
     tail = resolve_tail(config.objective, dataset.info.tail)
     torch.manual_seed(config.seed)
     model = build_student(config.student, dataset, config.seed)

@@ -39,9 +39,7 @@ class TeacherConfig(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="Arithmetic of the forward pass; auto takes the checkpoint's."
     )
-    context: int | None = Field(
-        None, gt=1, description="Longest sequence in tokens; null takes the model's own limit."
-    )
+    context: int | None = Field(None, gt=1, description="Longest sequence in tokens; null takes the model's own limit.")
     tensor_parallel: int = Field(1, ge=1, description="GPUs that one copy of the model is spread over (vllm).")
     memory_fraction: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory that vLLM may take.")
     kv_cache_gib: int = Field(1, ge=1, description="Memory for the key-value cache on a CPU, in GiB (vllm).")
@@ -207,8 +205,13 @@ def tokenizer_info(tokenizer: Any) -> TokenizerInfo:
 
 
 def readout_from_top(
-    token_ids: np.ndarray, logprob: np.ndarray, rank: np.ndarray, ids_TK: np.ndarray, logprobs_TK: np.ndarray,
-    recorded: np.ndarray, keep: KeepConfig,
+    token_ids: np.ndarray,
+    logprob: np.ndarray,
+    rank: np.ndarray,
+    ids_TK: np.ndarray,
+    logprobs_TK: np.ndarray,
+    recorded: np.ndarray,
+    keep: KeepConfig,
 ) -> Readout:
     """Build a Readout from rectangular top-k arrays aligned with `token_ids`; rows outside `recorded` are ignored."""
     kept = keep_top(keep, ids_TK, logprobs_TK, recorded)

@@ -67,7 +67,9 @@ def reduce_logits(logits_MV: torch.Tensor, actual_M: torch.Tensor, keep: KeepCon
         keep: what to keep.
         seed: of the draws, see `draw_seed`.
     """
-    return reduce_chunks(lambda a, b: logits_MV[a:b].float(), logits_MV.shape[1], actual_M, keep, [(len(actual_M), seed)])
+    return reduce_chunks(
+        lambda a, b: logits_MV[a:b].float(), logits_MV.shape[1], actual_M, keep, [(len(actual_M), seed)]
+    )
 
 
 def reduce_chunks(
@@ -82,7 +84,9 @@ def reduce_chunks(
     """
     uniforms_MN = _uniforms(parts, keep)
     step = max(1, CHUNK_BYTES // (4 * vocab_size))
-    work = _reduce_cpu if actual_M.device.type == "cpu" and keep.tau == 1.0 and keep.kind != "adaptive" else _reduce_torch
+    work = (
+        _reduce_cpu if actual_M.device.type == "cpu" and keep.tau == 1.0 and keep.kind != "adaptive" else _reduce_torch
+    )
     found = []
     for begin in range(0, len(actual_M), step):
         end = min(begin + step, len(actual_M))
@@ -147,7 +151,9 @@ def _reduce_torch(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepCon
     top = logprobs_CV.topk(width, -1)
     kept_CK = torch.ones_like(top.indices, dtype=torch.bool)
     if keep.kind == "adaptive":
-        counts = keep_top(keep, top.indices.cpu().numpy(), top.values.cpu().numpy(), np.ones(len(own_C), bool)).num_exact
+        counts = keep_top(
+            keep, top.indices.cpu().numpy(), top.values.cpu().numpy(), np.ones(len(own_C), bool)
+        ).num_exact
         kept_CK = torch.arange(width, device=own_C.device) < torch.as_tensor(counts, device=own_C.device)[:, None]
     rest_CV = logprobs_CV.scatter(1, top.indices, torch.where(kept_CK, -torch.inf, top.values))
     log_tail_C = torch.logsumexp(rest_CV, -1).clamp_max(0.0)
@@ -242,9 +248,7 @@ def readout_of(token_ids: np.ndarray, start: int, reduced: Reduced) -> Readout:
         token_ids=token_ids,
         logprob=beside(reduced.logprob, np.nan),
         rank=beside(reduced.rank, 0),
-        kept=Kept(
-            beside(kept.num_exact, 0), beside(kept.num_drawn, 0), kept.ids, kept.logprobs, kept.draw_logprobs
-        ),
+        kept=Kept(beside(kept.num_exact, 0), beside(kept.num_drawn, 0), kept.ids, kept.logprobs, kept.draw_logprobs),
         log_tail=beside(reduced.log_tail, np.nan),
         entropy=beside(reduced.entropy, np.nan),
         log_z=None if reduced.log_z is None else beside(reduced.log_z, np.nan),

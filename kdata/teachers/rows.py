@@ -20,7 +20,7 @@ _FAST = {"reassoc", "contract", "nsz", "nnan"}
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)
-def reduce_rows(  # type: ignore[no-untyped-def]
+def reduce_rows(
     logits_CV, probs_CV, top_C, own_C, uniforms_CN,
     logprob_C, rank_C, entropy_C, log_tail_C, ids_CK, logprobs_CK, draws_CN,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def reduce_rows(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)
-def _top(z, ids_K, best_K):  # type: ignore[no-untyped-def]
+def _top(z, ids_K, best_K):
     """The K largest values and their ids, falling; equal values by rising id."""
     k, width, filled = len(ids_K), len(z), 0
     for start in range(0, width, BLOCK):
@@ -93,7 +93,7 @@ def _top(z, ids_K, best_K):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)
-def _draw(p, rest, uniforms_N, draws_N, n):  # type: ignore[no-untyped-def]
+def _draw(p, rest, uniforms_N, draws_N, n):
     """Ids whose share of the running sum of p covers each (rising) uniform."""
     if rest <= 0:
         draws_N[:] = -1

@@ -35,7 +35,7 @@ class TransformersTeacher:
             )
         except (OSError, ValueError) as error:
             raise TeacherError(f"transformers cannot load {config.model!r}: {error}") from error
-        self._model.to(self._device).eval()
+        self._model.to(self._device).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
         self._batch_tokens = config.batch_tokens
         self.vocab_size: int = self._model.config.vocab_size
         self.context: int = config.context or self._model.config.max_position_embeddings

@@ -34,11 +34,19 @@ import torch
 import vllm
 from vllm import LLM, SamplingParams
 from vllm.config import PoolerConfig
+from vllm.inputs import TokensPrompt
 
 from kdata.errors import ConfigError, TeacherError
 from kdata.keep import KeepConfig
 from kdata.schema import TeacherInfo
-from kdata.teachers import Completion, Readout, SamplingConfig, TeacherConfig, model_identity, readout_from_top
+from kdata.teachers import (
+    Completion,
+    Readout,
+    SamplingConfig,
+    TeacherConfig,
+    model_identity,
+    readout_from_top,
+)
 from kdata.teachers.head import Head, load_head
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_chunks
 
@@ -160,7 +168,7 @@ class VllmTeacher:
     ) -> list[Readout]:
         """Hidden states, then our own head; positions from `starts` on (1 where not given) are recorded."""
         starts = starts or [1] * len(sequences)
-        prompts = [{"prompt_token_ids": ids.tolist()} for ids in sequences]
+        prompts = [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in sequences]
         try:
             outputs = self._reader.encode(prompts, pooling_task="token_embed", use_tqdm=False)
         except ValueError as error:
@@ -238,7 +246,7 @@ class VllmTeacher:
         ]
 
     def _generate(self, sequences: Sequence[np.ndarray], params: list[SamplingParams]) -> list[Any]:
-        prompts = [{"prompt_token_ids": ids.tolist()} for ids in sequences]
+        prompts = [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in sequences]
         try:
             return self._writer.generate(prompts, params, use_tqdm=False)
         except ValueError as error:
@@ -305,5 +313,11 @@ def _readout(ids: np.ndarray, start: int, top: tuple[np.ndarray, ...], keep: Kee
         return np.concatenate([np.full((start, *values.shape[1:]), fill, values.dtype), values])
 
     return readout_from_top(
-        ids, beside(logprob, np.nan), beside(rank, 0), beside(top_ids, 0), beside(top_logprobs, 0), recorded, keep
+        ids,
+        beside(logprob, np.nan),
+        beside(rank, 0),
+        beside(top_ids, 0),
+        beside(top_logprobs, 0),
+        recorded,
+        keep,
     )

@@ -203,9 +203,7 @@ def large_vocabulary(vocab: int, keep: KeepConfig, tokens: int = 4096) -> dict[s
     tail = log_tail(kept.exact_mass())
     columns, _ = codecs.to_columns(kept, tail, np.arange(0, tokens + 1, 256), keep.codec(vocab))
     zstd = pa.Codec("zstd", compression_level=1)
-    size = sum(
-        len(zstd.compress(c.flatten().to_numpy(zero_copy_only=False).tobytes())) for c in columns.values()
-    )
+    size = sum(len(zstd.compress(c.flatten().to_numpy(zero_copy_only=False).tobytes())) for c in columns.values())
     return {
         "entry_bytes": size / tokens,
         "order0_bytes": order0_bits(ids) * width / 8,
@@ -252,9 +250,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     student = AutoModelForCausalLM.from_pretrained(arguments.student, dtype=torch.float32)
     docs = documents(arguments.corpus, tokenizer, POSITIONS)
     logits = all_logits(teacher, docs)
-    full = student_gradient(
-        student, docs, lambda row, z: torch.softmax(z, -1) - torch.softmax(logits[row], -1)
-    )
+    full = student_gradient(student, docs, lambda row, z: torch.softmax(z, -1) - torch.softmax(logits[row], -1))
     for name, keep in KINDS.items():
         with tempfile.TemporaryDirectory() as folder:
             dataset = store(docs, logits, keep, Path(folder) / "dataset")
@@ -265,15 +261,11 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
                 "kept": float(seq.num_kept[seq.num_kept > 0].mean()),
             }  # fmt: skip
             if keep.num_exact:
-                found["order0_bytes"] = (
-                    order0_bits(seq.entry_ids) * len(seq.entry_ids) / len(seq.token_ids) / 8
-                )
+                found["order0_bytes"] = order0_bits(seq.entry_ids) * len(seq.entry_ids) / len(seq.token_ids) / 8
             if keep.tail == "ghost":
                 found |= stored_error(dataset, logits)
             for mode in ("draws",) if keep.tail == "draws" else ("ghost", "renormalise"):
-                gradient = student_gradient(
-                    student, docs, lambda r, z, m=mode, d=dataset: target_gradient(d, r, z, m)
-                )
+                gradient = student_gradient(student, docs, lambda r, z, m=mode, d=dataset: target_gradient(d, r, z, m))
                 found[f"angle_{mode}"] = angle(full, gradient)
                 found[f"norm_{mode}"] = float(gradient.norm() / full.norm())
             if keep.tail == "draws":
@@ -292,9 +284,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for path in (arguments.model, arguments.student, arguments.corpus):
         if not path.exists():
-            parser.error(
-                f"{path} does not exist; name a model, a student of the same vocabulary, and a corpus"
-            )
+            parser.error(f"{path} does not exist; name a model, a student of the same vocabulary, and a corpus")
     torch.set_num_threads(1)
     table = Table(title=f"stored targets, {POSITIONS:,} positions, one core of {platform.machine()}")
     for column in (

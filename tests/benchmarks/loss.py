@@ -52,9 +52,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=128_256)
@@ -95,9 +93,7 @@ def _inputs(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Targets]:
     first_C = torch.randint(0, vocab, (tokens, 1))
     ids_CK = (first_C + 7 * torch.arange(kept)) % vocab  # distinct within a position
     logprobs_CK = torch.log_softmax(torch.randn(tokens, kept), -1) + math.log(0.9)
-    targets = Targets(
-        torch.randint(0, vocab, (tokens,)), ids_CK, logprobs_CK, torch.full((tokens,), math.log(0.1))
-    )
+    targets = Targets(torch.randint(0, vocab, (tokens,)), ids_CK, logprobs_CK, torch.full((tokens,), math.log(0.1)))
     return hidden_MD, head_VD, targets
 
 

@@ -19,9 +19,7 @@ LONG = "the cat sat on the mat 🙂🙃 naïve café 日本語 " * 8
 
 
 @pytest.fixture(scope="module")
-def kinds(
-    tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path
-) -> dict[str, kdata.Dataset]:
+def kinds(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path) -> dict[str, kdata.Dataset]:
     """One dataset of each kind."""
     settings = {
         "topk": {},
@@ -131,13 +129,9 @@ def test_empty_texts_go_to_rejects_with_the_reason(captured: Path) -> None:
 def test_a_long_text_is_split_and_its_pieces_join_to_the_whole(
     tmp_path: Path, jsonl: Callable[..., Path], tokenizer_dir: Path, append_eos: bool
 ) -> None:
-    corpus = jsonl(
-        [{"id": "long", "domain": "d", "text": LONG}, {"id": "short", "domain": "d", "text": "the cat"}]
-    )
+    corpus = jsonl([{"id": "long", "domain": "d", "text": LONG}, {"id": "short", "domain": "d", "text": "the cat"}])
     dataset = run_capture(tmp_path / "d", corpus, tokenizer_dir, max_tokens=24, append_eos=append_eos)
-    rows = {
-        row["id"]: (row, sequence) for row, sequence in zip(dataset.index().to_pylist(), dataset, strict=True)
-    }
+    rows = {row["id"]: (row, sequence) for row, sequence in zip(dataset.index().to_pylist(), dataset, strict=True)}
     pieces = [name for name in rows if name.startswith("long#")]
     assert len(pieces) > 4 and pieces == [f"long#{n}" for n in range(len(pieces))] and "short" in rows
     assert "".join(rows[name][0]["text"] for name in pieces) == LONG
@@ -152,9 +146,7 @@ def test_a_long_text_is_split_and_its_pieces_join_to_the_whole(
 def test_a_long_text_can_be_rejected_or_refused(
     tmp_path: Path, jsonl: Callable[..., Path], tokenizer_dir: Path
 ) -> None:
-    corpus = jsonl(
-        [{"id": "long", "domain": "d", "text": LONG}, {"id": "short", "domain": "d", "text": "the cat"}]
-    )
+    corpus = jsonl([{"id": "long", "domain": "d", "text": LONG}, {"id": "short", "domain": "d", "text": "the cat"}])
     dataset = run_capture(tmp_path / "a", corpus, tokenizer_dir, long_text="reject")
     assert dataset.index(["id"])["id"].to_pylist() == ["short"]
     [reject] = dataset.sql("select * from rejects").to_pylist()
@@ -163,9 +155,7 @@ def test_a_long_text_can_be_rejected_or_refused(
         run_capture(tmp_path / "b", corpus, tokenizer_dir, long_text="refuse")
 
 
-def test_one_token_without_a_prefix_has_nothing_to_predict(
-    tmp_path: Path, jsonl: Callable[..., Path]
-) -> None:
+def test_one_token_without_a_prefix_has_nothing_to_predict(tmp_path: Path, jsonl: Callable[..., Path]) -> None:
     from tests.fakes import save_tokenizer
 
     save_tokenizer(tmp_path / "bare", bos=False)

@@ -37,9 +37,7 @@ def ragged(draw: st.DrawFn, kind: str = "topk", max_scale: float = 4.0) -> tuple
         order = np.argsort(-p)
         exact = np.log(np.maximum(p[order[:count]], 1e-200)).astype(np.float32)
         tail = (
-            np.float32(np.log(max(1 - np.exp(exact.astype(np.float64)).sum(), 1e-30)))
-            if count
-            else np.float32(np.nan)
+            np.float32(np.log(max(1 - np.exp(exact.astype(np.float64)).sum(), 1e-30))) if count else np.float32(np.nan)
         )
         ids.append(order[:count])
         logprobs.append(exact)
@@ -139,7 +137,5 @@ def test_counts_and_entries_must_agree() -> None:
 
 def test_segment_sums_do_not_lose_a_small_segment_behind_a_large_one() -> None:
     values = np.concatenate([np.full(1000, 1e12), [1e-9, 2e-9]])
-    np.testing.assert_allclose(
-        codecs.segment_sum(values, np.array([1000, 0, 2])), [1e15, 0, 3e-9], rtol=1e-12
-    )
+    np.testing.assert_allclose(codecs.segment_sum(values, np.array([1000, 0, 2])), [1e15, 0, 3e-9], rtol=1e-12)
     assert codecs.log_tail(np.array([1.0, 1.5, 0.0])).tolist() == [-np.inf, -np.inf, 0.0]

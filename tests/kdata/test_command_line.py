@@ -51,9 +51,7 @@ def test_the_commands_make_and_read_a_dataset(made: Path, tmp_path: Path) -> Non
     )
     assert rows == [{"domain": "code", "n": 5}, {"domain": "prose", "n": 6}]
     assert "domain" in call("sql", made, "select domain, count(*), avg(nll) from rows group by 1")
-    assert json.loads(
-        call("sql", made, "select count(*) as n from plans.difference", "--format", "json")
-    ) == [{"n": 6}]
+    assert json.loads(call("sql", made, "select count(*) as n from plans.difference", "--format", "json")) == [{"n": 6}]
     assert "pushed to" in call("push", made, tmp_path / "shared")
     assert (tmp_path / "shared/README.md").exists()
 
@@ -134,9 +132,7 @@ def test_a_backend_that_is_not_installed_names_the_extra(
         load_teacher(TeacherConfig(model=str(llama_dir), backend=backend), max_k=8)
 
 
-def test_reading_text_without_transformers_names_the_extra(
-    monkeypatch: pytest.MonkeyPatch, llama_dir: Path
-) -> None:
+def test_reading_text_without_transformers_names_the_extra(monkeypatch: pytest.MonkeyPatch, llama_dir: Path) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(DependencyError, match=r"kdata\[train\]"):
         load_tokenizer(llama_dir)

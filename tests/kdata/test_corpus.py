@@ -70,9 +70,7 @@ def test_a_row_of_megabytes_and_lines_inside_a_cell_are_read(tmp_path: Path, end
     assert [d.text for d in documents] == [row["text"] for row in big]
 
 
-def test_a_row_beyond_the_block_is_refused_with_a_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_beyond_the_block_is_refused_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_module, "BLOCK_BYTES", 4096)
     path = save(tmp_path / "rows.jsonl", [ROWS[0], {**ROWS[0], "id": "big", "text": "x" * 9000}, ROWS[1]])
     with pytest.raises(DataError, match="longer than 4,096 bytes; store such text as Parquet"):
@@ -141,9 +139,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         ([{**ROWS[0], "text": 5}], "'007' has int as text"),
     ],
 )
-def test_rows_that_cannot_be_used_are_named(
-    tmp_path: Path, rows: list[dict[str, object]], message: str
-) -> None:
+def test_rows_that_cannot_be_used_are_named(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:
     with pytest.raises(DataError, match=message):
         read(save(tmp_path / "rows.jsonl", rows))
 
@@ -192,12 +188,8 @@ def encoder(tokenizer_dir: Path) -> TextEncoder:
     return TextEncoder(load_tokenizer(tokenizer_dir))
 
 
-@pytest.mark.parametrize(
-    "text", ["the cat", "naïve café", "日本語", "🙂🙃👩‍👩‍👧", "  spaces\n\ttabs ", "aé日🙂"]
-)
-def test_bytes_per_token_are_those_that_the_token_spells(
-    encoder: TextEncoder, tokenizer_dir: Path, text: str
-) -> None:
+@pytest.mark.parametrize("text", ["the cat", "naïve café", "日本語", "🙂🙃👩‍👩‍👧", "  spaces\n\ttabs ", "aé日🙂"])
+def test_bytes_per_token_are_those_that_the_token_spells(encoder: TextEncoder, tokenizer_dir: Path, text: str) -> None:
     [(piece, ids, lengths)] = encoder.pieces(text, 10_000)
     assert piece == text and lengths[0] == 0 and ids[0] == 0
     tokenizer, raw, at = load_tokenizer(tokenizer_dir), text.encode(), 0

@@ -70,9 +70,7 @@ def test_a_truncated_shard_gives_one_corrupt_error(captured: Path, data: st.Data
 
 @settings(max_examples=150)
 @given(name=st.sampled_from(["dataset.json", "manifest.jsonl"]), data=st.data())
-def test_a_flipped_bit_in_the_json_files_never_goes_unseen(
-    captured: Path, name: str, data: st.DataObject
-) -> None:
+def test_a_flipped_bit_in_the_json_files_never_goes_unseen(captured: Path, name: str, data: st.DataObject) -> None:
     """Refused with one kdata error, or the file still says the same (a flip in white space, say)."""
     original = (captured / name).read_bytes()
     damaged = bytearray(original)
@@ -118,9 +116,7 @@ def test_content_that_is_not_the_index_s_is_refused(copied: Path) -> None:
     files = dict(one.files)
     shutil.copyfile(copied / f"data/{two.name}.arrow", copied / f"data/{one.name}.arrow")
     files[f"data/{one.name}.arrow"] = two.files[f"data/{two.name}.arrow"]
-    rewrite_manifest(
-        copied, 0, files={k: v.model_dump() for k, v in files.items()}, rows=two.rows, tokens=two.tokens
-    )
+    rewrite_manifest(copied, 0, files={k: v.model_dump() for k, v in files.items()}, rows=two.rows, tokens=two.tokens)
     with pytest.raises(CorruptError):
         read_everything(copied)
     assert verify(kdata.open(copied)) == []
@@ -138,9 +134,7 @@ def rewrite_manifest(root: Path, line: int, **changes: object) -> None:
 def test_every_change_to_a_manifest_number_is_seen(copied: Path) -> None:
     lines = (copied / "manifest.jsonl").read_text()
     (copied / "manifest.jsonl").write_text(lines.replace('"target_tokens":', '"target_tokens":1', 1))
-    with pytest.raises(
-        CorruptError, match=r"manifest.jsonl line 1 is damaged: it does not match its own digest"
-    ):
+    with pytest.raises(CorruptError, match=r"manifest.jsonl line 1 is damaged: it does not match its own digest"):
         kdata.open(copied)
 
 
@@ -166,9 +160,7 @@ def test_a_shard_that_stands_twice_or_is_gone_is_named(copied: Path) -> None:
     (copied / "data/capture-00001.arrow").unlink()
     with pytest.raises(CorruptError, match=r"capture-00001.arrow is missing"):
         read_everything(copied)
-    assert [(p.path, p.what) for p in verify(kdata.open(copied))] == [
-        ("data/capture-00001.arrow", "is missing")
-    ]
+    assert [(p.path, p.what) for p in verify(kdata.open(copied))] == [("data/capture-00001.arrow", "is missing")]
 
 
 def test_a_complete_source_whose_lines_were_lost_is_refused_and_mends_by_capturing_again(

@@ -16,8 +16,7 @@ from kdata.teachers import SamplingConfig, load_tokenizer
 from tests.fakes import EOS, StandInTeacher, digests, run_generate
 
 PROMPTS = [
-    {"id": f"p{n}", "domain": "d", "text": text}
-    for n, text in enumerate(["the cat", "def add", "🙂", "naïve", "日本"])
+    {"id": f"p{n}", "domain": "d", "text": text} for n, text in enumerate(["the cat", "def add", "🙂", "naïve", "日本"])
 ]
 
 
@@ -67,10 +66,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(
     alone = run_generate(tmp_path / "b", jsonl(PROMPTS[3:4], "one.jsonl"), tokenizer_dir)
     row = int(every.rows_of(["p3~0"])[0])
     np.testing.assert_array_equal(every[row].token_ids, alone[0].token_ids)
-    assert (
-        len({sample_seed(0, "p", 0), sample_seed(0, "p", 1), sample_seed(1, "p", 0), sample_seed(0, "q", 0)})
-        == 4
-    )
+    assert len({sample_seed(0, "p", 0), sample_seed(0, "p", 1), sample_seed(1, "p", 0), sample_seed(0, "q", 0)}) == 4
 
 
 def test_a_prompt_without_room_or_tokens_is_rejected(
@@ -98,12 +94,8 @@ def test_a_prompt_without_room_or_tokens_is_rejected(
     assert room.num_rows == 0
 
 
-def test_greedy_is_the_most_probable_token_every_time(
-    tmp_path: Path, prompts: Path, tokenizer_dir: Path
-) -> None:
-    dataset = run_generate(
-        tmp_path / "d", prompts, tokenizer_dir, sampling=SamplingConfig(temperature=0, max_tokens=4)
-    )
+def test_greedy_is_the_most_probable_token_every_time(tmp_path: Path, prompts: Path, tokenizer_dir: Path) -> None:
+    dataset = run_generate(tmp_path / "d", prompts, tokenizer_dir, sampling=SamplingConfig(temperature=0, max_tokens=4))
     for sequence in dataset:
         assert (sequence.rank[sequence.target_mask] == 1).all()
 
@@ -124,7 +116,5 @@ def test_capture_and_generation_share_a_dataset(
 
     run_generate(tmp_path / "d", prompts, tokenizer_dir)
     run_capture(tmp_path / "d", corpus_file, tokenizer_dir)
-    counts = kdata.open(tmp_path / "d").sql(
-        "select source, count(*) as n from rows group by all order by all"
-    )
+    counts = kdata.open(tmp_path / "d").sql("select source, count(*) as n from rows group by all order by all")
     assert counts.to_pylist() == [{"source": "capture", "n": 25}, {"source": "generate", "n": 5}]

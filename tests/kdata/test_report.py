@@ -138,9 +138,7 @@ class Page(HTMLParser):
         """Collect addresses that a browser would fetch."""
         self.tags.append(tag)
         for name, value in attrs:
-            if name in ("src", "href", "xlink:href", "srcset", "data", "action") and not (
-                value or ""
-            ).startswith("#"):
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action") and not (value or "").startswith("#"):
                 self.loads.append(f"{tag} {name}={value}")
             if name == "id":
                 self.ids.append(value or "")
@@ -209,8 +207,7 @@ def test_verdict_without_a_baseline() -> None:
 def test_verdict_names_an_uneven_comparison() -> None:
     found = verdict({"ce": student("CE", 5.0), "plan": student("Plan", 4.0, steps=600)})
     assert (
-        found.details[-1]
-        == "The students have different numbers of steps (300 and 600): the comparison is not even."
+        found.details[-1] == "The students have different numbers of steps (300 and 600): the comparison is not even."
     )
 
 
@@ -333,9 +330,7 @@ def test_odd_datasets_still_make_a_page(tmp_path: Path) -> None:
     many = tmp_path / "many"
     dataset = make_dataset(many / "dataset", {f"d{i}": 2.0 for i in range(12)}, per_domain=1)
     (dataset.path / "scores" / "ref").mkdir(parents=True)
-    pq.write_table(
-        pa.table({"id": ["x"], "mark": [1]}), dataset.path / "scores" / "ref" / "part-00000.parquet"
-    )
+    pq.write_table(pa.table({"id": ["x"], "mark": [1]}), dataset.path / "scores" / "ref" / "part-00000.parquet")
     text = Page(write_report(many)).text
     assert "Shown: the first 8 of 12 domains." in text
     assert "Not shown:" in text
@@ -375,9 +370,7 @@ def test_nothing_there_is_refused(tmp_path: Path) -> None:
         ('{"format": 1, "students": {"ce": {"domains": [1]}}}', CorruptError, "students.ce.domains: Input"),
     ],
 )
-def test_results_that_are_none(
-    tmp_path: Path, content: str, error: type[Exception] | None, words: str
-) -> None:
+def test_results_that_are_none(tmp_path: Path, content: str, error: type[Exception] | None, words: str) -> None:
     path = tmp_path / "results.json"
     path.write_text(content)
     if error is None:

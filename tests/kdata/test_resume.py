@@ -132,9 +132,7 @@ def test_the_same_corpus_under_another_name_would_double_its_ids(
         run_capture(begun, corpus_file, tokenizer_dir, name="second")
 
 
-def test_two_writers_at_once_are_refused(
-    begun: Path, tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
-) -> None:
+def test_two_writers_at_once_are_refused(begun: Path, tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(begun)
 
@@ -147,9 +145,7 @@ def test_two_writers_at_once_are_refused(
     assert verify(dataset, deep=True) == []
 
 
-def test_a_folder_with_other_things_is_left_alone(
-    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
-) -> None:
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "draft.tmp").write_text("precious")
@@ -159,9 +155,7 @@ def test_a_folder_with_other_things_is_left_alone(
     assert digests(tmp_path) == before
 
 
-def test_files_of_others_in_a_dataset_are_left_alone(
-    begun: Path, corpus_file: Path, tokenizer_dir: Path
-) -> None:
+def test_files_of_others_in_a_dataset_are_left_alone(begun: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
     (begun / "plans").mkdir()
     (begun / "plans" / "mine.tmp").write_text("precious")
     (begun / "data" / "capture-00002.arrow.tmp").write_text("left by a killed run")
@@ -170,9 +164,7 @@ def test_files_of_others_in_a_dataset_are_left_alone(
     assert not (begun / "data" / "capture-00002.arrow.tmp").exists()
 
 
-def test_a_manifest_without_its_dataset_json_is_refused(
-    begun: Path, corpus_file: Path, tokenizer_dir: Path
-) -> None:
+def test_a_manifest_without_its_dataset_json_is_refused(begun: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
     (begun / "dataset.json").unlink()
     with pytest.raises(CorruptError, match=r"has a manifest but no dataset\.json"):
         run_capture(begun, corpus_file, tokenizer_dir, k=9)
@@ -185,9 +177,7 @@ def test_a_manifest_without_its_dataset_json_is_refused(
 def mounted(folder: Path, options: str) -> Iterator[Path]:
     """A file system of its own; skips where this user may not mount one."""
     folder.mkdir(exist_ok=True)
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True
-    ).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode:
         pytest.skip("mounting a file system needs root")
     try:
         yield folder
@@ -203,15 +193,11 @@ def test_a_disk_that_is_full_leaves_what_was_committed(
     with mounted(tmp_path / "disk", "size=1m") as disk:
         size = 1024 * (1024 - kib)
         (disk / "ballast").write_bytes(b"\0" * size)
-        with pytest.raises(
-            StorageError, match=r"the disk is full; free some space, then run the same command again"
-        ):
+        with pytest.raises(StorageError, match=r"the disk is full; free some space, then run the same command again"):
             run_capture(disk / "d", corpus_file, tokenizer_dir)
         if (disk / "d" / "dataset.json").exists():
             assert [
-                p
-                for p in verify(kdata.open(disk / "d"), deep=True)
-                if not p.what.startswith("is in no manifest")
+                p for p in verify(kdata.open(disk / "d"), deep=True) if not p.what.startswith("is in no manifest")
             ] == []
         (disk / "ballast").unlink()
         run_capture(disk / "d", corpus_file, tokenizer_dir)

@@ -89,9 +89,7 @@ def give_scores(dataset: kdata.Dataset, nlls: dict[str, float], name: str = "ref
     for entry in dataset.manifest:
         ids = dataset.sql(f"select id from rows where shard = '{entry.name}' order by row")["id"].to_pylist()
         numbers = [nlls.get(i) for i in ids]
-        table = pa.table(
-            {"id": ids, "nll": numbers, "num_target_tokens": [1] * len(ids)}, schema=SCORE_SCHEMA
-        )
+        table = pa.table({"id": ids, "nll": numbers, "num_target_tokens": [1] * len(ids)}, schema=SCORE_SCHEMA)
         write_part(dataset, name, entry, table)
     finish_sidecar(dataset, info)
 
@@ -141,8 +139,7 @@ def test_all_takes_every_row_with_a_target(tmp_path: Path) -> None:
 def test_sql_chooses_ids_and_repeats(tmp_path: Path) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0, "c": 3.0})
     query = (
-        "select id, (case when nll > 2 then 3 else 1 end)::bigint as repeats "
-        "from rows where nll > 1 order by nll desc"
+        "select id, (case when nll > 2 then 3 else 1 end)::bigint as repeats from rows where nll > 1 order by nll desc"
     )
     plan = select(dataset, SelectConfig(method="sql", sql=query, name="mine"))
     assert plan.ids == ["c", "b"] and plan.repeats.tolist() == [3, 1] and plan.info.sql == query
@@ -189,9 +186,7 @@ def test_a_dataset_that_has_grown_needs_scores_and_plans_anew(tmp_path: Path) ->
     grown = tiny(tmp_path / "d", {"c": 1.0}, source="more")
     with pytest.raises(MismatchError, match=r"plan 'difference' was made for .* Run `kdata select` again"):
         plan.rows(grown)
-    with pytest.raises(
-        MissingError, match="does not cover the dataset as it is now; run `kdata score` again"
-    ):
+    with pytest.raises(MissingError, match="does not cover the dataset as it is now; run `kdata score` again"):
         select(grown, SelectConfig(share=0.5))
 
 
@@ -251,9 +246,7 @@ def config(model: Path, name: str = "ref") -> ScoreConfig:
     return ScoreConfig(model=TeacherConfig(model=str(model), backend="transformers"), name=name)
 
 
-def test_a_score_is_the_model_s_nll_over_the_same_positions(
-    read_by_llama: kdata.Dataset, llama_dir: Path
-) -> None:
+def test_a_score_is_the_model_s_nll_over_the_same_positions(read_by_llama: kdata.Dataset, llama_dir: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -314,9 +307,7 @@ def test_scoring_goes_on_where_it_stopped_and_follows_growth(
     assert grown.sql("select count(*) as n from rows join scores.ref using (id)")["n"][0].as_py() == 26
 
 
-def test_a_model_that_does_not_fit_is_refused(
-    read_by_llama: kdata.Dataset, llama_dir: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_does_not_fit_is_refused(read_by_llama: kdata.Dataset, llama_dir: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(llama_dir, tmp_path / "other"))
     save_tokenizer(other, lines=["other text zzz qqq"])
     with pytest.raises(MismatchError, match=r"has another tokenizer .* needs the same one"):
@@ -329,9 +320,7 @@ def test_a_model_that_does_not_fit_is_refused(
     assert not (read_by_llama.path / "scores").exists()
 
 
-def test_another_model_cannot_take_over_a_score(
-    read_by_llama: kdata.Dataset, llama_dir: Path, tmp_path: Path
-) -> None:
+def test_another_model_cannot_take_over_a_score(read_by_llama: kdata.Dataset, llama_dir: Path, tmp_path: Path) -> None:
     score(read_by_llama, config(llama_dir))
     second = save_llama(tmp_path / "second", seed=5)
     with pytest.raises(MismatchError, match=r"scores.ref was made otherwise .*weights_hash"):

@@ -110,9 +110,7 @@ def test_a_difference_has_one_line_for_each_setting() -> None:
 
 def test_every_error_is_kdata_s_and_the_standard_library_s_and_can_be_pickled() -> None:
     kinds = [
-        e
-        for e in vars(errors).values()
-        if isinstance(e, type) and issubclass(e, KdataError) and e is not KdataError
+        e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, KdataError) and e is not KdataError
     ]
     assert len(kinds) > 10
     for kind in kinds:

@@ -49,10 +49,7 @@ def test_a_pushed_folder_opens_with_the_real_datasets_library(captured: Path, tm
         count, columns, payload_ids = found[f"{stream} data"]
         assert (count, payload_ids) == (25, ids) and {"input_ids", "log_tail", "num_exact"} <= set(columns)
     first = dataset[0]
-    assert (
-        found["first"]["input_ids"] == first.token_ids.tolist()
-        and found["first"]["rank"] == first.rank.tolist()
-    )
+    assert found["first"]["input_ids"] == first.token_ids.tolist() and found["first"]["rank"] == first.rank.tolist()
     assert found["first"]["num_exact"] == first.num_exact.tolist()
 
 
@@ -62,9 +59,7 @@ def test_a_copy_has_what_belongs_and_nothing_else(copied: Path, tmp_path: Path) 
     (copied / "plans/all.json.tmp").write_text("left by a killed run")
     push(kdata.open(copied), str(tmp_path / "shared"))
     before, after = digests(copied), digests(tmp_path / "shared")
-    assert set(before) - set(after) == {"notes.txt", "plans/all.json.tmp"} and set(after) - set(before) == {
-        "README.md"
-    }
+    assert set(before) - set(after) == {"notes.txt", "plans/all.json.tmp"} and set(after) - set(before) == {"README.md"}
     assert all(after[name] == before[name] for name in set(before) & set(after))
     assert kdata.open(tmp_path / "shared").fingerprint == kdata.open(copied).fingerprint
 
@@ -115,9 +110,7 @@ def test_the_hub_is_given_a_private_repository_and_the_dataset_s_files(
     assert "notes.txt" not in sent and {"README.md", "dataset.json", "manifest.jsonl"} <= set(sent)
 
 
-def test_a_hub_that_cannot_be_reached_gives_one_error(
-    captured: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_cannot_be_reached_gives_one_error(captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(KdataError, match=r"hf://nobody/nothing cannot be downloaded|Hub"):
         kdata.open("hf://nobody/nothing")
@@ -125,9 +118,7 @@ def test_a_hub_that_cannot_be_reached_gives_one_error(
         push(kdata.open(captured), "hf://nobody/nothing")
 
 
-def test_a_download_is_a_folder_of_real_files(
-    captured: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_download_is_a_folder_of_real_files(captured: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The client's own cache holds links that lead out of the snapshot, which a reader must refuse."""
 
     def stand_in(name: str, *, repo_type: str, local_dir: Path | None = None, **_: Any) -> str:

@@ -28,9 +28,7 @@ def identity(codec: str = "packed", k: int = 4) -> DatasetInfo:
         vocab_size=VOCAB,
         teacher=TEACHER.info,
         tokenizer=TokenizerInfo(hash="0" * 64, chat_template_hash=None, bos_id=0, eos_id=1),
-        codec=CodecInfo(
-            id=codec, version=known_codecs()[codec], kind="topk", parameters={"k": k, "id_bytes": 2}
-        ),
+        codec=CodecInfo(id=codec, version=known_codecs()[codec], kind="topk", parameters={"k": k, "id_bytes": 2}),
         tail="ghost",
     )
 
@@ -109,9 +107,7 @@ def assert_is_one_by_one(dataset: kdata.Dataset, order: np.ndarray) -> None:
         "entry_logprobs",
     ):
         parts = [getattr(part, name) for part in alone]
-        np.testing.assert_array_equal(
-            getattr(together, name), np.concatenate(parts) if parts else [], err_msg=name
-        )
+        np.testing.assert_array_equal(getattr(together, name), np.concatenate(parts) if parts else [], err_msg=name)
     for (a, b), part in zip(together.spans(), alone, strict=True):
         assert b - a == len(part.token_ids)
     assert (

@@ -60,8 +60,7 @@ def test_vllm_reads_and_writes_what_the_plain_forward_pass_does(llama_dir: Path,
 
     rng = np.random.default_rng(0)
     sequences = [
-        np.concatenate([[0], rng.integers(2, 300, size)]).astype(np.int32)
-        for size in (5, 40, 17, 90, 126 - 1)
+        np.concatenate([[0], rng.integers(2, 300, size)]).astype(np.int32) for size in (5, 40, 17, 90, 126 - 1)
     ]
     (tmp_path / "in").write_bytes(pickle.dumps((sequences, str(llama_dir))))
     subprocess.run(
@@ -85,9 +84,7 @@ def test_vllm_reads_and_writes_what_the_plain_forward_pass_does(llama_dir: Path,
         if answers["info"].deterministic:
             np.testing.assert_array_equal(ours.logprob, again.logprob)
             np.testing.assert_array_equal(ours.kept.logprobs, again.kept.logprobs)
-    for written, rewritten, read in zip(
-        answers["written"], answers["rewritten"], answers["reread"], strict=True
-    ):
+    for written, rewritten, read in zip(answers["written"], answers["rewritten"], answers["reread"], strict=True):
         own = written.readout
         assert written.num_prompt_tokens == 5 and 5 < len(own.token_ids) <= 15
         assert written.finish_reason == ("stop" if own.token_ids[-1] == 1 else "length")
@@ -107,9 +104,7 @@ def start_capture(root: Path, llama: Path, corpus: Path) -> subprocess.Popen[byt
     )  # fmt: skip
 
 
-def test_killed_with_a_real_vllm_and_started_again_the_bytes_are_the_same(
-    llama_dir: Path, tmp_path: Path
-) -> None:
+def test_killed_with_a_real_vllm_and_started_again_the_bytes_are_the_same(llama_dir: Path, tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", rows_of_text(300))
     undisturbed, root = tmp_path / "undisturbed", tmp_path / "killed"
     whole = start_capture(undisturbed, llama_dir, corpus)

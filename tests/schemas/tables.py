@@ -96,9 +96,7 @@ def columns_table(columns: list[dict[str, Any]]) -> str:
 
 def arrow_table(schema: pa.Schema) -> str:
     """A table of an Arrow schema."""
-    return table(
-        ["column", "type", "what it is"], [[f"`{f.name}`", str(f.type), WORDS[f.name]] for f in schema]
-    )
+    return table(["column", "type", "what it is"], [[f"`{f.name}`", str(f.type), WORDS[f.name]] for f in schema])
 
 
 def type_name(annotation: Any) -> str:
@@ -148,9 +146,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "manifest": lambda: arrow_table(manifest_view()),
     }
     for name, spec in codecs.items():
-        made[name] = lambda spec=spec: (
-            f"Version {spec['version']}. {spec['doc']}\n\n" + columns_table(spec["columns"])
-        )
+        made[name] = lambda spec=spec: f"Version {spec['version']}. {spec['doc']}\n\n" + columns_table(spec["columns"])
     for model in MODELS:
         made[model.__name__] = lambda model=model: model_table(model)
     return made

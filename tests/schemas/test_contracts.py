@@ -188,7 +188,9 @@ def test_a_reader_made_from_the_document_reads_the_same(
     root = dataset.path
     info = json.loads((root / "dataset.json").read_bytes())
     assert sha256(canonical(without(info, "digest"))) == info["digest"]
-    assert sha256(canonical(without(info, "sources", "tokenizer_files", "fingerprint", "digest"))) == info["fingerprint"]
+    assert (
+        sha256(canonical(without(info, "sources", "tokenizer_files", "fingerprint", "digest"))) == info["fingerprint"]
+    )
     lines = [json.loads(line) for line in (root / "manifest.jsonl").read_bytes().splitlines()]
     row_number = 0
     for line in sorted(lines, key=lambda e: e["name"]):
@@ -207,17 +209,13 @@ def test_a_reader_made_from_the_document_reads_the_same(
             for t, entries in enumerate(decode(row, info["codec"]["parameters"])):
                 span = slice(sequence.entry_offsets[t], sequence.entry_offsets[t + 1])
                 assert sequence.entry_ids[span].tolist() == [token for token, _ in entries]
-                np.testing.assert_allclose(
-                    sequence.entry_logprobs[span], [w for _, w in entries], rtol=1e-6, atol=1e-6
-                )
+                np.testing.assert_allclose(sequence.entry_logprobs[span], [w for _, w in entries], rtol=1e-6, atol=1e-6)
             row_number += 1
         assert sha256(inputs) == line["inputs"]
     shards = sorted([e["name"], sorted([p, f["sha256"]] for p, f in e["files"].items())] for e in lines)
     assert dataset.fingerprint == sha256(canonical({"identity": info["fingerprint"], "shards": shards}))
     assert info["tokenizer"]["hash"] == sha256(
-        canonical(
-            without(json.loads((root / "tokenizer/tokenizer.json").read_bytes()), "truncation", "padding")
-        )
+        canonical(without(json.loads((root / "tokenizer/tokenizer.json").read_bytes()), "truncation", "padding"))
     )
     assert row_number == dataset.num_rows
     corpus = hashlib.sha256(hashlib.sha256(corpus_file.read_bytes()).digest()).hexdigest()

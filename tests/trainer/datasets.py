@@ -22,9 +22,7 @@ def save_tokenizer(folder: Path, vocab: int = VOCAB) -> PreTrainedTokenizerFast:
     """A word-level tokenizer w0 w1 ...; token 0 begins, token 1 ends."""
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w2"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="w0", eos_token="w1", unk_token="w2"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="w0", eos_token="w1", unk_token="w2")
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -67,9 +65,7 @@ def make_dataset(
     )
     records = [_record(f"doc-{i}", n, chain, rng, kept, tail, mask_every) for i, n in enumerate(lengths)]
     source = SourceInfo(kind="capture", settings={}, num_units=None)
-    with Writer(
-        root, info, "capture", source, tokenizer_dir=root.parent / f"{root.name}-tokenizer"
-    ) as writer:
+    with Writer(root, info, "capture", source, tokenizer_dir=root.parent / f"{root.name}-tokenizer") as writer:
         half = len(records) // 2
         for number, part in enumerate((records[:half], records[half:])):
             writer.commit(Unit(number, part))
@@ -106,9 +102,7 @@ def _record(
         token_ids=np.array(ids, np.int32),
         target_mask=mask,
         logprob=beside(np.log(own), np.nan),
-        rank=np.concatenate([np.zeros(min(length, 1)), (predicted > own[:, None]).sum(-1) + 1]).astype(
-            np.int32
-        ),
+        rank=np.concatenate([np.zeros(min(length, 1)), (predicted > own[:, None]).sum(-1) + 1]).astype(np.int32),
         log_tail=beside(rest, np.nan),
         kept=_kept(counts, order, top, tail),
         text=" ".join(f"w{i}" for i in ids),

@@ -107,9 +107,7 @@ def test_the_teachers_own_figures_come_from_the_dataset(run: Path, dataset: kdat
     assert 0 <= result["overall"]["teacher_ece"] < 0.15
 
 
-def test_fewer_kept_entries_bound_the_divergence_from_below(
-    folder: Path, run: Path, dataset: kdata.Dataset
-) -> None:
+def test_fewer_kept_entries_bound_the_divergence_from_below(folder: Path, run: Path, dataset: kdata.Dataset) -> None:
     sparse = make_dataset(folder / "sparse", LENGTHS, kept=4)
     full, bound = (evaluate(run / "model", d.path)["overall"] for d in (dataset, sparse))
     assert bound["nll"] == pytest.approx(full["nll"])
@@ -141,9 +139,7 @@ def test_the_result_carries_the_run_and_samples(run: Path, dataset: kdata.Datase
     expected = index.groupby("domain")["num_target_tokens"].apply(lambda n: int(n.head(2).sum()))
     assert {n: d["tokens"] for n, d in greedy["domains"].items()} == expected.to_dict()
     warm = few.model_copy(update={"sample_temperature": 1.0, "seed": 3})
-    sampled = [
-        evaluate(run / "model", dataset.path, prompts=prompts, config=warm)["samples"] for _ in range(2)
-    ]
+    sampled = [evaluate(run / "model", dataset.path, prompts=prompts, config=warm)["samples"] for _ in range(2)]
     assert sampled[0] == sampled[1] != greedy["samples"]
 
 

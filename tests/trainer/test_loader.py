@@ -85,9 +85,7 @@ def test_a_target_is_predicted_by_the_cell_before_its_token(dataset: kdata.Datas
 @pytest.mark.parametrize("window", [7, 1024])
 def test_order_depends_on_data_and_seed_alone(dataset: kdata.Dataset, window: int) -> None:
     def stream(**config: int) -> list[int]:
-        batches = islice(
-            loader(dataset, window_documents=window, **config), 60 // config.get("batch_rows", 3)
-        )
+        batches = islice(loader(dataset, window_documents=window, **config), 60 // config.get("batch_rows", 3))
         return [int(r) for b in batches for r in b.rows]
 
     assert stream() == stream(batch_rows=5) == stream(prefetch_batches=0) == stream(batch_rows=1)

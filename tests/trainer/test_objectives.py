@@ -62,9 +62,7 @@ def test_gradient_equals_finite_differences(name: str) -> None:
                     leaf.view(-1)[i] += sign * step
                     around.append(float(fused(problem, {name: 1.0}, "ghost").total))
                     leaf.view(-1)[i] -= sign * step
-            assert math.isclose(
-                (around[0] - around[1]) / (2 * step), float(gradient.reshape(-1)[i]), abs_tol=2e-8
-            )
+            assert math.isclose((around[0] - around[1]) / (2 * step), float(gradient.reshape(-1)[i]), abs_tol=2e-8)
 
 
 def test_a_mix_is_the_weighted_sum_and_weight_0_only_measures() -> None:
@@ -104,9 +102,7 @@ def test_draws_have_the_gradient_of_full_distillation_on_average() -> None:
         )
         weights, ids = (counts / draws).topk(11, dim=-1)
         ids = ids.masked_fill(weights == 0, -1)
-        problem.targets = Targets(
-            problem.targets.token_ids_C, ids, weights.log(), weights.new_full((2,), -math.inf)
-        )
+        problem.targets = Targets(problem.targets.token_ids_C, ids, weights.log(), weights.new_full((2,), -math.inf))
         total += grads(problem, fused(problem, {"forward_kl": 1.0}, "draws").total)[0]
     torch.testing.assert_close(total / rounds, want, atol=0.02, rtol=0.02)
 

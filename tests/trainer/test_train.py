@@ -47,9 +47,7 @@ def lines(out: Path) -> list[dict]:
 
 
 def losses(out: Path) -> list[tuple]:
-    return [
-        (r["step"], r["loss"], r["cross_entropy"], r["grad_norm"], r["lr"], r["tokens"]) for r in lines(out)
-    ]
+    return [(r["step"], r["loss"], r["cross_entropy"], r["grad_norm"], r["lr"], r["tokens"]) for r in lines(out)]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +71,7 @@ def test_a_student_learns_the_chain_and_everything_is_written(dataset: kdata.Dat
     assert num_parameters(again) == result.params
 
 
-def test_a_run_killed_and_resumed_gives_bit_equal_losses(
-    dataset: kdata.Dataset, whole: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_and_resumed_gives_bit_equal_losses(dataset: kdata.Dataset, whole: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of step 14; step 10 is the newest checkpoint."""
     out = tmp_path / "run"
     script = (
@@ -169,9 +165,7 @@ def test_a_non_finite_loss_stops_before_the_weights_and_names_step_and_rows(
 def test_a_gradient_that_is_not_finite_stops_too(
     dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(float("inf"))
-    )
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(float("inf")))
     with pytest.raises(TrainingError, match=r"gradient norm of step 1 is inf; rows doc-"):
         train(config(), dataset.path, None, tmp_path / "run")
 
