@@ -22,7 +22,7 @@ from kdata.keep import KeepConfig
 from kdata.progress import Stage
 from kdata.schema import FORMAT_VERSION, DatasetInfo, SourceInfo
 from kdata.teachers import Readout, Teacher, TeacherConfig, load_teacher, load_tokenizer, tokenizer_info
-from kdata.writer import Record, Reject, Unit, Writer, new_info
+from kdata.writer import Behind, Record, Reject, Unit, Writer, new_info
 
 
 class CaptureConfig(KeepConfig):
@@ -106,13 +106,15 @@ def capture_with(
         tokenizer_files(tokenizer, root) as folder,
         Writer(root, info, config.name, source, resume=resume, tokenizer_dir=folder) as writer,
         Stage(f"{config.name}: reading", corpus.num_rows, "documents", log) as stage,
+        Behind(writer) as behind,
     ):
         units = 0
         for unit in reading_units(corpus, tokenizer, config, limit):
             units = unit.number + 1
             if unit.number not in writer.committed:
-                writer.commit(read_unit(teacher, unit, config))
+                behind.commit(read_unit(teacher, unit, config))
             stage.advance(unit.documents, tokens=unit.tokens, shards=units)
+        behind.wait()
         writer.finish(units)
     return open_dataset(root)
 

@@ -23,7 +23,7 @@ from kdata.keep import KeepConfig
 from kdata.progress import Stage
 from kdata.schema import SourceInfo
 from kdata.teachers import Completion, SamplingConfig, Teacher, TeacherConfig, load_teacher, load_tokenizer
-from kdata.writer import Record, Reject, Unit, Writer
+from kdata.writer import Behind, Record, Reject, Unit, Writer
 
 
 class GenerateConfig(KeepConfig):
@@ -90,14 +90,19 @@ def generate_with(
         tokenizer_files(tokenizer, root) as folder,
         Writer(root, info, config.name, source, resume=resume, tokenizer_dir=folder) as writer,
         Stage(f"{config.name}: writing", prompts.num_rows, "prompts", log) as stage,
+        Behind(writer) as behind,
     ):
         units = 0
         for unit in writing_units(prompts, encoder, config, teacher.context):
             units = unit.number + 1
-            entry = writer.committed.get(unit.number)
-            if entry is None:
-                entry = writer.commit(write_unit(teacher, unit, config, encoder, tokenizer))
-            stage.advance(unit.documents, tokens=entry.target_tokens, shards=units)
+            done = writer.committed.get(unit.number)
+            tokens = done.target_tokens if done else 0
+            if done is None:
+                written = write_unit(teacher, unit, config, encoder, tokenizer)
+                tokens = int(sum(record.target_mask.sum() for record in written.records))
+                behind.commit(written)
+            stage.advance(unit.documents, tokens=tokens, shards=units)
+        behind.wait()
         writer.finish(units)
     return open_dataset(root)
 

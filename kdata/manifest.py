@@ -124,8 +124,7 @@ def _entry(line: bytes, where: str) -> ManifestEntry:
 
 def append_entry(root: Path, entry: ManifestEntry) -> None:
     """Append one line and flush it: the commit."""
-    content = entry.model_dump()
-    line = canonical_json({**content, "digest": digest_of(content)}) + b"\n"
+    line = manifest_line(entry)
     path = root / "manifest.jsonl"
     fresh = not path.exists()
     with path.open("ab") as file:
@@ -134,6 +133,32 @@ def append_entry(root: Path, entry: ManifestEntry) -> None:
         os.fsync(file.fileno())
     if fresh:
         sync_directory(root)
+
+
+def manifest_line(entry: ManifestEntry) -> bytes:
+    """One line of manifest.jsonl with its own digest."""
+    content = entry.model_dump()
+    return canonical_json({**content, "digest": digest_of(content)}) + b"\n"
+
+
+def write_manifest(root: Path, entries: list[ManifestEntry]) -> None:
+    """Replace manifest.jsonl whole."""
+    write_atomically(root / "manifest.jsonl", b"".join(manifest_line(entry) for entry in entries))
+
+
+def order_manifest(root: Path, source: str) -> None:
+    """Bring the lines of one source into the order of their units, where a repeated unit stands out of it.
+
+    So a dataset that was repaired, or whose units were done by several workers, has the bytes of an undisturbed run.
+    """
+    entries = read_manifest(root)
+    own = [entry for entry in entries if entry.source == source]
+    ordered = sorted(own, key=lambda entry: entry.unit)
+    if own == ordered:
+        return
+    first = entries.index(own[0])
+    others = [entry for entry in entries if entry.source != source]
+    write_manifest(root, [*others[:first], *ordered, *others[first:]])
 
 
 def inside(root: Path, relative: str) -> Path:

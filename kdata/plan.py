@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from kdata.dataset import Dataset
 from kdata.errors import CorruptError, DataError, MismatchError, MissingError
 from kdata.manifest import first_problem, write_atomically
-from kdata.schema import Contract
+from kdata.schema import Contract, FileInfo
 
 PLAN_SCHEMA = pa.schema([pa.field("id", pa.string(), False), pa.field("repeats", pa.int32(), False)])
 

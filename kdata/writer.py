@@ -11,14 +11,16 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
@@ -33,8 +35,17 @@ from kdata.errors import (
     StorageError,
     settings_difference,
 )
-from kdata.manifest import append_entry, inside, read_info, read_manifest, sync_directory, write_info
+from kdata.manifest import (
+    append_entry,
+    inside,
+    order_manifest,
+    read_info,
+    read_manifest,
+    sync_directory,
+    write_info,
+)
 from kdata.schema import (
+    CodecError,
     DatasetInfo,
     FileInfo,
     ManifestEntry,
@@ -187,25 +198,22 @@ class Writer:
 
     def _write_info(self, source_info: SourceInfo) -> None:
         sources = {**self.info.sources, self.source: source_info}
-        update = {"sources": dict(sorted(sources.items())), "tokenizer_files": self._tokenizer_files()}
-        self.info = self.info.model_copy(update=update)
+        self.info = self.info.model_copy(update={"sources": dict(sorted(sources.items()))})
         write_info(self.root, self.info)
 
     def _copy_tokenizer(self) -> None:
+        """Copy the tokenizer's files where none stand, and record their digests once."""
         target = self.root / "tokenizer"
-        if self._tokenizer_dir is None or target.exists():
+        if self._tokenizer_dir is not None and not target.exists():
+            temporary = self.root / "tokenizer.tmp"
+            temporary.mkdir()
+            for file in sorted(self._tokenizer_dir.iterdir()):  # copytree would hide a full disk in its own error
+                shutil.copyfile(file, temporary / file.name)
+            os.rename(temporary, target)
+        elif self.info.tokenizer_files:
             return
-        temporary = self.root / "tokenizer.tmp"
-        temporary.mkdir()
-        for file in sorted(self._tokenizer_dir.iterdir()):  # copytree would hide a full disk in its own error
-            shutil.copyfile(file, temporary / file.name)
-        os.rename(temporary, target)
-
-    def _tokenizer_files(self) -> dict[str, FileInfo]:
-        """What stands in tokenizer/: recorded when it is first written, and kept from then on."""
-        if self.info.tokenizer_files:
-            return self.info.tokenizer_files
-        return {path.name: file_info(path) for path in sorted((self.root / "tokenizer").glob("*")) if path.is_file()}
+        files = {path.name: file_info(path) for path in sorted(target.glob("*")) if path.is_file()}
+        self.info = self.info.model_copy(update={"tokenizer_files": files})
 
     def _clear_temporary(self) -> None:
         for pattern in TEMPORARY:
@@ -219,51 +227,61 @@ class Writer:
             StorageError: the disk refused; nothing that was committed is touched.
             DataError: an id stands twice, in the unit or with a row of the dataset.
         """
-        for record in unit.records:
-            if record.id in self._ids:
+        self._refuse_twice([record.id for record in unit.records])
+        name = self.shard_name(unit.number)
+        tables = shard_tables(unit, name, self.source, self.info)
+        return self.commit_tables(unit.number, *tables, rejects=unit.rejects, inputs=unit.inputs)
+
+    def shard_name(self, unit: int) -> str:
+        """Name of the shard that holds a unit."""
+        return f"{self.source}-{unit:05d}"
+
+    def _refuse_twice(self, ids: list[str]) -> None:
+        for row_id in ids:
+            if row_id in self._ids:
                 raise DataError(
-                    f"{self.root} already has a row with id {record.id!r}; ids are unique in a dataset. Rename it in "
+                    f"{self.root} already has a row with id {row_id!r}; ids are unique in a dataset. Rename it in "
                     "the input (a text that is split takes ID#0, ID#1, a completion ID~0), or use another dataset."
                 )
-        name = f"{self.source}-{unit.number:05d}"
+
+    def commit_tables(
+        self, number: int, table: pa.Table, index: pa.Table, error: CodecError | None, *,
+        rejects: Sequence[Reject] = (), inputs: str = "",
+    ) -> ManifestEntry:  # fmt: skip
+        """Store one unit whose payload and index are made: rows of another dataset, say."""
+        ids = index["id"].to_pylist()
+        self._refuse_twice(ids)
+        name = self.shard_name(number)
         files: dict[str, FileInfo] = {}
         with storage_errors(self.root):
-            table, index, error = shard_tables(unit, name, self.source, self.info)
             files[f"data/{name}.arrow"] = self._write_arrow(f"data/{name}.arrow", table)
             files[f"index/{name}.parquet"] = self._write_parquet(f"index/{name}.parquet", index)
-            if unit.rejects:
-                rejects = pa.table(
-                    {
-                        "id": [r.id for r in unit.rejects],
-                        "domain": [r.domain for r in unit.rejects],
-                        "source": [self.source] * len(unit.rejects),
-                        "reason": [r.reason for r in unit.rejects],
-                        "detail": [r.detail for r in unit.rejects],
-                    },
-                    schema=rejects_schema(),
-                )
+            if rejects:
+                refused = [{**vars(reject), "source": self.source} for reject in rejects]
                 (self.root / "rejects").mkdir(exist_ok=True)
-                files[f"rejects/{name}.parquet"] = self._write_parquet(f"rejects/{name}.parquet", rejects)
+                path = f"rejects/{name}.parquet"
+                files[path] = self._write_parquet(path, pa.Table.from_pylist(refused, schema=rejects_schema()))
             entry = ManifestEntry(
                 name=name,
                 source=self.source,
-                unit=unit.number,
+                unit=number,
                 rows=table.num_rows,
-                tokens=int(sum(len(r.token_ids) for r in unit.records)),
-                target_tokens=int(sum(r.target_mask.sum() for r in unit.records)),
-                rejected=len(unit.rejects),
-                inputs=unit.inputs,
+                tokens=pc.sum(index["num_tokens"]).as_py() or 0,
+                target_tokens=pc.sum(index["num_target_tokens"]).as_py() or 0,
+                rejected=len(rejects),
+                inputs=inputs,
                 files=files,
                 codec_error=error,
             )
             append_entry(self.root, entry)
-        self.committed[unit.number] = entry
-        self._ids.update(record.id for record in unit.records)
+        self.committed[number] = entry
+        self._ids.update(ids)
         return entry
 
     def finish(self, num_units: int) -> None:
-        """Mark the source complete with `num_units` units."""
+        """Mark the source complete with `num_units` units; its manifest lines come into the order of units."""
         with storage_errors(self.root):
+            order_manifest(self.root, self.source)
             self._write_info(self._source_info.model_copy(update={"num_units": num_units}))
 
     def _write_arrow(self, relative: str, table: pa.Table) -> FileInfo:
@@ -335,6 +353,42 @@ def _refuse_difference(what: str, before: dict, after: dict, root: Path) -> None
             f"{root}: {what} was begun with other settings (before -> now):\n{difference}\n"
             "Use the former settings to go on, or another folder (or source name) for the new ones."
         )
+
+
+class Behind:
+    """Commits units in order on a thread of its own, one behind the teacher: encoding and hashing overlap the engine.
+
+    A context manager; what a commit raises is raised by the next call, or at the end.
+    """
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kdata-commit")
+        self._pending: Future[ManifestEntry] | None = None
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def commit(self, unit: Unit) -> None:
+        """Hand one unit over, once the one before is committed. Raises what that one raised."""
+        self.wait()
+        self._pending = self._thread.submit(self._writer.commit, unit)
+
+    def wait(self) -> None:
+        """Return when everything handed over is committed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            # After an error of the teacher what was read before it is still committed; the teacher's error is the one told.
+            with suppress(Exception) if kind else nullcontext():
+                self.wait()
+        finally:
+            self._thread.shutdown()
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class ReferenceConfig(ReaderConfig):
     backend: Literal["vllm", "transformers"] = Field("transformers", description="What runs the model.")
 
 
-class GenerateStage(KeepConfig):
+class GenerateStage(Strict):
     """The teacher writes."""
 
     prompts: TextConfig = TextConfig(text_column="prompt")
@@ -56,7 +56,7 @@ class GenerateStage(KeepConfig):
     unit_prompts: int = Field(128, ge=1, description="Prompts of one shard.")
 
 
-class CaptureStage(KeepConfig):
+class CaptureStage(Strict):
     """The teacher reads."""
 
     max_tokens: int | None = Field(None, ge=2, description="Longest sequence; null takes the teacher's context.")
@@ -103,6 +103,7 @@ class Recipe(Strict):
     builtin: BuiltinConfig = Field(BuiltinConfig(), description="The built-in corpus, teacher and reference.")
     teacher: ReaderConfig = ReaderConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    keep: KeepConfig = Field(KeepConfig(), description="What is kept of every distribution, written or read.")
     generate: GenerateStage | None = Field(GenerateStage(), description="null leaves generation out.")
     corpus: TextConfig = Field(TextConfig(), description="Text that the teacher reads.")
     heldout: TextConfig = Field(TextConfig(), description="Text that students are measured on; never trained on.")
@@ -134,7 +135,7 @@ class Recipe(Strict):
 
     def capture_config(self, corpus: CorpusConfig, name: str) -> CaptureConfig:
         """Settings of a capture of one corpus."""
-        values = {"corpus": corpus.model_dump(), "name": name, **self.capture.model_dump()}
+        values = {"corpus": corpus.model_dump(), "name": name, **self.keep.model_dump(), **self.capture.model_dump()}
         return parse_config(CaptureConfig, values, "capture")
 
 

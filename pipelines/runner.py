@@ -89,9 +89,8 @@ class Run:
     def teacher(self) -> Teacher:
         """The loaded teacher: once for generation and both captures."""
         config = self.teacher_config
-        k = max(self.recipe.capture.k, self.recipe.generate.k if self.recipe.generate else 0)
         with console.status(f"loading the teacher ({config.backend})"):
-            return load_teacher(config, max_k=k)
+            return load_teacher(config, max_k=self.recipe.keep.k)
 
     def close_teacher(self) -> None:
         """Free the teacher's memory; the stages behind do not see it."""
@@ -136,7 +135,12 @@ def run_generate(run: Run) -> None:
     if stage is None:
         return
     prompts = run.corpus(stage.prompts, "prompts")
-    values = {**stage.model_dump(), "prompts": prompts.model_dump(), "seed": run.recipe.seed}
+    values = {
+        **run.recipe.keep.model_dump(),
+        **stage.model_dump(),
+        "prompts": prompts.model_dump(),
+        "seed": run.recipe.seed,
+    }
     generate_with(
         run.dataset_path,
         run.teacher,

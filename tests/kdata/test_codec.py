@@ -13,6 +13,8 @@ from kdata.errors import FormatError, ShapeError
 from kdata.schema import CodecInfo, known_codecs, payload_schema
 
 VOCAB, DRAWS = 300, 16
+# verbatim keeps what another tool returned, whatever it sums to: tests/kdata/test_interchange.py.
+OWN = [name for name in CODECS if name != "verbatim"]
 # Largest |log p - log p stored| of an exact entry. plain: a float16 step, as it is rounded down. packed: half
 # a grid step of 1/16 nat for the entry, and as much again for the shift of the sum.
 BOUND_NATS = {"plain": lambda logp: np.abs(logp) * 2.0**-10 + 1e-3, "packed": lambda logp: 1 / 16 + 1e-5}
@@ -63,7 +65,7 @@ def stored(kept: Kept, tail: np.ndarray, info: CodecInfo) -> Kept:
     return CODECS[info.id].decode(flat, Positions(kept.num_exact, kept.num_drawn, tail), info)
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", OWN)
 @pytest.mark.parametrize("kind", ["topk", "hybrid"])
 @given(data=st.data())
 def test_entries_come_back_within_the_stated_error_and_never_sum_above_one(
@@ -87,7 +89,7 @@ def test_entries_come_back_within_the_stated_error_and_never_sum_above_one(
         assert len(kept.ids) == 0
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", OWN)
 @given(data=st.data())
 def test_the_most_certain_teacher_sums_to_one_at_most(codec: str, data: st.DataObject) -> None:
     """Peaked to p = 1, where float32 softmax sums run over 1 and rounding has the least room."""
@@ -95,7 +97,7 @@ def test_the_most_certain_teacher_sums_to_one_at_most(codec: str, data: st.DataO
     assert (stored(kept, tail, info_of(codec)).mass() <= 1.0).all()
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", OWN)
 def test_a_softmax_a_little_above_one_is_brought_below(codec: str) -> None:
     over = np.log(np.array([0.5, 0.3, 0.2]) * (1 + 3e-7)).astype(np.float32)
     kept = Kept(np.array([3], np.int32), np.array([0], np.int32), np.arange(3, dtype=np.int32), over)
