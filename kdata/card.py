@@ -127,6 +127,7 @@ def codec_error(dataset: Dataset) -> CodecError | None:
         max_nats=max(error.max_nats for _, error in measured),
         kl_nats=sum(tokens * error.kl_nats for tokens, error in measured) / weight,
         max_sum=max(error.max_sum for _, error in measured),
+        sums_over_one=sum(error.sums_over_one for _, error in measured),
     )
 
 

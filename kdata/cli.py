@@ -211,6 +211,11 @@ def info(dataset: DatasetArgument) -> None:
 def verify(
     dataset: DatasetArgument,
     deep: Annotated[bool, typer.Option("--deep", help="Also decode every row and compare it with the index.")] = False,
+    against_teacher: Annotated[
+        int, typer.Option(metavar="N", help="Also have the teacher read N rows again, and measure what storing cost.")
+    ] = 0,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="The teacher, for --against-teacher.")] = None,
+    backend: BackendOption = "transformers",
 ) -> None:
     """Prove that a dataset is whole; exit status 1 and a list where it is not."""
     from kdata.verify import verify as run
@@ -221,6 +226,40 @@ def verify(
         listing = "\n".join(f"  {p.path}: {p.what}" for p in problems)
         raise CorruptError(f"{opened.path} is not whole:\n{listing}")
     out.print(f"whole: {len(opened.manifest)} shards, {opened.num_rows:,} rows, {opened.num_tokens:,} tokens")
+    if against_teacher:
+        _remeasure(opened, against_teacher, teacher, backend)
+
+
+def _remeasure(opened: Any, rows: int, model: str | None, backend: str) -> None:
+    from kdata.remeasure import against_teacher
+    from kdata.teachers import load_teacher
+
+    name = model or opened.info.teacher.model
+    loaded = load_teacher(_teacher({}, name, backend), max_k=max(opened.info.codec.parameters.get("k", 1), 1))
+    try:
+        found = against_teacher(opened, loaded, rows)
+    finally:
+        loaded.close()
+    written = [e.codec_error for e in opened.manifest if e.codec_error is not None]
+    table = Table("", "measured again", "when written", title=f"{found.rows:,} rows, {found.positions:,} positions")
+    for label, field in (
+        ("mean error, nats", "mean_nats"),
+        ("largest error, nats", "max_nats"),
+        ("KL, nats", "kl_nats"),
+    ):
+        before = max((getattr(e, field) for e in written), default=0.0)
+        table.add_row(label, f"{getattr(found.codec, field):.2e}", f"at most {before:.2e}")
+    table.add_row("largest difference of a token's log-probability", f"{found.max_logprob_nats:.2e}", "float16")
+    table.add_row("largest difference of log_tail", f"{found.max_log_tail_nats:.2e}", "float32")
+    if found.same_draws is not None:
+        table.add_row("positions with the same draws", f"{found.same_draws:.1%}", "")
+    out.print(table)
+    limit = 10 * max((e.kl_nats for e in written), default=0.0) + 1e-4
+    if found.codec.kl_nats > limit or found.max_logprob_nats > 0.1:
+        raise CorruptError(
+            f"{opened.path} does not hold what this teacher believes: KL {found.codec.kl_nats:.2e} nats (limit "
+            f"{limit:.1e}), a token's log-probability off by {found.max_logprob_nats:.2e}"
+        )
 
 
 @app.command()

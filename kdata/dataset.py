@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,62 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kdata import codec as codecs
 from kdata.errors import ConfigError, CorruptError, MissingError, ShapeError
 from kdata.manifest import inside, read_info, read_manifest
-from kdata.schema import DatasetInfo, ManifestEntry, content_hash, fingerprint, index_schema, payload_schema
+from kdata.schema import DatasetInfo, ManifestEntry, content_hash, fingerprint, index_schema
+from kdata.sequences import Sequences, decode, flat, nothing
 
 # What pyarrow and numpy raise at bytes that are not what they should be.
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, MemoryError)
-CACHED_BATCHES = 64  # decoded record batches kept per open dataset: about 50 MB at 64 entries per token
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """S decoded sequences, concatenated: T tokens and N kept entries in all. Entry t is the prediction OF token t.
-
-    token_ids int32 [T]; offsets int64 [S+1]; target_mask bool [T]; logprob float32 [T] (nats, NaN where nothing was
-    recorded); rank int32 [T] (1 = first choice, 0 = nothing recorded); log_tail float32 [T] (nats); entropy
-    float32 [T] (nats, NaN where unknown); num_exact int32 [T] entries kept exactly; num_kept int32 [T] entries in all,
-    the exact ones first, then draws; log_z float32 [T, temperatures] or None; entry_offsets int64 [T+1]; entry_ids
-    int32 [N]; entry_logprobs float32 [N] (nats, not renormalised; of a draw the log of its unbiased weight);
-    draw_logprobs float32 [N], the log-probability of draws (NaN for exact entries), or None where not stored.
-    """
-
-    token_ids: np.ndarray
-    offsets: np.ndarray
-    target_mask: np.ndarray
-    logprob: np.ndarray
-    rank: np.ndarray
-    log_tail: np.ndarray
-    entropy: np.ndarray
-    num_exact: np.ndarray
-    num_kept: np.ndarray
-    log_z: np.ndarray | None
-    entry_offsets: np.ndarray
-    entry_ids: np.ndarray
-    entry_logprobs: np.ndarray
-    draw_logprobs: np.ndarray | None
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def spans(self) -> list[tuple[int, int]]:
-        """(begin, end) of each sequence in the token arrays."""
-        return [(int(a), int(b)) for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
-
-    def padded(self, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Kept entries as a grid.
-
-        Args:
-            width: number of columns; None takes the widest position.
-        Returns:
-            ids int32 [T, K] padded with -1 and logprobs float32 [T, K] padded with -inf.
-        Raises:
-            ShapeError: a position holds more than `width` entries.
-        """
-        width = int(self.num_kept.max(initial=0)) if width is None else width
-        return codecs.pad(self.num_kept, self.entry_ids, self.entry_logprobs, width)
+CACHED_BYTES = 64 << 20  # decompressed record batches kept for `take`, per open dataset
+OPEN_SHARDS = 64  # shards that are mapped at a time, per open dataset
 
 
 class Dataset:
@@ -80,9 +32,9 @@ class Dataset:
         self.path = path
         self.info: DatasetInfo = read_info(path)
         self.manifest: list[ManifestEntry] = sorted(read_manifest(path), key=lambda e: e.name)
-        self._starts = np.concatenate(([0], np.cumsum([e.rows for e in self.manifest], dtype=np.int64)))
-        self._files: dict[int, pa.ipc.RecordBatchFileReader] = {}
-        self._batches: OrderedDict[tuple[int, int], Sequences] = OrderedDict()
+        self.shard_starts = np.concatenate(([0], np.cumsum([e.rows for e in self.manifest], dtype=np.int64)))
+        self._readers: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
+        self._batches: OrderedDict[tuple[int, int], tuple[pa.RecordBatch, int]] = OrderedDict()  # with their bytes
         self._batch_starts: dict[int, np.ndarray] = {}
         self._checked: set[str] = set()
         for name, source in self.info.sources.items():
@@ -97,10 +49,14 @@ class Dataset:
     def __repr__(self) -> str:
         return f"Dataset({str(self.path)!r}, rows={self.num_rows:,}, tokens={self.num_tokens:,})"
 
+    def __reduce__(self) -> tuple[type[Dataset], tuple[Path]]:
+        """Another process opens the dataset again: maps and caches do not travel."""
+        return Dataset, (self.path,)
+
     @property
     def num_rows(self) -> int:
         """Sequences in all."""
-        return int(self._starts[-1])
+        return int(self.shard_starts[-1])
 
     def __len__(self) -> int:
         return self.num_rows
@@ -195,21 +151,46 @@ class Dataset:
             ShapeError: a row is out of range.
             CorruptError: bytes are not those that were committed.
         """
-        rows = np.asarray(rows, np.int64)
+        located = np.stack(self.locate(np.asarray(rows, np.int64)), 1)
+        begins = np.flatnonzero((np.diff(located, axis=0, prepend=-1) != (0, 0, 1)).any(1))  # of runs within a batch
+        ends = np.append(begins[1:], len(located))
+        slices = []
+        for (shard, number, first), count in zip(located[begins].tolist(), (ends - begins).tolist(), strict=True):
+            slices.append(self._cached(shard, number).slice(first, count))
+        return self.decode(slices)
+
+    def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where rows int64 [S] are: shard, record batch of the shard, row of the record batch; int64 [S] each.
+
+        Raises: see `take`; a shard that is touched for the first time is checked.
+        """
         if len(rows) and (rows.min() < 0 or rows.max() >= self.num_rows):
             raise ShapeError(f"rows must lie in [0, {self.num_rows}), got {rows.min()} to {rows.max()}")
-        parts = []
-        for row in rows:
-            shard = int(np.searchsorted(self._starts, row, side="right")) - 1
-            starts = self._open_shard(shard)
-            local = int(row - self._starts[shard])
-            batch = int(np.searchsorted(starts, local, side="right")) - 1
-            parts.append((self._batch(shard, batch), local - int(starts[batch])))
-        return _gather(parts)
+        shard = np.searchsorted(self.shard_starts, rows, side="right") - 1
+        local = rows - self.shard_starts[shard]
+        number = np.zeros_like(local)
+        for one in np.unique(shard):
+            starts, here = self._open_shard(int(one)), shard == one
+            number[here] = np.searchsorted(starts, local[here], side="right") - 1
+            local[here] -= starts[number[here]]
+        return shard, number, local
+
+    def decode(self, slices: list[pa.RecordBatch]) -> Sequences:
+        """Join slices of record batches, whatever shards they are from, and decode them in one go.
+
+        Raises:
+            CorruptError: the columns do not fit together.
+        """
+        if not slices:
+            return nothing()
+        try:
+            return decode(pa.concat_batches(slices), self.info)
+        except UNREADABLE as error:
+            raise damaged(self.path / "data", error) from error
 
     def shard(self, number: int) -> Sequences:
         """All sequences of one shard, in order."""
-        return self.take(np.arange(self._starts[number], self._starts[number + 1]))
+        return self.take(np.arange(self.shard_starts[number], self.shard_starts[number + 1]))
 
     def __iter__(self) -> Iterator[Sequences]:
         return (self[row] for row in range(self.num_rows))
@@ -220,52 +201,67 @@ class Dataset:
     def iter_sequences(self) -> Iterator[Sequences]:
         """All sequences in order, a record batch at a time."""
         for shard in range(len(self.manifest)):
-            for batch in range(len(self._open_shard(shard)) - 1):
-                yield self._batch(shard, batch)
+            for number in range(len(self._open_shard(shard)) - 1):
+                yield self.decode([self.record_batch(shard, number)])
 
     def _open_shard(self, shard: int) -> np.ndarray:
-        """Map a shard, check it against the manifest on first touch; return row starts of its record batches."""
-        if shard not in self._files:
+        """Row starts of a shard's record batches; at first touch its bytes, rows and token ids are checked."""
+        if shard not in self._batch_starts:
             entry = self.manifest[shard]
             path = self.checked_file(entry, "data")
             try:
-                reader = pa.ipc.open_file(pa.memory_map(str(path)))
-                sizes = [reader.get_batch(i).num_rows for i in range(reader.num_record_batches)]
+                sizes = self._check_content(entry, path)
             except UNREADABLE as error:
-                raise damaged(path, error) from error
-            if sum(sizes) != entry.rows:
-                raise damaged(path, f"it holds {sum(sizes)} rows, the manifest says {entry.rows}")
-            self._check_content(shard, path, reader)
-            self._files[shard] = reader
-            self._batch_starts[shard] = np.concatenate(([0], np.cumsum(sizes)))
+                raise error if isinstance(error, CorruptError) else damaged(path, error) from error
+            self._batch_starts[shard] = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
         return self._batch_starts[shard]
 
-    def _check_content(self, shard: int, path: Path, reader: pa.ipc.RecordBatchFileReader) -> None:
-        """Compare token ids with the content hashes of the index: a payload that is not its index is refused."""
-        index = self._read_index(self.manifest[shard], ["id", "content_hash"])
+    def _check_content(self, entry: ManifestEntry, path: Path) -> list[int]:
+        """Compare token ids with the content hashes of the index: a payload that is not its index is refused.
+
+        Returns the rows of each record batch.
+        """
+        index = self._read_index(entry, ["id", "content_hash"])
         expected = zip(index["id"].to_pylist(), index["content_hash"].to_pylist(), strict=True)
+        reader, sizes = _reader(path, ["id", "input_ids"]), []
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
-            values, offsets = _flat(batch.column("input_ids"))
+            values, offsets = flat(batch.column("input_ids"))
             for row, row_id in enumerate(batch.column("id").to_pylist()):
                 index_id, digest = next(expected, (None, None))
                 if row_id != index_id or content_hash(values[offsets[row] : offsets[row + 1]]) != digest:
                     raise damaged(path, f"row {row_id!r} does not have the content that the index says")
+            sizes.append(batch.num_rows)
+        if sum(sizes) != entry.rows:
+            raise damaged(path, f"it holds {sum(sizes)} rows, the manifest says {entry.rows}")
+        return sizes
 
-    def _batch(self, shard: int, number: int) -> Sequences:
-        key = (shard, number)
-        if key in self._batches:
-            self._batches.move_to_end(key)
-            return self._batches[key]
+    def record_batch(self, shard: int, number: int) -> pa.RecordBatch:
+        """Decompress one record batch: the columns that decoding needs, encoded as they are stored.
+
+        Raises:
+            CorruptError: its bytes cannot be decompressed.
+        """
         path = self.shard_file(self.manifest[shard], "data")
         try:
-            decoded = _decode(self._files[shard].get_batch(number), self.info)
+            reader = self._readers.pop(shard, None) or _reader(path, _used_columns(path))
+            batch = reader.get_batch(number)
         except UNREADABLE as error:
             raise damaged(path, error) from error
-        self._batches[key] = decoded
-        if len(self._batches) > CACHED_BATCHES:
+        self._readers[shard] = reader  # popped and put back: the last is the latest used, in two threads as in one
+        while len(self._readers) > OPEN_SHARDS:
+            self._readers.popitem(last=False)
+        return batch
+
+    def _cached(self, shard: int, number: int) -> pa.RecordBatch:
+        known = self._batches.pop((shard, number), None)
+        if known is None:
+            batch = self.record_batch(shard, number)
+            known = batch, batch.nbytes
+        self._batches[shard, number] = known
+        while len(self._batches) > 1 and sum(size for _, size in list(self._batches.values())) > CACHED_BYTES:
             self._batches.popitem(last=False)
-        return decoded
+        return known[0]
 
 
 def damaged(path: Path, reason: object) -> CorruptError:
@@ -275,85 +271,23 @@ def damaged(path: Path, reason: object) -> CorruptError:
     )
 
 
-def _flat(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and zero-based offsets of a list column, without copying numbers."""
-    offsets = column.offsets.to_numpy()
-    return column.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0]
+def _reader(path: Path, columns: list[str]) -> pa.ipc.RecordBatchFileReader:
+    """Map a shard, to read these columns only: each costs 20 microseconds per record batch, needed or not."""
+    source = pa.memory_map(str(path))
+    schema = pa.ipc.open_file(source).schema
+    fields = [schema.get_field_index(name) for name in columns]
+    options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
+    return pa.ipc.open_file(source, options=options)
 
 
-def _decode(batch: pa.RecordBatch, info: DatasetInfo) -> Sequences:
-    flat = {name: _flat(batch.column(name)) for name in COMMON}
-    token_ids, offsets = flat["input_ids"]
-    if not all(len(values) == len(token_ids) for values, _ in flat.values()):
-        raise ShapeError("columns disagree in length")
-    values = {name: array for name, (array, _) in flat.items()}
-    num_exact, num_drawn = values["num_exact"].astype(np.int32), values["num_drawn"].astype(np.int32)
-    own = [n for n in payload_schema(info.codec.id).names if n.split("_")[0] in ("entry", "exact", "draw")]
-    present = [n for n in own if batch.num_rows and batch.column(n).null_count == 0]
-    kept = codecs.from_columns(
-        {n: _flat(batch.column(n))[0] for n in present},
-        codecs.Positions(num_exact, num_drawn, values["log_tail"]),
-        info.codec,
-    )
-    temperatures = len(info.codec.parameters.get("temperatures", []))
-    log_z = _flat(batch.column("log_z"))[0].reshape(-1, temperatures) if temperatures else None
-    draws = None
-    if kept.draw_logprobs is not None:
-        draws = np.full(len(kept.ids), np.nan, np.float32)
-        draws[kept.is_draw] = kept.draw_logprobs
-    return Sequences(
-        token_ids=token_ids,
-        offsets=offsets.astype(np.int64),
-        target_mask=values["target_mask"],
-        logprob=values["logprob"].astype(np.float32),
-        rank=values["rank"],
-        log_tail=values["log_tail"],
-        entropy=values["entropy"].astype(np.float32),
-        num_exact=num_exact,
-        num_kept=num_exact + num_drawn,
-        log_z=log_z,
-        entry_offsets=np.concatenate(([0], np.cumsum(num_exact + num_drawn, dtype=np.int64))),
-        entry_ids=kept.ids,
-        entry_logprobs=kept.logprobs,
-        draw_logprobs=draws,
-    )
-
-
-COMMON = (
-    "input_ids", "target_mask", "logprob", "rank", "log_tail", "entropy", "num_exact", "num_drawn",
-)  # fmt: skip
-
-
-def _gather(parts: list[tuple[Sequences, int]]) -> Sequences:
-    """Concatenate single sequences out of decoded batches."""
-    spans = [(s, int(s.offsets[i]), int(s.offsets[i + 1])) for s, i in parts]
-    entries = [(s, int(s.entry_offsets[a]), int(s.entry_offsets[b])) for s, a, b in spans]
-
-    def join(name: str, dtype: type, ranges: list[tuple[Sequences, int, int]] = spans) -> np.ndarray:
-        return np.concatenate([getattr(s, name)[a:b] for s, a, b in ranges] or [np.zeros(0, dtype)])
-
-    num_kept = join("num_kept", np.int32)
-    first = parts[0][0] if parts else None
-    return Sequences(
-        token_ids=join("token_ids", np.int32),
-        offsets=np.concatenate(([0], np.cumsum([b - a for _, a, b in spans], dtype=np.int64))),
-        target_mask=join("target_mask", np.bool_),
-        logprob=join("logprob", np.float32),
-        rank=join("rank", np.int32),
-        log_tail=join("log_tail", np.float32),
-        entropy=join("entropy", np.float32),
-        num_exact=join("num_exact", np.int32),
-        num_kept=num_kept,
-        log_z=join("log_z", np.float32) if first is not None and first.log_z is not None else None,
-        entry_offsets=np.concatenate(([0], np.cumsum(num_kept, dtype=np.int64))),
-        entry_ids=join("entry_ids", np.int32, entries),
-        entry_logprobs=join("entry_logprobs", np.float32, entries),
-        draw_logprobs=(
-            join("draw_logprobs", np.float32, entries)
-            if first is not None and first.draw_logprobs is not None
-            else None
-        ),
-    )
+def _used_columns(path: Path) -> list[str]:
+    """Columns that a decoder reads, without those that are null throughout (told by the first record batch)."""
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    unused = {"id", "token_bytes"}
+    if reader.num_record_batches:
+        first = reader.get_batch(0)
+        unused |= {name for name in first.schema.names if first.column(name).null_count == first.num_rows > 0}
+    return [name for name in reader.schema.names if name not in unused]
 
 
 def open_dataset(path: str | Path) -> Dataset:

@@ -75,6 +75,14 @@ class KeepConfig(Strict):
         found = {name: getattr(self, name) for name in used}
         return {**found, "temperatures": self.temperatures} if self.temperatures else found
 
+    @staticmethod
+    def of(info: CodecInfo) -> KeepConfig:
+        """The setting that a dataset was captured with."""
+        values = {k: v for k, v in info.parameters.items() if k in KeepConfig.model_fields}
+        if "num_draws" in info.parameters:
+            values["draws"] = info.parameters["num_draws"]
+        return KeepConfig(kind=info.kind, **values)  # type: ignore[arg-type]
+
     def codec(self, vocab_size: int) -> CodecInfo:
         """The packed codec for this kind and vocabulary."""
         parameters = {**self.settings(), "id_bytes": 2 if vocab_size <= 2**16 else 3}

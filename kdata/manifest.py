@@ -6,6 +6,7 @@ names are checked against a pattern, paths must stay inside the dataset.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path, PurePosixPath
@@ -14,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from kdata.errors import CorruptError, FormatError, MissingError
-from kdata.schema import FORMAT_MAJOR, DatasetInfo, ManifestEntry, canonical_json, fingerprint
+from kdata.schema import FORMAT_MAJOR, DatasetInfo, FileInfo, ManifestEntry, canonical_json, fingerprint
 
 
 def read_info(root: Path) -> DatasetInfo:
@@ -49,13 +50,28 @@ def read_info(root: Path) -> DatasetInfo:
 
 def write_info(root: Path, info: DatasetInfo) -> None:
     """Write dataset.json atomically."""
-    content = {**info.model_dump(), "digest": digest_of(info.model_dump())}
-    write_atomically(root / "dataset.json", json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+    write_json(root / "dataset.json", info.model_dump())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write one of the dataset's JSON files atomically, with its own digest."""
+    write_atomically(path, json_bytes({**content, "digest": digest_of(content)}))
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """The one form in which kdata writes dataset.json, a plan's and a sidecar's JSON."""
+    return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
 
 
 def digest_of(content: dict[str, Any]) -> str:
     """SHA-256 (hex) of the canonical JSON of everything but `digest` itself."""
     return fingerprint({key: value for key, value in content.items() if key != "digest"})
+
+
+def file_info(path: Path) -> FileInfo:
+    """Digest and size of a file."""
+    with path.open("rb") as file:
+        return FileInfo(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=path.stat().st_size)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

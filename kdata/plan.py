@@ -5,7 +5,6 @@ Data is never copied to be reweighted; a trainer reads dataset + plan.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from kdata.dataset import Dataset
 from kdata.errors import CorruptError, DataError, MismatchError, MissingError
-from kdata.manifest import first_problem, write_atomically
+from kdata.manifest import file_info, first_problem, write_atomically, write_json
 from kdata.schema import Contract, FileInfo
 
 PLAN_SCHEMA = pa.schema([pa.field("id", pa.string(), False), pa.field("repeats", pa.int32(), False)])
@@ -37,6 +36,8 @@ class PlanInfo(Contract):
     shares: dict[str, dict[str, float]] = Field(
         description="Per domain: share of tokens in the dataset and in the plan."
     )
+    table: FileInfo | None = Field(None, description="Digest and size of NAME.parquet; null until it is saved.")
+    digest: str = Field("", description="SHA-256 of everything else in the file: finds a damaged byte.")
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,13 @@ class Plan:
             raise CorruptError(f"{info_path} does not describe a plan: {first_problem(error)}") from error
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptError(f"{table_path} is not a plan: {error}") from error
+        if info.table is not None and file_info(table_path) != info.table:
+            raise CorruptError(f"{table_path} is not the plan that was saved; run `kdata select` again")
         repeats = table["repeats"].to_numpy()
         if len(repeats) != info.num_rows or (len(repeats) and repeats.min() < 1):
             raise CorruptError(f"{table_path} has {len(repeats)} rows and {info_path.name} says {info.num_rows}")
-        return cls(table["id"].to_pylist(), repeats, info)
+        alone = info.model_copy(update={"table": None, "digest": ""})  # what only a file has
+        return cls(table["id"].to_pylist(), repeats, alone)
 
     def save(self, directory: Path) -> Path:
         """Write NAME.parquet and NAME.json into `directory` (the JSON last); return the Parquet's path."""
@@ -87,8 +91,8 @@ class Plan:
             pa.table({"id": self.ids, "repeats": self.repeats}, schema=PLAN_SCHEMA), sink, compression="zstd"
         )
         write_atomically(path, sink.getvalue().to_pybytes())
-        text = json.dumps(self.info.model_dump(), indent=2, sort_keys=True) + "\n"
-        write_atomically(path.with_suffix(".json"), text.encode())
+        info = self.info.model_copy(update={"table": file_info(path)})
+        write_json(path.with_suffix(".json"), info.model_dump())
         return path
 
     def rows(self, dataset: Dataset) -> np.ndarray:

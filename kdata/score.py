@@ -7,7 +7,6 @@ which model, on which dataset, and the digest of each part.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from kdata.errors import (
     settings_difference,
 )
 from kdata.keep import KeepConfig
-from kdata.manifest import first_problem, write_atomically
+from kdata.manifest import first_problem, write_atomically, write_json
 from kdata.progress import Stage
 from kdata.schema import Contract, FileInfo, ManifestEntry, Strict, TeacherInfo, fingerprint
 from kdata.sql import NAME
@@ -59,6 +58,7 @@ class ScoreInfo(Contract):
     tokenizer_hash: str = Field(description="Its tokenizer; the same as the dataset's.")
     dataset_fingerprint: str = Field(description="Fingerprint of the dataset that was scored.")
     files: dict[str, FileInfo] = Field(description="Parts, by path inside the dataset; empty until all are there.")
+    digest: str = Field("", description="SHA-256 of everything else in the file: finds a damaged byte.")
 
 
 def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> ScoreInfo:
@@ -139,14 +139,14 @@ def begin_sidecar(dataset: Dataset, info: ScoreInfo) -> None:
     if path.exists():
         before = load_score_info(dataset, info.name)
         # Of another fingerprint: rows were added since. Each part knows its shard, so those that fit are kept.
-        changing = {"files", "dataset_fingerprint"}
+        changing = {"files", "dataset_fingerprint", "digest"}
         difference = settings_difference(before.model_dump(exclude=changing), info.model_dump(exclude=changing))
         if difference:
             raise MismatchError(
                 f"scores.{info.name} was made otherwise (before -> now):\n{difference}\n"
                 f"Choose another name, or remove {path.with_suffix('')} and {path.name}."
             )
-    _write_info(path, info)
+    write_json(path, info.model_dump())
 
 
 def write_part(dataset: Dataset, name: str, entry: ManifestEntry, table: pa.Table) -> None:
@@ -178,12 +178,8 @@ def finish_sidecar(dataset: Dataset, info: ScoreInfo) -> ScoreInfo:
         relative = f"scores/{info.name}/{entry.name}.parquet"
         files[relative] = FileInfo(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
     info = info.model_copy(update={"files": files})
-    _write_info(dataset.path / "scores" / f"{info.name}.json", info)
+    write_json(dataset.path / "scores" / f"{info.name}.json", info.model_dump())
     return info
-
-
-def _write_info(path: Path, info: ScoreInfo) -> None:
-    write_atomically(path, json.dumps(info.model_dump(), indent=2, sort_keys=True).encode() + b"\n")
 
 
 def _part(dataset: Dataset, name: str, entry: ManifestEntry) -> Path:

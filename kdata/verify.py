@@ -11,23 +11,11 @@ import pyarrow.parquet as pq
 
 from kdata.dataset import Dataset
 from kdata.errors import KdataError
-from kdata.manifest import inside
+from kdata.manifest import digest_of, inside, json_bytes
+from kdata.plan import Plan
 from kdata.progress import Stage
-from kdata.schema import FileInfo, ManifestEntry, fingerprint
+from kdata.schema import FileInfo, ManifestEntry, canonical_json, fingerprint
 from kdata.score import load_score_info
-
-# Top-level names that belong to a dataset beside its shards.
-KNOWN = {
-    "README.md",
-    "dataset.json",
-    "manifest.jsonl",
-    "tokenizer",
-    "scores",
-    "plans",
-    "data",
-    "index",
-    "rejects",
-}
 
 
 @dataclass(frozen=True)
@@ -39,7 +27,10 @@ class Problem:
 
 
 def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
-    """Check sizes and SHA-256 of every committed file, and the sidecars' parts; list files that nothing names.
+    """Check every byte of a dataset but the card's (a person may edit that), and list files that nothing names.
+
+    Shards, sidecars' parts, plans and the tokenizer's files are compared with their SHA-256, the JSON files with their
+    own digest and with the one form in which kdata writes them, so that even a flip that changes no value is found.
 
     Args:
         deep: also decode every row and compare token ids with the index's content hashes, and ids across shards.
@@ -53,8 +44,10 @@ def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
             for relative, info in entry.files.items():
                 problems += check_file(dataset.path, relative, info)
                 stage.advance(info.bytes)
+    problems += check_json(dataset.path, "dataset.json") + check_json(dataset.path, "manifest.jsonl")
     problems += _tokenizer(dataset)
     problems += _sidecars(dataset)
+    problems += _plans(dataset)
     problems += _strays(dataset)
     if deep and not problems:
         problems += _deep(dataset)
@@ -75,11 +68,32 @@ def check_file(root: Path, relative: str, info: FileInfo) -> list[Problem]:
     return []
 
 
-def _tokenizer(dataset: Dataset) -> list[Problem]:
-    """The dataset's own tokenizer must be the one that made its ids (a hash of its content, see schemas/README.md)."""
-    path = dataset.path / "tokenizer" / "tokenizer.json"
-    if not path.is_file():
+def check_json(root: Path, relative: str) -> list[Problem]:
+    """Compare a JSON file with its own digest and form, or each line of the manifest with its form."""
+    path = root / relative
+    if not path.exists():  # a dataset without shards has no manifest
         return []
+    content = path.read_bytes()
+    try:
+        if relative == "manifest.jsonl":
+            whole = b"".join(canonical_json(json.loads(line)) + b"\n" for line in content.splitlines()) == content
+        else:
+            values = json.loads(content)
+            if values.get("digest") != digest_of(values):
+                return [Problem(relative, "does not match its own digest")]
+            whole = json_bytes(values) == content
+    except (ValueError, AttributeError) as error:
+        return [Problem(relative, f"cannot be read: {error}")]
+    return [] if whole else [Problem(relative, "is not as kdata writes it: a flipped bit, or an editor")]
+
+
+def _tokenizer(dataset: Dataset) -> list[Problem]:
+    """The tokenizer's files must be those that were written, and the tokenizer the one that made the token ids."""
+    path = dataset.path / "tokenizer" / "tokenizer.json"
+    recorded = dataset.info.tokenizer_files
+    problems = [p for name, info in recorded.items() for p in check_file(dataset.path, f"tokenizer/{name}", info)]
+    if problems or not path.is_file():
+        return problems
     try:
         state = json.loads(path.read_bytes())
         found = fingerprint({key: value for key, value in state.items() if key not in ("truncation", "padding")})
@@ -93,6 +107,9 @@ def _tokenizer(dataset: Dataset) -> list[Problem]:
 def _sidecars(dataset: Dataset) -> list[Problem]:
     problems: list[Problem] = []
     for path in sorted((dataset.path / "scores").glob("*.json")):
+        problems += check_json(dataset.path, f"scores/{path.name}")
+        if problems and problems[-1].path == f"scores/{path.name}":
+            continue
         try:
             files = load_score_info(dataset, path.stem).files
         except KdataError as error:
@@ -103,14 +120,27 @@ def _sidecars(dataset: Dataset) -> list[Problem]:
     return problems
 
 
+def _plans(dataset: Dataset) -> list[Problem]:
+    names = {path.stem for path in (dataset.path / "plans").glob("*.*")}
+    problems: list[Problem] = []
+    for name in sorted(names):
+        problems += check_json(dataset.path, f"plans/{name}.json")
+        try:
+            Plan.load(dataset.path / "plans" / name)
+        except KdataError as error:
+            problems.append(Problem(f"plans/{name}.parquet", f"is no plan: {str(error).splitlines()[0]}"))
+    return problems
+
+
 def _strays(dataset: Dataset) -> list[Problem]:
     named = {relative for entry in dataset.manifest for relative in entry.files}
     found = [p for folder in ("data", "index", "rejects") for p in (dataset.path / folder).glob("**/*") if p.is_file()]
-    strays = [p.relative_to(dataset.path).as_posix() for p in found]
+    sidecars = {p.stem for p in (dataset.path / "scores").glob("*.json")}
+    found += [p for p in (dataset.path / "scores").glob("*/*") if p.parent.name not in sidecars]
     return [
-        Problem(s, "is in no manifest line: left by a killed run, or put there by hand")
-        for s in strays
-        if s not in named
+        Problem(path, "is in no manifest line: left by a killed run, or put there by hand")
+        for path in sorted(p.relative_to(dataset.path).as_posix() for p in found)
+        if path not in named
     ]
 
 

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import kdata
-from kdata.errors import MissingError
+from kdata.errors import ConfigError, MissingError
 from kdata.progress import Stage
 from trainer.fused import Measured, measure
 from trainer.loader import Batch, Loader, LoaderConfig
@@ -75,12 +75,18 @@ def evaluate(
     Raises:
         MissingError: no model there, or no tokenizer where prompts are given.
         MismatchError: the model's vocabulary is not the dataset's.
+        ConfigError: the dataset lacks what would be measured (it was imported).
     """
     config = config or EvaluateConfig()
     dataset = kdata.open(heldout_path)
     model = _load(model_dir)
     model.to(device_name(config.device)).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
     check_vocabulary(model, dataset)
+    if dataset.info.tail == "absent":
+        raise ConfigError(
+            f"{heldout_path} was imported from a format without tail and actual tokens' log-probabilities, so a KL on it "
+            "would be wrong; evaluate on a dataset that `kdata capture` made"
+        )
     run = _run_beside(model_dir)
     domains, sums = _measure_dataset(model, dataset, config)
     return {

@@ -227,7 +227,7 @@ OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
 }
 
 
-def resolve_tail(config: ObjectiveConfig, held: Literal["ghost", "draws"]) -> Tail:
+def resolve_tail(config: ObjectiveConfig, held: Literal["ghost", "draws", "absent"]) -> Tail:
     """Check an objective mix against what a dataset holds, and return the tail mode to train with.
 
     Raises:
@@ -244,6 +244,14 @@ def resolve_tail(config: ObjectiveConfig, held: Literal["ghost", "draws"]) -> Ta
             f"objective.temperature is {config.temperature}, but the dataset holds the teacher's log-sum-exp "
             "at 1 only, so any other temperature would be wrong in the tail; set it to 1"
         )
+    if held == "absent":
+        if config.tail != "renormalise":
+            raise ConfigError(
+                f"objective.tail is {config.tail!r}, but the dataset was imported from a format that does not hold the "
+                "mass outside the kept entries; set objective.tail to renormalise (biased towards the kept entries), "
+                "or capture the text again with `kdata capture`"
+            )
+        held = "ghost"
     tail: Tail = held if config.tail == "auto" else config.tail
     if (tail == "draws") != (held == "draws"):
         allowed = "draws" if held == "draws" else "ghost or renormalise"

@@ -88,7 +88,7 @@ def reduce_chunks(
         _reduce_cpu if actual_M.device.type == "cpu" and keep.tau == 1.0 and keep.kind != "adaptive" else _reduce_torch
     )
     found = []
-    for begin in range(0, len(actual_M), step):
+    for begin in range(0, max(len(actual_M), 1), step):  # once even where nothing is predicted
         end = min(begin + step, len(actual_M))
         found.append(work(logits(begin, end), actual_M[begin:end], keep, uniforms_MN[begin:end]))
     return _assemble(found, keep)

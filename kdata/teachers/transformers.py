@@ -65,7 +65,7 @@ class TransformersTeacher:
 
     def _read_one(self, ids: np.ndarray, logits_MV: torch.Tensor, start: int, keep: KeepConfig) -> Readout:
         """Readout of `ids` whose positions from `start` on are predicted by the rows of `logits_MV`."""
-        actual_M = torch.as_tensor(ids[start:], dtype=torch.long, device=logits_MV.device)
+        actual_M = torch.tensor(ids[start:], dtype=torch.long, device=logits_MV.device)
         return readout_of(ids, start, reduce_logits(logits_MV, actual_M, keep, draw_seed(ids, keep)))
 
     @torch.inference_mode()

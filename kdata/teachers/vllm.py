@@ -179,7 +179,7 @@ class VllmTeacher:
             if len(hidden_TD) != len(ids):
                 raise TeacherError(f"vLLM returned {len(hidden_TD)} hidden states for {len(ids)} tokens")
             hidden_MD = hidden_TD[start - 1 : -1].to(self._head.weight_VD.device)
-            actual_M = torch.as_tensor(ids[start:], dtype=torch.long, device=hidden_MD.device)
+            actual_M = torch.tensor(ids[start:], dtype=torch.long, device=hidden_MD.device)
             reduced = reduce_chunks(
                 lambda a, b, h=hidden_MD: self._head.logits(h[a:b]),  # type: ignore[misc]
                 self.vocab_size,

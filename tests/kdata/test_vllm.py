@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,54 +30,66 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[2]
 
-# One engine for all that can be asked of it, in a process of its own: it keeps memory and threads.
-ASK = """
-import pickle, sys
-import numpy as np
-from kdata.keep import KeepConfig
-from kdata.teachers import SamplingConfig, TeacherConfig
-from kdata.teachers.vllm import VllmTeacher
+HYBRID = KeepConfig(kind="hybrid", k=4, draws=6, temperatures=[2.0])
 
-sequences, path = pickle.load(open(sys.argv[1], "rb"))
-teacher = VllmTeacher(TeacherConfig(model=path), max_k=8)
-keep, sampling = KeepConfig(k=8), SamplingConfig(max_tokens=10)
-prompts = [ids[:5] for ids in sequences]
-written = teacher.write(prompts, keep, sampling, list(range(len(prompts))))
-answers = {
-    "info": teacher.info,
-    "context": teacher.context,
-    "read": teacher.read(sequences, keep),
-    "again": teacher.read(sequences[::-1], keep)[::-1],
-    "written": written,
-    "rewritten": teacher.write(prompts, keep, sampling, list(range(len(prompts)))),
-    "reread": teacher.read([c.readout.token_ids for c in written], keep),
-}
-pickle.dump(answers, open(sys.argv[2], "wb"))
-teacher.close()
-"""
+
+def ask(sequences: list[np.ndarray], path: str) -> dict[str, Any]:
+    """All that is asked of one teacher: run in a process of its own, because an engine keeps memory and threads."""
+    from kdata.errors import TeacherError
+    from kdata.teachers import SamplingConfig
+    from kdata.teachers.vllm import VllmTeacher
+
+    teacher = VllmTeacher(TeacherConfig(model=path), max_k=8)
+    keep, sampling = KeepConfig(k=8), SamplingConfig(max_tokens=10)
+    prompts = [ids[:5] for ids in sequences]
+    written = teacher.write(prompts, keep, sampling, list(range(len(prompts))))
+    answers: dict[str, Any] = {
+        "info": teacher.info,
+        "context": teacher.context,
+        "read": teacher.read(sequences, keep),
+        "again": teacher.read(sequences[::-1], keep)[::-1],
+        "written": written,
+        "rewritten": teacher.write(prompts, keep, sampling, list(range(len(prompts)))),
+        "reread": teacher.read([c.readout.token_ids for c in written], keep),
+        "hybrid": teacher.read(sequences, HYBRID),
+        "hybrid_again": teacher.read(sequences[::-1], HYBRID)[::-1],
+        "hybrid_written": teacher.write(prompts, HYBRID, sampling, list(range(len(prompts)))),
+    }
+    teacher._agreed = False
+    teacher._head = dataclasses.replace(teacher._head, scale=1.1)
+    try:
+        teacher.read(sequences, HYBRID)
+    except TeacherError as error:
+        answers["wrong_head"] = str(error)
+    teacher.close()
+    return answers
 
 
 def test_vllm_reads_and_writes_what_the_plain_forward_pass_does(llama_dir: Path, tmp_path: Path) -> None:
-    import pickle
-
     from kdata.teachers.transformers import TransformersTeacher
 
     rng = np.random.default_rng(0)
     sequences = [
         np.concatenate([[0], rng.integers(2, 300, size)]).astype(np.int32) for size in (5, 40, 17, 90, 126 - 1)
     ]
-    (tmp_path / "in").write_bytes(pickle.dumps((sequences, str(llama_dir))))
-    subprocess.run(
-        [sys.executable, "-c", ASK, str(tmp_path / "in"), str(tmp_path / "out")],
-        cwd=ROOT,
-        check=True,
-        timeout=200,
-    )
-    answers = pickle.loads((tmp_path / "out").read_bytes())
-    plain = TransformersTeacher(TeacherConfig(model=str(llama_dir), backend="transformers")).read(
-        sequences, KeepConfig(k=8)
-    )
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        answers = pool.submit(ask, sequences, str(llama_dir)).result(timeout=300)
+    oracle = TransformersTeacher(TeacherConfig(model=str(llama_dir), backend="transformers"))
+    plain = oracle.read(sequences, KeepConfig(k=8))
     assert answers["context"] == 127 and answers["info"].backend == "vllm"
+    for ours, theirs, again in zip(
+        answers["hybrid"], oracle.read(sequences, HYBRID), answers["hybrid_again"], strict=True
+    ):
+        for name in ("logprob", "log_tail", "entropy", "log_z"):
+            np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=1e-4)
+        np.testing.assert_array_equal(ours.rank, theirs.rank)
+        np.testing.assert_array_equal(ours.kept.num_exact, theirs.kept.num_exact)
+        np.testing.assert_array_equal(ours.kept.ids, again.kept.ids)
+        np.testing.assert_array_equal(ours.kept.logprobs, again.kept.logprobs)
+    for top, both in zip(answers["written"], answers["hybrid_written"], strict=True):
+        np.testing.assert_array_equal(top.readout.token_ids, both.readout.token_ids)
+        np.testing.assert_allclose(top.readout.logprob, both.readout.logprob, atol=1e-4)
+    assert "disagree" in answers["wrong_head"]
     for ours, theirs, again in zip(answers["read"], plain, answers["again"], strict=True):
         np.testing.assert_allclose(ours.logprob, theirs.logprob, atol=1e-4)
         np.testing.assert_array_equal(ours.kept.num_kept, theirs.kept.num_kept)

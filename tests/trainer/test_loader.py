@@ -16,7 +16,7 @@ import kdata
 from kdata.errors import DataError, MismatchError
 from tests.trainer.datasets import make_dataset
 from trainer.loader import Batch, Loader, LoaderConfig
-from trainer.packing import best_fit
+from kdata.packing import best_fit
 
 LENGTHS = [int(n) for n in np.random.default_rng(1).integers(1, 33, 90)]
 
@@ -149,10 +149,10 @@ def test_nothing_to_read_is_refused(dataset: kdata.Dataset) -> None:
 def test_a_reading_error_reaches_the_caller_and_the_thread_ends(dataset: kdata.Dataset) -> None:
     broken = loader(dataset)
 
-    def fail(rows: np.ndarray) -> None:
+    def fail(slices: list[pa.RecordBatch]) -> None:
         raise OSError("disk gone")
 
-    broken.dataset = type("Broken", (), {"take": staticmethod(fail)})()
+    monkeypatch.setattr(broken.arrays.dataset, "decode", fail)
     with pytest.raises(OSError, match="disk gone"):
         next(iter(broken))
     stream = iter(loader(dataset))

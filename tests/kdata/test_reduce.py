@@ -1,0 +1,129 @@
+"""The reduction of logits: against a dense float64 oracle, compiled against torch, chunks against one piece."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdata.codec import segment_sum
+from kdata.keep import KeepConfig
+from kdata.teachers import reduce
+from kdata.teachers.reduce import Reduced, draw_seed, reduce_chunks, reduce_logits
+
+KEEPS = [
+    KeepConfig(k=7),
+    KeepConfig(kind="adaptive", k=40, mass=0.9, min_k=2),
+    KeepConfig(kind="sampled", draws=50),
+    KeepConfig(kind="hybrid", k=5, draws=9),
+    KeepConfig(kind="hybrid", k=5, draws=9, tau=0.7),
+    KeepConfig(kind="hybrid", k=5, draws=9, temperatures=[2.0, 0.5]),
+]
+
+
+def logits_of(seed: int, positions: int, vocab: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(positions, vocab, generator=generator) * spread,
+        torch.randint(0, vocab, (positions,), generator=generator),
+    )
+
+
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reduce, "_reduce_cpu", reduce._reduce_torch)
+
+
+@pytest.mark.parametrize("keep", KEEPS, ids=lambda k: f"{k.kind}-{k.tau}-{len(k.temperatures)}")
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32), positions=st.integers(1, 40), spread=st.sampled_from([0.3, 2.0, 8.0]))
+def test_every_number_equals_the_dense_oracle(keep: KeepConfig, seed: int, positions: int, spread: float) -> None:
+    logits_MV, actual_M = logits_of(seed, positions, 257, spread)
+    dense = torch.log_softmax(logits_MV.double(), -1).numpy()
+    out = reduce_logits(logits_MV, actual_M, keep, seed)
+    own = dense[np.arange(positions), actual_M.numpy()]
+    np.testing.assert_allclose(out.logprob, own, atol=2e-5)
+    np.testing.assert_array_equal(out.rank, (dense > own[:, None]).sum(1) + 1)
+    np.testing.assert_allclose(out.entropy, -(np.exp(dense) * dense).sum(1), atol=2e-5)
+    for number, temperature in enumerate(keep.temperatures):
+        expected = np.log(np.exp(dense / temperature).sum(1))
+        np.testing.assert_allclose(out.log_z[:, number], expected, atol=2e-5)
+    begin = 0
+    for row, (exact, count) in enumerate(zip(out.kept.num_exact, out.kept.num_kept, strict=True)):
+        ids, logprobs = out.kept.ids[begin : begin + count], out.kept.logprobs[begin : begin + count]
+        begin += count
+        assert len(set(ids.tolist())) == count
+        assert (np.diff(logprobs[:exact]) <= 0).all() and (np.diff(ids[exact:]) > 0).all()
+        np.testing.assert_allclose(logprobs[:exact], dense[row, ids[:exact]], atol=2e-5)
+        np.testing.assert_allclose(np.sort(dense[row])[::-1][:exact], logprobs[:exact], atol=2e-5)
+        rest = np.delete(dense[row], ids[:exact])
+        np.testing.assert_allclose(out.log_tail[row], min(np.log(np.exp(rest).sum()), 0.0), atol=2e-5)
+
+
+@pytest.mark.parametrize("keep", [KEEPS[0], KEEPS[2], KEEPS[3], KEEPS[5]], ids=lambda k: f"{k.kind}-{len(k.temperatures)}")
+def test_the_compiled_kernel_equals_torch(keep: KeepConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_MV, actual_M = logits_of(3, 200, 1000, 2.5)
+    compiled = reduce_logits(logits_MV, actual_M, keep, 11)
+    in_torch(monkeypatch)
+    plain = reduce_logits(logits_MV, actual_M, keep, 11)
+    for name in ("logprob", "log_tail", "entropy"):
+        np.testing.assert_allclose(getattr(compiled, name), getattr(plain, name), atol=1e-5)
+    np.testing.assert_array_equal(compiled.rank, plain.rank)
+    np.testing.assert_array_equal(compiled.kept.num_exact, plain.kept.num_exact)
+    # A uniform within rounding of a border between two ids may fall either way: at most one draw in a thousand here.
+    assert abs(len(compiled.kept.ids) - len(plain.kept.ids)) <= len(plain.kept.ids) // 1000
+
+
+@pytest.mark.parametrize("keep", KEEPS, ids=lambda k: f"{k.kind}-{k.tau}-{len(k.temperatures)}")
+def test_chunks_do_not_matter(keep: KeepConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_MV, actual_M = logits_of(5, 50, 300, 2.0)
+    whole = reduce_logits(logits_MV, actual_M, keep, 1)
+    monkeypatch.setattr(reduce, "CHUNK_BYTES", 300 * 4 * 7)
+    pieces = reduce_logits(logits_MV, actual_M, keep, 1)
+    assert_same(whole, pieces)
+
+
+def test_draws_depend_on_the_sequence_alone() -> None:
+    keep = KeepConfig(kind="hybrid", k=4, draws=12)
+    logits_MV, actual_M = logits_of(7, 30, 300, 2.0)
+    both = reduce_chunks(lambda a, b: logits_MV[a:b], 300, actual_M, keep, [(10, 111), (20, 222)])
+    second = reduce_logits(logits_MV[10:], actual_M[10:], keep, 222)
+    np.testing.assert_array_equal(both.kept.ids[-len(second.kept.ids) :], second.kept.ids)
+    ids = np.arange(5, dtype=np.int32)
+    assert draw_seed(ids, keep) == draw_seed(ids.astype(np.int64), keep) != draw_seed(ids[::-1], keep)
+
+
+@pytest.mark.parametrize("keep", [KEEPS[2], KEEPS[3], KEEPS[4]], ids=lambda k: f"{k.kind}-{k.tau}")
+def test_weights_are_unbiased(keep: KeepConfig) -> None:
+    """Mean weight over many draws against p, for a random test function: within four standard errors."""
+    logits_MV, actual_M = logits_of(9, 1, 60, 1.5)
+    p = torch.softmax(logits_MV[0].double(), -1).numpy()
+    values = np.random.default_rng(0).normal(size=60)
+    repeats = 4000
+    kept = reduce_chunks(
+        lambda a, b: logits_MV.expand(repeats, 60)[a:b].clone(), 60, actual_M.expand(repeats), keep,
+        [(1, seed) for seed in range(repeats)],
+    ).kept  # fmt: skip
+    found = segment_sum(np.exp(kept.logprobs.astype(np.float64)) * values[kept.ids], kept.num_kept)
+    error = found.std(ddof=1) / np.sqrt(repeats)
+    assert abs(found.mean() - p @ values) < 4 * error
+
+
+def test_a_certain_model_has_no_tail_and_no_draws() -> None:
+    logits_MV = torch.full((3, 50), -200.0)
+    logits_MV[:, 7] = 0.0
+    out = reduce_logits(logits_MV, torch.full((3,), 7), KeepConfig(kind="hybrid", k=1, draws=4), 0)
+    assert (out.log_tail < -80).all() and (out.rank == 1).all() and (out.kept.ids == 7).sum() == 3
+
+
+def test_nothing_to_predict_gives_nothing() -> None:
+    out = reduce_logits(torch.zeros(0, 50), torch.zeros(0, dtype=torch.long), KeepConfig(kind="hybrid", k=2, draws=4), 0)
+    assert len(out.logprob) == 0 and len(out.kept.ids) == 0
+
+
+def assert_same(a: Reduced, b: Reduced) -> None:
+    for name in ("logprob", "rank", "log_tail", "entropy"):
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=1e-6)
+    np.testing.assert_array_equal(a.kept.ids, b.kept.ids)
+    np.testing.assert_allclose(a.kept.logprobs, b.kept.logprobs, atol=1e-6)

@@ -1,0 +1,70 @@
+"""`kdata verify --against-teacher`: what is stored against what the teacher says when it is asked again."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kdata
+from kdata.capture import CaptureConfig
+from kdata.errors import MismatchError
+from kdata.keep import KeepConfig
+from kdata.remeasure import against_teacher
+from kdata.teachers import Readout, TeacherConfig
+from kdata.teachers.transformers import TransformersTeacher
+from tests.fakes import rows_of_text, write_jsonl
+
+KEEPS = {
+    "topk": {"k": 12},
+    "adaptive": {"kind": "adaptive", "k": 30, "mass": 0.9},
+    "hybrid": {"kind": "hybrid", "k": 4, "draws": 6},
+    "sampled": {"kind": "sampled", "draws": 9},
+}
+
+
+@pytest.mark.parametrize("kind", KEEPS)
+def test_the_error_measured_again_is_the_one_in_the_manifest(kind: str, llama_dir: Path, tmp_path: Path) -> None:
+    from kdata.capture import capture
+
+    corpus = write_jsonl(tmp_path / "c.jsonl", rows_of_text(12))
+    who = TeacherConfig(model=str(llama_dir), backend="transformers")
+    settings = CaptureConfig(corpus={"path": str(corpus)}, **KEEPS[kind])
+    dataset = capture(tmp_path / "d", who, settings)
+    assert KeepConfig.of(dataset.info.codec).settings() == settings.settings()
+    teacher = TransformersTeacher(who)
+    found = against_teacher(dataset, teacher, dataset.num_rows)
+    written = dataset.manifest[0].codec_error
+    assert found.rows == dataset.num_rows and written is not None
+    assert found.codec.mean_nats == pytest.approx(written.mean_nats, abs=1e-4)
+    assert found.codec.kl_nats == pytest.approx(written.kl_nats, abs=1e-5)
+    assert found.max_logprob_nats < 0.01 and found.max_log_tail_nats < 1e-4
+    assert found.same_draws is None if kind in ("topk", "adaptive") else found.same_draws > 0.99
+
+
+def test_a_teacher_that_changed_its_mind_is_seen_and_another_is_refused(llama_dir: Path, tmp_path: Path) -> None:
+    from kdata.capture import capture
+
+    corpus = write_jsonl(tmp_path / "c.jsonl", rows_of_text(6))
+    who = TeacherConfig(model=str(llama_dir), backend="transformers")
+    dataset = capture(tmp_path / "d", who, CaptureConfig(corpus={"path": str(corpus)}, k=12))
+    teacher = TransformersTeacher(who)
+
+    class Drunk:
+        """The same weights by name, other beliefs: a fault injection."""
+
+        info, vocab_size, context = teacher.info, teacher.vocab_size, teacher.context
+
+        def read(self, sequences: list[np.ndarray], keep: KeepConfig) -> list[Readout]:
+            honest = teacher.read(sequences, keep)
+            flatter = [dataclasses.replace(r.kept, logprobs=r.kept.logprobs * np.float32(1.3)) for r in honest]
+            return [dataclasses.replace(r, kept=k) for r, k in zip(honest, flatter, strict=True)]
+
+    assert against_teacher(dataset, Drunk(), 6).codec.kl_nats > 1e-2  # type: ignore[arg-type]
+    stranger = dataset.info.teacher.model_copy(update={"weights_hash": "0" * 64})
+    dataset.info = dataset.info.model_copy(update={"teacher": stranger})
+    with pytest.raises(MismatchError, match="is not the teacher"):
+        against_teacher(dataset, teacher, 2)
+    assert kdata.open(dataset.path).num_rows == dataset.num_rows
