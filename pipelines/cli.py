@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import kdata.cli_data  # noqa: F401  registers import, export, repair, merge, split, head, audit
 from kdata.cli import Resume, ResumeOption, SetOption, _with_settings, app, out
 from kdata.config import parse_config
 from kdata.errors import KdataError

@@ -215,13 +215,15 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
     loader = Loader(
         dataset, rows, LoaderConfig(context_tokens=context, batch_rows=max(1, config.batch_tokens // context))
     )
-    sums = _Sums(len(domains), dataset.info.tail)
+    tail = dataset.info.tail
+    assert tail != "absent"  # refused by the caller
+    sums = _Sums(len(domains), tail)
     with Stage("evaluate", int(loader.lengths.sum()), unit="tokens") as stage:
         for batch in loader.epoch():
             device = head_of(model).device
             hidden_BLD = hidden_states(model, batch.input_ids.to(device), batch.position_ids.to(device))
             hidden_MD = hidden_BLD.flatten(0, 1).index_select(0, batch.predictor_M.to(device))
-            measured = measure(hidden_MD, head_of(model), batch.targets.to(device), sums.names, dataset.info.tail)
+            measured = measure(hidden_MD, head_of(model), batch.targets.to(device), sums.names, tail)
             sums.add(batch, measured, domain_R[batch.rows[batch.document_M]])
             stage.advance(batch.num_tokens)
     return domains.tolist(), sums

@@ -89,8 +89,8 @@ class Compression(Strict):
         if self.normalize_t or highest < 3:
             return [f"{curved} of {self.k} log-probabilities of a position are read off a fitted curve, not stored"]
         return [
-            f"{curved} of {self.k} log-probabilities of a position are read off a curve of degree {highest} that was fitted on "
-            "an unscaled axis (normalize_t is false), and such a fit is off by a nat and more; nothing was mended"
+            f"{curved} of {self.k} log-probabilities of a position are read off a curve of degree {highest} that was fitted "
+            "on an unscaled axis (normalize_t is false), and such a fit is off by a nat and more; nothing was mended"
         ]
 
 
@@ -128,7 +128,9 @@ def read_rows(batches: Iterator[pa.RecordBatch], compression: Compression) -> It
 def _grid(values: pa.Array, sizes: np.ndarray, width: int, name: str) -> np.ndarray:
     if len(sizes) and (sizes != width).any():
         found = int(sizes[sizes != width][0])
-        raise DataError(f"{name} has {found} bytes at a position, the compression YAML means {width}; is it of this file?")
+        raise DataError(
+            f"{name} has {found} bytes at a position, the compression YAML means {width}; is it of this file?"
+        )
     return values.to_numpy(zero_copy_only=False).astype(np.uint8).reshape(len(sizes), width)
 
 

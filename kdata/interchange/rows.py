@@ -69,12 +69,12 @@ class ImportReport:
 
     def lines(self, over_one: OverOne) -> list[str]:
         """The report for a person."""
-        done = {"keep": "kept as they are", "mask": "left out of the targets", "refuse": "refused"}[over_one]
+        done = {"keep": "; kept as they are", "mask": "; left out of the targets", "refuse": ""}[over_one]
         share = self.sums_over_one / max(self.positions, 1)
         found = [
             f"{self.rows:,} rows, {self.tokens:,} tokens, {self.positions:,} positions with {self.entries:,} entries",
             f"positions whose probabilities sum to more than 1: {self.sums_over_one:,} ({share:.2%}), "
-            f"largest sum {self.max_sum:.4f}; {done}",
+            f"largest sum {self.max_sum:.4f}{done if self.sums_over_one else ''}",
             "marked absent: the mass of the rest, the actual token's log-probability and rank, the entropy",
         ]
         if self.rising:

@@ -1,0 +1,63 @@
+"""Commands that move data about: import, export, repair, merge, split, head, audit. Registered on `kdata.cli.app`."""
+
+from __future__ import annotations
+
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import kdata
+from kdata.cli import DatasetArgument, Resume, ResumeOption, SetOption, _local, _with_settings, app, out
+from kdata.config import parse_config
+from kdata.errors import ConfigError
+
+
+def _say(lines: list[str]) -> None:
+    for line in lines:
+        out.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="File or folder of another tool's Parquet or JSONL.")],
+    dataset: DatasetArgument,
+    format: Annotated[str, typer.Option(help="distillkit, axolotl or plain.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer that made the ids: folder or Hub name.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Number of token ids, where the files do not tell.")] = None,
+    aligned: Annotated[
+        str | None, typer.Option(help="Token that list j is about: with (j), after (j + 1), end (flush with the last).")
+    ] = None,
+    over_one: Annotated[
+        str, typer.Option(help="Positions that sum to more than 1: keep as they are, mask (leave out), or refuse.")
+    ] = "keep",
+    resume: ResumeOption = Resume.auto,
+    set: SetOption = None,
+) -> None:
+    """Import another tool's logit dataset as it is; say what it lacks and what is wrong with it."""
+    from kdata.interchange.importer import ImportConfig, import_dataset
+
+    given: dict[str, Any] = {"format": format, "tokenizer": tokenizer, "vocab_size": vocab_size}
+    values = _with_settings({**given, "aligned": aligned, "over_one": over_one}, set)
+    config = parse_config(ImportConfig, values, "import settings")
+    made, report = import_dataset(source, _local(dataset), config, resume=resume.value)
+    out.print(f"{made.path}: imported from {config.format}", highlight=False, soft_wrap=True)
+    _say(report.lines(config.over_one))
+
+
+@app.command()
+def export(
+    dataset: DatasetArgument,
+    target: Annotated[Path, typer.Argument(help="Parquet file to write.")],
+    format: Annotated[str, typer.Option(help="plain (nested lists) or axolotl.")] = "plain",
+    version: Annotated[int, typer.Option("--columns", help="Version of axolotl's columns, 1 or 2.")] = 2,
+) -> None:
+    """Write a dataset as nested lists or as axolotl's columns; say what is lost."""
+    from kdata.interchange.exporter import export_dataset
+
+    if format not in ("plain", "axolotl"):
+        raise ConfigError(f"--format {format}: kdata writes plain and axolotl")
+    lost = export_dataset(kdata.open(dataset), target, format, version=version)  # type: ignore[arg-type]
+    out.print(f"{target}: written{'; not in it:' if lost else ''}", highlight=False, soft_wrap=True)
+    _say(lost)

@@ -1,0 +1,218 @@
+"""How fast a teacher is read: tokens per second committed to shards, by every way, in one run. JSON last.
+
+    python tests/benchmarks/capture.py [--model DIR] [--corpus FILE] [--documents N] [--only host]
+
+Ways: the bare engine (no log-probabilities, nothing stored), vLLM's default dictionaries, its flat form with
+detokenisation, our two paths, and the plain forward pass. `host` is the side behind the engine alone: recorded engine
+outputs to committed shards, one thread, no model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from kdata.capture import CaptureConfig, capture_with, record_of, unread
+from kdata.corpus import Corpus, CorpusConfig, Document
+from kdata.keep import KeepConfig
+from kdata.schema import FORMAT_VERSION, SourceInfo
+from kdata.teachers import Readout, TeacherConfig, load_tokenizer, readout_from_top, tokenizer_info
+from kdata.writer import Unit, Writer, new_info
+
+SHARED = Path(__file__).parents[3] / "shared"
+TOP, HYBRID = {"k": 64}, {"kind": "hybrid", "k": 16, "draws": 16}
+ROUNDS = 2  # the better of two: the first also warms caches and compiles
+
+
+class Reader:
+    """A teacher that reads in a given way; everything else is the wrapped teacher's."""
+
+    def __init__(self, teacher: Any, read: Callable[[Any, KeepConfig], list[Readout]]) -> None:
+        self._teacher, self.read = teacher, read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._teacher, name)
+
+
+def dictionaries(teacher: Any, *, flat: bool) -> Callable[[Any, KeepConfig], list[Readout]]:
+    """The usual way: prompt log-probabilities with decoded tokens, as dictionaries or flat, turned into arrays."""
+    from vllm import SamplingParams
+
+    from kdata.teachers.vllm import _readout, _rectangle
+
+    def read(sequences: Any, keep: KeepConfig) -> list[Readout]:
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=keep.k, flat_logprobs=flat)
+        outputs = teacher._generate(sequences, [params] * len(sequences))
+        if flat:
+            return [
+                _readout(ids, 1, _rectangle(o.prompt_logprobs, first=1, k=keep.k), keep)
+                for ids, o in zip(sequences, outputs, strict=True)
+            ]
+        return [_from_dictionaries(ids, o.prompt_logprobs, keep) for ids, o in zip(sequences, outputs, strict=True)]
+
+    return read
+
+
+def _from_dictionaries(ids: np.ndarray, positions: list, keep: KeepConfig) -> Readout:
+    total, k = len(ids), keep.k
+    own, rank = np.full(total, np.nan, np.float32), np.zeros(total, np.int32)
+    top_ids, top = np.zeros((total, k), np.int32), np.zeros((total, k), np.float32)
+    for t in range(1, total):
+        entry = positions[t][int(ids[t])]
+        own[t], rank[t] = entry.logprob, entry.rank
+        ranked = sorted(positions[t].items(), key=lambda item: item[1].rank)[:k]
+        top_ids[t] = [token for token, _ in ranked]
+        top[t] = [value.logprob for _, value in ranked]
+    return readout_from_top(ids, own, rank, top_ids, top, np.arange(total) > 0, keep)
+
+
+def captured(teacher: Any, who: TeacherConfig, corpus: Path, keep: dict[str, Any], limit: int) -> float:
+    """Tokens per second from text to committed shards."""
+    best = 0.0
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as folder:
+            source = CorpusConfig(path=str(corpus))
+            config = CaptureConfig(corpus=source, max_tokens=limit, **keep)
+            started = time.perf_counter()
+            dataset = capture_with(Path(folder) / "d", teacher, who, Corpus(source), config)
+            best = max(best, dataset.num_tokens / (time.perf_counter() - started))
+    return best
+
+
+def bare(teacher: Any, sequences: list[np.ndarray]) -> float:
+    """Tokens per second of the engine's prefill alone."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+    best = 0.0
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        for begin in range(0, len(sequences), 100):
+            part = sequences[begin : begin + 100]
+            teacher._generate(part, [params] * len(part))
+        best = max(best, sum(map(len, sequences)) / (time.perf_counter() - started))
+    return best
+
+
+def host(tokenizer: Any, tokens_per_row: int = 512, rows: int = 128, k: int = 64) -> float:
+    """Tokens per second per core from recorded engine outputs to committed shards."""
+    from vllm.logprobs import FlatLogprobs
+
+    from kdata.teachers.vllm import _readout, _rectangle
+
+    rng, vocab, keep = np.random.default_rng(0), len(tokenizer), KeepConfig(k=k)
+    recorded = []
+    for _ in range(rows):
+        ids = rng.integers(0, vocab, tokens_per_row).astype(np.int32)
+        logits = np.sort(rng.gumbel(size=(tokens_per_row - 1, k)) * 2 - 6)[:, ::-1]
+        tops = logits - np.log(np.exp(logits).sum(1, keepdims=True)) - 0.2
+        # Distinct ids at each position, as an engine gives them.
+        names = (rng.integers(0, vocab, (tokens_per_row - 1, 1)) + np.arange(k) * 7) % vocab
+        flat = FlatLogprobs(
+            start_indices=[0, *range(0, (tokens_per_row - 1) * (k + 1), k + 1)],
+            end_indices=[0, *range(k + 1, tokens_per_row * (k + 1), k + 1)],
+            token_ids=np.column_stack([ids[1:], names]).reshape(-1).tolist(),
+            logprobs=np.column_stack([tops[:, -1], tops]).astype(np.float32).reshape(-1).tolist(),
+            ranks=np.tile(np.arange(k + 1), tokens_per_row - 1).tolist(),
+            decoded_tokens=[None] * ((tokens_per_row - 1) * (k + 1)),
+        )
+        recorded.append((ids, flat))
+    teacher = {
+        "model": "recorded", "revision": None, "weights_hash": None, "backend": "vllm", "backend_version": "-",
+        "dtype": "float32", "logprobs": "raw", "deterministic": True,
+    }  # fmt: skip
+    info = new_info(
+        format_version=FORMAT_VERSION, vocab_size=vocab, teacher=teacher, tokenizer=tokenizer_info(tokenizer),
+        codec=keep.codec(vocab), tail="ghost",
+    )  # fmt: skip
+    best = 0.0
+    for _ in range(4):
+        with tempfile.TemporaryDirectory() as folder:
+            source = SourceInfo(kind="capture", settings={}, num_units=None)
+            with Writer(Path(folder) / "d", info, "capture", source) as writer:
+                started = time.perf_counter()
+                records = []
+                for number, (ids, flat) in enumerate(recorded):
+                    document = Document(f"d{number}", "d", "", None, None)
+                    readout = _readout(ids, 1, _rectangle(flat, first=1, k=k), keep)
+                    records.append(
+                        record_of(unread(document.id, document, ids, np.ones(len(ids), np.uint16), ""), readout)
+                    )
+                writer.commit(Unit(0, records))
+                best = max(best, rows * tokens_per_row / (time.perf_counter() - started))
+    return best
+
+
+def main() -> None:
+    """Run it all, print the table, then one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=SHARED / "models" / "teacher-10m")
+    parser.add_argument("--corpus", type=Path, default=SHARED / "data" / "corpus.parquet")
+    parser.add_argument("--documents", type=int, default=500)
+    parser.add_argument("--only", choices=["host"])
+    arguments = parser.parse_args()
+    if not arguments.model.exists():
+        parser.error(f"{arguments.model} does not exist; name a model folder with --model")
+    tokenizer = load_tokenizer(arguments.model)
+    found = {"host side alone, one core": host(tokenizer)}
+    if arguments.only != "host":
+        found |= _engines(arguments, tokenizer)
+    table = Table("way", "tokens/s to shards", "of the bare engine", title=f"{arguments.documents} documents, k = 64")
+    for name, speed in found.items():
+        ratio = f"{speed / found['bare engine']:.2f}" if "bare engine" in found else "-"
+        table.add_row(name, f"{speed:,.0f}", ratio)
+    Console(width=100).print(table)
+    line: dict[str, float] = {"host_tok_s_core": found["host side alone, one core"]}
+    if "bare engine" in found:
+        ours = max(found["path 1, log-probabilities"], found["path 2, hidden states, top 64"])
+        line |= {
+            "ratio_vs_bare": found["path 1, log-probabilities"] / found["bare engine"],
+            "ratio_vs_bare_hybrid": found["path 2, hidden states, hybrid 16 + 16"] / found["bare engine"],
+            "ratio_vs_dictionaries": ours / found["dictionaries"],
+            "ratio_vs_transformers": ours / found["transformers"],
+        }
+    print(json.dumps(line))
+
+
+def _engines(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, float]:
+    import polars as pl
+
+    from kdata.teachers.transformers import TransformersTeacher
+    from kdata.teachers.vllm import VllmTeacher
+
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus.parquet"
+        frame = pl.read_parquet(arguments.corpus).sample(arguments.documents, seed=1)
+        # Cut here, so that every way reads the same tokens in the same pieces.
+        texts = [tokenizer.decode(tokenizer(text)["input_ids"][:511]) for text in frame["text"]]
+        frame.with_columns(pl.Series("text", texts)).write_parquet(corpus)
+        sequences = [np.array(tokenizer(text)["input_ids"][:512], np.int32) for text in texts]
+        who = TeacherConfig(model=str(arguments.model))
+        teacher = VllmTeacher(who, max_k=64)
+        found = {"bare engine": bare(teacher, sequences)}
+        for name, reader in (
+            ("dictionaries", Reader(teacher, dictionaries(teacher, flat=False))),
+            ("flat, with detokenisation", Reader(teacher, dictionaries(teacher, flat=True))),
+            ("path 1, log-probabilities", teacher),
+        ):
+            found[name] = captured(reader, who, corpus, TOP, 512)
+        hidden = Reader(teacher, teacher._read_hidden)
+        found["path 2, hidden states, top 64"] = captured(hidden, who, corpus, TOP, 512)
+        found["path 2, hidden states, hybrid 16 + 16"] = captured(teacher, who, corpus, HYBRID, 512)
+        plain = TransformersTeacher(who.model_copy(update={"backend": "transformers"}))
+        found["transformers"] = captured(plain, who, corpus, TOP, 512)
+        teacher.close()
+    return found
+
+
+if __name__ == "__main__":
+    main()
