@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 import kdata
 from kdata.cli import DatasetArgument, Resume, ResumeOption, SetOption, _local, _with_settings, app, out
 from kdata.config import parse_config
-from kdata.errors import ConfigError
+from kdata.errors import ConfigError, CorruptError
 
 
 def _say(lines: list[str]) -> None:
@@ -61,3 +60,26 @@ def export(
     lost = export_dataset(kdata.open(dataset), target, format, version=version)  # type: ignore[arg-type]
     out.print(f"{target}: written{'; not in it:' if lost else ''}", highlight=False, soft_wrap=True)
     _say(lost)
+
+
+@app.command()
+def repair(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Dataset folder.")],
+    copy: Annotated[Path | None, typer.Option(help="A whole dataset.json to restore a damaged one from.")] = None,
+) -> None:
+    """Set damaged shards aside, so that the rest is a dataset again; say which work units to run again."""
+    from kdata.repair import repair as run
+
+    done = run(dataset, copy=copy)
+    if not done.problems:
+        out.print(f"{dataset} is whole: nothing to repair", highlight=False, soft_wrap=True)
+        return
+    _say([f"{p.path}: {p.what}" for p in done.problems])
+    if done.aside is not None:
+        out.print(f"set aside in {done.aside}: {len(done.moved)} files", highlight=False, soft_wrap=True)
+    for source, units in done.units.items():
+        out.print(f"run again: units {', '.join(map(str, units))} of {source!r}", highlight=False, soft_wrap=True)
+    _say(done.commands)
+    if done.remaining:
+        listing = "\n".join(f"  {p.path}: {p.what}" for p in done.remaining)
+        raise CorruptError(f"{dataset}: this cannot be repaired:\n{listing}")

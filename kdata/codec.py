@@ -290,34 +290,46 @@ def codec_of(info: CodecInfo) -> Codec:
     return CODECS[info.id]
 
 
-def measure_error(true: Kept, stored: Kept, info: CodecInfo) -> CodecError | None:
-    """Compare exact entries as the teacher returned them with what will be read back; None where nothing is kept.
+@dataclass(frozen=True)
+class Comparison:
+    """What a teacher returned against what will be read back.
+
+    error: None where nothing is kept. true_mass, stored_mass: float64 [T], probability mass of the exact entries.
+    """
+
+    error: CodecError | None
+    true_mass: np.ndarray
+    stored_mass: np.ndarray
+
+
+def compare(true: Kept, stored: Kept, info: CodecInfo) -> Comparison:
+    """Compare exact entries as the teacher returned them with what will be read back.
 
     KL is over the exact entries plus one bucket for the rest, with each side's own rest. Draws carry no error: their
     counts are integers.
     """
-    if len(true.ids) == 0:
-        return None
-    counts = true.num_exact
-    biased = info.parameters.get("tau", 1.0) != 1.0
-    log_p = true.logprobs[~true.is_draw].astype(np.float64)
-    log_q = stored.logprobs[~stored.is_draw].astype(np.float64)
-    p, q = np.exp(log_p), np.exp(log_q)
-    error_N = log_p - log_q
-    tail_p, tail_q = (np.clip(1 - segment_sum(x, counts), 0, 1) for x in (p, q))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ghost = np.where(tail_p > 0, tail_p * (np.log(tail_p) - np.log(tail_q)), 0.0)
-    kl = segment_sum(p * error_N, counts) + ghost
-    size = np.abs(error_N)
+    from kdata import packed
+
+    found = packed.compare_entries(true.logprobs, stored.logprobs, true.num_exact, true.num_drawn)
+    positions = int((true.num_kept > 0).sum())
+    if positions == 0:
+        return Comparison(None, found.true_mass, found.stored_mass)
     # Draws proportional to p^tau weigh back without bias, and their sum is 1 only on average.
-    sum_T = stored.exact_mass() if biased else stored.mass()
-    return CodecError(
-        mean_nats=float(size.mean()) if len(size) else 0.0,
-        max_nats=float(size.max(initial=0.0)),
-        kl_nats=float(max(kl[true.num_kept > 0].mean(), 0.0)),
+    biased = info.parameters.get("tau", 1.0) != 1.0
+    sum_T = found.stored_mass if biased else found.stored_sum
+    error = CodecError(
+        mean_nats=found.error_sum / max(int(true.num_exact.sum()), 1),
+        max_nats=found.error_max,
+        kl_nats=max(found.kl_sum / positions, 0.0),
         max_sum=float(sum_T.max()),
         sums_over_one=int((sum_T > 1).sum()),
     )
+    return Comparison(error, found.true_mass, found.stored_mass)
+
+
+def measure_error(true: Kept, stored: Kept, info: CodecInfo) -> CodecError | None:
+    """The error alone, see `compare`."""
+    return compare(true, stored, info).error
 
 
 def to_columns(

@@ -20,6 +20,8 @@ Shapes: T tokens, N exact entries, D draws.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numba
 import numpy as np
 
@@ -193,3 +195,59 @@ def decode_counts(counts_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np.
     above = near_D.astype(np.float64) > exact_D
     near_D[above] = np.nextafter(near_D[above], np.float32(-np.inf))
     return near_D
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Sums over N entries and, float64 [T], masses of T positions: of exact entries, and of draws too (stored_sum)."""
+
+    error_sum: float
+    error_max: float
+    kl_sum: float
+    true_mass: np.ndarray
+    stored_mass: np.ndarray
+    stored_sum: np.ndarray
+
+
+def compare_entries(
+    true_N: np.ndarray, stored_N: np.ndarray, num_exact_T: np.ndarray, num_drawn_T: np.ndarray
+) -> Compared:
+    """Error of exact entries (exact ones first at each position, then draws), in float64. KL as in `codec.compare`.
+
+    Raises:
+        ShapeError: counts and entries disagree.
+    """
+    total = int(num_exact_T.sum()) + int(num_drawn_T.sum())
+    if not len(true_N) == len(stored_N) == total:
+        raise ShapeError(f"{len(true_N)} and {len(stored_N)} entries for counts of {total}")
+    masses = np.zeros((3, len(num_exact_T)))
+    sums = _compare_entries(true_N, stored_N, num_exact_T, num_drawn_T, masses)
+    return Compared(*sums, *masses)
+
+
+@numba.njit(cache=True, nogil=True)
+def _compare_entries(true_N, stored_N, num_exact_T, num_drawn_T, masses):
+    error_sum, error_max, kl_sum, n = 0.0, 0.0, 0.0, 0
+    for t in range(len(num_exact_T)):
+        true_mass, stored_mass, kl = 0.0, 0.0, 0.0
+        for _ in range(num_exact_T[t]):
+            log_p, log_q = np.float64(true_N[n]), np.float64(stored_N[n])
+            gap = log_p - log_q
+            p = np.exp(log_p)
+            true_mass += p
+            stored_mass += np.exp(log_q)
+            kl += p * gap
+            error_sum += abs(gap)
+            error_max = max(error_max, abs(gap))
+            n += 1
+        drawn = 0.0
+        for _ in range(num_drawn_T[t]):
+            drawn += np.exp(np.float64(stored_N[n]))
+            n += 1
+        masses[0, t], masses[1, t], masses[2, t] = true_mass, stored_mass, stored_mass + drawn
+        if num_exact_T[t] > 0:
+            rest_p, rest_q = min(max(1 - true_mass, 0.0), 1.0), min(max(1 - stored_mass, 0.0), 1.0)
+            if rest_p > 0:
+                kl += rest_p * (np.log(rest_p) - np.log(rest_q)) if rest_q > 0 else np.inf
+            kl_sum += kl
+    return error_sum, error_max, kl_sum

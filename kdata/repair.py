@@ -12,18 +12,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
-from pydantic import ValidationError
 
 from kdata.dataset import Dataset
-from kdata.errors import CorruptError, KdataError, MismatchError, MissingError, StorageError
-from kdata.manifest import digest_of, inside, json_bytes, read_info, write_atomically, write_info, write_manifest
-from kdata.schema import DatasetInfo, ManifestEntry
+from kdata.errors import CorruptError, FormatError, MismatchError, MissingError, StorageError
+from kdata.manifest import (
+    digest_of,
+    inside,
+    json_bytes,
+    manifest_line,
+    read_info,
+    write_atomically,
+    write_info,
+    write_manifest,
+)
+from kdata.schema import FORMAT_VERSION, DatasetInfo, ManifestEntry
 from kdata.verify import Problem, check_file, verify
 from kdata.writer import lock_of, storage_errors
 
@@ -71,16 +78,18 @@ def repair(root: Path, *, copy: Path | None = None) -> Repair:
 def _repair(root: Path, copy: Path | None) -> Repair:
     done = Repair()
     info = _info(root, copy, done)
-    entries, done.problems[len(done.problems) :] = _entries(root)
+    if info.format_version != FORMAT_VERSION:
+        raise FormatError(f"{root} has format {info.format_version}; repair it with the kdata that writes that")
+    entries, problems = _entries(root)
+    done.problems += problems
     whole, bad = _whole(root, entries, info, done)
-    lost = _lost_units(info, whole, bad)
-    if done.problems or lost:
+    done.units = _lost_units(root, info, whole)
+    if done.problems or any(info.sources[name].num_units is not None for name in done.units):
         _set_json_aside(root, done)
-        _rewrite(root, info, whole, set(lost))
+        _rewrite(root, info, whole, set(done.units))
     _move(root, [path for entry in bad for path in entry.files], done)
     _sweep(root, done)
-    done.units = lost
-    done.commands = [command(root, read_info(root), source) for source in sorted(lost)]
+    done.commands += [command(root, info, source) for source in sorted(done.units)]
     return done
 
 
@@ -90,13 +99,15 @@ def _info(root: Path, copy: Path | None, done: Repair) -> DatasetInfo:
     try:
         info = read_info(root)
         if path.read_bytes() != json_bytes(json.loads(path.read_bytes())):
-            done.problems.append(Problem("dataset.json", "is not as kdata writes it; its values are whole: written anew"))
+            done.problems.append(
+                Problem("dataset.json", "is not as kdata writes it; its values are whole: written anew")
+            )
         return info
     except (CorruptError, MissingError) as error:
         if copy is None:
             raise CorruptError(
-                f"{path} is damaged or gone ({error}), and cannot be made from the shards: teacher, tokenizer and settings "
-                "stand nowhere else. Give a copy of it: kdata repair DATASET --copy FILE"
+                f"{path} is damaged or gone, and cannot be made from the shards: teacher, tokenizer and settings stand "
+                f"nowhere else. Give a copy of it: kdata repair {root} --copy FILE"
             ) from error
         done.problems.append(Problem("dataset.json", f"restored from {copy}"))
     other = read_info(copy if copy.is_dir() else _folder_of(copy))
@@ -119,15 +130,18 @@ def _refuse_other_shards(root: Path, info: DatasetInfo) -> None:
 
     for entry in _entries(root)[0]:
         if entry.source not in info.sources:
-            raise MismatchError(f"the copy of dataset.json has no source {entry.source!r}; it is of another dataset, or older")
+            raise MismatchError(f"the copy of dataset.json has no source {entry.source!r}: it is another's, or older")
         try:
             metadata = pa.ipc.open_file(inside(root, f"data/{entry.name}.arrow")).schema.metadata or {}
         except (pa.ArrowException, OSError):
             continue
-        if json.loads(metadata[b"kdata.codec"]) != info.codec.model_dump() or int(
-            metadata[b"kdata.vocab_size"]
-        ) != info.vocab_size:
-            raise MismatchError("the copy of dataset.json has another codec or vocabulary than the shards; it is of another")
+        if (
+            json.loads(metadata[b"kdata.codec"]) != info.codec.model_dump()
+            or int(metadata[b"kdata.vocab_size"]) != info.vocab_size
+        ):
+            raise MismatchError(
+                "the copy of dataset.json has another codec or vocabulary than the shards; name the right one"
+            )
 
 
 def _entries(root: Path) -> tuple[list[ManifestEntry], list[Problem]]:
@@ -141,6 +155,8 @@ def _entries(root: Path) -> tuple[list[ManifestEntry], list[Problem]]:
         content = content[: content.rfind(b"\n") + 1]
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         entry = _entry(root, line)
+        if entry is not None and manifest_line(entry) != line + b"\n":
+            problems.append(Problem("manifest.jsonl", f"line {number} is not as kdata writes it; its values are whole"))
         if entry is None:
             problems.append(Problem("manifest.jsonl", f"line {number} is damaged"))
         elif entry.name in found:
@@ -181,15 +197,15 @@ def _whole(
     return whole, bad
 
 
-def _lost_units(
-    info: DatasetInfo, whole: list[ManifestEntry], bad: list[ManifestEntry]
-) -> dict[str, list[int]]:
-    """Units to run again: those set aside, and those that a complete source lacks."""
-    there = {name: {e.unit for e in whole if e.source == name} for name in info.sources}
-    lost = {
-        name: set(range(source.num_units or 0)) - there[name] | {e.unit for e in bad if e.source == name} - there[name]
-        for name, source in info.sources.items()
-    }
+def _lost_units(root: Path, info: DatasetInfo, whole: list[ManifestEntry]) -> dict[str, list[int]]:
+    """Units to run again: those that a complete source lacks, and those of files that no whole line names."""
+    lost = {name: set(range(source.num_units or 0)) for name, source in info.sources.items()}
+    for path in (p for folder in ("data", "index", "rejects") for p in (root / folder).glob("*-*")):
+        source, _, unit = path.stem.rpartition("-")
+        if source in lost and unit.isdigit():
+            lost[source].add(int(unit))
+    for entry in whole:
+        lost[entry.source].discard(entry.unit)
     return {name: sorted(units) for name, units in lost.items() if units}
 
 
@@ -234,22 +250,24 @@ def _move(root: Path, relatives: list[str], done: Repair) -> None:
 
 
 def _sweep(root: Path, done: Repair) -> None:
-    """What verify still finds in a dataset that opens: strays, sidecars and plans are set aside, the rest is said."""
-    dataset = Dataset(root)
-    counts: Counter[str] = Counter()
-    for problem in verify(dataset, deep=True):
+    """What verify still finds once the dataset opens: strays, sidecars, plans, tokenizer are set aside, the rest is said."""
+    commands: set[str] = set()
+    for problem in verify(Dataset(root)):
         folder, _, name = problem.path.partition("/")
-        done.problems.append(problem)
-        counts[folder] += 1
+        if not folder.startswith(("data", "index", "rejects")) or problem.path not in done.moved:
+            done.problems.append(problem)
+        stem = name.split("/")[0].split(".")[0]
         if folder in ("scores", "plans"):
-            stem = name.split("/")[0].split(".")[0]
-            names = [f"{stem}.json", f"{stem}.parquet"] if folder == "plans" else [f"{stem}.json", stem]
-            _move(root, [f"{folder}/{each}" for each in names], done)
-            done.commands.append(f"kdata {'score' if folder == 'scores' else 'select'} {root} ... --name {stem}")
-        elif folder in ("data", "index", "rejects") and "no manifest line" in problem.what:
-            _move(root, [problem.path], done)
+            _move(root, [f"{folder}/{stem}.json", f"{folder}/{stem}" + (".parquet" if folder == "plans" else "")], done)
+            commands.add(f"kdata {'score' if folder == 'scores' else 'select'} {root} ... --name {stem}")
+        elif folder == "tokenizer":
+            _move(root, ["tokenizer"], done)
+            commands.add(f"repeat any capture, generation or import into {root}: it writes tokenizer/ again")
         else:
-            done.remaining.append(problem)
+            _move(root, [problem.path], done)
+    done.commands += sorted(commands)
+    lasting = {"tokenizer"} if "tokenizer" in done.moved else set()
+    done.remaining = [p for p in verify(Dataset(root), deep=True) if p.path.split("/")[0] not in lasting]
 
 
 def command(root: Path, info: DatasetInfo, source: str) -> str:

@@ -445,7 +445,10 @@ def shard_tables(unit: Unit, name: str, source: str, info: DatasetInfo):
     kept = Kept.concatenate([record.kept for record in records])
     tail = np.concatenate([r.log_tail for r in records] or [np.zeros(0)]).astype(np.float32)
     entries, stored = codecs.to_columns(kept, tail, offsets, info.codec)
-    error = codecs.measure_error(kept, stored, info.codec)
+    comparison = codecs.compare(kept, stored, info.codec)
+    error = comparison.error
+    if info.codec.id != "verbatim":
+        _check_mass(comparison.true_mass, offsets, ids)
     if error is not None and error.max_sum > 1.0 and info.codec.id != "verbatim":
         raise DataError(
             f"{name}: kept probabilities would sum to {error.max_sum} > 1; the teacher's output is not a distribution"
@@ -476,7 +479,7 @@ def shard_tables(unit: Unit, name: str, source: str, info: DatasetInfo):
         }
     )
     table = pa.table(columns, schema=schema)
-    mass = stored.exact_mass()
+    mass = comparison.stored_mass
     rows = [_index_row(r, name, source, i, mass[offsets[i] : offsets[i + 1]]) for i, r in enumerate(records)]
     return table, pa.Table.from_pylist(rows, schema=index_schema()), error
 
@@ -500,13 +503,17 @@ def _check_record(record: Record, info: DatasetInfo) -> None:
     exact, as_given = record.kept.logprobs[~record.kept.is_draw], info.codec.id == "verbatim"
     if not np.isfinite(record.kept.logprobs).all() or ((exact > 1e-5).any() and not as_given):
         raise DataError(f"{record.id}: a kept log-probability is not a finite number <= 0")
-    if record.kept.exact_mass().max(initial=0.0) > 1 + MASS_SLACK and not as_given:
-        raise DataError(
-            f"{record.id}: kept probabilities sum to {record.kept.exact_mass().max():.4f} > 1; the teacher's output is not "
-            "a distribution"
-        )
     if record.kept.num_kept.max(initial=0) > np.iinfo(np.uint16).max:
         raise DataError(f"{record.id}: {record.kept.num_kept.max()} entries at a position, the format holds 65,535")
+
+
+def _check_mass(mass_T: np.ndarray, offsets: np.ndarray, ids: list[str]) -> None:
+    worst = int(mass_T.argmax()) if len(mass_T) else 0
+    if len(mass_T) and mass_T[worst] > 1 + MASS_SLACK:
+        row = int(np.searchsorted(offsets, worst, side="right")) - 1
+        raise DataError(
+            f"{ids[row]}: kept probabilities sum to {mass_T[worst]:.4f} > 1; the teacher's output is not a distribution"
+        )
 
 
 def _index_row(record: Record, name: str, source: str, row: int, mass_T: np.ndarray) -> dict[str, object]:
