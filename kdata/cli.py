@@ -47,6 +47,9 @@ SetOption = Annotated[
 ]
 TeacherOption = Annotated[str, typer.Option("--teacher", metavar="MODEL", help="Model folder or Hub name.")]
 BackendOption = Annotated[str, typer.Option(help="What runs the teacher: vllm or transformers.")]
+KindOption = Annotated[str, typer.Option(help="What is kept: hybrid, topk, adaptive or sampled.")]
+KOption = Annotated[int, typer.Option(help="Exact entries at every position (adaptive: at most so many).")]
+DrawsOption = Annotated[int, typer.Option(help="Random draws at every position (hybrid, sampled).")]
 ResumeOption = Annotated[
     Resume,
     typer.Option(help="auto: go on where a former run stopped; never: refuse; must: refuse a fresh start."),
@@ -84,7 +87,9 @@ def generate(
     prompts: Annotated[Path, typer.Option(help="File or folder of prompts: columns id, domain and a text column.")],
     prompt_column: Annotated[str, typer.Option(help="Column with the prompt.")] = "prompt",
     backend: BackendOption = "vllm",
-    k: Annotated[int, typer.Option(help="Entries kept at every written position.")] = 64,
+    kind: KindOption = "hybrid",
+    k: KOption = 16,
+    draws: DrawsOption = 16,
     max_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 128,
     resume: ResumeOption = Resume.auto,
     set: SetOption = None,
@@ -94,7 +99,9 @@ def generate(
     from kdata.generate import generate as run
 
     source = {"path": str(prompts), "text_column": prompt_column}
-    values = _with_settings({"prompts": source, "k": k, "sampling": {"max_tokens": max_tokens}}, set)
+    values = _with_settings(
+        {"prompts": source, "kind": kind, "k": k, "draws": draws, "sampling": {"max_tokens": max_tokens}}, set
+    )
     who = _teacher(values, teacher, backend)
     config = parse_config(GenerateConfig, values, "generate settings")
     _done(run(_local(dataset), who, config, resume=resume.value))
@@ -106,7 +113,9 @@ def capture(
     teacher: TeacherOption,
     corpus: Annotated[Path, typer.Option(help="File or folder of text: columns id, domain, text.")],
     backend: BackendOption = "vllm",
-    k: Annotated[int, typer.Option(help="Entries kept at every position.")] = 64,
+    kind: KindOption = "hybrid",
+    k: KOption = 16,
+    draws: DrawsOption = 16,
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest sequence; the teacher's context if not given.")
     ] = None,
@@ -119,7 +128,15 @@ def capture(
     from kdata.capture import capture as run
 
     values = _with_settings(
-        {"corpus": {"path": str(corpus)}, "k": k, "max_tokens": max_tokens, "long_text": long_text}, set
+        {
+            "corpus": {"path": str(corpus)},
+            "kind": kind,
+            "k": k,
+            "draws": draws,
+            "max_tokens": max_tokens,
+            "long_text": long_text,
+        },
+        set,
     )
     who = _teacher(values, teacher, backend)
     config = parse_config(CaptureConfig, values, "capture settings")

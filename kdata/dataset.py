@@ -180,9 +180,11 @@ class Dataset:
 
         Raises:
             CorruptError: the columns do not fit together.
+            FormatError: the codec is unknown to this kdata, or newer.
         """
         if not slices:
             return nothing()
+        codec_of(self.info.codec)
         try:
             return decode(pa.concat_batches(slices), self.info)
         except UNREADABLE as error:

@@ -140,7 +140,7 @@ def _refuse_other_shards(root: Path, info: DatasetInfo) -> None:
             or int(metadata[b"kdata.vocab_size"]) != info.vocab_size
         ):
             raise MismatchError(
-                "the copy of dataset.json has another codec or vocabulary than the shards; name the right one"
+                "the copy of dataset.json has another codec or vocabulary than the shards: it is another's"
             )
 
 
@@ -187,7 +187,8 @@ def _whole(
     root: Path, entries: list[ManifestEntry], info: DatasetInfo, done: Repair
 ) -> tuple[list[ManifestEntry], list[ManifestEntry]]:
     """Shards that are what was committed, and those that are not: by their bytes, then by what is in them."""
-    whole, bad = [], []
+    whole: list[ManifestEntry] = []
+    bad: list[ManifestEntry] = []
     for entry in entries:
         problems = [p for path, file in entry.files.items() for p in check_file(root, path, file)]
         if entry.source not in info.sources:
@@ -254,8 +255,7 @@ def _sweep(root: Path, done: Repair) -> None:
     commands: set[str] = set()
     for problem in verify(Dataset(root)):
         folder, _, name = problem.path.partition("/")
-        if not folder.startswith(("data", "index", "rejects")) or problem.path not in done.moved:
-            done.problems.append(problem)
+        done.problems.append(problem)
         stem = name.split("/")[0].split(".")[0]
         if folder in ("scores", "plans"):
             _move(root, [f"{folder}/{stem}.json", f"{folder}/{stem}" + (".parquet" if folder == "plans" else "")], done)

@@ -113,7 +113,7 @@ def _score_shard(dataset: Dataset, number: int, entry: ManifestEntry, model: Any
     ids = [sequences.token_ids[a:b] for a, b in sequences.spans()]
     nlls = [
         sequence_nll(readout.logprob, sequences.target_mask[a:b])
-        for readout, (a, b) in zip(model.read(ids, KeepConfig(k=1)), sequences.spans(), strict=True)
+        for readout, (a, b) in zip(model.read(ids, KeepConfig(kind="topk", k=1)), sequences.spans(), strict=True)
     ]
     counts = [int(sequences.target_mask[a:b].sum()) for a, b in sequences.spans()]
     names = pq.read_table(dataset.shard_file(entry, "index"), columns=["id"])["id"]

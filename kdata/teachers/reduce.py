@@ -186,7 +186,7 @@ def _assemble(chunks: list[_Rows], keep: KeepConfig) -> Reduced:
 
     ids_MK, log_tail_M = join("ids"), join("log_tail")
     everywhere = np.full(len(ids_MK), ids_MK.shape[1] > 0)
-    top = keep if keep.kind == "adaptive" else KeepConfig(k=max(ids_MK.shape[1], 1))
+    top = keep if keep.kind == "adaptive" else KeepConfig(kind="topk", k=max(ids_MK.shape[1], 1))
     kept = keep_top(top, ids_MK, join("logprobs"), everywhere)
     if keep.tail == "draws":
         kept = _with_draws(kept, join("draws"), join("draw_logprobs"), join("draw_shares"), log_tail_M, keep)

@@ -193,7 +193,7 @@ class VllmTeacher:
     def _check_parity(self, sequences: Sequence[np.ndarray]) -> None:
         """Read a few rows both ways. Raises TeacherError where they disagree by more than the arithmetic explains."""
         rows = [ids[:PARITY_TOKENS] for ids in sequences if len(ids) > 1][:PARITY_ROWS]
-        keep = KeepConfig(k=min(8, self._max_k))
+        keep = KeepConfig(kind="topk", k=min(8, self._max_k))
         pairs = zip(self._read_logprobs(rows, keep), self._read_hidden(rows, keep), strict=True)
         worst = max((float(np.nanmax(np.abs(a.logprob - b.logprob))) for a, b in pairs), default=0.0)
         limit = PARITY_NATS[self.info.dtype]

@@ -29,7 +29,7 @@ from kdata.teachers import Readout, TeacherConfig, load_tokenizer, readout_from_
 from kdata.writer import Unit, Writer, new_info
 
 SHARED = Path(__file__).parents[3] / "shared"
-TOP, HYBRID = {"k": 64}, {"kind": "hybrid", "k": 16, "draws": 16}
+TOP, HYBRID = {"kind": "topk", "k": 64}, {"kind": "hybrid", "k": 16, "draws": 16}
 ROUNDS = 2  # the better of two: the first also warms caches and compiles
 
 
@@ -109,7 +109,7 @@ def host(tokenizer: Any, tokens_per_row: int = 512, rows: int = 128, k: int = 64
 
     from kdata.teachers.vllm import _readout, _rectangle
 
-    rng, vocab, keep = np.random.default_rng(0), len(tokenizer), KeepConfig(k=k)
+    rng, vocab, keep = np.random.default_rng(0), len(tokenizer), KeepConfig(kind="topk", k=k)
     recorded = []
     for _ in range(rows):
         ids = rng.integers(0, vocab, tokens_per_row).astype(np.int32)

@@ -34,8 +34,8 @@ from kdata.writer import Record, Unit, Writer, new_info
 SHARED = Path(__file__).parents[3] / "shared"
 POSITIONS = 8192
 KINDS = {
-    "topk 64": KeepConfig(k=64),
-    "topk 16": KeepConfig(k=16),
+    "topk 64": KeepConfig(kind="topk", k=64),
+    "topk 16": KeepConfig(kind="topk", k=16),
     "adaptive 0.95, at most 64": KeepConfig(kind="adaptive", k=64, mass=0.95),
     "sampled 12": KeepConfig(kind="sampled", draws=12),
     "sampled 50": KeepConfig(kind="sampled", draws=50),
@@ -311,7 +311,7 @@ def main() -> None:
         )  # fmt: skip
     console = Console(width=130)
     console.print(table)
-    vocabularies = {v: large_vocabulary(v, KeepConfig(k=64)) for v in (128_256, 151_936, 201_088, 262_144)}
+    vocabularies = {v: large_vocabulary(v, KeepConfig(kind="topk", k=64)) for v in (128_256, 151_936, 201_088, 262_144)}
     sizes = Table("vocabulary", "entry B (topk 64)", "order-0 bound of the ids", "entropy nats")
     for vocab, size in vocabularies.items():
         sizes.add_row(f"{vocab:,}", *(f"{size[k]:.4g}" for k in ("entry_bytes", "order0_bytes", "entropy")))

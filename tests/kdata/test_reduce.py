@@ -14,7 +14,7 @@ from kdata.teachers import reduce
 from kdata.teachers.reduce import Reduced, draw_seed, reduce_chunks, reduce_logits
 
 KEEPS = [
-    KeepConfig(k=7),
+    KeepConfig(kind="topk", k=7),
     KeepConfig(kind="adaptive", k=40, mass=0.9, min_k=2),
     KeepConfig(kind="sampled", draws=50),
     KeepConfig(kind="hybrid", k=5, draws=9),

@@ -18,7 +18,7 @@ from kdata.teachers.transformers import TransformersTeacher
 from tests.fakes import rows_of_text, write_jsonl
 
 KEEPS = {
-    "topk": {"k": 12},
+    "topk": {"kind": "topk", "k": 12},
     "adaptive": {"kind": "adaptive", "k": 30, "mass": 0.9},
     "hybrid": {"kind": "hybrid", "k": 4, "draws": 6},
     "sampled": {"kind": "sampled", "draws": 9},

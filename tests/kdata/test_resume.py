@@ -48,7 +48,7 @@ def begun(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> Path:
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "k": ({"k": 9}, "codec.parameters.k: 8 -> 9"),
-    "kind": ({"kind": "hybrid"}, "codec.kind: 'topk' -> 'hybrid'"),
+    "kind": ({"kind": "topk"}, "codec.kind: 'hybrid' -> 'topk'"),
     "teacher": ({"teacher": StandInTeacher("another")}, "teacher.weights_hash"),
     "vocabulary": ({"teacher": StandInTeacher(vocab_size=400)}, "vocab_size: 300 -> 400"),
     "context": ({"teacher": StandInTeacher(context=32)}, "max_tokens: 64 -> 32"),

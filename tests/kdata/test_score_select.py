@@ -59,7 +59,7 @@ def tiny(
     )
     records = []
     for number, (name, nll) in enumerate(nlls.items()):
-        readout = TEACHER.readout(np.array([3, 4], np.int32), KeepConfig(k=2))
+        readout = TEACHER.readout(np.array([3, 4], np.int32), KeepConfig(kind="topk", k=2))
         records.append(
             Record(
                 name,

@@ -34,7 +34,7 @@ def identity(codec: str = "packed", k: int = 4) -> DatasetInfo:
 
 
 def record(name: str, ids: list[int], *, k: int = 4, domain: str = "d", text: str | None = "text") -> Record:
-    readout = TEACHER.readout(np.array(ids, np.int32), KeepConfig(k=k))
+    readout = TEACHER.readout(np.array(ids, np.int32), KeepConfig(kind="topk", k=k))
     return Record(
         id=name,
         domain=domain,

@@ -40,7 +40,7 @@ def ask(sequences: list[np.ndarray], path: str) -> dict[str, Any]:
     from kdata.teachers.vllm import VllmTeacher
 
     teacher = VllmTeacher(TeacherConfig(model=path), max_k=8)
-    keep, sampling = KeepConfig(k=8), SamplingConfig(max_tokens=10)
+    keep, sampling = KeepConfig(kind="topk", k=8), SamplingConfig(max_tokens=10)
     prompts = [ids[:5] for ids in sequences]
     written = teacher.write(prompts, keep, sampling, list(range(len(prompts))))
     answers: dict[str, Any] = {
@@ -75,7 +75,7 @@ def test_vllm_reads_and_writes_what_the_plain_forward_pass_does(llama_dir: Path,
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         answers = pool.submit(ask, sequences, str(llama_dir)).result(timeout=300)
     oracle = TransformersTeacher(TeacherConfig(model=str(llama_dir), backend="transformers"))
-    plain = oracle.read(sequences, KeepConfig(k=8))
+    plain = oracle.read(sequences, KeepConfig(kind="topk", k=8))
     assert answers["context"] == 127 and answers["info"].backend == "vllm"
     for ours, theirs, again in zip(
         answers["hybrid"], oracle.read(sequences, HYBRID), answers["hybrid_again"], strict=True

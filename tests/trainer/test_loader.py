@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import shutil
+import subprocess
+import sys
 import threading
 import time
+import tracemalloc
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 import kdata
-from kdata.errors import DataError, MismatchError
+from kdata.batches import Arrays, Batches
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
+from kdata.packing import Place, Shape, best_fit, blocks_of, windows
+from kdata.window import Window
+from kdata.writer import ROWS_PER_BATCH, TOKENS_PER_BATCH, rows_per_batch
+from tests.benchmarks.loader import build_dataset
 from tests.trainer.datasets import make_dataset
-from trainer.loader import Batch, Loader, LoaderConfig
-from kdata.packing import best_fit
+from trainer.loader import Batch, IterableBatches, Loader, LoaderConfig
 
 LENGTHS = [int(n) for n in np.random.default_rng(1).integers(1, 33, 90)]
 
@@ -127,6 +140,9 @@ def test_a_resumed_loader_gives_the_batches_that_would_have_come(
 def test_state_is_small_and_refuses_other_data_or_order(dataset: kdata.Dataset) -> None:
     state = loader(dataset).state_dict()
     assert len(str(state)) < 300
+    for _ in zip(range(50), taken := loader(dataset), strict=False):
+        pass
+    assert len(str(taken.state_dict())) < 300
     with pytest.raises(MismatchError, match="identity"):
         loader(dataset, np.arange(10)).load_state_dict(state)
     with pytest.raises(MismatchError, match="seed"):
@@ -146,17 +162,198 @@ def test_nothing_to_read_is_refused(dataset: kdata.Dataset) -> None:
         loader(dataset, np.zeros(0, np.int64))
 
 
-def test_a_reading_error_reaches_the_caller_and_the_thread_ends(dataset: kdata.Dataset) -> None:
+def test_a_reading_error_reaches_the_caller_and_the_thread_ends(
+    dataset: kdata.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = loader(dataset)
 
     def fail(slices: list[pa.RecordBatch]) -> None:
         raise OSError("disk gone")
 
-    monkeypatch.setattr(broken.arrays.dataset, "decode", fail)
-    with pytest.raises(OSError, match="disk gone"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk gone"):
+        patch.setattr(dataset, "decode", fail)
         next(iter(broken))
     stream = iter(loader(dataset))
     next(stream)
     del stream
     time.sleep(0.3)
     assert not [t for t in threading.enumerate() if t.name == "loader"]
+
+
+def test_the_order_is_the_same_on_every_machine_and_with_every_numpy() -> None:
+    lengths, blocks = np.arange(1, 201) % 60 + 1, np.arange(200) // 8
+    stream = windows(lengths, blocks, "0123456789abcdef" * 4, 3, Shape(64, 50, 1000), Place())
+    order = [rows for window in islice(stream, 20) for rows in window]
+    assert hashlib.sha256(repr(order).encode()).hexdigest()[:16] == "GOLDEN"
+
+
+# What a mixture looks like: some rows several times, in no order.
+MIXTURE = np.random.default_rng(3).permutation(np.repeat(np.arange(80), np.arange(80) % 4))
+
+
+def rows_of(batches: list[Batch] | list[Arrays]) -> list[int]:
+    return [int(row) for batch in batches for row in batch.rows]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_ranks_share_every_batch_and_keep_the_order(dataset: kdata.Dataset, world_size: int) -> None:
+    config = LoaderConfig(context_tokens=64, batch_rows=6, window_documents=20, shuffle_block_rows=4)
+    alone = list(islice(Batches(dataset, MIXTURE, config), 30))
+    ranks = [Batches(dataset, MIXTURE, config, rank=r, world_size=world_size) for r in range(world_size)]
+    for want, *shares in zip(alone, *ranks, strict=False):
+        assert all(share.input_ids.shape == (6 // world_size, 64) for share in shares)
+        assert np.array_equal(np.concatenate([share.input_ids for share in shares]), want.input_ids)
+        assert np.array_equal(np.concatenate([share.entry_ids for share in shares]), want.entry_ids)
+        assert rows_of(shares) == want.rows.tolist()
+        assert len({share.place for share in shares}) == 1
+
+
+def test_a_mixture_resumes_at_any_batch_on_another_number_of_ranks(dataset: kdata.Dataset) -> None:
+    config = LoaderConfig(context_tokens=64, batch_rows=4, window_documents=25, shuffle_block_rows=4)
+    whole = [batch.rows.tolist() for batch in islice(Batches(dataset, MIXTURE, config), 60)]
+    first = Batches(dataset, MIXTURE, config, rank=1, world_size=2)
+    for taken, _ in enumerate(islice(first, 50), 1):
+        state = first.state_dict()
+        assert len(str(state)) < 300
+        ranks = [Batches(dataset, MIXTURE, config, rank=rank, world_size=4) for rank in range(4)]
+        for rank in ranks:
+            rank.load_state_dict(state)
+        shares = [[batch.rows for batch in islice(rank.read(rank.place), 3)] for rank in ranks]
+        went_on = [np.concatenate(batches).tolist() for batches in zip(*shares, strict=True)]
+        assert went_on == whole[taken : taken + 3]
+
+
+def test_ranks_that_cannot_share_a_batch_are_refused(dataset: kdata.Dataset) -> None:
+    with pytest.raises(ConfigError, match="batch_rows=8 evenly"):
+        Loader(dataset, None, LoaderConfig(batch_rows=8), rank=0, world_size=3)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_workers_of_a_torch_loader_do_not_change_the_order(dataset: kdata.Dataset, workers: int) -> None:
+    plain = loader(dataset, MIXTURE)
+    want = rows_of(list(plain.epoch()))
+    stream = DataLoader(IterableBatches(loader(dataset, MIXTURE), epochs=1), batch_size=None, num_workers=workers)
+    batches = list(stream)
+    assert rows_of(batches) == want
+    resumed = loader(dataset, MIXTURE)
+    resumed.arrays.place = batches[4].place
+    resumed.load_state_dict(resumed.state_dict())
+    again = list(DataLoader(IterableBatches(resumed, epochs=1), batch_size=None, num_workers=workers))
+    assert rows_of(again) == rows_of(batches[5:])
+
+
+@given(
+    rows=st.lists(st.integers(0, 40), min_size=1, max_size=60),
+    block=st.integers(1, 9),
+    documents=st.integers(1, 70),
+    tokens=st.integers(1, 400),
+)
+def test_an_epoch_of_windows_holds_every_mention_once(rows: list[int], block: int, documents: int, tokens: int) -> None:
+    planned = np.array(rows)
+    lengths = planned % 30 + 1
+    blocks = blocks_of(planned, np.array([0, 7, 7, 20, 41]), block)
+    places = []
+    for window in windows(lengths, blocks, "ab" * 32, 0, Shape(32, documents, tokens), Place()):
+        count = sum(len(row) for row, _ in window)
+        size = sum(int(lengths[row].sum()) for row, _ in window)
+        assert count <= documents and (size <= tokens or count == 1)
+        places += window
+        if window[-1][1].epoch:
+            break
+    assert sorted(d for row, _ in places for d in row) == list(range(len(rows)))
+    if block > 1:
+        for number in np.unique(blocks):
+            assert len(set(planned[blocks == number])) == (blocks == number).sum(), "a repeat in its row's own block"
+
+
+def test_every_block_may_come_anywhere() -> None:
+    lengths, blocks = np.full(160, 10), np.arange(160) // 8
+    firsts = []
+    for seed in range(400):
+        window = next(windows(lengths, blocks, "cd" * 32, seed, Shape(40, 8, 10_000), Place()))
+        firsts.append(blocks[window[0][0][0]])
+    counts = np.bincount(firsts, minlength=20)
+    assert counts.min() > 5 and counts.max() < 45  # 20 expected; 5 standard deviations
+
+
+def test_a_window_decompresses_a_record_batch_once_and_lets_go(
+    dataset: kdata.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, decompress = [], dataset.record_batch
+    monkeypatch.setattr(dataset, "record_batch", lambda *key: read.append(key) or decompress(*key))
+    rows = np.random.default_rng(0).permutation(np.concatenate([np.arange(90), [5, 5, 70]]))
+    window = Window(dataset, rows)
+    for row in rows:
+        (part,) = window.slices([int(row)])
+        assert dataset.decode([part]).token_ids.tolist() == dataset[int(row)].token_ids.tolist()
+    mine = [key for key in read if read.count(key) > 1]
+    assert len(set(read)) == len({key for key in read}) and not window._held
+    assert len(mine) <= 2 * len(set(read))  # once by the window, once by the cache of `dataset[row]`
+    with pytest.raises(KeyError):
+        window.slices([5])
+
+
+def test_long_documents_get_record_batches_of_their_own() -> None:
+    for tokens, rows in ((10, 32), (256, 32), (257, 16), (600, 8), (4096, 2), (100_000, 1)):
+        assert rows_per_batch(np.full(ROWS_PER_BATCH, tokens)) == rows
+        assert rows * tokens <= TOKENS_PER_BATCH or rows == 1
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
+    return build_dataset(tmp_path_factory.mktemp("wide") / "set", 250_000, median=60)
+
+
+def peak_bytes(dataset: kdata.Dataset, rows: np.ndarray, batches: int) -> int:
+    """Most bytes held, by Python, numpy and Arrow together, while reading `batches` batches after some to warm up."""
+    config = LoaderConfig(context_tokens=1024, batch_rows=2, window_documents=64, prefetch_batches=2)
+    stream = iter(Batches(dataset, rows, config))
+    next(stream)
+    gc.collect()
+    tracemalloc.start()
+    arrow, most = pa.total_allocated_bytes(), 0
+    for _ in islice(stream, batches):
+        most = max(most, pa.total_allocated_bytes() - arrow)
+    peak = tracemalloc.get_traced_memory()[1] + most
+    tracemalloc.stop()
+    stream.close()  # type: ignore[attr-defined]
+    return peak
+
+
+def test_memory_is_bounded_by_the_window_not_by_the_data(wide: kdata.Dataset) -> None:
+    path = wide.path
+    stored = sum(file.stat().st_size for file in (path / "data").iterdir())
+    small = peak_bytes(kdata.open(path), np.arange(wide.num_rows // 8), 60)
+    whole = peak_bytes(kdata.open(path), np.arange(wide.num_rows), 110)
+    assert stored > 30e6 and wide.num_tokens * 64 * 8 > 120e6  # as it is stored, and decoded
+    assert whole < 12e6
+    assert whole < 1.3 * small
+
+
+def test_an_epoch_of_documents_of_all_lengths_fills_98_percent_and_drops_no_token(wide: kdata.Dataset) -> None:
+    batches = list(Batches(wide, None, LoaderConfig(context_tokens=1024, batch_rows=8)).epoch())
+    tokens = sum(batch.num_tokens for batch in batches)
+    assert tokens == wide.num_tokens
+    assert tokens / sum(batch.input_ids.size for batch in batches) >= 0.98
+    batch = batches[0]
+    assert batch.entry_ids.shape == batch.entry_logprobs.shape == (len(batch.predictor), 64)
+    assert batch.entry_ids.dtype == np.int32 and batch.entry_logprobs.dtype == np.float32
+
+
+def test_the_content_of_a_shard_is_checked_when_it_is_first_read(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset.path, copy)
+    damaged = sorted((copy / "data").iterdir())[1]
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    opened = kdata.open(copy)
+    second = np.arange(opened.manifest[0].rows, opened.num_rows)
+    assert next(iter(loader(opened, np.arange(opened.manifest[0].rows)))).num_tokens
+    with pytest.raises(CorruptError, match=damaged.name):
+        next(iter(loader(opened, second)))
+
+
+def test_arrays_need_no_torch() -> None:
+    code = "import sys, kdata.batches; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,245 @@
+"""Every damaged byte, file and manifest line is found; repair sets it aside and the same work makes the same bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import kdata
+from kdata.cli_data import app
+from kdata.errors import CorruptError, KdataError, MismatchError, StorageError
+from kdata.manifest import read_manifest
+from kdata.repair import repair
+from kdata.selection import SelectConfig, select
+from kdata.verify import verify
+from kdata.writer import lock_of
+from tests.fakes import digests, run_capture, run_generate
+from tests.kdata.test_score_select import give_scores
+
+
+@pytest.fixture(scope="module")
+def furnished(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset with everything that a dataset can have: sidecar, plan, rejects, tokenizer."""
+    root = Path(shutil.copytree(captured, tmp_path_factory.mktemp("furnished") / "d"))
+    dataset = kdata.open(root)
+    give_scores(dataset, dict.fromkeys(dataset.index(["id"])["id"].to_pylist(), 9.5))
+    select(dataset, SelectConfig(method="difference", share=0.5))
+    assert (root / "rejects").is_dir() and (root / "tokenizer").is_dir()
+    return root
+
+
+@pytest.fixture
+def damaged(furnished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(furnished, tmp_path / "dataset"))
+
+
+def found(root: Path) -> bool:
+    """True where opening or verifying says that something is wrong."""
+    try:
+        return bool(verify(kdata.open(root)))
+    except KdataError:
+        return True
+
+
+def files_of(root: Path) -> list[str]:
+    return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+
+
+def again(root: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+    run_capture(root, corpus_file, tokenizer_dir)
+
+
+def test_a_flipped_bit_anywhere_is_found(furnished: Path, damaged: Path) -> None:
+    """In every file: a few random places each, and each bit of the small JSON files' exponents and escapes by chance."""
+    rng = np.random.default_rng(3)
+    assert not found(damaged)
+    for name in files_of(furnished):
+        original = (furnished / name).read_bytes()
+        for place in rng.integers(0, len(original), 6 if name.endswith((".arrow", ".parquet")) else 40):
+            flipped = bytearray(original)
+            flipped[place] ^= 1 << int(rng.integers(8))
+            (damaged / name).write_bytes(flipped)
+            assert found(damaged), f"{name}, byte {place}"
+        (damaged / name).write_bytes(original)
+    assert not found(damaged)
+
+
+def test_a_flip_that_changes_no_value_is_found(damaged: Path) -> None:
+    """1e-05 and 1E-05 are one number: the digest of the values cannot tell, the form can."""
+    for name in ("manifest.jsonl", "dataset.json"):
+        text = (damaged / name).read_text()
+        changed = re.sub(r"(\d)e(-\d\d)", r"\1E\2", text, count=1) if name == "manifest.jsonl" else text + " "
+        assert changed != text
+        (damaged / name).write_text(changed)
+        assert [p.path for p in verify(kdata.open(damaged))] == [name]
+        assert [p.path for p in repair(damaged).problems] == [name]
+        assert (damaged / name).read_text() == text
+
+
+def test_a_missing_file_is_found(furnished: Path, damaged: Path) -> None:
+    """Sidecars and plans may go as a whole; half of one, and anything else, may not."""
+    for name in files_of(furnished):
+        (damaged / name).unlink()
+        assert found(damaged), name
+        shutil.copyfile(furnished / name, damaged / name)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 1000])
+def test_a_truncated_file_is_found(furnished: Path, damaged: Path, cut: int) -> None:
+    for name in files_of(furnished):
+        content = (furnished / name).read_bytes()
+        (damaged / name).write_bytes(content[:-cut])
+        assert found(damaged), name
+        (damaged / name).write_bytes(content)
+
+
+def drop(lines: list[bytes]) -> list[bytes]:
+    return [lines[0], *lines[2:]]
+
+
+def double(lines: list[bytes]) -> list[bytes]:
+    return [*lines, lines[1]]
+
+
+def swap(lines: list[bytes]) -> list[bytes]:
+    return [lines[0], lines[1].replace(b'"unit":1', b'"unit":7'), *lines[2:]]
+
+
+def tear(lines: list[bytes]) -> list[bytes]:
+    return [*lines[:-1], lines[-1][:-30]]
+
+
+@pytest.mark.parametrize("change", [drop, double, swap, tear])
+def test_a_manifest_line_that_is_missing_double_wrong_or_torn_is_found_and_repaired(
+    captured: Path, copied: Path, corpus_file: Path, tokenizer_dir: Path, change: Callable[[list[bytes]], list[bytes]]
+) -> None:
+    before = digests(captured)
+    lines = (copied / "manifest.jsonl").read_bytes().splitlines(keepends=True)
+    (copied / "manifest.jsonl").write_bytes(b"".join(change(lines)))
+    assert found(copied)
+    done = repair(copied)
+    assert done.problems and not done.remaining
+    assert not found(copied)
+    assert (done.units == {}) == (change is double)
+    again(copied, corpus_file, tokenizer_dir)
+    assert digests(copied) == before
+
+
+@pytest.mark.parametrize("folder", ["data", "index", "rejects"])
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+def test_a_damaged_shard_goes_aside_and_the_same_capture_makes_the_same_bytes(
+    captured: Path, copied: Path, corpus_file: Path, tokenizer_dir: Path, folder: str, how: str
+) -> None:
+    before = digests(captured)
+    entry = next(e for e in read_manifest(copied) if e.rejected and e.unit < len(read_manifest(copied)) - 1)
+    path = next(copied / name for name in entry.files if name.startswith(folder))
+    content = path.read_bytes()
+    if how == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-9] if how == "cut" else content[:20] + bytes([content[20] ^ 4]) + content[21:])
+    done = repair(copied)
+    assert [p.path for p in done.problems if "committed" in p.what or "missing" in p.what] == [
+        path.relative_to(copied).as_posix()
+    ]
+    assert done.units == {"capture": [entry.unit]} and not done.remaining
+    assert done.aside == copied.with_name("dataset.aside") / "1"
+    assert sorted(done.moved) == sorted(
+        set(entry.files) - ({path.relative_to(copied).as_posix()} if how == "remove" else set())
+    )
+    assert (done.aside / "manifest.jsonl").read_bytes() == (captured / "manifest.jsonl").read_bytes()
+    assert done.commands[0].startswith(
+        f"kdata capture {copied} --teacher stand-in --backend stand-in --corpus CORPUS --k 8"
+    )
+
+    rest = kdata.open(copied)
+    assert verify(rest, deep=True) == []
+    assert rest.num_rows == kdata.open(captured).num_rows - entry.rows
+    assert rest.info.sources["capture"].num_units is None
+    again(copied, corpus_file, tokenizer_dir)
+    assert digests(copied) == before
+    assert repair(copied).problems == []
+
+
+def test_two_sources_keep_their_lines_in_place(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+    root = tmp_path / "d"
+    run_generate(root, corpus_file, tokenizer_dir)
+    again(root, corpus_file, tokenizer_dir)
+    before = digests(root)
+    names = [e.name for e in read_manifest(root)]
+    assert names[0].startswith("generate") and names[-1].startswith("capture")
+    (root / f"data/{names[1]}.arrow").unlink()
+    assert repair(root).units == {"generate": [1]}
+    run_generate(root, corpus_file, tokenizer_dir)
+    assert digests(root) == before
+
+
+def test_sidecars_plans_and_the_tokenizer_go_aside(
+    furnished: Path, damaged: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
+    for name in ("scores/ref/capture-00001.parquet", "plans/difference.parquet", "tokenizer/tokenizer_config.json"):
+        with (damaged / name).open("r+b") as file:
+            file.seek(30)
+            old = file.read(1)[0]
+            file.seek(30)
+            file.write(bytes([old ^ 1]))
+    done = repair(damaged)
+    assert {p.path for p in done.problems} == {
+        "scores/ref/capture-00001.parquet",
+        "plans/difference.parquet",
+        "tokenizer/tokenizer_config.json",
+    }
+    assert not (damaged / "scores/ref.json").exists() and not (damaged / "plans/difference.json").exists()
+    assert not done.units and not done.remaining
+    assert any(c.startswith("kdata score") for c in done.commands)
+    again(damaged, corpus_file, tokenizer_dir)
+    assert verify(kdata.open(damaged), deep=True) == []
+
+
+def test_a_damaged_description_is_restored_from_a_copy_or_not_at_all(
+    captured: Path, copied: Path, tmp_path: Path
+) -> None:
+    path = copied / "dataset.json"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(CorruptError, match=r"cannot be made from the shards.*--copy FILE"):
+        repair(copied)
+    other = Path(shutil.copytree(captured, tmp_path / "other"))
+    about = json.loads((other / "dataset.json").read_text())
+    about["vocab_size"] = 301
+    from kdata.manifest import write_json
+
+    write_json(other / "dataset.json", about)
+    with pytest.raises(MismatchError, match="another codec or vocabulary"):
+        repair(copied, copy=other / "dataset.json")
+    done = repair(copied, copy=captured / "dataset.json")
+    assert done.moved == ["dataset.json"] and not done.remaining
+    assert digests(copied) == digests(captured)
+    path.unlink()
+    repair(copied, copy=captured)
+    assert digests(copied) == digests(captured)
+
+
+def test_a_whole_dataset_is_left_alone(captured: Path, copied: Path) -> None:
+    done = repair(copied)
+    assert done == type(done)()
+    assert digests(copied) == digests(captured) and not copied.with_name("dataset.aside").exists()
+
+
+def test_a_dataset_that_is_being_written_is_not_repaired(copied: Path) -> None:
+    with lock_of(copied), pytest.raises(StorageError, match="being written"):
+        repair(copied)
+
+
+def test_the_command_says_what_to_run(copied: Path) -> None:
+    run = CliRunner().invoke
+    assert "nothing to repair" in run(app, ["repair", str(copied)]).output
+    next((copied / "data").iterdir()).unlink()
+    result = run(app, ["repair", str(copied)])
+    assert result.exit_code == 0 and "run again: units" in result.output and "kdata capture" in result.output
