@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,3 +84,77 @@ def repair(
     if done.remaining:
         listing = "\n".join(f"  {p.path}: {p.what}" for p in done.remaining)
         raise CorruptError(f"{dataset}: this cannot be repaired:\n{listing}")
+
+
+@app.command()
+def merge(
+    datasets: Annotated[list[str], typer.Argument(metavar="DATASET DATASET ...", help="Datasets of one teacher.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    link: Annotated[
+        bool, typer.Option("--link/--copy", help="Link the payloads (one file system), or copy them.")
+    ] = False,
+) -> None:
+    """Put the rows of several datasets into one. Sidecars and plans stay behind: they belong to one state of one dataset."""
+    from kdata.arrange import merge as run
+
+    _made(run([kdata.open(name) for name in datasets], target, link=link))
+
+
+@app.command()
+def split(
+    dataset: DatasetArgument,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="New folder, in which each part has one.")],
+    by: Annotated[str, typer.Option(help="domain: a part for each; plan: the plan's rows, and the rest.")] = "domain",
+    plan: Annotated[str | None, typer.Option(help="Name of the plan (by plan).")] = None,
+) -> None:
+    """Cut a dataset in disjoint parts. Sidecars, plans and rejects stay behind."""
+    from kdata.arrange import split as run
+    from kdata.plan import Plan
+
+    if by not in ("domain", "plan"):
+        raise ConfigError(f"--by {by}: split by domain or by plan")
+    opened = kdata.open(dataset)
+    chosen = None if plan is None else Plan.load(opened.path / "plans" / plan)
+    for part in run(opened, target, by=by, plan=chosen).values():  # type: ignore[arg-type]
+        _made(part)
+
+
+@app.command()
+def head(
+    dataset: DatasetArgument,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    num_rows: Annotated[int, typer.Option("-n", help="Rows.")] = 100,
+) -> None:
+    """Take the first rows of a dataset. Sidecars, plans and rejects stay behind."""
+    from kdata.arrange import head as run
+
+    _made(run(kdata.open(dataset), target, num_rows))
+
+
+@app.command()
+def audit(
+    datasets: Annotated[list[str], typer.Argument(metavar="DATASET ...", help="All that is released of one teacher.")],
+    hidden_size: Annotated[int | None, typer.Option(help="The teacher's hidden size, where it is known.")] = None,
+    head: Annotated[
+        Path | None, typer.Option(help="The teacher's folder: compare with its true output projection.")
+    ] = None,
+    block: Annotated[int | None, typer.Option(help="Frequent ids in the second attack; twice the hidden size.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Does a release give the teacher's output projection away? Exit status 1 where an attack succeeds."""
+    from kdata.audit import audit as run
+    from kdata.audit import load_head
+
+    opened = [kdata.open(name) for name in datasets]
+    found = run(opened, hidden_size=hidden_size, head_VD=None if head is None else load_head(head), block=block)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        _say(found.lines())
+    if found.verdict == "FAIL":
+        raise typer.Exit(1)
+
+
+def _made(dataset: kdata.Dataset) -> None:
+    text = f"{dataset.path}: {dataset.num_rows:,} rows, {dataset.num_tokens:,} tokens"
+    out.print(text, highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kdata.codec import codec_of
 from kdata.errors import ConfigError, CorruptError, MissingError, ShapeError
 from kdata.manifest import inside, read_info, read_manifest
 from kdata.schema import DatasetInfo, ManifestEntry, content_hash, fingerprint, index_schema
