@@ -275,12 +275,62 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
             yield found
 
 
+def markdown(found: dict[str, dict[str, object]]) -> str:
+    """The table as kdata/README.md has it."""
+    lines = [
+        "| kind | entries | B/token | angle | norm ratio | error, nats | KL, nats |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found.values():
+        mode = "draws" if "angle_draws" in row else "ghost"
+        error = f"{row['mean_err_nats']:.4f} | {row['kl']:.1e}" if "kl" in row else "exact entries as topk, draws none | unbiased"
+        lines.append(
+            f"| {row['name']} | {row['kept']:.1f} | {row['bytes']:.1f} | {row[f'angle_{mode}']:.1f} | "
+            f"{row[f'norm_{mode}']:.2f} | {error} |"
+        )
+        if "angle_renormalise" in row:
+            lines.append(
+                f"| {row['name']}, renormalised | {row['kept']:.1f} | {row['bytes']:.1f} | {row['angle_renormalise']:.1f} | "
+                f"{row['norm_renormalise']:.2f} | {error} |"
+            )
+    return "\n".join(lines)
+
+
+def draw(found: dict[str, dict[str, object]], path: Path) -> None:
+    """Angle against bytes per token, one mark for each kind."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    marks = {
+        "topk": ("o", "#c4501b"),
+        "adaptive": ("s", "#a97b00"),
+        "sampled": ("^", "#1f6fb5"),
+        "hybrid": ("D", "#0f8a6a"),
+    }
+    for name, row in found.items():
+        kind = name.split()[0]
+        shape, colour = marks[kind]
+        angle = row["angle_draws"] if "angle_draws" in row else row["angle_ghost"]
+        axes.scatter(row["bytes"], angle, marker=shape, color=colour, s=42, zorder=3)  # type: ignore[arg-type]
+        note = name.removesuffix(", at most 64")
+        axes.annotate(note, (row["bytes"], angle), xytext=(6, 5), textcoords="offset points", fontsize=8.5)  # type: ignore[arg-type]
+    axes.set_xlabel("bytes per token on disk, everything included")
+    axes.set_ylabel("angle to the gradient of\nfull distillation, degrees")
+    axes.set_xlim(0, 145)
+    axes.set_ylim(0, 52)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     """Run it all, print the table, then one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=SHARED / "models" / "teacher-10m")
     parser.add_argument("--student", type=Path, default=SHARED / "models" / "ref-1m")
     parser.add_argument("--corpus", type=Path, default=SHARED / "data" / "corpus.parquet")
+    parser.add_argument("--plot", type=Path, help="Also draw angle against bytes per token to this PNG.")
     arguments = parser.parse_args()
     for path in (arguments.model, arguments.student, arguments.corpus):
         if not path.exists():
@@ -311,6 +361,9 @@ def main() -> None:
         )  # fmt: skip
     console = Console(width=130)
     console.print(table)
+    print(markdown(found))
+    if arguments.plot:
+        draw(found, arguments.plot)
     vocabularies = {v: large_vocabulary(v, KeepConfig(kind="topk", k=64)) for v in (128_256, 151_936, 201_088, 262_144)}
     sizes = Table("vocabulary", "entry B (topk 64)", "order-0 bound of the ids", "entropy nats")
     for vocab, size in vocabularies.items():

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
 import kdata
+from kdata.batches import Arrays, Batches
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, TrainingError
 from kdata.plan import make_plan
 from tests.trainer.datasets import make_dataset
@@ -143,17 +147,14 @@ def test_a_plan_decides_what_is_read(dataset: kdata.Dataset, tmp_path: Path) -> 
 def test_a_non_finite_loss_stops_before_the_weights_and_names_step_and_rows(
     dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, poisoned = kdata.Dataset.take, 17
+    real, poisoned = Batches.read, 17
 
-    def take(self: kdata.Dataset, rows: object) -> kdata.Sequences:
-        seqs = real(self, rows)
-        spoilt = seqs.log_tail.copy()
-        for number, row in enumerate(rows):
-            if row == poisoned:
-                spoilt[seqs.offsets[number] + 1] = float("nan")
-        return kdata.Sequences(**{**vars(seqs), "log_tail": spoilt})
+    def read(self: Batches, *args: object, **options: object) -> Iterator[Arrays]:
+        for batch in real(self, *args, **options):
+            spoilt = np.where(batch.rows[batch.document] == poisoned, np.float32("nan"), batch.log_tail)
+            yield dataclasses.replace(batch, log_tail=spoilt)
 
-    monkeypatch.setattr(kdata.Dataset, "take", take)
+    monkeypatch.setattr(Batches, "read", read)
     steps = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(1))
     with pytest.raises(TrainingError, match=r"loss of step (\d+) is nan; rows doc-17\. ") as caught:
