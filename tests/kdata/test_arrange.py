@@ -50,10 +50,11 @@ def test_merged_rows_are_the_rows(tmp_path: Path, corpus_file: Path, tokenizer_d
     assert list(merged.info.sources) == ["capture", "capture-2", "generate"]
     assert merged.info.fingerprint == one.info.fingerprint
     assert merged.num_tokens == one.num_tokens + two.num_tokens
-    assert merged.sql("select count(*) as n from rejects")["n"].to_pylist() == [4]
+    refused = [e.rejected for d in (one, two) for e in d.manifest]
+    assert merged.sql("select count(*) as n from rejects")["n"].to_pylist() == [sum(refused)] != [0]
     assert set(merged.index()["source"].to_pylist()) == {"capture", "capture-2", "generate"}
     assert all(s == f"{n}-{u:05d}" for s, n, u in ((e.name, e.source, e.unit) for e in merged.manifest))
-    payloads = [p for p in (merged.path / "data").iterdir()]
+    payloads = list((merged.path / "data").iterdir())
     assert {os.stat(p).st_nlink for p in payloads} == ({2} if link else {1})
     assert digests(one.path) | digests(two.path) == before
     assert merged.tokenizer_dir is not None
@@ -84,7 +85,7 @@ def test_damage_is_not_merged_and_links_need_a_file_system(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "link", refuse)
-        with pytest.raises(StorageError, match="cannot be linked .*--copy"):
+        with pytest.raises(StorageError, match=r"cannot be linked .*--copy"):
             merge([kdata.open(copied), other], tmp_path / "out", link=True)
     path = next((copied / "data").iterdir())
     path.write_bytes(path.read_bytes()[:-1])
