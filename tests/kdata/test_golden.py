@@ -1,0 +1,145 @@
+"""The golden datasets of format 1.0 stay readable for ever; newer minor versions are read, newer major ones refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import kdata
+from kdata.errors import FormatError, MismatchError
+from kdata.manifest import digest_of, file_info, json_bytes
+from kdata.repair import repair
+from kdata.schema import canonical_json
+from kdata.verify import verify
+from tests.fakes import run_capture
+from tests.golden.make import DATASETS, decoded, make
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+EXPECTED = sorted(GOLDEN.glob("v*/*.json"))
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change dataset.json as its writer would, its digest made to fit."""
+    content = {**json.loads(path.read_bytes()), **changes}
+    path.write_bytes(json_bytes({**content, "digest": digest_of(content)}))
+
+
+def test_there_are_golden_datasets_of_each_version() -> None:
+    assert {p.parent.name for p in EXPECTED} >= {"v1"}
+    assert {p.stem for p in EXPECTED if p.parent.name == "v1"} == set(DATASETS)
+
+
+def same(found: Any, expected: Any) -> None:
+    """Equal in everything; reals within a few units of float32's last place, as libraries differ in exp and log."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            same(found[key], value)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            same(one, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-6, nan_ok=True)
+    else:
+        assert found == expected
+
+
+def expected_of(name: str) -> dict[str, Any]:
+    return json.loads((GOLDEN / "v1" / f"{name}.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("path", EXPECTED, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_a_golden_dataset_says_what_it_said(path: Path) -> None:
+    dataset = kdata.open(path.with_suffix(""))
+    same(decoded(dataset), json.loads(path.read_text("utf-8")))
+    assert verify(dataset, deep=True) == []
+    assert dataset.sql("select reason from rejects")["reason"].to_pylist() == ["empty"]
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_what_is_written_today_says_the_same(tmp_path: Path, name: str) -> None:
+    today, golden = decoded(make(tmp_path / name, name)), expected_of(name)
+    same(today["index"], golden["index"])
+    same(today["rows"], golden["rows"])
+
+
+@pytest.fixture(params=sorted(DATASETS))
+def newer(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A golden dataset as a later minor version might write it: further keys everywhere, and further columns."""
+    root = Path(shutil.copytree(GOLDEN / "v1" / request.param, tmp_path / "newer"))
+    [line] = (root / "manifest.jsonl").read_bytes().splitlines()
+    entry = json.loads(line)
+    index, payload = root / "index/capture-00000.parquet", root / "data/capture-00000.arrow"
+    table = pq.read_table(index)
+    pq.write_table(table.append_column("mood", pa.array(["?"] * table.num_rows)), index)
+    shard = pa.ipc.open_file(payload).read_all()
+    shard = shard.append_column("later", pa.array([[1.0]] * shard.num_rows))
+    with pa.ipc.new_file(payload, shard.schema) as writer:
+        writer.write_table(shard)
+    for path in (index, payload):
+        entry["files"][path.relative_to(root).as_posix()] = {**file_info(path).model_dump(), "blake3": "x"}
+    entry |= {"codec_error": {**entry["codec_error"], "p99_nats": 0.1}, "host": "later"}
+    (root / "manifest.jsonl").write_bytes(canonical_json({**entry, "digest": digest_of(entry)}) + b"\n")
+    about = json.loads((root / "dataset.json").read_bytes())
+    rewrite(
+        root / "dataset.json",
+        format_version="1.7",
+        teacher={**about["teacher"], "mood": "?"},
+        later={"a": 1},
+        codec={**about["codec"], "hint": 3},
+    )
+    return root
+
+
+def test_a_newer_minor_version_is_read(newer: Path, tmp_path: Path) -> None:
+    dataset = kdata.open(newer)
+    assert dataset.info.format_version == "1.7"
+    name = "packed-hybrid" if dataset.info.codec.id == "packed" else "plain-topk"
+    golden, found = expected_of(name), decoded(dataset)
+    same(found["rows"], golden["rows"])
+    same([{k: v for k, v in row.items() if k != "mood"} for row in found["index"]], golden["index"])
+    assert verify(dataset, deep=True) == []
+    assert dataset.sql("select sum(num_tokens) as n from rows")["n"].to_pylist() == [13]
+
+
+def test_a_newer_minor_version_is_not_added_to_nor_repaired(
+    newer: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
+    with pytest.raises(MismatchError, match=r"format_version: '1.7' -> '1.0'"):
+        run_capture(newer, corpus_file, tokenizer_dir)
+    with pytest.raises(FormatError, match=r"has format 1.7; repair it with the kdata that writes that"):
+        repair(newer)
+
+
+def test_a_newer_major_version_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    root = Path(shutil.copytree(GOLDEN / "v1" / "plain-topk", tmp_path / "major"))
+    rewrite(root / "dataset.json", format_version="2.0")
+    with pytest.raises(FormatError, match=r"has format 2.0, this kdata reads up to 1.x; upgrade kdata"):
+        kdata.open(root)
+
+
+@pytest.mark.parametrize(
+    ("codec", "error"),
+    [
+        ({"id": "wavelet"}, "codec 'wavelet' is unknown to this kdata .*upgrade kdata"),
+        ({"version": 2}, "has version 2, this kdata reads up to 1; upgrade"),
+    ],
+)
+def test_a_codec_that_is_unknown_or_newer_is_refused_with_the_remedy(
+    tmp_path: Path, codec: dict[str, Any], error: str
+) -> None:
+    """Its index is readable nevertheless."""
+    root = Path(shutil.copytree(GOLDEN / "v1" / "plain-topk", tmp_path / "codec"))
+    about = json.loads((root / "dataset.json").read_bytes())
+    rewrite(root / "dataset.json", codec={**about["codec"], **codec})
+    dataset = kdata.open(root)
+    assert dataset.index().num_rows == 3
+    with pytest.raises(FormatError, match=error):
+        dataset[0]
