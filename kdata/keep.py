@@ -81,7 +81,7 @@ class KeepConfig(Strict):
         values = {k: v for k, v in info.parameters.items() if k in KeepConfig.model_fields}
         if "num_draws" in info.parameters:
             values["draws"] = info.parameters["num_draws"]
-        return KeepConfig(kind=info.kind, **values)  # type: ignore[arg-type]
+        return KeepConfig(kind=info.kind, **values)
 
     def codec(self, vocab_size: int) -> CodecInfo:
         """The packed codec for this kind and vocabulary."""
