@@ -61,7 +61,9 @@ def test_every_number_equals_the_dense_oracle(keep: KeepConfig, seed: int, posit
         np.testing.assert_allclose(out.log_tail[row], min(np.log(np.exp(rest).sum()), 0.0), atol=2e-5)
 
 
-@pytest.mark.parametrize("keep", [KEEPS[0], KEEPS[2], KEEPS[3], KEEPS[5]], ids=lambda k: f"{k.kind}-{len(k.temperatures)}")
+@pytest.mark.parametrize(
+    "keep", [KEEPS[0], KEEPS[2], KEEPS[3], KEEPS[5]], ids=lambda k: f"{k.kind}-{len(k.temperatures)}"
+)
 def test_the_compiled_kernel_equals_torch(keep: KeepConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     logits_MV, actual_M = logits_of(3, 200, 1000, 2.5)
     compiled = reduce_logits(logits_MV, actual_M, keep, 11)
@@ -118,7 +120,9 @@ def test_a_certain_model_has_no_tail_and_no_draws() -> None:
 
 
 def test_nothing_to_predict_gives_nothing() -> None:
-    out = reduce_logits(torch.zeros(0, 50), torch.zeros(0, dtype=torch.long), KeepConfig(kind="hybrid", k=2, draws=4), 0)
+    out = reduce_logits(
+        torch.zeros(0, 50), torch.zeros(0, dtype=torch.long), KeepConfig(kind="hybrid", k=2, draws=4), 0
+    )
     assert len(out.logprob) == 0 and len(out.kept.ids) == 0
 
 
