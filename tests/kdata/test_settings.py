@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -115,5 +115,5 @@ def test_every_error_is_kdata_s_and_the_standard_library_s_and_can_be_pickled() 
     assert len(kinds) > 10
     for kind in kinds:
         assert any(base.__module__ == "builtins" and base is not Exception for base in kind.__mro__[1:-3])
-        again = pickle.loads(pickle.dumps(kind("the cause; the remedy")))
+        again = ForkingPickler.loads(ForkingPickler.dumps(kind("the cause; the remedy")))
         assert type(again) is kind and str(again) == "the cause; the remedy"
