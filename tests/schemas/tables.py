@@ -26,6 +26,7 @@ from kdata.schema import (
     TokenizerInfo,
 )
 from kdata.score import SCORE_SCHEMA, ScoreInfo
+from pipelines.recipe import Recipe
 
 FOLDER = Path(__file__).resolve().parents[2] / "schemas"
 README = FOLDER / "README.md"
@@ -34,6 +35,7 @@ JSON_FILES: dict[str, type[BaseModel]] = {
     "manifest": ManifestEntry,
     "plan": PlanInfo,
     "score": ScoreInfo,
+    "recipe": Recipe,
 }
 MODELS = [
     DatasetInfo,

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 import kdata
 from kdata.codec import CODECS
@@ -60,6 +61,9 @@ def test_the_files_of_a_dataset_follow_the_json_schemas(furnished: kdata.Dataset
         "manifest": (root / "manifest.jsonl").read_text().splitlines(),
         "plan": [(root / "plans/difference.json").read_text()],
         "score": [(root / "scores/ref.json").read_text()],
+        "recipe": [
+            json.dumps(yaml.safe_load(path.read_text())) for path in (FOLDER.parent / "pipelines").glob("*.yaml")
+        ],
     }
     assert files.keys() == JSON_FILES.keys()
     for name, contents in files.items():
