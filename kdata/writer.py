@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -154,11 +154,10 @@ class Writer:
                 self._lock.acquire(timeout=0)
             except Timeout as error:
                 raise StorageError(f"{self.root} is being written by another process; wait for it") from error
-            try:
+            with ExitStack() as undo:
+                undo.callback(self._lock.release)
                 self._open()
-            except BaseException:
-                self._lock.release()
-                raise
+                undo.pop_all()
         return self
 
     def __exit__(
