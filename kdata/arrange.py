@@ -28,7 +28,8 @@ from kdata.manifest import append_entry, file_info, write_info
 from kdata.plan import Plan
 from kdata.progress import Stage
 from kdata.schema import DatasetInfo, FileInfo, ManifestEntry, SourceInfo, index_schema
-from kdata.writer import Writer, storage_errors
+from kdata.shard import shard_name, storage_errors, write_tables
+from kdata.writer import Writer
 
 
 def merge(datasets: list[Dataset], target: Path, *, link: bool = False) -> Dataset:
@@ -217,8 +218,11 @@ def _take_rows(dataset: Dataset, rows: np.ndarray, root: Path, what: dict[str, o
                     start, end = dataset.shard_starts[number : number + 2]
                     local = rows[(rows >= start) & (rows < end)] - start
                     if entry.source == source and len(local):
-                        table, index = _tables(dataset, entry, local, writer.shard_name(units))
-                        writer.commit_tables(units, table, index, entry.codec_error, inputs=_inputs(table))
+                        table, index = _tables(dataset, entry, local, shard_name(source, units))
+                        shard = write_tables(
+                            root, source, units, table, index, entry.codec_error, inputs=_inputs(table)
+                        )
+                        writer.accept(shard)
                         units += 1
                         stage.advance(len(local))
                 writer.finish(units)

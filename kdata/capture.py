@@ -16,13 +16,13 @@ import numpy as np
 from pydantic import Field
 
 from kdata.corpus import Corpus, CorpusConfig, Document, TextEncoder
-from kdata.dataset import Dataset, open_dataset
-from kdata.errors import ConfigError, DataError, TooLongError
+from kdata.dataset import Dataset
+from kdata.errors import ConfigError, TooLongError
 from kdata.keep import KeepConfig
-from kdata.progress import Stage
-from kdata.schema import FORMAT_VERSION, DatasetInfo, SourceInfo
-from kdata.teachers import Readout, Teacher, TeacherConfig, load_teacher, load_tokenizer, tokenizer_info
-from kdata.writer import Behind, Record, Reject, Unit, Writer, new_info
+from kdata.schema import SourceInfo
+from kdata.shard import Record, Reject, Unit
+from kdata.teachers import Readout, Teacher, TeacherConfig, load_teacher, load_tokenizer
+from kdata.work import LocalEngine, TeacherFacts, check_k, run_job
 
 
 class CaptureConfig(KeepConfig):
@@ -53,6 +53,11 @@ class ReadingUnit:
     def tokens(self) -> int:
         """Tokens in all."""
         return sum(len(s.token_ids) for s in self.sequences)
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the rows that it can become."""
+        return [s.id for s in self.sequences]
 
 
 def capture(
@@ -93,37 +98,48 @@ def capture_with(
     log: Path | None = None,
 ) -> Dataset:
     """The same with a teacher that is already loaded."""
-    tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
-    check_k(config, teacher)
-    limit = config.max_tokens or teacher.context
-    if limit > teacher.context:
-        raise ConfigError(f"max_tokens={limit} exceeds what the teacher can read, {teacher.context}; lower it")
-    own = config.model_dump(exclude={"corpus", "name", "max_tokens", *KeepConfig.model_fields})
-    settings = {**own, **config.settings(), "kind": config.kind, "max_tokens": limit}
-    source = SourceInfo(kind="capture", settings={**settings, "corpus": corpus.settings()}, num_units=None)
-    info = dataset_info(teacher, tokenizer, config)
-    with (
-        tokenizer_files(tokenizer, root) as folder,
-        Writer(root, info, config.name, source, resume=resume, tokenizer_dir=folder) as writer,
-        Stage(f"{config.name}: reading", corpus.num_rows, "documents", log) as stage,
-        Behind(writer) as behind,
-    ):
-        units = 0
-        for unit in reading_units(corpus, tokenizer, config, limit):
-            units = unit.number + 1
-            if unit.number not in writer.committed:
-                behind.commit(read_unit(teacher, unit, config))
-            stage.advance(unit.documents, tokens=unit.tokens, shards=units)
-        behind.wait()
-        writer.finish(units)
-    return open_dataset(root)
+    engine = LocalEngine(teacher, load_tokenizer(teacher_config.model, teacher.info.revision))
+    return run_job(root, CaptureJob(config, corpus), teacher_config, engine, resume=resume, log=log)
 
 
-def read_unit(teacher: Teacher, unit: ReadingUnit, keep: KeepConfig) -> Unit:
-    """Have one unit read."""
-    readouts = teacher.read([s.token_ids for s in unit.sequences], keep) if unit.sequences else []
-    records = [record_of(s, r) for s, r in zip(unit.sequences, readouts, strict=True)]
-    return Unit(unit.number, records, unit.rejects, inputs=inputs_digest(unit.sequences))
+class CaptureJob:
+    """A corpus that is to be read; see `kdata.work.Job`."""
+
+    doing, noun = "reading", "documents"
+
+    def __init__(self, config: CaptureConfig, corpus: Corpus) -> None:
+        self.config, self.name = config, config.name
+        self.keep: KeepConfig = config
+        self._corpus = corpus
+
+    @property
+    def total(self) -> int:
+        """Documents in all."""
+        return self._corpus.num_rows
+
+    def source(self, facts: TeacherFacts) -> SourceInfo:
+        """Everything that decides the rows."""
+        config = self.config
+        check_k(config, facts)
+        own = config.model_dump(exclude={"corpus", "name", "max_tokens", *KeepConfig.model_fields})
+        settings = {**own, **config.settings(), "kind": config.kind, "max_tokens": self._limit(facts)}
+        return SourceInfo(kind="capture", settings={**settings, "corpus": self._corpus.settings()}, num_units=None)
+
+    def _limit(self, facts: TeacherFacts) -> int:
+        limit = self.config.max_tokens or facts.context
+        if limit > facts.context:
+            raise ConfigError(f"max_tokens={limit} exceeds what the teacher can read, {facts.context}; lower it")
+        return limit
+
+    def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[ReadingUnit]:
+        """The corpus in its own order; a unit closes with the document that reaches `unit_tokens`."""
+        return reading_units(self._corpus, tokenizer, self.config, self._limit(facts))
+
+    def perform(self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit) -> Unit:
+        """Have one unit read."""
+        readouts = teacher.read([s.token_ids for s in unit.sequences], self.keep) if unit.sequences else []
+        records = [record_of(s, r) for s, r in zip(unit.sequences, readouts, strict=True)]
+        return Unit(unit.number, records, unit.rejects, inputs=inputs_digest(unit.sequences))
 
 
 def record_of(sequence: Record, readout: Readout) -> Record:
@@ -208,43 +224,3 @@ def unread(name: str, document: Document, ids: np.ndarray, token_bytes: np.ndarr
         origin=document.origin,
         license=document.license,
     )
-
-
-def check_k(keep: KeepConfig, teacher: Teacher) -> None:
-    """Refuse a k that the vocabulary cannot give."""
-    if keep.num_exact >= teacher.vocab_size:
-        raise ConfigError(f"k={keep.k} must be below the vocabulary size {teacher.vocab_size}; lower k")
-
-
-def dataset_info(teacher: Teacher, tokenizer: Any, keep: KeepConfig) -> DatasetInfo:
-    """Identity of a dataset that this teacher fills. Raises DataError when tokenizer and model disagree."""
-    if len(tokenizer) > teacher.vocab_size:
-        raise DataError(
-            f"the tokenizer has {len(tokenizer)} ids, the teacher's head only {teacher.vocab_size}: they do not belong "
-            "together"
-        )
-    return new_info(
-        format_version=FORMAT_VERSION,
-        vocab_size=teacher.vocab_size,
-        teacher=teacher.info,
-        tokenizer=tokenizer_info(tokenizer),
-        codec=keep.codec(teacher.vocab_size),
-        tail=keep.tail,
-    )
-
-
-class tokenizer_files:
-    """A temporary folder with a tokenizer's files, for the dataset's own copy."""
-
-    def __init__(self, tokenizer: Any, root: Path) -> None:
-        self._tokenizer, self._root = tokenizer, root
-
-    def __enter__(self) -> Path:
-        import tempfile
-
-        self._folder = tempfile.TemporaryDirectory(prefix="kdata-tokenizer-")
-        self._tokenizer.save_pretrained(self._folder.name)
-        return Path(self._folder.name)
-
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from kdata.capture import check_k, dataset_info, inputs_digest, record_of, tokenizer_files, unread
+from kdata.capture import inputs_digest, record_of, unread
 from kdata.corpus import Corpus, CorpusConfig, Document, TextEncoder
-from kdata.dataset import Dataset, open_dataset
+from kdata.dataset import Dataset
 from kdata.keep import KeepConfig
-from kdata.progress import Stage
 from kdata.schema import SourceInfo
+from kdata.shard import Record, Reject, Unit
 from kdata.teachers import Completion, SamplingConfig, Teacher, TeacherConfig, load_teacher, load_tokenizer
-from kdata.writer import Behind, Record, Reject, Unit, Writer
+from kdata.work import LocalEngine, TeacherFacts, check_k, run_job
 
 
 class GenerateConfig(KeepConfig):
@@ -44,6 +44,12 @@ class WritingUnit:
     number: int
     prompts: list[tuple[Document, np.ndarray]] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
+    samples: int = 1
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the rows that it can become."""
+        return [f"{document.id}~{n}" for document, _ in self.prompts for n in range(self.samples)]
 
     @property
     def documents(self) -> int:
@@ -79,42 +85,50 @@ def generate_with(
     log: Path | None = None,
 ) -> Dataset:
     """The same with a teacher that is already loaded."""
-    tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
-    check_k(config, teacher)
-    own = config.model_dump(exclude={"prompts", "name", *KeepConfig.model_fields})
-    settings = {**own, **config.settings(), "kind": config.kind, "context": teacher.context}
-    source = SourceInfo(kind="generate", settings={**settings, "prompts": prompts.settings()}, num_units=None)
-    info = dataset_info(teacher, tokenizer, config)
-    encoder = TextEncoder(tokenizer)
-    with (
-        tokenizer_files(tokenizer, root) as folder,
-        Writer(root, info, config.name, source, resume=resume, tokenizer_dir=folder) as writer,
-        Stage(f"{config.name}: writing", prompts.num_rows, "prompts", log) as stage,
-        Behind(writer) as behind,
-    ):
-        units = 0
-        for unit in writing_units(prompts, encoder, config, teacher.context):
-            units = unit.number + 1
-            done = writer.committed.get(unit.number)
-            tokens = done.target_tokens if done else 0
-            if done is None:
-                written = write_unit(teacher, unit, config, encoder, tokenizer)
-                tokens = int(sum(record.target_mask.sum() for record in written.records))
-                behind.commit(written)
-            stage.advance(unit.documents, tokens=tokens, shards=units)
-        behind.wait()
-        writer.finish(units)
-    return open_dataset(root)
+    engine = LocalEngine(teacher, load_tokenizer(teacher_config.model, teacher.info.revision))
+    return run_job(root, GenerateJob(config, prompts), teacher_config, engine, resume=resume, log=log)
+
+
+class GenerateJob:
+    """Prompts that are to be continued; see `kdata.work.Job`."""
+
+    doing, noun = "writing", "prompts"
+
+    def __init__(self, config: GenerateConfig, prompts: Corpus) -> None:
+        self.config, self.name = config, config.name
+        self.keep: KeepConfig = config
+        self._prompts = prompts
+
+    @property
+    def total(self) -> int:
+        """Prompts in all."""
+        return self._prompts.num_rows
+
+    def source(self, facts: TeacherFacts) -> SourceInfo:
+        """Everything that decides the rows."""
+        config = self.config
+        check_k(config, facts)
+        own = config.model_dump(exclude={"prompts", "name", *KeepConfig.model_fields})
+        settings = {**own, **config.settings(), "kind": config.kind, "context": facts.context}
+        return SourceInfo(kind="generate", settings={**settings, "prompts": self._prompts.settings()}, num_units=None)
+
+    def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[WritingUnit]:
+        """Prompts in their own order, `unit_prompts` at a time."""
+        return writing_units(self._prompts, TextEncoder(tokenizer), self.config, facts.context)
+
+    def perform(self, teacher: Teacher, tokenizer: Any, unit: WritingUnit) -> Unit:
+        """Have one unit written."""
+        return write_unit(teacher, unit, self.config, TextEncoder(tokenizer), tokenizer)
 
 
 def writing_units(prompts: Corpus, encoder: TextEncoder, config: GenerateConfig, context: int) -> Iterator[WritingUnit]:
     """Cut prompts into units of `unit_prompts`; a prompt that leaves no room to write is refused."""
-    unit = WritingUnit(0)
+    unit = WritingUnit(0, samples=config.num_samples)
     room = context - max(config.sampling.min_tokens, 1)
     for document in prompts.documents():
         if unit.documents == config.unit_prompts:
             yield unit
-            unit = WritingUnit(unit.number + 1)
+            unit = WritingUnit(unit.number + 1, samples=config.num_samples)
         [(_, ids, _), *more] = encoder.pieces(document.text, 2**31)
         assert not more
         ids = ids[: len(ids) - len(encoder.suffix)]

@@ -11,8 +11,8 @@ from kdata.card import write_card
 from kdata.dataset import Dataset, open_dataset
 from kdata.errors import ConfigError, CorruptError, DependencyError, MissingError, StorageError
 from kdata.manifest import inside
+from kdata.shard import storage_errors
 from kdata.verify import verify
-from kdata.writer import storage_errors
 
 HUB_NAME = re.compile(r"^hf://(?:datasets/)?([\w.-]+/[\w.-]+)$")
 

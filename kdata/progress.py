@@ -53,7 +53,7 @@ class Stage:
 
     def __init__(self, name: str, total: int | None = None, unit: str = "tokens", log: Path | None = None) -> None:
         self.name, self.total, self.unit, self.done = name, total, unit, 0
-        self.tokens = 0
+        self.tokens = self._skipped = 0
         self._facts: dict[str, object] = {}
         self._log = log
         self._live: Progress | None = None
@@ -93,6 +93,13 @@ class Stage:
             console.print(self._line(), highlight=False, soft_wrap=True)
             self._write_log()
 
+    def skip(self, count: int) -> None:
+        """Count `count` units that were done by a former run: progress, but no speed."""
+        self.done += count
+        self._skipped += count
+        if self._live is not None:
+            self._live.update(self._task, advance=count)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -114,11 +121,11 @@ class Stage:
 
     def _line(self, end: str = "") -> str:
         seconds = max(self.seconds, 1e-9)
-        rate = self.done / seconds
+        rate = max(self.done - self._skipped, 0) / seconds
         shown = f"{self.tokens / seconds:,.0f} tokens/s" if self.tokens else f"{rate:,.0f} {self.unit}/s"
         of = f"/{self.total:,}" if self.total else ""
         left = ""
-        if not end and self.total and self.done:
+        if not end and self.total and rate:
             left = f"  {(self.total - self.done) / rate:,.0f} s left"
         elif end:
             left = f"  {end} in {self.seconds:,.1f} s"

@@ -31,8 +31,9 @@ from kdata.manifest import (
     write_manifest,
 )
 from kdata.schema import FORMAT_VERSION, DatasetInfo, ManifestEntry
+from kdata.shard import storage_errors
 from kdata.verify import Problem, check_file, verify
-from kdata.writer import lock_of, storage_errors
+from kdata.writer import lock_of
 
 
 @dataclass

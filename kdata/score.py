@@ -29,9 +29,9 @@ from kdata.keep import KeepConfig
 from kdata.manifest import first_problem, write_atomically, write_json
 from kdata.progress import Stage
 from kdata.schema import Contract, FileInfo, ManifestEntry, Strict, TeacherInfo, fingerprint
+from kdata.shard import storage_errors
 from kdata.sql import NAME
 from kdata.teachers import TeacherConfig, load_teacher, load_tokenizer, tokenizer_info
-from kdata.writer import storage_errors
 
 SCORE_SCHEMA = pa.schema(
     [

@@ -28,8 +28,8 @@ from kdata.progress import console
 from kdata.report import write_report
 from kdata.score import ScoreConfig, score
 from kdata.selection import select
+from kdata.shard import storage_errors
 from kdata.teachers import Teacher, TeacherConfig, load_teacher
-from kdata.writer import storage_errors
 from pipelines.builtin import CorpusFiles, ensure_corpus, ensure_reference, ensure_teacher
 from pipelines.recipe import BUILTIN, Recipe, TextConfig
 from trainer.evaluate import EvaluateConfig, evaluate

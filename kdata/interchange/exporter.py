@@ -12,7 +12,7 @@ from kdata.dataset import Dataset
 from kdata.errors import ConfigError, DataError
 from kdata.interchange import axolotl, plain
 from kdata.progress import Stage
-from kdata.writer import storage_errors
+from kdata.shard import storage_errors
 
 ExportFormat = Literal["plain", "axolotl"]
 

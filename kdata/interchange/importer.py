@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from kdata.capture import inputs_digest, tokenizer_files
+from kdata.capture import inputs_digest
 from kdata.corpus import TextEncoder
 from kdata.dataset import Dataset, open_dataset
 from kdata.errors import ConfigError, DataError, MissingError
@@ -22,8 +22,10 @@ from kdata.interchange import axolotl, distillkit, plain
 from kdata.interchange.rows import Aligned, ImportReport, OverOne, PeerRow, RowError, place
 from kdata.progress import Stage
 from kdata.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, Strict, TeacherInfo, TokenizerInfo
+from kdata.shard import Record, Reject, Unit
 from kdata.teachers import load_tokenizer, tokenizer_info
-from kdata.writer import Record, Reject, Unit, Writer, new_info
+from kdata.work import tokenizer_files
+from kdata.writer import Writer, new_info
 
 Format = Literal["distillkit", "axolotl", "plain"]
 ALIGNED: dict[Format, Aligned] = {"distillkit": "after", "axolotl": "end", "plain": "with"}
@@ -85,7 +87,7 @@ def import_dataset(
     report = ImportReport(notes=compression.notes() if compression else [])
     rows = _peer_rows(config.format, compression)(batches(files))
     with ExitStack() as stack:
-        folder = None if tokenizer is None else stack.enter_context(tokenizer_files(tokenizer, root))
+        folder = None if tokenizer is None else stack.enter_context(tokenizer_files(tokenizer))
         kind = SourceInfo(kind="import", settings=settings, num_units=None)
         writer = stack.enter_context(Writer(root, info, config.name, kind, resume=resume, tokenizer_dir=folder))
         stage = stack.enter_context(Stage(f"{config.name}: reading", None, "rows", log))

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from kdata.codec import Kept, segment_sum
 from kdata.errors import DataError
-from kdata.writer import Record
+from kdata.shard import Record
 
 # Which token list j is about: j (with), j + 1 (after), or T - P + j (end: the lists stand flush with the last token).
 Aligned = Literal["with", "after", "end"]

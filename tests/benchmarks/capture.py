@@ -25,8 +25,9 @@ from kdata.capture import CaptureConfig, capture_with, record_of, unread
 from kdata.corpus import Corpus, CorpusConfig, Document
 from kdata.keep import KeepConfig
 from kdata.schema import FORMAT_VERSION, SourceInfo
+from kdata.shard import Unit
 from kdata.teachers import Readout, TeacherConfig, load_tokenizer, readout_from_top, tokenizer_info
-from kdata.writer import Unit, Writer, new_info
+from kdata.writer import Writer, new_info
 
 SHARED = Path(__file__).parents[3] / "shared"
 TOP, HYBRID = {"kind": "topk", "k": 64}, {"kind": "hybrid", "k": 16, "draws": 16}

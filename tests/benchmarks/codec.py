@@ -28,8 +28,9 @@ from kdata import codec as codecs
 from kdata.codec import Kept, Positions, log_tail
 from kdata.keep import KeepConfig
 from kdata.schema import FORMAT_VERSION, SourceInfo
+from kdata.shard import Record, Unit
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
-from kdata.writer import Record, Unit, Writer, new_info
+from kdata.writer import Writer, new_info
 
 SHARED = Path(__file__).parents[3] / "shared"
 POSITIONS = 8192

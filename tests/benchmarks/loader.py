@@ -36,7 +36,8 @@ from kdata.batches import Batches, LoaderConfig
 from kdata.codec import Kept
 from kdata.keep import KeepConfig
 from kdata.schema import FORMAT_VERSION, SourceInfo
-from kdata.writer import Record, Unit, Writer, new_info
+from kdata.shard import Record, Unit
+from kdata.writer import Writer, new_info
 
 VOCAB, CONTEXT = 32_000, 1024
 UNIT_TOKENS = 250_000

@@ -17,7 +17,8 @@ import kdata
 from kdata.codec import Kept, log_tail
 from kdata.keep import KeepConfig
 from kdata.schema import CodecInfo, SourceInfo, TeacherInfo, TokenizerInfo
-from kdata.writer import Record, Reject, Unit, Writer, new_info
+from kdata.shard import Record, Reject, Unit
+from kdata.writer import Writer, new_info
 from tests.fakes import StandInTeacher
 
 # name, what is kept, codec (None: the kind's own)

@@ -23,7 +23,8 @@ from kdata.cli_data import app
 from kdata.codec import Kept
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.schema import CodecInfo, SourceInfo, TokenizerInfo
-from kdata.writer import Record, Unit, Writer, new_info
+from kdata.shard import Record, Unit
+from kdata.writer import Writer, new_info
 from tests.fakes import StandInTeacher, run_capture
 
 V, D = 64, 6

@@ -14,7 +14,8 @@ from kdata.card import codec_error, escape_markdown, facts, human_bytes, number,
 from kdata.codec import Kept
 from kdata.errors import ConfigError
 from kdata.schema import CodecInfo, SourceInfo, TeacherInfo, TokenizerInfo
-from kdata.writer import Record, Reject, Unit, Writer, new_info
+from kdata.shard import Record, Reject, Unit
+from kdata.writer import Writer, new_info
 
 HOSTILE = "<script>alert(1)</script>|`rm`\n# **x** [a](http://evil.example) $&amp;"
 BEGIN, END = "<!-- notes: begin -->", "<!-- notes: end -->"

@@ -17,7 +17,7 @@ import kdata
 from kdata.errors import CorruptError, FormatError, MissingError
 from kdata.plan import make_plan
 from kdata.report import best, grid, read_results, stages, verdict, write_report
-from kdata.writer import Reject
+from kdata.shard import Reject
 from tests.kdata.test_card import HOSTILE, make_dataset
 
 DOMAINS = {"code": 2.1, "docstrings": 3.2, "prose": 4.3}

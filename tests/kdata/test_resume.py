@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import kdata
-from kdata import writer as writer_module
+from kdata import shard as shard_module
 from kdata.errors import ConfigError, CorruptError, MismatchError, StorageError
 from kdata.progress import Stage
 from kdata.verify import verify
@@ -239,7 +239,7 @@ def test_injected_faults_of_the_disk(
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patched:
-        patched.setattr(writer_module.os, "fsync", refuse)
+        patched.setattr(shard_module.os, "fsync", refuse)
         with pytest.raises(StorageError, match=message):
             run_capture(begun, corpus_file, tokenizer_dir)
     assert len(kdata.open(begun).manifest) == 2

@@ -37,9 +37,10 @@ from kdata.score import (
     write_part,
 )
 from kdata.selection import SelectConfig, select
+from kdata.shard import Record, Unit
 from kdata.teachers import TeacherConfig
 from kdata.verify import verify
-from kdata.writer import Record, Unit, Writer, new_info
+from kdata.writer import Writer, new_info
 from tests.fakes import VOCAB, StandInTeacher, run_capture, save_llama, save_tokenizer
 
 TEACHER = StandInTeacher()

@@ -15,7 +15,8 @@ from kdata.codec import CODECS, Kept
 from kdata.errors import ConfigError, DataError, MissingError, ShapeError
 from kdata.keep import KeepConfig
 from kdata.schema import CodecInfo, DatasetInfo, SourceInfo, TokenizerInfo, content_hash, known_codecs
-from kdata.writer import Record, Reject, Unit, Writer, new_info
+from kdata.shard import Record, Reject, Unit
+from kdata.writer import Writer, new_info
 from tests.fakes import VOCAB, StandInTeacher, digests
 
 TEACHER = StandInTeacher()

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 import kdata
 from kdata.codec import Kept
 from kdata.schema import CodecInfo, SourceInfo, TeacherInfo
+from kdata.shard import Record, Unit
 from kdata.teachers import tokenizer_info
-from kdata.writer import Record, Unit, Writer, new_info
+from kdata.writer import Writer, new_info
 
 VOCAB = 61
 

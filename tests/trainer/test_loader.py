@@ -25,8 +25,8 @@ import kdata
 from kdata.batches import Arrays, Batches
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
 from kdata.packing import Place, Shape, best_fit, blocks_of, windows
+from kdata.shard import ROWS_PER_BATCH, TOKENS_PER_BATCH, rows_per_batch
 from kdata.window import Window
-from kdata.writer import ROWS_PER_BATCH, TOKENS_PER_BATCH, rows_per_batch
 from tests.benchmarks.loader import build_dataset
 from tests.trainer.datasets import make_dataset
 from trainer.loader import Batch, IterableBatches, Loader, LoaderConfig

@@ -12,9 +12,10 @@ import kdata
 from kdata.errors import ConfigError
 from kdata.keep import KeepConfig
 from kdata.schema import FORMAT_VERSION, SourceInfo
+from kdata.shard import Record, Unit
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
 from kdata.temper import at_temperature
-from kdata.writer import Record, Unit, Writer, new_info
+from kdata.writer import Writer, new_info
 from trainer.fused import distillation_loss
 from trainer.objectives import ObjectiveConfig, Targets
 
