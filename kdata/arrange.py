@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdata.dataset import Dataset, damaged, open_dataset
+from kdata.dataset import Dataset, damaged, open_dataset, read_index
 from kdata.errors import ConfigError, DataError, MismatchError, StorageError, settings_difference
 from kdata.manifest import append_entry, file_info, write_info
 from kdata.plan import Plan
@@ -218,9 +218,9 @@ def _take_rows(dataset: Dataset, rows: np.ndarray, root: Path, what: dict[str, o
                     start, end = dataset.shard_starts[number : number + 2]
                     local = rows[(rows >= start) & (rows < end)] - start
                     if entry.source == source and len(local):
-                        table, index = _tables(dataset, entry, local, shard_name(source, units))
+                        table, index = tables(dataset, entry, local, shard_name(source, units))
                         shard = write_tables(
-                            root, source, units, table, index, entry.codec_error, inputs=_inputs(table)
+                            root, source, units, table, index, entry.codec_error, inputs=inputs_of(table)
                         )
                         writer.accept(shard)
                         units += 1
@@ -228,13 +228,13 @@ def _take_rows(dataset: Dataset, rows: np.ndarray, root: Path, what: dict[str, o
                 writer.finish(units)
 
 
-def _tables(dataset: Dataset, entry: ManifestEntry, local: np.ndarray, name: str) -> tuple[pa.Table, pa.Table]:
-    """Payload and index of some rows of a shard."""
+def tables(dataset: Dataset, entry: ManifestEntry, local: np.ndarray, name: str) -> tuple[pa.Table, pa.Table]:
+    """Payload and index of some rows of a shard, as they are stored, to be written as the shard `name`."""
     data, index_path = dataset.checked_file(entry, "data"), dataset.checked_file(entry, "index")
     chosen = pa.array(local)
     try:
         payload = pa.ipc.open_file(pa.memory_map(str(data))).read_all().take(chosen)
-        index = pq.read_table(index_path).take(chosen)
+        index = read_index(index_path, index_schema().names).take(chosen)
     except (pa.ArrowException, OSError) as error:
         raise damaged(data, error) from error
     index = _renamed(index, name, entry.source).drop_columns("row")
@@ -242,7 +242,7 @@ def _tables(dataset: Dataset, entry: ManifestEntry, local: np.ndarray, name: str
     return payload.combine_chunks(), index.select(index_schema().names).cast(index_schema())
 
 
-def _inputs(payload: pa.Table) -> str:
+def inputs_of(payload: pa.Table) -> str:
     """SHA-256 over ids and token ids, in order; see schemas/README.md."""
     digest = hashlib.sha256()
     for row_id, token_ids in zip(payload["id"], payload["input_ids"], strict=True):

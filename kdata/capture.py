@@ -2,27 +2,35 @@
 
 The corpus is cut into work units of about `unit_tokens` in its own order; a unit is one shard and one call of the
 teacher, so a restart repeats exactly the calls that were not committed.
+
+Of a text every token but the first is a target. Of a chat those are that the assistant wrote (`targets`), and at no other
+position anything is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from kdata.corpus import Corpus, CorpusConfig, Document, TextEncoder
+from kdata.chat import ChatEncoder, ChatError, Targets, refuse_hopeless
+from kdata.codec import Kept
+from kdata.corpus import Corpus, CorpusConfig, Document
+from kdata.corpus.chats import as_json
 from kdata.dataset import Dataset
-from kdata.errors import ConfigError, TooLongError
+from kdata.encode import TextEncoder
+from kdata.errors import ConfigError, TeacherError, TooLongError
 from kdata.keep import KeepConfig
 from kdata.schema import SourceInfo
 from kdata.shard import Record, Reject, Unit
 from kdata.teachers import Readout, Teacher, TeacherConfig, load_teacher, load_tokenizer
-from kdata.work import LocalEngine, TeacherFacts, check_k, run_job
+from kdata.teachers.planner import each
+from kdata.work import LocalEngine, TeacherFacts, check_k, devices_of, run_job
 
 
 class CaptureConfig(KeepConfig):
@@ -30,14 +38,47 @@ class CaptureConfig(KeepConfig):
 
     corpus: CorpusConfig
     max_tokens: int | None = Field(None, ge=2, description="Longest sequence; null takes the teacher's context.")
-    long_text: Literal["split", "reject", "refuse"] = Field(
-        "split",
+    long_text: Literal["split", "reject", "refuse"] | None = Field(
+        None,
         description="A text longer than that: split into pieces DOC#0, DOC#1 ... read one by one; put aside in "
-        "rejects; or refuse the run.",
+        "rejects; or refuse the run. null splits texts and rejects chats, whose pieces would be no chats.",
+    )
+    targets: Targets | None = Field(
+        None,
+        description="Tokens of a chat that count, and of which anything is kept: all; those of the assistant's turns with "
+        "their end-of-turn tokens (assistant); or of its last turn (last_assistant). null: assistant for chats; of a text "
+        "all count.",
+    )
+    tool_call_targets: bool = Field(
+        True,
+        description="Tool calls that the assistant writes count too; false leaves them out, to the end of the turn.",
     )
     append_eos: bool = Field(False, description="End every text with the tokenizer's end-of-sequence token.")
     unit_tokens: int = Field(32768, ge=1, description="Tokens of one work unit, which is one shard.")
     name: str = Field("capture", pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of the source; prefix of shards.")
+
+    @model_validator(mode="after")
+    def _chats_and_texts(self) -> CaptureConfig:
+        if self.corpus.messages_column is None:
+            if self.targets not in (None, "all") or not self.tool_call_targets:
+                raise ValueError(
+                    "targets and tool_call_targets choose among the turns of a chat: name a messages_column"
+                )
+        elif self.long_text == "split":
+            raise ValueError("long_text=split: the pieces of a chat are no chats; reject or refuse long ones")
+        elif self.append_eos:
+            raise ValueError("append_eos: the chat template ends the turns of a chat itself; leave it away")
+        return self
+
+    @property
+    def when_long(self) -> Literal["split", "reject", "refuse"]:
+        """`long_text`, resolved."""
+        return self.long_text or ("reject" if self.corpus.messages_column else "split")
+
+    @property
+    def counted(self) -> Targets:
+        """`targets`, resolved."""
+        return self.targets or ("assistant" if self.corpus.messages_column else "all")
 
 
 @dataclass
@@ -98,8 +139,9 @@ def capture_with(
     log: Path | None = None,
 ) -> Dataset:
     """The same with a teacher that is already loaded."""
-    engine = LocalEngine(teacher, load_tokenizer(teacher_config.model, teacher.info.revision))
-    return run_job(root, CaptureJob(config, corpus), teacher_config, engine, resume=resume, log=log)
+    tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
+    engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
+    return run_job(root, CaptureJob(config, corpus), engine, resume=resume, log=log)
 
 
 class CaptureJob:
@@ -112,9 +154,13 @@ class CaptureJob:
         self.keep: KeepConfig = config
         self._corpus = corpus
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process gets units, and needs no corpus to perform them."""
+        return {**self.__dict__, "_corpus": None}
+
     @property
-    def total(self) -> int:
-        """Documents in all."""
+    def total(self) -> int | None:
+        """Documents in all; None where that is not known."""
         return self._corpus.num_rows
 
     def source(self, facts: TeacherFacts) -> SourceInfo:
@@ -122,7 +168,8 @@ class CaptureJob:
         config = self.config
         check_k(config, facts)
         own = config.model_dump(exclude={"corpus", "name", "max_tokens", *KeepConfig.model_fields})
-        settings = {**own, **config.settings(), "kind": config.kind, "max_tokens": self._limit(facts)}
+        resolved = {"long_text": config.when_long, "targets": config.counted, "max_tokens": self._limit(facts)}
+        settings = {**own, **config.settings(), "kind": config.kind, **resolved}
         return SourceInfo(kind="capture", settings={**settings, "corpus": self._corpus.settings()}, num_units=None)
 
     def _limit(self, facts: TeacherFacts) -> int:
@@ -137,16 +184,35 @@ class CaptureJob:
 
     def perform(self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit) -> Unit:
         """Have one unit read."""
-        readouts = teacher.read([s.token_ids for s in unit.sequences], self.keep) if unit.sequences else []
-        records = [record_of(s, r) for s, r in zip(unit.sequences, readouts, strict=True)]
-        return Unit(unit.number, records, unit.rejects, inputs=inputs_digest(unit.sequences))
+        return read_unit(teacher, self.keep, unit)
+
+
+def read_unit(teacher: Teacher, keep: KeepConfig, unit: ReadingUnit) -> Unit:
+    """Have a unit's sequences read; one that the teacher fails at is a reject."""
+    tokens = [s.token_ids for s in unit.sequences]
+    answers = each(lambda some: teacher.read([tokens[i] for i in some], keep), len(tokens))
+    records, rejects = [], list(unit.rejects)
+    for sequence, answer in zip(unit.sequences, answers, strict=True):
+        if isinstance(answer, TeacherError):
+            rejects.append(Reject(sequence.id, sequence.domain, "teacher_failed", str(answer)))
+        else:
+            records.append(record_of(sequence, answer))
+    return Unit(unit.number, records, rejects, inputs=inputs_digest(unit.sequences))
 
 
 def record_of(sequence: Record, readout: Readout) -> Record:
-    """Fill a record's distributions from a readout; every recorded position is a target."""
-    sequence.target_mask = readout.rank > 0
-    sequence.logprob, sequence.rank, sequence.log_tail = readout.logprob, readout.rank, readout.log_tail
-    sequence.log_z, sequence.entropy, sequence.kept = readout.log_z, readout.entropy, readout.kept
+    """Fill a record's distributions from a readout: those of its targets, and of no other position.
+
+    Raises TeacherError where a target was not recorded.
+    """
+    missing = sequence.target_mask & (readout.rank == 0)
+    if missing.any():
+        raise TeacherError(
+            f"{sequence.id}: the teacher recorded nothing at {int(missing.sum())} of the positions asked for"
+        )
+    kept = readout.only(sequence.target_mask)
+    sequence.logprob, sequence.rank, sequence.log_tail = kept.logprob, kept.rank, kept.log_tail
+    sequence.log_z, sequence.entropy, sequence.kept = kept.log_z, kept.entropy, kept.kept
     return sequence
 
 
@@ -160,66 +226,110 @@ def inputs_digest(sequences: list[Record]) -> str:
 
 def reading_units(corpus: Corpus, tokenizer: Any, config: CaptureConfig, limit: int) -> Iterator[ReadingUnit]:
     """Cut a corpus into units, deterministically: a unit closes with the document that reaches `unit_tokens`."""
+    sequences_of = (
+        _chats(tokenizer, config, limit) if config.corpus.messages_column else _texts(tokenizer, config, limit)
+    )
+    unit = ReadingUnit(0)
+    for document in corpus.documents():
+        unit.documents += 1
+        for found in sequences_of(document):
+            if isinstance(found, Reject):
+                unit.rejects.append(found)
+            else:
+                unit.sequences.append(found)
+        if unit.tokens >= config.unit_tokens:
+            yield unit
+            unit = ReadingUnit(unit.number + 1)
+    if unit.number == 0:
+        refuse_hopeless(len(unit.sequences), unit.rejects)
+    if unit.documents:
+        yield unit
+
+
+SequencesOf = Callable[[Document], list[Record | Reject]]
+
+
+def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
+    """What becomes of a text: one sequence, its pieces, or a reject."""
     encoder = TextEncoder(tokenizer)
     eos = tokenizer.eos_token_id if config.append_eos else None
     if config.append_eos and eos is None:
         raise ConfigError("append_eos: the tokenizer has no end-of-sequence token")
     if limit < encoder.num_special + 2:
         raise ConfigError(f"max_tokens={limit} leaves no room for text beside {encoder.num_special} special tokens")
-    unit = ReadingUnit(0)
-    for document in corpus.documents():
-        _add(unit, document, encoder, config, limit, eos)
-        if unit.tokens >= config.unit_tokens:
-            yield unit
-            unit = ReadingUnit(unit.number + 1)
-    if unit.documents:
-        yield unit
+
+    def sequences_of(document: Document) -> list[Record | Reject]:
+        if not document.text.strip():
+            return [Reject(document.id, document.domain, "empty", "the text is empty")]
+        pieces = encoder.pieces(document.text, limit - (eos is not None))
+        if len(pieces) > 1 and config.when_long != "split":
+            return [_too_long(document, sum(len(ids) for _, ids, _ in pieces), limit, config)]
+        if eos is not None:
+            text, ids, token_bytes = pieces[-1]
+            pieces[-1] = text, np.append(ids, np.int32(eos)), np.append(token_bytes, np.uint16(0))
+        names = [document.id] if len(pieces) == 1 else [f"{document.id}#{n}" for n in range(len(pieces))]
+        return [
+            unread(name, document, ids, token_bytes, text)
+            if len(ids) > 1
+            else Reject(name, document.domain, "no_targets", "one token: nothing to predict")
+            for name, (text, ids, token_bytes) in zip(names, pieces, strict=True)
+        ]
+
+    return sequences_of
 
 
-def _add(
-    unit: ReadingUnit,
-    document: Document,
-    encoder: TextEncoder,
-    config: CaptureConfig,
-    limit: int,
-    eos: int | None,
-) -> None:
-    unit.documents += 1
-    if not document.text.strip():
-        unit.rejects.append(Reject(document.id, document.domain, "empty", "the text is empty"))
-        return
-    pieces = encoder.pieces(document.text, limit - (eos is not None))
-    if len(pieces) > 1 and config.long_text != "split":
-        detail = f"the text has {sum(len(p[1]) for p in pieces):,} tokens, the limit is {limit:,}"
-        if config.long_text == "refuse":
-            raise TooLongError(f"{document.id}: {detail}; set long_text to split or reject, or raise max_tokens")
-        unit.rejects.append(Reject(document.id, document.domain, "too_long", detail))
-        return
-    for number, (text, ids, token_bytes) in enumerate(pieces):
-        if eos is not None and number == len(pieces) - 1:
-            ids, token_bytes = np.append(ids, np.int32(eos)), np.append(token_bytes, np.uint16(0))
-        name = document.id if len(pieces) == 1 else f"{document.id}#{number}"
-        if len(ids) < 2:
-            unit.rejects.append(Reject(name, document.domain, "no_targets", "one token: nothing to predict"))
-            continue
-        unit.sequences.append(unread(name, document, ids, token_bytes, text))
+def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
+    """What becomes of a chat: one sequence, or a reject."""
+    encoder = chat_encoder(tokenizer, config.corpus)
+
+    def sequences_of(document: Document) -> list[Record | Reject]:
+        assert document.chat is not None
+        if not document.chat.messages:
+            return [Reject(document.id, document.domain, "empty", "there is no message")]
+        try:
+            chat = encoder.whole(document.chat, config.counted, tool_calls=config.tool_call_targets)
+        except ChatError as error:
+            return [Reject(document.id, document.domain, "template", str(error))]
+        if len(chat.token_ids) > limit:
+            return [_too_long(document, len(chat.token_ids), limit, config)]
+        if not chat.target_mask.any():
+            return [
+                Reject(document.id, document.domain, "no_targets", f"no token of it counts (targets: {config.counted})")
+            ]
+        record = unread(document.id, document, chat.token_ids, chat.token_bytes, chat.text)
+        record.target_mask, record.messages = chat.target_mask, as_json(document.chat.messages)
+        return [record]
+
+    return sequences_of
+
+
+def chat_encoder(tokenizer: Any, corpus: CorpusConfig) -> ChatEncoder:
+    """Chats of a corpus to token ids. Raises ConfigError as `ChatEncoder` does."""
+    return ChatEncoder(tokenizer, TextEncoder(tokenizer), corpus.template_options, corpus.template_date)
+
+
+def _too_long(document: Document, tokens: int, limit: int, config: CaptureConfig) -> Reject:
+    detail = f"the {'chat' if document.chat else 'text'} has {tokens:,} tokens, the limit is {limit:,}"
+    if config.when_long == "refuse":
+        others = "reject" if document.chat else "split or reject"
+        raise TooLongError(f"{document.id}: {detail}; set long_text to {others}, or raise max_tokens")
+    return Reject(document.id, document.domain, "too_long", detail)
 
 
 def unread(name: str, document: Document, ids: np.ndarray, token_bytes: np.ndarray | None, text: str) -> Record:
-    """A record whose distributions are still to come."""
-    from kdata.codec import Kept
-
+    """A record whose distributions are still to come; every position but the first is a target."""
     nothing = np.zeros(0, np.float32)
     return Record(
         id=name,
         domain=document.domain,
         token_ids=ids,
-        target_mask=np.zeros(0, bool),
+        target_mask=np.arange(len(ids)) > 0,
         logprob=nothing,
         rank=np.zeros(0, np.int32),
         log_tail=nothing,
         kept=Kept.concatenate([]),
         text=text,
+        tools=as_json(document.chat.tools) if document.chat and document.chat.tools else None,
         token_bytes=token_bytes,
         origin=document.origin,
         license=document.license,

@@ -1,5 +1,6 @@
-"""The dataset card: DATASET/README.md, made from the dataset alone; the same dataset gives the same bytes.
+"""The dataset card: DATASET/README.md, made from the dataset, and what it took from the log beside it, if there is one.
 
+The same dataset and log give the same bytes.
 Everything that comes from data (domains, licences, model names, settings) is escaped by default; only the
 template's own Markdown is markup. What a person writes between the two notes marks is kept byte for byte.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import yaml
 
 from kdata.dataset import Dataset
 from kdata.errors import ConfigError
+from kdata.journal import Took, duration, energy_text, find_journal, hours_text, lines_of, read_journal, took
 from kdata.manifest import write_atomically
 from kdata.schema import CodecError, index_schema, payload_schema
 
@@ -118,17 +121,7 @@ def _sql(dataset: Dataset, query: str) -> list[dict[str, Any]]:
 
 def codec_error(dataset: Dataset) -> CodecError | None:
     """Codec error of the whole dataset: means weighted by target tokens, maxima over all shards."""
-    measured = [(e.target_tokens, e.codec_error) for e in dataset.manifest if e.codec_error and e.target_tokens]
-    if not measured:
-        return None
-    weight = sum(tokens for tokens, _ in measured)
-    return CodecError(
-        mean_nats=sum(tokens * error.mean_nats for tokens, error in measured) / weight,
-        max_nats=max(error.max_nats for _, error in measured),
-        kl_nats=sum(tokens * error.kl_nats for tokens, error in measured) / weight,
-        max_sum=max(error.max_sum for _, error in measured),
-        sums_over_one=sum(error.sums_over_one for _, error in measured),
-    )
+    return CodecError.joined((entry.target_tokens, entry.codec_error) for entry in dataset.manifest)
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -173,18 +166,40 @@ def escape_markdown(value: object) -> str:
     return marked.translate(_ENTITIES)
 
 
-def write_card(dataset: Dataset, *, title: str | None = None) -> Path:
+def made_by(dataset: Dataset) -> list[Took]:
+    """What it took to write each source, by the log of the work; none where there is no log.
+
+    Tokens are those that are there: of an attempt that was killed the log may lack the last.
+    """
+    lines = read_journal(find_journal(dataset.path))
+    return [
+        one.model_copy(update={"name": name, "tokens": tokens_of(dataset, {name})})
+        for name in sorted(dataset.info.sources)
+        for one in took(lines_of(lines, name))
+    ]
+
+
+def tokens_of(dataset: Dataset, sources: Collection[str]) -> int:
+    """Tokens that a teacher read for these sources, or (generate) wrote."""
+    written = {name for name, source in dataset.info.sources.items() if source.kind == "generate"}
+    entries = [entry for entry in dataset.manifest if entry.source in sources]
+    return sum(entry.target_tokens if entry.source in written else entry.tokens for entry in entries)
+
+
+def write_card(dataset: Dataset, *, title: str | None = None, cost: list[Took] | None = None) -> Path:
     """Write DATASET/README.md and return its path; the notes of a card that is there are kept byte for byte.
 
     Args:
         title: headline; None makes one of the teacher's name.
+        cost: what each source took; None: as the log beside the dataset says (a copy of a dataset has none).
     Raises:
         ConfigError: a README.md stands there that is no card of ours (it lacks the notes marks).
         CorruptError: a part of the index or of the rejects is missing or damaged.
     """
     path = dataset.path / "README.md"
     notes = _notes(path)
-    before, after = _render(dataset, title).encode().split(NOTES_BEGIN + NOTES_END)
+    page = _render(dataset, title, made_by(dataset) if cost is None else cost).encode()
+    before, after = page.split(NOTES_BEGIN + NOTES_END)
     write_atomically(path, before + NOTES_BEGIN + notes + NOTES_END + after)
     return path
 
@@ -203,7 +218,7 @@ def _notes(path: Path) -> bytes:
     return content[begin + len(NOTES_BEGIN) : end]
 
 
-def _render(dataset: Dataset, title: str | None) -> str:
+def _render(dataset: Dataset, title: str | None, cost: list[Took]) -> str:
     found = facts(dataset)
     headline = one_line(title or f"What {dataset.info.teacher.model} believed, token by token")
     environment = jinja2.Environment(
@@ -222,6 +237,10 @@ def _render(dataset: Dataset, title: str | None) -> str:
         fingerprint=dataset.fingerprint,
         facts=found,
         parameters=flatten(dataset.info.codec.parameters),
+        cost=cost,
+        duration=duration,
+        hours_text=hours_text,
+        energy_text=energy_text,
         scores=sorted(p.name for p in dataset.path.glob("scores/*") if p.is_dir()),
         plans=sorted(p.stem for p in dataset.path.glob("plans/*.parquet")),
         has_tokenizer=dataset.tokenizer_dir is not None,

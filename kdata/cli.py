@@ -1,4 +1,4 @@
-"""The command line's dataset commands: a skin over the library. `pipelines/cli.py` adds run, train and evaluate."""
+"""The command line's dataset commands: a skin over the library. `pipelines/` adds those that make, train and evaluate."""
 
 from __future__ import annotations
 
@@ -41,15 +41,12 @@ class Format(StrEnum):
     csv = "csv"
 
 
-DatasetArgument = Annotated[str, typer.Argument(metavar="DATASET", help="Dataset folder, or hf://OWNER/NAME.")]
+DatasetArgument = Annotated[str, typer.Argument(metavar="DATASET", help="Dataset folder, hf://OWNER/NAME, or URL of a store.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any further setting; may be repeated.")
 ]
 TeacherOption = Annotated[str, typer.Option("--teacher", metavar="MODEL", help="Model folder or Hub name.")]
-BackendOption = Annotated[str, typer.Option(help="What runs the teacher: vllm or transformers.")]
-KindOption = Annotated[str, typer.Option(help="What is kept: hybrid, topk, adaptive or sampled.")]
-KOption = Annotated[int, typer.Option(help="Exact entries at every position (adaptive: at most so many).")]
-DrawsOption = Annotated[int, typer.Option(help="Random draws at every position (hybrid, sampled).")]
+BackendOption = Annotated[str, typer.Option(help="What runs the teacher: vllm, vllm-server or transformers.")]
 ResumeOption = Annotated[
     Resume,
     typer.Option(help="auto: go on where a former run stopped; never: refuse; must: refuse a fresh start."),
@@ -78,69 +75,6 @@ def _teacher(values: dict[str, Any], model: str, backend: str) -> Any:
     if not isinstance(given, dict):
         raise ConfigError("teacher must be a mapping: --set teacher.dtype=bfloat16")
     return parse_config(TeacherConfig, {"model": model, "backend": backend, **given}, "teacher settings")
-
-
-@app.command()
-def generate(
-    dataset: DatasetArgument,
-    teacher: TeacherOption,
-    prompts: Annotated[Path, typer.Option(help="File or folder of prompts: columns id, domain and a text column.")],
-    prompt_column: Annotated[str, typer.Option(help="Column with the prompt.")] = "prompt",
-    backend: BackendOption = "vllm",
-    kind: KindOption = "hybrid",
-    k: KOption = 16,
-    draws: DrawsOption = 16,
-    max_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 128,
-    resume: ResumeOption = Resume.auto,
-    set: SetOption = None,
-) -> None:
-    """Have a teacher write text from prompts, keeping the distributions it wrote from."""
-    from kdata.generate import GenerateConfig
-    from kdata.generate import generate as run
-
-    source = {"path": str(prompts), "text_column": prompt_column}
-    values = _with_settings(
-        {"prompts": source, "kind": kind, "k": k, "draws": draws, "sampling": {"max_tokens": max_tokens}}, set
-    )
-    who = _teacher(values, teacher, backend)
-    config = parse_config(GenerateConfig, values, "generate settings")
-    _done(run(_local(dataset), who, config, resume=resume.value))
-
-
-@app.command()
-def capture(
-    dataset: DatasetArgument,
-    teacher: TeacherOption,
-    corpus: Annotated[Path, typer.Option(help="File or folder of text: columns id, domain, text.")],
-    backend: BackendOption = "vllm",
-    kind: KindOption = "hybrid",
-    k: KOption = 16,
-    draws: DrawsOption = 16,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Longest sequence; the teacher's context if not given.")
-    ] = None,
-    long_text: Annotated[str, typer.Option(help="A longer text: split, reject or refuse.")] = "split",
-    resume: ResumeOption = Resume.auto,
-    set: SetOption = None,
-) -> None:
-    """Have a teacher read text, keeping its top-k distribution at every position."""
-    from kdata.capture import CaptureConfig
-    from kdata.capture import capture as run
-
-    values = _with_settings(
-        {
-            "corpus": {"path": str(corpus)},
-            "kind": kind,
-            "k": k,
-            "draws": draws,
-            "max_tokens": max_tokens,
-            "long_text": long_text,
-        },
-        set,
-    )
-    who = _teacher(values, teacher, backend)
-    config = parse_config(CaptureConfig, values, "capture settings")
-    _done(run(_local(dataset), who, config, resume=resume.value))
 
 
 @app.command()
@@ -190,6 +124,20 @@ def report(run: Annotated[Path, typer.Argument(help="Folder that `kdata run` wro
     from kdata.report import write_report
 
     out.print(f"report: {write_report(run)}")
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of a dataset that is being written.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew until nothing is running.")] = False,
+) -> None:
+    """Say where a run or a capture stands, from another terminal; it is not disturbed."""
+    from kdata import status as module
+
+    if watch:
+        module.watch(run, out)
+    else:
+        out.print(module.render(module.status(run), out.width))
 
 
 @app.command()

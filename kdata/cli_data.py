@@ -1,4 +1,4 @@
-"""Commands that move data about: import, export, repair, merge, split, head, audit. Registered on `kdata.cli.app`."""
+"""Commands on whole datasets: import, export, repair, merge, split, head, combine, audit. Registered on `kdata.cli.app`."""
 
 from __future__ import annotations
 
@@ -129,6 +129,54 @@ def head(
     from kdata.arrange import head as run
 
     _made(run(kdata.open(dataset), target, num_rows))
+
+
+@app.command()
+def combine(
+    datasets: Annotated[
+        list[str],
+        typer.Argument(metavar="DATASET DATASET ...", help="Payloads of the same rows, one for each teacher."),
+    ],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the combination.")],
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Shares in order, 0.7,0.3, or the name of one dataset that counts alone; equal if not given."
+        ),
+    ] = None,
+    by_domain: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DOMAIN=SHARES", help="The same for the rows of one domain; may be repeated."),
+    ] = None,
+    resume: ResumeOption = Resume.auto,
+    set: SetOption = None,
+) -> None:
+    """Average the distributions of several teachers, or choose one of them for each domain."""
+    from kdata.combine import CombineConfig
+    from kdata.combine import combine as run
+
+    values: dict[str, Any] = {} if weights is None else {"weights": _shares(weights, datasets)}
+    for item in by_domain or []:
+        domain, equals, text = item.partition("=")
+        if not equals or not domain:
+            raise ConfigError(f"--by-domain {item!r}: write it as DOMAIN=0.7,0.3 or DOMAIN=DATASET")
+        values.setdefault("by_domain", {})[domain] = _shares(text, datasets)
+    config = parse_config(CombineConfig, _with_settings(values, set), "combine settings")
+    made, report = run(_local(target), [kdata.open(name) for name in datasets], config, resume=resume.value)
+    _made(made)
+    _say(report.lines())
+
+
+def _shares(text: str, datasets: list[str]) -> list[float]:
+    """Numbers as given; or 1 for the dataset that is named, by its path or its folder's name, and 0 for the others."""
+    names = datasets if text in datasets else [Path(name).name for name in datasets]
+    if names.count(text) == 1:
+        return [float(name == text) for name in names]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        listing = ", ".join(datasets)
+        raise ConfigError(f"{text!r} is neither shares (0.7,0.3) nor one of the datasets {listing}") from error
 
 
 @app.command()

@@ -86,6 +86,17 @@ class Kept:
             logprobs_TK[recorded_T].reshape(-1).astype(np.float32, copy=False),
         )
 
+    def only(self, chosen_T: np.ndarray) -> Kept:
+        """The entries of the positions where `chosen_T` (bool [T]) is true, and none elsewhere."""
+        stays_N = np.repeat(chosen_T, self.num_kept)
+        return Kept(
+            np.where(chosen_T, self.num_exact, 0).astype(np.int32),
+            np.where(chosen_T, self.num_drawn, 0).astype(np.int32),
+            self.ids[stays_N],
+            self.logprobs[stays_N],
+            None if self.draw_logprobs is None else self.draw_logprobs[np.repeat(chosen_T, self.num_drawn)],
+        )
+
     def mass(self) -> np.ndarray:
         """Sum of all weights at each position, float64 [T]."""
         return segment_sum(np.exp(self.logprobs.astype(np.float64)), self.num_kept)
@@ -218,6 +229,11 @@ def _verbatim_decode(columns: Columns, positions: Positions, info: CodecInfo) ->
 # ----------------------------------------------------------------------------------------------------------- packed
 
 
+def counts_draws(info: CodecInfo) -> bool:
+    """True where a draw weighs so many N-ths of the tail, so that its count says all; else each has a weight of its own."""
+    return info.parameters.get("tau", 1.0) == 1.0 and info.kind != "combined"
+
+
 def _packed_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Columns:
     from kdata import packed
 
@@ -228,16 +244,17 @@ def _packed_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Colum
     if info.parameters.get("num_draws"):
         steps = packed.steps_up(kept.ids[draws], kept.num_drawn)
         columns |= packed.planes("draw_id", steps, id_bytes)
-        if info.parameters.get("tau", 1.0) == 1.0:
+        if counts_draws(info):
             columns["draw_counts"] = packed.encode_counts(
                 kept.logprobs[draws], kept.num_drawn, log_tail_T, info.parameters["num_draws"]
             )
         else:
             columns["draw_weights"] = kept.logprobs[draws].astype(np.float16)
         if info.parameters.get("temperatures"):
-            if kept.draw_logprobs is None:
+            own = kept.draw_logprobs if draws.any() else np.zeros(0, np.float32)  # a unit may consist of rejects
+            if own is None:
                 raise DataError("draws at further temperatures need the log-probability of each draw")
-            columns["draw_logprobs"] = kept.draw_logprobs.astype(np.float16)
+            columns["draw_logprobs"] = own.astype(np.float16)
     return columns
 
 
@@ -314,9 +331,8 @@ def compare(true: Kept, stored: Kept, info: CodecInfo) -> Comparison:
     positions = int((true.num_kept > 0).sum())
     if positions == 0:
         return Comparison(None, found.true_mass, found.stored_mass)
-    # Draws proportional to p^tau weigh back without bias, and their sum is 1 only on average.
-    biased = info.parameters.get("tau", 1.0) != 1.0
-    sum_T = found.stored_mass if biased else found.stored_sum
+    # Weights of draws that are no counts sum to the tail only on average (tau), or within their rounding (combined).
+    sum_T = found.stored_sum if counts_draws(info) else found.stored_mass
     error = CodecError(
         mean_nats=found.error_sum / max(int(true.num_exact.sum()), 1),
         max_nats=found.error_max,

@@ -24,10 +24,9 @@ def parse_config(model: type[Model], values: dict[str, Any], where: str) -> Mode
 
 
 def _problem(model: type[BaseModel], problem: Any) -> str:
-    path = [str(part) for part in problem["loc"]]
+    path, known = _follow(model, [str(part) for part in problem["loc"]])
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(model, path[:-1])
         return f"unknown key {key!r}{nearest(path[-1], known)}; known here: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{key!r} is missing"
@@ -36,32 +35,35 @@ def _problem(model: type[BaseModel], problem: Any) -> str:
     return f"{key + ': ' if key else ''}{message}{given}"
 
 
-def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Keys of the model that `path` leads to, as far as it can be followed."""
-    current: Any = model
-    for part in path:
-        fields = getattr(current, "model_fields", {})
-        if part not in fields:
-            break
-        current = _inner_model(fields[part].annotation)
-    return sorted(getattr(current, "model_fields", {}))
+def _follow(model: type[BaseModel], location: list[str]) -> tuple[list[str], list[str]]:
+    """The keys of a location, and the known keys beside the last of them, as far as the location can be followed.
+
+    Where models are told apart by their `kind`, pydantic puts that into the location, where no key is.
+    """
+    path, models = [], [model]
+    for part in location[:-1]:
+        tagged = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part]
+        if tagged and len(models) > 1:
+            models = tagged
+            continue
+        path.append(part)
+        models = [
+            i for m in models if part in m.model_fields for i in _inner(m.model_fields[part].annotation)
+        ] or models
+    return [*path, *location[-1:]], sorted({key for m in models for key in m.model_fields})
 
 
-def _inner_model(annotation: Any) -> Any:
-    """The first pydantic model inside an annotation such as `X | None` or `dict[str, X]`."""
+def _inner(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models inside an annotation such as `X | None` or `dict[str, X]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _inner_model(inner)
-        if found is not None:
-            return found
-    return None
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _inner(inner)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping. Raises MissingError or ConfigError."""
     if not path.is_file():
-        raise MissingError(f"{path} does not exist; name a recipe file")
+        raise MissingError(f"{path} does not exist; name a file of settings")
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -85,7 +85,8 @@ class Dataset:
         if not parts:
             schema = index_schema()
             return schema.empty_table().select(columns) if columns else schema.empty_table()
-        return pa.concat_tables(parts)
+        # A part from before a column was added lacks it: null there.
+        return pa.concat_tables(parts, promote_options="default")
 
     def _read_index(self, entry: ManifestEntry, columns: list[str] | None) -> pa.Table:
         unknown = sorted(set(columns or ()) - set(index_schema().names))
@@ -93,7 +94,7 @@ class Dataset:
             raise ConfigError(f"the index has no column {unknown[0]!r}; it has {index_schema().names}")
         path = self.checked_file(entry, "index")
         try:
-            table = pq.read_table(path, columns=columns)
+            table = read_index(path, columns)
         except UNREADABLE as error:
             raise damaged(path, error) from error
         if table.num_rows != entry.rows:
@@ -130,6 +131,24 @@ class Dataset:
         from kdata.sql import query as run
 
         return run(self, query, parameters)
+
+    @property
+    def sql_filesystem(self) -> Any:
+        """The fsspec file system through which DuckDB reads the dataset; None: the local one."""
+        return None
+
+    def sql_file(self, entry: ManifestEntry, folder: str) -> str:
+        """How DuckDB names a file of a shard. Raises CorruptError when it is gone."""
+        from kdata.sql import unglobbed
+
+        return unglobbed(self.shard_file(entry, folder).resolve())
+
+    def sql_sidecars(self) -> dict[str, list[str]]:
+        """How DuckDB names the parts of each sidecar that can be queried, complete or not."""
+        from kdata.sql import unglobbed
+
+        folders = sorted(path for path in self.path.resolve().glob("scores/*") if path.is_dir())
+        return {path.name: [unglobbed(part) for part in sorted(path.glob("*.parquet"))] for path in folders}
 
     def rows_of(self, ids: list[str]) -> np.ndarray:
         """Global row numbers int64 of these ids. Raises MissingError naming the first that is not there."""
@@ -293,8 +312,21 @@ def _used_columns(path: Path) -> list[str]:
     return [name for name in reader.schema.names if name not in unused]
 
 
+def read_index(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """An index part, or some of its columns; one that it lacks, being older than the column, is null."""
+    with pq.ParquetFile(path) as file:
+        held = file.schema_arrow.names
+        table = file.read([name for name in columns if name in held] if columns else None)
+    for name in sorted(set(columns or ()) - set(held)):
+        field = index_schema().field(name)
+        table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(columns) if columns else table
+
+
 def open_dataset(path: str | Path) -> Dataset:
-    """Open a local dataset, or one on the Hub as "hf://OWNER/NAME" (downloaded once by the Hub's client).
+    """Open a local dataset, one on the Hub as "hf://OWNER/NAME", or one at any URL that fsspec opens ("s3://BUCKET/NAME").
+
+    What is not local is copied into the cache first; a URL's files are compared with their digests, the Hub's by its client.
 
     Raises:
         MissingError: nothing there.
@@ -305,6 +337,10 @@ def open_dataset(path: str | Path) -> Dataset:
         from kdata.hub import download
 
         return Dataset(download(str(path)))
+    if "://" in str(path):
+        from kdata.remote import download as fetch
+
+        return Dataset(fetch(str(path)))
     local = Path(path)
     if not local.exists():
         raise MissingError(f"{local} does not exist; a Hub dataset is named hf://OWNER/NAME")

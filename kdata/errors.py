@@ -53,6 +53,10 @@ class TeacherError(KdataError, RuntimeError):
     """A teacher could not be loaded, or returned something that cannot be a distribution."""
 
 
+class UnreachableError(KdataError, ConnectionError):
+    """A served teacher does not answer, and was waited for. No row is at fault; the run can go on later."""
+
+
 class QueryError(KdataError, ValueError):
     """DuckDB refused a query."""
 

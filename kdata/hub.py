@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from kdata.card import write_card
+from kdata.card import made_by, write_card
 from kdata.dataset import Dataset, open_dataset
 from kdata.errors import ConfigError, CorruptError, DependencyError, MissingError, StorageError
 from kdata.manifest import inside
@@ -54,7 +54,7 @@ def _copy(dataset: Dataset, target: Path) -> None:
     for relative in dataset_files(dataset):
         (temporary / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(dataset.path / relative, temporary / relative)
-    write_card(open_dataset(temporary))
+    write_card(open_dataset(temporary), cost=made_by(dataset))
     if target.exists():
         target.rmdir()
     os.rename(temporary, target)

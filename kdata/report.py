@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from kdata.card import facts, flatten, human_bytes, number, one_line
 from kdata.dataset import Dataset, open_dataset
 from kdata.errors import CorruptError, FormatError, MissingError
+from kdata.journal import Took, duration, energy_text, hours_text, total
 from kdata.manifest import first_problem, write_atomically
 from kdata.plots import (
     BASELINE,
@@ -84,6 +85,7 @@ def write_report(run: Path) -> Path:
         raise MissingError(f"{run} holds neither dataset/ nor results.json; make a run with `kdata run RECIPE`")
     results = results or {}
     students = results.get("students", {})
+    ran = stages(run, results, dataset, heldout)
     with matplotlib.rc_context(STYLE):
         plots = make_plots(run, students, dataset)
     environment = jinja2.Environment(
@@ -102,7 +104,9 @@ def write_report(run: Path) -> Path:
         datasets=[(n, d, facts(d)) for n, d in (("dataset", dataset), ("heldout", heldout)) if d is not None],
         plans=plans_of(dataset),
         prompts=prompts(students),
-        stages=stages(run, results, dataset, heldout),
+        stages=ran,
+        whole=whole(ran),
+        teacher_tokens=teacher_tokens(ran),
         machine=flatten(results.get("machine", {})),
         settings=yaml.safe_dump(results["settings"], sort_keys=False, allow_unicode=True)
         if results.get("settings")
@@ -116,6 +120,9 @@ def write_report(run: Path) -> Path:
         exp=math.exp,
         flatten=flatten,
         human_bytes=human_bytes,
+        duration=duration,
+        hours_text=hours_text,
+        energy_text=energy_text,
         number=number,
     )
     path = run / "report.html"
@@ -272,8 +279,8 @@ def _kl_note(students: Students, heldout: Dataset | None) -> str:
 def stages(
     run: Path, results: dict[str, Any], dataset: Dataset | None, heldout: Dataset | None
 ) -> list[dict[str, Any]]:
-    """What ran, judged by what is there (`found` is None where nothing is); seconds as in results.json."""
-    recorded = {str(s.get("name")): finite(s.get("seconds")) for s in results.get("stages", [])}
+    """What ran, judged by what is there (`found` is None where nothing is); what it took as in results.json."""
+    recorded = {str(s.get("name")): _took(s) for s in results.get("stages", [])}
     students = results.get("students", {})
     measured = [n for n, s in students.items() if measure(s, "nll") is not None]
     logs = [n for n, path in logs_of(run, students).items() if path.exists()]
@@ -287,14 +294,36 @@ def stages(
         "train": ", ".join(logs),
         "evaluate": ", ".join(measured),
     }
-    parts = {n: seconds for n, seconds in recorded.items() if n not in evidence}
+    parts = {n: one for n, one in recorded.items() if n not in evidence}
     rows = []
     for name, found in evidence.items():
-        rows.append({"name": name, "found": found or None, "seconds": recorded.get(name), "part": False})
+        rows.append({"name": name, "found": found or None, "took": recorded.get(name), "part": False})
         inner = [n for n in parts if n.startswith(f"{name} ")]
-        rows += [{"name": n, "found": "", "seconds": parts.pop(n), "part": True} for n in inner]
-    others = [{"name": n, "found": "", "seconds": seconds, "part": False} for n, seconds in parts.items()]
+        rows += [{"name": n, "found": "", "took": parts.pop(n), "part": True} for n in inner]
+    others = [{"name": n, "found": "", "took": one, "part": False} for n, one in parts.items()]
     return others + rows
+
+
+def _took(stage: dict[str, Any]) -> Took:
+    """What results.json says that a stage took; nothing where it says nonsense."""
+    try:
+        return Took.model_validate(stage)
+    except ValidationError:
+        return Took(name=str(stage.get("name")))
+
+
+def whole(rows: list[dict[str, Any]]) -> Took | None:
+    """What all stages took together; None where no time was recorded."""
+    parts = [row["took"] for row in rows if not row["part"] and row["took"] is not None]
+    return total([p for p in parts if p.seconds is not None]) if any(p.seconds for p in parts) else None
+
+
+def teacher_tokens(rows: list[dict[str, Any]]) -> str:
+    """How many tokens the teacher read and wrote, in words; empty where none were counted."""
+    counted = {row["name"]: row["took"].tokens for row in rows if row["took"] is not None}
+    read, written = counted.get("capture", 0) + counted.get("heldout", 0), counted.get("generate", 0)
+    words = [f"{what} {count:,} tokens" for what, count in (("read", read), ("wrote", written)) if count]
+    return f"The teacher {' and '.join(words)}." if words else ""
 
 
 def _written(dataset: Dataset | None, kind: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
@@ -89,7 +90,7 @@ class CodecInfo(Contract):
 
     id: str = Field(description="Codec id, a key of `codecs` in payload.json.")
     version: int = Field(description="Version of that codec.")
-    kind: str = Field(description="What is kept: topk, adaptive, sampled or hybrid.")
+    kind: str = Field(description="What is kept: topk, adaptive, sampled, hybrid, or combined (of several teachers).")
     parameters: dict[str, Any] = Field(description="Parameters of the kind and of the codec.")
 
 
@@ -107,19 +108,40 @@ class TeacherInfo(Contract):
 
     model: str = Field(description="Hub name, or the folder's name for a local model.")
     revision: str | None = Field(description="Hub commit; null for a local model.")
-    weights_hash: str | None = Field(description="SHA-256 over a local model's config and weights; null for Hub.")
+    weights_hash: str | None = Field(
+        description="SHA-256 over a local model's config and weights; null for Hub; of a combination that of `members`."
+    )
     backend: str = Field(description="vllm, vllm-server, transformers, ...")
     backend_version: str = Field(description="Version of the backend.")
     dtype: str = Field(description="Arithmetic of the forward pass.")
     logprobs: str = Field(description="What the recorded numbers are: raw log-softmax at temperature 1.")
     deterministic: bool = Field(description="True: a work unit submitted again gives the same bytes.")
+    members: list[MemberInfo] | None = Field(
+        None,
+        exclude_if=lambda members: members is None,
+        description="The teachers that were combined; the key is absent where it is one teacher.",
+    )
+
+
+class MemberInfo(Contract):
+    """One of the teachers of a combination."""
+
+    teacher: TeacherInfo = Field(description="Who it is.")
+    weight: float | None = Field(
+        description="Its share, in [0, 1], in rows of the domains that `by_domain` does not name; null where it names all."
+    )
+    by_domain: dict[str, float] = Field(description="Its share in rows of these domains.")
+
+
+TeacherInfo.model_rebuild()
 
 
 class SourceInfo(Contract):
     """One piece of work that wrote rows: a capture of a corpus, or a generation from prompts."""
 
-    kind: Literal["capture", "generate", "import", "split"] = Field(
-        description="capture reads text, generate writes it, import takes another tool's rows, split a dataset's."
+    kind: Literal["capture", "generate", "import", "split", "reread", "combine"] = Field(
+        description="capture reads text, generate writes it, import takes another tool's rows, split a dataset's; reread: "
+        "another teacher read a dataset's rows; combine: the average of several teachers' distributions."
     )
     settings: dict[str, Any] = Field(description="Everything that decides the rows; a resume must repeat it.")
     num_units: int | None = Field(description="Work units in all, once the work is complete; null before.")
@@ -166,10 +188,25 @@ class CodecError(Contract):
     max_nats: float = Field(description="Largest of the same.")
     kl_nats: float = Field(description="Mean KL(teacher || stored), kept entries plus one bucket for the rest.")
     max_sum: float = Field(
-        description="Largest sum of stored probabilities at one position, without draws where tau is not 1; above 1 only in "
-        "imported rows (codec verbatim)."
+        description="Largest sum of stored probabilities at one position, without draws that have a weight each (tau not 1, "
+        "or kind combined); above 1 only in imported rows (codec verbatim)."
     )
     sums_over_one: int = Field(0, ge=0, description="Positions whose sum is above 1: imported rows only.")
+
+    @staticmethod
+    def joined(measured: Iterable[tuple[int | None, CodecError | None]]) -> CodecError | None:
+        """Of several parts with so many target tokens: means weighted by these, the largest maxima; None without any."""
+        known = [(tokens, error) for tokens, error in measured if error and tokens]
+        if not known:
+            return None
+        weight = sum(tokens for tokens, _ in known)
+        return CodecError(
+            mean_nats=sum(tokens * error.mean_nats for tokens, error in known) / weight,
+            max_nats=max(error.max_nats for _, error in known),
+            kl_nats=sum(tokens * error.kl_nats for tokens, error in known) / weight,
+            max_sum=max(error.max_sum for _, error in known),
+            sums_over_one=sum(error.sums_over_one for _, error in known),
+        )
 
 
 class ManifestEntry(Contract):

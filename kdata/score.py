@@ -100,8 +100,10 @@ def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> 
         ):
             begin_sidecar(dataset, info)
             for number, entry in enumerate(dataset.manifest):
-                if not _has_part(dataset, config.name, entry):
-                    write_part(dataset, config.name, entry, _score_shard(dataset, number, entry, model))
+                if _has_part(dataset, config.name, entry):
+                    stage.skip(entry.tokens)
+                    continue
+                write_part(dataset, config.name, entry, _score_shard(dataset, number, entry, model))
                 stage.advance(entry.tokens)
             return finish_sidecar(dataset, info)
     finally:

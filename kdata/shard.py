@@ -59,6 +59,8 @@ class Record:
     log_tail: np.ndarray
     kept: Kept
     text: str | None
+    messages: str | None = None
+    tools: str | None = None
     entropy: np.ndarray | None = None
     log_z: np.ndarray | None = None
     token_bytes: np.ndarray | None = None
@@ -128,7 +130,7 @@ def write_tables(
     files: dict[str, FileInfo] = {}
     with storage_errors(root):
         for folder in ("data", "index", *(["rejects"] if rejects else [])):
-            (root / folder).mkdir(parents=True, exist_ok=True)
+            (root / folder).mkdir(exist_ok=True)  # in a place that is there: see kdata/staging.py
         files[f"data/{name}.arrow"] = _write_arrow(root, f"data/{name}.arrow", table)
         files[f"index/{name}.parquet"] = _write_parquet(root, f"index/{name}.parquet", index)
         if rejects:
@@ -147,9 +149,19 @@ def write_tables(
         files=files,
         codec_error=error,
     )
+    return Shard(entry, index["id"].to_pylist(), _kept_mass(index, entry))
+
+
+def stored_shard(root: Path, entry: ManifestEntry) -> Shard:
+    """A shard that a former run wrote, from its index."""
+    index = pq.read_table(root / f"index/{entry.name}.parquet", columns=["id", "kept_mass", "num_target_tokens"])
+    return Shard(entry, index["id"].to_pylist(), _kept_mass(index, entry))
+
+
+def _kept_mass(index: pa.Table, entry: ManifestEntry) -> float | None:
+    """Mean kept mass of a shard, by target token; None where it is not known."""
     weighted = pc.sum(pc.multiply(index["kept_mass"], index["num_target_tokens"])).as_py()
-    mass = weighted / entry.target_tokens if weighted is not None and entry.target_tokens else None
-    return Shard(entry, index["id"].to_pylist(), mass)
+    return weighted / entry.target_tokens if weighted is not None and entry.target_tokens else None
 
 
 def _write_arrow(root: Path, relative: str, table: pa.Table) -> FileInfo:
@@ -168,7 +180,8 @@ def _write_arrow(root: Path, relative: str, table: pa.Table) -> FileInfo:
 
 
 def _write_parquet(root: Path, relative: str, table: pa.Table) -> FileInfo:
-    pq.write_table(table, root / f"{relative}.tmp", compression="zstd")
+    with pa.OSFile(str(root / f"{relative}.tmp"), "wb") as file:  # closed even where the disk refuses
+        pq.write_table(table, file, compression="zstd")
     return _settle(root, relative)
 
 
@@ -317,6 +330,8 @@ def _index_row(record: Record, name: str, source: str, row: int, mass_T: np.ndar
         "num_target_tokens": counted,
         "num_bytes": len((record.text or "").encode()),
         "text": record.text,
+        "messages": record.messages,
+        "tools": record.tools,
         "prompt": record.prompt,
         "finish_reason": record.finish_reason,
         "nll": nll if nll is not None and np.isfinite(nll) else None,

@@ -6,14 +6,16 @@ per plan. The connection reads the dataset's folder and nothing else.
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pyarrow as pa
 
-from kdata.errors import CorruptError, QueryError
+from kdata.errors import ConfigError, CorruptError, QueryError
 from kdata.schema import index_schema, rejects_schema
 
 if TYPE_CHECKING:
@@ -22,54 +24,103 @@ if TYPE_CHECKING:
 NAME = re.compile(r"^[A-Za-z][A-Za-z0-9_]*$")
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
+    """A string as it stands in SQL."""
     return "'" + text.replace("'", "''") + "'"
 
 
-def _unglobbed(path: Path) -> str:
+def unglobbed(path: Path) -> str:
     """A path that DuckDB does not take for a pattern, whatever the folder is called."""
     return re.sub(r"([\[*?])", r"[\1]", str(path))
 
 
-def _files_view(connection: duckdb.DuckDBPyConnection, view: str, files: list[Path], schema: pa.Schema) -> None:
+def files_view(
+    connection: duckdb.DuckDBPyConnection, view: str, files: list[str], schema: pa.Schema, columns: str = "*"
+) -> None:
+    """Make or replace a view on Parquet files, as `Dataset.sql_file` names them; an empty one of this schema without any."""
     if files:
-        listing = ", ".join(_literal(_unglobbed(path)) for path in files)
-        connection.execute(f"create view {view} as select * from read_parquet([{listing}])")
+        listing = ", ".join(literal(path) for path in files)
+        source = f"read_parquet([{listing}], union_by_name = true)"
     else:
         empty = ", ".join(f'null::{_duck_type(f.type)} as "{f.name}"' for f in schema)
-        connection.execute(f"create view {view} as select {empty} where false")
+        source = f"(select {empty} where false)"
+    connection.execute(f"create or replace view {view} as select {columns} from {source}")
 
 
 def _duck_type(kind: pa.DataType) -> str:
     return {"string": "varchar", "int32": "integer", "int64": "bigint", "double": "double"}[str(kind)]
 
 
-def connect(dataset: Dataset, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
-    """An in-memory DuckDB connection with the dataset's views; it may read inside the dataset's folder only."""
-    root = dataset.path.resolve()
+@dataclass(frozen=True)
+class Room:
+    """What a connection may use: memory ("3GB"; None: DuckDB's choice, 80 % of the machine's), threads (None: one per core),
+    and a folder where it may write, for what does not fit the memory."""
+
+    memory_limit: str | None = None
+    threads: int | None = None
+    folder: Path | None = None
+
+
+def connect(dataset: Dataset, room: Room | None = None) -> duckdb.DuckDBPyConnection:
+    """An in-memory DuckDB connection with the dataset's views; it may read inside the dataset's folder only.
+
+    Raises ConfigError for a memory limit that is none.
+    """
+    room, root = room or Room(), dataset.path.resolve()
     connection = duckdb.connect()
-    if memory_limit:
-        connection.execute(f"set memory_limit = {_literal(memory_limit)}")
-    index = [dataset.shard_file(e, "index").resolve() for e in dataset.manifest]
-    rejects = [dataset.shard_file(e, "rejects").resolve() for e in dataset.manifest if e.rejected]
-    _files_view(connection, "rows", index, index_schema())
-    _files_view(connection, "rejects", rejects, rejects_schema())
-    connection.register("_manifest", manifest_table(dataset))
-    connection.execute("create view manifest as from _manifest")
-    connection.execute("create schema scores")
-    for folder in sorted(p for p in root.glob("scores/*") if p.is_dir() and NAME.match(p.name)):
-        files = sorted(folder.glob("*.parquet"))
-        if files:
-            _files_view(connection, f'scores."{folder.name}"', files, pa.schema([]))
-    connection.execute("create schema plans")
-    for path in sorted(p for p in root.glob("plans/*.parquet") if NAME.match(p.stem)):
-        _files_view(connection, f'plans."{path.stem}"', [path], pa.schema([]))
+    if room.memory_limit is not None:
+        try:
+            connection.execute(f"set memory_limit = {literal(room.memory_limit)}")
+        except duckdb.Error as error:
+            raise ConfigError(f"{room.memory_limit!r} is no amount of memory; write 4GB or 500MB") from error
+    if room.threads is not None:
+        connection.execute(f"set threads = {int(room.threads)}")
+    places = {str(root), unglobbed(root)}
+    if room.folder is not None:
+        places |= {str(room.folder.resolve()), unglobbed(room.folder.resolve())}
+        connection.execute(f"set temp_directory = {literal(str(room.folder.resolve() / 'spill'))}")
+    if dataset.sql_filesystem is not None:
+        connection.register_filesystem(dataset.sql_filesystem)
+        places.add(f"{dataset.sql_filesystem.protocol}://")
+    _make_views(connection, dataset, root)
     # A pattern is checked as it is written, and again each file that it stands for.
-    allowed = ", ".join(_literal(name) for name in sorted({str(root), _unglobbed(root)}))
+    allowed = ", ".join(literal(name) for name in sorted(places))
     connection.execute(f"set allowed_directories = [{allowed}]")
     connection.execute("set enable_external_access = false")
     connection.execute("set lock_configuration = true")
     return connection
+
+
+def _make_views(connection: duckdb.DuckDBPyConnection, dataset: Dataset, root: Path) -> None:
+    files_view(connection, "rows", [dataset.sql_file(e, "index") for e in dataset.manifest], index_schema())
+    rejects = [dataset.sql_file(e, "rejects") for e in dataset.manifest if e.rejected]
+    files_view(connection, "rejects", rejects, rejects_schema())
+    connection.register("_manifest", manifest_table(dataset))
+    connection.execute("create view manifest as from _manifest")
+    connection.execute("create schema scores")
+    for name, parts in dataset.sql_sidecars().items():
+        if parts and NAME.match(name):
+            files_view(connection, f'scores."{name}"', parts, pa.schema([]))
+    connection.execute("create schema plans")
+    for path in sorted(p for p in root.glob("plans/*.parquet") if NAME.match(p.stem)):
+        files_view(connection, f'plans."{path.stem}"', [unglobbed(path)], pa.schema([]))
+
+
+def mentions(text: str) -> dict[str, list[str]]:
+    """Which `scores` and `plans` a query names, in lower case as DuckDB compares them; nothing where it cannot be parsed."""
+    with duckdb.connect() as connection:
+        (tree,) = connection.execute("select json_serialize_sql(?::varchar)", [text]).fetchone() or ("{}",)
+    found: dict[str, list[str]] = {"scores": [], "plans": []}
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict) and node.get("type") == "BASE_TABLE":
+            names = found.get(str(node.get("schema_name")).lower(), [])
+            names.append(str(node.get("table_name")).lower())
+        for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            walk(inner)
+
+    walk(json.loads(tree))
+    return {schema: sorted(set(names)) for schema, names in found.items()}
 
 
 def manifest_table(dataset: Dataset) -> pa.Table:
@@ -109,24 +160,24 @@ def query(dataset: Dataset, text: str, parameters: list[Any] | dict[str, Any] | 
     try:
         with connect(dataset) as connection:
             try:
-                _refuse_writing(connection, text)
+                refuse_writing(connection, text)
                 return connection.sql(text, params=parameters).to_arrow_table()
             except duckdb.Error as error:
-                _name_damage(dataset, error)
+                name_damage(dataset, error)
                 raise QueryError(f"{str(error).strip()}\nViews: {', '.join(views(connection))}") from error
     except duckdb.Error as error:
-        _name_damage(dataset, error)
+        name_damage(dataset, error)
         raise QueryError(f"{dataset.path}: the views cannot be made: {str(error).strip()}") from error
 
 
-def _refuse_writing(connection: duckdb.DuckDBPyConnection, text: str) -> None:
+def refuse_writing(connection: duckdb.DuckDBPyConnection, text: str) -> None:
     """Only queries: DuckDB lets COPY write where it may read, and that is the dataset's folder."""
     statements = connection.extract_statements(text)
     if not statements or any(s.type != duckdb.StatementType.SELECT for s in statements):
         raise QueryError("kdata sql reads, it does not change a dataset: write a select (or describe, summarize, show)")
 
 
-def _name_damage(dataset: Dataset, error: duckdb.Error) -> None:
+def name_damage(dataset: Dataset, error: duckdb.Error) -> None:
     """Raise CorruptError where the cause of a failed query is a damaged file."""
     for entry in dataset.manifest:
         for folder in ("index", "rejects") if entry.rejected else ("index",):

@@ -14,13 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from kdata.dataset import Dataset, open_dataset
+from kdata.dataset import Dataset
+from kdata.energy import Devices, local_devices
 from kdata.errors import ConfigError, DataError
+from kdata.journal import journal_of
 from kdata.keep import KeepConfig
 from kdata.progress import Stage
+from kdata.remote import writer_at
 from kdata.schema import FORMAT_VERSION, DatasetInfo, SourceInfo, TeacherInfo
-from kdata.shard import Shard, Unit
-from kdata.teachers import Teacher, TeacherConfig, load_tokenizer, tokenizer_info
+from kdata.shard import Shard, Unit, stored_shard
+from kdata.teachers import Teacher, TeacherConfig, refuse_kept, tokenizer_info
 from kdata.writer import Behind, Writer, new_info
 
 
@@ -74,8 +77,8 @@ class Job(Protocol[U]):
     keep: KeepConfig
 
     @property
-    def total(self) -> int:
-        """Inputs in all."""
+    def total(self) -> int | None:
+        """Inputs in all; None where only reading them tells."""
         ...
 
     def source(self, facts: TeacherFacts) -> SourceInfo:
@@ -99,6 +102,16 @@ class Engine(Protocol):
         """The teacher at work."""
         ...
 
+    @property
+    def tokenizer(self) -> Any:
+        """Its fast tokenizer."""
+        ...
+
+    @property
+    def devices(self) -> Devices | None:
+        """What it works on; None: one GPU of this machine, or its cores."""
+        ...
+
     def run(self, job: Job[U], units: Iterable[U], writer: Writer) -> Iterator[tuple[U, Shard]]:
         """Perform units and commit them; yield each once it is committed, in any order."""
         ...
@@ -107,15 +120,15 @@ class Engine(Protocol):
 class LocalEngine:
     """One teacher in this process; a unit is committed while the next is worked on."""
 
-    def __init__(self, teacher: Teacher, tokenizer: Any) -> None:
-        self.facts, self._tokenizer = teacher, tokenizer
+    def __init__(self, teacher: Teacher, tokenizer: Any, devices: Devices | None = None) -> None:
+        self.facts, self.tokenizer, self.devices = teacher, tokenizer, devices
 
     def run(self, job: Job[U], units: Iterable[U], writer: Writer) -> Iterator[tuple[U, Shard]]:
         """See `Engine.run`; in order."""
         behind: list[U] = []
         with Behind(writer) as commits:
             for unit in units:
-                done = commits.commit(job.perform(self.facts, self._tokenizer, unit))
+                done = commits.commit(job.perform(self.facts, self.tokenizer, unit))
                 if done is not None:
                     yield behind.pop(), done
                 behind.append(unit)
@@ -124,10 +137,16 @@ class LocalEngine:
                 yield behind.pop(), last
 
 
+def devices_of(config: TeacherConfig) -> Devices:
+    """What a teacher in this process works on; those of a served one are not known here."""
+    if config.backend == "vllm-server":
+        return Devices(kind="remote", count=0, name="a served vLLM", here=False)
+    return local_devices(config.tensor_parallel)
+
+
 def run_job(
-    root: Path,
+    root: Path | str,
     job: Job[U],
-    teacher_config: TeacherConfig,
     engine: Engine,
     *,
     resume: str = "auto",
@@ -135,23 +154,24 @@ def run_job(
 ) -> Dataset:
     """Do what is not done yet of a job, and mark its source complete.
 
+    Returns:
+        The dataset; of one at a URL the local copy without the payload, which `kdata.open(URL)` fetches.
     Args:
-        root: dataset folder, made when absent.
-        teacher_config: names the tokenizer.
+        root: dataset folder, made when absent; or a URL, see `kdata/remote.py`.
         resume: auto, never or must; see `Writer`.
-        log: JSONL file for progress.
+        log: JSONL file for progress; None: beside the dataset, see `kdata/journal.py`.
     Raises:
         MismatchError: the dataset was begun with other settings.
         DataError: tokenizer and model disagree; duplicate id.
     """
     facts = engine.facts
-    tokenizer = load_tokenizer(teacher_config.model, facts.info.revision)
+    tokenizer = engine.tokenizer
     source, info = job.source(facts), dataset_info(facts, tokenizer, job.keep)
     cut = 0
     with (
         tokenizer_files(tokenizer) as folder,
-        Writer(root, info, job.name, source, resume=resume, tokenizer_dir=folder) as writer,
-        Stage(f"{job.name}: {job.doing}", job.total, job.noun, log) as stage,
+        writer_at(root, info, job.name, source, resume=resume, tokenizer_dir=folder) as writer,
+        Stage(f"{job.name}: {job.doing}", job.total, job.noun, log or journal_of(writer.root), engine.devices) as stage,
     ):
 
         def todo() -> Iterator[U]:
@@ -159,33 +179,31 @@ def run_job(
             for unit in job.units(facts, tokenizer):
                 cut = unit.number + 1
                 if unit.number in writer.committed:
-                    stage.skip(unit.documents)
+                    stage.skip(unit.documents, shard=stored_shard(writer.root, writer.committed[unit.number]))
                 else:
                     writer.refuse_twice(unit.ids)
                     yield unit
 
         for unit, shard in engine.run(job, todo(), writer):
-            stage.advance(
-                unit.documents,
-                tokens=shard.entry.target_tokens,
-                shards=len(writer.committed),
-                **{"bytes/token": shard.bytes_per_token},
-                **({} if shard.kept_mass is None else {"kept mass": shard.kept_mass}),
-            )
+            # What was read, or what was written: prompts are neither.
+            tokens = shard.entry.target_tokens if source.kind == "generate" else shard.entry.tokens
+            stage.advance(unit.documents, tokens=tokens, shard=shard)
         writer.finish(cut)
-    return open_dataset(root)
+    return Dataset(writer.root)
 
 
 @contextmanager
 def tokenizer_files(tokenizer: Any) -> Iterator[Path]:
     """A temporary folder with a tokenizer's files, for the dataset's own copy."""
     with tempfile.TemporaryDirectory(prefix="kdata-tokenizer-") as folder:
-        tokenizer.save_pretrained(folder)
+        # Chat templates in tokenizer_config.json: several of them as files would make a folder inside this one.
+        tokenizer.save_pretrained(folder, save_jinja_files=False)
         yield Path(folder)
 
 
 def check_k(keep: KeepConfig, facts: TeacherFacts) -> None:
-    """Refuse a k that the vocabulary cannot give."""
+    """Refuse a k that the vocabulary cannot give, and a kind that the teacher cannot."""
+    refuse_kept(keep, facts.info.backend)
     if keep.num_exact >= facts.vocab_size:
         raise ConfigError(f"k={keep.k} must be below the vocabulary size {facts.vocab_size}; lower k")
 

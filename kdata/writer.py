@@ -7,7 +7,9 @@ at most the unit in flight.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
@@ -18,12 +20,23 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, StorageError, settings_difference
-from kdata.manifest import append_entry, file_info, inside, order_manifest, read_info, read_manifest, write_info
+from kdata.journal import journal_of
+from kdata.manifest import (
+    append_entry,
+    file_info,
+    inside,
+    order_manifest,
+    read_info,
+    read_manifest,
+    sync_directory,
+    write_info,
+)
 from kdata.schema import DatasetInfo, ManifestEntry, SourceInfo, fingerprint
 from kdata.shard import Shard, Unit, storage_errors, write_shard
+from kdata.staging import FolderStaging, Staging
 
 # What a run that was killed may leave under a temporary name. Nothing else is ever removed.
-TEMPORARY = ("dataset.json.tmp", "tokenizer.tmp", "data/*.tmp", "index/*.tmp", "rejects/*.tmp")
+TEMPORARY = ("dataset.json.tmp", "tokenizer.tmp", "data/*.tmp", "index/*.tmp", "rejects/*.tmp", "units-*.tmp")
 # Names that may stand in a folder that is no dataset yet: what a run leaves that was killed before dataset.json.
 BEGUN = {"data", "index", "rejects", "tokenizer", "tokenizer.tmp", "dataset.json.tmp"}
 
@@ -96,6 +109,7 @@ class Writer:
             self.info = before
         else:
             _refuse_foreign(self.root)
+            journal_of(self.root).unlink(missing_ok=True)  # of a dataset that stood here, and is gone
         if known is None and self._resume == "must":
             raise MismatchError(f"--resume must: {self.root} has no {self.source!r} to go on with")
         for name in ("data", "index"):
@@ -135,7 +149,7 @@ class Writer:
     def _clear_temporary(self) -> None:
         for pattern in TEMPORARY:
             for path in list(self.root.glob(pattern)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove_tree(path) if path.is_dir() else path.unlink()
 
     def commit(self, unit: Unit) -> Shard:
         """Store one unit: its files are renamed into place, then the manifest line is written.
@@ -146,6 +160,28 @@ class Writer:
         """
         self.refuse_twice([record.id for record in unit.records])
         return self.accept(write_shard(self.root, self.info, self.source, unit))
+
+    def staging(self) -> Staging:
+        """A new place in which other processes may write shards; what is left there goes at `finish`."""
+        folder = self.root.resolve() / f"units-{secrets.token_hex(4)}.tmp"
+        with storage_errors(self.root):
+            folder.mkdir()
+        return FolderStaging(folder)
+
+    def adopt(self, staging: Staging, attempt: str, shard: Shard) -> Shard:
+        """Take over a shard that another process wrote there: rename its files into place, then `accept` it."""
+        self.refuse_twice(shard.ids)
+        with storage_errors(self.root):
+            for relative in shard.entry.files:
+                self._take(staging, attempt, relative)
+        return self.accept(shard)
+
+    def _take(self, staging: Staging, attempt: str, relative: str) -> None:
+        assert isinstance(staging, FolderStaging)
+        target = self.root / relative
+        target.parent.mkdir(exist_ok=True)
+        os.replace(staging.folder / attempt / relative, target)
+        sync_directory(target.parent)
 
     def accept(self, shard: Shard) -> Shard:
         """Make a shard whose files are in place a part of the dataset: write its manifest line."""
@@ -168,8 +204,19 @@ class Writer:
     def finish(self, num_units: int) -> None:
         """Mark the source complete with `num_units` units; its manifest lines come into the order of units."""
         with storage_errors(self.root):
+            self._clear_temporary()
             order_manifest(self.root, self.source)
             self._write_info(self._source_info.model_copy(update={"num_units": num_units}))
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder in which a process that nobody waits for may still be writing."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.01)
+    shutil.rmtree(folder)
 
 
 def lock_of(root: Path) -> FileLock:

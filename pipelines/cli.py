@@ -1,4 +1,4 @@
-"""The command `kdata`: the dataset's commands of `kdata/cli.py`, and run, train and evaluate beside them."""
+"""The command `kdata`: the dataset's commands of `kdata/cli.py`, a teacher's, and run, train and evaluate beside them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import kdata.cli_data  # noqa: F401  registers import, export, repair, merge, split, head, audit
+import kdata.cli_data  # noqa: F401  registers import, export, repair, merge, split, head, combine, audit
+import pipelines.cli_teacher  # noqa: F401  registers generate, capture, reread
 from kdata.cli import Resume, ResumeOption, SetOption, _with_settings, app, out
-from kdata.config import parse_config
+from kdata.config import parse_config, read_yaml
 from kdata.errors import KdataError
 
 
@@ -81,13 +82,18 @@ def train(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for checkpoints, metrics and the model.")],
     plan: Annotated[Path | None, typer.Option(help="Plan file, or the name of one in the dataset.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--config", help="YAML file of settings; --steps and --set go on top.")
+    ] = None,
     set: SetOption = None,
 ) -> None:
     """Train a student from a dataset and a plan; the teacher is not needed."""
     from trainer.train import TrainConfig
     from trainer.train import train as work
 
-    config = parse_config(TrainConfig, _with_settings({"steps": steps}, set), "train settings")
+    given = {} if file is None else read_yaml(file)
+    values = _with_settings(given if steps is None else {**given, "steps": steps}, set)
+    config = parse_config(TrainConfig, values, "train settings" if file is None else str(file))
     if plan is not None and len(plan.parts) == 1 and not plan.exists():
         plan = dataset / "plans" / plan
     work(config, dataset, plan, out_dir)
@@ -99,12 +105,16 @@ def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a trained student.")],
     heldout: Annotated[Path, typer.Argument(metavar="DATASET", help="Logit dataset of held-out text.")],
     save: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+    set: SetOption = None,
 ) -> None:
     """Measure a student against a held-out logit dataset."""
+    from trainer.evaluate import EvaluateConfig
     from trainer.evaluate import evaluate as work
 
-    measured = work(model, heldout)
+    measured = work(model, heldout, config=parse_config(EvaluateConfig, _with_settings({}, set), "evaluate settings"))
     out.print(students_table({"students": {"student": {"label": model.parent.name or str(model), **measured}}}))
+    for task, scores in measured["tasks"].items():
+        out.print(f"{task}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()), highlight=False)
     if save is not None:
         save.write_text(json.dumps(measured, indent=2) + "\n")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from kdata.capture import CaptureConfig
+from kdata.chat import Targets
 from kdata.config import apply_settings, parse_config, read_yaml
 from kdata.corpus import CorpusConfig, nearest
 from kdata.errors import ConfigError
@@ -17,6 +18,7 @@ from kdata.schema import Strict
 from kdata.selection import SelectConfig
 from kdata.teachers import TeacherConfig
 from pipelines.builtin import BuiltinConfig
+from pipelines.engine import EngineConfig, LocalConfig
 from trainer.objectives import ObjectiveConfig
 from trainer.student import CheckpointStudent, ScratchStudent
 from trainer.train import TrainConfig
@@ -44,7 +46,7 @@ class ReferenceConfig(ReaderConfig):
         description="Model folder or Hub name; auto: builtin's reference beside the builtin teacher, otherwise the "
         "student's checkpoint (student.model).",
     )
-    backend: Literal["vllm", "transformers"] = Field("transformers", description="What runs the model.")
+    backend: Literal["vllm", "vllm-server", "transformers"] = Field("transformers", description="What runs the model.")
 
 
 class GenerateStage(Strict):
@@ -60,7 +62,13 @@ class CaptureStage(Strict):
     """The teacher reads."""
 
     max_tokens: int | None = Field(None, ge=2, description="Longest sequence; null takes the teacher's context.")
-    long_text: str = Field("split", description="A longer text: split, reject or refuse.")
+    long_text: Literal["split", "reject", "refuse"] | None = Field(
+        None, description="A longer text: split, reject or refuse; null splits texts and rejects chats."
+    )
+    targets: Targets | None = Field(
+        None, description="Tokens of a chat that count: all, assistant or last_assistant; null: assistant."
+    )
+    tool_call_targets: bool = Field(True, description="Tool calls that the assistant writes count too.")
     append_eos: bool = Field(False, description="End every text with the end-of-sequence token.")
     unit_tokens: int = Field(32768, ge=1, description="Tokens of one shard.")
 
@@ -103,6 +111,7 @@ class Recipe(Strict):
     builtin: BuiltinConfig = Field(BuiltinConfig(), description="The built-in corpus, teacher and reference.")
     teacher: ReaderConfig = ReaderConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    engine: EngineConfig = Field(LocalConfig(), description="Where the teacher works; the dataset is the same.")
     keep: KeepConfig = Field(KeepConfig(), description="What is kept of every distribution, written or read.")
     generate: GenerateStage | None = Field(GenerateStage(), description="null leaves generation out.")
     corpus: TextConfig = Field(TextConfig(), description="Text that the teacher reads.")
@@ -122,6 +131,10 @@ class Recipe(Strict):
                 "`students`, the seed at the top"
             )
         return self
+
+    def settings(self) -> dict[str, Any]:
+        """What is kept with a run: all but where a model is served, which another host may change."""
+        return self.model_dump(mode="json", exclude={"teacher": {"server"}, "reference": {"server"}})
 
     def train_config(self, run: StudentRun) -> TrainConfig:
         """Settings of one student's training."""

@@ -9,36 +9,37 @@ from __future__ import annotations
 import json
 import os
 import platform
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kdata.capture import capture_with
-from kdata.card import write_card
+from kdata.capture import CaptureJob
+from kdata.card import tokens_of, write_card
 from kdata.corpus import Corpus, CorpusConfig
 from kdata.dataset import Dataset, open_dataset
+from kdata.energy import Devices, local_devices
 from kdata.errors import ConfigError, MismatchError, settings_difference
-from kdata.generate import GenerateConfig, generate_with
+from kdata.generate import GenerateConfig, GenerateJob
+from kdata.journal import Took, read_journal, took
 from kdata.manifest import write_atomically
-from kdata.progress import console
+from kdata.progress import Phase, console
+from kdata.remote import cache_dir
 from kdata.report import write_report
 from kdata.score import ScoreConfig, score
 from kdata.selection import select
 from kdata.shard import storage_errors
-from kdata.teachers import Teacher, TeacherConfig, load_teacher
+from kdata.teachers import TeacherConfig
+from kdata.work import Engine, devices_of, run_job
 from pipelines.builtin import CorpusFiles, ensure_corpus, ensure_reference, ensure_teacher
+from pipelines.engine import open_engine
+from pipelines.ray_workers import RayConfig
 from pipelines.recipe import BUILTIN, Recipe, TextConfig
 from trainer.evaluate import EvaluateConfig, evaluate
 from trainer.train import train
-
-
-def cache_dir() -> Path:
-    """Where built-in corpora and models are kept between runs: KDATA_CACHE, or ~/.cache/kdata."""
-    return Path(os.environ.get("KDATA_CACHE") or Path.home() / ".cache" / "kdata")
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Run:
     recipe: Recipe
     out: Path
     seconds: dict[str, float]
+    _opened: ExitStack = field(default_factory=ExitStack)
 
     @property
     def dataset_path(self) -> Path:
@@ -86,17 +88,16 @@ class Run:
         return TeacherConfig(**values)
 
     @cached_property
-    def teacher(self) -> Teacher:
+    def engine(self) -> Engine:
         """The loaded teacher: once for generation and both captures."""
-        config = self.teacher_config
-        with console.status(f"loading the teacher ({config.backend})"):
-            return load_teacher(config, max_k=self.recipe.keep.k)
+        return self._opened.enter_context(
+            open_engine(self.recipe.engine, self.teacher_config, max_k=self.recipe.keep.k)
+        )
 
-    def close_teacher(self) -> None:
+    def close_engine(self) -> None:
         """Free the teacher's memory; the stages behind do not see it."""
-        if "teacher" in self.__dict__:
-            self.teacher.close()
-            del self.__dict__["teacher"]
+        self._opened.close()
+        self.__dict__.pop("engine", None)
 
     def corpus(self, config: TextConfig, kind: str) -> CorpusConfig:
         """A corpus with `builtin` resolved to the file of that kind (corpus, heldout, prompts)."""
@@ -141,14 +142,8 @@ def run_generate(run: Run) -> None:
         "prompts": prompts.model_dump(),
         "seed": run.recipe.seed,
     }
-    generate_with(
-        run.dataset_path,
-        run.teacher,
-        run.teacher_config,
-        Corpus(prompts),
-        GenerateConfig(**values),
-        log=run.log,
-    )
+    job = GenerateJob(GenerateConfig(**values), Corpus(prompts))
+    run_job(run.dataset_path, job, run.engine, log=run.log)
 
 
 def run_capture(run: Run) -> None:
@@ -159,17 +154,17 @@ def run_capture(run: Run) -> None:
 def run_heldout(run: Run) -> None:
     """The teacher reads the held-out text, into a dataset of its own: the measure of every student."""
     _capture(run, run.heldout_path, run.corpus(run.recipe.heldout, "heldout"), "heldout")
-    run.close_teacher()
+    run.close_engine()
 
 
 def _capture(run: Run, root: Path, corpus: CorpusConfig, name: str) -> Dataset:
     config = run.recipe.capture_config(corpus, name)
-    return capture_with(root, run.teacher, run.teacher_config, Corpus(corpus), config, log=run.log)
+    return run_job(root, CaptureJob(config, Corpus(corpus)), run.engine, log=run.log)
 
 
 def run_score(run: Run) -> None:
     """The reference model scores every sequence."""
-    run.close_teacher()
+    run.close_engine()
     if run.uses_score:
         config = ScoreConfig(model=run.reference_config, name=run.recipe.select.score)
         score(open_dataset(run.dataset_path), config, log=run.log)
@@ -186,9 +181,8 @@ def run_train(run: Run) -> None:
     for name, student in run.recipe.students.items():
         plan = run.dataset_path / "plans" / run.plan_name if student.plan else None
         config = run.recipe.train_config(student)
-        started = time.monotonic()
-        train(config, run.dataset_path, plan, run.out / "students" / name)
-        run.seconds[f"train {name}"] = round(time.monotonic() - started, 2)
+        with Phase(f"train {name}"):
+            train(config, run.dataset_path, plan, run.out / "students" / name)
 
 
 def run_evaluate(run: Run) -> None:
@@ -220,7 +214,7 @@ def _results_head(run: Run) -> dict[str, Any]:
         "format": 1,
         "name": run.recipe.name,
         "teacher": info.teacher.model_dump(),
-        "settings": run.recipe.model_dump(mode="json"),
+        "settings": run.recipe.settings(),
         "machine": machine(),
     }
 
@@ -230,9 +224,17 @@ def run_report(run: Run) -> None:
     for path in (run.dataset_path, run.heldout_path):
         write_card(open_dataset(path))
     results = json.loads((run.out / "results.json").read_text())
-    results["stages"] = [{"name": n, "seconds": s} for n, s in run.seconds.items()]
+    results["stages"] = [stage.model_dump() for stage in _took(run)]
     write_json(run.out / "results.json", results)
     write_report(run.out)
+
+
+def _took(run: Run) -> list[Took]:
+    """What every stage took, by the log; the teacher's tokens are those that are there (see `kdata.card.made_by`)."""
+    phases = [line for line in read_journal(run.log) if line.unit is None and line.stage != "report"]
+    places = {"generate": run.dataset_path, "capture": run.dataset_path, "heldout": run.heldout_path}
+    there = {name: tokens_of(open_dataset(path), {name}) for name, path in places.items()}
+    return [stage.model_copy(update={"tokens": there.get(stage.name, stage.tokens)}) for stage in took(phases)]
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
@@ -266,19 +268,28 @@ def execute(recipe: Recipe, out: Path, *, resume: str = "auto") -> Path:
             if name in run.seconds and name != "prepare":
                 console.print(f"[dim]{name}: done before, in {run.seconds[name]:.1f} s[/]")
                 continue
-            started = time.monotonic()
-            stage(run)
-            run.seconds.setdefault(name, round(time.monotonic() - started, 2))
+            with Phase(name, run.log, _devices(run, name)) as phase:
+                stage(run)
+            run.seconds.setdefault(name, round(phase.seconds, 2))
             _write_state(run)
     finally:
-        run.close_teacher()
+        run.close_engine()
     return out / "report.html"
+
+
+def _devices(run: Run, stage: str) -> Devices:
+    """What a stage works on."""
+    if stage in ("generate", "capture", "heldout"):
+        if isinstance(run.recipe.engine, RayConfig):  # known when the first actor is
+            return Devices(kind="remote", count=0, name="Ray cluster", here=False)
+        return devices_of(run.recipe.teacher)
+    return local_devices(0 if stage == "train" and run.recipe.train.device == "cpu" else 1)
 
 
 def open_run(recipe: Recipe, out: Path, resume: str) -> Run:
     """Open or begin a run folder; see `execute` for what is refused."""
     path = out / "run.json"
-    settings = recipe.model_dump(mode="json")
+    settings = recipe.settings()
     if not path.exists():
         if resume == "must":
             raise ConfigError(f"--resume must: there is no run at {out}")
@@ -292,7 +303,8 @@ def open_run(recipe: Recipe, out: Path, resume: str) -> Run:
     if resume == "never":
         raise ConfigError(f"--resume never: {out} holds a run already; name another folder with --out")
     before = json.loads(path.read_text())
-    difference = settings_difference(before["settings"], settings)
+    # The engine decides nothing but the time it takes.
+    difference = settings_difference({**before["settings"], "engine": None}, {**settings, "engine": None})
     if difference:
         raise MismatchError(
             f"{out} holds a run with other settings (before -> now):\n{difference}\n"
@@ -303,7 +315,8 @@ def open_run(recipe: Recipe, out: Path, resume: str) -> Run:
 
 def _write_state(run: Run) -> None:
     with storage_errors(run.out):
-        write_json(run.out / "run.json", {"settings": run.recipe.model_dump(mode="json"), "seconds": run.seconds})
+        state = {"settings": run.recipe.settings(), "stages": list(STAGES), "seconds": run.seconds}
+        write_json(run.out / "run.json", state)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

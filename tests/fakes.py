@@ -22,7 +22,7 @@ from kdata.dataset import Dataset
 from kdata.generate import GenerateConfig, generate_with
 from kdata.keep import KeepConfig
 from kdata.schema import TeacherInfo
-from kdata.teachers import Completion, Readout, SamplingConfig, TeacherConfig
+from kdata.teachers import Completion, Readout, SamplingConfig, TeacherConfig, refuse_structure
 
 VOCAB = 300
 BOS, EOS = 0, 1
@@ -101,6 +101,7 @@ class StandInTeacher:
         self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[Completion]:
         """See `Teacher.write`."""
+        refuse_structure(sampling, "stand-in")
         self._count()
         return [self._continue(p, keep, sampling, seed) for p, seed in zip(prompts, seeds, strict=True)]
 
@@ -126,8 +127,33 @@ def _draw(logprobs_V: np.ndarray, sampling: SamplingConfig, rng: np.random.Gener
     return int(rng.choice(len(weights), p=weights / weights.sum()))
 
 
-def save_tokenizer(folder: Path, *, lines: Sequence[str] = LINES, bos: bool = True) -> Any:
-    """Train a byte-level BPE of 300 ids on a few lines and save it; <s> goes before every text when `bos`."""
+TURN, TURN_END = "<|im_start|>", "<|im_end|>"
+# Chat templates: ChatML with tools, the same with its assistant's turns marked, and one without special tokens.
+CHATML = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ '\n<call>' }}{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ '\n<call>' }}{{ c.function | tojson }}</call>{% endfor %}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PLAIN_CHAT = (
+    "{% for m in messages %}{{ {'user': 'User:', 'assistant': 'Assistant:'}[m.role] }} {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def save_tokenizer(
+    folder: Path, *, lines: Sequence[str] = LINES, bos: bool = True, chat_template: str | None = None
+) -> Any:
+    """Train a byte-level BPE of 300 ids on a few lines and save it; <s> goes before every text when `bos`.
+
+    With a chat template there are TURN and TURN_END too, ids 2 and 3.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -136,7 +162,7 @@ def save_tokenizer(folder: Path, *, lines: Sequence[str] = LINES, bos: bool = Tr
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
-        special_tokens=["<s>", "</s>"],
+        special_tokens=["<s>", "</s>", *([TURN, TURN_END] if chat_template else [])],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -144,6 +170,7 @@ def save_tokenizer(folder: Path, *, lines: Sequence[str] = LINES, bos: bool = Tr
     if bos:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -212,7 +239,8 @@ def run_generate(
 ) -> Dataset:
     """Generate with the stand-in teacher; k = 8, 12 tokens, units of 4 prompts unless said otherwise."""
     fields = {"k": 8, "unit_prompts": 4, "sampling": SamplingConfig(max_tokens=12), **settings}
-    config = GenerateConfig(prompts=CorpusConfig(path=str(prompts)), **fields)
+    given = fields.pop("reading", {})
+    config = GenerateConfig(prompts=CorpusConfig(path=str(prompts), **given), **fields)
     who = TeacherConfig(model=str(tokenizer), backend="transformers")
     return generate_with(root, teacher or StandInTeacher(), who, Corpus(config.prompts), config, resume=resume)
 

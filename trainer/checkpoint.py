@@ -1,9 +1,10 @@
 """Checkpoints that survive a kill at any moment: safetensors and JSON, no pickle; written aside and renamed.
 
-    OUT/checkpoints/step-00000100/tensors.safetensors   parameters, AdamW moments and counts, random state
-                                  state.json            step, counts, loader state, settings
+    OUT/checkpoints/step-00000100/tensors.safetensors   parameters, AdamW moments and counts, random state of each rank
+                                  state.json            step, counts, loader and mixture state, settings
 
-Only the newest is kept: a new one is complete on disk before the old one goes.
+Tensors are whole, whatever way ranks share them while they train, so a run goes on with another number of ranks, or with
+fsdp instead of ddp. Only the newest is kept: a new one is complete on disk before the old one goes.
 """
 
 from __future__ import annotations
@@ -15,50 +16,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdata.errors import CorruptError, MismatchError, settings_difference
+from trainer.distributed import Ranks, cut_like, whole
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def save_checkpoint(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-    """Write everything that the next step depends on; return the checkpoint's directory.
+def save_checkpoint(
+    root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], ranks: Ranks
+) -> Path:
+    """Write everything that the next step depends on; return the checkpoint's directory. Every rank calls it.
 
     Args:
-        root: OUT/checkpoints.
+        root: OUT/checkpoints, on a file system that all ranks see.
         state: JSON values; holds at least `step`.
     """
     final = root / f"step-{state['step']:08d}"
-    aside = root / f".{final.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    tensors = {f"rng.{name}": t for name, t in _random_state().items()}
-    for name, parameter in model.named_parameters():  # tied parameters come once
-        tensors[f"model.{name}"] = parameter.detach()
-        for moment in MOMENTS:
-            if parameter in optimizer.state:
-                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    save_file({k: t.contiguous() for k, t in tensors.items()}, aside / "tensors.safetensors")
-    (aside / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
-    for path in (*aside.iterdir(), aside):
-        _flush(path)
-    if final.exists():  # the run was resumed at its last step
-        shutil.rmtree(final)
-    os.rename(aside, final)
-    _flush(root)
-    for old in root.glob("step-*"):
-        if old != final:
-            shutil.rmtree(old)
+    tensors = _gathered(model, optimizer, ranks)
+    if ranks.is_main:
+        aside = root / f".{final.name}.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file(tensors, aside / "tensors.safetensors")
+        (aside / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
+        for path in (*aside.iterdir(), aside):
+            _flush(path)
+        if final.exists():  # the run was resumed at its last step
+            shutil.rmtree(final)
+        os.rename(aside, final)
+        _flush(root)
+        for old in root.glob("step-*"):
+            if old != final:
+                shutil.rmtree(old)
+    ranks.wait()
     return final
 
 
 def load_checkpoint(
-    root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+    root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], ranks: Ranks
 ) -> dict[str, Any] | None:
-    """Restore the newest checkpoint into model, optimizer and random state.
+    """Restore the newest checkpoint into model, optimizer and random state. Every rank calls it.
+
+    A rank that the checkpoint knows no random state of keeps its own.
 
     Returns:
         Its `state`; None without a checkpoint.
@@ -73,37 +76,60 @@ def load_checkpoint(
     path = found[-1]
     try:
         state = json.loads((path / "state.json").read_text("utf-8"))
-        tensors = load_file(path / "tensors.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        difference = settings_difference(state["settings"], settings)
+        if difference:
+            raise MismatchError(
+                f"{root.parent} was begun with other settings (before -> now):\n{difference}\n"
+                "Use the former settings to go on, or another output folder for the new ones."
+            )
+        with safe_open(path / "tensors.safetensors", framework="pt") as tensors:
+            _restore(model, optimizer, tensors, ranks)
+    except MismatchError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CorruptError(f"checkpoint {path} cannot be read: {error}; remove it to train from the start") from error
-    difference = settings_difference(state["settings"], settings)
-    if difference:
-        raise MismatchError(
-            f"{root.parent} was begun with other settings (before -> now):\n{difference}\n"
-            "Use the former settings to go on, or another output folder for the new ones."
-        )
-    _restore(model, optimizer, tensors)
     return state
 
 
+def _gathered(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole and on the CPU; on other ranks than the main one nothing is kept."""
+    tensors: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor) -> None:
+        complete = whole(tensor)  # all ranks take part
+        if ranks.is_main:
+            tensors[name] = complete.cpu().contiguous()
+
+    for name, parameter in model.named_parameters():  # tied parameters come once
+        keep(f"model.{name}", parameter)
+        for moment in MOMENTS:
+            if parameter in optimizer.state:
+                keep(f"{moment}.{name}", optimizer.state[parameter][moment])
+    for kind, own in _random_state(ranks).items():
+        for rank, values in enumerate(ranks.gather(own.numpy())):
+            keep(f"rng.{kind}.{rank}", torch.from_numpy(values))
+    return tensors
+
+
 @torch.no_grad()
-def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Any, ranks: Ranks) -> None:
+    names = set(tensors.keys())
     for name, parameter in model.named_parameters():
-        parameter.copy_(tensors[f"model.{name}"])
-        if f"step.{name}" in tensors:
-            optimizer.state[parameter] = {
-                moment: tensors[f"{moment}.{name}"].to("cpu" if moment == "step" else parameter.device)
-                for moment in MOMENTS
-            }
-    torch.set_rng_state(tensors["rng.cpu"])
-    if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+        parameter.copy_(cut_like(tensors.get_tensor(f"model.{name}"), parameter))
+        if f"step.{name}" in names:
+            own = {moment: tensors.get_tensor(f"{moment}.{name}").clone() for moment in MOMENTS}
+            own = {moment: cut_like(t, parameter) if t.ndim else t.to(parameter.device) for moment, t in own.items()}
+            optimizer.state[parameter] = own
+    for kind in _random_state(ranks):
+        if f"rng.{kind}.{ranks.rank}" in names:
+            own = tensors.get_tensor(f"rng.{kind}.{ranks.rank}")
+            torch.cuda.set_rng_state(own, ranks.device) if kind == "cuda" else torch.set_rng_state(own)
 
 
-def _random_state() -> dict[str, Tensor]:
+def _random_state(ranks: Ranks) -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if ranks.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(ranks.device)
     return state
 
 

@@ -6,7 +6,9 @@ micro-average over counted tokens. What is exact: NLL, perplexity, the teacher's
 - `kl`, `reverse_kl`, `tv` on a dataset of exact entries and tail (ghost) compare kept entries and one bucket
   for the rest, and by the log-sum inequality are lower bounds of the full divergences.
 - `kl` on a dataset of draws is unbiased where the teacher's entropy was stored (cross-entropy from the draws
-  minus that entropy), else too high; `kl_is` says which. `reverse_kl`, `tv` and `teacher_ece` are then null.
+  minus that entropy), else too high; `kl_is` says which.
+- `reverse_kl` and `tv` on a dataset of exact entries and draws (hybrid) compare the exact entries and one bucket for
+  the rest, lower bounds again; `bounds_are` says so. On draws alone they are null, and so is `teacher_ece`.
 
 Shapes: M counted positions, K kept entries, N most likely tokens.
 """
@@ -27,10 +29,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import kdata
 from kdata.errors import ConfigError, MissingError
 from kdata.progress import Stage
+from trainer.config import TrainResult
+from trainer.distributed import device_name
 from trainer.fused import Measured, measure
 from trainer.loader import Batch, Loader, LoaderConfig
 from trainer.student import check_vocabulary, head_of, hidden_states, num_parameters
-from trainer.train import TrainResult, device_name
+from trainer.tasks import run_tasks
 
 ECE_BINS = 15
 
@@ -48,6 +52,16 @@ class EvaluateConfig(BaseModel):
     sample_temperature: float = Field(default=0.0, ge=0, description="0 is greedy; 1 samples the student as it is.")
     seed: int = Field(default=0, ge=0, description="Seed of sampling.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one.")
+    tasks: list[str] = Field(
+        default=[], description="Tasks of the lm-evaluation-harness that the student is scored on; extra lm-eval."
+    )
+    tasks_folder: str | None = Field(
+        default=None,
+        description="Folder of further tasks, YAML files as the harness reads them; None: those it brings.",
+    )
+    task_documents: int | None = Field(
+        default=None, ge=1, description="Documents of each task, the first ones; None: all."
+    )
 
 
 def evaluate(
@@ -67,15 +81,17 @@ def evaluate(
         label: name in the result; None: the run's, or the directory's name.
     Returns:
         {"label", "params", "steps", "tokens", "target_tokens", "train_seconds" (null without train.json),
-        "domains": {name: figures}, "overall": figures, "kl_is", "samples": [{"domain", "prompt", "text"}],
+        "domains": {name: figures}, "overall": figures, "kl_is", "bounds_are" (null where reverse_kl and tv are),
+        "samples": [{"domain", "prompt", "text"}], "tasks": {name: {metric: value}} of the lm-evaluation-harness,
         "metrics": metrics.jsonl relative to the run's parent directory, null without one}.
         figures: nll, teacher_nll, kl, reverse_kl (nats per token), ppl, tv, top1, top5 (share of positions
         where the teacher's first choice is the student's, or among its five), ece, teacher_ece (calibration
         error of the likeliest token), tokens (counted positions).
     Raises:
-        MissingError: no model there, or no tokenizer where prompts are given.
+        MissingError: no model there, or no tokenizer where prompts or tasks are given.
         MismatchError: the model's vocabulary is not the dataset's.
-        ConfigError: the dataset lacks what would be measured (it was imported).
+        ConfigError: the dataset lacks what would be measured (it was imported), or the harness knows no such task.
+        DependencyError: tasks are given and the harness is not installed.
     """
     config = config or EvaluateConfig()
     dataset = kdata.open(heldout_path)
@@ -99,6 +115,8 @@ def evaluate(
         "domains": {name: sums.figures(number) for number, name in enumerate(domains) if sums.tokens[number]},
         "overall": sums.figures(None),
         "kl_is": sums.kl_is,
+        "bounds_are": sums.bounds_are,
+        "tasks": _score_tasks(model, model_dir, config),
         "samples": _write_samples(model, model_dir, prompts, config),
         "metrics": f"{model_dir.resolve().parent.name}/{run.metrics}" if run else None,
     }
@@ -134,32 +152,45 @@ class _Calibration:
 class _Sums:
     """Running sums over counted positions, one row per domain."""
 
-    def __init__(self, num_domains: int, tail: str) -> None:
-        self.tail = tail
+    def __init__(self, num_domains: int, tail: str, *, kind: str = "topk") -> None:
+        self.tail, self.combined = tail, kind == "combined"
+        # Objectives that draws cannot serve and exact entries with one bucket can.
+        self.bounds = ("reverse_kl", "total_variation") if tail == "draws" and kind in ("hybrid", "combined") else ()
         self.tokens = np.zeros(num_domains, np.int64)
         self.values: dict[str, np.ndarray] = {}
         self.student = _Calibration(num_domains)
         self.teacher = _Calibration(num_domains)
         self.entropy_known = True
+        self.knows_top = tail == "ghost" or kind == "hybrid"  # the teacher's first choice is an exact entry
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Objectives that the stored entries can serve."""
+        """Objectives that the stored entries can serve as they are."""
         exact = ("reverse_kl", "total_variation") if self.tail == "ghost" else ()
         return ("cross_entropy", "forward_kl", *exact)
 
     @property
     def kl_is(self) -> str:
+        if self.tail == "ghost" and self.combined:
+            return "approximate: one bucket for the rest, and in it what teachers believe of ids that they did not keep"
         if self.tail == "ghost":
             return "a lower bound: kept entries and one bucket for the rest"
         if self.entropy_known:
             return "an unbiased estimate: cross-entropy from the draws minus the stored entropy"
         return "an estimate from draws, biased upwards"
 
+    @property
+    def bounds_are(self) -> str | None:
+        """What reverse_kl and tv are."""
+        if self.tail == "ghost":
+            return self.kl_is
+        return "lower bounds: exact entries and one bucket for the rest" if self.bounds else None
+
     def add(self, batch: Batch, measured: Measured, domain_M: np.ndarray) -> None:
-        objectives = dict(zip(self.names, measured.values_MO.double().cpu().numpy().T, strict=True))
+        columns = measured.values_MO.double().cpu().numpy().T
+        objectives = dict(zip((*self.names, *self.bounds), columns, strict=True))
         targets, top_MN = batch.targets, measured.top_ids_MN.cpu().numpy()
-        first_M = _first_choice(batch)
+        first_M = _first_choice(batch, self.combined)
         values = {
             "nll": objectives["cross_entropy"],
             "kl": objectives["forward_kl"],
@@ -169,11 +200,15 @@ class _Sums:
         }
         confidence_M = measured.confidence_M.double().cpu().numpy()
         self.student.add(domain_M, confidence_M, top_MN[:, 0] == targets.token_ids_C.numpy())
-        if self.tail == "ghost":
+        if "reverse_kl" in objectives:
             values |= {"reverse_kl": objectives["reverse_kl"], "tv": objectives["total_variation"]}
+        if self.tail == "ghost":
             top_p_M = np.exp(targets.logprobs_CK.double().numpy()).max(-1, initial=0.0)
-            self.teacher.add(domain_M, top_p_M, batch.rank_M == 1)
+            self.teacher.add(domain_M, top_p_M, first_M == targets.token_ids_C.numpy())
         else:
+            if self.knows_top:
+                top_p_M = np.exp(targets.logprobs_CK[:, 0].double().numpy())
+                self.teacher.add(domain_M, top_p_M, first_M == targets.token_ids_C.numpy())
             values["kl_from_entropy"] = values["kl"] + _entropy_of_weights(batch) - batch.entropy_M
             self.entropy_known &= bool(np.isfinite(batch.entropy_M).all())
         self.tokens += np.bincount(domain_M, minlength=len(self.tokens))
@@ -189,7 +224,6 @@ class _Sums:
         from_entropy = mean.pop("kl_from_entropy", None)
         if from_entropy is not None and self.entropy_known:
             mean["kl"] = from_entropy
-        ghost = self.tail == "ghost"
         return {
             "nll": mean["nll"],
             "ppl": math.exp(min(mean["nll"], 700.0)),  # e^710 overflows a float
@@ -200,7 +234,7 @@ class _Sums:
             "top5": mean["top5"],
             "ece": self.student.error(part),
             "teacher_nll": mean["teacher_nll"],
-            "teacher_ece": self.teacher.error(part) if ghost else None,
+            "teacher_ece": self.teacher.error(part) if self.knows_top else None,
             "tokens": tokens,
         }
 
@@ -217,13 +251,21 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
     )
     tail = dataset.info.tail
     assert tail != "absent"  # refused by the caller
-    sums = _Sums(len(domains), tail)
+    sums = _Sums(len(domains), tail, kind=dataset.info.codec.kind)
     with Stage("evaluate", int(loader.lengths.sum()), unit="tokens") as stage:
         for batch in loader.epoch():
             device = head_of(model).device
             hidden_BLD = hidden_states(model, batch.input_ids.to(device), batch.position_ids.to(device))
             hidden_MD = hidden_BLD.flatten(0, 1).index_select(0, batch.predictor_M.to(device))
-            measured = measure(hidden_MD, head_of(model), batch.targets.to(device), sums.names, tail)
+            measured = measure(
+                hidden_MD,
+                head_of(model),
+                batch.targets.to(device),
+                sums.names,
+                tail,
+                bounds=sums.bounds,
+                num_exact_M=torch.from_numpy(batch.num_exact_M).to(device),
+            )
             sums.add(batch, measured, domain_R[batch.rows[batch.document_M]])
             stage.advance(batch.num_tokens)
     return domains.tolist(), sums
@@ -239,16 +281,16 @@ def _first_of_each(domain_R: np.ndarray, limit: int | None) -> np.ndarray:
     return np.sort(order[place < limit]).astype(np.int64)
 
 
-def _first_choice(batch: Batch) -> np.ndarray:
+def _first_choice(batch: Batch, combined: bool = False) -> np.ndarray:
     """The teacher's likeliest kept id at each position, int64 [M]: first exact entry, else heaviest draw.
 
-    A draw can outweigh exact entries (its weight is tail mass / draws), so the largest weight will not do.
-    -1 where nothing is kept.
+    A draw can outweigh exact entries (its weight is tail mass / draws), so the largest weight will not do; but of several
+    teachers (`combined`) what only one knows exactly is a draw, so there it has to. -1 where nothing is kept.
     """
     ids_MK, logprobs_MK = batch.targets.ids_CK.numpy(), batch.targets.logprobs_CK.numpy()
     if not ids_MK.shape[1]:
         return np.full(len(ids_MK), -1, np.int64)
-    column_M = np.where(batch.num_exact_M > 0, 0, logprobs_MK.argmax(-1))
+    column_M = np.where((batch.num_exact_M > 0) & (not combined), 0, logprobs_MK.argmax(-1))
     return np.take_along_axis(ids_MK, column_M[:, None], -1)[:, 0]
 
 
@@ -265,14 +307,26 @@ def _write_samples(
     prompts = list(prompts)
     if not prompts:
         return []
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(model_dir))
-    except (OSError, ValueError) as error:
-        raise MissingError(f"{model_dir} holds no tokenizer, and prompts need one; copy it there") from error
+    tokenizer = _tokenizer(model_dir, "prompts")
     return [
         {**prompt, "text": _continue(model, tokenizer, prompt["prompt"], config, config.seed + number)}
         for number, prompt in enumerate(prompts)
     ]
+
+
+def _score_tasks(model: PreTrainedModel, model_dir: Path, config: EvaluateConfig) -> dict[str, dict[str, float]]:
+    """What the lm-evaluation-harness says, if it was asked."""
+    if not config.tasks:
+        return {}
+    folder = None if config.tasks_folder is None else Path(config.tasks_folder)
+    return run_tasks(model, _tokenizer(model_dir, "tasks"), config.tasks, folder=folder, limit=config.task_documents)
+
+
+def _tokenizer(model_dir: Path, what: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise MissingError(f"{model_dir} holds no tokenizer, and {what} need one; copy it there") from error
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ summed with the kept entries set to exactly 0, so the student's tail mass has no
 is. The objective is differentiated on those [C, K + 2] numbers by autograd, and its Jacobian turns the same
 buffer into d loss / d logits, from which both gradients follow. Three matrix products in all, as in the naive
 version, and a fraction of its memory (`tests/benchmarks/loss.py`). Gradients are computed in the forward pass
-and handed out in the backward pass, which can therefore run once.
+and handed out in the backward pass, which can therefore run once. A temperature other than 1 costs a second buffer
+of a chunk's size, for the softmax at 1 that the cross-entropy needs.
 
 Shapes: M counted positions, C positions of a chunk, V vocabulary, D hidden, K kept entries, O objectives.
 """
@@ -14,13 +15,13 @@ Shapes: M counted positions, C positions of a chunk, V vocabulary, D hidden, K k
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdata.errors import ShapeError
+from kdata.errors import ConfigError, ShapeError
 from trainer.objectives import (
     LOG_ZERO,
     OBJECTIVES,
@@ -28,6 +29,7 @@ from trainer.objectives import (
     Outcomes,
     Tail,
     Targets,
+    scale_of,
     teacher_outcomes,
 )
 
@@ -40,7 +42,7 @@ class Loss(NamedTuple):
     """What a batch costs.
 
     total: scalar, nats per counted token, differentiable. values_MO: float [M, O], each objective at each
-    position, detached, in the order of `names`.
+    position, detached, in the order of `names`; divergences at T include their factor T^2.
     """
 
     total: Tensor
@@ -62,7 +64,7 @@ class Recipe:
 
     config: ObjectiveConfig
     tail: Tail
-    names: tuple[str, ...]
+    weights: dict[str, float]
     scale: float
     matmul_dtype: torch.dtype
     chunk_positions: int
@@ -84,8 +86,8 @@ def distillation_loss(
     Args:
         hidden_MD: float [M, D], the hidden states that predict the targets, after the final norm.
         head_VD: float [V, D], the student's output embedding.
-        targets: teacher's side of the same M positions.
-        config, tail: the mix, and the tail mode from `resolve_tail`.
+        targets: teacher's side of the same M positions, at the mix's temperature.
+        config, tail: the mix of one step (`ObjectiveConfig.at`), and the tail mode from `resolve_tail`.
         counted_tokens: divisor of the sum; M when None. Under accumulation it is the whole step's count, so
             that the parts add up to the loss of one large batch.
         matmul_dtype: dtype of the three matrix products; None: hidden_MD's. Sums are float32 (float64 for
@@ -95,18 +97,24 @@ def distillation_loss(
         Loss; `values_MO` also holds objectives of weight 0. M = 0 gives 0 with zero gradients.
     Raises:
         ShapeError: shapes disagree, or an id is outside [0, V).
+        ConfigError: weights that still move with the step, or targets at another temperature than the mix's.
     """
     _check(hidden_MD, head_VD, targets)
+    if targets.temperature != config.temperature:
+        raise ConfigError(
+            f"the targets are at temperature {targets.temperature}, the objective at {config.temperature}; give the loader "
+            "the objective's temperature"
+        )
     recipe = Recipe(
         config=config,
         tail=tail,
-        names=tuple(config.weights),
+        weights=config.numbers(),
         scale=1.0 / max(len(targets) if counted_tokens is None else counted_tokens, 1),
         matmul_dtype=matmul_dtype or hidden_MD.dtype,
         chunk_positions=chunk_positions or _chunk_positions(head_VD),
     )
     total, values_MO = _SparseLoss.apply(hidden_MD, head_VD, targets, recipe, torch.is_grad_enabled())
-    return Loss(total, values_MO, recipe.names)
+    return Loss(total, values_MO, tuple(recipe.weights))
 
 
 @torch.no_grad()
@@ -117,50 +125,71 @@ def measure(
     names: tuple[str, ...],
     tail: Tail,
     *,
+    bounds: tuple[str, ...] = (),
+    num_exact_M: Tensor | None = None,
     top: int = 5,
     chunk_positions: int | None = None,
 ) -> Measured:
-    """Objectives and the `top` likeliest tokens at each position, for evaluation: same core, no gradient."""
+    """Objectives and the `top` likeliest tokens at each position, for evaluation: same core, no gradient.
+
+    Args:
+        bounds: further objectives, measured on the first `num_exact_M` entries of each position and one bucket for the rest,
+            into which draws go: what data with exact entries and draws can say of objectives that draws cannot serve.
+        Others: see `distillation_loss`; temperature 1.
+    Returns:
+        Measured; the columns of `values_MO` are `names`, then `bounds`.
+    """
     _check(hidden_MD, head_VD, targets)
-    recipe = Recipe(ObjectiveConfig(), tail, names, 1.0, hidden_MD.dtype, chunk_positions or _chunk_positions(head_VD))
+    size = chunk_positions or _chunk_positions(head_VD)
+    recipe = Recipe(ObjectiveConfig(), tail, dict.fromkeys(names, 1.0), 1.0, hidden_MD.dtype, size)
+    bound_recipe = replace(recipe, tail="ghost", weights=dict.fromkeys(bounds, 1.0))
     values, top_ids, confidence = [], [], []
-    for part, logits_CV in _logit_chunks(hidden_MD, head_VD.to(recipe.matmul_dtype), recipe):
+    for part, logits_CV, _ in _logit_chunks(hidden_MD, head_VD.to(recipe.matmul_dtype), recipe):
         top_logits_CN, top_ids_CN = logits_CV.topk(min(top, logits_CV.shape[1]), dim=-1)
-        student = _student(logits_CV, targets.rows(part))
-        values.append(_values(student, targets.rows(part), recipe))
-        log_sum_C = torch.logaddexp(torch.logsumexp(student.kept_CK, -1), student.rest_C)
+        chunk = targets.rows(part)
+        student = _student(logits_CV, chunk, 1.0)
+        found = [_values(student, chunk, recipe)]
+        if bounds:
+            assert num_exact_M is not None
+            found.append(_values(*_exact_only(student, chunk, num_exact_M[part]), bound_recipe))
+        values.append(torch.cat(found, -1))
         top_ids.append(top_ids_CN)
-        confidence.append((top_logits_CN[:, 0] - log_sum_C).exp())
+        confidence.append((top_logits_CN[:, 0] - student.log_sum_C).exp())
     if not values:
         empty = hidden_MD.new_zeros(0)
-        return Measured(empty.view(0, 1).expand(0, len(names)), empty.long().view(0, 1).expand(0, top), empty)
+        width = len(names) + len(bounds)
+        return Measured(empty.view(0, 1).expand(0, width), empty.long().view(0, 1).expand(0, top), empty)
     return Measured(torch.cat(values), torch.cat(top_ids), torch.cat(confidence))
 
 
 class _Student(NamedTuple):
-    """A chunk's gathered logits: kept (-inf at pads), log-sum-exp of everything else, actual token."""
+    """What a chunk's logits say: kept_CK (-inf at pads) and rest_C, log-sum-exp of everything else, at the temperature;
+
+    at temperature 1 token_C, the actual token's logit, and log_sum_C over the vocabulary. Each [C] or [C, K].
+    """
 
     kept_CK: Tensor
     rest_C: Tensor
     token_C: Tensor
+    log_sum_C: Tensor
 
 
 class _SparseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_MD: Tensor, head_VD: Tensor, targets: Targets, recipe: Recipe, grad: bool) -> Any:
         wide = _wide(hidden_MD)
-        values_MO = torch.empty(len(targets), len(recipe.names), dtype=wide, device=hidden_MD.device)
-        weights_O = torch.tensor([recipe.config.weights[n] for n in recipe.names], dtype=wide).to(hidden_MD.device)
+        values_MO = torch.empty(len(targets), len(recipe.weights), dtype=wide, device=hidden_MD.device)
+        weights_O = torch.tensor(list(recipe.weights.values()), dtype=wide).to(hidden_MD.device)
         grad_hidden_MD = torch.zeros_like(hidden_MD) if grad and ctx.needs_input_grad[0] else None
         grad_head_VD = torch.zeros_like(head_VD, dtype=wide) if grad and ctx.needs_input_grad[1] else None
         head_cast_VD = head_VD.to(recipe.matmul_dtype)
-        for part, logits_CV in _logit_chunks(hidden_MD, head_cast_VD, recipe):
+        for part, logits_CV, spare_CV in _logit_chunks(hidden_MD, head_cast_VD, recipe):
             chunk = targets.rows(part)
-            student = _student(logits_CV, chunk)
+            student = _student(logits_CV, chunk, recipe.config.temperature, spare_CV)
             if grad_hidden_MD is None and grad_head_VD is None:
                 values_MO[part] = _values(student, chunk, recipe)
                 continue
-            values_MO[part] = _to_logit_gradient_(logits_CV, student, chunk, recipe, weights_O)
+            values_MO[part] = _to_logit_gradient_(logits_CV, spare_CV, student, chunk, recipe, weights_O)
             d_logits_CV = logits_CV.to(recipe.matmul_dtype)
             if grad_hidden_MD is not None:
                 grad_hidden_MD[part] = (d_logits_CV @ head_cast_VD).to(hidden_MD.dtype)
@@ -196,10 +225,16 @@ def _chunk_positions(head_VD: Tensor) -> int:
     return max(CHUNK_MIN_POSITIONS, CHUNK_BYTES // (head_VD.shape[0] * _wide(head_VD).itemsize))
 
 
-def _logit_chunks(hidden_MD: Tensor, head_cast_VD: Tensor, recipe: Recipe) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (range of positions, logits [C, V] in the wide dtype); every chunk is the same memory."""
+def _logit_chunks(
+    hidden_MD: Tensor, head_cast_VD: Tensor, recipe: Recipe
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Yield (range of positions, logits [C, V] in the wide dtype, as much room at T other than 1).
+
+    Every chunk is the same memory.
+    """
     num_positions, size = hidden_MD.shape[0], min(recipe.chunk_positions, hidden_MD.shape[0])
     wide_CV = hidden_MD.new_empty(size, head_cast_VD.shape[0], dtype=_wide(hidden_MD))
+    spare_CV = None if recipe.config.temperature == 1.0 else torch.empty_like(wide_CV)
     narrow_CV = wide_CV if recipe.matmul_dtype == wide_CV.dtype else wide_CV.to(recipe.matmul_dtype)
     for start in range(0, num_positions, max(size, 1)):
         part = slice(start, min(start + size, num_positions))
@@ -207,53 +242,79 @@ def _logit_chunks(hidden_MD: Tensor, head_cast_VD: Tensor, recipe: Recipe) -> It
         torch.mm(hidden_MD[part].to(recipe.matmul_dtype), head_cast_VD.T, out=narrow_CV[:count])
         if narrow_CV is not wide_CV:
             wide_CV[:count].copy_(narrow_CV[:count])
-        yield part, wide_CV[:count]
+        yield part, wide_CV[:count], None if spare_CV is None else spare_CV[:count]
 
 
-def _student(logits_CV: Tensor, targets: Targets) -> _Student:
-    """Gather what objectives need; leave exp(logits - row maximum) in `logits_CV`, 0 at the kept entries."""
+def _student(logits_CV: Tensor, targets: Targets, temperature: float, spare_CV: Tensor | None = None) -> _Student:
+    """Gather what objectives need; leave exp((logits - row maximum) / T) in `logits_CV`, 0 at the kept entries.
+
+    At T other than 1 also leave exp(logits - row maximum) in `spare_CV`.
+    """
     pad_CK = targets.ids_CK < 0
     ids_CK = targets.ids_CK.clamp_min(0)
-    kept_CK = logits_CV.gather(1, ids_CK).masked_fill_(pad_CK, -torch.inf)
+    kept_CK = logits_CV.gather(1, ids_CK).div_(temperature).masked_fill_(pad_CK, -torch.inf)
     token_C = logits_CV.gather(1, targets.token_ids_C[:, None])[:, 0]
     peak_C = logits_CV.amax(-1)
-    logits_CV.sub_(peak_C[:, None]).exp_()
+    logits_CV.sub_(peak_C[:, None])
+    if spare_CV is not None:
+        torch.exp(logits_CV, out=spare_CV)
+        logits_CV.div_(temperature)
+    logits_CV.exp_()
     # Adding the negative of a float to itself is exactly 0; a pad adds 0 to entry 0.
     kept_mass_CK = logits_CV.gather(1, ids_CK).masked_fill_(pad_CK, 0.0)
     logits_CV.scatter_add_(1, ids_CK, kept_mass_CK.neg_())
-    rest_C = logits_CV.sum(-1).log().add_(peak_C)
-    return _Student(kept_CK, rest_C, token_C)
+    rest_C = logits_CV.sum(-1).log().add_(peak_C / temperature)
+    log_sum_C = _log_sum(kept_CK, rest_C) if spare_CV is None else spare_CV.sum(-1).log().add_(peak_C)
+    return _Student(kept_CK, rest_C, token_C, log_sum_C)
+
+
+def _log_sum(kept_CK: Tensor, rest_C: Tensor) -> Tensor:
+    """Log-sum-exp of all outcomes, [C]."""
+    return torch.logsumexp(torch.cat([kept_CK, rest_C[:, None]], dim=-1), dim=-1)
+
+
+def _exact_only(student: _Student, targets: Targets, num_exact_C: Tensor) -> tuple[_Student, Targets]:
+    """The same position with its draws moved into the bucket: exact entries, and the exact mass of the rest."""
+    drawn_CK = torch.arange(student.kept_CK.shape[1], device=num_exact_C.device) >= num_exact_C[:, None]
+    moved_C = _log_sum(student.kept_CK.masked_fill(~drawn_CK, -torch.inf), student.rest_C)
+    exact = replace(targets, logprobs_CK=targets.logprobs_CK.masked_fill(drawn_CK, -torch.inf))
+    return student._replace(kept_CK=student.kept_CK.masked_fill(drawn_CK, -torch.inf), rest_C=moved_C), exact
 
 
 def _values(student: _Student, targets: Targets, recipe: Recipe) -> Tensor:
     """[C, O]: every objective at every position of a chunk, differentiable in `student`."""
-    log_sum_C = torch.logsumexp(torch.cat([student.kept_CK, student.rest_C[:, None]], dim=-1), dim=-1)
+    log_sum_C, temperature = _log_sum(student.kept_CK, student.rest_C), recipe.config.temperature
     log_q_CJ = torch.cat([student.kept_CK, student.rest_C[:, None]], dim=-1) - log_sum_C[:, None]
     outcomes = Outcomes(
         log_p_CJ=teacher_outcomes(targets, recipe.tail).to(log_q_CJ.dtype),
         log_q_CJ=log_q_CJ.masked_fill(torch.isneginf(log_q_CJ), LOG_ZERO),
-        log_q_token_C=student.token_C - log_sum_C,
+        log_q_token_C=student.token_C - (log_sum_C if temperature == 1.0 else student.log_sum_C),
     )
-    return torch.stack([OBJECTIVES[name](outcomes, recipe.config) for name in recipe.names], dim=-1)
+    found = [OBJECTIVES[n](outcomes, recipe.config) * scale_of(n, temperature) for n in recipe.weights]
+    return torch.stack(found, dim=-1)
 
 
 def _to_logit_gradient_(
-    exp_CV: Tensor, student: _Student, targets: Targets, recipe: Recipe, weights_O: Tensor
+    exp_CV: Tensor, spare_CV: Tensor | None, student: _Student, targets: Targets, recipe: Recipe, weights_O: Tensor
 ) -> Tensor:
     """Turn what `_student` left into d loss / d logits, in place; return the values [C, O].
 
-    With r = log-sum-exp of the rest, d loss / d z_v is (d loss / d r) exp(z_v - r) for the rest, and the
-    gathered logits' own derivatives are added at their ids.
+    With r = log-sum-exp of the rest at T, d loss / d z_v is (d loss / d r) exp(z_v / T - r) / T for the rest, and the
+    gathered logits' own derivatives are added at their ids, those at T divided by T. At T other than 1 the log-sum-exp
+    at 1 adds (d loss / d log_sum) softmax(z)_v.
     """
     leaves = _Student(*(t.detach().requires_grad_() for t in student))
     with torch.enable_grad():
         values_CO = _values(leaves, targets, recipe)
         (values_CO.sum(0) @ weights_O * recipe.scale).backward()
-    d_kept_CK, d_rest_C, d_token_C = (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
-    mass_C = exp_CV.sum(-1)
-    exp_CV.mul_((d_rest_C / mass_C).masked_fill(mass_C == 0, 0.0)[:, None])
-    exp_CV.scatter_add_(1, targets.ids_CK.clamp_min(0), d_kept_CK.masked_fill(targets.ids_CK < 0, 0.0))
-    exp_CV.scatter_add_(1, targets.token_ids_C[:, None], d_token_C[:, None])
+    d = _Student(*(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves))
+    temperature, mass_C = recipe.config.temperature, exp_CV.sum(-1)
+    exp_CV.mul_((d.rest_C / mass_C / temperature).masked_fill(mass_C == 0, 0.0)[:, None])
+    d_kept_CK = (d.kept_CK / temperature).masked_fill(targets.ids_CK < 0, 0.0)
+    exp_CV.scatter_add_(1, targets.ids_CK.clamp_min(0), d_kept_CK)
+    if spare_CV is not None:
+        exp_CV.addcmul_(spare_CV, (d.log_sum_C / spare_CV.sum(-1))[:, None])
+    exp_CV.scatter_add_(1, targets.token_ids_C[:, None], d.token_C[:, None])
     return values_CO.detach()
 
 

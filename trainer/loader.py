@@ -9,7 +9,7 @@ Shapes: B rows, L context, S documents of the batch, M counted positions, K kept
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from kdata import Dataset
 from kdata.batches import Arrays, Batches, LoaderConfig, ahead
 from kdata.packing import Place
+from kdata.schema import CodecInfo
+from kdata.sequences import nothing
+from kdata.temper import at_temperature
 from trainer.objectives import Targets
 
 __all__ = ["Batch", "IterableBatches", "Loader", "LoaderConfig"]
@@ -32,7 +35,8 @@ class Batch:
     input_ids, position_ids, segment_ids: int64 [B, L]; positions restart at 0 in each document, segments
     count from 0 within a row, free cells are one trailing segment -1 of token 0. predictor_M: int64 [M], flat
     index into [B * L] of the hidden state that predicts each counted token (the cell before it). targets: the
-    teacher's view, M rows. logprob_M float32 and rank_M int32: of the actual tokens. entropy_M: float32.
+    teacher's view at the loader's temperature, M rows; everything else is at 1. logprob_M float32 and rank_M int32: of
+    the actual tokens. entropy_M: float32.
     num_exact_M: int32, kept entries that are no draws. document_M: int64 [M], which of `rows` a counted token
     belongs to. rows: int64 [S], global dataset rows. num_tokens: tokens in documents. place: where the stream stands
     after this batch.
@@ -63,25 +67,38 @@ class Loader:
 
     Args:
         dataset, rows, config, rank, world_size: see `kdata.batches.Batches`, also for what is raised.
+        temperature: of the targets; ConfigError at the first batch where the dataset was not captured for it.
     """
 
     def __init__(
-        self, dataset: Dataset, rows: np.ndarray | None, config: LoaderConfig, *, rank: int = 0, world_size: int = 1
+        self,
+        dataset: Dataset,
+        rows: np.ndarray | None,
+        config: LoaderConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        temperature: float = 1.0,
     ) -> None:
+        self.config, self.temperature = config, temperature
         self.arrays = Batches(dataset, rows, config, rank=rank, world_size=world_size, entry_dtype=np.int64)
         self.identity = self.arrays.identity
         self.lengths = self.arrays.lengths
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from where the state stands; it moves as batches are taken, not as they are read ahead."""
-        batches = map(to_torch, self.arrays.read(self.arrays.place))
+        batches = map(self.to_batch, self.arrays.read(self.arrays.place))
         for batch in ahead(batches, self.arrays.config.prefetch_batches):
             self.arrays.place = batch.place
             yield batch
 
     def epoch(self) -> Iterator[Batch]:
         """Every planned document once, from the beginning, for evaluation; the last batch may be smaller."""
-        return map(to_torch, self.arrays.epoch())
+        return map(self.to_batch, self.arrays.epoch())
+
+    def to_batch(self, arrays: Arrays) -> Batch:
+        """Tensors of one batch, the targets at this loader's temperature."""
+        return to_torch(tempered(arrays, self.temperature, self.arrays.dataset.info.codec), self.temperature)
 
     def state_dict(self) -> dict[str, Any]:
         """Constant-size state: where the stream stands, and what makes its order. It does not depend on the rank."""
@@ -111,11 +128,39 @@ class IterableBatches(IterableDataset):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         arrays = self.loader.arrays
-        return map(to_torch, arrays.read(arrays.place, epochs=self.epochs, worker=worker, workers=workers))
+        return map(self.loader.to_batch, arrays.read(arrays.place, epochs=self.epochs, worker=worker, workers=workers))
 
 
-def to_torch(arrays: Arrays) -> Batch:
-    """Tensors of one batch: shares the memory of large arrays, widens the small ones to int64."""
+def tempered(arrays: Arrays, temperature: float, codec: CodecInfo) -> Arrays:
+    """The same batch with `entry_logprobs` and `log_tail` at a temperature (`kdata.temper`).
+
+    Raises:
+        ConfigError: the dataset was not captured for it.
+    """
+    if temperature == 1.0:
+        return arrays
+    kept_MK = arrays.entry_ids >= 0
+    stored = replace(
+        nothing(),
+        num_exact=arrays.num_exact,
+        num_kept=kept_MK.sum(1).astype(np.int32),
+        log_tail=arrays.log_tail,
+        log_z=arrays.log_z,
+        entry_logprobs=arrays.entry_logprobs[kept_MK],
+        draw_logprobs=None if arrays.draw_logprobs is None else arrays.draw_logprobs[kept_MK],
+    )
+    warm = at_temperature(stored, temperature, codec)
+    logprobs_MK = np.full_like(arrays.entry_logprobs, -np.inf)
+    logprobs_MK[kept_MK] = warm.entry_logprobs
+    return replace(arrays, entry_logprobs=logprobs_MK, log_tail=warm.log_tail)
+
+
+def to_torch(arrays: Arrays, temperature: float = 1.0) -> Batch:
+    """Tensors of one batch: shares the memory of large arrays, widens the small ones to int64.
+
+    Args:
+        temperature: of the arrays' entries and tail.
+    """
 
     def wide(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int64, copy=False))
@@ -125,6 +170,7 @@ def to_torch(arrays: Arrays) -> Batch:
         ids_CK=wide(arrays.entry_ids),
         logprobs_CK=torch.from_numpy(arrays.entry_logprobs),
         log_tail_C=torch.from_numpy(arrays.log_tail),
+        temperature=temperature,
     )
     return Batch(
         input_ids=wide(arrays.input_ids),

@@ -11,13 +11,17 @@ with the ghost bucket, a lower bound of the full one; only the cross-entropy of 
 draws (random sampling and hybrids) a term that is linear in the teacher's probabilities is unbiased, any
 other is not; each docstring says which.
 
+At a temperature T both sides are those of softmax(logits / T), and every divergence is multiplied by T^2, value and
+gradient alike (Hinton et al., arXiv 1503.02531, section 2: the gradient of a soft target falls as 1/T^2, so a mix keeps
+its proportions when T changes). The cross-entropy of the actual token stays at T = 1 and is not scaled.
+
 Shapes: C positions, K kept entries, J = K + 1 outcomes (the last is the bucket). All values are nats.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -26,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdata.errors import ConfigError, ShapeError
+from trainer.schedule import Ramp
 
 Tail = Literal["ghost", "draws", "renormalise"]
 
@@ -39,10 +44,10 @@ class ObjectiveConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    weights: dict[str, float] = Field(
+    weights: dict[str, float | Ramp] = Field(
         default={"cross_entropy": 0.1, "forward_kl": 0.9},
-        description="Objective name -> weight. The loss is the weighted sum; weights need not sum to 1. "
-        "0 computes an objective for the metrics only.",
+        description="Objective name -> weight: a number, or {kind, start, end, steps} for one that moves with the step. "
+        "The loss is the weighted sum; weights need not sum to 1. 0 computes an objective for the metrics only.",
     )
     tail: Literal["auto", "ghost", "draws", "renormalise"] = Field(
         default="auto",
@@ -54,7 +59,8 @@ class ObjectiveConfig(BaseModel):
     temperature: float = Field(
         default=1.0,
         gt=0,
-        description="Temperature of teacher and student. Only 1 is exact from log-probabilities at 1.",
+        description="Temperature T of teacher and student in every objective but cross_entropy; their values are multiplied "
+        "by T^2. 1, or one that the dataset was captured for (its setting `temperatures`).",
     )
     jsd_beta: float = Field(
         default=0.5,
@@ -64,6 +70,18 @@ class ObjectiveConfig(BaseModel):
     )
     skew: float = Field(default=0.1, gt=0, lt=1, description="s of the skewed divergences; 0.1 is the authors' choice.")
 
+    def at(self, step: int, steps: int) -> ObjectiveConfig:
+        """The same mix with the weights of step 0, 1, ... of `steps`, all of them numbers."""
+        numbers = {n: w.at(step, steps) if isinstance(w, Ramp) else w for n, w in self.weights.items()}
+        return self.model_copy(update={"weights": numbers})
+
+    def numbers(self) -> dict[str, float]:
+        """The weights. Raises ConfigError where one moves with the step, which `at` must decide first."""
+        found = {name: weight for name, weight in self.weights.items() if not isinstance(weight, Ramp)}
+        if len(found) < len(self.weights):
+            raise ConfigError("objective.weights move with the step; take the mix of one step, config.at(step, steps)")
+        return found
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -71,29 +89,34 @@ class Targets:
 
     token_ids_C: int64 [C] in [0, V). ids_CK: int64 [C, K] in [0, V), no id twice in a row, -1 pads.
     logprobs_CK: float [C, K], nats, not renormalised, -inf at pads. log_tail_C: float [C], log of the exact
-    mass outside the kept entries, -inf if none.
+    mass outside the kept entries, -inf if none. temperature: that of logprobs_CK and log_tail_C.
     """
 
     token_ids_C: Tensor
     ids_CK: Tensor
     logprobs_CK: Tensor
     log_tail_C: Tensor
+    temperature: float = 1.0
 
     def __len__(self) -> int:
         return self.token_ids_C.shape[0]
 
     def to(self, device: torch.device) -> Targets:
         """The same targets on another device."""
-        return Targets(*(t.to(device, non_blocking=True) for t in vars(self).values()))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def rows(self, part: slice) -> Targets:
         """The same targets for a range of positions."""
-        return Targets(*(t[part] for t in vars(self).values()))
+        return self._each(lambda tensor: tensor[part])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Targets:
+        ids, logprobs = change(self.ids_CK), change(self.logprobs_CK)
+        return Targets(change(self.token_ids_C), ids, logprobs, change(self.log_tail_C), self.temperature)
 
     def check(self, num_positions: int, vocab_size: int) -> None:
         """Raise ShapeError where shapes disagree or an id is outside the vocabulary (-1 may pad kept ids)."""
         if not len(self) == self.ids_CK.shape[0] == self.log_tail_C.shape[0] == num_positions:
-            shapes = {name: tuple(t.shape) for name, t in vars(self).items()}
+            shapes = {name: tuple(t.shape) for name, t in vars(self).items() if isinstance(t, Tensor)}
             raise ShapeError(f"targets {shapes} do not fit {num_positions} hidden states")
         if self.ids_CK.shape != self.logprobs_CK.shape:
             raise ShapeError(f"ids {tuple(self.ids_CK.shape)} and logprobs {tuple(self.logprobs_CK.shape)} disagree")
@@ -108,9 +131,9 @@ class Targets:
 class Outcomes(NamedTuple):
     """What an objective sees: log-probabilities of J outcomes, and the student's of the actual token."""
 
-    log_p_CJ: Tensor  # teacher, constant; LOG_ZERO where 0
-    log_q_CJ: Tensor  # student, differentiable; LOG_ZERO where 0
-    log_q_token_C: Tensor  # student, differentiable
+    log_p_CJ: Tensor  # teacher at the temperature, constant; LOG_ZERO where 0
+    log_q_CJ: Tensor  # student at the temperature, differentiable; LOG_ZERO where 0
+    log_q_token_C: Tensor  # student at temperature 1, differentiable
 
 
 def teacher_outcomes(targets: Targets, tail: Tail) -> Tensor:
@@ -142,14 +165,14 @@ def _mix(log_a_CJ: Tensor, log_b_CJ: Tensor, share_of_a: float) -> Tensor:
 
 
 def cross_entropy(o: Outcomes, config: ObjectiveConfig) -> Tensor:
-    """-log q(actual token). Exact: it needs nothing from the teacher."""
+    """-log q(actual token), at temperature 1 whatever the mix's. Exact: it needs nothing from the teacher."""
     return -o.log_q_token_C
 
 
 def forward_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     """KL(p || q) = sum_j p_j (log p_j - log q_j); dz = (sum p) q - p.
 
-    Source: Hinton et al., arXiv 1503.02531, at T = 1.
+    Source: Hinton et al., arXiv 1503.02531.
 
     ghost: a lower bound; the gradient moves the tail as one lump. draws: the gradient is unbiased (Random
     Sampling KD, arXiv 2503.16870), the value is shifted by the constant entropy of the weights. renormalise:
@@ -211,7 +234,8 @@ def total_variation(o: Outcomes, config: ObjectiveConfig) -> Tensor:
 
     Source: DistillSpec, arXiv 2310.08461.
 
-    ghost: a lower bound. draws and renormalise: biased. The gradient is a subgradient where p_j = q_j.
+    ghost: a lower bound. draws and renormalise: biased. The gradient is a subgradient where p_j = q_j. It falls as 1/T,
+    so at T other than 1 the common T^2 gives it T times its share of a mix.
     """
     return 0.5 * (o.log_p_CJ.exp() - o.log_q_CJ.exp()).abs().sum(-1)
 
@@ -227,22 +251,35 @@ OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
 }
 
 
-def resolve_tail(config: ObjectiveConfig, held: Literal["ghost", "draws", "absent"]) -> Tail:
+def scale_of(name: str, temperature: float) -> float:
+    """What an objective's value and gradient are multiplied by: T^2, and 1 for cross_entropy."""
+    return 1.0 if name == "cross_entropy" else temperature**2
+
+
+def resolve_tail(
+    config: ObjectiveConfig, held: Literal["ghost", "draws", "absent"], temperatures: Sequence[float] = ()
+) -> Tail:
     """Check an objective mix against what a dataset holds, and return the tail mode to train with.
+
+    Args:
+        config: the mix.
+        held: the dataset's `tail`.
+        temperatures: those other than 1 whose log-sum-exp the dataset holds.
 
     Raises:
         ConfigError: an unknown objective, no positive weight, a negative or non-finite weight, a temperature
-            other than 1, a tail mode that the data cannot serve, or an objective that is infinite under it.
+            that the dataset was not captured for, a tail mode that the data cannot serve, or an objective that is
+            infinite under it.
     """
     unknown = sorted(set(config.weights) - set(OBJECTIVES))
     if unknown:
         raise ConfigError(f"objective.weights names {unknown}; known objectives: {', '.join(OBJECTIVES)}")
-    if any(not math.isfinite(w) or w < 0 for w in config.weights.values()) or not any(config.weights.values()):
-        raise ConfigError(f"objective.weights {config.weights} must be finite, >= 0 and not all 0")
-    if config.temperature != 1.0:
+    _check_weights(config.weights)
+    if config.temperature != 1.0 and config.temperature not in temperatures:
         raise ConfigError(
-            f"objective.temperature is {config.temperature}, but the dataset holds the teacher's log-sum-exp "
-            "at 1 only, so any other temperature would be wrong in the tail; set it to 1"
+            f"objective.temperature is {config.temperature}, but the dataset holds the teacher's log-sum-exp at "
+            f"{[1.0, *temperatures]} only, so any other temperature would be wrong in the tail; set it to one of these, or "
+            f"capture the text again with --set temperatures=[{config.temperature}]"
         )
     if held == "absent":
         if config.tail != "renormalise":
@@ -263,3 +300,12 @@ def resolve_tail(config: ObjectiveConfig, held: Literal["ghost", "draws", "absen
             "entries meets probability 0); use skewed_reverse_kl, or data with an exact tail (ghost)"
         )
     return tail
+
+
+def _check_weights(weights: Mapping[str, float | Ramp]) -> None:
+    """Raise ConfigError unless weights are finite, none is negative and not all are 0, at both ends of their ramps."""
+    for place in ("start", "end"):
+        values = [getattr(w, place) if isinstance(w, Ramp) else w for w in weights.values()]
+        if any(not math.isfinite(w) or w < 0 for w in values) or not any(values):
+            where = f" at the {place}" if any(isinstance(w, Ramp) for w in weights.values()) else ""
+            raise ConfigError(f"objective.weights {weights} must be finite, >= 0 and not all 0{where}")

@@ -1,7 +1,7 @@
 """The training loop: dataset + plan + student in, student out. Reads from top to bottom.
 
-What is promised: the order of data is that of the plan and the seed; losses are per counted token of the
-whole step, however it is cut into micro-batches; a run that is killed and started again gives bit-equal
+What is promised: the order of data is that of the plan and the seed, on any number of ranks; losses are per counted token
+of the whole step, however it is cut into micro-batches and ranks; a run that is killed and started again gives bit-equal
 losses on a CPU; a non-finite loss stops the run before the weights are touched.
 
     OUT/model/          the student in Hugging Face format, with the tokenizer
@@ -9,105 +9,48 @@ losses on a CPU; a non-finite loss stops the run before the weights are touched.
     OUT/metrics.jsonl   one line per logged step
     OUT/checkpoints/    see trainer.checkpoint
 
-Shapes: B rows, L context, D hidden, V vocabulary, M counted positions.
+Where the rest is: what a run is told (trainer.config), its data (trainer.stages), student and loss as one module
+(trainer.learner), several ranks (trainer.distributed).
+
+Shapes: M counted positions, O objectives.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 import kdata
 from kdata.errors import ConfigError, TrainingError
-from kdata.plan import Plan
-from kdata.progress import Stage
+from kdata.progress import Stage as Progress
 from trainer.checkpoint import load_checkpoint, save_checkpoint
-from trainer.fused import Loss, distillation_loss
-from trainer.loader import Batch, Loader, LoaderConfig
-from trainer.objectives import ObjectiveConfig, Tail, resolve_tail
-from trainer.student import (
-    ScratchStudent,
-    StudentConfig,
-    build_student,
-    head_of,
-    hidden_states,
-    num_parameters,
-)
+from trainer.config import RUNTIME, SHARED, StageConfig, TrainConfig, TrainResult
+from trainer.distributed import Ranks, accumulating, join, spread, whole
+from trainer.learner import Learner
+from trainer.loader import Batch
+from trainer.metrics import Metrics, check_installed
+from trainer.objectives import ObjectiveConfig
+from trainer.schedule import learning_rate
+from trainer.stages import OpenStage, open_stages
+from trainer.student import ScratchStudent, build_student, num_parameters
 
-
-class TrainConfig(BaseModel):
-    """One training run. Equal `steps` and `batch_tokens` mean equal compute."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    label: str = Field(default="student", description="Name of the run in results.")
-    student: StudentConfig = Field(default_factory=ScratchStudent, description="The model that learns.")
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="What it minimises.")
-    steps: int = Field(default=300, ge=1, description="Optimizer steps.")
-    batch_tokens: int = Field(
-        default=4096,
-        ge=2,
-        description="Cells of an optimizer step, a multiple of context_tokens; free cells count.",
-    )
-    micro_batch_tokens: int | None = Field(
-        default=None,
-        ge=2,
-        description="Cells of one forward and backward pass; divides batch_tokens. None: batch_tokens.",
-    )
-    context_tokens: int = Field(default=512, ge=2, description="Tokens of a row; no document may be longer.")
-    seed: int = Field(default=0, ge=0, description="Seed of the initial weights and of the order of data.")
-    learning_rate: float = Field(default=2e-3, gt=0, description="Peak learning rate.")
-    warmup_steps: int = Field(default=30, ge=0, description="Steps of linear rise to the peak; 0: none.")
-    decay: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Shape after the rise.")
-    final_learning_rate_share: float = Field(
-        default=0.1, ge=0, le=1, description="Learning rate at the last step as a share of the peak."
-    )
-    weight_decay: float = Field(default=0.1, ge=0, description="AdamW's decay, on matrices only.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's averaging rates.")
-    clip_norm: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="Matrix products of forward and backward; weights and sums stay float32."
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one.")
-    window_documents: int = Field(default=1024, ge=1, description="Shuffled documents that are packed together.")
-    prefetch_batches: int = Field(default=4, ge=0, description="Micro-batches read ahead; 0: none.")
-    log_every_steps: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl.")
-    checkpoint_every_steps: int = Field(default=100, ge=0, description="Steps between checkpoints; 0: only at the end.")
-
-
-class TrainResult(BaseModel):
-    """What a run made and what it used; OUT/train.json."""
-
-    label: str
-    model_dir: str = Field(description="Where the student is, relative to OUT.")
-    metrics: str = Field(description="metrics.jsonl, relative to OUT.")
-    params: int = Field(description="Trainable parameters.")
-    steps: int
-    tokens: int = Field(description="Tokens in documents, really seen.")
-    target_tokens: int = Field(description="Counted positions, really seen.")
-    train_seconds: float = Field(description="Seconds in the loop, over all resumptions.")
-    wait_share: float = Field(description="Share of those seconds spent waiting for data.")
-    losses: dict[str, float] = Field(description="Objectives at the last step, nats per counted token.")
-    plan: str | None = Field(description="Name of the plan; None: the whole dataset.")
-    dataset_fingerprint: str
-    config: TrainConfig
+__all__ = ["StageConfig", "TrainConfig", "TrainResult", "learning_rate", "train"]
 
 
 @dataclass
-class _Progress:
-    """What a run has done so far; goes into checkpoints."""
+class _Done:
+    """What a run has behind it; goes into checkpoints. Tokens are of all ranks."""
 
     step: int = 0
     tokens: int = 0
@@ -117,232 +60,221 @@ class _Progress:
     losses: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Gradients:
+    """One step's gradients are in the parameters; this is what is known of them, over all ranks.
+
+    losses: nats per counted token. norm: before clipping. fill: share of cells that hold a token.
+    """
+
+    losses: dict[str, float]
+    norm: float
+    tokens: int
+    target_tokens: int
+    fill: float
+
+
 def train(config: TrainConfig, dataset_path: Path | str, plan_path: Path | str | None, out_dir: Path) -> TrainResult:
-    """Train a student, going on from a checkpoint in `out_dir` where there is one.
+    """Train a student, going on from a checkpoint in `out_dir` where there is one; alone, or as a rank under torchrun.
 
     Args:
         config: see TrainConfig.
-        dataset_path: what `kdata.open` takes.
+        dataset_path: what `kdata.open` takes; the data of every stage that names no other.
         plan_path: a plan's Parquet file; None trains on every sequence once an epoch.
         out_dir: made when it does not exist.
     Raises:
         ConfigError: settings that do not go together, or an objective that the data cannot serve.
-        MismatchError: student or plan do not belong to the dataset, or `out_dir` was begun with other
+        MismatchError: student, plan or the stages' datasets do not belong together, or `out_dir` was begun with other
             settings.
         DataError: a document is longer than the context, or there is nothing to train on.
+        DependencyError: a logger is not installed.
         TrainingError: a non-finite loss or gradient; the message names step and rows.
     """
-    micro_tokens = _check_sizes(config)
-    device = torch.device(device_name(config.device))
-    dataset = kdata.open(dataset_path)
-    plan = None if plan_path is None else Plan.load(plan_path)
-    loader = Loader(dataset, None if plan is None else plan.rows(dataset), _loader_config(config, micro_tokens))
-    tail = resolve_tail(config.objective, dataset.info.tail)
-    torch.manual_seed(config.seed)
-    model = build_student(config.student, dataset, config.seed)
-    model.to(device).train()  # type: ignore[arg-type]  # transformers wraps Module.to
-    optimizer = _optimizer(model, config)
+    check_installed(config.loggers)
+    with join(config.device) as ranks:
+        return _train(config, dataset_path, plan_path, out_dir, ranks)
+
+
+def _train(
+    config: TrainConfig, dataset_path: Path | str, plan_path: Path | str | None, out_dir: Path, ranks: Ranks
+) -> TrainResult:
+    _check_context(config)
+    stages = open_stages(config, dataset_path, plan_path, ranks)
+    steps, rows_per_step = stages[-1].stage.end, config.batch_tokens // config.context_tokens
+    torch.manual_seed(config.seed + ranks.rank)  # each rank its own dropout; the weights have a seed of their own
+    student = build_student(config.student, stages[0].dataset, config.seed)
+    params = num_parameters(student)
+    student.train()
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    own = Learner(student, config.precision)
+    learner = spread(own, own.layers, config.parallel, ranks)
+    optimizer = _optimizer(student, config)
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    settings = config.model_dump(mode="json", exclude={"label", "log_every_steps", "checkpoint_every_steps"})
-    settings["data"] = loader.identity
-    done = _Progress()
-    saved = load_checkpoint(out_dir / "checkpoints", model, optimizer, settings)
+    settings = _settings(config, stages)
+    done = _Done()
+    saved = load_checkpoint(out_dir / "checkpoints", student, optimizer, settings, ranks)
     if saved is not None:
-        done = _Progress(**saved["progress"])
-        loader.load_state_dict(saved["loader"])
-    metrics_path = out_dir / "metrics.jsonl"
-    _forget_after(metrics_path, done.step)
+        done = _Done(**saved["progress"])
+        for open_stage in stages:
+            open_stage.load_state_dict(saved["data"])
 
-    def checkpoint() -> None:
-        state = {
-            "step": done.step,
-            "progress": vars(done),
-            "loader": loader.state_dict(),
-            "settings": settings,
-        }
-        save_checkpoint(out_dir / "checkpoints", model, optimizer, state)
+    def checkpoint(open_stage: OpenStage) -> None:
+        state = {"step": done.step, "progress": vars(done), "data": open_stage.state_dict(), "settings": settings}
+        save_checkpoint(out_dir / "checkpoints", student, optimizer, state, ranks)
 
-    batches = iter(loader)
-    with Stage(f"train {config.label}", config.steps * config.batch_tokens, unit="tokens") as stage:
-        stage.advance(done.tokens)
-        while done.step < config.steps:
-            started = time.perf_counter()
-            step_batches = list(islice(batches, config.batch_tokens // micro_tokens))
-            waited = time.perf_counter() - started
+    progress = Progress(f"train {config.label}", steps * config.batch_tokens, unit="tokens")
+    metrics = Metrics(
+        out_dir, config.loggers, label=config.label, settings=settings, step=done.step, write=ranks.is_main
+    )
+    with progress, metrics:
+        progress.skip(done.tokens)
+        for open_stage in stages:
+            stage, batches = open_stage.stage, None
+            while done.step < stage.end:
+                started, step_in_stage = time.perf_counter(), done.step - stage.first_step
+                told: dict[str, Any] = {}
+                if open_stage.begins_period(done.step):
+                    told = open_stage.begin_period(done.step, learner, rows_per_step, config.context_tokens, ranks)
+                    batches = None
+                waiting = time.perf_counter()
+                batches = batches or iter(open_stage.source)
+                step_batches = list(islice(batches, rows_per_step // open_stage.source.config.batch_rows))
+                waited = time.perf_counter() - waiting
 
-            rate = learning_rate(config, done.step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            losses, norm = _gradients(model, dataset, step_batches, config, tail, done.step + 1)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                rate = learning_rate(stage, step_in_stage)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                objective = stage.objective.at(step_in_stage, stage.steps)
+                found = _gradients(learner, step_batches, objective, open_stage, config, ranks, done.step + 1)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
-            seconds = time.perf_counter() - started
-            tokens = sum(b.num_tokens for b in step_batches)
-            counted = sum(len(b.targets) for b in step_batches)
-            done = _Progress(
-                done.step + 1,
-                done.tokens + tokens,
-                done.target_tokens + counted,
-                done.seconds + seconds,
-                done.waited + waited,
-                losses,
-            )
-            stage.advance(tokens, step=done.step, loss=losses["loss"])
-            if done.step % config.log_every_steps == 0 or done.step in (1, config.steps):
-                line = {
-                    "step": done.step,
-                    **losses,
-                    "lr": rate,
-                    "grad_norm": norm,
-                    "tokens": done.tokens,
-                    "target_tokens": done.target_tokens,
-                    "fill": sum(b.fill for b in step_batches) / len(step_batches),
-                    "tokens_per_sec": tokens / seconds,
-                    "wait_share": waited / seconds,
-                    "seconds": done.seconds,
-                }
-                with metrics_path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-            if config.checkpoint_every_steps and done.step % config.checkpoint_every_steps == 0:
-                checkpoint()
-    checkpoint()
-    _save_model(model, dataset, out_dir / "model")
+                seconds = time.perf_counter() - started
+                done = _Done(
+                    done.step + 1,
+                    done.tokens + found.tokens,
+                    done.target_tokens + found.target_tokens,
+                    done.seconds + seconds,
+                    done.waited + waited,
+                    found.losses,
+                )
+                progress.advance(found.tokens, step=done.step, loss=found.losses["loss"])
+                if done.step % config.log_every_steps == 0 or told or done.step in (1, stage.end):
+                    line = {
+                        "step": done.step,
+                        "stage": stage.name,
+                        **found.losses,
+                        "lr": rate,
+                        **({"weights": objective.numbers()} if objective != stage.objective else {}),
+                        "grad_norm": found.norm,
+                        "tokens": done.tokens,
+                        "target_tokens": done.target_tokens,
+                        "fill": found.fill,
+                        "tokens_per_sec": found.tokens / seconds,
+                        "wait_share": waited / seconds,
+                        "seconds": done.seconds,
+                        **({"mixture": told} if told else {}),
+                    }
+                    metrics.write(line)
+                if config.checkpoint_every_steps and done.step % config.checkpoint_every_steps == 0:
+                    checkpoint(open_stage)
+        checkpoint(stages[-1])
+    last = stages[-1]
+    _save_model(student, last.dataset, out_dir / "model", ranks)
     result = TrainResult(
         label=config.label,
         model_dir="model",
-        metrics=metrics_path.name,
-        params=num_parameters(model),
+        metrics=metrics.path.name,
+        params=params,
         steps=done.step,
         tokens=done.tokens,
         target_tokens=done.target_tokens,
         train_seconds=done.seconds,
         wait_share=done.waited / max(done.seconds, 1e-9),
         losses=done.losses,
-        plan=None if plan is None else plan.info.name,
-        dataset_fingerprint=dataset.fingerprint,
+        plan=None if last.plan is None else last.plan.info.name,
+        dataset_fingerprint=last.dataset.fingerprint,
         config=config,
     )
-    (out_dir / "train.json").write_text(result.model_dump_json(indent=1), encoding="utf-8")
+    if ranks.is_main:
+        (out_dir / "train.json").write_text(result.model_dump_json(indent=1), encoding="utf-8")
     return result
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of step 0, 1, ...: a linear rise over `warmup_steps`, then the decay."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
-    way = (step - config.warmup_steps) / max(config.steps - 1 - config.warmup_steps, 1)
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * way)), "linear": 1 - way, "constant": 1.0}[config.decay]
-    floor = config.final_learning_rate_share
-    return config.learning_rate * (floor + (1 - floor) * shape)
-
-
-def batch_loss(
-    model: PreTrainedModel,
-    batch: Batch,
-    objective: ObjectiveConfig,
-    tail: Tail,
-    *,
-    counted_tokens: int,
-    precision: Literal["fp32", "bf16"] = "fp32",
-) -> Loss:
-    """Forward pass and sparse loss of one batch, divided by the whole step's counted tokens."""
-    device = head_of(model).device
-    half = precision == "bf16"
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-        hidden_BLD = hidden_states(model, batch.input_ids.to(device), batch.position_ids.to(device))
-    hidden_MD = hidden_BLD.flatten(0, 1).index_select(0, batch.predictor_M.to(device))
-    return distillation_loss(
-        hidden_MD,
-        head_of(model),
-        batch.targets.to(device),
-        objective,
-        tail,
-        counted_tokens=counted_tokens,
-        matmul_dtype=torch.bfloat16 if half else None,
-    )
-
-
 def _gradients(
-    model: PreTrainedModel,
-    dataset: kdata.Dataset,
+    learner: nn.Module,
     batches: list[Batch],
+    objective: ObjectiveConfig,
+    open_stage: OpenStage,
     config: TrainConfig,
-    tail: Tail,
+    ranks: Ranks,
     step: int,
-) -> tuple[dict[str, float], float]:
-    """Accumulate one step's gradients; return losses per counted token and the norm before clipping."""
-    objective = _with_cross_entropy(config.objective)
-    counted = sum(len(b.targets) for b in batches)
-    total, sums = 0.0, np.zeros(len(objective.weights))
-    for batch in batches:
-        loss = batch_loss(model, batch, objective, tail, counted_tokens=counted, precision=config.precision)
-        value = float(loss.total.detach())
-        if not math.isfinite(value):
-            bad_M = ~torch.isfinite(loss.values_MO).all(-1).cpu().numpy()
-            rows = np.unique(batch.rows[batch.document_M[bad_M]]) if bad_M.any() else np.unique(batch.rows)
-            raise TrainingError(f"the loss of step {step} is {value}; {_named(dataset, rows)}. {_REMEDY}")
-        loss.total.backward()
-        total += value
-        sums += loss.values_MO.sum(0).double().cpu().numpy()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf))
+) -> _Gradients:
+    """Accumulate one step's gradients over micro-batches and ranks, and clip them.
+
+    Raises:
+        TrainingError: a loss or the gradient is not finite, on whatever rank; every rank raises it.
+    """
+    # Every run reports the cross-entropy, which costs next to nothing.
+    measured = objective.model_copy(update={"weights": {"cross_entropy": 0.0, **objective.numbers()}})
+    sizes = [[len(b.targets), b.num_tokens, b.input_ids.numel()] for b in batches]
+    counted, tokens, cells = ranks.sum(np.array(sizes).sum(0)).astype(np.int64).tolist()
+    parts: list[tuple[Tensor, Tensor]] = []
+    for number, batch in enumerate(batches):
+        with accumulating(learner, last=number + 1 == len(batches)):
+            total, values_MO = learner(batch, measured, open_stage.tail, counted)
+            (total * ranks.world_size).backward()  # gradients are averaged over ranks
+        parts.append((total.detach(), values_MO))
+    sums = torch.stack([torch.cat([total[None], values_MO.sum(0)]).double() for total, values_MO in parts]).sum(0)
+    loss, *values = ranks.sum(sums.cpu().numpy()).tolist()
+    if not math.isfinite(loss):
+        rows = [_bad_rows(b, values_MO) for b, (_, values_MO) in zip(batches, parts, strict=True)]
+        raise TrainingError(f"the loss of step {step} is {loss}; {_named(open_stage.dataset, rows, ranks)}. {_REMEDY}")
+    parameters = [p for p in learner.parameters() if p.requires_grad]
+    norm_or_part = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
+    norm = float(norm_or_part.full_tensor() if isinstance(norm_or_part, DTensor) else norm_or_part)
     if not math.isfinite(norm):
-        rows = np.unique(np.concatenate([b.rows for b in batches]))
-        raise TrainingError(f"the gradient norm of step {step} is {norm}; {_named(dataset, rows)}. {_REMEDY}")
-    return {
-        "loss": total,
-        **dict(zip(objective.weights, (sums / max(counted, 1)).tolist(), strict=True)),
-    }, norm
+        rows = [b.rows for b in batches]
+        named = _named(open_stage.dataset, rows, ranks)
+        raise TrainingError(f"the gradient norm of step {step} is {norm}; {named}. {_REMEDY}")
+    per_token = [value / max(counted, 1) for value in values]
+    losses = {"loss": loss, **dict(zip(measured.weights, per_token, strict=True))}
+    return _Gradients(losses, norm, tokens, counted, tokens / cells)
 
 
 _REMEDY = "The weights are as before the step; lower learning_rate, or leave these rows out by a plan"
 
 
-def _named(dataset: kdata.Dataset, rows: np.ndarray) -> str:
-    ids = dataset.index(["id"])["id"].take(rows[:8]).to_pylist()
-    return f"rows {', '.join(ids)}" + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+def _bad_rows(batch: Batch, values_MO: Tensor) -> np.ndarray:
+    """Global rows of the documents with a value that is not finite, int64."""
+    bad_M = ~torch.isfinite(values_MO).all(-1).cpu().numpy()
+    return batch.rows[np.unique(batch.document_M[bad_M])]
 
 
-def _with_cross_entropy(objective: ObjectiveConfig) -> ObjectiveConfig:
-    """The same mix with cross-entropy measured: every run reports it, and it costs nothing."""
-    return objective.model_copy(update={"weights": {"cross_entropy": 0.0, **objective.weights}})
+def _named(dataset: kdata.Dataset, rows: list[np.ndarray], ranks: Ranks) -> str:
+    """Ids of rows of every rank, in words; where no value is to blame, the sum of them is."""
+    found = np.unique(np.concatenate(ranks.gather(np.concatenate(rows))))
+    if not len(found):
+        return "every value is finite, their sum is not"
+    ids = dataset.index(["id"])["id"].take(found[:8]).to_pylist()
+    return f"rows {', '.join(ids)}" + (f" and {len(found) - 8} more" if len(found) > 8 else "")
 
 
-def _check_sizes(config: TrainConfig) -> int:
-    """Return tokens of a micro-batch. Raises ConfigError where sizes do not divide or warm-up is too long."""
-    micro = config.micro_batch_tokens or config.batch_tokens
-    if micro % config.context_tokens or config.batch_tokens % micro:
+def _check_context(config: TrainConfig) -> None:
+    student = config.student
+    if isinstance(student, ScratchStudent) and student.max_positions < config.context_tokens:
         raise ConfigError(
-            f"batch_tokens={config.batch_tokens}, micro_batch_tokens={micro} and "
-            f"context_tokens={config.context_tokens}: each must be a multiple of the next"
+            f"student.max_positions={student.max_positions} is less than context_tokens={config.context_tokens}; raise it"
         )
-    if config.warmup_steps >= config.steps:
-        raise ConfigError(f"warmup_steps={config.warmup_steps} must be less than steps={config.steps}")
-    if isinstance(config.student, ScratchStudent) and config.student.max_positions < config.context_tokens:
-        raise ConfigError(
-            f"student.max_positions={config.student.max_positions} is less than context_tokens="
-            f"{config.context_tokens}; raise it"
-        )
-    return micro
 
 
-def device_name(device: Literal["auto", "cpu", "cuda"]) -> str:
-    """Resolve `auto`. Raises ConfigError when cuda is asked for and there is none."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch finds no CUDA device; set it to auto or cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def _loader_config(config: TrainConfig, micro_tokens: int) -> LoaderConfig:
-    return LoaderConfig(
-        context_tokens=config.context_tokens,
-        batch_rows=micro_tokens // config.context_tokens,
-        seed=config.seed,
-        window_documents=config.window_documents,
-        prefetch_batches=config.prefetch_batches,
-    )
+def _settings(config: TrainConfig, stages: list[OpenStage]) -> dict[str, Any]:
+    """What a run must repeat to go on: everything that decides its numbers. Data by content, not by path."""
+    run = config.model_dump(mode="json", exclude={*RUNTIME, *SHARED, "stages"})
+    by_stage = {s.stage.name: {**s.stage.settings(), "data": s.identity} for s in stages}
+    return {**run, "stages": by_stage}
 
 
 def _optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.AdamW:
@@ -354,30 +286,16 @@ def _optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
-def _forget_after(metrics: Path, step: int) -> None:
-    """Drop metrics of steps that a resumed run will do again, and a last line that was cut by a kill."""
-
-    def kept() -> Iterator[str]:
-        for line in metrics.read_text("utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    yield line + "\n"
-            except json.JSONDecodeError:
-                return
-
-    if metrics.exists():
-        text = "".join(kept())
-        aside = metrics.with_suffix(".tmp")
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(metrics)
-
-
-def _save_model(model: PreTrainedModel, dataset: kdata.Dataset, folder: Path) -> None:
+def _save_model(student: PreTrainedModel, dataset: kdata.Dataset, folder: Path, ranks: Ranks) -> None:
     """Write the student in Hugging Face format, with the dataset's tokenizer beside it."""
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    if dataset.tokenizer_dir is not None:
-        shutil.copytree(dataset.tokenizer_dir, aside, dirs_exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    parts = {id(tensor): whole(tensor) for tensor in student.state_dict(keep_vars=True).values()}
+    state = {name: parts[id(tensor)] for name, tensor in student.state_dict(keep_vars=True).items()}
+    if ranks.is_main:
+        aside = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        student.save_pretrained(aside, state_dict=state)
+        if dataset.tokenizer_dir is not None:
+            shutil.copytree(dataset.tokenizer_dir, aside, dirs_exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    ranks.wait()

@@ -15,14 +15,15 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from kdata.capture import inputs_digest
-from kdata.corpus import TextEncoder
 from kdata.dataset import Dataset, open_dataset
+from kdata.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.interchange import axolotl, distillkit, plain
 from kdata.interchange.rows import Aligned, ImportReport, OverOne, PeerRow, RowError, place
+from kdata.journal import journal_of
 from kdata.progress import Stage
 from kdata.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, Strict, TeacherInfo, TokenizerInfo
-from kdata.shard import Record, Reject, Unit
+from kdata.shard import Record, Reject, Unit, stored_shard
 from kdata.teachers import load_tokenizer, tokenizer_info
 from kdata.work import tokenizer_files
 from kdata.writer import Writer, new_info
@@ -90,13 +91,16 @@ def import_dataset(
         folder = None if tokenizer is None else stack.enter_context(tokenizer_files(tokenizer))
         kind = SourceInfo(kind="import", settings=settings, num_units=None)
         writer = stack.enter_context(Writer(root, info, config.name, kind, resume=resume, tokenizer_dir=folder))
-        stage = stack.enter_context(Stage(f"{config.name}: reading", None, "rows", log))
+        stage = stack.enter_context(Stage(f"{config.name}: reading", None, "rows", log or journal_of(root)))
         units = 0
         for unit in _units(rows, config, info.vocab_size, tokenizer, report):
-            if unit.number not in writer.committed:
-                writer.commit(unit)
+            rows_read = len(unit.records) + len(unit.rejects)
+            if unit.number in writer.committed:
+                stage.skip(rows_read, shard=stored_shard(root, writer.committed[unit.number]))
+            else:
+                shard = writer.commit(unit)
+                stage.advance(rows_read, tokens=shard.entry.tokens, shard=shard)
             units = unit.number + 1
-            stage.advance(len(unit.records) + len(unit.rejects), tokens=report.tokens, shards=units)
         if not units:
             raise DataError(f"{source} holds no rows")
         writer.finish(units)

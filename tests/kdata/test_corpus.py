@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdata import corpus as corpus_module
-from kdata.corpus import Corpus, CorpusConfig, Document, TextEncoder
-from kdata.errors import ConfigError, DataError, MissingError
+from kdata.config import parse_config
+from kdata.corpus import Corpus, CorpusConfig, Document, files, library
+from kdata.encode import TextEncoder
+from kdata.errors import ConfigError, DataError, DependencyError, MissingError
 from kdata.teachers import load_tokenizer
 
 ROWS = [
@@ -71,9 +73,9 @@ def test_a_row_of_megabytes_and_lines_inside_a_cell_are_read(tmp_path: Path, end
 
 
 def test_a_row_beyond_the_block_is_refused_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "BLOCK_BYTES", 4096)
-    path = save(tmp_path / "rows.jsonl", [ROWS[0], {**ROWS[0], "id": "big", "text": "x" * 9000}, ROWS[1]])
-    with pytest.raises(DataError, match="longer than 4,096 bytes; store such text as Parquet"):
+    monkeypatch.setattr(files, "BLOCK_BYTES", 4096)
+    path = save(tmp_path / "rows.csv", [ROWS[0], {**ROWS[0], "id": "big", "text": "x" * 9000}, ROWS[1]])
+    with pytest.raises(DataError, match="longer than 4,096 bytes; store such text as Parquet or JSONL"):
         read(path)
 
 
@@ -137,6 +139,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         ([{**ROWS[0], "id": None}, ROWS[1]], "a row has no id"),
         ([{**ROWS[0], "domain": None}, ROWS[1]], "'007' has no domain"),
         ([{**ROWS[0], "text": 5}], "'007' has int as text"),
+        ([{**ROWS[0], "text": "\ud83d"}], "'007' holds half of a surrogate pair"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:
@@ -166,6 +169,33 @@ def test_a_broken_file_gives_one_data_error(tmp_path: Path, name: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_broken_line_of_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"id": "a", "domain": "d", "text": "t"}\n\n[1, 2]\n')
+    with pytest.raises(DataError, match=r"x.jsonl, line 3 is no JSON object"):
+        read(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zst", "jsonl.bz2", "csv.gz"])
+def test_compressed_files_give_the_same_rows(tmp_path: Path, ending: str) -> None:
+    plain = save(tmp_path / f"rows.{ending.split('.')[0]}", ROWS)
+    path = tmp_path / f"packed.{ending}"
+    kind = {"gz": "gzip", "zst": "zstd", "bz2": "bz2"}[ending.split(".")[1]]
+    with pa.output_stream(str(path), compression=kind) as file:
+        file.write(plain.read_bytes())
+    assert read(path) == read(plain)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=ending):
+        read(path)
+
+
+def test_a_key_that_comes_up_late_in_json_lines_is_a_column(tmp_path: Path) -> None:
+    """pyarrow takes the columns of a JSON file from its first block, and leaves out what comes later."""
+    rows: list[dict[str, object]] = [{**ROWS[0], "id": str(n), "text": "x" * 300} for n in range(20)]
+    path = save(tmp_path / "rows.jsonl", [*({k: v for k, v in r.items() if k != "license"} for r in rows), ROWS[0]])
+    assert [d.license for d in read(path)] == [None] * 20 + ["MIT"]
+    assert [d.license for d in read(path, text_column="license", domain_column="domain")][-1] == "MIT"
+
+
 def test_a_truncated_parquet_gives_one_data_error(tmp_path: Path) -> None:
     path = save(tmp_path / "rows.parquet", ROWS * 1)
     path.write_bytes(path.read_bytes()[:-30])
@@ -178,6 +208,245 @@ def test_settings_name_content_not_place(tmp_path: Path) -> None:
     other = save(tmp_path / "other.jsonl", ROWS[:2])
     settings = [Corpus(CorpusConfig(path=str(p))).settings() for p in (one, two, other)]
     assert settings[0] == settings[1] != settings[2]
+
+
+# -------------------------------------------------------------------------------------------------- made ids
+
+
+def test_ids_that_are_made_are_stable_and_follow_row_and_content(tmp_path: Path) -> None:
+    rows = [{"text": text, "domain": d} for text, d in (("one", "a"), ("two", "b"), ("two", "a"), ("four", "b"))]
+    path = save(tmp_path / "rows.parquet", rows)
+    ids = [d.id for d in read(path, id_column=None)]
+    assert len(set(ids)) == 4 and ids == [d.id for d in read(save(tmp_path / "rows.jsonl", rows), id_column=None)]
+    assert ids[1].startswith("row-0000001-") and ids[1][-12:] == ids[2][-12:] != ids[0][-12:]
+    assert [d.id for d in read(path, id_column=None, domains=["b"])] == [ids[1], ids[3]]
+    assert [d.id for d in read(path, id_column=None, limit=2)] == ids[:2]
+    other = save(tmp_path / "other.parquet", [rows[0], {**rows[1], "text": "2"}, *rows[2:]])
+    assert [a == b for a, b in zip(ids, [d.id for d in read(other, id_column=None)], strict=True)] == [
+        True, False, True, True,
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"no column 'id' \(id_column\).*null numbers the rows"):
+        read(path)
+
+
+# ------------------------------------------------------------------------------------------ chats as columns
+
+CHAT = [
+    {"role": "user", "content": "weather?"},
+    {"role": "assistant", "content": None,
+     "tool_calls": [{"type": "function", "function": {"name": "w", "arguments": {"at": "Rome"}}}]},
+    {"role": "tool", "name": "w", "content": "sun"},
+    {"role": "assistant", "content": "Sun."},
+]  # fmt: skip
+TOOLS = [{"type": "function", "function": {"name": "w", "parameters": {"type": "object", "default": None}}}]
+
+
+def chats(path: Path, rows: list[dict[str, object]], **settings: object) -> list[Document]:
+    return read(save(path, rows), id_column=None, domain_column=None, messages_column="messages", **settings)
+
+
+def test_json_that_the_library_keeps_as_json_is_read_as_such(tmp_path: Path) -> None:
+    """`datasets` keeps objects with differing keys as JSON text in Arrow: nulls in it are nulls, texts are not quoted."""
+    import datasets
+
+    mixed: list[dict[str, object]] = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "so", "tool_calls": [{"function": {"name": "w", "arguments": {"u": None}}}]},
+    ]
+    file = tmp_path / "hub/rows.jsonl"
+    save(file, [{**ROWS[0], "messages": mixed}])
+    made = datasets.load_dataset(str(file.parent), split="train", cache_dir=str(tmp_path / "cache"))
+    assert "Json" in str(made.features["messages"])
+    made.save_to_disk(str(tmp_path / "saved"))
+    made.to_parquet(str(tmp_path / "saved.parquet"))
+    for path in (file, tmp_path / "saved", tmp_path / "saved.parquet"):
+        [document] = read(path, messages_column="messages")
+        assert document.chat is not None and document.chat.messages == mixed
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl", "arrow"])
+def test_messages_are_lists_or_json_text_and_mean_the_same(tmp_path: Path, ending: str) -> None:
+    """In Parquet a message has every key that any has, null where it has none."""
+    plain = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    rows: list[dict[str, object]] = [{"messages": CHAT}, {"messages": plain}]
+    as_lists = chats(tmp_path / f"lists.{ending}", rows)
+    as_text = chats(tmp_path / f"text.{ending}", [{"messages": json.dumps(row["messages"])} for row in rows])
+    for found in (as_lists, as_text):
+        assert found[0].chat is not None and found[1].chat is not None
+        assert found[0].chat.messages == CHAT and found[1].chat.messages == plain and found[0].text == ""
+    assert [d.id for d in as_lists] == [d.id for d in as_text]
+
+
+def test_json_keeps_its_nulls_and_arguments_as_text_become_objects(tmp_path: Path) -> None:
+    call = {"id": "1", "function": {"name": "w", "arguments": '{"at": "Rome", "unit": null}'}}
+    messages = [{"role": "assistant", "content": "so", "tool_calls": [call], "name": None}]
+    [document] = chats(tmp_path / "c.jsonl", [{"messages": messages, "tools": TOOLS}], tools_column="tools")
+    assert document.chat is not None and document.chat.tools == TOOLS
+    [message] = document.chat.messages
+    assert message.keys() == {"role", "content", "tool_calls"}
+    assert message["tool_calls"][0]["function"]["arguments"] == {"at": "Rome", "unit": None}
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("{", r"row '0': messages is text, but not JSON"),
+        ("{}", "messages must be a list, not dict"),
+        ([{"content": "x"}], "message 0 must be an object with a role"),
+        ([{"role": "user"}], "message 0 has neither content nor tool calls"),
+        ([{"role": "user", "content": 3}], "message 0 has int as content"),
+        (json.dumps([{"role": "user", "content": "\ud83d"}]), "half of a surrogate pair"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "a part that is no text"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], "must be an object with a function that has a name"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+            "arguments of f are text, but not JSON",
+        ),
+    ],
+)
+def test_messages_that_are_none_are_named(tmp_path: Path, messages: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        chats(tmp_path / "c.jsonl", [{"messages": messages}])
+
+
+def test_text_and_messages_exclude_each_other() -> None:
+    config = parse_config(CorpusConfig, {"path": "x", "messages_column": "m"}, "corpus")
+    assert config.text_column is None and CorpusConfig(**config.model_dump()) == config
+    for wrong in ({"text_column": "t", "messages_column": "m"}, {"text_column": None}):
+        with pytest.raises(ConfigError, match="name one of them"):
+            parse_config(CorpusConfig, {"path": "x", **wrong}, "corpus")
+    with pytest.raises(ConfigError, match="tools_column is for chats"):
+        parse_config(CorpusConfig, {"path": "x", "tools_column": "tools"}, "corpus")
+
+
+# ------------------------------------------------------------------------------------- the library `datasets`
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders as `datasets` saves them: `one`, and `dict` with the splits train and test."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("saved")
+    whole = datasets.Dataset.from_list([{**row, "messages": CHAT} for row in ROWS])
+    whole.save_to_disk(str(folder / "one"), num_shards=2)
+    datasets.DatasetDict({"train": whole, "test": whole.select([2, 0])}).save_to_disk(str(folder / "dict"))
+    return folder
+
+
+def test_a_saved_folder_gives_the_same_rows_as_a_file(saved: Path, tmp_path: Path) -> None:
+    path = save(tmp_path / "rows.parquet", ROWS)
+    assert read(saved / "one") == read(path)
+    assert read(saved / "dict", split="test") == [read(path)[2], read(path)[0]]
+    assert [d.id for d in read(saved / "dict", split="train", domains=["prose"], limit=1)] == ["b"]
+    [first, *_] = read(saved / "one", messages_column="messages")
+    assert first.chat is not None and first.chat.messages == CHAT
+    one, two = (Corpus(CorpusConfig(path=str(saved / "dict"), split=s)).settings() for s in ("train", "test"))
+    assert one["sha256"] != two["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "message"),
+    [
+        ("dict", {}, r"has the splits \['test', 'train'\]: name one"),
+        ("dict", {"split": "dev"}, "there is no 'dev'"),
+        ("one", {"split": "train"}, "has no splits"),
+        ("one", {"subset": "en"}, "subset 'en' names a configuration on the Hub"),
+    ],
+)
+def test_a_split_that_is_not_there_is_named(saved: Path, path: str, settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(saved / path, **settings)
+
+
+def test_a_split_of_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no splits"):
+        read(save(tmp_path / "rows.jsonl", ROWS), split="train")
+
+
+def test_a_broken_saved_folder_gives_one_data_error(saved: Path, tmp_path: Path) -> None:
+    import shutil
+
+    for number, spoil in enumerate(("{", "{}")):
+        root = Path(shutil.copytree(saved / "one", tmp_path / str(number)))
+        (root / "state.json").write_text(spoil)
+        with pytest.raises(DataError, match="cannot be read as a folder of `datasets`"):
+            read(root)
+    root = Path(shutil.copytree(saved / "one", tmp_path / "cut"))
+    file = next(root.glob("*.arrow"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(DataError, match="cannot be read"):
+        read(root)
+
+
+def test_without_the_library_the_extra_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DependencyError, match=r"kdata\[hub\]"):
+        read(saved / "one")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("hf://datasets/o/n", ("o/n", None)),
+        ("hf://o/n@v1", ("o/n", "v1")),
+        ("owner/no-such.name", ("owner/no-such.name", None)),
+        ("owner/rows.jsonl", None),
+        ("./owner/name", None),
+        ("/owner/name", None),
+        ("tests/kdata", None),
+        ("name", None),
+    ],
+)
+def test_names_on_the_hub_are_told_from_paths(
+    path: str, name: tuple[str, str | None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    assert library.hub_name(path) == name
+
+
+def test_a_hub_that_cannot_be_reached_is_one_error() -> None:
+    """HF_HUB_OFFLINE is set for the tests."""
+    for path in ("hf://datasets/owner/name", "owner/name"):
+        with pytest.raises(MissingError, match="'owner/name' is neither here nor to be had from the Hub"):
+            read(Path(path)) if not path.startswith("hf") else list(Corpus(CorpusConfig(path=path)).documents())
+    with pytest.raises(ConfigError, match="write hf://datasets/OWNER/NAME"):
+        Corpus(CorpusConfig(path="hf://datasets/o/n/train.jsonl"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A stand-in for the Hub: the library reads a folder laid out as there, and the commit is made up."""
+    import datasets
+
+    save(tmp_path / "hub/train.jsonl", [{**r, "messages": CHAT} for r in ROWS])
+    save(tmp_path / "hub/test.jsonl", [{**ROWS[0], "messages": CHAT}])
+    load, names = datasets.load_dataset, datasets.get_dataset_split_names
+
+    def loaded(name: str, subset: str | None, *, revision: str, **settings: object) -> object:
+        assert (name, revision) == ("owner/name", "c0ffee")
+        return load(str(tmp_path / "hub"), subset, **settings)
+
+    monkeypatch.setattr(library, "_commit", lambda name, revision: "c0ffee")
+    monkeypatch.setattr(datasets, "load_dataset", loaded)
+    monkeypatch.setattr(
+        datasets, "get_dataset_split_names", lambda name, subset, revision: names(str(tmp_path / "hub"))
+    )
+    return "hf://datasets/owner/name"
+
+
+def test_a_hub_data_set_is_streamed_with_its_commit_in_the_settings(hub: str, tmp_path: Path) -> None:
+    corpus = Corpus(CorpusConfig(path=hub, split="train", domains=["prose", "none"]))
+    assert corpus.num_rows is None and [d.id for d in corpus.documents()] == ["b", "c"]
+    assert corpus.settings()["commit"] == "c0ffee" and corpus.settings()["hub"] == "owner/name"
+    whole = Corpus(CorpusConfig(path=hub, split="train", messages_column="messages", limit=2))
+    assert [d.chat.messages for d in whole.documents() if d.chat] == [CHAT, CHAT]
+    with pytest.raises(DataError, match=r"holds no row of \['nowhere'\]"):
+        list(Corpus(CorpusConfig(path=hub, split="train", domains=["nowhere"])).documents())
+    with pytest.raises(ConfigError, match="no column 'txet'"):
+        Corpus(CorpusConfig(path=hub, split="train", text_column="txet"))
+    with pytest.raises(ConfigError, match=r"splits \['test', 'train'\]: name one"):
+        Corpus(CorpusConfig(path=hub))
 
 
 # ------------------------------------------------------------------------------------------ bytes per token
@@ -221,3 +490,18 @@ def test_a_tokenizer_that_is_not_byte_level_tells_bytes_by_offsets(tmp_path: Pat
     [(_, ids, lengths)] = encoder.pieces("naïve café 🙂", 10)
     assert ids.tolist() == [0, 1, 2] and lengths.tolist() == [7, 6, 4]
     assert encoder.byte_lengths(ids) is None
+
+
+@given(parts=st.lists(st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(["<s>", "</s>"]), max_size=5))
+def test_a_text_with_special_tokens_in_it_adds_up_byte_by_byte(
+    encoder: TextEncoder, tokenizer_dir: Path, parts: list[str]
+) -> None:
+    text = "".join(parts)
+    ids, lengths = encoder.literal(text)
+    raw, tokenizer = text.encode(), load_tokenizer(tokenizer_dir)
+    assert int(lengths.sum()) == len(raw)
+    parts = np.split(np.frombuffer(raw, np.uint8), np.cumsum(lengths)[:-1]) if len(ids) else []
+    for token, part in zip(ids.tolist(), parts, strict=True):
+        assert part.tobytes().decode("utf-8", "replace") == tokenizer.decode([token])
+    bare = encoder.byte_lengths(ids)
+    assert bare is not None and (bare == np.where(ids < 2, 0, lengths)).all()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import kdata
 from kdata.config import parse_config
 from kdata.errors import ConfigError
-from kdata.generate import GenerateConfig, sample_seed
-from kdata.teachers import SamplingConfig, load_tokenizer
-from tests.fakes import EOS, StandInTeacher, digests, run_generate
+from kdata.generate import GenerateConfig, _before_stop, sample_seed
+from kdata.keep import KeepConfig
+from kdata.teachers import Completion, SamplingConfig, StructuredOutput, TeacherConfig, load_tokenizer
+from tests.fakes import CHATML, EOS, TURN_END, StandInTeacher, digests, run_generate, save_tokenizer
 
 PROMPTS = [
     {"id": f"p{n}", "domain": "d", "text": text} for n, text in enumerate(["the cat", "def add", "🙂", "naïve", "日本"])
@@ -118,3 +122,185 @@ def test_capture_and_generation_share_a_dataset(
     run_capture(tmp_path / "d", corpus_file, tokenizer_dir)
     counts = kdata.open(tmp_path / "d").sql("select source, count(*) as n from rows group by all order by all")
     assert counts.to_pylist() == [{"source": "capture", "n": 25}, {"source": "generate", "n": 5}]
+
+
+# ------------------------------------------------------------------------------------------------------------ chats
+
+ASKED = [
+    {"id": "q0", "messages": [{"role": "user", "content": "the cat 🙂"}]},
+    {"id": "q1", "messages": json.dumps([{"role": "system", "content": "sit"}, {"role": "user", "content": "dog?"}])},
+    {"id": "q2", "messages": []},
+    {"id": "q3", "messages": [{"role": "user", "content": "the mat " * 90}]},
+]
+CHATS = {"messages_column": "messages", "domain_column": None}
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with a ChatML template."""
+    folder = tmp_path_factory.mktemp("chatty")
+    save_tokenizer(folder, chat_template=CHATML)
+    return folder
+
+
+def generate_chats(root: Path, prompts: Path, tokenizer: Path, **settings: object) -> kdata.Dataset:
+    teacher = settings.pop("teacher", None) or StandInTeacher(context=150)
+    return run_generate(root, prompts, tokenizer, teacher=teacher, reading=CHATS, **settings)
+
+
+class Scripted(StandInTeacher):
+    """A stand-in that writes what it is told, with the distributions of a stand-in: a random one seldom writes text."""
+
+    def __init__(self, folder: Path, reply: str, finish: str = "stop") -> None:
+        super().__init__(context=150)
+        self._reply = load_tokenizer(folder)(reply, add_special_tokens=False)["input_ids"]
+        self._finish = finish
+
+    def _continue(self, prompt: np.ndarray, keep: KeepConfig, sampling: SamplingConfig, seed: int) -> Completion:
+        ids = np.concatenate([prompt, self._reply]).astype(np.int32)
+        return Completion(self.readout(ids, keep, len(prompt)), len(prompt), self._finish)  # type: ignore[arg-type]
+
+
+def test_a_chat_is_continued_with_the_assistant_s_turn(
+    tmp_path: Path, jsonl: Callable[..., Path], chatty: Path
+) -> None:
+    import pyarrow as pa
+
+    teacher = Scripted(chatty, f" sat on 🙂\n{TURN_END}")
+    dataset = generate_chats(tmp_path / "d", jsonl(ASKED), chatty, num_samples=2, teacher=teacher)
+    tokenizer = load_tokenizer(chatty)
+    assert dataset.index(["id"])["id"].to_pylist() == ["q0~0", "q0~1", "q1~0", "q1~1"]
+    payload = pa.ipc.open_file(dataset.path / "data/generate-00000.arrow").read_all()
+    for number, (row, sequence) in enumerate(zip(dataset.index().to_pylist(), dataset, strict=True)):
+        *asked, reply = json.loads(row["messages"])
+        given = next(r["messages"] for r in ASKED if r["id"] == row["id"].split("~")[0])
+        assert asked == (json.loads(given) if isinstance(given, str) else given)
+        assert reply == {"role": "assistant", "content": " sat on 🙂\n"}
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+        begin, ids = len(prompt), sequence.token_ids
+        assert ids[:begin].tolist() == prompt
+        assert not sequence.target_mask[:begin].any() and sequence.target_mask[begin:].all()
+        assert row["prompt"] == tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        assert row["text"] == row["prompt"] + f" sat on 🙂\n{TURN_END}"
+        assert sum(payload["token_bytes"][number].as_py()) == len(row["text"].encode())
+    reasons = {row["id"]: row["reason"] for row in dataset.sql("select id, reason from rejects").to_pylist()}
+    assert reasons == {"q2": "empty", "q3": "too_long"}
+
+
+def test_a_written_chat_can_be_read_again_to_the_same_numbers(
+    tmp_path: Path, jsonl: Callable[..., Path], chatty: Path
+) -> None:
+    """The index's messages are a corpus; read, they have one token more, the line end that the template closes with."""
+    from tests.fakes import run_capture
+
+    teacher = Scripted(chatty, f"sat on the mat{TURN_END}")
+    made = generate_chats(tmp_path / "d", jsonl(ASKED), chatty, teacher=teacher)
+    rows = made.index().to_pylist()
+    corpus = jsonl([{"id": row["id"], "messages": row["messages"]} for row in rows], "again.jsonl")
+    read = run_capture(tmp_path / "again", corpus, chatty, teacher=StandInTeacher(context=150), reading=CHATS)
+    assert read.num_rows == made.num_rows == 2
+    for before, row, written, sequence in zip(rows, read.index().to_pylist(), made, read, strict=True):
+        assert row["text"] == before["text"] + "\n"
+        np.testing.assert_array_equal(sequence.token_ids[:-1], written.token_ids)
+        np.testing.assert_array_equal(sequence.target_mask[:-1], written.target_mask)
+        np.testing.assert_array_equal(sequence.logprob[:-1], written.logprob)
+        assert not sequence.target_mask[-1]
+
+
+def test_a_reply_that_a_stop_string_ended_is_kept_in_tokens_and_left_out_of_the_message(
+    tmp_path: Path, jsonl: Callable[..., Path], chatty: Path
+) -> None:
+    sampling = SamplingConfig(stop=["the log"])
+    teacher = Scripted(chatty, "the dog sat on the log")
+    dataset = generate_chats(tmp_path / "d", jsonl(ASKED[:1]), chatty, teacher=teacher, sampling=sampling)
+    [row] = dataset.index().to_pylist()
+    assert json.loads(row["messages"])[-1]["content"] == "the dog sat on "
+    assert row["text"].endswith("the dog sat on the log")
+
+
+def test_generation_from_chats_that_stopped_goes_on_to_the_same_bytes(
+    tmp_path: Path, jsonl: Callable[..., Path], chatty: Path
+) -> None:
+    def stop(call: int) -> None:
+        if call == 2:
+            raise KeyboardInterrupt
+
+    prompts = jsonl([{**row, "id": f"{row['id']}-{n}"} for n in range(4) for row in ASKED])
+    generate_chats(tmp_path / "whole", prompts, chatty, num_samples=2)
+    with pytest.raises(KeyboardInterrupt):
+        generate_chats(
+            tmp_path / "d", prompts, chatty, num_samples=2, teacher=StandInTeacher(context=150, before_call=stop)
+        )
+    assert 0 < len(kdata.open(tmp_path / "d").manifest) < 4
+    generate_chats(tmp_path / "d", prompts, chatty, num_samples=2)
+    assert digests(tmp_path / "d") == digests(tmp_path / "whole")
+
+
+def test_prompts_that_the_template_refuses_are_rejects_unless_all_are(
+    tmp_path: Path, jsonl: Callable[..., Path]
+) -> None:
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('the user begins') }}{% endif %}" + CHATML
+    save_tokenizer(tmp_path / "t", chat_template=strict)
+    dataset = generate_chats(tmp_path / "d", jsonl(ASKED), tmp_path / "t")
+    assert {"id": "q1", "reason": "template"} in dataset.sql("select id, reason from rejects").to_pylist()
+    with pytest.raises(ConfigError, match=r"not one chat could be used. q1: .*the user begins"):
+        generate_chats(tmp_path / "e", jsonl(ASKED[1:2]), tmp_path / "t")
+
+
+@given(text=st.text("ab.", max_size=8), stops=st.lists(st.text("ab.", min_size=1, max_size=2), max_size=2))
+def test_a_reply_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
+    reply = _before_stop(text, stops)
+    assert text.startswith(reply) and not any(stop in reply for stop in stops)
+    assert reply == text or any(text[len(reply) :].startswith(stop) for stop in stops)
+
+
+# ------------------------------------------------------------------------------------------------ structured output
+
+
+@pytest.mark.parametrize("backend", ["stand-in", "transformers"])
+def test_structured_output_is_refused_where_the_backend_cannot_keep_it(
+    tmp_path: Path, prompts: Path, llama_dir: Path, backend: str
+) -> None:
+    from kdata.teachers.transformers import TransformersTeacher
+
+    config = TeacherConfig(model=str(llama_dir), backend="transformers")
+    teacher = StandInTeacher() if backend == "stand-in" else TransformersTeacher(config)
+    sampling = SamplingConfig(structured_output=StructuredOutput(regex="[0-9]+"))
+    with pytest.raises(ConfigError, match=f"the {backend} teacher does not write structured output; use backend vllm"):
+        run_generate(tmp_path / "d", prompts, llama_dir, teacher=teacher, sampling=sampling)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"structured_output": {}}, "takes one of json_schema, regex and choice, not 0 of them"),
+        ({"structured_output": {"regex": "a", "choice": ["a"]}}, "not 2 of them"),
+        ({"structured_output": {"choice": []}}, "at least 1 item"),
+        ({"structured_output": {"regex": "a"}, "min_tokens": 1}, "min_tokens could forbid the end"),
+        ({"structured_output": {"jsonschema": {}}}, "did you mean 'json_schema'"),
+    ],
+)
+def test_a_structure_that_cannot_be_is_refused(sampling: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(GenerateConfig, {"prompts": {"path": "x"}, "sampling": sampling}, "generate settings")
+
+
+def test_a_nucleus_top_k_and_min_p_leave_out_what_they_should(llama_dir: Path) -> None:
+    """The plain forward pass against the rules, computed densely in float64."""
+    import torch
+
+    from kdata.teachers.transformers import _draw
+
+    logits_V = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -1.0])
+    p_V = torch.softmax(logits_V.double(), -1).numpy()
+    for sampling, allowed in (
+        (SamplingConfig(top_k=2), {0, 1}),
+        (SamplingConfig(min_p=float(p_V[3] / p_V[0]) - 1e-6), {0, 1, 2, 3}),
+        (SamplingConfig(top_k=3, top_p=float(p_V[:2].sum() / p_V[:3].sum()) - 1e-3), {0, 1}),
+        (SamplingConfig(), set(range(6))),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        drawn = [_draw(logits_V, sampling, generator, set()) for _ in range(2000)]
+        assert set(drawn) == allowed
+        share = np.bincount(drawn, minlength=6)[sorted(allowed)] / len(drawn)
+        np.testing.assert_allclose(share, p_V[sorted(allowed)] / p_V[sorted(allowed)].sum(), atol=0.05)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdata.codec import segment_sum
+from kdata.errors import TeacherError
 from kdata.keep import KeepConfig
 from kdata.teachers import reduce
 from kdata.teachers.reduce import Reduced, draw_seed, reduce_chunks, reduce_logits
@@ -81,7 +82,7 @@ def test_the_compiled_kernel_equals_torch(keep: KeepConfig, monkeypatch: pytest.
 def test_chunks_do_not_matter(keep: KeepConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     logits_MV, actual_M = logits_of(5, 50, 300, 2.0)
     whole = reduce_logits(logits_MV, actual_M, keep, 1)
-    monkeypatch.setattr(reduce, "CHUNK_BYTES", 300 * 4 * 7)
+    monkeypatch.setitem(reduce.CHUNK_BYTES, "cpu", 300 * 4 * 7)
     pieces = reduce_logits(logits_MV, actual_M, keep, 1)
     assert_same(whole, pieces)
 
@@ -131,3 +132,48 @@ def assert_same(a: Reduced, b: Reduced) -> None:
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=1e-6)
     np.testing.assert_array_equal(a.kept.ids, b.kept.ids)
     np.testing.assert_allclose(a.kept.logprobs, b.kept.logprobs, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_logits_that_are_no_numbers_are_refused(bad: float, rows: int) -> None:
+    logits_MV, actual_M = logits_of(1, rows, 300, 2.0)
+    logits_MV[rows - 1, 299] = bad
+    with pytest.raises(TeacherError, match="NaN or infinity"):
+        reduce_logits(logits_MV, actual_M, KeepConfig(), 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    vocab=st.integers(2, 700),
+    k=st.integers(1, 90),
+    spread=st.sampled_from([0.0, 1.0, 30.0]),
+    forbidden=st.floats(0, 0.9),
+)
+def test_the_kernel_at_any_width_with_ties_and_forbidden_ids(
+    seed: int, vocab: int, k: int, spread: float, forbidden: float
+) -> None:
+    """Logits on a coarse grid (equal ones abound; spread 0: all equal), some of them -inf."""
+    rng = np.random.default_rng(seed)
+    z = np.round(rng.standard_normal((6, vocab)) * spread).astype(np.float32)
+    z[rng.random(z.shape) < forbidden] = -np.inf
+    z[:, 0] = 0.0  # one at least is possible, and it is what is there
+    keep, actual = KeepConfig(kind="hybrid", k=min(k, vocab - 1), draws=20), torch.zeros(6, dtype=torch.long)
+    out = reduce_logits(torch.from_numpy(z), actual, keep, seed)
+    dense = z.astype(np.float64) - np.logaddexp.reduce(z.astype(np.float64), 1, keepdims=True)
+    np.testing.assert_allclose(out.logprob, dense[:, 0], atol=2e-5)
+    np.testing.assert_array_equal(out.rank, (z > z[:, :1]).sum(1) + 1)
+    begin = 0
+    for row in range(6):
+        exact, count = out.kept.num_exact[row], out.kept.num_kept[row]
+        ids = out.kept.ids[begin : begin + count]
+        begin += count
+        # The k largest, equal ones by rising id.
+        np.testing.assert_array_equal(ids[:exact], np.argsort(-z[row], kind="stable")[:exact])
+        assert np.isfinite(z[row, ids[exact:]]).all(), "drew an id that has no probability"
+        with np.errstate(divide="ignore"):
+            tail = np.log(np.exp(np.delete(dense[row], ids[:exact])).sum())
+        # Below e^-87 of the largest a probability counts as none.
+        if tail > -70:
+            np.testing.assert_allclose(out.log_tail[row], min(tail, 0.0), atol=2e-5)

@@ -15,7 +15,9 @@ import pytest
 
 import kdata
 from kdata.errors import CorruptError, FormatError, MissingError
+from kdata.journal import read_journal
 from kdata.plan import make_plan
+from kdata.progress import Phase, Stage
 from kdata.report import best, grid, read_results, stages, verdict, write_report
 from kdata.shard import Reject
 from tests.kdata.test_card import HOSTILE, make_dataset
@@ -64,12 +66,23 @@ def results_of(students: dict[str, Any]) -> dict[str, Any]:
         "select": 0.3,
     }
     seconds |= {"train ce": 60.0, "train plan": 66.0, "train": 126.0, "evaluate": 30.0}
+    tokens = {"generate": 43_210, "capture": 912_000, "heldout": 52_560, "score": 955_210, "train": 3_686_400}
     return {
         "format": 1,
         "name": "quickstart",
         "students": students,
         "teacher": {"model": "tiny-teacher"},
-        "stages": [{"name": name, "seconds": value} for name, value in seconds.items()],
+        "stages": [
+            {
+                "name": name,
+                "seconds": value,
+                "tokens": tokens.get(name, 0),
+                "tokens_per_sec": tokens[name] / value if name in tokens else None,
+                "device_hours": {"2 CPU cores": value * 2 / 3600},
+                "energy_joules": None,
+            }
+            for name, value in seconds.items()
+        ],
         "settings": {"name": "quickstart", "seed": 0, "train": {"steps": 300}},
         "machine": {"cores": 2, "packages": {"torch": "2.13.0"}},
     }
@@ -236,6 +249,77 @@ def test_whole_run(tmp_path: Path) -> None:
     assert "<b>4.590</b>" in path.read_text()
     assert "kdata run quickstart --out runs/quickstart-again" in page.text
     assert "difference sampling keeps what lies at or above 0.600" in page.text
+
+
+def test_what_it_took(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    text = Page(write_report(run)).text
+    assert "What it took" in text and "The teacher read 964,560 tokens and wrote 43,210 tokens." in text
+    rows = rows_of(write_report(run), "What it took")
+    assert rows["capture"][1:] == ["912,000", "17,812", "51.2 s", "0.0284 (2 CPU cores)", "—"]
+    assert rows["prepare"][1:] == ["", "", "0.4 s", "0.0002 (2 CPU cores)", "—"]
+    seconds = 0.4 + 31.5 + 51.2 + 12.0 + 20.1 + 0.3 + 126.0 + 30.0  # parts of stages do not count twice
+    assert rows["all"][3:] == ["4 min 32 s", f"{seconds * 2 / 3600:.4f} (2 CPU cores)", "not reported by this device"]
+    assert "└ train ce" in rows
+
+
+def test_energy_that_the_device_tells(tmp_path: Path) -> None:
+    results = results_of({})
+    for stage in results["stages"]:
+        stage |= {"energy_joules": stage["seconds"] * 700, "device_hours": {"NVIDIA H200": stage["seconds"] / 3600}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    rows = rows_of(write_report(tmp_path), "What it took")
+    assert rows["capture"][-2:] == ["0.0142 (NVIDIA H200)", "9.96 Wh"]
+    assert rows["all"][-1] == f"{271.5 * 700 / 3600:.3g} Wh"
+    del results["stages"][0]["energy_joules"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert rows_of(write_report(tmp_path), "What it took")["all"][-1] == "not reported by this device"
+
+
+def test_a_run_of_an_older_version_knows_times_only(tmp_path: Path) -> None:
+    results = {**results_of({}), "stages": [{"name": "capture", "seconds": 51.2}]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    rows = rows_of(write_report(tmp_path), "What it took")
+    assert rows["capture"][1:] == ["", "", "51.2 s", "—", "—"] and rows["train"][1:] == ["", "", "—", "", ""]
+
+
+def test_a_run_adds_its_attempts_up(tmp_path: Path) -> None:
+    """The runner's last stage, after a capture that failed at first: both attempts are in results, page and card."""
+    from pipelines.recipe import load_recipe
+    from pipelines.runner import Run, run_report
+
+    run = Run(load_recipe(Path("quickstart"), []), make_run(tmp_path / "run"), {})
+    (run.out / "run.json").write_text("{}")
+    with pytest.raises(KeyError), Phase("capture", run.log), Stage("capture: reading", 9, "documents") as stage:
+        stage.advance(4, tokens=400)
+        raise KeyError
+    with Phase("capture", run.log), Stage("capture: reading", 9, "documents") as stage:
+        stage.skip(4)
+        stage.advance(5, tokens=300)
+    with Phase("train", run.log), Phase("train ce"), Stage("train CE", 50, "tokens") as stage:
+        stage.advance(50)
+    spans = {line.since: line for line in read_journal(run.log) if line.stage == "capture"}.values()
+    with Phase("report", run.log):
+        run_report(run)
+    found = {stage["name"]: stage for stage in json.loads((run.out / "results.json").read_text())["stages"]}
+    assert list(found) == ["capture", "train", "train ce"]
+    assert len(spans) == 2 and found["capture"]["seconds"] == pytest.approx(sum(line.seconds for line in spans))
+    dataset = kdata.open(run.dataset_path)
+    there = sum(entry.tokens for entry in dataset.manifest if entry.source == "capture")
+    assert found["capture"]["tokens"] == there and found["train"]["tokens"] == found["train ce"]["tokens"] == 50
+    assert rows_of(run.out / "report.html", "What it took")["capture"][1] == f"{there:,}"
+    card = (run.dataset_path / "README.md").read_text().split("## What it took")[1].split("##")[0]
+    assert f"| capture | {there} |" in card and "| generate |" not in card
+
+
+def rows_of(path: Path, title: str) -> dict[str, list[str]]:
+    """Cells of the table under a heading, by the row's first."""
+    body = path.read_text("utf-8").split(f">{title}</h3>")[1].split("<tbody>")[1].split("</tbody>")[0]
+    found = {}
+    for row in body.split("<tr")[1:]:
+        first, *cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)
+        found[first] = cells
+    return found
 
 
 def test_page_loads_nothing_and_is_unique(tmp_path: Path) -> None:

@@ -257,7 +257,10 @@ def test_a_log_on_a_full_disk_does_not_hide_the_stage_s_own_error(monkeypatch: p
     """/dev/full refuses every write as a full disk does."""
     with pytest.raises(KeyError, match="the cause"), Stage("stage", log=Path("/dev/full")):
         raise KeyError("the cause")
-    with pytest.raises(StorageError, match="cannot write the log"), Stage("stage", log=Path("/dev/full")):
+    with (
+        pytest.raises(StorageError, match="cannot write /dev/full: the disk is full"),
+        Stage("stage", log=Path("/dev/full")),
+    ):
         pass
 
 

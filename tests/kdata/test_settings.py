@@ -38,7 +38,7 @@ from kdata.teachers import TeacherConfig
         (
             TeacherConfig,
             {"model": "x", "backend": "vlm"},
-            r"backend: Input should be 'vllm' or 'transformers'.* \(got 'vlm'\)",
+            r"backend: Input should be 'vllm', 'vllm-server' or 'transformers'.* \(got 'vlm'\)",
         ),
         (
             CaptureConfig,

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,9 +21,9 @@ import pytest
 
 import kdata
 from kdata.keep import KeepConfig
-from kdata.teachers import TeacherConfig
+from kdata.teachers import Completion, TeacherConfig
 from kdata.verify import verify
-from tests.fakes import digests, rows_of_text, write_jsonl
+from tests.fakes import CHATML, TURN_END, digests, rows_of_text, save_llama, save_tokenizer, write_jsonl
 
 pytestmark = [
     pytest.mark.vllm,
@@ -37,9 +38,11 @@ def ask(sequences: list[np.ndarray], path: str) -> dict[str, Any]:
     """All that is asked of one teacher: run in a process of its own, because an engine keeps memory and threads."""
     from kdata.errors import TeacherError
     from kdata.teachers import SamplingConfig
+    from kdata.teachers.planner import each
     from kdata.teachers.vllm import VllmTeacher
 
-    teacher = VllmTeacher(TeacherConfig(model=path), max_k=8)
+    # So little memory for logits that prompts are read in pieces of a step's 256 tokens.
+    teacher = VllmTeacher(TeacherConfig(model=path, logits_gib=1e-6), max_k=8)
     keep, sampling = KeepConfig(kind="topk", k=8), SamplingConfig(max_tokens=10)
     prompts = [ids[:5] for ids in sequences]
     written = teacher.write(prompts, keep, sampling, list(range(len(prompts))))
@@ -53,8 +56,12 @@ def ask(sequences: list[np.ndarray], path: str) -> dict[str, Any]:
         "reread": teacher.read([c.readout.token_ids for c in written], keep),
         "hybrid": teacher.read(sequences, HYBRID),
         "hybrid_again": teacher.read(sequences[::-1], HYBRID)[::-1],
-        "hybrid_written": teacher.write(prompts, HYBRID, sampling, list(range(len(prompts)))),
+        "hybrid_written": (taped := teacher.write(sequences[:-1], HYBRID, sampling, list(range(4)))),
+        "hybrid_rewritten": teacher.write(sequences[3::-1], HYBRID, sampling, [3, 2, 1, 0])[::-1],
+        "hybrid_reread": teacher.read([c.readout.token_ids for c in taped], HYBRID),
     }
+    given = [sequences[0], np.zeros(500, np.int32), sequences[1]]
+    answers["too_long"] = each(lambda some: teacher.read([given[i] for i in some], HYBRID), 3)
     teacher._agreed = False
     teacher._head = dataclasses.replace(teacher._head, scale=1.1)
     try:
@@ -86,9 +93,25 @@ def test_vllm_reads_and_writes_what_the_plain_forward_pass_does(llama_dir: Path,
         np.testing.assert_array_equal(ours.kept.num_exact, theirs.kept.num_exact)
         np.testing.assert_array_equal(ours.kept.ids, again.kept.ids)
         np.testing.assert_array_equal(ours.kept.logprobs, again.kept.logprobs)
-    for top, both in zip(answers["written"], answers["hybrid_written"], strict=True):
-        np.testing.assert_array_equal(top.readout.token_ids, both.readout.token_ids)
-        np.testing.assert_allclose(top.readout.logprob, both.readout.logprob, atol=1e-4)
+    for taped, again, read in zip(
+        answers["hybrid_written"], answers["hybrid_rewritten"], answers["hybrid_reread"], strict=True
+    ):
+        one, two, start = taped.readout, again.readout, taped.num_prompt_tokens
+        for name in ("token_ids", "logprob", "rank", "log_tail", "entropy", "log_z"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
+        np.testing.assert_array_equal(one.kept.ids, two.kept.ids)
+        np.testing.assert_array_equal(one.kept.logprobs, two.kept.logprobs)
+        assert (one.kept.num_kept[:start] == 0).all() and (one.kept.num_exact[start:] == 4).all()
+        for name in ("logprob", "log_tail", "entropy", "log_z"):
+            np.testing.assert_allclose(getattr(one, name)[start:], getattr(read, name)[start:], atol=1e-4, err_msg=name)
+        exact, others = one.kept.logprobs[~one.kept.is_draw], read.only(np.arange(len(read.rank)) >= start).kept
+        np.testing.assert_allclose(exact, others.logprobs[~others.is_draw], atol=1e-4)
+        mass = np.exp(one.kept.logprobs[one.kept.is_draw].astype(np.float64)).sum()
+        np.testing.assert_allclose(mass, np.exp(one.log_tail[start:].astype(np.float64)).sum(), rtol=1e-4)
+    first, failed, last = answers["too_long"]
+    assert "vLLM refused a request" in str(failed)
+    np.testing.assert_array_equal(first.logprob, answers["hybrid"][0].logprob)
+    np.testing.assert_array_equal(last.kept.ids, answers["hybrid"][1].kept.ids)
     assert "disagree" in answers["wrong_head"]
     for ours, theirs, again in zip(answers["read"], plain, answers["again"], strict=True):
         np.testing.assert_allclose(ours.logprob, theirs.logprob, atol=1e-4)
@@ -108,6 +131,123 @@ def test_vllm_reads_and_writes_what_the_plain_forward_pass_does(llama_dir: Path,
         np.testing.assert_allclose(own.logprob[5:], read.logprob[5:], atol=1e-4)
         np.testing.assert_allclose(own.log_tail[5:], read.log_tail[5:], atol=1e-4)
         np.testing.assert_array_equal(own.token_ids, rewritten.readout.token_ids)
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "regex": {"regex": "[ab]{3,6}"},
+    "choice": {"choice": ["the cat", "the dog"]},
+    "schema": {"json_schema": {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"],
+               "additionalProperties": False}},
+}  # fmt: skip
+CHATS = [{"id": f"q{n}", "messages": [{"role": "user", "content": f"the cat {n} 🙂"}]} for n in range(6)]
+
+
+def write_in_form(folder: Path, prompts: list[np.ndarray], root: Path) -> dict[str, Any]:
+    """What only the generating engine shows, in one process: structured output, sampling, stop strings, chats."""
+    from kdata.corpus import Corpus, CorpusConfig
+    from kdata.errors import ConfigError
+    from kdata.generate import GenerateConfig, generate_with
+    from kdata.teachers import SamplingConfig, StructuredOutput
+    from kdata.teachers.vllm import VllmTeacher
+
+    who = TeacherConfig(model=str(folder), path="logprobs")
+    teacher, keep = VllmTeacher(who, max_k=8), KeepConfig(kind="topk", k=8)
+    answers: dict[str, Any] = {}
+    for name, form in FORMS.items():
+        sampling = SamplingConfig(max_tokens=100, structured_output=StructuredOutput(**form))
+        answers[name] = teacher.write(prompts, keep, sampling, list(range(len(prompts))))
+        answers[f"{name} again"] = teacher.write(prompts[::-1], keep, sampling, list(range(len(prompts)))[::-1])[::-1]
+    for name, form in (("bad schema", {"json_schema": {"type": "nonsense"}}), ("bad regex", {"regex": "((("})):
+        try:
+            teacher.write(prompts, keep, SamplingConfig(structured_output=StructuredOutput(**form)), [0] * len(prompts))
+        except ConfigError as error:
+            answers[name] = str(error)
+    for name, sampling in (
+        ("greedy", SamplingConfig(temperature=0, max_tokens=8)),
+        ("top_k", SamplingConfig(top_k=1, max_tokens=8)),
+        ("min_p", SamplingConfig(min_p=1.0, max_tokens=8)),
+        ("stop", SamplingConfig(max_tokens=100, stop=[TURN_END, "a"])),
+    ):
+        answers[name] = teacher.write(prompts, keep, sampling, list(range(len(prompts))))
+    corpus = CorpusConfig(
+        path=str(write_jsonl(root / "chats.jsonl", CHATS)), messages_column="messages", domain_column=None
+    )
+    config = GenerateConfig(
+        prompts=corpus, kind="topk", k=8, num_samples=2, unit_prompts=2, sampling=SamplingConfig(max_tokens=12)
+    )
+    generate_with(root / "whole", teacher, who, Corpus(corpus), config)
+    real, calls = teacher.write, iter(range(9))
+
+    def stopped(*arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    teacher.write = stopped  # type: ignore[method-assign]
+    try:
+        generate_with(root / "resumed", teacher, who, Corpus(corpus), config)
+    except KeyboardInterrupt:
+        answers["committed"] = len(kdata.open(root / "resumed").manifest)
+    generate_with(root / "resumed", teacher, who, Corpus(corpus), config)
+    teacher.close()
+    return answers
+
+
+def test_vllm_writes_in_a_form_and_records_the_raw_distribution(tmp_path: Path) -> None:
+    """Structured output, sampling, stop strings and chats; what is recorded is what a reading of the same text gives."""
+    from kdata.teachers import load_tokenizer
+    from kdata.teachers.transformers import TransformersTeacher
+
+    folder = save_llama(tmp_path / "llama")
+    save_tokenizer(folder, chat_template=CHATML)
+    tokenizer = load_tokenizer(folder)
+    prompts = [np.array(tokenizer(text)["input_ids"], np.int32) for text in ("the cat", "def add", "日本", "on")]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        answers = pool.submit(write_in_form, folder, prompts, tmp_path).result(timeout=400)
+    oracle = TransformersTeacher(TeacherConfig(model=str(folder), backend="transformers"))
+
+    def said(completion: Completion) -> str:
+        written = completion.readout.token_ids[completion.num_prompt_tokens :]
+        return tokenizer.decode(written, skip_special_tokens=True)
+
+    for name in FORMS:
+        texts = [said(completion) for completion in answers[name] if completion.finish_reason == "stop"]
+        assert texts, f"no completion of {name} came to its end"
+        if name == "regex":
+            assert all(re.fullmatch("[ab]{3,6}", text) for text in texts)
+        elif name == "choice":
+            assert set(texts) <= {"the cat", "the dog"}
+        else:
+            assert all(json.loads(text)["a"] in ("x", "y") for text in texts)
+        whole = [completion.readout.token_ids for completion in answers[name]]
+        for completion, again, read in zip(
+            answers[name], answers[f"{name} again"], oracle.read(whole, KeepConfig(kind="topk", k=8)), strict=True
+        ):
+            own, start = completion.readout, completion.num_prompt_tokens
+            np.testing.assert_array_equal(own.token_ids, again.readout.token_ids)
+            np.testing.assert_allclose(own.logprob[start:], read.logprob[start:], atol=1e-4)
+            np.testing.assert_allclose(own.log_tail[start:], read.log_tail[start:], atol=1e-4)
+            assert (own.kept.num_kept[:start] == 0).all() and (own.kept.num_kept[start:] == 8).all()
+            # Most of the mass is where the form forbids to write: a masked distribution would have it on few tokens.
+            assert np.exp(own.logprob[start:]).mean() < 0.1
+    assert "does not take this structured_output: " in answers["bad schema"]
+    assert "does not take this structured_output: " in answers["bad regex"]
+    for greedy, top_k, min_p in zip(answers["greedy"], answers["top_k"], answers["min_p"], strict=True):
+        np.testing.assert_array_equal(greedy.readout.token_ids, top_k.readout.token_ids)
+        np.testing.assert_array_equal(greedy.readout.token_ids, min_p.readout.token_ids)
+    for completion in answers["stop"]:
+        written = completion.readout.token_ids[completion.num_prompt_tokens :]
+        text = tokenizer.decode(written, skip_special_tokens=False)
+        assert completion.finish_reason == ("stop" if len(written) < 100 else "length")
+        assert completion.finish_reason == "length" or TURN_END in text or "a" in text or written[-1] == 1
+    whole, resumed = kdata.open(tmp_path / "whole"), kdata.open(tmp_path / "resumed")
+    assert answers["committed"] in (1, 2) and len(whole.manifest) == 3 and whole.num_rows == 12
+    if whole.info.teacher.deterministic:
+        assert digests(whole.path) == digests(resumed.path)
+    for row in whole.index().to_pylist():
+        *asked, reply = json.loads(row["messages"])
+        assert asked == next(chat["messages"] for chat in CHATS if chat["id"] == row["id"].split("~")[0])
+        assert reply["role"] == "assistant" and row["prompt"].endswith("<|im_start|>assistant\n")
 
 
 def start_capture(root: Path, llama: Path, corpus: Path) -> subprocess.Popen[bytes]:

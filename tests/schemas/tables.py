@@ -21,6 +21,7 @@ from kdata.schema import (
     DatasetInfo,
     FileInfo,
     ManifestEntry,
+    MemberInfo,
     SourceInfo,
     TeacherInfo,
     TokenizerInfo,
@@ -40,6 +41,7 @@ JSON_FILES: dict[str, type[BaseModel]] = {
 MODELS = [
     DatasetInfo,
     TeacherInfo,
+    MemberInfo,
     TokenizerInfo,
     CodecInfo,
     SourceInfo,

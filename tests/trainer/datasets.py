@@ -37,10 +37,12 @@ def make_dataset(
     vocab: int = VOCAB,
     seed: int = 0,
     mask_every: int = 0,
+    exact: int = 0,
 ) -> kdata.Dataset:
     """Documents of a Markov chain over `vocab` tokens; the teacher is the chain itself, so it can be learnt.
 
-    `mask_every` n > 0 takes every n-th token out of the target mask.
+    `mask_every` n > 0 takes every n-th token out of the target mask. `exact` n > 0 makes a hybrid of draws: the n likeliest
+    entries exact, the others draws whose weights are their probabilities.
     """
     rng = np.random.default_rng(seed)
     tokenizer = save_tokenizer(root.parent / f"{root.name}-tokenizer", vocab)
@@ -61,10 +63,10 @@ def make_dataset(
             deterministic=True,
         ),
         tokenizer=tokenizer_info(tokenizer),
-        codec=CodecInfo(id="plain", version=1, kind="topk", parameters={"k": kept}),
+        codec=CodecInfo(id="plain", version=1, kind="hybrid" if exact else "topk", parameters={"k": kept}),
         tail=tail,
     )
-    records = [_record(f"doc-{i}", n, chain, rng, kept, tail, mask_every) for i, n in enumerate(lengths)]
+    records = [_record(f"doc-{i}", n, chain, rng, kept, tail, mask_every, exact) for i, n in enumerate(lengths)]
     source = SourceInfo(kind="capture", settings={}, num_units=None)
     with Writer(root, info, "capture", source, tokenizer_dir=root.parent / f"{root.name}-tokenizer") as writer:
         half = len(records) // 2
@@ -74,7 +76,14 @@ def make_dataset(
 
 
 def _record(
-    name: str, length: int, chain: np.ndarray, rng: np.random.Generator, kept: int, tail: str, mask_every: int
+    name: str,
+    length: int,
+    chain: np.ndarray,
+    rng: np.random.Generator,
+    kept: int,
+    tail: str,
+    mask_every: int,
+    exact: int,
 ) -> Record:
     ids = [int(rng.integers(len(chain)))]
     for _ in range(length - 1):
@@ -91,7 +100,7 @@ def _record(
     if mask_every:
         mask &= np.arange(length) % mask_every != 0
     with np.errstate(divide="ignore"):
-        rest = np.log(np.clip(1 - top.sum(-1), 0, 1))
+        rest = np.log(np.clip(1 - top[:, : exact or None].sum(-1), 0, 1))
         entropy = -(predicted * np.log(predicted)).sum(-1)
 
     def beside(values: np.ndarray, fill: float) -> np.ndarray:
@@ -105,17 +114,17 @@ def _record(
         logprob=beside(np.log(own), np.nan),
         rank=np.concatenate([np.zeros(min(length, 1)), (predicted > own[:, None]).sum(-1) + 1]).astype(np.int32),
         log_tail=beside(rest, np.nan),
-        kept=_kept(counts, order, top, tail),
+        kept=_kept(counts, order, top, tail, exact),
         text=" ".join(f"w{i}" for i in ids),
         entropy=beside(entropy, np.nan),
     )
 
 
-def _kept(counts: np.ndarray, ids: np.ndarray, weights: np.ndarray, tail: str) -> Kept:
-    """Exact entries by falling probability, or the same as draws by rising id."""
-    none = np.zeros_like(counts)
+def _kept(counts: np.ndarray, ids: np.ndarray, weights: np.ndarray, tail: str, exact: int) -> Kept:
+    """Exact entries by falling probability, then, where draws are asked for, the others by rising id."""
+    num_exact = np.minimum(counts, exact) if tail == "draws" else counts
     if tail == "draws":
-        order = np.argsort(ids, -1)
+        order = np.argsort(np.where(np.arange(ids.shape[1]) < exact, -1, ids), -1, kind="stable")
         ids, weights = np.take_along_axis(ids, order, -1), np.take_along_axis(weights, order, -1)
     flat_ids, flat = ids.reshape(-1).astype(np.int32), np.log(weights).reshape(-1).astype(np.float32)
-    return Kept(none, counts, flat_ids, flat) if tail == "draws" else Kept(counts, none, flat_ids, flat)
+    return Kept(num_exact, counts - num_exact, flat_ids, flat)

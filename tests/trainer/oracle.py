@@ -16,7 +16,7 @@ class Problem:
 
     hidden: Tensor
     head: Tensor
-    p: Tensor  # float64 [M, V], the teacher's full distribution
+    p: Tensor  # float64 [M, V], the teacher's full distribution, at the targets' temperature
     targets: Targets
 
 
@@ -30,12 +30,13 @@ def make_problem(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
     scale: float = 1.0,
+    temperature: float = 1.0,
 ) -> Problem:
     """Top-k targets of a random teacher; `ragged` pads some positions, one down to no entry at all."""
     rng = torch.Generator().manual_seed(seed)
     hidden = torch.randn(num_positions, hidden_size, generator=rng, dtype=torch.float64) * scale
     head = torch.randn(vocab_size, hidden_size, generator=rng, dtype=torch.float64)
-    p = torch.softmax(2 * torch.randn(num_positions, vocab_size, generator=rng, dtype=torch.float64), -1)
+    p = torch.softmax(2 * torch.randn(num_positions, vocab_size, generator=rng, dtype=torch.float64) / temperature, -1)
     top, ids = p.topk(kept, dim=-1)
     if ragged:
         num_kept = torch.arange(num_positions) % (kept + 1)
@@ -44,15 +45,18 @@ def make_problem(
     tail = (1 - top.sum(-1)).clamp_min(0)
     tokens = torch.randint(0, vocab_size, (num_positions,), generator=rng)
     tokens[0] = p[0].argmax()  # one actual token among the kept entries, others where they fall
-    targets = Targets(tokens, ids, top.log(), tail.log())
+    targets = Targets(tokens, ids, top.log(), tail.log(), temperature)
     return Problem(hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), p, targets)
 
 
 def lumped(problem: Problem, tail: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(p, q) over kept entries and the rest, and log q of the actual token, from the full float64 softmax."""
+    """(p, q) over kept entries and the rest, and log q of the actual token, from the full float64 softmax.
+
+    p and q are at the targets' temperature, the actual token's log q at 1.
+    """
     targets = problem.targets
     logits = problem.hidden.double() @ problem.head.double().T
-    log_q = torch.log_softmax(logits, -1)
+    log_q = torch.log_softmax(logits / targets.temperature, -1)
     live = targets.ids_CK >= 0
     ids = targets.ids_CK.clamp_min(0)
     q_kept = log_q.exp().gather(1, ids) * live
@@ -64,7 +68,8 @@ def lumped(problem: Problem, tail: str) -> tuple[Tensor, Tensor, Tensor]:
         p_rest = targets.log_tail_C.double().exp()[:, None]
     elif tail == "renormalise":
         p_kept = p_kept / p_kept.sum(-1, keepdim=True).clamp_min(1e-300)
-    return torch.cat([p_kept, p_rest], -1), q, log_q.gather(1, targets.token_ids_C[:, None])[:, 0]
+    log_q_token = torch.log_softmax(logits, -1).gather(1, targets.token_ids_C[:, None])[:, 0]
+    return torch.cat([p_kept, p_rest], -1), q, log_q_token
 
 
 def kl(a: Tensor, b: Tensor) -> Tensor:
@@ -75,14 +80,15 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
 
 
 def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, skew: float = 0.1) -> Tensor:
-    """One objective at each position, differentiable in the problem's hidden states and head."""
+    """One objective at each position, differentiable in the problem's hidden states and head; divergences times T^2."""
     p, q, log_q_token = lumped(problem, tail)
     if name == "cross_entropy":
         return -log_q_token
+    squared = problem.targets.temperature**2
     if name == "jsd" and 0 < beta < 1:
         m = beta * p + (1 - beta) * q
-        return beta * kl(p, m) + (1 - beta) * kl(q, m)
-    return {
+        return squared * (beta * kl(p, m) + (1 - beta) * kl(q, m))
+    divergence = {
         "forward_kl": lambda: kl(p, q),
         "reverse_kl": lambda: kl(q, p),
         "jsd": lambda: kl(p, q) if beta == 0 else kl(q, p),
@@ -90,3 +96,4 @@ def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, ske
         "skewed_reverse_kl": lambda: kl(q, (1 - skew) * p + skew * q),
         "total_variation": lambda: 0.5 * (p - q).abs().sum(-1),
     }[name]()
+    return squared * divergence

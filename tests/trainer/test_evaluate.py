@@ -125,6 +125,25 @@ def test_draws_with_stored_entropy_estimate_the_full_divergence(
     assert "unbiased" in result["kl_is"]
     assert result["overall"]["kl"] == pytest.approx(full["kl"], abs=5e-3)
     assert result["overall"]["reverse_kl"] is None and result["overall"]["teacher_ece"] is None
+    assert result["overall"]["tv"] is None and result["bounds_are"] is None
+
+
+def test_exact_entries_beside_draws_bound_what_draws_cannot_say(
+    folder: Path, run: Path, dataset: kdata.Dataset
+) -> None:
+    """The figures of the four exact entries with a bucket; and the teacher's calibration, whose first choice is exact."""
+    mixed = make_dataset(folder / "mixed", LENGTHS, kept=VOCAB, tail="draws", exact=4)
+    sparse = make_dataset(folder / "four", LENGTHS, kept=4)
+    result, bound, full = (evaluate(run / "model", d.path) for d in (mixed, sparse, dataset))
+    for name in ("code", "prose"):
+        got, want = result["domains"][name], bound["domains"][name]
+        assert got["reverse_kl"] == pytest.approx(want["reverse_kl"], abs=2e-3)
+        assert got["tv"] == pytest.approx(want["tv"], abs=1e-3)
+        assert got["top1"] == want["top1"] and got["nll"] == pytest.approx(want["nll"])
+        assert got["teacher_ece"] == pytest.approx(full["domains"][name]["teacher_ece"], abs=2e-3)
+        assert got["kl"] == pytest.approx(full["domains"][name]["kl"], abs=5e-3)  # draws stand for the whole
+    assert "unbiased" in result["kl_is"] and result["bounds_are"].startswith("lower bounds: exact entries")
+    assert bound["bounds_are"] == bound["kl_is"]
 
 
 def test_the_result_carries_the_run_and_samples(run: Path, dataset: kdata.Dataset) -> None:

@@ -12,13 +12,18 @@ from kdata.errors import ConfigError, ShapeError
 from tests.trainer.oracle import Problem, kl, make_problem, oracle_values
 from trainer.fused import Loss, distillation_loss, measure
 from trainer.objectives import OBJECTIVES, ObjectiveConfig, Targets, resolve_tail
+from trainer.schedule import Ramp
 
 BUCKETLESS = [n for n in OBJECTIVES if n != "reverse_kl"]
 CASES = [(n, "ghost") for n in OBJECTIVES] + [(n, t) for t in ("draws", "renormalise") for n in BUCKETLESS]
 
 
 def fused(problem: Problem, weights: dict[str, float], tail: str, **kwargs: object) -> Loss:
-    config = ObjectiveConfig(weights=weights, **{k: kwargs.pop(k) for k in ("jsd_beta",) if k in kwargs})
+    config = ObjectiveConfig(
+        weights=weights,
+        temperature=problem.targets.temperature,
+        **{k: kwargs.pop(k) for k in ("jsd_beta",) if k in kwargs},
+    )
     return distillation_loss(problem.hidden, problem.head, problem.targets, config, tail, **kwargs)
 
 
@@ -36,6 +41,76 @@ def test_value_and_gradient_equal_the_dense_oracle(name: str, tail: str, ragged:
     torch.testing.assert_close(loss.total, 1.7 * expected.mean(), rtol=1e-10, atol=1e-12)
     for got, want in zip(grads(problem, loss.total), grads(problem, 1.7 * expected.mean()), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [2.0, 0.6])
+@pytest.mark.parametrize(("name", "tail"), CASES)
+def test_at_a_temperature_value_and_gradient_equal_the_dense_oracle(name: str, tail: str, temperature: float) -> None:
+    """Both sides at T and times T^2, but the cross-entropy at 1; alone and in a mix with the cross-entropy."""
+    problem = make_problem(temperature=temperature)
+    loss = fused(problem, {name: 0.9, "cross_entropy": 0.1}, tail, chunk_positions=3)
+    values = [oracle_values(problem, n, tail) for n in dict.fromkeys((name, "cross_entropy"))]
+    torch.testing.assert_close(loss.values_MO, torch.stack(values, -1), rtol=1e-10, atol=1e-12)
+    expected = 0.1 * values[-1].mean() + (0.9 * values[0].mean() if len(values) > 1 else 0.0)
+    torch.testing.assert_close(loss.total, expected, rtol=1e-10, atol=1e-12)
+    for got, want in zip(grads(problem, loss.total), grads(problem, expected), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("tail", ["ghost", "draws"])
+def test_at_a_temperature_the_gradient_equals_finite_differences(tail: str) -> None:
+    problem = make_problem(num_positions=3, hidden_size=3, vocab_size=9, kept=4, seed=3, temperature=1.7)
+    weights = {"forward_kl": 0.7, "skewed_reverse_kl": 0.2, "cross_entropy": 0.1}
+    analytic = grads(problem, fused(problem, weights, tail).total)
+    for leaf, gradient in zip((problem.hidden, problem.head), analytic, strict=True):
+        for i in range(leaf.numel()):
+            around = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    leaf.view(-1)[i] += sign * 1e-6
+                    around.append(float(fused(problem, weights, tail).total))
+                    leaf.view(-1)[i] -= sign * 1e-6
+            assert math.isclose((around[0] - around[1]) / 2e-6, float(gradient.reshape(-1)[i]), abs_tol=2e-8)
+
+
+def test_at_a_high_temperature_the_gradient_is_the_difference_of_centred_logits() -> None:
+    """What T^2 is for (Hinton et al., equation 4): T^2 dKL/dz goes to (z_q - z_p) / V, neither to 0 nor to infinity."""
+    vocab, temperature = 13, 2000.0
+    rng = torch.Generator().manual_seed(5)
+    hidden = torch.randn(4, vocab, generator=rng, dtype=torch.float64).requires_grad_()
+    head = torch.eye(vocab, dtype=torch.float64)  # hidden states are the logits
+    teacher = torch.randn(4, vocab, generator=rng, dtype=torch.float64)
+    logprobs = torch.log_softmax(teacher / temperature, -1)
+    targets = Targets(
+        torch.zeros(4, dtype=torch.long), torch.arange(vocab).expand(4, -1), logprobs,
+        torch.full((4,), -math.inf, dtype=torch.float64), temperature,
+    )  # fmt: skip
+    config = ObjectiveConfig(weights={"forward_kl": 1.0}, temperature=temperature)
+    (gradient,) = torch.autograd.grad(distillation_loss(hidden, head, targets, config, "ghost").total, hidden)
+    centred = [z - z.mean(-1, keepdim=True) for z in (hidden.detach(), teacher)]
+    torch.testing.assert_close(gradient, (centred[0] - centred[1]) / vocab / 4, rtol=0.01, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_at_a_temperature_low_precision_errs_no_more_than_the_naive_version(dtype: torch.dtype) -> None:
+    exact = make_problem(64, 32, 512, 16, seed=1, scale=0.3, temperature=2.0)
+    rounded = make_problem(64, 32, 512, 16, seed=1, scale=0.3, dtype=dtype, temperature=2.0)
+    reference = dataclasses.replace(
+        exact,
+        hidden=rounded.hidden.detach().double().requires_grad_(),
+        head=rounded.head.detach().double().requires_grad_(),
+    )
+    true_grads = grads(reference, oracle_values(reference, "forward_kl", "ghost").mean())
+    low_grads = grads(rounded, fused(rounded, {"forward_kl": 1.0}, "ghost").total)
+    naive_grads = grads(rounded, 4.0 * _naive_low_precision(rounded, "ghost", 2.0).mean())
+    for got, naive, want in zip(low_grads, naive_grads, true_grads, strict=True):
+        assert (got.double() - want).norm() <= 1.1 * (naive.double() - want).norm()
+
+
+def test_targets_at_another_temperature_than_the_objective_are_refused() -> None:
+    problem = make_problem(temperature=2.0)
+    with pytest.raises(ConfigError, match=r"targets are at temperature 2\.0, the objective at 1\.0"):
+        distillation_loss(problem.hidden, problem.head, problem.targets, ObjectiveConfig(), "ghost")
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -75,6 +150,38 @@ def test_a_mix_is_the_weighted_sum_and_weight_0_only_measures() -> None:
     torch.testing.assert_close(loss.values_MO[:, 2], oracle_values(problem, "total_variation", "ghost"))
     for got, want in zip(grads(problem, loss.total), grads(problem, expected.mean()), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_a_mix_that_moves_is_a_function_of_the_step() -> None:
+    down, up = Ramp(start=1.0, end=0.1, steps=10), Ramp(kind="cosine", start=0.0, end=0.8)
+    config = ObjectiveConfig(weights={"cross_entropy": down, "forward_kl": up, "jsd": 0.3})
+    assert config.at(0, 21).weights == {"cross_entropy": 1.0, "forward_kl": 0.0, "jsd": 0.3}
+    assert config.at(5, 21).weights == pytest.approx({"cross_entropy": 0.55, "forward_kl": 0.11715729, "jsd": 0.3})
+    assert config.at(10, 21).weights == pytest.approx({"cross_entropy": 0.1, "forward_kl": 0.4, "jsd": 0.3})
+    assert config.at(20, 21).weights == pytest.approx({"cross_entropy": 0.1, "forward_kl": 0.8, "jsd": 0.3})
+    assert config.at(0, 1).weights["cross_entropy"] == 1.0
+    problem = make_problem()
+    with pytest.raises(ConfigError, match=r"take the mix of one step"):
+        distillation_loss(problem.hidden, problem.head, problem.targets, config, "ghost")
+    again = ObjectiveConfig.model_validate_json(config.model_dump_json())
+    assert again == config
+    loss = distillation_loss(problem.hidden, problem.head, problem.targets, again.at(5, 21), "ghost")
+    weights = torch.tensor([0.55, 0.4 * (1 - math.cos(math.pi / 4)), 0.3], dtype=torch.float64)
+    torch.testing.assert_close(loss.total, (loss.values_MO @ weights).mean())
+
+
+def test_bounds_measure_draws_as_part_of_the_rest() -> None:
+    """Exact entries, then draws: what only an exact bucket can serve is measured on the exact entries alone."""
+    problem = make_problem(num_positions=5, kept=6, ragged=False)
+    exact = dataclasses.replace(problem, targets=make_problem(num_positions=5, kept=2, ragged=False).targets)
+    assert torch.equal(exact.targets.ids_CK, problem.targets.ids_CK[:, :2])
+    mixed = dataclasses.replace(problem.targets, log_tail_C=exact.targets.log_tail_C)
+    got = measure(
+        problem.hidden, problem.head, mixed, ("cross_entropy",), "draws",
+        bounds=("reverse_kl", "total_variation"), num_exact_M=torch.full((5,), 2), chunk_positions=2,
+    )  # fmt: skip
+    for column, name in enumerate(("cross_entropy", "reverse_kl", "total_variation")):
+        torch.testing.assert_close(got.values_MO[:, column], oracle_values(exact, name, "ghost"))
 
 
 def test_all_entries_kept_is_the_full_divergence_and_ghost_is_a_lower_bound() -> None:
@@ -172,9 +279,9 @@ def test_low_precision_errs_no_more_than_the_naive_version(dtype: torch.dtype, t
         assert (got.double() - want).norm() <= 1.1 * (naive.double() - want).norm()
 
 
-def _naive_low_precision(problem: Problem, tail: str) -> torch.Tensor:
+def _naive_low_precision(problem: Problem, tail: str, temperature: float = 1.0) -> torch.Tensor:
     """What people write: logits in low precision, log_softmax in float32, gather."""
-    log_q = torch.log_softmax((problem.hidden @ problem.head.T).float(), -1)
+    log_q = torch.log_softmax((problem.hidden @ problem.head.T).float() / temperature, -1)
     t = problem.targets
     live = t.ids_CK >= 0
     q_kept = log_q.gather(1, t.ids_CK.clamp_min(0))
@@ -234,7 +341,9 @@ def test_a_second_backward_is_refused() -> None:
         ({"weights": {"forward_lk": 1.0}}, "ghost", "known objectives"),
         ({"weights": {"forward_kl": 0.0}}, "ghost", "not all 0"),
         ({"weights": {"forward_kl": -1.0}}, "ghost", "must be finite"),
-        ({"temperature": 2.0}, "ghost", "log-sum-exp at 1"),
+        ({"temperature": 2.0}, "ghost", r"log-sum-exp at \[1\.0\] only.*--set temperatures=\[2\.0\]"),
+        ({"weights": {"forward_kl": Ramp(start=0.0, end=1.0)}}, "ghost", "not all 0 at the start"),
+        ({"weights": {"forward_kl": Ramp(start=1.0, end=math.inf)}}, "ghost", "must be finite"),
         ({"tail": "ghost"}, "draws", "use draws"),
         ({"tail": "draws"}, "ghost", "use ghost or renormalise"),
         ({"weights": {"reverse_kl": 1.0}}, "draws", "infinite"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,14 +16,21 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import kdata
+import trainer.train as module
 from kdata.batches import Arrays, Batches
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, TrainingError
 from kdata.plan import make_plan
 from tests.trainer.datasets import make_dataset
+from trainer.evaluate import EvaluateConfig
+from trainer.mixture import DDKMixture, FixedMixture
+from trainer.objectives import ObjectiveConfig
+from trainer.schedule import Ramp
 from trainer.student import CheckpointStudent, ScratchStudent, build_student, num_parameters
-from trainer.train import TrainConfig, TrainResult, learning_rate, train
+from trainer.train import StageConfig, TrainConfig, TrainResult, learning_rate, train
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(120)]
 
@@ -110,7 +118,7 @@ def test_other_settings_or_data_do_not_resume(dataset: kdata.Dataset, whole: Pat
     with pytest.raises(MismatchError, match=r"learning_rate: 0\.005 -> 0\.001"):
         train(config(learning_rate=1e-3), dataset.path, None, whole)
     other = make_dataset(tmp_path / "other", LENGTHS, seed=9)
-    with pytest.raises(MismatchError, match="data: "):
+    with pytest.raises(MismatchError, match=r"stages\.train\.data: "):
         train(config(), other.path, None, whole)
 
 
@@ -128,6 +136,80 @@ def test_accumulated_micro_batches_give_the_losses_of_one_batch(
     train(config(micro_batch_tokens=64), dataset.path, None, tmp_path / "run")
     for got, want in zip(losses(tmp_path / "run"), losses(whole), strict=True):
         assert got[1:] == pytest.approx(want[1:], rel=2e-4)
+
+
+def test_activations_computed_again_give_the_same_bits(
+    dataset: kdata.Dataset, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"keep": 0, "again": 0}
+    real = LlamaDecoderLayer.forward
+
+    def count(self: LlamaDecoderLayer, *args: object, **kwargs: object) -> object:
+        calls[mode] += self.training
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", count)
+    for mode in calls:
+        train(config(steps=4, gradient_checkpointing=mode == "again"), dataset.path, None, tmp_path / mode)
+    assert losses(tmp_path / "keep") == losses(tmp_path / "again")
+    models = [(tmp_path / mode / "model/model.safetensors").read_bytes() for mode in calls]
+    assert models[0] == models[1]
+    assert calls["again"] == calls["keep"] + 4 * 2  # steps, layers
+
+
+def test_the_gradient_is_clipped_as_a_whole_and_the_norm_before_is_reported(
+    dataset: kdata.Dataset, tmp_path: Path
+) -> None:
+    """AdamW's first moment after one step is 0.1 of the gradient that it was given."""
+    norms = {}
+    for clip in (0.0, 0.05, 1e9):
+        out = tmp_path / str(clip)
+        train(config(steps=1, warmup_steps=0, clip_norm=clip), dataset.path, None, out)
+        tensors = load_file(next(out.glob("checkpoints/*/tensors.safetensors")))
+        moments = [t.double() for n, t in tensors.items() if n.startswith("exp_avg.")]
+        norms[clip] = 10 * float(torch.sqrt(sum(((m * m).sum() for m in moments), torch.zeros(()))))
+        assert lines(out)[0]["grad_norm"] == pytest.approx(norms[0.0], rel=1e-4)
+    assert norms[0.05] == pytest.approx(0.05, rel=1e-3) and norms[1e9] == pytest.approx(norms[0.0]) and norms[0.0] > 0.1
+
+
+def test_weights_that_move_are_logged_and_resume_with_the_step(
+    dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down, up = Ramp(start=1.0, end=0.1, steps=8), Ramp(kind="cosine", start=0.0, end=0.9)
+    weights = {"cross_entropy": down, "forward_kl": up}
+    c = config(objective={"weights": weights}, steps=12, checkpoint_every_steps=3)
+    train(c, dataset.path, None, tmp_path / "whole")
+    found = lines(tmp_path / "whole")
+    assert [line["weights"]["cross_entropy"] for line in found] == pytest.approx(
+        [1 - 0.9 * min(step / 8, 1) for step in range(12)]
+    )
+    assert found[0]["weights"]["forward_kl"] == 0.0 and found[-1]["weights"]["forward_kl"] == pytest.approx(0.9)
+    for line in found:
+        mix = sum(weight * line[name] for name, weight in line["weights"].items())
+        assert line["loss"] == pytest.approx(mix, rel=1e-5)
+
+    real = module._gradients
+
+    def dying(*arguments):
+        if arguments[-1] == 8:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_gradients", dying)
+        train(c, dataset.path, None, tmp_path / "cut")
+    train(c, dataset.path, None, tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_settings_of_where_and_how_fast_may_change_on_resume(
+    dataset: kdata.Dataset, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    changes = {"micro_batch_tokens": 64, "gradient_checkpointing": True, "parallel": "fsdp", "log_every_steps": 3}
+    assert train(config(**changes), dataset.path, None, tmp_path / "run").steps == 20
+    shutil.copytree(dataset.path, tmp_path / "elsewhere")  # data is known by its content, not by its path
+    assert train(config(), tmp_path / "elsewhere", None, tmp_path / "run").steps == 20
 
 
 def test_bf16_follows_float32(dataset: kdata.Dataset, whole: Path, tmp_path: Path) -> None:
@@ -178,7 +260,7 @@ def test_a_gradient_that_is_not_finite_stops_too(
         ({"micro_batch_tokens": 192}, "multiple of the next"),
         ({"warmup_steps": 20}, "less than steps"),
         ({"context_tokens": 128}, "max_positions"),
-        ({"objective": {"temperature": 2.0}}, "log-sum-exp at 1"),
+        ({"objective": {"temperature": 2.0}}, r"log-sum-exp at \[1\.0\] only"),
         ({"objective": {"tail": "draws"}}, "use ghost or renormalise"),
     ],
 )
@@ -197,8 +279,9 @@ def test_unknown_settings_and_long_documents_are_refused(dataset: kdata.Dataset,
 
 
 def test_every_setting_is_described() -> None:
-    for model in (TrainConfig, ScratchStudent, CheckpointStudent):
-        assert all(f.description for n, f in model.model_fields.items() if n != "kind")
+    students, mixtures = (ScratchStudent, CheckpointStudent), (DDKMixture, FixedMixture)
+    for model in (TrainConfig, StageConfig, ObjectiveConfig, Ramp, EvaluateConfig, *students, *mixtures):
+        assert all(f.description for n, f in model.model_fields.items() if n != "kind"), model
 
 
 @pytest.mark.parametrize(("decay", "middle"), [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)])

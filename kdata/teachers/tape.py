@@ -1,0 +1,116 @@
+"""Rows of logits reduced as they are sampled from: what vLLM writes gets any kind of targets in the same pass.
+
+A logits processor of vLLM (`TapeProcessor` in vllm.py) sees each row before a token is drawn from it. `Tape` collects the rows
+of one call; whose row it is and which token it predicts follow from the request and the number of tokens that it has so far. A
+row may be seen twice (a prompt that is read in pieces, a request that was set back): the last one counts. Afterwards every row
+is held against what the engine says of the token that it drew.
+
+In this process only: a model spread over several GPUs computes elsewhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdata.errors import TeacherError
+from kdata.keep import KeepConfig
+from kdata.teachers.reduce import Reduced, Rows, assemble, draw_seed, reduce_each, uniforms_of
+
+KEY = "kdata_tape"  # of SamplingParams.extra_args: (tape, number of the request on it)
+TAPES: dict[int, Tape] = {}
+_NUMBERS = itertools.count()
+
+
+class Tape:
+    """The rows of one call of the engine; a context manager, known by its number while it is open.
+
+    Args:
+        prompts: token ids of each request.
+        seeds: of their samples.
+        keep: what is kept of each row.
+        max_tokens: longest completion.
+    """
+
+    def __init__(self, prompts: Sequence[np.ndarray], seeds: Sequence[int], keep: KeepConfig, max_tokens: int) -> None:
+        self._keep, self._number = keep, next(_NUMBERS)
+        self._uniforms = [
+            uniforms_of([(max_tokens, draw_seed(prompt, keep, seed))], keep)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        self._chunks: list[Rows] = []
+        self._taken = 0
+        self._places: list[dict[int, int]] = [{} for _ in prompts]
+
+    def __enter__(self) -> Tape:
+        TAPES[self._number] = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del TAPES[self._number]
+
+    def mark(self, request: int) -> dict[str, Any]:
+        """The `extra_args` of a request."""
+        return {KEY: (self._number, request)}
+
+    def take(self, logits_BV: torch.Tensor, requests: Sequence[tuple[int, int]]) -> None:
+        """Reduce the rows of requests, each given with the number of tokens that it has written so far."""
+        # A row beyond the last token belongs to a request that is at its end: nothing is drawn from it.
+        live = [n for n, (request, t) in enumerate(requests) if t < len(self._uniforms[request])]
+        if not live:
+            return
+        uniforms_BN = np.stack([self._uniforms[requests[n][0]][requests[n][1]] for n in live])
+        rows_BV = logits_BV if len(live) == len(logits_BV) else logits_BV[live]
+        nothing_B = torch.zeros(len(live), dtype=torch.long, device=logits_BV.device)  # the token is not drawn yet
+        self._chunks += reduce_each(
+            lambda a, b: rows_BV[a:b].contiguous(), rows_BV.shape[1], nothing_B, self._keep, uniforms_BN
+        )
+        for place, n in enumerate(live):
+            request, t = requests[n]
+            self._places[request][t] = self._taken + place
+        self._taken += len(live)
+
+    def reduced(
+        self, request: int, token_ids: np.ndarray, logprob_L: np.ndarray, rank_L: np.ndarray, tolerance: float
+    ) -> Reduced:
+        """What was kept along one completion.
+
+        Args:
+            token_ids: int32 [L], what the engine drew.
+            logprob_L, rank_L: float32 and int32 [L], what it says of these tokens.
+            tolerance: nats by which the two may differ.
+        Raises:
+            TeacherError: rows are missing, or they are not those that the tokens were drawn from.
+        """
+        if self._chunks and len(self._chunks) > 1:
+            self._chunks = [_joined(self._chunks)]
+        places = [self._places[request].get(t, -1) for t in range(len(token_ids))]
+        if -1 in places:
+            raise TeacherError("vLLM drew tokens from rows that it did not show; set path=hidden")
+        rows = _picked(self._chunks[0], np.array(places))
+        hit_LK = rows.ids == token_ids[:, None]
+        found = hit_LK.any(1)
+        off = np.abs(rows.logprobs[hit_LK] - logprob_L[found])
+        surely_kept = rank_L <= rows.ids.shape[1]
+        # Equal logits may change places at the border of what is kept, which is no sign of anything.
+        lost = surely_kept & ~found & (logprob_L > rows.logprobs[:, -1] + tolerance if rows.ids.shape[1] else False)
+        if not (off <= tolerance).all() or lost.any():
+            worst = f"{off.max():.2g} nats" if len(off) else "a token that should be kept is not"
+            raise TeacherError(f"rows of logits and drawn tokens do not belong together ({worst}); set path=hidden")
+        whole = assemble([rows], self._keep)
+        return Reduced(logprob_L, rank_L, whole.log_tail, whole.entropy, whole.log_z, whole.kept)
+
+
+def _joined(chunks: list[Rows]) -> Rows:
+    parts = {field.name: [getattr(chunk, field.name) for chunk in chunks] for field in fields(Rows)}
+    return Rows(**{name: None if some[0] is None else np.concatenate(some) for name, some in parts.items()})  # type: ignore[arg-type]
+
+
+def _picked(rows: Rows, places: np.ndarray) -> Rows:
+    values = {field.name: getattr(rows, field.name) for field in fields(Rows)}
+    return Rows(**{name: None if value is None else value[places] for name, value in values.items()})  # type: ignore[arg-type]

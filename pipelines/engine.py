@@ -1,0 +1,47 @@
+"""Where a teacher works: in this process, or in actors of a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kdata.progress import console
+from kdata.schema import Strict
+from kdata.teachers import TeacherConfig, load_teacher, load_tokenizer
+from kdata.work import Engine, LocalEngine, devices_of
+from pipelines.ray_engine import RayEngine
+from pipelines.ray_workers import RayConfig
+
+
+class LocalConfig(Strict):
+    """One teacher in this process."""
+
+    kind: Literal["local"] = Field("local", description="The local engine.")
+
+
+EngineConfig = Annotated[LocalConfig | RayConfig, Field(discriminator="kind")]
+
+
+@contextmanager
+def open_engine(config: LocalConfig | RayConfig, teacher: TeacherConfig, *, max_k: int) -> Iterator[Engine]:
+    """Load a teacher where the settings say, and free it at the end.
+
+    Args:
+        max_k: largest k that will be asked for.
+    Raises:
+        KdataError: see `load_teacher`, `RayEngine`.
+    """
+    if isinstance(config, RayConfig):
+        with RayEngine(config, teacher, max_k=max_k) as engine:
+            yield engine
+        return
+    with console.status(f"loading the teacher ({teacher.backend})"):
+        loaded = load_teacher(teacher, max_k=max_k)
+    try:
+        tokenizer = load_tokenizer(teacher.model, loaded.info.revision)
+        yield LocalEngine(loaded, tokenizer, devices_of(teacher))
+    finally:
+        loaded.close()

@@ -1,0 +1,240 @@
+"""Datasets at a URL: the same bytes as in a folder, nothing lost with the machine that wrote them, nothing read unchecked."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kdata
+from kdata.errors import ConfigError, CorruptError, DependencyError, MismatchError, MissingError, StorageError
+from kdata.remote import Store, copy_of, is_url
+from kdata.verify import verify
+from tests.bucket import Bucket
+from tests.fakes import StandInTeacher, digests, run_capture, run_generate
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own."""
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(params=["bucket", "file"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A place in the stand-in for an object store, and on fsspec's own view of the disk."""
+    return f"{request.param}://{tmp_path}/store/deep/d"
+
+
+@pytest.fixture
+def behind(tmp_path: Path) -> Path:
+    """Where the objects of `url` are."""
+    return tmp_path / "store/deep/d"
+
+
+def both(root: Any, corpus: Path, tokenizer: Path, **settings: Any) -> kdata.Dataset:
+    run_generate(root, corpus, tokenizer)
+    return run_capture(root, corpus, tokenizer, **settings)
+
+
+def test_a_url_gets_the_bytes_of_a_folder_and_is_opened_from_any_machine(
+    tmp_path: Path, url: str, behind: Path, corpus_file: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both(tmp_path / "local", corpus_file, tokenizer_dir)
+    expected = digests(tmp_path / "local")
+    written = both(url, corpus_file, tokenizer_dir)
+    assert digests(behind) == expected
+    assert written.num_rows == kdata.open(tmp_path / "local").num_rows
+    assert not list(written.path.rglob("*.arrow"))  # the payload is at the URL alone
+    again = both(url, corpus_file, tokenizer_dir)
+    assert digests(behind) == expected and again.num_rows == written.num_rows
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "elsewhere"))
+    opened = kdata.open(url)
+    assert opened.path.is_relative_to(tmp_path / "elsewhere") and opened.path.name == "d"
+    assert digests(opened.path) == expected and verify(opened, deep=True) == []
+
+
+def test_a_run_that_ends_goes_on_on_another_machine(
+    tmp_path: Path, url: str, behind: Path, corpus_file: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is at the URL after each commit is all that the next machine has."""
+    counts = []
+
+    def look(call: int) -> None:
+        manifest = behind / "manifest.jsonl"
+        counts.append(len(manifest.read_bytes().splitlines()) if manifest.exists() else 0)
+        if call == 2:
+            raise ConfigError("the machine is gone")
+
+    with pytest.raises(ConfigError, match="the machine is gone"):
+        run_capture(url, corpus_file, tokenizer_dir, teacher=StandInTeacher(before_call=look))
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "elsewhere"))
+    partial = kdata.open(url)
+    assert len(partial.manifest) == 2 and counts[-1] >= 1 and verify(partial, deep=True) == []
+    teacher = StandInTeacher()
+    run_capture(url, corpus_file, tokenizer_dir, teacher=teacher)
+    run_capture(tmp_path / "local", corpus_file, tokenizer_dir)
+    assert digests(behind) == digests(tmp_path / "local")
+    assert teacher.calls == len(kdata.open(tmp_path / "local").manifest) - 2
+
+
+def test_a_copy_follows_what_is_at_the_url(
+    tmp_path: Path, url: str, behind: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
+    run_generate(url, corpus_file, tokenizer_dir)
+    first = kdata.open(url)
+    (first.path / "plans").mkdir()
+    (first.path / "plans" / "mine.json").write_text("{}")
+    run_capture(url, corpus_file, tokenizer_dir)
+    second = kdata.open(url)
+    assert second.path == first.path and second.num_rows > first.num_rows and verify(first, deep=True) != []
+    assert (first.path / "plans" / "mine.json").exists()
+    (behind / "dataset.json").unlink()
+    (behind / "manifest.jsonl").unlink()
+    with pytest.raises(MissingError, match=r"is no kdata dataset: it has no dataset\.json"):
+        kdata.open(url)
+    assert not first.path.exists()
+    for path in sorted(behind.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    run_capture(url, corpus_file, tokenizer_dir, teacher=StandInTeacher("another"))
+    assert verify(kdata.open(url), deep=True) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["data/capture-00001.arrow", "index/capture-00000.parquet", "tokenizer/tokenizer.json"]
+)
+def test_a_damaged_or_missing_file_is_refused_when_it_is_copied(
+    url: str, behind: Path, corpus_file: Path, tokenizer_dir: Path, name: str
+) -> None:
+    run_capture(url, corpus_file, tokenizer_dir)
+    content = (behind / name).read_bytes()
+    (behind / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CorruptError, match=rf"{name} is damaged"):
+        kdata.open(url)
+    (behind / name).unlink()
+    with pytest.raises(CorruptError, match=rf"{name} is missing"):
+        kdata.open(url)
+    (behind / name).write_bytes(content)
+    assert verify(kdata.open(url), deep=True) == []
+
+
+def test_a_manifest_that_leads_out_of_the_copy_is_refused(
+    url: str, behind: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
+    from kdata.manifest import read_manifest, write_manifest
+
+    run_capture(url, corpus_file, tokenizer_dir)
+    entry, *rest = read_manifest(behind)
+    files = {"../../outside": next(iter(entry.files.values()))}
+    write_manifest(behind, [entry.model_copy(update={"files": files}), *rest])
+    with pytest.raises(CorruptError, match="lies outside the dataset"):
+        kdata.open(url)
+
+
+def test_other_settings_and_foreign_folders_are_refused(
+    url: str, behind: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
+    behind.mkdir(parents=True)
+    (behind / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match=r"is no dataset and holds other things \('thesis.tex'\)"):
+        run_capture(url, corpus_file, tokenizer_dir)
+    (behind / "thesis.tex").unlink()
+    run_capture(url, corpus_file, tokenizer_dir)
+    with pytest.raises(MismatchError, match="k: 8 -> 9"):
+        run_capture(url, corpus_file, tokenizer_dir, k=9)
+    (behind / "dataset.json").unlink()
+    with pytest.raises(CorruptError, match=r"has a manifest but no dataset\.json"):
+        run_capture(url, corpus_file, tokenizer_dir)
+
+
+def test_two_writers_at_once_are_refused_on_one_machine_and_on_two(
+    tmp_path: Path, url: str, behind: Path, corpus_file: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second(call: int) -> None:
+        if call != 1:
+            return
+        with pytest.raises(StorageError, match="is being written by another process"):
+            run_capture(url, corpus_file, tokenizer_dir)
+        with monkeypatch.context() as elsewhere:  # where no lock can be seen
+            elsewhere.setenv("KDATA_CACHE", str(tmp_path / "elsewhere"))
+            run_capture(url, corpus_file, tokenizer_dir)
+
+    with pytest.raises(StorageError, match="its manifest has changed"):
+        run_capture(url, corpus_file, tokenizer_dir, teacher=StandInTeacher(before_call=second))
+    assert verify(kdata.open(url), deep=True) == []
+    run_capture(tmp_path / "local", corpus_file, tokenizer_dir)
+    run_capture(url, corpus_file, tokenizer_dir)
+    assert digests(behind) == digests(tmp_path / "local")
+
+
+def test_what_a_killed_run_left_goes_and_nothing_else(
+    url: str, behind: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
+    run_capture(url, corpus_file, tokenizer_dir)
+    before = digests(behind)
+    for left in ("units-00ff.tmp/00001-0/data/capture-00001.arrow", "notes/mine.tmp"):
+        (behind / left).parent.mkdir(parents=True)
+        (behind / left).write_text("x")
+    run_capture(url, corpus_file, tokenizer_dir)
+    assert digests(behind) == {**before, "notes/mine.tmp": digests(behind)["notes/mine.tmp"]}
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_which_names_are_urls() -> None:
+    assert is_url("s3://bucket/name") and is_url("file:///disk/name") and is_url("bucket://x")
+    assert not is_url("hf://owner/name") and not is_url("runs/d") and not is_url(Path("s3:/bucket"))
+
+
+def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="no password may stand in it") as caught:
+        Store("ftp://anna:geheim@host/name")
+    assert "geheim" not in str(caught.value)
+
+
+def test_an_unknown_kind_of_url_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="nosuch"):
+        kdata.open("nosuch://bucket/name")
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(DependencyError, match=r"s3:// needs a package that is not installed: .*s3fs"):
+        kdata.open("s3://bucket/name")
+
+
+def test_a_store_that_refuses_is_one_error_with_its_reason(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the clients of stores raise is not all OSError."""
+    client = types.ModuleType("gcsfs.retry")
+    client.HttpError = type("HttpError", (Exception,), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gcsfs.retry", client)
+    store = Store(url)
+    for error in (client.HttpError("Forbidden, 403"), PermissionError("Forbidden, 403")):
+
+        def refuse(*arguments: Any, error: Exception = error, **options: Any) -> bytes:
+            raise error
+
+        monkeypatch.setattr(store.fs, "cat_file", refuse, raising=False)
+        with pytest.raises(StorageError, match=rf"cannot read {url}/x: {type(error).__name__}: Forbidden, 403; check"):
+            store.read("x")
+    monkeypatch.undo()
+
+
+def test_no_bucket_is_made_of_a_mistyped_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Clients of object stores make the bucket, when asked for a folder in one."""
+    store, made = Store(f"bucket://{tmp_path}/d"), []
+    monkeypatch.setattr(store, "_root", "no-such-bucket/d")
+    monkeypatch.setattr(Bucket, "makedirs", lambda self, path, **options: made.append(path))
+    monkeypatch.setattr(Bucket, "exists", lambda self, path, **options: False)
+    monkeypatch.setattr(Bucket, "put_file", lambda self, *a, **o: os.stat(tmp_path / "absent"))
+    with pytest.raises(StorageError, match="cannot write"):
+        store.put(tmp_path / "x", "data/x")
+    assert made == []
+
+
+def test_the_writer_s_copy_is_apart_from_the_readers(url: str) -> None:
+    assert copy_of(url, "datasets") != copy_of(f"{url}x", "datasets")
+    assert copy_of(url, "datasets") == copy_of(f"{url}/", "datasets") != copy_of(url, "writing")

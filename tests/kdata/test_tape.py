@@ -1,0 +1,97 @@
+"""The tape: rows find their tokens through any shuffling of the engine's batch, and a wrong row is noticed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+from kdata.errors import TeacherError
+from kdata.keep import KeepConfig
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+VOCAB, KEEP = 200, KeepConfig(kind="hybrid", k=5, draws=7)
+
+
+def engine_run(seed: int, *, requests: int = 6, wrong: bool = False) -> None:
+    """A stand-in for the engine's loop: requests come, go and change places; of some rows nothing is drawn."""
+    from vllm import SamplingParams
+    from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
+
+    from kdata.teachers.reduce import draw_seed, reduce_logits
+    from kdata.teachers.tape import Tape
+    from kdata.teachers.vllm import TapeProcessor
+
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, VOCAB, 4).astype(np.int32) for _ in range(requests)]
+    lengths = rng.integers(1, 9, requests)
+    logits = [torch.from_numpy(rng.standard_normal((length, VOCAB)).astype(np.float32) * 3) for length in lengths]
+    outputs: list[list[int]] = [[] for _ in prompts]
+    processor, batch, waiting = TapeProcessor(None, torch.device("cpu"), False), [], list(range(requests))
+    with Tape(prompts, list(range(requests)), KEEP, 8) as tape:
+        while batch or waiting:
+            done = [place for place, request in enumerate(batch) if len(outputs[request]) == lengths[request]]
+            added, moved = [], []
+            places: dict[int, int] = {p: r for p, r in enumerate(batch) if p not in done}
+            if waiting and (not places or rng.random() < 0.6):
+                place, request = (done or [len(batch)])[0], waiting.pop()
+                params = SamplingParams(extra_args=tape.mark(request))
+                added.append((place, params, prompts[request].tolist(), outputs[request]))
+                places[place] = request
+            while places and max(places) >= len(places):  # the engine keeps its batch without holes
+                hole, last = min(set(range(len(places))) - places.keys()), max(places)
+                moved.append((last, hole, MoveDirectionality.UNIDIRECTIONAL))
+                places[hole] = places.pop(last)
+            if len(places) > 1 and rng.random() < 0.5:
+                a, b = (int(x) for x in rng.choice(len(places), 2, replace=False))
+                moved.append((a, b, MoveDirectionality.SWAP))
+                places[a], places[b] = places[b], places[a]
+            batch = [places[place] for place in range(len(places))]
+            processor.update_state(BatchUpdate(len(batch), done, added, moved) if done or added or moved else None)
+            if not batch:
+                continue
+            drawn = rng.random(len(batch)) < 0.7  # a prompt that is read in pieces has rows that nothing is drawn from
+            rows = [
+                logits[r][len(outputs[r])] if draws else torch.from_numpy(rng.standard_normal(VOCAB).astype(np.float32))
+                for r, draws in zip(batch, drawn, strict=True)
+            ]
+            shown = torch.stack(rows)
+            assert processor.apply(shown) is shown
+            for request, draws in zip(batch, drawn, strict=True):
+                if draws:
+                    row = logits[request][len(outputs[request])]
+                    outputs[request].append(int(row.argmax() if wrong else rng.integers(VOCAB)))
+    for request, ids in enumerate(outputs):
+        actual = torch.tensor(ids)
+        expected = reduce_logits(logits[request], actual, KEEP, draw_seed(prompts[request], KEEP, request))
+        logprob = expected.logprob - (1.0 if wrong else 0.0)
+        found = tape.reduced(request, np.array(ids, np.int32), logprob, expected.rank, 1e-3)
+        for name in ("logprob", "rank", "log_tail", "entropy"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+        for name in ("num_exact", "num_drawn", "ids", "logprobs"):
+            np.testing.assert_array_equal(getattr(found.kept, name), getattr(expected.kept, name))
+        np.testing.assert_allclose(found.kept.draw_logprobs, expected.kept.draw_logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_token_gets_the_row_that_it_was_drawn_from(seed: int) -> None:
+    engine_run(seed)
+
+
+def test_rows_of_other_tokens_are_noticed() -> None:
+    with pytest.raises(TeacherError, match="do not belong together"):
+        engine_run(0, requests=12, wrong=True)
+
+
+def test_a_row_that_was_never_shown_is_noticed() -> None:
+    from kdata.teachers.tape import Tape
+
+    tape = Tape([np.array([1, 2], np.int32)], [0], KEEP, 3)
+    tape.take(torch.zeros(1, VOCAB), [(0, 0)])
+    with pytest.raises(TeacherError, match="did not show"):
+        tape.reduced(0, np.array([3, 4], np.int32), np.zeros(2, np.float32), np.ones(2, np.int32), 1e-3)

@@ -1,0 +1,186 @@
+"""Stages in a row: each with its data, learning rate and mix; one chain of checkpoints that resumes anywhere in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import kdata
+import trainer.train as module
+from kdata.config import parse_config
+from kdata.errors import ConfigError, MismatchError
+from kdata.plan import make_plan
+from pipelines.cli import app
+from tests.trainer.datasets import VOCAB, make_dataset
+from trainer.mixture import DDKMixture
+from trainer.objectives import ObjectiveConfig
+from trainer.schedule import Ramp
+from trainer.student import ScratchStudent
+from trainer.train import StageConfig, TrainConfig, train
+
+LENGTHS = [5 + (i * 7) % 40 for i in range(120)]
+GENERAL, TASK = 8, 6  # steps
+MIX = ObjectiveConfig(weights={"cross_entropy": Ramp(start=1.0, end=0.0), "reverse_kl": 0.5})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def general(folder: Path) -> kdata.Dataset:
+    return make_dataset(folder / "general", LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def task(folder: Path) -> kdata.Dataset:
+    return make_dataset(folder / "task", LENGTHS[:50], seed=5)
+
+
+def config(**changes: object) -> TrainConfig:
+    base: dict[str, object] = {
+        "student": ScratchStudent(hidden_size=32, num_layers=1, num_heads=2, max_positions=64),
+        "steps": GENERAL,
+        "batch_tokens": 256,
+        "context_tokens": 64,
+        "warmup_steps": 2,
+        "learning_rate": 5e-3,
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 1,
+    }
+    return TrainConfig(**{**base, **changes})
+
+
+def staged(task: kdata.Dataset, **changes: object) -> TrainConfig:
+    own = {"steps": TASK, "learning_rate": 1e-3, "warmup_steps": 0, "decay": "constant", "objective": MIX}
+    stages = [StageConfig(name="general"), StageConfig(name="task", dataset=str(task.path), **own)]
+    return config(stages=stages, **changes)
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[tuple]:
+    keys = ("step", "stage", "loss", "cross_entropy", "grad_norm", "lr", "tokens", "weights")
+    return [tuple(line.get(key) for key in keys) for line in lines(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(general: kdata.Dataset, task: kdata.Dataset, folder: Path) -> Path:
+    train(staged(task), general.path, None, folder / "whole")
+    return folder / "whole"
+
+
+def test_each_stage_has_its_data_rate_and_mix(
+    general: kdata.Dataset, task: kdata.Dataset, whole: Path, tmp_path: Path
+) -> None:
+    found = lines(whole)
+    assert [line["stage"] for line in found] == ["general"] * GENERAL + ["task"] * TASK
+    train(config(), general.path, None, tmp_path / "alone")  # the first stage is the run without the second
+    keys = ("step", "loss", "grad_norm", "lr", "tokens")
+    assert [[line[k] for k in keys] for line in found[:GENERAL]] == [
+        [line[k] for k in keys] for line in lines(tmp_path / "alone")
+    ]
+    assert found[GENERAL - 1]["lr"] == pytest.approx(5e-4) and {line["lr"] for line in found[GENERAL:]} == {1e-3}
+    assert [line["weights"]["cross_entropy"] for line in found[GENERAL:]] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0])
+    train(config(steps=TASK), task.path, None, tmp_path / "task")  # the second begins at the start of its data
+    own = [line["tokens"] for line in lines(tmp_path / "task")]
+    assert [line["tokens"] - found[GENERAL - 1]["tokens"] for line in found[GENERAL:]] == own
+    fresh = lines(tmp_path / "task")[0]["cross_entropy"]
+    assert found[GENERAL]["cross_entropy"] < fresh - 0.1  # the student goes on
+    result = json.loads((whole / "train.json").read_text())
+    assert result["steps"] == GENERAL + TASK and result["dataset_fingerprint"] == task.fingerprint
+
+
+@pytest.mark.parametrize("stop", [3, GENERAL, GENERAL + 1, GENERAL + 4])
+def test_a_run_resumes_bit_equal_in_any_stage(
+    general: kdata.Dataset, task: kdata.Dataset, whole: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after step `stop`; the task's dataset has been moved meanwhile."""
+    real = module._gradients
+
+    def dying(*arguments):
+        if arguments[-1] == stop + 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_gradients", dying)
+        train(staged(task), general.path, None, tmp_path / "run")
+    moved = kdata.open(shutil.copytree(task.path, tmp_path / "moved"))
+    train(staged(moved), general.path, None, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(whole)
+    models = [(out / "model/model.safetensors").read_bytes() for out in (tmp_path / "run", whole)]
+    assert models[0] == models[1]
+
+
+def test_a_changed_stage_does_not_resume(general: kdata.Dataset, task: kdata.Dataset, whole: Path) -> None:
+    for changes, message in (
+        ({"learning_rate": 1e-4}, r"^  stages\.general\.learning_rate: 0\.005 -> 0\.0001$"),
+        ({"steps": GENERAL + 1}, r"^  stages\.task\.first_step: 8 -> 9$"),
+        ({"clip_norm": 2.0}, r"^  clip_norm: 1\.0 -> 2\.0$"),
+    ):
+        with pytest.raises(MismatchError, match=f"(?m){message}"):
+            train(staged(task, **changes), general.path, None, whole)
+    with pytest.raises(MismatchError, match=r"stages\.task\.data: "):
+        train(staged(general), general.path, None, whole)
+
+
+def test_plans_of_stages(general: kdata.Dataset, tmp_path: Path) -> None:
+    """A stage takes the run's plan with the run's dataset, its own where it names one, and none with a dataset of its own."""
+    paths = {
+        name: str(make_plan(general, name, ids, method="sql", parameters={}).save(tmp_path))
+        for name, ids in (("few", ["doc-1", "doc-3"]), ("one", ["doc-7"]))
+    }
+    stages = [
+        StageConfig(name="a"), StageConfig(name="b", plan=paths["one"]), StageConfig(name="c", dataset=str(general.path))
+    ]  # fmt: skip
+    result = train(
+        config(stages=stages, steps=1, batch_tokens=64, warmup_steps=0), general.path, paths["few"], tmp_path / "run"
+    )
+    tokens = [line["tokens"] for line in lines(tmp_path / "run")]
+    assert tokens[0] == LENGTHS[1] + LENGTHS[3] and tokens[1] - tokens[0] == LENGTHS[7]
+    assert tokens[2] - tokens[1] > LENGTHS[7] and result.plan is None
+
+
+def test_the_example_of_the_readme_is_a_run() -> None:
+    text = (Path(__file__).resolve().parents[2] / "trainer" / "README.md").read_text("utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    stages = parse_config(TrainConfig, yaml.safe_load(example), "README").resolved_stages()
+    assert [(s.name, s.first_step, s.end, s.objective.temperature) for s in stages] == [
+        ("general", 0, 2000, 1.0), ("task", 2000, 2300, 2.0)
+    ]  # fmt: skip
+    assert isinstance(stages[0].mixture, DDKMixture) and stages[1].mixture is None
+
+
+def test_the_command_takes_a_file_of_settings(
+    general: kdata.Dataset, task: kdata.Dataset, whole: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(staged(task).model_dump(mode="json", exclude={"label"})))
+    arguments = ["train", str(general.path), "--out", str(tmp_path / "run"), "--config", str(tmp_path / "run.yaml")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert losses(tmp_path / "run") == losses(whole)
+    done = CliRunner().invoke(app, [*arguments, "--set", "stagse=[]"])
+    assert isinstance(done.exception, ConfigError) and "did you mean 'stages'" in str(done.exception)
+
+
+def test_stages_that_do_not_fit_are_refused(general: kdata.Dataset, folder: Path, tmp_path: Path) -> None:
+    other = make_dataset(folder / "other", LENGTHS[:10], vocab=VOCAB - 1)
+    for stages, message in (
+        ([StageConfig(name="a"), StageConfig(name="b", dataset=str(other.path))], "another vocabulary"),
+        ([StageConfig(name="a"), StageConfig(name="a")], "a name of its own"),
+        ([StageConfig(name="a", steps=2)], r"stage 'a': warmup_steps=2 must be less than steps=2"),
+        ([StageConfig(name="a", objective=ObjectiveConfig(temperature=2.0))], "log-sum-exp"),
+    ):
+        with pytest.raises((ConfigError, MismatchError), match=message):
+            train(config(stages=stages), general.path, None, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,192 @@
+"""What a run says while it goes on: metrics.jsonl always, and the loggers that were asked for beside it.
+
+    tensorboard   event files in OUT/tensorboard
+    wandb         OUT/wandb; offline unless WANDB_MODE says otherwise, credentials are wandb's own business
+    trackio       trackio's local database (TRACKIO_DIR); nothing is sent, no Space is made
+
+None is imported unless asked for, and one that is not installed is refused before the first step. Only the main rank writes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+from kdata.errors import DependencyError
+
+LoggerName = Literal["tensorboard", "wandb", "trackio"]
+PROJECT = "kdata"
+
+
+class Logger(Protocol):
+    """Somebody else's place for metrics."""
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        """Keep the numbers of a step, names with slashes for what is nested."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class Metrics:
+    """The metrics of one run, as a context manager.
+
+    Args:
+        out_dir: the run's folder.
+        loggers: which to write beside metrics.jsonl.
+        label: the run's name.
+        settings: the run's settings, shown by wandb and trackio.
+        step: steps that the run has behind it; lines of later ones are forgotten, as they will be done again.
+        write: False on ranks that keep silent.
+    Raises:
+        DependencyError: a logger is not installed.
+    """
+
+    def __init__(
+        self,
+        out_dir: Path,
+        loggers: list[LoggerName],
+        *,
+        label: str,
+        settings: dict[str, Any],
+        step: int = 0,
+        write: bool = True,
+    ) -> None:
+        self.path, self._write = out_dir / "metrics.jsonl", write
+        self._loggers: list[Logger] = []
+        if write:
+            forget_after(self.path, step)
+            self._loggers = [LOGGERS[name](out_dir, label, settings, step) for name in loggers]
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Keep one line; it holds `step`, numbers, strings, and mappings of such."""
+        if not self._write:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        numbers = dict(_flat(line))
+        step = int(numbers.pop("step"))
+        for logger in self._loggers:
+            logger.log(numbers, step)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for logger in self._loggers:
+            logger.close()
+
+
+def check_installed(loggers: list[LoggerName]) -> None:
+    """Raise DependencyError, naming the extra, where a logger cannot be imported."""
+    for name in loggers:
+        _import(name, name)
+
+
+def forget_after(metrics: Path, step: int) -> None:
+    """Drop metrics of steps that a resumed run will do again, and a last line that was cut by a kill."""
+
+    def kept() -> Iterator[str]:
+        for line in metrics.read_text("utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    yield line + "\n"
+            except json.JSONDecodeError:
+                return
+
+    if metrics.exists():
+        text = "".join(kept())
+        aside = metrics.with_suffix(".tmp")
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(metrics)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{name}", value
+
+
+def _import(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DependencyError(
+            f"loggers names {extra}, which cannot be imported ({error}); pip install 'kdata[{extra}]', or leave it out"
+        ) from error
+
+
+class TensorBoard:
+    """Event files; those of steps that will be done again are marked as void."""
+
+    def __init__(self, out_dir: Path, label: str, settings: dict[str, Any], step: int) -> None:
+        _import("tensorboard", "tensorboard")
+        writer = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        self._writer = writer(str(out_dir / "tensorboard"), purge_step=step + 1)
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        """One scalar each."""
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush the event file."""
+        self._writer.close()
+
+
+class Wandb:
+    """A Weights & Biases run that a resumed training goes on writing."""
+
+    def __init__(self, out_dir: Path, label: str, settings: dict[str, Any], step: int) -> None:
+        wandb = _import("wandb", "wandb")
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=label,
+            id=_run_id(out_dir),
+            resume="allow",
+            dir=str(out_dir),
+            config=settings,
+            mode=os.environ.get("WANDB_MODE", "offline"),
+        )
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        """All in one call."""
+        self._run.log(numbers, step=step)
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
+class Trackio:
+    """A trackio run in its local database."""
+
+    def __init__(self, out_dir: Path, label: str, settings: dict[str, Any], step: int) -> None:
+        trackio = _import("trackio", "trackio")
+        self._run = trackio.init(project=PROJECT, name=_run_id(out_dir), config=settings, resume="allow", embed=False)
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        """All in one call."""
+        self._run.log(numbers, step=step)
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
+LOGGERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
+
+
+def _run_id(out_dir: Path) -> str:
+    """The same name for the same folder, so that a resumed training goes on in the same run."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", "-".join(out_dir.resolve().parts[-2:]))
