@@ -41,7 +41,9 @@ class Format(StrEnum):
     csv = "csv"
 
 
-DatasetArgument = Annotated[str, typer.Argument(metavar="DATASET", help="Dataset folder, hf://OWNER/NAME, or URL of a store.")]
+DatasetArgument = Annotated[
+    str, typer.Argument(metavar="DATASET", help="Dataset folder, hf://OWNER/NAME, or URL of a store.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any further setting; may be repeated.")
 ]
@@ -75,47 +77,6 @@ def _teacher(values: dict[str, Any], model: str, backend: str) -> Any:
     if not isinstance(given, dict):
         raise ConfigError("teacher must be a mapping: --set teacher.dtype=bfloat16")
     return parse_config(TeacherConfig, {"model": model, "backend": backend, **given}, "teacher settings")
-
-
-@app.command()
-def score(
-    dataset: DatasetArgument,
-    model: Annotated[str, typer.Option(help="Reference model: folder or Hub name, with the teacher's tokenizer.")],
-    name: Annotated[str, typer.Option(help="Name of the sidecar: scores.NAME in SQL.")] = "ref",
-    backend: BackendOption = "transformers",
-    set: SetOption = None,
-) -> None:
-    """Add a sidecar: a reference model's NLL of every sequence."""
-    from kdata.score import ScoreConfig
-    from kdata.score import score as run
-
-    values = _with_settings({"model": {"model": model, "backend": backend}, "name": name}, set)
-    opened = kdata.open(dataset)
-    run(opened, parse_config(ScoreConfig, values, "score settings"))
-    out.print(f"scores.{values['name']} covers {opened.num_rows:,} rows of {opened.path}")
-
-
-@app.command()
-def select(
-    dataset: DatasetArgument,
-    method: Annotated[str, typer.Option(help="difference (MiniPLM), random, all, or sql.")] = "difference",
-    share: Annotated[float, typer.Option(help="Share of the sequences that is kept.")] = 0.5,
-    score: Annotated[str, typer.Option(help="Sidecar with the reference NLL.")] = "ref",
-    sql: Annotated[str | None, typer.Option(help="Query that returns ids (method sql).")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the plan; the method's if not given.")] = None,
-    set: SetOption = None,
-) -> None:
-    """Write a plan: which sequences to train on."""
-    from kdata.selection import SelectConfig
-    from kdata.selection import select as run
-
-    how = "sql" if sql else method
-    values = _with_settings({"method": how, "share": share, "score": score, "sql": sql, "name": name}, set)
-    plan = run(kdata.open(dataset), parse_config(SelectConfig, values, "select settings"))
-    table = Table("domain", "share of tokens, dataset", "plan", title=f"plan {plan.info.name}: {len(plan.ids):,} rows")
-    for domain, shares in plan.info.shares.items():
-        table.add_row(domain, f"{shares['dataset']:.1%}", f"{shares['plan']:.1%}")
-    out.print(table)
 
 
 @app.command()
@@ -234,7 +195,9 @@ def sql(
     format: Annotated[Format, typer.Option(help="How the result is printed.")] = Format.table,
 ) -> None:
     """Query a dataset. Views and columns: schemas/README.md."""
-    _print_table(kdata.open(dataset).sql(query), format)
+    from kdata.remote_index import open_index
+
+    _print_table(open_index(dataset).sql(query), format)
 
 
 @app.command()

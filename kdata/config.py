@@ -12,6 +12,7 @@ from kdata.corpus import nearest
 from kdata.errors import ConfigError, MissingError
 
 Model = TypeVar("Model", bound=BaseModel)
+TAGS = ("kind", "method")  # keys that tell the models of a union apart
 
 
 def parse_config(model: type[Model], values: dict[str, Any], where: str) -> Model:
@@ -38,11 +39,11 @@ def _problem(model: type[BaseModel], problem: Any) -> str:
 def _follow(model: type[BaseModel], location: list[str]) -> tuple[list[str], list[str]]:
     """The keys of a location, and the known keys beside the last of them, as far as the location can be followed.
 
-    Where models are told apart by their `kind`, pydantic puts that into the location, where no key is.
+    Where models are told apart by their `kind` or `method`, pydantic puts that into the location, where no key is.
     """
     path, models = [], [model]
     for part in location[:-1]:
-        tagged = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part]
+        tagged = [m for m in models if any(k in m.model_fields and m.model_fields[k].default == part for k in TAGS)]
         if tagged and len(models) > 1:
             models = tagged
             continue

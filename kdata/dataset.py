@@ -126,6 +126,11 @@ class Dataset:
             self._checked.add(relative)
         return path
 
+    def check_index(self) -> None:
+        """Compare every index file with the manifest. Raises CorruptError where one differs."""
+        for entry in self.manifest:
+            self.checked_file(entry, "index")
+
     def sql(self, query: str, parameters: list[Any] | dict[str, Any] | None = None) -> pa.Table:
         """Run a DuckDB query over the views of `schemas/README.md`. Raises QueryError with DuckDB's reason."""
         from kdata.sql import query as run
@@ -142,6 +147,9 @@ class Dataset:
         from kdata.sql import unglobbed
 
         return unglobbed(self.shard_file(entry, folder).resolve())
+
+    def fetch_sidecar(self, name: str) -> None:
+        """Bring scores/NAME.json here where the dataset is elsewhere."""
 
     def sql_sidecars(self) -> dict[str, list[str]]:
         """How DuckDB names the parts of each sidecar that can be queried, complete or not."""

@@ -1,7 +1,8 @@
 """Plans: which sequences, how often. A small Parquet of ids and repeats, and a JSON that says how it was made.
 
-Data is never copied to be reweighted; a trainer reads dataset + plan. The order of a plan is its preference: a later step that
-takes fewer takes the first ones. A plan of 100 million rows is opened without reading it: ids come into memory when asked for.
+Data is never copied to be reweighted; a trainer reads dataset + plan. The order of a plan is its preference: a later step
+that takes fewer takes the first ones. A plan of 100 million rows is opened without reading it: ids come into memory when
+asked for.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
 from kdata.dataset import Dataset
-from kdata.errors import CorruptError, DataError, MismatchError, MissingError
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
 from kdata.manifest import digest_of, file_info, first_problem, write_atomically, write_json
 from kdata.schema import Contract, FileInfo
+from kdata.sql import NAME
 
 PLAN_SCHEMA = pa.schema([pa.field("id", pa.string(), False), pa.field("repeats", pa.int32(), False)])
 Unit = Literal["sequences", "tokens"]
@@ -34,7 +36,8 @@ class DomainTaken(Contract):
     sequences: int = Field(ge=0, description="Sequences taken, repeats counted.")
     tokens: int = Field(ge=0, description="Their tokens, repeats counted.")
     requested: int | None = Field(
-        None, description="What the method asked of this domain, in `unit`; null where it asks nothing of single domains."
+        None,
+        description="What the method asked of this domain, in `unit`; null where it asks nothing of single domains.",
     )
 
 
@@ -166,10 +169,11 @@ def plan_files(path: Path) -> tuple[Path, Path]:
     return base.with_name(base.name + ".parquet"), base.with_name(base.name + ".json")
 
 
-def open_plan(dataset: Dataset, name: str | Path) -> Plan:
-    """A plan of this dataset, by its name or the path of its file. Raises as `Plan.load`, and MismatchError (stale)."""
-    path = Path(name)
-    plan = Plan.load(dataset.path / "plans" / path if len(path.parts) == 1 and not path.suffix else path)
+def open_plan(dataset: Dataset, name: str) -> Plan:
+    """A plan of this dataset by its name. Raises as `Plan.load` and `Plan.check`, and ConfigError where it is no name."""
+    if not NAME.match(name):
+        raise ConfigError(f"{name!r} is no name of a plan: letters, digits and _, beginning with a letter")
+    plan = Plan.load(dataset.path / "plans" / name)
     plan.check(dataset)
     return plan
 

@@ -109,6 +109,11 @@ class Store:
             except FileNotFoundError:
                 return 0
 
+    def open_ranges(self, relative: str) -> Any:
+        """A file opened for reading, of which each read fetches that range of bytes and nothing around it."""
+        with self._errors("read", relative):
+            return self.fs.open(self._path(relative), "rb", cache_type="none")
+
     def names(self) -> list[str]:
         """Names of what is in the folder."""
         with self._errors("read", ""):

@@ -1,7 +1,8 @@
-"""Scores: one number per sequence from another model, as a sidecar that is joined by id. The payload is never touched.
+"""Scores: numbers per sequence from elsewhere, as a sidecar that is joined by id. The payload is never touched.
 
-A sidecar `scores/NAME/` has one Parquet part per shard (id, nll, num_target_tokens) and `scores/NAME.json`, which says
-which model, on which dataset, and the digest of each part.
+A sidecar `scores/NAME/` has one Parquet part per shard and `scores/NAME.json`, which says which model, on which dataset,
+and the digest of each part. Here a model scores (id, nll, num_target_tokens); `kdata/score_file.py` takes numbers from a
+file.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from kdata.errors import (
     settings_difference,
 )
 from kdata.keep import KeepConfig
-from kdata.manifest import first_problem, write_atomically, write_json
+from kdata.manifest import file_info, first_problem, inside, write_atomically, write_json
 from kdata.progress import Stage
 from kdata.schema import Contract, FileInfo, ManifestEntry, Strict, TeacherInfo, fingerprint
 from kdata.shard import storage_errors
@@ -53,10 +54,14 @@ class ScoreInfo(Contract):
     """scores/NAME.json."""
 
     name: str = Field(description="Name of the sidecar, scores.NAME in SQL.")
-    unit: str = Field(description="What the number is: nats per target token.")
-    model: TeacherInfo = Field(description="Who scored.")
-    tokenizer_hash: str = Field(description="Its tokenizer; the same as the dataset's.")
+    unit: str = Field(description="What the number is: nats per target token, or whatever was brought.")
+    model: TeacherInfo | None = Field(description="Who scored; null where the numbers were brought.")
+    tokenizer_hash: str | None = Field(description="Its tokenizer; the same as the dataset's. Null where brought.")
     dataset_fingerprint: str = Field(description="Fingerprint of the dataset that was scored.")
+    columns: list[str] = Field(["nll", "num_target_tokens"], description="Columns of the parts beside `id`.")
+    origin: FileInfo | None = Field(
+        None, description="Digest and size of the file that was brought; null where a model scored."
+    )
     files: dict[str, FileInfo] = Field(description="Parts, by path inside the dataset; empty until all are there.")
     digest: str = Field("", description="SHA-256 of everything else in the file: finds a damaged byte.")
 
@@ -192,6 +197,7 @@ def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
     """Read scores/NAME.json. Raises MissingError with the names that are there."""
     if not re.fullmatch(NAME.pattern, name):
         raise ConfigError(f"{name!r} is no name for a score: letters, digits and _, beginning with a letter")
+    dataset.fetch_sidecar(name)
     path = dataset.path / "scores" / f"{name}.json"
     if not path.exists():
         there = sorted(p.stem for p in (dataset.path / "scores").glob("*.json"))
@@ -210,3 +216,15 @@ def score_fingerprint(dataset: Dataset, name: str) -> str:
     if info.dataset_fingerprint != dataset.fingerprint or not info.files:
         raise MissingError(f"score {name!r} does not cover the dataset as it is now; run `kdata score` again")
     return fingerprint(info.model_dump())
+
+
+def checked_fingerprint(dataset: Dataset, name: str) -> str:
+    """The same, after comparing every part that is here with its digest. Raises CorruptError where one differs."""
+    found = score_fingerprint(dataset, name)
+    if dataset.sql_filesystem is not None:
+        return found  # the parts are elsewhere, and only some of their columns are read
+    for relative, info in load_score_info(dataset, name).files.items():
+        path = inside(dataset.path, relative)
+        if not path.is_file() or file_info(path) != info:
+            raise CorruptError(f"{path} is not what was committed; remove scores/{name} and run `kdata score` again")
+    return found

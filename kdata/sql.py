@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,11 +78,14 @@ def connect(dataset: Dataset, room: Room | None = None) -> duckdb.DuckDBPyConnec
     if room.threads is not None:
         connection.execute(f"set threads = {int(room.threads)}")
     places = {str(root), unglobbed(root)}
+    spill = Path(tempfile.gettempdir()) / f"kdata-sql-{secrets.token_hex(4)}"  # DuckDB makes and removes it
     if room.folder is not None:
         places |= {str(room.folder.resolve()), unglobbed(room.folder.resolve())}
-        connection.execute(f"set temp_directory = {literal(str(room.folder.resolve() / 'spill'))}")
+        spill = room.folder.resolve() / "spill"
+    connection.execute(f"set temp_directory = {literal(str(spill))}")
     if dataset.sql_filesystem is not None:
         connection.register_filesystem(dataset.sql_filesystem)
+        connection.execute("set parquet_metadata_cache = true")  # a footer is fetched once
         places.add(f"{dataset.sql_filesystem.protocol}://")
     _make_views(connection, dataset, root)
     # A pattern is checked as it is written, and again each file that it stands for.
@@ -106,21 +111,28 @@ def _make_views(connection: duckdb.DuckDBPyConnection, dataset: Dataset, root: P
         files_view(connection, f'plans."{path.stem}"', [unglobbed(path)], pa.schema([]))
 
 
-def mentions(text: str) -> dict[str, list[str]]:
-    """Which `scores` and `plans` a query names, in lower case as DuckDB compares them; nothing where it cannot be parsed."""
+def mentions(dataset: Dataset, text: str) -> dict[str, list[str]]:
+    """Which `scores` and `plans` of the dataset a query names; nothing where it cannot be parsed."""
     with duckdb.connect() as connection:
         (tree,) = connection.execute("select json_serialize_sql(?::varchar)", [text]).fetchone() or ("{}",)
-    found: dict[str, list[str]] = {"scores": [], "plans": []}
+    named: dict[str, set[str]] = {"scores": set(), "plans": set()}
 
     def walk(node: Any) -> None:
         if isinstance(node, dict) and node.get("type") == "BASE_TABLE":
-            names = found.get(str(node.get("schema_name")).lower(), [])
-            names.append(str(node.get("table_name")).lower())
+            named.get(str(node.get("schema_name")).lower(), set()).add(str(node.get("table_name")))
         for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
             walk(inner)
 
     walk(json.loads(tree))
-    return {schema: sorted(set(names)) for schema, names in found.items()}
+    for name in filter(NAME.match, sorted(named["scores"])):
+        dataset.fetch_sidecar(name)
+    there = {
+        "scores": list(dataset.sql_sidecars()),
+        "plans": [path.stem for path in dataset.path.glob("plans/*.parquet")],
+    }
+    # DuckDB does not tell upper case from lower.
+    wanted = {schema: {name.lower() for name in names} for schema, names in named.items()}
+    return {schema: sorted(name for name in there[schema] if name.lower() in wanted[schema]) for schema in named}
 
 
 def manifest_table(dataset: Dataset) -> pa.Table:
@@ -157,6 +169,8 @@ def query(dataset: Dataset, text: str, parameters: list[Any] | dict[str, Any] | 
         QueryError: DuckDB refused it (with its own reason), or it is no query.
         CorruptError: it failed, and a file of the index is not what was committed.
     """
+    if dataset.sql_filesystem is not None:
+        mentions(dataset, text)  # sidecars are fetched when they are named
     try:
         with connect(dataset) as connection:
             try:
@@ -179,6 +193,8 @@ def refuse_writing(connection: duckdb.DuckDBPyConnection, text: str) -> None:
 
 def name_damage(dataset: Dataset, error: duckdb.Error) -> None:
     """Raise CorruptError where the cause of a failed query is a damaged file."""
+    if dataset.sql_filesystem is not None:
+        return  # not here, to be compared
     for entry in dataset.manifest:
         for folder in ("index", "rejects") if entry.rejected else ("index",):
             try:

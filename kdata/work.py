@@ -154,12 +154,12 @@ def run_job(
 ) -> Dataset:
     """Do what is not done yet of a job, and mark its source complete.
 
-    Returns:
-        The dataset; of one at a URL the local copy without the payload, which `kdata.open(URL)` fetches.
     Args:
         root: dataset folder, made when absent; or a URL, see `kdata/remote.py`.
         resume: auto, never or must; see `Writer`.
         log: JSONL file for progress; None: beside the dataset, see `kdata/journal.py`.
+    Returns:
+        The dataset; of one at a URL the local copy without the payload, which `kdata.open(URL)` fetches.
     Raises:
         MismatchError: the dataset was begun with other settings.
         DataError: tokenizer and model disagree; duplicate id.

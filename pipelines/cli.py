@@ -15,7 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import kdata.cli_data  # noqa: F401  registers import, export, repair, merge, split, head, combine, audit
+import kdata.cli_data
+import kdata.cli_plan  # noqa: F401  registers score, select, plan
 import pipelines.cli_teacher  # noqa: F401  registers generate, capture, reread
 from kdata.cli import Resume, ResumeOption, SetOption, _with_settings, app, out
 from kdata.config import parse_config, read_yaml

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import kdata
-from kdata.energy import Devices, local_devices
+from kdata.energy import Devices
 from kdata.errors import KdataError
 from kdata.schema import DatasetInfo, TeacherInfo
 from kdata.shard import Shard, Unit
 from kdata.staging import Staging
 from kdata.teachers import Teacher, TeacherConfig, load_teacher, load_tokenizer, tokenizer_info
-from kdata.work import Job, WorkUnit
+from kdata.work import Job, WorkUnit, devices_of
 
 Loader = Callable[[TeacherConfig, int], tuple[Teacher, Any]]
 
@@ -96,7 +96,7 @@ class TeacherActor:
             tokenizer=tokenizer,
             machine=platform.node(),
             version=kdata.__version__,
-            devices=local_devices(self._config.tensor_parallel),
+            devices=devices_of(self._config),
         )
 
     def do(self, assignment: Assignment, unit: WorkUnit, attempt: str) -> Shard | None:

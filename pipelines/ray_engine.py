@@ -12,6 +12,7 @@ counts.
 
 from __future__ import annotations
 
+import secrets
 import statistics
 import time
 from collections import deque
@@ -81,7 +82,7 @@ class RayEngine:
     def devices(self) -> Devices:
         """See `Engine.devices`: those of all actors that there may be."""
         one, config = self.facts.devices, self._workers.config
-        each = one.count if one.kind == "gpu" else max(int(config.cpus_per_teacher), 1)
+        each = max(int(config.cpus_per_teacher), 1) if one.kind == "cpu" else one.count
         return one.model_copy(update={"count": each * config.most, "here": False})
 
     def run(self, job: Job[U], units: Iterable[U], writer: Writer) -> Iterator[tuple[U, Shard]]:
@@ -132,7 +133,7 @@ class _Run(Generic[U]):
     def __init__(self, workers: Workers, job: Job[U], units: Iterable[U], writer: Writer) -> None:
         self._workers, self._config, self._writer = workers, workers.config, writer
         self._units, self._drawn_all = iter(units), False
-        self._staging = writer.staging()
+        self._staging, self._prefix = writer.staging(), secrets.token_hex(4)  # actors outlive runs; names must not meet
         self._assignment = workers.ray.put(Assignment(job, writer.info, self._staging))
         self._waiting: deque[_Task[U]] = deque()
         self._attempts: list[_Attempt[U]] = []  # under way, in the order in which they were given out
@@ -191,7 +192,7 @@ class _Run(Generic[U]):
         return len(has) < self._config.units_per_teacher
 
     def _give(self, task: _Task[U], worker: Worker) -> None:
-        name = f"{task.unit.number:05d}-{task.attempts}"
+        name = f"{self._prefix}-{task.unit.number:05d}-{task.attempts}"
         task.attempts += 1
         result = worker.actor.do.remote(self._assignment, task.unit, name)
         attempt = _Attempt(name, task, worker, result, time.monotonic())

@@ -15,7 +15,7 @@ from kdata.errors import ConfigError
 from kdata.generate import SamplingConfig
 from kdata.keep import KeepConfig
 from kdata.schema import Strict
-from kdata.selection import SelectConfig
+from kdata.selection import Difference, SelectConfig
 from kdata.teachers import TeacherConfig
 from pipelines.builtin import BuiltinConfig
 from pipelines.engine import EngineConfig, LocalConfig
@@ -117,7 +117,7 @@ class Recipe(Strict):
     corpus: TextConfig = Field(TextConfig(), description="Text that the teacher reads.")
     heldout: TextConfig = Field(TextConfig(), description="Text that students are measured on; never trained on.")
     capture: CaptureStage = CaptureStage()
-    select: SelectConfig = SelectConfig()
+    select: SelectConfig = Difference()
     student: StudentStage = Field(StudentStage(), description="The network that every student starts from.")
     train: TrainConfig = Field(TrainConfig(), description="What every student's training has in common.")
     students: dict[str, StudentRun] = Field(description="Students by name.", min_length=1)

@@ -30,7 +30,7 @@ from kdata.progress import Phase, console
 from kdata.remote import cache_dir
 from kdata.report import write_report
 from kdata.score import ScoreConfig, score
-from kdata.selection import select
+from kdata.selection import Difference, select
 from kdata.shard import storage_errors
 from kdata.teachers import TeacherConfig
 from kdata.work import Engine, devices_of, run_job
@@ -108,7 +108,7 @@ class Run:
 
     @property
     def uses_score(self) -> bool:
-        return self.uses_plan and self.recipe.select.method == "difference"
+        return self.uses_plan and isinstance(self.recipe.select, Difference)
 
     @property
     def uses_plan(self) -> bool:
@@ -165,8 +165,9 @@ def _capture(run: Run, root: Path, corpus: CorpusConfig, name: str) -> Dataset:
 def run_score(run: Run) -> None:
     """The reference model scores every sequence."""
     run.close_engine()
-    if run.uses_score:
-        config = ScoreConfig(model=run.reference_config, name=run.recipe.select.score)
+    chosen = run.recipe.select
+    if run.uses_plan and isinstance(chosen, Difference):
+        config = ScoreConfig(model=run.reference_config, name=chosen.score)
         score(open_dataset(run.dataset_path), config, log=run.log)
 
 

@@ -47,7 +47,7 @@ class Call:
 
     def hang(self) -> None:
         """Never answer, until the server is stopped."""
-        self.handler.served.stopped.wait(30)
+        self.handler.served.stopped.wait()
         self.handler.close_connection = True
 
     def change(self, change: Callable[[dict[str, Any]], None]) -> None:
@@ -84,8 +84,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             self.send(served.health, b"")
         elif self._allowed():
+            adapter = {"id": "adapter", "parent": served.name, "max_model_len": None}
             model = {"id": served.name, "parent": None, "max_model_len": served.max_model_len}
-            answers = {"/v1/models": {"data": [model]}, "/version": {"version": served.version}}
+            answers = {"/v1/models": {"data": [adapter, model]}, "/version": {"version": served.version}}
             known = self.path in answers
             self.answer(200 if known else 404, answers.get(self.path, {"detail": "Not Found"}))
 

@@ -88,11 +88,12 @@ class Endpoints:
         self.endpoints = [Endpoint(url) for url in config.urls]
         self._fatal: BaseException | None = None
         self._sessions: list[aiohttp.ClientSession] = []
+        self._asked_all = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kdata-endpoints", daemon=True)
         self._thread.start()
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._dark_since: float | None = self._loop.time()
+        self._dark_since: float | None = None
 
     # ------------------------------------------------------------------------------------------- for callers' threads
 
@@ -144,6 +145,8 @@ class Endpoints:
         self._sessions = [self._session, self._own_line]
         self._heart = self._task(self._beat())
         await _all(self._first(endpoint) for endpoint in self.endpoints)
+        self._asked_all = True
+        self._note_dark()
         await self._until(lambda: any(e.ready for e in self.endpoints))
 
     async def _first(self, endpoint: Endpoint) -> None:
@@ -308,8 +311,7 @@ class Endpoints:
         if endpoint.inspecting is not None and not endpoint.inspecting.done():
             return
         endpoint.ready = False
-        if self._dark_since is None and not any(e.ready for e in self.endpoints):
-            self._dark_since = self._loop.time()
+        self._note_dark()
         endpoint.inspecting = self._task(self._revive(endpoint, error.pause_sec))
 
     async def _revive(self, endpoint: Endpoint, pause_sec: float) -> None:
@@ -324,8 +326,6 @@ class Endpoints:
                 await self._inspect(endpoint)
             except LostError as error:
                 endpoint.trouble, pause_sec = str(error), error.pause_sec
-                if not error.accepted:
-                    self._cut(endpoint)
                 if self._dark_for() > self._config.patience_sec:
                     return self._give_up(self._unreachable())
             except KdataError as error:
@@ -337,6 +337,11 @@ class Endpoints:
             else:
                 logger.warning("%s: ready again after %.1f s", endpoint.url, self._loop.time() - begun)
                 return self._admit(endpoint)
+
+    def _note_dark(self) -> None:
+        """Patience begins to run where no endpoint is ready, once each was asked for the first time."""
+        if self._asked_all and self._dark_since is None and not any(e.ready for e in self.endpoints):
+            self._dark_since = self._loop.time()
 
     def _dark_for(self) -> float:
         """Seconds since an endpoint was ready."""

@@ -22,6 +22,8 @@ FLOOR = np.float32(-87.0)  # below it exp is no normal float32: taken as 0
 
 # Sums may be reordered (they are of blocks, joined in float64), and no value is NaN: this lets the loops vectorise.
 _FAST = {"reassoc", "contract", "nsz", "nnan"}
+# Parts are inlined (forceinline) for the same bits in every process: where they are called, the process that compiles links
+# the caller with another copy of them, vectorised otherwise, than those that load it from numba's cache.
 
 
 @intrinsic
@@ -110,7 +112,7 @@ def _ordered(bits):
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, forceinline=True)
 def _largest(bits_V, largest_B):
     """The largest value of each block of a row, given as its bits (int32), into largest_B; returns the largest of all."""
     width = len(bits_V)
@@ -126,7 +128,7 @@ def _largest(bits_V, largest_B):
     return largest_B.max()
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+@numba.njit(cache=True, nogil=True, forceinline=True, fastmath={"contract"})
 def _exponentials(z, top, p, weighted):
     """p = exp(z - top), 0 where that is no normal float32; weighted = p (z - top)."""
     for v in range(len(z)):
@@ -137,7 +139,7 @@ def _exponentials(z, top, p, weighted):
         weighted[v] = e * inside
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_FAST)
+@numba.njit(cache=True, nogil=True, forceinline=True, fastmath=_FAST)
 def _sums(z, own, p, weighted_V, sums_B):
     """Sums of p in each block; returns the sum of p, that of weighted_V, and how many logits exceed `own`."""
     width, total, weighted, above = len(z), 0.0, 0.0, 0
@@ -162,7 +164,7 @@ def _sums(z, own, p, weighted_V, sums_B):
     return total, weighted, above
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_FAST)
+@numba.njit(cache=True, nogil=True, forceinline=True, fastmath=_FAST)
 def _sum_block(p, b, sums_B):
     part = np.float32(0)
     for v in range(b * BLOCK, min((b + 1) * BLOCK, len(p))):
@@ -170,7 +172,7 @@ def _sum_block(p, b, sums_B):
     sums_B[b] = part
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_FAST)
+@numba.njit(cache=True, nogil=True, forceinline=True, fastmath=_FAST)
 def _top(z, largest_B, ids_K, best_K):
     """The K largest values and their ids, falling; equal values by rising id.
 
@@ -207,7 +209,7 @@ def _insert(best_K, ids_K, filled, value, number):
     return min(filled + 1, k)
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_FAST)
+@numba.njit(cache=True, nogil=True, forceinline=True, fastmath=_FAST)
 def _draw(p, sums_B, rest, uniforms_N, draws_N):
     """Ids whose share of the running sum of p covers each (rising) uniform; -1 where nothing is left to draw from."""
     n, drawn, before, last = len(uniforms_N), 0, 0.0, -1

@@ -63,7 +63,7 @@ RAW_NATS = 0.5
 
 
 class Model(msgspec.Struct):
-    """A model that a server has; `parent` of an adapter."""
+    """A model that a server has; an adapter has a `parent`, and no length of its own."""
 
     id: str
     parent: str | None = None
@@ -199,26 +199,28 @@ class ServedTeacher:
     async def _inspect(self, endpoint: Endpoint) -> None:
         """Ask an endpoint who it is. Raises ConfigError, MismatchError or TeacherError where it is not wanted."""
         with _explained(self._max_k):
-            model = self._named(decode(Models, await self._endpoints.send(endpoint, "/v1/models")), endpoint)
+            models = decode(Models, await self._endpoints.send(endpoint, "/v1/models")).data
+            name, longest = self._named(models, endpoint), max((m.max_model_len or 0 for m in models), default=0)
             version = decode(Version, await self._endpoints.send(endpoint, "/version")).version
-            await self._check_tokenizer(endpoint, model.id)
-            generates, whole, told = await self._probe_writing(endpoint, model.id)
-            top = await self._probe_reading(endpoint, model.id, generates, whole)
+            await self._check_tokenizer(endpoint, name)
+            generates, whole, told = await self._probe_writing(endpoint, name)
+            top = await self._probe_reading(endpoint, name, generates, whole)
         apart = np.abs(told - top.logprob[-PROBE_WRITTEN:]).mean()
         if not (apart <= RAW_NATS and is_distribution(top.logprobs, self.vocab_size)):
             raise ConfigError(
                 f"{endpoint.url}: its log-probabilities are not the raw ones; start it with --logprobs-mode raw_logprobs"
             )
         logprobs = top.logprob[: len(self._probe) - 1]
-        self._agree(endpoint, Served(model.id, version, model.max_model_len or 0, generates, logprobs))
+        self._agree(endpoint, Served(name, version, longest, generates, logprobs))
 
-    def _named(self, models: Models, endpoint: Endpoint) -> Model:
-        name, known = self._config.name, [model.id for model in models.data]
-        if (name is not None and name not in known) or not known:
-            raise ConfigError(f"{endpoint.url} serves {known}, not server.name={name!r}; take one of those")
-        if name is not None:
-            return models.data[known.index(name)]
-        return next((model for model in models.data if model.parent is None), models.data[0])
+    def _named(self, models: list[Model], endpoint: Endpoint) -> str:
+        """The model's name as served: the one that is asked for, or the first that is no adapter."""
+        known, asked = [model.id for model in models], self._config.name
+        if asked is None and known:
+            return next((model.id for model in models if model.parent is None), known[0])
+        if asked is None or asked not in known:
+            raise ConfigError(f"{endpoint.url} serves {known}, not server.name={asked!r}; take one of those")
+        return asked
 
     async def _check_tokenizer(self, endpoint: Endpoint, name: str) -> None:
         body = {

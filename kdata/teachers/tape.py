@@ -1,9 +1,9 @@
 """Rows of logits reduced as they are sampled from: what vLLM writes gets any kind of targets in the same pass.
 
-A logits processor of vLLM (`TapeProcessor` in vllm.py) sees each row before a token is drawn from it. `Tape` collects the rows
-of one call; whose row it is and which token it predicts follow from the request and the number of tokens that it has so far. A
-row may be seen twice (a prompt that is read in pieces, a request that was set back): the last one counts. Afterwards every row
-is held against what the engine says of the token that it drew.
+A logits processor of vLLM (`TapeProcessor` in vllm.py) sees each row before a token is drawn from it. `Tape` collects the
+rows of one call; whose row it is and which token it predicts follow from the request and the number of tokens that it has so
+far. A row may be seen twice (a prompt that is read in pieces, a request that was set back): the last one counts. Afterwards
+every row is held against what the engine says of the token that it drew.
 
 In this process only: a model spread over several GPUs computes elsewhere.
 """

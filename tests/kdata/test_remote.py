@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,10 @@ def test_two_writers_at_once_are_refused_on_one_machine_and_on_two(
     def second(call: int) -> None:
         if call != 1:
             return
+        end = time.monotonic() + 60
+        while not (behind / "manifest.jsonl").exists():  # the first commit runs behind the teacher
+            assert time.monotonic() < end
+            time.sleep(0.01)
         with pytest.raises(StorageError, match="is being written by another process"):
             run_capture(url, corpus_file, tokenizer_dir)
         with monkeypatch.context() as elsewhere:  # where no lock can be seen

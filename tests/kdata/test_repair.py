@@ -17,7 +17,7 @@ from kdata.cli_data import app
 from kdata.errors import CorruptError, KdataError, MismatchError, StorageError
 from kdata.manifest import read_manifest
 from kdata.repair import repair
-from kdata.selection import SelectConfig, select
+from kdata.selection import Difference, select
 from kdata.verify import verify
 from kdata.writer import lock_of
 from tests.fakes import digests, run_capture, run_generate
@@ -30,7 +30,7 @@ def furnished(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = Path(shutil.copytree(captured, tmp_path_factory.mktemp("furnished") / "d"))
     dataset = kdata.open(root)
     give_scores(dataset, dict.fromkeys(dataset.index(["id"])["id"].to_pylist(), 9.5))
-    select(dataset, SelectConfig(method="difference", share=0.5))
+    select(dataset, Difference(share=0.5))
     assert (root / "rejects").is_dir() and (root / "tokenizer").is_dir()
     return root
 

@@ -36,7 +36,7 @@ from kdata.score import (
     sequence_nll,
     write_part,
 )
-from kdata.selection import SelectConfig, select
+from kdata.selection import All, Difference, Random, Sql, select
 from kdata.shard import Record, Unit
 from kdata.teachers import TeacherConfig
 from kdata.verify import verify
@@ -101,9 +101,10 @@ def give_scores(dataset: kdata.Dataset, nlls: dict[str, float], name: str = "ref
 def test_difference_takes_where_the_reference_is_worst_against_the_teacher(tmp_path: Path) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0, "c": 1.0, "d": 3.0})
     give_scores(dataset, {"a": 4.0, "b": 2.5, "c": 2.0, "d": 3.25})  # differences 3, 0.5, 1, 0.25
-    plan = select(dataset, SelectConfig(method="difference", share=0.5))
+    plan = select(dataset, Difference(share=0.5))
     assert plan.ids == ["a", "c"] and plan.repeats.tolist() == [1, 1]
-    assert plan.info.parameters == {"share": 0.5, "score": "ref", "threshold": 1.0}
+    given = {"share": 0.5, "unit": "sequences", "by_domain": False, "score": "ref"}
+    assert plan.info.parameters == {**given, "threshold": 1.0}
     assert plan.info.shares == {"a": {"dataset": 0.5, "plan": 1.0}, "b": {"dataset": 0.5, "plan": 0.0}}
     assert plan.info.num_tokens == 4 and set(plan.info.scores) == {"ref"}
     again = Plan.load(tmp_path / "d/plans/difference")
@@ -116,21 +117,21 @@ def test_ties_go_by_id_and_a_share_is_never_off_by_one(tmp_path: Path) -> None:
     dataset = tiny(tmp_path / "d", dict.fromkeys(reversed(names), 1.0), shard_rows=60)
     give_scores(dataset, dict.fromkeys(names, 2.0))
     for share, count in ((0.07, 7), (0.29, 29), (0.5, 50), (0.501, 51), (0.001, 1), (1.0, 100)):
-        assert select(dataset, SelectConfig(share=share)).ids == names[:count]
-        assert len(select(dataset, SelectConfig(method="random", share=share)).ids) == count
+        assert select(dataset, Difference(share=share)).ids == names[:count]
+        assert len(select(dataset, Random(share=share)).ids) == count
 
 
 def test_random_is_a_function_of_the_seed_and_the_ids(tmp_path: Path) -> None:
     names = [f"r{n}" for n in range(40)]
     forward = tiny(tmp_path / "a", dict.fromkeys(names, 1.0))
     backward = tiny(tmp_path / "b", dict.fromkeys(reversed(names), 1.0))
-    chosen = [select(d, SelectConfig(method="random", share=0.25, seed=3)).ids for d in (forward, backward)]
+    chosen = [select(d, Random(share=0.25, seed=3)).ids for d in (forward, backward)]
     assert chosen[0] == chosen[1] and len(chosen[0]) == 10
-    assert select(forward, SelectConfig(method="random", share=0.25, seed=4)).ids != chosen[0]
+    assert select(forward, Random(share=0.25, seed=4)).ids != chosen[0]
 
 
 def test_all_takes_every_row_with_a_target(tmp_path: Path) -> None:
-    assert select(tiny(tmp_path / "d", {"b": 1, "a": 2, "c": 1}), SelectConfig(method="all")).ids == [
+    assert select(tiny(tmp_path / "d", {"b": 1, "a": 2, "c": 1}), All()).ids == [
         "a",
         "b",
         "c",
@@ -142,7 +143,7 @@ def test_sql_chooses_ids_and_repeats(tmp_path: Path) -> None:
     query = (
         "select id, (case when nll > 2 then 3 else 1 end)::bigint as repeats from rows where nll > 1 order by nll desc"
     )
-    plan = select(dataset, SelectConfig(method="sql", sql=query, name="mine"))
+    plan = select(dataset, Sql(sql=query, name="mine"))
     assert plan.ids == ["c", "b"] and plan.repeats.tolist() == [3, 1] and plan.info.sql == query
     assert Plan.load(tmp_path / "d/plans/mine.parquet").rows(dataset).tolist() == [2, 2, 2, 1]
 
@@ -167,28 +168,28 @@ def test_a_query_that_makes_no_plan_is_refused(
 ) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0})
     with pytest.raises(error, match=message):
-        select(dataset, SelectConfig(method="sql", sql=query))
+        select(dataset, Sql(sql=query))
     assert not (tmp_path / "d/plans").exists()
 
 
 def test_rows_that_the_score_does_not_cover_are_refused(tmp_path: Path) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0, "c": 1.0})
     with pytest.raises(MissingError, match=r"no score 'ref' \(there are: none\); make it with `kdata score`"):
-        select(dataset, SelectConfig())
+        select(dataset, Difference())
     give_scores(dataset, {"a": 4.0, "c": 2.0})
     with pytest.raises(DataError, match="lacks 1 rows"):
-        select(dataset, SelectConfig())
+        select(dataset, Difference())
 
 
 def test_a_dataset_that_has_grown_needs_scores_and_plans_anew(tmp_path: Path) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0})
     give_scores(dataset, {"a": 4.0, "b": 2.0})
-    plan = select(dataset, SelectConfig(share=0.5))
+    plan = select(dataset, Difference(share=0.5))
     grown = tiny(tmp_path / "d", {"c": 1.0}, source="more")
     with pytest.raises(MismatchError, match=r"plan 'difference' was made for .* Run `kdata select` again"):
         plan.rows(grown)
     with pytest.raises(MissingError, match="does not cover the dataset as it is now; run `kdata score` again"):
-        select(grown, SelectConfig(share=0.5))
+        select(grown, Difference(share=0.5))
 
 
 @given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=6), order=st.randoms())
@@ -209,7 +210,7 @@ def test_a_plan_survives_its_files(
 
 def test_a_damaged_plan_gives_one_error(tmp_path: Path) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0})
-    select(dataset, SelectConfig(method="all"))
+    select(dataset, All())
     path = tmp_path / "d/plans/all.parquet"
     content, about = path.read_bytes(), path.with_suffix(".json").read_bytes()
     for place in range(0, len(content), 7):
@@ -348,7 +349,7 @@ def test_a_damaged_sidecar_is_found(read_by_llama: kdata.Dataset, llama_dir: Pat
     about.write_bytes(about.read_bytes()[:-20])
     assert [p.path for p in verify(read_by_llama)] == ["scores/ref.json"]
     with pytest.raises(CorruptError, match=r"ref.json is damaged"):
-        select(read_by_llama, SelectConfig())
+        select(read_by_llama, Difference())
 
 
 def test_a_log_probability_that_is_not_finite_is_no_score() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import signal
@@ -214,7 +215,11 @@ def test_a_request_that_is_always_lost_is_given_up_while_others_are_answered(lla
         assert_read(teacher, [*SEQUENCES[:2], *SEQUENCES[3:]])
 
 
-def test_after_a_500_the_server_s_health_says_whose_fault_it_is(llama_dir: Path, opened: Load) -> None:
+def test_after_a_500_the_server_s_health_says_whose_fault_it_is(
+    llama_dir: Path, opened: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "HEARTBEAT_SEC", 1000)  # which would find it too
+
     def engine_dies(call: Call) -> bool:
         if call.number == 0:
             server.health = 503
@@ -320,6 +325,14 @@ def test_what_is_told_of_written_tokens_is_checked_too(llama_dir: Path, opened: 
 # ---------------------------------------------------------------------------------------------------- several, and none
 
 
+def test_the_endpoint_with_the_fewest_requests_under_way_gets_the_next(llama_dir: Path, opened: Load) -> None:
+    with StandInServer(llama_dir) as one, StandInServer(llama_dir) as two:
+        for server in (one, two):  # nobody is answered before all have come
+            server.fault = lambda call: until(lambda: len(one.calls) + len(two.calls) == len(SEQUENCES)) and None
+        assert_read(opened(llama_dir, one, two))
+        assert len(one.calls) == len(two.calls) == len(SEQUENCES) / 2
+
+
 def test_work_is_shared_within_the_limit_of_each(llama_dir: Path, opened: Load) -> None:
     sequences = [np.array([n, n + 1, 7], np.int32) for n in range(120)]
     with StandInServer(llama_dir) as one, StandInServer(llama_dir) as two:
@@ -381,9 +394,9 @@ def test_the_run_ends_when_nobody_answers_for_as_long_as_was_asked(llama_dir: Pa
 def test_a_server_that_is_shutting_down_keeps_connections_open_and_is_left(
     llama_dir: Path, opened: Load, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As vLLM does on SIGTERM. Without the look at its health the requests would wait for `timeout_sec`, a minute here."""
+    """As vLLM does on SIGTERM. Without the look at its health the requests would wait for `timeout_sec`, 1000 here."""
     with StandInServer(llama_dir) as server:
-        teacher = opened(llama_dir, server, timeout_sec=60)
+        teacher = opened(llama_dir, server, timeout_sec=1000)
 
         def shut(call: Call) -> bool:
             if call.number == len(SEQUENCES) - 1:  # all are under way: nobody else finds the port closed
@@ -453,7 +466,7 @@ def test_a_server_that_comes_back_as_another_model_is_refused(
         ({"max_logprobs": 4}, {}, ConfigError, r"start the server with --max-logprobs 5"),
         ({"logprobs_mode": "processed_logprobs"}, {}, ConfigError, "not the raw ones; start it with --logprobs-mode raw"),
         ({"logprobs_mode": "raw_logits"}, {}, ConfigError, "not the raw ones"),
-        ({}, {"name": "nobody"}, ConfigError, r"serves \['stand-in'\], not server.name='nobody'"),
+        ({}, {"name": "nobody"}, ConfigError, r"serves \['adapter', 'stand-in'\], not server.name='nob"),
         ({"token": "sesame"}, {}, ConfigError, r"HTTP 401.*server.auth_env names"),
         ({}, {"auth_env": "KDATA_TEST_NOT_SET"}, ConfigError, "KDATA_TEST_NOT_SET, which is not set"),
     ],
@@ -463,6 +476,16 @@ def test_a_server_that_will_not_do_is_refused_with_the_remedy(
 ) -> None:
     with StandInServer(llama_dir, **server) as served, pytest.raises(error, match=message):
         opened(llama_dir, served, **settings)
+
+
+@pytest.mark.parametrize(("name", "asked"), [(None, "stand-in"), ("adapter", "adapter")])
+def test_the_base_model_is_asked_unless_another_is_named(
+    llama_dir: Path, opened: Load, name: str | None, asked: str
+) -> None:
+    with StandInServer(llama_dir) as server:
+        teacher = opened(llama_dir, server, name=name)
+        assert_read(teacher)
+        assert teacher.context == 127 and {call.body["model"] for call in server.calls} == {asked}
 
 
 def test_writing_needs_one_log_probability_more_and_says_so(llama_dir: Path, opened: Load) -> None:
@@ -532,6 +555,15 @@ def test_a_wrong_setting_is_named(server: dict | None, message: str) -> None:
 def test_a_server_for_another_backend_is_refused() -> None:
     with pytest.raises(ConfigError, match="ignored by backend vllm; use vllm-server"):
         parse_config(TeacherConfig, {"model": "m", "server": {"endpoints": ["http://h:1"]}}, "teacher settings")
+
+
+def test_the_settings_of_a_run_say_nothing_of_where_the_teacher_is_served() -> None:
+    from pipelines.recipe import load_recipe
+
+    chosen = ["teacher.backend=vllm-server", "teacher.server.endpoints=[http://host:1]"]
+    recipe = load_recipe(Path("quickstart"), chosen)
+    assert recipe.teacher.server is not None and recipe.settings()["teacher"]["backend"] == "vllm-server"
+    assert "host:1" not in json.dumps(recipe.settings())
 
 
 def test_without_the_http_client_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, llama_dir: Path) -> None:

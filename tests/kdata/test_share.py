@@ -14,7 +14,7 @@ import pytest
 import kdata
 from kdata.errors import ConfigError, CorruptError, KdataError, MissingError
 from kdata.hub import download, hub_name, push
-from kdata.selection import SelectConfig, select
+from kdata.selection import All, select
 from tests.fakes import digests
 
 # In a process of its own: tests/trainer holds a module called datasets too.
@@ -54,7 +54,7 @@ def test_a_pushed_folder_opens_with_the_real_datasets_library(captured: Path, tm
 
 
 def test_a_copy_has_what_belongs_and_nothing_else(copied: Path, tmp_path: Path) -> None:
-    select(kdata.open(copied), SelectConfig(method="all"))
+    select(kdata.open(copied), All())
     (copied / "notes.txt").write_text("mine")
     (copied / "plans/all.json.tmp").write_text("left by a killed run")
     push(kdata.open(copied), str(tmp_path / "shared"))

@@ -41,7 +41,7 @@ def ask(sequences: list[np.ndarray], path: str) -> dict[str, Any]:
     from kdata.teachers.planner import each
     from kdata.teachers.vllm import VllmTeacher
 
-    # So little memory for logits that prompts are read in pieces of a step's 256 tokens.
+    # So little memory for logits that a step of the engine holds 256 tokens: a few of these sequences.
     teacher = VllmTeacher(TeacherConfig(model=path, logits_gib=1e-6), max_k=8)
     keep, sampling = KeepConfig(kind="topk", k=8), SamplingConfig(max_tokens=10)
     prompts = [ids[:5] for ids in sequences]
@@ -60,6 +60,8 @@ def ask(sequences: list[np.ndarray], path: str) -> dict[str, Any]:
         "hybrid_rewritten": teacher.write(sequences[3::-1], HYBRID, sampling, [3, 2, 1, 0])[::-1],
         "hybrid_reread": teacher.read([c.readout.token_ids for c in taped], HYBRID),
     }
+    many = [np.roll(sequences[3], n) for n in range(12)]  # 1,080 tokens of seeded prompts: four steps and more
+    answers["many"] = teacher.write(many, HYBRID, sampling, list(range(12)))
     given = [sequences[0], np.zeros(500, np.int32), sequences[1]]
     answers["too_long"] = each(lambda some: teacher.read([given[i] for i in some], HYBRID), 3)
     teacher._agreed = False
@@ -108,6 +110,7 @@ def test_vllm_reads_and_writes_what_the_plain_forward_pass_does(llama_dir: Path,
         np.testing.assert_allclose(exact, others.logprobs[~others.is_draw], atol=1e-4)
         mass = np.exp(one.kept.logprobs[one.kept.is_draw].astype(np.float64)).sum()
         np.testing.assert_allclose(mass, np.exp(one.log_tail[start:].astype(np.float64)).sum(), rtol=1e-4)
+    assert [c.num_prompt_tokens for c in answers["many"]] == [91] * 12
     first, failed, last = answers["too_long"]
     assert "vLLM refused a request" in str(failed)
     np.testing.assert_array_equal(first.logprob, answers["hybrid"][0].logprob)

@@ -38,7 +38,7 @@ pytestmark = [
 ]
 ATOL = 1e-4  # nats, float32: the two engines differ by the order of summation only
 TOP = KeepConfig(kind="topk", k=8)
-SAMPLED, GREEDY = SamplingConfig(max_tokens=10), SamplingConfig(max_tokens=6, temperature=0, stop=["the"])
+SAMPLED, GREEDY = SamplingConfig(max_tokens=10), SamplingConfig(max_tokens=6, min_tokens=2, temperature=0, stop=["the"])
 FORMED = SamplingConfig(max_tokens=12, structured_output=StructuredOutput(regex="[0-9]{3}"))
 TOKEN = "sesame-4711"
 WELL = ("--max-logprobs", "9", "--enable-scale-out", "--served-model-name", "tiny", "--api-key", TOKEN)

@@ -328,7 +328,11 @@ def drive(root: str, corpus: str, tokenizer: str, notes: str, address: str) -> N
 
 
 def start_driver(*arguments: object) -> subprocess.Popen[str]:
-    code = "import sys; from tests.pipelines.test_ray import drive; drive(*sys.argv[1:])"
+    # Where the tests run in the background, SIGINT may be ignored from birth on.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from tests.pipelines.test_ray import drive; drive(*sys.argv[1:])"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, start_new_session=True,

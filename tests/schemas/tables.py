@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 import pyarrow as pa
 from pydantic import BaseModel
 
-from kdata.plan import PLAN_SCHEMA, PlanInfo
+from kdata.plan import PLAN_SCHEMA, DomainTaken, PlanInfo
 from kdata.schema import (
     CodecError,
     CodecInfo,
@@ -50,6 +50,7 @@ MODELS = [
     CodecError,
     ScoreInfo,
     PlanInfo,
+    DomainTaken,
 ]
 # Columns of the manifest view, and of sidecars and plans, whose Arrow schemas carry no words.
 WORDS = {

@@ -22,7 +22,7 @@ import kdata
 from kdata.codec import CODECS
 from kdata.errors import QueryError
 from kdata.schema import index_schema, known_codecs, payload_schema, rejects_schema
-from kdata.selection import SelectConfig, select
+from kdata.selection import Difference, select
 from tests.fakes import run_capture
 from tests.kdata.test_score_select import give_scores
 from tests.schemas.tables import (
@@ -45,7 +45,7 @@ def furnished(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> kdata
     """A dataset with a sidecar and a plan."""
     dataset = kdata.open(shutil.copytree(captured, tmp_path_factory.mktemp("furnished") / "d"))
     give_scores(dataset, dict.fromkeys(dataset.index(["id"])["id"].to_pylist(), 9.5))
-    select(dataset, SelectConfig(method="difference", share=0.5))
+    select(dataset, Difference(share=0.5))
     return dataset
 
 

@@ -1,8 +1,8 @@
 """Whole numbers out of shares: Hamilton's method of largest remainders, in exact arithmetic.
 
-A share that is written 0.1 means one tenth, not the nearest binary fraction, so nothing hangs on rounding. Counts add up to the
-total, none is negative, each is its quota rounded down or up, and of two equal remainders the first name in order of code points
-gets the unit.
+A share that is written 0.1 means one tenth, not the nearest binary fraction, so nothing hangs on rounding. Counts add up
+to the total, none is negative, each is its quota rounded down or up, and of two equal remainders the first name in order
+of code points gets the unit.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ def exact(weights: Mapping[str, float]) -> dict[str, Fraction]:
     for name, weight in weights.items():
         if not math.isfinite(weight) or weight < 0:
             raise ConfigError(f"the weight of {name!r} is {weight}; weights must be finite and >= 0")
-    fractions = {name: _as_written(weight) for name, weight in weights.items()}
+    fractions = {name: as_written(weight) for name, weight in weights.items()}
     whole = sum(fractions.values())
     if not whole:
         raise ConfigError(f"weights {dict(weights)} are all 0; give one domain at least a share")
     return {name: fraction / whole for name, fraction in fractions.items()}
 
 
-def _as_written(number: float) -> Fraction:
+def as_written(number: float) -> Fraction:
+    """The decimal number that a float is written as, exactly: 0.1 is one tenth."""
     return Fraction(number) if isinstance(number, int) else Fraction(repr(float(number)))
 
 
@@ -63,11 +64,13 @@ def share_out(
         DataError: a domain does not hold what is asked of it, or nothing at all.
     """
     shares = exact(weights)
-    limits = {name: math.floor(held[name] * _as_written(max_repeats)) for name in shares}
+    limits = {name: math.floor(held[name] * as_written(max_repeats)) for name in shares}
     most = min(math.floor(limits[name] / share) for name, share in shares.items() if share)
     empty = sorted(name for name, share in shares.items() if share and not held[name])
     if empty:
-        raise DataError(f"domain {empty[0]!r} has a share of {float(shares[empty[0]]):.2%} and no {unit} to take; give it 0")
+        raise DataError(
+            f"domain {empty[0]!r} has a share of {float(shares[empty[0]]):.2%} and no {unit} to take; give it 0"
+        )
     counts = _hamilton(most if size is None else size, shares)
     for name in sorted(counts):
         if counts[name] > limits[name]:

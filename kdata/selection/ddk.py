@@ -1,0 +1,91 @@
+"""DDK's first weights (arXiv 2407.16154): more of the domains in which the student is far behind the teacher.
+
+The trainer updates such weights while it trains (`trainer/mixture.py`); here they are set once, and a plan keeps them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from kdata.dataset import Dataset
+from kdata.errors import ConfigError, DataError
+from kdata.selection.mixture import Mixture
+from kdata.selection.step import Domains
+from kdata.selection.work import Work
+from kdata.sql import NAME
+
+# Cross-entropy per target token, of the rows that both have scored: sums, as it is run on a piece of the dataset at a
+# time.
+LOSSES = """ select domain, sum(rows.nll * rows.num_target_tokens), sum({student} * rows.num_target_tokens),
+sum(rows.num_target_tokens) from rows {join} where rows.nll is not null and {student} is not null group by domain
+"""
+BY_SCORE = {"student": "student.nll", "join": "join scores.{score} as student using (id)"}
+TEACHER_ALONE = {"student": "rows.nll", "join": ""}
+
+
+def first_weights(student: Mapping[str, float], teacher: Mapping[str, float], limit: float) -> dict[str, float]:
+    """r0[i] = exp(l_S[i] / l_T[i]) / sum_j, l = exp(cross-entropy).
+
+    Args:
+        student, teacher: mean cross-entropy of each domain, nats per token.
+        limit: the largest ratio l_S / l_T that is told apart. Ours: it stands in an exponent, and the paper states none.
+    """
+    ratios = {domain: min(math.exp(min(loss - teacher[domain], 700.0)), limit) for domain, loss in student.items()}
+    top = max(ratios.values())  # subtracted from every exponent: it cancels, and nothing overflows
+    scores = {domain: math.exp(ratio - top) for domain, ratio in ratios.items()}
+    total = math.fsum(scores.values())
+    return {domain: score / total for domain, score in scores.items()}
+
+
+class Ddk(Mixture):
+    """The losses are means over the rows that may be taken; the paper measures held-out text of each domain."""
+
+    method: Literal["ddk"] = "ddk"
+    score: str | None = Field(
+        None, pattern=NAME.pattern, description="Sidecar with the student's NLL of each sequence; or `losses`."
+    )
+    losses: dict[str, float] | None = Field(
+        None,
+        description="Domain -> the student's cross-entropy, nats per token; or `score`. The teacher's is the dataset's.",
+    )
+    exponent_limit: float = Field(10.0, gt=0, description="Largest ratio of perplexities that is told apart.")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Ddk:
+        if (self.score is None) == (self.losses is None):
+            raise ValueError("ddk needs the student's losses: either score (a sidecar) or losses (numbers), not both")
+        return self
+
+    def sidecars(self, dataset: Dataset) -> list[str]:
+        """See `Step.sidecars`."""
+        return [self.score] if self.score else []
+
+    def shares(self, work: Work, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
+        """See `Mixture.shares`."""
+        form = BY_SCORE if self.score else TEACHER_ALONE
+        sql = LOSSES.format(student=form["student"], join=form["join"].format(score=self.score))
+        sums: dict[str, list[list[float]]] = {}
+        for _ in work.pieces(self.sidecars(work.dataset)):
+            for domain, *parts in work.fetch(sql):
+                sums.setdefault(domain, []).append([float(part) for part in parts])
+        totals = {domain: [math.fsum(column) for column in zip(*parts, strict=True)] for domain, parts in sums.items()}
+        # To 1e-9 nats: what differs beyond is the order in which threads add up.
+        teacher = {domain: round(t / n, 9) for domain, (t, _, n) in totals.items()}
+        student = (
+            {domain: round(s / n, 9) for domain, (_, s, n) in totals.items()} if self.losses is None else self.losses
+        )
+        lacking = sorted(set(domains) - set(teacher))
+        if lacking:
+            raise DataError(
+                f"domain {lacking[0]!r} has no row with a loss; score the dataset, or leave it out by a query"
+            )
+        if set(student) != set(domains):
+            raise ConfigError(
+                f"losses names {sorted(student)}, the dataset has the domains {sorted(domains)}; name each, once"
+            )
+        weights = first_weights(student, teacher, self.exponent_limit)
+        return weights, {"losses": dict(sorted(student.items())), "teacher_losses": dict(sorted(teacher.items()))}

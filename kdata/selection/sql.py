@@ -1,0 +1,75 @@
+"""Whatever a query returns: ids, and how often each is taken."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from kdata.dataset import Dataset
+from kdata.errors import ConfigError, DataError, MissingError
+from kdata.selection.step import Domains, Made, Step
+from kdata.selection.work import Work
+from kdata.sql import mentions
+
+# The order of the answer is the order of the plan. Without a column `repeats` a row is taken as often as `rows` has it.
+CHOSEN = """
+create or replace temp table chosen as
+select answer.id, -answer.rowid::double as value, {repeats}::integer as repeats, rows.domain, rows.num_tokens
+from answer left join rows on answer.id = rows.id
+"""
+TAKEN = """
+select domain, count(*), sum(repeats)::bigint, sum(repeats::bigint * num_tokens)::bigint
+from chosen group by domain order by domain
+"""
+
+
+class Sql(Step):
+    """A query over `rows` (with `repeats` and `place` of the plan that is taken further), `scores.NAME`, `plans.NAME`."""
+
+    method: Literal["sql"] = "sql"
+    sql: str | None = Field(
+        None, description="Query that returns a column `id` and optionally `repeats`; its order is kept."
+    )
+
+    def sidecars(self, dataset: Dataset) -> list[str]:
+        """See `Step.sidecars`."""
+        return mentions(dataset, self.sql or "")["scores"]
+
+    def make(self, work: Work, domains: Domains) -> Made:
+        """See `Step.make`."""
+        if not self.sql:
+            raise ConfigError('method sql needs a query: --sql "select id from rows where ..."')
+        work.show(work.dataset.manifest, [])
+        work.refuse_writing(self.sql)
+        work.execute(f"create or replace temp table answer as {self.sql.strip().rstrip(';')}")
+        columns = dict(work.fetch("select column_name, column_type from (describe answer)"))
+        self._check(work, columns)
+        repeats = "answer.repeats" if "repeats" in columns else "rows.repeats"
+        work.execute(CHOSEN.format(repeats=repeats))
+        unknown = work.fetch("select id from chosen where domain is null order by value desc limit 1")
+        if unknown:
+            where = f"{work.dataset.path}" + (f", plan {self.parent!r}," if self.parent else "")
+            raise MissingError(f"{where} has no row with id {unknown[0][0]!r}")
+        taken = {domain: (rows, sequences, tokens) for domain, rows, sequences, tokens in work.fetch(TAKEN)}
+        return Made(taken, self.sql.strip(), {}, parents=mentions(work.dataset, self.sql)["plans"])
+
+    def _check(self, work: Work, columns: dict[str, str]) -> None:
+        if "id" not in columns:
+            raise ConfigError(f"the query must return a column `id`; it returns {list(columns)}")
+        name = self.name or self.method
+        [(rows, nulls)] = work.fetch("select count(*), count(*) filter (id is null) from answer")
+        if columns["id"] != "VARCHAR" or nulls:
+            raise ConfigError("the column `id` of the query must hold ids of rows, as text and without nulls")
+        if not rows:
+            raise DataError(f"plan {name!r} selects no row; loosen its condition")
+        if work.fetch("select id from answer group by id having count(*) > 1 limit 1"):
+            raise DataError(f"plan {name!r}: an id stands twice; say how often with repeats")
+        if "repeats" in columns:
+            odd = work.fetch(
+                "select rowid, repeats from answer where repeats is null or not (repeats::double between 1 and 2147483647) "
+                "or repeats::double <> floor(repeats::double) order by rowid limit 1"
+            )
+            if odd:
+                number, value = odd[0]
+                raise DataError(f"plan {name!r}: repeats must be whole numbers from 1 on, row {number} has {value}")

@@ -1,0 +1,34 @@
+"""Shares that are given, one for every domain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from kdata.corpus import nearest
+from kdata.errors import ConfigError
+from kdata.selection.mixture import Mixture
+from kdata.selection.step import Domains
+from kdata.selection.work import Work
+
+
+class Static(Mixture):
+    """Every domain of the dataset is named; 0 leaves one out."""
+
+    method: Literal["static"] = "static"
+    weights: dict[str, float] = Field(description="Domain -> share, >= 0; scaled to sum to 1.")
+
+    def shares(self, work: Work, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
+        """See `Mixture.shares`."""
+        unknown = sorted(set(self.weights) - set(domains))
+        if unknown:
+            near = nearest(unknown[0], sorted(domains))
+            raise ConfigError(f"weights names {unknown[0]!r}{near}; the dataset has the domains {sorted(domains)}")
+        missing = sorted(set(domains) - set(self.weights))
+        if missing:
+            raise ConfigError(
+                f"weights does not name the domain {missing[0]!r}; name each of {sorted(domains)}, 0 leaves it out"
+            )
+        return self.weights, {}

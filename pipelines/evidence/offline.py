@@ -1,0 +1,165 @@
+"""How good is offline? What is kept of the teacher, how the rest is completed, and which objective, on equal terms.
+
+Every student of a seed has the same initial weights and sees the same batches; only its targets differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from kdata.errors import ConfigError
+from kdata.keep import KeepConfig
+from kdata.schema import Strict
+from pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_token
+from pipelines.evidence.online import OnlineLearner
+from pipelines.evidence.runs import Figures
+from pipelines.evidence.students import measure_student, train_student
+from trainer.config import TrainConfig
+from trainer.learner import Learner
+from trainer.objectives import ObjectiveConfig
+from trainer.student import CheckpointStudent, ScratchStudent, StudentConfig
+
+REFERENCE = "online, full distribution"
+BASELINE = "cross-entropy"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train.
+
+    keep: what is kept of the teacher; None: nothing (cross-entropy), or all of it (online). family: which curve it is on.
+    peer: who distributes or recommends such targets, as far as they can be made with our kinds.
+    """
+
+    name: str
+    family: str
+    keep: KeepConfig | None = None
+    tail: Literal["auto", "ghost", "draws", "renormalise"] = "auto"
+    objective: str = "forward_kl"
+    peer: str | None = None
+
+
+def _top(k: int) -> KeepConfig:
+    return KeepConfig(kind="topk", k=k)
+
+
+def _hybrid(k: int, draws: int) -> KeepConfig:
+    return KeepConfig(kind="hybrid", k=k, draws=draws)
+
+
+def _sampled(draws: int) -> KeepConfig:
+    return KeepConfig(kind="sampled", draws=draws)
+
+
+# By priority: a run that is stopped early has the first of them for all seeds.
+FIRST = (
+    Setting(REFERENCE, "online"),
+    Setting("hybrid 16 + 16 (default)", "hybrid", _hybrid(16, 16)),
+    Setting("hybrid 8 + 8", "hybrid", _hybrid(8, 8)),
+    Setting("hybrid 4 + 8", "hybrid", _hybrid(4, 8)),
+    Setting(BASELINE, "none", objective="cross_entropy"),
+    Setting("topk 64, ghost", "topk, ghost", _top(64)),
+    Setting("topk 64, renormalised", "topk, renormalised", _top(64), "renormalise", peer="as most caches are used"),
+    Setting("sampled 50", "sampled", _sampled(50)),
+    Setting("sampled 12", "sampled", _sampled(12), peer="random sampling, 12 draws"),
+)
+SECOND = (
+    Setting("topk 16, ghost", "topk, ghost", _top(16)),
+    Setting("topk 16, renormalised", "topk, renormalised", _top(16), "renormalise", peer="axolotl, k=16"),
+    Setting("topk 128, renormalised", "topk, renormalised", _top(128), "renormalise", peer="DistillKit, k=128"),
+    Setting("adaptive 0.95, at most 64", "adaptive, ghost", KeepConfig(kind="adaptive", k=64, mass=0.95)),
+    Setting("topk 32, ghost", "topk, ghost", _top(32)),
+    Setting("topk 8, ghost", "topk, ghost", _top(8)),
+    Setting("topk 50, renormalised", "topk, renormalised", _top(50), "renormalise", peer="DistillKit, k=50"),
+)
+OBJECTIVES = (
+    Setting("hybrid 16 + 16, jsd", "objective", _hybrid(16, 16), objective="jsd"),
+    Setting("hybrid 16 + 16, skewed_reverse_kl", "objective", _hybrid(16, 16), objective="skewed_reverse_kl"),
+    Setting("topk 64 ghost, reverse_kl", "objective", _top(64), objective="reverse_kl"),
+    Setting("topk 64 ghost, jsd", "objective", _top(64), objective="jsd"),
+    Setting("topk 64 ghost, skewed_forward_kl", "objective", _top(64), objective="skewed_forward_kl"),
+    Setting("topk 64 ghost, skewed_reverse_kl", "objective", _top(64), objective="skewed_reverse_kl"),
+    Setting("topk 64 ghost, total_variation", "objective", _top(64), objective="total_variation"),
+    Setting("hybrid 16 + 16, skewed_forward_kl", "objective", _hybrid(16, 16), objective="skewed_forward_kl"),
+    Setting("hybrid 16 + 16, total_variation", "objective", _hybrid(16, 16), objective="total_variation"),
+)
+SETTINGS = (*FIRST, *SECOND, *OBJECTIVES)
+
+
+class OfflineConfig(Strict):
+    """What all students share."""
+
+    data: DataConfig = Field(description="Text and teacher.")
+    student: StudentConfig = Field(
+        default_factory=lambda: ScratchStudent(hidden_size=96, num_layers=3, num_heads=3),
+        description="The model that learns.",
+    )
+    steps: int = Field(300, ge=1, description="Optimizer steps.")
+    batch_tokens: int = Field(2048, ge=2, description="Cells of a step.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate.")
+    warmup_steps: int = Field(30, ge=0, description="Steps of linear rise.")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="Of the student's matrix products.")
+
+    def identity(self) -> dict[str, Any]:
+        """What figures depend on; of a model the folder's name only."""
+        found = self.model_dump(mode="json", exclude={"data": {"teacher", "corpus"}})
+        if isinstance(self.student, CheckpointStudent):
+            found["student"]["path"] = Path(self.student.path).name
+        return found
+
+
+class Offline:
+    """The comparison: `measure` has one setting trained with one seed and says what came of it."""
+
+    def __init__(self, config: OfflineConfig, data: EvidenceData) -> None:
+        self.config, self.data = config, data
+
+    def train_config(self, setting: Setting, seed: int) -> TrainConfig:
+        """What `trainer.train` would be told."""
+        c = self.config
+        return TrainConfig(
+            label=setting.name,
+            student=c.student,
+            objective=ObjectiveConfig(weights={setting.objective: 1.0}, tail=setting.tail),
+            steps=c.steps,
+            batch_tokens=c.batch_tokens,
+            context_tokens=c.data.context_tokens,
+            seed=seed,
+            learning_rate=c.learning_rate,
+            warmup_steps=c.warmup_steps,
+            precision=c.precision,
+        )
+
+    def measure(self, name: str, seed: int) -> Figures:
+        """Train and measure; bytes per token are those of the dataset's payload, None where nothing of it is used."""
+        setting = find(name)
+        dataset = self.data.train(setting.keep or KeepConfig())
+        config = self.train_config(setting, seed)
+        if name == REFERENCE:
+            states = self.data.states("train")
+
+            def online(student: Any) -> Learner:
+                return OnlineLearner(student, states, dataset, config.precision)
+
+            trained = train_student(config, dataset, online)
+        else:
+            trained = train_student(config, dataset)
+        size = None if setting.keep is None else bytes_per_token(dataset)
+        return {**measure_student(trained, self.data.heldout), "bytes_per_token": size}
+
+
+def find(name: str) -> Setting:
+    """A setting by its name. Raises ConfigError where there is none."""
+    found = {s.name: s for s in SETTINGS}
+    if name not in found:
+        raise ConfigError(f"there is no setting {name!r}; known are {', '.join(found)}")
+    return found[name]
+
+
+def runs(seeds: int) -> list[tuple[str, int]]:
+    """(setting, seed) of every run: what matters most for all seeds first."""
+    return [(s.name, seed) for tier in (FIRST, SECOND, OBJECTIVES) for seed in range(seeds) for s in tier]

@@ -1,0 +1,37 @@
+"""Compiled code gives the same bits in the process that compiles it and in those that load it from the cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import rows_of_text, run_capture, run_generate, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make(folder: str, corpus: str, tokenizer: str) -> None:
+    """Rows of every kind of arithmetic: what a teacher's logits become, encoded and compared."""
+    settings = {"kind": "hybrid", "k": 4, "draws": 6}
+    run_generate(Path(folder), Path(corpus), Path(tokenizer), **settings)
+    run_capture(Path(folder), Path(corpus), Path(tokenizer), **settings)
+
+
+@pytest.mark.slow
+def test_the_first_process_writes_the_bytes_of_the_next(tmp_path: Path, tokenizer_dir: Path) -> None:
+    from tests.fakes import digests
+
+    corpus = write_jsonl(tmp_path / "c.jsonl", rows_of_text(12))
+    code = "import sys; from tests.kdata.test_compiled import make; make(*sys.argv[1:])"
+    cache = tmp_path / "cache"
+    for name in ("compiled", "loaded"):
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / name), str(corpus), str(tokenizer_dir)],
+            cwd=ROOT, env={**os.environ, "NUMBA_CACHE_DIR": str(cache)}, check=True, capture_output=True, timeout=300,
+        )  # fmt: skip
+        assert list(cache.rglob("rows.reduce_rows*.nbc"))
+    assert digests(tmp_path / "compiled") == digests(tmp_path / "loaded")

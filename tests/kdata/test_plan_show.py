@@ -1,0 +1,157 @@
+"""Plans as tables and pictures, and two of them side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from typer.testing import CliRunner
+
+import kdata
+from kdata import plan_show
+from kdata.errors import ConfigError, KdataError, MismatchError, MissingError
+from kdata.plan import open_plan
+from kdata.plan_show import compare, draw, table_of
+from kdata.selection import Cap, Difference, Random, Static, Uniform, select
+from pipelines.cli import app
+from tests.kdata.plans import Row, dataset_of, score_with
+
+RUNNER = CliRunner(env={"COLUMNS": "120"})
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> kdata.Dataset:
+    """Ten rows: code has r0 to r3 (2 tokens each), prose r4 to r9 (4 each); the difference of rN is N."""
+    rows = [Row(f"r{n}", "code" if n < 4 else "prose", 2 if n < 4 else 4, 1.0) for n in range(10)]
+    made = dataset_of(tmp_path / "d", rows)
+    score_with(made, {f"r{n}": 1.0 + n for n in range(10)})
+    return made
+
+
+def test_a_table_says_what_was_asked_and_what_was_got(dataset: kdata.Dataset) -> None:
+    select(dataset, Difference(share=0.8))  # r2 to r9
+    plan = select(dataset, Static(parent="difference", weights={"code": 1, "prose": 1}, size=30, max_repeats=4))
+    shown = table_of(plan)
+    assert shown.title == "plan static: 5 rows, 26 tokens"
+    assert shown.columns == [
+        "domain",
+        "sequences",
+        "tokens",
+        "tokens asked",
+        "rows taken",
+        "sequences taken",
+        "tokens taken",
+    ]
+    rows = {row[0]: [cell.split() for cell in row[1:]] for row in shown.rows}
+    assert rows["code"][:3] == [["4", "40.0%"], ["8", "25.0%"], ["15", "50.0%"]]
+    assert rows["prose"][:3] == [["6", "60.0%"], ["24", "75.0%"], ["15", "50.0%"]]
+    assert (
+        rows["code"][3][0] == "2" and rows["code"][4][0] == "7" and rows["code"][5][0] == "14"
+    )  # 3 passes of 2, and one
+    assert rows["prose"][3:] == [["3", "60.0%"], ["3", "30.0%"], ["12", "46.2%"]]
+    assert rows["all"] == [["10"], ["32"], ["30"], ["5"], ["10"], ["26"]]
+    assert "asked for 30 tokens, got 26" in shown.notes
+    assert any(note.startswith("from plan difference (") for note in shown.notes)
+
+
+def test_the_picture_shows_shares_and_the_cut(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    plan = select(dataset, Difference(share=0.3))
+    bars = plan_show._histogram(dataset, plan)
+    assert bars is not None and (bars.low, bars.high) == (0.0, 9.0)
+    assert bars.all.sum() == 10 and bars.taken.sum() == 3 and bars.taken[-1] == 1 and bars.taken[0] == 0
+    plain = imread(draw(dataset, select(dataset, Random(share=0.3)), tmp_path / "random.png"))
+    cut = imread(draw(dataset, plan, tmp_path / "sub/difference.png"))
+    assert cut.shape[0] > plain.shape[0] + 200 and cut.shape[1] == plain.shape[1]  # a panel more
+    assert len(np.unique(cut.reshape(-1, cut.shape[2]), axis=0)) > 5
+    for path in (tmp_path / "p.svg", tmp_path / "p.pdf"):
+        assert draw(dataset, plan, path).stat().st_size > 1000
+    with pytest.raises(ConfigError, match=r"a picture is one of \.png, \.svg, \.pdf"):
+        draw(dataset, plan, tmp_path / "p.html")
+
+
+def test_values_that_cannot_be_had_any_more_are_left_out(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    plan = select(dataset, Difference(share=0.3))
+    half = select(dataset, Difference(share=0.5, by_domain=True, name="half"))
+    further = select(dataset, Difference(parent="half", share=0.5, name="further"))
+    bars = plan_show._histogram(dataset, further)
+    assert bars is not None and bars.all.sum() == 5 and bars.taken.sum() == 3 and half.info.num_rows == 5
+    select(dataset, Difference(share=0.6, by_domain=True, name="half"))  # another parent of that name
+    assert plan_show._histogram(dataset, further) is None
+    score_with(dataset, {f"r{n}": 1.5 for n in range(10)})
+    assert plan_show._histogram(dataset, plan) is None
+    assert draw(dataset, plan, tmp_path / "p.png").exists()
+
+
+def test_two_plans_side_by_side(dataset: kdata.Dataset) -> None:
+    select(dataset, Difference(share=0.6))  # r4 .. r9
+    select(dataset, Difference(share=0.5, by_domain=True, name="each"))  # r2 r3, r7 r8 r9
+    shown = compare(dataset, "difference", "each")
+    rows = {row[0]: row[1:] for row in shown.rows}
+    assert rows["code"] == ["0", "0", "2", "0.000", "0.0%", "25.0%", "+25.0"]
+    assert rows["prose"] == ["3", "3", "0", "0.500", "100.0%", "75.0%", "-25.0"]
+    assert rows["all"][:4] == ["3", "3", "2", "0.375"]
+    assert shown.notes == ["only in difference, for instance: r4", "only in each, for instance: r2"]
+    same = {row[0]: row[1:] for row in compare(dataset, "each", "each").rows}
+    assert same["all"][:4] == ["0", "5", "0", "1.000"]
+    with pytest.raises(MissingError, match="nobody"):
+        compare(dataset, "each", "nobody")
+    with pytest.raises(ConfigError, match="is no name of a plan"):
+        compare(dataset, "each", 'each" as x, "y')
+
+
+def test_a_plan_of_another_state_is_not_shown(dataset: kdata.Dataset) -> None:
+    select(dataset, Uniform())
+    grown = dataset_of(dataset.path, [Row("new")], source="more")
+    for call in (lambda: open_plan(grown, "uniform"), lambda: compare(grown, "uniform", "uniform")):
+        with pytest.raises(MismatchError, match="Run `kdata select` again"):
+            call()
+
+
+def test_the_commands(dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> str:
+        done = RUNNER.invoke(app, [str(a) for a in arguments])
+        assert done.exit_code == 0, (done.output, done.exception)
+        return done.output
+
+    root = dataset.path
+    assert "plan difference: 5 rows" in call("select", root)
+    call("select", root, "--method", "static", "--from", "difference", "--weights", "code=0,prose=1", "--unit", "sequences",
+         "--size", 8, "--max-repeats", 2, "--name", "mixed", "--threads", 1, "--memory", "1GB")  # fmt: skip
+    call(
+        "select", root, "--method", "cap", "--from", "mixed", "--size", 4, "--set", "unit=sequences", "--take", "first"
+    )
+    shown = call("plan", "show", root, "cap")
+    assert "asked for 4 sequences, got 4" in shown and "from plan mixed" in shown
+    assert Path("plan-cap.png").stat().st_size > 1000
+    assert "only mixed" in call("plan", "compare", root, "mixed", "cap")
+    assert "plan sql: 2 rows" in call("select", root, "--sql", "select id from rows where num_tokens = 4 limit 2")
+    assert "plan random: 4 rows" in call(
+        "select", root, "--method", "random", "--share", "0.4", "--by-domain", "--seed", 3
+    )
+    assert "plan temperature" in call("select", root, "--method", "temperature", "--temperature", 3)
+    assert "plan ddk" in call("select", root, "--method", "ddk", "--score", "ref")
+    for arguments, words in (
+        (["--method", "all", "--share", "0.5"], "unknown key 'share'"),
+        (["--method", "static", "--weights", "code"], "write it as DOMAIN=NUMBER"),
+        (["--method", "static", "--weights", "code=x"], "write it as DOMAIN=NUMBER"),
+        (["--method", "differenc"], r"did you mean 'difference'"),
+    ):
+        done = RUNNER.invoke(app, ["select", str(root), *arguments])
+        assert isinstance(done.exception, KdataError) and words in str(done.exception)
+
+
+def test_a_plan_of_many_steps_keeps_its_line(dataset: kdata.Dataset) -> None:
+    """select, mix, cap: each JSON names its parents by their digests, down to the dataset."""
+    select(dataset, Difference(share=0.8))
+    select(dataset, Uniform(parent="difference", unit="sequences", name="mix"))
+    last = select(dataset, Cap(parent="mix", unit="sequences", size=2))
+    line = ["cap"]
+    while open_plan(dataset, line[-1]).info.parents:
+        [(parent, digest)] = open_plan(dataset, line[-1]).info.parents.items()
+        assert open_plan(dataset, parent).fingerprint == digest
+        line.append(parent)
+    assert line == ["cap", "mix", "difference"] and last.info.num_rows == 2

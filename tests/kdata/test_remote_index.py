@@ -1,0 +1,179 @@
+"""A dataset at a URL is asked without being copied: an HTTP server counts the bytes of every range."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from random import Random
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+import kdata
+from kdata.errors import MissingError, QueryError, StorageError
+from kdata.plan import Plan
+from kdata.remote_index import SCHEME, open_index
+from kdata.selection import Difference, Proportional, Sql, select
+from pipelines.cli import app
+from tests.fakes import digests
+from tests.kdata.plans import Row, dataset_of, score_with
+
+
+class Files:
+    """A stand-in for a web server with a folder of files: GET and HEAD, ranges, no listing.
+
+    `sent` has path, first byte and number of bytes of each answer.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.sent: list[tuple[str, int, int]] = []
+        files = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args: object) -> None:
+                """Say nothing."""
+
+            def do_HEAD(self) -> None:
+                self._answer(False)
+
+            def do_GET(self) -> None:
+                self._answer(True)
+
+            def _answer(self, body: bool) -> None:
+                path = root / self.path.lstrip("/")
+                content = path.read_bytes() if path.is_file() else None
+                asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+                first, last = (int(asked[1]), int(asked[2] or 10**12)) if asked else (0, 10**12)
+                part = b"" if content is None else content[first : last + 1]
+                self.send_response(404 if content is None else 206 if asked else 200)
+                if content is not None:
+                    self.send_header("Accept-Ranges", "bytes")
+                    self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
+                self.send_header("Content-Length", str(len(part)))
+                self.end_headers()
+                if body:
+                    files.sent.append((self.path.lstrip("/"), first, len(part)))
+                    self.wfile.write(part)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> kdata.Dataset:
+    """6,000 rows in two shards, the text of each row longer than all its numbers; a sidecar."""
+    rows = [
+        Row(
+            f"row-{n * 7919 % 6000:05}",
+            "abc"[n % 3],
+            2 + n % 5,
+            1.0 + n * 31 % 17 + n / 1e4,
+            random.randbytes(100).hex(),
+        )
+        for random in [Random(0)]
+        for n in range(6000)
+    ]
+    made = dataset_of(tmp_path / "home" / "d", rows, shard_rows=3000)
+    score_with(made, {row.id: (row.nll or 0) + n * 13 % 29 for n, row in enumerate(rows)})
+    return made
+
+
+@pytest.fixture
+def served(dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+    """The dataset at a URL, and an empty cache."""
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    files = Files(dataset.path.parent)
+    yield files
+    files.close()
+
+
+def chunks(path: Path) -> dict[str, tuple[int, int]]:
+    """First byte and number of bytes of each column of a Parquet file with one row group."""
+    group = pq.read_metadata(path).row_group(0)
+    columns = [group.column(n) for n in range(group.num_columns)]
+    return {
+        c.path_in_schema: (c.dictionary_page_offset or c.data_page_offset, c.total_compressed_size) for c in columns
+    }
+
+
+def test_only_the_columns_of_a_query_are_fetched(dataset: kdata.Dataset, served: Files) -> None:
+    opened = open_index(f"{served.url}/d")
+    before = len(served.sent)
+    query = "select domain, sum(num_tokens)::bigint as n, max(nll) as nll from rows group by 1 order by 1"
+    assert opened.sql(query).to_pylist() == dataset.sql(query).to_pylist()
+    sent = served.sent[before:]
+    files = {f"d/index/{path.name}": path for path in (dataset.path / "index").iterdir()}
+    assert {path for path, _, _ in sent} == set(files)
+    whole, needed = sum(path.stat().st_size for path in files.values()), 0
+    for name, path in files.items():
+        about, size = chunks(path), path.stat().st_size
+        needed += sum(about[column][1] for column in ("domain", "num_tokens", "nll"))
+        for _, first, count in (one for one in sent if one[0] == name):
+            text, length = about["text"]
+            assert first + count <= text or first >= text + length, "a byte of a column that nobody asked for"
+            assert count <= 16384 if first + count == size else count < 64_000  # footers, read 16 KiB at a time
+    total = sum(count for _, _, count in sent)
+    assert needed <= total <= needed + len(files) * (16384 + 1024) and total < whole / 8, (needed, total, whole)
+
+
+def test_a_plan_is_made_without_a_copy_and_is_that_of_the_dataset(dataset: kdata.Dataset, served: Files) -> None:
+    opened = open_index(f"{served.url}/d")
+    by_query = Sql(sql="select id from rows order by nll, id limit 9")
+    for step in (Difference(share=0.3), Proportional(parent="difference", size=1000), by_query):
+        here, there = select(dataset, step), select(opened, step)
+        assert here.ids == there.ids and here.info == there.info
+    query = "select id from rows join scores.ref using (id) where ref.nll > 20 order by id"
+    assert select(opened, Sql(sql=query, name="scored")).ids == select(dataset, Sql(sql=query, name="scored")).ids
+    touched = {path.split("/")[1] for path, _, _ in served.sent}
+    assert touched == {"dataset.json", "manifest.jsonl", "index", "scores"}
+    assert not any((opened.path / folder).exists() for folder in ("data", "index"))
+    taken = Plan.load(opened.path / "plans/difference")
+    assert (
+        taken.rows(dataset).tolist() == taken.rows(kdata.open(f"{served.url}/d")).tolist()
+    )  # the whole, when it is wanted
+
+
+def test_what_is_fetched_whole_is_compared(dataset: kdata.Dataset, served: Files) -> None:
+    opened = open_index(f"{served.url}/d")
+    assert opened.index(["id"]).equals(dataset.index(["id"]))
+    path = dataset.path / "index/capture-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    (opened.path / "index/capture-00001.parquet").unlink()
+    with pytest.raises(OSError, match="damaged"):
+        open_index(f"{served.url}/d").index(["id"])
+
+
+def test_nothing_but_the_dataset_can_be_read(dataset: kdata.Dataset, served: Files, tmp_path: Path) -> None:
+    (dataset.path.parent / "secret.parquet").write_bytes((dataset.path / "index/capture-00000.parquet").read_bytes())
+    opened = open_index(f"{served.url}/d")
+    for place in (f"{served.url}/secret.parquet", f"{SCHEME}://../secret.parquet", f"{tmp_path}/home/secret.parquet"):
+        with pytest.raises((QueryError, StorageError)):
+            opened.sql(f"select * from read_parquet('{place}')")
+    assert not [path for path, _, _ in served.sent if "secret" in path]
+
+
+def test_the_commands_take_a_url(dataset: kdata.Dataset, served: Files) -> None:
+    runner, url = CliRunner(env={"COLUMNS": "200"}), f"{served.url}/d"
+    shown = runner.invoke(
+        app, ["sql", url, "select count(*) as n from rows join scores.ref using (id)", "--format", "json"]
+    )
+    assert shown.output.strip() == '[{"n": 6000}]', shown.exception
+    done = runner.invoke(app, ["select", url, "--share", "0.1"])
+    assert done.exit_code == 0 and "plan difference: 600 rows" in done.output
+    assert {path.split("/")[1] for path, _, _ in served.sent} == {"dataset.json", "manifest.jsonl", "index", "scores"}
+    before = digests(dataset.path)
+    assert digests(dataset.path) == before and not (dataset.path / "plans").exists()
+    with pytest.raises(MissingError, match="is no kdata dataset"):
+        open_index(f"{served.url}/nothing")

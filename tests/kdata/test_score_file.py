@@ -1,0 +1,124 @@
+"""Numbers of one's own as a sidecar: joined by id, and refused where an id or a number is none."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+import kdata
+from kdata.errors import ConfigError, DataError, KdataError, MismatchError, MissingError, StorageError
+from kdata.score import load_score_info
+from kdata.score_file import bring
+from kdata.selection import Difference, Sql, select
+from kdata.verify import verify
+from kdata.writer import lock_of
+from pipelines.cli import app
+from tests.kdata.plans import Row, dataset_of, score_with
+
+RUNNER = CliRunner(env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> kdata.Dataset:
+    """Seven rows in three shards."""
+    return dataset_of(tmp_path / "d", [Row(f"r{n}", "ab"[n % 2], 2, 1.0) for n in range(7)])
+
+
+def write(path: Path, **columns: object) -> Path:
+    """A Parquet file of these columns."""
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_numbers_are_joined_by_id_whatever_their_order(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "marks.parquet",
+        id=["r6", "r0", "r3", "r1"],
+        mark=pa.array([9, 1, None, 4], pa.uint8()),
+        nll=pa.array([5.5, 1.5, 2.5, 0.5], pa.float32()),
+    )
+    brought = bring(dataset, file, "judge", unit="marks from 0 to 9")
+    assert brought.covered == {"mark": 3, "nll": 4} and brought.info.columns == ["mark", "nll"]
+    table = dataset.sql("select rows.id, mark, judge.nll from rows join scores.judge as judge using (id) order by id")
+    assert table.to_pydict() == {
+        "id": [f"r{n}" for n in range(7)],
+        "mark": [1, 4, None, None, None, None, 9],
+        "nll": [1.5, 0.5, None, 2.5, None, None, 5.5],
+    }
+    assert [str(t) for t in table.schema.types] == ["string", "int64", "double"]
+    info = load_score_info(dataset, "judge")
+    assert info.model is None and info.origin is not None and info.unit == "marks from 0 to 9"
+    for entry in dataset.manifest:  # a part per shard, in the shard's order
+        part = pq.read_table(dataset.path / f"scores/judge/{entry.name}.parquet")["id"].to_pylist()
+        assert part == pq.read_table(dataset.path / f"index/{entry.name}.parquet")["id"].to_pylist()
+    assert verify(dataset) == []
+    query = "select id from rows join scores.judge using (id) where mark > 3 order by mark desc"
+    plan = select(dataset, Sql(sql=query))
+    assert plan.ids == ["r6", "r1"] and plan.info.scores.keys() == {"judge"}
+    with pytest.raises(DataError, match=r"score 'judge' lacks 3 rows"):
+        select(dataset, Difference(score="judge"))
+
+
+def test_the_same_file_again_changes_nothing_and_another_is_refused(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", id=["r0"], nll=[1.0])
+    first = bring(dataset, file, "mine").info
+    assert bring(dataset, file, "mine").info == first
+    with pytest.raises(MismatchError, match=r"scores.mine was made otherwise"):
+        bring(dataset, write(tmp_path / "b.parquet", id=["r0"], nll=[2.0]), "mine")
+
+
+def test_a_brought_reference_makes_the_same_plan_as_a_scored_one(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    numbers = {f"r{n}": 1.0 + (n * 5 % 7) / 3 for n in range(7)}
+    score_with(dataset, numbers)
+    bring(dataset, write(tmp_path / "ref.parquet", id=list(numbers), nll=list(numbers.values())), "brought")
+    ours, theirs = (select(dataset, Difference(score=name, name=name)) for name in ("ref", "brought"))
+    assert ours.ids == theirs.ids and ours.info.parameters["threshold"] == theirs.info.parameters["threshold"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"id": ["r0", "r9", "zz"], "nll": [1.0, 2.0, 3.0]}, "has ids that .* does not have: 'r9', 'zz'"),
+        ({"id": ["r0", "r0"], "nll": [1.0, 2.0]}, "id 'r0' stands twice"),
+        ({"id": ["r0", None], "nll": [1.0, 2.0]}, "rows whose id is null"),
+        ({"id": [1, 2], "nll": [1.0, 2.0]}, "needs a column `id` of text; it has id BIGINT, nll DOUBLE"),
+        ({"row": ["r0"], "nll": [1.0]}, "needs a column `id` of text"),
+        ({"id": ["r0"]}, "no column beside `id`"),
+        ({"id": ["r0"], "nll": ["1.0"]}, "column 'nll' is VARCHAR, no number"),
+        ({"id": ["r0"], "good": [True]}, "column 'good' is BOOLEAN, no number"),
+        ({"id": ["r0"], "a b": [1.0]}, "column 'a b' has a name that SQL would need quoted"),
+        ({"id": ["r0"], "nll": [math.nan]}, "column 'nll' has 1 values that are NaN or infinite"),
+        ({"id": ["r0"], "nll": [-math.inf]}, "column 'nll' has 1 values that are NaN or infinite"),
+    ],
+)
+def test_what_is_refused(dataset: kdata.Dataset, tmp_path: Path, columns: dict[str, list], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        bring(dataset, write(tmp_path / "f.parquet", **columns), "mine")
+    assert not (dataset.path / "scores").exists()
+
+
+def test_files_and_names_that_are_none(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="does not exist"):
+        bring(dataset, tmp_path / "none.parquet", "mine")
+    (tmp_path / "text.parquet").write_text("id,nll\nr0,1\n")
+    with pytest.raises(DataError, match="cannot be read as scores"):
+        bring(dataset, tmp_path / "text.parquet", "mine")
+    file = write(tmp_path / "f.parquet", id=["r0"], nll=[1.0])
+    with pytest.raises(ConfigError, match="is no name for a score"):
+        bring(dataset, file, "a/b")
+    with pytest.raises(StorageError, match="being written by another process"), lock_of(dataset.path):
+        bring(dataset, file, "mine")
+
+
+def test_the_command(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    file = write(tmp_path / "f.parquet", id=["r0", "r4"], mark=[1.0, 2.0])
+    done = RUNNER.invoke(app, ["score", str(dataset.path), "--from", str(file), "--name", "judge"])
+    assert done.exit_code == 0 and "scores.judge.mark covers 2 of 7 rows" in done.output
+    for arguments in ([], ["--from", str(file), "--model", "x"]):
+        done = RUNNER.invoke(app, ["score", str(dataset.path), *arguments])
+        assert isinstance(done.exception, KdataError) and "either --model" in str(done.exception)

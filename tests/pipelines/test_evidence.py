@@ -1,0 +1,226 @@
+"""The evidence runner: exact means and intervals, runs done once, full distillation exact, one tiny comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
+from kdata.keep import KeepConfig
+from pipelines.evidence import figures, offline
+from pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_token, unit_hash
+from pipelines.evidence.offline import BASELINE, REFERENCE, SETTINGS, Offline, OfflineConfig, Setting
+from pipelines.evidence.online import OnlineLearner
+from pipelines.evidence.runs import load_runs, path_of, run_all
+from pipelines.evidence.students import train_student
+from pipelines.evidence.summary import T_975, estimate, relative_difference, summarise
+from tests.fakes import rows_of_text
+from trainer.fused import distillation_loss
+from trainer.loader import Loader, LoaderConfig
+from trainer.objectives import ObjectiveConfig, Targets
+from trainer.student import CheckpointStudent, ScratchStudent, build_student, head_of, hidden_states
+from trainer.train import TrainConfig, train
+
+# ------------------------------------------------------------------------------------------------ means and intervals
+
+
+def test_an_interval_is_students() -> None:
+    found = estimate([1.0, 2.0, 4.0])
+    assert found.mean == pytest.approx(7 / 3, rel=1e-15)
+    # s^2 = 7/3; t(0.975, 2) = 0.95 * sqrt(2 / (0.975 * 0.025)) / 2 in closed form
+    t = 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))
+    assert found.half_width == pytest.approx(t * math.sqrt(7 / 9), rel=1e-6)
+    assert estimate([3.0]).half_width is None
+    assert estimate([5.0, 5.0]).half_width == 0.0
+
+
+def test_the_quantiles_are_those_of_the_distribution() -> None:
+    """The density of Student's t, integrated from -t to t, is 0.95 for each entry of the table."""
+    for freedom, t in enumerate(T_975, 1):
+        x = np.linspace(0, t, 20_001)
+        log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
+        density = np.exp(log_scale) * (1 + x * x / freedom) ** (-(freedom + 1) / 2)
+        assert 2 * np.trapezoid(density, x) == pytest.approx(0.95, abs=2e-7)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8), st.floats(-1e3, 1e3), st.floats(0.01, 100))
+def test_an_interval_moves_and_stretches_with_its_values(values: list[float], shift: float, scale: float) -> None:
+    a, b = estimate(values), estimate([v * scale + shift for v in values])
+    assert b.mean == pytest.approx(a.mean * scale + shift, abs=1e-6)
+    assert a.half_width is not None and b.half_width == pytest.approx(a.half_width * scale, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "error"), [([], DataError), ([1.0, math.nan], DataError), ([0.0] * 32, ConfigError)]
+)
+def test_what_has_no_interval_is_refused(values: list[float], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        estimate(values)
+
+
+def test_differences_are_taken_in_pairs() -> None:
+    reference = {0: {"nll": 4.0}, 1: {"nll": 5.0}, 2: {"nll": 8.0}}
+    other = {0: {"nll": 4.04}, 1: {"nll": 5.05}, 7: {"nll": 1.0}}
+    found = relative_difference(other, reference, "nll")
+    assert found is not None and found.count == 2
+    assert found.mean == pytest.approx(0.01) and found.half_width == pytest.approx(0, abs=1e-12)
+    assert relative_difference({9: {"nll": 1.0}}, reference, "nll") is None
+
+
+def test_a_figure_that_a_seed_lacks_has_no_mean() -> None:
+    assert set(summarise({0: {"a": 1.0, "b": None}, 1: {"a": 2.0, "b": 3.0}})) == {"a"}
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def test_a_run_that_is_there_is_not_done_again(tmp_path: Path) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def measure(name: str, seed: int) -> dict[str, float | None]:
+        asked.append((name, seed))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return {"nll": seed + len(name)}
+
+    wanted = [("a", 0), ("a b", 0), ("a", 1)]
+    with pytest.raises(KeyboardInterrupt):
+        run_all(tmp_path, wanted, measure, {"steps": 3})
+    assert run_all(tmp_path, wanted, measure, {"steps": 3}) == 2
+    assert asked == [("a", 0), ("a b", 0), ("a b", 0), ("a", 1)]
+    assert run_all(tmp_path, wanted, measure, {"steps": 3}) == 0
+    assert load_runs(tmp_path, ["a b", "a", "c"]) == {"a b": {0: {"nll": 3.0}}, "a": {0: {"nll": 1.0}, 1: {"nll": 2.0}}}
+    with pytest.raises(MismatchError, match="steps"):
+        run_all(tmp_path, wanted, measure, {"steps": 4})
+    path_of(tmp_path, "a", 0).write_text("{")
+    with pytest.raises(CorruptError, match="delete it"):
+        load_runs(tmp_path, ["a"])
+
+
+def test_runs_under_way_elsewhere_are_left_alone(tmp_path: Path) -> None:
+    def inner(name: str, seed: int) -> dict[str, float | None]:
+        # As another process would: the run that is being measured is locked.
+        assert run_all(tmp_path, [("a", 0), ("b", 0)], lambda *_: {"x": 2.0}, {}) == 1
+        return {"x": 1.0}
+
+    assert run_all(tmp_path, [("a", 0), ("b", 0)], inner, {}) == 1
+    assert load_runs(tmp_path, ["a", "b"]) == {"a": {0: {"x": 1.0}}, "b": {0: {"x": 2.0}}}
+
+
+def test_no_run_begins_when_time_is_up(tmp_path: Path) -> None:
+    assert run_all(tmp_path, [("a", 0)], lambda *_: {"x": 1.0}, {}, keep_going=lambda: False) == 0
+
+
+def test_settings_are_told_apart() -> None:
+    assert len({path_of(Path(), s.name, 0) for s in SETTINGS}) == len(SETTINGS)
+
+
+def test_what_runs_share_holds_no_path() -> None:
+    data = DataConfig(teacher="/a/teacher", corpus="/a/corpus.parquet")
+    config = OfflineConfig(data=data, student=CheckpointStudent(path="/a/student"))
+    assert "/" not in json.dumps(config.identity()) and config.identity()["student"]["path"] == "student"
+
+
+# ------------------------------------------------------------------------------------------------ students
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, llama_dir: Path) -> EvidenceData:
+    """A tiny random teacher's data."""
+    folder = tmp_path_factory.mktemp("evidence")
+    rows = rows_of_text(120)
+    frame = pl.DataFrame([{"id": r["id"], "domain": r["domain"], "text": r["text"]} for r in rows])
+    frame.write_parquet(folder / "corpus.parquet")
+    config = DataConfig(
+        teacher=str(llama_dir), corpus=str(folder / "corpus.parquet"), train_tokens=1500, heldout_tokens=100,
+        context_tokens=64,
+    )  # fmt: skip
+    return EvidenceData(config, folder / "data")
+
+
+def tiny(data: EvidenceData, **changes: object) -> OfflineConfig:
+    student = ScratchStudent(hidden_size=32, num_layers=1, num_heads=2)
+    values = {"steps": 4, "batch_tokens": 256, "warmup_steps": 1, "precision": "fp32", **changes}
+    return OfflineConfig.model_validate({"data": data.config, "student": student, **values})
+
+
+def test_held_out_text_is_not_trained_on_and_every_kind_has_the_same_rows(data: EvidenceData) -> None:
+    keeps = [KeepConfig(), KeepConfig(kind="topk", k=8)]
+    first, second = (data.train(keep).index(["id", "content_hash"]) for keep in keeps)
+    assert first.equals(second)
+    held = data.heldout.index(["id"])["id"].to_pylist()
+    assert not {name.split("#")[0] for name in held} & {name.split("#")[0] for name in first["id"].to_pylist()}
+    assert all(unit_hash(name.split("#")[0]) < 0.1 for name in held)
+    assert bytes_per_token(data.train(keeps[1])) > 0
+
+
+def test_the_loop_is_the_trainers(data: EvidenceData, tmp_path: Path) -> None:
+    dataset = data.train(KeepConfig())
+    config = Offline(tiny(data), data).train_config(Setting("x", "x", KeepConfig()), 3)
+    config = config.model_copy(update={"log_every_steps": 1})
+    trained = train_student(config, dataset, order=None)
+    train(config, dataset.path, None, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert trained.losses == [line["loss"] for line in lines if "loss" in line]
+
+
+def test_full_distillation_is_the_dense_loss(data: EvidenceData) -> None:
+    """Value and gradients of the fused core with every id of the vocabulary kept, and the teacher's own forward pass."""
+    dataset, states = data.train(KeepConfig()), data.states("train")
+    grads, totals = [], []
+    for way in ("online", "dense"):
+        config = TrainConfig(student=ScratchStudent(hidden_size=32, num_layers=1, num_heads=2), context_tokens=64)
+        student = build_student(config.student, dataset, 0)
+        batch = next(iter(Loader(dataset, None, LoaderConfig(context_tokens=64, batch_rows=4))))
+        if way == "online":
+            total, _ = OnlineLearner(student, states, dataset, "fp32")(batch, ObjectiveConfig(), "ghost", 100)
+        else:
+            teacher = AutoModelForCausalLM.from_pretrained(data.config.teacher, dtype=torch.float32).eval()
+            with torch.no_grad():
+                hidden = hidden_states(teacher, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.predictor_M]
+                logprobs = torch.log_softmax(hidden @ head_of(teacher).T, -1)
+            ids = torch.arange(logprobs.shape[1]).expand_as(logprobs)
+            nothing = torch.full((len(ids),), -math.inf)
+            targets = Targets(batch.targets.token_ids_C, ids, logprobs, nothing)
+            mine = hidden_states(student, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.predictor_M]
+            objective = ObjectiveConfig(weights={"forward_kl": 1.0})
+            total = distillation_loss(mine, head_of(student), targets, objective, "ghost", counted_tokens=100).total
+        total.backward()
+        totals.append(float(total.detach()))
+        grads.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+    assert (grads[0] - grads[1]).abs().max() < 1e-5 * grads[1].abs().max()
+
+
+def test_a_tiny_comparison_from_text_to_table(
+    data: EvidenceData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = (
+        Setting(REFERENCE, "online"),
+        Setting(BASELINE, "none", objective="cross_entropy"),
+        Setting("hybrid 16 + 16 (default)", "hybrid", KeepConfig()),
+        Setting("topk 8, renormalised", "topk, renormalised", KeepConfig(kind="topk", k=8), "renormalise", peer="some"),
+    )
+    monkeypatch.setattr(offline, "SETTINGS", chosen)
+    monkeypatch.setattr(figures, "SETTINGS", chosen)
+    config = tiny(data)
+    names = [(s.name, seed) for s in chosen for seed in (0, 1)]
+    assert run_all(tmp_path / "runs", names, Offline(config, data).measure, config.identity()) == 8
+    runs = load_runs(tmp_path / "runs", [s.name for s in chosen])
+    assert all(f["nll"] > 0 and f["kl"] > 0 and 0 <= f["ece"] <= 1 for s in runs.values() for f in s.values())  # type: ignore[operator]
+    assert runs[REFERENCE][0]["bytes_per_token"] is None and runs["topk 8, renormalised"][0]["bytes_per_token"]
+    table = figures.write_report(tmp_path, runs)
+    assert table.count("\n| ") == len(chosen) and "some" in table
+    results = json.loads((tmp_path / "results.json").read_text())
+    nll = [runs["topk 8, renormalised"][s]["nll"] for s in (0, 1)]
+    assert results["settings"]["topk 8, renormalised"]["nll"]["mean"] == pytest.approx(np.mean(nll), rel=1e-12)
+    assert (tmp_path / "evidence.png").stat().st_size < 150_000
