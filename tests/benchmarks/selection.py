@@ -104,7 +104,7 @@ def dataset_of(root: Path, files: Path, rows: int) -> kdata.Dataset:
         parts[paths["score"]] = file_info(root / paths["score"])
         held = {path: file_info(root / path) for key, path in paths.items() if key != "score"}
         append_entry(root, ManifestEntry(name=name, source="capture", unit=number, rows=SHARD_ROWS, tokens=SHARD_ROWS,
-                                         target_tokens=SHARD_ROWS, rejected=0, inputs="-", files=held, codec_error=None))  # fmt: skip
+                                         target_tokens=SHARD_ROWS, rejected=0, inputs="-", files=held, codec_error=None))  # fmt: skip  # noqa: E501
     dataset = kdata.open(root)
     sidecar = ScoreInfo(name="ref", unit="nats per target token", model=teacher, tokenizer_hash="-",
                         dataset_fingerprint=dataset.fingerprint, files=parts)  # fmt: skip
@@ -254,7 +254,7 @@ def run(root: Path, sizes: list[int], options: argparse.Namespace) -> dict[str, 
 
 def report(found: dict[str, dict[int, dict[str, float]]], sizes: list[int], options: argparse.Namespace) -> None:
     """Print the table, and the JSON line last."""
-    labels = {"difference": "kdata: difference, half", "mixture": "kdata: mixture, T = 2, repeats", "pandas": "pandas: difference",
+    labels = {"difference": "kdata: difference, half", "mixture": "kdata: mixture, T = 2, repeats", "pandas": "pandas: difference",  # noqa: E501
               "datasets": "datasets.filter: difference"}  # fmt: skip
     table = Table("selection", "rows", "seconds", "M rows/s", "peak GB", "rows taken", "load",
                   title=f"memory_limit {options.memory}, {options.threads} threads")  # fmt: skip
