@@ -97,8 +97,9 @@ def take(work: Work, ranking: Ranking, requests: Requests, domains: list[str]) -
 
 def _candidates(ranking: Ranking) -> str:
     """The method's rows with the part that they belong to."""
-    part = "code" if ranking.by_domain else "0"
-    return f"(select *, {part} as part from ({ranking.sql}) join codes using (domain))"
+    if ranking.by_domain:
+        return f"(select *, code as part from ({ranking.sql}) join codes using (domain))"
+    return f"(select *, 0 as part from ({ranking.sql}))"
 
 
 def _collect(work: Work, ranking: Ranking, domains: list[str]) -> dict[str, int]:
@@ -159,14 +160,14 @@ def _choose(work: Work, ranking: Ranking) -> None:
         "create or replace temp table chosen "
         "(id varchar, value double, repeats integer, code integer, num_tokens integer, each integer)"
     )
+    part, codes = ("code", "") if ranking.by_domain else ("0", "join codes using (domain)")
     for _ in work.pieces(ranking.scores):
         work.execute(
             "insert into chosen select id, value, case when value > high then (passes + 1) * repeats "
             "when value < low then passes * repeats end, code, num_tokens, repeats "
-            f"from {_candidates(ranking)} join bounds using (part) where value >= low or passes > 0",
+            f"from {_candidates(ranking)} join bounds using (part) {codes} where value >= low or passes > 0",
             ranking.given,
         )
-    part = "code" if ranking.by_domain else "0"
     work.execute(
         "create or replace temp table edge as select chosen.* exclude (repeats), each as repeats, part, passes, rest "
         f"from chosen join bounds on part = {part} where repeats is null"

@@ -12,7 +12,7 @@ from kdata.selection.step import Domains, Made, Step
 from kdata.selection.work import Work
 from kdata.sql import mentions
 
-# The order of the answer is the order of the plan. Without a column `repeats` a row is taken as often as `rows` has it.
+# The order of the answer is the order of the plan. Without a column `repeats` a row is taken once, or as often as before.
 CHOSEN = """
 create or replace temp table chosen as
 select answer.id, -answer.rowid::double as value, {repeats}::integer as repeats, rows.domain, rows.num_tokens
@@ -25,7 +25,7 @@ from chosen group by domain order by domain
 
 
 class Sql(Step):
-    """A query over `rows` (with `repeats` and `place` of the plan that is taken further), `scores.NAME`, `plans.NAME`."""
+    """A query over `rows` (of a plan that is taken further: with its `repeats` and `place`), `scores.NAME`, `plans.NAME`."""
 
     method: Literal["sql"] = "sql"
     sql: str | None = Field(
@@ -41,11 +41,14 @@ class Sql(Step):
         if not self.sql:
             raise ConfigError('method sql needs a query: --sql "select id from rows where ..."')
         work.show(work.dataset.manifest, [])
+        if work.parent is None:  # as `kdata sql` has it: a column repeats would be in the way of joins with plans
+            work.execute("create or replace view rows as from every_row")
         work.refuse_writing(self.sql)
         work.execute(f"create or replace temp table answer as {self.sql.strip().rstrip(';')}")
         columns = dict(work.fetch("select column_name, column_type from (describe answer)"))
         self._check(work, columns)
-        repeats = "answer.repeats" if "repeats" in columns else "rows.repeats"
+        of_rows = "1" if work.parent is None else "rows.repeats"
+        repeats = "answer.repeats" if "repeats" in columns else of_rows
         work.execute(CHOSEN.format(repeats=repeats))
         unknown = work.fetch("select id from chosen where domain is null order by value desc limit 1")
         if unknown:

@@ -188,6 +188,7 @@ def measure(root: Path, what: str, memory: str, threads: int) -> dict[str, float
     if done.returncode:
         if what in ("difference", "mixture"):
             raise SystemExit(done.stderr)
+        print(f"{what} gives up: {done.stderr.strip().splitlines()[-1:] or done.returncode}", file=sys.stderr)
         return None
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -227,6 +227,9 @@ def test_a_damaged_plan_gives_one_error(tmp_path: Path) -> None:
         with pytest.raises(CorruptError, match="is not a plan"):
             Plan.load(path)
     path.write_bytes(content)
+    path.with_suffix(".json").write_bytes(about.replace(b'"num_tokens": 4', b'"num_tokens": 5'))
+    with pytest.raises(CorruptError, match="does not match its own digest"):
+        Plan.load(path)
     path.with_suffix(".json").write_bytes(about[:40])
     with pytest.raises(CorruptError, match="does not describe a plan"):
         Plan.load(path)

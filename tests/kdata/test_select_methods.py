@@ -338,6 +338,8 @@ def test_a_query_may_read_the_plan_and_other_plans(four: kdata.Dataset) -> None:
     named = select(four, Sql(sql=query, name="named"))
     assert named.ids == ["x", "z", "y"]
     assert named.info.parents == {"doubled": doubled.fingerprint} and named.info.scores.keys() == {"ref"}
+    both = select(four, Sql(sql="select id, repeats from rows join plans.doubled using (id) order by id", name="both"))
+    assert taken(both) == taken(doubled)
     with pytest.raises(MissingError, match=r"plan 'kept', has no row with id 'y'"):
         select(four, Sql(sql="select 'y' as id", parent="kept", name="outside"))
 

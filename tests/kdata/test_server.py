@@ -363,7 +363,17 @@ def test_an_endpoint_that_stays_dead_is_left_while_another_lives(llama_dir: Path
             time.sleep(0.15)  # longer in all than the patience with a run in which nobody answers
 
 
-def test_an_interrupt_ends_the_wait_and_leaves_the_teacher_in_order(llama_dir: Path, opened: Load) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own answer to SIGINT: a process that was started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_the_wait_and_leaves_the_teacher_in_order(
+    llama_dir: Path, opened: Load, interruptible: None
+) -> None:
     def wait(call: Call) -> bool:
         if call.number == len(SEQUENCES) - 1:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
