@@ -18,10 +18,12 @@ from kdata.selection.step import Domains
 from kdata.selection.work import Work
 from kdata.sql import NAME
 
-# Cross-entropy per target token, of the rows that both have scored: sums, as it is run on a piece of the dataset at a
-# time.
-LOSSES = """ select domain, sum(rows.nll * rows.num_target_tokens), sum({student} * rows.num_target_tokens),
-sum(rows.num_target_tokens) from rows {join} where rows.nll is not null and {student} is not null group by domain
+# Sums of cross-entropy and of target tokens, of the rows that both have scored; run on a piece of the dataset at a time.
+LOSSES = """
+select domain, sum(rows.nll * rows.num_target_tokens), sum({student} * rows.num_target_tokens), sum(rows.num_target_tokens)
+from rows {join}
+where rows.nll is not null and {student} is not null
+group by domain
 """
 BY_SCORE = {"student": "student.nll", "join": "join scores.{score} as student using (id)"}
 TEACHER_ALONE = {"student": "rows.nll", "join": ""}

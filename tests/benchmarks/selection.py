@@ -44,20 +44,16 @@ SHARD_ROWS, DOMAINS = 1_000_000, 50
 PEER_BYTES = 4 << 30
 SIZES = (1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000)
 
-# A permutation of the numbers of rows: odd multiplier modulo 2^64, so ids differ and stand in no order.
-NUMBERS = """
-select i, ((i::uhugeint * 11400714819323198485) % 18446744073709551616)::ubigint as mixed, hash(i) as h
-from range({first}, {last}) as t(i)
-"""
+NUMBERS = "select i, hash(i) as h, 'doc-' || left(md5(i::varchar), 16) as id from range({first}, {last}) as t(i)"
 INDEX = """
-select 'doc-' || lpad(lower(hex(mixed)), 16, '0') as id,
+select id,
     'domain-' || lpad(floor(exp((h % 1000003) / 1000003.0 * ln({domains} + 1)))::integer::varchar, 2, '0') as domain,
     (64 + (h >> 8) % 961)::integer as num_tokens, (63 + (h >> 8) % 961)::integer as num_target_tokens,
     2.0 + (h >> 20) % 1000000007 / 1e9 * 1.5 as nll, '{shard}' as shard, (i - {first})::integer as row
 from ({numbers})
 """
 SCORES = """
-select 'doc-' || lpad(lower(hex(mixed)), 16, '0') as id,
+select id,
     2.9 + (h >> 20) % 1000000007 / 1e9 * 1.5 + hash(i + 7) % 1000000007 / 1e9 - hash(i + 11) % 1000000007 / 1e9 as nll,
     (63 + (h >> 8) % 961)::integer as num_target_tokens
 from ({numbers})
