@@ -127,11 +127,19 @@ def batches(files: list[Path]) -> Iterator[pa.RecordBatch]:
                 continue
             with path.open("rb") as lines:
                 while some := list(itertools.islice(lines, ROWS_AT_ONCE)):
-                    yield pa.RecordBatch.from_pylist([json.loads(line) for line in some if line.strip()])
+                    yield _batch([json.loads(line) for line in some if line.strip()])
         except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
+    """Rows as columns, null where a row lacks one: pyarrow alone takes the columns of the first row, and drops the others."""
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError("a line is no JSON object")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return pa.RecordBatch.from_pylist([{name: row.get(name) for name in names} for row in rows])
 
 
 def _peer_rows(

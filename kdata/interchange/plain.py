@@ -55,10 +55,12 @@ def read_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[PeerRow]:
 def _masks(batch: pa.RecordBatch, lengths: np.ndarray) -> list[np.ndarray | None]:
     if "target_mask" not in batch.schema.names:
         return [None] * len(lengths)
-    own, values = flat(batch.column("target_mask"), np.bool_)
-    if not np.array_equal(own, lengths):
+    column = batch.column("target_mask")
+    given = column.is_valid().to_numpy(zero_copy_only=False)
+    own, values = flat(column, np.bool_)
+    if not np.array_equal(own[given], lengths[given]):
         raise DataError("target_mask and input_ids have lists of other lengths")
-    return [values[part] for part in spans(own)]
+    return [values[part] if has else None for part, has in zip(spans(own), given, strict=True)]
 
 
 def about_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:

@@ -211,6 +211,17 @@ def plain_row(**changes: Any) -> dict[str, Any]:
     return row | changes
 
 
+def test_a_column_that_only_later_rows_have_is_not_lost(tmp_path: Path) -> None:
+    masked = plain_row(id="b", target_mask=[False, False, True])
+    source = write_jsonl(tmp_path / "rows.jsonl", [plain_row(), masked, plain_row(id="c")])
+    dataset, _ = imported(source, tmp_path / "d", "plain", vocab_size=10)
+    assert dataset.sql("select num_target_tokens as n from rows order by id")["n"].to_pylist() == [2, 1, 2]
+    assert dataset[1].target_mask.tolist() == [False, False, True]
+    short = write_jsonl(tmp_path / "short.jsonl", [plain_row(), plain_row(id="b", target_mask=[True])])
+    with pytest.raises(DataError, match="lists of other lengths"):
+        imported(short, tmp_path / "e", "plain", vocab_size=10)
+
+
 def test_plain_lists_with_and_after(tmp_path: Path) -> None:
     here = write_jsonl(tmp_path / "with.jsonl", [plain_row()])
     later = plain_row(topk_ids=[[7, 8], [9], [1]], topk_logprobs=[[-0.5, -2.0], [-0.25], [-1.0]])
