@@ -118,6 +118,8 @@ def _numbers(text: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in text.split(","):
         domain, equals, number = part.rpartition("=")
+        if domain.strip() in found:
+            raise ConfigError(f"--weights names {domain.strip()!r} twice")
         try:
             found[domain.strip()] = float(number)
         except ValueError as error:

@@ -21,7 +21,7 @@ from kdata.dataset import Dataset
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
 from kdata.manifest import digest_of, file_info, first_problem, write_atomically, write_json
 from kdata.schema import Contract, FileInfo
-from kdata.sql import NAME
+from kdata.sql import check_new_name, is_name
 
 PLAN_SCHEMA = pa.schema([pa.field("id", pa.string(), False), pa.field("repeats", pa.int32(), False)])
 Unit = Literal["sequences", "tokens"]
@@ -137,6 +137,7 @@ class Plan:
     def save(self, directory: Path) -> Path:
         """Write NAME.parquet and NAME.json into `directory` (the JSON last); return the Parquet's path."""
         directory.mkdir(parents=True, exist_ok=True)
+        check_new_name("plan", self.info.name, (p.stem for p in directory.glob("*.parquet")))
         path, _ = plan_files(directory / self.info.name)
         sink = pa.BufferOutputStream()
         pq.write_table(self.table, sink, compression="zstd")
@@ -171,7 +172,7 @@ def plan_files(path: Path) -> tuple[Path, Path]:
 
 def open_plan(dataset: Dataset, name: str) -> Plan:
     """A plan of this dataset by its name. Raises as `Plan.load` and `Plan.check`, and ConfigError where it is no name."""
-    if not NAME.match(name):
+    if not is_name(name):
         raise ConfigError(f"{name!r} is no name of a plan: letters, digits and _, beginning with a letter")
     plan = Plan.load(dataset.path / "plans" / name)
     plan.check(dataset)

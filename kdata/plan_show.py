@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kdata.card import one_line
 from kdata.dataset import Dataset
 from kdata.errors import ConfigError, KdataError
 from kdata.plan import DomainTaken, Plan, PlanInfo, open_plan
@@ -63,7 +64,8 @@ def table_of(plan: Plan) -> Shown:
         del columns["rows taken"]  # nothing is repeated
     shown = {name: _amounts(values) for name, values in columns.items() if any(v is not None for v in values)}
     rows = [[name, *cells] for name, *cells in zip([*info.domains, "all"], *shown.values(), strict=True)]
-    notes = [f"method {info.method}: " + ", ".join(f"{k} {_brief(v)}" for k, v in info.parameters.items())]
+    told = ", ".join(f"{k} {_brief(v)}" for k, v in info.parameters.items())
+    notes = [f"method {info.method}: {info.sql if info.method == 'sql' else told}"]
     if info.requested is not None:
         realised = sum(_units(taken, info) for taken in info.domains.values())
         notes.append(f"asked for {info.requested:,} {info.unit}, got {realised:,}")
@@ -141,7 +143,7 @@ def _draw_shares(axes: Axes, info: PlanInfo, domains: list[str]) -> None:
     if total:
         marks = [100 * (units or 0) / total for units in asked]
         axes.vlines(marks, places, places + 0.4, color=COLOURS["ink"], linewidth=1.8, label="asked for")
-    axes.set_yticks(places, domains)
+    axes.set_yticks(places, [one_line(name, 32) for name in domains])
     axes.set(xlabel=f"share of {'sequences' if sequences else 'tokens'}, %", ylim=(len(domains) - 0.5, -0.5))
     axes.grid(axis="x")
     axes.margins(x=0.12)

@@ -8,7 +8,7 @@ file.
 from __future__ import annotations
 
 import hashlib
-import re
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ from kdata.errors import (
     settings_difference,
 )
 from kdata.keep import KeepConfig
-from kdata.manifest import file_info, first_problem, inside, write_atomically, write_json
+from kdata.manifest import digest_of, file_info, first_problem, inside, write_atomically, write_json
 from kdata.progress import Stage
 from kdata.schema import Contract, FileInfo, ManifestEntry, Strict, TeacherInfo, fingerprint
 from kdata.shard import storage_errors
-from kdata.sql import NAME
+from kdata.sql import check_new_name, is_name
 from kdata.teachers import TeacherConfig, load_teacher, load_tokenizer, tokenizer_info
 
 SCORE_SCHEMA = pa.schema(
@@ -142,6 +142,7 @@ def sequence_nll(logprob_T: np.ndarray, mask_T: np.ndarray) -> float | None:
 def begin_sidecar(dataset: Dataset, info: ScoreInfo) -> None:
     """Start or go on with a sidecar. Raises MismatchError where another model's stands under that name."""
     path = dataset.path / "scores" / f"{info.name}.json"
+    check_new_name("score", info.name, (other.stem for other in path.parent.glob("*.json")))
     (dataset.path / "scores" / info.name).mkdir(parents=True, exist_ok=True)
     if path.exists():
         before = load_score_info(dataset, info.name)
@@ -195,7 +196,7 @@ def _part(dataset: Dataset, name: str, entry: ManifestEntry) -> Path:
 
 def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
     """Read scores/NAME.json. Raises MissingError with the names that are there."""
-    if not re.fullmatch(NAME.pattern, name):
+    if not is_name(name):
         raise ConfigError(f"{name!r} is no name for a score: letters, digits and _, beginning with a letter")
     dataset.fetch_sidecar(name)
     path = dataset.path / "scores" / f"{name}.json"
@@ -203,7 +204,13 @@ def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
         there = sorted(p.stem for p in (dataset.path / "scores").glob("*.json"))
         raise MissingError(f"there is no score {name!r} (there are: {there or 'none'}); make it with `kdata score`")
     try:
-        return ScoreInfo.model_validate_json(path.read_bytes())
+        content = json.loads(path.read_bytes())
+        info = ScoreInfo.model_validate(content)
+        if info.digest and info.digest != digest_of(content):
+            raise CorruptError(f"{path} does not match its own digest; remove it and run `kdata score` again")
+        return info
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{path} is damaged ({error}); remove it and run `kdata score` again") from error
     except ValidationError as error:
         raise CorruptError(
             f"{path} is damaged ({first_problem(error)}); remove it and run `kdata score` again"

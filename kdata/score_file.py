@@ -20,7 +20,7 @@ from kdata.manifest import file_info
 from kdata.schema import index_schema
 from kdata.score import ScoreInfo, begin_sidecar, finish_sidecar, write_part
 from kdata.selection.work import exclusive
-from kdata.sql import NAME, Room, files_view, literal, unglobbed
+from kdata.sql import Room, files_view, is_name, literal, unglobbed
 
 WHOLE = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"}
 REAL = {"FLOAT", "DOUBLE", "UBIGINT", "HUGEINT", "UHUGEINT", "DECIMAL"}
@@ -51,7 +51,7 @@ def bring(dataset: Dataset, file: Path, name: str, *, unit: str = "as brought", 
     """
     if not file.is_file():
         raise MissingError(f"{file} does not exist; name a Parquet file with a column id and numbers")
-    if not NAME.match(name):
+    if not is_name(name):
         raise ConfigError(f"{name!r} is no name for a score: letters, digits and _, beginning with a letter")
     try:
         with exclusive(dataset, "score") as folder, _connection(dataset, file, folder, room or Room()) as connection:
@@ -109,7 +109,7 @@ def _schema(file: Path, connection: duckdb.DuckDBPyConnection) -> pa.Schema:
     for column, kind in columns.items():
         plain = re.sub(r"\(.*", "", kind)
         if column != "id":
-            if plain not in WHOLE | REAL or not NAME.match(column):
+            if plain not in WHOLE | REAL or not is_name(column):
                 what = f"is {kind}, no number" if plain not in WHOLE | REAL else "has a name that SQL would need quoted"
                 raise DataError(f"{file}: column {column!r} {what}; bring `id` and numeric columns only")
             fields.append(pa.field(column, pa.int64() if plain in WHOLE else pa.float64(), True))

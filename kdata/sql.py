@@ -10,6 +10,7 @@ import json
 import re
 import secrets
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,23 @@ if TYPE_CHECKING:
     from kdata.dataset import Dataset
 
 NAME = re.compile(r"^[A-Za-z][A-Za-z0-9_]*$")
+
+
+def is_name(text: str) -> bool:
+    """Whether sidecars, their columns and plans may be called so. (`$` alone would let a newline pass.)"""
+    return NAME.fullmatch(text) is not None
+
+
+def check_new_name(kind: str, name: str, there: Iterable[str]) -> None:
+    """Raise ConfigError where SQL, which does not tell upper case from lower, would take a new name for another's."""
+    for other in there:
+        if other.lower() == name.lower() and other != name:
+            raise ConfigError(
+                f"there is a {kind} {other!r} already, and SQL does not tell it from {name!r}; take another name"
+            )
+
+
+RECORDABLE = {"range", "generate_series", "unnest", "repeat", "repeat_row"}  # table functions that read nothing
 
 
 def literal(text: str) -> str:
@@ -103,18 +121,57 @@ def _make_views(connection: duckdb.DuckDBPyConnection, dataset: Dataset, root: P
     connection.register("_manifest", manifest_table(dataset))
     connection.execute("create view manifest as from _manifest")
     connection.execute("create schema scores")
+    _check_distinct("scores", dataset.sql_sidecars())
+    _check_distinct("plans", [path.stem for path in root.glob("plans/*.parquet")])
     for name, parts in dataset.sql_sidecars().items():
-        if parts and NAME.match(name):
+        if parts and is_name(name):
             files_view(connection, f'scores."{name}"', parts, pa.schema([]))
     connection.execute("create schema plans")
-    for path in sorted(p for p in root.glob("plans/*.parquet") if NAME.match(p.stem)):
+    for path in sorted(p for p in root.glob("plans/*.parquet") if is_name(p.stem)):
         files_view(connection, f'plans."{path.stem}"', [unglobbed(path)], pa.schema([]))
+
+
+def _check_distinct(schema: str, names: Iterable[str]) -> None:
+    """Raise ConfigError where two names are one to SQL: the second would stand for the first without a word."""
+    seen: dict[str, str] = {}
+    for name in sorted(names):
+        if (first := seen.setdefault(name.lower(), name)) != name:
+            raise ConfigError(f"{schema}/{first} and {schema}/{name} are one name to SQL; rename or remove one of them")
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """DuckDB's own parse of a query; with `error` where it is none."""
+    with duckdb.connect() as connection:
+        (tree,) = connection.execute("select json_serialize_sql(?::varchar)", [text]).fetchone() or ("{}",)
+    return json.loads(tree)
+
+
+def check_recordable(text: str) -> None:
+    """Raise QueryError where a query reads what `mentions` cannot see: a plan could not record what it was made from."""
+    parsed = _parsed(text)
+    if parsed.get("error"):
+        raise QueryError(f"the query cannot be taken apart, and so not recorded: {parsed.get('error_message')}")
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict) and node.get("type") == "TABLE_FUNCTION":
+            function = str((node.get("function") or {}).get("function_name")).lower()
+            if function not in RECORDABLE:
+                raise QueryError(
+                    f"a plan cannot record what {function}() reads; name views (rows, scores.NAME, plans.NAME), and bring "
+                    "numbers of your own by `kdata score --from`"
+                )
+        if isinstance(node, dict) and node.get("type") == "BASE_TABLE" and not is_name(str(node.get("table_name"))):
+            raise QueryError(
+                f"{node.get('table_name')!r} is no view; bring numbers of your own by `kdata score --from`"
+            )
+        for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            walk(inner)
+
+    walk(parsed)
 
 
 def mentions(dataset: Dataset, text: str) -> dict[str, list[str]]:
     """Which `scores` and `plans` of the dataset a query names; nothing where it cannot be parsed."""
-    with duckdb.connect() as connection:
-        (tree,) = connection.execute("select json_serialize_sql(?::varchar)", [text]).fetchone() or ("{}",)
     named: dict[str, set[str]] = {"scores": set(), "plans": set()}
 
     def walk(node: Any) -> None:
@@ -123,8 +180,8 @@ def mentions(dataset: Dataset, text: str) -> dict[str, list[str]]:
         for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
             walk(inner)
 
-    walk(json.loads(tree))
-    for name in filter(NAME.match, sorted(named["scores"])):
+    walk(_parsed(text))
+    for name in filter(is_name, sorted(named["scores"])):
         dataset.fetch_sidecar(name)
     there = {
         "scores": list(dataset.sql_sidecars()),

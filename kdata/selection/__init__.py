@@ -32,7 +32,7 @@ from kdata.selection.step import Domains, Made, Step
 from kdata.selection.temperature import Temperature
 from kdata.selection.uniform import Uniform
 from kdata.selection.work import Work, work_on
-from kdata.sql import Room, literal
+from kdata.sql import Room, check_new_name, literal
 
 METHODS: dict[str, type[Step]] = {
     "difference": Difference,
@@ -88,6 +88,7 @@ def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
         StorageError: memory or disk do not suffice, or another process is writing.
     """
     name = config.name or config.method
+    check_new_name("plan", name, (path.stem for path in dataset.path.glob("plans/*.parquet")))
     if config.parent == name:
         raise ConfigError(f"plan {name!r} would be made from itself; give the new one another name (--name)")
     parent = None if config.parent is None else open_plan(dataset, config.parent)
@@ -119,7 +120,7 @@ def _taken(domains: Domains, made: Made) -> dict[str, DomainTaken]:
     found = {}
     for domain, (sequences, tokens) in domains.items():
         rows, times, taken_tokens = made.taken.get(domain, (0, 0, 0))
-        asked = None if made.requests is None else made.requests.get(domain)
+        asked = made.requests.get(domain) if made.requests is not None and made.by_domain else None
         found[domain] = DomainTaken(
             dataset_sequences=sequences, dataset_tokens=tokens, rows=rows, sequences=times, tokens=taken_tokens,
             requested=asked

@@ -9,7 +9,7 @@ from kdata.selection.rank import Ranking, take
 from kdata.selection.step import Domains, Made, Step, made
 from kdata.selection.work import Work
 
-ALL = "select rows.*, 0 as value from rows where nll is not null"
+ALL = "select rows.*, 0 as value from rows where num_target_tokens > 0"
 UNIT: Unit = "sequences"
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from kdata.dataset import Dataset
 from kdata.errors import ConfigError, DataError
@@ -18,14 +18,15 @@ from kdata.selection.step import Domains
 from kdata.selection.work import Work
 from kdata.sql import NAME
 
-# Sums of cross-entropy and of target tokens, of the rows that both have scored; run on a piece of the dataset at a time.
+# Sums of cross-entropy and of target tokens, and rows that lack a number; run on a piece of the dataset at a time.
 LOSSES = """
-select domain, sum(rows.nll * rows.num_target_tokens), sum({student} * rows.num_target_tokens), sum(rows.num_target_tokens)
+select domain, sum(rows.nll * rows.num_target_tokens), sum({student} * rows.num_target_tokens), sum(rows.num_target_tokens),
+    count(*) filter (rows.nll is null or {student} is null)
 from rows {join}
-where rows.nll is not null and {student} is not null
+where rows.num_target_tokens > 0
 group by domain
 """
-BY_SCORE = {"student": "student.nll", "join": "join scores.{score} as student using (id)"}
+BY_SCORE = {"student": "student.nll", "join": "left join scores.{score} as student using (id)"}
 TEACHER_ALONE = {"student": "rows.nll", "join": ""}
 
 
@@ -50,11 +51,13 @@ class Ddk(Mixture):
     score: str | None = Field(
         None, pattern=NAME.pattern, description="Sidecar with the student's NLL of each sequence; or `losses`."
     )
-    losses: dict[str, float] | None = Field(
+    losses: dict[str, FiniteFloat] | None = Field(
         None,
         description="Domain -> the student's cross-entropy, nats per token; or `score`. The teacher's is the dataset's.",
     )
-    exponent_limit: float = Field(10.0, gt=0, description="Largest ratio of perplexities that is told apart.")
+    exponent_limit: float = Field(
+        10.0, gt=0, le=700, description="Largest ratio of perplexities that is told apart; e to it must be a number."
+    )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Ddk:
@@ -73,6 +76,11 @@ class Ddk(Mixture):
         sums: dict[str, list[list[float]]] = {}
         for _ in work.pieces(self.sidecars(work.dataset)):
             for domain, *parts in work.fetch(sql):
+                if lacking := parts.pop():
+                    raise DataError(
+                        f"{lacking} rows of domain {domain!r} lack the student's loss or the teacher's; run `kdata score` "
+                        "again, or leave them out by a query (method sql) and take that plan further"
+                    )
                 sums.setdefault(domain, []).append([float(part) for part in parts])
         totals = {domain: [math.fsum(column) for column in zip(*parts, strict=True)] for domain, parts in sums.items()}
         # To 1e-9 nats: what differs beyond is the order in which threads add up.
@@ -80,14 +88,9 @@ class Ddk(Mixture):
         student = (
             {domain: round(s / n, 9) for domain, (_, s, n) in totals.items()} if self.losses is None else self.losses
         )
-        lacking = sorted(set(domains) - set(teacher))
-        if lacking:
-            raise DataError(
-                f"domain {lacking[0]!r} has no row with a loss; score the dataset, or leave it out by a query"
-            )
         if set(student) != set(domains):
             raise ConfigError(
-                f"losses names {sorted(student)}, the dataset has the domains {sorted(domains)}; name each, once"
+                f"losses names {sorted(student)}, the dataset has the domains {sorted(domains)} to take; name each, once"
             )
         weights = first_weights(student, teacher, self.exponent_limit)
         return weights, {"losses": dict(sorted(student.items())), "teacher_losses": dict(sorted(teacher.items()))}

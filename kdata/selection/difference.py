@@ -14,7 +14,7 @@ from kdata.sql import NAME
 DIFFERENCE = """
 select rows.*, ref.nll - rows.nll as value
 from rows left join scores.{score} as ref using (id)
-where rows.nll is not null
+where rows.num_target_tokens > 0
 """
 
 

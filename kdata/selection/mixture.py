@@ -16,7 +16,7 @@ from kdata.selection.rank import Ranking, take
 from kdata.selection.step import Domains, Held, Made, Step, made
 from kdata.selection.work import Work
 
-FIRST = "select rows.*, -place as value from rows where nll is not null"
+FIRST = "select rows.*, -place as value from rows where num_target_tokens > 0"
 
 
 class Apportioned(Step):
@@ -59,17 +59,29 @@ class Mixture(Apportioned):
         None, ge=1, description="Units in all, shared out by largest remainder; null: the most that the shares allow."
     )
     max_repeats: float = Field(
-        1.0, ge=1, description="A domain gives at most so many times what it holds; 1: no sequence is repeated."
+        1.0,
+        ge=1,
+        le=10_000,
+        allow_inf_nan=False,
+        description="A domain gives at most so many times what it holds; 1: no sequence is repeated.",
     )
 
     @abstractmethod
     def shares(self, work: Work, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
-        """As `weigh`, in any scale."""
+        """As `weigh`, in any scale, and domains that are not named have none.
+
+        Args:
+            domains: those of which something may be taken, with what the dataset has of them that counts.
+        """
 
     def weigh(self, work: Work, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Apportioned.weigh`; they sum to 1."""
-        given, told = self.shares(work, domains)
-        return given, {**told, "weights": {domain: float(share) for domain, share in sorted(exact(given).items())}}
+        held = work.domains(countable=True)
+        given, told = self.shares(work, held)
+        weights = {**dict.fromkeys(domains, 0), **given}
+        if missing := sorted(set(domains) - set(held)):
+            told = {**told, "nothing_to_take": missing}
+        return weights, {**told, "weights": {domain: float(share) for domain, share in sorted(exact(weights).items())}}
 
     def requests(self, weights: Mapping[str, float], held: Held) -> dict[str, int]:
         """See `Apportioned.requests`. Raises DataError where a domain does not hold what is asked of it."""

@@ -14,7 +14,7 @@ from kdata.selection.step import Ranked
 RANDOM = """
 select rows.*, md5_number($seed || ':' || id)::double / 340282366920938463463374607431768211456.0::double as value
 from rows
-where nll is not null
+where num_target_tokens > 0
 """
 
 

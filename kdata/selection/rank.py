@@ -63,11 +63,12 @@ Requests = Callable[[Mapping[str, int]], dict[str, int]]
 @dataclass(frozen=True)
 class Taken:
     """What a step took: the table `chosen` (id, value, repeats; null and 0 are not taken) of its `Work`, and per domain
-    distinct rows, sequences, tokens, and the smallest value. `requests` by domain (or ""); `sql`: what a plan records."""
+    distinct rows, sequences, tokens, and the smallest value. `requests`: `by_domain` or of ""; `sql`: as recorded."""
 
     domains: dict[str, tuple[int, int, int, float]]
     requests: dict[str, int]
     sql: str
+    by_domain: bool
 
 
 def take(work: Work, ranking: Ranking, requests: Requests, domains: list[str]) -> Taken:
@@ -92,7 +93,8 @@ def take(work: Work, ranking: Ranking, requests: Requests, domains: list[str]) -
         "from chosen join codes using (code) where repeats > 0 group by domain order by domain"
     )
     sql = whole_query(work.rows("main.rows"), ranking, passes)
-    return Taken({domain: numbers for domain, *numbers in found}, asked, sql)  # type: ignore[misc]
+    by_domain = ranking.by_domain
+    return Taken({domain: numbers for domain, *numbers in found}, asked, sql, by_domain)  # type: ignore[misc]
 
 
 def _candidates(ranking: Ranking) -> str:
@@ -116,7 +118,10 @@ def _collect(work: Work, ranking: Ranking, domains: list[str]) -> dict[str, int]
     )
     if missing:
         which = " and ".join(repr(name) for name in ranking.scores)
-        raise DataError(f"score {which} lacks {missing} rows that the teacher scored; run `kdata score` again")
+        raise DataError(
+            f"{missing} rows have no value: score {which} lacks them (run `kdata score` again), or the teacher's NLL is not "
+            "known (imported rows: leave them out by a query, method sql, and take that plan further)"
+        )
     if wild or light:
         what = f"{wild} rows whose value is no finite number" if wild else f"{light} rows without a token"
         raise DataError(f"there are {what}; leave them out by a query (method sql) and take that plan further")

@@ -10,12 +10,12 @@ from kdata.dataset import Dataset
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.selection.step import Domains, Made, Step
 from kdata.selection.work import Work
-from kdata.sql import mentions
+from kdata.sql import check_recordable, mentions
 
 # The order of the answer is the order of the plan. Without a column `repeats` a row is taken once, or as often as before.
 CHOSEN = """
 create or replace temp table chosen as
-select answer.id, -answer.rowid::double as value, {repeats}::integer as repeats, rows.domain, rows.num_tokens
+select answer.id, -answer._place::double as value, {repeats}::integer as repeats, rows.domain, rows.num_tokens
 from answer left join rows on answer.id = rows.id
 """
 TAKEN = """
@@ -44,8 +44,16 @@ class Sql(Step):
         if work.parent is None:  # as `kdata sql` has it: a column repeats would be in the way of joins with plans
             work.execute("create or replace view rows as from every_row")
         work.refuse_writing(self.sql)
-        work.execute(f"create or replace temp table answer as {self.sql.strip().rstrip(';')}")
-        columns = dict(work.fetch("select column_name, column_type from (describe answer)"))
+        check_recordable(self.sql)
+        # Column names in lower case, as SQL does not tell them apart; the order of the answer in a column of its own.
+        work.execute(f"create or replace temp view asked as {self.sql.strip().rstrip(';')}")
+        columns = {
+            name.lower(): kind for name, kind in work.fetch("select column_name, column_type from (describe asked)")
+        }
+        taken = ", ".join(f'"{name}" as {name}' for name in ("id", "repeats") if name in columns) or "*"
+        work.execute(
+            f"create or replace temp table answer as select {taken}, row_number() over () as _place from asked"
+        )
         self._check(work, columns)
         of_rows = "1" if work.parent is None else "rows.repeats"
         repeats = "answer.repeats" if "repeats" in columns else of_rows
@@ -54,8 +62,8 @@ class Sql(Step):
         if unknown:
             where = f"{work.dataset.path}" + (f", plan {self.parent!r}," if self.parent else "")
             raise MissingError(f"{where} has no row with id {unknown[0][0]!r}")
-        taken = {domain: (rows, sequences, tokens) for domain, rows, sequences, tokens in work.fetch(TAKEN)}
-        return Made(taken, self.sql.strip(), {}, parents=mentions(work.dataset, self.sql)["plans"])
+        found = {domain: (rows, sequences, tokens) for domain, rows, sequences, tokens in work.fetch(TAKEN)}
+        return Made(found, self.sql.strip(), {}, parents=mentions(work.dataset, self.sql)["plans"])
 
     def _check(self, work: Work, columns: dict[str, str]) -> None:
         if "id" not in columns:
@@ -70,8 +78,9 @@ class Sql(Step):
             raise DataError(f"plan {name!r}: an id stands twice; say how often with repeats")
         if "repeats" in columns:
             odd = work.fetch(
-                "select rowid, repeats from answer where repeats is null or not (repeats::double between 1 and 2147483647) "
-                "or repeats::double <> floor(repeats::double) order by rowid limit 1"
+                "select _place - 1, repeats from answer where repeats is null "
+                "or not (repeats::double between 1 and 2147483647) or repeats::double <> floor(repeats::double) "
+                "order by _place limit 1"
             )
             if odd:
                 number, value = odd[0]

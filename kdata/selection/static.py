@@ -22,13 +22,12 @@ class Static(Mixture):
 
     def shares(self, work: Work, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Mixture.shares`."""
-        unknown = sorted(set(self.weights) - set(domains))
+        every = sorted(work.domains())
+        unknown = sorted(set(self.weights) - set(every))
         if unknown:
-            near = nearest(unknown[0], sorted(domains))
-            raise ConfigError(f"weights names {unknown[0]!r}{near}; the dataset has the domains {sorted(domains)}")
-        missing = sorted(set(domains) - set(self.weights))
+            near = nearest(unknown[0], every)
+            raise ConfigError(f"weights names {unknown[0]!r}{near}; the dataset has the domains {every}")
+        missing = sorted(set(every) - set(self.weights))
         if missing:
-            raise ConfigError(
-                f"weights does not name the domain {missing[0]!r}; name each of {sorted(domains)}, 0 leaves it out"
-            )
+            raise ConfigError(f"weights does not name the domain {missing[0]!r}; name each of {every}, 0 leaves it out")
         return self.weights, {}

@@ -30,8 +30,8 @@ Held = Mapping[str, int]  # what may be taken: domain -> units, as often as the 
 class Made:
     """What a step chose: the table `chosen` (id, value, repeats) of its `Work`, and how it came about.
 
-    taken: per domain distinct rows, sequences, tokens. requests: units asked for, by domain or of "" (all); None without
-    any.
+    taken: per domain distinct rows, sequences, tokens. requests: units asked for, where `by_domain` of each domain,
+    otherwise of "" (all); None without any.
     """
 
     taken: Mapping[str, tuple[int, int, int]]
@@ -39,6 +39,7 @@ class Made:
     parameters: dict[str, Any]
     unit: Unit | None = None
     requests: dict[str, int] | None = None
+    by_domain: bool = False
     parents: list[str] = field(default_factory=list)
 
 
@@ -101,10 +102,15 @@ class Ranked(Step):
 def made(taken: Taken, parameters: dict[str, Any], unit: Unit) -> Made:
     """What `rank.take` took, as the outcome of a step."""
     return Made(
-        {domain: numbers[:3] for domain, numbers in taken.domains.items()}, taken.sql, parameters, unit, taken.requests
+        {domain: numbers[:3] for domain, numbers in taken.domains.items()},
+        taken.sql,
+        parameters,
+        unit,
+        taken.requests,
+        taken.by_domain,
     )
 
 
 def held_by(domains: Domains, unit: Unit) -> dict[str, int]:
-    """Units of each domain of the dataset."""
+    """Units of each domain."""
     return {domain: sequences if unit == "sequences" else tokens for domain, (sequences, tokens) in domains.items()}

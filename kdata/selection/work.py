@@ -94,16 +94,26 @@ class Work:
             parts = [part for part in self.dataset.sql_sidecars()[name] if part.rpartition("/")[2] in shards]
             files_view(self._connection, f'scores."{name}"', parts, index_schema())
 
-    def domains(self) -> dict[str, tuple[int, int]]:
-        """Sequences and tokens of each domain of the dataset, whatever plan is taken further."""
+    def domains(self, *, countable: bool = False) -> dict[str, tuple[int, int]]:
+        """Sequences and tokens of each domain of the dataset, whatever plan is taken further.
+
+        countable: only of sequences with a target, and only domains of which something may be taken.
+        """
+        where = "where num_target_tokens > 0" if countable else ""
+        counted = (
+            f"select domain, count(*), sum(num_tokens)::bigint from every_row {where} group by domain order by domain"
+        )
+        there = "select distinct domain from rows where num_target_tokens > 0"
         found: dict[str, tuple[int, int]] = {}
+        present: set[str] = set()
         for entries in _groups(self.dataset.manifest):
             self.show(entries, [])
-            counted = "select domain, count(*), sum(num_tokens)::bigint from every_row group by domain order by domain"
             for domain, sequences, tokens in self.fetch(counted):
                 before = found.get(domain, (0, 0))
                 found[domain] = before[0] + sequences, before[1] + tokens
-        return found
+            if countable and self.parent is not None:
+                present |= {domain for (domain,) in self.fetch(there)}
+        return {d: n for d, n in found.items() if not countable or self.parent is None or d in present}
 
     def refuse_writing(self, text: str) -> None:
         """Raise QueryError unless the text is a single query."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from matplotlib.image import imread
 from typer.testing import CliRunner
@@ -12,9 +13,9 @@ from typer.testing import CliRunner
 import kdata
 from kdata import plan_show
 from kdata.errors import ConfigError, KdataError, MismatchError, MissingError
-from kdata.plan import open_plan
+from kdata.plan import make_plan, open_plan
 from kdata.plan_show import compare, draw, table_of
-from kdata.selection import Cap, Difference, Random, Static, Uniform, select
+from kdata.selection import METHODS, Cap, Difference, Random, Static, Uniform, select
 from pipelines.cli import app
 from tests.kdata.plans import Row, dataset_of, score_with
 
@@ -128,7 +129,10 @@ def test_the_commands(dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytes
     assert "asked for 4 sequences, got 4" in shown and "from plan mixed" in shown
     assert Path("plan-cap.png").stat().st_size > 1000
     assert "only mixed" in call("plan", "compare", root, "mixed", "cap")
-    assert "plan sql: 2 rows" in call("select", root, "--sql", "select id from rows where num_tokens = 4 limit 2")
+    query = "select id from rows where num_tokens = 4 limit 2"
+    assert "plan sql: 2 rows" in call("select", root, "--sql", query)
+    assert f"method sql: {query}" in call("plan", "show", root, "sql")
+    assert all(method in call("select", "--help") for method in METHODS)
     assert "plan random: 4 rows" in call(
         "select", root, "--method", "random", "--share", "0.4", "--by-domain", "--seed", 3
     )
@@ -138,6 +142,7 @@ def test_the_commands(dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytes
         (["--method", "all", "--share", "0.5"], "unknown key 'share'"),
         (["--method", "static", "--weights", "code"], "write it as DOMAIN=NUMBER"),
         (["--method", "static", "--weights", "code=x"], "write it as DOMAIN=NUMBER"),
+        (["--method", "static", "--weights", "code=1,code=3"], "names 'code' twice"),
         (["--method", "differenc"], r"did you mean 'difference'"),
     ):
         done = RUNNER.invoke(app, ["select", str(root), *arguments])
@@ -155,3 +160,18 @@ def test_a_plan_of_many_steps_keeps_its_line(dataset: kdata.Dataset) -> None:
         assert open_plan(dataset, parent).fingerprint == digest
         line.append(parent)
     assert line == ["cap", "mix", "difference"] and last.info.num_rows == 2
+
+
+def test_tables_are_plain_parquet_for_polars(dataset: kdata.Dataset) -> None:
+    """The example of kdata/README.md: rows and scores joined in Polars, a plan of it, and the plan read back."""
+    root = dataset.path
+    rows = pl.read_parquet(root / "index/*.parquet").join(
+        pl.read_parquet(root / "scores/ref/*.parquet"), on="id", suffix="_ref"
+    )
+    chosen = rows.filter(pl.col("nll_ref") - pl.col("nll") > 5.5)["id"].to_list()
+    make_plan(dataset, "mine", chosen, method="polars", parameters={"above": 5.5}).save(root / "plans")
+    plan = open_plan(dataset, "mine")
+    assert sorted(plan.ids) == ["r6", "r7", "r8", "r9"] and plan.info.parameters == {"above": 5.5}
+    taken = pl.read_parquet(root / "plans/mine.parquet")
+    assert taken["id"].to_list() == plan.ids and taken["repeats"].to_list() == [1] * 4
+    assert "method polars: above 5.5" in table_of(plan).notes

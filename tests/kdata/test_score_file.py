@@ -60,7 +60,7 @@ def test_numbers_are_joined_by_id_whatever_their_order(dataset: kdata.Dataset, t
     query = "select id from rows join scores.judge using (id) where mark > 3 order by mark desc"
     plan = select(dataset, Sql(sql=query))
     assert plan.ids == ["r6", "r1"] and plan.info.scores.keys() == {"judge"}
-    with pytest.raises(DataError, match=r"score 'judge' lacks 3 rows"):
+    with pytest.raises(DataError, match=r"3 rows have no value: score 'judge' lacks them"):
         select(dataset, Difference(score="judge"))
 
 
@@ -109,8 +109,9 @@ def test_files_and_names_that_are_none(dataset: kdata.Dataset, tmp_path: Path) -
     with pytest.raises(DataError, match="cannot be read as scores"):
         bring(dataset, tmp_path / "text.parquet", "mine")
     file = write(tmp_path / "f.parquet", id=["r0"], nll=[1.0])
-    with pytest.raises(ConfigError, match="is no name for a score"):
-        bring(dataset, file, "a/b")
+    for name in ("a/b", "mine\n"):
+        with pytest.raises(ConfigError, match="is no name for a score"):
+            bring(dataset, file, name)
     with pytest.raises(StorageError, match="being written by another process"), lock_of(dataset.path):
         bring(dataset, file, "mine")
 

@@ -177,7 +177,7 @@ def test_rows_that_the_score_does_not_cover_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"no score 'ref' \(there are: none\); make it with `kdata score`"):
         select(dataset, Difference())
     give_scores(dataset, {"a": 4.0, "c": 2.0})
-    with pytest.raises(DataError, match="lacks 1 rows"):
+    with pytest.raises(DataError, match="1 rows have no value: score 'ref' lacks them"):
         select(dataset, Difference())
 
 
