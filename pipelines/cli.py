@@ -14,13 +14,16 @@ import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import kdata.cli_data
 import kdata.cli_plan  # noqa: F401  registers score, select, plan
 import pipelines.cli_teacher  # noqa: F401  registers generate, capture, reread
+from kdata.card import number
 from kdata.cli import Resume, ResumeOption, SetOption, _with_settings, app, out
 from kdata.config import parse_config, read_yaml
-from kdata.errors import KdataError
+from kdata.errors import KdataError, MissingError
+from kdata.manifest import write_atomically
 
 
 @app.command()
@@ -77,6 +80,32 @@ def students_table(results: dict[str, Any]) -> Table:
     return table
 
 
+# Lines of the table of one student: heading and format, by the figure's name.
+FIGURES = {
+    "nll": ("NLL", ".3f"), "teacher_nll": ("  of the teacher", ".3f"), "ppl": ("perplexity", ",.1f"),
+    "kl": ("KL(teacher || student)", ".3f"), "reverse_kl": ("reverse KL", ".3f"), "tv": ("total variation", ".3f"),
+    "top1": ("top-1 agreement", ".1%"), "top5": ("top-5 agreement", ".1%"), "ece": ("calibration error", ".2%"),
+    "teacher_ece": ("  of the teacher", ".2%"), "tokens": ("tokens", ",d"),
+}  # fmt: skip
+
+
+def evaluation_table(measured: dict[str, Any], label: str) -> Table:
+    """Every figure of one student, by domain and overall."""
+    caption = f"nats per token; KL is {measured['kl_is']}"
+    if measured["bounds_are"]:
+        caption += f"; reverse KL and total variation are {measured['bounds_are']}"
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{label} on held-out text", title_justify="left", caption=caption,
+        caption_justify="left", padding=(0, 0, 0, 1),
+    )  # fmt: skip
+    scopes = {**measured["domains"], "all": measured["overall"]}
+    for column in ("", *scopes):
+        table.add_column(Text(column), justify="right" if column else "left")
+    for name, (heading, form) in FIGURES.items():
+        table.add_row(heading, *(number(figures[name], form) for figures in scopes.values()))
+    return table
+
+
 @app.command()
 def train(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Logit dataset.")],
@@ -112,12 +141,14 @@ def evaluate(
     from trainer.evaluate import EvaluateConfig
     from trainer.evaluate import evaluate as work
 
+    if save is not None and not save.parent.is_dir():
+        raise MissingError(f"--save {save}: there is no folder {save.parent}; make it first")
     measured = work(model, heldout, config=parse_config(EvaluateConfig, _with_settings({}, set), "evaluate settings"))
-    out.print(students_table({"students": {"student": {"label": model.parent.name or str(model), **measured}}}))
+    out.print(evaluation_table(measured, measured["label"]))
     for task, scores in measured["tasks"].items():
         out.print(f"{task}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()), highlight=False)
     if save is not None:
-        save.write_text(json.dumps(measured, indent=2) + "\n")
+        write_atomically(save, json.dumps(measured, indent=2).encode() + b"\n")
 
 
 def main() -> None:

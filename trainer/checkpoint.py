@@ -33,7 +33,7 @@ def save_checkpoint(
 
     Args:
         root: OUT/checkpoints, on a file system that all ranks see.
-        state: JSON values; holds at least `step`.
+        state: JSON values; holds at least `step`, of which there is no checkpoint yet.
     """
     final = root / f"step-{state['step']:08d}"
     tensors = _gathered(model, optimizer, ranks)
@@ -45,8 +45,6 @@ def save_checkpoint(
         (aside / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
         for path in (*aside.iterdir(), aside):
             _flush(path)
-        if final.exists():  # the run was resumed at its last step
-            shutil.rmtree(final)
         os.rename(aside, final)
         _flush(root)
         for old in root.glob("step-*"):

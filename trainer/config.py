@@ -75,8 +75,10 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(default=0.1, ge=0, description="AdamW's decay, on matrices only.")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's averaging rates.")
     clip_norm: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="Matrix products of forward and backward; weights and sums stay float32."
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        default="fp32",
+        description="Matrix products of forward and backward; weights and sums stay float32. auto: bf16 where the processor "
+        "multiplies it (elsewhere it is several times slower than fp32), else fp32; what was taken stands in train.json.",
     )
     gradient_checkpointing: bool = Field(
         default=False,

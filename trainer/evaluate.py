@@ -23,18 +23,19 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import kdata
-from kdata.errors import ConfigError, MissingError
+from kdata.errors import ConfigError, CorruptError, DataError, MissingError
+from kdata.manifest import first_problem
 from kdata.progress import Stage
 from trainer.config import TrainResult
 from trainer.distributed import device_name
 from trainer.fused import Measured, measure
 from trainer.loader import Batch, Loader, LoaderConfig
-from trainer.student import check_vocabulary, head_of, hidden_states, num_parameters
-from trainer.tasks import run_tasks
+from trainer.student import check_positions, check_vocabulary, head_of, hidden_states, num_parameters
+from trainer.tasks import Tasks
 
 ECE_BINS = 15
 
@@ -81,7 +82,10 @@ def evaluate(
         label: name in the result; None: the run's, or the directory's name.
     Returns:
         {"label", "params", "steps", "tokens", "target_tokens", "train_seconds" (null without train.json),
-        "domains": {name: figures}, "overall": figures, "kl_is", "bounds_are" (null where reverse_kl and tv are),
+        "domains": {name: figures}, "overall": figures,
+        "calibration": {"student", "teacher"}: bins of the likeliest token's probability, {"tokens", "confidence" (mean),
+        "accuracy"} each; the teacher's null where its first choice is not known,
+        "kl_is", "bounds_are" (null where reverse_kl and tv are),
         "samples": [{"domain", "prompt", "text"}], "tasks": {name: {metric: value}} of the lm-evaluation-harness,
         "metrics": metrics.jsonl relative to the run's parent directory, null without one}.
         figures: nll, teacher_nll, kl, reverse_kl (nats per token), ppl, tv, top1, top5 (share of positions
@@ -91,11 +95,16 @@ def evaluate(
         MissingError: no model there, or no tokenizer where prompts or tasks are given.
         MismatchError: the model's vocabulary is not the dataset's.
         ConfigError: the dataset lacks what would be measured (it was imported), or the harness knows no such task.
+        DataError: a document is longer than the student's positions, or no token counts.
+        CorruptError: train.json beside the model is not what a run writes.
         DependencyError: tasks are given and the harness is not installed.
     """
     config = config or EvaluateConfig()
+    prompts = list(prompts)
     dataset = kdata.open(heldout_path)
     model = _load(model_dir)
+    tasks = None if not config.tasks else Tasks(config.tasks, config.tasks_folder)
+    tokenizer = _tokenizer(model_dir) if prompts or tasks is not None else None
     model.to(device_name(config.device)).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
     check_vocabulary(model, dataset)
     if dataset.info.tail == "absent":
@@ -114,10 +123,11 @@ def evaluate(
         "train_seconds": run.train_seconds if run else None,
         "domains": {name: sums.figures(number) for number, name in enumerate(domains) if sums.tokens[number]},
         "overall": sums.figures(None),
+        "calibration": {"student": sums.student.bins(), "teacher": sums.teacher.bins() if sums.knows_top else None},
         "kl_is": sums.kl_is,
         "bounds_are": sums.bounds_are,
-        "tasks": _score_tasks(model, model_dir, config),
-        "samples": _write_samples(model, model_dir, prompts, config),
+        "tasks": {} if tasks is None else tasks.score(model, tokenizer, limit=config.task_documents),
+        "samples": _write_samples(model, tokenizer, prompts, config),
         "metrics": f"{model_dir.resolve().parent.name}/{run.metrics}" if run else None,
     }
 
@@ -143,6 +153,13 @@ class _Calibration:
         ):
             flat = np.bincount(domain_M * ECE_BINS + bin_M, value_M, minlength=total.size)
             total += flat.reshape(total.shape)
+
+    def bins(self) -> list[dict[str, float | int]]:
+        """Bins that hold a position, over all domains: tokens, mean confidence, share that was right."""
+        sums = zip(self.counts.sum(0), self.confidence.sum(0), self.correct.sum(0), strict=True)
+        return [
+            {"tokens": int(n), "confidence": float(c / n), "accuracy": float(right / n)} for n, c, right in sums if n
+        ]
 
     def error(self, domains: slice) -> float:
         gap = np.abs(self.confidence[domains].sum(0) - self.correct[domains].sum(0))
@@ -220,6 +237,7 @@ class _Sums:
         """Averages of one domain, or of all."""
         part = slice(None) if domain is None else slice(domain, domain + 1)
         tokens = int(self.tokens[part].sum())
+        assert tokens, "a domain without a counted token is left out, a dataset without one refused"
         mean = {name: float(total[part].sum() / tokens) for name, total in self.values.items()}
         from_entropy = mean.pop("kl_from_entropy", None)
         if from_entropy is not None and self.entropy_known:
@@ -246,6 +264,7 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
     domains, domain_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str), return_inverse=True)
     rows = _first_of_each(domain_R, config.max_documents)
     context = max(int(index["num_tokens"].to_numpy()[rows].max(initial=2)), 2)
+    check_positions(model, context)
     loader = Loader(
         dataset, rows, LoaderConfig(context_tokens=context, batch_rows=max(1, config.batch_tokens // context))
     )
@@ -268,6 +287,8 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
             )
             sums.add(batch, measured, domain_R[batch.rows[batch.document_M]])
             stage.advance(batch.num_tokens)
+    if not sums.tokens.sum():
+        raise DataError(f"no token counts in {dataset.path} (all target masks are empty): nothing to measure")
     return domains.tolist(), sums
 
 
@@ -301,32 +322,20 @@ def _entropy_of_weights(batch: Batch) -> np.ndarray:
 
 
 def _write_samples(
-    model: PreTrainedModel, model_dir: Path, prompts: Iterable[Mapping[str, str]], config: EvaluateConfig
+    model: PreTrainedModel, tokenizer: Any, prompts: list[Mapping[str, str]], config: EvaluateConfig
 ) -> list[dict[str, str]]:
     """Continue each prompt."""
-    prompts = list(prompts)
-    if not prompts:
-        return []
-    tokenizer = _tokenizer(model_dir, "prompts")
     return [
         {**prompt, "text": _continue(model, tokenizer, prompt["prompt"], config, config.seed + number)}
         for number, prompt in enumerate(prompts)
     ]
 
 
-def _score_tasks(model: PreTrainedModel, model_dir: Path, config: EvaluateConfig) -> dict[str, dict[str, float]]:
-    """What the lm-evaluation-harness says, if it was asked."""
-    if not config.tasks:
-        return {}
-    folder = None if config.tasks_folder is None else Path(config.tasks_folder)
-    return run_tasks(model, _tokenizer(model_dir, "tasks"), config.tasks, folder=folder, limit=config.task_documents)
-
-
-def _tokenizer(model_dir: Path, what: str) -> Any:
+def _tokenizer(model_dir: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise MissingError(f"{model_dir} holds no tokenizer, and {what} need one; copy it there") from error
+        raise MissingError(f"{model_dir} holds no tokenizer, and prompts and tasks need one; copy it there") from error
 
 
 @torch.no_grad()
@@ -350,6 +359,8 @@ def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, config: Evalu
 
 
 def _load(model_dir: Path) -> PreTrainedModel:
+    if not model_dir.is_dir():
+        raise MissingError(f"{model_dir} is no folder; name the folder of a trained student (OUT/model of kdata train)")
     try:
         return AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -358,4 +369,11 @@ def _load(model_dir: Path) -> PreTrainedModel:
 
 def _run_beside(model_dir: Path) -> TrainResult | None:
     path = model_dir.resolve().parent / "train.json"
-    return TrainResult.model_validate_json(path.read_bytes()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return TrainResult.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CorruptError(
+            f"{path} is not what `kdata train` writes: {first_problem(error)}; move it or the model elsewhere"
+        ) from error

@@ -22,6 +22,15 @@ from trainer.student import head_of, hidden_states
 Precision = Literal["fp32", "bf16"]
 
 
+def resolve_precision(asked: Literal["fp32", "bf16", "auto"], device_type: str) -> Precision:
+    """The precision that `auto` stands for on this machine; others as they are."""
+    if asked != "auto":
+        return asked
+    if device_type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name) else "fp32"
+
+
 class Learner(nn.Module):
     """A student that is called with a batch and answers with its loss.
 

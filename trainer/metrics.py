@@ -4,15 +4,20 @@
     wandb         OUT/wandb; offline unless WANDB_MODE says otherwise, credentials are wandb's own business
     trackio       trackio's local database (TRACKIO_DIR); nothing is sent, no Space is made
 
+A wandb or trackio run cannot take back a step, and a training that was killed does some again: so there every attempt is a
+run of its own, and the attempts of one OUT are a group.
+
 None is imported unless asked for, and one that is not installed is refused before the first step. Only the main rank writes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -145,15 +150,15 @@ class TensorBoard:
 
 
 class Wandb:
-    """A Weights & Biases run that a resumed training goes on writing."""
+    """A Weights & Biases run for each attempt."""
 
     def __init__(self, out_dir: Path, label: str, settings: dict[str, Any], step: int) -> None:
         wandb = _import("wandb", "wandb")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=label,
-            id=_run_id(out_dir),
-            resume="allow",
+            id=_attempt(out_dir, step),
+            group=_group(out_dir),
             dir=str(out_dir),
             config=settings,
             mode=os.environ.get("WANDB_MODE", "offline"),
@@ -169,11 +174,13 @@ class Wandb:
 
 
 class Trackio:
-    """A trackio run in its local database."""
+    """A run in trackio's local database for each attempt."""
 
     def __init__(self, out_dir: Path, label: str, settings: dict[str, Any], step: int) -> None:
         trackio = _import("trackio", "trackio")
-        self._run = trackio.init(project=PROJECT, name=_run_id(out_dir), config=settings, resume="allow", embed=False)
+        self._run = trackio.init(
+            project=PROJECT, name=_attempt(out_dir, step), group=_group(out_dir), config=settings, embed=False
+        )
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         """All in one call."""
@@ -187,6 +194,13 @@ class Trackio:
 LOGGERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
 
 
-def _run_id(out_dir: Path) -> str:
-    """The same name for the same folder, so that a resumed training goes on in the same run."""
-    return re.sub(r"[^A-Za-z0-9_-]", "-", "-".join(out_dir.resolve().parts[-2:]))
+def _group(out_dir: Path) -> str:
+    """The same name for the same folder, another for any other."""
+    place = out_dir.resolve()
+    digest = hashlib.sha256(str(place).encode()).hexdigest()[:8]
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '-', '-'.join(place.parts[-2:]))}-{digest}"
+
+
+def _attempt(out_dir: Path, step: int) -> str:
+    """A name that no other attempt has; it says after which step it began."""
+    return f"{_group(out_dir)}-from-{step}-{secrets.token_hex(3)}"

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
-from kdata.errors import ConfigError
+from kdata.errors import ConfigError, TrainingError
 from kdata.schema import Strict
 
 Weights = dict[str, float]
@@ -59,6 +59,7 @@ class DDKMixture(Strict):
     exponent_limit: float = Field(
         default=10.0,
         gt=0,
+        le=700,
         description="The largest ratio of perplexities that is told apart. It stands in an exponent, and early ratios are in "
         "the hundreds. Our default; the paper states none.",
     )
@@ -117,12 +118,16 @@ class DDK:
         self.num_updates = 0
 
     def update(self, losses: Mapping[str, float]) -> None:
-        """Set the weights of the next steps."""
+        """Set the weights of the next steps. Raises TrainingError where a loss is not finite."""
+        if wild := [d for d in self.teacher_losses if not math.isfinite(losses[d])]:
+            raise TrainingError(f"the student's loss on held-out {wild[0]!r} is {losses[wild[0]]}; lower learning_rate")
         limit, alpha = self.config.exponent_limit, self.config.alpha
         behind = {d: losses[d] - teacher for d, teacher in self.teacher_losses.items()}
         ratios = {d: min(math.exp(min(gap, 700.0)), limit) for d, gap in behind.items()}  # e^710 overflows a float
-        top = max(ratios.values())  # subtracted from every exponent: it cancels, and nothing overflows
-        psi = {d: (self.weights[d] if self.num_updates else 1.0) * math.exp(r - top) for d, r in ratios.items()}
+        # In logarithms, less the largest, which cancels: nothing overflows, and a weight that has gone to 0 can come back.
+        before = {d: math.log(max(self.weights[d], 1e-300)) if self.num_updates else 0.0 for d in ratios}
+        top = max(before[d] + r for d, r in ratios.items())
+        psi = {d: math.exp(before[d] + r - top) for d, r in ratios.items()}
         total = math.fsum(psi.values())
         if self.num_updates:
             self.weights = {d: alpha * p / total + (1 - alpha) / len(psi) for d, p in psi.items()}

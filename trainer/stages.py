@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from torch import nn
 
 import kdata
-from kdata.errors import ConfigError, MismatchError
+from kdata.errors import ConfigError, DataError, MismatchError
 from kdata.plan import Plan
 from trainer.config import Stage, TrainConfig
 from trainer.distributed import Ranks
@@ -35,6 +36,15 @@ class OpenStage:
     tail: Tail
     mixture: Mixture | None
     heldout: Heldout | None
+
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of the longest document that the student reads, measured ones included."""
+        measured = np.zeros(0, np.int64)
+        if self.heldout is not None:
+            lengths_R = self.heldout.dataset.index(["num_tokens"])["num_tokens"].to_numpy()
+            measured = lengths_R[self.heldout.rows]
+        return int(max(self.source.lengths.max(initial=0), measured.max(initial=0)))
 
     @property
     def identity(self) -> list[str]:
@@ -103,6 +113,7 @@ def _open(
     chosen = stage.plan if stage.dataset or stage.plan else plan_path
     plan = None if chosen is None else Plan.load(chosen)
     rows = None if plan is None else plan.rows(dataset)
+    _check_targets(dataset, rows)
     temperatures = [float(t) for t in dataset.info.codec.parameters.get("temperatures", [])]
     tail = resolve_tail(stage.objective, dataset.info.tail, temperatures)
     loader_config = LoaderConfig(
@@ -124,6 +135,16 @@ def _open(
     mixed = MixedLoader(dataset, rows, loader_config, **options)
     mixture = make_mixture(stage.mixture, mixed.domains, {} if heldout is None else heldout.teacher_losses)
     return OpenStage(stage, dataset, plan, mixed, tail, mixture, heldout)
+
+
+def _check_targets(dataset: kdata.Dataset, rows: np.ndarray | None) -> None:
+    """Raise DataError where no token counts: the loss would be 0, and the student only decay."""
+    counts = dataset.index(["num_target_tokens"])["num_target_tokens"]
+    planned = counts if rows is None else counts.take(rows)
+    if len(planned) and not planned.null_count and not pc.sum(planned).as_py():
+        raise DataError(
+            f"no token counts in the {len(planned):,} rows of {dataset.path} (all target masks are empty): nothing to learn"
+        )
 
 
 def _hold_out(

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kdata import Dataset
-from kdata.errors import ConfigError, MismatchError, MissingError
+from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 
 
 class ScratchStudent(BaseModel):
@@ -115,6 +115,17 @@ def check_vocabulary(model: PreTrainedModel, dataset: Dataset) -> None:
         raise MismatchError(
             f"the student's head has {have} rows, the dataset's vocabulary {want} ids; "
             f"resize it with model.resize_token_embeddings({want}) and save it, or choose another student"
+        )
+
+
+def check_positions(model: PreTrainedModel, longest_tokens: int) -> None:
+    """Raise DataError where a document has more tokens than the student knows positions (those of a pack begin anew)."""
+    known = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(known, int) and longest_tokens > known:
+        raise DataError(
+            f"a document has {longest_tokens} tokens, the student knows {known} positions; leave longer ones out by a plan "
+            f"(kdata select --sql 'select id from rows where num_tokens <= {known}'), read the text with max_tokens={known}, "
+            "or take another student"
         )
 
 

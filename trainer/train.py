@@ -34,16 +34,17 @@ from transformers import PreTrainedModel
 import kdata
 from kdata.errors import ConfigError, TrainingError
 from kdata.progress import Stage as Progress
+from kdata.shard import storage_errors
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import RUNTIME, SHARED, StageConfig, TrainConfig, TrainResult
 from trainer.distributed import Ranks, accumulating, join, spread, whole
-from trainer.learner import Learner
+from trainer.learner import Learner, resolve_precision
 from trainer.loader import Batch
 from trainer.metrics import Metrics, check_installed
 from trainer.objectives import ObjectiveConfig
 from trainer.schedule import learning_rate
 from trainer.stages import OpenStage, open_stages
-from trainer.student import ScratchStudent, build_student, num_parameters
+from trainer.student import ScratchStudent, build_student, check_positions, num_parameters
 
 __all__ = ["StageConfig", "TrainConfig", "TrainResult", "learning_rate", "train"]
 
@@ -86,7 +87,8 @@ def train(config: TrainConfig, dataset_path: Path | str, plan_path: Path | str |
         ConfigError: settings that do not go together, or an objective that the data cannot serve.
         MismatchError: student, plan or the stages' datasets do not belong together, or `out_dir` was begun with other
             settings.
-        DataError: a document is longer than the context, or there is nothing to train on.
+        DataError: a document is longer than the context or than the student's positions, or there is nothing to train on.
+        StorageError: `out_dir` cannot be made.
         DependencyError: a logger is not installed.
         TrainingError: a non-finite loss or gradient; the message names step and rows.
     """
@@ -98,38 +100,48 @@ def train(config: TrainConfig, dataset_path: Path | str, plan_path: Path | str |
 def _train(
     config: TrainConfig, dataset_path: Path | str, plan_path: Path | str | None, out_dir: Path, ranks: Ranks
 ) -> TrainResult:
+    precision = resolve_precision(config.precision, ranks.device.type)
+    config = config.model_copy(update={"precision": precision})
     _check_context(config)
     stages = open_stages(config, dataset_path, plan_path, ranks)
+    with storage_errors(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
     steps, rows_per_step = stages[-1].stage.end, config.batch_tokens // config.context_tokens
     torch.manual_seed(config.seed + ranks.rank)  # each rank its own dropout; the weights have a seed of their own
     student = build_student(config.student, stages[0].dataset, config.seed)
+    for open_stage in stages:
+        check_positions(student, open_stage.longest_tokens)
     params = num_parameters(student)
     student.train()
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    own = Learner(student, config.precision)
+    own = Learner(student, precision)
     learner = spread(own, own.layers, config.parallel, ranks)
     optimizer = _optimizer(student, config)
 
-    out_dir.mkdir(parents=True, exist_ok=True)
     settings = _settings(config, stages)
-    done = _Done()
+    done, saved_step = _Done(), None
     saved = load_checkpoint(out_dir / "checkpoints", student, optimizer, settings, ranks)
     if saved is not None:
         done = _Done(**saved["progress"])
+        saved_step = done.step
         for open_stage in stages:
             open_stage.load_state_dict(saved["data"])
 
     def checkpoint(open_stage: OpenStage) -> None:
+        nonlocal saved_step
+        if saved_step == done.step:  # the same again would have to replace the only one that there is
+            return
         state = {"step": done.step, "progress": vars(done), "data": open_stage.state_dict(), "settings": settings}
         save_checkpoint(out_dir / "checkpoints", student, optimizer, state, ranks)
+        saved_step = done.step
 
-    progress = Progress(f"train {config.label}", steps * config.batch_tokens, unit="tokens")
+    progress = Progress(f"train {config.label}", steps, unit="steps")
     metrics = Metrics(
         out_dir, config.loggers, label=config.label, settings=settings, step=done.step, write=ranks.is_main
     )
     with progress, metrics:
-        progress.skip(done.tokens)
+        progress.skip(done.step)
         for open_stage in stages:
             stage, batches = open_stage.stage, None
             while done.step < stage.end:
@@ -160,7 +172,7 @@ def _train(
                     done.waited + waited,
                     found.losses,
                 )
-                progress.advance(found.tokens, step=done.step, loss=found.losses["loss"])
+                progress.advance(1, tokens=found.tokens, loss=found.losses["loss"])
                 if done.step % config.log_every_steps == 0 or told or done.step in (1, stage.end):
                     line = {
                         "step": done.step,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -10,10 +12,13 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from click.testing import Result
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import kdata
-from kdata.errors import MismatchError, MissingError
+from kdata.errors import CorruptError, DataError, MismatchError, MissingError
+from pipelines.cli import app
 from tests.trainer.datasets import VOCAB, make_dataset
 from trainer.evaluate import EvaluateConfig, _first_choice, evaluate
 from trainer.loader import Batch
@@ -47,6 +52,53 @@ def run(folder: Path, dataset: kdata.Dataset) -> Path:
     )
     train(config, dataset.path, None, folder / "run")
     return folder / "run"
+
+
+def test_the_command(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
+    def call(*arguments: object) -> Result:
+        return CliRunner().invoke(app, ["evaluate", *(str(a) for a in arguments)])
+
+    done = call(run / "model", dataset.path, "--save", tmp_path / "e.json")
+    assert done.exit_code == 0, done.exception
+    saved = json.loads((tmp_path / "e.json").read_text())
+    overall = saved["overall"]
+    for line in (
+        f"NLL {overall['nll']:.3f}", f"reverse KL {overall['reverse_kl']:.3f}", f"total variation {overall['tv']:.3f}",
+        f"top-5 agreement {overall['top5']:.1%}", f"calibration error {overall['ece']:.2%}",
+        f"perplexity {overall['ppl']:,.1f}", "tiny on held-out text",
+    ):  # fmt: skip
+        first, last = line.rsplit(" ", 1)
+        assert (
+            any(first in text and text.rstrip().endswith(last) for text in done.output.splitlines())
+            or line in done.output
+        )
+    for who in ("student", "teacher"):
+        bins = saved["calibration"][who]
+        assert sum(b["tokens"] for b in bins) == overall["tokens"]
+        gaps = sum(b["tokens"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / overall["tokens"]
+        assert gaps == pytest.approx(overall["ece" if who == "student" else "teacher_ece"], rel=1e-6)
+    for arguments, error, words in (
+        ((run / "modle", dataset.path), MissingError, "is no folder"),
+        ((run / "model", dataset.path, "--save", tmp_path / "none" / "e.json"), MissingError, "make it first"),
+    ):
+        done = call(*arguments)
+        assert isinstance(done.exception, error) and words in str(done.exception) and "evaluate:" not in done.output
+
+
+def test_what_cannot_be_measured_is_refused(run: Path, tmp_path: Path) -> None:
+    long = make_dataset(tmp_path / "long", [80, 100])
+    with pytest.raises(DataError, match="a document has 100 tokens, the student knows 64 positions"):
+        evaluate(run / "model", long.path)
+    masked = make_dataset(tmp_path / "masked", LENGTHS[:6], mask_every=1)
+    with pytest.raises(DataError, match=r"no token counts in .* nothing to measure"):
+        evaluate(run / "model", masked.path)
+
+
+def test_a_train_json_that_is_none_is_named(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
+    shutil.copytree(run / "model", tmp_path / "model")
+    (tmp_path / "train.json").write_text("{}")
+    with pytest.raises(CorruptError, match=r"train\.json is not what `kdata train` writes"):
+        evaluate(tmp_path / "model", dataset.path)
 
 
 def dense(model_dir: Path, dataset: kdata.Dataset) -> dict[str, np.ndarray]:
@@ -174,7 +226,7 @@ def test_the_teachers_first_choice_is_its_first_exact_entry_even_under_heavier_d
 
 
 def test_wrong_or_missing_models_are_refused(folder: Path, dataset: kdata.Dataset) -> None:
-    with pytest.raises(MissingError, match="holds no model"):
+    with pytest.raises(MissingError, match="is no folder"):
         evaluate(folder / "nowhere", dataset.path)
     other = make_dataset(folder / "other", [8, 9], vocab=VOCAB - 1)
     model = build_student(ScratchStudent(hidden_size=16, num_layers=1, num_heads=2), other, 0)

@@ -130,7 +130,7 @@ def test_trackio_writes_its_local_database(tmp_path: Path, monkeypatch: pytest.M
 
 
 class StandIn(types.ModuleType):
-    """Stands for wandb and trackio where they are not installed: keeps what `init` and `log` were told."""
+    """Stands for wandb and trackio: keeps what `init` and `log` were told."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -151,24 +151,32 @@ class StandIn(types.ModuleType):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_what_a_logger_is_told(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline unless the environment says otherwise; the same run again on resume; nested names with slashes."""
-    names = []
-    for mode, step in ((None, 0), ("online", 3)):
+    """Offline unless the environment says otherwise; each attempt a run, those of a folder a group."""
+    names, groups = [], []
+    for folder, mode, step in (
+        ("a/my run", None, 0),
+        ("a/my run", "online", 2),
+        ("a/my run", None, 2),
+        ("b/my run", None, 0),
+    ):
         stand_in = StandIn(name)
         monkeypatch.setitem(sys.modules, name, stand_in)
         monkeypatch.delenv("WANDB_MODE", raising=False)
         if mode:
             monkeypatch.setenv("WANDB_MODE", mode)
-        with metrics(tmp_path / "my run", [name], step=step) as run:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        with metrics(tmp_path / folder, [name], step=step) as run:
             run.write(LINE)
         assert stand_in.logged == [(3, NUMBERS)] and stand_in.finished
-        assert stand_in.told["config"] == {"steps": 4} and stand_in.told["resume"] == "allow"
+        assert stand_in.told["config"] == {"steps": 4} and "resume" not in stand_in.told
         names.append(stand_in.told["id" if name == "wandb" else "name"])
+        groups.append(stand_in.told["group"])
         if name == "wandb":
-            assert stand_in.told["mode"] == (mode or "offline") and stand_in.told["dir"] == str(tmp_path / "my run")
+            assert stand_in.told["mode"] == (mode or "offline") and stand_in.told["dir"] == str(tmp_path / folder)
         else:
             assert not stand_in.told["embed"] and "space_id" not in stand_in.told
-    assert names[0] == names[1] and names[0].endswith("-my-run")
+    assert len(set(names)) == 4 and all("-my-run-" in n and "/" not in n for n in names)
+    assert groups[0] == groups[1] == groups[2] != groups[3]
 
 
 def test_a_logger_that_is_not_there_is_refused_before_anything_is_made(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import kdata
-from kdata.errors import ConfigError, DataError, MismatchError
+from kdata.errors import ConfigError, DataError, MismatchError, TrainingError
 from kdata.plan import make_plan
 from tests.trainer.datasets import make_dataset
 from trainer.distributed import Ranks
@@ -70,6 +70,20 @@ def test_ddk_on_exact_numbers() -> None:
     for mixture in (ddk, other):
         mixture.update({"a": 1.0, "b": 2.0})
     assert ddk.weights == other.weights
+
+
+def test_ddk_weights_that_went_to_nothing_come_back_and_losses_must_be_numbers() -> None:
+    ddk = DDK(DDKMixture(alpha=1.0, exponent_limit=700.0), {"a": 0.0, "b": 0.0})
+    for ahead, behind in (("a", "b"), ("a", "b"), ("b", "a"), ("b", "a"), ("b", "a")):
+        ddk.update({ahead: 0.0, behind: 9.0})
+        assert math.fsum(ddk.weights.values()) == pytest.approx(1.0)
+    assert ddk.weights["a"] == pytest.approx(1.0)
+    before = dict(ddk.weights)
+    with pytest.raises(TrainingError, match="held-out 'b' is nan"):
+        ddk.update({"a": 1.0, "b": math.nan})
+    assert ddk.weights == before
+    with pytest.raises(ValueError, match="exponent_limit"):
+        DDKMixture(exponent_limit=math.inf)
 
 
 def test_ddk_without_smoothing_and_with_nothing_else() -> None:

@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kdata
+import trainer.evaluate as module
 from kdata.errors import ConfigError, DependencyError
 from tests.trainer.datasets import make_dataset
 from trainer.evaluate import EvaluateConfig, evaluate
@@ -133,6 +134,7 @@ def test_without_the_harness_tasks_are_refused(
     dataset: kdata.Dataset, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(DependencyError, match=r"pip install 'kdata\[lm-eval\]'"):
+    with pytest.raises(DependencyError, match=r"pip install 'kdata\[lm-eval\]'"), monkeypatch.context() as patch:
+        patch.setattr(module, "_measure_dataset", None)  # nothing is measured first
         evaluate(model_dir, dataset.path, config=EvaluateConfig(tasks=["next_word"]))
     assert evaluate(model_dir, dataset.path)["tasks"] == {}

@@ -11,20 +11,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import kdata
 import trainer.train as module
 from kdata.batches import Arrays, Batches
-from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, TrainingError
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, StorageError, TrainingError
 from kdata.plan import make_plan
-from tests.trainer.datasets import make_dataset
+from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
 from trainer.evaluate import EvaluateConfig
 from trainer.mixture import DDKMixture, FixedMixture
 from trainer.objectives import ObjectiveConfig
@@ -106,6 +108,79 @@ def test_a_run_killed_and_resumed_gives_bit_equal_losses(dataset: kdata.Dataset,
     assert losses(out) == losses(whole)
     for name in ("model.safetensors", "config.json"):
         assert (out / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
+
+
+def test_a_finished_run_called_again_keeps_its_only_checkpoint(
+    dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has nothing to write, so a kill then cannot take the checkpoint away; nor is the last one written twice."""
+    saved: list[int] = []
+    real = module.save_checkpoint
+
+    def count(root: Path, model: object, optimizer: object, state: dict, ranks: object) -> Path:
+        saved.append(state["step"])
+        return real(root, model, optimizer, state, ranks)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "save_checkpoint", count)
+    train(config(), dataset.path, None, tmp_path)
+    train(config(), dataset.path, None, tmp_path)
+    assert saved == [10, 20]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000020"]
+
+
+def test_random_state_goes_on_where_it_was(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    """A student with dropout, stopped and resumed: every mask as if nothing had happened."""
+    gpt2 = tmp_path / "gpt2"
+    tiny = GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        GPT2LMHeadModel(tiny).save_pretrained(gpt2)
+    save_tokenizer(gpt2)
+    given = config(student=CheckpointStudent(path=str(gpt2)), steps=8, checkpoint_every_steps=3)
+    train(given, dataset.path, None, tmp_path / "whole")
+    assert tiny.resid_pdrop > 0
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        real = module._gradients
+
+        def stopping(*args: Any) -> object:
+            if args[-1] == 6:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        patch.setattr(module, "_gradients", stopping)
+        train(given, dataset.path, None, tmp_path / "run")
+    torch.manual_seed(12345)
+    train(given, dataset.path, None, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_document_beyond_the_students_positions_is_refused(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    folder = tmp_path / "short"
+    build_student(
+        ScratchStudent(hidden_size=16, num_layers=1, num_heads=2, max_positions=32), dataset, 0
+    ).save_pretrained(folder)
+    save_tokenizer(folder)
+    student = CheckpointStudent(path=str(folder))
+    with pytest.raises(
+        DataError, match=r"a document has 44 tokens, the student knows 32 positions; .*num_tokens <= 32"
+    ):
+        train(config(student=student), dataset.path, None, tmp_path / "run")
+    index = dataset.index(["id", "num_tokens"]).to_pylist()
+    ids = [row["id"] for row in index if row["num_tokens"] <= 32]
+    plan = make_plan(dataset, "short", ids, method="sql", parameters={}).save(tmp_path / "plans")
+    assert train(config(student=student, steps=2, warmup_steps=0), dataset.path, plan, tmp_path / "run").steps == 2
+
+
+def test_data_without_a_counted_token_is_refused(tmp_path: Path) -> None:
+    masked = make_dataset(tmp_path / "masked", LENGTHS[:8], mask_every=1)
+    with pytest.raises(DataError, match=r"no token counts in the 8 rows .* nothing to learn"):
+        train(config(), masked.path, None, tmp_path / "run")
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        train(config(), dataset.path, None, tmp_path / "file" / "out")
 
 
 def test_a_finished_run_is_not_trained_again(dataset: kdata.Dataset, whole: Path) -> None:
@@ -216,6 +291,21 @@ def test_bf16_follows_float32(dataset: kdata.Dataset, whole: Path, tmp_path: Pat
     train(config(precision="bf16"), dataset.path, None, tmp_path / "run")
     for got, want in zip(losses(tmp_path / "run"), losses(whole), strict=True):
         assert got[1] == pytest.approx(want[1], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("has", "taken"), [({"avx2": True, "avx512_bf16": False}, "fp32"), ({"amx_bf16": True}, "bf16")]
+)
+def test_auto_takes_bf16_where_the_processor_has_it_and_says_so(
+    dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: dict, taken: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    given = config(precision="auto", steps=2, warmup_steps=0, device="cpu")
+    assert train(given, dataset.path, None, tmp_path).config.precision == taken
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    if taken == "bf16":  # another machine, another arithmetic: not a silent change in the middle of a run
+        with pytest.raises(MismatchError, match="precision: 'bf16' -> 'fp32'"):
+            train(given, dataset.path, None, tmp_path)
 
 
 def test_a_plan_decides_what_is_read(dataset: kdata.Dataset, tmp_path: Path) -> None:
