@@ -24,6 +24,16 @@ from kdata.plan import Plan
 
 BASELINE = "ce"  # the student that never saw the teacher's distributions
 MAX_PANELS = 8  # domains that a plot shows; tables show all
+DOMAIN_COLOURS = (
+    "everything",
+    "ce",
+    "plan",
+    "x1",
+    "x2",
+    "x3",
+    "capture",
+    "generate",
+)  # roles, one for each panel's line
 SMOOTHED = 5  # logged steps behind one point of a loss curve
 
 
@@ -94,8 +104,12 @@ def make_plots(run: Path, students: Students, dataset: Dataset | None) -> dict[s
     if dataset is not None and dataset.info.tail == "ghost":
         mass += " What they do not hold is stored as one exact tail."
     nll = "How surprised the teacher was, per sequence: low is easy text, or text of the teacher's own."
+    logs = logs_of(run, students)
+    mixture = _mixture(logs, students)
     return {
-        "curves": _curves(logs_of(run, students), students),
+        "curves": _curves(logs, students),
+        **({} if mixture is None else {"mixture": mixture}),
+        "calibration": _calibration(students),
         "domains": _domains(students),
         "difference": _difference(dataset),
         "shares": _shares(dataset),
@@ -172,6 +186,42 @@ def _curves(logs: dict[str, Path], students: Students) -> Plot:
     return Plot(title, caption + same, _svg(figure, "curves"))
 
 
+def _mixture(logs: dict[str, Path], students: Students) -> Plot | None:
+    """Domain weights that a trainer's mixture set while it trained, a panel a student; None where no student had one."""
+    told: dict[str, list[tuple[float, dict[str, float]]]] = {}
+    for name, path in logs.items():
+        found = [(finite(s.get("step")), _weights(s.get("mixture"))) for s in _steps(path)]
+        periods = [(step - 1, weights) for step, weights in found if step is not None and weights]
+        if periods:
+            ends = max(step for step, _ in found if step is not None)
+            told[name] = [*periods, (ends, periods[-1][1])]
+    if not told:
+        return None
+    shown = list(told)[:MAX_PANELS]
+    domains = list(dict.fromkeys(d for name in shown for _, weights in told[name] for d in weights))
+    figure, panels = _figure(0.75 + 1.5 * len(shown), len(shown))
+    for axes, name in zip(panels, shown, strict=True):
+        steps = [step for step, _ in told[name]]
+        for domain, role in zip(domains[:MAX_PANELS], DOMAIN_COLOURS, strict=False):
+            shares = [100 * weights.get(domain, 0.0) for _, weights in told[name]]
+            label = one_line(domain, 20)
+            axes.step(steps, shares, where="post", color=COLOURS[role], linewidth=1.6, label=label)
+        axes.set_title(label_of(name, students.get(name, {})), loc="left", pad=3)
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+    panels[-1].set_xlabel("step")
+    figure.supylabel("share of tokens, %", fontsize=9.5, color=COLOURS["muted"])
+    caption = "What share of its training tokens each domain had, from update to update."
+    return Plot("Domain weights while training", caption + _left_out(len(domains)), _svg(figure, "mixture"))
+
+
+def _weights(told: object) -> dict[str, float]:
+    """Finite weights of a metrics line's `mixture`; empty where it holds none."""
+    weights = told.get("weights") if isinstance(told, dict) else None
+    found = {str(d): finite(w) for d, w in weights.items()} if isinstance(weights, dict) else {}
+    return {d: w for d, w in found.items() if w is not None}
+
+
 def _domains(students: Students) -> Plot:
     title = "Held-out NLL by domain"
     measured = {n: s for n, s in students.items() if measure(s, "nll") is not None or domains_of({n: s})}
@@ -185,6 +235,40 @@ def _domains(students: Students) -> Plot:
     svg = _bars("domains", names, series, "NLL on held-out text, nats per token (lower is better)", ".3f", floor)
     caption = "The line is the teacher's own NLL on the same text: what a perfect copy of it would reach."
     return Plot(title, caption + _left_out(len(domains_of(measured))), svg)
+
+
+def _calibration(students: Students) -> Plot:
+    """Accuracy against confidence of the likeliest token: students, and the teacher where it is known."""
+    title = "Calibration: how often the first choice is right"
+    told = {n: c for n, s in students.items() if isinstance(c := s.get("calibration"), dict)}
+    lines = [(label_of(n, students[n]), palette(students)[n], _bins(c.get("student"))) for n, c in told.items()]
+    teacher = next((bins for c in told.values() if (bins := _bins(c.get("teacher")))), [])
+    if not any(bins for _, _, bins in lines):
+        return Plot(title, "No calibration was recorded." if students else "Evaluation has not run.")
+    figure, [axes] = _figure(3.4)
+    axes.plot([0, 1], [0, 1], color=COLOURS["rest"], linewidth=1.2, label="calibrated")
+    for label, role, bins in [*lines, ("teacher", "ink", teacher)]:
+        if bins:
+            x, y = np.array(bins).T
+            axes.plot(x, y, color=COLOURS[role], linewidth=1.6, marker="o", markersize=3.5, label=label)
+    axes.set(xlabel="probability of the first choice", ylabel="share of positions where it is right")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.grid(axis="y")
+    errors = [
+        f"{label_of(n, students[n])} {100 * e:.2f} %" for n in told if (e := measure(students[n], "ece")) is not None
+    ]
+    floor = first_of(students, "teacher_ece", None)
+    errors += [] if floor is None else [f"teacher {100 * floor:.2f} %"]
+    return Plot(
+        title, f"Below the line: too sure. Calibration error (ECE): {', '.join(errors)}.", _svg(figure, "calibration")
+    )
+
+
+def _bins(told: object) -> list[tuple[float, float]]:
+    """(confidence, accuracy) of the bins of results.json that are numbers."""
+    bins = [b for b in told if isinstance(b, dict)] if isinstance(told, list) else []
+    pairs = [(finite(b.get("confidence")), finite(b.get("accuracy"))) for b in bins]
+    return [(c, a) for c, a in pairs if c is not None and a is not None]
 
 
 def _shares(dataset: Dataset | None) -> Plot:
@@ -212,7 +296,12 @@ def _shares(dataset: Dataset | None) -> Plot:
                     )
                 )
     stale = [p.info.name for p in plans if p.dataset_fingerprint != dataset.fingerprint]
-    caption = "What selection did to the mixture: no weights were set, sequences were chosen one by one."
+    set_by = {p.info.name: p.info.parameters.get("weights") is not None for p in plans}
+    caption = "What selection did to the mixture."
+    if not any(set_by.values()):
+        caption += " No weights were set, sequences were chosen one by one."
+    elif weighed := [one_line(name, 20) for name, by_weight in set_by.items() if by_weight]:
+        caption += f" By weights that were set: {', '.join(weighed)}."
     caption += f" Made for an earlier state of the dataset: {', '.join(stale)}." if stale else ""
     return Plot(title, caption + _left_out(len(domains)), _bars("shares", names, series, "share of tokens, %", ".1f"))
 
@@ -225,24 +314,26 @@ def _difference(dataset: Dataset | None) -> Plot:
         return Plot(title, f"Scoring has not run: the dataset has no score “{one_line(score)}”.")
     try:
         quoted = score.replace('"', '""')
+        own = plan.info.name.replace('"', '""') if plan else ""
+        chosen = f'left join plans."{own}" as p using (id)' if plan else ""
         table = dataset.sql(
-            f'select domain, s.nll - r.nll as gap from rows as r join scores."{quoted}" as s using (id) '
-            "where gap is not null order by id"
+            f"select domain, s.nll - r.nll as gap, {'p.id is not null' if plan else 'false'} as kept "
+            f'from rows as r join scores."{quoted}" as s using (id) {chosen} where gap is not null order by id'
         )
     except QueryError as error:
         return Plot(title, f"Not shown: {one_line(error)}")
-    values = table["gap"].to_numpy()
+    values, kept = table["gap"].to_numpy(), np.array(table["kept"].to_pylist(), bool)
     cut = float(plan.info.parameters["threshold"]) if plan else None
     kinds = [("sequences", "capture", np.full(len(values), True))]
     if plan and cut is not None:
         kinds = [
-            ("left out", "rest", values < cut),
-            (f"kept by “{one_line(plan.info.name, 20)}”", "plan", values >= cut),
+            ("left out", "rest", ~kept),
+            (f"kept by “{one_line(plan.info.name, 20)}”", "plan", kept),
         ]
     label = f"NLL of {score} − NLL of the teacher, nats per target token"
     caption = f"{len(values):,} of {dataset.num_rows:,} sequences are scored. To the right: text that a small "
     caption += "model has yet to learn"
-    caption += f"; difference sampling keeps what lies at or above {cut:.3f}." if cut is not None else "."
+    caption += f"; the least that difference sampling kept is {cut:.3f}." if cut is not None else "."
     return _histograms("difference", title, caption, table["domain"].to_pylist(), values, kinds, label, cut)
 
 

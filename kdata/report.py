@@ -115,6 +115,8 @@ def write_report(run: Path) -> Path:
         best=best,
         palette=palette(students),
         kl_note=_kl_note(students, heldout),
+        bounds_note=_bounds_note(students),
+        first_of=first_of,
         label_of=label_of,
         measure=measure,
         exp=math.exp,
@@ -274,6 +276,12 @@ def _kl_note(students: Students, heldout: Dataset | None) -> str:
         return "; ".join(stated)
     ghost = heldout is not None and heldout.info.tail == "ghost"
     return "a lower bound: kept entries and one bucket for the rest" if ghost else "not recorded how it was estimated"
+
+
+def _bounds_note(students: Students) -> str:
+    """What reverse KL and total variation are, as evaluation says; empty where it does not."""
+    stated = sorted({one_line(s["bounds_are"]) for s in students.values() if isinstance(s.get("bounds_are"), str)})
+    return f"Reverse KL and total variation are {'; '.join(stated)}." if stated else ""
 
 
 def stages(

@@ -248,7 +248,7 @@ def test_whole_run(tmp_path: Path) -> None:
     assert kdata.open(tmp_path / "run" / "dataset").fingerprint in page.text
     assert "<b>4.590</b>" in path.read_text()
     assert "kdata run quickstart --out runs/quickstart-again" in page.text
-    assert "difference sampling keeps what lies at or above 0.600" in page.text
+    assert "the least that difference sampling kept is 0.6" in page.text
 
 
 def test_what_it_took(tmp_path: Path) -> None:
@@ -405,6 +405,43 @@ def test_training_in_progress_shows_curves(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     assert page.tags.count("svg") == 3
     assert "cross entropy, nats per token" in page.text
+
+
+def test_the_weights_of_a_mixture_are_drawn(tmp_path: Path) -> None:
+    write_metrics(tmp_path, "ce", 1.0)
+    assert "Domain weights while training" not in Page(write_report(tmp_path_with_dataset(tmp_path))).text
+    folder = tmp_path / "students" / "ddk"
+    folder.mkdir(parents=True)
+    shares = [{"code": 0.25, "prose": 0.75}, {"code": 0.5, "prose": 0.5}]
+    lines = [{"step": 1 + 10 * n, "loss": 3.0, "mixture": {"weights": w}} for n, w in enumerate(shares)]
+    lines += [
+        {"step": 20, "loss": 2.0},
+        {"step": 20, "mixture": {"weights": {"code": "x"}}},
+        {"step": 20, "mixture": 3},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(tmp_path)
+    assert "Domain weights while training" in Page(page).text
+    figure = page.read_text("utf-8").split("Domain weights while training")[1].split("</figure>")[0]
+    assert "code" in figure and "prose" in figure and "share of tokens, %" in figure
+
+
+def tmp_path_with_dataset(run: Path) -> Path:
+    """The run with a small dataset, so that there is a page."""
+    make_dataset(run / "dataset", {"code": 2.0})
+    return run
+
+
+def test_calibration_is_drawn_and_the_table_has_every_measure(tmp_path: Path) -> None:
+    bins = [{"tokens": 10, "confidence": 0.2, "accuracy": 0.1}, {"tokens": 5, "confidence": 0.9, "accuracy": 0.8}]
+    one = student("One", 4.0, bounds_are="lower bounds", calibration={"student": bins, "teacher": bins[:1]})
+    one["overall"] |= {"reverse_kl": 1.234, "tv": 0.345, "top5": 0.678, "ece": 0.0123, "teacher_ece": 0.0456}
+    odd = student("Odd", 4.1, calibration={"student": [{"confidence": None}, 3], "teacher": None})
+    (tmp_path / "results.json").write_text(json.dumps({"format": 1, "students": {"one": one, "odd": odd}}))
+    text = Page(write_report(tmp_path)).text
+    for words in ("1.234", "0.345", "67.8%", "1.23%", "4.56%", "Calibration error (ECE): One 1.23 %, teacher 4.56 %"):
+        assert words in text
+    assert "Reverse KL and total variation are lower bounds." in text
 
 
 def test_odd_datasets_still_make_a_page(tmp_path: Path) -> None:
