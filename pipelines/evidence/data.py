@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -60,40 +61,57 @@ def unit_hash(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
-def split(config: DataConfig, folder: Path) -> None:
-    """Write folder/train.parquet and folder/heldout.parquet; documents in the order of their hash, domains mixed.
+@dataclass(frozen=True)
+class Part:
+    """A part of a corpus: documents whose `unit_hash` is in [low, high), the first of them that hold `tokens`.
 
+    balanced: as many tokens of every domain; otherwise the domains keep the shares that they have.
+    """
+
+    low: float
+    high: float
+    tokens: int
+    balanced: bool = True
+
+
+def split(corpus: str, teacher: str, parts: Mapping[str, Part], folder: Path) -> None:
+    """Write folder/NAME.parquet for each part; documents in the order of their hash, domains mixed.
+
+    Args:
+        corpus: Parquet file with id, domain and text.
+        teacher: model whose tokenizer counts.
     Raises:
         MissingError: there is no such corpus.
         DataError: it has not enough text of a domain.
     """
-    if not Path(config.corpus).is_file():
-        raise MissingError(f"corpus {config.corpus!r} is no file; name a Parquet file with id, domain and text")
-    frame = pl.read_parquet(config.corpus, columns=["id", "domain", "text"])
+    if not Path(corpus).is_file():
+        raise MissingError(f"corpus {corpus!r} is no file; name a Parquet file with id, domain and text")
+    frame = pl.read_parquet(corpus, columns=["id", "domain", "text"])
     place = [unit_hash(name) for name in frame["id"]]
     frame = frame.with_columns(pl.Series("place", place)).sort("place")
-    tokenizer = load_tokenizer(config.teacher)
-    domains = sorted(frame["domain"].unique())
+    tokenizer = load_tokenizer(teacher)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {
-        "heldout": (frame.filter(pl.col("place") < HELDOUT_SHARE), config.heldout_tokens),
-        "train": (frame.filter(pl.col("place") >= HELDOUT_SHARE), config.train_tokens),
-    }
-    for name, (part, tokens) in parts.items():
-        taken = [
-            _first_tokens(part.filter(pl.col("domain") == d), tokens / len(domains), tokenizer, d) for d in domains
-        ]
-        pl.concat(taken).sort("place").drop("place").write_parquet(folder / f"{name}.parquet")
+    for name, part in parts.items():
+        inside = frame.filter(pl.col("place").is_between(part.low, part.high, closed="left"))
+        if part.balanced:
+            domains = sorted(frame["domain"].unique())
+            of_each = [inside.filter(pl.col("domain") == domain) for domain in domains]
+            share = part.tokens / len(domains)
+            taken = [_first_tokens(f, share, tokenizer, d) for d, f in zip(domains, of_each, strict=True)]
+            inside = pl.concat(taken).sort("place")
+        else:
+            inside = _first_tokens(inside, part.tokens, tokenizer, name)
+        inside.drop("place").write_parquet(folder / f"{name}.parquet")
 
 
-def _first_tokens(frame: pl.DataFrame, tokens: float, tokenizer, domain: str) -> pl.DataFrame:
+def _first_tokens(frame: pl.DataFrame, tokens: float, tokenizer, what: str) -> pl.DataFrame:
     """The first documents that have so many tokens."""
     have = 0
     for number, text in enumerate(frame["text"]):
         have += len(tokenizer(text)["input_ids"])
         if have >= tokens:
             return frame.head(number + 1)
-    raise DataError(f"domain {domain!r} has {have} tokens, {tokens:.0f} are asked for; ask for fewer")
+    raise DataError(f"{what!r} has {have} tokens of text, {tokens:.0f} are asked for; ask for fewer")
 
 
 class States:
@@ -177,10 +195,16 @@ class EvidenceData:
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / "states.lock"):
             if not (self.folder / "heldout.parquet").exists() or not (self.folder / "train.parquet").exists():
-                split(self.config, self.folder)
+                split(self.config.corpus, self.config.teacher, self._parts(), self.folder)
             if not (folder / "sequences.json").exists():
                 self._read(part, folder)
         return States(folder, self.config)
+
+    def _parts(self) -> dict[str, Part]:
+        return {
+            "heldout": Part(0.0, HELDOUT_SHARE, self.config.heldout_tokens),
+            "train": Part(HELDOUT_SHARE, 1.0, self.config.train_tokens),
+        }
 
     @cached_property
     def _teacher(self) -> TransformersTeacher:

@@ -37,21 +37,29 @@ def write_report(out: Path, runs: Runs) -> str:
     """Write results.json, table.md and evidence.png of the runs that are there; return the table."""
     means = {name: summarise(seeds) for name, seeds in runs.items()}
     against = {name: relative_difference(seeds, runs.get(REFERENCE, {}), "nll") for name, seeds in runs.items()}
-    content = {
-        "settings": {
-            name: {
-                **{figure: asdict(value) for figure, value in found.items()},
-                "nll_against_online": None if (gap := against[name]) is None else asdict(gap),
-                "seeds": {str(seed): figures for seed, figures in runs[name].items()},
-            }
-            for name, found in means.items()
-        },
-    }
-    (out / "results.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_results(out, runs, means, {"nll_against_online": against})
     table = markdown(means, against)
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
     _plot(means).savefig(out / "evidence.png", dpi=110)
     return table
+
+
+def write_results(
+    out: Path,
+    runs: Runs,
+    means: Mapping[str, Mapping[str, Estimate]],
+    differences: Mapping[str, Mapping[str, Estimate | None]],
+) -> None:
+    """Write results.json: of every setting the means, the differences by name, and the figures of its seeds."""
+    content = {
+        name: {
+            **{figure: asdict(value) for figure, value in found.items()},
+            **{what: None if (gap := of[name]) is None else asdict(gap) for what, of in differences.items()},
+            "seeds": {str(seed): figures for seed, figures in runs[name].items()},
+        }
+        for name, found in means.items()
+    }
+    (out / "results.json").write_text(json.dumps({"settings": content}, indent=1), encoding="utf-8")
 
 
 def markdown(means: Mapping[str, Mapping[str, Estimate]], against: Mapping[str, Estimate | None]) -> str:
@@ -67,10 +75,10 @@ def markdown(means: Mapping[str, Mapping[str, Estimate]], against: Mapping[str, 
         cells = [
             label,
             size,
-            _told(found["nll"], 3),
-            "-" if name == REFERENCE else _told(against[name], 2, 100, "%", sign="+"),
-            _told(found["kl"], 3),
-            _told(found["ece"], 2, 100),
+            told(found["nll"], 3),
+            "-" if name == REFERENCE else told(against[name], 2, 100, "%", sign="+"),
+            told(found["kl"], 3),
+            told(found["ece"], 2, 100),
             f"{found['tokens_per_sec'].mean:,.0f}",
             str(found["nll"].count),
         ]
@@ -78,7 +86,8 @@ def markdown(means: Mapping[str, Mapping[str, Estimate]], against: Mapping[str, 
     return "\n".join(lines)
 
 
-def _told(value: Estimate | None, digits: int, scale: float = 1.0, unit: str = "", *, sign: str = "") -> str:
+def told(value: Estimate | None, digits: int, scale: float = 1.0, unit: str = "", *, sign: str = "") -> str:
+    """An estimate in words: mean ± half-width, times `scale`."""
     if value is None:
         return "-"
     mean = f"{value.mean * scale:{sign}.{digits}f}"

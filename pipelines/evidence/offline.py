@@ -102,7 +102,9 @@ class OfflineConfig(Strict):
     batch_tokens: int = Field(2048, ge=2, description="Cells of a step.")
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate.")
     warmup_steps: int = Field(30, ge=0, description="Steps of linear rise.")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="Of the student's matrix products.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Of the student's matrix products; bf16 where the processor has it."
+    )
 
     def identity(self) -> dict[str, Any]:
         """What figures depend on; of a model the folder's name only."""
@@ -143,7 +145,7 @@ class Offline:
             states = self.data.states("train")
 
             def online(student: Any) -> Learner:
-                return OnlineLearner(student, states, dataset, config.precision)
+                return OnlineLearner(student, states, dataset, self.config.precision)
 
             trained = train_student(config, dataset, online)
         else:

@@ -21,7 +21,7 @@ from kdata.errors import TrainingError
 from pipelines.evidence.runs import Figures
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate
-from trainer.learner import Learner
+from trainer.learner import Learner, resolve_precision
 from trainer.loader import Loader, LoaderConfig
 from trainer.objectives import resolve_tail
 from trainer.schedule import learning_rate
@@ -60,7 +60,8 @@ def train_student(
     torch.manual_seed(config.seed)
     student = build_student(config.student, dataset, config.seed)
     student.train()
-    learner = (learner_of or (lambda model: Learner(model, config.precision)))(student)
+    precision = resolve_precision(config.precision, "cpu")
+    learner = (learner_of or (lambda model: Learner(model, precision)))(student)
     matrices = [p for p in student.parameters() if p.ndim >= 2]
     vectors = [p for p in student.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -1,0 +1,300 @@
+"""Does choosing help? Plans and mixtures against their baselines, on equal terms.
+
+Two questions, one way of asking. `selection`: students on what MiniPLM's difference sampling kept, on as much drawn at
+random, and on everything. `mixture`: students whose documents are drawn by fixed domain weights, or by DDK's, which follow
+the student. Everything is the product's own: a capture, a sidecar, `select`, `trainer.train` and `evaluate`. Students of a
+seed have the same initial weights; each sees as many tokens as the others, but for the settings that say otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.compute as pc
+from filelock import FileLock
+from pydantic import Field
+
+import kdata
+from kdata.capture import CaptureConfig, capture_with
+from kdata.corpus import Corpus, CorpusConfig
+from kdata.errors import ConfigError, MismatchError, settings_difference
+from kdata.keep import KeepConfig
+from kdata.plan import Plan
+from kdata.schema import Strict
+from kdata.score import ScoreConfig, score
+from kdata.selection import Difference, Random, Step, select
+from kdata.teachers import TeacherConfig, load_teacher
+from pipelines.evidence.data import HELDOUT_KEEP, Part, split
+from pipelines.evidence.runs import Figures
+from trainer.config import TrainConfig
+from trainer.evaluate import evaluate
+from trainer.mixture import DDKMixture, FixedMixture, MixtureConfig
+from trainer.objectives import ObjectiveConfig
+from trainer.student import CheckpointStudent, ScratchStudent, StudentConfig
+from trainer.train import train
+
+Question = Literal["selection", "mixture"]
+Tokens = Mapping[str, int]  # of each domain
+DISTIL, PLAIN = {"forward_kl": 1.0}, {"cross_entropy": 1.0}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to choose.
+
+    family: settings that are compared. step: the method that makes the plan; None: the whole dataset. mixture: the
+    trainer's, from the domains' tokens; None: documents as they come. times: steps, in those of the others.
+    """
+
+    name: str
+    family: str
+    step: Step | None = None
+    mixture: Callable[[Tokens, SelectionConfig], MixtureConfig] | None = None
+    objective: Mapping[str, float] = field(default_factory=lambda: DISTIL)
+    times: int = 1
+
+
+def _fixed(power: float) -> Callable[[Tokens, SelectionConfig], MixtureConfig]:
+    """Weights proportional to the domain's tokens to a power: 0 uniform, 1 proportional, 1/2 temperature 2."""
+
+    def mixture(tokens: Tokens, config: SelectionConfig) -> MixtureConfig:
+        return FixedMixture(weights={d: n**power for d, n in tokens.items()}, every_steps=config.period_steps)
+
+    return mixture
+
+
+def _ddk(alpha: float) -> Callable[[Tokens, SelectionConfig], MixtureConfig]:
+    return lambda tokens, config: DDKMixture(alpha=alpha, every_steps=config.period_steps)
+
+
+HALF: dict[str, Any] = {"share": 0.5, "unit": "tokens"}
+RANDOM, BEST = Random(name="half", **HALF), Difference(**HALF)
+EACH = Difference(name="each", by_domain=True, **HALF)
+
+SETTINGS: dict[Question, tuple[Setting, ...]] = {
+    "selection": (
+        Setting("random half", "distillation", RANDOM),
+        Setting("difference, half", "distillation", BEST),
+        Setting("difference, half of each domain", "distillation", EACH),
+        Setting("whole corpus, same compute", "distillation"),
+        Setting("whole corpus, twice the compute", "distillation", times=2),
+        Setting("random half", "cross-entropy", RANDOM, objective=PLAIN),
+        Setting("difference, half", "cross-entropy", BEST, objective=PLAIN),
+        Setting("whole corpus, same compute", "cross-entropy", objective=PLAIN),
+    ),
+    "mixture": (
+        Setting("uniform", "mixture", mixture=_fixed(0.0)),
+        Setting("proportional", "mixture", mixture=_fixed(1.0)),
+        Setting("static (square root of tokens)", "mixture", mixture=_fixed(0.5)),
+        Setting("DDK", "mixture", mixture=_ddk(0.5)),
+        Setting("DDK, less smoothed (alpha 0.9)", "mixture", mixture=_ddk(0.9)),
+    ),
+}
+
+
+class SelectionConfig(Strict):
+    """What all students share."""
+
+    teacher: str = Field(description="Folder of a Hugging Face model.")
+    reference: str = Field(
+        description="Folder of a smaller one with the same tokenizer: the reference of difference sampling."
+    )
+    corpus: str = Field(description="Parquet file with id, domain and text; domains keep their shares.")
+    backend: Literal["vllm", "transformers"] = Field(
+        "transformers", description="What reads the text with the teacher."
+    )
+    train_tokens: int = Field(1_600_000, ge=1, description="Tokens that may be chosen from.")
+    heldout_tokens: int = Field(48_000, ge=1, description="Tokens to measure on, as many of every domain.")
+    validation_tokens: int = Field(24_000, ge=1, description="Tokens that DDK measures on, as many of every domain.")
+    context_tokens: int = Field(256, ge=2, description="Longest sequence; longer texts are split into several.")
+    student: StudentConfig = Field(
+        default_factory=lambda: ScratchStudent(hidden_size=96, num_layers=3, num_heads=3),
+        description="The model that learns.",
+    )
+    steps: int = Field(480, ge=1, description="Optimizer steps; no document is read twice, at these sizes.")
+    batch_tokens: int = Field(1024, ge=2, description="Cells of a step.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate.")
+    warmup_steps: int = Field(48, ge=0, description="Steps of linear rise.")
+    period_steps: int = Field(48, ge=1, description="Steps between a mixture's updates.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Of the student's matrix products; bf16 where the processor has it."
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """What figures depend on; of models and corpus the last part of the path."""
+        found = {**self.model_dump(mode="json", exclude={"backend"}), **self.data_identity()}
+        if isinstance(self.student, CheckpointStudent):
+            found["student"]["path"] = Path(self.student.path).name
+        return found
+
+    def data_identity(self) -> dict[str, Any]:
+        """The part of it that the data depend on."""
+        sizes = ("train_tokens", "heldout_tokens", "validation_tokens", "context_tokens")
+        return {
+            **{name: Path(getattr(self, name)).name for name in ("teacher", "reference", "corpus")},
+            **{name: getattr(self, name) for name in sizes},
+        }
+
+
+class Selection:
+    """The comparison: `measure` has one setting trained with one seed and says what came of it.
+
+    The data are made in `folder` when they are first asked for; several processes may ask.
+    """
+
+    def __init__(self, config: SelectionConfig, question: Question, folder: Path) -> None:
+        self.config, self.question, self.folder = config, question, folder
+
+    @cached_property
+    def _datasets(self) -> dict[str, kdata.Dataset]:
+        """train, validation and heldout, read by the teacher; train scored by the reference."""
+        c = self.config
+        parts = {
+            "heldout": Part(0.0, 0.1, c.heldout_tokens),
+            "validation": Part(0.1, 0.16, c.validation_tokens),
+            "train": Part(0.16, 1.0, c.train_tokens, balanced=False),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        made = self.folder / "data.json"
+        with FileLock(self.folder / "data.lock"):
+            if not made.exists():
+                split(c.corpus, c.teacher, parts, self.folder)
+                self._read(list(parts))
+                made.write_text(json.dumps(c.data_identity()), encoding="utf-8")
+        if difference := settings_difference(json.loads(made.read_text(encoding="utf-8")), c.data_identity()):
+            raise MismatchError(f"{self.folder} was made otherwise (before -> now):\n{difference}\nName another folder")
+        return {name: kdata.open(self.folder / name) for name in parts}
+
+    def _read(self, parts: list[str]) -> None:
+        teacher_config = TeacherConfig(model=self.config.teacher, backend=self.config.backend)
+        teacher = load_teacher(teacher_config, max_k=HELDOUT_KEEP.k)
+        try:
+            for name in parts:
+                keep = KeepConfig() if name == "train" else HELDOUT_KEEP
+                corpus = CorpusConfig(path=str(self.folder / f"{name}.parquet"))
+                config = CaptureConfig(corpus=corpus, max_tokens=self.config.context_tokens, **keep.model_dump())
+                capture_with(self.folder / name, teacher, teacher_config, Corpus(corpus), config)
+        finally:
+            teacher.close()
+        reference = TeacherConfig(model=self.config.reference, backend="transformers")
+        score(kdata.open(self.folder / "train"), ScoreConfig(model=reference))
+
+    def _plan(self, step: Step | None) -> Path | None:
+        if step is None:
+            return None
+        dataset = self._datasets["train"]
+        path = dataset.path / "plans" / f"{step.name or step.method}.parquet"
+        with FileLock(self.folder / "plans.lock"):
+            if not path.with_suffix(".json").exists():
+                select(dataset, step)
+        Plan.load(path).check(dataset)
+        return path
+
+    def train_config(self, setting: Setting, seed: int) -> TrainConfig:
+        """What `trainer.train` is told."""
+        c = self.config
+        tokens = (
+            self._datasets["train"]
+            .index(["domain", "num_tokens"])
+            .group_by("domain")
+            .aggregate([("num_tokens", "sum")])
+        )
+        of_domain = dict(zip(tokens["domain"].to_pylist(), tokens["num_tokens_sum"].to_pylist(), strict=True))
+        mixture = None if setting.mixture is None else setting.mixture(of_domain, c)
+        if isinstance(mixture, DDKMixture):
+            mixture = mixture.model_copy(update={"heldout": str(self._datasets["validation"].path)})
+        return TrainConfig(
+            label=setting.name,
+            student=c.student,
+            objective=ObjectiveConfig(weights=dict(setting.objective)),
+            mixture=mixture,
+            steps=c.steps * setting.times,
+            batch_tokens=c.batch_tokens,
+            context_tokens=c.context_tokens,
+            seed=seed,
+            learning_rate=c.learning_rate,
+            warmup_steps=c.warmup_steps,
+            precision=c.precision,
+            checkpoint_every_steps=0,
+        )
+
+    def measure(self, name: str, seed: int) -> Figures:
+        """Train and measure.
+
+        Returns:
+            nll, kl, ece, top1 over all held-out tokens; `gap DOMAIN`, the student's NLL above the teacher's, nats per token,
+            their mean and worst; `share DOMAIN`, of the tokens trained on; tokens and tokens_per_sec.
+        """
+        setting = find(self.question, name)
+        config, plan = self.train_config(setting, seed), self._plan(setting.step)
+        data = self._datasets
+        with tempfile.TemporaryDirectory(prefix="kdata-evidence-") as out:
+            result = train(config, data["train"].path, plan, Path(out))
+            found = evaluate(Path(out) / "model", data["heldout"].path)
+            shares = _mean_weights(Path(out) / "metrics.jsonl", config.steps)
+        if not shares:
+            shares = _shares(data["train"]) if plan is None else {
+                d: s["plan"] for d, s in Plan.load(plan).info.shares.items()
+            }  # fmt: skip
+        gaps = {domain: figures["nll"] - figures["teacher_nll"] for domain, figures in found["domains"].items()}
+        return {
+            **{name: found["overall"][name] for name in ("nll", "kl", "ece", "top1", "teacher_nll")},
+            "mean_gap": sum(gaps.values()) / len(gaps),
+            "worst_gap": max(gaps.values()),
+            **{f"gap {domain}": gap for domain, gap in sorted(gaps.items())},
+            **{f"share {domain}": share for domain, share in sorted(shares.items())},
+            "tokens": result.tokens,
+            "tokens_per_sec": result.tokens / result.train_seconds,
+            "params": result.params,
+        }
+
+
+def _shares(dataset: kdata.Dataset) -> dict[str, float]:
+    """Share of the tokens that each domain has."""
+    index = dataset.index(["domain", "num_tokens"])
+    total = pc.sum(index["num_tokens"]).as_py()
+    summed = index.group_by("domain").aggregate([("num_tokens", "sum")])
+    return {
+        d: n / total for d, n in zip(summed["domain"].to_pylist(), summed["num_tokens_sum"].to_pylist(), strict=True)
+    }
+
+
+def _mean_weights(metrics: Path, steps: int) -> dict[str, float]:
+    """A mixture's weights, averaged over the run; empty where there was none."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    told = [(line["step"] - 1, line["mixture"]["weights"]) for line in lines if "mixture" in line]
+    mean: dict[str, float] = {}
+    for number, (begin, weights) in enumerate(told):
+        end = told[number + 1][0] if number + 1 < len(told) else steps
+        for domain, weight in weights.items():
+            mean[domain] = mean.get(domain, 0.0) + weight * (end - begin) / steps
+    return mean
+
+
+def key_of(setting: Setting) -> str:
+    """What a run is called: families may share names."""
+    return setting.name if setting.family == "mixture" else f"{setting.name} ({setting.family})"
+
+
+def find(question: Question, key: str) -> Setting:
+    """A setting by its key. Raises ConfigError where there is none."""
+    found = {key_of(s): s for s in SETTINGS[question]}
+    if key not in found:
+        raise ConfigError(f"there is no setting {key!r}; known are {', '.join(found)}")
+    return found[key]
+
+
+def runs(question: Question, seeds: int) -> list[tuple[str, int]]:
+    """(setting, seed) of every run; by family, and in it seed by seed, but what takes longer last."""
+    groups = dict.fromkeys((s.times, s.family) for s in SETTINGS[question])
+    of_group = {
+        g: [key_of(s) for s in SETTINGS[question] if (s.times, s.family) == g]
+        for g in sorted(groups, key=lambda g: g[0])
+    }
+    return [(key, seed) for keys in of_group.values() for seed in range(seeds) for key in keys]
