@@ -133,7 +133,8 @@ def test_what_the_harness_is_told_and_what_is_kept_of_its_answer(
 def test_without_the_harness_tasks_are_refused(
     dataset: kdata.Dataset, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in ("lm_eval", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DependencyError, match=r"pip install 'kdata\[lm-eval\]'"), monkeypatch.context() as patch:
         patch.setattr(module, "_measure_dataset", None)  # nothing is measured first
         evaluate(model_dir, dataset.path, config=EvaluateConfig(tasks=["next_word"]))
