@@ -149,4 +149,5 @@ def _curve(axes: Axes, means: Mapping[str, Mapping[str, Estimate]], family: str,
         if setting.peer:
             axes.plot(size, nll.mean, "s", color=colour, markersize=9, fillstyle="none")
             label = f"{label} [{setting.peer.split(',')[0]}]"
-        axes.annotate(label, (size, nll.mean), (4, 5), textcoords="offset points", fontsize=8, color=colour)
+        below = -12 if family == "sampled" else 5  # beside the hybrid kinds, which are as good
+        axes.annotate(label, (size, nll.mean), (4, below), textcoords="offset points", fontsize=8, color=colour)
