@@ -19,6 +19,7 @@ from pipelines.evidence.summary import Estimate, relative_difference, summarise
 Runs = Mapping[str, Mapping[int, Figures]]
 Means = Mapping[str, Mapping[str, Estimate]]
 COLUMNS = {"nll": "NLL", "mean_gap": "mean gap", "worst_gap": "worst gap", "kl": "KL"}
+COMPARED = ("mean_gap", "worst_gap")
 COLOURS = ("#686f78", "#1f6fb5", "#8d5aa9", "#0f8a6a", "#c4501b")
 
 
@@ -26,10 +27,13 @@ def write_report(question: Question, out: Path, runs: Runs) -> str:
     """Write results.json, table.md and evidence.png of the runs that are there; return the table."""
     means = {name: summarise(seeds) for name, seeds in runs.items()}
     against = {
-        name: relative_difference(seeds, runs.get(baseline(question, name), {}), "mean_gap")
-        for name, seeds in runs.items()
+        f"{figure}_against_baseline": {
+            name: relative_difference(seeds, runs.get(baseline(question, name), {}), figure)
+            for name, seeds in runs.items()
+        }
+        for figure in COMPARED
     }
-    write_results(out, runs, means, {"mean_gap_against_baseline": against})
+    write_results(out, runs, means, against)
     table = markdown(question, means, against)
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
     _plot(question, means).savefig(out / "evidence.png", dpi=110)
@@ -42,18 +46,20 @@ def baseline(question: Question, key: str) -> str:
     return key_of(next(s for s in SETTINGS[question] if s.family == family))
 
 
-def markdown(question: Question, means: Means, against: Mapping[str, Estimate | None]) -> str:
+def markdown(question: Question, means: Means, against: Mapping[str, Mapping[str, Estimate | None]]) -> str:
     """The table of a README: one line a setting, mean ± half-width of the 95 % interval."""
+    compared = [f"{COLUMNS[figure]} against the baseline" for figure in COMPARED]
     lines = [
-        f"| setting | {' | '.join(COLUMNS.values())} | mean gap against the baseline | tokens | seeds |",
-        f"|{'---|' * (len(COLUMNS) + 4)}",
+        f"| setting | {' | '.join([*COLUMNS.values(), *compared])} | tokens | seeds |",
+        f"|{'---|' * (len(COLUMNS) + len(COMPARED) + 3)}",
     ]
     for name, found in means.items():
         base = name == baseline(question, name)
+        differences = [told(of[name], 2, 100, "%", sign="+") for of in against.values()]
         cells = [
             name,
             *(told(found[figure], 3) for figure in COLUMNS),
-            "baseline" if base else told(against[name], 2, 100, "%", sign="+"),
+            *(["baseline", "-"] if base else differences),
             f"{found['tokens'].mean / 1e6:.2f} M",
             str(found["nll"].count),
         ]
@@ -63,7 +69,7 @@ def markdown(question: Question, means: Means, against: Mapping[str, Estimate | 
 
 def _plot(question: Question, means: Means) -> Figure:
     """A panel a family: the gap to the teacher in each domain, their mean and the worst."""
-    families = list(dict.fromkeys(s.family for s in SETTINGS[question]))
+    families = list(dict.fromkeys(s.family for s in SETTINGS[question] if key_of(s) in means))
     figure = Figure(figsize=(8.6, 3.6 * len(families)), layout="constrained")
     panels = figure.subplots(len(families), squeeze=False)[:, 0]
     for axes, family in zip(panels, families, strict=True):
@@ -73,8 +79,6 @@ def _plot(question: Question, means: Means) -> Figure:
 
 def _panel(axes: Axes, question: Question, family: str, means: Means) -> None:
     keys = [key_of(s) for s in SETTINGS[question] if s.family == family and key_of(s) in means]
-    if not keys:
-        return
     places = [name for name in means[keys[0]] if name.startswith("gap ")] + ["mean_gap", "worst_gap"]
     for number, key in enumerate(keys):
         found = [means[key][place] for place in places]
@@ -89,8 +93,8 @@ def _panel(axes: Axes, question: Question, family: str, means: Means) -> None:
     axes.set_xticks(range(len(places)), names)
     axes.axvline(len(places) - 2.5, color="#b6bcc4", linewidth=0.8, linestyle=":")
     axes.set_ylabel("NLL above the teacher's, nats per token")
-    axes.set_title(family, loc="left", fontsize=9.5)
+    axes.set_title(family, loc="left", fontsize=9.5, pad=40)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dde1e6")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=8.5, ncols=2)
+    axes.legend(frameon=False, fontsize=8.5, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0))

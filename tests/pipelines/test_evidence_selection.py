@@ -11,6 +11,7 @@ import pytest
 import kdata
 from kdata.errors import ConfigError, MismatchError
 from kdata.plan import Plan
+from pipelines.evidence.__main__ import LARGE
 from pipelines.evidence.data import unit_hash
 from pipelines.evidence.runs import load_runs, run_all
 from pipelines.evidence.selection import SETTINGS, Selection, SelectionConfig, find, key_of, runs
@@ -119,6 +120,14 @@ def test_settings_are_what_they_are_called(config: SelectionConfig, folder: Path
         assert 0.45 < halves[name] <= 0.52
     each = Plan.load(folder / "data" / "train" / "plans" / "each").info
     assert all(abs(s["plan"] - s["dataset"]) < 0.05 for s in each.shares.values())
+
+
+def test_the_large_size_is_a_configuration() -> None:
+    config = SelectionConfig(teacher="t", reference="r", corpus="c", **LARGE)  # type: ignore[arg-type]
+    tokens = config.steps * config.batch_tokens
+    assert tokens <= config.train_tokens / 2  # no document twice, of half of them too
+    small = SelectionConfig(teacher="t", reference="r", corpus="c")
+    assert small.steps * small.batch_tokens <= small.train_tokens / 2
 
 
 def test_an_unknown_setting_is_refused_and_paths_stay_out() -> None:
