@@ -27,7 +27,7 @@ LARGE = {
     "steps": 2000,
     "batch_tokens": 65_536,
     "learning_rate": 1e-3,
-    "train_tokens": 260_000_000,
+    "train_tokens": 270_000_000,
     "period_steps": 100,
 }
 
