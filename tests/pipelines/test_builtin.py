@@ -131,7 +131,11 @@ def test_tokenizer_refuses_more_entries_than_the_text_supports() -> None:
 
 
 @pytest.mark.parametrize("length", [16, 300])  # below and above one block of queries
-def test_lean_forward_and_its_gradients_are_those_of_transformers(length: int) -> None:
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.04), (torch.float32, 1e-4)])
+def test_lean_forward_and_its_gradients_are_those_of_transformers(
+    length: int, dtype: torch.dtype, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builtin, "_arithmetic", lambda: dtype)
     torch.manual_seed(0)
     network = TINY.model_copy(update={"num_heads": 1})
     model = builtin._new_model(512, 512, network)
@@ -146,7 +150,24 @@ def test_lean_forward_and_its_gradients_are_those_of_transformers(length: int) -
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             error = (lean[name] - parameter.grad).norm() / parameter.grad.norm()
-            assert error < 0.04, name  # bf16 keeps eight bits; a missing term would show as 0.1 or more
+            assert error < limit, name  # bf16 keeps eight bits; a missing term would show as 0.1 or more
+
+
+def test_muon_in_float32_is_torchs() -> None:
+    """Three steps on a wide and a tall matrix; torch computes the direction in bf16, so to eight bits."""
+    found = []
+    for muon in (torch.optim.Muon, builtin._wide_muon()):
+        torch.manual_seed(0)
+        matrices = [torch.nn.Parameter(torch.randn(24, 40)), torch.nn.Parameter(torch.randn(40, 24))]
+        before = [p.detach().clone() for p in matrices]
+        optimizer = muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+        for _ in range(3):
+            for p in matrices:
+                p.grad = torch.randn(p.shape)
+            optimizer.step()
+        found.append([p.detach() - b for p, b in zip(matrices, before, strict=True)])
+    for torchs, ours in zip(*found, strict=True):
+        assert (torchs - ours).norm() < 0.03 * torchs.norm()
 
 
 def test_head_loss_is_exact_in_double_precision() -> None:
