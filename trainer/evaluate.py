@@ -171,8 +171,8 @@ class _Sums:
 
     def __init__(self, num_domains: int, tail: str, *, kind: str = "topk") -> None:
         self.tail, self.combined = tail, kind == "combined"
-        # Objectives that draws cannot serve and exact entries with one bucket can.
-        self.bounds = ("reverse_kl", "total_variation") if tail == "draws" and kind in ("hybrid", "combined") else ()
+        self.knows_exact = tail == "ghost" or kind in ("hybrid", "combined")
+        self.exact = np.zeros(num_domains, np.int64)  # positions that have exact entries
         self.tokens = np.zeros(num_domains, np.int64)
         self.values: dict[str, np.ndarray] = {}
         self.student = _Calibration(num_domains)
@@ -182,9 +182,8 @@ class _Sums:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Objectives that the stored entries can serve as they are."""
-        exact = ("reverse_kl", "total_variation") if self.tail == "ghost" else ()
-        return ("cross_entropy", "forward_kl", *exact)
+        """Objectives that the stored entries can serve."""
+        return ("cross_entropy", "forward_kl", *(("reverse_kl", "total_variation") if self.knows_exact else ()))
 
     @property
     def kl_is(self) -> str:
@@ -201,11 +200,11 @@ class _Sums:
         """What reverse_kl and tv are."""
         if self.tail == "ghost":
             return self.kl_is
-        return "lower bounds: exact entries and one bucket for the rest" if self.bounds else None
+        return "lower bounds: exact entries and one bucket for the rest" if self.exact.any() else None
 
     def add(self, batch: Batch, measured: Measured, domain_M: np.ndarray) -> None:
         columns = measured.values_MO.double().cpu().numpy().T
-        objectives = dict(zip((*self.names, *self.bounds), columns, strict=True))
+        objectives = dict(zip(self.names, columns, strict=True))
         targets, top_MN = batch.targets, measured.top_ids_MN.cpu().numpy()
         first_M = _first_choice(batch, self.combined)
         values = {
@@ -229,6 +228,7 @@ class _Sums:
             values["kl_from_entropy"] = values["kl"] + _entropy_of_weights(batch) - batch.entropy_M
             self.entropy_known &= bool(np.isfinite(batch.entropy_M).all())
         self.tokens += np.bincount(domain_M, minlength=len(self.tokens))
+        self.exact += np.bincount(domain_M[_num_exact(batch) > 0], minlength=len(self.exact))
         for name, value_M in values.items():
             total = self.values.setdefault(name, np.zeros(len(self.tokens)))
             total += np.bincount(domain_M, value_M, minlength=len(total))
@@ -238,7 +238,9 @@ class _Sums:
         part = slice(None) if domain is None else slice(domain, domain + 1)
         tokens = int(self.tokens[part].sum())
         assert tokens, "a domain without a counted token is left out, a dataset without one refused"
-        mean = {name: float(total[part].sum() / tokens) for name, total in self.values.items()}
+        mean: dict[str, Any] = {name: float(total[part].sum() / tokens) for name, total in self.values.items()}
+        if self.tail == "draws" and not self.exact[part].any():
+            mean |= {"reverse_kl": None, "tv": None}  # of no exact entry the bound is 0, which says nothing
         from_entropy = mean.pop("kl_from_entropy", None)
         if from_entropy is not None and self.entropy_known:
             mean["kl"] = from_entropy
@@ -282,8 +284,6 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
                 batch.targets.to(device),
                 sums.names,
                 tail,
-                bounds=sums.bounds,
-                num_exact_M=torch.from_numpy(batch.num_exact_M).to(device),
             )
             sums.add(batch, measured, domain_R[batch.rows[batch.document_M]])
             stage.advance(batch.num_tokens)
@@ -311,8 +311,14 @@ def _first_choice(batch: Batch, combined: bool = False) -> np.ndarray:
     ids_MK, logprobs_MK = batch.targets.ids_CK.numpy(), batch.targets.logprobs_CK.numpy()
     if not ids_MK.shape[1]:
         return np.full(len(ids_MK), -1, np.int64)
-    column_M = np.where((batch.num_exact_M > 0) & (not combined), 0, logprobs_MK.argmax(-1))
+    column_M = np.where((_num_exact(batch) > 0) & (not combined), 0, logprobs_MK.argmax(-1))
     return np.take_along_axis(ids_MK, column_M[:, None], -1)[:, 0]
+
+
+def _num_exact(batch: Batch) -> np.ndarray:
+    """Exact entries of each position, int64 [M]."""
+    assert batch.targets.num_exact_C is not None  # the loader knows
+    return batch.targets.num_exact_C.numpy()
 
 
 def _entropy_of_weights(batch: Batch) -> np.ndarray:

@@ -30,6 +30,7 @@ from trainer.objectives import (
     Tail,
     Targets,
     scale_of,
+    tail_of,
     teacher_outcomes,
 )
 
@@ -99,7 +100,8 @@ def distillation_loss(
         Loss; `values_MO` also holds objectives of weight 0. M = 0 gives 0 with zero gradients.
     Raises:
         ShapeError: shapes disagree, or an id is outside [0, V).
-        ConfigError: weights that still move with the step, or targets at another temperature than the mix's.
+        ConfigError: weights that still move with the step, targets at another temperature than the mix's, or targets of
+            draws that do not say which entries are exact, for an objective that needs it.
     """
     _check(hidden_MD, head_VD, targets)
     if targets.temperature != config.temperature:
@@ -127,40 +129,30 @@ def measure(
     names: tuple[str, ...],
     tail: Tail,
     *,
-    bounds: tuple[str, ...] = (),
-    num_exact_M: Tensor | None = None,
     top: int = 5,
     chunk_positions: int | None = None,
 ) -> Measured:
     """Objectives and the `top` likeliest tokens at each position, for evaluation: same core, no gradient.
 
     Args:
-        bounds: further objectives, measured on the first `num_exact_M` entries of each position and one bucket for the rest,
-            into which draws go: what data with exact entries and draws can say of objectives that draws cannot serve.
+        names: objectives; see `trainer.objectives.tail_of` for what draws make of them.
+        top: how many of the likeliest tokens.
         Others: see `distillation_loss`; temperature 1.
-    Returns:
-        Measured; the columns of `values_MO` are `names`, then `bounds`.
     """
     _check(hidden_MD, head_VD, targets)
     size = chunk_positions or _chunk_positions(head_VD)
     recipe = Recipe(ObjectiveConfig(), tail, dict.fromkeys(names, 1.0), 1.0, hidden_MD.dtype, size)
-    bound_recipe = replace(recipe, tail="ghost", weights=dict.fromkeys(bounds, 1.0))
     values, top_ids, confidence = [], [], []
     for part, logits_CV, _ in _logit_chunks(hidden_MD, head_VD.to(recipe.matmul_dtype), recipe):
         top_logits_CN, top_ids_CN = logits_CV.topk(min(top, logits_CV.shape[1]), dim=-1)
         chunk = targets.rows(part)
         student = _student(logits_CV, chunk, 1.0)
-        found = [_values(student, chunk, recipe)]
-        if bounds:
-            assert num_exact_M is not None
-            found.append(_values(*_exact_only(student, chunk, num_exact_M[part]), bound_recipe))
-        values.append(torch.cat(found, -1))
+        values.append(_values(student, chunk, recipe))
         top_ids.append(top_ids_CN)
         confidence.append((top_logits_CN[:, 0] - student.log_sum_C).exp())
     if not values:
         empty = hidden_MD.new_zeros(0)
-        width = len(names) + len(bounds)
-        return Measured(empty.view(0, 1).expand(0, width), empty.long().view(0, 1).expand(0, top), empty)
+        return Measured(empty.view(0, 1).expand(0, len(names)), empty.long().view(0, 1).expand(0, top), empty)
     return Measured(torch.cat(values), torch.cat(top_ids), torch.cat(confidence))
 
 
@@ -276,24 +268,37 @@ def _log_sum(kept_CK: Tensor, rest_C: Tensor) -> Tensor:
     return torch.logsumexp(torch.cat([kept_CK, rest_C[:, None]], dim=-1), dim=-1)
 
 
-def _exact_only(student: _Student, targets: Targets, num_exact_C: Tensor) -> tuple[_Student, Targets]:
-    """The same position with its draws moved into the bucket: exact entries, and the exact mass of the rest."""
-    drawn_CK = torch.arange(student.kept_CK.shape[1], device=num_exact_C.device) >= num_exact_C[:, None]
-    moved_C = _log_sum(student.kept_CK.masked_fill(~drawn_CK, -torch.inf), student.rest_C)
-    exact = replace(targets, logprobs_CK=targets.logprobs_CK.masked_fill(drawn_CK, -torch.inf))
-    return student._replace(kept_CK=student.kept_CK.masked_fill(drawn_CK, -torch.inf), rest_C=moved_C), exact
+def _exact_only(student: _Student, targets: Targets) -> tuple[_Student, Targets]:
+    """The same positions with their draws moved into the bucket: exact entries, and the exact mass of the rest."""
+    if targets.num_exact_C is None:
+        raise ConfigError("an objective needs exact entries, and the targets do not say which are (num_exact_C)")
+    exact_CK = torch.arange(student.kept_CK.shape[1], device=student.kept_CK.device) < targets.num_exact_C[:, None]
+    moved_CJ = torch.cat([student.kept_CK.masked_fill(exact_CK, -torch.inf), student.rest_C[:, None]], dim=-1)
+    empty_C = torch.isneginf(moved_CJ).all(-1)  # whose log-sum-exp has no gradient
+    rest_C = torch.logsumexp(moved_CJ.masked_fill(empty_C[:, None], 0.0), -1).masked_fill(empty_C, -torch.inf)
+    exact = replace(targets, logprobs_CK=targets.logprobs_CK.masked_fill(~exact_CK, -torch.inf))
+    return student._replace(kept_CK=student.kept_CK.masked_fill(~exact_CK, -torch.inf), rest_C=rest_C), exact
+
+
+def _outcomes(student: _Student, targets: Targets, recipe: Recipe, tail: Tail) -> Outcomes:
+    """What an objective sees with a tail: the recipe's own, or ghost of the exact entries."""
+    if tail != recipe.tail:
+        student, targets = _exact_only(student, targets)
+    log_sum_C = _log_sum(student.kept_CK, student.rest_C)
+    log_q_CJ = torch.cat([student.kept_CK, student.rest_C[:, None]], dim=-1) - log_sum_C[:, None]
+    return Outcomes(
+        log_p_CJ=teacher_outcomes(targets, tail).to(log_q_CJ.dtype),
+        log_q_CJ=log_q_CJ.masked_fill(torch.isneginf(log_q_CJ), LOG_ZERO),
+        log_q_token_C=student.token_C - (log_sum_C if recipe.config.temperature == 1.0 else student.log_sum_C),
+    )
 
 
 def _values(student: _Student, targets: Targets, recipe: Recipe) -> Tensor:
     """[C, O]: every objective at every position of a chunk, differentiable in `student`."""
-    log_sum_C, temperature = _log_sum(student.kept_CK, student.rest_C), recipe.config.temperature
-    log_q_CJ = torch.cat([student.kept_CK, student.rest_C[:, None]], dim=-1) - log_sum_C[:, None]
-    outcomes = Outcomes(
-        log_p_CJ=teacher_outcomes(targets, recipe.tail).to(log_q_CJ.dtype),
-        log_q_CJ=log_q_CJ.masked_fill(torch.isneginf(log_q_CJ), LOG_ZERO),
-        log_q_token_C=student.token_C - (log_sum_C if temperature == 1.0 else student.log_sum_C),
-    )
-    found = [OBJECTIVES[n](outcomes, recipe.config) * scale_of(n, temperature) for n in recipe.weights]
+    config = recipe.config
+    tails = {name: tail_of(name, config, recipe.tail) for name in recipe.weights}
+    outcomes = {tail: _outcomes(student, targets, recipe, tail) for tail in dict.fromkeys(tails.values())}
+    found = [OBJECTIVES[n](outcomes[t], config) * scale_of(n, config.temperature) for n, t in tails.items()]
     return torch.stack(found, dim=-1)
 
 

@@ -36,10 +36,8 @@ class Batch:
     count from 0 within a row, free cells are one trailing segment -1 of token 0. predictor_M: int64 [M], flat
     index into [B * L] of the hidden state that predicts each counted token (the cell before it). targets: the
     teacher's view at the loader's temperature, M rows; everything else is at 1. logprob_M float32 and rank_M int32: of
-    the actual tokens. entropy_M: float32.
-    num_exact_M: int32, kept entries that are no draws. document_M: int64 [M], which of `rows` a counted token
-    belongs to. rows: int64 [S], global dataset rows. num_tokens: tokens in documents. place: where the stream stands
-    after this batch.
+    the actual tokens. entropy_M: float32. document_M: int64 [M], which of `rows` a counted token belongs to. rows: int64 [S],
+    global dataset rows. num_tokens: tokens in documents. place: where the stream stands after this batch.
     """
 
     input_ids: Tensor
@@ -50,7 +48,6 @@ class Batch:
     logprob_M: np.ndarray
     rank_M: np.ndarray
     entropy_M: np.ndarray
-    num_exact_M: np.ndarray
     document_M: np.ndarray
     rows: np.ndarray
     num_tokens: int
@@ -171,6 +168,7 @@ def to_torch(arrays: Arrays, temperature: float = 1.0) -> Batch:
         logprobs_CK=torch.from_numpy(arrays.entry_logprobs),
         log_tail_C=torch.from_numpy(arrays.log_tail),
         temperature=temperature,
+        num_exact_C=wide(arrays.num_exact),
     )
     return Batch(
         input_ids=wide(arrays.input_ids),
@@ -181,7 +179,6 @@ def to_torch(arrays: Arrays, temperature: float = 1.0) -> Batch:
         logprob_M=arrays.logprob,
         rank_M=arrays.rank,
         entropy_M=arrays.entropy,
-        num_exact_M=arrays.num_exact,
         document_M=arrays.document,
         rows=arrays.rows,
         num_tokens=arrays.num_tokens,

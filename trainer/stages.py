@@ -115,7 +115,7 @@ def _open(
     rows = None if plan is None else plan.rows(dataset)
     _check_targets(dataset, rows)
     temperatures = [float(t) for t in dataset.info.codec.parameters.get("temperatures", [])]
-    tail = resolve_tail(stage.objective, dataset.info.tail, temperatures)
+    tail = resolve_tail(stage.objective, dataset.info.tail, temperatures, kind=dataset.info.codec.kind)
     loader_config = LoaderConfig(
         context_tokens=config.context_tokens,
         batch_rows=micro_rows(config, ranks.world_size) * ranks.world_size,

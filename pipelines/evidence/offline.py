@@ -86,6 +86,7 @@ OBJECTIVES = (
     Setting("topk 64 ghost, total_variation", "objective", _top(64), objective="total_variation"),
     Setting("hybrid 16 + 16, skewed_forward_kl", "objective", _hybrid(16, 16), objective="skewed_forward_kl"),
     Setting("hybrid 16 + 16, total_variation", "objective", _hybrid(16, 16), objective="total_variation"),
+    Setting("hybrid 16 + 16, reverse_kl", "objective", _hybrid(16, 16), objective="reverse_kl"),
 )
 SETTINGS = (*FIRST, *SECOND, *OBJECTIVES)
 

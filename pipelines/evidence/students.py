@@ -56,7 +56,7 @@ def train_student(
         Others: see `trainer.train.train`.
     """
     stage = config.resolved_stages()[0]
-    tail = resolve_tail(config.objective, dataset.info.tail)
+    tail = resolve_tail(config.objective, dataset.info.tail, kind=dataset.info.codec.kind)
     torch.manual_seed(config.seed)
     student = build_student(config.student, dataset, config.seed)
     student.train()

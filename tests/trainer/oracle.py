@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,8 +31,12 @@ def make_problem(
     dtype: torch.dtype = torch.float64,
     scale: float = 1.0,
     temperature: float = 1.0,
+    exact: int = 3,
 ) -> Problem:
-    """Top-k targets of a random teacher; `ragged` pads some positions, one down to no entry at all."""
+    """Top-k targets of a random teacher; `ragged` pads some positions, one down to no entry at all.
+
+    For tail draws the entries behind the first `exact` count as draws.
+    """
     rng = torch.Generator().manual_seed(seed)
     hidden = torch.randn(num_positions, hidden_size, generator=rng, dtype=torch.float64) * scale
     head = torch.randn(vocab_size, hidden_size, generator=rng, dtype=torch.float64)
@@ -45,7 +49,8 @@ def make_problem(
     tail = (1 - top.sum(-1)).clamp_min(0)
     tokens = torch.randint(0, vocab_size, (num_positions,), generator=rng)
     tokens[0] = p[0].argmax()  # one actual token among the kept entries, others where they fall
-    targets = Targets(tokens, ids, top.log(), tail.log(), temperature)
+    num_exact = (ids >= 0).sum(-1).clamp_max(exact)
+    targets = Targets(tokens, ids, top.log(), tail.log(), temperature, num_exact)
     return Problem(hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), p, targets)
 
 
@@ -79,8 +84,19 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
     return (safe_a * (safe_a.log() - safe_b.log()) * live).sum(-1)
 
 
+def exact_part(problem: Problem) -> Problem:
+    """The same positions without their draws, whose mass goes to the tail."""
+    targets = problem.targets
+    drawn = torch.arange(targets.ids_CK.shape[1])[None, :] >= targets.num_exact_C[:, None]
+    ids = targets.ids_CK.masked_fill(drawn, -1)
+    logprobs = targets.logprobs_CK.masked_fill(drawn, -torch.inf)
+    return replace(problem, targets=replace(targets, ids_CK=ids, logprobs_CK=logprobs))
+
+
 def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, skew: float = 0.1) -> Tensor:
     """One objective at each position, differentiable in the problem's hidden states and head; divergences times T^2."""
+    if tail == "draws" and name not in ("cross_entropy", "forward_kl") and (name, beta) != ("jsd", 0.0):
+        return oracle_values(exact_part(problem), name, "ghost", beta, skew)
     p, q, log_q_token = lumped(problem, tail)
     if name == "cross_entropy":
         return -log_q_token

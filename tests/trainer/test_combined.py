@@ -138,3 +138,15 @@ def test_what_one_teacher_alone_knows_can_be_the_first_choice(
     batch, p_MV = batch_of(combined(tmp_path, corpus_file, tokenizer_dir, kind="hybrid", k=16)[0])
     found = [(_first_choice(batch, combined=flag) == p_MV.argmax(-1)).mean() for flag in (True, False)]
     assert found[0] > 0.9 > found[1] + 0.2
+
+
+def test_of_combined_draws_alone_no_bound_is_given(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+    """Reverse KL and total variation need exact entries: the average of samples has none, that of hybrids has."""
+    found = {}
+    for kind in ("sampled", "hybrid"):
+        dataset, _ = combined(tmp_path / kind, corpus_file, tokenizer_dir, kind=kind)
+        model = build_student(ScratchStudent(hidden_size=16, num_layers=1, num_heads=2, max_positions=64), dataset, 0)
+        model.save_pretrained(tmp_path / kind / "model")
+        found[kind] = evaluate(tmp_path / kind / "model", dataset.path)
+    assert found["sampled"]["overall"]["tv"] is None and found["sampled"]["bounds_are"] is None
+    assert found["hybrid"]["overall"]["tv"] > 0 and found["hybrid"]["bounds_are"].startswith("lower bounds")

@@ -220,8 +220,9 @@ def test_the_teachers_first_choice_is_its_first_exact_entry_even_under_heavier_d
         ids_CK=torch.tensor([[3, 4, 5], [6, 7, -1]]),
         logprobs_CK=torch.tensor([[0.2, 0.1, 0.7], [0.3, 0.7, 0.0]]).log(),
         log_tail_C=torch.zeros(2),
+        num_exact_C=torch.tensor([2, 0]),
     )
-    batch = cast(Batch, SimpleNamespace(targets=targets, num_exact_M=np.array([2, 0])))
+    batch = cast(Batch, SimpleNamespace(targets=targets))
     assert _first_choice(batch).tolist() == [3, 7]
 
 

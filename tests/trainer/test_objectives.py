@@ -15,7 +15,7 @@ from trainer.objectives import OBJECTIVES, ObjectiveConfig, Targets, resolve_tai
 from trainer.schedule import Ramp
 
 BUCKETLESS = [n for n in OBJECTIVES if n != "reverse_kl"]
-CASES = [(n, "ghost") for n in OBJECTIVES] + [(n, t) for t in ("draws", "renormalise") for n in BUCKETLESS]
+CASES = [(n, t) for t in ("ghost", "draws") for n in OBJECTIVES] + [(n, "renormalise") for n in BUCKETLESS]
 
 
 def fused(problem: Problem, weights: dict[str, float], tail: str, **kwargs: object) -> Loss:
@@ -113,21 +113,23 @@ def test_targets_at_another_temperature_than_the_objective_are_refused() -> None
         distillation_loss(problem.hidden, problem.head, problem.targets, ObjectiveConfig(), "ghost")
 
 
+@pytest.mark.parametrize("tail", ["ghost", "draws"])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_generalised_jsd_and_its_ends(beta: float) -> None:
+def test_generalised_jsd_and_its_ends(beta: float, tail: str) -> None:
     problem = make_problem()
-    loss = fused(problem, {"jsd": 1.0}, "ghost", jsd_beta=beta)
-    expected = oracle_values(problem, "jsd", "ghost", beta=beta)
+    loss = fused(problem, {"jsd": 1.0}, tail, jsd_beta=beta)
+    expected = oracle_values(problem, "jsd", tail, beta=beta)
     torch.testing.assert_close(loss.values_MO[:, 0], expected, rtol=1e-10, atol=1e-12)
     end = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta)
     if end:
-        torch.testing.assert_close(expected, oracle_values(problem, end, "ghost"))
+        torch.testing.assert_close(expected, oracle_values(problem, end, tail))
 
 
+@pytest.mark.parametrize("tail", ["ghost", "draws"])
 @pytest.mark.parametrize("name", list(OBJECTIVES))
-def test_gradient_equals_finite_differences(name: str) -> None:
-    problem = make_problem(num_positions=3, hidden_size=3, vocab_size=9, kept=4, seed=3)
-    analytic = grads(problem, fused(problem, {name: 1.0}, "ghost").total)
+def test_gradient_equals_finite_differences(name: str, tail: str) -> None:
+    problem = make_problem(num_positions=3, hidden_size=3, vocab_size=9, kept=4, seed=3, exact=2)
+    analytic = grads(problem, fused(problem, {name: 1.0}, tail).total)
     step = 1e-6
     for leaf, gradient in zip((problem.hidden, problem.head), analytic, strict=True):
         for i in range(leaf.numel()):
@@ -135,7 +137,7 @@ def test_gradient_equals_finite_differences(name: str) -> None:
             for sign in (1, -1):
                 with torch.no_grad():
                     leaf.view(-1)[i] += sign * step
-                    around.append(float(fused(problem, {name: 1.0}, "ghost").total))
+                    around.append(float(fused(problem, {name: 1.0}, tail).total))
                     leaf.view(-1)[i] -= sign * step
             assert math.isclose((around[0] - around[1]) / (2 * step), float(gradient.reshape(-1)[i]), abs_tol=2e-8)
 
@@ -170,18 +172,50 @@ def test_a_mix_that_moves_is_a_function_of_the_step() -> None:
     torch.testing.assert_close(loss.total, (loss.values_MO @ weights).mean())
 
 
-def test_bounds_measure_draws_as_part_of_the_rest() -> None:
-    """Exact entries, then draws: what only an exact bucket can serve is measured on the exact entries alone."""
-    problem = make_problem(num_positions=5, kept=6, ragged=False)
-    exact = dataclasses.replace(problem, targets=make_problem(num_positions=5, kept=2, ragged=False).targets)
-    assert torch.equal(exact.targets.ids_CK, problem.targets.ids_CK[:, :2])
-    mixed = dataclasses.replace(problem.targets, log_tail_C=exact.targets.log_tail_C)
-    got = measure(
-        problem.hidden, problem.head, mixed, ("cross_entropy",), "draws",
-        bounds=("reverse_kl", "total_variation"), num_exact_M=torch.full((5,), 2), chunk_positions=2,
-    )  # fmt: skip
-    for column, name in enumerate(("cross_entropy", "reverse_kl", "total_variation")):
-        torch.testing.assert_close(got.values_MO[:, column], oracle_values(exact, name, "ghost"))
+def test_draws_serve_what_is_linear_and_exact_entries_the_rest() -> None:
+    """In one mix: forward KL on all entries, the others on the exact ones, whatever the draws are."""
+    problem = make_problem(num_positions=5, kept=6, ragged=False, exact=2)
+    top = make_problem(num_positions=5, kept=2, ragged=False)
+    assert torch.equal(top.targets.ids_CK, problem.targets.ids_CK[:, :2])
+    problem.targets = dataclasses.replace(problem.targets, log_tail_C=top.targets.log_tail_C)
+    weights = {"forward_kl": 0.5, "jsd": 0.3, "reverse_kl": 0.2}
+    want = torch.stack(
+        [
+            oracle_values(problem, "forward_kl", "draws"),
+            *(oracle_values(top, n, "ghost") for n in ("jsd", "reverse_kl")),
+        ],
+        dim=-1,
+    )
+    loss = fused(problem, weights, "draws", chunk_positions=2)
+    torch.testing.assert_close(loss.values_MO, want)
+    got = measure(problem.hidden, problem.head, problem.targets, tuple(weights), "draws", chunk_positions=2)
+    torch.testing.assert_close(got.values_MO, want)
+    expected = oracle_values(problem, "forward_kl", "draws").mean() * 0.5
+    for name in ("jsd", "reverse_kl"):
+        part = dataclasses.replace(top, hidden=problem.hidden, head=problem.head)
+        expected = expected + weights[name] * oracle_values(part, name, "ghost").mean()
+    for analytic, true in zip(grads(problem, loss.total), grads(problem, expected), strict=True):
+        torch.testing.assert_close(analytic, true)
+
+
+def test_draws_that_do_not_say_what_is_exact_serve_linear_objectives_only() -> None:
+    problem = make_problem()
+    problem.targets = dataclasses.replace(problem.targets, num_exact_C=None)
+    fused(problem, {"forward_kl": 1.0, "jsd": 1.0}, "draws", jsd_beta=0.0)
+    with pytest.raises(ConfigError, match="do not say which are"):
+        fused(problem, {"jsd": 1.0}, "draws")
+
+
+def test_a_student_without_mass_outside_the_exact_entries_has_a_finite_gradient() -> None:
+    problem = make_problem(2, 4, 50, 2, ragged=False, dtype=torch.float32, exact=2)
+    with torch.no_grad():
+        problem.head.zero_()
+        problem.hidden.zero_()
+        problem.hidden[:, 0] = 1.0
+        problem.targets.ids_CK.copy_(torch.tensor([[0, 1], [0, 1]]))
+        problem.head[:2, 0] = 200.0  # e^-200 is 0 in float32
+    loss = fused(problem, {"jsd": 0.5, "reverse_kl": 0.5}, "draws")
+    assert torch.isfinite(loss.total) and all(torch.isfinite(g).all() for g in grads(problem, loss.total))
 
 
 def test_all_entries_kept_is_the_full_divergence_and_ghost_is_a_lower_bound() -> None:
@@ -346,8 +380,9 @@ def test_a_second_backward_is_refused() -> None:
         ({"weights": {"forward_kl": Ramp(start=1.0, end=math.inf)}}, "ghost", "must be finite"),
         ({"tail": "ghost"}, "draws", "use draws"),
         ({"tail": "draws"}, "ghost", "use ghost or renormalise"),
-        ({"weights": {"reverse_kl": 1.0}}, "draws", "infinite"),
-        ({"weights": {"jsd": 1.0}, "jsd_beta": 1.0}, "draws", "infinite"),
+        ({"weights": {"reverse_kl": 1.0}, "tail": "renormalise"}, "ghost", "infinite"),
+        ({"weights": {"jsd": 1.0}, "jsd_beta": 1.0, "tail": "renormalise"}, "ghost", "infinite"),
+        ({"weights": {"jsd": 0.0, "forward_kl": 1.0}}, "draws", "jsd is not linear.*'sampled'.*use forward_kl"),
     ],
 )
 def test_impossible_objectives_are_refused(config: dict, held: str, message: str) -> None:
@@ -357,5 +392,7 @@ def test_impossible_objectives_are_refused(config: dict, held: str, message: str
 
 def test_the_default_tail_is_what_the_dataset_holds() -> None:
     assert resolve_tail(ObjectiveConfig(), "draws") == "draws"
+    assert resolve_tail(ObjectiveConfig(weights={"reverse_kl": 1.0}), "draws", kind="hybrid") == "draws"
+    assert resolve_tail(ObjectiveConfig(weights={"jsd": 1.0}, jsd_beta=0.0), "draws") == "draws"
     assert resolve_tail(ObjectiveConfig(), "ghost") == "ghost"
     assert resolve_tail(ObjectiveConfig(tail="renormalise"), "ghost") == "renormalise"

@@ -50,6 +50,10 @@ def stored(tmp_path: Path, keep: KeepConfig) -> tuple[kdata.Dataset, torch.Tenso
     return kdata.open(tmp_path / "d"), torch.log_softmax(logits.double(), -1)
 
 
+def _top(k: int) -> KeepConfig:
+    return KeepConfig(kind="topk", k=k, temperatures=[2.0, 0.7])
+
+
 def only_batch(dataset: kdata.Dataset, temperature: float) -> Batch:
     """The dataset's one sequence, as the trainer gets it."""
     config = LoaderConfig(context_tokens=POSITIONS + 1, batch_rows=1)
@@ -58,13 +62,13 @@ def only_batch(dataset: kdata.Dataset, temperature: float) -> Batch:
 
 
 def loss_and_gradient(
-    dataset: kdata.Dataset, tail: Tail, hidden: torch.Tensor, head: torch.Tensor, temperature: float
+    dataset: kdata.Dataset, tail: Tail, hidden: torch.Tensor, head: torch.Tensor, temperature: float, name="forward_kl"
 ) -> tuple[float, torch.Tensor]:
-    """Forward KL of the fused loss on stored data at a temperature, float64."""
+    """An objective of the fused loss on stored data at a temperature, float64."""
     targets = only_batch(dataset, temperature).targets
     wide = replace(targets, logprobs_CK=targets.logprobs_CK.double(), log_tail_C=targets.log_tail_C.double())
     own = hidden.clone().requires_grad_()
-    config = ObjectiveConfig(weights={"forward_kl": 1.0}, temperature=temperature)
+    config = ObjectiveConfig(weights={name: 1.0}, temperature=temperature)
     loss = distillation_loss(own, head, wide, config, tail)
     loss.total.backward()
     assert own.grad is not None
@@ -113,6 +117,21 @@ def test_the_loss_equals_the_dense_one(temperature: float, tmp_path: Path) -> No
     exact, exact_gradient = dense_loss_and_gradient(dense, hidden, head, temperature)
     assert loss == pytest.approx(exact, rel=1e-3)
     assert float((gradient - exact_gradient).norm() / exact_gradient.norm()) < 0.03
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd", "skewed_forward_kl", "total_variation"])
+def test_what_draws_bias_is_on_a_hybrid_what_it_is_on_its_exact_entries(
+    name: str, temperature: float, tmp_path: Path
+) -> None:
+    """A hybrid of 8 exact entries and draws trains on such an objective as a top 8 of the same text does."""
+    hidden, head = student()
+    found = []
+    for keep in (KeepConfig(kind="hybrid", k=8, draws=20, temperatures=[2.0, 0.7]), _top(8)):
+        dataset, _ = stored(tmp_path / keep.kind, keep)
+        found.append(loss_and_gradient(dataset, dataset.info.tail, hidden, head, temperature, name))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert float((found[0][1] - found[1][1]).norm() / found[1][1].norm()) < 1e-4
 
 
 @pytest.mark.parametrize("temperature", [2.0, 0.7])
