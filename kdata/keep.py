@@ -3,11 +3,16 @@
     topk      the k most probable entries
     adaptive  as many as reach a mass, at least min_k, at most k
     sampled   N draws from the whole distribution: unbiased
-    hybrid    the k most probable exactly, and N draws from the tail: unbiased, and the best per byte
+    hybrid    the k most probable exactly, and N draws from the tail: unbiased
 
 For the first two the rest is one number, the exact tail mass ("ghost"). For the last two the kept weights already are an
-unbiased estimate of the whole distribution ("draws"), whose expected training gradient is that of full distillation.
-Source of random-sampling distillation: METHODS in the package's README; measured in tests/benchmarks/codec.py.
+unbiased estimate of the whole distribution ("draws"), whose expected training gradient is that of full distillation
+(random-sampling distillation, arXiv 2503.16870, which draws independently).
+
+Draws are systematic (Madow 1949; "systematic resampling" of particle filters, Kitagawa 1996): one uniform U a position, and
+the N points (j + U) / N on the cumulative sum. Token i is then drawn floor(N p_i) or one time more, its expectation is N p_i
+as with independent draws, and its variance frac (1 - frac) / N^2, frac the fractional part of N p_i, and not
+p_i (1 - p_i) / N: what is likely has next to no noise. Measured in tests/benchmarks/codec.py.
 """
 
 from __future__ import annotations
@@ -36,6 +41,12 @@ class KeepConfig(Strict):
         description="Draws are proportional to p^tau, weighted back (sampled, hybrid); 1 is p itself.",
     )
     draw_seed: int = Field(0, ge=0, description="Seed of the draws (sampled, hybrid).")
+    draw_method: Literal["systematic", "independent"] = Field(
+        "systematic",
+        description="How draws depend on each other (sampled, hybrid). systematic: evenly spaced points and one random shift "
+        "at each position; unbiased as independent draws are, with less noise. independent: datasets from before there was a "
+        "choice.",
+    )
     temperatures: list[float] = Field(
         [],
         description="Further temperatures at which training shall be exact; their log-sum-exp is stored too.",
@@ -73,6 +84,8 @@ class KeepConfig(Strict):
             "hybrid": ("k", "draws", "tau", "draw_seed"),
         }[self.kind]
         found = {name: getattr(self, name) for name in used}
+        if self.tail == "draws" and self.draw_method != "independent":  # what datasets without this setting are
+            found["draw_method"] = self.draw_method
         return {**found, "temperatures": self.temperatures} if self.temperatures else found
 
     @staticmethod
@@ -80,7 +93,7 @@ class KeepConfig(Strict):
         """The setting that a dataset was captured with."""
         values = {k: v for k, v in info.parameters.items() if k in KeepConfig.model_fields}
         if "num_draws" in info.parameters:
-            values["draws"] = info.parameters["num_draws"]
+            values = {"draw_method": "independent", **values, "draws": info.parameters["num_draws"]}
         return KeepConfig(kind=info.kind, **values)
 
     def codec(self, vocab_size: int) -> CodecInfo:

@@ -107,8 +107,18 @@ def reduce_each(
 def uniforms_of(parts: list[tuple[int, int]], keep: KeepConfig) -> np.ndarray:
     """Uniforms in [0, 1), float64 [M, N], rising along N; N = 0 for kinds without draws."""
     width = keep.draws if keep.tail == "draws" else 0
-    drawn = [np.random.Generator(np.random.Philox(key=seed)).random((count, width)) for count, seed in parts]
-    return np.sort(np.concatenate(drawn), -1) if drawn else np.zeros((0, width))
+    if not parts or not width:
+        return np.zeros((sum(count for count, _ in parts), width))
+    systematic = keep.draw_method == "systematic"
+    drawn = np.concatenate(
+        [
+            np.random.Generator(np.random.Philox(key=seed)).random((count, 1 if systematic else width))
+            for count, seed in parts
+        ]
+    )
+    if not systematic:
+        return np.sort(drawn, -1)
+    return np.minimum((np.arange(width) + drawn) / width, np.nextafter(1.0, 0.0))  # rounding may reach 1
 
 
 def _log_z(logprobs_or_logits_CV: torch.Tensor, lse_C: torch.Tensor, keep: KeepConfig) -> np.ndarray | None:

@@ -23,6 +23,7 @@ from trainer.learner import Learner
 from trainer.objectives import ObjectiveConfig
 from trainer.student import CheckpointStudent, ScratchStudent, StudentConfig
 
+Method = Literal["systematic", "independent"]
 REFERENCE = "online, full distribution"
 BASELINE = "cross-entropy"
 
@@ -47,12 +48,12 @@ def _top(k: int) -> KeepConfig:
     return KeepConfig(kind="topk", k=k)
 
 
-def _hybrid(k: int, draws: int) -> KeepConfig:
-    return KeepConfig(kind="hybrid", k=k, draws=draws)
+def _hybrid(k: int, draws: int, method: Method = "systematic") -> KeepConfig:
+    return KeepConfig(kind="hybrid", k=k, draws=draws, draw_method=method)
 
 
-def _sampled(draws: int) -> KeepConfig:
-    return KeepConfig(kind="sampled", draws=draws)
+def _sampled(draws: int, method: Method = "systematic") -> KeepConfig:
+    return KeepConfig(kind="sampled", draws=draws, draw_method=method)
 
 
 # By priority: a run that is stopped early has the first of them for all seeds.
@@ -65,9 +66,26 @@ FIRST = (
     Setting("topk 64, ghost", "topk, ghost", _top(64)),
     Setting("topk 64, renormalised", "topk, renormalised", _top(64), "renormalise", peer="as most caches are used"),
     Setting("sampled 50", "sampled", _sampled(50)),
-    Setting("sampled 12", "sampled", _sampled(12), peer="random sampling, 12 draws"),
+    Setting("sampled 80", "sampled", _sampled(80)),
+    Setting("sampled 25", "sampled", _sampled(25)),
+    Setting("sampled 12", "sampled", _sampled(12)),
 )
 SECOND = (
+    Setting("hybrid 16 + 16, independent draws", "hybrid, independent", _hybrid(16, 16, "independent")),
+    Setting("hybrid 8 + 8, independent draws", "hybrid, independent", _hybrid(8, 8, "independent")),
+    Setting("hybrid 4 + 8, independent draws", "hybrid, independent", _hybrid(4, 8, "independent")),
+    Setting(
+        "sampled 50, independent draws",
+        "sampled, independent",
+        _sampled(50, "independent"),
+        peer="random sampling, 50 draws",
+    ),
+    Setting(
+        "sampled 12, independent draws",
+        "sampled, independent",
+        _sampled(12, "independent"),
+        peer="random sampling, 12 draws",
+    ),
     Setting("topk 16, ghost", "topk, ghost", _top(16)),
     Setting("topk 16, renormalised", "topk, renormalised", _top(16), "renormalise", peer="axolotl, k=16"),
     Setting("topk 128, renormalised", "topk, renormalised", _top(128), "renormalise", peer="DistillKit, k=128"),

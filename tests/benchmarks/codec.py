@@ -91,8 +91,8 @@ def store(docs: list[np.ndarray], logits: list[torch.Tensor], keep: KeepConfig, 
         out = readout_of(ids, 1, reduce_logits(logits_MV, actual, keep, draw_seed(ids, keep)))
         records.append(
             Record(
-                f"d{number}", "d", ids, out.rank > 0, out.logprob, out.rank, out.log_tail, out.kept, "", out.entropy,
-                out.log_z, np.ones(len(ids), np.uint16),
+                f"d{number}", "d", ids, out.rank > 0, out.logprob, out.rank, out.log_tail, out.kept, "",
+                entropy=out.entropy, log_z=out.log_z, token_bytes=np.ones(len(ids), np.uint16),
             )
         )  # fmt: skip
     with Writer(root, info, "capture", SourceInfo(kind="capture", settings={}, num_units=None)) as writer:

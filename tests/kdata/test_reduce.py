@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kdata.codec import segment_sum
 from kdata.errors import TeacherError
 from kdata.keep import KeepConfig
+from kdata.schema import CodecInfo
 from kdata.teachers import reduce
 from kdata.teachers.reduce import Reduced, draw_seed, reduce_chunks, reduce_logits
 
@@ -21,6 +22,7 @@ KEEPS = [
     KeepConfig(kind="hybrid", k=5, draws=9),
     KeepConfig(kind="hybrid", k=5, draws=9, tau=0.7),
     KeepConfig(kind="hybrid", k=5, draws=9, temperatures=[2.0, 0.5]),
+    KeepConfig(kind="sampled", draws=50, draw_method="independent"),
 ]
 
 
@@ -97,7 +99,9 @@ def test_draws_depend_on_the_sequence_alone() -> None:
     assert draw_seed(ids, keep) == draw_seed(ids.astype(np.int64), keep) != draw_seed(ids[::-1], keep)
 
 
-@pytest.mark.parametrize("keep", [KEEPS[2], KEEPS[3], KEEPS[4]], ids=lambda k: f"{k.kind}-{k.tau}")
+@pytest.mark.parametrize(
+    "keep", [KEEPS[2], KEEPS[3], KEEPS[4], KEEPS[6]], ids=lambda k: f"{k.kind}-{k.tau}-{k.draw_method}"
+)
 def test_weights_are_unbiased(keep: KeepConfig) -> None:
     """Mean weight over many draws against p, for a random test function: within four standard errors."""
     logits_MV, actual_M = logits_of(9, 1, 60, 1.5)
@@ -111,6 +115,55 @@ def test_weights_are_unbiased(keep: KeepConfig) -> None:
     found = segment_sum(np.exp(kept.logprobs.astype(np.float64)) * values[kept.ids], kept.num_kept)
     error = found.std(ddof=1) / np.sqrt(repeats)
     assert abs(found.mean() - p @ values) < 4 * error
+
+
+@pytest.mark.parametrize("keep", [KEEPS[2], KEEPS[3]], ids=lambda k: k.kind)
+def test_systematic_draws_take_each_id_its_expected_number_of_times_rounded_down_or_up(keep: KeepConfig) -> None:
+    logits_MV, actual_M = logits_of(11, 40, 300, 2.0)
+    p = torch.softmax(logits_MV.double(), -1).numpy()
+    if keep.num_exact:
+        np.put_along_axis(p, np.argsort(-p, -1)[:, : keep.num_exact], 0.0, -1)
+    share = p / p.sum(-1, keepdims=True)
+    kept = reduce_logits(logits_MV, actual_M, keep, 5).kept
+    drawn = kept.is_draw
+    position = np.repeat(np.arange(40), kept.num_drawn)
+    weights = np.zeros_like(p)
+    weights[position, kept.ids[drawn]] = np.exp(kept.logprobs[drawn].astype(np.float64))
+    counts = weights / weights.sum(-1, keepdims=True) * keep.draws
+    np.testing.assert_allclose(counts, np.round(counts), atol=1e-4)
+    assert (np.abs(counts - share * keep.draws) < 1 + 1e-4).all()
+
+
+def test_systematic_draws_have_less_noise_than_independent_ones() -> None:
+    """The mean square error of the weights over 300 seeds, against what the formulas of kdata/keep.py say of each."""
+    logits_MV, _ = logits_of(9, 1, 60, 1.5)
+    p, draws, repeats = torch.softmax(logits_MV[0].double(), -1).numpy(), 20, 300
+    found = {}
+    for method in ("systematic", "independent"):
+        keep = KeepConfig(kind="sampled", draws=draws, draw_method=method)
+        total = 0.0
+        for seed in range(repeats):
+            kept = reduce_logits(logits_MV, torch.zeros(1, dtype=torch.long), keep, seed).kept
+            weights = np.zeros(60)
+            weights[kept.ids] = np.exp(kept.logprobs.astype(np.float64))
+            total += ((weights - p) ** 2).sum() / repeats
+        found[method] = total
+    fraction = draws * p % 1
+    assert found["systematic"] == pytest.approx((fraction * (1 - fraction)).sum() / draws**2, rel=0.05)
+    assert found["independent"] == pytest.approx((p * (1 - p)).sum() / draws, rel=0.05)
+    assert found["systematic"] < 0.7 * found["independent"]
+
+
+def test_a_dataset_that_names_no_method_has_independent_draws() -> None:
+    """Datasets from before there was a choice: the same setting, the same draws, the same identity."""
+    parameters = {"k": 4, "num_draws": 6, "tau": 1.0, "draw_seed": 3, "id_bytes": 2}
+    before = CodecInfo(id="packed", version=1, kind="hybrid", parameters=parameters)
+    keep = KeepConfig.of(before)
+    assert keep.draw_method == "independent" and keep.codec(300) == before
+    today = KeepConfig(kind="hybrid", k=4, draws=6, draw_seed=3)
+    assert today.codec(300).parameters == {**parameters, "draw_method": "systematic"}
+    assert KeepConfig.of(today.codec(300)) == today
+    assert "draw_method" not in KeepConfig(kind="topk").settings()
 
 
 def test_a_certain_model_has_no_tail_and_no_draws() -> None:
