@@ -39,11 +39,17 @@ KINDS = {
     "topk 16": KeepConfig(kind="topk", k=16),
     "adaptive 0.95, at most 64": KeepConfig(kind="adaptive", k=64, mass=0.95),
     "sampled 12": KeepConfig(kind="sampled", draws=12),
+    "sampled 12, independent": KeepConfig(kind="sampled", draws=12, draw_method="independent"),
+    "sampled 25": KeepConfig(kind="sampled", draws=25),
     "sampled 50": KeepConfig(kind="sampled", draws=50),
+    "sampled 50, independent": KeepConfig(kind="sampled", draws=50, draw_method="independent"),
+    "sampled 80": KeepConfig(kind="sampled", draws=80),
     "hybrid 4 + 8": KeepConfig(kind="hybrid", k=4, draws=8),
     "hybrid 8 + 8": KeepConfig(kind="hybrid", k=8, draws=8),
     "hybrid 8 + 25": KeepConfig(kind="hybrid", k=8, draws=25),
+    "hybrid 4 + 40": KeepConfig(kind="hybrid", k=4, draws=40),
     "hybrid 16 + 16": KeepConfig(kind="hybrid", k=16, draws=16),
+    "hybrid 16 + 16, independent": KeepConfig(kind="hybrid", k=16, draws=16, draw_method="independent"),
 }
 
 
@@ -301,35 +307,58 @@ def markdown(found: dict[str, dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-# Labels that would lie on one another, in points from their mark.
-AWAY = {"hybrid 4 + 8": (-28, -16), "hybrid 8 + 8": (-14, 9), "hybrid 8 + 25": (-38, -16), "sampled 50": (-4, 9)}
+# Where a label goes, in points from its mark, if not above and to the right.
+AWAY = {
+    "hybrid 8 + 25": (-38, 1), "hybrid 4 + 40": (8, -3), "hybrid 16 + 16": (8, -5), "hybrid 8 + 8": (8, -2),
+    "hybrid 4 + 8": (6, 3), "sampled 12": (-8, -13), "sampled 25": (-8, -13), "sampled 50": (-8, -13),
+    "sampled 80": (-8, -13), "hybrid 16 + 16, independent": (7, 3),
+}  # fmt: skip
 
 
 def draw(found: dict[str, dict[str, object]], path: Path) -> None:
-    """Angle against bytes per token, one mark for each kind."""
+    """Angle against bytes per token, one mark for each kind; independent draws are hollow."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.subplots()
     marks = {
-        "topk": ("o", "#c4501b"),
-        "adaptive": ("s", "#a97b00"),
-        "sampled": ("^", "#1f6fb5"),
-        "hybrid": ("D", "#0f8a6a"),
-    }
-    for name, row in found.items():
-        kind = name.split()[0]
-        shape, colour = marks[kind]
-        angle = row["angle_draws"] if "angle_draws" in row else row["angle_ghost"]
-        axes.scatter(row["bytes"], angle, marker=shape, color=colour, s=42, zorder=3)  # type: ignore[arg-type]
-        note = name.removesuffix(", at most 64")
-        axes.annotate(
-            note, (row["bytes"], angle), xytext=AWAY.get(note, (6, 5)), textcoords="offset points", fontsize=8.5
-        )  # type: ignore[arg-type]
+        "topk": ("o", "#c4501b"), "adaptive": ("s", "#a97b00"), "sampled": ("^", "#1f6fb5"), "hybrid": ("D", "#0f8a6a"),
+    }  # fmt: skip
+    for kind, (shape, colour) in marks.items():
+        for independent in (False, True):
+            names = [n for n in found if n.startswith(kind) and n.endswith(", independent") == independent]
+            if not names:
+                continue
+            sizes = [found[n]["bytes"] for n in names]
+            angles = [found[n].get("angle_draws", found[n].get("angle_ghost")) for n in names]
+            label = f"{kind}, independent draws" if independent else kind
+            face = "none" if independent else colour
+            line = "-" if kind == "sampled" else ""
+            axes.plot(
+                sizes,
+                angles,
+                marker=shape,
+                color=colour,
+                markerfacecolor=face,
+                linestyle=line,
+                linewidth=1,
+                label=label,
+            )  # type: ignore[arg-type]
+            for name, size, angle in zip(names, sizes, angles, strict=True):
+                note = name.removeprefix(kind).removesuffix(", independent").removesuffix(", at most 64").strip()
+                axes.annotate(
+                    note, (size, angle), xytext=AWAY.get(name, (6, 5)), textcoords="offset points", fontsize=8.5
+                )  # type: ignore[arg-type]
     axes.set_xlabel("bytes per token on disk, everything included")
     axes.set_ylabel("angle to the gradient of\nfull distillation, degrees")
     axes.set_xlim(0, 145)
-    axes.set_ylim(0, 52)
+    axes.set_yscale("log")
+    axes.set_yticks([2, 5, 10, 20, 50])
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(2, 60)
+    axes.legend(fontsize=8.5, loc="center right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     figure.savefig(path, dpi=150)
