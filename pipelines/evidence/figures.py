@@ -20,8 +20,9 @@ from pipelines.evidence.summary import Estimate, relative_difference, summarise
 Runs = Mapping[str, Mapping[int, Figures]]
 COLOURS = {
     "hybrid": "#0f8a6a", "sampled": "#8d5aa9", "topk, ghost": "#1f6fb5", "topk, renormalised": "#c4501b",
-    "adaptive, ghost": "#4f7f8f",
+    "adaptive, ghost": "#4f7f8f", "hybrid, independent": "#0f8a6a", "sampled, independent": "#8d5aa9",
 }  # fmt: skip
+AIMS = ((0.1, 65), (0.5, 32))  # percent above online, bytes per token
 
 
 # Bytes per token of others' targets that were not trained on. Measured: a file of 24 documents in their format, V = 8,192,
@@ -40,7 +41,7 @@ def write_report(out: Path, runs: Runs) -> str:
     write_results(out, runs, means, {"nll_against_online": against})
     table = markdown(means, against)
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
-    _plot(means).savefig(out / "evidence.png", dpi=110)
+    _plot(means, against).savefig(out / "evidence.png", dpi=110)
     return table
 
 
@@ -95,24 +96,26 @@ def told(value: Estimate | None, digits: int, scale: float = 1.0, unit: str = ""
     return f"{mean}{width}{f' {unit}' if unit else ''}"
 
 
-def _plot(means: Mapping[str, Mapping[str, Estimate]]) -> Figure:
-    """NLL against bytes per token: one curve a family, lines for online distillation and cross-entropy."""
+def _plot(means: Mapping[str, Mapping[str, Estimate]], against: Mapping[str, Estimate | None]) -> Figure:
+    """NLL above online distillation against bytes per token: one curve a family, a line for cross-entropy."""
     figure = Figure(figsize=(8.2, 5.0), layout="constrained")
     axes = figure.add_subplot()
-    for name, colour in ((REFERENCE, "#22262b"), (BASELINE, "#686f78")):
-        if name in means:
-            nll = means[name]["nll"]
-            axes.axhline(nll.mean, color=colour, linewidth=1.2, linestyle="--")
-            axes.annotate(
-                f"{name} {nll.mean:.3f}", (0.99, nll.mean), xycoords=("axes fraction", "data"), xytext=(0, -3),
-                textcoords="offset points", ha="right", va="top", fontsize=8.5, color=colour,
-            )  # fmt: skip
+    if (gap := against.get(BASELINE)) is not None:
+        axes.axhline(100 * gap.mean, color="#686f78", linewidth=1.2, linestyle="--")
+        axes.annotate(
+            f"{BASELINE} {means[BASELINE]['nll'].mean:.3f}", (0.01, 100 * gap.mean), xycoords=("axes fraction", "data"),
+            xytext=(0, 3), textcoords="offset points", ha="left", va="bottom", fontsize=8.5, color="#686f78",
+        )  # fmt: skip
     for family, colour in COLOURS.items():
-        _curve(axes, means, family, colour)
-    for limit in (32, 65):
-        axes.axvline(limit, color="#b6bcc4", linewidth=0.8, linestyle=":")
+        _curve(axes, means, against, family, colour)
+    for percent, size in AIMS:
+        axes.plot([1, size, size], [percent, percent, 0], color="#b6bcc4", linewidth=0.8, linestyle=":", zorder=0)
+        axes.annotate(
+            f"aim: {percent} %", (18.5, percent), (0, 2), textcoords="offset points", fontsize=7.5, color="#686f78"
+        )
     axes.set_xlabel("bytes per token on disk, whole payload")
-    axes.set_ylabel("held-out NLL, nats per token (mean and 95 % interval)")
+    online = f" ({means[REFERENCE]['nll'].mean:.3f})" if REFERENCE in means else ""
+    axes.set_ylabel(f"held-out NLL above online full distillation{online}, %\nmean and 95 % interval of pairs")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xscale("log")
     axes.set_xlim(18, 420)
@@ -120,6 +123,9 @@ def _plot(means: Mapping[str, Mapping[str, Estimate]]) -> Figure:
         [20, 32, 45, 65, 100, 150, 200, 300, 400], ["20", "32", "45", "65", "100", "150", "200", "300", "400"]
     )
     axes.minorticks_off()
+    axes.set_yscale("symlog", linthresh=0.1, linscale=0.6)
+    axes.set_yticks([0, 0.1, 0.2, 0.5, 1, 2, 5], ["0", "0.1", "0.2", "0.5", "1", "2", "5"])
+    axes.set_ylim(-0.05, 8)
     for name, size in PEER_SIZES:
         axes.plot(size, 0.02, "v", color="#686f78", markersize=5, transform=axes.get_xaxis_transform())
         axes.text(
@@ -128,26 +134,37 @@ def _plot(means: Mapping[str, Mapping[str, Estimate]]) -> Figure:
             transform=axes.get_xaxis_transform(),
         )  # fmt: skip
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8.5, loc="upper left")
+        axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.44))
     return figure
 
 
-def _curve(axes: Axes, means: Mapping[str, Mapping[str, Estimate]], family: str, colour: str) -> None:
-    """One family by rising size; what a peer distributes has a square."""
+def _curve(
+    axes: Axes,
+    means: Mapping[str, Mapping[str, Estimate]],
+    against: Mapping[str, Estimate | None],
+    family: str,
+    colour: str,
+) -> None:
+    """One family by rising size; independent draws are dashed and hollow, what a peer distributes has a square."""
     chosen = [s for s in SETTINGS if s.family == family and s.name in means]
     points = sorted(
-        ((means[s.name]["bytes_per_token"].mean, means[s.name]["nll"], s) for s in chosen), key=lambda point: point[0]
+        ((means[s.name]["bytes_per_token"].mean, gap, s) for s in chosen if (gap := against.get(s.name)) is not None),
+        key=lambda point: point[0],
     )
     if not points:
         return
-    sizes = [size for size, _, _ in points]
-    nlls = [nll.mean for _, nll, _ in points]
-    widths = [nll.half_width or 0.0 for _, nll, _ in points]
-    axes.errorbar(sizes, nlls, widths, color=colour, linewidth=1.3, marker="o", markersize=4, capsize=2, label=family)
-    for size, nll, setting in points:
+    plain = not family.endswith("independent")
+    axes.errorbar(
+        [size for size, _, _ in points], [100 * gap.mean for _, gap, _ in points],
+        [100 * (gap.half_width or 0.0) for _, gap, _ in points], color=colour, linewidth=1.3, marker="o", markersize=4,
+        capsize=2, linestyle="-" if plain else "--", markerfacecolor=colour if plain else "white", label=family,
+    )  # fmt: skip
+    for size, gap, setting in points:
         label = setting.name.removeprefix(f"{family.split(',')[0]} ").split(",")[0].removesuffix(" (default)")
         if setting.peer:
-            axes.plot(size, nll.mean, "s", color=colour, markersize=9, fillstyle="none")
+            axes.plot(size, 100 * gap.mean, "s", color=colour, markersize=9, fillstyle="none")
             label = f"{label} [{setting.peer.split(',')[0]}]"
-        below = -12 if family == "sampled" else 5  # beside the hybrid kinds, which are as good
-        axes.annotate(label, (size, nll.mean), (4, below), textcoords="offset points", fontsize=8, color=colour)
+        if not plain and not setting.peer:
+            continue  # beside the same size of the other method
+        below = -12 if family == "sampled" else 5  # beside the hybrid kinds
+        axes.annotate(label, (size, 100 * gap.mean), (4, below), textcoords="offset points", fontsize=8, color=colour)
