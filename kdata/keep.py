@@ -30,10 +30,10 @@ class KeepConfig(Strict):
     """How much of each distribution is kept."""
 
     kind: Literal["topk", "adaptive", "sampled", "hybrid"] = Field("hybrid", description="What is kept; see above.")
-    k: int = Field(16, ge=1, le=4096, description="Exact entries (topk, hybrid), or at most so many (adaptive).")
+    k: int = Field(8, ge=1, le=4096, description="Exact entries (topk, hybrid), or at most so many (adaptive).")
     mass: float = Field(0.95, gt=0, lt=1, description="Kept probability mass that is enough (adaptive).")
     min_k: int = Field(4, ge=1, description="At least so many entries (adaptive).")
-    draws: int = Field(16, ge=1, le=255, description="Random draws at each position (sampled, hybrid).")
+    draws: int = Field(28, ge=1, le=255, description="Random draws at each position (sampled, hybrid).")
     tau: float = Field(
         1.0,
         gt=0,

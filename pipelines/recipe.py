@@ -19,7 +19,7 @@ from kdata.selection import Difference, SelectConfig
 from kdata.teachers import TeacherConfig
 from pipelines.builtin import BuiltinConfig
 from pipelines.engine import EngineConfig, LocalConfig
-from trainer.objectives import ObjectiveConfig
+from trainer.objectives import ObjectiveConfig, resolve_tail
 from trainer.student import CheckpointStudent, ScratchStudent
 from trainer.train import TrainConfig
 
@@ -158,6 +158,11 @@ def load_recipe(path: Path, settings: list[str]) -> Recipe:
         path = _packaged(path)
     values = apply_settings(read_yaml(path), settings)
     recipe = parse_config(Recipe, values, str(path))
+    keep = recipe.keep
+    for run in recipe.students.values():
+        for stage in recipe.train_config(run).resolved_stages():
+            if stage.dataset is None:  # what the teacher has not read yet: refused now, not after hours
+                resolve_tail(stage.objective, keep.tail, keep.temperatures, kind=keep.kind)
     uses_plan = [name for name, run in recipe.students.items() if run.plan]
     by_difference = bool(uses_plan) and recipe.select.method == "difference"
     nameless = recipe.reference.model == "auto" and recipe.student.model is None

@@ -216,7 +216,8 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _chunk_positions(head_VD: Tensor) -> int:
-    return max(CHUNK_MIN_POSITIONS, CHUNK_BYTES // (head_VD.shape[0] * _wide(head_VD).itemsize))
+    fitting = CHUNK_BYTES // (head_VD.shape[0] * _wide(head_VD).itemsize)
+    return max(CHUNK_MIN_POSITIONS, 1 << max(fitting.bit_length() - 1, 0))
 
 
 def _logit_chunks(

@@ -55,8 +55,9 @@ class ObjectiveConfig(BaseModel):
         default="auto",
         description="What stands for the mass outside the kept entries. auto: what the dataset holds (ghost "
         "or draws). ghost: one bucket with the exact remaining mass. draws: none, the kept weights are "
-        "unbiased and sum to 1; objectives that are not linear in them (all but cross_entropy and forward_kl) take the "
-        "exact entries and one bucket. renormalise: none, the kept entries are scaled to sum to 1 (biased; for comparison).",
+        "unbiased and sum to 1; objectives that are not linear in them (all but cross_entropy, forward_kl and jsd at "
+        "beta 0) take the exact entries and one bucket. renormalise: none, the kept entries are scaled to sum to 1 (biased; "
+        "for comparison).",
     )
     temperature: float = Field(
         default=1.0,
@@ -323,7 +324,8 @@ def resolve_tail(
     if biased and kind != "hybrid":
         raise ConfigError(
             f"{biased[0]} is not linear in the teacher's probabilities, so draws bias it, and data of kind {kind!r} does not "
-            "hold exact entries at every position; use forward_kl, or data of kind hybrid, topk or adaptive"
+            "promise exact entries at every position; take it out (weight 0 measures it too), or use data of kind hybrid, "
+            "topk or adaptive"
         )
     return tail
 

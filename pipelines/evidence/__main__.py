@@ -54,6 +54,7 @@ class Asked:
     runs: list[tuple[str, int]]
     identity: dict[str, Any]
     measure: Callable[[str, int], Figures]
+    told: Callable[[str], dict[str, Any]] = lambda setting: {}
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -102,7 +103,7 @@ def run(
         return found
 
     wanted = [(name, seed) for name, seed in asked.runs if only is None or only in name]
-    run_all(out / "runs", wanted, measure, asked.identity, keep_going=lambda: time.monotonic() < ends)
+    run_all(out / "runs", wanted, measure, asked.identity, told=asked.told, keep_going=lambda: time.monotonic() < ends)
 
 
 @app.command()
@@ -123,7 +124,7 @@ def _offline(chosen: dict[str, Any], out: Path, seeds: int) -> Asked:
     chosen.pop("reference", None)
     config = offline.OfflineConfig(data=DataConfig(**data), **chosen)
     asked = offline.Offline(config, EvidenceData(config.data, out / "data"))
-    return Asked(offline.runs(seeds), config.identity(), asked.measure)
+    return Asked(offline.runs(seeds), config.identity(), asked.measure, offline.told)
 
 
 def _choice(question: Question, chosen: dict[str, Any], out: Path, seeds: int) -> Asked:

@@ -59,7 +59,8 @@ def _sampled(draws: int, method: Method = "systematic") -> KeepConfig:
 # By priority: a run that is stopped early has the first of them for all seeds.
 FIRST = (
     Setting(REFERENCE, "online"),
-    Setting("hybrid 16 + 16 (default)", "hybrid", _hybrid(16, 16)),
+    Setting("hybrid 8 + 28 (default)", "hybrid", _hybrid(8, 28)),
+    Setting("hybrid 16 + 16", "hybrid", _hybrid(16, 16)),
     Setting("hybrid 8 + 8", "hybrid", _hybrid(8, 8)),
     Setting("hybrid 4 + 8", "hybrid", _hybrid(4, 8)),
     Setting(BASELINE, "none", objective="cross_entropy"),
@@ -171,6 +172,13 @@ class Offline:
             trained = train_student(config, dataset)
         size = None if setting.keep is None else bytes_per_token(dataset)
         return {**measure_student(trained, self.data.heldout), "bytes_per_token": size}
+
+
+def told(name: str) -> dict[str, Any]:
+    """What a setting's name stands for, as JSON values."""
+    setting = find(name)
+    keep = None if setting.keep is None else {"kind": setting.keep.kind, **setting.keep.settings()}
+    return {"keep": keep, "tail": setting.tail, "objective": setting.objective}
 
 
 def find(name: str) -> Setting:

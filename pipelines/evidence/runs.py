@@ -26,6 +26,7 @@ def run_all(
     measure: Callable[[str, int], Figures],
     identity: Mapping[str, Any],
     *,
+    told: Callable[[str], Mapping[str, Any]] = lambda setting: {},
     keep_going: Callable[[], bool] = lambda: True,
 ) -> int:
     """Measure what is not measured yet, in the order given.
@@ -35,11 +36,12 @@ def run_all(
         runs: (setting, seed) each.
         measure: has one run done.
         identity: what all runs share (steps, sizes, data), as JSON values; stored with each.
+        told: what a setting's name stands for, as JSON values; stored with its runs.
         keep_going: asked before each run; False stops here.
     Returns:
         Runs that this call did.
     Raises:
-        MismatchError: a run there was made with another identity.
+        MismatchError: a run there was made with another identity, or of another setting by the same name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = 0
@@ -50,9 +52,15 @@ def run_all(
         try:
             with FileLock(path.with_suffix(".lock"), timeout=0):
                 if path.exists():
-                    _check(path, identity)
+                    _check(path, identity, told(setting))
                     continue
-                content = {"setting": setting, "seed": seed, "identity": identity, "figures": measure(setting, seed)}
+                content = {
+                    "setting": setting,
+                    "seed": seed,
+                    "told": told(setting),
+                    "identity": identity,
+                    "figures": measure(setting, seed),
+                }
                 temporary = path.with_suffix(".tmp")
                 temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
                 os.replace(temporary, path)
@@ -93,10 +101,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise CorruptError(f"{path} is damaged: {error}; delete it, and the run is done again") from error
 
 
-def _check(path: Path, identity: Mapping[str, Any]) -> None:
-    before = _read(path)["identity"]
-    if before != json.loads(json.dumps(identity)):
-        _refuse(path, before, dict(identity))
+def _check(path: Path, identity: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    found = _read(path)
+    before = {**found["identity"], "setting": found.get("told", {})}
+    now = {**identity, "setting": told}
+    if before != json.loads(json.dumps(now)):
+        _refuse(path, before, now)
 
 
 def _refuse(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
