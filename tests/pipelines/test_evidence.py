@@ -101,6 +101,9 @@ def test_a_run_that_is_there_is_not_done_again(tmp_path: Path) -> None:
     assert load_runs(tmp_path, ["a b", "a", "c"]) == {"a b": {0: {"nll": 3.0}}, "a": {0: {"nll": 1.0}, 1: {"nll": 2.0}}}
     with pytest.raises(MismatchError, match="steps"):
         run_all(tmp_path, wanted, measure, {"steps": 4})
+    told = {"a": {"k": 1}, "a b": {"k": 2}}
+    with pytest.raises(MismatchError, match="setting"):  # a name that stands for something else now
+        run_all(tmp_path, wanted, measure, {"steps": 3}, told=told.__getitem__)
     path_of(tmp_path, "a", 0).write_text("{")
     with pytest.raises(CorruptError, match="delete it"):
         load_runs(tmp_path, ["a"])

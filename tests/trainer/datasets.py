@@ -44,6 +44,7 @@ def make_dataset(
     `mask_every` n > 0 takes every n-th token out of the target mask. `exact` n > 0 makes a hybrid of draws: the n likeliest
     entries exact, the others draws whose weights are their probabilities.
     """
+    kind = "topk" if tail == "ghost" else "hybrid" if exact else "sampled"
     rng = np.random.default_rng(seed)
     tokenizer = save_tokenizer(root.parent / f"{root.name}-tokenizer", vocab)
     chain = torch.softmax(
@@ -63,7 +64,7 @@ def make_dataset(
             deterministic=True,
         ),
         tokenizer=tokenizer_info(tokenizer),
-        codec=CodecInfo(id="plain", version=1, kind="hybrid" if exact else "topk", parameters={"k": kept}),
+        codec=CodecInfo(id="plain", version=1, kind=kind, parameters={"k": kept}),
         tail=tail,
     )
     records = [_record(f"doc-{i}", n, chain, rng, kept, tail, mask_every, exact) for i, n in enumerate(lengths)]

@@ -11,6 +11,7 @@ import torch
 
 import kdata
 from kdata.combine import CombineConfig, combine
+from kdata.errors import ConfigError
 from kdata.reread import reread_with
 from kdata.teachers import load_tokenizer
 from kdata.work import LocalEngine
@@ -21,6 +22,7 @@ from trainer.fused import distillation_loss
 from trainer.loader import Batch, Loader, LoaderConfig
 from trainer.objectives import ObjectiveConfig, resolve_tail
 from trainer.student import ScratchStudent, build_student
+from trainer.train import TrainConfig, train
 
 SHARES = (0.3, 0.7)
 
@@ -49,6 +51,14 @@ def student(positions: int) -> tuple[torch.Tensor, torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
     hidden_MD = torch.randn(positions, 12, generator=rng, dtype=torch.float64)
     return hidden_MD.requires_grad_(), torch.randn(VOCAB, 12, generator=rng, dtype=torch.float64)
+
+
+def test_what_draws_bias_is_refused(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+    """Two hybrids need not share an exact entry, so their average promises none."""
+    dataset, _ = combined(tmp_path, corpus_file, tokenizer_dir, kind="hybrid", k=8)
+    config = TrainConfig(objective=ObjectiveConfig(weights={"jsd": 1.0}), steps=2, warmup_steps=1)
+    with pytest.raises(ConfigError, match=r"jsd is not linear.*'combined'"):
+        train(config, dataset.path, None, tmp_path / "run")
 
 
 def loss_of(

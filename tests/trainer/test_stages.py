@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -184,3 +185,22 @@ def test_stages_that_do_not_fit_are_refused(general: kdata.Dataset, folder: Path
         with pytest.raises((ConfigError, MismatchError), match=message):
             train(config(stages=stages), general.path, None, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_draws_bias_is_trained_on_exact_entries_and_refused_where_there_are_none(
+    folder: Path, tmp_path: Path
+) -> None:
+    """A run on a hybrid starts as one on its exact entries alone does (documents come in another order); on draws alone there
+    is none."""
+    mixed = make_dataset(folder / "mixed", LENGTHS, kept=VOCAB, tail="draws", exact=4)
+    objective = ObjectiveConfig(weights={"jsd": 1.0, "reverse_kl": 0.5})
+    found = {}
+    for name, dataset in (("mixed", mixed), ("four", make_dataset(folder / "four", LENGTHS, kept=4))):
+        train(config(objective=objective), dataset.path, None, tmp_path / name)
+        found[name] = [line["loss"] for line in lines(tmp_path / name) if "loss" in line]
+    assert found["mixed"][0] > 0.1 and len(found["mixed"]) == GENERAL
+    assert np.mean(found["mixed"][:3]) == pytest.approx(np.mean(found["four"][:3]), rel=0.05)
+    drawn = make_dataset(folder / "drawn", LENGTHS[:20], kept=VOCAB, tail="draws")
+    with pytest.raises(ConfigError, match=r"jsd is not linear.*'sampled'"):
+        train(config(objective=objective), drawn.path, None, tmp_path / "drawn")
+    assert not (tmp_path / "drawn").exists()
