@@ -134,7 +134,7 @@ def _plot(means: Mapping[str, Mapping[str, Estimate]], against: Mapping[str, Est
             transform=axes.get_xaxis_transform(),
         )  # fmt: skip
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.44))
+        axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.41))
     return figure
 
 
@@ -166,5 +166,10 @@ def _curve(
             label = f"{label} [{setting.peer.split(',')[0]}]"
         if not plain and not setting.peer:
             continue  # beside the same size of the other method
-        below = -12 if family == "sampled" else 5  # beside the hybrid kinds
-        axes.annotate(label, (size, 100 * gap.mean), (4, below), textcoords="offset points", fontsize=8, color=colour)
+        # Sampled kinds lie under the hybrid ones, independent draws above systematic ones.
+        away, side = ((-6, 6), "right") if family == "sampled, independent" and size > 30 else ((4, 5), "left")
+        if family == "sampled":
+            away = (4, -12)
+        axes.annotate(
+            label, (size, 100 * gap.mean), away, textcoords="offset points", ha=side, fontsize=8, color=colour
+        )
