@@ -11,15 +11,16 @@ __version__ = "0.1.0"
 __all__ = ["Dataset", "Plan", "Sequences", "open"]
 
 if TYPE_CHECKING:
-    from kdata.dataset import Dataset, Sequences
-    from kdata.dataset import open_dataset as open
-    from kdata.plan import Plan
+    from kdata.format.sequences import Sequences
+    from kdata.selection.plan import Plan
+    from kdata.store.dataset import Dataset
+    from kdata.store.open import open_dataset as open
 
 _HOMES = {
-    "open": ("kdata.dataset", "open_dataset"),
-    "Dataset": ("kdata.dataset", "Dataset"),
-    "Sequences": ("kdata.dataset", "Sequences"),
-    "Plan": ("kdata.plan", "Plan"),
+    "open": ("kdata.store.open", "open_dataset"),
+    "Dataset": ("kdata.store.dataset", "Dataset"),
+    "Sequences": ("kdata.format.sequences", "Sequences"),
+    "Plan": ("kdata.selection.plan", "Plan"),
 }
 
 

@@ -6,10 +6,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kdata.corpus import nearest
-from kdata.errors import ConfigError, MissingError
+from kdata.errors import ConfigError, MissingError, nearest
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first complaint of a validation, on one line."""
+    problem = error.errors()[0]
+    return f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"
+
+
+class Strict(BaseModel):
+    """A model that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
 
 Model = TypeVar("Model", bound=BaseModel)
 TAGS = ("kind", "method")  # keys that tell the models of a union apart

@@ -4,6 +4,16 @@ Each class also inherits the standard library's cousin, so `except ValueError` w
 of kdata, and each is picklable (Ray carries it between processes).
 """
 
+from __future__ import annotations
+
+import difflib
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """' (did you mean X?)' where something close is known, else ''."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
 
 class KdataError(Exception):
     """Anything that kdata refuses. The command line prints it without a traceback and exits with status 1."""

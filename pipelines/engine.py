@@ -8,12 +8,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kdata.progress import console
-from kdata.schema import Strict
-from kdata.teachers import TeacherConfig, load_teacher, load_tokenizer
-from kdata.work import Engine, LocalEngine, devices_of
-from pipelines.ray_engine import RayEngine
-from pipelines.ray_workers import RayConfig
+from kdata.config import Strict
+from kdata.jobs.job import Engine, LocalEngine, devices_of
+from kdata.observe.progress import console
+from kdata.teachers.config import TeacherConfig
+from kdata.teachers.load import load_teacher
+from kdata.teachers.model import load_tokenizer
+from pipelines.ray.engine import RayEngine
+from pipelines.ray.workers import RayConfig
 
 
 class LocalConfig(Strict):

@@ -7,21 +7,20 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from kdata.capture import CaptureConfig
-from kdata.chat import Targets
-from kdata.config import apply_settings, parse_config, read_yaml
-from kdata.corpus import CorpusConfig, nearest
-from kdata.errors import ConfigError
-from kdata.generate import SamplingConfig
-from kdata.keep import KeepConfig
-from kdata.schema import Strict
-from kdata.selection import Difference, SelectConfig
-from kdata.teachers import TeacherConfig
-from pipelines.builtin import BuiltinConfig
+from kdata.config import Strict, apply_settings, parse_config, read_yaml
+from kdata.corpus.chat_template import Targets
+from kdata.corpus.corpus import CorpusConfig
+from kdata.errors import ConfigError, nearest
+from kdata.format.keep import KeepConfig
+from kdata.jobs.reading import CaptureConfig
+from kdata.selection.ranked import Difference
+from kdata.selection.select import SelectConfig
+from kdata.teachers.config import SamplingConfig, TeacherConfig
+from pipelines.builtin.builtin import BuiltinConfig
 from pipelines.engine import EngineConfig, LocalConfig
+from trainer.config import TrainConfig
 from trainer.objectives import ObjectiveConfig, resolve_tail
 from trainer.student import CheckpointStudent, ScratchStudent
-from trainer.train import TrainConfig
 
 BUILTIN = "builtin"
 

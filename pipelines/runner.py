@@ -17,27 +17,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kdata.capture import CaptureJob
-from kdata.card import tokens_of, write_card
-from kdata.corpus import Corpus, CorpusConfig
-from kdata.dataset import Dataset, open_dataset
-from kdata.energy import Devices, local_devices
+from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, MismatchError, settings_difference
-from kdata.generate import GenerateConfig, GenerateJob
-from kdata.journal import Took, read_journal, took
-from kdata.manifest import write_atomically
-from kdata.progress import Phase, console
-from kdata.remote import cache_dir
-from kdata.report import write_report
-from kdata.score import ScoreConfig, score
-from kdata.selection import Difference, select
-from kdata.shard import storage_errors
-from kdata.teachers import TeacherConfig
-from kdata.work import Engine, devices_of, run_job
-from pipelines.builtin import CorpusFiles, ensure_corpus, ensure_reference, ensure_teacher
+from kdata.format.files import storage_errors, write_atomically
+from kdata.jobs.job import Engine, devices_of, run_job
+from kdata.jobs.reading import CaptureJob
+from kdata.jobs.scoring import ScoreConfig, score
+from kdata.jobs.writing import GenerateConfig, GenerateJob
+from kdata.observe.energy import Devices, local_devices
+from kdata.observe.journal import Took, read_journal, took
+from kdata.observe.progress import Phase, console
+from kdata.selection.ranked import Difference
+from kdata.selection.select import select
+from kdata.share.card import tokens_of, write_card
+from kdata.store.dataset import Dataset
+from kdata.store.open import open_dataset
+from kdata.store.url import cache_dir
+from kdata.teachers.config import TeacherConfig
+from pipelines.builtin.builtin import ensure_corpus, ensure_reference, ensure_teacher
+from pipelines.builtin.corpus import CorpusFiles
 from pipelines.engine import open_engine
-from pipelines.ray_workers import RayConfig
+from pipelines.ray.workers import RayConfig
 from pipelines.recipe import BUILTIN, Recipe, TextConfig
+from pipelines.report.report import write_report
 from trainer.evaluate import EvaluateConfig, evaluate
 from trainer.train import train
 
@@ -231,7 +233,7 @@ def run_report(run: Run) -> None:
 
 
 def _took(run: Run) -> list[Took]:
-    """What every stage took, by the log; the teacher's tokens are those that are there (see `kdata.card.made_by`)."""
+    """What every stage took, by the log; the teacher's tokens are those that are there (see `kdata.share.card.made_by`)."""
     phases = [line for line in read_journal(run.log) if line.unit is None and line.stage != "report"]
     places = {"generate": run.dataset_path, "capture": run.dataset_path, "heldout": run.heldout_path}
     there = {name: tokens_of(open_dataset(path), {name}) for name, path in places.items()}

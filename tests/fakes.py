@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from kdata.capture import CaptureConfig, capture_with
-from kdata.corpus import Corpus, CorpusConfig
-from kdata.dataset import Dataset
-from kdata.generate import GenerateConfig, generate_with
-from kdata.keep import KeepConfig
-from kdata.schema import TeacherInfo
-from kdata.teachers import Completion, Readout, SamplingConfig, TeacherConfig, refuse_structure
+from kdata.corpus.corpus import Corpus, CorpusConfig
+from kdata.format.keep import KeepConfig
+from kdata.format.schema import TeacherInfo
+from kdata.jobs.reading import CaptureConfig, capture_with
+from kdata.jobs.writing import GenerateConfig, generate_with
+from kdata.store.dataset import Dataset
+from kdata.teachers.base import Completion, Readout
+from kdata.teachers.config import SamplingConfig, TeacherConfig, refuse_structure
 
 VOCAB = 300
 BOS, EOS = 0, 1

@@ -6,7 +6,7 @@ import torch
 import transformers.models.auto.tokenization_auto
 import transformers.tokenization_utils_tokenizers  # noqa: F401
 
-import kdata.packed as packed
+import kdata.format.packed as packed
 import tests.fakes  # noqa: F401
 
 torch.set_num_threads(1)

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from kdata.keep import KeepConfig
-from kdata.teachers import SamplingConfig, load_tokenizer
+from kdata.format.keep import KeepConfig
+from kdata.teachers.config import SamplingConfig
+from kdata.teachers.model import load_tokenizer
 from kdata.teachers.server import PROBE_TEXT
 from tests.fakes import StandInTeacher
 

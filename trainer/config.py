@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kdata.config import Strict
 from kdata.errors import ConfigError
-from kdata.schema import Strict
 from trainer.distributed import Parallel
+from trainer.domain_weights import DDKMixture, FixedMixture, MixtureConfig
 from trainer.metrics import LoggerName
-from trainer.mixture import DDKMixture, FixedMixture, MixtureConfig
 from trainer.objectives import ObjectiveConfig
 from trainer.schedule import Shape
 from trainer.student import ScratchStudent, StudentConfig

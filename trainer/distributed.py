@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kdata.errors import ConfigError
-from kdata.progress import console
+from kdata.observe.progress import console
 
 Parallel = Literal["ddp", "fsdp"]
 

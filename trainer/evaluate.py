@@ -27,13 +27,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import kdata
+from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MissingError
-from kdata.manifest import first_problem
-from kdata.progress import Stage
+from kdata.loader.batches import LoaderConfig
+from kdata.observe.progress import Stage
 from trainer.config import TrainResult
 from trainer.distributed import device_name
 from trainer.fused import Measured, measure
-from trainer.loader import Batch, Loader, LoaderConfig
+from trainer.loader import Batch, Loader
 from trainer.student import check_positions, check_vocabulary, head_of, hidden_states, num_parameters
 from trainer.tasks import Tasks
 

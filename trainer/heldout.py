@@ -16,9 +16,10 @@ from torch.distributed.fsdp import FSDPModule
 
 import kdata
 from kdata.errors import ConfigError
+from kdata.loader.batches import LoaderConfig
 from trainer.distributed import Ranks
-from trainer.loader import Batch, Loader, LoaderConfig
-from trainer.mixture import DDKMixture
+from trainer.domain_weights import DDKMixture
+from trainer.loader import Batch, Loader
 from trainer.objectives import ObjectiveConfig
 
 MEASURED = ObjectiveConfig(weights={"cross_entropy": 1.0})

@@ -1,7 +1,7 @@
-"""Batches for torch: the arrays of `kdata.batches` as tensors, in the trainer's own loop or in a DataLoader.
+"""Batches for torch: the arrays of `kdata.loader.batches` as tensors, in the trainer's own loop or in a DataLoader.
 
-Order, packing, memory and resuming are those of `kdata.batches`; nothing is decided here. `Loader` reads in a background
-thread, which is enough for one accelerator; `IterableBatches` is for who wants `torch.utils.data` and its workers.
+Order, packing, memory and resuming are those of `kdata.loader.batches`; nothing is decided here. `Loader` reads in a
+background thread, which is enough for one accelerator; `IterableBatches` is for who wants `torch.utils.data` and its workers.
 
 Shapes: B rows, L context, S documents of the batch, M counted positions, K kept entries.
 """
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from kdata import Dataset
-from kdata.batches import Arrays, Batches, LoaderConfig, ahead
-from kdata.packing import Place
-from kdata.schema import CodecInfo
-from kdata.sequences import nothing
-from kdata.temper import at_temperature
+from kdata.format.schema import CodecInfo
+from kdata.format.sequences import nothing
+from kdata.format.temper import at_temperature
+from kdata.loader.batches import Arrays, Batches, LoaderConfig, ahead
+from kdata.loader.packing import Place
+from kdata.store.dataset import Dataset
 from trainer.objectives import Targets
 
 __all__ = ["Batch", "IterableBatches", "Loader", "LoaderConfig"]
@@ -63,7 +63,7 @@ class Loader:
     """An endless, resumable stream of batches over a dataset and the rows of a plan.
 
     Args:
-        dataset, rows, config, rank, world_size: see `kdata.batches.Batches`, also for what is raised.
+        dataset, rows, config, rank, world_size: see `kdata.loader.batches.Batches`, also for what is raised.
         temperature: of the targets; ConfigError at the first batch where the dataset was not captured for it.
     """
 
@@ -129,7 +129,7 @@ class IterableBatches(IterableDataset):
 
 
 def tempered(arrays: Arrays, temperature: float, codec: CodecInfo) -> Arrays:
-    """The same batch with `entry_logprobs` and `log_tail` at a temperature (`kdata.temper`).
+    """The same batch with `entry_logprobs` and `log_tail` at a temperature (`kdata.format.temper`).
 
     Raises:
         ConfigError: the dataset was not captured for it.

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from pydantic import Field
 
-from kdata.schema import Strict
+from kdata.config import Strict
 
 Shape = Literal["cosine", "linear", "constant"]
 

@@ -12,13 +12,14 @@ from torch import nn
 
 import kdata
 from kdata.errors import ConfigError, DataError, MismatchError
-from kdata.plan import Plan
+from kdata.loader.batches import LoaderConfig
+from kdata.selection.plan import Plan
 from trainer.config import Stage, TrainConfig
 from trainer.distributed import Ranks
+from trainer.domain_weights import DDKMixture, Mixture, make_mixture
 from trainer.heldout import Heldout, keep_aside, open_heldout, student_losses
-from trainer.loader import Loader, LoaderConfig
-from trainer.mixing import MixedLoader
-from trainer.mixture import DDKMixture, Mixture, make_mixture
+from trainer.loader import Loader
+from trainer.mixed_loader import MixedLoader
 from trainer.objectives import Tail, resolve_tail
 
 

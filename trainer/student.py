@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from kdata import Dataset
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
+from kdata.store.dataset import Dataset
 
 
 class ScratchStudent(BaseModel):

@@ -33,8 +33,8 @@ from transformers import PreTrainedModel
 
 import kdata
 from kdata.errors import ConfigError, TrainingError
-from kdata.progress import Stage as Progress
-from kdata.shard import storage_errors
+from kdata.format.files import storage_errors
+from kdata.observe.progress import Stage as Progress
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import RUNTIME, SHARED, StageConfig, TrainConfig, TrainResult
 from trainer.distributed import Ranks, accumulating, join, spread, whole

@@ -43,7 +43,7 @@ def format_of(path: Path) -> str | None:
 
 
 class FileRows:
-    """See `kdata.corpus.Rows`.
+    """See `kdata.corpus.corpus.Rows`.
 
     Args:
         path: a file, or a folder of files of one kind.

@@ -65,7 +65,7 @@ def open_hub(remote: tuple[str, str | None], subset: str | None, split: str | No
         ConfigError: there are several splits and none is named, or there is none of that name or subset.
         DependencyError: `datasets` is not installed.
     """
-    from kdata.hub import hub_errors
+    from kdata.store.hub import hub_errors
 
     library, (name, revision) = _library(), remote
     try:
@@ -125,7 +125,7 @@ def _readable(what: str) -> Iterator[None]:
 
 
 class LibraryRows:
-    """See `kdata.corpus.Rows`.
+    """See `kdata.corpus.corpus.Rows`.
 
     Args:
         found: a `datasets.Dataset` or `datasets.IterableDataset`.

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from kdata.dataset import Dataset
 from kdata.errors import ConfigError, DataError
-from kdata.selection.mixture import Mixture
+from kdata.selection.mixtures import Mixture
+from kdata.selection.session import Work
 from kdata.selection.step import Domains
-from kdata.selection.work import Work
-from kdata.sql import NAME
+from kdata.store.dataset import Dataset
+from kdata.store.sql import NAME
 
 # Sums of cross-entropy and of target tokens, and rows that lack a number; run on a piece of the dataset at a time.
 LOSSES = """

@@ -22,9 +22,9 @@ from typing import Any
 import pyarrow as pa
 
 from kdata.errors import DataError
-from kdata.plan import Unit
-from kdata.selection.work import Work
-from kdata.sql import literal
+from kdata.selection.plan import Unit
+from kdata.selection.session import Work
+from kdata.store.sql import literal
 
 BINS = 4096
 EDGE_ROWS = 5_000  # rows of a part in the last bin, which are placed one by one

@@ -1,7 +1,7 @@
 """What methods have in common: a step takes a dataset, or a plan of it, and makes a plan.
 
 To add a method: a file with a class that has its settings and a `make` (most often inherited, from `Ranked` below or from
-`Mixture` in mixture.py), and a line in METHODS of `kdata.selection`.
+`Mixture` in mixture.py), and a line in METHODS of `kdata.selection.select`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from kdata.dataset import Dataset
-from kdata.plan import Unit
-from kdata.schema import Strict
+from kdata.config import Strict
 from kdata.selection.apportion import apportion, as_written
+from kdata.selection.plan import Unit
 from kdata.selection.rank import Ranking, Taken, take
-from kdata.selection.work import Work
-from kdata.sql import NAME
+from kdata.selection.session import Work
+from kdata.store.dataset import Dataset
+from kdata.store.sql import NAME
 
 Domains = Mapping[str, tuple[int, int]]  # of the dataset: domain -> (sequences, tokens)
 Held = Mapping[str, int]  # what may be taken: domain -> units, as often as the plan that is taken further has them

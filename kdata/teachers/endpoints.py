@@ -31,7 +31,7 @@ import aiohttp
 import msgspec
 
 from kdata.errors import ConfigError, KdataError, TeacherError, UnreachableError
-from kdata.teachers import ServerConfig
+from kdata.teachers.config import ServerConfig
 
 logger = logging.getLogger(__name__)
 TRANSIENT = (429, 502, 503, 504)

@@ -28,19 +28,12 @@ import msgspec
 import numpy as np
 
 from kdata.errors import ConfigError, MismatchError, MissingError, TeacherError, settings_difference
-from kdata.keep import KeepConfig
-from kdata.schema import TeacherInfo
-from kdata.teachers import (
-    Completion,
-    Readout,
-    SamplingConfig,
-    TeacherConfig,
-    load_tokenizer,
-    model_identity,
-    readout_from_top,
-    refuse_kept,
-)
+from kdata.format.keep import KeepConfig
+from kdata.format.schema import TeacherInfo
+from kdata.teachers.base import Completion, Readout, readout_from_top
+from kdata.teachers.config import SamplingConfig, TeacherConfig, refuse_kept
 from kdata.teachers.endpoints import Endpoint, Endpoints, RefusedError
+from kdata.teachers.model import load_tokenizer, model_identity
 from kdata.teachers.wire import (
     COMPLETIONS,
     Answer,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kdata.errors import TeacherError
-from kdata.keep import KeepConfig
+from kdata.format.keep import KeepConfig
 from kdata.teachers.reduce import Reduced, Rows, assemble, draw_seed, reduce_each, uniforms_of
 
 KEY = "kdata_tape"  # of SamplingParams.extra_args: (tape, number of the request on it)

@@ -14,11 +14,13 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from kdata.errors import TeacherError
-from kdata.keep import KeepConfig
-from kdata.schema import TeacherInfo
-from kdata.teachers import Completion, Readout, SamplingConfig, TeacherConfig, model_identity, refuse_structure
-from kdata.teachers.planner import by_windows, rows_per_step
+from kdata.format.keep import KeepConfig
+from kdata.format.schema import TeacherInfo
+from kdata.teachers.base import Completion, Readout
+from kdata.teachers.config import SamplingConfig, TeacherConfig, refuse_structure
+from kdata.teachers.model import model_identity
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
+from kdata.teachers.windows import by_windows, rows_per_step
 
 
 class TransformersTeacher:

@@ -45,20 +45,15 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
 from kdata.errors import ConfigError, TeacherError
-from kdata.keep import KeepConfig
-from kdata.schema import TeacherInfo
-from kdata.teachers import (
-    Completion,
-    Readout,
-    SamplingConfig,
-    TeacherConfig,
-    model_identity,
-    readout_from_top,
-)
+from kdata.format.keep import KeepConfig
+from kdata.format.schema import TeacherInfo
+from kdata.teachers.base import Completion, Readout, readout_from_top
+from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.head import Head, is_known, load_head
-from kdata.teachers.planner import ENTRY_BYTES, GIB, by_windows, rows_per_step, windows
+from kdata.teachers.model import model_identity
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_chunks
 from kdata.teachers.tape import KEY, TAPES, Tape
+from kdata.teachers.windows import ENTRY_BYTES, GIB, by_windows, rows_per_step, windows
 
 # Largest difference in nats between the two ways of reading, by arithmetic of the forward pass: float32 differs by order of
 # summation (measured 4e-5), the 16-bit ones by their own rounding.

@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 import torch
 import typer
 
-from pipelines.builtin import BuiltinConfig, ensure_corpus, ensure_reference, ensure_teacher
+from pipelines.builtin.builtin import BuiltinConfig, ensure_corpus, ensure_reference, ensure_teacher
 from pipelines.evidence import offline, selection
 from pipelines.evidence.data import DataConfig, EvidenceData
 from pipelines.evidence.runs import Figures, load_runs, run_all

@@ -24,16 +24,19 @@ from pydantic import Field
 from transformers import AutoModelForCausalLM
 
 import kdata
-from kdata.capture import CaptureConfig, CaptureJob
-from kdata.corpus import Corpus, CorpusConfig
+from kdata.config import Strict
+from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import DataError, MissingError
-from kdata.keep import KeepConfig
-from kdata.schema import Strict, content_hash
-from kdata.teachers import Completion, Readout, SamplingConfig, TeacherConfig, load_tokenizer
+from kdata.format.keep import KeepConfig
+from kdata.format.schema import content_hash
+from kdata.jobs.job import LocalEngine, run_job
+from kdata.jobs.reading import CaptureConfig, CaptureJob
+from kdata.teachers.base import Completion, Readout
+from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.head import Head, load_head
+from kdata.teachers.model import load_tokenizer
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_chunks
 from kdata.teachers.transformers import TransformersTeacher
-from kdata.work import LocalEngine, run_job
 
 HELDOUT_SHARE = 0.1  # of documents, by a hash of their id
 SIZES = ("k", "draws", "mass", "draw_method")  # settings that name a dataset's folder
@@ -142,7 +145,7 @@ class States:
 
 
 class _StatesTeacher:
-    """A teacher whose forward pass is done: head and reduction of stored states. See `kdata.teachers.Teacher`."""
+    """A teacher whose forward pass is done: head and reduction of stored states. See `kdata.teachers.base.Teacher`."""
 
     def __init__(self, original: TransformersTeacher, states: States) -> None:
         self.info, self.context, self.vocab_size = original.info, original.context, original.vocab_size

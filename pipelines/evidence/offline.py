@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from kdata.config import Strict
 from kdata.errors import ConfigError
-from kdata.keep import KeepConfig
-from kdata.schema import Strict
+from kdata.format.keep import KeepConfig
 from pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_token
 from pipelines.evidence.online import OnlineLearner
 from pipelines.evidence.runs import Figures

@@ -21,20 +21,23 @@ from filelock import FileLock
 from pydantic import Field
 
 import kdata
-from kdata.capture import CaptureConfig, capture_with
-from kdata.corpus import Corpus, CorpusConfig
+from kdata.config import Strict
+from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, MismatchError, settings_difference
-from kdata.keep import KeepConfig
-from kdata.plan import Plan
-from kdata.schema import Strict
-from kdata.score import ScoreConfig, score
-from kdata.selection import Difference, Random, Step, select
-from kdata.teachers import TeacherConfig, load_teacher
+from kdata.format.keep import KeepConfig
+from kdata.jobs.reading import CaptureConfig, capture_with
+from kdata.jobs.scoring import ScoreConfig, score
+from kdata.selection.plan import Plan
+from kdata.selection.ranked import Difference, Random
+from kdata.selection.select import select
+from kdata.selection.step import Step
+from kdata.teachers.config import TeacherConfig
+from kdata.teachers.load import load_teacher
 from pipelines.evidence.data import HELDOUT_KEEP, Part, split
 from pipelines.evidence.runs import Figures
 from trainer.config import TrainConfig
+from trainer.domain_weights import DDKMixture, FixedMixture, MixtureConfig
 from trainer.evaluate import evaluate
-from trainer.mixture import DDKMixture, FixedMixture, MixtureConfig
 from trainer.objectives import ObjectiveConfig
 from trainer.student import CheckpointStudent, ScratchStudent, StudentConfig
 from trainer.train import train

@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 
 import kdata
 from kdata.errors import TrainingError
+from kdata.loader.batches import LoaderConfig
 from pipelines.evidence.runs import Figures
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate
 from trainer.learner import Learner, resolve_precision
-from trainer.loader import Loader, LoaderConfig
+from trainer.loader import Loader
 from trainer.objectives import resolve_tail
 from trainer.schedule import learning_rate
 from trainer.student import build_student, num_parameters

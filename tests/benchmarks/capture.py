@@ -22,13 +22,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kdata.capture import CaptureConfig, capture_with, record_of, unread
-from kdata.corpus import Corpus, CorpusConfig, Document
-from kdata.keep import KeepConfig
-from kdata.schema import FORMAT_VERSION, SourceInfo
-from kdata.shard import Unit
-from kdata.teachers import Readout, TeacherConfig, load_tokenizer, readout_from_top, tokenizer_info
-from kdata.writer import Writer, new_info
+from kdata.corpus.corpus import Corpus, CorpusConfig, Document
+from kdata.format.keep import KeepConfig
+from kdata.format.manifest import new_info
+from kdata.format.records import Unit
+from kdata.format.schema import FORMAT_VERSION, SourceInfo
+from kdata.jobs.payloads import record_of, unread
+from kdata.jobs.reading import CaptureConfig, capture_with
+from kdata.store.writer import Writer
+from kdata.teachers.base import Readout, readout_from_top
+from kdata.teachers.config import TeacherConfig
+from kdata.teachers.model import load_tokenizer, tokenizer_info
 
 SHARED = Path(__file__).parents[3] / "shared"
 TOP, HYBRID = {"kind": "topk", "k": 64}, {"kind": "hybrid", "k": 16, "draws": 16}

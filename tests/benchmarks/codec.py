@@ -24,13 +24,15 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kdata
-from kdata import codec as codecs
-from kdata.codec import Kept, Positions, log_tail
-from kdata.keep import KeepConfig
-from kdata.schema import FORMAT_VERSION, SourceInfo
-from kdata.shard import Record, Unit
+from kdata.format import codec as codecs
+from kdata.format.codec import Positions
+from kdata.format.keep import KeepConfig
+from kdata.format.kept import Kept, log_tail, pad, segment_sum
+from kdata.format.manifest import new_info
+from kdata.format.records import Record, Unit
+from kdata.format.schema import FORMAT_VERSION, SourceInfo
+from kdata.store.writer import Writer
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
-from kdata.writer import Writer, new_info
 
 SHARED = Path(__file__).parents[3] / "shared"
 POSITIONS = 8192
@@ -189,7 +191,7 @@ def bias(docs, logits, keep: KeepConfig, repeats: int) -> tuple[float, float]:  
     for number in range(repeats):
         actual = torch.from_numpy(ids[1:].astype(np.int64))
         kept = reduce_logits(logits_MV, actual, keep, number).kept
-        sums = codecs.segment_sum(np.exp(kept.logprobs.astype(np.float64)) * signs[kept.ids], kept.num_kept)
+        sums = segment_sum(np.exp(kept.logprobs.astype(np.float64)) * signs[kept.ids], kept.num_kept)
         found.append((sums - exact).mean())
     return float(np.mean(found)), float(1.96 * np.std(found, ddof=1) / np.sqrt(repeats))
 
@@ -245,7 +247,7 @@ def speed(dataset: kdata.Dataset) -> tuple[float, float]:
         started = time.perf_counter()
         raw = {n: np.frombuffer(zstd.decompress(packed[n], v.nbytes), v.dtype) for n, v in flat.items()}
         back = codecs.from_columns(raw, Positions(kept.num_exact, kept.num_drawn, tail), dataset.info.codec)
-        codecs.pad(back.num_kept, back.ids, back.logprobs, int(back.num_kept.max()))
+        pad(back.num_kept, back.ids, back.logprobs, int(back.num_kept.max()))
         decode.append(tokens / (time.perf_counter() - started))
     return max(encode), max(decode)
 

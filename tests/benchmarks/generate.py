@@ -20,8 +20,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kdata.keep import KeepConfig
-from kdata.teachers import SamplingConfig, TeacherConfig, load_tokenizer
+from kdata.format.keep import KeepConfig
+from kdata.teachers.config import SamplingConfig, TeacherConfig
+from kdata.teachers.model import load_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared"
 TOP, HYBRID = KeepConfig(kind="topk", k=64), KeepConfig(kind="hybrid", k=16, draws=16)

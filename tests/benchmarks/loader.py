@@ -32,12 +32,13 @@ from rich.console import Console
 from rich.table import Table
 
 import kdata
-from kdata.batches import Batches, LoaderConfig
-from kdata.codec import Kept
-from kdata.keep import KeepConfig
-from kdata.schema import FORMAT_VERSION, SourceInfo
-from kdata.shard import Record, Unit
-from kdata.writer import Writer, new_info
+from kdata.format.keep import KeepConfig
+from kdata.format.kept import Kept
+from kdata.format.manifest import new_info
+from kdata.format.records import Record, Unit
+from kdata.format.schema import FORMAT_VERSION, SourceInfo
+from kdata.loader.batches import Batches, LoaderConfig
+from kdata.store.writer import Writer
 
 VOCAB, CONTEXT = 32_000, 1024
 UNIT_TOKENS = 250_000

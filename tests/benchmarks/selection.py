@@ -4,7 +4,7 @@
 
 An index and a sidecar of reference NLLs are generated: 50 domains (the k-th of size 1/k), ids of 20 characters in no
 order, NLLs that differ in every row, 1M rows a shard; about 40 bytes of disk a row, and as much again while it works.
-They are a dataset without payload, and what is measured is `kdata.selection.select` as the command calls it: digests
+They are a dataset without payload, and what is measured is `kdata.selection.select.select` as the command calls it: digests
 compared, rows and scores joined by id, the plan sorted and on disk. Each measurement is a process of its own, the peak
 its resident set at most. Two selections:
 
@@ -35,10 +35,10 @@ from rich.console import Console
 from rich.table import Table
 
 import kdata
-from kdata.manifest import append_entry, file_info, write_info, write_json
-from kdata.schema import FORMAT_VERSION, ManifestEntry, SourceInfo, TeacherInfo
-from kdata.score import ScoreInfo
-from kdata.writer import new_info
+from kdata.format.files import file_info
+from kdata.format.manifest import append_entry, new_info, write_info, write_json
+from kdata.format.schema import FORMAT_VERSION, ManifestEntry, SourceInfo, TeacherInfo
+from kdata.selection.sidecar import ScoreInfo
 
 SHARD_ROWS, DOMAINS = 1_000_000, 50
 PEER_BYTES = 4 << 30
@@ -113,8 +113,10 @@ def dataset_of(root: Path, files: Path, rows: int) -> kdata.Dataset:
 
 def ours(root: Path, what: str, memory: str, threads: int) -> int:
     """Make a plan as the command does; return its rows."""
-    from kdata.selection import Difference, Temperature, select
-    from kdata.sql import Room
+    from kdata.selection.mixtures import Temperature
+    from kdata.selection.ranked import Difference
+    from kdata.selection.select import select
+    from kdata.store.sql import Room
 
     dataset = kdata.open(root)
     if what == "difference":

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 import kdata
-from kdata.codec import Kept, log_tail
-from kdata.keep import KeepConfig
-from kdata.schema import CodecInfo, SourceInfo, TeacherInfo, TokenizerInfo
-from kdata.shard import Record, Reject, Unit
-from kdata.writer import Writer, new_info
+from kdata.format.keep import KeepConfig
+from kdata.format.kept import Kept, log_tail
+from kdata.format.manifest import new_info
+from kdata.format.records import Record, Reject, Unit
+from kdata.format.schema import CodecInfo, SourceInfo, TeacherInfo, TokenizerInfo
+from kdata.store.writer import Writer
 from tests.fakes import StandInTeacher
 
 # name, what is kept, codec (None: the kind's own)

@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 import kdata
-from kdata.codec import Kept
-from kdata.schema import CodecInfo, SourceInfo, TokenizerInfo
-from kdata.score import SCORE_SCHEMA, ScoreInfo, begin_sidecar, finish_sidecar, write_part
-from kdata.shard import Record, Unit
-from kdata.writer import Writer, new_info
+from kdata.format.kept import Kept
+from kdata.format.manifest import new_info
+from kdata.format.records import Record, Unit
+from kdata.format.schema import CodecInfo, SourceInfo, TokenizerInfo
+from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, begin_sidecar, finish_sidecar, write_part
+from kdata.store.writer import Writer
 from tests.fakes import VOCAB, StandInTeacher
 
 TEACHER = StandInTeacher()

@@ -12,12 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 import kdata
-from kdata.arrange import folder_name, head, merge, split
-from kdata.cli_data import app
+from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, StorageError
-from kdata.plan import make_plan
-from kdata.schema import content_hash
-from kdata.verify import verify
+from kdata.format.schema import content_hash
+from kdata.selection.plan import make_plan
+from kdata.share.arrange import folder_name, head, merge, split
+from pipelines.cli.main import app
 from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, write_jsonl
 
 

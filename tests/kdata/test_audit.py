@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kdata
-from kdata.audit import (
+from kdata.check.audit import (
     NOT_RECOVERED,
     audit,
     context_hashes,
@@ -19,12 +19,13 @@ from kdata.audit import (
     load_head,
     subspace_overlap,
 )
-from kdata.cli_data import app
-from kdata.codec import Kept
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
-from kdata.schema import CodecInfo, SourceInfo, TokenizerInfo
-from kdata.shard import Record, Unit
-from kdata.writer import Writer, new_info
+from kdata.format.kept import Kept
+from kdata.format.manifest import new_info
+from kdata.format.records import Record, Unit
+from kdata.format.schema import CodecInfo, SourceInfo, TokenizerInfo
+from kdata.store.writer import Writer
+from pipelines.cli.main import app
 from tests.fakes import StandInTeacher, run_capture
 
 V, D = 64, 6

@@ -12,15 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdata
-from kdata.capture import CaptureConfig
-from kdata.chat import ChatEncoder
 from kdata.config import parse_config
-from kdata.corpus.chats import Chat
-from kdata.encode import TextEncoder
+from kdata.corpus.chat_template import ChatEncoder
+from kdata.corpus.encode import TextEncoder
+from kdata.corpus.messages import Chat
 from kdata.errors import ConfigError, DataError, MismatchError, TooLongError
-from kdata.keep import KeepConfig
-from kdata.schema import TeacherInfo
-from kdata.teachers import TeacherConfig, load_tokenizer
+from kdata.format.keep import KeepConfig
+from kdata.format.schema import TeacherInfo
+from kdata.jobs.reading import CaptureConfig
+from kdata.teachers.config import TeacherConfig
+from kdata.teachers.model import load_tokenizer
 from tests.fakes import CHATML, EOS, TURN_END, VOCAB, StandInTeacher, digests, rows_of_text, run_capture, save_tokenizer
 
 LONG = "the cat sat on the mat 🙂🙃 naïve café 日本語 " * 8
@@ -189,8 +190,8 @@ def test_transformers_teacher_is_the_plain_forward_pass(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from kdata.capture import capture
-    from kdata.corpus import CorpusConfig
+    from kdata.corpus.corpus import CorpusConfig
+    from kdata.jobs.reading import capture
 
     corpus = jsonl(rows_of_text(5))
     who = TeacherConfig(model=str(llama_dir), backend="transformers", batch_tokens=64)

@@ -10,15 +10,18 @@ import pytest
 import yaml
 
 import kdata
-from kdata.card import codec_error, escape_markdown, facts, human_bytes, number, write_card
-from kdata.codec import Kept
-from kdata.energy import Devices
 from kdata.errors import ConfigError
-from kdata.journal import append, journal_of, last_lines, read_journal
-from kdata.progress import Stage
-from kdata.schema import CodecInfo, SourceInfo, TeacherInfo, TokenizerInfo
-from kdata.shard import Record, Reject, Unit
-from kdata.writer import Writer, new_info
+from kdata.format.files import journal_of
+from kdata.format.kept import Kept
+from kdata.format.manifest import new_info
+from kdata.format.records import Record, Reject, Unit
+from kdata.format.schema import CodecInfo, SourceInfo, TeacherInfo, TokenizerInfo
+from kdata.observe.energy import Devices
+from kdata.observe.journal import append, last_lines, read_journal
+from kdata.observe.progress import Stage
+from kdata.observe.text import human_bytes, number
+from kdata.share.card import codec_error, escape_markdown, facts, write_card
+from kdata.store.writer import Writer
 
 HOSTILE = "<script>alert(1)</script>|`rm`\n# **x** [a](http://evil.example) $&amp;"
 BEGIN, END = "<!-- notes: begin -->", "<!-- notes: end -->"
@@ -248,7 +251,7 @@ def test_the_hub_reader_opens_index_and_payload(tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_it_took_is_told_by_the_log_beside_the_dataset(tmp_path: Path) -> None:
-    from kdata.hub import push
+    from kdata.share.push import push
 
     dataset = make_dataset(tmp_path / "d", {"code": 2.0})
     bare = write_card(dataset).read_text()

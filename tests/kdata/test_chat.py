@@ -11,11 +11,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kdata.chat import ChatEncoder, ChatError, Targets
-from kdata.corpus.chats import Chat
-from kdata.encode import TextEncoder
+from kdata.corpus.chat_template import ChatEncoder, ChatError, Targets
+from kdata.corpus.encode import TextEncoder
+from kdata.corpus.messages import Chat
 from kdata.errors import ConfigError
-from kdata.teachers import load_tokenizer
+from kdata.teachers.model import load_tokenizer
 from tests.fakes import CHATML, MARKED, PLAIN_CHAT, TURN_END, save_tokenizer
 
 # The mark leaves the end of the turn outside, as some templates do.

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdata import codec as codecs
-from kdata.codec import CODECS, Kept, Positions
 from kdata.errors import FormatError, ShapeError
-from kdata.schema import CodecInfo, known_codecs, payload_schema
+from kdata.format import codec as codecs
+from kdata.format.codec import CODECS, Positions
+from kdata.format.kept import Kept, log_tail, segment_sum
+from kdata.format.schema import CodecInfo, known_codecs, payload_schema
 
 VOCAB, DRAWS = 300, 16
 # verbatim keeps what another tool returned, whatever it sums to: tests/kdata/test_interchange.py.
@@ -101,7 +102,7 @@ def test_the_most_certain_teacher_sums_to_one_at_most(codec: str, data: st.DataO
 def test_a_softmax_a_little_above_one_is_brought_below(codec: str) -> None:
     over = np.log(np.array([0.5, 0.3, 0.2]) * (1 + 3e-7)).astype(np.float32)
     kept = Kept(np.array([3], np.int32), np.array([0], np.int32), np.arange(3, dtype=np.int32), over)
-    tail = codecs.log_tail(kept.mass())
+    tail = log_tail(kept.mass())
     assert kept.mass()[0] > 1 and tail[0] == -np.inf
     assert stored(kept, tail, info_of(codec)).mass()[0] <= 1
 
@@ -139,5 +140,5 @@ def test_counts_and_entries_must_agree() -> None:
 
 def test_segment_sums_do_not_lose_a_small_segment_behind_a_large_one() -> None:
     values = np.concatenate([np.full(1000, 1e12), [1e-9, 2e-9]])
-    np.testing.assert_allclose(codecs.segment_sum(values, np.array([1000, 0, 2])), [1e15, 0, 3e-9], rtol=1e-12)
-    assert codecs.log_tail(np.array([1.0, 1.5, 0.0])).tolist() == [-np.inf, -np.inf, 0.0]
+    np.testing.assert_allclose(segment_sum(values, np.array([1000, 0, 2])), [1e15, 0, 3e-9], rtol=1e-12)
+    assert log_tail(np.array([1.0, 1.5, 0.0])).tolist() == [-np.inf, -np.inf, 0.0]

@@ -20,25 +20,27 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import kdata
-from kdata import combine as module
-from kdata.capture import CaptureConfig, capture
-from kdata.card import write_card
-from kdata.combine import CombineConfig, CombineReport, combine
-from kdata.corpus import CorpusConfig
+from kdata.check.remeasure import against_teacher
+from kdata.check.repair import repair
+from kdata.check.verify import verify
+from kdata.corpus.corpus import CorpusConfig
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
-from kdata.keep import KeepConfig
-from kdata.payloads import fill, records_of
-from kdata.remeasure import against_teacher
-from kdata.repair import repair
-from kdata.reread import keep_like, reread_with
-from kdata.schema import CodecInfo, SourceInfo
-from kdata.shard import Unit
-from kdata.teachers import TeacherConfig, load_tokenizer
-from kdata.temper import at_temperature
-from kdata.verify import verify
-from kdata.work import LocalEngine
-from kdata.writer import Writer, new_info
-from pipelines.cli import app
+from kdata.format.keep import KeepConfig
+from kdata.format.manifest import new_info
+from kdata.format.records import Unit
+from kdata.format.schema import CodecInfo, SourceInfo
+from kdata.format.temper import at_temperature
+from kdata.jobs import combine as module
+from kdata.jobs.combine import CombineConfig, CombineReport, combine
+from kdata.jobs.job import LocalEngine
+from kdata.jobs.payloads import fill, records_of
+from kdata.jobs.reading import CaptureConfig, capture
+from kdata.jobs.reread import keep_like, reread_with
+from kdata.share.card import write_card
+from kdata.store.writer import Writer
+from kdata.teachers.config import TeacherConfig
+from kdata.teachers.model import load_tokenizer
+from pipelines.cli.main import app
 from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, save_llama
 from tests.schemas.tables import FOLDER
 

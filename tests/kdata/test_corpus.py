@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdata.config import parse_config
-from kdata.corpus import Corpus, CorpusConfig, Document, files, library
-from kdata.encode import TextEncoder
+from kdata.corpus import files, library
+from kdata.corpus.corpus import Corpus, CorpusConfig, Document
+from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, DependencyError, MissingError
-from kdata.teachers import load_tokenizer
+from kdata.teachers.model import load_tokenizer
 
 ROWS = [
     {

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import kdata
-from kdata.verify import verify
+from kdata.check.verify import verify
 from tests.fakes import digests, generate_and_capture, rows_of_text, run_capture, write_jsonl
 
 # A server that has imported everything once; each job is a fork of it, and begins after milliseconds.

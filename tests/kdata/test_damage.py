@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdata
+from kdata.check.verify import verify
 from kdata.errors import CorruptError, FormatError, KdataError, MissingError
-from kdata.manifest import digest_of, read_manifest
-from kdata.schema import canonical_json
-from kdata.verify import verify
+from kdata.format.manifest import digest_of, read_manifest
+from kdata.format.schema import canonical_json
 from tests.fakes import digests, run_capture
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdata.energy import Devices, Meter, RaplDomain, local_devices, rapl_folders
+from kdata.observe.energy import Devices, Meter, RaplDomain, local_devices, rapl_folders
 
 RANGE_UJ = 262_143_328_850
 CPU = Devices(kind="cpu", count=2, name="CPU core")

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 import kdata
 from kdata.config import parse_config
 from kdata.errors import ConfigError
-from kdata.generate import GenerateConfig, _before_stop, sample_seed
-from kdata.keep import KeepConfig
-from kdata.teachers import Completion, SamplingConfig, StructuredOutput, TeacherConfig, load_tokenizer
+from kdata.format.keep import KeepConfig
+from kdata.jobs.writing import GenerateConfig, _before_stop, sample_seed
+from kdata.teachers.base import Completion
+from kdata.teachers.config import SamplingConfig, StructuredOutput, TeacherConfig
+from kdata.teachers.model import load_tokenizer
 from tests.fakes import CHATML, EOS, TURN_END, StandInTeacher, digests, run_generate, save_tokenizer
 
 PROMPTS = [

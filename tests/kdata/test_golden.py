@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import kdata
+from kdata.check.repair import repair
+from kdata.check.verify import verify
 from kdata.errors import FormatError, MismatchError
-from kdata.manifest import digest_of, file_info, json_bytes
-from kdata.repair import repair
-from kdata.schema import canonical_json
-from kdata.verify import verify
+from kdata.format.files import file_info
+from kdata.format.manifest import digest_of, json_bytes
+from kdata.format.schema import canonical_json
 from tests.fakes import run_capture
 from tests.golden.make import DATASETS, decoded, make
 
@@ -149,7 +150,7 @@ def test_a_codec_that_is_unknown_or_newer_is_refused_with_the_remedy(
 
 def test_a_shard_from_before_a_column_was_added_stands_beside_a_newer_one(copied: Path, tmp_path: Path) -> None:
     """The index had no `messages` and `tools` at first: they are null there, for every reader and for what is made of it."""
-    from kdata.arrange import split
+    from kdata.share.arrange import split
 
     lines = [json.loads(line) for line in (copied / "manifest.jsonl").read_bytes().splitlines()]
     assert len(lines) > 1

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import kdata
-from kdata.card import write_card
-from kdata.cli_data import app
+from kdata.check.verify import verify
 from kdata.errors import ConfigError, DataError, FormatError, MismatchError, MissingError
-from kdata.interchange.distillkit import Compression, decode_logprobs, unpack
-from kdata.interchange.exporter import export_dataset
-from kdata.interchange.importer import ImportConfig, import_dataset
-from kdata.interchange.rows import ImportReport
-from kdata.verify import verify
+from kdata.share.card import write_card
+from kdata.share.interchange.distillkit import Compression, decode_logprobs, unpack
+from kdata.share.interchange.exporter import export_dataset
+from kdata.share.interchange.importer import ImportConfig, import_dataset
+from kdata.share.interchange.rows import ImportReport
+from pipelines.cli.main import app
 from tests.fakes import VOCAB, digests, run_capture, write_jsonl
 
 PEERS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "peers"
@@ -318,7 +318,7 @@ def test_an_import_goes_on_where_it_stopped_and_refuses_another_source(tmp_path:
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
     whole, _ = imported(source, tmp_path / "whole", "plain", vocab_size=10, unit_tokens=12)
     assert len(whole.manifest) == 10
-    from kdata.repair import repair
+    from kdata.check.repair import repair
 
     imported(source, tmp_path / "again", "plain", vocab_size=10, unit_tokens=12)
     (tmp_path / "again/data/import-00003.arrow").unlink()
@@ -424,7 +424,7 @@ def test_no_other_writer_may_store_sums_above_one(tmp_path: Path, corpus_file: P
     path = dataset.path / "dataset.json"
     about = json.loads(path.read_text())
     about["codec"]["version"] = 2
-    from kdata.manifest import write_json
+    from kdata.format.manifest import write_json
 
     write_json(path, about)
     with pytest.raises(FormatError, match="reads up to 1"):

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdata.errors import DataError
-from kdata.mixture import mix
-from kdata.sequences import Sequences
+from kdata.format.sequences import Sequences
+from kdata.jobs.average import mix
 
 
 def payload(positions: list[tuple[np.ndarray, list[int], dict[int, float]]]) -> Sequences:

@@ -11,12 +11,14 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 import kdata
-from kdata import plan_show
 from kdata.errors import ConfigError, KdataError, MismatchError, MissingError
-from kdata.plan import make_plan, open_plan
-from kdata.plan_show import compare, draw, table_of
-from kdata.selection import METHODS, Cap, Difference, Random, Static, Uniform, select
-from pipelines.cli import app
+from kdata.selection import show as plan_show
+from kdata.selection.mixtures import Cap, Static, Uniform
+from kdata.selection.plan import make_plan, open_plan
+from kdata.selection.ranked import Difference, Random
+from kdata.selection.select import METHODS, select
+from kdata.selection.show import compare, draw, table_of
+from pipelines.cli.main import app
 from tests.kdata.plans import Row, dataset_of, score_with
 
 RUNNER = CliRunner(env={"COLUMNS": "120"})

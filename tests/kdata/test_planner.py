@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdata
+from kdata.check.verify import verify
 from kdata.errors import TeacherError
-from kdata.keep import KeepConfig
-from kdata.teachers import Completion, Readout, SamplingConfig
-from kdata.teachers.planner import each, rows_per_step, windows
-from kdata.verify import verify
+from kdata.format.keep import KeepConfig
+from kdata.teachers.base import Completion, Readout
+from kdata.teachers.config import SamplingConfig
+from kdata.teachers.windows import each, rows_per_step, windows
 from tests.fakes import StandInTeacher, digests, run_capture, run_generate
 
 BAD = "doc-003"

@@ -21,13 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from kdata import progress
-from kdata.energy import Devices
 from kdata.errors import StorageError
-from kdata.journal import Line, alive, append, duration, energy_text, hours_text, last_lines, read_journal, took, total
-from kdata.progress import Figures, Phase, Stage
-from kdata.schema import FileInfo, ManifestEntry
-from kdata.shard import Shard
+from kdata.format.records import Shard
+from kdata.format.schema import FileInfo, ManifestEntry
+from kdata.observe import progress
+from kdata.observe.energy import Devices
+from kdata.observe.journal import Line, alive, append, last_lines, read_journal, took, total
+from kdata.observe.progress import Figures, Phase, Stage
+from kdata.observe.text import duration, energy_text, hours_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Devices(kind="cpu", count=2, name="CPU core")
@@ -120,7 +121,7 @@ def test_the_live_display_is_two_lines_that_fit(width: int) -> None:
 CHILD = """
 import sys, time
 from pathlib import Path
-from kdata import progress
+from kdata.observe import progress
 from tests.kdata.test_progress import shard
 progress.TICK_SEC = progress.BEAT_SEC = 0.05
 with progress.Stage("capture: reading", 40, "documents", Path(sys.argv[1])) as stage:

@@ -170,8 +170,8 @@ def test_datasets_reads_index_and_payload(
 ) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
-    from kdata.card import write_card
-    from kdata.hub import push
+    from kdata.share.card import write_card
+    from kdata.share.push import push
 
     dataset = kdata.open(captured)
     root = Path(push(dataset, str(tmp_path / "pushed")))

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdata.codec import segment_sum
 from kdata.errors import TeacherError
-from kdata.keep import KeepConfig
-from kdata.schema import CodecInfo
+from kdata.format.keep import KeepConfig
+from kdata.format.kept import segment_sum
+from kdata.format.schema import CodecInfo
 from kdata.teachers import reduce
 from kdata.teachers.reduce import Reduced, draw_seed, reduce_chunks, reduce_logits
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import kdata
-from kdata.capture import CaptureConfig
+from kdata.check.remeasure import against_teacher
 from kdata.errors import MismatchError
-from kdata.keep import KeepConfig
-from kdata.remeasure import against_teacher
-from kdata.teachers import Readout, TeacherConfig
+from kdata.format.keep import KeepConfig
+from kdata.jobs.reading import CaptureConfig
+from kdata.teachers.base import Readout
+from kdata.teachers.config import TeacherConfig
 from kdata.teachers.transformers import TransformersTeacher
 from tests.fakes import rows_of_text, write_jsonl
 
@@ -27,7 +28,7 @@ KEEPS = {
 
 @pytest.mark.parametrize("kind", KEEPS)
 def test_the_error_measured_again_is_the_one_in_the_manifest(kind: str, llama_dir: Path, tmp_path: Path) -> None:
-    from kdata.capture import capture
+    from kdata.jobs.reading import capture
 
     corpus = write_jsonl(tmp_path / "c.jsonl", rows_of_text(12))
     who = TeacherConfig(model=str(llama_dir), backend="transformers")
@@ -45,7 +46,7 @@ def test_the_error_measured_again_is_the_one_in_the_manifest(kind: str, llama_di
 
 
 def test_a_teacher_that_changed_its_mind_is_seen_and_another_is_refused(llama_dir: Path, tmp_path: Path) -> None:
-    from kdata.capture import capture
+    from kdata.jobs.reading import capture
 
     corpus = write_jsonl(tmp_path / "c.jsonl", rows_of_text(6))
     who = TeacherConfig(model=str(llama_dir), backend="transformers")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import kdata
+from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, DependencyError, MismatchError, MissingError, StorageError
-from kdata.remote import Store, copy_of, is_url
-from kdata.verify import verify
+from kdata.store.url import Store, copy_of, is_url
 from tests.bucket import Bucket
 from tests.fakes import StandInTeacher, digests, run_capture, run_generate
 
@@ -127,7 +127,7 @@ def test_a_damaged_or_missing_file_is_refused_when_it_is_copied(
 def test_a_manifest_that_leads_out_of_the_copy_is_refused(
     url: str, behind: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
-    from kdata.manifest import read_manifest, write_manifest
+    from kdata.format.manifest import read_manifest, write_manifest
 
     run_capture(url, corpus_file, tokenizer_dir)
     entry, *rest = read_manifest(behind)

@@ -15,10 +15,14 @@ from typer.testing import CliRunner
 
 import kdata
 from kdata.errors import MissingError, QueryError, StorageError
-from kdata.plan import Plan
-from kdata.remote_index import SCHEME, open_index
-from kdata.selection import Difference, Proportional, Sql, select
-from pipelines.cli import app
+from kdata.selection.mixtures import Proportional
+from kdata.selection.plan import Plan
+from kdata.selection.query import Sql
+from kdata.selection.ranked import Difference
+from kdata.selection.select import select
+from kdata.store.open import open_index
+from kdata.store.url_index import SCHEME
+from pipelines.cli.main import app
 from tests.fakes import digests
 from tests.kdata.plans import Row, dataset_of, score_with
 

@@ -13,13 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 import kdata
-from kdata.cli_data import app
+from kdata.check.repair import repair
+from kdata.check.verify import verify
 from kdata.errors import CorruptError, KdataError, MismatchError, StorageError
-from kdata.manifest import read_manifest
-from kdata.repair import repair
-from kdata.selection import Difference, select
-from kdata.verify import verify
-from kdata.writer import lock_of
+from kdata.format.files import lock_of
+from kdata.format.manifest import read_manifest
+from kdata.selection.ranked import Difference
+from kdata.selection.select import select
+from pipelines.cli.main import app
 from tests.fakes import digests, run_capture, run_generate
 from tests.kdata.test_score_select import give_scores
 
@@ -213,7 +214,7 @@ def test_a_damaged_description_is_restored_from_a_copy_or_not_at_all(
     other = Path(shutil.copytree(captured, tmp_path / "other"))
     about = json.loads((other / "dataset.json").read_text())
     about["vocab_size"] = 301
-    from kdata.manifest import write_json
+    from kdata.format.manifest import write_json
 
     write_json(other / "dataset.json", about)
     with pytest.raises(MismatchError, match="another codec or vocabulary"):

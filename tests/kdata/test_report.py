@@ -15,11 +15,11 @@ import pytest
 
 import kdata
 from kdata.errors import CorruptError, FormatError, MissingError
-from kdata.journal import read_journal
-from kdata.plan import make_plan
-from kdata.progress import Phase, Stage
-from kdata.report import best, grid, read_results, stages, verdict, write_report
-from kdata.shard import Reject
+from kdata.format.records import Reject
+from kdata.observe.journal import read_journal
+from kdata.observe.progress import Phase, Stage
+from kdata.selection.plan import make_plan
+from pipelines.report.report import best, grid, read_results, stages, verdict, write_report
 from tests.kdata.test_card import HOSTILE, make_dataset
 
 DOMAINS = {"code": 2.1, "docstrings": 3.2, "prose": 4.3}

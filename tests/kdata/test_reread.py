@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import kdata
+from kdata.check.verify import verify
 from kdata.errors import ConfigError, DataError, MismatchError, TeacherError
-from kdata.keep import KeepConfig
-from kdata.payloads import refuse_other_rows
-from kdata.reread import RereadJob, keep_like, reread_with
-from kdata.teachers import load_tokenizer
-from kdata.verify import verify
-from kdata.work import LocalEngine
+from kdata.format.keep import KeepConfig
+from kdata.jobs.job import LocalEngine
+from kdata.jobs.payloads import refuse_other_rows
+from kdata.jobs.reread import RereadJob, keep_like, reread_with
+from kdata.teachers.model import load_tokenizer
 from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, save_tokenizer, write_jsonl
 
 SAME = ["id", "content_hash", "domain", "source", "origin", "license", "num_tokens", "num_target_tokens", "num_bytes",

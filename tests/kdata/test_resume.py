@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 import kdata
-from kdata import shard as shard_module
+from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, MismatchError, StorageError
-from kdata.progress import Stage
-from kdata.verify import verify
+from kdata.observe.progress import Stage
+from kdata.store import shard as shard_module
 from tests.fakes import (
     StandInTeacher,
     digests,

@@ -11,13 +11,15 @@ import pytest
 from typer.testing import CliRunner
 
 import kdata
+from kdata.check.verify import verify
 from kdata.errors import ConfigError, DataError, KdataError, MismatchError, MissingError, StorageError
-from kdata.score import load_score_info
-from kdata.score_file import bring
-from kdata.selection import Difference, Sql, select
-from kdata.verify import verify
-from kdata.writer import lock_of
-from pipelines.cli import app
+from kdata.format.files import lock_of
+from kdata.selection.query import Sql
+from kdata.selection.ranked import Difference
+from kdata.selection.score_file import bring
+from kdata.selection.select import select
+from kdata.selection.sidecar import load_score_info
+from pipelines.cli.main import app
 from tests.kdata.plans import Row, dataset_of, score_with
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdata
+from kdata.check.verify import verify
 from kdata.errors import (
     ConfigError,
     CorruptError,
@@ -22,25 +23,18 @@ from kdata.errors import (
     QueryError,
     TeacherError,
 )
-from kdata.keep import KeepConfig
-from kdata.plan import Plan, make_plan
-from kdata.schema import CodecInfo, SourceInfo, TokenizerInfo
-from kdata.score import (
-    SCORE_SCHEMA,
-    ScoreConfig,
-    ScoreInfo,
-    begin_sidecar,
-    finish_sidecar,
-    load_score_info,
-    score,
-    sequence_nll,
-    write_part,
-)
-from kdata.selection import All, Difference, Random, Sql, select
-from kdata.shard import Record, Unit
-from kdata.teachers import TeacherConfig
-from kdata.verify import verify
-from kdata.writer import Writer, new_info
+from kdata.format.keep import KeepConfig
+from kdata.format.manifest import new_info
+from kdata.format.records import Record, Unit
+from kdata.format.schema import CodecInfo, SourceInfo, TokenizerInfo
+from kdata.jobs.scoring import ScoreConfig, score, sequence_nll
+from kdata.selection.plan import Plan, make_plan
+from kdata.selection.query import Sql
+from kdata.selection.ranked import All, Difference, Random
+from kdata.selection.select import select
+from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, begin_sidecar, finish_sidecar, load_score_info, write_part
+from kdata.store.writer import Writer
+from kdata.teachers.config import TeacherConfig
 from tests.fakes import VOCAB, StandInTeacher, run_capture, save_llama, save_tokenizer
 
 TEACHER = StandInTeacher()
@@ -279,7 +273,7 @@ def test_scoring_goes_on_where_it_stopped_and_follows_growth(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = []
-    import kdata.score as module
+    import kdata.jobs.scoring as module
 
     real = module._score_shard
 

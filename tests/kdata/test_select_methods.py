@@ -17,29 +17,18 @@ from hypothesis import strategies as st
 
 import kdata
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError, QueryError, StorageError
-from kdata.plan import Plan, open_plan
-from kdata.selection import (
-    METHODS,
-    All,
-    Cap,
-    Ddk,
-    Difference,
-    Proportional,
-    Random,
-    Sql,
-    Static,
-    Temperature,
-    Uniform,
-    parse_step,
-    rank,
-    select,
-    work,
-)
+from kdata.format.files import lock_of
+from kdata.selection import rank
+from kdata.selection import session as work
 from kdata.selection.apportion import as_written
-from kdata.selection.ddk import first_weights
+from kdata.selection.ddk import Ddk, first_weights
+from kdata.selection.mixtures import Cap, Proportional, Static, Temperature, Uniform
+from kdata.selection.plan import Plan, open_plan
+from kdata.selection.query import Sql
+from kdata.selection.ranked import All, Difference, Random
+from kdata.selection.select import METHODS, parse_step, select
 from kdata.selection.step import Ranked, Step
-from kdata.sql import Room
-from kdata.writer import lock_of
+from kdata.store.sql import Room
 from tests.fakes import write_jsonl
 from tests.kdata.plans import Row, dataset_of, score_with
 from tests.kdata.test_interchange import imported, plain_row

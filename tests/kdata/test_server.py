@@ -19,15 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdata
-from kdata.capture import CaptureConfig, capture
+from kdata.check.verify import verify
 from kdata.config import parse_config
-from kdata.corpus import CorpusConfig
+from kdata.corpus.corpus import CorpusConfig
 from kdata.errors import ConfigError, DependencyError, KdataError, MismatchError, TeacherError, UnreachableError
-from kdata.keep import KeepConfig
-from kdata.teachers import Readout, SamplingConfig, ServerConfig, TeacherConfig, endpoints, load_teacher
+from kdata.format.keep import KeepConfig
+from kdata.jobs.reading import CaptureConfig, capture
+from kdata.teachers import endpoints
+from kdata.teachers.base import Readout
+from kdata.teachers.config import SamplingConfig, ServerConfig, TeacherConfig
+from kdata.teachers.load import load_teacher
 from kdata.teachers.server import ServedTeacher
 from kdata.teachers.wire import is_distribution, rectangle
-from kdata.verify import verify
 from tests.fakes import VOCAB, StandInTeacher, digests
 from tests.served import Call, StandInServer
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from kdata import errors
-from kdata.capture import CaptureConfig
 from kdata.config import apply_settings, parse_config, read_yaml
 from kdata.errors import ConfigError, KdataError, MissingError, settings_difference
-from kdata.generate import GenerateConfig
-from kdata.teachers import TeacherConfig
+from kdata.jobs.reading import CaptureConfig
+from kdata.jobs.writing import GenerateConfig
+from kdata.teachers.config import TeacherConfig
 
 
 @pytest.mark.parametrize(

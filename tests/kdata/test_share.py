@@ -13,8 +13,10 @@ import pytest
 
 import kdata
 from kdata.errors import ConfigError, CorruptError, KdataError, MissingError
-from kdata.hub import download, hub_name, push
-from kdata.selection import All, select
+from kdata.selection.ranked import All
+from kdata.selection.select import select
+from kdata.share.push import push
+from kdata.store.hub import download, hub_name
 from tests.fakes import digests
 
 # In a process of its own: tests/trainer holds a module called datasets too.

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 import kdata
-from kdata.capture import CaptureConfig, CaptureJob
-from kdata.corpus import Corpus, CorpusConfig
+from kdata.check.verify import verify
+from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import DataError, StorageError
-from kdata.staging import FolderStaging
-from kdata.teachers import load_tokenizer
-from kdata.verify import verify
-from kdata.work import LocalEngine, dataset_info, tokenizer_files
-from kdata.writer import Writer
+from kdata.jobs.job import LocalEngine, dataset_info
+from kdata.jobs.reading import CaptureConfig, CaptureJob
+from kdata.store.staging import FolderStaging
+from kdata.store.writer import Writer
+from kdata.teachers.model import load_tokenizer, tokenizer_files
 from tests.fakes import StandInTeacher, digests, run_capture
 
 

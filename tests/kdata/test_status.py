@@ -18,11 +18,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import kdata
-from kdata.cli import app
 from kdata.errors import CorruptError, MissingError, TeacherError
-from kdata.journal import append, journal_of, read_journal
-from kdata.progress import Phase, Stage
-from kdata.status import Row, Status, render, status, watch
+from kdata.format.files import journal_of
+from kdata.format.manifest import read_info, write_info
+from kdata.observe.journal import append, read_journal
+from kdata.observe.progress import Phase, Stage
+from kdata.observe.status import Row, Status, render, status, watch
+from pipelines.cli.main import app
 from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, write_jsonl
 from tests.kdata.test_progress import shard
 
@@ -273,12 +275,12 @@ def test_a_dataset_without_a_log_is_never_said_to_be_at_work(captured: Path, tmp
 
     root = Path(shutil.copytree(captured, tmp_path / "copy"))
     assert states(status(root)) == {"capture": "done"} and status(root).took is None
-    kdata.manifest.write_info(root, _unfinished(root))
+    write_info(root, _unfinished(root))
     assert states(status(root)) == {"capture": "unknown"} and status(root).state == "unknown"
 
 
 def _unfinished(root: Path) -> Any:
-    info = kdata.manifest.read_info(root)
+    info = read_info(root)
     return info.model_copy(
         update={"sources": {n: s.model_copy(update={"num_units": None}) for n, s in info.sources.items()}}
     )
@@ -290,8 +292,8 @@ def _unfinished(root: Path) -> Any:
 def usual(state: Any = "running") -> Status:
     """Large but usual figures in every column."""
     now = datetime(2026, 1, 1, tzinfo=UTC)
-    from kdata.energy import Devices
-    from kdata.journal import Line, Took
+    from kdata.observe.energy import Devices
+    from kdata.observe.journal import Line, Took
 
     line = Line(
         time=now, since=now, stage="capture: reading", within=None, state="running", error=None, done=1_545_678,
@@ -347,7 +349,7 @@ def test_watching_ends_with_the_work(at_work: tuple[Path, BaseProcess], monkeypa
             process.kill()
             process.join()
 
-    monkeypatch.setattr("kdata.status.time.sleep", sleep)
+    monkeypatch.setattr("kdata.observe.status.time.sleep", sleep)
     console = Console(width=120, file=io.StringIO(), force_terminal=True)
     watch(run, console)
     assert len(asked) >= 3 and "stopped" in console.file.getvalue()  # type: ignore[attr-defined]

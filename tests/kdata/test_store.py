@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdata
-from kdata.codec import CODECS, Kept
 from kdata.errors import ConfigError, DataError, MissingError, ShapeError
-from kdata.keep import KeepConfig
-from kdata.schema import CodecInfo, DatasetInfo, SourceInfo, TokenizerInfo, content_hash, known_codecs
-from kdata.shard import Record, Reject, Unit
-from kdata.writer import Writer, new_info
+from kdata.format.codec import CODECS
+from kdata.format.keep import KeepConfig
+from kdata.format.kept import Kept
+from kdata.format.manifest import new_info
+from kdata.format.records import Record, Reject, Unit
+from kdata.format.schema import CodecInfo, DatasetInfo, SourceInfo, TokenizerInfo, content_hash, known_codecs
+from kdata.store.writer import Writer
 from tests.fakes import VOCAB, StandInTeacher, digests
 
 TEACHER = StandInTeacher()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdata.errors import TeacherError
-from kdata.keep import KeepConfig
+from kdata.format.keep import KeepConfig
 
 pytestmark = [
     pytest.mark.vllm,

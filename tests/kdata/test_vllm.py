@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 
 import kdata
-from kdata.keep import KeepConfig
-from kdata.teachers import Completion, TeacherConfig
-from kdata.verify import verify
+from kdata.check.verify import verify
+from kdata.format.keep import KeepConfig
+from kdata.teachers.base import Completion
+from kdata.teachers.config import TeacherConfig
 from tests.fakes import CHATML, TURN_END, digests, rows_of_text, save_llama, save_tokenizer, write_jsonl
 
 pytestmark = [
@@ -37,9 +38,9 @@ HYBRID = KeepConfig(kind="hybrid", k=4, draws=6, temperatures=[2.0])
 def ask(sequences: list[np.ndarray], path: str) -> dict[str, Any]:
     """All that is asked of one teacher: run in a process of its own, because an engine keeps memory and threads."""
     from kdata.errors import TeacherError
-    from kdata.teachers import SamplingConfig
-    from kdata.teachers.planner import each
+    from kdata.teachers.config import SamplingConfig
     from kdata.teachers.vllm import VllmTeacher
+    from kdata.teachers.windows import each
 
     # So little memory for logits that a step of the engine holds 256 tokens: a few of these sequences.
     teacher = VllmTeacher(TeacherConfig(model=path, logits_gib=1e-6), max_k=8)
@@ -147,10 +148,10 @@ CHATS = [{"id": f"q{n}", "messages": [{"role": "user", "content": f"the cat {n} 
 
 def write_in_form(folder: Path, prompts: list[np.ndarray], root: Path) -> dict[str, Any]:
     """What only the generating engine shows, in one process: structured output, sampling, stop strings, chats."""
-    from kdata.corpus import Corpus, CorpusConfig
+    from kdata.corpus.corpus import Corpus, CorpusConfig
     from kdata.errors import ConfigError
-    from kdata.generate import GenerateConfig, generate_with
-    from kdata.teachers import SamplingConfig, StructuredOutput
+    from kdata.jobs.writing import GenerateConfig, generate_with
+    from kdata.teachers.config import SamplingConfig, StructuredOutput
     from kdata.teachers.vllm import VllmTeacher
 
     who = TeacherConfig(model=str(folder), path="logprobs")
@@ -198,7 +199,7 @@ def write_in_form(folder: Path, prompts: list[np.ndarray], root: Path) -> dict[s
 
 def test_vllm_writes_in_a_form_and_records_the_raw_distribution(tmp_path: Path) -> None:
     """Structured output, sampling, stop strings and chats; what is recorded is what a reading of the same text gives."""
-    from kdata.teachers import load_tokenizer
+    from kdata.teachers.model import load_tokenizer
     from kdata.teachers.transformers import TransformersTeacher
 
     folder = save_llama(tmp_path / "llama")
@@ -258,7 +259,7 @@ def start_capture(root: Path, llama: Path, corpus: Path) -> subprocess.Popen[byt
     arguments = ["capture", str(root), "--teacher", str(llama), "--corpus", str(corpus), "--k", "8",
                  "--set", "unit_tokens=300"]  # fmt: skip
     return subprocess.Popen(
-        [sys.executable, "-c", "from pipelines.cli import main; main()", *arguments],
+        [sys.executable, "-c", "from pipelines.cli.main import main; main()", *arguments],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 

@@ -23,13 +23,14 @@ import numpy as np
 import pytest
 
 import kdata
-from kdata.capture import CaptureConfig, capture
-from kdata.corpus import CorpusConfig
+from kdata.check.verify import verify
+from kdata.corpus.corpus import CorpusConfig
 from kdata.errors import ConfigError
-from kdata.keep import KeepConfig
-from kdata.teachers import Completion, Readout, SamplingConfig, ServerConfig, StructuredOutput, TeacherConfig
+from kdata.format.keep import KeepConfig
+from kdata.jobs.reading import CaptureConfig, capture
+from kdata.teachers.base import Completion, Readout
+from kdata.teachers.config import SamplingConfig, ServerConfig, StructuredOutput, TeacherConfig
 from kdata.teachers.server import ServedTeacher
-from kdata.verify import verify
 from tests.fakes import digests, rows_of_text, write_jsonl
 
 pytestmark = [

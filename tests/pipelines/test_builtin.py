@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdata.errors import ConfigError, DataError
-from pipelines import builtin, builtin_corpus
-from pipelines.builtin import BuiltinConfig, NetworkConfig, ensure_reference, ensure_teacher
-from pipelines.builtin_corpus import DOMAINS, CorpusFiles, build_corpus
+from pipelines.builtin import builtin
+from pipelines.builtin import corpus as builtin_corpus
+from pipelines.builtin.builtin import BuiltinConfig, NetworkConfig, ensure_reference, ensure_teacher
+from pipelines.builtin.corpus import DOMAINS, CorpusFiles, build_corpus
 
 TINY = NetworkConfig(
     hidden_size=64,

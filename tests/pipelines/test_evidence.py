@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
-from kdata.keep import KeepConfig
+from kdata.format.keep import KeepConfig
+from kdata.loader.batches import LoaderConfig
 from pipelines.evidence import figures, offline
 from pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_token, unit_hash
 from pipelines.evidence.offline import BASELINE, REFERENCE, SETTINGS, Offline, OfflineConfig, Setting
@@ -24,11 +25,12 @@ from pipelines.evidence.runs import load_runs, path_of, run_all
 from pipelines.evidence.students import train_student
 from pipelines.evidence.summary import T_975, estimate, relative_difference, summarise
 from tests.fakes import rows_of_text
+from trainer.config import TrainConfig
 from trainer.fused import distillation_loss
-from trainer.loader import Loader, LoaderConfig
+from trainer.loader import Loader
 from trainer.objectives import ObjectiveConfig, Targets
 from trainer.student import CheckpointStudent, ScratchStudent, build_student, head_of, hidden_states
-from trainer.train import TrainConfig, train
+from trainer.train import train
 
 # ------------------------------------------------------------------------------------------------ means and intervals
 

@@ -10,14 +10,14 @@ import pytest
 
 import kdata
 from kdata.errors import ConfigError, MismatchError
-from kdata.plan import Plan
+from kdata.selection.plan import Plan
 from pipelines.evidence.__main__ import LARGE
 from pipelines.evidence.data import unit_hash
 from pipelines.evidence.runs import load_runs, run_all
 from pipelines.evidence.selection import SETTINGS, Selection, SelectionConfig, find, key_of, runs
 from pipelines.evidence.selection_figures import baseline, write_report
 from tests.fakes import rows_of_text, save_llama
-from trainer.mixture import DDKMixture, FixedMixture
+from trainer.domain_weights import DDKMixture, FixedMixture
 from trainer.student import CheckpointStudent, ScratchStudent
 
 

@@ -23,17 +23,18 @@ from typing import Any
 import pytest
 
 import kdata
-from kdata.capture import CaptureConfig, CaptureJob
-from kdata.corpus import Corpus, CorpusConfig
+from kdata.check.verify import verify
+from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, MismatchError, StorageError, TeacherError
-from kdata.generate import GenerateConfig, GenerateJob
-from kdata.keep import KeepConfig
-from kdata.teachers import SamplingConfig, TeacherConfig, load_tokenizer
-from kdata.verify import verify
-from kdata.work import Engine, LocalEngine, run_job
-from pipelines import ray_engine
-from pipelines.ray_engine import RayEngine
-from pipelines.ray_workers import RayConfig
+from kdata.format.keep import KeepConfig
+from kdata.jobs.job import Engine, LocalEngine, run_job
+from kdata.jobs.reading import CaptureConfig, CaptureJob
+from kdata.jobs.writing import GenerateConfig, GenerateJob
+from kdata.teachers.config import SamplingConfig, TeacherConfig
+from kdata.teachers.model import load_tokenizer
+from pipelines.ray import engine as ray_engine
+from pipelines.ray.engine import RayEngine
+from pipelines.ray.workers import RayConfig
 from tests.bucket import Bucket
 from tests.fakes import StandInTeacher, digests, rows_of_text, write_jsonl
 
@@ -417,7 +418,7 @@ def test_the_command_and_a_recipe_make_the_bytes_of_the_local_engine(
     tmp_path: Path, two: Any, corpus: Path, llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a real (tiny) model. The command's process holds no torch; the recipe's would, once it trains."""
-    from kdata.teachers import load_teacher
+    from kdata.teachers.load import load_teacher
     from pipelines.recipe import load_recipe
     from pipelines.runner import Run, run_capture
 
@@ -426,7 +427,7 @@ def test_the_command_and_a_recipe_make_the_bytes_of_the_local_engine(
     local = LocalEngine(load_teacher(who, max_k=4), load_tokenizer(llama_dir))
     run_job(tmp_path / "local", reading(corpus, kind="hybrid", k=4, draws=4, unit_tokens=100), local)
     code = (
-        "import sys\nfrom pipelines.cli import main\ntry: main()\n"
+        "import sys\nfrom pipelines.cli.main import main\ntry: main()\n"
         "finally: print('LOADED', *{name.split('.')[0] for name in sys.modules})"
     )
     command = ["capture", tmp_path / "command", "--teacher", llama_dir, "--backend", "transformers", "--corpus", corpus,
@@ -482,7 +483,7 @@ def test_settings_that_cannot_be_are_refused(values: dict[str, Any], message: st
 def test_a_mistake_on_the_command_line_is_named(corpus: Path, arguments: list[str], message: str) -> None:
     from typer.testing import CliRunner
 
-    from pipelines.cli import app
+    from pipelines.cli.main import app
 
     command = ["capture", "nowhere", "--teacher", "x", "--corpus", str(corpus), *arguments]
     with pytest.raises(ConfigError, match=message):
@@ -521,7 +522,7 @@ def test_a_cluster_that_is_not_there_is_named(tokenizer_dir: Path) -> None:
 
 
 def test_a_folder_that_actors_do_not_see_is_refused(tmp_path: Path) -> None:
-    from kdata.staging import FolderStaging
+    from kdata.store.staging import FolderStaging
 
     with pytest.raises(StorageError, match="must lie on a file system that all of them mount"):
         FolderStaging(tmp_path / "d" / "units-0.tmp").check()
@@ -534,7 +535,7 @@ def noted(config: TeacherConfig, max_k: int, *, folder: Path) -> tuple[Any, Any]
     """The engine's own loader, with a note of the process."""
     import ray
 
-    from pipelines.ray_actor import load_both
+    from pipelines.ray.actor import load_both
 
     (folder / "pids").mkdir(parents=True, exist_ok=True)
     (folder / "pids" / str(os.getpid())).write_text(ray.get_runtime_context().get_node_id())
@@ -543,7 +544,7 @@ def noted(config: TeacherConfig, max_k: int, *, folder: Path) -> tuple[Any, Any]
 
 def read_here(root: Path, corpus: Path, llama: Path) -> None:
     """The local engine with vLLM, in a process of its own, as an engine keeps memory and threads."""
-    from kdata.teachers import load_teacher
+    from kdata.teachers.load import load_teacher
 
     teacher = load_teacher(TeacherConfig(model=str(llama)), max_k=8)
     run_job(root, reading(corpus, kind="topk", unit_tokens=200), LocalEngine(teacher, load_tokenizer(llama)))

@@ -14,8 +14,7 @@ from typing import Any, get_args, get_origin
 import pyarrow as pa
 from pydantic import BaseModel
 
-from kdata.plan import PLAN_SCHEMA, DomainTaken, PlanInfo
-from kdata.schema import (
+from kdata.format.schema import (
     CodecError,
     CodecInfo,
     DatasetInfo,
@@ -26,7 +25,8 @@ from kdata.schema import (
     TeacherInfo,
     TokenizerInfo,
 )
-from kdata.score import SCORE_SCHEMA, ScoreInfo
+from kdata.selection.plan import PLAN_SCHEMA, DomainTaken, PlanInfo
+from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo
 from pipelines.recipe import Recipe
 
 FOLDER = Path(__file__).resolve().parents[2] / "schemas"
@@ -134,7 +134,7 @@ def manifest_view() -> pa.Schema:
     """Columns of the SQL view `manifest`."""
     from types import SimpleNamespace
 
-    from kdata.sql import manifest_table
+    from kdata.store.sql import manifest_table
 
     return manifest_table(SimpleNamespace(manifest=[])).schema  # type: ignore[arg-type]
 

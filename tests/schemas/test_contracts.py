@@ -19,10 +19,11 @@ import pytest
 import yaml
 
 import kdata
-from kdata.codec import CODECS
 from kdata.errors import QueryError
-from kdata.schema import index_schema, known_codecs, payload_schema, rejects_schema
-from kdata.selection import Difference, select
+from kdata.format.codec import CODECS
+from kdata.format.schema import index_schema, known_codecs, payload_schema, rejects_schema
+from kdata.selection.ranked import Difference
+from kdata.selection.select import select
 from tests.fakes import run_capture
 from tests.kdata.test_score_select import give_scores
 from tests.schemas.tables import (

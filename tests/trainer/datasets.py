@@ -10,11 +10,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import kdata
-from kdata.codec import Kept
-from kdata.schema import CodecInfo, SourceInfo, TeacherInfo
-from kdata.shard import Record, Unit
-from kdata.teachers import tokenizer_info
-from kdata.writer import Writer, new_info
+from kdata.format.kept import Kept
+from kdata.format.manifest import new_info
+from kdata.format.records import Record, Unit
+from kdata.format.schema import CodecInfo, SourceInfo, TeacherInfo
+from kdata.store.writer import Writer
+from kdata.teachers.model import tokenizer_info
 
 VOCAB = 61
 

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 import trainer.train as module
-from kdata.batches import Arrays, Batches
 from kdata.errors import KdataError
+from kdata.loader.batches import Arrays, Batches
 
 
 class Left(BaseException):

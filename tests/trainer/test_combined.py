@@ -10,19 +10,21 @@ import pytest
 import torch
 
 import kdata
-from kdata.combine import CombineConfig, combine
 from kdata.errors import ConfigError
-from kdata.reread import reread_with
-from kdata.teachers import load_tokenizer
-from kdata.work import LocalEngine
+from kdata.jobs.combine import CombineConfig, combine
+from kdata.jobs.job import LocalEngine
+from kdata.jobs.reread import reread_with
+from kdata.loader.batches import LoaderConfig
+from kdata.teachers.model import load_tokenizer
 from tests.fakes import VOCAB, StandInTeacher, run_capture
 from tests.trainer.oracle import Problem, kl, oracle_values
+from trainer.config import TrainConfig
 from trainer.evaluate import _first_choice, evaluate
 from trainer.fused import distillation_loss
-from trainer.loader import Batch, Loader, LoaderConfig
+from trainer.loader import Batch, Loader
 from trainer.objectives import ObjectiveConfig, resolve_tail
 from trainer.student import ScratchStudent, build_student
-from trainer.train import TrainConfig, train
+from trainer.train import train
 
 SHARES = (0.3, 0.7)
 

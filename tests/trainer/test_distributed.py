@@ -20,7 +20,8 @@ import kdata
 from kdata.errors import ConfigError
 from tests.trainer import rank
 from tests.trainer.datasets import make_dataset
-from trainer.train import TrainConfig, TrainResult, train
+from trainer.config import TrainConfig, TrainResult
+from trainer.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -170,7 +171,7 @@ def test_every_rank_stops_where_one_meets_a_loss_that_is_not_finite(folder: Path
 
 def test_the_command_trains_under_torchrun(dataset: kdata.Dataset, folder: Path, tmp_path: Path) -> None:
     settings = [f"{key}={json.dumps(value)}" for key, value in BASE.items() if key != "steps"]
-    command = [sys.executable, "-c", "from pipelines.cli import main; main()", "train", str(dataset.path)]
+    command = [sys.executable, "-c", "from pipelines.cli.main import main; main()", "train", str(dataset.path)]
     done = launch(
         ["--no-python", *command, "--out", str(tmp_path), "--steps", "4", *(a for s in settings for a in ("--set", s))]
     )

@@ -18,13 +18,14 @@ from typer.testing import CliRunner
 
 import kdata
 from kdata.errors import CorruptError, DataError, MismatchError, MissingError
-from pipelines.cli import app
+from pipelines.cli.main import app
 from tests.trainer.datasets import VOCAB, make_dataset
+from trainer.config import TrainConfig
 from trainer.evaluate import EvaluateConfig, _first_choice, evaluate
 from trainer.loader import Batch
 from trainer.objectives import Targets
 from trainer.student import ScratchStudent, build_student
-from trainer.train import TrainConfig, train
+from trainer.train import train
 
 LENGTHS = [5 + (i * 11) % 30 for i in range(30)]
 

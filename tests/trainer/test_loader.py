@@ -22,14 +22,14 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import kdata
-from kdata.batches import Arrays, Batches
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
-from kdata.packing import Place, Shape, best_fit, blocks_of, windows
-from kdata.shard import ROWS_PER_BATCH, TOKENS_PER_BATCH, rows_per_batch
-from kdata.window import Window
+from kdata.loader.batches import Arrays, Batches, LoaderConfig
+from kdata.loader.packing import Place, Shape, best_fit, blocks_of, windows
+from kdata.loader.window import Window
+from kdata.store.shard import ROWS_PER_BATCH, TOKENS_PER_BATCH, rows_per_batch
 from tests.benchmarks.loader import build_dataset
 from tests.trainer.datasets import make_dataset
-from trainer.loader import Batch, IterableBatches, Loader, LoaderConfig
+from trainer.loader import Batch, IterableBatches, Loader
 
 LENGTHS = [int(n) for n in np.random.default_rng(1).integers(1, 33, 90)]
 
@@ -353,5 +353,5 @@ def test_the_content_of_a_shard_is_checked_when_it_is_first_read(dataset: kdata.
 
 
 def test_arrays_need_no_torch() -> None:
-    code = "import sys, kdata.batches; sys.exit('torch' in sys.modules)"
+    code = "import sys, kdata.loader.batches; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,10 +13,11 @@ import kdata
 import trainer.train as module
 from kdata.errors import DependencyError
 from tests.trainer.datasets import make_dataset
+from trainer.config import TrainConfig, TrainResult
+from trainer.domain_weights import FixedMixture
 from trainer.metrics import Metrics, check_installed, forget_after
-from trainer.mixture import FixedMixture
 from trainer.student import ScratchStudent
-from trainer.train import TrainConfig, TrainResult, train
+from trainer.train import train
 
 LINE = {"step": 3, "stage": "task", "loss": 2.5, "tokens": 7, "mixture": {"weights": {"code": 0.25}}}
 NUMBERS = {"loss": 2.5, "tokens": 7, "mixture/weights/code": 0.25}

@@ -15,16 +15,18 @@ import torch
 
 import kdata
 from kdata.errors import ConfigError, DataError, MismatchError, TrainingError
-from kdata.plan import make_plan
+from kdata.loader.batches import LoaderConfig
+from kdata.selection.plan import make_plan
 from tests.trainer.datasets import make_dataset
+from trainer.config import StageConfig, TrainConfig
 from trainer.distributed import Ranks
+from trainer.domain_weights import DDK, DDKMixture, Fixed, FixedMixture
 from trainer.heldout import keep_aside, open_heldout, student_losses
 from trainer.learner import Learner
-from trainer.loader import Batch, LoaderConfig
-from trainer.mixing import MixedLoader
-from trainer.mixture import DDK, DDKMixture, Fixed, FixedMixture
+from trainer.loader import Batch
+from trainer.mixed_loader import MixedLoader
 from trainer.student import ScratchStudent, build_student, head_of, hidden_states
-from trainer.train import StageConfig, TrainConfig, train
+from trainer.train import train
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(120)]
 TINY = ScratchStudent(hidden_size=16, num_layers=1, num_heads=2, max_positions=64)

@@ -16,14 +16,15 @@ import kdata
 import trainer.train as module
 from kdata.config import parse_config
 from kdata.errors import ConfigError, MismatchError
-from kdata.plan import make_plan
-from pipelines.cli import app
+from kdata.selection.plan import make_plan
+from pipelines.cli.main import app
 from tests.trainer.datasets import VOCAB, make_dataset
-from trainer.mixture import DDKMixture
+from trainer.config import StageConfig, TrainConfig
+from trainer.domain_weights import DDKMixture
 from trainer.objectives import ObjectiveConfig
 from trainer.schedule import Ramp
 from trainer.student import ScratchStudent
-from trainer.train import StageConfig, TrainConfig, train
+from trainer.train import train
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(120)]
 GENERAL, TASK = 8, 6  # steps

@@ -10,10 +10,11 @@ from transformers import Cohere2Config, Cohere2ForCausalLM, MambaConfig, MambaFo
 
 import kdata
 from kdata.errors import ConfigError, MismatchError, MissingError
-from kdata.teachers import load_tokenizer, tokenizer_info
+from kdata.loader.batches import LoaderConfig
+from kdata.teachers.model import load_tokenizer, tokenizer_info
 from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
 from trainer.fused import distillation_loss
-from trainer.loader import Loader, LoaderConfig
+from trainer.loader import Loader
 from trainer.objectives import ObjectiveConfig
 from trainer.student import (
     CheckpointStudent,

@@ -17,9 +17,10 @@ import kdata
 import trainer.evaluate as module
 from kdata.errors import ConfigError, DependencyError
 from tests.trainer.datasets import make_dataset
+from trainer.config import TrainConfig
 from trainer.evaluate import EvaluateConfig, evaluate
 from trainer.student import ScratchStudent
-from trainer.train import TrainConfig, train
+from trainer.train import train
 
 QUESTIONS = [f"w{3 + i} w{40 - i} w{7 * i % 50 + 3}" for i in range(24)]
 

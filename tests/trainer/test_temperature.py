@@ -12,17 +12,20 @@ import torch
 
 import kdata
 from kdata.errors import ConfigError
-from kdata.keep import KeepConfig
-from kdata.schema import FORMAT_VERSION, SourceInfo
-from kdata.shard import Record, Unit
+from kdata.format.keep import KeepConfig
+from kdata.format.manifest import new_info
+from kdata.format.records import Record, Unit
+from kdata.format.schema import FORMAT_VERSION, SourceInfo
+from kdata.format.temper import at_temperature
+from kdata.loader.batches import LoaderConfig
+from kdata.store.writer import Writer
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
-from kdata.temper import at_temperature
-from kdata.writer import Writer, new_info
+from trainer.config import TrainConfig
 from trainer.fused import distillation_loss
-from trainer.loader import Batch, Loader, LoaderConfig
+from trainer.loader import Batch, Loader
 from trainer.objectives import ObjectiveConfig, Tail
 from trainer.student import ScratchStudent, build_student, head_of, hidden_states
-from trainer.train import TrainConfig, train
+from trainer.train import train
 
 VOCAB, POSITIONS, HIDDEN = 97, 400, 12
 

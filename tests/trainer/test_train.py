@@ -23,16 +23,17 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import kdata
 import trainer.train as module
-from kdata.batches import Arrays, Batches
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, StorageError, TrainingError
-from kdata.plan import make_plan
+from kdata.loader.batches import Arrays, Batches
+from kdata.selection.plan import make_plan
 from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
+from trainer.config import StageConfig, TrainConfig, TrainResult
+from trainer.domain_weights import DDKMixture, FixedMixture
 from trainer.evaluate import EvaluateConfig
-from trainer.mixture import DDKMixture, FixedMixture
 from trainer.objectives import ObjectiveConfig
-from trainer.schedule import Ramp
+from trainer.schedule import Ramp, learning_rate
 from trainer.student import CheckpointStudent, ScratchStudent, build_student, num_parameters
-from trainer.train import StageConfig, TrainConfig, TrainResult, learning_rate, train
+from trainer.train import train
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(120)]
 

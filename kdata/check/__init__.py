@@ -1,0 +1,1 @@
+"""Prove a dataset whole, measure it again, set aside what is broken, look for leakage."""

@@ -1,0 +1,333 @@
+"""Chats: messages rendered with the model's own chat template, and which of the tokens the assistant wrote.
+
+What the assistant wrote is found exactly or not at all. A template that marks it (`{% generation %}`) is believed. For any
+other, the chat is rendered up to each of the assistant's turns, once with the generation prompt and once with the turn: both
+must be prefixes of the whole, and what stands between them is the turn. A turn ends with its end-of-turn token, which counts:
+a student has to learn to stop. Where a prefix is none (a template that rewrites earlier turns), or where a token reaches over
+the border of a turn, the chat is refused.
+
+Characters become tokens by the bytes that each token stands for, so that no decoding is involved.
+"""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from kdata.corpus.corpus import CorpusConfig
+from kdata.corpus.encode import TextEncoder, special_tokens
+from kdata.corpus.messages import Chat
+from kdata.errors import ConfigError, DataError, KdataError
+
+if TYPE_CHECKING:
+    from kdata.format.records import Reject
+
+
+def chat_encoder(tokenizer: Any, corpus: CorpusConfig) -> ChatEncoder:
+    """Chats of a corpus to token ids. Raises ConfigError as `ChatEncoder` does."""
+    return ChatEncoder(tokenizer, TextEncoder(tokenizer), corpus.template_options, corpus.template_date)
+
+
+Targets = Literal["all", "assistant", "last_assistant"]
+Span = tuple[int, int]  # characters [begin, end)
+MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PROBE = "kdata"  # content of a message that asks a template what it writes before it
+
+
+class ChatError(DataError):
+    """One chat cannot be rendered, or its turns cannot be told apart exactly."""
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A rendered chat: its text, token ids int32 [T], bytes per token uint16 [T] and target mask bool [T].
+
+    The bytes sum to those of the text, special tokens with their names; entry 0 of the mask is false.
+    """
+
+    text: str
+    token_ids: np.ndarray
+    token_bytes: np.ndarray
+    target_mask: np.ndarray
+
+
+class ChatEncoder:
+    """Chats to token ids with a model's chat template.
+
+    Args:
+        tokenizer: with a chat template.
+        encoder: of that tokenizer.
+        options: variables that the template takes.
+        date: YYYY-MM-DD, for a template that writes today's date; None refuses such a one.
+    Raises:
+        ConfigError: there is no template; an option that it does not know; no date.
+    """
+
+    def __init__(
+        self, tokenizer: Any, encoder: TextEncoder, options: dict[str, Any] | None = None, date: str | None = None
+    ) -> None:
+        self._tokenizer, self._encoder = tokenizer, encoder
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(
+                "the model's tokenizer has no chat template, so chats cannot be read; take the model's chat (instruct) "
+                "version, or put the rendered text into a text column"
+            )
+        self._options = options or {}
+        self._date = None if date is None else _date(date)
+        reserved = inspect.signature(tokenizer.apply_chat_template).parameters
+        for name in self._options:
+            if name in reserved or name in ("messages", "strftime_now"):
+                raise ConfigError(f"template_options.{name} is kdata's own to set")
+            if name not in str(tokenizer.chat_template):
+                raise ConfigError(f"template_options.{name}: the model's chat template has no such variable")
+        self._specials = tuple(special_tokens(tokenizer).values())
+
+    def prompt(self, chat: Chat) -> EncodedChat:
+        """A chat that the assistant is to continue, up to where it begins to write; nothing of it is a target.
+
+        Raises ChatError where the template refuses it.
+        """
+        text = self._render(chat.messages, chat.tools, generation_prompt=True)
+        _check_rendered(chat, text)
+        ids, lengths = self._encoder.literal(text)
+        return EncodedChat(text, ids, lengths, np.zeros(len(ids), bool))
+
+    def whole(self, chat: Chat, targets: Targets, *, tool_calls: bool = True) -> EncodedChat:
+        """A chat that is read.
+
+        Args:
+            targets: all tokens; those that the assistant wrote (with its end of turn); or those of its last turn.
+            tool_calls: those that call a tool (with the end of that turn) count; else what comes before them in a turn only.
+        Raises:
+            ChatError: the template refuses it, or the turns cannot be told apart exactly.
+        """
+        text, marked = self._render_marked(chat)
+        _check_rendered(chat, text)
+        ids, lengths = self._encoder.literal(text)
+        if targets == "all":
+            mask = np.ones(len(ids), bool)
+        else:
+            mask = _tokens_of(self._assistant(chat, text, marked, targets), text, lengths, "the assistant's turn")
+        if not tool_calls:
+            calls = [self._call(chat, text, n) for n, m in enumerate(chat.messages) if m.get("tool_calls")]
+            mask &= ~_tokens_of(calls, text, lengths, "a tool call", behind_space=True)
+        mask[:1] = False
+        return EncodedChat(text, ids, lengths, mask)
+
+    # ------------------------------------------------------------------------------------------------ rendering
+
+    def _variables(self) -> dict[str, Any]:
+        return {**self._options, "strftime_now": self._now}
+
+    def _now(self, layout: str) -> str:
+        """What a template gets that asks for the time: the same on every day."""
+        if self._date is None:
+            raise ConfigError(
+                "the model's chat template writes today's date, so that tomorrow the same chat would have other tokens; set "
+                "template_date: YYYY-MM-DD"
+            )
+        return self._date.strftime(layout)
+
+    def _render(self, messages: list[dict[str, Any]], tools: Any, *, generation_prompt: bool = False) -> str:
+        with _template_errors():
+            return self._tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, **self._variables()
+            )
+
+    def _render_marked(self, chat: Chat) -> tuple[str, list[Span] | None]:
+        """The text, and what the template marks as written by the assistant; None where it has no marks."""
+        if not chat.messages:
+            raise ChatError("there is no message")
+        with _template_errors():
+            template = self._tokenizer.get_chat_template(tools=chat.tools)
+        text = self._render(chat.messages, chat.tools)
+        if not MARK.search(template):
+            return text, None
+        # What `apply_chat_template(..., return_assistant_tokens_mask=True)` calls. Its token mask takes in a token that
+        # begins before the mark; the characters do not leave that open.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with _template_errors():
+            rendered: Any = render_jinja_template(
+                conversations=[chat.messages], tools=chat.tools, chat_template=template,  # type: ignore[arg-type]
+                return_assistant_tokens_mask=True, **{**self._tokenizer.special_tokens_map, **self._variables()},
+            )  # fmt: skip
+        [again], [marks] = rendered
+        if again != text:
+            raise ChatError("the chat template writes another text each time it is asked")
+        return text, marks
+
+    # ---------------------------------------------------------------------------------------------------- spans
+
+    def _assistant(self, chat: Chat, text: str, marked: list[Span] | None, targets: Targets) -> list[Span]:
+        """What the assistant wrote: each of its turns up to the end-of-turn token, or the last one."""
+        numbers = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        if targets == "last_assistant":
+            numbers = numbers[-1:]
+        if marked is None:
+            return [self._without_space(text, self._begin(chat, text, n), self._end(chat, text, n)) for n in numbers]
+        if targets == "last_assistant" and numbers:
+            first = self._begin(chat, text, numbers[0])
+            marked = [span for span in marked if span[0] >= first]
+        ended = [(begin, end + len(self._end_of_turn(text[end:]))) for begin, end in marked]
+        return [self._without_space(text, *span) for span in ended]
+
+    def _begin(self, chat: Chat, text: str, number: int) -> int:
+        """Where message `number`, of the assistant, begins: behind the generation prompt."""
+        if number == 0:
+            raise ChatError("the assistant speaks first: what is before its turn cannot be told")
+        before = chat.messages[:number]
+        prompt = self._render(before, chat.tools, generation_prompt=True)
+        begin = self._prefix(prompt, text, number, "with the prompt for its turn")
+        if prompt == self._render(before, chat.tools):  # the template has no generation prompt, or passes over it
+            probe = self._render([*before, {"role": "assistant", "content": PROBE}], chat.tools)
+            if not (probe.startswith(prompt) and probe[begin:].lstrip().startswith(PROBE)):
+                raise ChatError("the chat template writes no generation prompt, but something before a turn's content")
+        return begin
+
+    def _end(self, chat: Chat, text: str, number: int) -> int:
+        if number == len(chat.messages) - 1:
+            return len(text)
+        turn = self._render(chat.messages[: number + 1], chat.tools)
+        return self._prefix(turn, text, number, "with its turn")
+
+    def _prefix(self, part: str, text: str, number: int, what: str) -> int:
+        if not text.startswith(part):
+            raise ChatError(
+                f"the chat up to message {number}, {what}, is not rendered as in the whole chat: the template rewrites "
+                "earlier turns. Take targets=last_assistant or all, or a template that marks the assistant's turns with "
+                "{% generation %}"
+            )
+        return len(part)
+
+    def _without_space(self, text: str, begin: int, end: int) -> Span:
+        """A turn up to its end-of-turn token, where it has one, without the space that the template writes behind that."""
+        turn = text[begin:end]
+        if self._tail and turn.endswith(self._tail):  # as every turn ends: what the content ends with does not matter
+            tail = self._tail.rstrip()
+            return begin, end - (len(self._tail) - len(tail) if tail.endswith(self._specials) else 0)
+        return (begin, begin + len(turn.rstrip())) if turn.rstrip().endswith(self._specials) else (begin, end)
+
+    def _end_of_turn(self, behind: str) -> str:
+        """The special token that ends a turn and that the template leaves outside its mark; '' where it has none there."""
+        return self._unmarked_end if behind.startswith(self._unmarked_end) else ""
+
+    @cached_property
+    def _probed(self) -> tuple[str, list[Span] | None]:
+        """The smallest chat: how the template ends a turn. Empty where it does not take such a one."""
+        asked = Chat([{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}])
+        try:
+            return self._render_marked(asked)
+        except ChatError:
+            return "", None
+
+    @cached_property
+    def _tail(self) -> str:
+        """What the template writes behind the content of a turn: "<|im_end|>\\n"."""
+        return self._probed[0].rpartition(PROBE)[2]
+
+    @cached_property
+    def _unmarked_end(self) -> str:
+        """What the template writes directly behind the mark of a turn, where that is a special token; else ''."""
+        text, marks = self._probed
+        behind = text[marks[-1][1] :] if marks else ""
+        return max((special for special in self._specials if behind.startswith(special)), key=len, default="")
+
+    def _call(self, chat: Chat, text: str, number: int) -> Span:
+        """Where message `number` calls tools: from behind its content to the end of the turn.
+
+        The turn is rendered without its calls: there the content is looked for, and up to its end both must be the same.
+        """
+        begin, end = self._begin(chat, text, number), self._end(chat, text, number)
+        message = chat.messages[number]
+        content = message["content"] or ""
+        bare = {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": content}
+        plain = self._render([*chat.messages[:number], bare], chat.tools)
+        said = (content if isinstance(content, str) else "".join(part["text"] for part in content)).strip()
+        place = begin
+        if said:
+            place += len(plain[begin:]) - len(plain[begin:].lstrip())
+            if not plain.startswith(said, place):
+                place = plain.find(said, begin) if plain.count(said, begin) == 1 else -1
+        behind = place + len(said)
+        if place < 0 or plain[:behind] != text[:behind]:
+            raise ChatError(
+                f"where the content of message {number} ends and its tool call begins cannot be told exactly"
+            )
+        return behind, end
+
+
+def _date(text: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(f"template_date {text!r} is no date; write it as YYYY-MM-DD") from error
+
+
+@contextmanager
+def _template_errors() -> Iterator[None]:
+    """Turn what a template raises, or what Python says of an expression in it, into a ChatError."""
+    import jinja2
+
+    try:
+        yield
+    except KdataError:
+        raise
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ChatError(f"the chat template refuses the chat: {error}") from error
+
+
+def _check_rendered(chat: Chat, text: str) -> None:
+    """Refuse a template that passes over tools or tool calls without a word."""
+    calls = [call for message in chat.messages for call in message.get("tool_calls", ())]
+    for what, functions in (("tools", chat.tools or []), ("tool calls", calls)):
+        for function in functions:
+            name = function.get("function", function).get("name")
+            if name is not None and str(name) not in text:
+                raise ChatError(f"the chat template does not render {what}: {name!r} is not in the text")
+
+
+def _tokens_of(
+    spans: list[Span], text: str, lengths: np.ndarray, what: str, *, behind_space: bool = False
+) -> np.ndarray:
+    """Tokens that lie inside spans of characters, bool [T]. Raises ChatError where one reaches over a border.
+
+    Args:
+        lengths: bytes per token [T]; their running sum says where in the text each token lies. A token of no byte, a part
+            of a character that the next token ends, belongs where that character does.
+        behind_space: a token may reach into the white space that a span begins with (".\\n" of "so.\\n<tool_call>"), and then
+            lies outside.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    begins = ends - lengths
+    mask = np.zeros(len(lengths), bool)
+    for span in spans:
+        inside = text[slice(*span)]
+        space = len(inside) - len(inside.lstrip()) if behind_space else 0
+        first, behind, last = (
+            len(text[:place].encode("utf-8", "surrogatepass")) for place in (span[0], span[0] + space, span[1])
+        )
+        for border in (behind, last):
+            across = np.flatnonzero((begins < border) & (border < ends))
+            if len(across):
+                raise ChatError(
+                    f"token {across[0]} reaches over the border of {what} (byte {border} of the text): the template "
+                    "separates turns with nothing that stays a token of its own"
+                )
+        mask |= (begins >= first) & (ends <= last) & (begins < last)
+    return mask
+
+
+def refuse_hopeless(accepted: int, rejects: list[Reject]) -> None:
+    """Raise ConfigError where the template refused chats and nothing was accepted: a setting is wrong, not a row."""
+    refused = [reject for reject in rejects if reject.reason == "template"]
+    if refused and not accepted:
+        raise ConfigError(f"not one chat could be used. {refused[0].id}: {refused[0].detail}")

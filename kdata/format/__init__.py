@@ -1,0 +1,1 @@
+"""What stands on disk, as pure data: schemas, manifest, codecs, kept entries. Opens nothing by itself."""

@@ -1,0 +1,87 @@
+"""Files on disk, written so that a crash leaves either the old content or the new: atomic writes, digests, locks, paths."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
+
+from kdata.errors import CorruptError, KdataError, StorageError
+from kdata.format.schema import FileInfo
+
+
+def journal_of(root: Path) -> Path:
+    """The log of work on a dataset: beside it, as its lock is."""
+    place = root.resolve()
+    return place.parent / f".{place.name}.progress.jsonl"
+
+
+def file_info(path: Path) -> FileInfo:
+    """Digest and size of a file."""
+    with path.open("rb") as file:
+        return FileInfo(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=path.stat().st_size)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write under a temporary name, flush, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory, so that a rename in it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def inside(root: Path, relative: str) -> Path:
+    """Return root/relative, refusing a path that leaves the dataset (absolute, '..', or through a link)."""
+    pure = PurePosixPath(relative)
+    path = root / pure
+    unsafe = pure.is_absolute() or ".." in pure.parts or "\0" in relative
+    if unsafe or not path.resolve().is_relative_to(root.resolve()):
+        raise CorruptError(f"{root}: the manifest names {relative!r}, which lies outside the dataset; do not trust it")
+    return path
+
+
+@contextmanager
+def storage_errors(root: Path) -> Iterator[None]:
+    """Turn an OSError of the disk into one StorageError that names cause and remedy."""
+    remedies = {
+        errno.ENOSPC: "the disk is full; free some space",
+        errno.EDQUOT: "the disk quota is used up; free some space",
+        errno.EROFS: "the file system is read-only; choose another folder",
+        errno.EACCES: "no permission to write there; choose another folder",
+        errno.EPERM: "no permission to write there; choose another folder",
+        errno.EEXIST: "a part of the path is a file, not a folder; choose another folder",
+        errno.ENOTDIR: "a part of the path is a file, not a folder; choose another folder",
+    }
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, KdataError) or error.errno is None:
+            raise
+        remedy = remedies.get(error.errno) or f"{os.strerror(error.errno)}; see to that"
+        raise StorageError(
+            f"cannot write {error.filename or root}: {remedy}, then run the same command again. "
+            "What was committed is intact."
+        ) from error
+
+
+def lock_of(root: Path) -> FileLock:
+    """The lock of whoever writes to a dataset: beside it, not in it, as a lock is no part of what is shared."""
+    place = root.resolve()  # one lock however the folder is named: relative, ".", through a link
+    return FileLock(place.parent / f".{place.name}.lock")

@@ -1,0 +1,121 @@
+"""What is kept of a distribution: four kinds, one typed setting.
+
+    topk      the k most probable entries
+    adaptive  as many as reach a mass, at least min_k, at most k
+    sampled   N draws from the whole distribution: unbiased
+    hybrid    the k most probable exactly, and N draws from the tail: unbiased
+
+For the first two the rest is one number, the exact tail mass ("ghost"). For the last two the kept weights already are an
+unbiased estimate of the whole distribution ("draws"), whose expected training gradient is that of full distillation
+(random-sampling distillation, arXiv 2503.16870, which draws independently).
+
+Draws are systematic (Madow 1949; "systematic resampling" of particle filters, Kitagawa 1996): one uniform U a position, and
+the N points (j + U) / N on the cumulative sum. Token i is then drawn floor(N p_i) or one time more, its expectation is N p_i
+as with independent draws, and its variance frac (1 - frac) / N^2, frac the fractional part of N p_i, and not
+p_i (1 - p_i) / N: what is likely has next to no noise. Measured in tests/benchmarks/codec.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from kdata.config import Strict
+from kdata.format.kept import Kept
+from kdata.format.schema import CodecInfo
+
+
+class KeepConfig(Strict):
+    """How much of each distribution is kept."""
+
+    kind: Literal["topk", "adaptive", "sampled", "hybrid"] = Field("hybrid", description="What is kept; see above.")
+    k: int = Field(8, ge=1, le=4096, description="Exact entries (topk, hybrid), or at most so many (adaptive).")
+    mass: float = Field(0.95, gt=0, lt=1, description="Kept probability mass that is enough (adaptive).")
+    min_k: int = Field(4, ge=1, description="At least so many entries (adaptive).")
+    draws: int = Field(28, ge=1, le=255, description="Random draws at each position (sampled, hybrid).")
+    tau: float = Field(
+        1.0,
+        gt=0,
+        le=2,
+        description="Draws are proportional to p^tau, weighted back (sampled, hybrid); 1 is p itself.",
+    )
+    draw_seed: int = Field(0, ge=0, description="Seed of the draws (sampled, hybrid).")
+    draw_method: Literal["systematic", "independent"] = Field(
+        "systematic",
+        description="How draws depend on each other (sampled, hybrid). systematic: evenly spaced points and one random shift "
+        "at each position; unbiased as independent draws are, with less noise. independent: datasets from before there was a "
+        "choice.",
+    )
+    temperatures: list[float] = Field(
+        [],
+        description="Further temperatures at which training shall be exact; their log-sum-exp is stored too.",
+    )
+
+    @model_validator(mode="after")
+    def _sane(self) -> KeepConfig:
+        if self.kind == "adaptive" and self.min_k > self.k:
+            raise ValueError(f"min_k={self.min_k} exceeds the cap k={self.k}; lower it")
+        if any(t <= 0 or t == 1 for t in self.temperatures):
+            raise ValueError("temperatures must be above 0 and other than 1 (1 is always exact)")
+        return self
+
+    @property
+    def tail(self) -> Literal["ghost", "draws"]:
+        """What stands for the rest."""
+        return "draws" if self.kind in ("sampled", "hybrid") else "ghost"
+
+    @property
+    def needs_full_distribution(self) -> bool:
+        """True where the top k alone do not suffice."""
+        return self.tail == "draws" or bool(self.temperatures)
+
+    @property
+    def num_exact(self) -> int:
+        """Most exact entries at a position."""
+        return 0 if self.kind == "sampled" else self.k
+
+    def settings(self) -> dict[str, Any]:
+        """The parameters that this kind uses, and no others: what identifies it."""
+        used = {
+            "topk": ("k",),
+            "adaptive": ("k", "mass", "min_k"),
+            "sampled": ("draws", "tau", "draw_seed"),
+            "hybrid": ("k", "draws", "tau", "draw_seed"),
+        }[self.kind]
+        found = {name: getattr(self, name) for name in used}
+        if self.tail == "draws" and self.draw_method != "independent":  # what datasets without this setting are
+            found["draw_method"] = self.draw_method
+        return {**found, "temperatures": self.temperatures} if self.temperatures else found
+
+    @staticmethod
+    def of(info: CodecInfo) -> KeepConfig:
+        """The setting that a dataset was captured with."""
+        values = {k: v for k, v in info.parameters.items() if k in KeepConfig.model_fields}
+        if "num_draws" in info.parameters:
+            values = {"draw_method": "independent", **values, "draws": info.parameters["num_draws"]}
+        return KeepConfig(kind=info.kind, **values)
+
+    def codec(self, vocab_size: int) -> CodecInfo:
+        """The packed codec for this kind and vocabulary."""
+        parameters = {**self.settings(), "id_bytes": 2 if vocab_size <= 2**16 else 3}
+        if "draws" in parameters:
+            parameters["num_draws"] = parameters.pop("draws")
+        return CodecInfo(id="packed", version=1, kind=self.kind, parameters=parameters)
+
+
+def keep_top(keep: KeepConfig, ids_TK: np.ndarray, logprobs_TK: np.ndarray, recorded_T: np.ndarray) -> Kept:
+    """Kept entries of the kinds topk and adaptive out of rectangular top-k arrays, falling along K."""
+    if keep.kind == "topk":
+        return Kept.top(ids_TK, logprobs_TK, recorded_T)
+    mass_TK = np.cumsum(np.exp(logprobs_TK.astype(np.float64)), 1)
+    enough_T = (mass_TK < keep.mass).sum(1) + 1
+    counts_T = np.where(recorded_T, np.clip(enough_T, keep.min_k, ids_TK.shape[1]), 0).astype(np.int32)
+    taken_TK = np.arange(ids_TK.shape[1]) < counts_T[:, None]
+    return Kept(
+        counts_T,
+        np.zeros_like(counts_T),
+        ids_TK[taken_TK].astype(np.int32, copy=False),
+        logprobs_TK[taken_TK].astype(np.float32, copy=False),
+    )

@@ -1,0 +1,158 @@
+"""dataset.json and manifest.jsonl: what a dataset is, and which shards it has.
+
+The manifest is the truth: a file that it does not name is no part of the dataset. Both files are treated as hostile:
+names are checked against a pattern, paths must stay inside the dataset.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kdata.config import first_problem
+from kdata.errors import CorruptError, FormatError, MissingError
+from kdata.format.files import inside, sync_directory, write_atomically
+from kdata.format.schema import FORMAT_MAJOR, DatasetInfo, ManifestEntry, canonical_json, fingerprint
+
+
+def read_info(root: Path) -> DatasetInfo:
+    """Read dataset.json.
+
+    Raises:
+        MissingError: no dataset there.
+        FormatError: a newer major version, or not a dataset description.
+    """
+    path = root / "dataset.json"
+    if not path.exists():
+        raise MissingError(f"{root} is no kdata dataset: it has no dataset.json")
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{path} is not JSON ({error}); restore it from a copy of the dataset") from error
+    version = str(raw.get("format_version", "")) if isinstance(raw, dict) else ""
+    major = version.split(".")[0]
+    if not major.isdigit():
+        raise FormatError(f"{path} names no format version; it is not a kdata dataset")
+    if int(major) > FORMAT_MAJOR:
+        raise FormatError(f"{root} has format {version}, this kdata reads up to {FORMAT_MAJOR}.x; upgrade kdata")
+    if raw.get("digest") != digest_of(raw):
+        raise CorruptError(
+            f"{path} is damaged: it does not match its own digest; restore it from a copy of the dataset"
+        )
+    try:
+        return DatasetInfo.model_validate(raw)
+    except ValidationError as error:
+        raise CorruptError(f"{path} does not follow the format: {first_problem(error)}") from error
+
+
+def write_info(root: Path, info: DatasetInfo) -> None:
+    """Write dataset.json atomically."""
+    write_json(root / "dataset.json", info.model_dump())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write one of the dataset's JSON files atomically, with its own digest."""
+    write_atomically(path, json_bytes({**content, "digest": digest_of(content)}))
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """The one form in which kdata writes dataset.json, a plan's and a sidecar's JSON."""
+    return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def digest_of(content: dict[str, Any]) -> str:
+    """SHA-256 (hex) of the canonical JSON of everything but `digest` itself."""
+    return fingerprint({key: value for key, value in content.items() if key != "digest"})
+
+
+def read_manifest(root: Path, *, heal: bool = False) -> list[ManifestEntry]:
+    """Read manifest.jsonl in order; a last line without its newline is a commit that did not happen.
+
+    Args:
+        heal: cut such a torn last line off the file (a writer does, before it adds lines).
+    Raises:
+        CorruptError: a line is not a manifest entry, or stands twice.
+    """
+    path = root / "manifest.jsonl"
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if heal and len(whole) < len(content):
+        with path.open("rb+") as file:
+            file.truncate(len(whole))
+            os.fsync(file.fileno())
+    entries: list[ManifestEntry] = []
+    names: set[str] = set()
+    for number, line in enumerate(whole.splitlines(), 1):
+        entry = _entry(line, f"{path} line {number}")
+        if entry.name in names:
+            raise CorruptError(f"{path} line {number}: shard {entry.name} stands twice")
+        for relative in entry.files:
+            inside(root, relative)
+        names.add(entry.name)
+        entries.append(entry)
+    return entries
+
+
+def _entry(line: bytes, where: str) -> ManifestEntry:
+    remedy = "restore manifest.jsonl from a copy of the dataset"
+    try:
+        raw = json.loads(line)
+        entry = ManifestEntry.model_validate(raw)
+    except ValidationError as error:
+        raise CorruptError(f"{where} is damaged ({first_problem(error)}); {remedy}") from error
+    except ValueError as error:
+        raise CorruptError(f"{where} is damaged ({error}); {remedy}") from error
+    if raw.get("digest") != digest_of(raw):
+        raise CorruptError(f"{where} is damaged: it does not match its own digest; {remedy}")
+    return entry
+
+
+def append_entry(root: Path, entry: ManifestEntry) -> None:
+    """Append one line and flush it: the commit."""
+    line = manifest_line(entry)
+    path = root / "manifest.jsonl"
+    fresh = not path.exists()
+    with path.open("ab") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    if fresh:
+        sync_directory(root)
+
+
+def manifest_line(entry: ManifestEntry) -> bytes:
+    """One line of manifest.jsonl with its own digest."""
+    content = entry.model_dump()
+    return canonical_json({**content, "digest": digest_of(content)}) + b"\n"
+
+
+def write_manifest(root: Path, entries: list[ManifestEntry]) -> None:
+    """Replace manifest.jsonl whole."""
+    write_atomically(root / "manifest.jsonl", b"".join(manifest_line(entry) for entry in entries))
+
+
+def order_manifest(root: Path, source: str) -> None:
+    """Bring the lines of one source into the order of their units, where a repeated unit stands out of it.
+
+    So a dataset that was repaired, or whose units were done by several workers, has the bytes of an undisturbed run.
+    """
+    entries = read_manifest(root)
+    own = [entry for entry in entries if entry.source == source]
+    ordered = sorted(own, key=lambda entry: entry.unit)
+    if own == ordered:
+        return
+    first = entries.index(own[0])
+    others = [entry for entry in entries if entry.source != source]
+    write_manifest(root, [*others[:first], *ordered, *others[first:]])
+
+
+def new_info(**fields: object) -> DatasetInfo:
+    """Build a DatasetInfo whose fingerprint is that of its identity."""
+    draft = DatasetInfo.model_validate({**fields, "sources": {}, "fingerprint": ""})
+    return draft.model_copy(update={"fingerprint": fingerprint(draft.identity())})

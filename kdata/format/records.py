@@ -1,0 +1,94 @@
+"""What a shard is written from: records of sequences, the rejects beside them, the unit of work that holds both.
+
+Shapes: T tokens of one sequence, N kept entries of it in all."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from kdata.format.kept import Kept
+from kdata.format.schema import ManifestEntry
+
+
+def inputs_of(payload: pa.Table) -> str:
+    """SHA-256 over ids and token ids, in order; see schemas/README.md."""
+    digest = hashlib.sha256()
+    for row_id, token_ids in zip(payload["id"], payload["input_ids"], strict=True):
+        digest.update(row_id.as_py().encode() + b"\0" + token_ids.values.to_numpy().astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def inputs_digest(sequences: list[Record]) -> str:
+    """SHA-256 over ids and token ids, in order."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(sequence.id.encode() + b"\0" + sequence.token_ids.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class Record:
+    """One sequence ready to be stored; arrays [T] are aligned with `token_ids` (entry t predicts token t)."""
+
+    id: str
+    domain: str
+    token_ids: np.ndarray
+    target_mask: np.ndarray
+    logprob: np.ndarray
+    rank: np.ndarray
+    log_tail: np.ndarray
+    kept: Kept
+    text: str | None
+    messages: str | None = None
+    tools: str | None = None
+    entropy: np.ndarray | None = None
+    log_z: np.ndarray | None = None
+    token_bytes: np.ndarray | None = None
+    origin: str | None = None
+    license: str | None = None
+    prompt: str | None = None
+    finish_reason: str | None = None
+
+
+@dataclass
+class Reject:
+    """One input that was refused."""
+
+    id: str
+    domain: str | None
+    reason: str
+    detail: str
+
+
+@dataclass
+class Unit:
+    """What one work unit hands over for commit."""
+
+    number: int
+    records: list[Record]
+    rejects: list[Reject] = field(default_factory=list)
+    inputs: str = ""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A unit whose files are in place: its manifest line, the ids of its rows, and the mean mass kept at its targets."""
+
+    entry: ManifestEntry
+    ids: list[str]
+    kept_mass: float | None
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of payload per token; NaN for an empty shard."""
+        payload = sum(f.bytes for name, f in self.entry.files.items() if name.startswith("data/"))
+        return payload / self.entry.tokens if self.entry.tokens else float("nan")
+
+
+def shard_name(source: str, unit: int) -> str:
+    """Name of the shard that holds a unit of a source."""
+    return f"{source}-{unit:05d}"

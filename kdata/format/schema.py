@@ -1,0 +1,234 @@
+"""The format's contracts as objects: Arrow schemas read from `schemas/v1`, and typed models of the JSON files.
+
+The Arrow schemas exist once, as the JSON documents in `schemas/v1`; code reads them from there, so document and code
+cannot part. The JSON files (dataset.json, manifest lines, plan) are pydantic models here; `schemas/v1/*.schema.json`
+are their published JSON Schemas and a test holds the two equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT_MAJOR, FORMAT_MINOR = 1, 0
+FORMAT_VERSION = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
+
+_SCALARS = {
+    "string": pa.string(),
+    "bool": pa.bool_(),
+    "uint8": pa.uint8(),
+    "uint16": pa.uint16(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float16": pa.float16(),
+    "float32": pa.float32(),
+    "float64": pa.float64(),
+}
+
+
+def _arrow_type(name: str) -> pa.DataType:
+    if name.startswith("list<"):
+        return pa.list_(pa.field("item", _SCALARS[name[5:-1]], nullable=False))
+    return _SCALARS[name]
+
+
+@cache
+def _document(name: str) -> dict[str, Any]:
+    return json.loads(resources.files("schemas").joinpath("v1", name).read_text("utf-8"))
+
+
+def _fields(columns: list[dict[str, Any]]) -> list[pa.Field]:
+    return [pa.field(c["name"], _arrow_type(c["type"]), c["nullable"], {"doc": c["doc"]}) for c in columns]
+
+
+@cache
+def payload_schema(codec: str) -> pa.Schema:
+    """Arrow schema of a payload shard: the common columns, then those of the codec with this id."""
+    document = _document("payload.json")
+    return pa.schema(_fields(document["columns"]) + _fields(document["codecs"][codec]["columns"]))
+
+
+def known_codecs() -> dict[str, int]:
+    """Codec ids that the format documents, with the version of each."""
+    return {name: spec["version"] for name, spec in _document("payload.json")["codecs"].items()}
+
+
+@cache
+def index_schema() -> pa.Schema:
+    """Arrow schema of an index part."""
+    return pa.schema(_fields(_document("index.json")["columns"]))
+
+
+@cache
+def rejects_schema() -> pa.Schema:
+    """Arrow schema of a rejects part."""
+    return pa.schema(_fields(_document("rejects.json")["columns"]))
+
+
+class Contract(BaseModel):
+    """A file that a newer minor version may have added keys to: unknown keys are kept out of the way."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class CodecInfo(Contract):
+    """How kept entries are stored; all that a reader needs."""
+
+    id: str = Field(description="Codec id, a key of `codecs` in payload.json.")
+    version: int = Field(description="Version of that codec.")
+    kind: str = Field(description="What is kept: topk, adaptive, sampled, hybrid, or combined (of several teachers).")
+    parameters: dict[str, Any] = Field(description="Parameters of the kind and of the codec.")
+
+
+class TokenizerInfo(Contract):
+    """Which tokenizer made the ids."""
+
+    hash: str = Field(description="SHA-256 of the tokenizer's canonical JSON; students are checked against it.")
+    chat_template_hash: str | None = Field(description="SHA-256 of the chat template; null without one.")
+    bos_id: int | None = Field(description="Id that begins a sequence; null without one.")
+    eos_id: int | None = Field(description="Id that ends a sequence; null without one.")
+
+
+class TeacherInfo(Contract):
+    """Who believed what is stored."""
+
+    model: str = Field(description="Hub name, or the folder's name for a local model.")
+    revision: str | None = Field(description="Hub commit; null for a local model.")
+    weights_hash: str | None = Field(
+        description="SHA-256 over a local model's config and weights; null for Hub; of a combination that of `members`."
+    )
+    backend: str = Field(description="vllm, vllm-server, transformers, ...")
+    backend_version: str = Field(description="Version of the backend.")
+    dtype: str = Field(description="Arithmetic of the forward pass.")
+    logprobs: str = Field(description="What the recorded numbers are: raw log-softmax at temperature 1.")
+    deterministic: bool = Field(description="True: a work unit submitted again gives the same bytes.")
+    members: list[MemberInfo] | None = Field(
+        None,
+        exclude_if=lambda members: members is None,
+        description="The teachers that were combined; the key is absent where it is one teacher.",
+    )
+
+
+class MemberInfo(Contract):
+    """One of the teachers of a combination."""
+
+    teacher: TeacherInfo = Field(description="Who it is.")
+    weight: float | None = Field(
+        description="Its share, in [0, 1], in rows of the domains that `by_domain` does not name; null where it names all."
+    )
+    by_domain: dict[str, float] = Field(description="Its share in rows of these domains.")
+
+
+TeacherInfo.model_rebuild()
+
+
+class SourceInfo(Contract):
+    """One piece of work that wrote rows: a capture of a corpus, or a generation from prompts."""
+
+    kind: Literal["capture", "generate", "import", "split", "reread", "combine"] = Field(
+        description="capture reads text, generate writes it, import takes another tool's rows, split a dataset's; reread: "
+        "another teacher read a dataset's rows; combine: the average of several teachers' distributions."
+    )
+    settings: dict[str, Any] = Field(description="Everything that decides the rows; a resume must repeat it.")
+    num_units: int | None = Field(description="Work units in all, once the work is complete; null before.")
+
+
+class FileInfo(Contract):
+    """One file that was committed."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the file.")
+    bytes: int = Field(ge=0, description="Its size.")
+
+
+class DatasetInfo(Contract):
+    """dataset.json: what the dataset is."""
+
+    format: Literal["kdata"] = Field("kdata", description="Always kdata.")
+    format_version: str = Field(description="MAJOR.MINOR; a newer minor is readable, a newer major is not.")
+    vocab_size: int = Field(gt=1, description="Number of token ids; every stored id is below it.")
+    teacher: TeacherInfo = Field(description="Who believed what is stored.")
+    tokenizer: TokenizerInfo = Field(description="Which tokenizer made the ids.")
+    codec: CodecInfo = Field(description="How kept entries are stored.")
+    tail: Literal["ghost", "draws", "absent"] = Field(
+        description="ghost: kept entries are exact and log_tail is the rest; draws: weights already sum to 1; absent: "
+        "the rest is not known (imported rows)."
+    )
+    tokenizer_files: dict[str, FileInfo] = Field(
+        {}, description="Files in tokenizer/, by name, to find a damaged byte; no part of the identity."
+    )
+    sources: dict[str, SourceInfo] = Field(description="Work that wrote rows, by name.")
+    fingerprint: str = Field(
+        description="SHA-256 of the identity: everything but `sources`, `tokenizer_files`, `fingerprint` and `digest`."
+    )
+    digest: str = Field("", description="SHA-256 of everything else in the file: finds a damaged byte.")
+
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same for as long as rows are added."""
+        return self.model_dump(exclude={"sources", "tokenizer_files", "fingerprint", "digest"})
+
+
+class CodecError(Contract):
+    """What storing cost, measured at write time against what the teacher returned."""
+
+    mean_nats: float = Field(description="Mean |log p - log p stored| over kept entries.")
+    max_nats: float = Field(description="Largest of the same.")
+    kl_nats: float = Field(description="Mean KL(teacher || stored), kept entries plus one bucket for the rest.")
+    max_sum: float = Field(
+        description="Largest sum of stored probabilities at one position, without draws that have a weight each (tau not 1, "
+        "or kind combined); above 1 only in imported rows (codec verbatim)."
+    )
+    sums_over_one: int = Field(0, ge=0, description="Positions whose sum is above 1: imported rows only.")
+
+    @staticmethod
+    def joined(measured: Iterable[tuple[int | None, CodecError | None]]) -> CodecError | None:
+        """Of several parts with so many target tokens: means weighted by these, the largest maxima; None without any."""
+        known = [(tokens, error) for tokens, error in measured if error and tokens]
+        if not known:
+            return None
+        weight = sum(tokens for tokens, _ in known)
+        return CodecError(
+            mean_nats=sum(tokens * error.mean_nats for tokens, error in known) / weight,
+            max_nats=max(error.max_nats for _, error in known),
+            kl_nats=sum(tokens * error.kl_nats for tokens, error in known) / weight,
+            max_sum=max(error.max_sum for _, error in known),
+            sums_over_one=sum(error.sums_over_one for _, error in known),
+        )
+
+
+class ManifestEntry(Contract):
+    """One line of manifest.jsonl: one committed shard."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*-\d{5,}$", description="Shard, for instance capture-00000.")
+    source: str = Field(description="Key of `sources` in dataset.json.")
+    unit: int = Field(ge=0, description="Work unit of that source.")
+    rows: int = Field(ge=0, description="Sequences in the shard.")
+    tokens: int = Field(ge=0, description="Tokens in the shard.")
+    target_tokens: int = Field(ge=0, description="Positions that count as targets.")
+    rejected: int = Field(ge=0, description="Inputs refused in this unit.")
+    inputs: str = Field(description="SHA-256 over ids and content of the unit's inputs.")
+    files: dict[str, FileInfo] = Field(description="Relative path to digest and size.")
+    codec_error: CodecError | None = Field(description="Null for an empty shard.")
+    digest: str = Field("", description="SHA-256 of everything else in the line: finds a damaged byte.")
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces, for hashing."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 (hex) of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def content_hash(token_ids: np.ndarray) -> str:
+    """BLAKE2b-128 (hex) of token ids [T] as little-endian int32."""
+    return hashlib.blake2b(np.ascontiguousarray(token_ids, dtype="<i4").tobytes(), digest_size=16).hexdigest()

@@ -1,0 +1,145 @@
+"""Decoded sequences, and how rows of a shard become them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from kdata.errors import ShapeError
+from kdata.format import codec as codecs
+from kdata.format.kept import pad
+from kdata.format.schema import DatasetInfo
+
+COMMON = (
+    "input_ids", "target_mask", "logprob", "rank", "log_tail", "entropy", "num_exact", "num_drawn",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """S decoded sequences, concatenated: T tokens and N kept entries in all. Entry t is the prediction OF token t.
+
+    token_ids int32 [T]; offsets int64 [S+1]; target_mask bool [T]; logprob float32 [T] (nats, NaN where nothing was
+    recorded); rank int32 [T] (1 = first choice, 0 = nothing recorded); log_tail float32 [T] (nats); entropy
+    float32 [T] (nats, NaN where unknown); num_exact int32 [T] entries kept exactly; num_kept int32 [T] entries in all,
+    the exact ones first, then draws; log_z float32 [T, temperatures] or None; entry_offsets int64 [T+1]; entry_ids
+    int32 [N]; entry_logprobs float32 [N] (nats, not renormalised; of a draw the log of its unbiased weight);
+    draw_logprobs float32 [N], the log-probability of draws (NaN for exact entries), or None where not stored.
+    """
+
+    token_ids: np.ndarray
+    offsets: np.ndarray
+    target_mask: np.ndarray
+    logprob: np.ndarray
+    rank: np.ndarray
+    log_tail: np.ndarray
+    entropy: np.ndarray
+    num_exact: np.ndarray
+    num_kept: np.ndarray
+    log_z: np.ndarray | None
+    entry_offsets: np.ndarray
+    entry_ids: np.ndarray
+    entry_logprobs: np.ndarray
+    draw_logprobs: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def spans(self) -> list[tuple[int, int]]:
+        """(begin, end) of each sequence in the token arrays."""
+        return [(int(a), int(b)) for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
+
+    def padded(self, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Kept entries as a grid.
+
+        Args:
+            width: number of columns; None takes the widest position.
+        Returns:
+            ids int32 [T, K] padded with -1 and logprobs float32 [T, K] padded with -inf.
+        Raises:
+            ShapeError: a position holds more than `width` entries.
+        """
+        width = int(self.num_kept.max(initial=0)) if width is None else width
+        return pad(self.num_kept, self.entry_ids, self.entry_logprobs, width)
+
+
+def flat(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and zero-based offsets of a list column, without copying numbers."""
+    offsets = column.offsets.to_numpy()
+    return column.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0]
+
+
+def decode(batch: pa.RecordBatch, info: DatasetInfo) -> Sequences:
+    """Decode the rows of a record batch.
+
+    Raises:
+        ShapeError: columns disagree in length.
+        KeyError: a column is missing.
+    """
+    common = {name: flat(batch.column(name)) for name in COMMON}
+    token_ids, offsets = common["input_ids"]
+    if not all(len(values) == len(token_ids) for values, _ in common.values()):
+        raise ShapeError("columns disagree in length")
+    values = {name: array for name, (array, _) in common.items()}
+    num_exact, num_drawn = values["num_exact"].astype(np.int32), values["num_drawn"].astype(np.int32)
+    kept = codecs.from_columns(
+        _entry_columns(batch), codecs.Positions(num_exact, num_drawn, values["log_tail"]), info.codec
+    )
+    temperatures = len(info.codec.parameters.get("temperatures", []))
+    log_z = flat(batch.column("log_z"))[0].reshape(-1, temperatures) if temperatures else None
+    draws = None
+    if kept.draw_logprobs is not None:
+        draws = np.full(len(kept.ids), np.nan, np.float32)
+        draws[kept.is_draw] = kept.draw_logprobs
+    return Sequences(
+        token_ids=token_ids,
+        offsets=offsets.astype(np.int64),
+        target_mask=values["target_mask"],
+        logprob=values["logprob"].astype(np.float32),
+        rank=values["rank"],
+        log_tail=values["log_tail"],
+        entropy=values["entropy"].astype(np.float32),
+        num_exact=num_exact,
+        num_kept=num_exact + num_drawn,
+        log_z=log_z,
+        entry_offsets=np.concatenate(([0], np.cumsum(num_exact + num_drawn, dtype=np.int64))),
+        entry_ids=kept.ids,
+        entry_logprobs=kept.logprobs,
+        draw_logprobs=draws,
+    )
+
+
+def _entry_columns(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+    """The codec's own columns, as far as they hold anything; byte planes of ids already joined, as plane 0 of int32."""
+    own = [n for n in batch.schema.names if n.split("_")[0] in ("entry", "exact", "draw")]
+    columns = {n: flat(batch.column(n))[0] for n in own if batch.num_rows and batch.column(n).null_count == 0}
+    for name in ("exact_id", "draw_id"):
+        planes = [columns.pop(f"{name}_{number}") for number in range(3) if f"{name}_{number}" in columns]
+        if planes:
+            from kdata.format.packed import join_bytes  # compiled: three quarters of decoding went into numpy's way
+
+            columns[f"{name}_0"] = join_bytes(planes)
+    return columns
+
+
+def nothing() -> Sequences:
+    """No sequence at all."""
+    reals, counts, one = np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(1, np.int64)
+    return Sequences(
+        token_ids=counts,
+        offsets=one,
+        target_mask=np.zeros(0, bool),
+        logprob=reals,
+        rank=counts,
+        log_tail=reals,
+        entropy=reals,
+        num_exact=counts,
+        num_kept=counts,
+        log_z=None,
+        entry_offsets=one,
+        entry_ids=counts,
+        entry_logprobs=reals,
+        draw_logprobs=None,
+    )

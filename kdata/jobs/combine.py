@@ -1,0 +1,332 @@
+"""Combine payloads of the same rows: the weighted average of several teachers, or a teacher for each domain.
+
+What is stored of an average, and why it is right, is in `kdata/mixture.py`. Where each domain has one teacher and all
+payloads have one codec, rows are taken over as they are, with ranks, entropies and further temperatures. Memory is bounded
+by a shard of the first input at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from kdata import __version__
+from kdata.config import Strict
+from kdata.errors import ConfigError, DataError, MismatchError
+from kdata.format.manifest import new_info
+from kdata.format.records import Shard, Unit, inputs_digest, inputs_of
+from kdata.format.schema import (
+    FORMAT_VERSION,
+    CodecError,
+    CodecInfo,
+    DatasetInfo,
+    ManifestEntry,
+    MemberInfo,
+    SourceInfo,
+    TeacherInfo,
+    canonical_json,
+    fingerprint,
+)
+from kdata.format.sequences import Sequences
+from kdata.jobs.average import mix
+from kdata.jobs.payloads import (
+    fill,
+    goes_on,
+    records_of,
+    refuse_other_rows,
+    refuse_other_targets,
+    refuse_other_vocabulary,
+)
+from kdata.observe.progress import Stage
+from kdata.store.dataset import Dataset
+from kdata.store.open import open_dataset
+from kdata.store.pick import tables
+from kdata.store.shard import write_tables
+from kdata.store.writer import Writer
+
+
+class CombineConfig(Strict):
+    """Whose word counts how much, and where."""
+
+    weights: list[float] | None = Field(
+        None,
+        description="Share of each payload, in their order, divided by their sum; in domains that by_domain does not name. "
+        "Null: equal shares; where by_domain is given, it has to name every domain then.",
+    )
+    by_domain: dict[str, list[float]] = Field(
+        {}, description="Shares in rows of a domain: [1, 0] is the first teacher alone."
+    )
+
+
+@dataclass
+class CombineReport:
+    """What was counted of averages: target positions; of ghost payloads the bound of the mass that lies in the tail though it
+    may belong to kept ids (mean over target positions, and the largest); what could not be kept."""
+
+    lossless: bool
+    ghost: bool
+    positions: int = 0
+    unknown_sum: float = 0.0
+    unknown_max: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def unknown_mean(self) -> float:
+        """Mean over target positions."""
+        return self.unknown_sum / max(self.positions, 1)
+
+    def add(self, unknown_M: np.ndarray) -> None:
+        """Count target positions."""
+        self.positions += len(unknown_M)
+        self.unknown_sum += float(unknown_M.sum())
+        self.unknown_max = max(self.unknown_max, float(unknown_M.max(initial=0.0)))
+
+    def lines(self) -> list[str]:
+        """The same for a person."""
+        if self.lossless:
+            return ["every row is that of one teacher, number for number"]
+        if not self.ghost:
+            return [f"unbiased: draws stand for what is not exact, at {self.positions:,} target positions", *self.notes]
+        return [
+            f"kept probabilities are lower bounds: a mass of at most {self.unknown_mean:.2g} on average, and "
+            f"{self.unknown_max:.2g} at one position, lies in the tail that belongs to kept ids ({self.positions:,} target "
+            "positions)",
+            *self.notes,
+        ]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Inputs, and the share of each, float64 [M], by domain; `lossless` where rows are taken over as they are."""
+
+    inputs: list[Dataset]
+    shares: dict[str, np.ndarray]
+    lossless: bool
+
+
+def combine(
+    root: Path, inputs: list[Dataset], config: CombineConfig, *, resume: str = "auto", log: Path | None = None
+) -> tuple[Dataset, CombineReport]:
+    """Average payloads of the same rows into a dataset.
+
+    Args:
+        root: dataset folder, made when absent.
+        inputs: two or more, one for each teacher; rows, texts and shards are those of the first.
+        resume: auto, never or must; see `Writer`.
+        log: JSONL file for progress.
+    Returns:
+        The dataset, and what was counted, over all rows (of those committed by a former run too).
+    Raises:
+        MismatchError: other rows, another vocabulary, or kinds that do not mix; or `root` was begun otherwise.
+        ConfigError: weights that are no shares, an unknown domain, or one that no weight is given for.
+        DataError: an input is not complete, is a combination itself, or holds no mass of the rest.
+        CorruptError: an input is damaged.
+    """
+    _refuse_unfit(inputs)
+    for other in inputs[1:]:
+        a, b = inputs[0], other
+        refuse_other_vocabulary(
+            str(a.path), a.info.tokenizer, a.info.vocab_size, str(b.path), b.info.tokenizer, b.info.vocab_size
+        )
+        refuse_other_rows(a, b)
+    shares = _shares(config, inputs)
+    pure = all(np.count_nonzero(share) == 1 for share in shares.values())
+    plan = _Plan(inputs, shares, pure and all(_unseeded(d) == _unseeded(inputs[0]) for d in inputs))
+    info, report = _identity(plan, config), CombineReport(plan.lossless, ghost=inputs[0].info.tail == "ghost")
+    dropped = sorted({t for d in inputs for t in d.info.codec.parameters.get("temperatures", [])})
+    if dropped and not plan.lossless:
+        report.notes.append(
+            f"without the further temperatures {dropped}: the sum over the vocabulary at another temperature does not follow "
+            "from those of the teachers"
+        )
+    with Stage("combine", inputs[0].num_tokens, "tokens", log) as stage:
+        for source in inputs[0].info.sources:
+            _run(root, info, plan, source, report, stage, resume)
+            resume = goes_on(resume)
+    return open_dataset(root), report
+
+
+def _run(
+    root: Path, info: DatasetInfo, plan: _Plan, source: str, report: CombineReport, stage: Stage, resume: str
+) -> None:
+    """Combine the shards of one source."""
+    first = plan.inputs[0]
+    about = first.info.sources[source]
+    settings = {
+        "of": [{"fingerprint": d.fingerprint, "codec": d.info.codec.model_dump()} for d in plan.inputs],
+        "made_by": {"kind": about.kind, **about.settings},
+    }
+    made = SourceInfo(kind="combine", settings=settings, num_units=None)
+    with Writer(root, info, source, made, resume=resume, tokenizer_dir=first.tokenizer_dir) as writer:
+        shards = [number for number, entry in enumerate(first.manifest) if entry.source == source]
+        for number in shards:
+            entry, members = first.manifest[number], _members(plan, number)
+            unit = None if plan.lossless else _averaged(plan, number, members, report)
+            if entry.unit in writer.committed:
+                stage.skip(entry.tokens)
+            elif unit is None:
+                stage.advance(entry.tokens, shard=writer.accept(_chosen(root, info, plan, number)))
+            else:
+                stage.advance(entry.tokens, shard=writer.commit(unit))
+        writer.finish(len(shards))
+
+
+def _members(plan: _Plan, number: int) -> list[Sequences]:
+    """The rows of a shard of the first input, as each input has them. Raises MismatchError where they are not the same."""
+    first = plan.inputs[0]
+    start, end = (int(x) for x in first.shard_starts[number : number + 2])
+    members = [dataset.take(np.arange(start, end)) for dataset in plan.inputs]
+    for dataset, member in zip(plan.inputs[1:], members[1:], strict=True):
+        refuse_other_targets(members[0], member, (first, dataset), start)
+    return members
+
+
+def _averaged(plan: _Plan, number: int, members: list[Sequences], report: CombineReport) -> Unit:
+    """The rows of a shard with the average of all."""
+    first = plan.inputs[0]
+    records = records_of(first, number, members[0])
+    weights_SM = np.array([plan.shares[r.domain] for r in records]).reshape(-1, len(members))
+    mixture = mix(members, weights_SM, cast(Literal["ghost", "draws"], first.info.tail))
+    report.add(mixture.unknown[members[0].target_mask])
+    filled = [fill(record, mixture.sequences, row) for row, record in enumerate(records)]
+    return Unit(first.manifest[number].unit, filled, inputs=inputs_digest(filled))
+
+
+def _chosen(root: Path, info: DatasetInfo, plan: _Plan, number: int) -> Shard:
+    """A shard whose rows are taken over as they are stored, each from the payload of its domain's teacher."""
+    first, entry = plan.inputs[0], plan.inputs[0].manifest[number]
+    start = int(first.shard_starts[number])
+    payload, index = tables(first, entry, np.arange(entry.rows), entry.name)
+    who_S = np.array([plan.shares[domain].argmax() for domain in index["domain"].to_pylist()], np.int64)
+    order, payloads, indexes = [np.flatnonzero(who_S == 0)], [payload.filter(who_S == 0)], [index.filter(who_S == 0)]
+    errors = [(pc.sum(indexes[0]["num_target_tokens"]).as_py(), entry.codec_error)]
+    for member, dataset in enumerate(plan.inputs[1:], 1):
+        rows = np.flatnonzero(who_S == member) + start
+        shards = np.searchsorted(dataset.shard_starts, rows, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            local, theirs = rows[shards == shard], dataset.manifest[shard]
+            found = tables(dataset, theirs, local - dataset.shard_starts[shard], entry.name)
+            order.append(local - start)
+            payloads.append(found[0])
+            indexes.append(found[1])
+            errors.append((pc.sum(found[1]["num_target_tokens"]).as_py(), theirs.codec_error))
+    return _joined(root, info, entry, index, np.concatenate(order), payloads, indexes, CodecError.joined(errors))
+
+
+def _joined(
+    root: Path, info: DatasetInfo, entry: ManifestEntry, own: pa.Table, order: np.ndarray, payloads: list[pa.Table],
+    indexes: list[pa.Table], error: CodecError | None,
+) -> Shard:  # fmt: skip
+    """Write pieces of payload and index, brought into the order of rows, as a shard of their own source and unit."""
+    back = pa.array(np.argsort(order))
+    payload = pa.concat_tables([piece.replace_schema_metadata() for piece in payloads]).take(back).combine_chunks()
+    codec = {b"kdata.codec": canonical_json(info.codec.model_dump())}
+    payload = payload.replace_schema_metadata({**payloads[0].schema.metadata, **codec})
+    index = pa.concat_tables(indexes).take(back)
+    for column in ("source", "row"):
+        place = index.schema.get_field_index(column)
+        index = index.set_column(place, index.schema.field(place), own[column])
+    return write_tables(root, entry.source, entry.unit, payload, index, error, inputs=inputs_of(payload))
+
+
+def _refuse_unfit(inputs: list[Dataset]) -> None:
+    if len(inputs) < 2:
+        raise ConfigError("name two payloads or more to combine")
+    for dataset in inputs:
+        if dataset.info.tail == "absent":
+            raise DataError(
+                f"{dataset.path} was imported from a format that does not hold the mass outside the kept entries, so no "
+                "average can be formed; have its teacher read the rows: kdata reread"
+            )
+        if dataset.info.teacher.members is not None:
+            raise DataError(
+                f"{dataset.path} is a combination itself; name the payloads that it was made from, weights multiplied out"
+            )
+        unfinished = [name for name, source in dataset.info.sources.items() if source.num_units is None]
+        if unfinished:
+            raise DataError(f"source {unfinished[0]!r} of {dataset.path} is not complete; finish it first")
+    for other in inputs[1:]:
+        a, b = inputs[0].info, other.info
+        if a.tail != b.tail:
+            raise MismatchError(
+                f"{inputs[0].path} keeps {a.codec.kind} (tail {a.tail}), {other.path} {b.codec.kind} (tail {b.tail}). Draws "
+                "average to draws, and tails to tails, but not one with the other. Reread the rows with one of the teachers "
+                f"as the other has them: kdata reread --kind {a.codec.kind}, or {b.codec.kind}"
+            )
+
+
+def _shares(config: CombineConfig, inputs: list[Dataset]) -> dict[str, np.ndarray]:
+    """Share of each input, float64 [M], for each domain that there is."""
+    domains = sorted(set(inputs[0].index(["domain"])["domain"].to_pylist()))
+    unknown = sorted(set(config.by_domain) - set(domains))
+    if unknown:
+        raise ConfigError(f"there is no domain {unknown[0]!r} in {inputs[0].path}; it has {', '.join(domains)}")
+    unnamed = [domain for domain in domains if domain not in config.by_domain]
+    if config.by_domain and config.weights is None and unnamed:
+        raise ConfigError(f"nothing is said of domain {unnamed[0]!r}; name it too, or give weights for all others")
+    general = [1.0] * len(inputs) if config.weights is None else config.weights
+    return {domain: _normalised(config.by_domain.get(domain, general), len(inputs)) for domain in domains}
+
+
+def _normalised(weights: list[float], count: int) -> np.ndarray:
+    share = np.array(weights, np.float64)
+    if len(share) != count:
+        raise ConfigError(f"weights {weights} are {len(share)} numbers for {count} payloads")
+    if not np.isfinite(share).all() or (share < 0).any() or not share.sum() > 0:
+        raise ConfigError(f"weights {weights} must be finite, not negative, and not all 0")
+    return share / share.sum()
+
+
+def _identity(plan: _Plan, config: CombineConfig) -> DatasetInfo:
+    """What the dataset is: a teacher that consists of teachers."""
+    first, count = plan.inputs[0].info, len(plan.inputs)
+    general = None
+    if not config.by_domain or config.weights is not None:
+        general = _normalised([1.0] * count if config.weights is None else config.weights, count)
+    by_domain = {domain: _normalised(weights, count) for domain, weights in sorted(config.by_domain.items())}
+    members = [
+        MemberInfo(
+            teacher=dataset.info.teacher,
+            weight=None if general is None else float(general[number]),
+            by_domain={domain: float(share[number]) for domain, share in by_domain.items()},
+        )
+        for number, dataset in enumerate(plan.inputs)
+    ]
+    teacher = TeacherInfo(
+        model=" + ".join(member.teacher.model for member in members),
+        revision=None,
+        weights_hash=fingerprint([member.model_dump() for member in members]),
+        backend="combine",
+        backend_version=__version__,
+        dtype="float64",
+        logprobs="average of the probabilities of `members`",
+        deterministic=True,
+        members=members,
+    )
+    return new_info(
+        format_version=FORMAT_VERSION,
+        vocab_size=first.vocab_size,
+        teacher=teacher,
+        tokenizer=first.tokenizer,
+        codec=_unseeded(plan.inputs[0]) if plan.lossless else _codec(plan),
+        tail=first.tail,
+    )
+
+
+def _unseeded(dataset: Dataset) -> CodecInfo:
+    """The codec without the seed of the draws, which no reader needs and each teacher has one of its own of."""
+    codec = dataset.info.codec
+    return codec.model_copy(update={"parameters": {k: v for k, v in codec.parameters.items() if k != "draw_seed"}})
+
+
+def _codec(plan: _Plan) -> CodecInfo:
+    parameters: dict[str, Any] = {"id_bytes": 2 if plan.inputs[0].info.vocab_size <= 2**16 else 3}
+    if plan.inputs[0].info.tail == "draws":
+        parameters["num_draws"] = sum(dataset.info.codec.parameters.get("num_draws", 1) for dataset in plan.inputs)
+    return CodecInfo(id="packed", version=1, kind="combined", parameters=parameters)

@@ -1,0 +1,257 @@
+"""Work: what a teacher is to do, cut into units, and the loop that has it done and committed.
+
+A job (`CaptureJob`, `GenerateJob`) describes its units and performs one of them with a teacher; it is plain data, so it can
+travel to another process. An engine has units performed and committed: `LocalEngine` one after another in this process;
+`pipelines/` has one that spreads them over machines. The dataset is the same whatever the engine, as a unit is a function of
+the job and its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+from kdata.errors import ConfigError, DataError
+from kdata.format.files import journal_of
+from kdata.format.keep import KeepConfig
+from kdata.format.manifest import new_info
+from kdata.format.records import Shard, Unit
+from kdata.format.schema import FORMAT_VERSION, DatasetInfo, SourceInfo, TeacherInfo
+from kdata.observe.energy import Devices, local_devices
+from kdata.observe.progress import Stage
+from kdata.store.dataset import Dataset
+from kdata.store.shard import stored_shard
+from kdata.store.url_writer import writer_at
+from kdata.store.writer import Writer
+from kdata.teachers.base import Teacher
+from kdata.teachers.config import TeacherConfig, refuse_kept
+from kdata.teachers.model import tokenizer_files, tokenizer_info
+
+
+class WorkUnit(Protocol):
+    """Inputs that are worked on, committed and repeated together."""
+
+    number: int
+
+    @property
+    def documents(self) -> int:
+        """Inputs in all, refused ones too."""
+        ...
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the rows that it can become."""
+        ...
+
+
+U = TypeVar("U", bound=WorkUnit)
+
+
+class TeacherFacts(Protocol):
+    """What is known of a teacher without having it."""
+
+    @property
+    def info(self) -> TeacherInfo:
+        """Who it is."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of its head."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Longest sequence, in tokens."""
+        ...
+
+
+class Job(Protocol[U]):
+    """Work for a teacher."""
+
+    name: str
+    """Of the source; prefix of its shards."""
+    doing: str
+    """What is being done, as progress shows it: "reading"."""
+    noun: str
+    """What is counted: "documents"."""
+    keep: KeepConfig
+
+    @property
+    def total(self) -> int | None:
+        """Inputs in all; None where only reading them tells."""
+        ...
+
+    def source(self, facts: TeacherFacts) -> SourceInfo:
+        """Everything that decides the rows. Raises ConfigError where this teacher cannot do it."""
+        ...
+
+    def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[U]:
+        """The work, cut deterministically, numbered from 0."""
+        ...
+
+    def perform(self, teacher: Teacher, tokenizer: Any, unit: U) -> Unit:
+        """Have one unit done."""
+        ...
+
+
+class Engine(Protocol):
+    """What has units performed and committed."""
+
+    @property
+    def facts(self) -> TeacherFacts:
+        """The teacher at work."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its fast tokenizer."""
+        ...
+
+    @property
+    def devices(self) -> Devices | None:
+        """What it works on; None: one GPU of this machine, or its cores."""
+        ...
+
+    def run(self, job: Job[U], units: Iterable[U], writer: Writer) -> Iterator[tuple[U, Shard]]:
+        """Perform units and commit them; yield each once it is committed, in any order."""
+        ...
+
+
+class LocalEngine:
+    """One teacher in this process; a unit is committed while the next is worked on."""
+
+    def __init__(self, teacher: Teacher, tokenizer: Any, devices: Devices | None = None) -> None:
+        self.facts, self.tokenizer, self.devices = teacher, tokenizer, devices
+
+    def run(self, job: Job[U], units: Iterable[U], writer: Writer) -> Iterator[tuple[U, Shard]]:
+        """See `Engine.run`; in order."""
+        behind: list[U] = []
+        with Behind(writer) as commits:
+            for unit in units:
+                done = commits.commit(job.perform(self.facts, self.tokenizer, unit))
+                if done is not None:
+                    yield behind.pop(), done
+                behind.append(unit)
+            last = commits.wait()
+            if last is not None:
+                yield behind.pop(), last
+
+
+def devices_of(config: TeacherConfig) -> Devices:
+    """What a teacher in this process works on; those of a served one are not known here."""
+    if config.backend == "vllm-server":
+        return Devices(kind="remote", count=0, name="a served vLLM", here=False)
+    return local_devices(config.tensor_parallel)
+
+
+def run_job(
+    root: Path | str,
+    job: Job[U],
+    engine: Engine,
+    *,
+    resume: str = "auto",
+    log: Path | None = None,
+) -> Dataset:
+    """Do what is not done yet of a job, and mark its source complete.
+
+    Args:
+        root: dataset folder, made when absent; or a URL, see `kdata/remote.py`.
+        resume: auto, never or must; see `Writer`.
+        log: JSONL file for progress; None: beside the dataset, see `kdata/journal.py`.
+    Returns:
+        The dataset; of one at a URL the local copy without the payload, which `kdata.open(URL)` fetches.
+    Raises:
+        MismatchError: the dataset was begun with other settings.
+        DataError: tokenizer and model disagree; duplicate id.
+    """
+    facts = engine.facts
+    tokenizer = engine.tokenizer
+    source, info = job.source(facts), dataset_info(facts, tokenizer, job.keep)
+    cut = 0
+    with (
+        tokenizer_files(tokenizer) as folder,
+        writer_at(root, info, job.name, source, resume=resume, tokenizer_dir=folder) as writer,
+        Stage(f"{job.name}: {job.doing}", job.total, job.noun, log or journal_of(writer.root), engine.devices) as stage,
+    ):
+
+        def todo() -> Iterator[U]:
+            nonlocal cut
+            for unit in job.units(facts, tokenizer):
+                cut = unit.number + 1
+                if unit.number in writer.committed:
+                    stage.skip(unit.documents, shard=stored_shard(writer.root, writer.committed[unit.number]))
+                else:
+                    writer.refuse_twice(unit.ids)
+                    yield unit
+
+        for unit, shard in engine.run(job, todo(), writer):
+            # What was read, or what was written: prompts are neither.
+            tokens = shard.entry.target_tokens if source.kind == "generate" else shard.entry.tokens
+            stage.advance(unit.documents, tokens=tokens, shard=shard)
+        writer.finish(cut)
+    return Dataset(writer.root)
+
+
+def check_k(keep: KeepConfig, facts: TeacherFacts) -> None:
+    """Refuse a k that the vocabulary cannot give, and a kind that the teacher cannot."""
+    refuse_kept(keep, facts.info.backend)
+    if keep.num_exact >= facts.vocab_size:
+        raise ConfigError(f"k={keep.k} must be below the vocabulary size {facts.vocab_size}; lower k")
+
+
+def dataset_info(facts: TeacherFacts, tokenizer: Any, keep: KeepConfig) -> DatasetInfo:
+    """Identity of a dataset that this teacher fills. Raises DataError when tokenizer and model disagree."""
+    if len(tokenizer) > facts.vocab_size:
+        raise DataError(
+            f"the tokenizer has {len(tokenizer)} ids, the teacher's head only {facts.vocab_size}: they do not belong "
+            "together"
+        )
+    return new_info(
+        format_version=FORMAT_VERSION,
+        vocab_size=facts.vocab_size,
+        teacher=facts.info,
+        tokenizer=tokenizer_info(tokenizer),
+        codec=keep.codec(facts.vocab_size),
+        tail=keep.tail,
+    )
+
+
+class Behind:
+    """Commits units in order on a thread of its own, one behind the teacher: encoding and hashing overlap the engine.
+
+    A context manager; what a commit raises is raised by the next call, or at the end.
+    """
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kdata-commit")
+        self._pending: Future[Shard] | None = None
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def commit(self, unit: Unit) -> Shard | None:
+        """Hand one unit over, once the one before is committed; return that one. Raises what that one raised."""
+        before = self.wait()
+        self._pending = self._thread.submit(self._writer.commit, unit)
+        return before
+
+    def wait(self) -> Shard | None:
+        """Return when everything handed over is committed: the last shard, None where none is under way."""
+        pending, self._pending = self._pending, None
+        return None if pending is None else pending.result()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            # After an error of the teacher what was read before it is still committed; the teacher's error is the one told.
+            with suppress(Exception) if kind else nullcontext():
+                self.wait()
+        finally:
+            self._thread.shutdown()

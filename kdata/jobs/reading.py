@@ -1,0 +1,289 @@
+"""Capture: a teacher reads existing text, and what it believed at every position goes into shards.
+
+The corpus is cut into work units of about `unit_tokens` in its own order; a unit is one shard and one call of the
+teacher, so a restart repeats exactly the calls that were not committed.
+
+Of a text every token but the first is a target. Of a chat those are that the assistant wrote (`targets`), and at no other
+position anything is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from kdata.corpus.chat_template import ChatError, Targets, chat_encoder, refuse_hopeless
+from kdata.corpus.corpus import Corpus, CorpusConfig, Document
+from kdata.corpus.encode import TextEncoder
+from kdata.corpus.messages import as_json
+from kdata.errors import ConfigError, TeacherError, TooLongError
+from kdata.format.keep import KeepConfig
+from kdata.format.records import Record, Reject, Unit, inputs_digest
+from kdata.format.schema import SourceInfo
+from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
+from kdata.jobs.payloads import record_of, unread
+from kdata.store.dataset import Dataset
+from kdata.teachers.base import Teacher
+from kdata.teachers.config import TeacherConfig
+from kdata.teachers.load import load_teacher
+from kdata.teachers.model import load_tokenizer
+from kdata.teachers.windows import each
+
+
+class CaptureConfig(KeepConfig):
+    """What is read, and how much of it is kept."""
+
+    corpus: CorpusConfig
+    max_tokens: int | None = Field(None, ge=2, description="Longest sequence; null takes the teacher's context.")
+    long_text: Literal["split", "reject", "refuse"] | None = Field(
+        None,
+        description="A text longer than that: split into pieces DOC#0, DOC#1 ... read one by one; put aside in "
+        "rejects; or refuse the run. null splits texts and rejects chats, whose pieces would be no chats.",
+    )
+    targets: Targets | None = Field(
+        None,
+        description="Tokens of a chat that count, and of which anything is kept: all; those of the assistant's turns with "
+        "their end-of-turn tokens (assistant); or of its last turn (last_assistant). null: assistant for chats; of a text "
+        "all count.",
+    )
+    tool_call_targets: bool = Field(
+        True,
+        description="Tool calls that the assistant writes count too; false leaves them out, to the end of the turn.",
+    )
+    append_eos: bool = Field(False, description="End every text with the tokenizer's end-of-sequence token.")
+    unit_tokens: int = Field(32768, ge=1, description="Tokens of one work unit, which is one shard.")
+    name: str = Field("capture", pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of the source; prefix of shards.")
+
+    @model_validator(mode="after")
+    def _chats_and_texts(self) -> CaptureConfig:
+        if self.corpus.messages_column is None:
+            if self.targets not in (None, "all") or not self.tool_call_targets:
+                raise ValueError(
+                    "targets and tool_call_targets choose among the turns of a chat: name a messages_column"
+                )
+        elif self.long_text == "split":
+            raise ValueError("long_text=split: the pieces of a chat are no chats; reject or refuse long ones")
+        elif self.append_eos:
+            raise ValueError("append_eos: the chat template ends the turns of a chat itself; leave it away")
+        return self
+
+    @property
+    def when_long(self) -> Literal["split", "reject", "refuse"]:
+        """`long_text`, resolved."""
+        return self.long_text or ("reject" if self.corpus.messages_column else "split")
+
+    @property
+    def counted(self) -> Targets:
+        """`targets`, resolved."""
+        return self.targets or ("assistant" if self.corpus.messages_column else "all")
+
+
+@dataclass
+class ReadingUnit:
+    """Sequences that are read, committed and repeated together."""
+
+    number: int
+    sequences: list[Record] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    documents: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return sum(len(s.token_ids) for s in self.sequences)
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the rows that it can become."""
+        return [s.id for s in self.sequences]
+
+
+def capture(
+    root: Path,
+    teacher_config: TeacherConfig,
+    config: CaptureConfig,
+    *,
+    resume: str = "auto",
+    log: Path | None = None,
+) -> Dataset:
+    """Read a corpus with a teacher and add it to the dataset at `root` (made when absent).
+
+    Args:
+        root: dataset folder.
+        resume: auto, never or must; see `Writer`.
+        log: JSONL file for progress.
+    Raises:
+        MismatchError: the dataset was begun with other settings.
+        TooLongError: `long_text` is refuse and a text is too long.
+        DataError: empty corpus, duplicate id.
+    """
+    corpus = Corpus(config.corpus)
+    teacher = load_teacher(teacher_config, max_k=config.k)
+    try:
+        return capture_with(root, teacher, teacher_config, corpus, config, resume=resume, log=log)
+    finally:
+        teacher.close()
+
+
+def capture_with(
+    root: Path,
+    teacher: Teacher,
+    teacher_config: TeacherConfig,
+    corpus: Corpus,
+    config: CaptureConfig,
+    *,
+    resume: str = "auto",
+    log: Path | None = None,
+) -> Dataset:
+    """The same with a teacher that is already loaded."""
+    tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
+    engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
+    return run_job(root, CaptureJob(config, corpus), engine, resume=resume, log=log)
+
+
+class CaptureJob:
+    """A corpus that is to be read; see `kdata.jobs.job.Job`."""
+
+    doing, noun = "reading", "documents"
+
+    def __init__(self, config: CaptureConfig, corpus: Corpus) -> None:
+        self.config, self.name = config, config.name
+        self.keep: KeepConfig = config
+        self._corpus = corpus
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process gets units, and needs no corpus to perform them."""
+        return {**self.__dict__, "_corpus": None}
+
+    @property
+    def total(self) -> int | None:
+        """Documents in all; None where that is not known."""
+        return self._corpus.num_rows
+
+    def source(self, facts: TeacherFacts) -> SourceInfo:
+        """Everything that decides the rows."""
+        config = self.config
+        check_k(config, facts)
+        own = config.model_dump(exclude={"corpus", "name", "max_tokens", *KeepConfig.model_fields})
+        resolved = {"long_text": config.when_long, "targets": config.counted, "max_tokens": self._limit(facts)}
+        settings = {**own, **config.settings(), "kind": config.kind, **resolved}
+        return SourceInfo(kind="capture", settings={**settings, "corpus": self._corpus.settings()}, num_units=None)
+
+    def _limit(self, facts: TeacherFacts) -> int:
+        limit = self.config.max_tokens or facts.context
+        if limit > facts.context:
+            raise ConfigError(f"max_tokens={limit} exceeds what the teacher can read, {facts.context}; lower it")
+        return limit
+
+    def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[ReadingUnit]:
+        """The corpus in its own order; a unit closes with the document that reaches `unit_tokens`."""
+        return reading_units(self._corpus, tokenizer, self.config, self._limit(facts))
+
+    def perform(self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit) -> Unit:
+        """Have one unit read."""
+        return read_unit(teacher, self.keep, unit)
+
+
+def read_unit(teacher: Teacher, keep: KeepConfig, unit: ReadingUnit) -> Unit:
+    """Have a unit's sequences read; one that the teacher fails at is a reject."""
+    tokens = [s.token_ids for s in unit.sequences]
+    answers = each(lambda some: teacher.read([tokens[i] for i in some], keep), len(tokens))
+    records, rejects = [], list(unit.rejects)
+    for sequence, answer in zip(unit.sequences, answers, strict=True):
+        if isinstance(answer, TeacherError):
+            rejects.append(Reject(sequence.id, sequence.domain, "teacher_failed", str(answer)))
+        else:
+            records.append(record_of(sequence, answer))
+    return Unit(unit.number, records, rejects, inputs=inputs_digest(unit.sequences))
+
+
+def reading_units(corpus: Corpus, tokenizer: Any, config: CaptureConfig, limit: int) -> Iterator[ReadingUnit]:
+    """Cut a corpus into units, deterministically: a unit closes with the document that reaches `unit_tokens`."""
+    sequences_of = (
+        _chats(tokenizer, config, limit) if config.corpus.messages_column else _texts(tokenizer, config, limit)
+    )
+    unit = ReadingUnit(0)
+    for document in corpus.documents():
+        unit.documents += 1
+        for found in sequences_of(document):
+            if isinstance(found, Reject):
+                unit.rejects.append(found)
+            else:
+                unit.sequences.append(found)
+        if unit.tokens >= config.unit_tokens:
+            yield unit
+            unit = ReadingUnit(unit.number + 1)
+    if unit.number == 0:
+        refuse_hopeless(len(unit.sequences), unit.rejects)
+    if unit.documents:
+        yield unit
+
+
+SequencesOf = Callable[[Document], list[Record | Reject]]
+
+
+def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
+    """What becomes of a text: one sequence, its pieces, or a reject."""
+    encoder = TextEncoder(tokenizer)
+    eos = tokenizer.eos_token_id if config.append_eos else None
+    if config.append_eos and eos is None:
+        raise ConfigError("append_eos: the tokenizer has no end-of-sequence token")
+    if limit < encoder.num_special + 2:
+        raise ConfigError(f"max_tokens={limit} leaves no room for text beside {encoder.num_special} special tokens")
+
+    def sequences_of(document: Document) -> list[Record | Reject]:
+        if not document.text.strip():
+            return [Reject(document.id, document.domain, "empty", "the text is empty")]
+        pieces = encoder.pieces(document.text, limit - (eos is not None))
+        if len(pieces) > 1 and config.when_long != "split":
+            return [_too_long(document, sum(len(ids) for _, ids, _ in pieces), limit, config)]
+        if eos is not None:
+            text, ids, token_bytes = pieces[-1]
+            pieces[-1] = text, np.append(ids, np.int32(eos)), np.append(token_bytes, np.uint16(0))
+        names = [document.id] if len(pieces) == 1 else [f"{document.id}#{n}" for n in range(len(pieces))]
+        return [
+            unread(name, document, ids, token_bytes, text)
+            if len(ids) > 1
+            else Reject(name, document.domain, "no_targets", "one token: nothing to predict")
+            for name, (text, ids, token_bytes) in zip(names, pieces, strict=True)
+        ]
+
+    return sequences_of
+
+
+def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
+    """What becomes of a chat: one sequence, or a reject."""
+    encoder = chat_encoder(tokenizer, config.corpus)
+
+    def sequences_of(document: Document) -> list[Record | Reject]:
+        assert document.chat is not None
+        if not document.chat.messages:
+            return [Reject(document.id, document.domain, "empty", "there is no message")]
+        try:
+            chat = encoder.whole(document.chat, config.counted, tool_calls=config.tool_call_targets)
+        except ChatError as error:
+            return [Reject(document.id, document.domain, "template", str(error))]
+        if len(chat.token_ids) > limit:
+            return [_too_long(document, len(chat.token_ids), limit, config)]
+        if not chat.target_mask.any():
+            return [
+                Reject(document.id, document.domain, "no_targets", f"no token of it counts (targets: {config.counted})")
+            ]
+        record = unread(document.id, document, chat.token_ids, chat.token_bytes, chat.text)
+        record.target_mask, record.messages = chat.target_mask, as_json(document.chat.messages)
+        return [record]
+
+    return sequences_of
+
+
+def _too_long(document: Document, tokens: int, limit: int, config: CaptureConfig) -> Reject:
+    detail = f"the {'chat' if document.chat else 'text'} has {tokens:,} tokens, the limit is {limit:,}"
+    if config.when_long == "refuse":
+        others = "reject" if document.chat else "split or reject"
+        raise TooLongError(f"{document.id}: {detail}; set long_text to {others}, or raise max_tokens")
+    return Reject(document.id, document.domain, "too_long", detail)

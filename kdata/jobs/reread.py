@@ -1,0 +1,157 @@
+"""Reread: another teacher reads the rows of a dataset, and what it believes becomes a further payload of the same rows.
+
+The result is a dataset of its own: same ids, token ids, target masks and texts, in shards of the same names, so that row n is
+row n. Token ids are taken from the payload, nothing is tokenised again, so a teacher with another tokenizer is refused.
+What is recorded are the targets: nothing of the prompts of rows that a teacher wrote. A row at which the second teacher fails
+is a reject, as in a capture; then the rows are no longer the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from kdata.config import parse_config
+from kdata.errors import ConfigError, DataError
+from kdata.format.keep import KeepConfig
+from kdata.format.records import Unit
+from kdata.format.schema import SourceInfo, TeacherInfo, fingerprint
+from kdata.jobs.job import Engine, LocalEngine, TeacherFacts, check_k, devices_of, run_job
+from kdata.jobs.payloads import goes_on, records_of, refuse_other_vocabulary, source_digest
+from kdata.jobs.reading import ReadingUnit, read_unit
+from kdata.store.dataset import Dataset
+from kdata.teachers.base import Teacher
+from kdata.teachers.config import TeacherConfig
+from kdata.teachers.load import load_teacher
+from kdata.teachers.model import load_tokenizer, tokenizer_info
+
+
+def reread(
+    root: Path | str,
+    dataset: Dataset,
+    teacher_config: TeacherConfig,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    resume: str = "auto",
+    log: Path | None = None,
+) -> Dataset:
+    """Have a second teacher read the rows of a dataset; the result, in `root`, is a dataset of its own.
+
+    Args:
+        root: dataset folder, made when absent, or a URL; not the one that is read.
+        settings: of KeepConfig, where they shall differ from those of `dataset`; see `keep_like`.
+        resume: auto, never or must; see `Writer`.
+        log: JSONL file for progress; see `run_job`.
+    Raises:
+        MismatchError: another tokenizer or vocabulary size; or the result was begun from other rows or settings.
+        ConfigError: a row is longer than the teacher can read.
+        DataError: the dataset is not complete.
+    """
+    teacher = load_teacher(teacher_config, max_k=keep_like(dataset, None, settings).k)
+    try:
+        tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
+        engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
+        return reread_with(root, engine, dataset, settings, resume=resume, log=log)
+    finally:
+        teacher.close()
+
+
+def reread_with(
+    root: Path | str,
+    engine: Engine,
+    dataset: Dataset,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    resume: str = "auto",
+    log: Path | None = None,
+) -> Dataset:
+    """The same with an engine that has its teacher already: one job for each source of the dataset."""
+    facts, about = engine.facts, dataset.info
+    if not about.sources:
+        raise DataError(f"{dataset.path} has no rows to be read")
+    if "://" not in str(root) and Path(root).resolve() == dataset.path.resolve():
+        raise ConfigError(f"{root} is the dataset that is read; a further payload needs a folder of its own")
+    ours = (str(dataset.path), about.tokenizer, about.vocab_size)
+    refuse_other_vocabulary(*ours, facts.info.model, tokenizer_info(engine.tokenizer), facts.vocab_size)
+    keep = keep_like(dataset, facts.info, settings)
+    for source in about.sources:
+        made = run_job(root, RereadJob(dataset, source, keep), engine, resume=resume, log=log)
+        resume = goes_on(resume)
+    return made
+
+
+def keep_like(dataset: Dataset, teacher: TeacherInfo | None, settings: Mapping[str, Any] | None = None) -> KeepConfig:
+    """What a second teacher keeps: as the dataset does (hybrid where it was imported or combined), but for `settings`.
+
+    Draws get a seed of the teacher's own. With one seed two teachers would draw at the same quantiles; their average would
+    still be unbiased, but the errors of like teachers would add up instead of cancelling.
+
+    Args:
+        teacher: whose draws; None where that does not matter yet.
+        settings: fields of KeepConfig.
+    """
+    codec = dataset.info.codec
+    plain = codec.id == "verbatim" or codec.kind == "combined"
+    own = {} if plain else KeepConfig.of(codec).model_dump()
+    if teacher is not None:
+        who = fingerprint([teacher.model, teacher.revision, teacher.weights_hash])
+        own["draw_seed"] = int(who[:8], 16)
+    return parse_config(KeepConfig, {**own, **(settings or {})}, "reread settings")
+
+
+class RereadJob:
+    """One source of a dataset whose rows are to be read by another teacher; see `kdata.jobs.job.Job`."""
+
+    doing, noun = "reading again", "rows"
+
+    def __init__(self, dataset: Dataset, source: str, keep: KeepConfig) -> None:
+        self.name, self.keep = source, keep
+        self._dataset = dataset
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process gets units, and needs no dataset to perform them."""
+        return {**self.__dict__, "_dataset": None}
+
+    @property
+    def total(self) -> int:
+        """Rows in all."""
+        return sum(entry.rows for entry in self._dataset.manifest if entry.source == self.name)
+
+    def source(self, facts: TeacherFacts) -> SourceInfo:
+        """Whose rows they are, and what is kept. Raises as `reread` does."""
+        dataset, about = self._dataset, self._dataset.info.sources[self.name]
+        check_k(self.keep, facts)
+        if about.num_units is None:
+            raise DataError(
+                f"source {self.name!r} of {dataset.path} is not complete, so its rows may still change; run the same "
+                f"`kdata {about.kind}` again first"
+            )
+        self._refuse_long(facts)
+        settings = {**self.keep.settings(), "kind": self.keep.kind, "of": source_digest(dataset, self.name)}
+        made_by = {"kind": about.kind, **about.settings}
+        return SourceInfo(kind="reread", settings={**settings, "made_by": made_by}, num_units=None)
+
+    def _refuse_long(self, facts: TeacherFacts) -> None:
+        index = self._dataset.index(["id", "num_tokens", "source"])
+        own = index.filter(pc.equal(index["source"], self.name))
+        lengths = own["num_tokens"].to_numpy()
+        if len(lengths) and lengths.max() > facts.context:
+            raise ConfigError(
+                f"row {own['id'][int(lengths.argmax())].as_py()!r} of {self._dataset.path} has {lengths.max():,} tokens, "
+                f"{facts.info.model} reads {facts.context:,}; take a part with shorter rows (kdata split --by plan), or "
+                "another teacher"
+            )
+
+    def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[ReadingUnit]:
+        """The shards of the source, one after another."""
+        for number, entry in enumerate(self._dataset.manifest):
+            if entry.source == self.name:
+                records = records_of(self._dataset, number, self._dataset.shard(number))
+                yield ReadingUnit(entry.unit, records, documents=entry.rows)
+
+    def perform(self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit) -> Unit:
+        """Have one unit read."""
+        return read_unit(teacher, self.keep, unit)

@@ -1,0 +1,103 @@
+"""Score a dataset with another model: its NLL of every sequence, as a sidecar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from kdata.config import Strict
+from kdata.errors import ConfigError, MismatchError, TeacherError
+from kdata.format.files import storage_errors
+from kdata.format.keep import KeepConfig
+from kdata.format.schema import ManifestEntry
+from kdata.observe.progress import Stage
+from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, _has_part, begin_sidecar, finish_sidecar, write_part
+from kdata.store.dataset import Dataset
+from kdata.teachers.config import TeacherConfig
+from kdata.teachers.load import load_teacher
+from kdata.teachers.model import load_tokenizer, tokenizer_info
+
+
+class ScoreConfig(Strict):
+    """Which model scores, and what the sidecar is called."""
+
+    model: TeacherConfig
+    name: str = Field("ref", pattern=r"^[A-Za-z][A-Za-z0-9_]*$", description="Name of the sidecar, scores.NAME in SQL.")
+
+
+def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> ScoreInfo:
+    """Score every sequence of a dataset: mean NLL in nats over the same target positions as the teacher's.
+
+    A part that is there already, made by the same model for the same shard, is kept.
+
+    Raises:
+        MismatchError: the model has another tokenizer, or the sidecar is another model's.
+        ConfigError: a sequence is longer than the model's context.
+        TeacherError: the model's log-probabilities are not finite.
+    """
+    tokenizer = load_tokenizer(config.model.model, config.model.revision)
+    own = tokenizer_info(tokenizer).hash
+    if own != dataset.info.tokenizer.hash:
+        raise MismatchError(
+            f"{config.model.model} has another tokenizer ({own[:12]}) than the dataset "
+            f"({dataset.info.tokenizer.hash[:12]}); a per-token score needs the same one"
+        )
+    model = load_teacher(config.model, max_k=1)
+    try:
+        longest = max(dataset.index(["num_tokens"])["num_tokens"].to_pylist(), default=0)
+        if longest > model.context:
+            raise ConfigError(
+                f"the dataset has a sequence of {longest:,} tokens, {config.model.model} reads at most {model.context:,}; "
+                "score with a model of a longer context"
+            )
+        info = ScoreInfo(
+            name=config.name,
+            unit="nats per target token",
+            model=model.info,
+            tokenizer_hash=own,
+            dataset_fingerprint=dataset.fingerprint,
+            files={},
+        )
+        with (
+            storage_errors(dataset.path),
+            Stage(f"score {config.name}: reading", dataset.num_tokens, "tokens", log) as stage,
+        ):
+            begin_sidecar(dataset, info)
+            for number, entry in enumerate(dataset.manifest):
+                if _has_part(dataset, config.name, entry):
+                    stage.skip(entry.tokens)
+                    continue
+                write_part(dataset, config.name, entry, _score_shard(dataset, number, entry, model))
+                stage.advance(entry.tokens)
+            return finish_sidecar(dataset, info)
+    finally:
+        model.close()
+
+
+def _score_shard(dataset: Dataset, number: int, entry: ManifestEntry, model: Any) -> pa.Table:
+    sequences = dataset.shard(number)
+    ids = [sequences.token_ids[a:b] for a, b in sequences.spans()]
+    nlls = [
+        sequence_nll(readout.logprob, sequences.target_mask[a:b])
+        for readout, (a, b) in zip(model.read(ids, KeepConfig(kind="topk", k=1)), sequences.spans(), strict=True)
+    ]
+    counts = [int(sequences.target_mask[a:b].sum()) for a, b in sequences.spans()]
+    names = pq.read_table(dataset.shard_file(entry, "index"), columns=["id"])["id"]
+    return pa.table({"id": names, "nll": nlls, "num_target_tokens": counts}, schema=SCORE_SCHEMA)
+
+
+def sequence_nll(logprob_T: np.ndarray, mask_T: np.ndarray) -> float | None:
+    """Mean negative log-probability over the masked positions, nats per token; None without any.
+
+    Raises TeacherError where it is not finite.
+    """
+    if not mask_T.any():
+        return None
+    if not np.isfinite(logprob_T[mask_T]).all():
+        raise TeacherError("the model gives a token a log-probability that is not finite; are its weights sound?")
+    return float(-logprob_T[mask_T].astype(np.float64).mean())

@@ -1,0 +1,1 @@
+"""Dataset and plan to packed batches, in numpy."""

@@ -1,0 +1,327 @@
+"""Dataset and plan to batches of plain numpy arrays, for the trainer of this repository and for anybody's own.
+
+    for batch in Batches(dataset, plan.rows(dataset), LoaderConfig(context_tokens=2048)):
+        ...  # batch.input_ids, batch.entry_ids, batch.entry_logprobs, ...
+
+Rows of several whole documents: none is cut, none is dropped, none sees another (positions restart, segments differ). The
+order is that of `kdata.loader.packing`: a pure function of data, plan, seed and epoch. Ranks take their share of every
+batch and workers take whole batches in turn, so neither changes it; state is six numbers and a digest, and exact.
+
+How reading is organised, by measurement (tests/benchmarks/loader.py; 2M tokens in documents of 400, top-64, packed codec,
+page cache, tokens per second of processor time): a record batch is decompressed once per window (`kdata.loader.window`), the
+rows of a batch are joined as they are stored and decoded in one go, compiled passes join the ids' byte planes and lay
+out the kept entries of counted positions. 1.8M; what it replaced, decoding 32 rows to take one and joining rows in
+numpy, 0.06M. What is left: the codec's gaps a third, decompression a quarter, the grid an eighth. A uniform shuffle
+(`shuffle_block_rows` 1) costs a record batch per document: 0.64M here, where a window is a fifth of the data, and 0.28M
+with windows of 64 documents, as on much larger data; blocks of 32, the record batches of the writer, do not depend on
+the size of the data. Smaller record batches were no way out: decompressing takes 0.01 ms for each buffer however small,
+0.2 ms for a document by itself, and single rows make shards 13 to 25 % larger.
+Everything runs in a background thread when `prefetch_batches` is not 0; its loops hold no interpreter lock.
+
+Shapes: B rows, L context, S documents of the batch, T tokens of the batch, M counted positions, K kept entries, Z
+temperatures.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from kdata.errors import ConfigError, DataError, MismatchError
+from kdata.format.sequences import Sequences
+from kdata.loader.grid import entry_grid
+from kdata.loader.packing import Place, Shape, blocks_of, identity_of, windows
+from kdata.loader.window import Window
+from kdata.store.dataset import Dataset
+
+Item = TypeVar("Item")
+
+
+class LoaderConfig(BaseModel):
+    """How documents are packed, ordered and read ahead."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    context_tokens: int = Field(default=512, ge=2, description="Tokens of a row; no document may be longer.")
+    batch_rows: int = Field(
+        default=8, ge=1, description="Rows of a batch, of all ranks together. Does not change the order of rows."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the order.")
+    window_documents: int = Field(
+        default=1024, ge=1, description="Shuffled documents that are packed together; more fills rows better."
+    )
+    window_tokens: int = Field(
+        default=524_288,
+        ge=1,
+        description="Most tokens of a window: what bounds memory, about 200 bytes each at 64 kept entries.",
+    )
+    shuffle_block_rows: int = Field(
+        default=32,
+        ge=1,
+        description="Neighbours on disk that are shuffled as one, over the whole plan, and then mixed within a window. "
+        "1: every document on its own, a uniform shuffle, slower on data larger than a few windows.",
+    )
+    prefetch_batches: int = Field(
+        default=4, ge=0, description="Batches read ahead by a background thread; 0 reads in the caller's thread."
+    )
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """One grid of packed documents, and the teacher's view of the tokens that count.
+
+    input_ids, position_ids, segment_ids: int32 [B, L]; positions restart at 0 in each document, segments count from 0
+    within a row, free cells are one trailing segment -1 of token 0. predictor: int64 [M], flat index into [B * L] of the
+    cell whose hidden state predicts each counted token (the one before it). token_ids: int32 [M], the tokens themselves.
+    entry_ids: int32 (or what `Batches` was told) [M, K], -1 pads; entry_logprobs: float32 [M, K], nats, not renormalised,
+    -inf pads. log_tail: float32 [M], nats, log of the exact mass outside. logprob float32, rank int32 [M]: of the actual
+    tokens. entropy: float32 [M]. num_exact: int32 [M], kept entries that are no draws. log_z: float32 [M, Z] or None.
+    draw_logprobs: float32 [M, K] or None, see `Sequences`. document: int64 [M], which of `rows` a counted token belongs
+    to. rows: int64 [S], global dataset rows. num_tokens: tokens in documents. place: where the stream stands after it.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    segment_ids: np.ndarray
+    predictor: np.ndarray
+    token_ids: np.ndarray
+    entry_ids: np.ndarray
+    entry_logprobs: np.ndarray
+    log_tail: np.ndarray
+    logprob: np.ndarray
+    rank: np.ndarray
+    entropy: np.ndarray
+    num_exact: np.ndarray
+    log_z: np.ndarray | None
+    draw_logprobs: np.ndarray | None
+    document: np.ndarray
+    rows: np.ndarray
+    num_tokens: int
+    place: Place
+
+    @property
+    def fill(self) -> float:
+        """Share of cells that hold a token."""
+        return self.num_tokens / self.input_ids.size
+
+
+class Batches:
+    """An endless, resumable stream of batches over a dataset and the rows of a plan.
+
+    Args:
+        dataset: what is read.
+        rows: int64 [R] global rows, repeats expanded (`Plan.rows`); None reads every row once an epoch.
+        config: see LoaderConfig.
+        rank, world_size: this process takes the `rank`-th of `world_size` equal parts of every batch.
+        entry_dtype: of `entry_ids`; torch indexes with int64.
+    Raises:
+        DataError: nothing to read, or a document is longer than the context.
+        ConfigError: the ranks cannot share a batch evenly.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        rows: np.ndarray | None,
+        config: LoaderConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        entry_dtype: type = np.int32,
+    ) -> None:
+        if config.batch_rows % world_size or not 0 <= rank < world_size:
+            raise ConfigError(
+                f"rank {rank} of {world_size} cannot share batch_rows={config.batch_rows} evenly; batch_rows counts the "
+                "rows of all ranks and must be a multiple of their number"
+            )
+        self.dataset, self.config, self.entry_dtype = dataset, config, entry_dtype
+        share = config.batch_rows // world_size
+        self._share = range(rank * share, (rank + 1) * share)
+        rows = np.arange(dataset.num_rows, dtype=np.int64) if rows is None else np.asarray(rows, np.int64)
+        lengths = dataset.index(["num_tokens"])["num_tokens"].to_numpy().astype(np.int64)[rows]
+        self._refuse_long(rows, lengths)
+        # A document without tokens has nothing to train on and would never end a row.
+        self.rows, self.lengths = rows[lengths > 0], lengths[lengths > 0]
+        if not len(self.rows):
+            raise DataError(f"{dataset!r}: the plan holds no token; nothing can be trained on it")
+        self.identity = identity_of(dataset.fingerprint, self.rows)
+        self._blocks = blocks_of(self.rows, dataset.shard_starts, config.shuffle_block_rows)
+        self.place = Place()
+
+    def __iter__(self) -> Iterator[Arrays]:
+        """Batches from where the state stands; it moves as batches are taken, not as they are read ahead."""
+        for batch in ahead(self.read(self.place), self.config.prefetch_batches):
+            self.place = batch.place
+            yield batch
+
+    def epoch(self) -> Iterator[Arrays]:
+        """Every planned document once, from the beginning, for evaluation; the last batch may be smaller."""
+        return ahead(self.read(Place(), epochs=1), self.config.prefetch_batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Constant-size state: where the stream stands, and what makes its order. It does not depend on the rank."""
+        return {**asdict(self.place), "identity": self.identity, **self.config.model_dump(include=ORDER)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another's state stood, on whatever rank. Raises MismatchError when data or order differ."""
+        here = self.state_dict()
+        different = [k for k in here if k not in asdict(self.place) and here[k] != state.get(k)]
+        if different:
+            raise MismatchError(
+                f"the loader's state was made with another {', '.join(different)}; resume with the same "
+                "dataset, plan and loader settings, or start anew in another folder"
+            )
+        self.place = Place(state["epoch"], state["window"], state["row"])
+
+    def read(self, start: Place, *, epochs: int | None = None, worker: int = 0, workers: int = 1) -> Iterator[Arrays]:
+        """Read batches in the caller's thread, the state untouched.
+
+        Args:
+            start: where to begin.
+            epochs: stop before this epoch, with a smaller batch where it does not come out even; None goes on for ever.
+            worker, workers: only every `workers`-th batch, beginning with the `worker`-th.
+        """
+        size, number = self.config.batch_rows, 0  # rows of the stream since `start`
+        documents: list[list[int]] = []
+        slices: list[pa.RecordBatch] = []
+        c = self.config
+        shape = Shape(c.context_tokens, c.window_documents, c.window_tokens)
+        for rows in windows(self.lengths, self._blocks, self.identity, c.seed, shape, start):
+            own = [n // size % workers == worker and n % size in self._share for n in range(number, number + len(rows))]
+            window = Window(self.dataset, self.rows[_flat([d for (d, _), mine in zip(rows, own, strict=True) if mine])])
+            for (row, place), mine in zip(rows, own, strict=True):
+                if mine:
+                    documents.append(row)
+                    slices += window.slices(self.rows[row].tolist())
+                number += 1
+                done = place.epoch == epochs
+                if documents and (number % size == 0 or done):
+                    yield self._assemble(documents, slices, place)
+                    documents, slices = [], []
+                if done:
+                    return
+
+    def _refuse_long(self, rows: np.ndarray, lengths: np.ndarray) -> None:
+        context = self.config.context_tokens
+        too_long = np.flatnonzero(lengths > context)
+        if len(too_long):
+            name = self.dataset.index(["id"])["id"][int(rows[too_long[0]])].as_py()
+            raise DataError(
+                f"document {name!r} has {lengths[too_long[0]]} tokens, more than context_tokens={context} "
+                f"({len(too_long)} of {len(rows)} are longer). Documents are never cut: set context_tokens "
+                f"to {lengths.max()} or more, or train on a plan with num_tokens <= {context}"
+            )
+
+    def _assemble(self, documents: list[list[int]], slices: list[pa.RecordBatch], place: Place) -> Arrays:
+        """Decode the documents of a batch and lay them out on the grid, row by row."""
+        seqs, context = self.dataset.decode(slices), self.config.context_tokens
+        lengths = np.diff(seqs.offsets)
+        counts = np.array([len(row) for row in documents])
+        first = np.repeat(np.cumsum(counts) - counts, counts)  # of the row's documents, for each document
+        row_start = np.repeat(np.arange(len(documents)), counts) * context
+        starts = row_start + seqs.offsets[:-1] - seqs.offsets[first]
+        segments = np.arange(len(lengths)) - first
+        position_T = np.arange(len(seqs.token_ids)) - np.repeat(seqs.offsets[:-1], lengths)
+        cell_T = np.repeat(starts, lengths) + position_T
+        # Entry t is the prediction of token t, made by the hidden state of the cell before it; entry 0 has none.
+        counted_M = np.flatnonzero(seqs.target_mask & (position_T > 0))
+        grid = _grid(len(documents), context, cell_T, seqs.token_ids, position_T, np.repeat(segments, lengths))
+        return Arrays(
+            *grid,
+            predictor=cell_T[counted_M] - 1,
+            **_targets(seqs, counted_M, self.entry_dtype),
+            document=np.repeat(np.arange(len(lengths)), lengths)[counted_M],
+            rows=self.rows[_flat(documents)],
+            num_tokens=len(seqs.token_ids),
+            place=place,
+        )
+
+
+ORDER = {"context_tokens", "seed", "window_documents", "window_tokens", "shuffle_block_rows"}  # fields that decide it
+
+
+def _flat(documents: list[list[int]]) -> np.ndarray:
+    return np.array([d for row in documents for d in row], np.int64)
+
+
+def _grid(
+    rows: int, context: int, cell_T: np.ndarray, token_T: np.ndarray, position_T: np.ndarray, segment_T: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """input_ids, position_ids and segment_ids, int32 [rows, context]; free cells count their own positions."""
+    input_ids, position_ids = np.zeros((2, rows, context), np.int32)
+    segment_ids = np.full((rows, context), -1, np.int32)
+    for grid, values_T in ((input_ids, token_T), (position_ids, position_T), (segment_ids, segment_T)):
+        grid.reshape(-1)[cell_T] = values_T
+    free = segment_ids < 0
+    position_ids[free] = (np.cumsum(free, axis=1) - 1)[free]
+    return input_ids, position_ids, segment_ids
+
+
+def _targets(seqs: Sequences, counted_M: np.ndarray, entry_dtype: type) -> dict[str, Any]:
+    """The fields of `Arrays` that are the teacher's view of the counted positions."""
+
+    def grid(values_N: np.ndarray, fill: float, dtype: type = np.float32) -> np.ndarray:
+        return entry_grid(counted_M, seqs.entry_offsets, values_N, fill, dtype)
+
+    return {
+        "token_ids": seqs.token_ids[counted_M],
+        "entry_ids": grid(seqs.entry_ids, -1, entry_dtype),
+        "entry_logprobs": grid(seqs.entry_logprobs, -np.inf),
+        "log_tail": seqs.log_tail[counted_M],
+        "logprob": seqs.logprob[counted_M],
+        "rank": seqs.rank[counted_M],
+        "entropy": seqs.entropy[counted_M],
+        "num_exact": seqs.num_exact[counted_M],
+        "log_z": None if seqs.log_z is None else seqs.log_z[counted_M],
+        "draw_logprobs": None if seqs.draw_logprobs is None else grid(seqs.draw_logprobs, np.nan),
+    }
+
+
+def ahead(source: Iterator[Item], depth: int) -> Iterator[Item]:
+    """Run `source` in a thread, at most `depth` items ahead; its exception is raised in its place. Depth 0: no thread.
+
+    The thread ends when the consumer stops iterating (the generator is closed or collected).
+    """
+    if not depth:
+        yield from source
+        return
+    ready: queue.Queue[tuple[list[Item], BaseException | None]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def hand_over(items: list[Item], error: BaseException | None = None) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put((items, error), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in source:
+                hand_over([item])
+                if stop.is_set():
+                    return
+            hand_over([])
+        except BaseException as error:  # raised again in the consumer's thread
+            hand_over([], error)
+
+    thread = threading.Thread(target=work, name="loader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            items, error = ready.get()
+            if error is not None:
+                raise error
+            if not items:
+                return
+            yield from items
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,175 @@
+"""The log of progress: one self-contained JSON object per line, and what a log tells of the work that wrote it.
+
+`kdata run` keeps RUN/progress.jsonl; work on a dataset alone keeps `.NAME.progress.jsonl` beside the dataset, as nothing in a
+dataset may depend on the clock. A line is written when work begins, every ten seconds (oftener at first), and when it ends: a
+process that is killed leaves all but its last seconds. Totals (`took`) are sums over these lines: they need no other state,
+and span every attempt. A last line that was torn is passed over.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from kdata.format.files import journal_of, storage_errors
+from kdata.observe.energy import Devices
+
+# Two processes compute the start of a third from the same clock; a step of that clock in between moves it. A process that has
+# got the number of a dead one within a minute of that one's start does not occur.
+START_SLACK_SEC = 60.0
+State = Literal["running", "done", "failed", "stopped"]
+
+
+class Line(BaseModel):
+    """One line of a progress log."""
+
+    # JSON has no infinity and no NaN (a loss may be either): they are written as strings.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
+    time: AwareDatetime = Field(description="When the line was written, ISO 8601, UTC.")
+    since: AwareDatetime = Field(description="When this work began.")
+    stage: str = Field(description="What is being done.")
+    within: str | None = Field(description="Work that this is a part of; null where it stands for itself.")
+    state: State = Field(description="running, done, failed (by an error), or stopped (by Ctrl-C).")
+    error: str | None = Field(description="Kind of the error, where it failed.")
+    done: int = Field(description="Units done, those of former attempts too.")
+    total: int | None = Field(description="Units in all, where known.")
+    unit: str | None = Field(description="What is counted; null for work that only holds other work.")
+    tokens: int = Field(description="Tokens read, written or trained on in this attempt.")
+    tokens_per_sec: float | None = Field(description="Their rate while they were worked on; null without any.")
+    busy_seconds: float = Field(description="Seconds in which they were worked on, loading apart.")
+    shards: int | None = Field(description="Shards committed, by former attempts too.")
+    bytes_per_token: float | None = Field(description="Payload bytes per token of these shards.")
+    kept_mass: float | None = Field(description="Mean kept probability at their targets, by target token.")
+    seconds: float = Field(description="Wall seconds since this work began.")
+    seconds_left: float | None = Field(description="Estimate from what this attempt did; null where there is none.")
+    devices: Devices = Field(description="What it ran on: kind, count, name, here.")
+    energy_joules: float | None = Field(description="Energy of those devices so far; null where they do not tell.")
+    facts: dict[str, float | int | str] = Field(description="Further figures, such as a loss.")
+    host: str = Field(description="Machine of the process.")
+    pid: int = Field(description="Number of the process.")
+    process_started: float = Field(description="When the process began, seconds since 1970.")
+
+
+class Took(BaseModel):
+    """What work took, over all attempts."""
+
+    name: str
+    tokens: int = 0
+    tokens_per_sec: float | None = None
+    seconds: float | None = None
+    device_hours: dict[str, float] = {}
+    energy_joules: float | None = None
+
+
+def find_journal(root: Path) -> Path:
+    """The log that tells of a dataset: its own, or that of the run that it is a part of."""
+    own, run = journal_of(root), root.resolve().parent
+    return run / "progress.jsonl" if not own.exists() and (run / "run.json").exists() else own
+
+
+def append(path: Path, line: Line) -> None:
+    """Add one line, in one write. Raises StorageError."""
+    with storage_errors(path):
+        torn = path.exists() and not _ends_well(path)
+        with path.open("ab") as file:  # in one write: a line is far smaller than the buffer
+            file.write((b"\n" if torn else b"") + line.model_dump_json().encode() + b"\n")
+
+
+def _ends_well(path: Path) -> bool:
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def read_journal(path: Path) -> list[Line]:
+    """All lines of a log, in order; none where there is no log. What is no line of this form is passed over."""
+    lines = []
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            lines.append(Line.model_validate_json(text))
+        except ValidationError:  # torn, or of another version
+            continue
+    return lines
+
+
+def started() -> float:
+    """When this process began, seconds since 1970."""
+    return psutil.Process().create_time()
+
+
+def alive(line: Line) -> bool | None:
+    """Whether the process that wrote a line is still there; None where that cannot be seen from this machine."""
+    if line.host != platform.node():
+        return None
+    try:
+        process = psutil.Process(line.pid)
+        same = abs(process.create_time() - line.process_started) < START_SLACK_SEC
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def last_lines(lines: Iterable[Line]) -> list[Line]:
+    """The last line of every piece of work, in the order in which they began."""
+    last: dict[tuple[object, ...], Line] = {}
+    for line in lines:
+        last[line.host, line.pid, line.since, line.stage, line.within, line.unit] = line
+    return list(last.values())
+
+
+def lines_of(lines: Iterable[Line], source: str) -> list[Line]:
+    """The lines that are about a source of a dataset: stages are called "SOURCE: reading"."""
+    return [line for line in lines if line.unit is not None and line.stage.startswith(f"{source}: ")]
+
+
+def took(lines: Iterable[Line]) -> list[Took]:
+    """What each stage took, summed over all attempts, in the order in which they first began.
+
+    Energy is None where any attempt's is not known; device hours leave out devices that are not counted.
+    """
+    by_stage: dict[str, list[Line]] = {}
+    for line in last_lines(lines):
+        by_stage.setdefault(line.stage, []).append(line)
+    return [_sum(name, spans) for name, spans in by_stage.items()]
+
+
+def _sum(name: str, spans: list[Line]) -> Took:
+    tokens, busy = sum(s.tokens for s in spans), sum(s.busy_seconds for s in spans if s.tokens)
+    hours: dict[str, float] = {}
+    for span in spans:
+        if span.devices.count:
+            key = str(span.devices)
+            hours[key] = hours.get(key, 0.0) + span.devices.count * span.seconds / 3600
+    known = [s.energy_joules for s in spans if s.energy_joules is not None]
+    return Took(
+        name=name,
+        tokens=tokens,
+        tokens_per_sec=tokens / busy if tokens and busy else None,
+        seconds=sum(s.seconds for s in spans),
+        device_hours=hours,
+        energy_joules=sum(known) if len(known) == len(spans) else None,
+    )
+
+
+def total(parts: list[Took], name: str = "all") -> Took:
+    """Sum of what several stages took; rates do not add up."""
+    hours: dict[str, float] = {}
+    for part in parts:
+        for key, value in part.device_hours.items():
+            hours[key] = hours.get(key, 0.0) + value
+    known = [p.energy_joules for p in parts if p.energy_joules is not None]
+    return Took(
+        name=name,
+        tokens=sum(p.tokens for p in parts),
+        seconds=sum(p.seconds or 0.0 for p in parts),
+        device_hours=hours,
+        energy_joules=sum(known) if parts and len(known) == len(parts) else None,
+    )

@@ -1,0 +1,249 @@
+"""Plans: which sequences, how often. A small Parquet of ids and repeats, and a JSON that says how it was made.
+
+Data is never copied to be reweighted; a trainer reads dataset + plan. The order of a plan is its preference: a later step
+that takes fewer takes the first ones. A plan of 100 million rows is opened without reading it: ids come into memory when
+asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, ValidationError
+
+from kdata.config import first_problem
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
+from kdata.format.files import file_info, write_atomically
+from kdata.format.manifest import digest_of, write_json
+from kdata.format.schema import Contract, FileInfo
+from kdata.store.dataset import Dataset
+from kdata.store.sql import check_new_name, is_name
+
+PLAN_SCHEMA = pa.schema([pa.field("id", pa.string(), False), pa.field("repeats", pa.int32(), False)])
+Unit = Literal["sequences", "tokens"]
+
+
+class DomainTaken(Contract):
+    """What a plan took of one domain, and of how much."""
+
+    dataset_sequences: int = Field(ge=0, description="Sequences of the domain in the dataset.")
+    dataset_tokens: int = Field(ge=0, description="Their tokens.")
+    rows: int = Field(ge=0, description="Distinct sequences taken.")
+    sequences: int = Field(ge=0, description="Sequences taken, repeats counted.")
+    tokens: int = Field(ge=0, description="Their tokens, repeats counted.")
+    requested: int | None = Field(
+        None,
+        description="What the method asked of this domain, in `unit`; null where it asks nothing of single domains.",
+    )
+
+
+class PlanInfo(Contract):
+    """NAME.json beside NAME.parquet: where a plan came from."""
+
+    name: str = Field(description="Name of the plan.")
+    method: str = Field(description="Method that made it: all, random, difference, sql, ...")
+    parameters: dict[str, Any] = Field(description="Parameters of the method.")
+    sql: str | None = Field(description="The DuckDB query that chose the ids; null when no query did.")
+    dataset_fingerprint: str = Field(description="Fingerprint of the dataset that it selects from.")
+    scores: dict[str, str] = Field(description="Sidecars that were read: name to fingerprint.")
+    parents: dict[str, str] = Field({}, description="Plans that were taken further: name to `digest` of their JSON.")
+    num_rows: int = Field(ge=0, description="Distinct sequences taken.")
+    num_tokens: int = Field(ge=0, description="Tokens, repeats counted.")
+    unit: Unit | None = Field(None, description="What requests count; null where a query chose.")
+    requested: int | None = Field(None, description="Units asked for in all; null where no number was asked for.")
+    domains: dict[str, DomainTaken] = Field({}, description="What was taken of each domain, and what was asked of it.")
+    shares: dict[str, dict[str, float]] = Field(
+        description="Per domain: share of tokens in the dataset and in the plan."
+    )
+    table: FileInfo | None = Field(None, description="Digest and size of NAME.parquet; null until it is saved.")
+    digest: str = Field("", description="SHA-256 of everything else in the file: finds a damaged byte.")
+
+
+class Plan:
+    """A selection, and how it was made (`info`). Made by `make_plan`, `kdata.selection.select.select` or `Plan.load`.
+
+    `fingerprint` is the digest of its JSON file, "" before it is saved.
+    """
+
+    def __init__(self, table: pa.Table | Path, info: PlanInfo, fingerprint: str = "") -> None:
+        self._table, self.info, self.fingerprint = table, info, fingerprint
+
+    def __repr__(self) -> str:
+        return f"Plan({self.info.name!r}, rows={self.info.num_rows:,}, tokens={self.info.num_tokens:,})"
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """Columns id and repeats, in order. Raises CorruptError where the file does not hold a plan's rows."""
+        if isinstance(self._table, pa.Table):
+            return self._table
+        try:
+            table = pq.read_table(self._table).cast(PLAN_SCHEMA)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise CorruptError(f"{self._table} is not a plan: {error}") from error
+        if table.num_rows and table["repeats"].to_numpy().min() < 1:
+            raise CorruptError(f"{self._table} has repeats below 1; run `kdata select` again")
+        return table
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Ids, R of them."""
+        return self.table["id"].to_pylist()
+
+    @property
+    def repeats(self) -> np.ndarray:
+        """How often each is taken, int32 [R] >= 1."""
+        return self.table["repeats"].to_numpy()
+
+    @property
+    def dataset_fingerprint(self) -> str:
+        """Fingerprint of the dataset that the plan belongs to."""
+        return self.info.dataset_fingerprint
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Open PLAN.parquet and PLAN.json; `path` may name either, or neither ending.
+
+        Raises:
+            MissingError: one of the two is not there.
+            CorruptError: the two do not make a plan.
+        """
+        table_path, info_path = plan_files(Path(path))
+        for needed in (table_path, info_path):
+            if not needed.exists():
+                raise MissingError(f"plan {table_path.stem!r}: {needed} does not exist; make it with `kdata select`")
+        try:
+            content = json.loads(info_path.read_bytes())
+            info = PlanInfo.model_validate(content)
+            num_rows = pq.read_metadata(table_path).num_rows
+        except ValidationError as error:
+            raise CorruptError(f"{info_path} does not describe a plan: {first_problem(error)}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CorruptError(f"{info_path} does not describe a plan: {error}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptError(f"{table_path} is not a plan: {error}") from error
+        if info.digest and info.digest != digest_of(content):
+            raise CorruptError(f"{info_path} does not match its own digest; run `kdata select` again")
+        if info.table is not None and file_info(table_path) != info.table:
+            raise CorruptError(f"{table_path} is not the plan that was saved; run `kdata select` again")
+        if num_rows != info.num_rows:
+            raise CorruptError(f"{table_path} has {num_rows} rows and {info_path.name} says {info.num_rows}")
+        alone = info.model_copy(update={"table": None, "digest": ""})  # what only a file has
+        return cls(table_path, alone, info.digest)
+
+    def save(self, directory: Path) -> Path:
+        """Write NAME.parquet and NAME.json into `directory` (the JSON last); return the Parquet's path."""
+        directory.mkdir(parents=True, exist_ok=True)
+        check_new_name("plan", self.info.name, (p.stem for p in directory.glob("*.parquet")))
+        path, _ = plan_files(directory / self.info.name)
+        sink = pa.BufferOutputStream()
+        pq.write_table(self.table, sink, compression="zstd")
+        write_atomically(path, sink.getvalue().to_pybytes())
+        self.fingerprint = write_plan_info(path, self.info)
+        return path
+
+    def check(self, dataset: Dataset) -> None:
+        """Raise MismatchError where the dataset has changed since the plan was made."""
+        if dataset.fingerprint != self.info.dataset_fingerprint:
+            raise MismatchError(
+                f"plan {self.info.name!r} was made for a dataset with fingerprint "
+                f"{self.info.dataset_fingerprint[:12]}, {dataset.path} has {dataset.fingerprint[:12]}: rows were added "
+                "or changed. Run `kdata select` again."
+            )
+
+    def rows(self, dataset: Dataset) -> np.ndarray:
+        """Global row numbers int64 [sum of repeats], in plan order.
+
+        Raises:
+            MismatchError: the dataset has changed since the plan was made.
+        """
+        self.check(dataset)
+        return np.repeat(dataset.rows_of(self.ids), self.repeats)
+
+
+def plan_files(path: Path) -> tuple[Path, Path]:
+    """NAME.parquet and NAME.json of a plan that is named by either, or by neither ending."""
+    base = path.with_suffix("") if path.suffix in (".parquet", ".json") else path
+    return base.with_name(base.name + ".parquet"), base.with_name(base.name + ".json")
+
+
+def open_plan(dataset: Dataset, name: str) -> Plan:
+    """A plan of this dataset by its name. Raises as `Plan.load` and `Plan.check`, and ConfigError where it is no name."""
+    if not is_name(name):
+        raise ConfigError(f"{name!r} is no name of a plan: letters, digits and _, beginning with a letter")
+    plan = Plan.load(dataset.path / "plans" / name)
+    plan.check(dataset)
+    return plan
+
+
+def write_plan_info(table_path: Path, info: PlanInfo) -> str:
+    """Write NAME.json beside a finished NAME.parquet; return its digest."""
+    content = info.model_copy(update={"table": file_info(table_path)}).model_dump()
+    write_json(table_path.with_suffix(".json"), content)
+    return digest_of(content)
+
+
+def plan_info(domains: dict[str, DomainTaken], **fields: Any) -> PlanInfo:
+    """The description of a plan from what it took of each domain. Raises DataError when nothing is selected."""
+    if not any(taken.rows for taken in domains.values()):
+        raise DataError(f"plan {fields['name']!r} selects no row; loosen its condition")
+    in_dataset = sum(taken.dataset_tokens for taken in domains.values())
+    in_plan = sum(taken.tokens for taken in domains.values())
+    shares = {
+        name: {"dataset": taken.dataset_tokens / in_dataset, "plan": taken.tokens / in_plan}
+        for name, taken in sorted(domains.items())
+    }
+    num_rows = sum(taken.rows for taken in domains.values())
+    return PlanInfo(domains=domains, shares=shares, num_rows=num_rows, num_tokens=in_plan, **fields)
+
+
+def _whole(name: str, repeats: np.ndarray) -> np.ndarray:
+    """Repeats as int32 [R]. Raises DataError unless each is a whole number >= 1."""
+    given = np.array([np.nan if value is None else float(value) for value in repeats], np.float64)
+    bad = np.flatnonzero(~((given >= 1) & (given < 2**31) & (given == np.floor(given))))
+    if len(bad):
+        raise DataError(f"plan {name!r}: repeats must be whole numbers from 1 on, row {bad[0]} has {repeats[bad[0]]}")
+    return given.astype(np.int32)
+
+
+def make_plan(
+    dataset: Dataset,
+    name: str,
+    ids: list[str],
+    *,
+    method: str,
+    parameters: dict[str, Any],
+    sql: str | None = None,
+    scores: dict[str, str] | None = None,
+    repeats: np.ndarray | None = None,
+) -> Plan:
+    """Make a plan of `ids`, with realised shares per domain. Raises DataError when nothing is selected."""
+    if not ids:
+        raise DataError(f"plan {name!r} selects no row; loosen its condition")
+    if len(set(ids)) != len(ids):
+        raise DataError(f"plan {name!r}: an id stands twice; say how often with repeats")
+    times = np.ones(len(ids), np.int32) if repeats is None else _whole(name, repeats)
+    index = dataset.index(["domain", "num_tokens"])
+    rows = dataset.rows_of(ids)
+    names, number_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str), return_inverse=True)
+    tokens_R = index["num_tokens"].to_numpy().astype(np.int64)
+    taken_R = np.zeros(len(tokens_R), np.int64)
+    taken_R[rows] = times
+    domains = {}
+    for number, domain in enumerate(names):
+        here = number_R == number
+        domains[str(domain)] = DomainTaken(
+            dataset_sequences=int(here.sum()),
+            dataset_tokens=int(tokens_R[here].sum()),
+            rows=int((taken_R[here] > 0).sum()),
+            sequences=int(taken_R[here].sum()),
+            tokens=int((taken_R * tokens_R)[here].sum()),
+        )
+    fields = {"name": name, "method": method, "parameters": parameters, "sql": sql, "scores": scores or {}}
+    info = plan_info(domains, dataset_fingerprint=dataset.fingerprint, **fields)
+    return Plan(pa.table({"id": ids, "repeats": times}, schema=PLAN_SCHEMA), info)

@@ -1,0 +1,145 @@
+"""Scores that somebody else made: a Parquet of ids and numbers becomes a sidecar of the dataset.
+
+Judge marks, lengths, risks, another tool's reference NLLs: whatever has an id and is a number. Rows that the file does
+not name have null. Ids that the dataset does not have are refused: they would be lost without a word.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from kdata.errors import ConfigError, DataError, MissingError
+from kdata.format.files import file_info
+from kdata.format.schema import index_schema
+from kdata.selection.session import exclusive
+from kdata.selection.sidecar import ScoreInfo, begin_sidecar, finish_sidecar, write_part
+from kdata.store.dataset import Dataset
+from kdata.store.sql import Room, files_view, is_name, literal, unglobbed
+
+WHOLE = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"}
+REAL = {"FLOAT", "DOUBLE", "UBIGINT", "HUGEINT", "UHUGEINT", "DECIMAL"}
+
+UNKNOWN = "select id from brought anti join rows using (id) order by id limit 3"
+TWICE = "select id from brought group by id having count(*) > 1 limit 1"
+IN_ORDER = "select rows.id, {columns} from rows left join brought using (id) order by rows.shard, rows.row"
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What became of a file: the sidecar, and for each column how many sequences have a number."""
+
+    info: ScoreInfo
+    covered: dict[str, int]
+
+
+def bring(dataset: Dataset, file: Path, name: str, *, unit: str = "as brought", room: Room | None = None) -> Brought:
+    """Make the sidecar scores/NAME of a Parquet file with a column `id` and numeric columns.
+
+    Args:
+        unit: what the numbers are, for whoever reads the sidecar's description.
+    Raises:
+        MissingError: no such file.
+        DataError: a column is not numeric or not finite, an id is null, stands twice, or is none of the dataset's.
+        MismatchError: a sidecar of that name was made otherwise.
+        StorageError: the disk refused, or another process is writing.
+    """
+    if not file.is_file():
+        raise MissingError(f"{file} does not exist; name a Parquet file with a column id and numbers")
+    if not is_name(name):
+        raise ConfigError(f"{name!r} is no name for a score: letters, digits and _, beginning with a letter")
+    try:
+        with exclusive(dataset, "score") as folder, _connection(dataset, file, folder, room or Room()) as connection:
+            return _bring(dataset, file, name, unit, connection)
+    except duckdb.Error as error:
+        raise DataError(f"{file} cannot be read as scores: {str(error).strip()}") from error
+
+
+def _connection(dataset: Dataset, file: Path, folder: Path, room: Room) -> duckdb.DuckDBPyConnection:
+    """A connection with the views `rows` and `brought`; it runs no text but this module's."""
+    dataset.check_index()
+    connection = duckdb.connect()
+    connection.execute(f"set temp_directory = {literal(str(folder))}")
+    if room.memory_limit is not None:
+        connection.execute(f"set memory_limit = {literal(room.memory_limit)}")
+    if room.threads is not None:
+        connection.execute(f"set threads = {int(room.threads)}")
+    files_view(connection, "rows", [dataset.sql_file(e, "index") for e in dataset.manifest], index_schema())
+    files_view(connection, "brought", [unglobbed(file.resolve())], pa.schema([]))
+    return connection
+
+
+def _bring(dataset: Dataset, file: Path, name: str, unit: str, connection: duckdb.DuckDBPyConnection) -> Brought:
+    schema = _schema(file, connection)
+    numbers = schema.names[1:]
+    _check_ids(dataset, file, connection)
+    counts = ", ".join(f'count("{n}"), count(*) filter (isnan("{n}"::double) or isinf("{n}"::double))' for n in numbers)
+    [found] = connection.execute(f"select {counts} from brought").fetchall()
+    for column, wild in zip(numbers, found[1::2], strict=True):
+        if wild:
+            raise DataError(f"{file}: column {column!r} has {wild} values that are NaN or infinite; leave them null")
+    info = ScoreInfo(
+        name=name,
+        unit=unit,
+        model=None,
+        tokenizer_hash=None,
+        dataset_fingerprint=dataset.fingerprint,
+        columns=numbers,
+        origin=file_info(file),
+        files={},
+    )
+    begin_sidecar(dataset, info)
+    _write_parts(dataset, name, schema, connection)
+    return Brought(finish_sidecar(dataset, info), dict(zip(numbers, found[::2], strict=True)))
+
+
+def _schema(file: Path, connection: duckdb.DuckDBPyConnection) -> pa.Schema:
+    """`id`, then the numeric columns as int64 or float64. Raises DataError for any other."""
+    columns = dict(connection.execute("select column_name, column_type from (describe brought)").fetchall())
+    if columns.get("id") != "VARCHAR":
+        raise DataError(
+            f"{file} needs a column `id` of text; it has {', '.join(f'{n} {t}' for n, t in columns.items())}"
+        )
+    fields = [pa.field("id", pa.string(), False)]
+    for column, kind in columns.items():
+        plain = re.sub(r"\(.*", "", kind)
+        if column != "id":
+            if plain not in WHOLE | REAL or not is_name(column):
+                what = f"is {kind}, no number" if plain not in WHOLE | REAL else "has a name that SQL would need quoted"
+                raise DataError(f"{file}: column {column!r} {what}; bring `id` and numeric columns only")
+            fields.append(pa.field(column, pa.int64() if plain in WHOLE else pa.float64(), True))
+    if len(fields) == 1:
+        raise DataError(f"{file} has no column beside `id`; bring a number for each id")
+    return pa.schema(fields)
+
+
+def _check_ids(dataset: Dataset, file: Path, connection: duckdb.DuckDBPyConnection) -> None:
+    if connection.execute("select 1 from brought where id is null limit 1").fetchall():
+        raise DataError(f"{file} has rows whose id is null")
+    for (twice,) in connection.execute(TWICE).fetchall():
+        raise DataError(f"{file}: id {twice!r} stands twice; bring one row for each id")
+    if unknown := [row_id for (row_id,) in connection.execute(UNKNOWN).fetchall()]:
+        raise DataError(
+            f"{file} has ids that {dataset.path} does not have: {', '.join(map(repr, unknown))}, ...; leave them out, or "
+            "name the dataset that they belong to"
+        )
+
+
+def _write_parts(dataset: Dataset, name: str, schema: pa.Schema, connection: duckdb.DuckDBPyConnection) -> None:
+    """A part for each shard, with its ids in its order, as `kdata score` writes them."""
+    casts = ", ".join(
+        f'brought."{f.name}"::{"bigint" if f.type == pa.int64() else "double"} as "{f.name}"' for f in list(schema)[1:]
+    )
+    reader: Any = connection.sql(IN_ORDER.format(columns=casts)).to_arrow_reader(100_000)
+    waiting: list[pa.RecordBatch] = []
+    for entry in dataset.manifest:
+        while sum(batch.num_rows for batch in waiting) < entry.rows:
+            waiting.append(next(reader).cast(schema))
+        table = pa.Table.from_batches(waiting, schema)
+        write_part(dataset, name, entry, table.slice(0, entry.rows).combine_chunks())
+        waiting = table.slice(entry.rows).to_batches()

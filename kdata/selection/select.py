@@ -1,0 +1,137 @@
+"""Selection and mixing: which sequences, how often. Each step takes a dataset, or a plan of it, and writes a plan.
+
+Methods are small files with their SQL in sight. Two lines of work meet in `rank.take`: values that say which rows come
+first, and requests that say how much of each domain. It runs out of core and writes the plan from DuckDB, so a plan of
+100 million rows needs no more memory than one of a million.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+from pydantic import BeforeValidator, Field
+
+from kdata.config import parse_config
+from kdata.errors import ConfigError, DataError, nearest
+from kdata.format.files import sync_directory
+from kdata.selection.ddk import Ddk
+from kdata.selection.mixtures import Cap, Proportional, Static, Temperature, Uniform
+from kdata.selection.plan import DomainTaken, Plan, open_plan, plan_files, plan_info, write_plan_info
+from kdata.selection.query import Sql
+from kdata.selection.ranked import All, Difference, Random
+from kdata.selection.session import Work, work_on
+from kdata.selection.sidecar import checked_fingerprint
+from kdata.selection.step import Domains, Made, Step
+from kdata.store.dataset import Dataset
+from kdata.store.sql import Room, check_new_name, literal
+
+METHODS: dict[str, type[Step]] = {
+    "difference": Difference,
+    "random": Random,
+    "all": All,
+    "sql": Sql,
+    "static": Static,
+    "uniform": Uniform,
+    "proportional": Proportional,
+    "temperature": Temperature,
+    "ddk": Ddk,
+    "cap": Cap,
+}
+DEFAULT = "difference"
+
+
+def _with_method(values: Any) -> Any:
+    return {"method": DEFAULT, **values} if isinstance(values, dict) else values
+
+
+if TYPE_CHECKING:
+    SelectConfig = Step
+else:  # for pydantic: the settings of any method, told apart by `method`
+    SelectConfig = Annotated[
+        Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")],  # noqa: UP007
+        BeforeValidator(_with_method),
+    ]
+
+
+def parse_step(values: dict[str, Any], where: str = "select settings") -> Step:
+    """The settings of a method from a mapping with `method`. Raises ConfigError naming keys, values and the nearest key."""
+    method = values.get("method", DEFAULT)
+    if method not in METHODS:
+        known = ", ".join(repr(name) for name in METHODS)
+        raise ConfigError(
+            f"{where}:\n  method: Input should be one of {known}{nearest(str(method), list(METHODS))} (got {method!r})"
+        )
+    return parse_config(METHODS[method], values, where)
+
+
+def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
+    """Do one step and save its plan at `plans/NAME.parquet` of the dataset.
+
+    Args:
+        config: settings of one of METHODS, for instance `Difference(share=0.5)`.
+        room: memory and threads that DuckDB may use; the result does not depend on them.
+    Raises:
+        ConfigError: method and settings do not fit.
+        DataError: nothing selected, a target that cannot be met, or a score that does not cover the rows.
+        MissingError, MismatchError: a score or a plan that is not there, or is of another state of the dataset.
+        QueryError: DuckDB refused the query.
+        CorruptError: the index or a sidecar is not what was committed.
+        StorageError: memory or disk do not suffice, or another process is writing.
+    """
+    name = config.name or config.method
+    check_new_name("plan", name, (path.stem for path in dataset.path.glob("plans/*.parquet")))
+    if config.parent == name:
+        raise ConfigError(f"plan {name!r} would be made from itself; give the new one another name (--name)")
+    parent = None if config.parent is None else open_plan(dataset, config.parent)
+    scores = {score: checked_fingerprint(dataset, score) for score in config.sidecars(dataset)}
+    dataset.check_index()
+    with work_on(dataset, parent, f"select {name}", room) as work:
+        domains = work.domains()
+        if not domains:
+            raise DataError(f"{dataset.path} has no rows; capture or generate some first")
+        made = config.make(work, domains)
+        parents = ([] if parent is None else [parent]) + [open_plan(dataset, other) for other in made.parents]
+        info = plan_info(
+            _taken(domains, made),
+            name=name,
+            method=config.method,
+            parameters=made.parameters,
+            sql=made.sql,
+            dataset_fingerprint=dataset.fingerprint,
+            scores=scores,
+            parents={plan.info.name: plan.fingerprint for plan in parents},
+            unit=made.unit,
+            requested=None if made.requests is None else sum(made.requests.values()),
+        )
+        path = _write(work, dataset.path / "plans" / name)
+        return Plan(path, info, write_plan_info(path, info))
+
+
+def _taken(domains: Domains, made: Made) -> dict[str, DomainTaken]:
+    found = {}
+    for domain, (sequences, tokens) in domains.items():
+        rows, times, taken_tokens = made.taken.get(domain, (0, 0, 0))
+        asked = made.requests.get(domain) if made.requests is not None and made.by_domain else None
+        found[domain] = DomainTaken(
+            dataset_sequences=sequences, dataset_tokens=tokens, rows=rows, sequences=times, tokens=taken_tokens,
+            requested=asked
+        )  # fmt: skip
+    return found
+
+
+def _write(work: Work, base: Path) -> Path:
+    """Write the table `chosen` as the plan's Parquet, best first, whole or not at all."""
+    path, _ = plan_files(base)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    work.execute(
+        "copy (select id, repeats from chosen where repeats > 0 order by value desc, id) "
+        f"to {literal(str(temporary.resolve()))} (format parquet, compression zstd)"
+    )
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+    return path

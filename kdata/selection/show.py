@@ -1,0 +1,234 @@
+"""What a plan took from where, as a table and as a picture, and what tells two plans apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kdata.errors import ConfigError, KdataError
+from kdata.observe.style import COLOURS, STYLE
+from kdata.observe.text import one_line
+from kdata.selection.plan import DomainTaken, Plan, PlanInfo, open_plan
+from kdata.selection.select import METHODS
+from kdata.selection.session import rows_of
+from kdata.selection.sidecar import score_fingerprint
+from kdata.selection.step import Ranked
+from kdata.store.dataset import Dataset
+
+ENDINGS = (".png", ".svg", ".pdf")
+BARS = 60  # of a histogram
+SHOWN = 40  # domains in a picture
+
+# Values of all that could have been taken, and of what was, counted in bars.
+RANGE = "with rows as ({rows}), candidates as ({values}) select min(value) as low, max(value) as high from candidates"
+HISTOGRAM = """with rows as ({rows}), candidates as ({values})
+select least({bars} - 1, floor((value - $low) / ($high - $low) * {bars}))::integer as bar, count(*) as n, count(p.id) as taken
+from candidates left join plans."{plan}" as p using (id) where value is not null group by bar"""
+
+OVERLAP = """
+select domain, count(*) filter (b.id is null), count(*) filter (a.id is not null and b.id is not null),
+    count(*) filter (a.id is null), min(a.id) filter (b.id is null), min(b.id) filter (a.id is null)
+from plans."{a}" as a full join plans."{b}" as b on a.id = b.id join rows on rows.id = coalesce(a.id, b.id)
+group by domain order by domain
+"""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A table in words: title, heads of columns, rows of as many cells, notes below."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def table_of(plan: Plan) -> Shown:
+    """What was taken of each domain, and what was asked of it: amounts, and shares of the whole column."""
+    info = plan.info
+    columns: dict[str, list[int | None]] = {
+        "sequences": [taken.dataset_sequences for taken in info.domains.values()],
+        "tokens": [taken.dataset_tokens for taken in info.domains.values()],
+        f"{info.unit} asked": [taken.requested for taken in info.domains.values()],
+        "rows taken": [taken.rows for taken in info.domains.values()],
+        "sequences taken": [taken.sequences for taken in info.domains.values()],
+        "tokens taken": [taken.tokens for taken in info.domains.values()],
+    }
+    if columns["rows taken"] == columns["sequences taken"]:
+        del columns["rows taken"]  # nothing is repeated
+    shown = {name: _amounts(values) for name, values in columns.items() if any(v is not None for v in values)}
+    rows = [[name, *cells] for name, *cells in zip([*info.domains, "all"], *shown.values(), strict=True)]
+    told = ", ".join(f"{k} {_brief(v)}" for k, v in info.parameters.items())
+    notes = [f"method {info.method}: {info.sql if info.method == 'sql' else told}"]
+    if info.requested is not None:
+        realised = sum(_units(taken, info) for taken in info.domains.values())
+        notes.append(f"asked for {info.requested:,} {info.unit}, got {realised:,}")
+    notes += [f"from plan {name} ({digest[:12]})" for name, digest in sorted(info.parents.items())]
+    notes += [f"score {name} ({digest[:12]})" for name, digest in sorted(info.scores.items())]
+    return Shown(
+        f"plan {info.name}: {info.num_rows:,} rows, {info.num_tokens:,} tokens", ["domain", *shown], rows, notes
+    )
+
+
+def _amounts(values: list[int | None]) -> list[str]:
+    """Numbers with their share of the sum, and the sum."""
+    total = sum(value or 0 for value in values)
+    cells = [f"{_short(value or 0)} {(value or 0) / max(total, 1):5.1%}" for value in values]
+    return [*cells, f"{_short(total)} {'':5}"]
+
+
+def _short(number: int) -> str:
+    """At most five characters: 1,234, 56.2k, 1.23G."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if number >= size:
+            scaled = number / (1e3 if letter == "k" else size)
+            return f"{scaled:.0f}{letter}" if scaled >= 100 else f"{scaled:.3g}{letter}"
+    return f"{number:,}"
+
+
+def _units(taken: DomainTaken, info: PlanInfo) -> int:
+    return taken.sequences if info.unit == "sequences" else taken.tokens
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_brief(v)}" for k, v in value.items()) + "}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def draw(dataset: Dataset, plan: Plan, path: Path) -> Path:
+    """Draw shares per domain, and for a method that ranks by a value its histogram with the cut; return the picture's path.
+
+    Raises:
+        ConfigError: a picture of another kind than PNG, SVG or PDF.
+    """
+    if path.suffix not in ENDINGS:
+        raise ConfigError(f"{path}: a picture is one of {', '.join(ENDINGS)}")
+    bars = _histogram(dataset, plan)
+    domains = sorted(plan.info.domains, key=lambda name: (-plan.info.domains[name].dataset_tokens, name))[:SHOWN]
+    with matplotlib.rc_context(STYLE):
+        height = 1.2 + 0.45 * len(domains)
+        figure = Figure(figsize=(6.4, height + (2.4 if bars else 0)), layout="constrained")
+        panels = figure.subplots(2 if bars else 1, 1, height_ratios=[height, 2.4] if bars else None, squeeze=False)[
+            :, 0
+        ]
+        _draw_shares(panels[0], plan.info, domains)
+        if bars:
+            _draw_histogram(panels[1], plan.info, bars)
+        figure.suptitle(f"Plan {plan.info.name} ({plan.info.method})", x=0.01, ha="left", fontsize=11)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, facecolor=COLOURS["page"])
+    return path
+
+
+def _draw_shares(axes: Axes, info: PlanInfo, domains: list[str]) -> None:
+    sequences = info.unit == "sequences" and info.requested is not None
+    taken = [info.domains[name] for name in domains]
+    whole = [t.dataset_sequences if sequences else t.dataset_tokens for t in info.domains.values()]
+    got = [t.sequences if sequences else t.tokens for t in info.domains.values()]
+    held = np.array([t.dataset_sequences if sequences else t.dataset_tokens for t in taken]) / max(sum(whole), 1)
+    real = np.array([t.sequences if sequences else t.tokens for t in taken]) / max(sum(got), 1)
+    places = np.arange(len(domains))
+    axes.barh(places - 0.2, 100 * held, 0.36, color=COLOURS["rest"], label="dataset")
+    bars = axes.barh(places + 0.2, 100 * real, 0.36, color=COLOURS["plan"], label="plan")
+    axes.bar_label(bars, [f"{100 * share:.1f}" for share in real], padding=3, fontsize=8)
+    asked = [t.requested for t in taken]
+    total = sum(t.requested or 0 for t in info.domains.values())
+    if total:
+        marks = [100 * (units or 0) / total for units in asked]
+        axes.vlines(marks, places, places + 0.4, color=COLOURS["ink"], linewidth=1.8, label="asked for")
+    axes.set_yticks(places, [one_line(name, 32) for name in domains])
+    axes.set(xlabel=f"share of {'sequences' if sequences else 'tokens'}, %", ylim=(len(domains) - 0.5, -0.5))
+    axes.grid(axis="x")
+    axes.margins(x=0.12)
+    axes.legend(loc="best", fontsize=8)
+    if len(info.domains) > len(domains):
+        axes.set_title(f"the {len(domains)} largest of {len(info.domains)} domains", loc="left")
+
+
+@dataclass(frozen=True)
+class _Bars:
+    """Counts int64 [BARS] of all values and of those taken, between two ends; label of the axis."""
+
+    low: float
+    high: float
+    all: np.ndarray
+    taken: np.ndarray
+    label: str
+
+
+def _histogram(dataset: Dataset, plan: Plan) -> _Bars | None:
+    """The plan's values; None where its method has none, or they cannot be had any more."""
+    method = METHODS.get(plan.info.method)
+    if method is None or not issubclass(method, Ranked) or method.VALUE is None or not _as_then(dataset, plan):
+        return None
+    step = method(**{key: value for key, value in plan.info.parameters.items() if key in method.model_fields})
+    rows = rows_of(next(iter(plan.info.parents), None), "main.rows")
+    form = {"rows": rows, "values": step.values(), "bars": BARS, "plan": plan.info.name}
+    [ends] = dataset.sql(RANGE.format(**form), step.given() or None).to_pylist()
+    if ends["low"] is None or ends["low"] == ends["high"]:
+        return None
+    bars = _Bars(ends["low"], ends["high"], np.zeros(BARS, np.int64), np.zeros(BARS, np.int64), method.VALUE)
+    for found in dataset.sql(HISTOGRAM.format(**form), {**step.given(), **ends}).to_pylist():
+        bars.all[found["bar"]], bars.taken[found["bar"]] = found["n"], found["taken"]
+    return bars
+
+
+def _as_then(dataset: Dataset, plan: Plan) -> bool:
+    """Whether the scores and plans that a plan was made from are here, and are those."""
+    try:
+        scores = {name: score_fingerprint(dataset, name) for name in plan.info.scores}
+        parents = {name: open_plan(dataset, name).fingerprint for name in plan.info.parents}
+    except KdataError:
+        return False
+    return scores == plan.info.scores and parents == plan.info.parents
+
+
+def _draw_histogram(axes: Axes, info: PlanInfo, bars: _Bars) -> None:
+    edges = np.linspace(bars.low, bars.high, BARS + 1)
+    place: dict[str, Any] = {"x": edges[:-1], "width": np.diff(edges), "align": "edge"}
+    axes.bar(height=bars.taken, color=COLOURS["plan"], label="taken", **place)
+    axes.bar(height=bars.all - bars.taken, bottom=bars.taken, color=COLOURS["rest"], label="left out", **place)
+    cuts = info.parameters.get("thresholds", {"": info.parameters.get("threshold")})
+    for cut in sorted({cut for cut in cuts.values() if cut is not None}):
+        axes.axvline(cut, color=COLOURS["ink"], linewidth=1.0, linestyle=(0, (3, 2)))
+    axes.set(xlabel=bars.label, ylabel="sequences")
+    axes.legend(loc="best", fontsize=8)
+    axes.grid(axis="y")
+
+
+def compare(dataset: Dataset, first: str, second: str) -> Shown:
+    """Rows that two plans of a dataset share, domain by domain, and shares of tokens of either.
+
+    Raises:
+        MissingError, MismatchError: a plan that is not there, or is of another state of the dataset.
+        ConfigError: a name that is none.
+    """
+    a, b = open_plan(dataset, first).info, open_plan(dataset, second).info
+    found = {row[0]: row[1:] for row in _rows(dataset, OVERLAP.format(a=first, b=second))}
+    rows, notes = [], []
+    for domain in sorted(a.domains):
+        only_a, both, only_b, _, _ = found.get(domain, (0, 0, 0, None, None))
+        shares = a.shares[domain]["plan"], b.shares[domain]["plan"]
+        union = only_a + both + only_b
+        rows.append([domain, f"{only_a:,}", f"{both:,}", f"{only_b:,}", f"{both / union:.3f}" if union else "",
+                     f"{shares[0]:.1%}", f"{shares[1]:.1%}", f"{100 * (shares[1] - shares[0]):+.1f}"])  # fmt: skip
+    sums = [sum(numbers[n] for numbers in found.values()) for n in range(3)]
+    rows.append(["all", *(f"{n:,}" for n in sums), f"{sums[1] / max(sum(sums), 1):.3f}", "100.0%", "100.0%", ""])
+    for plan, place in ((first, 3), (second, 4)):
+        examples = sorted(numbers[place] for numbers in found.values() if numbers[place] is not None)[:5]
+        if examples:
+            notes.append(f"only in {plan}, for instance: {', '.join(examples)}")
+    columns = ["domain", f"only {first}", "both", f"only {second}", "both / either", first, second, "points"]
+    return Shown(f"plans {first} and {second}: rows, and shares of tokens", columns, rows, notes)
+
+
+def _rows(dataset: Dataset, sql: str) -> list[tuple[Any, ...]]:
+    table = dataset.sql(sql)
+    return list(zip(*(column.to_pylist() for column in table.columns), strict=True))

@@ -1,0 +1,1 @@
+"""Show and share: the card, the Hub, merge and split, other formats."""

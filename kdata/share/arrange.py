@@ -1,0 +1,221 @@
+"""Merge datasets of one teacher, split one, take its head. A row keeps its id, its content hash and every stored byte.
+
+Merging renames shards where two inputs call a source alike; payloads are copied or linked, never decoded. Splitting and
+taking the head pick rows out of shards as Arrow rows: nothing is decoded and encoded again, so nothing is lost, and the
+codec's error, which can be measured against the teacher alone, is carried over from the shard that the rows are from.
+
+Sidecars and plans belong to one state of one dataset and are left behind; so are rejects of split datasets.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from kdata.errors import ConfigError, DataError, MismatchError, StorageError, settings_difference
+from kdata.format.files import file_info, storage_errors
+from kdata.format.manifest import append_entry, write_info
+from kdata.format.records import inputs_of, shard_name
+from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, SourceInfo
+from kdata.observe.progress import Stage
+from kdata.selection.plan import Plan
+from kdata.store.dataset import Dataset
+from kdata.store.open import open_dataset
+from kdata.store.pick import _renamed, tables
+from kdata.store.shard import write_tables
+from kdata.store.writer import Writer
+
+
+def merge(datasets: list[Dataset], target: Path, *, link: bool = False) -> Dataset:
+    """Put the rows of several datasets into a new one.
+
+    Args:
+        target: a folder that does not exist yet, or is empty.
+        link: link the payloads instead of copying them: no space is taken, and damage to one file damages both.
+    Raises:
+        MismatchError: teacher, tokenizer, codec or another part of the identity differ; the message lists what.
+        DataError: an id stands in two of them, or there is one dataset only.
+        StorageError: links cannot be made there.
+    """
+    if len(datasets) < 2:
+        raise DataError("name two datasets or more to merge")
+    first = datasets[0]
+    for other in datasets[1:]:
+        difference = settings_difference(first.info.identity(), other.info.identity())
+        if difference:
+            raise MismatchError(
+                f"{first.path} and {other.path} are not of one kind, and cannot be merged (first -> other):\n{difference}"
+            )
+    _refuse_shared_ids(datasets)
+    total = sum(dataset.num_tokens for dataset in datasets)
+    with new_folder(target) as folder, Stage("merge", total, "tokens") as stage:
+        sources: dict[str, SourceInfo] = {}
+        for dataset in datasets:
+            names = _free_names(list(dataset.info.sources), set(sources))
+            sources |= {names[name]: source for name, source in dataset.info.sources.items()}
+            for entry in dataset.manifest:
+                append_entry(folder, _take_over(dataset, entry, names[entry.source], folder, link))
+                stage.advance(entry.tokens)
+        files = _tokenizer(first, folder)
+        write_info(
+            folder, first.info.model_copy(update={"sources": dict(sorted(sources.items())), "tokenizer_files": files})
+        )
+    return open_dataset(target)
+
+
+def split(
+    dataset: Dataset, target: Path, *, by: Literal["domain", "plan"], plan: Plan | None = None
+) -> dict[str, Dataset]:
+    """Cut a dataset in disjoint parts, each a dataset of its own in a folder of `target`.
+
+    Args:
+        by: domain: a part for each; plan: the plan's rows (once each), and the `rest`.
+    Raises:
+        ConfigError: by plan without a plan, or the folder is not free.
+        DataError: two domains whose folders would have one name.
+    """
+    if by == "plan":
+        if plan is None:
+            raise ConfigError("split by plan: name the plan, --plan NAME")
+        chosen = np.unique(plan.rows(dataset))
+        parts = {plan.info.name: chosen, "rest": np.setdiff1d(np.arange(dataset.num_rows), chosen)}
+    else:
+        domains = np.array(dataset.index(["domain"])["domain"].to_pylist(), dtype=object)
+        parts = {str(domain): np.flatnonzero(domains == domain) for domain in sorted(set(domains))}
+    folders = {name: folder_name(name) for name in parts}
+    if len(set(folders.values())) < len(folders):
+        raise DataError(f"two parts would stand in one folder: {folders}; rename a domain, or split by plan")
+    with new_folder(target) as place:
+        for name, rows in parts.items():
+            _take_rows(dataset, rows, place / folders[name], {"by": by, "part": name})
+    return {name: open_dataset(target / folders[name]) for name in parts}
+
+
+def head(dataset: Dataset, target: Path, num_rows: int) -> Dataset:
+    """The first rows of a dataset, in its own order, as a dataset.
+
+    Raises:
+        ConfigError: fewer than one row, or the folder is not free.
+    """
+    if num_rows < 1:
+        raise ConfigError(f"-n {num_rows}: take at least one row")
+    with new_folder(target) as place:
+        _take_rows(dataset, np.arange(min(num_rows, dataset.num_rows)), place, {"by": "head", "part": num_rows})
+    return open_dataset(target)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder that gets its name when all is in it. Raises ConfigError where the name is taken."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists and is not an empty folder; name a new one")
+    temporary = target.with_name(target.name + ".tmp")
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+        yield temporary
+        for lock in temporary.glob(".*.lock"):
+            lock.unlink()
+        if target.exists():
+            target.rmdir()
+        os.rename(temporary, target)
+    for lock in target.parent.glob(f".{temporary.name}.lock"):
+        lock.unlink()
+
+
+def folder_name(name: str) -> str:
+    """A domain's or plan's name as the name of a folder."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "unnamed"
+
+
+def _refuse_shared_ids(datasets: list[Dataset]) -> None:
+    seen: dict[str, Path] = {}
+    for dataset in datasets:
+        for row_id in dataset.index(["id"])["id"].to_pylist():
+            if row_id in seen:
+                raise DataError(
+                    f"id {row_id!r} stands in {seen[row_id]} and in {dataset.path}; ids are unique in a dataset. Take the "
+                    "rows of one of them out with `kdata split --by plan`, or capture one under other ids."
+                )
+            seen[row_id] = dataset.path
+
+
+def _free_names(names: list[str], taken: set[str]) -> dict[str, str]:
+    """A name for each source that no other has: capture, capture-2, capture-3."""
+    found: dict[str, str] = {}
+    for name in names:
+        number, free = 1, name
+        while free in taken | set(found.values()):
+            number += 1
+            free = f"{name}-{number}"
+        found[name] = free
+    return found
+
+
+def _take_over(dataset: Dataset, entry: ManifestEntry, source: str, folder: Path, link: bool) -> ManifestEntry:
+    """Bring one shard into a folder; its index is written anew where its name changes."""
+    name = f"{source}-{entry.unit:05d}"
+    files: dict[str, FileInfo] = {}
+    for relative in entry.files:
+        kind = relative.split("/")[0]
+        path, target = dataset.checked_file(entry, kind), folder / kind / f"{name}{Path(relative).suffix}"
+        target.parent.mkdir(exist_ok=True)
+        if kind == "data" and link:
+            _link(path, target)
+        elif kind == "data" or name == entry.name:
+            shutil.copyfile(path, target)
+        else:
+            pq.write_table(_renamed(pq.read_table(path), name, source), target, compression="zstd")
+        files[f"{kind}/{target.name}"] = file_info(target)
+    return entry.model_copy(update={"name": name, "source": source, "files": files})
+
+
+def _link(path: Path, target: Path) -> None:
+    try:
+        os.link(path, target)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be linked into {target.parent} ({os.strerror(error.errno or 0)}); the two must lie on one file "
+            "system that has links. Use --copy."
+        ) from error
+
+
+def _tokenizer(dataset: Dataset, folder: Path) -> dict[str, FileInfo]:
+    if dataset.tokenizer_dir is None:
+        return {}
+    shutil.copytree(dataset.tokenizer_dir, folder / "tokenizer")
+    return {path.name: file_info(path) for path in sorted((folder / "tokenizer").iterdir())}
+
+
+def _take_rows(dataset: Dataset, rows: np.ndarray, root: Path, what: dict[str, object]) -> None:
+    """Write chosen rows, rising, as a dataset: each source's shards in order, empty ones left out."""
+    origin = dataset.fingerprint
+    info: DatasetInfo = dataset.info.model_copy(update={"sources": {}, "tokenizer_files": {}})
+    with Stage(f"write {what['part']}", len(rows), "rows") as stage:
+        for source, about in dataset.info.sources.items():
+            settings = {**what, "of": origin, "made_by": {"kind": about.kind, **about.settings}}
+            made = SourceInfo(kind="split", settings=settings, num_units=None)
+            with Writer(root, info, source, made, tokenizer_dir=dataset.tokenizer_dir) as writer:
+                units = 0
+                for number, entry in enumerate(dataset.manifest):
+                    start, end = dataset.shard_starts[number : number + 2]
+                    local = rows[(rows >= start) & (rows < end)] - start
+                    if entry.source == source and len(local):
+                        table, index = tables(dataset, entry, local, shard_name(source, units))
+                        shard = write_tables(
+                            root, source, units, table, index, entry.codec_error, inputs=inputs_of(table)
+                        )
+                        writer.accept(shard)
+                        units += 1
+                        stage.advance(len(local))
+                writer.finish(units)

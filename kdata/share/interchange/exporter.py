@@ -1,0 +1,76 @@
+"""A dataset -> what other tools read: nested lists, or axolotl's columns. What they cannot hold is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdata.errors import ConfigError, DataError
+from kdata.format.files import storage_errors
+from kdata.observe.progress import Stage
+from kdata.share.interchange import axolotl, plain
+from kdata.store.dataset import Dataset
+
+ExportFormat = Literal["plain", "axolotl"]
+
+
+def export_dataset(dataset: Dataset, target: Path, format: ExportFormat, *, version: int = 2) -> list[str]:
+    """Write every row to one Parquet file; return what is lost on the way.
+
+    Args:
+        target: a file that does not exist yet.
+        version: of axolotl's columns, 1 or 2.
+    Raises:
+        ConfigError: the file exists, or there is no such version.
+        DataError: nothing to export.
+    """
+    if target.exists():
+        raise ConfigError(f"{target} exists; name a new file")
+    if version not in axolotl.SCHEMAS:
+        raise ConfigError(f"axolotl's columns have versions 1 and 2, not {version}")
+    if not dataset.num_rows:
+        raise DataError(f"{dataset.path} has no rows")
+    schema = plain.SCHEMA if format == "plain" else axolotl.SCHEMAS[version]
+    temporary = target.with_name(target.name + ".tmp")
+    with storage_errors(target), Stage("export", dataset.num_tokens, "tokens") as stage:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for number, entry in enumerate(dataset.manifest):
+                if entry.rows:
+                    writer.write_table(_table(dataset, number, format, version))
+                stage.advance(entry.tokens)
+        temporary.rename(target)
+    return losses(dataset, format)
+
+
+def _table(dataset: Dataset, number: int, format: ExportFormat, version: int) -> pa.Table:
+    path = dataset.checked_file(dataset.manifest[number], "index")
+    index = pq.read_table(path, columns=["id", "domain", "text"])
+    ids, domains = index["id"].to_pylist(), index["domain"].to_pylist()
+    sequences = dataset.shard(number)
+    if format == "plain":
+        return plain.table(sequences, ids, domains, index["text"].to_pylist())
+    return axolotl.table(sequences, ids, domains, version)
+
+
+def losses(dataset: Dataset, format: ExportFormat) -> list[str]:
+    """What the other format does not hold, one line each."""
+    said = []
+    if dataset.info.tail == "ghost":
+        mass = dataset.sql("select 1 - avg(kept_mass) as rest from rows")["rest"][0].as_py() or 0.0
+        said.append(
+            f"the mass of the rest (log_tail), {mass:.1%} on average: a student that reads lists alone never sees it"
+        )
+    if dataset.info.tail == "draws":
+        said.append(
+            "which entries are exact and which are draws: exported are log-weights that sum to 1 with the draws, and only "
+            "their expectation is the distribution"
+        )
+    if dataset.info.tail != "absent":
+        said.append("the actual token's log-probability and rank, the entropy, further temperatures")
+    if format == "axolotl":
+        said.append("text, and which positions count (target_mask); axolotl masks by its own labels")
+    return said

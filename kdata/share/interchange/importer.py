@@ -1,0 +1,234 @@
+"""Rows of another tool -> a dataset, as they are: codec `verbatim`, tail absent, everything wrong counted."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from kdata.config import Strict
+from kdata.corpus.encode import TextEncoder
+from kdata.errors import ConfigError, DataError, MissingError
+from kdata.format.files import journal_of
+from kdata.format.manifest import new_info
+from kdata.format.records import Record, Reject, Unit, inputs_digest
+from kdata.format.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, TeacherInfo, TokenizerInfo
+from kdata.observe.progress import Stage
+from kdata.share.interchange import axolotl, distillkit, plain
+from kdata.share.interchange.rows import Aligned, ImportReport, OverOne, PeerRow, RowError, place
+from kdata.store.dataset import Dataset
+from kdata.store.open import open_dataset
+from kdata.store.shard import stored_shard
+from kdata.store.writer import Writer
+from kdata.teachers.model import load_tokenizer, tokenizer_files, tokenizer_info
+
+Format = Literal["distillkit", "axolotl", "plain"]
+ALIGNED: dict[Format, Aligned] = {"distillkit": "after", "axolotl": "end", "plain": "with"}
+ROWS_AT_ONCE = 64
+
+
+class ImportConfig(Strict):
+    """What is imported, and how it is to be understood."""
+
+    format: Format = Field(description="Which tool wrote it; plain: nested lists.")
+    aligned: Aligned | None = Field(
+        None,
+        description="Token that list j is about: with (token j), after (j + 1), end (lists flush with the last token). Null "
+        "takes the format's own: distillkit after, axolotl end, plain with.",
+    )
+    over_one: OverOne = Field(
+        "keep",
+        description="A position whose probabilities sum to more than 1: keep it as it is, mask (leave it out), or refuse "
+        "the import. It is counted in any case.",
+    )
+    tokenizer: str | None = Field(None, description="Folder or Hub name of the tokenizer that made the ids.")
+    vocab_size: int | None = Field(None, gt=1, description="Null takes the format's own, or the tokenizer's.")
+    teacher: str = Field("unknown", description="Name of the model that the log-probabilities are of.")
+    domain: str = Field("imported", description="Domain of rows that name none.")
+    compression: str | None = Field(None, description="DistillKit's YAML where it is not beside the files.")
+    unit_tokens: int = Field(32768, ge=1, description="Tokens of one work unit, which is one shard.")
+    name: str = Field("import", pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of the source; prefix of shards.")
+
+
+def import_dataset(
+    source: Path, root: Path, config: ImportConfig, *, resume: str = "auto", log: Path | None = None
+) -> tuple[Dataset, ImportReport]:
+    """Import another tool's files into the dataset at `root`.
+
+    Args:
+        source: a file or folder of Parquet or JSONL files.
+        resume: auto, never or must; see `Writer`.
+    Returns:
+        The dataset, and what was counted in this run's reading of the whole source.
+    Raises:
+        MissingError: nothing there.
+        ConfigError: the vocabulary's size is not known.
+        DataError: the columns are not the format's, or the numbers are no log-probabilities.
+        MismatchError: the dataset was begun with other settings.
+    """
+    files = source_files(source)
+    tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer, None)
+    compression = None
+    if config.format == "distillkit":
+        named = None if config.compression is None else Path(config.compression)
+        compression = distillkit.read_compression(source, named)
+    info = _identity(config, compression, tokenizer)
+    settings = {
+        **config.model_dump(exclude={"name", "tokenizer", "compression", "teacher", "vocab_size"}),
+        "aligned": config.aligned or ALIGNED[config.format],
+        "sha256": _digest(files),
+        "compression": None if compression is None else compression.model_dump(),
+    }
+    report = ImportReport(notes=compression.notes() if compression else [])
+    rows = _peer_rows(config.format, compression)(batches(files))
+    with ExitStack() as stack:
+        folder = None if tokenizer is None else stack.enter_context(tokenizer_files(tokenizer))
+        kind = SourceInfo(kind="import", settings=settings, num_units=None)
+        writer = stack.enter_context(Writer(root, info, config.name, kind, resume=resume, tokenizer_dir=folder))
+        stage = stack.enter_context(Stage(f"{config.name}: reading", None, "rows", log or journal_of(root)))
+        units = 0
+        for unit in _units(rows, config, info.vocab_size, tokenizer, report):
+            rows_read = len(unit.records) + len(unit.rejects)
+            if unit.number in writer.committed:
+                stage.skip(rows_read, shard=stored_shard(root, writer.committed[unit.number]))
+            else:
+                shard = writer.commit(unit)
+                stage.advance(rows_read, tokens=shard.entry.tokens, shard=shard)
+            units = unit.number + 1
+        if not units:
+            raise DataError(f"{source} holds no rows")
+        writer.finish(units)
+    return open_dataset(root), report
+
+
+def source_files(source: Path) -> list[Path]:
+    """The Parquet or JSONL files of a source, in order. Raises MissingError or ConfigError."""
+    if not source.exists():
+        raise MissingError(f"{source} does not exist; name a file or folder of Parquet or JSONL files")
+    found = [source] if source.is_file() else sorted(source.rglob("*"))
+    files = [path for path in found if path.suffix in (".parquet", ".jsonl")]
+    if not files:
+        raise ConfigError(f"{source} holds no .parquet or .jsonl file")
+    return files
+
+
+def batches(files: list[Path]) -> Iterator[pa.RecordBatch]:
+    """Rows of all files, a few at a time. Raises DataError at a file that cannot be read."""
+    for path in files:
+        try:
+            if path.suffix == ".parquet":
+                yield from pq.ParquetFile(path).iter_batches(batch_size=ROWS_AT_ONCE)
+                continue
+            with path.open("rb") as lines:
+                while some := list(itertools.islice(lines, ROWS_AT_ONCE)):
+                    yield _batch([json.loads(line) for line in some if line.strip()])
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
+    """Rows as columns, null where a row lacks one: pyarrow alone takes the columns of the first row, and drops the others."""
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError("a line is no JSON object")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return pa.RecordBatch.from_pylist([{name: row.get(name) for name in names} for row in rows])
+
+
+def _peer_rows(
+    format: Format, compression: distillkit.Compression | None
+) -> Callable[[Iterator[pa.RecordBatch]], Iterator[PeerRow]]:
+    if compression is not None:
+        return lambda found: distillkit.read_rows(found, compression)
+    return axolotl.read_rows if format == "axolotl" else plain.read_rows
+
+
+def _digest(files: list[Path]) -> str:
+    """SHA-256 of the files' SHA-256, in order."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _identity(config: ImportConfig, compression: distillkit.Compression | None, tokenizer: Any) -> DatasetInfo:
+    """What the dataset is, with all that the files do not tell marked unknown."""
+    own = compression.d if compression else None
+    vocab_size = config.vocab_size or own or (None if tokenizer is None else len(tokenizer))
+    if vocab_size is None:
+        raise ConfigError("the files do not tell the vocabulary's size; say --vocab-size N or --tokenizer FOLDER")
+    unknown = TokenizerInfo(hash="unknown", chat_template_hash=None, bos_id=None, eos_id=None)
+    return new_info(
+        format_version=FORMAT_VERSION,
+        vocab_size=vocab_size,
+        teacher=TeacherInfo(
+            model=config.teacher,
+            revision=None,
+            weights_hash=None,
+            backend=f"imported from {config.format}",
+            backend_version="unknown",
+            dtype="unknown",
+            logprobs="as the other tool returns them",
+            deterministic=False,
+        ),
+        tokenizer=unknown if tokenizer is None else tokenizer_info(tokenizer),
+        codec=CodecInfo(
+            id="verbatim", version=1, kind="topk", parameters={} if compression is None else {"k": compression.k}
+        ),
+        tail="absent",
+    )
+
+
+def _units(
+    rows: Iterator[PeerRow], config: ImportConfig, vocab_size: int, tokenizer: Any, report: ImportReport
+) -> Iterator[Unit]:
+    """Rows in units of about `unit_tokens`, counted on the way."""
+    aligned = config.aligned or ALIGNED[config.format]
+    encoder = None if tokenizer is None else TextEncoder(tokenizer)
+    unit = Unit(0, [])
+    for number, row in enumerate(rows):
+        row_id, domain = row.id or f"row-{number:07d}", row.domain or config.domain
+        named = PeerRow(**{**vars(row), "id": row_id, "domain": domain})
+        try:
+            record = place(named, aligned, vocab_size, report, config.over_one)
+        except RowError as error:
+            report.rejected[error.reason] += 1
+            unit.rejects.append(Reject(row_id, domain, error.reason, error.detail))
+        else:
+            unit.records.append(_with_text(record, tokenizer, encoder))
+        if sum(len(r.token_ids) for r in unit.records) >= config.unit_tokens:
+            yield _closed(unit, report)
+            unit = Unit(unit.number + 1, [])
+    if unit.records or unit.rejects:
+        yield _closed(unit, report)
+
+
+def _closed(unit: Unit, report: ImportReport) -> Unit:
+    """The unit with its digest. Raises DataError where most positions cannot be probabilities at all."""
+    if report.sums_over_one > report.positions / 2 and report.max_sum > 1.5:
+        raise DataError(
+            f"{report.sums_over_one:,} of {report.positions:,} positions sum to more than 1 (up to {report.max_sum:.3g}): "
+            "these are no natural log-probabilities, but logits perhaps, or logarithms to another base"
+        )
+    unit.inputs = inputs_digest(unit.records)
+    return unit
+
+
+def _with_text(record: Record, tokenizer: Any, encoder: TextEncoder | None) -> Record:
+    """Add what a tokenizer can tell: the text of the tokens, and their bytes."""
+    if encoder is not None:
+        if record.text is None:
+            ids = record.token_ids
+            record.text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        record.token_bytes = encoder.byte_lengths(record.token_ids)
+    return record

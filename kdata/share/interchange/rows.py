@@ -1,0 +1,227 @@
+"""A row of another tool, and where its lists of entries belong.
+
+Another tool stores one list of entries per position, either with the token that it predicts or with the one before it.
+Here a list comes to stand with the token that it predicts, and everything about it that is wrong is counted.
+
+Shapes: T tokens, P lists of entries, N entries in all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kdata.errors import DataError
+from kdata.format.kept import Kept, segment_sum
+from kdata.format.records import Record
+
+# Which token list j is about: j (with), j + 1 (after), or T - P + j (end: the lists stand flush with the last token).
+Aligned = Literal["with", "after", "end"]
+OverOne = Literal["keep", "mask", "refuse"]
+
+
+@dataclass(frozen=True)
+class PeerRow:
+    """One row as another tool has it, its P lists not yet placed.
+
+    token_ids int32 [T]; counts int32 [P], entries of each list; ids int32 [N]; logprobs float32 [N], nats; target_mask
+    bool [T] or None where every position that has a list counts. None stands for what the tool does not keep.
+    """
+
+    token_ids: np.ndarray
+    counts: np.ndarray
+    ids: np.ndarray
+    logprobs: np.ndarray
+    id: str | None = None
+    domain: str | None = None
+    text: str | None = None
+    target_mask: np.ndarray | None = None
+
+
+class RowError(DataError):
+    """A row that cannot be imported; `reason` goes into the rejects."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass
+class ImportReport:
+    """What was imported, and everything about it that is not as it should be; positions unless said otherwise."""
+
+    rows: int = 0
+    tokens: int = 0
+    positions: int = 0
+    entries: int = 0
+    sums_over_one: int = 0
+    max_sum: float = 0.0
+    rising: int = 0
+    beyond_end: int = 0
+    padding_entries: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self, over_one: OverOne) -> list[str]:
+        """The report for a person."""
+        done = {"keep": "; kept as they are", "mask": "; left out of the targets", "refuse": ""}[over_one]
+        share = self.sums_over_one / max(self.positions, 1)
+        found = [
+            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.positions:,} positions with {self.entries:,} entries",
+            f"positions whose probabilities sum to more than 1: {self.sums_over_one:,} ({share:.2%}), "
+            f"largest sum {self.max_sum:.4f}{done if self.sums_over_one else ''}",
+            "marked absent: the mass of the rest, the actual token's log-probability and rank, the entropy",
+        ]
+        if self.rising:
+            found.append(f"positions where a log-probability rises along the list: {self.rising:,}; order kept")
+        if self.beyond_end:
+            found.append(f"lists about the token after the last one: {self.beyond_end:,}; left out")
+        if self.padding_entries:
+            found.append(f"entries of probability 0 (padding): {self.padding_entries:,}; left out")
+        found += [f"rejected rows, {reason}: {count:,}" for reason, count in sorted(self.rejected.items())]
+        return found + self.notes
+
+
+def nested(column: pa.Array) -> tuple[np.ndarray, np.ndarray, pa.Array]:
+    """A list<list<X>> column as (lists per row int64 [S], values per list int64 [P], values X [N]); null is empty.
+
+    Raises:
+        DataError: the column holds no lists of lists.
+    """
+    if not _is_list(column.type) or not (_is_list(column.type.value_type) or pa.types.is_null(column.type.value_type)):
+        raise DataError(f"a column of type {column.type} stands where lists of lists are needed")
+    per_row, inner = _lengths(column), column.flatten()
+    if pa.types.is_null(inner.type):
+        return per_row, np.zeros(len(inner), np.int64), pa.nulls(0)
+    return per_row, _lengths(inner), inner.flatten()
+
+
+def flat(column: pa.Array, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """A list<number> column as (values per row int64 [S], values [N]). Raises DataError for another type."""
+    if not _is_list(column.type):
+        raise DataError(f"a column of type {column.type} stands where lists of numbers are needed")
+    return _lengths(column), column.flatten().to_numpy(zero_copy_only=False).astype(dtype)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _lengths(column: pa.Array) -> np.ndarray:
+    return pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def spans(lengths: np.ndarray) -> list[slice]:
+    """Consecutive slices of these lengths."""
+    ends = np.cumsum(lengths)
+    return [slice(int(end - size), int(end)) for end, size in zip(ends, lengths, strict=True)]
+
+
+def place(row: PeerRow, aligned: Aligned, vocab_size: int, report: ImportReport, over_one: OverOne) -> Record:
+    """Bring a row's lists to the tokens that they predict, and count what is wrong with them.
+
+    Raises:
+        RowError: the row is no row: ids outside the vocabulary or twice in a list, lists that do not fit the tokens.
+        DataError: the first token has a list, so that the alignment must be another; or a sum above 1 is refused.
+    """
+    row = _without_padding(_cut(row, aligned, report), report)
+    tokens = len(row.token_ids)
+    counts_T = np.zeros(tokens, np.int32)
+    first = {"with": 0, "after": 1, "end": tokens - len(row.counts)}[aligned]
+    counts_T[first : first + len(row.counts)] = row.counts
+    _check(row, counts_T, vocab_size)
+    sum_T = segment_sum(np.exp(row.logprobs.astype(np.float64)), counts_T)
+    over_T = sum_T > 1
+    report.max_sum = max(report.max_sum, float(sum_T.max(initial=0.0)))
+    report.sums_over_one += int(over_T.sum())
+    report.rising += _rising(row.logprobs, counts_T)
+    report.rows, report.tokens = report.rows + 1, report.tokens + tokens
+    report.positions += int((counts_T > 0).sum())
+    report.entries += len(row.ids)
+    kept = Kept(counts_T, np.zeros(tokens, np.int32), row.ids, row.logprobs)
+    if over_T.any() and over_one == "refuse":
+        raise DataError(
+            f"row {row.id!r}: probabilities at {int(over_T.sum())} positions sum to more than 1 (largest {sum_T.max():.4f}); "
+            "import them as they are with --over-one keep, or leave those positions out with --over-one mask"
+        )
+    if over_one == "mask":
+        kept = _leave_out(kept, over_T)
+    return _record(row, kept)
+
+
+def _cut(row: PeerRow, aligned: Aligned, report: ImportReport) -> PeerRow:
+    """Take off a list about the token after the last one; refuse lists that do not fit the tokens."""
+    tokens, lists = len(row.token_ids), len(row.counts)
+    if tokens < 2:
+        raise RowError("no_targets", f"{tokens} tokens: nothing to predict")
+    if lists > tokens or (aligned != "end" and lists < tokens - 1):
+        raise RowError("misaligned", f"{lists} lists of entries for {tokens} tokens")
+    if aligned == "after" and lists == tokens:
+        report.beyond_end += int(row.counts[-1] > 0)
+        end = len(row.ids) - int(row.counts[-1])
+        return replace(row, counts=row.counts[:-1], ids=row.ids[:end], logprobs=row.logprobs[:end])
+    if lists == tokens and row.counts[0] > 0:
+        raise DataError(
+            f"row {row.id!r}: the first token has a list of entries, but nothing predicts it; if list j is about token "
+            "j + 1, say --aligned after"
+        )
+    if aligned == "with" and lists == tokens - 1:  # the empty first list was left off
+        return replace(row, counts=np.concatenate(([0], row.counts)))
+    return row
+
+
+def _without_padding(row: PeerRow, report: ImportReport) -> PeerRow:
+    """Take out entries of probability 0, which some tools fill lists up with."""
+    empty = np.isneginf(row.logprobs)
+    if not empty.any():
+        return row
+    report.padding_entries += int(empty.sum())
+    lost = segment_sum(empty.astype(np.float64), row.counts).astype(np.int32)
+    return replace(row, counts=row.counts - lost, ids=row.ids[~empty], logprobs=row.logprobs[~empty])
+
+
+def _check(row: PeerRow, counts_T: np.ndarray, vocab_size: int) -> None:
+    for what, ids in (("token", row.token_ids), ("kept", row.ids)):
+        if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+            raise RowError("vocabulary", f"a {what} id lies outside [0, {vocab_size})")
+    if not np.isfinite(row.logprobs).all():
+        raise RowError("not_finite", "a log-probability is not a number")
+    place_N = np.repeat(np.arange(len(counts_T), dtype=np.int64), counts_T)
+    if len(np.unique(place_N * vocab_size + row.ids)) < len(row.ids):
+        raise RowError("twice", "an id stands twice in a list")
+
+
+def _rising(logprobs_N: np.ndarray, counts_T: np.ndarray) -> int:
+    """Positions where a log-probability is above the one before it."""
+    place_N = np.repeat(np.arange(len(counts_T)), counts_T)
+    rises = (np.diff(logprobs_N) > 0) & (np.diff(place_N) == 0)
+    return len(np.unique(place_N[1:][rises]))
+
+
+def _leave_out(kept: Kept, out_T: np.ndarray) -> Kept:
+    """The same without the entries of some positions."""
+    stays_N = ~np.repeat(out_T, kept.num_exact)
+    counts_T = np.where(out_T, 0, kept.num_exact).astype(np.int32)
+    return Kept(counts_T, kept.num_drawn, kept.ids[stays_N], kept.logprobs[stays_N])
+
+
+def _record(row: PeerRow, kept: Kept) -> Record:
+    """A record in which all that the row does not hold is absent: NaN, and rank 0."""
+    absent = np.full(len(row.token_ids), np.nan, np.float32)
+    recorded_T = kept.num_exact > 0
+    return Record(
+        id=row.id or "",
+        domain=row.domain or "",
+        token_ids=row.token_ids,
+        target_mask=recorded_T if row.target_mask is None else recorded_T & row.target_mask,
+        logprob=absent,
+        rank=np.zeros(len(row.token_ids), np.int32),
+        log_tail=absent,
+        kept=kept,
+        text=row.text,
+    )

@@ -1,0 +1,1 @@
+"""One dataset, written and read, wherever it lies: a folder, the Hub, or a URL."""

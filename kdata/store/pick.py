@@ -1,0 +1,33 @@
+"""Pick rows of a shard as new payload and index tables."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from kdata.format.schema import ManifestEntry, index_schema
+from kdata.store.dataset import Dataset
+from kdata.store.index import damaged, read_index
+
+
+def _renamed(table: pa.Table, shard: str, source: str) -> pa.Table:
+    """The columns `shard` and `source`, where the table has them, with other names in them."""
+    for column, value in (("shard", shard), ("source", source)):
+        place = table.schema.get_field_index(column)
+        if place >= 0:
+            table = table.set_column(place, table.schema.field(place), pa.array([value] * table.num_rows, pa.string()))
+    return table
+
+
+def tables(dataset: Dataset, entry: ManifestEntry, local: np.ndarray, name: str) -> tuple[pa.Table, pa.Table]:
+    """Payload and index of some rows of a shard, as they are stored, to be written as the shard `name`."""
+    data, index_path = dataset.checked_file(entry, "data"), dataset.checked_file(entry, "index")
+    chosen = pa.array(local)
+    try:
+        payload = pa.ipc.open_file(pa.memory_map(str(data))).read_all().take(chosen)
+        index = read_index(index_path, index_schema().names).take(chosen)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(data, error) from error
+    index = _renamed(index, name, entry.source).drop_columns("row")
+    index = index.append_column(index_schema().field("row"), pa.array(np.arange(len(local)), pa.int32()))
+    return payload.combine_chunks(), index.select(index_schema().names).cast(index_schema())

@@ -1,0 +1,265 @@
+"""One shard: what a work unit hands over, and how it becomes three files, each whole or not at all.
+
+Files are written under temporary names, flushed to disk and renamed. Nothing that depends on the clock or the machine is
+written: the same unit gives the same bytes, whoever writes it. Which shards a dataset has is the manifest's matter
+(`kdata/writer.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from kdata.errors import DataError
+from kdata.format import codec as codecs
+from kdata.format.files import storage_errors, sync_directory
+from kdata.format.kept import Kept
+from kdata.format.records import Record, Reject, Shard, Unit, shard_name
+from kdata.format.schema import (
+    CodecError,
+    DatasetInfo,
+    FileInfo,
+    ManifestEntry,
+    canonical_json,
+    content_hash,
+    index_schema,
+    payload_schema,
+    rejects_schema,
+)
+
+# Random access decompresses a whole record batch: 32 rows, or 16, 8, ... 1 where 32 of them hold more than so many
+# tokens. Halves of 32, so that blocks of 32 rows (the loader's unit of shuffling) never share a record batch. Smaller
+# costs bytes: limits of 4,096 and 2,048 tokens 1 and 2 %, single rows 13 to 25 % (64 kept entries; 16 + 16).
+ROWS_PER_BATCH, TOKENS_PER_BATCH = 32, 8192
+MASS_SLACK = 1e-3  # a float32 softmax sums to 1 within 1e-6; more than this over 1 is no distribution
+# Level 1: the planes are entropy-coded, and the matches that higher levels look for make them larger (90 against 93 bytes
+# per token for 64 ids).
+ZSTD_LEVEL = 1
+
+
+def write_shard(root: Path, info: DatasetInfo, source: str, unit: Unit) -> Shard:
+    """Write a unit's payload, index and rejects; the manifest is not touched.
+
+    Raises:
+        DataError: what the teacher returned is no distribution, or an id stands twice in the unit.
+        StorageError: the disk refused.
+    """
+    table, index, error = shard_tables(unit, shard_name(source, unit.number), source, info)
+    return write_tables(root, source, unit.number, table, index, error, rejects=unit.rejects, inputs=unit.inputs)
+
+
+def write_tables(
+    root: Path, source: str, number: int, table: pa.Table, index: pa.Table, error: CodecError | None, *,
+    rejects: Sequence[Reject] = (), inputs: str = "",
+) -> Shard:  # fmt: skip
+    """The same for a unit whose payload and index are made: rows of another dataset, say."""
+    name = shard_name(source, number)
+    files: dict[str, FileInfo] = {}
+    with storage_errors(root):
+        for folder in ("data", "index", *(["rejects"] if rejects else [])):
+            (root / folder).mkdir(exist_ok=True)  # in a place that is there: see kdata/staging.py
+        files[f"data/{name}.arrow"] = _write_arrow(root, f"data/{name}.arrow", table)
+        files[f"index/{name}.parquet"] = _write_parquet(root, f"index/{name}.parquet", index)
+        if rejects:
+            refused = [{**vars(reject), "source": source} for reject in rejects]
+            path = f"rejects/{name}.parquet"
+            files[path] = _write_parquet(root, path, pa.Table.from_pylist(refused, schema=rejects_schema()))
+    entry = ManifestEntry(
+        name=name,
+        source=source,
+        unit=number,
+        rows=table.num_rows,
+        tokens=pc.sum(index["num_tokens"]).as_py() or 0,
+        target_tokens=pc.sum(index["num_target_tokens"]).as_py() or 0,
+        rejected=len(rejects),
+        inputs=inputs,
+        files=files,
+        codec_error=error,
+    )
+    return Shard(entry, index["id"].to_pylist(), _kept_mass(index, entry))
+
+
+def stored_shard(root: Path, entry: ManifestEntry) -> Shard:
+    """A shard that a former run wrote, from its index."""
+    index = pq.read_table(root / f"index/{entry.name}.parquet", columns=["id", "kept_mass", "num_target_tokens"])
+    return Shard(entry, index["id"].to_pylist(), _kept_mass(index, entry))
+
+
+def _kept_mass(index: pa.Table, entry: ManifestEntry) -> float | None:
+    """Mean kept mass of a shard, by target token; None where it is not known."""
+    weighted = pc.sum(pc.multiply(index["kept_mass"], index["num_target_tokens"])).as_py()
+    return weighted / entry.target_tokens if weighted is not None and entry.target_tokens else None
+
+
+def _write_arrow(root: Path, relative: str, table: pa.Table) -> FileInfo:
+    path = root / f"{relative}.tmp"
+    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
+    with (
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_file(file, table.schema, options=options) as writer,
+    ):
+        lengths = pc.list_value_length(table["input_ids"]).to_numpy()
+        for begin in range(0, table.num_rows, ROWS_PER_BATCH):
+            rows = rows_per_batch(lengths[begin : begin + ROWS_PER_BATCH])
+            part = table.slice(begin, ROWS_PER_BATCH).combine_chunks()
+            writer.write_table(part, max_chunksize=rows)
+    return _settle(root, relative)
+
+
+def _write_parquet(root: Path, relative: str, table: pa.Table) -> FileInfo:
+    with pa.OSFile(str(root / f"{relative}.tmp"), "wb") as file:  # closed even where the disk refuses
+        pq.write_table(table, file, compression="zstd")
+    return _settle(root, relative)
+
+
+def _settle(root: Path, relative: str) -> FileInfo:
+    """Flush, digest and rename a temporary file."""
+    temporary = root / f"{relative}.tmp"
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = file.tell()
+    os.replace(temporary, root / relative)
+    sync_directory((root / relative).parent)
+    return FileInfo(sha256=digest, bytes=size)
+
+
+def rows_per_batch(lengths: np.ndarray) -> int:
+    """Into how many rows ROWS_PER_BATCH rows of these token counts are cut, so that a record batch stays small."""
+    rows = ROWS_PER_BATCH
+    while rows > 1 and int(lengths.sum()) * rows > TOKENS_PER_BATCH * ROWS_PER_BATCH:
+        rows //= 2
+    return rows
+
+
+def shard_tables(unit: Unit, name: str, source: str, info: DatasetInfo):
+    """Return payload table, index table and measured codec error of one unit."""
+    records = unit.records
+    ids = [record.id for record in records]
+    if len(set(ids)) != len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise DataError(f"id {twice!r} stands twice in the input; ids must be unique")
+    for record in records:
+        _check_record(record, info)
+    lengths = np.array([len(record.token_ids) for record in records], np.int64)
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    kept = Kept.concatenate([record.kept for record in records])
+    tail = np.concatenate([r.log_tail for r in records] or [np.zeros(0)]).astype(np.float32)
+    entries, stored = codecs.to_columns(kept, tail, offsets, info.codec)
+    comparison = codecs.compare(kept, stored, info.codec)
+    error = comparison.error
+    if info.codec.id != "verbatim":
+        _check_mass(comparison.true_mass, offsets, ids)
+    if error is not None and error.max_sum > 1.0 and info.codec.id != "verbatim":
+        raise DataError(
+            f"{name}: kept probabilities would sum to {error.max_sum} > 1; the teacher's output is not a distribution"
+        )
+    entropy = [r.entropy if r.entropy is not None else np.full(len(r.token_ids), np.nan) for r in records]
+    columns = {
+        "id": pa.array(ids, pa.string()),
+        "input_ids": _lists(offsets, [r.token_ids for r in records], pa.int32()),
+        "target_mask": _lists(offsets, [r.target_mask for r in records], pa.bool_()),
+        "logprob": _lists(offsets, [r.logprob for r in records], pa.float16()),
+        "rank": _lists(offsets, [r.rank for r in records], pa.int32()),
+        "log_tail": _lists(offsets, [r.log_tail for r in records], pa.float32()),
+        "log_z": _nullable_lists([None if r.log_z is None else r.log_z.reshape(-1) for r in records], pa.float32()),
+        "entropy": _lists(offsets, entropy, pa.float16()),
+        "num_exact": _lists(offsets, [r.kept.num_exact for r in records], pa.uint16()),
+        "num_drawn": _lists(offsets, [r.kept.num_drawn for r in records], pa.uint16()),
+        "token_bytes": _nullable_lists([r.token_bytes for r in records], pa.uint16()),
+        **entries,
+    }
+    for absent in set(payload_schema(info.codec.id).names) - columns.keys():
+        columns[absent] = pa.nulls(len(records), payload_schema(info.codec.id).field(absent).type)
+    schema = payload_schema(info.codec.id).with_metadata(
+        {
+            "kdata.format_version": info.format_version,
+            "kdata.codec": canonical_json(info.codec.model_dump()),
+            "kdata.vocab_size": str(info.vocab_size),
+            "kdata.tail": info.tail,
+        }
+    )
+    table = pa.table(columns, schema=schema)
+    mass = comparison.stored_mass
+    rows = [_index_row(r, name, source, i, mass[offsets[i] : offsets[i + 1]]) for i, r in enumerate(records)]
+    return table, pa.Table.from_pylist(rows, schema=index_schema()), error
+
+
+def _check_record(record: Record, info: DatasetInfo) -> None:
+    tokens = len(record.token_ids)
+    for field_name in ("target_mask", "logprob", "rank", "log_tail"):
+        if len(getattr(record, field_name)) != tokens:
+            raise DataError(
+                f"{record.id}: {field_name} has {len(getattr(record, field_name))} values for {tokens} tokens"
+            )
+    if len(record.kept.num_kept) != tokens:
+        raise DataError(f"{record.id}: kept entries cover {len(record.kept.num_kept)} of {tokens} positions")
+    if tokens and (record.target_mask[0] or record.kept.num_kept[0]):
+        raise DataError(f"{record.id}: position 0 cannot be a target, nothing predicts it")
+    for what, values in (("token", record.token_ids), ("kept", record.kept.ids)):
+        if len(values) and (values.min() < 0 or values.max() >= info.vocab_size):
+            raise DataError(f"{record.id}: a {what} id lies outside [0, {info.vocab_size})")
+    if info.tail != "absent" and not np.isfinite(record.logprob[record.target_mask]).all():
+        raise DataError(f"{record.id}: a target position has no finite teacher log-probability")
+    exact, as_given = record.kept.logprobs[~record.kept.is_draw], info.codec.id == "verbatim"
+    if not np.isfinite(record.kept.logprobs).all() or ((exact > 1e-5).any() and not as_given):
+        raise DataError(f"{record.id}: a kept log-probability is not a finite number <= 0")
+    if record.kept.num_kept.max(initial=0) > np.iinfo(np.uint16).max:
+        raise DataError(f"{record.id}: {record.kept.num_kept.max()} entries at a position, the format holds 65,535")
+
+
+def _check_mass(mass_T: np.ndarray, offsets: np.ndarray, ids: list[str]) -> None:
+    worst = int(mass_T.argmax()) if len(mass_T) else 0
+    if len(mass_T) and mass_T[worst] > 1 + MASS_SLACK:
+        row = int(np.searchsorted(offsets, worst, side="right")) - 1
+        raise DataError(
+            f"{ids[row]}: kept probabilities sum to {mass_T[worst]:.4f} > 1; the teacher's output is not a distribution"
+        )
+
+
+def _index_row(record: Record, name: str, source: str, row: int, mass_T: np.ndarray) -> dict[str, object]:
+    target = record.target_mask
+    counted = int(target.sum())
+    entropy = record.entropy
+    nll = float(-record.logprob[target].astype(np.float64).mean()) if counted else None
+    return {
+        "id": record.id,
+        "content_hash": content_hash(record.token_ids),
+        "domain": record.domain,
+        "source": source,
+        "origin": record.origin,
+        "license": record.license,
+        "num_tokens": len(record.token_ids),
+        "num_target_tokens": counted,
+        "num_bytes": len((record.text or "").encode()),
+        "text": record.text,
+        "messages": record.messages,
+        "tools": record.tools,
+        "prompt": record.prompt,
+        "finish_reason": record.finish_reason,
+        "nll": nll if nll is not None and np.isfinite(nll) else None,
+        "mean_entropy": float(entropy[target].mean(dtype=np.float64)) if counted and entropy is not None else None,
+        "kept_mass": float(mass_T[target].mean()) if counted else None,
+        "shard": name,
+        "row": row,
+    }
+
+
+def _lists(offsets: np.ndarray, parts: list[np.ndarray], item: pa.DataType) -> pa.Array:
+    values = np.concatenate(parts) if parts else np.zeros(0)
+    array = pa.array(values.astype(item.to_pandas_dtype(), copy=False), item)
+    return pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), array, type=pa.list_(pa.field("item", item, nullable=False))
+    )
+
+
+def _nullable_lists(parts: list[np.ndarray | None], item: pa.DataType) -> pa.Array:
+    kind = pa.list_(pa.field("item", item, nullable=False))
+    return pa.array([None if part is None else part.tolist() for part in parts], kind)

@@ -1,0 +1,52 @@
+"""Shards written by processes without the dataset's lock: into a folder of their own, until the writer takes them over.
+
+Every attempt at a unit writes under its own name, so two attempts at one unit never meet; the writer, which holds the lock,
+renames the files of the one it takes (`Writer.adopt`) and drops the folder at the end. A process that writes on although
+nobody waits for it any more finds the folder gone, and can harm nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from kdata.errors import StorageError
+from kdata.format.files import storage_errors
+from kdata.format.records import Shard, Unit
+from kdata.format.schema import DatasetInfo
+from kdata.store.shard import write_shard
+
+
+class Staging(Protocol):
+    """Where shards wait; picklable, the same place from every machine."""
+
+    def check(self) -> None:
+        """Raise StorageError where this process does not see the place."""
+        ...
+
+    def write(self, attempt: str, info: DatasetInfo, source: str, unit: Unit) -> Shard:
+        """Write one shard under the name of an attempt. Errors as in `write_shard`."""
+        ...
+
+
+@dataclass(frozen=True)
+class FolderStaging:
+    """A folder inside the dataset's own, on a file system that every machine mounts at the same path."""
+
+    folder: Path
+
+    def check(self) -> None:
+        """See `Staging.check`."""
+        if not self.folder.is_dir():
+            raise StorageError(
+                f"{self.folder.parent} is not there: a dataset that several machines write must lie on a file system that "
+                "all of them mount at the same path (or at a URL, such as s3://BUCKET/NAME)"
+            )
+
+    def write(self, attempt: str, info: DatasetInfo, source: str, unit: Unit) -> Shard:
+        """See `Staging.write`."""
+        self.check()
+        with storage_errors(self.folder):
+            (self.folder / attempt).mkdir()
+        return write_shard(self.folder / attempt, info, source, unit)

@@ -1,0 +1,247 @@
+"""Datasets at a URL: s3://, gs://, az:// and whatever else fsspec opens.
+
+What is at the URL has the names and bytes of a local dataset. Whoever writes there keeps a local copy of the small files
+(dataset.json, manifest, index, tokenizer), made anew from the URL at the start, so any machine can go on where another
+stopped; a shard counts once the manifest at the URL names it. To read, the whole dataset is copied into the cache and every
+byte compared with its digest.
+
+An object store has no locks: one process may write to a URL at a time. A second one on the same machine is refused at the
+start, one on another machine as soon as the manifest is not what was written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from kdata.errors import ConfigError, CorruptError, DependencyError, FormatError, KdataError, MissingError, StorageError
+from kdata.format.files import file_info, inside, lock_of, storage_errors
+from kdata.format.manifest import read_info, read_manifest
+from kdata.format.schema import DatasetInfo, FileInfo
+
+FOLDERS = ("data", "index", "rejects")
+STAGING = "units-"  # prefix of the folders, at the URL, in which shards wait
+# What the stores' own clients raise beside OSError, where they are loaded.
+CLIENT_ERRORS = {
+    "aiohttp": ("ClientError",),
+    "azure.core.exceptions": ("AzureError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "gcsfs.retry": ("HttpError",),
+    "google.auth.exceptions": ("GoogleAuthError",),
+}
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether a dataset is named by a URL of a store; the Hub's hf:// has its own client."""
+    return "://" in str(place) and not str(place).startswith("hf:")
+
+
+def cache_dir() -> Path:
+    """Where copies of datasets, and built-in corpora and models, are kept: KDATA_CACHE, or ~/.cache/kdata."""
+    return Path(os.environ.get("KDATA_CACHE") or Path.home() / ".cache" / "kdata")
+
+
+class Store:
+    """One folder of a file system that fsspec opens; paths are relative to it.
+
+    Args:
+        url: for instance s3://BUCKET/NAME. Credentials come from where the store's client looks for them, never from the
+            URL: that is shown and logged.
+    Raises:
+        ConfigError: an unknown kind of URL, or a password in it.
+        DependencyError: the package for such URLs is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        from fsspec.core import url_to_fs
+
+        self.url = url.rstrip("/")
+        parts = urlsplit(url)
+        if parts.password:
+            raise ConfigError(
+                f"{parts.scheme}://...@{parts.hostname}{parts.path}: a URL is shown and logged, so no password may stand "
+                "in it; put credentials where the store's client looks for them (environment, configuration file)"
+            )
+        try:
+            self.fs, self._root = url_to_fs(self.url)
+        except ImportError as error:
+            raise DependencyError(f"{parts.scheme}:// needs a package that is not installed: {error}") from error
+        except ValueError as error:
+            raise ConfigError(f"{self.url}: {error}") from error
+
+    def _path(self, relative: str) -> str:
+        return f"{self._root}/{relative}"
+
+    def read(self, relative: str) -> bytes | None:
+        """Content of a file; None where there is none."""
+        with self._errors("read", relative):
+            try:
+                return self.fs.cat_file(self._path(relative))
+            except FileNotFoundError:
+                return None
+
+    def size(self, relative: str) -> int:
+        """Bytes of a file; 0 where there is none."""
+        with self._errors("read", relative):
+            try:
+                return int(self.fs.info(self._path(relative))["size"])
+            except FileNotFoundError:
+                return 0
+
+    def open_ranges(self, relative: str) -> Any:
+        """A file opened for reading, of which each read fetches that range of bytes and nothing around it."""
+        with self._errors("read", relative):
+            return self.fs.open(self._path(relative), "rb", cache_type="none")
+
+    def names(self) -> list[str]:
+        """Names of what is in the folder."""
+        with self._errors("read", ""):
+            try:
+                return [str(path).rstrip("/").rpartition("/")[2] for path in self.fs.ls(self._root, detail=False)]
+            except FileNotFoundError:
+                return []
+
+    def put(self, source: Path, relative: str) -> None:
+        """Copy a local file to a name under which nobody reads it yet."""
+        self._write(self.fs.put_file, str(source), relative)
+
+    def replace(self, source: Path, relative: str) -> None:
+        """Copy a local file under a temporary name, then move it: readers see the old bytes or the new ones."""
+        self.put(source, f"{relative}.tmp")
+        self.move(f"{relative}.tmp", relative)
+
+    def move(self, source: str, target: str) -> None:
+        """Rename a file, over another where one stands; where a store cannot rename, fsspec copies and deletes."""
+        self._write(self.fs.mv, self._path(source), target)
+
+    def _write(self, action: Callable[[str, str], object], source: str, relative: str) -> None:
+        """Put or move something to a name, whose folder is made where the store has folders."""
+        path = self._path(relative)
+        with self._errors("write", relative):
+            try:
+                action(source, path)
+            except FileNotFoundError:
+                # Not before it is needed: clients of object stores would make a bucket of a name that was mistyped.
+                if not self.fs.exists("/" if path.startswith("/") else path.split("/")[0]):
+                    raise
+                self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+                action(source, path)
+
+    def fetch(self, relative: str, target: Path, info: FileInfo) -> None:
+        """Copy a file here, unless it is here already. Raises CorruptError where it is not what was committed."""
+        if target.is_file() and file_info(target) == info:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with self._errors("read", relative):
+                try:
+                    self.fs.get_file(self._path(relative), str(temporary))
+                except FileNotFoundError as error:
+                    raise CorruptError(f"{self.url}/{relative} is missing, and the manifest names it") from error
+            if file_info(temporary) != info:
+                raise CorruptError(f"{self.url}/{relative} is damaged: it is not what was committed (SHA-256 differs)")
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def remove(self, relative: str) -> None:
+        """Delete a file or a folder with all that is in it."""
+        with self._errors("write", relative):
+            self.fs.rm(self._path(relative), recursive=True)
+
+    @contextmanager
+    def _errors(self, what: str, relative: str) -> Iterator[None]:
+        if what == "read":
+            self.fs.invalidate_cache()  # of listings: others write there
+        failures: tuple[type[BaseException], ...] = (OSError, *_client_errors())
+        try:
+            yield
+        except failures as error:
+            if isinstance(error, KdataError):
+                raise
+            raise StorageError(
+                f"cannot {what} {self.url}/{relative}: {type(error).__name__}: {error}; check the URL, the network and the "
+                "credentials, then run the same command again. What was committed is intact."
+            ) from error
+
+
+def _client_errors() -> tuple[type[BaseException], ...]:
+    """The own errors of those clients that are loaded."""
+    loaded = [(sys.modules[name], kinds) for name, kinds in CLIENT_ERRORS.items() if name in sys.modules]
+    return tuple(getattr(module, kind) for module, kinds in loaded for kind in kinds if hasattr(module, kind))
+
+
+def copy_of(url: str, purpose: str) -> Path:
+    """Folder of a local copy, in the cache: one to read, one of whoever writes."""
+    key = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+    return cache_dir() / purpose / key / url.rstrip("/").rpartition("/")[2]
+
+
+def mirror(store: Store, root: Path, folders: tuple[str, ...]) -> bool:
+    """Make `root` follow the dataset at a store: JSON files, tokenizer, and the shards' files in `folders`.
+
+    What is here and has the right digest stays; sidecars and plans made here stay where the dataset is the same one.
+
+    Returns:
+        False where there is no dataset; then there is none here either.
+    Raises:
+        CorruptError: what is there is not what was committed.
+        StorageError: the store cannot be read.
+    """
+    about, lines = store.read("dataset.json"), store.read("manifest.jsonl")
+    if about is None:
+        shutil.rmtree(root, ignore_errors=True)
+        if lines is not None:
+            raise CorruptError(f"{store.url} has a manifest but no dataset.json; restore it from a copy of the dataset")
+        return False
+    with storage_errors(root), tempfile.TemporaryDirectory(prefix="kdata-mirror-") as folder:
+        (Path(folder) / "dataset.json").write_bytes(about)
+        (Path(folder) / "manifest.jsonl").write_bytes(lines or b"")
+        info, manifest = read_info(Path(folder)), read_manifest(Path(folder), heal=True)
+        if _another(root, info):
+            shutil.rmtree(root)
+        named = {f"tokenizer/{name}": about for name, about in info.tokenizer_files.items()}
+        named |= {path: about for entry in manifest for path, about in entry.files.items()}
+        for path in [p for f in (*FOLDERS, "tokenizer") for p in (root / f).glob("*")]:
+            if path.relative_to(root).as_posix() not in named:
+                path.unlink()
+        for relative, file in named.items():
+            if relative.split("/")[0] in (*folders, "tokenizer"):
+                store.fetch(relative, inside(root, relative), file)
+        root.mkdir(parents=True, exist_ok=True)
+        for name in ("manifest.jsonl", "dataset.json"):
+            shutil.copyfile(Path(folder) / name, root / name)
+    return True
+
+
+def _another(root: Path, info: DatasetInfo) -> bool:
+    """Whether what is here is the copy of another dataset, or of nothing."""
+    try:
+        return root.exists() and read_info(root).fingerprint != info.fingerprint
+    except (MissingError, CorruptError, FormatError):
+        return True
+
+
+def download(url: str) -> Path:
+    """Copy the dataset at a URL into the cache, what is not there yet, and return its folder.
+
+    Raises:
+        MissingError: no dataset there.
+        CorruptError, StorageError: see `mirror`.
+    """
+    root = copy_of(url, "datasets")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with lock_of(root):
+        if not mirror(Store(url), root, FOLDERS):
+            raise MissingError(f"{url} is no kdata dataset: it has no dataset.json")
+    return root

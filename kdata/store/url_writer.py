@@ -1,0 +1,117 @@
+"""Write a dataset to a URL: shards wait there in a staging folder until the manifest line that commits them."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kdata.errors import ConfigError, StorageError
+from kdata.format.records import Shard, Unit
+from kdata.format.schema import DatasetInfo, SourceInfo
+from kdata.store.shard import write_shard
+from kdata.store.staging import Staging
+from kdata.store.url import STAGING, Store, copy_of, is_url, mirror
+from kdata.store.writer import BEGUN, Writer
+
+
+@dataclass(frozen=True)
+class RemoteStaging:
+    """A folder at the URL; each shard is written on the machine's own disk first."""
+
+    url: str
+    folder: str
+
+    @cached_property
+    def _store(self) -> Store:
+        return Store(self.url)
+
+    def check(self) -> None:
+        """See `Staging.check`: opens the store, which needs its client here."""
+        _ = self._store
+
+    def write(self, attempt: str, info: DatasetInfo, source: str, unit: Unit) -> Shard:
+        """See `Staging.write`."""
+        with tempfile.TemporaryDirectory(prefix="kdata-shard-") as place:
+            shard = write_shard(Path(place), info, source, unit)
+            for relative in shard.entry.files:
+                self._store.put(Path(place) / relative, f"{self.folder}/{attempt}/{relative}")
+        return shard
+
+
+class RemoteWriter(Writer):
+    """Adds units to a dataset at a URL; arguments and errors as `Writer`. `root` is the local copy, without payload."""
+
+    def __init__(self, url: str, info: DatasetInfo, source: str, source_info: SourceInfo, **options: Any) -> None:
+        self._store = Store(url)
+        self._manifest_bytes = 0
+        super().__init__(copy_of(url, "writing"), info, source, source_info, **options)
+        self.place = self._store.url
+
+    def _open(self) -> None:
+        begun = mirror(self._store, self.root, ("index",))
+        if not begun:
+            foreign = [name for name in self._store.names() if name not in BEGUN and not name.startswith(STAGING)]
+            if foreign:
+                raise ConfigError(
+                    f"{self.place} is no dataset and holds other things ({foreign[0]!r}); name a new folder"
+                )
+        self._manifest_bytes = self._store.size("manifest.jsonl")
+        super()._open()
+        for path in sorted((self.root / "tokenizer").glob("*")):
+            if not begun:
+                self._store.replace(path, f"tokenizer/{path.name}")
+        self._store.replace(self.root / "dataset.json", "dataset.json")
+
+    def _clear_temporary(self) -> None:
+        super()._clear_temporary()
+        for name in self._store.names():
+            if name.startswith(STAGING) and name.endswith(".tmp"):
+                self._store.remove(name)
+
+    def staging(self) -> Staging:
+        """See `Writer.staging`."""
+        return RemoteStaging(self.place, f"{STAGING}{secrets.token_hex(4)}.tmp")
+
+    def commit(self, unit: Unit) -> Shard:
+        """See `Writer.commit`."""
+        self.refuse_twice([record.id for record in unit.records])
+        staging = self.staging()
+        return self.adopt(staging, "0", staging.write("0", self.info, self.source, unit))
+
+    def _take(self, staging: Staging, attempt: str, relative: str) -> None:
+        assert isinstance(staging, RemoteStaging)
+        self._store.move(f"{staging.folder}/{attempt}/{relative}", relative)
+
+    def accept(self, shard: Shard) -> Shard:
+        """See `Writer.accept`; the manifest at the URL names the shard before this returns."""
+        super().accept(shard)
+        self._publish_manifest()
+        return shard
+
+    def _publish_manifest(self) -> None:
+        """Replace the manifest at the URL. Raises StorageError where another process has changed it."""
+        if self._store.size("manifest.jsonl") != self._manifest_bytes:
+            raise StorageError(
+                f"{self.place} is being written by another process (its manifest has changed); let one of the two finish, "
+                "then run the same command again"
+            )
+        path = self.root / "manifest.jsonl"
+        self._manifest_bytes = path.stat().st_size
+        self._store.replace(path, path.name)
+
+    def finish(self, num_units: int) -> None:
+        """See `Writer.finish`."""
+        super().finish(num_units)
+        self._publish_manifest()
+        self._store.replace(self.root / "dataset.json", "dataset.json")
+
+
+def writer_at(place: Path | str, *arguments: Any, **options: Any) -> Writer:
+    """The writer for a folder or a URL; arguments as `Writer`."""
+    return (
+        RemoteWriter(str(place), *arguments, **options) if is_url(place) else Writer(Path(place), *arguments, **options)
+    )

@@ -1,0 +1,243 @@
+"""Writing a dataset: work units become shards, each committed whole or not at all.
+
+A unit's files are written and renamed first (`kdata/shard.py`); its manifest line comes last, so a crash at any moment loses
+at most the unit in flight.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import Timeout
+
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, StorageError, settings_difference
+from kdata.format.files import file_info, inside, journal_of, lock_of, storage_errors, sync_directory
+from kdata.format.manifest import append_entry, order_manifest, read_info, read_manifest, write_info
+from kdata.format.records import Shard, Unit
+from kdata.format.schema import DatasetInfo, ManifestEntry, SourceInfo
+from kdata.store.shard import write_shard
+from kdata.store.staging import FolderStaging, Staging
+
+# What a run that was killed may leave under a temporary name. Nothing else is ever removed.
+TEMPORARY = ("dataset.json.tmp", "tokenizer.tmp", "data/*.tmp", "index/*.tmp", "rejects/*.tmp", "units-*.tmp")
+# Names that may stand in a folder that is no dataset yet: what a run leaves that was killed before dataset.json.
+BEGUN = {"data", "index", "rejects", "tokenizer", "tokenizer.tmp", "dataset.json.tmp"}
+
+
+class Writer:
+    """Adds the units of one source to a dataset; a context manager that holds the dataset's lock.
+
+    Args:
+        root: dataset directory, made when absent.
+        info: identity of the dataset (teacher, tokenizer, codec); compared with what is there.
+        source: name of the work, the prefix of its shards.
+        source_info: kind and settings of the work; compared with what is there.
+        resume: "auto" goes on where a former run stopped, "never" refuses a source that has rows, "must" refuses one
+            that was never begun.
+        tokenizer_dir: folder whose files are copied to DATASET/tokenizer, so that the dataset is self-contained.
+    Raises:
+        MismatchError: the dataset was begun with other settings; the message lists them.
+        ConfigError: the folder holds other things than a dataset.
+        StorageError: the disk refused, or another process is writing.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        info: DatasetInfo,
+        source: str,
+        source_info: SourceInfo,
+        *,
+        resume: str = "auto",
+        tokenizer_dir: Path | None = None,
+    ) -> None:
+        self.root, self.source, self.info = root, source, info
+        self._source_info = source_info
+        self._resume = resume
+        self._tokenizer_dir = tokenizer_dir
+        self._lock = lock_of(root)
+
+    def __enter__(self) -> Writer:
+        with storage_errors(self.root):
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout as error:
+                raise StorageError(f"{self.root} is being written by another process; wait for it") from error
+            with ExitStack() as undo:
+                undo.callback(self._lock.release)
+                self._open()
+                undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def _open(self) -> None:
+        known = None
+        if (self.root / "dataset.json").exists():
+            before = read_info(self.root)
+            _refuse_difference("the dataset", before.identity(), self.info.identity(), self.root)
+            known = before.sources.get(self.source)
+            if known is not None:
+                _refuse_difference(
+                    f"source {self.source!r}",
+                    {**known.settings, "work": known.kind},
+                    {**self._source_info.settings, "work": self._source_info.kind},
+                    self.root,
+                )
+                self._source_info = known
+            self.info = before
+        else:
+            _refuse_foreign(self.root)
+            journal_of(self.root).unlink(missing_ok=True)  # of a dataset that stood here, and is gone
+        if known is None and self._resume == "must":
+            raise MismatchError(f"--resume must: {self.root} has no {self.source!r} to go on with")
+        for name in ("data", "index"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        self._clear_temporary()
+        manifest = read_manifest(self.root, heal=True)
+        self._ids = _committed_ids(self.root, manifest)
+        entries = [e for e in manifest if e.source == self.source]
+        if entries and self._resume == "never":
+            raise MismatchError(
+                f"--resume never: {self.root} already holds {len(entries)} shards of {self.source!r}; "
+                "choose another folder, or --resume auto"
+            )
+        self.committed = {entry.unit: entry for entry in entries}
+        self._copy_tokenizer()
+        self._write_info(self._source_info)
+
+    def _write_info(self, source_info: SourceInfo) -> None:
+        sources = {**self.info.sources, self.source: source_info}
+        self.info = self.info.model_copy(update={"sources": dict(sorted(sources.items()))})
+        write_info(self.root, self.info)
+
+    def _copy_tokenizer(self) -> None:
+        """Copy the tokenizer's files where none stand, and record their digests once."""
+        target = self.root / "tokenizer"
+        if self._tokenizer_dir is not None and not target.exists():
+            temporary = self.root / "tokenizer.tmp"
+            temporary.mkdir()
+            for file in sorted(self._tokenizer_dir.iterdir()):  # copytree would hide a full disk in its own error
+                shutil.copyfile(file, temporary / file.name)
+            os.rename(temporary, target)
+        elif self.info.tokenizer_files:
+            return
+        files = {path.name: file_info(path) for path in sorted(target.glob("*")) if path.is_file()}
+        self.info = self.info.model_copy(update={"tokenizer_files": files})
+
+    def _clear_temporary(self) -> None:
+        for pattern in TEMPORARY:
+            for path in list(self.root.glob(pattern)):
+                _remove_tree(path) if path.is_dir() else path.unlink()
+
+    def commit(self, unit: Unit) -> Shard:
+        """Store one unit: its files are renamed into place, then the manifest line is written.
+
+        Raises:
+            StorageError: the disk refused; nothing that was committed is touched.
+            DataError: an id stands twice, in the unit or with a row of the dataset.
+        """
+        self.refuse_twice([record.id for record in unit.records])
+        return self.accept(write_shard(self.root, self.info, self.source, unit))
+
+    def staging(self) -> Staging:
+        """A new place in which other processes may write shards; what is left there goes at `finish`."""
+        folder = self.root.resolve() / f"units-{secrets.token_hex(4)}.tmp"
+        with storage_errors(self.root):
+            folder.mkdir()
+        return FolderStaging(folder)
+
+    def adopt(self, staging: Staging, attempt: str, shard: Shard) -> Shard:
+        """Take over a shard that another process wrote there: rename its files into place, then `accept` it."""
+        self.refuse_twice(shard.ids)
+        with storage_errors(self.root):
+            for relative in shard.entry.files:
+                self._take(staging, attempt, relative)
+        return self.accept(shard)
+
+    def _take(self, staging: Staging, attempt: str, relative: str) -> None:
+        assert isinstance(staging, FolderStaging)
+        target = self.root / relative
+        target.parent.mkdir(exist_ok=True)
+        os.replace(staging.folder / attempt / relative, target)
+        sync_directory(target.parent)
+
+    def accept(self, shard: Shard) -> Shard:
+        """Make a shard whose files are in place a part of the dataset: write its manifest line."""
+        self.refuse_twice(shard.ids)
+        with storage_errors(self.root):
+            append_entry(self.root, shard.entry)
+        self.committed[shard.entry.unit] = shard.entry
+        self._ids.update(shard.ids)
+        return shard
+
+    def refuse_twice(self, ids: list[str]) -> None:
+        """Raise DataError where one of these ids is a row of the dataset already."""
+        for row_id in ids:
+            if row_id in self._ids:
+                raise DataError(
+                    f"{self.root} already has a row with id {row_id!r}; ids are unique in a dataset. Rename it in "
+                    "the input (a text that is split takes ID#0, ID#1, a completion ID~0), or use another dataset."
+                )
+
+    def finish(self, num_units: int) -> None:
+        """Mark the source complete with `num_units` units; its manifest lines come into the order of units."""
+        with storage_errors(self.root):
+            self._clear_temporary()
+            order_manifest(self.root, self.source)
+            self._write_info(self._source_info.model_copy(update={"num_units": num_units}))
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder in which a process that nobody waits for may still be writing."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.01)
+    shutil.rmtree(folder)
+
+
+def _refuse_foreign(root: Path) -> None:
+    """Refuse to begin a dataset among other files, or beside a manifest whose dataset.json is gone."""
+    if (root / "manifest.jsonl").exists():
+        raise CorruptError(f"{root} has a manifest but no dataset.json; restore it from a copy of the dataset")
+    names = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.exists() else []
+    foreign = [name for name in names if name not in BEGUN]
+    if foreign:
+        raise ConfigError(f"{root} is no dataset and holds other things ({foreign[0]!r}); name a new or empty folder")
+
+
+def _committed_ids(root: Path, manifest: list[ManifestEntry]) -> set[str]:
+    """Ids of all rows that are committed, of every source. Raises CorruptError at an index that cannot be read."""
+    ids: set[str] = set()
+    for entry in manifest:
+        path = inside(root, f"index/{entry.name}.parquet")
+        try:
+            ids.update(pq.read_table(path, columns=["id"])["id"].to_pylist())
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise CorruptError(
+                f"{path} cannot be read ({str(error).splitlines()[0]}); restore it from a copy of the dataset"
+            ) from error
+    return ids
+
+
+def _refuse_difference(what: str, before: dict, after: dict, root: Path) -> None:
+    difference = settings_difference(before, after)
+    if difference:
+        raise MismatchError(
+            f"{root}: {what} was begun with other settings (before -> now):\n{difference}\n"
+            "Use the former settings to go on, or another folder (or source name) for the new ones."
+        )

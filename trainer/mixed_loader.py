@@ -1,0 +1,217 @@
+"""Documents drawn domain by domain, by weights that may change between two steps.
+
+A period is a number of steps with the same weights. Its documents are drawn when it begins, one after the other: first the
+domain, at random by the weights, then the next document of that domain's queue; until their tokens fill the period's cells.
+The period is then read like a plan (`kdata.loader.batches`: packed, shuffled, whole documents). Packing is not perfect, so a
+percent or two of the drawn documents are not reached when the period ends; they go back to the head of their queues.
+
+Properties: weights are shares of tokens (a domain of long documents is drawn less often). A queue holds every document
+of its domain once a cycle, in an order of its own in each; an exhausted domain begins again while the others go on. The
+stream is a pure function of (data, plan, seed, the weights and lengths of the periods); the number of ranks and the
+micro-batch do not enter. Its state is a few numbers per domain and the documents that went back.
+
+Shapes: D documents of a period, N domains, P documents of a domain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from kdata.errors import DataError, MismatchError
+from kdata.loader.batches import LoaderConfig
+from kdata.loader.packing import Place, Shape, blocks_of, windows
+from kdata.store.dataset import Dataset
+from trainer.loader import Batch, Loader
+
+
+@dataclass
+class _Queue:
+    """Where one domain stands: `taken` documents have left its endless sequence; those numbered in `back` returned."""
+
+    taken: int = 0
+    back: list[int] = field(default_factory=list)
+
+    def next(self, count: int) -> np.ndarray:
+        """Numbers int64 [count] of the documents that leave next; nothing moves."""
+        returned = np.array(self.back[:count], np.int64)
+        return np.concatenate([returned, np.arange(self.taken, self.taken + count - len(returned))])
+
+    def after(self, count: int) -> _Queue:
+        """The queue when `count` documents have left it."""
+        returned = min(count, len(self.back))
+        return _Queue(self.taken + count - returned, self.back[returned:])
+
+
+@dataclass(frozen=True)
+class _Period:
+    """What was drawn: domain, number in the domain's sequence and global row of each document, int64 [D] each."""
+
+    weights: dict[str, float]
+    num_rows: int
+    domain_D: np.ndarray
+    number_D: np.ndarray
+    row_D: np.ndarray
+
+
+class MixedLoader:
+    """A resumable stream of batches, period after period; `begin` one before iterating.
+
+    Args:
+        dataset, rows, config, rank, world_size, temperature: see `trainer.loader.Loader`.
+    Raises:
+        DataError: nothing to read, or a document is longer than the context.
+        ConfigError: the ranks cannot share a batch evenly.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        rows: np.ndarray | None,
+        config: LoaderConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        temperature: float = 1.0,
+    ) -> None:
+        every = Loader(dataset, rows, config, rank=rank, world_size=world_size)  # refuses what cannot be read
+        self.dataset, self.config = dataset, config
+        self._rank, self._world_size, self._temperature = rank, world_size, temperature
+        self.identity = every.identity
+        index = dataset.index(["domain", "num_tokens"])
+        self._lengths = index["num_tokens"].to_numpy().astype(np.int64)
+        names, domain_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str), return_inverse=True)
+        planned = every.arrays.rows
+        present = np.unique(domain_R[planned])
+        self.domains = [str(names[n]) for n in present]
+        self._pools = [planned[domain_R[planned] == n] for n in present]
+        self.lengths = self._lengths[planned]  # of the planned documents, int64
+        self._blocks = [blocks_of(pool, dataset.shard_starts, config.shuffle_block_rows) for pool in self._pools]
+        self._queues = [_Queue() for _ in self.domains]
+        self._number = 0  # of the period, counted from 1; 0 before the first
+        self._period: _Period | None = None
+        self._loader: Loader | None = None
+
+    def begin(self, weights: Mapping[str, float], num_rows: int) -> None:
+        """End the period and draw the next one.
+
+        Args:
+            weights: share of the tokens of each domain; they sum to 1.
+            num_rows: rows of `context_tokens` cells, of all ranks, that will be read of it.
+        """
+        self._queues = self._after_period()
+        self._number += 1
+        self._open({domain: float(weights[domain]) for domain in self.domains}, num_rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches of the period, from where the state stands; it is for the caller to end it."""
+        if self._loader is None:
+            raise DataError("no period has begun; call begin(weights, num_rows) first")
+        return iter(self._loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: the queues when the period began, the period, and the place in it."""
+        place = Place() if self._loader is None else self._loader.arrays.place
+        return {
+            "identity": self.identity,
+            **self._order(),
+            "number": self._number,
+            "queues": [asdict(queue) for queue in self._queues],
+            "weights": None if self._period is None else self._period.weights,
+            "num_rows": None if self._period is None else self._period.num_rows,
+            "place": asdict(place),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another's state stood, on whatever rank. Raises MismatchError when data or order differ."""
+        here = {"identity": self.identity, **self._order()}
+        different = [key for key, value in here.items() if value != state.get(key)]
+        if different:
+            raise MismatchError(
+                f"the mixture's state was made with another {', '.join(different)}; resume with the same dataset, plan and "
+                "loader settings, or start anew in another folder"
+            )
+        self._number, self._queues = state["number"], [_Queue(**queue) for queue in state["queues"]]
+        self._period = self._loader = None
+        if state["weights"] is not None:
+            self._open(state["weights"], state["num_rows"])
+            assert self._loader is not None
+            self._loader.arrays.place = Place(**state["place"])
+
+    def _order(self) -> dict[str, Any]:
+        """Settings that decide the order, beside the data."""
+        return self.config.model_dump(exclude={"batch_rows", "prefetch_batches"})
+
+    def _open(self, weights: dict[str, float], num_rows: int) -> None:
+        """Draw a period from the queues as they stand, and a loader for it; the queues do not move before it ends."""
+        domain_D, number_D, row_D = self._draw(weights, num_rows * self.config.context_tokens)
+        self._period = _Period(weights, num_rows, domain_D, number_D, row_D)
+        self._loader = Loader(
+            self.dataset,
+            row_D,
+            self.config,
+            rank=self._rank,
+            world_size=self._world_size,
+            temperature=self._temperature,
+        )
+
+    def _draw(self, weights: Mapping[str, float], num_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Domains, numbers and global rows of the documents that together hold `num_tokens` or a little more."""
+        means = np.array([self._lengths[pool].mean() for pool in self._pools])
+        chances = np.array([weights[domain] for domain in self.domains]) / means
+        bounds = np.cumsum(chances) / chances.sum()
+        source = np.random.PCG64(np.random.SeedSequence([*self._key(), self.config.seed, 0, self._number]))
+        domain_D = np.zeros(0, np.int64)
+        guess = int(num_tokens * chances.sum() / (chances * means).sum() * 1.05) + 16
+        while True:
+            uniform = (source.random_raw(guess) >> np.uint64(11)) * 2.0**-53
+            more = np.searchsorted(bounds, uniform, side="right").clip(max=len(bounds) - 1)
+            domain_D = np.concatenate([domain_D, more])
+            number_D, row_D = np.zeros_like(domain_D), np.zeros_like(domain_D)
+            for domain, queue in enumerate(self._queues):
+                of_domain_D = domain_D == domain
+                number_D[of_domain_D] = queue.next(int(of_domain_D.sum()))
+                row_D[of_domain_D] = self._rows_of(domain, number_D[of_domain_D])
+            ends = np.cumsum(self._lengths[row_D])
+            if ends[-1] >= num_tokens:
+                stop = int(np.searchsorted(ends, num_tokens)) + 1
+                return domain_D[:stop], number_D[:stop], row_D[:stop]
+
+    def _rows_of(self, domain: int, numbers: np.ndarray) -> np.ndarray:
+        """Global rows of documents by their number in a domain's endless sequence: a new order in each cycle."""
+        pool, rows = self._pools[domain], np.zeros_like(numbers)
+        cycles, places = np.divmod(numbers, len(pool))
+        for cycle in np.unique(cycles):
+            seeds = np.random.SeedSequence([*self._key(), self.config.seed, 1 + domain, int(cycle)])
+            keys = np.random.PCG64(seeds).random_raw(int(self._blocks[domain].max()) + 1)
+            order = np.argsort(keys[self._blocks[domain]], kind="stable")
+            here = cycles == cycle
+            rows[here] = pool[order[places[here]]]
+        return rows
+
+    def _after_period(self) -> list[_Queue]:
+        """The queues when the period is over: what it read has left, what it did not reach is back."""
+        if self._period is None or self._loader is None:
+            return self._queues
+        period, arrays, c = self._period, self._loader.arrays, self.config
+        shape = Shape(c.context_tokens, c.window_documents, c.window_tokens)
+        blocks = blocks_of(period.row_D, self.dataset.shard_starts, c.shuffle_block_rows)
+        stream = (row for w in windows(arrays.lengths, blocks, arrays.identity, c.seed, shape, Place()) for row, _ in w)
+        unread_D = np.ones(len(period.row_D), bool)
+        for documents in islice(stream, period.num_rows):
+            unread_D[documents] = False
+        after = []
+        for domain, queue in enumerate(self._queues):
+            of_domain_D = period.domain_D == domain
+            left = queue.after(int(of_domain_D.sum()))
+            left.back = sorted([*left.back, *period.number_D[of_domain_D & unread_D].tolist()])
+            after.append(left)
+        return after
+
+    def _key(self) -> list[int]:
+        """The identity of the data as numbers, for seeds."""
+        return [int(self.identity[i : i + 8], 16) for i in range(0, 32, 8)]
