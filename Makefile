@@ -14,7 +14,9 @@ demo: .venv/.ready
 test: .venv/.ready
 	$(BIN)/python -m pytest $(ARGS)
 
+# A type checker does not see packages that an installer maps to other folders, so it gets them as links.
 check: .venv/.ready
+	@mkdir -p .venv/typing/kdata && ln -sfn $(CURDIR)/kdata/* $(CURDIR)/pipelines $(CURDIR)/schemas $(CURDIR)/trainer .venv/typing/kdata/
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Literal
 
+from kdata.pipelines.ray.engine import RayEngine
+from kdata.pipelines.ray.workers import RayConfig
 from pydantic import Field
 
 from kdata.config import Strict
@@ -14,8 +16,6 @@ from kdata.observe.progress import console
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer
-from pipelines.ray.engine import RayEngine
-from pipelines.ray.workers import RayConfig
 
 
 class LocalConfig(Strict):

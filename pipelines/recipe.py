@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from kdata.pipelines.builtin.builtin import BuiltinConfig
+from kdata.pipelines.engine import EngineConfig, LocalConfig
+from kdata.trainer.config import TrainConfig
+from kdata.trainer.objectives import ObjectiveConfig, resolve_tail
+from kdata.trainer.student import CheckpointStudent, ScratchStudent
 from pydantic import Field, model_validator
 
 from kdata.config import Strict, apply_settings, parse_config, read_yaml
@@ -16,11 +21,6 @@ from kdata.jobs.reading import CaptureConfig
 from kdata.selection.ranked import Difference
 from kdata.selection.select import SelectConfig
 from kdata.teachers.config import SamplingConfig, TeacherConfig
-from pipelines.builtin.builtin import BuiltinConfig
-from pipelines.engine import EngineConfig, LocalConfig
-from trainer.config import TrainConfig
-from trainer.objectives import ObjectiveConfig, resolve_tail
-from trainer.student import CheckpointStudent, ScratchStudent
 
 BUILTIN = "builtin"
 

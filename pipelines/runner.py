@@ -17,6 +17,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from kdata.pipelines.builtin.builtin import ensure_corpus, ensure_reference, ensure_teacher
+from kdata.pipelines.builtin.corpus import CorpusFiles
+from kdata.pipelines.engine import open_engine
+from kdata.pipelines.ray.workers import RayConfig
+from kdata.pipelines.recipe import BUILTIN, Recipe, TextConfig
+from kdata.pipelines.report.report import write_report
+from kdata.trainer.evaluate import EvaluateConfig, evaluate
+from kdata.trainer.train import train
+
 from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, MismatchError, settings_difference
 from kdata.format.files import storage_errors, write_atomically
@@ -34,14 +43,6 @@ from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.url import cache_dir
 from kdata.teachers.config import TeacherConfig
-from pipelines.builtin.builtin import ensure_corpus, ensure_reference, ensure_teacher
-from pipelines.builtin.corpus import CorpusFiles
-from pipelines.engine import open_engine
-from pipelines.ray.workers import RayConfig
-from pipelines.recipe import BUILTIN, Recipe, TextConfig
-from pipelines.report.report import write_report
-from trainer.evaluate import EvaluateConfig, evaluate
-from trainer.train import train
 
 
 @dataclass

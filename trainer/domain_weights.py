@@ -1,7 +1,7 @@
 """How much of each domain: a protocol, and the two mixtures that are known.
 
 Every `every_steps` steps the trainer measures the student's cross-entropy on held-out text of each domain, tells the
-mixture, and draws the documents of the next steps by its weights (`trainer.mixed_loader`). To add one: a class with the
+mixture, and draws the documents of the next steps by its weights (`kdata.trainer.mixed_loader`). To add one: a class with the
 methods of `Mixture`, its settings, a line in `make_mixture`.
 
 Shapes: N domains.

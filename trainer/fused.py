@@ -19,10 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
-from kdata.errors import ConfigError, ShapeError
-from trainer.objectives import (
+from kdata.trainer.objectives import (
     LOG_ZERO,
     OBJECTIVES,
     ObjectiveConfig,
@@ -33,6 +30,9 @@ from trainer.objectives import (
     tail_of,
     teacher_outcomes,
 )
+from torch import Tensor
+
+from kdata.errors import ConfigError, ShapeError
 
 # A logits buffer that stays in a CPU cache: at V = 8k, bf16, one thread, 8 MiB take 0.14 s for 4096 tokens
 # and 64 MiB 0.27 s. Large vocabularies need enough positions for the matrix products to run at full speed, and each
@@ -135,7 +135,7 @@ def measure(
     """Objectives and the `top` likeliest tokens at each position, for evaluation: same core, no gradient.
 
     Args:
-        names: objectives; see `trainer.objectives.tail_of` for what draws make of them.
+        names: objectives; see `kdata.trainer.objectives.tail_of` for what draws make of them.
         top: how many of the likeliest tokens.
         Others: see `distillation_loss`; temperature 1.
     """

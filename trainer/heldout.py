@@ -11,16 +11,16 @@ from itertools import islice
 
 import numpy as np
 import torch
+from kdata.trainer.distributed import Ranks
+from kdata.trainer.domain_weights import DDKMixture
+from kdata.trainer.loader import Batch, Loader
+from kdata.trainer.objectives import ObjectiveConfig
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 import kdata
 from kdata.errors import ConfigError
 from kdata.loader.batches import LoaderConfig
-from trainer.distributed import Ranks
-from trainer.domain_weights import DDKMixture
-from trainer.loader import Batch, Loader
-from trainer.objectives import ObjectiveConfig
 
 MEASURED = ObjectiveConfig(weights={"cross_entropy": 1.0})
 
@@ -90,7 +90,7 @@ def student_losses(
     """The student's cross-entropy on each domain, nats per counted token. Every rank calls it and gets the same.
 
     Args:
-        learner: see `trainer.learner.Learner`, wrapped or not; its weights stay as they are.
+        learner: see `kdata.trainer.learner.Learner`, wrapped or not; its weights stay as they are.
         batch_rows: rows of `context_tokens` cells of one forward pass of one rank.
     """
     loader = Loader(heldout.dataset, heldout.rows, LoaderConfig(context_tokens=context_tokens, batch_rows=batch_rows))

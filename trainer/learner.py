@@ -11,13 +11,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from kdata.trainer.fused import distillation_loss
+from kdata.trainer.loader import Batch
+from kdata.trainer.objectives import ObjectiveConfig, Tail
+from kdata.trainer.student import head_of, hidden_states
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from trainer.fused import distillation_loss
-from trainer.loader import Batch
-from trainer.objectives import ObjectiveConfig, Tail
-from trainer.student import head_of, hidden_states
 
 Precision = Literal["fp32", "bf16"]
 
@@ -35,7 +34,7 @@ class Learner(nn.Module):
     """A student that is called with a batch and answers with its loss.
 
     Args:
-        student: any model that `trainer.student` accepts.
+        student: any model that `kdata.trainer.student` accepts.
         precision: bf16 computes matrix products in bfloat16; weights and sums stay float32.
     """
 
@@ -58,7 +57,7 @@ class Learner(nn.Module):
             objective: the mix of this step.
             counted_tokens: of the whole step, all micro-batches and ranks: what sums are divided by.
         Returns:
-            Scalar loss, differentiable; and float [M, O], detached, see `trainer.fused.Loss`.
+            Scalar loss, differentiable; and float [M, O], detached, see `kdata.trainer.fused.Loss`.
         """
         device = head_of(self.student).device
         half = self.precision == "bf16"

@@ -21,12 +21,12 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from kdata.trainer.loader import Batch, Loader
 
 from kdata.errors import DataError, MismatchError
 from kdata.loader.batches import LoaderConfig
 from kdata.loader.packing import Place, Shape, blocks_of, windows
 from kdata.store.dataset import Dataset
-from trainer.loader import Batch, Loader
 
 
 @dataclass
@@ -62,7 +62,7 @@ class MixedLoader:
     """A resumable stream of batches, period after period; `begin` one before iterating.
 
     Args:
-        dataset, rows, config, rank, world_size, temperature: see `trainer.loader.Loader`.
+        dataset, rows, config, rank, world_size, temperature: see `kdata.trainer.loader.Loader`.
     Raises:
         DataError: nothing to read, or a document is longer than the context.
         ConfigError: the ranks cannot share a batch evenly.

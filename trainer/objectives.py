@@ -2,7 +2,7 @@
 
 A position has J = K + 1 outcomes: the K kept entries and one bucket for everything else. An objective is a
 function of the teacher's and the student's log-probabilities over those outcomes, and nothing else:
-`trainer.fused` computes the student's side without ever holding [positions, vocabulary], differentiates the
+`kdata.trainer.fused` computes the student's side without ever holding [positions, vocabulary], differentiates the
 formula by autograd on [C, J], and carries the result back to hidden states and head. To add an objective: one
 function, one line in `OBJECTIVES`, one oracle test.
 
@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from kdata.trainer.schedule import Ramp
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdata.errors import ConfigError, ShapeError
-from trainer.schedule import Ramp
 
 Tail = Literal["ghost", "draws", "renormalise"]
 

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from kdata.trainer.config import Stage, TrainConfig
+from kdata.trainer.distributed import Ranks
+from kdata.trainer.domain_weights import DDKMixture, Mixture, make_mixture
+from kdata.trainer.heldout import Heldout, keep_aside, open_heldout, student_losses
+from kdata.trainer.loader import Loader
+from kdata.trainer.mixed_loader import MixedLoader
+from kdata.trainer.objectives import Tail, resolve_tail
 from torch import nn
 
 import kdata
 from kdata.errors import ConfigError, DataError, MismatchError
 from kdata.loader.batches import LoaderConfig
 from kdata.selection.plan import Plan
-from trainer.config import Stage, TrainConfig
-from trainer.distributed import Ranks
-from trainer.domain_weights import DDKMixture, Mixture, make_mixture
-from trainer.heldout import Heldout, keep_aside, open_heldout, student_losses
-from trainer.loader import Loader
-from trainer.mixed_loader import MixedLoader
-from trainer.objectives import Tail, resolve_tail
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def open_stages(
     """Every stage of a run.
 
     Raises:
-        ConfigError, MismatchError, DataError: see `trainer.train.train`.
+        ConfigError, MismatchError, DataError: see `kdata.trainer.train.train`.
     """
     opened = [_open(config, stage, dataset_path, plan_path, ranks) for stage in config.resolved_stages()]
     first = opened[0].dataset

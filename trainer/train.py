@@ -7,10 +7,10 @@ losses on a CPU; a non-finite loss stops the run before the weights are touched.
     OUT/model/          the student in Hugging Face format, with the tokenizer
     OUT/train.json      TrainResult
     OUT/metrics.jsonl   one line per logged step
-    OUT/checkpoints/    see trainer.checkpoint
+    OUT/checkpoints/    see kdata.trainer.checkpoint
 
-Where the rest is: what a run is told (trainer.config), its data (trainer.stages), student and loss as one module
-(trainer.learner), several ranks (trainer.distributed).
+Where the rest is: what a run is told (kdata.trainer.config), its data (kdata.trainer.stages), student and loss as one module
+(kdata.trainer.learner), several ranks (kdata.trainer.distributed).
 
 Shapes: M counted positions, O objectives.
 """
@@ -27,6 +27,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from kdata.trainer.checkpoint import load_checkpoint, save_checkpoint
+from kdata.trainer.config import RUNTIME, SHARED, StageConfig, TrainConfig, TrainResult
+from kdata.trainer.distributed import Ranks, accumulating, join, spread, whole
+from kdata.trainer.learner import Learner, resolve_precision
+from kdata.trainer.loader import Batch
+from kdata.trainer.metrics import Metrics, check_installed
+from kdata.trainer.objectives import ObjectiveConfig
+from kdata.trainer.schedule import learning_rate
+from kdata.trainer.stages import OpenStage, open_stages
+from kdata.trainer.student import ScratchStudent, build_student, check_positions, num_parameters
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -35,16 +45,6 @@ import kdata
 from kdata.errors import ConfigError, TrainingError
 from kdata.format.files import storage_errors
 from kdata.observe.progress import Stage as Progress
-from trainer.checkpoint import load_checkpoint, save_checkpoint
-from trainer.config import RUNTIME, SHARED, StageConfig, TrainConfig, TrainResult
-from trainer.distributed import Ranks, accumulating, join, spread, whole
-from trainer.learner import Learner, resolve_precision
-from trainer.loader import Batch
-from trainer.metrics import Metrics, check_installed
-from trainer.objectives import ObjectiveConfig
-from trainer.schedule import learning_rate
-from trainer.stages import OpenStage, open_stages
-from trainer.student import ScratchStudent, build_student, check_positions, num_parameters
 
 __all__ = ["StageConfig", "TrainConfig", "TrainResult", "learning_rate", "train"]
 

@@ -82,7 +82,7 @@ def _teacher(values: dict[str, Any], model: str, backend: str) -> Any:
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Folder that `kdata run` wrote.")]) -> None:
     """Write RUN/report.html: what was made, and how good it is."""
-    from pipelines.report.report import write_report
+    from kdata.pipelines.report.report import write_report
 
     out.print(f"report: {write_report(run)}")
 

@@ -1,4 +1,4 @@
-"""Commands on whole datasets: import, export, repair, merge, split, head, combine, audit. Registered on `app`."""
+"""Commands on whole datasets: import, export, repair, merge, split, head, combine, audit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from kdata.pipelines.cli.app import DatasetArgument, Resume, ResumeOption, SetOption, _local, _with_settings, app, out
 
 import kdata
 from kdata.config import parse_config
 from kdata.errors import ConfigError, CorruptError
-from pipelines.cli.app import DatasetArgument, Resume, ResumeOption, SetOption, _local, _with_settings, app, out
 
 
 def _say(lines: list[str]) -> None:

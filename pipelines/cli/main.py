@@ -9,21 +9,21 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
+import kdata.pipelines.cli.datasets
+import kdata.pipelines.cli.plans  # registers score, select, plan
+import kdata.pipelines.cli.teachers  # noqa: F401  registers generate, capture, reread
 import typer
 import yaml
+from kdata.pipelines.cli.app import Resume, ResumeOption, SetOption, _with_settings, app, out
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import pipelines.cli.datasets
-import pipelines.cli.plans  # registers score, select, plan
-import pipelines.cli.teachers  # noqa: F401  registers generate, capture, reread
 from kdata.config import parse_config, read_yaml
 from kdata.errors import KdataError, MissingError
 from kdata.format.files import write_atomically
 from kdata.observe.text import number
-from pipelines.cli.app import Resume, ResumeOption, SetOption, _with_settings, app, out
 
 
 @app.command()
@@ -37,7 +37,7 @@ def run(
     resume: ResumeOption = Resume.auto,
 ) -> None:
     """Go the whole way: generate, capture, score, select, train, evaluate, report."""
-    from pipelines.recipe import load_recipe
+    from kdata.pipelines.recipe import load_recipe
 
     resolved = load_recipe(recipe, set or [])
     folder = out_dir or Path("runs") / resolved.name
@@ -45,7 +45,7 @@ def run(
         out.print(f"# would run into {folder}", highlight=False)
         print(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), end="")
         return
-    from pipelines.runner import execute
+    from kdata.pipelines.runner import execute
 
     report = execute(resolved, folder, resume=resume.value)
     results = json.loads((folder / "results.json").read_text())
@@ -118,8 +118,8 @@ def train(
     set: SetOption = None,
 ) -> None:
     """Train a student from a dataset and a plan; the teacher is not needed."""
-    from trainer.config import TrainConfig
-    from trainer.train import train as work
+    from kdata.trainer.config import TrainConfig
+    from kdata.trainer.train import train as work
 
     given = {} if file is None else read_yaml(file)
     values = _with_settings(given if steps is None else {**given, "steps": steps}, set)
@@ -138,8 +138,8 @@ def evaluate(
     set: SetOption = None,
 ) -> None:
     """Measure a student against a held-out logit dataset."""
-    from trainer.evaluate import EvaluateConfig
-    from trainer.evaluate import evaluate as work
+    from kdata.trainer.evaluate import EvaluateConfig
+    from kdata.trainer.evaluate import evaluate as work
 
     if save is not None and not save.parent.is_dir():
         raise MissingError(f"--save {save}: there is no folder {save.parent}; make it first")

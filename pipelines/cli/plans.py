@@ -1,4 +1,4 @@
-"""Commands that choose: score, select, plan show, plan compare. Registered on `pipelines.cli.app.app`."""
+"""Commands that choose: score, select, plan show, plan compare."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from kdata.pipelines.cli.app import BackendOption, DatasetArgument, SetOption, _with_settings, app, out
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +14,6 @@ from rich.text import Text
 import kdata
 from kdata.config import parse_config
 from kdata.errors import ConfigError
-from pipelines.cli.app import BackendOption, DatasetArgument, SetOption, _with_settings, app, out
 
 if TYPE_CHECKING:
     from kdata.selection.show import Shown

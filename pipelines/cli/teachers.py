@@ -1,4 +1,4 @@
-"""The commands that put a teacher to work, here or on a cluster: generate, capture, reread. On `pipelines.cli.app.app`."""
+"""Commands that put a teacher to work, here or on a cluster: generate, capture, reread."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from kdata.config import parse_config, read_yaml
-from kdata.corpus.corpus import Corpus
-from kdata.errors import ConfigError, nearest
-from kdata.jobs.job import run_job
-from kdata.store.url import is_url
-from pipelines.cli.app import (
+from kdata.pipelines.cli.app import (
     BackendOption,
     DatasetArgument,
     Resume,
@@ -25,8 +19,14 @@ from pipelines.cli.app import (
     _with_settings,
     app,
 )
-from pipelines.engine import LocalConfig, open_engine
-from pipelines.ray.workers import RayConfig
+from kdata.pipelines.engine import LocalConfig, open_engine
+from kdata.pipelines.ray.workers import RayConfig
+
+from kdata.config import parse_config, read_yaml
+from kdata.corpus.corpus import Corpus
+from kdata.errors import ConfigError, nearest
+from kdata.jobs.job import run_job
+from kdata.store.url import is_url
 
 KindOption = Annotated[str, typer.Option(help="What is kept: hybrid, topk, adaptive or sampled.")]
 KOption = Annotated[int, typer.Option(help="Exact entries at every position (adaptive: at most so many).")]

@@ -1,7 +1,7 @@
 """Evidence: students trained on equal terms, several seeds of each, so that a recommendation has a number behind it.
 
-    python -m pipelines.evidence run QUESTION --out DIR       # train what is not trained yet, one or several processes
-    python -m pipelines.evidence report QUESTION --out DIR    # results.json, table.md, evidence.png
+    python -m kdata.pipelines.evidence run QUESTION --out DIR       # train what is not trained yet, one or several processes
+    python -m kdata.pipelines.evidence report QUESTION --out DIR    # results.json, table.md, evidence.png
 
 Questions: `offline` (what to keep of the teacher, which objective), `selection` (difference sampling against random and
 everything), `mixture` (DDK against fixed domain weights).

@@ -1,4 +1,4 @@
-"""The command line: `python -m pipelines.evidence run QUESTION --out DIR`, then `report QUESTION --out DIR`."""
+"""The command line: `python -m kdata.pipelines.evidence run QUESTION --out DIR`, then `report QUESTION --out DIR`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
-
-from pipelines.builtin.builtin import BuiltinConfig, ensure_corpus, ensure_reference, ensure_teacher
-from pipelines.evidence import offline, selection
-from pipelines.evidence.data import DataConfig, EvidenceData
-from pipelines.evidence.runs import Figures, load_runs, run_all
-from trainer.student import CheckpointStudent, ScratchStudent
+from kdata.pipelines.builtin.builtin import BuiltinConfig, ensure_corpus, ensure_reference, ensure_teacher
+from kdata.pipelines.evidence import offline, selection
+from kdata.pipelines.evidence.data import DataConfig, EvidenceData
+from kdata.pipelines.evidence.runs import Figures, load_runs, run_all
+from kdata.trainer.student import CheckpointStudent, ScratchStudent
 
 SHARED = (
     Path(__file__).parents[3] / "shared"
@@ -109,7 +108,7 @@ def run(
 @app.command()
 def report(question: Which, out: Out) -> None:
     """Write results.json, table.md and evidence.png of the runs that are there."""
-    from pipelines.evidence import figures, selection_figures
+    from kdata.pipelines.evidence import figures, selection_figures
 
     if question is Question.offline:
         typer.echo(figures.write_report(out, load_runs(out / "runs", [s.name for s in offline.SETTINGS])))

@@ -10,12 +10,11 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from kdata.pipelines.evidence.offline import BASELINE, REFERENCE, SETTINGS
+from kdata.pipelines.evidence.runs import Figures
+from kdata.pipelines.evidence.summary import Estimate, relative_difference, summarise
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from pipelines.evidence.offline import BASELINE, REFERENCE, SETTINGS
-from pipelines.evidence.runs import Figures
-from pipelines.evidence.summary import Estimate, relative_difference, summarise
 
 Runs = Mapping[str, Mapping[int, Figures]]
 COLOURS = {

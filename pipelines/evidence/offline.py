@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kdata.pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_token
+from kdata.pipelines.evidence.online import OnlineLearner
+from kdata.pipelines.evidence.runs import Figures
+from kdata.pipelines.evidence.students import measure_student, train_student
+from kdata.trainer.config import TrainConfig
+from kdata.trainer.learner import Learner
+from kdata.trainer.objectives import ObjectiveConfig
+from kdata.trainer.student import CheckpointStudent, ScratchStudent, StudentConfig
 from pydantic import Field
 
 from kdata.config import Strict
 from kdata.errors import ConfigError
 from kdata.format.keep import KeepConfig
-from pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_token
-from pipelines.evidence.online import OnlineLearner
-from pipelines.evidence.runs import Figures
-from pipelines.evidence.students import measure_student, train_student
-from trainer.config import TrainConfig
-from trainer.learner import Learner
-from trainer.objectives import ObjectiveConfig
-from trainer.student import CheckpointStudent, ScratchStudent, StudentConfig
 
 Method = Literal["systematic", "independent"]
 REFERENCE = "online, full distribution"

@@ -18,6 +18,14 @@ from typing import Any, Literal
 
 import pyarrow.compute as pc
 from filelock import FileLock
+from kdata.pipelines.evidence.data import HELDOUT_KEEP, Part, split
+from kdata.pipelines.evidence.runs import Figures
+from kdata.trainer.config import TrainConfig
+from kdata.trainer.domain_weights import DDKMixture, FixedMixture, MixtureConfig
+from kdata.trainer.evaluate import evaluate
+from kdata.trainer.objectives import ObjectiveConfig
+from kdata.trainer.student import CheckpointStudent, ScratchStudent, StudentConfig
+from kdata.trainer.train import train
 from pydantic import Field
 
 import kdata
@@ -33,14 +41,6 @@ from kdata.selection.select import select
 from kdata.selection.step import Step
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
-from pipelines.evidence.data import HELDOUT_KEEP, Part, split
-from pipelines.evidence.runs import Figures
-from trainer.config import TrainConfig
-from trainer.domain_weights import DDKMixture, FixedMixture, MixtureConfig
-from trainer.evaluate import evaluate
-from trainer.objectives import ObjectiveConfig
-from trainer.student import CheckpointStudent, ScratchStudent, StudentConfig
-from trainer.train import train
 
 Question = Literal["selection", "mixture"]
 Tokens = Mapping[str, int]  # of each domain

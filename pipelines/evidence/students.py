@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from kdata.pipelines.evidence.runs import Figures
+from kdata.trainer.config import TrainConfig
+from kdata.trainer.evaluate import evaluate
+from kdata.trainer.learner import Learner, resolve_precision
+from kdata.trainer.loader import Loader
+from kdata.trainer.objectives import resolve_tail
+from kdata.trainer.schedule import learning_rate
+from kdata.trainer.student import build_student, num_parameters
 from transformers import PreTrainedModel
 
 import kdata
 from kdata.errors import TrainingError
 from kdata.loader.batches import LoaderConfig
-from pipelines.evidence.runs import Figures
-from trainer.config import TrainConfig
-from trainer.evaluate import evaluate
-from trainer.learner import Learner, resolve_precision
-from trainer.loader import Loader
-from trainer.objectives import resolve_tail
-from trainer.schedule import learning_rate
-from trainer.student import build_student, num_parameters
 
 LearnerOf = Callable[[PreTrainedModel], Learner]
 # One order of batches for every dataset of a corpus: the loader mixes this with the seed, not the dataset's fingerprint.
@@ -49,12 +49,12 @@ def train_student(
     """Train one student in this process, on one thread's worth of micro-batches.
 
     Args:
-        config: as for `trainer.train.train`; one stage, no mixture.
+        config: as for `kdata.trainer.train.train`; one stage, no mixture.
         learner_of: student and loss as one module; None: the trainer's own.
         order: what decides the order of documents beside the seed; None: the dataset, as in `trainer.train`.
     Raises:
         TrainingError: a loss that is not finite.
-        Others: see `trainer.train.train`.
+        Others: see `kdata.trainer.train.train`.
     """
     stage = config.resolved_stages()[0]
     tail = resolve_tail(config.objective, dataset.info.tail, kind=dataset.info.codec.kind)

@@ -21,14 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic
 
+from kdata.pipelines.ray.actor import ActorFacts, Assignment, Loader, load_both
+from kdata.pipelines.ray.workers import ActorLost, RayConfig, Worker, Workers
+
 from kdata.errors import ConfigError, TeacherError
 from kdata.format.records import Shard
 from kdata.jobs.job import Job, U
 from kdata.observe.energy import Devices
 from kdata.store.writer import Writer
 from kdata.teachers.config import TeacherConfig
-from pipelines.ray.actor import ActorFacts, Assignment, Loader, load_both
-from pipelines.ray.workers import ActorLost, RayConfig, Worker, Workers
 
 DURATIONS = 101  # of the last units, for the median
 SLOW_SEC = 10.0  # nothing is done twice that takes less

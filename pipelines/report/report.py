@@ -16,18 +16,7 @@ from typing import Any, Literal
 import jinja2
 import matplotlib
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from kdata.config import first_problem
-from kdata.errors import CorruptError, FormatError, MissingError
-from kdata.format.files import write_atomically
-from kdata.observe.journal import Took, total
-from kdata.observe.style import COLOURS, STYLE
-from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line
-from kdata.share.card import facts, flatten
-from kdata.store.dataset import Dataset
-from kdata.store.open import open_dataset
-from pipelines.report.plots import (
+from kdata.pipelines.report.plots import (
     BASELINE,
     Students,
     domains_of,
@@ -40,6 +29,17 @@ from pipelines.report.plots import (
     palette,
     plans_of,
 )
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kdata.config import first_problem
+from kdata.errors import CorruptError, FormatError, MissingError
+from kdata.format.files import write_atomically
+from kdata.observe.journal import Took, total
+from kdata.observe.style import COLOURS, STYLE
+from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line
+from kdata.share.card import facts, flatten
+from kdata.store.dataset import Dataset
+from kdata.store.open import open_dataset
 
 TIE = 0.0005  # nats: differences that the three decimals of the tables do not show
 Kind = Literal["better", "worse", "mixed", "equal", "missing"]
@@ -91,7 +91,7 @@ def write_report(run: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         plots = make_plots(run, students, dataset)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipelines.report", ""),
+        loader=jinja2.PackageLoader("kdata.pipelines.report", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

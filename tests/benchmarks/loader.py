@@ -241,7 +241,7 @@ def loaded(dataset: kdata.Dataset, fill: list[float], seed: int, **config: int) 
 
 def through_torch(dataset: kdata.Dataset, seed: int) -> Iterator[int]:
     """The same through the trainer's Loader."""
-    from trainer.loader import Loader
+    from kdata.trainer.loader import Loader
 
     for batch in Loader(dataset, None, LoaderConfig(context_tokens=CONTEXT, seed=seed)).epoch():
         yield batch.num_tokens

@@ -20,10 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from kdata.trainer.fused import distillation_loss
+from kdata.trainer.objectives import ObjectiveConfig, Targets
 from torch import Tensor
-
-from trainer.fused import distillation_loss
-from trainer.objectives import ObjectiveConfig, Targets
 
 
 def main() -> None:

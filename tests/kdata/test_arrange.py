@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kdata.pipelines.cli.main import app
 from typer.testing import CliRunner
 
 import kdata
@@ -17,7 +18,6 @@ from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, St
 from kdata.format.schema import content_hash
 from kdata.selection.plan import make_plan
 from kdata.share.arrange import folder_name, head, merge, split
-from pipelines.cli.main import app
 from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, write_jsonl
 
 

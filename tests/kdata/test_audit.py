@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kdata.pipelines.cli.main import app
 from typer.testing import CliRunner
 
 import kdata
@@ -25,7 +26,6 @@ from kdata.format.manifest import new_info
 from kdata.format.records import Record, Unit
 from kdata.format.schema import CodecInfo, SourceInfo, TokenizerInfo
 from kdata.store.writer import Writer
-from pipelines.cli.main import app
 from tests.fakes import StandInTeacher, run_capture
 
 V, D = 64, 6

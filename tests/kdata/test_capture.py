@@ -445,7 +445,7 @@ def test_the_dataset_carries_every_chat_template(
 
 
 def test_a_recipe_takes_the_settings_of_chats(tmp_path: Path) -> None:
-    from pipelines.recipe import load_recipe
+    from kdata.pipelines.recipe import load_recipe
 
     recipe = load_recipe(
         Path("quickstart"),

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from kdata.pipelines.cli.main import app
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -40,7 +41,6 @@ from kdata.share.card import write_card
 from kdata.store.writer import Writer
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.model import load_tokenizer
-from pipelines.cli.main import app
 from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, save_llama
 from tests.schemas.tables import FOLDER
 

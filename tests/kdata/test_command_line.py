@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from kdata.pipelines.cli.main import app
 from typer.testing import CliRunner
 
 from kdata.errors import DependencyError, KdataError
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer
-from pipelines.cli.main import app
 from tests.fakes import CHATML, rows_of_text, save_llama, save_tokenizer, write_jsonl
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
@@ -130,7 +130,7 @@ def test_a_mistake_is_one_kdata_error(
 def kdata(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command as a shell calls it."""
     return subprocess.run(
-        [sys.executable, "-c", "from pipelines.cli.main import main; main()", *arguments],
+        [sys.executable, "-c", "from kdata.pipelines.cli.main import main; main()", *arguments],
         capture_output=True, text=True, cwd=ROOT, timeout=120, env={**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
 

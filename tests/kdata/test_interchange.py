@@ -13,6 +13,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from kdata.pipelines.cli.main import app
 from typer.testing import CliRunner
 
 import kdata
@@ -23,7 +24,6 @@ from kdata.share.interchange.distillkit import Compression, decode_logprobs, unp
 from kdata.share.interchange.exporter import export_dataset
 from kdata.share.interchange.importer import ImportConfig, import_dataset
 from kdata.share.interchange.rows import ImportReport
-from pipelines.cli.main import app
 from tests.fakes import VOCAB, digests, run_capture, write_jsonl
 
 PEERS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "peers"
@@ -149,8 +149,8 @@ def test_one_bit_residuals_are_minus_and_plus_one() -> None:
 
 
 def test_what_distillkit_lacks_is_absent_and_training_on_it_must_be_asked_for(tmp_path: Path) -> None:
-    from trainer.evaluate import evaluate
-    from trainer.objectives import ObjectiveConfig, resolve_tail
+    from kdata.trainer.evaluate import evaluate
+    from kdata.trainer.objectives import ObjectiveConfig, resolve_tail
 
     logprobs = np.log(np.array([[0.5, 0.25], [0.7, 0.1], [0.6, 0.5]]))
     source = save_distillkit(tmp_path / "s", [logprobs], [np.array([[5, 6], [7, 299], [1, 0]])])
@@ -170,7 +170,7 @@ def test_what_distillkit_lacks_is_absent_and_training_on_it_must_be_asked_for(tm
 
 
 def test_an_imported_dataset_is_no_measure_of_a_student(tmp_path: Path, llama_dir: Path) -> None:
-    from trainer.evaluate import evaluate
+    from kdata.trainer.evaluate import evaluate
 
     source = save_distillkit(tmp_path / "s", [np.log([[0.5, 0.25]])], [np.array([[5, 6]])])
     imported(source, tmp_path / "d", "distillkit")

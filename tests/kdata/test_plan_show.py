@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from kdata.pipelines.cli.main import app
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
@@ -18,7 +19,6 @@ from kdata.selection.plan import make_plan, open_plan
 from kdata.selection.ranked import Difference, Random
 from kdata.selection.select import METHODS, select
 from kdata.selection.show import compare, draw, table_of
-from pipelines.cli.main import app
 from tests.kdata.plans import Row, dataset_of, score_with
 
 RUNNER = CliRunner(env={"COLUMNS": "120"})

@@ -11,6 +11,7 @@ from random import Random
 
 import pyarrow.parquet as pq
 import pytest
+from kdata.pipelines.cli.main import app
 from typer.testing import CliRunner
 
 import kdata
@@ -22,7 +23,6 @@ from kdata.selection.ranked import Difference
 from kdata.selection.select import select
 from kdata.store.open import open_index
 from kdata.store.url_index import SCHEME
-from pipelines.cli.main import app
 from tests.fakes import digests
 from tests.kdata.plans import Row, dataset_of, score_with
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kdata.pipelines.cli.main import app
 from typer.testing import CliRunner
 
 import kdata
@@ -20,7 +21,6 @@ from kdata.format.files import lock_of
 from kdata.format.manifest import read_manifest
 from kdata.selection.ranked import Difference
 from kdata.selection.select import select
-from pipelines.cli.main import app
 from tests.fakes import digests, run_capture, run_generate
 from tests.kdata.test_score_select import give_scores
 

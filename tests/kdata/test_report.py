@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from kdata.pipelines.report.report import best, grid, read_results, stages, verdict, write_report
 
 import kdata
 from kdata.errors import CorruptError, FormatError, MissingError
@@ -19,7 +20,6 @@ from kdata.format.records import Reject
 from kdata.observe.journal import read_journal
 from kdata.observe.progress import Phase, Stage
 from kdata.selection.plan import make_plan
-from pipelines.report.report import best, grid, read_results, stages, verdict, write_report
 from tests.kdata.test_card import HOSTILE, make_dataset
 
 DOMAINS = {"code": 2.1, "docstrings": 3.2, "prose": 4.3}
@@ -285,8 +285,8 @@ def test_a_run_of_an_older_version_knows_times_only(tmp_path: Path) -> None:
 
 def test_a_run_adds_its_attempts_up(tmp_path: Path) -> None:
     """The runner's last stage, after a capture that failed at first: both attempts are in results, page and card."""
-    from pipelines.recipe import load_recipe
-    from pipelines.runner import Run, run_report
+    from kdata.pipelines.recipe import load_recipe
+    from kdata.pipelines.runner import Run, run_report
 
     run = Run(load_recipe(Path("quickstart"), []), make_run(tmp_path / "run"), {})
     (run.out / "run.json").write_text("{}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from kdata.pipelines.cli.main import app
 from typer.testing import CliRunner
 
 import kdata
@@ -19,7 +20,6 @@ from kdata.selection.ranked import Difference
 from kdata.selection.score_file import bring
 from kdata.selection.select import select
 from kdata.selection.sidecar import load_score_info
-from pipelines.cli.main import app
 from tests.kdata.plans import Row, dataset_of, score_with
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})

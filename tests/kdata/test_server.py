@@ -571,7 +571,7 @@ def test_a_server_for_another_backend_is_refused() -> None:
 
 
 def test_the_settings_of_a_run_say_nothing_of_where_the_teacher_is_served() -> None:
-    from pipelines.recipe import load_recipe
+    from kdata.pipelines.recipe import load_recipe
 
     chosen = ["teacher.backend=vllm-server", "teacher.server.endpoints=[http://host:1]"]
     recipe = load_recipe(Path("quickstart"), chosen)

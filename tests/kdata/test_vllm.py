@@ -259,7 +259,7 @@ def start_capture(root: Path, llama: Path, corpus: Path) -> subprocess.Popen[byt
     arguments = ["capture", str(root), "--teacher", str(llama), "--corpus", str(corpus), "--k", "8",
                  "--set", "unit_tokens=300"]  # fmt: skip
     return subprocess.Popen(
-        [sys.executable, "-c", "from pipelines.cli.main import main; main()", *arguments],
+        [sys.executable, "-c", "from kdata.pipelines.cli.main import main; main()", *arguments],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 

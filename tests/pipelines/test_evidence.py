@@ -12,25 +12,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kdata.pipelines.evidence import figures, offline
+from kdata.pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_token, unit_hash
+from kdata.pipelines.evidence.offline import BASELINE, REFERENCE, SETTINGS, Offline, OfflineConfig, Setting
+from kdata.pipelines.evidence.online import OnlineLearner
+from kdata.pipelines.evidence.runs import load_runs, path_of, run_all
+from kdata.pipelines.evidence.students import train_student
+from kdata.pipelines.evidence.summary import T_975, estimate, relative_difference, summarise
+from kdata.trainer.config import TrainConfig
+from kdata.trainer.fused import distillation_loss
+from kdata.trainer.loader import Loader
+from kdata.trainer.objectives import ObjectiveConfig, Targets
+from kdata.trainer.student import CheckpointStudent, ScratchStudent, build_student, head_of, hidden_states
+from kdata.trainer.train import train
 from transformers import AutoModelForCausalLM
 
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
 from kdata.format.keep import KeepConfig
 from kdata.loader.batches import LoaderConfig
-from pipelines.evidence import figures, offline
-from pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_token, unit_hash
-from pipelines.evidence.offline import BASELINE, REFERENCE, SETTINGS, Offline, OfflineConfig, Setting
-from pipelines.evidence.online import OnlineLearner
-from pipelines.evidence.runs import load_runs, path_of, run_all
-from pipelines.evidence.students import train_student
-from pipelines.evidence.summary import T_975, estimate, relative_difference, summarise
 from tests.fakes import rows_of_text
-from trainer.config import TrainConfig
-from trainer.fused import distillation_loss
-from trainer.loader import Loader
-from trainer.objectives import ObjectiveConfig, Targets
-from trainer.student import CheckpointStudent, ScratchStudent, build_student, head_of, hidden_states
-from trainer.train import train
 
 # ------------------------------------------------------------------------------------------------ means and intervals
 

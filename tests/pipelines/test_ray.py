@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kdata.pipelines.ray import engine as ray_engine
+from kdata.pipelines.ray.engine import RayEngine
+from kdata.pipelines.ray.workers import RayConfig
 
 import kdata
 from kdata.check.verify import verify
@@ -32,9 +35,6 @@ from kdata.jobs.reading import CaptureConfig, CaptureJob
 from kdata.jobs.writing import GenerateConfig, GenerateJob
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.model import load_tokenizer
-from pipelines.ray import engine as ray_engine
-from pipelines.ray.engine import RayEngine
-from pipelines.ray.workers import RayConfig
 from tests.bucket import Bucket
 from tests.fakes import StandInTeacher, digests, rows_of_text, write_jsonl
 
@@ -418,16 +418,17 @@ def test_the_command_and_a_recipe_make_the_bytes_of_the_local_engine(
     tmp_path: Path, two: Any, corpus: Path, llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a real (tiny) model. The command's process holds no torch; the recipe's would, once it trains."""
+    from kdata.pipelines.recipe import load_recipe
+    from kdata.pipelines.runner import Run, run_capture
+
     from kdata.teachers.load import load_teacher
-    from pipelines.recipe import load_recipe
-    from pipelines.runner import Run, run_capture
 
     monkeypatch.setenv("RAY_ADDRESS", two.address)
     who = TeacherConfig(model=str(llama_dir), backend="transformers")
     local = LocalEngine(load_teacher(who, max_k=4), load_tokenizer(llama_dir))
     run_job(tmp_path / "local", reading(corpus, kind="hybrid", k=4, draws=4, unit_tokens=100), local)
     code = (
-        "import sys\nfrom pipelines.cli.main import main\ntry: main()\n"
+        "import sys\nfrom kdata.pipelines.cli.main import main\ntry: main()\n"
         "finally: print('LOADED', *{name.split('.')[0] for name in sys.modules})"
     )
     command = ["capture", tmp_path / "command", "--teacher", llama_dir, "--backend", "transformers", "--corpus", corpus,
@@ -481,9 +482,8 @@ def test_settings_that_cannot_be_are_refused(values: dict[str, Any], message: st
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(corpus: Path, arguments: list[str], message: str) -> None:
+    from kdata.pipelines.cli.main import app
     from typer.testing import CliRunner
-
-    from pipelines.cli.main import app
 
     command = ["capture", "nowhere", "--teacher", "x", "--corpus", str(corpus), *arguments]
     with pytest.raises(ConfigError, match=message):
@@ -491,7 +491,7 @@ def test_a_mistake_on_the_command_line_is_named(corpus: Path, arguments: list[st
 
 
 def test_a_mistake_in_a_recipe_s_engine_names_the_nearest_key(tmp_path: Path) -> None:
-    from pipelines.recipe import load_recipe
+    from kdata.pipelines.recipe import load_recipe
 
     with pytest.raises(ConfigError, match=r"unknown key 'engine\.max_teacher' \(did you mean 'max_teachers'\?\)"):
         load_recipe(Path("quickstart"), ["engine.kind=ray", "engine.max_teacher=4"])
@@ -534,8 +534,7 @@ def test_a_folder_that_actors_do_not_see_is_refused(tmp_path: Path) -> None:
 def noted(config: TeacherConfig, max_k: int, *, folder: Path) -> tuple[Any, Any]:
     """The engine's own loader, with a note of the process."""
     import ray
-
-    from pipelines.ray.actor import load_both
+    from kdata.pipelines.ray.actor import load_both
 
     (folder / "pids").mkdir(parents=True, exist_ok=True)
     (folder / "pids" / str(os.getpid())).write_text(ray.get_runtime_context().get_node_id())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pyarrow as pa
+from kdata.pipelines.recipe import Recipe
 from pydantic import BaseModel
 
 from kdata.format.schema import (
@@ -27,7 +28,6 @@ from kdata.format.schema import (
 )
 from kdata.selection.plan import PLAN_SCHEMA, DomainTaken, PlanInfo
 from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo
-from pipelines.recipe import Recipe
 
 FOLDER = Path(__file__).resolve().parents[2] / "schemas"
 README = FOLDER / "README.md"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from kdata.trainer.objectives import Targets
 from torch import Tensor
-
-from trainer.objectives import Targets
 
 
 @dataclass

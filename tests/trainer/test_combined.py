@@ -8,6 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kdata.trainer.config import TrainConfig
+from kdata.trainer.evaluate import _first_choice, evaluate
+from kdata.trainer.fused import distillation_loss
+from kdata.trainer.loader import Batch, Loader
+from kdata.trainer.objectives import ObjectiveConfig, resolve_tail
+from kdata.trainer.student import ScratchStudent, build_student
+from kdata.trainer.train import train
 
 import kdata
 from kdata.errors import ConfigError
@@ -18,13 +25,6 @@ from kdata.loader.batches import LoaderConfig
 from kdata.teachers.model import load_tokenizer
 from tests.fakes import VOCAB, StandInTeacher, run_capture
 from tests.trainer.oracle import Problem, kl, oracle_values
-from trainer.config import TrainConfig
-from trainer.evaluate import _first_choice, evaluate
-from trainer.fused import distillation_loss
-from trainer.loader import Batch, Loader
-from trainer.objectives import ObjectiveConfig, resolve_tail
-from trainer.student import ScratchStudent, build_student
-from trainer.train import train
 
 SHARES = (0.3, 0.7)
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from kdata.trainer.config import TrainConfig, TrainResult
+from kdata.trainer.train import train
 from safetensors.torch import load_file
 
 import kdata
 from kdata.errors import ConfigError
 from tests.trainer import rank
 from tests.trainer.datasets import make_dataset
-from trainer.config import TrainConfig, TrainResult
-from trainer.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -171,7 +171,7 @@ def test_every_rank_stops_where_one_meets_a_loss_that_is_not_finite(folder: Path
 
 def test_the_command_trains_under_torchrun(dataset: kdata.Dataset, folder: Path, tmp_path: Path) -> None:
     settings = [f"{key}={json.dumps(value)}" for key, value in BASE.items() if key != "steps"]
-    command = [sys.executable, "-c", "from pipelines.cli.main import main; main()", "train", str(dataset.path)]
+    command = [sys.executable, "-c", "from kdata.pipelines.cli.main import main; main()", "train", str(dataset.path)]
     done = launch(
         ["--no-python", *command, "--out", str(tmp_path), "--steps", "4", *(a for s in settings for a in ("--set", s))]
     )
@@ -183,7 +183,7 @@ def test_the_command_trains_under_torchrun(dataset: kdata.Dataset, folder: Path,
 def test_a_batch_that_ranks_cannot_share_is_refused(
     dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer.stages import micro_rows
+    from kdata.trainer.stages import micro_rows
 
     with pytest.raises(ConfigError, match=r"micro_batch_tokens=128 times 3 ranks.*each must be a multiple of the next"):
         micro_rows(TrainConfig(**{**BASE, "micro_batch_tokens": 128}), 3)

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from kdata.pipelines.cli.main import app
+from kdata.trainer.config import TrainConfig
+from kdata.trainer.evaluate import EvaluateConfig, _first_choice, evaluate
+from kdata.trainer.loader import Batch
+from kdata.trainer.objectives import Targets
+from kdata.trainer.student import ScratchStudent, build_student
+from kdata.trainer.train import train
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import kdata
 from kdata.errors import CorruptError, DataError, MismatchError, MissingError
-from pipelines.cli.main import app
 from tests.trainer.datasets import VOCAB, make_dataset
-from trainer.config import TrainConfig
-from trainer.evaluate import EvaluateConfig, _first_choice, evaluate
-from trainer.loader import Batch
-from trainer.objectives import Targets
-from trainer.student import ScratchStudent, build_student
-from trainer.train import train
 
 LENGTHS = [5 + (i * 11) % 30 for i in range(30)]
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kdata.trainer.loader import Batch, IterableBatches, Loader
 from torch.utils.data import DataLoader
 
 import kdata
@@ -29,7 +30,6 @@ from kdata.loader.window import Window
 from kdata.store.shard import ROWS_PER_BATCH, TOKENS_PER_BATCH, rows_per_batch
 from tests.benchmarks.loader import build_dataset
 from tests.trainer.datasets import make_dataset
-from trainer.loader import Batch, IterableBatches, Loader
 
 LENGTHS = [int(n) for n in np.random.default_rng(1).integers(1, 33, 90)]
 

@@ -7,17 +7,17 @@ import sys
 import types
 from pathlib import Path
 
+import kdata.trainer.train as module
 import pytest
+from kdata.trainer.config import TrainConfig, TrainResult
+from kdata.trainer.domain_weights import FixedMixture
+from kdata.trainer.metrics import Metrics, check_installed, forget_after
+from kdata.trainer.student import ScratchStudent
+from kdata.trainer.train import train
 
 import kdata
-import trainer.train as module
 from kdata.errors import DependencyError
 from tests.trainer.datasets import make_dataset
-from trainer.config import TrainConfig, TrainResult
-from trainer.domain_weights import FixedMixture
-from trainer.metrics import Metrics, check_installed, forget_after
-from trainer.student import ScratchStudent
-from trainer.train import train
 
 LINE = {"step": 3, "stage": "task", "loss": 2.5, "tokens": 7, "mixture": {"weights": {"code": 0.25}}}
 NUMBERS = {"loss": 2.5, "tokens": 7, "mixture/weights/code": 0.25}
@@ -114,7 +114,7 @@ def test_trackio_writes_its_local_database(tmp_path: Path, monkeypatch: pytest.M
     import subprocess
 
     code = (
-        "import sys; from pathlib import Path; from trainer.metrics import Metrics\n"
+        "import sys; from pathlib import Path; from kdata.trainer.metrics import Metrics\n"
         "with Metrics(Path(sys.argv[1]), ['trackio'], label='run', settings={'steps': 4}) as run:\n"
         "    run.write({'step': 3, 'loss': 2.5, 'mixture': {'weights': {'code': 0.25}}})\n"
         "from trackio.sqlite_storage import SQLiteStorage\n"

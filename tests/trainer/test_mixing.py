@@ -12,21 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kdata.trainer.config import StageConfig, TrainConfig
+from kdata.trainer.distributed import Ranks
+from kdata.trainer.domain_weights import DDK, DDKMixture, Fixed, FixedMixture
+from kdata.trainer.heldout import keep_aside, open_heldout, student_losses
+from kdata.trainer.learner import Learner
+from kdata.trainer.loader import Batch
+from kdata.trainer.mixed_loader import MixedLoader
+from kdata.trainer.student import ScratchStudent, build_student, head_of, hidden_states
+from kdata.trainer.train import train
 
 import kdata
 from kdata.errors import ConfigError, DataError, MismatchError, TrainingError
 from kdata.loader.batches import LoaderConfig
 from kdata.selection.plan import make_plan
 from tests.trainer.datasets import make_dataset
-from trainer.config import StageConfig, TrainConfig
-from trainer.distributed import Ranks
-from trainer.domain_weights import DDK, DDKMixture, Fixed, FixedMixture
-from trainer.heldout import keep_aside, open_heldout, student_losses
-from trainer.learner import Learner
-from trainer.loader import Batch
-from trainer.mixed_loader import MixedLoader
-from trainer.student import ScratchStudent, build_student, head_of, hidden_states
-from trainer.train import train
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(120)]
 TINY = ScratchStudent(hidden_size=16, num_layers=1, num_heads=2, max_positions=64)
@@ -296,7 +296,7 @@ def test_a_mixed_run_resumes_bit_equal_at_any_step(
     dataset: kdata.Dataset, mixed_run: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped inside a period, at its end, and after its first step; the last checkpoint is that of the step before."""
-    import trainer.train as module
+    import kdata.trainer.train as module
 
     real = module._gradients
 

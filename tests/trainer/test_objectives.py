@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
+from kdata.trainer.fused import Loss, _exact_only, _Student, distillation_loss, measure
+from kdata.trainer.objectives import OBJECTIVES, ObjectiveConfig, Targets, resolve_tail
+from kdata.trainer.schedule import Ramp
 
 from kdata.errors import ConfigError, ShapeError
 from tests.trainer.oracle import Problem, kl, make_problem, oracle_values
-from trainer.fused import Loss, _exact_only, _Student, distillation_loss, measure
-from trainer.objectives import OBJECTIVES, ObjectiveConfig, Targets, resolve_tail
-from trainer.schedule import Ramp
 
 BUCKETLESS = [n for n in OBJECTIVES if n != "reverse_kl"]
 CASES = [(n, t) for t in ("ghost", "draws") for n in OBJECTIVES] + [(n, "renormalise") for n in BUCKETLESS]

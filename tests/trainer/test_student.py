@@ -6,17 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Cohere2Config, Cohere2ForCausalLM, MambaConfig, MambaForCausalLM
-
-import kdata
-from kdata.errors import ConfigError, MismatchError, MissingError
-from kdata.loader.batches import LoaderConfig
-from kdata.teachers.model import load_tokenizer, tokenizer_info
-from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
-from trainer.fused import distillation_loss
-from trainer.loader import Loader
-from trainer.objectives import ObjectiveConfig
-from trainer.student import (
+from kdata.trainer.fused import distillation_loss
+from kdata.trainer.loader import Loader
+from kdata.trainer.objectives import ObjectiveConfig
+from kdata.trainer.student import (
     CheckpointStudent,
     ScratchStudent,
     build_student,
@@ -27,6 +20,13 @@ from trainer.student import (
     probe_isolation,
     tokenizer_hash,
 )
+from transformers import Cohere2Config, Cohere2ForCausalLM, MambaConfig, MambaForCausalLM
+
+import kdata
+from kdata.errors import ConfigError, MismatchError, MissingError
+from kdata.loader.batches import LoaderConfig
+from kdata.teachers.model import load_tokenizer, tokenizer_info
+from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
 
 TINY = ScratchStudent(hidden_size=16, num_layers=2, num_heads=2, max_positions=64)
 

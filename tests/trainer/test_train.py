@@ -13,27 +13,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kdata.trainer.train as module
 import numpy as np
 import pytest
 import torch
+from kdata.trainer.config import StageConfig, TrainConfig, TrainResult
+from kdata.trainer.domain_weights import DDKMixture, FixedMixture
+from kdata.trainer.evaluate import EvaluateConfig
+from kdata.trainer.objectives import ObjectiveConfig
+from kdata.trainer.schedule import Ramp, learning_rate
+from kdata.trainer.student import CheckpointStudent, ScratchStudent, build_student, num_parameters
+from kdata.trainer.train import train
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import kdata
-import trainer.train as module
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, StorageError, TrainingError
 from kdata.loader.batches import Arrays, Batches
 from kdata.selection.plan import make_plan
 from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
-from trainer.config import StageConfig, TrainConfig, TrainResult
-from trainer.domain_weights import DDKMixture, FixedMixture
-from trainer.evaluate import EvaluateConfig
-from trainer.objectives import ObjectiveConfig
-from trainer.schedule import Ramp, learning_rate
-from trainer.student import CheckpointStudent, ScratchStudent, build_student, num_parameters
-from trainer.train import train
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(120)]
 
@@ -90,7 +90,7 @@ def test_a_run_killed_and_resumed_gives_bit_equal_losses(dataset: kdata.Dataset,
     """SIGKILL in the middle of step 14; step 10 is the newest checkpoint."""
     out = tmp_path / "run"
     script = (
-        "import os, signal, sys, trainer.train as t\n"
+        "import os, signal, sys, kdata.trainer.train as t\n"
         "real = t._gradients\n"
         "def dying(*args):\n"
         "    if args[-1] == 14: os.kill(os.getpid(), signal.SIGKILL)\n"
