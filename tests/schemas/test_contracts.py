@@ -25,7 +25,7 @@ from kdata.format.schema import index_schema, known_codecs, payload_schema, reje
 from kdata.selection.ranked import Difference
 from kdata.selection.select import select
 from tests.fakes import run_capture
-from tests.kdata.test_score_select import give_scores
+from tests.kdata.selection.test_score_select import give_scores
 from tests.schemas.tables import (
     FOLDER,
     JSON_FILES,

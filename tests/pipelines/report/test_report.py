@@ -20,7 +20,7 @@ from kdata.format.records import Reject
 from kdata.observe.journal import read_journal
 from kdata.observe.progress import Phase, Stage
 from kdata.selection.plan import make_plan
-from tests.kdata.test_card import HOSTILE, make_dataset
+from tests.kdata.share.test_card import HOSTILE, make_dataset
 
 DOMAINS = {"code": 2.1, "docstrings": 3.2, "prose": 4.3}
 

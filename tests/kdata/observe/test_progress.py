@@ -30,7 +30,7 @@ from kdata.observe.journal import Line, alive, append, last_lines, read_journal,
 from kdata.observe.progress import Figures, Phase, Stage
 from kdata.observe.text import duration, energy_text, hours_text
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CPU = Devices(kind="cpu", count=2, name="CPU core")
 
 
@@ -122,7 +122,7 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from kdata.observe import progress
-from tests.kdata.test_progress import shard
+from tests.kdata.observe.test_progress import shard
 progress.TICK_SEC = progress.BEAT_SEC = 0.05
 with progress.Stage("capture: reading", 40, "documents", Path(sys.argv[1])) as stage:
     for _ in range(8):

@@ -24,7 +24,7 @@ from kdata.selection.select import select
 from kdata.store.open import open_index
 from kdata.store.url_index import SCHEME
 from tests.fakes import digests
-from tests.kdata.plans import Row, dataset_of, score_with
+from tests.kdata.selection.plans import Row, dataset_of, score_with
 
 
 class Files:

@@ -26,7 +26,7 @@ from kdata.share.interchange.importer import ImportConfig, import_dataset
 from kdata.share.interchange.rows import ImportReport
 from tests.fakes import VOCAB, digests, run_capture, write_jsonl
 
-PEERS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "peers"
+PEERS = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "peers"
 needs_peers = pytest.mark.skipif(not PEERS.is_dir(), reason="the peers' files are not here")
 
 

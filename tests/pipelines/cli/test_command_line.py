@@ -19,7 +19,7 @@ from kdata.teachers.model import load_tokenizer
 from tests.fakes import CHATML, rows_of_text, save_llama, save_tokenizer, write_jsonl
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def call(*arguments: object) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fakes import rows_of_text, run_capture, run_generate, write_jsonl
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def make(folder: str, corpus: str, tokenizer: str) -> None:
@@ -26,7 +26,7 @@ def test_the_first_process_writes_the_bytes_of_the_next(tmp_path: Path, tokenize
     from tests.fakes import digests
 
     corpus = write_jsonl(tmp_path / "c.jsonl", rows_of_text(12))
-    code = "import sys; from tests.kdata.test_compiled import make; make(*sys.argv[1:])"
+    code = "import sys; from tests.kdata.format.test_compiled import make; make(*sys.argv[1:])"
     cache = tmp_path / "cache"
     for name in ("compiled", "loaded"):
         subprocess.run(

@@ -402,7 +402,7 @@ def test_without_the_library_the_extra_is_named(saved: Path, monkeypatch: pytest
 def test_names_on_the_hub_are_told_from_paths(
     path: str, name: tuple[str, str | None] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    monkeypatch.chdir(Path(__file__).resolve().parents[3])
     assert library.hub_name(path) == name
 
 

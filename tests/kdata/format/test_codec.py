@@ -14,7 +14,7 @@ from kdata.format.kept import Kept, log_tail, segment_sum
 from kdata.format.schema import CodecInfo, known_codecs, payload_schema
 
 VOCAB, DRAWS = 300, 16
-# verbatim keeps what another tool returned, whatever it sums to: tests/kdata/test_interchange.py.
+# verbatim keeps what another tool returned, whatever it sums to: tests/kdata/share/test_interchange.py.
 OWN = [name for name in CODECS if name != "verbatim"]
 # Largest |log p - log p stored| of an exact entry. plain: a float16 step, as it is rounded down. packed: half
 # a grid step of 1/16 nat for the entry, and as much again for the shift of the sum.

@@ -22,7 +22,7 @@ from kdata.format.manifest import read_manifest
 from kdata.selection.ranked import Difference
 from kdata.selection.select import select
 from tests.fakes import digests, run_capture, run_generate
-from tests.kdata.test_score_select import give_scores
+from tests.kdata.selection.test_score_select import give_scores
 
 
 @pytest.fixture(scope="module")

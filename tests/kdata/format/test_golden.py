@@ -21,7 +21,7 @@ from kdata.format.schema import canonical_json
 from tests.fakes import run_capture
 from tests.golden.make import DATASETS, decoded, make
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 EXPECTED = sorted(GOLDEN.glob("v*/*.json"))
 
 

@@ -20,7 +20,7 @@ from kdata.selection.ranked import Difference
 from kdata.selection.score_file import bring
 from kdata.selection.select import select
 from kdata.selection.sidecar import load_score_info
-from tests.kdata.plans import Row, dataset_of, score_with
+from tests.kdata.selection.plans import Row, dataset_of, score_with
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 

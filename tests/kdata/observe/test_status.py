@@ -26,7 +26,7 @@ from kdata.observe.journal import append, read_journal
 from kdata.observe.progress import Phase, Stage
 from kdata.observe.status import Row, Status, render, status, watch
 from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, write_jsonl
-from tests.kdata.test_progress import shard
+from tests.kdata.observe.test_progress import shard
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preload", __name__])

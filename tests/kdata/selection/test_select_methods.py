@@ -30,8 +30,8 @@ from kdata.selection.select import METHODS, parse_step, select
 from kdata.selection.step import Ranked, Step
 from kdata.store.sql import Room
 from tests.fakes import write_jsonl
-from tests.kdata.plans import Row, dataset_of, score_with
-from tests.kdata.test_interchange import imported, plain_row
+from tests.kdata.selection.plans import Row, dataset_of, score_with
+from tests.kdata.share.test_interchange import imported, plain_row
 
 LENGTHS = (2, 3, 5, 7)
 # 24 rows: domain a has 12, b 8, c 4; ids in another order than rows.

@@ -19,7 +19,7 @@ from kdata.selection.plan import make_plan, open_plan
 from kdata.selection.ranked import Difference, Random
 from kdata.selection.select import METHODS, select
 from kdata.selection.show import compare, draw, table_of
-from tests.kdata.plans import Row, dataset_of, score_with
+from tests.kdata.selection.plans import Row, dataset_of, score_with
 
 RUNNER = CliRunner(env={"COLUMNS": "120"})
 
