@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Literal
 
-from kdata.pipelines.ray.engine import RayEngine
-from kdata.pipelines.ray.workers import RayConfig
 from pydantic import Field
 
 from kdata.config import Strict
 from kdata.jobs.job import Engine, LocalEngine, devices_of
 from kdata.observe.progress import console
+from kdata.pipelines.ray.engine import RayEngine
+from kdata.pipelines.ray.workers import RayConfig
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer

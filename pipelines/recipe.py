@@ -5,11 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from kdata.pipelines.builtin.builtin import BuiltinConfig
-from kdata.pipelines.engine import EngineConfig, LocalConfig
-from kdata.trainer.config import TrainConfig
-from kdata.trainer.objectives import ObjectiveConfig, resolve_tail
-from kdata.trainer.student import CheckpointStudent, ScratchStudent
 from pydantic import Field, model_validator
 
 from kdata.config import Strict, apply_settings, parse_config, read_yaml
@@ -18,9 +13,14 @@ from kdata.corpus.corpus import CorpusConfig
 from kdata.errors import ConfigError, nearest
 from kdata.format.keep import KeepConfig
 from kdata.jobs.reading import CaptureConfig
+from kdata.pipelines.builtin.builtin import BuiltinConfig
+from kdata.pipelines.engine import EngineConfig, LocalConfig
 from kdata.selection.ranked import Difference
 from kdata.selection.select import SelectConfig
 from kdata.teachers.config import SamplingConfig, TeacherConfig
+from kdata.trainer.config import TrainConfig
+from kdata.trainer.objectives import ObjectiveConfig, resolve_tail
+from kdata.trainer.student import CheckpointStudent, ScratchStudent
 
 BUILTIN = "builtin"
 

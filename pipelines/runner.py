@@ -17,15 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kdata.pipelines.builtin.builtin import ensure_corpus, ensure_reference, ensure_teacher
-from kdata.pipelines.builtin.corpus import CorpusFiles
-from kdata.pipelines.engine import open_engine
-from kdata.pipelines.ray.workers import RayConfig
-from kdata.pipelines.recipe import BUILTIN, Recipe, TextConfig
-from kdata.pipelines.report.report import write_report
-from kdata.trainer.evaluate import EvaluateConfig, evaluate
-from kdata.trainer.train import train
-
 from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, MismatchError, settings_difference
 from kdata.format.files import storage_errors, write_atomically
@@ -36,6 +27,12 @@ from kdata.jobs.writing import GenerateConfig, GenerateJob
 from kdata.observe.energy import Devices, local_devices
 from kdata.observe.journal import Took, read_journal, took
 from kdata.observe.progress import Phase, console
+from kdata.pipelines.builtin.builtin import ensure_corpus, ensure_reference, ensure_teacher
+from kdata.pipelines.builtin.corpus import CorpusFiles
+from kdata.pipelines.engine import open_engine
+from kdata.pipelines.ray.workers import RayConfig
+from kdata.pipelines.recipe import BUILTIN, Recipe, TextConfig
+from kdata.pipelines.report.report import write_report
 from kdata.selection.ranked import Difference
 from kdata.selection.select import select
 from kdata.share.card import tokens_of, write_card
@@ -43,6 +40,8 @@ from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.url import cache_dir
 from kdata.teachers.config import TeacherConfig
+from kdata.trainer.evaluate import EvaluateConfig, evaluate
+from kdata.trainer.train import train
 
 
 @dataclass

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kdata.trainer.distributed import Ranks, cut_like, whole
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdata.errors import CorruptError, MismatchError, settings_difference
+from kdata.trainer.distributed import Ranks, cut_like, whole
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from kdata.config import Strict
+from kdata.errors import ConfigError
 from kdata.trainer.distributed import Parallel
 from kdata.trainer.domain_weights import DDKMixture, FixedMixture, MixtureConfig
 from kdata.trainer.metrics import LoggerName
 from kdata.trainer.objectives import ObjectiveConfig
 from kdata.trainer.schedule import Shape
 from kdata.trainer.student import ScratchStudent, StudentConfig
-from pydantic import BaseModel, ConfigDict, Field
-
-from kdata.config import Strict
-from kdata.errors import ConfigError
 
 
 class StageConfig(Strict):

@@ -23,12 +23,6 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from kdata.trainer.config import TrainResult
-from kdata.trainer.distributed import device_name
-from kdata.trainer.fused import Measured, measure
-from kdata.trainer.loader import Batch, Loader
-from kdata.trainer.student import check_positions, check_vocabulary, head_of, hidden_states, num_parameters
-from kdata.trainer.tasks import Tasks
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -37,6 +31,12 @@ from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MissingError
 from kdata.loader.batches import LoaderConfig
 from kdata.observe.progress import Stage
+from kdata.trainer.config import TrainResult
+from kdata.trainer.distributed import device_name
+from kdata.trainer.fused import Measured, measure
+from kdata.trainer.loader import Batch, Loader
+from kdata.trainer.student import check_positions, check_vocabulary, head_of, hidden_states, num_parameters
+from kdata.trainer.tasks import Tasks
 
 ECE_BINS = 15
 

@@ -11,16 +11,16 @@ from itertools import islice
 
 import numpy as np
 import torch
-from kdata.trainer.distributed import Ranks
-from kdata.trainer.domain_weights import DDKMixture
-from kdata.trainer.loader import Batch, Loader
-from kdata.trainer.objectives import ObjectiveConfig
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 import kdata
 from kdata.errors import ConfigError
 from kdata.loader.batches import LoaderConfig
+from kdata.trainer.distributed import Ranks
+from kdata.trainer.domain_weights import DDKMixture
+from kdata.trainer.loader import Batch, Loader
+from kdata.trainer.objectives import ObjectiveConfig
 
 MEASURED = ObjectiveConfig(weights={"cross_entropy": 1.0})
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.loader import Batch
 from kdata.trainer.objectives import ObjectiveConfig, Tail
 from kdata.trainer.student import head_of, hidden_states
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 Precision = Literal["fp32", "bf16"]
 

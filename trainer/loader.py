@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from kdata.trainer.objectives import Targets
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -24,6 +23,7 @@ from kdata.format.temper import at_temperature
 from kdata.loader.batches import Arrays, Batches, LoaderConfig, ahead
 from kdata.loader.packing import Place
 from kdata.store.dataset import Dataset
+from kdata.trainer.objectives import Targets
 
 __all__ = ["Batch", "IterableBatches", "Loader", "LoaderConfig"]
 

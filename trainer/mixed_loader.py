@@ -21,12 +21,12 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from kdata.trainer.loader import Batch, Loader
 
 from kdata.errors import DataError, MismatchError
 from kdata.loader.batches import LoaderConfig
 from kdata.loader.packing import Place, Shape, blocks_of, windows
 from kdata.store.dataset import Dataset
+from kdata.trainer.loader import Batch, Loader
 
 
 @dataclass

@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from kdata.trainer.schedule import Ramp
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kdata.errors import ConfigError, ShapeError
+from kdata.trainer.schedule import Ramp
 
 Tail = Literal["ghost", "draws", "renormalise"]
 

@@ -8,6 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from torch import nn
+
+import kdata
+from kdata.errors import ConfigError, DataError, MismatchError
+from kdata.loader.batches import LoaderConfig
+from kdata.selection.plan import Plan
 from kdata.trainer.config import Stage, TrainConfig
 from kdata.trainer.distributed import Ranks
 from kdata.trainer.domain_weights import DDKMixture, Mixture, make_mixture
@@ -15,12 +21,6 @@ from kdata.trainer.heldout import Heldout, keep_aside, open_heldout, student_los
 from kdata.trainer.loader import Loader
 from kdata.trainer.mixed_loader import MixedLoader
 from kdata.trainer.objectives import Tail, resolve_tail
-from torch import nn
-
-import kdata
-from kdata.errors import ConfigError, DataError, MismatchError
-from kdata.loader.batches import LoaderConfig
-from kdata.selection.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+import kdata
+from kdata.errors import ConfigError, TrainingError
+from kdata.format.files import storage_errors
+from kdata.observe.progress import Stage as Progress
 from kdata.trainer.checkpoint import load_checkpoint, save_checkpoint
 from kdata.trainer.config import RUNTIME, SHARED, StageConfig, TrainConfig, TrainResult
 from kdata.trainer.distributed import Ranks, accumulating, join, spread, whole
@@ -37,14 +45,6 @@ from kdata.trainer.objectives import ObjectiveConfig
 from kdata.trainer.schedule import learning_rate
 from kdata.trainer.stages import OpenStage, open_stages
 from kdata.trainer.student import ScratchStudent, build_student, check_positions, num_parameters
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
-
-import kdata
-from kdata.errors import ConfigError, TrainingError
-from kdata.format.files import storage_errors
-from kdata.observe.progress import Stage as Progress
 
 __all__ = ["StageConfig", "TrainConfig", "TrainResult", "learning_rate", "train"]
 

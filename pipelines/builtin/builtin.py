@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from kdata.pipelines.builtin.corpus import CorpusFiles, build_corpus, stdlib_listing
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kdata.errors import ConfigError, DataError, DependencyError, TrainingError
 from kdata.observe.progress import Stage
+from kdata.pipelines.builtin.corpus import CorpusFiles, build_corpus, stdlib_listing
 
 if TYPE_CHECKING:
     import torch
@@ -471,6 +471,7 @@ def _arithmetic() -> torch.dtype:
     """bf16 where the processor multiplies it; elsewhere float32, which is then many times as fast (43 tokens/s in bf16 on two
     busy AVX2 cores)."""
     import torch
+
     from kdata.trainer.learner import resolve_precision
 
     return torch.bfloat16 if resolve_precision("auto", "cpu") == "bf16" else torch.float32

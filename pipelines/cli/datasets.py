@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from kdata.pipelines.cli.app import DatasetArgument, Resume, ResumeOption, SetOption, _local, _with_settings, app, out
 
 import kdata
 from kdata.config import parse_config
 from kdata.errors import ConfigError, CorruptError
+from kdata.pipelines.cli.app import DatasetArgument, Resume, ResumeOption, SetOption, _local, _with_settings, app, out
 
 
 def _say(lines: list[str]) -> None:

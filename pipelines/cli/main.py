@@ -9,21 +9,21 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import kdata.pipelines.cli.datasets
-import kdata.pipelines.cli.plans  # registers score, select, plan
-import kdata.pipelines.cli.teachers  # noqa: F401  registers generate, capture, reread
 import typer
 import yaml
-from kdata.pipelines.cli.app import Resume, ResumeOption, SetOption, _with_settings, app, out
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import kdata.pipelines.cli.datasets
+import kdata.pipelines.cli.plans  # registers score, select, plan
+import kdata.pipelines.cli.teachers  # noqa: F401  registers generate, capture, reread
 from kdata.config import parse_config, read_yaml
 from kdata.errors import KdataError, MissingError
 from kdata.format.files import write_atomically
 from kdata.observe.text import number
+from kdata.pipelines.cli.app import Resume, ResumeOption, SetOption, _with_settings, app, out
 
 
 @app.command()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from kdata.pipelines.cli.app import BackendOption, DatasetArgument, SetOption, _with_settings, app, out
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +13,7 @@ from rich.text import Text
 import kdata
 from kdata.config import parse_config
 from kdata.errors import ConfigError
+from kdata.pipelines.cli.app import BackendOption, DatasetArgument, SetOption, _with_settings, app, out
 
 if TYPE_CHECKING:
     from kdata.selection.show import Shown

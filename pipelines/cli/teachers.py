@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from kdata.config import parse_config, read_yaml
+from kdata.corpus.corpus import Corpus
+from kdata.errors import ConfigError, nearest
+from kdata.jobs.job import run_job
 from kdata.pipelines.cli.app import (
     BackendOption,
     DatasetArgument,
@@ -21,11 +26,6 @@ from kdata.pipelines.cli.app import (
 )
 from kdata.pipelines.engine import LocalConfig, open_engine
 from kdata.pipelines.ray.workers import RayConfig
-
-from kdata.config import parse_config, read_yaml
-from kdata.corpus.corpus import Corpus
-from kdata.errors import ConfigError, nearest
-from kdata.jobs.job import run_job
 from kdata.store.url import is_url
 
 KindOption = Annotated[str, typer.Option(help="What is kept: hybrid, topk, adaptive or sampled.")]

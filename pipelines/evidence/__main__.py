@@ -12,6 +12,7 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
+
 from kdata.pipelines.builtin.builtin import BuiltinConfig, ensure_corpus, ensure_reference, ensure_teacher
 from kdata.pipelines.evidence import offline, selection
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData

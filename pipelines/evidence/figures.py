@@ -10,11 +10,12 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from kdata.pipelines.evidence.offline import BASELINE, REFERENCE, SETTINGS
 from kdata.pipelines.evidence.runs import Figures
 from kdata.pipelines.evidence.summary import Estimate, relative_difference, summarise
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 Runs = Mapping[str, Mapping[int, Figures]]
 COLOURS = {

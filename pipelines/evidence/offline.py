@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
+from kdata.config import Strict
+from kdata.errors import ConfigError
+from kdata.format.keep import KeepConfig
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_token
 from kdata.pipelines.evidence.online import OnlineLearner
 from kdata.pipelines.evidence.runs import Figures
@@ -17,11 +22,6 @@ from kdata.trainer.config import TrainConfig
 from kdata.trainer.learner import Learner
 from kdata.trainer.objectives import ObjectiveConfig
 from kdata.trainer.student import CheckpointStudent, ScratchStudent, StudentConfig
-from pydantic import Field
-
-from kdata.config import Strict
-from kdata.errors import ConfigError
-from kdata.format.keep import KeepConfig
 
 Method = Literal["systematic", "independent"]
 REFERENCE = "online, full distribution"

@@ -11,15 +11,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import kdata
 from kdata.pipelines.evidence.data import States
 from kdata.trainer.learner import Learner, Precision
 from kdata.trainer.loader import Batch
 from kdata.trainer.objectives import ObjectiveConfig, Tail
 from kdata.trainer.student import head_of, hidden_states
-from torch import Tensor
-from transformers import PreTrainedModel
-
-import kdata
 
 CHUNK_POSITIONS = 256  # 8 MiB of float32 logits at V = 8,192: they stay in a CPU's cache
 

@@ -18,14 +18,6 @@ from typing import Any, Literal
 
 import pyarrow.compute as pc
 from filelock import FileLock
-from kdata.pipelines.evidence.data import HELDOUT_KEEP, Part, split
-from kdata.pipelines.evidence.runs import Figures
-from kdata.trainer.config import TrainConfig
-from kdata.trainer.domain_weights import DDKMixture, FixedMixture, MixtureConfig
-from kdata.trainer.evaluate import evaluate
-from kdata.trainer.objectives import ObjectiveConfig
-from kdata.trainer.student import CheckpointStudent, ScratchStudent, StudentConfig
-from kdata.trainer.train import train
 from pydantic import Field
 
 import kdata
@@ -35,12 +27,20 @@ from kdata.errors import ConfigError, MismatchError, settings_difference
 from kdata.format.keep import KeepConfig
 from kdata.jobs.reading import CaptureConfig, capture_with
 from kdata.jobs.scoring import ScoreConfig, score
+from kdata.pipelines.evidence.data import HELDOUT_KEEP, Part, split
+from kdata.pipelines.evidence.runs import Figures
 from kdata.selection.plan import Plan
 from kdata.selection.ranked import Difference, Random
 from kdata.selection.select import select
 from kdata.selection.step import Step
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
+from kdata.trainer.config import TrainConfig
+from kdata.trainer.domain_weights import DDKMixture, FixedMixture, MixtureConfig
+from kdata.trainer.evaluate import evaluate
+from kdata.trainer.objectives import ObjectiveConfig
+from kdata.trainer.student import CheckpointStudent, ScratchStudent, StudentConfig
+from kdata.trainer.train import train
 
 Question = Literal["selection", "mixture"]
 Tokens = Mapping[str, int]  # of each domain

@@ -8,12 +8,13 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from kdata.pipelines.evidence.figures import told, write_results
 from kdata.pipelines.evidence.runs import Figures
 from kdata.pipelines.evidence.selection import SETTINGS, Question, find, key_of
 from kdata.pipelines.evidence.summary import Estimate, relative_difference, summarise
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 Runs = Mapping[str, Mapping[int, Figures]]
 Means = Mapping[str, Mapping[str, Estimate]]

@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
+
+import kdata
+from kdata.errors import TrainingError
+from kdata.loader.batches import LoaderConfig
 from kdata.pipelines.evidence.runs import Figures
 from kdata.trainer.config import TrainConfig
 from kdata.trainer.evaluate import evaluate
@@ -22,11 +27,6 @@ from kdata.trainer.loader import Loader
 from kdata.trainer.objectives import resolve_tail
 from kdata.trainer.schedule import learning_rate
 from kdata.trainer.student import build_student, num_parameters
-from transformers import PreTrainedModel
-
-import kdata
-from kdata.errors import TrainingError
-from kdata.loader.batches import LoaderConfig
 
 LearnerOf = Callable[[PreTrainedModel], Learner]
 # One order of batches for every dataset of a corpus: the loader mixes this with the seed, not the dataset's fingerprint.

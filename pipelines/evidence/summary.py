@@ -10,9 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kdata.pipelines.evidence.runs import Figures
-
 from kdata.errors import ConfigError, DataError
+from kdata.pipelines.evidence.runs import Figures
 
 # 97.5 % quantile of Student's t at 1, 2, ... 30 degrees of freedom.
 T_975 = (

@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic
 
-from kdata.pipelines.ray.actor import ActorFacts, Assignment, Loader, load_both
-from kdata.pipelines.ray.workers import ActorLost, RayConfig, Worker, Workers
-
 from kdata.errors import ConfigError, TeacherError
 from kdata.format.records import Shard
 from kdata.jobs.job import Job, U
 from kdata.observe.energy import Devices
+from kdata.pipelines.ray.actor import ActorFacts, Assignment, Loader, load_both
+from kdata.pipelines.ray.workers import ActorLost, RayConfig, Worker, Workers
 from kdata.store.writer import Writer
 from kdata.teachers.config import TeacherConfig
 

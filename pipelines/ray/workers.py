@@ -10,12 +10,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kdata.pipelines.ray.actor import ActorFacts, Loader, TeacherActor
 from pydantic import Field, field_validator, model_validator
 
 from kdata.config import Strict
 from kdata.errors import ConfigError, DependencyError, KdataError, MismatchError, TeacherError, settings_difference
 from kdata.observe.progress import console
+from kdata.pipelines.ray.actor import ActorFacts, Loader, TeacherActor
 from kdata.teachers.config import TeacherConfig
 
 POLL_SEC = 0.5  # how long the driver sleeps at most: what depends on time alone is looked at so often

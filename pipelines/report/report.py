@@ -16,6 +16,14 @@ from typing import Any, Literal
 import jinja2
 import matplotlib
 import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kdata.config import first_problem
+from kdata.errors import CorruptError, FormatError, MissingError
+from kdata.format.files import write_atomically
+from kdata.observe.journal import Took, total
+from kdata.observe.style import COLOURS, STYLE
+from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line
 from kdata.pipelines.report.plots import (
     BASELINE,
     Students,
@@ -29,14 +37,6 @@ from kdata.pipelines.report.plots import (
     palette,
     plans_of,
 )
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from kdata.config import first_problem
-from kdata.errors import CorruptError, FormatError, MissingError
-from kdata.format.files import write_atomically
-from kdata.observe.journal import Took, total
-from kdata.observe.style import COLOURS, STYLE
-from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line
 from kdata.share.card import facts, flatten
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset

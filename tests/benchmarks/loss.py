@@ -20,9 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.objectives import ObjectiveConfig, Targets
-from torch import Tensor
 
 
 def main() -> None:

@@ -10,14 +10,14 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from kdata.pipelines.builtin import builtin
-from kdata.pipelines.builtin import corpus as builtin_corpus
-from kdata.pipelines.builtin.builtin import BuiltinConfig, NetworkConfig, ensure_reference, ensure_teacher
-from kdata.pipelines.builtin.corpus import DOMAINS, CorpusFiles, build_corpus
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdata.errors import ConfigError, DataError
+from kdata.pipelines.builtin import builtin
+from kdata.pipelines.builtin import corpus as builtin_corpus
+from kdata.pipelines.builtin.builtin import BuiltinConfig, NetworkConfig, ensure_reference, ensure_teacher
+from kdata.pipelines.builtin.corpus import DOMAINS, CorpusFiles, build_corpus
 
 TINY = NetworkConfig(
     hidden_size=64,

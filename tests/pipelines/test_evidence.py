@@ -12,6 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
+from kdata.format.keep import KeepConfig
+from kdata.loader.batches import LoaderConfig
 from kdata.pipelines.evidence import figures, offline
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_token, unit_hash
 from kdata.pipelines.evidence.offline import BASELINE, REFERENCE, SETTINGS, Offline, OfflineConfig, Setting
@@ -25,11 +30,6 @@ from kdata.trainer.loader import Loader
 from kdata.trainer.objectives import ObjectiveConfig, Targets
 from kdata.trainer.student import CheckpointStudent, ScratchStudent, build_student, head_of, hidden_states
 from kdata.trainer.train import train
-from transformers import AutoModelForCausalLM
-
-from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
-from kdata.format.keep import KeepConfig
-from kdata.loader.batches import LoaderConfig
 from tests.fakes import rows_of_text
 
 # ------------------------------------------------------------------------------------------------ means and intervals

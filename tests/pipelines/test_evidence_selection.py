@@ -7,17 +7,17 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+
+import kdata
+from kdata.errors import ConfigError, MismatchError
 from kdata.pipelines.evidence.__main__ import LARGE
 from kdata.pipelines.evidence.data import unit_hash
 from kdata.pipelines.evidence.runs import load_runs, run_all
 from kdata.pipelines.evidence.selection import SETTINGS, Selection, SelectionConfig, find, key_of, runs
 from kdata.pipelines.evidence.selection_figures import baseline, write_report
+from kdata.selection.plan import Plan
 from kdata.trainer.domain_weights import DDKMixture, FixedMixture
 from kdata.trainer.student import CheckpointStudent, ScratchStudent
-
-import kdata
-from kdata.errors import ConfigError, MismatchError
-from kdata.selection.plan import Plan
 from tests.fakes import rows_of_text, save_llama
 
 

@@ -21,9 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kdata.pipelines.ray import engine as ray_engine
-from kdata.pipelines.ray.engine import RayEngine
-from kdata.pipelines.ray.workers import RayConfig
 
 import kdata
 from kdata.check.verify import verify
@@ -33,6 +30,9 @@ from kdata.format.keep import KeepConfig
 from kdata.jobs.job import Engine, LocalEngine, run_job
 from kdata.jobs.reading import CaptureConfig, CaptureJob
 from kdata.jobs.writing import GenerateConfig, GenerateJob
+from kdata.pipelines.ray import engine as ray_engine
+from kdata.pipelines.ray.engine import RayEngine
+from kdata.pipelines.ray.workers import RayConfig
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.model import load_tokenizer
 from tests.bucket import Bucket
@@ -420,7 +420,6 @@ def test_the_command_and_a_recipe_make_the_bytes_of_the_local_engine(
     """With a real (tiny) model. The command's process holds no torch; the recipe's would, once it trains."""
     from kdata.pipelines.recipe import load_recipe
     from kdata.pipelines.runner import Run, run_capture
-
     from kdata.teachers.load import load_teacher
 
     monkeypatch.setenv("RAY_ADDRESS", two.address)
@@ -482,8 +481,9 @@ def test_settings_that_cannot_be_are_refused(values: dict[str, Any], message: st
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(corpus: Path, arguments: list[str], message: str) -> None:
-    from kdata.pipelines.cli.main import app
     from typer.testing import CliRunner
+
+    from kdata.pipelines.cli.main import app
 
     command = ["capture", "nowhere", "--teacher", "x", "--corpus", str(corpus), *arguments]
     with pytest.raises(ConfigError, match=message):
@@ -534,6 +534,7 @@ def test_a_folder_that_actors_do_not_see_is_refused(tmp_path: Path) -> None:
 def noted(config: TeacherConfig, max_k: int, *, folder: Path) -> tuple[Any, Any]:
     """The engine's own loader, with a note of the process."""
     import ray
+
     from kdata.pipelines.ray.actor import load_both
 
     (folder / "pids").mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from kdata.pipelines.recipe import load_recipe
 
 from kdata.errors import ConfigError
+from kdata.pipelines.recipe import load_recipe
 
 
 def test_an_objective_that_the_kept_targets_could_not_serve_is_refused() -> None:

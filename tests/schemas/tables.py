@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pyarrow as pa
-from kdata.pipelines.recipe import Recipe
 from pydantic import BaseModel
 
 from kdata.format.schema import (
@@ -26,6 +25,7 @@ from kdata.format.schema import (
     TeacherInfo,
     TokenizerInfo,
 )
+from kdata.pipelines.recipe import Recipe
 from kdata.selection.plan import PLAN_SCHEMA, DomainTaken, PlanInfo
 from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo
 

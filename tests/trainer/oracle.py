@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from kdata.trainer.objectives import Targets
 from torch import Tensor
+
+from kdata.trainer.objectives import Targets
 
 
 @dataclass

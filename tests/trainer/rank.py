@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-import kdata.trainer.train as module
 import numpy as np
 import torch
 import torch.distributed as dist
 
+import kdata.trainer.train as module
 from kdata.errors import KdataError
 from kdata.loader.batches import Arrays, Batches
 

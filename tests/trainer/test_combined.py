@@ -8,13 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kdata.trainer.config import TrainConfig
-from kdata.trainer.evaluate import _first_choice, evaluate
-from kdata.trainer.fused import distillation_loss
-from kdata.trainer.loader import Batch, Loader
-from kdata.trainer.objectives import ObjectiveConfig, resolve_tail
-from kdata.trainer.student import ScratchStudent, build_student
-from kdata.trainer.train import train
 
 import kdata
 from kdata.errors import ConfigError
@@ -23,6 +16,13 @@ from kdata.jobs.job import LocalEngine
 from kdata.jobs.reread import reread_with
 from kdata.loader.batches import LoaderConfig
 from kdata.teachers.model import load_tokenizer
+from kdata.trainer.config import TrainConfig
+from kdata.trainer.evaluate import _first_choice, evaluate
+from kdata.trainer.fused import distillation_loss
+from kdata.trainer.loader import Batch, Loader
+from kdata.trainer.objectives import ObjectiveConfig, resolve_tail
+from kdata.trainer.student import ScratchStudent, build_student
+from kdata.trainer.train import train
 from tests.fakes import VOCAB, StandInTeacher, run_capture
 from tests.trainer.oracle import Problem, kl, oracle_values
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from kdata.trainer.config import TrainConfig, TrainResult
-from kdata.trainer.train import train
 from safetensors.torch import load_file
 
 import kdata
 from kdata.errors import ConfigError
+from kdata.trainer.config import TrainConfig, TrainResult
+from kdata.trainer.train import train
 from tests.trainer import rank
 from tests.trainer.datasets import make_dataset
 

@@ -13,6 +13,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import kdata
+from kdata.errors import CorruptError, DataError, MismatchError, MissingError
 from kdata.pipelines.cli.main import app
 from kdata.trainer.config import TrainConfig
 from kdata.trainer.evaluate import EvaluateConfig, _first_choice, evaluate
@@ -20,11 +25,6 @@ from kdata.trainer.loader import Batch
 from kdata.trainer.objectives import Targets
 from kdata.trainer.student import ScratchStudent, build_student
 from kdata.trainer.train import train
-from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
-
-import kdata
-from kdata.errors import CorruptError, DataError, MismatchError, MissingError
 from tests.trainer.datasets import VOCAB, make_dataset
 
 LENGTHS = [5 + (i * 11) % 30 for i in range(30)]

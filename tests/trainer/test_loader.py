@@ -19,7 +19,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kdata.trainer.loader import Batch, IterableBatches, Loader
 from torch.utils.data import DataLoader
 
 import kdata
@@ -28,6 +27,7 @@ from kdata.loader.batches import Arrays, Batches, LoaderConfig
 from kdata.loader.packing import Place, Shape, best_fit, blocks_of, windows
 from kdata.loader.window import Window
 from kdata.store.shard import ROWS_PER_BATCH, TOKENS_PER_BATCH, rows_per_batch
+from kdata.trainer.loader import Batch, IterableBatches, Loader
 from tests.benchmarks.loader import build_dataset
 from tests.trainer.datasets import make_dataset
 

@@ -12,6 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+import kdata
+from kdata.errors import ConfigError, DataError, MismatchError, TrainingError
+from kdata.loader.batches import LoaderConfig
+from kdata.selection.plan import make_plan
 from kdata.trainer.config import StageConfig, TrainConfig
 from kdata.trainer.distributed import Ranks
 from kdata.trainer.domain_weights import DDK, DDKMixture, Fixed, FixedMixture
@@ -21,11 +26,6 @@ from kdata.trainer.loader import Batch
 from kdata.trainer.mixed_loader import MixedLoader
 from kdata.trainer.student import ScratchStudent, build_student, head_of, hidden_states
 from kdata.trainer.train import train
-
-import kdata
-from kdata.errors import ConfigError, DataError, MismatchError, TrainingError
-from kdata.loader.batches import LoaderConfig
-from kdata.selection.plan import make_plan
 from tests.trainer.datasets import make_dataset
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(120)]

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
+
+from kdata.errors import ConfigError, ShapeError
 from kdata.trainer.fused import Loss, _exact_only, _Student, distillation_loss, measure
 from kdata.trainer.objectives import OBJECTIVES, ObjectiveConfig, Targets, resolve_tail
 from kdata.trainer.schedule import Ramp
-
-from kdata.errors import ConfigError, ShapeError
 from tests.trainer.oracle import Problem, kl, make_problem, oracle_values
 
 BUCKETLESS = [n for n in OBJECTIVES if n != "reverse_kl"]

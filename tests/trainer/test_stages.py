@@ -7,23 +7,23 @@ import re
 import shutil
 from pathlib import Path
 
-import kdata.trainer.train as module
 import numpy as np
 import pytest
 import yaml
+from typer.testing import CliRunner
+
+import kdata
+import kdata.trainer.train as module
+from kdata.config import parse_config
+from kdata.errors import ConfigError, MismatchError
 from kdata.pipelines.cli.main import app
+from kdata.selection.plan import make_plan
 from kdata.trainer.config import StageConfig, TrainConfig
 from kdata.trainer.domain_weights import DDKMixture
 from kdata.trainer.objectives import ObjectiveConfig
 from kdata.trainer.schedule import Ramp
 from kdata.trainer.student import ScratchStudent
 from kdata.trainer.train import train
-from typer.testing import CliRunner
-
-import kdata
-from kdata.config import parse_config
-from kdata.errors import ConfigError, MismatchError
-from kdata.selection.plan import make_plan
 from tests.trainer.datasets import VOCAB, make_dataset
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(120)]

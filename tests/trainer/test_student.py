@@ -6,6 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Cohere2Config, Cohere2ForCausalLM, MambaConfig, MambaForCausalLM
+
+import kdata
+from kdata.errors import ConfigError, MismatchError, MissingError
+from kdata.loader.batches import LoaderConfig
+from kdata.teachers.model import load_tokenizer, tokenizer_info
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.loader import Loader
 from kdata.trainer.objectives import ObjectiveConfig
@@ -20,12 +26,6 @@ from kdata.trainer.student import (
     probe_isolation,
     tokenizer_hash,
 )
-from transformers import Cohere2Config, Cohere2ForCausalLM, MambaConfig, MambaForCausalLM
-
-import kdata
-from kdata.errors import ConfigError, MismatchError, MissingError
-from kdata.loader.batches import LoaderConfig
-from kdata.teachers.model import load_tokenizer, tokenizer_info
 from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
 
 TINY = ScratchStudent(hidden_size=16, num_layers=2, num_heads=2, max_positions=64)

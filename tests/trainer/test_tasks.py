@@ -8,18 +8,18 @@ import types
 from pathlib import Path
 from typing import Any
 
-import kdata.trainer.evaluate as module
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kdata
+import kdata.trainer.evaluate as module
+from kdata.errors import ConfigError, DependencyError
 from kdata.trainer.config import TrainConfig
 from kdata.trainer.evaluate import EvaluateConfig, evaluate
 from kdata.trainer.student import ScratchStudent
 from kdata.trainer.train import train
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import kdata
-from kdata.errors import ConfigError, DependencyError
 from tests.trainer.datasets import make_dataset
 
 QUESTIONS = [f"w{3 + i} w{40 - i} w{7 * i % 50 + 3}" for i in range(24)]

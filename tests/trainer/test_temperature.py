@@ -9,12 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kdata.trainer.config import TrainConfig
-from kdata.trainer.fused import distillation_loss
-from kdata.trainer.loader import Batch, Loader
-from kdata.trainer.objectives import ObjectiveConfig, Tail
-from kdata.trainer.student import ScratchStudent, build_student, head_of, hidden_states
-from kdata.trainer.train import train
 
 import kdata
 from kdata.errors import ConfigError
@@ -26,6 +20,12 @@ from kdata.format.temper import at_temperature
 from kdata.loader.batches import LoaderConfig
 from kdata.store.writer import Writer
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
+from kdata.trainer.config import TrainConfig
+from kdata.trainer.fused import distillation_loss
+from kdata.trainer.loader import Batch, Loader
+from kdata.trainer.objectives import ObjectiveConfig, Tail
+from kdata.trainer.student import ScratchStudent, build_student, head_of, hidden_states
+from kdata.trainer.train import train
 
 VOCAB, POSITIONS, HIDDEN = 97, 400, 12
 

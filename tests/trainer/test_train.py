@@ -13,10 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import kdata.trainer.train as module
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import kdata
+import kdata.trainer.train as module
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, StorageError, TrainingError
+from kdata.loader.batches import Arrays, Batches
+from kdata.selection.plan import make_plan
 from kdata.trainer.config import StageConfig, TrainConfig, TrainResult
 from kdata.trainer.domain_weights import DDKMixture, FixedMixture
 from kdata.trainer.evaluate import EvaluateConfig
@@ -24,15 +33,6 @@ from kdata.trainer.objectives import ObjectiveConfig
 from kdata.trainer.schedule import Ramp, learning_rate
 from kdata.trainer.student import CheckpointStudent, ScratchStudent, build_student, num_parameters
 from kdata.trainer.train import train
-from pydantic import ValidationError
-from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-import kdata
-from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, StorageError, TrainingError
-from kdata.loader.batches import Arrays, Batches
-from kdata.selection.plan import make_plan
 from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(120)]

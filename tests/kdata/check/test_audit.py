@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kdata.pipelines.cli.main import app
 from typer.testing import CliRunner
 
 import kdata
@@ -25,6 +24,7 @@ from kdata.format.kept import Kept
 from kdata.format.manifest import new_info
 from kdata.format.records import Record, Unit
 from kdata.format.schema import CodecInfo, SourceInfo, TokenizerInfo
+from kdata.pipelines.cli.main import app
 from kdata.store.writer import Writer
 from tests.fakes import StandInTeacher, run_capture
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kdata.pipelines.cli.main import app
 from typer.testing import CliRunner
 
 import kdata
@@ -19,6 +18,7 @@ from kdata.check.verify import verify
 from kdata.errors import CorruptError, KdataError, MismatchError, StorageError
 from kdata.format.files import lock_of
 from kdata.format.manifest import read_manifest
+from kdata.pipelines.cli.main import app
 from kdata.selection.ranked import Difference
 from kdata.selection.select import select
 from tests.fakes import digests, run_capture, run_generate

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from kdata.pipelines.cli.main import app
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -37,6 +36,7 @@ from kdata.jobs.job import LocalEngine
 from kdata.jobs.payloads import fill, records_of
 from kdata.jobs.reading import CaptureConfig, capture
 from kdata.jobs.reread import keep_like, reread_with
+from kdata.pipelines.cli.main import app
 from kdata.share.card import write_card
 from kdata.store.writer import Writer
 from kdata.teachers.config import TeacherConfig

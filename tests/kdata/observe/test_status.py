@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kdata.pipelines.cli.main import app
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -25,6 +24,7 @@ from kdata.format.manifest import read_info, write_info
 from kdata.observe.journal import append, read_journal
 from kdata.observe.progress import Phase, Stage
 from kdata.observe.status import Row, Status, render, status, watch
+from kdata.pipelines.cli.main import app
 from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, write_jsonl
 from tests.kdata.observe.test_progress import shard
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from kdata.pipelines.cli.main import app
 from typer.testing import CliRunner
 
 import kdata
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, DataError, KdataError, MismatchError, MissingError, StorageError
 from kdata.format.files import lock_of
+from kdata.pipelines.cli.main import app
 from kdata.selection.query import Sql
 from kdata.selection.ranked import Difference
 from kdata.selection.score_file import bring

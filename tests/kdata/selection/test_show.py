@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from kdata.pipelines.cli.main import app
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
 import kdata
 from kdata.errors import ConfigError, KdataError, MismatchError, MissingError
+from kdata.pipelines.cli.main import app
 from kdata.selection import show as plan_show
 from kdata.selection.mixtures import Cap, Static, Uniform
 from kdata.selection.plan import make_plan, open_plan

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kdata.pipelines.cli.main import app
 from typer.testing import CliRunner
 
 import kdata
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, StorageError
 from kdata.format.schema import content_hash
+from kdata.pipelines.cli.main import app
 from kdata.selection.plan import make_plan
 from kdata.share.arrange import folder_name, head, merge, split
 from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, write_jsonl

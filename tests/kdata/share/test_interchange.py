@@ -13,12 +13,12 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from kdata.pipelines.cli.main import app
 from typer.testing import CliRunner
 
 import kdata
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, DataError, FormatError, MismatchError, MissingError
+from kdata.pipelines.cli.main import app
 from kdata.share.card import write_card
 from kdata.share.interchange.distillkit import Compression, decode_logprobs, unpack
 from kdata.share.interchange.exporter import export_dataset

@@ -11,11 +11,11 @@ from random import Random
 
 import pyarrow.parquet as pq
 import pytest
-from kdata.pipelines.cli.main import app
 from typer.testing import CliRunner
 
 import kdata
 from kdata.errors import MissingError, QueryError, StorageError
+from kdata.pipelines.cli.main import app
 from kdata.selection.mixtures import Proportional
 from kdata.selection.plan import Plan
 from kdata.selection.query import Sql

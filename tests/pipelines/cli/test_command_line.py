@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from kdata.pipelines.cli.main import app
 from typer.testing import CliRunner
 
 from kdata.errors import DependencyError, KdataError
+from kdata.pipelines.cli.main import app
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer

@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from kdata.pipelines.report.report import best, grid, read_results, stages, verdict, write_report
 
 import kdata
 from kdata.errors import CorruptError, FormatError, MissingError
 from kdata.format.records import Reject
 from kdata.observe.journal import read_journal
 from kdata.observe.progress import Phase, Stage
+from kdata.pipelines.report.report import best, grid, read_results, stages, verdict, write_report
 from kdata.selection.plan import make_plan
 from tests.kdata.share.test_card import HOSTILE, make_dataset
 
