@@ -33,5 +33,5 @@ def test_the_first_process_writes_the_bytes_of_the_next(tmp_path: Path, tokenize
             [sys.executable, "-c", code, str(tmp_path / name), str(corpus), str(tokenizer_dir)],
             cwd=ROOT, env={**os.environ, "NUMBA_CACHE_DIR": str(cache)}, check=True, capture_output=True, timeout=300,
         )  # fmt: skip
-        assert list(cache.rglob("rows.reduce_rows*.nbc"))
+        assert list(cache.rglob("row_kernel.reduce_rows*.nbc"))
     assert digests(tmp_path / "compiled") == digests(tmp_path / "loaded")
