@@ -26,6 +26,7 @@ from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig, keep_top
 from kdata.format.kept import Kept
 from kdata.teachers.base import Readout
+from kdata.teachers.row_kernel import any_bad, reduce_rows
 
 # Of float32 logits at a time. On a CPU they stay in its cache; on a GPU few large kernels are faster than many small ones,
 # and torch's way holds about ten times as much for a moment.
@@ -131,8 +132,6 @@ def _log_z(logprobs_or_logits_CV: torch.Tensor, lse_C: torch.Tensor, keep: KeepC
 
 def _reduce_cpu(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepConfig, uniforms_CN: np.ndarray) -> Rows:
     """The compiled rows kernel; the rows are split between threads."""
-    from kdata.teachers.row_kernel import any_bad, reduce_rows
-
     rows, vocab = logits_CV.shape
     log_z = _log_z(logits_CV, torch.logsumexp(logits_CV, -1), keep) if keep.temperatures else None
     width, draws = min(keep.num_exact, vocab), uniforms_CN.shape[1]

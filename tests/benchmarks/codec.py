@@ -29,7 +29,7 @@ from kdata.format.codec import Positions
 from kdata.format.keep import KeepConfig
 from kdata.format.kept import Kept, log_tail, pad, segment_sum
 from kdata.format.manifest import new_info
-from kdata.format.records import Record, Unit
+from kdata.format.records import Record, UnitResult
 from kdata.format.schema import FORMAT_VERSION, SourceInfo
 from kdata.store.writer import Writer
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
@@ -104,7 +104,7 @@ def store(docs: list[np.ndarray], logits: list[torch.Tensor], keep: KeepConfig, 
             )
         )  # fmt: skip
     with Writer(root, info, "capture", SourceInfo(kind="capture", settings={}, num_units=None)) as writer:
-        writer.commit(Unit(0, records))
+        writer.commit(UnitResult(0, records))
     return kdata.open(root)
 
 

@@ -224,7 +224,7 @@ def test_two_nodes_make_the_bytes_of_the_local_engine(
         dataset = make(tmp_path / "d", corpus, engine)
         wait_until(lambda: len(processes(notes)) == 2)
         again = make(tmp_path / "d", corpus, engine)
-    assert digests(tmp_path / "d") == expected and again.fingerprint == dataset.fingerprint
+    assert digests(tmp_path / "d") == expected and again.fingerprint == dataset.content_digest
     assert not [p for p in (tmp_path / "d").iterdir() if p.name.startswith("units-")]
     assert len(set(processes(notes).values())) == 2
     wait_until(lambda: gone(notes))

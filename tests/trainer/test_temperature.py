@@ -14,7 +14,7 @@ import kdata
 from kdata.errors import ConfigError
 from kdata.format.keep import KeepConfig
 from kdata.format.manifest import new_info
-from kdata.format.records import Record, Unit
+from kdata.format.records import Record, UnitResult
 from kdata.format.schema import FORMAT_VERSION, SourceInfo
 from kdata.format.temper import at_temperature
 from kdata.loader.batches import LoaderConfig
@@ -49,7 +49,7 @@ def stored(tmp_path: Path, keep: KeepConfig) -> tuple[kdata.Dataset, torch.Tenso
         log_z=out.log_z,
     )  # fmt: skip
     with Writer(tmp_path / "d", info, "capture", SourceInfo(kind="capture", settings={}, num_units=None)) as writer:
-        writer.commit(Unit(0, [record]))
+        writer.commit(UnitResult(0, [record]))
     return kdata.open(tmp_path / "d"), torch.log_softmax(logits.double(), -1)
 
 
