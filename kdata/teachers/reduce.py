@@ -107,7 +107,7 @@ def reduce_each(
 
 def uniforms_of(parts: list[tuple[int, int]], keep: KeepConfig) -> np.ndarray:
     """Uniforms in [0, 1), float64 [M, N], rising along N; N = 0 for kinds without draws."""
-    width = keep.draws if keep.tail == "draws" else 0
+    width = keep.num_draws if keep.tail == "draws" else 0
     if not parts or not width:
         return np.zeros((sum(count for count, _ in parts), width))
     systematic = keep.draw_method == "systematic"
@@ -232,9 +232,9 @@ def _with_draws(
     fresh_MN[:, 1:] &= drawn_MN[:, 1:] != drawn_MN[:, :-1]
     starts = np.flatnonzero(fresh_MN.reshape(-1))
     # A run of equal draws ends where the next begins, or with its position.
-    position = starts // keep.draws
-    ends = np.minimum(np.append(starts[1:], fresh_MN.size), (position + 1) * keep.draws)
-    log_count = np.log((ends - starts) / keep.draws)
+    position = starts // keep.num_draws
+    ends = np.minimum(np.append(starts[1:], fresh_MN.size), (position + 1) * keep.num_draws)
+    log_count = np.log((ends - starts) / keep.num_draws)
     logprobs = logprob_MN[fresh_MN]
     if keep.tau == 1.0:
         weights = log_count + log_tail_M.astype(np.float64)[position]

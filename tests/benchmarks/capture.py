@@ -35,7 +35,7 @@ from kdata.teachers.config import TeacherConfig
 from kdata.teachers.model import load_tokenizer, tokenizer_info
 
 SHARED = Path(__file__).parents[3] / "shared"
-TOP, HYBRID = {"kind": "topk", "k": 64}, {"kind": "hybrid", "k": 16, "draws": 16}
+TOP, HYBRID = {"kind": "topk", "k": 64}, {"kind": "hybrid", "k": 16, "num_draws": 16}
 SLOW = {"flat, with detokenisation", "dictionaries"}  # once is enough to see by how much
 
 

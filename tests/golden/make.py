@@ -24,7 +24,7 @@ from tests.fakes import StandInTeacher
 
 # name, what is kept, codec (None: the kind's own)
 DATASETS: dict[str, tuple[KeepConfig, CodecInfo | None]] = {
-    "packed-hybrid": (KeepConfig(kind="hybrid", k=4, draws=6, temperatures=[2.0], draw_method="independent"), None),
+    "packed-hybrid": (KeepConfig(kind="hybrid", k=4, num_draws=6, temperatures=[2.0], draw_method="independent"), None),
     "plain-topk": (
         KeepConfig(kind="topk", k=6),
         CodecInfo(id="plain", version=1, kind="topk", parameters={"k": 6}),

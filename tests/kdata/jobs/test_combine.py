@@ -108,7 +108,7 @@ def test_kept_entries_are_averaged_on_the_union_and_tails_too(tmp_path: Path, ma
 
 def test_draws_are_averaged_id_by_id(tmp_path: Path, make: Make) -> None:
     """Exact where both know, else the sum of both sides' weights; what stands in the payloads is not rounded again."""
-    payloads = make(kind="hybrid", draws=12)
+    payloads = make(kind="hybrid", num_draws=12)
     found, report = combine(tmp_path / "out", payloads, CombineConfig(weights=[0.5, 0.5]))
     for sequence, *members in zip(found, *payloads, strict=True):
         for t in np.flatnonzero(sequence.target_mask):
@@ -138,7 +138,7 @@ def test_the_average_of_draws_is_unbiased(tmp_path: Path, make: Make) -> None:
 
     Shares that are a little different, or do not sum to 1, are found by the same measure.
     """
-    found, _ = combine(tmp_path / "out", make(kind="sampled", draws=40), CombineConfig(weights=[0.4, 0.6]))
+    found, _ = combine(tmp_path / "out", make(kind="sampled", num_draws=40), CombineConfig(weights=[0.4, 0.6]))
 
     def deviation(shares: list[float]) -> float:
         errors = []
@@ -157,7 +157,7 @@ def test_the_average_of_draws_is_unbiased(tmp_path: Path, make: Make) -> None:
 
 def test_draws_of_one_teacher_read_twice_have_half_the_variance(tmp_path: Path, make: Make) -> None:
     """Because a second reading draws with a seed of its own; with the same seed nothing would be gained."""
-    one = make(kind="sampled", draws=40)[0]
+    one = make(kind="sampled", num_draws=40)[0]
 
     def variance(dataset: kdata.Dataset) -> float:
         total = 0.0
