@@ -1,4 +1,4 @@
-"""Datasets for tests of selection: rows with a chosen id, domain, length and teacher's NLL, and sidecars of chosen numbers."""
+"""Datasets for tests of selection: rows with this id, domain, length and teacher's NLL, and sidecars of these numbers."""
 
 from __future__ import annotations
 
