@@ -156,8 +156,9 @@ class Plan:
         """Raise MismatchError where the dataset has changed since the plan was written."""
         if dataset.content_digest != self.info.dataset_digest:
             raise MismatchError(
-                f"plan {self.info.name!r} belongs to another state of {dataset.path} ("
-                f"{self.info.dataset_digest[:12]}, now {dataset.content_digest[:12]}): rows were added or changed. Run `kdata select` again."
+                f"plan {self.info.name!r} belongs to another state of {dataset.path} (digest "
+                f"{self.info.dataset_digest[:12]}, now {dataset.content_digest[:12]}): rows were added or changed. Run "
+                "`kdata select` again."
             )
 
     def rows(self, dataset: Dataset) -> np.ndarray:

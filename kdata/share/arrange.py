@@ -4,8 +4,8 @@ Merging renames shards where two inputs have a source of the same name; payloads
 Splitting and taking the head pick rows out of shards as Arrow rows: nothing is decoded and encoded again, so nothing is lost.
 The codec's error can be measured only against the teacher, so it is carried over from the shard that the rows are from.
 
-Inputs may be at a URL or on the Hub: only shards that hold a chosen row are fetched. Sidecars and plans belong to one state of
-one dataset and are not copied; neither are the rejects of split datasets.
+Inputs may be at a URL or on the Hub: only shards that hold a chosen row are fetched. Sidecars and plans belong to one state
+of one dataset and are not copied; neither are the rejects of split datasets.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nested lists: `input_ids` [T], `topk_ids` and `topk_logprobs` [P][K], as JSONL or Parquet, as most scripts write them.
+"""Nested lists: `input_ids` [T], `topk_ids` and `topk_logprobs` `[P][K]`, as JSONL or Parquet, as most scripts write them.
 
 List j is about token j (`--aligned with`, as kdata exports it, with an empty first list) or about token j + 1 (`--aligned
 after`). Optional columns: id, domain, text, target_mask [T]. K may differ from list to list. Log-probabilities are

@@ -14,10 +14,14 @@ from typer.testing import CliRunner
 import kdata
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, StorageError
-from kdata.format.schema import content_hash
+from kdata.format.schema import ManifestEntry, content_hash
 from kdata.pipelines.cli.main import app
 from kdata.selection.plan import make_plan
 from kdata.share.arrange import folder_name, head, merge, split
+from kdata.share.interchange.exporter import export_dataset
+from kdata.share.interchange.importer import ImportConfig, import_dataset
+from kdata.share.push import push
+from tests import bucket  # noqa: F401, registers bucket://
 from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, write_jsonl
 
 
@@ -154,6 +158,46 @@ def test_a_target_that_is_not_free_is_refused_and_folder_names_are_plain(tmp_pat
     with pytest.raises(ConfigError, match="ask for at least one row"):
         head(kdata.open(captured), tmp_path / "new", 0)
     assert [folder_name(n) for n in ("a/b", "..", "über", "x y")] == ["a-b", "unnamed", "ber", "x-y"]
+
+
+def test_inputs_may_be_at_a_url_and_outputs_may_not(
+    tmp_path: Path, captured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    remote, local = kdata.open(f"bucket://{captured}"), kdata.open(captured)
+    assert rows_by_id(head(remote, tmp_path / "head", 3)) == rows_by_id(head(local, tmp_path / "local", 3))
+    parts = split(remote, tmp_path / "parts", by="domain")
+    assert rows_by_id(merge(list(parts.values()), tmp_path / "merged")) == rows_by_id(local)
+    push(remote, tmp_path / "copy")
+    assert kdata.open(tmp_path / "copy").content_digest == local.content_digest
+    export_dataset(remote, tmp_path / "rows.parquet", "plain")
+    for write in (
+        lambda: head(local, "s3://bucket/d", 3),
+        lambda: split(local, Path("s3://bucket/d"), by="domain"),  # a Path has one slash less
+        lambda: merge(list(parts.values()), "s3://bucket/d"),
+        lambda: export_dataset(local, "s3://bucket/rows.parquet", "plain"),
+        lambda: import_dataset("s3://bucket/rows", tmp_path / "d", ImportConfig(format="plain")),
+        lambda: import_dataset(tmp_path / "rows.parquet", "s3://bucket/d", ImportConfig(format="plain")),
+    ):
+        with pytest.raises(ConfigError, match=r"^s3:/.* is a URL, and this needs a local path: [^\n]+$"):
+            write()
+
+
+def test_only_shards_that_hold_a_row_of_the_result_are_read(
+    tmp_path: Path, captured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = kdata.open(captured)
+    read: set[tuple[str, str]] = set()
+    shard_file = kdata.Dataset.shard_file
+
+    def recording(self: kdata.Dataset, entry: ManifestEntry, folder: str) -> Path:
+        read.add((folder, entry.name))
+        return shard_file(self, entry, folder)
+
+    monkeypatch.setattr(kdata.Dataset, "shard_file", recording)
+    head(dataset, tmp_path / "out", int(dataset.shard_starts[1]))
+    first = dataset.manifest[0].name
+    assert read == {("data", first), ("index", first)} and len(dataset.manifest) > 1
 
 
 def test_the_commands(tmp_path: Path, captured: Path) -> None:
