@@ -89,7 +89,7 @@ def select(
     size: Annotated[
         int | None, typer.Option(help="Units in all (mixtures, cap); else the most that can be met.")
     ] = None,
-    unit: Annotated[str | None, typer.Option(help="What sizes and shares count: sequences or tokens.")] = None,
+    count_by: Annotated[str | None, typer.Option(help="What sizes and shares count: sequences or tokens.")] = None,
     max_repeats: Annotated[float | None, typer.Option(help="Most repetition of a domain (mixtures).")] = None,
     take: Annotated[str | None, typer.Option(help="Of a domain: random, or first of the plan (mixtures, cap).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed (random, mixtures, cap).")] = None,
@@ -107,7 +107,7 @@ def select(
     given: dict[str, Any] = {
         "method": method or ("sql" if sql else None), "parent": source, "name": name, "share": share, "by_domain": by_domain,
         "score": score, "sql": sql, "weights": None if weights is None else _numbers(weights), "temperature": temperature,
-        "size": size, "unit": unit, "max_repeats": max_repeats, "take": take, "seed": seed,
+        "size": size, "count_by": count_by, "max_repeats": max_repeats, "take": take, "seed": seed,
     }  # fmt: skip
     plan = run(open_dataset(dataset), parse_step(_with_settings(given, set)), Room(memory, threads))
     _print(table_of(plan))

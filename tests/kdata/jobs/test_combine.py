@@ -311,7 +311,7 @@ def test_a_damaged_combination_is_repaired_and_made_again(tmp_path: Path, make: 
     path.write_bytes(path.read_bytes()[:-1])
     done = repair(made.path)
     assert done.units == {"generate": [1]} and done.remaining == []
-    assert done.commands == [f"kdata combine ...: repeat what made 'generate', into {made.path}"]
+    assert done.commands == [f"kdata combine ...: repeat the command that wrote 'generate', into {made.path}"]
     again, _ = combine(made.path, payloads, CombineConfig(), resume="must")
     assert digests(again.path) == before
 
