@@ -121,7 +121,8 @@ def drop_partial_packages(venv: Path) -> list[str]:
 
 def progress(venv: Path, log: Path) -> str:
     """How far an installer is, by its log and by what it has installed."""
-    lines = log.read_text(errors="replace").strip().splitlines() or ["starting"]
+    written = log.read_text(errors="replace").strip().splitlines()
+    lines = [line for line in written if not line.startswith("WARNING")] or ["starting"]
     planned = next((line for line in reversed(lines) if line.startswith(("Installing collected", "Prepared "))), "")
     if not planned:
         return lines[-1].strip()[:90]
