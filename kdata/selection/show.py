@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from kdata.errors import ConfigError, KdataError
+from kdata.errors import ConfigError, DependencyError, KdataError
 from kdata.observe.style import COLOURS, STYLE
 from kdata.observe.text import one_line
 from kdata.selection.plan import DomainTaken, Plan, PlanInfo, open_plan
@@ -20,6 +17,9 @@ from kdata.selection.session import rows_of
 from kdata.selection.sidecar import score_fingerprint
 from kdata.selection.step import Ranked
 from kdata.store.dataset import Dataset
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ENDINGS = (".png", ".svg", ".pdf")
 BARS = 60  # of a histogram
@@ -107,12 +107,18 @@ def draw(dataset: Dataset, plan: Plan, path: Path) -> Path:
 
     Raises:
         ConfigError: a picture of another kind than PNG, SVG or PDF.
+        DependencyError: matplotlib is not installed.
     """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DependencyError("the picture of a plan needs matplotlib: pip install 'kdata[report]'") from error
     if path.suffix not in ENDINGS:
         raise ConfigError(f"{path}: a picture is one of {', '.join(ENDINGS)}")
     bars = _histogram(dataset, plan)
     domains = sorted(plan.info.domains, key=lambda name: (-plan.info.domains[name].dataset_tokens, name))[:SHOWN]
-    with matplotlib.rc_context(STYLE):
+    with rc_context(STYLE):
         height = 1.2 + 0.45 * len(domains)
         figure = Figure(figsize=(6.4, height + (2.4 if bars else 0)), layout="constrained")
         panels = figure.subplots(2 if bars else 1, 1, height_ratios=[height, 2.4] if bars else None, squeeze=False)[
