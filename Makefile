@@ -32,7 +32,7 @@ fix: .venv/.ready ## Format the code, and fix what ruff can fix
 	$(BIN)/ruff format .
 
 docs: .venv/.ready ## Build the documentation site into build/site; a broken link is an error
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 docs-serve: .venv/.ready ## Serve the documentation site on this machine while you edit it
 	$(BIN)/python -m mkdocs serve

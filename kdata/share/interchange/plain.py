@@ -1,4 +1,4 @@
-"""Nested lists: `input_ids` [T], `topk_ids` and `topk_logprobs` [P][K], as JSONL or Parquet; what most scripts write.
+"""Nested lists: `input_ids` [T], `topk_ids` and `topk_logprobs` `[P][K]`, as JSONL or Parquet; what most scripts write.
 
 List j is about token j (`--aligned with`, as kdata writes it, its first list empty) or about token j + 1 (`--aligned
 after`). Optional columns: id, domain, text, target_mask [T]. K may differ from list to list. Log-probabilities are
