@@ -26,7 +26,7 @@ from kdata.jobs.scoring import ScoreConfig, score
 from kdata.jobs.writing import GenerateConfig, GenerateJob
 from kdata.observe.energy import Devices, local_devices
 from kdata.observe.journal import Took, read_journal, took
-from kdata.observe.progress import Phase, console
+from kdata.observe.progress import RunStage, console
 from kdata.pipelines.builtin.builtin import ensure_corpus, ensure_reference, ensure_teacher
 from kdata.pipelines.builtin.corpus import CorpusFiles
 from kdata.pipelines.engine import open_engine
@@ -184,7 +184,7 @@ def run_train(run: Run) -> None:
     for name, student in run.recipe.students.items():
         plan = run.dataset_path / "plans" / run.plan_name if student.plan else None
         config = run.recipe.train_config(student)
-        with Phase(f"train {name}"):
+        with RunStage(f"train {name}"):
             train(config, run.dataset_path, plan, run.out / "students" / name)
 
 
@@ -271,9 +271,9 @@ def execute(recipe: Recipe, out: Path, *, resume: str = "auto") -> Path:
             if name in run.seconds and name != "prepare":
                 console.print(f"[dim]{name}: done before, in {run.seconds[name]:.1f} s[/]")
                 continue
-            with Phase(name, run.log, _devices(run, name)) as phase:
+            with RunStage(name, run.log, _devices(run, name)) as run_stage:
                 stage(run)
-            run.seconds.setdefault(name, round(phase.seconds, 2))
+            run.seconds.setdefault(name, round(run_stage.seconds, 2))
             _write_state(run)
     finally:
         run.close_engine()

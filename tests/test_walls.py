@@ -81,20 +81,78 @@ def test_a_module_imports_only_what_its_package_may(module: str) -> None:
             assert not name.startswith("kdata.jobs"), f"{module} imports {name}"
 
 
+def late_imports(module: str) -> set[str]:
+    """Modules of ours that a module imports inside a function, or for types only."""
+    return {name for name in imports_of(module) - imports_of(module, at_load=True) if name in MODULES}
+
+
+MAY_IMPORT_LATE = {
+    "kdata",  # `import kdata` stays light: a public name is imported when it is first used
+    "kdata.store.open",  # the Hub's client and remote stores, where an address asks for them
+    "kdata.teachers.load",  # vLLM, torch and aiohttp, by the backend that is asked for
+}
+
+
+def test_only_three_modules_of_kdata_import_late() -> None:
+    late = {module for module in MODULES if folder_of(module) == "kdata" and late_imports(module)}
+    assert late <= MAY_IMPORT_LATE, late - MAY_IMPORT_LATE
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Every group of nodes that reach each other."""
+    reach = {node: {node} for node in graph}
+    for _ in graph:
+        longer = {node: set().union(*(reach[other] for other in {node, *graph[node]})) for node in graph}
+        if longer == reach:
+            break
+        reach = longer
+    groups = {tuple(sorted(other for other in reach[node] if node in reach[other])) for node in graph}
+    return [list(group) for group in groups if len(group) > 1]
+
+
+def test_the_search_for_circles_finds_one() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+
+
 def test_no_module_imports_itself_in_a_circle() -> None:
-    graph = {m: {name for name in imports_of(m, at_load=True) if name in MODULES} for m in MODULES}
-    done: set[str] = set()
-
-    def visit(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, " -> ".join((*path[path.index(module) :], module))
-        if module not in done:
-            for name in sorted(graph[module] - {module}):
-                visit(name, (*path, module))
-            done.add(module)
-
-    for module in MODULES:
-        visit(module, ())
+    """Late imports and imports for types count."""
+    graph = {m: {name for name in imports_of(m) if name in MODULES} - {m} for m in MODULES}
+    assert not circles(graph)
     assert graph["kdata.jobs.reading"] >= {"kdata.corpus.corpus", "kdata.jobs.job"}  # the walk sees what is there
+
+
+def room_of(module: str) -> str:
+    """The folder that README draws for a module: a folder or file of kdata/, a folder of pipelines/, trainer or schemas."""
+    parts = MODULES[module].relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "kdata":
+        return parts[1] if len(parts) > 2 else parts[1].replace("__init__", "kdata")
+    return "/".join(parts[:2]) if parts[0] == "pipelines" and len(parts) > 2 else parts[0]
+
+
+def drawn() -> dict[str, set[str]]:
+    """The graph in README.md, lines of `folder -> folders that it imports`, lowest first."""
+    block = (ROOT / "README.md").read_text("utf-8").split("```graph\n")[1].split("```")[0]
+    lines = [line.partition("->") for line in block.splitlines()]
+    return {name.strip(): set(targets.split()) for name, _, targets in lines}
+
+
+def test_the_folders_import_each_other_as_readme_draws() -> None:
+    graph: dict[str, set[str]] = {}
+    for module in MODULES:
+        rooms = {room_of(name) for name in imports_of(module) if name in MODULES}
+        graph[room_of(module)] = graph.get(room_of(module), set()) | rooms - {room_of(module)}
+    graph = {room: targets for room, targets in graph.items() if room != "kdata"}  # the public names, loaded on demand
+    graph = {room: targets - {"kdata"} for room, targets in graph.items()}
+    assert graph == drawn()
+    below: set[str] = set()
+    for room, targets in drawn().items():
+        assert targets <= below, f"{room} imports {targets - below}, which README draws above it"
+        below.add(room)
+
+
+def test_kdata_has_few_entries() -> None:
+    entries = [p for p in (ROOT / "kdata").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
+    assert len(entries) <= 13, sorted(p.name for p in entries)
 
 
 def loaded(statement: str) -> set[str]:

@@ -170,6 +170,8 @@ RUNTIME = {
 class TrainResult(BaseModel):
     """What a run made and what it used; OUT/train.json."""
 
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
     label: str
     model_dir: str = Field(description="Where the student is, relative to OUT.")
     metrics: str = Field(description="metrics.jsonl, relative to OUT.")
@@ -181,5 +183,5 @@ class TrainResult(BaseModel):
     wait_share: float = Field(description="Share of those seconds spent waiting for data, on the main rank.")
     losses: dict[str, float] = Field(description="Objectives at the last step, nats per counted token.")
     plan: str | None = Field(description="Name of the last stage's plan; None: the whole dataset.")
-    dataset_fingerprint: str = Field(description="Of the last stage's dataset.")
+    dataset_digest: str = Field(alias="dataset_fingerprint", description="Of the last stage's dataset.")
     config: TrainConfig

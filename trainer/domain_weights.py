@@ -2,7 +2,7 @@
 
 Every `every_steps` steps the trainer measures the student's cross-entropy on held-out text of each domain, tells the
 mixture, and draws the documents of the next steps by its weights (`kdata.trainer.mixed_loader`). To add one: a class with the
-methods of `Mixture`, its settings, a line in `make_mixture`.
+methods of `DomainWeights`, its settings, a line in `make_mixture`.
 
 Shapes: N domains.
 """
@@ -21,7 +21,7 @@ from kdata.errors import ConfigError, TrainingError
 Weights = dict[str, float]
 
 
-class Mixture(Protocol):
+class DomainWeights(Protocol):
     """What the trainer asks of a mixture. State is JSON values; equal state gives equal weights ever after."""
 
     @property
@@ -145,7 +145,9 @@ class DDK:
         self.num_updates = state["num_updates"]
 
 
-def make_mixture(config: FixedMixture | DDKMixture, domains: list[str], teacher_losses: Mapping[str, float]) -> Mixture:
+def make_mixture(
+    config: FixedMixture | DDKMixture, domains: list[str], teacher_losses: Mapping[str, float]
+) -> DomainWeights:
     """The mixture of these settings. Raises ConfigError where they do not fit the data's domains.
 
     Args:

@@ -30,7 +30,7 @@ import kdata
 from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MissingError
 from kdata.loader.batches import LoaderConfig
-from kdata.observe.progress import Stage
+from kdata.observe.progress import Task
 from kdata.trainer.config import TrainResult
 from kdata.trainer.distributed import device_name
 from kdata.trainer.fused import Measured, measure
@@ -274,7 +274,7 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
     tail = dataset.info.tail
     assert tail != "absent"  # refused by the caller
     sums = _Sums(len(domains), tail, kind=dataset.info.codec.kind)
-    with Stage("evaluate", int(loader.lengths.sum()), unit="tokens") as stage:
+    with Task("evaluate", int(loader.lengths.sum()), unit="tokens") as task:
         for batch in loader.epoch():
             device = head_of(model).device
             hidden_BLD = hidden_states(model, batch.input_ids.to(device), batch.position_ids.to(device))
@@ -287,7 +287,7 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
                 tail,
             )
             sums.add(batch, measured, domain_R[batch.rows[batch.document_M]])
-            stage.advance(batch.num_tokens)
+            task.advance(batch.num_tokens)
     if not sums.tokens.sum():
         raise DataError(f"no token counts in {dataset.path} (all target masks are empty): nothing to measure")
     return domains.tolist(), sums

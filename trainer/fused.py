@@ -62,7 +62,7 @@ class Measured(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LossPlan:
     """How values become a loss. `scale` multiplies the sum over positions: 1 / counted tokens of the step."""
 
     config: ObjectiveConfig
@@ -109,7 +109,7 @@ def distillation_loss(
             f"the targets are at temperature {targets.temperature}, the objective at {config.temperature}; give the loader "
             "the objective's temperature"
         )
-    recipe = Recipe(
+    loss_plan = LossPlan(
         config=config,
         tail=tail,
         weights=config.numbers(),
@@ -117,8 +117,8 @@ def distillation_loss(
         matmul_dtype=matmul_dtype or hidden_MD.dtype,
         chunk_positions=chunk_positions or _chunk_positions(head_VD),
     )
-    total, values_MO = _SparseLoss.apply(hidden_MD, head_VD, targets, recipe, torch.is_grad_enabled())
-    return Loss(total, values_MO, tuple(recipe.weights))
+    total, values_MO = _SparseLoss.apply(hidden_MD, head_VD, targets, loss_plan, torch.is_grad_enabled())
+    return Loss(total, values_MO, tuple(loss_plan.weights))
 
 
 @torch.no_grad()
@@ -141,13 +141,13 @@ def measure(
     """
     _check(hidden_MD, head_VD, targets)
     size = chunk_positions or _chunk_positions(head_VD)
-    recipe = Recipe(ObjectiveConfig(), tail, dict.fromkeys(names, 1.0), 1.0, hidden_MD.dtype, size)
+    loss_plan = LossPlan(ObjectiveConfig(), tail, dict.fromkeys(names, 1.0), 1.0, hidden_MD.dtype, size)
     values, top_ids, confidence = [], [], []
-    for part, logits_CV, _ in _logit_chunks(hidden_MD, head_VD.to(recipe.matmul_dtype), recipe):
+    for part, logits_CV, _ in _logit_chunks(hidden_MD, head_VD.to(loss_plan.matmul_dtype), loss_plan):
         top_logits_CN, top_ids_CN = logits_CV.topk(min(top, logits_CV.shape[1]), dim=-1)
         chunk = targets.rows(part)
         student = _student(logits_CV, chunk, 1.0)
-        values.append(_values(student, chunk, recipe))
+        values.append(_values(student, chunk, loss_plan))
         top_ids.append(top_ids_CN)
         confidence.append((top_logits_CN[:, 0] - student.log_sum_C).exp())
     if not values:
@@ -170,28 +170,28 @@ class _Student(NamedTuple):
 
 class _SparseLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, head_VD: Tensor, targets: Targets, recipe: Recipe, grad: bool) -> Any:
+    def forward(ctx: Any, hidden_MD: Tensor, head_VD: Tensor, targets: Targets, loss_plan: LossPlan, grad: bool) -> Any:
         wide = _wide(hidden_MD)
-        values_MO = torch.empty(len(targets), len(recipe.weights), dtype=wide, device=hidden_MD.device)
-        weights_O = torch.tensor(list(recipe.weights.values()), dtype=wide).to(hidden_MD.device)
+        values_MO = torch.empty(len(targets), len(loss_plan.weights), dtype=wide, device=hidden_MD.device)
+        weights_O = torch.tensor(list(loss_plan.weights.values()), dtype=wide).to(hidden_MD.device)
         grad_hidden_MD = torch.zeros_like(hidden_MD) if grad and ctx.needs_input_grad[0] else None
         grad_head_VD = torch.zeros_like(head_VD, dtype=wide) if grad and ctx.needs_input_grad[1] else None
-        head_cast_VD = head_VD.to(recipe.matmul_dtype)
-        for part, logits_CV, spare_CV in _logit_chunks(hidden_MD, head_cast_VD, recipe):
+        head_cast_VD = head_VD.to(loss_plan.matmul_dtype)
+        for part, logits_CV, spare_CV in _logit_chunks(hidden_MD, head_cast_VD, loss_plan):
             chunk = targets.rows(part)
-            student = _student(logits_CV, chunk, recipe.config.temperature, spare_CV)
+            student = _student(logits_CV, chunk, loss_plan.config.temperature, spare_CV)
             if grad_hidden_MD is None and grad_head_VD is None:
-                values_MO[part] = _values(student, chunk, recipe)
+                values_MO[part] = _values(student, chunk, loss_plan)
                 continue
-            values_MO[part] = _to_logit_gradient_(logits_CV, spare_CV, student, chunk, recipe, weights_O)
-            d_logits_CV = logits_CV.to(recipe.matmul_dtype)
+            values_MO[part] = _to_logit_gradient_(logits_CV, spare_CV, student, chunk, loss_plan, weights_O)
+            d_logits_CV = logits_CV.to(loss_plan.matmul_dtype)
             if grad_hidden_MD is not None:
                 grad_hidden_MD[part].copy_((head_cast_VD.T @ d_logits_CV.T).T)
             if grad_head_VD is not None:
-                _add_head_gradient_(grad_head_VD, d_logits_CV, hidden_MD[part].to(recipe.matmul_dtype))
+                _add_head_gradient_(grad_head_VD, d_logits_CV, hidden_MD[part].to(loss_plan.matmul_dtype))
         ctx.gradients = (grad_hidden_MD, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype))
         ctx.mark_non_differentiable(values_MO)
-        return (values_MO.sum(0) @ weights_O) * recipe.scale, values_MO
+        return (values_MO.sum(0) @ weights_O) * loss_plan.scale, values_MO
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> Any:
@@ -221,21 +221,21 @@ def _chunk_positions(head_VD: Tensor) -> int:
 
 
 def _logit_chunks(
-    hidden_MD: Tensor, head_cast_VD: Tensor, recipe: Recipe
+    hidden_MD: Tensor, head_cast_VD: Tensor, loss_plan: LossPlan
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Yield (range of positions, logits [C, V] in the wide dtype, as much room at T other than 1).
 
     Every chunk is the same memory, laid out [V, C]: so the products' long side is the one that BLAS splits and streams. At
     V = 128k, float32, AVX2, 152 positions, logits take 94 Gflop/s so and 62 laid out [C, V]; d hidden 100 and 83.
     """
-    num_positions, size = hidden_MD.shape[0], min(recipe.chunk_positions, hidden_MD.shape[0])
+    num_positions, size = hidden_MD.shape[0], min(loss_plan.chunk_positions, hidden_MD.shape[0])
     wide_CV = hidden_MD.new_empty(head_cast_VD.shape[0], size, dtype=_wide(hidden_MD)).T
-    spare_CV = None if recipe.config.temperature == 1.0 else torch.empty_like(wide_CV)
-    narrow_CV = wide_CV if recipe.matmul_dtype == wide_CV.dtype else wide_CV.to(recipe.matmul_dtype)
+    spare_CV = None if loss_plan.config.temperature == 1.0 else torch.empty_like(wide_CV)
+    narrow_CV = wide_CV if loss_plan.matmul_dtype == wide_CV.dtype else wide_CV.to(loss_plan.matmul_dtype)
     for start in range(0, num_positions, max(size, 1)):
         part = slice(start, min(start + size, num_positions))
         count = part.stop - start
-        torch.mm(hidden_MD[part].to(recipe.matmul_dtype), head_cast_VD.T, out=narrow_CV[:count])
+        torch.mm(hidden_MD[part].to(loss_plan.matmul_dtype), head_cast_VD.T, out=narrow_CV[:count])
         if narrow_CV is not wide_CV:
             wide_CV[:count].copy_(narrow_CV[:count])
         yield part, wide_CV[:count], None if spare_CV is None else spare_CV[:count]
@@ -281,30 +281,30 @@ def _exact_only(student: _Student, targets: Targets) -> tuple[_Student, Targets]
     return student._replace(kept_CK=student.kept_CK.masked_fill(~exact_CK, -torch.inf), rest_C=rest_C), exact
 
 
-def _outcomes(student: _Student, targets: Targets, recipe: Recipe, tail: Tail) -> Outcomes:
-    """What an objective sees with a tail: the recipe's own, or ghost of the exact entries."""
-    if tail != recipe.tail:
+def _outcomes(student: _Student, targets: Targets, loss_plan: LossPlan, tail: Tail) -> Outcomes:
+    """What an objective sees with a tail: the loss_plan's own, or ghost of the exact entries."""
+    if tail != loss_plan.tail:
         student, targets = _exact_only(student, targets)
     log_sum_C = _log_sum(student.kept_CK, student.rest_C)
     log_q_CJ = torch.cat([student.kept_CK, student.rest_C[:, None]], dim=-1) - log_sum_C[:, None]
     return Outcomes(
         log_p_CJ=teacher_outcomes(targets, tail).to(log_q_CJ.dtype),
         log_q_CJ=log_q_CJ.masked_fill(torch.isneginf(log_q_CJ), LOG_ZERO),
-        log_q_token_C=student.token_C - (log_sum_C if recipe.config.temperature == 1.0 else student.log_sum_C),
+        log_q_token_C=student.token_C - (log_sum_C if loss_plan.config.temperature == 1.0 else student.log_sum_C),
     )
 
 
-def _values(student: _Student, targets: Targets, recipe: Recipe) -> Tensor:
+def _values(student: _Student, targets: Targets, loss_plan: LossPlan) -> Tensor:
     """[C, O]: every objective at every position of a chunk, differentiable in `student`."""
-    config = recipe.config
-    tails = {name: tail_of(name, config, recipe.tail) for name in recipe.weights}
-    outcomes = {tail: _outcomes(student, targets, recipe, tail) for tail in dict.fromkeys(tails.values())}
+    config = loss_plan.config
+    tails = {name: tail_of(name, config, loss_plan.tail) for name in loss_plan.weights}
+    outcomes = {tail: _outcomes(student, targets, loss_plan, tail) for tail in dict.fromkeys(tails.values())}
     found = [OBJECTIVES[n](outcomes[t], config) * scale_of(n, config.temperature) for n, t in tails.items()]
     return torch.stack(found, dim=-1)
 
 
 def _to_logit_gradient_(
-    exp_CV: Tensor, spare_CV: Tensor | None, student: _Student, targets: Targets, recipe: Recipe, weights_O: Tensor
+    exp_CV: Tensor, spare_CV: Tensor | None, student: _Student, targets: Targets, loss_plan: LossPlan, weights_O: Tensor
 ) -> Tensor:
     """Turn what `_student` left into d loss / d logits, in place; return the values [C, O].
 
@@ -314,10 +314,10 @@ def _to_logit_gradient_(
     """
     leaves = _Student(*(t.detach().requires_grad_() for t in student))
     with torch.enable_grad():
-        values_CO = _values(leaves, targets, recipe)
-        (values_CO.sum(0) @ weights_O * recipe.scale).backward()
+        values_CO = _values(leaves, targets, loss_plan)
+        (values_CO.sum(0) @ weights_O * loss_plan.scale).backward()
     d = _Student(*(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves))
-    temperature, mass_C = recipe.config.temperature, exp_CV.sum(-1)
+    temperature, mass_C = loss_plan.config.temperature, exp_CV.sum(-1)
     exp_CV.mul_((d.rest_C / mass_C / temperature).masked_fill(mass_C == 0, 0.0)[:, None])
     d_kept_CK = (d.kept_CK / temperature).masked_fill(targets.ids_CK < 0, 0.0)
     exp_CV.scatter_add_(1, targets.ids_CK.clamp_min(0), d_kept_CK)

@@ -16,7 +16,7 @@ from kdata.loader.batches import LoaderConfig
 from kdata.selection.plan import Plan
 from kdata.trainer.config import Stage, TrainConfig
 from kdata.trainer.distributed import Ranks
-from kdata.trainer.domain_weights import DDKMixture, Mixture, make_mixture
+from kdata.trainer.domain_weights import DDKMixture, DomainWeights, make_mixture
 from kdata.trainer.heldout import Heldout, keep_aside, open_heldout, student_losses
 from kdata.trainer.loader import Loader
 from kdata.trainer.mixed_loader import MixedLoader
@@ -35,7 +35,7 @@ class OpenStage:
     plan: Plan | None
     source: Loader | MixedLoader
     tail: Tail
-    mixture: Mixture | None
+    mixture: DomainWeights | None
     heldout: Heldout | None
 
     @property
@@ -50,7 +50,7 @@ class OpenStage:
     @property
     def identity(self) -> list[str]:
         """What the stage's numbers depend on beside settings: digests of what is trained on and of what is held out."""
-        return [self.source.identity, *([] if self.heldout is None else [self.heldout.dataset.fingerprint])]
+        return [self.source.identity, *([] if self.heldout is None else [self.heldout.dataset.content_digest])]
 
     def state_dict(self) -> dict[str, Any]:
         """Loader and mixture, for a checkpoint."""

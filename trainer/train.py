@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 import kdata
 from kdata.errors import ConfigError, TrainingError
 from kdata.format.files import storage_errors
-from kdata.observe.progress import Stage as Progress
+from kdata.observe.progress import Task
 from kdata.trainer.checkpoint import load_checkpoint, save_checkpoint
 from kdata.trainer.config import RUNTIME, SHARED, StageConfig, TrainConfig, TrainResult
 from kdata.trainer.distributed import Ranks, accumulating, join, spread, whole
@@ -136,7 +136,7 @@ def _train(
         save_checkpoint(out_dir / "checkpoints", student, optimizer, state, ranks)
         saved_step = done.step
 
-    progress = Progress(f"train {config.label}", steps, unit="steps")
+    progress = Task(f"train {config.label}", steps, unit="steps")
     metrics = Metrics(
         out_dir, config.loggers, label=config.label, settings=settings, step=done.step, write=ranks.is_main
     )
@@ -207,7 +207,7 @@ def _train(
         wait_share=done.waited / max(done.seconds, 1e-9),
         losses=done.losses,
         plan=None if last.plan is None else last.plan.info.name,
-        dataset_fingerprint=last.dataset.fingerprint,
+        dataset_digest=last.dataset.content_digest,
         config=config,
     )
     if ranks.is_main:

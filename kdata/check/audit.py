@@ -31,7 +31,7 @@ import numpy as np
 from kdata.errors import ConfigError, DataError, DependencyError, MismatchError, MissingError
 from kdata.format.kept import draw_mask
 from kdata.format.sequences import Sequences
-from kdata.observe.progress import Stage
+from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
 
 WARN_PAIRS = 5.0
@@ -110,18 +110,18 @@ def audit(
     size = min(block or (UNKNOWN_BLOCK if d is None else 2 * d), vocab_size)
     if d is not None and size <= d + 1:
         raise ConfigError(f"a block of {size} ids cannot show a rank of {d}; set --block to {2 * d}")
-    with Stage("audit", 3 + NULLS, "passes") as stage:
+    with Task("audit", 3 + NULLS, "passes") as task:
         k_eff, over = distinct_per_context(datasets, d)
-        stage.advance(1)
+        task.advance(1)
         ids_B = frequent_ids(datasets, vocab_size, size)
-        stage.advance(1)
+        task.advance(1)
         rng = np.random.default_rng(seed)
         moments, positions = co_moments(datasets, ids_B, vocab_size, None)
-        stage.advance(1)
+        task.advance(1)
         nulls = []
         for _ in range(NULLS):
             nulls.append(co_moments(datasets, ids_B, vocab_size, rng)[0])
-            stage.advance(1)
+            task.advance(1)
     return _judge(d, k_eff, over, positions, ids_B, moments, nulls, head_VD)
 
 

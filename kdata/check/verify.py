@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from kdata.errors import KdataError
 from kdata.format.files import inside
 from kdata.format.manifest import digest_of, json_bytes
-from kdata.format.schema import FileInfo, ManifestEntry, canonical_json, fingerprint
-from kdata.observe.progress import Stage
+from kdata.format.schema import FileInfo, ManifestEntry, canonical_json, json_digest
+from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.selection.sidecar import load_score_info
 from kdata.store.dataset import Dataset
@@ -40,11 +40,11 @@ def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
     """
     problems: list[Problem] = []
     total = sum(info.bytes for entry in dataset.manifest for info in entry.files.values())
-    with Stage("verify", total, "bytes") as stage:
+    with Task("verify", total, "bytes") as task:
         for entry in dataset.manifest:
             for relative, info in entry.files.items():
                 problems += check_file(dataset.path, relative, info)
-                stage.advance(info.bytes)
+                task.advance(info.bytes)
     problems += check_json(dataset.path, "dataset.json") + check_json(dataset.path, "manifest.jsonl")
     problems += _tokenizer(dataset)
     problems += _sidecars(dataset)
@@ -97,7 +97,7 @@ def _tokenizer(dataset: Dataset) -> list[Problem]:
         return problems
     try:
         state = json.loads(path.read_bytes())
-        found = fingerprint({key: value for key, value in state.items() if key not in ("truncation", "padding")})
+        found = json_digest({key: value for key, value in state.items() if key not in ("truncation", "padding")})
     except (ValueError, AttributeError) as error:
         return [Problem("tokenizer/tokenizer.json", f"cannot be read: {error}")]
     if found != dataset.info.tokenizer.hash:
@@ -148,10 +148,10 @@ def _strays(dataset: Dataset) -> list[Problem]:
 def _deep(dataset: Dataset) -> list[Problem]:
     problems: list[Problem] = []
     seen: set[str] = set()
-    with Stage("verify rows", dataset.num_tokens, "tokens") as stage:
+    with Task("verify rows", dataset.num_tokens, "tokens") as task:
         for number, entry in enumerate(dataset.manifest):
             problems += _deep_shard(dataset, number, entry, seen)
-            stage.advance(entry.tokens)
+            task.advance(entry.tokens)
     return problems
 
 

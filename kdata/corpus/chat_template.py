@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,9 +26,7 @@ from kdata.corpus.corpus import CorpusConfig
 from kdata.corpus.encode import TextEncoder, special_tokens
 from kdata.corpus.messages import Chat
 from kdata.errors import ConfigError, DataError, KdataError
-
-if TYPE_CHECKING:
-    from kdata.format.records import Reject
+from kdata.format.records import Reject
 
 
 def chat_encoder(tokenizer: Any, corpus: CorpusConfig) -> ChatEncoder:

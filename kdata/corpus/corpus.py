@@ -16,6 +16,8 @@ from typing import Any, Protocol
 from pydantic import Field, model_validator
 
 from kdata.config import Strict
+from kdata.corpus.files import FileRows
+from kdata.corpus.library import hub_name, is_saved, open_hub, open_saved
 from kdata.corpus.messages import Chat, as_json, parse_chat
 from kdata.errors import ConfigError, DataError, nearest
 
@@ -123,9 +125,6 @@ def open_rows(config: CorpusConfig) -> Rows:
         ConfigError: an unknown format or split.
         DataError: broken or empty files.
     """
-    from kdata.corpus.files import FileRows
-    from kdata.corpus.library import hub_name, is_saved, open_hub, open_saved
-
     path = Path(config.path)
     remote = hub_name(config.path)
     if config.subset is not None and remote is None:

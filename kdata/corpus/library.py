@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from kdata.corpus.files import files_digest, format_of, rows_of
 from kdata.errors import ConfigError, DataError, DependencyError, KdataError, MissingError
+from kdata.store.hub import hub_errors
 
 HUB_NAME = re.compile(r"^(?:hf://(?:datasets/)?)?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` of a Dataset and of a DatasetDict leaves
@@ -65,8 +66,6 @@ def open_hub(remote: tuple[str, str | None], subset: str | None, split: str | No
         ConfigError: there are several splits and none is named, or there is none of that name or subset.
         DependencyError: `datasets` is not installed.
     """
-    from kdata.store.hub import hub_errors
-
     library, (name, revision) = _library(), remote
     try:
         commit = _commit(name, revision)

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from kdata.errors import DataError, FormatError
+from kdata.format import packed
 from kdata.format.kept import Kept, draw_mask, segment_sum
 from kdata.format.schema import CodecError, CodecInfo, known_codecs
 
@@ -111,8 +112,6 @@ def counts_draws(info: CodecInfo) -> bool:
 
 
 def _packed_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Columns:
-    from kdata.format import packed
-
     draws = kept.is_draw
     id_bytes = info.parameters["id_bytes"]
     columns = packed.planes("exact_id", kept.ids[~draws], id_bytes)
@@ -135,8 +134,6 @@ def _packed_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Colum
 
 
 def _packed_decode(columns: Columns, positions: Positions, info: CodecInfo) -> Kept:
-    from kdata.format import packed
-
     exact = packed.decode_gaps(columns["exact_gaps"], positions.num_exact, positions.log_tail)
     exact_ids = packed.join_planes("exact_id", columns)
     if "draw_id_0" not in columns:
@@ -201,8 +198,6 @@ def compare(true: Kept, stored: Kept, info: CodecInfo) -> Comparison:
     KL is over the exact entries plus one bucket for the rest, with each side's own rest. Draws carry no error: their
     counts are integers.
     """
-    from kdata.format import packed
-
     found = packed.compare_entries(true.logprobs, stored.logprobs, true.num_exact, true.num_drawn)
     positions = int((true.num_kept > 0).sum())
     if positions == 0:

@@ -34,7 +34,7 @@ class KeepConfig(Strict):
     k: int = Field(8, ge=1, le=4096, description="Exact entries (topk, hybrid), or at most so many (adaptive).")
     mass: float = Field(0.95, gt=0, lt=1, description="Kept probability mass that is enough (adaptive).")
     min_k: int = Field(4, ge=1, description="At least so many entries (adaptive).")
-    draws: int = Field(28, ge=1, le=255, description="Random draws at each position (sampled, hybrid).")
+    num_draws: int = Field(28, ge=1, le=255, description="Random draws at each position (sampled, hybrid).")
     tau: float = Field(
         1.0,
         gt=0,
@@ -81,20 +81,22 @@ class KeepConfig(Strict):
         used = {
             "topk": ("k",),
             "adaptive": ("k", "mass", "min_k"),
-            "sampled": ("draws", "tau", "draw_seed"),
-            "hybrid": ("k", "draws", "tau", "draw_seed"),
+            "sampled": ("num_draws", "tau", "draw_seed"),
+            "hybrid": ("k", "num_draws", "tau", "draw_seed"),
         }[self.kind]
-        found = {name: getattr(self, name) for name in used}
+        settings = {name: getattr(self, name) for name in used}
+        if "num_draws" in settings:  # the name under which a source's settings have always recorded it
+            settings["draws"] = settings.pop("num_draws")
         if self.tail == "draws" and self.draw_method != "independent":  # what datasets without this setting are
-            found["draw_method"] = self.draw_method
-        return {**found, "temperatures": self.temperatures} if self.temperatures else found
+            settings["draw_method"] = self.draw_method
+        return {**settings, "temperatures": self.temperatures} if self.temperatures else settings
 
     @staticmethod
     def of(info: CodecInfo) -> KeepConfig:
         """The setting that a dataset was captured with."""
         values = {k: v for k, v in info.parameters.items() if k in KeepConfig.model_fields}
         if "num_draws" in info.parameters:
-            values = {"draw_method": "independent", **values, "draws": info.parameters["num_draws"]}
+            values = {"draw_method": "independent", **values}
         return KeepConfig(kind=info.kind, **values)
 
     def codec(self, vocab_size: int) -> CodecInfo:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from kdata.config import first_problem
 from kdata.errors import CorruptError, FormatError, MissingError
 from kdata.format.files import inside, sync_directory, write_atomically
-from kdata.format.schema import FORMAT_MAJOR, DatasetInfo, ManifestEntry, canonical_json, fingerprint
+from kdata.format.schema import FORMAT_MAJOR, DatasetInfo, ManifestEntry, canonical_json, json_digest
 
 
 def read_info(root: Path) -> DatasetInfo:
@@ -66,7 +66,7 @@ def json_bytes(content: dict[str, Any]) -> bytes:
 
 def digest_of(content: dict[str, Any]) -> str:
     """SHA-256 (hex) of the canonical JSON of everything but `digest` itself."""
-    return fingerprint({key: value for key, value in content.items() if key != "digest"})
+    return json_digest({key: value for key, value in content.items() if key != "digest"})
 
 
 def read_manifest(root: Path, *, heal: bool = False) -> list[ManifestEntry]:
@@ -153,6 +153,6 @@ def order_manifest(root: Path, source: str) -> None:
 
 
 def new_info(**fields: object) -> DatasetInfo:
-    """Build a DatasetInfo whose fingerprint is that of its identity."""
-    draft = DatasetInfo.model_validate({**fields, "sources": {}, "fingerprint": ""})
-    return draft.model_copy(update={"fingerprint": fingerprint(draft.identity())})
+    """Build a DatasetInfo with the digest of its identity."""
+    draft = DatasetInfo.model_validate({**fields, "sources": {}, "identity_digest": ""})
+    return draft.model_copy(update={"identity_digest": json_digest(draft.identity())})

@@ -65,7 +65,7 @@ class Reject:
 
 
 @dataclass
-class Unit:
+class UnitResult:
     """What one work unit hands over for commit."""
 
     number: int

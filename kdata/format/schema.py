@@ -76,7 +76,9 @@ def rejects_schema() -> pa.Schema:
 class Contract(BaseModel):
     """A file that a newer minor version may have added keys to: unknown keys are kept out of the way."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(
+        extra="ignore", frozen=True, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
+    )
 
 
 class CodecInfo(Contract):
@@ -165,14 +167,15 @@ class DatasetInfo(Contract):
         {}, description="Files in tokenizer/, by name, to find a damaged byte; no part of the identity."
     )
     sources: dict[str, SourceInfo] = Field(description="Work that wrote rows, by name.")
-    fingerprint: str = Field(
-        description="SHA-256 of the identity: everything but `sources`, `tokenizer_files`, `fingerprint` and `digest`."
+    identity_digest: str = Field(
+        alias="fingerprint",
+        description="SHA-256 of the identity: everything but `sources`, `tokenizer_files`, `fingerprint` and `digest`.",
     )
     digest: str = Field("", description="SHA-256 of everything else in the file: finds a damaged byte.")
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same for as long as rows are added."""
-        return self.model_dump(exclude={"sources", "tokenizer_files", "fingerprint", "digest"})
+        return self.model_dump(exclude={"sources", "tokenizer_files", "identity_digest", "digest"})
 
 
 class CodecError(Contract):
@@ -224,7 +227,7 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
-def fingerprint(value: Any) -> str:
+def json_digest(value: Any) -> str:
     """SHA-256 (hex) of a value's canonical JSON."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 

@@ -48,7 +48,7 @@ from kdata.format.sequences import Sequences
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Average:
     """The average as decoded sequences, and the bound of `unknown` above at each position, float64 [T] (0 with draws).
 
     The actual token's logprob is exact. Its rank is 0 and the entropy NaN where several teachers have a share: neither
@@ -59,7 +59,7 @@ class Mixture:
     unknown: np.ndarray
 
 
-def mix(members: list[Sequences], weights_SM: np.ndarray, tail: Literal["ghost", "draws"]) -> Mixture:
+def mix(members: list[Sequences], weights_SM: np.ndarray, tail: Literal["ghost", "draws"]) -> Average:
     """Average the same S rows of M payloads.
 
     Args:
@@ -98,7 +98,7 @@ def mix(members: list[Sequences], weights_SM: np.ndarray, tail: Literal["ghost",
         draw_logprobs=None,
     )
     unknown_T = _unknown(members, weights_TM, num_kept_T) if tail == "ghost" else np.zeros(tokens)
-    return Mixture(sequences, unknown_T)
+    return Average(sequences, unknown_T)
 
 
 @dataclass(frozen=True)

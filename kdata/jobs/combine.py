@@ -20,7 +20,7 @@ from kdata import __version__
 from kdata.config import Strict
 from kdata.errors import ConfigError, DataError, MismatchError
 from kdata.format.manifest import new_info
-from kdata.format.records import Shard, Unit, inputs_digest, inputs_of
+from kdata.format.records import Shard, UnitResult, inputs_digest, inputs_of
 from kdata.format.schema import (
     FORMAT_VERSION,
     CodecError,
@@ -31,7 +31,7 @@ from kdata.format.schema import (
     SourceInfo,
     TeacherInfo,
     canonical_json,
-    fingerprint,
+    json_digest,
 )
 from kdata.format.sequences import Sequences
 from kdata.jobs.average import mix
@@ -43,7 +43,7 @@ from kdata.jobs.payloads import (
     refuse_other_targets,
     refuse_other_vocabulary,
 )
-from kdata.observe.progress import Stage
+from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.pick import tables
@@ -145,21 +145,21 @@ def combine(
             f"without the further temperatures {dropped}: the sum over the vocabulary at another temperature does not follow "
             "from those of the teachers"
         )
-    with Stage("combine", inputs[0].num_tokens, "tokens", log) as stage:
+    with Task("combine", inputs[0].num_tokens, "tokens", log) as task:
         for source in inputs[0].info.sources:
-            _run(root, info, plan, source, report, stage, resume)
+            _run(root, info, plan, source, report, task, resume)
             resume = goes_on(resume)
     return open_dataset(root), report
 
 
 def _run(
-    root: Path, info: DatasetInfo, plan: _Plan, source: str, report: CombineReport, stage: Stage, resume: str
+    root: Path, info: DatasetInfo, plan: _Plan, source: str, report: CombineReport, task: Task, resume: str
 ) -> None:
     """Combine the shards of one source."""
     first = plan.inputs[0]
     about = first.info.sources[source]
     settings = {
-        "of": [{"fingerprint": d.fingerprint, "codec": d.info.codec.model_dump()} for d in plan.inputs],
+        "of": [{"fingerprint": d.content_digest, "codec": d.info.codec.model_dump()} for d in plan.inputs],
         "made_by": {"kind": about.kind, **about.settings},
     }
     made = SourceInfo(kind="combine", settings=settings, num_units=None)
@@ -169,11 +169,11 @@ def _run(
             entry, members = first.manifest[number], _members(plan, number)
             unit = None if plan.lossless else _averaged(plan, number, members, report)
             if entry.unit in writer.committed:
-                stage.skip(entry.tokens)
+                task.skip(entry.tokens)
             elif unit is None:
-                stage.advance(entry.tokens, shard=writer.accept(_chosen(root, info, plan, number)))
+                task.advance(entry.tokens, shard=writer.accept(_chosen(root, info, plan, number)))
             else:
-                stage.advance(entry.tokens, shard=writer.commit(unit))
+                task.advance(entry.tokens, shard=writer.commit(unit))
         writer.finish(len(shards))
 
 
@@ -187,7 +187,7 @@ def _members(plan: _Plan, number: int) -> list[Sequences]:
     return members
 
 
-def _averaged(plan: _Plan, number: int, members: list[Sequences], report: CombineReport) -> Unit:
+def _averaged(plan: _Plan, number: int, members: list[Sequences], report: CombineReport) -> UnitResult:
     """The rows of a shard with the average of all."""
     first = plan.inputs[0]
     records = records_of(first, number, members[0])
@@ -195,7 +195,7 @@ def _averaged(plan: _Plan, number: int, members: list[Sequences], report: Combin
     mixture = mix(members, weights_SM, cast(Literal["ghost", "draws"], first.info.tail))
     report.add(mixture.unknown[members[0].target_mask])
     filled = [fill(record, mixture.sequences, row) for row, record in enumerate(records)]
-    return Unit(first.manifest[number].unit, filled, inputs=inputs_digest(filled))
+    return UnitResult(first.manifest[number].unit, filled, inputs=inputs_digest(filled))
 
 
 def _chosen(root: Path, info: DatasetInfo, plan: _Plan, number: int) -> Shard:
@@ -301,7 +301,7 @@ def _identity(plan: _Plan, config: CombineConfig) -> DatasetInfo:
     teacher = TeacherInfo(
         model=" + ".join(member.teacher.model for member in members),
         revision=None,
-        weights_hash=fingerprint([member.model_dump() for member in members]),
+        weights_hash=json_digest([member.model_dump() for member in members]),
         backend="combine",
         backend_version=__version__,
         dtype="float64",

@@ -19,10 +19,10 @@ from kdata.errors import ConfigError, DataError
 from kdata.format.files import journal_of
 from kdata.format.keep import KeepConfig
 from kdata.format.manifest import new_info
-from kdata.format.records import Shard, Unit
+from kdata.format.records import Shard, UnitResult
 from kdata.format.schema import FORMAT_VERSION, DatasetInfo, SourceInfo, TeacherInfo
 from kdata.observe.energy import Devices, local_devices
-from kdata.observe.progress import Stage
+from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
 from kdata.store.shard import stored_shard
 from kdata.store.url_writer import writer_at
@@ -94,7 +94,7 @@ class Job(Protocol[U]):
         """The work, cut deterministically, numbered from 0."""
         ...
 
-    def perform(self, teacher: Teacher, tokenizer: Any, unit: U) -> Unit:
+    def perform(self, teacher: Teacher, tokenizer: Any, unit: U) -> UnitResult:
         """Have one unit done."""
         ...
 
@@ -176,7 +176,7 @@ def run_job(
     with (
         tokenizer_files(tokenizer) as folder,
         writer_at(root, info, job.name, source, resume=resume, tokenizer_dir=folder) as writer,
-        Stage(f"{job.name}: {job.doing}", job.total, job.noun, log or journal_of(writer.root), engine.devices) as stage,
+        Task(f"{job.name}: {job.doing}", job.total, job.noun, log or journal_of(writer.root), engine.devices) as task,
     ):
 
         def todo() -> Iterator[U]:
@@ -184,7 +184,7 @@ def run_job(
             for unit in job.units(facts, tokenizer):
                 cut = unit.number + 1
                 if unit.number in writer.committed:
-                    stage.skip(unit.documents, shard=stored_shard(writer.root, writer.committed[unit.number]))
+                    task.skip(unit.documents, shard=stored_shard(writer.root, writer.committed[unit.number]))
                 else:
                     writer.refuse_twice(unit.ids)
                     yield unit
@@ -192,7 +192,7 @@ def run_job(
         for unit, shard in engine.run(job, todo(), writer):
             # What was read, or what was written: prompts are neither.
             tokens = shard.entry.target_tokens if source.kind == "generate" else shard.entry.tokens
-            stage.advance(unit.documents, tokens=tokens, shard=shard)
+            task.advance(unit.documents, tokens=tokens, shard=shard)
         writer.finish(cut)
     return Dataset(writer.root)
 
@@ -235,7 +235,7 @@ class Behind:
     def __enter__(self) -> Behind:
         return self
 
-    def commit(self, unit: Unit) -> Shard | None:
+    def commit(self, unit: UnitResult) -> Shard | None:
         """Hand one unit over, once the one before is committed; return that one. Raises what that one raised."""
         before = self.wait()
         self._pending = self._thread.submit(self._writer.commit, unit)

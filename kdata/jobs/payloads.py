@@ -14,7 +14,7 @@ from kdata.corpus.messages import as_json
 from kdata.errors import MismatchError, TeacherError
 from kdata.format.kept import Kept
 from kdata.format.records import Record
-from kdata.format.schema import TokenizerInfo, fingerprint, index_schema
+from kdata.format.schema import TokenizerInfo, index_schema, json_digest
 from kdata.format.sequences import Sequences
 from kdata.store.dataset import Dataset
 from kdata.store.index import UNREADABLE, damaged, read_index
@@ -182,4 +182,4 @@ def source_digest(dataset: Dataset, source: str) -> str:
     """SHA-256 (hex) over the identity and one source's shards: like the dataset's fingerprint, but other sources may grow."""
     entries = [entry for entry in dataset.manifest if entry.source == source]
     shards = [(entry.name, sorted((k, v.sha256) for k, v in entry.files.items())) for entry in entries]
-    return fingerprint({"identity": dataset.info.fingerprint, "shards": shards})
+    return json_digest({"identity": dataset.info.identity_digest, "shards": shards})

@@ -23,7 +23,7 @@ from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
 from kdata.errors import ConfigError, TeacherError, TooLongError
 from kdata.format.keep import KeepConfig
-from kdata.format.records import Record, Reject, Unit, inputs_digest
+from kdata.format.records import Record, Reject, UnitResult, inputs_digest
 from kdata.format.schema import SourceInfo
 from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
 from kdata.jobs.payloads import record_of, unread
@@ -184,12 +184,12 @@ class CaptureJob:
         """The corpus in its own order; a unit closes with the document that reaches `unit_tokens`."""
         return reading_units(self._corpus, tokenizer, self.config, self._limit(facts))
 
-    def perform(self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit) -> Unit:
+    def perform(self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit) -> UnitResult:
         """Have one unit read."""
         return read_unit(teacher, self.keep, unit)
 
 
-def read_unit(teacher: Teacher, keep: KeepConfig, unit: ReadingUnit) -> Unit:
+def read_unit(teacher: Teacher, keep: KeepConfig, unit: ReadingUnit) -> UnitResult:
     """Have a unit's sequences read; one that the teacher fails at is a reject."""
     tokens = [s.token_ids for s in unit.sequences]
     answers = each(lambda some: teacher.read([tokens[i] for i in some], keep), len(tokens))
@@ -199,7 +199,7 @@ def read_unit(teacher: Teacher, keep: KeepConfig, unit: ReadingUnit) -> Unit:
             rejects.append(Reject(sequence.id, sequence.domain, "teacher_failed", str(answer)))
         else:
             records.append(record_of(sequence, answer))
-    return Unit(unit.number, records, rejects, inputs=inputs_digest(unit.sequences))
+    return UnitResult(unit.number, records, rejects, inputs=inputs_digest(unit.sequences))
 
 
 def reading_units(corpus: Corpus, tokenizer: Any, config: CaptureConfig, limit: int) -> Iterator[ReadingUnit]:

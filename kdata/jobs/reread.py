@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 from kdata.config import parse_config
 from kdata.errors import ConfigError, DataError
 from kdata.format.keep import KeepConfig
-from kdata.format.records import Unit
-from kdata.format.schema import SourceInfo, TeacherInfo, fingerprint
+from kdata.format.records import UnitResult
+from kdata.format.schema import SourceInfo, TeacherInfo, json_digest
 from kdata.jobs.job import Engine, LocalEngine, TeacherFacts, check_k, devices_of, run_job
 from kdata.jobs.payloads import goes_on, records_of, refuse_other_vocabulary, source_digest
 from kdata.jobs.reading import ReadingUnit, read_unit
@@ -97,7 +97,7 @@ def keep_like(dataset: Dataset, teacher: TeacherInfo | None, settings: Mapping[s
     plain = codec.id == "verbatim" or codec.kind == "combined"
     own = {} if plain else KeepConfig.of(codec).model_dump()
     if teacher is not None:
-        who = fingerprint([teacher.model, teacher.revision, teacher.weights_hash])
+        who = json_digest([teacher.model, teacher.revision, teacher.weights_hash])
         own["draw_seed"] = int(who[:8], 16)
     return parse_config(KeepConfig, {**own, **(settings or {})}, "reread settings")
 
@@ -152,6 +152,6 @@ class RereadJob:
                 records = records_of(self._dataset, number, self._dataset.shard(number))
                 yield ReadingUnit(entry.unit, records, documents=entry.rows)
 
-    def perform(self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit) -> Unit:
+    def perform(self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit) -> UnitResult:
         """Have one unit read."""
         return read_unit(teacher, self.keep, unit)

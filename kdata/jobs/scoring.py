@@ -15,7 +15,7 @@ from kdata.errors import ConfigError, MismatchError, TeacherError
 from kdata.format.files import storage_errors
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import ManifestEntry
-from kdata.observe.progress import Stage
+from kdata.observe.progress import Task
 from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, _has_part, begin_sidecar, finish_sidecar, write_part
 from kdata.store.dataset import Dataset
 from kdata.teachers.config import TeacherConfig
@@ -60,20 +60,20 @@ def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> 
             unit="nats per target token",
             model=model.info,
             tokenizer_hash=own,
-            dataset_fingerprint=dataset.fingerprint,
+            dataset_digest=dataset.content_digest,
             files={},
         )
         with (
             storage_errors(dataset.path),
-            Stage(f"score {config.name}: reading", dataset.num_tokens, "tokens", log) as stage,
+            Task(f"score {config.name}: reading", dataset.num_tokens, "tokens", log) as task,
         ):
             begin_sidecar(dataset, info)
             for number, entry in enumerate(dataset.manifest):
                 if _has_part(dataset, config.name, entry):
-                    stage.skip(entry.tokens)
+                    task.skip(entry.tokens)
                     continue
                 write_part(dataset, config.name, entry, _score_shard(dataset, number, entry, model))
-                stage.advance(entry.tokens)
+                task.advance(entry.tokens)
             return finish_sidecar(dataset, info)
     finally:
         model.close()

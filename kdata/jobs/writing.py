@@ -23,7 +23,7 @@ from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
 from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig
-from kdata.format.records import Record, Reject, Unit, inputs_digest
+from kdata.format.records import Record, Reject, UnitResult, inputs_digest
 from kdata.format.schema import SourceInfo
 from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
 from kdata.jobs.payloads import record_of, unread
@@ -143,7 +143,7 @@ class GenerateJob:
         """Prompts in their own order, `unit_prompts` at a time."""
         return writing_units(self._prompts, tokenizer, self.config, facts.context)
 
-    def perform(self, teacher: Teacher, tokenizer: Any, unit: WritingUnit) -> Unit:
+    def perform(self, teacher: Teacher, tokenizer: Any, unit: WritingUnit) -> UnitResult:
         """Have one unit written."""
         return write_unit(teacher, unit, self.config, tokenizer)
 
@@ -205,7 +205,7 @@ def _chats(tokenizer: Any, config: GenerateConfig) -> Callable[[Document], Promp
     return prompt_of
 
 
-def write_unit(teacher: Teacher, unit: WritingUnit, config: GenerateConfig, tokenizer: Any) -> Unit:
+def write_unit(teacher: Teacher, unit: WritingUnit, config: GenerateConfig, tokenizer: Any) -> UnitResult:
     """Have one unit written."""
     jobs = [(prompt, n) for prompt in unit.prompts for n in range(config.num_samples)]
     seeds = [sample_seed(config.seed, prompt.document.id, n) for prompt, n in jobs]
@@ -222,7 +222,7 @@ def write_unit(teacher: Teacher, unit: WritingUnit, config: GenerateConfig, toke
         else:
             records.append(_record(prompt, number, answer, config.sampling, encoder, tokenizer))
     asked = [unread(p.document.id, p.document, p.token_ids, None, p.text) for p in unit.prompts]
-    return Unit(unit.number, records, rejects, inputs=inputs_digest(asked))
+    return UnitResult(unit.number, records, rejects, inputs=inputs_digest(asked))
 
 
 def _record(

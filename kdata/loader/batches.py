@@ -151,7 +151,7 @@ class Batches:
         self.rows, self.lengths = rows[lengths > 0], lengths[lengths > 0]
         if not len(self.rows):
             raise DataError(f"{dataset!r}: the plan holds no token; nothing can be trained on it")
-        self.identity = identity_of(dataset.fingerprint, self.rows)
+        self.identity = identity_of(dataset.content_digest, self.rows)
         self._blocks = blocks_of(self.rows, dataset.shard_starts, config.shuffle_block_rows)
         self.place = Place()
 

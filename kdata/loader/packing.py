@@ -41,9 +41,9 @@ class Shape:
     window_tokens: int
 
 
-def identity_of(fingerprint: str, rows: np.ndarray) -> str:
-    """SHA-256 (hex) of what is read: the dataset's fingerprint and the planned global rows int64 [R]."""
-    return hashlib.sha256(fingerprint.encode() + b"\0" + np.ascontiguousarray(rows, "<i8").tobytes()).hexdigest()
+def identity_of(content_digest: str, rows: np.ndarray) -> str:
+    """SHA-256 (hex) of what is read: the dataset's content digest and the planned global rows int64 [R]."""
+    return hashlib.sha256(content_digest.encode() + b"\0" + np.ascontiguousarray(rows, "<i8").tobytes()).hexdigest()
 
 
 def blocks_of(rows: np.ndarray, shard_starts: np.ndarray, block_rows: int) -> np.ndarray:

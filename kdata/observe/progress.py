@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -27,12 +27,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kdata.errors import StorageError
+from kdata.format.records import Shard
 from kdata.observe.energy import Devices, Meter, local_devices
 from kdata.observe.journal import Line, State, append, started
 from kdata.observe.text import duration
-
-if TYPE_CHECKING:
-    from kdata.format.records import Shard
 
 console = Console(stderr=True)
 BEAT_SEC = 10.0  # between plain lines, and between lines of the log
@@ -135,25 +133,25 @@ class Figures:
         }
 
 
-class _Work:
-    """What `Stage` and `Phase` share: a beginning, an end, a rhythm, and a log."""
+class _Tracked:
+    """What `Task` and `RunStage` share: a beginning, an end, a rhythm, and a log."""
 
     def __init__(self, name: str, log: Path | None, devices: Devices | None) -> None:
         self.name, self.log, self.devices = name, log, devices
-        self.phase: Phase | None = None
+        self.run_stage: RunStage | None = None
         self._lock = threading.RLock()
         self._stop = threading.Event()
 
     def _begin(self) -> None:
-        self.phase = _around.get()
-        if self.phase is not None:
-            self.log, self.devices = self.log or self.phase.log, self.devices or self.phase.devices
+        self.run_stage = _around.get()
+        if self.run_stage is not None:
+            self.log, self.devices = self.log or self.run_stage.log, self.devices or self.run_stage.devices
         self._since, self._start = datetime.now(UTC), time.monotonic()
         if self.log is not None:
             self.devices = self.devices or local_devices()
             self._meter, self._process_started = Meter(self.devices), started()
-            if self.phase is not None and self.phase.devices is not None and not self.phase.devices.count:
-                self.phase.devices = self.devices  # known now, and at work for it since it began
+            if self.run_stage is not None and self.run_stage.devices is not None and not self.run_stage.devices.count:
+                self.run_stage.devices = self.devices  # known now, and at work for it since it began
         self._note()
         self._thread = threading.Thread(target=self._beats, name="kdata-progress", daemon=True)
         self._thread.start()
@@ -202,7 +200,7 @@ class _Work:
                 time=datetime.now(UTC),
                 since=self._since,
                 stage=self.name,
-                within=None if self.phase is None else self.phase.name,
+                within=None if self.run_stage is None else self.run_stage.name,
                 state=state,
                 error=error,
                 seconds=round(seconds, 3),
@@ -216,24 +214,24 @@ class _Work:
             append(self.log, line)
 
 
-class Phase(_Work):
-    """Work that holds stages: a context manager, not shown, but logged with all that is done in it.
+class RunStage(_Tracked):
+    """A stage of a run, which holds tasks: a context manager, not shown, but logged with all that is done in it.
 
-    Stages in it (wherever they are begun in this thread) go to its log, and their tokens count as its own.
+    Tasks in it (wherever they are begun in this thread) go to its log, and their tokens count as its own.
 
     Args:
         name: what the log calls it.
-        log: a JSONL file, or None for the log of the phase around.
-        devices: what works; None: as the phase around, or one GPU of this machine, or its cores.
+        log: a JSONL file, or None for the log of the run stage around.
+        devices: what works; None: as the run stage around, or one GPU of this machine, or its cores.
     """
 
     def __init__(self, name: str, log: Path | None = None, devices: Devices | None = None) -> None:
         super().__init__(name, log, devices)
         self.tokens, self.busy_seconds = 0, 0.0
 
-    def __enter__(self) -> Phase:
+    def __enter__(self) -> RunStage:
         self._begin()
-        self._token: Token[Phase | None] = _around.set(self)
+        self._token: Token[RunStage | None] = _around.set(self)
         return self
 
     def __exit__(
@@ -243,30 +241,30 @@ class Phase(_Work):
         self._end(error)
 
     def count(self, tokens: int, busy_seconds: float) -> None:
-        """Count what a stage in it did."""
+        """Count what a task in it did."""
         with self._lock:
             self.tokens += tokens
             self.busy_seconds += busy_seconds
-        if self.phase is not None:
-            self.phase.count(tokens, busy_seconds)
+        if self.run_stage is not None:
+            self.run_stage.count(tokens, busy_seconds)
 
     def _logged(self, seconds: float, state: State) -> dict[str, Any]:
         figures = Figures("tokens", tokens=self.tokens, worked=self.busy_seconds)
         return {**figures.logged(seconds, state), "unit": None}
 
 
-_around: ContextVar[Phase | None] = ContextVar("phase", default=None)
+_around: ContextVar[RunStage | None] = ContextVar("run_stage", default=None)
 
 
-class Stage(_Work):
-    """One long stage as a context manager.
+class Task(_Tracked):
+    """One long task as a context manager.
 
     Args:
         name: what is being done, shown as it is ("capture: reading").
         total: units in all, or None where unknown.
         unit: what is counted ("tokens", "steps", "rows").
-        log: a JSONL file (`kdata.observe.journal.Line`), or None for the log of the phase around, if there is one.
-        devices: what works; None: as the phase around, or one GPU of this machine, or its cores.
+        log: a JSONL file (`kdata.observe.journal.Line`), or None for the log of the run stage around, if there is one.
+        devices: what works; None: as the run stage around, or one GPU of this machine, or its cores.
     Raises:
         StorageError: at the end, where the log cannot be written.
     """
@@ -284,9 +282,9 @@ class Stage(_Work):
         self._live: Live | None = None
         self._spinner = Spinner("dots")
         self._outcome = ""
-        self._counted = (0, 0.0)  # tokens and seconds that the phase around has been told of
+        self._counted = (0, 0.0)  # tokens and seconds that the run stage around has been told of
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> Task:
         if console.is_terminal and not console.is_dumb_terminal:
             self._live = Live(self, console=console, refresh_per_second=5)
         self._begin()
@@ -306,9 +304,9 @@ class Stage(_Work):
             if shard is not None:
                 self.figures.store(shard)
             self.figures.facts.update(facts)
-        if self.phase is not None and self.figures.tokens:
+        if self.run_stage is not None and self.figures.tokens:
             now = self.figures.tokens, self.figures.worked
-            self.phase.count(now[0] - self._counted[0], now[1] - self._counted[1])
+            self.run_stage.count(now[0] - self._counted[0], now[1] - self._counted[1])
             self._counted = now
 
     def skip(self, count: int, *, shard: Shard | None = None) -> None:

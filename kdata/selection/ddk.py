@@ -13,7 +13,7 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from kdata.errors import ConfigError, DataError
 from kdata.selection.mixtures import Mixture
-from kdata.selection.session import Work
+from kdata.selection.session import Session
 from kdata.selection.step import Domains
 from kdata.store.dataset import Dataset
 from kdata.store.sql import NAME
@@ -69,13 +69,13 @@ class Ddk(Mixture):
         """See `Step.sidecars`."""
         return [self.score] if self.score else []
 
-    def shares(self, work: Work, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
+    def shares(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Mixture.shares`."""
         form = BY_SCORE if self.score else TEACHER_ALONE
         sql = LOSSES.format(student=form["student"], join=form["join"].format(score=self.score))
         sums: dict[str, list[list[float]]] = {}
-        for _ in work.pieces(self.sidecars(work.dataset)):
-            for domain, *parts in work.fetch(sql):
+        for _ in session.pieces(self.sidecars(session.dataset)):
+            for domain, *parts in session.fetch(sql):
                 if lacking := parts.pop():
                     raise DataError(
                         f"{lacking} rows of domain {domain!r} lack the student's loss or the teacher's; run `kdata score` "

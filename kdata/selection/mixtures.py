@@ -10,10 +10,10 @@ from pydantic import Field
 
 from kdata.errors import ConfigError, nearest
 from kdata.selection.apportion import apportion, exact, share_out
-from kdata.selection.plan import Unit
+from kdata.selection.plan import CountBy
 from kdata.selection.rank import Ranking, take
 from kdata.selection.ranked import RANDOM
-from kdata.selection.session import Work
+from kdata.selection.session import Session
 from kdata.selection.step import Domains, Held, Made, Step, held_by, made
 
 FIRST = "select rows.*, -place as value from rows where num_target_tokens > 0"
@@ -22,7 +22,7 @@ FIRST = "select rows.*, -place as value from rows where num_target_tokens > 0"
 class Apportioned(Step):
     """A method that takes a number of units of each domain."""
 
-    unit: Unit = Field(
+    unit: CountBy = Field(
         "tokens",
         description="What sizes and shares count: tokens or sequences. A sequence is taken whole, so a domain may end up to "
         "one sequence short of its tokens, never above them.",
@@ -34,21 +34,21 @@ class Apportioned(Step):
     seed: int = Field(0, ge=0, description="Seed (random).")
 
     @abstractmethod
-    def weigh(self, work: Work, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
+    def weigh(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
         """Weight of each domain of the dataset, and what else a plan records of how it came about."""
 
     @abstractmethod
     def requests(self, weights: Mapping[str, float], held: Held) -> dict[str, int]:
         """Units to take of each domain."""
 
-    def make(self, work: Work, domains: Domains) -> Made:
+    def make(self, session: Session, domains: Domains) -> Made:
         """See `Step.make`."""
         if self.take == "first" and self.parent is None:
             raise ConfigError("take=first takes the first sequences of a plan: name it (--from PLAN), or take=random")
         sql, given = (FIRST, {}) if self.take == "first" else (RANDOM, {"seed": self.seed})
-        weights, told = self.weigh(work, domains)
+        weights, told = self.weigh(session, domains)
         ranking = Ranking(sql, given, [], True, self.unit)
-        taken = take(work, ranking, lambda held: self.requests(weights, held), sorted(domains))
+        taken = take(session, ranking, lambda held: self.requests(weights, held), sorted(domains))
         return made(taken, {**self.settings(), **told}, self.unit)
 
 
@@ -67,17 +67,17 @@ class Mixture(Apportioned):
     )
 
     @abstractmethod
-    def shares(self, work: Work, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
+    def shares(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
         """As `weigh`, in any scale, and domains that are not named have none.
 
         Args:
             domains: those of which something may be taken, with what the dataset has of them that counts.
         """
 
-    def weigh(self, work: Work, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
+    def weigh(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Apportioned.weigh`; they sum to 1."""
-        held = work.domains(countable=True)
-        given, told = self.shares(work, held)
+        held = session.domains(countable=True)
+        given, told = self.shares(session, held)
         weights = {**dict.fromkeys(domains, 0), **given}
         if missing := sorted(set(domains) - set(held)):
             told = {**told, "nothing_to_take": missing}
@@ -94,7 +94,7 @@ class Cap(Apportioned):
     method: Literal["cap"] = "cap"
     size: int = Field(ge=1, description="Units, at most, shared out by largest remainder.")
 
-    def weigh(self, work: Work, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
+    def weigh(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Apportioned.weigh`: what each domain holds, known when it is counted."""
         return {}, {}
 
@@ -109,7 +109,7 @@ class Proportional(Mixture):
 
     method: Literal["proportional"] = "proportional"
 
-    def shares(self, work: Work, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
+    def shares(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Mixture.shares`."""
         return held_by(domains, self.unit), {}
 
@@ -120,9 +120,9 @@ class Static(Mixture):
     method: Literal["static"] = "static"
     weights: dict[str, float] = Field(description="Domain -> share, >= 0; scaled to sum to 1.")
 
-    def shares(self, work: Work, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
+    def shares(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Mixture.shares`."""
-        every = sorted(work.domains())
+        every = sorted(session.domains())
         unknown = sorted(set(self.weights) - set(every))
         if unknown:
             near = nearest(unknown[0], every)
@@ -143,7 +143,7 @@ class Temperature(Mixture):
         description="T: above 1 flattens the shares, below 1 sharpens them. Often 5 for languages.",
     )
 
-    def shares(self, work: Work, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
+    def shares(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Mixture.shares`."""
         held = held_by(domains, self.unit)
         largest = max(held.values())
@@ -155,6 +155,6 @@ class Uniform(Mixture):
 
     method: Literal["uniform"] = "uniform"
 
-    def shares(self, work: Work, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
+    def shares(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Mixture.shares`."""
         return dict.fromkeys(domains, 1), {}

@@ -26,7 +26,7 @@ from kdata.store.dataset import Dataset
 from kdata.store.sql import check_new_name, is_name
 
 PLAN_SCHEMA = pa.schema([pa.field("id", pa.string(), False), pa.field("repeats", pa.int32(), False)])
-Unit = Literal["sequences", "tokens"]
+CountBy = Literal["sequences", "tokens"]
 
 
 class DomainTaken(Contract):
@@ -50,12 +50,14 @@ class PlanInfo(Contract):
     method: str = Field(description="Method that made it: all, random, difference, sql, ...")
     parameters: dict[str, Any] = Field(description="Parameters of the method.")
     sql: str | None = Field(description="The DuckDB query that chose the ids; null when no query did.")
-    dataset_fingerprint: str = Field(description="Fingerprint of the dataset that it selects from.")
+    dataset_digest: str = Field(
+        alias="dataset_fingerprint", description="Fingerprint of the dataset that it selects from."
+    )
     scores: dict[str, str] = Field(description="Sidecars that were read: name to fingerprint.")
     parents: dict[str, str] = Field({}, description="Plans that were taken further: name to `digest` of their JSON.")
     num_rows: int = Field(ge=0, description="Distinct sequences taken.")
     num_tokens: int = Field(ge=0, description="Tokens, repeats counted.")
-    unit: Unit | None = Field(None, description="What requests count; null where a query chose.")
+    unit: CountBy | None = Field(None, description="What requests count; null where a query chose.")
     requested: int | None = Field(None, description="Units asked for in all; null where no number was asked for.")
     domains: dict[str, DomainTaken] = Field({}, description="What was taken of each domain, and what was asked of it.")
     shares: dict[str, dict[str, float]] = Field(
@@ -68,11 +70,11 @@ class PlanInfo(Contract):
 class Plan:
     """A selection, and how it was made (`info`). Made by `make_plan`, `kdata.selection.select.select` or `Plan.load`.
 
-    `fingerprint` is the digest of its JSON file, "" before it is saved.
+    `plan_digest` is the digest of its JSON file, "" before it is saved.
     """
 
-    def __init__(self, table: pa.Table | Path, info: PlanInfo, fingerprint: str = "") -> None:
-        self._table, self.info, self.fingerprint = table, info, fingerprint
+    def __init__(self, table: pa.Table | Path, info: PlanInfo, plan_digest: str = "") -> None:
+        self._table, self.info, self.plan_digest = table, info, plan_digest
 
     def __repr__(self) -> str:
         return f"Plan({self.info.name!r}, rows={self.info.num_rows:,}, tokens={self.info.num_tokens:,})"
@@ -101,9 +103,9 @@ class Plan:
         return self.table["repeats"].to_numpy()
 
     @property
-    def dataset_fingerprint(self) -> str:
+    def dataset_digest(self) -> str:
         """Fingerprint of the dataset that the plan belongs to."""
-        return self.info.dataset_fingerprint
+        return self.info.dataset_digest
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -144,15 +146,15 @@ class Plan:
         sink = pa.BufferOutputStream()
         pq.write_table(self.table, sink, compression="zstd")
         write_atomically(path, sink.getvalue().to_pybytes())
-        self.fingerprint = write_plan_info(path, self.info)
+        self.plan_digest = write_plan_info(path, self.info)
         return path
 
     def check(self, dataset: Dataset) -> None:
         """Raise MismatchError where the dataset has changed since the plan was made."""
-        if dataset.fingerprint != self.info.dataset_fingerprint:
+        if dataset.content_digest != self.info.dataset_digest:
             raise MismatchError(
                 f"plan {self.info.name!r} was made for a dataset with fingerprint "
-                f"{self.info.dataset_fingerprint[:12]}, {dataset.path} has {dataset.fingerprint[:12]}: rows were added "
+                f"{self.info.dataset_digest[:12]}, {dataset.path} has {dataset.content_digest[:12]}: rows were added "
                 "or changed. Run `kdata select` again."
             )
 
@@ -245,5 +247,5 @@ def make_plan(
             tokens=int((taken_R * tokens_R)[here].sum()),
         )
     fields = {"name": name, "method": method, "parameters": parameters, "sql": sql, "scores": scores or {}}
-    info = plan_info(domains, dataset_fingerprint=dataset.fingerprint, **fields)
+    info = plan_info(domains, dataset_digest=dataset.content_digest, **fields)
     return Plan(pa.table({"id": ids, "repeats": times}, schema=PLAN_SCHEMA), info)

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from kdata.errors import ConfigError, DataError, MissingError
-from kdata.selection.session import Work
+from kdata.selection.session import Session
 from kdata.selection.step import Domains, Made, Step
 from kdata.store.dataset import Dataset
 from kdata.store.sql import check_recordable, mentions
@@ -36,48 +36,48 @@ class Sql(Step):
         """See `Step.sidecars`."""
         return mentions(dataset, self.sql or "")["scores"]
 
-    def make(self, work: Work, domains: Domains) -> Made:
+    def make(self, session: Session, domains: Domains) -> Made:
         """See `Step.make`."""
         if not self.sql:
             raise ConfigError('method sql needs a query: --sql "select id from rows where ..."')
-        work.show(work.dataset.manifest, [])
-        if work.parent is None:  # as `kdata sql` has it: a column repeats would be in the way of joins with plans
-            work.execute("create or replace view rows as from every_row")
-        work.refuse_writing(self.sql)
+        session.show(session.dataset.manifest, [])
+        if session.parent is None:  # as `kdata sql` has it: a column repeats would be in the way of joins with plans
+            session.execute("create or replace view rows as from every_row")
+        session.refuse_writing(self.sql)
         check_recordable(self.sql)
         # Column names in lower case, as SQL does not tell them apart; the order of the answer in a column of its own.
-        work.execute(f"create or replace temp view asked as {self.sql.strip().rstrip(';')}")
+        session.execute(f"create or replace temp view asked as {self.sql.strip().rstrip(';')}")
         columns = {
-            name.lower(): kind for name, kind in work.fetch("select column_name, column_type from (describe asked)")
+            name.lower(): kind for name, kind in session.fetch("select column_name, column_type from (describe asked)")
         }
         taken = ", ".join(f'"{name}" as {name}' for name in ("id", "repeats") if name in columns) or "*"
-        work.execute(
+        session.execute(
             f"create or replace temp table answer as select {taken}, row_number() over () as _place from asked"
         )
-        self._check(work, columns)
-        of_rows = "1" if work.parent is None else "rows.repeats"
+        self._check(session, columns)
+        of_rows = "1" if session.parent is None else "rows.repeats"
         repeats = "answer.repeats" if "repeats" in columns else of_rows
-        work.execute(CHOSEN.format(repeats=repeats))
-        unknown = work.fetch("select id from chosen where domain is null order by value desc limit 1")
+        session.execute(CHOSEN.format(repeats=repeats))
+        unknown = session.fetch("select id from chosen where domain is null order by value desc limit 1")
         if unknown:
-            where = f"{work.dataset.path}" + (f", plan {self.parent!r}," if self.parent else "")
+            where = f"{session.dataset.path}" + (f", plan {self.parent!r}," if self.parent else "")
             raise MissingError(f"{where} has no row with id {unknown[0][0]!r}")
-        found = {domain: (rows, sequences, tokens) for domain, rows, sequences, tokens in work.fetch(TAKEN)}
-        return Made(found, self.sql.strip(), {}, parents=mentions(work.dataset, self.sql)["plans"])
+        found = {domain: (rows, sequences, tokens) for domain, rows, sequences, tokens in session.fetch(TAKEN)}
+        return Made(found, self.sql.strip(), {}, parents=mentions(session.dataset, self.sql)["plans"])
 
-    def _check(self, work: Work, columns: dict[str, str]) -> None:
+    def _check(self, session: Session, columns: dict[str, str]) -> None:
         if "id" not in columns:
             raise ConfigError(f"the query must return a column `id`; it returns {list(columns)}")
         name = self.name or self.method
-        [(rows, nulls)] = work.fetch("select count(*), count(*) filter (id is null) from answer")
+        [(rows, nulls)] = session.fetch("select count(*), count(*) filter (id is null) from answer")
         if columns["id"] != "VARCHAR" or nulls:
             raise ConfigError("the column `id` of the query must hold ids of rows, as text and without nulls")
         if not rows:
             raise DataError(f"plan {name!r} selects no row; loosen its condition")
-        if work.fetch("select id from answer group by id having count(*) > 1 limit 1"):
+        if session.fetch("select id from answer group by id having count(*) > 1 limit 1"):
             raise DataError(f"plan {name!r}: an id stands twice; say how often with repeats")
         if "repeats" in columns:
-            odd = work.fetch(
+            odd = session.fetch(
                 "select _place - 1, repeats from answer where repeats is null "
                 "or not (repeats::double between 1 and 2147483647) or repeats::double <> floor(repeats::double) "
                 "order by _place limit 1"

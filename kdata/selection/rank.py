@@ -22,8 +22,8 @@ from typing import Any
 import pyarrow as pa
 
 from kdata.errors import DataError
-from kdata.selection.plan import Unit
-from kdata.selection.session import Work
+from kdata.selection.plan import CountBy
+from kdata.selection.session import Session
 from kdata.store.sql import literal
 
 BINS = 4096
@@ -53,7 +53,7 @@ class Ranking:
     given: dict[str, Any]
     scores: list[str]
     by_domain: bool
-    unit: Unit
+    unit: CountBy
 
 
 # Units to take of each domain (or of "", all rows) from the units that it holds, each mention of a row counted once.
@@ -62,7 +62,7 @@ Requests = Callable[[Mapping[str, int]], dict[str, int]]
 
 @dataclass(frozen=True)
 class Taken:
-    """What a step took: the table `chosen` (id, value, repeats; null and 0 are not taken) of its `Work`, and per domain
+    """What a step took: the table `chosen` (id, value, repeats; null and 0 are not taken) of its `Session`, and per domain
     distinct rows, sequences, tokens, and the smallest value. `requests`: `by_domain` or of ""; `sql`: as recorded."""
 
     domains: dict[str, tuple[int, int, int, float]]
@@ -71,7 +71,7 @@ class Taken:
     by_domain: bool
 
 
-def take(work: Work, ranking: Ranking, requests: Requests, domains: list[str]) -> Taken:
+def take(session: Session, ranking: Ranking, requests: Requests, domains: list[str]) -> Taken:
     """Take what is asked for.
 
     Args:
@@ -79,20 +79,20 @@ def take(work: Work, ranking: Ranking, requests: Requests, domains: list[str]) -
     Raises:
         DataError: a row has no value, or one that is not finite; and what `requests` raises.
     """
-    work.put("codes", {"code": pa.int32(), "domain": pa.string()}, list(enumerate(domains)))
-    held = _collect(work, ranking, domains)
+    session.put("codes", {"code": pa.int32(), "domain": pa.string()}, list(enumerate(domains)))
+    held = _collect(session, ranking, domains)
     asked = requests(held)
     names = list(held)  # of parts: the domains, or "" for all of them
     passes = {name: divmod(asked[name], held[name]) if held[name] else (0, 0) for name in names}
     columns = {"part": pa.int32(), "rest": pa.int64(), "low": pa.float64(), "high": pa.float64(), "passes": pa.int64()}
-    ends = _edges(work, {part: passes[name][1] for part, name in enumerate(names)})
-    work.put("bounds", columns, [(*end, passes[names[end[0]]][0]) for end in ends])
-    _choose(work, ranking)
-    found = work.fetch(
+    ends = _edges(session, {part: passes[name][1] for part, name in enumerate(names)})
+    session.put("bounds", columns, [(*end, passes[names[end[0]]][0]) for end in ends])
+    _choose(session, ranking)
+    found = session.fetch(
         "select domain, count(*), sum(repeats)::bigint, sum(repeats::bigint * num_tokens)::bigint, min(value) "
         "from chosen join codes using (code) where repeats > 0 group by domain order by domain"
     )
-    sql = whole_query(work.rows("main.rows"), ranking, passes)
+    sql = whole_query(session.rows("main.rows"), ranking, passes)
     by_domain = ranking.by_domain
     return Taken({domain: numbers for domain, *numbers in found}, asked, sql, by_domain)  # type: ignore[misc]
 
@@ -104,15 +104,15 @@ def _candidates(ranking: Ranking) -> str:
     return f"(select *, 0 as part from ({ranking.sql}))"
 
 
-def _collect(work: Work, ranking: Ranking, domains: list[str]) -> dict[str, int]:
+def _collect(session: Session, ranking: Ranking, domains: list[str]) -> dict[str, int]:
     """Fill the table `keys` (part, value, mass in units) and return the mass of each part."""
-    work.execute("create or replace temp table keys (part integer, value double, mass bigint)")
-    for _ in work.pieces(ranking.scores):
-        work.execute(
+    session.execute("create or replace temp table keys (part integer, value double, mass bigint)")
+    for _ in session.pieces(ranking.scores):
+        session.execute(
             f"insert into keys select part, value, repeats::bigint * {WEIGHT[ranking.unit]} from {_candidates(ranking)}",
             ranking.given,
         )
-    [(missing, wild, light)] = work.fetch(
+    [(missing, wild, light)] = session.fetch(
         "select count(*) filter (value is null), count(*) filter (isnan(value) or abs(value) > 1e300), "
         "count(*) filter (mass < 1) from keys"
     )
@@ -125,27 +125,27 @@ def _collect(work: Work, ranking: Ranking, domains: list[str]) -> dict[str, int]
     if wild or light:
         what = f"{wild} rows whose value is no finite number" if wild else f"{light} rows without a token"
         raise DataError(f"there are {what}; leave them out by a query (method sql) and take that plan further")
-    masses = dict(work.fetch("select part, sum(mass)::bigint from keys group by part"))
+    masses = dict(session.fetch("select part, sum(mass)::bigint from keys group by part"))
     return {name: masses.get(part, 0) for part, name in enumerate(domains if ranking.by_domain else [""])}
 
 
-def _edges(work: Work, rests: dict[int, int]) -> list[tuple[int, int, float, float]]:
+def _edges(session: Session, rests: dict[int, int]) -> list[tuple[int, int, float, float]]:
     """Where the taking ends in each part: (part, units left for values in [low, high], low, high); all above are taken."""
     ends = [(part, 0, math.inf, math.inf) for part, rest in rests.items() if not rest]
     spans = {part: (-math.inf, math.inf) for part, rest in rests.items() if rest}
     columns, inside = {"part": pa.int32(), "low": pa.float64(), "high": pa.float64()}, "value between low and high"
     while spans:
-        work.put("spans", columns, [(part, *span) for part, span in spans.items()])
-        for part, rows, low, high in work.fetch(
+        session.put("spans", columns, [(part, *span) for part, span in spans.items()])
+        for part, rows, low, high in session.fetch(
             f"select part, count(*), min(value), max(value) from keys join spans using (part) where {inside} group by part"
         ):
             spans[part] = low, high
             if rows <= EDGE_ROWS or low == high:
                 ends.append((part, rests[part], *spans.pop(part)))
-        work.put("spans", columns, [(part, *span) for part, span in spans.items()])
+        session.put("spans", columns, [(part, *span) for part, span in spans.items()])
         # The bin never falls as the value rises, in floating point too: a bin is all that lies between two values.
         passed: set[int] = set()
-        for part, _, mass, low, high in work.fetch(
+        for part, _, mass, low, high in session.fetch(
             f"select part, least({BINS - 1}, floor((value - low) / (high - low) * {BINS}))::integer as bin, "
             f"sum(mass)::bigint, min(value), max(value) from keys join spans using (part) where {inside} "
             "group by part, bin order by part, bin desc"
@@ -158,27 +158,27 @@ def _edges(work: Work, rests: dict[int, int]) -> list[tuple[int, int, float, flo
     return ends
 
 
-def _choose(work: Work, ranking: Ranking) -> None:
+def _choose(session: Session, ranking: Ranking) -> None:
     """Fill the table `chosen`: how often each row is taken; rows of the last bin stand there with null, and once more."""
-    work.execute("drop table keys")
-    work.execute(
+    session.execute("drop table keys")
+    session.execute(
         "create or replace temp table chosen "
         "(id varchar, value double, repeats integer, code integer, num_tokens integer, each integer)"
     )
     part, codes = ("code", "") if ranking.by_domain else ("0", "join codes using (domain)")
-    for _ in work.pieces(ranking.scores):
-        work.execute(
+    for _ in session.pieces(ranking.scores):
+        session.execute(
             "insert into chosen select id, value, case when value > high then (passes + 1) * repeats "
             "when value < low then passes * repeats end, code, num_tokens, repeats "
             f"from {_candidates(ranking)} join bounds using (part) {codes} where value >= low or passes > 0",
             ranking.given,
         )
-    work.execute(
+    session.execute(
         "create or replace temp table edge as select chosen.* exclude (repeats), each as repeats, part, passes, rest "
         f"from chosen join bounds on part = {part} where repeats is null"
     )
     weight = WEIGHT[ranking.unit]
-    work.execute(
+    session.execute(
         f"insert into chosen select id, value, {TIMES.format(weight=weight)}, code, num_tokens, each "
         f"from ({PLACED.format(weight=weight, candidates='edge')})"
     )

@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from kdata.selection.plan import Unit
+from kdata.selection.plan import CountBy
 from kdata.selection.rank import Ranking, take
-from kdata.selection.session import Work
+from kdata.selection.session import Session
 from kdata.selection.step import Domains, Made, Ranked, Step, made
 from kdata.store.dataset import Dataset
 from kdata.store.sql import NAME
@@ -39,7 +39,7 @@ class Difference(Ranked):
 
 
 ALL = "select rows.*, 0 as value from rows where num_target_tokens > 0"
-UNIT: Unit = "sequences"
+UNIT: CountBy = "sequences"
 
 
 class All(Step):
@@ -47,9 +47,9 @@ class All(Step):
 
     method: Literal["all"] = "all"
 
-    def make(self, work: Work, domains: Domains) -> Made:
+    def make(self, session: Session, domains: Domains) -> Made:
         """See `Step.make`."""
-        return made(take(work, Ranking(ALL, {}, [], False, UNIT), dict, sorted(domains)), self.settings(), UNIT)
+        return made(take(session, Ranking(ALL, {}, [], False, UNIT), dict, sorted(domains)), self.settings(), UNIT)
 
 
 # A number in [0, 1) that follows from the seed and the id alone, the same in every version of DuckDB, on every machine

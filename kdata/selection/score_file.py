@@ -88,7 +88,7 @@ def _bring(dataset: Dataset, file: Path, name: str, unit: str, connection: duckd
         unit=unit,
         model=None,
         tokenizer_hash=None,
-        dataset_fingerprint=dataset.fingerprint,
+        dataset_digest=dataset.content_digest,
         columns=numbers,
         origin=file_info(file),
         files={},

@@ -21,8 +21,8 @@ from kdata.selection.mixtures import Cap, Proportional, Static, Temperature, Uni
 from kdata.selection.plan import DomainTaken, Plan, open_plan, plan_files, plan_info, write_plan_info
 from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Difference, Random
-from kdata.selection.session import Work, work_on
-from kdata.selection.sidecar import checked_fingerprint
+from kdata.selection.session import Session, open_session
+from kdata.selection.sidecar import checked_score_digest
 from kdata.selection.step import Domains, Made, Step
 from kdata.store.dataset import Dataset
 from kdata.store.sql import Room, check_new_name, literal
@@ -85,13 +85,13 @@ def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
     if config.parent == name:
         raise ConfigError(f"plan {name!r} would be made from itself; give the new one another name (--name)")
     parent = None if config.parent is None else open_plan(dataset, config.parent)
-    scores = {score: checked_fingerprint(dataset, score) for score in config.sidecars(dataset)}
+    scores = {score: checked_score_digest(dataset, score) for score in config.sidecars(dataset)}
     dataset.check_index()
-    with work_on(dataset, parent, f"select {name}", room) as work:
-        domains = work.domains()
+    with open_session(dataset, parent, f"select {name}", room) as session:
+        domains = session.domains()
         if not domains:
             raise DataError(f"{dataset.path} has no rows; capture or generate some first")
-        made = config.make(work, domains)
+        made = config.make(session, domains)
         parents = ([] if parent is None else [parent]) + [open_plan(dataset, other) for other in made.parents]
         info = plan_info(
             _taken(domains, made),
@@ -99,13 +99,13 @@ def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
             method=config.method,
             parameters=made.parameters,
             sql=made.sql,
-            dataset_fingerprint=dataset.fingerprint,
+            dataset_digest=dataset.content_digest,
             scores=scores,
-            parents={plan.info.name: plan.fingerprint for plan in parents},
+            parents={plan.info.name: plan.plan_digest for plan in parents},
             unit=made.unit,
             requested=None if made.requests is None else sum(made.requests.values()),
         )
-        path = _write(work, dataset.path / "plans" / name)
+        path = _write(session, dataset.path / "plans" / name)
         return Plan(path, info, write_plan_info(path, info))
 
 
@@ -121,12 +121,12 @@ def _taken(domains: Domains, made: Made) -> dict[str, DomainTaken]:
     return found
 
 
-def _write(work: Work, base: Path) -> Path:
+def _write(session: Session, base: Path) -> Path:
     """Write the table `chosen` as the plan's Parquet, best first, whole or not at all."""
     path, _ = plan_files(base)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    work.execute(
+    session.execute(
         "copy (select id, repeats from chosen where repeats > 0 order by value desc, id) "
         f"to {literal(str(temporary.resolve()))} (format parquet, compression zstd)"
     )

@@ -21,7 +21,7 @@ from filelock import Timeout
 from kdata.errors import QueryError, StorageError
 from kdata.format.files import lock_of, storage_errors
 from kdata.format.schema import ManifestEntry, index_schema
-from kdata.observe.progress import Stage
+from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset
 from kdata.store.sql import Room, connect, files_view, name_damage, refuse_writing, views
@@ -38,8 +38,8 @@ def rows_of(plan: str | None, rows: str) -> str:
     return ALL_ROWS.format(rows=rows) if plan is None else ROWS_OF_A_PLAN.format(rows=rows, plan=plan)
 
 
-class Work:
-    """An open connection of one step; made by `work_on`.
+class Session:
+    """An open connection of one step; made by `open_session`.
 
     Args:
         connection: see `kdata.store.sql.connect`; the view `rows` is made anew for every piece.
@@ -48,10 +48,10 @@ class Work:
     """
 
     def __init__(
-        self, dataset: Dataset, connection: duckdb.DuckDBPyConnection, folder: Path, parent: Plan | None, stage: Stage
+        self, dataset: Dataset, connection: duckdb.DuckDBPyConnection, folder: Path, parent: Plan | None, task: Task
     ) -> None:
         self.dataset, self.folder, self.parent = dataset, folder, parent
-        self._connection, self._stage = connection, stage
+        self._connection, self._task = connection, task
 
     def rows(self, view: str) -> str:
         """The query behind `rows`, over a view of the index."""
@@ -81,7 +81,7 @@ class Work:
         for entries in groups:
             self.show(entries, scores)
             yield
-            self._stage.advance(sum(entry.rows for entry in entries))
+            self._task.advance(sum(entry.rows for entry in entries))
 
     def show(self, entries: list[ManifestEntry], scores: list[str]) -> None:
         """Make the views of some shards: `every_row` (the index), `rows` (what may be taken), `scores.NAME`."""
@@ -159,7 +159,7 @@ def exclusive(dataset: Dataset, purpose: str) -> Iterator[Path]:
 
 
 @contextmanager
-def work_on(dataset: Dataset, parent: Plan | None, what: str, room: Room | None = None) -> Iterator[Work]:
+def open_session(dataset: Dataset, parent: Plan | None, what: str, room: Room | None = None) -> Iterator[Session]:
     """Everything that a step needs.
 
     Raises:
@@ -170,10 +170,10 @@ def work_on(dataset: Dataset, parent: Plan | None, what: str, room: Room | None 
     with (
         exclusive(dataset, "select") as folder,
         query_errors(dataset),
-        Stage(what, unit="rows") as stage,
+        Task(what, unit="rows") as task,
         connect(dataset, Room(room.memory_limit, room.threads, folder)) as connection,
     ):
-        yield Work(dataset, connection, folder, parent, stage)
+        yield Session(dataset, connection, folder, parent, task)
 
 
 @contextmanager

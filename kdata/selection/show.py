@@ -14,7 +14,7 @@ from kdata.observe.text import one_line
 from kdata.selection.plan import DomainTaken, Plan, PlanInfo, open_plan
 from kdata.selection.select import METHODS
 from kdata.selection.session import rows_of
-from kdata.selection.sidecar import score_fingerprint
+from kdata.selection.sidecar import score_digest
 from kdata.selection.step import Ranked
 from kdata.store.dataset import Dataset
 
@@ -189,8 +189,8 @@ def _histogram(dataset: Dataset, plan: Plan) -> _Bars | None:
 def _as_then(dataset: Dataset, plan: Plan) -> bool:
     """Whether the scores and plans that a plan was made from are here, and are those."""
     try:
-        scores = {name: score_fingerprint(dataset, name) for name in plan.info.scores}
-        parents = {name: open_plan(dataset, name).fingerprint for name in plan.info.parents}
+        scores = {name: score_digest(dataset, name) for name in plan.info.scores}
+        parents = {name: open_plan(dataset, name).plan_digest for name in plan.info.parents}
     except KdataError:
         return False
     return scores == plan.info.scores and parents == plan.info.parents

@@ -19,7 +19,7 @@ from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, settings_difference
 from kdata.format.files import file_info, inside, write_atomically
 from kdata.format.manifest import digest_of, write_json
-from kdata.format.schema import Contract, FileInfo, ManifestEntry, TeacherInfo, fingerprint
+from kdata.format.schema import Contract, FileInfo, ManifestEntry, TeacherInfo, json_digest
 from kdata.store.dataset import Dataset
 from kdata.store.sql import check_new_name, is_name
 
@@ -39,7 +39,7 @@ class ScoreInfo(Contract):
     unit: str = Field(description="What the number is: nats per target token, or whatever was brought.")
     model: TeacherInfo | None = Field(description="Who scored; null where the numbers were brought.")
     tokenizer_hash: str | None = Field(description="Its tokenizer; the same as the dataset's. Null where brought.")
-    dataset_fingerprint: str = Field(description="Fingerprint of the dataset that was scored.")
+    dataset_digest: str = Field(alias="dataset_fingerprint", description="Fingerprint of the dataset that was scored.")
     columns: list[str] = Field(["nll", "num_target_tokens"], description="Columns of the parts beside `id`.")
     origin: FileInfo | None = Field(
         None, description="Digest and size of the file that was brought; null where a model scored."
@@ -55,8 +55,8 @@ def begin_sidecar(dataset: Dataset, info: ScoreInfo) -> None:
     (dataset.path / "scores" / info.name).mkdir(parents=True, exist_ok=True)
     if path.exists():
         before = load_score_info(dataset, info.name)
-        # Of another fingerprint: rows were added since. Each part knows its shard, so those that fit are kept.
-        changing = {"files", "dataset_fingerprint", "digest"}
+        # Another dataset digest: rows were added since. Each part knows its shard, so those that fit are kept.
+        changing = {"files", "dataset_digest", "digest"}
         difference = settings_difference(before.model_dump(exclude=changing), info.model_dump(exclude=changing))
         if difference:
             raise MismatchError(
@@ -126,17 +126,17 @@ def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
         ) from error
 
 
-def score_fingerprint(dataset: Dataset, name: str) -> str:
+def score_digest(dataset: Dataset, name: str) -> str:
     """SHA-256 (hex) of a complete sidecar. Raises MissingError when it is not complete or is of other rows."""
     info = load_score_info(dataset, name)
-    if info.dataset_fingerprint != dataset.fingerprint or not info.files:
+    if info.dataset_digest != dataset.content_digest or not info.files:
         raise MissingError(f"score {name!r} does not cover the dataset as it is now; run `kdata score` again")
-    return fingerprint(info.model_dump())
+    return json_digest(info.model_dump())
 
 
-def checked_fingerprint(dataset: Dataset, name: str) -> str:
+def checked_score_digest(dataset: Dataset, name: str) -> str:
     """The same, after comparing every part that is here with its digest. Raises CorruptError where one differs."""
-    found = score_fingerprint(dataset, name)
+    found = score_digest(dataset, name)
     if dataset.sql_filesystem is not None:
         return found  # the parts are elsewhere, and only some of their columns are read
     for relative, info in load_score_info(dataset, name).files.items():

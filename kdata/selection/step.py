@@ -16,9 +16,9 @@ from pydantic import Field
 
 from kdata.config import Strict
 from kdata.selection.apportion import apportion, as_written
-from kdata.selection.plan import Unit
+from kdata.selection.plan import CountBy
 from kdata.selection.rank import Ranking, Taken, take
-from kdata.selection.session import Work
+from kdata.selection.session import Session
 from kdata.store.dataset import Dataset
 from kdata.store.sql import NAME
 
@@ -28,7 +28,7 @@ Held = Mapping[str, int]  # what may be taken: domain -> units, as often as the 
 
 @dataclass(frozen=True)
 class Made:
-    """What a step chose: the table `chosen` (id, value, repeats) of its `Work`, and how it came about.
+    """What a step chose: the table `chosen` (id, value, repeats) of its `Session`, and how it came about.
 
     taken: per domain distinct rows, sequences, tokens. requests: units asked for, where `by_domain` of each domain,
     otherwise of "" (all); None without any.
@@ -37,7 +37,7 @@ class Made:
     taken: Mapping[str, tuple[int, int, int]]
     sql: str
     parameters: dict[str, Any]
-    unit: Unit | None = None
+    unit: CountBy | None = None
     requests: dict[str, int] | None = None
     by_domain: bool = False
     parents: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Step(Strict):
         return []
 
     @abstractmethod
-    def make(self, work: Work, domains: Domains) -> Made:
+    def make(self, session: Session, domains: Domains) -> Made:
         """Choose rows. Raises DataError, ConfigError or MissingError where it cannot."""
 
     def settings(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Ranked(Step):
     VALUE: ClassVar[str | None] = None  # what the value is, on the axis of a plot; None where it says nothing
 
     share: float = Field(0.5, gt=0, le=1, description="Share that is kept; its number of units is rounded up.")
-    unit: Unit = Field("sequences", description="What the share counts: sequences or tokens.")
+    unit: CountBy = Field("sequences", description="What the share counts: sequences or tokens.")
     by_domain: bool = Field(False, description="Take the share of each domain; otherwise of all sequences together.")
 
     @abstractmethod
@@ -82,10 +82,10 @@ class Ranked(Step):
         """Parameters of `values`, bound by name."""
         return {}
 
-    def make(self, work: Work, domains: Domains) -> Made:
+    def make(self, session: Session, domains: Domains) -> Made:
         """See `Step.make`."""
-        ranking = Ranking(self.values(), self.given(), self.sidecars(work.dataset), self.by_domain, self.unit)
-        taken = take(work, ranking, self._requests, sorted(domains))
+        ranking = Ranking(self.values(), self.given(), self.sidecars(session.dataset), self.by_domain, self.unit)
+        taken = take(session, ranking, self._requests, sorted(domains))
         told = self.settings() if self.VALUE is None else {**self.settings(), **self._thresholds(taken)}
         return made(taken, told, self.unit)
 
@@ -99,7 +99,7 @@ class Ranked(Step):
         return {"thresholds": lowest} if self.by_domain else {"threshold": min(lowest.values(), default=None)}
 
 
-def made(taken: Taken, parameters: dict[str, Any], unit: Unit) -> Made:
+def made(taken: Taken, parameters: dict[str, Any], unit: CountBy) -> Made:
     """What `rank.take` took, as the outcome of a step."""
     return Made(
         {domain: numbers[:3] for domain, numbers in taken.domains.items()},
@@ -111,6 +111,6 @@ def made(taken: Taken, parameters: dict[str, Any], unit: Unit) -> Made:
     )
 
 
-def held_by(domains: Domains, unit: Unit) -> dict[str, int]:
+def held_by(domains: Domains, unit: CountBy) -> dict[str, int]:
     """Units of each domain."""
     return {domain: sequences if unit == "sequences" else tokens for domain, (sequences, tokens) in domains.items()}

@@ -25,7 +25,7 @@ from kdata.format.files import file_info, storage_errors
 from kdata.format.manifest import append_entry, write_info
 from kdata.format.records import inputs_of, shard_name
 from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, SourceInfo
-from kdata.observe.progress import Stage
+from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
@@ -56,14 +56,14 @@ def merge(datasets: list[Dataset], target: Path, *, link: bool = False) -> Datas
             )
     _refuse_shared_ids(datasets)
     total = sum(dataset.num_tokens for dataset in datasets)
-    with new_folder(target) as folder, Stage("merge", total, "tokens") as stage:
+    with new_folder(target) as folder, Task("merge", total, "tokens") as task:
         sources: dict[str, SourceInfo] = {}
         for dataset in datasets:
             names = _free_names(list(dataset.info.sources), set(sources))
             sources |= {names[name]: source for name, source in dataset.info.sources.items()}
             for entry in dataset.manifest:
                 append_entry(folder, _take_over(dataset, entry, names[entry.source], folder, link))
-                stage.advance(entry.tokens)
+                task.advance(entry.tokens)
         files = _tokenizer(first, folder)
         write_info(
             folder, first.info.model_copy(update={"sources": dict(sorted(sources.items())), "tokenizer_files": files})
@@ -199,9 +199,9 @@ def _tokenizer(dataset: Dataset, folder: Path) -> dict[str, FileInfo]:
 
 def _take_rows(dataset: Dataset, rows: np.ndarray, root: Path, what: dict[str, object]) -> None:
     """Write chosen rows, rising, as a dataset: each source's shards in order, empty ones left out."""
-    origin = dataset.fingerprint
+    origin = dataset.content_digest
     info: DatasetInfo = dataset.info.model_copy(update={"sources": {}, "tokenizer_files": {}})
-    with Stage(f"write {what['part']}", len(rows), "rows") as stage:
+    with Task(f"write {what['part']}", len(rows), "rows") as task:
         for source, about in dataset.info.sources.items():
             settings = {**what, "of": origin, "made_by": {"kind": about.kind, **about.settings}}
             made = SourceInfo(kind="split", settings=settings, num_units=None)
@@ -217,5 +217,5 @@ def _take_rows(dataset: Dataset, rows: np.ndarray, root: Path, what: dict[str, o
                         )
                         writer.accept(shard)
                         units += 1
-                        stage.advance(len(local))
+                        task.advance(len(local))
                 writer.finish(units)

@@ -218,7 +218,7 @@ def _render(dataset: Dataset, title: str | None, cost: list[Took]) -> str:
         notes=Markdown((NOTES_BEGIN + NOTES_END).decode()),
         title=headline,
         info=dataset.info,
-        fingerprint=dataset.fingerprint,
+        fingerprint=dataset.content_digest,
         facts=found,
         parameters=flatten(dataset.info.codec.parameters),
         cost=cost,

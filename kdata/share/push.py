@@ -92,7 +92,7 @@ def _push_to_hub(dataset: Dataset, destination: str, public: bool) -> str:
             repo_type="dataset",
             folder_path=dataset.path,
             allow_patterns=dataset_files(dataset),
-            commit_message=f"kdata dataset {dataset.fingerprint[:12]}",
+            commit_message=f"kdata dataset {dataset.content_digest[:12]}",
         )
     except LocalTokenNotFoundError as error:
         raise ConfigError("the Hub needs a token: set HF_TOKEN, or run `hf auth login`") from error

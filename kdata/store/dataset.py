@@ -17,9 +17,11 @@ from kdata.errors import ConfigError, CorruptError, MissingError, ShapeError
 from kdata.format.codec import codec_of
 from kdata.format.files import inside
 from kdata.format.manifest import read_info, read_manifest
-from kdata.format.schema import DatasetInfo, ManifestEntry, content_hash, fingerprint, index_schema
+from kdata.format.schema import DatasetInfo, ManifestEntry, content_hash, index_schema, json_digest
 from kdata.format.sequences import Sequences, decode, flat, nothing
 from kdata.store.index import UNREADABLE, damaged, read_index
+from kdata.store.sql import query as run_query
+from kdata.store.sql import unglobbed
 
 CACHED_BYTES = 64 << 20  # decompressed record batches kept for `take`, per open dataset
 OPEN_SHARDS = 64  # shards that are mapped at a time, per open dataset
@@ -73,10 +75,10 @@ class Dataset:
         return path if path.is_dir() else None
 
     @cached_property
-    def fingerprint(self) -> str:
+    def content_digest(self) -> str:
         """SHA-256 (hex) over the identity and every shard's digests: changes when a row does."""
         shards = [(entry.name, sorted((k, v.sha256) for k, v in entry.files.items())) for entry in self.manifest]
-        return fingerprint({"identity": self.info.fingerprint, "shards": shards})
+        return json_digest({"identity": self.info.identity_digest, "shards": shards})
 
     def index(self, columns: list[str] | None = None) -> pa.Table:
         """The readable index, one row per sequence in global row order."""
@@ -132,9 +134,7 @@ class Dataset:
 
     def sql(self, query: str, parameters: list[Any] | dict[str, Any] | None = None) -> pa.Table:
         """Run a DuckDB query over the views of `schemas/README.md`. Raises QueryError with DuckDB's reason."""
-        from kdata.store.sql import query as run
-
-        return run(self, query, parameters)
+        return run_query(self, query, parameters)
 
     @property
     def sql_filesystem(self) -> Any:
@@ -143,8 +143,6 @@ class Dataset:
 
     def sql_file(self, entry: ManifestEntry, folder: str) -> str:
         """How DuckDB names a file of a shard. Raises CorruptError when it is gone."""
-        from kdata.store.sql import unglobbed
-
         return unglobbed(self.shard_file(entry, folder).resolve())
 
     def fetch_sidecar(self, name: str) -> None:
@@ -152,8 +150,6 @@ class Dataset:
 
     def sql_sidecars(self) -> dict[str, list[str]]:
         """How DuckDB names the parts of each sidecar that can be queried, complete or not."""
-        from kdata.store.sql import unglobbed
-
         folders = sorted(path for path in self.path.resolve().glob("scores/*") if path.is_dir())
         return {path.name: [unglobbed(part) for part in sorted(path.glob("*.parquet"))] for path in folders}
 

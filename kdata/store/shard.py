@@ -21,7 +21,7 @@ from kdata.errors import DataError
 from kdata.format import codec as codecs
 from kdata.format.files import storage_errors, sync_directory
 from kdata.format.kept import Kept
-from kdata.format.records import Record, Reject, Shard, Unit, shard_name
+from kdata.format.records import Record, Reject, Shard, UnitResult, shard_name
 from kdata.format.schema import (
     CodecError,
     DatasetInfo,
@@ -44,7 +44,7 @@ MASS_SLACK = 1e-3  # a float32 softmax sums to 1 within 1e-6; more than this ove
 ZSTD_LEVEL = 1
 
 
-def write_shard(root: Path, info: DatasetInfo, source: str, unit: Unit) -> Shard:
+def write_shard(root: Path, info: DatasetInfo, source: str, unit: UnitResult) -> Shard:
     """Write a unit's payload, index and rejects; the manifest is not touched.
 
     Raises:
@@ -139,7 +139,7 @@ def rows_per_batch(lengths: np.ndarray) -> int:
     return rows
 
 
-def shard_tables(unit: Unit, name: str, source: str, info: DatasetInfo):
+def shard_tables(unit: UnitResult, name: str, source: str, info: DatasetInfo):
     """Return payload table, index table and measured codec error of one unit."""
     records = unit.records
     ids = [record.id for record in records]

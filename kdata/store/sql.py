@@ -13,16 +13,49 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import duckdb
 import pyarrow as pa
 
 from kdata.errors import ConfigError, CorruptError, QueryError
-from kdata.format.schema import index_schema, rejects_schema
+from kdata.format.schema import ManifestEntry, index_schema, rejects_schema
 
-if TYPE_CHECKING:
-    from kdata.store.dataset import Dataset
+
+class Queryable(Protocol):
+    """What SQL needs of a dataset: its manifest, and how DuckDB opens its files."""
+
+    @property
+    def path(self) -> Path:
+        """Folder of the dataset, or of its local copy."""
+        ...
+
+    @property
+    def manifest(self) -> list[ManifestEntry]:
+        """Its shards, by name."""
+        ...
+
+    @property
+    def sql_filesystem(self) -> Any:
+        """The fsspec file system through which DuckDB reads; None: the local one."""
+        ...
+
+    def sql_file(self, entry: ManifestEntry, folder: str) -> str:
+        """The name under which DuckDB opens a file of a shard."""
+        ...
+
+    def sql_sidecars(self) -> dict[str, list[str]]:
+        """The same for the parts of each sidecar."""
+        ...
+
+    def fetch_sidecar(self, name: str) -> None:
+        """Bring scores/NAME.json here where the dataset is elsewhere."""
+        ...
+
+    def checked_file(self, entry: ManifestEntry, folder: str) -> Path:
+        """A file of a shard whose bytes were compared with the manifest."""
+        ...
+
 
 NAME = re.compile(r"^[A-Za-z][A-Za-z0-9_]*$")
 
@@ -57,7 +90,7 @@ def unglobbed(path: Path) -> str:
 def files_view(
     connection: duckdb.DuckDBPyConnection, view: str, files: list[str], schema: pa.Schema, columns: str = "*"
 ) -> None:
-    """Make or replace a view on Parquet files, as `Dataset.sql_file` names them; an empty one of this schema without any."""
+    """Make or replace a view on Parquet files, named as by `Queryable.sql_file`. Without files it is empty, of `schema`."""
     if files:
         listing = ", ".join(literal(path) for path in files)
         source = f"read_parquet([{listing}], union_by_name = true)"
@@ -81,7 +114,7 @@ class Room:
     folder: Path | None = None
 
 
-def connect(dataset: Dataset, room: Room | None = None) -> duckdb.DuckDBPyConnection:
+def connect(dataset: Queryable, room: Room | None = None) -> duckdb.DuckDBPyConnection:
     """An in-memory DuckDB connection with the dataset's views; it may read inside the dataset's folder only.
 
     Raises ConfigError for a memory limit that is none.
@@ -114,7 +147,7 @@ def connect(dataset: Dataset, room: Room | None = None) -> duckdb.DuckDBPyConnec
     return connection
 
 
-def _make_views(connection: duckdb.DuckDBPyConnection, dataset: Dataset, root: Path) -> None:
+def _make_views(connection: duckdb.DuckDBPyConnection, dataset: Queryable, root: Path) -> None:
     files_view(connection, "rows", [dataset.sql_file(e, "index") for e in dataset.manifest], index_schema())
     rejects = [dataset.sql_file(e, "rejects") for e in dataset.manifest if e.rejected]
     files_view(connection, "rejects", rejects, rejects_schema())
@@ -170,7 +203,7 @@ def check_recordable(text: str) -> None:
     walk(parsed)
 
 
-def mentions(dataset: Dataset, text: str) -> dict[str, list[str]]:
+def mentions(dataset: Queryable, text: str) -> dict[str, list[str]]:
     """Which `scores` and `plans` of the dataset a query names; nothing where it cannot be parsed."""
     named: dict[str, set[str]] = {"scores": set(), "plans": set()}
 
@@ -192,7 +225,7 @@ def mentions(dataset: Dataset, text: str) -> dict[str, list[str]]:
     return {schema: sorted(name for name in there[schema] if name.lower() in wanted[schema]) for schema in named}
 
 
-def manifest_table(dataset: Dataset) -> pa.Table:
+def manifest_table(dataset: Queryable) -> pa.Table:
     """The manifest as a table: one row per shard, with its bytes and codec error."""
     rows = [
         {
@@ -219,7 +252,7 @@ def manifest_table(dataset: Dataset) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def query(dataset: Dataset, text: str, parameters: list[Any] | dict[str, Any] | None = None) -> pa.Table:
+def query(dataset: Queryable, text: str, parameters: list[Any] | dict[str, Any] | None = None) -> pa.Table:
     """Run one query and return its result as an Arrow table.
 
     Raises:
@@ -248,7 +281,7 @@ def refuse_writing(connection: duckdb.DuckDBPyConnection, text: str) -> None:
         raise QueryError("kdata sql reads, it does not change a dataset: write a select (or describe, summarize, show)")
 
 
-def name_damage(dataset: Dataset, error: duckdb.Error) -> None:
+def name_damage(dataset: Queryable, error: duckdb.Error) -> None:
     """Raise CorruptError where the cause of a failed query is a damaged file."""
     if dataset.sql_filesystem is not None:
         return  # not here, to be compared

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from kdata.errors import StorageError
 from kdata.format.files import storage_errors
-from kdata.format.records import Shard, Unit
+from kdata.format.records import Shard, UnitResult
 from kdata.format.schema import DatasetInfo
 from kdata.store.shard import write_shard
 
@@ -25,7 +25,7 @@ class Staging(Protocol):
         """Raise StorageError where this process does not see the place."""
         ...
 
-    def write(self, attempt: str, info: DatasetInfo, source: str, unit: Unit) -> Shard:
+    def write(self, attempt: str, info: DatasetInfo, source: str, unit: UnitResult) -> Shard:
         """Write one shard under the name of an attempt. Errors as in `write_shard`."""
         ...
 
@@ -44,7 +44,7 @@ class FolderStaging:
                 "all of them mount at the same path (or at a URL, such as s3://BUCKET/NAME)"
             )
 
-    def write(self, attempt: str, info: DatasetInfo, source: str, unit: Unit) -> Shard:
+    def write(self, attempt: str, info: DatasetInfo, source: str, unit: UnitResult) -> Shard:
         """See `Staging.write`."""
         self.check()
         with storage_errors(self.folder):

@@ -227,7 +227,7 @@ def mirror(store: Store, root: Path, folders: tuple[str, ...]) -> bool:
 def _another(root: Path, info: DatasetInfo) -> bool:
     """Whether what is here is the copy of another dataset, or of nothing."""
     try:
-        return root.exists() and read_info(root).fingerprint != info.fingerprint
+        return root.exists() and read_info(root).identity_digest != info.identity_digest
     except (MissingError, CorruptError, FormatError):
         return True
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdata.errors import ConfigError, StorageError
-from kdata.format.records import Shard, Unit
+from kdata.format.records import Shard, UnitResult
 from kdata.format.schema import DatasetInfo, SourceInfo
 from kdata.store.shard import write_shard
 from kdata.store.staging import Staging
@@ -33,7 +33,7 @@ class RemoteStaging:
         """See `Staging.check`: opens the store, which needs its client here."""
         _ = self._store
 
-    def write(self, attempt: str, info: DatasetInfo, source: str, unit: Unit) -> Shard:
+    def write(self, attempt: str, info: DatasetInfo, source: str, unit: UnitResult) -> Shard:
         """See `Staging.write`."""
         with tempfile.TemporaryDirectory(prefix="kdata-shard-") as place:
             shard = write_shard(Path(place), info, source, unit)
@@ -76,7 +76,7 @@ class RemoteWriter(Writer):
         """See `Writer.staging`."""
         return RemoteStaging(self.place, f"{STAGING}{secrets.token_hex(4)}.tmp")
 
-    def commit(self, unit: Unit) -> Shard:
+    def commit(self, unit: UnitResult) -> Shard:
         """See `Writer.commit`."""
         self.refuse_twice([record.id for record in unit.records])
         staging = self.staging()

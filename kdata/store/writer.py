@@ -21,7 +21,7 @@ from filelock import Timeout
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, StorageError, settings_difference
 from kdata.format.files import file_info, inside, journal_of, lock_of, storage_errors, sync_directory
 from kdata.format.manifest import append_entry, order_manifest, read_info, read_manifest, write_info
-from kdata.format.records import Shard, Unit
+from kdata.format.records import Shard, UnitResult
 from kdata.format.schema import DatasetInfo, ManifestEntry, SourceInfo
 from kdata.store.shard import write_shard
 from kdata.store.staging import FolderStaging, Staging
@@ -142,7 +142,7 @@ class Writer:
             for path in list(self.root.glob(pattern)):
                 _remove_tree(path) if path.is_dir() else path.unlink()
 
-    def commit(self, unit: Unit) -> Shard:
+    def commit(self, unit: UnitResult) -> Shard:
         """Store one unit: its files are renamed into place, then the manifest line is written.
 
         Raises:

@@ -12,6 +12,7 @@ from typing import Any
 
 from kdata.errors import ConfigError, DependencyError, MissingError
 from kdata.format.schema import TokenizerInfo
+from kdata.store.hub import hub_errors
 from kdata.teachers.config import TeacherConfig
 
 
@@ -36,8 +37,6 @@ def model_identity(config: TeacherConfig) -> tuple[str, str | None, str | None]:
 def _hub_commit(config: TeacherConfig) -> str:
     """Resolve a Hub name to the commit that will be loaded."""
     from huggingface_hub import model_info
-
-    from kdata.store.hub import hub_errors
 
     try:
         return str(model_info(config.model, revision=config.revision).sha)

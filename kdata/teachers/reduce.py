@@ -26,6 +26,7 @@ from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig, keep_top
 from kdata.format.kept import Kept
 from kdata.teachers.base import Readout
+from kdata.teachers.row_kernel import any_bad, reduce_rows
 
 # Of float32 logits at a time. On a CPU they stay in its cache; on a GPU few large kernels are faster than many small ones,
 # and torch's way holds about ten times as much for a moment.
@@ -106,7 +107,7 @@ def reduce_each(
 
 def uniforms_of(parts: list[tuple[int, int]], keep: KeepConfig) -> np.ndarray:
     """Uniforms in [0, 1), float64 [M, N], rising along N; N = 0 for kinds without draws."""
-    width = keep.draws if keep.tail == "draws" else 0
+    width = keep.num_draws if keep.tail == "draws" else 0
     if not parts or not width:
         return np.zeros((sum(count for count, _ in parts), width))
     systematic = keep.draw_method == "systematic"
@@ -131,8 +132,6 @@ def _log_z(logprobs_or_logits_CV: torch.Tensor, lse_C: torch.Tensor, keep: KeepC
 
 def _reduce_cpu(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepConfig, uniforms_CN: np.ndarray) -> Rows:
     """The compiled rows kernel; the rows are split between threads."""
-    from kdata.teachers.row_kernel import any_bad, reduce_rows
-
     rows, vocab = logits_CV.shape
     log_z = _log_z(logits_CV, torch.logsumexp(logits_CV, -1), keep) if keep.temperatures else None
     width, draws = min(keep.num_exact, vocab), uniforms_CN.shape[1]
@@ -233,9 +232,9 @@ def _with_draws(
     fresh_MN[:, 1:] &= drawn_MN[:, 1:] != drawn_MN[:, :-1]
     starts = np.flatnonzero(fresh_MN.reshape(-1))
     # A run of equal draws ends where the next begins, or with its position.
-    position = starts // keep.draws
-    ends = np.minimum(np.append(starts[1:], fresh_MN.size), (position + 1) * keep.draws)
-    log_count = np.log((ends - starts) / keep.draws)
+    position = starts // keep.num_draws
+    ends = np.minimum(np.append(starts[1:], fresh_MN.size), (position + 1) * keep.num_draws)
+    log_count = np.log((ends - starts) / keep.num_draws)
     logprobs = logprob_MN[fresh_MN]
     if keep.tau == 1.0:
         weights = log_count + log_tail_M.astype(np.float64)[position]

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kdata.errors import ConfigError, DataError, DependencyError, TrainingError
-from kdata.observe.progress import Stage
+from kdata.observe.progress import Task
 from kdata.pipelines.builtin.corpus import CorpusFiles, build_corpus, stdlib_listing
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def ensure_corpus(cache_dir: Path, config: BuiltinConfig) -> CorpusFiles:
     settings = config.model_dump(include={"seed", "heldout_share", "max_doc_chars", "max_domain_chars", "num_prompts"})
     directory = cache_dir / f"corpus-{_key(settings, sys.version, stdlib_listing())}"
     if not directory.exists():
-        with _committed(directory) as temporary, Stage("built-in corpus", unit="documents") as stage:
+        with _committed(directory) as temporary, Task("built-in corpus", unit="documents") as stage:
             build_corpus(
                 temporary,
                 heldout_share=config.heldout_share,
@@ -316,7 +316,7 @@ def train_language_model(
     optimizers = _optimizers(model, network)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     windows = _windows(stream, network, context, seed)
-    with Stage(f"train the built-in {name}", network.steps * network.batch_tokens, "tokens") as stage:
+    with Task(f"train the built-in {name}", network.steps * network.batch_tokens, "tokens") as stage:
         for step, window_BT in enumerate(windows):
             scale = _schedule(step, network.steps)
             for optimizer, lrs in zip(optimizers, peaks, strict=True):

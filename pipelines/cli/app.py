@@ -118,7 +118,7 @@ def info(dataset: DatasetArgument) -> None:
         "payload": f"{payload:,} bytes, {payload / max(opened.num_tokens, 1):.1f} per token",
         "rejected": f"{sum(e.rejected for e in opened.manifest):,}",
         "complete": ", ".join(f"{n}: {'yes' if s.num_units is not None else 'no'}" for n, s in about.sources.items()),
-        "fingerprint": opened.fingerprint,
+        "fingerprint": opened.content_digest,
     }
     grid = Table(show_header=False, box=None, title=str(opened.path), title_justify="left")
     for key, value in facts.items():

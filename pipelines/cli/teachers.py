@@ -78,7 +78,7 @@ def generate(
     engine: EngineOption = "local",
     kind: KindOption = "hybrid",
     k: KOption = 16,
-    draws: DrawsOption = 16,
+    num_draws: DrawsOption = 16,
     max_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 128,
     json_schema: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON Schema of what is written (backend vllm).")
@@ -93,7 +93,9 @@ def generate(
     if json_schema is not None:
         sampling["structured_output"] = {"json_schema": read_yaml(json_schema)}
     source = _source(prompts, prompt_column, messages_column)
-    values = _with_settings({"prompts": source, "kind": kind, "k": k, "draws": draws, "sampling": sampling}, set)
+    values = _with_settings(
+        {"prompts": source, "kind": kind, "k": k, "num_draws": num_draws, "sampling": sampling}, set
+    )
     if "messages_column" not in values["prompts"]:
         values["prompts"].setdefault("text_column", "prompt")
     who = _teacher(values, teacher, backend)
@@ -119,7 +121,7 @@ def capture(
     engine: EngineOption = "local",
     kind: KindOption = "hybrid",
     k: KOption = 16,
-    draws: DrawsOption = 16,
+    num_draws: DrawsOption = 16,
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest sequence; the teacher's context if not given.")
     ] = None,
@@ -138,7 +140,7 @@ def capture(
             "corpus": _source(corpus, None, messages_column),
             "kind": kind,
             "k": k,
-            "draws": draws,
+            "num_draws": num_draws,
             "max_tokens": max_tokens,
             "long_text": long_text,
             "targets": targets,
@@ -162,7 +164,7 @@ def reread(
     engine: EngineOption = "local",
     kind: Annotated[str | None, typer.Option(help="hybrid, topk, adaptive or sampled; else as the dataset.")] = None,
     k: Annotated[int | None, typer.Option(help="Exact entries at every position; else as the dataset.")] = None,
-    draws: Annotated[int | None, typer.Option(help="Random draws at every position; else as the dataset.")] = None,
+    num_draws: Annotated[int | None, typer.Option(help="Random draws at every position; else as the dataset.")] = None,
     resume: ResumeOption = Resume.auto,
     set: SetOption = None,
 ) -> None:
@@ -170,7 +172,7 @@ def reread(
     from kdata.jobs.reread import keep_like, reread_with
     from kdata.store.open import open_dataset
 
-    values = _with_settings({"kind": kind, "k": k, "draws": draws}, set)
+    values = _with_settings({"kind": kind, "k": k, "num_draws": num_draws}, set)
     who = _teacher(values, teacher, backend)
     where = _engine(values, engine)
     opened, place = open_dataset(dataset), _place(target)

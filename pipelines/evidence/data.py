@@ -42,7 +42,7 @@ HELDOUT_SHARE = 0.1  # of documents, by a hash of their id
 SIZES = ("k", "draws", "mass", "draw_method")  # settings that name a dataset's folder
 # What students are measured on: with this many entries the KL is an unbiased estimate of small variance. The method is that
 # of the first figures that were published, so that later ones can stand beside them.
-HELDOUT_KEEP = KeepConfig(kind="hybrid", k=64, draws=64, draw_method="independent")
+HELDOUT_KEEP = KeepConfig(kind="hybrid", k=64, num_draws=64, draw_method="independent")
 
 
 class DataConfig(Strict):

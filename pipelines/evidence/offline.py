@@ -49,11 +49,11 @@ def _top(k: int) -> KeepConfig:
 
 
 def _hybrid(k: int, draws: int, method: Method = "systematic") -> KeepConfig:
-    return KeepConfig(kind="hybrid", k=k, draws=draws, draw_method=method)
+    return KeepConfig(kind="hybrid", k=k, num_draws=draws, draw_method=method)
 
 
 def _sampled(draws: int, method: Method = "systematic") -> KeepConfig:
-    return KeepConfig(kind="sampled", draws=draws, draw_method=method)
+    return KeepConfig(kind="sampled", num_draws=draws, draw_method=method)
 
 
 # By priority: a run that is stopped early has the first of them for all seeds.

@@ -16,7 +16,7 @@ from typing import Any
 
 import kdata
 from kdata.errors import KdataError
-from kdata.format.records import Shard, Unit
+from kdata.format.records import Shard, UnitResult
 from kdata.format.schema import DatasetInfo, TeacherInfo
 from kdata.jobs.job import Job, WorkUnit, devices_of
 from kdata.observe.energy import Devices
@@ -111,7 +111,7 @@ class TeacherActor:
                 return None
             return assignment.staging.write(attempt, assignment.info, assignment.job.name, done)
 
-    def _perform(self, assignment: Assignment, unit: WorkUnit, attempt: str) -> Unit | None:
+    def _perform(self, assignment: Assignment, unit: WorkUnit, attempt: str) -> UnitResult | None:
         with self._lock:
             if attempt in self._dropped:
                 return None

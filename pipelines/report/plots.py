@@ -279,7 +279,7 @@ def _shares(dataset: Dataset | None) -> Plot:
                         [100 * plan.info.shares.get(d, {}).get(key, 0.0) for d in domains[:MAX_PANELS]],
                     )
                 )
-    stale = [p.info.name for p in plans if p.dataset_fingerprint != dataset.fingerprint]
+    stale = [p.info.name for p in plans if p.dataset_digest != dataset.content_digest]
     set_by = {p.info.name: p.info.parameters.get("weights") is not None for p in plans}
     caption = "What selection did to the mixture."
     if not any(set_by.values()):

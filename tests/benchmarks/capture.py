@@ -25,7 +25,7 @@ from rich.table import Table
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.format.keep import KeepConfig
 from kdata.format.manifest import new_info
-from kdata.format.records import Unit
+from kdata.format.records import UnitResult
 from kdata.format.schema import FORMAT_VERSION, SourceInfo
 from kdata.jobs.payloads import record_of, unread
 from kdata.jobs.reading import CaptureConfig, capture_with
@@ -35,7 +35,7 @@ from kdata.teachers.config import TeacherConfig
 from kdata.teachers.model import load_tokenizer, tokenizer_info
 
 SHARED = Path(__file__).parents[3] / "shared"
-TOP, HYBRID = {"kind": "topk", "k": 64}, {"kind": "hybrid", "k": 16, "draws": 16}
+TOP, HYBRID = {"kind": "topk", "k": 64}, {"kind": "hybrid", "k": 16, "num_draws": 16}
 SLOW = {"flat, with detokenisation", "dictionaries"}  # once is enough to see by how much
 
 
@@ -147,7 +147,7 @@ def host(tokenizer: Any, tokens_per_row: int = 512, rows: int = 128, k: int = 64
                     records.append(
                         record_of(unread(document.id, document, ids, np.ones(len(ids), np.uint16), ""), readout)
                     )
-                writer.commit(Unit(0, records))
+                writer.commit(UnitResult(0, records))
                 best = max(best, rows * tokens_per_row / (time.perf_counter() - started))
     return best
 

@@ -29,7 +29,7 @@ from kdata.format.codec import Positions
 from kdata.format.keep import KeepConfig
 from kdata.format.kept import Kept, log_tail, pad, segment_sum
 from kdata.format.manifest import new_info
-from kdata.format.records import Record, Unit
+from kdata.format.records import Record, UnitResult
 from kdata.format.schema import FORMAT_VERSION, SourceInfo
 from kdata.store.writer import Writer
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
@@ -40,18 +40,18 @@ KINDS = {
     "topk 64": KeepConfig(kind="topk", k=64),
     "topk 16": KeepConfig(kind="topk", k=16),
     "adaptive 0.95, at most 64": KeepConfig(kind="adaptive", k=64, mass=0.95),
-    "sampled 12": KeepConfig(kind="sampled", draws=12),
-    "sampled 12, independent": KeepConfig(kind="sampled", draws=12, draw_method="independent"),
-    "sampled 25": KeepConfig(kind="sampled", draws=25),
-    "sampled 50": KeepConfig(kind="sampled", draws=50),
-    "sampled 50, independent": KeepConfig(kind="sampled", draws=50, draw_method="independent"),
-    "sampled 80": KeepConfig(kind="sampled", draws=80),
-    "hybrid 4 + 8": KeepConfig(kind="hybrid", k=4, draws=8),
-    "hybrid 8 + 8": KeepConfig(kind="hybrid", k=8, draws=8),
-    "hybrid 8 + 25": KeepConfig(kind="hybrid", k=8, draws=25),
-    "hybrid 4 + 40": KeepConfig(kind="hybrid", k=4, draws=40),
-    "hybrid 16 + 16": KeepConfig(kind="hybrid", k=16, draws=16),
-    "hybrid 16 + 16, independent": KeepConfig(kind="hybrid", k=16, draws=16, draw_method="independent"),
+    "sampled 12": KeepConfig(kind="sampled", num_draws=12),
+    "sampled 12, independent": KeepConfig(kind="sampled", num_draws=12, draw_method="independent"),
+    "sampled 25": KeepConfig(kind="sampled", num_draws=25),
+    "sampled 50": KeepConfig(kind="sampled", num_draws=50),
+    "sampled 50, independent": KeepConfig(kind="sampled", num_draws=50, draw_method="independent"),
+    "sampled 80": KeepConfig(kind="sampled", num_draws=80),
+    "hybrid 4 + 8": KeepConfig(kind="hybrid", k=4, num_draws=8),
+    "hybrid 8 + 8": KeepConfig(kind="hybrid", k=8, num_draws=8),
+    "hybrid 8 + 25": KeepConfig(kind="hybrid", k=8, num_draws=25),
+    "hybrid 4 + 40": KeepConfig(kind="hybrid", k=4, num_draws=40),
+    "hybrid 16 + 16": KeepConfig(kind="hybrid", k=16, num_draws=16),
+    "hybrid 16 + 16, independent": KeepConfig(kind="hybrid", k=16, num_draws=16, draw_method="independent"),
 }
 
 
@@ -104,7 +104,7 @@ def store(docs: list[np.ndarray], logits: list[torch.Tensor], keep: KeepConfig, 
             )
         )  # fmt: skip
     with Writer(root, info, "capture", SourceInfo(kind="capture", settings={}, num_units=None)) as writer:
-        writer.commit(Unit(0, records))
+        writer.commit(UnitResult(0, records))
     return kdata.open(root)
 
 

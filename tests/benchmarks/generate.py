@@ -25,7 +25,7 @@ from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.model import load_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared"
-TOP, HYBRID = KeepConfig(kind="topk", k=64), KeepConfig(kind="hybrid", k=16, draws=16)
+TOP, HYBRID = KeepConfig(kind="topk", k=64), KeepConfig(kind="hybrid", k=16, num_draws=16)
 ROUNDS = 3
 
 

@@ -35,7 +35,7 @@ import kdata
 from kdata.format.keep import KeepConfig
 from kdata.format.kept import Kept
 from kdata.format.manifest import new_info
-from kdata.format.records import Record, Unit
+from kdata.format.records import Record, UnitResult
 from kdata.format.schema import FORMAT_VERSION, SourceInfo
 from kdata.loader.batches import Batches, LoaderConfig
 from kdata.store.writer import Writer
@@ -87,7 +87,7 @@ def build_dataset(root: Path, tokens: int, *, k: int = 64, median: int = 330) ->
             while (size := sum(len(r.token_ids) for r in records)) < min(UNIT_TOKENS, tokens - written):
                 records.append(_record(f"doc-{number}", rng, table, k, median))
                 number += 1
-            writer.commit(Unit(len(writer.committed), records))
+            writer.commit(UnitResult(len(writer.committed), records))
             written += size
     return kdata.open(root)
 

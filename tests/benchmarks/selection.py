@@ -103,7 +103,7 @@ def dataset_of(root: Path, files: Path, rows: int) -> kdata.Dataset:
                                          target_tokens=SHARD_ROWS, rejected=0, inputs="-", files=held, codec_error=None))  # fmt: skip  # noqa: E501
     dataset = kdata.open(root)
     sidecar = ScoreInfo(name="ref", unit="nats per target token", model=teacher, tokenizer_hash="-",
-                        dataset_fingerprint=dataset.fingerprint, files=parts)  # fmt: skip
+                        dataset_digest=dataset.content_digest, files=parts)  # fmt: skip
     write_json(root / "scores/ref.json", sidecar.model_dump())
     return dataset
 

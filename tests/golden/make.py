@@ -17,14 +17,14 @@ import kdata
 from kdata.format.keep import KeepConfig
 from kdata.format.kept import Kept, log_tail
 from kdata.format.manifest import new_info
-from kdata.format.records import Record, Reject, Unit
+from kdata.format.records import Record, Reject, UnitResult
 from kdata.format.schema import CodecInfo, SourceInfo, TeacherInfo, TokenizerInfo
 from kdata.store.writer import Writer
 from tests.fakes import StandInTeacher
 
 # name, what is kept, codec (None: the kind's own)
 DATASETS: dict[str, tuple[KeepConfig, CodecInfo | None]] = {
-    "packed-hybrid": (KeepConfig(kind="hybrid", k=4, draws=6, temperatures=[2.0], draw_method="independent"), None),
+    "packed-hybrid": (KeepConfig(kind="hybrid", k=4, num_draws=6, temperatures=[2.0], draw_method="independent"), None),
     "plain-topk": (
         KeepConfig(kind="topk", k=6),
         CodecInfo(id="plain", version=1, kind="topk", parameters={"k": 6}),
@@ -76,14 +76,14 @@ def make(root: Path, name: str) -> kdata.Dataset:
     records = [record(key, ids, teacher, keep, codec) for key, ids in rows.items()]
     source = SourceInfo(kind="capture", settings={"made": "for the tests"}, num_units=None)
     with Writer(root, info, "capture", source) as writer:
-        writer.commit(Unit(0, records, [Reject("r", "odd", "empty", "the text is empty")]))
+        writer.commit(UnitResult(0, records, [Reject("r", "odd", "empty", "the text is empty")]))
         writer.finish(1)
     return kdata.open(root)
 
 
 def decoded(dataset: kdata.Dataset) -> dict[str, Any]:
     """All that a reader gets, as JSON values (NaN and -Infinity as Python writes them)."""
-    found: dict[str, Any] = {"fingerprint": dataset.fingerprint, "index": dataset.index().to_pylist(), "rows": []}
+    found: dict[str, Any] = {"fingerprint": dataset.content_digest, "index": dataset.index().to_pylist(), "rows": []}
     for sequence in dataset:
         row = {name: getattr(sequence, name).tolist() for name in ARRAYS}
         for name in REALS:

@@ -224,7 +224,7 @@ def test_two_nodes_make_the_bytes_of_the_local_engine(
         dataset = make(tmp_path / "d", corpus, engine)
         wait_until(lambda: len(processes(notes)) == 2)
         again = make(tmp_path / "d", corpus, engine)
-    assert digests(tmp_path / "d") == expected and again.fingerprint == dataset.fingerprint
+    assert digests(tmp_path / "d") == expected and again.fingerprint == dataset.content_digest
     assert not [p for p in (tmp_path / "d").iterdir() if p.name.startswith("units-")]
     assert len(set(processes(notes).values())) == 2
     wait_until(lambda: gone(notes))
@@ -425,7 +425,7 @@ def test_the_command_and_a_recipe_make_the_bytes_of_the_local_engine(
     monkeypatch.setenv("RAY_ADDRESS", two.address)
     who = TeacherConfig(model=str(llama_dir), backend="transformers")
     local = LocalEngine(load_teacher(who, max_k=4), load_tokenizer(llama_dir))
-    run_job(tmp_path / "local", reading(corpus, kind="hybrid", k=4, draws=4, unit_tokens=100), local)
+    run_job(tmp_path / "local", reading(corpus, kind="hybrid", k=4, num_draws=4, unit_tokens=100), local)
     code = (
         "import sys\nfrom kdata.pipelines.cli.main import main\ntry: main()\n"
         "finally: print('LOADED', *{name.split('.')[0] for name in sys.modules})"

@@ -126,7 +126,7 @@ def type_name(annotation: Any) -> str:
 
 def model_table(model: type[BaseModel]) -> str:
     """A table of a model's keys."""
-    rows = [[f"`{n}`", type_name(f.annotation), f.description or ""] for n, f in model.model_fields.items()]
+    rows = [[f"`{f.alias or n}`", type_name(f.annotation), f.description or ""] for n, f in model.model_fields.items()]
     return table(["key", "type", "what it is"], rows)
 
 

@@ -92,7 +92,7 @@ def test_the_readme_names_every_column_and_key_and_says_what_it_is() -> None:
         assert f"`{column['name']}`" in text and len(column["doc"]) > 10, column["name"]
     for model in MODELS:
         for name, field in model.model_fields.items():
-            assert f"`{name}`" in text and field.description, f"{model.__name__}.{name}"
+            assert f"`{field.alias or name}`" in text and field.description, f"{model.__name__}.{name}"
     assert known_codecs().keys() == CODECS.keys()
 
 
@@ -218,7 +218,7 @@ def test_a_reader_made_from_the_document_reads_the_same(
             row_number += 1
         assert sha256(inputs) == line["inputs"]
     shards = sorted([e["name"], sorted([p, f["sha256"]] for p, f in e["files"].items())] for e in lines)
-    assert dataset.fingerprint == sha256(canonical({"identity": info["fingerprint"], "shards": shards}))
+    assert dataset.content_digest == sha256(canonical({"identity": info["fingerprint"], "shards": shards}))
     assert info["tokenizer"]["hash"] == sha256(
         canonical(without(json.loads((root / "tokenizer/tokenizer.json").read_bytes()), "truncation", "padding"))
     )

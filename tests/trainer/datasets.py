@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import kdata
 from kdata.format.kept import Kept
 from kdata.format.manifest import new_info
-from kdata.format.records import Record, Unit
+from kdata.format.records import Record, UnitResult
 from kdata.format.schema import CodecInfo, SourceInfo, TeacherInfo
 from kdata.store.writer import Writer
 from kdata.teachers.model import tokenizer_info
@@ -73,7 +73,7 @@ def make_dataset(
     with Writer(root, info, "capture", source, tokenizer_dir=root.parent / f"{root.name}-tokenizer") as writer:
         half = len(records) // 2
         for number, part in enumerate((records[:half], records[half:])):
-            writer.commit(Unit(number, part))
+            writer.commit(UnitResult(number, part))
     return kdata.open(root)
 
 

@@ -109,7 +109,7 @@ def test_draws_give_the_gradient_of_full_distillation_from_the_average(
     tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
     """The mean of what is linear in the weights is within 4 standard deviations; the gradient is near, one teacher's far."""
-    dataset, one = combined(tmp_path, corpus_file, tokenizer_dir, kind="hybrid", k=8, draws=64)
+    dataset, one = combined(tmp_path, corpus_file, tokenizer_dir, kind="hybrid", k=8, num_draws=64)
     batch, p_MV = batch_of(dataset)
     hidden_MD, head_VD = student(len(p_MV))
     log_q_MV = torch.log_softmax(hidden_MD @ head_VD.T, -1)

@@ -99,7 +99,7 @@ def test_each_stage_has_its_data_rate_and_mix(
     fresh = lines(tmp_path / "task")[0]["cross_entropy"]
     assert found[GENERAL]["cross_entropy"] < fresh - 0.1  # the student goes on
     result = json.loads((whole / "train.json").read_text())
-    assert result["steps"] == GENERAL + TASK and result["dataset_fingerprint"] == task.fingerprint
+    assert result["steps"] == GENERAL + TASK and result["dataset_fingerprint"] == task.content_digest
 
 
 @pytest.mark.parametrize("stop", [3, GENERAL, GENERAL + 1, GENERAL + 4])

@@ -14,7 +14,7 @@ import kdata
 from kdata.errors import ConfigError
 from kdata.format.keep import KeepConfig
 from kdata.format.manifest import new_info
-from kdata.format.records import Record, Unit
+from kdata.format.records import Record, UnitResult
 from kdata.format.schema import FORMAT_VERSION, SourceInfo
 from kdata.format.temper import at_temperature
 from kdata.loader.batches import LoaderConfig
@@ -49,7 +49,7 @@ def stored(tmp_path: Path, keep: KeepConfig) -> tuple[kdata.Dataset, torch.Tenso
         log_z=out.log_z,
     )  # fmt: skip
     with Writer(tmp_path / "d", info, "capture", SourceInfo(kind="capture", settings={}, num_units=None)) as writer:
-        writer.commit(Unit(0, [record]))
+        writer.commit(UnitResult(0, [record]))
     return kdata.open(tmp_path / "d"), torch.log_softmax(logits.double(), -1)
 
 
@@ -130,7 +130,7 @@ def test_what_draws_bias_is_on_a_hybrid_what_it_is_on_its_exact_entries(
     """A hybrid of 8 exact entries and draws trains on such an objective as a top 8 of the same text does."""
     hidden, head = student()
     found = []
-    for keep in (KeepConfig(kind="hybrid", k=8, draws=20, temperatures=[2.0, 0.7]), _top(8)):
+    for keep in (KeepConfig(kind="hybrid", k=8, num_draws=20, temperatures=[2.0, 0.7]), _top(8)):
         dataset, _ = stored(tmp_path / keep.kind, keep)
         found.append(loss_and_gradient(dataset, dataset.info.tail, hidden, head, temperature, name))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
@@ -140,7 +140,7 @@ def test_what_draws_bias_is_on_a_hybrid_what_it_is_on_its_exact_entries(
 @pytest.mark.parametrize("temperature", [2.0, 0.7])
 def test_the_gradient_of_draws_is_the_dense_one_on_average(temperature: float, tmp_path: Path) -> None:
     """Along one direction at each of 400 positions: the difference is noise, and small beside what T^2 would change."""
-    dataset, dense = stored(tmp_path, KeepConfig(kind="hybrid", k=8, draws=200, temperatures=[2.0, 0.7]))
+    dataset, dense = stored(tmp_path, KeepConfig(kind="hybrid", k=8, num_draws=200, temperatures=[2.0, 0.7]))
     hidden, head = student()
     _, gradient = loss_and_gradient(dataset, "draws", hidden, head, temperature)
     _, exact_gradient = dense_loss_and_gradient(dense, hidden, head, temperature)
@@ -152,7 +152,7 @@ def test_the_gradient_of_draws_is_the_dense_one_on_average(temperature: float, t
 
 @pytest.mark.parametrize("kind", ["topk", "hybrid"])
 def test_batches_hold_what_sequences_do(kind: str, tmp_path: Path) -> None:
-    dataset, _ = stored(tmp_path, KeepConfig(kind=kind, k=5, draws=20, temperatures=[0.7, 2.0]))
+    dataset, _ = stored(tmp_path, KeepConfig(kind=kind, k=5, num_draws=20, temperatures=[0.7, 2.0]))
     batch, warm = only_batch(dataset, 2.0), at_temperature(dataset[0], 2.0, dataset.info.codec)
     ids, logprobs = (x[1:] for x in warm.padded())
     assert batch.targets.temperature == 2.0
@@ -186,7 +186,7 @@ def test_a_run_at_a_temperature_reports_the_divergence_times_its_square(tmp_path
 
 def test_draws_are_unbiased_at_the_other_temperature(tmp_path: Path) -> None:
     """A random test function's mean under the tempered weights, over all positions: within four standard errors."""
-    dataset, dense = stored(tmp_path, KeepConfig(kind="hybrid", k=3, draws=60, temperatures=[2.0]))
+    dataset, dense = stored(tmp_path, KeepConfig(kind="hybrid", k=3, num_draws=60, temperatures=[2.0]))
     warm = at_temperature(dataset[0], 2.0, dataset.info.codec)
     values = np.random.default_rng(0).normal(size=VOCAB)
     ids, logprobs = (x[1:] for x in warm.padded())

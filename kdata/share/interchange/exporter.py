@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from kdata.errors import ConfigError, DataError
 from kdata.format.files import storage_errors
-from kdata.observe.progress import Stage
+from kdata.observe.progress import Task
 from kdata.share.interchange import axolotl, plain
 from kdata.store.dataset import Dataset
 
@@ -35,13 +35,13 @@ def export_dataset(dataset: Dataset, target: Path, format: ExportFormat, *, vers
         raise DataError(f"{dataset.path} has no rows")
     schema = plain.SCHEMA if format == "plain" else axolotl.SCHEMAS[version]
     temporary = target.with_name(target.name + ".tmp")
-    with storage_errors(target), Stage("export", dataset.num_tokens, "tokens") as stage:
+    with storage_errors(target), Task("export", dataset.num_tokens, "tokens") as task:
         target.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for number, entry in enumerate(dataset.manifest):
                 if entry.rows:
                     writer.write_table(_table(dataset, number, format, version))
-                stage.advance(entry.tokens)
+                task.advance(entry.tokens)
         temporary.rename(target)
     return losses(dataset, format)
 

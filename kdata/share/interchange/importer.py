@@ -19,9 +19,9 @@ from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.format.files import journal_of
 from kdata.format.manifest import new_info
-from kdata.format.records import Record, Reject, Unit, inputs_digest
+from kdata.format.records import Record, Reject, UnitResult, inputs_digest
 from kdata.format.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, TeacherInfo, TokenizerInfo
-from kdata.observe.progress import Stage
+from kdata.observe.progress import Task
 from kdata.share.interchange import axolotl, distillkit, plain
 from kdata.share.interchange.rows import Aligned, ImportReport, OverOne, PeerRow, RowError, place
 from kdata.store.dataset import Dataset
@@ -93,15 +93,15 @@ def import_dataset(
         folder = None if tokenizer is None else stack.enter_context(tokenizer_files(tokenizer))
         kind = SourceInfo(kind="import", settings=settings, num_units=None)
         writer = stack.enter_context(Writer(root, info, config.name, kind, resume=resume, tokenizer_dir=folder))
-        stage = stack.enter_context(Stage(f"{config.name}: reading", None, "rows", log or journal_of(root)))
+        task = stack.enter_context(Task(f"{config.name}: reading", None, "rows", log or journal_of(root)))
         units = 0
         for unit in _units(rows, config, info.vocab_size, tokenizer, report):
             rows_read = len(unit.records) + len(unit.rejects)
             if unit.number in writer.committed:
-                stage.skip(rows_read, shard=stored_shard(root, writer.committed[unit.number]))
+                task.skip(rows_read, shard=stored_shard(root, writer.committed[unit.number]))
             else:
                 shard = writer.commit(unit)
-                stage.advance(rows_read, tokens=shard.entry.tokens, shard=shard)
+                task.advance(rows_read, tokens=shard.entry.tokens, shard=shard)
             units = unit.number + 1
         if not units:
             raise DataError(f"{source} holds no rows")
@@ -191,11 +191,11 @@ def _identity(config: ImportConfig, compression: distillkit.Compression | None, 
 
 def _units(
     rows: Iterator[PeerRow], config: ImportConfig, vocab_size: int, tokenizer: Any, report: ImportReport
-) -> Iterator[Unit]:
+) -> Iterator[UnitResult]:
     """Rows in units of about `unit_tokens`, counted on the way."""
     aligned = config.aligned or ALIGNED[config.format]
     encoder = None if tokenizer is None else TextEncoder(tokenizer)
-    unit = Unit(0, [])
+    unit = UnitResult(0, [])
     for number, row in enumerate(rows):
         row_id, domain = row.id or f"row-{number:07d}", row.domain or config.domain
         named = PeerRow(**{**vars(row), "id": row_id, "domain": domain})
@@ -208,12 +208,12 @@ def _units(
             unit.records.append(_with_text(record, tokenizer, encoder))
         if sum(len(r.token_ids) for r in unit.records) >= config.unit_tokens:
             yield _closed(unit, report)
-            unit = Unit(unit.number + 1, [])
+            unit = UnitResult(unit.number + 1, [])
     if unit.records or unit.rejects:
         yield _closed(unit, report)
 
 
-def _closed(unit: Unit, report: ImportReport) -> Unit:
+def _closed(unit: UnitResult, report: ImportReport) -> UnitResult:
     """The unit with its digest. Raises DataError where most positions cannot be probabilities at all."""
     if report.sums_over_one > report.positions / 2 and report.max_sum > 1.5:
         raise DataError(

@@ -22,7 +22,7 @@ from kdata.check.audit import (
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.format.kept import Kept
 from kdata.format.manifest import new_info
-from kdata.format.records import Record, Unit
+from kdata.format.records import Record, UnitResult
 from kdata.format.schema import CodecInfo, SourceInfo, TokenizerInfo
 from kdata.pipelines.cli.main import app
 from kdata.store.writer import Writer
@@ -73,7 +73,7 @@ def low_rank(root: Path, *, tokens: int, k: int, seed: int = 1, choice: int = 0,
             )
         )
     with Writer(root, info, "capture", SourceInfo(kind="capture", settings={}, num_units=None)) as writer:
-        writer.commit(Unit(0, records))
+        writer.commit(UnitResult(0, records))
         writer.finish(1)
     return kdata.open(root)
 

@@ -21,8 +21,8 @@ from tests.fakes import rows_of_text, write_jsonl
 KEEPS = {
     "topk": {"kind": "topk", "k": 12},
     "adaptive": {"kind": "adaptive", "k": 30, "mass": 0.9},
-    "hybrid": {"kind": "hybrid", "k": 4, "draws": 6},
-    "sampled": {"kind": "sampled", "draws": 9},
+    "hybrid": {"kind": "hybrid", "k": 4, "num_draws": 6},
+    "sampled": {"kind": "sampled", "num_draws": 9},
 }
 
 

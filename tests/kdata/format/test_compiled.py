@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def make(folder: str, corpus: str, tokenizer: str) -> None:
     """Rows of every kind of arithmetic: what a teacher's logits become, encoded and compared."""
-    settings = {"kind": "hybrid", "k": 4, "draws": 6}
+    settings = {"kind": "hybrid", "k": 4, "num_draws": 6}
     run_generate(Path(folder), Path(corpus), Path(tokenizer), **settings)
     run_capture(Path(folder), Path(corpus), Path(tokenizer), **settings)
 

@@ -93,9 +93,9 @@ def entries(columns: Flat, codec: dict[str, Any]) -> tuple[np.ndarray, np.ndarra
 KINDS: list[dict[str, Any]] = [
     {"kind": "topk", "k": 12},
     {"kind": "adaptive", "mass": 0.9},
-    {"kind": "sampled", "draws": 12},
-    {"kind": "hybrid", "k": 4, "draws": 9},
-    {"kind": "hybrid", "k": 4, "draws": 9, "tau": 0.8, "temperatures": [2.0]},
+    {"kind": "sampled", "num_draws": 12},
+    {"kind": "hybrid", "k": 4, "num_draws": 9},
+    {"kind": "hybrid", "k": 4, "num_draws": 9, "tau": 0.8, "temperatures": [2.0]},
 ]
 
 

@@ -27,7 +27,7 @@ from kdata.corpus.corpus import CorpusConfig
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
 from kdata.format.keep import KeepConfig
 from kdata.format.manifest import new_info
-from kdata.format.records import Unit
+from kdata.format.records import UnitResult
 from kdata.format.schema import CodecInfo, SourceInfo
 from kdata.format.temper import at_temperature
 from kdata.jobs import combine as module
@@ -108,7 +108,7 @@ def test_kept_entries_are_averaged_on_the_union_and_tails_too(tmp_path: Path, ma
 
 def test_draws_are_averaged_id_by_id(tmp_path: Path, make: Make) -> None:
     """Exact where both know, else the sum of both sides' weights; what stands in the payloads is not rounded again."""
-    payloads = make(kind="hybrid", draws=12)
+    payloads = make(kind="hybrid", num_draws=12)
     found, report = combine(tmp_path / "out", payloads, CombineConfig(weights=[0.5, 0.5]))
     for sequence, *members in zip(found, *payloads, strict=True):
         for t in np.flatnonzero(sequence.target_mask):
@@ -138,7 +138,7 @@ def test_the_average_of_draws_is_unbiased(tmp_path: Path, make: Make) -> None:
 
     Shares that are a little different, or do not sum to 1, are found by the same measure.
     """
-    found, _ = combine(tmp_path / "out", make(kind="sampled", draws=40), CombineConfig(weights=[0.4, 0.6]))
+    found, _ = combine(tmp_path / "out", make(kind="sampled", num_draws=40), CombineConfig(weights=[0.4, 0.6]))
 
     def deviation(shares: list[float]) -> float:
         errors = []
@@ -157,7 +157,7 @@ def test_the_average_of_draws_is_unbiased(tmp_path: Path, make: Make) -> None:
 
 def test_draws_of_one_teacher_read_twice_have_half_the_variance(tmp_path: Path, make: Make) -> None:
     """Because a second reading draws with a seed of its own; with the same seed nothing would be gained."""
-    one = make(kind="sampled", draws=40)[0]
+    one = make(kind="sampled", num_draws=40)[0]
 
     def variance(dataset: kdata.Dataset) -> float:
         total = 0.0
@@ -242,7 +242,7 @@ def test_the_result_is_a_dataset_that_says_what_it_is(tmp_path: Path, make: Make
     assert (about.backend, about.deterministic, about.model) == ("combine", True, "stand-in + stand-in")
     source = found.info.sources["generate"]
     assert source.kind == "combine" and source.num_units == sum(e.source == "generate" for e in found.manifest)
-    assert [one["fingerprint"] for one in source.settings["of"]] == [d.fingerprint for d in payloads]
+    assert [one["fingerprint"] for one in source.settings["of"]] == [d.content_digest for d in payloads]
     same = ["id", "content_hash", "text", "prompt", "domain", "finish_reason", "num_target_tokens", "shard", "row"]
     assert found.index(same).equals(payloads[0].index(same))
     assert report.lines()[1].startswith("without the further temperatures [2.0]")
@@ -282,7 +282,7 @@ def test_a_stopped_run_goes_on_with_the_same_bytes_and_counts_all(
     whole, counted = combine(tmp_path / "whole", payloads, CombineConfig())
     commit = Writer.commit
 
-    def fail(writer: Writer, unit: Unit) -> Any:
+    def fail(writer: Writer, unit: UnitResult) -> Any:
         if unit.number == 2:
             raise KeyboardInterrupt
         return commit(writer, unit)
@@ -327,7 +327,7 @@ def rewritten(root: Path, dataset: kdata.Dataset, **changes: Any) -> kdata.Datas
         for record in records:
             for place in changes.get("not_targets", []):
                 record.target_mask = record.target_mask & (np.arange(len(record.token_ids)) != place)
-        writer.commit(Unit(0, records))
+        writer.commit(UnitResult(0, records))
         if not changes.get("begun"):
             writer.finish(1)
     return kdata.open(root)

@@ -33,8 +33,8 @@ def kinds(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer
     settings = {
         "topk": {},
         "adaptive": {"mass": 0.8, "min_k": 2, "k": 20},
-        "sampled": {"draws": 50},
-        "hybrid": {"draws": 12, "temperatures": [2.0]},
+        "sampled": {"num_draws": 50},
+        "hybrid": {"num_draws": 12, "temperatures": [2.0]},
     }
     root = tmp_path_factory.mktemp("kinds")
     short = {"limit": 8}
@@ -100,7 +100,7 @@ def test_draws_are_unbiased() -> None:
     teacher, ids, rounds = StandInTeacher(), np.array([0, 40, 50], np.int32), 200
     mean_V = np.zeros(VOCAB)
     for seed in range(rounds):
-        kept = teacher.readout(ids, KeepConfig(kind="hybrid", k=4, draws=64, draw_seed=seed), start=2).kept
+        kept = teacher.readout(ids, KeepConfig(kind="hybrid", k=4, num_draws=64, draw_seed=seed), start=2).kept
         np.add.at(mean_V, kept.ids, np.exp(kept.logprobs.astype(np.float64)) / rounds)
     dense_V = np.exp(teacher.dense(ids)[2])
     assert (np.abs(mean_V - dense_V) < 5 * np.sqrt(dense_V / (64 * rounds)) + 1e-4).all()
@@ -408,7 +408,7 @@ def test_a_capture_of_chats_that_stopped_goes_on_to_the_same_bytes(
 def test_a_readout_of_chosen_positions_is_the_whole_one_there_and_empty_elsewhere(
     data: st.DataObject, kind: str
 ) -> None:
-    keep = KeepConfig(kind=kind, k=5, min_k=1, draws=4, temperatures=[0.5, 2.0] if kind == "hybrid" else [])
+    keep = KeepConfig(kind=kind, k=5, min_k=1, num_draws=4, temperatures=[0.5, 2.0] if kind == "hybrid" else [])
     whole = StandInTeacher().readout(np.arange(9, dtype=np.int32), keep)
     chosen = np.array([False, *data.draw(st.lists(st.booleans(), min_size=8, max_size=8))])
     cut = whole.only(chosen)

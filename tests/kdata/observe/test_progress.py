@@ -27,7 +27,7 @@ from kdata.format.schema import FileInfo, ManifestEntry
 from kdata.observe import progress
 from kdata.observe.energy import Devices
 from kdata.observe.journal import Line, alive, append, last_lines, read_journal, took, total
-from kdata.observe.progress import Figures, Phase, Stage
+from kdata.observe.progress import Figures, RunStage, Task
 from kdata.observe.text import duration, energy_text, hours_text
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -98,20 +98,20 @@ def test_tokens_are_counted_once() -> None:
 # ------------------------------------------------------------------------------------------- what is shown
 
 
-def busy(stage: Stage) -> None:
+def busy(task: Task) -> None:
     """Large but usual figures."""
-    stage.figures.skipped = stage.figures.done = 1_200_000
-    stage.figures.store(shard(32_768, 32_000, 32_768 * 164, 0.93))
-    stage.figures.shards = 1_234
-    stage.figures.add(345_678, tokens=432_100_000, seconds=3_600.0)
+    task.figures.skipped = task.figures.done = 1_200_000
+    task.figures.store(shard(32_768, 32_000, 32_768 * 164, 0.93))
+    task.figures.shards = 1_234
+    task.figures.add(345_678, tokens=432_100_000, seconds=3_600.0)
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_live_display_is_two_lines_that_fit(width: int) -> None:
-    with Stage("capture: reading", 4_500_000, "documents") as stage:
-        busy(stage)
+    with Task("capture: reading", 4_500_000, "documents") as task:
+        busy(task)
         console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
-        lines = [line.rstrip() for line in "".join(s.text for s in console.render(stage)).splitlines()]
+        lines = [line.rstrip() for line in "".join(s.text for s in console.render(task)).splitlines()]
     assert len(lines) == 2 and max(map(len, lines)) <= width and "…" not in "".join(lines)
     assert "━" * 4 in lines[0] and "capture: reading" in lines[0] and lines[0].endswith(" left")
     assert "1,545,678/4,500,000 documents" in lines[0]
@@ -124,10 +124,10 @@ from pathlib import Path
 from kdata.observe import progress
 from tests.kdata.observe.test_progress import shard
 progress.TICK_SEC = progress.BEAT_SEC = 0.05
-with progress.Stage("capture: reading", 40, "documents", Path(sys.argv[1])) as stage:
+with progress.Task("capture: reading", 40, "documents", Path(sys.argv[1])) as task:
     for _ in range(8):
         time.sleep(0.05)
-        stage.advance(5, tokens=1000, shard=shard(1000, 990, 64200, 0.93))
+        task.advance(5, tokens=1000, shard=shard(1000, 990, 64200, 0.93))
 """
 
 
@@ -168,9 +168,9 @@ def read_all(handle: int) -> Iterator[bytes]:
 def test_elsewhere_a_plain_line_at_a_time(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TICK_SEC", "BEAT_SEC"):
         monkeypatch.setattr(progress, name, 0.01)
-    with Stage("capture: reading", 100, "documents") as stage:
-        stage.skip(20)
-        stage.advance(30, tokens=900, shard=shard(1000, 990, 64_200, 0.931))
+    with Task("capture: reading", 100, "documents") as task:
+        task.skip(20)
+        task.advance(30, tokens=900, shard=shard(1000, 990, 64_200, 0.931))
         shown = capsys.readouterr().err
         while "50/100" not in shown:  # lines come without anything being done
             shown += capsys.readouterr().err
@@ -182,7 +182,7 @@ def test_elsewhere_a_plain_line_at_a_time(capsys: pytest.CaptureFixture, monkeyp
 
 
 def test_markup_in_a_name_is_text(capsys: pytest.CaptureFixture) -> None:
-    with Stage("score [red]x[/]: reading", 1, "rows"):
+    with Task("score [red]x[/]: reading", 1, "rows"):
         pass
     assert "score [red]x[/]: reading: 0/1 rows" in capsys.readouterr().err
 
@@ -192,9 +192,9 @@ def test_markup_in_a_name_is_text(capsys: pytest.CaptureFixture) -> None:
 
 def test_the_log_says_all_of_it(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
-    with Stage("capture: reading", 100, "documents", log, CPU) as stage:
-        stage.skip(20, shard=shard(1000, 990, 64_200, 0.931))
-        stage.advance(30, tokens=900, shard=shard(1000, 990, 64_200, 0.931), loss=float("nan"), step=3)
+    with Task("capture: reading", 100, "documents", log, CPU) as task:
+        task.skip(20, shard=shard(1000, 990, 64_200, 0.931))
+        task.advance(30, tokens=900, shard=shard(1000, 990, 64_200, 0.931), loss=float("nan"), step=3)
     first, last = [json.loads(line) for line in log.read_text().splitlines()]
     assert last.keys() == first.keys() == Line.model_fields.keys()
     assert first["state"] == "running" and first["done"] == 0 and first["tokens_per_sec"] is None
@@ -223,7 +223,7 @@ def test_every_key_of_the_log_is_documented() -> None:
 )
 def test_how_it_ended_is_logged(tmp_path: Path, error: BaseException, state: str, kind: str) -> None:
     log = tmp_path / "log.jsonl"
-    with pytest.raises(type(error)), Phase("capture", log), Stage("capture: reading", 10, "documents"):
+    with pytest.raises(type(error)), RunStage("capture", log), Task("capture: reading", 10, "documents"):
         raise error
     stage, phase = read_journal(log)[-2:]
     assert (stage.stage, stage.state, stage.error) == ("capture: reading", state, kind)
@@ -232,11 +232,11 @@ def test_how_it_ended_is_logged(tmp_path: Path, error: BaseException, state: str
 
 def test_a_torn_line_is_passed_over_and_not_continued(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
-    with Stage("a", 1, "rows", log):
+    with Task("a", 1, "rows", log):
         pass
     whole = log.read_bytes()
     log.write_bytes(whole + whole[:40])
-    with Stage("b", 1, "rows", log):
+    with Task("b", 1, "rows", log):
         pass
     assert [line.stage for line in read_journal(log)] == ["a", "a", "b", "b"]
     assert log.read_bytes().startswith(whole + whole[:40] + b"\n")
@@ -247,7 +247,7 @@ def test_a_torn_line_is_passed_over_and_not_continued(tmp_path: Path) -> None:
 
 def test_a_log_that_cannot_be_written_stops_no_work_before_its_end(tmp_path: Path) -> None:
     done = []
-    with pytest.raises(StorageError, match="cannot write"), Stage("a", 1, "rows", tmp_path / "gone" / "log.jsonl"):
+    with pytest.raises(StorageError, match="cannot write"), Task("a", 1, "rows", tmp_path / "gone" / "log.jsonl"):
         done.append(1)
     assert done == [1]
 
@@ -255,14 +255,14 @@ def test_a_log_that_cannot_be_written_stops_no_work_before_its_end(tmp_path: Pat
 def test_a_phase_holds_what_is_done_in_it(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     gpus = Devices(kind="gpu", count=4, name="H200", here=False)
-    with Phase("train", log, gpus):
-        with Phase("train ce"), Stage("train CE", 100, "tokens") as stage:
-            stage.skip(40)
-            stage.advance(60)
-        with Stage("score ref: reading", 5, "rows") as stage:
-            stage.advance(5, tokens=7)
-        with Stage("built-in corpus", 5, "documents") as stage:
-            stage.advance(5)
+    with RunStage("train", log, gpus):
+        with RunStage("train ce"), Task("train CE", 100, "tokens") as task:
+            task.skip(40)
+            task.advance(60)
+        with Task("score ref: reading", 5, "rows") as task:
+            task.advance(5, tokens=7)
+        with Task("built-in corpus", 5, "documents") as task:
+            task.advance(5)
     lines = {line.stage: line for line in last_lines(read_journal(log))}
     assert {name: line.within for name, line in lines.items()} == {
         "train": None, "train ce": "train", "train CE": "train ce", "score ref: reading": "train",
@@ -274,8 +274,8 @@ def test_a_phase_holds_what_is_done_in_it(tmp_path: Path) -> None:
     assert all(line.devices == gpus for line in lines.values())
     parts = lines["train CE"].busy_seconds + lines["score ref: reading"].busy_seconds
     assert lines["train"].busy_seconds == pytest.approx(parts, abs=0.003), "what has no tokens does not count"
-    with Stage("outside", 1, "rows") as stage:
-        assert stage.phase is None and stage.log is None
+    with Task("outside", 1, "rows") as task:
+        assert task.run_stage is None and task.log is None
 
 
 def test_a_phase_learns_from_its_work_what_it_runs_on(tmp_path: Path) -> None:
@@ -285,9 +285,9 @@ def test_a_phase_learns_from_its_work_what_it_runs_on(tmp_path: Path) -> None:
         Devices(kind="remote", count=0, name="Ray", here=False),
         Devices(kind="gpu", count=8, name="H200"),
     )
-    with Phase("capture", log, unknown), Stage("capture: reading", 1, "rows", devices=cluster):
+    with RunStage("capture", log, unknown), Task("capture: reading", 1, "rows", devices=cluster):
         pass
-    with Phase("heldout", log, unknown), Stage("heldout: reading", 1, "rows"):
+    with RunStage("heldout", log, unknown), Task("heldout: reading", 1, "rows"):
         pass
     found = {line.stage: line.devices for line in last_lines(read_journal(log))}
     assert found == dict.fromkeys(("capture", "capture: reading"), cluster) | dict.fromkeys(
@@ -300,13 +300,13 @@ def test_counting_in_threads_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
     for name in ("TICK_SEC", "BEAT_SEC"):
         monkeypatch.setattr(progress, name, 0.001)
 
-    def work(stage: Stage) -> None:
+    def work(task: Task) -> None:
         for _ in range(200):
-            stage.advance(1, tokens=3)
+            task.advance(1, tokens=3)
 
     log = tmp_path / "log.jsonl"
-    with Stage("a", 800, "rows", log) as stage:
-        threads = [threading.Thread(target=work, args=(stage,)) for _ in range(4)]
+    with Task("a", 800, "rows", log) as task:
+        threads = [threading.Thread(target=work, args=(task,)) for _ in range(4)]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
     lines = read_journal(log)
@@ -320,8 +320,8 @@ def test_counting_in_threads_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture
 def line(tmp_path: Path) -> Line:
     """The last line of this process."""
-    with Stage("capture: reading", 10, "documents", tmp_path / "one.jsonl", CPU) as stage:
-        stage.advance(10, tokens=100)
+    with Task("capture: reading", 10, "documents", tmp_path / "one.jsonl", CPU) as task:
+        task.advance(10, tokens=100)
     return read_journal(tmp_path / "one.jsonl")[-1]
 
 

@@ -22,7 +22,7 @@ from kdata.errors import CorruptError, MissingError, TeacherError
 from kdata.format.files import journal_of
 from kdata.format.manifest import read_info, write_info
 from kdata.observe.journal import append, read_journal
-from kdata.observe.progress import Phase, Stage
+from kdata.observe.progress import RunStage, Task
 from kdata.observe.status import Row, Status, render, status, watch
 from kdata.pipelines.cli.main import app
 from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, write_jsonl
@@ -41,7 +41,7 @@ def text_of(found: Status, width: int = 120, **options: Any) -> str:
 
 
 def states(found: Status) -> dict[str, str]:
-    """Stage by stage."""
+    """Task by stage."""
     return {row.name: row.state for row in found.rows}
 
 
@@ -59,17 +59,17 @@ def work(run: Path, ready: Any) -> None:
     """A run as far as the middle of its capture; then it says so, and waits for its end."""
     log = run / "progress.jsonl"
     write_state(run)
-    with Phase("prepare", log):
+    with RunStage("prepare", log):
         for name in ("teacher", "reference"):
-            with Stage(f"train the built-in {name}", 500, "tokens") as stage:
-                stage.advance(500)
-    with Phase("generate", log), Stage("generate: writing", 8, "prompts") as stage:
-        stage.advance(8, tokens=90, shard=shard(120, 90, 7_000, 0.9))
+            with Task(f"train the built-in {name}", 500, "tokens") as task:
+                task.advance(500)
+    with RunStage("generate", log), Task("generate: writing", 8, "prompts") as task:
+        task.advance(8, tokens=90, shard=shard(120, 90, 7_000, 0.9))
     write_state(run, "prepare", "generate")
-    with Phase("capture", log) as phase, Stage("capture: reading", 100, "documents") as stage:
-        stage.skip(20, shard=shard(1000, 990, 64_000, 0.93))
-        stage.advance(20, tokens=1000, shard=shard(1000, 990, 66_000, 0.95))
-        for part in (stage, phase):
+    with RunStage("capture", log) as run_stage, Task("capture: reading", 100, "documents") as task:
+        task.skip(20, shard=shard(1000, 990, 64_000, 0.93))
+        task.advance(20, tokens=1000, shard=shard(1000, 990, 66_000, 0.95))
+        for part in (task, run_stage):
             part._note()
         ready.set()
         time.sleep(600)
@@ -119,13 +119,13 @@ def test_a_run_that_goes_on_and_one_that_fails(tmp_path: Path, at_work: tuple[Pa
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
     log = run / "progress.jsonl"
-    with Phase("capture", log):
+    with RunStage("capture", log):
         assert status(run).state == "running", "the teacher is loading"
         assert states(status(run)) == EXPECTED
-        with Stage("capture: reading", 100, "documents") as stage:
-            stage.advance(60, tokens=3000)
+        with Task("capture: reading", 100, "documents") as task:
+            task.advance(60, tokens=3000)
     assert status(run).state == "running", "between two stages"
-    with pytest.raises(TeacherError), Phase("train", log):
+    with pytest.raises(TeacherError), RunStage("train", log):
         raise TeacherError("the engine died")
     write_state(run, "prepare", "generate", "capture")
     found = status(run)
@@ -138,7 +138,7 @@ def test_a_run_that_goes_on_and_one_that_fails(tmp_path: Path, at_work: tuple[Pa
 def test_a_number_that_another_process_has_now_is_not_the_run(tmp_path: Path) -> None:
     write_state(tmp_path)
     log = tmp_path / "progress.jsonl"
-    with Stage("x", 1, "rows", tmp_path / "own.jsonl"):
+    with Task("x", 1, "rows", tmp_path / "own.jsonl"):
         own = read_journal(tmp_path / "own.jsonl")[0]
     line = own.model_copy(update={"stage": "prepare", "unit": None})
     append(log, line.model_copy(update={"process_started": line.process_started - 9_999}))
@@ -151,7 +151,7 @@ def test_a_number_that_another_process_has_now_is_not_the_run(tmp_path: Path) ->
 def test_an_old_attempt_elsewhere_does_not_hide_the_present_one(tmp_path: Path) -> None:
     write_state(tmp_path)
     log = tmp_path / "progress.jsonl"
-    with Phase("prepare", log):
+    with RunStage("prepare", log):
         pass
     first, last = read_journal(log)
     log.unlink()
@@ -263,7 +263,7 @@ def test_a_part_of_a_run_is_found_in_the_run_s_log(tmp_path: Path, corpus_file: 
     root, log = tmp_path / "run" / "dataset", tmp_path / "run" / "progress.jsonl"
     config = CaptureConfig(corpus=CorpusConfig(path=str(corpus_file)), k=8, unit_tokens=120)
     who = TeacherConfig(model=str(tokenizer_dir), backend="transformers")
-    with Phase("capture", log):
+    with RunStage("capture", log):
         capture_with(root, StandInTeacher(), who, Corpus(config.corpus), config, log=log)
     [row] = status(root).rows
     assert row.line is not None and row.line.within == "capture" and row.line.tokens == kdata.open(root).num_tokens

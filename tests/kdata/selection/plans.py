@@ -12,7 +12,7 @@ import pyarrow as pa
 import kdata
 from kdata.format.kept import Kept
 from kdata.format.manifest import new_info
-from kdata.format.records import Record, Unit
+from kdata.format.records import Record, UnitResult
 from kdata.format.schema import CodecInfo, SourceInfo, TokenizerInfo
 from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, begin_sidecar, finish_sidecar, write_part
 from kdata.store.writer import Writer
@@ -43,7 +43,7 @@ def dataset_of(root: Path, rows: Sequence[Row], *, shard_rows: int = 3, source: 
     )
     with Writer(root, info, source, SourceInfo(kind="capture", settings={}, num_units=None)) as writer:
         for unit, first in enumerate(range(0, len(rows), shard_rows)):
-            writer.commit(Unit(unit, [_record(row) for row in rows[first : first + shard_rows]]))
+            writer.commit(UnitResult(unit, [_record(row) for row in rows[first : first + shard_rows]]))
     return kdata.open(root)
 
 
@@ -70,7 +70,7 @@ def score_with(dataset: kdata.Dataset, numbers: Mapping[str, float], name: str =
     """A complete sidecar as `kdata score` writes it; ids that are not named get null."""
     info = ScoreInfo(
         name=name, unit="nats per target token", model=TEACHER.info, tokenizer_hash="0" * 64,
-        dataset_fingerprint=dataset.fingerprint, files={},
+        dataset_digest=dataset.content_digest, files={},
     )  # fmt: skip
     begin_sidecar(dataset, info)
     for entry in dataset.manifest:

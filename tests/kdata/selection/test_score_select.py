@@ -25,7 +25,7 @@ from kdata.errors import (
 )
 from kdata.format.keep import KeepConfig
 from kdata.format.manifest import new_info
-from kdata.format.records import Record, Unit
+from kdata.format.records import Record, UnitResult
 from kdata.format.schema import CodecInfo, SourceInfo, TokenizerInfo
 from kdata.jobs.scoring import ScoreConfig, score, sequence_nll
 from kdata.selection.plan import Plan, make_plan
@@ -70,7 +70,7 @@ def tiny(
         )
     with Writer(root, info, source, SourceInfo(kind="capture", settings={}, num_units=None)) as writer:
         for number in range(0, len(records), shard_rows):
-            writer.commit(Unit(number // shard_rows, records[number : number + shard_rows]))
+            writer.commit(UnitResult(number // shard_rows, records[number : number + shard_rows]))
     return kdata.open(root)
 
 
@@ -78,7 +78,7 @@ def give_scores(dataset: kdata.Dataset, nlls: dict[str, float], name: str = "ref
     """A complete sidecar with these numbers; ids that are not named get none."""
     info = ScoreInfo(
         name=name, unit="nats per target token", model=TEACHER.info, tokenizer_hash="0" * 64,
-        dataset_fingerprint=dataset.fingerprint, files={},
+        dataset_digest=dataset.content_digest, files={},
     )  # fmt: skip
     begin_sidecar(dataset, info)
     for entry in dataset.manifest:

@@ -183,7 +183,7 @@ def test_mixtures_of_a_plan_with_repeats_are_what_sorting_gives(
         assert got <= requests[name] and requests[name] - got < (longest if unit == "tokens" else 1) + (
             not requests[name]
         )
-    assert plan.info.parents == {"parent": parent.fingerprint} and as_recorded(dataset, plan) == expected
+    assert plan.info.parents == {"parent": parent.plan_digest} and as_recorded(dataset, plan) == expected
 
 
 def test_a_plan_s_bytes_do_not_depend_on_threads_pieces_or_memory(dataset: kdata.Dataset, small: None) -> None:
@@ -404,10 +404,10 @@ def test_a_step_takes_a_plan_further(four: kdata.Dataset) -> None:
     mixed = select(
         four, Static(parent="difference", weights={"code": 1, "prose": 1}, size=16, max_repeats=4, name="mixed")
     )
-    assert taken(mixed) == {"x": 4, "y": 1} and mixed.info.parents == {"difference": picked.fingerprint}
+    assert taken(mixed) == {"x": 4, "y": 1} and mixed.info.parents == {"difference": picked.plan_digest}
     capped = select(four, Cap(parent="mixed", size=3, unit="sequences"))
     assert taken(capped) == {"x": 2, "y": 1}  # of 4 and 1: quotas 2.4, 0.6
-    assert capped.info.parents == {"mixed": mixed.fingerprint} and len(mixed.fingerprint) == 64
+    assert capped.info.parents == {"mixed": mixed.plan_digest} and len(mixed.plan_digest) == 64
     assert taken(select(four, Cap(parent="mixed", size=1000, name="whole"))) == taken(mixed)
     first = select(four, Cap(parent="difference", size=2, unit="sequences", take="first"))
     assert first.ids == ["x", "y"]  # the best of each, in the parent's order
@@ -418,11 +418,11 @@ def test_a_step_takes_a_plan_further(four: kdata.Dataset) -> None:
 def test_a_query_may_read_the_plan_and_other_plans(four: kdata.Dataset) -> None:
     doubled = select(four, Sql(sql="select id, 2 as repeats from rows order by id", name="doubled"))
     kept = select(four, Sql(sql="select id from rows where place < 2 order by place", parent="doubled", name="kept"))
-    assert taken(kept) == {"w": 2, "x": 2} and kept.info.parents == {"doubled": doubled.fingerprint}
+    assert taken(kept) == {"w": 2, "x": 2} and kept.info.parents == {"doubled": doubled.plan_digest}
     query = "select p.id from plans.Doubled p join scores.REF r using (id) where r.nll > 2 order by r.nll desc;"
     named = select(four, Sql(sql=query, name="named"))
     assert named.ids == ["x", "z", "y"]
-    assert named.info.parents == {"doubled": doubled.fingerprint} and named.info.scores.keys() == {"ref"}
+    assert named.info.parents == {"doubled": doubled.plan_digest} and named.info.scores.keys() == {"ref"}
     both = select(four, Sql(sql="select id, repeats from rows join plans.doubled using (id) order by id", name="both"))
     assert taken(both) == taken(doubled)
     with pytest.raises(MissingError, match=r"plan 'kept', has no row with id 'y'"):

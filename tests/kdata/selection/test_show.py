@@ -159,7 +159,7 @@ def test_a_plan_of_many_steps_keeps_its_line(dataset: kdata.Dataset) -> None:
     line = ["cap"]
     while open_plan(dataset, line[-1]).info.parents:
         [(parent, digest)] = open_plan(dataset, line[-1]).info.parents.items()
-        assert open_plan(dataset, parent).fingerprint == digest
+        assert open_plan(dataset, parent).plan_digest == digest
         line.append(parent)
     assert line == ["cap", "mix", "difference"] and last.info.num_rows == 2
 

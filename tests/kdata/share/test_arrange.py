@@ -48,7 +48,7 @@ def test_merged_rows_are_the_rows(tmp_path: Path, corpus_file: Path, tokenizer_d
     assert rows_by_id(merged) == rows_by_id(one) | rows_by_id(two)
     assert verify(merged, deep=True) == []
     assert list(merged.info.sources) == ["capture", "capture-2", "generate"]
-    assert merged.info.fingerprint == one.info.fingerprint
+    assert merged.info.identity_digest == one.info.identity_digest
     assert merged.num_tokens == one.num_tokens + two.num_tokens
     refused = [e.rejected for d in (one, two) for e in d.manifest]
     assert merged.sql("select count(*) as n from rejects")["n"].to_pylist() == [sum(refused)] != [0]
@@ -105,7 +105,7 @@ def test_a_split_by_domain_is_a_partition(tmp_path: Path, corpus_file: Path, tok
         assert verify(part, deep=True) == []
         assert part.info.identity() == dataset.info.identity()
         about = part.info.sources["capture"]
-        assert about.kind == "split" and about.settings["of"] == dataset.fingerprint
+        assert about.kind == "split" and about.settings["of"] == dataset.content_digest
         assert about.num_units == len(part.manifest)
         assert [row["row"] for row in part.index().to_pylist()][:2] == [0, 1]
         assert all(entry.codec_error is not None and entry.codec_error.max_nats > 0 for entry in part.manifest) or (

@@ -14,11 +14,11 @@ from kdata.errors import ConfigError
 from kdata.format.files import journal_of
 from kdata.format.kept import Kept
 from kdata.format.manifest import new_info
-from kdata.format.records import Record, Reject, Unit
+from kdata.format.records import Record, Reject, UnitResult
 from kdata.format.schema import CodecInfo, SourceInfo, TeacherInfo, TokenizerInfo
 from kdata.observe.energy import Devices
 from kdata.observe.journal import append, last_lines, read_journal
-from kdata.observe.progress import Stage
+from kdata.observe.progress import Task
 from kdata.observe.text import human_bytes, number
 from kdata.share.card import codec_error, escape_markdown, facts, write_card
 from kdata.store.writer import Writer
@@ -97,7 +97,7 @@ def make_dataset(
                     for i in range(per_domain)
                 ]
                 refused = list(rejects) if kind == "capture" and unit == 0 else []
-                writer.commit(Unit(unit, records, refused))
+                writer.commit(UnitResult(unit, records, refused))
             if finish:
                 writer.finish(len(domains))
     return kdata.open(root)
@@ -258,8 +258,8 @@ def test_what_it_took_is_told_by_the_log_beside_the_dataset(tmp_path: Path) -> N
     assert "## What it took" not in bare
     log, cores = journal_of(dataset.path), Devices(kind="cpu", count=2, name="CPU core")
     for name, tokens in (("capture: reading", 1000), ("capture: reading", 234), ("other: reading", 9)):
-        with Stage(name, 10, "documents", log, cores) as stage:
-            stage.advance(5, tokens=tokens)
+        with Task(name, 10, "documents", log, cores) as task:
+            task.advance(5, tokens=tokens)
     lines = [
         line.model_copy(update={"seconds": 90.0, "busy_seconds": 10.0, "energy_joules": 1800.0})
         for line in last_lines(read_journal(log))

@@ -63,7 +63,7 @@ def test_a_copy_has_what_belongs_and_nothing_else(copied: Path, tmp_path: Path) 
     before, after = digests(copied), digests(tmp_path / "shared")
     assert set(before) - set(after) == {"notes.txt", "plans/all.json.tmp"} and set(after) - set(before) == {"README.md"}
     assert all(after[name] == before[name] for name in set(before) & set(after))
-    assert kdata.open(tmp_path / "shared").fingerprint == kdata.open(copied).fingerprint
+    assert kdata.open(tmp_path / "shared").content_digest == kdata.open(copied).content_digest
 
 
 def test_what_is_not_whole_is_not_shared(copied: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def read_everything(root: Path) -> bytes:
     parts = [
         repr(dataset.index().to_pylist()).encode(),
         repr(dataset.info).encode(),
-        dataset.fingerprint.encode(),
+        dataset.content_digest.encode(),
     ]
     for sequence in dataset:
         parts += [values.tobytes() for values in vars(sequence).values() if values is not None]

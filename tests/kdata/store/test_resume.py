@@ -16,7 +16,7 @@ import pytest
 import kdata
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, MismatchError, StorageError
-from kdata.observe.progress import Stage
+from kdata.observe.progress import Task
 from kdata.store import shard as shard_module
 from tests.fakes import (
     StandInTeacher,
@@ -255,11 +255,11 @@ def test_a_path_through_a_file_is_named(tmp_path: Path, corpus_file: Path, token
 
 def test_a_log_on_a_full_disk_does_not_hide_the_stage_s_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """/dev/full refuses every write as a full disk does."""
-    with pytest.raises(KeyError, match="the cause"), Stage("stage", log=Path("/dev/full")):
+    with pytest.raises(KeyError, match="the cause"), Task("stage", log=Path("/dev/full")):
         raise KeyError("the cause")
     with (
         pytest.raises(StorageError, match="cannot write /dev/full: the disk is full"),
-        Stage("stage", log=Path("/dev/full")),
+        Task("stage", log=Path("/dev/full")),
     ):
         pass
 

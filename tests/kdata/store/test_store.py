@@ -16,7 +16,7 @@ from kdata.format.codec import CODECS
 from kdata.format.keep import KeepConfig
 from kdata.format.kept import Kept
 from kdata.format.manifest import new_info
-from kdata.format.records import Record, Reject, Unit
+from kdata.format.records import Record, Reject, UnitResult
 from kdata.format.schema import CodecInfo, DatasetInfo, SourceInfo, TokenizerInfo, content_hash, known_codecs
 from kdata.store.writer import Writer
 from tests.fakes import VOCAB, StandInTeacher, digests
@@ -56,7 +56,7 @@ def record(name: str, ids: list[int], *, k: int = 4, domain: str = "d", text: st
 def write(root: Path, units: list[list[Record]], codec: str = "packed") -> kdata.Dataset:
     with Writer(root, identity(codec), "capture", SOURCE) as writer:
         for number, records in enumerate(units):
-            writer.commit(Unit(number, records))
+            writer.commit(UnitResult(number, records))
         writer.finish(len(units))
     return kdata.open(root)
 
@@ -178,7 +178,7 @@ def test_the_same_units_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_rejects_are_counted_and_kept_with_their_reason(tmp_path: Path) -> None:
     with Writer(tmp_path / "dataset", identity(), "capture", SOURCE) as writer:
-        writer.commit(Unit(0, [record("a", [3, 4])], [Reject("b", None, "empty", "the text is empty")]))
+        writer.commit(UnitResult(0, [record("a", [3, 4])], [Reject("b", None, "empty", "the text is empty")]))
     dataset = kdata.open(tmp_path / "dataset")
     assert dataset.manifest[0].rejected == 1
     assert dataset.sql("select * from rejects").to_pylist() == [
@@ -224,7 +224,7 @@ def test_what_cannot_be_a_distribution_is_refused(tmp_path: Path, made: Record, 
         Writer(tmp_path / "dataset", identity(), "capture", SOURCE) as writer,
         pytest.raises(DataError, match=message),
     ):
-        writer.commit(Unit(0, [made]))
+        writer.commit(UnitResult(0, [made]))
     assert kdata.open(tmp_path / "dataset").num_rows == 0
 
 
@@ -232,15 +232,15 @@ def test_an_id_stands_once_in_a_unit_and_once_in_the_dataset(tmp_path: Path) -> 
     root = tmp_path / "dataset"
     with Writer(root, identity(), "capture", SOURCE) as writer:
         with pytest.raises(DataError, match="'a' stands twice"):
-            writer.commit(Unit(0, [record("a", [3, 4]), record("a", [5, 6])]))
-        writer.commit(Unit(0, [record("a", [3, 4])]))
+            writer.commit(UnitResult(0, [record("a", [3, 4]), record("a", [5, 6])]))
+        writer.commit(UnitResult(0, [record("a", [3, 4])]))
         with pytest.raises(DataError, match="already has a row with id 'a'"):
-            writer.commit(Unit(1, [record("a", [5, 6])]))
+            writer.commit(UnitResult(1, [record("a", [5, 6])]))
     with (
         Writer(root, identity(), "second", SOURCE) as writer,
         pytest.raises(DataError, match="already has a row"),
     ):
-        writer.commit(Unit(0, [record("a", [3, 4])]))
+        writer.commit(UnitResult(0, [record("a", [3, 4])]))
     assert kdata.open(root).index(["id"])["id"].to_pylist() == ["a"]
 
 

@@ -18,11 +18,11 @@ from kdata.teachers.reduce import Reduced, draw_seed, reduce_chunks, reduce_logi
 KEEPS = [
     KeepConfig(kind="topk", k=7),
     KeepConfig(kind="adaptive", k=40, mass=0.9, min_k=2),
-    KeepConfig(kind="sampled", draws=50),
-    KeepConfig(kind="hybrid", k=5, draws=9),
-    KeepConfig(kind="hybrid", k=5, draws=9, tau=0.7),
-    KeepConfig(kind="hybrid", k=5, draws=9, temperatures=[2.0, 0.5]),
-    KeepConfig(kind="sampled", draws=50, draw_method="independent"),
+    KeepConfig(kind="sampled", num_draws=50),
+    KeepConfig(kind="hybrid", k=5, num_draws=9),
+    KeepConfig(kind="hybrid", k=5, num_draws=9, tau=0.7),
+    KeepConfig(kind="hybrid", k=5, num_draws=9, temperatures=[2.0, 0.5]),
+    KeepConfig(kind="sampled", num_draws=50, draw_method="independent"),
 ]
 
 
@@ -90,7 +90,7 @@ def test_chunks_do_not_matter(keep: KeepConfig, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_draws_depend_on_the_sequence_alone() -> None:
-    keep = KeepConfig(kind="hybrid", k=4, draws=12)
+    keep = KeepConfig(kind="hybrid", k=4, num_draws=12)
     logits_MV, actual_M = logits_of(7, 30, 300, 2.0)
     both = reduce_chunks(lambda a, b: logits_MV[a:b], 300, actual_M, keep, [(10, 111), (20, 222)])
     second = reduce_logits(logits_MV[10:], actual_M[10:], keep, 222)
@@ -129,9 +129,9 @@ def test_systematic_draws_take_each_id_its_expected_number_of_times_rounded_down
     position = np.repeat(np.arange(40), kept.num_drawn)
     weights = np.zeros_like(p)
     weights[position, kept.ids[drawn]] = np.exp(kept.logprobs[drawn].astype(np.float64))
-    counts = weights / weights.sum(-1, keepdims=True) * keep.draws
+    counts = weights / weights.sum(-1, keepdims=True) * keep.num_draws
     np.testing.assert_allclose(counts, np.round(counts), atol=1e-4)
-    assert (np.abs(counts - share * keep.draws) < 1 + 1e-4).all()
+    assert (np.abs(counts - share * keep.num_draws) < 1 + 1e-4).all()
 
 
 def test_systematic_draws_have_less_noise_than_independent_ones() -> None:
@@ -140,7 +140,7 @@ def test_systematic_draws_have_less_noise_than_independent_ones() -> None:
     p, draws, repeats = torch.softmax(logits_MV[0].double(), -1).numpy(), 20, 300
     found = {}
     for method in ("systematic", "independent"):
-        keep = KeepConfig(kind="sampled", draws=draws, draw_method=method)
+        keep = KeepConfig(kind="sampled", num_draws=draws, draw_method=method)
         total = 0.0
         for seed in range(repeats):
             kept = reduce_logits(logits_MV, torch.zeros(1, dtype=torch.long), keep, seed).kept
@@ -160,7 +160,7 @@ def test_a_dataset_that_names_no_method_has_independent_draws() -> None:
     before = CodecInfo(id="packed", version=1, kind="hybrid", parameters=parameters)
     keep = KeepConfig.of(before)
     assert keep.draw_method == "independent" and keep.codec(300) == before
-    today = KeepConfig(kind="hybrid", k=4, draws=6, draw_seed=3)
+    today = KeepConfig(kind="hybrid", k=4, num_draws=6, draw_seed=3)
     assert today.codec(300).parameters == {**parameters, "draw_method": "systematic"}
     assert KeepConfig.of(today.codec(300)) == today
     assert "draw_method" not in KeepConfig(kind="topk").settings()
@@ -169,13 +169,13 @@ def test_a_dataset_that_names_no_method_has_independent_draws() -> None:
 def test_a_certain_model_has_no_tail_and_no_draws() -> None:
     logits_MV = torch.full((3, 50), -200.0)
     logits_MV[:, 7] = 0.0
-    out = reduce_logits(logits_MV, torch.full((3,), 7), KeepConfig(kind="hybrid", k=1, draws=4), 0)
+    out = reduce_logits(logits_MV, torch.full((3,), 7), KeepConfig(kind="hybrid", k=1, num_draws=4), 0)
     assert (out.log_tail < -80).all() and (out.rank == 1).all() and (out.kept.ids == 7).sum() == 3
 
 
 def test_nothing_to_predict_gives_nothing() -> None:
     out = reduce_logits(
-        torch.zeros(0, 50), torch.zeros(0, dtype=torch.long), KeepConfig(kind="hybrid", k=2, draws=4), 0
+        torch.zeros(0, 50), torch.zeros(0, dtype=torch.long), KeepConfig(kind="hybrid", k=2, num_draws=4), 0
     )
     assert len(out.logprob) == 0 and len(out.kept.ids) == 0
 
@@ -212,7 +212,7 @@ def test_the_kernel_at_any_width_with_ties_and_forbidden_ids(
     z = np.round(rng.standard_normal((6, vocab)) * spread).astype(np.float32)
     z[rng.random(z.shape) < forbidden] = -np.inf
     z[:, 0] = 0.0  # one at least is possible, and it is what is there
-    keep, actual = KeepConfig(kind="hybrid", k=min(k, vocab - 1), draws=20), torch.zeros(6, dtype=torch.long)
+    keep, actual = KeepConfig(kind="hybrid", k=min(k, vocab - 1), num_draws=20), torch.zeros(6, dtype=torch.long)
     out = reduce_logits(torch.from_numpy(z), actual, keep, seed)
     dense = z.astype(np.float64) - np.logaddexp.reduce(z.astype(np.float64), 1, keepdims=True)
     np.testing.assert_allclose(out.logprob, dense[:, 0], atol=2e-5)

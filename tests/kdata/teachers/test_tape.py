@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
-VOCAB, KEEP = 200, KeepConfig(kind="hybrid", k=5, draws=7)
+VOCAB, KEEP = 200, KeepConfig(kind="hybrid", k=5, num_draws=7)
 
 
 def engine_run(seed: int, *, requests: int = 6, wrong: bool = False) -> None:

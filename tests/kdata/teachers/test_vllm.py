@@ -32,7 +32,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[3]
 
-HYBRID = KeepConfig(kind="hybrid", k=4, draws=6, temperatures=[2.0])
+HYBRID = KeepConfig(kind="hybrid", k=4, num_draws=6, temperatures=[2.0])
 
 
 def ask(sequences: list[np.ndarray], path: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import kdata
 from kdata.errors import CorruptError, FormatError, MissingError
 from kdata.format.records import Reject
 from kdata.observe.journal import read_journal
-from kdata.observe.progress import Phase, Stage
+from kdata.observe.progress import RunStage, Task
 from kdata.pipelines.report.report import best, grid, read_results, stages, verdict, write_report
 from kdata.selection.plan import make_plan
 from tests.kdata.share.test_card import HOSTILE, make_dataset
@@ -245,7 +245,7 @@ def test_whole_run(tmp_path: Path) -> None:
     for needed in ("4.590", "1.061", "raise ValueError in prose", "the text is empty", "b" * 64):
         assert needed in page.text
     assert "not run" not in page.text
-    assert kdata.open(tmp_path / "run" / "dataset").fingerprint in page.text
+    assert kdata.open(tmp_path / "run" / "dataset").content_digest in page.text
     assert "<b>4.590</b>" in path.read_text()
     assert "kdata run quickstart --out runs/quickstart-again" in page.text
     assert "the least that difference sampling kept is 0.6" in page.text
@@ -290,16 +290,16 @@ def test_a_run_adds_its_attempts_up(tmp_path: Path) -> None:
 
     run = Run(load_recipe(Path("quickstart"), []), make_run(tmp_path / "run"), {})
     (run.out / "run.json").write_text("{}")
-    with pytest.raises(KeyError), Phase("capture", run.log), Stage("capture: reading", 9, "documents") as stage:
-        stage.advance(4, tokens=400)
+    with pytest.raises(KeyError), RunStage("capture", run.log), Task("capture: reading", 9, "documents") as task:
+        task.advance(4, tokens=400)
         raise KeyError
-    with Phase("capture", run.log), Stage("capture: reading", 9, "documents") as stage:
-        stage.skip(4)
-        stage.advance(5, tokens=300)
-    with Phase("train", run.log), Phase("train ce"), Stage("train CE", 50, "tokens") as stage:
-        stage.advance(50)
+    with RunStage("capture", run.log), Task("capture: reading", 9, "documents") as task:
+        task.skip(4)
+        task.advance(5, tokens=300)
+    with RunStage("train", run.log), RunStage("train ce"), Task("train CE", 50, "tokens") as task:
+        task.advance(50)
     spans = {line.since: line for line in read_journal(run.log) if line.stage == "capture"}.values()
-    with Phase("report", run.log):
+    with RunStage("report", run.log):
         run_report(run)
     found = {stage["name"]: stage for stage in json.loads((run.out / "results.json").read_text())["stages"]}
     assert list(found) == ["capture", "train", "train ce"]
