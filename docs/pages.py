@@ -47,7 +47,9 @@ def page_of(source: str) -> tuple[str, set[str]]:
         if path in PAGES:
             return PAGES[path] + anchor
         if not path.endswith((".png", ".py")):
-            raise ValueError(f"{source} links to {path}, which is not part of the site: add it to PAGES of docs/pages.py")
+            raise ValueError(
+                f"{source} links to {path}, which is not part of the site: add it to PAGES of docs/pages.py"
+            )
         copied.add(path)
         return f"files/{path}"
 

@@ -111,9 +111,9 @@ def drop_partial_packages(venv: Path) -> list[str]:
     Installers write the file INSTALLER last. Without it files of the package may be missing, though it counts as
     installed. Without its records the installer installs it again.
     """
-    records = venv.glob("lib/python*/site-packages/*.dist-info")
-    partial = [folder for folder in records if not (folder / "INSTALLER").exists()]
-    partial += venv.glob("lib/python*/site-packages/~*")  # packages that pip was replacing
+    packages = [*venv.glob("lib/python*/site-packages/*.dist-info")]
+    partial = {folder for folder in packages if not (folder / "INSTALLER").exists()}
+    partial |= {*venv.glob("lib/python*/site-packages/~*")}  # packages that pip was replacing
     for folder in partial:
         shutil.rmtree(folder)
     return sorted(folder.name.removesuffix(".dist-info") for folder in partial)
