@@ -157,8 +157,11 @@ def call(command: list[str], log: Path, lock: int, venv: Path, every_sec: float 
     if code:
         text = log.read_text(errors="replace").strip()
         remedy = next((remedy for sign, remedy in REMEDIES.items() if sign in text), "Its output says why.")
-        end = "\n".join(f"    {line[:300]}" for line in text.splitlines()[-5:])
-        raise SetUpError(f"{Path(command[0]).name} failed:\n{end}\n  {remedy}\n  All of its output: {log}")
+        lines = text.splitlines()
+        errors = [line for line in lines if line.strip().startswith(("ERROR", "error:"))] or lines
+        end = "\n".join(f"    {line.strip()[:300]}" for line in errors[-5:])
+        name = "pip" if "pip" in command else Path(command[0]).name
+        raise SetUpError(f"{name} failed:\n{end}\n  {remedy}\n  All of its output: {log}")
 
 
 def places_of_pip() -> list[str]:
