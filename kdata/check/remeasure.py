@@ -53,9 +53,7 @@ def against_teacher(dataset: Dataset, teacher: Teacher, num_rows: int, *, seed: 
     stored = dataset.take(rows)
     ids = [stored.token_ids[a:b] for a, b in stored.spans()]
     readouts = teacher.read(ids, keep)
-    found = [
-        _compare(dataset[int(row)], readout, dataset.info.codec) for row, readout in zip(rows, readouts, strict=True)
-    ]
+    found = [_compare(stored.one(number), readout, dataset.info.codec) for number, readout in enumerate(readouts)]
     counts = np.array([positions for positions, *_ in found], np.float64)
     errors = [error for _, error, _, _ in found]
     share = counts / max(counts.sum(), 1)

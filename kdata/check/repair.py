@@ -42,7 +42,7 @@ class Repair:
     commands: list[str] = field(default_factory=list)
 
 
-def repair(root: Path, *, copy: Path | None = None) -> Repair:
+def repair(root: Path | str, *, copy: Path | None = None) -> Repair:
     """Set aside what is damaged in the dataset at `root`.
 
     Args:
@@ -52,6 +52,7 @@ def repair(root: Path, *, copy: Path | None = None) -> Repair:
         MismatchError: the copy is of another dataset.
         StorageError: another process is writing, or the disk refused.
     """
+    root = Path(root)
     if not root.is_dir():
         raise MissingError(f"{root} does not exist or is no folder; name the dataset's folder")
     lock = lock_of(root)

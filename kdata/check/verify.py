@@ -37,7 +37,10 @@ def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
         deep: also decode every row and compare token ids with the index's content hashes, and ids across shards.
     Returns:
         Problems, empty when the dataset is whole.
+    Raises:
+        CorruptError: the dataset is at a URL or on the Hub, and a file there is not what was committed.
     """
+    dataset.fetch()
     problems: list[Problem] = []
     total = sum(info.bytes for entry in dataset.manifest for info in entry.files.values())
     with Task("verify", total, "bytes") as task:

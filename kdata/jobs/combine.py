@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from kdata import __version__
-from kdata.config import Strict
+from kdata.config import VERSION, Strict
 from kdata.errors import ConfigError, DataError, MismatchError
 from kdata.format.manifest import new_info
 from kdata.format.records import Shard, UnitResult, inputs_digest, inputs_of
@@ -111,7 +110,7 @@ class _Plan:
 
 
 def combine(
-    root: Path, inputs: list[Dataset], config: CombineConfig, *, resume: str = "auto", log: Path | None = None
+    root: Path | str, inputs: list[Dataset], config: CombineConfig, *, resume: str = "auto", log: Path | None = None
 ) -> tuple[Dataset, CombineReport]:
     """Average payloads of the same rows into a dataset.
 
@@ -128,6 +127,7 @@ def combine(
         DataError: an input is not complete, is a combination itself, or holds no mass of the rest.
         CorruptError: an input is damaged.
     """
+    root = Path(root)
     _refuse_unfit(inputs)
     for other in inputs[1:]:
         a, b = inputs[0], other
@@ -303,7 +303,7 @@ def _identity(plan: _Plan, config: CombineConfig) -> DatasetInfo:
         revision=None,
         weights_hash=json_digest([member.model_dump() for member in members]),
         backend="combine",
-        backend_version=__version__,
+        backend_version=VERSION,
         dtype="float64",
         logprobs="average of the probabilities of `members`",
         deterministic=True,

@@ -160,7 +160,7 @@ def run_job(
     """Do what is not done yet of a job, and mark its source complete.
 
     Args:
-        root: dataset folder, made when absent; or a URL, see `kdata/remote.py`.
+        root: dataset folder, made when absent; or a URL, see `kdata.store.url`.
         resume: auto, never or must; see `Writer`.
         log: JSONL file for progress; None: beside the dataset, see `kdata/journal.py`.
     Returns:

@@ -104,17 +104,21 @@ class ReadingUnit:
 
 
 def capture(
-    root: Path,
-    teacher_config: TeacherConfig,
+    root: Path | str,
     config: CaptureConfig,
+    teacher_config: TeacherConfig,
     *,
     resume: str = "auto",
     log: Path | None = None,
 ) -> Dataset:
     """Read a corpus with a teacher and add it to the dataset at `root` (made when absent).
 
+        kdata.capture("out", CaptureConfig(corpus=CorpusConfig(path="texts.parquet")), TeacherConfig(model="MODEL"))
+
     Args:
-        root: dataset folder.
+        root: dataset folder, or a URL.
+        config: the corpus, what is kept of each distribution, and how texts are cut.
+        teacher_config: the model, and what runs it.
         resume: auto, never or must; see `Writer`.
         log: JSONL file for progress.
     Raises:
@@ -131,7 +135,7 @@ def capture(
 
 
 def capture_with(
-    root: Path,
+    root: Path | str,
     teacher: Teacher,
     teacher_config: TeacherConfig,
     corpus: Corpus,

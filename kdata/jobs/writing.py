@@ -80,9 +80,9 @@ class WritingUnit:
 
 
 def generate(
-    root: Path,
-    teacher_config: TeacherConfig,
+    root: Path | str,
     config: GenerateConfig,
+    teacher_config: TeacherConfig,
     *,
     resume: str = "auto",
     log: Path | None = None,
@@ -97,7 +97,7 @@ def generate(
 
 
 def generate_with(
-    root: Path,
+    root: Path | str,
     teacher: Teacher,
     teacher_config: TeacherConfig,
     prompts: Corpus,

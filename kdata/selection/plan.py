@@ -178,6 +178,7 @@ def open_plan(dataset: Dataset, name: str) -> Plan:
     """A plan of this dataset by its name. Raises as `Plan.load` and `Plan.check`, and ConfigError where it is no name."""
     if not is_name(name):
         raise ConfigError(f"{name!r} is no name of a plan: letters, digits and _, beginning with a letter")
+    dataset.fetch_plan(name)
     plan = Plan.load(dataset.path / "plans" / name)
     plan.check(dataset)
     return plan

@@ -34,7 +34,7 @@ from kdata.store.shard import write_tables
 from kdata.store.writer import Writer
 
 
-def merge(datasets: list[Dataset], target: Path, *, link: bool = False) -> Dataset:
+def merge(datasets: list[Dataset], target: Path | str, *, link: bool = False) -> Dataset:
     """Put the rows of several datasets into a new one.
 
     Args:
@@ -45,6 +45,7 @@ def merge(datasets: list[Dataset], target: Path, *, link: bool = False) -> Datas
         DataError: an id stands in two of them, or there is one dataset only.
         StorageError: links cannot be made there.
     """
+    target = Path(target)
     if len(datasets) < 2:
         raise DataError("name two datasets or more to merge")
     first = datasets[0]
@@ -72,7 +73,7 @@ def merge(datasets: list[Dataset], target: Path, *, link: bool = False) -> Datas
 
 
 def split(
-    dataset: Dataset, target: Path, *, by: Literal["domain", "plan"], plan: Plan | None = None
+    dataset: Dataset, target: Path | str, *, by: Literal["domain", "plan"], plan: Plan | None = None
 ) -> dict[str, Dataset]:
     """Cut a dataset in disjoint parts, each a dataset of its own in a folder of `target`.
 
@@ -82,6 +83,7 @@ def split(
         ConfigError: by plan without a plan, or the folder is not free.
         DataError: two domains whose folders would have one name.
     """
+    target = Path(target)
     if by == "plan":
         if plan is None:
             raise ConfigError("split by plan: name the plan, --plan NAME")
@@ -99,12 +101,13 @@ def split(
     return {name: open_dataset(target / folders[name]) for name in parts}
 
 
-def head(dataset: Dataset, target: Path, num_rows: int) -> Dataset:
+def head(dataset: Dataset, target: Path | str, num_rows: int) -> Dataset:
     """The first rows of a dataset, in its own order, as a dataset.
 
     Raises:
         ConfigError: fewer than one row, or the folder is not free.
     """
+    target = Path(target)
     if num_rows < 1:
         raise ConfigError(f"-n {num_rows}: take at least one row")
     with new_folder(target) as place:

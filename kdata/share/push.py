@@ -15,7 +15,7 @@ from kdata.store.hub import hub_errors, hub_name
 from kdata.store.open import open_dataset
 
 
-def push(dataset: Dataset, destination: str, *, public: bool = False) -> str:
+def push(dataset: Dataset, destination: str | Path, *, public: bool = False) -> str:
     """Copy a verified dataset, with its card, to a folder or to the Hub.
 
     Args:
@@ -28,6 +28,7 @@ def push(dataset: Dataset, destination: str, *, public: bool = False) -> str:
         ConfigError: the destination is not free, or no Hub name.
         DependencyError: the Hub's client is not installed.
     """
+    destination = str(destination)
     problems = verify(dataset)
     if problems:
         listing = "\n".join(f"  {p.path} {p.what}" for p in problems[:10])

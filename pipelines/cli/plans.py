@@ -101,7 +101,7 @@ def select(
     from kdata.selection.select import parse_step
     from kdata.selection.select import select as run
     from kdata.selection.show import table_of
-    from kdata.store.open import open_index
+    from kdata.store.open import open_dataset
     from kdata.store.sql import Room
 
     given: dict[str, Any] = {
@@ -109,7 +109,7 @@ def select(
         "score": score, "sql": sql, "weights": None if weights is None else _numbers(weights), "temperature": temperature,
         "size": size, "unit": unit, "max_repeats": max_repeats, "take": take, "seed": seed,
     }  # fmt: skip
-    plan = run(open_index(dataset), parse_step(_with_settings(given, set)), Room(memory, threads))
+    plan = run(open_dataset(dataset), parse_step(_with_settings(given, set)), Room(memory, threads))
     _print(table_of(plan))
 
 
@@ -151,9 +151,9 @@ def show(
     """What a plan took from where: a table, and a picture."""
     from kdata.selection.plan import open_plan
     from kdata.selection.show import draw, table_of
-    from kdata.store.open import open_index
+    from kdata.store.open import open_dataset
 
-    opened = open_index(dataset)
+    opened = open_dataset(dataset)
     found = open_plan(opened, plan)
     _print(table_of(found))
     out.print(f"picture: {draw(opened, found, picture or Path(f'plan-{found.info.name}.png'))}", soft_wrap=True)
@@ -167,6 +167,6 @@ def compare(
 ) -> None:
     """What two plans have in common, domain by domain, and what only one of them takes."""
     from kdata.selection.show import compare as run
-    from kdata.store.open import open_index
+    from kdata.store.open import open_dataset
 
-    _print(run(open_index(dataset), first, second))
+    _print(run(open_dataset(dataset), first, second))

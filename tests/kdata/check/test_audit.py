@@ -114,7 +114,7 @@ def test_more_ids_for_a_context_than_d_fail(tmp_path: Path) -> None:
 
 
 def test_contexts_are_told_apart_and_shared_ones_are_found(captured: Path) -> None:
-    for sequences in (kdata.open(captured).take(np.arange(10)), kdata.open(captured)[3]):
+    for sequences in (kdata.open(captured).take(np.arange(10)), kdata.open(captured)[[3]]):
         hashes = context_hashes(sequences)
         seen: dict[tuple[int, ...], int] = {}
         for a, b in sequences.spans():

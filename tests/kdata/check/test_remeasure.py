@@ -33,7 +33,7 @@ def test_the_error_measured_again_is_the_one_in_the_manifest(kind: str, llama_di
     corpus = write_jsonl(tmp_path / "c.jsonl", rows_of_text(12))
     who = TeacherConfig(model=str(llama_dir), backend="transformers")
     settings = CaptureConfig(corpus={"path": str(corpus)}, **KEEPS[kind])
-    dataset = capture(tmp_path / "d", who, settings)
+    dataset = capture(tmp_path / "d", settings, who)
     assert KeepConfig.of(dataset.info.codec).settings() == settings.settings()
     teacher = TransformersTeacher(who)
     found = against_teacher(dataset, teacher, dataset.num_rows)
@@ -50,7 +50,7 @@ def test_a_teacher_that_changed_its_mind_is_seen_and_another_is_refused(llama_di
 
     corpus = write_jsonl(tmp_path / "c.jsonl", rows_of_text(6))
     who = TeacherConfig(model=str(llama_dir), backend="transformers")
-    dataset = capture(tmp_path / "d", who, CaptureConfig(corpus={"path": str(corpus)}, k=12))
+    dataset = capture(tmp_path / "d", CaptureConfig(corpus={"path": str(corpus)}, k=12), who)
     teacher = TransformersTeacher(who)
 
     class Drunk:

@@ -191,11 +191,11 @@ def test_a_teacher_for_each_domain_loses_nothing(tmp_path: Path, make: Make, set
     for row, about in enumerate(found.index().to_pylist()):
         chosen = payloads[about["domain"] == "prose"]
         assert about == chosen.index().slice(row, 1).to_pylist()[0]
-        for name, values in vars(chosen[row]).items():
-            here = getattr(found[row], name)
+        for name, values in vars(chosen[row].sequence).items():
+            here = getattr(found[row].sequence, name)
             assert (values is None and here is None) or np.array_equal(values, here, equal_nan=True), name
         if "temperatures" in settings:
-            warm = [at_temperature(d[row], 2.0, d.info.codec) for d in (found, chosen)]
+            warm = [at_temperature(d[row].sequence, 2.0, d.info.codec) for d in (found, chosen)]
             assert np.array_equal(warm[0].entry_logprobs, warm[1].entry_logprobs)
     assert found.info.codec.kind == settings["kind"] and "draw_seed" not in found.info.codec.parameters
     assert report.lines() == ["every row is that of one teacher, number for number"]
@@ -251,7 +251,7 @@ def test_the_result_is_a_dataset_that_says_what_it_is(tmp_path: Path, make: Make
     card = write_card(found).read_text()
     assert "the average of several teachers on the same rows" in card and "share 0.75" in card
     with pytest.raises(ConfigError, match=r"holds no log-sum-exp at temperature 2\.0"):
-        at_temperature(found[0], 2.0, found.info.codec)
+        at_temperature(found[0].sequence, 2.0, found.info.codec)
     with pytest.raises(MismatchError, match="stand-in is not the teacher of"):
         against_teacher(found, StandInTeacher("one"), 1)
     assert keep_like(found, None) == KeepConfig()
@@ -444,7 +444,7 @@ def test_two_real_models_by_the_commands(tmp_path: Path, llama_dir: Path, corpus
     """Capture, reread, combine; each stored number against a dense float64 forward pass of both models."""
     other = save_llama(tmp_path / "other", seed=1)
     config = CaptureConfig(corpus=CorpusConfig(path=str(corpus_file)), kind="topk", k=8, unit_tokens=150)
-    one = capture(tmp_path / "one", TeacherConfig(model=str(llama_dir), backend="transformers"), config).path
+    one = capture(tmp_path / "one", config, TeacherConfig(model=str(llama_dir), backend="transformers")).path
     two, out = tmp_path / "two", tmp_path / "out"
     said = call("reread", one, two, "--teacher", other, "--backend", "transformers")
     assert f"{kdata.open(one).num_rows:,} rows" in said

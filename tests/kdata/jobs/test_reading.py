@@ -195,7 +195,7 @@ def test_transformers_teacher_is_the_plain_forward_pass(
 
     corpus = jsonl(rows_of_text(5))
     who = TeacherConfig(model=str(llama_dir), backend="transformers", batch_tokens=64)
-    dataset = capture(tmp_path / "d", who, CaptureConfig(corpus=CorpusConfig(path=str(corpus)), kind="topk", k=8))
+    dataset = capture(tmp_path / "d", CaptureConfig(corpus=CorpusConfig(path=str(corpus)), kind="topk", k=8), who)
     assert isinstance(dataset.info.teacher, TeacherInfo) and dataset.info.teacher.weights_hash
     model = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float64)
     for sequence in dataset:

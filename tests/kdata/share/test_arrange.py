@@ -27,7 +27,7 @@ def rows_by_id(dataset: kdata.Dataset) -> dict[str, dict[str, Any]]:
     found = {}
     for about, sequence in zip(index, dataset, strict=True):
         assert about["content_hash"] == content_hash(sequence.token_ids)
-        arrays = {k: v.tobytes() for k, v in vars(sequence).items() if v is not None}
+        arrays = {k: v.tobytes() for k, v in vars(sequence.sequence).items() if v is not None}
         found[about["id"]] = {**about, **arrays}
     return found
 

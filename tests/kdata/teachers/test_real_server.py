@@ -169,7 +169,7 @@ def test_a_server_says_what_the_engine_in_this_process_says(llama_dir: Path, ser
 
 def run(root: Path, llama_dir: Path, server: RealServer, corpus: Path) -> None:
     settings = CaptureConfig(corpus=CorpusConfig(path=str(corpus)), kind="topk", k=8, unit_tokens=300)
-    capture(root, config(llama_dir, server), settings)
+    capture(root, settings, config(llama_dir, server))
 
 
 class Capture(threading.Thread):

@@ -596,7 +596,7 @@ def captured(root: Path, model: Path, corpus: Path, url: str, *, auth_env: str |
     server = ServerConfig(endpoints=[url], auth_env=auth_env)
     teacher = TeacherConfig(model=str(model), backend="vllm-server", server=server)
     fields = {"k": 8, "kind": "topk", "unit_tokens": 120, **settings}
-    return capture(root, teacher, CaptureConfig(corpus=CorpusConfig(path=str(corpus)), **fields)).path
+    return capture(root, CaptureConfig(corpus=CorpusConfig(path=str(corpus)), **fields), teacher).path
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "sampled"])
