@@ -36,9 +36,8 @@ from kdata.format.schema import (
 from kdata.format.sequences import Sequences
 from kdata.jobs.average import mix
 from kdata.jobs.payloads import (
-    fill,
     goes_on,
-    records_of,
+    inputs_of_shard,
     refuse_other_rows,
     refuse_other_targets,
     refuse_other_vocabulary,
@@ -190,12 +189,12 @@ def _members(plan: _Plan, number: int) -> list[Sequences]:
 def _averaged(plan: _Plan, number: int, members: list[Sequences], report: CombineReport) -> UnitResult:
     """The rows of a shard with the average of all."""
     first = plan.inputs[0]
-    records = records_of(first, number, members[0])
-    weights_SM = np.array([plan.shares[r.domain] for r in records]).reshape(-1, len(members))
+    rows = inputs_of_shard(first, number, members[0])
+    weights_SM = np.array([plan.shares[row.domain] for row in rows]).reshape(-1, len(members))
     mixture = mix(members, weights_SM, cast(Literal["ghost", "draws"], first.info.tail))
     report.add(mixture.unknown[members[0].target_mask])
-    filled = [fill(record, mixture.sequences, row) for row, record in enumerate(records)]
-    return UnitResult(first.manifest[number].unit, filled, inputs=inputs_digest(filled))
+    records = [row.record_from(mixture.sequences, place) for place, row in enumerate(rows)]
+    return UnitResult(first.manifest[number].unit, records, inputs=inputs_digest(records))
 
 
 def _chosen(root: Path, info: DatasetInfo, plan: _Plan, number: int) -> Shard:

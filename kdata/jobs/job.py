@@ -8,9 +8,11 @@ the job and its number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -27,19 +29,24 @@ from kdata.store.dataset import Dataset
 from kdata.store.shard import stored_shard
 from kdata.store.url_writer import writer_at
 from kdata.store.writer import Writer
-from kdata.teachers.base import Teacher
+from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig, refuse_kept
 from kdata.teachers.model import tokenizer_files, tokenizer_info
 
 
 class WorkUnit(Protocol):
-    """Inputs that are worked on, committed and repeated together."""
+    """Inputs that are worked on, committed and repeated together; their outcome is a `UnitResult`."""
 
     number: int
 
     @property
     def documents(self) -> int:
         """Inputs in all, refused ones too."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the teacher reads, or writes at most."""
         ...
 
     @property
@@ -51,8 +58,12 @@ class WorkUnit(Protocol):
 U = TypeVar("U", bound=WorkUnit)
 
 
+OnUnitTokens = Callable[[int, int], None]
+"""Called with the number of a unit and how many of its tokens are done so far, from any thread."""
+
+
 class TeacherFacts(Protocol):
-    """What is known of a teacher without having it."""
+    """What is known of a teacher that may be in another process."""
 
     @property
     def info(self) -> TeacherInfo:
@@ -94,8 +105,8 @@ class Job(Protocol[U]):
         """The work, cut deterministically, numbered from 0."""
         ...
 
-    def perform(self, teacher: Teacher, tokenizer: Any, unit: U) -> UnitResult:
-        """Have one unit done."""
+    def perform(self, teacher: Teacher, tokenizer: Any, unit: U, on_tokens: OnTokens = ignore_tokens) -> UnitResult:
+        """Have one unit done; `on_tokens` is passed to the teacher."""
         ...
 
 
@@ -117,7 +128,9 @@ class Engine(Protocol):
         """What it works on; None: one GPU of this machine, or its cores."""
         ...
 
-    def run(self, job: Job[U], units: Iterable[U], writer: Writer) -> Iterator[tuple[U, Shard]]:
+    def run(
+        self, job: Job[U], units: Iterable[U], writer: Writer, on_tokens: OnUnitTokens
+    ) -> Iterator[tuple[U, Shard]]:
         """Perform units and commit them; yield each once it is committed, in any order."""
         ...
 
@@ -128,18 +141,33 @@ class LocalEngine:
     def __init__(self, teacher: Teacher, tokenizer: Any, devices: Devices | None = None) -> None:
         self.facts, self.tokenizer, self.devices = teacher, tokenizer, devices
 
-    def run(self, job: Job[U], units: Iterable[U], writer: Writer) -> Iterator[tuple[U, Shard]]:
+    def run(
+        self, job: Job[U], units: Iterable[U], writer: Writer, on_tokens: OnUnitTokens
+    ) -> Iterator[tuple[U, Shard]]:
         """See `Engine.run`; in order."""
         behind: list[U] = []
         with Behind(writer) as commits:
             for unit in units:
-                done = commits.commit(job.perform(self.facts, self.tokenizer, unit))
+                count = UnitCounter(partial(on_tokens, unit.number))
+                done = commits.commit(job.perform(self.facts, self.tokenizer, unit, count))
                 if done is not None:
                     yield behind.pop(), done
                 behind.append(unit)
             last = commits.wait()
             if last is not None:
                 yield behind.pop(), last
+
+
+class UnitCounter:
+    """An `OnTokens` that sums up the tokens of one unit; `report` is called with the sum."""
+
+    def __init__(self, report: Callable[[int], None]) -> None:
+        self._report, self._lock, self.tokens = report, threading.Lock(), 0
+
+    def __call__(self, tokens: int) -> None:
+        with self._lock:
+            self.tokens += tokens
+            self._report(self.tokens)
 
 
 def devices_of(config: TeacherConfig) -> Devices:
@@ -172,27 +200,39 @@ def run_job(
     facts = engine.facts
     tokenizer = engine.tokenizer
     source, info = job.source(facts), dataset_info(facts, tokenizer, job.keep)
-    cut = 0
+    writes, cut = source.kind == "generate", 0
     with (
         tokenizer_files(tokenizer) as folder,
         writer_at(root, info, job.name, source, resume=resume, tokenizer_dir=folder) as writer,
-        Task(f"{job.name}: {job.doing}", job.total, job.noun, log or journal_of(writer.root), engine.devices) as task,
+        Task(
+            f"{job.name}: {job.doing}",
+            job.total,
+            job.noun,
+            log or journal_of(writer.root),
+            engine.devices,
+            source=job.name,
+            at_most=writes,
+        ) as task,
     ):
+
+        def tokens_of(shard: Shard) -> int:
+            """Tokens that the teacher read or wrote; prompts are neither."""
+            return shard.entry.target_tokens if writes else shard.entry.tokens
 
         def todo() -> Iterator[U]:
             nonlocal cut
             for unit in job.units(facts, tokenizer):
                 cut = unit.number + 1
                 if unit.number in writer.committed:
-                    task.skip(unit.documents, shard=stored_shard(writer.root, writer.committed[unit.number]))
+                    shard = stored_shard(writer.root, writer.committed[unit.number])
+                    task.skip(unit.documents, tokens=tokens_of(shard), shard=shard)
                 else:
                     writer.refuse_twice(unit.ids)
+                    task.plan(unit.number, unit.documents, unit.tokens)
                     yield unit
 
-        for unit, shard in engine.run(job, todo(), writer):
-            # What was read, or what was written: prompts are neither.
-            tokens = shard.entry.target_tokens if source.kind == "generate" else shard.entry.tokens
-            task.advance(unit.documents, tokens=tokens, shard=shard)
+        for unit, shard in engine.run(job, todo(), writer, task.under_way):
+            task.advance(unit.documents, tokens=tokens_of(shard), part=unit.number, shard=shard)
         writer.finish(cut)
     return Dataset(writer.root)
 

@@ -23,12 +23,12 @@ from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
 from kdata.errors import ConfigError, TeacherError, TooLongError
 from kdata.format.keep import KeepConfig
-from kdata.format.records import Record, Reject, UnitResult, inputs_digest
+from kdata.format.records import Reject, UnitResult, inputs_digest
 from kdata.format.schema import SourceInfo
 from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
-from kdata.jobs.payloads import record_of, unread
+from kdata.jobs.payloads import InputSequence
 from kdata.store.dataset import Dataset
-from kdata.teachers.base import Teacher
+from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer
@@ -88,7 +88,7 @@ class ReadingUnit:
     """Sequences that are read, committed and repeated together."""
 
     number: int
-    sequences: list[Record] = field(default_factory=list)
+    sequences: list[InputSequence] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     documents: int = 0
 
@@ -184,21 +184,23 @@ class CaptureJob:
         """The corpus in its own order; a unit closes with the document that reaches `unit_tokens`."""
         return reading_units(self._corpus, tokenizer, self.config, self._limit(facts))
 
-    def perform(self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit) -> UnitResult:
+    def perform(
+        self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit, on_tokens: OnTokens = ignore_tokens
+    ) -> UnitResult:
         """Have one unit read."""
-        return read_unit(teacher, self.keep, unit)
+        return read_unit(teacher, self.keep, unit, on_tokens)
 
 
-def read_unit(teacher: Teacher, keep: KeepConfig, unit: ReadingUnit) -> UnitResult:
-    """Have a unit's sequences read; one that the teacher fails at is a reject."""
+def read_unit(teacher: Teacher, keep: KeepConfig, unit: ReadingUnit, on_tokens: OnTokens = ignore_tokens) -> UnitResult:
+    """Have a unit's sequences read; a sequence at which the teacher fails becomes a reject."""
     tokens = [s.token_ids for s in unit.sequences]
-    answers = each(lambda some: teacher.read([tokens[i] for i in some], keep), len(tokens))
+    answers = each(lambda some: teacher.read([tokens[i] for i in some], keep, on_tokens), len(tokens))
     records, rejects = [], list(unit.rejects)
     for sequence, answer in zip(unit.sequences, answers, strict=True):
         if isinstance(answer, TeacherError):
             rejects.append(Reject(sequence.id, sequence.domain, "teacher_failed", str(answer)))
         else:
-            records.append(record_of(sequence, answer))
+            records.append(sequence.record(answer))
     return UnitResult(unit.number, records, rejects, inputs=inputs_digest(unit.sequences))
 
 
@@ -210,11 +212,11 @@ def reading_units(corpus: Corpus, tokenizer: Any, config: CaptureConfig, limit: 
     unit = ReadingUnit(0)
     for document in corpus.documents():
         unit.documents += 1
-        for found in sequences_of(document):
-            if isinstance(found, Reject):
-                unit.rejects.append(found)
+        for sequence in sequences_of(document):
+            if isinstance(sequence, Reject):
+                unit.rejects.append(sequence)
             else:
-                unit.sequences.append(found)
+                unit.sequences.append(sequence)
         if unit.tokens >= config.unit_tokens:
             yield unit
             unit = ReadingUnit(unit.number + 1)
@@ -224,7 +226,7 @@ def reading_units(corpus: Corpus, tokenizer: Any, config: CaptureConfig, limit: 
         yield unit
 
 
-SequencesOf = Callable[[Document], list[Record | Reject]]
+SequencesOf = Callable[[Document], list[InputSequence | Reject]]
 
 
 def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
@@ -236,7 +238,7 @@ def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
     if limit < encoder.num_special + 2:
         raise ConfigError(f"max_tokens={limit} leaves no room for text beside {encoder.num_special} special tokens")
 
-    def sequences_of(document: Document) -> list[Record | Reject]:
+    def sequences_of(document: Document) -> list[InputSequence | Reject]:
         if not document.text.strip():
             return [Reject(document.id, document.domain, "empty", "the text is empty")]
         pieces = encoder.pieces(document.text, limit - (eos is not None))
@@ -247,7 +249,7 @@ def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
             pieces[-1] = text, np.append(ids, np.int32(eos)), np.append(token_bytes, np.uint16(0))
         names = [document.id] if len(pieces) == 1 else [f"{document.id}#{n}" for n in range(len(pieces))]
         return [
-            unread(name, document, ids, token_bytes, text)
+            InputSequence.of(name, document, ids, token_bytes, text)
             if len(ids) > 1
             else Reject(name, document.domain, "no_targets", "one token: nothing to predict")
             for name, (text, ids, token_bytes) in zip(names, pieces, strict=True)
@@ -260,7 +262,7 @@ def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
     """What becomes of a chat: one sequence, or a reject."""
     encoder = chat_encoder(tokenizer, config.corpus)
 
-    def sequences_of(document: Document) -> list[Record | Reject]:
+    def sequences_of(document: Document) -> list[InputSequence | Reject]:
         assert document.chat is not None
         if not document.chat.messages:
             return [Reject(document.id, document.domain, "empty", "there is no message")]
@@ -274,9 +276,18 @@ def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
             return [
                 Reject(document.id, document.domain, "no_targets", f"no token of it counts (targets: {config.counted})")
             ]
-        record = unread(document.id, document, chat.token_ids, chat.token_bytes, chat.text)
-        record.target_mask, record.messages = chat.target_mask, as_json(document.chat.messages)
-        return [record]
+        messages = as_json(document.chat.messages)
+        return [
+            InputSequence.of(
+                document.id,
+                document,
+                chat.token_ids,
+                chat.token_bytes,
+                chat.text,
+                chat.target_mask,
+                messages=messages,
+            )
+        ]
 
     return sequences_of
 

@@ -20,10 +20,10 @@ from kdata.format.keep import KeepConfig
 from kdata.format.records import UnitResult
 from kdata.format.schema import SourceInfo, TeacherInfo, json_digest
 from kdata.jobs.job import Engine, LocalEngine, TeacherFacts, check_k, devices_of, run_job
-from kdata.jobs.payloads import goes_on, records_of, refuse_other_vocabulary, source_digest
+from kdata.jobs.payloads import goes_on, inputs_of_shard, refuse_other_vocabulary, source_digest
 from kdata.jobs.reading import ReadingUnit, read_unit
 from kdata.store.dataset import Dataset
-from kdata.teachers.base import Teacher
+from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer, tokenizer_info
@@ -149,9 +149,11 @@ class RereadJob:
         """The shards of the source, one after another."""
         for number, entry in enumerate(self._dataset.manifest):
             if entry.source == self.name:
-                records = records_of(self._dataset, number, self._dataset.shard(number))
-                yield ReadingUnit(entry.unit, records, documents=entry.rows)
+                sequences = inputs_of_shard(self._dataset, number, self._dataset.shard(number))
+                yield ReadingUnit(entry.unit, sequences, documents=entry.rows)
 
-    def perform(self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit) -> UnitResult:
+    def perform(
+        self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit, on_tokens: OnTokens = ignore_tokens
+    ) -> UnitResult:
         """Have one unit read."""
-        return read_unit(teacher, self.keep, unit)
+        return read_unit(teacher, self.keep, unit, on_tokens)

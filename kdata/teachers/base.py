@@ -10,7 +10,7 @@ imports torch or vLLM until a teacher is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -20,6 +20,13 @@ from kdata.format.keep import KeepConfig, keep_top
 from kdata.format.kept import Kept
 from kdata.format.schema import TeacherInfo
 from kdata.teachers.config import SamplingConfig
+
+OnTokens = Callable[[int], None]
+"""Called with the number of tokens that were read or written since the last call, from any thread."""
+
+
+def ignore_tokens(tokens: int) -> None:
+    """An `OnTokens` that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +81,25 @@ class Teacher(Protocol):
     vocab_size: int
     context: int
 
-    def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
-        """Read token ids int32 [T] each and return what `keep` asks for at every position but the first."""
+    def read(
+        self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
+    ) -> list[Readout]:
+        """Read token ids int32 [T] each and return what `keep` asks for at every position but the first.
+
+        Args:
+            on_tokens: called while the work goes on, so that progress can be shown.
+        """
         ...
 
     def write(
-        self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[np.ndarray],
+        keep: KeepConfig,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        on_tokens: OnTokens = ignore_tokens,
     ) -> list[Completion]:
-        """Continue prompts (token ids), recording what `keep` asks for in the same pass."""
+        """Continue prompts (token ids), and record what `keep` asks for; `on_tokens` counts written tokens."""
         ...
 
     def close(self) -> None:

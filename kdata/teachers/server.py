@@ -30,7 +30,7 @@ import numpy as np
 from kdata.errors import ConfigError, MismatchError, MissingError, TeacherError, settings_difference
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import TeacherInfo
-from kdata.teachers.base import Completion, Readout, readout_from_top
+from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens, readout_from_top
 from kdata.teachers.config import SamplingConfig, TeacherConfig, refuse_kept
 from kdata.teachers.endpoints import Endpoint, Endpoints, RefusedError
 from kdata.teachers.model import load_tokenizer, model_identity
@@ -134,30 +134,40 @@ class ServedTeacher:
         assert self._first is not None
         return self._first
 
-    def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
+    def read(
+        self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
+    ) -> list[Readout]:
         """Read sequences; see `Teacher.read`. Raises as `Endpoints.ask` does."""
         refuse_kept(keep, "vllm-server")
-        return self._endpoints.map(lambda ids: self._read(ids, keep), list(sequences))
+        return self._endpoints.map(lambda ids: self._read(ids, keep, on_tokens), list(sequences))
 
     def write(
-        self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[np.ndarray],
+        keep: KeepConfig,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        on_tokens: OnTokens = ignore_tokens,
     ) -> list[Completion]:
         """Continue prompts; see `Teacher.write`. Raises as `Endpoints.ask` does."""
         refuse_kept(keep, "vllm-server")
         items = list(zip(prompts, seeds, strict=True))
-        return self._endpoints.map(lambda item: self._write(item[0], item[1], keep, sampling), items)
+        return self._endpoints.map(lambda item: self._write(item[0], item[1], keep, sampling, on_tokens), items)
 
     def close(self) -> None:
         """Cut what is under way."""
         self._endpoints.close()
 
-    async def _read(self, ids: np.ndarray, keep: KeepConfig) -> Readout:
-        """One more token is written and thrown away: the engine needs a step."""
+    async def _read(self, ids: np.ndarray, keep: KeepConfig, on_tokens: OnTokens = ignore_tokens) -> Readout:
+        """Read one sequence. The server also writes one token, which is thrown away: its engine needs a step."""
         params = {"max_tokens": 1, "prompt_logprobs": keep.k}
         top = await self._ask(ids, params, keep.k, lambda answer: top_of_prompt(answer, ids, keep.k, self.vocab_size))
+        on_tokens(len(ids))
         return _readout(ids, 1, top, keep)
 
-    async def _write(self, prompt: np.ndarray, seed: int, keep: KeepConfig, sampling: SamplingConfig) -> Completion:
+    async def _write(
+        self, prompt: np.ndarray, seed: int, keep: KeepConfig, sampling: SamplingConfig, on_tokens: OnTokens
+    ) -> Completion:
         structure = sampling.structured_output
         in_one_pass = self._served.generates and structure is None
         params = {
@@ -174,6 +184,7 @@ class ServedTeacher:
             return new, finish, top_of_written(answer, new, keep.k, self.vocab_size) if in_one_pass else None
 
         new, finish, top = await self._ask(prompt, params, keep.k + 1, parse)
+        on_tokens(len(new))
         whole, start = np.concatenate([prompt, new]).astype(np.int32), len(prompt)
         if top is not None:
             return Completion(_readout(whole, start, top, keep), start, finish)

@@ -27,7 +27,7 @@ from kdata.format.keep import KeepConfig
 from kdata.format.manifest import new_info
 from kdata.format.records import UnitResult
 from kdata.format.schema import FORMAT_VERSION, SourceInfo
-from kdata.jobs.payloads import record_of, unread
+from kdata.jobs.payloads import InputSequence
 from kdata.jobs.reading import CaptureConfig, capture_with
 from kdata.store.writer import Writer
 from kdata.teachers.base import Readout, readout_from_top
@@ -145,7 +145,7 @@ def host(tokenizer: Any, tokens_per_row: int = 512, rows: int = 128, k: int = 64
                     document = Document(f"d{number}", "d", "", None, None)
                     readout = _readout(ids, 1, _rectangle(flat, first=1, k=k), keep)
                     records.append(
-                        record_of(unread(document.id, document, ids, np.ones(len(ids), np.uint16), ""), readout)
+                        InputSequence.of(document.id, document, ids, np.ones(len(ids), np.uint16), "").record(readout)
                     )
                 writer.commit(UnitResult(0, records))
                 best = max(best, rows * tokens_per_row / (time.perf_counter() - started))

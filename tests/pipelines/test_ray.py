@@ -91,11 +91,11 @@ class Scripted(StandInTeacher):
             raise ConfigError("this engine cannot do that; use another one")
         super()._count()
 
-    def read(self, sequences: Any, keep: KeepConfig) -> Any:
+    def read(self, sequences: Any, keep: KeepConfig, *on_tokens: Any) -> Any:
         """See `Teacher.read`."""
         if any(ids.tolist() == self._script.get("poison") for ids in sequences):
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(sequences, keep)
+        return super().read(sequences, keep, *on_tokens)
 
 
 def scripted(config: TeacherConfig, max_k: int, *, folder: Path, script: dict[str, Any]) -> tuple[Scripted, Any]:

@@ -33,7 +33,7 @@ from kdata.format.temper import at_temperature
 from kdata.jobs import combine as module
 from kdata.jobs.combine import CombineConfig, CombineReport, combine
 from kdata.jobs.job import LocalEngine
-from kdata.jobs.payloads import fill, records_of
+from kdata.jobs.payloads import inputs_of_shard
 from kdata.jobs.reading import CaptureConfig, capture
 from kdata.jobs.reread import keep_like, reread_with
 from kdata.pipelines.cli.main import app
@@ -323,7 +323,7 @@ def rewritten(root: Path, dataset: kdata.Dataset, **changes: Any) -> kdata.Datas
     source = SourceInfo(kind="capture", settings={}, num_units=None)
     with Writer(root, new_info(**fields), "capture", source, tokenizer_dir=dataset.tokenizer_dir) as writer:
         stored = dataset.shard(0)
-        records = [fill(r, stored, n) for n, r in enumerate(records_of(dataset, 0, stored))]
+        records = [row.record_from(stored, n) for n, row in enumerate(inputs_of_shard(dataset, 0, stored))]
         for record in records:
             for place in changes.get("not_targets", []):
                 record.target_mask = record.target_mask & (np.arange(len(record.token_ids)) != place)

@@ -15,7 +15,7 @@ import kdata
 from kdata.check.verify import verify
 from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig
-from kdata.teachers.base import Completion, Readout
+from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens
 from kdata.teachers.config import SamplingConfig
 from kdata.teachers.windows import each, rows_per_step, windows
 from tests.fakes import StandInTeacher, digests, run_capture, run_generate
@@ -37,15 +37,22 @@ class Picky(StandInTeacher):
         if self.always or poisoned or len(self.asked) <= self.first_calls:
             raise TeacherError("this sequence breaks the stand-in")
 
-    def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
+    def read(
+        self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
+    ) -> list[Readout]:
         self._refuse(sequences)
-        return super().read(sequences, keep)
+        return super().read(sequences, keep, on_tokens)
 
     def write(
-        self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[np.ndarray],
+        keep: KeepConfig,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        on_tokens: OnTokens = ignore_tokens,
     ) -> list[Completion]:
         self._refuse(prompts)
-        return super().write(prompts, keep, sampling, seeds)
+        return super().write(prompts, keep, sampling, seeds, on_tokens)
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120), st.booleans())
