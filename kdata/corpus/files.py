@@ -161,10 +161,18 @@ def _value(value: Any, kind: pa.DataType) -> Any:
     return value
 
 
+def exists(path: Path) -> bool:
+    """As `Path.exists`; False too for what the file system does not take as a name, such as a long text."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def _files(path: Path) -> list[Path]:
     known = ", ".join(sorted({"." + end.split(".")[1] for end in FORMATS}))
-    if not path.exists():
-        raise MissingError(f"{path} does not exist; name a file or folder of text rows")
+    if not exists(path):
+        raise MissingError(f"{str(path)[:200]} does not exist; name a file or folder of text rows (corpus.path)")
     if path.is_file():
         if format_of(path) is None:
             raise ConfigError(f"{path}: unknown ending; kdata reads {known}")

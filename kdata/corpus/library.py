@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdata.corpus.files import files_digest, format_of, rows_of
+from kdata.corpus.files import exists, files_digest, format_of, rows_of
 from kdata.errors import ConfigError, DataError, DependencyError, KdataError, MissingError
 from kdata.store.hub import hub_errors
 
@@ -28,7 +28,7 @@ def hub_name(path: str) -> tuple[str, str | None] | None:
     match = HUB_NAME.match(path)
     if path.startswith("hf:") and match is None:
         raise ConfigError(f"{path!r} is no data set on the Hub; write hf://datasets/OWNER/NAME, or ...@REVISION")
-    local = Path(path).exists() or format_of(Path(path)) is not None or path.startswith((".", "~"))
+    local = exists(Path(path)) or format_of(Path(path)) is not None or path.startswith((".", "~"))
     if match is None or (local and not path.startswith("hf:")):
         return None
     return match["name"], match["revision"]
@@ -36,7 +36,7 @@ def hub_name(path: str) -> tuple[str, str | None] | None:
 
 def is_saved(path: Path) -> bool:
     """True for a folder that `datasets` saved."""
-    return any((path / name).is_file() for name in SAVED)
+    return exists(path) and any((path / name).is_file() for name in SAVED)
 
 
 def open_saved(path: Path, split: str | None) -> LibraryRows:

@@ -159,9 +159,9 @@ class LocalEngine:
 
 
 class UnitCounter:
-    """An `OnTokens` that sums up the tokens of one unit; `report` is called with the sum."""
+    """An `OnTokens` that adds up the tokens of one unit; `report` is called with the sum."""
 
-    def __init__(self, report: Callable[[int], None]) -> None:
+    def __init__(self, report: OnTokens = ignore_tokens) -> None:
         self._report, self._lock, self.tokens = report, threading.Lock(), 0
 
     def __call__(self, tokens: int) -> None:

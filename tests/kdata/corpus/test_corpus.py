@@ -506,3 +506,21 @@ def test_a_text_with_special_tokens_in_it_adds_up_byte_by_byte(
         assert part.tobytes().decode("utf-8", "replace") == tokenizer.decode([token])
     bare = encoder.byte_lengths(ids)
     assert bare is not None and (bare == np.where(ids < 2, 0, lengths)).all()
+
+
+@pytest.mark.parametrize("path", ["nothing.jsonl", "x" * 5000, "a text instead of a path " * 50])
+def test_a_path_that_does_not_exist_is_refused_in_one_line(path: str) -> None:
+    with pytest.raises(MissingError, match="does not exist; name a file or folder of text rows") as caught:
+        Corpus(CorpusConfig(path=path))
+    assert len(str(caught.value)) < 300
+
+
+def test_an_empty_file_and_an_empty_folder_are_refused_in_one_line(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.parquet", "a.csv", "a.arrow"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(DataError, match=rf"{name}.*(holds no row|cannot be read)") as caught:
+            Corpus(CorpusConfig(path=str(tmp_path / name)))
+        assert "\n" not in str(caught.value)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="holds no file that kdata reads"):
+        Corpus(CorpusConfig(path=str(tmp_path / "folder")))
