@@ -1,7 +1,7 @@
-"""Several payloads of the same rows: what one teacher believed of them, and another.
+"""Sequences that a teacher reads, and the checks that several payloads belong to the same rows.
 
-A further payload is a dataset of its own (see schemas/README.md, section 13). That two datasets have the same rows and the
-same vocabulary is checked here, by content: ids, token ids and target masks in order; tokenizer hash and vocabulary size.
+A further payload is a separate dataset (see schemas/README.md, section 13). Two datasets have the same rows if ids, token
+ids and target masks agree, in order; they have the same vocabulary if tokenizer hash and vocabulary size agree.
 """
 
 from __future__ import annotations
@@ -210,12 +210,12 @@ def refuse_other_targets(first: Sequences, second: Sequences, where: tuple[Datas
 
 
 def goes_on(resume: str) -> str:
-    """How the next source is resumed: what "must" be there is the first source, not those that come after it."""
+    """How to resume the sources after the first one: "must" applies to the first only."""
     return "auto" if resume == "must" else resume
 
 
 def source_digest(dataset: Dataset, source: str) -> str:
-    """SHA-256 (hex) over the identity and one source's shards: like the dataset's fingerprint, but other sources may grow."""
+    """SHA-256 (hex) over the identity and the shards of one source: as `content_digest`, but other sources may grow."""
     entries = [entry for entry in dataset.manifest if entry.source == source]
     shards = [(entry.name, sorted((k, v.sha256) for k, v in entry.files.items())) for entry in entries]
     return json_digest({"identity": dataset.info.identity_digest, "shards": shards})

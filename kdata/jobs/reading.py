@@ -1,10 +1,10 @@
-"""Capture: a teacher reads existing text, and what it believed at every position goes into shards.
+"""Capture: a teacher reads existing text, and its distribution at every position goes into shards.
 
-The corpus is cut into work units of about `unit_tokens` in its own order; a unit is one shard and one call of the
-teacher, so a restart repeats exactly the calls that were not committed.
+The corpus is cut into work units of about `unit_tokens` tokens, in the order of the corpus. A unit is one shard and one call
+of the teacher, so a restart repeats exactly the calls that were not committed.
 
-Of a text every token but the first is a target. Of a chat those are that the assistant wrote (`targets`), and at no other
-position anything is kept.
+In a text every token but the first is a target. In a chat the targets are the tokens that the assistant wrote (`targets`).
+Nothing is kept at other positions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from kdata.teachers.windows import each
 
 
 class CaptureConfig(KeepConfig):
-    """What is read, and how much of it is kept."""
+    """What a teacher reads, and how much of its distributions is kept."""
 
     corpus: CorpusConfig
     max_tokens: int | None = Field(None, ge=2, description="Longest sequence; null takes the teacher's context.")
@@ -85,7 +85,7 @@ class CaptureConfig(KeepConfig):
 
 @dataclass
 class ReadingUnit:
-    """Sequences that are read, committed and repeated together."""
+    """Sequences that are read, committed and repeated together; see `WorkUnit`."""
 
     number: int
     sequences: list[InputSequence] = field(default_factory=list)
@@ -140,14 +140,14 @@ def capture_with(
     resume: str = "auto",
     log: Path | None = None,
 ) -> Dataset:
-    """The same with a teacher that is already loaded."""
+    """As `capture`, with a teacher that is already loaded."""
     tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
     engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
     return run_job(root, CaptureJob(config, corpus), engine, resume=resume, log=log)
 
 
 class CaptureJob:
-    """A corpus that is to be read; see `kdata.jobs.job.Job`."""
+    """A corpus for a teacher to read; see `kdata.jobs.job.Job`."""
 
     doing, noun = "reading", "documents"
 
@@ -157,7 +157,7 @@ class CaptureJob:
         self._corpus = corpus
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process gets units, and needs no corpus to perform them."""
+        """Without the corpus: another process gets units, and needs no more to perform them."""
         return {**self.__dict__, "_corpus": None}
 
     @property
@@ -166,7 +166,7 @@ class CaptureJob:
         return self._corpus.num_rows
 
     def source(self, facts: TeacherFacts) -> SourceInfo:
-        """Everything that decides the rows."""
+        """The settings that determine the rows."""
         config = self.config
         check_k(config, facts)
         own = config.model_dump(exclude={"corpus", "name", "max_tokens", *KeepConfig.model_fields})
@@ -177,7 +177,10 @@ class CaptureJob:
     def _limit(self, facts: TeacherFacts) -> int:
         limit = self.config.max_tokens or facts.context
         if limit > facts.context:
-            raise ConfigError(f"max_tokens={limit} exceeds what the teacher can read, {facts.context}; lower it")
+            raise ConfigError(
+                f"max_tokens={limit} exceeds what the teacher can read, {facts.context} tokens; lower max_tokens, or leave "
+                "it at null"
+            )
         return limit
 
     def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[ReadingUnit]:
@@ -230,13 +233,15 @@ SequencesOf = Callable[[Document], list[InputSequence | Reject]]
 
 
 def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
-    """What becomes of a text: one sequence, its pieces, or a reject."""
+    """How a text becomes one sequence, several pieces, or a reject."""
     encoder = TextEncoder(tokenizer)
     eos = tokenizer.eos_token_id if config.append_eos else None
     if config.append_eos and eos is None:
-        raise ConfigError("append_eos: the tokenizer has no end-of-sequence token")
+        raise ConfigError("append_eos: the tokenizer has no end-of-sequence token; leave append_eos at false")
     if limit < encoder.num_special + 2:
-        raise ConfigError(f"max_tokens={limit} leaves no room for text beside {encoder.num_special} special tokens")
+        raise ConfigError(
+            f"max_tokens={limit} leaves no room for text beside {encoder.num_special} special tokens; raise max_tokens"
+        )
 
     def sequences_of(document: Document) -> list[InputSequence | Reject]:
         if not document.text.strip():
@@ -259,13 +264,13 @@ def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
 
 
 def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
-    """What becomes of a chat: one sequence, or a reject."""
+    """How a chat becomes one sequence, or a reject."""
     encoder = chat_encoder(tokenizer, config.corpus)
 
     def sequences_of(document: Document) -> list[InputSequence | Reject]:
         assert document.chat is not None
         if not document.chat.messages:
-            return [Reject(document.id, document.domain, "empty", "there is no message")]
+            return [Reject(document.id, document.domain, "empty", "the chat has no message")]
         try:
             chat = encoder.whole(document.chat, config.counted, tool_calls=config.tool_call_targets)
         except ChatError as error:

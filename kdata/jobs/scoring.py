@@ -1,4 +1,4 @@
-"""Score a dataset with another model: its NLL of every sequence, as a sidecar."""
+"""Score a dataset with another model: the model's NLL of every sequence, stored as a sidecar."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ScoreConfig(Strict):
 def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> ScoreInfo:
     """Score every sequence of a dataset: mean NLL in nats over the same target positions as the teacher's.
 
-    A part that is there already, made by the same model for the same shard, is kept.
+    A part that the same model has already written for the same shard is kept.
 
     Raises:
         MismatchError: the model has another tokenizer, or the sidecar is another model's.

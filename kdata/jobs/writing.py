@@ -1,9 +1,9 @@
-"""Generate: a teacher writes text from prompts, and the distributions it wrote from are kept in the same pass.
+"""Generate: a teacher writes text from prompts, and the distributions that it samples from are kept in the same pass.
 
-Only what the teacher wrote counts as a target; the prompt is stored without distributions. What is recorded is the raw
-distribution at temperature 1, whatever the sampling settings and also where a structured output forbade most of it; the
-settings stand in dataset.json. Seeds derive from the run's seed, the prompt's id and the sample's number, so that the same
-settings write the same dataset.
+Only written tokens are targets; the prompt is stored without distributions. Recorded is the raw distribution at temperature
+1, whatever the sampling settings are, and also where a structured output forbids most of it; the settings are in
+dataset.json. Seeds derive from the run's seed, the prompt's id and the number of the sample, so the same settings write the
+same dataset.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from kdata.teachers.windows import each
 
 
 class GenerateConfig(KeepConfig):
-    """What is written, from which prompts."""
+    """What a teacher writes, and from which prompts."""
 
     prompts: CorpusConfig
     num_samples: int = Field(1, ge=1, description="Completions per prompt.")
@@ -66,7 +66,7 @@ class Prompt:
 
 @dataclass
 class WritingUnit:
-    """Prompts that are continued, committed and repeated together."""
+    """Prompts that are continued, committed and repeated together; see `WorkUnit`."""
 
     number: int
     prompts: list[Prompt] = field(default_factory=list)
@@ -76,7 +76,7 @@ class WritingUnit:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are written at most."""
+        """Largest number of tokens that may be written."""
         return len(self.prompts) * self.samples * self.max_tokens
 
     @property
@@ -98,7 +98,7 @@ def generate(
     resume: str = "auto",
     log: Path | None = None,
 ) -> Dataset:
-    """Write text from prompts and add it to the dataset at `root` (made when absent). Errors as in `capture`."""
+    """Write text from prompts and add it to the dataset at `root` (created if needed). Errors as in `capture`."""
     prompts = Corpus(config.prompts)
     teacher = load_teacher(teacher_config, max_k=config.k)
     try:
@@ -117,14 +117,14 @@ def generate_with(
     resume: str = "auto",
     log: Path | None = None,
 ) -> Dataset:
-    """The same with a teacher that is already loaded."""
+    """As `generate`, with a teacher that is already loaded."""
     tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
     engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
     return run_job(root, GenerateJob(config, prompts), engine, resume=resume, log=log)
 
 
 class GenerateJob:
-    """Prompts that are to be continued; see `kdata.jobs.job.Job`."""
+    """Prompts for a teacher to continue; see `kdata.jobs.job.Job`."""
 
     doing, noun = "writing", "prompts"
 
@@ -134,7 +134,7 @@ class GenerateJob:
         self._prompts = prompts
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process gets units, and needs no prompts to perform them."""
+        """Without the prompts: another process gets units, and needs no more to perform them."""
         return {**self.__dict__, "_prompts": None}
 
     @property
@@ -143,7 +143,7 @@ class GenerateJob:
         return self._prompts.num_rows
 
     def source(self, facts: TeacherFacts) -> SourceInfo:
-        """Everything that decides the rows."""
+        """The settings that determine the rows."""
         config = self.config
         check_k(config, facts)
         own = config.model_dump(exclude={"prompts", "name", *KeepConfig.model_fields})
@@ -162,7 +162,7 @@ class GenerateJob:
 
 
 def writing_units(prompts: Corpus, tokenizer: Any, config: GenerateConfig, context: int) -> Iterator[WritingUnit]:
-    """Cut prompts into units of `unit_prompts`; one that the template refuses or that leaves no room is put aside."""
+    """Cut prompts into units of `unit_prompts`; a prompt that the template refuses or that leaves no room is a reject."""
     prompt_of = _chats(tokenizer, config) if config.prompts.messages_column else _texts(tokenizer)
     samples, longest = config.num_samples, config.sampling.max_tokens
     unit = WritingUnit(0, samples=samples, max_tokens=longest)
@@ -192,7 +192,7 @@ def _checked(unit: WritingUnit) -> WritingUnit:
 
 
 def _texts(tokenizer: Any) -> Callable[[Document], Prompt | Reject]:
-    """A text as a prompt: what the tokenizer puts before it, and nothing behind it."""
+    """A text as a prompt: with the special tokens before it, without those after it."""
     encoder = TextEncoder(tokenizer)
 
     def prompt_of(document: Document) -> Prompt:
@@ -209,7 +209,7 @@ def _chats(tokenizer: Any, config: GenerateConfig) -> Callable[[Document], Promp
     def prompt_of(document: Document) -> Prompt | Reject:
         assert document.chat is not None
         if not document.chat.messages:
-            return Reject(document.id, document.domain, "empty", "there is no message")
+            return Reject(document.id, document.domain, "empty", "the chat has no message")
         try:
             chat = encoder.prompt(document.chat)
         except ChatError as error:
@@ -282,7 +282,7 @@ def _text_from(tokenizer: Any, ids: np.ndarray, start: int, *, special: bool) ->
 
 
 def _before_stop(text: str, stops: list[str]) -> str:
-    """A reply without the stop string that ended it, and what the last token had behind that."""
+    """A reply without the stop string that ended it, and without the rest of the last token."""
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 

@@ -1,19 +1,18 @@
-"""A vLLM that is served elsewhere, over HTTP: token ids in and out, several servers of one model at once.
+"""A served vLLM as a teacher, over HTTP: token ids in and out, with several servers of one model at once.
 
-What comes over HTTP is the top k, so the kinds `topk` and `adaptive` can be captured, not what needs the full distribution.
-`wire.py` has the requests and answers, `endpoints.py` what happens when a server does not answer.
+Servers return the top k, so the kinds `topk` and `adaptive` can be captured, but nothing that needs the full distribution.
+`wire.py` has the requests and answers, `endpoints.py` handles servers that do not answer.
 
-Two ways into the server, one for the whole run:
-    /inference/v1/generate  where it was started with --enable-scale-out: it decodes no text, which makes it 1.9 to 2.7
-                            times as fast, and writes with log-probabilities in one pass
-    /v1/completions         what every server has; it does not tell the rank of a written token, so what was written is
-                            read in a second pass, as is structured output, whose log-probabilities are masked (0.32)
+A run uses one of two paths of the server:
+    /inference/v1/generate  of a server started with --enable-scale-out: it decodes no text, which makes it 1.9 to 2.7
+                            times as fast, and it writes with log-probabilities in one pass
+    /v1/completions         of every server: it does not return the rank of a written token, so written text is read in a
+                            second pass, as is structured output, whose log-probabilities are masked (0.32)
 Measured with teacher-10m, k=64, two cores for all: 4.7k and 1.7 to 2.2k tokens/s; 4.4 and 4.5 kB of JSON a token. JSON to
 readouts: 50 to 60k tokens/s per core (msgspec into typed structs; with orjson half of it), enough for ten servers.
 
-At the start every server is asked who it is, and again after each failure: model, version, length, how it cuts a text,
-whether its log-probabilities are raw and normalised, whether k of them are allowed, and whether it believes what the others
-do.
+At the start and after each failure a server is inspected: its model, version, length and tokenizer, whether its
+log-probabilities are raw and normalized, whether k of them are allowed, and whether they agree with the other servers'.
 """
 
 from __future__ import annotations
@@ -207,9 +206,9 @@ class ServedTeacher:
             name, longest = self._named(models, endpoint), max((m.max_model_len or 0 for m in models), default=0)
             version = decode(Version, await self._endpoints.send(endpoint, "/version")).version
             await self._check_tokenizer(endpoint, name)
-            generates, whole, told = await self._probe_writing(endpoint, name)
+            generates, whole, reported = await self._probe_writing(endpoint, name)
             top = await self._probe_reading(endpoint, name, generates, whole)
-        apart = np.abs(told - top.logprob[-PROBE_WRITTEN:]).mean()
+        apart = np.abs(reported - top.logprob[-PROBE_WRITTEN:]).mean()
         if not (apart <= RAW_NATS and is_distribution(top.logprobs, self.vocab_size)):
             raise ConfigError(
                 f"{endpoint.url}: its log-probabilities are not the raw ones; start it with --logprobs-mode raw_logprobs"
@@ -243,7 +242,7 @@ class ServedTeacher:
             )
 
     async def _probe_writing(self, endpoint: Endpoint, name: str) -> tuple[bool, np.ndarray, np.ndarray]:
-        """Whether it has /inference/v1/generate; the probe and tokens written behind it; their log-probabilities as told."""
+        """Whether it has /inference/v1/generate; the probe with the tokens written after it; their reported logprobs."""
         params = {
             "max_tokens": PROBE_WRITTEN, "ignore_eos": True, "temperature": PROBE_TEMPERATURE, "logprobs": 0,
         }  # fmt: skip
@@ -257,8 +256,8 @@ class ServedTeacher:
             content = await self._endpoints.send(endpoint, *request(name, False, self._probe, params))
         answer = answer_about(content, probe)
         new, _ = new_tokens(answer)
-        told = answer.choices[0].logprobs or Logprobs()
-        values = [w.logprob for w in told.content] if told.content else told.token_logprobs
+        logprobs = answer.choices[0].logprobs or Logprobs()
+        values = [w.logprob for w in logprobs.content] if logprobs.content else logprobs.token_logprobs
         if len(new) != PROBE_WRITTEN or values is None or len(values) != len(new):
             raise TeacherError(f"{endpoint.url} did not write {PROBE_WRITTEN} tokens with their log-probabilities")
         return generates, np.concatenate([probe, new]), np.array(values)
@@ -303,14 +302,7 @@ def _explained(most: int) -> Iterator[None]:
 
 
 def _readout(ids: np.ndarray, start: int, top: Top, keep: KeepConfig) -> Readout:
-    """Place arrays of the positions from `start` on beside the whole sequence."""
-
-    def beside(values: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.zeros((start, *values.shape[1:]), values.dtype), values])
-
-    recorded = np.arange(len(ids)) >= start
-    logprob, rank = beside(top.logprob), beside(top.rank)
-    return readout_from_top(ids, logprob, rank, beside(top.ids), beside(top.logprobs), recorded, keep)
+    return readout_from_top(ids, start, top.logprob, top.rank, top.ids, top.logprobs, keep)
 
 
 def _identity(config: TeacherConfig) -> tuple[str, str | None, str | None]:

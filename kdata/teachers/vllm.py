@@ -1,15 +1,15 @@
-"""vLLM in this process. Two ways to read, one to write.
+"""vLLM in this process: two ways to read, one to write.
 
-    logprobs  the engine's log-probabilities, flat and without detokenisation: the top k, and with it the exact tail
-    hidden    the pooling runner's hidden states and our own head, reduced chunk by chunk: any k, draws, exact tails, entropy,
-              further temperatures
+    logprobs  the engine's log-probabilities, flat and without detokenization: the top k, and the exact mass of the rest
+    hidden    hidden states of the pooling runner and our own head, reduced chunk by chunk: any k, draws, exact tails,
+              entropy, further temperatures
 
-Text is written by the generating engine: its own log-probabilities give the top k in the same pass, and the rows that it
-samples from what needs the full distribution (`tape.py`). Where those are not the raw ones, the text is read once more.
+The generating engine writes text. Its own log-probabilities give the top k in the same pass; what needs the full distribution
+comes from the rows of logits that it samples from (`tape.py`). Where those rows are not the raw ones, the text is read again.
 
-What is recorded is the raw log-softmax at temperature 1 (`logprobs_mode="raw_logprobs"`). Requests are independent, prefix
-caching is off: on a CPU in float32 a work unit that is submitted again returns the same bits (measured, two processes).
-Before hidden states are trusted, a few real rows are read both ways; the run is refused where they disagree.
+Recorded is the raw log-softmax at temperature 1 (`logprobs_mode="raw_logprobs"`). Requests are independent and prefix caching
+is off: on a CPU in float32 a work unit that is submitted again returns the same bits (measured in two processes). Before
+hidden states are used, a few real rows are read both ways, and the run is refused if they disagree.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ from kdata.teachers.reduce import draw_seed, readout_of, reduce_chunks
 from kdata.teachers.tape import KEY, TAPES, Tape
 from kdata.teachers.windows import ENTRY_BYTES, GIB, by_windows, rows_per_step, windows
 
-# Largest difference in nats between the two ways of reading, by arithmetic of the forward pass: float32 differs by order of
-# summation (measured 4e-5), the 16-bit ones by their own rounding.
+# Largest difference in nats between the two ways of reading, by dtype of the forward pass: float32 differs by the order of
+# summation (measured 4e-5), 16-bit types by their rounding.
 PARITY_NATS = {"float32": 2e-3, "float16": 0.05, "bfloat16": 0.25}
 PARITY_ROWS, PARITY_TOKENS = 4, 128
 # Tokens of one step of the engine: at most (its own defaults), and at least, whatever the vocabulary.
@@ -217,10 +217,10 @@ class VllmTeacher:
         outputs = self._generate(sequences, [params] * len(sequences), on_tokens, written=False)
         readouts = []
         for ids, output in zip(sequences, outputs, strict=True):
-            top = _rectangle(output.prompt_logprobs, first=1, k=keep.k)
-            if len(top[0]) != len(ids) - 1 or not np.array_equal(top[0], ids[1:]):
-                raise TeacherError("vLLM returned log-probabilities for other tokens than it was given")
-            readouts.append(_readout(ids, 1, top, keep))
+            actual, *top = _rectangle(output.prompt_logprobs, first=1, k=keep.k)
+            if not np.array_equal(actual, ids[1:]):
+                raise TeacherError("vLLM returned log-probabilities for other tokens than those of the prompt")
+            readouts.append(readout_from_top(ids, 1, *top, keep))
         return readouts
 
     def _read_hidden(
@@ -388,7 +388,7 @@ class VllmTeacher:
         sampling: SamplingConfig,
         on_tokens: OnTokens,
     ) -> list[Any]:
-        """Completions of the engine; each ended by a stop or by its length."""
+        """Completions of the engine. Raises TeacherError where one ended neither by a stop nor by its length."""
         try:
             outputs = [output.outputs[0] for output in self._generate(prompts, params, on_tokens, written=True)]
         except TeacherError as error:
@@ -500,10 +500,11 @@ def _structure(sampling: SamplingConfig) -> StructuredOutputsParams | None:
 
 
 def _quiet_llvmlite() -> None:
-    """Keep vLLM's CPU start from tripping over llvmlite (numba, which the codec uses).
+    """Keep vLLM's start on a CPU from failing on llvmlite, which numba loads.
 
     vLLM 0.32 looks at the `__dict__` of every object in every loaded module; llvmlite's library handle answers any
-    attribute, `__dict__` too, with a function wrapper, and vLLM calls `.get` on it. Dunder names are none of its.
+    attribute, `__dict__` too, with a function wrapper, and vLLM calls `.get` on it. Here it refuses names with two
+    underscores.
     """
     module = sys.modules.get("llvmlite.binding.ffi")
     handle = getattr(module, "_lib_wrapper", None)
@@ -536,26 +537,7 @@ def _rectangle(flat: Any, *, first: int, k: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _written(ids: np.ndarray, start: int, flat: Any, keep: KeepConfig) -> Readout:
-    top = _rectangle(flat, first=0, k=keep.k)
-    if not np.array_equal(top[0], ids[start:]):
+    actual, *top = _rectangle(flat, first=0, k=keep.k)
+    if not np.array_equal(actual, ids[start:]):
         raise TeacherError("vLLM returned log-probabilities for other tokens than it wrote")
-    return _readout(ids, start, top, keep)
-
-
-def _readout(ids: np.ndarray, start: int, top: tuple[np.ndarray, ...], keep: KeepConfig) -> Readout:
-    """Place arrays of the positions from `start` on beside the whole sequence."""
-    _, logprob, rank, top_ids, top_logprobs = top
-    recorded = np.arange(len(ids)) >= start
-
-    def beside(values: np.ndarray, fill: float) -> np.ndarray:
-        return np.concatenate([np.full((start, *values.shape[1:]), fill, values.dtype), values])
-
-    return readout_from_top(
-        ids,
-        beside(logprob, np.nan),
-        beside(rank, 0),
-        beside(top_ids, 0),
-        beside(top_logprobs, 0),
-        recorded,
-        keep,
-    )
+    return readout_from_top(ids, start, *top, keep)
