@@ -96,7 +96,8 @@ def import_dataset(
         folder = None if tokenizer is None else stack.enter_context(tokenizer_files(tokenizer))
         kind = SourceInfo(kind="import", settings=settings, num_units=None)
         writer = stack.enter_context(Writer(root, info, config.name, kind, resume=resume, tokenizer_dir=folder))
-        task = stack.enter_context(Task(f"{config.name}: reading", None, "rows", log or journal_of(root)))
+        title, journal = f"{config.name}: reading", log or journal_of(root)
+        task = stack.enter_context(Task(title, None, "rows", journal, source=config.name))
         units = 0
         for unit in _units(rows, config, info.vocab_size, tokenizer, report):
             rows_read = len(unit.records) + len(unit.rejects)

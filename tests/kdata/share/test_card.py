@@ -276,7 +276,7 @@ def test_the_costs_are_from_the_log_beside_the_dataset(tmp_path: Path) -> None:
     assert "## What it took" not in bare
     log, cores = journal_of(dataset.path), Devices(kind="cpu", count=2, name="CPU core")
     for name, tokens in (("capture: reading", 1000), ("capture: reading", 234), ("other: reading", 9)):
-        with Task(name, 10, "documents", log, cores) as task:
+        with Task(name, 10, "documents", log, cores, source=name.split(":")[0]) as task:
             task.advance(5, tokens=tokens)
     lines = [
         line.model_copy(update={"seconds": 90.0, "busy_seconds": 10.0, "energy_joules": 1800.0})
