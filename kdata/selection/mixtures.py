@@ -44,7 +44,7 @@ class Apportioned(Step):
     def make(self, session: Session, domains: Domains) -> Made:
         """See `Step.make`."""
         if self.take == "first" and self.parent is None:
-            raise ConfigError("take=first takes the first sequences of a plan: name it (--from PLAN), or take=random")
+            raise ConfigError("take=first takes the first sequences of a plan: name it (--parent PLAN), or take=random")
         sql, given = (FIRST, {}) if self.take == "first" else (RANDOM, {"seed": self.seed})
         weights, told = self.weigh(session, domains)
         ranking = Ranking(sql, given, [], True, self.unit)

@@ -436,7 +436,7 @@ def test_what_is_refused(four: kdata.Dataset, tmp_path: Path) -> None:
     cases: list[tuple[Step, type[Exception], str]] = [
         (Random(parent="nowhere", name="r"), MissingError, "make it with `kdata select`"),
         (Random(parent="random"), ConfigError, "would be made from itself"),
-        (Cap(size=3, take="first"), ConfigError, "--from PLAN"),
+        (Cap(size=3, take="first"), ConfigError, "--parent PLAN"),
         (Difference(score="nobody"), MissingError, "no score 'nobody'"),
         (Sql(sql="select id from rows; select id from rows"), QueryError, "one query makes a plan"),
         (Sql(sql="copy (select 1) to 'x'"), QueryError, "reads, it does not change"),

@@ -122,10 +122,21 @@ def test_the_commands(dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytes
 
     root = dataset.path
     assert "plan difference: 5 rows" in call("select", root)
-    call("select", root, "--method", "static", "--from", "difference", "--weights", "code=0,prose=1", "--unit", "sequences",
+    call("select", root, "--method", "static", "--parent", "difference", "--weights", "code=0,prose=1", "--unit", "sequences",
          "--size", 8, "--max-repeats", 2, "--name", "mixed", "--threads", 1, "--memory", "1GB")  # fmt: skip
     call(
-        "select", root, "--method", "cap", "--from", "mixed", "--size", 4, "--set", "unit=sequences", "--take", "first"
+        "select",
+        root,
+        "--method",
+        "cap",
+        "--parent",
+        "mixed",
+        "--size",
+        4,
+        "--set",
+        "unit=sequences",
+        "--take",
+        "first",
     )
     shown = call("plan", "show", root, "cap")
     assert "asked for 4 sequences, got 4" in shown and "from plan mixed" in shown
