@@ -32,7 +32,6 @@ from kdata.selection.select import select as select_rows
 from kdata.selection.show import Shown, draw, table_of
 from kdata.selection.show import compare as compare_plans
 from kdata.selection.step import Step
-from kdata.store.open import open_index
 from kdata.store.sql import Room
 
 
@@ -42,9 +41,10 @@ class ScoreSettings(ScoreConfig):
     model: ReadingModel
 
 
-def method_option(field: str, metavar: str | None = None) -> FieldOption:
+def method_option(field: str, metavar: str | None = None, *, flag: str | None = None) -> FieldOption:
     """An option for a setting that some of the methods of `kdata select` have."""
-    return option(field, *(model for model in METHODS.values() if field in model.model_fields), metavar=metavar)
+    models = [model for model in METHODS.values() if field in model.model_fields]
+    return option(field, *models, flag=flag, metavar=metavar)
 
 
 PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="Name of a plan of the dataset.")]
@@ -105,7 +105,7 @@ def select(
     weights: Annotated[str | None, method_option("weights", "DOMAIN=W,...")] = None,
     temperature: Annotated[float | None, method_option("temperature")] = None,
     size: Annotated[int | None, method_option("size")] = None,
-    unit: Annotated[str | None, method_option("unit")] = None,
+    count_by: Annotated[str | None, method_option("unit", flag="--count-by")] = None,
     max_repeats: Annotated[float | None, method_option("max_repeats")] = None,
     take: Annotated[str | None, method_option("take")] = None,
     seed: Annotated[int | None, method_option("seed")] = None,
@@ -131,10 +131,10 @@ def select(
     values = {
         "method": method or ("sql" if sql else None), "parent": parent, "name": name, "share": share, "by_domain": by_domain,
         "score": score, "sql": sql, "weights": None if weights is None else weights_of(weights), "temperature": temperature,
-        "size": size, "unit": unit, "max_repeats": max_repeats, "take": take, "seed": seed,
+        "size": size, "unit": count_by, "max_repeats": max_repeats, "take": take, "seed": seed,
     }  # fmt: skip
     step = parse_step(with_settings(values, set))
-    print_shown(table_of(select_rows(open_index(dataset), step, Room(memory, threads))))
+    print_shown(table_of(select_rows(kdata.open(dataset), step, Room(memory, threads))))
 
 
 def weights_of(text: str) -> dict[str, float]:
@@ -166,7 +166,7 @@ def show(
 
     Prints a table and draws a picture. --format json prints the plan's description, and draws only if --picture is given.
     """
-    opened = open_index(dataset)
+    opened = kdata.open(dataset)
     chosen = open_plan(opened, plan)
     file = Path(picture or f"plan-{chosen.info.name}.png")
     if format is Format.json:
@@ -187,7 +187,7 @@ def compare(
 
     Prints for each domain how many rows both take, and how many only one of them.
     """
-    print_shown(compare_plans(open_index(dataset), plan, other))
+    print_shown(compare_plans(kdata.open(dataset), plan, other))
 
 
 def print_shown(shown: Shown) -> None:

@@ -26,6 +26,7 @@ from kdata.store.url import is_url
 from kdata.teachers.config import TeacherConfig
 
 MAX_ROWS = 200  # of a table on a terminal
+WIDE = 20  # characters that a column needs at most; longer text is wrapped
 out = Console(highlight=False)
 
 
@@ -204,10 +205,26 @@ def print_query(table: pa.Table, format: SqlFormat | Format) -> None:
         csv.write_csv(table, sys.stdout.buffer)
         return
     numbers = [pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in table.schema.types]
-    rows = ([cell(value) for value in row.values()] for row in table.slice(0, MAX_ROWS).to_pylist())
-    print_rows(table.column_names, rows, right=numbers)
+    columns = table.column_names
+    rows = [[cell(value) for value in row.values()] for row in table.slice(0, MAX_ROWS).to_pylist()]
+    widths = [max(len(column), *(min(len(row[n]), WIDE) for row in rows), 0) for n, column in enumerate(columns)]
+    if sum(widths) + 2 * len(widths) > out.width:
+        print_records(columns, rows)
+    else:
+        print_rows(columns, rows, right=numbers)
     if table.num_rows > MAX_ROWS:
         say(f"{MAX_ROWS} of {table.num_rows:,} rows; --format csv prints all")
+
+
+def print_records(columns: list[str], rows: list[list[str]]) -> None:
+    """Print each row below the other, a column a line: for tables that are wider than the terminal."""
+    for number, row in enumerate(rows, 1):
+        grid = Table(
+            title=Text(f"row {number}"), title_justify="left", box=None, show_header=False, padding=(0, 1, 0, 0)
+        )
+        for column, text in zip(columns, row, strict=True):
+            grid.add_row(Text(f"  {column}", "bold"), Text(text))
+        out.print(grid)
 
 
 def print_rows(
@@ -216,7 +233,7 @@ def print_rows(
     """Print a table; columns that are marked in `right` are numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for column, is_number in zip(columns, right, strict=True):
-        table.add_column(Text(column), justify="right" if is_number else "left")
+        table.add_column(Text(column), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(text) for text in row))
     out.print(table)

@@ -25,8 +25,6 @@ from kdata.pipelines.cli.common import (
     print_query,
     say,
 )
-from kdata.pipelines.report.report import write_report
-from kdata.store.open import open_index
 
 DOMAINS = (
     'select source, domain, count(*) as "rows", sum(num_tokens)::bigint as tokens, avg(nll) as nll, '
@@ -110,7 +108,7 @@ def sql(
       kdata sql my-dataset "select domain, count(*), avg(nll) from rows group by 1"
       kdata sql my-dataset "select id, text from rows where nll > 5" --format csv
     """
-    print_query(open_index(dataset).sql(query), format)
+    print_query(kdata.open(dataset).sql(query), format)
 
 
 def status(
@@ -141,6 +139,8 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder that `
 
     The page is RUN/report.html.
     """
+    from kdata.pipelines.report.report import write_report  # needs the extra `report`, and no other command here does
+
     say(f"report: {write_report(local_folder_of_run(run))}")
 
 

@@ -205,6 +205,22 @@ ADVICE = {
 }
 
 
+# The extra that brings a package, for commands that start without it. Most stages say so themselves.
+EXTRA_OF = {
+    "torch": "train",
+    "transformers": "train",
+    "safetensors": "train",
+    "matplotlib": "report",
+    "polars": "polars",
+}
+
+
+def missing_package(error: BaseException) -> str | None:
+    """The package of an extra that is not installed, where that is what is wrong."""
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return package if package in EXTRA_OF else None
+
+
 def library_errors() -> tuple[type[BaseException], ...]:
     """The error classes of LIBRARY_ERRORS whose library is loaded."""
     loaded = [(sys.modules[name], kind) for name, (kind, _) in LIBRARY_ERRORS.items() if name in sys.modules]
@@ -267,6 +283,14 @@ def call(arguments: Sequence[str]) -> int:
         status, text = status_and_text(error)
         errors.print("[bold red]error:[/] ", end="")
         errors.print(text, markup=False)
+    except ModuleNotFoundError as error:
+        package = missing_package(error)
+        if "--debug" in arguments or package is None:
+            raise
+        status = 1
+        errors.print("[bold red]error:[/] ", end="")
+        message = f"this command needs {package}, which is not installed: pip install 'kdata[{EXTRA_OF[package]}]'"
+        errors.print(message, markup=False)
     except KeyboardInterrupt:
         status = 130
     if status == 130:

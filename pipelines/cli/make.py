@@ -96,7 +96,7 @@ def capture(
     \b
     Examples:
       kdata capture my-dataset --teacher MODEL --corpus texts.parquet
-      kdata capture my-topk --teacher MODEL --corpus texts.parquet --kind topk --k 64
+      kdata capture my-topk --teacher MODEL --corpus texts --kind topk --k 64
     """
     values = with_settings(
         {

@@ -129,7 +129,7 @@ def train(
     \b
     Examples:
       kdata train my-dataset --out student
-      kdata train my-dataset --plan difference --out student --steps 1000 --set learning_rate=1e-3
+      kdata train my-dataset --plan difference --out student --steps 1000
     """
     folder, config = local_folder(out_dir), train_config(file, steps, set)
     opened = kdata.open(dataset)
