@@ -29,12 +29,13 @@ TAGS = ("kind", "method")  # keys that tell the models of a union apart
 
 
 def parse_config(model: type[Model], values: dict[str, Any], where: str) -> Model:
-    """Validate `values` as `model`. Raises ConfigError with every problem, one a line."""
+    """Validate `values` as `model`. Raises ConfigError: one problem on one line, or several, a line each."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
         lines = [_problem(model, problem) for problem in error.errors()]
-        raise ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+        listing = f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
+        raise ConfigError(f"{where}:{listing}") from error
 
 
 def _problem(model: type[BaseModel], problem: Any) -> str:
@@ -45,8 +46,13 @@ def _problem(model: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
-    return f"{key + ': ' if key else ''}{message}{given}"
+    # What a rule about several keys refuses is the whole mapping, and the message names the keys.
+    value = (
+        ""
+        if problem["type"] == "value_error" and isinstance(problem["input"], dict)
+        else f" (got {problem['input']!r})"
+    )
+    return f"{key + ': ' if key else ''}{message}{value}"
 
 
 def _follow(model: type[BaseModel], location: list[str]) -> tuple[list[str], list[str]]:

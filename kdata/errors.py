@@ -16,7 +16,7 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 class KdataError(Exception):
-    """Anything that kdata refuses. The command line prints it without a traceback and exits with status 1."""
+    """Anything that kdata refuses. The command line prints it on one line, without a traceback."""
 
 
 class ConfigError(KdataError, ValueError):
