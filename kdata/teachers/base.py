@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from kdata.format.keep import KeepConfig, keep_top
-from kdata.format.kept import Kept
+from kdata.format.kept import Kept, log_tail
 from kdata.format.schema import TeacherInfo
 from kdata.teachers.config import SamplingConfig
 
@@ -100,13 +100,11 @@ def readout_from_top(
 ) -> Readout:
     """Build a Readout from rectangular top-k arrays aligned with `token_ids`; rows outside `recorded` are ignored."""
     kept = keep_top(keep, ids_TK, logprobs_TK, recorded)
-    with np.errstate(divide="ignore"):
-        tail = np.log(np.clip(1.0 - kept.mass(), 0.0, 1.0))
     return Readout(
         token_ids=token_ids.astype(np.int32, copy=False),
         logprob=np.where(recorded, logprob, np.nan).astype(np.float32),
         rank=np.where(recorded, rank, 0).astype(np.int32),
         kept=kept,
-        log_tail=np.where(recorded, tail, np.nan).astype(np.float32),
+        log_tail=np.where(recorded, log_tail(kept.mass()), np.float32(np.nan)),
         entropy=None,
     )
