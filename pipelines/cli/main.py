@@ -24,6 +24,7 @@ from kdata.errors import KdataError, MissingError
 from kdata.format.files import write_atomically
 from kdata.observe.text import number
 from kdata.pipelines.cli.app import Resume, ResumeOption, SetOption, _with_settings, app, out
+from kdata.pipelines.environment import set_environment
 
 
 @app.command()
@@ -153,6 +154,7 @@ def evaluate(
 
 def main() -> None:
     """Entry point: one clear line and exit status 1 for what kdata refuses, a traceback only with --debug."""
+    set_environment()
     # vLLM and torch talk to stderr while they load; what matters of it reaches the user as an error of ours.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

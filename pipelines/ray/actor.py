@@ -20,6 +20,7 @@ from kdata.format.records import Shard, Unit
 from kdata.format.schema import DatasetInfo, TeacherInfo
 from kdata.jobs.job import Job, WorkUnit, devices_of
 from kdata.observe.energy import Devices
+from kdata.pipelines.environment import set_environment
 from kdata.store.staging import Staging
 from kdata.teachers.base import Teacher
 from kdata.teachers.config import TeacherConfig
@@ -31,6 +32,7 @@ Loader = Callable[[TeacherConfig, int], tuple[Teacher, Any]]
 
 def load_both(config: TeacherConfig, max_k: int) -> tuple[Teacher, Any]:
     """A teacher and its tokenizer. Errors as in `load_teacher` and `load_tokenizer`."""
+    set_environment()  # nothing has imported torch in this process yet
     teacher = load_teacher(config, max_k=max_k)
     return teacher, load_tokenizer(config.model, teacher.info.revision)
 
