@@ -444,7 +444,7 @@ def test_what_is_refused(four: kdata.Dataset, tmp_path: Path) -> None:
     cases: list[tuple[Step, type[Exception], str]] = [
         (Random(parent="nowhere", name="r"), MissingError, "write the plan with `kdata select`"),
         (Random(parent="random"), ConfigError, "cannot be its own parent"),
-        (Cap(size=3, take="first"), ConfigError, "--from PLAN"),
+        (Cap(size=3, take="first"), ConfigError, "--parent PLAN"),
         (Difference(score="nobody"), MissingError, "no score 'nobody'"),
         (Sql(sql="select id from rows; select id from rows"), QueryError, "a plan needs exactly one query"),
         (Sql(sql="copy (select 1) to 'x'"), QueryError, "reads, it does not change"),
