@@ -462,7 +462,7 @@ def test_a_server_that_comes_back_as_another_model_is_refused(
     with StandInServer(llama_dir) as server, StandInServer(llama_dir) as other:
         server.fault = lambda call: replaced(call) or True
         assert_read(opened(llama_dir, server, other))  # the other one does all
-        until(lambda: "left out" in caplog.text)
+        until(lambda: "is not used any more" in caplog.text)
         assert "believes otherwise" in caplog.text
     with StandInServer(llama_dir) as server:
         server.fault = lambda call: replaced(call) or True
