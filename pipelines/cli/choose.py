@@ -125,7 +125,7 @@ def select(
     \b
     Examples:
       kdata select my-dataset --method difference --share 0.5
-      kdata select my-dataset --sql "select id from rows where nll < 4" --name easy
+      kdata select my-dataset --name easy --sql "select id from rows where nll<4"
       kdata select my-dataset --parent easy --method cap --size 1000000
     """
     values = {

@@ -122,7 +122,7 @@ def test_the_commands(dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytes
 
     root = dataset.path
     assert "plan difference: 5 rows" in call("select", root)
-    call("select", root, "--method", "static", "--parent", "difference", "--weights", "code=0,prose=1", "--unit", "sequences",
+    call("select", root, "--method", "static", "--parent", "difference", "--weights", "code=0,prose=1", "--count-by", "sequences",
          "--size", 8, "--max-repeats", 2, "--name", "mixed", "--threads", 1, "--memory", "1GB")  # fmt: skip
     call(
         "select",
