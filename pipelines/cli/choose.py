@@ -41,10 +41,10 @@ class ScoreSettings(ScoreConfig):
     model: ReadingModel
 
 
-def method_option(field: str, metavar: str | None = None, *, flag: str | None = None) -> FieldOption:
+def method_option(field: str, metavar: str | None = None) -> FieldOption:
     """An option for a setting that some of the methods of `kdata select` have."""
     models = [model for model in METHODS.values() if field in model.model_fields]
-    return option(field, *models, flag=flag, metavar=metavar)
+    return option(field, *models, metavar=metavar)
 
 
 PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="Name of a plan of the dataset.")]
@@ -105,7 +105,7 @@ def select(
     weights: Annotated[str | None, method_option("weights", "DOMAIN=W,...")] = None,
     temperature: Annotated[float | None, method_option("temperature")] = None,
     size: Annotated[int | None, method_option("size")] = None,
-    count_by: Annotated[str | None, method_option("unit", flag="--count-by")] = None,
+    count_by: Annotated[str | None, method_option("count_by")] = None,
     max_repeats: Annotated[float | None, method_option("max_repeats")] = None,
     take: Annotated[str | None, method_option("take")] = None,
     seed: Annotated[int | None, method_option("seed")] = None,
@@ -131,7 +131,7 @@ def select(
     values = {
         "method": method or ("sql" if sql else None), "parent": parent, "name": name, "share": share, "by_domain": by_domain,
         "score": score, "sql": sql, "weights": None if weights is None else weights_of(weights), "temperature": temperature,
-        "size": size, "unit": count_by, "max_repeats": max_repeats, "take": take, "seed": seed,
+        "size": size, "count_by": count_by, "max_repeats": max_repeats, "take": take, "seed": seed,
     }  # fmt: skip
     step = parse_step(with_settings(values, set))
     print_shown(table_of(select_rows(kdata.open(dataset), step, Room(memory, threads))))

@@ -31,6 +31,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 import kdata
+from kdata.config import set_environment
 from kdata.errors import ConfigError, KdataError
 
 
@@ -307,6 +308,7 @@ def report_defect(kind: type[BaseException], error: BaseException, trace: Traceb
 
 def main() -> None:
     """Entry point."""
+    set_environment()
     # vLLM and torch talk to stderr while they load; what matters of it reaches the user as an error of ours.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

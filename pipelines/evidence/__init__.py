@@ -17,3 +17,7 @@ everything), `mixture` (DDK against fixed domain weights).
 
 Another question takes `runs.py` and `summary.py` as they are, and brings its own settings and its own `measure`.
 """
+
+from kdata.config import set_environment
+
+set_environment()  # here, because the modules of this folder import torch at their top
