@@ -41,10 +41,10 @@ class ScoreSettings(ScoreConfig):
     model: ReadingModel
 
 
-def method_option(field: str, metavar: str | None = None, *, flag: str | None = None) -> FieldOption:
+def method_option(field: str, metavar: str | None = None) -> FieldOption:
     """An option for a setting that some of the methods of `kdata select` have."""
     models = [model for model in METHODS.values() if field in model.model_fields]
-    return option(field, *models, flag=flag, metavar=metavar)
+    return option(field, *models, metavar=metavar)
 
 
 PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="Name of a plan of the dataset.")]
@@ -125,7 +125,7 @@ def select(
     \b
     Examples:
       kdata select my-dataset --method difference --share 0.5
-      kdata select my-dataset --sql "select id from rows where nll < 4" --name easy
+      kdata select my-dataset --name easy --sql "select id from rows where nll<4"
       kdata select my-dataset --parent easy --method cap --size 1000000
     """
     values = {

@@ -105,8 +105,8 @@ def sql(
 
     \b
     Examples:
-      kdata sql my-dataset "select domain, count(*), avg(nll) from rows group by 1"
-      kdata sql my-dataset "select id, text from rows where nll > 5" --format csv
+      kdata sql my-dataset "select domain, avg(nll) from rows group by 1"
+      kdata sql my-dataset "select id, text from rows" --format csv
     """
     print_query(kdata.open(dataset).sql(query), format)
 

@@ -50,7 +50,9 @@ from kdata.teachers.config import TeacherConfig
 def test_each_mistake_names_key_value_and_nearest(model: type, values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         parse_config(model, values, "capture settings")
-    assert str(caught.value).startswith("capture settings: ") and "\n" not in str(caught.value)
+    first, *others = str(caught.value).splitlines()
+    assert first.startswith("capture settings:") and all(line.startswith("  ") for line in others)
+    assert len(others) != 1, "one problem stands on the first line"
 
 
 def test_every_problem_is_listed_on_a_line_of_its_own() -> None:

@@ -32,7 +32,7 @@ OWN = {
 }  # fmt: skip
 FORMAT_OF_OUTPUT = {"info", "sql", "status", "verify", "audit", "evaluate", "plan show", "export"}
 # Options with another name than their field: the option is named for the part of the settings that the field stands for.
-RENAMED = {("model", "--teacher"), ("path", "--corpus"), ("path", "--prompts"), ("unit", "--count-by")}
+RENAMED = {("model", "--teacher"), ("path", "--corpus"), ("path", "--prompts")}
 
 
 def function_of(command: str) -> Any:
@@ -144,7 +144,7 @@ def test_help_loads_nothing_heavy() -> None:
         "print(*{name.split('.')[0] for name in sys.modules}, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    heavy = {"torch", "vllm", "duckdb", "numba", "pyarrow", "numpy", "pydantic", "transformers", "matplotlib", "ray"}
+    heavy = {"torch", "vllm", "duckdb", "numba", "pyarrow", "numpy", "transformers", "matplotlib", "ray"}
     assert "rich" in done.stderr and not set(done.stderr.split()) & heavy
 
 
