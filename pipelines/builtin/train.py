@@ -289,7 +289,7 @@ def main() -> None:
     """Train both models into OUT, a new folder; then replace `models/` by it."""
     set_environment()
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m kdata.pipelines.builtin.train OUT   (a new folder; 17 minutes of CPU time)")
+        sys.exit("usage: python -m kdata.pipelines.builtin.train OUT   (a new folder; 18 minutes of CPU time)")
     out = Path(sys.argv[1])
     if out.exists():
         sys.exit(f"error: {out} exists already; name a new folder")
