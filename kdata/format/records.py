@@ -1,11 +1,13 @@
-"""What a shard is written from: records of sequences, the rejects beside them, the unit of work that holds both.
+"""What a shard is written from: records of sequences, rejects, and the unit of work that holds both.
 
 Shapes: T tokens of one sequence, N kept entries of it in all."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -15,18 +17,34 @@ from kdata.format.schema import ManifestEntry
 
 
 def inputs_of(payload: pa.Table) -> str:
-    """SHA-256 over ids and token ids, in order; see schemas/README.md."""
-    digest = hashlib.sha256()
-    for row_id, token_ids in zip(payload["id"], payload["input_ids"], strict=True):
-        digest.update(row_id.as_py().encode() + b"\0" + token_ids.values.to_numpy().astype("<i4").tobytes())
-    return digest.hexdigest()
+    """`inputs_digest` of the rows of a payload table."""
+    ids, token_ids = payload["id"].to_pylist(), (value.values.to_numpy() for value in payload["input_ids"])
+    return _digest_of(zip(ids, token_ids, strict=True))
 
 
-def inputs_digest(sequences: list[Record]) -> str:
-    """SHA-256 over ids and token ids, in order."""
+class HasTokens(Protocol):
+    """A sequence as its digest sees it."""
+
+    @property
+    def id(self) -> str:
+        """Id of the row."""
+        ...
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """int32 [T]."""
+        ...
+
+
+def inputs_digest(sequences: Iterable[HasTokens]) -> str:
+    """SHA-256 (hex) over ids and token ids, in order; see schemas/README.md."""
+    return _digest_of((sequence.id, sequence.token_ids) for sequence in sequences)
+
+
+def _digest_of(rows: Iterable[tuple[str, np.ndarray]]) -> str:
     digest = hashlib.sha256()
-    for sequence in sequences:
-        digest.update(sequence.id.encode() + b"\0" + sequence.token_ids.astype("<i4").tobytes())
+    for row_id, token_ids in rows:
+        digest.update(row_id.encode() + b"\0" + token_ids.astype("<i4").tobytes())
     return digest.hexdigest()
 
 
@@ -66,7 +84,7 @@ class Reject:
 
 @dataclass
 class UnitResult:
-    """What one work unit hands over for commit."""
+    """The result of one work unit, ready to be committed."""
 
     number: int
     records: list[Record]
@@ -76,7 +94,7 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class Shard:
-    """A unit whose files are in place: its manifest line, the ids of its rows, and the mean mass kept at its targets."""
+    """A unit whose files are written: its manifest line, the ids of its rows, and the mean kept mass of its targets."""
 
     entry: ManifestEntry
     ids: list[str]

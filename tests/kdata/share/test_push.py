@@ -1,4 +1,4 @@
-"""Sharing: a pushed folder opens with the real `datasets`, and nothing else goes along."""
+"""Push: a shared folder opens with the real `datasets`, and holds only what belongs to the dataset."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from tests.fakes import digests
 LOAD = """
 import json, sys
 from datasets import load_dataset
-found = {}
+result = {}
 for stream in (False, True):
     for data_dir in (None, "data"):
         place = {"data_dir": data_dir, "cache_dir": sys.argv[2]}
         loaded = load_dataset(sys.argv[1], split="train", streaming=stream, **place)
         rows = list(loaded)
-        found[f"{stream} {data_dir}"] = [len(rows), sorted(rows[0]), [r["id"] for r in rows]]
+        result[f"{stream} {data_dir}"] = [len(rows), sorted(rows[0]), [r["id"] for r in rows]]
         if data_dir:
-            found["first"] = {k: rows[0][k] for k in ("input_ids", "rank", "num_exact")}
-print(json.dumps(found))
+            result["first"] = {k: rows[0][k] for k in ("input_ids", "rank", "num_exact")}
+print(json.dumps(result))
 """
 
 
@@ -44,18 +44,18 @@ def test_a_pushed_folder_opens_with_the_real_datasets_library(captured: Path, tm
         capture_output=True, text=True, cwd=tmp_path, timeout=200, check=False,
     )  # fmt: skip
     assert output.returncode == 0, output.stderr
-    found, dataset = json.loads(output.stdout), kdata.open(captured)
+    result, dataset = json.loads(output.stdout), kdata.open(captured)
     ids = dataset.index(["id"])["id"].to_pylist()
     for stream in (False, True):
-        assert found[f"{stream} None"] == [25, sorted(dataset.index().column_names), ids]
-        count, columns, payload_ids = found[f"{stream} data"]
+        assert result[f"{stream} None"] == [25, sorted(dataset.index().column_names), ids]
+        count, columns, payload_ids = result[f"{stream} data"]
         assert (count, payload_ids) == (25, ids) and {"input_ids", "log_tail", "num_exact"} <= set(columns)
     first = dataset[0]
-    assert found["first"]["input_ids"] == first.token_ids.tolist() and found["first"]["rank"] == first.rank.tolist()
-    assert found["first"]["num_exact"] == first.num_exact.tolist()
+    assert result["first"]["input_ids"] == first.token_ids.tolist() and result["first"]["rank"] == first.rank.tolist()
+    assert result["first"]["num_exact"] == first.num_exact.tolist()
 
 
-def test_a_copy_has_what_belongs_and_nothing_else(copied: Path, tmp_path: Path) -> None:
+def test_a_copy_holds_the_files_of_the_dataset_and_no_others(copied: Path, tmp_path: Path) -> None:
     select(kdata.open(copied), All())
     (copied / "notes.txt").write_text("mine")
     (copied / "plans/all.json.tmp").write_text("left by a killed run")
@@ -66,9 +66,9 @@ def test_a_copy_has_what_belongs_and_nothing_else(copied: Path, tmp_path: Path) 
     assert kdata.open(tmp_path / "shared").content_digest == kdata.open(copied).content_digest
 
 
-def test_what_is_not_whole_is_not_shared(copied: Path, tmp_path: Path) -> None:
+def test_a_damaged_dataset_is_not_shared(copied: Path, tmp_path: Path) -> None:
     (copied / "data/stray.arrow").write_text("")
-    with pytest.raises(CorruptError, match="is not shared so"):
+    with pytest.raises(CorruptError, match="is damaged and was not shared"):
         push(kdata.open(copied), str(tmp_path / "shared"))
     (copied / "data/stray.arrow").unlink()
     (tmp_path / "secret").write_text("key")
@@ -78,12 +78,16 @@ def test_what_is_not_whole_is_not_shared(copied: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "shared").exists()
 
 
-def test_a_destination_that_is_taken_or_no_name_is_refused(captured: Path, tmp_path: Path) -> None:
+def test_a_destination_that_is_not_free_or_not_valid_is_refused(captured: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("")
     for target in (tmp_path / "full", tmp_path / "full/file", captured):
         with pytest.raises(ConfigError, match="not an empty folder"):
             push(kdata.open(captured), str(target))
+    with pytest.raises(
+        ConfigError, match=r"is a URL, and this needs a local path: push copies to a folder or to the Hub"
+    ):
+        push(kdata.open(captured), "s3://bucket/name")
     with pytest.raises(ConfigError, match="write hf://OWNER/NAME"):
         push(kdata.open(captured), "hf://nobody")
     assert hub_name("hf://datasets/a/b") == hub_name("hf://a/b") == "a/b"
