@@ -170,6 +170,9 @@ def _decode_gaps(codes_N, num_exact_T, log_tail_T, gap_steps, exp_table, logprob
             reached += gap_steps[codes_N[n + r]]
             total += exp_table[min(reached, len(exp_table) - 1)]
         height = np.log1p(-np.exp(np.float64(log_tail_T[t]))) - np.log(total)
+        height -= (
+            count + 4
+        ) * 2.0**-52  # what rounding of these sums can add: near p = 1 float32 is fine enough to show it
         reached = 0
         for r in range(count):
             reached += gap_steps[codes_N[n + r]]
