@@ -457,7 +457,7 @@ def test_what_is_refused(four: kdata.Dataset, tmp_path: Path) -> None:
         with pytest.raises(error, match=words):
             select(four, step)
     assert not (four.path / "plans").exists() and not list(tmp_path.glob(".four.*/"))
-    with pytest.raises(ConfigError, match=r"no amount of memory"):
+    with pytest.raises(ConfigError, match=r"not an amount of memory"):
         select(four, All(), Room(memory_limit="much"))
     with pytest.raises(StorageError, match="being written by another process"), lock_of(four.path):
         select(four, All())
