@@ -192,5 +192,5 @@ def test_each_row_has_its_own_shares() -> None:
     )  # fmt: skip
     found = mix([halves[0], empty], np.array([[0.5, 0.5], [0.5, 0.5]]), "ghost").sequences
     assert found.num_kept.tolist() == [0, 2, 0] and np.isnan(found.log_tail[2]) and np.isnan(found.logprob[2])
-    with pytest.raises(DataError, match="nothing recorded in one of the payloads"):
+    with pytest.raises(DataError, match="one of the payloads has nothing recorded"):
         mix([replace(s, target_mask=one.target_mask) for s in (halves[0], empty)], np.full((2, 2), 0.5), "ghost")
