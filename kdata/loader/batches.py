@@ -1,6 +1,6 @@
 """Dataset and plan to batches of plain numpy arrays, for the trainer of this repository and for anybody's own.
 
-    for batch in Batches(dataset, plan.rows(dataset), LoaderConfig(context_tokens=2048)):
+    for batch in Batches(dataset, plan.rows(dataset), BatchesConfig(context_tokens=2048)):
         ...  # batch.input_ids, batch.entry_ids, batch.entry_logprobs, ...
 
 Rows of several whole documents: none is cut, none is dropped, none sees another (positions restart, segments differ). The
@@ -44,7 +44,7 @@ from kdata.store.dataset import Dataset
 Item = TypeVar("Item")
 
 
-class LoaderConfig(BaseModel):
+class BatchesConfig(BaseModel):
     """How documents are packed, ordered and read ahead."""
 
     model_config = ConfigDict(extra="forbid")
@@ -118,7 +118,7 @@ class Batches:
     Args:
         dataset: what is read.
         rows: int64 [R] global rows, repeats expanded (`Plan.rows`); None reads every row once an epoch.
-        config: see LoaderConfig.
+        config: see BatchesConfig.
         rank, world_size: this process takes the `rank`-th of `world_size` equal parts of every batch.
         entry_dtype: of `entry_ids`; torch indexes with int64.
     Raises:
@@ -130,7 +130,7 @@ class Batches:
         self,
         dataset: Dataset,
         rows: np.ndarray | None,
-        config: LoaderConfig,
+        config: BatchesConfig,
         *,
         rank: int = 0,
         world_size: int = 1,

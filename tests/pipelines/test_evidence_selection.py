@@ -16,8 +16,8 @@ from kdata.pipelines.evidence.runs import load_runs, run_all
 from kdata.pipelines.evidence.selection import SETTINGS, Selection, SelectionConfig, find, key_of, runs
 from kdata.pipelines.evidence.selection_figures import baseline, write_report
 from kdata.selection.plan import Plan
+from kdata.trainer.config import CheckpointStudent, ScratchStudent
 from kdata.trainer.domain_weights import DDKMixture, FixedMixture
-from kdata.trainer.student import CheckpointStudent, ScratchStudent
 from tests.fakes import rows_of_text, save_llama
 
 
@@ -131,8 +131,8 @@ def test_the_large_size_is_a_configuration() -> None:
 
 
 def test_an_unknown_setting_is_refused_and_paths_stay_out() -> None:
-    with pytest.raises(ConfigError, match="known are uniform"):
+    with pytest.raises(ConfigError, match="the settings are uniform"):
         find("mixture", "uniforn")
     given = {"teacher": "/a/teacher", "reference": "/a/ref", "corpus": "/a/corpus.parquet"}
-    config = SelectionConfig(student=CheckpointStudent(path="/a/student"), **given)  # type: ignore[arg-type]
+    config = SelectionConfig(student=CheckpointStudent(model="/a/student"), **given)  # type: ignore[arg-type]
     assert "/" not in json.dumps(config.identity())

@@ -14,14 +14,14 @@ from kdata.errors import ConfigError
 from kdata.jobs.combine import CombineConfig, combine
 from kdata.jobs.job import LocalEngine
 from kdata.jobs.reread import reread_with
-from kdata.loader.batches import LoaderConfig
+from kdata.loader.batches import BatchesConfig
 from kdata.teachers.model import load_tokenizer
-from kdata.trainer.config import TrainConfig
+from kdata.trainer.config import ScratchStudent, TrainConfig
 from kdata.trainer.evaluate import _first_choice, evaluate
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.loader import Batch, Loader
-from kdata.trainer.objectives import ObjectiveConfig, resolve_tail
-from kdata.trainer.student import ScratchStudent, build_student
+from kdata.trainer.objective_config import ObjectiveConfig, resolve_tail
+from kdata.trainer.student import build_student
 from kdata.trainer.train import train
 from tests.fakes import VOCAB, StandInTeacher, run_capture
 from tests.trainer.oracle import Problem, kl, oracle_values
@@ -38,7 +38,7 @@ def combined(root: Path, corpus: Path, tokenizer: Path, **settings: Any) -> list
 
 def batch_of(dataset: kdata.Dataset) -> tuple[Batch, np.ndarray]:
     """All rows in one batch, and the dense float64 average of the teachers at its M counted positions."""
-    [batch] = Loader(dataset, None, LoaderConfig(context_tokens=64, batch_rows=64)).epoch()
+    [batch] = Loader(dataset, None, BatchesConfig(context_tokens=64, batch_rows=64)).epoch()
     dense = []
     for document, row in enumerate(batch.rows):
         ids = dataset[int(row)].token_ids

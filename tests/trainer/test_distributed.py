@@ -183,7 +183,7 @@ def test_the_command_trains_under_torchrun(dataset: kdata.Dataset, folder: Path,
 def test_a_batch_that_ranks_cannot_share_is_refused(
     dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kdata.trainer.stages import micro_rows
+    from kdata.trainer.phases import micro_rows
 
     with pytest.raises(ConfigError, match=r"micro_batch_tokens=128 times 3 ranks.*each must be a multiple of the next"):
         micro_rows(TrainConfig(**{**BASE, "micro_batch_tokens": 128}), 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,15 +18,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import kdata
-from kdata.errors import CorruptError, DataError, MismatchError, MissingError
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
 from kdata.pipelines.cli.main import app
-from kdata.trainer.config import TrainConfig
-from kdata.trainer.evaluate import EvaluateConfig, _first_choice, evaluate
+from kdata.trainer.config import EvaluateConfig, ScratchStudent, TrainConfig
+from kdata.trainer.evaluate import _first_choice, evaluate
 from kdata.trainer.loader import Batch
 from kdata.trainer.objectives import Targets
-from kdata.trainer.student import ScratchStudent, build_student
+from kdata.trainer.student import build_student
 from kdata.trainer.train import train
-from tests.trainer.datasets import VOCAB, make_dataset
+from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
 
 LENGTHS = [5 + (i * 11) % 30 for i in range(30)]
 
@@ -79,7 +80,7 @@ def test_the_command(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
         gaps = sum(b["tokens"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / overall["tokens"]
         assert gaps == pytest.approx(overall["ece" if who == "student" else "teacher_ece"], rel=1e-6)
     for arguments, error, words in (
-        ((run / "modle", dataset.path), MissingError, "is no folder"),
+        ((run / "modle", dataset.path), MissingError, "is not a folder"),
         ((run / "model", dataset.path, "--save", tmp_path / "none" / "e.json"), MissingError, "make it first"),
     ):
         done = call(*arguments)
@@ -88,17 +89,17 @@ def test_the_command(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
 
 def test_what_cannot_be_measured_is_refused(run: Path, tmp_path: Path) -> None:
     long = make_dataset(tmp_path / "long", [80, 100])
-    with pytest.raises(DataError, match="a document has 100 tokens, the student knows 64 positions"):
+    with pytest.raises(DataError, match="a document has 100 tokens, the student has 64 positions"):
         evaluate(run / "model", long.path)
     masked = make_dataset(tmp_path / "masked", LENGTHS[:6], mask_every=1)
-    with pytest.raises(DataError, match=r"no token counts in .* nothing to measure"):
+    with pytest.raises(DataError, match=r"none of its tokens is a target .* nothing to measure"):
         evaluate(run / "model", masked.path)
 
 
 def test_a_train_json_that_is_none_is_named(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
     shutil.copytree(run / "model", tmp_path / "model")
     (tmp_path / "train.json").write_text("{}")
-    with pytest.raises(CorruptError, match=r"train\.json is not what `kdata train` writes"):
+    with pytest.raises(CorruptError, match=r"train\.json is not a result of `kdata train`"):
         evaluate(tmp_path / "model", dataset.path)
 
 
@@ -228,10 +229,29 @@ def test_the_teachers_first_choice_is_its_first_exact_entry_even_under_heavier_d
 
 
 def test_wrong_or_missing_models_are_refused(folder: Path, dataset: kdata.Dataset) -> None:
-    with pytest.raises(MissingError, match="is no folder"):
+    with pytest.raises(MissingError, match="is not a folder"):
         evaluate(folder / "nowhere", dataset.path)
     other = make_dataset(folder / "other", [8, 9], vocab=VOCAB - 1)
     model = build_student(ScratchStudent(hidden_size=16, num_layers=1, num_heads=2), other, 0)
     model.save_pretrained(folder / "alien" / "model")
     with pytest.raises(MismatchError, match="vocabulary"):
         evaluate(folder / "alien" / "model", dataset.path)
+
+
+def test_bad_input_is_named_in_one_line_and_nothing_is_saved(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(run / "model", tmp_path / "foreign")
+    save_tokenizer(tmp_path / "foreign", VOCAB - 1)  # as many rows in the head, other tokens behind the ids
+    for model, data, settings, error, message in (
+        (run / "model", tmp_path / "nowhere", [], MissingError, "nowhere does not exist"),
+        (run / "model", tmp_path / "empty", [], MissingError, "empty"),
+        (tmp_path / "nowhere", dataset.path, [], MissingError, "is not a folder; name the folder of a trained student"),
+        (tmp_path / "empty", dataset.path, [], MissingError, "does not hold a model that loads"),
+        (tmp_path / "foreign", dataset.path, [], MismatchError, "tokenizer in .*foreign .* is not that of"),
+        (run / "model", dataset.path, ["--set", "batch_token=64"], ConfigError, "did you mean 'batch_tokens'"),
+    ):
+        command = ["evaluate", str(model), str(data), "--save", str(tmp_path / "e.json"), *settings]
+        done = CliRunner().invoke(app, command)
+        assert isinstance(done.exception, error), done.exception
+        assert re.search(message, str(done.exception)) and not (tmp_path / "e.json").exists()
+        assert len(str(done.exception).splitlines()) == (2 if settings else 1)  # settings: a line for each problem

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 import kdata
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
-from kdata.loader.batches import Arrays, Batches, LoaderConfig
+from kdata.loader.batches import Arrays, Batches, BatchesConfig
 from kdata.loader.packing import Place, Shape, best_fit, blocks_of, windows
 from kdata.loader.window import Window
 from kdata.store.shard import ROWS_PER_BATCH, TOKENS_PER_BATCH, rows_per_batch
@@ -40,7 +40,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
 
 
 def loader(dataset: kdata.Dataset, rows: np.ndarray | None = None, **config: int) -> Loader:
-    return Loader(dataset, rows, LoaderConfig(**{"context_tokens": 64, "batch_rows": 3, **config}))
+    return Loader(dataset, rows, BatchesConfig(**{"context_tokens": 64, "batch_rows": 3, **config}))
 
 
 def documents(batch: Batch) -> list[list[int]]:
@@ -197,7 +197,7 @@ def rows_of(batches: list[Batch] | list[Arrays]) -> list[int]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6])
 def test_ranks_share_every_batch_and_keep_the_order(dataset: kdata.Dataset, world_size: int) -> None:
-    config = LoaderConfig(context_tokens=64, batch_rows=6, window_documents=20, shuffle_block_rows=4)
+    config = BatchesConfig(context_tokens=64, batch_rows=6, window_documents=20, shuffle_block_rows=4)
     alone = list(islice(Batches(dataset, MIXTURE, config), 30))
     ranks = [Batches(dataset, MIXTURE, config, rank=r, world_size=world_size) for r in range(world_size)]
     for want, *shares in zip(alone, *ranks, strict=False):
@@ -209,7 +209,7 @@ def test_ranks_share_every_batch_and_keep_the_order(dataset: kdata.Dataset, worl
 
 
 def test_a_mixture_resumes_at_any_batch_on_another_number_of_ranks(dataset: kdata.Dataset) -> None:
-    config = LoaderConfig(context_tokens=64, batch_rows=4, window_documents=25, shuffle_block_rows=4)
+    config = BatchesConfig(context_tokens=64, batch_rows=4, window_documents=25, shuffle_block_rows=4)
     whole = [batch.rows.tolist() for batch in islice(Batches(dataset, MIXTURE, config), 60)]
     first = Batches(dataset, MIXTURE, config, rank=1, world_size=2)
     for taken, _ in enumerate(islice(first, 50), 1):
@@ -225,7 +225,7 @@ def test_a_mixture_resumes_at_any_batch_on_another_number_of_ranks(dataset: kdat
 
 def test_ranks_that_cannot_share_a_batch_are_refused(dataset: kdata.Dataset) -> None:
     with pytest.raises(ConfigError, match="batch_rows=8 evenly"):
-        Loader(dataset, None, LoaderConfig(batch_rows=8), rank=0, world_size=3)
+        Loader(dataset, None, BatchesConfig(batch_rows=8), rank=0, world_size=3)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -304,7 +304,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
 
 def peak_bytes(dataset: kdata.Dataset, rows: np.ndarray, batches: int) -> int:
     """Most bytes held, by Python, numpy and Arrow together, while reading `batches` batches after some to warm up."""
-    config = LoaderConfig(context_tokens=1024, batch_rows=2, window_documents=64, prefetch_batches=2)
+    config = BatchesConfig(context_tokens=1024, batch_rows=2, window_documents=64, prefetch_batches=2)
     stream = iter(Batches(dataset, rows, config))
     next(stream)
     gc.collect()
@@ -329,7 +329,7 @@ def test_memory_is_bounded_by_the_window_not_by_the_data(wide: kdata.Dataset) ->
 
 
 def test_an_epoch_of_documents_of_all_lengths_fills_98_percent_and_drops_no_token(wide: kdata.Dataset) -> None:
-    batches = list(Batches(wide, None, LoaderConfig(context_tokens=1024, batch_rows=8)).epoch())
+    batches = list(Batches(wide, None, BatchesConfig(context_tokens=1024, batch_rows=8)).epoch())
     tokens = sum(batch.num_tokens for batch in batches)
     assert tokens == wide.num_tokens
     assert tokens / sum(batch.input_ids.size for batch in batches) >= 0.98

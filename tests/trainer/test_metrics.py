@@ -12,14 +12,13 @@ import pytest
 import kdata
 import kdata.trainer.train as module
 from kdata.errors import DependencyError
-from kdata.trainer.config import TrainConfig, TrainResult
+from kdata.trainer.config import ScratchStudent, TrainConfig, TrainResult
 from kdata.trainer.domain_weights import FixedMixture
 from kdata.trainer.metrics import Metrics, check_installed, forget_after
-from kdata.trainer.student import ScratchStudent
 from kdata.trainer.train import train
 from tests.trainer.datasets import make_dataset
 
-LINE = {"step": 3, "stage": "task", "loss": 2.5, "tokens": 7, "mixture": {"weights": {"code": 0.25}}}
+LINE = {"step": 3, "phase": "task", "loss": 2.5, "tokens": 7, "mixture": {"weights": {"code": 0.25}}}
 NUMBERS = {"loss": 2.5, "tokens": 7, "mixture/weights/code": 0.25}
 
 

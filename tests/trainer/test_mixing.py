@@ -15,16 +15,16 @@ import torch
 
 import kdata
 from kdata.errors import ConfigError, DataError, MismatchError, TrainingError
-from kdata.loader.batches import LoaderConfig
+from kdata.loader.batches import BatchesConfig
 from kdata.selection.plan import make_plan
-from kdata.trainer.config import StageConfig, TrainConfig
+from kdata.trainer.config import PhaseConfig, ScratchStudent, TrainConfig
 from kdata.trainer.distributed import Ranks
 from kdata.trainer.domain_weights import DDK, DDKMixture, Fixed, FixedMixture
 from kdata.trainer.heldout import keep_aside, open_heldout, student_losses
 from kdata.trainer.learner import Learner
 from kdata.trainer.loader import Batch
 from kdata.trainer.mixed_loader import MixedLoader
-from kdata.trainer.student import ScratchStudent, build_student, head_of, hidden_states
+from kdata.trainer.student import build_student, head_of, hidden_states
 from kdata.trainer.train import train
 from tests.trainer.datasets import make_dataset
 
@@ -40,7 +40,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
 
 
 def loader(dataset: kdata.Dataset, rank: int = 0, world_size: int = 1, **config: int) -> MixedLoader:
-    settings = LoaderConfig(**{"context_tokens": 64, "batch_rows": 2, "window_documents": 16, **config})
+    settings = BatchesConfig(**{"context_tokens": 64, "batch_rows": 2, "window_documents": 16, **config})
     return MixedLoader(dataset, None, settings, rank=rank, world_size=world_size)
 
 
@@ -81,7 +81,7 @@ def test_ddk_weights_that_went_to_nothing_come_back_and_losses_must_be_numbers()
         assert math.fsum(ddk.weights.values()) == pytest.approx(1.0)
     assert ddk.weights["a"] == pytest.approx(1.0)
     before = dict(ddk.weights)
-    with pytest.raises(TrainingError, match="held-out 'b' is nan"):
+    with pytest.raises(TrainingError, match="held-out text of domain 'b' is nan"):
         ddk.update({"a": 1.0, "b": math.nan})
     assert ddk.weights == before
     with pytest.raises(ValueError, match="exponent_limit"):
@@ -139,10 +139,12 @@ def test_a_domain_is_read_through_before_it_begins_again(dataset: kdata.Dataset)
     for domain, queue in enumerate(source.state_dict()["queues"]):
         returned += len(queue["back"])
         waiting = Counter(source._rows_of(domain, np.array(queue["back"], np.int64)).tolist())
-        cycle, place = divmod(queue["taken"], 60)
+        cycle, place = divmod(queue["num_drawn"], 60)
         counts = [seen[row] + waiting[row] for row in range(domain, 120, 2)]
         assert counts.count(cycle + 1) == place and counts.count(cycle) == 60 - place
-    assert source.state_dict()["queues"][0]["taken"] > 120 and returned > 0  # it did begin again, and some came back
+    assert (
+        source.state_dict()["queues"][0]["num_drawn"] > 120 and returned > 0
+    )  # it did begin again, and some came back
 
 
 def test_the_order_does_not_depend_on_ranks_or_micro_batches(dataset: kdata.Dataset) -> None:
@@ -192,7 +194,7 @@ def test_another_seed_or_plan_does_not_resume_and_no_period_is_refused(dataset: 
     with pytest.raises(MismatchError, match="another seed"):
         loader(dataset, seed=3).load_state_dict(source.state_dict())
     plan = np.arange(60)
-    other = MixedLoader(dataset, plan, LoaderConfig(context_tokens=64, batch_rows=2, window_documents=16))
+    other = MixedLoader(dataset, plan, BatchesConfig(context_tokens=64, batch_rows=2, window_documents=16))
     with pytest.raises(MismatchError, match="another identity"):
         other.load_state_dict(source.state_dict())
 
@@ -235,10 +237,10 @@ def test_the_students_losses_are_the_dense_ones(dataset: kdata.Dataset) -> None:
 
 
 def test_what_cannot_be_held_out_is_refused(dataset: kdata.Dataset, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"domain 'code' has 1 documents, too few to keep 1 aside"):
+    with pytest.raises(ConfigError, match=r"domain 'code' has 1 documents, too few to hold out 1"):
         keep_aside(dataset, np.array([0, 1, 3]), DDKMixture(), seed=0)
     few = make_dataset(tmp_path / "few", [9, 9], mask_every=1)  # no token counts
-    with pytest.raises(ConfigError, match=r"domain 'code': the held-out rows have no teacher's loss"):
+    with pytest.raises(ConfigError, match=r"domain 'code': the index holds no teacher's loss"):
         open_heldout(str(few.path), ["code", "prose"], DDKMixture())
     with pytest.raises(ConfigError, match="has no document of domain 'law'"):
         open_heldout(str(dataset.path), ["code", "law"], DDKMixture())
@@ -318,18 +320,18 @@ def test_a_mixed_run_resumes_bit_equal_at_any_step(
 def test_another_heldout_set_does_not_resume(dataset: kdata.Dataset, mixed_run: Path, tmp_path: Path) -> None:
     other = make_dataset(tmp_path / "other", LENGTHS[:20], seed=4)
     mixture = DDKMixture(every_steps=6, heldout_share=0.1, heldout=str(other.path))
-    with pytest.raises(MismatchError, match=r"stages\.train\.data"):
+    with pytest.raises(MismatchError, match=r"phases\.train\.data"):
         train(config(mixture=mixture), dataset.path, None, mixed_run)
     result = train(config(mixture=mixture, steps=4), dataset.path, None, tmp_path / "own")
     assert result.steps == 4 and set(lines(tmp_path / "own")[0]["mixture"]["losses"]) == {"code", "prose"}
 
 
-def test_fixed_weights_in_a_plan_and_a_stage(dataset: kdata.Dataset, tmp_path: Path) -> None:
+def test_fixed_weights_in_a_plan_and_a_phase(dataset: kdata.Dataset, tmp_path: Path) -> None:
     """Only the plan's documents of the weighted domain are read."""
     ids = [f"doc-{i}" for i in range(10)]
     plan = make_plan(dataset, "few", ids, method="sql", parameters={}).save(tmp_path / "plans")
-    stages = [StageConfig(name="only", mixture=FixedMixture(weights={"code": 1.0, "prose": 0.0}, every_steps=3))]
-    result = train(config(stages=stages, mixture=None, steps=5), dataset.path, plan, tmp_path / "run")
+    phases = [PhaseConfig(name="only", mixture=FixedMixture(weights={"code": 1.0, "prose": 0.0}, every_steps=3))]
+    result = train(config(phases=phases, mixture=None, steps=5), dataset.path, plan, tmp_path / "run")
     told = [line["mixture"] for line in lines(tmp_path / "run") if "mixture" in line]
     assert told == [{"weights": {"code": 1.0, "prose": 0.0}}] * 2
     assert 0 < result.tokens <= 5 * 256

@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kdata
 import kdata.trainer.evaluate as module
 from kdata.errors import ConfigError, DependencyError
-from kdata.trainer.config import TrainConfig
-from kdata.trainer.evaluate import EvaluateConfig, evaluate
-from kdata.trainer.student import ScratchStudent
+from kdata.trainer.config import EvaluateConfig, ScratchStudent, TrainConfig
+from kdata.trainer.evaluate import evaluate
 from kdata.trainer.train import train
 from tests.trainer.datasets import make_dataset
 
@@ -96,7 +95,7 @@ def test_a_local_task_is_scored_offline(
         assert scores["acc,none"] == pytest.approx(accuracy(model_dir, task_folder, count))
     assert all(isinstance(value, float) for value in scores.values())
     config = EvaluateConfig(tasks=["next_wrod"], tasks_folder=str(task_folder))
-    with pytest.raises(ConfigError, match="knows no task 'next_wrod'"):
+    with pytest.raises(ConfigError, match="has no task 'next_wrod'"):
         evaluate(model_dir, dataset.path, config=config)
 
 

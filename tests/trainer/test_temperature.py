@@ -17,14 +17,14 @@ from kdata.format.manifest import new_info
 from kdata.format.records import Record, UnitResult
 from kdata.format.schema import FORMAT_VERSION, SourceInfo
 from kdata.format.temper import at_temperature
-from kdata.loader.batches import LoaderConfig
+from kdata.loader.batches import BatchesConfig
 from kdata.store.writer import Writer
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
-from kdata.trainer.config import TrainConfig
+from kdata.trainer.config import ScratchStudent, TrainConfig
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.loader import Batch, Loader
-from kdata.trainer.objectives import ObjectiveConfig, Tail
-from kdata.trainer.student import ScratchStudent, build_student, head_of, hidden_states
+from kdata.trainer.objective_config import ObjectiveConfig, Tail
+from kdata.trainer.student import build_student, head_of, hidden_states
 from kdata.trainer.train import train
 
 VOCAB, POSITIONS, HIDDEN = 97, 400, 12
@@ -59,7 +59,7 @@ def _top(k: int) -> KeepConfig:
 
 def only_batch(dataset: kdata.Dataset, temperature: float) -> Batch:
     """The dataset's one sequence, as the trainer gets it."""
-    config = LoaderConfig(context_tokens=POSITIONS + 1, batch_rows=1)
+    config = BatchesConfig(context_tokens=POSITIONS + 1, batch_rows=1)
     (batch,) = Loader(dataset, None, config, temperature=temperature).epoch()
     return batch
 
@@ -180,7 +180,7 @@ def test_a_run_at_a_temperature_reports_the_divergence_times_its_square(tmp_path
     nll = torch.nn.functional.cross_entropy(hidden @ head_of(model).detach().double().T, batch.targets.token_ids_C)
     assert line["cross_entropy"] == pytest.approx(float(nll), rel=1e-5)
     assert line["loss"] == pytest.approx(0.25 * line["cross_entropy"] + 0.75 * line["forward_kl"], rel=1e-6)
-    with pytest.raises(ConfigError, match=r"log-sum-exp at \[1\.0, 2\.0\] only.*--set temperatures=\[3\.0\]"):
+    with pytest.raises(ConfigError, match=r"log-sum-exp only at \[1\.0, 2\.0\].*--set temperatures=\[3\.0\]"):
         train(TrainConfig(**settings, objective={**objective, "temperature": 3.0}), dataset.path, None, tmp_path / "no")
 
 
