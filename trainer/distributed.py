@@ -35,12 +35,13 @@ from kdata.trainer.config import Device, Parallel
 class Ranks:
     """The processes of this training, seen from one of them.
 
-    rank: in [0, world_size). device: where this rank computes.
+    rank: in [0, world_size). local_rank: number of this rank on its machine. device: where this rank computes.
     """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -69,6 +70,20 @@ class Ranks:
         """Block until every rank has called it."""
         self.sum(np.zeros(1))
 
+    @contextmanager
+    def one_per_machine_first(self) -> Iterator[None]:
+        """Run a block on one rank of each machine, then on the others, so that files are copied to a machine once.
+
+        The others also run it if it fails on the first, and then fail themselves.
+        """
+        if self.world_size > 1 and self.local_rank > 0:
+            self.wait()
+        try:
+            yield
+        finally:
+            if self.world_size > 1 and self.local_rank == 0:
+                self.wait()
+
 
 @contextmanager
 def join(device: Device) -> Iterator[Ranks]:
@@ -83,7 +98,8 @@ def join(device: Device) -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(torch.device(name))
         return
-    own = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if name == "cuda" else torch.device("cpu")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    own = torch.device("cuda", local_rank) if name == "cuda" else torch.device("cpu")
     if own.type == "cuda":
         torch.cuda.set_device(own)
     opened_here = not dist.is_initialized()
@@ -91,7 +107,7 @@ def join(device: Device) -> Iterator[Ranks]:
         dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     quiet, console.quiet = console.quiet, dist.get_rank() > 0
     try:
-        yield Ranks(own, dist.get_rank(), dist.get_world_size())
+        yield Ranks(own, dist.get_rank(), dist.get_world_size(), local_rank)
     finally:
         console.quiet = quiet
         if opened_here:

@@ -83,7 +83,7 @@ class Loader:
         self.identity = self.arrays.identity
         if order_key is not None:
             self.arrays.identity = order_key
-        self.lengths = self.arrays.lengths
+        self.lengths, self.rows = self.arrays.lengths, self.arrays.rows  # of the planned documents, int64
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current place, which moves when a batch is consumed, not when it is read ahead."""

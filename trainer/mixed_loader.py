@@ -89,7 +89,7 @@ class MixedLoader:
         present = np.unique(domain_R[planned])
         self.domains = [str(names[n]) for n in present]
         self._pools = [planned[domain_R[planned] == n] for n in present]
-        self.lengths = self._lengths[planned]  # of the planned documents, int64
+        self.lengths, self.rows = self._lengths[planned], planned  # of the planned documents, int64
         self._blocks = [blocks_of(pool, dataset.shard_starts, config.shuffle_block_rows) for pool in self._pools]
         self._queues = [_Queue() for _ in self.domains]
         self._number = 0  # of the period, counted from 1; 0 before the first

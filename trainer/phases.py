@@ -104,10 +104,19 @@ class OpenPhase:
 def open_phases(config: TrainConfig, dataset: Path | str, plan: Path | str | None, ranks: Ranks) -> list[OpenPhase]:
     """Open the data of every phase of a run.
 
+    With several ranks, one of each machine copies the shards of a dataset at a URL before the others open it; with one rank,
+    a shard is copied when it is first read.
+
     Raises:
         ConfigError, MismatchError, DataError, MissingError: see `kdata.trainer.train.train`.
     """
-    opened = [_open(config, phase, dataset, plan, ranks) for phase in config.resolved_phases()]
+    with ranks.one_per_machine_first():
+        opened = [_open(config, phase, dataset, plan, ranks) for phase in config.resolved_phases()]
+        if ranks.world_size > 1:
+            for open_phase in opened:
+                _copy_shards(open_phase.dataset, open_phase.loader.rows)
+                if open_phase.heldout is not None:
+                    _copy_shards(open_phase.heldout.dataset, open_phase.heldout.rows)
     first = opened[0].dataset
     for other in opened[1:]:
         _check_same_tokens(first, other.dataset)
@@ -144,6 +153,12 @@ def _open(
     mixed = MixedLoader(dataset, rows, batches_config, **options)
     weights = make_domain_weights(phase.mixture, mixed.domains, {} if heldout is None else heldout.teacher_losses)
     return OpenPhase(phase, dataset, plan, mixed, tail, weights, heldout)
+
+
+def _copy_shards(dataset: kdata.Dataset, rows: np.ndarray) -> None:
+    """Have the shards of these rows on this machine; nothing happens if the dataset is a folder."""
+    for number in np.unique(np.searchsorted(dataset.shard_starts, rows, side="right") - 1):
+        dataset.shard_file(dataset.manifest[int(number)], "data")
 
 
 def _open_plan(dataset: kdata.Dataset, plan: Path | str) -> Plan:

@@ -37,12 +37,12 @@ from tests.fakes import rows_of_text
 # ------------------------------------------------------------------------------------------------ means and intervals
 
 
-def test_an_interval_is_students() -> None:
-    found = estimate([1.0, 2.0, 4.0])
-    assert found.mean == pytest.approx(7 / 3, rel=1e-15)
+def test_an_interval_is_students_t() -> None:
+    interval = estimate([1.0, 2.0, 4.0])
+    assert interval.mean == pytest.approx(7 / 3, rel=1e-15)
     # s^2 = 7/3; t(0.975, 2) = 0.95 * sqrt(2 / (0.975 * 0.025)) / 2 in closed form
     t = 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))
-    assert found.half_width == pytest.approx(t * math.sqrt(7 / 9), rel=1e-6)
+    assert interval.half_width == pytest.approx(t * math.sqrt(7 / 9), rel=1e-6)
     assert estimate([3.0]).half_width is None
     assert estimate([5.0, 5.0]).half_width == 0.0
 
@@ -66,28 +66,28 @@ def test_an_interval_moves_and_stretches_with_its_values(values: list[float], sh
 @pytest.mark.parametrize(
     ("values", "error"), [([], DataError), ([1.0, math.nan], DataError), ([0.0] * 32, ConfigError)]
 )
-def test_what_has_no_interval_is_refused(values: list[float], error: type[Exception]) -> None:
+def test_values_without_an_interval_are_refused(values: list[float], error: type[Exception]) -> None:
     with pytest.raises(error):
         estimate(values)
 
 
-def test_differences_are_taken_in_pairs() -> None:
+def test_differences_are_paired() -> None:
     reference = {0: {"nll": 4.0}, 1: {"nll": 5.0}, 2: {"nll": 8.0}}
     other = {0: {"nll": 4.04}, 1: {"nll": 5.05}, 7: {"nll": 1.0}}
-    found = relative_difference(other, reference, "nll")
-    assert found is not None and found.count == 2
-    assert found.mean == pytest.approx(0.01) and found.half_width == pytest.approx(0, abs=1e-12)
+    difference = relative_difference(other, reference, "nll")
+    assert difference is not None and difference.count == 2
+    assert difference.mean == pytest.approx(0.01) and difference.half_width == pytest.approx(0, abs=1e-12)
     assert relative_difference({9: {"nll": 1.0}}, reference, "nll") is None
 
 
-def test_a_figure_that_a_seed_lacks_has_no_mean() -> None:
+def test_a_figure_that_one_seed_lacks_has_no_mean() -> None:
     assert set(summarise({0: {"a": 1.0, "b": None}, 1: {"a": 2.0, "b": 3.0}})) == {"a"}
 
 
 # ------------------------------------------------------------------------------------------------ runs
 
 
-def test_a_run_that_is_there_is_not_done_again(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_measured_again(tmp_path: Path) -> None:
     asked: list[tuple[str, int]] = []
 
     def measure(name: str, seed: int) -> dict[str, float | None]:
@@ -113,7 +113,7 @@ def test_a_run_that_is_there_is_not_done_again(tmp_path: Path) -> None:
         load_runs(tmp_path, ["a"])
 
 
-def test_runs_under_way_elsewhere_are_left_alone(tmp_path: Path) -> None:
+def test_runs_of_another_process_are_skipped(tmp_path: Path) -> None:
     def inner(name: str, seed: int) -> dict[str, float | None]:
         # As another process would: the run that is being measured is locked.
         assert run_all(tmp_path, [("a", 0), ("b", 0)], lambda *_: {"x": 2.0}, {}) == 1
@@ -123,15 +123,15 @@ def test_runs_under_way_elsewhere_are_left_alone(tmp_path: Path) -> None:
     assert load_runs(tmp_path, ["a", "b"]) == {"a": {0: {"x": 1.0}}, "b": {0: {"x": 2.0}}}
 
 
-def test_no_run_begins_when_time_is_up(tmp_path: Path) -> None:
+def test_no_run_starts_after_the_time_limit(tmp_path: Path) -> None:
     assert run_all(tmp_path, [("a", 0)], lambda *_: {"x": 1.0}, {}, keep_going=lambda: False) == 0
 
 
-def test_settings_are_told_apart() -> None:
+def test_every_setting_has_a_file_of_its_own() -> None:
     assert len({path_of(Path(), s.name, 0) for s in SETTINGS}) == len(SETTINGS)
 
 
-def test_what_runs_share_holds_no_path() -> None:
+def test_the_shared_identity_of_runs_holds_no_path() -> None:
     data = DataConfig(teacher="/a/teacher", corpus="/a/corpus.parquet")
     config = OfflineConfig(data=data, student=CheckpointStudent(model="/a/student"))
     assert "/" not in json.dumps(config.identity()) and config.identity()["student"]["model"] == "student"

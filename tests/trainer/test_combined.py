@@ -55,7 +55,7 @@ def student(positions: int) -> tuple[torch.Tensor, torch.Tensor]:
     return hidden_MD.requires_grad_(), torch.randn(VOCAB, 12, generator=rng, dtype=torch.float64)
 
 
-def test_what_draws_bias_is_refused(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_objectives_that_draws_bias_are_refused(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
     """Two hybrids need not share an exact entry, so their average promises none."""
     dataset, _ = combined(tmp_path, corpus_file, tokenizer_dir, kind="hybrid", k=8)
     config = TrainConfig(objective=ObjectiveConfig(weights={"jsd": 1.0}), steps=2, warmup_steps=1)
@@ -92,7 +92,7 @@ def test_the_loss_on_kept_entries_and_tails_is_that_of_the_average(whole: kdata.
 
 
 @pytest.mark.parametrize(("kind", "tail"), [("topk", "ghost"), ("hybrid", "draws"), ("sampled", "draws")])
-def test_the_loss_is_the_formula_on_what_is_stored(
+def test_the_loss_is_the_formula_on_stored_entries(
     tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, kind: str, tail: str
 ) -> None:
     dataset, _ = combined(tmp_path, corpus_file, tokenizer_dir, kind=kind)
@@ -148,17 +148,17 @@ def test_what_one_teacher_alone_knows_can_be_the_first_choice(
 ) -> None:
     """It is stored as a draw, as the other teacher's part is not exact; the first exact entry is seldom the likeliest."""
     batch, p_MV = batch_of(combined(tmp_path, corpus_file, tokenizer_dir, kind="hybrid", k=16)[0])
-    found = [(_first_choice(batch, combined=flag) == p_MV.argmax(-1)).mean() for flag in (True, False)]
-    assert found[0] > 0.9 > found[1] + 0.2
+    agreement = [(_first_choice(batch, combined=flag) == p_MV.argmax(-1)).mean() for flag in (True, False)]
+    assert agreement[0] > 0.9 > agreement[1] + 0.2
 
 
-def test_of_combined_draws_alone_no_bound_is_given(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_combined_draws_alone_give_no_bounds(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
     """Reverse KL and total variation need exact entries: the average of samples has none, that of hybrids has."""
-    found = {}
+    measured = {}
     for kind in ("sampled", "hybrid"):
         dataset, _ = combined(tmp_path / kind, corpus_file, tokenizer_dir, kind=kind)
         model = build_student(ScratchStudent(hidden_size=16, num_layers=1, num_heads=2, max_positions=64), dataset, 0)
         model.save_pretrained(tmp_path / kind / "model")
-        found[kind] = evaluate(tmp_path / kind / "model", dataset.path)
-    assert found["sampled"]["overall"]["tv"] is None and found["sampled"]["bounds_are"] is None
-    assert found["hybrid"]["overall"]["tv"] > 0 and found["hybrid"]["bounds_are"].startswith("lower bounds")
+        measured[kind] = evaluate(tmp_path / kind / "model", dataset.path)
+    assert measured["sampled"]["overall"]["tv"] is None and measured["sampled"]["bounds_are"] is None
+    assert measured["hybrid"]["overall"]["tv"] > 0 and measured["hybrid"]["bounds_are"].startswith("lower bounds")

@@ -87,7 +87,7 @@ def test_the_command(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
         assert isinstance(done.exception, error) and words in str(done.exception) and "evaluate:" not in done.output
 
 
-def test_what_cannot_be_measured_is_refused(run: Path, tmp_path: Path) -> None:
+def test_data_that_cannot_be_measured_is_refused(run: Path, tmp_path: Path) -> None:
     long = make_dataset(tmp_path / "long", [80, 100])
     with pytest.raises(DataError, match="a document has 100 tokens, the student has 64 positions"):
         evaluate(run / "model", long.path)
@@ -96,7 +96,7 @@ def test_what_cannot_be_measured_is_refused(run: Path, tmp_path: Path) -> None:
         evaluate(run / "model", masked.path)
 
 
-def test_a_train_json_that_is_none_is_named(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
+def test_a_train_json_that_is_not_a_result_is_refused(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
     shutil.copytree(run / "model", tmp_path / "model")
     (tmp_path / "train.json").write_text("{}")
     with pytest.raises(CorruptError, match=r"train\.json is not a result of `kdata train`"):
@@ -108,7 +108,7 @@ def dense(model_dir: Path, dataset: kdata.Dataset) -> dict[str, np.ndarray]:
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     index = dataset.index(["domain"])["domain"].to_pylist()
     names = ("domain", "nll", "kl", "rkl", "tv", "top1", "top5", "conf", "hit")
-    found: dict[str, list] = {k: [] for k in names}
+    figures: dict[str, list] = {k: [] for k in names}
     for row, domain in enumerate(index):
         seqs = dataset[row]
         ids, logprobs = seqs.padded()
@@ -119,16 +119,16 @@ def dense(model_dir: Path, dataset: kdata.Dataset) -> dict[str, np.ndarray]:
             p[ids[t]] = np.exp(logprobs[t].astype(np.float64))
             lq, q = log_q[t - 1], np.exp(log_q[t - 1])
             order = np.argsort(-lq)
-            found["domain"].append(domain)
-            found["nll"].append(-lq[seqs.token_ids[t]])
-            found["kl"].append((p * (np.log(p) - lq)).sum())
-            found["rkl"].append((q * (lq - np.log(p))).sum())
-            found["tv"].append(0.5 * np.abs(p - q).sum())
-            found["top1"].append(order[0] == ids[t][logprobs[t].argmax()])
-            found["top5"].append(ids[t][logprobs[t].argmax()] in order[:5])
-            found["conf"].append(q.max())
-            found["hit"].append(order[0] == seqs.token_ids[t])
-    return {k: np.array(v) for k, v in found.items()}
+            figures["domain"].append(domain)
+            figures["nll"].append(-lq[seqs.token_ids[t]])
+            figures["kl"].append((p * (np.log(p) - lq)).sum())
+            figures["rkl"].append((q * (lq - np.log(p))).sum())
+            figures["tv"].append(0.5 * np.abs(p - q).sum())
+            figures["top1"].append(order[0] == ids[t][logprobs[t].argmax()])
+            figures["top5"].append(ids[t][logprobs[t].argmax()] in order[:5])
+            figures["conf"].append(q.max())
+            figures["hit"].append(order[0] == seqs.token_ids[t])
+    return {k: np.array(v) for k, v in figures.items()}
 
 
 def test_figures_equal_the_dense_ones_per_domain_and_overall(run: Path, dataset: kdata.Dataset) -> None:
@@ -182,7 +182,7 @@ def test_draws_with_stored_entropy_estimate_the_full_divergence(
     assert result["overall"]["tv"] is None and result["bounds_are"] is None
 
 
-def test_exact_entries_beside_draws_bound_what_draws_cannot_say(
+def test_exact_entries_beside_draws_give_bounds_that_draws_alone_cannot(
     folder: Path, run: Path, dataset: kdata.Dataset
 ) -> None:
     """The figures of the four exact entries with a bucket; and the teacher's calibration, whose first choice is exact."""

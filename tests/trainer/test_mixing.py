@@ -74,7 +74,7 @@ def test_ddk_on_exact_numbers() -> None:
     assert ddk.weights == other.weights
 
 
-def test_ddk_weights_that_went_to_nothing_come_back_and_losses_must_be_numbers() -> None:
+def test_ddk_weights_recover_from_zero_and_losses_must_be_finite() -> None:
     ddk = DDK(DDKMixture(alpha=1.0, exponent_limit=700.0), {"a": 0.0, "b": 0.0})
     for ahead, behind in (("a", "b"), ("a", "b"), ("b", "a"), ("b", "a"), ("b", "a")):
         ddk.update({ahead: 0.0, behind: 9.0})
@@ -88,7 +88,7 @@ def test_ddk_weights_that_went_to_nothing_come_back_and_losses_must_be_numbers()
         DDKMixture(exponent_limit=math.inf)
 
 
-def test_ddk_without_smoothing_and_with_nothing_else() -> None:
+def test_ddk_without_smoothing_and_with_smoothing_alone() -> None:
     for alpha, expected in ((1.0, 1 / (1 + math.e)), (0.0, 0.5)):
         ddk = DDK(DDKMixture(alpha=alpha), {"a": 0.0, "b": 0.0})
         ddk.update({"a": 0.0, "b": 0.0})
@@ -124,8 +124,8 @@ def test_weights_are_shares_of_tokens(dataset: kdata.Dataset, share: float) -> N
     source = loader(dataset)
     source.begin({"code": share, "prose": 1 - share}, 400)
     tokens = domain_tokens(rows_of(read(source, 200)))
-    found = tokens["code"] / sum(tokens.values())
-    assert found == pytest.approx(share, abs=0.0 if share == 0 else 0.05)  # about 1,000 documents are drawn
+    code_share = tokens["code"] / sum(tokens.values())
+    assert code_share == pytest.approx(share, abs=0.0 if share == 0 else 0.05)  # about 1,000 documents are drawn
 
 
 def test_a_domain_is_read_through_before_it_begins_again(dataset: kdata.Dataset) -> None:
@@ -150,13 +150,13 @@ def test_a_domain_is_read_through_before_it_begins_again(dataset: kdata.Dataset)
 def test_the_order_does_not_depend_on_ranks_or_micro_batches(dataset: kdata.Dataset) -> None:
     def stream(batch_rows: int, ranks: int) -> list[list[int]]:
         sources = [loader(dataset, rank, ranks, batch_rows=batch_rows) for rank in range(ranks)]
-        found = []
+        rows = []
         for weights in ({"code": 0.7, "prose": 0.3}, {"code": 0.2, "prose": 0.8}):
             for source in sources:
                 source.begin(weights, 24)
             parts = [read(source, 24 // batch_rows) for source in sources]
-            found += [ids.tolist() for group in zip(*parts, strict=True) for b in group for ids in b.input_ids]
-        return found
+            rows += [ids.tolist() for group in zip(*parts, strict=True) for b in group for ids in b.input_ids]
+        return rows
 
     whole = stream(2, 1)
     assert len(whole) == 48 and stream(6, 1) == stream(4, 2) == stream(6, 3) == whole
@@ -168,12 +168,12 @@ def test_a_stream_resumes_anywhere_and_on_another_number_of_ranks(dataset: kdata
     periods = ({"code": 0.7, "prose": 0.3}, {"code": 0.1, "prose": 0.9})
 
     def go(source: MixedLoader, begin: int, end: int) -> list[list[int]]:
-        found = []
+        rows = []
         for number in range(begin, end):
             if number % 12 == 0:
                 source.begin(periods[number // 12], 24)
-            found += [ids.tolist() for b in read(source, 1) for ids in b.input_ids]
-        return found
+            rows += [ids.tolist() for b in read(source, 1) for ids in b.input_ids]
+        return rows
 
     whole = go(loader(dataset), 0, 24)
     first = loader(dataset)
@@ -202,7 +202,7 @@ def test_another_seed_or_plan_does_not_resume_and_no_period_is_refused(dataset: 
 # ------------------------------------------------------------------------------------------------------------- held out
 
 
-def test_rows_are_kept_aside_with_all_their_repeats(dataset: kdata.Dataset) -> None:
+def test_rows_are_held_out_with_all_their_repeats(dataset: kdata.Dataset) -> None:
     planned = np.repeat(np.arange(120), 2)
     config = DDKMixture(heldout_share=0.1, heldout_documents=4)
     left, heldout = keep_aside(dataset, planned, config, seed=0)
@@ -220,7 +220,7 @@ def test_rows_are_kept_aside_with_all_their_repeats(dataset: kdata.Dataset) -> N
 def test_the_students_losses_are_the_dense_ones(dataset: kdata.Dataset) -> None:
     model = build_student(TINY, dataset, 0)
     _, heldout = keep_aside(dataset, None, DDKMixture(heldout_share=0.2), seed=0)
-    found = student_losses(Learner(model), heldout, 64, 2, ALONE)
+    measured = student_losses(Learner(model), heldout, 64, 2, ALONE)
     totals = {domain: [0.0, 0] for domain in heldout.domains}
     for row in heldout.rows.tolist():
         sequence = dataset[row]
@@ -232,11 +232,11 @@ def test_the_students_losses_are_the_dense_ones(dataset: kdata.Dataset) -> None:
         total = totals[heldout.domains[heldout.domain_R[row]]]
         total[0] -= float(log_q[counted - 1, ids[0, counted]].sum().detach())
         total[1] += len(counted)
-    assert found == pytest.approx({domain: nll / count for domain, (nll, count) in totals.items()}, rel=1e-5)
+    assert measured == pytest.approx({domain: nll / count for domain, (nll, count) in totals.items()}, rel=1e-5)
     assert model.training
 
 
-def test_what_cannot_be_held_out_is_refused(dataset: kdata.Dataset, tmp_path: Path) -> None:
+def test_data_that_cannot_be_held_out_is_refused(dataset: kdata.Dataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"domain 'code' has 1 documents, too few to hold out 1"):
         keep_aside(dataset, np.array([0, 1, 3]), DDKMixture(), seed=0)
     few = make_dataset(tmp_path / "few", [9, 9], mask_every=1)  # no token counts
@@ -276,17 +276,17 @@ def mixed_run(dataset: kdata.Dataset, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
-def test_a_run_hears_its_losses_every_k_steps_and_keeps_the_history(dataset: kdata.Dataset, mixed_run: Path) -> None:
-    told = {line["step"]: line["mixture"] for line in lines(mixed_run) if "mixture" in line}
-    assert list(told) == [1, 7, 13, 19]  # before steps 0, 6, 12 and 18 counted from 0
+def test_a_run_measures_its_losses_every_k_steps_and_keeps_the_history(dataset: kdata.Dataset, mixed_run: Path) -> None:
+    periods = {line["step"]: line["mixture"] for line in lines(mixed_run) if "mixture" in line}
+    assert list(periods) == [1, 7, 13, 19]  # before steps 0, 6, 12 and 18 counted from 0
     _, heldout = keep_aside(dataset, None, DDKMixture(heldout_share=0.1), seed=0)
     fresh = student_losses(Learner(build_student(TINY, dataset, 0)), heldout, 64, 4, ALONE)
-    assert told[1]["losses"] == pytest.approx(fresh)
+    assert periods[1]["losses"] == pytest.approx(fresh)
     ddk = DDK(DDKMixture(), heldout.teacher_losses)
-    for entry in told.values():
+    for entry in periods.values():
         ddk.update(entry["losses"])
         assert entry["weights"] == ddk.weights
-    assert told[19]["losses"]["code"] < told[1]["losses"]["code"]
+    assert periods[19]["losses"]["code"] < periods[1]["losses"]["code"]
 
 
 class Killed(BaseException):
@@ -332,6 +332,6 @@ def test_fixed_weights_in_a_plan_and_a_phase(dataset: kdata.Dataset, tmp_path: P
     plan = make_plan(dataset, "few", ids, method="sql", parameters={}).save(tmp_path / "plans")
     phases = [PhaseConfig(name="only", mixture=FixedMixture(weights={"code": 1.0, "prose": 0.0}, every_steps=3))]
     result = train(config(phases=phases, mixture=None, steps=5), dataset.path, plan, tmp_path / "run")
-    told = [line["mixture"] for line in lines(tmp_path / "run") if "mixture" in line]
-    assert told == [{"weights": {"code": 1.0, "prose": 0.0}}] * 2
+    periods = [line["mixture"] for line in lines(tmp_path / "run") if "mixture" in line]
+    assert periods == [{"weights": {"code": 1.0, "prose": 0.0}}] * 2
     assert 0 < result.tokens <= 5 * 256

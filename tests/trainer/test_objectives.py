@@ -155,7 +155,7 @@ def test_a_mix_is_the_weighted_sum_and_weight_0_only_measures() -> None:
         torch.testing.assert_close(got, want)
 
 
-def test_a_mix_that_moves_is_a_function_of_the_step() -> None:
+def test_a_mix_that_changes_is_a_function_of_the_step() -> None:
     down, up = Ramp(start=1.0, end=0.1, steps=10), Ramp(kind="cosine", start=0.0, end=0.8)
     config = ObjectiveConfig(weights={"cross_entropy": down, "forward_kl": up, "jsd": 0.3})
     assert config.at(0, 21).weights == {"cross_entropy": 1.0, "forward_kl": 0.0, "jsd": 0.3}
@@ -173,7 +173,7 @@ def test_a_mix_that_moves_is_a_function_of_the_step() -> None:
     torch.testing.assert_close(loss.total, (loss.values_MO @ weights).mean())
 
 
-def test_draws_serve_what_is_linear_and_exact_entries_the_rest() -> None:
+def test_linear_objectives_use_draws_and_the_others_exact_entries() -> None:
     """In one mix: forward KL on all entries, the others on the exact ones, whatever the draws are."""
     problem = make_problem(num_positions=5, kept=6, ragged=False, exact=2)
     top = make_problem(num_positions=5, kept=2, ragged=False)
@@ -203,7 +203,7 @@ def test_every_objective_has_a_name_in_the_settings() -> None:
     assert list(OBJECTIVES) == OBJECTIVE_NAMES
 
 
-def test_draws_that_do_not_say_what_is_exact_serve_linear_objectives_only() -> None:
+def test_draws_without_num_exact_serve_linear_objectives_only() -> None:
     problem = make_problem()
     problem.targets = dataclasses.replace(problem.targets, num_exact_C=None)
     fused(problem, {"forward_kl": 1.0, "jsd": 1.0}, "draws", jsd_beta=0.0)

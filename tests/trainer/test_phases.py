@@ -9,18 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 import kdata
 import kdata.trainer.train as module
 from kdata.config import parse_config
-from kdata.errors import ConfigError, MismatchError
+from kdata.errors import ConfigError, MismatchError, MissingError
+from kdata.format.schema import ManifestEntry
 from kdata.pipelines.cli.main import app
 from kdata.selection.plan import make_plan
 from kdata.trainer.config import PhaseConfig, ScratchStudent, TrainConfig
+from kdata.trainer.distributed import Ranks
 from kdata.trainer.domain_weights import DDKMixture
 from kdata.trainer.objective_config import ObjectiveConfig
+from kdata.trainer.phases import open_phases
 from kdata.trainer.schedule import Ramp
 from kdata.trainer.train import train
 from tests.trainer.datasets import VOCAB, make_dataset
@@ -83,20 +87,20 @@ def whole(general: kdata.Dataset, task: kdata.Dataset, folder: Path) -> Path:
 def test_each_phase_has_its_data_rate_and_mix(
     general: kdata.Dataset, task: kdata.Dataset, whole: Path, tmp_path: Path
 ) -> None:
-    found = lines(whole)
-    assert [line["phase"] for line in found] == ["general"] * GENERAL + ["task"] * TASK
+    logged = lines(whole)
+    assert [line["phase"] for line in logged] == ["general"] * GENERAL + ["task"] * TASK
     train(config(), general.path, None, tmp_path / "alone")  # the first phase is the run without the second
     keys = ("step", "loss", "grad_norm", "lr", "tokens")
-    assert [[line[k] for k in keys] for line in found[:GENERAL]] == [
+    assert [[line[k] for k in keys] for line in logged[:GENERAL]] == [
         [line[k] for k in keys] for line in lines(tmp_path / "alone")
     ]
-    assert found[GENERAL - 1]["lr"] == pytest.approx(5e-4) and {line["lr"] for line in found[GENERAL:]} == {1e-3}
-    assert [line["weights"]["cross_entropy"] for line in found[GENERAL:]] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0])
+    assert logged[GENERAL - 1]["lr"] == pytest.approx(5e-4) and {line["lr"] for line in logged[GENERAL:]} == {1e-3}
+    assert [line["weights"]["cross_entropy"] for line in logged[GENERAL:]] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0])
     train(config(steps=TASK), task.path, None, tmp_path / "task")  # the second begins at the start of its data
     own = [line["tokens"] for line in lines(tmp_path / "task")]
-    assert [line["tokens"] - found[GENERAL - 1]["tokens"] for line in found[GENERAL:]] == own
+    assert [line["tokens"] - logged[GENERAL - 1]["tokens"] for line in logged[GENERAL:]] == own
     fresh = lines(tmp_path / "task")[0]["cross_entropy"]
-    assert found[GENERAL]["cross_entropy"] < fresh - 0.1  # the student goes on
+    assert logged[GENERAL]["cross_entropy"] < fresh - 0.1  # the student goes on
     result = json.loads((whole / "train.json").read_text())
     assert result["steps"] == GENERAL + TASK and result["dataset_fingerprint"] == task.content_digest
 
@@ -152,6 +156,31 @@ def test_plans_of_phases(general: kdata.Dataset, tmp_path: Path) -> None:
     assert tokens[2] - tokens[1] > LENGTHS[7] and result.plan is None
 
 
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_one_rank_of_a_machine_copies_the_shards_before_the_others_open_the_data(
+    general: kdata.Dataset, monkeypatch: pytest.MonkeyPatch, local_rank: int
+) -> None:
+    events: list[str] = []
+    real = kdata.Dataset.shard_file
+
+    def shard_file(self: kdata.Dataset, entry: ManifestEntry, folder: str) -> Path:
+        events.append(folder)
+        return real(self, entry, folder)
+
+    monkeypatch.setattr(kdata.Dataset, "shard_file", shard_file)
+    monkeypatch.setattr(Ranks, "wait", lambda self: events.append("wait"))
+    ranks = Ranks(torch.device("cpu"), rank=local_rank, world_size=2, local_rank=local_rank)
+    open_phases(config(), general.path, None, ranks)
+    assert events.count("data") == len(general.manifest) and events.count("wait") == 1
+    assert events.index("wait") == (len(events) - 1 if local_rank == 0 else 0)
+    events.clear()
+    with pytest.raises(MissingError):
+        open_phases(config(), general.path / "nowhere", None, ranks)
+    assert events == ["wait"]  # the other ranks do not wait for ever
+    open_phases(config(), general.path, None, Ranks(torch.device("cpu")))
+    assert "data" not in events  # alone, a shard is copied when it is read
+
+
 def test_the_example_of_the_readme_is_a_run() -> None:
     text = (Path(__file__).resolve().parents[2] / "trainer" / "README.md").read_text("utf-8")
     (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
@@ -187,19 +216,17 @@ def test_phases_that_do_not_fit_are_refused(general: kdata.Dataset, folder: Path
     assert not (tmp_path / "run").exists()
 
 
-def test_what_draws_bias_is_trained_on_exact_entries_and_refused_where_there_are_none(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_objectives_that_draws_bias_train_on_exact_entries_or_are_refused(folder: Path, tmp_path: Path) -> None:
     """A run on a hybrid starts as one on its exact entries alone does (documents come in another order); on draws alone there
     is none."""
     mixed = make_dataset(folder / "mixed", LENGTHS, kept=VOCAB, tail="draws", exact=4)
     objective = ObjectiveConfig(weights={"jsd": 1.0, "reverse_kl": 0.5})
-    found = {}
+    run_losses = {}
     for name, dataset in (("mixed", mixed), ("four", make_dataset(folder / "four", LENGTHS, kept=4))):
         train(config(objective=objective), dataset.path, None, tmp_path / name)
-        found[name] = [line["loss"] for line in lines(tmp_path / name) if "loss" in line]
-    assert found["mixed"][0] > 0.1 and len(found["mixed"]) == GENERAL
-    assert np.mean(found["mixed"][:3]) == pytest.approx(np.mean(found["four"][:3]), rel=0.05)
+        run_losses[name] = [line["loss"] for line in lines(tmp_path / name) if "loss" in line]
+    assert run_losses["mixed"][0] > 0.1 and len(run_losses["mixed"]) == GENERAL
+    assert np.mean(run_losses["mixed"][:3]) == pytest.approx(np.mean(run_losses["four"][:3]), rel=0.05)
     drawn = make_dataset(folder / "drawn", LENGTHS[:20], kept=VOCAB, tail="draws")
     with pytest.raises(ConfigError, match=r"jsd is not linear.*'sampled'"):
         train(config(objective=objective), drawn.path, None, tmp_path / "drawn")

@@ -99,8 +99,8 @@ def test_a_student_learns_the_chain_and_everything_is_written(dataset: kdata.Dat
     assert result.steps == 120 and result.tokens == last["tokens"] < 120 * 256
     mix = 0.1 * last["cross_entropy"] + 0.9 * last["forward_kl"]
     assert result.losses["loss"] == pytest.approx(mix, rel=1e-5)
-    made = {p.name for p in (tmp_path / "run").iterdir()}
-    assert made == {"model", "train.json", "metrics.jsonl", "checkpoints"}
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {"model", "train.json", "metrics.jsonl", "checkpoints"}
     again = build_student(CheckpointStudent(model=str(tmp_path / "run" / "model")), dataset, 0)
     assert num_parameters(again) == result.params
 
@@ -148,7 +148,7 @@ def test_a_finished_run_called_again_keeps_its_only_checkpoint(
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000020"]
 
 
-def test_random_state_goes_on_where_it_was(dataset: kdata.Dataset, tmp_path: Path) -> None:
+def test_the_random_state_resumes(dataset: kdata.Dataset, tmp_path: Path) -> None:
     """A student with dropout, stopped and resumed: every mask as if nothing had happened."""
     gpt2 = tmp_path / "gpt2"
     tiny = GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
@@ -156,8 +156,8 @@ def test_random_state_goes_on_where_it_was(dataset: kdata.Dataset, tmp_path: Pat
         torch.manual_seed(0)
         GPT2LMHeadModel(tiny).save_pretrained(gpt2)
     save_tokenizer(gpt2)
-    given = config(student=CheckpointStudent(model=str(gpt2)), steps=8, checkpoint_every_steps=3)
-    train(given, dataset.path, None, tmp_path / "whole")
+    settings = config(student=CheckpointStudent(model=str(gpt2)), steps=8, checkpoint_every_steps=3)
+    train(settings, dataset.path, None, tmp_path / "whole")
     assert tiny.resid_pdrop > 0
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         real = module._gradients
@@ -168,9 +168,9 @@ def test_random_state_goes_on_where_it_was(dataset: kdata.Dataset, tmp_path: Pat
             return real(*args)
 
         patch.setattr(module, "_gradients", stopping)
-        train(given, dataset.path, None, tmp_path / "run")
+        train(settings, dataset.path, None, tmp_path / "run")
     torch.manual_seed(12345)
-    train(given, dataset.path, None, tmp_path / "run")
+    train(settings, dataset.path, None, tmp_path / "run")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
@@ -212,7 +212,7 @@ def test_an_output_folder_that_cannot_be_made_is_named(dataset: kdata.Dataset, t
         ({"student": "foreign"}, MismatchError, "tokenizer of the student .* is not the dataset's .* choose a student"),
     ],
 )
-def test_what_is_missing_or_foreign_is_named_in_one_line_before_anything_is_written(
+def test_missing_or_foreign_input_is_one_line_and_nothing_is_written(
     dataset: kdata.Dataset, tmp_path: Path, names: dict[str, str], error: type[Exception], message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -329,7 +329,7 @@ def test_activations_computed_again_give_the_same_bits(
 def test_the_gradient_is_clipped_as_a_whole_and_the_norm_before_is_reported(
     dataset: kdata.Dataset, tmp_path: Path
 ) -> None:
-    """AdamW's first moment after one step is 0.1 of the gradient that it was given."""
+    """AdamW's first moment after one step is 0.1 of the gradient."""
     norms = {}
     for clip in (0.0, 0.05, 1e9):
         out = tmp_path / str(clip)
@@ -341,19 +341,19 @@ def test_the_gradient_is_clipped_as_a_whole_and_the_norm_before_is_reported(
     assert norms[0.05] == pytest.approx(0.05, rel=1e-3) and norms[1e9] == pytest.approx(norms[0.0]) and norms[0.0] > 0.1
 
 
-def test_weights_that_move_are_logged_and_resume_with_the_step(
+def test_weights_that_change_are_logged_and_resume_with_the_step(
     dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     down, up = Ramp(start=1.0, end=0.1, steps=8), Ramp(kind="cosine", start=0.0, end=0.9)
     weights = {"cross_entropy": down, "forward_kl": up}
     c = config(objective={"weights": weights}, steps=12, checkpoint_every_steps=3)
     train(c, dataset.path, None, tmp_path / "whole")
-    found = lines(tmp_path / "whole")
-    assert [line["weights"]["cross_entropy"] for line in found] == pytest.approx(
+    logged = lines(tmp_path / "whole")
+    assert [line["weights"]["cross_entropy"] for line in logged] == pytest.approx(
         [1 - 0.9 * min(step / 8, 1) for step in range(12)]
     )
-    assert found[0]["weights"]["forward_kl"] == 0.0 and found[-1]["weights"]["forward_kl"] == pytest.approx(0.9)
-    for line in found:
+    assert logged[0]["weights"]["forward_kl"] == 0.0 and logged[-1]["weights"]["forward_kl"] == pytest.approx(0.9)
+    for line in logged:
         mix = sum(weight * line[name] for name, weight in line["weights"].items())
         assert line["loss"] == pytest.approx(mix, rel=1e-5)
 
@@ -371,9 +371,7 @@ def test_weights_that_move_are_logged_and_resume_with_the_step(
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-def test_settings_of_where_and_how_fast_may_change_on_resume(
-    dataset: kdata.Dataset, whole: Path, tmp_path: Path
-) -> None:
+def test_runtime_settings_may_change_on_resume(dataset: kdata.Dataset, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     changes = {"micro_batch_tokens": 64, "gradient_checkpointing": True, "parallel": "fsdp", "log_every_steps": 3}
     assert train(config(**changes), dataset.path, None, tmp_path / "run").steps == 20
@@ -388,18 +386,18 @@ def test_bf16_follows_float32(dataset: kdata.Dataset, whole: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("has", "taken"), [({"avx2": True, "avx512_bf16": False}, "fp32"), ({"amx_bf16": True}, "bf16")]
+    ("capabilities", "expected"), [({"avx2": True, "avx512_bf16": False}, "fp32"), ({"amx_bf16": True}, "bf16")]
 )
-def test_auto_takes_bf16_where_the_processor_has_it_and_says_so(
-    dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: dict, taken: str
+def test_auto_uses_bf16_if_the_processor_has_it_and_records_it(
+    dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capabilities: dict, expected: str
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    given = config(precision="auto", steps=2, warmup_steps=0, device="cpu")
-    assert train(given, dataset.path, None, tmp_path).config.precision == taken
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    settings = config(precision="auto", steps=2, warmup_steps=0, device="cpu")
+    assert train(settings, dataset.path, None, tmp_path).config.precision == expected
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
-    if taken == "bf16":  # another machine, another arithmetic: not a silent change in the middle of a run
+    if expected == "bf16":  # another machine, another arithmetic: not a silent change in the middle of a run
         with pytest.raises(MismatchError, match="precision: 'bf16' -> 'fp32'"):
-            train(given, dataset.path, None, tmp_path)
+            train(settings, dataset.path, None, tmp_path)
 
 
 def test_a_plan_decides_what_is_read(dataset: kdata.Dataset, tmp_path: Path) -> None:
@@ -410,7 +408,7 @@ def test_a_plan_decides_what_is_read(dataset: kdata.Dataset, tmp_path: Path) -> 
     assert result.plan == "few" and result.tokens == 4 * per_epoch  # both fit one row
 
 
-def test_a_plan_is_named_as_in_the_dataset(
+def test_a_plan_name_is_looked_up_in_the_dataset(
     dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name is looked up in the dataset, not in the working folder; a path or an ending means a file."""
@@ -468,7 +466,7 @@ def test_a_gradient_that_is_not_finite_stops_too(
         ({"data_order": "seed", "mixture": {"kind": "ddk"}}, "data_order=seed does not go with a mixture"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(
+def test_settings_that_contradict_each_other_are_refused(
     dataset: kdata.Dataset, tmp_path: Path, changes: dict, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
