@@ -1,6 +1,6 @@
 """DDK's first weights (arXiv 2407.16154): more of the domains in which the student is far behind the teacher.
 
-The trainer updates such weights while it trains (`trainer/domain_weights.py`); here they are set once, and a plan keeps them.
+The trainer updates such weights while it trains (`trainer/mixture.py`); here they are set once, and a plan keeps them.
 """
 
 from __future__ import annotations
