@@ -1,33 +1,138 @@
 """kdata: logit datasets. What a teacher believed at every token, kept on disk to query, share and train from.
 
-`import kdata` loads neither torch nor vLLM; what is heavy is imported by the stage that needs it.
+    data = kdata.open("runs/quickstart/dataset")    a folder, a URL, or hf://OWNER/NAME
+    data[0]                                         one sequence with the teacher's numbers
+    data.sql("select domain, avg(nll) from rows group by 1")
+
+This is the public API. `import kdata` itself is quick: it loads no numpy, pyarrow, DuckDB, torch or vLLM. Each name below is
+imported from its module when it is first used.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["Dataset", "Plan", "Sequences", "open"]
-
 if TYPE_CHECKING:
+    from kdata.check.repair import repair
+    from kdata.check.verify import verify
+    from kdata.config import VERSION as __version__
+    from kdata.corpus.corpus import CorpusConfig
+    from kdata.errors import (
+        ConfigError,
+        CorruptError,
+        DataError,
+        DependencyError,
+        FormatError,
+        KdataError,
+        MismatchError,
+        MissingError,
+        OutOfRangeError,
+        QueryError,
+        ShapeError,
+        StorageError,
+        TeacherError,
+        TooLongError,
+        TrainingError,
+        UnreachableError,
+    )
     from kdata.format.sequences import Sequences
-    from kdata.selection.plan import Plan
+    from kdata.jobs.combine import CombineConfig, combine
+    from kdata.jobs.reading import CaptureConfig, capture
+    from kdata.jobs.scoring import ScoreConfig, score
+    from kdata.jobs.writing import GenerateConfig, generate
+    from kdata.selection.plan import Plan, make_plan
+    from kdata.selection.select import select
+    from kdata.share.arrange import head, merge, split
+    from kdata.share.push import push
     from kdata.store.dataset import Dataset
     from kdata.store.open import open_dataset as open
+    from kdata.store.row import Row
+    from kdata.teachers.config import SamplingConfig, TeacherConfig
 
-_HOMES = {
-    "open": ("kdata.store.open", "open_dataset"),
-    "Dataset": ("kdata.store.dataset", "Dataset"),
-    "Sequences": ("kdata.format.sequences", "Sequences"),
-    "Plan": ("kdata.selection.plan", "Plan"),
+__all__ = [
+    "CaptureConfig",
+    "CombineConfig",
+    "ConfigError",
+    "CorpusConfig",
+    "CorruptError",
+    "DataError",
+    "Dataset",
+    "DependencyError",
+    "FormatError",
+    "GenerateConfig",
+    "KdataError",
+    "MismatchError",
+    "MissingError",
+    "OutOfRangeError",
+    "Plan",
+    "QueryError",
+    "Row",
+    "SamplingConfig",
+    "ScoreConfig",
+    "Sequences",
+    "ShapeError",
+    "StorageError",
+    "TeacherConfig",
+    "TeacherError",
+    "TooLongError",
+    "TrainingError",
+    "UnreachableError",
+    "__version__",
+    "capture",
+    "combine",
+    "generate",
+    "head",
+    "make_plan",
+    "merge",
+    "open",
+    "push",
+    "repair",
+    "score",
+    "select",
+    "split",
+    "verify",
+]
+
+# Module of each public name, and its name there where that is another one.
+_MODULES = {
+    "CaptureConfig": "kdata.jobs.reading",
+    "CombineConfig": "kdata.jobs.combine",
+    "CorpusConfig": "kdata.corpus.corpus",
+    "Dataset": "kdata.store.dataset",
+    "GenerateConfig": "kdata.jobs.writing",
+    "Plan": "kdata.selection.plan",
+    "Row": "kdata.store.row",
+    "SamplingConfig": "kdata.teachers.config",
+    "ScoreConfig": "kdata.jobs.scoring",
+    "Sequences": "kdata.format.sequences",
+    "TeacherConfig": "kdata.teachers.config",
+    "__version__": "kdata.config",
+    "capture": "kdata.jobs.reading",
+    "combine": "kdata.jobs.combine",
+    "generate": "kdata.jobs.writing",
+    "head": "kdata.share.arrange",
+    "make_plan": "kdata.selection.plan",
+    "merge": "kdata.share.arrange",
+    "open": "kdata.store.open",
+    "push": "kdata.share.push",
+    "repair": "kdata.check.repair",
+    "score": "kdata.jobs.scoring",
+    "select": "kdata.selection.select",
+    "split": "kdata.share.arrange",
+    "verify": "kdata.check.verify",
+    **{name: "kdata.errors" for name in __all__ if name.endswith("Error")},
 }
+_RENAMED = {"__version__": "VERSION", "open": "open_dataset"}
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
+    if name not in _MODULES:
+        raise AttributeError(f"module 'kdata' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_MODULES[name]), _RENAMED.get(name, name))
+    globals()[name] = value  # the next use finds it without this function
+    return value
 
-    if name not in _HOMES:
-        raise AttributeError(f"module 'kdata' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(import_module(module), attribute)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -23,6 +23,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+VERSION = "0.1.0"  # of this package, as in pyproject.toml
 Model = TypeVar("Model", bound=BaseModel)
 TAGS = ("kind", "method")  # keys that tell the models of a union apart
 

@@ -35,6 +35,10 @@ class ShapeError(KdataError, ValueError):
     """Arrays disagree in shape, dtype or range."""
 
 
+class OutOfRangeError(KdataError, IndexError):
+    """A row, or a position in a row, that does not exist was asked for."""
+
+
 class FormatError(KdataError, ValueError):
     """A dataset was written by a version, or in a way, that this kdata does not read."""
 

@@ -233,7 +233,7 @@ def run_report(run: Run) -> None:
 
 
 def _took(run: Run) -> list[Took]:
-    """What every stage took, by the log; the teacher's tokens are those that are there (see `kdata.share.card.made_by`)."""
+    """What every stage took, by the log; the teacher's tokens are those that are there (see `kdata.share.card.cost_of`)."""
     phases = [line for line in read_journal(run.log) if line.unit is None and line.stage != "report"]
     places = {"generate": run.dataset_path, "capture": run.dataset_path, "heldout": run.heldout_path}
     there = {name: tokens_of(open_dataset(path), {name}) for name, path in places.items()}

@@ -16,11 +16,25 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors on shared cores: threads only wait for each other
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # threads that spin while they wait take the cores of the other worker
 
 settings.register_profile(
     "kdata", max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("kdata")
+
+
+# Modules that start engines or clusters. They begin first, one after the other on one worker: two vLLM engines at once only
+# take each other's cores, and two Ray clusters share files.
+ENGINES = ("test_ray.py", "test_vllm.py", "test_real_server.py", "test_tape.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give a module's tests to one worker, since they share its fixtures; engines first, as they take longest."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("engines" if item.path.name in ENGINES else str(item.path)))
+    items.sort(key=lambda item: item.path.name not in ENGINES)  # stable: the rest stays in its order
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,7 +22,7 @@ from kdata.format.schema import TeacherInfo
 from kdata.jobs.reading import CaptureConfig, capture_with
 from kdata.jobs.writing import GenerateConfig, generate_with
 from kdata.store.dataset import Dataset
-from kdata.teachers.base import Completion, Readout
+from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig, refuse_structure
 
 VOCAB = 300
@@ -93,18 +93,33 @@ class StandInTeacher:
             self._before_call(self.calls)
         self.calls += 1
 
-    def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
+    def read(
+        self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
+    ) -> list[Readout]:
         """See `Teacher.read`."""
         self._count()
-        return [self.readout(ids, keep) for ids in sequences]
+        readouts = []
+        for ids in sequences:
+            readouts.append(self.readout(ids, keep))
+            on_tokens(len(ids))
+        return readouts
 
     def write(
-        self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[np.ndarray],
+        keep: KeepConfig,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        on_tokens: OnTokens = ignore_tokens,
     ) -> list[Completion]:
         """See `Teacher.write`."""
         refuse_structure(sampling, "stand-in")
         self._count()
-        return [self._continue(p, keep, sampling, seed) for p, seed in zip(prompts, seeds, strict=True)]
+        completions = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            completions.append(self._continue(prompt, keep, sampling, seed))
+            on_tokens(len(completions[-1].readout.token_ids) - len(prompt))
+        return completions
 
     def _continue(self, prompt: np.ndarray, keep: KeepConfig, sampling: SamplingConfig, seed: int) -> Completion:
         rng, ids = np.random.default_rng(seed), prompt.tolist()

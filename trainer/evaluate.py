@@ -272,7 +272,7 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
             task.advance(batch.num_tokens)
     if not sums.tokens.sum():
         raise DataError(
-            f"{dataset.path}: none of its tokens is a target (all target masks are empty), so there is nothing to measure; "
+            f"{dataset.place}: none of its tokens is a target (all target masks are empty), so there is nothing to measure; "
             "evaluate on another dataset"
         )
     return domains.tolist(), sums
@@ -340,7 +340,7 @@ def _check_tokenizer(model_dir: Path, dataset: kdata.Dataset) -> None:
     digest, expected = tokenizer_hash(model_dir), dataset.info.tokenizer.hash
     if digest != expected:
         raise MismatchError(
-            f"the tokenizer in {model_dir} ({digest[:12]}) is not that of {dataset.path} ({expected[:12]}), so the stored "
+            f"the tokenizer in {model_dir} ({digest[:12]}) is not that of {dataset.place} ({expected[:12]}), so the stored "
             "token ids would mean other tokens; evaluate on text captured with a teacher of the same tokenizer"
         )
 

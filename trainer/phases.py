@@ -172,7 +172,7 @@ def _check_targets(dataset: kdata.Dataset, rows: np.ndarray | None) -> None:
     planned = counts if rows is None else counts.take(rows)
     if len(planned) and not planned.null_count and not pc.sum(planned).as_py():
         raise DataError(
-            f"{dataset.path}: none of the tokens in {len(planned):,} rows is a target (all target masks are empty), so there "
+            f"{dataset.place}: none of the tokens in {len(planned):,} rows is a target (all target masks are empty), so there "
             "is nothing to learn; capture the text again with other `targets`, or choose other rows with a plan"
         )
 
@@ -209,6 +209,6 @@ def _check_same_tokens(first: kdata.Dataset, other: kdata.Dataset) -> None:
     ):
         if a != b:
             raise MismatchError(
-                f"{other.path} has another {what} ({b}) than {first.path} ({a}), so one student cannot be trained on both; "
+                f"{other.place} has another {what} ({b}) than {first.place} ({a}), so one student cannot be trained on both; "
                 "capture both with teachers of the same tokenizer"
             )

@@ -1,1 +1,1 @@
-"""Prove a dataset whole, measure it again, set aside what is broken, look for leakage."""
+"""Check a dataset: verify its bytes, measure it again, repair what is damaged, audit what it leaks."""

@@ -1,4 +1,4 @@
-"""Does a dataset say what its teacher believes? A teacher reads some rows again, and what is stored is compared."""
+"""Measure a dataset again: its teacher reads some rows, and the result is compared with what is stored."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ from kdata.teachers.base import Readout, Teacher
 
 @dataclass(frozen=True)
 class Remeasured:
-    """What storing cost, measured again: error of the exact entries; the largest differences of the actual tokens'
-    log-probabilities (stored as float16) and of log_tail, in nats; the share of positions whose draws came out the same,
-    None without draws (a uniform within rounding of a border may fall either way)."""
+    """Differences between what is stored and what the teacher returns now.
+
+    Attributes:
+        codec: error of the exact entries, matched by id. An id that left the top k is not in the mean but counts in KL.
+        max_logprob_nats: largest difference of an actual token's log-probability (stored as float16).
+        max_log_tail_nats: largest difference of log_tail.
+        same_draws: share of positions with the same draws; None without draws. A uniform number within rounding of a
+            border may fall on either side, so it can be below 1.
+    """
 
     rows: int
     positions: int
@@ -31,33 +37,30 @@ class Remeasured:
 
 
 def against_teacher(dataset: Dataset, teacher: Teacher, num_rows: int, *, seed: int = 0) -> Remeasured:
-    """Have a teacher read `num_rows` rows again, and measure the error of what is stored.
+    """Let a teacher read `num_rows` rows again, and measure the error of what is stored.
 
     Args:
-        teacher: with the weights that the dataset names.
-        seed: of the choice of rows.
-    Returns:
-        codec: error of the exact entries, by id (an id that changed places at the border of the top k is left out of the
-        mean but counts in KL); the largest difference of the actual tokens' log-probabilities and of the tails, in nats.
+        teacher: has the weights that the dataset names.
+        seed: seed of the choice of rows.
     Raises:
-        MismatchError: another teacher.
+        MismatchError: the teacher has other weights.
     """
     ours, theirs = dataset.info.teacher, teacher.info
     if (ours.weights_hash, ours.revision) != (theirs.weights_hash, theirs.revision):
         raise MismatchError(
-            f"{theirs.model} is not the teacher of {dataset.path} ({ours.model}): weights "
-            f"{theirs.weights_hash or theirs.revision} instead of {ours.weights_hash or ours.revision}"
+            f"{theirs.model} is not the teacher of {dataset.path}: its weights are "
+            f"{theirs.weights_hash or theirs.revision}, not {ours.weights_hash or ours.revision}; name {ours.model}"
         )
     rows = np.sort(np.random.default_rng(seed).permutation(dataset.num_rows)[:num_rows])
     keep = KeepConfig.of(dataset.info.codec)
     stored = dataset.take(rows)
     ids = [stored.token_ids[a:b] for a, b in stored.spans()]
     readouts = teacher.read(ids, keep)
-    found = [
-        _compare(dataset[int(row)], readout, dataset.info.codec) for row, readout in zip(rows, readouts, strict=True)
+    compared = [
+        _compare(_one(dataset, row), readout, dataset.info.codec) for row, readout in zip(rows, readouts, strict=True)
     ]
-    counts = np.array([positions for positions, *_ in found], np.float64)
-    errors = [error for _, error, _, _ in found]
+    counts = np.array([positions for positions, *_ in compared], np.float64)
+    errors = [error for _, error, _, _ in compared]
     share = counts / max(counts.sum(), 1)
     return Remeasured(
         rows=len(rows),
@@ -68,17 +71,21 @@ def against_teacher(dataset: Dataset, teacher: Teacher, num_rows: int, *, seed: 
             kl_nats=float(share @ [e.kl_nats for e in errors]),
             max_sum=max((e.max_sum for e in errors), default=0.0),
         ),
-        max_logprob_nats=max((logprob for _, _, logprob, _ in found), default=0.0),
-        max_log_tail_nats=max((tail for _, _, _, tail in found), default=0.0),
+        max_logprob_nats=max((logprob for _, _, logprob, _ in compared), default=0.0),
+        max_log_tail_nats=max((tail for _, _, _, tail in compared), default=0.0),
         same_draws=_same_draws(dataset, rows, readouts) if dataset.info.tail == "draws" else None,
     )
+
+
+def _one(dataset: Dataset, row: int) -> Sequences:
+    return dataset.take(np.array([row]))
 
 
 def _compare(stored: Sequences, fresh: Readout, info: CodecInfo) -> tuple[int, CodecError, float, float]:
     """Positions compared, error of exact entries, largest differences of logprob and log_tail, of one sequence."""
     recorded = stored.rank > 0
     logprob = np.abs(stored.logprob - fresh.logprob)[recorded]
-    # A tail of e^-16 or less is float32's own noise, on the path of the engine's log-probabilities at least.
+    # A tail of e^-16 or less is within float32's noise, at least where the engine returns log-probabilities.
     heavy = recorded & (stored.log_tail > -12)
     tail = np.abs(stored.log_tail - fresh.log_tail)[heavy]
     error = measure_error(_matched(stored, fresh), _entries_of(stored), info)
@@ -112,10 +119,10 @@ def _matched(stored: Sequences, fresh: Readout) -> Kept:
 
 
 def _same_draws(dataset: Dataset, rows: np.ndarray, readouts: list[Readout]) -> float:
-    """Share of recorded positions whose drawn ids are those that were stored."""
+    """Share of recorded positions whose drawn ids are the stored ones."""
     same = total = 0
     for row, fresh in zip(rows, readouts, strict=True):
-        stored = dataset[int(row)]
+        stored = _one(dataset, row)
         ours, theirs = (
             np.split(ids, np.cumsum(counts)[:-1])
             for ids, counts in (

@@ -1,11 +1,11 @@
-"""Repair: set aside what is damaged, so that the rest is a dataset again, and say which work to repeat.
+"""Repair: set aside what is damaged, so that the rest is a dataset again, and name the work to repeat.
 
-Nothing is deleted and nothing is guessed: a shard that is not what was committed goes whole into `DATASET.aside/N/` beside
-the dataset, its manifest line goes, and its source counts as incomplete; the same capture, run again, does the units that
-are missing and no others. So do shards that no manifest line names, and sidecars and plans that are damaged.
+Nothing is deleted and nothing is guessed. A damaged shard goes whole into `DATASET.aside/N/` beside the dataset, its manifest
+line is removed, and its source counts as incomplete; the same capture, run again, does the missing units and no others.
+Shards that no manifest line names are set aside too, and so are damaged sidecars, plans and tokenizers.
 
-Order: manifest and dataset.json as they were are copied aside; dataset.json (source incomplete) and the manifest are
-replaced whole; files are moved last. A crash in between leaves strays, which the next repair sets aside.
+The order: copy manifest and dataset.json aside; replace dataset.json (source incomplete) and the manifest whole; move files.
+A crash in between leaves files that no manifest line names, and the next repair sets these aside.
 """
 
 from __future__ import annotations
@@ -16,22 +16,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from filelock import Timeout
 
 from kdata.check.verify import Problem, check_file, verify
 from kdata.errors import CorruptError, FormatError, MismatchError, MissingError, StorageError
-from kdata.format.files import inside, lock_of, storage_errors, write_atomically
+from kdata.format.files import inside, local_path, lock_of, storage_errors, write_atomically
 from kdata.format.manifest import digest_of, json_bytes, manifest_line, read_info, write_info, write_manifest
 from kdata.format.schema import FORMAT_VERSION, DatasetInfo, ManifestEntry
 from kdata.store.dataset import Dataset
 
 
-@dataclass
+@dataclass(frozen=True)
 class Repair:
-    """What was done.
+    """What a repair did.
 
-    problems: what was found. moved: files that were set aside, relative to the dataset, into `aside`. units: work units
-    to run again, by source. remaining: what cannot be mended here. commands: what to run.
+    Attributes:
+        problems: everything that was wrong.
+        aside: the folder of this repair; None where nothing was set aside.
+        moved: files that were set aside, relative to the dataset.
+        units: work units to run again, by source.
+        remaining: problems that cannot be repaired here.
+        commands: commands to run.
     """
 
     problems: list[Problem] = field(default_factory=list)
@@ -42,23 +48,65 @@ class Repair:
     commands: list[str] = field(default_factory=list)
 
 
-def repair(root: Path, *, copy: Path | None = None) -> Repair:
+class _Aside:
+    """The files that one repair sets aside. `folder` is created with the first of them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder: Path | None = None
+        self.moved: list[str] = []
+
+    def _place(self) -> Path:
+        if self.folder is None:
+            dataset = self.root.resolve()
+            base = dataset.with_name(f"{dataset.name}.aside")
+            numbers = [int(p.name) for p in base.glob("*") if p.name.isdigit()] if base.exists() else []
+            self.folder = base / str(max(numbers, default=0) + 1)
+            self.folder.mkdir(parents=True)
+        return self.folder
+
+    def copy_json(self) -> None:
+        """Copy manifest and dataset.json as they were."""
+        for name in ("manifest.jsonl", "dataset.json"):
+            target = self._place() / name
+            if (self.root / name).exists() and not target.exists():
+                write_atomically(target, (self.root / name).read_bytes())
+
+    def move(self, relatives: list[str]) -> None:
+        """Move files and folders, under their own paths; those that do not exist are skipped."""
+        for relative in relatives:
+            path = self.root / relative
+            if path.is_symlink() or path.exists():
+                target = self._place() / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, target)
+                self.moved.append(relative)
+
+
+def repair(root: Path | str, *, copy: Path | None = None) -> Repair:
     """Set aside what is damaged in the dataset at `root`.
 
     Args:
-        copy: a whole copy of dataset.json, or of the dataset, to restore dataset.json from.
+        root: folder of the dataset.
+        copy: an intact copy of dataset.json, or of the dataset, to restore dataset.json from.
     Raises:
+        ConfigError: `root` is a URL.
         CorruptError: dataset.json is damaged, and there is no copy of it.
         MismatchError: the copy is of another dataset.
         StorageError: another process is writing, or the disk refused.
     """
+    root = local_path(
+        root, "repair changes files where they are; run it on the machine that holds the dataset's folder"
+    )
     if not root.is_dir():
-        raise MissingError(f"{root} does not exist or is no folder; name the dataset's folder")
+        raise MissingError(f"{root} does not exist or is not a folder; name the dataset's folder")
     lock = lock_of(root)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise StorageError(f"{root} is being written by another process; wait for it") from error
+        raise StorageError(
+            f"{root} is being written by another process; run this again when it has finished"
+        ) from error
     try:
         with storage_errors(root):
             return _repair(root, copy)
@@ -67,61 +115,68 @@ def repair(root: Path, *, copy: Path | None = None) -> Repair:
 
 
 def _repair(root: Path, copy: Path | None) -> Repair:
-    done = Repair()
-    info = _info(root, copy, done)
+    aside = _Aside(root)
+    info, problems = _info(root, copy, aside)
     if info.format_version != FORMAT_VERSION:
-        raise FormatError(f"{root} has format {info.format_version}; repair it with the kdata that writes that")
-    entries, problems = _entries(root)
-    done.problems += problems
-    whole, bad = _whole(root, entries, info, done)
-    done.units = _lost_units(root, info, whole)
-    if done.problems or any(info.sources[name].num_units is not None for name in done.units):
-        _set_json_aside(root, done)
-        _rewrite(root, info, whole, set(done.units))
-    _move(root, [path for entry in bad for path in entry.files], done)
-    _sweep(root, done)
-    done.commands += [command(root, info, source) for source in sorted(done.units)]
-    return done
+        raise FormatError(
+            f"{root} has format {info.format_version}, this kdata repairs {FORMAT_VERSION}; use the kdata that wrote it"
+        )
+    entries, manifest_problems = _entries(root)
+    whole, damaged, shard_problems = _whole(root, entries, info)
+    problems += manifest_problems + shard_problems
+    units = _lost_units(root, info, whole)
+    if problems or any(info.sources[name].num_units is not None for name in units):
+        aside.copy_json()
+        _rewrite(root, info, whole, set(units))
+    aside.move([path for entry in damaged for path in entry.files])
+    swept, commands = _sweep(root, aside)
+    repaired_later = {"tokenizer"} if "tokenizer" in aside.moved else set()
+    return Repair(
+        problems=problems + swept,
+        aside=aside.folder,
+        moved=aside.moved,
+        units=units,
+        remaining=[p for p in verify(Dataset(root), deep=True) if p.path.split("/")[0] not in repaired_later],
+        commands=commands + [command(root, info, source) for source in sorted(units)],
+    )
 
 
-def _info(root: Path, copy: Path | None, done: Repair) -> DatasetInfo:
-    """dataset.json, or the copy of it, put in its place."""
+def _info(root: Path, copy: Path | None, aside: _Aside) -> tuple[DatasetInfo, list[Problem]]:
+    """dataset.json, restored from the copy where it is damaged; and what was wrong with it."""
     path = root / "dataset.json"
     try:
         info = read_info(root)
-        if path.read_bytes() != json_bytes(json.loads(path.read_bytes())):
-            done.problems.append(
-                Problem("dataset.json", "is not as kdata writes it; its values are whole: written anew")
-            )
-        return info
+        if path.read_bytes() == json_bytes(json.loads(path.read_bytes())):
+            return info, []
+        return info, [Problem("dataset.json", "is not in the form that kdata writes; its values are whole: rewritten")]
     except (CorruptError, MissingError) as error:
         if copy is None:
             raise CorruptError(
-                f"{path} is damaged or gone, and cannot be made from the shards: teacher, tokenizer and settings stand "
-                f"nowhere else. Give a copy of it: kdata repair {root} --copy FILE"
+                f"{path} is damaged or missing, and it cannot be made from the shards: only it holds teacher, tokenizer and "
+                f"settings. Name a copy of it: kdata repair {root} --copy FILE"
             ) from error
-        done.problems.append(Problem("dataset.json", f"restored from {copy}"))
     other = read_info(copy if copy.is_dir() else _folder_of(copy))
     _refuse_other_shards(root, other)
     if path.exists():
-        _move(root, ["dataset.json"], done)
+        aside.move(["dataset.json"])
     write_info(root, other)
-    return other
+    return other, [Problem("dataset.json", f"was damaged or missing; restored from {copy}")]
 
 
 def _folder_of(copy: Path) -> Path:
     if copy.name != "dataset.json":
-        raise MissingError(f"--copy {copy}: name a dataset.json, or a dataset's folder")
+        raise MissingError(f"--copy {copy} is not a dataset.json; name a dataset.json, or a dataset's folder")
     return copy.parent
 
 
 def _refuse_other_shards(root: Path, info: DatasetInfo) -> None:
     """Refuse a copy whose codec, vocabulary or sources are not those of the shards."""
-    import pyarrow as pa
-
     for entry in _entries(root)[0]:
         if entry.source not in info.sources:
-            raise MismatchError(f"the copy of dataset.json has no source {entry.source!r}: it is another's, or older")
+            raise MismatchError(
+                f"the copy of dataset.json has no source {entry.source!r} of a shard: it is of another dataset, or "
+                "older; name another copy"
+            )
         try:
             metadata = pa.ipc.open_file(inside(root, f"data/{entry.name}.arrow")).schema.metadata or {}
         except (pa.ArrowException, OSError):
@@ -131,31 +186,34 @@ def _refuse_other_shards(root: Path, info: DatasetInfo) -> None:
             or int(metadata[b"kdata.vocab_size"]) != info.vocab_size
         ):
             raise MismatchError(
-                "the copy of dataset.json has another codec or vocabulary than the shards: it is another's"
+                "the copy of dataset.json has another codec or vocabulary than the shards: it is of another dataset; name "
+                "another copy"
             )
 
 
 def _entries(root: Path) -> tuple[list[ManifestEntry], list[Problem]]:
-    """Manifest lines that are whole, each name once, and what is wrong with the others."""
+    """Manifest lines that are whole, one per shard, and the problems of the others."""
     path = root / "manifest.jsonl"
     content = path.read_bytes() if path.exists() else b""
-    found: dict[str, list[ManifestEntry]] = {}
+    lines_of: dict[str, list[ManifestEntry]] = {}
     problems = []
     if content and not content.endswith(b"\n"):
-        problems.append(Problem("manifest.jsonl", "ends within a line: that commit did not happen"))
+        problems.append(Problem("manifest.jsonl", "ends in the middle of a line: its last commit did not complete"))
         content = content[: content.rfind(b"\n") + 1]
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         entry = _entry(root, line)
         if entry is not None and manifest_line(entry) != line + b"\n":
-            problems.append(Problem("manifest.jsonl", f"line {number} is not as kdata writes it; its values are whole"))
+            problems.append(
+                Problem("manifest.jsonl", f"line {number} is not in the form that kdata writes; its values are whole")
+            )
         if entry is None:
             problems.append(Problem("manifest.jsonl", f"line {number} is damaged"))
-        elif entry.name in found:
-            problems.append(Problem("manifest.jsonl", f"line {number}: shard {entry.name} stands twice"))
-            found[entry.name].append(entry)
+        elif entry.name in lines_of:
+            problems.append(Problem("manifest.jsonl", f"line {number}: shard {entry.name} is repeated"))
+            lines_of[entry.name].append(entry)
         else:
-            found[entry.name] = [entry]
-    return [_likeliest(root, same) for same in found.values()], problems
+            lines_of[entry.name] = [entry]
+    return [_likeliest(root, same) for same in lines_of.values()], problems
 
 
 def _entry(root: Path, line: bytes) -> ManifestEntry | None:
@@ -170,27 +228,28 @@ def _entry(root: Path, line: bytes) -> ManifestEntry | None:
 
 
 def _likeliest(root: Path, same: list[ManifestEntry]) -> ManifestEntry:
-    """Of several lines for one shard, the one that its files follow; else the first."""
+    """Of several lines for one shard, the one that its files match; otherwise the first."""
     return next((e for e in same if not any(check_file(root, path, f) for path, f in e.files.items())), same[0])
 
 
 def _whole(
-    root: Path, entries: list[ManifestEntry], info: DatasetInfo, done: Repair
-) -> tuple[list[ManifestEntry], list[ManifestEntry]]:
-    """Shards that are what was committed, and those that are not: by their bytes, then by what is in them."""
+    root: Path, entries: list[ManifestEntry], info: DatasetInfo
+) -> tuple[list[ManifestEntry], list[ManifestEntry], list[Problem]]:
+    """Shards whose bytes are what was committed, the damaged ones, and what is wrong with these."""
     whole: list[ManifestEntry] = []
-    bad: list[ManifestEntry] = []
+    damaged: list[ManifestEntry] = []
+    problems: list[Problem] = []
     for entry in entries:
-        problems = [p for path, file in entry.files.items() for p in check_file(root, path, file)]
+        own = [p for path, file in entry.files.items() for p in check_file(root, path, file)]
         if entry.source not in info.sources:
-            problems.append(Problem("manifest.jsonl", f"{entry.name} is of a source that dataset.json does not have"))
-        done.problems += problems
-        (bad if problems else whole).append(entry)
-    return whole, bad
+            own.append(Problem("manifest.jsonl", f"{entry.name} is of a source that dataset.json does not have"))
+        problems += own
+        (damaged if own else whole).append(entry)
+    return whole, damaged, problems
 
 
 def _lost_units(root: Path, info: DatasetInfo, whole: list[ManifestEntry]) -> dict[str, list[int]]:
-    """Units to run again: those that a complete source lacks, and those of files that no whole line names."""
+    """Units to run again: those that a complete source lacks, and those of files that no intact line names."""
     lost = {name: set(range(source.num_units or 0)) for name, source in info.sources.items()}
     for path in (p for folder in ("data", "index", "rejects") for p in (root / folder).glob("*-*")):
         source, _, unit = path.stem.rpartition("-")
@@ -211,65 +270,37 @@ def _rewrite(root: Path, info: DatasetInfo, whole: list[ManifestEntry], incomple
     write_manifest(root, whole)
 
 
-def _aside(root: Path, done: Repair) -> Path:
-    """The folder of this repair, beside the dataset."""
-    if done.aside is None:
-        place = root.resolve()
-        base = place.with_name(f"{place.name}.aside")
-        taken = [int(p.name) for p in base.glob("*") if p.name.isdigit()] if base.exists() else []
-        done.aside = base / str(max(taken, default=0) + 1)
-        done.aside.mkdir(parents=True)
-    return done.aside
+def _sweep(root: Path, aside: _Aside) -> tuple[list[Problem], list[str]]:
+    """Set aside what `verify` finds now that the dataset opens: unnamed files, sidecars, plans, the tokenizer.
 
-
-def _set_json_aside(root: Path, done: Repair) -> None:
-    """Copy manifest and dataset.json as they were."""
-    for name in ("manifest.jsonl", "dataset.json"):
-        target = _aside(root, done) / name
-        if (root / name).exists() and not target.exists():
-            write_atomically(target, (root / name).read_bytes())
-
-
-def _move(root: Path, relatives: list[str], done: Repair) -> None:
-    """Move files that are there into the folder of this repair, under their own paths."""
-    for relative in relatives:
-        path = root / relative
-        if path.is_symlink() or path.exists():
-            target = _aside(root, done) / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, target)
-            done.moved.append(relative)
-
-
-def _sweep(root: Path, done: Repair) -> None:
-    """What verify still finds once the dataset opens: strays, sidecars, plans, tokenizer are set aside, the rest is said."""
+    Returns:
+        The problems, and the commands that write again what was set aside.
+    """
     commands: set[str] = set()
-    for problem in verify(Dataset(root)):
+    problems = verify(Dataset(root))
+    for problem in problems:
         folder, _, name = problem.path.partition("/")
-        done.problems.append(problem)
         stem = name.split("/")[0].split(".")[0]
         if folder in ("scores", "plans"):
-            _move(root, [f"{folder}/{stem}.json", f"{folder}/{stem}" + (".parquet" if folder == "plans" else "")], done)
+            aside.move([f"{folder}/{stem}.json", f"{folder}/{stem}" + (".parquet" if folder == "plans" else "")])
             commands.add(f"kdata {'score' if folder == 'scores' else 'select'} {root} ... --name {stem}")
         elif folder == "tokenizer":
-            _move(root, ["tokenizer"], done)
+            aside.move(["tokenizer"])
             commands.add(f"repeat any capture, generation or import into {root}: it writes tokenizer/ again")
         else:
-            _move(root, [problem.path], done)
-    done.commands += sorted(commands)
-    lasting = {"tokenizer"} if "tokenizer" in done.moved else set()
-    done.remaining = [p for p in verify(Dataset(root), deep=True) if p.path.split("/")[0] not in lasting]
+            aside.move([problem.path])
+    return problems, sorted(commands)
 
 
 def command(root: Path, info: DatasetInfo, source: str) -> str:
-    """The command that does the missing units of a source again, as far as the dataset knows it."""
+    """The command that runs the missing units of a source again, as far as the dataset records it."""
     about = info.sources[source]
     settings = about.settings
     if about.kind not in ("capture", "generate"):
-        return f"kdata {about.kind} ...: repeat what made {source!r}, into {root}"
+        return f"kdata {about.kind} ...: repeat the command that wrote {source!r}, into {root}"
     place = "--corpus CORPUS" if about.kind == "capture" else "--prompts PROMPTS"
     keep = f" --k {settings['k']}" if "k" in settings else ""
     return (
         f"kdata {about.kind} {root} --teacher {info.teacher.model} --backend {info.teacher.backend} {place}{keep} ... "
-        f"(with the settings of source {source!r}, see `kdata info` or dataset.json; another setting is refused)"
+        f"(with the settings of source {source!r}, see `kdata info` or dataset.json; other settings are refused)"
     )

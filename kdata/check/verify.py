@@ -1,4 +1,4 @@
-"""Is a dataset whole? Every committed byte against its digest, every row against its index."""
+"""Verify a dataset: every committed byte against its digest, every row against its index."""
 
 from __future__ import annotations
 
@@ -21,23 +21,27 @@ from kdata.store.dataset import Dataset
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is not as it was committed."""
+    """One difference from what was committed: the file's path inside the dataset, and what is wrong with it."""
 
     path: str
     what: str
 
 
 def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
-    """Check every byte of a dataset but the card's (a person may edit that), and list files that nothing names.
+    """Check every byte of a dataset except the card's (a person may edit it), and list files that do not belong to it.
 
-    Shards, sidecars' parts, plans and the tokenizer's files are compared with their SHA-256, the JSON files with their
-    own digest and with the one form in which kdata writes them, so that even a flip that changes no value is found.
+    Shards, sidecars' parts, plans and the tokenizer's files are compared with their SHA-256. JSON files are compared with
+    their own digest and with the one form in which kdata writes them, so that a flipped bit is found even where it changes
+    no value.
 
     Args:
         deep: also decode every row and compare token ids with the index's content hashes, and ids across shards.
     Returns:
-        Problems, empty when the dataset is whole.
+        Problems; empty where the dataset is whole.
+    Raises:
+        CorruptError: the dataset is at a URL or on the Hub, and a file there is not what was committed.
     """
+    dataset.fetch()
     problems: list[Problem] = []
     total = sum(info.bytes for entry in dataset.manifest for info in entry.files.values())
     with Task("verify", total, "bytes") as task:
@@ -62,10 +66,10 @@ def check_file(root: Path, relative: str, info: FileInfo) -> list[Problem]:
         return [Problem(relative, "is missing")]
     size = path.stat().st_size
     if size != info.bytes:
-        return [Problem(relative, f"has {size:,} bytes, committed were {info.bytes:,}")]
+        return [Problem(relative, f"has {size:,} bytes, but {info.bytes:,} were committed")]
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
-            return [Problem(relative, "has other content than was committed (SHA-256 differs)")]
+            return [Problem(relative, "differs from what was committed (SHA-256)")]
     return []
 
 
@@ -85,11 +89,11 @@ def check_json(root: Path, relative: str) -> list[Problem]:
             whole = json_bytes(values) == content
     except (ValueError, AttributeError) as error:
         return [Problem(relative, f"cannot be read: {error}")]
-    return [] if whole else [Problem(relative, "is not as kdata writes it: a flipped bit, or an editor")]
+    return [] if whole else [Problem(relative, "is not as kdata writes it: a flipped bit, or an editor's change")]
 
 
 def _tokenizer(dataset: Dataset) -> list[Problem]:
-    """The tokenizer's files must be those that were written, and the tokenizer the one that made the token ids."""
+    """The tokenizer's files must be the recorded ones, and the tokenizer the one that produced the token ids."""
     path = dataset.path / "tokenizer" / "tokenizer.json"
     recorded = dataset.info.tokenizer_files
     problems = [p for name, info in recorded.items() for p in check_file(dataset.path, f"tokenizer/{name}", info)]
@@ -97,11 +101,13 @@ def _tokenizer(dataset: Dataset) -> list[Problem]:
         return problems
     try:
         state = json.loads(path.read_bytes())
-        found = json_digest({key: value for key, value in state.items() if key not in ("truncation", "padding")})
+        digest = json_digest({key: value for key, value in state.items() if key not in ("truncation", "padding")})
     except (ValueError, AttributeError) as error:
         return [Problem("tokenizer/tokenizer.json", f"cannot be read: {error}")]
-    if found != dataset.info.tokenizer.hash:
-        return [Problem("tokenizer/tokenizer.json", "is not the tokenizer that made the token ids (its hash differs)")]
+    if digest != dataset.info.tokenizer.hash:
+        return [
+            Problem("tokenizer/tokenizer.json", "is not the tokenizer that produced the token ids (its hash differs)")
+        ]
     return []
 
 
@@ -129,18 +135,18 @@ def _plans(dataset: Dataset) -> list[Problem]:
         try:
             Plan.load(dataset.path / "plans" / name)
         except KdataError as error:
-            problems.append(Problem(f"plans/{name}.parquet", f"is no plan: {str(error).splitlines()[0]}"))
+            problems.append(Problem(f"plans/{name}.parquet", f"is not a valid plan: {str(error).splitlines()[0]}"))
     return problems
 
 
 def _strays(dataset: Dataset) -> list[Problem]:
     named = {relative for entry in dataset.manifest for relative in entry.files}
-    found = [p for folder in ("data", "index", "rejects") for p in (dataset.path / folder).glob("**/*") if p.is_file()]
+    files = [p for folder in ("data", "index", "rejects") for p in (dataset.path / folder).glob("**/*") if p.is_file()]
     sidecars = {p.stem for p in (dataset.path / "scores").glob("*.json")}
-    found += [p for p in (dataset.path / "scores").glob("*/*") if p.parent.name not in sidecars]
+    files += [p for p in (dataset.path / "scores").glob("*/*") if p.parent.name not in sidecars]
     return [
-        Problem(path, "is in no manifest line: left by a killed run, or put there by hand")
-        for path in sorted(p.relative_to(dataset.path).as_posix() for p in found)
+        Problem(path, "is in no manifest line: a killed run left it, or a person added it")
+        for path in sorted(p.relative_to(dataset.path).as_posix() for p in files)
         if path not in named
     ]
 
@@ -169,6 +175,6 @@ def _deep_shard(dataset: Dataset, number: int, entry: ManifestEntry, seen: set[s
         problems.append(Problem(where, "a kept id is outside the vocabulary"))
     for row_id in ids:
         if row_id in seen:
-            problems.append(Problem(where, f"id {row_id!r} stands twice in the dataset"))
+            problems.append(Problem(where, f"id {row_id!r} is repeated in the dataset"))
         seen.add(row_id)
     return problems

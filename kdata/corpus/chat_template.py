@@ -1,12 +1,12 @@
-"""Chats: messages rendered with the model's own chat template, and which of the tokens the assistant wrote.
+"""Render chats with the model's own chat template, and find the tokens that the assistant wrote.
 
-What the assistant wrote is found exactly or not at all. A template that marks it (`{% generation %}`) is believed. For any
-other, the chat is rendered up to each of the assistant's turns, once with the generation prompt and once with the turn: both
-must be prefixes of the whole, and what stands between them is the turn. A turn ends with its end-of-turn token, which counts:
-a student has to learn to stop. Where a prefix is none (a template that rewrites earlier turns), or where a token reaches over
-the border of a turn, the chat is refused.
+These tokens are determined exactly, or the chat is refused. If the template marks them (`{% generation %}`), the marks are
+used. Otherwise the chat is rendered up to each turn of the assistant, once with the generation prompt and once with the
+turn: both must be prefixes of the whole, and the text between them is the turn. The end-of-turn token belongs to the turn
+and is a target, because a student has to learn to stop. A chat is refused where such a text is not a prefix (the template
+rewrites earlier turns), or where a token spans the border of a turn.
 
-Characters become tokens by the bytes that each token stands for, so that no decoding is involved.
+Characters are mapped to tokens by the bytes of each token; nothing is decoded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PROBE = "kdata"  # content of a message that asks a template what it writes befo
 
 
 class ChatError(DataError):
-    """One chat cannot be rendered, or its turns cannot be told apart exactly."""
+    """One chat cannot be rendered, or its turns cannot be separated exactly."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ChatEncoder:
             targets: all tokens; those that the assistant wrote (with its end of turn); or those of its last turn.
             tool_calls: those that call a tool (with the end of that turn) count; else what comes before them in a turn only.
         Raises:
-            ChatError: the template refuses it, or the turns cannot be told apart exactly.
+            ChatError: the template refuses the chat, or its turns cannot be separated exactly.
         """
         text, marked = self._render_marked(chat)
         _check_rendered(chat, text)
@@ -126,7 +126,7 @@ class ChatEncoder:
         return {**self._options, "strftime_now": self._now}
 
     def _now(self, layout: str) -> str:
-        """What a template gets that asks for the time: the same on every day."""
+        """The date for a template that asks for the time: the same on every day."""
         if self._date is None:
             raise ConfigError(
                 "the model's chat template writes today's date, so that tomorrow the same chat would have other tokens; set "
@@ -143,7 +143,7 @@ class ChatEncoder:
     def _render_marked(self, chat: Chat) -> tuple[str, list[Span] | None]:
         """The text, and what the template marks as written by the assistant; None where it has no marks."""
         if not chat.messages:
-            raise ChatError("there is no message")
+            raise ChatError("the chat has no message")
         with _template_errors():
             template = self._tokenizer.get_chat_template(tools=chat.tools)
         text = self._render(chat.messages, chat.tools)
@@ -181,7 +181,7 @@ class ChatEncoder:
     def _begin(self, chat: Chat, text: str, number: int) -> int:
         """Where message `number`, of the assistant, begins: behind the generation prompt."""
         if number == 0:
-            raise ChatError("the assistant speaks first: what is before its turn cannot be told")
+            raise ChatError("the assistant speaks first: the text before its turn cannot be determined")
         before = chat.messages[:number]
         prompt = self._render(before, chat.tools, generation_prompt=True)
         begin = self._prefix(prompt, text, number, "with the prompt for its turn")
@@ -258,7 +258,7 @@ class ChatEncoder:
         behind = place + len(said)
         if place < 0 or plain[:behind] != text[:behind]:
             raise ChatError(
-                f"where the content of message {number} ends and its tool call begins cannot be told exactly"
+                f"the border between the content of message {number} and its tool call cannot be determined exactly"
             )
         return behind, end
 
@@ -267,7 +267,7 @@ def _date(text: str) -> datetime.date:
     try:
         return datetime.date.fromisoformat(text)
     except ValueError as error:
-        raise ConfigError(f"template_date {text!r} is no date; write it as YYYY-MM-DD") from error
+        raise ConfigError(f"template_date {text!r} is not a date; write it as YYYY-MM-DD") from error
 
 
 @contextmanager
@@ -284,7 +284,7 @@ def _template_errors() -> Iterator[None]:
 
 
 def _check_rendered(chat: Chat, text: str) -> None:
-    """Refuse a template that passes over tools or tool calls without a word."""
+    """Refuse a template that silently ignores tools or tool calls."""
     calls = [call for message in chat.messages for call in message.get("tool_calls", ())]
     for what, functions in (("tools", chat.tools or []), ("tool calls", calls)):
         for function in functions:
@@ -325,7 +325,7 @@ def _tokens_of(
 
 
 def refuse_hopeless(accepted: int, rejects: list[Reject]) -> None:
-    """Raise ConfigError where the template refused chats and nothing was accepted: a setting is wrong, not a row."""
+    """Raise ConfigError where the template refused chats and accepted none: then a setting is wrong, not a row."""
     refused = [reject for reject in rejects if reject.reason == "template"]
     if refused and not accepted:
         raise ConfigError(f"not one chat could be used. {refused[0].id}: {refused[0].detail}")

@@ -1,7 +1,7 @@
-"""Reading text, prompts and chats, streamed, as rows with a stable id and a domain.
+"""Read texts, prompts and chats as a stream of rows with a stable id and a domain.
 
-Local files are read by `files.py`, data sets of the Hugging Face library `datasets`, saved to disk or on the Hub, by
-`library.py`; both give `Rows`.
+`files.py` reads local files. `library.py` reads data sets of the Hugging Face library `datasets`, saved to disk or on the
+Hub. Both provide `Rows`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Document:
 
 
 class Rows(Protocol):
-    """Rows of one corpus as they stand somewhere. Every method raises DataError where they cannot be read."""
+    """The rows of one corpus. Every method raises DataError where they cannot be read."""
 
     @property
     def names(self) -> list[str]:
@@ -105,7 +105,7 @@ class Rows(Protocol):
 
     @property
     def num_rows(self) -> int | None:
-        """How many; None where only reading them tells."""
+        """Number of rows; None where it is known only after reading all of them."""
         ...
 
     def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -113,22 +113,25 @@ class Rows(Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What the rows are, by content and not by place."""
+        """What identifies the rows: their content, not their place."""
         ...
 
 
 def open_rows(config: CorpusConfig) -> Rows:
-    """The rows that a path leads to.
+    """The rows at a path.
 
     Raises:
-        MissingError: nothing is there.
+        MissingError: the path does not exist.
         ConfigError: an unknown format or split.
         DataError: broken or empty files.
     """
     path = Path(config.path)
     remote = hub_name(config.path)
     if config.subset is not None and remote is None:
-        raise ConfigError(f"subset {config.subset!r} names a configuration on the Hub; {config.path} is none")
+        raise ConfigError(
+            f"subset {config.subset!r} names a configuration of a data set on the Hub, and {config.path} is not on the Hub; "
+            "leave subset away"
+        )
     if remote is not None:
         return open_hub(remote, config.subset, config.split)
     if is_saved(path):
@@ -147,7 +150,7 @@ class Corpus:
     Raises:
         MissingError: the file or folder is not there.
         ConfigError: an unknown format, column or domain; the message names the nearest.
-        DataError: no row is left.
+        DataError: there is no row.
     """
 
     def __init__(self, config: CorpusConfig) -> None:
@@ -164,15 +167,15 @@ class Corpus:
                 )
         count = self._rows.num_rows if config.domains is None else self._count_domains(config.domains)
         self.num_rows: int | None = count if count is None else min(count, config.limit or count)
-        """Documents in all; None where only reading them tells."""
+        """Documents in all; None where the number is known only after reading all of them."""
         if self.num_rows == 0:
             raise DataError(f"{config.path} holds no row; give it some text")
 
     def _count_domains(self, wanted: list[str]) -> int | None:
-        """Rows in the domains that are wanted, each of which must be there; None where that would be a download."""
+        """Rows in the wanted domains, each of which must exist; None where counting would download the corpus."""
         column = self.config.domain_column
         if column is None:
-            raise ConfigError("`domains` chooses by the domain column, and domain_column is null")
+            raise ConfigError("`domains` selects by the domain column, but domain_column is null; name the column")
         if self._rows.num_rows is None:
             return None
         counts = Counter(str(row[column]) for row in self._rows.rows([column]) if row[column] is not None)
@@ -183,7 +186,7 @@ class Corpus:
         return sum(counts[name] for name in set(wanted))
 
     def settings(self) -> dict[str, Any]:
-        """What decides the rows, by content and not by place: goes into the dataset's settings."""
+        """What determines the rows, by content and not by place; part of the dataset's settings."""
         return {**self._rows.identity(), **self.config.model_dump(exclude={"path"})}
 
     def documents(self) -> Iterator[Document]:
@@ -196,7 +199,9 @@ class Corpus:
                 continue
             document = self._document(number, row)
             if document.id in seen:
-                raise DataError(f"{config.path}: id {document.id!r} stands twice; ids must be unique")
+                raise DataError(
+                    f"{config.path}: id {document.id!r} occurs twice; ids must be unique (id_column null makes new ones)"
+                )
             seen.add(document.id)
             yield document
             if len(seen) == config.limit:
@@ -219,20 +224,25 @@ class Corpus:
         else:
             text = row.get(str(config.text_column))
         if text is not None and not isinstance(text, str):
-            raise DataError(f"{config.path}: row {name!r} has {type(text).__name__} as text")
+            raise DataError(
+                f"{config.path}: row {name!r} has {type(text).__name__} as text; column {config.text_column!r} must hold text"
+            )
         try:
             (as_json([chat.messages, chat.tools]) if chat else text or "").encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{config.path}: row {name!r} holds half of a surrogate pair, which is no text") from error
         domain = config.domain if config.domain_column is None else row.get(config.domain_column)
         if domain is None:
-            raise DataError(f"{config.path}: row {name!r} has no domain")
+            raise DataError(
+                f"{config.path}: row {name!r} has no domain in column {config.domain_column!r}; fill it, or set "
+                "domain_column to null"
+            )
         if config.id_column is None:
-            name = _made_id(number, chat.content if chat else text or "")
+            name = _content_id(number, chat.content if chat else text or "")
         return Document(str(name), str(domain), text or "", row.get("source"), row.get("license"), chat)
 
 
-def _made_id(number: int, content: str) -> str:
-    """An id of row number and content: the same in every run, and another where either changes."""
+def _content_id(number: int, content: str) -> str:
+    """An id from row number and content: the same in every run, and different where either changes."""
     digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
     return f"row-{number:07d}-{digest}"

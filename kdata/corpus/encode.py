@@ -26,7 +26,7 @@ class TextEncoder:
 
     @property
     def num_special(self) -> int:
-        """Special tokens that the tokenizer puts around a text."""
+        """Number of special tokens that the tokenizer puts around a text."""
         return len(self.prefix) + len(self.suffix)
 
     def pieces(self, text: str, limit: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
@@ -44,11 +44,11 @@ class TextEncoder:
         ]
 
     def literal(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Encode a text that holds its special tokens itself, as a rendered chat does; nothing is put around it.
+        """Encode a text that contains its special tokens, as a rendered chat does; none are added.
 
         Returns:
-            Token ids int32 [T] and bytes per token uint16 [T], special tokens with those of their names: they sum to the
-            bytes of the text, so the running sum says exactly where each token begins.
+            Token ids int32 [T] and bytes per token uint16 [T], where special tokens count the bytes of their names. The bytes
+            sum to those of the text, so the running sum says exactly where each token begins.
         """
         ids, begins = self._encode(text)
         return ids, self._lengths(text, ids, begins)
@@ -73,11 +73,11 @@ class TextEncoder:
         return text, whole, padded
 
     def byte_lengths(self, ids: np.ndarray, *, special: bool = False) -> np.ndarray | None:
-        """Bytes per token of ids that a model wrote; None where only a text could tell.
+        """Bytes per token of ids that a model wrote; None where they depend on the text.
 
         Args:
             ids: int32 [T].
-            special: special tokens stand in the text, and count as many bytes as their names; else 0.
+            special: the text contains special tokens, and each counts the bytes of its name; else 0.
         """
         if self._byte_table is None:
             return None
@@ -86,7 +86,7 @@ class TextEncoder:
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:
-    """Ids and names of the tokens that mark structure (<|im_end|>) and are no text."""
+    """Ids and names of the tokens that mark structure (<|im_end|>) and are not text."""
     return {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 

@@ -1,7 +1,7 @@
-"""Rows of local files: Parquet, CSV and Arrow as pyarrow reads them, JSON lines one by one.
+"""Rows of local files: Parquet, CSV and Arrow are read with pyarrow, JSON lines one by one.
 
-JSON lines are not read with pyarrow: it takes the columns of a file from its first block, and would pass over what comes up
-later only, such as the first tool call of a chat.
+JSON lines are not read with pyarrow, because it takes the columns of a file from its first block and would ignore keys that
+appear later, such as the first tool call of a chat.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FileRows:
 
     Args:
         path: a file, or a folder of files of one kind.
-        texts: columns that a CSV shall give as they stand: a number that looks like one stays text.
+        texts: columns of a CSV that are text, even where they look like numbers.
     """
 
     def __init__(self, path: Path, texts: list[str]) -> None:
@@ -62,7 +62,7 @@ class FileRows:
                 self.names, self.num_rows = self._data.schema.names, self._data.count_rows()
 
     def _format(self) -> pads.FileFormat | str:
-        """How pyarrow reads such a file: rows of any length up to BLOCK_BYTES, and a CSV's ids and texts as they stand."""
+        """The format for pyarrow: rows of up to BLOCK_BYTES, and ids and texts of a CSV as text."""
         if self._kind != "csv":
             assert self._kind is not None
             return self._kind
@@ -79,7 +79,7 @@ class FileRows:
             count += 1
             names.update(dict.fromkeys(row))
         if not count:
-            raise DataError(f"{self._path} holds no row: no line of JSON")
+            raise DataError(f"{self._path} holds no row: it has no line of JSON; write one object a line")
         return count, list(names)
 
     def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -108,12 +108,12 @@ class FileRows:
         except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{self._path} cannot be read as json: {file.name}, line {number}: {error}") from error
         if not isinstance(row, dict):
-            raise DataError(f"{self._path}: {file.name}, line {number} is no JSON object; write one object a line")
+            raise DataError(f"{self._path}: {file.name}, line {number} is not a JSON object; write one object a line")
         return row
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
-        """Turn what is said of broken input into one DataError."""
+        """Turn errors about broken input into one DataError."""
         try:
             yield
         except (pa.ArrowException, UnicodeDecodeError, OSError, EOFError) as error:
@@ -141,8 +141,8 @@ def files_digest(files: list[Path]) -> str:
 def rows_of(batch: pa.RecordBatch | pa.Table) -> Iterator[dict[str, Any]]:
     """Rows of an Arrow batch as Python values; columns stay, null or not.
 
-    A struct has every key that any row has, so a null inside one is a key that the row has not, and is left out. JSON that
-    Arrow knows to be JSON (what `datasets` makes of objects with differing keys) is read, with its nulls.
+    A struct has every key of any row, so a null in it means that the row lacks the key, and the key is left out. Values of
+    Arrow's JSON type (`datasets` uses it for objects with differing keys) are parsed, and keep their nulls.
     """
     kinds = {field.name: field.type for field in batch.schema}
     for row in batch.to_pylist():
@@ -161,10 +161,18 @@ def _value(value: Any, kind: pa.DataType) -> Any:
     return value
 
 
+def exists(path: Path) -> bool:
+    """As `Path.exists`; False too for what the file system does not take as a name, such as a long text."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def _files(path: Path) -> list[Path]:
     known = ", ".join(sorted({"." + end.split(".")[1] for end in FORMATS}))
-    if not path.exists():
-        raise MissingError(f"{path} does not exist; name a file or folder of text rows")
+    if not exists(path):
+        raise MissingError(f"{str(path)[:200]} does not exist; name a file or folder of text rows (corpus.path)")
     if path.is_file():
         if format_of(path) is None:
             raise ConfigError(f"{path}: unknown ending; kdata reads {known}")

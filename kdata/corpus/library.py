@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face library `datasets`: saved to disk by it, or streamed from the Hub. No remote code is run."""
+"""Data sets of the Hugging Face library `datasets`, saved to disk or streamed from the Hub. No remote code is run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdata.corpus.files import files_digest, format_of, rows_of
+from kdata.corpus.files import exists, files_digest, format_of, rows_of
 from kdata.errors import ConfigError, DataError, DependencyError, KdataError, MissingError
 from kdata.store.hub import hub_errors
 
@@ -22,13 +22,15 @@ BATCH_ROWS = 1024
 def hub_name(path: str) -> tuple[str, str | None] | None:
     """OWNER/NAME and revision of a data set on the Hub; None for a path.
 
-    A bare OWNER/NAME is one where nothing of that name is here and it does not end as a file does.
-    Raises ConfigError where it begins with hf:// and is no such name.
+    A bare OWNER/NAME is a data set on the Hub if no such path exists here and it does not end as a file does.
+    Raises ConfigError where it begins with hf:// and is not such a name.
     """
     match = HUB_NAME.match(path)
     if path.startswith("hf:") and match is None:
-        raise ConfigError(f"{path!r} is no data set on the Hub; write hf://datasets/OWNER/NAME, or ...@REVISION")
-    local = Path(path).exists() or format_of(Path(path)) is not None or path.startswith((".", "~"))
+        raise ConfigError(
+            f"{path!r} does not name a data set on the Hub; write hf://datasets/OWNER/NAME, or ...@REVISION"
+        )
+    local = exists(Path(path)) or format_of(Path(path)) is not None or path.startswith((".", "~"))
     if match is None or (local and not path.startswith("hf:")):
         return None
     return match["name"], match["revision"]
@@ -36,34 +38,34 @@ def hub_name(path: str) -> tuple[str, str | None] | None:
 
 def is_saved(path: Path) -> bool:
     """True for a folder that `datasets` saved."""
-    return any((path / name).is_file() for name in SAVED)
+    return exists(path) and any((path / name).is_file() for name in SAVED)
 
 
 def open_saved(path: Path, split: str | None) -> LibraryRows:
     """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, memory-mapped.
 
     Raises:
-        ConfigError: there are several splits and none is named, or there is none of that name.
-        DataError: the folder is broken.
+        ConfigError: there are several splits and none is named, or the named one does not exist.
+        DataError: the folder is damaged.
         DependencyError: `datasets` is not installed.
     """
     library = _library()
     with _readable(f"{path} cannot be read as a folder of `datasets`"):
-        found = library.load_from_disk(str(path))
-    if isinstance(found, library.DatasetDict):
-        found = found[_split(list(found), split, str(path))]
+        data = library.load_from_disk(str(path))
+    if isinstance(data, library.DatasetDict):
+        data = data[_split(list(data), split, str(path))]
     elif split is not None:
         raise ConfigError(f"{path} has no splits (split {split!r}); leave split away")
-    files = [Path(file["filename"]) for file in found.cache_files]
-    return LibraryRows(found, {"sha256": files_digest(files)}, f"{path} cannot be read", found.num_rows)
+    files = [Path(file["filename"]) for file in data.cache_files]
+    return LibraryRows(data, {"sha256": files_digest(files)}, f"{path} cannot be read", data.num_rows)
 
 
 def open_hub(remote: tuple[str, str | None], subset: str | None, split: str | None) -> LibraryRows:
-    """A data set on the Hub, streamed, at the commit that its revision stands for now.
+    """A data set on the Hub, streamed, at the current commit of its revision.
 
     Raises:
-        MissingError: it is not there, or the Hub cannot be reached.
-        ConfigError: there are several splits and none is named, or there is none of that name or subset.
+        MissingError: it does not exist, or the Hub cannot be reached.
+        ConfigError: there are several splits and none is named, or the named split or subset does not exist.
         DependencyError: `datasets` is not installed.
     """
     library, (name, revision) = _library(), remote
@@ -74,7 +76,7 @@ def open_hub(remote: tuple[str, str | None], subset: str | None, split: str | No
         columns = stream.column_names or list(next(iter(stream), {}))
     except hub_errors() as error:
         raise MissingError(
-            f"data set {name!r} is neither here nor to be had from the Hub ({type(error).__name__}: "
+            f"data set {name!r} is neither a local path nor available on the Hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); check the name, the network and HF_TOKEN"
         ) from error
     except ValueError as error:
@@ -113,7 +115,7 @@ def _split(splits: list[str], wanted: str | None, where: str) -> str:
 
 @contextmanager
 def _readable(what: str) -> Iterator[None]:
-    """Turn what the library says of broken input into one DataError that begins with `what`."""
+    """Turn errors of the library about broken input into one DataError that begins with `what`."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
@@ -127,23 +129,23 @@ class LibraryRows:
     """See `kdata.corpus.corpus.Rows`.
 
     Args:
-        found: a `datasets.Dataset` or `datasets.IterableDataset`.
-        identity: what the rows are, by content.
-        what: what is said where they cannot be read.
+        data: a `datasets.Dataset` or `datasets.IterableDataset`.
+        identity: what identifies the rows.
+        what: beginning of the message of an error.
         num_rows: how many, where that is known.
         names: columns, where the data set does not know them itself.
     """
 
     def __init__(
-        self, found: Any, identity: dict[str, Any], what: str, num_rows: int | None, names: list[str] | None = None
+        self, data: Any, identity: dict[str, Any], what: str, num_rows: int | None, names: list[str] | None = None
     ) -> None:
-        self._found, self._identity, self._what = found, identity, what
-        self.num_rows, self.names = num_rows, names or list(found.column_names)
+        self._data, self._identity, self._what = data, identity, what
+        self.num_rows, self.names = num_rows, names or list(data.column_names)
 
     def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
         """Rows in the data set's order."""
         with _readable(self._what):
-            tables = self._found.select_columns(columns).with_format("arrow")
+            tables = self._data.select_columns(columns).with_format("arrow")
             for table in tables.iter(BATCH_ROWS):
                 yield from rows_of(table)
 

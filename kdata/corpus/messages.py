@@ -30,17 +30,17 @@ def as_json(value: Any) -> str:
 def parse_chat(messages: Any, tools: Any, where: str) -> Chat:
     """Check a row's messages and tools, each a list or a list as JSON text.
 
-    A key that is null counts as absent, but for `content`, which is always there, null beside tool calls alone: templates
-    look for it. Arguments of tool calls that are JSON text become objects, as templates take them.
+    A key that is null counts as absent, except `content`: templates expect it, so it is always there, and may be null beside
+    tool calls only. Arguments of tool calls that are JSON text become objects, as templates expect them.
 
     Raises:
         DataError: naming `where`, and what is wrong.
     """
-    found = [_message(m, f"{where}, message {n}") for n, m in enumerate(_list(messages, f"{where}: messages"))]
+    checked = [_message(m, f"{where}, message {n}") for n, m in enumerate(_list(messages, f"{where}: messages"))]
     functions = None if tools is None else _list(tools, f"{where}: tools")
     if functions is not None and not all(isinstance(tool, dict) for tool in functions):
         raise DataError(f"{where}: each of the tools must be an object, the JSON Schema of a function")
-    return Chat(found, functions or None)
+    return Chat(checked, functions or None)
 
 
 def _list(value: Any, what: str) -> list[Any]:
@@ -58,19 +58,21 @@ def _list(value: Any, what: str) -> list[Any]:
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise DataError(f"{where} must be an object with a role and a content")
-    found = {key: value for key, value in message.items() if value is not None or key == "content"}
-    content = found.setdefault("content", None)
+        raise DataError(f"{where} must be an object with a role (text) and a content")
+    checked = {key: value for key, value in message.items() if value is not None or key == "content"}
+    content = checked.setdefault("content", None)
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise DataError(f"{where} has a part that is no text; kdata knows text only")
+            raise DataError(f"{where} has a part that is not text; kdata reads text only")
     elif not isinstance(content, str | None):
         raise DataError(f"{where} has {type(content).__name__} as content")
-    if found.get("tool_calls"):
-        found["tool_calls"] = [_tool_call(call, where) for call in _list(found["tool_calls"], f"{where}: tool_calls")]
+    if checked.get("tool_calls"):
+        checked["tool_calls"] = [
+            _tool_call(call, where) for call in _list(checked["tool_calls"], f"{where}: tool_calls")
+        ]
     elif content is None:
         raise DataError(f"{where} has neither content nor tool calls")
-    return found
+    return checked
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:

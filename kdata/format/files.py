@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from kdata.errors import CorruptError, KdataError, StorageError
+from kdata.errors import ConfigError, CorruptError, KdataError, StorageError
 from kdata.format.schema import FileInfo
 
 
@@ -55,6 +56,13 @@ def inside(root: Path, relative: str) -> Path:
     if unsafe or not path.resolve().is_relative_to(root.resolve()):
         raise CorruptError(f"{root}: the manifest names {relative!r}, which lies outside the dataset; do not trust it")
     return path
+
+
+def local_path(place: str | Path, remedy: str) -> Path:
+    """A place as a path. Raises ConfigError, with the remedy, where it is a URL (a Path keeps one of its slashes)."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(place)):
+        raise ConfigError(f"{place} is a URL, and this needs a local path: {remedy}")
+    return Path(place)
 
 
 @contextmanager

@@ -5,7 +5,9 @@ Shapes: T tokens of one sequence, N kept entries of it in all."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +24,21 @@ def inputs_of(payload: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def inputs_digest(sequences: list[Record]) -> str:
+class HasTokens(Protocol):
+    """A sequence as its digest sees it."""
+
+    @property
+    def id(self) -> str:
+        """Id of the row."""
+        ...
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """int32 [T]."""
+        ...
+
+
+def inputs_digest(sequences: Iterable[HasTokens]) -> str:
     """SHA-256 over ids and token ids, in order."""
     digest = hashlib.sha256()
     for sequence in sequences:

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from kdata.errors import ShapeError
+from kdata.errors import DependencyError, ShapeError
 from kdata.format import codec as codecs
 from kdata.format.kept import pad
 from kdata.format.packed import join_bytes
 from kdata.format.schema import DatasetInfo
 
+if TYPE_CHECKING:
+    import polars
+    import torch
+
 COMMON = (
     "input_ids", "target_mask", "logprob", "rank", "log_tail", "entropy", "num_exact", "num_drawn",
 )  # fmt: skip
+
+
+PER_TOKEN = ("token_ids", "target_mask", "logprob", "rank", "log_tail", "entropy", "num_exact", "num_kept")
+PER_ENTRY = ("entry_ids", "entry_logprobs", "draw_logprobs")
+
+
+def as_polars(table: pa.Table) -> polars.DataFrame:
+    """An Arrow table as a Polars frame. Raises DependencyError where Polars is not installed."""
+    try:
+        import polars
+    except ModuleNotFoundError as error:
+        raise DependencyError("to_polars needs Polars: pip install 'kdata[polars]'") from error
+    frame = polars.from_arrow(table)
+    assert isinstance(frame, polars.DataFrame)  # of a table; a column would be a series
+    return frame
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,65 @@ class Sequences:
     def spans(self) -> list[tuple[int, int]]:
         """(begin, end) of each sequence in the token arrays."""
         return [(int(a), int(b)) for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
+
+    def one(self, number: int) -> Sequences:
+        """The `number`-th sequence alone, without copying. `number` is in [0, S)."""
+        begin, end = (int(place) for place in self.offsets[number : number + 2])
+        first, last = (int(place) for place in self.entry_offsets[[begin, end]])
+        tokens, entries = slice(begin, end), slice(first, last)
+        return Sequences(
+            token_ids=self.token_ids[tokens],
+            offsets=np.array([0, end - begin], np.int64),
+            target_mask=self.target_mask[tokens],
+            logprob=self.logprob[tokens],
+            rank=self.rank[tokens],
+            log_tail=self.log_tail[tokens],
+            entropy=self.entropy[tokens],
+            num_exact=self.num_exact[tokens],
+            num_kept=self.num_kept[tokens],
+            log_z=None if self.log_z is None else self.log_z[tokens],
+            entry_offsets=self.entry_offsets[begin : end + 1] - first,
+            entry_ids=self.entry_ids[entries],
+            entry_logprobs=self.entry_logprobs[entries],
+            draw_logprobs=None if self.draw_logprobs is None else self.draw_logprobs[entries],
+        )
+
+    def to_arrow(self) -> pa.Table:
+        """A table of S rows: one list per sequence and number, and lists of lists of what is kept at each position."""
+        rows, positions = pa.array(self.offsets, pa.int32()), pa.array(self.entry_offsets, pa.int32())
+        per_token = {name: pa.array(getattr(self, name)) for name in PER_TOKEN}
+        if self.log_z is not None:
+            per_token["log_z"] = pa.FixedSizeListArray.from_arrays(
+                pa.array(self.log_z.reshape(-1)), self.log_z.shape[1]
+            )
+        per_entry = {name: getattr(self, name) for name in PER_ENTRY if getattr(self, name) is not None}
+        per_token |= {name: pa.ListArray.from_arrays(positions, pa.array(values)) for name, values in per_entry.items()}
+        return pa.table({name: pa.ListArray.from_arrays(rows, values) for name, values in per_token.items()})
+
+    def to_polars(self) -> polars.DataFrame:
+        """The same as a Polars frame. Raises DependencyError where Polars is not installed."""
+        return as_polars(self.to_arrow())
+
+    def to_torch(self) -> dict[str, torch.Tensor]:
+        """The arrays of this class as tensors of their own memory, laid end to end as here; ids are int64.
+
+        `entry_ids` int64 [T, K] (-1 pads) and `entry_logprobs` [T, K] (-inf pads) are grids, as `padded` gives them.
+        `offsets` [S+1] says where sequences begin: `tensors["token_ids"].split(tensors["offsets"].diff().tolist())`.
+
+        Raises:
+            DependencyError: torch is not installed.
+        """
+        try:
+            import torch
+        except ModuleNotFoundError as error:
+            raise DependencyError("to_torch needs torch: pip install 'kdata[train]'") from error
+        ids_TK, logprobs_TK = self.padded()
+        arrays = {name: getattr(self, name) for name in ("offsets", *PER_TOKEN)}
+        arrays |= {"entry_ids": ids_TK.astype(np.int64), "entry_logprobs": logprobs_TK}
+        arrays["token_ids"] = self.token_ids.astype(np.int64)
+        if self.log_z is not None:
+            arrays["log_z"] = self.log_z
+        return {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
 
     def padded(self, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Kept entries as a grid.

@@ -1,7 +1,7 @@
-"""The probability average of several teachers' sparse distributions, position by position.
+"""The average of several teachers' sparse probability distributions, position by position.
 
-Wanted is p = sum_m w_m p_m: p_m the distribution of teacher m, w_m >= 0 its share, sum_m w_m = 1. What is known of each p_m
-is sparse. It is taken to be what the payload says; the error of storing that is the payload's own (its manifest has it).
+The target is p = sum_m w_m p_m, where p_m is the distribution of teacher m and w_m >= 0 its share, sum_m w_m = 1. Of
+each p_m only a sparse part is known. The payload is taken as exact; its error of storage is in its own manifest.
 
 Draws (hybrid, sampled). Payload m has exact ids E_m, where p_m(i) is known, and draws outside of them with weights v_m(i), 0
 where an id was not drawn, such that E[v_m(i)] = p_m(i). Let v_m(i) = p_m(i) on E_m too. Stored is
@@ -29,7 +29,7 @@ and at most tail_m for all of them, so that
 u is the total variation between what is stored and p itself lumped in the same way (U, and one bucket for the rest): a mass u
 lies in the bucket that belongs to kept ids. The bound is returned for every position.
 
-Where one teacher alone has a share the result is what that teacher's payload says.
+Where only one teacher has a share, the result equals that teacher's payload.
 
 Shapes: S rows, T tokens, M teachers, N pooled entries, G different (position, id) of them.
 """
@@ -73,7 +73,7 @@ def mix(members: list[Sequences], weights_SM: np.ndarray, tail: Literal["ghost",
     weights_TM = np.repeat(weights_SM, np.diff(first.offsets), axis=0)
     recorded_T = ((np.stack([m.num_kept for m in members], 1) > 0) | (weights_TM == 0)).all(1)
     if (first.target_mask & ~recorded_T).any():
-        raise DataError("a position that counts has nothing recorded in one of the payloads; reread the rows")
+        raise DataError("one of the payloads has nothing recorded at a target position; reread its rows (kdata reread)")
     weights_TM[~recorded_T] = 0.0
     pooled = _pool(members, weights_TM)
     drawn_G = np.zeros(len(pooled.ids), bool)
@@ -120,10 +120,10 @@ def _pool(members: list[Sequences], weights_TM: np.ndarray) -> _Pool:
         share_N = np.repeat(weights_TM[:, number], member.num_kept)
         position_N = np.repeat(np.arange(len(weights_TM), dtype=np.int64), member.num_kept)
         place_N = np.arange(len(share_N)) - np.repeat(member.entry_offsets[:-1], member.num_kept)
-        taken_N = share_N > 0
-        keys.append((position_N << 32 | member.entry_ids)[taken_N])
-        weights.append(share_N[taken_N] * np.exp(member.entry_logprobs[taken_N].astype(np.float64)))
-        known.append((place_N < np.repeat(member.num_exact, member.num_kept))[taken_N])
+        counts_N = share_N > 0
+        keys.append((position_N << 32 | member.entry_ids)[counts_N])
+        weights.append(share_N[counts_N] * np.exp(member.entry_logprobs[counts_N].astype(np.float64)))
+        known.append((place_N < np.repeat(member.num_exact, member.num_kept))[counts_N])
     key_N, weight_N, known_N = np.concatenate(keys), np.concatenate(weights), np.concatenate(known)
     order = np.argsort(key_N, kind="stable")
     key_N, weight_N, known_N = key_N[order], weight_N[order], known_N[order]
@@ -167,18 +167,18 @@ def _average_log(logs: list[np.ndarray], weights_TM: np.ndarray, recorded_T: np.
     """log sum_m w_m e^logs_m, float32 [T]; NaN where nothing is recorded."""
     probs_TM = np.exp(np.stack(logs, 1).astype(np.float64))
     with np.errstate(divide="ignore"):
-        found_T = np.log(np.where(weights_TM > 0, weights_TM * probs_TM, 0.0).sum(1))
-    return np.where(recorded_T, found_T, np.nan).astype(np.float32)
+        average_T = np.log(np.where(weights_TM > 0, weights_TM * probs_TM, 0.0).sum(1))
+    return np.where(recorded_T, average_T, np.nan).astype(np.float32)
 
 
 def _own(values: list[np.ndarray], weights_TM: np.ndarray, unknown: float) -> np.ndarray:
-    """The value of the one teacher that has a share, `unknown` where several or none have."""
+    """The value of the only teacher with a share; `unknown` where several teachers have one, or none."""
     chosen_T = np.take_along_axis(np.stack(values, 1), weights_TM.argmax(1)[:, None], 1)[:, 0]
     return np.where((weights_TM > 0).sum(1) == 1, chosen_T, unknown).astype(chosen_T.dtype)
 
 
 def _unknown(members: list[Sequences], weights_TM: np.ndarray, num_kept_T: np.ndarray) -> np.ndarray:
-    """Most mass of the tail that may belong to kept ids, float64 [T]."""
+    """Upper bound of the mass in the tail that belongs to kept ids, float64 [T]."""
     bound_T = np.zeros(len(weights_TM))
     for number, member in enumerate(members):
         live_T = weights_TM[:, number] > 0

@@ -1,8 +1,8 @@
-"""Combine payloads of the same rows: the weighted average of several teachers, or a teacher for each domain.
+"""Combine payloads of the same rows: the weighted average of several teachers, or one teacher for each domain.
 
-What is stored of an average, and why it is right, is in `kdata/mixture.py`. Where each domain has one teacher and all
-payloads have one codec, rows are taken over as they are, with ranks, entropies and further temperatures. Memory is bounded
-by a shard of the first input at a time.
+`average.py` says what is stored of an average and why it is right. If each domain has one teacher and all payloads have one
+codec, rows are copied as they are, with ranks, entropies and further temperatures. Memory holds one shard of the first input
+at a time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from kdata import __version__
-from kdata.config import Strict
+from kdata.config import VERSION, Strict
 from kdata.errors import ConfigError, DataError, MismatchError
 from kdata.format.manifest import new_info
 from kdata.format.records import Shard, UnitResult, inputs_digest, inputs_of
@@ -36,9 +35,8 @@ from kdata.format.schema import (
 from kdata.format.sequences import Sequences
 from kdata.jobs.average import mix
 from kdata.jobs.payloads import (
-    fill,
     goes_on,
-    records_of,
+    inputs_of_shard,
     refuse_other_rows,
     refuse_other_targets,
     refuse_other_vocabulary,
@@ -52,7 +50,7 @@ from kdata.store.writer import Writer
 
 
 class CombineConfig(Strict):
-    """Whose word counts how much, and where."""
+    """The share of each teacher, in general and by domain."""
 
     weights: list[float] | None = Field(
         None,
@@ -103,7 +101,7 @@ class CombineReport:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Inputs, and the share of each, float64 [M], by domain; `lossless` where rows are taken over as they are."""
+    """Inputs, and the share of each, float64 [M], by domain; `lossless` where rows are copied as they are."""
 
     inputs: list[Dataset]
     shares: dict[str, np.ndarray]
@@ -111,23 +109,24 @@ class _Plan:
 
 
 def combine(
-    root: Path, inputs: list[Dataset], config: CombineConfig, *, resume: str = "auto", log: Path | None = None
+    root: Path | str, inputs: list[Dataset], config: CombineConfig, *, resume: str = "auto", log: Path | None = None
 ) -> tuple[Dataset, CombineReport]:
     """Average payloads of the same rows into a dataset.
 
     Args:
-        root: dataset folder, made when absent.
-        inputs: two or more, one for each teacher; rows, texts and shards are those of the first.
+        root: dataset folder, created if needed.
+        inputs: two or more payloads, one for each teacher; the result has the rows, texts and shards of the first.
         resume: auto, never or must; see `Writer`.
         log: JSONL file for progress.
     Returns:
         The dataset, and what was counted, over all rows (of those committed by a former run too).
     Raises:
-        MismatchError: other rows, another vocabulary, or kinds that do not mix; or `root` was begun otherwise.
-        ConfigError: weights that are no shares, an unknown domain, or one that no weight is given for.
-        DataError: an input is not complete, is a combination itself, or holds no mass of the rest.
+        MismatchError: rows or vocabularies differ, or kinds that cannot be averaged; or `root` was begun with other settings.
+        ConfigError: weights that are not shares, an unknown domain, or a domain without a weight.
+        DataError: an input is not complete, is a combination itself, or lacks the mass of the tail.
         CorruptError: an input is damaged.
     """
+    root = Path(root)
     _refuse_unfit(inputs)
     for other in inputs[1:]:
         a, b = inputs[0], other
@@ -162,8 +161,8 @@ def _run(
         "of": [{"fingerprint": d.content_digest, "codec": d.info.codec.model_dump()} for d in plan.inputs],
         "made_by": {"kind": about.kind, **about.settings},
     }
-    made = SourceInfo(kind="combine", settings=settings, num_units=None)
-    with Writer(root, info, source, made, resume=resume, tokenizer_dir=first.tokenizer_dir) as writer:
+    about_result = SourceInfo(kind="combine", settings=settings, num_units=None)
+    with Writer(root, info, source, about_result, resume=resume, tokenizer_dir=first.tokenizer_dir) as writer:
         shards = [number for number, entry in enumerate(first.manifest) if entry.source == source]
         for number in shards:
             entry, members = first.manifest[number], _members(plan, number)
@@ -178,7 +177,7 @@ def _run(
 
 
 def _members(plan: _Plan, number: int) -> list[Sequences]:
-    """The rows of a shard of the first input, as each input has them. Raises MismatchError where they are not the same."""
+    """The rows of a shard of the first input, from each input. Raises MismatchError where they are not the same rows."""
     first = plan.inputs[0]
     start, end = (int(x) for x in first.shard_starts[number : number + 2])
     members = [dataset.take(np.arange(start, end)) for dataset in plan.inputs]
@@ -188,18 +187,18 @@ def _members(plan: _Plan, number: int) -> list[Sequences]:
 
 
 def _averaged(plan: _Plan, number: int, members: list[Sequences], report: CombineReport) -> UnitResult:
-    """The rows of a shard with the average of all."""
+    """The rows of a shard with the average of all inputs."""
     first = plan.inputs[0]
-    records = records_of(first, number, members[0])
-    weights_SM = np.array([plan.shares[r.domain] for r in records]).reshape(-1, len(members))
+    rows = inputs_of_shard(first, number, members[0])
+    weights_SM = np.array([plan.shares[row.domain] for row in rows]).reshape(-1, len(members))
     mixture = mix(members, weights_SM, cast(Literal["ghost", "draws"], first.info.tail))
     report.add(mixture.unknown[members[0].target_mask])
-    filled = [fill(record, mixture.sequences, row) for row, record in enumerate(records)]
-    return UnitResult(first.manifest[number].unit, filled, inputs=inputs_digest(filled))
+    records = [row.record_from(mixture.sequences, place) for place, row in enumerate(rows)]
+    return UnitResult(first.manifest[number].unit, records, inputs=inputs_digest(records))
 
 
 def _chosen(root: Path, info: DatasetInfo, plan: _Plan, number: int) -> Shard:
-    """A shard whose rows are taken over as they are stored, each from the payload of its domain's teacher."""
+    """A shard whose rows are copied as they are stored, each from the payload of its domain's teacher."""
     first, entry = plan.inputs[0], plan.inputs[0].manifest[number]
     start = int(first.shard_starts[number])
     payload, index = tables(first, entry, np.arange(entry.rows), entry.name)
@@ -211,11 +210,11 @@ def _chosen(root: Path, info: DatasetInfo, plan: _Plan, number: int) -> Shard:
         shards = np.searchsorted(dataset.shard_starts, rows, side="right") - 1
         for shard in np.unique(shards).tolist():
             local, theirs = rows[shards == shard], dataset.manifest[shard]
-            found = tables(dataset, theirs, local - dataset.shard_starts[shard], entry.name)
+            their_payload, their_index = tables(dataset, theirs, local - dataset.shard_starts[shard], entry.name)
             order.append(local - start)
-            payloads.append(found[0])
-            indexes.append(found[1])
-            errors.append((pc.sum(found[1]["num_target_tokens"]).as_py(), theirs.codec_error))
+            payloads.append(their_payload)
+            indexes.append(their_index)
+            errors.append((pc.sum(their_index["num_target_tokens"]).as_py(), theirs.codec_error))
     return _joined(root, info, entry, index, np.concatenate(order), payloads, indexes, CodecError.joined(errors))
 
 
@@ -269,7 +268,9 @@ def _shares(config: CombineConfig, inputs: list[Dataset]) -> dict[str, np.ndarra
         raise ConfigError(f"there is no domain {unknown[0]!r} in {inputs[0].path}; it has {', '.join(domains)}")
     unnamed = [domain for domain in domains if domain not in config.by_domain]
     if config.by_domain and config.weights is None and unnamed:
-        raise ConfigError(f"nothing is said of domain {unnamed[0]!r}; name it too, or give weights for all others")
+        raise ConfigError(
+            f"domain {unnamed[0]!r} has no weights; add it to by_domain, or set weights for all domains that are not named"
+        )
     general = [1.0] * len(inputs) if config.weights is None else config.weights
     return {domain: _normalised(config.by_domain.get(domain, general), len(inputs)) for domain in domains}
 
@@ -284,7 +285,7 @@ def _normalised(weights: list[float], count: int) -> np.ndarray:
 
 
 def _identity(plan: _Plan, config: CombineConfig) -> DatasetInfo:
-    """What the dataset is: a teacher that consists of teachers."""
+    """Identity of the result: its teacher consists of teachers."""
     first, count = plan.inputs[0].info, len(plan.inputs)
     general = None
     if not config.by_domain or config.weights is not None:
@@ -303,7 +304,7 @@ def _identity(plan: _Plan, config: CombineConfig) -> DatasetInfo:
         revision=None,
         weights_hash=json_digest([member.model_dump() for member in members]),
         backend="combine",
-        backend_version=__version__,
+        backend_version=VERSION,
         dtype="float64",
         logprobs="average of the probabilities of `members`",
         deterministic=True,
@@ -320,7 +321,7 @@ def _identity(plan: _Plan, config: CombineConfig) -> DatasetInfo:
 
 
 def _unseeded(dataset: Dataset) -> CodecInfo:
-    """The codec without the seed of the draws, which no reader needs and each teacher has one of its own of."""
+    """The codec without the seed of the draws: each teacher has its own, and no reader needs it."""
     codec = dataset.info.codec
     return codec.model_copy(update={"parameters": {k: v for k, v in codec.parameters.items() if k != "draw_seed"}})
 

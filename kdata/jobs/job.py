@@ -1,16 +1,18 @@
-"""Work: what a teacher is to do, cut into units, and the loop that has it done and committed.
+"""Jobs for a teacher, cut into units of work, and the loop that performs and commits them.
 
-A job (`CaptureJob`, `GenerateJob`) describes its units and performs one of them with a teacher; it is plain data, so it can
-travel to another process. An engine has units performed and committed: `LocalEngine` one after another in this process;
-`pipelines/` has one that spreads them over machines. The dataset is the same whatever the engine, as a unit is a function of
-the job and its number.
+A job (`CaptureJob`, `GenerateJob`, `RereadJob`) cuts its inputs into units and performs a unit with a teacher. It is plain
+data, so it can be sent to another process. An engine performs units and commits the results: `LocalEngine` one after another
+in this process, the Ray engine (`pipelines/ray`) on many machines. A unit depends on the job and its number only, so every
+engine writes the same dataset.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -27,19 +29,24 @@ from kdata.store.dataset import Dataset
 from kdata.store.shard import stored_shard
 from kdata.store.url_writer import writer_at
 from kdata.store.writer import Writer
-from kdata.teachers.base import Teacher
+from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig, refuse_kept
 from kdata.teachers.model import tokenizer_files, tokenizer_info
 
 
 class WorkUnit(Protocol):
-    """Inputs that are worked on, committed and repeated together."""
+    """Inputs that are worked on, committed and repeated together; their outcome is a `UnitResult`."""
 
     number: int
 
     @property
     def documents(self) -> int:
         """Inputs in all, refused ones too."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the teacher reads, or writes at most."""
         ...
 
     @property
@@ -51,8 +58,12 @@ class WorkUnit(Protocol):
 U = TypeVar("U", bound=WorkUnit)
 
 
+OnUnitTokens = Callable[[int, int], None]
+"""Called with the number of a unit and how many of its tokens are done so far, from any thread."""
+
+
 class TeacherFacts(Protocol):
-    """What is known of a teacher without having it."""
+    """What is known of a teacher that may be in another process."""
 
     @property
     def info(self) -> TeacherInfo:
@@ -71,19 +82,19 @@ class TeacherFacts(Protocol):
 
 
 class Job(Protocol[U]):
-    """Work for a teacher."""
+    """Work for a teacher; see `CaptureJob`."""
 
     name: str
-    """Of the source; prefix of its shards."""
+    """Name of the source, and prefix of its shards."""
     doing: str
-    """What is being done, as progress shows it: "reading"."""
+    """The activity, as progress shows it: "reading"."""
     noun: str
-    """What is counted: "documents"."""
+    """The inputs, as progress counts them: "documents"."""
     keep: KeepConfig
 
     @property
     def total(self) -> int | None:
-        """Inputs in all; None where only reading them tells."""
+        """Inputs in all; None where the number is known only after reading all of them."""
         ...
 
     def source(self, facts: TeacherFacts) -> SourceInfo:
@@ -94,13 +105,13 @@ class Job(Protocol[U]):
         """The work, cut deterministically, numbered from 0."""
         ...
 
-    def perform(self, teacher: Teacher, tokenizer: Any, unit: U) -> UnitResult:
-        """Have one unit done."""
+    def perform(self, teacher: Teacher, tokenizer: Any, unit: U, on_tokens: OnTokens = ignore_tokens) -> UnitResult:
+        """Have one unit done; `on_tokens` is passed to the teacher."""
         ...
 
 
 class Engine(Protocol):
-    """What has units performed and committed."""
+    """Performs units and commits their results."""
 
     @property
     def facts(self) -> TeacherFacts:
@@ -114,10 +125,12 @@ class Engine(Protocol):
 
     @property
     def devices(self) -> Devices | None:
-        """What it works on; None: one GPU of this machine, or its cores."""
+        """The devices of the teacher; None: one GPU of this machine, or its cores."""
         ...
 
-    def run(self, job: Job[U], units: Iterable[U], writer: Writer) -> Iterator[tuple[U, Shard]]:
+    def run(
+        self, job: Job[U], units: Iterable[U], writer: Writer, on_tokens: OnUnitTokens
+    ) -> Iterator[tuple[U, Shard]]:
         """Perform units and commit them; yield each once it is committed, in any order."""
         ...
 
@@ -128,12 +141,15 @@ class LocalEngine:
     def __init__(self, teacher: Teacher, tokenizer: Any, devices: Devices | None = None) -> None:
         self.facts, self.tokenizer, self.devices = teacher, tokenizer, devices
 
-    def run(self, job: Job[U], units: Iterable[U], writer: Writer) -> Iterator[tuple[U, Shard]]:
+    def run(
+        self, job: Job[U], units: Iterable[U], writer: Writer, on_tokens: OnUnitTokens
+    ) -> Iterator[tuple[U, Shard]]:
         """See `Engine.run`; in order."""
         behind: list[U] = []
         with Behind(writer) as commits:
             for unit in units:
-                done = commits.commit(job.perform(self.facts, self.tokenizer, unit))
+                count = UnitCounter(partial(on_tokens, unit.number))
+                done = commits.commit(job.perform(self.facts, self.tokenizer, unit, count))
                 if done is not None:
                     yield behind.pop(), done
                 behind.append(unit)
@@ -142,8 +158,20 @@ class LocalEngine:
                 yield behind.pop(), last
 
 
+class UnitCounter:
+    """An `OnTokens` that adds up the tokens of one unit; `report` is called with the sum."""
+
+    def __init__(self, report: OnTokens = ignore_tokens) -> None:
+        self._report, self._lock, self.tokens = report, threading.Lock(), 0
+
+    def __call__(self, tokens: int) -> None:
+        with self._lock:
+            self.tokens += tokens
+            self._report(self.tokens)
+
+
 def devices_of(config: TeacherConfig) -> Devices:
-    """What a teacher in this process works on; those of a served one are not known here."""
+    """The devices of a teacher in this process; those of a served teacher are not known here."""
     if config.backend == "vllm-server":
         return Devices(kind="remote", count=0, name="a served vLLM", here=False)
     return local_devices(config.tensor_parallel)
@@ -157,14 +185,14 @@ def run_job(
     resume: str = "auto",
     log: Path | None = None,
 ) -> Dataset:
-    """Do what is not done yet of a job, and mark its source complete.
+    """Perform the units of a job that are not committed yet, and mark its source complete.
 
     Args:
-        root: dataset folder, made when absent; or a URL, see `kdata/remote.py`.
+        root: dataset folder, created if needed; or a URL, see `kdata/store/url_writer.py`.
         resume: auto, never or must; see `Writer`.
-        log: JSONL file for progress; None: beside the dataset, see `kdata/journal.py`.
+        log: JSONL file for progress; None: beside the dataset, see `kdata/observe/journal.py`.
     Returns:
-        The dataset; of one at a URL the local copy without the payload, which `kdata.open(URL)` fetches.
+        The dataset. At a URL: its local copy without the payload; `kdata.open(URL)` fetches that.
     Raises:
         MismatchError: the dataset was begun with other settings.
         DataError: tokenizer and model disagree; duplicate id.
@@ -172,33 +200,45 @@ def run_job(
     facts = engine.facts
     tokenizer = engine.tokenizer
     source, info = job.source(facts), dataset_info(facts, tokenizer, job.keep)
-    cut = 0
+    writes, cut = source.kind == "generate", 0
     with (
         tokenizer_files(tokenizer) as folder,
         writer_at(root, info, job.name, source, resume=resume, tokenizer_dir=folder) as writer,
-        Task(f"{job.name}: {job.doing}", job.total, job.noun, log or journal_of(writer.root), engine.devices) as task,
+        Task(
+            f"{job.name}: {job.doing}",
+            job.total,
+            job.noun,
+            log or journal_of(writer.root),
+            engine.devices,
+            source=job.name,
+            at_most=writes,
+        ) as task,
     ):
+
+        def tokens_of(shard: Shard) -> int:
+            """Tokens that the teacher read or wrote; prompts are neither."""
+            return shard.entry.target_tokens if writes else shard.entry.tokens
 
         def todo() -> Iterator[U]:
             nonlocal cut
             for unit in job.units(facts, tokenizer):
                 cut = unit.number + 1
                 if unit.number in writer.committed:
-                    task.skip(unit.documents, shard=stored_shard(writer.root, writer.committed[unit.number]))
+                    shard = stored_shard(writer.root, writer.committed[unit.number])
+                    task.skip(unit.documents, tokens=tokens_of(shard), shard=shard)
                 else:
                     writer.refuse_twice(unit.ids)
+                    task.plan(unit.number, unit.documents, unit.tokens)
                     yield unit
 
-        for unit, shard in engine.run(job, todo(), writer):
-            # What was read, or what was written: prompts are neither.
-            tokens = shard.entry.target_tokens if source.kind == "generate" else shard.entry.tokens
-            task.advance(unit.documents, tokens=tokens, shard=shard)
+        for unit, shard in engine.run(job, todo(), writer, task.under_way):
+            task.advance(unit.documents, tokens=tokens_of(shard), part=unit.number, shard=shard)
         writer.finish(cut)
     return Dataset(writer.root)
 
 
 def check_k(keep: KeepConfig, facts: TeacherFacts) -> None:
-    """Refuse a k that the vocabulary cannot give, and a kind that the teacher cannot."""
+    """Raise ConfigError for a k that exceeds the vocabulary, or a kind that the teacher cannot record."""
     refuse_kept(keep, facts.info.backend)
     if keep.num_exact >= facts.vocab_size:
         raise ConfigError(f"k={keep.k} must be below the vocabulary size {facts.vocab_size}; lower k")
@@ -209,7 +249,7 @@ def dataset_info(facts: TeacherFacts, tokenizer: Any, keep: KeepConfig) -> Datas
     if len(tokenizer) > facts.vocab_size:
         raise DataError(
             f"the tokenizer has {len(tokenizer)} ids, the teacher's head only {facts.vocab_size}: they do not belong "
-            "together"
+            "together; name a model folder with its own tokenizer"
         )
     return new_info(
         format_version=FORMAT_VERSION,
@@ -222,9 +262,9 @@ def dataset_info(facts: TeacherFacts, tokenizer: Any, keep: KeepConfig) -> Datas
 
 
 class Behind:
-    """Commits units in order on a thread of its own, one behind the teacher: encoding and hashing overlap the engine.
+    """Commits results in order on a thread, one behind the teacher, so that encoding and hashing overlap with the engine.
 
-    A context manager; what a commit raises is raised by the next call, or at the end.
+    A context manager. An error of a commit is raised by the next call, or at the end.
     """
 
     def __init__(self, writer: Writer) -> None:
@@ -236,13 +276,13 @@ class Behind:
         return self
 
     def commit(self, unit: UnitResult) -> Shard | None:
-        """Hand one unit over, once the one before is committed; return that one. Raises what that one raised."""
+        """Begin to commit a result once the one before is committed. Returns the shard of that one, or raises its error."""
         before = self.wait()
         self._pending = self._thread.submit(self._writer.commit, unit)
         return before
 
     def wait(self) -> Shard | None:
-        """Return when everything handed over is committed: the last shard, None where none is under way."""
+        """Wait until everything is committed; the last shard, or None where no commit was under way."""
         pending, self._pending = self._pending, None
         return None if pending is None else pending.result()
 
@@ -250,7 +290,7 @@ class Behind:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            # After an error of the teacher what was read before it is still committed; the teacher's error is the one told.
+            # After an error of the teacher the result before it is still committed; the error raised is the teacher's.
             with suppress(Exception) if kind else nullcontext():
                 self.wait()
         finally:

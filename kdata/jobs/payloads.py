@@ -1,10 +1,12 @@
-"""Several payloads of the same rows: what one teacher believed of them, and another.
+"""Sequences that a teacher reads, and the checks that several payloads belong to the same rows.
 
-A further payload is a dataset of its own (see schemas/README.md, section 13). That two datasets have the same rows and the
-same vocabulary is checked here, by content: ids, token ids and target masks in order; tokenizer hash and vocabulary size.
+A further payload is a separate dataset (see schemas/README.md, section 13). Two datasets have the same rows if ids, token
+ids and target masks agree, in order; they have the same vocabulary if tokenizer hash and vocabulary size agree.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -21,70 +23,120 @@ from kdata.store.index import UNREADABLE, damaged, read_index
 from kdata.teachers.base import Readout
 
 
-def record_of(sequence: Record, readout: Readout) -> Record:
-    """Fill a record's distributions from a readout: those of its targets, and of no other position.
+@dataclass(frozen=True)
+class InputSequence:
+    """One sequence that a teacher reads, without anything of the teacher in it; arrays [T] as in `Record`."""
 
-    Raises TeacherError where a target was not recorded.
-    """
-    missing = sequence.target_mask & (readout.rank == 0)
-    if missing.any():
-        raise TeacherError(
-            f"{sequence.id}: the teacher recorded nothing at {int(missing.sum())} of the positions asked for"
+    id: str
+    domain: str
+    token_ids: np.ndarray
+    target_mask: np.ndarray
+    text: str | None
+    messages: str | None = None
+    tools: str | None = None
+    token_bytes: np.ndarray | None = None
+    origin: str | None = None
+    license: str | None = None
+    prompt: str | None = None
+    finish_reason: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        document: Document,
+        token_ids: np.ndarray,
+        token_bytes: np.ndarray | None,
+        text: str,
+        target_mask: np.ndarray | None = None,
+        **fields: str | None,
+    ) -> InputSequence:
+        """A sequence of a document of the corpus.
+
+        Args:
+            name: id of the row.
+            target_mask: bool [T]; None: every position but the first is a target.
+            fields: messages, prompt and finish_reason, where there are any.
+        """
+        return cls(
+            id=name,
+            domain=document.domain,
+            token_ids=token_ids,
+            target_mask=np.arange(len(token_ids)) > 0 if target_mask is None else target_mask,
+            text=text,
+            tools=as_json(document.chat.tools) if document.chat and document.chat.tools else None,
+            token_bytes=token_bytes,
+            origin=document.origin,
+            license=document.license,
+            **fields,
         )
-    kept = readout.only(sequence.target_mask)
-    sequence.logprob, sequence.rank, sequence.log_tail = kept.logprob, kept.rank, kept.log_tail
-    sequence.log_z, sequence.entropy, sequence.kept = kept.log_z, kept.entropy, kept.kept
-    return sequence
 
+    def record(self, readout: Readout) -> Record:
+        """This sequence with the teacher's distributions at its targets, and at no other position.
 
-def unread(name: str, document: Document, ids: np.ndarray, token_bytes: np.ndarray | None, text: str) -> Record:
-    """A record whose distributions are still to come; every position but the first is a target."""
-    nothing = np.zeros(0, np.float32)
-    return Record(
-        id=name,
-        domain=document.domain,
-        token_ids=ids,
-        target_mask=np.arange(len(ids)) > 0,
-        logprob=nothing,
-        rank=np.zeros(0, np.int32),
-        log_tail=nothing,
-        kept=Kept.concatenate([]),
-        text=text,
-        tools=as_json(document.chat.tools) if document.chat and document.chat.tools else None,
-        token_bytes=token_bytes,
-        origin=document.origin,
-        license=document.license,
-    )
+        Raises TeacherError where the teacher recorded nothing at a target.
+        """
+        missing = self.target_mask & (readout.rank == 0)
+        if missing.any():
+            raise TeacherError(
+                f"{self.id}: the teacher recorded nothing at {int(missing.sum())} of the positions asked for"
+            )
+        kept = readout.only(self.target_mask)
+        return Record(
+            **vars(self),
+            logprob=kept.logprob,
+            rank=kept.rank,
+            log_tail=kept.log_tail,
+            kept=kept.kept,
+            entropy=kept.entropy,
+            log_z=kept.log_z,
+        )
+
+    def record_from(self, payload: Sequences, row: int) -> Record:
+        """This sequence with the distributions of one row of decoded sequences."""
+        begin, end = (int(x) for x in payload.offsets[row : row + 2])
+        span, first = slice(begin, end), payload.entry_offsets[begin]
+        entries = slice(first, payload.entry_offsets[end])
+        num_exact = payload.num_exact[span]
+        num_drawn = payload.num_kept[span] - num_exact
+        kept = Kept(num_exact, num_drawn, payload.entry_ids[entries], payload.entry_logprobs[entries])
+        if payload.draw_logprobs is not None:
+            own = payload.draw_logprobs[entries][kept.is_draw]
+            kept = Kept(kept.num_exact, kept.num_drawn, kept.ids, kept.logprobs, own)
+        return Record(
+            **vars(self),
+            logprob=payload.logprob[span],
+            rank=payload.rank[span],
+            log_tail=payload.log_tail[span],
+            kept=kept,
+            entropy=payload.entropy[span],
+            log_z=None if payload.log_z is None else payload.log_z[span],
+        )
 
 
 REREAD = "have the teacher read the first one's rows: kdata reread FIRST OUT --teacher MODEL"
 
 
-def records_of(dataset: Dataset, shard: int, stored: Sequences) -> list[Record]:
-    """The rows of a shard with nothing of the teacher in them, to be filled with what another believes.
+def inputs_of_shard(dataset: Dataset, shard: int, stored: Sequences) -> list[InputSequence]:
+    """The rows of a shard as another teacher reads them.
 
     Args:
         stored: the shard, decoded (`dataset.shard(shard)`).
     """
     entry = dataset.manifest[shard]
-    columns = [name for name in index_schema().names if name in Record.__dataclass_fields__]
+    columns = [name for name in index_schema().names if name in InputSequence.__dataclass_fields__]
     path = dataset.checked_file(entry, "index")
     try:
         rows = read_index(path, columns).to_pylist()
         token_bytes = _token_bytes(dataset, shard)
     except UNREADABLE as error:
         raise damaged(path, error) from error
-    nothing = np.zeros(0, np.float32)
     return [
-        Record(
+        InputSequence(
             **row,
             token_ids=stored.token_ids[begin:end],
             target_mask=stored.target_mask[begin:end],
             token_bytes=own,
-            logprob=nothing,
-            rank=np.zeros(0, np.int32),
-            log_tail=nothing,
-            kept=Kept.concatenate([]),
         )
         for row, own, (begin, end) in zip(rows, token_bytes, stored.spans(), strict=True)
     ]
@@ -96,22 +148,6 @@ def _token_bytes(dataset: Dataset, shard: int) -> list[np.ndarray | None]:
         options = pa.ipc.IpcReadOptions(included_fields=[field])
         column = pa.ipc.open_file(source, options=options).read_all()["token_bytes"]
         return [value.values.to_numpy().copy() if value.is_valid else None for value in column]
-
-
-def fill(record: Record, from_: Sequences, row: int) -> Record:
-    """Put the distributions of one row of decoded sequences into a record."""
-    begin, end = (int(x) for x in from_.offsets[row : row + 2])
-    span, first = slice(begin, end), from_.entry_offsets[begin]
-    entries = slice(first, from_.entry_offsets[end])
-    num_exact = from_.num_exact[span]
-    kept = Kept(num_exact, from_.num_kept[span] - num_exact, from_.entry_ids[entries], from_.entry_logprobs[entries])
-    if from_.draw_logprobs is not None:
-        own = from_.draw_logprobs[entries][kept.is_draw]
-        kept = Kept(kept.num_exact, kept.num_drawn, kept.ids, kept.logprobs, own)
-    record.logprob, record.rank, record.log_tail = from_.logprob[span], from_.rank[span], from_.log_tail[span]
-    record.log_z = None if from_.log_z is None else from_.log_z[span]
-    record.entropy, record.kept = from_.entropy[span], kept
-    return record
 
 
 def refuse_other_vocabulary(
@@ -174,12 +210,12 @@ def refuse_other_targets(first: Sequences, second: Sequences, where: tuple[Datas
 
 
 def goes_on(resume: str) -> str:
-    """How the next source is resumed: what "must" be there is the first source, not those that come after it."""
+    """How to resume the sources after the first one: "must" applies to the first only."""
     return "auto" if resume == "must" else resume
 
 
 def source_digest(dataset: Dataset, source: str) -> str:
-    """SHA-256 (hex) over the identity and one source's shards: like the dataset's fingerprint, but other sources may grow."""
+    """SHA-256 (hex) over the identity and the shards of one source: as `content_digest`, but other sources may grow."""
     entries = [entry for entry in dataset.manifest if entry.source == source]
     shards = [(entry.name, sorted((k, v.sha256) for k, v in entry.files.items())) for entry in entries]
     return json_digest({"identity": dataset.info.identity_digest, "shards": shards})

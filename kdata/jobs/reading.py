@@ -1,10 +1,10 @@
-"""Capture: a teacher reads existing text, and what it believed at every position goes into shards.
+"""Capture: a teacher reads existing text, and its distribution at every position goes into shards.
 
-The corpus is cut into work units of about `unit_tokens` in its own order; a unit is one shard and one call of the
-teacher, so a restart repeats exactly the calls that were not committed.
+The corpus is cut into work units of about `unit_tokens` tokens, in the order of the corpus. A unit is one shard and one call
+of the teacher, so a restart repeats exactly the calls that were not committed.
 
-Of a text every token but the first is a target. Of a chat those are that the assistant wrote (`targets`), and at no other
-position anything is kept.
+In a text every token but the first is a target. In a chat the targets are the tokens that the assistant wrote (`targets`).
+Nothing is kept at other positions.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
 from kdata.errors import ConfigError, TeacherError, TooLongError
 from kdata.format.keep import KeepConfig
-from kdata.format.records import Record, Reject, UnitResult, inputs_digest
+from kdata.format.records import Reject, UnitResult, inputs_digest
 from kdata.format.schema import SourceInfo
 from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
-from kdata.jobs.payloads import record_of, unread
+from kdata.jobs.payloads import InputSequence
 from kdata.store.dataset import Dataset
-from kdata.teachers.base import Teacher
+from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer
@@ -36,7 +36,7 @@ from kdata.teachers.windows import each
 
 
 class CaptureConfig(KeepConfig):
-    """What is read, and how much of it is kept."""
+    """What a teacher reads, and how much of its distributions is kept."""
 
     corpus: CorpusConfig
     max_tokens: int | None = Field(None, ge=2, description="Longest sequence; null takes the teacher's context.")
@@ -85,10 +85,10 @@ class CaptureConfig(KeepConfig):
 
 @dataclass
 class ReadingUnit:
-    """Sequences that are read, committed and repeated together."""
+    """Sequences that are read, committed and repeated together; see `WorkUnit`."""
 
     number: int
-    sequences: list[Record] = field(default_factory=list)
+    sequences: list[InputSequence] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     documents: int = 0
 
@@ -104,17 +104,21 @@ class ReadingUnit:
 
 
 def capture(
-    root: Path,
-    teacher_config: TeacherConfig,
+    root: Path | str,
     config: CaptureConfig,
+    teacher_config: TeacherConfig,
     *,
     resume: str = "auto",
     log: Path | None = None,
 ) -> Dataset:
     """Read a corpus with a teacher and add it to the dataset at `root` (made when absent).
 
+        kdata.capture("out", CaptureConfig(corpus=CorpusConfig(path="texts.parquet")), TeacherConfig(model="MODEL"))
+
     Args:
-        root: dataset folder.
+        root: dataset folder, or a URL.
+        config: the corpus, what is kept of each distribution, and how texts are cut.
+        teacher_config: the model, and what runs it.
         resume: auto, never or must; see `Writer`.
         log: JSONL file for progress.
     Raises:
@@ -131,7 +135,7 @@ def capture(
 
 
 def capture_with(
-    root: Path,
+    root: Path | str,
     teacher: Teacher,
     teacher_config: TeacherConfig,
     corpus: Corpus,
@@ -140,14 +144,14 @@ def capture_with(
     resume: str = "auto",
     log: Path | None = None,
 ) -> Dataset:
-    """The same with a teacher that is already loaded."""
+    """As `capture`, with a teacher that is already loaded."""
     tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
     engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
     return run_job(root, CaptureJob(config, corpus), engine, resume=resume, log=log)
 
 
 class CaptureJob:
-    """A corpus that is to be read; see `kdata.jobs.job.Job`."""
+    """A corpus for a teacher to read; see `kdata.jobs.job.Job`."""
 
     doing, noun = "reading", "documents"
 
@@ -157,7 +161,7 @@ class CaptureJob:
         self._corpus = corpus
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process gets units, and needs no corpus to perform them."""
+        """Without the corpus: another process gets units, and needs no more to perform them."""
         return {**self.__dict__, "_corpus": None}
 
     @property
@@ -166,7 +170,7 @@ class CaptureJob:
         return self._corpus.num_rows
 
     def source(self, facts: TeacherFacts) -> SourceInfo:
-        """Everything that decides the rows."""
+        """The settings that determine the rows."""
         config = self.config
         check_k(config, facts)
         own = config.model_dump(exclude={"corpus", "name", "max_tokens", *KeepConfig.model_fields})
@@ -177,28 +181,33 @@ class CaptureJob:
     def _limit(self, facts: TeacherFacts) -> int:
         limit = self.config.max_tokens or facts.context
         if limit > facts.context:
-            raise ConfigError(f"max_tokens={limit} exceeds what the teacher can read, {facts.context}; lower it")
+            raise ConfigError(
+                f"max_tokens={limit} exceeds what the teacher can read, {facts.context} tokens; lower max_tokens, or leave "
+                "it at null"
+            )
         return limit
 
     def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[ReadingUnit]:
         """The corpus in its own order; a unit closes with the document that reaches `unit_tokens`."""
         return reading_units(self._corpus, tokenizer, self.config, self._limit(facts))
 
-    def perform(self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit) -> UnitResult:
+    def perform(
+        self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit, on_tokens: OnTokens = ignore_tokens
+    ) -> UnitResult:
         """Have one unit read."""
-        return read_unit(teacher, self.keep, unit)
+        return read_unit(teacher, self.keep, unit, on_tokens)
 
 
-def read_unit(teacher: Teacher, keep: KeepConfig, unit: ReadingUnit) -> UnitResult:
-    """Have a unit's sequences read; one that the teacher fails at is a reject."""
+def read_unit(teacher: Teacher, keep: KeepConfig, unit: ReadingUnit, on_tokens: OnTokens = ignore_tokens) -> UnitResult:
+    """Have a unit's sequences read; a sequence at which the teacher fails becomes a reject."""
     tokens = [s.token_ids for s in unit.sequences]
-    answers = each(lambda some: teacher.read([tokens[i] for i in some], keep), len(tokens))
+    answers = each(lambda some: teacher.read([tokens[i] for i in some], keep, on_tokens), len(tokens))
     records, rejects = [], list(unit.rejects)
     for sequence, answer in zip(unit.sequences, answers, strict=True):
         if isinstance(answer, TeacherError):
             rejects.append(Reject(sequence.id, sequence.domain, "teacher_failed", str(answer)))
         else:
-            records.append(record_of(sequence, answer))
+            records.append(sequence.record(answer))
     return UnitResult(unit.number, records, rejects, inputs=inputs_digest(unit.sequences))
 
 
@@ -210,11 +219,11 @@ def reading_units(corpus: Corpus, tokenizer: Any, config: CaptureConfig, limit: 
     unit = ReadingUnit(0)
     for document in corpus.documents():
         unit.documents += 1
-        for found in sequences_of(document):
-            if isinstance(found, Reject):
-                unit.rejects.append(found)
+        for sequence in sequences_of(document):
+            if isinstance(sequence, Reject):
+                unit.rejects.append(sequence)
             else:
-                unit.sequences.append(found)
+                unit.sequences.append(sequence)
         if unit.tokens >= config.unit_tokens:
             yield unit
             unit = ReadingUnit(unit.number + 1)
@@ -224,19 +233,21 @@ def reading_units(corpus: Corpus, tokenizer: Any, config: CaptureConfig, limit: 
         yield unit
 
 
-SequencesOf = Callable[[Document], list[Record | Reject]]
+SequencesOf = Callable[[Document], list[InputSequence | Reject]]
 
 
 def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
-    """What becomes of a text: one sequence, its pieces, or a reject."""
+    """How a text becomes one sequence, several pieces, or a reject."""
     encoder = TextEncoder(tokenizer)
     eos = tokenizer.eos_token_id if config.append_eos else None
     if config.append_eos and eos is None:
-        raise ConfigError("append_eos: the tokenizer has no end-of-sequence token")
+        raise ConfigError("append_eos: the tokenizer has no end-of-sequence token; leave append_eos at false")
     if limit < encoder.num_special + 2:
-        raise ConfigError(f"max_tokens={limit} leaves no room for text beside {encoder.num_special} special tokens")
+        raise ConfigError(
+            f"max_tokens={limit} leaves no room for text beside {encoder.num_special} special tokens; raise max_tokens"
+        )
 
-    def sequences_of(document: Document) -> list[Record | Reject]:
+    def sequences_of(document: Document) -> list[InputSequence | Reject]:
         if not document.text.strip():
             return [Reject(document.id, document.domain, "empty", "the text is empty")]
         pieces = encoder.pieces(document.text, limit - (eos is not None))
@@ -247,7 +258,7 @@ def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
             pieces[-1] = text, np.append(ids, np.int32(eos)), np.append(token_bytes, np.uint16(0))
         names = [document.id] if len(pieces) == 1 else [f"{document.id}#{n}" for n in range(len(pieces))]
         return [
-            unread(name, document, ids, token_bytes, text)
+            InputSequence.of(name, document, ids, token_bytes, text)
             if len(ids) > 1
             else Reject(name, document.domain, "no_targets", "one token: nothing to predict")
             for name, (text, ids, token_bytes) in zip(names, pieces, strict=True)
@@ -257,13 +268,13 @@ def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
 
 
 def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
-    """What becomes of a chat: one sequence, or a reject."""
+    """How a chat becomes one sequence, or a reject."""
     encoder = chat_encoder(tokenizer, config.corpus)
 
-    def sequences_of(document: Document) -> list[Record | Reject]:
+    def sequences_of(document: Document) -> list[InputSequence | Reject]:
         assert document.chat is not None
         if not document.chat.messages:
-            return [Reject(document.id, document.domain, "empty", "there is no message")]
+            return [Reject(document.id, document.domain, "empty", "the chat has no message")]
         try:
             chat = encoder.whole(document.chat, config.counted, tool_calls=config.tool_call_targets)
         except ChatError as error:
@@ -274,9 +285,18 @@ def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
             return [
                 Reject(document.id, document.domain, "no_targets", f"no token of it counts (targets: {config.counted})")
             ]
-        record = unread(document.id, document, chat.token_ids, chat.token_bytes, chat.text)
-        record.target_mask, record.messages = chat.target_mask, as_json(document.chat.messages)
-        return [record]
+        messages = as_json(document.chat.messages)
+        return [
+            InputSequence.of(
+                document.id,
+                document,
+                chat.token_ids,
+                chat.token_bytes,
+                chat.text,
+                chat.target_mask,
+                messages=messages,
+            )
+        ]
 
     return sequences_of
 

@@ -1,9 +1,9 @@
-"""Reread: another teacher reads the rows of a dataset, and what it believes becomes a further payload of the same rows.
+"""Reread: another teacher reads the rows of a dataset, and its distributions become a further payload of the same rows.
 
-The result is a dataset of its own: same ids, token ids, target masks and texts, in shards of the same names, so that row n is
-row n. Token ids are taken from the payload, nothing is tokenised again, so a teacher with another tokenizer is refused.
-What is recorded are the targets: nothing of the prompts of rows that a teacher wrote. A row at which the second teacher fails
-is a reject, as in a capture; then the rows are no longer the same.
+The result is a separate dataset with the same ids, token ids, target masks and texts, in shards of the same names: row n of
+one is row n of the other. Token ids come from the payload and nothing is tokenized again, so a teacher with another
+tokenizer is refused. Only targets are recorded: of rows that a teacher wrote, nothing of the prompt. A row at which the
+second teacher fails is a reject, as in a capture; then the rows are no longer the same.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from kdata.format.keep import KeepConfig
 from kdata.format.records import UnitResult
 from kdata.format.schema import SourceInfo, TeacherInfo, json_digest
 from kdata.jobs.job import Engine, LocalEngine, TeacherFacts, check_k, devices_of, run_job
-from kdata.jobs.payloads import goes_on, records_of, refuse_other_vocabulary, source_digest
+from kdata.jobs.payloads import goes_on, inputs_of_shard, refuse_other_vocabulary, source_digest
 from kdata.jobs.reading import ReadingUnit, read_unit
 from kdata.store.dataset import Dataset
-from kdata.teachers.base import Teacher
+from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer, tokenizer_info
@@ -41,8 +41,8 @@ def reread(
     """Have a second teacher read the rows of a dataset; the result, in `root`, is a dataset of its own.
 
     Args:
-        root: dataset folder, made when absent, or a URL; not the one that is read.
-        settings: of KeepConfig, where they shall differ from those of `dataset`; see `keep_like`.
+        root: dataset folder, created if needed, or a URL; not the dataset that is read.
+        settings: fields of KeepConfig that differ from those of `dataset`; see `keep_like`.
         resume: auto, never or must; see `Writer`.
         log: JSONL file for progress; see `run_job`.
     Raises:
@@ -68,19 +68,19 @@ def reread_with(
     resume: str = "auto",
     log: Path | None = None,
 ) -> Dataset:
-    """The same with an engine that has its teacher already: one job for each source of the dataset."""
+    """As `reread`, with an engine whose teacher is loaded: one job for each source of the dataset."""
     facts, about = engine.facts, dataset.info
     if not about.sources:
-        raise DataError(f"{dataset.path} has no rows to be read")
+        raise DataError(f"{dataset.path} has no rows to read; name a dataset that has some")
     if "://" not in str(root) and Path(root).resolve() == dataset.path.resolve():
         raise ConfigError(f"{root} is the dataset that is read; a further payload needs a folder of its own")
     ours = (str(dataset.path), about.tokenizer, about.vocab_size)
     refuse_other_vocabulary(*ours, facts.info.model, tokenizer_info(engine.tokenizer), facts.vocab_size)
     keep = keep_like(dataset, facts.info, settings)
     for source in about.sources:
-        made = run_job(root, RereadJob(dataset, source, keep), engine, resume=resume, log=log)
+        result = run_job(root, RereadJob(dataset, source, keep), engine, resume=resume, log=log)
         resume = goes_on(resume)
-    return made
+    return result
 
 
 def keep_like(dataset: Dataset, teacher: TeacherInfo | None, settings: Mapping[str, Any] | None = None) -> KeepConfig:
@@ -103,7 +103,7 @@ def keep_like(dataset: Dataset, teacher: TeacherInfo | None, settings: Mapping[s
 
 
 class RereadJob:
-    """One source of a dataset whose rows are to be read by another teacher; see `kdata.jobs.job.Job`."""
+    """One source of a dataset for another teacher to read; see `kdata.jobs.job.Job`."""
 
     doing, noun = "reading again", "rows"
 
@@ -112,7 +112,7 @@ class RereadJob:
         self._dataset = dataset
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process gets units, and needs no dataset to perform them."""
+        """Without the dataset: another process gets units, and needs no more to perform them."""
         return {**self.__dict__, "_dataset": None}
 
     @property
@@ -149,9 +149,11 @@ class RereadJob:
         """The shards of the source, one after another."""
         for number, entry in enumerate(self._dataset.manifest):
             if entry.source == self.name:
-                records = records_of(self._dataset, number, self._dataset.shard(number))
-                yield ReadingUnit(entry.unit, records, documents=entry.rows)
+                sequences = inputs_of_shard(self._dataset, number, self._dataset.shard(number))
+                yield ReadingUnit(entry.unit, sequences, documents=entry.rows)
 
-    def perform(self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit) -> UnitResult:
+    def perform(
+        self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit, on_tokens: OnTokens = ignore_tokens
+    ) -> UnitResult:
         """Have one unit read."""
-        return read_unit(teacher, self.keep, unit)
+        return read_unit(teacher, self.keep, unit, on_tokens)

@@ -1,9 +1,9 @@
-"""Score a dataset with another model: its NLL of every sequence, as a sidecar."""
+"""Score a dataset with another model: the model's NLL of every sequence, stored as a sidecar."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +15,11 @@ from kdata.errors import ConfigError, MismatchError, TeacherError
 from kdata.format.files import storage_errors
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import ManifestEntry
+from kdata.jobs.job import UnitCounter
 from kdata.observe.progress import Task
 from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, _has_part, begin_sidecar, finish_sidecar, write_part
 from kdata.store.dataset import Dataset
+from kdata.teachers.base import OnTokens, Teacher
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer, tokenizer_info
@@ -33,7 +35,7 @@ class ScoreConfig(Strict):
 def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> ScoreInfo:
     """Score every sequence of a dataset: mean NLL in nats over the same target positions as the teacher's.
 
-    A part that is there already, made by the same model for the same shard, is kept.
+    A part that the same model has already written for the same shard is kept.
 
     Raises:
         MismatchError: the model has another tokenizer, or the sidecar is another model's.
@@ -72,19 +74,22 @@ def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> 
                 if _has_part(dataset, config.name, entry):
                     task.skip(entry.tokens)
                     continue
-                write_part(dataset, config.name, entry, _score_shard(dataset, number, entry, model))
-                task.advance(entry.tokens)
+                task.plan(number, entry.tokens, entry.tokens)
+                count = UnitCounter(partial(task.under_way, number))
+                write_part(dataset, config.name, entry, _score_shard(dataset, number, entry, model, count))
+                task.advance(entry.tokens, part=number)
             return finish_sidecar(dataset, info)
     finally:
         model.close()
 
 
-def _score_shard(dataset: Dataset, number: int, entry: ManifestEntry, model: Any) -> pa.Table:
+def _score_shard(dataset: Dataset, number: int, entry: ManifestEntry, model: Teacher, on_tokens: OnTokens) -> pa.Table:
     sequences = dataset.shard(number)
     ids = [sequences.token_ids[a:b] for a, b in sequences.spans()]
+    readouts = model.read(ids, KeepConfig(kind="topk", k=1), on_tokens)
     nlls = [
         sequence_nll(readout.logprob, sequences.target_mask[a:b])
-        for readout, (a, b) in zip(model.read(ids, KeepConfig(kind="topk", k=1)), sequences.spans(), strict=True)
+        for readout, (a, b) in zip(readouts, sequences.spans(), strict=True)
     ]
     counts = [int(sequences.target_mask[a:b].sum()) for a, b in sequences.spans()]
     names = pq.read_table(dataset.shard_file(entry, "index"), columns=["id"])["id"]

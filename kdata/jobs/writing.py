@@ -1,9 +1,9 @@
-"""Generate: a teacher writes text from prompts, and the distributions it wrote from are kept in the same pass.
+"""Generate: a teacher writes text from prompts, and the distributions that it samples from are kept in the same pass.
 
-Only what the teacher wrote counts as a target; the prompt is stored without distributions. What is recorded is the raw
-distribution at temperature 1, whatever the sampling settings and also where a structured output forbade most of it; the
-settings stand in dataset.json. Seeds derive from the run's seed, the prompt's id and the sample's number, so that the same
-settings write the same dataset.
+Only written tokens are targets; the prompt is stored without distributions. Recorded is the raw distribution at temperature
+1, whatever the sampling settings are, and also where a structured output forbids most of it; the settings are in
+dataset.json. Seeds derive from the run's seed, the prompt's id and the number of the sample, so the same settings write the
+same dataset.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from kdata.format.keep import KeepConfig
 from kdata.format.records import Record, Reject, UnitResult, inputs_digest
 from kdata.format.schema import SourceInfo
 from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
-from kdata.jobs.payloads import record_of, unread
+from kdata.jobs.payloads import InputSequence
 from kdata.store.dataset import Dataset
-from kdata.teachers.base import Completion, Teacher
+from kdata.teachers.base import Completion, OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer
@@ -36,7 +36,7 @@ from kdata.teachers.windows import each
 
 
 class GenerateConfig(KeepConfig):
-    """What is written, from which prompts."""
+    """What a teacher writes, and from which prompts."""
 
     prompts: CorpusConfig
     num_samples: int = Field(1, ge=1, description="Completions per prompt.")
@@ -48,7 +48,7 @@ class GenerateConfig(KeepConfig):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is to be continued: a row, its text (of a chat: as the template renders it), and token ids int32 [T].
+    """A row that is to be continued: its text (of a chat: as the template renders it), and token ids int32 [T].
 
     token_bytes: of a chat, uint16 [T], see `EncodedChat`; else None.
     """
@@ -58,15 +58,26 @@ class Prompt:
     token_ids: np.ndarray
     token_bytes: np.ndarray | None = None
 
+    @property
+    def id(self) -> str:
+        """Id of the row."""
+        return self.document.id
+
 
 @dataclass
 class WritingUnit:
-    """Prompts that are continued, committed and repeated together."""
+    """Prompts that are continued, committed and repeated together; see `WorkUnit`."""
 
     number: int
     prompts: list[Prompt] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     samples: int = 1
+    max_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Largest number of tokens that may be written."""
+        return len(self.prompts) * self.samples * self.max_tokens
 
     @property
     def ids(self) -> list[str]:
@@ -80,14 +91,14 @@ class WritingUnit:
 
 
 def generate(
-    root: Path,
-    teacher_config: TeacherConfig,
+    root: Path | str,
     config: GenerateConfig,
+    teacher_config: TeacherConfig,
     *,
     resume: str = "auto",
     log: Path | None = None,
 ) -> Dataset:
-    """Write text from prompts and add it to the dataset at `root` (made when absent). Errors as in `capture`."""
+    """Write text from prompts and add it to the dataset at `root` (created if needed). Errors as in `capture`."""
     prompts = Corpus(config.prompts)
     teacher = load_teacher(teacher_config, max_k=config.k)
     try:
@@ -97,7 +108,7 @@ def generate(
 
 
 def generate_with(
-    root: Path,
+    root: Path | str,
     teacher: Teacher,
     teacher_config: TeacherConfig,
     prompts: Corpus,
@@ -106,14 +117,14 @@ def generate_with(
     resume: str = "auto",
     log: Path | None = None,
 ) -> Dataset:
-    """The same with a teacher that is already loaded."""
+    """As `generate`, with a teacher that is already loaded."""
     tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
     engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
     return run_job(root, GenerateJob(config, prompts), engine, resume=resume, log=log)
 
 
 class GenerateJob:
-    """Prompts that are to be continued; see `kdata.jobs.job.Job`."""
+    """Prompts for a teacher to continue; see `kdata.jobs.job.Job`."""
 
     doing, noun = "writing", "prompts"
 
@@ -123,7 +134,7 @@ class GenerateJob:
         self._prompts = prompts
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process gets units, and needs no prompts to perform them."""
+        """Without the prompts: another process gets units, and needs no more to perform them."""
         return {**self.__dict__, "_prompts": None}
 
     @property
@@ -132,7 +143,7 @@ class GenerateJob:
         return self._prompts.num_rows
 
     def source(self, facts: TeacherFacts) -> SourceInfo:
-        """Everything that decides the rows."""
+        """The settings that determine the rows."""
         config = self.config
         check_k(config, facts)
         own = config.model_dump(exclude={"prompts", "name", *KeepConfig.model_fields})
@@ -143,20 +154,23 @@ class GenerateJob:
         """Prompts in their own order, `unit_prompts` at a time."""
         return writing_units(self._prompts, tokenizer, self.config, facts.context)
 
-    def perform(self, teacher: Teacher, tokenizer: Any, unit: WritingUnit) -> UnitResult:
+    def perform(
+        self, teacher: Teacher, tokenizer: Any, unit: WritingUnit, on_tokens: OnTokens = ignore_tokens
+    ) -> UnitResult:
         """Have one unit written."""
-        return write_unit(teacher, unit, self.config, tokenizer)
+        return write_unit(teacher, unit, self.config, tokenizer, on_tokens)
 
 
 def writing_units(prompts: Corpus, tokenizer: Any, config: GenerateConfig, context: int) -> Iterator[WritingUnit]:
-    """Cut prompts into units of `unit_prompts`; one that the template refuses or that leaves no room is put aside."""
+    """Cut prompts into units of `unit_prompts`; a prompt that the template refuses or that leaves no room is a reject."""
     prompt_of = _chats(tokenizer, config) if config.prompts.messages_column else _texts(tokenizer)
-    unit = WritingUnit(0, samples=config.num_samples)
+    samples, longest = config.num_samples, config.sampling.max_tokens
+    unit = WritingUnit(0, samples=samples, max_tokens=longest)
     room = context - max(config.sampling.min_tokens, 1)
     for document in prompts.documents():
         if unit.documents == config.unit_prompts:
             yield _checked(unit)
-            unit = WritingUnit(unit.number + 1, samples=config.num_samples)
+            unit = WritingUnit(unit.number + 1, samples=samples, max_tokens=longest)
         prompt = prompt_of(document)
         if isinstance(prompt, Reject):
             unit.rejects.append(prompt)
@@ -178,7 +192,7 @@ def _checked(unit: WritingUnit) -> WritingUnit:
 
 
 def _texts(tokenizer: Any) -> Callable[[Document], Prompt | Reject]:
-    """A text as a prompt: what the tokenizer puts before it, and nothing behind it."""
+    """A text as a prompt: with the special tokens before it, without those after it."""
     encoder = TextEncoder(tokenizer)
 
     def prompt_of(document: Document) -> Prompt:
@@ -195,7 +209,7 @@ def _chats(tokenizer: Any, config: GenerateConfig) -> Callable[[Document], Promp
     def prompt_of(document: Document) -> Prompt | Reject:
         assert document.chat is not None
         if not document.chat.messages:
-            return Reject(document.id, document.domain, "empty", "there is no message")
+            return Reject(document.id, document.domain, "empty", "the chat has no message")
         try:
             chat = encoder.prompt(document.chat)
         except ChatError as error:
@@ -205,13 +219,20 @@ def _chats(tokenizer: Any, config: GenerateConfig) -> Callable[[Document], Promp
     return prompt_of
 
 
-def write_unit(teacher: Teacher, unit: WritingUnit, config: GenerateConfig, tokenizer: Any) -> UnitResult:
-    """Have one unit written."""
+def write_unit(
+    teacher: Teacher,
+    unit: WritingUnit,
+    config: GenerateConfig,
+    tokenizer: Any,
+    on_tokens: OnTokens = ignore_tokens,
+) -> UnitResult:
+    """Have one unit written; a prompt at which the teacher fails becomes a reject."""
     jobs = [(prompt, n) for prompt in unit.prompts for n in range(config.num_samples)]
     seeds = [sample_seed(config.seed, prompt.document.id, n) for prompt, n in jobs]
 
     def ask(some: list[int]) -> list[Completion]:
-        return teacher.write([jobs[i][0].token_ids for i in some], config, config.sampling, [seeds[i] for i in some])
+        prompts = [jobs[i][0].token_ids for i in some]
+        return teacher.write(prompts, config, config.sampling, [seeds[i] for i in some], on_tokens)
 
     encoder, records, rejects = TextEncoder(tokenizer), [], list(unit.rejects)
     answers = each(ask, len(jobs))
@@ -221,41 +242,47 @@ def write_unit(teacher: Teacher, unit: WritingUnit, config: GenerateConfig, toke
             rejects.append(Reject(f"{document.id}~{number}", document.domain, "teacher_failed", str(answer)))
         else:
             records.append(_record(prompt, number, answer, config.sampling, encoder, tokenizer))
-    asked = [unread(p.document.id, p.document, p.token_ids, None, p.text) for p in unit.prompts]
-    return UnitResult(unit.number, records, rejects, inputs=inputs_digest(asked))
+    return UnitResult(unit.number, records, rejects, inputs=inputs_digest(unit.prompts))
 
 
 def _record(
     prompt: Prompt, number: int, completion: Completion, sampling: SamplingConfig, encoder: TextEncoder, tokenizer: Any
 ) -> Record:
     ids, start, document = completion.readout.token_ids, completion.num_prompt_tokens, prompt.document
-    record = unread(f"{document.id}~{number}", document, ids, encoder.byte_lengths(ids), "")
-    record.target_mask = np.arange(len(ids)) >= start
-    if document.chat is None:
-        record.text = _decode(tokenizer, ids, special=False)
-    else:
-        # Its text holds the special tokens, as the prompt does: it is what a capture of the same chat would store.
-        record.text = prompt.text + _behind(tokenizer, ids, start, special=True)
+    text, token_bytes, messages = _decode(tokenizer, ids, special=False), encoder.byte_lengths(ids), None
+    if document.chat is not None:
+        # The text of a chat holds the special tokens, as the prompt does: a capture of the same chat stores the same.
+        text = prompt.text + _text_from(tokenizer, ids, start, special=True)
         written = encoder.byte_lengths(ids[start:], special=True)
-        record.token_bytes = None if written is None else np.concatenate([prompt.token_bytes, written])
-        reply = _before_stop(_behind(tokenizer, ids, start, special=False), sampling.stop)
-        record.messages = as_json([*document.chat.messages, {"role": "assistant", "content": reply}])
-    record.prompt, record.finish_reason = prompt.text, completion.finish_reason
-    return record_of(record, completion.readout)
+        token_bytes = None if written is None else np.concatenate([prompt.token_bytes, written])
+        reply = _before_stop(_text_from(tokenizer, ids, start, special=False), sampling.stop)
+        messages = as_json([*document.chat.messages, {"role": "assistant", "content": reply}])
+    sequence = InputSequence.of(
+        f"{document.id}~{number}",
+        document,
+        ids,
+        token_bytes,
+        text,
+        np.arange(len(ids)) >= start,
+        messages=messages,
+        prompt=prompt.text,
+        finish_reason=completion.finish_reason,
+    )
+    return sequence.record(completion.readout)
 
 
 def _decode(tokenizer: Any, ids: np.ndarray, *, special: bool) -> str:
     return tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
 
-def _behind(tokenizer: Any, ids: np.ndarray, start: int, *, special: bool) -> str:
-    """Text of the tokens from `start` on; as the rest of the whole, as some decoders drop the space at a text's beginning."""
+def _text_from(tokenizer: Any, ids: np.ndarray, start: int, *, special: bool) -> str:
+    """Text of the tokens from `start` on, cut from the whole text: some decoders drop a space at the start of a text."""
     whole, before = (_decode(tokenizer, part, special=special) for part in (ids, ids[:start]))
     return whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, ids[start:], special=special)
 
 
 def _before_stop(text: str, stops: list[str]) -> str:
-    """A reply without the stop string that ended it, and what the last token had behind that."""
+    """A reply without the stop string that ended it, and without the rest of the last token."""
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 

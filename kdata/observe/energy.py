@@ -1,8 +1,9 @@
-"""What work ran on, and the energy it took where the device tells: device hours are counted, nothing is estimated.
+"""The devices that work ran on, and the energy that they report: nothing is estimated.
 
-Two sources, each a counter that the device keeps itself: NVML's total energy of a GPU (Volta and newer), and RAPL's energy of
-a CPU package (Linux, /sys/class/powercap; most systems let only root read it). Both count all that runs on the device, the
-work of others too. Where a counter is absent, not readable, or fails half-way, the energy is None: not zero, and not a guess.
+There are two counters, both kept by the device: NVML's total energy of a GPU (Volta and newer), and RAPL's energy of a CPU
+package (Linux, /sys/class/powercap; most systems let only root read it). Both include everything that runs on the device,
+also the work of others. Where a counter is absent, not readable, or fails midway, the energy is None: neither zero nor a
+guess.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 class Devices(BaseModel):
-    """What work ran on."""
+    """Devices that work ran on."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     kind: Literal["cpu", "gpu", "remote"]
     count: int
-    """Cores that this process may use (cpu), GPUs; 0 where it is not known (a server elsewhere)."""
+    """Cores that this process may use (cpu) or GPUs; 0 where the number is not known (a remote server)."""
     name: str
     here: bool = True
-    """Whether it is in this machine; the energy of others is not metered."""
+    """Whether they are in this machine; the energy of others is not metered."""
 
     def __str__(self) -> str:
         if self.kind == "cpu":
@@ -46,12 +47,12 @@ def local_devices(gpus: int = 1) -> Devices:
 
 class _Counter(Protocol):
     def joules(self) -> float:
-        """Joules since the counter was made. Raises OSError, or what NVML raises, where it cannot be read."""
+        """Joules since the counter was created. Raises OSError or an NVML error where it cannot be read."""
         ...
 
 
 class RaplDomain:
-    """The energy counter of one CPU package, or of its memory. It wraps, at full power within minutes: read it oftener."""
+    """The energy counter of one CPU package, or of its memory. It overflows within minutes at full power."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "energy_uj"
@@ -85,10 +86,10 @@ class _GpuCounter:
 
 
 class Meter:
-    """Energy of some devices since it was made.
+    """Energy of some devices since the meter was created.
 
     Args:
-        devices: whose.
+        devices: the devices to meter.
         powercap: the kernel's folder of RAPL domains.
     """
 
@@ -106,11 +107,11 @@ class Meter:
             self._counters = []
 
     def joules(self) -> float | None:
-        """Joules so far, at least to be asked once a minute; None where the device does not tell."""
+        """Joules so far; call it at least once a minute. None where the device does not report its energy."""
         try:
             return sum(counter.joules() for counter in self._counters) if self._counters else None
         except self._failures:
-            self._counters = []  # a part of the energy is no energy: from here on it is not known
+            self._counters = []  # a part of the energy is worthless: from now on it is not known
             return None
 
 

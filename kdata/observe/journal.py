@@ -1,9 +1,9 @@
-"""The log of progress: one self-contained JSON object per line, and what a log tells of the work that wrote it.
+"""The progress log: one JSON object per line, each complete in itself, and the sums over a log.
 
-`kdata run` keeps RUN/progress.jsonl; work on a dataset alone keeps `.NAME.progress.jsonl` beside the dataset, as nothing in a
-dataset may depend on the clock. A line is written when work begins, every ten seconds (oftener at first), and when it ends: a
-process that is killed leaves all but its last seconds. Totals (`took`) are sums over these lines: they need no other state,
-and span every attempt. A last line that was torn is passed over.
+`kdata run` writes RUN/progress.jsonl. Work on a single dataset writes `.NAME.progress.jsonl` beside the dataset, because
+nothing in a dataset may depend on the clock. A line is written when work begins, every ten seconds (more often at first), and
+when it ends. A process that is killed loses its last seconds only. `took` sums these lines over all attempts and needs no
+other state. A line that was cut off by a crash is ignored.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from kdata.format.files import journal_of, storage_errors
 from kdata.observe.energy import Devices
 
-# Two processes compute the start of a third from the same clock; a step of that clock in between moves it. A process that has
-# got the number of a dead one within a minute of that one's start does not occur.
+# The start of a process is computed from the system clock, so it moves when the clock is set. A process that gets the id of a
+# dead process within a minute of that process's start does not occur in practice.
 START_SLACK_SEC = 60.0
 State = Literal["running", "done", "failed", "stopped"]
 
@@ -34,15 +34,27 @@ class Line(BaseModel):
     time: AwareDatetime = Field(description="When the line was written, ISO 8601, UTC.")
     since: AwareDatetime = Field(description="When this work began.")
     stage: str = Field(description="What is being done.")
-    within: str | None = Field(description="Work that this is a part of; null where it stands for itself.")
+    source: str | None = Field(
+        None, description="Source of a dataset that the work is for; null for other work. Absent in older logs."
+    )
+    within: str | None = Field(description="Work that this is a part of; null where it is a part of nothing.")
     state: State = Field(description="running, done, failed (by an error), or stopped (by Ctrl-C).")
     error: str | None = Field(description="Kind of the error, where it failed.")
-    done: int = Field(description="Units done, those of former attempts too.")
+    done: int = Field(description="Units done (committed, where shards are written), those of former attempts too.")
     total: int | None = Field(description="Units in all, where known.")
     unit: str | None = Field(description="What is counted; null for work that only holds other work.")
-    tokens: int = Field(description="Tokens read, written or trained on in this attempt.")
-    tokens_per_sec: float | None = Field(description="Their rate while they were worked on; null without any.")
-    busy_seconds: float = Field(description="Seconds in which they were worked on, loading apart.")
+    tokens: int = Field(
+        description="Tokens read, written or trained on in this attempt, those of units that are under way too."
+    )
+    tokens_done: int = Field(0, description="The same with the tokens of former attempts. Absent in older logs.")
+    tokens_total: int | None = Field(
+        None, description="Tokens in all; null where neither known nor estimated. Absent in older logs."
+    )
+    tokens_estimated: bool = Field(
+        False, description="Whether tokens_total is an estimate, from the units cut so far. Absent in older logs."
+    )
+    tokens_per_sec: float | None = Field(description="Rate of `tokens` over `busy_seconds`; null without tokens.")
+    busy_seconds: float = Field(description="Seconds from the start of this work to its last change, loading excluded.")
     shards: int | None = Field(description="Shards committed, by former attempts too.")
     bytes_per_token: float | None = Field(description="Payload bytes per token of these shards.")
     kept_mass: float | None = Field(description="Mean kept probability at their targets, by target token.")
@@ -57,7 +69,7 @@ class Line(BaseModel):
 
 
 class Took(BaseModel):
-    """What work took, over all attempts."""
+    """What work took, summed over all attempts."""
 
     name: str
     tokens: int = 0
@@ -68,7 +80,7 @@ class Took(BaseModel):
 
 
 def find_journal(root: Path) -> Path:
-    """The log that tells of a dataset: its own, or that of the run that it is a part of."""
+    """The log of the work on a dataset: its own, or that of the run that the dataset belongs to."""
     own, run = journal_of(root), root.resolve().parent
     return run / "progress.jsonl" if not own.exists() and (run / "run.json").exists() else own
 
@@ -76,12 +88,13 @@ def find_journal(root: Path) -> Path:
 def append(path: Path, line: Line) -> None:
     """Add one line, in one write. Raises StorageError."""
     with storage_errors(path):
-        torn = path.exists() and not _ends_well(path)
+        torn = path.exists() and not _ends_with_newline(path)
         with path.open("ab") as file:  # in one write: a line is far smaller than the buffer
             file.write((b"\n" if torn else b"") + line.model_dump_json().encode() + b"\n")
 
 
-def _ends_well(path: Path) -> bool:
+def _ends_with_newline(path: Path) -> bool:
+    """True for an empty file too."""
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
             return True
@@ -90,12 +103,12 @@ def _ends_well(path: Path) -> bool:
 
 
 def read_journal(path: Path) -> list[Line]:
-    """All lines of a log, in order; none where there is no log. What is no line of this form is passed over."""
+    """All lines of a log, in order; none where there is no log. Lines of another form are ignored."""
     lines = []
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
             lines.append(Line.model_validate_json(text))
-        except ValidationError:  # torn, or of another version
+        except ValidationError:  # cut off, or of another version
             continue
     return lines
 
@@ -106,7 +119,7 @@ def started() -> float:
 
 
 def alive(line: Line) -> bool | None:
-    """Whether the process that wrote a line is still there; None where that cannot be seen from this machine."""
+    """Whether the process that wrote a line is still alive; None where it runs on another machine."""
     if line.host != platform.node():
         return None
     try:
@@ -126,14 +139,20 @@ def last_lines(lines: Iterable[Line]) -> list[Line]:
 
 
 def lines_of(lines: Iterable[Line], source: str) -> list[Line]:
-    """The lines that are about a source of a dataset: stages are called "SOURCE: reading"."""
-    return [line for line in lines if line.unit is not None and line.stage.startswith(f"{source}: ")]
+    """The lines about the work for one source of a dataset."""
+    return [line for line in lines if line.unit is not None and _is_about(line, source)]
+
+
+def _is_about(line: Line, source: str) -> bool:
+    if "source" in line.model_fields_set:
+        return line.source == source
+    return line.stage.startswith(f"{source}: ")  # an older log names the source in the title only
 
 
 def took(lines: Iterable[Line]) -> list[Took]:
-    """What each stage took, summed over all attempts, in the order in which they first began.
+    """What each stage took, summed over all attempts, in the order of their first start.
 
-    Energy is None where any attempt's is not known; device hours leave out devices that are not counted.
+    Energy is None where that of any attempt is not known. Device hours leave out devices whose number is not known.
     """
     by_stage: dict[str, list[Line]] = {}
     for line in last_lines(lines):
@@ -160,7 +179,7 @@ def _sum(name: str, spans: list[Line]) -> Took:
 
 
 def total(parts: list[Took], name: str = "all") -> Took:
-    """Sum of what several stages took; rates do not add up."""
+    """Sum of what several stages took, without a rate: rates do not add up."""
     hours: dict[str, float] = {}
     for part in parts:
         for key, value in part.device_hours.items():

@@ -1,8 +1,10 @@
-"""Progress of long work: what is being done, how much, how fast, how long still, and what it costs.
+"""Progress of long work: what is done, how much of it, how fast, how much time is left, and what it costs.
 
-On a terminal it is a live display of two lines, elsewhere (a log, CI) a plain line every ten seconds, so that a log stays
-readable. The same goes to a JSONL log (`kdata/journal.py`). A thread of its own keeps the rhythm: one unit of work may take
-minutes.
+On a terminal it is a live display of two lines. Elsewhere (a log file, CI) it is a plain line every ten seconds. The same
+figures go to a JSONL log (`journal.py`). A thread writes both at a steady rhythm, because one unit of work may take minutes.
+
+Work of a teacher is counted in tokens: `Task.plan` announces a unit, `Task.under_way` moves its tokens while the teacher is
+at work, and `Task.advance` counts it once it is committed. So the bar, the rate and the time left move between commits.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
@@ -38,34 +40,71 @@ TICK_SEC = 1.0  # between lines of the log at first: young work changes fast, an
 
 
 @dataclass
-class Figures:
-    """What was counted so far.
+class Part:
+    """Planned work that is not committed yet: its units, its tokens, and how many of the tokens are done."""
 
-    Units that a former run did (`skipped`) are progress, but no speed. Rates are taken at the last unit that was done,
-    `worked` seconds after the start, so that they stand still while a long one is under way, and the time left runs down.
+    count: int
+    tokens: int
+    done: int = 0
+
+
+@dataclass
+class Figures:
+    """The counts of one task, and what follows from them.
+
+    Units of a former run (`skipped`) count as progress, but not in the rate. `worked` is the time of the last change, in
+    seconds after the start: a rate stands still until the next change, and meanwhile the time left runs down.
+
+    Args:
+        unit: what `done` and `total` count.
+        at_most: tokens of planned work are an upper bound (text that is still to be written), not a count.
     """
 
     unit: str
     total: int | None = None
+    at_most: bool = False
     done: int = 0
     skipped: int = 0
     tokens: int = 0
+    skipped_tokens: int = 0
     worked: float = 0.0
     shards: int = 0
     facts: dict[str, float | int | str] = field(default_factory=dict)
+    parts: dict[int, Part] = field(default_factory=dict)
+    has_plan: bool = False
     _bytes: int = 0
     _stored_tokens: int = 0
     _mass: float = 0.0
     _targets: int = 0
 
-    def add(self, count: int, tokens: int, seconds: float) -> None:
-        """Count units that were done now, `seconds` after the start."""
+    def plan(self, number: int, count: int, tokens: int) -> None:
+        """Announce part `number` of the work: its units and their tokens."""
+        self.has_plan = True
+        self.parts[number] = Part(count, tokens)
+
+    def under_way(self, number: int, tokens: int, seconds: float) -> None:
+        """Set how many tokens of a planned part are done, `seconds` after the start; a committed part stays as it is."""
+        part = self.parts.get(number)
+        if part is not None:
+            part.done = min(tokens, part.tokens)
+            self.worked = seconds
+
+    def add(self, count: int, tokens: int, seconds: float, part: int | None = None) -> None:
+        """Count units that are done, `seconds` after the start; `part` is the number of the planned part that they were."""
+        if part is not None:
+            self.parts.pop(part, None)
         self.done += count
         self.tokens += count if self.unit == "tokens" else tokens
         self.worked = seconds
 
+    def skip(self, count: int, tokens: int) -> None:
+        """Count units of a former run."""
+        self.done += count
+        self.skipped += count
+        self.skipped_tokens += count if self.unit == "tokens" else tokens
+
     def store(self, shard: Shard) -> None:
-        """Count a shard; the means weigh by its tokens (bytes) and its target tokens (kept mass)."""
+        """Count a shard. Bytes per token are a mean over its tokens, kept mass is one over its target tokens."""
         entry = shard.entry
         self.shards += 1
         if entry.tokens:
@@ -85,28 +124,70 @@ class Figures:
         """Mean kept probability at the target tokens of all shards."""
         return self._mass / self._targets if self._targets else None
 
+    @property
+    def tokens_now(self) -> int:
+        """Tokens of this run: those committed and those under way."""
+        return self.tokens + sum(part.done for part in self.parts.values())
+
+    @property
+    def tokens_total(self) -> int | None:
+        """Tokens of the whole task: exact once all of it is planned, before that units times mean tokens. None: not known."""
+        if self.unit == "tokens":
+            return self.total
+        if not self.has_plan or self.total is None:
+            return None
+        count, tokens = self.done, self.skipped_tokens + self.tokens
+        if not (self.at_most and tokens):  # the mean of what was written is a better guess than the bound
+            count += sum(part.count for part in self.parts.values())
+            tokens += sum(part.tokens for part in self.parts.values())
+        if not tokens:
+            return None
+        return max(round(tokens * max(self.total, count) / count), self.skipped_tokens + self.tokens_now)
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether `tokens_total` is an estimate."""
+        if self.unit == "tokens" or self.tokens_total is None or self.total is None:
+            return False
+        planned = sum(part.count for part in self.parts.values())
+        return self.done < self.total if self.at_most else self.done + planned < self.total
+
+    @property
+    def by_tokens(self) -> bool:
+        """Whether tokens drive the bar: where they are the unit, or work is planned by them."""
+        return self.unit == "tokens" or (self.has_plan and (self.total is None or self.tokens_total is not None))
+
+    @property
+    def progress(self) -> tuple[int, int | None]:
+        """What drives the bar, done and in all; former runs count."""
+        return (self.skipped_tokens + self.tokens_now, self.tokens_total) if self.by_tokens else (self.done, self.total)
+
     def per_sec(self, count: int) -> float | None:
-        """So many in the time worked, per second."""
+        """`count` per second of the time worked; None before anything is done."""
         return count / self.worked if count and self.worked > 0 else None
 
     def seconds_left(self, seconds: float) -> float | None:
-        """How long still, `seconds` after the start; None where nothing tells."""
-        rate = self.per_sec(self.done - self.skipped)
-        if rate is None or self.total is None:
+        """Estimated time left, `seconds` after the start; None where nothing was done yet or the total is not known."""
+        done, total = self.progress
+        rate = self.per_sec(self.tokens_now if self.by_tokens else self.done - self.skipped)
+        if rate is None or total is None:
             return None
-        return max((self.total - self.done) / rate - (seconds - self.worked), 0.0)
+        return max((total - done) / rate - (seconds - self.worked), 0.0)
 
     def count_text(self) -> str:
-        """1,200/4,500 documents, as wide as it will be at the end."""
-        of = f"{self.total:,}" if self.total else ""
-        return f"{self.done:>{len(of)},}{'/' if of else ''}{of} {self.unit}"
+        """1,200/~4,500 tokens, or 12/36 documents: as wide as it will be at the end."""
+        done, total = self.progress
+        of = f"{'~' if self.is_estimate else ''}{total:,}" if total else ""
+        return f"{done:>{len(of)},}{'/' if of else ''}{of} {'tokens' if self.by_tokens else self.unit}"
 
     def texts(self) -> list[str]:
-        """Rate and what else is known, most important first."""
-        rate, what = self.per_sec(self.tokens), "tokens"
-        if not self.tokens:
+        """Rate and further figures, the most important first."""
+        rate, what = self.per_sec(self.tokens_now), "tokens"
+        if not self.tokens_now:
             rate, what = self.per_sec(self.done - self.skipped), self.unit
         parts = [] if rate is None else [f"{rate:,.0f} {what}/s"]
+        if self.by_tokens and self.unit != "tokens":
+            parts.append(f"{self.done:,}{f'/{self.total:,}' if self.total else ''} {self.unit}")
         if self.shards:
             parts.append(f"{self.shards:,} shard{'s' if self.shards > 1 else ''}")
         if self.bytes_per_token is not None:
@@ -116,13 +197,16 @@ class Figures:
         return parts + [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.facts.items()]
 
     def logged(self, seconds: float, state: State) -> dict[str, Any]:
-        """The same as fields of a log's line."""
-        rate, left = self.per_sec(self.tokens), self.seconds_left(seconds) if state == "running" else None
+        """The same as fields of a log line."""
+        rate, left = self.per_sec(self.tokens_now), self.seconds_left(seconds) if state == "running" else None
         return {
             "done": self.done,
             "total": self.total,
             "unit": self.unit,
-            "tokens": self.tokens,
+            "tokens": self.tokens_now,
+            "tokens_done": self.skipped_tokens + self.tokens_now,
+            "tokens_total": self.tokens_total,
+            "tokens_estimated": self.is_estimate,
             "tokens_per_sec": None if rate is None else round(rate, 2),
             "busy_seconds": round(self.worked, 3),
             "shards": self.shards or None,
@@ -134,10 +218,10 @@ class Figures:
 
 
 class _Tracked:
-    """What `Task` and `RunStage` share: a beginning, an end, a rhythm, and a log."""
+    """What `Task` and `RunStage` share: start, end, the thread that shows progress, and the log."""
 
-    def __init__(self, name: str, log: Path | None, devices: Devices | None) -> None:
-        self.name, self.log, self.devices = name, log, devices
+    def __init__(self, name: str, log: Path | None, devices: Devices | None, source: str | None = None) -> None:
+        self.name, self.log, self.devices, self.source = name, log, devices, source
         self.run_stage: RunStage | None = None
         self._lock = threading.RLock()
         self._stop = threading.Event()
@@ -151,7 +235,7 @@ class _Tracked:
             self.devices = self.devices or local_devices()
             self._meter, self._process_started = Meter(self.devices), started()
             if self.run_stage is not None and self.run_stage.devices is not None and not self.run_stage.devices.count:
-                self.run_stage.devices = self.devices  # known now, and at work for it since it began
+                self.run_stage.devices = self.devices  # known only now
         self._note()
         self._thread = threading.Thread(target=self._beats, name="kdata-progress", daemon=True)
         self._thread.start()
@@ -159,7 +243,7 @@ class _Tracked:
     def _end(self, error: BaseException | None) -> None:
         self._stop.set()
         self._thread.join()
-        # Where the work has failed (a full disk, perhaps) its own error is the one to show.
+        # Where the work failed (perhaps because the disk is full), its own error is the one to show.
         with suppress(StorageError) if error else nullcontext():
             self._write(_state(error), type(error).__name__ if error else None)
 
@@ -175,10 +259,10 @@ class _Tracked:
                 self._show()
 
     def _show(self) -> None:
-        """Print a plain line, where one is due."""
+        """Print a plain line; not on a terminal."""
 
     def _note(self) -> None:
-        # A log that cannot be written stops no work: the last line says all that this one says, and is the one that must be.
+        # A log line that cannot be written does not stop the work. Only the last line must be written: it says everything.
         with suppress(StorageError):
             self._write("running", None)
 
@@ -200,6 +284,7 @@ class _Tracked:
                 time=datetime.now(UTC),
                 since=self._since,
                 stage=self.name,
+                source=self.source,
                 within=None if self.run_stage is None else self.run_stage.name,
                 state=state,
                 error=error,
@@ -215,14 +300,14 @@ class _Tracked:
 
 
 class RunStage(_Tracked):
-    """A stage of a run, which holds tasks: a context manager, not shown, but logged with all that is done in it.
+    """A stage of a run as a context manager. It is logged but not shown; the tasks in it are shown.
 
-    Tasks in it (wherever they are begun in this thread) go to its log, and their tokens count as its own.
+    Tasks that start inside it, in this thread, write to its log, and their tokens count as its own.
 
     Args:
         name: what the log calls it.
-        log: a JSONL file, or None for the log of the run stage around.
-        devices: what works; None: as the run stage around, or one GPU of this machine, or its cores.
+        log: a JSONL file; None takes the log of the enclosing run stage.
+        devices: what does the work; None: as the enclosing run stage, or one GPU of this machine, or its cores.
     """
 
     def __init__(self, name: str, log: Path | None = None, devices: Devices | None = None) -> None:
@@ -241,7 +326,7 @@ class RunStage(_Tracked):
         self._end(error)
 
     def count(self, tokens: int, busy_seconds: float) -> None:
-        """Count what a task in it did."""
+        """Count tokens of a task in it."""
         with self._lock:
             self.tokens += tokens
             self.busy_seconds += busy_seconds
@@ -261,10 +346,12 @@ class Task(_Tracked):
 
     Args:
         name: what is being done, shown as it is ("capture: reading").
-        total: units in all, or None where unknown.
+        total: units in all, or None where that is not known.
         unit: what is counted ("tokens", "steps", "rows").
-        log: a JSONL file (`kdata.observe.journal.Line`), or None for the log of the run stage around, if there is one.
-        devices: what works; None: as the run stage around, or one GPU of this machine, or its cores.
+        log: a JSONL file (`kdata.observe.journal.Line`); None takes the log of the enclosing run stage, if there is one.
+        devices: what does the work; None: as the enclosing run stage, or one GPU of this machine, or its cores.
+        source: the source of a dataset that the work is for.
+        at_most: the tokens in `plan` are an upper bound, as of text that is still to be written.
     Raises:
         StorageError: at the end, where the log cannot be written.
     """
@@ -276,13 +363,16 @@ class Task(_Tracked):
         unit: str = "tokens",
         log: Path | None = None,
         devices: Devices | None = None,
+        *,
+        source: str | None = None,
+        at_most: bool = False,
     ) -> None:
-        super().__init__(name, log, devices)
-        self.figures = Figures(unit, total)
+        super().__init__(name, log, devices, source)
+        self.figures = Figures(unit, total, at_most)
         self._live: Live | None = None
         self._spinner = Spinner("dots")
         self._outcome = ""
-        self._counted = (0, 0.0)  # tokens and seconds that the run stage around has been told of
+        self._counted = (0, 0.0)  # tokens and seconds that the enclosing run stage knows of
 
     def __enter__(self) -> Task:
         if console.is_terminal and not console.is_dumb_terminal:
@@ -292,30 +382,52 @@ class Task(_Tracked):
             self._live.start()
         return self
 
-    def advance(self, count: int, *, tokens: int = 0, shard: Shard | None = None, **facts: float | int | str) -> None:
-        """Count `count` more units, with `tokens` in them where the unit is not tokens.
+    def plan(self, part: int, count: int, tokens: int) -> None:
+        """Announce part number `part` of the work, before it begins: its units and the tokens in them."""
+        with self._lock:
+            self.figures.plan(part, count, tokens)
+
+    def under_way(self, part: int, tokens: int) -> None:
+        """Say how many tokens of a planned part are done, in all. From any thread."""
+        with self._lock:
+            self.figures.under_way(part, tokens, self.seconds)
+            self._count_in_run_stage()
+
+    def advance(
+        self,
+        count: int,
+        *,
+        tokens: int = 0,
+        part: int | None = None,
+        shard: Shard | None = None,
+        **facts: float | int | str,
+    ) -> None:
+        """Count `count` more units that are done, with `tokens` in them where the unit is not tokens. From any thread.
 
         Args:
+            part: number of the planned part that they were.
             shard: what they became.
             facts: further figures, shown beside.
         """
         with self._lock:
-            self.figures.add(count, tokens, self.seconds)
+            self.figures.add(count, tokens, self.seconds, part)
             if shard is not None:
                 self.figures.store(shard)
             self.figures.facts.update(facts)
-        if self.run_stage is not None and self.figures.tokens:
-            now = self.figures.tokens, self.figures.worked
-            self.run_stage.count(now[0] - self._counted[0], now[1] - self._counted[1])
-            self._counted = now
+            self._count_in_run_stage()
 
-    def skip(self, count: int, *, shard: Shard | None = None) -> None:
-        """Count `count` units that were done by a former run: progress, but no speed."""
+    def skip(self, count: int, *, tokens: int = 0, shard: Shard | None = None) -> None:
+        """Count `count` units, with `tokens` in them, that a former run did: progress, but no speed."""
         with self._lock:
-            self.figures.done += count
-            self.figures.skipped += count
+            self.figures.skip(count, tokens)
             if shard is not None:
                 self.figures.store(shard)
+
+    def _count_in_run_stage(self) -> None:
+        now = self.figures.tokens_now, self.figures.worked
+        if self.run_stage is not None and (now[0] or self._counted[0]):
+            self.run_stage.count(now[0] - self._counted[0], now[1] - self._counted[1])
+            self._counted = now
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -339,20 +451,25 @@ class Task(_Tracked):
         left = self.figures.seconds_left(self.seconds)
         return self._outcome or ("" if left is None else f"{duration(left)} left")
 
-    def __rich__(self) -> Group:
-        """The live display: how far on the first line, how fast and what else on the second."""
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The live display: how far on the first line, how fast and what else on the second, as much of it as fits."""
         with self._lock:
             figures, seconds = self.figures, self._time_text()
+            done, total = figures.progress
             first = Table.grid(padding=(0, 1), expand=True)
             for ratio in (None, None, 1, None, None):
                 first.add_column(ratio=ratio, no_wrap=True, overflow="ellipsis")
-            bar = ProgressBar(
-                total=figures.total, completed=figures.done, pulse=not self._outcome and not figures.total
-            )
+            bar = ProgressBar(total=total, completed=done, pulse=not self._outcome and not total)
             mark = Text("✓" if self._outcome.startswith("done") else "✗") if self._outcome else self._spinner
             first.add_row(mark, Text(self.name, style="bold"), bar, Text(figures.count_text()), Text(seconds, "cyan"))
-            second = Text("  " + "  ".join(figures.texts()), style="dim", no_wrap=True, overflow="ellipsis")
-            return Group(first, second) if figures.texts() else Group(first)
+            second = ""
+            for text in figures.texts():
+                if second and len(second) + 2 + len(text) > options.max_width:
+                    break
+                second += f"  {text}"
+        yield first
+        if second:
+            yield Text(second, style="dim", no_wrap=True, overflow="ellipsis")
 
     def _logged(self, seconds: float, state: State) -> dict[str, Any]:
         return self.figures.logged(seconds, state)

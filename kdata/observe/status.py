@@ -1,7 +1,7 @@
-"""Where work stands, seen from another terminal: a run, or a dataset that is being written.
+"""The state of a run or of a dataset that is being written, seen from another terminal.
 
-Everything is read from files: the run's state, the log of progress, a dataset's manifest. Nothing is written and no lock is
-taken, so the work is not disturbed. Work counts as running only while the process that wrote its last line is there.
+Everything is read from files: the run's state, the progress log, a dataset's manifest. Nothing is written and no lock is
+taken, so the work is not disturbed. Work counts as running only while the process that wrote its last line is alive.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from kdata.observe.journal import Line, Took, alive, find_journal, last_lines, l
 from kdata.observe.text import duration, energy_text, hours_text
 
 WATCH_SEC = 2.0
-WIDE = 110  # columns from which units are named
+WIDE = 110  # terminals of at least this width name the units
 State = Literal["waiting", "running", "done", "failed", "stopped", "unknown"]
 STYLES = {"running": "bold cyan", "done": "green", "failed": "bold red", "stopped": "bold yellow", "waiting": "dim"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One stage: how it stands, and its last line in the log, where it has one."""
+    """One stage: its state, and its last line in the log, where it has one."""
 
     name: str
     state: State
@@ -46,20 +46,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Status:
-    """How a run or a dataset stands."""
+    """The state of a run or a dataset."""
 
     title: str
     state: State
     rows: list[Row] = field(default_factory=list)
     took: Took | None = None
     host: str | None = None
-    """Another machine that the work was on, where `state` is unknown."""
+    """The other machine that the work ran on, where `state` is unknown."""
     pid: int | None = None
-    """The process at work."""
+    """The process that does the work."""
 
 
 def status(path: Path) -> Status:
-    """How the run or dataset in a folder stands.
+    """The state of the run or dataset in a folder.
 
     Raises:
         MissingError: the folder holds neither.
@@ -70,8 +70,8 @@ def status(path: Path) -> Status:
     if (path / "dataset.json").exists():
         return _dataset(path)
     raise MissingError(
-        f"{path} is neither a run (it has no run.json) nor a dataset (no dataset.json); a dataset is there once its teacher "
-        "is loaded"
+        f"{path} is neither a run (it has no run.json) nor a dataset (no dataset.json); name the folder of one. A dataset "
+        "begins once its teacher is loaded"
     )
 
 
@@ -88,13 +88,13 @@ def _run(path: Path) -> Status:
 
 
 def _stage(name: str, finished: bool, lines: Sequence[Line]) -> list[Row]:
-    """The rows of one stage of a recipe: itself, and what is in it where that is more than one thing."""
+    """The rows of one stage of a recipe: the stage, and the tasks in it where there are several."""
     own = [line for line in lines if line.stage == name and line.within is None]
     inner = _within(name, lines)
     state, last = _state(own, finished, "waiting"), _latest(own)
     alone = inner[0] if len(inner) == 1 else last
     parts = inner if len(inner) > 1 else []
-    # What is in a stage that is done has been done, whatever a former attempt left behind.
+    # The tasks of a stage that is done are done, whatever the log of a former attempt says.
     return [Row(name, state, alone, updated=last.time if last else None)] + [
         Row(part.stage, _state([part], state == "done", "unknown"), part, part=True, updated=part.time)
         for part in parts
@@ -102,7 +102,7 @@ def _stage(name: str, finished: bool, lines: Sequence[Line]) -> list[Row]:
 
 
 def _within(name: str, lines: Sequence[Line]) -> list[Line]:
-    """The latest line of every piece of work in a stage of a recipe, however deep."""
+    """The latest line of every task in a stage of a recipe, at any depth."""
     names = {name}
     for line in lines:
         if line.unit is None and line.within in names:
@@ -134,7 +134,7 @@ def _dataset(path: Path) -> Status:
 
 
 def _status(title: str, rows: list[Row], lines: Sequence[Line], finished: bool) -> Status:
-    """The whole, by all its lines; those that are not within others are added up."""
+    """The status of the whole, from all its lines; the sum is over lines that are not within others."""
     state, last = _state(lines, finished, "unknown"), _latest(lines)
     if state == "done" and not finished and last is not None:  # between two stages
         there = alive(last)
@@ -158,11 +158,11 @@ def _latest(lines: Sequence[Line]) -> Line | None:
 
 
 def _state(lines: Sequence[Line], finished: bool, absent: State) -> State:
-    """How work stands, by the last lines of all attempts at it.
+    """The state of work, by the last lines of all attempts.
 
     Args:
-        finished: whether its result is there.
-        absent: what it is where the log has no line of it.
+        finished: whether its result exists.
+        absent: the state where the log has no line of it.
     """
     if any(line.state == "running" and alive(line) for line in lines):
         return "running"
@@ -174,7 +174,7 @@ def _state(lines: Sequence[Line], finished: bool, absent: State) -> State:
     return last.state
 
 
-def render(found: Status, width: int = 120, now: datetime | None = None) -> Group:
+def render(shown: Status, width: int = 120, now: datetime | None = None) -> Group:
     """A status as text for a terminal of so many columns."""
     now = now or datetime.now(UTC)
     wide = width >= WIDE
@@ -183,24 +183,24 @@ def render(found: Status, width: int = 120, now: datetime | None = None) -> Grou
     table.add_column("state", no_wrap=True)
     for name in ("done", "tokens/s", "left", "shards", "B/token", "kept", *(["updated"] if wide else [])):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in found.rows:
+    for row in shown.rows:
         label = Text(f"{'  ' if row.part else ''}{row.name}", no_wrap=True, overflow="ellipsis")
         table.add_row(label, Text(row.state, STYLES.get(row.state, "magenta")), *_cells(row, wide, now))
-    return Group(_headline(found, now), table, *_totals(found))
+    return Group(_headline(shown, now), table, *_totals(shown))
 
 
-def _headline(found: Status, now: datetime) -> Text:
-    text = Text.assemble((found.title, "bold"), ": ", (found.state, STYLES.get(found.state, "magenta")))
-    if found.pid is not None:
-        text.append(f" (process {found.pid})")
-    if found.state == "unknown":
+def _headline(shown: Status, now: datetime) -> Text:
+    text = Text.assemble((shown.title, "bold"), ": ", (shown.state, STYLES.get(shown.state, "magenta")))
+    if shown.pid is not None:
+        text.append(f" (process {shown.pid})")
+    if shown.state == "unknown":
         where = (
-            f"look on {found.host}, where it was at work" if found.host else "no log tells who writes it, or whether"
+            f"look on {shown.host}, where it was at work" if shown.host else "no log says whether a process writes it"
         )
         text.append(f" ({where})")
-    elif found.state in ("stopped", "failed"):
+    elif shown.state in ("stopped", "failed"):
         text.append(" (the same command goes on where it was)")
-    newest = max((row.updated for row in found.rows if row.updated is not None), default=None)
+    newest = max((row.updated for row in shown.rows if row.updated is not None), default=None)
     return text if newest is None else text.append(f", last line {_ago(newest, now)}")
 
 
@@ -210,9 +210,12 @@ def _cells(row: Row, wide: bool, now: datetime) -> list[str]:
     updated = [] if not wide else ["" if row.updated is None else _ago(row.updated, now)]
     if line is None or line.unit is None:
         return ["", "", "", _number(shards, ","), _number(size, ".1f"), "", *updated]
-    done = _short(line.done) + (f"/{_short(line.total)}" if line.total and line.total != line.done else "")
+    done, total, unit, sign = line.done, line.total, line.unit, ""
+    if row.state == "running" and line.tokens_total:  # tokens move between commits
+        done, total, unit, sign = line.tokens_done, line.tokens_total, "tokens", "~" if line.tokens_estimated else ""
+    count = _short(done) + (f"/{sign}{_short(total)}" if total and total != done else "")
     return [
-        f"{done} {line.unit}" if wide else done,
+        f"{count} {unit}" if wide else count,
         "" if line.tokens_per_sec is None else _short(round(line.tokens_per_sec)),
         duration(line.seconds_left) if row.state == "running" and line.seconds_left is not None else "",
         _number(line.shards if shards is None else shards, ","),
@@ -222,13 +225,13 @@ def _cells(row: Row, wide: bool, now: datetime) -> list[str]:
     ]
 
 
-def _totals(found: Status) -> list[Text]:
-    took = found.took
+def _totals(shown: Status) -> list[Text]:
+    took = shown.took
     if took is None or took.seconds is None:
         return []
     hours = hours_text(took.device_hours) or "not counted"
     lines = [
-        f"{'took' if found.state == 'done' else 'so far'} {duration(took.seconds)}; device hours: {hours}",
+        f"{'took' if shown.state == 'done' else 'so far'} {duration(took.seconds)}; device hours: {hours}",
         f"energy: {energy_text(took.energy_joules)}",
     ]
     return [Text(line, "dim") for line in lines]
@@ -255,14 +258,14 @@ def _ago(then: datetime, now: datetime) -> str:
 
 
 def watch(path: Path, console: Console) -> None:
-    """Show a status until nothing is running; errors as in `status`."""
-    found = status(path)
+    """Show a status again and again until nothing is running; errors as in `status`."""
+    shown = status(path)
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            live.update(render(found, console.width), refresh=True)
-            if found.state != "running":
+            live.update(render(shown, console.width), refresh=True)
+            if shown.state != "running":
                 return
             time.sleep(WATCH_SEC)
             begun = time.monotonic()
-            found = status(path)
-            time.sleep(4 * (time.monotonic() - begun))  # the log of a long run takes a while to read
+            shown = status(path)
+            time.sleep(4 * (time.monotonic() - begun))  # the log of a long run takes long to read

@@ -1,8 +1,8 @@
-"""Whole numbers out of shares: Hamilton's method of largest remainders, in exact arithmetic.
+"""Turn shares into whole numbers by the method of largest remainders (Hamilton), in exact arithmetic.
 
-A share that is written 0.1 means one tenth, not the nearest binary fraction, so nothing hangs on rounding. Counts add up
-to the total, none is negative, each is its quota rounded down or up, and of two equal remainders the first name in order
-of code points gets the unit.
+A share written as 0.1 means exactly one tenth, not the nearest binary fraction, so no result depends on rounding. The
+counts add up to the total, none is negative, and each is its quota rounded down or up. If two remainders are equal, the
+name that comes first (by code points) gets the extra unit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def exact(weights: Mapping[str, float]) -> dict[str, Fraction]:
     fractions = {name: as_written(weight) for name, weight in weights.items()}
     whole = sum(fractions.values())
     if not whole:
-        raise ConfigError(f"weights {dict(weights)} are all 0; give one domain at least a share")
+        raise ConfigError(f"weights {dict(weights)} are all 0; give at least one domain a weight above 0")
     return {name: fraction / whole for name, fraction in fractions.items()}
 
 
@@ -32,15 +32,15 @@ def as_written(number: float) -> Fraction:
 
 
 def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """Share `total` >= 0 whole units out by weight: int >= 0 for each name, their sum is `total`.
+    """Divide `total` >= 0 whole units by weight: an int >= 0 for each name; they sum to `total`.
 
     Raises:
         ConfigError: see `exact`.
     """
-    return _hamilton(total, exact(weights))
+    return _largest_remainders(total, exact(weights))
 
 
-def _hamilton(total: int, shares: Mapping[str, Fraction]) -> dict[str, int]:
+def _largest_remainders(total: int, shares: Mapping[str, Fraction]) -> dict[str, int]:
     quotas = {name: total * share for name, share in shares.items()}
     counts = {name: math.floor(quota) for name, quota in quotas.items()}
     by_remainder = sorted(quotas, key=lambda name: (counts[name] - quotas[name], name))
@@ -50,18 +50,18 @@ def _hamilton(total: int, shares: Mapping[str, Fraction]) -> dict[str, int]:
 
 
 def share_out(
-    size: int | None, weights: Mapping[str, float], held: Mapping[str, int], max_repeats: float, unit: str
+    size: int | None, weights: Mapping[str, float], held: Mapping[str, int], max_repeats: float, count_by: str
 ) -> dict[str, int]:
-    """Units to take of each domain: `size` of them by weight, or as many as these weights allow.
+    """Units to request of each domain: `size` of them by weight, or as many as the weights allow.
 
     Args:
-        size: in units; None: the largest that can be met.
-        held: units that each domain holds, one mention of a sequence counted once. Every domain is named in `weights`.
-        max_repeats: >= 1; a domain gives at most so many times what it holds, rounded down.
-        unit: how a message calls the units.
+        size: units in all; None: the largest number that can be met.
+        held: units that each domain holds, repeats not counted. `weights` names every domain.
+        max_repeats: >= 1; a domain gives at most this many times what it holds, rounded down.
+        count_by: what a message calls the units.
     Raises:
         ConfigError: see `exact`.
-        DataError: a domain does not hold what is asked of it, or nothing at all.
+        DataError: a domain holds less than is requested, or nothing.
     """
     shares = exact(weights)
     limits = {name: math.floor(held[name] * as_written(max_repeats)) for name in shares}
@@ -69,15 +69,15 @@ def share_out(
     empty = sorted(name for name, share in shares.items() if share and not held[name])
     if empty:
         raise DataError(
-            f"domain {empty[0]!r} has a share of {float(shares[empty[0]]):.2%} and no {unit} to take; give it 0"
+            f"domain {empty[0]!r} has a share of {float(shares[empty[0]]):.2%} but holds no {count_by}; set its share to 0"
         )
-    counts = _hamilton(most if size is None else size, shares)
-    for name in sorted(counts):
-        if counts[name] > limits[name]:
-            factor = math.ceil(Fraction(counts[name] * 100, held[name])) / 100
+    requested = _largest_remainders(most if size is None else size, shares)
+    for name in sorted(requested):
+        if requested[name] > limits[name]:
+            factor = math.ceil(Fraction(requested[name] * 100, held[name])) / 100
             raise DataError(
-                f"domain {name!r}: {counts[name]:,} {unit} are asked of it, it holds {held[name]:,}"
+                f"domain {name!r}: {requested[name]:,} {count_by} are requested, but it holds {held[name]:,}"
                 + (f", {limits[name]:,} with max_repeats={max_repeats:g}" if max_repeats > 1 else "")
-                + f". Ask for at most {most:,} {unit} in all (size), or allow max_repeats={factor:g}."
+                + f". Request at most {most:,} {count_by} in all (size), or set max_repeats={factor:g}."
             )
-    return counts
+    return requested

@@ -1,4 +1,4 @@
-"""Methods that ask a number of units of each domain: what they have in common."""
+"""Methods that request a number of units of each domain: static, uniform, proportional, temperature, cap."""
 
 from __future__ import annotations
 
@@ -11,126 +11,105 @@ from pydantic import Field
 from kdata.errors import ConfigError, nearest
 from kdata.selection.apportion import apportion, exact, share_out
 from kdata.selection.plan import CountBy
-from kdata.selection.rank import Ranking, take
+from kdata.selection.rank import Ranking, choose_best, count_units
 from kdata.selection.ranked import RANDOM
-from kdata.selection.session import Session
-from kdata.selection.step import Domains, Held, Made, Step, held_by, made
+from kdata.selection.session import DomainSizes, Session
+from kdata.selection.step import Chosen, Step
 
 FIRST = "select rows.*, -place as value from rows where num_target_tokens > 0"
 
 
-class Apportioned(Step):
-    """A method that takes a number of units of each domain."""
+class OfDomains(Step):
+    """Settings of every method that requests units of each domain."""
 
-    unit: CountBy = Field(
+    count_by: CountBy = Field(
         "tokens",
-        description="What sizes and shares count: tokens or sequences. A sequence is taken whole, so a domain may end up to "
-        "one sequence short of its tokens, never above them.",
+        description="What sizes and shares count: tokens or sequences. A sequence is chosen whole, so a domain may get up to "
+        "one sequence less than its tokens, never more.",
     )
     take: Literal["random", "first"] = Field(
         "random",
-        description="Which sequences of a domain: at random by `seed`, or the first of the plan taken further.",
+        description="Which sequences of a domain: at random by `seed`, or the first of the parent plan.",
     )
     seed: int = Field(0, ge=0, description="Seed (random).")
 
-    @abstractmethod
-    def weigh(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
-        """Weight of each domain of the dataset, and what else a plan records of how it came about."""
-
-    @abstractmethod
-    def requests(self, weights: Mapping[str, float], held: Held) -> dict[str, int]:
-        """Units to take of each domain."""
-
-    def make(self, session: Session, domains: Domains) -> Made:
-        """See `Step.make`."""
-        if self.take == "first" and self.parent is None:
-            raise ConfigError("take=first takes the first sequences of a plan: name it (--from PLAN), or take=random")
-        sql, given = (FIRST, {}) if self.take == "first" else (RANDOM, {"seed": self.seed})
-        weights, told = self.weigh(session, domains)
-        ranking = Ranking(sql, given, [], True, self.unit)
-        taken = take(session, ranking, lambda held: self.requests(weights, held), sorted(domains))
-        return made(taken, {**self.settings(), **told}, self.unit)
+    def ranking(self) -> Ranking:
+        """Which sequences of a domain come first. Raises ConfigError for `first` without a parent plan."""
+        if self.take == "random":
+            return Ranking(RANDOM, {"seed": self.seed}, [], by_domain=True, count_by=self.count_by)
+        if self.parent is None:
+            raise ConfigError("take=first chooses the first sequences of a plan: name the plan (--from PLAN)")
+        return Ranking(FIRST, {}, [], by_domain=True, count_by=self.count_by)
 
 
-class Mixture(Apportioned):
+class Cap(OfDomains):
+    """A budget, usually the last step: at most `size` units, each domain keeping its share. Fewer units are all chosen."""
+
+    method: Literal["cap"] = "cap"
+    size: int = Field(ge=1, description="Most units, divided by largest remainder.")
+
+    def choose(self, session: Session, domains: DomainSizes) -> tuple[Chosen, dict[str, Any]]:
+        """See `Step.choose`."""
+        ranking = self.ranking()
+        held = count_units(session, ranking, sorted(domains))
+        requested = held if sum(held.values()) <= self.size else apportion(self.size, held)
+        return choose_best(session, ranking, held, requested), self.recorded()
+
+
+class Mixture(OfDomains):
     """A method that gives each domain a share."""
 
     size: int | None = Field(
-        None, ge=1, description="Units in all, shared out by largest remainder; null: the most that the shares allow."
+        None, ge=1, description="Units in all, divided by largest remainder; null: the most that the shares allow."
     )
     max_repeats: float = Field(
         1.0,
         ge=1,
         le=10_000,
         allow_inf_nan=False,
-        description="A domain gives at most so many times what it holds; 1: no sequence is repeated.",
+        description="A domain gives at most this many times what it holds; 1: no sequence is repeated.",
     )
 
     @abstractmethod
-    def shares(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
-        """As `weigh`, in any scale, and domains that are not named have none.
+    def shares(self, session: Session, domains: DomainSizes) -> tuple[Mapping[str, float], dict[str, Any]]:
+        """Share of each domain, in any scale (a domain that is not named gets none), and parameters to record.
 
         Args:
-            domains: those of which something may be taken, with what the dataset has of them that counts.
+            domains: those with a row to choose, and what the dataset holds of them in rows with a target.
         """
 
-    def weigh(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
-        """See `Apportioned.weigh`; they sum to 1."""
-        held = session.domains(countable=True)
-        given, told = self.shares(session, held)
-        weights = {**dict.fromkeys(domains, 0), **given}
-        if missing := sorted(set(domains) - set(held)):
-            told = {**told, "nothing_to_take": missing}
-        return weights, {**told, "weights": {domain: float(share) for domain, share in sorted(exact(weights).items())}}
+    def choose(self, session: Session, domains: DomainSizes) -> tuple[Chosen, dict[str, Any]]:
+        """See `Step.choose`. Raises DataError where a domain holds less than is requested."""
+        ranking = self.ranking()
+        nonempty = session.domains(countable=True)
+        named, parameters = self.shares(session, nonempty)
+        weights = {**dict.fromkeys(domains, 0), **named}
+        if empty := sorted(set(domains) - set(nonempty)):
+            parameters["nothing_to_take"] = empty
+        parameters["weights"] = {domain: float(share) for domain, share in sorted(exact(weights).items())}
+        held = count_units(session, ranking, sorted(domains))
+        requested = share_out(self.size, weights, held, self.max_repeats, self.count_by)
+        return choose_best(session, ranking, held, requested), {**self.recorded(), **parameters}
 
-    def requests(self, weights: Mapping[str, float], held: Held) -> dict[str, int]:
-        """See `Apportioned.requests`. Raises DataError where a domain does not hold what is asked of it."""
-        return share_out(self.size, weights, held, self.max_repeats, self.unit)
 
+class Uniform(Mixture):
+    """The same share for every domain."""
 
-class Cap(Apportioned):
-    """The last step, most often: a budget. What has fewer units is taken as it is."""
+    method: Literal["uniform"] = "uniform"
 
-    method: Literal["cap"] = "cap"
-    size: int = Field(ge=1, description="Units, at most, shared out by largest remainder.")
-
-    def weigh(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
-        """See `Apportioned.weigh`: what each domain holds, known when it is counted."""
-        return {}, {}
-
-    def requests(self, weights: Mapping[str, float], held: Held) -> dict[str, int]:
-        """See `Apportioned.requests`."""
-        total = sum(held.values())
-        return dict(held) if total <= self.size else apportion(self.size, held)
+    def shares(self, session: Session, domains: DomainSizes) -> tuple[Mapping[str, float], dict[str, Any]]:
+        """See `Mixture.shares`."""
+        return dict.fromkeys(domains, 1), {}
 
 
 class Proportional(Mixture):
-    """Each domain's share of the dataset's units, whatever plan is taken further."""
+    """Each domain's share of the dataset's units, whatever the parent plan holds."""
 
     method: Literal["proportional"] = "proportional"
 
-    def shares(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
+    def shares(self, session: Session, domains: DomainSizes) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Mixture.shares`."""
-        return held_by(domains, self.unit), {}
-
-
-class Static(Mixture):
-    """Every domain of the dataset is named; 0 leaves one out."""
-
-    method: Literal["static"] = "static"
-    weights: dict[str, float] = Field(description="Domain -> share, >= 0; scaled to sum to 1.")
-
-    def shares(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
-        """See `Mixture.shares`."""
-        every = sorted(session.domains())
-        unknown = sorted(set(self.weights) - set(every))
-        if unknown:
-            near = nearest(unknown[0], every)
-            raise ConfigError(f"weights names {unknown[0]!r}{near}; the dataset has the domains {every}")
-        missing = sorted(set(every) - set(self.weights))
-        if missing:
-            raise ConfigError(f"weights does not name the domain {missing[0]!r}; name each of {every}, 0 leaves it out")
-        return self.weights, {}
+        return units_of(domains, self.count_by), {}
 
 
 class Temperature(Mixture):
@@ -143,18 +122,34 @@ class Temperature(Mixture):
         description="T: above 1 flattens the shares, below 1 sharpens them. Often 5 for languages.",
     )
 
-    def shares(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
+    def shares(self, session: Session, domains: DomainSizes) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Mixture.shares`."""
-        held = held_by(domains, self.unit)
-        largest = max(held.values())
-        return {domain: (units / largest) ** (1 / self.temperature) for domain, units in held.items()}, {}
+        units = units_of(domains, self.count_by)
+        largest = max(units.values())
+        return {domain: (number / largest) ** (1 / self.temperature) for domain, number in units.items()}, {}
 
 
-class Uniform(Mixture):
-    """1/N of each of N domains."""
+class Static(Mixture):
+    """The shares that you set. Name every domain of the dataset; 0 leaves one out."""
 
-    method: Literal["uniform"] = "uniform"
+    method: Literal["static"] = "static"
+    weights: dict[str, float] = Field(description="Domain -> share, >= 0; scaled to sum to 1.")
 
-    def shares(self, session: Session, domains: Domains) -> tuple[Mapping[str, float], dict[str, Any]]:
+    def shares(self, session: Session, domains: DomainSizes) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Mixture.shares`."""
-        return dict.fromkeys(domains, 1), {}
+        every = sorted(session.domains())
+        unknown = sorted(set(self.weights) - set(every))
+        if unknown:
+            near = nearest(unknown[0], every)
+            raise ConfigError(f"weights names {unknown[0]!r}{near}; the dataset has the domains {every}")
+        missing = sorted(set(every) - set(self.weights))
+        if missing:
+            raise ConfigError(
+                f"weights does not name the domain {missing[0]!r}; name each of {every}; 0 leaves one out"
+            )
+        return self.weights, {}
+
+
+def units_of(domains: DomainSizes, count_by: CountBy) -> dict[str, int]:
+    """Units that the dataset holds of each domain."""
+    return {domain: getattr(size, count_by) for domain, size in domains.items()}

@@ -1,8 +1,7 @@
-"""Plans: which sequences, how often. A small Parquet of ids and repeats, and a JSON that says how it was made.
+"""Plans: which sequences, how often. A plan is a small Parquet of ids and repeats, and a JSON that says how they were chosen.
 
-Data is never copied to be reweighted; a trainer reads dataset + plan. The order of a plan is its preference: a later step
-that takes fewer takes the first ones. A plan of 100 million rows is opened without reading it: ids come into memory when
-asked for.
+Data is never copied to be reweighted: a trainer reads dataset and plan. A plan lists the best rows first, so that a later
+step can choose the first ones. Opening a plan of 100 million rows does not read them; `ids` does.
 """
 
 from __future__ import annotations
@@ -29,46 +28,48 @@ PLAN_SCHEMA = pa.schema([pa.field("id", pa.string(), False), pa.field("repeats",
 CountBy = Literal["sequences", "tokens"]
 
 
-class DomainTaken(Contract):
-    """What a plan took of one domain, and of how much."""
+class DomainChoice(Contract):
+    """What a plan chose of one domain, and how much the dataset holds of it."""
 
     dataset_sequences: int = Field(ge=0, description="Sequences of the domain in the dataset.")
     dataset_tokens: int = Field(ge=0, description="Their tokens.")
-    rows: int = Field(ge=0, description="Distinct sequences taken.")
-    sequences: int = Field(ge=0, description="Sequences taken, repeats counted.")
+    rows: int = Field(ge=0, description="Distinct sequences chosen.")
+    sequences: int = Field(ge=0, description="Sequences chosen, repeats counted.")
     tokens: int = Field(ge=0, description="Their tokens, repeats counted.")
     requested: int | None = Field(
         None,
-        description="What the method asked of this domain, in `unit`; null where it asks nothing of single domains.",
+        description="What the method requested of this domain, in `unit`; null where it requests nothing of single domains.",
     )
 
 
 class PlanInfo(Contract):
-    """NAME.json beside NAME.parquet: where a plan came from."""
+    """NAME.json beside NAME.parquet: how the rows of a plan were chosen."""
 
     name: str = Field(description="Name of the plan.")
-    method: str = Field(description="Method that made it: all, random, difference, sql, ...")
+    method: str = Field(description="Method that chose the rows: all, random, difference, sql, ...")
     parameters: dict[str, Any] = Field(description="Parameters of the method.")
     sql: str | None = Field(description="The DuckDB query that chose the ids; null when no query did.")
     dataset_digest: str = Field(
         alias="dataset_fingerprint", description="Fingerprint of the dataset that it selects from."
     )
     scores: dict[str, str] = Field(description="Sidecars that were read: name to fingerprint.")
-    parents: dict[str, str] = Field({}, description="Plans that were taken further: name to `digest` of their JSON.")
-    num_rows: int = Field(ge=0, description="Distinct sequences taken.")
+    parents: dict[str, str] = Field({}, description="Plans that were read: name to `digest` of their JSON.")
+    num_rows: int = Field(ge=0, description="Distinct sequences chosen.")
     num_tokens: int = Field(ge=0, description="Tokens, repeats counted.")
-    unit: CountBy | None = Field(None, description="What requests count; null where a query chose.")
-    requested: int | None = Field(None, description="Units asked for in all; null where no number was asked for.")
-    domains: dict[str, DomainTaken] = Field({}, description="What was taken of each domain, and what was asked of it.")
+    count_by: CountBy | None = Field(
+        None, alias="unit", description="What `requested` counts: sequences or tokens; null where a query chose."
+    )
+    requested: int | None = Field(None, description="Units requested in all; null where no number was requested.")
+    domains: dict[str, DomainChoice] = Field({}, description="What was requested and chosen of each domain.")
     shares: dict[str, dict[str, float]] = Field(
         description="Per domain: share of tokens in the dataset and in the plan."
     )
     table: FileInfo | None = Field(None, description="Digest and size of NAME.parquet; null until it is saved.")
-    digest: str = Field("", description="SHA-256 of everything else in the file: finds a damaged byte.")
+    digest: str = Field("", description="SHA-256 of everything else in the file; shows a damaged byte.")
 
 
 class Plan:
-    """A selection, and how it was made (`info`). Made by `make_plan`, `kdata.selection.select.select` or `Plan.load`.
+    """A selection, and how it was chosen (`info`); see `kdata.select`, `kdata.make_plan` and `Plan.load`.
 
     `plan_digest` is the digest of its JSON file, "" before it is saved.
     """
@@ -99,26 +100,28 @@ class Plan:
 
     @property
     def repeats(self) -> np.ndarray:
-        """How often each is taken, int32 [R] >= 1."""
+        """How often each id is chosen, int32 [R] >= 1."""
         return self.table["repeats"].to_numpy()
 
     @property
     def dataset_digest(self) -> str:
-        """Fingerprint of the dataset that the plan belongs to."""
+        """Content digest of the dataset that the plan belongs to."""
         return self.info.dataset_digest
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Open PLAN.parquet and PLAN.json; `path` may name either, or neither ending.
+        """Open NAME.parquet and NAME.json; `path` is either of them, or the path without an ending.
 
         Raises:
-            MissingError: one of the two is not there.
-            CorruptError: the two do not make a plan.
+            MissingError: one of the two does not exist.
+            CorruptError: one of the two is damaged, or they do not belong together.
         """
         table_path, info_path = plan_files(Path(path))
         for needed in (table_path, info_path):
             if not needed.exists():
-                raise MissingError(f"plan {table_path.stem!r}: {needed} does not exist; make it with `kdata select`")
+                raise MissingError(
+                    f"plan {table_path.stem!r}: {needed} does not exist; write the plan with `kdata select`"
+                )
         try:
             content = json.loads(info_path.read_bytes())
             info = PlanInfo.model_validate(content)
@@ -135,8 +138,8 @@ class Plan:
             raise CorruptError(f"{table_path} is not the plan that was saved; run `kdata select` again")
         if num_rows != info.num_rows:
             raise CorruptError(f"{table_path} has {num_rows} rows and {info_path.name} says {info.num_rows}")
-        alone = info.model_copy(update={"table": None, "digest": ""})  # what only a file has
-        return cls(table_path, alone, info.digest)
+        unsaved = info.model_copy(update={"table": None, "digest": ""})  # the two fields describe the files
+        return cls(table_path, unsaved, info.digest)
 
     def save(self, directory: Path) -> Path:
         """Write NAME.parquet and NAME.json into `directory` (the JSON last); return the Parquet's path."""
@@ -150,34 +153,35 @@ class Plan:
         return path
 
     def check(self, dataset: Dataset) -> None:
-        """Raise MismatchError where the dataset has changed since the plan was made."""
+        """Raise MismatchError where the dataset has changed since the plan was written."""
         if dataset.content_digest != self.info.dataset_digest:
             raise MismatchError(
-                f"plan {self.info.name!r} was made for a dataset with fingerprint "
-                f"{self.info.dataset_digest[:12]}, {dataset.path} has {dataset.content_digest[:12]}: rows were added "
-                "or changed. Run `kdata select` again."
+                f"plan {self.info.name!r} belongs to another state of {dataset.path} (digest "
+                f"{self.info.dataset_digest[:12]}, now {dataset.content_digest[:12]}): rows were added or changed. Run "
+                "`kdata select` again."
             )
 
     def rows(self, dataset: Dataset) -> np.ndarray:
         """Global row numbers int64 [sum of repeats], in plan order.
 
         Raises:
-            MismatchError: the dataset has changed since the plan was made.
+            MismatchError: the dataset has changed since the plan was written.
         """
         self.check(dataset)
         return np.repeat(dataset.rows_of(self.ids), self.repeats)
 
 
 def plan_files(path: Path) -> tuple[Path, Path]:
-    """NAME.parquet and NAME.json of a plan that is named by either, or by neither ending."""
+    """NAME.parquet and NAME.json of a plan, from either of them or from the path without an ending."""
     base = path.with_suffix("") if path.suffix in (".parquet", ".json") else path
     return base.with_name(base.name + ".parquet"), base.with_name(base.name + ".json")
 
 
 def open_plan(dataset: Dataset, name: str) -> Plan:
-    """A plan of this dataset by its name. Raises as `Plan.load` and `Plan.check`, and ConfigError where it is no name."""
+    """A plan of this dataset by its name. Raises as `Plan.load` and `Plan.check`, and ConfigError for an invalid name."""
     if not is_name(name):
-        raise ConfigError(f"{name!r} is no name of a plan: letters, digits and _, beginning with a letter")
+        raise ConfigError(f"{name!r} is not a valid plan name; use letters, digits and _, beginning with a letter")
+    dataset.fetch_plan(name)
     plan = Plan.load(dataset.path / "plans" / name)
     plan.check(dataset)
     return plan
@@ -190,27 +194,27 @@ def write_plan_info(table_path: Path, info: PlanInfo) -> str:
     return digest_of(content)
 
 
-def plan_info(domains: dict[str, DomainTaken], **fields: Any) -> PlanInfo:
-    """The description of a plan from what it took of each domain. Raises DataError when nothing is selected."""
-    if not any(taken.rows for taken in domains.values()):
-        raise DataError(f"plan {fields['name']!r} selects no row; loosen its condition")
-    in_dataset = sum(taken.dataset_tokens for taken in domains.values())
-    in_plan = sum(taken.tokens for taken in domains.values())
+def plan_info(domains: dict[str, DomainChoice], **fields: Any) -> PlanInfo:
+    """The description of a plan from what it chose of each domain. Raises DataError where it chose nothing."""
+    if not any(domain.rows for domain in domains.values()):
+        raise DataError(f"plan {fields['name']!r} selects no row; request more, or loosen its condition")
+    in_dataset = sum(domain.dataset_tokens for domain in domains.values())
+    in_plan = sum(domain.tokens for domain in domains.values())
     shares = {
-        name: {"dataset": taken.dataset_tokens / in_dataset, "plan": taken.tokens / in_plan}
-        for name, taken in sorted(domains.items())
+        name: {"dataset": domain.dataset_tokens / in_dataset, "plan": domain.tokens / in_plan}
+        for name, domain in sorted(domains.items())
     }
-    num_rows = sum(taken.rows for taken in domains.values())
+    num_rows = sum(domain.rows for domain in domains.values())
     return PlanInfo(domains=domains, shares=shares, num_rows=num_rows, num_tokens=in_plan, **fields)
 
 
 def _whole(name: str, repeats: np.ndarray) -> np.ndarray:
     """Repeats as int32 [R]. Raises DataError unless each is a whole number >= 1."""
-    given = np.array([np.nan if value is None else float(value) for value in repeats], np.float64)
-    bad = np.flatnonzero(~((given >= 1) & (given < 2**31) & (given == np.floor(given))))
+    numbers = np.array([np.nan if value is None else float(value) for value in repeats], np.float64)
+    bad = np.flatnonzero(~((numbers >= 1) & (numbers < 2**31) & (numbers == np.floor(numbers))))
     if len(bad):
-        raise DataError(f"plan {name!r}: repeats must be whole numbers from 1 on, row {bad[0]} has {repeats[bad[0]]}")
-    return given.astype(np.int32)
+        raise DataError(f"plan {name!r}: repeats must be whole numbers >= 1, but row {bad[0]} has {repeats[bad[0]]}")
+    return numbers.astype(np.int32)
 
 
 def make_plan(
@@ -224,27 +228,27 @@ def make_plan(
     scores: dict[str, str] | None = None,
     repeats: np.ndarray | None = None,
 ) -> Plan:
-    """Make a plan of `ids`, with realised shares per domain. Raises DataError when nothing is selected."""
+    """Make a plan of `ids`, with realised shares per domain. Raises DataError for no id, a repeated id or invalid repeats."""
     if not ids:
-        raise DataError(f"plan {name!r} selects no row; loosen its condition")
+        raise DataError(f"plan {name!r} selects no row: the list of ids is empty; give at least one id")
     if len(set(ids)) != len(ids):
-        raise DataError(f"plan {name!r}: an id stands twice; say how often with repeats")
+        raise DataError(f"plan {name!r}: an id is in the list twice; list it once, and give its `repeats`")
     times = np.ones(len(ids), np.int32) if repeats is None else _whole(name, repeats)
     index = dataset.index(["domain", "num_tokens"])
     rows = dataset.rows_of(ids)
     names, number_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str), return_inverse=True)
     tokens_R = index["num_tokens"].to_numpy().astype(np.int64)
-    taken_R = np.zeros(len(tokens_R), np.int64)
-    taken_R[rows] = times
+    times_R = np.zeros(len(tokens_R), np.int64)
+    times_R[rows] = times
     domains = {}
     for number, domain in enumerate(names):
         here = number_R == number
-        domains[str(domain)] = DomainTaken(
+        domains[str(domain)] = DomainChoice(
             dataset_sequences=int(here.sum()),
             dataset_tokens=int(tokens_R[here].sum()),
-            rows=int((taken_R[here] > 0).sum()),
-            sequences=int(taken_R[here].sum()),
-            tokens=int((taken_R * tokens_R)[here].sum()),
+            rows=int((times_R[here] > 0).sum()),
+            sequences=int(times_R[here].sum()),
+            tokens=int((times_R * tokens_R)[here].sum()),
         )
     fields = {"name": name, "method": method, "parameters": parameters, "sql": sql, "scores": scores or {}}
     info = plan_info(domains, dataset_digest=dataset.content_digest, **fields)

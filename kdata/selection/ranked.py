@@ -1,15 +1,18 @@
-"""Difference sampling (MiniPLM, arXiv 2410.17215): text of which the teacher knows more than a small model does."""
+"""Methods that give each row a number and choose the rows with the largest: difference, random, all."""
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from kdata.selection.apportion import apportion, as_written
 from kdata.selection.plan import CountBy
-from kdata.selection.rank import Ranking, take
-from kdata.selection.session import Session
-from kdata.selection.step import Domains, Made, Ranked, Step, made
+from kdata.selection.rank import Ranking, choose_best, count_units
+from kdata.selection.session import DomainSizes, Session
+from kdata.selection.step import Chosen, Step
 from kdata.store.dataset import Dataset
 from kdata.store.sql import NAME
 
@@ -20,9 +23,58 @@ from rows left join scores.{score} as ref using (id)
 where rows.num_target_tokens > 0
 """
 
+# A number in [0, 1) that follows from the seed and the id alone, so it is the same in every version of DuckDB, on every
+# machine and in any order of shards: the MD5 of "SEED:ID" as a little-endian integer, over 2^128. It costs 0.12
+# microseconds a row (one core); DuckDB's own hash() costs less and may change with its version.
+RANDOM = """
+select rows.*, md5_number($seed || ':' || id)::double / 340282366920938463463374607431768211456.0::double as value
+from rows
+where num_target_tokens > 0
+"""
+
+ALL = "select rows.*, 0 as value from rows where num_target_tokens > 0"
+
+
+class Ranked(Step):
+    """A method that chooses the rows with the largest values: a share of all rows, or the same share of every domain."""
+
+    VALUE: ClassVar[str | None] = None  # label of the value on a plot's axis; None: the value means nothing to a reader
+
+    share: float = Field(0.5, gt=0, le=1, description="Share to choose; its number of units is rounded up.")
+    count_by: CountBy = Field("sequences", description="What the share counts: sequences or tokens.")
+    by_domain: bool = Field(False, description="Choose the share of each domain; otherwise of all sequences together.")
+
+    @abstractmethod
+    def values(self) -> str:
+        """The query that gives each row its value; see `kdata.selection.rank.Ranking.sql`."""
+
+    def bindings(self) -> dict[str, Any]:
+        """Parameters of `values`, bound by name."""
+        return {}
+
+    def choose(self, session: Session, domains: DomainSizes) -> tuple[Chosen, dict[str, Any]]:
+        """See `Step.choose`."""
+        ranking = Ranking(self.values(), self.bindings(), self.sidecars(session.dataset), self.by_domain, self.count_by)
+        held = count_units(session, ranking, sorted(domains))
+        total = math.ceil(as_written(self.share) * sum(held.values()))
+        requested = apportion(total, held) if total else dict.fromkeys(held, 0)
+        chosen = choose_best(session, ranking, held, requested)
+        return chosen, {**self.recorded(), **self._thresholds(chosen)}
+
+    def _thresholds(self, chosen: Chosen) -> dict[str, Any]:
+        """The smallest chosen value, of all or of each domain."""
+        if self.VALUE is None:
+            return {}
+        if self.by_domain:
+            return {"thresholds": dict(chosen.lowest)}
+        return {"threshold": min(chosen.lowest.values(), default=None)}
+
 
 class Difference(Ranked):
-    """The paper keeps half of all chunks, globally; `by_domain` keeps the same share of each domain, and so the mixture."""
+    """Difference sampling (MiniPLM, arXiv 2410.17215): text that the teacher predicts much better than a small model does.
+
+    The paper keeps half of all chunks, globally; `by_domain` keeps the same share of each domain, and so the mixture.
+    """
 
     VALUE: ClassVar[str | None] = "NLL of the reference − NLL of the teacher, nats per target token"
 
@@ -38,32 +90,8 @@ class Difference(Ranked):
         return DIFFERENCE.format(score=self.score)
 
 
-ALL = "select rows.*, 0 as value from rows where num_target_tokens > 0"
-UNIT: CountBy = "sequences"
-
-
-class All(Step):
-    """Everything, in the order of ids."""
-
-    method: Literal["all"] = "all"
-
-    def make(self, session: Session, domains: Domains) -> Made:
-        """See `Step.make`."""
-        return made(take(session, Ranking(ALL, {}, [], False, UNIT), dict, sorted(domains)), self.settings(), UNIT)
-
-
-# A number in [0, 1) that follows from the seed and the id alone, the same in every version of DuckDB, on every machine
-# and in any order of shards: the MD5 of "SEED:ID" as a little-endian integer, over 2^128. It costs 0.12 microseconds a
-# row (one core); DuckDB's own hash() costs less and may change with its version.
-RANDOM = """
-select rows.*, md5_number($seed || ':' || id)::double / 340282366920938463463374607431768211456.0::double as value
-from rows
-where num_target_tokens > 0
-"""
-
-
 class Random(Ranked):
-    """A share at random: another seed is another choice, a larger share holds the smaller one."""
+    """A random share. Another seed gives another choice; with the same seed a larger share contains the smaller one."""
 
     method: Literal["random"] = "random"
     seed: int = Field(0, ge=0, description="Seed.")
@@ -72,6 +100,18 @@ class Random(Ranked):
         """See `Ranked.values`."""
         return RANDOM
 
-    def given(self) -> dict[str, Any]:
-        """See `Ranked.given`."""
+    def bindings(self) -> dict[str, Any]:
+        """See `Ranked.bindings`."""
         return {"seed": self.seed}
+
+
+class All(Step):
+    """Every row that has a target, in the order of ids."""
+
+    method: Literal["all"] = "all"
+
+    def choose(self, session: Session, domains: DomainSizes) -> tuple[Chosen, dict[str, Any]]:
+        """See `Step.choose`."""
+        ranking = Ranking(ALL, {}, [], by_domain=False, count_by="sequences")
+        held = count_units(session, ranking, sorted(domains))
+        return choose_best(session, ranking, held, requested=held), self.recorded()

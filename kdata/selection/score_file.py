@@ -1,7 +1,7 @@
-"""Scores that somebody else made: a Parquet of ids and numbers becomes a sidecar of the dataset.
+"""Scores from a file: a Parquet of ids and numbers becomes a sidecar of the dataset.
 
-Judge marks, lengths, risks, another tool's reference NLLs: whatever has an id and is a number. Rows that the file does
-not name have null. Ids that the dataset does not have are refused: they would be lost without a word.
+The numbers may be anything that has an id: a judge's marks, lengths, risks, another tool's reference NLLs. Rows that the
+file does not name get null. Ids that the dataset does not have are refused, as they would be lost silently.
 """
 
 from __future__ import annotations
@@ -25,34 +25,36 @@ from kdata.store.sql import Room, files_view, is_name, literal, unglobbed
 WHOLE = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"}
 REAL = {"FLOAT", "DOUBLE", "UBIGINT", "HUGEINT", "UHUGEINT", "DECIMAL"}
 
-UNKNOWN = "select id from brought anti join rows using (id) order by id limit 3"
-TWICE = "select id from brought group by id having count(*) > 1 limit 1"
-IN_ORDER = "select rows.id, {columns} from rows left join brought using (id) order by rows.shard, rows.row"
+UNKNOWN = "select id from imported anti join rows using (id) order by id limit 3"
+TWICE = "select id from imported group by id having count(*) > 1 limit 1"
+IN_ORDER = "select rows.id, {columns} from rows left join imported using (id) order by rows.shard, rows.row"
 
 
 @dataclass(frozen=True)
-class Brought:
-    """What became of a file: the sidecar, and for each column how many sequences have a number."""
+class ImportedScores:
+    """The sidecar that a file became, and for each column how many sequences have a number."""
 
     info: ScoreInfo
     covered: dict[str, int]
 
 
-def bring(dataset: Dataset, file: Path, name: str, *, unit: str = "as brought", room: Room | None = None) -> Brought:
-    """Make the sidecar scores/NAME of a Parquet file with a column `id` and numeric columns.
+def bring(
+    dataset: Dataset, file: Path, name: str, *, unit: str = "as brought", room: Room | None = None
+) -> ImportedScores:
+    """Write the sidecar scores/NAME from a Parquet file with a column `id` and numeric columns.
 
     Args:
-        unit: what the numbers are, for whoever reads the sidecar's description.
+        unit: what the numbers are, for a reader of the sidecar's description.
     Raises:
         MissingError: no such file.
-        DataError: a column is not numeric or not finite, an id is null, stands twice, or is none of the dataset's.
-        MismatchError: a sidecar of that name was made otherwise.
+        DataError: a column is not numeric or not finite; an id is null, repeated, or not in the dataset.
+        MismatchError: a sidecar of that name exists with other settings.
         StorageError: the disk refused, or another process is writing.
     """
     if not file.is_file():
-        raise MissingError(f"{file} does not exist; name a Parquet file with a column id and numbers")
+        raise MissingError(f"{file} does not exist; name a Parquet file with a column `id` and numeric columns")
     if not is_name(name):
-        raise ConfigError(f"{name!r} is no name for a score: letters, digits and _, beginning with a letter")
+        raise ConfigError(f"{name!r} is not a valid score name; use letters, digits and _, beginning with a letter")
     try:
         with exclusive(dataset, "score") as folder, _connection(dataset, file, folder, room or Room()) as connection:
             return _bring(dataset, file, name, unit, connection)
@@ -61,7 +63,7 @@ def bring(dataset: Dataset, file: Path, name: str, *, unit: str = "as brought", 
 
 
 def _connection(dataset: Dataset, file: Path, folder: Path, room: Room) -> duckdb.DuckDBPyConnection:
-    """A connection with the views `rows` and `brought`; it runs no text but this module's."""
+    """A connection with the views `rows` and `imported`; it runs only queries of this module."""
     dataset.check_index()
     connection = duckdb.connect()
     connection.execute(f"set temp_directory = {literal(str(folder))}")
@@ -70,19 +72,19 @@ def _connection(dataset: Dataset, file: Path, folder: Path, room: Room) -> duckd
     if room.threads is not None:
         connection.execute(f"set threads = {int(room.threads)}")
     files_view(connection, "rows", [dataset.sql_file(e, "index") for e in dataset.manifest], index_schema())
-    files_view(connection, "brought", [unglobbed(file.resolve())], pa.schema([]))
+    files_view(connection, "imported", [unglobbed(file.resolve())], pa.schema([]))
     return connection
 
 
-def _bring(dataset: Dataset, file: Path, name: str, unit: str, connection: duckdb.DuckDBPyConnection) -> Brought:
+def _bring(dataset: Dataset, file: Path, name: str, unit: str, connection: duckdb.DuckDBPyConnection) -> ImportedScores:
     schema = _schema(file, connection)
     numbers = schema.names[1:]
     _check_ids(dataset, file, connection)
     counts = ", ".join(f'count("{n}"), count(*) filter (isnan("{n}"::double) or isinf("{n}"::double))' for n in numbers)
-    [found] = connection.execute(f"select {counts} from brought").fetchall()
-    for column, wild in zip(numbers, found[1::2], strict=True):
-        if wild:
-            raise DataError(f"{file}: column {column!r} has {wild} values that are NaN or infinite; leave them null")
+    [numbers_and_infinite] = connection.execute(f"select {counts} from imported").fetchall()
+    for column, num_infinite in zip(numbers, numbers_and_infinite[1::2], strict=True):
+        if num_infinite:
+            raise DataError(f"{file}: column {column!r} has {num_infinite} NaN or infinite values; write null instead")
     info = ScoreInfo(
         name=name,
         unit=unit,
@@ -95,45 +97,47 @@ def _bring(dataset: Dataset, file: Path, name: str, unit: str, connection: duckd
     )
     begin_sidecar(dataset, info)
     _write_parts(dataset, name, schema, connection)
-    return Brought(finish_sidecar(dataset, info), dict(zip(numbers, found[::2], strict=True)))
+    return ImportedScores(finish_sidecar(dataset, info), dict(zip(numbers, numbers_and_infinite[::2], strict=True)))
 
 
 def _schema(file: Path, connection: duckdb.DuckDBPyConnection) -> pa.Schema:
     """`id`, then the numeric columns as int64 or float64. Raises DataError for any other."""
-    columns = dict(connection.execute("select column_name, column_type from (describe brought)").fetchall())
+    columns = dict(connection.execute("select column_name, column_type from (describe imported)").fetchall())
     if columns.get("id") != "VARCHAR":
         raise DataError(
-            f"{file} needs a column `id` of text; it has {', '.join(f'{n} {t}' for n, t in columns.items())}"
+            f"{file} needs a column `id` of text; its columns are {', '.join(f'{n} {t}' for n, t in columns.items())}"
         )
     fields = [pa.field("id", pa.string(), False)]
     for column, kind in columns.items():
         plain = re.sub(r"\(.*", "", kind)
         if column != "id":
             if plain not in WHOLE | REAL or not is_name(column):
-                what = f"is {kind}, no number" if plain not in WHOLE | REAL else "has a name that SQL would need quoted"
-                raise DataError(f"{file}: column {column!r} {what}; bring `id` and numeric columns only")
+                what = f"is {kind}, not a number" if plain not in WHOLE | REAL else "has a name that SQL needs quoted"
+                raise DataError(
+                    f"{file}: column {column!r} {what}; keep `id` and numeric columns with plain names only"
+                )
             fields.append(pa.field(column, pa.int64() if plain in WHOLE else pa.float64(), True))
     if len(fields) == 1:
-        raise DataError(f"{file} has no column beside `id`; bring a number for each id")
+        raise DataError(f"{file} has no column beside `id`; add a column with a number for each id")
     return pa.schema(fields)
 
 
 def _check_ids(dataset: Dataset, file: Path, connection: duckdb.DuckDBPyConnection) -> None:
-    if connection.execute("select 1 from brought where id is null limit 1").fetchall():
-        raise DataError(f"{file} has rows whose id is null")
+    if connection.execute("select 1 from imported where id is null limit 1").fetchall():
+        raise DataError(f"{file} has rows whose id is null; remove them, or give them the id of a row")
     for (twice,) in connection.execute(TWICE).fetchall():
-        raise DataError(f"{file}: id {twice!r} stands twice; bring one row for each id")
+        raise DataError(f"{file}: id {twice!r} is repeated; keep one row for each id")
     if unknown := [row_id for (row_id,) in connection.execute(UNKNOWN).fetchall()]:
         raise DataError(
-            f"{file} has ids that {dataset.path} does not have: {', '.join(map(repr, unknown))}, ...; leave them out, or "
-            "name the dataset that they belong to"
+            f"{file} has ids that {dataset.path} does not have: {', '.join(map(repr, unknown))}, ...; remove them, or name "
+            "the dataset that they belong to"
         )
 
 
 def _write_parts(dataset: Dataset, name: str, schema: pa.Schema, connection: duckdb.DuckDBPyConnection) -> None:
     """A part for each shard, with its ids in its order, as `kdata score` writes them."""
     casts = ", ".join(
-        f'brought."{f.name}"::{"bigint" if f.type == pa.int64() else "double"} as "{f.name}"' for f in list(schema)[1:]
+        f'imported."{f.name}"::{"bigint" if f.type == pa.int64() else "double"} as "{f.name}"' for f in list(schema)[1:]
     )
     reader: Any = connection.sql(IN_ORDER.format(columns=casts)).to_arrow_reader(100_000)
     waiting: list[pa.RecordBatch] = []

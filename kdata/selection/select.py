@@ -1,8 +1,18 @@
-"""Selection and mixing: which sequences, how often. Each step takes a dataset, or a plan of it, and writes a plan.
+"""Selection: choose which sequences to train on, and how often. A step chooses from a dataset, or from one of its plans, and
+writes a plan.
 
-Methods are small files with their SQL in sight. Two lines of work meet in `rank.take`: values that say which rows come
-first, and requests that say how much of each domain. It runs out of core and writes the plan from DuckDB, so a plan of
-100 million rows needs no more memory than one of a million.
+To add a method:
+
+1. Choose the base class: `Ranked` (ranked.py) gives every row a number and chooses the rows with the largest; `Mixture`
+   (mixtures.py) gives every domain a share; `Step` (step.py) is for anything else.
+2. Write a subclass with its settings as pydantic fields (each with a description) and `method: Literal["NAME"] = "NAME"`.
+3. Implement one method: `values()` of `Ranked` returns a query with a column `value`, `shares()` of `Mixture` returns a share
+   of each domain, `choose()` of `Step` fills the table `chosen`.
+4. Add a line to METHODS below, and run `python -m tests.schemas.tables`, which writes the recipe's JSON Schema.
+5. Test it on numbers worked out by hand in tests/kdata/selection/test_select_methods.py, and name it in kdata/README.md.
+
+The work is done out of core, and DuckDB writes the plan: a plan of 100 million rows needs no more memory than one of a
+million.
 """
 
 from __future__ import annotations
@@ -18,12 +28,12 @@ from kdata.errors import ConfigError, DataError, nearest
 from kdata.format.files import sync_directory
 from kdata.selection.ddk import Ddk
 from kdata.selection.mixtures import Cap, Proportional, Static, Temperature, Uniform
-from kdata.selection.plan import DomainTaken, Plan, open_plan, plan_files, plan_info, write_plan_info
+from kdata.selection.plan import DomainChoice, Plan, open_plan, plan_files, plan_info, write_plan_info
 from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Difference, Random
-from kdata.selection.session import Session, open_session
+from kdata.selection.session import DomainSizes, Session, open_session
 from kdata.selection.sidecar import checked_score_digest
-from kdata.selection.step import Domains, Made, Step
+from kdata.selection.step import Chosen, Counts, Step
 from kdata.store.dataset import Dataset
 from kdata.store.sql import Room, check_new_name, literal
 
@@ -74,8 +84,8 @@ def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
         room: memory and threads that DuckDB may use; the result does not depend on them.
     Raises:
         ConfigError: method and settings do not fit.
-        DataError: nothing selected, a target that cannot be met, or a score that does not cover the rows.
-        MissingError, MismatchError: a score or a plan that is not there, or is of another state of the dataset.
+        DataError: no row is chosen, a target cannot be met, or a score does not cover the rows.
+        MissingError, MismatchError: a score or a plan is missing, or is of another state of the dataset.
         QueryError: DuckDB refused the query.
         CorruptError: the index or a sidecar is not what was committed.
         StorageError: memory or disk do not suffice, or another process is writing.
@@ -83,42 +93,44 @@ def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
     name = config.name or config.method
     check_new_name("plan", name, (path.stem for path in dataset.path.glob("plans/*.parquet")))
     if config.parent == name:
-        raise ConfigError(f"plan {name!r} would be made from itself; give the new one another name (--name)")
+        raise ConfigError(f"plan {name!r} cannot be its own parent; give the new plan another name (--name)")
     parent = None if config.parent is None else open_plan(dataset, config.parent)
     scores = {score: checked_score_digest(dataset, score) for score in config.sidecars(dataset)}
     dataset.check_index()
     with open_session(dataset, parent, f"select {name}", room) as session:
         domains = session.domains()
         if not domains:
-            raise DataError(f"{dataset.path} has no rows; capture or generate some first")
-        made = config.make(session, domains)
-        parents = ([] if parent is None else [parent]) + [open_plan(dataset, other) for other in made.parents]
+            raise DataError(f"{dataset.path} has no rows to choose from; capture or generate some first")
+        chosen, parameters = config.choose(session, domains)
+        parents = ([] if parent is None else [parent]) + [open_plan(dataset, other) for other in chosen.parents]
         info = plan_info(
-            _taken(domains, made),
+            _by_domain(domains, chosen),
             name=name,
             method=config.method,
-            parameters=made.parameters,
-            sql=made.sql,
+            parameters=parameters,
+            sql=chosen.sql,
             dataset_digest=dataset.content_digest,
             scores=scores,
             parents={plan.info.name: plan.plan_digest for plan in parents},
-            unit=made.unit,
-            requested=None if made.requests is None else sum(made.requests.values()),
+            count_by=chosen.count_by,
+            requested=None if chosen.requested is None else sum(chosen.requested.values()),
         )
         path = _write(session, dataset.path / "plans" / name)
         return Plan(path, info, write_plan_info(path, info))
 
 
-def _taken(domains: Domains, made: Made) -> dict[str, DomainTaken]:
-    found = {}
-    for domain, (sequences, tokens) in domains.items():
-        rows, times, taken_tokens = made.taken.get(domain, (0, 0, 0))
-        asked = made.requests.get(domain) if made.requests is not None and made.by_domain else None
-        found[domain] = DomainTaken(
-            dataset_sequences=sequences, dataset_tokens=tokens, rows=rows, sequences=times, tokens=taken_tokens,
-            requested=asked
-        )  # fmt: skip
-    return found
+def _by_domain(domains: DomainSizes, chosen: Chosen) -> dict[str, DomainChoice]:
+    requested = chosen.requested if chosen.requested is not None and chosen.by_domain else {}
+    choices = {}
+    for domain, size in domains.items():
+        counts = chosen.domains.get(domain, Counts(0, 0, 0))
+        choices[domain] = DomainChoice(
+            dataset_sequences=size.sequences,
+            dataset_tokens=size.tokens,
+            requested=requested.get(domain),
+            **counts._asdict(),
+        )
+    return choices
 
 
 def _write(session: Session, base: Path) -> Path:

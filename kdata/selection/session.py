@@ -1,18 +1,18 @@
-"""Where one step works: DuckDB views of what may be taken, a piece of the dataset at a time.
+"""The DuckDB connection in which a step works: views of the rows to choose from, one piece of the dataset at a time.
 
-A sidecar has a part for each shard with the same ids, so a join of rows and scores by id falls apart into small joins of
-pieces of some million rows: each fits the memory, whatever the size of the dataset and however long its ids (measured on
-10 million rows: 2.1 s against 5.1 s for one join of everything, which spills). What is kept between pieces are temporary
-tables, which DuckDB moves to disk when the memory is used up.
+A sidecar has one part per shard, with the ids of that shard, so a join of rows and scores splits into joins of pieces of a
+few million rows. Each piece fits in memory, whatever the size of the dataset and the length of its ids (measured on 10
+million rows: 2.1 s, against 5.1 s for one join of everything, which spills to disk). Between pieces only temporary tables
+are kept; DuckDB moves them to disk when memory is full.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
@@ -33,18 +33,28 @@ ROWS_OF_A_PLAN = """select r.*, p.repeats, p.place
     from {rows} as r join (select *, row_number() over () - 1 as place from plans."{plan}") as p using (id)"""
 
 
+class DomainSize(NamedTuple):
+    """What the dataset holds of one domain."""
+
+    sequences: int
+    tokens: int
+
+
+DomainSizes = Mapping[str, DomainSize]
+
+
 def rows_of(plan: str | None, rows: str) -> str:
-    """What a step reads as `rows`: a view of the index, how often the plan that is taken further has each row, and where."""
+    """The query that a step reads as `rows`: the index, and how often and at which place the parent plan has each row."""
     return ALL_ROWS.format(rows=rows) if plan is None else ROWS_OF_A_PLAN.format(rows=rows, plan=plan)
 
 
 class Session:
-    """An open connection of one step; made by `open_session`.
+    """The open connection of one step; see `open_session`.
 
     Args:
-        connection: see `kdata.store.sql.connect`; the view `rows` is made anew for every piece.
-        folder: for files of its own.
-        parent: the plan that is taken further; None: the dataset itself. With one, everything is a single piece.
+        connection: see `kdata.store.sql.connect`; the view `rows` is replaced for every piece.
+        folder: for temporary files.
+        parent: the plan to choose from; None: the whole dataset. A plan is read as a single piece.
     """
 
     def __init__(
@@ -57,16 +67,16 @@ class Session:
         """The query behind `rows`, over a view of the index."""
         return rows_of(None if self.parent is None else self.parent.info.name, view)
 
-    def execute(self, sql: str, given: dict[str, Any] | None = None) -> duckdb.DuckDBPyConnection:
+    def execute(self, sql: str, bindings: dict[str, Any] | None = None) -> duckdb.DuckDBPyConnection:
         """Run one statement with bound parameters."""
-        return self._connection.execute(sql, given) if given else self._connection.execute(sql)
+        return self._connection.execute(sql, bindings) if bindings else self._connection.execute(sql)
 
-    def fetch(self, sql: str, given: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
+    def fetch(self, sql: str, bindings: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
         """Rows of a small result."""
-        return self.execute(sql, given).fetchall()
+        return self.execute(sql, bindings).fetchall()
 
     def put(self, table: str, columns: dict[str, pa.DataType], rows: list[tuple[Any, ...]]) -> None:
-        """Make or replace a temporary table of a few rows."""
+        """Create or replace a temporary table of a few rows."""
         values = list(zip(*rows, strict=True)) if rows else [()] * len(columns)
         schema = pa.schema(list(columns.items()))
         self._connection.register(
@@ -76,7 +86,7 @@ class Session:
         self._connection.unregister("_put")
 
     def pieces(self, scores: list[str]) -> Iterator[None]:
-        """Show what may be taken, a piece at a time, in the views `rows` and `scores.NAME` of these sidecars."""
+        """Show the rows to choose from, a piece at a time, in the views `rows` and `scores.NAME` of these sidecars."""
         groups = _groups(self.dataset.manifest) if self.parent is None else [self.dataset.manifest]
         for entries in groups:
             self.show(entries, scores)
@@ -84,7 +94,7 @@ class Session:
             self._task.advance(sum(entry.rows for entry in entries))
 
     def show(self, entries: list[ManifestEntry], scores: list[str]) -> None:
-        """Make the views of some shards: `every_row` (the index), `rows` (what may be taken), `scores.NAME`."""
+        """Create the views of some shards: `every_row` (the index), `rows` (to choose from), `scores.NAME`."""
         index = [self.dataset.sql_file(entry, "index") for entry in entries]
         files_view(self._connection, "every_row", index, index_schema())
         self.execute(f"create or replace view rows as {self.rows('every_row')}")
@@ -93,32 +103,35 @@ class Session:
             parts = [part for part in self.dataset.sql_sidecars()[name] if part.rpartition("/")[2] in shards]
             files_view(self._connection, f'scores."{name}"', parts, index_schema())
 
-    def domains(self, *, countable: bool = False) -> dict[str, tuple[int, int]]:
-        """Sequences and tokens of each domain of the dataset, whatever plan is taken further.
+    def domains(self, *, countable: bool = False) -> dict[str, DomainSize]:
+        """Sequences and tokens that the dataset holds of each domain, whatever the parent plan holds.
 
-        countable: only of sequences with a target, and only domains of which something may be taken.
+        Args:
+            countable: count only sequences with a target, and only domains with a row to choose.
         """
         where = "where num_target_tokens > 0" if countable else ""
         counted = (
             f"select domain, count(*), sum(num_tokens)::bigint from every_row {where} group by domain order by domain"
         )
-        there = "select distinct domain from rows where num_target_tokens > 0"
-        found: dict[str, tuple[int, int]] = {}
+        in_rows = "select distinct domain from rows where num_target_tokens > 0"
+        sizes: dict[str, DomainSize] = {}
         present: set[str] = set()
         for entries in _groups(self.dataset.manifest):
             self.show(entries, [])
             for domain, sequences, tokens in self.fetch(counted):
-                before = found.get(domain, (0, 0))
-                found[domain] = before[0] + sequences, before[1] + tokens
+                before = sizes.get(domain, DomainSize(0, 0))
+                sizes[domain] = DomainSize(before.sequences + sequences, before.tokens + tokens)
             if countable and self.parent is not None:
-                present |= {domain for (domain,) in self.fetch(there)}
-        return {d: n for d, n in found.items() if not countable or self.parent is None or d in present}
+                present |= {domain for (domain,) in self.fetch(in_rows)}
+        return {d: size for d, size in sizes.items() if not countable or self.parent is None or d in present}
 
     def refuse_writing(self, text: str) -> None:
         """Raise QueryError unless the text is a single query."""
         refuse_writing(self._connection, text)
         if len(self._connection.extract_statements(text)) > 1:
-            raise QueryError("one query makes a plan; there are several, separated by a semicolon")
+            raise QueryError(
+                "a plan needs exactly one query, but the text holds several, separated by semicolons; keep one"
+            )
 
     def views(self) -> list[str]:
         """Names of the views that a query may use."""
@@ -126,7 +139,7 @@ class Session:
 
 
 def _groups(entries: list[ManifestEntry]) -> Iterator[list[ManifestEntry]]:
-    """Shards in order, as many at a time as have PIECE_ROWS rows together."""
+    """Shards in order, in groups of at most PIECE_ROWS rows; a larger shard is a group of its own."""
     group: list[ManifestEntry] = []
     for entry in entries:
         if group and sum(e.rows for e in group) + entry.rows > PIECE_ROWS:
@@ -138,7 +151,7 @@ def _groups(entries: list[ManifestEntry]) -> Iterator[list[ManifestEntry]]:
 
 @contextmanager
 def exclusive(dataset: Dataset, purpose: str) -> Iterator[Path]:
-    """Hold the dataset's lock; yield a folder beside it for what does not fit the memory, gone in the end.
+    """Hold the dataset's lock; yield a folder beside the dataset for what does not fit in memory, removed at the end.
 
     Raises StorageError where another process holds the lock, or the disk refuses.
     """
@@ -148,9 +161,11 @@ def exclusive(dataset: Dataset, purpose: str) -> Iterator[Path]:
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            raise StorageError(f"{dataset.path} is being written by another process; wait for it") from error
+            raise StorageError(
+                f"{dataset.path} is being written by another process; run this again when it has finished"
+            ) from error
         try:
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
             folder.mkdir()
             yield folder
         finally:
@@ -160,7 +175,7 @@ def exclusive(dataset: Dataset, purpose: str) -> Iterator[Path]:
 
 @contextmanager
 def open_session(dataset: Dataset, parent: Plan | None, what: str, room: Room | None = None) -> Iterator[Session]:
-    """Everything that a step needs.
+    """Open the connection of a step, hold the dataset's lock and show progress.
 
     Raises:
         StorageError: another process writes to the dataset, or memory or disk do not suffice.
@@ -178,13 +193,13 @@ def open_session(dataset: Dataset, parent: Plan | None, what: str, room: Room | 
 
 @contextmanager
 def query_errors(dataset: Dataset) -> Iterator[None]:
-    """Turn what DuckDB refuses into kdata's errors."""
+    """Raise DuckDB's errors as kdata's."""
     try:
         yield
     except duckdb.OutOfMemoryException as error:
         raise StorageError(
-            f"the memory does not suffice: {str(error).splitlines()[0]}. Allow more (--memory), or free space on the disk of "
-            f"{dataset.path}"
+            f"out of memory while reading {dataset.path}: {str(error).splitlines()[0]}. Allow more (--memory), or free space "
+            "on its disk"
         ) from error
     except duckdb.Error as error:
         name_damage(dataset, error)

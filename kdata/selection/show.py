@@ -1,34 +1,35 @@
-"""What a plan took from where, as a table and as a picture, and what tells two plans apart."""
+"""A plan as a table and as a picture: what it chose of each domain. And two plans compared."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from kdata.errors import ConfigError, KdataError
+from kdata.errors import ConfigError, DependencyError, KdataError
 from kdata.observe.style import COLOURS, STYLE
 from kdata.observe.text import one_line
-from kdata.selection.plan import DomainTaken, Plan, PlanInfo, open_plan
+from kdata.selection.plan import DomainChoice, Plan, PlanInfo, open_plan
+from kdata.selection.ranked import Ranked
 from kdata.selection.select import METHODS
 from kdata.selection.session import rows_of
 from kdata.selection.sidecar import score_digest
-from kdata.selection.step import Ranked
 from kdata.store.dataset import Dataset
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ENDINGS = (".png", ".svg", ".pdf")
 BARS = 60  # of a histogram
-SHOWN = 40  # domains in a picture
+SHOWN_DOMAINS = 40  # in a picture
 
-# Values of all that could have been taken, and of what was, counted in bars.
+# Values of all rows to choose from, and of the chosen ones, counted in bars.
 RANGE = "with rows as ({rows}), candidates as ({values}) select min(value) as low, max(value) as high from candidates"
 HISTOGRAM = """with rows as ({rows}), candidates as ({values})
-select least({bars} - 1, floor((value - $low) / ($high - $low) * {bars}))::integer as bar, count(*) as n, count(p.id) as taken
+select least({bars} - 1, floor((value - $low) / ($high - $low) * {bars}))::integer as bar, count(*) as n,
+    count(p.id) as chosen
 from candidates left join plans."{plan}" as p using (id) where value is not null group by bar"""
 
 OVERLAP = """
@@ -41,7 +42,7 @@ group by domain order by domain
 
 @dataclass(frozen=True)
 class Shown:
-    """A table in words: title, heads of columns, rows of as many cells, notes below."""
+    """A table as text: title, column names, rows with one cell for each column, notes to print below."""
 
     title: str
     columns: list[str]
@@ -50,29 +51,29 @@ class Shown:
 
 
 def table_of(plan: Plan) -> Shown:
-    """What was taken of each domain, and what was asked of it: amounts, and shares of the whole column."""
+    """What was requested and chosen of each domain: amounts, and their shares of the whole column."""
     info = plan.info
     columns: dict[str, list[int | None]] = {
-        "sequences": [taken.dataset_sequences for taken in info.domains.values()],
-        "tokens": [taken.dataset_tokens for taken in info.domains.values()],
-        f"{info.unit} asked": [taken.requested for taken in info.domains.values()],
-        "rows taken": [taken.rows for taken in info.domains.values()],
-        "sequences taken": [taken.sequences for taken in info.domains.values()],
-        "tokens taken": [taken.tokens for taken in info.domains.values()],
+        "sequences": [domain.dataset_sequences for domain in info.domains.values()],
+        "tokens": [domain.dataset_tokens for domain in info.domains.values()],
+        f"{info.count_by} requested": [domain.requested for domain in info.domains.values()],
+        "rows chosen": [domain.rows for domain in info.domains.values()],
+        "sequences chosen": [domain.sequences for domain in info.domains.values()],
+        "tokens chosen": [domain.tokens for domain in info.domains.values()],
     }
-    if columns["rows taken"] == columns["sequences taken"]:
-        del columns["rows taken"]  # nothing is repeated
-    shown = {name: _amounts(values) for name, values in columns.items() if any(v is not None for v in values)}
-    rows = [[name, *cells] for name, *cells in zip([*info.domains, "all"], *shown.values(), strict=True)]
-    told = ", ".join(f"{k} {_brief(v)}" for k, v in info.parameters.items())
-    notes = [f"method {info.method}: {info.sql if info.method == 'sql' else told}"]
+    if columns["rows chosen"] == columns["sequences chosen"]:
+        del columns["rows chosen"]  # nothing is repeated
+    cells_of = {name: _amounts(values) for name, values in columns.items() if any(v is not None for v in values)}
+    rows = [[name, *cells] for name, *cells in zip([*info.domains, "all"], *cells_of.values(), strict=True)]
+    parameters = ", ".join(f"{k} {_brief(v)}" for k, v in info.parameters.items())
+    notes = [f"method {info.method}: {info.sql if info.method == 'sql' else parameters}"]
     if info.requested is not None:
-        realised = sum(_units(taken, info) for taken in info.domains.values())
-        notes.append(f"asked for {info.requested:,} {info.unit}, got {realised:,}")
+        num_chosen = sum(_units(domain, info) for domain in info.domains.values())
+        notes.append(f"requested {info.requested:,} {info.count_by}, chose {num_chosen:,}")
     notes += [f"from plan {name} ({digest[:12]})" for name, digest in sorted(info.parents.items())]
     notes += [f"score {name} ({digest[:12]})" for name, digest in sorted(info.scores.items())]
     return Shown(
-        f"plan {info.name}: {info.num_rows:,} rows, {info.num_tokens:,} tokens", ["domain", *shown], rows, notes
+        f"plan {info.name}: {info.num_rows:,} rows, {info.num_tokens:,} tokens", ["domain", *cells_of], rows, notes
     )
 
 
@@ -92,8 +93,8 @@ def _short(number: int) -> str:
     return f"{number:,}"
 
 
-def _units(taken: DomainTaken, info: PlanInfo) -> int:
-    return taken.sequences if info.unit == "sequences" else taken.tokens
+def _units(domain: DomainChoice, info: PlanInfo) -> int:
+    return domain.sequences if info.count_by == "sequences" else domain.tokens
 
 
 def _brief(value: Any) -> str:
@@ -103,16 +104,26 @@ def _brief(value: Any) -> str:
 
 
 def draw(dataset: Dataset, plan: Plan, path: Path) -> Path:
-    """Draw shares per domain, and for a method that ranks by a value its histogram with the cut; return the picture's path.
+    """Draw the share of each domain and, for a method that ranks by a value, its histogram with the cut.
 
+    Returns:
+        `path`, where the picture is.
     Raises:
-        ConfigError: a picture of another kind than PNG, SVG or PDF.
+        ConfigError: `path` does not end in .png, .svg or .pdf.
+        DependencyError: matplotlib is not installed.
     """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DependencyError("the picture of a plan needs matplotlib: pip install 'kdata[report]'") from error
     if path.suffix not in ENDINGS:
-        raise ConfigError(f"{path}: a picture is one of {', '.join(ENDINGS)}")
+        raise ConfigError(f"{path}: a picture ends in {', '.join(ENDINGS)}; give it one of these endings")
     bars = _histogram(dataset, plan)
-    domains = sorted(plan.info.domains, key=lambda name: (-plan.info.domains[name].dataset_tokens, name))[:SHOWN]
-    with matplotlib.rc_context(STYLE):
+    domains = sorted(plan.info.domains, key=lambda name: (-plan.info.domains[name].dataset_tokens, name))[
+        :SHOWN_DOMAINS
+    ]
+    with rc_context(STYLE):
         height = 1.2 + 0.45 * len(domains)
         figure = Figure(figsize=(6.4, height + (2.4 if bars else 0)), layout="constrained")
         panels = figure.subplots(2 if bars else 1, 1, height_ratios=[height, 2.4] if bars else None, squeeze=False)[
@@ -128,21 +139,20 @@ def draw(dataset: Dataset, plan: Plan, path: Path) -> Path:
 
 
 def _draw_shares(axes: Axes, info: PlanInfo, domains: list[str]) -> None:
-    sequences = info.unit == "sequences" and info.requested is not None
-    taken = [info.domains[name] for name in domains]
-    whole = [t.dataset_sequences if sequences else t.dataset_tokens for t in info.domains.values()]
-    got = [t.sequences if sequences else t.tokens for t in info.domains.values()]
-    held = np.array([t.dataset_sequences if sequences else t.dataset_tokens for t in taken]) / max(sum(whole), 1)
-    real = np.array([t.sequences if sequences else t.tokens for t in taken]) / max(sum(got), 1)
+    sequences = info.count_by == "sequences" and info.requested is not None
+    shown = [info.domains[name] for name in domains]
+    all_held = [d.dataset_sequences if sequences else d.dataset_tokens for d in info.domains.values()]
+    all_chosen = [d.sequences if sequences else d.tokens for d in info.domains.values()]
+    held = np.array([d.dataset_sequences if sequences else d.dataset_tokens for d in shown]) / max(sum(all_held), 1)
+    chosen = np.array([d.sequences if sequences else d.tokens for d in shown]) / max(sum(all_chosen), 1)
     places = np.arange(len(domains))
     axes.barh(places - 0.2, 100 * held, 0.36, color=COLOURS["rest"], label="dataset")
-    bars = axes.barh(places + 0.2, 100 * real, 0.36, color=COLOURS["plan"], label="plan")
-    axes.bar_label(bars, [f"{100 * share:.1f}" for share in real], padding=3, fontsize=8)
-    asked = [t.requested for t in taken]
-    total = sum(t.requested or 0 for t in info.domains.values())
+    bars = axes.barh(places + 0.2, 100 * chosen, 0.36, color=COLOURS["plan"], label="plan")
+    axes.bar_label(bars, [f"{100 * share:.1f}" for share in chosen], padding=3, fontsize=8)
+    total = sum(d.requested or 0 for d in info.domains.values())
     if total:
-        marks = [100 * (units or 0) / total for units in asked]
-        axes.vlines(marks, places, places + 0.4, color=COLOURS["ink"], linewidth=1.8, label="asked for")
+        marks = [100 * (d.requested or 0) / total for d in shown]
+        axes.vlines(marks, places, places + 0.4, color=COLOURS["ink"], linewidth=1.8, label="requested")
     axes.set_yticks(places, [one_line(name, 32) for name in domains])
     axes.set(xlabel=f"share of {'sequences' if sequences else 'tokens'}, %", ylim=(len(domains) - 0.5, -0.5))
     axes.grid(axis="x")
@@ -154,34 +164,34 @@ def _draw_shares(axes: Axes, info: PlanInfo, domains: list[str]) -> None:
 
 @dataclass(frozen=True)
 class _Bars:
-    """Counts int64 [BARS] of all values and of those taken, between two ends; label of the axis."""
+    """A histogram: counts int64 [BARS] of all values and of the chosen ones from low to high; label of the axis."""
 
     low: float
     high: float
     all: np.ndarray
-    taken: np.ndarray
+    chosen: np.ndarray
     label: str
 
 
 def _histogram(dataset: Dataset, plan: Plan) -> _Bars | None:
-    """The plan's values; None where its method has none, or they cannot be had any more."""
+    """The plan's values; None where its method has none, or they cannot be computed any more."""
     method = METHODS.get(plan.info.method)
-    if method is None or not issubclass(method, Ranked) or method.VALUE is None or not _as_then(dataset, plan):
+    if method is None or not issubclass(method, Ranked) or method.VALUE is None or not _inputs_unchanged(dataset, plan):
         return None
-    step = method(**{key: value for key, value in plan.info.parameters.items() if key in method.model_fields})
+    step = method.from_recorded(plan.info.parameters)
     rows = rows_of(next(iter(plan.info.parents), None), "main.rows")
     form = {"rows": rows, "values": step.values(), "bars": BARS, "plan": plan.info.name}
-    [ends] = dataset.sql(RANGE.format(**form), step.given() or None).to_pylist()
+    [ends] = dataset.sql(RANGE.format(**form), step.bindings() or None).to_pylist()
     if ends["low"] is None or ends["low"] == ends["high"]:
         return None
-    bars = _Bars(ends["low"], ends["high"], np.zeros(BARS, np.int64), np.zeros(BARS, np.int64), method.VALUE)
-    for found in dataset.sql(HISTOGRAM.format(**form), {**step.given(), **ends}).to_pylist():
-        bars.all[found["bar"]], bars.taken[found["bar"]] = found["n"], found["taken"]
-    return bars
+    counts = np.zeros((2, BARS), np.int64)
+    for row in dataset.sql(HISTOGRAM.format(**form), {**step.bindings(), **ends}).to_pylist():
+        counts[:, row["bar"]] = row["n"], row["chosen"]
+    return _Bars(ends["low"], ends["high"], counts[0], counts[1], method.VALUE)
 
 
-def _as_then(dataset: Dataset, plan: Plan) -> bool:
-    """Whether the scores and plans that a plan was made from are here, and are those."""
+def _inputs_unchanged(dataset: Dataset, plan: Plan) -> bool:
+    """Whether the scores and plans that a plan read still exist and have the recorded digests."""
     try:
         scores = {name: score_digest(dataset, name) for name in plan.info.scores}
         parents = {name: open_plan(dataset, name).plan_digest for name in plan.info.parents}
@@ -193,8 +203,8 @@ def _as_then(dataset: Dataset, plan: Plan) -> bool:
 def _draw_histogram(axes: Axes, info: PlanInfo, bars: _Bars) -> None:
     edges = np.linspace(bars.low, bars.high, BARS + 1)
     place: dict[str, Any] = {"x": edges[:-1], "width": np.diff(edges), "align": "edge"}
-    axes.bar(height=bars.taken, color=COLOURS["plan"], label="taken", **place)
-    axes.bar(height=bars.all - bars.taken, bottom=bars.taken, color=COLOURS["rest"], label="left out", **place)
+    axes.bar(height=bars.chosen, color=COLOURS["plan"], label="chosen", **place)
+    axes.bar(height=bars.all - bars.chosen, bottom=bars.chosen, color=COLOURS["rest"], label="left out", **place)
     cuts = info.parameters.get("thresholds", {"": info.parameters.get("threshold")})
     for cut in sorted({cut for cut in cuts.values() if cut is not None}):
         axes.axvline(cut, color=COLOURS["ink"], linewidth=1.0, linestyle=(0, (3, 2)))
@@ -204,27 +214,27 @@ def _draw_histogram(axes: Axes, info: PlanInfo, bars: _Bars) -> None:
 
 
 def compare(dataset: Dataset, first: str, second: str) -> Shown:
-    """Rows that two plans of a dataset share, domain by domain, and shares of tokens of either.
+    """Rows that two plans of a dataset have in common in each domain, and each plan's share of tokens there.
 
     Raises:
-        MissingError, MismatchError: a plan that is not there, or is of another state of the dataset.
-        ConfigError: a name that is none.
+        MissingError, MismatchError: a plan does not exist, or is of another state of the dataset.
+        ConfigError: an invalid name.
     """
     a, b = open_plan(dataset, first).info, open_plan(dataset, second).info
-    found = {row[0]: row[1:] for row in _rows(dataset, OVERLAP.format(a=first, b=second))}
+    overlap = {row[0]: row[1:] for row in _rows(dataset, OVERLAP.format(a=first, b=second))}
     rows, notes = [], []
     for domain in sorted(a.domains):
-        only_a, both, only_b, _, _ = found.get(domain, (0, 0, 0, None, None))
+        only_a, both, only_b, _, _ = overlap.get(domain, (0, 0, 0, None, None))
         shares = a.shares[domain]["plan"], b.shares[domain]["plan"]
         union = only_a + both + only_b
         rows.append([domain, f"{only_a:,}", f"{both:,}", f"{only_b:,}", f"{both / union:.3f}" if union else "",
                      f"{shares[0]:.1%}", f"{shares[1]:.1%}", f"{100 * (shares[1] - shares[0]):+.1f}"])  # fmt: skip
-    sums = [sum(numbers[n] for numbers in found.values()) for n in range(3)]
+    sums = [sum(numbers[n] for numbers in overlap.values()) for n in range(3)]
     rows.append(["all", *(f"{n:,}" for n in sums), f"{sums[1] / max(sum(sums), 1):.3f}", "100.0%", "100.0%", ""])
     for plan, place in ((first, 3), (second, 4)):
-        examples = sorted(numbers[place] for numbers in found.values() if numbers[place] is not None)[:5]
+        examples = sorted(numbers[place] for numbers in overlap.values() if numbers[place] is not None)[:5]
         if examples:
-            notes.append(f"only in {plan}, for instance: {', '.join(examples)}")
+            notes.append(f"only in {plan}, for example: {', '.join(examples)}")
     columns = ["domain", f"only {first}", "both", f"only {second}", "both / either", first, second, "points"]
     return Shown(f"plans {first} and {second}: rows, and shares of tokens", columns, rows, notes)
 

@@ -1,8 +1,8 @@
-"""Scores: numbers per sequence from elsewhere, as a sidecar that is joined by id. The payload is never touched.
+"""Scores: numbers for each sequence, in a sidecar that is joined to the rows by id. The payload is never changed.
 
-A sidecar `scores/NAME/` has one Parquet part per shard and `scores/NAME.json`, which says which model, on which dataset,
-and the digest of each part. Here a model scores (id, nll, num_target_tokens); `kdata/score_file.py` takes numbers from a
-file.
+A sidecar is a folder `scores/NAME/` with one Parquet part per shard, and `scores/NAME.json`, which names the model, the
+dataset and the digest of each part. `kdata.jobs.scoring` writes a model's scores (id, nll, num_target_tokens);
+`kdata.selection.score_file` writes numbers from a file.
 """
 
 from __future__ import annotations
@@ -36,31 +36,35 @@ class ScoreInfo(Contract):
     """scores/NAME.json."""
 
     name: str = Field(description="Name of the sidecar, scores.NAME in SQL.")
-    unit: str = Field(description="What the number is: nats per target token, or whatever was brought.")
-    model: TeacherInfo | None = Field(description="Who scored; null where the numbers were brought.")
-    tokenizer_hash: str | None = Field(description="Its tokenizer; the same as the dataset's. Null where brought.")
+    unit: str = Field(
+        description="What the number is: nats per target token, or what the user says of an imported number."
+    )
+    model: TeacherInfo | None = Field(description="The model that scored; null where the numbers are from a file.")
+    tokenizer_hash: str | None = Field(
+        description="Its tokenizer, the same as the dataset's; null where the numbers are from a file."
+    )
     dataset_digest: str = Field(alias="dataset_fingerprint", description="Fingerprint of the dataset that was scored.")
     columns: list[str] = Field(["nll", "num_target_tokens"], description="Columns of the parts beside `id`.")
     origin: FileInfo | None = Field(
-        None, description="Digest and size of the file that was brought; null where a model scored."
+        None, description="Digest and size of the file that the numbers are from; null where a model scored."
     )
-    files: dict[str, FileInfo] = Field(description="Parts, by path inside the dataset; empty until all are there.")
-    digest: str = Field("", description="SHA-256 of everything else in the file: finds a damaged byte.")
+    files: dict[str, FileInfo] = Field(description="Parts, by path inside the dataset; empty until all are written.")
+    digest: str = Field("", description="SHA-256 of everything else in the file; shows a damaged byte.")
 
 
 def begin_sidecar(dataset: Dataset, info: ScoreInfo) -> None:
-    """Start or go on with a sidecar. Raises MismatchError where another model's stands under that name."""
+    """Start or continue a sidecar. Raises MismatchError where a sidecar of that name has other settings."""
     path = dataset.path / "scores" / f"{info.name}.json"
     check_new_name("score", info.name, (other.stem for other in path.parent.glob("*.json")))
     (dataset.path / "scores" / info.name).mkdir(parents=True, exist_ok=True)
     if path.exists():
         before = load_score_info(dataset, info.name)
-        # Another dataset digest: rows were added since. Each part knows its shard, so those that fit are kept.
+        # The dataset digest may differ: rows were added. Each part records its shard, so parts of unchanged shards are kept.
         changing = {"files", "dataset_digest", "digest"}
         difference = settings_difference(before.model_dump(exclude=changing), info.model_dump(exclude=changing))
         if difference:
             raise MismatchError(
-                f"scores.{info.name} was made otherwise (before -> now):\n{difference}\n"
+                f"scores.{info.name} exists with other settings (before -> now):\n{difference}\n"
                 f"Choose another name, or remove {path.with_suffix('')} and {path.name}."
             )
     write_json(path, info.model_dump())
@@ -78,7 +82,7 @@ def _shard_digest(entry: ManifestEntry) -> str:
 
 
 def _has_part(dataset: Dataset, name: str, entry: ManifestEntry) -> bool:
-    """True where a readable part stands that was made from this very shard."""
+    """True where a readable part exists that was written for this shard as it is now."""
     path = _part(dataset, name, entry)
     try:
         metadata = pq.read_schema(path).metadata or {}
@@ -88,7 +92,7 @@ def _has_part(dataset: Dataset, name: str, entry: ManifestEntry) -> bool:
 
 
 def finish_sidecar(dataset: Dataset, info: ScoreInfo) -> ScoreInfo:
-    """Record the digests of all parts: the sidecar is complete."""
+    """Complete a sidecar: record the digests of all its parts."""
     files = {}
     for entry in dataset.manifest:
         content = _part(dataset, info.name, entry).read_bytes()
@@ -104,14 +108,14 @@ def _part(dataset: Dataset, name: str, entry: ManifestEntry) -> Path:
 
 
 def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
-    """Read scores/NAME.json. Raises MissingError with the names that are there."""
+    """Read scores/NAME.json. Raises MissingError, which lists the scores that exist, or CorruptError."""
     if not is_name(name):
-        raise ConfigError(f"{name!r} is no name for a score: letters, digits and _, beginning with a letter")
+        raise ConfigError(f"{name!r} is not a valid score name; use letters, digits and _, beginning with a letter")
     dataset.fetch_sidecar(name)
     path = dataset.path / "scores" / f"{name}.json"
     if not path.exists():
-        there = sorted(p.stem for p in (dataset.path / "scores").glob("*.json"))
-        raise MissingError(f"there is no score {name!r} (there are: {there or 'none'}); make it with `kdata score`")
+        names = ", ".join(sorted(p.stem for p in (dataset.path / "scores").glob("*.json"))) or "none"
+        raise MissingError(f"{dataset.path} has no score {name!r} (scores: {names}); write it with `kdata score`")
     try:
         content = json.loads(path.read_bytes())
         info = ScoreInfo.model_validate(content)
@@ -127,7 +131,7 @@ def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
 
 
 def score_digest(dataset: Dataset, name: str) -> str:
-    """SHA-256 (hex) of a complete sidecar. Raises MissingError when it is not complete or is of other rows."""
+    """SHA-256 (hex) of a complete sidecar. Raises MissingError where it is incomplete or of another state of the dataset."""
     info = load_score_info(dataset, name)
     if info.dataset_digest != dataset.content_digest or not info.files:
         raise MissingError(f"score {name!r} does not cover the dataset as it is now; run `kdata score` again")
@@ -135,12 +139,15 @@ def score_digest(dataset: Dataset, name: str) -> str:
 
 
 def checked_score_digest(dataset: Dataset, name: str) -> str:
-    """The same, after comparing every part that is here with its digest. Raises CorruptError where one differs."""
-    found = score_digest(dataset, name)
+    """The same, after comparing every local part with its digest. Raises CorruptError where one differs."""
+    digest = score_digest(dataset, name)
     if dataset.sql_filesystem is not None:
-        return found  # the parts are elsewhere, and only some of their columns are read
+        return digest  # the parts are at a URL; comparing them would read them whole
     for relative, info in load_score_info(dataset, name).files.items():
         path = inside(dataset.path, relative)
         if not path.is_file() or file_info(path) != info:
-            raise CorruptError(f"{path} is not what was committed; remove scores/{name} and run `kdata score` again")
-    return found
+            raise CorruptError(
+                f"{path} is not what was committed (missing, or another SHA-256); remove scores/{name} and run `kdata score` "
+                "again"
+            )
+    return digest

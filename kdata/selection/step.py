@@ -1,116 +1,86 @@
-"""What methods have in common: a step takes a dataset, or a plan of it, and makes a plan.
-
-To add a method: a file with a class that has its settings and a `make` (most often inherited, from `Ranked` below or from
-`Mixture` in mixture.py), and a line in METHODS of `kdata.selection.select`.
-"""
+"""What every method is: typed settings, and a `choose` that picks rows of a dataset or of one of its plans."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, NamedTuple, Self
 
 from pydantic import Field
 
 from kdata.config import Strict
-from kdata.selection.apportion import apportion, as_written
 from kdata.selection.plan import CountBy
-from kdata.selection.rank import Ranking, Taken, take
-from kdata.selection.session import Session
+from kdata.selection.session import DomainSizes, Session
 from kdata.store.dataset import Dataset
 from kdata.store.sql import NAME
 
-Domains = Mapping[str, tuple[int, int]]  # of the dataset: domain -> (sequences, tokens)
-Held = Mapping[str, int]  # what may be taken: domain -> units, as often as the plan that is taken further has them
+# Plans record this setting under an older key. They keep it, so that old and new plans read alike.
+RECORDED_AS = {"count_by": "unit"}
+
+
+class Counts(NamedTuple):
+    """What was chosen of one domain: distinct rows; sequences and tokens with repeats counted."""
+
+    rows: int
+    sequences: int
+    tokens: int
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a step chose: the table `chosen` (id, value, repeats) of its `Session`, and how it came about.
+class Chosen:
+    """The rows that a step chose: they are in the table `chosen` (id, value, repeats) of its `Session`.
 
-    taken: per domain distinct rows, sequences, tokens. requests: units asked for, where `by_domain` of each domain,
-    otherwise of "" (all); None without any.
+    Attributes:
+        domains: counts of each domain of which something was chosen.
+        sql: the query that gives the same rows, for the plan to record.
+        lowest: the smallest chosen value of each domain; empty where a query chose.
+        count_by: what `requested` counts; None where a query chose.
+        requested: units requested of each domain, or of "" (all domains together); None where a query chose.
+        by_domain: whether `requested` names domains.
+        parents: names of further plans that were read.
     """
 
-    taken: Mapping[str, tuple[int, int, int]]
+    domains: Mapping[str, Counts]
     sql: str
-    parameters: dict[str, Any]
-    unit: CountBy | None = None
-    requests: dict[str, int] | None = None
+    lowest: Mapping[str, float] = field(default_factory=dict)
+    count_by: CountBy | None = None
+    requested: Mapping[str, int] | None = None
     by_domain: bool = False
-    parents: list[str] = field(default_factory=list)
+    parents: tuple[str, ...] = ()
 
 
 class Step(Strict):
-    """Settings of every method. `method` names it in METHODS."""
+    """Settings that every method has. `method` is its key in METHODS."""
 
     method: str
-    name: str | None = Field(None, pattern=NAME.pattern, description="Name of the plan; null takes the method's.")
+    name: str | None = Field(None, pattern=NAME.pattern, description="Name of the plan; null takes the method's name.")
     parent: str | None = Field(
-        None, pattern=NAME.pattern, description="Plan of the dataset that is taken further; null: the dataset itself."
+        None, pattern=NAME.pattern, description="Choose from this plan of the dataset; null: from the whole dataset."
     )
 
     def sidecars(self, dataset: Dataset) -> list[str]:
-        """Names of the scores that it reads."""
+        """Names of the scores that the step reads."""
         return []
 
     @abstractmethod
-    def make(self, session: Session, domains: Domains) -> Made:
-        """Choose rows. Raises DataError, ConfigError or MissingError where it cannot."""
+    def choose(self, session: Session, domains: DomainSizes) -> tuple[Chosen, dict[str, Any]]:
+        """Fill the table `chosen` of the session. Return what was chosen, and the parameters for the plan to record.
 
-    def settings(self) -> dict[str, Any]:
-        """Settings that a plan records."""
-        return self.model_dump(exclude={"method", "name", "parent"})
+        Args:
+            domains: every domain of the dataset.
+        Raises:
+            DataError, ConfigError, MissingError: the settings do not fit the data.
+        """
 
+    def recorded(self) -> dict[str, Any]:
+        """The settings that a plan records, under the keys that plans have always used."""
+        settings = self.model_dump(exclude={"method", "name", "parent"})
+        return {RECORDED_AS.get(key, key): value for key, value in settings.items()}
 
-class Ranked(Step):
-    """A method that takes the rows with the largest values: a share of all, or the same share of every domain."""
-
-    VALUE: ClassVar[str | None] = None  # what the value is, on the axis of a plot; None where it says nothing
-
-    share: float = Field(0.5, gt=0, le=1, description="Share that is kept; its number of units is rounded up.")
-    unit: CountBy = Field("sequences", description="What the share counts: sequences or tokens.")
-    by_domain: bool = Field(False, description="Take the share of each domain; otherwise of all sequences together.")
-
-    @abstractmethod
-    def values(self) -> str:
-        """See `kdata.selection.rank.Ranking.sql`."""
-
-    def given(self) -> dict[str, Any]:
-        """Parameters of `values`, bound by name."""
-        return {}
-
-    def make(self, session: Session, domains: Domains) -> Made:
-        """See `Step.make`."""
-        ranking = Ranking(self.values(), self.given(), self.sidecars(session.dataset), self.by_domain, self.unit)
-        taken = take(session, ranking, self._requests, sorted(domains))
-        told = self.settings() if self.VALUE is None else {**self.settings(), **self._thresholds(taken)}
-        return made(taken, told, self.unit)
-
-    def _requests(self, held: Held) -> dict[str, int]:
-        total = math.ceil(as_written(self.share) * sum(held.values()))
-        return apportion(total, held) if total else dict.fromkeys(held, 0)
-
-    def _thresholds(self, taken: Taken) -> dict[str, Any]:
-        """The smallest value that was taken, of all or of each domain."""
-        lowest = {domain: numbers[3] for domain, numbers in taken.domains.items()}
-        return {"thresholds": lowest} if self.by_domain else {"threshold": min(lowest.values(), default=None)}
-
-
-def made(taken: Taken, parameters: dict[str, Any], unit: CountBy) -> Made:
-    """What `rank.take` took, as the outcome of a step."""
-    return Made(
-        {domain: numbers[:3] for domain, numbers in taken.domains.items()},
-        taken.sql,
-        parameters,
-        unit,
-        taken.requests,
-        taken.by_domain,
-    )
-
-
-def held_by(domains: Domains, unit: CountBy) -> dict[str, int]:
-    """Units of each domain."""
-    return {domain: sequences if unit == "sequences" else tokens for domain, (sequences, tokens) in domains.items()}
+    @classmethod
+    def from_recorded(cls, parameters: Mapping[str, Any]) -> Self:
+        """The settings of a plan from the parameters that it records; other parameters are ignored."""
+        keys = {recorded: key for key, recorded in RECORDED_AS.items()}
+        settings = {keys.get(key, key): value for key, value in parameters.items()}
+        return cls(**{key: value for key, value in settings.items() if key in cls.model_fields})

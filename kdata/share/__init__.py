@@ -1,1 +1,1 @@
-"""Show and share: the card, the Hub, merge and split, other formats."""
+"""Show and share datasets: the card, copies in folders and on the Hub, merge and split, other tools' formats."""

@@ -1,10 +1,11 @@
 """Merge datasets of one teacher, split one, take its head. A row keeps its id, its content hash and every stored byte.
 
-Merging renames shards where two inputs call a source alike; payloads are copied or linked, never decoded. Splitting and
-taking the head pick rows out of shards as Arrow rows: nothing is decoded and encoded again, so nothing is lost, and the
-codec's error, which can be measured against the teacher alone, is carried over from the shard that the rows are from.
+Merging renames shards where two inputs have a source of the same name; payloads are copied or linked, never decoded.
+Splitting and taking the head pick rows out of shards as Arrow rows: nothing is decoded and encoded again, so nothing is lost.
+The codec's error can be measured only against the teacher, so it is carried over from the shard that the rows are from.
 
-Sidecars and plans belong to one state of one dataset and are left behind; so are rejects of split datasets.
+Inputs may be at a URL or on the Hub: only shards that hold a chosen row are fetched. Sidecars and plans belong to one state
+of one dataset and are not copied; neither are the rejects of split datasets.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from kdata.errors import ConfigError, DataError, MismatchError, StorageError, settings_difference
-from kdata.format.files import file_info, storage_errors
+from kdata.format.files import file_info, local_path, storage_errors
 from kdata.format.manifest import append_entry, write_info
 from kdata.format.records import inputs_of, shard_name
 from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, SourceInfo
@@ -33,26 +34,30 @@ from kdata.store.pick import _renamed, tables
 from kdata.store.shard import write_tables
 from kdata.store.writer import Writer
 
+LOCAL_TARGET = "name a new folder, and copy it to the Hub with `kdata push`"
 
-def merge(datasets: list[Dataset], target: Path, *, link: bool = False) -> Dataset:
-    """Put the rows of several datasets into a new one.
+
+def merge(datasets: list[Dataset], target: Path | str, *, link: bool = False) -> Dataset:
+    """Write the rows of several datasets into a new one.
 
     Args:
         target: a folder that does not exist yet, or is empty.
-        link: link the payloads instead of copying them: no space is taken, and damage to one file damages both.
+        link: link the payloads instead of copying them: no space is used, but damage to one file damages both.
     Raises:
-        MismatchError: teacher, tokenizer, codec or another part of the identity differ; the message lists what.
-        DataError: an id stands in two of them, or there is one dataset only.
-        StorageError: links cannot be made there.
+        ConfigError: the folder is not free, or `target` is a URL.
+        MismatchError: teacher, tokenizer, codec or another part of the identity differs; the message lists what.
+        DataError: two datasets share an id, or there is only one dataset.
+        StorageError: the file system does not link to that place.
     """
+    target = local_path(target, LOCAL_TARGET)
     if len(datasets) < 2:
-        raise DataError("name two datasets or more to merge")
+        raise DataError(f"merge needs two datasets or more, but got {len(datasets)}; name another one")
     first = datasets[0]
     for other in datasets[1:]:
         difference = settings_difference(first.info.identity(), other.info.identity())
         if difference:
             raise MismatchError(
-                f"{first.path} and {other.path} are not of one kind, and cannot be merged (first -> other):\n{difference}"
+                f"{first.path} and {other.path} cannot be merged, because they differ (first -> other):\n{difference}"
             )
     _refuse_shared_ids(datasets)
     total = sum(dataset.num_tokens for dataset in datasets)
@@ -62,7 +67,7 @@ def merge(datasets: list[Dataset], target: Path, *, link: bool = False) -> Datas
             names = _free_names(list(dataset.info.sources), set(sources))
             sources |= {names[name]: source for name, source in dataset.info.sources.items()}
             for entry in dataset.manifest:
-                append_entry(folder, _take_over(dataset, entry, names[entry.source], folder, link))
+                append_entry(folder, _copy_shard(dataset, entry, names[entry.source], folder, link))
                 task.advance(entry.tokens)
         files = _tokenizer(first, folder)
         write_info(
@@ -72,19 +77,20 @@ def merge(datasets: list[Dataset], target: Path, *, link: bool = False) -> Datas
 
 
 def split(
-    dataset: Dataset, target: Path, *, by: Literal["domain", "plan"], plan: Plan | None = None
+    dataset: Dataset, target: Path | str, *, by: Literal["domain", "plan"], plan: Plan | None = None
 ) -> dict[str, Dataset]:
-    """Cut a dataset in disjoint parts, each a dataset of its own in a folder of `target`.
+    """Divide a dataset into disjoint parts, each a dataset of its own in a folder of `target`.
 
     Args:
-        by: domain: a part for each; plan: the plan's rows (once each), and the `rest`.
+        by: domain: one part per domain; plan: the plan's rows (once each), and the `rest`.
     Raises:
-        ConfigError: by plan without a plan, or the folder is not free.
-        DataError: two domains whose folders would have one name.
+        ConfigError: by plan without a plan, the folder is not free, or `target` is a URL.
+        DataError: the folders of two domains would have the same name.
     """
+    target = local_path(target, LOCAL_TARGET)
     if by == "plan":
         if plan is None:
-            raise ConfigError("split by plan: name the plan, --plan NAME")
+            raise ConfigError("split by plan needs a plan; name one with --plan NAME")
         chosen = np.unique(plan.rows(dataset))
         parts = {plan.info.name: chosen, "rest": np.setdiff1d(np.arange(dataset.num_rows), chosen)}
     else:
@@ -92,29 +98,30 @@ def split(
         parts = {str(domain): np.flatnonzero(domains == domain) for domain in sorted(set(domains))}
     folders = {name: folder_name(name) for name in parts}
     if len(set(folders.values())) < len(folders):
-        raise DataError(f"two parts would stand in one folder: {folders}; rename a domain, or split by plan")
+        raise DataError(f"two parts would have the same folder: {folders}; rename a domain, or split by plan")
     with new_folder(target) as place:
         for name, rows in parts.items():
-            _take_rows(dataset, rows, place / folders[name], {"by": by, "part": name})
+            _write_rows(dataset, rows, place / folders[name], {"by": by, "part": name})
     return {name: open_dataset(target / folders[name]) for name in parts}
 
 
-def head(dataset: Dataset, target: Path, num_rows: int) -> Dataset:
-    """The first rows of a dataset, in its own order, as a dataset.
+def head(dataset: Dataset, target: Path | str, num_rows: int) -> Dataset:
+    """Write the first rows of a dataset, in its own order, as a dataset.
 
     Raises:
-        ConfigError: fewer than one row, or the folder is not free.
+        ConfigError: fewer than one row, the folder is not free, or `target` is a URL.
     """
+    target = local_path(target, LOCAL_TARGET)
     if num_rows < 1:
-        raise ConfigError(f"-n {num_rows}: take at least one row")
+        raise ConfigError(f"-n {num_rows} is too few; ask for at least one row")
     with new_folder(target) as place:
-        _take_rows(dataset, np.arange(min(num_rows, dataset.num_rows)), place, {"by": "head", "part": num_rows})
+        _write_rows(dataset, np.arange(min(num_rows, dataset.num_rows)), place, {"by": "head", "part": num_rows})
     return open_dataset(target)
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder that gets its name when all is in it. Raises ConfigError where the name is taken."""
+    """A folder to fill; it is renamed to `target` at the end. Raises ConfigError where `target` exists and is not empty."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not an empty folder; name a new one")
     temporary = target.with_name(target.name + ".tmp")
@@ -139,31 +146,31 @@ def folder_name(name: str) -> str:
 
 
 def _refuse_shared_ids(datasets: list[Dataset]) -> None:
-    seen: dict[str, Path] = {}
+    first_with: dict[str, Path] = {}
     for dataset in datasets:
         for row_id in dataset.index(["id"])["id"].to_pylist():
-            if row_id in seen:
+            if row_id in first_with:
                 raise DataError(
-                    f"id {row_id!r} stands in {seen[row_id]} and in {dataset.path}; ids are unique in a dataset. Take the "
-                    "rows of one of them out with `kdata split --by plan`, or capture one under other ids."
+                    f"{first_with[row_id]} and {dataset.path} both have a row with id {row_id!r}, and ids are unique in a "
+                    "dataset. Leave these rows out of one with `kdata split --by plan`, or capture it under other ids."
                 )
-            seen[row_id] = dataset.path
+            first_with[row_id] = dataset.path
 
 
-def _free_names(names: list[str], taken: set[str]) -> dict[str, str]:
-    """A name for each source that no other has: capture, capture-2, capture-3."""
-    found: dict[str, str] = {}
+def _free_names(names: list[str], used: set[str]) -> dict[str, str]:
+    """A new name for each source, different from all others: capture, capture-2, capture-3."""
+    renamed: dict[str, str] = {}
     for name in names:
         number, free = 1, name
-        while free in taken | set(found.values()):
+        while free in used | set(renamed.values()):
             number += 1
             free = f"{name}-{number}"
-        found[name] = free
-    return found
+        renamed[name] = free
+    return renamed
 
 
-def _take_over(dataset: Dataset, entry: ManifestEntry, source: str, folder: Path, link: bool) -> ManifestEntry:
-    """Bring one shard into a folder; its index is written anew where its name changes."""
+def _copy_shard(dataset: Dataset, entry: ManifestEntry, source: str, folder: Path, link: bool) -> ManifestEntry:
+    """Copy one shard into a folder; its index is rewritten where its name changes."""
     name = f"{source}-{entry.unit:05d}"
     files: dict[str, FileInfo] = {}
     for relative in entry.files:
@@ -185,7 +192,7 @@ def _link(path: Path, target: Path) -> None:
         os.link(path, target)
     except OSError as error:
         raise StorageError(
-            f"{path} cannot be linked into {target.parent} ({os.strerror(error.errno or 0)}); the two must lie on one file "
+            f"{path} cannot be linked into {target.parent} ({os.strerror(error.errno or 0)}); both must be on one file "
             "system that has links. Use --copy."
         ) from error
 
@@ -197,15 +204,15 @@ def _tokenizer(dataset: Dataset, folder: Path) -> dict[str, FileInfo]:
     return {path.name: file_info(path) for path in sorted((folder / "tokenizer").iterdir())}
 
 
-def _take_rows(dataset: Dataset, rows: np.ndarray, root: Path, what: dict[str, object]) -> None:
-    """Write chosen rows, rising, as a dataset: each source's shards in order, empty ones left out."""
+def _write_rows(dataset: Dataset, rows: np.ndarray, root: Path, what: dict[str, object]) -> None:
+    """Write rows (rising numbers) as a dataset: the shards of each source in order, without empty ones."""
     origin = dataset.content_digest
     info: DatasetInfo = dataset.info.model_copy(update={"sources": {}, "tokenizer_files": {}})
     with Task(f"write {what['part']}", len(rows), "rows") as task:
         for source, about in dataset.info.sources.items():
             settings = {**what, "of": origin, "made_by": {"kind": about.kind, **about.settings}}
-            made = SourceInfo(kind="split", settings=settings, num_units=None)
-            with Writer(root, info, source, made, tokenizer_dir=dataset.tokenizer_dir) as writer:
+            part = SourceInfo(kind="split", settings=settings, num_units=None)
+            with Writer(root, info, source, part, tokenizer_dir=dataset.tokenizer_dir) as writer:
                 units = 0
                 for number, entry in enumerate(dataset.manifest):
                     start, end = dataset.shard_starts[number : number + 2]

@@ -1,8 +1,7 @@
-"""The dataset card: DATASET/README.md, made from the dataset, and what it took from the log beside it, if there is one.
+"""The dataset card, DATASET/README.md: written from the dataset, and its costs from the progress log beside it, if any.
 
-The same dataset and log give the same bytes.
-Everything that comes from data (domains, licences, model names, settings) is escaped by default; only the
-template's own Markdown is markup. What a person writes between the two notes marks is kept byte for byte.
+The same dataset and log give the same bytes. Text from data (domains, licences, model names, settings) is escaped by default;
+only the template's own Markdown is markup. What a person writes between the two notes marks is kept byte for byte.
 """
 
 from __future__ import annotations
@@ -26,9 +25,11 @@ from kdata.observe.text import duration, energy_text, hours_text, human_bytes, n
 from kdata.store.dataset import Dataset
 
 NOTES_BEGIN, NOTES_END = b"<!-- notes: begin -->", b"<!-- notes: end -->"
-EMPTY_NOTES = b"\nWhat a reader should know and the files do not say. This part is kept when the card is made again.\n"
+EMPTY_NOTES = (
+    b"\nWhat a reader should know and the files do not say. This part is kept when the card is written again.\n"
+)
 
-# Licence identifiers that the Hub knows; any other is `other`, and the table in the card says what it is.
+# Licence identifiers that the Hub knows. Any other becomes `other`, and the table in the card gives its name.
 HUB_LICENSES = frozenset(
     """
     apache-2.0 mit isc unlicense wtfpl zlib ncsa postgresql ofl-1.1 bsl-1.0 mpl-2.0 ms-pl epl-1.0
@@ -53,9 +54,9 @@ _MEANS = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What a dataset says about itself, counted; sizes in bytes, NLL and entropy in nats per target token.
+    """Numbers about a dataset: sizes in bytes, NLL and entropy in nats per target token.
 
-    `domains` and `sources` hold the columns of `_MEANS` beside their name; means weigh by target tokens.
+    `domains` and `sources` have the columns of `_MEANS` beside their name; means are weighted by target tokens.
     """
 
     rows: int
@@ -72,7 +73,7 @@ class Facts:
 
 
 def facts(dataset: Dataset) -> Facts:
-    """Count a dataset: from its manifest, and by SQL over its index and rejects."""
+    """Numbers about a dataset, from its manifest and by SQL over its index and rejects."""
     entries = dataset.manifest
 
     def size(folder: str) -> int:
@@ -136,11 +137,11 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]
 
 
 class Markdown(str):
-    """Text that is Markdown already; any other string is escaped when it is put into the card."""
+    """Text that is already Markdown; any other string is escaped when it is put into the card."""
 
 
 def escape_markdown(value: object) -> str:
-    """Text from data as Markdown that shows exactly that text, in a table cell too."""
+    """Text from data as Markdown that shows exactly this text, also in a table cell."""
     if isinstance(value, Markdown):
         return value
     if value is None:
@@ -150,10 +151,10 @@ def escape_markdown(value: object) -> str:
     return marked.translate(_ENTITIES)
 
 
-def made_by(dataset: Dataset) -> list[Took]:
-    """What it took to write each source, by the log of the work; none where there is no log.
+def cost_of(dataset: Dataset) -> list[Took]:
+    """What it took to write each source, from the progress log; none where there is no log.
 
-    Tokens are those that are there: of an attempt that was killed the log may lack the last.
+    Tokens are counted in the dataset, not in the log: a killed attempt may not have logged its last ones.
     """
     lines = read_journal(find_journal(dataset.path))
     return [
@@ -164,46 +165,46 @@ def made_by(dataset: Dataset) -> list[Took]:
 
 
 def tokens_of(dataset: Dataset, sources: Collection[str]) -> int:
-    """Tokens that a teacher read for these sources, or (generate) wrote."""
+    """Tokens of these sources that a teacher read, or wrote (generate)."""
     written = {name for name, source in dataset.info.sources.items() if source.kind == "generate"}
     entries = [entry for entry in dataset.manifest if entry.source in sources]
     return sum(entry.target_tokens if entry.source in written else entry.tokens for entry in entries)
 
 
 def write_card(dataset: Dataset, *, title: str | None = None, cost: list[Took] | None = None) -> Path:
-    """Write DATASET/README.md and return its path; the notes of a card that is there are kept byte for byte.
+    """Write DATASET/README.md and return its path; the notes of an existing card are kept byte for byte.
 
     Args:
-        title: headline; None makes one of the teacher's name.
-        cost: what each source took; None: as the log beside the dataset says (a copy of a dataset has none).
+        title: headline; None writes one with the teacher's name.
+        cost: what each source took; None reads the log beside the dataset (a copy of a dataset has none).
     Raises:
-        ConfigError: a README.md stands there that is no card of ours (it lacks the notes marks).
+        ConfigError: README.md exists and is not a card (it has no notes marks).
         CorruptError: a part of the index or of the rejects is missing or damaged.
     """
     path = dataset.path / "README.md"
     notes = _notes(path)
-    page = _render(dataset, title, made_by(dataset) if cost is None else cost).encode()
+    page = _render(dataset, title, cost_of(dataset) if cost is None else cost).encode()
     before, after = page.split(NOTES_BEGIN + NOTES_END)
     write_atomically(path, before + NOTES_BEGIN + notes + NOTES_END + after)
     return path
 
 
 def _notes(path: Path) -> bytes:
-    """The bytes between the marks; our own first text where there is no card yet."""
+    """The bytes between the marks of the card; EMPTY_NOTES where there is no card yet."""
     if not path.exists():
         return EMPTY_NOTES
     content = path.read_bytes()
     begin, end = content.find(NOTES_BEGIN), content.rfind(NOTES_END)
     if begin < 0 or end < begin:
         raise ConfigError(
-            f"{path} was not made by kdata, or its notes marks are gone. Move it away, or put its text "
-            f"between {NOTES_BEGIN.decode()} and {NOTES_END.decode()}, then run the same command again."
+            f"{path} is not a card of kdata, or it lost its notes marks. Move it away, or put its text between "
+            f"{NOTES_BEGIN.decode()} and {NOTES_END.decode()}, then run the same command again."
         )
     return content[begin + len(NOTES_BEGIN) : end]
 
 
 def _render(dataset: Dataset, title: str | None, cost: list[Took]) -> str:
-    found = facts(dataset)
+    numbers = facts(dataset)
     headline = one_line(title or f"What {dataset.info.teacher.model} believed, token by token")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kdata.share", ""),
@@ -214,12 +215,12 @@ def _render(dataset: Dataset, title: str | None, cost: list[Took]) -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template("card.md.j2").render(
-        header=Markdown(_header(found, headline)),
+        header=Markdown(_header(numbers, headline)),
         notes=Markdown((NOTES_BEGIN + NOTES_END).decode()),
         title=headline,
         info=dataset.info,
         fingerprint=dataset.content_digest,
-        facts=found,
+        facts=numbers,
         parameters=flatten(dataset.info.codec.parameters),
         cost=cost,
         duration=duration,
@@ -236,7 +237,7 @@ def _render(dataset: Dataset, title: str | None, cost: list[Took]) -> str:
 
 
 def _columns(schema: pa.Schema) -> list[tuple[Markdown, Markdown, Markdown]]:
-    """Name, type and meaning; these come from the package's own documents, not from data."""
+    """Name, type and meaning of each column; they are from the package's own documents, not from data."""
     return [
         (
             Markdown(f"`{field.name}`"),
@@ -248,15 +249,16 @@ def _columns(schema: pa.Schema) -> list[tuple[Markdown, Markdown, Markdown]]:
 
 
 def _type_name(kind: pa.DataType) -> str:
-    """The name that the documents in `schemas/v1` give to an Arrow type."""
+    """The name of an Arrow type in the documents of `schemas/v1`."""
     if isinstance(kind, pa.ListType):
         return f"list<{_type_name(kind.value_type)}>"
     return {"halffloat": "float16", "float": "float32", "double": "float64"}.get(str(kind), str(kind))
 
 
-def _header(found: Facts, title: str) -> str:
-    """The YAML that the Hub reads. Configs name the Parquet index only: one folder cannot mix formats."""
-    stated = {str(row["license"] or "unknown").strip().lower() for row in found.licenses}
+def _header(numbers: Facts, title: str) -> str:
+    """The YAML that the Hub reads. Configs name the Parquet index only, as one folder cannot mix formats."""
+    # Not `huggingface_hub.DatasetCardData`: the client is an optional extra, and the card has the same bytes without it.
+    stated = {str(row["license"] or "unknown").strip().lower() for row in numbers.licenses}
     names = sorted({name if name in HUB_LICENSES else "other" for name in stated})
     header: dict[str, Any] = {"pretty_name": re.sub(r"[<>]", "", title)}
     if names:
@@ -264,7 +266,7 @@ def _header(found: Facts, title: str) -> str:
     if names == ["other"] and len(stated) == 1:
         header["license_name"] = re.sub(r"[^a-z0-9.]+", "-", stated.pop()).strip("-.") or "other"
     header["tags"] = ["logits", "distillation", "kdata"]
-    header["size_categories"] = [_size_category(found.rows)]
+    header["size_categories"] = [_size_category(numbers.rows)]
     data_files = [{"split": "train", "path": "index/*.parquet"}]
     header["configs"] = [{"config_name": "default", "data_files": data_files}]
     return yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=1000).rstrip("\n")

@@ -1,65 +1,54 @@
-"""Copy a dataset, verified and with its card, to a folder or to the Hub."""
+"""Share a dataset: verify it, write its card, and copy it to a folder or to the Hub."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, DependencyError, StorageError
-from kdata.format.files import inside, storage_errors
-from kdata.share.card import made_by, write_card
+from kdata.format.files import inside, local_path
+from kdata.share.arrange import new_folder
+from kdata.share.card import cost_of, write_card
 from kdata.store.dataset import Dataset
 from kdata.store.hub import hub_errors, hub_name
 from kdata.store.open import open_dataset
 
 
-def push(dataset: Dataset, destination: str, *, public: bool = False) -> str:
-    """Copy a verified dataset, with its card, to a folder or to the Hub.
+def push(dataset: Dataset, destination: str | Path, *, public: bool = False) -> str:
+    """Verify a dataset and copy it, with its card, to a folder or to the Hub.
 
     Args:
         destination: a folder that does not exist yet (or is empty), or hf://OWNER/NAME.
-        public: Hub only; private otherwise.
+        public: Hub only: whether a new repository is public; otherwise it is private.
     Returns:
-        Where it is now.
+        The folder, or the address on the Hub.
     Raises:
         CorruptError: the dataset is not whole.
-        ConfigError: the destination is not free, or no Hub name.
+        ConfigError: the folder is not free, the Hub name is not valid, or `destination` is another URL.
         DependencyError: the Hub's client is not installed.
+        StorageError: the disk or the Hub refused.
     """
+    destination = str(destination)
     problems = verify(dataset)
     if problems:
         listing = "\n".join(f"  {p.path} {p.what}" for p in problems[:10])
-        raise CorruptError(f"{dataset.path} is not whole, and is not shared so:\n{listing}")
+        raise CorruptError(
+            f"{dataset.path} is damaged and was not shared; repair it first (kdata repair {dataset.path}):\n{listing}"
+        )
     if destination.startswith("hf:"):
         return _push_to_hub(dataset, destination, public)
-    target = Path(destination)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is not an empty folder; name a new one")
-    with storage_errors(target):
-        _copy(dataset, target)
+    target = local_path(destination, "push copies to a folder or to the Hub (hf://OWNER/NAME)")
+    with new_folder(target) as folder:
+        for relative in dataset_files(dataset):
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(dataset.path / relative, folder / relative)
+        write_card(open_dataset(folder), cost=cost_of(dataset))
     return str(target)
 
 
-def _copy(dataset: Dataset, target: Path) -> None:
-    """Copy what belongs to the dataset under a temporary name, then rename."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir()
-    for relative in dataset_files(dataset):
-        (temporary / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(dataset.path / relative, temporary / relative)
-    write_card(open_dataset(temporary), cost=made_by(dataset))
-    if target.exists():
-        target.rmdir()
-    os.rename(temporary, target)
-
-
 def dataset_files(dataset: Dataset) -> list[str]:
-    """Relative paths of everything that belongs to a dataset: committed shards, sidecars, plans, tokenizer, card."""
+    """Relative paths of all files that belong to a verified dataset: shards, sidecars, plans, tokenizer, card."""
     files = ["dataset.json", "manifest.jsonl"]
     files += [relative for entry in dataset.manifest for relative in entry.files]
     for pattern in (
@@ -72,7 +61,7 @@ def dataset_files(dataset: Dataset) -> list[str]:
     ):
         files += [p.relative_to(dataset.path).as_posix() for p in sorted(dataset.path.glob(pattern)) if p.is_file()]
     for relative in files:
-        inside(dataset.path, relative)  # a link would share what lies behind it
+        inside(dataset.path, relative)  # refuses a link, which would share a file from elsewhere
     return files
 
 

@@ -1,37 +1,53 @@
-"""Reading a dataset: the readable index, SQL over it, and the teacher's sparse distributions as arrays."""
+"""Reading a dataset: rows, the readable index, SQL over it, and the teacher's sparse distributions as arrays.
+
+A dataset at a URL or on the Hub is the same class with other ways to a file: see `kdata.store.url_dataset`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdata.errors import ConfigError, CorruptError, MissingError, ShapeError
+from kdata.errors import ConfigError, CorruptError, DependencyError, MissingError, OutOfRangeError, ShapeError
 from kdata.format.codec import codec_of
 from kdata.format.files import inside
 from kdata.format.manifest import read_info, read_manifest
 from kdata.format.schema import DatasetInfo, ManifestEntry, content_hash, index_schema, json_digest
 from kdata.format.sequences import Sequences, decode, flat, nothing
 from kdata.store.index import UNREADABLE, damaged, read_index
+from kdata.store.row import Row
 from kdata.store.sql import query as run_query
 from kdata.store.sql import unglobbed
+from kdata.store.tokens import TokenText
+from kdata.store.torch_rows import TorchRows
+
+if TYPE_CHECKING:
+    import polars
 
 CACHED_BYTES = 64 << 20  # decompressed record batches kept for `take`, per open dataset
 OPEN_SHARDS = 64  # shards that are mapped at a time, per open dataset
 
 
 class Dataset:
-    """A logit dataset on disk, opened for reading. Cheap to open; payload is memory-mapped and decoded on demand."""
+    """A logit dataset, opened for reading. Cheap to open; payload is memory-mapped and decoded on demand.
+
+    data[0], data[-1]          a `Row`
+    data[2:5], data[[7, 3]]    `Sequences`; so does a bool mask with a value per row
+    for row in data            every `Row`, in order
+    data.sql("select ...")     DuckDB over rows, scores and plans
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.place = path, str(path)  # the folder; the address by which it was opened
         self.info: DatasetInfo = read_info(path)
         self.manifest: list[ManifestEntry] = sorted(read_manifest(path), key=lambda e: e.name)
         self.shard_starts = np.concatenate(([0], np.cumsum([e.rows for e in self.manifest], dtype=np.int64)))
@@ -39,6 +55,7 @@ class Dataset:
         self._batches: OrderedDict[tuple[int, int], tuple[pa.RecordBatch, int]] = OrderedDict()  # with their bytes
         self._batch_starts: dict[int, np.ndarray] = {}
         self._checked: set[str] = set()
+        self._shard_rows: tuple[int, pa.Table] | None = None  # the shard whose index was read last, and that index
         for name, source in self.info.sources.items():
             units = {entry.unit for entry in self.manifest if entry.source == name}
             missing = sorted(set(range(source.num_units or 0)) - units)
@@ -49,9 +66,9 @@ class Dataset:
                 )
 
     def __repr__(self) -> str:
-        return f"Dataset({str(self.path)!r}, rows={self.num_rows:,}, tokens={self.num_tokens:,})"
+        return f"Dataset({self.place!r}, rows={self.num_rows:,}, tokens={self.num_tokens:,})"
 
-    def __reduce__(self) -> tuple[type[Dataset], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[Dataset], tuple[Any, ...]]:
         """Another process opens the dataset again: maps and caches do not travel."""
         return Dataset, (self.path,)
 
@@ -102,12 +119,16 @@ class Dataset:
             raise damaged(path, f"it holds {table.num_rows} rows, the manifest says {entry.rows}")
         return table
 
+    def file_name(self, entry: ManifestEntry, folder: str) -> str:
+        """Relative path of one file of a shard ("data", "index" or "rejects"). Raises MissingError where it has none."""
+        for relative in entry.files:
+            if relative.split("/")[0] == folder:
+                return relative
+        raise MissingError(f"{self.place}: shard {entry.name} has no file in {folder}/")
+
     def shard_file(self, entry: ManifestEntry, folder: str) -> Path:
         """Path of one file of a shard ("data", "index" or "rejects"). Raises CorruptError when it is gone."""
-        relative = next((name for name in entry.files if name.split("/")[0] == folder), None)
-        if relative is None:
-            raise MissingError(f"{self.path}: shard {entry.name} has no file in {folder}/")
-        path = inside(self.path, relative)
+        path = inside(self.path, self.file_name(entry, folder))
         if not path.exists():
             raise CorruptError(f"{path} is missing; `kdata verify {self.path}` lists what is whole")
         return path
@@ -117,8 +138,7 @@ class Dataset:
 
         Raises CorruptError where they differ.
         """
-        path = self.shard_file(entry, folder)
-        relative = path.relative_to(self.path).as_posix()
+        path, relative = self.shard_file(entry, folder), self.file_name(entry, folder)
         if relative not in self._checked:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -126,6 +146,14 @@ class Dataset:
                 raise damaged(path, "its bytes are not those that were committed (SHA-256 differs)")
             self._checked.add(relative)
         return path
+
+    def fetch(self) -> None:
+        """Copy here what is not here yet: everything, where the dataset is at a URL or on the Hub. Nothing for a folder.
+
+        Raises:
+            CorruptError: a file is not what was committed.
+            StorageError: the URL cannot be read.
+        """
 
     def check_index(self) -> None:
         """Compare every index file with the manifest. Raises CorruptError where one differs."""
@@ -146,7 +174,10 @@ class Dataset:
         return unglobbed(self.shard_file(entry, folder).resolve())
 
     def fetch_sidecar(self, name: str) -> None:
-        """Bring scores/NAME.json here where the dataset is elsewhere."""
+        """Copy scores/NAME.json here where the dataset is elsewhere."""
+
+    def fetch_plan(self, name: str) -> None:
+        """Copy plans/NAME.json and NAME.parquet here where the dataset is elsewhere."""
 
     def sql_sidecars(self) -> dict[str, list[str]]:
         """How DuckDB names the parts of each sidecar that can be queried, complete or not."""
@@ -171,7 +202,7 @@ class Dataset:
         Args:
             rows: int64 [S], each in [0, num_rows).
         Raises:
-            ShapeError: a row is out of range.
+            OutOfRangeError: there is no such row.
             CorruptError: bytes are not those that were committed.
         """
         located = np.stack(self.locate(np.asarray(rows, np.int64)), 1)
@@ -188,7 +219,7 @@ class Dataset:
         Raises: see `take`; a shard that is touched for the first time is checked.
         """
         if len(rows) and (rows.min() < 0 or rows.max() >= self.num_rows):
-            raise ShapeError(f"rows must lie in [0, {self.num_rows}), got {rows.min()} to {rows.max()}")
+            raise OutOfRangeError(f"rows must lie in [0, {self.num_rows}), got {rows.min()} to {rows.max()}")
         shard = np.searchsorted(self.shard_starts, rows, side="right") - 1
         local = rows - self.shard_starts[shard]
         number = np.zeros_like(local)
@@ -217,17 +248,109 @@ class Dataset:
         """All sequences of one shard, in order."""
         return self.take(np.arange(self.shard_starts[number], self.shard_starts[number + 1]))
 
-    def __iter__(self) -> Iterator[Sequences]:
-        return (self[row] for row in range(self.num_rows))
+    def __iter__(self) -> Iterator[Row]:
+        """Every row in order, decoded a record batch at a time."""
+        for shard in range(len(self.manifest)):
+            starts = self._open_shard(shard).tolist()
+            for number, (begin, end) in enumerate(pairwise(starts)):
+                sequences = self.decode([self.record_batch(shard, number)])
+                columns = self._index_of(shard).slice(begin, end - begin).to_pylist()
+                for local, values in enumerate(columns):
+                    yield Row(int(self.shard_starts[shard]) + begin + local, values, sequences.one(local), self)
 
-    def __getitem__(self, row: int) -> Sequences:
-        return self.take(np.array([row if row >= 0 else row + self.num_rows]))
+    @overload
+    def __getitem__(self, rows: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> Sequences: ...
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> Row | Sequences:
+        """One row by its number, negative ones from the end; or the `Sequences` of a slice, of row numbers, or of a mask.
+
+        Raises:
+            OutOfRangeError: there is no such row. (It is an IndexError.)
+            ShapeError: a mask has another length than the dataset, or `rows` is something else.
+        """
+        if isinstance(rows, slice):
+            return self.take(np.arange(self.num_rows)[rows])
+        values = np.asarray(rows)
+        if values.size == 0 and values.ndim == 1:
+            return self.take(np.zeros(0, np.int64))
+        if values.dtype == bool and values.shape == (self.num_rows,):
+            return self.take(np.flatnonzero(values))
+        if values.dtype.kind not in "iu" or values.ndim > 1:
+            raise ShapeError(
+                f"{rows!r} names no rows: give a row number, a slice, a list of row numbers, or {self.num_rows} bools"
+            )
+        numbers = np.where(values < 0, values + self.num_rows, values).astype(np.int64)
+        if ((numbers < 0) | (numbers >= self.num_rows)).any():
+            raise OutOfRangeError(f"{self.path} has {self.num_rows:,} rows; there is no row {rows}")
+        return self.take(numbers) if values.ndim else self._row(int(numbers))
+
+    def _row(self, number: int) -> Row:
+        sequence = self.take(np.array([number]))
+        shard = int(np.searchsorted(self.shard_starts, number, side="right")) - 1
+        [columns] = self._index_of(shard).slice(number - int(self.shard_starts[shard]), 1).to_pylist()
+        return Row(number, columns, sequence, self)
+
+    def _index_of(self, shard: int) -> pa.Table:
+        """The index of one shard; that of the shard asked for last is kept."""
+        if self._shard_rows is None or self._shard_rows[0] != shard:
+            self._shard_rows = shard, self._read_index(self.manifest[shard], index_schema().names)
+        return self._shard_rows[1]
+
+    @cached_property
+    def token_text(self) -> TokenText:
+        """Token ids as text, by the tokenizer that the dataset carries."""
+        return TokenText(self.tokenizer_dir, self.path)
+
+    def token_bytes(self, row: int) -> np.ndarray | None:
+        """Bytes of text per token of one row, uint16 [T]; None where they are not stored. Raises as `take`."""
+        [shard], [number], [local] = self.locate(np.array([row]))
+        path = self.checked_file(self.manifest[shard], "data")
+        try:
+            with pa.memory_map(str(path)) as source:
+                if "token_bytes" not in pa.ipc.open_file(source).schema.names:
+                    return None
+            value = _reader(path, ["token_bytes"]).get_batch(int(number)).column("token_bytes")[int(local)]
+            return value.values.to_numpy() if value.is_valid else None
+        except UNREADABLE as error:
+            raise damaged(path, error) from error
 
     def iter_sequences(self) -> Iterator[Sequences]:
         """All sequences in order, a record batch at a time."""
         for shard in range(len(self.manifest)):
             for number in range(len(self._open_shard(shard)) - 1):
                 yield self.decode([self.record_batch(shard, number)])
+
+    def to_arrow(self, columns: list[str] | None = None) -> pa.Table:
+        """The readable index, one row per sequence; the teacher's numbers are in `data[...].to_arrow()`."""
+        return self.index(columns)
+
+    def to_polars(self) -> polars.LazyFrame:
+        """The same as a lazy Polars frame, which reads the columns that a query needs.
+
+        Raises:
+            DependencyError: Polars is not installed.
+            CorruptError: an index file is not what was committed.
+        """
+        try:
+            import polars
+        except ModuleNotFoundError as error:
+            raise DependencyError("to_polars needs Polars: pip install 'kdata[polars]'") from error
+        files = [self.checked_file(entry, "index") for entry in self.manifest]
+        schema = polars.from_arrow(index_schema().empty_table()).schema  # type: ignore[union-attr]
+        if not files:
+            return polars.LazyFrame(schema=schema)
+        return polars.scan_parquet(files, schema=schema, missing_columns="insert", extra_columns="ignore", glob=False)
+
+    def to_torch(self) -> TorchRows:
+        """A map-style dataset for `torch.utils.data.DataLoader`: item n is row n as a dict of tensors.
+
+        See `Sequences.to_torch` for the tensors. Rows differ in length, so the DataLoader needs a `collate_fn` (or
+        `batch_size=None`); `kdata.loader.batches.Batches` packs rows for training instead.
+        """
+        return TorchRows(self)
 
     def _open_shard(self, shard: int) -> np.ndarray:
         """Row starts of a shard's record batches; at first touch its bytes, rows and token ids are checked."""

@@ -1,42 +1,77 @@
-"""Sharing: a clean copy of a dataset in a folder, or on the Hub with the Hub's own client."""
+"""Datasets on the Hub: their names, the errors of the Hub's client, and a repository at one commit as a `Store`."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from kdata.errors import ConfigError, DependencyError, MissingError
+from kdata.store.url import Store
 
-HUB_NAME = re.compile(r"^hf://(?:datasets/)?([\w.-]+/[\w.-]+)$")
+ADDRESS = re.compile(r"^hf://(?:datasets/)?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
 
 
-def hub_name(name: str) -> str:
-    """OWNER/NAME out of hf://OWNER/NAME. Raises ConfigError."""
-    match = HUB_NAME.match(name)
+def hub_address(address: str) -> tuple[str, str | None]:
+    """OWNER/NAME and REVISION (None: the main branch) of hf://OWNER/NAME@REVISION. Raises ConfigError."""
+    match = ADDRESS.match(address)
     if match is None:
-        raise ConfigError(f"{name!r} is no Hub dataset; write hf://OWNER/NAME")
-    return match[1]
+        raise ConfigError(
+            f"{address!r} does not name a dataset on the Hub; write hf://OWNER/NAME, or hf://OWNER/NAME@REVISION"
+        )
+    return match["name"], match["revision"]
+
+
+def hub_name(address: str) -> str:
+    """OWNER/NAME of hf://OWNER/NAME, to write there. Raises ConfigError where a revision is named."""
+    name, revision = hub_address(address)
+    if revision is not None:
+        raise ConfigError(f"{address!r} names a revision, which cannot be written; write hf://{name}")
+    return name
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """What the Hub's client raises when it is not there, refuses, or cannot be reached (its HTTP library's own)."""
+    """What the Hub's client raises: not found, refused, or not reachable (errors of its HTTP library)."""
     from huggingface_hub import errors
 
     http = {base for cls in errors.HfHubHTTPError.__mro__ for base in cls.__mro__ if base.__name__ == "HTTPError"}
     return (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError, *http)
 
 
-def download(name: str) -> Path:
-    """Download a Hub dataset with the Hub's client, into a folder of its own under HF_HOME, and return that."""
-    repository = hub_name(name)
+def _commit_of(address: str) -> str:
+    """The commit that a branch or tag names now. Raises MissingError, DependencyError."""
+    name, revision = hub_address(address)
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.constants import HF_HOME
+        from huggingface_hub import HfApi
     except ModuleNotFoundError as error:
         raise DependencyError("opening a Hub dataset needs huggingface_hub: pip install 'kdata[hub]'") from error
-    # A folder of its own: the client's cache is made of links that lead out of the dataset, which `inside` refuses.
-    folder = Path(HF_HOME) / "kdata" / repository.replace("/", "--")
     try:
-        return Path(snapshot_download(repository, repo_type="dataset", local_dir=folder))
+        commit = HfApi().dataset_info(name, revision=revision).sha
     except hub_errors() as error:
-        raise MissingError(f"{name} cannot be downloaded: {error}; check the name, HF_TOKEN and the network") from error
+        raise MissingError(f"{address} cannot be opened: {error}; check the name, HF_TOKEN and the network") from error
+    if commit is None:
+        raise MissingError(f"{address} has no commit yet; push a dataset there first")
+    return commit
+
+
+class HubStore(Store):
+    """A dataset repository at one commit, which is looked up once: later changes on the Hub are not seen.
+
+    Args:
+        address: hf://OWNER/NAME, with @REVISION (branch, tag or commit) where it is not the main branch.
+        commit: the commit; None looks it up.
+    Raises:
+        ConfigError: not such an address.
+        MissingError: there is no such dataset, or the Hub cannot be reached.
+        DependencyError: the Hub's client is not installed.
+    """
+
+    def __init__(self, address: str, commit: str | None = None) -> None:
+        self.commit = commit or _commit_of(address)
+        super().__init__(f"hf://datasets/{hub_address(address)[0]}@{self.commit}")
+        self.url = address
+
+    def client_errors(self) -> tuple[type[BaseException], ...]:
+        """See `Store.client_errors`."""
+        return hub_errors()
+
+    def forget_listings(self) -> None:
+        """Nothing: a commit does not change."""

@@ -49,7 +49,11 @@ class Queryable(Protocol):
         ...
 
     def fetch_sidecar(self, name: str) -> None:
-        """Bring scores/NAME.json here where the dataset is elsewhere."""
+        """Copy scores/NAME.json here where the dataset is elsewhere."""
+        ...
+
+    def fetch_plan(self, name: str) -> None:
+        """Copy plans/NAME.json and NAME.parquet here where the dataset is elsewhere."""
         ...
 
     def checked_file(self, entry: ManifestEntry, folder: str) -> Path:
@@ -216,6 +220,8 @@ def mentions(dataset: Queryable, text: str) -> dict[str, list[str]]:
     walk(_parsed(text))
     for name in filter(is_name, sorted(named["scores"])):
         dataset.fetch_sidecar(name)
+    for name in filter(is_name, sorted(named["plans"])):
+        dataset.fetch_plan(name)
     there = {
         "scores": list(dataset.sql_sidecars()),
         "plans": [path.stem for path in dataset.path.glob("plans/*.parquet")],

@@ -2,8 +2,7 @@
 
 What is at the URL has the names and bytes of a local dataset. Whoever writes there keeps a local copy of the small files
 (dataset.json, manifest, index, tokenizer), made anew from the URL at the start, so any machine can go on where another
-stopped; a shard counts once the manifest at the URL names it. To read, the whole dataset is copied into the cache and every
-byte compared with its digest.
+stopped; a shard counts once the manifest at the URL names it. Reading is in `kdata.store.url_dataset`.
 
 An object store has no locks: one process may write to a URL at a time. A second one on the same machine is refused at the
 start, one on another machine as soon as the manifest is not what was written last.
@@ -24,11 +23,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kdata.errors import ConfigError, CorruptError, DependencyError, FormatError, KdataError, MissingError, StorageError
-from kdata.format.files import file_info, inside, lock_of, storage_errors
+from kdata.format.files import file_info, inside, storage_errors
 from kdata.format.manifest import read_info, read_manifest
 from kdata.format.schema import DatasetInfo, FileInfo
 
-FOLDERS = ("data", "index", "rejects")
 STAGING = "units-"  # prefix of the folders, at the URL, in which shards wait
 # What the stores' own clients raise beside OSError, where they are loaded.
 CLIENT_ERRORS = {
@@ -60,6 +58,8 @@ class Store:
         ConfigError: an unknown kind of URL, or a password in it.
         DependencyError: the package for such URLs is not installed.
     """
+
+    commit: str | None = None  # of a repository on the Hub
 
     def __init__(self, url: str) -> None:
         from fsspec.core import url_to_fs
@@ -102,11 +102,14 @@ class Store:
         with self._errors("read", relative):
             return self.fs.open(self._path(relative), "rb", cache_type="none")
 
-    def names(self) -> list[str]:
-        """Names of what is in the folder."""
-        with self._errors("read", ""):
+    def names(self, folder: str = "") -> list[str]:
+        """Names of what is in a folder; none where the store has no listings, as a web server."""
+        if urlsplit(self.url).scheme in ("http", "https"):
+            return []
+        with self._errors("read", folder):
             try:
-                return [str(path).rstrip("/").rpartition("/")[2] for path in self.fs.ls(self._root, detail=False)]
+                paths = self.fs.ls(self._path(folder).rstrip("/"), detail=False)
+                return [str(path).rstrip("/").rpartition("/")[2] for path in paths]
             except FileNotFoundError:
                 return []
 
@@ -159,11 +162,19 @@ class Store:
         with self._errors("write", relative):
             self.fs.rm(self._path(relative), recursive=True)
 
+    def client_errors(self) -> tuple[type[BaseException], ...]:
+        """What the store's client raises beside OSError."""
+        return _client_errors()
+
+    def forget_listings(self) -> None:
+        """Have the client ask again what is there: others write too."""
+        self.fs.invalidate_cache()
+
     @contextmanager
     def _errors(self, what: str, relative: str) -> Iterator[None]:
         if what == "read":
-            self.fs.invalidate_cache()  # of listings: others write there
-        failures: tuple[type[BaseException], ...] = (OSError, *_client_errors())
+            self.forget_listings()
+        failures: tuple[type[BaseException], ...] = (OSError, *self.client_errors())
         try:
             yield
         except failures as error:
@@ -188,9 +199,10 @@ def copy_of(url: str, purpose: str) -> Path:
 
 
 def mirror(store: Store, root: Path, folders: tuple[str, ...]) -> bool:
-    """Make `root` follow the dataset at a store: JSON files, tokenizer, and the shards' files in `folders`.
+    """Make `root` follow the dataset at a store: JSON files, and the files in `folders` ("index", "tokenizer", ...).
 
-    What is here and has the right digest stays; sidecars and plans made here stay where the dataset is the same one.
+    What is here and has the right digest stays. Other files of the manifest that are here stay too, unchecked. Sidecars and
+    plans made here stay where the dataset is the same one.
 
     Returns:
         False where there is no dataset; then there is none here either.
@@ -212,11 +224,11 @@ def mirror(store: Store, root: Path, folders: tuple[str, ...]) -> bool:
             shutil.rmtree(root)
         named = {f"tokenizer/{name}": about for name, about in info.tokenizer_files.items()}
         named |= {path: about for entry in manifest for path, about in entry.files.items()}
-        for path in [p for f in (*FOLDERS, "tokenizer") for p in (root / f).glob("*")]:
+        for path in [p for f in ("data", "index", "rejects", "tokenizer") for p in (root / f).glob("*")]:
             if path.relative_to(root).as_posix() not in named:
                 path.unlink()
         for relative, file in named.items():
-            if relative.split("/")[0] in (*folders, "tokenizer"):
+            if relative.split("/")[0] in folders:
                 store.fetch(relative, inside(root, relative), file)
         root.mkdir(parents=True, exist_ok=True)
         for name in ("manifest.jsonl", "dataset.json"):
@@ -230,18 +242,3 @@ def _another(root: Path, info: DatasetInfo) -> bool:
         return root.exists() and read_info(root).identity_digest != info.identity_digest
     except (MissingError, CorruptError, FormatError):
         return True
-
-
-def download(url: str) -> Path:
-    """Copy the dataset at a URL into the cache, what is not there yet, and return its folder.
-
-    Raises:
-        MissingError: no dataset there.
-        CorruptError, StorageError: see `mirror`.
-    """
-    root = copy_of(url, "datasets")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with lock_of(root):
-        if not mirror(Store(url), root, FOLDERS):
-            raise MissingError(f"{url} is no kdata dataset: it has no dataset.json")
-    return root

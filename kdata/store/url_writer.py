@@ -52,7 +52,7 @@ class RemoteWriter(Writer):
         self.place = self._store.url
 
     def _open(self) -> None:
-        begun = mirror(self._store, self.root, ("index",))
+        begun = mirror(self._store, self.root, ("index", "tokenizer"))
         if not begun:
             foreign = [name for name in self._store.names() if name not in BEGUN and not name.startswith(STAGING)]
             if foreign:

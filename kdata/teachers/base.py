@@ -1,16 +1,16 @@
-"""Teachers: one small protocol, one file per real implementation.
+"""Teachers: one small protocol, and one file for each implementation.
 
     vllm.py          the offline engine in this process
-    server.py        a vLLM that is served elsewhere, over HTTP; several servers at once
-    transformers.py  the plain forward pass; the oracle, and the fallback where vLLM cannot be installed
+    server.py        one or several vLLM servers, over HTTP
+    transformers.py  the plain forward pass: the oracle of the tests, and the fallback where vLLM cannot be installed
 
-A teacher reads token ids and returns a `Readout`: what it believed at every position. It may also write. Nothing here
-imports torch or vLLM until a teacher is loaded.
+A teacher reads token ids and returns a `Readout`: its distribution at every position. It may also write. Nothing here imports
+torch or vLLM until a teacher is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -21,14 +21,21 @@ from kdata.format.kept import Kept
 from kdata.format.schema import TeacherInfo
 from kdata.teachers.config import SamplingConfig
 
+OnTokens = Callable[[int], None]
+"""Called with the number of tokens that were read or written since the last call, from any thread."""
+
+
+def ignore_tokens(tokens: int) -> None:
+    """An `OnTokens` that does nothing."""
+
 
 @dataclass(frozen=True)
 class Readout:
-    """What a teacher believed along one sequence of T tokens; entry t is the prediction of token t, entry 0 has none.
+    """A teacher's distributions along one sequence of T tokens; entry t is the prediction of token t, entry 0 has none.
 
-    token_ids int32 [T]; logprob float32 [T] of the token that is there (nats, NaN where not recorded); rank int32 [T]
-    (1 = first choice, 0 = not recorded); kept: entries at recorded positions; log_tail float32 [T] (nats, NaN where
-    not recorded); entropy float32 [T] (nats) or None where the path does not see the full distribution.
+    token_ids int32 [T]; logprob float32 [T] of the actual token (nats, NaN where not recorded); rank int32 [T] (1 = first
+    choice, 0 = not recorded); kept: entries at recorded positions; log_tail float32 [T] (nats, NaN where not recorded);
+    entropy float32 [T] (nats), or None where the teacher does not see the full distribution.
     """
 
     token_ids: np.ndarray
@@ -40,7 +47,7 @@ class Readout:
     log_z: np.ndarray | None = None
 
     def only(self, chosen_T: np.ndarray) -> Readout:
-        """The same with nothing recorded outside `chosen_T`, bool [T]: such positions keep no entry."""
+        """This readout with nothing recorded outside `chosen_T`, bool [T]: other positions keep no entry."""
         if np.array_equal(chosen_T, self.rank > 0):
             return self
 
@@ -74,14 +81,25 @@ class Teacher(Protocol):
     vocab_size: int
     context: int
 
-    def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
-        """Read token ids int32 [T] each and return what `keep` asks for at every position but the first."""
+    def read(
+        self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
+    ) -> list[Readout]:
+        """Read token ids int32 [T] each and return what `keep` asks for at every position but the first.
+
+        Args:
+            on_tokens: called while the work goes on, so that progress can be shown.
+        """
         ...
 
     def write(
-        self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[np.ndarray],
+        keep: KeepConfig,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        on_tokens: OnTokens = ignore_tokens,
     ) -> list[Completion]:
-        """Continue prompts (token ids), recording what `keep` asks for in the same pass."""
+        """Continue prompts (token ids), and record what `keep` asks for; `on_tokens` counts written tokens."""
         ...
 
     def close(self) -> None:
@@ -89,24 +107,36 @@ class Teacher(Protocol):
         ...
 
 
+def beside(values: np.ndarray, start: int, fill: float) -> np.ndarray:
+    """Values of the positions from `start` on, [L, ...], as values of the whole sequence, [start + L, ...]."""
+    return np.concatenate([np.full((start, *values.shape[1:]), fill, values.dtype), values])
+
+
 def readout_from_top(
     token_ids: np.ndarray,
-    logprob: np.ndarray,
-    rank: np.ndarray,
-    ids_TK: np.ndarray,
-    logprobs_TK: np.ndarray,
-    recorded: np.ndarray,
+    start: int,
+    logprob_L: np.ndarray,
+    rank_L: np.ndarray,
+    ids_LK: np.ndarray,
+    logprobs_LK: np.ndarray,
     keep: KeepConfig,
 ) -> Readout:
-    """Build a Readout from rectangular top-k arrays aligned with `token_ids`; rows outside `recorded` are ignored."""
-    kept = keep_top(keep, ids_TK, logprobs_TK, recorded)
+    """A Readout from the top k of the last L of T positions, those from `start` on.
+
+    Args:
+        token_ids: [T], the whole sequence.
+        logprob_L, rank_L: of the actual tokens.
+        ids_LK, logprobs_LK: the top k, by falling probability.
+    """
+    recorded_T = np.arange(len(token_ids)) >= start
+    kept = keep_top(keep, beside(ids_LK, start, 0), beside(logprobs_LK, start, 0), recorded_T)
     with np.errstate(divide="ignore"):
         tail = np.log(np.clip(1.0 - kept.mass(), 0.0, 1.0))
     return Readout(
         token_ids=token_ids.astype(np.int32, copy=False),
-        logprob=np.where(recorded, logprob, np.nan).astype(np.float32),
-        rank=np.where(recorded, rank, 0).astype(np.int32),
+        logprob=beside(logprob_L, start, np.nan).astype(np.float32),
+        rank=beside(rank_L, start, 0).astype(np.int32),
         kept=kept,
-        log_tail=np.where(recorded, tail, np.nan).astype(np.float32),
+        log_tail=np.where(recorded_T, tail, np.nan).astype(np.float32),
         entropy=None,
     )

@@ -13,7 +13,7 @@ from kdata.format.keep import KeepConfig
 
 
 class ServerConfig(Strict):
-    """Where a served vLLM is, and how long it is waited for. No part of a dataset's identity: another host may go on."""
+    """Addresses of vLLM servers and how long to wait for them. Not part of a dataset's identity."""
 
     endpoints: list[str] = Field(
         min_length=1, description="URLs of servers of one and the same model, for instance http://127.0.0.1:8000."
@@ -36,7 +36,7 @@ class ServerConfig(Strict):
     patience_sec: float = Field(
         600.0,
         gt=0,
-        description="Seconds without any endpoint that answers before the run is given up; a restart takes minutes.",
+        description="Seconds without any endpoint that answers before the run is forms up; a restart takes minutes.",
     )
     tolerance_nats: float = Field(
         0.1, gt=0, description="Largest mean difference of two endpoints' log-probabilities of the same tokens."
@@ -47,7 +47,7 @@ class ServerConfig(Strict):
         for url in self.endpoints:
             parts = urlsplit(url)
             if parts.username is not None or parts.password is not None:
-                # Not quoted: what stands there is a secret.
+                # Not quoted: it is a secret.
                 raise ValueError(
                     "an endpoint has a user or a password in its URL, which is logged; use server.auth_env"
                 )
@@ -64,7 +64,7 @@ class ServerConfig(Strict):
 
 
 class TeacherConfig(Strict):
-    """Which teacher, and how it computes."""
+    """Model and backend of a teacher, and how it computes."""
 
     model: str = Field(
         description="Folder of a Hugging Face model, or a Hub name. Of a served vLLM the tokenizer and config.json suffice."
@@ -107,9 +107,9 @@ class TeacherConfig(Strict):
 
 
 class StructuredOutput(Strict):
-    """A form that the engine keeps a completion in, token by token; one of three.
+    """A form that every completion must have, enforced by the engine token by token; one of three.
 
-    Tokens that would leave it are not written, but stay in the recorded distribution.
+    Tokens that violate the form are not written, but stay in the recorded distribution.
     """
 
     json_schema: dict[str, Any] | None = Field(None, description="JSON Schema of the document that is written.")
@@ -118,14 +118,14 @@ class StructuredOutput(Strict):
 
     @model_validator(mode="after")
     def _one(self) -> StructuredOutput:
-        given = self.model_dump(exclude_none=True)
-        if len(given) != 1:
-            raise ValueError(f"structured_output takes one of json_schema, regex and choice, not {len(given)} of them")
+        forms = self.model_dump(exclude_none=True)
+        if len(forms) != 1:
+            raise ValueError(f"structured_output takes one of json_schema, regex and choice, not {len(forms)} of them")
         return self
 
 
 class SamplingConfig(Strict):
-    """How text is drawn. What is recorded is the raw distribution at temperature 1, whatever stands here."""
+    """How text is sampled. The recorded distribution is the raw one at temperature 1, whatever these settings are."""
 
     temperature: float = Field(1.0, ge=0, description="0 is greedy; 1 samples from the teacher's own distribution.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus: smallest set of tokens with this mass.")
@@ -148,13 +148,13 @@ class SamplingConfig(Strict):
 
 
 def refuse_structure(sampling: SamplingConfig, backend: str) -> None:
-    """Raise ConfigError where a backend that cannot keep a form is asked to."""
+    """Raise ConfigError where a structured output is asked of a backend that cannot write one."""
     if sampling.structured_output is not None:
         raise ConfigError(f"the {backend} teacher does not write structured output; use backend vllm or vllm-server")
 
 
 def refuse_kept(keep: KeepConfig, backend: str) -> None:
-    """Raise ConfigError where a backend that only sees the top k is asked for more."""
+    """Raise ConfigError where a backend that sees only the top k is asked for more."""
     if backend == "vllm-server" and keep.needs_full_distribution:
         raise ConfigError(
             f"a served vLLM returns the top k only; kind {keep.kind} and further temperatures need the full distribution: "

@@ -1,17 +1,17 @@
-"""Several HTTP servers that are one teacher: who gets which request, and what happens when one does not answer.
+"""Several HTTP servers that are one teacher: which server gets a request, and what happens when one does not answer.
 
-A request goes to the ready endpoint with the fewest requests under way. What is lost on the way (connection refused or
-reset, timeout, 429, 502, 503, 504) is sent again; what a server refuses (any other 4xx) is not. An endpoint that lost a
-request gets no other before it was inspected anew, with growing pauses, so that a server that comes back with another model
-is refused; it is left alone for as long as others live. The run is given up when none has been ready for `patience_sec`.
+A request goes to the ready endpoint with the fewest requests under way. A lost request (connection refused or reset,
+timeout, 429, 502, 503, 504) is sent again; a refused one (any other 4xx) is not. An endpoint that lost a request gets no
+other until it is inspected again, with growing pauses, so that a server that comes back with another model is refused. The
+run ends when no endpoint was ready for `patience_sec`.
 
-Two things that a vLLM server does when it is stopped are seen to here (measured, 0.32). After SIGTERM it closes its port and
-keeps the connections that are open, without ever answering on them: so a server that is at work is also asked for its
-health, on a connection of its own. And when its engine dies it answers 500: so after a 500 its health decides whether the
-request is at fault.
+A vLLM server that is stopped behaves in two special ways (measured, 0.32). After SIGTERM it closes its port, but keeps open
+connections and never answers on them; so the health of a server at work is also checked, on a separate connection. When its
+engine dies it answers 500; so after a 500 its health decides whether the request is at fault.
 
-All of it is one event loop in a thread of its own: callers wait in theirs, notebooks included, and no state has a lock. The
-token is nowhere but in the sessions' headers; no exception of the HTTP client that carries headers leaves this module.
+Everything runs in one event loop in a thread of its own: callers wait in their threads, notebooks work, and no state needs a
+lock. The token is only in the headers of the sessions; no exception of the HTTP client that carries headers leaves this
+module.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ T = TypeVar("T")
 
 
 class LostError(Exception):
-    """A request had no answer, for a reason that may pass; it never leaves the teacher.
+    """A request had no answer, for a reason that may pass; this error never leaves the teacher.
 
-    accepted: it was lost after the server took it, so that it may be the request that does the harm. pause_sec: how long the
-    server wishes to be left alone.
+    accepted: the server had taken the request, so the request may be the cause. pause_sec: the pause that the server asks
+    for.
     """
 
     def __init__(self, reason: str, *, accepted: bool = True, pause_sec: float = 0.0) -> None:
@@ -77,9 +77,9 @@ class Endpoints:
 
     Args:
         config: where they are and how long they are waited for.
-        inspect: asks an endpoint who it is. Raises LostError where it does not answer, KdataError where it is not wanted.
+        inspect: checks an endpoint. Raises LostError where it does not answer, KdataError where it cannot be used.
     Raises:
-        ConfigError: the variable that shall hold the token is not set.
+        ConfigError: the environment variable of the token is not set.
     """
 
     def __init__(self, config: ServerConfig, inspect: Callable[[Endpoint], Awaitable[None]]) -> None:
@@ -89,6 +89,7 @@ class Endpoints:
         self._fatal: BaseException | None = None
         self._sessions: list[aiohttp.ClientSession] = []
         self._asked_all = False
+        # Not anyio's BlockingPortal: it would be one more dependency, and an interrupted call must be cancelled by hand too.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kdata-endpoints", daemon=True)
         self._thread.start()
@@ -98,7 +99,7 @@ class Endpoints:
     # ------------------------------------------------------------------------------------------- for callers' threads
 
     def start(self) -> None:
-        """Inspect all; return once one is ready and each was asked.
+        """Inspect all endpoints; return once one is ready and each was inspected.
 
         Raises:
             UnreachableError: none has answered for `patience_sec`.
@@ -107,11 +108,11 @@ class Endpoints:
         self._run(self._start())
 
     def map(self, work: Callable[[Any], Coroutine[Any, Any, T]], items: list[Any]) -> list[T]:
-        """Results of a coroutine for every item, in order; the first that fails ends all. Raises as `ask` does."""
+        """Results of a coroutine for every item, in order; the first failure cancels the others. Raises as `ask` does."""
         return self._run(self._map(work, items))
 
     def close(self) -> None:
-        """Cut what is under way and end the thread."""
+        """Cancel all requests and end the thread."""
         if self._loop.is_closed():
             return
         self._run(self._shut())
@@ -131,7 +132,7 @@ class Endpoints:
 
     async def _start(self) -> None:
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        # The caller's own limit is the only one; the time allowed for a request begins when it is sent.
+        # max_concurrency is the only limit; the time for a request begins when it is sent.
         self._session = aiohttp.ClientSession(
             headers=headers,
             connector=aiohttp.TCPConnector(limit=0),
@@ -169,7 +170,7 @@ class Endpoints:
             await session.close()
 
     def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """A task beside the requests; where it breaks, they do not wait for it forever."""
+        """A background task. If it fails, all requests fail with its error instead of waiting forever."""
         task = asyncio.create_task(work)
 
         def end(task: asyncio.Task[None]) -> None:
@@ -180,16 +181,16 @@ class Endpoints:
         return task
 
     async def ask(self, path: str, body: Any, parse: Callable[[bytes], T]) -> T:
-        """POST a request to whichever endpoint is free, and again to another where it was lost.
+        """POST a request to a free endpoint, and again to another one if it is lost.
 
         Args:
             path: from the server's root.
             body: encoded as JSON.
-            parse: reads the answer; raises LostError where it is none.
+            parse: reads the answer; raises LostError where the server aborted it.
         Raises:
-            RefusedError: the server refused it.
-            TeacherError: it was lost more than `retries` times; or what `parse` raises.
-            UnreachableError: no endpoint has been ready for `patience_sec`.
+            RefusedError: the server refused the request.
+            TeacherError: the request was lost more than `retries` times; or an error of `parse`.
+            UnreachableError: no endpoint was ready for `patience_sec`.
         """
         lost, since = 0, None
         while True:
@@ -212,7 +213,7 @@ class Endpoints:
                 self._wake(1)
 
     async def _free(self) -> Endpoint:
-        """The ready endpoint with the fewest requests under way, once there is one below its limit; one more is counted."""
+        """Wait for a ready endpoint below its limit; take the one with the fewest requests and count one more there."""
 
         def open_ones() -> list[Endpoint]:
             return [e for e in self.endpoints if e.ready and e.outstanding < self._config.max_concurrency]
@@ -222,21 +223,21 @@ class Endpoints:
         chosen.outstanding += 1
         return chosen
 
-    async def _until(self, come: Callable[[], bool]) -> None:
-        """Wait for a change that an endpoint may bring. Raises what ended the run, where something did."""
-        while self._fatal is None and not come():
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition on the endpoints holds. Raises the error that ended the run, if there is one."""
+        while self._fatal is None and not condition():
             waiting = self._loop.create_future()
             self._waiting.append(waiting)
             try:
                 await waiting
             except asyncio.CancelledError:
-                self._wake(1)  # what woke this one may serve another
+                self._wake(1)  # let another one use what woke this one
                 raise
         if self._fatal is not None:
             raise self._fatal
 
     def _wake(self, number: int | None = None) -> None:
-        """Let those look that wait for an endpoint: the first few, or all."""
+        """Wake the first `number` of those that wait for an endpoint, or all."""
         woken = 0
         while self._waiting and woken != number:
             waiting = self._waiting.popleft()
@@ -245,11 +246,11 @@ class Endpoints:
                 woken += 1
 
     async def send(self, endpoint: Endpoint, path: str, body: Any = None) -> bytes:
-        """One request, POST where it has a body; the content of a good answer.
+        """Send one request, POST if it has a body; the content of an answer with status 200.
 
         Raises:
-            LostError: no answer, or one of those in TRANSIENT.
-            RefusedError: any other answer that is not good.
+            LostError: no answer, or a status in TRANSIENT.
+            RefusedError: any other status.
             ConfigError: the connection cannot be made secure.
         """
         garbled = ""
@@ -286,16 +287,16 @@ class Endpoints:
         raise refused
 
     async def _exchange(self, url: str, body: Any) -> tuple[int, bytes, float]:
-        """Status, content, and the seconds that the server asks to wait."""
+        """Status, content, and the seconds that the server asks the client to wait."""
         method, data = ("GET", None) if body is None else ("POST", msgspec.json.encode(body))
         headers = {} if body is None else {"Content-Type": "application/json"}
-        # A redirect would carry the token to another place.
+        # A redirect would send the token to another server.
         async with self._session.request(method, url, data=data, headers=headers, allow_redirects=False) as response:
             pause = response.headers.get("Retry-After", "")
             return response.status, await response.read(), float(pause) if pause.isdecimal() else 0.0
 
     def _shown(self, text: str) -> str:
-        """What a server says, short and without the token."""
+        """A message of a server, shortened and without the token."""
         text = text.replace(self._token, "***") if self._token else text
         return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + " ..."
 
@@ -306,7 +307,7 @@ class Endpoints:
         self._wake()
 
     def _suspect(self, endpoint: Endpoint, error: LostError) -> None:
-        """No request for an endpoint before it was inspected."""
+        """Send no request to an endpoint until it is inspected again."""
         endpoint.trouble = str(error)
         if endpoint.inspecting is not None and not endpoint.inspecting.done():
             return
@@ -315,9 +316,9 @@ class Endpoints:
         endpoint.inspecting = self._task(self._revive(endpoint, error.pause_sec))
 
     async def _revive(self, endpoint: Endpoint, pause_sec: float) -> None:
-        """Inspect an endpoint until it is ready again, or not wanted any more, or all have been silent for too long."""
+        """Inspect an endpoint until it is ready, is refused, or no endpoint was ready for too long."""
         begun = self._loop.time()
-        logger.warning("%s: %s; it is inspected before it gets more work", endpoint.url, endpoint.trouble)
+        logger.warning("%s: %s; it gets no request until it is inspected", endpoint.url, endpoint.trouble)
         while True:
             longest = BACKOFF_SEC * 2 ** min(endpoint.failures, MOST_DOUBLINGS)
             endpoint.failures += 1
@@ -330,7 +331,7 @@ class Endpoints:
                     return self._give_up(self._unreachable())
             except KdataError as error:
                 endpoint.trouble = str(error)
-                logger.error("%s is left out from now on: %s", endpoint.url, error)
+                logger.error("%s is not used any more: %s", endpoint.url, error)
                 if not any(e is not endpoint and (e.ready or _is_inspected(e)) for e in self.endpoints):
                     self._give_up(error)
                 return
@@ -339,7 +340,7 @@ class Endpoints:
                 return self._admit(endpoint)
 
     def _note_dark(self) -> None:
-        """Patience begins to run where no endpoint is ready, once each was asked for the first time."""
+        """Start the clock of `patience_sec` if no endpoint is ready, once each was inspected."""
         if self._asked_all and self._dark_since is None and not any(e.ready for e in self.endpoints):
             self._dark_since = self._loop.time()
 
@@ -355,11 +356,11 @@ class Endpoints:
         reasons = "; ".join(f"{e.url}: {e.trouble}" for e in self.endpoints)
         return UnreachableError(
             f"no endpoint has answered for {self._dark_for():.0f} s (server.patience_sec={self._config.patience_sec:g}). "
-            f"{reasons}. What was committed stays; start the server and the same command again"
+            f"{reasons}. What was committed is kept; start the server, then run the same command again"
         )
 
     async def _beat(self) -> None:
-        """Ask servers at work for their health; cut the requests of one that has closed its port or lost its engine."""
+        """Check the health of servers at work; cancel the requests of one that closed its port or lost its engine."""
         while True:
             await asyncio.sleep(HEARTBEAT_SEC)
             for endpoint in [e for e in self.endpoints if e.deadlines]:
@@ -368,13 +369,13 @@ class Endpoints:
                     self._cut(endpoint)
 
     def _cut(self, endpoint: Endpoint) -> None:
-        """Let all that is under way at an endpoint time out now."""
+        """Let all requests at an endpoint time out now."""
         for deadline in endpoint.deadlines:
             if not deadline.expired():
                 deadline.reschedule(self._loop.time())
 
     async def _healthy(self, endpoint: Endpoint) -> bool | None:
-        """Whether a server is well; None where it cannot tell now (too busy, or behind a gateway that hides it)."""
+        """Whether a server is healthy; None where that is unknown (it is too busy, or a gateway hides it)."""
         try:
             async with self._own_line.get(endpoint.url + "/health", allow_redirects=False) as response:
                 return {200: True, 500: False, 502: False, 503: False, 504: False}.get(response.status)
@@ -401,22 +402,22 @@ def _is_inspected(endpoint: Endpoint) -> bool:
 
 
 def _token(variable: str | None) -> str | None:
-    """The token out of the environment; it is never shown."""
+    """The token from the environment; it is never shown."""
     if variable is None:
         return None
     token = os.environ.get(variable, "").strip()
     if not token:
         raise ConfigError(f"server.auth_env names the variable {variable}, which is not set; put the token there")
     if not token.isprintable() or not token.isascii():
-        raise ConfigError(f"the token in {variable} has characters that no header may have; set it again")
+        raise ConfigError(f"the token in {variable} has characters that are not allowed in a header; set it again")
     return token
 
 
 def _message(content: bytes) -> str:
-    """What a server says of an error: vLLM's own form, or the beginning of whatever it is."""
+    """The error message in an answer: from vLLM's JSON, or else the beginning of the answer."""
     try:
-        told = msgspec.json.decode(content)
+        answer = msgspec.json.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return content[: 4 * LONGEST_MESSAGE].decode("utf-8", "replace")
-    error = told.get("error", told) if isinstance(told, dict) else told
+    error = answer.get("error", answer) if isinstance(answer, dict) else answer
     return str(error.get("message", error) if isinstance(error, dict) else error)

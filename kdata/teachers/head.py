@@ -1,8 +1,8 @@
 """The output head of a checkpoint, read from its files: hidden states to logits, without building [tokens, V].
 
-vLLM's pooling runner returns the states behind the final norm; the head is ours. Known kinds are tied or untied
-embeddings, with or without bias, with Gemma's soft-cap or a constant logit scale. What is not known is refused, not guessed:
-a model whose logits are more than that would be captured wrongly without any sign.
+vLLM's pooling runner returns the states after the final norm; kdata applies the head. Known heads are tied or untied
+embeddings, with or without bias, with Gemma's soft-cap or a constant logit scale. Any other architecture is refused: if
+its logits needed more than that, the capture would be silently wrong.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def load_head(folder: Path, vocab_size: int, dtype: torch.dtype, device: str) ->
     architecture = _architecture(config)
     if architecture not in KNOWN:
         raise TeacherError(
-            f"the head of {architecture} is not known to the hidden-state path; use path=logprobs, or backend transformers"
+            f"path=hidden does not know the head of {architecture}; use path=logprobs, or backend transformers"
         )
     tied = bool(config.get("tie_word_embeddings", architecture.startswith(("Gemma", "Cohere"))))
     weight = None if tied else _tensor(folder, ("lm_head.weight",))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kdata.errors import DependencyError
 from kdata.teachers.base import Teacher
 from kdata.teachers.config import TeacherConfig
+from kdata.teachers.model import check_model
 
 
 def load_teacher(config: TeacherConfig, *, max_k: int) -> Teacher:
@@ -15,8 +16,10 @@ def load_teacher(config: TeacherConfig, *, max_k: int) -> Teacher:
         max_k: largest k that will be asked for.
     Raises:
         DependencyError: the backend's package is not installed.
-        MissingError: the model is not there.
+        MissingError: the model does not exist, or its folder lacks a file.
+        ConfigError: the model cannot do what `config` asks for.
     """
+    check_model(config, max_k=max_k)
     try:
         if config.backend == "vllm":
             from kdata.teachers.vllm import VllmTeacher

@@ -1,4 +1,4 @@
-"""Which model a teacher is: its identity, revision and tokenizer."""
+"""Which model a teacher is: what its folder must hold, its identity, revision and tokenizer."""
 
 from __future__ import annotations
 
@@ -15,19 +15,70 @@ from kdata.format.schema import TokenizerInfo
 from kdata.store.hub import hub_errors
 from kdata.teachers.config import TeacherConfig
 
+# One of these is in the folder of every model that has a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def check_model(config: TeacherConfig, *, max_k: int) -> None:
+    """Refuse a model folder that cannot be this teacher, by its small files, before anything is loaded.
+
+    A Hub name passes: its files are not here yet.
+
+    Args:
+        config: which model, and how it is read.
+        max_k: largest k that will be asked for.
+    Raises:
+        MissingError: there is no such folder, or a file of it is missing.
+        ConfigError: config.json is damaged; `context` or k is too large for the model.
+    """
+    path, remedy = Path(config.model), "name a model folder or a Hub name (teacher.model)"
+    if _exists(path) and not path.is_dir():
+        raise MissingError(f"teacher model {config.model!r} is a file; {remedy}")
+    if not path.is_dir():
+        if path.is_absolute() or config.model.startswith(".") or config.model.count("/") > 1:
+            raise MissingError(f"teacher model {config.model!r} does not exist; {remedy}")
+        return
+    needed = {"config.json": (path / "config.json").is_file()}
+    if config.backend != "vllm-server":
+        needed["*.safetensors"] = any(path.glob("*.safetensors"))
+    needed["tokenizer"] = any((path / name).is_file() for name in TOKENIZER_FILES)
+    missing = " and no ".join(name for name, there in needed.items() if not there)
+    if missing:
+        raise MissingError(f"{path} is not the folder of a Hugging Face model: it has no {missing}; {remedy}")
+    try:
+        model = json.loads((path / "config.json").read_text("utf-8"))
+        text = model.get("text_config") or model
+        vocab_size, longest = text.get("vocab_size"), text.get("max_position_embeddings")
+        rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+        is_scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{path / 'config.json'} is damaged ({error}); copy the model's folder again, or name another one"
+        ) from error
+    if config.context is not None and isinstance(longest, int) and not is_scaled and config.context > longest:
+        raise ConfigError(
+            f"context={config.context} exceeds what {config.model} can read, {longest} tokens (max_position_embeddings in "
+            "config.json); lower teacher.context, or leave it at null"
+        )
+    if isinstance(vocab_size, int) and max_k >= vocab_size:
+        raise ConfigError(f"k={max_k} must be below the vocabulary size of {config.model}, {vocab_size}; lower k")
+
+
+def _exists(path: Path) -> bool:
+    """As `Path.exists`; False too for a name that the file system does not allow."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
 
 def model_identity(config: TeacherConfig) -> tuple[str, str | None, str | None]:
-    """Name, Hub commit and weights hash of a model: a local one is known by its bytes, a Hub one by its commit."""
+    """Name, Hub commit and weights hash of a model: its bytes identify a local model, its commit one on the Hub."""
     path = Path(config.model)
     if not path.is_dir():
-        if path.is_absolute() or config.model.count("/") > 1:
-            raise MissingError(f"teacher model {config.model!r} does not exist; name a model folder or a Hub name")
         return config.model, _hub_commit(config), None
     digest = hashlib.sha256()
-    files = sorted(p for p in path.iterdir() if p.name == "config.json" or p.suffix == ".safetensors")
-    if len(files) < 2:
-        raise MissingError(f"{path} is no Hugging Face model: it needs config.json and *.safetensors")
-    for file in files:
+    for file in sorted(p for p in path.iterdir() if p.name == "config.json" or p.suffix == ".safetensors"):
         digest.update(file.name.encode() + b"\0")
         with file.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())

@@ -1,10 +1,10 @@
-"""From logits, or from hidden states, to what is stored: one reduction for every teacher that sees the whole distribution.
+"""Reduce logits, or hidden states, to what is stored: one reduction for every teacher that sees the full distribution.
 
-Exact entries, draws, tail mass, log-sum-exp at further temperatures, entropy, and the actual token's log-probability and
-rank. The tail is the sum of what was not kept, not 1 minus what was, so it is exact however small. Draws are a function of
-the setting and the sequence's token ids alone (of written text: of the prompt's and the sample's seed): neither order,
-batching nor backend matters (uniforms come from numpy's Philox, and both backends invert the same cumulative sum; a uniform
-within rounding of a border may fall either way).
+It computes exact entries, draws, tail mass, log-sum-exp at further temperatures, entropy, and log-probability and rank
+of the actual token. The tail is the sum of the entries that are not kept, not 1 minus the kept mass, so it is exact
+even if it is tiny. Draws depend on the settings and the token ids of the sequence only (for written text: on the
+prompt's ids and the seed of the sample), not on order, batching or backend: uniforms come from numpy's Philox, and both
+backends invert the same cumulative sum. A uniform within rounding of a border may fall on either side.
 
 From hidden states the head is applied chunk by chunk: never [tokens, V].
 
@@ -25,7 +25,7 @@ import torch
 from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig, keep_top
 from kdata.format.kept import Kept
-from kdata.teachers.base import Readout
+from kdata.teachers.base import Readout, beside
 from kdata.teachers.row_kernel import any_bad, reduce_rows
 
 # Of float32 logits at a time. On a CPU they stay in its cache; on a GPU few large kernels are faster than many small ones,
@@ -94,15 +94,15 @@ def reduce_chunks(
 def reduce_each(
     logits: Logits, vocab_size: int, actual_M: torch.Tensor, keep: KeepConfig, uniforms_MN: np.ndarray
 ) -> list[Rows]:
-    """The same position by position, chunk by chunk: not yet laid out as entries; see `assemble`."""
+    """Reduce positions chunk by chunk; `assemble` then lays them out as entries."""
     device = actual_M.device.type
     step = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
     work = _reduce_cpu if device == "cpu" and keep.tau == 1.0 and keep.kind != "adaptive" else _reduce_torch
-    found = []
-    for begin in range(0, max(len(actual_M), 1), step):  # once even where nothing is predicted
+    chunks = []
+    for begin in range(0, max(len(actual_M), 1), step):  # at least once, even where nothing is predicted
         end = min(begin + step, len(actual_M))
-        found.append(work(logits(begin, end), actual_M[begin:end], keep, uniforms_MN[begin:end]))
-    return found
+        chunks.append(work(logits(begin, end), actual_M[begin:end], keep, uniforms_MN[begin:end]))
+    return chunks
 
 
 def uniforms_of(parts: list[tuple[int, int]], keep: KeepConfig) -> np.ndarray:
@@ -126,8 +126,8 @@ def _log_z(logprobs_or_logits_CV: torch.Tensor, lse_C: torch.Tensor, keep: KeepC
     """ln sum_i p_i^(1/T) for each further temperature, float32 [C, n]."""
     if not keep.temperatures:
         return None
-    found = [torch.logsumexp(logprobs_or_logits_CV / t, -1) - lse_C / t for t in keep.temperatures]
-    return torch.stack(found, 1).cpu().numpy()
+    log_z = [torch.logsumexp(logprobs_or_logits_CV / t, -1) - lse_C / t for t in keep.temperatures]
+    return torch.stack(log_z, 1).cpu().numpy()
 
 
 def _reduce_cpu(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepConfig, uniforms_CN: np.ndarray) -> Rows:
@@ -263,18 +263,15 @@ def draw_seed(token_ids: np.ndarray, keep: KeepConfig, sample: int | None = None
 
 
 def readout_of(token_ids: np.ndarray, start: int, reduced: Reduced) -> Readout:
-    """Place reduced positions, the last of `token_ids` from `start` on, beside the whole sequence."""
-
-    def beside(values: np.ndarray, fill: float) -> np.ndarray:
-        return np.concatenate([np.full((start, *values.shape[1:]), fill, values.dtype), values])
-
+    """A Readout of a whole sequence from its reduced positions, those from `start` on."""
     kept = reduced.kept
+    num_exact, num_drawn = beside(kept.num_exact, start, 0), beside(kept.num_drawn, start, 0)
     return Readout(
         token_ids=token_ids,
-        logprob=beside(reduced.logprob, np.nan),
-        rank=beside(reduced.rank, 0),
-        kept=Kept(beside(kept.num_exact, 0), beside(kept.num_drawn, 0), kept.ids, kept.logprobs, kept.draw_logprobs),
-        log_tail=beside(reduced.log_tail, np.nan),
-        entropy=beside(reduced.entropy, np.nan),
-        log_z=None if reduced.log_z is None else beside(reduced.log_z, np.nan),
+        logprob=beside(reduced.logprob, start, np.nan),
+        rank=beside(reduced.rank, start, 0),
+        kept=Kept(num_exact, num_drawn, kept.ids, kept.logprobs, kept.draw_logprobs),
+        log_tail=beside(reduced.log_tail, start, np.nan),
+        entropy=beside(reduced.entropy, start, np.nan),
+        log_z=None if reduced.log_z is None else beside(reduced.log_z, start, np.nan),
     )

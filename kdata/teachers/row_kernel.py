@@ -117,14 +117,14 @@ def _largest(bits_V, largest_B):
     """The largest value of each block of a row, given as its bits (int32), into largest_B; returns the largest of all."""
     width = len(bits_V)
     for b in range(len(largest_B)):
-        found = _ordered(bits_V[b * BLOCK])
+        largest = _ordered(bits_V[b * BLOCK])
         if (b + 1) * BLOCK <= width:
             for v in range(BLOCK):
-                found = max(found, _ordered(bits_V[b * BLOCK + v]))
+                largest = max(largest, _ordered(bits_V[b * BLOCK + v]))
         else:
             for v in range(b * BLOCK, width):
-                found = max(found, _ordered(bits_V[v]))
-        largest_B[b] = _float_of_bits(_ordered(found))
+                largest = max(largest, _ordered(bits_V[v]))
+        largest_B[b] = _float_of_bits(_ordered(largest))
     return largest_B.max()
 
 

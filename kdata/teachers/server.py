@@ -1,19 +1,18 @@
-"""A vLLM that is served elsewhere, over HTTP: token ids in and out, several servers of one model at once.
+"""A served vLLM as a teacher, over HTTP: token ids in and out, with several servers of one model at once.
 
-What comes over HTTP is the top k, so the kinds `topk` and `adaptive` can be captured, not what needs the full distribution.
-`wire.py` has the requests and answers, `endpoints.py` what happens when a server does not answer.
+Servers return the top k, so the kinds `topk` and `adaptive` can be captured, but nothing that needs the full distribution.
+`wire.py` has the requests and answers, `endpoints.py` handles servers that do not answer.
 
-Two ways into the server, one for the whole run:
-    /inference/v1/generate  where it was started with --enable-scale-out: it decodes no text, which makes it 1.9 to 2.7
-                            times as fast, and writes with log-probabilities in one pass
-    /v1/completions         what every server has; it does not tell the rank of a written token, so what was written is
-                            read in a second pass, as is structured output, whose log-probabilities are masked (0.32)
+A run uses one of two paths of the server:
+    /inference/v1/generate  of a server started with --enable-scale-out: it decodes no text, which makes it 1.9 to 2.7
+                            times as fast, and it writes with log-probabilities in one pass
+    /v1/completions         of every server: it does not return the rank of a written token, so written text is read in a
+                            second pass, as is structured output, whose log-probabilities are masked (0.32)
 Measured with teacher-10m, k=64, two cores for all: 4.7k and 1.7 to 2.2k tokens/s; 4.4 and 4.5 kB of JSON a token. JSON to
 readouts: 50 to 60k tokens/s per core (msgspec into typed structs; with orjson half of it), enough for ten servers.
 
-At the start every server is asked who it is, and again after each failure: model, version, length, how it cuts a text,
-whether its log-probabilities are raw and normalised, whether k of them are allowed, and whether it believes what the others
-do.
+At the start and after each failure a server is inspected: its model, version, length and tokenizer, whether its
+log-probabilities are raw and normalized, whether k of them are allowed, and whether they agree with the other servers'.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import numpy as np
 from kdata.errors import ConfigError, MismatchError, MissingError, TeacherError, settings_difference
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import TeacherInfo
-from kdata.teachers.base import Completion, Readout, readout_from_top
+from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens, readout_from_top
 from kdata.teachers.config import SamplingConfig, TeacherConfig, refuse_kept
 from kdata.teachers.endpoints import Endpoint, Endpoints, RefusedError
 from kdata.teachers.model import load_tokenizer, model_identity
@@ -134,30 +133,40 @@ class ServedTeacher:
         assert self._first is not None
         return self._first
 
-    def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
+    def read(
+        self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
+    ) -> list[Readout]:
         """Read sequences; see `Teacher.read`. Raises as `Endpoints.ask` does."""
         refuse_kept(keep, "vllm-server")
-        return self._endpoints.map(lambda ids: self._read(ids, keep), list(sequences))
+        return self._endpoints.map(lambda ids: self._read(ids, keep, on_tokens), list(sequences))
 
     def write(
-        self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[np.ndarray],
+        keep: KeepConfig,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        on_tokens: OnTokens = ignore_tokens,
     ) -> list[Completion]:
         """Continue prompts; see `Teacher.write`. Raises as `Endpoints.ask` does."""
         refuse_kept(keep, "vllm-server")
         items = list(zip(prompts, seeds, strict=True))
-        return self._endpoints.map(lambda item: self._write(item[0], item[1], keep, sampling), items)
+        return self._endpoints.map(lambda item: self._write(item[0], item[1], keep, sampling, on_tokens), items)
 
     def close(self) -> None:
         """Cut what is under way."""
         self._endpoints.close()
 
-    async def _read(self, ids: np.ndarray, keep: KeepConfig) -> Readout:
-        """One more token is written and thrown away: the engine needs a step."""
+    async def _read(self, ids: np.ndarray, keep: KeepConfig, on_tokens: OnTokens = ignore_tokens) -> Readout:
+        """Read one sequence. The server also writes one token, which is thrown away: its engine needs a step."""
         params = {"max_tokens": 1, "prompt_logprobs": keep.k}
         top = await self._ask(ids, params, keep.k, lambda answer: top_of_prompt(answer, ids, keep.k, self.vocab_size))
+        on_tokens(len(ids))
         return _readout(ids, 1, top, keep)
 
-    async def _write(self, prompt: np.ndarray, seed: int, keep: KeepConfig, sampling: SamplingConfig) -> Completion:
+    async def _write(
+        self, prompt: np.ndarray, seed: int, keep: KeepConfig, sampling: SamplingConfig, on_tokens: OnTokens
+    ) -> Completion:
         structure = sampling.structured_output
         in_one_pass = self._served.generates and structure is None
         params = {
@@ -174,6 +183,7 @@ class ServedTeacher:
             return new, finish, top_of_written(answer, new, keep.k, self.vocab_size) if in_one_pass else None
 
         new, finish, top = await self._ask(prompt, params, keep.k + 1, parse)
+        on_tokens(len(new))
         whole, start = np.concatenate([prompt, new]).astype(np.int32), len(prompt)
         if top is not None:
             return Completion(_readout(whole, start, top, keep), start, finish)
@@ -196,9 +206,9 @@ class ServedTeacher:
             name, longest = self._named(models, endpoint), max((m.max_model_len or 0 for m in models), default=0)
             version = decode(Version, await self._endpoints.send(endpoint, "/version")).version
             await self._check_tokenizer(endpoint, name)
-            generates, whole, told = await self._probe_writing(endpoint, name)
+            generates, whole, reported = await self._probe_writing(endpoint, name)
             top = await self._probe_reading(endpoint, name, generates, whole)
-        apart = np.abs(told - top.logprob[-PROBE_WRITTEN:]).mean()
+        apart = np.abs(reported - top.logprob[-PROBE_WRITTEN:]).mean()
         if not (apart <= RAW_NATS and is_distribution(top.logprobs, self.vocab_size)):
             raise ConfigError(
                 f"{endpoint.url}: its log-probabilities are not the raw ones; start it with --logprobs-mode raw_logprobs"
@@ -232,7 +242,7 @@ class ServedTeacher:
             )
 
     async def _probe_writing(self, endpoint: Endpoint, name: str) -> tuple[bool, np.ndarray, np.ndarray]:
-        """Whether it has /inference/v1/generate; the probe and tokens written behind it; their log-probabilities as told."""
+        """Whether it has /inference/v1/generate; the probe with the tokens written after it; their reported logprobs."""
         params = {
             "max_tokens": PROBE_WRITTEN, "ignore_eos": True, "temperature": PROBE_TEMPERATURE, "logprobs": 0,
         }  # fmt: skip
@@ -246,8 +256,8 @@ class ServedTeacher:
             content = await self._endpoints.send(endpoint, *request(name, False, self._probe, params))
         answer = answer_about(content, probe)
         new, _ = new_tokens(answer)
-        told = answer.choices[0].logprobs or Logprobs()
-        values = [w.logprob for w in told.content] if told.content else told.token_logprobs
+        logprobs = answer.choices[0].logprobs or Logprobs()
+        values = [w.logprob for w in logprobs.content] if logprobs.content else logprobs.token_logprobs
         if len(new) != PROBE_WRITTEN or values is None or len(values) != len(new):
             raise TeacherError(f"{endpoint.url} did not write {PROBE_WRITTEN} tokens with their log-probabilities")
         return generates, np.concatenate([probe, new]), np.array(values)
@@ -292,14 +302,7 @@ def _explained(most: int) -> Iterator[None]:
 
 
 def _readout(ids: np.ndarray, start: int, top: Top, keep: KeepConfig) -> Readout:
-    """Place arrays of the positions from `start` on beside the whole sequence."""
-
-    def beside(values: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.zeros((start, *values.shape[1:]), values.dtype), values])
-
-    recorded = np.arange(len(ids)) >= start
-    logprob, rank = beside(top.logprob), beside(top.rank)
-    return readout_from_top(ids, logprob, rank, beside(top.ids), beside(top.logprobs), recorded, keep)
+    return readout_from_top(ids, start, top.logprob, top.rank, top.ids, top.logprobs, keep)
 
 
 def _identity(config: TeacherConfig) -> tuple[str, str | None, str | None]:

@@ -1,11 +1,11 @@
-"""Rows of logits reduced as they are sampled from: what vLLM writes gets any kind of targets in the same pass.
+"""Reduce rows of logits while vLLM samples from them, so that written text gets any kind of targets in the same pass.
 
 A logits processor of vLLM (`TapeProcessor` in vllm.py) sees each row before a token is drawn from it. `Tape` collects the
-rows of one call; whose row it is and which token it predicts follow from the request and the number of tokens that it has so
-far. A row may be seen twice (a prompt that is read in pieces, a request that was set back): the last one counts. Afterwards
-every row is held against what the engine says of the token that it drew.
+rows of one call. The request and its number of tokens so far tell which token a row predicts. A row may come twice (of a
+prompt that is read in pieces, or a preempted request): the last one counts. At the end every row is checked against the
+log-probability that the engine reports for the drawn token.
 
-In this process only: a model spread over several GPUs computes elsewhere.
+This works in one process only: a model spread over several GPUs computes its logits in others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NUMBERS = itertools.count()
 
 
 class Tape:
-    """The rows of one call of the engine; a context manager, known by its number while it is open.
+    """The rows of one call of the engine, as a context manager; open tapes are in `TAPES` by their number.
 
     Args:
         prompts: token ids of each request.
@@ -44,7 +44,7 @@ class Tape:
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         self._chunks: list[Rows] = []
-        self._taken = 0
+        self._num_rows = 0
         self._places: list[dict[int, int]] = [{} for _ in prompts]
 
     def __enter__(self) -> Tape:
@@ -59,33 +59,33 @@ class Tape:
         return {KEY: (self._number, request)}
 
     def take(self, logits_BV: torch.Tensor, requests: Sequence[tuple[int, int]]) -> None:
-        """Reduce the rows of requests, each given with the number of tokens that it has written so far."""
-        # A row beyond the last token belongs to a request that is at its end: nothing is drawn from it.
+        """Reduce rows; `requests` has the request of each row and the number of tokens that it has written so far."""
+        # A row beyond the last token belongs to a finished request: no token is drawn from it.
         live = [n for n, (request, t) in enumerate(requests) if t < len(self._uniforms[request])]
         if not live:
             return
         uniforms_BN = np.stack([self._uniforms[requests[n][0]][requests[n][1]] for n in live])
         rows_BV = logits_BV if len(live) == len(logits_BV) else logits_BV[live]
-        nothing_B = torch.zeros(len(live), dtype=torch.long, device=logits_BV.device)  # the token is not drawn yet
+        nothing_B = torch.zeros(len(live), dtype=torch.long, device=logits_BV.device)  # the tokens are not drawn yet
         self._chunks += reduce_each(
             lambda a, b: rows_BV[a:b].contiguous(), rows_BV.shape[1], nothing_B, self._keep, uniforms_BN
         )
         for place, n in enumerate(live):
             request, t = requests[n]
-            self._places[request][t] = self._taken + place
-        self._taken += len(live)
+            self._places[request][t] = self._num_rows + place
+        self._num_rows += len(live)
 
     def reduced(
         self, request: int, token_ids: np.ndarray, logprob_L: np.ndarray, rank_L: np.ndarray, tolerance: float
     ) -> Reduced:
-        """What was kept along one completion.
+        """What is kept along one completion.
 
         Args:
-            token_ids: int32 [L], what the engine drew.
-            logprob_L, rank_L: float32 and int32 [L], what it says of these tokens.
-            tolerance: nats by which the two may differ.
+            token_ids: int32 [L], the tokens that the engine drew.
+            logprob_L, rank_L: float32 and int32 [L], what the engine reports for these tokens.
+            tolerance: largest difference in nats between a row and the report.
         Raises:
-            TeacherError: rows are missing, or they are not those that the tokens were drawn from.
+            TeacherError: rows are missing, or are not those that the tokens were drawn from.
         """
         if self._chunks and len(self._chunks) > 1:
             self._chunks = [_joined(self._chunks)]
@@ -94,11 +94,11 @@ class Tape:
             raise TeacherError("vLLM drew tokens from rows that it did not show; set path=hidden")
         rows = _picked(self._chunks[0], np.array(places))
         hit_LK = rows.ids == token_ids[:, None]
-        found = hit_LK.any(1)
-        off = np.abs(rows.logprobs[hit_LK] - logprob_L[found])
+        is_kept = hit_LK.any(1)
+        off = np.abs(rows.logprobs[hit_LK] - logprob_L[is_kept])
         surely_kept = rank_L <= rows.ids.shape[1]
-        # Equal logits may change places at the border of what is kept, which is no sign of anything.
-        lost = surely_kept & ~found & (logprob_L > rows.logprobs[:, -1] + tolerance if rows.ids.shape[1] else False)
+        # Equal logits may swap places at the border of what is kept: that is not an error.
+        lost = surely_kept & ~is_kept & (logprob_L > rows.logprobs[:, -1] + tolerance if rows.ids.shape[1] else False)
         if not (off <= tolerance).all() or lost.any():
             worst = f"{off.max():.2g} nats" if len(off) else "a token that should be kept is not"
             raise TeacherError(f"rows of logits and drawn tokens do not belong together ({worst}); set path=hidden")

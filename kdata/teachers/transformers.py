@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import TeacherInfo
-from kdata.teachers.base import Completion, Readout
+from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig, refuse_structure
 from kdata.teachers.model import model_identity
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
@@ -55,19 +55,24 @@ class TransformersTeacher:
         )
 
     @torch.inference_mode()
-    def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
+    def read(
+        self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
+    ) -> list[Readout]:
         """Read sequences; see `Teacher.read`."""
         lengths = [len(ids) for ids in sequences]
         tokens = min(self._batch_tokens, rows_per_step(self.vocab_size, self._logits_gib, copies=2))
-        return by_windows(lambda group: self._read([sequences[i] for i in group], keep), lengths, tokens, padded=True)
+        return by_windows(
+            lambda group: self._read([sequences[i] for i in group], keep, on_tokens), lengths, tokens, padded=True
+        )
 
-    def _read(self, sequences: list[np.ndarray], keep: KeepConfig) -> list[Readout]:
+    def _read(self, sequences: list[np.ndarray], keep: KeepConfig, on_tokens: OnTokens) -> list[Readout]:
         """One padded batch."""
         logits_BTV = self._model(self._pad(sequences)).logits
-        return [
-            self._read_one(np.asarray(ids, np.int32), logits_BTV[row, : len(ids) - 1], 1, keep)
-            for row, ids in enumerate(sequences)
-        ]
+        readouts = []
+        for row, ids in enumerate(sequences):
+            readouts.append(self._read_one(np.asarray(ids, np.int32), logits_BTV[row, : len(ids) - 1], 1, keep))
+            on_tokens(len(ids))
+        return readouts
 
     def _read_one(
         self, ids: np.ndarray, logits_MV: torch.Tensor, start: int, keep: KeepConfig, draws: int | None = None
@@ -80,7 +85,12 @@ class TransformersTeacher:
 
     @torch.inference_mode()
     def write(
-        self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[np.ndarray],
+        keep: KeepConfig,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        on_tokens: OnTokens = ignore_tokens,
     ) -> list[Completion]:
         """Continue prompts one at a time: an oracle, not a generator for volume."""
         refuse_structure(sampling, "transformers")
@@ -88,10 +98,16 @@ class TransformersTeacher:
             raise TeacherError("the transformers teacher does not write with stop strings; use vllm")
         eos = self._model.generation_config.eos_token_id
         ends = set(eos if isinstance(eos, list) else [eos]) - {None}
-        return [self._write_one(p, keep, sampling, s, ends) for p, s in zip(prompts, seeds, strict=True)]
+        return [self._write_one(p, keep, sampling, s, ends, on_tokens) for p, s in zip(prompts, seeds, strict=True)]
 
     def _write_one(
-        self, prompt: np.ndarray, keep: KeepConfig, sampling: SamplingConfig, seed: int, ends: set[int]
+        self,
+        prompt: np.ndarray,
+        keep: KeepConfig,
+        sampling: SamplingConfig,
+        seed: int,
+        ends: set[int],
+        on_tokens: OnTokens,
     ) -> Completion:
         generator = torch.Generator(device=self._device).manual_seed(seed)
         ids, rows, cache, step = prompt.tolist(), [], None, prompt.tolist()
@@ -103,6 +119,7 @@ class TransformersTeacher:
             rows.append(logits_V)
             step = [_draw(logits_V, sampling, generator, ends if number < sampling.min_tokens else set())]
             ids += step
+            on_tokens(1)
             if step[0] in ends:
                 finish = "stop"
                 break

@@ -1,15 +1,15 @@
-"""vLLM in this process. Two ways to read, one to write.
+"""vLLM in this process: two ways to read, one to write.
 
-    logprobs  the engine's log-probabilities, flat and without detokenisation: the top k, and with it the exact tail
-    hidden    the pooling runner's hidden states and our own head, reduced chunk by chunk: any k, draws, exact tails, entropy,
-              further temperatures
+    logprobs  the engine's log-probabilities, flat and without detokenization: the top k, and the exact mass of the rest
+    hidden    hidden states of the pooling runner and our own head, reduced chunk by chunk: any k, draws, exact tails,
+              entropy, further temperatures
 
-Text is written by the generating engine: its own log-probabilities give the top k in the same pass, and the rows that it
-samples from what needs the full distribution (`tape.py`). Where those are not the raw ones, the text is read once more.
+The generating engine writes text. Its own log-probabilities give the top k in the same pass; what needs the full distribution
+comes from the rows of logits that it samples from (`tape.py`). Where those rows are not the raw ones, the text is read again.
 
-What is recorded is the raw log-softmax at temperature 1 (`logprobs_mode="raw_logprobs"`). Requests are independent, prefix
-caching is off: on a CPU in float32 a work unit that is submitted again returns the same bits (measured, two processes).
-Before hidden states are trusted, a few real rows are read both ways; the run is refused where they disagree.
+Recorded is the raw log-softmax at temperature 1 (`logprobs_mode="raw_logprobs"`). Requests are independent and prefix caching
+is off: on a CPU in float32 a work unit that is submitted again returns the same bits (measured in two processes). Before
+hidden states are used, a few real rows are read both ways, and the run is refused if they disagree.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirection
 from kdata.errors import ConfigError, TeacherError
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import TeacherInfo
-from kdata.teachers.base import Completion, Readout, readout_from_top
+from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens, readout_from_top
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.head import Head, is_known, load_head
 from kdata.teachers.model import model_identity
@@ -55,8 +55,8 @@ from kdata.teachers.reduce import draw_seed, readout_of, reduce_chunks
 from kdata.teachers.tape import KEY, TAPES, Tape
 from kdata.teachers.windows import ENTRY_BYTES, GIB, by_windows, rows_per_step, windows
 
-# Largest difference in nats between the two ways of reading, by arithmetic of the forward pass: float32 differs by order of
-# summation (measured 4e-5), the 16-bit ones by their own rounding.
+# Largest difference in nats between the two ways of reading, by dtype of the forward pass: float32 differs by the order of
+# summation (measured 4e-5), 16-bit types by their rounding.
 PARITY_NATS = {"float32": 2e-3, "float16": 0.05, "bfloat16": 0.25}
 PARITY_ROWS, PARITY_TOKENS = 4, 128
 # Tokens of one step of the engine: at most (its own defaults), and at least, whatever the vocabulary.
@@ -180,18 +180,20 @@ class VllmTeacher:
         dtype = getattr(torch, self.info.dtype)
         return load_head(self._folder, self.vocab_size, dtype, "cpu" if self._on_cpu else "cuda")
 
-    def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
+    def read(
+        self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
+    ) -> list[Readout]:
         """Read sequences, a window of them at a time; see `Teacher.read`."""
         if self._path(keep) == "logprobs":
             tokens = int(WINDOW_GIB * GIB / ENTRY_BYTES) // (keep.k + 1)
             return by_windows(
-                lambda group: self._read_logprobs([sequences[i] for i in group], keep),
+                lambda group: self._read_logprobs([sequences[i] for i in group], keep, on_tokens),
                 [len(s) for s in sequences],
                 tokens,
             )
         if not self._agreed:
             self._check_parity(sequences)
-        return self._read_hidden(sequences, keep)
+        return self._read_hidden(sequences, keep, on_tokens)
 
     def _path(self, keep: KeepConfig, *, writing: bool = False) -> str:
         path = self._config.path
@@ -205,27 +207,31 @@ class VllmTeacher:
         # What is written has its top k in the same pass. Reading is faster by hidden states, where the head is known.
         return "hidden" if keep.needs_full_distribution or (not writing and self._head_is_known) else "logprobs"
 
-    def _read_logprobs(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
+    def _read_logprobs(
+        self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
+    ) -> list[Readout]:
         """The engine's log-probabilities. One more token is sampled and thrown away: the engine needs a step."""
         params = SamplingParams(
             max_tokens=1, temperature=0, prompt_logprobs=keep.k, detokenize=False, flat_logprobs=True
         )
-        outputs = self._generate(sequences, [params] * len(sequences))
+        outputs = self._generate(sequences, [params] * len(sequences), on_tokens, written=False)
         readouts = []
         for ids, output in zip(sequences, outputs, strict=True):
-            top = _rectangle(output.prompt_logprobs, first=1, k=keep.k)
-            if len(top[0]) != len(ids) - 1 or not np.array_equal(top[0], ids[1:]):
-                raise TeacherError("vLLM returned log-probabilities for other tokens than it was given")
-            readouts.append(_readout(ids, 1, top, keep))
+            actual, *top = _rectangle(output.prompt_logprobs, first=1, k=keep.k)
+            if not np.array_equal(actual, ids[1:]):
+                raise TeacherError("vLLM returned log-probabilities for other tokens than those of the prompt")
+            readouts.append(readout_from_top(ids, 1, *top, keep))
         return readouts
 
-    def _read_hidden(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
+    def _read_hidden(
+        self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
+    ) -> list[Readout]:
         """Hidden states, then our own head.
 
         One window is reduced while the engine works on the next; no more than two are in memory.
         """
         tokens = min(int(WINDOW_GIB * GIB / (4 * self._head.weight_VD.shape[1])), WINDOW_TOKENS)
-        found: dict[int, Future[Readout]] = {}
+        readouts: dict[int, Future[Readout]] = {}
         under_way: list[Future[Readout]] = []
         for group in windows([len(ids) for ids in sequences], tokens):
             prompts = [TokensPrompt(prompt_token_ids=sequences[i].tolist()) for i in group]
@@ -233,22 +239,24 @@ class VllmTeacher:
                 outputs = self._reader.encode(prompts, pooling_task="token_embed", use_tqdm=False)
             wait(under_way)
             under_way = [
-                self._reducers.submit(self._reduce, sequences[i], output.outputs.data, keep)
+                self._reducers.submit(self._reduce, sequences[i], output.outputs.data, keep, on_tokens)
                 for i, output in zip(group, outputs, strict=True)
             ]
-            found.update(zip(group, under_way, strict=True))
-        return [found[number].result() for number in range(len(sequences))]
+            readouts.update(zip(group, under_way, strict=True))
+        return [readouts[number].result() for number in range(len(sequences))]
 
     @torch.inference_mode()
-    def _reduce(self, ids: np.ndarray, hidden_TD: torch.Tensor, keep: KeepConfig) -> Readout:
-        """One sequence's states to its readout. By itself, so that the numbers do not depend on its neighbours."""
+    def _reduce(self, ids: np.ndarray, hidden_TD: torch.Tensor, keep: KeepConfig, on_tokens: OnTokens) -> Readout:
+        """Reduce the states of one sequence. Each is reduced alone, so that its numbers do not depend on its neighbours."""
         if len(hidden_TD) != len(ids):
             raise TeacherError(f"vLLM returned {len(hidden_TD)} hidden states for {len(ids)} tokens")
         hidden_MD = hidden_TD[:-1].to(self._head.weight_VD.device)
         actual_M = torch.tensor(ids[1:], dtype=torch.long, device=hidden_MD.device)
         parts = [(len(actual_M), draw_seed(ids, keep))]
         logits = lambda begin, end: self._head.logits(hidden_MD[begin:end])  # noqa: E731
-        return readout_of(ids, 1, reduce_chunks(logits, self.vocab_size, actual_M, keep, parts))
+        readout = readout_of(ids, 1, reduce_chunks(logits, self.vocab_size, actual_M, keep, parts))
+        on_tokens(len(ids))
+        return readout
 
     @cached_property
     def _reducers(self) -> ThreadPoolExecutor:
@@ -279,7 +287,12 @@ class VllmTeacher:
         self._agreed = True
 
     def write(
-        self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[np.ndarray],
+        keep: KeepConfig,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        on_tokens: OnTokens = ignore_tokens,
     ) -> list[Completion]:
         """Continue prompts; see `Teacher.write`.
 
@@ -291,11 +304,11 @@ class VllmTeacher:
         # Log-probabilities are large while they are Python's; whatever else is kept is small.
         entries = int(WINDOW_GIB * GIB / ENTRY_BYTES)
         groups = windows(room, entries // (keep.k + 1)) if path == "logprobs" else [list(range(len(prompts)))]
-        found: dict[int, Completion] = {}
+        completions: dict[int, Completion] = {}
         for group in groups:
-            some = [np.asarray(prompts[i], np.int32) for i in group]
-            found.update(zip(group, self._write(some, keep, sampling, [seeds[i] for i in group], path), strict=True))
-        return [found[number] for number in range(len(prompts))]
+            some, own_seeds = [np.asarray(prompts[i], np.int32) for i in group], [seeds[i] for i in group]
+            completions |= zip(group, self._write(some, keep, sampling, own_seeds, path, on_tokens), strict=True)
+        return [completions[number] for number in range(len(prompts))]
 
     def _writing_path(self, keep: KeepConfig, sampling: SamplingConfig) -> str:
         """logprobs: in the same pass, the engine's top k. tape: in the same pass, everything. read: read again."""
@@ -309,7 +322,13 @@ class VllmTeacher:
         return "read" if elsewhere or sampling.min_tokens or self._config.path == "hidden" else "tape"
 
     def _write(
-        self, prompts: list[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: list[int], path: str
+        self,
+        prompts: list[np.ndarray],
+        keep: KeepConfig,
+        sampling: SamplingConfig,
+        seeds: list[int],
+        path: str,
+        on_tokens: OnTokens,
     ) -> list[Completion]:
         tape = Tape(prompts, seeds, keep, sampling.max_tokens) if path == "tape" else None
         params = [
@@ -333,7 +352,7 @@ class VllmTeacher:
             for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
         with tape or nullcontext():
-            outputs = self._complete(prompts, params, sampling)
+            outputs = self._complete(prompts, params, sampling, on_tokens)
         whole = [
             np.concatenate([prompt, np.asarray(output.token_ids, np.int32)]).astype(np.int32)
             for prompt, output in zip(prompts, outputs, strict=True)
@@ -362,10 +381,16 @@ class VllmTeacher:
         limit = PARITY_NATS[self.info.dtype]
         return readout_of(ids, start, tape.reduced(request, ids[start:], logprob, rank, limit))
 
-    def _complete(self, prompts: list[np.ndarray], params: list[SamplingParams], sampling: SamplingConfig) -> list[Any]:
-        """Completions of the engine that ended as they should."""
+    def _complete(
+        self,
+        prompts: list[np.ndarray],
+        params: list[SamplingParams],
+        sampling: SamplingConfig,
+        on_tokens: OnTokens,
+    ) -> list[Any]:
+        """Completions of the engine. Raises TeacherError where one ended neither by a stop nor by its length."""
         try:
-            outputs = [output.outputs[0] for output in self._generate(prompts, params)]
+            outputs = [output.outputs[0] for output in self._generate(prompts, params, on_tokens, written=True)]
         except TeacherError as error:
             if sampling.structured_output is None or not isinstance(error.__cause__, VLLMClientError):
                 raise
@@ -376,10 +401,24 @@ class VllmTeacher:
                 raise TeacherError(f"vLLM ended a request with finish_reason={output.finish_reason!r}")
         return outputs
 
-    def _generate(self, sequences: Sequence[np.ndarray], params: list[SamplingParams]) -> list[Any]:
+    def _generate(
+        self, sequences: Sequence[np.ndarray], params: list[SamplingParams], on_tokens: OnTokens, *, written: bool
+    ) -> list[Any]:
+        """What `LLM.generate` does, with a count of tokens on the way: those written, or those of prompts that were read."""
         prompts = [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in sequences]
         with self._engine_errors():
-            return self._writer.generate(prompts, params, use_tqdm=False)
+            self._writer.enqueue(prompts, params, use_tqdm=False)
+            engine, counted, ended = self._writer.llm_engine, 0, 0
+            outputs: list[Any] = []
+            while engine.has_unfinished_requests():
+                finished: list[Any] = [output for output in engine.step() if output.finished]
+                outputs += finished
+                ended += sum(len(o.outputs[0].token_ids if written else o.prompt_token_ids) for o in finished)
+                tokens = ended + (_written_so_far(engine) if written else 0)
+                if tokens > counted:
+                    on_tokens(tokens - counted)
+                    counted = tokens
+            return sorted(outputs, key=lambda output: int(output.request_id))
 
     def _drop_engines(self) -> None:
         for name in ("_writer", "_reader"):
@@ -404,6 +443,12 @@ class VllmTeacher:
             self.__dict__.pop("_reducers").shutdown()
         self.__dict__.pop("_head", None)
         gc.collect()
+
+
+def _written_so_far(engine: Any) -> int:
+    """Tokens that the engine has written for requests that are not finished."""
+    states = engine.output_processor.request_states.values()
+    return sum(state.detokenizer.num_output_tokens() for state in states)
 
 
 class TapeProcessor(LogitsProcessor):
@@ -455,10 +500,11 @@ def _structure(sampling: SamplingConfig) -> StructuredOutputsParams | None:
 
 
 def _quiet_llvmlite() -> None:
-    """Keep vLLM's CPU start from tripping over llvmlite (numba, which the codec uses).
+    """Keep vLLM's start on a CPU from failing on llvmlite, which numba loads.
 
     vLLM 0.32 looks at the `__dict__` of every object in every loaded module; llvmlite's library handle answers any
-    attribute, `__dict__` too, with a function wrapper, and vLLM calls `.get` on it. Dunder names are none of its.
+    attribute, `__dict__` too, with a function wrapper, and vLLM calls `.get` on it. Here it refuses names with two
+    underscores.
     """
     module = sys.modules.get("llvmlite.binding.ffi")
     handle = getattr(module, "_lib_wrapper", None)
@@ -491,26 +537,7 @@ def _rectangle(flat: Any, *, first: int, k: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _written(ids: np.ndarray, start: int, flat: Any, keep: KeepConfig) -> Readout:
-    top = _rectangle(flat, first=0, k=keep.k)
-    if not np.array_equal(top[0], ids[start:]):
+    actual, *top = _rectangle(flat, first=0, k=keep.k)
+    if not np.array_equal(actual, ids[start:]):
         raise TeacherError("vLLM returned log-probabilities for other tokens than it wrote")
-    return _readout(ids, start, top, keep)
-
-
-def _readout(ids: np.ndarray, start: int, top: tuple[np.ndarray, ...], keep: KeepConfig) -> Readout:
-    """Place arrays of the positions from `start` on beside the whole sequence."""
-    _, logprob, rank, top_ids, top_logprobs = top
-    recorded = np.arange(len(ids)) >= start
-
-    def beside(values: np.ndarray, fill: float) -> np.ndarray:
-        return np.concatenate([np.full((start, *values.shape[1:]), fill, values.dtype), values])
-
-    return readout_from_top(
-        ids,
-        beside(logprob, np.nan),
-        beside(rank, 0),
-        beside(top_ids, 0),
-        beside(top_logprobs, 0),
-        recorded,
-        keep,
-    )
+    return readout_from_top(ids, start, *top, keep)

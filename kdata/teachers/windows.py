@@ -1,8 +1,8 @@
-"""How much a teacher is given at once, and what happens when it refuses.
+"""How many sequences a teacher gets at once, and what happens when it fails at one of them.
 
-The sequences of a unit are read in windows of similar length, each bounded in tokens, so that memory is bounded by the
-settings and not by the longest prompt. Where a window fails, its sequences are read again one by one; a sequence that
-fails alone, while others do not, is set aside with the reason.
+The sequences of a unit are read in windows of similar length. A window is bounded in tokens, so memory is bounded by the
+settings and not by the longest prompt. If a window fails, its sequences are read again one by one. A sequence that fails
+alone while others succeed becomes a reject, with the reason.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kdata.teachers.base import Readout
 
 T = TypeVar("T")
 GIB = 1 << 30
-ENTRY_BYTES = 100  # of a log-probability on its way out of vLLM: three Python objects in three lists (measured 96)
+ENTRY_BYTES = 100  # of one log-probability as vLLM returns it: three Python objects in three lists (measured 96)
 
 
 def windows(lengths: Sequence[int], max_tokens: int, *, padded: bool = False) -> list[list[int]]:
@@ -44,10 +44,10 @@ def by_windows(
     read: Callable[[list[int]], list[Readout]], lengths: Sequence[int], max_tokens: int, *, padded: bool = False
 ) -> list[Readout]:
     """Read sequences window by window: `read` gets their numbers; the readouts come back in the order of `lengths`."""
-    found: dict[int, Readout] = {}
+    readouts: dict[int, Readout] = {}
     for group in windows(lengths, max_tokens, padded=padded):
-        found.update(zip(group, read(group), strict=True))
-    return [found[number] for number in range(len(lengths))]
+        readouts.update(zip(group, read(group), strict=True))
+    return [readouts[number] for number in range(len(lengths))]
 
 
 def rows_per_step(vocab_size: int, logits_gib: float, *, copies: int = 3) -> int:
@@ -72,13 +72,13 @@ def each(ask: Callable[[list[int]], Sequence[T]], count: int) -> list[T | Teache
     except TeacherError:
         if count == 1:
             raise
-    found: list[T | TeacherError] = []
+    answers: list[T | TeacherError] = []
     for number in range(count):
         try:
-            found += ask([number])
+            answers += ask([number])
         except TeacherError as error:
-            found.append(error)
-    failed = [answer for answer in found if isinstance(answer, TeacherError)]
+            answers.append(error)
+    failed = [answer for answer in answers if isinstance(answer, TeacherError)]
     if len(failed) == count:
         raise failed[0]
-    return found
+    return answers

@@ -1,7 +1,7 @@
-"""What goes to a vLLM server and what comes back: requests, typed answers, and arrays out of them.
+"""Messages to and from a vLLM server: requests, typed answers, and arrays made from answers.
 
-Both ways into the server (see `server.py`) have parameters of the same names, and log-probabilities of prompts of the
-same form. Ids are always integers; a decoded token is never looked at, as several ids decode to the same text.
+Both paths of the server (see `server.py`) have the same names of parameters and the same form of prompt log-probabilities.
+Ids are always integers; decoded tokens are never used, because several ids decode to the same text.
 
 Shapes: T positions, K kept entries, N entries in all as they came.
 """
@@ -20,7 +20,7 @@ from kdata.errors import TeacherError
 from kdata.teachers.endpoints import LostError
 
 GENERATE, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
-# Given with every request: a server puts the model's generation_config.json in place of what is left out.
+# Sent with every request: for what is left out a server takes the model's generation_config.json.
 NEUTRAL = {
     "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "min_tokens": 0, "repetition_penalty": 1.0,
     "presence_penalty": 0.0, "frequency_penalty": 0.0, "skip_special_tokens": False,
@@ -30,7 +30,7 @@ MASS_SLACK = 1e-3  # float32 sums
 
 
 def request(name: str, generates: bool, ids: list[int], params: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Path and body. The parameters have the same names in both; what is None is left out."""
+    """Path and body of a request. Parameters that are None are left out."""
     asked = {**NEUTRAL, **{key: value for key, value in params.items() if value is not None}}
     if "structured_outputs" in asked:
         asked["structured_outputs"] = {k.removesuffix("_schema"): v for k, v in asked["structured_outputs"].items()}
@@ -121,7 +121,7 @@ def answer_about(content: bytes, ids: np.ndarray) -> Answer:
     if choice.finish_reason == "abort":
         raise LostError("the server aborted the request")
     if (answer.prompt_token_ids or choice.prompt_token_ids) != ids.tolist():
-        raise TeacherError("a server answered about other tokens than it was given")
+        raise TeacherError("a server answered about other tokens than those it was sent")
     return answer
 
 
@@ -135,8 +135,8 @@ def new_tokens(answer: Answer) -> tuple[np.ndarray, Any]:
 
 def top_of_prompt(answer: Answer, ids: np.ndarray, k: int, vocab_size: int, *, check: bool = True) -> Top:
     """The top k at every position of a prompt but the first; arguments and errors as in `rectangle`."""
-    told = answer.prompt_logprobs or answer.choices[0].prompt_logprobs
-    rows: list[dict[int, Entry]] = [row or {} for row in told or []][1:]
+    logprobs = answer.prompt_logprobs or answer.choices[0].prompt_logprobs
+    rows: list[dict[int, Entry]] = [row or {} for row in logprobs or []][1:]
     if len(rows) != len(ids) - 1 or not all(rows):
         raise TeacherError(f"a server returned log-probabilities of {len(rows)} positions for {len(ids) - 1}")
     counts_T = np.fromiter(map(len, rows), np.int64, len(rows))
@@ -156,8 +156,8 @@ def top_of_prompt(answer: Answer, ids: np.ndarray, k: int, vocab_size: int, *, c
 
 def top_of_written(answer: Answer, new: np.ndarray, k: int, vocab_size: int) -> Top:
     """The top k at every written position, of k + 1 that were asked for; arguments and errors as in `rectangle`."""
-    told = answer.choices[0].logprobs
-    rows = (told.content if told else None) or []
+    logprobs = answer.choices[0].logprobs
+    rows = (logprobs.content if logprobs else None) or []
     if len(rows) != len(new) or any(len(row.top_logprobs) != k + 1 for row in rows):
         raise TeacherError(
             f"a server did not return {k + 1} log-probabilities for each of the {len(new)} tokens it wrote"
@@ -228,9 +228,9 @@ def rectangle(
 
 
 def is_distribution(logprobs_TK: np.ndarray, vocab_size: int) -> bool:
-    """Whether top-k log-probabilities can be those of a distribution: what they leave must fit into the entries below them.
+    """Whether top-k log-probabilities can be those of a distribution: the rest of the mass must fit into the other entries.
 
-    Logits are told from log-probabilities by this, unless their log-sum-exp happens to be near 0 at every position.
+    This tells log-probabilities from logits, unless the log-sum-exp of the logits happens to be near 0 at every position.
     """
     p_TK = np.exp(logprobs_TK.astype(np.float64))
     mass_T, room_T = p_TK.sum(1), (vocab_size - p_TK.shape[1]) * p_TK[:, -1]

@@ -195,9 +195,9 @@ def sql(
     format: Annotated[Format, typer.Option(help="How the result is printed.")] = Format.table,
 ) -> None:
     """Query a dataset. Views and columns: schemas/README.md."""
-    from kdata.store.open import open_index
+    from kdata.store.open import open_dataset
 
-    _print_table(open_index(dataset).sql(query), format)
+    _print_table(open_dataset(dataset).sql(query), format)
 
 
 @app.command()

@@ -151,6 +151,16 @@ def evaluate(
         write_atomically(save, json.dumps(measured, indent=2).encode() + b"\n")
 
 
+# The extra that brings a package, for commands that start without it. Most stages say so themselves.
+EXTRA_OF = {
+    "torch": "train",
+    "transformers": "train",
+    "safetensors": "train",
+    "matplotlib": "report",
+    "polars": "polars",
+}
+
+
 def main() -> None:
     """Entry point: one clear line and exit status 1 for what kdata refuses, a traceback only with --debug."""
     # vLLM and torch talk to stderr while they load; what matters of it reaches the user as an error of ours.
@@ -165,6 +175,14 @@ def main() -> None:
             raise
         errors.print("[bold red]error:[/] ", end="")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if "--debug" in sys.argv or package not in EXTRA_OF:
+            raise
+        errors.print("[bold red]error:[/] ", end="")
+        message = f"this command needs {package}, which is not installed: pip install 'kdata[{EXTRA_OF[package]}]'"
+        errors.print(message, markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         errors.print("stopped; the same command goes on where it was", highlight=False)

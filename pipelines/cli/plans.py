@@ -89,7 +89,7 @@ def select(
     size: Annotated[
         int | None, typer.Option(help="Units in all (mixtures, cap); else the most that can be met.")
     ] = None,
-    unit: Annotated[str | None, typer.Option(help="What sizes and shares count: sequences or tokens.")] = None,
+    count_by: Annotated[str | None, typer.Option(help="What sizes and shares count: sequences or tokens.")] = None,
     max_repeats: Annotated[float | None, typer.Option(help="Most repetition of a domain (mixtures).")] = None,
     take: Annotated[str | None, typer.Option(help="Of a domain: random, or first of the plan (mixtures, cap).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed (random, mixtures, cap).")] = None,
@@ -101,15 +101,15 @@ def select(
     from kdata.selection.select import parse_step
     from kdata.selection.select import select as run
     from kdata.selection.show import table_of
-    from kdata.store.open import open_index
+    from kdata.store.open import open_dataset
     from kdata.store.sql import Room
 
     given: dict[str, Any] = {
         "method": method or ("sql" if sql else None), "parent": source, "name": name, "share": share, "by_domain": by_domain,
         "score": score, "sql": sql, "weights": None if weights is None else _numbers(weights), "temperature": temperature,
-        "size": size, "unit": unit, "max_repeats": max_repeats, "take": take, "seed": seed,
+        "size": size, "count_by": count_by, "max_repeats": max_repeats, "take": take, "seed": seed,
     }  # fmt: skip
-    plan = run(open_index(dataset), parse_step(_with_settings(given, set)), Room(memory, threads))
+    plan = run(open_dataset(dataset), parse_step(_with_settings(given, set)), Room(memory, threads))
     _print(table_of(plan))
 
 
@@ -151,9 +151,9 @@ def show(
     """What a plan took from where: a table, and a picture."""
     from kdata.selection.plan import open_plan
     from kdata.selection.show import draw, table_of
-    from kdata.store.open import open_index
+    from kdata.store.open import open_dataset
 
-    opened = open_index(dataset)
+    opened = open_dataset(dataset)
     found = open_plan(opened, plan)
     _print(table_of(found))
     out.print(f"picture: {draw(opened, found, picture or Path(f'plan-{found.info.name}.png'))}", soft_wrap=True)
@@ -167,6 +167,6 @@ def compare(
 ) -> None:
     """What two plans have in common, domain by domain, and what only one of them takes."""
     from kdata.selection.show import compare as run
-    from kdata.store.open import open_index
+    from kdata.store.open import open_dataset
 
-    _print(run(open_index(dataset), first, second))
+    _print(run(open_dataset(dataset), first, second))

@@ -31,7 +31,7 @@ from kdata.format.keep import KeepConfig
 from kdata.format.schema import content_hash
 from kdata.jobs.job import LocalEngine, run_job
 from kdata.jobs.reading import CaptureConfig, CaptureJob
-from kdata.teachers.base import Completion, Readout
+from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.head import Head, load_head
 from kdata.teachers.model import load_tokenizer
@@ -152,8 +152,10 @@ class _StatesTeacher:
         self._states = states
 
     @torch.inference_mode()
-    def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
-        """Read sequences; their states must be stored."""
+    def read(
+        self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
+    ) -> list[Readout]:
+        """Read sequences whose states are stored. It is too fast to report to `on_tokens`."""
         return [self._read_one(np.asarray(ids, np.int32), keep) for ids in sequences]
 
     def _read_one(self, ids: np.ndarray, keep: KeepConfig) -> Readout:
@@ -169,7 +171,12 @@ class _StatesTeacher:
         return readout_of(ids, 1, reduced)
 
     def write(
-        self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[np.ndarray],
+        keep: KeepConfig,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        on_tokens: OnTokens = ignore_tokens,
     ) -> list[Completion]:
         """Not possible: stored states have no forward pass."""
         raise NotImplementedError("stored states cannot write")

@@ -75,7 +75,7 @@ def _ddk(alpha: float) -> Callable[[Tokens, SelectionConfig], MixtureConfig]:
     return lambda tokens, config: DDKMixture(alpha=alpha, every_steps=config.period_steps)
 
 
-HALF: dict[str, Any] = {"share": 0.5, "unit": "tokens"}
+HALF: dict[str, Any] = {"share": 0.5, "count_by": "tokens"}
 RANDOM, BEST = Random(name="half", **HALF), Difference(**HALF)
 EACH = Difference(name="each", by_domain=True, **HALF)
 

@@ -1,7 +1,7 @@
-"""The far end of the Ray engine: an actor that holds one teacher, has units done and writes their shards.
+"""The worker side of the Ray engine: an actor that holds one teacher, performs units and writes their shards.
 
-Nothing here imports Ray; the driver (`pipelines/ray_engine.py`) makes an actor of the class. The teacher lives on one thread
-from its loading on. Calls run side by side, so that one unit is written (and uploaded) while the next is worked on.
+Nothing here imports Ray; the driver (`engine.py`) turns the class into an actor. The teacher stays on the thread that loaded
+it. Calls run side by side, so that one unit is written (and uploaded) while the teacher works on the next.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import kdata
 from kdata.errors import KdataError
 from kdata.format.records import Shard, UnitResult
 from kdata.format.schema import DatasetInfo, TeacherInfo
-from kdata.jobs.job import Job, WorkUnit, devices_of
+from kdata.jobs.job import Job, UnitCounter, WorkUnit, devices_of
 from kdata.observe.energy import Devices
 from kdata.store.staging import Staging
 from kdata.teachers.base import Teacher
@@ -37,9 +37,9 @@ def load_both(config: TeacherConfig, max_k: int) -> tuple[Teacher, Any]:
 
 @dataclass(frozen=True)
 class ActorFacts:
-    """What the driver knows of a teacher it does not have; see `kdata.jobs.job.TeacherFacts`.
+    """What the driver knows of the teacher in an actor; see `kdata.jobs.job.TeacherFacts`.
 
-    The tokenizer comes along: unpickled it needs no torch, which loading it by name does.
+    The tokenizer is part of it: sent by the actor it needs no torch in the driver, while loading it by name does.
     """
 
     info: TeacherInfo
@@ -49,7 +49,7 @@ class ActorFacts:
     machine: str
     version: str
     devices: Devices
-    """Of one actor."""
+    """What one actor works on."""
 
     def identity(self) -> dict[str, Any]:
         """What must be the same in every actor."""
@@ -87,9 +87,10 @@ class TeacherActor:
         self._lock = threading.Lock()
         self._begun: set[str] = set()
         self._dropped: set[str] = set()
+        self._counters: dict[str, UnitCounter] = {}
 
     def facts(self) -> ActorFacts:
-        """Wait until the teacher is loaded, and say who it is. Raises what loading raised."""
+        """What the teacher is, once it is loaded. Raises what loading raised."""
         with _named_machine():
             teacher, tokenizer = self._loaded.result()
         return ActorFacts(
@@ -103,24 +104,32 @@ class TeacherActor:
         )
 
     def do(self, assignment: Assignment, unit: WorkUnit, attempt: str) -> Shard | None:
-        """Have a unit done and write its shard under the attempt's name; None where it was dropped before it began."""
+        """Perform a unit and write its shard under the attempt's name; None where the attempt was dropped before it began."""
         with _named_machine():
             assignment.staging.check()
-            done = self._thread.submit(self._perform, assignment, unit, attempt).result()
-            if done is None:
-                return None
-            return assignment.staging.write(attempt, assignment.info, assignment.job.name, done)
+            try:
+                result = self._thread.submit(self._perform, assignment, unit, attempt).result()
+                if result is None:
+                    return None
+                return assignment.staging.write(attempt, assignment.info, assignment.job.name, result)
+            finally:
+                self._counters.pop(attempt, None)
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens done so far, by attempt, of the attempts that are not finished."""
+        return {attempt: counter.tokens for attempt, counter in list(self._counters.items())}
 
     def _perform(self, assignment: Assignment, unit: WorkUnit, attempt: str) -> UnitResult | None:
         with self._lock:
             if attempt in self._dropped:
                 return None
             self._begun.add(attempt)
+        counter = self._counters[attempt] = UnitCounter()
         teacher, tokenizer = self._loaded.result()
-        return assignment.job.perform(teacher, tokenizer, unit)
+        return assignment.job.perform(teacher, tokenizer, unit, counter)
 
     def drop(self, attempt: str) -> bool:
-        """Give an attempt back; False where the teacher has begun it."""
+        """Drop an attempt; False where the teacher has begun it."""
         with self._lock:
             if attempt in self._begun:
                 return False
@@ -130,7 +139,7 @@ class TeacherActor:
 
 @contextmanager
 def _named_machine() -> Iterator[None]:
-    """Say on which machine a KdataError arose."""
+    """Add the name of this machine to a KdataError."""
     try:
         yield
     except KdataError as error:

@@ -1,13 +1,13 @@
-"""The Ray engine: units go to actors on any number of machines; this process cuts them, and commits what comes back.
+"""The Ray engine: this process (the driver) cuts units of work and commits results; actors on any machine perform them.
 
-The driver holds the dataset's lock, neither a model nor torch. An actor writes the files of its unit under the name of the
-attempt into a place of the run's own (`kdata/staging.py`); the driver renames those it takes and writes the manifest line.
-So two attempts at one unit cannot clash, a late one cannot touch what is committed, and only the driver can commit.
+The driver holds the dataset's lock, but no model and no torch. An actor writes the files of its unit into a staging folder of
+the run, under the name of the attempt (`kdata/store/staging.py`). The driver renames the files that it accepts and writes the
+manifest line. So two attempts at one unit cannot clash, a late attempt cannot change what is committed, and only the driver
+commits.
 
-What dies is replaced: an actor's units are given out again. A unit that was with an actor that died is from then on given out
-alone, so that one that kills its actor is told from its neighbours. At the end of the work, when actors have nothing to do,
-they take over units that wait behind another, and do a second time what takes much longer than usual: the first result
-counts.
+A dead actor is replaced, and its units are assigned again. From then on such a unit is assigned alone, so that a unit that
+kills its actor is told apart from its neighbors. Near the end, idle actors take over units that wait behind another one, and
+repeat a unit that takes much longer than usual: the first result counts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Generic
 
 from kdata.errors import ConfigError, TeacherError
 from kdata.format.records import Shard
-from kdata.jobs.job import Job, U
+from kdata.jobs.job import Job, OnUnitTokens, U
 from kdata.observe.energy import Devices
 from kdata.pipelines.ray.actor import ActorFacts, Assignment, Loader, load_both
 from kdata.pipelines.ray.workers import ActorLost, RayConfig, Worker, Workers
@@ -31,21 +31,22 @@ from kdata.store.writer import Writer
 from kdata.teachers.config import TeacherConfig
 
 DURATIONS = 101  # of the last units, for the median
-SLOW_SEC = 10.0  # nothing is done twice that takes less
+SLOW_SEC = 10.0  # a unit that takes less is never performed twice
+TOKENS_SEC = 1.0  # pause before an actor is asked again how many tokens it has done
 
 
 class RayEngine:
-    """Teachers on a cluster; a context manager, at whose end no actor is left. See `kdata.jobs.job.Engine`.
+    """Teachers on a cluster, as a context manager that ends every actor. See `kdata.jobs.job.Engine`.
 
     Args:
-        config: how many, with what.
-        teacher: which; the model must be a Hub name, or a folder that all machines see under the same path.
+        config: number of actors and what each may use.
+        teacher: the model must be a Hub name, or a folder that all machines see under the same path.
         max_k: largest k that will be asked for.
-        loader: what loads it, in the actor.
+        loader: loads teacher and tokenizer in the actor.
     Raises:
         DependencyError: Ray is not installed.
-        ConfigError: fewer GPUs for an actor than the teacher is spread over; no cluster at the address.
-        TeacherError: no teacher was ready in time; actors die at loading.
+        ConfigError: an actor has fewer GPUs than the teacher is spread over; no cluster at the address.
+        TeacherError: no teacher was ready in time; actors die while they load.
         MismatchError: two machines have different teachers, tokenizers or versions of kdata.
         KdataError: as the teacher raises it.
     """
@@ -85,14 +86,16 @@ class RayEngine:
         each = max(int(config.cpus_per_teacher), 1) if one.kind == "cpu" else one.count
         return one.model_copy(update={"count": each * config.most, "here": False})
 
-    def run(self, job: Job[U], units: Iterable[U], writer: Writer) -> Iterator[tuple[U, Shard]]:
+    def run(
+        self, job: Job[U], units: Iterable[U], writer: Writer, on_tokens: OnUnitTokens
+    ) -> Iterator[tuple[U, Shard]]:
         """See `Engine.run`; in the order in which units are done.
 
         Raises:
             TeacherError: `max_deaths` actors died with a unit.
             KdataError: as the teacher, or the writing of a shard, raises it.
         """
-        run = _Run(self._workers, job, units, writer)
+        run = _Run(self._workers, job, units, writer, on_tokens)
         try:
             yield from run.go()
         finally:
@@ -101,7 +104,7 @@ class RayEngine:
 
 @dataclass(eq=False)
 class _Task(Generic[U]):
-    """A unit in the driver's books: attempts so far and under way, and how many actors died with it."""
+    """A unit as the driver sees it: attempts so far and under way, and how many actors died with it."""
 
     unit: U
     attempts: int = 0
@@ -112,10 +115,10 @@ class _Task(Generic[U]):
 
 @dataclass(eq=False)
 class _Attempt(Generic[U]):
-    """A unit that an actor has; `began` is when it came first in the actor's row (monotonic seconds).
+    """A unit that an actor has; `began` is when it became the actor's first (monotonic seconds).
 
-    result: the answer that is its shard. back: the answer whether the actor gave it back; None where it was not asked, or has
-    answered: then it has begun.
+    result: the future of its shard. back: the future that says whether the actor dropped it; None where the driver did not
+    ask, or has the answer. begun: the actor has begun it and keeps it.
     """
 
     name: str
@@ -125,26 +128,35 @@ class _Attempt(Generic[U]):
     began: float
     back: Any = None
     begun: bool = False
+    tokens: int = 0
 
 
 class _Run(Generic[U]):
-    """One job under way: what waits, what is where, what is done."""
+    """One job under way: units that wait, units that actors have, and what is done."""
 
-    def __init__(self, workers: Workers, job: Job[U], units: Iterable[U], writer: Writer) -> None:
-        self._workers, self._config, self._writer = workers, workers.config, writer
+    def __init__(
+        self, workers: Workers, job: Job[U], units: Iterable[U], writer: Writer, on_tokens: OnUnitTokens
+    ) -> None:
+        self._workers, self._config, self._writer, self._on_tokens = workers, workers.config, writer, on_tokens
         self._units, self._drawn_all = iter(units), False
-        self._staging, self._prefix = writer.staging(), secrets.token_hex(4)  # actors outlive runs; names must not meet
+        self._staging, self._prefix = writer.staging(), secrets.token_hex(4)  # actors outlive runs: names must differ
         self._assignment = workers.ray.put(Assignment(job, writer.info, self._staging))
         self._waiting: deque[_Task[U]] = deque()
-        self._attempts: list[_Attempt[U]] = []  # under way, in the order in which they were given out
+        self._attempts: list[_Attempt[U]] = []  # under way, in the order of their assignment
         self._durations: deque[float] = deque(maxlen=DURATIONS)
+        self._token_counts: dict[Any, Worker] = {}  # futures of `TeacherActor.tokens`
+        self._counted = time.monotonic()
 
     def go(self) -> Iterator[tuple[U, Shard]]:
-        """Hand out and commit until all is done."""
+        """Assign and commit until all is done."""
         while self._hand_out():
+            self._ask_for_tokens()
             answers = {a.result: (self._settle, a) for a in self._attempts}
             answers |= {a.back: (self._take_back, a) for a in self._attempts if a.back is not None}
-            answer = self._workers.wait(list(answers))
+            answer = self._workers.wait([*answers, *self._token_counts])
+            if answer in self._token_counts:
+                self._count_tokens(answer)
+                continue
             if answer not in answers:
                 self._workers.settle(answer)
                 continue
@@ -153,12 +165,33 @@ class _Run(Generic[U]):
             if committed is not None:
                 yield committed
 
+    def _ask_for_tokens(self) -> None:
+        """Ask the actors that have units how far they are, at most once in TOKENS_SEC."""
+        if time.monotonic() - self._counted < TOKENS_SEC:
+            return
+        self._counted = time.monotonic()
+        for worker in self._workers.ready:
+            if self._of(worker) and worker not in self._token_counts.values():
+                self._token_counts[worker.actor.tokens.remote()] = worker
+
+    def _count_tokens(self, answer: Any) -> None:
+        """Report the tokens of an actor's units. Of two attempts at one unit the one that is further ahead counts."""
+        worker = self._token_counts.pop(answer)
+        try:
+            counts = self._workers.get(answer)
+        except ActorLost:  # the futures of its units say so too, and `_bury` handles it there
+            return
+        for attempt in self._of(worker):
+            attempt.tokens = counts.get(attempt.name, attempt.tokens)
+            task = attempt.task
+            self._on_tokens(task.unit.number, max((a.tokens for a in task.running), default=0))
+
     def _of(self, worker: Worker) -> list[_Attempt[U]]:
-        """What an actor has; the first is the one at work."""
+        """The attempts that an actor has; it is at work on the first."""
         return [attempt for attempt in self._attempts if attempt.worker is worker]
 
     def _hand_out(self) -> bool:
-        """Draw units, start actors for them, and give each actor what it has room for. False where all is done."""
+        """Draw units, start actors for them, and assign to each actor as many as it may hold. False where all is done."""
         self._workers.start(self._config.min_teachers)
         self._draw()
         while self._surplus() > 0 and len(self._workers.all) < self._config.most:
@@ -172,7 +205,7 @@ class _Run(Generic[U]):
         return bool(self._waiting) or any(not attempt.task.done for attempt in self._attempts)
 
     def _surplus(self) -> int:
-        """Units in the books beyond what the actors, ready or loading, have room for."""
+        """Units drawn beyond those that the actors, ready or loading, may hold."""
         return len(self._waiting) + len(self._attempts) - len(self._workers.all) * self._config.units_per_teacher
 
     def _draw(self) -> None:
@@ -185,7 +218,7 @@ class _Run(Generic[U]):
                 self._waiting.append(_Task(unit))
 
     def _has_room(self, worker: Worker, task: _Task[U]) -> bool:
-        """A unit that was with an actor that died goes alone."""
+        """Whether an actor may hold one more unit. A unit whose actor died is assigned alone."""
         has = self._of(worker)
         if task.deaths or any(attempt.task.deaths for attempt in has):
             return not has
@@ -200,7 +233,7 @@ class _Run(Generic[U]):
         task.running.append(attempt)
 
     def _help_out(self) -> None:
-        """Have each idle actor do a second time what is slow, or else ask for a unit back that waits behind another."""
+        """Give each idle actor a slow unit to repeat, or else ask another actor to drop a unit that waits there."""
         asked = [attempt for attempt in self._attempts if attempt.back is not None]
         for idle in [worker for worker in self._workers.ready if not self._of(worker)]:
             slow = self._slowest()
@@ -208,16 +241,16 @@ class _Run(Generic[U]):
             if slow is not None:
                 self._give(slow.task, idle)
             elif asked:
-                asked.pop()  # what comes back is for this one
+                asked.pop()  # the unit that is dropped there is for this one
             elif waiting is not None:
                 waiting.back = waiting.worker.actor.drop.remote(waiting.name)
 
     def _may_wait(self, attempt: _Attempt[U]) -> bool:
-        """Whether it stands behind another, as far as is known."""
+        """Whether it waits behind another unit, as far as the driver knows."""
         return attempt.back is None and not attempt.begun and attempt is not self._of(attempt.worker)[0]
 
     def _slowest(self) -> _Attempt[U] | None:
-        """The one under way for longest of those that take too long; each unit is done at most twice at a time."""
+        """Of the attempts that take too long the longest; a unit has at most two attempts at a time."""
         if self._config.slow_factor is None or not self._durations:
             return None
         limit = max(self._config.slow_factor * statistics.median(self._durations), SLOW_SEC)
@@ -226,19 +259,19 @@ class _Run(Generic[U]):
         return min(slow, key=lambda a: a.began, default=None)
 
     def _take_back(self, attempt: _Attempt[U]) -> None:
-        """Let a unit wait that an actor gave back; an actor that has begun it goes on with it."""
+        """Queue a unit that an actor dropped; an actor that has begun it goes on with it."""
         try:
-            given_back = self._workers.get(attempt.back)
+            was_dropped = self._workers.get(attempt.back)
         except ActorLost as error:
             self._bury(attempt.worker, str(error))
             return
-        attempt.back, attempt.begun = None, not given_back
-        if given_back:
+        attempt.back, attempt.begun = None, not was_dropped
+        if was_dropped:
             self._forget(attempt)
             self._repeat(attempt.task)
 
     def _settle(self, attempt: _Attempt[U]) -> tuple[U, Shard] | None:
-        """Commit what an attempt brought, if it is the first at its unit to bring it."""
+        """Commit the shard of an attempt, if it is the first of its unit."""
         try:
             shard = self._workers.get(attempt.result)
         except ActorLost as error:
@@ -246,7 +279,7 @@ class _Run(Generic[U]):
             return None
         task = attempt.task
         self._forget(attempt)
-        if shard is None:  # it was given back, and that answer comes later
+        if shard is None:  # it was dropped, and the answer that says so comes later
             self._repeat(task)
         elif not task.done:
             self._durations.append(time.monotonic() - attempt.began)
@@ -256,10 +289,10 @@ class _Run(Generic[U]):
         return None
 
     def _forget(self, attempt: _Attempt[U]) -> None:
-        """Strike an attempt off the books; the next of its actor begins now."""
-        row = self._of(attempt.worker)
-        if attempt is row[0] and len(row) > 1:
-            row[1].began = time.monotonic()
+        """Remove an attempt; its actor begins the next one now."""
+        attempts = self._of(attempt.worker)
+        if attempt is attempts[0] and len(attempts) > 1:
+            attempts[1].began = time.monotonic()
         self._attempts.remove(attempt)
         attempt.task.running.remove(attempt)
 
@@ -268,7 +301,7 @@ class _Run(Generic[U]):
             self._waiting.appendleft(task)
 
     def _bury(self, worker: Worker, reason: str) -> None:
-        """Note the death of an actor; its units are given out again, each alone."""
+        """Remove a dead actor; its units are assigned again, each alone."""
         self._workers.let_go(worker)
         for attempt in reversed(self._of(worker)):
             task = attempt.task
@@ -284,9 +317,9 @@ class _Run(Generic[U]):
             self._repeat(task)
 
     def end(self) -> None:
-        """Let go of the actors that are still at what others have done: they are slow, and nobody waits for them."""
+        """End the actors that still work on units that others have finished: nobody waits for them."""
         results = [attempt.result for attempt in self._attempts]
         for worker in {id(attempt.worker): attempt.worker for attempt in self._attempts}.values():
             self._workers.let_go(worker)
-        if results:  # each answer is there once its actor is known to be dead, and writes no more
+        if results:  # a future is ready once its actor is known to be dead and writes no more
             self._workers.ray.wait(results, num_returns=len(results), timeout=10.0)

@@ -1,4 +1,4 @@
-"""The driver's side of the actors: a cluster that is joined, actors that are started, found ready or dead, and let go."""
+"""The driver's side of the actors: join a cluster, start actors, learn that they are ready or dead, and end them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kdata.observe.progress import console
 from kdata.pipelines.ray.actor import ActorFacts, Loader, TeacherActor
 from kdata.teachers.config import TeacherConfig
 
-POLL_SEC = 0.5  # how long the driver sleeps at most: what depends on time alone is looked at so often
+POLL_SEC = 0.5  # longest sleep of the driver, so that it notices what depends on time alone
 CLIENT = "ray://"
 
 
@@ -90,12 +90,12 @@ class RayConfig(Strict):
 
 
 class ActorLost(Exception):
-    """An actor is gone, or its machine; internal to the engine."""
+    """An actor or its machine died; internal to the engine."""
 
 
 @dataclass(eq=False)
 class Worker:
-    """An actor as the driver sees it; `loading` is the answer that comes once its teacher is loaded."""
+    """An actor as the driver sees it; `loading` is the future of its facts, which comes once its teacher is loaded."""
 
     actor: Any
     loading: Any
@@ -103,7 +103,7 @@ class Worker:
 
 
 class Workers:
-    """The actors of an engine; a context manager, at whose end none is left. Arguments and errors: see `RayEngine`."""
+    """The actors of an engine, as a context manager that ends all of them. Arguments and errors: see `RayEngine`."""
 
     def __init__(self, config: RayConfig, teacher: TeacherConfig, max_k: int, loader: Loader) -> None:
         self.config, self._teacher = config, teacher
@@ -132,7 +132,7 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """Let every actor go, and leave the cluster where it was joined here."""
+        """End every actor, and leave the cluster if this object joined it."""
         for worker in list(self.all):
             self.let_go(worker)
         if self._joined:
@@ -140,11 +140,11 @@ class Workers:
 
     @property
     def ready(self) -> list[Worker]:
-        """Those whose teacher is loaded."""
+        """The actors whose teacher is loaded."""
         return [worker for worker in self.all if worker.ready]
 
     def start(self, number: int) -> None:
-        """Start actors until there are so many (and no more than the settings allow)."""
+        """Start actors until there are `number` of them, or as many as the settings allow."""
         config = self.config
         while len(self.all) < min(number, config.most):
             gpus = config.gpus_per_teacher
@@ -155,8 +155,8 @@ class Workers:
                 "num_cpus": config.cpus_per_teacher,
                 "num_gpus": gpus,
                 "resources": config.resources,
-                "max_concurrency": config.units_per_teacher + 2,  # `facts` and `drop` come in between
-                "max_restarts": 0,  # a death is the driver's to know, count and mend
+                "max_concurrency": config.units_per_teacher + 3,  # room for `facts`, `drop` and `tokens`
+                "max_restarts": 0,  # the driver counts deaths and starts new actors itself
                 "scheduling_strategy": "SPREAD",
             }
             actor = self.ray.remote(TeacherActor).options(**options).remote(*self._arguments)
@@ -168,17 +168,17 @@ class Workers:
         self.all.remove(worker)
 
     def wait(self, answers: list[Any]) -> Any:
-        """The first of these answers, or of the actors that load, that is there; None where none is after POLL_SEC.
+        """The first future that is ready, of these and of the actors that load; None where none is after POLL_SEC.
 
-        Raises TeacherError where no teacher has been ready for too long.
+        Raises TeacherError where no teacher was ready for `start_timeout_sec`.
         """
         if self.ready:
             self._none_ready_since = time.monotonic()
         elif time.monotonic() - self._none_ready_since > self.config.start_timeout_sec:
             raise TeacherError(self._why_none_is_ready())
         pending = [*answers, *(worker.loading for worker in self.all if not worker.ready)]
-        there, _ = self.ray.wait(pending, num_returns=1, timeout=POLL_SEC)
-        return there[0] if there else None
+        ready, _ = self.ray.wait(pending, num_returns=1, timeout=POLL_SEC)
+        return ready[0] if ready else None
 
     def _why_none_is_ready(self) -> str:
         config = self.config
@@ -190,11 +190,11 @@ class Workers:
         )
 
     def settle(self, answer: Any) -> None:
-        """Take note of an actor that is ready, or that died at loading, where that is what an answer says.
+        """Mark an actor as ready, or remove it where it died while it loaded; nothing where the future is another one.
 
         Raises:
-            TeacherError: too many died so.
-            MismatchError: its teacher is another than the first actor's.
+            TeacherError: too many actors in a row died while they loaded.
+            MismatchError: its teacher differs from that of the first actor.
             KdataError: as loading raised it.
         """
         worker = next((w for w in self.all if not w.ready and w.loading == answer), None)
@@ -221,7 +221,7 @@ class Workers:
         worker.ready, self._failed_starts = True, 0
 
     def get(self, answer: Any) -> Any:
-        """What an actor returned. Raises its KdataError as it was raised there, ActorLost where the actor is gone."""
+        """The value of a future. Raises a KdataError as it was raised in the actor, ActorLost where the actor died."""
         from ray.exceptions import RayError, RayTaskError
 
         try:
@@ -235,7 +235,7 @@ class Workers:
 
 
 def load_ray() -> Any:
-    """Ray itself, which then sends no statistics of its use anywhere. Raises DependencyError."""
+    """Ray, with its usage statistics switched off. Raises DependencyError where it is not installed."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
         import ray
@@ -245,7 +245,7 @@ def load_ray() -> Any:
 
 
 def connect(ray: Any, address: str | None) -> None:
-    """Join the cluster, or start one. Raises ConfigError where there is none at the address."""
+    """Join a cluster, or start one. Raises ConfigError where there is none at the address."""
     place = address or os.environ.get("RAY_ADDRESS") or ""
     try:
         if place.startswith(CLIENT):

@@ -27,10 +27,10 @@ from kdata.format.keep import KeepConfig
 from kdata.format.manifest import new_info
 from kdata.format.records import UnitResult
 from kdata.format.schema import FORMAT_VERSION, SourceInfo
-from kdata.jobs.payloads import record_of, unread
+from kdata.jobs.payloads import InputSequence
 from kdata.jobs.reading import CaptureConfig, capture_with
 from kdata.store.writer import Writer
-from kdata.teachers.base import Readout, readout_from_top
+from kdata.teachers.base import Readout, ignore_tokens, readout_from_top
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.model import load_tokenizer, tokenizer_info
 
@@ -53,14 +53,14 @@ def dictionaries(teacher: Any, *, flat: bool) -> Callable[[Any, KeepConfig], lis
     """The usual way: prompt log-probabilities with decoded tokens, as dictionaries or flat, turned into arrays."""
     from vllm import SamplingParams
 
-    from kdata.teachers.vllm import _readout, _rectangle
+    from kdata.teachers.vllm import _rectangle
 
     def read(sequences: Any, keep: KeepConfig) -> list[Readout]:
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=keep.k, flat_logprobs=flat)
-        outputs = teacher._generate(sequences, [params] * len(sequences))
+        outputs = teacher._generate(sequences, [params] * len(sequences), ignore_tokens, written=False)
         if flat:
             return [
-                _readout(ids, 1, _rectangle(o.prompt_logprobs, first=1, k=keep.k), keep)
+                readout_from_top(ids, 1, *_rectangle(o.prompt_logprobs, first=1, k=keep.k)[1:], keep)
                 for ids, o in zip(sequences, outputs, strict=True)
             ]
         return [_from_dictionaries(ids, o.prompt_logprobs, keep) for ids, o in zip(sequences, outputs, strict=True)]
@@ -78,7 +78,7 @@ def _from_dictionaries(ids: np.ndarray, positions: list, keep: KeepConfig) -> Re
         ranked = sorted(positions[t].items(), key=lambda item: item[1].rank)[:k]
         top_ids[t] = [token for token, _ in ranked]
         top[t] = [value.logprob for _, value in ranked]
-    return readout_from_top(ids, own, rank, top_ids, top, np.arange(total) > 0, keep)
+    return readout_from_top(ids, 1, own[1:], rank[1:], top_ids[1:], top[1:], keep)
 
 
 def captured(teacher: Any, who: TeacherConfig, corpus: Path, keep: dict[str, Any], limit: int) -> float:
@@ -107,7 +107,7 @@ def host(tokenizer: Any, tokens_per_row: int = 512, rows: int = 128, k: int = 64
     """Tokens per second per core from recorded engine outputs to committed shards."""
     from vllm.logprobs import FlatLogprobs
 
-    from kdata.teachers.vllm import _readout, _rectangle
+    from kdata.teachers.vllm import _rectangle
 
     rng, vocab, keep = np.random.default_rng(0), len(tokenizer), KeepConfig(kind="topk", k=k)
     recorded = []
@@ -143,9 +143,9 @@ def host(tokenizer: Any, tokens_per_row: int = 512, rows: int = 128, k: int = 64
                 records = []
                 for number, (ids, flat) in enumerate(recorded):
                     document = Document(f"d{number}", "d", "", None, None)
-                    readout = _readout(ids, 1, _rectangle(flat, first=1, k=k), keep)
+                    readout = readout_from_top(ids, 1, *_rectangle(flat, first=1, k=k)[1:], keep)
                     records.append(
-                        record_of(unread(document.id, document, ids, np.ones(len(ids), np.uint16), ""), readout)
+                        InputSequence.of(document.id, document, ids, np.ones(len(ids), np.uint16), "").record(readout)
                     )
                 writer.commit(UnitResult(0, records))
                 best = max(best, rows * tokens_per_row / (time.perf_counter() - started))

@@ -91,11 +91,11 @@ class Scripted(StandInTeacher):
             raise ConfigError("this engine cannot do that; use another one")
         super()._count()
 
-    def read(self, sequences: Any, keep: KeepConfig) -> Any:
+    def read(self, sequences: Any, keep: KeepConfig, *on_tokens: Any) -> Any:
         """See `Teacher.read`."""
         if any(ids.tolist() == self._script.get("poison") for ids in sequences):
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(sequences, keep)
+        return super().read(sequences, keep, *on_tokens)
 
 
 def scripted(config: TeacherConfig, max_k: int, *, folder: Path, script: dict[str, Any]) -> tuple[Scripted, Any]:
@@ -210,7 +210,7 @@ def gone(notes: Path) -> bool:
     return not any(Path(f"/proc/{pid}/cmdline").exists() for pid in processes(notes))
 
 
-def test_two_nodes_make_the_bytes_of_the_local_engine(
+def test_two_nodes_write_the_bytes_of_the_local_engine(
     tmp_path: Path, two: Any, corpus: Path, tokenizer_dir: Path, expected: dict[str, str]
 ) -> None:
     """The second actor is started once units wait for it, and not before."""
@@ -230,7 +230,7 @@ def test_two_nodes_make_the_bytes_of_the_local_engine(
     wait_until(lambda: gone(notes))
 
 
-def test_a_slow_unit_is_not_waited_for(
+def test_a_slow_unit_is_repeated_by_another_actor(
     tmp_path: Path,
     two: Any,
     corpus: Path,
@@ -268,7 +268,7 @@ def test_a_unit_that_kills_its_actors_ends_the_run_and_is_named(
     assert digests(tmp_path / "d") == digests(tmp_path / "local")
 
 
-def test_an_error_of_the_teacher_is_raised_as_it_is(
+def test_an_error_of_the_teacher_is_raised_unchanged(
     tmp_path: Path, two: Any, corpus: Path, tokenizer_dir: Path
 ) -> None:
     with (
@@ -293,7 +293,7 @@ def test_machines_with_different_teachers_are_refused(
         run_job(tmp_path / "d", reading(corpus), engine)
 
 
-def test_actors_that_die_at_loading_end_the_run(tmp_path: Path, two: Any, tokenizer_dir: Path) -> None:
+def test_actors_that_die_while_they_load_end_the_run(tmp_path: Path, two: Any, tokenizer_dir: Path) -> None:
     config = {**ONE, "max_deaths": 2}
     with (
         pytest.raises(TeacherError, match="2 actors in a row died while they loaded the teacher"),
@@ -302,7 +302,7 @@ def test_actors_that_die_at_loading_end_the_run(tmp_path: Path, two: Any, tokeni
         pass
 
 
-def test_what_no_machine_has_is_said(tmp_path: Path, two: Any, tokenizer_dir: Path) -> None:
+def test_resources_that_no_machine_has_are_named(tmp_path: Path, two: Any, tokenizer_dir: Path) -> None:
     config = {"gpus_per_teacher": 8, "start_timeout_sec": 1.0}
     with (
         pytest.raises(TeacherError, match=r"no teacher was ready .*'gpus_per_teacher': 8.* the cluster has .*'GPU': 0"),
@@ -344,7 +344,7 @@ def lines_of(manifest: Path) -> int:
     return manifest.read_bytes().count(b"\n") if manifest.exists() else 0
 
 
-def test_the_driver_is_killed_stopped_and_started_again_and_holds_no_torch(
+def test_a_killed_driver_resumes_and_never_imports_torch(
     tmp_path: Path, two: Any, corpus: Path, tokenizer_dir: Path, expected: dict[str, str]
 ) -> None:
     root, notes = tmp_path / "d", tmp_path / "notes"
@@ -365,7 +365,7 @@ def test_the_driver_is_killed_stopped_and_started_again_and_holds_no_torch(
     assert not {"torch", "vllm"} & set(loaded.split()) and "ray" in loaded.split()
 
 
-def test_without_a_cluster_ray_is_started_here_and_ends_with_the_run(
+def test_without_a_cluster_ray_starts_here_and_ends_with_the_run(
     tmp_path: Path, corpus: Path, tokenizer_dir: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
@@ -387,7 +387,7 @@ def command_lines() -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ a URL
 
 
-def test_at_a_url_an_actor_is_killed_and_another_machine_goes_on(
+def test_a_dataset_at_a_url_survives_a_killed_actor_and_resumes_elsewhere(
     tmp_path: Path,
     two: Any,
     corpus: Path,
@@ -414,7 +414,7 @@ def test_at_a_url_an_actor_is_killed_and_another_machine_goes_on(
 # ------------------------------------------------------------------------------------------------- command and recipe
 
 
-def test_the_command_and_a_recipe_make_the_bytes_of_the_local_engine(
+def test_command_and_recipe_write_the_bytes_of_the_local_engine(
     tmp_path: Path, two: Any, corpus: Path, llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a real (tiny) model. The command's process holds no torch; the recipe's would, once it trains."""
@@ -466,7 +466,7 @@ def test_the_command_and_a_recipe_make_the_bytes_of_the_local_engine(
         ({"slow_factor": 1.0}, "slow_factor"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(values: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RayConfig(**values)
 
@@ -507,7 +507,7 @@ def settings_table() -> str:
     return "\n".join(rows)
 
 
-def test_the_readme_s_table_is_the_model() -> None:
+def test_the_table_in_the_readme_matches_the_model() -> None:
     assert settings_table() in (ROOT / "pipelines" / "README.md").read_text("utf-8")
 
 
@@ -516,7 +516,7 @@ def test_fewer_gpus_than_the_teacher_is_spread_over_are_refused() -> None:
         RayEngine(RayConfig(gpus_per_teacher=2), TeacherConfig(model="x", tensor_parallel=4), max_k=8)
 
 
-def test_a_cluster_that_is_not_there_is_named(tokenizer_dir: Path) -> None:
+def test_an_unreachable_cluster_is_named(tokenizer_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"no Ray cluster can be joined at 127\.0\.0\.1:1"):
         RayEngine(RayConfig(address="127.0.0.1:1"), TeacherConfig(model=str(tokenizer_dir)), max_k=8).__enter__()
 

@@ -26,7 +26,7 @@ from kdata.format.schema import (
     TokenizerInfo,
 )
 from kdata.pipelines.recipe import Recipe
-from kdata.selection.plan import PLAN_SCHEMA, DomainTaken, PlanInfo
+from kdata.selection.plan import PLAN_SCHEMA, DomainChoice, PlanInfo
 from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo
 
 FOLDER = Path(__file__).resolve().parents[2] / "schemas"
@@ -50,7 +50,7 @@ MODELS = [
     CodecError,
     ScoreInfo,
     PlanInfo,
-    DomainTaken,
+    DomainChoice,
 ]
 # Columns of the manifest view, and of sidecars and plans, whose Arrow schemas carry no words.
 WORDS = {

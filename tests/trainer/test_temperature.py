@@ -100,7 +100,7 @@ def student() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("temperature", [2.0, 0.7])
 def test_the_tail_and_every_entry_are_those_of_the_dense_distribution(temperature: float, tmp_path: Path) -> None:
     dataset, dense = stored(tmp_path, KeepConfig(kind="topk", k=9, temperatures=[0.7, 2.0]))
-    warm = at_temperature(dataset[0], temperature, dataset.info.codec)
+    warm = at_temperature(dataset[0].sequence, temperature, dataset.info.codec)
     expected = torch.log_softmax(dense / temperature, -1)
     ids, logprobs = (x[1:] for x in warm.padded())
     own = np.take_along_axis(expected.numpy(), ids, 1)
@@ -153,7 +153,7 @@ def test_the_gradient_of_draws_is_the_dense_one_on_average(temperature: float, t
 @pytest.mark.parametrize("kind", ["topk", "hybrid"])
 def test_batches_hold_the_values_of_sequences(kind: str, tmp_path: Path) -> None:
     dataset, _ = stored(tmp_path, KeepConfig(kind=kind, k=5, num_draws=20, temperatures=[0.7, 2.0]))
-    batch, warm = only_batch(dataset, 2.0), at_temperature(dataset[0], 2.0, dataset.info.codec)
+    batch, warm = only_batch(dataset, 2.0), at_temperature(dataset[0].sequence, 2.0, dataset.info.codec)
     ids, logprobs = (x[1:] for x in warm.padded())
     assert batch.targets.temperature == 2.0
     assert np.array_equal(batch.targets.ids_CK.numpy(), ids)
@@ -187,7 +187,7 @@ def test_a_run_at_a_temperature_reports_the_divergence_times_its_square(tmp_path
 def test_draws_are_unbiased_at_the_other_temperature(tmp_path: Path) -> None:
     """A random test function's mean under the tempered weights, over all positions: within four standard errors."""
     dataset, dense = stored(tmp_path, KeepConfig(kind="hybrid", k=3, num_draws=60, temperatures=[2.0]))
-    warm = at_temperature(dataset[0], 2.0, dataset.info.codec)
+    warm = at_temperature(dataset[0].sequence, 2.0, dataset.info.codec)
     values = np.random.default_rng(0).normal(size=VOCAB)
     ids, logprobs = (x[1:] for x in warm.padded())
     estimate_M = np.where(ids >= 0, np.exp(logprobs.astype(np.float64)) * values[ids], 0).sum(1)
@@ -197,6 +197,6 @@ def test_draws_are_unbiased_at_the_other_temperature(tmp_path: Path) -> None:
 
 def test_a_temperature_that_was_not_captured_is_refused(tmp_path: Path) -> None:
     dataset, _ = stored(tmp_path, KeepConfig(kind="topk", k=9, temperatures=[2.0]))
-    assert at_temperature(dataset[0], 1.0, dataset.info.codec).log_tail is not None
+    assert at_temperature(dataset[0].sequence, 1.0, dataset.info.codec).log_tail is not None
     with pytest.raises(ConfigError, match=r"capture with --set temperatures=\[3.0\]"):
-        at_temperature(dataset[0], 3.0, dataset.info.codec)
+        at_temperature(dataset[0].sequence, 3.0, dataset.info.codec)

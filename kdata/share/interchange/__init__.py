@@ -1,11 +1,11 @@
-"""Logit datasets of other tools: read them as they are, write what they read.
+"""Logit datasets of other tools: import them as they are, and export what those tools read.
 
-    rows.py        a row of another tool, before and after alignment; what was counted on the way
+    rows.py        a row of another tool, before and after alignment, and counts of what is wrong with it
     distillkit.py  DistillKit's compressed Parquet, with the YAML beside it
     axolotl.py     the two column layouts that axolotl's KD plug-in reads
     plain.py       nested lists of ids and log-probabilities, as JSONL or Parquet
     importer.py    rows of any of these -> a dataset
     exporter.py    a dataset -> nested lists, or axolotl's columns
 
-Nothing is repaired. What a format does not hold is marked absent, what it holds wrongly is counted and said.
+Nothing is repaired. What a format does not hold is marked absent; what it holds wrongly is counted and reported.
 """

@@ -1,9 +1,9 @@
 """The columns that axolotl's KD plug-in reads, in both layouts, beside `input_ids`.
 
-    v1   a column (its name is a setting there, here it is found by its type) of lists of {token: "token_id:N", logprob}
+    v1   a column (axolotl sets its name; the importer finds it by its type) of lists of {token: "token_id:N", logprob}
     v2   `logprobs` and `target_token_ids`: lists of lists
 
-The plug-in puts P lists flush with the end of T tokens: list j is about token T - P + j, as with a completion whose
+The plug-in aligns P lists with the end of T tokens: list j is about token T - P + j, as with a completion whose
 log-probabilities a server returned. It has no tail: it renormalises over the entries.
 
 Source: github.com/axolotl-ai-cloud/axolotl, src/axolotl/integrations/kd (chat_template.py).
@@ -50,8 +50,8 @@ def read_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[PeerRow]:
     for batch in batches:
         if "input_ids" not in batch.schema.names:
             raise DataError(
-                "there is no column 'input_ids': axolotl makes the tokens when it trains, and which token a list of entries "
-                "is about hangs on that; add the token ids that the teacher read as input_ids"
+                "the files have no column 'input_ids': axolotl tokenizes when it trains, and which token a list is about "
+                "depends on that; add the token ids that the teacher read, as input_ids"
             )
         lengths, token_ids = flat(batch.column("input_ids"), np.int32)
         per_row, counts, ids, logprobs = _entries(batch)
@@ -71,11 +71,13 @@ def _entries(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray,
         per_row, counts, values = nested(batch.column("logprobs"))
         id_rows, id_counts, ids = nested(batch.column("target_token_ids"))
         if not (np.array_equal(per_row, id_rows) and np.array_equal(counts, id_counts)):
-            raise DataError("logprobs and target_token_ids have lists of other lengths")
+            raise DataError(
+                "lists of logprobs and target_token_ids have different lengths; each id needs one log-probability"
+            )
         return per_row, counts, _numbers(ids).astype(np.int32), _numbers(values)
     raise DataError(
-        f"no column holds axolotl's entries, among {batch.schema.names}: lists of {{token, logprob}} (v1), or logprobs with "
-        "target_token_ids (v2)"
+        f"none of the columns {batch.schema.names} holds axolotl's entries; it needs lists of {{token, logprob}} (v1), or "
+        "logprobs and target_token_ids (v2)"
     )
 
 
@@ -89,8 +91,8 @@ def _token_ids(names: pa.Array) -> np.ndarray:
         return pc.cast(pc.replace_substring(names, "token_id:", ""), pa.int32()).to_numpy(zero_copy_only=False)
     except pa.ArrowInvalid as error:
         raise DataError(
-            f"an entry's token is no 'token_id:N' ({str(error).splitlines()[0]}); a token's text does not tell its id: have "
-            "the server return ids (vLLM: --return-tokens-as-token-ids)"
+            f"an entry's token is not of the form 'token_id:N' ({str(error).splitlines()[0]}), and a token's text does not "
+            "determine its id; let the server return ids (vLLM: --return-tokens-as-token-ids)"
         ) from error
 
 

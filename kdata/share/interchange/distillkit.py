@@ -5,15 +5,15 @@ A row has `input_ids` [T], and for each of P = T - 1 or T positions the bytes `b
 
     ids       k unsigned numbers of ceil(log2 d) bits, most significant bit first, sorted by the teacher's probability
     logprobs  exact_k values as they are, then coefficients of a curve over the other k - exact_k ranks, then for each bin
-              a scale and its residuals as signed numbers of element_bits; what no bin covers has no residual. With
+              a scale and its residuals as signed numbers of element_bits; ranks that no bin covers have no residual. With
               delta_encoding every value but the first is a difference to the one before it.
 
 The curve is a sum of terms over t = 0 ... n - 1, or over [0, 1] with normalize_t: powers, square root, exponential. On the
-unscaled axis high powers are numerically out of reach of the fit in float32, and the tail comes out wrong by a nat and
-more; that is in the file, and nothing here can mend it.
+unscaled axis a fit of high powers fails numerically in float32, and the tail is wrong by a nat and more. The file holds this
+error, and no reader can repair it.
 
-Written from the format's documentation and behaviour (github.com/arcee-ai/DistillKit, distillkit/compression); held to
-what DistillKit's own decoder returns in tests/kdata/test_interchange.py.
+Written from the format's documentation and behaviour (github.com/arcee-ai/DistillKit, distillkit/compression);
+tests/kdata/share/test_interchange.py compares it with what DistillKit's own decoder returns.
 
 Shapes: P positions, B bytes, k entries.
 """
@@ -80,16 +80,16 @@ class Compression(Strict):
         return self.exact_k * BYTES[self.exact_dtype] + terms + bins
 
     def notes(self) -> list[str]:
-        """What is known to be wrong with such files."""
+        """Known errors of such files."""
         curved = self.k - self.exact_k - sum(b.num_elements for b in self.residual_bins)
         highest = max((t for t in self.polynomial_terms or () if isinstance(t, int)), default=0)
         if curved <= 0 or not self.polynomial_terms:
             return []
         if self.normalize_t or highest < 3:
-            return [f"{curved} of {self.k} log-probabilities of a position are read off a fitted curve, not stored"]
+            return [f"{curved} of {self.k} log-probabilities of a position come from a fitted curve and are not stored"]
         return [
-            f"{curved} of {self.k} log-probabilities of a position are read off a curve of degree {highest} that was fitted "
-            "on an unscaled axis (normalize_t is false), and such a fit is off by a nat and more; nothing was mended"
+            f"{curved} of {self.k} log-probabilities of a position come from a curve of degree {highest} that was fitted on "
+            "an unscaled axis (normalize_t is false); such a fit is wrong by a nat and more, and nothing was repaired"
         ]
 
 
@@ -97,7 +97,9 @@ def read_compression(source: Path, named: Path | None) -> Compression:
     """The YAML beside the files, or the one that is named. Raises MissingError or ConfigError."""
     path = named or (source if source.is_dir() else source.parent) / CONFIG_NAME
     if not path.is_file():
-        raise MissingError(f"{path} does not exist; it says how the files are compressed: name it with --compression")
+        raise MissingError(
+            f"{path} does not exist; it describes how the files are compressed: name it with --compression"
+        )
     return parse_config(Compression, read_yaml(path), str(path))
 
 
@@ -106,12 +108,14 @@ def read_rows(batches: Iterator[pa.RecordBatch], compression: Compression) -> It
     for batch in batches:
         missing = [name for name in COLUMNS if name not in batch.schema.names]
         if missing:
-            raise DataError(f"there is no column {missing[0]!r}; DistillKit's files have {', '.join(COLUMNS)}")
+            raise DataError(f"the files have no column {missing[0]!r}; DistillKit's files have {', '.join(COLUMNS)}")
         lengths, token_ids = flat(batch.column("input_ids"), np.int32)
         per_row, sizes, values = nested(batch.column("compressed_logprobs"))
         id_rows, id_sizes, id_values = nested(batch.column("bytepacked_indices"))
         if not np.array_equal(per_row, id_rows):
-            raise DataError("a row has other numbers of compressed_logprobs and bytepacked_indices")
+            raise DataError(
+                "a row has different numbers of compressed_logprobs and bytepacked_indices; the file is damaged"
+            )
         logprobs_PB = _grid(values, sizes, compression.num_bytes, "compressed_logprobs")
         ids_PB = _grid(id_values, id_sizes, -(-compression.k * compression.id_bits // 8), "bytepacked_indices")
         for tokens, lists in zip(spans(lengths), spans(per_row), strict=True):
@@ -126,15 +130,15 @@ def read_rows(batches: Iterator[pa.RecordBatch], compression: Compression) -> It
 
 def _grid(values: pa.Array, sizes: np.ndarray, width: int, name: str) -> np.ndarray:
     if len(sizes) and (sizes != width).any():
-        found = int(sizes[sizes != width][0])
+        actual = int(sizes[sizes != width][0])
         raise DataError(
-            f"{name} has {found} bytes at a position, the compression YAML means {width}; is it of this file?"
+            f"{name} has {actual} bytes at a position, but the compression YAML means {width}; name the YAML of these files"
         )
     return values.to_numpy(zero_copy_only=False).astype(np.uint8).reshape(len(sizes), width)
 
 
 def unpack(packed_PB: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Unsigned numbers of `bits` bits out of bytes uint8 [P, B], most significant bit first: uint64 [P, count]."""
+    """Unsigned numbers of `bits` bits from bytes uint8 [P, B], most significant bit first: uint64 [P, count]."""
     each_PNb = np.unpackbits(packed_PB, axis=1)[:, : count * bits].reshape(len(packed_PB), count, bits)
     numbers_PN = np.zeros((len(packed_PB), count), np.uint64)
     for place in range(bits):
@@ -143,26 +147,28 @@ def unpack(packed_PB: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def decode_logprobs(packed_PB: np.ndarray, compression: Compression) -> np.ndarray:
-    """Log-probabilities float32 [P, k] out of bytes uint8 [P, B], in the teacher's order.
+    """Log-probabilities float32 [P, k] from bytes uint8 [P, B], in the teacher's order.
 
-    The curve is summed in float64 and rounded once: DistillKit's own float32 sum differs from it by rounding.
+    The curve is summed in float64 and rounded once; DistillKit's own float32 sum differs from it by rounding.
     """
     c, at = compression, 0
 
-    def take(count: int) -> np.ndarray:
+    def next_bytes(count: int) -> np.ndarray:
         nonlocal at
         at += count
         return np.ascontiguousarray(packed_PB[:, at - count : at])
 
-    exact_PK = _reals(take(c.exact_k * BYTES[c.exact_dtype]), c.exact_dtype)
+    exact_PK = _reals(next_bytes(c.exact_k * BYTES[c.exact_dtype]), c.exact_dtype)
     terms = c.polynomial_terms or []
-    coefficients_PC = _reals(take(len(terms) * BYTES[c.term_dtype]), c.term_dtype)
+    coefficients_PC = _reals(next_bytes(len(terms) * BYTES[c.term_dtype]), c.term_dtype)
     rest = c.k - c.exact_k
     residual_PK = np.zeros((len(packed_PB), rest))
     filled = 0
     for part in c.residual_bins:
-        scale_P = _reals(take(BYTES[part.scale_dtype]), part.scale_dtype).astype(np.float64)
-        codes_PN = unpack(take(-(-part.num_elements * part.element_bits // 8)), part.element_bits, part.num_elements)
+        scale_P = _reals(next_bytes(BYTES[part.scale_dtype]), part.scale_dtype).astype(np.float64)
+        codes_PN = unpack(
+            next_bytes(-(-part.num_elements * part.element_bits // 8)), part.element_bits, part.num_elements
+        )
         residual_PK[:, filled : filled + part.num_elements] = _signed(codes_PN, part.element_bits) * scale_P
         filled += part.num_elements
     values_PK = _rounded(residual_PK, c.exact_dtype)
@@ -186,19 +192,19 @@ def _term(term: int | str, axis: np.ndarray) -> np.ndarray:
 
 
 def _signed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes as signed numbers; of one bit -1 and 1."""
+    """Codes as signed numbers; codes of one bit mean -1 and 1."""
     return codes.astype(np.float64) * 2 - 1 if bits == 1 else codes.astype(np.float64) - 2.0 ** (bits - 1)
 
 
 def _reals(packed_PB: np.ndarray, dtype: str) -> np.ndarray:
-    """Numbers [P, n] out of their little-endian bytes uint8 [P, B]."""
+    """Numbers [P, n] from their little-endian bytes uint8 [P, B]."""
     if dtype == "bfloat16":
         return (packed_PB.view("<u2").astype(np.uint32) << 16).view(np.float32)
     return packed_PB.view(np.dtype(dtype).newbyteorder("<"))
 
 
 def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Values as float64 that this type holds exactly, to the nearest, ties to even."""
+    """Values rounded to the nearest that this type holds (ties to even), as float64."""
     if dtype != "bfloat16":
         return values.astype(dtype).astype(np.float64)
     raw = np.ascontiguousarray(values, np.float32).view(np.uint32)

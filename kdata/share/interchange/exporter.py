@@ -1,4 +1,4 @@
-"""A dataset -> what other tools read: nested lists, or axolotl's columns. What they cannot hold is said."""
+"""Export a dataset for other tools, as nested lists or as axolotl's columns, and report what these cannot hold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdata.errors import ConfigError, DataError
-from kdata.format.files import storage_errors
+from kdata.format.files import local_path, storage_errors
 from kdata.observe.progress import Task
 from kdata.share.interchange import axolotl, plain
 from kdata.store.dataset import Dataset
@@ -17,22 +17,23 @@ from kdata.store.dataset import Dataset
 ExportFormat = Literal["plain", "axolotl"]
 
 
-def export_dataset(dataset: Dataset, target: Path, format: ExportFormat, *, version: int = 2) -> list[str]:
-    """Write every row to one Parquet file; return what is lost on the way.
+def export_dataset(dataset: Dataset, target: Path | str, format: ExportFormat, *, version: int = 2) -> list[str]:
+    """Write every row to one Parquet file; return what the file does not hold, one line each.
 
     Args:
         target: a file that does not exist yet.
         version: of axolotl's columns, 1 or 2.
     Raises:
-        ConfigError: the file exists, or there is no such version.
-        DataError: nothing to export.
+        ConfigError: the file exists, `target` is a URL, or there is no such version.
+        DataError: the dataset has no rows.
     """
+    target = local_path(target, "name a file here, and upload it afterwards")
     if target.exists():
         raise ConfigError(f"{target} exists; name a new file")
     if version not in axolotl.SCHEMAS:
-        raise ConfigError(f"axolotl's columns have versions 1 and 2, not {version}")
+        raise ConfigError(f"axolotl's columns have versions 1 and 2, not {version}; choose one of these")
     if not dataset.num_rows:
-        raise DataError(f"{dataset.path} has no rows")
+        raise DataError(f"{dataset.path} has no rows to export; capture or import some first")
     schema = plain.SCHEMA if format == "plain" else axolotl.SCHEMAS[version]
     temporary = target.with_name(target.name + ".tmp")
     with storage_errors(target), Task("export", dataset.num_tokens, "tokens") as task:
@@ -58,19 +59,19 @@ def _table(dataset: Dataset, number: int, format: ExportFormat, version: int) ->
 
 def losses(dataset: Dataset, format: ExportFormat) -> list[str]:
     """What the other format does not hold, one line each."""
-    said = []
+    lines = []
     if dataset.info.tail == "ghost":
         mass = dataset.sql("select 1 - avg(kept_mass) as rest from rows")["rest"][0].as_py() or 0.0
-        said.append(
+        lines.append(
             f"the mass of the rest (log_tail), {mass:.1%} on average: a student that reads lists alone never sees it"
         )
     if dataset.info.tail == "draws":
-        said.append(
-            "which entries are exact and which are draws: exported are log-weights that sum to 1 with the draws, and only "
-            "their expectation is the distribution"
+        lines.append(
+            "which entries are exact and which are draws: the exported log-weights sum to 1 together with the draws, and "
+            "only their expectation is the distribution"
         )
     if dataset.info.tail != "absent":
-        said.append("the actual token's log-probability and rank, the entropy, further temperatures")
+        lines.append("the actual token's log-probability and rank, the entropy, further temperatures")
     if format == "axolotl":
-        said.append("text, and which positions count (target_mask); axolotl masks by its own labels")
-    return said
+        lines.append("text, and which positions count (target_mask); axolotl masks by its own labels")
+    return lines

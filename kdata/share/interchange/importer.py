@@ -1,4 +1,4 @@
-"""Rows of another tool -> a dataset, as they are: codec `verbatim`, tail absent, everything wrong counted."""
+"""Import rows of another tool as they are (codec `verbatim`, tail absent), and count everything that is wrong with them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from pydantic import Field
 from kdata.config import Strict
 from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, MissingError
-from kdata.format.files import journal_of
+from kdata.format.files import journal_of, local_path
 from kdata.format.manifest import new_info
 from kdata.format.records import Record, Reject, UnitResult, inputs_digest
 from kdata.format.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, TeacherInfo, TokenizerInfo
@@ -36,30 +37,30 @@ ROWS_AT_ONCE = 64
 
 
 class ImportConfig(Strict):
-    """What is imported, and how it is to be understood."""
+    """What is imported, and how to read it."""
 
     format: Format = Field(description="Which tool wrote it; plain: nested lists.")
     aligned: Aligned | None = Field(
         None,
-        description="Token that list j is about: with (token j), after (j + 1), end (lists flush with the last token). Null "
-        "takes the format's own: distillkit after, axolotl end, plain with.",
+        description="Token that list j is about: with (token j), after (j + 1), end (the last list is about the last token). "
+        "Null takes the format's own: distillkit after, axolotl end, plain with.",
     )
     over_one: OverOne = Field(
         "keep",
         description="A position whose probabilities sum to more than 1: keep it as it is, mask (leave it out), or refuse "
         "the import. It is counted in any case.",
     )
-    tokenizer: str | None = Field(None, description="Folder or Hub name of the tokenizer that made the ids.")
+    tokenizer: str | None = Field(None, description="Folder or Hub name of the tokenizer that produced the ids.")
     vocab_size: int | None = Field(None, gt=1, description="Null takes the format's own, or the tokenizer's.")
-    teacher: str = Field("unknown", description="Name of the model that the log-probabilities are of.")
-    domain: str = Field("imported", description="Domain of rows that name none.")
-    compression: str | None = Field(None, description="DistillKit's YAML where it is not beside the files.")
+    teacher: str = Field("unknown", description="Name of the model that gave the log-probabilities.")
+    domain: str = Field("imported", description="Domain of rows without one.")
+    compression: str | None = Field(None, description="DistillKit's YAML, where it is not beside the files.")
     unit_tokens: int = Field(32768, ge=1, description="Tokens of one work unit, which is one shard.")
     name: str = Field("import", pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of the source; prefix of shards.")
 
 
 def import_dataset(
-    source: Path, root: Path, config: ImportConfig, *, resume: str = "auto", log: Path | None = None
+    source: Path | str, root: Path | str, config: ImportConfig, *, resume: str = "auto", log: Path | None = None
 ) -> tuple[Dataset, ImportReport]:
     """Import another tool's files into the dataset at `root`.
 
@@ -67,13 +68,15 @@ def import_dataset(
         source: a file or folder of Parquet or JSONL files.
         resume: auto, never or must; see `Writer`.
     Returns:
-        The dataset, and what was counted in this run's reading of the whole source.
+        The dataset, and the counts of the whole source.
     Raises:
-        MissingError: nothing there.
-        ConfigError: the vocabulary's size is not known.
-        DataError: the columns are not the format's, or the numbers are no log-probabilities.
+        MissingError: the source does not exist.
+        ConfigError: the vocabulary's size is not known, or a path is a URL.
+        DataError: the columns are not the format's, or the numbers are not log-probabilities.
         MismatchError: the dataset was begun with other settings.
     """
+    source = local_path(source, "download the other tool's files first, and name their folder")
+    root = local_path(root, "import into a folder, and copy it to the Hub with `kdata push`")
     files = source_files(source)
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer, None)
     compression = None
@@ -93,7 +96,8 @@ def import_dataset(
         folder = None if tokenizer is None else stack.enter_context(tokenizer_files(tokenizer))
         kind = SourceInfo(kind="import", settings=settings, num_units=None)
         writer = stack.enter_context(Writer(root, info, config.name, kind, resume=resume, tokenizer_dir=folder))
-        task = stack.enter_context(Task(f"{config.name}: reading", None, "rows", log or journal_of(root)))
+        title, journal = f"{config.name}: reading", log or journal_of(root)
+        task = stack.enter_context(Task(title, None, "rows", journal, source=config.name))
         units = 0
         for unit in _units(rows, config, info.vocab_size, tokenizer, report):
             rows_read = len(unit.records) + len(unit.rejects)
@@ -104,7 +108,7 @@ def import_dataset(
                 task.advance(rows_read, tokens=shard.entry.tokens, shard=shard)
             units = unit.number + 1
         if not units:
-            raise DataError(f"{source} holds no rows")
+            raise DataError(f"{source} has no rows to import; name files with rows")
         writer.finish(units)
     return open_dataset(root), report
 
@@ -113,15 +117,15 @@ def source_files(source: Path) -> list[Path]:
     """The Parquet or JSONL files of a source, in order. Raises MissingError or ConfigError."""
     if not source.exists():
         raise MissingError(f"{source} does not exist; name a file or folder of Parquet or JSONL files")
-    found = [source] if source.is_file() else sorted(source.rglob("*"))
-    files = [path for path in found if path.suffix in (".parquet", ".jsonl")]
+    paths = [source] if source.is_file() else sorted(source.rglob("*"))
+    files = [path for path in paths if path.suffix in (".parquet", ".jsonl")]
     if not files:
-        raise ConfigError(f"{source} holds no .parquet or .jsonl file")
+        raise ConfigError(f"{source} has no .parquet or .jsonl file; name a file or folder of these")
     return files
 
 
 def batches(files: list[Path]) -> Iterator[pa.RecordBatch]:
-    """Rows of all files, a few at a time. Raises DataError at a file that cannot be read."""
+    """Rows of all files, a few at a time. Raises DataError for a file that cannot be read."""
     for path in files:
         try:
             if path.suffix == ".parquet":
@@ -137,9 +141,9 @@ def batches(files: list[Path]) -> Iterator[pa.RecordBatch]:
 
 
 def _batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
-    """Rows as columns, null where a row lacks one: pyarrow alone takes the columns of the first row, and drops the others."""
+    """Rows as columns, null where a row lacks one. (pyarrow alone keeps only the columns of the first row.)"""
     if not all(isinstance(row, dict) for row in rows):
-        raise DataError("a line is no JSON object")
+        raise DataError("a line is not a JSON object; write one object per line")
     names = list(dict.fromkeys(name for row in rows for name in row))
     return pa.RecordBatch.from_pylist([{name: row.get(name) for name in names} for row in rows])
 
@@ -148,7 +152,7 @@ def _peer_rows(
     format: Format, compression: distillkit.Compression | None
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[PeerRow]]:
     if compression is not None:
-        return lambda found: distillkit.read_rows(found, compression)
+        return lambda source_batches: distillkit.read_rows(source_batches, compression)
     return axolotl.read_rows if format == "axolotl" else plain.read_rows
 
 
@@ -162,11 +166,11 @@ def _digest(files: list[Path]) -> str:
 
 
 def _identity(config: ImportConfig, compression: distillkit.Compression | None, tokenizer: Any) -> DatasetInfo:
-    """What the dataset is, with all that the files do not tell marked unknown."""
+    """The identity of the dataset; what the files do not say is marked unknown."""
     own = compression.d if compression else None
     vocab_size = config.vocab_size or own or (None if tokenizer is None else len(tokenizer))
     if vocab_size is None:
-        raise ConfigError("the files do not tell the vocabulary's size; say --vocab-size N or --tokenizer FOLDER")
+        raise ConfigError("the files do not hold the vocabulary's size; set --vocab-size N or --tokenizer FOLDER")
     unknown = TokenizerInfo(hash="unknown", chat_template_hash=None, bos_id=None, eos_id=None)
     return new_info(
         format_version=FORMAT_VERSION,
@@ -192,43 +196,43 @@ def _identity(config: ImportConfig, compression: distillkit.Compression | None, 
 def _units(
     rows: Iterator[PeerRow], config: ImportConfig, vocab_size: int, tokenizer: Any, report: ImportReport
 ) -> Iterator[UnitResult]:
-    """Rows in units of about `unit_tokens`, counted on the way."""
+    """Rows in units of about `unit_tokens`; `report` counts them."""
     aligned = config.aligned or ALIGNED[config.format]
     encoder = None if tokenizer is None else TextEncoder(tokenizer)
-    unit = UnitResult(0, [])
-    for number, row in enumerate(rows):
-        row_id, domain = row.id or f"row-{number:07d}", row.domain or config.domain
-        named = PeerRow(**{**vars(row), "id": row_id, "domain": domain})
+    number = tokens = 0
+    records: list[Record] = []
+    rejects: list[Reject] = []
+    for row_number, row in enumerate(rows):
+        row_id, domain = row.id or f"row-{row_number:07d}", row.domain or config.domain
         try:
-            record = place(named, aligned, vocab_size, report, config.over_one)
+            record = place(replace(row, id=row_id, domain=domain), aligned, vocab_size, report, config.over_one)
         except RowError as error:
             report.rejected[error.reason] += 1
-            unit.rejects.append(Reject(row_id, domain, error.reason, error.detail))
+            rejects.append(Reject(row_id, domain, error.reason, error.detail))
         else:
-            unit.records.append(_with_text(record, tokenizer, encoder))
-        if sum(len(r.token_ids) for r in unit.records) >= config.unit_tokens:
-            yield _closed(unit, report)
-            unit = UnitResult(unit.number + 1, [])
-    if unit.records or unit.rejects:
-        yield _closed(unit, report)
+            records.append(record if encoder is None else _with_text(record, tokenizer, encoder))
+            tokens += len(record.token_ids)
+        if tokens >= config.unit_tokens:
+            yield _unit(number, records, rejects, report)
+            number, tokens, records, rejects = number + 1, 0, [], []
+    if records or rejects:
+        yield _unit(number, records, rejects, report)
 
 
-def _closed(unit: UnitResult, report: ImportReport) -> UnitResult:
-    """The unit with its digest. Raises DataError where most positions cannot be probabilities at all."""
+def _unit(number: int, records: list[Record], rejects: list[Reject], report: ImportReport) -> UnitResult:
+    """A unit with its digest. Raises DataError where most positions cannot be probabilities."""
     if report.sums_over_one > report.positions / 2 and report.max_sum > 1.5:
         raise DataError(
-            f"{report.sums_over_one:,} of {report.positions:,} positions sum to more than 1 (up to {report.max_sum:.3g}): "
-            "these are no natural log-probabilities, but logits perhaps, or logarithms to another base"
+            f"{report.sums_over_one:,} of {report.positions:,} positions sum to more than 1 (up to {report.max_sum:.3g}), so "
+            "the numbers are not natural log-probabilities but perhaps logits, or logarithms to another base; convert them "
+            "to natural log-probabilities first"
         )
-    unit.inputs = inputs_digest(unit.records)
-    return unit
+    return UnitResult(number, records, rejects, inputs_digest(records))
 
 
-def _with_text(record: Record, tokenizer: Any, encoder: TextEncoder | None) -> Record:
-    """Add what a tokenizer can tell: the text of the tokens, and their bytes."""
-    if encoder is not None:
-        if record.text is None:
-            ids = record.token_ids
-            record.text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        record.token_bytes = encoder.byte_lengths(record.token_ids)
-    return record
+def _with_text(record: Record, tokenizer: Any, encoder: TextEncoder) -> Record:
+    """The record with the text of its tokens, where it has none, and the bytes of each token."""
+    text = record.text
+    if text is None:
+        text = tokenizer.decode(record.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return replace(record, text=text, token_bytes=encoder.byte_lengths(record.token_ids))

@@ -1,6 +1,6 @@
-"""Nested lists: `input_ids` [T], `topk_ids` and `topk_logprobs` [P][K], as JSONL or Parquet; what most scripts write.
+"""Nested lists: `input_ids` [T], `topk_ids` and `topk_logprobs` `[P][K]`, as JSONL or Parquet, as most scripts write them.
 
-List j is about token j (`--aligned with`, as kdata writes it, its first list empty) or about token j + 1 (`--aligned
+List j is about token j (`--aligned with`, as kdata exports it, with an empty first list) or about token j + 1 (`--aligned
 after`). Optional columns: id, domain, text, target_mask [T]. K may differ from list to list. Log-probabilities are
 natural, at temperature 1, not renormalised.
 """
@@ -36,12 +36,14 @@ def read_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[PeerRow]:
     for batch in batches:
         missing = [name for name in COLUMNS if name not in batch.schema.names]
         if missing:
-            raise DataError(f"there is no column {missing[0]!r}; plain lists have {', '.join(COLUMNS)}")
+            raise DataError(f"the files have no column {missing[0]!r}; plain lists need {', '.join(COLUMNS)}")
         lengths, token_ids = flat(batch.column("input_ids"), np.int32)
         per_row, counts, ids = nested(batch.column("topk_ids"))
         own_rows, own_counts, logprobs = nested(batch.column("topk_logprobs"))
         if not (np.array_equal(per_row, own_rows) and np.array_equal(counts, own_counts)):
-            raise DataError("topk_ids and topk_logprobs have lists of other lengths")
+            raise DataError(
+                "lists of topk_ids and topk_logprobs have different lengths; each id needs one log-probability"
+            )
         all_ids = ids.to_numpy(zero_copy_only=False).astype(np.int32)
         all_logprobs = logprobs.to_numpy(zero_copy_only=False).astype(np.float32)
         entries = spans(np.array([counts[part].sum() for part in spans(per_row)], np.int64))
@@ -56,15 +58,15 @@ def _masks(batch: pa.RecordBatch, lengths: np.ndarray) -> list[np.ndarray | None
     if "target_mask" not in batch.schema.names:
         return [None] * len(lengths)
     column = batch.column("target_mask")
-    given = column.is_valid().to_numpy(zero_copy_only=False)
+    present = column.is_valid().to_numpy(zero_copy_only=False)
     own, values = flat(column, np.bool_)
-    if not np.array_equal(own[given], lengths[given]):
-        raise DataError("target_mask and input_ids have lists of other lengths")
-    return [values[part] if has else None for part, has in zip(spans(own), given, strict=True)]
+    if not np.array_equal(own[present], lengths[present]):
+        raise DataError("lists of target_mask and input_ids have different lengths; each token needs one mask value")
+    return [values[part] if has else None for part, has in zip(spans(own), present, strict=True)]
 
 
 def about_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Id, domain and text of each row, where the columns are there."""
+    """Id, domain and text of each row, where the files have these columns."""
     names = [name for name in ("id", "domain", "text") if name in batch.schema.names]
     rows = batch.select(names).to_pylist() if names else [{}] * batch.num_rows
     return [{name: None if value is None else str(value) for name, value in row.items()} for row in rows]
@@ -78,12 +80,12 @@ def lists(sequences: Sequences, *, skip_first: bool) -> tuple[pa.ListArray, pa.L
     """
     place_N = np.repeat(np.arange(len(sequences.token_ids)), sequences.num_kept)
     order = np.lexsort((-sequences.entry_logprobs, place_N))
-    stays_T = np.ones(len(sequences.token_ids), bool)
+    has_list_T = np.ones(len(sequences.token_ids), bool)
     starts = sequences.offsets[:-1][np.diff(sequences.offsets) > 0]
     if skip_first:
-        stays_T[starts] = False
-    outer = np.concatenate(([0], np.cumsum(stays_T)))[sequences.offsets]
-    inner = np.concatenate(([0], np.cumsum(sequences.num_kept[stays_T])))
+        has_list_T[starts] = False
+    outer = np.concatenate(([0], np.cumsum(has_list_T)))[sequences.offsets]
+    inner = np.concatenate(([0], np.cumsum(sequences.num_kept[has_list_T])))
 
     def two_deep(values: np.ndarray) -> pa.ListArray:
         return pa.ListArray.from_arrays(_offsets(outer), pa.ListArray.from_arrays(_offsets(inner), pa.array(values)))
@@ -97,7 +99,7 @@ def _offsets(values: np.ndarray) -> pa.Array:
 
 
 def table(sequences: Sequences, ids: list[str], domains: list[str], texts: list[str | None]) -> pa.Table:
-    """Sequences as nested lists, list j about token j."""
+    """Sequences as nested lists; list j is about token j."""
     token_ids, entry_ids, logprobs = lists(sequences, skip_first=False)
     mask = pa.ListArray.from_arrays(token_ids.offsets, pa.array(sequences.target_mask))
     columns = [pa.array(ids), pa.array(domains), pa.array(texts, pa.string()), token_ids, mask, entry_ids, logprobs]

@@ -1,7 +1,7 @@
-"""A row of another tool, and where its lists of entries belong.
+"""A row of another tool, and the positions that its lists of entries belong to.
 
-Another tool stores one list of entries per position, either with the token that it predicts or with the one before it.
-Here a list comes to stand with the token that it predicts, and everything about it that is wrong is counted.
+Another tool stores one list of entries per position, either with the token that the list predicts or with the token before
+it. `place` puts each list with the token that it predicts, and counts everything that is wrong with it.
 
 Shapes: T tokens, P lists of entries, N entries in all.
 """
@@ -20,17 +20,17 @@ from kdata.errors import DataError
 from kdata.format.kept import Kept, segment_sum
 from kdata.format.records import Record
 
-# Which token list j is about: j (with), j + 1 (after), or T - P + j (end: the lists stand flush with the last token).
+# Which token list j is about: j (with), j + 1 (after), or T - P + j (end: the last list is about the last token).
 Aligned = Literal["with", "after", "end"]
 OverOne = Literal["keep", "mask", "refuse"]
 
 
 @dataclass(frozen=True)
 class PeerRow:
-    """One row as another tool has it, its P lists not yet placed.
+    """One row as another tool stores it, before its P lists are placed.
 
     token_ids int32 [T]; counts int32 [P], entries of each list; ids int32 [N]; logprobs float32 [N], nats; target_mask
-    bool [T] or None where every position that has a list counts. None stands for what the tool does not keep.
+    bool [T], or None where every position that has a list counts. Other fields are None where the tool does not keep them.
     """
 
     token_ids: np.ndarray
@@ -44,7 +44,7 @@ class PeerRow:
 
 
 class RowError(DataError):
-    """A row that cannot be imported; `reason` goes into the rejects."""
+    """A row that cannot be imported; `reason` and `detail` go into the rejects."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -53,7 +53,7 @@ class RowError(DataError):
 
 @dataclass
 class ImportReport:
-    """What was imported, and everything about it that is not as it should be; positions unless said otherwise."""
+    """Counters of an import: what was imported, and what is wrong with it; positions, unless the name says otherwise."""
 
     rows: int = 0
     tokens: int = 0
@@ -68,33 +68,35 @@ class ImportReport:
     notes: list[str] = field(default_factory=list)
 
     def lines(self, over_one: OverOne) -> list[str]:
-        """The report for a person."""
-        done = {"keep": "; kept as they are", "mask": "; left out of the targets", "refuse": ""}[over_one]
+        """The report as text."""
+        outcome = {"keep": "; kept as they are", "mask": "; left out of the targets", "refuse": ""}[over_one]
         share = self.sums_over_one / max(self.positions, 1)
-        found = [
+        lines = [
             f"{self.rows:,} rows, {self.tokens:,} tokens, {self.positions:,} positions with {self.entries:,} entries",
             f"positions whose probabilities sum to more than 1: {self.sums_over_one:,} ({share:.2%}), "
-            f"largest sum {self.max_sum:.4f}{done if self.sums_over_one else ''}",
+            f"largest sum {self.max_sum:.4f}{outcome if self.sums_over_one else ''}",
             "marked absent: the mass of the rest, the actual token's log-probability and rank, the entropy",
         ]
         if self.rising:
-            found.append(f"positions where a log-probability rises along the list: {self.rising:,}; order kept")
+            lines.append(f"positions where a log-probability rises along the list: {self.rising:,}; order kept")
         if self.beyond_end:
-            found.append(f"lists about the token after the last one: {self.beyond_end:,}; left out")
+            lines.append(f"lists about the token after the last one: {self.beyond_end:,}; left out")
         if self.padding_entries:
-            found.append(f"entries of probability 0 (padding): {self.padding_entries:,}; left out")
-        found += [f"rejected rows, {reason}: {count:,}" for reason, count in sorted(self.rejected.items())]
-        return found + self.notes
+            lines.append(f"entries of probability 0 (padding): {self.padding_entries:,}; left out")
+        lines += [f"rejected rows, {reason}: {count:,}" for reason, count in sorted(self.rejected.items())]
+        return lines + self.notes
 
 
 def nested(column: pa.Array) -> tuple[np.ndarray, np.ndarray, pa.Array]:
-    """A list<list<X>> column as (lists per row int64 [S], values per list int64 [P], values X [N]); null is empty.
+    """A list<list<X>> column as (lists per row int64 [S], values per list int64 [P], values X [N]); null becomes empty.
 
     Raises:
-        DataError: the column holds no lists of lists.
+        DataError: the column does not hold lists of lists.
     """
     if not _is_list(column.type) or not (_is_list(column.type.value_type) or pa.types.is_null(column.type.value_type)):
-        raise DataError(f"a column of type {column.type} stands where lists of lists are needed")
+        raise DataError(
+            f"a column has the type {column.type}, but lists of lists are needed; check --format and the files"
+        )
     per_row, inner = _lengths(column), column.flatten()
     if pa.types.is_null(inner.type):
         return per_row, np.zeros(len(inner), np.int64), pa.nulls(0)
@@ -104,7 +106,9 @@ def nested(column: pa.Array) -> tuple[np.ndarray, np.ndarray, pa.Array]:
 def flat(column: pa.Array, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """A list<number> column as (values per row int64 [S], values [N]). Raises DataError for another type."""
     if not _is_list(column.type):
-        raise DataError(f"a column of type {column.type} stands where lists of numbers are needed")
+        raise DataError(
+            f"a column has the type {column.type}, but lists of numbers are needed; check --format and the files"
+        )
     return _lengths(column), column.flatten().to_numpy(zero_copy_only=False).astype(dtype)
 
 
@@ -123,11 +127,11 @@ def spans(lengths: np.ndarray) -> list[slice]:
 
 
 def place(row: PeerRow, aligned: Aligned, vocab_size: int, report: ImportReport, over_one: OverOne) -> Record:
-    """Bring a row's lists to the tokens that they predict, and count what is wrong with them.
+    """Put a row's lists with the tokens that they predict, and count what is wrong with them.
 
     Raises:
-        RowError: the row is no row: ids outside the vocabulary or twice in a list, lists that do not fit the tokens.
-        DataError: the first token has a list, so that the alignment must be another; or a sum above 1 is refused.
+        RowError: the row cannot be used: ids outside the vocabulary or repeated in a list, lists that do not fit the tokens.
+        DataError: the first token has a list, so the alignment must be wrong; or a sum above 1 is refused.
     """
     row = _without_padding(_cut(row, aligned, report), report)
     tokens = len(row.token_ids)
@@ -155,7 +159,7 @@ def place(row: PeerRow, aligned: Aligned, vocab_size: int, report: ImportReport,
 
 
 def _cut(row: PeerRow, aligned: Aligned, report: ImportReport) -> PeerRow:
-    """Take off a list about the token after the last one; refuse lists that do not fit the tokens."""
+    """Remove a list about the token after the last one; refuse lists that do not fit the tokens."""
     tokens, lists = len(row.token_ids), len(row.counts)
     if tokens < 2:
         raise RowError("no_targets", f"{tokens} tokens: nothing to predict")
@@ -168,7 +172,7 @@ def _cut(row: PeerRow, aligned: Aligned, report: ImportReport) -> PeerRow:
     if lists == tokens and row.counts[0] > 0:
         raise DataError(
             f"row {row.id!r}: the first token has a list of entries, but nothing predicts it; if list j is about token "
-            "j + 1, say --aligned after"
+            "j + 1, set --aligned after"
         )
     if aligned == "with" and lists == tokens - 1:  # the empty first list was left off
         return replace(row, counts=np.concatenate(([0], row.counts)))
@@ -176,24 +180,24 @@ def _cut(row: PeerRow, aligned: Aligned, report: ImportReport) -> PeerRow:
 
 
 def _without_padding(row: PeerRow, report: ImportReport) -> PeerRow:
-    """Take out entries of probability 0, which some tools fill lists up with."""
+    """Remove entries of probability 0, with which some tools pad their lists."""
     empty = np.isneginf(row.logprobs)
     if not empty.any():
         return row
     report.padding_entries += int(empty.sum())
-    lost = segment_sum(empty.astype(np.float64), row.counts).astype(np.int32)
-    return replace(row, counts=row.counts - lost, ids=row.ids[~empty], logprobs=row.logprobs[~empty])
+    num_empty = segment_sum(empty.astype(np.float64), row.counts).astype(np.int32)
+    return replace(row, counts=row.counts - num_empty, ids=row.ids[~empty], logprobs=row.logprobs[~empty])
 
 
 def _check(row: PeerRow, counts_T: np.ndarray, vocab_size: int) -> None:
     for what, ids in (("token", row.token_ids), ("kept", row.ids)):
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
-            raise RowError("vocabulary", f"a {what} id lies outside [0, {vocab_size})")
+            raise RowError("vocabulary", f"a {what} id is outside [0, {vocab_size})")
     if not np.isfinite(row.logprobs).all():
         raise RowError("not_finite", "a log-probability is not a number")
     place_N = np.repeat(np.arange(len(counts_T), dtype=np.int64), counts_T)
     if len(np.unique(place_N * vocab_size + row.ids)) < len(row.ids):
-        raise RowError("twice", "an id stands twice in a list")
+        raise RowError("twice", "an id is repeated in a list")
 
 
 def _rising(logprobs_N: np.ndarray, counts_T: np.ndarray) -> int:
@@ -204,14 +208,14 @@ def _rising(logprobs_N: np.ndarray, counts_T: np.ndarray) -> int:
 
 
 def _leave_out(kept: Kept, out_T: np.ndarray) -> Kept:
-    """The same without the entries of some positions."""
+    """The entries without those of some positions."""
     stays_N = ~np.repeat(out_T, kept.num_exact)
     counts_T = np.where(out_T, 0, kept.num_exact).astype(np.int32)
     return Kept(counts_T, kept.num_drawn, kept.ids[stays_N], kept.logprobs[stays_N])
 
 
 def _record(row: PeerRow, kept: Kept) -> Record:
-    """A record in which all that the row does not hold is absent: NaN, and rank 0."""
+    """The row as a record; what the row does not hold is marked absent, by NaN or rank 0."""
     absent = np.full(len(row.token_ids), np.nan, np.float32)
     recorded_T = kept.num_exact > 0
     return Record(

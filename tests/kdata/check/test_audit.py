@@ -1,4 +1,4 @@
-"""The leakage audit on data whose leak is known: logits z = W h with a small hidden size."""
+"""The leakage audit on data with a known leak: logits z = W h with a small hidden size."""
 
 from __future__ import annotations
 
@@ -10,15 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 import kdata
-from kdata.check.audit import (
-    NOT_RECOVERED,
-    audit,
-    context_hashes,
-    distinct_per_context,
-    eigen_gap,
-    load_head,
-    subspace_overlap,
-)
+from kdata.check.attacks import context_hashes, distinct_per_context, eigen_gap, subspace_overlap
+from kdata.check.audit import NOT_RECOVERED, audit, load_head
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.format.kept import Kept
 from kdata.format.manifest import new_info
@@ -78,25 +71,25 @@ def low_rank(root: Path, *, tokens: int, k: int, seed: int = 1, choice: int = 0,
     return kdata.open(root)
 
 
-def test_many_sparse_rows_give_the_projection_away(tmp_path: Path) -> None:
+def test_many_sparse_rows_reveal_the_projection(tmp_path: Path) -> None:
     """k = 4 ids at a context are fewer than d = 6, and yet the co-moments have a gap at d + 1 and span the true head."""
-    found = audit([low_rank(tmp_path / "d", tokens=120_000, k=4)], hidden_size=D, head_VD=HEAD, block=40)
-    assert found.k_eff == 5 and found.contexts_over == 0  # k, and the actual token
-    assert found.gap_index in (D, D + 1) and found.gap > found.null_gap
-    assert found.overlap is not None and found.overlap > 0.95 > found.null_overlap  # type: ignore[operator]
-    assert found.median_pairs > 100
-    assert found.verdict == "FAIL" and len(found.reasons) == 3
+    report = audit([low_rank(tmp_path / "d", tokens=120_000, k=4)], hidden_size=D, head_VD=HEAD, block=40)
+    assert report.k_eff == 5 and report.contexts_over == 0  # k, and the actual token
+    assert report.gap_index in (D, D + 1) and report.gap > report.null_gap
+    assert report.overlap is not None and report.overlap > 0.95 > report.null_overlap  # type: ignore[operator]
+    assert report.median_pairs > 100
+    assert report.verdict == "FAIL" and len(report.reasons) == 3
 
 
-def test_few_sparse_rows_do_not_and_nothing_is_called_safe(tmp_path: Path) -> None:
-    found = audit([low_rank(tmp_path / "d", tokens=500, k=4, per_row=500)], hidden_size=D, head_VD=HEAD, block=40)
-    assert found.verdict == NOT_RECOVERED == "not recovered by these two attacks"
-    assert found.overlap is not None and found.overlap < 0.9
-    assert found.median_pairs < 5 and found.reasons == []
-    assert "safe" not in "\n".join(found.lines()).lower()
+def test_few_sparse_rows_do_not_and_the_report_claims_no_safety(tmp_path: Path) -> None:
+    report = audit([low_rank(tmp_path / "d", tokens=500, k=4, per_row=500)], hidden_size=D, head_VD=HEAD, block=40)
+    assert report.verdict == NOT_RECOVERED == "not recovered by these two attacks"
+    assert report.overlap is not None and report.overlap < 0.9
+    assert report.median_pairs < 5 and report.reasons == []
+    assert "safe" not in "\n".join(report.lines()).lower()
 
 
-def test_what_leaks_adds_up_over_releases(tmp_path: Path) -> None:
+def test_leaks_add_up_over_releases(tmp_path: Path) -> None:
     """A text released twice, with other ids at random: up to 5 + 5 and the actual token for one context."""
     one = low_rank(tmp_path / "1", tokens=600, k=5, per_row=300)
     other = low_rank(tmp_path / "2", tokens=600, k=5, per_row=300, seed=2)
@@ -108,13 +101,14 @@ def test_what_leaks_adds_up_over_releases(tmp_path: Path) -> None:
 
 def test_more_ids_for_a_context_than_d_fail(tmp_path: Path) -> None:
     dataset = low_rank(tmp_path / "d", tokens=500, k=9, per_row=500)
-    found = audit([dataset], hidden_size=D, block=40)
-    assert found.k_eff == 10 and found.contexts_over and found.contexts_over > 400
-    assert found.verdict == "FAIL" and "distinct ids are released for one context" in found.reasons[0]
+    report = audit([dataset], hidden_size=D, block=40)
+    assert report.k_eff == 10 and report.contexts_over and report.contexts_over > 400
+    assert report.verdict == "FAIL" and "distinct ids are released for one context" in report.reasons[0]
 
 
-def test_contexts_are_told_apart_and_shared_ones_are_found(captured: Path) -> None:
-    for sequences in (kdata.open(captured).take(np.arange(10)), kdata.open(captured)[3]):
+def test_equal_contexts_and_only_these_have_equal_hashes(captured: Path) -> None:
+    dataset = kdata.open(captured)
+    for sequences in (dataset.take(np.arange(10)), dataset.take(np.array([3]))):
         hashes = context_hashes(sequences)
         seen: dict[tuple[int, ...], int] = {}
         for a, b in sequences.spans():
@@ -124,17 +118,18 @@ def test_contexts_are_told_apart_and_shared_ones_are_found(captured: Path) -> No
         assert len(set(seen.values())) == len(seen)
 
 
-def test_distinct_ids_are_counted_as_by_hand(captured: Path) -> None:
+def test_distinct_ids_are_counted_as_a_dict_of_sets_counts_them(captured: Path) -> None:
     sets: dict[tuple[int, ...], set[int]] = {}
-    for s in kdata.open(captured):
+    dataset = kdata.open(captured)
+    for s in (dataset.take(np.array([row])) for row in range(dataset.num_rows)):
         for t in range(1, len(s.token_ids)):
             ids = set(s.entry_ids[s.entry_offsets[t] : s.entry_offsets[t + 1]].tolist()) | {int(s.token_ids[t])}
             sets.setdefault(tuple(s.token_ids[:t]), set()).update(ids)
     sizes = [len(ids) for ids in sets.values()]
-    assert distinct_per_context([kdata.open(captured)], 9) == (max(sizes), sum(n > 9 for n in sizes))
+    assert distinct_per_context([dataset], 9) == (max(sizes), sum(n > 9 for n in sizes))
 
 
-def test_a_gap_and_an_overlap_by_hand() -> None:
+def test_a_gap_and_an_overlap_of_a_known_matrix() -> None:
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((30, 30)))[0]
     values = np.concatenate((np.linspace(9, 5, 8), np.full(22, 0.01)))
@@ -146,13 +141,13 @@ def test_a_gap_and_an_overlap_by_hand() -> None:
     assert subspace_overlap(basis @ np.diag(values) @ basis.T, basis[:, 20:27]) < 0.3
 
 
-def test_what_cannot_be_audited_is_refused(
+def test_datasets_that_cannot_be_audited_are_refused(
     tmp_path: Path, captured: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
     dataset = kdata.open(captured)
     with pytest.raises(ConfigError, match="--block"):
         audit([dataset], hidden_size=64, block=32)
-    with pytest.raises(MismatchError, match="the head is"):
+    with pytest.raises(MismatchError, match="the head has the shape"):
         audit([dataset], head_VD=HEAD)
     with pytest.raises(DataError, match="no rows"):
         audit([])
@@ -172,7 +167,7 @@ def test_the_head_is_read_from_a_model_s_folder(llama_dir: Path, tmp_path: Path)
         load_head(tmp_path)
 
 
-def test_the_command_says_what_it_found_and_fails_where_an_attack_succeeds(tmp_path: Path) -> None:
+def test_the_command_prints_the_report_and_fails_where_an_attack_succeeds(tmp_path: Path) -> None:
     leaky, dry = (
         low_rank(tmp_path / "a", tokens=500, k=9, per_row=500),
         low_rank(tmp_path / "b", tokens=300, k=3, per_row=300),

@@ -1,4 +1,4 @@
-"""Every damaged byte, file and manifest line is found; repair sets it aside and the same work makes the same bytes."""
+"""Verify finds every damaged byte, file and manifest line; repair sets it aside, and the same work writes the same bytes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 import kdata
-from kdata.check.repair import repair
+from kdata.check.repair import Repair, repair
 from kdata.check.verify import verify
-from kdata.errors import CorruptError, KdataError, MismatchError, StorageError
+from kdata.errors import ConfigError, CorruptError, KdataError, MismatchError, StorageError
 from kdata.format.files import lock_of
 from kdata.format.manifest import read_manifest
 from kdata.pipelines.cli.main import app
@@ -41,8 +41,8 @@ def damaged(furnished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(furnished, tmp_path / "dataset"))
 
 
-def found(root: Path) -> bool:
-    """True where opening or verifying says that something is wrong."""
+def is_damaged(root: Path) -> bool:
+    """True where opening or verifying reports a problem."""
     try:
         return bool(verify(kdata.open(root)))
     except KdataError:
@@ -53,23 +53,23 @@ def files_of(root: Path) -> list[str]:
     return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
 
 
-def again(root: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def capture_again(root: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
     run_capture(root, corpus_file, tokenizer_dir)
 
 
 def test_a_flipped_bit_anywhere_is_found(furnished: Path, damaged: Path) -> None:
     """In every file: a few random places each, and each bit of the small JSON files' exponents and escapes by chance."""
     rng = np.random.default_rng(3)
-    assert not found(damaged)
+    assert not is_damaged(damaged)
     for name in files_of(furnished):
         original = (furnished / name).read_bytes()
         for place in rng.integers(0, len(original), 6 if name.endswith((".arrow", ".parquet")) else 40):
             flipped = bytearray(original)
             flipped[place] ^= 1 << int(rng.integers(8))
             (damaged / name).write_bytes(flipped)
-            assert found(damaged), f"{name}, byte {place}"
+            assert is_damaged(damaged), f"{name}, byte {place}"
         (damaged / name).write_bytes(original)
-    assert not found(damaged)
+    assert not is_damaged(damaged)
 
 
 def test_a_flip_that_changes_no_value_is_found(damaged: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_missing_file_is_found(furnished: Path, damaged: Path) -> None:
     """Sidecars and plans may go as a whole; half of one, and anything else, may not."""
     for name in files_of(furnished):
         (damaged / name).unlink()
-        assert found(damaged), name
+        assert is_damaged(damaged), name
         shutil.copyfile(furnished / name, damaged / name)
 
 
@@ -97,7 +97,7 @@ def test_a_truncated_file_is_found(furnished: Path, damaged: Path, cut: int) -> 
     for name in files_of(furnished):
         content = (furnished / name).read_bytes()
         (damaged / name).write_bytes(content[:-cut])
-        assert found(damaged), name
+        assert is_damaged(damaged), name
         (damaged / name).write_bytes(content)
 
 
@@ -118,24 +118,24 @@ def tear(lines: list[bytes]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("change", [drop, double, swap, tear])
-def test_a_manifest_line_that_is_missing_double_wrong_or_torn_is_found_and_repaired(
+def test_a_missing_repeated_wrong_or_torn_manifest_line_is_found_and_repaired(
     captured: Path, copied: Path, corpus_file: Path, tokenizer_dir: Path, change: Callable[[list[bytes]], list[bytes]]
 ) -> None:
     before = digests(captured)
     lines = (copied / "manifest.jsonl").read_bytes().splitlines(keepends=True)
     (copied / "manifest.jsonl").write_bytes(b"".join(change(lines)))
-    assert found(copied)
+    assert is_damaged(copied)
     done = repair(copied)
     assert done.problems and not done.remaining
-    assert not found(copied)
+    assert not is_damaged(copied)
     assert (done.units == {}) == (change is double)
-    again(copied, corpus_file, tokenizer_dir)
+    capture_again(copied, corpus_file, tokenizer_dir)
     assert digests(copied) == before
 
 
 @pytest.mark.parametrize("folder", ["data", "index", "rejects"])
 @pytest.mark.parametrize("how", ["flip", "cut", "remove"])
-def test_a_damaged_shard_goes_aside_and_the_same_capture_makes_the_same_bytes(
+def test_a_damaged_shard_is_set_aside_and_the_same_capture_writes_the_same_bytes(
     captured: Path, copied: Path, corpus_file: Path, tokenizer_dir: Path, folder: str, how: str
 ) -> None:
     before = digests(captured)
@@ -164,15 +164,15 @@ def test_a_damaged_shard_goes_aside_and_the_same_capture_makes_the_same_bytes(
     assert verify(rest, deep=True) == []
     assert rest.num_rows == kdata.open(captured).num_rows - entry.rows
     assert rest.info.sources["capture"].num_units is None
-    again(copied, corpus_file, tokenizer_dir)
+    capture_again(copied, corpus_file, tokenizer_dir)
     assert digests(copied) == before
     assert repair(copied).problems == []
 
 
-def test_two_sources_keep_their_lines_in_place(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_the_lines_of_two_sources_keep_their_order(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
     root = tmp_path / "d"
     run_generate(root, corpus_file, tokenizer_dir)
-    again(root, corpus_file, tokenizer_dir)
+    capture_again(root, corpus_file, tokenizer_dir)
     before = digests(root)
     names = [e.name for e in read_manifest(root)]
     assert names[0].startswith("generate") and names[-1].startswith("capture")
@@ -182,7 +182,7 @@ def test_two_sources_keep_their_lines_in_place(tmp_path: Path, corpus_file: Path
     assert digests(root) == before
 
 
-def test_sidecars_plans_and_the_tokenizer_go_aside(
+def test_sidecars_plans_and_the_tokenizer_are_set_aside(
     furnished: Path, damaged: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
     for name in ("scores/ref/capture-00001.parquet", "plans/difference.parquet", "tokenizer/tokenizer_config.json"):
@@ -200,11 +200,11 @@ def test_sidecars_plans_and_the_tokenizer_go_aside(
     assert not (damaged / "scores/ref.json").exists() and not (damaged / "plans/difference.json").exists()
     assert not done.units and not done.remaining
     assert any(c.startswith("kdata score") for c in done.commands)
-    again(damaged, corpus_file, tokenizer_dir)
+    capture_again(damaged, corpus_file, tokenizer_dir)
     assert verify(kdata.open(damaged), deep=True) == []
 
 
-def test_a_damaged_description_is_restored_from_a_copy_or_not_at_all(
+def test_a_damaged_dataset_json_is_restored_from_a_copy_or_refused(
     captured: Path, copied: Path, tmp_path: Path
 ) -> None:
     path = copied / "dataset.json"
@@ -227,15 +227,19 @@ def test_a_damaged_description_is_restored_from_a_copy_or_not_at_all(
     assert digests(copied) == digests(captured)
 
 
-def test_a_whole_dataset_is_left_alone(captured: Path, copied: Path) -> None:
-    done = repair(copied)
-    assert done == type(done)()
+def test_a_whole_dataset_stays_as_it_is(captured: Path, copied: Path) -> None:
+    assert repair(copied) == Repair()
     assert digests(copied) == digests(captured) and not copied.with_name("dataset.aside").exists()
 
 
 def test_a_dataset_that_is_being_written_is_not_repaired(copied: Path) -> None:
     with lock_of(copied), pytest.raises(StorageError, match="being written"):
         repair(copied)
+
+
+def test_a_url_is_not_repaired() -> None:
+    with pytest.raises(ConfigError, match="s3://bucket/d is a URL, and this needs a local path: repair changes files"):
+        repair("s3://bucket/d")
 
 
 def test_the_command_says_what_to_run(copied: Path) -> None:

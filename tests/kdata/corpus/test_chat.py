@@ -125,7 +125,7 @@ def test_all_is_every_token_but_the_first(encoder_for: Callable[..., ChatEncoder
     turns=st.lists(st.tuples(CONTENT, st.lists(st.sampled_from(["add", "f"]), max_size=2)), min_size=1, max_size=3),
 )
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["chatml", "marked"])
-def test_tool_calls_are_left_out_to_the_end_of_their_turn_where_that_is_asked_for(
+def test_tool_calls_can_be_left_out_to_the_end_of_their_turn(
     told: Callable[..., str], template: str, turns: list[tuple[str, list[str]]]
 ) -> None:
     messages = [says("user", "?")]
@@ -163,7 +163,7 @@ def test_a_turn_of_the_assistant_that_comes_first_is_refused_without_marks(told:
     assert told(CHATML, first, "last_assistant") == f"so{TURN_END}"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_but_for_the_last(told: Callable[..., str]) -> None:
+def test_a_template_that_rewrites_earlier_turns_is_refused_except_for_the_last_turn(told: Callable[..., str]) -> None:
     two = [says("user", "a"), says("assistant", "b"), says("user", "c"), says("assistant", "d")]
     with pytest.raises(ChatError, match=r"up to message 1, with its turn, is not rendered as in the whole chat"):
         told(THINKING, two)
@@ -171,7 +171,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_but_for_the_last(told
     assert told(THINKING, two[:2]) == f"<think></think>b{TURN_END}"
 
 
-def test_a_token_that_reaches_into_the_turn_is_refused(told: Callable[..., str]) -> None:
+def test_a_token_that_spans_the_border_of_a_turn_is_refused(told: Callable[..., str]) -> None:
     chat = [says("user", "the cat"), says("assistant", "the dog")]
     assert told(PLAIN_CHAT, chat) == " the dog\n"
     with pytest.raises(ChatError, match=r"token \d+ reaches over the border of the assistant's turn"):
@@ -198,7 +198,7 @@ def test_without_special_tokens_a_chat_is_exact_or_refused(
         assert found == "".join(f" {m['content']}\n" for m in messages if m["role"] == "assistant")
 
 
-def test_tools_that_the_template_passes_over_are_refused(encoder_for: Callable[..., ChatEncoder]) -> None:
+def test_tools_that_the_template_ignores_are_refused(encoder_for: Callable[..., ChatEncoder]) -> None:
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     chat = Chat([says("user", "?"), says("assistant", None, "add")], tools)
     encoder = encoder_for(CHATML)
@@ -216,7 +216,7 @@ def test_a_prompt_ends_where_the_assistant_begins(encoder_for: Callable[..., Cha
     assert not prompt.target_mask.any() and prompt.token_ids[:1].tolist() == [2]
 
 
-def test_what_a_template_refuses_is_said(encoder_for: Callable[..., ChatEncoder]) -> None:
+def test_the_reason_of_a_template_that_refuses_is_reported(encoder_for: Callable[..., ChatEncoder]) -> None:
     strict = "{% if messages[0].role != 'user' %}{{ raise_exception('the user begins') }}{% endif %}" + CHATML
     with pytest.raises(ChatError, match="the chat template refuses the chat: the user begins"):
         encoder_for(strict).prompt(Chat([says("system", "x")]))
@@ -249,7 +249,7 @@ def test_settings_that_the_template_does_not_know_are_refused(
             encoder_for(CHATML, options={name: []})
 
 
-def test_tokens_that_share_a_character_lie_where_it_does(encoder_for: Callable[..., ChatEncoder]) -> None:
+def test_tokens_that_share_a_character_belong_to_its_span(encoder_for: Callable[..., ChatEncoder]) -> None:
     """🙂 is four tokens of one byte each here; none of them is lost at a border."""
     chat = encoder_for(CHATML).whole(Chat([says("user", "🙂"), says("assistant", "🙃")]), "assistant")
     targets = np.flatnonzero(chat.target_mask)

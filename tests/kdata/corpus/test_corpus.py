@@ -89,7 +89,7 @@ def test_a_folder_is_read_in_order_and_must_be_of_one_kind(tmp_path: Path) -> No
         read(tmp_path / "c")
 
 
-def test_domains_and_limit_choose(tmp_path: Path) -> None:
+def test_domains_and_limit_select_rows(tmp_path: Path) -> None:
     path = save(tmp_path / "rows.parquet", ROWS)
     corpus = Corpus(CorpusConfig(path=str(path), domains=["prose"], limit=1))
     assert corpus.num_rows == 1 and [d.id for d in corpus.documents()] == ["b"]
@@ -119,7 +119,7 @@ def test_an_unknown_column_or_domain_names_the_nearest(
         read(save(tmp_path / "rows.jsonl", ROWS), **settings)
 
 
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"nowhere.jsonl does not exist"):
         read(tmp_path / "nowhere.jsonl")
     (tmp_path / "x.docx").write_text("")
@@ -136,7 +136,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([ROWS[0], ROWS[0]], "'007' stands twice"),
+        ([ROWS[0], ROWS[0]], "'007' occurs twice"),
         ([{**ROWS[0], "id": None}, ROWS[1]], "a row has no id"),
         ([{**ROWS[0], "domain": None}, ROWS[1]], "'007' has no domain"),
         ([{**ROWS[0], "text": 5}], "'007' has int as text"),
@@ -172,7 +172,7 @@ def test_a_broken_file_gives_one_data_error(tmp_path: Path, name: str) -> None:
 
 def test_a_broken_line_of_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"id": "a", "domain": "d", "text": "t"}\n\n[1, 2]\n')
-    with pytest.raises(DataError, match=r"x.jsonl, line 3 is no JSON object"):
+    with pytest.raises(DataError, match=r"x.jsonl, line 3 is not a JSON object"):
         read(tmp_path / "x.jsonl")
 
 
@@ -189,7 +189,7 @@ def test_compressed_files_give_the_same_rows(tmp_path: Path, ending: str) -> Non
         read(path)
 
 
-def test_a_key_that_comes_up_late_in_json_lines_is_a_column(tmp_path: Path) -> None:
+def test_a_key_that_first_appears_late_is_a_column(tmp_path: Path) -> None:
     """pyarrow takes the columns of a JSON file from its first block, and leaves out what comes later."""
     rows: list[dict[str, object]] = [{**ROWS[0], "id": str(n), "text": "x" * 300} for n in range(20)]
     path = save(tmp_path / "rows.jsonl", [*({k: v for k, v in r.items() if k != "license"} for r in rows), ROWS[0]])
@@ -204,7 +204,7 @@ def test_a_truncated_parquet_gives_one_data_error(tmp_path: Path) -> None:
         read(path)
 
 
-def test_settings_name_content_not_place(tmp_path: Path) -> None:
+def test_settings_identify_the_content_not_the_place(tmp_path: Path) -> None:
     one, two = save(tmp_path / "one.jsonl", ROWS), save(tmp_path / "two.jsonl", ROWS)
     other = save(tmp_path / "other.jsonl", ROWS[:2])
     settings = [Corpus(CorpusConfig(path=str(p))).settings() for p in (one, two, other)]
@@ -214,7 +214,7 @@ def test_settings_name_content_not_place(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- made ids
 
 
-def test_ids_that_are_made_are_stable_and_follow_row_and_content(tmp_path: Path) -> None:
+def test_ids_without_an_id_column_depend_on_row_and_content(tmp_path: Path) -> None:
     rows = [{"text": text, "domain": d} for text, d in (("one", "a"), ("two", "b"), ("two", "a"), ("four", "b"))]
     path = save(tmp_path / "rows.parquet", rows)
     ids = [d.id for d in read(path, id_column=None)]
@@ -297,7 +297,7 @@ def test_json_keeps_its_nulls_and_arguments_as_text_become_objects(tmp_path: Pat
         ([{"role": "user"}], "message 0 has neither content nor tool calls"),
         ([{"role": "user", "content": 3}], "message 0 has int as content"),
         (json.dumps([{"role": "user", "content": "\ud83d"}]), "half of a surrogate pair"),
-        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "a part that is no text"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "a part that is not text"),
         ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], "must be an object with a function that has a name"),
         (
             [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
@@ -305,7 +305,7 @@ def test_json_keeps_its_nulls_and_arguments_as_text_become_objects(tmp_path: Pat
         ),
     ],
 )
-def test_messages_that_are_none_are_named(tmp_path: Path, messages: object, message: str) -> None:
+def test_invalid_messages_are_named(tmp_path: Path, messages: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         chats(tmp_path / "c.jsonl", [{"messages": messages}])
 
@@ -352,10 +352,10 @@ def test_a_saved_folder_gives_the_same_rows_as_a_file(saved: Path, tmp_path: Pat
         ("dict", {}, r"has the splits \['test', 'train'\]: name one"),
         ("dict", {"split": "dev"}, "there is no 'dev'"),
         ("one", {"split": "train"}, "has no splits"),
-        ("one", {"subset": "en"}, "subset 'en' names a configuration on the Hub"),
+        ("one", {"subset": "en"}, "subset 'en' names a configuration of a data set on the Hub"),
     ],
 )
-def test_a_split_that_is_not_there_is_named(saved: Path, path: str, settings: dict[str, str], message: str) -> None:
+def test_an_unknown_split_is_named(saved: Path, path: str, settings: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read(saved / path, **settings)
 
@@ -399,7 +399,7 @@ def test_without_the_library_the_extra_is_named(saved: Path, monkeypatch: pytest
         ("name", None),
     ],
 )
-def test_names_on_the_hub_are_told_from_paths(
+def test_hub_names_and_paths_are_distinguished(
     path: str, name: tuple[str, str | None] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[3])
@@ -409,7 +409,7 @@ def test_names_on_the_hub_are_told_from_paths(
 def test_a_hub_that_cannot_be_reached_is_one_error() -> None:
     """HF_HUB_OFFLINE is set for the tests."""
     for path in ("hf://datasets/owner/name", "owner/name"):
-        with pytest.raises(MissingError, match="'owner/name' is neither here nor to be had from the Hub"):
+        with pytest.raises(MissingError, match="'owner/name' is neither a local path nor available on the Hub"):
             read(Path(path)) if not path.startswith("hf") else list(Corpus(CorpusConfig(path=path)).documents())
     with pytest.raises(ConfigError, match="write hf://datasets/OWNER/NAME"):
         Corpus(CorpusConfig(path="hf://datasets/o/n/train.jsonl"))
@@ -459,7 +459,7 @@ def encoder(tokenizer_dir: Path) -> TextEncoder:
 
 
 @pytest.mark.parametrize("text", ["the cat", "naïve café", "日本語", "🙂🙃👩‍👩‍👧", "  spaces\n\ttabs ", "aé日🙂"])
-def test_bytes_per_token_are_those_that_the_token_spells(encoder: TextEncoder, tokenizer_dir: Path, text: str) -> None:
+def test_bytes_per_token_are_those_of_its_text(encoder: TextEncoder, tokenizer_dir: Path, text: str) -> None:
     [(piece, ids, lengths)] = encoder.pieces(text, 10_000)
     assert piece == text and lengths[0] == 0 and ids[0] == 0
     tokenizer, raw, at = load_tokenizer(tokenizer_dir), text.encode(), 0
@@ -481,7 +481,7 @@ def test_pieces_join_to_the_text_and_their_bytes_add_up(encoder: TextEncoder, te
     assert np.concatenate([ids[1:] for _, ids, _ in pieces]).tolist() == whole[1:].tolist()
 
 
-def test_a_tokenizer_that_is_not_byte_level_tells_bytes_by_offsets(tmp_path: Path) -> None:
+def test_bytes_of_a_tokenizer_that_is_not_byte_level_come_from_offsets(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -506,3 +506,21 @@ def test_a_text_with_special_tokens_in_it_adds_up_byte_by_byte(
         assert part.tobytes().decode("utf-8", "replace") == tokenizer.decode([token])
     bare = encoder.byte_lengths(ids)
     assert bare is not None and (bare == np.where(ids < 2, 0, lengths)).all()
+
+
+@pytest.mark.parametrize("path", ["nothing.jsonl", "x" * 5000, "a text instead of a path " * 50])
+def test_a_path_that_does_not_exist_is_refused_in_one_line(path: str) -> None:
+    with pytest.raises(MissingError, match="does not exist; name a file or folder of text rows") as caught:
+        Corpus(CorpusConfig(path=path))
+    assert len(str(caught.value)) < 300
+
+
+def test_an_empty_file_and_an_empty_folder_are_refused_in_one_line(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.parquet", "a.csv", "a.arrow"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(DataError, match=rf"{name}.*(holds no row|cannot be read)") as caught:
+            Corpus(CorpusConfig(path=str(tmp_path / name)))
+        assert "\n" not in str(caught.value)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="holds no file that kdata reads"):
+        Corpus(CorpusConfig(path=str(tmp_path / "folder")))

@@ -156,7 +156,7 @@ def test_draws_average_to_an_unbiased_estimate_by_enumeration(kinds: tuple[tuple
 
 
 @pytest.mark.parametrize("tail", ["ghost", "draws"])
-def test_one_teacher_alone_is_what_its_payload_says(tail: str) -> None:
+def test_the_average_of_one_teacher_is_its_payload(tail: str) -> None:
     rng = np.random.default_rng(0)
     draws = {3: 0.1, 4: 0.05} if tail == "draws" else {}
     rows = [payload([(distribution(rng, 6), [0, 2], draws) for _ in range(3)]) for _ in range(2)]
@@ -175,7 +175,7 @@ def test_rank_and_entropy_of_a_true_average_are_marked_unknown() -> None:
     assert np.isfinite(found.logprob[1])
 
 
-def test_rows_have_shares_of_their_own() -> None:
+def test_each_row_has_its_own_shares() -> None:
     """Two rows of one position each; and a position that one payload has not recorded stays unrecorded."""
     rng = np.random.default_rng(1)
     one, two = (payload([(distribution(rng, 4), [0, 1], {}), (distribution(rng, 4), [2], {})]) for _ in range(2))

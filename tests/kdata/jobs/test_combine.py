@@ -33,7 +33,7 @@ from kdata.format.temper import at_temperature
 from kdata.jobs import combine as module
 from kdata.jobs.combine import CombineConfig, CombineReport, combine
 from kdata.jobs.job import LocalEngine
-from kdata.jobs.payloads import fill, records_of
+from kdata.jobs.payloads import inputs_of_shard
 from kdata.jobs.reading import CaptureConfig, capture
 from kdata.jobs.reread import keep_like, reread_with
 from kdata.pipelines.cli.main import app
@@ -191,11 +191,11 @@ def test_a_teacher_for_each_domain_loses_nothing(tmp_path: Path, make: Make, set
     for row, about in enumerate(found.index().to_pylist()):
         chosen = payloads[about["domain"] == "prose"]
         assert about == chosen.index().slice(row, 1).to_pylist()[0]
-        for name, values in vars(chosen[row]).items():
-            here = getattr(found[row], name)
+        for name, values in vars(chosen[row].sequence).items():
+            here = getattr(found[row].sequence, name)
             assert (values is None and here is None) or np.array_equal(values, here, equal_nan=True), name
         if "temperatures" in settings:
-            warm = [at_temperature(d[row], 2.0, d.info.codec) for d in (found, chosen)]
+            warm = [at_temperature(d[row].sequence, 2.0, d.info.codec) for d in (found, chosen)]
             assert np.array_equal(warm[0].entry_logprobs, warm[1].entry_logprobs)
     assert found.info.codec.kind == settings["kind"] and "draw_seed" not in found.info.codec.parameters
     assert report.lines() == ["every row is that of one teacher, number for number"]
@@ -216,7 +216,7 @@ def test_a_teacher_for_each_domain_loses_nothing(tmp_path: Path, make: Make, set
     assert [(m.weight, m.by_domain) for m in found.info.teacher.members] == [(1, {"prose": 0}), (0, {"prose": 1})]
 
 
-def test_teachers_by_domain_may_keep_differently(tmp_path: Path, make: Make) -> None:
+def test_teachers_by_domain_may_have_different_codecs(tmp_path: Path, make: Make) -> None:
     """Then the codec is that of combinations, and ranks and entropies are still those of the one teacher."""
     one = make(kind="topk")[0]
     two = again(tmp_path / "two", one, StandInTeacher("two"), k=3)
@@ -251,7 +251,7 @@ def test_the_result_is_a_dataset_that_says_what_it_is(tmp_path: Path, make: Make
     card = write_card(found).read_text()
     assert "the average of several teachers on the same rows" in card and "share 0.75" in card
     with pytest.raises(ConfigError, match=r"holds no log-sum-exp at temperature 2\.0"):
-        at_temperature(found[0], 2.0, found.info.codec)
+        at_temperature(found[0].sequence, 2.0, found.info.codec)
     with pytest.raises(MismatchError, match="stand-in is not the teacher of"):
         against_teacher(found, StandInTeacher("one"), 1)
     assert keep_like(found, None) == KeepConfig()
@@ -275,7 +275,7 @@ def test_shards_of_another_size_are_read_row_by_row(
         assert np.array_equal(a.entry_logprobs, b.entry_logprobs) and np.array_equal(a.entry_ids, b.entry_ids)
 
 
-def test_a_stopped_run_goes_on_with_the_same_bytes_and_counts_all(
+def test_a_stopped_run_resumes_to_the_same_bytes_and_counts_everything(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     payloads = make(kind="topk")
@@ -303,7 +303,7 @@ def test_a_stopped_run_goes_on_with_the_same_bytes_and_counts_all(
         combine(tmp_path / "cut", payloads, CombineConfig(weights=[1, 3]))
 
 
-def test_a_damaged_combination_is_repaired_and_made_again(tmp_path: Path, make: Make) -> None:
+def test_a_damaged_combination_is_repaired_and_combined_again(tmp_path: Path, make: Make) -> None:
     payloads = make(kind="topk")
     made, _ = combine(tmp_path / "out", payloads, CombineConfig())
     before = digests(made.path)
@@ -311,7 +311,7 @@ def test_a_damaged_combination_is_repaired_and_made_again(tmp_path: Path, make: 
     path.write_bytes(path.read_bytes()[:-1])
     done = repair(made.path)
     assert done.units == {"generate": [1]} and done.remaining == []
-    assert done.commands == [f"kdata combine ...: repeat what made 'generate', into {made.path}"]
+    assert done.commands == [f"kdata combine ...: repeat the command that wrote 'generate', into {made.path}"]
     again, _ = combine(made.path, payloads, CombineConfig(), resume="must")
     assert digests(again.path) == before
 
@@ -323,7 +323,7 @@ def rewritten(root: Path, dataset: kdata.Dataset, **changes: Any) -> kdata.Datas
     source = SourceInfo(kind="capture", settings={}, num_units=None)
     with Writer(root, new_info(**fields), "capture", source, tokenizer_dir=dataset.tokenizer_dir) as writer:
         stored = dataset.shard(0)
-        records = [fill(r, stored, n) for n, r in enumerate(records_of(dataset, 0, stored))]
+        records = [row.record_from(stored, n) for n, row in enumerate(inputs_of_shard(dataset, 0, stored))]
         for record in records:
             for place in changes.get("not_targets", []):
                 record.target_mask = record.target_mask & (np.arange(len(record.token_ids)) != place)
@@ -370,7 +370,7 @@ def test_another_vocabulary_is_refused(tmp_path: Path, captured: Path) -> None:
         combine(tmp_path / "out", [unknown, unknown], CombineConfig())
 
 
-def test_what_cannot_be_averaged_is_refused_with_the_remedy(tmp_path: Path, make: Make, captured: Path) -> None:
+def test_payloads_that_cannot_be_averaged_are_refused_with_a_remedy(tmp_path: Path, make: Make, captured: Path) -> None:
     one, two = make(kind="topk")
     drawn = again(tmp_path / "drawn", one, StandInTeacher("two"), kind="hybrid")
     with pytest.raises(MismatchError, match=r"keeps topk \(tail ghost\), .* hybrid \(tail draws\).*reread --kind topk"):
@@ -401,10 +401,10 @@ def test_what_cannot_be_averaged_is_refused_with_the_remedy(tmp_path: Path, make
         ({"weights": [0, 0]}, "not all 0"),
         ({"weights": [1, float("nan")]}, "must be finite"),
         ({"by_domain": {"prosa": [1, 0]}, "weights": [1, 1]}, r"no domain 'prosa' in .*; it has code, prose"),
-        ({"by_domain": {"prose": [1, 0]}}, "nothing is said of domain 'code'; name it too, or give weights"),
+        ({"by_domain": {"prose": [1, 0]}}, "domain 'code' has no weights; add it to by_domain"),
     ],
 )
-def test_weights_that_are_no_shares_are_refused(
+def test_weights_that_are_not_shares_are_refused(
     tmp_path: Path, make: Make, config: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -427,7 +427,7 @@ def test_a_damaged_payload_is_refused(tmp_path: Path, make: Make) -> None:
     assert digests(done.path) == digests(other.path)
 
 
-def test_no_shard_but_one_is_held_at_a_time(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_holds_one_shard_at_a_time(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call of the arithmetic sees the rows of one shard of the first payload."""
     payloads, seen, mix = make(kind="topk"), list[int](), module.mix
 
@@ -444,7 +444,7 @@ def test_two_real_models_by_the_commands(tmp_path: Path, llama_dir: Path, corpus
     """Capture, reread, combine; each stored number against a dense float64 forward pass of both models."""
     other = save_llama(tmp_path / "other", seed=1)
     config = CaptureConfig(corpus=CorpusConfig(path=str(corpus_file)), kind="topk", k=8, unit_tokens=150)
-    one = capture(tmp_path / "one", TeacherConfig(model=str(llama_dir), backend="transformers"), config).path
+    one = capture(tmp_path / "one", config, TeacherConfig(model=str(llama_dir), backend="transformers")).path
     two, out = tmp_path / "two", tmp_path / "out"
     said = call("reread", one, two, "--teacher", other, "--backend", "transformers")
     assert f"{kdata.open(one).num_rows:,} rows" in said

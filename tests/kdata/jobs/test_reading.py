@@ -106,7 +106,7 @@ def test_draws_are_unbiased() -> None:
     assert (np.abs(mean_V - dense_V) < 5 * np.sqrt(dense_V / (64 * rounds)) + 1e-4).all()
 
 
-def test_the_index_says_what_the_payload_holds(captured: Path) -> None:
+def test_the_index_agrees_with_the_payload(captured: Path) -> None:
     dataset = kdata.open(captured)
     for row, sequence in zip(dataset.index().to_pylist(), dataset, strict=True):
         target = sequence.target_mask
@@ -174,7 +174,7 @@ def test_one_token_without_a_prefix_has_nothing_to_predict(tmp_path: Path, jsonl
     assert dataset.sql("select id, reason from rejects").to_pylist() == [{"id": "x", "reason": "no_targets"}]
 
 
-def test_settings_that_cannot_be_are_refused(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_invalid_settings_are_refused(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
     with pytest.raises(ConfigError, match="k=300 must be below the vocabulary size 300"):
         run_capture(tmp_path / "d", corpus_file, tokenizer_dir, k=300)
     with pytest.raises(ConfigError, match="max_tokens=2 leaves no room"):
@@ -195,7 +195,7 @@ def test_transformers_teacher_is_the_plain_forward_pass(
 
     corpus = jsonl(rows_of_text(5))
     who = TeacherConfig(model=str(llama_dir), backend="transformers", batch_tokens=64)
-    dataset = capture(tmp_path / "d", who, CaptureConfig(corpus=CorpusConfig(path=str(corpus)), kind="topk", k=8))
+    dataset = capture(tmp_path / "d", CaptureConfig(corpus=CorpusConfig(path=str(corpus)), kind="topk", k=8), who)
     assert isinstance(dataset.info.teacher, TeacherInfo) and dataset.info.teacher.weights_hash
     model = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float64)
     for sequence in dataset:
@@ -258,7 +258,7 @@ def capture_chats(root: Path, corpus: Path, tokenizer: Path, **settings: object)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "topk"])
-def test_of_a_chat_the_assistant_s_tokens_are_recorded_and_nothing_else(
+def test_only_the_assistant_s_tokens_of_a_chat_are_recorded(
     tmp_path: Path, jsonl: Callable[..., Path], chatty: Path, kind: str
 ) -> None:
     temperatures = [2.0] if kind == "hybrid" else []
@@ -293,7 +293,7 @@ def test_of_a_chat_the_assistant_s_tokens_are_recorded_and_nothing_else(
         )
 
 
-def test_the_index_of_a_chat_holds_its_messages_and_what_the_template_made_of_them(
+def test_the_index_of_a_chat_holds_its_messages_and_the_rendered_text(
     tmp_path: Path, jsonl: Callable[..., Path], chatty: Path
 ) -> None:
     dataset = capture_chats(tmp_path / "d", jsonl(chat_rows("two", "call")), chatty)
@@ -322,7 +322,7 @@ def test_bytes_of_a_chat_s_tokens_are_those_of_its_text(
 
 
 @pytest.mark.parametrize(("targets", "calls"), [("all", True), ("last_assistant", True), ("assistant", False)])
-def test_the_choice_of_targets_is_the_encoder_s(
+def test_targets_are_those_of_the_encoder(
     tmp_path: Path, jsonl: Callable[..., Path], chatty: Path, targets: str, calls: bool
 ) -> None:
     dataset = capture_chats(
@@ -354,7 +354,7 @@ def test_chats_that_are_not_read_are_in_rejects_with_the_reason(
         capture_chats(tmp_path / "f", jsonl([unclear]), chatty)
 
 
-def test_a_unit_of_rejects_alone_is_a_shard_like_another(
+def test_a_unit_with_rejects_only_is_a_shard_too(
     tmp_path: Path, jsonl: Callable[..., Path], tokenizer_dir: Path
 ) -> None:
     """Further temperatures ask for a number with each draw; here there are no draws."""
@@ -386,7 +386,7 @@ def test_settings_of_chats_and_texts_do_not_mix(settings: dict[str, object], mes
         parse_config(CaptureConfig, settings, "capture settings")
 
 
-def test_a_capture_of_chats_that_stopped_goes_on_to_the_same_bytes(
+def test_a_stopped_capture_of_chats_resumes_to_the_same_bytes(
     tmp_path: Path, jsonl: Callable[..., Path], chatty: Path
 ) -> None:
     def stop(call: int) -> None:
@@ -405,9 +405,7 @@ def test_a_capture_of_chats_that_stopped_goes_on_to_the_same_bytes(
 
 
 @given(data=st.data(), kind=st.sampled_from(["topk", "adaptive", "sampled", "hybrid"]))
-def test_a_readout_of_chosen_positions_is_the_whole_one_there_and_empty_elsewhere(
-    data: st.DataObject, kind: str
-) -> None:
+def test_a_readout_of_chosen_positions_is_empty_elsewhere(data: st.DataObject, kind: str) -> None:
     keep = KeepConfig(kind=kind, k=5, min_k=1, num_draws=4, temperatures=[0.5, 2.0] if kind == "hybrid" else [])
     whole = StandInTeacher().readout(np.arange(9, dtype=np.int32), keep)
     chosen = np.array([False, *data.draw(st.lists(st.booleans(), min_size=8, max_size=8))])

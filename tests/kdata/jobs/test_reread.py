@@ -59,7 +59,7 @@ def test_the_rows_are_the_same_and_the_teacher_is_another(first: kdata.Dataset, 
     assert verify(second, deep=True) == []
 
 
-def test_every_number_is_the_second_teacher_s(first: kdata.Dataset, second: kdata.Dataset) -> None:
+def test_every_number_comes_from_the_second_teacher(first: kdata.Dataset, second: kdata.Dataset) -> None:
     """Against the dense oracle; prompts of generated rows stay unrecorded."""
     teacher, unrecorded = StandInTeacher("second"), 0
     for sequence in second:
@@ -95,7 +95,9 @@ def test_captured_rows_are_those_of_a_capture_by_the_second_teacher(
     assert payloads[0] == payloads[1]
 
 
-def test_draws_are_the_second_teacher_s_own(first: kdata.Dataset, second: kdata.Dataset, tokenizer_dir: Path) -> None:
+def test_draws_have_a_seed_of_the_second_teacher(
+    first: kdata.Dataset, second: kdata.Dataset, tokenizer_dir: Path
+) -> None:
     """Also where its weights are the first's: with one seed the errors of like teachers would not cancel."""
     like = again(first.path.with_name("like"), first, tokenizer_dir, StandInTeacher())
     assert first.info.codec.parameters["draw_seed"] == 0
@@ -115,7 +117,7 @@ def test_another_kind_can_be_asked_for_and_seeds_can_be_set(first: kdata.Dataset
         keep_like(first, None, {"draw": 5})
 
 
-def test_a_stopped_run_goes_on_and_the_bytes_are_the_same(
+def test_a_stopped_run_resumes_to_the_same_bytes(
     tmp_path: Path, first: kdata.Dataset, second: kdata.Dataset, tokenizer_dir: Path
 ) -> None:
     def fail(call: int) -> None:
@@ -131,7 +133,7 @@ def test_a_stopped_run_goes_on_and_the_bytes_are_the_same(
     assert teacher.calls == len(first.manifest) - 2
 
 
-def test_a_source_that_came_later_is_read_and_no_other(tmp_path: Path, copied: Path, tokenizer_dir: Path) -> None:
+def test_only_a_source_added_later_is_read(tmp_path: Path, copied: Path, tokenizer_dir: Path) -> None:
     again(tmp_path / "out", kdata.open(copied), tokenizer_dir)
     prompts = write_jsonl(tmp_path / "p.jsonl", [{**row, "id": "p" + row["id"]} for row in rows_of_text(4)])
     grown, teacher = run_generate(copied, prompts, tokenizer_dir), StandInTeacher("second")
@@ -162,7 +164,7 @@ def test_another_vocabulary_is_refused_naming_both(tmp_path: Path, captured: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_read_again_is_refused(
+def test_rows_that_cannot_be_reread_are_refused(
     tmp_path: Path, copied: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
     dataset = kdata.open(copied)
@@ -206,7 +208,7 @@ def test_a_row_at_which_the_second_teacher_fails_is_a_reject(
         refuse_other_rows(first, second)
 
 
-def test_the_job_travels_to_another_process(first: kdata.Dataset, tokenizer_dir: Path) -> None:
+def test_the_job_can_be_sent_to_another_process(first: kdata.Dataset, tokenizer_dir: Path) -> None:
     """It and its units, as an engine on other machines needs it; what is done there is the same."""
     teacher, tokenizer = StandInTeacher("second"), load_tokenizer(tokenizer_dir)
     job = RereadJob(first, "generate", keep_like(first, teacher.info))

@@ -220,7 +220,7 @@ def test_a_reply_that_a_stop_string_ended_is_kept_in_tokens_and_left_out_of_the_
     assert row["text"].endswith("the dog sat on the log")
 
 
-def test_generation_from_chats_that_stopped_goes_on_to_the_same_bytes(
+def test_a_stopped_generation_from_chats_resumes_to_the_same_bytes(
     tmp_path: Path, jsonl: Callable[..., Path], chatty: Path
 ) -> None:
     def stop(call: int) -> None:
@@ -238,7 +238,7 @@ def test_generation_from_chats_that_stopped_goes_on_to_the_same_bytes(
     assert digests(tmp_path / "d") == digests(tmp_path / "whole")
 
 
-def test_prompts_that_the_template_refuses_are_rejects_unless_all_are(
+def test_prompts_that_the_template_refuses_are_rejects_unless_it_refuses_all(
     tmp_path: Path, jsonl: Callable[..., Path]
 ) -> None:
     strict = "{% if messages[0].role != 'user' %}{{ raise_exception('the user begins') }}{% endif %}" + CHATML
@@ -260,7 +260,7 @@ def test_a_reply_ends_before_the_first_stop_string(text: str, stops: list[str]) 
 
 
 @pytest.mark.parametrize("backend", ["stand-in", "transformers"])
-def test_structured_output_is_refused_where_the_backend_cannot_keep_it(
+def test_structured_output_is_refused_by_a_backend_without_it(
     tmp_path: Path, prompts: Path, llama_dir: Path, backend: str
 ) -> None:
     from kdata.teachers.transformers import TransformersTeacher
@@ -282,7 +282,7 @@ def test_structured_output_is_refused_where_the_backend_cannot_keep_it(
         ({"structured_output": {"jsonschema": {}}}, "did you mean 'json_schema'"),
     ],
 )
-def test_a_structure_that_cannot_be_is_refused(sampling: dict[str, object], message: str) -> None:
+def test_an_invalid_structure_is_refused(sampling: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config(GenerateConfig, {"prompts": {"path": "x"}, "sampling": sampling}, "generate settings")
 

@@ -60,13 +60,13 @@ def test_a_counter_that_wraps_loses_nothing(
         assert counter.joules() == pytest.approx(sum(steps[:number]) / 1e6, rel=1e-12)
 
 
-def test_no_counter_is_not_zero(tmp_path: Path) -> None:
+def test_energy_without_a_counter_is_unknown_not_zero(tmp_path: Path) -> None:
     assert Meter(CPU, tmp_path / "none").joules() is None
     domain(tmp_path, "intel-rapl:2", "psys")
     assert Meter(CPU, tmp_path).joules() is None
 
 
-def test_a_part_of_the_packages_is_no_energy(tmp_path: Path) -> None:
+def test_energy_of_some_packages_only_is_unknown(tmp_path: Path) -> None:
     """As where only root may read one of them."""
     domain(tmp_path, "intel-rapl:0", "package-0")
     second = domain(tmp_path, "intel-rapl:1", "package-1")
@@ -74,7 +74,7 @@ def test_a_part_of_the_packages_is_no_energy(tmp_path: Path) -> None:
     assert Meter(CPU, tmp_path).joules() is None
 
 
-def test_a_counter_that_fails_half_way_ends_the_metering(tmp_path: Path) -> None:
+def test_a_counter_that_fails_midway_makes_the_energy_unknown(tmp_path: Path) -> None:
     folder = domain(tmp_path, "intel-rapl:0", "package-0")
     meter = Meter(CPU, tmp_path)
     use(folder, 3.0)
@@ -85,7 +85,7 @@ def test_a_counter_that_fails_half_way_ends_the_metering(tmp_path: Path) -> None
     assert meter.joules() is None, "what went by unseen is not made up"
 
 
-def test_devices_elsewhere_are_not_metered(tmp_path: Path) -> None:
+def test_devices_of_another_machine_are_not_metered(tmp_path: Path) -> None:
     domain(tmp_path, "intel-rapl:0", "package-0")
     assert Meter(CPU.model_copy(update={"here": False}), tmp_path).joules() is None
 
@@ -163,7 +163,7 @@ def test_visible_gpus_are_those_that_cuda_shows(
     assert meter.joules() == joules
 
 
-def test_gpus_that_may_be_others_are_counted_but_not_metered(
+def test_gpus_that_cannot_be_identified_are_counted_but_not_metered(
     machine: StandInNvml, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine.names[0] = "A10"

@@ -1,4 +1,4 @@
-"""Progress: true figures, a display that fits, and a log that says the same and outlives a killed process."""
+"""Progress: correct figures, a display that fits, and a log that has the same figures and survives a killed process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kdata.format.records import Shard
 from kdata.format.schema import FileInfo, ManifestEntry
 from kdata.observe import progress
 from kdata.observe.energy import Devices
-from kdata.observe.journal import Line, alive, append, last_lines, read_journal, took, total
+from kdata.observe.journal import Line, alive, append, last_lines, lines_of, read_journal, took, total
 from kdata.observe.progress import Figures, RunStage, Task
 from kdata.observe.text import duration, energy_text, hours_text
 
@@ -76,10 +76,10 @@ def test_a_large_shard_weighs_more() -> None:
 
 def test_time_left_follows_what_this_run_did() -> None:
     figures = Figures("documents", total=1000, done=900, skipped=900)
-    assert figures.seconds_left(5.0) is None, "what a former run did tells nothing"
+    assert figures.seconds_left(5.0) is None, "a former run says nothing about the rate"
     figures.add(10, tokens=2_000, seconds=20.0)
     assert (figures.per_sec(figures.tokens), figures.seconds_left(20.0)) == (100.0, 180.0)
-    assert figures.seconds_left(50.0) == 150.0, "while a long unit is under way it runs down"
+    assert figures.seconds_left(50.0) == 150.0, "while a long unit is under way the time left runs down"
     assert figures.seconds_left(900.0) == 0.0
     assert Figures("rows").seconds_left(1.0) is None
 
@@ -116,6 +116,57 @@ def test_the_live_display_is_two_lines_that_fit(width: int) -> None:
     assert "━" * 4 in lines[0] and "capture: reading" in lines[0] and lines[0].endswith(" left")
     assert "1,545,678/4,500,000 documents" in lines[0]
     assert lines[1] == "  120,028 tokens/s  1,234 shards  164.0 bytes/token  kept mass 0.930"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_planned_work_shows_tokens_first_and_whole_figures_only(width: int) -> None:
+    with Task("capture: reading", 4_500_000, "documents") as task:
+        task.plan(0, 100_000, 24_000_000)
+        task.under_way(0, 20_000_000)
+        busy(task)
+        console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+        lines = [line.rstrip() for line in "".join(s.text for s in console.render(task)).splitlines()]
+    assert len(lines) == 2 and max(map(len, lines)) <= width and "…" not in "".join(lines)
+    assert re.search(r"━ +452,100,000/~[\d,]+ tokens .* left$", lines[0])
+    figures = [
+        "125,583 tokens/s",
+        "1,545,678/4,500,000 documents",
+        "1,234 shards",
+        "164.0 bytes/token",
+        "kept mass 0.930",
+    ]
+    assert lines[1] == "  " + "  ".join(figures[: 3 if width == 80 else 5])
+
+
+def test_planned_tokens_and_estimates() -> None:
+    figures = Figures("documents", total=40)
+    figures.skip(10, 1_000)
+    figures.plan(3, 10, 500)
+    assert figures.progress == (1_000, 3_000) and figures.is_estimate, "40 documents of 75 tokens"
+    figures.under_way(3, 200, 4.0)
+    assert (figures.progress[0], figures.tokens_now, figures.seconds_left(4.0)) == (1_200, 200, 36.0)
+    figures.under_way(3, 900, 5.0)
+    assert figures.tokens_now == 500, "no more than is in the part, though some was read twice"
+    figures.under_way(7, 900, 6.0)
+    assert figures.tokens_now == 500 and figures.worked == 5.0, "a part that nobody planned, or that is committed"
+    figures.add(10, 480, 8.0, part=3)
+    figures.plan(4, 20, 1_520)
+    assert (figures.progress, figures.is_estimate) == ((1_480, 3_000), False), "all is planned"
+    unknown = Figures("documents")
+    unknown.plan(0, 5, 100)
+    unknown.under_way(0, 60, 2.0)
+    assert (unknown.progress, unknown.count_text(), unknown.seconds_left(2.0)) == ((60, None), "60 tokens", None)
+
+
+def test_tokens_that_are_written_are_estimated_from_those_written_so_far() -> None:
+    figures = Figures("prompts", total=40, at_most=True)
+    figures.plan(0, 10, 1_280)
+    assert (figures.tokens_total, figures.is_estimate) == (5_120, True)
+    figures.add(10, 300, 3.0, part=0)
+    figures.plan(1, 30, 3_840)
+    assert (figures.tokens_total, figures.is_estimate) == (1_200, True)
+    figures.add(30, 1_100, 9.0, part=1)
+    assert (figures.progress, figures.is_estimate) == ((1_400, 1_400), False)
 
 
 CHILD = """
@@ -190,7 +241,7 @@ def test_markup_in_a_name_is_text(capsys: pytest.CaptureFixture) -> None:
 # ------------------------------------------------------------------------------------------------- the log
 
 
-def test_the_log_says_all_of_it(tmp_path: Path) -> None:
+def test_the_log_has_every_figure(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     with Task("capture: reading", 100, "documents", log, CPU) as task:
         task.skip(20, shard=shard(1000, 990, 64_200, 0.931))
@@ -210,6 +261,21 @@ def test_the_log_says_all_of_it(tmp_path: Path) -> None:
     assert [line.facts for line in read_journal(log)] == [{}, {"loss": "NaN", "step": 3}]
 
 
+def test_a_line_names_its_source_and_an_older_one_counts_by_its_title(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    for title, source in (("reading", "capture"), ("capture: reading", None), ("capture: reading", "other")):
+        with Task(title, 1, "rows", log, source=source):
+            pass
+    assert {line.stage for line in lines_of(read_journal(log), "capture")} == {"reading"}
+    old = [json.loads(text) for text in log.read_text().splitlines()]
+    for fields in old:
+        for name in ("source", "tokens_done", "tokens_total", "tokens_estimated"):
+            del fields[name]
+    log.write_text("".join(json.dumps(fields) + "\n" for fields in old))
+    lines = lines_of(read_journal(log), "capture")
+    assert {line.stage for line in lines} == {"capture: reading"} and len(lines) == 4
+
+
 def test_every_key_of_the_log_is_documented() -> None:
     """In the table of pipelines/README.md, with the words of the model."""
     section = (ROOT / "pipelines" / "README.md").read_text("utf-8").split("## Watching a run")[1].split("\n## ")[0]
@@ -221,7 +287,7 @@ def test_every_key_of_the_log_is_documented() -> None:
     ("error", "state", "kind"),
     [(ValueError("x"), "failed", "ValueError"), (KeyboardInterrupt(), "stopped", "KeyboardInterrupt")],
 )
-def test_how_it_ended_is_logged(tmp_path: Path, error: BaseException, state: str, kind: str) -> None:
+def test_the_end_of_a_task_is_logged(tmp_path: Path, error: BaseException, state: str, kind: str) -> None:
     log = tmp_path / "log.jsonl"
     with pytest.raises(type(error)), RunStage("capture", log), Task("capture: reading", 10, "documents"):
         raise error
@@ -230,7 +296,7 @@ def test_how_it_ended_is_logged(tmp_path: Path, error: BaseException, state: str
     assert (phase.stage, phase.state, phase.error) == ("capture", state, kind)
 
 
-def test_a_torn_line_is_passed_over_and_not_continued(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_off_is_ignored_and_not_continued(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     with Task("a", 1, "rows", log):
         pass
@@ -245,14 +311,14 @@ def test_a_torn_line_is_passed_over_and_not_continued(tmp_path: Path) -> None:
     assert len(read_journal(log)) == 2
 
 
-def test_a_log_that_cannot_be_written_stops_no_work_before_its_end(tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_does_not_stop_the_work_before_its_end(tmp_path: Path) -> None:
     done = []
     with pytest.raises(StorageError, match="cannot write"), Task("a", 1, "rows", tmp_path / "gone" / "log.jsonl"):
         done.append(1)
     assert done == [1]
 
 
-def test_a_phase_holds_what_is_done_in_it(tmp_path: Path) -> None:
+def test_a_run_stage_counts_the_tasks_in_it(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     gpus = Devices(kind="gpu", count=4, name="H200", here=False)
     with RunStage("train", log, gpus):
@@ -273,12 +339,12 @@ def test_a_phase_holds_what_is_done_in_it(tmp_path: Path) -> None:
     }  # fmt: skip
     assert all(line.devices == gpus for line in lines.values())
     parts = lines["train CE"].busy_seconds + lines["score ref: reading"].busy_seconds
-    assert lines["train"].busy_seconds == pytest.approx(parts, abs=0.003), "what has no tokens does not count"
+    assert lines["train"].busy_seconds == pytest.approx(parts, abs=0.003), "a task without tokens does not count"
     with Task("outside", 1, "rows") as task:
         assert task.run_stage is None and task.log is None
 
 
-def test_a_phase_learns_from_its_work_what_it_runs_on(tmp_path: Path) -> None:
+def test_a_run_stage_takes_the_devices_of_its_task(tmp_path: Path) -> None:
     """As where a cluster says what its teachers have once the first is there; a server never says."""
     log = tmp_path / "log.jsonl"
     unknown, cluster = (
@@ -289,8 +355,8 @@ def test_a_phase_learns_from_its_work_what_it_runs_on(tmp_path: Path) -> None:
         pass
     with RunStage("heldout", log, unknown), Task("heldout: reading", 1, "rows"):
         pass
-    found = {line.stage: line.devices for line in last_lines(read_journal(log))}
-    assert found == dict.fromkeys(("capture", "capture: reading"), cluster) | dict.fromkeys(
+    devices = {line.stage: line.devices for line in last_lines(read_journal(log))}
+    assert devices == dict.fromkeys(("capture", "capture: reading"), cluster) | dict.fromkeys(
         ("heldout", "heldout: reading"), unknown
     )
     assert took(read_journal(log))[-1].device_hours == {}
@@ -325,14 +391,14 @@ def line(tmp_path: Path) -> Line:
     return read_journal(tmp_path / "one.jsonl")[-1]
 
 
-def test_a_process_is_known_by_its_number_and_its_start(line: Line) -> None:
+def test_a_process_is_identified_by_its_id_and_its_start(line: Line) -> None:
     assert alive(line) is True
     other = line.model_copy(update={"process_started": line.process_started - 4000})
-    assert alive(other) is False, "another process has its number now"
+    assert alive(other) is False, "another process has its id now"
     assert alive(line.model_copy(update={"host": "elsewhere"})) is None
 
 
-def test_a_killed_process_is_gone_before_anybody_waits_for_it(line: Line) -> None:
+def test_a_zombie_counts_as_dead(line: Line) -> None:
     process = subprocess.Popen(["sleep", "60"])
     theirs = line.model_copy(update={"pid": process.pid, "process_started": psutil.Process(process.pid).create_time()})
     assert alive(theirs) is True
@@ -366,7 +432,7 @@ def test_totals_add_up_over_attempts(line: Line) -> None:
     assert total([read]).energy_joules == 3960.0
 
 
-def test_totals_keep_devices_apart_and_count_no_unknown_ones(line: Line) -> None:
+def test_totals_separate_devices_and_leave_out_unknown_ones(line: Line) -> None:
     gpu, server = (
         Devices(kind="gpu", count=2, name="H200"),
         Devices(kind="remote", count=0, name="a server", here=False),
@@ -379,7 +445,7 @@ def test_totals_keep_devices_apart_and_count_no_unknown_ones(line: Line) -> None
     assert took(attempts)[0].device_hours == {"2 x H200": 2.0, "2 CPU cores": 1.0}
 
 
-def test_a_killed_attempt_leaves_its_last_beat(tmp_path: Path, line: Line) -> None:
+def test_a_killed_attempt_counts_up_to_its_last_line(tmp_path: Path, line: Line) -> None:
     log = tmp_path / "log.jsonl"
     for part in (*span(line, 1, seconds=20.0, tokens=7, state="running"), *span(line, 2, seconds=5.0, tokens=1)):
         append(log, part)

@@ -33,16 +33,16 @@ CONTEXT.set_forkserver_preload(["tests.preload", __name__])
 NAMES = ["prepare", "generate", "capture", "train", "report"]
 
 
-def text_of(found: Status, width: int = 120, **options: Any) -> str:
+def text_of(shown: Status, width: int = 120, **options: Any) -> str:
     """A status as a terminal of so many columns shows it."""
     console = Console(width=width, file=io.StringIO(), color_system=None)
-    console.print(render(found, width, **options))
+    console.print(render(shown, width, **options))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def states(found: Status) -> dict[str, str]:
+def states(shown: Status) -> dict[str, str]:
     """Task by stage."""
-    return {row.name: row.state for row in found.rows}
+    return {row.name: row.state for row in shown.rows}
 
 
 # --------------------------------------------------------------------------------------------------- a run
@@ -96,25 +96,25 @@ EXPECTED = {
 def test_a_run_at_work_then_killed(at_work: tuple[Path, BaseProcess]) -> None:
     run, process = at_work
     before = digests(run)
-    found = status(run)
-    assert (found.title, found.state, found.pid) == ("quickstart", "running", process.pid)
-    assert states(found) == EXPECTED and list(states(found)) == list(EXPECTED)
-    assert [row.name for row in found.rows if row.part] == [
+    shown = status(run)
+    assert (shown.title, shown.state, shown.pid) == ("quickstart", "running", process.pid)
+    assert states(shown) == EXPECTED and list(states(shown)) == list(EXPECTED)
+    assert [row.name for row in shown.rows if row.part] == [
         "train the built-in teacher",
         "train the built-in reference",
     ]
-    line = next(row.line for row in found.rows if row.name == "capture")
+    line = next(row.line for row in shown.rows if row.name == "capture")
     assert line is not None and (line.done, line.total, line.shards, line.tokens) == (40, 100, 2, 1000)
     assert (line.bytes_per_token, line.kept_mass) == (65.0, 0.94) and line.seconds_left is not None
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
-    found = status(run)
-    assert (found.state, found.pid) == ("stopped", None)
-    assert states(found) == {**EXPECTED, "capture": "stopped"}
+    shown = status(run)
+    assert (shown.state, shown.pid) == ("stopped", None)
+    assert states(shown) == {**EXPECTED, "capture": "stopped"}
     assert digests(run) == before, "nothing was written"
 
 
-def test_a_run_that_goes_on_and_one_that_fails(tmp_path: Path, at_work: tuple[Path, BaseProcess]) -> None:
+def test_a_run_that_resumes_and_one_that_fails(tmp_path: Path, at_work: tuple[Path, BaseProcess]) -> None:
     run, process = at_work
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
@@ -128,14 +128,14 @@ def test_a_run_that_goes_on_and_one_that_fails(tmp_path: Path, at_work: tuple[Pa
     with pytest.raises(TeacherError), RunStage("train", log):
         raise TeacherError("the engine died")
     write_state(run, "prepare", "generate", "capture")
-    found = status(run)
-    assert states(found) == {**EXPECTED, "capture": "done", "train": "failed"} and found.state == "failed"
-    assert found.took is not None and found.took.tokens == 1000 + 90 + 1000 + 3000, "of both attempts"
+    shown = status(run)
+    assert states(shown) == {**EXPECTED, "capture": "done", "train": "failed"} and shown.state == "failed"
+    assert shown.took is not None and shown.took.tokens == 1000 + 90 + 1000 + 3000, "of both attempts"
     write_state(run, *NAMES)
     assert status(run).state == "done" and set(states(status(run)).values()) == {"done"}
 
 
-def test_a_number_that_another_process_has_now_is_not_the_run(tmp_path: Path) -> None:
+def test_another_process_with_the_same_id_is_not_the_run(tmp_path: Path) -> None:
     write_state(tmp_path)
     log = tmp_path / "progress.jsonl"
     with Task("x", 1, "rows", tmp_path / "own.jsonl"):
@@ -148,7 +148,7 @@ def test_a_number_that_another_process_has_now_is_not_the_run(tmp_path: Path) ->
     assert "unknown (look on gpu-7, where it was at work)" in text_of(status(tmp_path))
 
 
-def test_an_old_attempt_elsewhere_does_not_hide_the_present_one(tmp_path: Path) -> None:
+def test_an_old_attempt_on_another_machine_does_not_hide_the_present_one(tmp_path: Path) -> None:
     write_state(tmp_path)
     log = tmp_path / "progress.jsonl"
     with RunStage("prepare", log):
@@ -160,11 +160,11 @@ def test_an_old_attempt_elsewhere_does_not_hide_the_present_one(tmp_path: Path) 
     assert status(tmp_path).state == states(status(tmp_path))["prepare"] == "failed"
 
 
-def test_a_run_of_which_nothing_is_known_yet(tmp_path: Path) -> None:
+def test_a_run_without_a_log(tmp_path: Path) -> None:
     write_state(tmp_path)
-    found = status(tmp_path)
-    assert found.state == "unknown" and set(states(found).values()) == {"waiting"} and found.took is None
-    assert "no log tells who writes it" in text_of(found)
+    shown = status(tmp_path)
+    assert shown.state == "unknown" and set(states(shown).values()) == {"waiting"} and shown.took is None
+    assert "no log says whether a process writes it" in text_of(shown)
 
 
 # ----------------------------------------------------------------------------------------------- a dataset
@@ -180,8 +180,8 @@ def test_a_dataset_that_is_written(
         seen.append(status(root))
 
     run_capture(root, corpus_file, tokenizer_dir, teacher=StandInTeacher(before_call=look))
-    assert [found.state for found in seen] == ["running"] * len(seen) and len(seen) == 4
-    assert [row.shards for found in seen for row in found.rows][-1] in (2, 3)
+    assert [shown.state for shown in seen] == ["running"] * len(seen) and len(seen) == 4
+    assert [row.shards for shown in seen for row in shown.rows][-1] in (2, 3)
     assert digests(root) == undisturbed
     assert {p.name for p in tmp_path.iterdir()} == {"dataset", ".dataset.lock", ".dataset.progress.jsonl"}
     [row] = status(root).rows
@@ -213,7 +213,7 @@ def capture_slowly(root: Path, corpus: Path, tokenizer: Path, ready: Any) -> Non
     run_capture(root, corpus, tokenizer, teacher=StandInTeacher(before_call=wait))
 
 
-def test_a_capture_that_was_killed_is_stopped_and_one_that_goes_on_counts_what_was_there(
+def test_a_killed_capture_is_stopped_and_resume_counts_what_was_committed(
     tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, undisturbed: dict[str, str]
 ) -> None:
     root, ready = tmp_path / "dataset", CONTEXT.Event()
@@ -236,7 +236,7 @@ def test_a_capture_that_was_killed_is_stopped_and_one_that_goes_on_counts_what_w
     assert last.bytes_per_token == pytest.approx(payload / sum(e.tokens for e in entries), abs=1e-3)
 
 
-def test_a_dataset_that_is_begun_anew_forgets_the_work_on_the_former(
+def test_a_dataset_that_is_begun_again_has_a_log_of_its_own(
     tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
     import shutil
@@ -256,7 +256,7 @@ def test_writing_counts_what_was_written(tmp_path: Path, tokenizer_dir: Path) ->
     assert line.tokens == sum(e.target_tokens for e in made.manifest) < made.num_tokens
 
 
-def test_a_part_of_a_run_is_found_in_the_run_s_log(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_a_dataset_of_a_run_uses_the_log_of_the_run(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
     from tests.fakes import CaptureConfig, Corpus, CorpusConfig, TeacherConfig, capture_with
 
     write_state(tmp_path / "run")
@@ -270,7 +270,7 @@ def test_a_part_of_a_run_is_found_in_the_run_s_log(tmp_path: Path, corpus_file: 
     assert not journal_of(root).exists()
 
 
-def test_a_dataset_without_a_log_is_never_said_to_be_at_work(captured: Path, tmp_path: Path) -> None:
+def test_a_dataset_without_a_log_is_never_running(captured: Path, tmp_path: Path) -> None:
     import shutil
 
     root = Path(shutil.copytree(captured, tmp_path / "copy"))
@@ -322,13 +322,23 @@ def test_the_table_fits(width: int) -> None:
     assert "so far 1 d 1 h; device hours: 206.67 (8 x NVIDIA H200)" in shown and "energy: 116.7 kWh" in shown
 
 
+def test_running_work_shows_its_tokens_between_commits() -> None:
+    usually = usual()
+    line = usually.rows[0].line
+    assert line is not None
+    fields = {"tokens_done": 1_234, "tokens_total": 45_600, "tokens_estimated": True}
+    for state, cell in (("running", "1,234/~45,600 tokens"), ("done", "1.546M/4.5M documents")):
+        row = Row("capture", state, line.model_copy(update=fields), updated=line.time)  # type: ignore[arg-type]
+        assert cell in text_of(Status("x", state, [row]), 120)  # type: ignore[arg-type]
+
+
 def call(*arguments: object) -> Any:
     return CliRunner(env={"COLUMNS": "120"}).invoke(app, [str(a) for a in arguments])
 
 
 def test_the_command(captured: Path, tmp_path: Path) -> None:
-    found = call("status", captured)
-    assert found.exit_code == 0 and "capture" in found.output and "done" in found.output
+    shown = call("status", captured)
+    assert shown.exit_code == 0 and "capture" in shown.output and "done" in shown.output
     watched = call("status", captured, "--watch")
     assert watched.exit_code == 0 and "took" in watched.output
     nothing = call("status", tmp_path)

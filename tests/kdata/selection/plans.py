@@ -1,4 +1,4 @@
-"""Datasets for tests of selection: rows of a given id, domain, length and teacher's NLL, and sidecars of given numbers."""
+"""Datasets for tests of selection: rows with this id, domain, length and teacher's NLL, and sidecars of these numbers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 def dataset_of(root: Path, rows: Sequence[Row], *, shard_rows: int = 3, source: str = "capture") -> kdata.Dataset:
-    """A dataset of these rows in this order, `shard_rows` to a shard; another source adds rows to one that stands."""
+    """A dataset of these rows in this order, `shard_rows` to a shard; another source adds rows to an existing dataset."""
     info = new_info(
         format_version="1.0",
         vocab_size=VOCAB,
@@ -67,7 +67,7 @@ def _record(row: Row) -> Record:
 
 
 def score_with(dataset: kdata.Dataset, numbers: Mapping[str, float], name: str = "ref") -> None:
-    """A complete sidecar as `kdata score` writes it; ids that are not named get null."""
+    """A complete sidecar as `kdata score` writes it; an id that is not in `numbers` gets null."""
     info = ScoreInfo(
         name=name, unit="nats per target token", model=TEACHER.info, tokenizer_hash="0" * 64,
         dataset_digest=dataset.content_digest, files={},

@@ -1,4 +1,4 @@
-"""Numbers of one's own as a sidecar: joined by id, and refused where an id or a number is none."""
+"""Scores from a file become a sidecar: joined by id, and refused where an id or a number is invalid."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_numbers_are_joined_by_id_whatever_their_order(dataset: kdata.Dataset, t
         mark=pa.array([9, 1, None, 4], pa.uint8()),
         nll=pa.array([5.5, 1.5, 2.5, 0.5], pa.float32()),
     )
-    brought = bring(dataset, file, "judge", unit="marks from 0 to 9")
-    assert brought.covered == {"mark": 3, "nll": 4} and brought.info.columns == ["mark", "nll"]
+    imported = bring(dataset, file, "judge", unit="marks from 0 to 9")
+    assert imported.covered == {"mark": 3, "nll": 4} and imported.info.columns == ["mark", "nll"]
     table = dataset.sql("select rows.id, mark, judge.nll from rows join scores.judge as judge using (id) order by id")
     assert table.to_pydict() == {
         "id": [f"r{n}" for n in range(7)],
@@ -66,19 +66,21 @@ def test_numbers_are_joined_by_id_whatever_their_order(dataset: kdata.Dataset, t
         select(dataset, Difference(score="judge"))
 
 
-def test_the_same_file_again_changes_nothing_and_another_is_refused(dataset: kdata.Dataset, tmp_path: Path) -> None:
+def test_the_same_file_again_changes_nothing_and_another_file_is_refused(
+    dataset: kdata.Dataset, tmp_path: Path
+) -> None:
     file = write(tmp_path / "a.parquet", id=["r0"], nll=[1.0])
     first = bring(dataset, file, "mine").info
     assert bring(dataset, file, "mine").info == first
-    with pytest.raises(MismatchError, match=r"scores.mine was made otherwise"):
+    with pytest.raises(MismatchError, match=r"scores.mine exists with other settings"):
         bring(dataset, write(tmp_path / "b.parquet", id=["r0"], nll=[2.0]), "mine")
 
 
-def test_a_brought_reference_makes_the_same_plan_as_a_scored_one(dataset: kdata.Dataset, tmp_path: Path) -> None:
+def test_a_reference_from_a_file_gives_the_same_plan_as_a_scored_one(dataset: kdata.Dataset, tmp_path: Path) -> None:
     numbers = {f"r{n}": 1.0 + (n * 5 % 7) / 3 for n in range(7)}
     score_with(dataset, numbers)
-    bring(dataset, write(tmp_path / "ref.parquet", id=list(numbers), nll=list(numbers.values())), "brought")
-    ours, theirs = (select(dataset, Difference(score=name, name=name)) for name in ("ref", "brought"))
+    bring(dataset, write(tmp_path / "ref.parquet", id=list(numbers), nll=list(numbers.values())), "from_file")
+    ours, theirs = (select(dataset, Difference(score=name, name=name)) for name in ("ref", "from_file"))
     assert ours.ids == theirs.ids and ours.info.parameters["threshold"] == theirs.info.parameters["threshold"]
 
 
@@ -86,16 +88,16 @@ def test_a_brought_reference_makes_the_same_plan_as_a_scored_one(dataset: kdata.
     ("columns", "message"),
     [
         ({"id": ["r0", "r9", "zz"], "nll": [1.0, 2.0, 3.0]}, "has ids that .* does not have: 'r9', 'zz'"),
-        ({"id": ["r0", "r0"], "nll": [1.0, 2.0]}, "id 'r0' stands twice"),
+        ({"id": ["r0", "r0"], "nll": [1.0, 2.0]}, "id 'r0' is repeated"),
         ({"id": ["r0", None], "nll": [1.0, 2.0]}, "rows whose id is null"),
-        ({"id": [1, 2], "nll": [1.0, 2.0]}, "needs a column `id` of text; it has id BIGINT, nll DOUBLE"),
+        ({"id": [1, 2], "nll": [1.0, 2.0]}, "needs a column `id` of text; its columns are id BIGINT, nll DOUBLE"),
         ({"row": ["r0"], "nll": [1.0]}, "needs a column `id` of text"),
         ({"id": ["r0"]}, "no column beside `id`"),
-        ({"id": ["r0"], "nll": ["1.0"]}, "column 'nll' is VARCHAR, no number"),
-        ({"id": ["r0"], "good": [True]}, "column 'good' is BOOLEAN, no number"),
-        ({"id": ["r0"], "a b": [1.0]}, "column 'a b' has a name that SQL would need quoted"),
-        ({"id": ["r0"], "nll": [math.nan]}, "column 'nll' has 1 values that are NaN or infinite"),
-        ({"id": ["r0"], "nll": [-math.inf]}, "column 'nll' has 1 values that are NaN or infinite"),
+        ({"id": ["r0"], "nll": ["1.0"]}, "column 'nll' is VARCHAR, not a number"),
+        ({"id": ["r0"], "good": [True]}, "column 'good' is BOOLEAN, not a number"),
+        ({"id": ["r0"], "a b": [1.0]}, "column 'a b' has a name that SQL needs quoted"),
+        ({"id": ["r0"], "nll": [math.nan]}, "column 'nll' has 1 NaN or infinite values"),
+        ({"id": ["r0"], "nll": [-math.inf]}, "column 'nll' has 1 NaN or infinite values"),
     ],
 )
 def test_what_is_refused(dataset: kdata.Dataset, tmp_path: Path, columns: dict[str, list], message: str) -> None:
@@ -104,7 +106,7 @@ def test_what_is_refused(dataset: kdata.Dataset, tmp_path: Path, columns: dict[s
     assert not (dataset.path / "scores").exists()
 
 
-def test_files_and_names_that_are_none(dataset: kdata.Dataset, tmp_path: Path) -> None:
+def test_invalid_files_and_names_are_refused(dataset: kdata.Dataset, tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="does not exist"):
         bring(dataset, tmp_path / "none.parquet", "mine")
     (tmp_path / "text.parquet").write_text("id,nll\nr0,1\n")
@@ -112,7 +114,7 @@ def test_files_and_names_that_are_none(dataset: kdata.Dataset, tmp_path: Path) -
         bring(dataset, tmp_path / "text.parquet", "mine")
     file = write(tmp_path / "f.parquet", id=["r0"], nll=[1.0])
     for name in ("a/b", "mine\n"):
-        with pytest.raises(ConfigError, match="is no name for a score"):
+        with pytest.raises(ConfigError, match="is not a valid score name"):
             bring(dataset, file, name)
     with pytest.raises(StorageError, match="being written by another process"), lock_of(dataset.path):
         bring(dataset, file, "mine")

@@ -1,4 +1,4 @@
-"""Sidecars, selections and plans: exact on numbers done by hand, and refused where they do not fit."""
+"""Sidecars, selections and plans: exact on numbers worked out by hand, and refused where they do not fit."""
 
 from __future__ import annotations
 
@@ -92,13 +92,13 @@ def give_scores(dataset: kdata.Dataset, nlls: dict[str, float], name: str = "ref
 # ------------------------------------------------------------------------------------------------ selection
 
 
-def test_difference_takes_where_the_reference_is_worst_against_the_teacher(tmp_path: Path) -> None:
+def test_difference_chooses_where_the_reference_is_worst_against_the_teacher(tmp_path: Path) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0, "c": 1.0, "d": 3.0})
     give_scores(dataset, {"a": 4.0, "b": 2.5, "c": 2.0, "d": 3.25})  # differences 3, 0.5, 1, 0.25
     plan = select(dataset, Difference(share=0.5))
     assert plan.ids == ["a", "c"] and plan.repeats.tolist() == [1, 1]
-    given = {"share": 0.5, "unit": "sequences", "by_domain": False, "score": "ref"}
-    assert plan.info.parameters == {**given, "threshold": 1.0}
+    settings = {"share": 0.5, "unit": "sequences", "by_domain": False, "score": "ref"}
+    assert plan.info.parameters == {**settings, "threshold": 1.0}
     assert plan.info.shares == {"a": {"dataset": 0.5, "plan": 1.0}, "b": {"dataset": 0.5, "plan": 0.0}}
     assert plan.info.num_tokens == 4 and set(plan.info.scores) == {"ref"}
     again = Plan.load(tmp_path / "d/plans/difference")
@@ -106,7 +106,7 @@ def test_difference_takes_where_the_reference_is_worst_against_the_teacher(tmp_p
     assert again.rows(dataset).tolist() == [0, 2]
 
 
-def test_ties_go_by_id_and_a_share_is_never_off_by_one(tmp_path: Path) -> None:
+def test_ties_are_broken_by_id_and_a_share_is_never_off_by_one(tmp_path: Path) -> None:
     names = [f"r{n:03}" for n in range(100)]
     dataset = tiny(tmp_path / "d", dict.fromkeys(reversed(names), 1.0), shard_rows=60)
     give_scores(dataset, dict.fromkeys(names, 2.0))
@@ -124,7 +124,7 @@ def test_random_is_a_function_of_the_seed_and_the_ids(tmp_path: Path) -> None:
     assert select(forward, Random(share=0.25, seed=4)).ids != chosen[0]
 
 
-def test_all_takes_every_row_with_a_target(tmp_path: Path) -> None:
+def test_all_chooses_every_row_with_a_target(tmp_path: Path) -> None:
     assert select(tiny(tmp_path / "d", {"b": 1, "a": 2, "c": 1}), All()).ids == [
         "a",
         "b",
@@ -147,17 +147,17 @@ def test_sql_chooses_ids_and_repeats(tmp_path: Path) -> None:
     [
         (None, ConfigError, "needs a query"),
         ("select nll from rows", ConfigError, "must return a column `id`"),
-        ("select 5 as id", ConfigError, "as text"),
+        ("select 5 as id", ConfigError, "ids as text"),
         ("select id from rows where false", DataError, "selects no row"),
-        ("select id from rows union all select id from rows", DataError, "stands twice"),
+        ("select id from rows union all select id from rows", DataError, "returns id 'a' twice"),
         ("select 'nobody' as id", MissingError, "no row with id 'nobody'"),
-        ("select id, 0 as repeats from rows", DataError, "whole numbers from 1 on, row 0 has 0"),
+        ("select id, 0 as repeats from rows", DataError, "whole numbers >= 1, but row 0 has 0"),
         ("select id, 1.5 as repeats from rows", DataError, "whole numbers"),
         ("select id, null::int as repeats from rows", DataError, "whole numbers"),
         ("select id from rowz", QueryError, "rowz"),
     ],
 )
-def test_a_query_that_makes_no_plan_is_refused(
+def test_a_query_that_gives_no_plan_is_refused(
     tmp_path: Path, query: str, error: type[Exception], message: str
 ) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0})
@@ -168,19 +168,21 @@ def test_a_query_that_makes_no_plan_is_refused(
 
 def test_rows_that_the_score_does_not_cover_are_refused(tmp_path: Path) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0, "c": 1.0})
-    with pytest.raises(MissingError, match=r"no score 'ref' \(there are: none\); make it with `kdata score`"):
+    with pytest.raises(MissingError, match=r"no score 'ref' \(scores: none\); write it with `kdata score`"):
         select(dataset, Difference())
     give_scores(dataset, {"a": 4.0, "c": 2.0})
     with pytest.raises(DataError, match="1 rows have no value: score 'ref' lacks them"):
         select(dataset, Difference())
 
 
-def test_a_dataset_that_has_grown_needs_scores_and_plans_anew(tmp_path: Path) -> None:
+def test_a_dataset_that_has_grown_needs_new_scores_and_plans(tmp_path: Path) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0})
     give_scores(dataset, {"a": 4.0, "b": 2.0})
     plan = select(dataset, Difference(share=0.5))
     grown = tiny(tmp_path / "d", {"c": 1.0}, source="more")
-    with pytest.raises(MismatchError, match=r"plan 'difference' was made for .* Run `kdata select` again"):
+    with pytest.raises(
+        MismatchError, match=r"plan 'difference' belongs to another state of .* Run `kdata select` again"
+    ):
         plan.rows(grown)
     with pytest.raises(MissingError, match="does not cover the dataset as it is now; run `kdata score` again"):
         select(grown, Difference(share=0.5))
@@ -265,7 +267,7 @@ def test_a_score_is_the_model_s_nll_over_the_same_positions(read_by_llama: kdata
         assert row["nll"] == pytest.approx(expected.item(), rel=1e-5) and row["n"] == row["m"]
 
 
-def test_scoring_goes_on_where_it_stopped_and_follows_growth(
+def test_scoring_continues_where_it_stopped_and_follows_growth(
     read_by_llama: kdata.Dataset,
     llama_dir: Path,
     corpus_file: Path,
@@ -322,7 +324,7 @@ def test_a_model_that_does_not_fit_is_refused(read_by_llama: kdata.Dataset, llam
 def test_another_model_cannot_take_over_a_score(read_by_llama: kdata.Dataset, llama_dir: Path, tmp_path: Path) -> None:
     score(read_by_llama, config(llama_dir))
     second = save_llama(tmp_path / "second", seed=5)
-    with pytest.raises(MismatchError, match=r"scores.ref was made otherwise .*weights_hash"):
+    with pytest.raises(MismatchError, match=r"scores.ref exists with other settings .*weights_hash"):
         raise_on_one_line(lambda: score(read_by_llama, config(second)))
     assert len(score(read_by_llama, config(second, "second")).files) == len(read_by_llama.manifest)
 

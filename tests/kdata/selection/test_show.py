@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from kdata.errors import ConfigError, KdataError, MismatchError, MissingError
 from kdata.pipelines.cli.main import app
 from kdata.selection import show as plan_show
 from kdata.selection.mixtures import Cap, Static, Uniform
-from kdata.selection.plan import make_plan, open_plan
+from kdata.selection.plan import Plan, make_plan, open_plan
 from kdata.selection.ranked import Difference, Random
 from kdata.selection.select import METHODS, select
 from kdata.selection.show import compare, draw, table_of
@@ -28,12 +29,12 @@ RUNNER = CliRunner(env={"COLUMNS": "120"})
 def dataset(tmp_path: Path) -> kdata.Dataset:
     """Ten rows: code has r0 to r3 (2 tokens each), prose r4 to r9 (4 each); the difference of rN is N."""
     rows = [Row(f"r{n}", "code" if n < 4 else "prose", 2 if n < 4 else 4, 1.0) for n in range(10)]
-    made = dataset_of(tmp_path / "d", rows)
-    score_with(made, {f"r{n}": 1.0 + n for n in range(10)})
-    return made
+    dataset = dataset_of(tmp_path / "d", rows)
+    score_with(dataset, {f"r{n}": 1.0 + n for n in range(10)})
+    return dataset
 
 
-def test_a_table_says_what_was_asked_and_what_was_got(dataset: kdata.Dataset) -> None:
+def test_a_table_shows_what_was_requested_and_chosen(dataset: kdata.Dataset) -> None:
     select(dataset, Difference(share=0.8))  # r2 to r9
     plan = select(dataset, Static(parent="difference", weights={"code": 1, "prose": 1}, size=30, max_repeats=4))
     shown = table_of(plan)
@@ -42,10 +43,10 @@ def test_a_table_says_what_was_asked_and_what_was_got(dataset: kdata.Dataset) ->
         "domain",
         "sequences",
         "tokens",
-        "tokens asked",
-        "rows taken",
-        "sequences taken",
-        "tokens taken",
+        "tokens requested",
+        "rows chosen",
+        "sequences chosen",
+        "tokens chosen",
     ]
     rows = {row[0]: [cell.split() for cell in row[1:]] for row in shown.rows}
     assert rows["code"][:3] == [["4", "40.0%"], ["8", "25.0%"], ["15", "50.0%"]]
@@ -55,7 +56,7 @@ def test_a_table_says_what_was_asked_and_what_was_got(dataset: kdata.Dataset) ->
     )  # 3 passes of 2, and one
     assert rows["prose"][3:] == [["3", "60.0%"], ["3", "30.0%"], ["12", "46.2%"]]
     assert rows["all"] == [["10"], ["32"], ["30"], ["5"], ["10"], ["26"]]
-    assert "asked for 30 tokens, got 26" in shown.notes
+    assert "requested 30 tokens, chose 26" in shown.notes
     assert any(note.startswith("from plan difference (") for note in shown.notes)
 
 
@@ -63,23 +64,23 @@ def test_the_picture_shows_shares_and_the_cut(dataset: kdata.Dataset, tmp_path: 
     plan = select(dataset, Difference(share=0.3))
     bars = plan_show._histogram(dataset, plan)
     assert bars is not None and (bars.low, bars.high) == (0.0, 9.0)
-    assert bars.all.sum() == 10 and bars.taken.sum() == 3 and bars.taken[-1] == 1 and bars.taken[0] == 0
+    assert bars.all.sum() == 10 and bars.chosen.sum() == 3 and bars.chosen[-1] == 1 and bars.chosen[0] == 0
     plain = imread(draw(dataset, select(dataset, Random(share=0.3)), tmp_path / "random.png"))
     cut = imread(draw(dataset, plan, tmp_path / "sub/difference.png"))
     assert cut.shape[0] > plain.shape[0] + 200 and cut.shape[1] == plain.shape[1]  # a panel more
     assert len(np.unique(cut.reshape(-1, cut.shape[2]), axis=0)) > 5
     for path in (tmp_path / "p.svg", tmp_path / "p.pdf"):
         assert draw(dataset, plan, path).stat().st_size > 1000
-    with pytest.raises(ConfigError, match=r"a picture is one of \.png, \.svg, \.pdf"):
+    with pytest.raises(ConfigError, match=r"a picture ends in \.png, \.svg, \.pdf"):
         draw(dataset, plan, tmp_path / "p.html")
 
 
-def test_values_that_cannot_be_had_any_more_are_left_out(dataset: kdata.Dataset, tmp_path: Path) -> None:
+def test_no_histogram_where_the_plan_s_inputs_have_changed(dataset: kdata.Dataset, tmp_path: Path) -> None:
     plan = select(dataset, Difference(share=0.3))
     half = select(dataset, Difference(share=0.5, by_domain=True, name="half"))
     further = select(dataset, Difference(parent="half", share=0.5, name="further"))
     bars = plan_show._histogram(dataset, further)
-    assert bars is not None and bars.all.sum() == 5 and bars.taken.sum() == 3 and half.info.num_rows == 5
+    assert bars is not None and bars.all.sum() == 5 and bars.chosen.sum() == 3 and half.info.num_rows == 5
     select(dataset, Difference(share=0.6, by_domain=True, name="half"))  # another parent of that name
     assert plan_show._histogram(dataset, further) is None
     score_with(dataset, {f"r{n}": 1.5 for n in range(10)})
@@ -95,12 +96,12 @@ def test_two_plans_side_by_side(dataset: kdata.Dataset) -> None:
     assert rows["code"] == ["0", "0", "2", "0.000", "0.0%", "25.0%", "+25.0"]
     assert rows["prose"] == ["3", "3", "0", "0.500", "100.0%", "75.0%", "-25.0"]
     assert rows["all"][:4] == ["3", "3", "2", "0.375"]
-    assert shown.notes == ["only in difference, for instance: r4", "only in each, for instance: r2"]
+    assert shown.notes == ["only in difference, for example: r4", "only in each, for example: r2"]
     same = {row[0]: row[1:] for row in compare(dataset, "each", "each").rows}
     assert same["all"][:4] == ["0", "5", "0", "1.000"]
     with pytest.raises(MissingError, match="nobody"):
         compare(dataset, "each", "nobody")
-    with pytest.raises(ConfigError, match="is no name of a plan"):
+    with pytest.raises(ConfigError, match="is not a valid plan name"):
         compare(dataset, "each", 'each" as x, "y')
 
 
@@ -122,13 +123,24 @@ def test_the_commands(dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytes
 
     root = dataset.path
     assert "plan difference: 5 rows" in call("select", root)
-    call("select", root, "--method", "static", "--from", "difference", "--weights", "code=0,prose=1", "--unit", "sequences",
-         "--size", 8, "--max-repeats", 2, "--name", "mixed", "--threads", 1, "--memory", "1GB")  # fmt: skip
+    call("select", root, "--method", "static", "--from", "difference", "--weights", "code=0,prose=1", "--count-by",
+         "sequences", "--size", 8, "--max-repeats", 2, "--name", "mixed", "--threads", 1, "--memory", "1GB")  # fmt: skip
     call(
-        "select", root, "--method", "cap", "--from", "mixed", "--size", 4, "--set", "unit=sequences", "--take", "first"
+        "select",
+        root,
+        "--method",
+        "cap",
+        "--from",
+        "mixed",
+        "--size",
+        4,
+        "--set",
+        "count_by=sequences",
+        "--take",
+        "first",
     )
     shown = call("plan", "show", root, "cap")
-    assert "asked for 4 sequences, got 4" in shown and "from plan mixed" in shown
+    assert "requested 4 sequences, chose 4" in shown and "from plan mixed" in shown
     assert Path("plan-cap.png").stat().st_size > 1000
     assert "only mixed" in call("plan", "compare", root, "mixed", "cap")
     query = "select id from rows where num_tokens = 4 limit 2"
@@ -151,17 +163,30 @@ def test_the_commands(dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytes
         assert isinstance(done.exception, KdataError) and words in str(done.exception)
 
 
-def test_a_plan_of_many_steps_keeps_its_line(dataset: kdata.Dataset) -> None:
+def test_a_plan_names_its_parents_down_to_the_dataset(dataset: kdata.Dataset) -> None:
     """select, mix, cap: each JSON names its parents by their digests, down to the dataset."""
     select(dataset, Difference(share=0.8))
-    select(dataset, Uniform(parent="difference", unit="sequences", name="mix"))
-    last = select(dataset, Cap(parent="mix", unit="sequences", size=2))
-    line = ["cap"]
-    while open_plan(dataset, line[-1]).info.parents:
-        [(parent, digest)] = open_plan(dataset, line[-1]).info.parents.items()
+    select(dataset, Uniform(parent="difference", count_by="sequences", name="mix"))
+    last = select(dataset, Cap(parent="mix", count_by="sequences", size=2))
+    names = ["cap"]
+    while open_plan(dataset, names[-1]).info.parents:
+        [(parent, digest)] = open_plan(dataset, names[-1]).info.parents.items()
         assert open_plan(dataset, parent).plan_digest == digest
-        line.append(parent)
-    assert line == ["cap", "mix", "difference"] and last.info.num_rows == 2
+        names.append(parent)
+    assert names == ["cap", "mix", "difference"] and last.info.num_rows == 2
+
+
+def test_a_plan_records_its_settings_under_the_keys_of_older_plans(dataset: kdata.Dataset) -> None:
+    """`count_by` is recorded as `unit`, as it always was, so that plans of any age read alike."""
+    select(dataset, Difference(share=0.5, count_by="tokens"))
+    content = json.loads((dataset.path / "plans/difference.json").read_text())
+    assert content["unit"] == "tokens" == content["parameters"]["unit"]
+    assert "count_by" not in content and "count_by" not in content["parameters"]
+    older = Plan.load(dataset.path / "plans/difference").info
+    assert older.count_by == "tokens"
+    again = Difference.from_recorded(older.parameters)
+    assert again == Difference(share=0.5, count_by="tokens")
+    assert select(dataset, again).info == older
 
 
 def test_tables_are_plain_parquet_for_polars(dataset: kdata.Dataset) -> None:
@@ -174,6 +199,6 @@ def test_tables_are_plain_parquet_for_polars(dataset: kdata.Dataset) -> None:
     make_plan(dataset, "mine", chosen, method="polars", parameters={"above": 5.5}).save(root / "plans")
     plan = open_plan(dataset, "mine")
     assert sorted(plan.ids) == ["r6", "r7", "r8", "r9"] and plan.info.parameters == {"above": 5.5}
-    taken = pl.read_parquet(root / "plans/mine.parquet")
-    assert taken["id"].to_list() == plan.ids and taken["repeats"].to_list() == [1] * 4
+    table = pl.read_parquet(root / "plans/mine.parquet")
+    assert table["id"].to_list() == plan.ids and table["repeats"].to_list() == [1] * 4
     assert "method polars: above 5.5" in table_of(plan).notes

@@ -1,4 +1,4 @@
-"""Merged, split and cut datasets: every row keeps its id, its content hash and every decoded number."""
+"""Merge, split and head: every row keeps its id, its content hash and every decoded number."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from typer.testing import CliRunner
 import kdata
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, StorageError
-from kdata.format.schema import content_hash
+from kdata.format.schema import ManifestEntry, content_hash
 from kdata.pipelines.cli.main import app
 from kdata.selection.plan import make_plan
 from kdata.share.arrange import folder_name, head, merge, split
+from kdata.share.interchange.exporter import export_dataset
+from kdata.share.interchange.importer import ImportConfig, import_dataset
+from kdata.share.push import push
+from tests import bucket  # noqa: F401, registers bucket://
 from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, write_jsonl
 
 
 def rows_by_id(dataset: kdata.Dataset) -> dict[str, dict[str, Any]]:
-    """What is known of each row, index and payload, without where it lies."""
+    """Everything about each row, from index and payload, except the shard that holds it."""
     index = dataset.index().drop_columns(["shard", "row", "source"]).to_pylist()
-    found = {}
-    for about, sequence in zip(index, dataset, strict=True):
+    rows = {}
+    for number, about in enumerate(index):
+        sequence = dataset.take(np.array([number]))
         assert about["content_hash"] == content_hash(sequence.token_ids)
         arrays = {k: v.tobytes() for k, v in vars(sequence).items() if v is not None}
-        found[about["id"]] = {**about, **arrays}
-    return found
+        rows[about["id"]] = {**about, **arrays}
+    return rows
 
 
 def renamed_capture(root: Path, tokenizer_dir: Path, prefix: str, **settings: Any) -> kdata.Dataset:
@@ -39,7 +44,9 @@ def renamed_capture(root: Path, tokenizer_dir: Path, prefix: str, **settings: An
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_merged_rows_are_the_rows(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, link: bool) -> None:
+def test_a_merged_dataset_has_the_rows_of_its_inputs(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, link: bool
+) -> None:
     one = run_capture(tmp_path / "one", corpus_file, tokenizer_dir)
     run_generate(one.path, corpus_file, tokenizer_dir)
     one, two = kdata.open(one.path), renamed_capture(tmp_path / "two", tokenizer_dir, "x")
@@ -68,9 +75,9 @@ def test_what_is_not_of_one_kind_is_not_merged(tmp_path: Path, captured: Path, t
     with pytest.raises(MismatchError, match=r"teacher.weights_hash"):
         other = renamed_capture(tmp_path / "t", tokenizer_dir, "x", teacher=StandInTeacher("salt"))
         merge([dataset, other], tmp_path / "out")
-    with pytest.raises(DataError, match=r"id 'doc-000' stands in .* and in"):
+    with pytest.raises(DataError, match=r"both have a row with id 'doc-000'"):
         merge([dataset, dataset], tmp_path / "out")
-    with pytest.raises(DataError, match="two datasets or more"):
+    with pytest.raises(DataError, match="needs two datasets or more, but got 1"):
         merge([dataset], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -135,7 +142,7 @@ def test_the_head_is_the_first_rows(tmp_path: Path, captured: Path, count: int) 
     assert part.info.sources["capture"].num_units == len(part.manifest)
 
 
-def test_what_was_split_is_not_gone_on_with(
+def test_a_part_is_not_continued_by_the_capture_of_the_whole(
     tmp_path: Path, captured: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
     part = head(kdata.open(captured), tmp_path / "out", 3)
@@ -143,14 +150,54 @@ def test_what_was_split_is_not_gone_on_with(
         run_capture(part.path, corpus_file, tokenizer_dir)
 
 
-def test_taken_names_and_odd_ones(tmp_path: Path, captured: Path) -> None:
+def test_a_target_that_is_not_free_is_refused_and_folder_names_are_plain(tmp_path: Path, captured: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(ConfigError, match="not an empty folder"):
         head(kdata.open(captured), tmp_path / "out", 3)
-    with pytest.raises(ConfigError, match="at least one"):
+    with pytest.raises(ConfigError, match="ask for at least one row"):
         head(kdata.open(captured), tmp_path / "new", 0)
     assert [folder_name(n) for n in ("a/b", "..", "über", "x y")] == ["a-b", "unnamed", "ber", "x-y"]
+
+
+def test_inputs_may_be_at_a_url_and_outputs_may_not(
+    tmp_path: Path, captured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    remote, local = kdata.open(f"bucket://{captured}"), kdata.open(captured)
+    assert rows_by_id(head(remote, tmp_path / "head", 3)) == rows_by_id(head(local, tmp_path / "local", 3))
+    parts = split(remote, tmp_path / "parts", by="domain")
+    assert rows_by_id(merge(list(parts.values()), tmp_path / "merged")) == rows_by_id(local)
+    push(remote, tmp_path / "copy")
+    assert kdata.open(tmp_path / "copy").content_digest == local.content_digest
+    export_dataset(remote, tmp_path / "rows.parquet", "plain")
+    for write in (
+        lambda: head(local, "s3://bucket/d", 3),
+        lambda: split(local, Path("s3://bucket/d"), by="domain"),  # a Path has one slash less
+        lambda: merge(list(parts.values()), "s3://bucket/d"),
+        lambda: export_dataset(local, "s3://bucket/rows.parquet", "plain"),
+        lambda: import_dataset("s3://bucket/rows", tmp_path / "d", ImportConfig(format="plain")),
+        lambda: import_dataset(tmp_path / "rows.parquet", "s3://bucket/d", ImportConfig(format="plain")),
+    ):
+        with pytest.raises(ConfigError, match=r"^s3:/.* is a URL, and this needs a local path: [^\n]+$"):
+            write()
+
+
+def test_only_shards_that_hold_a_row_of_the_result_are_read(
+    tmp_path: Path, captured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = kdata.open(captured)
+    read: set[tuple[str, str]] = set()
+    shard_file = kdata.Dataset.shard_file
+
+    def recording(self: kdata.Dataset, entry: ManifestEntry, folder: str) -> Path:
+        read.add((folder, entry.name))
+        return shard_file(self, entry, folder)
+
+    monkeypatch.setattr(kdata.Dataset, "shard_file", recording)
+    head(dataset, tmp_path / "out", int(dataset.shard_starts[1]))
+    first = dataset.manifest[0].name
+    assert read == {("data", first), ("index", first)} and len(dataset.manifest) > 1
 
 
 def test_the_commands(tmp_path: Path, captured: Path) -> None:

@@ -1,8 +1,9 @@
-"""The card: true numbers, hostile strings shown as text, notes untouched, the Hub's own reader content."""
+"""The card: its numbers are right, hostile strings are shown as text, notes stay, and the Hub's reader opens the dataset."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -108,33 +109,33 @@ def header_of(card: str) -> dict:
     return yaml.safe_load(card.split("---\n")[1])
 
 
-def test_facts_are_those_of_the_rows(tmp_path: Path) -> None:
+def test_facts_are_the_numbers_of_the_rows(tmp_path: Path) -> None:
     refused = (
         Reject("r0", "code", "empty", "the text is empty"),
         Reject("r1", None, "empty", "the text is empty"),
     )
     dataset = make_dataset(tmp_path / "d", {"code": 2.0, "prose": 4.0}, rejects=refused)
-    found = facts(dataset)
+    numbers = facts(dataset)
     index = dataset.index().to_pylist()
-    assert (found.rows, found.tokens, found.target_tokens, found.shards) == (48, 48 * 20, 48 * 19, 4)
-    by_name = {d["name"]: d for d in found.domains}
+    assert (numbers.rows, numbers.tokens, numbers.target_tokens, numbers.shards) == (48, 48 * 20, 48 * 19, 4)
+    by_name = {d["name"]: d for d in numbers.domains}
     for domain in ("code", "prose"):
         expected = np.mean([r["nll"] for r in index if r["domain"] == domain])
         assert by_name[domain]["nll"] == pytest.approx(expected)
         assert by_name[domain]["num_rows"] == 24
     assert by_name["code"]["entropy"] is None
-    assert [(r["reason"], r["num_rows"]) for r in found.rejects] == [("empty", 2)]
-    assert found.payload_bytes == sum(p.stat().st_size for p in (tmp_path / "d" / "data").iterdir())
+    assert [(r["reason"], r["num_rows"]) for r in numbers.rejects] == [("empty", 2)]
+    assert numbers.payload_bytes == sum(p.stat().st_size for p in (tmp_path / "d" / "data").iterdir())
 
 
 def test_codec_error_is_weighted_and_bounded(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "d", {"code": 2.0}, generate=False)
     [entry] = dataset.manifest
     assert entry.codec_error is not None
-    found = codec_error(dataset)
-    assert found is not None
-    assert found.model_dump() == pytest.approx(entry.codec_error.model_dump())
-    assert found.max_sum <= 1
+    error = codec_error(dataset)
+    assert error is not None
+    assert error.model_dump() == pytest.approx(entry.codec_error.model_dump())
+    assert error.max_sum <= 1
 
 
 def test_header_names_only_the_parquet_index(tmp_path: Path) -> None:
@@ -157,10 +158,27 @@ def test_header_names_only_the_parquet_index(tmp_path: Path) -> None:
         ("x\n---\nevil: 1", {"license": "other", "license_name": "x-evil-1"}),
     ],
 )
-def test_license_of_the_header(tmp_path: Path, license: str | None, expected: dict) -> None:
+def test_the_license_in_the_header(tmp_path: Path, license: str | None, expected: dict) -> None:
     header = header_of(write_card(make_dataset(tmp_path / "d", {"code": 2.0}, license=license)).read_text())
     assert {k: v for k, v in header.items() if k.startswith("license")} == expected
     assert "evil" not in header
+
+
+def test_the_card_needs_no_client_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = make_dataset(tmp_path / "d", {"code": 2.0})
+    with_client = write_card(dataset).read_bytes()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as where it is not installed
+    assert write_card(dataset).read_bytes() == with_client
+
+
+def test_the_header_is_what_the_hub_s_client_reads(tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    data = hub.DatasetCard.load(write_card(make_dataset(tmp_path / "d", {"code": 2.0}))).data
+    assert (data.license, data.size_categories, data.pretty_name) == (
+        "apache-2.0",
+        ["n<1K"],
+        "What tiny-teacher believed, token by token",
+    )
 
 
 def test_every_column_of_the_format_is_described(tmp_path: Path) -> None:
@@ -212,7 +230,7 @@ def test_notes_are_kept_byte_for_byte(tmp_path: Path) -> None:
     assert b"scribbled" not in content
 
 
-def test_a_readme_that_is_no_card_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_readme_that_is_not_a_card_is_not_overwritten(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "d", {"code": 2.0})
     (dataset.path / "README.md").write_text("by hand")
     with pytest.raises(ConfigError, match="notes marks"):
@@ -220,7 +238,7 @@ def test_a_readme_that_is_no_card_is_not_overwritten(tmp_path: Path) -> None:
     assert (dataset.path / "README.md").read_text() == "by hand"
 
 
-def test_same_dataset_same_bytes_wherever_it_lies(tmp_path: Path) -> None:
+def test_equal_datasets_have_equal_cards_in_any_folder(tmp_path: Path) -> None:
     first = write_card(make_dataset(tmp_path / "one", {"code": 2.0, "prose": 3.0})).read_bytes()
     second = write_card(make_dataset(tmp_path / "two", {"code": 2.0, "prose": 3.0})).read_bytes()
     assert first == second
@@ -228,7 +246,7 @@ def test_same_dataset_same_bytes_wherever_it_lies(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "README.md").read_bytes() == first
 
 
-def test_a_dataset_without_rows_or_end(tmp_path: Path) -> None:
+def test_the_card_of_an_empty_and_of_an_unfinished_dataset(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "d", {})
     text = write_card(dataset).read_text()
     assert "0 sequences" in text
@@ -250,7 +268,7 @@ def test_the_hub_reader_opens_index_and_payload(tmp_path: Path, monkeypatch: pyt
     assert "entry_ids" in payload.column_names
 
 
-def test_what_it_took_is_told_by_the_log_beside_the_dataset(tmp_path: Path) -> None:
+def test_the_costs_are_from_the_log_beside_the_dataset(tmp_path: Path) -> None:
     from kdata.share.push import push
 
     dataset = make_dataset(tmp_path / "d", {"code": 2.0})
@@ -258,7 +276,7 @@ def test_what_it_took_is_told_by_the_log_beside_the_dataset(tmp_path: Path) -> N
     assert "## What it took" not in bare
     log, cores = journal_of(dataset.path), Devices(kind="cpu", count=2, name="CPU core")
     for name, tokens in (("capture: reading", 1000), ("capture: reading", 234), ("other: reading", 9)):
-        with Task(name, 10, "documents", log, cores) as task:
+        with Task(name, 10, "documents", log, cores, source=name.split(":")[0]) as task:
             task.advance(5, tokens=tokens)
     lines = [
         line.model_copy(update={"seconds": 90.0, "busy_seconds": 10.0, "energy_joules": 1800.0})
@@ -278,7 +296,7 @@ def test_what_it_took_is_told_by_the_log_beside_the_dataset(tmp_path: Path) -> N
     assert "| 0.1500 (2 CPU cores) | not reported by this device |" in write_card(dataset).read_text()
 
 
-def test_numbers_for_people() -> None:
+def test_numbers_as_text() -> None:
     assert [human_bytes(v) for v in (0, 999, 1000, 123_456, 5e9)] == [
         "0 B",
         "999 B",

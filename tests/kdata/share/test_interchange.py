@@ -1,4 +1,4 @@
-"""Other tools' rows come in as their own decoders read them, with their errors counted, and go out again."""
+"""Import rows as the other tool's decoder reads them, count their errors, and export rows again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kdata.share.interchange.rows import ImportReport
 from tests.fakes import VOCAB, digests, run_capture, write_jsonl
 
 PEERS = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "peers"
-needs_peers = pytest.mark.skipif(not PEERS.is_dir(), reason="the peers' files are not here")
+needs_peers = pytest.mark.skipif(not PEERS.is_dir(), reason="the files of other tools are not here")
 
 
 def imported(source: Path, root: Path, format: str, **settings: Any) -> tuple[kdata.Dataset, ImportReport]:
@@ -46,10 +46,10 @@ def entries_of(sequence: kdata.Sequences, t: int) -> tuple[np.ndarray, np.ndarra
 @pytest.mark.parametrize(
     ("setting", "over_one", "rising"), [("qwen3-style", 0, 2), ("recommended", 15, 875), ("residual-bins", 1, 2821)]
 )
-def test_distillkit_s_files_say_what_its_own_decoder_says(
+def test_distillkit_s_files_are_read_as_its_own_decoder_reads_them(
     tmp_path: Path, setting: str, over_one: int, rising: int
 ) -> None:
-    """Ids equal; log-probabilities within float32 rounding of a sum of up to six terms; errors counted, not mended."""
+    """Ids equal; log-probabilities within float32 rounding of a sum of up to six terms; errors counted, not repaired."""
     folder = PEERS / f"distillkit-{setting}"
     dataset, report = imported(folder, tmp_path / "d", "distillkit")
     expected = np.load(folder / "expected.npz")
@@ -102,7 +102,7 @@ def test_numbers_of_any_width_unpack(data: st.DataObject, bits: int, count: int)
     np.testing.assert_array_equal(unpack(pack(grid, bits), bits, count), grid)
 
 
-def test_a_curve_and_its_residuals_by_hand() -> None:
+def test_a_curve_and_its_residuals_worked_out_by_hand() -> None:
     """exact -1, -2 (float16); curve 3 - t + sqrt t at t = 0, 1, 2; residuals of 2 bits, scale 0.5: -2, 1; none."""
     config = Compression.model_validate(
         {
@@ -148,7 +148,7 @@ def test_one_bit_residuals_are_minus_and_plus_one() -> None:
     np.testing.assert_array_equal(decode_logprobs(packed, config), [[0.25, -0.25, 0.25]])
 
 
-def test_what_distillkit_lacks_is_absent_and_training_on_it_must_be_asked_for(tmp_path: Path) -> None:
+def test_what_distillkit_lacks_is_marked_absent_and_training_needs_a_setting(tmp_path: Path) -> None:
     from kdata.trainer.evaluate import evaluate
     from kdata.trainer.objective_config import ObjectiveConfig, resolve_tail
 
@@ -169,7 +169,7 @@ def test_what_distillkit_lacks_is_absent_and_training_on_it_must_be_asked_for(tm
         evaluate(tmp_path / "no model", dataset.path)
 
 
-def test_an_imported_dataset_is_no_measure_of_a_student(tmp_path: Path, llama_dir: Path) -> None:
+def test_a_student_is_not_measured_on_an_imported_dataset(tmp_path: Path, llama_dir: Path) -> None:
     from kdata.trainer.evaluate import evaluate
 
     source = save_distillkit(tmp_path / "s", [np.log([[0.5, 0.25]])], [np.array([[5, 6]])])
@@ -181,9 +181,9 @@ def test_an_imported_dataset_is_no_measure_of_a_student(tmp_path: Path, llama_di
 @pytest.mark.parametrize(
     ("config", "error"),
     [
-        ({"k": 3, "exact_k": 3}, "8 bytes at a position, the compression YAML means 12"),
-        ({"d": 2**20}, "bytepacked_indices has 3 bytes at a position, the compression YAML means 5"),
-        ({"exact_dtype": "float16"}, "8 bytes at a position, the compression YAML means 4"),
+        ({"k": 3, "exact_k": 3}, "8 bytes at a position, but the compression YAML means 12"),
+        ({"d": 2**20}, "bytepacked_indices has 3 bytes at a position, but the compression YAML means 5"),
+        ({"exact_dtype": "float16"}, "8 bytes at a position, but the compression YAML means 4"),
         ({"polynomial_term": [1]}, "did you mean 'polynomial_terms'"),
     ],
 )
@@ -218,7 +218,7 @@ def test_a_column_that_only_later_rows_have_is_not_lost(tmp_path: Path) -> None:
     assert dataset.sql("select num_target_tokens as n from rows order by id")["n"].to_pylist() == [2, 1, 2]
     assert dataset[1].target_mask.tolist() == [False, False, True]
     short = write_jsonl(tmp_path / "short.jsonl", [plain_row(), plain_row(id="b", target_mask=[True])])
-    with pytest.raises(DataError, match="lists of other lengths"):
+    with pytest.raises(DataError, match="have different lengths"):
         imported(short, tmp_path / "e", "plain", vocab_size=10)
 
 
@@ -240,7 +240,7 @@ def test_plain_lists_with_and_after(tmp_path: Path) -> None:
         imported(after, tmp_path / "3", "plain", vocab_size=10)
 
 
-def test_rows_that_are_no_rows_are_rejected_with_their_reason(tmp_path: Path) -> None:
+def test_rows_that_cannot_be_used_are_rejected_with_a_reason(tmp_path: Path) -> None:
     rows = [
         plain_row(),
         plain_row(id="big", topk_ids=[[], [7, 80], [9]]),
@@ -262,7 +262,7 @@ def test_rows_that_are_no_rows_are_rejected_with_their_reason(tmp_path: Path) ->
     assert report.rows == 3 and report.positions == 6
 
 
-def test_sums_above_one_are_kept_left_out_or_refused(tmp_path: Path) -> None:
+def test_sums_above_one_are_kept_masked_or_refused(tmp_path: Path) -> None:
     over = plain_row(topk_logprobs=[[], [-0.1, -0.2], [-0.25]])
     source = write_jsonl(tmp_path / "rows.jsonl", [over, plain_row(id="b")])
     kept, report = imported(source, tmp_path / "keep", "plain", vocab_size=10)
@@ -276,9 +276,9 @@ def test_sums_above_one_are_kept_left_out_or_refused(tmp_path: Path) -> None:
         imported(source, tmp_path / "refuse", "plain", vocab_size=10, over_one="refuse")
 
 
-def test_logits_are_no_log_probabilities(tmp_path: Path) -> None:
+def test_logits_are_refused(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "rows.jsonl", [plain_row(topk_logprobs=[[], [9.0, 7.0], [8.0]])])
-    with pytest.raises(DataError, match="no natural log-probabilities"):
+    with pytest.raises(DataError, match="not natural log-probabilities"):
         imported(source, tmp_path / "d", "plain", vocab_size=10)
 
 
@@ -288,13 +288,13 @@ def test_logits_are_no_log_probabilities(tmp_path: Path) -> None:
         ({"input_ids": [1, 2]}, "plain", "no column 'topk_ids'"),
         ({"input_ids": [1, 2]}, "distillkit", "compression_config.yaml does not exist"),
         ({"logprobs": [[0.0]]}, "axolotl", "no column 'input_ids'"),
-        ({"input_ids": [1, 2]}, "axolotl", "no column holds axolotl's entries"),
+        ({"input_ids": [1, 2]}, "axolotl", "none of the columns .* holds axolotl's entries"),
         (
             {"input_ids": [1, 2], "lp": [[{"token": "Hi", "logprob": -1.0}]]},
             "axolotl",
             "return-tokens-as-token-ids",
         ),
-        (plain_row(topk_ids=[[], [7], [9]]), "plain", "lists of other lengths"),
+        (plain_row(topk_ids=[[], [7], [9]]), "plain", "have different lengths"),
         (plain_row(topk_ids=[1, 2, 3]), "plain", "lists of lists are needed"),
     ],
 )
@@ -303,7 +303,7 @@ def test_other_columns_are_refused_by_name(tmp_path: Path, row: dict[str, Any], 
         imported(write_jsonl(tmp_path / "rows.jsonl", [row]), tmp_path / "d", format, vocab_size=10)
 
 
-def test_sources_that_are_not_there_or_not_readable(tmp_path: Path) -> None:
+def test_missing_and_unreadable_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="does not exist"):
         imported(tmp_path / "no", tmp_path / "d", "plain", vocab_size=10)
     (tmp_path / "bad.jsonl").write_text("{nonsense\n")
@@ -313,7 +313,7 @@ def test_sources_that_are_not_there_or_not_readable(tmp_path: Path) -> None:
         imported(write_jsonl(tmp_path / "rows.jsonl", [plain_row()]), tmp_path / "e", "plain")
 
 
-def test_an_import_goes_on_where_it_stopped_and_refuses_another_source(tmp_path: Path) -> None:
+def test_an_import_continues_where_it_stopped_and_refuses_another_source(tmp_path: Path) -> None:
     rows = [plain_row(id=f"r{n}", topk_ids=[[], [n % 10, (n + 1) % 10], [n % 7]]) for n in range(40)]
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
     whole, _ = imported(source, tmp_path / "whole", "plain", vocab_size=10, unit_tokens=12)
@@ -330,7 +330,7 @@ def test_an_import_goes_on_where_it_stopped_and_refuses_another_source(tmp_path:
         imported(other, tmp_path / "whole", "plain", vocab_size=10, unit_tokens=12)
 
 
-def test_a_tokenizer_tells_text_and_bytes(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_tokenizer_adds_text_and_bytes(tmp_path: Path, tokenizer_dir: Path) -> None:
     source = write_jsonl(tmp_path / "rows.jsonl", [plain_row(text=None, input_ids=[0, 84, 105])])
     dataset, _ = imported(source, tmp_path / "d", "plain", tokenizer=str(tokenizer_dir))
     [row] = dataset.index().to_pylist()
@@ -344,7 +344,7 @@ def test_a_tokenizer_tells_text_and_bytes(tmp_path: Path, tokenizer_dir: Path) -
 
 
 @needs_peers
-def test_axolotl_s_two_layouts_say_the_same(tmp_path: Path) -> None:
+def test_axolotl_s_two_layouts_give_the_same_rows(tmp_path: Path) -> None:
     one, report = imported(PEERS / "axolotl-v1.parquet", tmp_path / "1", "axolotl", vocab_size=8192)
     two, _ = imported(PEERS / "axolotl-v2.parquet", tmp_path / "2", "axolotl", vocab_size=8192)
     raw = pq.read_table(PEERS / "axolotl-v2.parquet").to_pylist()
@@ -358,7 +358,7 @@ def test_axolotl_s_two_layouts_say_the_same(tmp_path: Path) -> None:
         np.testing.assert_array_equal(a.entry_ids.reshape(-1, 16), exact[f"ids_{row}"][:, :16])
 
 
-def test_axolotl_s_lists_stand_flush_with_the_last_token(tmp_path: Path) -> None:
+def test_axolotl_s_lists_are_aligned_with_the_last_token(tmp_path: Path) -> None:
     row = {"input_ids": [1, 2, 3, 4], "logprobs": [[-0.5], [-0.25]], "target_token_ids": [[7], [8]]}
     dataset, _ = imported(write_jsonl(tmp_path / "r.jsonl", [row]), tmp_path / "d", "axolotl", vocab_size=10)
     assert dataset[0].num_kept.tolist() == [0, 0, 1, 1] and dataset[0].entry_ids.tolist() == [7, 8]
@@ -372,7 +372,9 @@ def test_axolotl_s_lists_stand_flush_with_the_last_token(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", ["topk", "hybrid"])
 @pytest.mark.parametrize("form", ["plain", "axolotl 1", "axolotl 2"])
-def test_what_goes_out_comes_back(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, kind: str, form: str) -> None:
+def test_exported_rows_are_imported_again_unchanged(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, kind: str, form: str
+) -> None:
     """Ids equal, log-weights to float32; what is lost is said."""
     dataset = run_capture(tmp_path / "d", corpus_file, tokenizer_dir, kind=kind)
     format, _, version = form.partition(" ")
@@ -396,7 +398,7 @@ def test_what_goes_out_comes_back(tmp_path: Path, corpus_file: Path, tokenizer_d
     ).drop_columns("text" if format == "plain" else [])
 
 
-def test_export_refuses_a_file_that_is_there_and_a_version_that_is_not(captured: Path, tmp_path: Path) -> None:
+def test_export_refuses_an_existing_file_and_an_unknown_version(captured: Path, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("mine")
     with pytest.raises(ConfigError, match="exists"):
         export_dataset(kdata.open(captured), tmp_path / "x.parquet", "plain")

@@ -1,4 +1,4 @@
-"""Sharing: a pushed folder opens with the real `datasets`, and nothing else goes along."""
+"""Push: a shared folder opens with the real `datasets`, and holds only what belongs to the dataset."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import huggingface_hub
 import pytest
 
 import kdata
-from kdata.errors import ConfigError, CorruptError, KdataError, MissingError
+from kdata.errors import ConfigError, CorruptError, KdataError
 from kdata.selection.ranked import All
 from kdata.selection.select import select
 from kdata.share.push import push
-from kdata.store.hub import download, hub_name
+from kdata.store.hub import hub_name
 from tests.fakes import digests
 
 # In a process of its own: tests/trainer holds a module called datasets too.
@@ -55,7 +55,7 @@ def test_a_pushed_folder_opens_with_the_real_datasets_library(captured: Path, tm
     assert found["first"]["num_exact"] == first.num_exact.tolist()
 
 
-def test_a_copy_has_what_belongs_and_nothing_else(copied: Path, tmp_path: Path) -> None:
+def test_a_copy_holds_the_files_of_the_dataset_and_no_others(copied: Path, tmp_path: Path) -> None:
     select(kdata.open(copied), All())
     (copied / "notes.txt").write_text("mine")
     (copied / "plans/all.json.tmp").write_text("left by a killed run")
@@ -66,9 +66,9 @@ def test_a_copy_has_what_belongs_and_nothing_else(copied: Path, tmp_path: Path) 
     assert kdata.open(tmp_path / "shared").content_digest == kdata.open(copied).content_digest
 
 
-def test_what_is_not_whole_is_not_shared(copied: Path, tmp_path: Path) -> None:
+def test_a_damaged_dataset_is_not_shared(copied: Path, tmp_path: Path) -> None:
     (copied / "data/stray.arrow").write_text("")
-    with pytest.raises(CorruptError, match="is not shared so"):
+    with pytest.raises(CorruptError, match="is damaged and was not shared"):
         push(kdata.open(copied), str(tmp_path / "shared"))
     (copied / "data/stray.arrow").unlink()
     (tmp_path / "secret").write_text("key")
@@ -78,12 +78,16 @@ def test_what_is_not_whole_is_not_shared(copied: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "shared").exists()
 
 
-def test_a_destination_that_is_taken_or_no_name_is_refused(captured: Path, tmp_path: Path) -> None:
+def test_a_destination_that_is_not_free_or_not_valid_is_refused(captured: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("")
     for target in (tmp_path / "full", tmp_path / "full/file", captured):
         with pytest.raises(ConfigError, match="not an empty folder"):
             push(kdata.open(captured), str(target))
+    with pytest.raises(
+        ConfigError, match=r"is a URL, and this needs a local path: push copies to a folder or to the Hub"
+    ):
+        push(kdata.open(captured), "s3://bucket/name")
     with pytest.raises(ConfigError, match="write hf://OWNER/NAME"):
         push(kdata.open(captured), "hf://nobody")
     assert hub_name("hf://datasets/a/b") == hub_name("hf://a/b") == "a/b"
@@ -114,28 +118,7 @@ def test_the_hub_is_given_a_private_repository_and_the_dataset_s_files(
 
 def test_a_hub_that_cannot_be_reached_gives_one_error(captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(KdataError, match=r"hf://nobody/nothing cannot be downloaded|Hub"):
+    with pytest.raises(KdataError, match=r"hf://nobody/nothing cannot be opened"):
         kdata.open("hf://nobody/nothing")
     with pytest.raises(KdataError):
         push(kdata.open(captured), "hf://nobody/nothing")
-
-
-def test_a_download_is_a_folder_of_real_files(captured: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The client's own cache holds links that lead out of the snapshot, which a reader must refuse."""
-
-    def stand_in(name: str, *, repo_type: str, local_dir: Path | None = None, **_: Any) -> str:
-        assert (name, repo_type) == ("me/logits", "dataset")
-        target = tmp_path / "snapshot" if local_dir is None else Path(local_dir)
-        for file in (p for p in captured.rglob("*") if p.is_file()):
-            place = target / file.relative_to(captured)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(file) if local_dir is None else place.write_bytes(file.read_bytes())
-        return str(target)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
-    folder = download("hf://me/logits")
-    assert folder.is_relative_to(tmp_path / "home")
-    assert kdata.open(folder).take([0, 3]).token_ids.size > 0
-    with pytest.raises(MissingError, match="does not exist"):
-        kdata.open("me/logits")

@@ -29,8 +29,8 @@ def read_everything(root: Path) -> bytes:
         repr(dataset.info).encode(),
         dataset.content_digest.encode(),
     ]
-    for sequence in dataset:
-        parts += [values.tobytes() for values in vars(sequence).values() if values is not None]
+    for row in dataset:
+        parts += [values.tobytes() for values in vars(row.sequence).values() if values is not None]
     return b"".join(parts)
 
 

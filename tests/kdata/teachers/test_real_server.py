@@ -145,7 +145,7 @@ def assert_same(ours: Readout | Completion, theirs: Readout | Completion) -> Non
     assert (ours.rank == theirs.rank).mean() > 0.98 and (ours.kept.ids == theirs.kept.ids).mean() > 0.98
 
 
-def test_a_server_says_what_the_engine_in_this_process_says(llama_dir: Path, server: RealServer) -> None:
+def test_a_server_agrees_with_the_engine_in_this_process(llama_dir: Path, server: RealServer) -> None:
     rng = np.random.default_rng(0)
     sequences = [np.append(0, rng.integers(2, 300, size)).astype(np.int32) for size in (5, 40, 17, 90, 2, 126)]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -169,7 +169,7 @@ def test_a_server_says_what_the_engine_in_this_process_says(llama_dir: Path, ser
 
 def run(root: Path, llama_dir: Path, server: RealServer, corpus: Path) -> None:
     settings = CaptureConfig(corpus=CorpusConfig(path=str(corpus)), kind="topk", k=8, unit_tokens=300)
-    capture(root, config(llama_dir, server), settings)
+    capture(root, settings, config(llama_dir, server))
 
 
 class Capture(threading.Thread):
@@ -194,7 +194,7 @@ class Capture(threading.Thread):
             time.sleep(0.002)
 
 
-def test_killed_and_started_again_in_the_middle_nothing_is_lost_and_nothing_is_there_twice(
+def test_a_server_that_is_killed_and_restarted_loses_and_repeats_nothing(
     llama_dir: Path, server: RealServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", rows_of_text(400))
@@ -213,7 +213,7 @@ def test_killed_and_started_again_in_the_middle_nothing_is_lost_and_nothing_is_t
     assert sorted(ids) == sorted(f"doc-{n:03}" for n in range(400))
 
 
-def test_stopped_and_started_again_as_another_it_is_refused_and_what_was_done_stays(
+def test_a_server_that_comes_back_with_another_model_is_refused_and_commits_stay(
     llama_dir: Path, server: RealServer, tmp_path: Path
 ) -> None:
     """SIGTERM: vLLM closes its port and never answers what is under way. What comes back has processed log-probabilities."""

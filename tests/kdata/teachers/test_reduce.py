@@ -154,7 +154,7 @@ def test_systematic_draws_have_less_noise_than_independent_ones() -> None:
     assert found["systematic"] < 0.7 * found["independent"]
 
 
-def test_a_dataset_that_names_no_method_has_independent_draws() -> None:
+def test_a_dataset_without_a_draw_method_has_independent_draws() -> None:
     """Datasets from before there was a choice: the same setting, the same draws, the same identity."""
     parameters = {"k": 4, "num_draws": 6, "tau": 1.0, "draw_seed": 3, "id_bytes": 2}
     before = CodecInfo(id="packed", version=1, kind="hybrid", parameters=parameters)
@@ -189,7 +189,7 @@ def assert_same(a: Reduced, b: Reduced) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("rows", [3, 40])
-def test_logits_that_are_no_numbers_are_refused(bad: float, rows: int) -> None:
+def test_logits_that_are_not_numbers_are_refused(bad: float, rows: int) -> None:
     logits_MV, actual_M = logits_of(1, rows, 300, 2.0)
     logits_MV[rows - 1, 299] = bad
     with pytest.raises(TeacherError, match="NaN or infinity"):

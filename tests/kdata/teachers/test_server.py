@@ -98,7 +98,7 @@ def until(come: Callable[[], Any], sec: float = 20) -> Any:
 
 @pytest.mark.parametrize("generates", [True, False])
 @pytest.mark.parametrize("keep", [TOP, KeepConfig(kind="adaptive", k=5, mass=0.6, min_k=2)])
-def test_it_reads_and_writes_what_the_dense_distribution_says(
+def test_it_reads_and_writes_the_dense_distribution(
     llama_dir: Path, opened: Load, generates: bool, keep: KeepConfig
 ) -> None:
     oracle = StandInTeacher(context=128)
@@ -152,7 +152,7 @@ def test_lists_of_a_server_become_the_dense_top_k(seed: int, positions: int, k: 
     assert k == 12 or not is_distribution(found.logprobs - 4, 12)
 
 
-def test_minus_infinity_comes_as_a_number_and_becomes_itself() -> None:
+def test_the_server_s_number_for_minus_infinity_is_decoded() -> None:
     arrays = (np.array([3, 0]), np.array([-9999.0, 0.0], np.float32), np.array([2]), np.array([7]))
     found = rectangle(*arrays, np.array([3]), 1, 8)
     assert found.logprob[0] == -np.inf and found.logprobs.tolist() == [[0.0]]
@@ -173,7 +173,7 @@ PASSING: dict[str, Callable[[Call], object]] = {
 
 
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
-def test_what_passes_is_sent_again_and_nothing_is_lost(
+def test_a_request_lost_to_a_passing_error_is_sent_again(
     llama_dir: Path, opened: Load, fault: Callable[[Call], object], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of the first requests every second one fails, then all are answered."""
@@ -191,7 +191,7 @@ def test_what_passes_is_sent_again_and_nothing_is_lost(
         assert "before it gets more work" in caplog.text and "ready again" in caplog.text
 
 
-def test_a_storm_of_503_is_waited_out(llama_dir: Path, opened: Load) -> None:
+def test_many_503_in_a_row_are_waited_out(llama_dir: Path, opened: Load) -> None:
     """Sixty answers of 503 are no fault of a request, however few retries it has."""
 
     def storm(call: Call) -> bool:
@@ -218,7 +218,7 @@ def test_a_request_that_is_always_lost_is_given_up_while_others_are_answered(lla
         assert_read(teacher, [*SEQUENCES[:2], *SEQUENCES[3:]])
 
 
-def test_after_a_500_the_server_s_health_says_whose_fault_it_is(
+def test_after_a_500_the_server_s_health_decides_whether_the_request_is_at_fault(
     llama_dir: Path, opened: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(endpoints, "HEARTBEAT_SEC", 1000)  # which would find it too
@@ -311,7 +311,9 @@ def test_a_wrong_answer_is_an_error_at_once(
 
 
 @pytest.mark.parametrize(("key", "value"), [("top_logprobs", []), ("token_id", 17), ("rank", None)])
-def test_what_is_told_of_written_tokens_is_checked_too(llama_dir: Path, opened: Load, key: str, value: Any) -> None:
+def test_log_probabilities_of_written_tokens_are_checked_too(
+    llama_dir: Path, opened: Load, key: str, value: Any
+) -> None:
     def spoil(answer: dict[str, Any]) -> None:
         row = answer["choices"][0]["logprobs"]["content"][1]
         (row["top_logprobs"][0] if key == "token_id" else row)[key] = value
@@ -336,7 +338,7 @@ def test_the_endpoint_with_the_fewest_requests_under_way_gets_the_next(llama_dir
         assert len(one.calls) == len(two.calls) == len(SEQUENCES) / 2
 
 
-def test_work_is_shared_within_the_limit_of_each(llama_dir: Path, opened: Load) -> None:
+def test_requests_are_spread_within_the_limit_of_each_endpoint(llama_dir: Path, opened: Load) -> None:
     sequences = [np.array([n, n + 1, 7], np.int32) for n in range(120)]
     with StandInServer(llama_dir) as one, StandInServer(llama_dir) as two:
         for server in (one, two):
@@ -354,7 +356,7 @@ def test_work_is_shared_within_the_limit_of_each(llama_dir: Path, opened: Load) 
 
 
 @pytest.mark.parametrize("when", ["from the start", "in the middle"])
-def test_an_endpoint_that_stays_dead_is_left_while_another_lives(llama_dir: Path, opened: Load, when: str) -> None:
+def test_a_dead_endpoint_is_ignored_while_another_lives(llama_dir: Path, opened: Load, when: str) -> None:
     with StandInServer(llama_dir) as dying, StandInServer(llama_dir) as other:
         if when == "from the start":
             dying.kill()
@@ -374,7 +376,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def test_an_interrupt_ends_the_wait_and_leaves_the_teacher_in_order(
+def test_an_interrupt_ends_the_wait_and_the_teacher_still_works(
     llama_dir: Path, opened: Load, interruptible: None
 ) -> None:
     def wait(call: Call) -> bool:
@@ -391,7 +393,7 @@ def test_an_interrupt_ends_the_wait_and_leaves_the_teacher_in_order(
         assert_read(teacher)
 
 
-def test_the_run_ends_when_nobody_answers_for_as_long_as_was_asked(llama_dir: Path, opened: Load) -> None:
+def test_the_run_ends_when_no_endpoint_answers_for_patience_sec(llama_dir: Path, opened: Load) -> None:
     with StandInServer(llama_dir) as one, StandInServer(llama_dir) as two:
         teacher = opened(llama_dir, one, two, patience_sec=0.3)
         for server in (one, two):
@@ -404,7 +406,7 @@ def test_the_run_ends_when_nobody_answers_for_as_long_as_was_asked(llama_dir: Pa
             opened(llama_dir, one, patience_sec=0.1)
 
 
-def test_a_server_that_is_shutting_down_keeps_connections_open_and_is_left(
+def test_a_server_that_shuts_down_with_open_connections_is_abandoned(
     llama_dir: Path, opened: Load, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As vLLM does on SIGTERM. Without the look at its health the requests would wait for `timeout_sec`, 1000 here."""
@@ -484,7 +486,7 @@ def test_a_server_that_comes_back_as_another_model_is_refused(
         ({}, {"auth_env": "KDATA_TEST_NOT_SET"}, ConfigError, "KDATA_TEST_NOT_SET, which is not set"),
     ],
 )  # fmt: skip
-def test_a_server_that_will_not_do_is_refused_with_the_remedy(
+def test_an_unsuitable_server_is_refused_with_a_remedy(
     llama_dir: Path, opened: Load, server: dict, settings: dict, error: type[KdataError], message: str
 ) -> None:
     with StandInServer(llama_dir, **server) as served, pytest.raises(error, match=message):
@@ -528,9 +530,7 @@ def test_a_context_longer_than_the_server_s_is_refused(llama_dir: Path) -> None:
         teacher.close()
 
 
-def test_who_it_is_stands_in_the_dataset_and_where_it_is_does_not(
-    llama_dir: Path, tmp_path: Path, opened: Load
-) -> None:
+def test_the_dataset_names_the_teacher_but_not_its_address(llama_dir: Path, tmp_path: Path, opened: Load) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in llama_dir.iterdir():
@@ -570,7 +570,7 @@ def test_a_server_for_another_backend_is_refused() -> None:
         parse_config(TeacherConfig, {"model": "m", "server": {"endpoints": ["http://h:1"]}}, "teacher settings")
 
 
-def test_the_settings_of_a_run_say_nothing_of_where_the_teacher_is_served() -> None:
+def test_the_settings_of_a_run_do_not_contain_the_address() -> None:
     from kdata.pipelines.recipe import load_recipe
 
     chosen = ["teacher.backend=vllm-server", "teacher.server.endpoints=[http://host:1]"]
@@ -596,11 +596,11 @@ def captured(root: Path, model: Path, corpus: Path, url: str, *, auth_env: str |
     server = ServerConfig(endpoints=[url], auth_env=auth_env)
     teacher = TeacherConfig(model=str(model), backend="vllm-server", server=server)
     fields = {"k": 8, "kind": "topk", "unit_tokens": 120, **settings}
-    return capture(root, teacher, CaptureConfig(corpus=CorpusConfig(path=str(corpus)), **fields)).path
+    return capture(root, CaptureConfig(corpus=CorpusConfig(path=str(corpus)), **fields), teacher).path
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "sampled"])
-def test_what_needs_the_full_distribution_is_refused_before_anything_is_made(
+def test_a_kind_that_needs_the_full_distribution_is_refused_before_anything_is_written(
     llama_dir: Path, tmp_path: Path, corpus_file: Path, kind: str
 ) -> None:
     with StandInServer(llama_dir) as server:
@@ -611,9 +611,7 @@ def test_what_needs_the_full_distribution_is_refused_before_anything_is_made(
     assert not (tmp_path / "d").exists()
 
 
-def test_another_host_goes_on_and_the_bytes_are_those_of_one_run(
-    llama_dir: Path, tmp_path: Path, corpus_file: Path
-) -> None:
+def test_another_host_resumes_to_the_same_bytes(llama_dir: Path, tmp_path: Path, corpus_file: Path) -> None:
     with StandInServer(llama_dir) as server:
         whole = captured(tmp_path / "whole", llama_dir, corpus_file, server.url)
     with StandInServer(llama_dir) as server:

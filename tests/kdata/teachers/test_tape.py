@@ -83,12 +83,12 @@ def test_every_token_gets_the_row_that_it_was_drawn_from(seed: int) -> None:
     engine_run(seed)
 
 
-def test_rows_of_other_tokens_are_noticed() -> None:
+def test_rows_of_other_tokens_are_refused() -> None:
     with pytest.raises(TeacherError, match="do not belong together"):
         engine_run(0, requests=12, wrong=True)
 
 
-def test_a_row_that_was_never_shown_is_noticed() -> None:
+def test_a_missing_row_is_refused() -> None:
     from kdata.teachers.tape import Tape
 
     tape = Tape([np.array([1, 2], np.int32)], [0], KEEP, 3)

@@ -63,8 +63,8 @@ def ask(sequences: list[np.ndarray], path: str) -> dict[str, Any]:
     }
     many = [np.roll(sequences[3], n) for n in range(12)]  # 1,080 tokens of seeded prompts: four steps and more
     answers["many"] = teacher.write(many, HYBRID, sampling, list(range(12)))
-    given = [sequences[0], np.zeros(500, np.int32), sequences[1]]
-    answers["too_long"] = each(lambda some: teacher.read([given[i] for i in some], HYBRID), 3)
+    mixed = [sequences[0], np.zeros(500, np.int32), sequences[1]]
+    answers["too_long"] = each(lambda some: teacher.read([mixed[i] for i in some], HYBRID), 3)
     teacher._agreed = False
     teacher._head = dataclasses.replace(teacher._head, scale=1.1)
     try:
@@ -75,7 +75,7 @@ def ask(sequences: list[np.ndarray], path: str) -> dict[str, Any]:
     return answers
 
 
-def test_vllm_reads_and_writes_what_the_plain_forward_pass_does(llama_dir: Path, tmp_path: Path) -> None:
+def test_vllm_agrees_with_the_plain_forward_pass(llama_dir: Path, tmp_path: Path) -> None:
     from kdata.teachers.transformers import TransformersTeacher
 
     rng = np.random.default_rng(0)
@@ -197,7 +197,7 @@ def write_in_form(folder: Path, prompts: list[np.ndarray], root: Path) -> dict[s
     return answers
 
 
-def test_vllm_writes_in_a_form_and_records_the_raw_distribution(tmp_path: Path) -> None:
+def test_structured_output_records_the_raw_distribution(tmp_path: Path) -> None:
     """Structured output, sampling, stop strings and chats; what is recorded is what a reading of the same text gives."""
     from kdata.teachers.model import load_tokenizer
     from kdata.teachers.transformers import TransformersTeacher
@@ -264,7 +264,7 @@ def start_capture(root: Path, llama: Path, corpus: Path) -> subprocess.Popen[byt
     )  # fmt: skip
 
 
-def test_killed_with_a_real_vllm_and_started_again_the_bytes_are_the_same(llama_dir: Path, tmp_path: Path) -> None:
+def test_a_killed_capture_with_a_real_vllm_resumes_to_the_same_bytes(llama_dir: Path, tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", rows_of_text(300))
     undisturbed, root = tmp_path / "undisturbed", tmp_path / "killed"
     whole = start_capture(undisturbed, llama_dir, corpus)

@@ -1,4 +1,4 @@
-"""How much a teacher is given at once, and what happens when it refuses."""
+"""How many sequences a teacher gets at once, and what happens when it fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import kdata
 from kdata.check.verify import verify
 from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig
-from kdata.teachers.base import Completion, Readout
+from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens
 from kdata.teachers.config import SamplingConfig
 from kdata.teachers.windows import each, rows_per_step, windows
 from tests.fakes import StandInTeacher, digests, run_capture, run_generate
@@ -24,7 +24,7 @@ BAD = "doc-003"
 
 
 class Picky(StandInTeacher):
-    """A stand-in that fails whenever it is given a certain sequence, or at its first calls."""
+    """A stand-in that fails whenever it gets a certain sequence, or at its first calls."""
 
     def __init__(self, poison: np.ndarray | None = None, *, first_calls: int = 0, always: bool = False) -> None:
         super().__init__()
@@ -37,15 +37,22 @@ class Picky(StandInTeacher):
         if self.always or poisoned or len(self.asked) <= self.first_calls:
             raise TeacherError("this sequence breaks the stand-in")
 
-    def read(self, sequences: Sequence[np.ndarray], keep: KeepConfig) -> list[Readout]:
+    def read(
+        self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
+    ) -> list[Readout]:
         self._refuse(sequences)
-        return super().read(sequences, keep)
+        return super().read(sequences, keep, on_tokens)
 
     def write(
-        self, prompts: Sequence[np.ndarray], keep: KeepConfig, sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[np.ndarray],
+        keep: KeepConfig,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        on_tokens: OnTokens = ignore_tokens,
     ) -> list[Completion]:
         self._refuse(prompts)
-        return super().write(prompts, keep, sampling, seeds)
+        return super().write(prompts, keep, sampling, seeds, on_tokens)
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120), st.booleans())
@@ -72,7 +79,7 @@ def test_rows_times_vocabulary_stay_within_the_memory() -> None:
     assert rows_per_step(10**9, 0.001) == 1
 
 
-def test_each_answers_what_can_be_answered() -> None:
+def test_each_answers_every_input_that_can_be_answered() -> None:
     calls: list[list[int]] = []
 
     def ask(some: list[int]) -> list[int]:
@@ -81,14 +88,14 @@ def test_each_answers_what_can_be_answered() -> None:
             raise TeacherError("not 2")
         return [10 * number for number in some]
 
-    found = each(ask, 4)
-    assert found[0] == 0 and found[1] == 10 and found[3] == 30
-    assert isinstance(found[2], TeacherError) and str(found[2]) == "not 2"
+    answers = each(ask, 4)
+    assert answers[0] == 0 and answers[1] == 10 and answers[3] == 30
+    assert isinstance(answers[2], TeacherError) and str(answers[2]) == "not 2"
     assert calls == [[0, 1, 2, 3], [0], [1], [2], [3]]
     assert each(ask, 0) == [] and each(ask, 2) == [0, 10]
 
 
-def test_what_fails_for_every_input_is_no_matter_of_the_inputs() -> None:
+def test_a_failure_at_every_input_is_raised() -> None:
     def ask(some: list[int]) -> list[int]:
         raise TeacherError("the engine is gone")
 
@@ -104,7 +111,7 @@ def poison(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> np.ndarray
     return np.array(whole.take(whole.rows_of([BAD])).token_ids)
 
 
-def test_a_sequence_that_fails_alone_is_set_aside_and_the_rest_is_read(
+def test_a_sequence_that_fails_alone_is_a_reject_and_the_rest_is_read(
     tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, poison: np.ndarray
 ) -> None:
     teacher = Picky(poison)
@@ -134,7 +141,7 @@ def test_a_teacher_that_fails_at_everything_ends_the_run(
     assert kdata.open(tmp_path / "d").num_rows == 0
 
 
-def test_a_prompt_that_cannot_be_continued_is_set_aside(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_a_prompt_that_cannot_be_continued_is_a_reject(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
     whole = run_generate(tmp_path / "whole", corpus_file, tokenizer_dir)
     first = whole[0]
     prompt = first.token_ids[: int(np.flatnonzero(first.target_mask)[0])]

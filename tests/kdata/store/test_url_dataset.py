@@ -1,7 +1,8 @@
-"""A dataset at a URL is asked without being copied: an HTTP server counts the bytes of every range."""
+"""A dataset at a URL is read where it is: an HTTP server counts the bytes of every range."""
 
 from __future__ import annotations
 
+import pickle
 import re
 import threading
 from collections.abc import Iterator
@@ -9,20 +10,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 import kdata
 from kdata.errors import MissingError, QueryError, StorageError
+from kdata.loader.batches import Batches, BatchesConfig
 from kdata.pipelines.cli.main import app
 from kdata.selection.mixtures import Proportional
 from kdata.selection.plan import Plan
 from kdata.selection.query import Sql
 from kdata.selection.ranked import Difference
 from kdata.selection.select import select
-from kdata.store.open import open_index
-from kdata.store.url_index import SCHEME
+from kdata.store.url_dataset import SCHEME
 from tests.fakes import digests
 from tests.kdata.selection.plans import Row, dataset_of, score_with
 
@@ -113,7 +115,7 @@ def chunks(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_only_the_columns_of_a_query_are_fetched(dataset: kdata.Dataset, served: Files) -> None:
-    opened = open_index(f"{served.url}/d")
+    opened = kdata.open(f"{served.url}/d")
     before = len(served.sent)
     query = "select domain, sum(num_tokens)::bigint as n, max(nll) as nll from rows group by 1 order by 1"
     assert opened.sql(query).to_pylist() == dataset.sql(query).to_pylist()
@@ -133,7 +135,7 @@ def test_only_the_columns_of_a_query_are_fetched(dataset: kdata.Dataset, served:
 
 
 def test_a_plan_is_made_without_a_copy_and_is_that_of_the_dataset(dataset: kdata.Dataset, served: Files) -> None:
-    opened = open_index(f"{served.url}/d")
+    opened = kdata.open(f"{served.url}/d")
     by_query = Sql(sql="select id from rows order by nll, id limit 9")
     for step in (Difference(share=0.3), Proportional(parent="difference", size=1000), by_query):
         here, there = select(dataset, step), select(opened, step)
@@ -150,22 +152,69 @@ def test_a_plan_is_made_without_a_copy_and_is_that_of_the_dataset(dataset: kdata
 
 
 def test_what_is_fetched_whole_is_compared(dataset: kdata.Dataset, served: Files) -> None:
-    opened = open_index(f"{served.url}/d")
+    opened = kdata.open(f"{served.url}/d")
     assert opened.index(["id"]).equals(dataset.index(["id"]))
     path = dataset.path / "index/capture-00001.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     (opened.path / "index/capture-00001.parquet").unlink()
     with pytest.raises(OSError, match="damaged"):
-        open_index(f"{served.url}/d").index(["id"])
+        kdata.open(f"{served.url}/d").index(["id"])
 
 
 def test_nothing_but_the_dataset_can_be_read(dataset: kdata.Dataset, served: Files, tmp_path: Path) -> None:
     (dataset.path.parent / "secret.parquet").write_bytes((dataset.path / "index/capture-00000.parquet").read_bytes())
-    opened = open_index(f"{served.url}/d")
+    opened = kdata.open(f"{served.url}/d")
     for place in (f"{served.url}/secret.parquet", f"{SCHEME}://../secret.parquet", f"{tmp_path}/home/secret.parquet"):
         with pytest.raises((QueryError, StorageError)):
             opened.sql(f"select * from read_parquet('{place}')")
     assert not [path for path, _, _ in served.sent if "secret" in path]
+
+
+def test_opening_a_url_and_asking_what_is_there_reads_no_payload(dataset: kdata.Dataset, served: Files) -> None:
+    opened = kdata.open(f"{served.url}/d")
+    assert [path for path, _, _ in served.sent] == ["d/dataset.json", "d/manifest.jsonl"]
+    assert (len(opened), opened.num_tokens, opened.content_digest) == (6000, dataset.num_tokens, dataset.content_digest)
+    assert repr(opened) == f"Dataset('{served.url}/d', rows=6,000, tokens={dataset.num_tokens:,})"
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["info", f"{served.url}/d"])
+    assert shown.exit_code == 0 and "6,000 in 2 shards" in shown.output
+    opened.sql("select domain, avg(nll) from rows group by 1")
+    by_folder: dict[str, int] = {}
+    for path, _, count in served.sent:
+        by_folder[path.split("/")[1]] = by_folder.get(path.split("/")[1], 0) + count
+    assert set(by_folder) == {"dataset.json", "manifest.jsonl", "index"}, by_folder
+    whole = sum(path.stat().st_size for path in (dataset.path / "index").iterdir())
+    assert 0 < by_folder["index"] < whole / 2
+    assert not any((opened.path / folder).exists() for folder in ("data", "index", "tokenizer"))
+
+
+def test_rows_are_copied_shard_by_shard(dataset: kdata.Dataset, served: Files) -> None:
+    opened = kdata.open(f"{served.url}/d")
+    np.testing.assert_array_equal(opened[4000].token_ids, dataset[4000].token_ids)
+    assert opened[4000].text == dataset[4000].text
+    payload = [path for path, _, _ in served.sent if "/data/" in path]
+    assert payload == ["d/data/capture-00001.arrow"]
+    batches = Batches(opened, np.array([3000, 5999, 3001]), BatchesConfig(context_tokens=16, prefetch_batches=0))
+    assert sorted(row for batch in batches.epoch() for row in batch.rows.tolist()) == [3000, 3001, 5999]
+    assert [path for path, _, _ in served.sent if "/data/" in path] == payload  # once
+    assert len(list(opened)) == 6000
+    assert [path for path, _, _ in served.sent if "/data/" in path] == [*payload, "d/data/capture-00000.arrow"]
+
+
+def test_another_process_opens_it_by_its_address(dataset: kdata.Dataset, served: Files) -> None:
+    opened = kdata.open(f"{served.url}/d")
+    copies = pickle.loads(pickle.dumps(opened))
+    assert copies.place == f"{served.url}/d" and copies[7].id == opened[7].id
+    assert [path for path, _, _ in served.sent if "/data/" in path] == ["d/data/capture-00000.arrow"]
+
+
+def test_a_query_does_not_read_a_copy_that_is_out_of_date(dataset: kdata.Dataset, served: Files) -> None:
+    opened = kdata.open(f"{served.url}/d")
+    opened.index(["id"])
+    path = opened.path / "index/capture-00000.parquet"
+    path.write_bytes((opened.path / "index/capture-00001.parquet").read_bytes())
+    again = kdata.open(f"{served.url}/d")
+    assert again.sql("select count(distinct id) as n from rows")["n"][0].as_py() == 6000
+    assert again[0].id == dataset[0].id
 
 
 def test_the_commands_take_a_url(dataset: kdata.Dataset, served: Files) -> None:
@@ -180,4 +229,4 @@ def test_the_commands_take_a_url(dataset: kdata.Dataset, served: Files) -> None:
     before = digests(dataset.path)
     assert digests(dataset.path) == before and not (dataset.path / "plans").exists()
     with pytest.raises(MissingError, match="is no kdata dataset"):
-        open_index(f"{served.url}/nothing")
+        kdata.open(f"{served.url}/nothing")

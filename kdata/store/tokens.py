@@ -1,0 +1,84 @@
+"""Token ids as readable text, by the tokenizer files that a dataset carries."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdata.errors import DependencyError, MissingError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class TokenText:
+    """The text of tokens.
+
+    Args:
+        folder: the dataset's tokenizer/, or None where it carries none.
+        place: the dataset, for messages.
+    """
+
+    def __init__(self, folder: Path | None, place: Path) -> None:
+        self._folder, self._place = folder, place
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        file = None if self._folder is None else self._folder / "tokenizer.json"
+        if file is None or not file.is_file():
+            raise MissingError(
+                f"{self._place} has no tokenizer/tokenizer.json, so its tokens cannot be shown as text; use token_ids"
+            )
+        try:
+            from tokenizers import Tokenizer
+        except ModuleNotFoundError as error:
+            raise DependencyError(
+                "showing tokens as text needs the package tokenizers: pip install tokenizers (kdata[train] brings it too)"
+            ) from error
+        return Tokenizer.from_file(str(file))
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        return {number: token.content for number, token in self._tokenizer.get_added_tokens_decoder().items()}
+
+    def of_id(self, token_id: int) -> str:
+        """One token as text, with the space before it where it has one.
+
+        Where a token holds a part of a character only, that part reads as U+FFFD. An id without a token is "<ID>".
+
+        Raises:
+            MissingError: the dataset carries no tokenizer.
+            DependencyError: the package tokenizers is not installed.
+        """
+        token = self._added.get(token_id) or self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return f"<{token_id}>"
+        decoder = self._tokenizer.decoder
+        if decoder is None or token_id in self._added:
+            return token
+        # Behind another token, since decoders drop the space at the start of a text.
+        return decoder.decode(["a", token]).removeprefix(decoder.decode(["a"]))
+
+    def of_ids(self, token_ids: np.ndarray) -> list[str]:
+        """`of_id` of each of token_ids int [T]."""
+        return [self.of_id(token_id) for token_id in token_ids.tolist()]
+
+    def in_text(self, token_ids: np.ndarray, text: str | None, token_bytes: np.ndarray | None) -> list[str]:
+        """The piece of the text that each token stands for; by `of_id` for tokens that are not in the text.
+
+        Args:
+            token_ids: int32 [T].
+            text: what they were made from; None where it is not stored.
+            token_bytes: uint16 [T], bytes of the text's UTF-8 per token; None where it is not stored.
+        """
+        content = b"" if text is None else text.encode()
+        if token_bytes is None or int(token_bytes.sum(dtype=np.int64)) != len(content):
+            return self.of_ids(token_ids)
+        ends = np.cumsum(token_bytes, dtype=np.int64)
+        return [
+            content[end - size : end].decode(errors="replace") if size else self.of_id(token_id)
+            for token_id, size, end in zip(token_ids.tolist(), token_bytes.tolist(), ends.tolist(), strict=True)
+        ]

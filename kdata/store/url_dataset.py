@@ -1,0 +1,180 @@
+"""A dataset at a URL or on the Hub, read where it is: each file is copied here when its bytes are first needed.
+
+Any URL that fsspec opens, and hf:// at one commit. Opening copies dataset.json and the manifest into the cache. A query
+reads ranges of bytes: a Parquet footer, then the column chunks that it names. Rows are decoded from whole shards, which are
+copied one by one. Scores and plans that are made here are written into the copy.
+
+Every file that is copied is compared with its digest in the manifest before use. The ranges that a query reads are not,
+because only a whole file has a digest.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fsspec.spec import AbstractFileSystem
+
+from kdata.errors import MissingError
+from kdata.format.files import file_info, inside, lock_of, write_atomically
+from kdata.format.schema import FileInfo, ManifestEntry
+from kdata.store.dataset import Dataset
+from kdata.store.hub import HubStore
+from kdata.store.sql import unglobbed
+from kdata.store.url import Store, copy_of, mirror
+
+SCHEME = "kdata-index"
+
+
+class RangeFiles(AbstractFileSystem):
+    """The files of one store as DuckDB opens them, SCHEME://PATH, each read being one range."""
+
+    protocol = SCHEME
+    cachable = False
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self._store = store
+
+    def _relative(self, path: str) -> str:
+        """The path inside the store. Raises PermissionError where it leaves it."""
+        pure = PurePosixPath(str(self._strip_protocol(path)))
+        if pure.is_absolute() or ".." in pure.parts:
+            raise PermissionError(f"{path} lies outside of {self._store.url}")
+        return str(pure)
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        return self._store.open_ranges(self._relative(path))
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        """Size and kind of a file."""
+        relative = self._relative(path)
+        return {"name": relative, "size": self._store.size(relative), "type": "file"}
+
+    def glob(self, path: str, **options: Any) -> list[str]:
+        """The file itself: names come in full, and a web server has no listings."""
+        return [f"{SCHEME}://{self._strip_protocol(path)}"]
+
+    def modified(self, path: str) -> datetime:
+        """Always the same: what is committed does not change."""
+        return datetime(2000, 1, 1, tzinfo=UTC)
+
+
+class RemoteDataset(Dataset):
+    """A dataset at a URL or on the Hub. `path` is the copy in the cache, with those files that were needed so far.
+
+    Args:
+        address: for instance s3://BUCKET/NAME, https://HOST/NAME, hf://OWNER/NAME or hf://OWNER/NAME@REVISION.
+        commit: of the Hub's repository; None takes the newest commit of the revision.
+    Raises:
+        MissingError: there is no dataset.
+        CorruptError, StorageError: see `kdata.store.url.mirror`.
+    """
+
+    def __init__(self, address: str, commit: str | None = None) -> None:
+        self._store = HubStore(address, commit) if address.startswith("hf://") else Store(address)
+        root = copy_of(address, "datasets")
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with lock_of(root):
+            if not mirror(self._store, root, ()):
+                raise MissingError(f"{address} is no kdata dataset: it has no dataset.json")
+        super().__init__(root)
+        self.place = address
+        self._files = RangeFiles(self._store)
+
+    def __reduce__(self) -> tuple[type[Dataset], tuple[Any, ...]]:
+        return RemoteDataset, (self.place, self._store.commit)
+
+    def shard_file(self, entry: ManifestEntry, folder: str) -> Path:
+        """See `Dataset.shard_file`; it is copied at first use."""
+        relative = self.file_name(entry, folder)
+        return self._copied(relative, entry.files[relative])
+
+    def _copied(self, relative: str, info: FileInfo) -> Path:
+        """Path of a copy of a file that has the digest in `info`."""
+        path = inside(self.path, relative)
+        if relative not in self._checked:
+            self._store.fetch(relative, path, info)
+            self._checked.add(relative)
+        return path
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """See `Dataset.tokenizer_dir`; its files are copied at first use."""
+        for name, info in self.info.tokenizer_files.items():
+            self._copied(f"tokenizer/{name}", info)
+        return super().tokenizer_dir
+
+    def fetch(self) -> None:
+        """See `Dataset.fetch`. Scores and plans are copied where the store can list them (a web server cannot)."""
+        for entry in self.manifest:
+            for relative, info in entry.files.items():
+                self._copied(relative, info)
+        _ = self.tokenizer_dir
+        for name in self._names("scores"):
+            self.fetch_sidecar(name)
+            for relative, info in self._parts(name).items():
+                self._copied(relative, info)
+        for name in self._names("plans"):
+            self.fetch_plan(name)
+
+    def _names(self, folder: str) -> list[str]:
+        return sorted(name.removesuffix(".json") for name in self._store.names(folder) if name.endswith(".json"))
+
+    @property
+    def sql_filesystem(self) -> Any:
+        """See `Dataset.sql_filesystem`."""
+        return self._files
+
+    def sql_file(self, entry: ManifestEntry, folder: str) -> str:
+        """See `Dataset.sql_file`."""
+        relative = self.file_name(entry, folder)
+        return self._located(relative, entry.files[relative])
+
+    def _located(self, relative: str, info: FileInfo) -> str:
+        """How DuckDB names a file: the copy where there is one, else the file at the URL."""
+        path = inside(self.path, relative)
+        if relative not in self._checked and path.is_file() and file_info(path) == info:
+            self._checked.add(relative)
+        return unglobbed(path.resolve()) if relative in self._checked else f"{SCHEME}://{relative}"
+
+    def sql_sidecars(self) -> dict[str, list[str]]:
+        """See `Dataset.sql_sidecars`; those that were copied by name, since a web server has no listings."""
+        names = sorted(path.stem for path in (self.path / "scores").glob("*.json"))
+        return {name: [self._located(*part) for part in sorted(self._parts(name).items())] for name in names}
+
+    def _parts(self, name: str) -> dict[str, FileInfo]:
+        path = self.path / "scores" / f"{name}.json"
+        parts = json.loads(path.read_bytes()).get("files", {}) if path.exists() else {}
+        return {relative: FileInfo.model_validate(info) for relative, info in parts.items()}
+
+    def fetch_sidecar(self, name: str) -> None:
+        """See `Dataset.fetch_sidecar`. One that was made here, for the dataset as it is now, stays."""
+        if not ((self.path / "scores" / name).is_dir() and self._is_current(f"scores/{name}.json")):
+            self._copy_small(f"scores/{name}.json")
+
+    def fetch_plan(self, name: str) -> None:
+        """See `Dataset.fetch_plan`. One that is here, for the dataset as it is now, stays."""
+        if not self._is_current(f"plans/{name}.json"):
+            self._copy_small(f"plans/{name}.parquet")
+            self._copy_small(f"plans/{name}.json")
+
+    def _is_current(self, relative: str) -> bool:
+        """Whether a score or plan is here and belongs to the dataset as it is now."""
+        path = self.path / relative
+        try:
+            return path.is_file() and json.loads(path.read_bytes())["dataset_fingerprint"] == self.content_digest
+        except (ValueError, KeyError, TypeError):  # damaged
+            return False
+
+    def _copy_small(self, relative: str) -> None:
+        """Copy a file that the manifest does not name; nothing where there is none."""
+        content = self._store.read(relative)
+        if content is not None:
+            (self.path / relative).parent.mkdir(exist_ok=True)
+            write_atomically(self.path / relative, content)
+
+    def check_index(self) -> None:
+        """Nothing is compared: see the module."""
