@@ -15,9 +15,6 @@ import pyarrow.parquet as pq
 from tiny_teacher import make_teacher
 
 import kdata
-from kdata.corpus.corpus import CorpusConfig
-from kdata.jobs.reading import CaptureConfig, capture
-from kdata.teachers.config import TeacherConfig
 
 OUT = Path("runs/examples")
 OUT.mkdir(parents=True, exist_ok=True)
@@ -31,17 +28,17 @@ pq.write_table(pa.Table.from_pylist(rows), OUT / "texts.parquet")
 
 # 2. The teacher. On a GPU, or for a large model, take backend="vllm".
 model = sys.argv[1] if len(sys.argv) > 1 else make_teacher(OUT / "teacher", [row["text"] for row in rows])
-teacher = TeacherConfig(model=str(model), backend="transformers")
+teacher = kdata.TeacherConfig(model=str(model), backend="transformers")
 
 # 3. The capture. Of every distribution it keeps the 8 likeliest tokens exactly and 28 random draws from the rest.
 # If it is interrupted, run it again: it continues after the last shard that it finished.
-settings = CaptureConfig(corpus=CorpusConfig(path=str(OUT / "texts.parquet")))
-data = capture(OUT / "dataset", teacher, settings)
+settings = kdata.CaptureConfig(corpus=kdata.CorpusConfig(path=str(OUT / "texts.parquet")))
+data = kdata.capture(OUT / "dataset", settings, teacher)
 
 # 4. What is there: one row per sequence. Long texts were split into pieces that fit the teacher.
 print(f"{data.num_rows} sequences, {data.num_tokens:,} tokens in {OUT / 'dataset'}")
-first = kdata.open(OUT / "dataset")[0]
-ids, logprobs = first.padded()  # [T, K]: the kept entries of each position, likeliest first
-for position in range(1, 6):
-    print(f"token {first.token_ids[position]}: log-probability {first.logprob[position]:.2f}, "
-          f"rank {first.rank[position]}; the teacher's first choice was {ids[position, 0]}")  # fmt: skip
+row = kdata.open(OUT / "dataset")[0]
+for t in range(1, 6):
+    kept = row.kept(t)  # what the teacher thought likely at position t: the exact entries first, by falling probability
+    print(f"{row.tokens[t]!r}: log-probability {row.logprob[t]:.2f}, rank {row.rank[t]}; "
+          f"the teacher's first choice was {kept.tokens[0]!r}")  # fmt: skip

@@ -11,7 +11,6 @@ import sys
 import kdata
 from kdata.selection.query import Sql
 from kdata.selection.ranked import Random
-from kdata.selection.select import select
 
 data = kdata.open(sys.argv[1] if len(sys.argv) > 1 else "runs/examples/dataset")
 
@@ -29,10 +28,10 @@ HARDEST = """
         select id, nll, sum(num_tokens) over (partition by domain order by nll desc, id) as tokens_so_far from rows
     ) where tokens_so_far <= 5000 order by nll desc, id
 """
-hard = select(data, Sql(name="hard", sql=HARDEST))
+hard = kdata.select(data, Sql(name="hard", sql=HARDEST))
 
 # 3. Choose by a method: half of the sequences at random, as the baseline. Every method is in kdata/README.md.
-baseline = select(data, Random(name="half", share=0.5))
+baseline = kdata.select(data, Random(name="half", share=0.5))
 
 # 4. A plan records what it took from each domain, and the query or method that chose it.
 for plan in (hard, baseline):

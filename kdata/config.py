@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from kdata.errors import ConfigError, MissingError, nearest
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first complaint of a validation, on one line."""
+    """The first problem of a validation, on one line."""
     problem = error.errors()[0]
     return f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"
 
@@ -25,16 +26,17 @@ class Strict(BaseModel):
 
 VERSION = "0.1.0"  # of this package, as in pyproject.toml
 Model = TypeVar("Model", bound=BaseModel)
-TAGS = ("kind", "method")  # keys that tell the models of a union apart
+TAGS = ("kind", "method")  # keys that choose one model of a union
 
 
 def parse_config(model: type[Model], values: dict[str, Any], where: str) -> Model:
-    """Validate `values` as `model`. Raises ConfigError with every problem, one a line."""
+    """Validate `values` as `model`. Raises ConfigError: one problem on one line, or several, a line each."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
         lines = [_problem(model, problem) for problem in error.errors()]
-        raise ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+        listing = f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
+        raise ConfigError(f"{where}:{listing}") from error
 
 
 def _problem(model: type[BaseModel], problem: Any) -> str:
@@ -45,14 +47,19 @@ def _problem(model: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
-    return f"{key + ': ' if key else ''}{message}{given}"
+    # What a rule about several keys refuses is the whole mapping, and the message names the keys.
+    value = (
+        ""
+        if problem["type"] == "value_error" and isinstance(problem["input"], dict)
+        else f" (got {problem['input']!r})"
+    )
+    return f"{key + ': ' if key else ''}{message}{value}"
 
 
 def _follow(model: type[BaseModel], location: list[str]) -> tuple[list[str], list[str]]:
-    """The keys of a location, and the known keys beside the last of them, as far as the location can be followed.
+    """The keys of a location in a model, and the keys that are known where the last one stands.
 
-    Where models are told apart by their `kind` or `method`, pydantic puts that into the location, where no key is.
+    Where `kind` or `method` chooses one of several models, pydantic adds its value to the location, although it is not a key.
     """
     path, models = [], [model]
     for part in location[:-1]:
@@ -88,7 +95,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Return `values` with each `dotted.key=value` (value read as YAML) put in."""
+    """Return a copy of `values` with each `dotted.key=value` set (the value is read as YAML)."""
     result = _copy(values)
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -110,3 +117,12 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
 
 def _copy(values: dict[str, Any]) -> dict[str, Any]:
     return {k: _copy(v) if isinstance(v, dict) else v for k, v in values.items()}
+
+
+def set_environment() -> None:
+    """Let OpenMP threads sleep while they wait (GOMP_SPINCOUNT=0). A value that the user has set stays.
+
+    By default libgomp's threads spin, which takes the cores from every other process: on two cores shared with other
+    work, training ran two to five times as slowly. libgomp reads the variable once, when torch loads it.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -1,7 +1,7 @@
-"""Every error that kdata raises for its user: one tree, each with a cause and a remedy in its message.
+"""Every error that kdata raises for its user. Each message names a cause and a remedy.
 
-Each class also inherits the standard library's cousin, so `except ValueError` works for a caller who knows nothing
-of kdata, and each is picklable (Ray carries it between processes).
+Each class also inherits from the matching class of the standard library, so `except ValueError` works too. Each can be
+pickled, because Ray sends it between processes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 class KdataError(Exception):
-    """Anything that kdata refuses. The command line prints it without a traceback and exits with status 1."""
+    """Base of every error below. The command line prints it on one line, without a traceback."""
 
 
 class ConfigError(KdataError, ValueError):
@@ -28,7 +28,7 @@ class DataError(KdataError, ValueError):
 
 
 class TooLongError(DataError):
-    """A text does not fit the teacher's context, and the stated rule is to refuse."""
+    """A text does not fit the teacher's context, and the settings say to refuse such texts."""
 
 
 class ShapeError(KdataError, ValueError):
@@ -36,15 +36,15 @@ class ShapeError(KdataError, ValueError):
 
 
 class OutOfRangeError(KdataError, IndexError):
-    """A row, or a position in a row, that does not exist was asked for."""
+    """There is no such row, or no such position in a row."""
 
 
 class FormatError(KdataError, ValueError):
-    """A dataset was written by a version, or in a way, that this kdata does not read."""
+    """This kdata cannot read the dataset: its format is newer, or its codec is unknown."""
 
 
 class CorruptError(KdataError, OSError):
-    """Bytes on disk are not those that were committed."""
+    """A file is damaged or missing: it is not what was committed."""
 
 
 class MismatchError(KdataError, ValueError):
@@ -56,19 +56,19 @@ class StorageError(KdataError, OSError):
 
 
 class MissingError(KdataError, FileNotFoundError):
-    """A file, dataset, plan or sidecar that was named does not exist."""
+    """A file, dataset, plan or sidecar does not exist."""
 
 
 class DependencyError(KdataError, ImportError):
-    """A stage needs a package that is not installed; the message names the extra."""
+    """A package is not installed; the message names the extra that brings it."""
 
 
 class TeacherError(KdataError, RuntimeError):
-    """A teacher could not be loaded, or returned something that cannot be a distribution."""
+    """A teacher could not be loaded, or its output is not a distribution."""
 
 
 class UnreachableError(KdataError, ConnectionError):
-    """A served teacher does not answer, and was waited for. No row is at fault; the run can go on later."""
+    """A served teacher did not answer in time. No row is at fault; the run can continue later."""
 
 
 class QueryError(KdataError, ValueError):
@@ -76,7 +76,7 @@ class QueryError(KdataError, ValueError):
 
 
 class TrainingError(KdataError, ArithmeticError):
-    """Training met a non-finite loss; the message names the step and the rows."""
+    """The loss is not finite; the message names the step and the rows."""
 
 
 def settings_difference(before: dict, after: dict) -> str:

@@ -1,4 +1,4 @@
-"""A recipe: the whole way from text to evaluated students, as one typed YAML file."""
+"""A recipe: a whole run, from text to evaluated students, as one typed YAML file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from kdata.corpus.corpus import CorpusConfig
 from kdata.errors import ConfigError, nearest
 from kdata.format.keep import KeepConfig
 from kdata.jobs.reading import CaptureConfig
-from kdata.pipelines.builtin.builtin import BuiltinConfig
 from kdata.pipelines.engine import EngineConfig, LocalConfig
 from kdata.selection.ranked import Difference
 from kdata.selection.select import SelectConfig
@@ -25,15 +24,15 @@ BUILTIN = "builtin"
 
 
 class TextConfig(CorpusConfig):
-    """As a corpus, but `builtin` names the text that every Python carries."""
+    """A corpus, where `builtin` stands for the text that every Python carries."""
 
-    path: str = Field(BUILTIN, description="File or folder of text rows; builtin makes them from the standard library.")
+    path: str = Field(BUILTIN, description="File or folder of text rows; builtin: this Python's standard library.")
 
 
 class ReaderConfig(TeacherConfig):
-    """As a teacher, but `builtin` names the model that is trained on the spot."""
+    """A model that reads text, where `builtin` stands for the one that ships with kdata."""
 
-    model: str = Field(BUILTIN, description="Model folder or Hub name; builtin trains one on the spot.")
+    model: str = Field(BUILTIN, description="Model folder or Hub name; builtin: the one that ships with kdata.")
 
 
 class ReferenceConfig(ReaderConfig):
@@ -41,7 +40,7 @@ class ReferenceConfig(ReaderConfig):
 
     model: str = Field(
         "auto",
-        description="Model folder or Hub name; auto: builtin's reference beside the builtin teacher, otherwise the "
+        description="Model folder or Hub name; auto: the built-in reference for the built-in teacher, otherwise the "
         "student's checkpoint (student.model).",
     )
     backend: Literal["vllm", "vllm-server", "transformers"] = Field("transformers", description="What runs the model.")
@@ -72,15 +71,15 @@ class CaptureStage(Strict):
 
 
 class StudentRun(Strict):
-    """One student: on what, with which objectives."""
+    """One student: its data and its objectives."""
 
-    label: str = Field(description="How tables and plots call it.")
+    label: str = Field(description="Its name in tables and plots.")
     plan: bool = Field(False, description="Train on the selected plan; otherwise on every sequence.")
-    objective: ObjectiveConfig = Field(description="What it minimises.")
+    objective: ObjectiveConfig = Field(description="What it minimizes.")
 
 
 class StudentStage(Strict):
-    """Where every student begins."""
+    """The model that every student starts from."""
 
     model: str | None = Field(
         None,
@@ -90,23 +89,22 @@ class StudentStage(Strict):
     scratch: ScratchStudent = Field(ScratchStudent(), description="Network at random initialisation.")
 
     def resolve(self) -> ScratchStudent | CheckpointStudent:
-        """What the trainer takes."""
+        """The student as the trainer's settings name it."""
         return CheckpointStudent(model=self.model, revision=self.revision) if self.model else self.scratch
 
 
 class EvaluateStage(Strict):
-    """What students are asked."""
+    """What each student writes for the report."""
 
     samples: int = Field(1, ge=0, description="Texts per domain that each student writes.")
     sample_tokens: int = Field(64, ge=1, description="Length of each.")
 
 
 class Recipe(Strict):
-    """The whole run. Every stage can also be run alone from the command line."""
+    """A whole run. The command line also runs every stage alone."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of the run.")
     seed: int = Field(0, ge=0, description="Seed of generation, students and batches.")
-    builtin: BuiltinConfig = Field(BuiltinConfig(), description="The built-in corpus, teacher and reference.")
     teacher: ReaderConfig = ReaderConfig()
     reference: ReferenceConfig = ReferenceConfig()
     engine: EngineConfig = Field(LocalConfig(), description="Where the teacher works; the dataset is the same.")
@@ -125,13 +123,13 @@ class Recipe(Strict):
     def _nothing_ignored(self) -> Recipe:
         for key in sorted(self.train.model_fields_set & {"student", "objective", "label", "seed"}):
             raise ValueError(
-                f"train.{key} would be ignored: the student stands under `student`, objectives and labels under "
-                "`students`, the seed at the top"
+                f"train.{key} would be ignored: set the student under `student`, objectives and labels under `students`, "
+                "and the seed at the top of the recipe"
             )
         return self
 
     def settings(self) -> dict[str, Any]:
-        """What is kept with a run: all but where a model is served, which another host may change."""
+        """The settings that a run folder keeps: all but the address of a model server, which may change."""
         return self.model_dump(mode="json", exclude={"teacher": {"server"}, "reference": {"server"}})
 
     def train_config(self, run: StudentRun) -> TrainConfig:
@@ -151,7 +149,11 @@ class Recipe(Strict):
 
 
 def load_recipe(path: Path, settings: list[str]) -> Recipe:
-    """Read a recipe file and put `--set` settings in. Raises ConfigError naming keys, values and the nearest key."""
+    """Read a recipe file and apply `--set` settings.
+
+    Raises:
+        ConfigError: an unknown key or a bad value; the message names it, and the nearest known key.
+    """
     if not path.exists() and not path.suffix:
         path = _packaged(path)
     values = apply_settings(read_yaml(path), settings)
@@ -159,7 +161,7 @@ def load_recipe(path: Path, settings: list[str]) -> Recipe:
     keep = recipe.keep
     for run in recipe.students.values():
         for phase in recipe.train_config(run).resolved_phases():
-            if phase.dataset is None:  # what the teacher has not read yet: refused now, not after hours
+            if phase.dataset is None:  # the teacher has not read it yet: refuse now, not after hours of capture
                 resolve_tail(phase.objective, keep.tail, keep.temperatures, kind=keep.kind)
     uses_plan = [name for name, run in recipe.students.items() if run.plan]
     by_difference = bool(uses_plan) and recipe.select.method == "difference"
@@ -167,16 +169,16 @@ def load_recipe(path: Path, settings: list[str]) -> Recipe:
     if by_difference and nameless and recipe.teacher.model != BUILTIN:
         raise ConfigError(
             "difference sampling needs a reference model with the teacher's tokenizer: set reference.model, or "
-            "student.model (a checkpoint, which then is the reference too), or select.method=random"
+            "student.model (a checkpoint, which then is also the reference), or select.method=random"
         )
     return recipe
 
 
 def _packaged(path: Path) -> Path:
-    """A recipe that kdata brings, by its bare name."""
+    """The file of a recipe that ships with kdata, by its bare name."""
     folder = Path(__file__).parent
     known = sorted(p.stem for p in folder.glob("*.yaml"))
-    found = folder / f"{path.name}.yaml"
-    if len(path.parts) == 1 and found.exists():
-        return found
-    raise ConfigError(f"there is no recipe {str(path)!r}{nearest(path.name, known)}; kdata brings {known}")
+    packaged = folder / f"{path.name}.yaml"
+    if len(path.parts) == 1 and packaged.exists():
+        return packaged
+    raise ConfigError(f"there is no recipe {str(path)!r}{nearest(path.name, known)}; kdata ships {known}")

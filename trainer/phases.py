@@ -172,8 +172,8 @@ def _check_targets(dataset: kdata.Dataset, rows: np.ndarray | None) -> None:
     planned = counts if rows is None else counts.take(rows)
     if len(planned) and not planned.null_count and not pc.sum(planned).as_py():
         raise DataError(
-            f"{dataset.place}: none of the tokens in {len(planned):,} rows is a target (all target masks are empty), so there "
-            "is nothing to learn; capture the text again with other `targets`, or choose other rows with a plan"
+            f"{dataset.place}: none of the tokens in {len(planned):,} rows is a target (all target masks are empty), so "
+            "there is nothing to learn; capture the text again with other `targets`, or choose other rows with a plan"
         )
 
 

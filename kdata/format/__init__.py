@@ -1,1 +1,1 @@
-"""What stands on disk, as pure data: schemas, manifest, codecs, kept entries. Opens nothing by itself."""
+"""The format on disk as plain data: schemas, manifest, codecs, kept entries. Nothing here opens a dataset."""

@@ -1,15 +1,15 @@
 """How the kept entries of a distribution become Arrow columns and come back.
 
 A codec is described by `CodecInfo` in dataset.json and in each shard's own metadata: id, version, kind, parameters.
-Whatever it does to a number is measured while a shard is written (`measure_error`), and what is stored never sums to
-more than 1 at any position.
+Its error is measured while a shard is written (`measure_error`), and stored probabilities never sum to more than 1 at any
+position.
 
 Three codecs:
     packed   the default. Ids as byte planes, which zstd's entropy coder brings to within 8 % of the ids' order-0 entropy;
              log-probabilities of exact entries as gaps on a grid of 1/16 nat, 2.6 bits each, normalised by the exact
              tail mass; draws as counts. Measured in tests/benchmarks/codec.py.
     plain    ids as int32, log-probabilities as float16: four times the size, readable by eye.
-    verbatim of imported rows: what another tool returned, with the errors that it has.
+    verbatim for imported rows: the numbers of another tool as they are, with its errors.
 
 Shapes: T tokens, K kept entries of one position, N kept entries in all, D draws in all.
 """
@@ -32,7 +32,7 @@ Columns = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Positions:
-    """What a decoder knows beside the entry columns: int32 num_exact [T], int32 num_drawn [T], float32 log_tail [T]."""
+    """What a decoder needs beside the entry columns: int32 num_exact [T], int32 num_drawn [T], float32 log_tail [T]."""
 
     num_exact: np.ndarray
     num_drawn: np.ndarray
@@ -63,7 +63,7 @@ def _plain_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Column
 
 
 def _round_down(half: np.ndarray, exact: np.ndarray) -> None:
-    """Step float16 values that were rounded upwards one float16 down, in place."""
+    """Replace each float16 value that was rounded up by the next lower float16, in place."""
     above = half.astype(np.float64) > exact
     half[above] = np.nextafter(half[above], np.float16(-np.inf))
 
@@ -95,7 +95,7 @@ def _plain_decode(columns: Columns, positions: Positions, info: CodecInfo) -> Ke
 
 
 def _verbatim_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Columns:
-    """Ids as int32, log-probabilities as float32, as they came."""
+    """Ids as int32, log-probabilities as float32, unchanged."""
     return {"entry_ids": kept.ids, "entry_logprobs": kept.logprobs}
 
 
@@ -107,7 +107,7 @@ def _verbatim_decode(columns: Columns, positions: Positions, info: CodecInfo) ->
 
 
 def counts_draws(info: CodecInfo) -> bool:
-    """True where a draw weighs so many N-ths of the tail, so that its count says all; else each has a weight of its own."""
+    """True where a draw's weight is its count times an N-th of the tail; else a weight is stored for each draw."""
     return info.parameters.get("tau", 1.0) == 1.0 and info.kind != "combined"
 
 
@@ -126,7 +126,7 @@ def _packed_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Colum
         else:
             columns["draw_weights"] = kept.logprobs[draws].astype(np.float16)
         if info.parameters.get("temperatures"):
-            own = kept.draw_logprobs if draws.any() else np.zeros(0, np.float32)  # a unit may consist of rejects
+            own = kept.draw_logprobs if draws.any() else np.zeros(0, np.float32)  # a unit may hold rejects only
             if own is None:
                 raise DataError("draws at further temperatures need the log-probability of each draw")
             columns["draw_logprobs"] = own.astype(np.float16)
@@ -182,7 +182,7 @@ def codec_of(info: CodecInfo) -> Codec:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a teacher returned against what will be read back.
+    """How the teacher's numbers and the stored ones differ.
 
     error: None where nothing is kept. true_mass, stored_mass: float64 [T], probability mass of the exact entries.
     """
@@ -195,23 +195,23 @@ class Comparison:
 def compare(true: Kept, stored: Kept, info: CodecInfo) -> Comparison:
     """Compare exact entries as the teacher returned them with what will be read back.
 
-    KL is over the exact entries plus one bucket for the rest, with each side's own rest. Draws carry no error: their
+    KL is over the exact entries plus one bucket for the rest, with each side's own rest. Draws have no error, because their
     counts are integers.
     """
-    found = packed.compare_entries(true.logprobs, stored.logprobs, true.num_exact, true.num_drawn)
+    sums = packed.compare_entries(true.logprobs, stored.logprobs, true.num_exact, true.num_drawn)
     positions = int((true.num_kept > 0).sum())
     if positions == 0:
-        return Comparison(None, found.true_mass, found.stored_mass)
-    # Weights of draws that are no counts sum to the tail only on average (tau), or within their rounding (combined).
-    sum_T = found.stored_sum if counts_draws(info) else found.stored_mass
+        return Comparison(None, sums.true_mass, sums.stored_mass)
+    # Draw weights that are not counts sum to the tail only on average (tau), or within rounding (combined).
+    sum_T = sums.stored_sum if counts_draws(info) else sums.stored_mass
     error = CodecError(
-        mean_nats=found.error_sum / max(int(true.num_exact.sum()), 1),
-        max_nats=found.error_max,
-        kl_nats=max(found.kl_sum / positions, 0.0),
+        mean_nats=sums.error_sum / max(int(true.num_exact.sum()), 1),
+        max_nats=sums.error_max,
+        kl_nats=max(sums.kl_sum / positions, 0.0),
         max_sum=float(sum_T.max()),
         sums_over_one=int((sum_T > 1).sum()),
     )
-    return Comparison(error, found.true_mass, found.stored_mass)
+    return Comparison(error, sums.true_mass, sums.stored_mass)
 
 
 def measure_error(true: Kept, stored: Kept, info: CodecInfo) -> CodecError | None:

@@ -17,7 +17,7 @@ from kdata.format.schema import FileInfo
 
 
 def journal_of(root: Path) -> Path:
-    """The log of work on a dataset: beside it, as its lock is."""
+    """The log of the work on a dataset: a file beside the dataset, like its lock."""
     place = root.resolve()
     return place.parent / f".{place.name}.progress.jsonl"
 
@@ -31,9 +31,13 @@ def file_info(path: Path) -> FileInfo:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write under a temporary name, flush, rename."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
+    temporary.write_bytes(content)
+    settle(temporary, path)
+
+
+def settle(temporary: Path, path: Path) -> None:
+    """Give a file that is written its name: flush it to the disk, rename it, flush the folder."""
+    with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_directory(path.parent)
@@ -82,7 +86,7 @@ def storage_errors(root: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, KdataError) or error.errno is None:
             raise
-        remedy = remedies.get(error.errno) or f"{os.strerror(error.errno)}; see to that"
+        remedy = remedies.get(error.errno) or f"{os.strerror(error.errno)}; remove the cause"
         raise StorageError(
             f"cannot write {error.filename or root}: {remedy}, then run the same command again. "
             "What was committed is intact."
@@ -90,6 +94,6 @@ def storage_errors(root: Path) -> Iterator[None]:
 
 
 def lock_of(root: Path) -> FileLock:
-    """The lock of whoever writes to a dataset: beside it, not in it, as a lock is no part of what is shared."""
-    place = root.resolve()  # one lock however the folder is named: relative, ".", through a link
+    """The lock that a writer of a dataset holds. It is beside the dataset, because what is inside gets shared."""
+    place = root.resolve()  # the same lock for every name of the folder: relative, ".", through a link
     return FileLock(place.parent / f".{place.name}.lock")

@@ -63,12 +63,12 @@ class KeepConfig(Strict):
 
     @property
     def tail(self) -> Literal["ghost", "draws"]:
-        """What stands for the rest."""
+        """How the rest is represented: its exact mass (ghost), or draws."""
         return "draws" if self.kind in ("sampled", "hybrid") else "ghost"
 
     @property
     def needs_full_distribution(self) -> bool:
-        """True where the top k alone do not suffice."""
+        """True where the k most probable entries are not enough."""
         return self.tail == "draws" or bool(self.temperatures)
 
     @property
@@ -77,7 +77,7 @@ class KeepConfig(Strict):
         return 0 if self.kind == "sampled" else self.k
 
     def settings(self) -> dict[str, Any]:
-        """The parameters that this kind uses, and no others: what identifies it."""
+        """The parameters that this kind uses. They identify it."""
         used = {
             "topk": ("k",),
             "adaptive": ("k", "mass", "min_k"),
@@ -85,9 +85,11 @@ class KeepConfig(Strict):
             "hybrid": ("k", "num_draws", "tau", "draw_seed"),
         }[self.kind]
         settings = {name: getattr(self, name) for name in used}
-        if "num_draws" in settings:  # the name under which a source's settings have always recorded it
+        if "num_draws" in settings:  # its name in recorded settings
             settings["draws"] = settings.pop("num_draws")
-        if self.tail == "draws" and self.draw_method != "independent":  # what datasets without this setting are
+        if (
+            self.tail == "draws" and self.draw_method != "independent"
+        ):  # datasets from before this setting are independent
             settings["draw_method"] = self.draw_method
         return {**settings, "temperatures": self.temperatures} if self.temperatures else settings
 
@@ -108,16 +110,16 @@ class KeepConfig(Strict):
 
 
 def keep_top(keep: KeepConfig, ids_TK: np.ndarray, logprobs_TK: np.ndarray, recorded_T: np.ndarray) -> Kept:
-    """Kept entries of the kinds topk and adaptive out of rectangular top-k arrays, falling along K."""
+    """Kept entries of the kinds topk and adaptive from top-k arrays [T, K] that fall along K."""
     if keep.kind == "topk":
         return Kept.top(ids_TK, logprobs_TK, recorded_T)
     mass_TK = np.cumsum(np.exp(logprobs_TK.astype(np.float64)), 1)
     enough_T = (mass_TK < keep.mass).sum(1) + 1
     counts_T = np.where(recorded_T, np.clip(enough_T, keep.min_k, ids_TK.shape[1]), 0).astype(np.int32)
-    taken_TK = np.arange(ids_TK.shape[1]) < counts_T[:, None]
+    kept_TK = np.arange(ids_TK.shape[1]) < counts_T[:, None]
     return Kept(
         counts_T,
         np.zeros_like(counts_T),
-        ids_TK[taken_TK].astype(np.int32, copy=False),
-        logprobs_TK[taken_TK].astype(np.float32, copy=False),
+        ids_TK[kept_TK].astype(np.int32, copy=False),
+        logprobs_TK[kept_TK].astype(np.float32, copy=False),
     )

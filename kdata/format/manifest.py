@@ -1,7 +1,7 @@
 """dataset.json and manifest.jsonl: what a dataset is, and which shards it has.
 
-The manifest is the truth: a file that it does not name is no part of the dataset. Both files are treated as hostile:
-names are checked against a pattern, paths must stay inside the dataset.
+A file that the manifest does not name is not part of the dataset. Neither file is trusted: names are checked against a
+pattern, and paths must stay inside the dataset.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def read_info(root: Path) -> DatasetInfo:
     """Read dataset.json.
 
     Raises:
-        MissingError: no dataset there.
+        MissingError: there is no dataset.
         FormatError: a newer major version, or not a dataset description.
     """
     path = root / "dataset.json"
     if not path.exists():
-        raise MissingError(f"{root} is no kdata dataset: it has no dataset.json")
+        raise MissingError(f"{root} is not a kdata dataset: it has no dataset.json")
     try:
         raw = json.loads(path.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -36,7 +36,7 @@ def read_info(root: Path) -> DatasetInfo:
     version = str(raw.get("format_version", "")) if isinstance(raw, dict) else ""
     major = version.split(".")[0]
     if not major.isdigit():
-        raise FormatError(f"{path} names no format version; it is not a kdata dataset")
+        raise FormatError(f"{path} names no format version, so it is not a kdata dataset")
     if int(major) > FORMAT_MAJOR:
         raise FormatError(f"{root} has format {version}, this kdata reads up to {FORMAT_MAJOR}.x; upgrade kdata")
     if raw.get("digest") != digest_of(raw):
@@ -60,7 +60,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def json_bytes(content: dict[str, Any]) -> bytes:
-    """The one form in which kdata writes dataset.json, a plan's and a sidecar's JSON."""
+    """The bytes of dataset.json, and of the JSON of a plan or a sidecar: always in this form."""
     return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
 
 
@@ -70,12 +70,12 @@ def digest_of(content: dict[str, Any]) -> str:
 
 
 def read_manifest(root: Path, *, heal: bool = False) -> list[ManifestEntry]:
-    """Read manifest.jsonl in order; a last line without its newline is a commit that did not happen.
+    """Read manifest.jsonl in order. A last line without a newline is a commit that was cut off, and is ignored.
 
     Args:
-        heal: cut such a torn last line off the file (a writer does, before it adds lines).
+        heal: also remove such a line from the file, as a writer does before it adds lines.
     Raises:
-        CorruptError: a line is not a manifest entry, or stands twice.
+        CorruptError: a line is not a manifest entry, or names a shard again.
     """
     path = root / "manifest.jsonl"
     if not path.exists():
@@ -91,7 +91,7 @@ def read_manifest(root: Path, *, heal: bool = False) -> list[ManifestEntry]:
     for number, line in enumerate(whole.splitlines(), 1):
         entry = _entry(line, f"{path} line {number}")
         if entry.name in names:
-            raise CorruptError(f"{path} line {number}: shard {entry.name} stands twice")
+            raise CorruptError(f"{path} line {number}: shard {entry.name} occurs twice; restore the file from a copy")
         for relative in entry.files:
             inside(root, relative)
         names.add(entry.name)
@@ -138,9 +138,9 @@ def write_manifest(root: Path, entries: list[ManifestEntry]) -> None:
 
 
 def order_manifest(root: Path, source: str) -> None:
-    """Bring the lines of one source into the order of their units, where a repeated unit stands out of it.
+    """Sort the manifest lines of one source by unit.
 
-    So a dataset that was repaired, or whose units were done by several workers, has the bytes of an undisturbed run.
+    A dataset that was repaired, or written by several workers, then has the bytes of an undisturbed run.
     """
     entries = read_manifest(root)
     own = [entry for entry in entries if entry.source == source]
@@ -153,6 +153,6 @@ def order_manifest(root: Path, source: str) -> None:
 
 
 def new_info(**fields: object) -> DatasetInfo:
-    """Build a DatasetInfo with the digest of its identity."""
+    """A DatasetInfo with the digest of its identity."""
     draft = DatasetInfo.model_validate({**fields, "sources": {}, "identity_digest": ""})
     return draft.model_copy(update={"identity_digest": json_digest(draft.identity())})

@@ -1,7 +1,7 @@
 """The arithmetic of the packed codec: byte planes, gaps, counts.
 
-Exact entries. At one position the entries fall from the first; entry r stands u_r grid steps of 1/16 nat below it, and
-the code is the gap u_r - u_(r-1), taken against the value already coded, so that rounding does not add up (closed loop).
+Exact entries. At one position the entries fall from the first. Entry r is u_r grid steps of 1/16 nat below the first, and its
+code is the gap u_r - u_(r-1) to the value coded before, so rounding does not add up (closed loop).
 Codes 0 to 239 are that many steps, 240 to 255 longer and longer jumps (`GAP_STEPS`). The first entry's own height is not
 stored: the mass of all exact entries is 1 - e^log_tail, exactly, and fixes it.
 
@@ -10,10 +10,10 @@ stored: the mass of all exact entries is 1 - e^log_tail, exactly, and fixes it.
 computed in float64 and rounded down to float32: the sum never exceeds 1 - tail. Rounding is to the nearest step, so the
 error is at most 1/32 nat plus the shift of the sum.
 
-Draws. With N draws from the tail, entry i was drawn c_i times and weighs tail * c_i / N; c_i is stored, nothing is lost.
+Draws. With N draws from the tail, entry i was drawn c_i times and weighs tail * c_i / N. c_i is stored, so draws are exact.
 
-The two kernels are compiled (numba): against numpy they decode 64 entries per token about six times as fast, because
-the gap sum, the normalisation and the rounding are one pass over the data.
+The kernels are compiled (numba). They decode 64 entries per token about six times as fast as numpy, because the gap sum, the
+normalization and the rounding are one pass over the data.
 
 Shapes: T tokens, N exact entries, D draws.
 """
@@ -71,17 +71,12 @@ def planes(name: str, ids_N: np.ndarray, num_bytes: int) -> dict[str, np.ndarray
 
 
 def join_planes(name: str, columns: dict[str, np.ndarray]) -> np.ndarray:
-    """Ids int32 [N] from the byte planes NAME_0 ... that are there."""
-    ids = columns[f"{name}_0"].astype(np.int32)
-    for number in (1, 2):
-        plane = columns.get(f"{name}_{number}")
-        if plane is not None:
-            ids |= plane.astype(np.int32) << (8 * number)
-    return ids
+    """Ids int32 [N] from the byte planes NAME_0, NAME_1 ... in `columns`."""
+    return join_bytes([columns[f"{name}_{number}"] for number in range(3) if f"{name}_{number}" in columns])
 
 
 def steps_up(ids_D: np.ndarray, num_drawn_T: np.ndarray) -> np.ndarray:
-    """Distance of each drawn id from the one before it at its position, the first as it is; int32 [D].
+    """Distance of each drawn id from the one before it at its position, int32 [D]; of the first the id itself.
 
     Raises:
         DataError: ids do not rise within a position.
@@ -107,7 +102,7 @@ def sum_steps(steps_D: np.ndarray, num_drawn_T: np.ndarray) -> np.ndarray:
 
 
 def first_of(counts_T: np.ndarray) -> np.ndarray:
-    """Where each position that is not empty begins, int64."""
+    """Where the entries of each position that has some begin, int64."""
     return (np.cumsum(counts_T, dtype=np.int64) - counts_T)[counts_T > 0]
 
 
@@ -136,13 +131,13 @@ def _encode_gaps(logprobs_N, num_exact_T, gap_steps, codes_N):
             else:
                 if logprobs_N[n] > logprobs_N[n - 1]:
                     return t
-                wanted = (first - np.float64(logprobs_N[n])) * 16.0 - reached
-                code = max(int(np.floor(wanted + 0.5)), 0)
+                steps = (first - np.float64(logprobs_N[n])) * 16.0 - reached
+                code = max(int(np.floor(steps + 0.5)), 0)
                 if code >= 240:
-                    if wanted > gap_steps[255]:
+                    if steps > gap_steps[255]:
                         return t
                     code = 239
-                    while code < 255 and abs(gap_steps[code + 1] - wanted) < abs(gap_steps[code] - wanted):
+                    while code < 255 and abs(gap_steps[code + 1] - steps) < abs(gap_steps[code] - steps):
                         code += 1
                 codes_N[n] = code
                 reached += gap_steps[code]
@@ -196,12 +191,12 @@ def encode_counts(weights_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np
     """How often each drawn id was drawn, uint8 [D], from log-weights float32 [D].
 
     Raises:
-        DataError: a weight is no whole number of draws.
+        DataError: a weight is not a whole number of draws.
     """
     share_D = np.exp(weights_D.astype(np.float64) - np.repeat(log_tail_T.astype(np.float64), num_drawn_T))
     counts_D = np.rint(share_D * num_draws)
     if len(counts_D) and (np.abs(share_D * num_draws - counts_D).max() > 1e-3 or counts_D.min() < 1):
-        raise DataError("a draw's weight is no whole number of draws from the tail")
+        raise DataError("a draw's weight is not a whole number of draws from the tail")
     return counts_D.astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""What a shard is written from: records of sequences, the rejects beside them, the unit of work that holds both.
+"""What a shard is written from: records of sequences, rejects, and the unit of work that holds both.
 
 Shapes: T tokens of one sequence, N kept entries of it in all."""
 
@@ -17,11 +17,9 @@ from kdata.format.schema import ManifestEntry
 
 
 def inputs_of(payload: pa.Table) -> str:
-    """SHA-256 over ids and token ids, in order; see schemas/README.md."""
-    digest = hashlib.sha256()
-    for row_id, token_ids in zip(payload["id"], payload["input_ids"], strict=True):
-        digest.update(row_id.as_py().encode() + b"\0" + token_ids.values.to_numpy().astype("<i4").tobytes())
-    return digest.hexdigest()
+    """`inputs_digest` of the rows of a payload table."""
+    ids, token_ids = payload["id"].to_pylist(), (value.values.to_numpy() for value in payload["input_ids"])
+    return _digest_of(zip(ids, token_ids, strict=True))
 
 
 class HasTokens(Protocol):
@@ -39,10 +37,14 @@ class HasTokens(Protocol):
 
 
 def inputs_digest(sequences: Iterable[HasTokens]) -> str:
-    """SHA-256 over ids and token ids, in order."""
+    """SHA-256 (hex) over ids and token ids, in order; see schemas/README.md."""
+    return _digest_of((sequence.id, sequence.token_ids) for sequence in sequences)
+
+
+def _digest_of(rows: Iterable[tuple[str, np.ndarray]]) -> str:
     digest = hashlib.sha256()
-    for sequence in sequences:
-        digest.update(sequence.id.encode() + b"\0" + sequence.token_ids.astype("<i4").tobytes())
+    for row_id, token_ids in rows:
+        digest.update(row_id.encode() + b"\0" + token_ids.astype("<i4").tobytes())
     return digest.hexdigest()
 
 
@@ -82,7 +84,7 @@ class Reject:
 
 @dataclass
 class UnitResult:
-    """What one work unit hands over for commit."""
+    """The result of one work unit, ready to be committed."""
 
     number: int
     records: list[Record]
@@ -92,7 +94,7 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class Shard:
-    """A unit whose files are in place: its manifest line, the ids of its rows, and the mean mass kept at its targets."""
+    """A unit whose files are written: its manifest line, the ids of its rows, and the mean kept mass of its targets."""
 
     entry: ManifestEntry
     ids: list[str]

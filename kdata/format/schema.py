@@ -1,8 +1,8 @@
 """The format's contracts as objects: Arrow schemas read from `schemas/v1`, and typed models of the JSON files.
 
-The Arrow schemas exist once, as the JSON documents in `schemas/v1`; code reads them from there, so document and code
-cannot part. The JSON files (dataset.json, manifest lines, plan) are pydantic models here; `schemas/v1/*.schema.json`
-are their published JSON Schemas and a test holds the two equal.
+The Arrow schemas are the JSON documents in `schemas/v1`, and code reads them from there. The JSON files (dataset.json,
+manifest lines, plan) are pydantic models here. Their published JSON Schemas are `schemas/v1/*.schema.json`; a test
+compares the two.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def rejects_schema() -> pa.Schema:
 
 
 class Contract(BaseModel):
-    """A file that a newer minor version may have added keys to: unknown keys are kept out of the way."""
+    """A file to which a newer minor version may have added keys: unknown keys are ignored."""
 
     model_config = ConfigDict(
         extra="ignore", frozen=True, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
@@ -192,7 +192,7 @@ class CodecError(Contract):
 
     @staticmethod
     def joined(measured: Iterable[tuple[int | None, CodecError | None]]) -> CodecError | None:
-        """Of several parts with so many target tokens: means weighted by these, the largest maxima; None without any."""
+        """The error of several parts, each with its target tokens: weighted means and largest maxima; None without any."""
         known = [(tokens, error) for tokens, error in measured if error and tokens]
         if not known:
             return None

@@ -1,4 +1,4 @@
-"""Decoded sequences, and how rows of a shard become them."""
+"""Decoded sequences, and the decoding of a shard's rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pyarrow as pa
 from kdata.errors import DependencyError, ShapeError
 from kdata.format import codec as codecs
 from kdata.format.kept import pad
-from kdata.format.packed import join_bytes
 from kdata.format.schema import DatasetInfo
 
 if TYPE_CHECKING:
@@ -192,23 +191,17 @@ def decode(batch: pa.RecordBatch, info: DatasetInfo) -> Sequences:
 
 
 def _entry_columns(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
-    """The codec's own columns, as far as they hold anything; byte planes of ids already joined, as plane 0 of int32."""
+    """The codec's own columns, without those that are null throughout."""
     own = [n for n in batch.schema.names if n.split("_")[0] in ("entry", "exact", "draw")]
-    columns = {n: flat(batch.column(n))[0] for n in own if batch.num_rows and batch.column(n).null_count == 0}
-    for name in ("exact_id", "draw_id"):
-        planes = [columns.pop(f"{name}_{number}") for number in range(3) if f"{name}_{number}" in columns]
-        if planes:
-            # Compiled: with numpy this line took three quarters of the time of decoding.
-            columns[f"{name}_0"] = join_bytes(planes)
-    return columns
+    return {n: flat(batch.column(n))[0] for n in own if batch.num_rows and batch.column(n).null_count == 0}
 
 
 def nothing() -> Sequences:
-    """No sequence at all."""
-    reals, counts, one = np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(1, np.int64)
+    """Zero sequences."""
+    reals, counts, offsets = np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(1, np.int64)
     return Sequences(
         token_ids=counts,
-        offsets=one,
+        offsets=offsets,
         target_mask=np.zeros(0, bool),
         logprob=reals,
         rank=counts,
@@ -217,7 +210,7 @@ def nothing() -> Sequences:
         num_exact=counts,
         num_kept=counts,
         log_z=None,
-        entry_offsets=one,
+        entry_offsets=offsets,
         entry_ids=counts,
         entry_logprobs=reals,
         draw_logprobs=None,

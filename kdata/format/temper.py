@@ -1,7 +1,7 @@
 """Stored distributions at another temperature: p_T(i) = p_i^(1/T) / sum_j p_j^(1/T).
 
-The sum is over the whole vocabulary and was stored at capture (`log_z`, for the temperatures that were asked for), so
-nothing is approximated but the rounding of the stored log-probabilities, which shrinks by T.
+The sum is over the whole vocabulary and was stored at capture (`log_z`, for the temperatures that its settings name). So the
+only error is the rounding of the stored log-probabilities, which is divided by T.
 
     exact entry   ln p_T(i) = ln p_i / T - log_z
     tail          1 - the sum of the above
@@ -15,7 +15,7 @@ import dataclasses
 import numpy as np
 
 from kdata.errors import ConfigError
-from kdata.format.kept import draw_mask, segment_sum
+from kdata.format.kept import draw_mask, log_tail, segment_sum
 from kdata.format.schema import CodecInfo
 from kdata.format.sequences import Sequences
 
@@ -24,34 +24,63 @@ def at_temperature(sequences: Sequences, temperature: float, info: CodecInfo) ->
     """The same sequences with entry_logprobs and log_tail at `temperature`; everything else is as stored (T = 1).
 
     Raises:
-        ConfigError: the temperature was not asked for at capture.
+        ConfigError: the dataset was not captured for this temperature.
     """
     if temperature == 1.0:
         return sequences
-    known = [float(t) for t in info.parameters.get("temperatures", [])]
-    if temperature not in known or sequences.log_z is None:
+    logprobs_N, tail_T = temper(
+        sequences.num_exact,
+        sequences.num_kept,
+        sequences.entry_logprobs,
+        sequences.draw_logprobs,
+        sequences.log_tail,
+        log_z_of(sequences.log_z, temperature, info),
+    )
+    return dataclasses.replace(sequences, entry_logprobs=logprobs_N, log_tail=tail_T)
+
+
+def log_z_of(log_z: np.ndarray | None, temperature: float, info: CodecInfo) -> tuple[float, np.ndarray]:
+    """A temperature with its column of log_z [T, temperatures]. Raises ConfigError where it was not stored."""
+    stored = [float(t) for t in info.parameters.get("temperatures", [])]
+    if temperature not in stored or log_z is None:
         raise ConfigError(
-            f"the dataset holds no log-sum-exp at temperature {temperature} (it holds {[1.0, *known]}); capture with "
+            f"the dataset holds no log-sum-exp at temperature {temperature} (it holds {[1.0, *stored]}); capture with "
             f"--set temperatures=[{temperature}]"
         )
-    drawn = sequences.num_kept - sequences.num_exact
-    draws = draw_mask(sequences.num_exact, drawn)
-    log_z_N = np.repeat(sequences.log_z[:, known.index(temperature)].astype(np.float64), sequences.num_kept)
-    stored_N = sequences.entry_logprobs.astype(np.float64)
+    return temperature, log_z[:, stored.index(temperature)]
+
+
+def temper(
+    num_exact_T: np.ndarray,
+    num_kept_T: np.ndarray,
+    logprobs_N: np.ndarray,
+    draw_logprobs_N: np.ndarray | None,
+    log_tail_T: np.ndarray,
+    target: tuple[float, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Kept entries of T positions at another temperature.
+
+    Args:
+        num_exact_T, num_kept_T: int32 [T], exact entries and all entries of each position.
+        logprobs_N: float32 [N], as `Sequences.entry_logprobs`.
+        draw_logprobs_N: float32 [N], as `Sequences.draw_logprobs`; needed where there are draws.
+        log_tail_T: float32 [T], as stored; stays NaN where it is NaN.
+        target: from `log_z_of`.
+    Returns:
+        Log-probabilities (of draws log-weights) float32 [N], and log of the tail float32 [T].
+    """
+    temperature, log_z_T = target
+    draws = draw_mask(num_exact_T, num_kept_T - num_exact_T)
+    log_z_N = np.repeat(log_z_T.astype(np.float64), num_kept_T)
+    stored_N = logprobs_N.astype(np.float64)
     own_N = stored_N.copy()
     if draws.any():
-        assert sequences.draw_logprobs is not None  # stored wherever there are draws and further temperatures
-        own_N[draws] = sequences.draw_logprobs[draws]
+        assert draw_logprobs_N is not None  # stored wherever there are draws and further temperatures
+        own_N[draws] = draw_logprobs_N[draws]
     tempered_N = own_N / temperature - log_z_N
-    mass_T = segment_sum(np.where(draws, 0.0, np.exp(tempered_N)), sequences.num_kept)
+    mass_T = segment_sum(np.where(draws, 0.0, np.exp(tempered_N)), num_kept_T)
     # Rounding may carry the exact entries a little above 1 where almost everything was kept.
-    over_N = np.repeat(np.log(np.maximum(mass_T, 1.0)), sequences.num_kept)
+    over_N = np.repeat(np.log(np.maximum(mass_T, 1.0)), num_kept_T)
     tempered_N = np.where(draws, tempered_N, tempered_N - over_N)
     entries_N = np.where(draws, stored_N - own_N + tempered_N, tempered_N)
-    with np.errstate(divide="ignore"):
-        tail_T = np.log(np.clip(1.0 - mass_T, 0.0, 1.0))
-    return dataclasses.replace(
-        sequences,
-        entry_logprobs=entries_N.astype(np.float32),
-        log_tail=np.where(np.isnan(sequences.log_tail), np.nan, tail_T).astype(np.float32),
-    )
+    return entries_N.astype(np.float32), np.where(np.isnan(log_tail_T), np.float32(np.nan), log_tail(mass_T))

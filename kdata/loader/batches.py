@@ -1,11 +1,12 @@
-"""Dataset and plan to batches of plain numpy arrays, for the trainer of this repository and for anybody's own.
+"""Batches of plain numpy arrays from a dataset and a plan, for the trainer of this repository or your own.
 
     for batch in Batches(dataset, plan.rows(dataset), BatchesConfig(context_tokens=2048)):
         ...  # batch.input_ids, batch.entry_ids, batch.entry_logprobs, ...
 
-Rows of several whole documents: none is cut, none is dropped, none sees another (positions restart, segments differ). The
-order is that of `kdata.loader.packing`: a pure function of data, plan, seed and epoch. Ranks take their share of every
-batch and workers take whole batches in turn, so neither changes it; state is six numbers and a digest, and exact.
+A row of a batch holds several whole documents. No document is cut or dropped, and none attends to another (positions
+restart, segments differ). The order is that of `kdata.loader.packing`: a pure function of data, plan, seed and epoch.
+Ranks share every batch and workers take whole batches in turn, so neither changes the order. The state is six numbers
+and a digest, and it is exact.
 
 How reading is organised, by measurement (tests/benchmarks/loader.py; 2M tokens in documents of 400, top-64, packed codec,
 page cache, tokens per second of processor time): a record batch is decompressed once per window (`kdata.loader.window`), the
@@ -80,11 +81,11 @@ class Arrays:
     input_ids, position_ids, segment_ids: int32 [B, L]; positions restart at 0 in each document, segments count from 0
     within a row, free cells are one trailing segment -1 of token 0. predictor: int64 [M], flat index into [B * L] of the
     cell whose hidden state predicts each counted token (the one before it). token_ids: int32 [M], the tokens themselves.
-    entry_ids: int32 (or what `Batches` was told) [M, K], -1 pads; entry_logprobs: float32 [M, K], nats, not renormalised,
+    entry_ids: int32 (or `entry_dtype` of `Batches`) [M, K], -1 pads; entry_logprobs: float32 [M, K], nats, not renormalised,
     -inf pads. log_tail: float32 [M], nats, log of the exact mass outside. logprob float32, rank int32 [M]: of the actual
     tokens. entropy: float32 [M]. num_exact: int32 [M], kept entries that are no draws. log_z: float32 [M, Z] or None.
     draw_logprobs: float32 [M, K] or None, see `Sequences`. document: int64 [M], which of `rows` a counted token belongs
-    to. rows: int64 [S], global dataset rows. num_tokens: tokens in documents. place: where the stream stands after it.
+    to. rows: int64 [S], global dataset rows. num_tokens: tokens in documents. place: the place in the stream after it.
     """
 
     input_ids: np.ndarray
@@ -147,16 +148,16 @@ class Batches:
         rows = np.arange(dataset.num_rows, dtype=np.int64) if rows is None else np.asarray(rows, np.int64)
         lengths = dataset.index(["num_tokens"])["num_tokens"].to_numpy().astype(np.int64)[rows]
         self._refuse_long(rows, lengths)
-        # A document without tokens has nothing to train on and would never end a row.
+        # A document without tokens has nothing to train on, and packing could not place it.
         self.rows, self.lengths = rows[lengths > 0], lengths[lengths > 0]
         if not len(self.rows):
-            raise DataError(f"{dataset!r}: the plan holds no token; nothing can be trained on it")
+            raise DataError(f"{dataset!r}: the plan selects no token, so there is nothing to train on")
         self.identity = identity_of(dataset.content_digest, self.rows)
         self._blocks = blocks_of(self.rows, dataset.shard_starts, config.shuffle_block_rows)
         self.place = Place()
 
     def __iter__(self) -> Iterator[Arrays]:
-        """Batches from where the state stands; it moves as batches are taken, not as they are read ahead."""
+        """Batches from the current place, which moves when a batch is consumed, not when it is read ahead."""
         for batch in ahead(self.read(self.place), self.config.prefetch_batches):
             self.place = batch.place
             yield batch
@@ -166,17 +167,17 @@ class Batches:
         return ahead(self.read(Place(), epochs=1), self.config.prefetch_batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """Constant-size state: where the stream stands, and what makes its order. It does not depend on the rank."""
+        """The place in the stream and what decides its order, of constant size. It does not depend on the rank."""
         return {**asdict(self.place), "identity": self.identity, **self.config.model_dump(include=ORDER)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another's state stood, on whatever rank. Raises MismatchError when data or order differ."""
-        here = self.state_dict()
-        different = [k for k in here if k not in asdict(self.place) and here[k] != state.get(k)]
+        """Continue from another loader's state, of any rank. Raises MismatchError where data or order differ."""
+        own = self.state_dict()
+        different = [k for k in own if k not in asdict(self.place) and own[k] != state.get(k)]
         if different:
             raise MismatchError(
-                f"the loader's state was made with another {', '.join(different)}; resume with the same "
-                "dataset, plan and loader settings, or start anew in another folder"
+                f"the loader's state belongs to another {', '.join(different)}; resume with the same "
+                "dataset, plan and loader settings, or start again in another folder"
             )
         self.place = Place(state["epoch"], state["window"], state["row"])
 

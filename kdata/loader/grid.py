@@ -1,7 +1,7 @@
-"""Compiled loops of the reading path: bytes to ids, ragged entries to a grid. One pass over the data each.
+"""Ragged entries to a grid, compiled: one pass over the data.
 
-Against numpy (astype, shift, or; a boolean mask) they take a tenth of the time at 64 entries per token, where these two
-steps were more than half of all reading. They let go of the interpreter lock, so a background thread really helps.
+At 64 entries per token this takes a tenth of the time of a boolean mask in numpy. It releases the interpreter lock, so a
+background thread really helps.
 
 Shapes: N entries, M positions, K columns.
 """
@@ -21,7 +21,7 @@ def entry_grid(
         positions_M: int64 [M], which positions.
         entry_offsets: int64 [T+1], where the entries of each of all T positions begin.
         values_N: any numbers [N].
-        fill: what stands where a position has fewer entries than the widest of the M.
+        fill: pads positions that have fewer entries than the widest of the M.
         dtype: of the grid.
     Returns:
         dtype [M, K], K the most entries that one of the M positions has.

@@ -1,17 +1,17 @@
-"""Documents into rows of fixed length: whole, in an order that only the data and the seed decide.
+"""Pack whole documents into rows of fixed length, in an order that only the data and the seed decide.
 
 Each epoch shuffles blocks of planned documents over the whole plan and cuts the result into windows; within a window
 documents are packed by best-fit decreasing and the finished rows are shuffled. Windows do not know of each other, so a
 position in the stream of rows is three numbers (epoch, window, row) and resuming costs one window.
 
-A block is what stands together on disk (see `blocks_of`). The trade: payload is compressed some ten documents at a time,
-so an order that scatters single documents over more data than a window holds decompresses ten to read one. Blocks of 32
-are read at full speed, and the 32 documents of a block meet the 1,000 of their window in random order; blocks of 1 are
-the uniform shuffle. A larger window mixes more, fills rows better and needs more memory; each window ends in about one
-row that is not full.
+A block is a run of neighbors on disk (see `blocks_of`). The trade-off: payload is compressed some ten documents at a
+time, so an order that scatters single documents over more data than a window holds decompresses ten to read one. Blocks
+of 32 are read at full speed, and the 32 documents of a block meet the 1,000 of their window in random order; blocks of
+1 are the uniform shuffle. A larger window mixes more, fills rows better and needs more memory; each window ends in
+about one row that is not full.
 
 Property: the stream of rows is a pure function of (lengths, blocks, identity, seed, epoch, `Shape`), whatever the batch size,
-the number of ranks or of workers. It is made of raw bits of PCG64, whose stream numpy guarantees, and a stable sort.
+the number of ranks or of workers. It uses raw bits of PCG64, whose stream numpy guarantees, and a stable sort.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stream of rows stands: the next row to come."""
+    """A place in the stream of rows: the next row."""
 
     epoch: int = 0
     window: int = 0
@@ -47,7 +47,7 @@ def identity_of(content_digest: str, rows: np.ndarray) -> str:
 
 
 def blocks_of(rows: np.ndarray, shard_starts: np.ndarray, block_rows: int) -> np.ndarray:
-    """Number of the block of each planned row, int64 [R]: rows that stand within `block_rows` aligned rows of a shard.
+    """Number of the block of each planned row, int64 [R]. A block is up to `block_rows` aligned rows of a shard.
 
     The second, third ... mention of a row is in another block than the first, so that repeats are spread over the epoch.
 
@@ -76,7 +76,7 @@ def _mention(rows: np.ndarray) -> np.ndarray:
 def windows(
     lengths: np.ndarray, blocks: np.ndarray, identity: str, seed: int, shape: Shape, start: Place
 ) -> Iterator[list[tuple[list[int], Place]]]:
-    """Yield the rows of each window, each as (its documents, the place after it), for ever, epoch after epoch.
+    """Yield the rows of each window without end, epoch after epoch; a row is (its documents, the place after it).
 
     Args:
         lengths: int64 [R], tokens of each planned document, each in [1, context_tokens].
@@ -95,8 +95,8 @@ def windows(
             places = [Place(start.epoch, window, number + 1) for number in range(len(rows) - 1)]
             last = window + 2 == len(bounds)
             places.append(Place(start.epoch + 1) if last else Place(start.epoch, window + 1))
-            found = [(documents[rows[n]].tolist(), place) for n, place in zip(shuffled, places, strict=True)]
-            yield found[start.row :] if window == start.window else found
+            shuffled_rows = [(documents[rows[n]].tolist(), place) for n, place in zip(shuffled, places, strict=True)]
+            yield shuffled_rows[start.row :] if window == start.window else shuffled_rows
         start = Place(start.epoch + 1)
 
 
@@ -115,8 +115,8 @@ def _bounds(lengths: np.ndarray, shape: Shape) -> list[int]:
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Pack items into bins by best-fit decreasing: longest first, each into the fullest bin that takes it.
 
-    Bins of equal room stand on one stack, and a bit set of the rooms in use finds the smallest sufficient
-    one, so an item costs O(capacity / word) bit operations instead of a search over bins.
+    Bins with equal room are on one stack, and a bit set of the rooms in use gives the smallest sufficient
+    room, so an item costs O(capacity / word) bit operations instead of a search over bins.
 
     Args:
         lengths: int [N], each in [1, capacity].

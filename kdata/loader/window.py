@@ -1,9 +1,9 @@
-"""A window of rows that will be read soon: each record batch is decompressed once, however its rows are spread.
+"""A window of rows that will be read soon. Each record batch is decompressed once, in whatever order its rows are read.
 
 Payload is compressed a record batch at a time (up to 32 rows), and a shuffled order asks for its rows at different
-times. A window knows which rows are still to come: it decompresses a record batch at the first of them, keeps what is
-needed as it is stored (about 200 bytes per token at 64 entries, against 520 decoded), and lets go of it at the last.
-Memory is bounded by the window's tokens, not by the dataset.
+times. A window knows which rows are still to come. It decompresses a record batch at the first of them, keeps the rows
+that are needed as they are stored (about 200 bytes per token at 64 entries, against 520 decoded), and drops them after
+the last. Memory is bounded by the window's tokens, not by the dataset.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Window:
         dataset: what is read.
         rows: int64 [S], global rows, repeats included.
     Raises:
-        ShapeError: a row is out of range.
-        CorruptError: a shard that is touched for the first time is not what was committed.
+        OutOfRangeError: there is no such row.
+        CorruptError: a shard is not what was committed (checked at first use).
     """
 
     def __init__(self, dataset: Dataset, rows: np.ndarray) -> None:
@@ -43,7 +43,7 @@ class Window:
         """The stored columns of each row, one record batch of one row each; `Dataset.decode` makes arrays of them.
 
         Raises:
-            KeyError: a row that was not announced, or is asked for more often.
+            KeyError: a row that was not announced, or not as often.
             CorruptError: bytes cannot be decompressed.
         """
         return [self._slice(*self._place[row]) for row in rows]

@@ -93,7 +93,7 @@ class Ddk(Mixture):
                 if num_missing := parts.pop():
                     raise DataError(
                         f"{num_missing} rows of domain {domain!r} lack the student's loss or the teacher's; run `kdata "
-                        "score` again, or make a plan without these rows (method sql) and choose from it (--from PLAN)"
+                        "score` again, or make a plan without these rows (method sql) and choose from it (--parent PLAN)"
                     )
                 sums.setdefault(domain, []).append([float(part) for part in parts])
         totals = {domain: [math.fsum(column) for column in zip(*parts, strict=True)] for domain, parts in sums.items()}

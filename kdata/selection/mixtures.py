@@ -38,7 +38,7 @@ class OfDomains(Step):
         if self.take == "random":
             return Ranking(RANDOM, {"seed": self.seed}, [], by_domain=True, count_by=self.count_by)
         if self.parent is None:
-            raise ConfigError("take=first chooses the first sequences of a plan: name the plan (--from PLAN)")
+            raise ConfigError("take=first chooses the first sequences of a plan: name the plan (--parent PLAN)")
         return Ranking(FIRST, {}, [], by_domain=True, count_by=self.count_by)
 
 

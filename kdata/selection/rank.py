@@ -123,7 +123,7 @@ def _check_values(session: Session, ranking: Ranking) -> None:
         "select count(*) filter (value is null), count(*) filter (isnan(value) or abs(value) > 1e300), "
         "count(*) filter (mass < 1) from keys"
     )
-    remedy = "make a plan without these rows (method sql) and choose from it (--from PLAN)"
+    remedy = "make a plan without these rows (method sql) and choose from it (--parent PLAN)"
     if num_missing:
         scores = " and ".join(repr(name) for name in ranking.scores)
         raise DataError(

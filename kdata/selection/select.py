@@ -71,7 +71,7 @@ def parse_step(values: dict[str, Any], where: str = "select settings") -> Step:
     if method not in METHODS:
         known = ", ".join(repr(name) for name in METHODS)
         raise ConfigError(
-            f"{where}:\n  method: Input should be one of {known}{nearest(str(method), list(METHODS))} (got {method!r})"
+            f"{where}: method: Input should be one of {known}{nearest(str(method), list(METHODS))} (got {method!r})"
         )
     return parse_config(METHODS[method], values, where)
 

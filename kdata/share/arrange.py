@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -125,11 +125,12 @@ def new_folder(target: Path) -> Iterator[Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not an empty folder; name a new one")
     temporary = target.with_name(target.name + ".tmp")
-    with storage_errors(target):
+    with storage_errors(target), ExitStack() as stack:
         target.parent.mkdir(parents=True, exist_ok=True)
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir()
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # what an error leaves; after the rename, nothing
         yield temporary
         for lock in temporary.glob(".*.lock"):
             lock.unlink()

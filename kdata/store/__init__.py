@@ -1,1 +1,1 @@
-"""One dataset, written and read, wherever it lies: a folder, the Hub, or a URL."""
+"""Reading and writing one dataset, in a folder, at a URL or on the Hub."""

@@ -61,8 +61,8 @@ class Dataset:
             missing = sorted(set(range(source.num_units or 0)) - units)
             if missing:
                 raise CorruptError(
-                    f"{path}/manifest.jsonl lacks units {missing[:10]} of the complete source {name!r}; restore it from a "
-                    f"copy, or run the same `kdata {source.kind}` again"
+                    f"{path}/manifest.jsonl lacks units {missing[:10]} of source {name!r}, which is marked complete; restore "
+                    f"the file from a copy, or run the same `kdata {source.kind}` again"
                 )
 
     def __repr__(self) -> str:
@@ -103,7 +103,7 @@ class Dataset:
         if not parts:
             schema = index_schema()
             return schema.empty_table().select(columns) if columns else schema.empty_table()
-        # A part from before a column was added lacks it: null there.
+        # Parts that are older than a column lack it; their rows are null.
         return pa.concat_tables(parts, promote_options="default")
 
     def _read_index(self, entry: ManifestEntry, columns: list[str] | None) -> pa.Table:
@@ -127,14 +127,14 @@ class Dataset:
         raise MissingError(f"{self.place}: shard {entry.name} has no file in {folder}/")
 
     def shard_file(self, entry: ManifestEntry, folder: str) -> Path:
-        """Path of one file of a shard ("data", "index" or "rejects"). Raises CorruptError when it is gone."""
+        """Path of one file of a shard ("data", "index" or "rejects"). Raises CorruptError where it is missing."""
         path = inside(self.path, self.file_name(entry, folder))
         if not path.exists():
             raise CorruptError(f"{path} is missing; `kdata verify {self.path}` lists what is whole")
         return path
 
     def checked_file(self, entry: ManifestEntry, folder: str) -> Path:
-        """The same, and at the first touch its bytes are compared with the digest in the manifest (about 1.5 GB/s).
+        """The same; at first use its bytes are compared with the digest in the manifest (about 1.5 GB/s).
 
         Raises CorruptError where they differ.
         """
@@ -143,12 +143,12 @@ class Dataset:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != entry.files[relative].sha256:
-                raise damaged(path, "its bytes are not those that were committed (SHA-256 differs)")
+                raise damaged(path, "its SHA-256 is not the one in the manifest")
             self._checked.add(relative)
         return path
 
     def fetch(self) -> None:
-        """Copy here what is not here yet: everything, where the dataset is at a URL or on the Hub. Nothing for a folder.
+        """Copy all files of a dataset at a URL or on the Hub into `path`, except those that are there. Nothing for a folder.
 
         Raises:
             CorruptError: a file is not what was committed.
@@ -170,7 +170,7 @@ class Dataset:
         return None
 
     def sql_file(self, entry: ManifestEntry, folder: str) -> str:
-        """How DuckDB names a file of a shard. Raises CorruptError when it is gone."""
+        """The name by which DuckDB opens a file of a shard. Raises CorruptError where it is missing."""
         return unglobbed(self.shard_file(entry, folder).resolve())
 
     def fetch_sidecar(self, name: str) -> None:
@@ -180,12 +180,12 @@ class Dataset:
         """Copy plans/NAME.json and NAME.parquet here where the dataset is elsewhere."""
 
     def sql_sidecars(self) -> dict[str, list[str]]:
-        """How DuckDB names the parts of each sidecar that can be queried, complete or not."""
+        """The names by which DuckDB opens the parts of each sidecar, complete or not."""
         folders = sorted(path for path in self.path.resolve().glob("scores/*") if path.is_dir())
         return {path.name: [unglobbed(part) for part in sorted(path.glob("*.parquet"))] for path in folders}
 
     def rows_of(self, ids: list[str]) -> np.ndarray:
-        """Global row numbers int64 of these ids. Raises MissingError naming the first that is not there."""
+        """Global row numbers int64 of these ids. Raises MissingError with the first unknown id."""
         positions = pc.index_in(pa.array(ids, pa.string()), value_set=self._ids)
         if positions.null_count:
             absent = ids[int(np.flatnonzero(positions.is_null().to_numpy(zero_copy_only=False))[0])]
@@ -197,16 +197,18 @@ class Dataset:
         return self.index(["id"])["id"].combine_chunks()
 
     def take(self, rows: np.ndarray) -> Sequences:
-        """Decode sequences by global row number, in the order asked.
+        """Decode sequences by global row number, in the order of `rows`.
 
         Args:
             rows: int64 [S], each in [0, num_rows).
         Raises:
             OutOfRangeError: there is no such row.
-            CorruptError: bytes are not those that were committed.
+            CorruptError: a shard is not what was committed.
         """
         located = np.stack(self.locate(np.asarray(rows, np.int64)), 1)
-        begins = np.flatnonzero((np.diff(located, axis=0, prepend=-1) != (0, 0, 1)).any(1))  # of runs within a batch
+        begins = np.flatnonzero(
+            (np.diff(located, axis=0, prepend=-1) != (0, 0, 1)).any(1)
+        )  # of runs of neighbours within a record batch
         ends = np.append(begins[1:], len(located))
         slices = []
         for (shard, number, first), count in zip(located[begins].tolist(), (ends - begins).tolist(), strict=True):
@@ -214,23 +216,23 @@ class Dataset:
         return self.decode(slices)
 
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where rows int64 [S] are: shard, record batch of the shard, row of the record batch; int64 [S] each.
+        """Shard, record batch of the shard, and row of the record batch of each of `rows` int64 [S]; int64 [S] each.
 
-        Raises: see `take`; a shard that is touched for the first time is checked.
+        A shard is checked at first use. Raises as `take`.
         """
         if len(rows) and (rows.min() < 0 or rows.max() >= self.num_rows):
             raise OutOfRangeError(f"rows must lie in [0, {self.num_rows}), got {rows.min()} to {rows.max()}")
         shard = np.searchsorted(self.shard_starts, rows, side="right") - 1
         local = rows - self.shard_starts[shard]
         number = np.zeros_like(local)
-        for one in np.unique(shard):
-            starts, here = self._open_shard(int(one)), shard == one
-            number[here] = np.searchsorted(starts, local[here], side="right") - 1
-            local[here] -= starts[number[here]]
+        for shard_number in np.unique(shard):
+            starts, inside_S = self._open_shard(int(shard_number)), shard == shard_number
+            number[inside_S] = np.searchsorted(starts, local[inside_S], side="right") - 1
+            local[inside_S] -= starts[number[inside_S]]
         return shard, number, local
 
     def decode(self, slices: list[pa.RecordBatch]) -> Sequences:
-        """Join slices of record batches, whatever shards they are from, and decode them in one go.
+        """Join slices of record batches of any shards, and decode them together.
 
         Raises:
             CorruptError: the columns do not fit together.
@@ -259,12 +261,12 @@ class Dataset:
                     yield Row(int(self.shard_starts[shard]) + begin + local, values, sequences.one(local), self)
 
     @overload
-    def __getitem__(self, rows: int) -> Row: ...
+    def __getitem__(self, rows: int | np.integer) -> Row: ...
 
     @overload
     def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> Sequences: ...
 
-    def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> Row | Sequences:
+    def __getitem__(self, rows: int | np.integer | slice | Sequence[int] | np.ndarray) -> Row | Sequences:
         """One row by its number, negative ones from the end; or the `Sequences` of a slice, of row numbers, or of a mask.
 
         Raises:
@@ -294,7 +296,7 @@ class Dataset:
         return Row(number, columns, sequence, self)
 
     def _index_of(self, shard: int) -> pa.Table:
-        """The index of one shard; that of the shard asked for last is kept."""
+        """The index of one shard. The last one that was read stays in memory."""
         if self._shard_rows is None or self._shard_rows[0] != shard:
             self._shard_rows = shard, self._read_index(self.manifest[shard], index_schema().names)
         return self._shard_rows[1]
@@ -353,7 +355,7 @@ class Dataset:
         return TorchRows(self)
 
     def _open_shard(self, shard: int) -> np.ndarray:
-        """Row starts of a shard's record batches; at first touch its bytes, rows and token ids are checked."""
+        """Row starts of a shard's record batches; at first use its bytes, rows and token ids are checked."""
         if shard not in self._batch_starts:
             entry = self.manifest[shard]
             path = self.checked_file(entry, "data")
@@ -365,7 +367,7 @@ class Dataset:
         return self._batch_starts[shard]
 
     def _check_content(self, entry: ManifestEntry, path: Path) -> list[int]:
-        """Compare token ids with the content hashes of the index: a payload that is not its index is refused.
+        """Compare the token ids of a payload with the content hashes of its index.
 
         Returns the rows of each record batch.
         """
@@ -378,7 +380,7 @@ class Dataset:
             for row, row_id in enumerate(batch.column("id").to_pylist()):
                 index_id, digest = next(expected, (None, None))
                 if row_id != index_id or content_hash(values[offsets[row] : offsets[row + 1]]) != digest:
-                    raise damaged(path, f"row {row_id!r} does not have the content that the index says")
+                    raise damaged(path, f"row {row_id!r} has other token ids than the index says")
             sizes.append(batch.num_rows)
         if sum(sizes) != entry.rows:
             raise damaged(path, f"it holds {sum(sizes)} rows, the manifest says {entry.rows}")
@@ -396,24 +398,24 @@ class Dataset:
             batch = reader.get_batch(number)
         except UNREADABLE as error:
             raise damaged(path, error) from error
-        self._readers[shard] = reader  # popped and put back: the last is the latest used, in two threads as in one
+        self._readers[shard] = reader  # popped and put back, so the order is by last use
         while len(self._readers) > OPEN_SHARDS:
             self._readers.popitem(last=False)
         return batch
 
     def _cached(self, shard: int, number: int) -> pa.RecordBatch:
-        known = self._batches.pop((shard, number), None)
-        if known is None:
+        cached = self._batches.pop((shard, number), None)
+        if cached is None:
             batch = self.record_batch(shard, number)
-            known = batch, batch.nbytes
-        self._batches[shard, number] = known
+            cached = batch, batch.nbytes
+        self._batches[shard, number] = cached
         while len(self._batches) > 1 and sum(size for _, size in list(self._batches.values())) > CACHED_BYTES:
             self._batches.popitem(last=False)
-        return known[0]
+        return cached[0]
 
 
 def _reader(path: Path, columns: list[str]) -> pa.ipc.RecordBatchFileReader:
-    """Map a shard, to read these columns only: each costs 20 microseconds per record batch, needed or not."""
+    """Map a shard to read these columns only, because each column costs 20 microseconds per record batch."""
     source = pa.memory_map(str(path))
     schema = pa.ipc.open_file(source).schema
     fields = [schema.get_field_index(name) for name in columns]
@@ -422,7 +424,7 @@ def _reader(path: Path, columns: list[str]) -> pa.ipc.RecordBatchFileReader:
 
 
 def _used_columns(path: Path) -> list[str]:
-    """Columns that a decoder reads, without those that are null throughout (told by the first record batch)."""
+    """Columns that a decoder reads, without those that are null throughout (the first record batch decides)."""
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     unused = {"id", "token_bytes"}
     if reader.num_record_batches:

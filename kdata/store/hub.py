@@ -66,8 +66,9 @@ class HubStore(Store):
 
     def __init__(self, address: str, commit: str | None = None) -> None:
         self.commit = commit or _commit_of(address)
-        super().__init__(f"hf://datasets/{hub_address(address)[0]}@{self.commit}")
-        self.url = address
+        name, revision = hub_address(address)
+        super().__init__(f"hf://datasets/{name}@{self.commit}")
+        self.url = f"hf://{name}" + (f"@{revision}" if revision else "")  # in messages, and the name of the copy
 
     def client_errors(self) -> tuple[type[BaseException], ...]:
         """See `Store.client_errors`."""

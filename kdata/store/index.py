@@ -10,23 +10,23 @@ import pyarrow.parquet as pq
 from kdata.errors import CorruptError
 from kdata.format.schema import index_schema
 
-# What pyarrow and numpy raise at bytes that are not what they should be.
+# What pyarrow and numpy raise when they read damaged bytes.
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, MemoryError)
 
 
 def damaged(path: Path, reason: object) -> CorruptError:
-    """One wording for a file that is not what was committed."""
+    """The error for a file that is not what was committed."""
     return CorruptError(
         f"{path} is damaged: {reason}. Restore it from a copy, or run `kdata verify` to see what is whole."
     )
 
 
 def read_index(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """An index part, or some of its columns; one that it lacks, being older than the column, is null."""
+    """An index part, or some of its columns. A column that the part lacks, because it is older, is null."""
     with pq.ParquetFile(path) as file:
-        held = file.schema_arrow.names
-        table = file.read([name for name in columns if name in held] if columns else None)
-    for name in sorted(set(columns or ()) - set(held)):
+        stored = file.schema_arrow.names
+        table = file.read([name for name in columns if name in stored] if columns else None)
+    for name in sorted(set(columns or ()) - set(stored)):
         field = index_schema().field(name)
         table = table.append_column(field, pa.nulls(table.num_rows, field.type))
     return table.select(columns) if columns else table

@@ -1,4 +1,4 @@
-"""Pick rows of a shard as new payload and index tables."""
+"""Copy rows of a shard into new payload and index tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdata.store.index import damaged, read_index
 
 
 def _renamed(table: pa.Table, shard: str, source: str) -> pa.Table:
-    """The columns `shard` and `source`, where the table has them, with other names in them."""
+    """The table with other values in its columns `shard` and `source`, where it has them."""
     for column, value in (("shard", shard), ("source", source)):
         place = table.schema.get_field_index(column)
         if place >= 0:
@@ -20,7 +20,7 @@ def _renamed(table: pa.Table, shard: str, source: str) -> pa.Table:
 
 
 def tables(dataset: Dataset, entry: ManifestEntry, local: np.ndarray, name: str) -> tuple[pa.Table, pa.Table]:
-    """Payload and index of some rows of a shard, as they are stored, to be written as the shard `name`."""
+    """Payload and index of some rows of a shard, without decoding them, to be written as the shard `name`."""
     data, index_path = dataset.checked_file(entry, "data"), dataset.checked_file(entry, "index")
     chosen = pa.array(local)
     try:

@@ -15,7 +15,7 @@ from kdata.store.tokens import TokenText
 
 
 class RowSource(Protocol):
-    """What a row asks of its dataset, when it is asked for text."""
+    """What a row needs of its dataset to show tokens."""
 
     @property
     def token_text(self) -> TokenText:
@@ -52,8 +52,8 @@ class KeptTokens:
 class Row:
     """One sequence of T tokens: who it is, and what the teacher believed. Entry t is the prediction OF token t.
 
-    number: its global row number. columns: its row of the index (schemas/README.md lists the columns). sequence: its
-    numbers as `Sequences` of one.
+    number: its global row number. columns: all columns of its index row (listed in schemas/README.md). sequence: its
+    numbers as `Sequences`, of one.
     """
 
     def __init__(self, number: int, columns: dict[str, Any], sequence: Sequences, source: RowSource) -> None:

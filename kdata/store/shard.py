@@ -1,14 +1,12 @@
-"""One shard: what a work unit hands over, and how it becomes three files, each whole or not at all.
+"""Write one shard: the result of a work unit becomes two or three files, each whole or not at all.
 
-Files are written under temporary names, flushed to disk and renamed. Nothing that depends on the clock or the machine is
-written: the same unit gives the same bytes, whoever writes it. Which shards a dataset has is the manifest's matter
-(`kdata/writer.py`).
+Files are written under temporary names, flushed to disk and renamed. They hold nothing that depends on the clock or the
+machine, so the same unit always gives the same bytes. The manifest decides which shards belong to a dataset
+(`kdata.store.writer`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import pyarrow.parquet as pq
 
 from kdata.errors import DataError
 from kdata.format import codec as codecs
-from kdata.format.files import storage_errors, sync_directory
+from kdata.format.files import file_info, settle, storage_errors
 from kdata.format.kept import Kept
 from kdata.format.records import Record, Reject, Shard, UnitResult, shard_name
 from kdata.format.schema import (
@@ -34,13 +32,14 @@ from kdata.format.schema import (
     rejects_schema,
 )
 
-# Random access decompresses a whole record batch: 32 rows, or 16, 8, ... 1 where 32 of them hold more than so many
-# tokens. Halves of 32, so that blocks of 32 rows (the loader's unit of shuffling) never share a record batch. Smaller
-# costs bytes: limits of 4,096 and 2,048 tokens 1 and 2 %, single rows 13 to 25 % (64 kept entries; 16 + 16).
+# Random access decompresses a whole record batch: 32 rows, or 16, 8, ... 1 where 32 rows hold more than
+# TOKENS_PER_BATCH tokens. Always 32 divided by a power of two, so that blocks of 32 rows (the loader's unit of
+# shuffling) never share a record batch. Smaller batches cost bytes: 1 and 2 % at 4,096 and 2,048 tokens, 13 to 25 % for
+# single rows (64 kept entries; 16 + 16).
 ROWS_PER_BATCH, TOKENS_PER_BATCH = 32, 8192
-MASS_SLACK = 1e-3  # a float32 softmax sums to 1 within 1e-6; more than this over 1 is no distribution
-# Level 1: the planes are entropy-coded, and the matches that higher levels look for make them larger (90 against 93 bytes
-# per token for 64 ids).
+MASS_SLACK = 1e-3  # a float32 softmax sums to 1 within 1e-6; a larger sum than 1 + 1e-3 is not a distribution
+# Level 1: higher levels look for matches, and these make the entropy-coded planes larger (93 against 90 bytes per token for
+# 64 ids).
 ZSTD_LEVEL = 1
 
 
@@ -48,7 +47,7 @@ def write_shard(root: Path, info: DatasetInfo, source: str, unit: UnitResult) ->
     """Write a unit's payload, index and rejects; the manifest is not touched.
 
     Raises:
-        DataError: what the teacher returned is no distribution, or an id stands twice in the unit.
+        DataError: the teacher's output is not a distribution, or an id occurs twice in the unit.
         StorageError: the disk refused.
     """
     table, index, error = shard_tables(unit, shard_name(source, unit.number), source, info)
@@ -59,12 +58,12 @@ def write_tables(
     root: Path, source: str, number: int, table: pa.Table, index: pa.Table, error: CodecError | None, *,
     rejects: Sequence[Reject] = (), inputs: str = "",
 ) -> Shard:  # fmt: skip
-    """The same for a unit whose payload and index are made: rows of another dataset, say."""
+    """The same from a payload table and an index table, for instance rows of another dataset."""
     name = shard_name(source, number)
     files: dict[str, FileInfo] = {}
     with storage_errors(root):
         for folder in ("data", "index", *(["rejects"] if rejects else [])):
-            (root / folder).mkdir(exist_ok=True)  # in a place that is there: see kdata/staging.py
+            (root / folder).mkdir(exist_ok=True)  # but not `root`: see kdata.store.staging
         files[f"data/{name}.arrow"] = _write_arrow(root, f"data/{name}.arrow", table)
         files[f"index/{name}.parquet"] = _write_parquet(root, f"index/{name}.parquet", index)
         if rejects:
@@ -87,13 +86,13 @@ def write_tables(
 
 
 def stored_shard(root: Path, entry: ManifestEntry) -> Shard:
-    """A shard that a former run wrote, from its index."""
+    """A shard that an earlier run wrote, from its index."""
     index = pq.read_table(root / f"index/{entry.name}.parquet", columns=["id", "kept_mass", "num_target_tokens"])
     return Shard(entry, index["id"].to_pylist(), _kept_mass(index, entry))
 
 
 def _kept_mass(index: pa.Table, entry: ManifestEntry) -> float | None:
-    """Mean kept mass of a shard, by target token; None where it is not known."""
+    """Mean kept mass of a shard's target tokens; None where it is not known."""
     weighted = pc.sum(pc.multiply(index["kept_mass"], index["num_target_tokens"])).as_py()
     return weighted / entry.target_tokens if weighted is not None and entry.target_tokens else None
 
@@ -114,25 +113,21 @@ def _write_arrow(root: Path, relative: str, table: pa.Table) -> FileInfo:
 
 
 def _write_parquet(root: Path, relative: str, table: pa.Table) -> FileInfo:
-    with pa.OSFile(str(root / f"{relative}.tmp"), "wb") as file:  # closed even where the disk refuses
+    with pa.OSFile(str(root / f"{relative}.tmp"), "wb") as file:  # closed even where writing fails
         pq.write_table(table, file, compression="zstd")
     return _settle(root, relative)
 
 
 def _settle(root: Path, relative: str) -> FileInfo:
-    """Flush, digest and rename a temporary file."""
+    """Give a temporary file its name; return its digest and size."""
     temporary = root / f"{relative}.tmp"
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = file.tell()
-    os.replace(temporary, root / relative)
-    sync_directory((root / relative).parent)
-    return FileInfo(sha256=digest, bytes=size)
+    info = file_info(temporary)
+    settle(temporary, root / relative)
+    return info
 
 
 def rows_per_batch(lengths: np.ndarray) -> int:
-    """Into how many rows ROWS_PER_BATCH rows of these token counts are cut, so that a record batch stays small."""
+    """Rows of a record batch, at most ROWS_PER_BATCH, for rows of these token counts."""
     rows = ROWS_PER_BATCH
     while rows > 1 and int(lengths.sum()) * rows > TOKENS_PER_BATCH * ROWS_PER_BATCH:
         rows //= 2
@@ -140,12 +135,12 @@ def rows_per_batch(lengths: np.ndarray) -> int:
 
 
 def shard_tables(unit: UnitResult, name: str, source: str, info: DatasetInfo):
-    """Return payload table, index table and measured codec error of one unit."""
+    """Payload table, index table and measured codec error of one unit."""
     records = unit.records
     ids = [record.id for record in records]
     if len(set(ids)) != len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        raise DataError(f"id {twice!r} stands twice in the input; ids must be unique")
+        repeated = next(i for i in ids if ids.count(i) > 1)
+        raise DataError(f"id {repeated!r} occurs twice in the input; ids must be unique")
     for record in records:
         _check_record(record, info)
     lengths = np.array([len(record.token_ids) for record in records], np.int64)
@@ -202,14 +197,14 @@ def _check_record(record: Record, info: DatasetInfo) -> None:
     if len(record.kept.num_kept) != tokens:
         raise DataError(f"{record.id}: kept entries cover {len(record.kept.num_kept)} of {tokens} positions")
     if tokens and (record.target_mask[0] or record.kept.num_kept[0]):
-        raise DataError(f"{record.id}: position 0 cannot be a target, nothing predicts it")
+        raise DataError(f"{record.id}: position 0 cannot be a target, because nothing predicts it")
     for what, values in (("token", record.token_ids), ("kept", record.kept.ids)):
         if len(values) and (values.min() < 0 or values.max() >= info.vocab_size):
             raise DataError(f"{record.id}: a {what} id lies outside [0, {info.vocab_size})")
     if info.tail != "absent" and not np.isfinite(record.logprob[record.target_mask]).all():
         raise DataError(f"{record.id}: a target position has no finite teacher log-probability")
-    exact, as_given = record.kept.logprobs[~record.kept.is_draw], info.codec.id == "verbatim"
-    if not np.isfinite(record.kept.logprobs).all() or ((exact > 1e-5).any() and not as_given):
+    exact, verbatim = record.kept.logprobs[~record.kept.is_draw], info.codec.id == "verbatim"
+    if not np.isfinite(record.kept.logprobs).all() or ((exact > 1e-5).any() and not verbatim):
         raise DataError(f"{record.id}: a kept log-probability is not a finite number <= 0")
     if record.kept.num_kept.max(initial=0) > np.iinfo(np.uint16).max:
         raise DataError(f"{record.id}: {record.kept.num_kept.max()} entries at a position, the format holds 65,535")

@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from kdata.format.schema import ManifestEntry, index_schema, rejects_schema
 
 
 class Queryable(Protocol):
-    """What SQL needs of a dataset: its manifest, and how DuckDB opens its files."""
+    """What SQL needs of a dataset: its manifest, and the names by which DuckDB opens its files."""
 
     @property
     def path(self) -> Path:
@@ -65,16 +65,16 @@ NAME = re.compile(r"^[A-Za-z][A-Za-z0-9_]*$")
 
 
 def is_name(text: str) -> bool:
-    """Whether sidecars, their columns and plans may be called so. (`$` alone would let a newline pass.)"""
+    """Whether a sidecar, its column or a plan may have this name. (With `$` alone a newline would pass.)"""
     return NAME.fullmatch(text) is not None
 
 
-def check_new_name(kind: str, name: str, there: Iterable[str]) -> None:
-    """Raise ConfigError where SQL, which does not tell upper case from lower, would take a new name for another's."""
-    for other in there:
+def check_new_name(kind: str, name: str, existing: Iterable[str]) -> None:
+    """Raise ConfigError where a new name differs from an existing one in case alone, because SQL ignores case."""
+    for other in existing:
         if other.lower() == name.lower() and other != name:
             raise ConfigError(
-                f"there is a {kind} {other!r} already, and SQL does not tell it from {name!r}; take another name"
+                f"there is a {kind} {other!r} already, and SQL does not distinguish it from {name!r}; choose another name"
             )
 
 
@@ -82,30 +82,26 @@ RECORDABLE = {"range", "generate_series", "unnest", "repeat", "repeat_row"}  # t
 
 
 def literal(text: str) -> str:
-    """A string as it stands in SQL."""
+    """A string as a literal of SQL."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def unglobbed(path: Path) -> str:
-    """A path that DuckDB does not take for a pattern, whatever the folder is called."""
+    """A path in which DuckDB sees no pattern, even where the folder's name has [, * or ?."""
     return re.sub(r"([\[*?])", r"[\1]", str(path))
 
 
 def files_view(
     connection: duckdb.DuckDBPyConnection, view: str, files: list[str], schema: pa.Schema, columns: str = "*"
 ) -> None:
-    """Make or replace a view on Parquet files, named as by `Queryable.sql_file`. Without files it is empty, of `schema`."""
+    """Make or replace a view on Parquet files (names of `Queryable.sql_file`). Without files it is empty, with `schema`."""
     if files:
         listing = ", ".join(literal(path) for path in files)
         source = f"read_parquet([{listing}], union_by_name = true)"
     else:
-        empty = ", ".join(f'null::{_duck_type(f.type)} as "{f.name}"' for f in schema)
-        source = f"(select {empty} where false)"
+        source = "_empty_" + re.sub(r"\W", "_", view)
+        connection.register(source, schema.empty_table())
     connection.execute(f"create or replace view {view} as select {columns} from {source}")
-
-
-def _duck_type(kind: pa.DataType) -> str:
-    return {"string": "varchar", "int32": "integer", "int64": "bigint", "double": "double"}[str(kind)]
 
 
 @dataclass(frozen=True)
@@ -121,7 +117,7 @@ class Room:
 def connect(dataset: Queryable, room: Room | None = None) -> duckdb.DuckDBPyConnection:
     """An in-memory DuckDB connection with the dataset's views; it may read inside the dataset's folder only.
 
-    Raises ConfigError for a memory limit that is none.
+    Raises ConfigError for a memory limit that DuckDB does not understand.
     """
     room, root = room or Room(), dataset.path.resolve()
     connection = duckdb.connect()
@@ -129,7 +125,9 @@ def connect(dataset: Queryable, room: Room | None = None) -> duckdb.DuckDBPyConn
         try:
             connection.execute(f"set memory_limit = {literal(room.memory_limit)}")
         except duckdb.Error as error:
-            raise ConfigError(f"{room.memory_limit!r} is no amount of memory; write 4GB or 500MB") from error
+            raise ConfigError(
+                f"{room.memory_limit!r} is not an amount of memory; write for instance 4GB or 500MB"
+            ) from error
     if room.threads is not None:
         connection.execute(f"set threads = {int(room.threads)}")
     places = {str(root), unglobbed(root)}
@@ -143,7 +141,7 @@ def connect(dataset: Queryable, room: Room | None = None) -> duckdb.DuckDBPyConn
         connection.execute("set parquet_metadata_cache = true")  # a footer is fetched once
         places.add(f"{dataset.sql_filesystem.protocol}://")
     _make_views(connection, dataset, root)
-    # A pattern is checked as it is written, and again each file that it stands for.
+    # DuckDB checks a pattern as it is written, and each file that matches it.
     allowed = ", ".join(literal(name) for name in sorted(places))
     connection.execute(f"set allowed_directories = [{allowed}]")
     connection.execute("set enable_external_access = false")
@@ -169,66 +167,70 @@ def _make_views(connection: duckdb.DuckDBPyConnection, dataset: Queryable, root:
 
 
 def _check_distinct(schema: str, names: Iterable[str]) -> None:
-    """Raise ConfigError where two names are one to SQL: the second would stand for the first without a word."""
+    """Raise ConfigError where two names differ in case alone: SQL would read the second for the first, silently."""
     seen: dict[str, str] = {}
     for name in sorted(names):
         if (first := seen.setdefault(name.lower(), name)) != name:
-            raise ConfigError(f"{schema}/{first} and {schema}/{name} are one name to SQL; rename or remove one of them")
+            raise ConfigError(
+                f"{schema}/{first} and {schema}/{name} are the same name in SQL, which ignores case; rename or remove one"
+            )
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """DuckDB's own parse of a query; with `error` where it is none."""
+    """DuckDB's own parse of a query; with a key `error` where it cannot be parsed."""
     with duckdb.connect() as connection:
         (tree,) = connection.execute("select json_serialize_sql(?::varchar)", [text]).fetchone() or ("{}",)
     return json.loads(tree)
 
 
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    """Every node of a parsed query."""
+    if isinstance(tree, dict):
+        yield tree
+    for inner in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _nodes(inner)
+
+
 def check_recordable(text: str) -> None:
-    """Raise QueryError where a query reads what `mentions` cannot see: a plan could not record what it was made from."""
+    """Raise QueryError where a query reads something that `mentions` cannot see, so that a plan could not record it."""
     parsed = _parsed(text)
     if parsed.get("error"):
-        raise QueryError(f"the query cannot be taken apart, and so not recorded: {parsed.get('error_message')}")
+        raise QueryError(
+            f"DuckDB cannot parse the query, so a plan cannot record what it reads: {parsed.get('error_message')}"
+        )
 
-    def walk(node: Any) -> None:
-        if isinstance(node, dict) and node.get("type") == "TABLE_FUNCTION":
+    for node in _nodes(parsed):
+        if node.get("type") == "TABLE_FUNCTION":
             function = str((node.get("function") or {}).get("function_name")).lower()
             if function not in RECORDABLE:
                 raise QueryError(
                     f"a plan cannot record what {function}() reads; name views (rows, scores.NAME, plans.NAME), and bring "
                     "numbers of your own by `kdata score --from`"
                 )
-        if isinstance(node, dict) and node.get("type") == "BASE_TABLE" and not is_name(str(node.get("table_name"))):
+        if node.get("type") == "BASE_TABLE" and not is_name(str(node.get("table_name"))):
             raise QueryError(
-                f"{node.get('table_name')!r} is no view; bring numbers of your own by `kdata score --from`"
+                f"{node.get('table_name')!r} is not the name of a view; bring numbers of your own by `kdata score --from`"
             )
-        for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-            walk(inner)
-
-    walk(parsed)
 
 
 def mentions(dataset: Queryable, text: str) -> dict[str, list[str]]:
     """Which `scores` and `plans` of the dataset a query names; nothing where it cannot be parsed."""
     named: dict[str, set[str]] = {"scores": set(), "plans": set()}
 
-    def walk(node: Any) -> None:
-        if isinstance(node, dict) and node.get("type") == "BASE_TABLE":
+    for node in _nodes(_parsed(text)):
+        if node.get("type") == "BASE_TABLE":
             named.get(str(node.get("schema_name")).lower(), set()).add(str(node.get("table_name")))
-        for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-            walk(inner)
-
-    walk(_parsed(text))
     for name in filter(is_name, sorted(named["scores"])):
         dataset.fetch_sidecar(name)
     for name in filter(is_name, sorted(named["plans"])):
         dataset.fetch_plan(name)
-    there = {
+    existing = {
         "scores": list(dataset.sql_sidecars()),
         "plans": [path.stem for path in dataset.path.glob("plans/*.parquet")],
     }
-    # DuckDB does not tell upper case from lower.
-    wanted = {schema: {name.lower() for name in names} for schema, names in named.items()}
-    return {schema: sorted(name for name in there[schema] if name.lower() in wanted[schema]) for schema in named}
+    # DuckDB ignores case.
+    lower = {schema: {name.lower() for name in names} for schema, names in named.items()}
+    return {schema: sorted(name for name in existing[schema] if name.lower() in lower[schema]) for schema in named}
 
 
 def manifest_table(dataset: Queryable) -> pa.Table:
@@ -262,11 +264,11 @@ def query(dataset: Queryable, text: str, parameters: list[Any] | dict[str, Any] 
     """Run one query and return its result as an Arrow table.
 
     Raises:
-        QueryError: DuckDB refused it (with its own reason), or it is no query.
+        QueryError: DuckDB refused it (with DuckDB's reason), or it is not a query.
         CorruptError: it failed, and a file of the index is not what was committed.
     """
     if dataset.sql_filesystem is not None:
-        mentions(dataset, text)  # sidecars are fetched when they are named
+        mentions(dataset, text)  # copies the sidecars and plans that it names
     try:
         with connect(dataset) as connection:
             try:
@@ -277,11 +279,11 @@ def query(dataset: Queryable, text: str, parameters: list[Any] | dict[str, Any] 
                 raise QueryError(f"{str(error).strip()}\nViews: {', '.join(views(connection))}") from error
     except duckdb.Error as error:
         name_damage(dataset, error)
-        raise QueryError(f"{dataset.path}: the views cannot be made: {str(error).strip()}") from error
+        raise QueryError(f"{dataset.path}: DuckDB cannot read the files: {str(error).strip()}") from error
 
 
 def refuse_writing(connection: duckdb.DuckDBPyConnection, text: str) -> None:
-    """Only queries: DuckDB lets COPY write where it may read, and that is the dataset's folder."""
+    """Refuse everything but queries: COPY could write wherever DuckDB may read, into the dataset's folder."""
     statements = connection.extract_statements(text)
     if not statements or any(s.type != duckdb.StatementType.SELECT for s in statements):
         raise QueryError("kdata sql reads, it does not change a dataset: write a select (or describe, summarize, show)")
@@ -290,7 +292,7 @@ def refuse_writing(connection: duckdb.DuckDBPyConnection, text: str) -> None:
 def name_damage(dataset: Queryable, error: duckdb.Error) -> None:
     """Raise CorruptError where the cause of a failed query is a damaged file."""
     if dataset.sql_filesystem is not None:
-        return  # not here, to be compared
+        return  # the files stay at the URL
     for entry in dataset.manifest:
         for folder in ("index", "rejects") if entry.rejected else ("index",):
             try:
@@ -301,8 +303,8 @@ def name_damage(dataset: Queryable, error: duckdb.Error) -> None:
 
 def views(connection: duckdb.DuckDBPyConnection) -> list[str]:
     """Names of the views that a query may use."""
-    found = connection.execute(
+    names = connection.execute(
         "select case when schema_name = 'main' then view_name else schema_name || '.' || view_name end "
         "from duckdb_views() where not internal order by 1"
     ).fetchall()
-    return [name for (name,) in found if not name.startswith("_")]
+    return [name for (name,) in names if not name.startswith("_")]

@@ -1,8 +1,8 @@
-"""Shards written by processes without the dataset's lock: into a folder of their own, until the writer takes them over.
+"""A folder in which other processes than the writer put shards, until the writer makes them part of the dataset.
 
-Every attempt at a unit writes under its own name, so two attempts at one unit never meet; the writer, which holds the lock,
-renames the files of the one it takes (`Writer.adopt`) and drops the folder at the end. A process that writes on although
-nobody waits for it any more finds the folder gone, and can harm nothing.
+Every attempt at a unit writes under a name of its own, so two attempts never share a file. The writer holds the lock.
+It renames the files of one attempt (`Writer.adopt`) and removes the folder at the end. A process that is still writing
+then gets an error, because its folder is missing, and changes nothing in the dataset.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kdata.store.shard import write_shard
 
 
 class Staging(Protocol):
-    """Where shards wait; picklable, the same place from every machine."""
+    """A place for shards before they are committed; picklable, and the same place from every machine."""
 
     def check(self) -> None:
         """Raise StorageError where this process does not see the place."""
@@ -40,8 +40,8 @@ class FolderStaging:
         """See `Staging.check`."""
         if not self.folder.is_dir():
             raise StorageError(
-                f"{self.folder.parent} is not there: a dataset that several machines write must lie on a file system that "
-                "all of them mount at the same path (or at a URL, such as s3://BUCKET/NAME)"
+                f"{self.folder.parent} does not exist on this machine: a dataset that several machines write must lie on "
+                "a file system that all of them mount at the same path (or at a URL, such as s3://BUCKET/NAME)"
             )
 
     def write(self, attempt: str, info: DatasetInfo, source: str, unit: UnitResult) -> Shard:

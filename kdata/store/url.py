@@ -1,11 +1,11 @@
-"""Datasets at a URL: s3://, gs://, az:// and whatever else fsspec opens.
+"""Files at a URL: s3://, gs://, az:// and whatever else fsspec opens.
 
-What is at the URL has the names and bytes of a local dataset. Whoever writes there keeps a local copy of the small files
-(dataset.json, manifest, index, tokenizer), made anew from the URL at the start, so any machine can go on where another
-stopped; a shard counts once the manifest at the URL names it. Reading is in `kdata.store.url_dataset`.
+A dataset at a URL has the names and bytes of a local one. A writer keeps a local copy of the small files (dataset.json,
+manifest, index, tokenizer), which it copies from the URL when it starts. So any machine can continue where another
+stopped. A shard belongs to the dataset once the manifest at the URL names it. Reading is in `kdata.store.url_dataset`.
 
-An object store has no locks: one process may write to a URL at a time. A second one on the same machine is refused at the
-start, one on another machine as soon as the manifest is not what was written last.
+An object store has no locks, so only one process may write to a URL at a time. A second one on the same machine is
+refused when it starts. One on another machine is refused as soon as the manifest is not the one that it wrote last.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kdata.format.manifest import read_info, read_manifest
 from kdata.format.schema import DatasetInfo, FileInfo
 
 STAGING = "units-"  # prefix of the folders, at the URL, in which shards wait
-# What the stores' own clients raise beside OSError, where they are loaded.
+# Errors of the stores' own clients that are no OSError.
 CLIENT_ERRORS = {
     "aiohttp": ("ClientError",),
     "azure.core.exceptions": ("AzureError",),
@@ -39,7 +39,7 @@ CLIENT_ERRORS = {
 
 
 def is_url(place: str | Path) -> bool:
-    """Whether a dataset is named by a URL of a store; the Hub's hf:// has its own client."""
+    """Whether `place` is a URL to which a dataset can be written; hf:// is read only (`kdata push` writes there)."""
     return "://" in str(place) and not str(place).startswith("hf:")
 
 
@@ -68,8 +68,8 @@ class Store:
         parts = urlsplit(url)
         if parts.password:
             raise ConfigError(
-                f"{parts.scheme}://...@{parts.hostname}{parts.path}: a URL is shown and logged, so no password may stand "
-                "in it; put credentials where the store's client looks for them (environment, configuration file)"
+                f"{parts.scheme}://...@{parts.hostname}{parts.path}: a URL is shown and logged, so it must hold no "
+                "password; put credentials where the store's client looks for them (environment, configuration file)"
             )
         try:
             self.fs, self._root = url_to_fs(self.url)
@@ -82,7 +82,7 @@ class Store:
         return f"{self._root}/{relative}"
 
     def read(self, relative: str) -> bytes | None:
-        """Content of a file; None where there is none."""
+        """Content of a file; None where the file does not exist."""
         with self._errors("read", relative):
             try:
                 return self.fs.cat_file(self._path(relative))
@@ -90,7 +90,7 @@ class Store:
                 return None
 
     def size(self, relative: str) -> int:
-        """Bytes of a file; 0 where there is none."""
+        """Size of a file in bytes; 0 where the file does not exist."""
         with self._errors("read", relative):
             try:
                 return int(self.fs.info(self._path(relative))["size"])
@@ -98,12 +98,12 @@ class Store:
                 return 0
 
     def open_ranges(self, relative: str) -> Any:
-        """A file opened for reading, of which each read fetches that range of bytes and nothing around it."""
+        """A file opened for reading; each read fetches exactly its range of bytes."""
         with self._errors("read", relative):
             return self.fs.open(self._path(relative), "rb", cache_type="none")
 
     def names(self, folder: str = "") -> list[str]:
-        """Names of what is in a folder; none where the store has no listings, as a web server."""
+        """Names in a folder; none on a web server, which has no listings."""
         if urlsplit(self.url).scheme in ("http", "https"):
             return []
         with self._errors("read", folder):
@@ -114,33 +114,33 @@ class Store:
                 return []
 
     def put(self, source: Path, relative: str) -> None:
-        """Copy a local file to a name under which nobody reads it yet."""
+        """Copy a local file to a name that nobody reads yet."""
         self._write(self.fs.put_file, str(source), relative)
 
     def replace(self, source: Path, relative: str) -> None:
-        """Copy a local file under a temporary name, then move it: readers see the old bytes or the new ones."""
+        """Copy a local file to a temporary name, then move it, so that readers see the old bytes or the new ones."""
         self.put(source, f"{relative}.tmp")
         self.move(f"{relative}.tmp", relative)
 
     def move(self, source: str, target: str) -> None:
-        """Rename a file, over another where one stands; where a store cannot rename, fsspec copies and deletes."""
+        """Rename a file and replace the target; where a store cannot rename, fsspec copies and deletes."""
         self._write(self.fs.mv, self._path(source), target)
 
     def _write(self, action: Callable[[str, str], object], source: str, relative: str) -> None:
-        """Put or move something to a name, whose folder is made where the store has folders."""
+        """Put or move a file; make its folder first where the store has folders."""
         path = self._path(relative)
         with self._errors("write", relative):
             try:
                 action(source, path)
             except FileNotFoundError:
-                # Not before it is needed: clients of object stores would make a bucket of a name that was mistyped.
+                # Only now, because clients of object stores would make a bucket from a mistyped name.
                 if not self.fs.exists("/" if path.startswith("/") else path.split("/")[0]):
                     raise
                 self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
                 action(source, path)
 
     def fetch(self, relative: str, target: Path, info: FileInfo) -> None:
-        """Copy a file here, unless it is here already. Raises CorruptError where it is not what was committed."""
+        """Copy a file to `target`, unless `target` has this digest. Raises CorruptError where the file has another."""
         if target.is_file() and file_info(target) == info:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -150,15 +150,19 @@ class Store:
                 try:
                     self.fs.get_file(self._path(relative), str(temporary))
                 except FileNotFoundError as error:
-                    raise CorruptError(f"{self.url}/{relative} is missing, and the manifest names it") from error
+                    raise CorruptError(
+                        f"{self.url}/{relative} is missing, but the manifest names it; restore it from a copy"
+                    ) from error
             if file_info(temporary) != info:
-                raise CorruptError(f"{self.url}/{relative} is damaged: it is not what was committed (SHA-256 differs)")
+                raise CorruptError(
+                    f"{self.url}/{relative} is damaged: its SHA-256 is not the one in the manifest; restore it from a copy"
+                )
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
 
     def remove(self, relative: str) -> None:
-        """Delete a file or a folder with all that is in it."""
+        """Delete a file, or a folder with its content."""
         with self._errors("write", relative):
             self.fs.rm(self._path(relative), recursive=True)
 
@@ -167,7 +171,7 @@ class Store:
         return _client_errors()
 
     def forget_listings(self) -> None:
-        """Have the client ask again what is there: others write too."""
+        """Make the client list again at the next read, because other processes write too."""
         self.fs.invalidate_cache()
 
     @contextmanager
@@ -187,27 +191,27 @@ class Store:
 
 
 def _client_errors() -> tuple[type[BaseException], ...]:
-    """The own errors of those clients that are loaded."""
+    """The errors of those clients that are loaded."""
     loaded = [(sys.modules[name], kinds) for name, kinds in CLIENT_ERRORS.items() if name in sys.modules]
     return tuple(getattr(module, kind) for module, kinds in loaded for kind in kinds if hasattr(module, kind))
 
 
 def copy_of(url: str, purpose: str) -> Path:
-    """Folder of a local copy, in the cache: one to read, one of whoever writes."""
+    """Folder of a local copy in the cache. Readers and writers have copies of their own (`purpose`)."""
     key = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
     return cache_dir() / purpose / key / url.rstrip("/").rpartition("/")[2]
 
 
 def mirror(store: Store, root: Path, folders: tuple[str, ...]) -> bool:
-    """Make `root` follow the dataset at a store: JSON files, and the files in `folders` ("index", "tokenizer", ...).
+    """Bring the copy in `root` up to date: its JSON files, and the files in `folders` ("index", "tokenizer", ...).
 
-    What is here and has the right digest stays. Other files of the manifest that are here stay too, unchecked. Sidecars and
-    plans made here stay where the dataset is the same one.
+    Files of the copy that the manifest does not name are removed; those in other folders stay without a check. Sidecars
+    and plans of the copy stay, unless the store now has another dataset.
 
     Returns:
-        False where there is no dataset; then there is none here either.
+        False where the store has no dataset; the copy is removed then.
     Raises:
-        CorruptError: what is there is not what was committed.
+        CorruptError: a file at the store is not what was committed.
         StorageError: the store cannot be read.
     """
     about, lines = store.read("dataset.json"), store.read("manifest.jsonl")
@@ -237,7 +241,7 @@ def mirror(store: Store, root: Path, folders: tuple[str, ...]) -> bool:
 
 
 def _another(root: Path, info: DatasetInfo) -> bool:
-    """Whether what is here is the copy of another dataset, or of nothing."""
+    """Whether `root` holds a copy of another dataset, or something else."""
     try:
         return root.exists() and read_info(root).identity_digest != info.identity_digest
     except (MissingError, CorruptError, FormatError):

@@ -75,11 +75,11 @@ class RemoteDataset(Dataset):
 
     def __init__(self, address: str, commit: str | None = None) -> None:
         self._store = HubStore(address, commit) if address.startswith("hf://") else Store(address)
-        root = copy_of(address, "datasets")
+        root = copy_of(self._store.url, "datasets")
         root.parent.mkdir(parents=True, exist_ok=True)
         with lock_of(root):
             if not mirror(self._store, root, ()):
-                raise MissingError(f"{address} is no kdata dataset: it has no dataset.json")
+                raise MissingError(f"{address} is not a kdata dataset: it has no dataset.json")
         super().__init__(root)
         self.place = address
         self._files = RangeFiles(self._store)
@@ -134,14 +134,14 @@ class RemoteDataset(Dataset):
         return self._located(relative, entry.files[relative])
 
     def _located(self, relative: str, info: FileInfo) -> str:
-        """How DuckDB names a file: the copy where there is one, else the file at the URL."""
+        """The name by which DuckDB opens a file: the copy, if there is a good one, else the file at the URL."""
         path = inside(self.path, relative)
         if relative not in self._checked and path.is_file() and file_info(path) == info:
             self._checked.add(relative)
         return unglobbed(path.resolve()) if relative in self._checked else f"{SCHEME}://{relative}"
 
     def sql_sidecars(self) -> dict[str, list[str]]:
-        """See `Dataset.sql_sidecars`; those that were copied by name, since a web server has no listings."""
+        """See `Dataset.sql_sidecars`; those that were asked for by name, because a web server has no listings."""
         names = sorted(path.stem for path in (self.path / "scores").glob("*.json"))
         return {name: [self._located(*part) for part in sorted(self._parts(name).items())] for name in names}
 
@@ -151,18 +151,18 @@ class RemoteDataset(Dataset):
         return {relative: FileInfo.model_validate(info) for relative, info in parts.items()}
 
     def fetch_sidecar(self, name: str) -> None:
-        """See `Dataset.fetch_sidecar`. One that was made here, for the dataset as it is now, stays."""
+        """See `Dataset.fetch_sidecar`. One that was made in the copy stays, if it belongs to the dataset as it is now."""
         if not ((self.path / "scores" / name).is_dir() and self._is_current(f"scores/{name}.json")):
             self._copy_small(f"scores/{name}.json")
 
     def fetch_plan(self, name: str) -> None:
-        """See `Dataset.fetch_plan`. One that is here, for the dataset as it is now, stays."""
+        """See `Dataset.fetch_plan`. A plan in the copy stays, if it belongs to the dataset as it is now."""
         if not self._is_current(f"plans/{name}.json"):
             self._copy_small(f"plans/{name}.parquet")
             self._copy_small(f"plans/{name}.json")
 
     def _is_current(self, relative: str) -> bool:
-        """Whether a score or plan is here and belongs to the dataset as it is now."""
+        """Whether the copy has a score or plan that belongs to the dataset as it is now."""
         path = self.path / relative
         try:
             return path.is_file() and json.loads(path.read_bytes())["dataset_fingerprint"] == self.content_digest
@@ -170,11 +170,11 @@ class RemoteDataset(Dataset):
             return False
 
     def _copy_small(self, relative: str) -> None:
-        """Copy a file that the manifest does not name; nothing where there is none."""
+        """Copy a file that the manifest does not name, if it exists."""
         content = self._store.read(relative)
         if content is not None:
             (self.path / relative).parent.mkdir(exist_ok=True)
             write_atomically(self.path / relative, content)
 
     def check_index(self) -> None:
-        """Nothing is compared: see the module."""
+        """Nothing: the index stays at the URL, and only a whole file has a digest."""

@@ -1,4 +1,4 @@
-"""Write a dataset to a URL: shards wait there in a staging folder until the manifest line that commits them."""
+"""Write a dataset to a URL: a shard goes to a staging folder there, and its manifest line commits it."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ class RemoteWriter(Writer):
         self.place = self._store.url
 
     def _open(self) -> None:
-        begun = mirror(self._store, self.root, ("index", "tokenizer"))
-        if not begun:
+        exists = mirror(self._store, self.root, ("index", "tokenizer"))
+        if not exists:
             foreign = [name for name in self._store.names() if name not in BEGUN and not name.startswith(STAGING)]
             if foreign:
                 raise ConfigError(
-                    f"{self.place} is no dataset and holds other things ({foreign[0]!r}); name a new folder"
+                    f"{self.place} is not a dataset and holds other things ({foreign[0]!r}); name a new folder"
                 )
         self._manifest_bytes = self._store.size("manifest.jsonl")
         super()._open()
         for path in sorted((self.root / "tokenizer").glob("*")):
-            if not begun:
+            if not exists:
                 self._store.replace(path, f"tokenizer/{path.name}")
         self._store.replace(self.root / "dataset.json", "dataset.json")
 

@@ -1,7 +1,7 @@
 """Writing a dataset: work units become shards, each committed whole or not at all.
 
-A unit's files are written and renamed first (`kdata/shard.py`); its manifest line comes last, so a crash at any moment loses
-at most the unit in flight.
+A unit's files are written and renamed first (`kdata.store.shard`), its manifest line comes last. So a crash loses at
+most the unit that was being written.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from kdata.format.schema import DatasetInfo, ManifestEntry, SourceInfo
 from kdata.store.shard import write_shard
 from kdata.store.staging import FolderStaging, Staging
 
-# What a run that was killed may leave under a temporary name. Nothing else is ever removed.
+# Temporary files that a killed run may leave. A writer removes these and nothing else.
 TEMPORARY = ("dataset.json.tmp", "tokenizer.tmp", "data/*.tmp", "index/*.tmp", "rejects/*.tmp", "units-*.tmp")
-# Names that may stand in a folder that is no dataset yet: what a run leaves that was killed before dataset.json.
+# What a folder may hold without a dataset.json: a run that was killed at its start leaves these.
 BEGUN = {"data", "index", "rejects", "tokenizer", "tokenizer.tmp", "dataset.json.tmp"}
 
 
@@ -40,12 +40,12 @@ class Writer:
         info: identity of the dataset (teacher, tokenizer, codec); compared with what is there.
         source: name of the work, the prefix of its shards.
         source_info: kind and settings of the work; compared with what is there.
-        resume: "auto" goes on where a former run stopped, "never" refuses a source that has rows, "must" refuses one
-            that was never begun.
-        tokenizer_dir: folder whose files are copied to DATASET/tokenizer, so that the dataset is self-contained.
+        resume: "auto" continues where an earlier run stopped, "never" refuses a source that has rows, "must" refuses a source
+            that does not exist.
+        tokenizer_dir: its files are copied to DATASET/tokenizer.
     Raises:
         MismatchError: the dataset was begun with other settings; the message lists them.
-        ConfigError: the folder holds other things than a dataset.
+        ConfigError: the folder holds something else than a dataset.
         StorageError: the disk refused, or another process is writing.
     """
 
@@ -100,9 +100,11 @@ class Writer:
             self.info = before
         else:
             _refuse_foreign(self.root)
-            journal_of(self.root).unlink(missing_ok=True)  # of a dataset that stood here, and is gone
+            journal_of(self.root).unlink(missing_ok=True)  # of a dataset that was deleted
         if known is None and self._resume == "must":
-            raise MismatchError(f"--resume must: {self.root} has no {self.source!r} to go on with")
+            raise MismatchError(
+                f"--resume must: {self.root} has no source {self.source!r} to continue; use --resume auto"
+            )
         for name in ("data", "index"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         self._clear_temporary()
@@ -124,7 +126,7 @@ class Writer:
         write_info(self.root, self.info)
 
     def _copy_tokenizer(self) -> None:
-        """Copy the tokenizer's files where none stand, and record their digests once."""
+        """Copy the tokenizer's files, if the dataset has none, and record their digests once."""
         target = self.root / "tokenizer"
         if self._tokenizer_dir is not None and not target.exists():
             temporary = self.root / "tokenizer.tmp"
@@ -146,21 +148,21 @@ class Writer:
         """Store one unit: its files are renamed into place, then the manifest line is written.
 
         Raises:
-            StorageError: the disk refused; nothing that was committed is touched.
-            DataError: an id stands twice, in the unit or with a row of the dataset.
+            StorageError: the disk refused; what was committed before is unchanged.
+            DataError: an id occurs twice in the unit, or is an id of the dataset already.
         """
         self.refuse_twice([record.id for record in unit.records])
         return self.accept(write_shard(self.root, self.info, self.source, unit))
 
     def staging(self) -> Staging:
-        """A new place in which other processes may write shards; what is left there goes at `finish`."""
+        """A new folder in which other processes may write shards; `finish` removes what is left."""
         folder = self.root.resolve() / f"units-{secrets.token_hex(4)}.tmp"
         with storage_errors(self.root):
             folder.mkdir()
         return FolderStaging(folder)
 
     def adopt(self, staging: Staging, attempt: str, shard: Shard) -> Shard:
-        """Take over a shard that another process wrote there: rename its files into place, then `accept` it."""
+        """Commit a shard that another process wrote: rename its files into place, then `accept` it."""
         self.refuse_twice(shard.ids)
         with storage_errors(self.root):
             for relative in shard.entry.files:
@@ -175,7 +177,7 @@ class Writer:
         sync_directory(target.parent)
 
     def accept(self, shard: Shard) -> Shard:
-        """Make a shard whose files are in place a part of the dataset: write its manifest line."""
+        """Commit a shard whose files are in place: write its manifest line."""
         self.refuse_twice(shard.ids)
         with storage_errors(self.root):
             append_entry(self.root, shard.entry)
@@ -184,7 +186,7 @@ class Writer:
         return shard
 
     def refuse_twice(self, ids: list[str]) -> None:
-        """Raise DataError where one of these ids is a row of the dataset already."""
+        """Raise DataError where one of these ids is in the dataset already."""
         for row_id in ids:
             if row_id in self._ids:
                 raise DataError(
@@ -193,7 +195,7 @@ class Writer:
                 )
 
     def finish(self, num_units: int) -> None:
-        """Mark the source complete with `num_units` units; its manifest lines come into the order of units."""
+        """Mark the source complete with `num_units` units, and sort its manifest lines by unit."""
         with storage_errors(self.root):
             self._clear_temporary()
             order_manifest(self.root, self.source)
@@ -201,7 +203,7 @@ class Writer:
 
 
 def _remove_tree(folder: Path) -> None:
-    """Remove a folder in which a process that nobody waits for may still be writing."""
+    """Remove a folder into which another process may still be writing."""
     for _ in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -211,17 +213,19 @@ def _remove_tree(folder: Path) -> None:
 
 
 def _refuse_foreign(root: Path) -> None:
-    """Refuse to begin a dataset among other files, or beside a manifest whose dataset.json is gone."""
+    """Refuse to start a dataset among other files, or beside a manifest without dataset.json."""
     if (root / "manifest.jsonl").exists():
         raise CorruptError(f"{root} has a manifest but no dataset.json; restore it from a copy of the dataset")
     names = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.exists() else []
     foreign = [name for name in names if name not in BEGUN]
     if foreign:
-        raise ConfigError(f"{root} is no dataset and holds other things ({foreign[0]!r}); name a new or empty folder")
+        raise ConfigError(
+            f"{root} is not a dataset and holds other things ({foreign[0]!r}); name a new or empty folder"
+        )
 
 
 def _committed_ids(root: Path, manifest: list[ManifestEntry]) -> set[str]:
-    """Ids of all rows that are committed, of every source. Raises CorruptError at an index that cannot be read."""
+    """Ids of all committed rows of all sources. Raises CorruptError where an index cannot be read."""
     ids: set[str] = set()
     for entry in manifest:
         path = inside(root, f"index/{entry.name}.parquet")
@@ -239,5 +243,5 @@ def _refuse_difference(what: str, before: dict, after: dict, root: Path) -> None
     if difference:
         raise MismatchError(
             f"{root}: {what} was begun with other settings (before -> now):\n{difference}\n"
-            "Use the former settings to go on, or another folder (or source name) for the new ones."
+            "Use the earlier settings to continue, or another folder (or source name) for the new ones."
         )

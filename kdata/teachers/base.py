@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from kdata.format.keep import KeepConfig, keep_top
-from kdata.format.kept import Kept
+from kdata.format.kept import Kept, log_tail
 from kdata.format.schema import TeacherInfo
 from kdata.teachers.config import SamplingConfig
 
@@ -130,13 +130,11 @@ def readout_from_top(
     """
     recorded_T = np.arange(len(token_ids)) >= start
     kept = keep_top(keep, beside(ids_LK, start, 0), beside(logprobs_LK, start, 0), recorded_T)
-    with np.errstate(divide="ignore"):
-        tail = np.log(np.clip(1.0 - kept.mass(), 0.0, 1.0))
     return Readout(
         token_ids=token_ids.astype(np.int32, copy=False),
         logprob=beside(logprob_L, start, np.nan).astype(np.float32),
         rank=beside(rank_L, start, 0).astype(np.int32),
         kept=kept,
-        log_tail=np.where(recorded_T, tail, np.nan).astype(np.float32),
+        log_tail=np.where(recorded_T, log_tail(kept.mass()), np.float32(np.nan)),
         entropy=None,
     )

@@ -217,10 +217,10 @@ class VllmTeacher:
         outputs = self._generate(sequences, [params] * len(sequences), on_tokens, written=False)
         readouts = []
         for ids, output in zip(sequences, outputs, strict=True):
-            actual, *top = _rectangle(output.prompt_logprobs, first=1, k=keep.k)
+            actual, logprob_L, rank_L, ids_LK, logprobs_LK = _rectangle(output.prompt_logprobs, first=1, k=keep.k)
             if not np.array_equal(actual, ids[1:]):
                 raise TeacherError("vLLM returned log-probabilities for other tokens than those of the prompt")
-            readouts.append(readout_from_top(ids, 1, *top, keep))
+            readouts.append(readout_from_top(ids, 1, logprob_L, rank_L, ids_LK, logprobs_LK, keep))
         return readouts
 
     def _read_hidden(
@@ -537,7 +537,7 @@ def _rectangle(flat: Any, *, first: int, k: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _written(ids: np.ndarray, start: int, flat: Any, keep: KeepConfig) -> Readout:
-    actual, *top = _rectangle(flat, first=0, k=keep.k)
+    actual, logprob_L, rank_L, ids_LK, logprobs_LK = _rectangle(flat, first=0, k=keep.k)
     if not np.array_equal(actual, ids[start:]):
         raise TeacherError("vLLM returned log-probabilities for other tokens than it wrote")
-    return readout_from_top(ids, start, *top, keep)
+    return readout_from_top(ids, start, logprob_L, rank_L, ids_LK, logprobs_LK, keep)

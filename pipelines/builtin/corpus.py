@@ -1,13 +1,13 @@
 """The built-in corpus: code, docstrings and prose that every CPython carries, cut into documents and split.
 
-So that the quick start needs no hub. Three real domains of visibly different difficulty: `code` (functions
-and classes, their docstrings removed), `docstrings`, and `prose` (the language reference in
-`pydoc_data.topics` and long comments). Parts that a distribution may leave out (test, idlelib, tkinter,
-lib2to3, distutils) are never read, so that a Debian python and a python.org build give nearly the same
-corpus; exact equality needs the same patch version.
+It lets the demo run without a download. Its three domains differ visibly in difficulty: `code` (functions and
+classes without their docstrings), `docstrings`, and `prose` (the language reference in `pydoc_data.topics`, and
+long comments). Parts that a distribution may leave out (test, idlelib, tkinter, lib2to3, distutils) are never
+read, so a Debian Python and a python.org build give nearly the same corpus. Exact equality needs the same patch
+version.
 
-Trade-off: held out are whole modules and topics, never single documents, so that no sibling of a held-out
-document is trained on; the price is that the held-out part has a few dozen sources, not hundreds.
+The split is a fixed list of modules and topics, the same for every Python version, because the teacher that
+ships with kdata was trained on the other modules. The price: the held-out part has a few dozen sources.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import textwrap
 import tokenize
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,20 @@ from kdata.errors import DataError
 DOMAINS = ("code", "docstrings", "prose")
 LICENSE = "PSF-2.0"
 MIN_CHARS = {"code": 250, "docstrings": 100, "prose": 200}
-MAX_HELDOUT = 90  # documents a domain: at 250 tokens each, a standard error near 0.05 nats per token
+MAX_CHARS = 1400  # about 500 tokens, which fit the teacher's context of 512
+NUM_PROMPTS = 360
+
+# Modules and topics of the held-out part: whole ones, so that no sibling of a held-out document is trained on. Whoever
+# changes this list must train the shipped models again (kdata.pipelines.builtin.train).
+HELD_OUT = frozenset([
+    "bisect", "copyreg", "filecmp", "getopt", "gettext", "heapq", "html", "opcode", "pstats", "sched",
+    "secrets", "signal", "sitebuiltins", "sqlite3", "subprocess", "timeit", "warnings",
+    "topic:atom-identifiers", "topic:binary", "topic:bltin-null-object", "topic:bltin-type-objects",
+    "topic:break", "topic:callable-types", "topic:continue", "topic:dynamic-features", "topic:exprlists",
+    "topic:floating", "topic:identifiers", "topic:import", "topic:lambda", "topic:lists", "topic:power",
+    "topic:sequence-types", "topic:slicings", "topic:specialattrs", "topic:specialnames", "topic:truth",
+    "topic:typesmethods",
+])  # fmt: skip
 
 # Not read: tests and what distributions package apart (absent on some machines), and tables that are no
 # language.
@@ -76,12 +89,12 @@ class Document:
 
 @dataclass(frozen=True)
 class CorpusFiles:
-    """Where the corpus lies, and the sha256 of its content (ids and texts, not Parquet's bytes)."""
+    """Where the corpus lies, and the SHA-256 of its content (ids and texts, not Parquet's bytes)."""
 
     corpus: Path
     heldout: Path
     prompts: Path
-    fingerprint: str
+    digest: str
 
     @classmethod
     def at(cls, directory: Path) -> CorpusFiles:
@@ -92,50 +105,22 @@ class CorpusFiles:
         """
         facts = json.loads((directory / "corpus.json").read_text(encoding="utf-8"))
         corpus, heldout, prompts = (directory / f"{name}.parquet" for name in ("corpus", "heldout", "prompts"))
-        return cls(corpus, heldout, prompts, fingerprint=facts["fingerprint"])
+        return cls(corpus, heldout, prompts, digest=facts["digest"])
 
 
-def build_corpus(
-    directory: Path,
-    *,
-    heldout_share: float = 0.08,
-    seed: int = 0,
-    max_chars: int = 1600,
-    max_domain_chars: int = 2_200_000,
-    num_prompts: int = 360,
-) -> CorpusFiles:
-    """Gather, split and write the corpus; the same interpreter and arguments give the same rows in the same
-    order.
+def build_corpus(directory: Path) -> CorpusFiles:
+    """Gather, split and write the corpus. The same interpreter gives the same rows in the same order.
+
+    The documents are shuffled, so any prefix is a mix of the domains.
 
     Args:
         directory: created; receives corpus.parquet and heldout.parquet (id, domain, text, source, license),
-            prompts.parquet (id, domain, prompt) and corpus.json (counts and fingerprint).
-        heldout_share: share of each domain's documents that is held out, in (0, 0.5), but about MAX_HELDOUT
-        documents
-            at most; whole modules and topics.
-        seed: orders the documents (any prefix is a mix of the domains) and picks the held-out sources.
-        max_chars: longest document in characters; longer functions are left out, longer prose is cut at
-        paragraphs.
-        max_domain_chars: at most this many characters of training text per domain; binds for code only.
-        num_prompts: beginnings of training documents to write, spread evenly over the domains.
+            prompts.parquet (id, domain, prompt) and corpus.json (counts and digest).
     Raises:
         DataError: the interpreter carries no readable sources (a frozen or stripped build).
     """
-    if not 0 < heldout_share < 0.5:
-        raise DataError(f"heldout_share is {heldout_share}; it must lie between 0 and 0.5.")
-    documents = _without_duplicates(gather(max_chars))
-    if {d.domain for d in documents} != set(DOMAINS):
-        found = sorted({d.domain for d in documents})
-        raise DataError(
-            f"This Python's standard library gave only the domains {found}; its sources seem to be stripped. "
-            "Use a Python with .py files, or bring your own corpus and teacher."
-        )
-    documents.sort(key=lambda d: _draw(seed, d.id))
-    groups = _heldout_groups(documents, heldout_share, seed)
-    heldout = [d for d in documents if d.group in groups]
-    training = _capped((d for d in documents if d.group not in groups), max_domain_chars)
-    prompts = _prompts(training, num_prompts)
-
+    training, heldout = split_documents()
+    prompts = _prompts(training)
     directory.mkdir(parents=True, exist_ok=True)
     pq.write_table(_table(training), directory / "corpus.parquet", compression="zstd")
     pq.write_table(_table(heldout), directory / "heldout.parquet", compression="zstd")
@@ -146,7 +131,7 @@ def build_corpus(
         compression="zstd",
     )
     facts = {
-        "fingerprint": _fingerprint(training, heldout),
+        "digest": _digest(training, heldout),
         "python": sys.version.split()[0],
         "documents": {"corpus": _counts(training), "heldout": _counts(heldout)},
         "chars": {"corpus": _chars(training), "heldout": _chars(heldout)},
@@ -156,7 +141,25 @@ def build_corpus(
     return CorpusFiles.at(directory)
 
 
-def gather(max_chars: int) -> list[Document]:
+def split_documents() -> tuple[list[Document], list[Document]]:
+    """Training documents and held-out documents, shuffled by their ids.
+
+    Raises:
+        DataError: the interpreter carries no readable sources (a frozen or stripped build).
+    """
+    documents = _without_duplicates(gather())
+    domains = {document.domain for document in documents}
+    if domains != set(DOMAINS):
+        raise DataError(
+            f"This Python's standard library has text of the domains {sorted(domains)} only; its sources seem to be "
+            "stripped. Use a Python with .py files, or bring your own corpus and teacher."
+        )
+    documents.sort(key=lambda document: _shuffle_key(document.id))
+    heldout = [document for document in documents if document.group in HELD_OUT]
+    return [document for document in documents if document.group not in HELD_OUT], heldout
+
+
+def gather() -> list[Document]:
     """Every document that this interpreter carries, in a stable order: modules by name, then the topics."""
     documents: list[Document] = []
     for module, path in _modules():
@@ -166,10 +169,10 @@ def gather(max_chars: int) -> list[Document]:
             tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError):  # templates and deliberate breakage; no loss
             continue
-        documents += _code(tree, source, module, max_chars)
-        documents += _docstrings(tree, module, max_chars)
-        documents += _comments(source, module, max_chars)
-    documents += _topics(max_chars)
+        documents += _code(tree, source, module)
+        documents += _docstrings(tree, module)
+        documents += _comments(source, module)
+    documents += _topics()
     return documents
 
 
@@ -195,7 +198,7 @@ def _group(module: str) -> str:
     return re.sub(r"^_(py)?", "", top) or top
 
 
-def _code(tree: ast.Module, source: str, module: str, max_chars: int) -> Iterator[Document]:
+def _code(tree: ast.Module, source: str, module: str) -> Iterator[Document]:
     """Functions and classes without docstrings; a class that is too long gives its methods one by one."""
     lines = source.split("\n")  # not splitlines: ast counts only newlines, not form feeds
     seen: Counter[str] = Counter()
@@ -206,9 +209,9 @@ def _code(tree: ast.Module, source: str, module: str, max_chars: int) -> Iterato
                 continue
             name = prefix + node.name
             text = _without_docstrings(node, lines)
-            if len(text) > max_chars and isinstance(node, ast.ClassDef):
+            if len(text) > MAX_CHARS and isinstance(node, ast.ClassDef):
                 yield from visit(node.body, name + ".")
-            elif MIN_CHARS["code"] <= len(text) <= max_chars:
+            elif MIN_CHARS["code"] <= len(text) <= MAX_CHARS:
                 seen[name] += 1  # a property's setter has its getter's name
                 stem = f"code/{module}/{name}" + (f"~{seen[name]}" if seen[name] > 1 else "")
                 yield Document(stem, "code", text, f"cpython:{module}", _group(module))
@@ -236,7 +239,7 @@ def _without_docstrings(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Class
     return re.sub(r"\n{3,}", "\n\n", textwrap.dedent("\n".join(kept)).strip())
 
 
-def _docstrings(tree: ast.Module, module: str, max_chars: int) -> Iterator[Document]:
+def _docstrings(tree: ast.Module, module: str) -> Iterator[Document]:
     """Docstrings of the module and of all that is defined in it; a long one is cut at paragraphs."""
     seen: Counter[str] = Counter()
 
@@ -246,7 +249,7 @@ def _docstrings(tree: ast.Module, module: str, max_chars: int) -> Iterator[Docum
             seen[name] += 1
             number = f"~{seen[name]}" if seen[name] > 1 else ""
             stem = f"docstrings/{module}/{name or '__doc__'}{number}"
-            yield from _cut(text, stem, "docstrings", f"cpython:{module}", _group(module), max_chars)
+            yield from _cut(text, stem, "docstrings", f"cpython:{module}", _group(module))
         for child in ast.iter_child_nodes(node):
             own = getattr(child, "name", None) if isinstance(child, ast.stmt) else None
             yield from visit(child, f"{name}.{own}".lstrip(".") if own else name)
@@ -254,7 +257,7 @@ def _docstrings(tree: ast.Module, module: str, max_chars: int) -> Iterator[Docum
     yield from visit(tree, "")
 
 
-def _comments(source: str, module: str, max_chars: int) -> Iterator[Document]:
+def _comments(source: str, module: str) -> Iterator[Document]:
     """Runs of comment lines that read as prose (four fifths letters and spaces): reasons, algorithms,
     history."""
     block: list[str] = []
@@ -267,10 +270,10 @@ def _comments(source: str, module: str, max_chars: int) -> Iterator[Document]:
         block = []
         if len(text) >= MIN_CHARS["prose"] and sum(c.isalpha() or c == " " for c in text) >= 0.8 * len(text):
             stem = f"prose/{module}/L{number - 1}"
-            yield from _cut(text, stem, "prose", f"cpython:{module}", _group(module), max_chars)
+            yield from _cut(text, stem, "prose", f"cpython:{module}", _group(module))
 
 
-def _topics(max_chars: int) -> Iterator[Document]:
+def _topics() -> Iterator[Document]:
     """The language reference by topic. Topics quote each other, so a paragraph counts where it is seen
     first."""
     from pydoc_data.topics import topics
@@ -285,14 +288,14 @@ def _topics(max_chars: int) -> Iterator[Document]:
             seen.add(key)
         text = "\n\n".join(fresh).strip()
         stem, source = f"prose/topics/{topic}", "cpython:pydoc_data.topics"
-        yield from _cut(text, stem, "prose", source, f"topic:{topic}", max_chars)
+        yield from _cut(text, stem, "prose", source, f"topic:{topic}")
 
 
-def _cut(text: str, stem: str, domain: str, source: str, group: str, max_chars: int) -> Iterator[Document]:
-    """Cut a text at paragraphs into documents of at most `max_chars`; a heading begins a new one where it
+def _cut(text: str, stem: str, domain: str, source: str, group: str) -> Iterator[Document]:
+    """Cut a text at paragraphs into documents of at most `MAX_CHARS`; a heading begins a new one where it
     can.
 
-    A paragraph that is longer than `max_chars` by itself (a table, a grammar) is left out.
+    A paragraph that is longer than `MAX_CHARS` by itself (a table, a grammar) is left out.
     """
     parts: list[str] = []
     current = ""
@@ -300,10 +303,10 @@ def _cut(text: str, stem: str, domain: str, source: str, group: str, max_chars: 
         paragraph = paragraph.strip("\n")
         lines = paragraph.split("\n")
         heading = len(lines) > 1 and bool(_HEADING.match(lines[1].strip()))
-        if len(paragraph) > max_chars:
+        if len(paragraph) > MAX_CHARS:
             continue
-        full = len(current) + 2 + len(paragraph) > max_chars
-        if current and (full or (heading and len(current) > max_chars // 3)):
+        full = len(current) + 2 + len(paragraph) > MAX_CHARS
+        if current and (full or (heading and len(current) > MAX_CHARS // 3)):
             parts.append(current)
             current = ""
         current = f"{current}\n\n{paragraph}" if current else paragraph
@@ -328,58 +331,24 @@ def _without_duplicates(documents: Iterable[Document]) -> list[Document]:
     return kept
 
 
-def _draw(seed: int, name: str) -> str:
-    """A seeded draw that depends on the name alone: adding a module does not reorder the others."""
-    return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).hexdigest()
+def _shuffle_key(name: str) -> str:
+    """A random-looking key that depends on the name alone: adding a module does not reorder the others."""
+    return hashlib.blake2b(f"0:{name}".encode(), digest_size=8).hexdigest()
 
 
-def _heldout_groups(documents: Sequence[Document], share: float, seed: int) -> set[str]:
-    """Groups, in seeded order, until every domain has its share.
-
-    A group that is a quarter of a domain's share by itself, or overshoots it by a quarter, is passed over.
-    """
-    sizes: dict[str, Counter[str]] = defaultdict(Counter)
-    for document in documents:
-        sizes[document.group][document.domain] += 1
-    total = Counter(document.domain for document in documents)
-    target = {domain: min(share * total[domain], MAX_HELDOUT) for domain in DOMAINS}
-    limit = {domain: (1.25 * target[domain] + 1, 0.25 * target[domain] + 1) for domain in DOMAINS}
-    held: Counter[str] = Counter()
-    chosen: set[str] = set()
-    for group in sorted(sizes, key=lambda g: _draw(seed, g)):
-        size = sizes[group]
-        wanted = any(held[d] < target[d] for d in size)
-        fits = all(held[d] + size[d] <= limit[d][0] and size[d] <= limit[d][1] for d in size)
-        if wanted and fits:
-            chosen.add(group)
-            held += size
-    return chosen
-
-
-def _capped(documents: Iterable[Document], max_domain_chars: int) -> list[Document]:
-    """Documents in order until their domain has `max_domain_chars` characters."""
-    chars: Counter[str] = Counter()
-    kept = []
-    for document in documents:
-        if chars[document.domain] + len(document.text) <= max_domain_chars:
-            chars[document.domain] += len(document.text)
-            kept.append(document)
-    return kept
-
-
-def _prompts(documents: Sequence[Document], num_prompts: int) -> list[dict[str, str]]:
-    """The beginnings of training documents: a def line, a first sentence; distinct, domains in turn."""
-    share = -(-num_prompts // len(DOMAINS))
+def _prompts(documents: Sequence[Document]) -> list[dict[str, str]]:
+    """The beginnings of training documents: a def line, a first sentence; all distinct, as many of each domain."""
+    share = NUM_PROMPTS // len(DOMAINS)
     rows: list[dict[str, str]] = []
-    taken: Counter[str] = Counter()
+    num_of_domain: Counter[str] = Counter()
     seen: set[str] = set()
     for document in documents:
         prompt = _beginning(document)
-        if taken[document.domain] < share and len(prompt) >= 15 and prompt not in seen:
-            taken[document.domain] += 1
+        if num_of_domain[document.domain] < share and len(prompt) >= 15 and prompt not in seen:
+            num_of_domain[document.domain] += 1
             seen.add(prompt)
             rows.append({"id": document.id, "domain": document.domain, "prompt": prompt})
-    return rows[:num_prompts]
+    return rows
 
 
 def _beginning(document: Document) -> str:
@@ -399,7 +368,7 @@ def _table(documents: Sequence[Document]) -> pa.Table:
     return pa.table({**columns, "license": [LICENSE] * len(documents)})
 
 
-def _fingerprint(*parts: Sequence[Document]) -> str:
+def _digest(*parts: Sequence[Document]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(json.dumps([[d.id, d.text] for d in part]).encode())

@@ -1,154 +1,209 @@
-"""The command `kdata`: the dataset's commands of `kdata/cli.py`, a teacher's, and run, train and evaluate beside them."""
+"""The command `kdata`: the list of its commands, and what becomes of an error.
+
+A command's module is imported when the command is called, so `kdata --help` is fast.
+
+Whatever goes wrong ends as one line on stderr that starts with `error:`; where several things are wrong, each gets a further
+line, indented. Exit status:
+
+    0    done
+    1    refused: data, files, network, teacher, memory; or a check failed (verify, audit)
+    2    wrong usage: an unknown command or option, a wrong value of an option or of a setting (ConfigError)
+    130  stopped by Ctrl-C
+
+An exception that none of this names is a defect of kdata: it keeps its traceback, and asks for a report. `--debug` shows the
+traceback of every error.
+"""
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import sys
 import warnings
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from types import TracebackType
+from typing import Annotated, Any, NamedTuple
 
 import typer
-import yaml
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
-import kdata.pipelines.cli.datasets
-import kdata.pipelines.cli.plans  # registers score, select, plan
-import kdata.pipelines.cli.teachers  # noqa: F401  registers generate, capture, reread
-from kdata.config import parse_config, read_yaml
-from kdata.errors import KdataError, MissingError
-from kdata.format.files import write_atomically
-from kdata.observe.text import number
-from kdata.pipelines.cli.app import Resume, ResumeOption, SetOption, _with_settings, app, out
+import kdata
+from kdata.config import set_environment
+from kdata.errors import ConfigError, KdataError
 
 
-@app.command()
-def run(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe kdata brings.")
-    ],
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Run folder; runs/NAME if not given.")] = None,
-    set: SetOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
-    resume: ResumeOption = Resume.auto,
+class Entry(NamedTuple):
+    """A command: MODULE:FUNCTION in this folder, and the first line of its help."""
+
+    place: str
+    line: str
+
+
+COMMANDS: dict[str, dict[str, Entry]] = {
+    "Run everything": {
+        "run": Entry("train:run", "Run a recipe: capture, select, train, evaluate, report."),
+    },
+    "Make data": {
+        "capture": Entry("make:capture", "Have a teacher read text; keep its distributions."),
+        "generate": Entry("make:generate", "Have a teacher write text; keep its distributions."),
+        "reread": Entry("make:reread", "Have a second teacher read the rows of a dataset."),
+        "combine": Entry("make:combine", "Combine the distributions of several teachers."),
+        "import": Entry("make:import_", "Import another tool's logit dataset."),
+    },
+    "Choose": {
+        "score": Entry("choose:score", "Add a score to every row of a dataset."),
+        "select": Entry("choose:select", "Choose rows to train on: write a plan."),
+        "plan show": Entry("choose:show", "Show what a plan takes of each domain."),
+        "plan compare": Entry("choose:compare", "Show what two plans have in common."),
+    },
+    "Train": {
+        "train": Entry("train:train", "Train a student from a dataset; no teacher is needed."),
+        "evaluate": Entry("train:evaluate", "Measure a student on a held-out dataset."),
+    },
+    "Check": {
+        "verify": Entry("check:verify", "Check every byte of a dataset."),
+        "repair": Entry("check:repair", "Set damaged shards aside, so that the rest is a dataset again."),
+        "audit": Entry("check:audit", "Test whether a release reveals the teacher's weights."),
+    },
+    "Share": {
+        "push": Entry("share:push", "Copy a dataset to a folder or to the Hub."),
+        "export": Entry("share:export", "Write a dataset in another tool's format."),
+        "merge": Entry("share:merge", "Put the rows of several datasets into one."),
+        "split": Entry("share:split", "Cut a dataset into parts."),
+        "head": Entry("share:head", "Copy the first rows of a dataset."),
+    },
+    "Look": {
+        "info": Entry("look:info", "Show what a dataset is and how much it holds."),
+        "sql": Entry("look:sql", "Query a dataset in SQL."),
+        "status": Entry("look:status", "Show how far a run or a capture is."),
+        "report": Entry("look:report", "Write the report page of a run."),
+    },
+}
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+
+class Command(TyperCommand):
+    """A command whose help names arguments without their Python types."""
+
+    def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Arguments, then options."""
+        for title, kind in (("Arguments", "argument"), ("Options", "option")):
+            parameters = [p for p in self.get_params(ctx) if p.param_type_name == kind]
+            records = [record for p in parameters if (record := p.get_help_record(ctx)) is not None]
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl([(name.partition(" <")[0], text) for name, text in records])
+
+
+class Loaded(Mapping[str, Any]):
+    """Commands by name, each imported when it is asked for; those below `prefix` ("plan ")."""
+
+    def __init__(self, prefix: str) -> None:
+        entries = {name: entry for group in COMMANDS.values() for name, entry in group.items()}
+        self.prefix = prefix
+        self.entries = {name.removeprefix(prefix): e for name, e in entries.items() if name.startswith(prefix)}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(name.split(" ")[0] for name in self.entries))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.entries:
+            module, _, function = self.entries[name].place.partition(":")
+            one = typer.Typer(add_completion=False, rich_markup_mode=None)
+            one.command(name, cls=Command, context_settings=CONTEXT)(
+                getattr(import_module(f"kdata.pipelines.cli.{module}"), function)
+            )
+            return get_command(one)
+        if name not in list(iter(self)):
+            raise KeyError(name)
+        return Group(name=name, prefix=f"{self.prefix}{name} ", help="Look at plans.", **GROUP_SETTINGS)
+
+
+class Group(TyperGroup):
+    """A group of commands that are imported when they are called."""
+
+    def __init__(self, *, prefix: str = "", **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = Loaded(prefix)  # type: ignore[assignment]  # commands are not added later
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """Names, in the order of the table."""
+        return list(self.commands)
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run a command; without one, print the help."""
+        if not ctx._protected_args:
+            typer.echo(ctx.get_help())
+            return 0
+        return super().invoke(ctx)
+
+    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """The commands by what they are for, a line each."""
+        prefix = self.commands.prefix  # type: ignore[attr-defined]
+        groups = {
+            title: [(name.removeprefix(prefix), entry.line) for name, entry in group.items() if name.startswith(prefix)]
+            for title, group in COMMANDS.items()
+        }
+        width = max(len(name) for rows in groups.values() for name, _ in rows)
+        for title, rows in groups.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl([(name.ljust(width), line) for name, line in rows])
+
+
+GROUP_SETTINGS: dict[str, Any] = {"context_settings": CONTEXT, "rich_markup_mode": None}
+app = typer.Typer(
+    name="kdata",
+    help="Logit datasets: capture what a teacher believes, query it, share it, and train students offline.\n\n"
+    "`kdata COMMAND --help` explains a command.",
+    cls=Group,
+    pretty_exceptions_enable=False,
+    **GROUP_SETTINGS,
+)
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        typer.echo(f"kdata {kdata.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and exit.")
+    ] = False,
 ) -> None:
-    """Go the whole way: generate, capture, score, select, train, evaluate, report."""
-    from kdata.pipelines.recipe import load_recipe
-
-    resolved = load_recipe(recipe, set or [])
-    folder = out_dir or Path("runs") / resolved.name
-    if dry_run:
-        out.print(f"# would run into {folder}", highlight=False)
-        print(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), end="")
-        return
-    from kdata.pipelines.runner import execute
-
-    report = execute(resolved, folder, resume=resume.value)
-    results = json.loads((folder / "results.json").read_text())
-    out.print(students_table(results))
-    out.print(f"report: {report}", highlight=False, soft_wrap=True)
+    pass
 
 
-def students_table(results: dict[str, Any]) -> Table:
-    """One row per student: held-out NLL per domain and overall, KL to the teacher, top-1 agreement."""
-    students = list(results["students"].values())
-    domains = list(students[0]["domains"])
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title="Held-out text: NLL per domain and in all, KL to the teacher, top-1 agreement",
-        caption="NLL and KL in nats per token: lower is better",
-    )
-    table.add_column("student", no_wrap=True)
-    for column in (*domains, "all", "KL", "top-1"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for student in students:
-        overall = student["overall"]
-        table.add_row(
-            student["label"],
-            *(f"{student['domains'][d]['nll']:.3f}" for d in domains),
-            f"[bold]{overall['nll']:.3f}",
-            f"{overall['kl']:.3f}",
-            f"{overall['top1']:.1%}",
-        )
-    floor = [f"{students[0]['domains'][d]['teacher_nll']:.3f}" for d in domains]
-    table.add_section()
-    table.add_row("[dim]the teacher itself", *floor, f"{students[0]['overall']['teacher_nll']:.3f}", "", "")
-    return table
-
-
-# Lines of the table of one student: heading and format, by the figure's name.
-FIGURES = {
-    "nll": ("NLL", ".3f"), "teacher_nll": ("  of the teacher", ".3f"), "ppl": ("perplexity", ",.1f"),
-    "kl": ("KL(teacher || student)", ".3f"), "reverse_kl": ("reverse KL", ".3f"), "tv": ("total variation", ".3f"),
-    "top1": ("top-1 agreement", ".1%"), "top5": ("top-5 agreement", ".1%"), "ece": ("calibration error", ".2%"),
-    "teacher_ece": ("  of the teacher", ".2%"), "tokens": ("tokens", ",d"),
-}  # fmt: skip
-
-
-def evaluation_table(measured: dict[str, Any], label: str) -> Table:
-    """Every figure of one student, by domain and overall."""
-    caption = f"nats per token; KL is {measured['kl_is']}"
-    if measured["bounds_are"]:
-        caption += f"; reverse KL and total variation are {measured['bounds_are']}"
-    table = Table(
-        box=box.SIMPLE_HEAD, title=f"{label} on held-out text", title_justify="left", caption=caption,
-        caption_justify="left", padding=(0, 0, 0, 1),
-    )  # fmt: skip
-    scopes = {**measured["domains"], "all": measured["overall"]}
-    for column in ("", *scopes):
-        table.add_column(Text(column), justify="right" if column else "left")
-    for name, (heading, form) in FIGURES.items():
-        table.add_row(heading, *(number(figures[name], form) for figures in scopes.values()))
-    return table
-
-
-@app.command()
-def train(
-    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Logit dataset.")],
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for checkpoints, metrics and the model.")],
-    plan: Annotated[Path | None, typer.Option(help="Plan file, or the name of one in the dataset.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    file: Annotated[
-        Path | None, typer.Option("--config", help="YAML file of settings; --steps and --set go on top.")
-    ] = None,
-    set: SetOption = None,
-) -> None:
-    """Train a student from a dataset and a plan; the teacher is not needed."""
-    from kdata.trainer.config import TrainConfig
-    from kdata.trainer.train import train as work
-
-    given = {} if file is None else read_yaml(file)
-    values = _with_settings(given if steps is None else {**given, "steps": steps}, set)
-    config = parse_config(TrainConfig, values, "train settings" if file is None else str(file))
-    if plan is not None and len(plan.parts) == 1 and not plan.exists():
-        plan = dataset / "plans" / plan
-    work(config, dataset, plan, out_dir)
-    out.print(f"student: {out_dir / 'model'}", highlight=False, soft_wrap=True)
-
-
-@app.command()
-def evaluate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a trained student.")],
-    heldout: Annotated[Path, typer.Argument(metavar="DATASET", help="Logit dataset of held-out text.")],
-    save: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
-    set: SetOption = None,
-) -> None:
-    """Measure a student against a held-out logit dataset."""
-    from kdata.trainer.evaluate import EvaluateConfig
-    from kdata.trainer.evaluate import evaluate as work
-
-    if save is not None and not save.parent.is_dir():
-        raise MissingError(f"--save {save}: there is no folder {save.parent}; make it first")
-    measured = work(model, heldout, config=parse_config(EvaluateConfig, _with_settings({}, set), "evaluate settings"))
-    out.print(evaluation_table(measured, measured["label"]))
-    for task, scores in measured["tasks"].items():
-        out.print(f"{task}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()), highlight=False)
-    if save is not None:
-        write_atomically(save, json.dumps(measured, indent=2).encode() + b"\n")
+# Errors of libraries that reach the user in one line, where the library is loaded, and what to do.
+LIBRARY_ERRORS = {
+    "pyarrow": ("ArrowException", "the data cannot be read or written; `kdata verify` checks a dataset"),
+    "duckdb": ("Error", "check the query and the free memory and disk space"),
+    "pydantic": ("ValidationError", "check the file that it names"),
+    "yaml": ("YAMLError", "correct the YAML"),
+    "torch": ("OutOfMemoryError", "out of memory on the device; lower batch_tokens or micro_batch_tokens"),
+}
+ADVICE = {
+    errno.ENOSPC: "free some space on the disk",
+    errno.EDQUOT: "free some of the disk quota",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EROFS: "choose a folder that can be written",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "name a file, not a folder",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 
 # The extra that brings a package, for commands that start without it. Most stages say so themselves.
@@ -161,29 +216,102 @@ EXTRA_OF = {
 }
 
 
+def missing_package(error: BaseException) -> str | None:
+    """The package of an extra that is not installed, where that is what is wrong."""
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return package if package in EXTRA_OF else None
+
+
+def library_errors() -> tuple[type[BaseException], ...]:
+    """The error classes of LIBRARY_ERRORS whose library is loaded."""
+    loaded = [(sys.modules[name], kind) for name, (kind, _) in LIBRARY_ERRORS.items() if name in sys.modules]
+    return tuple(getattr(module, kind) for module, kind in loaded)
+
+
+def explained() -> tuple[type[BaseException], ...]:
+    """Every error that ends as one line."""
+    return (typer.TyperException, KdataError, OSError, MemoryError, UnicodeDecodeError, *library_errors())
+
+
+def status_and_text(error: BaseException) -> tuple[int, str]:
+    """Exit status, and the line that says what is wrong, where, and what to do."""
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        command = "kdata" if context is None else context.command_path
+        return error.exit_code, f"{error.format_message().rstrip('.')}; see `{command} --help`"
+    if isinstance(error, KdataError):
+        return 2 if isinstance(error, ConfigError) else 1, str(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return 1, f"out of memory{': ' + text if text else ''}; close other programs, or take smaller batches (--set)"
+    if isinstance(error, UnicodeDecodeError):
+        return 1, f"a file is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+    if isinstance(error, OSError):
+        what = error.strerror or text or type(error).__name__
+        return (
+            1,
+            f"{error.filename or 'input or output'}: {what}; {ADVICE.get(error.errno or 0, 'check the path and the disk')}",
+        )
+    [advice] = [
+        advice for name, (kind, advice) in LIBRARY_ERRORS.items()
+        if name in sys.modules and isinstance(error, getattr(sys.modules[name], kind))
+    ][:1]  # fmt: skip
+    return 1, f"{text}; {advice}"
+
+
+def flush_output() -> None:
+    """Write what is buffered; where that fails, drop it, so that the interpreter does not try again. Raises OSError."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def call(arguments: Sequence[str]) -> int:
+    """Run a command, print an error as one line on stderr, and return the exit status."""
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        try:
+            status = get_command(app).main(list(arguments), prog_name="kdata", standalone_mode=False) or 0
+        finally:
+            flush_output()
+    except BrokenPipeError:  # whoever read the output has seen enough: `kdata sql ... | head`
+        return 1
+    except explained() as error:
+        if "--debug" in arguments:
+            raise
+        status, text = status_and_text(error)
+        errors.print("[bold red]error:[/] ", end="")
+        errors.print(text, markup=False)
+    except ModuleNotFoundError as error:
+        package = missing_package(error)
+        if "--debug" in arguments or package is None:
+            raise
+        status = 1
+        errors.print("[bold red]error:[/] ", end="")
+        message = f"this command needs {package}, which is not installed: pip install 'kdata[{EXTRA_OF[package]}]'"
+        errors.print(message, markup=False)
+    except KeyboardInterrupt:
+        status = 130
+    if status == 130:
+        errors.print("stopped; the same command continues where it was")
+    return int(status)
+
+
+def report_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Show the traceback of an error that ended the program, and ask for a report of one that nobody expected."""
+    sys.__excepthook__(kind, error, trace)
+    if not isinstance(error, explained()):
+        print("error: this is a defect of kdata; please report the lines above and `kdata --version`", file=sys.stderr)
+
+
 def main() -> None:
-    """Entry point: one clear line and exit status 1 for what kdata refuses, a traceback only with --debug."""
+    """Entry point."""
+    set_environment()
     # vLLM and torch talk to stderr while they load; what matters of it reaches the user as an error of ours.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    errors = Console(stderr=True)
-    try:
-        app()
-    except KdataError as error:
-        if "--debug" in sys.argv:
-            raise
-        errors.print("[bold red]error:[/] ", end="")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if "--debug" in sys.argv or package not in EXTRA_OF:
-            raise
-        errors.print("[bold red]error:[/] ", end="")
-        message = f"this command needs {package}, which is not installed: pip install 'kdata[{EXTRA_OF[package]}]'"
-        errors.print(message, markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("stopped; the same command goes on where it was", highlight=False)
-        sys.exit(130)
+    sys.excepthook = report_defect
+    sys.exit(call(sys.argv[1:]))

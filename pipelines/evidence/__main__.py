@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 import torch
 import typer
 
-from kdata.pipelines.builtin.builtin import BuiltinConfig, ensure_corpus, ensure_reference, ensure_teacher
+from kdata.pipelines.builtin.builtin import builtin_reference, builtin_teacher, ensure_corpus
 from kdata.pipelines.evidence import offline, selection
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData
 from kdata.pipelines.evidence.runs import Figures, load_runs, run_all
@@ -168,13 +168,12 @@ def _sources(out: Path, options: dict[str, str | None]) -> dict[str, Any]:
         return named
     if all(path.exists() for path in beside.values()):
         return {**{name: str(path) for name, path in beside.items()}, **named}
-    cache, config = out / "builtin", BuiltinConfig()
-    builtin = {
-        "teacher": str(ensure_teacher(cache, config)),
-        "reference": str(ensure_reference(cache, config)),
-        "corpus": str(ensure_corpus(cache, config).corpus),
+    shipped = {
+        "teacher": str(builtin_teacher()),
+        "reference": str(builtin_reference()),
+        "corpus": str(ensure_corpus(out / "builtin").corpus),
     }
-    return {"train_tokens": 300_000, "steps": 40, **builtin, **named}
+    return {"train_tokens": 300_000, "steps": 40, **shipped, **named}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import kdata
+from kdata.config import set_environment
 from kdata.errors import KdataError
 from kdata.format.records import Shard, UnitResult
 from kdata.format.schema import DatasetInfo, TeacherInfo
@@ -31,6 +32,7 @@ Loader = Callable[[TeacherConfig, int], tuple[Teacher, Any]]
 
 def load_both(config: TeacherConfig, max_k: int) -> tuple[Teacher, Any]:
     """A teacher and its tokenizer. Errors as in `load_teacher` and `load_tokenizer`."""
+    set_environment()  # nothing has imported torch in this process yet
     teacher = load_teacher(config, max_k=max_k)
     return teacher, load_tokenizer(config.model, teacher.info.revision)
 

@@ -1,4 +1,4 @@
-"""The plots of a report: matplotlib figures as inline SVG, the same bytes for the same run."""
+"""The plots of a report: matplotlib figures as inline SVG. The same run gives the same bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset
 
 BASELINE = "ce"  # the student that never saw the teacher's distributions
-MAX_PANELS = 8  # domains that a plot shows; tables show all
+MAX_PANELS = 8  # domains in a plot; tables show all
 DOMAIN_COLOURS = (
     "everything",
     "ce",
@@ -35,7 +35,7 @@ DOMAIN_COLOURS = (
     "capture",
     "generate",
 )  # roles, one for each panel's line
-SMOOTHED = 5  # logged steps behind one point of a loss curve
+SMOOTHED = 5  # logged steps per point of a loss curve
 
 
 Students = dict[str, dict[str, Any]]  # by name, as `students` of results.json
@@ -65,12 +65,12 @@ def measure(student: dict[str, Any], key: str, domain: str | None = None) -> flo
 
 
 def label_of(name: str, student: dict[str, Any]) -> str:
-    """How tables and plots call a student."""
+    """The name of a student in tables and plots."""
     return one_line(student.get("label") or name, 40)
 
 
 def domains_of(students: Students) -> list[str]:
-    """Domains that any student was measured on, in the order of the first."""
+    """Domains that any student was measured on, in the order in which they first occur."""
     return list(dict.fromkeys(d for s in students.values() for d in s.get("domains") or {}))
 
 
@@ -84,10 +84,10 @@ def plans_of(dataset: Dataset | None) -> list[Plan]:
 
 def make_plots(run: Path, students: Students, dataset: Dataset | None) -> dict[str, Plot]:
     """All figures of the page, by name."""
-    mass = "Mean probability that the kept entries hold."
+    mass = "Probability that the stored entries cover, mean of a sequence."
     if dataset is not None and dataset.info.tail == "ghost":
-        mass += " What they do not hold is stored as one exact tail."
-    nll = "How surprised the teacher was, per sequence: low is easy text, or text of the teacher's own."
+        mass += " The rest is stored as one exact number."
+    nll = "How surprised the teacher was by each sequence: low means easy text, or text that the teacher wrote."
     logs = logs_of(run, students)
     mixture = _mixture(logs, students)
     return {
@@ -97,19 +97,21 @@ def make_plots(run: Path, students: Students, dataset: Dataset | None) -> dict[s
         "domains": _domains(students),
         "difference": _difference(dataset),
         "shares": _shares(dataset),
-        "kept_mass": _rows(dataset, "kept_mass", "Kept mass", "kept probability mass, mean of a sequence", mass),
+        "kept_mass": _rows(
+            dataset, "kept_mass", "Stored probability", "probability of the stored entries, mean of a sequence", mass
+        ),
         "nll": _rows(dataset, "nll", "The teacher's NLL", "teacher's NLL, nats per target token", nll),
     }
 
 
 def palette(students: Students) -> dict[str, str]:
-    """A colour role for each student: the usual three have their own."""
+    """The color role of each student; the three of the demo have fixed ones."""
     others = [n for n in students if n not in (BASELINE, "everything", "plan")]
     return {n: f"x{others.index(n) % 3 + 1}" if n in others else n for n in students}
 
 
 def logs_of(run: Path, students: Students) -> dict[str, Path]:
-    """metrics.jsonl of each student, in results.json or not. Paths that leave the run are ignored."""
+    """The metrics.jsonl of each student, in results.json or not. Paths outside the run are ignored."""
     names = [
         *students,
         *sorted(p.parent.name for p in run.glob("students/*/metrics.jsonl") if p.parent.name not in students),
@@ -123,7 +125,7 @@ def logs_of(run: Path, students: Students) -> dict[str, Path]:
 
 
 def _steps(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a metrics file, up to the first that a kill has torn."""
+    """Lines of a metrics file, up to the first one that a kill left incomplete."""
     for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
         try:
             values = json.loads(line)
@@ -135,10 +137,10 @@ def _steps(path: Path) -> Iterator[dict[str, Any]]:
 
 def _curves(logs: dict[str, Path], students: Students) -> Plot:
     title = "Loss while training"
-    steps = {name: found for name, path in logs.items() if (found := list(_steps(path)))}
+    steps = {name: lines for name, path in logs.items() if (lines := list(_steps(path)))}
     if not steps:
         return Plot(title, "Training has not run: there is no metrics.jsonl.")
-    shared = set.intersection(*(set(found[-1]) for found in steps.values()))
+    shared = set.intersection(*(set(lines[-1]) for lines in steps.values()))
     key = next((k for k in ("cross_entropy", "forward_kl") if k in shared), "loss")
     across = "tokens" if "tokens" in shared else "step"
     smooth = min(map(len, steps.values())) >= 4 * SMOOTHED
@@ -160,34 +162,34 @@ def _curves(logs: dict[str, Path], students: Students) -> Plot:
         lambda value, _: f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
     )
     axes.grid(axis="y")
-    caption = f"Thick: mean of the last {SMOOTHED} logged steps. " if smooth else ""
-    caption += "On each student's own training text"
+    caption = f"Thick line: mean of the last {SMOOTHED} logged steps. " if smooth else ""
+    caption += "Measured on each student's own training text"
     same = (
         ", the same objective for all."
         if key != "loss"
-        else "; each minimises its own objective, so heights cannot be compared."
+        else "; each minimizes its own objective, so the heights cannot be compared."
     )
     return Plot(title, caption + same, _svg(figure, "curves"))
 
 
 def _mixture(logs: dict[str, Path], students: Students) -> Plot | None:
-    """Domain weights that a trainer's mixture set while it trained, a panel a student; None where no student had one."""
-    told: dict[str, list[tuple[float, dict[str, float]]]] = {}
+    """Domain weights over training, one panel per student; None where no student had a mixture."""
+    by_student: dict[str, list[tuple[float, dict[str, float]]]] = {}
     for name, path in logs.items():
-        found = [(finite(s.get("step")), _weights(s.get("mixture"))) for s in _steps(path)]
-        periods = [(step - 1, weights) for step, weights in found if step is not None and weights]
+        lines = [(finite(s.get("step")), _weights(s.get("mixture"))) for s in _steps(path)]
+        periods = [(step - 1, weights) for step, weights in lines if step is not None and weights]
         if periods:
-            ends = max(step for step, _ in found if step is not None)
-            told[name] = [*periods, (ends, periods[-1][1])]
-    if not told:
+            ends = max(step for step, _ in lines if step is not None)
+            by_student[name] = [*periods, (ends, periods[-1][1])]
+    if not by_student:
         return None
-    shown = list(told)[:MAX_PANELS]
-    domains = list(dict.fromkeys(d for name in shown for _, weights in told[name] for d in weights))
+    shown = list(by_student)[:MAX_PANELS]
+    domains = list(dict.fromkeys(d for name in shown for _, weights in by_student[name] for d in weights))
     figure, panels = _figure(0.75 + 1.5 * len(shown), len(shown))
     for axes, name in zip(panels, shown, strict=True):
-        steps = [step for step, _ in told[name]]
+        steps = [step for step, _ in by_student[name]]
         for domain, role in zip(domains[:MAX_PANELS], DOMAIN_COLOURS, strict=False):
-            shares = [100 * weights.get(domain, 0.0) for _, weights in told[name]]
+            shares = [100 * weights.get(domain, 0.0) for _, weights in by_student[name]]
             label = one_line(domain, 20)
             axes.step(steps, shares, where="post", color=COLOURS[role], linewidth=1.6, label=label)
         axes.set_title(label_of(name, students.get(name, {})), loc="left", pad=3)
@@ -199,34 +201,34 @@ def _mixture(logs: dict[str, Path], students: Students) -> Plot | None:
     return Plot("Domain weights while training", caption + _left_out(len(domains)), _svg(figure, "mixture"))
 
 
-def _weights(told: object) -> dict[str, float]:
-    """Finite weights of a metrics line's `mixture`; empty where it holds none."""
-    weights = told.get("weights") if isinstance(told, dict) else None
-    found = {str(d): finite(w) for d, w in weights.items()} if isinstance(weights, dict) else {}
-    return {d: w for d, w in found.items() if w is not None}
+def _weights(mixture: object) -> dict[str, float]:
+    """The finite weights in a metrics line's `mixture`; empty where there are none."""
+    weights = mixture.get("weights") if isinstance(mixture, dict) else None
+    values = {str(d): finite(w) for d, w in weights.items()} if isinstance(weights, dict) else {}
+    return {d: w for d, w in values.items() if w is not None}
 
 
 def _domains(students: Students) -> Plot:
-    title = "Held-out NLL by domain"
+    title = "Loss on unseen text, by domain"
     measured = {n: s for n, s in students.items() if measure(s, "nll") is not None or domains_of({n: s})}
     if not measured:
-        return Plot(title, "Evaluation has not run: there are no held-out numbers.")
+        return Plot(title, "Evaluation has not run: no student was measured.")
     domains = [*domains_of(measured)[:MAX_PANELS], None]
     roles = palette(students)
     series = [(label_of(n, s), roles[n], [measure(s, "nll", d) for d in domains]) for n, s in measured.items()]
     floor = [first_of(measured, "teacher_nll", d) for d in domains]
     names = ["all domains" if d is None else one_line(d, 20) for d in domains]
-    svg = _bars("domains", names, series, "NLL on held-out text, nats per token (lower is better)", ".3f", floor)
-    caption = "The line is the teacher's own NLL on the same text: what a perfect copy of it would reach."
+    svg = _bars("domains", names, series, "loss on unseen text, nats per token (lower is better)", ".3f", floor)
+    caption = "The black line is the teacher's own loss on the same text: a perfect copy of the teacher would reach it."
     return Plot(title, caption + _left_out(len(domains_of(measured))), svg)
 
 
 def _calibration(students: Students) -> Plot:
-    """Accuracy against confidence of the likeliest token: students, and the teacher where it is known."""
+    """Accuracy against confidence of the most probable token, for the students and, where known, the teacher."""
     title = "Calibration: how often the first choice is right"
-    told = {n: c for n, s in students.items() if isinstance(c := s.get("calibration"), dict)}
-    lines = [(label_of(n, students[n]), palette(students)[n], _bins(c.get("student"))) for n, c in told.items()]
-    teacher = next((bins for c in told.values() if (bins := _bins(c.get("teacher")))), [])
+    measured = {n: c for n, s in students.items() if isinstance(c := s.get("calibration"), dict)}
+    lines = [(label_of(n, students[n]), palette(students)[n], _bins(c.get("student"))) for n, c in measured.items()]
+    teacher = next((bins for c in measured.values() if (bins := _bins(c.get("teacher")))), [])
     if not any(bins for _, _, bins in lines):
         return Plot(title, "No calibration was recorded." if students else "Evaluation has not run.")
     figure, [axes] = _figure(3.4)
@@ -239,7 +241,9 @@ def _calibration(students: Students) -> Plot:
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.grid(axis="y")
     errors = [
-        f"{label_of(n, students[n])} {100 * e:.2f} %" for n in told if (e := measure(students[n], "ece")) is not None
+        f"{label_of(n, students[n])} {100 * e:.2f} %"
+        for n in measured
+        if (e := measure(students[n], "ece")) is not None
     ]
     floor = first_of(students, "teacher_ece", None)
     errors += [] if floor is None else [f"teacher {100 * floor:.2f} %"]
@@ -248,9 +252,9 @@ def _calibration(students: Students) -> Plot:
     )
 
 
-def _bins(told: object) -> list[tuple[float, float]]:
-    """(confidence, accuracy) of the bins of results.json that are numbers."""
-    bins = [b for b in told if isinstance(b, dict)] if isinstance(told, list) else []
+def _bins(recorded: object) -> list[tuple[float, float]]:
+    """(confidence, accuracy) of the bins in results.json, malformed ones left out."""
+    bins = [b for b in recorded if isinstance(b, dict)] if isinstance(recorded, list) else []
     pairs = [(finite(b.get("confidence")), finite(b.get("accuracy"))) for b in bins]
     return [(c, a) for c, a in pairs if c is not None and a is not None]
 
@@ -281,12 +285,12 @@ def _shares(dataset: Dataset | None) -> Plot:
                 )
     stale = [p.info.name for p in plans if p.dataset_digest != dataset.content_digest]
     set_by = {p.info.name: p.info.parameters.get("weights") is not None for p in plans}
-    caption = "What selection did to the mixture."
+    caption = "How selection changed the mixture of domains."
     if not any(set_by.values()):
-        caption += " No weights were set, sequences were chosen one by one."
+        caption += " No weights were set: sequences were selected one by one."
     elif weighed := [one_line(name, 20) for name, by_weight in set_by.items() if by_weight]:
-        caption += f" By weights that were set: {', '.join(weighed)}."
-    caption += f" Made for an earlier state of the dataset: {', '.join(stale)}." if stale else ""
+        caption += f" Weights were set for: {', '.join(weighed)}."
+    caption += f" Computed for an earlier state of the dataset: {', '.join(stale)}." if stale else ""
     return Plot(title, caption + _left_out(len(domains)), _bars("shares", names, series, "share of tokens, %", ".1f"))
 
 
@@ -316,8 +320,8 @@ def _difference(dataset: Dataset | None) -> Plot:
         ]
     label = f"NLL of {score} − NLL of the teacher, nats per target token"
     caption = f"{len(values):,} of {dataset.num_rows:,} sequences are scored. To the right: text that a small "
-    caption += "model has yet to learn"
-    caption += f"; the least that difference sampling kept is {cut:.3f}." if cut is not None else "."
+    caption += "model has not learned yet"
+    caption += f"; difference sampling kept everything from {cut:.3f} on." if cut is not None else "."
     return _histograms("difference", title, caption, table["domain"].to_pylist(), values, kinds, label, cut)
 
 
@@ -392,7 +396,7 @@ def _bars(
     form: str,
     marks: list[float | None] | None = None,
 ) -> Markup:
-    """Horizontal bars from zero, a group per domain, values at their ends; `marks` cross a whole group."""
+    """Horizontal bars from zero, one group per domain, values at their ends; a mark crosses its whole group."""
     figure, [axes] = _figure(0.85 + len(groups) * (0.14 + 0.19 * len(series)))
     height = 0.84 / len(series)
     for i, (label, role, values) in enumerate(series):
@@ -415,7 +419,7 @@ def _bars(
 
 
 def _figure(height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of the page's width with `rows` axes below each other that share their x axis."""
+    """A figure of the page's width: `rows` axes below each other with a shared x axis."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
 

@@ -1,8 +1,8 @@
-"""The report of a run: one self-contained HTML page whose every number is read from the run's files.
+"""The report of a run: one self-contained HTML page. Every number on it is read from the run's files.
 
-RUN/results.json, RUN/students/NAME/metrics.jsonl, RUN/dataset and RUN/heldout go in, RUN/report.html comes
-out. What a partial run lacks is named as not run. Plots are inline SVG with text as text; their colours are
-CSS variables, so that the page follows the reader's light or dark setting. Same files, same bytes.
+It reads RUN/results.json, RUN/students/NAME/metrics.jsonl, RUN/dataset and RUN/heldout, and writes RUN/report.html.
+Where a part has not run yet, the page says so. Plots are inline SVG; their colors are CSS variables, so the page
+follows the reader's light or dark setting. The same files give the same bytes.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from kdata.share.card import facts, flatten
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 
-TIE = 0.0005  # nats: differences that the three decimals of the tables do not show
+TIE = 0.0005  # nats: the three decimals of the tables do not show a smaller difference
 Kind = Literal["better", "worse", "mixed", "equal", "missing"]
 
 
 class _Student(BaseModel):
-    """The shape of a student in results.json that the page relies on; a run may write more, or less."""
+    """What the page needs to know of a student in results.json; a run may write more, or less."""
 
     model_config = ConfigDict(extra="allow")
     domains: dict[str, dict[str, Any]] = {}
@@ -55,7 +55,7 @@ class _Student(BaseModel):
 
 
 class _Results(BaseModel):
-    """The same for the whole of results.json."""
+    """What the page needs to know of results.json as a whole."""
 
     model_config = ConfigDict(extra="allow")
     students: dict[str, _Student] = {}
@@ -66,7 +66,7 @@ class _Results(BaseModel):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether distillation helped: one sentence, and the numbers that it rests on."""
+    """Whether distillation helped: one sentence, and the numbers behind it."""
 
     kind: Kind
     headline: str
@@ -84,7 +84,7 @@ def write_report(run: Path) -> Path:
     results = read_results(run / "results.json")
     dataset, heldout = _open(run / "dataset"), _open(run / "heldout")
     if dataset is None and results is None:
-        raise MissingError(f"{run} holds neither dataset/ nor results.json; make a run with `kdata run RECIPE`")
+        raise MissingError(f"{run} holds neither dataset/ nor results.json; start a run with `kdata run RECIPE`")
     results = results or {}
     students = results.get("students", {})
     ran = stages(run, results, dataset, heldout)
@@ -100,6 +100,7 @@ def write_report(run: Path) -> Path:
     page = environment.get_template("report.html.j2").render(
         name=one_line(results.get("name") or run.resolve().name),
         verdict=verdict(students),
+        introduction=introduction(students, dataset),
         students=students,
         grid=grid(students),
         plots=plots,
@@ -135,20 +136,25 @@ def write_report(run: Path) -> Path:
 
 
 def read_results(path: Path) -> dict[str, Any] | None:
-    """Read results.json; None where the run has none. Checks what the page takes for granted of its shape."""
+    """Read results.json and check its shape; None where the run has none.
+
+    Raises:
+        FormatError: it is of a newer format.
+        CorruptError: it is not JSON, or not of the expected shape.
+    """
     if not path.exists():
         return None
     try:
         results = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise CorruptError(f"{path} is not JSON ({error}); run `kdata run` again to make it anew") from error
+        raise CorruptError(f"{path} is not JSON ({error}); run `kdata run` again to write it again") from error
     if not isinstance(results, dict) or results.get("format") != 1:
         stated = results.get("format") if isinstance(results, dict) else None
-        raise FormatError(f"{path} has format {stated!r}, this kdata reads 1; upgrade kdata, or run again")
+        raise FormatError(f"{path} has format {stated!r}, but this kdata reads format 1; upgrade kdata, or run again")
     try:
         return _Results.model_validate(results).model_dump()
     except ValidationError as error:
-        raise CorruptError(f"{path}: {first_problem(error)}; run `kdata run` again to make it anew") from error
+        raise CorruptError(f"{path}: {first_problem(error)}; run `kdata run` again to write it again") from error
 
 
 def _open(path: Path) -> Dataset | None:
@@ -156,13 +162,14 @@ def _open(path: Path) -> Dataset | None:
 
 
 def verdict(students: Students) -> Verdict:
-    """Compare each distilled student with the cross-entropy one, on held-out NLL and KL to the teacher."""
+    """Compare each distilled student with the one that learned from text alone, on held-out NLL and KL to the teacher."""
     base = students.get(BASELINE, {})
     measured = {n: s for n, s in students.items() if n != BASELINE and measure(s, "nll") is not None}
     if measure(base, "nll") is None or not measured:
-        lacking = "cross-entropy student" if measured else "distilled student" if base else "student"
+        lacking = "student trained on text alone" if measured else "distilled student" if base else "student"
         return Verdict("missing", f"No verdict: no {lacking} has been evaluated on held-out text.")
     details = [_comparison(name, student, base) for name, student in measured.items()]
+    details += _selection(measured)
     for key, what in (("steps", "numbers of steps"), ("params", "sizes")):
         values = {s[key] for s in (base, *measured.values()) if finite(s.get(key)) is not None}
         if len(values) > 1:
@@ -179,21 +186,22 @@ def verdict(students: Students) -> Verdict:
 def _headline(kind: str, count: int, signs: set[tuple[int, ...]], winners: list[str], has_kl: bool) -> str:
     """The verdict in one sentence, about `count` distilled students."""
     who = {1: "the distilled student", 2: "both distilled students"}.get(count, "all distilled students")
-    verb, beat = ("is", "beats") if count == 1 else ("are", "beat")
-    what = "NLL and KL to the teacher" if has_kl else "NLL (KL was not measured for all)"
+    verb, predict, end = ("is", "predicts", "ends") if count == 1 else ("are", "predict", "end")
+    other = "the student trained on text alone"
+    closer = ", and {} closer to the teacher" if has_kl else " (closeness to the teacher was not measured for all)"
     if kind == "better":
-        return f"Yes: {who} {beat} the cross-entropy student on held-out {what}."
+        return f"Distillation helped: {who} {predict} unseen text better than {other}{closer.format(end)}."
     if kind == "worse":
-        return f"No: {who} {verb} worse than the cross-entropy student on held-out {what}."
+        return f"Distillation did not help: {who} {verb} worse than {other}."
     if kind == "equal":
-        return f"No difference: {who} and the cross-entropy student agree on held-out {what}."
+        return f"No difference: {who} and {other} measure the same."
     if signs == {(-1, 1)}:
-        return f"Mixed: {who} {verb} closer to the teacher (KL) than the cross-entropy one, but worse in NLL."
+        return f"Mixed: {who} {end} closer to the teacher than {other}, but {predict} unseen text worse."
     if signs == {(1, -1)}:
-        return f"Mixed: {who} {verb} better in NLL than the cross-entropy one, but further from the teacher."
+        return f"Mixed: {who} {predict} unseen text better than {other}, but {end} further from the teacher."
     if winners:
-        return f"Mixed: on held-out {what}, only “{'”, “'.join(winners)}” wins on every count."
-    return f"Mixed: no distilled student beats the cross-entropy one on all of held-out {what}."
+        return f"Mixed: only “{'”, “'.join(winners)}” beats {other} on every count."
+    return f"Mixed: no distilled student beats {other} on every count."
 
 
 def _signs(base: dict[str, Any], student: dict[str, Any]) -> dict[str, int]:
@@ -212,26 +220,64 @@ def _outcome(base: dict[str, Any], student: dict[str, Any]) -> Kind:
 
 
 def _comparison(name: str, student: dict[str, Any], base: dict[str, Any]) -> str:
-    """One student against the baseline, in words and numbers."""
+    """One student against the one trained on text alone, in words; the table beside it has the numbers."""
     parts = []
-    for key, what in (("nll", "NLL"), ("kl", "KL")):
+    for key, what in (("nll", "loss"), ("kl", "distance to the teacher")):
         before, after = measure(base, key), measure(student, key)
         if before is None or after is None:
             continue
-        gap = before - after
-        side = "lower" if gap > 0 else "higher"
-        share = f", {abs(gap) / before:.1%}" if before > 0 else ""
-        change = "the same" if abs(gap) < TIE else f"{abs(gap):.3f} {side}{share}"
-        parts.append(f"{what} {after:.3f} against {before:.3f} ({change})")
+        gap, floor = before - after, measure(student, "teacher_nll")
+        share = f"{abs(gap) / before:.1%} " if before > 0 else ""
+        part = f"{what} the same" if abs(gap) < TIE else f"{what} {share}{'lower' if gap > 0 else 'higher'}"
+        if key == "nll" and floor is not None and gap >= TIE and before > floor:
+            part += f" ({gap / (before - floor):.0%} of the way to the teacher)"
+        parts.append(part)
     shared = [d for d in domains_of({"a": base}) if measure(student, "nll", d) is not None]
     gains = [(measure(base, "nll", d) or 0.0) - (measure(student, "nll", d) or 0.0) for d in shared]
     if gains:
-        parts.append(f"lower NLL in {sum(g >= TIE for g in gains)} of {len(gains)} domains")
-    return f"{label_of(name, student)}: {'; '.join(parts)}."
+        parts.append(f"lower loss in {sum(g >= TIE for g in gains)} of {len(gains)} domains")
+    return f"“{label_of(name, student)}” against “{label_of(BASELINE, base)}”: {', '.join(parts)}."
+
+
+def _selection(measured: Students) -> list[str]:
+    """Whether choosing part of the data helped, where a student on the plan and one on everything were measured."""
+    everything, plan = measured.get("everything"), measured.get("plan")
+    if everything is None or plan is None:
+        return []
+    gap = (measure(everything, "nll") or 0.0) - (measure(plan, "nll") or 0.0)
+    names = f"“{label_of('plan', plan)}”", f"“{label_of('everything', everything)}”"
+    if abs(gap) < TIE:
+        return [f"Selecting part of the data made no difference: {names[0]} and {names[1]} have the same loss."]
+    outcome, side = ("helped", "below") if gap > 0 else ("did not help", "above")
+    return [
+        f"Selecting part of the data {outcome}: the loss of {names[0]} is {abs(gap):.3f} {side} that of {names[1]}."
+    ]
+
+
+def introduction(students: Students, dataset: Dataset | None) -> str:
+    """What was compared, in plain words; empty where nothing was evaluated."""
+    if not students:
+        return ""
+    sizes = {s["params"] for s in students.values() if finite(s.get("params")) is not None}
+    size = f" of {next(iter(sizes)) / 1e6:.1f} million parameters each" if len(sizes) == 1 else ""
+    many = {1: "One small language model", 2: "Two small language models", 3: "Three small language models"}.get(
+        len(students), f"{len(students)} small language models"
+    )
+    tokens = f" of {dataset.num_tokens:,} tokens" if dataset is not None and dataset.num_tokens else ""
+    parts = [
+        f"{many}{size}, the students, learned from a dataset{tokens}. Beside every token it stores what another model, "
+        "the teacher, held likely there."
+    ]
+    if BASELINE in students and len(students) > 1:
+        label = label_of(BASELINE, students[BASELINE])
+        parts.append(f"The student “{label}” saw only the text, the others also what the teacher held likely.")
+    parts.append("They trained from the dataset alone, without the teacher.")
+    parts.append("The numbers are for text that no student has read.")
+    return " ".join(parts)
 
 
 def best(students: Students, key: str, domain: str | None = None, *, largest: bool = False) -> set[str]:
-    """Names of the students with the best value, to three decimals; none where nobody is ahead."""
+    """Names of the students with the best value, rounded to three decimals; empty where all are equal."""
     values = {n: round(v, 3) for n, s in students.items() if (v := measure(s, key, domain)) is not None}
     if len(set(values.values())) < 2:
         return set()
@@ -263,16 +309,16 @@ def grid(students: Students) -> list[dict[str, Any]]:
 
 def prompts(students: Students) -> list[tuple[str, str, dict[str, str]]]:
     """Samples side by side: domain, prompt, and each student's text by its name."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
+    by_prompt: dict[tuple[str, str], dict[str, str]] = {}
     for name, student in students.items():
         for sample in student.get("samples") or []:
             key = (str(sample.get("domain", "")), str(sample.get("prompt", "")))
-            found.setdefault(key, {})[name] = str(sample.get("text", ""))
-    return [(domain, prompt, texts) for (domain, prompt), texts in found.items()]
+            by_prompt.setdefault(key, {})[name] = str(sample.get("text", ""))
+    return [(domain, prompt, texts) for (domain, prompt), texts in by_prompt.items()]
 
 
 def _kl_note(students: Students, heldout: Dataset | None) -> str:
-    """How the KL was estimated, as evaluation says or as the held-out set's tail implies."""
+    """How the KL was estimated: as evaluation recorded it, or as the held-out dataset's tail implies."""
     stated = sorted({one_line(s["kl_is"]) for s in students.values() if isinstance(s.get("kl_is"), str)})
     if stated:
         return "; ".join(stated)
@@ -281,7 +327,7 @@ def _kl_note(students: Students, heldout: Dataset | None) -> str:
 
 
 def _bounds_note(students: Students) -> str:
-    """What reverse KL and total variation are, as evaluation says; empty where it does not."""
+    """What reverse KL and total variation are, where evaluation recorded it; else empty."""
     stated = sorted({one_line(s["bounds_are"]) for s in students.values() if isinstance(s.get("bounds_are"), str)})
     return f"Reverse KL and total variation are {'; '.join(stated)}." if stated else ""
 
@@ -289,7 +335,7 @@ def _bounds_note(students: Students) -> str:
 def stages(
     run: Path, results: dict[str, Any], dataset: Dataset | None, heldout: Dataset | None
 ) -> list[dict[str, Any]]:
-    """What ran, judged by what is there (`found` is None where nothing is); what it took as in results.json."""
+    """One row per stage: what it wrote (`wrote` is None where it has not run), and its cost from results.json."""
     recorded = {str(s.get("name")): _took(s) for s in results.get("stages", [])}
     students = results.get("students", {})
     measured = [n for n, s in students.items() if measure(s, "nll") is not None]
@@ -306,16 +352,16 @@ def stages(
     }
     parts = {n: one for n, one in recorded.items() if n not in evidence}
     rows = []
-    for name, found in evidence.items():
-        rows.append({"name": name, "found": found or None, "took": recorded.get(name), "part": False})
+    for name, wrote in evidence.items():
+        rows.append({"name": name, "wrote": wrote or None, "took": recorded.get(name), "part": False})
         inner = [n for n in parts if n.startswith(f"{name} ")]
-        rows += [{"name": n, "found": "", "took": parts.pop(n), "part": True} for n in inner]
-    others = [{"name": n, "found": "", "took": one, "part": False} for n, one in parts.items()]
+        rows += [{"name": n, "wrote": "", "took": parts.pop(n), "part": True} for n in inner]
+    others = [{"name": n, "wrote": "", "took": one, "part": False} for n, one in parts.items()]
     return others + rows
 
 
 def _took(stage: dict[str, Any]) -> Took:
-    """What results.json says that a stage took; nothing where it says nonsense."""
+    """Time and cost of a stage in results.json; nothing but the name where the entry is malformed."""
     try:
         return Took.model_validate(stage)
     except ValidationError:
@@ -323,13 +369,13 @@ def _took(stage: dict[str, Any]) -> Took:
 
 
 def whole(rows: list[dict[str, Any]]) -> Took | None:
-    """What all stages took together; None where no time was recorded."""
+    """Time and cost of all stages together; None where no time was recorded."""
     parts = [row["took"] for row in rows if not row["part"] and row["took"] is not None]
     return total([p for p in parts if p.seconds is not None]) if any(p.seconds for p in parts) else None
 
 
 def teacher_tokens(rows: list[dict[str, Any]]) -> str:
-    """How many tokens the teacher read and wrote, in words; empty where none were counted."""
+    """How many tokens the teacher read and wrote, as a sentence; empty where none were counted."""
     counted = {row["name"]: row["took"].tokens for row in rows if row["took"] is not None}
     read, written = counted.get("capture", 0) + counted.get("heldout", 0), counted.get("generate", 0)
     words = [f"{what} {count:,} tokens" for what, count in (("read", read), ("wrote", written)) if count]
@@ -337,7 +383,7 @@ def teacher_tokens(rows: list[dict[str, Any]]) -> str:
 
 
 def _written(dataset: Dataset | None, kind: str) -> str:
-    """Rows that sources of this kind wrote, and whether they are all there; empty where there is none."""
+    """How many rows the sources of this kind wrote, and whether they are finished; empty where there are none."""
     sources = {n: s for n, s in dataset.info.sources.items() if s.kind == kind} if dataset else {}
     if dataset is None or not sources:
         return ""

@@ -50,7 +50,9 @@ from kdata.teachers.config import TeacherConfig
 def test_each_mistake_names_key_value_and_nearest(model: type, values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         parse_config(model, values, "capture settings")
-    assert str(caught.value).startswith("capture settings:\n")
+    first, *others = str(caught.value).splitlines()
+    assert first.startswith("capture settings:") and all(line.startswith("  ") for line in others)
+    assert len(others) != 1, "one problem stands on the first line"
 
 
 def test_every_problem_is_listed_on_a_line_of_its_own() -> None:
@@ -59,7 +61,7 @@ def test_every_problem_is_listed_on_a_line_of_its_own() -> None:
     assert len(str(caught.value).splitlines()) == 4
 
 
-def test_set_puts_values_in_by_dotted_key_and_reads_them_as_yaml() -> None:
+def test_set_assigns_a_dotted_key_and_reads_the_value_as_yaml() -> None:
     before = {"capture": {"k": 64, "corpus": {"path": "a"}}, "steps": 3}
     after = apply_settings(
         before,
@@ -83,12 +85,12 @@ def test_set_puts_values_in_by_dotted_key_and_reads_them_as_yaml() -> None:
 
 
 @pytest.mark.parametrize("setting", ["capture.k", "=5", "capture.k=[1"])
-def test_a_setting_that_is_none_is_refused(setting: str) -> None:
+def test_a_malformed_set_option_is_refused(setting: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         apply_settings({}, [setting])
 
 
-def test_a_yaml_file_must_be_there_and_hold_a_mapping(tmp_path: Path) -> None:
+def test_a_yaml_file_must_exist_and_hold_a_mapping(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"no.yaml does not exist"):
         read_yaml(tmp_path / "no.yaml")
     for content in (b"- a list", b"a: [", b"\xff\xfe\x00", b""):
@@ -108,7 +110,7 @@ def test_a_difference_has_one_line_for_each_setting() -> None:
     assert settings_difference(before, dict(before)) == ""
 
 
-def test_every_error_is_kdata_s_and_the_standard_library_s_and_can_be_pickled() -> None:
+def test_every_error_inherits_a_standard_error_and_can_be_pickled() -> None:
     kinds = [
         e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, KdataError) and e is not KdataError
     ]

@@ -26,10 +26,12 @@ import kdata
 from kdata.check.verify import verify
 from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, MismatchError, StorageError, TeacherError
+from kdata.format.files import journal_of
 from kdata.format.keep import KeepConfig
 from kdata.jobs.job import Engine, LocalEngine, run_job
 from kdata.jobs.reading import CaptureConfig, CaptureJob
 from kdata.jobs.writing import GenerateConfig, GenerateJob
+from kdata.observe.journal import read_journal
 from kdata.pipelines.ray import engine as ray_engine
 from kdata.pipelines.ray.engine import RayEngine
 from kdata.pipelines.ray.workers import RayConfig
@@ -58,6 +60,7 @@ class Scripted(StandInTeacher):
         poison: a process that reads these token ids kills itself.
         fail_at: raise ConfigError at this call.
         sleep_sec: before each call.
+        pause_sec: after each sequence that is read.
     """
 
     def __init__(self, folder: Path, script: dict[str, Any]) -> None:
@@ -95,7 +98,14 @@ class Scripted(StandInTeacher):
         """See `Teacher.read`."""
         if any(ids.tolist() == self._script.get("poison") for ids in sequences):
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(sequences, keep, *on_tokens)
+        pause_sec = self._script.get("pause_sec", 0.0)
+
+        def slowly(tokens: int) -> None:
+            for call in on_tokens:
+                call(tokens)
+            time.sleep(pause_sec)
+
+        return super().read(sequences, keep, slowly)
 
 
 def scripted(config: TeacherConfig, max_k: int, *, folder: Path, script: dict[str, Any]) -> tuple[Scripted, Any]:
@@ -224,10 +234,24 @@ def test_two_nodes_write_the_bytes_of_the_local_engine(
         dataset = make(tmp_path / "d", corpus, engine)
         wait_until(lambda: len(processes(notes)) == 2)
         again = make(tmp_path / "d", corpus, engine)
-    assert digests(tmp_path / "d") == expected and again.fingerprint == dataset.content_digest
+    assert digests(tmp_path / "d") == expected and again.content_digest == dataset.content_digest
     assert not [p for p in (tmp_path / "d").iterdir() if p.name.startswith("units-")]
     assert len(set(processes(notes).values())) == 2
     wait_until(lambda: gone(notes))
+
+
+def test_tokens_of_a_unit_under_way_reach_the_driver(
+    two: Any, tmp_path: Path, corpus: Path, tokenizer_dir: Path
+) -> None:
+    """All is one unit: before its commit the log shows the tokens that the actor has read."""
+    with engine_on(two, tokenizer_dir, tmp_path / "notes", ONE, pause_sec=0.3) as engine:
+        dataset = run_job(tmp_path / "d", reading(corpus, unit_tokens=10**6), engine)
+    assert len(dataset.manifest) == 1
+    lines = read_journal(journal_of(dataset.path))
+    under_way = [line.tokens for line in lines if line.done == 0]
+    assert under_way == sorted(under_way) and len({n for n in under_way if 0 < n < dataset.num_tokens}) >= 3
+    assert {line.tokens_total for line in lines if line.tokens} == {dataset.num_tokens}
+    assert (lines[-1].tokens, lines[-1].done) == (dataset.num_tokens, 26)
 
 
 def test_a_slow_unit_is_repeated_by_another_actor(

@@ -17,3 +17,9 @@ def test_an_objective_that_the_kept_targets_could_not_serve_is_refused() -> None
         load_recipe(Path("quickstart"), [*wanted, "keep={kind: sampled, draws: 50}"])
     with pytest.raises(ConfigError, match=r"capture the text again|log-sum-exp"):
         load_recipe(Path("quickstart"), ["students.plan.objective.temperature=2.0"])
+
+
+def test_settings_of_the_former_builtin_section_are_refused() -> None:
+    """The built-in models ship trained, so a recipe that still sizes them is an error, not ignored."""
+    with pytest.raises(ConfigError, match="builtin"):
+        load_recipe(Path("quickstart"), ["builtin.teacher.steps=60"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -36,8 +37,9 @@ def export_dataset(dataset: Dataset, target: Path | str, format: ExportFormat, *
         raise DataError(f"{dataset.path} has no rows to export; capture or import some first")
     schema = plain.SCHEMA if format == "plain" else axolotl.SCHEMAS[version]
     temporary = target.with_name(target.name + ".tmp")
-    with storage_errors(target), Task("export", dataset.num_tokens, "tokens") as task:
+    with storage_errors(target), ExitStack() as stack, Task("export", dataset.num_tokens, "tokens") as task:
         target.parent.mkdir(parents=True, exist_ok=True)
+        stack.callback(temporary.unlink, missing_ok=True)  # what an error leaves; after the rename, nothing
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for number, entry in enumerate(dataset.manifest):
                 if entry.rows:

@@ -175,6 +175,6 @@ def test_the_command_prints_the_report_and_fails_where_an_attack_succeeds(tmp_pa
     run = CliRunner().invoke
     result = run(app, ["audit", str(leaky.path), "--hidden-size", str(D), "--block", "40"])
     assert result.exit_code == 1 and "verdict: FAIL" in result.output
-    result = run(app, ["audit", str(dry.path), "--hidden-size", str(D), "--block", "40", "--json"])
+    result = run(app, ["audit", str(dry.path), "--hidden-size", str(D), "--block", "40", "--format", "json"])
     answer = json.loads(result.output.splitlines()[-1])
     assert result.exit_code == 0 and answer["verdict"] == NOT_RECOVERED and answer["k_eff"] == 4

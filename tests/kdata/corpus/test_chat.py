@@ -232,7 +232,7 @@ def test_a_template_that_writes_the_date_needs_one(encoder_for: Callable[..., Ch
     assert encoder_for(dated, date="2026-03-01").prompt(chat).text.startswith("01 Mar 2026<|im_start|>")
     assert encoder_for(dated, options={"day": "D"}).prompt(chat).text.startswith("D<|im_start|>")
     assert encoder_for(dated, date="2026-03-01").whole(chat, "all").text.startswith("01 Mar 2026<|im_start|>")
-    with pytest.raises(ConfigError, match="no date; write it as YYYY-MM-DD"):
+    with pytest.raises(ConfigError, match="is not a date; write it as YYYY-MM-DD"):
         encoder_for(dated, date="1 March")
 
 

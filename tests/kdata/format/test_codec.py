@@ -47,10 +47,10 @@ def ragged(draw: st.DrawFn, kind: str = "topk", max_scale: float = 4.0) -> tuple
         drawn.append(0)
         if kind == "hybrid" and count:
             rest = order[count:]
-            found, times = np.unique(rng.choice(rest, DRAWS, p=p[rest] / p[rest].sum()), return_counts=True)
-            ids.append(found)
+            drawn_ids, times = np.unique(rng.choice(rest, DRAWS, p=p[rest] / p[rest].sum()), return_counts=True)
+            ids.append(drawn_ids)
             logprobs.append((np.log(times / DRAWS) + np.float64(tail)).astype(np.float32))
-            drawn[-1] = len(found)
+            drawn[-1] = len(drawn_ids)
         tails.append(tail)
     kept = Kept(
         np.array(counts, np.int32),
@@ -69,7 +69,7 @@ def stored(kept: Kept, tail: np.ndarray, info: CodecInfo) -> Kept:
 @pytest.mark.parametrize("codec", OWN)
 @pytest.mark.parametrize("kind", ["topk", "hybrid"])
 @given(data=st.data())
-def test_entries_come_back_within_the_stated_error_and_never_sum_above_one(
+def test_decoded_entries_are_within_the_measured_error_and_never_sum_to_more_than_one(
     codec: str, kind: str, data: st.DataObject
 ) -> None:
     kept, tail = data.draw(ragged(kind))
@@ -92,14 +92,14 @@ def test_entries_come_back_within_the_stated_error_and_never_sum_above_one(
 
 @pytest.mark.parametrize("codec", OWN)
 @given(data=st.data())
-def test_the_most_certain_teacher_sums_to_one_at_most(codec: str, data: st.DataObject) -> None:
+def test_a_nearly_certain_teacher_sums_to_at_most_one(codec: str, data: st.DataObject) -> None:
     """Peaked to p = 1, where float32 softmax sums run over 1 and rounding has the least room."""
     kept, tail = data.draw(ragged(max_scale=60.0))
     assert (stored(kept, tail, info_of(codec)).mass() <= 1.0).all()
 
 
 @pytest.mark.parametrize("codec", OWN)
-def test_a_softmax_a_little_above_one_is_brought_below(codec: str) -> None:
+def test_a_softmax_that_sums_to_slightly_more_than_one_is_capped(codec: str) -> None:
     over = np.log(np.array([0.5, 0.3, 0.2]) * (1 + 3e-7)).astype(np.float32)
     kept = Kept(np.array([3], np.int32), np.array([0], np.int32), np.arange(3, dtype=np.int32), over)
     tail = log_tail(kept.mass())
@@ -125,7 +125,7 @@ def test_columns_of_a_shard_follow_the_schema_and_split_at_sequences(codec: str,
     np.testing.assert_array_equal(back.ids, kept.ids)
 
 
-def test_an_unknown_or_newer_codec_is_refused_by_name() -> None:
+def test_an_unknown_or_newer_codec_is_refused_and_named() -> None:
     plain = info_of("plain")
     with pytest.raises(FormatError, match="'zip'"):
         codecs.codec_of(plain.model_copy(update={"id": "zip"}))
@@ -138,7 +138,7 @@ def test_counts_and_entries_must_agree() -> None:
         Kept(np.array([3], np.int32), np.array([0], np.int32), np.zeros(2, np.int32), np.zeros(2, np.float32))
 
 
-def test_segment_sums_do_not_lose_a_small_segment_behind_a_large_one() -> None:
+def test_a_segment_sum_is_exact_after_a_much_larger_segment() -> None:
     values = np.concatenate([np.full(1000, 1e12), [1e-9, 2e-9]])
     np.testing.assert_allclose(segment_sum(values, np.array([1000, 0, 2])), [1e15, 0, 3e-9], rtol=1e-12)
     assert log_tail(np.array([1.0, 1.5, 0.0])).tolist() == [-np.inf, -np.inf, 0.0]

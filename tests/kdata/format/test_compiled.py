@@ -22,7 +22,7 @@ def make(folder: str, corpus: str, tokenizer: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_process_writes_the_bytes_of_the_next(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_the_process_that_compiles_and_the_next_one_write_the_same_bytes(tmp_path: Path, tokenizer_dir: Path) -> None:
     from tests.fakes import digests
 
     corpus = write_jsonl(tmp_path / "c.jsonl", rows_of_text(12))

@@ -26,7 +26,7 @@ EXPECTED = sorted(GOLDEN.glob("v*/*.json"))
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Change dataset.json as its writer would, its digest made to fit."""
+    """Change dataset.json as its writer would, with a matching digest."""
     content = {**json.loads(path.read_bytes()), **changes}
     path.write_bytes(json_bytes({**content, "digest": digest_of(content)}))
 
@@ -36,20 +36,20 @@ def test_there_are_golden_datasets_of_each_version() -> None:
     assert {p.stem for p in EXPECTED if p.parent.name == "v1"} == set(DATASETS)
 
 
-def same(found: Any, expected: Any) -> None:
+def same(actual: Any, expected: Any) -> None:
     """Equal in everything; reals within a few units of float32's last place, as libraries differ in exp and log."""
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
+        assert actual.keys() == expected.keys()
         for key, value in expected.items():
-            same(found[key], value)
+            same(actual[key], value)
     elif isinstance(expected, list):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
             same(one, other)
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-6, nan_ok=True)
+        assert actual == pytest.approx(expected, rel=1e-6, nan_ok=True)
     else:
-        assert found == expected
+        assert actual == expected
 
 
 def expected_of(name: str) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def expected_of(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", EXPECTED, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_a_golden_dataset_says_what_it_said(path: Path) -> None:
+def test_a_golden_dataset_reads_as_when_it_was_written(path: Path) -> None:
     dataset = kdata.open(path.with_suffix(""))
     same(decoded(dataset), json.loads(path.read_text("utf-8")))
     assert verify(dataset, deep=True) == []
@@ -65,7 +65,7 @@ def test_a_golden_dataset_says_what_it_said(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_what_is_written_today_says_the_same(tmp_path: Path, name: str) -> None:
+def test_a_dataset_written_today_reads_the_same(tmp_path: Path, name: str) -> None:
     today, golden = decoded(make(tmp_path / name, name)), expected_of(name)
     added = {"messages", "tools"}  # columns since then: null in rows that are no chats
     assert all(row[name] is None for row in today["index"] for name in added)
@@ -105,14 +105,14 @@ def test_a_newer_minor_version_is_read(newer: Path, tmp_path: Path) -> None:
     dataset = kdata.open(newer)
     assert dataset.info.format_version == "1.7"
     name = "packed-hybrid" if dataset.info.codec.id == "packed" else "plain-topk"
-    golden, found = expected_of(name), decoded(dataset)
-    same(found["rows"], golden["rows"])
-    same([{k: v for k, v in row.items() if k != "mood"} for row in found["index"]], golden["index"])
+    golden, actual = expected_of(name), decoded(dataset)
+    same(actual["rows"], golden["rows"])
+    same([{k: v for k, v in row.items() if k != "mood"} for row in actual["index"]], golden["index"])
     assert verify(dataset, deep=True) == []
     assert dataset.sql("select sum(num_tokens) as n from rows")["n"].to_pylist() == [13]
 
 
-def test_a_newer_minor_version_is_not_added_to_nor_repaired(
+def test_a_newer_minor_version_is_neither_extended_nor_repaired(
     newer: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
     with pytest.raises(MismatchError, match=r"format_version: '1.7' -> '1.0'"):
@@ -148,8 +148,8 @@ def test_a_codec_that_is_unknown_or_newer_is_refused_with_the_remedy(
         dataset[0]
 
 
-def test_a_shard_from_before_a_column_was_added_stands_beside_a_newer_one(copied: Path, tmp_path: Path) -> None:
-    """The index had no `messages` and `tools` at first: they are null there, for every reader and for what is made of it."""
+def test_shards_with_and_without_a_later_column_are_read_together(copied: Path, tmp_path: Path) -> None:
+    """The index had no `messages` and `tools` at first: they are null there for every reader and in every copy."""
     from kdata.share.arrange import split
 
     lines = [json.loads(line) for line in (copied / "manifest.jsonl").read_bytes().splitlines()]

@@ -104,7 +104,7 @@ def dataset(request: pytest.FixtureRequest, tmp_path: Path, corpus_file: Path, t
     return run_capture(tmp_path / "d", corpus_file, tokenizer_dir, **request.param)
 
 
-def test_arrays_read_by_the_document_are_those_that_kdata_reads(dataset: kdata.Dataset) -> None:
+def test_the_documented_reader_gives_the_arrays_that_kdata_gives(dataset: kdata.Dataset) -> None:
     root = dataset.path
     codec = json.loads((root / "dataset.json").read_bytes())["codec"]
     lines = [json.loads(line) for line in (root / "manifest.jsonl").read_bytes().splitlines()]
@@ -176,9 +176,9 @@ def test_datasets_reads_index_and_payload(
     dataset = kdata.open(captured)
     root = Path(push(dataset, str(tmp_path / "pushed")))
     write_card(kdata.open(root))
-    given: dict[str, Any] = {"split": "train", "cache_dir": str(tmp_path / "cache"), "streaming": streaming}
-    index = datasets.load_dataset(str(root), **given)
-    payload = datasets.load_dataset(str(root), data_dir="data", **given)
+    options: dict[str, Any] = {"split": "train", "cache_dir": str(tmp_path / "cache"), "streaming": streaming}
+    index = datasets.load_dataset(str(root), **options)
+    payload = datasets.load_dataset(str(root), data_dir="data", **options)
     assert [row["id"] for row in index] == [row["id"] for row in payload]
     for row, sequence in zip(payload, dataset, strict=True):
         assert list(row["input_ids"]) == sequence.token_ids.tolist()

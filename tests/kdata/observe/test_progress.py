@@ -127,7 +127,7 @@ def test_planned_work_shows_tokens_first_and_whole_figures_only(width: int) -> N
         console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
         lines = [line.rstrip() for line in "".join(s.text for s in console.render(task)).splitlines()]
     assert len(lines) == 2 and max(map(len, lines)) <= width and "…" not in "".join(lines)
-    assert re.search(r"━ +452,100,000/~[\d,]+ tokens .* left$", lines[0])
+    assert re.search(r"[━╸] +452,100,000/~[\d,]+ tokens .* left$", lines[0])
     figures = [
         "125,583 tokens/s",
         "1,545,678/4,500,000 documents",

@@ -258,14 +258,14 @@ def test_methods_that_need_no_nll_choose_rows_without_one(tmp_path: Path) -> Non
 
 def test_names_that_differ_only_in_case_are_refused(four: kdata.Dataset) -> None:
     select(four, Sql(sql="select id from rows where domain = 'code'", name="A"))
-    with pytest.raises(ConfigError, match="there is a plan 'A' already, and SQL does not tell it from 'a'"):
+    with pytest.raises(ConfigError, match="there is a plan 'A' already, and SQL does not distinguish it from 'a'"):
         select(four, Sql(sql="select id from rows where domain = 'prose'", name="a"))
     assert select(four, Cap(parent="A", size=100)).ids in (["w", "x"], ["x", "w"])
     with pytest.raises(ConfigError, match="there is a score 'ref' already"):
         score_with(four, {"w": 1.0}, "Ref")
     for ending in (".parquet", ".json"):
         (four.path / f"plans/a{ending}").write_bytes((four.path / f"plans/A{ending}").read_bytes())
-    with pytest.raises(ConfigError, match="plans/A and plans/a are one name to SQL"):
+    with pytest.raises(ConfigError, match="plans/A and plans/a are the same name in SQL"):
         four.sql("select 1 as one from rows")
 
 
@@ -444,7 +444,7 @@ def test_what_is_refused(four: kdata.Dataset, tmp_path: Path) -> None:
     cases: list[tuple[Step, type[Exception], str]] = [
         (Random(parent="nowhere", name="r"), MissingError, "write the plan with `kdata select`"),
         (Random(parent="random"), ConfigError, "cannot be its own parent"),
-        (Cap(size=3, take="first"), ConfigError, "--from PLAN"),
+        (Cap(size=3, take="first"), ConfigError, "--parent PLAN"),
         (Difference(score="nobody"), MissingError, "no score 'nobody'"),
         (Sql(sql="select id from rows; select id from rows"), QueryError, "a plan needs exactly one query"),
         (Sql(sql="copy (select 1) to 'x'"), QueryError, "reads, it does not change"),

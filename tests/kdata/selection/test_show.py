@@ -123,14 +123,14 @@ def test_the_commands(dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytes
 
     root = dataset.path
     assert "plan difference: 5 rows" in call("select", root)
-    call("select", root, "--method", "static", "--from", "difference", "--weights", "code=0,prose=1", "--count-by",
+    call("select", root, "--method", "static", "--parent", "difference", "--weights", "code=0,prose=1", "--count-by",
          "sequences", "--size", 8, "--max-repeats", 2, "--name", "mixed", "--threads", 1, "--memory", "1GB")  # fmt: skip
     call(
         "select",
         root,
         "--method",
         "cap",
-        "--from",
+        "--parent",
         "mixed",
         "--size",
         4,

@@ -23,16 +23,16 @@ from tests.fakes import digests
 LOAD = """
 import json, sys
 from datasets import load_dataset
-found = {}
+result = {}
 for stream in (False, True):
     for data_dir in (None, "data"):
         place = {"data_dir": data_dir, "cache_dir": sys.argv[2]}
         loaded = load_dataset(sys.argv[1], split="train", streaming=stream, **place)
         rows = list(loaded)
-        found[f"{stream} {data_dir}"] = [len(rows), sorted(rows[0]), [r["id"] for r in rows]]
+        result[f"{stream} {data_dir}"] = [len(rows), sorted(rows[0]), [r["id"] for r in rows]]
         if data_dir:
-            found["first"] = {k: rows[0][k] for k in ("input_ids", "rank", "num_exact")}
-print(json.dumps(found))
+            result["first"] = {k: rows[0][k] for k in ("input_ids", "rank", "num_exact")}
+print(json.dumps(result))
 """
 
 
@@ -44,15 +44,15 @@ def test_a_pushed_folder_opens_with_the_real_datasets_library(captured: Path, tm
         capture_output=True, text=True, cwd=tmp_path, timeout=200, check=False,
     )  # fmt: skip
     assert output.returncode == 0, output.stderr
-    found, dataset = json.loads(output.stdout), kdata.open(captured)
+    result, dataset = json.loads(output.stdout), kdata.open(captured)
     ids = dataset.index(["id"])["id"].to_pylist()
     for stream in (False, True):
-        assert found[f"{stream} None"] == [25, sorted(dataset.index().column_names), ids]
-        count, columns, payload_ids = found[f"{stream} data"]
+        assert result[f"{stream} None"] == [25, sorted(dataset.index().column_names), ids]
+        count, columns, payload_ids = result[f"{stream} data"]
         assert (count, payload_ids) == (25, ids) and {"input_ids", "log_tail", "num_exact"} <= set(columns)
     first = dataset[0]
-    assert found["first"]["input_ids"] == first.token_ids.tolist() and found["first"]["rank"] == first.rank.tolist()
-    assert found["first"]["num_exact"] == first.num_exact.tolist()
+    assert result["first"]["input_ids"] == first.token_ids.tolist() and result["first"]["rank"] == first.rank.tolist()
+    assert result["first"]["num_exact"] == first.num_exact.tolist()
 
 
 def test_a_copy_holds_the_files_of_the_dataset_and_no_others(copied: Path, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_truncated_shard_gives_one_corrupt_error(captured: Path, data: st.Data
 
 @settings(max_examples=150)
 @given(name=st.sampled_from(["dataset.json", "manifest.jsonl"]), data=st.data())
-def test_a_flipped_bit_in_the_json_files_never_goes_unseen(captured: Path, name: str, data: st.DataObject) -> None:
+def test_a_flipped_bit_in_a_json_file_is_always_detected(captured: Path, name: str, data: st.DataObject) -> None:
     """Refused with one kdata error, or the file still says the same (a flip in white space, say)."""
     original = (captured / name).read_bytes()
     damaged = bytearray(original)
@@ -99,7 +99,7 @@ _COPIES: dict[Path, tuple[Path, dict[str, bytes]]] = {}
 
 
 def in_a_copy(source: Path) -> Path:
-    """A copy of a dataset in its first state: made once, repaired at each call."""
+    """A copy of a dataset in its first state: copied once, restored at each call."""
     if source not in _COPIES:
         target = Path(shutil.copytree(source, source.with_name("damaged")))
         _COPIES[source] = target, {str(p): p.read_bytes() for p in target.rglob("*") if p.is_file()}
@@ -110,7 +110,7 @@ def in_a_copy(source: Path) -> Path:
     return root
 
 
-def test_content_that_is_not_the_index_s_is_refused(copied: Path) -> None:
+def test_a_payload_that_differs_from_its_index_is_refused(copied: Path) -> None:
     """A payload swapped together with its digest: the content hashes of the index still tell."""
     one, two = read_manifest(copied)[:2]
     files = dict(one.files)
@@ -124,14 +124,14 @@ def test_content_that_is_not_the_index_s_is_refused(copied: Path) -> None:
 
 
 def rewrite_manifest(root: Path, line: int, **changes: object) -> None:
-    """Change one line as an attacker would: its own digest made to fit."""
+    """Change one line as an attacker would: with a matching digest."""
     lines = (root / "manifest.jsonl").read_bytes().splitlines()
     content = {**json.loads(lines[line]), **changes}
     lines[line] = canonical_json({**content, "digest": digest_of(content)})
     (root / "manifest.jsonl").write_bytes(b"\n".join(lines) + b"\n")
 
 
-def test_every_change_to_a_manifest_number_is_seen(copied: Path) -> None:
+def test_every_change_to_a_manifest_number_is_detected(copied: Path) -> None:
     lines = (copied / "manifest.jsonl").read_text()
     (copied / "manifest.jsonl").write_text(lines.replace('"target_tokens":', '"target_tokens":1', 1))
     with pytest.raises(CorruptError, match=r"manifest.jsonl line 1 is damaged: it does not match its own digest"):
@@ -141,7 +141,7 @@ def test_every_change_to_a_manifest_number_is_seen(copied: Path) -> None:
 @pytest.mark.parametrize(
     "path", ["/etc/passwd", "../outside", "data/../../outside", "data/link.arrow", "data/\0x", "link/x"]
 )
-def test_a_manifest_cannot_lead_out_of_the_dataset(copied: Path, path: str) -> None:
+def test_a_manifest_cannot_name_files_outside_of_the_dataset(copied: Path, path: str) -> None:
     (copied.parent / "outside").write_text("secret")
     (copied / "data/link.arrow").symlink_to(copied.parent / "outside")
     (copied / "link").symlink_to(copied.parent)
@@ -151,10 +151,10 @@ def test_a_manifest_cannot_lead_out_of_the_dataset(copied: Path, path: str) -> N
         kdata.open(copied)
 
 
-def test_a_shard_that_stands_twice_or_is_gone_is_named(copied: Path) -> None:
+def test_a_shard_that_occurs_twice_or_is_missing_is_named(copied: Path) -> None:
     lines = (copied / "manifest.jsonl").read_bytes()
     (copied / "manifest.jsonl").write_bytes(lines + lines.splitlines()[0] + b"\n")
-    with pytest.raises(CorruptError, match="capture-00000 stands twice"):
+    with pytest.raises(CorruptError, match="capture-00000 occurs twice"):
         kdata.open(copied)
     (copied / "manifest.jsonl").write_bytes(lines)
     (copied / "data/capture-00001.arrow").unlink()
@@ -163,19 +163,19 @@ def test_a_shard_that_stands_twice_or_is_gone_is_named(copied: Path) -> None:
     assert [(p.path, p.what) for p in verify(kdata.open(copied))] == [("data/capture-00001.arrow", "is missing")]
 
 
-def test_a_complete_source_whose_lines_were_lost_is_refused_and_mends_by_capturing_again(
+def test_a_complete_source_without_all_lines_is_refused_until_it_is_captured_again(
     copied: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
     before = digests(copied)
     lines = (copied / "manifest.jsonl").read_bytes().splitlines(keepends=True)
     (copied / "manifest.jsonl").write_bytes(b"".join(lines[:2]))
-    with pytest.raises(CorruptError, match=r"lacks units \[2, 3\] of the complete source 'capture'"):
+    with pytest.raises(CorruptError, match=r"lacks units \[2, 3\] of source 'capture', which is marked complete"):
         kdata.open(copied)
     run_capture(copied, corpus_file, tokenizer_dir)
     assert digests(copied) == before
 
 
-def test_a_torn_last_line_is_no_commit_and_a_writer_heals_it(
+def test_a_last_line_that_was_cut_off_is_ignored_and_a_writer_removes_it(
     copied: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
     before = digests(copied)
@@ -190,14 +190,14 @@ def test_a_torn_last_line_is_no_commit_and_a_writer_heals_it(
     assert digests(copied) == before
 
 
-def test_verify_names_strays_and_is_content_with_a_whole_dataset(copied: Path) -> None:
+def test_verify_names_stray_files_and_accepts_a_whole_dataset(copied: Path) -> None:
     assert verify(kdata.open(copied), deep=True) == []
     (copied / "data/capture-00099.arrow").write_bytes(b"left by a killed run")
     [problem] = verify(kdata.open(copied))
     assert problem.path == "data/capture-00099.arrow" and "in no manifest line" in problem.what
 
 
-def test_verify_knows_the_dataset_s_own_tokenizer(copied: Path) -> None:
+def test_verify_checks_the_dataset_s_own_tokenizer(copied: Path) -> None:
     path = copied / "tokenizer/tokenizer.json"
     content = path.read_text()
     for damaged in (content.replace("Ġthe", "Ġhte"), content[:99], "[]"):
@@ -220,7 +220,7 @@ def test_a_newer_major_version_is_refused_and_a_newer_minor_is_read(copied: Path
         kdata.open(copied)
 
 
-def test_what_is_no_dataset_is_named(tmp_path: Path) -> None:
+def test_something_else_than_a_dataset_is_refused_and_named(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="does not exist"):
         kdata.open(tmp_path / "nowhere")
     with pytest.raises(MissingError, match=r"has no dataset\.json"):
@@ -238,7 +238,7 @@ def test_sql_names_the_damaged_index_file(copied: Path) -> None:
 
 
 def test_an_index_with_more_rows_than_the_payload_is_refused(copied: Path) -> None:
-    """Both files sound, digests made to fit, rows that do not."""
+    """Both files are readable and have matching digests, but different rows."""
     entry = read_manifest(copied)[0]
     path = copied / f"index/{entry.name}.parquet"
     pq.write_table(pq.read_table(path).slice(0, 1), path)

@@ -117,9 +117,7 @@ def test_a_row_copies_its_shard_and_no_other(hub: StandInHub, captured: Path) ->
     assert len(hub.read) == before
 
 
-def test_it_stays_at_the_commit_that_was_there_when_it_was_opened(
-    hub: StandInHub, copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_open_dataset_stays_at_its_commit(hub: StandInHub, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = kdata.open("hf://me/logits")
     (copied / "index/capture-00000.parquet").write_bytes(b"another commit")
     hub.push(copied, "bbbb")
@@ -166,7 +164,7 @@ def test_a_plan_on_the_hub_is_copied_when_it_is_named(hub: StandInHub, captured:
         open_plan(opened, "neither")
 
 
-def test_what_is_damaged_on_the_way_is_refused(hub: StandInHub) -> None:
+def test_a_damaged_file_is_refused(hub: StandInHub) -> None:
     path = hub.root / "aaaa/data/capture-00001.arrow"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     opened = kdata.open("hf://me/logits")
@@ -178,7 +176,7 @@ def test_what_is_damaged_on_the_way_is_refused(hub: StandInHub) -> None:
     assert not (opened.path / "data/capture-00001.arrow").exists()
 
 
-def test_what_was_damaged_in_the_copy_is_copied_again(hub: StandInHub, captured: Path) -> None:
+def test_a_damaged_file_of_the_copy_is_copied_again(hub: StandInHub, captured: Path) -> None:
     opened = kdata.open("hf://me/logits")
     opened.fetch()
     path = opened.path / "data/capture-00000.arrow"
@@ -186,7 +184,7 @@ def test_what_was_damaged_in_the_copy_is_copied_again(hub: StandInHub, captured:
     np.testing.assert_array_equal(kdata.open("hf://me/logits")[0].token_ids, kdata.open(captured)[0].token_ids)
 
 
-def test_names_that_are_refused(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_addresses_and_a_missing_client_are_refused(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
     for address in ("hf://me", "hf://me/logits/data", "hf://"):
         with pytest.raises(ConfigError, match="write hf://OWNER/NAME"):
             kdata.open(address)

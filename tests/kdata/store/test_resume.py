@@ -17,7 +17,6 @@ import kdata
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, MismatchError, StorageError
 from kdata.observe.progress import Task
-from kdata.store import shard as shard_module
 from tests.fakes import (
     StandInTeacher,
     digests,
@@ -62,7 +61,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_resume_with_another_setting_is_refused_naming_it(
+def test_a_resume_with_another_setting_is_refused_and_the_setting_named(
     begun: Path, corpus_file: Path, tokenizer_dir: Path, change: str
 ) -> None:
     settings, difference = CHANGES[change]
@@ -87,7 +86,9 @@ def test_a_resume_with_another_corpus_or_tokenizer_is_refused(
     assert run_capture(begun, moved, tokenizer_dir).num_rows == 25  # the same content under another name
 
 
-def test_a_generation_cannot_go_on_as_another(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_a_generation_cannot_continue_with_other_settings(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
     run_generate(tmp_path / "d", corpus_file, tokenizer_dir)
     for settings, difference in (
         ({"seed": 1}, "seed: 0 -> 1"),
@@ -100,19 +101,21 @@ def test_a_generation_cannot_go_on_as_another(tmp_path: Path, corpus_file: Path,
         run_capture(tmp_path / "d", corpus_file, tokenizer_dir, name="generate")
 
 
-def test_auto_never_and_must(begun: Path, tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_the_resume_modes_auto_never_and_must(
+    begun: Path, tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
     with pytest.raises(MismatchError, match="already holds 2 shards of 'capture'"):
         run_capture(begun, corpus_file, tokenizer_dir, resume="never")
-    with pytest.raises(MismatchError, match="has no 'capture' to go on with"):
+    with pytest.raises(MismatchError, match="has no source 'capture' to continue"):
         run_capture(tmp_path / "fresh", corpus_file, tokenizer_dir, resume="must")
     assert not (tmp_path / "fresh").exists()
-    with pytest.raises(MismatchError, match="has no 'second' to go on with"):
+    with pytest.raises(MismatchError, match="has no source 'second' to continue"):
         run_capture(begun, corpus_file, tokenizer_dir, name="second", resume="must")
     assert run_capture(begun, corpus_file, tokenizer_dir, resume="must").num_rows == 25
     assert run_capture(tmp_path / "fresh", corpus_file, tokenizer_dir, resume="never").num_rows == 25
 
 
-def test_what_is_committed_is_not_read_again(
+def test_committed_units_are_not_read_again(
     begun: Path, corpus_file: Path, tokenizer_dir: Path, captured: Path
 ) -> None:
     teacher = StandInTeacher()
@@ -123,7 +126,7 @@ def test_what_is_committed_is_not_read_again(
     assert digests(begun) == digests(captured)
 
 
-def test_the_same_corpus_under_another_name_would_double_its_ids(
+def test_the_same_corpus_in_a_second_source_is_refused_for_its_ids(
     begun: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
     from kdata.errors import DataError
@@ -145,17 +148,19 @@ def test_two_writers_at_once_are_refused(begun: Path, tmp_path: Path, corpus_fil
     assert verify(dataset, deep=True) == []
 
 
-def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_unchanged(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "draft.tmp").write_text("precious")
     before = digests(tmp_path)
-    with pytest.raises(ConfigError, match=r"is no dataset and holds other things \('thesis.tex'\)"):
+    with pytest.raises(ConfigError, match=r"is not a dataset and holds other things \('thesis.tex'\)"):
         run_capture(tmp_path, corpus_file, tokenizer_dir)
     assert digests(tmp_path) == before
 
 
-def test_files_of_others_in_a_dataset_are_left_alone(begun: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_other_files_in_a_dataset_are_unchanged(begun: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
     (begun / "plans").mkdir()
     (begun / "plans" / "mine.tmp").write_text("precious")
     (begun / "data" / "capture-00002.arrow.tmp").write_text("left by a killed run")
@@ -186,7 +191,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("kib", [0, 4, 8, 24, 40, 56, 72, 88, 104, 120])
-def test_a_disk_that_is_full_leaves_what_was_committed(
+def test_a_full_disk_keeps_what_was_committed(
     tmp_path: Path, captured: Path, corpus_file: Path, tokenizer_dir: Path, kib: int
 ) -> None:
     """A real file system of fixed size, filled but for so many KiB before the run; freed for the resume."""
@@ -239,7 +244,7 @@ def test_injected_faults_of_the_disk(
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patched:
-        patched.setattr(shard_module.os, "fsync", refuse)
+        patched.setattr(os, "fsync", refuse)
         with pytest.raises(StorageError, match=message):
             run_capture(begun, corpus_file, tokenizer_dir)
     assert len(kdata.open(begun).manifest) == 2
@@ -264,7 +269,7 @@ def test_a_log_on_a_full_disk_does_not_hide_the_stage_s_own_error(monkeypatch: p
         pass
 
 
-def test_a_teacher_that_fails_leaves_what_was_committed(
+def test_a_failing_teacher_keeps_what_was_committed(
     tmp_path: Path, jsonl: Callable[..., Path], tokenizer_dir: Path
 ) -> None:
     from kdata.errors import TeacherError

@@ -133,7 +133,7 @@ def test_a_row_that_does_not_exist_is_an_index_error(hybrid: Dataset, rows: Any)
 
 
 @pytest.mark.parametrize("rows", ["doc-000", 1.0, None, [[0]], np.ones(3, bool), True])
-def test_what_names_no_rows_is_refused(hybrid: Dataset, rows: Any) -> None:
+def test_other_indexes_are_refused(hybrid: Dataset, rows: Any) -> None:
     with pytest.raises(ShapeError, match="names no rows: give a row number, a slice"):
         hybrid[rows]
 
@@ -215,7 +215,7 @@ def test_without_polars_the_extra_is_named(hybrid: Dataset, monkeypatch: pytest.
             convert()
 
 
-def test_tensors_have_the_numbers_and_memory_of_their_own(hybrid: Dataset) -> None:
+def test_tensors_have_the_same_numbers_and_their_own_memory(hybrid: Dataset) -> None:
     import torch
 
     chosen = hybrid[[5, 0]]

@@ -70,7 +70,7 @@ def test_a_dataset_cannot_be_changed(copied: Path, query: str) -> None:
     assert digests(copied) == before
 
 
-def test_an_error_is_duckdb_s_and_lists_the_views(captured: Path) -> None:
+def test_an_error_gives_duckdb_s_reason_and_the_views(captured: Path) -> None:
     with pytest.raises(QueryError, match=r"rowz[\s\S]*Views: manifest, rejects, rows$"):
         kdata.open(captured).sql("select * from rowz")
     with pytest.raises(QueryError, match="syntax error"):

@@ -1,4 +1,4 @@
-"""Shards that other processes write: taken over whole by the writer, or gone without a trace."""
+"""Shards that other processes write: the writer commits them whole, or they leave no trace."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def open_writer(root: Path, job: CaptureJob, engine: LocalEngine, folder: Path) 
     return Writer(root, info, job.name, job.source(engine.facts), tokenizer_dir=folder)
 
 
-def test_taken_over_in_any_order_and_from_any_attempt_the_bytes_are_the_same(
+def test_the_bytes_do_not_depend_on_the_order_of_units_or_the_attempt(
     tmp_path: Path, work: Any, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
     job, engine = work
@@ -50,7 +50,7 @@ def test_taken_over_in_any_order_and_from_any_attempt_the_bytes_are_the_same(
     assert verify(kdata.open(tmp_path / "d"), deep=True) == []
 
 
-def test_a_late_attempt_finds_its_place_gone_and_leaves_nothing(tmp_path: Path, work: Any) -> None:
+def test_a_late_attempt_fails_without_its_folder_and_leaves_nothing(tmp_path: Path, work: Any) -> None:
     job, engine = work
     with tokenizer_files(engine.tokenizer) as folder, open_writer(tmp_path / "d", job, engine, folder) as writer:
         staging = writer.staging()
@@ -67,9 +67,7 @@ def test_a_late_attempt_finds_its_place_gone_and_leaves_nothing(tmp_path: Path, 
     assert digests(tmp_path / "d") == before and not list((tmp_path / "d").glob("units-*"))
 
 
-def test_a_place_that_goes_while_it_is_written_to_is_not_made_again(
-    tmp_path: Path, work: Any, monkeypatch: Any
-) -> None:
+def test_a_folder_that_is_removed_during_a_write_is_not_made_again(tmp_path: Path, work: Any, monkeypatch: Any) -> None:
     job, engine = work
     unit, *_ = job.units(engine.facts, engine.tokenizer)
     done = job.perform(engine.facts, engine.tokenizer, unit)

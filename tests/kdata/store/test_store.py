@@ -1,4 +1,4 @@
-"""Writer and reader are a pair: what goes in comes out, in any order; what cannot be right is refused."""
+"""Writer and reader: rows read back as they were written, in any order; wrong records are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdata
-from kdata.errors import ConfigError, DataError, MissingError, ShapeError
+from kdata.errors import ConfigError, DataError, MissingError, OutOfRangeError, ShapeError
 from kdata.format.codec import CODECS
 from kdata.format.keep import KeepConfig
 from kdata.format.kept import Kept
@@ -94,7 +94,7 @@ def test_what_is_written_is_read(codec: str, units: list[list[int]], seed: int) 
 
 
 def assert_is_one_by_one(dataset: kdata.Dataset, order: np.ndarray) -> None:
-    """`take` of many rows is the rows taken alone, in that order, with repeats."""
+    """`take` of many rows equals `take` of each row, in that order, with repeats."""
     together = dataset.take(order)
     alone = [dataset.take(np.array([row])) for row in order]
     assert len(together) == len(order)
@@ -130,11 +130,11 @@ def test_take_across_shards_and_batches_in_any_order(captured: Path) -> None:
 
 @pytest.mark.parametrize("rows", [[-1], [25], [0, 99]])
 def test_a_row_outside_the_dataset_is_refused(captured: Path, rows: list[int]) -> None:
-    with pytest.raises(ShapeError, match=r"\[0, 25\)"):
+    with pytest.raises(OutOfRangeError, match=r"\[0, 25\)"):
         kdata.open(captured).take(np.array(rows))
 
 
-def test_rows_are_found_by_id_in_the_order_asked(captured: Path) -> None:
+def test_rows_of_ids_are_in_the_order_of_the_ids(captured: Path) -> None:
     dataset = kdata.open(captured)
     ids = dataset.index(["id"])["id"].to_pylist()
     assert dataset.rows_of([ids[4], ids[0], ids[4]]).tolist() == [4, 0, 4]
@@ -187,10 +187,10 @@ def test_rejects_are_counted_and_kept_with_their_reason(tmp_path: Path) -> None:
 
 
 def broken(**changes: object) -> Record:
-    made = record("bad", [3, 4, 5])
+    changed = record("bad", [3, 4, 5])
     for name, value in changes.items():
-        setattr(made, name, value)
-    return made
+        setattr(changed, name, value)
+    return changed
 
 
 NAN3 = np.full(3, np.nan, np.float32)
@@ -199,7 +199,7 @@ NONE = np.zeros(3, np.int32)
 
 
 @pytest.mark.parametrize(
-    ("made", "message"),
+    ("changed", "message"),
     [
         (broken(rank=np.zeros(2, np.int32)), "rank has 2 values for 3 tokens"),
         (broken(target_mask=np.ones(3, bool)), "position 0"),
@@ -219,19 +219,19 @@ NONE = np.zeros(3, np.int32)
         ),
     ],
 )
-def test_what_cannot_be_a_distribution_is_refused(tmp_path: Path, made: Record, message: str) -> None:
+def test_a_record_that_is_not_a_distribution_is_refused(tmp_path: Path, changed: Record, message: str) -> None:
     with (
         Writer(tmp_path / "dataset", identity(), "capture", SOURCE) as writer,
         pytest.raises(DataError, match=message),
     ):
-        writer.commit(UnitResult(0, [made]))
+        writer.commit(UnitResult(0, [changed]))
     assert kdata.open(tmp_path / "dataset").num_rows == 0
 
 
-def test_an_id_stands_once_in_a_unit_and_once_in_the_dataset(tmp_path: Path) -> None:
+def test_an_id_occurs_once_in_a_unit_and_once_in_the_dataset(tmp_path: Path) -> None:
     root = tmp_path / "dataset"
     with Writer(root, identity(), "capture", SOURCE) as writer:
-        with pytest.raises(DataError, match="'a' stands twice"):
+        with pytest.raises(DataError, match="'a' occurs twice"):
             writer.commit(UnitResult(0, [record("a", [3, 4]), record("a", [5, 6])]))
         writer.commit(UnitResult(0, [record("a", [3, 4])]))
         with pytest.raises(DataError, match="already has a row with id 'a'"):
@@ -244,7 +244,7 @@ def test_an_id_stands_once_in_a_unit_and_once_in_the_dataset(tmp_path: Path) -> 
     assert kdata.open(root).index(["id"])["id"].to_pylist() == ["a"]
 
 
-def test_nothing_recorded_is_null_in_the_index(tmp_path: Path) -> None:
+def test_numbers_that_were_not_recorded_are_null_in_the_index(tmp_path: Path) -> None:
     bare = record("a", [3, 4, 5])
     bare.target_mask, bare.entropy, bare.token_bytes = np.zeros(3, bool), None, None
     row = write(tmp_path / "dataset", [[bare]]).index().to_pylist()[0]

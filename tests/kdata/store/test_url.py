@@ -61,7 +61,7 @@ def test_a_url_gets_the_bytes_of_a_folder_and_is_opened_from_any_machine(
     assert verify(opened, deep=True) == [] and digests(opened.path) == expected
 
 
-def test_a_run_that_ends_goes_on_on_another_machine(
+def test_a_run_that_was_interrupted_continues_on_another_machine(
     tmp_path: Path, url: str, behind: Path, corpus_file: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is at the URL after each commit is all that the next machine has."""
@@ -94,11 +94,12 @@ def test_a_copy_follows_what_is_at_the_url(
     (first.path / "plans" / "mine.json").write_text("{}")
     run_capture(url, corpus_file, tokenizer_dir)
     second = kdata.open(url)
-    assert second.path == first.path and second.num_rows > first.num_rows and verify(second, deep=True) == []
+    assert second.path == first.path and second.num_rows > first.num_rows
+    assert len(list(second)) == second.num_rows
     assert (first.path / "plans" / "mine.json").exists()
     (behind / "dataset.json").unlink()
     (behind / "manifest.jsonl").unlink()
-    with pytest.raises(MissingError, match=r"is no kdata dataset: it has no dataset\.json"):
+    with pytest.raises(MissingError, match=r"is not a kdata dataset: it has no dataset\.json"):
         kdata.open(url)
     assert not first.path.exists()
     for path in sorted(behind.rglob("*"), reverse=True):
@@ -125,7 +126,7 @@ def test_a_damaged_or_missing_file_is_refused_when_it_is_copied(
     assert verify(kdata.open(url), deep=True) == []
 
 
-def test_a_manifest_that_leads_out_of_the_copy_is_refused(
+def test_a_manifest_that_names_files_outside_of_the_copy_is_refused(
     url: str, behind: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
     from kdata.format.manifest import read_manifest, write_manifest
@@ -143,7 +144,7 @@ def test_other_settings_and_foreign_folders_are_refused(
 ) -> None:
     behind.mkdir(parents=True)
     (behind / "thesis.tex").write_text("precious")
-    with pytest.raises(ConfigError, match=r"is no dataset and holds other things \('thesis.tex'\)"):
+    with pytest.raises(ConfigError, match=r"is not a dataset and holds other things \('thesis.tex'\)"):
         run_capture(url, corpus_file, tokenizer_dir)
     (behind / "thesis.tex").unlink()
     run_capture(url, corpus_file, tokenizer_dir)
@@ -178,7 +179,7 @@ def test_two_writers_at_once_are_refused_on_one_machine_and_on_two(
     assert digests(behind) == digests(tmp_path / "local")
 
 
-def test_what_a_killed_run_left_goes_and_nothing_else(
+def test_the_leftovers_of_a_killed_run_are_removed_and_nothing_else(
     url: str, behind: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
     run_capture(url, corpus_file, tokenizer_dir)
@@ -199,7 +200,7 @@ def test_which_names_are_urls() -> None:
 
 
 def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
-    with pytest.raises(ConfigError, match="no password may stand in it") as caught:
+    with pytest.raises(ConfigError, match="so it must hold no password") as caught:
         Store("ftp://anna:geheim@host/name")
     assert "geheim" not in str(caught.value)
 
@@ -212,7 +213,7 @@ def test_an_unknown_kind_of_url_and_a_missing_package_are_named(monkeypatch: pyt
         kdata.open("s3://bucket/name")
 
 
-def test_a_store_that_refuses_is_one_error_with_its_reason(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_store_becomes_one_error_with_its_reason(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the clients of stores raise is not all OSError."""
     client = types.ModuleType("gcsfs.retry")
     client.HttpError = type("HttpError", (Exception,), {})  # type: ignore[attr-defined]
@@ -229,18 +230,18 @@ def test_a_store_that_refuses_is_one_error_with_its_reason(url: str, monkeypatch
     monkeypatch.undo()
 
 
-def test_no_bucket_is_made_of_a_mistyped_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_mistyped_name_does_not_create_a_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Clients of object stores make the bucket, when asked for a folder in one."""
-    store, made = Store(f"bucket://{tmp_path}/d"), []
+    store, folders = Store(f"bucket://{tmp_path}/d"), []
     monkeypatch.setattr(store, "_root", "no-such-bucket/d")
-    monkeypatch.setattr(Bucket, "makedirs", lambda self, path, **options: made.append(path))
+    monkeypatch.setattr(Bucket, "makedirs", lambda self, path, **options: folders.append(path))
     monkeypatch.setattr(Bucket, "exists", lambda self, path, **options: False)
     monkeypatch.setattr(Bucket, "put_file", lambda self, *a, **o: os.stat(tmp_path / "absent"))
     with pytest.raises(StorageError, match="cannot write"):
         store.put(tmp_path / "x", "data/x")
-    assert made == []
+    assert folders == []
 
 
-def test_the_writer_s_copy_is_apart_from_the_readers(url: str) -> None:
+def test_writers_and_readers_have_separate_copies(url: str) -> None:
     assert copy_of(url, "datasets") != copy_of(f"{url}x", "datasets")
     assert copy_of(url, "datasets") == copy_of(f"{url}/", "datasets") != copy_of(url, "writing")

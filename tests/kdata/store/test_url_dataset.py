@@ -91,9 +91,9 @@ def dataset(tmp_path: Path) -> kdata.Dataset:
         for random in [Random(0)]
         for n in range(6000)
     ]
-    made = dataset_of(tmp_path / "home" / "d", rows, shard_rows=3000)
-    score_with(made, {row.id: (row.nll or 0) + n * 13 % 29 for n, row in enumerate(rows)})
-    return made
+    written = dataset_of(tmp_path / "home" / "d", rows, shard_rows=3000)
+    score_with(written, {row.id: (row.nll or 0) + n * 13 % 29 for n, row in enumerate(rows)})
+    return written
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_only_the_columns_of_a_query_are_fetched(dataset: kdata.Dataset, served:
     assert needed <= total <= needed + len(files) * (16384 + 1024) and total < whole / 8, (needed, total, whole)
 
 
-def test_a_plan_is_made_without_a_copy_and_is_that_of_the_dataset(dataset: kdata.Dataset, served: Files) -> None:
+def test_a_plan_is_selected_without_a_copy_and_equals_the_local_one(dataset: kdata.Dataset, served: Files) -> None:
     opened = kdata.open(f"{served.url}/d")
     by_query = Sql(sql="select id from rows order by nll, id limit 9")
     for step in (Difference(share=0.3), Proportional(parent="difference", size=1000), by_query):
@@ -145,13 +145,13 @@ def test_a_plan_is_made_without_a_copy_and_is_that_of_the_dataset(dataset: kdata
     touched = {path.split("/")[1] for path, _, _ in served.sent}
     assert touched == {"dataset.json", "manifest.jsonl", "index", "scores"}
     assert not any((opened.path / folder).exists() for folder in ("data", "index"))
-    taken = Plan.load(opened.path / "plans/difference")
+    plan = Plan.load(opened.path / "plans/difference")
     assert (
-        taken.rows(dataset).tolist() == taken.rows(kdata.open(f"{served.url}/d")).tolist()
+        plan.rows(dataset).tolist() == plan.rows(kdata.open(f"{served.url}/d")).tolist()
     )  # the whole, when it is wanted
 
 
-def test_what_is_fetched_whole_is_compared(dataset: kdata.Dataset, served: Files) -> None:
+def test_a_file_that_is_copied_is_compared_with_its_digest(dataset: kdata.Dataset, served: Files) -> None:
     opened = kdata.open(f"{served.url}/d")
     assert opened.index(["id"]).equals(dataset.index(["id"]))
     path = dataset.path / "index/capture-00001.parquet"
@@ -170,7 +170,7 @@ def test_nothing_but_the_dataset_can_be_read(dataset: kdata.Dataset, served: Fil
     assert not [path for path, _, _ in served.sent if "secret" in path]
 
 
-def test_opening_a_url_and_asking_what_is_there_reads_no_payload(dataset: kdata.Dataset, served: Files) -> None:
+def test_opening_a_url_for_info_and_sql_reads_no_payload(dataset: kdata.Dataset, served: Files) -> None:
     opened = kdata.open(f"{served.url}/d")
     assert [path for path, _, _ in served.sent] == ["d/dataset.json", "d/manifest.jsonl"]
     assert (len(opened), opened.num_tokens, opened.content_digest) == (6000, dataset.num_tokens, dataset.content_digest)
@@ -228,5 +228,5 @@ def test_the_commands_take_a_url(dataset: kdata.Dataset, served: Files) -> None:
     assert {path.split("/")[1] for path, _, _ in served.sent} == {"dataset.json", "manifest.jsonl", "index", "scores"}
     before = digests(dataset.path)
     assert digests(dataset.path) == before and not (dataset.path / "plans").exists()
-    with pytest.raises(MissingError, match="is no kdata dataset"):
+    with pytest.raises(MissingError, match="is not a kdata dataset"):
         kdata.open(f"{served.url}/nothing")

@@ -61,6 +61,10 @@ def ask(sequences: list[np.ndarray], path: str) -> dict[str, Any]:
         "hybrid_rewritten": teacher.write(sequences[3::-1], HYBRID, sampling, [3, 2, 1, 0])[::-1],
         "hybrid_reread": teacher.read([c.readout.token_ids for c in taped], HYBRID),
     }
+    counts: dict[str, list[int]] = {"read": [], "written": []}
+    teacher.read(sequences, HYBRID, counts["read"].append)
+    again = teacher.write(prompts, HYBRID, sampling, list(range(len(prompts))), counts["written"].append)
+    answers["counts"] = counts, sum(len(c.readout.token_ids) - c.num_prompt_tokens for c in again)
     many = [np.roll(sequences[3], n) for n in range(12)]  # 1,080 tokens of seeded prompts: four steps and more
     answers["many"] = teacher.write(many, HYBRID, sampling, list(range(12)))
     mixed = [sequences[0], np.zeros(500, np.int32), sequences[1]]
@@ -87,6 +91,9 @@ def test_vllm_agrees_with_the_plain_forward_pass(llama_dir: Path, tmp_path: Path
     oracle = TransformersTeacher(TeacherConfig(model=str(llama_dir), backend="transformers"))
     plain = oracle.read(sequences, KeepConfig(kind="topk", k=8))
     assert answers["context"] == 127 and answers["info"].backend == "vllm"
+    counts, written = answers["counts"]
+    assert sorted(counts["read"]) == sorted(map(len, sequences)), "tokens of each sequence once it is reduced"
+    assert sum(counts["written"]) == written and 5 <= len(counts["written"]) <= 12, "tokens of each step of the engine"
     for ours, theirs, again in zip(
         answers["hybrid"], oracle.read(sequences, HYBRID), answers["hybrid_again"], strict=True
     ):
@@ -180,6 +187,9 @@ def write_in_form(folder: Path, prompts: list[np.ndarray], root: Path) -> dict[s
         prompts=corpus, kind="topk", k=8, num_samples=2, unit_prompts=2, sampling=SamplingConfig(max_tokens=12)
     )
     generate_with(root / "whole", teacher, who, Corpus(corpus), config)
+    answers["counts"] = [[], []]
+    teacher.read(prompts, keep, answers["counts"][0].append)
+    teacher.write(prompts, keep, SamplingConfig(max_tokens=8), [0] * len(prompts), answers["counts"][1].append)
     real, calls = teacher.write, iter(range(9))
 
     def stopped(*arguments: Any) -> Any:
@@ -234,6 +244,7 @@ def test_structured_output_records_the_raw_distribution(tmp_path: Path) -> None:
             assert (own.kept.num_kept[:start] == 0).all() and (own.kept.num_kept[start:] == 8).all()
             # Most of the mass is where the form forbids to write: a masked distribution would have it on few tokens.
             assert np.exp(own.logprob[start:]).mean() < 0.1
+    assert sum(answers["counts"][0]) == sum(map(len, prompts)) and len(answers["counts"][1]) > 1
     assert "does not take this structured_output: " in answers["bad schema"]
     assert "does not take this structured_output: " in answers["bad regex"]
     for greedy, top_k, min_p in zip(answers["greedy"], answers["top_k"], answers["min_p"], strict=True):

@@ -85,7 +85,7 @@ def test_chats_are_captured_and_continued_by_the_commands(tmp_path: Path) -> Non
     assert rows == [{"source": "capture", "n": 2}, {"source": "generate", "n": 2}]
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "object"}')
-    result = RUNNER.invoke(app, [str(a) for a in ("generate", tmp_path / "e", *common, "--prompts", file, "--prompt-column",
+    result = RUNNER.invoke(app, [str(a) for a in ("generate", tmp_path / "e", *common, "--prompts", file, "--text-column",
         "text", "--json-schema", schema, "--set", "prompts.id_column=null")])  # fmt: skip
     assert isinstance(result.exception, KdataError) and "does not write structured output" in str(result.exception)
 
@@ -99,7 +99,7 @@ def test_chats_are_captured_and_continued_by_the_commands(tmp_path: Path) -> Non
             ["capture", "{tmp}/x", "--teacher", "{llama}", "--corpus", "{tmp}/none.jsonl"],
             "none.jsonl does not exist",
         ),
-        (["capture", "hf://a/b", "--teacher", "{llama}", "--corpus", "x"], "push it to the Hub afterwards"),
+        (["capture", "hf://a/b", "--teacher", "{llama}", "--corpus", "x"], "share it with `kdata push`"),
         (
             ["capture", "{tmp}/x", "--teacher", "{llama}", "--corpus", "x", "--set", "unit_token=3"],
             "did you mean 'unit_tokens'",

@@ -112,13 +112,13 @@ def write_plan(dataset: kdata.Dataset, threshold: float = 0.6) -> None:
     """The plan of difference sampling at this cut."""
     sql = "select id from rows join scores.ref as s using (id) where s.nll - rows.nll >= $cut order by id"
     ids = dataset.sql(sql, {"cut": threshold})["id"].to_pylist()
-    given = {"share": 0.5, "score": "ref", "threshold": threshold}
-    plan = make_plan(dataset, "difference", ids, method="difference", parameters=given, sql=sql)
+    parameters = {"share": 0.5, "score": "ref", "threshold": threshold}
+    plan = make_plan(dataset, "difference", ids, method="difference", parameters=parameters, sql=sql)
     plan.save(dataset.path / "plans")
 
 
 def make_run(run: Path, domains: dict[str, float] | None = None, *, per_domain: int = 12) -> Path:
-    """A whole run folder of made-up numbers."""
+    """A whole run folder of invented numbers."""
     refused = (Reject("r0", "code", "empty", "the text is empty"),)
     dataset = make_dataset(run / "dataset", domains or DOMAINS, per_domain=per_domain, rejects=refused)
     make_dataset(run / "heldout", domains or DOMAINS, per_domain=4, generate=False)
@@ -164,63 +164,76 @@ class Page(HTMLParser):
 
 
 def test_verdict_better_with_exact_numbers() -> None:
-    found = verdict(
+    outcome = verdict(
         {
             "ce": student("CE", 5.0, 1.25),
             "plan": student("Plan", 4.5, 1.0),
             "everything": student("All", 4.8, 1.2),
         }
     )
-    assert found.kind == "better"
-    assert found.headline == (
-        "Yes: both distilled students beat the cross-entropy student on held-out NLL and KL to the teacher."
+    assert outcome.kind == "better"
+    assert outcome.headline == (
+        "Distillation helped: both distilled students predict unseen text better than the student trained on text "
+        "alone, and end closer to the teacher."
     )
-    assert found.details == [
-        "Plan: NLL 4.500 against 5.000 (0.500 lower, 10.0%); KL 1.000 against 1.250 (0.250 lower, 20.0%); "
-        "lower NLL in 3 of 3 domains.",
-        "All: NLL 4.800 against 5.000 (0.200 lower, 4.0%); KL 1.200 against 1.250 (0.050 lower, 4.0%); "
-        "lower NLL in 3 of 3 domains.",
+    assert outcome.details == [
+        "“Plan” against “CE”: loss 10.0% lower (28% of the way to the teacher), distance to the teacher 20.0% lower, "
+        "lower loss in 3 of 3 domains.",
+        "“All” against “CE”: loss 4.0% lower (11% of the way to the teacher), distance to the teacher 4.0% lower, "
+        "lower loss in 3 of 3 domains.",
+        "Selecting part of the data helped: the loss of “Plan” is 0.300 below that of “All”.",
     ]
 
 
 def test_verdict_worse_is_said_plainly() -> None:
-    found = verdict({"ce": student("CE", 4.0, 1.0), "plan": student("Plan", 4.4, 1.5)})
-    assert found.kind == "worse"
-    assert found.headline.startswith("No: the distilled student is worse")
-    assert "NLL 4.400 against 4.000 (0.400 higher, 10.0%)" in found.details[0]
-    assert "lower NLL in 0 of 3 domains" in found.details[0]
+    outcome = verdict({"ce": student("CE", 4.0, 1.0), "plan": student("Plan", 4.4, 1.5)})
+    assert outcome.kind == "worse"
+    assert outcome.headline == (
+        "Distillation did not help: the distilled student is worse than the student trained on text alone."
+    )
+    assert outcome.details == [
+        "“Plan” against “CE”: loss 10.0% higher, distance to the teacher 50.0% higher, lower loss in 0 of 3 domains."
+    ]
+
+
+def test_verdict_says_when_selection_did_not_help() -> None:
+    students = {"ce": student("CE", 5.0), "plan": student("Plan", 4.8), "everything": student("All", 4.75)}
+    sentence = "Selecting part of the data did not help: the loss of “Plan” is 0.050 above that of “All”."
+    assert verdict(students).details[-1] == sentence
+    students["plan"] = student("Plan", 4.75)
+    assert "made no difference" in verdict(students).details[-1]
 
 
 @pytest.mark.parametrize(
     ("others", "kind", "words"),
     [
-        ({"plan": (4.5, 0.9), "everything": (5.5, 1.1)}, "mixed", "only “plan” wins on every count"),
-        ({"plan": (4.5, 1.1)}, "mixed", "better in NLL than the cross-entropy one, but further from"),
-        ({"plan": (5.5, 0.9), "everything": (5.1, 0.8)}, "mixed", "are closer to the teacher (KL) than"),
+        ({"plan": (4.5, 0.9), "everything": (5.5, 1.1)}, "mixed", "only “plan” beats"),
+        ({"plan": (4.5, 1.1)}, "mixed", "predicts unseen text better than the student trained on text alone, but ends"),
+        ({"plan": (5.5, 0.9), "everything": (5.1, 0.8)}, "mixed", "end closer to the teacher than"),
         ({"plan": (5.5, 0.9), "everything": (5.1, 1.1)}, "mixed", "no distilled student beats"),
         ({"plan": (5.0004, 1.0)}, "equal", "No difference"),
-        ({"plan": (5.0, 0.9)}, "better", "Yes: the distilled student beats"),
-        ({"plan": (4.5, None)}, "better", "NLL (KL was not measured for all)"),
+        ({"plan": (5.0, 0.9)}, "better", "Distillation helped: the distilled student predicts"),
+        ({"plan": (4.5, None)}, "better", "(closeness to the teacher was not measured for all)"),
         ({"plan": (None, 0.5)}, "missing", "no distilled student has been evaluated"),
         ({}, "missing", "no distilled student has been evaluated"),
     ],
 )
 def test_verdict_of_every_kind(others: dict, kind: str, words: str) -> None:
     students = {"ce": student("ce", 5.0, 1.0)} | {n: student(n, *values) for n, values in others.items()}
-    found = verdict(students)
-    assert (found.kind, words in found.headline) == (kind, True), found
+    outcome = verdict(students)
+    assert (outcome.kind, words in outcome.headline) == (kind, True), outcome
 
 
 def test_verdict_without_a_baseline() -> None:
     assert verdict({}).kind == "missing"
-    found = verdict({"plan": student("Plan", 4.0)})
-    assert (found.kind, "no cross-entropy student" in found.headline) == ("missing", True)
+    outcome = verdict({"plan": student("Plan", 4.0)})
+    assert (outcome.kind, "no student trained on text alone" in outcome.headline) == ("missing", True)
 
 
 def test_verdict_names_an_uneven_comparison() -> None:
-    found = verdict({"ce": student("CE", 5.0), "plan": student("Plan", 4.0, steps=600)})
+    outcome = verdict({"ce": student("CE", 5.0), "plan": student("Plan", 4.0, steps=600)})
     assert (
-        found.details[-1] == "The students have different numbers of steps (300 and 600): the comparison is not even."
+        outcome.details[-1] == "The students have different numbers of steps (300 and 600): the comparison is not even."
     )
 
 
@@ -241,21 +254,24 @@ def test_whole_run(tmp_path: Path) -> None:
     page = Page(path)
     assert path == tmp_path / "run" / "report.html"
     assert page.tags.count("svg") == 6
-    assert "Yes: both distilled students beat" in page.text
+    assert "Distillation helped: both distilled students predict" in page.text
+    assert (
+        "Three small language models of 1.9 million parameters each, the students, learned from a dataset" in page.text
+    )
     for needed in ("4.590", "1.061", "raise ValueError in prose", "the text is empty", "b" * 64):
         assert needed in page.text
     assert "not run" not in page.text
     assert kdata.open(tmp_path / "run" / "dataset").content_digest in page.text
     assert "<b>4.590</b>" in path.read_text()
     assert "kdata run quickstart --out runs/quickstart-again" in page.text
-    assert "the least that difference sampling kept is 0.6" in page.text
+    assert "difference sampling kept everything from 0.600 on" in page.text
 
 
-def test_what_it_took(tmp_path: Path) -> None:
+def test_time_and_energy(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     text = Page(write_report(run)).text
-    assert "What it took" in text and "The teacher read 964,560 tokens and wrote 43,210 tokens." in text
-    rows = rows_of(write_report(run), "What it took")
+    assert "Time and energy" in text and "The teacher read 964,560 tokens and wrote 43,210 tokens." in text
+    rows = rows_of(write_report(run), "Time and energy")
     assert rows["capture"][1:] == ["912,000", "17,812", "51.2 s", "0.0284 (2 CPU cores)", "—"]
     assert rows["prepare"][1:] == ["", "", "0.4 s", "0.0002 (2 CPU cores)", "—"]
     seconds = 0.4 + 31.5 + 51.2 + 12.0 + 20.1 + 0.3 + 126.0 + 30.0  # parts of stages do not count twice
@@ -263,23 +279,23 @@ def test_what_it_took(tmp_path: Path) -> None:
     assert "└ train ce" in rows
 
 
-def test_energy_that_the_device_tells(tmp_path: Path) -> None:
+def test_energy_where_the_device_reports_it(tmp_path: Path) -> None:
     results = results_of({})
     for stage in results["stages"]:
         stage |= {"energy_joules": stage["seconds"] * 700, "device_hours": {"NVIDIA H200": stage["seconds"] / 3600}}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    rows = rows_of(write_report(tmp_path), "What it took")
+    rows = rows_of(write_report(tmp_path), "Time and energy")
     assert rows["capture"][-2:] == ["0.0142 (NVIDIA H200)", "9.96 Wh"]
     assert rows["all"][-1] == f"{271.5 * 700 / 3600:.3g} Wh"
     del results["stages"][0]["energy_joules"]
     (tmp_path / "results.json").write_text(json.dumps(results))
-    assert rows_of(write_report(tmp_path), "What it took")["all"][-1] == "not reported by this device"
+    assert rows_of(write_report(tmp_path), "Time and energy")["all"][-1] == "not reported by this device"
 
 
 def test_a_run_of_an_older_version_knows_times_only(tmp_path: Path) -> None:
     results = {**results_of({}), "stages": [{"name": "capture", "seconds": 51.2}]}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    rows = rows_of(write_report(tmp_path), "What it took")
+    rows = rows_of(write_report(tmp_path), "Time and energy")
     assert rows["capture"][1:] == ["", "", "51.2 s", "—", "—"] and rows["train"][1:] == ["", "", "—", "", ""]
 
 
@@ -301,25 +317,27 @@ def test_a_run_adds_its_attempts_up(tmp_path: Path) -> None:
     spans = {line.since: line for line in read_journal(run.log) if line.stage == "capture"}.values()
     with RunStage("report", run.log):
         run_report(run)
-    found = {stage["name"]: stage for stage in json.loads((run.out / "results.json").read_text())["stages"]}
-    assert list(found) == ["capture", "train", "train ce"]
-    assert len(spans) == 2 and found["capture"]["seconds"] == pytest.approx(sum(line.seconds for line in spans))
+    recorded = {stage["name"]: stage for stage in json.loads((run.out / "results.json").read_text())["stages"]}
+    assert list(recorded) == ["capture", "train", "train ce"]
+    assert len(spans) == 2 and recorded["capture"]["seconds"] == pytest.approx(sum(line.seconds for line in spans))
     dataset = kdata.open(run.dataset_path)
-    there = sum(entry.tokens for entry in dataset.manifest if entry.source == "capture")
-    assert found["capture"]["tokens"] == there and found["train"]["tokens"] == found["train ce"]["tokens"] == 50
-    assert rows_of(run.out / "report.html", "What it took")["capture"][1] == f"{there:,}"
+    stored = sum(entry.tokens for entry in dataset.manifest if entry.source == "capture")
+    assert (
+        recorded["capture"]["tokens"] == stored and recorded["train"]["tokens"] == recorded["train ce"]["tokens"] == 50
+    )
+    assert rows_of(run.out / "report.html", "Time and energy")["capture"][1] == f"{stored:,}"
     card = (run.dataset_path / "README.md").read_text().split("## What it took")[1].split("##")[0]
-    assert f"| capture | {there} |" in card and "| generate |" not in card
+    assert f"| capture | {stored} |" in card and "| generate |" not in card
 
 
 def rows_of(path: Path, title: str) -> dict[str, list[str]]:
     """Cells of the table under a heading, by the row's first."""
     body = path.read_text("utf-8").split(f">{title}</h3>")[1].split("<tbody>")[1].split("</tbody>")[0]
-    found = {}
+    cells_of = {}
     for row in body.split("<tr")[1:]:
         first, *cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)
-        found[first] = cells
-    return found
+        cells_of[first] = cells
+    return cells_of
 
 
 def test_page_loads_nothing_and_is_unique(tmp_path: Path) -> None:
@@ -378,9 +396,9 @@ def test_dataset_alone_names_what_has_not_run(tmp_path: Path) -> None:
     ):
         assert words in page.text
     assert page.tags.count("svg") == 2
-    found = {s["name"]: s["found"] for s in stages(tmp_path, {}, kdata.open(tmp_path / "dataset"), None)}
-    assert found["capture"] == "36 rows, not finished"
-    assert [n for n, f in found.items() if f is None] == [
+    wrote = {s["name"]: s["wrote"] for s in stages(tmp_path, {}, kdata.open(tmp_path / "dataset"), None)}
+    assert wrote["capture"] == "36 rows, not finished"
+    assert [n for n, w in wrote.items() if w is None] == [
         "generate",
         "heldout",
         "score",
@@ -463,7 +481,7 @@ def test_a_blank_sample_does_not_stretch_the_page(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"format": 1, "students": students}))
     page = Page(write_report(tmp_path))
     assert "White space only, 64 characters." in page.text
-    assert "KL to the teacher is an estimate from draws, biased upwards." in page.text
+    assert "Here it is an estimate from draws, biased upwards." in page.text
     assert "log-sum" not in page.text
 
 
@@ -491,7 +509,7 @@ def test_nothing_there_is_refused(tmp_path: Path) -> None:
         ('{"format": 1, "students": {"ce": {"domains": [1]}}}', CorruptError, "students.ce.domains: Input"),
     ],
 )
-def test_results_that_are_none(tmp_path: Path, content: str, error: type[Exception] | None, words: str) -> None:
+def test_damaged_results_are_refused(tmp_path: Path, content: str, error: type[Exception] | None, words: str) -> None:
     path = tmp_path / "results.json"
     path.write_text(content)
     if error is None:

@@ -1,0 +1,154 @@
+"""Commands that check: verify, repair, audit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import kdata
+from kdata.check.audit import audit as find_weights
+from kdata.check.audit import load_head
+from kdata.check.remeasure import against_teacher as read_again
+from kdata.check.repair import repair as set_aside
+from kdata.check.verify import verify as find_problems
+from kdata.errors import ConfigError, CorruptError
+from kdata.pipelines.cli.common import (
+    DatasetArgument,
+    DatasetsArgument,
+    Format,
+    FormatOption,
+    ReadingModel,
+    local_folder,
+    option,
+    print_json,
+    print_rows,
+    say,
+    teacher_config,
+)
+from kdata.teachers.load import load_teacher
+
+
+def verify(
+    dataset: DatasetArgument,
+    deep: Annotated[bool, typer.Option("--deep", help="Also decode every row and compare it with the index.")] = False,
+    against_teacher: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Also have the teacher read N rows again, and measure the difference."),
+    ] = None,
+    teacher: Annotated[str | None, option("model", ReadingModel, flag="--teacher", metavar="MODEL")] = None,
+    backend: Annotated[str | None, option("backend", ReadingModel)] = None,
+    format: FormatOption = Format.table,
+) -> None:
+    """Check every byte of a dataset.
+
+    Ends with status 1 and a list of problems if the dataset is damaged. --against-teacher reads with the dataset's own
+    teacher unless --teacher names it.
+
+    \b
+    Examples:
+      kdata verify my-dataset
+      kdata verify my-dataset --deep --against-teacher 100 --teacher MODEL
+    """
+    if not against_teacher and (teacher is not None or backend is not None):
+        raise ConfigError("--teacher and --backend are for --against-teacher N; name the number of rows")
+    opened = kdata.open(dataset)
+    problems = find_problems(opened, deep=deep)
+    if format is Format.json:
+        counts = {"rows": opened.num_rows, "tokens": opened.num_tokens, "shards": len(opened.manifest)}
+        print_json({"whole": not problems, **counts, "problems": [vars(problem) for problem in problems]})
+        if problems:
+            raise typer.Exit(1)
+    elif problems:
+        listing = "\n".join(f"  {p.path}: {p.what}" for p in problems)
+        raise CorruptError(f"{opened.path} is damaged; `kdata repair` sets damaged shards aside:\n{listing}")
+    else:
+        say(f"whole: {len(opened.manifest)} shards, {opened.num_rows:,} rows, {opened.num_tokens:,} tokens")
+    if against_teacher:
+        compare_with_teacher(opened, against_teacher, teacher, backend)
+
+
+def compare_with_teacher(dataset: kdata.Dataset, num_rows: int, model: str | None, backend: str | None) -> None:
+    """Have a teacher read rows again, and print how far it is from what is stored. Raises CorruptError where it is far."""
+    name = model or dataset.info.teacher.model
+    config = teacher_config({}, name, backend, ReadingModel)
+    loaded = load_teacher(config, max_k=max(dataset.info.codec.parameters.get("k", 1), 1))
+    try:
+        again = read_again(dataset, loaded, num_rows)
+    finally:
+        loaded.close()
+    written = [entry.codec_error for entry in dataset.manifest if entry.codec_error is not None]
+    errors = {"mean error, nats": "mean_nats", "largest error, nats": "max_nats", "KL, nats": "kl_nats"}
+    rows = []
+    for label, field in errors.items():
+        before = max((getattr(error, field) for error in written), default=0.0)
+        rows.append([label, f"{getattr(again.codec, field):.2e}", f"at most {before:.2e}"])
+    rows.append(["largest difference of a token's logprob", f"{again.max_logprob_nats:.2e}", "float16"])
+    rows.append(["largest difference of log_tail", f"{again.max_log_tail_nats:.2e}", "float32"])
+    if again.same_draws is not None:
+        rows.append(["positions with the same draws", f"{again.same_draws:.1%}", ""])
+    title = f"{again.rows:,} rows, {again.positions:,} positions"
+    print_rows(["", "measured again", "when written"], rows, right=[False, True, True], title=title)
+    limit = 10 * max((error.kl_nats for error in written), default=0.0) + 1e-4
+    if again.codec.kl_nats > limit or again.max_logprob_nats > 0.1:
+        raise CorruptError(
+            f"{dataset.path} does not hold what {name} believes: KL {again.codec.kl_nats:.2e} nats (limit {limit:.1e}), a "
+            f"token's log-probability off by {again.max_logprob_nats:.2e}; check that it is the teacher of this dataset"
+        )
+
+
+def repair(
+    dataset: DatasetArgument,
+    copy: Annotated[
+        str | None, typer.Option(metavar="FILE", help="An undamaged dataset.json to restore a damaged one from.")
+    ] = None,
+) -> None:
+    """Set damaged shards aside, so that the rest is a dataset again.
+
+    Nothing is deleted. Says which work to run again. The dataset is a folder on this machine.
+    """
+    root = local_folder(dataset)
+    done = set_aside(root, copy=None if copy is None else Path(copy))
+    if not done.problems:
+        say(f"{root} is whole: nothing to repair")
+        return
+    say(*(f"  {p.path}: {p.what}" for p in done.problems))
+    if done.aside is not None:
+        say(f"set aside in {done.aside}: {len(done.moved)} files")
+    for source, units in done.units.items():
+        say(f"run again: units {', '.join(map(str, units))} of {source!r}")
+    say(*(f"  {command}" for command in done.commands))
+    if done.remaining:
+        listing = "\n".join(f"  {p.path}: {p.what}" for p in done.remaining)
+        raise CorruptError(f"{root} is still damaged; restore these files from a copy:\n{listing}")
+
+
+def audit(
+    datasets: DatasetsArgument,
+    hidden_size: Annotated[
+        int | None, typer.Option(metavar="N", help="The teacher's hidden size, if you know it.")
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="The teacher's folder: compare with its true output projection."),
+    ] = None,
+    block: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Frequent ids in the second attack; twice the hidden size if not given."),
+    ] = None,
+    format: FormatOption = Format.table,
+) -> None:
+    """Test whether a release reveals the teacher's weights.
+
+    Name everything that you release of one teacher. Ends with status 1 if an attack finds the output projection.
+    """
+    opened = [kdata.open(name) for name in datasets]
+    head_VD = None if head is None else load_head(Path(head))
+    result = find_weights(opened, hidden_size=hidden_size, head_VD=head_VD, block=block)
+    if format is Format.json:
+        print_json(result.as_dict())
+    else:
+        say(*(f"  {line}" for line in result.lines()))
+    if result.verdict == "FAIL":
+        raise typer.Exit(1)

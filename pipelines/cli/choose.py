@@ -1,0 +1,197 @@
+"""Commands that choose: score, select, plan show, plan compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import kdata
+from kdata.config import parse_config
+from kdata.errors import ConfigError
+from kdata.jobs.scoring import ScoreConfig
+from kdata.jobs.scoring import score as score_rows
+from kdata.pipelines.cli.common import (
+    DatasetArgument,
+    FieldOption,
+    Format,
+    FormatOption,
+    ReadingModel,
+    SetOption,
+    option,
+    print_json,
+    print_rows,
+    say,
+    with_settings,
+)
+from kdata.selection.plan import open_plan
+from kdata.selection.score_file import bring
+from kdata.selection.select import DEFAULT, METHODS, parse_step
+from kdata.selection.select import select as select_rows
+from kdata.selection.show import Shown, draw, table_of
+from kdata.selection.show import compare as compare_plans
+from kdata.selection.step import Step
+from kdata.store.sql import Room
+
+
+class ScoreSettings(ScoreConfig):
+    """What `kdata score` takes."""
+
+    model: ReadingModel
+
+
+def method_option(field: str, metavar: str | None = None) -> FieldOption:
+    """An option for a setting that some of the methods of `kdata select` have."""
+    models = [model for model in METHODS.values() if field in model.model_fields]
+    return option(field, *models, metavar=metavar)
+
+
+PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="Name of a plan of the dataset.")]
+
+
+def score(
+    dataset: DatasetArgument,
+    model: Annotated[str | None, option("model", ReadingModel, metavar="MODEL")] = None,
+    file: Annotated[
+        str | None,
+        typer.Option("--from", metavar="FILE.parquet", help="Add your own numbers instead: columns id and numbers."),
+    ] = None,
+    name: Annotated[str | None, option("name", ScoreConfig, metavar="NAME")] = None,
+    unit: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What your numbers are, for whoever reads the score (--from).")
+    ] = None,
+    backend: Annotated[str | None, option("backend", ReadingModel)] = None,
+    set: SetOption = None,
+) -> None:
+    """Add a score to every row of a dataset.
+
+    Either a reference model's mean NLL of each row (--model, with the teacher's tokenizer), or numbers of your own (--from).
+    """
+    if (model is None) == (file is None):
+        raise ConfigError("give either --model MODEL (a reference model scores) or --from FILE (your own numbers)")
+    if file is not None:
+        if set or backend:
+            raise ConfigError("--backend and --set are for --model; --from takes --name and --unit")
+        add_numbers(dataset, file, {"unit": unit}, name)
+        return
+    reader = {key: value for key, value in {"model": model, "backend": backend}.items() if value is not None}
+    config = parse_config(ScoreSettings, with_settings({"model": reader, "name": name}, set), "score settings")
+    opened = kdata.open(dataset)
+    score_rows(opened, config)
+    say(f"scores.{config.name} covers {opened.num_rows:,} rows of {opened.path}")
+
+
+def add_numbers(dataset: str, file: str, options: dict[str, Any], name: str | None) -> None:
+    """Make a score of the numbers in a Parquet file, and print what it covers."""
+    opened, chosen = kdata.open(dataset), name or str(ScoreConfig.model_fields["name"].default)
+    brought = bring(opened, Path(file), chosen, **{key: value for key, value in options.items() if value is not None})
+    for column, num_rows in brought.covered.items():
+        say(f"scores.{chosen}.{column} covers {num_rows:,} of {opened.num_rows:,} rows of {opened.path}")
+
+
+def select(
+    dataset: DatasetArgument,
+    method: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help=f"One of {', '.join(METHODS)}. [default: {DEFAULT}; with --sql: sql]"),
+    ] = None,
+    parent: Annotated[str | None, option("parent", Step, metavar="PLAN")] = None,
+    name: Annotated[str | None, option("name", Step, metavar="PLAN")] = None,
+    share: Annotated[float | None, method_option("share")] = None,
+    by_domain: Annotated[bool | None, method_option("by_domain")] = None,
+    score: Annotated[str | None, method_option("score", "NAME")] = None,
+    sql: Annotated[str | None, method_option("sql", "QUERY")] = None,
+    weights: Annotated[str | None, method_option("weights", "DOMAIN=W,...")] = None,
+    temperature: Annotated[float | None, method_option("temperature")] = None,
+    size: Annotated[int | None, method_option("size")] = None,
+    count_by: Annotated[str | None, method_option("count_by")] = None,
+    max_repeats: Annotated[float | None, method_option("max_repeats")] = None,
+    take: Annotated[str | None, method_option("take")] = None,
+    seed: Annotated[int | None, method_option("seed")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Most memory for DuckDB, such as 3GB; it uses the disk beyond that."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads of DuckDB; one for each core if not given.")
+    ] = None,
+    set: SetOption = None,
+) -> None:
+    """Choose rows to train on: write a plan.
+
+    A plan says which rows, and how often. The options of a method are named in front of their text.
+
+    \b
+    Examples:
+      kdata select my-dataset --method difference --share 0.5
+      kdata select my-dataset --name easy --sql "select id from rows where nll<4"
+      kdata select my-dataset --parent easy --method cap --size 1000000
+    """
+    values = {
+        "method": method or ("sql" if sql else None), "parent": parent, "name": name, "share": share, "by_domain": by_domain,
+        "score": score, "sql": sql, "weights": None if weights is None else weights_of(weights), "temperature": temperature,
+        "size": size, "count_by": count_by, "max_repeats": max_repeats, "take": take, "seed": seed,
+    }  # fmt: skip
+    step = parse_step(with_settings(values, set))
+    print_shown(table_of(select_rows(kdata.open(dataset), step, Room(memory, threads))))
+
+
+def weights_of(text: str) -> dict[str, float]:
+    """`a=0.5,b=0.5` as a mapping. Raises ConfigError."""
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = part.rpartition("=")
+        domain = name.strip()
+        if domain in weights:
+            raise ConfigError(f"--weights names {domain!r} twice; name each domain once")
+        try:
+            weights[domain] = float(number)
+        except ValueError as error:
+            raise ConfigError(f"--weights {part!r}: write it as DOMAIN=NUMBER") from error
+        if not equals or not domain:
+            raise ConfigError(f"--weights {part!r}: write it as DOMAIN=NUMBER")
+    return weights
+
+
+def show(
+    dataset: DatasetArgument,
+    plan: PlanArgument,
+    picture: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Picture to write: .png, .svg or .pdf. [default: plan-NAME.png]")
+    ] = None,
+    format: FormatOption = Format.table,
+) -> None:
+    """Show what a plan takes of each domain.
+
+    Prints a table and draws a picture. --format json prints the plan's description, and draws only if --picture is given.
+    """
+    opened = kdata.open(dataset)
+    chosen = open_plan(opened, plan)
+    file = Path(picture or f"plan-{chosen.info.name}.png")
+    if format is Format.json:
+        print_json(chosen.info.model_dump(mode="json"))
+        if picture is not None:
+            draw(opened, chosen, file)
+        return
+    print_shown(table_of(chosen))
+    say(f"picture: {draw(opened, chosen, file)}")
+
+
+def compare(
+    dataset: DatasetArgument,
+    plan: PlanArgument,
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="Name of another plan of the dataset.")],
+) -> None:
+    """Show what two plans have in common.
+
+    Prints for each domain how many rows both take, and how many only one of them.
+    """
+    print_shown(compare_plans(kdata.open(dataset), plan, other))
+
+
+def print_shown(shown: Shown) -> None:
+    """Print a table about plans, with its notes."""
+    right = [column != "domain" for column in shown.columns]
+    print_rows(shown.columns, shown.rows, right=right, title=shown.title)
+    say(*shown.notes)

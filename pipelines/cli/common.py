@@ -1,0 +1,248 @@
+"""What the commands share: arguments and options, settings made of them, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pyarrow as pa
+import typer
+from pyarrow import csv
+from pydantic import BaseModel, Field
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.models import OptionInfo
+
+import kdata
+from kdata.config import apply_settings, parse_config
+from kdata.errors import ConfigError
+from kdata.store.url import is_url
+from kdata.teachers.config import TeacherConfig
+
+MAX_ROWS = 200  # of a table on a terminal
+WIDE = 20  # characters that a column needs at most; longer text is wrapped
+out = Console(highlight=False)
+
+
+class Resume(StrEnum):
+    """What to do with work that is already there."""
+
+    auto = "auto"
+    never = "never"
+    must = "must"
+
+
+class Format(StrEnum):
+    """How a result is printed."""
+
+    table = "table"
+    json = "json"
+
+
+class SqlFormat(StrEnum):
+    """How the result of a query is printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+class FieldOption(OptionInfo):
+    """An option that sets a field of a settings model; `models` are those that have the field."""
+
+    def __init__(self, field: str, models: tuple[type[BaseModel], ...], **options: Any) -> None:
+        super().__init__(default=..., **options)
+        self.field, self.models = field, models
+
+
+def option(
+    field: str,
+    *models: type[BaseModel],
+    flag: str | None = None,
+    metavar: str | None = None,
+    default: str | None = None,
+) -> FieldOption:
+    """An option for a field of settings, with the field's description and default.
+
+    Declare it with the default None: not given, it stays out of the settings, and the model decides.
+
+    Args:
+        models: the models that have the field; several for the methods of `kdata select`.
+        flag: name of the option, where it is not the field's own with dashes.
+        default: where the value comes from instead, in words.
+    """
+    return FieldOption(
+        field,
+        models,
+        param_decls=[flag or "--" + field.replace("_", "-")],
+        help=field_help(field, models, default),
+        metavar=metavar or _metavar(models[0].model_fields[field].annotation),
+        show_default=False,  # it is in the text: the parameter's own default is None
+    )
+
+
+def field_help(field: str, models: tuple[type[BaseModel], ...], default: str | None = None) -> str:
+    """Description and default of a field; of a field of several methods each variant, with the methods that have it."""
+    variants: dict[str, list[str]] = {}
+    for model in models:
+        text = f"{model.model_fields[field].description}{_shown(default or _default(model, field))}"
+        method = model.model_fields["method"].default if len(models) > 1 else ""
+        variants.setdefault(text, []).append(method)
+    if len(models) == 1:
+        return next(iter(variants))
+    return " ".join(f"{', '.join(methods)}: {text}" for text, methods in variants.items())
+
+
+def _default(model: type[BaseModel], field: str) -> str:
+    about = model.model_fields[field]
+    value = None if about.is_required() else about.get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None or value in ([], {}) else str(value)
+
+
+def _shown(default: str) -> str:
+    return f" [default: {default}]" if default else ""
+
+
+def _metavar(annotation: Any) -> str | None:
+    """The choices of a field, or what kind of value it takes."""
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    inner = [kind for kind in get_args(annotation) if kind is not type(None)]
+    if annotation is bool:
+        return None
+    return {int: "N", float: "X", str: "TEXT"}.get(annotation) or (_metavar(inner[0]) if inner else None)
+
+
+class ReadingModel(TeacherConfig):
+    """A model that only reads, so that the backend that needs no further installation does."""
+
+    backend: Literal["vllm", "vllm-server", "transformers"] = Field("transformers", description="What runs the model.")
+
+
+DatasetArgument = Annotated[
+    str,
+    typer.Argument(metavar="DATASET", help="Dataset: a folder, hf://OWNER/NAME, or a URL such as s3://BUCKET/NAME."),
+]
+DatasetsArgument = Annotated[
+    list[str], typer.Argument(metavar="DATASET", help="Datasets, each a folder, hf://OWNER/NAME, or a URL.")
+]
+NewDatasetArgument = Annotated[
+    str, typer.Argument(metavar="DATASET", help="Dataset to write: a new folder or one to go on with, or a URL.")
+]
+NewFolderArgument = Annotated[str, typer.Argument(metavar="OUT", help="New folder on this machine.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, nested keys with dots. May be repeated."),
+]
+TeacherOption = Annotated[str, option("model", TeacherConfig, flag="--teacher", metavar="MODEL")]
+BackendOption = Annotated[str | None, option("backend", TeacherConfig)]
+ResumeOption = Annotated[
+    Resume,
+    typer.Option(
+        metavar="auto|never|must",
+        help="auto: continue earlier work. never: refuse if there is any. must: refuse if there is none.",
+    ),
+]
+FormatOption = Annotated[Format, typer.Option(metavar="table|json", help="How the result is printed.")]
+
+
+def with_settings(values: dict[str, Any], settings: list[str] | None) -> dict[str, Any]:
+    """Options that were given, with `--set` on top."""
+    return apply_settings({key: value for key, value in values.items() if value is not None}, settings or [])
+
+
+def teacher_config(
+    values: dict[str, Any], name: str, backend: str | None, kind: type[TeacherConfig] = TeacherConfig
+) -> TeacherConfig:
+    """Take the `teacher` part out of a command's settings and validate it as `kind`. Raises ConfigError."""
+    own = values.pop("teacher", {})
+    if not isinstance(own, dict):
+        raise ConfigError("teacher must be a mapping; write for instance --set teacher.dtype=bfloat16")
+    options = {"model": name, **({} if backend is None else {"backend": backend})}
+    return parse_config(kind, {**options, **own}, "teacher settings")
+
+
+def local_folder(place: str) -> Path:
+    """A folder on this machine that a command writes to. Raises ConfigError for a URL or hf://."""
+    if is_url(place) or place.startswith("hf:"):
+        raise ConfigError(
+            f"{place} is not a folder on this machine, and this command writes to one; name a folder, then share it with "
+            "`kdata push`"
+        )
+    return Path(place)
+
+
+def say(*lines: str) -> None:
+    """Print lines as they are, however long."""
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
+
+
+def say_rows(dataset: kdata.Dataset) -> None:
+    """Print where a dataset is and how much it holds."""
+    say(f"{dataset.path}: {dataset.num_rows:,} rows, {dataset.num_tokens:,} tokens")
+
+
+def print_json(value: Any) -> None:
+    """Print a value as one line of JSON."""
+    print(json.dumps(value, default=str, ensure_ascii=False))
+
+
+def print_query(table: pa.Table, format: SqlFormat | Format) -> None:
+    """Print the result of a query."""
+    if format.value == "json":
+        print_json(table.to_pylist())
+        return
+    if format.value == "csv":
+        csv.write_csv(table, sys.stdout.buffer)
+        return
+    numbers = [pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in table.schema.types]
+    columns = table.column_names
+    rows = [[cell(value) for value in row.values()] for row in table.slice(0, MAX_ROWS).to_pylist()]
+    widths = [max(len(column), *(min(len(row[n]), WIDE) for row in rows), 0) for n, column in enumerate(columns)]
+    if sum(widths) + 2 * len(widths) > out.width:
+        print_records(columns, rows)
+    else:
+        print_rows(columns, rows, right=numbers)
+    if table.num_rows > MAX_ROWS:
+        say(f"{MAX_ROWS} of {table.num_rows:,} rows; --format csv prints all")
+
+
+def print_records(columns: list[str], rows: list[list[str]]) -> None:
+    """Print each row below the other, a column a line: for tables that are wider than the terminal."""
+    for number, row in enumerate(rows, 1):
+        grid = Table(
+            title=Text(f"row {number}"), title_justify="left", box=None, show_header=False, padding=(0, 1, 0, 0)
+        )
+        for column, text in zip(columns, row, strict=True):
+            grid.add_row(Text(f"  {column}", "bold"), Text(text))
+        out.print(grid)
+
+
+def print_rows(
+    columns: Iterable[str], rows: Iterable[list[str]], *, right: list[bool], title: str | None = None
+) -> None:
+    """Print a table; columns that are marked in `right` are numbers."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for column, is_number in zip(columns, right, strict=True):
+        table.add_column(Text(column), justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(text) for text in row))
+    out.print(table)
+
+
+def cell(value: Any) -> str:
+    """A value of a query, for a person."""
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "" if value is None else str(value)

@@ -1,0 +1,155 @@
+"""Commands that look: info, sql, status, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import TypeAdapter
+from rich.table import Table
+from rich.text import Text
+
+import kdata
+from kdata.errors import ConfigError
+from kdata.observe import status as progress
+from kdata.pipelines.cli.common import (
+    DatasetArgument,
+    Format,
+    FormatOption,
+    SqlFormat,
+    local_folder,
+    out,
+    print_json,
+    print_query,
+    say,
+)
+
+DOMAINS = (
+    'select source, domain, count(*) as "rows", sum(num_tokens)::bigint as tokens, avg(nll) as nll, '
+    "avg(kept_mass) as kept_mass from rows group by all order by all"
+)
+
+
+def info(dataset: DatasetArgument, format: FormatOption = Format.table) -> None:
+    """Show what a dataset is and how much it holds.
+
+    \b
+    Examples:
+      kdata info my-dataset
+      kdata info hf://OWNER/NAME --format json
+    """
+    opened = kdata.open(dataset)
+    facts, domains = facts_of(opened), opened.sql(DOMAINS)
+    if format is Format.json:
+        print_json({**facts, "domains": domains.to_pylist()})
+        return
+    grid = Table(show_header=False, box=None, title=Text(str(opened.path)), title_justify="left", padding=(0, 1, 0, 0))
+    for name, line in lines_of(facts).items():
+        grid.add_row(Text(name, "bold"), Text(line))
+    out.print(grid)
+    print_query(domains, format)
+
+
+def facts_of(dataset: kdata.Dataset) -> dict[str, Any]:
+    """What a dataset is, as JSON values."""
+    about = dataset.info
+    return {
+        "path": str(dataset.path),
+        "format": about.format_version,
+        "teacher": about.teacher.model_dump(mode="json"),
+        "vocab_size": about.vocab_size,
+        "tokenizer": about.tokenizer.hash,
+        "codec": about.codec.model_dump(mode="json"),
+        "rows": dataset.num_rows,
+        "shards": len(dataset.manifest),
+        "tokens": dataset.num_tokens,
+        "payload_bytes": sum(f.bytes for e in dataset.manifest for n, f in e.files.items() if n.startswith("data/")),
+        "rejected": sum(entry.rejected for entry in dataset.manifest),
+        "complete": {name: source.num_units is not None for name, source in about.sources.items()},
+        "content_digest": dataset.content_digest,
+    }
+
+
+def lines_of(facts: dict[str, Any]) -> dict[str, str]:
+    """The same for a person."""
+    teacher, codec = facts["teacher"], facts["codec"]
+    parameters = ", ".join(f"{name} {json.dumps(value)}" for name, value in codec["parameters"].items())
+    return {
+        "format": f"kdata {facts['format']}",
+        "teacher": f"{teacher['model']} ({teacher['backend']} {teacher['backend_version']}, {teacher['dtype']})",
+        "vocabulary": f"{facts['vocab_size']:,}",
+        "tokenizer": facts["tokenizer"][:12],
+        "kept": f"{codec['kind']}: {parameters}" if parameters else codec["kind"],
+        "codec": f"{codec['id']} {codec['version']}",
+        "rows": f"{facts['rows']:,} in {facts['shards']:,} shards",
+        "tokens": f"{facts['tokens']:,}",
+        "payload": f"{facts['payload_bytes']:,} bytes, {facts['payload_bytes'] / max(facts['tokens'], 1):.1f} per token",
+        "rejected": f"{facts['rejected']:,}",
+        "complete": ", ".join(f"{name}: {'yes' if whole else 'no'}" for name, whole in facts["complete"].items()),
+        "digest": facts["content_digest"],
+    }
+
+
+def sql(
+    dataset: DatasetArgument,
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="A query in DuckDB's SQL.")],
+    format: Annotated[
+        SqlFormat, typer.Option(metavar="table|json|csv", help="How the result is printed.")
+    ] = SqlFormat.table,
+) -> None:
+    """Query a dataset in SQL.
+
+    Tables are rows, manifest, rejects, scores.NAME and plans.NAME; schemas/README.md lists their columns.
+
+    \b
+    Examples:
+      kdata sql my-dataset "select domain, avg(nll) from rows group by 1"
+      kdata sql my-dataset "select id, text from rows" --format csv
+    """
+    print_query(kdata.open(dataset).sql(query), format)
+
+
+def status(
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="Folder of a run, or of a dataset that is being written, on this machine."),
+    ],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again until the work ends.")] = False,
+    format: FormatOption = Format.table,
+) -> None:
+    """Show how far a run or a capture is.
+
+    Call it from another terminal; the work is not disturbed.
+    """
+    if watch and format is Format.json:
+        raise ConfigError("--watch shows a table; call --format json again and again instead")
+    folder = local_folder_of_run(run)
+    if watch:
+        progress.watch(folder, out)
+    elif format is Format.json:
+        print_json(TypeAdapter(progress.Status).dump_python(progress.status(folder), mode="json"))
+    else:
+        out.print(progress.render(progress.status(folder), out.width))
+
+
+def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder that `kdata run` wrote.")]) -> None:
+    """Write the report page of a run.
+
+    The page is RUN/report.html.
+    """
+    from kdata.pipelines.report.report import write_report  # needs the extra `report`, and no other command here does
+
+    say(f"report: {write_report(local_folder_of_run(run))}")
+
+
+def local_folder_of_run(run: str) -> Path:
+    """The folder of a run on this machine. Raises ConfigError for a URL or hf://."""
+    try:
+        return local_folder(run)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{run} is not a folder on this machine, and a run is watched where it works; `kdata info` opens a dataset at a "
+            "URL"
+        ) from error

@@ -1,0 +1,204 @@
+"""Commands that train: run (a whole recipe), train, evaluate.
+
+What needs torch is imported inside the functions, after the arguments are checked.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+import kdata
+from kdata.config import parse_config, read_yaml
+from kdata.errors import ConfigError, MissingError
+from kdata.format.files import write_atomically
+from kdata.observe.text import number
+from kdata.pipelines.cli.common import (
+    DatasetArgument,
+    Format,
+    FormatOption,
+    Resume,
+    ResumeOption,
+    SetOption,
+    local_folder,
+    option,
+    out,
+    print_json,
+    say,
+    with_settings,
+)
+from kdata.selection.plan import Plan, open_plan
+from kdata.store.sql import is_name
+from kdata.trainer.config import TrainConfig
+
+# Lines of the table of one student: heading and format, by the figure's name.
+FIGURES = {
+    "nll": ("NLL", ".3f"), "teacher_nll": ("  of the teacher", ".3f"), "ppl": ("perplexity", ",.1f"),
+    "kl": ("KL(teacher || student)", ".3f"), "reverse_kl": ("reverse KL", ".3f"), "tv": ("total variation", ".3f"),
+    "top1": ("top-1 agreement", ".1%"), "top5": ("top-5 agreement", ".1%"), "ece": ("calibration error", ".2%"),
+    "teacher_ece": ("  of the teacher", ".2%"), "tokens": ("tokens", ",d"),
+}  # fmt: skip
+
+
+def run(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that kdata has.")
+    ],
+    out_dir: Annotated[
+        str | None, typer.Option("--out", metavar="FOLDER", help="Run folder. [default: runs/NAME]")
+    ] = None,
+    set: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe with every setting, and stop.")] = False,
+    resume: ResumeOption = Resume.auto,
+) -> None:
+    """Run a recipe: capture, select, train, evaluate, report.
+
+    The same command continues after an interruption.
+    """
+    from kdata.pipelines.recipe import load_recipe
+
+    resolved = load_recipe(Path(recipe), set or [])
+    folder = Path("runs") / resolved.name if out_dir is None else local_folder(out_dir)
+    if dry_run:
+        say(f"# would run into {folder}")
+        print(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), end="")
+        return
+    from kdata.pipelines.runner import execute
+
+    page = execute(resolved, folder, resume=resume.value)
+    results = json.loads((folder / "results.json").read_text("utf-8"))
+    out.print(students_table(results))
+    say(f"report: {page}")
+
+
+def students_table(results: dict[str, Any]) -> Table:
+    """One row per student: held-out NLL per domain and overall, KL to the teacher, top-1 agreement."""
+    students = list(results["students"].values())
+    domains = list(students[0]["domains"])
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title="Held-out text: NLL per domain and in all, KL to the teacher, top-1 agreement",
+        caption="NLL and KL in nats per token: lower is better",
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("student")
+    for column in (*domains, "all", "KL", "top-1"):
+        table.add_column(Text(column), justify="right")
+    for student in students:
+        overall = student["overall"]
+        table.add_row(
+            Text(student["label"]),
+            *(f"{student['domains'][d]['nll']:.3f}" for d in domains),
+            f"[bold]{overall['nll']:.3f}",
+            f"{overall['kl']:.3f}",
+            f"{overall['top1']:.1%}",
+        )
+    floor = [f"{students[0]['domains'][d]['teacher_nll']:.3f}" for d in domains]
+    table.add_section()
+    table.add_row("[dim]the teacher itself", *floor, f"{students[0]['overall']['teacher_nll']:.3f}", "", "")
+    return table
+
+
+def train(
+    dataset: DatasetArgument,
+    out_dir: Annotated[
+        str, typer.Option("--out", metavar="FOLDER", help="Folder for checkpoints, metrics and the student.")
+    ],
+    plan: Annotated[
+        str | None,
+        typer.Option(metavar="PLAN", help="Name of a plan of the dataset, or a plan file. Without: every row."),
+    ] = None,
+    steps: Annotated[int | None, option("steps", TrainConfig)] = None,
+    file: Annotated[
+        str | None,
+        typer.Option("--config", metavar="FILE", help="YAML file of settings; --steps and --set override it."),
+    ] = None,
+    set: SetOption = None,
+) -> None:
+    """Train a student from a dataset; no teacher is needed.
+
+    The student is in FOLDER/model. The same command continues after an interruption.
+
+    \b
+    Examples:
+      kdata train my-dataset --out student
+      kdata train my-dataset --plan difference --out student --steps 1000
+    """
+    folder, config = local_folder(out_dir), train_config(file, steps, set)
+    opened = kdata.open(dataset)
+    chosen = None if plan is None else plan_file(opened, plan)
+    from kdata.trainer.train import train as train_student
+
+    train_student(config, dataset, chosen, folder)
+    say(f"student: {folder / 'model'}")
+
+
+def train_config(file: str | None, steps: int | None, set: list[str] | None) -> TrainConfig:
+    """Settings of a file, then --steps, then --set. Raises ConfigError or MissingError."""
+    values = {} if file is None else read_yaml(Path(file))
+    values = with_settings(values if steps is None else {**values, "steps": steps}, set)
+    return parse_config(TrainConfig, values, file or "train settings")
+
+
+def plan_file(dataset: kdata.Dataset, plan: str) -> Path:
+    """The Parquet file of a plan that is named by its name in the dataset, or by a path. Raises MissingError."""
+    if is_name(plan) and not Path(plan).exists():
+        open_plan(dataset, plan)
+        return dataset.path / "plans" / plan
+    Plan.load(plan).check(dataset)
+    return Path(plan)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a trained student, such as student/model.")],
+    dataset: DatasetArgument,
+    save: Annotated[str | None, typer.Option(metavar="FILE", help="Also write the result as JSON.")] = None,
+    format: FormatOption = Format.table,
+    set: SetOption = None,
+) -> None:
+    """Measure a student on a held-out dataset."""
+    folder = Path(model)
+    if not folder.is_dir():
+        raise MissingError(f"{model} does not exist or is not a folder; name a student's folder, such as student/model")
+    if save is not None and not Path(save).parent.is_dir():
+        raise MissingError(f"--save {save}: the folder {Path(save).parent} does not exist; create it first")
+    if save is not None and Path(save).is_dir():
+        raise ConfigError(f"--save {save} is a folder; name a file")
+    kdata.open(dataset)
+    from kdata.trainer.evaluate import EvaluateConfig
+    from kdata.trainer.evaluate import evaluate as measure_student
+
+    config = parse_config(EvaluateConfig, with_settings({}, set), "evaluate settings")
+    measured = measure_student(folder, dataset, config=config)
+    if save is not None:
+        write_atomically(Path(save), json.dumps(measured, indent=2).encode() + b"\n")
+    if format is Format.json:
+        print_json(measured)
+        return
+    out.print(evaluation_table(measured, measured["label"]))
+    for task, scores in measured["tasks"].items():
+        say(f"{task}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+
+def evaluation_table(measured: dict[str, Any], label: str) -> Table:
+    """Every figure of one student, by domain and overall."""
+    caption = f"nats per token; KL is {measured['kl_is']}"
+    if measured["bounds_are"]:
+        caption += f"; reverse KL and total variation are {measured['bounds_are']}"
+    table = Table(
+        box=box.SIMPLE_HEAD, title=Text(f"{label} on held-out text"), title_justify="left", caption=caption,
+        caption_justify="left", padding=(0, 0, 0, 1),
+    )  # fmt: skip
+    scopes = {**measured["domains"], "all": measured["overall"]}
+    for column in ("", *scopes):
+        table.add_column(Text(column), justify="right" if column else "left")
+    for name, (heading, form) in FIGURES.items():
+        table.add_row(heading, *(number(figures[name], form) for figures in scopes.values()))
+    return table

@@ -1,0 +1,332 @@
+"""Whatever is wrong ends as one line that names it, with status 2 (usage) or 1 (the rest), and nothing half written.
+
+CALLS has a call of every command; the cases below change one thing in it. A new command needs a line there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow as pa
+import pytest
+import yaml
+
+from kdata.errors import ConfigError, CorruptError
+from kdata.pipelines.cli import look, main
+from kdata.pipelines.cli.main import COMMANDS, call
+from tests.fakes import rows_of_text, run_capture, write_jsonl
+
+TEACHER = ["--teacher", "{llama}", "--backend", "transformers"]
+CALLS = {
+    "run": ["{recipe}", "--out", "{new}"],
+    "capture": ["{new}", *TEACHER, "--corpus", "{corpus}"],
+    "generate": ["{new}", *TEACHER, "--prompts", "{corpus}", "--text-column", "text"],
+    "reread": ["{dataset}", "{new}", *TEACHER],
+    "combine": ["{dataset}", "{dataset}", "{local}"],
+    "import": ["{files}", "{local}", "--format", "plain", "--vocab-size", "300"],
+    "score": ["{dataset}", "--model", "{llama}"],
+    "select": ["{dataset}", "--method", "random"],
+    "plan show": ["{dataset}", "chosen"],
+    "plan compare": ["{dataset}", "chosen", "other"],
+    "train": ["{dataset}", "--out", "{local}"],
+    "evaluate": ["{llama}", "{dataset}"],
+    "verify": ["{dataset}"],
+    "repair": ["{dataset}"],
+    "audit": ["{dataset}"],
+    "push": ["{dataset}", "{local}"],
+    "export": ["{dataset}", "{local}"],
+    "merge": ["{dataset}", "{other}", "{local}"],
+    "split": ["{dataset}", "{local}"],
+    "head": ["{dataset}", "{local}"],
+    "info": ["{dataset}"],
+    "sql": ["{dataset}", "select 1"],
+    "status": ["{dataset}"],
+    "report": ["{run}"],
+}
+ENTRIES = [name for group in COMMANDS.values() for name in group]
+READERS = [name for name, arguments in CALLS.items() if "{dataset}" in arguments]
+WRITERS = [name for name, arguments in CALLS.items() if "{local}" in arguments]
+LOCAL_ONLY = {"status", "repair"}  # they work on a folder of this machine
+
+
+@dataclass
+class World:
+    """Files that calls name, in a folder that anybody may read."""
+
+    root: Path
+    capsys: pytest.CaptureFixture[str]
+
+    def arguments(self, command: str, **places: object) -> list[str]:
+        """The call of a command, with the places that differ."""
+        names = ("recipe", "llama", "corpus", "files", "dataset", "other", "run", "new", "local")
+        known = {name: self.root / name for name in names} | {"recipe": self.root / "recipe.yaml"} | places
+        return [*command.split(), *(argument.format(**known) for argument in CALLS[command])]
+
+    def fails(self, arguments: list[str]) -> tuple[int, str]:
+        """Status and line of a call that must fail, and must leave nothing behind."""
+        before = sorted(self.root.rglob("*"))
+        self.capsys.readouterr()
+        status = call(arguments)
+        printed = self.capsys.readouterr()
+        lines = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, printed.err
+        assert "Traceback" not in printed.err and len(lines[0]) > len("error: ") + 10
+        assert status in (1, 2)
+        left = {p for p in self.root.rglob("*") if p.suffix not in (".lock", ".jsonl")} - set(before)
+        assert not left, left
+        return status, lines[0]
+
+
+@pytest.fixture(scope="module")
+def folder(captured: Path, llama_dir: Path, tokenizer_dir: Path) -> Iterator[Path]:
+    root = Path(tempfile.mkdtemp(prefix="kdata-bad-input-"))
+    root.chmod(0o755)
+    shutil.copytree(captured, root / "dataset")
+    shutil.copytree(llama_dir, root / "llama")
+    shutil.copytree(captured, root / "newer")
+    about = root / "newer/dataset.json"
+    about.write_text(about.read_text().replace('"format_version": "1.', '"format_version": "9.'))
+    (root / "corpus").mkdir()
+    (root / "files").mkdir()
+    write_jsonl(root / "corpus/c.jsonl", rows_of_text(4))
+    row = {"id": "a", "token_ids": [1, 2, 3], "topk_ids": [[], [1], [2]], "topk_logprobs": [[], [-0.5], [-0.5]]}
+    write_jsonl(root / "files/rows.jsonl", [row])
+    others = [{**row, "id": f"other-{row['id']}"} for row in rows_of_text(6)]
+    run_capture(root / "other", write_jsonl(root / "others.jsonl", others), tokenizer_dir)
+    (root / "empty").mkdir()
+    (root / "text.txt").write_text("no dataset")
+    student = {"label": "a", "objective": {"weights": {"cross_entropy": 1.0}}}
+    (root / "recipe.yaml").write_text(yaml.safe_dump({"name": "tiny", "students": {"a": student}}))
+    yield root
+    shutil.rmtree(root)
+
+
+@pytest.fixture
+def world(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return World(folder, capsys)
+
+
+def test_every_command_is_called_here() -> None:
+    assert set(CALLS) == set(ENTRIES)
+
+
+@pytest.mark.parametrize("command", ENTRIES)
+def test_an_unknown_option_is_usage(world: World, command: str) -> None:
+    status, line = world.fails([*world.arguments(command), "--no-such-option"])
+    assert status == 2 and "--no-such-option" in line and f"`kdata {command} --help`" in line
+
+
+@pytest.mark.parametrize("command", ENTRIES)
+def test_a_missing_argument_is_usage(world: World, command: str) -> None:
+    status, line = world.fails(command.split())
+    assert status == 2 and "Missing" in line
+
+
+@pytest.mark.parametrize("command", [name for name in ENTRIES if name in (
+    "run", "capture", "generate", "reread", "combine", "import", "score", "select", "train", "evaluate"
+)])  # fmt: skip
+@pytest.mark.parametrize("setting", ["seeed=1", "seeed", "a.b=[1"])
+def test_a_wrong_setting_is_usage_and_is_named(world: World, command: str, setting: str) -> None:
+    status, line = world.fails([*world.arguments(command), "--set", setting])
+    assert status == 2 and setting.partition("=")[0].partition(".")[0] in line
+
+
+@pytest.mark.parametrize(
+    ("command", "setting", "message"),
+    [
+        ("capture", "corpus.pth=x", "unknown key 'corpus.pth' (did you mean 'path'?)"),
+        ("capture", "corpus.limit=many", "corpus.limit: Input should be a valid integer"),
+        ("capture", "k.x=3", "k: Input should be a valid integer (got {'x': 3})"),
+        ("capture", "kind=top", "kind: Input should be 'topk', 'adaptive', 'sampled' or 'hybrid' (got 'top')"),
+        ("capture", "teacher.dtyp=x", "unknown key 'dtyp' (did you mean 'dtype'?)"),
+        ("generate", "sampling.temprature=1", "(did you mean 'temperature'?)"),
+        ("train", "decay=cosin", "decay: Input should be"),
+        ("train", "student.kinds=scratch", "student"),
+        ("select", "shar=1", "(did you mean 'share'?)"),
+        ("run", "capture.unit_token=1", "unknown key 'capture.unit_token' (did you mean 'unit_tokens'?)"),
+    ],
+)
+def test_a_wrong_key_or_value_names_what_is_allowed(world: World, command: str, setting: str, message: str) -> None:
+    status, line = world.fails([*world.arguments(command), "--set", setting])
+    assert status == 2 and message in line
+
+
+@pytest.mark.parametrize("command", READERS)
+@pytest.mark.parametrize(("place", "status"), [("nowhere", 1), ("empty", 1), ("text.txt", None), ("newer", 1)])
+def test_what_is_no_dataset_is_refused_by_name(world: World, command: str, place: str, status: int | None) -> None:
+    answered, line = world.fails(world.arguments(command, dataset=world.root / place))
+    assert place in line
+    assert answered == (status or answered)
+
+
+@pytest.mark.parametrize("command", READERS)
+@pytest.mark.parametrize("address", ["memory://nowhere/d", "hf://nobody/nothing", "s3x://bucket/d"])
+def test_a_dataset_may_be_at_a_url_or_on_the_hub(world: World, command: str, address: str) -> None:
+    """The address arrives as it was typed: the error names it, and no folder of that name is made."""
+    _, line = world.fails(world.arguments(command, dataset=address))
+    assert address in line or (address == "s3x://bucket/d" and "s3x" in line)
+    assert not list(Path().iterdir()) or {p.name for p in Path().iterdir()} <= {"cache"}
+
+
+@pytest.mark.parametrize("command", ["info", "sql", "verify", "audit", "select", "head", "export", "split", "push"])
+def test_a_dataset_at_a_url_is_read(world: World, command: str, tmp_path: Path) -> None:
+    dataset = f"file://{world.root / 'dataset'}"
+    extra = ["--hidden-size", "4"] if command == "audit" else []
+    assert call([*world.arguments(command, dataset=dataset, local=tmp_path / "out"), *extra]) in (0, command == "audit")
+
+
+@pytest.mark.parametrize("command", WRITERS)
+@pytest.mark.parametrize("address", ["memory://bucket/new", "hf://somebody/new"])
+def test_a_command_that_writes_a_folder_says_so_at_a_url(world: World, command: str, address: str) -> None:
+    if command == "push" and address.startswith("hf:"):
+        pytest.skip("push writes to the Hub")
+    status, line = world.fails(world.arguments(command, local=address))
+    assert status == 2 and address in line
+
+
+@pytest.fixture
+def nobody() -> Iterator[None]:
+    """Run as a user without rights, where the tests run as root; what commands import is loaded before."""
+    for module in {entry.place.partition(":")[0] for group in COMMANDS.values() for entry in group.values()}:
+        import_module(f"kdata.pipelines.cli.{module}")
+    import_module("kdata.pipelines.report.report")
+    was_root = os.geteuid() == 0
+    if was_root:
+        os.seteuid(65534)
+    yield
+    if was_root:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def locked(folder: Path) -> Iterator[Path]:
+    """A dataset that nobody may read, in a folder that nobody may write."""
+    place = folder / "locked"
+    shutil.copytree(folder / "dataset", place / "dataset")
+    (place / "dataset").chmod(0)
+    place.chmod(0o555)
+    yield place
+    place.chmod(0o755)
+    (place / "dataset").chmod(0o755)
+    shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_a_dataset_that_may_not_be_read_is_named(world: World, locked: Path, command: str, nobody: None) -> None:
+    status, line = world.fails(world.arguments(command, dataset=locked / "dataset"))
+    assert status == 1 and "locked/" in line and "ermission" in line
+
+
+@pytest.mark.parametrize("command", [name for name in WRITERS if name not in ("train", "combine")])
+def test_a_folder_that_may_not_be_written_is_named(world: World, locked: Path, command: str, nobody: None) -> None:
+    status, line = world.fails(world.arguments(command, local=locked / "out"))
+    assert status == 1 and "locked" in line and "ermission" in line
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with 16 KiB."""
+    place = tmp_path / "full"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs rights that these tests do not have")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("command", ["push", "export", "merge", "split", "head"])
+def test_a_full_disk_leaves_no_half_written_result(world: World, full_disk: Path, command: str) -> None:
+    status, line = world.fails(world.arguments(command, local=full_disk / "out"))
+    assert status == 1 and ("space" in line or "full" in line)
+    left = {p.name for p in full_disk.iterdir() if p.suffix != ".lock"}
+    assert not left or (command == "push" and left == {"out.tmp"})
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ConfigError("unit: use tokens"), 2, "error: unit: use tokens"),
+        (CorruptError("data/a.arrow is damaged"), 1, "error: data/a.arrow is damaged"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+            1,
+            "error: /x/y: No space left on device; free some",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "error: /x: Permission denied; check its"),
+        (MemoryError(), 1, "error: out of memory; "),
+        (pa.ArrowInvalid("not an\nArrow file"), 1, "error: not an Arrow file; "),
+        (yaml.YAMLError("bad"), 1, "error: bad; correct the YAML"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 1, "error: a file is not UTF-8 text"),
+        (ModuleNotFoundError("no", name="matplotlib.figure"), 1, "pip install 'kdata[report]'"),
+    ],
+)
+def test_an_error_of_a_library_is_one_line(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int, message: str
+) -> None:
+    def fail(*arguments: Any) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(look.kdata, "open", fail, raising=False)
+    answered, line = world.fails(world.arguments("info"))
+    assert answered == status and message in line
+
+
+def test_an_error_that_nobody_expected_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    def fail(*arguments: Any) -> NoReturn:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(look.kdata, "open", fail, raising=False)
+    with pytest.raises(ZeroDivisionError) as caught:
+        call(world.arguments("info"))
+    main.report_defect(caught.type, caught.value, caught.tb)
+    printed = world.capsys.readouterr().err
+    assert "Traceback" in printed and printed.splitlines()[-1].startswith(
+        "error: this is a defect of kdata; please report"
+    )
+    main.report_defect(CorruptError, CorruptError("x"), None)  # --debug of an error that is known
+    assert "please report" not in world.capsys.readouterr().err
+
+
+def test_ctrl_c_says_that_the_same_command_continues(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    def stop(*arguments: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(look.kdata, "open", stop, raising=False)
+    assert call(world.arguments("info")) == 130
+    assert world.capsys.readouterr().err == "stopped; the same command continues where it was\n"
+
+
+COMMAND = [sys.executable, "-c", "from kdata.pipelines.cli.main import main; main()"]
+
+
+def test_a_reader_that_stops_reading_is_no_error(world: World) -> None:
+    query = "select repeat('x', 100000) from rows cross join range(20)"
+    arguments = [*COMMAND, "sql", str(world.root / "dataset"), query, "--format", "csv"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(timeout=120) == 1 and said == b""
+
+
+def test_output_to_a_full_disk_is_one_line(world: World) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, "info", str(world.root / "dataset")], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith("free some space on the disk")
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
