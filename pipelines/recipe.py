@@ -17,9 +17,8 @@ from kdata.pipelines.engine import EngineConfig, LocalConfig
 from kdata.selection.ranked import Difference
 from kdata.selection.select import SelectConfig
 from kdata.teachers.config import SamplingConfig, TeacherConfig
-from kdata.trainer.config import TrainConfig
-from kdata.trainer.objectives import ObjectiveConfig, resolve_tail
-from kdata.trainer.student import CheckpointStudent, ScratchStudent
+from kdata.trainer.config import CheckpointStudent, ScratchStudent, TrainConfig
+from kdata.trainer.objective_config import ObjectiveConfig, resolve_tail
 
 BUILTIN = "builtin"
 
@@ -91,7 +90,7 @@ class StudentStage(Strict):
 
     def resolve(self) -> ScratchStudent | CheckpointStudent:
         """The student as the trainer's settings name it."""
-        return CheckpointStudent(path=self.model, revision=self.revision) if self.model else self.scratch
+        return CheckpointStudent(model=self.model, revision=self.revision) if self.model else self.scratch
 
 
 class EvaluateStage(Strict):
@@ -161,9 +160,9 @@ def load_recipe(path: Path, settings: list[str]) -> Recipe:
     recipe = parse_config(Recipe, values, str(path))
     keep = recipe.keep
     for run in recipe.students.values():
-        for stage in recipe.train_config(run).resolved_stages():
-            if stage.dataset is None:  # the teacher has not read it yet: refuse now, not after hours of capture
-                resolve_tail(stage.objective, keep.tail, keep.temperatures, kind=keep.kind)
+        for phase in recipe.train_config(run).resolved_phases():
+            if phase.dataset is None:  # the teacher has not read it yet: refuse now, not after hours of capture
+                resolve_tail(phase.objective, keep.tail, keep.temperatures, kind=keep.kind)
     uses_plan = [name for name, run in recipe.students.items() if run.plan]
     by_difference = bool(uses_plan) and recipe.select.method == "difference"
     nameless = recipe.reference.model == "auto" and recipe.student.model is None

@@ -1,17 +1,20 @@
-"""Checkpoints that survive a kill at any moment: safetensors and JSON, no pickle; written aside and renamed.
+"""Checkpoints that survive a kill at any moment: safetensors and JSON, no pickle; written aside, then renamed.
 
     OUT/checkpoints/step-00000100/tensors.safetensors   parameters, AdamW moments and counts, random state of each rank
-                                  state.json            step, counts, loader and mixture state, settings
+                                  state.json            step, counts, state of loader and domain weights, settings
 
-Tensors are whole, whatever way ranks share them while they train, so a run goes on with another number of ranks, or with
-fsdp instead of ddp. Only the newest is kept: a new one is complete on disk before the old one goes.
+Tensors are stored whole, however ranks divide them during training, so a run can resume on another number of ranks, or with
+fsdp instead of ddp. Only the newest checkpoint is kept: it is complete on disk before the older one is removed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +24,38 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdata.errors import CorruptError, MismatchError, settings_difference
+from kdata.format.files import storage_errors, sync_directory
 from kdata.trainer.distributed import Ranks, cut_like, whole
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+# Why not torch.distributed.checkpoint (torch 2.13): its default writer pickles the metadata, and its safetensors writer
+# (HuggingFaceStorageWriter) leaves one file per rank, which only torch.distributed reads back. Whole tensors are one file
+# that any number of ranks and any tool can read. The price: rank 0 holds 12 bytes per parameter in CPU memory while it
+# writes (12 GB for 1B parameters). For larger students, use that writer with save_distributed=True.
+
+
+@contextmanager
+def writing(out_dir: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a StorageError that names cause and remedy; safetensors has an error of its own."""
+    with storage_errors(out_dir):
+        try:
+            yield
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def save_checkpoint(
     root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], ranks: Ranks
 ) -> Path:
-    """Write everything that the next step depends on; return the checkpoint's directory. Every rank calls it.
+    """Write everything that the next step depends on; return the checkpoint's folder. Every rank must call it.
 
     Args:
         root: OUT/checkpoints, on a file system that all ranks see.
-        state: JSON values; holds at least `step`, of which there is no checkpoint yet.
+        state: JSON values, with at least `step`; a checkpoint of this step must not exist yet.
     """
     final = root / f"step-{state['step']:08d}"
     tensors = _gathered(model, optimizer, ranks)
@@ -43,10 +65,10 @@ def save_checkpoint(
         aside.mkdir(parents=True)
         save_file(tensors, aside / "tensors.safetensors")
         (aside / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
-        for path in (*aside.iterdir(), aside):
-            _flush(path)
+        for path in (*aside.iterdir(), aside):  # files too: it syncs whatever a path names
+            sync_directory(path)
         os.rename(aside, final)
-        _flush(root)
+        sync_directory(root)
         for old in root.glob("step-*"):
             if old != final:
                 shutil.rmtree(old)
@@ -57,28 +79,27 @@ def save_checkpoint(
 def load_checkpoint(
     root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], ranks: Ranks
 ) -> dict[str, Any] | None:
-    """Restore the newest checkpoint into model, optimizer and random state. Every rank calls it.
+    """Restore the newest checkpoint into model, optimizer and random state. Every rank must call it.
 
-    A rank that the checkpoint knows no random state of keeps its own.
+    A rank without a random state in the checkpoint (there were fewer ranks) keeps its own.
 
     Returns:
-        Its `state`; None without a checkpoint.
-
+        The checkpoint's `state`; None if there is no checkpoint.
     Raises:
-        MismatchError: it was written under other settings; the message lists them.
+        MismatchError: it was written with other settings; the message lists them.
         CorruptError: its files cannot be read.
     """
-    found = sorted(root.glob("step-*"))
-    if not found:
+    paths = sorted(root.glob("step-*"))
+    if not paths:
         return None
-    path = found[-1]
+    path = paths[-1]
     try:
         state = json.loads((path / "state.json").read_text("utf-8"))
         difference = settings_difference(state["settings"], settings)
         if difference:
             raise MismatchError(
                 f"{root.parent} was begun with other settings (before -> now):\n{difference}\n"
-                "Use the former settings to go on, or another output folder for the new ones."
+                "Use the earlier settings to resume, or another output folder for the new ones."
             )
         with safe_open(path / "tensors.safetensors", framework="pt") as tensors:
             _restore(model, optimizer, tensors, ranks)
@@ -90,7 +111,7 @@ def load_checkpoint(
 
 
 def _gathered(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, whole and on the CPU; on other ranks than the main one nothing is kept."""
+    """Every tensor of a checkpoint, whole and on the CPU of the main rank; empty on other ranks."""
     tensors: dict[str, Tensor] = {}
 
     def keep(name: str, tensor: Tensor) -> None:
@@ -98,7 +119,7 @@ def _gathered(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) 
         if ranks.is_main:
             tensors[name] = complete.cpu().contiguous()
 
-    for name, parameter in model.named_parameters():  # tied parameters come once
+    for name, parameter in model.named_parameters():  # tied parameters appear once
         keep(f"model.{name}", parameter)
         for moment in MOMENTS:
             if parameter in optimizer.state:
@@ -129,12 +150,3 @@ def _random_state(ranks: Ranks) -> dict[str, Tensor]:
     if ranks.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(ranks.device)
     return state
-
-
-def _flush(path: Path) -> None:
-    """Force a file or directory to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

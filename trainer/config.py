@@ -1,39 +1,99 @@
-"""What a training run is told, and what it answers."""
+"""Settings and result of a training run, settings of a student and of an evaluation.
+
+Needs no torch: the command line reads defaults and descriptions from here. The settings of the loss are in
+`kdata.trainer.objective_config`, those of domain weights in `kdata.trainer.domain_weights`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kdata.config import Strict
 from kdata.errors import ConfigError
-from kdata.trainer.distributed import Parallel
 from kdata.trainer.domain_weights import DDKMixture, FixedMixture, MixtureConfig
 from kdata.trainer.metrics import LoggerName
-from kdata.trainer.objectives import ObjectiveConfig
+from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.schedule import Shape
-from kdata.trainer.student import ScratchStudent, StudentConfig
+
+Device = Literal["auto", "cpu", "cuda"]
+Parallel = Literal["ddp", "fsdp"]
+Precision = Literal["fp32", "bf16"]
 
 
-class StageConfig(Strict):
-    """One stage of several in a row: its data, and what differs from the run's own settings."""
+class ScratchStudent(BaseModel):
+    """A student of the Llama architecture with random initial weights; its vocabulary is the dataset's."""
 
-    name: str = Field(description="Name of the stage in metrics.")
-    dataset: str | None = Field(default=None, description="Logit dataset; None: the run's.")
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["scratch"] = "scratch"
+    hidden_size: int = Field(default=128, ge=2, description="Width D of the hidden states.")
+    num_layers: int = Field(default=4, ge=1, description="Number of transformer layers.")
+    num_heads: int = Field(
+        default=4, ge=1, description="Number of attention heads. hidden_size / num_heads must be an even number."
+    )
+    num_kv_heads: int | None = Field(
+        default=None, ge=1, description="Number of key-value heads (grouped-query attention); null: num_heads."
+    )
+    intermediate_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Width of the feed-forward layers; null: 8/3 of hidden_size, rounded up to a multiple of 32.",
+    )
+    max_positions: int = Field(
+        default=2048, ge=2, description="Tokens of the longest document that the student can read."
+    )
+    tied_embeddings: bool = Field(default=True, description="Use one matrix for input and output embeddings.")
+    init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
+
+
+class CheckpointStudent(BaseModel):
+    """A student that starts from trained weights."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    model: str = Field(
+        description="Folder of a model in Hugging Face format, or its name on the Hub. It must have the teacher's tokenizer."
+    )
+    revision: str | None = Field(
+        default=None, description="Commit, tag or branch on the Hub; null: the default branch."
+    )
+
+
+StudentConfig = Annotated[ScratchStudent | CheckpointStudent, Field(discriminator="kind")]
+
+
+class PhaseConfig(Strict):
+    """One phase of a training run: its data, and the settings that differ from the run's."""
+
+    name: str = Field(description="Name of the phase in the metrics.")
+    dataset: str | None = Field(
+        default=None, description="Logit dataset: a folder, a URL or hf://OWNER/NAME; null: the run's."
+    )
     plan: str | None = Field(
-        default=None, description="Plan file; None: the run's where the dataset is the run's, otherwise every sequence."
+        default=None,
+        description="Plan: the name of one in the dataset, or a file. null: the run's plan if the dataset is the run's, "
+        "otherwise every sequence.",
     )
-    steps: int | None = Field(default=None, ge=1, description="Optimizer steps; None: the run's.")
-    objective: ObjectiveConfig | None = Field(default=None, description="What the student minimises; None: the run's.")
-    learning_rate: float | None = Field(default=None, gt=0, description="Peak learning rate; None: the run's.")
-    warmup_steps: int | None = Field(default=None, ge=0, description="Steps of linear rise; None: the run's.")
-    decay: Shape | None = Field(default=None, description="Shape after the rise; None: the run's.")
+    steps: int | None = Field(default=None, ge=1, description="Number of optimizer steps; null: the run's.")
+    objective: ObjectiveConfig | None = Field(
+        default=None, description="The loss that the student minimizes; null: the run's."
+    )
+    learning_rate: float | None = Field(default=None, gt=0, description="Peak learning rate; null: the run's.")
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="Steps of linear rise to the peak; 0: none; null: the run's."
+    )
+    decay: Shape | None = Field(default=None, description="Shape of the decay after the warm-up; null: the run's.")
     final_learning_rate_share: float | None = Field(
-        default=None, ge=0, le=1, description="Learning rate at the stage's last step, of its peak; None: the run's."
+        default=None,
+        ge=0,
+        le=1,
+        description="Learning rate at the phase's last step, as a share of its peak; null: the run's.",
     )
-    mixture: MixtureConfig | None = Field(default=None, description="How domains are mixed; None: the run's.")
+    mixture: MixtureConfig | None = Field(default=None, description="Weights of the domains; null: the run's.")
 
 
 class TrainConfig(BaseModel):
@@ -41,94 +101,123 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    label: str = Field(default="student", description="Name of the run in results.")
-    student: StudentConfig = Field(default_factory=ScratchStudent, description="The model that learns.")
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="What it minimises.")
-    steps: int = Field(default=300, ge=1, description="Optimizer steps; of each stage that does not say otherwise.")
-    stages: list[StageConfig] = Field(
+    label: str = Field(default="student", description="Name of the run in tables and reports.")
+    student: StudentConfig = Field(
+        default_factory=ScratchStudent,
+        description="The model to train. kind: scratch starts from random weights, checkpoint from a trained model.",
+    )
+    objective: ObjectiveConfig = Field(
+        default_factory=ObjectiveConfig, description="The loss that the student minimizes."
+    )
+    steps: int = Field(
+        default=300, ge=1, description="Number of optimizer steps; of each phase that does not set its own."
+    )
+    phases: list[PhaseConfig] = Field(
         default=[],
-        description="Stages in a row, for instance general text, then a task: the student and AdamW's averages go on, data, "
-        "learning rate and weights begin anew. Empty: one stage of the settings here.",
+        description="Phases of training, in order, for instance general text, then a task. The student and AdamW's averages "
+        "carry over; data, learning rate and weights start anew. Empty: one phase with the settings here.",
     )
     batch_tokens: int = Field(
         default=4096,
         ge=2,
-        description="Cells of an optimizer step, of all ranks, a multiple of context_tokens; free cells count.",
+        description="Token positions of one optimizer step, over all ranks; a multiple of context_tokens. Padding counts.",
     )
     micro_batch_tokens: int | None = Field(
         default=None,
         ge=2,
-        description="Cells of one forward and backward pass of one rank; times the ranks it divides batch_tokens. None: "
-        "batch_tokens over the ranks.",
+        description="Token positions of one forward and backward pass of one rank. Times the number of ranks, it must divide "
+        "batch_tokens. null: batch_tokens over the number of ranks, so no accumulation.",
     )
-    context_tokens: int = Field(default=512, ge=2, description="Tokens of a row; no document may be longer.")
-    seed: int = Field(default=0, ge=0, description="Seed of the initial weights and of the order of data.")
+    context_tokens: int = Field(default=512, ge=2, description="Tokens of one packed row. No document may be longer.")
+    seed: int = Field(default=0, ge=0, description="Seed of the initial weights and of the order of the data.")
+    data_order: Literal["dataset", "seed"] = Field(
+        default="dataset",
+        description="What decides the order of the data beside the plan. dataset: the dataset's content and the seed. seed: "
+        "the seed alone, so that datasets of the same text give the same batches; not with a mixture.",
+    )
     mixture: MixtureConfig | None = Field(
-        default=None, description="Domains drawn by weights; None: as they come in dataset and plan."
+        default=None, description="Weights of the domains; null: the shares that the dataset and the plan have."
     )
-    learning_rate: float = Field(default=2e-3, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(default=2e-3, gt=0, description="Peak learning rate of AdamW.")
     warmup_steps: int = Field(default=30, ge=0, description="Steps of linear rise to the peak; 0: none.")
-    decay: Shape = Field(default="cosine", description="Shape after the rise.")
+    decay: Shape = Field(default="cosine", description="Shape of the decay after the warm-up.")
     final_learning_rate_share: float = Field(
-        default=0.1, ge=0, le=1, description="Learning rate at the last step as a share of the peak."
+        default=0.1, ge=0, le=1, description="Learning rate at the last step, as a share of the peak; 0: decay to 0."
     )
-    weight_decay: float = Field(default=0.1, ge=0, description="AdamW's decay, on matrices only.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's averaging rates.")
-    clip_norm: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
+    weight_decay: float = Field(default=0.1, ge=0, description="Weight decay of AdamW, on matrices only; 0: none.")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="Decay rates of AdamW's averages of the gradient and of its square."
+    )
+    clip_norm: float = Field(
+        default=1.0, ge=0, description="Largest norm of the gradient; a larger one is scaled down. 0: no clipping."
+    )
     precision: Literal["fp32", "bf16", "auto"] = Field(
         default="fp32",
-        description="Matrix products of forward and backward; weights and sums stay float32. auto: bf16 where the processor "
-        "multiplies it (elsewhere it is several times slower than fp32), else fp32; what was taken stands in train.json.",
+        description="Precision of matrix products; weights and sums are float32 in any case. auto: bf16 if the processor or "
+        "GPU multiplies it in hardware, else fp32. train.json records the choice.",
     )
     gradient_checkpointing: bool = Field(
         default=False,
-        description="Compute a layer's activations again in the backward pass instead of keeping them: about a third more "
-        "time, memory for one layer instead of all; the same gradients.",
+        description="Recompute each layer's activations in the backward pass instead of storing them: about a third more "
+        "time, memory for one layer instead of all, the same gradients.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one.")
+    device: Device = Field(default="auto", description="Where to compute. auto: cuda if there is a GPU, else cpu.")
     parallel: Parallel = Field(
         default="ddp",
-        description="How ranks share the work where torchrun started several. ddp: each holds the whole student. fsdp: "
-        "weights, gradients and optimizer state are cut among them.",
+        description="How the ranks that torchrun started share the work. ddp: each rank holds the whole student. fsdp: "
+        "weights, gradients and optimizer state are divided among the ranks.",
     )
-    window_documents: int = Field(default=1024, ge=1, description="Shuffled documents that are packed together.")
-    prefetch_batches: int = Field(default=4, ge=0, description="Micro-batches read ahead; 0: none.")
+    window_documents: int = Field(
+        default=1024,
+        ge=1,
+        description="Number of shuffled documents that are packed together; more fills the rows better.",
+    )
+    prefetch_batches: int = Field(
+        default=4, ge=0, description="Micro-batches that are read ahead; 0: none, reading and training take turns."
+    )
     loggers: list[LoggerName] = Field(
-        default=[], description="Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio; each an extra."
+        default=[],
+        description="Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio. Each needs the extra of its name.",
     )
-    log_every_steps: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl.")
-    checkpoint_every_steps: int = Field(default=100, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    log_every_steps: int = Field(default=10, ge=1, description="Steps between two lines of metrics.jsonl.")
+    checkpoint_every_steps: int = Field(
+        default=100, ge=0, description="Steps between two checkpoints; 0: only one, at the end."
+    )
 
-    def resolved_stages(self) -> list[Stage]:
-        """The stages in a row, with nothing left open.
+    def resolved_phases(self) -> list[Phase]:
+        """The phases in order, every setting resolved.
 
         Raises:
-            ConfigError: a name stands twice, or a stage's warm-up is as long as the stage.
+            ConfigError: two phases share a name, a warm-up is as long as its phase, or settings exclude each other.
         """
-        names = [stage.name for stage in self.stages]
+        names = [phase.name for phase in self.phases]
         if len(set(names)) < len(names):
-            raise ConfigError(f"stages are named {names}; give each a name of its own")
-        resolved: list[Stage] = []
-        for given in self.stages or [StageConfig(name="train")]:
-            own = {field: getattr(given, field) for field in SHARED}
-            stage = Stage(
-                name=given.name,
-                dataset=given.dataset,
-                plan=given.plan,
+            raise ConfigError(f"phases are named {names}; give each phase a name of its own")
+        resolved: list[Phase] = []
+        for settings in self.phases or [PhaseConfig(name="train")]:
+            own = {field: getattr(settings, field) for field in SHARED}
+            phase = Phase(
+                name=settings.name,
+                dataset=settings.dataset,
+                plan=settings.plan,
                 first_step=resolved[-1].end if resolved else 0,
                 **{field: getattr(self, field) if value is None else value for field, value in own.items()},
             )
-            if stage.warmup_steps >= stage.steps:
+            if phase.warmup_steps >= phase.steps:
                 raise ConfigError(
-                    f"stage {stage.name!r}: warmup_steps={stage.warmup_steps} must be less than steps={stage.steps}"
+                    f"phase {phase.name!r}: warmup_steps={phase.warmup_steps} must be less than steps={phase.steps}"
                 )
-            resolved.append(stage)
+            if phase.mixture is not None and self.data_order == "seed":
+                raise ConfigError(
+                    f"phase {phase.name!r}: data_order=seed does not go with a mixture; remove one of the two"
+                )
+            resolved.append(phase)
         return resolved
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage with every setting decided; see `StageConfig`. Its steps are [first_step, end) of the run."""
+class Phase:
+    """A phase with every setting resolved; see `PhaseConfig`. Its steps are [first_step, end) of the run."""
 
     name: str
     dataset: str | None
@@ -144,11 +233,11 @@ class Stage:
 
     @property
     def end(self) -> int:
-        """Steps of the run when the stage is over."""
+        """Steps of the run when the phase is over."""
         return self.first_step + self.steps
 
     def settings(self) -> dict[str, Any]:
-        """What decides the stage's numbers, as JSON values; without paths, as data is known by its content."""
+        """What decides the phase's numbers, as JSON values. No paths: data is identified by its content."""
         own = {name: getattr(self, name) for name in ("first_step", *SHARED)}
         dumped = {n: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for n, v in own.items()}
         if dumped["mixture"] is not None:
@@ -156,11 +245,11 @@ class Stage:
         return dumped
 
 
-# Settings of a stage that the run has too.
+# Settings that a phase and the run both have.
 SHARED = (
     "steps", "objective", "learning_rate", "warmup_steps", "decay", "final_learning_rate_share", "mixture",
 )  # fmt: skip
-# Settings that say where and how fast, not what: a run may go on with others.
+# Settings that say where and how fast, not what: a run may resume with other values.
 RUNTIME = {
     "label", "device", "parallel", "micro_batch_tokens", "gradient_checkpointing", "prefetch_batches", "loggers",
     "log_every_steps", "checkpoint_every_steps",
@@ -168,20 +257,62 @@ RUNTIME = {
 
 
 class TrainResult(BaseModel):
-    """What a run made and what it used; OUT/train.json."""
+    """What a training run produced and what it used; the content of OUT/train.json."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
     label: str
-    model_dir: str = Field(description="Where the student is, relative to OUT.")
-    metrics: str = Field(description="metrics.jsonl, relative to OUT.")
-    params: int = Field(description="Trainable parameters.")
+    model_dir: str = Field(description="Folder of the student, relative to OUT.")
+    metrics: str = Field(description="Path of metrics.jsonl, relative to OUT.")
+    params: int = Field(description="Number of trainable parameters.")
     steps: int
-    tokens: int = Field(description="Tokens in documents, really seen.")
-    target_tokens: int = Field(description="Counted positions, really seen.")
+    tokens: int = Field(description="Tokens of documents that were trained on; padding does not count.")
+    target_tokens: int = Field(description="Positions that counted in the loss.")
     train_seconds: float = Field(description="Seconds in the loop, over all resumptions.")
-    wait_share: float = Field(description="Share of those seconds spent waiting for data, on the main rank.")
+    wait_share: float = Field(description="Share of those seconds that the main rank waited for data.")
     losses: dict[str, float] = Field(description="Objectives at the last step, nats per counted token.")
-    plan: str | None = Field(description="Name of the last stage's plan; None: the whole dataset.")
-    dataset_digest: str = Field(alias="dataset_fingerprint", description="Of the last stage's dataset.")
+    plan: str | None = Field(description="Name of the last phase's plan; null: the whole dataset.")
+    dataset_digest: str = Field(alias="dataset_fingerprint", description="Content digest of the last phase's dataset.")
     config: TrainConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_keys(cls, values: Any) -> Any:
+        """Read the train.json of older runs, in which `phases` is `stages` and `student.model` is `student.path`."""
+        config = values.get("config") if isinstance(values, dict) else None
+        if not isinstance(config, dict):
+            return values
+        config = {"phases" if key == "stages" else key: value for key, value in config.items()}
+        if isinstance(student := config.get("student"), dict):
+            config["student"] = {"model" if key == "path" else key: value for key, value in student.items()}
+        return {**values, "config": config}
+
+
+class EvaluateConfig(BaseModel):
+    """How much is measured, and how samples are written."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    batch_tokens: int = Field(
+        default=8192, ge=2, description="Token positions of one forward pass; changes memory and speed only."
+    )
+    max_documents: int | None = Field(
+        default=None, ge=1, description="Number of documents to measure per domain, the first ones; null: all."
+    )
+    sample_tokens: int = Field(default=64, ge=1, description="Tokens that the student writes for each prompt.")
+    sample_temperature: float = Field(
+        default=0.0, ge=0, description="Sampling temperature. 0: greedy; 1: the student's own distribution."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of sampling.")
+    device: Device = Field(default="auto", description="Where to compute. auto: cuda if there is a GPU, else cpu.")
+    tasks: list[str] = Field(
+        default=[],
+        description="Tasks of the lm-evaluation-harness to score the student on; they need the extra lm-eval. Empty: none.",
+    )
+    tasks_folder: str | None = Field(
+        default=None,
+        description="Folder with further tasks, YAML files in the harness's format; null: only those of the harness.",
+    )
+    task_documents: int | None = Field(
+        default=None, ge=1, description="Number of documents per task, the first ones; null: all."
+    )

@@ -1,8 +1,8 @@
-"""How much of each domain: a protocol, and the two mixtures that are known.
+"""How much the student reads of each domain: a protocol, fixed weights, and DDK, whose weights follow the student.
 
-Every `every_steps` steps the trainer measures the student's cross-entropy on held-out text of each domain, tells the
-mixture, and draws the documents of the next steps by its weights (`kdata.trainer.mixed_loader`). To add one: a class with the
-methods of `DomainWeights`, its settings, a line in `make_mixture`.
+Every `every_steps` steps the trainer measures the student's cross-entropy on held-out text of each domain, passes it to
+`update`, and draws the documents of the next steps with the new weights (`kdata.trainer.mixed_loader`). To add a method,
+write a class with the methods of `DomainWeights`, its settings, and a line in `make_domain_weights`.
 
 Shapes: N domains.
 """
@@ -22,55 +22,68 @@ Weights = dict[str, float]
 
 
 class DomainWeights(Protocol):
-    """What the trainer asks of a mixture. State is JSON values; equal state gives equal weights ever after."""
+    """Weights of the domains during training. State is JSON values; equal state gives equal weights from then on."""
 
     @property
     def weights(self) -> Weights:
-        """Share of the tokens that each domain has from now on; every domain is named, they sum to 1."""
+        """Share of the tokens of each domain from now on. Every domain is in it, and the shares sum to 1."""
 
     def update(self, losses: Mapping[str, float]) -> None:
-        """Hear the student's cross-entropy on each domain, nats per token. The first call comes before the first step."""
+        """Take the student's cross-entropy on each domain, nats per token. The first call is before the first step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes into a checkpoint."""
+        """State for a checkpoint."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
 
 
 class FixedMixture(Strict):
-    """Weights that do not change."""
+    """Settings of weights that do not change."""
 
     kind: Literal["fixed"] = "fixed"
-    weights: Weights = Field(description="Domain -> share of the tokens; scaled to sum to 1. Every domain is named.")
+    weights: Weights = Field(
+        description="Share of the tokens of each domain, by name; scaled to sum to 1. Name every domain; 0: not read."
+    )
     every_steps: int = Field(
-        default=1000, ge=1, description="Steps whose documents are drawn at a time; part of what decides their order."
+        default=1000, ge=1, description="Steps whose documents are drawn at once. Another number gives another order."
     )
 
 
 class DDKMixture(Strict):
-    """Domain weights that follow how far the student is behind the teacher (DDK, arXiv 2407.16154)."""
+    """Settings of weights that follow how far the student is behind the teacher (DDK, arXiv 2407.16154)."""
 
     kind: Literal["ddk"] = "ddk"
-    every_steps: int = Field(default=1000, ge=1, description="K: steps between updates; the authors' choice is 1000.")
+    every_steps: int = Field(
+        default=1000, ge=1, description="Steps between two updates (K in the paper, which uses 1000)."
+    )
     alpha: float = Field(
-        default=0.5, ge=0, le=1, description="Share of the new weights in the smoothed ones; the rest is 1/N."
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of the new weights in the smoothed weights; the rest is 1/N for each domain. 0: uniform after the "
+        "first update; 1: no smoothing.",
     )
     exponent_limit: float = Field(
         default=10.0,
         gt=0,
         le=700,
-        description="The largest ratio of perplexities that is told apart. It stands in an exponent, and early ratios are in "
-        "the hundreds. Our default; the paper states none.",
+        description="Upper limit of the ratio of student's to teacher's perplexity. The ratio is an exponent, and early in "
+        "training it is in the hundreds. The default is ours; the paper states none.",
     )
     heldout: str | None = Field(
-        default=None, description="Logit dataset of held-out text with the same domains; None: rows are kept aside."
+        default=None,
+        description="Logit dataset of held-out text with the same domains: a folder, a URL or hf://OWNER/NAME. null: a share "
+        "of the training rows is held out.",
     )
     heldout_share: float = Field(
-        default=0.05, gt=0, lt=1, description="Share of each domain's documents that is kept aside; at least one."
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="Share of each domain's documents to hold out if heldout is null; at least one.",
     )
     heldout_documents: int = Field(
-        default=500, ge=1, description="Documents per domain that are measured, at most; the authors' choice is 500."
+        default=500, ge=1, description="Largest number of held-out documents per domain; the paper uses 500."
     )
 
 
@@ -78,35 +91,37 @@ MixtureConfig = Annotated[FixedMixture | DDKMixture, Field(discriminator="kind")
 
 
 class Fixed:
-    """The mixture of `FixedMixture`."""
+    """The weights of `FixedMixture`."""
 
     def __init__(self, config: FixedMixture, domains: list[str]) -> None:
-        given, total = config.weights, math.fsum(config.weights.values())
-        if set(given) != set(domains):
+        shares, total = config.weights, math.fsum(config.weights.values())
+        if set(shares) != set(domains):
             raise ConfigError(
-                f"mixture.weights names {sorted(given)}, the data has the domains {domains}; name each, once"
+                f"mixture.weights names {sorted(shares)}, the data has the domains {domains}; name each of them"
             )
-        if any(not math.isfinite(w) or w < 0 for w in given.values()) or not total:
-            raise ConfigError(f"mixture.weights {given} must be finite, >= 0 and not all 0")
-        self.weights = {domain: given[domain] / total for domain in domains}
+        if any(not math.isfinite(w) or w < 0 for w in shares.values()) or not total:
+            raise ConfigError(f"mixture.weights {shares} must be finite, >= 0 and not all 0")
+        self.weights = {domain: shares[domain] / total for domain in domains}
 
     def update(self, losses: Mapping[str, float]) -> None:
-        """Nothing is learnt."""
+        """Does nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing is kept."""
+        """Empty: there is no state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing is restored."""
+        """Does nothing."""
 
 
 class DDK:
-    """The mixture of `DDKMixture`.
+    """The weights of `DDKMixture`.
 
-    With l = exp(cross-entropy) of student S and teacher T on domain i, the score is exp(min(l_S / l_T, limit)). The first
-    update sets r to the scores, scaled to sum to 1; each further one to alpha psi / sum(psi) + (1 - alpha) / N with
-    psi = r * score.
+    With l = exp(cross-entropy) of student S and teacher T on a domain, its score is exp(min(l_S / l_T, limit)). The first
+    update sets the weights r to the scores, scaled to sum to 1. Each further update sets them to
+    alpha psi / sum(psi) + (1 - alpha) / N with psi = r * score.
+
+    Source: DDK, arXiv 2407.16154. The limit is ours.
 
     Args:
         teacher_losses: the teacher's cross-entropy on the same held-out text, nats per token, for each of the N domains.
@@ -118,13 +133,15 @@ class DDK:
         self.num_updates = 0
 
     def update(self, losses: Mapping[str, float]) -> None:
-        """Set the weights of the next steps. Raises TrainingError where a loss is not finite."""
-        if wild := [d for d in self.teacher_losses if not math.isfinite(losses[d])]:
-            raise TrainingError(f"the student's loss on held-out {wild[0]!r} is {losses[wild[0]]}; lower learning_rate")
+        """Set the weights of the next steps. Raises TrainingError if a loss is not finite."""
+        if bad := [d for d in self.teacher_losses if not math.isfinite(losses[d])]:
+            raise TrainingError(
+                f"the student's loss on held-out text of domain {bad[0]!r} is {losses[bad[0]]}; lower learning_rate"
+            )
         limit, alpha = self.config.exponent_limit, self.config.alpha
-        behind = {d: losses[d] - teacher for d, teacher in self.teacher_losses.items()}
-        ratios = {d: min(math.exp(min(gap, 700.0)), limit) for d, gap in behind.items()}  # e^710 overflows a float
-        # In logarithms, less the largest, which cancels: nothing overflows, and a weight that has gone to 0 can come back.
+        gaps = {d: losses[d] - teacher for d, teacher in self.teacher_losses.items()}
+        ratios = {d: min(math.exp(min(gap, 700.0)), limit) for d, gap in gaps.items()}  # e^710 overflows a float
+        # In logarithms, minus the largest, which cancels: nothing overflows, and a weight that reached 0 can rise again.
         before = {d: math.log(max(self.weights[d], 1e-300)) if self.num_updates else 0.0 for d in ratios}
         top = max(before[d] + r for d, r in ratios.items())
         psi = {d: math.exp(before[d] + r - top) for d, r in ratios.items()}
@@ -136,22 +153,22 @@ class DDK:
         self.num_updates += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, and how often they were set."""
+        """The weights, and how often they were updated."""
         return {"weights": dict(self.weights), "num_updates": self.num_updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         self.weights = {domain: state["weights"][domain] for domain in self.teacher_losses}
         self.num_updates = state["num_updates"]
 
 
-def make_mixture(
+def make_domain_weights(
     config: FixedMixture | DDKMixture, domains: list[str], teacher_losses: Mapping[str, float]
 ) -> DomainWeights:
-    """The mixture of these settings. Raises ConfigError where they do not fit the data's domains.
+    """The weights of these settings. Raises ConfigError if the settings do not fit the data's domains.
 
     Args:
-        domains: those of the training data.
+        domains: the domains of the training data.
         teacher_losses: nats per token on held-out text of the same domains; empty for `fixed`.
     """
     return Fixed(config, domains) if isinstance(config, FixedMixture) else DDK(config, teacher_losses)

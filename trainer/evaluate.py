@@ -1,14 +1,14 @@
-"""How good a student is, measured offline against what the teacher believed about held-out text.
+"""How good a student is, measured offline against what the teacher predicted on held-out text.
 
-The held-out set is a logit dataset captured like any other; no teacher runs here. Every figure is a
-micro-average over counted tokens. What is exact: NLL, perplexity, the teacher's NLL. What is not:
+The held-out set is a logit dataset, captured like any other; no teacher runs here. Every figure is an average over counted
+tokens. NLL, perplexity and the teacher's NLL are exact. These are not:
 
-- `kl`, `reverse_kl`, `tv` on a dataset of exact entries and tail (ghost) compare kept entries and one bucket
-  for the rest, and by the log-sum inequality are lower bounds of the full divergences.
-- `kl` on a dataset of draws is unbiased where the teacher's entropy was stored (cross-entropy from the draws
-  minus that entropy), else too high; `kl_is` says which.
-- `reverse_kl` and `tv` on a dataset of exact entries and draws (hybrid) compare the exact entries and one bucket for
-  the rest, lower bounds again; `bounds_are` says so. On draws alone they are null, and so is `teacher_ece`.
+- `kl`, `reverse_kl` and `tv` on a dataset of exact entries and tail (ghost) compare the kept entries and one bucket for the
+  rest. By the log-sum inequality they are lower bounds of the full divergences.
+- `kl` on a dataset of draws is unbiased if the teacher's entropy was stored (cross-entropy from the draws minus that
+  entropy), otherwise too high; `kl_is` says which.
+- `reverse_kl` and `tv` on a dataset of exact entries and draws (hybrid) compare the exact entries and one bucket for the
+  rest: lower bounds again, as `bounds_are` says. On draws alone they are null, and so is `teacher_ece`.
 
 Shapes: M counted positions, K kept entries, N most likely tokens.
 """
@@ -19,99 +19,85 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import kdata
 from kdata.config import first_problem
-from kdata.errors import ConfigError, CorruptError, DataError, MissingError
-from kdata.loader.batches import LoaderConfig
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
+from kdata.loader.batches import BatchesConfig
 from kdata.observe.progress import Task
-from kdata.trainer.config import TrainResult
+from kdata.trainer.config import EvaluateConfig, TrainResult
 from kdata.trainer.distributed import device_name
 from kdata.trainer.fused import Measured, measure
 from kdata.trainer.loader import Batch, Loader
-from kdata.trainer.student import check_positions, check_vocabulary, head_of, hidden_states, num_parameters
+from kdata.trainer.student import (
+    check_positions,
+    check_vocabulary,
+    head_of,
+    hidden_states,
+    num_parameters,
+    tokenizer_hash,
+)
 from kdata.trainer.tasks import Tasks
 
+__all__ = ["EvaluateConfig", "evaluate"]
+
 ECE_BINS = 15
-
-
-class EvaluateConfig(BaseModel):
-    """How much is measured, and how samples are written."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    batch_tokens: int = Field(default=8192, ge=2, description="Cells of one forward pass. Memory only.")
-    max_documents: int | None = Field(
-        default=None, ge=1, description="Documents per domain, the first ones; None: all."
-    )
-    sample_tokens: int = Field(default=64, ge=1, description="Tokens written for each prompt.")
-    sample_temperature: float = Field(default=0.0, ge=0, description="0 is greedy; 1 samples the student as it is.")
-    seed: int = Field(default=0, ge=0, description="Seed of sampling.")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one.")
-    tasks: list[str] = Field(
-        default=[], description="Tasks of the lm-evaluation-harness that the student is scored on; extra lm-eval."
-    )
-    tasks_folder: str | None = Field(
-        default=None,
-        description="Folder of further tasks, YAML files as the harness reads them; None: those it brings.",
-    )
-    task_documents: int | None = Field(
-        default=None, ge=1, description="Documents of each task, the first ones; None: all."
-    )
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def evaluate(
     model_dir: Path,
-    heldout_path: Path | str,
+    heldout: Path | str,
     *,
     prompts: Iterable[Mapping[str, str]] = (),
     label: str | None = None,
     config: EvaluateConfig | None = None,
 ) -> dict[str, Any]:
-    """Measure one student on a held-out logit dataset, and let it write.
+    """Measure one student on a held-out logit dataset, and let it continue prompts.
 
     Args:
-        model_dir: a model in Hugging Face format; the run's figures come from a `train.json` beside it.
-        heldout_path: what `kdata.open` takes.
+        model_dir: folder of a model in Hugging Face format; facts about its training come from a `train.json` beside it.
+        heldout: a folder, a URL or hf://OWNER/NAME, as for `kdata.open`.
         prompts: {"domain", "prompt"} each; the student continues them.
-        label: name in the result; None: the run's, or the directory's name.
+        label: name in the result; None: the label in train.json, or the folder's name.
     Returns:
         {"label", "params", "steps", "tokens", "target_tokens", "train_seconds" (null without train.json),
         "domains": {name: figures}, "overall": figures,
-        "calibration": {"student", "teacher"}: bins of the likeliest token's probability, {"tokens", "confidence" (mean),
-        "accuracy"} each; the teacher's null where its first choice is not known,
-        "kl_is", "bounds_are" (null where reverse_kl and tv are),
+        "calibration": {"student", "teacher"}: bins of the most likely token's probability, {"tokens", "confidence" (mean),
+        "accuracy"} each; the teacher's is null if its first choice is not known,
+        "kl_is", "bounds_are" (null if reverse_kl and tv are null),
         "samples": [{"domain", "prompt", "text"}], "tasks": {name: {metric: value}} of the lm-evaluation-harness,
-        "metrics": metrics.jsonl relative to the run's parent directory, null without one}.
-        figures: nll, teacher_nll, kl, reverse_kl (nats per token), ppl, tv, top1, top5 (share of positions
-        where the teacher's first choice is the student's, or among its five), ece, teacher_ece (calibration
-        error of the likeliest token), tokens (counted positions).
+        "metrics": metrics.jsonl relative to the run's parent folder, null without one}.
+        figures: nll, teacher_nll, kl, reverse_kl (nats per token), ppl, tv, top1, top5 (share of positions where the
+        teacher's first choice is the student's first, or among its first five), ece, teacher_ece (calibration error of the
+        most likely token), tokens (counted positions).
     Raises:
-        MissingError: no model there, or no tokenizer where prompts or tasks are given.
-        MismatchError: the model's vocabulary is not the dataset's.
-        ConfigError: the dataset lacks what would be measured (it was imported), or the harness knows no such task.
+        MissingError: the dataset or the model does not exist, or prompts or tasks are given and there is no tokenizer.
+        MismatchError: the model's vocabulary or tokenizer is not the dataset's.
+        ConfigError: the dataset lacks what would be measured (it was imported), or the harness has no such task.
         DataError: a document is longer than the student's positions, or no token counts.
-        CorruptError: train.json beside the model is not what a run writes.
+        CorruptError: train.json beside the model is not a training result.
         DependencyError: tasks are given and the harness is not installed.
     """
     config = config or EvaluateConfig()
     prompts = list(prompts)
-    dataset = kdata.open(heldout_path)
+    dataset = kdata.open(heldout)
     model = _load(model_dir)
     tasks = None if not config.tasks else Tasks(config.tasks, config.tasks_folder)
     tokenizer = _tokenizer(model_dir) if prompts or tasks is not None else None
     model.to(device_name(config.device)).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
     check_vocabulary(model, dataset)
+    _check_tokenizer(model_dir, dataset)
     if dataset.info.tail == "absent":
         raise ConfigError(
-            f"{heldout_path} was imported from a format without tail and actual tokens' log-probabilities, so a KL on it "
-            "would be wrong; evaluate on a dataset that `kdata capture` made"
+            f"{heldout} was imported from a format without the tail and without the actual tokens' log-probabilities, so a "
+            "KL on it would be wrong; evaluate on a dataset of `kdata capture`"
         )
     run = _run_beside(model_dir)
     domains, sums = _measure_dataset(model, dataset, config)
@@ -156,7 +142,7 @@ class _Calibration:
             total += flat.reshape(total.shape)
 
     def bins(self) -> list[dict[str, float | int]]:
-        """Bins that hold a position, over all domains: tokens, mean confidence, share that was right."""
+        """Bins that are not empty, over all domains: tokens, mean confidence, share of right predictions."""
         sums = zip(self.counts.sum(0), self.confidence.sum(0), self.correct.sum(0), strict=True)
         return [
             {"tokens": int(n), "confidence": float(c / n), "accuracy": float(right / n)} for n, c, right in sums if n
@@ -183,13 +169,15 @@ class _Sums:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Objectives that the stored entries can serve."""
+        """Objectives that the stored entries can measure."""
         return ("cross_entropy", "forward_kl", *(("reverse_kl", "total_variation") if self.knows_exact else ()))
 
     @property
     def kl_is(self) -> str:
         if self.tail == "ghost" and self.combined:
-            return "approximate: one bucket for the rest, and in it what teachers believe of ids that they did not keep"
+            return (
+                "approximate: one bucket for the rest, and in it what teachers predict for ids that they did not keep"
+            )
         if self.tail == "ghost":
             return "a lower bound: kept entries and one bucket for the rest"
         if self.entropy_known:
@@ -198,7 +186,7 @@ class _Sums:
 
     @property
     def bounds_are(self) -> str | None:
-        """What reverse_kl and tv are."""
+        """What kind of bound reverse_kl and tv are; None if they are not measured."""
         if self.tail == "ghost":
             return self.kl_is
         return "lower bounds: exact entries and one bucket for the rest" if self.exact.any() else None
@@ -238,10 +226,10 @@ class _Sums:
         """Averages of one domain, or of all."""
         part = slice(None) if domain is None else slice(domain, domain + 1)
         tokens = int(self.tokens[part].sum())
-        assert tokens, "a domain without a counted token is left out, a dataset without one refused"
+        assert tokens, "domains without a counted token are left out, and a dataset without one is refused"
         mean: dict[str, Any] = {name: float(total[part].sum() / tokens) for name, total in self.values.items()}
         if self.tail == "draws" and not self.exact[part].any():
-            mean |= {"reverse_kl": None, "tv": None}  # of no exact entry the bound is 0, which says nothing
+            mean |= {"reverse_kl": None, "tv": None}  # without an exact entry the bound is 0, which says nothing
         from_entropy = mean.pop("kl_from_entropy", None)
         if from_entropy is not None and self.entropy_known:
             mean["kl"] = from_entropy
@@ -269,7 +257,7 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
     context = max(int(index["num_tokens"].to_numpy()[rows].max(initial=2)), 2)
     check_positions(model, context)
     loader = Loader(
-        dataset, rows, LoaderConfig(context_tokens=context, batch_rows=max(1, config.batch_tokens // context))
+        dataset, rows, BatchesConfig(context_tokens=context, batch_rows=max(1, config.batch_tokens // context))
     )
     tail = dataset.info.tail
     assert tail != "absent"  # refused by the caller
@@ -279,17 +267,14 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
             device = head_of(model).device
             hidden_BLD = hidden_states(model, batch.input_ids.to(device), batch.position_ids.to(device))
             hidden_MD = hidden_BLD.flatten(0, 1).index_select(0, batch.predictor_M.to(device))
-            measured = measure(
-                hidden_MD,
-                head_of(model),
-                batch.targets.to(device),
-                sums.names,
-                tail,
-            )
+            measured = measure(hidden_MD, head_of(model), batch.targets.to(device), sums.names, tail)
             sums.add(batch, measured, domain_R[batch.rows[batch.document_M]])
             task.advance(batch.num_tokens)
     if not sums.tokens.sum():
-        raise DataError(f"no token counts in {dataset.path} (all target masks are empty): nothing to measure")
+        raise DataError(
+            f"{dataset.place}: none of its tokens is a target (all target masks are empty), so there is nothing to measure; "
+            "evaluate on another dataset"
+        )
     return domains.tolist(), sums
 
 
@@ -304,10 +289,11 @@ def _first_of_each(domain_R: np.ndarray, limit: int | None) -> np.ndarray:
 
 
 def _first_choice(batch: Batch, combined: bool = False) -> np.ndarray:
-    """The teacher's likeliest kept id at each position, int64 [M]: first exact entry, else heaviest draw.
+    """The teacher's most likely kept id at each position, int64 [M]: the first exact entry, else the heaviest draw.
 
-    A draw can outweigh exact entries (its weight is tail mass / draws), so the largest weight will not do; but of several
-    teachers (`combined`) what only one knows exactly is a draw, so there it has to. -1 where nothing is kept.
+    A draw can outweigh exact entries (its weight is tail probability / draws), so the largest weight alone is not enough.
+    With several teachers (`combined`), an entry that only one of them knows exactly counts as a draw, so there the largest
+    weight is used. -1 if nothing is kept.
     """
     ids_MK, logprobs_MK = batch.targets.ids_CK.numpy(), batch.targets.logprobs_CK.numpy()
     if not ids_MK.shape[1]:
@@ -318,7 +304,7 @@ def _first_choice(batch: Batch, combined: bool = False) -> np.ndarray:
 
 def _num_exact(batch: Batch) -> np.ndarray:
     """Exact entries of each position, int64 [M]."""
-    assert batch.targets.num_exact_C is not None  # the loader knows
+    assert batch.targets.num_exact_C is not None  # the loader sets it
     return batch.targets.num_exact_C.numpy()
 
 
@@ -342,12 +328,26 @@ def _tokenizer(model_dir: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise MissingError(f"{model_dir} holds no tokenizer, and prompts and tasks need one; copy it there") from error
+        raise MissingError(
+            f"{model_dir} has no tokenizer that loads, and prompts and tasks need one; copy the teacher's tokenizer there"
+        ) from error
+
+
+def _check_tokenizer(model_dir: Path, dataset: kdata.Dataset) -> None:
+    """Raise MismatchError if the tokenizer beside the model is not the dataset's. A model without one is not checked."""
+    if not any((model_dir / name).exists() for name in TOKENIZER_FILES):
+        return
+    digest, expected = tokenizer_hash(model_dir), dataset.info.tokenizer.hash
+    if digest != expected:
+        raise MismatchError(
+            f"the tokenizer in {model_dir} ({digest[:12]}) is not that of {dataset.place} ({expected[:12]}), so the stored "
+            "token ids would mean other tokens; evaluate on text captured with a teacher of the same tokenizer"
+        )
 
 
 @torch.no_grad()
 def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, config: EvaluateConfig, seed: int) -> str:
-    """What the student writes; of a prompt that does not fit the model, the last tokens are read."""
+    """The student's continuation of a prompt. Only the last tokens of a prompt are read if it does not fit the model."""
     room = max(model.config.max_position_embeddings - config.sample_tokens, 1)
     ids_BL = tokenizer(prompt, return_tensors="pt").input_ids[:, -room:].to(model.device)
     choice: dict[str, Any] = {"do_sample": False}
@@ -367,11 +367,16 @@ def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, config: Evalu
 
 def _load(model_dir: Path) -> PreTrainedModel:
     if not model_dir.is_dir():
-        raise MissingError(f"{model_dir} is no folder; name the folder of a trained student (OUT/model of kdata train)")
+        raise MissingError(
+            f"{model_dir} is not a folder; name the folder of a trained student, which is OUT/model after kdata train"
+        )
     try:
         return AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise MissingError(f"{model_dir} holds no model: {str(error).splitlines()[0]}; train it first") from error
+        raise MissingError(
+            f"{model_dir} does not hold a model that loads: {str(error).splitlines()[0]}; name the folder of a trained "
+            "student, which is OUT/model after kdata train"
+        ) from error
 
 
 def _run_beside(model_dir: Path) -> TrainResult | None:
@@ -382,5 +387,5 @@ def _run_beside(model_dir: Path) -> TrainResult | None:
         return TrainResult.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise CorruptError(
-            f"{path} is not what `kdata train` writes: {first_problem(error)}; move it or the model elsewhere"
+            f"{path} is not a result of `kdata train`: {first_problem(error)}; move the file or the model elsewhere"
         ) from error

@@ -1,13 +1,14 @@
-"""The sparse loss without logits: head, log-sum-exp and gather, forward and backward, chunk by chunk.
+"""The distillation loss without a full logits matrix: chunk by chunk, forward and backward.
 
-Never more than [chunk, V] logits exist, in one buffer that all chunks share. For each chunk the logits are
-computed once; the kept entries' and the actual token's logits are gathered; the rest of the vocabulary is
-summed with the kept entries set to exactly 0, so the student's tail mass has no cancellation however small it
-is. The objective is differentiated on those [C, K + 2] numbers by autograd, and its Jacobian turns the same
-buffer into d loss / d logits, from which both gradients follow. Three matrix products in all, as in the naive
-version, and a fraction of its memory (`tests/benchmarks/loss.py`). Gradients are computed in the forward pass
-and handed out in the backward pass, which can therefore run once. A temperature other than 1 costs a second buffer
-of a chunk's size, for the softmax at 1 that the cross-entropy needs.
+Only [chunk, V] logits exist at a time, in one buffer that all chunks share. For each chunk the logits are computed once. The
+logits of the kept entries and of the actual token are gathered; the rest of the vocabulary is summed with the kept entries
+set to exactly 0, so the student's tail probability has no cancellation, however small it is. Autograd differentiates the
+objective on those [C, K + 2] numbers, and the Jacobian turns the same buffer into d loss / d logits, which gives both
+gradients. That is three matrix products, as in the naive version, and a fraction of its memory (`tests/benchmarks/loss.py`).
+
+Trade-offs: the gradients are computed in the forward pass and returned in the backward pass, so the backward pass can run
+once. A temperature other than 1 needs a second buffer of a chunk's size, for the softmax at temperature 1 that the
+cross-entropy uses.
 
 Shapes: M counted positions, C positions of a chunk, V vocabulary, D hidden, K kept entries, O objectives.
 """
@@ -22,27 +23,18 @@ import torch
 from torch import Tensor
 
 from kdata.errors import ConfigError, ShapeError
-from kdata.trainer.objectives import (
-    LOG_ZERO,
-    OBJECTIVES,
-    ObjectiveConfig,
-    Outcomes,
-    Tail,
-    Targets,
-    scale_of,
-    tail_of,
-    teacher_outcomes,
-)
+from kdata.trainer.objective_config import ObjectiveConfig, Tail, scale_of, tail_of
+from kdata.trainer.objectives import LOG_ZERO, OBJECTIVES, Outcomes, Targets, teacher_outcomes
 
-# A logits buffer that stays in a CPU cache: at V = 8k, bf16, one thread, 8 MiB take 0.14 s for 4096 tokens
-# and 64 MiB 0.27 s. Large vocabularies need enough positions for the matrix products to run at full speed, and each
-# chunk reads and writes the head's whole gradient. More than 152 would take more than a tenth of the naive version's
-# memory at V = 128k; powers of two reduce over the vocabulary several times faster than their neighbours.
+# The logits buffer should stay in a CPU cache: at V = 8k, bf16, one thread, 4096 tokens take 0.14 s with 8 MiB and 0.27 s
+# with 64 MiB. Large vocabularies need enough positions for the matrix products to run at full speed, and each chunk reads and
+# writes the whole gradient of the head. More than 152 positions would use more than a tenth of the naive version's memory at
+# V = 128k. Powers of two reduce over the vocabulary several times faster than other sizes.
 CHUNK_BYTES, CHUNK_MIN_POSITIONS = 8 * 2**20, 128
 
 
 class Loss(NamedTuple):
-    """What a batch costs.
+    """The loss of a batch.
 
     total: scalar, nats per counted token, differentiable. values_MO: float [M, O], each objective at each
     position, detached, in the order of `names`; divergences at T include their factor T^2.
@@ -54,7 +46,7 @@ class Loss(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """values_MO as in Loss; top_ids_MN: int64 [M, N] likeliest tokens; confidence_M: the top probability."""
+    """values_MO as in Loss. top_ids_MN: int64 [M, N], the most likely tokens. confidence_M: probability of the first."""
 
     values_MO: Tensor
     top_ids_MN: Tensor
@@ -63,7 +55,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class LossPlan:
-    """How values become a loss. `scale` multiplies the sum over positions: 1 / counted tokens of the step."""
+    """How objectives become one loss. `scale` multiplies the sum over positions: 1 / counted tokens of the step."""
 
     config: ObjectiveConfig
     tail: Tail
@@ -91,17 +83,16 @@ def distillation_loss(
         head_VD: float [V, D], the student's output embedding.
         targets: teacher's side of the same M positions, at the mix's temperature.
         config, tail: the mix of one step (`ObjectiveConfig.at`), and the tail mode from `resolve_tail`.
-        counted_tokens: divisor of the sum; M when None. Under accumulation it is the whole step's count, so
-            that the parts add up to the loss of one large batch.
-        matmul_dtype: dtype of the three matrix products; None: hidden_MD's. Sums are float32 (float64 for
-            float64).
-        chunk_positions: positions whose logits exist at a time; None chooses by the vocabulary.
+        counted_tokens: divisor of the sum; None: M. With gradient accumulation it is the count of the whole step, so that
+            the parts add up to the loss of one large batch.
+        matmul_dtype: dtype of the three matrix products; None: that of hidden_MD. Sums are float32 (float64 for float64).
+        chunk_positions: positions whose logits exist at a time; None: chosen from the size of the vocabulary.
     Returns:
-        Loss; `values_MO` also holds objectives of weight 0. M = 0 gives 0 with zero gradients.
+        Loss; `values_MO` includes objectives of weight 0. M = 0 gives 0 with zero gradients.
     Raises:
         ShapeError: shapes disagree, or an id is outside [0, V).
-        ConfigError: weights that still move with the step, targets at another temperature than the mix's, or targets of
-            draws that do not say which entries are exact, for an objective that needs it.
+        ConfigError: a weight still depends on the step; the targets are at another temperature than the mix; or an objective
+            needs the exact entries, and the targets are draws that do not say which entries are exact.
     """
     _check(hidden_MD, head_VD, targets)
     if targets.temperature != config.temperature:
@@ -132,11 +123,11 @@ def measure(
     top: int = 5,
     chunk_positions: int | None = None,
 ) -> Measured:
-    """Objectives and the `top` likeliest tokens at each position, for evaluation: same core, no gradient.
+    """Objectives and the `top` most likely tokens at each position, for evaluation: the same core, no gradient.
 
     Args:
-        names: objectives; see `kdata.trainer.objectives.tail_of` for what draws make of them.
-        top: how many of the likeliest tokens.
+        names: objectives; `kdata.trainer.objective_config.tail_of` says how each treats draws.
+        top: number of most likely tokens.
         Others: see `distillation_loss`; temperature 1.
     """
     _check(hidden_MD, head_VD, targets)
@@ -157,9 +148,10 @@ def measure(
 
 
 class _Student(NamedTuple):
-    """What a chunk's logits say: kept_CK (-inf at pads) and rest_C, log-sum-exp of everything else, at the temperature;
+    """The student's side of a chunk, [C] or [C, K] each.
 
-    at temperature 1 token_C, the actual token's logit, and log_sum_C over the vocabulary. Each [C] or [C, K].
+    At the temperature: kept_CK, logits of the kept entries (-inf where padded), and rest_C, log-sum-exp of the rest of the
+    vocabulary. At temperature 1: token_C, logit of the actual token, and log_sum_C, log-sum-exp of the vocabulary.
     """
 
     kept_CK: Tensor
@@ -196,11 +188,10 @@ class _SparseLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> Any:
         if ctx.gradients is None:
-            raise RuntimeError("the sparse loss was differentiated twice; compute it again before a second backward")
-        gradients, ctx.gradients = (
-            ctx.gradients,
-            None,
-        )  # handed over, so that autograd takes them without a copy
+            raise RuntimeError(
+                "the sparse loss can be differentiated once; compute it again before a second backward pass"
+            )
+        gradients, ctx.gradients = ctx.gradients, None  # no second reference, so autograd need not copy them
         hidden, head = (None if g is None else g.mul_(grad_total) for g in gradients)
         return hidden, head, None, None, None
 
@@ -223,10 +214,11 @@ def _chunk_positions(head_VD: Tensor) -> int:
 def _logit_chunks(
     hidden_MD: Tensor, head_cast_VD: Tensor, loss_plan: LossPlan
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Yield (range of positions, logits [C, V] in the wide dtype, as much room at T other than 1).
+    """Yield (range of positions, logits [C, V] in the wide dtype, a second buffer of that shape if T is not 1).
 
-    Every chunk is the same memory, laid out [V, C]: so the products' long side is the one that BLAS splits and streams. At
-    V = 128k, float32, AVX2, 152 positions, logits take 94 Gflop/s so and 62 laid out [C, V]; d hidden 100 and 83.
+    All chunks share one buffer, laid out [V, C], so that BLAS splits and streams the long side of the products. At V = 128k,
+    float32, AVX2, 152 positions, the product for the logits runs at 94 Gflop/s in this layout and 62 in [C, V]; the product
+    for d hidden at 100 and 83.
     """
     num_positions, size = hidden_MD.shape[0], min(loss_plan.chunk_positions, hidden_MD.shape[0])
     wide_CV = hidden_MD.new_empty(head_cast_VD.shape[0], size, dtype=_wide(hidden_MD)).T
@@ -242,9 +234,9 @@ def _logit_chunks(
 
 
 def _student(logits_CV: Tensor, targets: Targets, temperature: float, spare_CV: Tensor | None = None) -> _Student:
-    """Gather what objectives need; leave exp((logits - row maximum) / T) in `logits_CV`, 0 at the kept entries.
+    """Gather what objectives need; afterwards `logits_CV` holds exp((logits - row maximum) / T), 0 at the kept entries.
 
-    At T other than 1 also leave exp(logits - row maximum) in `spare_CV`.
+    If T is not 1, `spare_CV` holds exp(logits - row maximum) afterwards.
     """
     pad_CK = targets.ids_CK < 0
     ids_CK = targets.ids_CK.clamp_min(0)
@@ -256,7 +248,7 @@ def _student(logits_CV: Tensor, targets: Targets, temperature: float, spare_CV: 
         torch.exp(logits_CV, out=spare_CV)
         logits_CV.div_(temperature)
     logits_CV.exp_()
-    # Adding the negative of a float to itself is exactly 0; a pad adds 0 to entry 0.
+    # A float plus its negative is exactly 0. Padding adds 0 to entry 0.
     kept_mass_CK = logits_CV.gather(1, ids_CK).masked_fill_(pad_CK, 0.0)
     logits_CV.scatter_add_(1, ids_CK, kept_mass_CK.neg_())
     rest_C = logits_CV.sum(-1).log().add_(peak_C / temperature)
@@ -270,19 +262,19 @@ def _log_sum(kept_CK: Tensor, rest_C: Tensor) -> Tensor:
 
 
 def _exact_only(student: _Student, targets: Targets) -> tuple[_Student, Targets]:
-    """The same positions with their draws moved into the bucket: exact entries, and the exact mass of the rest."""
+    """The same positions with the draws moved into the bucket: exact entries, and the exact probability of the rest."""
     if targets.num_exact_C is None:
-        raise ConfigError("an objective needs exact entries, and the targets do not say which are (num_exact_C)")
+        raise ConfigError("an objective needs exact entries, but num_exact_C of the targets is None; set it")
     exact_CK = torch.arange(student.kept_CK.shape[1], device=student.kept_CK.device) < targets.num_exact_C[:, None]
     moved_CJ = torch.cat([student.kept_CK.masked_fill(exact_CK, -torch.inf), student.rest_C[:, None]], dim=-1)
-    empty_C = torch.isneginf(moved_CJ).all(-1)  # whose log-sum-exp has no gradient
+    empty_C = torch.isneginf(moved_CJ).all(-1)  # the log-sum-exp of nothing has no gradient
     rest_C = torch.logsumexp(moved_CJ.masked_fill(empty_C[:, None], 0.0), -1).masked_fill(empty_C, -torch.inf)
     exact = replace(targets, logprobs_CK=targets.logprobs_CK.masked_fill(~exact_CK, -torch.inf))
     return student._replace(kept_CK=student.kept_CK.masked_fill(~exact_CK, -torch.inf), rest_C=rest_C), exact
 
 
 def _outcomes(student: _Student, targets: Targets, loss_plan: LossPlan, tail: Tail) -> Outcomes:
-    """What an objective sees with a tail: the loss_plan's own, or ghost of the exact entries."""
+    """The outcomes that an objective sees with a tail mode: the plan's own, or ghost of the exact entries."""
     if tail != loss_plan.tail:
         student, targets = _exact_only(student, targets)
     log_sum_C = _log_sum(student.kept_CK, student.rest_C)
@@ -299,18 +291,18 @@ def _values(student: _Student, targets: Targets, loss_plan: LossPlan) -> Tensor:
     config = loss_plan.config
     tails = {name: tail_of(name, config, loss_plan.tail) for name in loss_plan.weights}
     outcomes = {tail: _outcomes(student, targets, loss_plan, tail) for tail in dict.fromkeys(tails.values())}
-    found = [OBJECTIVES[n](outcomes[t], config) * scale_of(n, config.temperature) for n, t in tails.items()]
-    return torch.stack(found, dim=-1)
+    values = [OBJECTIVES[n](outcomes[t], config) * scale_of(n, config.temperature) for n, t in tails.items()]
+    return torch.stack(values, dim=-1)
 
 
 def _to_logit_gradient_(
     exp_CV: Tensor, spare_CV: Tensor | None, student: _Student, targets: Targets, loss_plan: LossPlan, weights_O: Tensor
 ) -> Tensor:
-    """Turn what `_student` left into d loss / d logits, in place; return the values [C, O].
+    """Turn the buffers that `_student` filled into d loss / d logits, in place; return the values [C, O].
 
-    With r = log-sum-exp of the rest at T, d loss / d z_v is (d loss / d r) exp(z_v / T - r) / T for the rest, and the
-    gathered logits' own derivatives are added at their ids, those at T divided by T. At T other than 1 the log-sum-exp
-    at 1 adds (d loss / d log_sum) softmax(z)_v.
+    With r = log-sum-exp of the rest at T, d loss / d z_v is (d loss / d r) exp(z_v / T - r) / T for the rest. The derivatives
+    of the gathered logits are added at their ids, divided by T for those at T. If T is not 1, the log-sum-exp at 1 adds
+    (d loss / d log_sum) softmax(z)_v.
     """
     leaves = _Student(*(t.detach().requires_grad_() for t in student))
     with torch.enable_grad():
@@ -331,7 +323,7 @@ def _add_head_gradient_(grad_head_VD: Tensor, d_logits_CV: Tensor, hidden_CD: Te
     if grad_head_VD.dtype == d_logits_CV.dtype:
         grad_head_VD.addmm_(d_logits_CV.T, hidden_CD)
         return
-    # A low-precision product has no wide accumulator: add it tile by tile, so that no second [V, D] exists.
+    # A low-precision product has no wide accumulator, so add it tile by tile instead of building a second [V, D].
     tile = 16_384
     for start in range(0, grad_head_VD.shape[0], tile):
         grad_head_VD[start : start + tile] += d_logits_CV[:, start : start + tile].T @ hidden_CD

@@ -1,7 +1,7 @@
 """Student and loss as one module: forward pass, head, sparse loss.
 
-One module, because DDP and FSDP2 act on a module's call: the head is read by the loss and by nothing else, so a loss
-outside of the call would meet an empty head (FSDP2) or gradients that nobody expects (DDP).
+They are one module because DDP and FSDP2 act on a module's call. Only the loss reads the head, so a loss outside of that call
+would see an empty head (FSDP2) or gradients that DDP does not expect.
 
 Shapes: B rows, L context, D hidden, M counted positions, O objectives.
 """
@@ -14,28 +14,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdata.trainer.config import Precision
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.loader import Batch
-from kdata.trainer.objectives import ObjectiveConfig, Tail
+from kdata.trainer.objective_config import ObjectiveConfig, Tail
 from kdata.trainer.student import head_of, hidden_states
 
-Precision = Literal["fp32", "bf16"]
 
-
-def resolve_precision(asked: Literal["fp32", "bf16", "auto"], device_type: str) -> Precision:
-    """The precision that `auto` stands for on this machine; others as they are."""
-    if asked != "auto":
-        return asked
+def resolve_precision(precision: Literal["fp32", "bf16", "auto"], device_type: str) -> Precision:
+    """The precision that `auto` means on this machine; others unchanged."""
+    if precision != "auto":
+        return precision
     if device_type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name) else "fp32"
+    return (
+        "bf16" if any(present for name, present in torch.cpu.get_capabilities().items() if "bf16" in name) else "fp32"
+    )
 
 
 class Learner(nn.Module):
-    """A student that is called with a batch and answers with its loss.
+    """A student that takes a batch and returns its loss.
 
     Args:
-        student: any model that `kdata.trainer.student` accepts.
+        student: a model that `kdata.trainer.student` accepts.
         precision: bf16 computes matrix products in bfloat16; weights and sums stay float32.
     """
 
@@ -45,18 +46,18 @@ class Learner(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The student's blocks, as transformers names what must not be cut in two."""
+        """The student's transformer layers: the modules that transformers says must not be split."""
         names = self.student._no_split_modules or ()
         return [module for module in self.student.modules() if type(module).__name__ in names]
 
     def forward(
         self, batch: Batch, objective: ObjectiveConfig, tail: Tail, counted_tokens: int
     ) -> tuple[Tensor, Tensor]:
-        """Loss of a batch and the values behind it.
+        """Loss of a batch and the objectives behind it.
 
         Args:
             objective: the mix of this step.
-            counted_tokens: of the whole step, all micro-batches and ranks: what sums are divided by.
+            counted_tokens: the divisor of sums: counted tokens of the whole step, over all micro-batches and ranks.
         Returns:
             Scalar loss, differentiable; and float [M, O], detached, see `kdata.trainer.fused.Loss`.
         """

@@ -1,7 +1,8 @@
-"""Batches for torch: the arrays of `kdata.loader.batches` as tensors, in the trainer's own loop or in a DataLoader.
+"""Batches for torch: the numpy arrays of `kdata.loader.batches` as tensors.
 
-Order, packing, memory and resuming are those of `kdata.loader.batches`; nothing is decided here. `Loader` reads in a
-background thread, which is enough for one accelerator; `IterableBatches` is for who wants `torch.utils.data` and its workers.
+Order, packing, memory and resuming are those of `kdata.loader.batches`; this file decides nothing about them. `Loader` reads
+in a background thread, which is enough for one accelerator. `IterableBatches` is for users of `torch.utils.data.DataLoader`
+and its worker processes.
 
 Shapes: B rows, L context, S documents of the batch, M counted positions, K kept entries.
 """
@@ -19,24 +20,22 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from kdata.format.schema import CodecInfo
 from kdata.format.temper import log_z_of, temper
-from kdata.loader.batches import Arrays, Batches, LoaderConfig, ahead
+from kdata.loader.batches import Arrays, Batches, BatchesConfig, ahead
 from kdata.loader.packing import Place
 from kdata.store.dataset import Dataset
 from kdata.trainer.objectives import Targets
-
-__all__ = ["Batch", "IterableBatches", "Loader", "LoaderConfig"]
 
 
 @dataclass(frozen=True)
 class Batch:
     """One grid of packed documents.
 
-    input_ids, position_ids, segment_ids: int64 [B, L]; positions restart at 0 in each document, segments
-    count from 0 within a row, free cells are one trailing segment -1 of token 0. predictor_M: int64 [M], flat
-    index into [B * L] of the hidden state that predicts each counted token (the cell before it). targets: the
-    teacher's view at the loader's temperature, M rows; everything else is at 1. logprob_M float32 and rank_M int32: of
-    the actual tokens. entropy_M: float32. document_M: int64 [M], which of `rows` a counted token belongs to. rows: int64 [S],
-    global dataset rows. num_tokens: tokens in documents. place: where the stream stands after this batch.
+    input_ids, position_ids, segment_ids: int64 [B, L]. Positions restart at 0 in each document, segments count from 0 within
+    a row, and the padding at the end of a row is segment -1 of token 0. predictor_M: int64 [M], flat index into [B * L] of
+    the hidden state that predicts each counted token (the position before it). targets: the teacher's side of the M
+    positions, at the loader's temperature; everything else is at temperature 1. logprob_M float32, rank_M int32: of the
+    actual tokens. entropy_M: float32. document_M: int64 [M], index into `rows` of the document of each counted token.
+    rows: int64 [S], global dataset rows. num_tokens: tokens of documents. place: position of the stream after this batch.
     """
 
     input_ids: Tensor
@@ -54,7 +53,7 @@ class Batch:
 
     @property
     def fill(self) -> float:
-        """Share of cells that hold a token."""
+        """Share of the grid that holds a token; the rest is padding."""
         return self.num_tokens / self.input_ids.numel()
 
 
@@ -62,27 +61,31 @@ class Loader:
     """An endless, resumable stream of batches over a dataset and the rows of a plan.
 
     Args:
-        dataset, rows, config, rank, world_size: see `kdata.loader.batches.Batches`, also for what is raised.
-        temperature: of the targets; ConfigError at the first batch where the dataset was not captured for it.
+        dataset, rows, config, rank, world_size: see `kdata.loader.batches.Batches`, also for the errors.
+        temperature: of the targets; ConfigError at the first batch if the dataset was not captured for it.
+        order_key: decides the order together with the seed, instead of the data's digest; None: the digest.
     """
 
     def __init__(
         self,
         dataset: Dataset,
         rows: np.ndarray | None,
-        config: LoaderConfig,
+        config: BatchesConfig,
         *,
         rank: int = 0,
         world_size: int = 1,
         temperature: float = 1.0,
+        order_key: str | None = None,
     ) -> None:
         self.config, self.temperature = config, temperature
         self.arrays = Batches(dataset, rows, config, rank=rank, world_size=world_size, entry_dtype=np.int64)
         self.identity = self.arrays.identity
-        self.lengths = self.arrays.lengths
+        if order_key is not None:
+            self.arrays.identity = order_key
+        self.lengths, self.rows = self.arrays.lengths, self.arrays.rows  # of the planned documents, int64
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from where the state stands; it moves as batches are taken, not as they are read ahead."""
+        """Batches from the current place, which moves when a batch is consumed, not when it is read ahead."""
         batches = map(self.to_batch, self.arrays.read(self.arrays.place))
         for batch in ahead(batches, self.arrays.config.prefetch_batches):
             self.arrays.place = batch.place
@@ -97,11 +100,11 @@ class Loader:
         return to_torch(tempered(arrays, self.temperature, self.arrays.dataset.info.codec), self.temperature)
 
     def state_dict(self) -> dict[str, Any]:
-        """Constant-size state: where the stream stands, and what makes its order. It does not depend on the rank."""
+        """The place in the stream and what decides its order, of constant size. It does not depend on the rank."""
         return self.arrays.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another loader's state stood. Raises MismatchError when data or order differ."""
+        """Continue from the place of another loader. Raises MismatchError if data or order differ."""
         self.arrays.load_state_dict(state)
 
 
@@ -109,12 +112,12 @@ class IterableBatches(IterableDataset):
     """The same stream for `torch.utils.data.DataLoader(IterableBatches(loader), batch_size=None, num_workers=N)`.
 
     Worker w of N reads batches w, w + N, ..., and a DataLoader asks its workers in turn, so N does not change the order.
-    Workers run ahead of the consumer: resume from the batch that was used last, `loader.arrays.place = batch.place`
-    before `loader.state_dict()`.
+    Workers run ahead of the consumer: to resume, set `loader.arrays.place = batch.place`, with the batch that was consumed
+    last, before `loader.state_dict()`.
 
     Args:
-        loader: whose data, order and state; its own thread is not used.
-        epochs: stop before this epoch; None goes on for ever.
+        loader: gives data, order and state; its own thread is not used.
+        epochs: stop before this epoch; None: never stop.
     """
 
     def __init__(self, loader: Loader, epochs: int | None = None) -> None:
@@ -131,7 +134,7 @@ def tempered(arrays: Arrays, temperature: float, codec: CodecInfo) -> Arrays:
     """The same batch with `entry_logprobs` and `log_tail` at a temperature (`kdata.format.temper`).
 
     Raises:
-        ConfigError: the dataset was not captured for it.
+        ConfigError: the dataset was not captured for this temperature.
     """
     if temperature == 1.0:
         return arrays
@@ -150,7 +153,7 @@ def tempered(arrays: Arrays, temperature: float, codec: CodecInfo) -> Arrays:
 
 
 def to_torch(arrays: Arrays, temperature: float = 1.0) -> Batch:
-    """Tensors of one batch: shares the memory of large arrays, widens the small ones to int64.
+    """Tensors of one batch: shares the memory of large arrays, converts the small ones to int64.
 
     Args:
         temperature: of the arrays' entries and tail.

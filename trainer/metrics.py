@@ -1,13 +1,14 @@
-"""What a run says while it goes on: metrics.jsonl always, and the loggers that were asked for beside it.
+"""The metrics of a training run: metrics.jsonl always, other loggers beside it if the settings name them.
 
     tensorboard   event files in OUT/tensorboard
-    wandb         OUT/wandb; offline unless WANDB_MODE says otherwise, credentials are wandb's own business
-    trackio       trackio's local database (TRACKIO_DIR); nothing is sent, no Space is made
+    wandb         OUT/wandb; offline unless WANDB_MODE says otherwise; wandb handles its own credentials
+    trackio       trackio's local database (TRACKIO_DIR); nothing is sent and no Space is created
 
-A wandb or trackio run cannot take back a step, and a training that was killed does some again: so there every attempt is a
-run of its own, and the attempts of one OUT are a group.
+wandb and trackio cannot take back a step, and a training that was killed repeats some steps. So each attempt is a run of its
+own there, and the attempts of one OUT form a group.
 
-None is imported unless asked for, and one that is not installed is refused before the first step. Only the main rank writes.
+A logger is imported only if it is named, and one that is not installed is an error before the first step. Only the main rank
+writes.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from kdata.errors import DependencyError
+from kdata.format.files import write_atomically
 
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
 PROJECT = "kdata"
 
 
 class Logger(Protocol):
-    """Somebody else's place for metrics."""
+    """A logger of another package."""
 
     def log(self, numbers: dict[str, float], step: int) -> None:
-        """Keep the numbers of a step, names with slashes for what is nested."""
+        """Record the numbers of a step; nested names are joined with slashes."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write pending numbers and close."""
 
 
 class Metrics:
@@ -44,11 +46,11 @@ class Metrics:
 
     Args:
         out_dir: the run's folder.
-        loggers: which to write beside metrics.jsonl.
+        loggers: loggers beside metrics.jsonl.
         label: the run's name.
         settings: the run's settings, shown by wandb and trackio.
-        step: steps that the run has behind it; lines of later ones are forgotten, as they will be done again.
-        write: False on ranks that keep silent.
+        step: steps that are done; lines of later steps are removed, because those steps will be repeated.
+        write: False on ranks that must not write.
     Raises:
         DependencyError: a logger is not installed.
     """
@@ -70,7 +72,7 @@ class Metrics:
             self._loggers = [LOGGERS[name](out_dir, label, settings, step) for name in loggers]
 
     def write(self, line: dict[str, Any]) -> None:
-        """Keep one line; it holds `step`, numbers, strings, and mappings of such."""
+        """Write one line: `step`, numbers, strings, and mappings of these."""
         if not self._write:
             return
         with self.path.open("a", encoding="utf-8") as file:
@@ -91,15 +93,15 @@ class Metrics:
 
 
 def check_installed(loggers: list[LoggerName]) -> None:
-    """Raise DependencyError, naming the extra, where a logger cannot be imported."""
+    """Raise DependencyError, which names the extra, if a logger cannot be imported."""
     for name in loggers:
         _import(name, name)
 
 
 def forget_after(metrics: Path, step: int) -> None:
-    """Drop metrics of steps that a resumed run will do again, and a last line that was cut by a kill."""
+    """Remove the lines of steps that a resumed run will repeat, and a last line that a kill cut off."""
 
-    def kept() -> Iterator[str]:
+    def valid_lines() -> Iterator[str]:
         for line in metrics.read_text("utf-8").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
@@ -108,10 +110,7 @@ def forget_after(metrics: Path, step: int) -> None:
                 return
 
     if metrics.exists():
-        text = "".join(kept())
-        aside = metrics.with_suffix(".tmp")
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(metrics)
+        write_atomically(metrics, "".join(valid_lines()).encode())
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -132,7 +131,7 @@ def _import(module: str, extra: str) -> Any:
 
 
 class TensorBoard:
-    """Event files; those of steps that will be done again are marked as void."""
+    """TensorBoard event files; events of steps that will be repeated are marked as purged."""
 
     def __init__(self, out_dir: Path, label: str, settings: dict[str, Any], step: int) -> None:
         _import("tensorboard", "tensorboard")
@@ -140,17 +139,17 @@ class TensorBoard:
         self._writer = writer(str(out_dir / "tensorboard"), purge_step=step + 1)
 
     def log(self, numbers: dict[str, float], step: int) -> None:
-        """One scalar each."""
+        """Write each number as a scalar."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush the event file."""
+        """Flush and close the event file."""
         self._writer.close()
 
 
 class Wandb:
-    """A Weights & Biases run for each attempt."""
+    """One Weights & Biases run for each attempt."""
 
     def __init__(self, out_dir: Path, label: str, settings: dict[str, Any], step: int) -> None:
         wandb = _import("wandb", "wandb")
@@ -165,7 +164,7 @@ class Wandb:
         )
 
     def log(self, numbers: dict[str, float], step: int) -> None:
-        """All in one call."""
+        """Send all numbers in one call."""
         self._run.log(numbers, step=step)
 
     def close(self) -> None:
@@ -174,7 +173,7 @@ class Wandb:
 
 
 class Trackio:
-    """A run in trackio's local database for each attempt."""
+    """One run in trackio's local database for each attempt."""
 
     def __init__(self, out_dir: Path, label: str, settings: dict[str, Any], step: int) -> None:
         trackio = _import("trackio", "trackio")
@@ -183,7 +182,7 @@ class Trackio:
         )
 
     def log(self, numbers: dict[str, float], step: int) -> None:
-        """All in one call."""
+        """Send all numbers in one call."""
         self._run.log(numbers, step=step)
 
     def close(self) -> None:
@@ -195,12 +194,12 @@ LOGGERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio"
 
 
 def _group(out_dir: Path) -> str:
-    """The same name for the same folder, another for any other."""
+    """A name that is the same for the same folder and different for any other."""
     place = out_dir.resolve()
     digest = hashlib.sha256(str(place).encode()).hexdigest()[:8]
     return f"{re.sub(r'[^A-Za-z0-9_-]', '-', '-'.join(place.parts[-2:]))}-{digest}"
 
 
 def _attempt(out_dir: Path, step: int) -> str:
-    """A name that no other attempt has; it says after which step it began."""
+    """A unique name for this attempt; it says after which step the attempt began."""
     return f"{_group(out_dir)}-from-{step}-{secrets.token_hex(3)}"

@@ -1,14 +1,14 @@
-"""Documents drawn domain by domain, by weights that may change between two steps.
+"""Documents drawn domain by domain, with weights that may change between steps.
 
 A period is a number of steps with the same weights. Its documents are drawn when it begins, one after the other: first the
-domain, at random by the weights, then the next document of that domain's queue; until their tokens fill the period's cells.
-The period is then read like a plan (`kdata.loader.batches`: packed, shuffled, whole documents). Packing is not perfect, so a
-percent or two of the drawn documents are not reached when the period ends; they go back to the head of their queues.
+domain, at random by the weights, then the next document of that domain's queue, until their tokens fill the period. The
+period is then read like a plan (`kdata.loader.batches`: packed, shuffled, whole documents). Packing is not perfect, so one or
+two percent of the drawn documents are not reached when the period ends; they return to the front of their queues.
 
-Properties: weights are shares of tokens (a domain of long documents is drawn less often). A queue holds every document
-of its domain once a cycle, in an order of its own in each; an exhausted domain begins again while the others go on. The
-stream is a pure function of (data, plan, seed, the weights and lengths of the periods); the number of ranks and the
-micro-batch do not enter. Its state is a few numbers per domain and the documents that went back.
+Properties: weights are shares of tokens, so a domain of long documents is drawn less often. A queue holds every document of
+its domain once per cycle, in a new order each cycle; a domain that is exhausted starts again while the others continue. The
+stream is a pure function of data, plan, seed, and the weights and lengths of the periods; the number of ranks and the
+micro-batch do not matter. Its state is a few numbers per domain and the documents that returned.
 
 Shapes: D documents of a period, N domains, P documents of a domain.
 """
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from kdata.errors import DataError, MismatchError
-from kdata.loader.batches import LoaderConfig
+from kdata.loader.batches import BatchesConfig
 from kdata.loader.packing import Place, Shape, blocks_of, windows
 from kdata.store.dataset import Dataset
 from kdata.trainer.loader import Batch, Loader
@@ -31,25 +31,25 @@ from kdata.trainer.loader import Batch, Loader
 
 @dataclass
 class _Queue:
-    """Where one domain stands: `taken` documents have left its endless sequence; those numbered in `back` returned."""
+    """State of one domain's endless sequence: `num_drawn` documents have left it, the numbers in `back` returned."""
 
-    taken: int = 0
+    num_drawn: int = 0
     back: list[int] = field(default_factory=list)
 
     def next(self, count: int) -> np.ndarray:
-        """Numbers int64 [count] of the documents that leave next; nothing moves."""
+        """Numbers int64 [count] of the documents that leave next; the queue does not change."""
         returned = np.array(self.back[:count], np.int64)
-        return np.concatenate([returned, np.arange(self.taken, self.taken + count - len(returned))])
+        return np.concatenate([returned, np.arange(self.num_drawn, self.num_drawn + count - len(returned))])
 
     def after(self, count: int) -> _Queue:
-        """The queue when `count` documents have left it."""
+        """The queue after `count` documents have left it."""
         returned = min(count, len(self.back))
-        return _Queue(self.taken + count - returned, self.back[returned:])
+        return _Queue(self.num_drawn + count - returned, self.back[returned:])
 
 
 @dataclass(frozen=True)
 class _Period:
-    """What was drawn: domain, number in the domain's sequence and global row of each document, int64 [D] each."""
+    """The drawn documents: domain, number in the domain's sequence and global row of each, int64 [D]."""
 
     weights: dict[str, float]
     num_rows: int
@@ -59,12 +59,12 @@ class _Period:
 
 
 class MixedLoader:
-    """A resumable stream of batches, period after period; `begin` one before iterating.
+    """A resumable stream of batches, period after period. Call `begin` before iterating.
 
     Args:
         dataset, rows, config, rank, world_size, temperature: see `kdata.trainer.loader.Loader`.
     Raises:
-        DataError: nothing to read, or a document is longer than the context.
+        DataError: there is nothing to read, or a document is longer than the context.
         ConfigError: the ranks cannot share a batch evenly.
     """
 
@@ -72,13 +72,13 @@ class MixedLoader:
         self,
         dataset: Dataset,
         rows: np.ndarray | None,
-        config: LoaderConfig,
+        config: BatchesConfig,
         *,
         rank: int = 0,
         world_size: int = 1,
         temperature: float = 1.0,
     ) -> None:
-        every = Loader(dataset, rows, config, rank=rank, world_size=world_size)  # refuses what cannot be read
+        every = Loader(dataset, rows, config, rank=rank, world_size=world_size)  # checks the data
         self.dataset, self.config = dataset, config
         self._rank, self._world_size, self._temperature = rank, world_size, temperature
         self.identity = every.identity
@@ -89,7 +89,7 @@ class MixedLoader:
         present = np.unique(domain_R[planned])
         self.domains = [str(names[n]) for n in present]
         self._pools = [planned[domain_R[planned] == n] for n in present]
-        self.lengths = self._lengths[planned]  # of the planned documents, int64
+        self.lengths, self.rows = self._lengths[planned], planned  # of the planned documents, int64
         self._blocks = [blocks_of(pool, dataset.shard_starts, config.shuffle_block_rows) for pool in self._pools]
         self._queues = [_Queue() for _ in self.domains]
         self._number = 0  # of the period, counted from 1; 0 before the first
@@ -97,24 +97,24 @@ class MixedLoader:
         self._loader: Loader | None = None
 
     def begin(self, weights: Mapping[str, float], num_rows: int) -> None:
-        """End the period and draw the next one.
+        """End the current period and draw the next one.
 
         Args:
-            weights: share of the tokens of each domain; they sum to 1.
-            num_rows: rows of `context_tokens` cells, of all ranks, that will be read of it.
+            weights: share of the tokens of each domain; the shares sum to 1.
+            num_rows: rows of `context_tokens` tokens, over all ranks, that will be read in the period.
         """
         self._queues = self._after_period()
         self._number += 1
         self._open({domain: float(weights[domain]) for domain in self.domains}, num_rows)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches of the period, from where the state stands; it is for the caller to end it."""
+        """Batches of the period, from the current place. The caller decides when the period ends."""
         if self._loader is None:
             raise DataError("no period has begun; call begin(weights, num_rows) first")
         return iter(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands: the queues when the period began, the period, and the place in it."""
+        """The place in the stream: the queues when the period began, the period, and the place in it."""
         place = Place() if self._loader is None else self._loader.arrays.place
         return {
             "identity": self.identity,
@@ -127,13 +127,13 @@ class MixedLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another's state stood, on whatever rank. Raises MismatchError when data or order differ."""
+        """Continue from the place of another loader, on any rank. Raises MismatchError if data or order differ."""
         here = {"identity": self.identity, **self._order()}
         different = [key for key, value in here.items() if value != state.get(key)]
         if different:
             raise MismatchError(
-                f"the mixture's state was made with another {', '.join(different)}; resume with the same dataset, plan and "
-                "loader settings, or start anew in another folder"
+                f"the state of the mixture belongs to another {', '.join(different)}; resume with the same dataset, plan and "
+                "loader settings, or train in another folder"
             )
         self._number, self._queues = state["number"], [_Queue(**queue) for queue in state["queues"]]
         self._period = self._loader = None
@@ -143,11 +143,11 @@ class MixedLoader:
             self._loader.arrays.place = Place(**state["place"])
 
     def _order(self) -> dict[str, Any]:
-        """Settings that decide the order, beside the data."""
+        """The settings that decide the order, beside the data."""
         return self.config.model_dump(exclude={"batch_rows", "prefetch_batches"})
 
     def _open(self, weights: dict[str, float], num_rows: int) -> None:
-        """Draw a period from the queues as they stand, and a loader for it; the queues do not move before it ends."""
+        """Draw a period from the queues and open a loader for it. The queues do not change before the period ends."""
         domain_D, number_D, row_D = self._draw(weights, num_rows * self.config.context_tokens)
         self._period = _Period(weights, num_rows, domain_D, number_D, row_D)
         self._loader = Loader(
@@ -194,7 +194,7 @@ class MixedLoader:
         return rows
 
     def _after_period(self) -> list[_Queue]:
-        """The queues when the period is over: what it read has left, what it did not reach is back."""
+        """The queues after the period: documents that were read have left, those that were not reached are back."""
         if self._period is None or self._loader is None:
             return self._queues
         period, arrays, c = self._period, self._loader.arrays, self.config
@@ -204,14 +204,14 @@ class MixedLoader:
         unread_D = np.ones(len(period.row_D), bool)
         for documents in islice(stream, period.num_rows):
             unread_D[documents] = False
-        after = []
+        queues = []
         for domain, queue in enumerate(self._queues):
             of_domain_D = period.domain_D == domain
-            left = queue.after(int(of_domain_D.sum()))
-            left.back = sorted([*left.back, *period.number_D[of_domain_D & unread_D].tolist()])
-            after.append(left)
-        return after
+            rest = queue.after(int(of_domain_D.sum()))
+            rest.back = sorted([*rest.back, *period.number_D[of_domain_D & unread_D].tolist()])
+            queues.append(rest)
+        return queues
 
     def _key(self) -> list[int]:
-        """The identity of the data as numbers, for seeds."""
+        """The digest of the data as numbers, for seeds."""
         return [int(self.identity[i : i + 8], 16) for i in range(0, 32, 8)]

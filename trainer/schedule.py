@@ -1,6 +1,6 @@
-"""Numbers that follow the step: the learning rate, and the weights of a mix of objectives.
+"""Numbers that change with the step: the learning rate, and the weights of a mix of objectives.
 
-Each is a pure function of (settings, step), so a resumed run needs no state of theirs.
+Each is a pure function of settings and step, so a run that resumes needs no state for them.
 """
 
 from __future__ import annotations
@@ -16,25 +16,27 @@ Shape = Literal["cosine", "linear", "constant"]
 
 
 class Ramp(Strict):
-    """A weight that goes from `start` to `end` and stays there; a plain number is a weight that does not move."""
+    """A weight that goes from `start` to `end` and then stays there. A plain number is a constant weight."""
 
-    kind: Literal["linear", "cosine"] = Field(default="linear", description="Shape of the way from start to end.")
-    start: float = Field(ge=0, description="Weight at the stage's first step.")
+    kind: Literal["linear", "cosine"] = Field(default="linear", description="Shape of the curve from start to end.")
+    start: float = Field(ge=0, description="Weight at the phase's first step.")
     end: float = Field(ge=0, description="Weight after `steps` steps and from then on.")
     steps: int | None = Field(
-        default=None, ge=1, description="Steps from start to end; None: end is reached at the stage's last step."
+        default=None,
+        ge=1,
+        description="Steps from start to end; null: the weight reaches end at the phase's last step.",
     )
 
-    def at(self, step: int, stage_steps: int) -> float:
-        """The weight at step 0, 1, ... of a stage of `stage_steps` steps."""
-        way = min(step / (self.steps or max(stage_steps - 1, 1)), 1.0)
+    def at(self, step: int, phase_steps: int) -> float:
+        """The weight at step 0, 1, ... of a phase of `phase_steps` steps."""
+        progress = min(step / (self.steps or max(phase_steps - 1, 1)), 1.0)
         if self.kind == "cosine":
-            way = 0.5 * (1 - math.cos(math.pi * way))
-        return self.start + (self.end - self.start) * way
+            progress = 0.5 * (1 - math.cos(math.pi * progress))
+        return self.start + (self.end - self.start) * progress
 
 
 class RateSettings(Protocol):
-    """What decides the learning rate of a stage."""
+    """The settings that decide the learning rate of a phase; see `kdata.trainer.config.Phase`."""
 
     @property
     def steps(self) -> int: ...
@@ -48,11 +50,11 @@ class RateSettings(Protocol):
     def final_learning_rate_share(self) -> float: ...
 
 
-def learning_rate(stage: RateSettings, step: int) -> float:
-    """Learning rate of step 0, 1, ... of a stage: a linear rise over `warmup_steps`, then the decay."""
-    if step < stage.warmup_steps:
-        return stage.learning_rate * (step + 1) / (stage.warmup_steps + 1)
-    way = (step - stage.warmup_steps) / max(stage.steps - 1 - stage.warmup_steps, 1)
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * way)), "linear": 1 - way, "constant": 1.0}[stage.decay]
-    floor = stage.final_learning_rate_share
-    return stage.learning_rate * (floor + (1 - floor) * shape)
+def learning_rate(phase: RateSettings, step: int) -> float:
+    """Learning rate of step 0, 1, ... of a phase: a linear rise over `warmup_steps`, then the decay."""
+    if step < phase.warmup_steps:
+        return phase.learning_rate * (step + 1) / (phase.warmup_steps + 1)
+    progress = (step - phase.warmup_steps) / max(phase.steps - 1 - phase.warmup_steps, 1)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[phase.decay]
+    floor = phase.final_learning_rate_share
+    return phase.learning_rate * (floor + (1 - floor) * shape)

@@ -1,8 +1,8 @@
-"""The model that learns: from a small configuration, or from a checkpoint.
+"""The model that is trained: random weights of given sizes, or a checkpoint.
 
-Any Hugging Face causal language model whose logits are `head @ hidden` and whose attention keeps packed
-documents apart. Both are probed on a few tokens before training rather than trusted, because a student that
-breaks either trains without complaint on the wrong thing.
+Any Hugging Face causal language model works if its logits are `head @ hidden` and its attention keeps packed documents
+apart. Both are tested on a few tokens before training: a student that breaks either would train without complaint, on the
+wrong thing.
 
 Shapes: B rows, L context, D hidden, V vocabulary.
 """
@@ -12,61 +12,24 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.store.dataset import Dataset
-
-
-class ScratchStudent(BaseModel):
-    """A Llama-type student at random initialisation; its vocabulary is the dataset's."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    kind: Literal["scratch"] = "scratch"
-    hidden_size: int = Field(default=128, ge=2, description="Width D of the hidden states.")
-    num_layers: int = Field(default=4, ge=1, description="Transformer layers.")
-    num_heads: int = Field(default=4, ge=1, description="Attention heads; must divide hidden_size into even widths.")
-    num_kv_heads: int | None = Field(
-        default=None, ge=1, description="Key-value heads (grouped attention); None: num_heads."
-    )
-    intermediate_size: int | None = Field(
-        default=None,
-        ge=1,
-        description="Width of the feed-forward layers; None: 8/3 of hidden_size, rounded up to 32.",
-    )
-    max_positions: int = Field(default=2048, ge=2, description="Longest document that the student can read.")
-    tied_embeddings: bool = Field(default=True, description="One matrix for input and output embeddings.")
-    init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
-
-
-class CheckpointStudent(BaseModel):
-    """A student that goes on from trained weights."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    kind: Literal["checkpoint"] = "checkpoint"
-    path: str = Field(description="Directory in Hugging Face format, or a model name on the Hub.")
-    revision: str | None = Field(
-        default=None, description="Commit, tag or branch on the Hub; None: the default branch."
-    )
-
-
-StudentConfig = Annotated[ScratchStudent | CheckpointStudent, Field(discriminator="kind")]
+from kdata.trainer.config import CheckpointStudent, ScratchStudent
 
 
 def build_student(config: ScratchStudent | CheckpointStudent, dataset: Dataset, seed: int) -> PreTrainedModel:
-    """Make the student, in float32, checked against the dataset and probed.
+    """Build the student in float32, check it against the dataset, and probe it.
 
     Raises:
-        ConfigError: sizes that do not fit, or a model that the sparse loss or packing would train wrongly.
-        MismatchError: vocabulary or tokenizer differ from the dataset's.
-        MissingError: there is no such checkpoint.
+        ConfigError: sizes do not fit, or the sparse loss or packing would train this model wrongly.
+        MismatchError: the vocabulary or the tokenizer is not the dataset's.
+        MissingError: the checkpoint does not exist or cannot be loaded.
     """
     model = (
         _from_scratch(config, dataset, seed)
@@ -82,8 +45,8 @@ def build_student(config: ScratchStudent | CheckpointStudent, dataset: Dataset, 
 def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
     """Last hidden states after the final norm, [B, L, D]; documents packed in a row do not see each other.
 
-    No attention mask is passed: from positions that restart, transformers builds a block-causal mask by
-    itself (masking_utils.find_packed_sequence_indices), and none at all where each row is one document.
+    No attention mask is passed. From positions that restart, transformers builds a block-causal mask itself
+    (masking_utils.find_packed_sequence_indices), and no mask if each row is one document.
     """
     backbone = getattr(model, model.base_model_prefix)
     return backbone(input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False).last_hidden_state
@@ -100,7 +63,7 @@ def num_parameters(model: PreTrainedModel) -> int:
 
 
 def tokenizer_hash(folder: Path | str, revision: str | None = None) -> str:
-    """SHA-256 (hex) of a fast tokenizer's canonical JSON without truncation and padding, as kdata does it."""
+    """SHA-256 (hex) of a fast tokenizer's JSON without truncation and padding: the hash that datasets store."""
     tokenizer = AutoTokenizer.from_pretrained(str(folder), revision=revision, trust_remote_code=False)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("truncation", None)
@@ -119,13 +82,13 @@ def check_vocabulary(model: PreTrainedModel, dataset: Dataset) -> None:
 
 
 def check_positions(model: PreTrainedModel, longest_tokens: int) -> None:
-    """Raise DataError where a document has more tokens than the student knows positions (those of a pack begin anew)."""
+    """Raise DataError if a document has more tokens than the student has positions (they restart in each document)."""
     known = getattr(model.config, "max_position_embeddings", None)
     if isinstance(known, int) and longest_tokens > known:
         raise DataError(
-            f"a document has {longest_tokens} tokens, the student knows {known} positions; leave longer ones out by a plan "
-            f"(kdata select --sql 'select id from rows where num_tokens <= {known}'), read the text with max_tokens={known}, "
-            "or take another student"
+            f"a document has {longest_tokens} tokens, the student has {known} positions; leave longer documents out with a "
+            f"plan (kdata select --sql 'select id from rows where num_tokens <= {known}'), capture the text with "
+            f"max_tokens={known}, or use another student"
         )
 
 
@@ -138,14 +101,14 @@ def probe_head(model: PreTrainedModel) -> None:
     if not torch.allclose(logits_BLV, ours_BLV, rtol=1e-3, atol=1e-4):
         raise ConfigError(
             f"{type(model).__name__}'s logits are not head @ hidden (off by "
-            f"{float((logits_BLV - ours_BLV).abs().max()):.2g}): a bias, logit scaling or soft-capping that "
-            "the sparse loss does not know; choose a student without it"
+            f"{float((logits_BLV - ours_BLV).abs().max()):.2g}): it has a bias, logit scaling or "
+            "soft-capping, which the sparse loss does not support; choose a student without it"
         )
 
 
 @torch.no_grad()
 def probe_isolation(model: PreTrainedModel) -> None:
-    """Raise ConfigError unless a document's hidden states are the same alone and packed behind another."""
+    """Raise ConfigError unless a document has the same hidden states alone and packed behind another document."""
     ids_BL = _probe_tokens(model, 12)
     positions_BL = torch.cat([torch.arange(5), torch.arange(7)])[None]
     packed_LD = hidden_states(model, ids_BL, positions_BL)[0, 5:]
@@ -166,8 +129,8 @@ def _from_scratch(config: ScratchStudent, dataset: Dataset, seed: int) -> PreTra
     head_width, odd = divmod(config.hidden_size, config.num_heads)
     if odd or head_width % 2:
         raise ConfigError(
-            f"student.hidden_size={config.hidden_size} over num_heads={config.num_heads} gives no even head "
-            "width; choose a hidden_size that 2 * num_heads divides"
+            f"student.hidden_size={config.hidden_size} over num_heads={config.num_heads} does not give an even "
+            "head width; choose a hidden_size that is a multiple of 2 * num_heads"
         )
     kv_heads = config.num_kv_heads or config.num_heads
     if config.num_heads % kv_heads:
@@ -194,16 +157,19 @@ def _from_scratch(config: ScratchStudent, dataset: Dataset, seed: int) -> PreTra
 
 def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedModel:
     try:
-        found = tokenizer_hash(config.path, config.revision)
+        digest = tokenizer_hash(config.model, config.revision)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            config.path, revision=config.revision, dtype=torch.float32, trust_remote_code=False
+            config.model, revision=config.revision, dtype=torch.float32, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise MissingError(f"student.path {config.path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if found != dataset.info.tokenizer.hash:
+        raise MissingError(
+            f"student.model {config.model!r} cannot be loaded: {str(error).splitlines()[0]}; name a folder in Hugging Face "
+            "format (config.json, weights, tokenizer.json) or a model on the Hub"
+        ) from error
+    if digest != dataset.info.tokenizer.hash:
         raise MismatchError(
-            f"the student's tokenizer ({found[:12]}) is not the dataset's "
-            f"({dataset.info.tokenizer.hash[:12]}), "
-            "so the stored ids would mean other tokens; choose a student with the teacher's tokenizer"
+            f"the tokenizer of the student {config.model!r} ({digest[:12]}) is not the dataset's "
+            f"({dataset.info.tokenizer.hash[:12]}), so the stored token ids would mean other tokens; choose a student with "
+            "the teacher's tokenizer"
         )
     return model

@@ -1,15 +1,15 @@
-"""The training loop: dataset + plan + student in, student out. Reads from top to bottom.
+"""The training loop: dataset + plan + student in, student out. It reads from top to bottom.
 
-What is promised: the order of data is that of the plan and the seed, on any number of ranks; losses are per counted token
-of the whole step, however it is cut into micro-batches and ranks; a run that is killed and started again gives bit-equal
-losses on a CPU; a non-finite loss stops the run before the weights are touched.
+Guarantees: the order of the data follows from the plan and the seed, on any number of ranks. Losses are per counted token of
+the whole step, however the step is split into micro-batches and ranks. A run that is killed and started again gives
+bit-equal losses on a CPU. A non-finite loss stops the run before the weights change.
 
     OUT/model/          the student in Hugging Face format, with the tokenizer
     OUT/train.json      TrainResult
     OUT/metrics.jsonl   one line per logged step
     OUT/checkpoints/    see kdata.trainer.checkpoint
 
-Where the rest is: what a run is told (kdata.trainer.config), its data (kdata.trainer.stages), student and loss as one module
+Elsewhere: settings (kdata.trainer.config), the data of each phase (kdata.trainer.phases), student and loss as one module
 (kdata.trainer.learner), several ranks (kdata.trainer.distributed).
 
 Shapes: M counted positions, O objectives.
@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -33,25 +35,27 @@ from transformers import PreTrainedModel
 
 import kdata
 from kdata.errors import ConfigError, TrainingError
-from kdata.format.files import storage_errors
+from kdata.format.files import write_atomically
 from kdata.observe.progress import Task
-from kdata.trainer.checkpoint import load_checkpoint, save_checkpoint
-from kdata.trainer.config import RUNTIME, SHARED, StageConfig, TrainConfig, TrainResult
+from kdata.trainer.checkpoint import load_checkpoint, save_checkpoint, writing
+from kdata.trainer.config import RUNTIME, SHARED, PhaseConfig, Precision, ScratchStudent, TrainConfig, TrainResult
 from kdata.trainer.distributed import Ranks, accumulating, join, spread, whole
 from kdata.trainer.learner import Learner, resolve_precision
 from kdata.trainer.loader import Batch
 from kdata.trainer.metrics import Metrics, check_installed
-from kdata.trainer.objectives import ObjectiveConfig
+from kdata.trainer.objective_config import ObjectiveConfig
+from kdata.trainer.phases import OpenPhase, open_phases
 from kdata.trainer.schedule import learning_rate
-from kdata.trainer.stages import OpenStage, open_stages
-from kdata.trainer.student import ScratchStudent, build_student, check_positions, num_parameters
+from kdata.trainer.student import build_student, check_positions, num_parameters
 
-__all__ = ["StageConfig", "TrainConfig", "TrainResult", "learning_rate", "train"]
+__all__ = ["PhaseConfig", "TrainConfig", "TrainResult", "learning_rate", "train"]
+
+LearnerOf = Callable[[PreTrainedModel, Precision], Learner]
 
 
 @dataclass
-class _Done:
-    """What a run has behind it; goes into checkpoints. Tokens are of all ranks."""
+class _Progress:
+    """What a run has done so far, over all ranks; it goes into checkpoints. waited: seconds of waiting for data."""
 
     step: int = 0
     tokens: int = 0
@@ -63,9 +67,9 @@ class _Done:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """One step's gradients are in the parameters; this is what is known of them, over all ranks.
+    """Facts about one step, over all ranks, whose gradients are in the parameters.
 
-    losses: nats per counted token. norm: before clipping. fill: share of cells that hold a token.
+    losses: nats per counted token. norm: before clipping. fill: share of token positions that are not padding.
     """
 
     losses: dict[str, float]
@@ -75,143 +79,163 @@ class _Gradients:
     fill: float
 
 
-def train(config: TrainConfig, dataset_path: Path | str, plan_path: Path | str | None, out_dir: Path) -> TrainResult:
-    """Train a student, going on from a checkpoint in `out_dir` where there is one; alone, or as a rank under torchrun.
+def train(
+    config: TrainConfig,
+    dataset: Path | str,
+    plan: Path | str | None,
+    out_dir: Path,
+    *,
+    learner_of: LearnerOf = Learner,
+) -> TrainResult:
+    """Train a student, or resume from a checkpoint in `out_dir`; alone, or as one of the ranks that torchrun started.
 
     Args:
         config: see TrainConfig.
-        dataset_path: what `kdata.open` takes; the data of every stage that names no other.
-        plan_path: a plan's Parquet file; None trains on every sequence once an epoch.
-        out_dir: made when it does not exist.
+        dataset: a folder, a URL or hf://OWNER/NAME, as for `kdata.open`; used in every phase that names no other.
+        plan: name of a plan in the dataset, or a plan file; None: every sequence once an epoch.
+        out_dir: created if it does not exist. Nothing is written before settings, data and student have been checked.
+        learner_of: builds student and loss as one module from (student, precision); another loss is a subclass of Learner
+            whose values are one column per objective of the mix, the cross-entropy first.
     Raises:
-        ConfigError: settings that do not go together, or an objective that the data cannot serve.
-        MismatchError: student, plan or the stages' datasets do not belong together, or `out_dir` was begun with other
-            settings.
+        MissingError: a dataset, a plan or the student's checkpoint does not exist.
+        ConfigError: settings contradict each other, or the data cannot serve an objective.
+        MismatchError: student, plan and datasets do not belong together, or `out_dir` was begun with other settings.
         DataError: a document is longer than the context or than the student's positions, or there is nothing to train on.
-        StorageError: `out_dir` cannot be made.
+        StorageError: `out_dir` cannot be written.
         DependencyError: a logger is not installed.
-        TrainingError: a non-finite loss or gradient; the message names step and rows.
+        TrainingError: a loss or a gradient is not finite; the message names step and rows.
     """
     check_installed(config.loggers)
     with join(config.device) as ranks:
-        return _train(config, dataset_path, plan_path, out_dir, ranks)
+        return _train(config, dataset, plan, out_dir, learner_of, ranks)
 
 
 def _train(
-    config: TrainConfig, dataset_path: Path | str, plan_path: Path | str | None, out_dir: Path, ranks: Ranks
+    config: TrainConfig,
+    dataset: Path | str,
+    plan: Path | str | None,
+    out_dir: Path,
+    learner_of: LearnerOf,
+    ranks: Ranks,
 ) -> TrainResult:
     precision = resolve_precision(config.precision, ranks.device.type)
     config = config.model_copy(update={"precision": precision})
     _check_context(config)
-    stages = open_stages(config, dataset_path, plan_path, ranks)
-    with storage_errors(out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
-    steps, rows_per_step = stages[-1].stage.end, config.batch_tokens // config.context_tokens
-    torch.manual_seed(config.seed + ranks.rank)  # each rank its own dropout; the weights have a seed of their own
-    student = build_student(config.student, stages[0].dataset, config.seed)
-    for open_stage in stages:
-        check_positions(student, open_stage.longest_tokens)
+    phases = open_phases(config, dataset, plan, ranks)
+    steps, rows_per_step = phases[-1].phase.end, config.batch_tokens // config.context_tokens
+    torch.manual_seed(config.seed + ranks.rank)  # each rank has its own dropout; the weights have a seed of their own
+    student = build_student(config.student, phases[0].dataset, config.seed)
+    for open_phase in phases:
+        check_positions(student, open_phase.longest_tokens)
+    _make_writable(out_dir)
     params = num_parameters(student)
     student.train()
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    own = Learner(student, precision)
-    learner = spread(own, own.layers, config.parallel, ranks)
+    bare_learner = learner_of(student, precision)
+    learner = spread(bare_learner, bare_learner.layers, config.parallel, ranks)
     optimizer = _optimizer(student, config)
 
-    settings = _settings(config, stages)
-    done, saved_step = _Done(), None
+    settings = _settings(config, phases)
+    progress, saved_step = _Progress(), None
     saved = load_checkpoint(out_dir / "checkpoints", student, optimizer, settings, ranks)
     if saved is not None:
-        done = _Done(**saved["progress"])
-        saved_step = done.step
-        for open_stage in stages:
-            open_stage.load_state_dict(saved["data"])
+        progress = _Progress(**saved["progress"])
+        saved_step = progress.step
+        for open_phase in phases:
+            open_phase.load_state_dict(saved["data"])
 
-    def checkpoint(open_stage: OpenStage) -> None:
+    def checkpoint(open_phase: OpenPhase) -> None:
         nonlocal saved_step
-        if saved_step == done.step:  # the same again would have to replace the only one that there is
+        if saved_step == progress.step:  # writing it again would replace the only checkpoint
             return
-        state = {"step": done.step, "progress": vars(done), "data": open_stage.state_dict(), "settings": settings}
-        save_checkpoint(out_dir / "checkpoints", student, optimizer, state, ranks)
-        saved_step = done.step
+        state = {
+            "step": progress.step, "progress": vars(progress), "data": open_phase.state_dict(), "settings": settings,
+        }  # fmt: skip
+        with writing(out_dir):
+            save_checkpoint(out_dir / "checkpoints", student, optimizer, state, ranks)
+        saved_step = progress.step
 
-    progress = Task(f"train {config.label}", steps, unit="steps")
+    bar = Task(f"train {config.label}", steps, unit="steps")
     metrics = Metrics(
-        out_dir, config.loggers, label=config.label, settings=settings, step=done.step, write=ranks.is_main
+        out_dir, config.loggers, label=config.label, settings=settings, step=progress.step, write=ranks.is_main
     )
-    with progress, metrics:
-        progress.skip(done.step)
-        for open_stage in stages:
-            stage, batches = open_stage.stage, None
-            while done.step < stage.end:
-                started, step_in_stage = time.perf_counter(), done.step - stage.first_step
-                told: dict[str, Any] = {}
-                if open_stage.begins_period(done.step):
-                    told = open_stage.begin_period(done.step, learner, rows_per_step, config.context_tokens, ranks)
+    with bar, metrics:
+        bar.skip(progress.step)
+        for open_phase in phases:
+            phase, batches = open_phase.phase, None
+            while progress.step < phase.end:
+                started, step_in_phase = time.perf_counter(), progress.step - phase.first_step
+                period: dict[str, Any] = {}
+                if open_phase.begins_period(progress.step):
+                    period = open_phase.begin_period(
+                        progress.step, learner, rows_per_step, config.context_tokens, ranks
+                    )
                     batches = None
                 waiting = time.perf_counter()
-                batches = batches or iter(open_stage.source)
-                step_batches = list(islice(batches, rows_per_step // open_stage.source.config.batch_rows))
+                batches = batches or iter(open_phase.loader)
+                step_batches = list(islice(batches, rows_per_step // open_phase.loader.config.batch_rows))
                 waited = time.perf_counter() - waiting
 
-                rate = learning_rate(stage, step_in_stage)
+                rate = learning_rate(phase, step_in_phase)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                objective = stage.objective.at(step_in_stage, stage.steps)
-                found = _gradients(learner, step_batches, objective, open_stage, config, ranks, done.step + 1)
+                objective = phase.objective.at(step_in_phase, phase.steps)
+                gradients = _gradients(learner, step_batches, objective, open_phase, config, ranks, progress.step + 1)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
                 seconds = time.perf_counter() - started
-                done = _Done(
-                    done.step + 1,
-                    done.tokens + found.tokens,
-                    done.target_tokens + found.target_tokens,
-                    done.seconds + seconds,
-                    done.waited + waited,
-                    found.losses,
+                progress = _Progress(
+                    progress.step + 1,
+                    progress.tokens + gradients.tokens,
+                    progress.target_tokens + gradients.target_tokens,
+                    progress.seconds + seconds,
+                    progress.waited + waited,
+                    gradients.losses,
                 )
-                progress.advance(1, tokens=found.tokens, loss=found.losses["loss"])
-                if done.step % config.log_every_steps == 0 or told or done.step in (1, stage.end):
+                bar.advance(1, tokens=gradients.tokens, loss=gradients.losses["loss"])
+                if progress.step % config.log_every_steps == 0 or period or progress.step in (1, phase.end):
                     line = {
-                        "step": done.step,
-                        "stage": stage.name,
-                        **found.losses,
+                        "step": progress.step,
+                        "phase": phase.name,
+                        **gradients.losses,
                         "lr": rate,
-                        **({"weights": objective.numbers()} if objective != stage.objective else {}),
-                        "grad_norm": found.norm,
-                        "tokens": done.tokens,
-                        "target_tokens": done.target_tokens,
-                        "fill": found.fill,
-                        "tokens_per_sec": found.tokens / seconds,
+                        **({"weights": objective.numbers()} if objective != phase.objective else {}),
+                        "grad_norm": gradients.norm,
+                        "tokens": progress.tokens,
+                        "target_tokens": progress.target_tokens,
+                        "fill": gradients.fill,
+                        "tokens_per_sec": gradients.tokens / seconds,
                         "wait_share": waited / seconds,
-                        "seconds": done.seconds,
-                        **({"mixture": told} if told else {}),
+                        "seconds": progress.seconds,
+                        **({"mixture": period} if period else {}),
                     }
-                    metrics.write(line)
-                if config.checkpoint_every_steps and done.step % config.checkpoint_every_steps == 0:
-                    checkpoint(open_stage)
-        checkpoint(stages[-1])
-    last = stages[-1]
-    _save_model(student, last.dataset, out_dir / "model", ranks)
+                    with writing(out_dir):
+                        metrics.write(line)
+                if config.checkpoint_every_steps and progress.step % config.checkpoint_every_steps == 0:
+                    checkpoint(open_phase)
+        checkpoint(phases[-1])
+    last = phases[-1]
     result = TrainResult(
         label=config.label,
         model_dir="model",
         metrics=metrics.path.name,
         params=params,
-        steps=done.step,
-        tokens=done.tokens,
-        target_tokens=done.target_tokens,
-        train_seconds=done.seconds,
-        wait_share=done.waited / max(done.seconds, 1e-9),
-        losses=done.losses,
+        steps=progress.step,
+        tokens=progress.tokens,
+        target_tokens=progress.target_tokens,
+        train_seconds=progress.seconds,
+        wait_share=progress.waited / max(progress.seconds, 1e-9),
+        losses=progress.losses,
         plan=None if last.plan is None else last.plan.info.name,
         dataset_digest=last.dataset.content_digest,
         config=config,
     )
-    if ranks.is_main:
-        (out_dir / "train.json").write_text(result.model_dump_json(indent=1), encoding="utf-8")
+    with writing(out_dir):
+        _save_model(student, last.dataset, out_dir / "model", ranks)
+        if ranks.is_main:
+            write_atomically(out_dir / "train.json", result.model_dump_json(indent=1).encode())
     return result
 
 
@@ -219,44 +243,44 @@ def _gradients(
     learner: nn.Module,
     batches: list[Batch],
     objective: ObjectiveConfig,
-    open_stage: OpenStage,
+    open_phase: OpenPhase,
     config: TrainConfig,
     ranks: Ranks,
     step: int,
 ) -> _Gradients:
-    """Accumulate one step's gradients over micro-batches and ranks, and clip them.
+    """Accumulate the gradients of one step over micro-batches and ranks, and clip them.
 
     Raises:
-        TrainingError: a loss or the gradient is not finite, on whatever rank; every rank raises it.
+        TrainingError: a loss or the gradient is not finite on some rank; every rank raises it.
     """
-    # Every run reports the cross-entropy, which costs next to nothing.
+    # Every run reports the cross-entropy; at weight 0 it costs next to nothing.
     measured = objective.model_copy(update={"weights": {"cross_entropy": 0.0, **objective.numbers()}})
     sizes = [[len(b.targets), b.num_tokens, b.input_ids.numel()] for b in batches]
-    counted, tokens, cells = ranks.sum(np.array(sizes).sum(0)).astype(np.int64).tolist()
+    counted, tokens, positions = ranks.sum(np.array(sizes).sum(0)).astype(np.int64).tolist()
     parts: list[tuple[Tensor, Tensor]] = []
     for number, batch in enumerate(batches):
         with accumulating(learner, last=number + 1 == len(batches)):
-            total, values_MO = learner(batch, measured, open_stage.tail, counted)
-            (total * ranks.world_size).backward()  # gradients are averaged over ranks
+            total, values_MO = learner(batch, measured, open_phase.tail, counted)
+            (total * ranks.world_size).backward()  # DDP and FSDP2 average gradients over ranks
         parts.append((total.detach(), values_MO))
     sums = torch.stack([torch.cat([total[None], values_MO.sum(0)]).double() for total, values_MO in parts]).sum(0)
     loss, *values = ranks.sum(sums.cpu().numpy()).tolist()
     if not math.isfinite(loss):
         rows = [_bad_rows(b, values_MO) for b, (_, values_MO) in zip(batches, parts, strict=True)]
-        raise TrainingError(f"the loss of step {step} is {loss}; {_named(open_stage.dataset, rows, ranks)}. {_REMEDY}")
+        named = _named(open_phase.dataset, rows, ranks)
+        raise TrainingError(f"the loss of step {step} is {loss}; {named}. {_REMEDY}")
     parameters = [p for p in learner.parameters() if p.requires_grad]
     norm_or_part = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
     norm = float(norm_or_part.full_tensor() if isinstance(norm_or_part, DTensor) else norm_or_part)
     if not math.isfinite(norm):
-        rows = [b.rows for b in batches]
-        named = _named(open_stage.dataset, rows, ranks)
+        named = _named(open_phase.dataset, [b.rows for b in batches], ranks)
         raise TrainingError(f"the gradient norm of step {step} is {norm}; {named}. {_REMEDY}")
     per_token = [value / max(counted, 1) for value in values]
     losses = {"loss": loss, **dict(zip(measured.weights, per_token, strict=True))}
-    return _Gradients(losses, norm, tokens, counted, tokens / cells)
+    return _Gradients(losses, norm, tokens, counted, tokens / positions)
 
 
-_REMEDY = "The weights are as before the step; lower learning_rate, or leave these rows out by a plan"
+_REMEDY = "The weights are as before the step; lower learning_rate, or leave these rows out with a plan"
 
 
 def _bad_rows(batch: Batch, values_MO: Tensor) -> np.ndarray:
@@ -266,12 +290,12 @@ def _bad_rows(batch: Batch, values_MO: Tensor) -> np.ndarray:
 
 
 def _named(dataset: kdata.Dataset, rows: list[np.ndarray], ranks: Ranks) -> str:
-    """Ids of rows of every rank, in words; where no value is to blame, the sum of them is."""
-    found = np.unique(np.concatenate(ranks.gather(np.concatenate(rows))))
-    if not len(found):
+    """The ids of these rows of all ranks, in words. Without rows: every value is finite and only the sum is not."""
+    all_rows = np.unique(np.concatenate(ranks.gather(np.concatenate(rows))))
+    if not len(all_rows):
         return "every value is finite, their sum is not"
-    ids = dataset.index(["id"])["id"].take(found[:8]).to_pylist()
-    return f"rows {', '.join(ids)}" + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+    ids = dataset.index(["id"])["id"].take(all_rows[:8]).to_pylist()
+    return f"rows {', '.join(ids)}" + (f" and {len(all_rows) - 8} more" if len(all_rows) > 8 else "")
 
 
 def _check_context(config: TrainConfig) -> None:
@@ -282,11 +306,19 @@ def _check_context(config: TrainConfig) -> None:
         )
 
 
-def _settings(config: TrainConfig, stages: list[OpenStage]) -> dict[str, Any]:
-    """What a run must repeat to go on: everything that decides its numbers. Data by content, not by path."""
-    run = config.model_dump(mode="json", exclude={*RUNTIME, *SHARED, "stages"})
-    by_stage = {s.stage.name: {**s.stage.settings(), "data": s.identity} for s in stages}
-    return {**run, "stages": by_stage}
+def _make_writable(out_dir: Path) -> None:
+    """Create the output folder and write a byte. Raises StorageError now rather than at the first checkpoint."""
+    with writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir) as file:
+            file.write(b"0")
+
+
+def _settings(config: TrainConfig, phases: list[OpenPhase]) -> dict[str, Any]:
+    """The settings that decide a run's numbers, which a resumed run must repeat. Data by content, not by path."""
+    run = config.model_dump(mode="json", exclude={*RUNTIME, *SHARED, "phases"})
+    by_phase = {p.phase.name: {**p.phase.settings(), "data": p.identity} for p in phases}
+    return {**run, "phases": by_phase}
 
 
 def _optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.AdamW:
@@ -299,7 +331,7 @@ def _optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.AdamW
 
 
 def _save_model(student: PreTrainedModel, dataset: kdata.Dataset, folder: Path, ranks: Ranks) -> None:
-    """Write the student in Hugging Face format, with the dataset's tokenizer beside it."""
+    """Write the student in Hugging Face format, with the tokenizer of the dataset."""
     parts = {id(tensor): whole(tensor) for tensor in student.state_dict(keep_vars=True).values()}
     state = {name: parts[id(tensor)] for name, tensor in student.state_dict(keep_vars=True).items()}
     if ranks.is_main:

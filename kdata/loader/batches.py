@@ -1,6 +1,6 @@
 """Batches of plain numpy arrays from a dataset and a plan, for the trainer of this repository or your own.
 
-    for batch in Batches(dataset, plan.rows(dataset), LoaderConfig(context_tokens=2048)):
+    for batch in Batches(dataset, plan.rows(dataset), BatchesConfig(context_tokens=2048)):
         ...  # batch.input_ids, batch.entry_ids, batch.entry_logprobs, ...
 
 A row of a batch holds several whole documents. No document is cut or dropped, and none attends to another (positions
@@ -45,7 +45,7 @@ from kdata.store.dataset import Dataset
 Item = TypeVar("Item")
 
 
-class LoaderConfig(BaseModel):
+class BatchesConfig(BaseModel):
     """How documents are packed, ordered and read ahead."""
 
     model_config = ConfigDict(extra="forbid")
@@ -119,7 +119,7 @@ class Batches:
     Args:
         dataset: what is read.
         rows: int64 [R] global rows, repeats expanded (`Plan.rows`); None reads every row once an epoch.
-        config: see LoaderConfig.
+        config: see BatchesConfig.
         rank, world_size: this process takes the `rank`-th of `world_size` equal parts of every batch.
         entry_dtype: of `entry_ids`; torch indexes with int64.
     Raises:
@@ -131,7 +131,7 @@ class Batches:
         self,
         dataset: Dataset,
         rows: np.ndarray | None,
-        config: LoaderConfig,
+        config: BatchesConfig,
         *,
         rank: int = 0,
         world_size: int = 1,

@@ -1,8 +1,8 @@
-"""What students learn from: a corpus split by id, the teacher's states of it, and a logit dataset for each way of keeping.
+"""The data of the evidence: a corpus split by id, the teacher's states on it, and a logit dataset for each kind of keeping.
 
-The teacher reads the text once. Its last hidden states stay on disk in float32, and every dataset is made from them by
-kdata's own capture job, head and reduction: shards, codec and index are those of `kdata capture`, and students are trained on
-what was read back. Online distillation computes the whole distribution from the same states and the same head.
+The teacher reads the text once, and its last hidden states stay on disk in float32. kdata's own capture job, head and
+reduction turn them into every dataset: shards, codec and index are those of `kdata capture`, and students are trained on what
+is read back from them. Online distillation computes the whole distribution from the same states and the same head.
 
 Shapes: T tokens, D hidden, V vocabulary.
 """
@@ -40,36 +40,36 @@ from kdata.teachers.transformers import TransformersTeacher
 
 HELDOUT_SHARE = 0.1  # of documents, by a hash of their id
 SIZES = ("k", "draws", "mass", "draw_method")  # settings that name a dataset's folder
-# What students are measured on: with this many entries the KL is an unbiased estimate of small variance. The method is that
-# of the first figures that were published, so that later ones can stand beside them.
+# Kept of the held-out text: with this many entries the KL is an unbiased estimate with a small variance. The draw
+# method is the one of the first published figures, so that later figures can be compared with them.
 HELDOUT_KEEP = KeepConfig(kind="hybrid", k=64, num_draws=64, draw_method="independent")
 
 
 class DataConfig(Strict):
-    """The text, the teacher, and how much of it."""
+    """The text and the teacher."""
 
-    teacher: str = Field(description="Folder of a Hugging Face model.")
+    teacher: str = Field(description="Folder of a model in Hugging Face format.")
     corpus: str = Field(description="Parquet file with id, domain and text.")
     train_tokens: int = Field(
         400_000,
         ge=1,
-        description="Tokens to train on: documents of each domain until they hold its equal share. They are taken whole, "
-        "so a long last one adds to it.",
+        description="Tokens to train on, the same number of each domain. Documents are used whole, so the last one of a "
+        "domain can add some.",
     )
-    heldout_tokens: int = Field(24_000, ge=1, description="Tokens to measure on, in the same way.")
+    heldout_tokens: int = Field(24_000, ge=1, description="Tokens to measure on, chosen in the same way.")
     context_tokens: int = Field(256, ge=2, description="Longest sequence; longer texts are split into several.")
 
 
 def unit_hash(name: str) -> float:
-    """A number in [0, 1) that depends on an id alone: where a document belongs, and its place in the order."""
+    """A number in [0, 1) that depends on an id alone. It decides the part that a document belongs to, and its place there."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a corpus: documents whose `unit_hash` is in [low, high), the first of them that hold `tokens`.
+    """A part of a corpus: the first documents with a `unit_hash` in [low, high), until they hold `tokens` tokens.
 
-    balanced: as many tokens of every domain; otherwise the domains keep the shares that they have.
+    balanced: the same number of tokens of every domain; otherwise the domains keep their shares.
     """
 
     low: float
@@ -83,13 +83,13 @@ def split(corpus: str, teacher: str, parts: Mapping[str, Part], folder: Path) ->
 
     Args:
         corpus: Parquet file with id, domain and text.
-        teacher: model whose tokenizer counts.
+        teacher: the model whose tokenizer counts tokens.
     Raises:
-        MissingError: there is no such corpus.
-        DataError: it has not enough text of a domain.
+        MissingError: the corpus does not exist.
+        DataError: the corpus has too little text of a domain.
     """
     if not Path(corpus).is_file():
-        raise MissingError(f"corpus {corpus!r} is no file; name a Parquet file with id, domain and text")
+        raise MissingError(f"corpus {corpus!r} is not a file; name a Parquet file with id, domain and text")
     frame = pl.read_parquet(corpus, columns=["id", "domain", "text"])
     place = [unit_hash(name) for name in frame["id"]]
     frame = frame.with_columns(pl.Series("place", place)).sort("place")
@@ -101,28 +101,28 @@ def split(corpus: str, teacher: str, parts: Mapping[str, Part], folder: Path) ->
             domains = sorted(frame["domain"].unique())
             of_each = [inside.filter(pl.col("domain") == domain) for domain in domains]
             share = part.tokens / len(domains)
-            taken = [_first_tokens(f, share, tokenizer, d) for d, f in zip(domains, of_each, strict=True)]
-            inside = pl.concat(taken).sort("place")
+            chosen = [_first_tokens(f, share, tokenizer, d) for d, f in zip(domains, of_each, strict=True)]
+            inside = pl.concat(chosen).sort("place")
         else:
             inside = _first_tokens(inside, part.tokens, tokenizer, name)
         inside.drop("place").write_parquet(folder / f"{name}.parquet")
 
 
-def _first_tokens(frame: pl.DataFrame, tokens: float, tokenizer, what: str) -> pl.DataFrame:
-    """The first documents that have so many tokens."""
-    have = 0
+def _first_tokens(frame: pl.DataFrame, tokens: float, tokenizer, name: str) -> pl.DataFrame:
+    """The first documents that together have at least `tokens` tokens."""
+    total = 0
     for number, text in enumerate(frame["text"]):
-        have += len(tokenizer(text)["input_ids"])
-        if have >= tokens:
+        total += len(tokenizer(text)["input_ids"])
+        if total >= tokens:
             return frame.head(number + 1)
-    raise DataError(f"{what!r} has {have} tokens of text, {tokens:.0f} are asked for; ask for fewer")
+    raise DataError(f"{name!r} has {total} tokens of text and {tokens:.0f} are needed; set a smaller number of tokens")
 
 
 class States:
-    """A teacher's last hidden states, behind the final norm, of one part of the corpus.
+    """A teacher's last hidden states, after the final norm, on one part of the corpus.
 
     Args:
-        folder: holds states.npy float32 [T, D], and sequences.json: content hash of each sequence -> its first row.
+        folder: holds states.npy, float32 [T, D], and sequences.json: content hash of each sequence -> its first row.
         config: of the data; the head is read from the teacher's files.
     """
 
@@ -134,7 +134,7 @@ class States:
         self.vocab_size: int = model["vocab_size"]
 
     def of(self, token_ids: np.ndarray) -> torch.Tensor:
-        """States float32 [len(token_ids), D] of a sequence that was read."""
+        """States float32 [len(token_ids), D] of a sequence that the teacher read."""
         start = self._starts[content_hash(token_ids)]
         return torch.from_numpy(np.array(self.states_TD[start : start + len(token_ids)]))
 
@@ -145,7 +145,7 @@ class States:
 
 
 class _StatesTeacher:
-    """A teacher whose forward pass is done: head and reduction of stored states. See `kdata.teachers.base.Teacher`."""
+    """A `kdata.teachers.base.Teacher` whose forward pass is done: it applies head and reduction to stored states."""
 
     def __init__(self, original: TransformersTeacher, states: States) -> None:
         self.info, self.context, self.vocab_size = original.info, original.context, original.vocab_size
@@ -155,7 +155,7 @@ class _StatesTeacher:
     def read(
         self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
     ) -> list[Readout]:
-        """Read sequences, each of which must have been read before; too fast for `on_tokens`."""
+        """Read sequences whose states are stored. It is too fast to report to `on_tokens`."""
         return [self._read_one(np.asarray(ids, np.int32), keep) for ids in sequences]
 
     def _read_one(self, ids: np.ndarray, keep: KeepConfig) -> Readout:
@@ -178,7 +178,7 @@ class _StatesTeacher:
         seeds: Sequence[int],
         on_tokens: OnTokens = ignore_tokens,
     ) -> list[Completion]:
-        """It has no forward pass left."""
+        """Not possible: stored states have no forward pass."""
         raise NotImplementedError("stored states cannot write")
 
     def close(self) -> None:
@@ -186,22 +186,22 @@ class _StatesTeacher:
 
 
 class EvidenceData:
-    """Corpus, states and datasets in one folder, each made when it is first asked for; several processes may ask."""
+    """Corpus, states and datasets in one folder, each built when it is first used; several processes may use one folder."""
 
     def __init__(self, config: DataConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
 
     @cached_property
     def heldout(self) -> kdata.Dataset:
-        """What students are measured on."""
+        """The held-out text that students are measured on."""
         return self._dataset("heldout", HELDOUT_KEEP)
 
     def train(self, keep: KeepConfig) -> kdata.Dataset:
-        """The training text with what `keep` says."""
+        """The training text, with the entries that `keep` says."""
         return self._dataset("train", keep)
 
     def states(self, part: str) -> States:
-        """The teacher's states of "train" or "heldout"; the teacher reads it where that is not done."""
+        """The teacher's states on "train" or "heldout"; the teacher reads the text if that is not done yet."""
         folder = self.folder / f"states-{part}"
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / "states.lock"):
@@ -228,22 +228,22 @@ class EvidenceData:
         return CaptureJob(config, Corpus(corpus))
 
     def _read(self, part: str, folder: Path) -> None:
-        """Have the teacher read one part, sequence by sequence, and keep its last states."""
+        """Let the teacher read one part, sequence by sequence, and store its last hidden states."""
         folder.mkdir(exist_ok=True)
         tokenizer = load_tokenizer(self.config.teacher)
         model = AutoModelForCausalLM.from_pretrained(self.config.teacher, dtype=torch.float32).eval()
         backbone = getattr(model, model.base_model_prefix)
-        found: list[np.ndarray] = []
+        states: list[np.ndarray] = []
         starts: dict[str, int] = {}
-        have = 0
+        num_tokens = 0
         with torch.inference_mode():
             for unit in self._job(part, KeepConfig()).units(self._teacher, tokenizer):
                 for sequence in unit.sequences:
                     ids_1T = torch.from_numpy(sequence.token_ids.astype(np.int64))[None]
-                    found.append(backbone(input_ids=ids_1T, use_cache=False).last_hidden_state[0].numpy())
-                    starts[content_hash(sequence.token_ids)] = have
-                    have += len(sequence.token_ids)
-        np.save(folder / "states.npy", np.concatenate(found))
+                    states.append(backbone(input_ids=ids_1T, use_cache=False).last_hidden_state[0].numpy())
+                    starts[content_hash(sequence.token_ids)] = num_tokens
+                    num_tokens += len(sequence.token_ids)
+        np.save(folder / "states.npy", np.concatenate(states))
         (folder / "sequences.json").write_text(json.dumps(starts), encoding="utf-8")
 
     def _dataset(self, part: str, keep: KeepConfig) -> kdata.Dataset:
@@ -257,6 +257,6 @@ class EvidenceData:
 
 
 def bytes_per_token(dataset: kdata.Dataset) -> float:
-    """Payload on disk over its tokens: entries, ids, and every other column of the shards."""
+    """Bytes of payload on disk per token: entries, ids, and every other column of the shards."""
     size = sum(dataset.shard_file(entry, "data").stat().st_size for entry in dataset.manifest)
     return size / dataset.num_tokens

@@ -25,8 +25,8 @@ COLOURS = {
 AIMS = ((0.1, 65), (0.5, 32))  # percent above online, bytes per token
 
 
-# Bytes per token of others' targets that were not trained on. Measured: a file of 24 documents in their format, V = 8,192,
-# over its tokens. Published: figures as their authors give them, for large vocabularies.
+# Bytes per token of other projects' targets that no student was trained on. Measured: a file of 24 documents in their format,
+# V = 8,192, divided by its tokens. Published: figures of their authors, for large vocabularies.
 PEER_SIZES = (
     ("axolotl's columns, k=16, measured", 159), ("DistillKit, k=80 in bins, measured", 207),
     ("DistillKit, k=128, measured", 263), ("k=50, published", 127), ("k=128, published", 344),
@@ -35,7 +35,7 @@ PEER_SIZES = (
 
 
 def write_report(out: Path, runs: Runs) -> str:
-    """Write results.json, table.md and evidence.png of the runs that are there; return the table."""
+    """Write results.json, table.md and evidence.png of the runs that are measured; return the table."""
     means = {name: summarise(seeds) for name, seeds in runs.items()}
     against = {name: relative_difference(seeds, runs.get(REFERENCE, {}), "nll") for name, seeds in runs.items()}
     write_results(out, runs, means, {"nll_against_online": against})
@@ -51,44 +51,47 @@ def write_results(
     means: Mapping[str, Mapping[str, Estimate]],
     differences: Mapping[str, Mapping[str, Estimate | None]],
 ) -> None:
-    """Write results.json: of every setting the means, the differences by name, and the figures of its seeds."""
+    """Write results.json: for every setting the means, the differences by name, and the figures of its seeds."""
     content = {
         name: {
-            **{figure: asdict(value) for figure, value in found.items()},
-            **{what: None if (gap := of[name]) is None else asdict(gap) for what, of in differences.items()},
+            **{figure: asdict(value) for figure, value in estimates.items()},
+            **{
+                difference: None if (gap := by_setting[name]) is None else asdict(gap)
+                for difference, by_setting in differences.items()
+            },
             "seeds": {str(seed): figures for seed, figures in runs[name].items()},
         }
-        for name, found in means.items()
+        for name, estimates in means.items()
     }
     (out / "results.json").write_text(json.dumps({"settings": content}, indent=1), encoding="utf-8")
 
 
 def markdown(means: Mapping[str, Mapping[str, Estimate]], against: Mapping[str, Estimate | None]) -> str:
-    """The table of a README: one line a setting, mean ± half-width of the 95 % interval."""
+    """The table as Markdown: one line per setting, mean ± half-width of the 95 % interval."""
     lines = [
         "| target | B/token | NLL | against online | KL | ECE, % | tokens/s | seeds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     peers = {s.name: s.peer for s in SETTINGS}
-    for name, found in means.items():
-        size = f"{found['bytes_per_token'].mean:.1f}" if "bytes_per_token" in found else "-"
+    for name, estimates in means.items():
+        size = f"{estimates['bytes_per_token'].mean:.1f}" if "bytes_per_token" in estimates else "-"
         label = f"{name} ({peers[name]})" if peers.get(name) else name
         cells = [
             label,
             size,
-            told(found["nll"], 3),
-            "-" if name == REFERENCE else told(against[name], 2, 100, "%", sign="+"),
-            told(found["kl"], 3),
-            told(found["ece"], 2, 100),
-            f"{found['tokens_per_sec'].mean:,.0f}",
-            str(found["nll"].count),
+            text_of(estimates["nll"], 3),
+            "-" if name == REFERENCE else text_of(against[name], 2, 100, "%", sign="+"),
+            text_of(estimates["kl"], 3),
+            text_of(estimates["ece"], 2, 100),
+            f"{estimates['tokens_per_sec'].mean:,.0f}",
+            str(estimates["nll"].count),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def told(value: Estimate | None, digits: int, scale: float = 1.0, unit: str = "", *, sign: str = "") -> str:
-    """An estimate in words: mean ± half-width, times `scale`."""
+def text_of(value: Estimate | None, digits: int, scale: float = 1.0, unit: str = "", *, sign: str = "") -> str:
+    """An estimate as text: mean ± half-width, times `scale`."""
     if value is None:
         return "-"
     mean = f"{value.mean * scale:{sign}.{digits}f}"
@@ -97,7 +100,7 @@ def told(value: Estimate | None, digits: int, scale: float = 1.0, unit: str = ""
 
 
 def _plot(means: Mapping[str, Mapping[str, Estimate]], against: Mapping[str, Estimate | None]) -> Figure:
-    """NLL above online distillation against bytes per token: one curve a family, a line for cross-entropy."""
+    """NLL above online distillation against bytes per token: one curve per family, a line for cross-entropy."""
     figure = Figure(figsize=(8.2, 5.0), layout="constrained")
     axes = figure.add_subplot()
     if (gap := against.get(BASELINE)) is not None:
@@ -145,7 +148,7 @@ def _curve(
     family: str,
     colour: str,
 ) -> None:
-    """One family by rising size; independent draws are dashed and hollow, what a peer distributes has a square."""
+    """One family by increasing size. Independent draws are dashed and hollow; settings of a peer have a square."""
     chosen = [s for s in SETTINGS if s.family == family and s.name in means]
     points = sorted(
         ((means[s.name]["bytes_per_token"].mean, gap, s) for s in chosen if (gap := against.get(s.name)) is not None),
@@ -165,8 +168,8 @@ def _curve(
             axes.plot(size, 100 * gap.mean, "s", color=colour, markersize=9, fillstyle="none")
             label = f"{label} [{setting.peer.split(',')[0]}]"
         if not plain and not setting.peer:
-            continue  # beside the same size of the other method
-        # Sampled kinds lie under the hybrid ones, independent draws above systematic ones.
+            continue  # the other draw method has a label at this size
+        # The labels of sampled kinds go below those of hybrids, and those of independent draws above.
         away, side = ((-6, 6), "right") if family == "sampled, independent" and size > 30 else ((4, 5), "left")
         if family == "sampled":
             away = (4, -12)

@@ -1,11 +1,12 @@
-"""How good is offline? What is kept of the teacher, how the rest is completed, and which objective, on equal terms.
+"""Question 1: how good is offline distillation? What to keep of the teacher, how to complete the rest, which objective.
 
-Every student of a seed has the same initial weights and sees the same batches; only its targets differ.
+All students of a seed have the same initial weights and see the same batches. Only their targets differ.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +18,11 @@ from kdata.format.keep import KeepConfig
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_token
 from kdata.pipelines.evidence.online import OnlineLearner
 from kdata.pipelines.evidence.runs import Figures
-from kdata.pipelines.evidence.students import measure_student, train_student
-from kdata.trainer.config import TrainConfig
+from kdata.pipelines.evidence.students import train_and_measure
+from kdata.trainer.config import CheckpointStudent, ScratchStudent, StudentConfig, TrainConfig
 from kdata.trainer.learner import Learner
-from kdata.trainer.objectives import ObjectiveConfig
-from kdata.trainer.student import CheckpointStudent, ScratchStudent, StudentConfig
+from kdata.trainer.objective_config import ObjectiveConfig
+from kdata.trainer.train import LearnerOf
 
 Method = Literal["systematic", "independent"]
 REFERENCE = "online, full distribution"
@@ -32,8 +33,8 @@ BASELINE = "cross-entropy"
 class Setting:
     """One way to train.
 
-    keep: what is kept of the teacher; None: nothing (cross-entropy), or all of it (online). family: which curve it is on.
-    peer: who distributes or recommends such targets, as far as they can be made with our kinds.
+    keep: what is kept of the teacher; None: nothing (cross-entropy), or everything (online). family: its curve in the plot.
+    peer: who distributes or recommends such targets, as far as our kinds can reproduce them.
     """
 
     name: str
@@ -56,7 +57,7 @@ def _sampled(draws: int, method: Method = "systematic") -> KeepConfig:
     return KeepConfig(kind="sampled", num_draws=draws, draw_method=method)
 
 
-# By priority: a run that is stopped early has the first of them for all seeds.
+# By priority: a run that is stopped early has measured the first of them for all seeds.
 FIRST = (
     Setting(REFERENCE, "online"),
     Setting("hybrid 8 + 28 (default)", "hybrid", _hybrid(8, 28)),
@@ -111,37 +112,37 @@ SETTINGS = (*FIRST, *SECOND, *OBJECTIVES)
 
 
 class OfflineConfig(Strict):
-    """What all students share."""
+    """Settings that all students share."""
 
     data: DataConfig = Field(description="Text and teacher.")
     student: StudentConfig = Field(
         default_factory=lambda: ScratchStudent(hidden_size=96, num_layers=3, num_heads=3),
-        description="The model that learns.",
+        description="The model to train.",
     )
-    steps: int = Field(300, ge=1, description="Optimizer steps.")
-    batch_tokens: int = Field(2048, ge=2, description="Cells of a step.")
+    steps: int = Field(300, ge=1, description="Number of optimizer steps.")
+    batch_tokens: int = Field(2048, ge=2, description="Token positions of one step; padding counts.")
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate.")
-    warmup_steps: int = Field(30, ge=0, description="Steps of linear rise.")
+    warmup_steps: int = Field(30, ge=0, description="Steps of linear rise to the peak; 0: none.")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Of the student's matrix products; bf16 where the processor has it."
+        "fp32", description="Precision of the student's matrix products; bf16 needs a processor that multiplies it."
     )
 
     def identity(self) -> dict[str, Any]:
-        """What figures depend on; of a model the folder's name only."""
-        found = self.model_dump(mode="json", exclude={"data": {"teacher", "corpus"}})
+        """The settings that the figures depend on; of a model, the folder's name alone."""
+        settings = self.model_dump(mode="json", exclude={"data": {"teacher", "corpus"}})
         if isinstance(self.student, CheckpointStudent):
-            found["student"]["path"] = Path(self.student.path).name
-        return found
+            settings["student"]["model"] = Path(self.student.model).name
+        return settings
 
 
 class Offline:
-    """The comparison: `measure` has one setting trained with one seed and says what came of it."""
+    """The comparison: `measure` trains one setting with one seed and measures the student."""
 
     def __init__(self, config: OfflineConfig, data: EvidenceData) -> None:
         self.config, self.data = config, data
 
     def train_config(self, setting: Setting, seed: int) -> TrainConfig:
-        """What `trainer.train` would be told."""
+        """Settings of one training run."""
         c = self.config
         return TrainConfig(
             label=setting.name,
@@ -154,41 +155,37 @@ class Offline:
             learning_rate=c.learning_rate,
             warmup_steps=c.warmup_steps,
             precision=c.precision,
+            data_order="seed",
+            checkpoint_every_steps=0,
         )
 
     def measure(self, name: str, seed: int) -> Figures:
-        """Train and measure; bytes per token are those of the dataset's payload, None where nothing of it is used."""
+        """Train and measure one student. bytes_per_token is of the dataset's payload; None if the student does not use it."""
         setting = find(name)
         dataset = self.data.train(setting.keep or KeepConfig())
-        config = self.train_config(setting, seed)
+        learner_of: LearnerOf = Learner
         if name == REFERENCE:
-            states = self.data.states("train")
-
-            def online(student: Any) -> Learner:
-                return OnlineLearner(student, states, dataset, self.config.precision)
-
-            trained = train_student(config, dataset, online)
-        else:
-            trained = train_student(config, dataset)
+            learner_of = partial(OnlineLearner, states=self.data.states("train"), dataset=dataset)
+        figures = train_and_measure(self.train_config(setting, seed), dataset, self.data.heldout, learner_of)
         size = None if setting.keep is None else bytes_per_token(dataset)
-        return {**measure_student(trained, self.data.heldout), "bytes_per_token": size}
+        return {**figures, "bytes_per_token": size}
 
 
-def told(name: str) -> dict[str, Any]:
-    """What a setting's name stands for, as JSON values."""
+def describe(name: str) -> dict[str, Any]:
+    """The content of a setting, by its name, as JSON values."""
     setting = find(name)
     keep = None if setting.keep is None else {"kind": setting.keep.kind, **setting.keep.settings()}
     return {"keep": keep, "tail": setting.tail, "objective": setting.objective}
 
 
 def find(name: str) -> Setting:
-    """A setting by its name. Raises ConfigError where there is none."""
-    found = {s.name: s for s in SETTINGS}
-    if name not in found:
-        raise ConfigError(f"there is no setting {name!r}; known are {', '.join(found)}")
-    return found[name]
+    """A setting by its name. Raises ConfigError if there is none."""
+    by_name = {s.name: s for s in SETTINGS}
+    if name not in by_name:
+        raise ConfigError(f"there is no setting {name!r}; the settings are {', '.join(by_name)}")
+    return by_name[name]
 
 
 def runs(seeds: int) -> list[tuple[str, int]]:
-    """(setting, seed) of every run: what matters most for all seeds first."""
+    """(setting, seed) of every run, the most important settings first, for all seeds."""
     return [(s.name, seed) for tier in (FIRST, SECOND, OBJECTIVES) for seed in range(seeds) for s in tier]

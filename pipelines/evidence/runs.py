@@ -1,7 +1,7 @@
-"""Named settings x seeds, each measured once and kept: a file a run, so that work goes on where it stopped.
+"""Named settings x seeds, each measured once and stored: one file per run, so that work continues where it stopped.
 
-Several processes may call `run_all` on the same folder: a run that another one has under way is left to it, and its lock goes
-with the process, however that ends.
+Several processes may call `run_all` on the same folder. A run that another process is measuring is skipped; its lock ends
+with that process, however that ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from kdata.errors import CorruptError, MismatchError, settings_difference
 
 Figures = dict[str, float | None]
-"""What one run measured, by name; None: not measured there."""
+"""What one run measured, by name; None: not measured in this run."""
 
 
 def run_all(
@@ -26,22 +26,22 @@ def run_all(
     measure: Callable[[str, int], Figures],
     identity: Mapping[str, Any],
     *,
-    told: Callable[[str], Mapping[str, Any]] = lambda setting: {},
+    describe: Callable[[str], Mapping[str, Any]] = lambda setting: {},
     keep_going: Callable[[], bool] = lambda: True,
 ) -> int:
-    """Measure what is not measured yet, in the order given.
+    """Measure the runs that are not measured yet, in the order of `runs`.
 
     Args:
-        folder: where run files are, made when absent.
-        runs: (setting, seed) each.
-        measure: has one run done.
-        identity: what all runs share (steps, sizes, data), as JSON values; stored with each.
-        told: what a setting's name stands for, as JSON values; stored with its runs.
-        keep_going: asked before each run; False stops here.
+        folder: folder of the run files, created if absent.
+        runs: (setting, seed) of each run.
+        measure: trains and measures one run.
+        identity: settings that all runs share (steps, sizes, data), as JSON values; stored with each run.
+        describe: the content of a setting, by its name, as JSON values; stored with its runs.
+        keep_going: called before each run; False stops.
     Returns:
-        Runs that this call did.
+        Number of runs that this call measured.
     Raises:
-        MismatchError: a run there was made with another identity, or of another setting by the same name.
+        MismatchError: a run in the folder has another identity, or is of another setting with the same name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = 0
@@ -52,12 +52,12 @@ def run_all(
         try:
             with FileLock(path.with_suffix(".lock"), timeout=0):
                 if path.exists():
-                    _check(path, identity, told(setting))
+                    _check(path, identity, describe(setting))
                     continue
                 content = {
                     "setting": setting,
                     "seed": seed,
-                    "told": told(setting),
+                    "told": describe(setting),
                     "identity": identity,
                     "figures": measure(setting, seed),
                 }
@@ -66,31 +66,31 @@ def run_all(
                 os.replace(temporary, path)
                 done += 1
         except Timeout:
-            continue  # another process is at it
+            continue  # another process is measuring it
     return done
 
 
 def load_runs(folder: Path, settings: Sequence[str]) -> dict[str, dict[int, Figures]]:
-    """Figures of the runs that are there, by setting (in the order given) and seed.
+    """Figures of the runs in the folder, by setting (in the order of `settings`) and seed.
 
     Raises:
         CorruptError: a file is damaged.
-        MismatchError: runs do not share one identity.
+        MismatchError: the runs do not all have the same identity.
     """
-    found: dict[str, dict[int, Figures]] = {name: {} for name in settings}
+    by_setting: dict[str, dict[int, Figures]] = {name: {} for name in settings}
     first: tuple[Path, Any] | None = None
     for path in sorted(folder.glob("*.json")):
         content = _read(path)
         first = first or (path, content["identity"])
         if content["identity"] != first[1]:
             _refuse(path, first[1], content["identity"])
-        if content["setting"] in found:
-            found[content["setting"]][content["seed"]] = content["figures"]
-    return {name: dict(sorted(seeds.items())) for name, seeds in found.items() if seeds}
+        if content["setting"] in by_setting:
+            by_setting[content["setting"]][content["seed"]] = content["figures"]
+    return {name: dict(sorted(seeds.items())) for name, seeds in by_setting.items() if seeds}
 
 
 def path_of(folder: Path, setting: str, seed: int) -> Path:
-    """File of one run: letters and digits of the setting's name, and the seed."""
+    """File of one run, named by the letters and digits of the setting and by the seed."""
     return folder / f"{''.join(c if c.isalnum() else '-' for c in setting)}.{seed}.json"
 
 
@@ -98,19 +98,19 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CorruptError(f"{path} is damaged: {error}; delete it, and the run is done again") from error
+        raise CorruptError(f"{path} is damaged: {error}; delete it, and the run is measured again") from error
 
 
-def _check(path: Path, identity: Mapping[str, Any], told: Mapping[str, Any]) -> None:
-    found = _read(path)
-    before = {**found["identity"], "setting": found.get("told", {})}
-    now = {**identity, "setting": told}
+def _check(path: Path, identity: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+    content = _read(path)
+    before = {**content["identity"], "setting": content.get("told", {})}
+    now = {**identity, "setting": description}
     if before != json.loads(json.dumps(now)):
         _refuse(path, before, now)
 
 
 def _refuse(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
     raise MismatchError(
-        f"{path} was made with other settings (before -> now):\n{settings_difference(before, after)}\n"
-        "Runs of one folder are compared, so they share everything but setting and seed: name another folder"
+        f"{path} was measured with other settings (before -> now):\n{settings_difference(before, after)}\n"
+        "Runs of one folder are compared, so they must share everything except setting and seed: use another folder"
     )

@@ -1,9 +1,9 @@
-"""Does choosing help? Plans and mixtures against their baselines, on equal terms.
+"""Questions 2 and 3: do plans and mixtures help? Each is compared with its baseline, on equal terms.
 
-Two questions, one way of asking. `selection`: students on what MiniPLM's difference sampling kept, on as much drawn at
-random, and on everything. `mixture`: students whose documents are drawn by fixed domain weights, or by DDK's, which follow
-the student. Everything is the product's own: a capture, a sidecar, `select`, `trainer.train` and `evaluate`. Students of a
-seed have the same initial weights; each sees as many tokens as the others, but for the settings that say otherwise.
+`selection` trains students on the part that MiniPLM's difference sampling selected, on a random part of the same size, and on
+everything. `mixture` trains students whose documents are drawn with fixed domain weights, or with DDK's, which follow the
+student. All steps are kdata's own: capture, sidecar, `select`, `train` and `evaluate`. Students of a seed have the same
+initial weights, and each sees as many tokens as the others, except in settings that say otherwise.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ from kdata.selection.select import select
 from kdata.selection.step import Step
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
-from kdata.trainer.config import TrainConfig
+from kdata.trainer.config import CheckpointStudent, ScratchStudent, StudentConfig, TrainConfig
 from kdata.trainer.domain_weights import DDKMixture, FixedMixture, MixtureConfig
 from kdata.trainer.evaluate import evaluate
-from kdata.trainer.objectives import ObjectiveConfig
-from kdata.trainer.student import CheckpointStudent, ScratchStudent, StudentConfig
+from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.train import train
 
 Question = Literal["selection", "mixture"]
@@ -49,10 +48,10 @@ DISTIL, PLAIN = {"forward_kl": 1.0}, {"cross_entropy": 1.0}
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to choose.
+    """One way to choose data.
 
-    family: settings that are compared. step: the method that makes the plan; None: the whole dataset. mixture: the
-    trainer's, from the domains' tokens; None: documents as they come. times: steps, in those of the others.
+    family: settings that are compared with each other. step: the method that selects; None: the whole dataset. mixture:
+    builds the trainer's domain weights from the tokens of each domain; None: none. times: factor on the number of steps.
     """
 
     name: str
@@ -102,42 +101,42 @@ SETTINGS: dict[Question, tuple[Setting, ...]] = {
 
 
 class SelectionConfig(Strict):
-    """What all students share."""
+    """Settings that all students share."""
 
-    teacher: str = Field(description="Folder of a Hugging Face model.")
+    teacher: str = Field(description="Folder of a model in Hugging Face format.")
     reference: str = Field(
-        description="Folder of a smaller one with the same tokenizer: the reference of difference sampling."
+        description="Folder of a smaller model with the same tokenizer: the reference of difference sampling."
     )
     corpus: str = Field(description="Parquet file with id, domain and text; domains keep their shares.")
-    backend: Literal["vllm", "transformers"] = Field(
-        "transformers", description="What reads the text with the teacher."
+    backend: Literal["vllm", "transformers"] = Field("transformers", description="Software that runs the teacher.")
+    train_tokens: int = Field(1_600_000, ge=1, description="Tokens to select from.")
+    heldout_tokens: int = Field(48_000, ge=1, description="Tokens to measure on, the same number of each domain.")
+    validation_tokens: int = Field(
+        24_000, ge=1, description="Tokens that DDK measures on, the same number of each domain."
     )
-    train_tokens: int = Field(1_600_000, ge=1, description="Tokens that may be chosen from.")
-    heldout_tokens: int = Field(48_000, ge=1, description="Tokens to measure on, as many of every domain.")
-    validation_tokens: int = Field(24_000, ge=1, description="Tokens that DDK measures on, as many of every domain.")
     context_tokens: int = Field(256, ge=2, description="Longest sequence; longer texts are split into several.")
     student: StudentConfig = Field(
         default_factory=lambda: ScratchStudent(hidden_size=96, num_layers=3, num_heads=3),
-        description="The model that learns.",
+        description="The model to train.",
     )
-    steps: int = Field(480, ge=1, description="Optimizer steps; no document is read twice, at these sizes.")
-    batch_tokens: int = Field(1024, ge=2, description="Cells of a step.")
+    steps: int = Field(480, ge=1, description="Number of optimizer steps; with the defaults no document is read twice.")
+    batch_tokens: int = Field(1024, ge=2, description="Token positions of one step; padding counts.")
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate.")
-    warmup_steps: int = Field(48, ge=0, description="Steps of linear rise.")
-    period_steps: int = Field(48, ge=1, description="Steps between a mixture's updates.")
+    warmup_steps: int = Field(48, ge=0, description="Steps of linear rise to the peak; 0: none.")
+    period_steps: int = Field(48, ge=1, description="Steps between two updates of domain weights.")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Of the student's matrix products; bf16 where the processor has it."
+        "fp32", description="Precision of the student's matrix products; bf16 needs a processor that multiplies it."
     )
 
     def identity(self) -> dict[str, Any]:
-        """What figures depend on; of models and corpus the last part of the path."""
-        found = {**self.model_dump(mode="json", exclude={"backend"}), **self.data_identity()}
+        """The settings that the figures depend on; of models and corpus, the last part of the path alone."""
+        settings = {**self.model_dump(mode="json", exclude={"backend"}), **self.data_identity()}
         if isinstance(self.student, CheckpointStudent):
-            found["student"]["path"] = Path(self.student.path).name
-        return found
+            settings["student"]["model"] = Path(self.student.model).name
+        return settings
 
     def data_identity(self) -> dict[str, Any]:
-        """The part of it that the data depend on."""
+        """The part of `identity` that the data depends on."""
         sizes = ("train_tokens", "heldout_tokens", "validation_tokens", "context_tokens")
         return {
             **{name: Path(getattr(self, name)).name for name in ("teacher", "reference", "corpus")},
@@ -146,9 +145,9 @@ class SelectionConfig(Strict):
 
 
 class Selection:
-    """The comparison: `measure` has one setting trained with one seed and says what came of it.
+    """The comparison: `measure` trains one setting with one seed and measures the student.
 
-    The data are made in `folder` when they are first asked for; several processes may ask.
+    The data is built in `folder` when it is first used; several processes may use one folder.
     """
 
     def __init__(self, config: SelectionConfig, question: Question, folder: Path) -> None:
@@ -156,7 +155,7 @@ class Selection:
 
     @cached_property
     def _datasets(self) -> dict[str, kdata.Dataset]:
-        """train, validation and heldout, read by the teacher; train scored by the reference."""
+        """train, validation and heldout as the teacher reads them; train with the scores of the reference."""
         c = self.config
         parts = {
             "heldout": Part(0.0, 0.1, c.heldout_tokens),
@@ -164,14 +163,16 @@ class Selection:
             "train": Part(0.16, 1.0, c.train_tokens, balanced=False),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        made = self.folder / "data.json"
+        record = self.folder / "data.json"
         with FileLock(self.folder / "data.lock"):
-            if not made.exists():
+            if not record.exists():
                 split(c.corpus, c.teacher, parts, self.folder)
                 self._read(list(parts))
-                made.write_text(json.dumps(c.data_identity()), encoding="utf-8")
-        if difference := settings_difference(json.loads(made.read_text(encoding="utf-8")), c.data_identity()):
-            raise MismatchError(f"{self.folder} was made otherwise (before -> now):\n{difference}\nName another folder")
+                record.write_text(json.dumps(c.data_identity()), encoding="utf-8")
+        if difference := settings_difference(json.loads(record.read_text(encoding="utf-8")), c.data_identity()):
+            raise MismatchError(
+                f"{self.folder} was built with other settings (before -> now):\n{difference}\nUse another folder"
+            )
         return {name: kdata.open(self.folder / name) for name in parts}
 
     def _read(self, parts: list[str]) -> None:
@@ -200,7 +201,7 @@ class Selection:
         return path
 
     def train_config(self, setting: Setting, seed: int) -> TrainConfig:
-        """What `trainer.train` is told."""
+        """Settings of one training run."""
         c = self.config
         tokens = (
             self._datasets["train"]
@@ -228,26 +229,26 @@ class Selection:
         )
 
     def measure(self, name: str, seed: int) -> Figures:
-        """Train and measure.
+        """Train and measure one student.
 
         Returns:
-            nll, kl, ece, top1 over all held-out tokens; `gap DOMAIN`, the student's NLL above the teacher's, nats per token,
-            their mean and worst; `share DOMAIN`, of the tokens trained on; tokens and tokens_per_sec.
+            nll, kl, ece, top1 over all held-out tokens; `gap DOMAIN`, the student's NLL minus the teacher's in nats per
+            token, with mean_gap and worst_gap; `share DOMAIN`, share of the training tokens; tokens and tokens_per_sec.
         """
         setting = find(self.question, name)
         config, plan = self.train_config(setting, seed), self._plan(setting.step)
         data = self._datasets
         with tempfile.TemporaryDirectory(prefix="kdata-evidence-") as out:
             result = train(config, data["train"].path, plan, Path(out))
-            found = evaluate(Path(out) / "model", data["heldout"].path)
+            measured = evaluate(Path(out) / "model", data["heldout"].path)
             shares = _mean_weights(Path(out) / "metrics.jsonl", config.steps)
         if not shares:
             shares = _shares(data["train"]) if plan is None else {
                 d: s["plan"] for d, s in Plan.load(plan).info.shares.items()
             }  # fmt: skip
-        gaps = {domain: figures["nll"] - figures["teacher_nll"] for domain, figures in found["domains"].items()}
+        gaps = {domain: figures["nll"] - figures["teacher_nll"] for domain, figures in measured["domains"].items()}
         return {
-            **{name: found["overall"][name] for name in ("nll", "kl", "ece", "top1", "teacher_nll")},
+            **{name: measured["overall"][name] for name in ("nll", "kl", "ece", "top1", "teacher_nll")},
             "mean_gap": sum(gaps.values()) / len(gaps),
             "worst_gap": max(gaps.values()),
             **{f"gap {domain}": gap for domain, gap in sorted(gaps.items())},
@@ -259,7 +260,7 @@ class Selection:
 
 
 def _shares(dataset: kdata.Dataset) -> dict[str, float]:
-    """Share of the tokens that each domain has."""
+    """Share of the tokens of each domain."""
     index = dataset.index(["domain", "num_tokens"])
     total = pc.sum(index["num_tokens"]).as_py()
     summed = index.group_by("domain").aggregate([("num_tokens", "sum")])
@@ -269,32 +270,32 @@ def _shares(dataset: kdata.Dataset) -> dict[str, float]:
 
 
 def _mean_weights(metrics: Path, steps: int) -> dict[str, float]:
-    """A mixture's weights, averaged over the run; empty where there was none."""
+    """Domain weights averaged over the run; empty without a mixture."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    told = [(line["step"] - 1, line["mixture"]["weights"]) for line in lines if "mixture" in line]
+    periods = [(line["step"] - 1, line["mixture"]["weights"]) for line in lines if "mixture" in line]
     mean: dict[str, float] = {}
-    for number, (begin, weights) in enumerate(told):
-        end = told[number + 1][0] if number + 1 < len(told) else steps
+    for number, (begin, weights) in enumerate(periods):
+        end = periods[number + 1][0] if number + 1 < len(periods) else steps
         for domain, weight in weights.items():
             mean[domain] = mean.get(domain, 0.0) + weight * (end - begin) / steps
     return mean
 
 
 def key_of(setting: Setting) -> str:
-    """What a run is called: families may share names."""
+    """Name of a run: settings of different families may share a name."""
     return setting.name if setting.family == "mixture" else f"{setting.name} ({setting.family})"
 
 
 def find(question: Question, key: str) -> Setting:
-    """A setting by its key. Raises ConfigError where there is none."""
-    found = {key_of(s): s for s in SETTINGS[question]}
-    if key not in found:
-        raise ConfigError(f"there is no setting {key!r}; known are {', '.join(found)}")
-    return found[key]
+    """A setting by its key. Raises ConfigError if there is none."""
+    by_key = {key_of(s): s for s in SETTINGS[question]}
+    if key not in by_key:
+        raise ConfigError(f"there is no setting {key!r}; the settings are {', '.join(by_key)}")
+    return by_key[key]
 
 
 def runs(question: Question, seeds: int) -> list[tuple[str, int]]:
-    """(setting, seed) of every run; by family, and in it seed by seed, but what takes longer last."""
+    """(setting, seed) of every run, by family and then by seed; settings with more steps last."""
     groups = dict.fromkeys((s.times, s.family) for s in SETTINGS[question])
     of_group = {
         g: [key_of(s) for s in SETTINGS[question] if (s.times, s.family) == g]

@@ -1,7 +1,7 @@
-"""Means over seeds with 95 % confidence intervals (Student's t), and differences to a reference in pairs.
+"""Means over seeds with 95 % confidence intervals (Student's t), and paired differences to a reference.
 
-Runs of the same seed share initial weights and batches, so their difference says more than two intervals side by side: what
-chance gave to both cancels.
+Runs of the same seed share initial weights and batches. Their difference therefore says more than two intervals side by side:
+what is due to chance in both cancels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T_975 = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `count` seeds; half_width of its 95 % confidence interval, None of a single seed."""
+    """A mean over `count` seeds; half_width of its 95 % confidence interval, None for a single seed."""
 
     mean: float
     half_width: float | None
@@ -50,13 +50,13 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def summarise(seeds: Mapping[int, Figures]) -> dict[str, Estimate]:
-    """Estimate of every figure that all seeds have."""
+    """Estimates of the figures that all seeds have."""
     names = [n for n in next(iter(seeds.values())) if all(f.get(n) is not None for f in seeds.values())]
     return {name: estimate([float(f[name] or 0.0) for f in seeds.values()]) for name in names}
 
 
 def relative_difference(seeds: Mapping[int, Figures], reference: Mapping[int, Figures], name: str) -> Estimate | None:
-    """Mean of (figure - reference) / reference over the seeds that both have; None where they share none."""
+    """Mean of (figure - reference) / reference over the seeds that both have; None if they share none."""
     shared = [(seeds[s][name], reference[s][name]) for s in seeds if s in reference]
     pairs = [(a, b) for a, b in shared if a is not None and b]
     return estimate([(a - b) / b for a, b in pairs]) if pairs else None

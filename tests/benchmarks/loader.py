@@ -37,7 +37,7 @@ from kdata.format.kept import Kept
 from kdata.format.manifest import new_info
 from kdata.format.records import Record, UnitResult
 from kdata.format.schema import FORMAT_VERSION, SourceInfo
-from kdata.loader.batches import Batches, LoaderConfig
+from kdata.loader.batches import Batches, BatchesConfig
 from kdata.store.writer import Writer
 
 VOCAB, CONTEXT = 32_000, 1024
@@ -231,7 +231,7 @@ def check_equal(dataset: kdata.Dataset, documents: Iterator[Document]) -> None:
 
 def loaded(dataset: kdata.Dataset, fill: list[float], seed: int, **config: int) -> Iterator[int]:
     """Tokens of each batch of one epoch; the epoch's fill is appended to `fill`."""
-    batches = Batches(dataset, None, LoaderConfig(context_tokens=CONTEXT, seed=seed, **config))
+    batches = Batches(dataset, None, BatchesConfig(context_tokens=CONTEXT, seed=seed, **config))
     tokens, cells = 0, 0
     for batch in batches.epoch():
         tokens, cells = tokens + batch.num_tokens, cells + batch.input_ids.size
@@ -243,7 +243,7 @@ def through_torch(dataset: kdata.Dataset, seed: int) -> Iterator[int]:
     """The same through the trainer's Loader."""
     from kdata.trainer.loader import Loader
 
-    for batch in Loader(dataset, None, LoaderConfig(context_tokens=CONTEXT, seed=seed)).epoch():
+    for batch in Loader(dataset, None, BatchesConfig(context_tokens=CONTEXT, seed=seed)).epoch():
         yield batch.num_tokens
 
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from kdata.trainer.fused import distillation_loss
-from kdata.trainer.objectives import ObjectiveConfig, Targets
+from kdata.trainer.objective_config import ObjectiveConfig
+from kdata.trainer.objectives import Targets
 
 
 def main() -> None:

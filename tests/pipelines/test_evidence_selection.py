@@ -16,8 +16,8 @@ from kdata.pipelines.evidence.runs import load_runs, run_all
 from kdata.pipelines.evidence.selection import SETTINGS, Selection, SelectionConfig, find, key_of, runs
 from kdata.pipelines.evidence.selection_figures import baseline, write_report
 from kdata.selection.plan import Plan
+from kdata.trainer.config import CheckpointStudent, ScratchStudent
 from kdata.trainer.domain_weights import DDKMixture, FixedMixture
-from kdata.trainer.student import CheckpointStudent, ScratchStudent
 from tests.fakes import rows_of_text, save_llama
 
 
@@ -52,28 +52,28 @@ def test_a_tiny_comparison_from_text_to_table(question: str, config: SelectionCo
     out = folder / question
     assert run_all(out / "runs", wanted, asked(config, question, folder).measure, config.identity()) == len(wanted)
     keys = [key_of(s) for s in SETTINGS[question]]  # type: ignore[index]
-    found = load_runs(out / "runs", keys)
-    assert list(found) == keys and all(len(seeds) == 2 for seeds in found.values())
-    for seeds in found.values():
+    by_setting = load_runs(out / "runs", keys)
+    assert list(by_setting) == keys and all(len(seeds) == 2 for seeds in by_setting.values())
+    for seeds in by_setting.values():
         for figures in seeds.values():
             gaps = [v for n, v in figures.items() if n.startswith("gap ") and v is not None]
             shares = [v for n, v in figures.items() if n.startswith("share ") and v is not None]
             assert len(gaps) == len(shares) == 2
             assert figures["worst_gap"] == max(gaps) and figures["mean_gap"] == pytest.approx(sum(gaps) / 2)
             assert sum(shares) == pytest.approx(1)
-    table = write_report(question, out, found)  # type: ignore[arg-type]
+    table = write_report(question, out, by_setting)  # type: ignore[arg-type]
     assert table.count("\n| ") == len(keys) and table.count("| baseline |") == len(
         {baseline(question, k) for k in keys}
     )  # type: ignore[arg-type]
     results = json.loads((out / "results.json").read_text())["settings"]
     a, b = keys[0], keys[1]
-    pairs = [(found[b][s]["mean_gap"], found[a][s]["mean_gap"]) for s in (0, 1)]
+    pairs = [(by_setting[b][s]["mean_gap"], by_setting[a][s]["mean_gap"]) for s in (0, 1)]
     mean = sum((x - y) / y for x, y in pairs) / 2  # type: ignore[operator]
     assert results[b]["mean_gap_against_baseline"]["mean"] == pytest.approx(mean)
     assert (out / "evidence.png").stat().st_size < 200_000
 
 
-def test_the_parts_are_apart_and_domains_keep_their_shares(config: SelectionConfig, folder: Path) -> None:
+def test_the_parts_are_disjoint_and_domains_keep_their_shares(config: SelectionConfig, folder: Path) -> None:
     asked(config, "mixture", folder).train_config(SETTINGS["mixture"][0], 0)
     ids = {
         name: {i.split("#")[0] for i in kdata.open(folder / "data" / name).index(["id"])["id"].to_pylist()}
@@ -92,15 +92,15 @@ def test_data_of_other_settings_are_refused(config: SelectionConfig, folder: Pat
         asked(other, "mixture", folder).train_config(SETTINGS["mixture"][0], 0)
 
 
-def test_settings_are_what_they_are_called(config: SelectionConfig, folder: Path) -> None:
-    found = asked(config, "mixture", folder)
+def test_settings_match_their_names(config: SelectionConfig, folder: Path) -> None:
+    mixture_question = asked(config, "mixture", folder)
     tokens = dict(
         kdata.open(folder / "data/train")
         .sql("select domain, sum(num_tokens)::bigint from rows group by 1")
         .to_pandas()
         .to_numpy()
     )
-    of = {s.name: found.train_config(s, 3) for s in SETTINGS["mixture"]}
+    of = {s.name: mixture_question.train_config(s, 3) for s in SETTINGS["mixture"]}
     for name, power in (("uniform", 0.0), ("proportional", 1.0), ("static (square root of tokens)", 0.5)):
         mixture = of[name].mixture
         assert isinstance(mixture, FixedMixture)
@@ -131,8 +131,8 @@ def test_the_large_size_is_a_configuration() -> None:
 
 
 def test_an_unknown_setting_is_refused_and_paths_stay_out() -> None:
-    with pytest.raises(ConfigError, match="known are uniform"):
+    with pytest.raises(ConfigError, match="the settings are uniform"):
         find("mixture", "uniforn")
-    given = {"teacher": "/a/teacher", "reference": "/a/ref", "corpus": "/a/corpus.parquet"}
-    config = SelectionConfig(student=CheckpointStudent(path="/a/student"), **given)  # type: ignore[arg-type]
+    sources = {"teacher": "/a/teacher", "reference": "/a/ref", "corpus": "/a/corpus.parquet"}
+    config = SelectionConfig(student=CheckpointStudent(model="/a/student"), **sources)  # type: ignore[arg-type]
     assert "/" not in json.dumps(config.identity())

@@ -14,14 +14,14 @@ from kdata.errors import ConfigError
 from kdata.jobs.combine import CombineConfig, combine
 from kdata.jobs.job import LocalEngine
 from kdata.jobs.reread import reread_with
-from kdata.loader.batches import LoaderConfig
+from kdata.loader.batches import BatchesConfig
 from kdata.teachers.model import load_tokenizer
-from kdata.trainer.config import TrainConfig
+from kdata.trainer.config import ScratchStudent, TrainConfig
 from kdata.trainer.evaluate import _first_choice, evaluate
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.loader import Batch, Loader
-from kdata.trainer.objectives import ObjectiveConfig, resolve_tail
-from kdata.trainer.student import ScratchStudent, build_student
+from kdata.trainer.objective_config import ObjectiveConfig, resolve_tail
+from kdata.trainer.student import build_student
 from kdata.trainer.train import train
 from tests.fakes import VOCAB, StandInTeacher, run_capture
 from tests.trainer.oracle import Problem, kl, oracle_values
@@ -38,7 +38,7 @@ def combined(root: Path, corpus: Path, tokenizer: Path, **settings: Any) -> list
 
 def batch_of(dataset: kdata.Dataset) -> tuple[Batch, np.ndarray]:
     """All rows in one batch, and the dense float64 average of the teachers at its M counted positions."""
-    [batch] = Loader(dataset, None, LoaderConfig(context_tokens=64, batch_rows=64)).epoch()
+    [batch] = Loader(dataset, None, BatchesConfig(context_tokens=64, batch_rows=64)).epoch()
     dense = []
     for document, row in enumerate(batch.rows):
         ids = dataset[int(row)].token_ids
@@ -55,7 +55,7 @@ def student(positions: int) -> tuple[torch.Tensor, torch.Tensor]:
     return hidden_MD.requires_grad_(), torch.randn(VOCAB, 12, generator=rng, dtype=torch.float64)
 
 
-def test_what_draws_bias_is_refused(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_objectives_that_draws_bias_are_refused(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
     """Two hybrids need not share an exact entry, so their average promises none."""
     dataset, _ = combined(tmp_path, corpus_file, tokenizer_dir, kind="hybrid", k=8)
     config = TrainConfig(objective=ObjectiveConfig(weights={"jsd": 1.0}), steps=2, warmup_steps=1)
@@ -92,7 +92,7 @@ def test_the_loss_on_kept_entries_and_tails_is_that_of_the_average(whole: kdata.
 
 
 @pytest.mark.parametrize(("kind", "tail"), [("topk", "ghost"), ("hybrid", "draws"), ("sampled", "draws")])
-def test_the_loss_is_the_formula_on_what_is_stored(
+def test_the_loss_is_the_formula_on_stored_entries(
     tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, kind: str, tail: str
 ) -> None:
     dataset, _ = combined(tmp_path, corpus_file, tokenizer_dir, kind=kind)
@@ -148,17 +148,17 @@ def test_what_one_teacher_alone_knows_can_be_the_first_choice(
 ) -> None:
     """It is stored as a draw, as the other teacher's part is not exact; the first exact entry is seldom the likeliest."""
     batch, p_MV = batch_of(combined(tmp_path, corpus_file, tokenizer_dir, kind="hybrid", k=16)[0])
-    found = [(_first_choice(batch, combined=flag) == p_MV.argmax(-1)).mean() for flag in (True, False)]
-    assert found[0] > 0.9 > found[1] + 0.2
+    agreement = [(_first_choice(batch, combined=flag) == p_MV.argmax(-1)).mean() for flag in (True, False)]
+    assert agreement[0] > 0.9 > agreement[1] + 0.2
 
 
-def test_of_combined_draws_alone_no_bound_is_given(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_combined_draws_alone_give_no_bounds(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
     """Reverse KL and total variation need exact entries: the average of samples has none, that of hybrids has."""
-    found = {}
+    measured = {}
     for kind in ("sampled", "hybrid"):
         dataset, _ = combined(tmp_path / kind, corpus_file, tokenizer_dir, kind=kind)
         model = build_student(ScratchStudent(hidden_size=16, num_layers=1, num_heads=2, max_positions=64), dataset, 0)
         model.save_pretrained(tmp_path / kind / "model")
-        found[kind] = evaluate(tmp_path / kind / "model", dataset.path)
-    assert found["sampled"]["overall"]["tv"] is None and found["sampled"]["bounds_are"] is None
-    assert found["hybrid"]["overall"]["tv"] > 0 and found["hybrid"]["bounds_are"].startswith("lower bounds")
+        measured[kind] = evaluate(tmp_path / kind / "model", dataset.path)
+    assert measured["sampled"]["overall"]["tv"] is None and measured["sampled"]["bounds_are"] is None
+    assert measured["hybrid"]["overall"]["tv"] > 0 and measured["hybrid"]["bounds_are"].startswith("lower bounds")

@@ -149,19 +149,19 @@ def test_a_run_moves_from_one_rank_to_two_and_back(folder: Path, kind: str) -> N
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_mixture_hears_the_same_losses_from_two_ranks(folder: Path, kind: str) -> None:
+def test_a_mixture_gets_the_same_losses_from_two_ranks(folder: Path, kind: str) -> None:
     """The held-out batches are dealt out among ranks; what follows from the losses agrees to their rounding."""
     got, want = lines(folder / f"mixed-{kind}"), lines(folder / "mixed-one")
     assert [line["tokens"] for line in got[:6]] == [line["tokens"] for line in want[:6]]
-    told = [[line["mixture"] for line in part if "mixture" in line] for part in (got, want)]
-    assert len(told[0]) == 4
-    assert told[0][0]["losses"] == pytest.approx(told[1][0]["losses"], rel=1e-6)
-    for a, b in zip(*told, strict=True):
+    periods = [[line["mixture"] for line in part if "mixture" in line] for part in (got, want)]
+    assert len(periods[0]) == 4
+    assert periods[0][0]["losses"] == pytest.approx(periods[1][0]["losses"], rel=1e-6)
+    for a, b in zip(*periods, strict=True):
         assert a["losses"] == pytest.approx(b["losses"], rel=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_every_rank_stops_where_one_meets_a_loss_that_is_not_finite(folder: Path, kind: str) -> None:
+def test_every_rank_stops_if_one_has_a_loss_that_is_not_finite(folder: Path, kind: str) -> None:
     out, alone = folder / f"poisoned-{kind}", folder / "poisoned-one"
     errors = [(out / f"error-{number}.txt").read_text() for number in (0, 1)]
     assert errors[0] == errors[1] == (alone / "error-0.txt").read_text()
@@ -183,7 +183,7 @@ def test_the_command_trains_under_torchrun(dataset: kdata.Dataset, folder: Path,
 def test_a_batch_that_ranks_cannot_share_is_refused(
     dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kdata.trainer.stages import micro_rows
+    from kdata.trainer.phases import micro_rows
 
     with pytest.raises(ConfigError, match=r"micro_batch_tokens=128 times 3 ranks.*each must be a multiple of the next"):
         micro_rows(TrainConfig(**{**BASE, "micro_batch_tokens": 128}), 3)

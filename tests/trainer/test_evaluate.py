@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,15 +18,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import kdata
-from kdata.errors import CorruptError, DataError, MismatchError, MissingError
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
 from kdata.pipelines.cli.main import app
-from kdata.trainer.config import TrainConfig
-from kdata.trainer.evaluate import EvaluateConfig, _first_choice, evaluate
+from kdata.trainer.config import EvaluateConfig, ScratchStudent, TrainConfig
+from kdata.trainer.evaluate import _first_choice, evaluate
 from kdata.trainer.loader import Batch
 from kdata.trainer.objectives import Targets
-from kdata.trainer.student import ScratchStudent, build_student
+from kdata.trainer.student import build_student
 from kdata.trainer.train import train
-from tests.trainer.datasets import VOCAB, make_dataset
+from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
 
 LENGTHS = [5 + (i * 11) % 30 for i in range(30)]
 
@@ -79,26 +80,26 @@ def test_the_command(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
         gaps = sum(b["tokens"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / overall["tokens"]
         assert gaps == pytest.approx(overall["ece" if who == "student" else "teacher_ece"], rel=1e-6)
     for arguments, error, words in (
-        ((run / "modle", dataset.path), MissingError, "is no folder"),
+        ((run / "modle", dataset.path), MissingError, "is not a folder"),
         ((run / "model", dataset.path, "--save", tmp_path / "none" / "e.json"), MissingError, "make it first"),
     ):
         done = call(*arguments)
         assert isinstance(done.exception, error) and words in str(done.exception) and "evaluate:" not in done.output
 
 
-def test_what_cannot_be_measured_is_refused(run: Path, tmp_path: Path) -> None:
+def test_data_that_cannot_be_measured_is_refused(run: Path, tmp_path: Path) -> None:
     long = make_dataset(tmp_path / "long", [80, 100])
-    with pytest.raises(DataError, match="a document has 100 tokens, the student knows 64 positions"):
+    with pytest.raises(DataError, match="a document has 100 tokens, the student has 64 positions"):
         evaluate(run / "model", long.path)
     masked = make_dataset(tmp_path / "masked", LENGTHS[:6], mask_every=1)
-    with pytest.raises(DataError, match=r"no token counts in .* nothing to measure"):
+    with pytest.raises(DataError, match=r"none of its tokens is a target .* nothing to measure"):
         evaluate(run / "model", masked.path)
 
 
-def test_a_train_json_that_is_none_is_named(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
+def test_a_train_json_that_is_not_a_result_is_refused(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
     shutil.copytree(run / "model", tmp_path / "model")
     (tmp_path / "train.json").write_text("{}")
-    with pytest.raises(CorruptError, match=r"train\.json is not what `kdata train` writes"):
+    with pytest.raises(CorruptError, match=r"train\.json is not a result of `kdata train`"):
         evaluate(tmp_path / "model", dataset.path)
 
 
@@ -107,7 +108,7 @@ def dense(model_dir: Path, dataset: kdata.Dataset) -> dict[str, np.ndarray]:
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     index = dataset.index(["domain"])["domain"].to_pylist()
     names = ("domain", "nll", "kl", "rkl", "tv", "top1", "top5", "conf", "hit")
-    found: dict[str, list] = {k: [] for k in names}
+    figures: dict[str, list] = {k: [] for k in names}
     for row, domain in enumerate(index):
         seqs = dataset[row]
         ids, logprobs = seqs.padded()
@@ -118,16 +119,16 @@ def dense(model_dir: Path, dataset: kdata.Dataset) -> dict[str, np.ndarray]:
             p[ids[t]] = np.exp(logprobs[t].astype(np.float64))
             lq, q = log_q[t - 1], np.exp(log_q[t - 1])
             order = np.argsort(-lq)
-            found["domain"].append(domain)
-            found["nll"].append(-lq[seqs.token_ids[t]])
-            found["kl"].append((p * (np.log(p) - lq)).sum())
-            found["rkl"].append((q * (lq - np.log(p))).sum())
-            found["tv"].append(0.5 * np.abs(p - q).sum())
-            found["top1"].append(order[0] == ids[t][logprobs[t].argmax()])
-            found["top5"].append(ids[t][logprobs[t].argmax()] in order[:5])
-            found["conf"].append(q.max())
-            found["hit"].append(order[0] == seqs.token_ids[t])
-    return {k: np.array(v) for k, v in found.items()}
+            figures["domain"].append(domain)
+            figures["nll"].append(-lq[seqs.token_ids[t]])
+            figures["kl"].append((p * (np.log(p) - lq)).sum())
+            figures["rkl"].append((q * (lq - np.log(p))).sum())
+            figures["tv"].append(0.5 * np.abs(p - q).sum())
+            figures["top1"].append(order[0] == ids[t][logprobs[t].argmax()])
+            figures["top5"].append(ids[t][logprobs[t].argmax()] in order[:5])
+            figures["conf"].append(q.max())
+            figures["hit"].append(order[0] == seqs.token_ids[t])
+    return {k: np.array(v) for k, v in figures.items()}
 
 
 def test_figures_equal_the_dense_ones_per_domain_and_overall(run: Path, dataset: kdata.Dataset) -> None:
@@ -181,7 +182,7 @@ def test_draws_with_stored_entropy_estimate_the_full_divergence(
     assert result["overall"]["tv"] is None and result["bounds_are"] is None
 
 
-def test_exact_entries_beside_draws_bound_what_draws_cannot_say(
+def test_exact_entries_beside_draws_give_bounds_that_draws_alone_cannot(
     folder: Path, run: Path, dataset: kdata.Dataset
 ) -> None:
     """The figures of the four exact entries with a bucket; and the teacher's calibration, whose first choice is exact."""
@@ -228,10 +229,29 @@ def test_the_teachers_first_choice_is_its_first_exact_entry_even_under_heavier_d
 
 
 def test_wrong_or_missing_models_are_refused(folder: Path, dataset: kdata.Dataset) -> None:
-    with pytest.raises(MissingError, match="is no folder"):
+    with pytest.raises(MissingError, match="is not a folder"):
         evaluate(folder / "nowhere", dataset.path)
     other = make_dataset(folder / "other", [8, 9], vocab=VOCAB - 1)
     model = build_student(ScratchStudent(hidden_size=16, num_layers=1, num_heads=2), other, 0)
     model.save_pretrained(folder / "alien" / "model")
     with pytest.raises(MismatchError, match="vocabulary"):
         evaluate(folder / "alien" / "model", dataset.path)
+
+
+def test_bad_input_is_named_in_one_line_and_nothing_is_saved(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(run / "model", tmp_path / "foreign")
+    save_tokenizer(tmp_path / "foreign", VOCAB - 1)  # as many rows in the head, other tokens behind the ids
+    for model, data, settings, error, message in (
+        (run / "model", tmp_path / "nowhere", [], MissingError, "nowhere does not exist"),
+        (run / "model", tmp_path / "empty", [], MissingError, "empty"),
+        (tmp_path / "nowhere", dataset.path, [], MissingError, "is not a folder; name the folder of a trained student"),
+        (tmp_path / "empty", dataset.path, [], MissingError, "does not hold a model that loads"),
+        (tmp_path / "foreign", dataset.path, [], MismatchError, "tokenizer in .*foreign .* is not that of"),
+        (run / "model", dataset.path, ["--set", "batch_token=64"], ConfigError, "did you mean 'batch_tokens'"),
+    ):
+        command = ["evaluate", str(model), str(data), "--save", str(tmp_path / "e.json"), *settings]
+        done = CliRunner().invoke(app, command)
+        assert isinstance(done.exception, error), done.exception
+        assert re.search(message, str(done.exception)) and not (tmp_path / "e.json").exists()
+        assert len(str(done.exception).splitlines()) == (2 if settings else 1)  # settings: a line for each problem

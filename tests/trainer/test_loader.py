@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 import kdata
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
-from kdata.loader.batches import Arrays, Batches, LoaderConfig
+from kdata.loader.batches import Arrays, Batches, BatchesConfig
 from kdata.loader.packing import Place, Shape, best_fit, blocks_of, windows
 from kdata.loader.window import Window
 from kdata.store.shard import ROWS_PER_BATCH, TOKENS_PER_BATCH, rows_per_batch
@@ -40,16 +40,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
 
 
 def loader(dataset: kdata.Dataset, rows: np.ndarray | None = None, **config: int) -> Loader:
-    return Loader(dataset, rows, LoaderConfig(**{"context_tokens": 64, "batch_rows": 3, **config}))
+    return Loader(dataset, rows, BatchesConfig(**{"context_tokens": 64, "batch_rows": 3, **config}))
 
 
 def documents(batch: Batch) -> list[list[int]]:
     """Token ids of each document, as the grid shows them."""
-    found = []
+    documents = []
     for ids, segments in zip(batch.input_ids, batch.segment_ids, strict=True):
         for segment in range(int(segments.max()) + 1):
-            found.append(ids[segments == segment].tolist())
-    return found
+            documents.append(ids[segments == segment].tolist())
+    return documents
 
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 64))
@@ -120,19 +120,17 @@ def test_repeats_of_a_plan_are_read_that_often(dataset: kdata.Dataset) -> None:
     assert sorted(np.concatenate([b.rows for b in loader(dataset, rows).epoch()])) == [3, 3, 3, 8]
 
 
-@pytest.mark.parametrize("taken", [1, 4, 17, 40])
+@pytest.mark.parametrize("consumed", [1, 4, 17, 40])
 @pytest.mark.parametrize("prefetch", [0, 3])
-def test_a_resumed_loader_gives_the_batches_that_would_have_come(
-    dataset: kdata.Dataset, taken: int, prefetch: int
-) -> None:
+def test_a_resumed_loader_gives_the_remaining_batches(dataset: kdata.Dataset, consumed: int, prefetch: int) -> None:
     config = {"window_documents": 20, "prefetch_batches": prefetch}
-    whole = list(islice(loader(dataset, **config), taken + 6))
+    whole = list(islice(loader(dataset, **config), consumed + 6))
     first = loader(dataset, **config)
-    for _ in zip(range(taken), first, strict=False):
+    for _ in zip(range(consumed), first, strict=False):
         pass
     second = loader(dataset, **config)
     second.load_state_dict(first.state_dict())
-    for got, want in zip(second, whole[taken:], strict=False):
+    for got, want in zip(second, whole[consumed:], strict=False):
         assert torch.equal(got.input_ids, want.input_ids)
         assert np.array_equal(got.rows, want.rows)
 
@@ -140,9 +138,9 @@ def test_a_resumed_loader_gives_the_batches_that_would_have_come(
 def test_state_is_small_and_refuses_other_data_or_order(dataset: kdata.Dataset) -> None:
     state = loader(dataset).state_dict()
     assert len(str(state)) < 300
-    for _ in zip(range(50), taken := loader(dataset), strict=False):
+    for _ in zip(range(50), read := loader(dataset), strict=False):
         pass
-    assert len(str(taken.state_dict())) < 300
+    assert len(str(read.state_dict())) < 300
     with pytest.raises(MismatchError, match="identity"):
         loader(dataset, np.arange(10)).load_state_dict(state)
     with pytest.raises(MismatchError, match="seed"):
@@ -197,7 +195,7 @@ def rows_of(batches: list[Batch] | list[Arrays]) -> list[int]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6])
 def test_ranks_share_every_batch_and_keep_the_order(dataset: kdata.Dataset, world_size: int) -> None:
-    config = LoaderConfig(context_tokens=64, batch_rows=6, window_documents=20, shuffle_block_rows=4)
+    config = BatchesConfig(context_tokens=64, batch_rows=6, window_documents=20, shuffle_block_rows=4)
     alone = list(islice(Batches(dataset, MIXTURE, config), 30))
     ranks = [Batches(dataset, MIXTURE, config, rank=r, world_size=world_size) for r in range(world_size)]
     for want, *shares in zip(alone, *ranks, strict=False):
@@ -209,10 +207,10 @@ def test_ranks_share_every_batch_and_keep_the_order(dataset: kdata.Dataset, worl
 
 
 def test_a_mixture_resumes_at_any_batch_on_another_number_of_ranks(dataset: kdata.Dataset) -> None:
-    config = LoaderConfig(context_tokens=64, batch_rows=4, window_documents=25, shuffle_block_rows=4)
+    config = BatchesConfig(context_tokens=64, batch_rows=4, window_documents=25, shuffle_block_rows=4)
     whole = [batch.rows.tolist() for batch in islice(Batches(dataset, MIXTURE, config), 60)]
     first = Batches(dataset, MIXTURE, config, rank=1, world_size=2)
-    for taken, _ in enumerate(islice(first, 50), 1):
+    for consumed, _ in enumerate(islice(first, 50), 1):
         state = first.state_dict()
         assert len(str(state)) < 300
         ranks = [Batches(dataset, MIXTURE, config, rank=rank, world_size=4) for rank in range(4)]
@@ -220,12 +218,12 @@ def test_a_mixture_resumes_at_any_batch_on_another_number_of_ranks(dataset: kdat
             rank.load_state_dict(state)
         shares = [[batch.rows for batch in islice(rank.read(rank.place), 3)] for rank in ranks]
         went_on = [np.concatenate(batches).tolist() for batches in zip(*shares, strict=True)]
-        assert went_on == whole[taken : taken + 3]
+        assert went_on == whole[consumed : consumed + 3]
 
 
 def test_ranks_that_cannot_share_a_batch_are_refused(dataset: kdata.Dataset) -> None:
     with pytest.raises(ConfigError, match="batch_rows=8 evenly"):
-        Loader(dataset, None, LoaderConfig(batch_rows=8), rank=0, world_size=3)
+        Loader(dataset, None, BatchesConfig(batch_rows=8), rank=0, world_size=3)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -276,7 +274,7 @@ def test_every_block_may_come_anywhere() -> None:
     assert counts.min() > 5 and counts.max() < 45  # 20 expected; 5 standard deviations
 
 
-def test_a_window_decompresses_a_record_batch_once_and_lets_go(
+def test_a_window_decompresses_a_record_batch_once_and_frees_it(
     dataset: kdata.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = np.random.default_rng(0).permutation(np.concatenate([np.arange(90), [5, 5, 70]]))
@@ -284,9 +282,9 @@ def test_a_window_decompresses_a_record_batch_once_and_lets_go(
     read, decompress = [], dataset.record_batch
     monkeypatch.setattr(dataset, "record_batch", lambda *key: read.append(key) or decompress(*key))
     window = Window(dataset, rows)
-    taken = [window.slices([int(row)]) for row in rows]
+    parts = [window.slices([int(row)]) for row in rows]
     assert sorted(read) == sorted(set(read)) and len(read) >= 3 and not window._held
-    assert [dataset.decode(slices).token_ids.tolist() for slices in taken] == stored
+    assert [dataset.decode(slices).token_ids.tolist() for slices in parts] == stored
     with pytest.raises(KeyError):
         window.slices([5])
 
@@ -304,7 +302,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
 
 def peak_bytes(dataset: kdata.Dataset, rows: np.ndarray, batches: int) -> int:
     """Most bytes held, by Python, numpy and Arrow together, while reading `batches` batches after some to warm up."""
-    config = LoaderConfig(context_tokens=1024, batch_rows=2, window_documents=64, prefetch_batches=2)
+    config = BatchesConfig(context_tokens=1024, batch_rows=2, window_documents=64, prefetch_batches=2)
     stream = iter(Batches(dataset, rows, config))
     next(stream)
     gc.collect()
@@ -329,7 +327,7 @@ def test_memory_is_bounded_by_the_window_not_by_the_data(wide: kdata.Dataset) ->
 
 
 def test_an_epoch_of_documents_of_all_lengths_fills_98_percent_and_drops_no_token(wide: kdata.Dataset) -> None:
-    batches = list(Batches(wide, None, LoaderConfig(context_tokens=1024, batch_rows=8)).epoch())
+    batches = list(Batches(wide, None, BatchesConfig(context_tokens=1024, batch_rows=8)).epoch())
     tokens = sum(batch.num_tokens for batch in batches)
     assert tokens == wide.num_tokens
     assert tokens / sum(batch.input_ids.size for batch in batches) >= 0.98

@@ -12,14 +12,13 @@ import pytest
 import kdata
 import kdata.trainer.train as module
 from kdata.errors import DependencyError
-from kdata.trainer.config import TrainConfig, TrainResult
+from kdata.trainer.config import ScratchStudent, TrainConfig, TrainResult
 from kdata.trainer.domain_weights import FixedMixture
 from kdata.trainer.metrics import Metrics, check_installed, forget_after
-from kdata.trainer.student import ScratchStudent
 from kdata.trainer.train import train
 from tests.trainer.datasets import make_dataset
 
-LINE = {"step": 3, "stage": "task", "loss": 2.5, "tokens": 7, "mixture": {"weights": {"code": 0.25}}}
+LINE = {"step": 3, "phase": "task", "loss": 2.5, "tokens": 7, "mixture": {"weights": {"code": 0.25}}}
 NUMBERS = {"loss": 2.5, "tokens": 7, "mixture/weights/code": 0.25}
 
 
@@ -46,20 +45,20 @@ def metrics(out: Path, loggers: list, step: int = 0, write: bool = True) -> Metr
     return Metrics(out, loggers, label="run", settings={"steps": 4}, step=step, write=write)
 
 
-def test_lines_after_the_checkpoint_and_a_torn_one_are_forgotten(tmp_path: Path) -> None:
+def test_lines_after_the_checkpoint_and_a_cut_line_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     forget_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_a_rank_that_keeps_silent_writes_nothing(tmp_path: Path) -> None:
+def test_a_silent_rank_writes_nothing(tmp_path: Path) -> None:
     with metrics(tmp_path / "run", ["tensorboard"], write=False) as quiet:
         quiet.write(LINE)
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_every_line_and_the_summary_say_what_waiting_for_data_took(
+def test_every_line_and_the_summary_report_the_time_of_waiting_for_data(
     dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a clock that ticks once a look: two ticks of waiting in every step's ticks."""
@@ -83,12 +82,12 @@ def test_tensorboard_gets_every_number(dataset: kdata.Dataset, tmp_path: Path) -
     assert list(lines) == [1, 2, 4, 5, 6]  # every second, the first, and the first of a period
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for name in ("loss", "lr", "grad_norm", "wait_share"):
-        found = {event.step: event.value for event in events.Scalars(name)}
-        assert found == pytest.approx({step: line[name] for step, line in lines.items()}, rel=1e-6)
+        logged = {event.step: event.value for event in events.Scalars(name)}
+        assert logged == pytest.approx({step: line[name] for step, line in lines.items()}, rel=1e-6)
     assert [event.step for event in events.Scalars("mixture/weights/code")] == [1, 5]
 
 
-def test_tensorboard_forgets_steps_that_are_done_again(tmp_path: Path) -> None:
+def test_tensorboard_purges_steps_that_are_repeated(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -131,16 +130,16 @@ def test_trackio_writes_its_local_database(tmp_path: Path, monkeypatch: pytest.M
 
 
 class StandIn(types.ModuleType):
-    """Stands for wandb and trackio: keeps what `init` and `log` were told."""
+    """A stand-in for wandb and trackio that records the arguments of `init` and `log`."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.told: dict = {}
+        self.received: dict = {}
         self.logged: list[tuple[int, dict]] = []
         self.finished = False
 
     def init(self, **settings: object) -> StandIn:
-        self.told = settings
+        self.received = settings
         return self
 
     def log(self, numbers: dict, step: int) -> None:
@@ -151,7 +150,7 @@ class StandIn(types.ModuleType):
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_what_a_logger_is_told(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_logger_receives(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline unless the environment says otherwise; each attempt a run, those of a folder a group."""
     names, groups = [], []
     for folder, mode, step in (
@@ -169,18 +168,20 @@ def test_what_a_logger_is_told(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         with metrics(tmp_path / folder, [name], step=step) as run:
             run.write(LINE)
         assert stand_in.logged == [(3, NUMBERS)] and stand_in.finished
-        assert stand_in.told["config"] == {"steps": 4} and "resume" not in stand_in.told
-        names.append(stand_in.told["id" if name == "wandb" else "name"])
-        groups.append(stand_in.told["group"])
+        assert stand_in.received["config"] == {"steps": 4} and "resume" not in stand_in.received
+        names.append(stand_in.received["id" if name == "wandb" else "name"])
+        groups.append(stand_in.received["group"])
         if name == "wandb":
-            assert stand_in.told["mode"] == (mode or "offline") and stand_in.told["dir"] == str(tmp_path / folder)
+            assert stand_in.received["mode"] == (mode or "offline") and stand_in.received["dir"] == str(
+                tmp_path / folder
+            )
         else:
-            assert not stand_in.told["embed"] and "space_id" not in stand_in.told
+            assert not stand_in.received["embed"] and "space_id" not in stand_in.received
     assert len(set(names)) == 4 and all("-my-run-" in n and "/" not in n for n in names)
     assert groups[0] == groups[1] == groups[2] != groups[3]
 
 
-def test_a_logger_that_is_not_there_is_refused_before_anything_is_made(
+def test_a_logger_that_is_not_installed_is_refused_before_anything_is_written(
     dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -15,16 +15,16 @@ import torch
 
 import kdata
 from kdata.errors import ConfigError, DataError, MismatchError, TrainingError
-from kdata.loader.batches import LoaderConfig
+from kdata.loader.batches import BatchesConfig
 from kdata.selection.plan import make_plan
-from kdata.trainer.config import StageConfig, TrainConfig
+from kdata.trainer.config import PhaseConfig, ScratchStudent, TrainConfig
 from kdata.trainer.distributed import Ranks
 from kdata.trainer.domain_weights import DDK, DDKMixture, Fixed, FixedMixture
 from kdata.trainer.heldout import keep_aside, open_heldout, student_losses
 from kdata.trainer.learner import Learner
 from kdata.trainer.loader import Batch
 from kdata.trainer.mixed_loader import MixedLoader
-from kdata.trainer.student import ScratchStudent, build_student, head_of, hidden_states
+from kdata.trainer.student import build_student, head_of, hidden_states
 from kdata.trainer.train import train
 from tests.trainer.datasets import make_dataset
 
@@ -40,7 +40,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
 
 
 def loader(dataset: kdata.Dataset, rank: int = 0, world_size: int = 1, **config: int) -> MixedLoader:
-    settings = LoaderConfig(**{"context_tokens": 64, "batch_rows": 2, "window_documents": 16, **config})
+    settings = BatchesConfig(**{"context_tokens": 64, "batch_rows": 2, "window_documents": 16, **config})
     return MixedLoader(dataset, None, settings, rank=rank, world_size=world_size)
 
 
@@ -74,21 +74,21 @@ def test_ddk_on_exact_numbers() -> None:
     assert ddk.weights == other.weights
 
 
-def test_ddk_weights_that_went_to_nothing_come_back_and_losses_must_be_numbers() -> None:
+def test_ddk_weights_recover_from_zero_and_losses_must_be_finite() -> None:
     ddk = DDK(DDKMixture(alpha=1.0, exponent_limit=700.0), {"a": 0.0, "b": 0.0})
     for ahead, behind in (("a", "b"), ("a", "b"), ("b", "a"), ("b", "a"), ("b", "a")):
         ddk.update({ahead: 0.0, behind: 9.0})
         assert math.fsum(ddk.weights.values()) == pytest.approx(1.0)
     assert ddk.weights["a"] == pytest.approx(1.0)
     before = dict(ddk.weights)
-    with pytest.raises(TrainingError, match="held-out 'b' is nan"):
+    with pytest.raises(TrainingError, match="held-out text of domain 'b' is nan"):
         ddk.update({"a": 1.0, "b": math.nan})
     assert ddk.weights == before
     with pytest.raises(ValueError, match="exponent_limit"):
         DDKMixture(exponent_limit=math.inf)
 
 
-def test_ddk_without_smoothing_and_with_nothing_else() -> None:
+def test_ddk_without_smoothing_and_with_smoothing_alone() -> None:
     for alpha, expected in ((1.0, 1 / (1 + math.e)), (0.0, 0.5)):
         ddk = DDK(DDKMixture(alpha=alpha), {"a": 0.0, "b": 0.0})
         ddk.update({"a": 0.0, "b": 0.0})
@@ -124,8 +124,8 @@ def test_weights_are_shares_of_tokens(dataset: kdata.Dataset, share: float) -> N
     source = loader(dataset)
     source.begin({"code": share, "prose": 1 - share}, 400)
     tokens = domain_tokens(rows_of(read(source, 200)))
-    found = tokens["code"] / sum(tokens.values())
-    assert found == pytest.approx(share, abs=0.0 if share == 0 else 0.05)  # about 1,000 documents are drawn
+    code_share = tokens["code"] / sum(tokens.values())
+    assert code_share == pytest.approx(share, abs=0.0 if share == 0 else 0.05)  # about 1,000 documents are drawn
 
 
 def test_a_domain_is_read_through_before_it_begins_again(dataset: kdata.Dataset) -> None:
@@ -139,22 +139,24 @@ def test_a_domain_is_read_through_before_it_begins_again(dataset: kdata.Dataset)
     for domain, queue in enumerate(source.state_dict()["queues"]):
         returned += len(queue["back"])
         waiting = Counter(source._rows_of(domain, np.array(queue["back"], np.int64)).tolist())
-        cycle, place = divmod(queue["taken"], 60)
+        cycle, place = divmod(queue["num_drawn"], 60)
         counts = [seen[row] + waiting[row] for row in range(domain, 120, 2)]
         assert counts.count(cycle + 1) == place and counts.count(cycle) == 60 - place
-    assert source.state_dict()["queues"][0]["taken"] > 120 and returned > 0  # it did begin again, and some came back
+    assert (
+        source.state_dict()["queues"][0]["num_drawn"] > 120 and returned > 0
+    )  # it did begin again, and some came back
 
 
 def test_the_order_does_not_depend_on_ranks_or_micro_batches(dataset: kdata.Dataset) -> None:
     def stream(batch_rows: int, ranks: int) -> list[list[int]]:
         sources = [loader(dataset, rank, ranks, batch_rows=batch_rows) for rank in range(ranks)]
-        found = []
+        rows = []
         for weights in ({"code": 0.7, "prose": 0.3}, {"code": 0.2, "prose": 0.8}):
             for source in sources:
                 source.begin(weights, 24)
             parts = [read(source, 24 // batch_rows) for source in sources]
-            found += [ids.tolist() for group in zip(*parts, strict=True) for b in group for ids in b.input_ids]
-        return found
+            rows += [ids.tolist() for group in zip(*parts, strict=True) for b in group for ids in b.input_ids]
+        return rows
 
     whole = stream(2, 1)
     assert len(whole) == 48 and stream(6, 1) == stream(4, 2) == stream(6, 3) == whole
@@ -166,12 +168,12 @@ def test_a_stream_resumes_anywhere_and_on_another_number_of_ranks(dataset: kdata
     periods = ({"code": 0.7, "prose": 0.3}, {"code": 0.1, "prose": 0.9})
 
     def go(source: MixedLoader, begin: int, end: int) -> list[list[int]]:
-        found = []
+        rows = []
         for number in range(begin, end):
             if number % 12 == 0:
                 source.begin(periods[number // 12], 24)
-            found += [ids.tolist() for b in read(source, 1) for ids in b.input_ids]
-        return found
+            rows += [ids.tolist() for b in read(source, 1) for ids in b.input_ids]
+        return rows
 
     whole = go(loader(dataset), 0, 24)
     first = loader(dataset)
@@ -192,7 +194,7 @@ def test_another_seed_or_plan_does_not_resume_and_no_period_is_refused(dataset: 
     with pytest.raises(MismatchError, match="another seed"):
         loader(dataset, seed=3).load_state_dict(source.state_dict())
     plan = np.arange(60)
-    other = MixedLoader(dataset, plan, LoaderConfig(context_tokens=64, batch_rows=2, window_documents=16))
+    other = MixedLoader(dataset, plan, BatchesConfig(context_tokens=64, batch_rows=2, window_documents=16))
     with pytest.raises(MismatchError, match="another identity"):
         other.load_state_dict(source.state_dict())
 
@@ -200,7 +202,7 @@ def test_another_seed_or_plan_does_not_resume_and_no_period_is_refused(dataset: 
 # ------------------------------------------------------------------------------------------------------------- held out
 
 
-def test_rows_are_kept_aside_with_all_their_repeats(dataset: kdata.Dataset) -> None:
+def test_rows_are_held_out_with_all_their_repeats(dataset: kdata.Dataset) -> None:
     planned = np.repeat(np.arange(120), 2)
     config = DDKMixture(heldout_share=0.1, heldout_documents=4)
     left, heldout = keep_aside(dataset, planned, config, seed=0)
@@ -218,7 +220,7 @@ def test_rows_are_kept_aside_with_all_their_repeats(dataset: kdata.Dataset) -> N
 def test_the_students_losses_are_the_dense_ones(dataset: kdata.Dataset) -> None:
     model = build_student(TINY, dataset, 0)
     _, heldout = keep_aside(dataset, None, DDKMixture(heldout_share=0.2), seed=0)
-    found = student_losses(Learner(model), heldout, 64, 2, ALONE)
+    measured = student_losses(Learner(model), heldout, 64, 2, ALONE)
     totals = {domain: [0.0, 0] for domain in heldout.domains}
     for row in heldout.rows.tolist():
         sequence = dataset[row]
@@ -230,15 +232,15 @@ def test_the_students_losses_are_the_dense_ones(dataset: kdata.Dataset) -> None:
         total = totals[heldout.domains[heldout.domain_R[row]]]
         total[0] -= float(log_q[counted - 1, ids[0, counted]].sum().detach())
         total[1] += len(counted)
-    assert found == pytest.approx({domain: nll / count for domain, (nll, count) in totals.items()}, rel=1e-5)
+    assert measured == pytest.approx({domain: nll / count for domain, (nll, count) in totals.items()}, rel=1e-5)
     assert model.training
 
 
-def test_what_cannot_be_held_out_is_refused(dataset: kdata.Dataset, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"domain 'code' has 1 documents, too few to keep 1 aside"):
+def test_data_that_cannot_be_held_out_is_refused(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"domain 'code' has 1 documents, too few to hold out 1"):
         keep_aside(dataset, np.array([0, 1, 3]), DDKMixture(), seed=0)
     few = make_dataset(tmp_path / "few", [9, 9], mask_every=1)  # no token counts
-    with pytest.raises(ConfigError, match=r"domain 'code': the held-out rows have no teacher's loss"):
+    with pytest.raises(ConfigError, match=r"domain 'code': the index holds no teacher's loss"):
         open_heldout(str(few.path), ["code", "prose"], DDKMixture())
     with pytest.raises(ConfigError, match="has no document of domain 'law'"):
         open_heldout(str(dataset.path), ["code", "law"], DDKMixture())
@@ -274,17 +276,17 @@ def mixed_run(dataset: kdata.Dataset, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
-def test_a_run_hears_its_losses_every_k_steps_and_keeps_the_history(dataset: kdata.Dataset, mixed_run: Path) -> None:
-    told = {line["step"]: line["mixture"] for line in lines(mixed_run) if "mixture" in line}
-    assert list(told) == [1, 7, 13, 19]  # before steps 0, 6, 12 and 18 counted from 0
+def test_a_run_measures_its_losses_every_k_steps_and_keeps_the_history(dataset: kdata.Dataset, mixed_run: Path) -> None:
+    periods = {line["step"]: line["mixture"] for line in lines(mixed_run) if "mixture" in line}
+    assert list(periods) == [1, 7, 13, 19]  # before steps 0, 6, 12 and 18 counted from 0
     _, heldout = keep_aside(dataset, None, DDKMixture(heldout_share=0.1), seed=0)
     fresh = student_losses(Learner(build_student(TINY, dataset, 0)), heldout, 64, 4, ALONE)
-    assert told[1]["losses"] == pytest.approx(fresh)
+    assert periods[1]["losses"] == pytest.approx(fresh)
     ddk = DDK(DDKMixture(), heldout.teacher_losses)
-    for entry in told.values():
+    for entry in periods.values():
         ddk.update(entry["losses"])
         assert entry["weights"] == ddk.weights
-    assert told[19]["losses"]["code"] < told[1]["losses"]["code"]
+    assert periods[19]["losses"]["code"] < periods[1]["losses"]["code"]
 
 
 class Killed(BaseException):
@@ -318,18 +320,18 @@ def test_a_mixed_run_resumes_bit_equal_at_any_step(
 def test_another_heldout_set_does_not_resume(dataset: kdata.Dataset, mixed_run: Path, tmp_path: Path) -> None:
     other = make_dataset(tmp_path / "other", LENGTHS[:20], seed=4)
     mixture = DDKMixture(every_steps=6, heldout_share=0.1, heldout=str(other.path))
-    with pytest.raises(MismatchError, match=r"stages\.train\.data"):
+    with pytest.raises(MismatchError, match=r"phases\.train\.data"):
         train(config(mixture=mixture), dataset.path, None, mixed_run)
     result = train(config(mixture=mixture, steps=4), dataset.path, None, tmp_path / "own")
     assert result.steps == 4 and set(lines(tmp_path / "own")[0]["mixture"]["losses"]) == {"code", "prose"}
 
 
-def test_fixed_weights_in_a_plan_and_a_stage(dataset: kdata.Dataset, tmp_path: Path) -> None:
+def test_fixed_weights_in_a_plan_and_a_phase(dataset: kdata.Dataset, tmp_path: Path) -> None:
     """Only the plan's documents of the weighted domain are read."""
     ids = [f"doc-{i}" for i in range(10)]
     plan = make_plan(dataset, "few", ids, method="sql", parameters={}).save(tmp_path / "plans")
-    stages = [StageConfig(name="only", mixture=FixedMixture(weights={"code": 1.0, "prose": 0.0}, every_steps=3))]
-    result = train(config(stages=stages, mixture=None, steps=5), dataset.path, plan, tmp_path / "run")
-    told = [line["mixture"] for line in lines(tmp_path / "run") if "mixture" in line]
-    assert told == [{"weights": {"code": 1.0, "prose": 0.0}}] * 2
+    phases = [PhaseConfig(name="only", mixture=FixedMixture(weights={"code": 1.0, "prose": 0.0}, every_steps=3))]
+    result = train(config(phases=phases, mixture=None, steps=5), dataset.path, plan, tmp_path / "run")
+    periods = [line["mixture"] for line in lines(tmp_path / "run") if "mixture" in line]
+    assert periods == [{"weights": {"code": 1.0, "prose": 0.0}}] * 2
     assert 0 < result.tokens <= 5 * 256

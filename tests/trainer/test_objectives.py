@@ -10,7 +10,8 @@ import torch
 
 from kdata.errors import ConfigError, ShapeError
 from kdata.trainer.fused import Loss, _exact_only, _Student, distillation_loss, measure
-from kdata.trainer.objectives import OBJECTIVES, ObjectiveConfig, Targets, resolve_tail
+from kdata.trainer.objective_config import OBJECTIVE_NAMES, ObjectiveConfig, resolve_tail
+from kdata.trainer.objectives import OBJECTIVES, Targets
 from kdata.trainer.schedule import Ramp
 from tests.trainer.oracle import Problem, kl, make_problem, oracle_values
 
@@ -154,7 +155,7 @@ def test_a_mix_is_the_weighted_sum_and_weight_0_only_measures() -> None:
         torch.testing.assert_close(got, want)
 
 
-def test_a_mix_that_moves_is_a_function_of_the_step() -> None:
+def test_a_mix_that_changes_is_a_function_of_the_step() -> None:
     down, up = Ramp(start=1.0, end=0.1, steps=10), Ramp(kind="cosine", start=0.0, end=0.8)
     config = ObjectiveConfig(weights={"cross_entropy": down, "forward_kl": up, "jsd": 0.3})
     assert config.at(0, 21).weights == {"cross_entropy": 1.0, "forward_kl": 0.0, "jsd": 0.3}
@@ -163,7 +164,7 @@ def test_a_mix_that_moves_is_a_function_of_the_step() -> None:
     assert config.at(20, 21).weights == pytest.approx({"cross_entropy": 0.1, "forward_kl": 0.8, "jsd": 0.3})
     assert config.at(0, 1).weights["cross_entropy"] == 1.0
     problem = make_problem()
-    with pytest.raises(ConfigError, match=r"take the mix of one step"):
+    with pytest.raises(ConfigError, match=r"change with the step; call config\.at"):
         distillation_loss(problem.hidden, problem.head, problem.targets, config, "ghost")
     again = ObjectiveConfig.model_validate_json(config.model_dump_json())
     assert again == config
@@ -172,7 +173,7 @@ def test_a_mix_that_moves_is_a_function_of_the_step() -> None:
     torch.testing.assert_close(loss.total, (loss.values_MO @ weights).mean())
 
 
-def test_draws_serve_what_is_linear_and_exact_entries_the_rest() -> None:
+def test_linear_objectives_use_draws_and_the_others_exact_entries() -> None:
     """In one mix: forward KL on all entries, the others on the exact ones, whatever the draws are."""
     problem = make_problem(num_positions=5, kept=6, ragged=False, exact=2)
     top = make_problem(num_positions=5, kept=2, ragged=False)
@@ -198,11 +199,15 @@ def test_draws_serve_what_is_linear_and_exact_entries_the_rest() -> None:
         torch.testing.assert_close(analytic, true)
 
 
-def test_draws_that_do_not_say_what_is_exact_serve_linear_objectives_only() -> None:
+def test_every_objective_has_a_name_in_the_settings() -> None:
+    assert list(OBJECTIVES) == OBJECTIVE_NAMES
+
+
+def test_draws_without_num_exact_serve_linear_objectives_only() -> None:
     problem = make_problem()
     problem.targets = dataclasses.replace(problem.targets, num_exact_C=None)
     fused(problem, {"forward_kl": 1.0, "jsd": 1.0}, "draws", jsd_beta=0.0)
-    with pytest.raises(ConfigError, match="do not say which are"):
+    with pytest.raises(ConfigError, match="num_exact_C of the targets is None"):
         fused(problem, {"jsd": 1.0}, "draws")
 
 
@@ -370,7 +375,7 @@ def test_a_second_backward_is_refused() -> None:
     problem = make_problem()
     total = fused(problem, {"forward_kl": 1.0}, "ghost").total
     total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated twice"):
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
         total.backward()
 
 
@@ -380,14 +385,14 @@ def test_a_second_backward_is_refused() -> None:
         ({"weights": {"forward_lk": 1.0}}, "ghost", "known objectives"),
         ({"weights": {"forward_kl": 0.0}}, "ghost", "not all 0"),
         ({"weights": {"forward_kl": -1.0}}, "ghost", "must be finite"),
-        ({"temperature": 2.0}, "ghost", r"log-sum-exp at \[1\.0\] only.*--set temperatures=\[2\.0\]"),
+        ({"temperature": 2.0}, "ghost", r"log-sum-exp only at \[1\.0\].*--set temperatures=\[2\.0\]"),
         ({"weights": {"forward_kl": Ramp(start=0.0, end=1.0)}}, "ghost", "not all 0 at the start"),
         ({"weights": {"forward_kl": Ramp(start=1.0, end=math.inf)}}, "ghost", "must be finite"),
         ({"tail": "ghost"}, "draws", "use draws"),
         ({"tail": "draws"}, "ghost", "use ghost or renormalise"),
         ({"weights": {"reverse_kl": 1.0}, "tail": "renormalise"}, "ghost", "infinite"),
         ({"weights": {"jsd": 1.0}, "jsd_beta": 1.0, "tail": "renormalise"}, "ghost", "infinite"),
-        ({"weights": {"jsd": 0.0, "forward_kl": 1.0}}, "draws", "jsd is not linear.*'sampled'.*take it out"),
+        ({"weights": {"jsd": 0.0, "forward_kl": 1.0}}, "draws", "jsd is not linear.*'sampled'.*remove it"),
     ],
 )
 def test_impossible_objectives_are_refused(config: dict, held: str, message: str) -> None:

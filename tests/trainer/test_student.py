@@ -10,14 +10,13 @@ from transformers import Cohere2Config, Cohere2ForCausalLM, MambaConfig, MambaFo
 
 import kdata
 from kdata.errors import ConfigError, MismatchError, MissingError
-from kdata.loader.batches import LoaderConfig
+from kdata.loader.batches import BatchesConfig
 from kdata.teachers.model import load_tokenizer, tokenizer_info
+from kdata.trainer.config import CheckpointStudent, ScratchStudent
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.loader import Loader
-from kdata.trainer.objectives import ObjectiveConfig
+from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.student import (
-    CheckpointStudent,
-    ScratchStudent,
     build_student,
     head_of,
     hidden_states,
@@ -48,7 +47,7 @@ def test_a_student_from_scratch_is_reproducible_and_has_the_datasets_vocabulary(
 
 def test_packed_documents_have_the_logits_of_the_document_alone(dataset: kdata.Dataset) -> None:
     model = build_student(TINY, dataset, 0).eval()
-    loader = Loader(dataset, None, LoaderConfig(context_tokens=40, batch_rows=3))
+    loader = Loader(dataset, None, BatchesConfig(context_tokens=40, batch_rows=3))
     seen = 0
     for batch in loader.epoch():
         packed = hidden_states(model, batch.input_ids, batch.position_ids) @ head_of(model).T
@@ -66,7 +65,7 @@ def test_packed_loss_and_gradients_equal_unpacked(dataset: kdata.Dataset) -> Non
 
     def run(context: int, rows: int) -> tuple[float, list[torch.Tensor]]:
         model.zero_grad()
-        loader = Loader(dataset, None, LoaderConfig(context_tokens=context, batch_rows=rows))
+        loader = Loader(dataset, None, BatchesConfig(context_tokens=context, batch_rows=rows))
         batches = list(loader.epoch())
         counted = sum(len(b.targets) for b in batches)
         total = 0.0
@@ -140,20 +139,20 @@ def test_a_checkpoint_is_loaded_in_float32_and_checked(dataset: kdata.Dataset, t
     good = tmp_path / "good"
     model.half().save_pretrained(good)
     save_tokenizer(good)
-    loaded = build_student(CheckpointStudent(path=str(good)), dataset, 1)
+    loaded = build_student(CheckpointStudent(model=str(good)), dataset, 1)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     torch.testing.assert_close(head_of(loaded), head_of(model).float())
 
     save_tokenizer(good, VOCAB - 1)
     with pytest.raises(MismatchError, match="tokenizer"):
-        build_student(CheckpointStudent(path=str(good)), dataset, 1)
+        build_student(CheckpointStudent(model=str(good)), dataset, 1)
     save_tokenizer(good)
     model.resize_token_embeddings(VOCAB + 3)
     model.save_pretrained(good)
     with pytest.raises(MismatchError, match=rf"head has {VOCAB + 3} rows.*{VOCAB} ids"):
-        build_student(CheckpointStudent(path=str(good)), dataset, 1)
+        build_student(CheckpointStudent(model=str(good)), dataset, 1)
     with pytest.raises(MissingError, match="cannot be loaded"):
-        build_student(CheckpointStudent(path=str(tmp_path / "nowhere")), dataset, 1)
+        build_student(CheckpointStudent(model=str(tmp_path / "nowhere")), dataset, 1)
 
 
 def test_tokenizers_are_hashed_as_the_dataset_hashes_them(dataset: kdata.Dataset) -> None:

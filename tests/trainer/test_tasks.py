@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness: real where the extra is installed, a stand-in for what it is told elsewhere."""
+"""Tasks of the lm-evaluation-harness: the real one if the extra is installed, and a stand-in that records its arguments."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kdata
 import kdata.trainer.evaluate as module
 from kdata.errors import ConfigError, DependencyError
-from kdata.trainer.config import TrainConfig
-from kdata.trainer.evaluate import EvaluateConfig, evaluate
-from kdata.trainer.student import ScratchStudent
+from kdata.trainer.config import EvaluateConfig, ScratchStudent, TrainConfig
+from kdata.trainer.evaluate import evaluate
 from kdata.trainer.train import train
 from tests.trainer.datasets import make_dataset
 
@@ -96,22 +95,22 @@ def test_a_local_task_is_scored_offline(
         assert scores["acc,none"] == pytest.approx(accuracy(model_dir, task_folder, count))
     assert all(isinstance(value, float) for value in scores.values())
     config = EvaluateConfig(tasks=["next_wrod"], tasks_folder=str(task_folder))
-    with pytest.raises(ConfigError, match="knows no task 'next_wrod'"):
+    with pytest.raises(ConfigError, match="has no task 'next_wrod'"):
         evaluate(model_dir, dataset.path, config=config)
 
 
-def test_what_the_harness_is_told_and_what_is_kept_of_its_answer(
+def test_the_arguments_of_the_harness_and_the_scores_that_are_kept(
     dataset: kdata.Dataset, model_dir: Path, task_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for lm_eval 0.4."""
-    told: dict[str, Any] = {}
+    received: dict[str, Any] = {}
 
     class TaskManager:
         def __init__(self, include_path: str | None) -> None:
-            told["include_path"], self.all_tasks = include_path, ["next_word"]
+            received["include_path"], self.all_tasks = include_path, ["next_word"]
 
     def simple_evaluate(model: object, **settings: object) -> dict:
-        told.update(settings, model=model)
+        received.update(settings, model=model)
         return {"results": {"next_word": {"alias": "next_word", "acc,none": 0.5, "acc_stderr,none": "N/A"}}}
 
     modules = {
@@ -125,10 +124,12 @@ def test_what_the_harness_is_told_and_what_is_kept_of_its_answer(
         vars(stand_in).update(members)
         monkeypatch.setitem(sys.modules, name, stand_in)
     config = EvaluateConfig(tasks=["next_word"], tasks_folder=str(task_folder), task_documents=7)
-    found = evaluate(model_dir, dataset.path, config=config)
-    assert found["tasks"] == {"next_word": {"acc,none": 0.5}}
-    assert told["include_path"] == str(task_folder) and told["limit"] == 7 and told["tasks"] == ["next_word"]
-    assert told["model"]["pretrained"].config.hidden_size == 16 and len(told["model"]["tokenizer"]) == 61
+    measured = evaluate(model_dir, dataset.path, config=config)
+    assert measured["tasks"] == {"next_word": {"acc,none": 0.5}}
+    assert (
+        received["include_path"] == str(task_folder) and received["limit"] == 7 and received["tasks"] == ["next_word"]
+    )
+    assert received["model"]["pretrained"].config.hidden_size == 16 and len(received["model"]["tokenizer"]) == 61
 
 
 def test_without_the_harness_tasks_are_refused(

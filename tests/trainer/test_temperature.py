@@ -17,14 +17,14 @@ from kdata.format.manifest import new_info
 from kdata.format.records import Record, UnitResult
 from kdata.format.schema import FORMAT_VERSION, SourceInfo
 from kdata.format.temper import at_temperature
-from kdata.loader.batches import LoaderConfig
+from kdata.loader.batches import BatchesConfig
 from kdata.store.writer import Writer
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
-from kdata.trainer.config import TrainConfig
+from kdata.trainer.config import ScratchStudent, TrainConfig
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.loader import Batch, Loader
-from kdata.trainer.objectives import ObjectiveConfig, Tail
-from kdata.trainer.student import ScratchStudent, build_student, head_of, hidden_states
+from kdata.trainer.objective_config import ObjectiveConfig, Tail
+from kdata.trainer.student import build_student, head_of, hidden_states
 from kdata.trainer.train import train
 
 VOCAB, POSITIONS, HIDDEN = 97, 400, 12
@@ -59,7 +59,7 @@ def _top(k: int) -> KeepConfig:
 
 def only_batch(dataset: kdata.Dataset, temperature: float) -> Batch:
     """The dataset's one sequence, as the trainer gets it."""
-    config = LoaderConfig(context_tokens=POSITIONS + 1, batch_rows=1)
+    config = BatchesConfig(context_tokens=POSITIONS + 1, batch_rows=1)
     (batch,) = Loader(dataset, None, config, temperature=temperature).epoch()
     return batch
 
@@ -124,17 +124,17 @@ def test_the_loss_equals_the_dense_one(temperature: float, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
 @pytest.mark.parametrize("name", ["reverse_kl", "jsd", "skewed_forward_kl", "total_variation"])
-def test_what_draws_bias_is_on_a_hybrid_what_it_is_on_its_exact_entries(
+def test_on_a_hybrid_a_biased_objective_is_that_of_the_exact_entries(
     name: str, temperature: float, tmp_path: Path
 ) -> None:
     """A hybrid of 8 exact entries and draws trains on such an objective as a top 8 of the same text does."""
     hidden, head = student()
-    found = []
+    results = []
     for keep in (KeepConfig(kind="hybrid", k=8, num_draws=20, temperatures=[2.0, 0.7]), _top(8)):
         dataset, _ = stored(tmp_path / keep.kind, keep)
-        found.append(loss_and_gradient(dataset, dataset.info.tail, hidden, head, temperature, name))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    assert float((found[0][1] - found[1][1]).norm() / found[1][1].norm()) < 1e-4
+        results.append(loss_and_gradient(dataset, dataset.info.tail, hidden, head, temperature, name))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert float((results[0][1] - results[1][1]).norm() / results[1][1].norm()) < 1e-4
 
 
 @pytest.mark.parametrize("temperature", [2.0, 0.7])
@@ -151,7 +151,7 @@ def test_the_gradient_of_draws_is_the_dense_one_on_average(temperature: float, t
 
 
 @pytest.mark.parametrize("kind", ["topk", "hybrid"])
-def test_batches_hold_what_sequences_do(kind: str, tmp_path: Path) -> None:
+def test_batches_hold_the_values_of_sequences(kind: str, tmp_path: Path) -> None:
     dataset, _ = stored(tmp_path, KeepConfig(kind=kind, k=5, num_draws=20, temperatures=[0.7, 2.0]))
     batch, warm = only_batch(dataset, 2.0), at_temperature(dataset[0].sequence, 2.0, dataset.info.codec)
     ids, logprobs = (x[1:] for x in warm.padded())
@@ -180,7 +180,7 @@ def test_a_run_at_a_temperature_reports_the_divergence_times_its_square(tmp_path
     nll = torch.nn.functional.cross_entropy(hidden @ head_of(model).detach().double().T, batch.targets.token_ids_C)
     assert line["cross_entropy"] == pytest.approx(float(nll), rel=1e-5)
     assert line["loss"] == pytest.approx(0.25 * line["cross_entropy"] + 0.75 * line["forward_kl"], rel=1e-6)
-    with pytest.raises(ConfigError, match=r"log-sum-exp at \[1\.0, 2\.0\] only.*--set temperatures=\[3\.0\]"):
+    with pytest.raises(ConfigError, match=r"log-sum-exp only at \[1\.0, 2\.0\].*--set temperatures=\[3\.0\]"):
         train(TrainConfig(**settings, objective={**objective, "temperature": 3.0}), dataset.path, None, tmp_path / "no")
 
 
@@ -190,12 +190,12 @@ def test_draws_are_unbiased_at_the_other_temperature(tmp_path: Path) -> None:
     warm = at_temperature(dataset[0].sequence, 2.0, dataset.info.codec)
     values = np.random.default_rng(0).normal(size=VOCAB)
     ids, logprobs = (x[1:] for x in warm.padded())
-    found = np.where(ids >= 0, np.exp(logprobs.astype(np.float64)) * values[ids], 0).sum(1)
-    gap = found - torch.softmax(dense / 2.0, -1).numpy() @ values
+    estimate_M = np.where(ids >= 0, np.exp(logprobs.astype(np.float64)) * values[ids], 0).sum(1)
+    gap = estimate_M - torch.softmax(dense / 2.0, -1).numpy() @ values
     assert abs(gap.mean()) < 4 * gap.std(ddof=1) / np.sqrt(len(gap))
 
 
-def test_a_temperature_that_was_not_asked_for_is_refused(tmp_path: Path) -> None:
+def test_a_temperature_that_was_not_captured_is_refused(tmp_path: Path) -> None:
     dataset, _ = stored(tmp_path, KeepConfig(kind="topk", k=9, temperatures=[2.0]))
     assert at_temperature(dataset[0].sequence, 1.0, dataset.info.codec).log_tail is not None
     with pytest.raises(ConfigError, match=r"capture with --set temperatures=\[3.0\]"):

@@ -150,7 +150,7 @@ def test_one_bit_residuals_are_minus_and_plus_one() -> None:
 
 def test_what_distillkit_lacks_is_marked_absent_and_training_needs_a_setting(tmp_path: Path) -> None:
     from kdata.trainer.evaluate import evaluate
-    from kdata.trainer.objectives import ObjectiveConfig, resolve_tail
+    from kdata.trainer.objective_config import ObjectiveConfig, resolve_tail
 
     logprobs = np.log(np.array([[0.5, 0.25], [0.7, 0.1], [0.6, 0.5]]))
     source = save_distillkit(tmp_path / "s", [logprobs], [np.array([[5, 6], [7, 299], [1, 0]])])

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import kdata
 from kdata.errors import MissingError, QueryError, StorageError
-from kdata.loader.batches import Batches, LoaderConfig
+from kdata.loader.batches import Batches, BatchesConfig
 from kdata.pipelines.cli.main import app
 from kdata.selection.mixtures import Proportional
 from kdata.selection.plan import Plan
@@ -193,7 +193,7 @@ def test_rows_are_copied_shard_by_shard(dataset: kdata.Dataset, served: Files) -
     assert opened[4000].text == dataset[4000].text
     payload = [path for path, _, _ in served.sent if "/data/" in path]
     assert payload == ["d/data/capture-00001.arrow"]
-    batches = Batches(opened, np.array([3000, 5999, 3001]), LoaderConfig(context_tokens=16, prefetch_batches=0))
+    batches = Batches(opened, np.array([3000, 5999, 3001]), BatchesConfig(context_tokens=16, prefetch_batches=0))
     assert sorted(row for batch in batches.epoch() for row in batch.rows.tolist()) == [3000, 3001, 5999]
     assert [path for path, _, _ in served.sent if "/data/" in path] == payload  # once
     assert len(list(opened)) == 6000

@@ -1,0 +1,158 @@
+"""Settings of the loss: which objectives, with which weights, and which of them a dataset can serve.
+
+The formulas are in `kdata.trainer.objectives`. This file needs no torch, so the command line and recipes can check a setting
+before anything heavy is loaded.
+
+A dataset keeps a sparse part of the teacher's distribution: K entries per position. The tail mode says what stands for the
+rest of the vocabulary. Sampled entries ("draws") are unbiased only in terms that are linear in the teacher's probabilities,
+so an objective that is not linear uses the exact entries and one bucket for everything else, or is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from kdata.config import Strict
+from kdata.errors import ConfigError, nearest
+from kdata.trainer.schedule import Ramp
+
+Tail = Literal["ghost", "draws", "renormalise"]
+
+# One name for each formula in `kdata.trainer.objectives.OBJECTIVES`, in the same order; a test compares them.
+OBJECTIVE_NAMES = [
+    "cross_entropy", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation",
+]  # fmt: skip
+# Linear in the teacher's probabilities, up to a constant: draws give an unbiased gradient.
+LINEAR = frozenset({"cross_entropy", "forward_kl"})
+
+
+class ObjectiveConfig(Strict):
+    """Which objectives, in which mix, and how the teacher's sparse distribution is completed."""
+
+    weights: dict[str, float | Ramp] = Field(
+        default={"cross_entropy": 0.1, "forward_kl": 0.9},
+        description="Weight of each objective, by name: a number, or {kind, start, end, steps} for a weight that changes "
+        "with the step. The loss is the weighted sum; the weights need not sum to 1. 0: the objective is in the metrics and "
+        "does not train.",
+    )
+    tail: Literal["auto", "ghost", "draws", "renormalise"] = Field(
+        default="auto",
+        description="What stands for the probability outside the kept entries. auto: whatever the dataset was captured for "
+        "(ghost or draws). ghost: one bucket with the exact remaining probability. draws: nothing, the kept weights are "
+        "unbiased and sum to 1; objectives that are not linear in them (all except cross_entropy, forward_kl and jsd at "
+        "beta 0) use the exact entries and one bucket. renormalise: nothing, the kept entries are scaled to sum to 1 "
+        "(biased; for comparison).",
+    )
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        description="Temperature T of teacher and student in every objective except cross_entropy; values are multiplied by "
+        "T^2. 1, or a temperature that the dataset was captured for (its setting `temperatures`).",
+    )
+    jsd_beta: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of the teacher in the mixture of `jsd`. 0: forward KL; 1: reverse KL.",
+    )
+    skew: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="Share s that the skewed divergences mix in. 0.1 is the choice of the paper's authors.",
+    )
+
+    def at(self, step: int, steps: int) -> ObjectiveConfig:
+        """The same mix with every weight a number: the weights of step 0, 1, ... of a phase of `steps` steps."""
+        numbers = {n: w.at(step, steps) if isinstance(w, Ramp) else w for n, w in self.weights.items()}
+        return self.model_copy(update={"weights": numbers})
+
+    def numbers(self) -> dict[str, float]:
+        """The weights. Raises ConfigError if one of them still depends on the step; `at` resolves those."""
+        fixed = {name: weight for name, weight in self.weights.items() if not isinstance(weight, Ramp)}
+        if len(fixed) < len(self.weights):
+            raise ConfigError("objective.weights change with the step; call config.at(step, steps) first")
+        return fixed
+
+
+def tail_of(name: str, config: ObjectiveConfig, tail: Tail) -> Tail:
+    """The tail mode of one objective: `tail`, or ghost of the exact entries if draws would bias the objective."""
+    linear = name in LINEAR or (name == "jsd" and config.jsd_beta == 0.0)
+    return tail if linear or tail != "draws" else "ghost"
+
+
+def scale_of(name: str, temperature: float) -> float:
+    """The factor on an objective's value and gradient: T^2, or 1 for cross_entropy."""
+    return 1.0 if name == "cross_entropy" else temperature**2
+
+
+def resolve_tail(
+    config: ObjectiveConfig,
+    held: Literal["ghost", "draws", "absent"],
+    temperatures: Sequence[float] = (),
+    *,
+    kind: str = "sampled",
+) -> Tail:
+    """Check an objective mix against what a dataset holds, and return the tail mode to train with.
+
+    Args:
+        config: the mix.
+        held: the dataset's `tail`.
+        temperatures: those other than 1 whose log-sum-exp the dataset holds.
+        kind: the dataset's `codec.kind`. It matters for draws only: hybrid alone has exact entries at every position.
+
+    Raises:
+        ConfigError: an unknown objective; no positive weight; a negative or non-finite weight; a temperature that the
+            dataset was not captured for; a tail mode or an objective that the data cannot serve; an objective that is
+            infinite under the tail mode.
+    """
+    unknown = sorted(set(config.weights) - set(OBJECTIVE_NAMES))
+    if unknown:
+        hint = nearest(unknown[0], OBJECTIVE_NAMES)
+        raise ConfigError(f"objective.weights names {unknown}{hint}; known objectives: {', '.join(OBJECTIVE_NAMES)}")
+    _check_weights(config.weights)
+    if config.temperature != 1.0 and config.temperature not in temperatures:
+        raise ConfigError(
+            f"objective.temperature is {config.temperature}, but the dataset holds the teacher's log-sum-exp only at "
+            f"{[1.0, *temperatures]}, so the tail would be wrong at any other temperature; set it to one of these, or "
+            f"capture the text again with --set temperatures=[{config.temperature}]"
+        )
+    if held == "absent":
+        if config.tail != "renormalise":
+            raise ConfigError(
+                f"objective.tail is {config.tail!r}, but the dataset was imported from a format that does not hold the "
+                "probability outside the kept entries; set objective.tail to renormalise (biased towards the kept entries), "
+                "or capture the text again with `kdata capture`"
+            )
+        held = "ghost"
+    tail: Tail = held if config.tail == "auto" else config.tail
+    if (tail == "draws") != (held == "draws"):
+        allowed = "draws" if held == "draws" else "ghost or renormalise"
+        raise ConfigError(f"objective.tail is {tail!r}, but the dataset's kept entries are for {held!r}; use {allowed}")
+    needs_bucket = [n for n in config.weights if n == "reverse_kl" or (n == "jsd" and config.jsd_beta == 1.0)]
+    if needs_bucket and tail == "renormalise":
+        raise ConfigError(
+            f"{needs_bucket[0]} is infinite with tail {tail!r} (the student's probability outside the kept entries meets a "
+            "teacher's probability of 0); use skewed_reverse_kl, or data with an exact tail (ghost)"
+        )
+    biased = [name for name in config.weights if tail_of(name, config, tail) != tail]
+    if biased and kind != "hybrid":
+        raise ConfigError(
+            f"{biased[0]} is not linear in the teacher's probabilities, so draws bias it, and data of kind {kind!r} does not "
+            "hold exact entries at every position; remove it (weight 0 would measure it too), or use data of kind hybrid, "
+            "topk or adaptive"
+        )
+    return tail
+
+
+def _check_weights(weights: Mapping[str, float | Ramp]) -> None:
+    """Raise ConfigError unless weights are finite, none is negative and not all are 0, at both ends of their ramps."""
+    for place in ("start", "end"):
+        values = [getattr(w, place) if isinstance(w, Ramp) else w for w in weights.values()]
+        if any(not math.isfinite(w) or w < 0 for w in values) or not any(values):
+            where = f" at the {place}" if any(isinstance(w, Ramp) for w in weights.values()) else ""
+            raise ConfigError(f"objective.weights {weights} must be finite, >= 0 and not all 0{where}")

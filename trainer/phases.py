@@ -1,0 +1,214 @@
+"""The data of each training phase, opened and checked before the first step.
+
+A phase has a dataset, perhaps a plan, a loader, a tail mode, and perhaps domain weights with held-out text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from torch import nn
+
+import kdata
+from kdata.errors import ConfigError, DataError, MismatchError
+from kdata.loader.batches import BatchesConfig
+from kdata.selection.plan import Plan, open_plan
+from kdata.store.sql import is_name
+from kdata.trainer.config import Phase, TrainConfig
+from kdata.trainer.distributed import Ranks
+from kdata.trainer.domain_weights import DDKMixture, DomainWeights, make_domain_weights
+from kdata.trainer.heldout import Heldout, keep_aside, open_heldout, student_losses
+from kdata.trainer.loader import Loader
+from kdata.trainer.mixed_loader import MixedLoader
+from kdata.trainer.objective_config import Tail, resolve_tail
+
+# Mixed with the seed instead of the dataset's digest where `data_order` is seed.
+SEED_ORDER = "0" * 64
+
+
+@dataclass(frozen=True)
+class OpenPhase:
+    """A phase whose data is open.
+
+    loader: its batches. tail: how the teacher's sparse distributions are completed. domain_weights, heldout: None without a
+    mixture; heldout also None with fixed weights.
+    """
+
+    phase: Phase
+    dataset: kdata.Dataset
+    plan: Plan | None
+    loader: Loader | MixedLoader
+    tail: Tail
+    domain_weights: DomainWeights | None
+    heldout: Heldout | None
+
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of the longest document that the student reads, held-out documents included."""
+        heldout_lengths = np.zeros(0, np.int64)
+        if self.heldout is not None:
+            lengths_R = self.heldout.dataset.index(["num_tokens"])["num_tokens"].to_numpy()
+            heldout_lengths = lengths_R[self.heldout.rows]
+        return int(max(self.loader.lengths.max(initial=0), heldout_lengths.max(initial=0)))
+
+    @property
+    def identity(self) -> list[str]:
+        """Digests of the training data and of the held-out data: what the phase's numbers depend on beside settings."""
+        return [self.loader.identity, *([] if self.heldout is None else [self.heldout.dataset.content_digest])]
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the loader and of the domain weights, for a checkpoint."""
+        weights = None if self.domain_weights is None else self.domain_weights.state_dict()
+        return {"phase": self.phase.name, "loader": self.loader.state_dict(), "mixture": weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint of this phase. A checkpoint of another phase changes nothing."""
+        if state["phase"] != self.phase.name:
+            return
+        self.loader.load_state_dict(state["loader"])
+        if self.domain_weights is not None:
+            self.domain_weights.load_state_dict(state["mixture"])
+
+    def begins_period(self, step: int) -> bool:
+        """Whether the domain weights are updated before step 0, 1, ... of the run."""
+        config = self.phase.mixture
+        return config is not None and (step - self.phase.first_step) % config.every_steps == 0
+
+    def begin_period(
+        self, step: int, learner: nn.Module, rows_per_step: int, context_tokens: int, ranks: Ranks
+    ) -> dict[str, Any]:
+        """Measure the student, update the domain weights, and draw the documents of the steps from `step` on.
+
+        Args:
+            rows_per_step: rows of an optimizer step, over all ranks.
+        Returns:
+            For the metrics: "weights" of the domains, and "losses" per domain if they were measured.
+        """
+        assert self.domain_weights is not None and self.phase.mixture is not None
+        assert isinstance(self.loader, MixedLoader)
+        period: dict[str, Any] = {}
+        if self.heldout is not None:
+            batch_rows = self.loader.config.batch_rows // ranks.world_size  # of one rank
+            period["losses"] = student_losses(learner, self.heldout, context_tokens, batch_rows, ranks)
+            self.domain_weights.update(period["losses"])
+        period["weights"] = dict(self.domain_weights.weights)
+        steps = min(self.phase.mixture.every_steps, self.phase.end - step)
+        self.loader.begin(self.domain_weights.weights, steps * rows_per_step)
+        return period
+
+
+def open_phases(config: TrainConfig, dataset: Path | str, plan: Path | str | None, ranks: Ranks) -> list[OpenPhase]:
+    """Open the data of every phase of a run.
+
+    With several ranks, one of each machine copies the shards of a dataset at a URL before the others open it; with one rank,
+    a shard is copied when it is first read.
+
+    Raises:
+        ConfigError, MismatchError, DataError, MissingError: see `kdata.trainer.train.train`.
+    """
+    with ranks.one_per_machine_first():
+        opened = [_open(config, phase, dataset, plan, ranks) for phase in config.resolved_phases()]
+        if ranks.world_size > 1:
+            for open_phase in opened:
+                _copy_shards(open_phase.dataset, open_phase.loader.rows)
+                if open_phase.heldout is not None:
+                    _copy_shards(open_phase.heldout.dataset, open_phase.heldout.rows)
+    first = opened[0].dataset
+    for other in opened[1:]:
+        _check_same_tokens(first, other.dataset)
+    return opened
+
+
+def _open(
+    config: TrainConfig, phase: Phase, run_dataset: Path | str, run_plan: Path | str | None, ranks: Ranks
+) -> OpenPhase:
+    dataset = kdata.open(phase.dataset or run_dataset)
+    plan_name = phase.plan if phase.dataset or phase.plan else run_plan
+    plan = None if plan_name is None else _open_plan(dataset, plan_name)
+    rows = None if plan is None else plan.rows(dataset)
+    _check_targets(dataset, rows)
+    temperatures = [float(t) for t in dataset.info.codec.parameters.get("temperatures", [])]
+    tail = resolve_tail(phase.objective, dataset.info.tail, temperatures, kind=dataset.info.codec.kind)
+    batches_config = BatchesConfig(
+        context_tokens=config.context_tokens,
+        batch_rows=micro_rows(config, ranks.world_size) * ranks.world_size,
+        seed=config.seed,
+        window_documents=config.window_documents,
+        prefetch_batches=config.prefetch_batches,
+    )
+    options: dict[str, Any] = {
+        "rank": ranks.rank, "world_size": ranks.world_size, "temperature": phase.objective.temperature,
+    }  # fmt: skip
+    if phase.mixture is None:
+        order_key = SEED_ORDER if config.data_order == "seed" else None
+        loader = Loader(dataset, rows, batches_config, order_key=order_key, **options)
+        return OpenPhase(phase, dataset, plan, loader, tail, None, None)
+    heldout = None
+    if isinstance(phase.mixture, DDKMixture):
+        rows, heldout = _hold_out(dataset, rows, phase.mixture, config.seed)
+    mixed = MixedLoader(dataset, rows, batches_config, **options)
+    weights = make_domain_weights(phase.mixture, mixed.domains, {} if heldout is None else heldout.teacher_losses)
+    return OpenPhase(phase, dataset, plan, mixed, tail, weights, heldout)
+
+
+def _copy_shards(dataset: kdata.Dataset, rows: np.ndarray) -> None:
+    """Have the shards of these rows on this machine; nothing happens if the dataset is a folder."""
+    for number in np.unique(np.searchsorted(dataset.shard_starts, rows, side="right") - 1):
+        dataset.shard_file(dataset.manifest[int(number)], "data")
+
+
+def _open_plan(dataset: kdata.Dataset, plan: Path | str) -> Plan:
+    """A plan by its name in the dataset, wherever the dataset is; or a plan file, by a path with a folder or an ending."""
+    return open_plan(dataset, str(plan)) if is_name(str(plan)) else Plan.load(plan)
+
+
+def _check_targets(dataset: kdata.Dataset, rows: np.ndarray | None) -> None:
+    """Raise DataError if no token counts: the loss would be 0, and weight decay alone would change the student."""
+    counts = dataset.index(["num_target_tokens"])["num_target_tokens"]
+    planned = counts if rows is None else counts.take(rows)
+    if len(planned) and not planned.null_count and not pc.sum(planned).as_py():
+        raise DataError(
+            f"{dataset.place}: none of the tokens in {len(planned):,} rows is a target (all target masks are empty), so "
+            "there is nothing to learn; capture the text again with other `targets`, or choose other rows with a plan"
+        )
+
+
+def _hold_out(
+    dataset: kdata.Dataset, rows: np.ndarray | None, config: DDKMixture, seed: int
+) -> tuple[np.ndarray | None, Heldout]:
+    if config.heldout is None:
+        return keep_aside(dataset, rows, config, seed)
+    index = dataset.index(["domain"])["domain"]
+    domains = sorted(set((index if rows is None else index.take(rows)).to_pylist()))
+    heldout = open_heldout(config.heldout, domains, config)
+    _check_same_tokens(dataset, heldout.dataset)
+    return rows, heldout
+
+
+def micro_rows(config: TrainConfig, world_size: int) -> int:
+    """Rows of one rank's micro-batch. Raises ConfigError if the sizes are not multiples of each other."""
+    micro = config.micro_batch_tokens or config.batch_tokens // world_size
+    if micro % config.context_tokens or not micro or config.batch_tokens % (micro * world_size):
+        ranks = f" times {world_size} ranks" if world_size > 1 else ""
+        raise ConfigError(
+            f"batch_tokens={config.batch_tokens}, micro_batch_tokens={micro}{ranks} and "
+            f"context_tokens={config.context_tokens}: each must be a multiple of the next"
+        )
+    return micro // config.context_tokens
+
+
+def _check_same_tokens(first: kdata.Dataset, other: kdata.Dataset) -> None:
+    """Raise MismatchError unless a token id means the same token in both datasets."""
+    for what, a, b in (
+        ("vocabulary", first.info.vocab_size, other.info.vocab_size),
+        ("tokenizer", first.info.tokenizer.hash[:12], other.info.tokenizer.hash[:12]),
+    ):
+        if a != b:
+            raise MismatchError(
+                f"{other.place} has another {what} ({b}) than {first.place} ({a}), so one student cannot be trained on both; "
+                "capture both with teachers of the same tokenizer"
+            )
