@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,12 +116,3 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
 
 def _copy(values: dict[str, Any]) -> dict[str, Any]:
     return {k: _copy(v) if isinstance(v, dict) else v for k, v in values.items()}
-
-
-def set_environment() -> None:
-    """Let OpenMP threads sleep while they wait (GOMP_SPINCOUNT=0). A value that the user has set stays.
-
-    By default libgomp's threads spin, which takes the cores from every other process: on two cores shared with other
-    work, training ran two to five times as slowly. libgomp reads the variable once, when torch loads it.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdata.config import set_environment
 from kdata.errors import ConfigError, DataError, TrainingError
 from kdata.observe.progress import Task
 from kdata.pipelines.builtin.builtin import DIGESTS, REFERENCE, TEACHER
 from kdata.pipelines.builtin.corpus import split_documents
+from kdata.teachers.environment import set_environment
 
 if TYPE_CHECKING:
     import torch

@@ -31,8 +31,8 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 import kdata
-from kdata.config import set_environment
 from kdata.errors import ConfigError, KdataError
+from kdata.teachers.environment import set_environment
 
 
 class Entry(NamedTuple):

@@ -18,6 +18,6 @@ everything), `mixture` (DDK against fixed domain weights).
 To ask another question, use `runs.py` and `summary.py` and write its settings and its `measure`.
 """
 
-from kdata.config import set_environment
+from kdata.teachers.environment import set_environment
 
 set_environment()  # here, because the modules of this folder import torch at their top

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import kdata
-from kdata.config import set_environment
 from kdata.errors import KdataError
 from kdata.format.records import Shard, UnitResult
 from kdata.format.schema import DatasetInfo, TeacherInfo
@@ -24,6 +23,7 @@ from kdata.observe.energy import Devices
 from kdata.store.staging import Staging
 from kdata.teachers.base import Teacher
 from kdata.teachers.config import TeacherConfig
+from kdata.teachers.environment import set_environment
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer, tokenizer_info
 

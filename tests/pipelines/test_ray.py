@@ -467,7 +467,7 @@ def test_command_and_recipe_write_the_bytes_of_the_local_engine(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"name: small\nteacher: {{model: '{llama_dir}', backend: transformers}}\nengine: {{kind: ray}}\n"
-        f"keep: {{kind: hybrid, k: 4, draws: 4}}\ncorpus: {{path: '{corpus}'}}\ncapture: {{unit_tokens: 100}}\n"
+        f"keep: {{kind: hybrid, k: 4, num_draws: 4}}\ncorpus: {{path: '{corpus}'}}\ncapture: {{unit_tokens: 100}}\n"
         "students: {a: {label: A, objective: {}}}\n"
     )
     run = Run(load_recipe(recipe, []), tmp_path / "run", {})

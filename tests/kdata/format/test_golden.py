@@ -117,7 +117,7 @@ def test_a_newer_minor_version_is_neither_extended_nor_repaired(
 ) -> None:
     with pytest.raises(MismatchError, match=r"format_version: '1.7' -> '1.0'"):
         run_capture(newer, corpus_file, tokenizer_dir)
-    with pytest.raises(FormatError, match=r"has format 1.7; repair it with the kdata that writes that"):
+    with pytest.raises(FormatError, match=r"has format 1.7, this kdata repairs 1.0; use the kdata that wrote it"):
         repair(newer)
 
 
