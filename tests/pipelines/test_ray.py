@@ -40,10 +40,7 @@ from kdata.teachers.model import load_tokenizer
 from tests.bucket import Bucket
 from tests.fakes import StandInTeacher, digests, rows_of_text, write_jsonl
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
-]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 LONG_SEC = 300.0  # a teacher that hangs for so long is never waited for here
 
@@ -254,6 +251,7 @@ def test_tokens_of_a_unit_under_way_reach_the_driver(
     assert (lines[-1].tokens, lines[-1].done) == (dataset.num_tokens, 26)
 
 
+@pytest.mark.slow
 def test_a_slow_unit_is_repeated_by_another_actor(
     tmp_path: Path,
     two: Any,
@@ -270,6 +268,7 @@ def test_a_slow_unit_is_repeated_by_another_actor(
     assert digests(tmp_path / "d") == expected
 
 
+@pytest.mark.slow
 def test_a_unit_that_kills_its_actors_ends_the_run_and_is_named(
     tmp_path: Path, two: Any, corpus: Path, tokenizer_dir: Path
 ) -> None:
@@ -317,6 +316,7 @@ def test_machines_with_different_teachers_are_refused(
         run_job(tmp_path / "d", reading(corpus), engine)
 
 
+@pytest.mark.slow
 def test_actors_that_die_while_they_load_end_the_run(tmp_path: Path, two: Any, tokenizer_dir: Path) -> None:
     config = {**ONE, "max_deaths": 2}
     with (
@@ -368,6 +368,7 @@ def lines_of(manifest: Path) -> int:
     return manifest.read_bytes().count(b"\n") if manifest.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_killed_driver_resumes_and_never_imports_torch(
     tmp_path: Path, two: Any, corpus: Path, tokenizer_dir: Path, expected: dict[str, str]
 ) -> None:
@@ -389,6 +390,7 @@ def test_a_killed_driver_resumes_and_never_imports_torch(
     assert not {"torch", "vllm"} & set(loaded.split()) and "ray" in loaded.split()
 
 
+@pytest.mark.slow
 def test_without_a_cluster_ray_starts_here_and_ends_with_the_run(
     tmp_path: Path, corpus: Path, tokenizer_dir: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,6 +413,7 @@ def command_lines() -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ a URL
 
 
+@pytest.mark.slow
 def test_a_dataset_at_a_url_survives_a_killed_actor_and_resumes_elsewhere(
     tmp_path: Path,
     two: Any,
@@ -438,6 +441,7 @@ def test_a_dataset_at_a_url_survives_a_killed_actor_and_resumes_elsewhere(
 # ------------------------------------------------------------------------------------------------- command and recipe
 
 
+@pytest.mark.slow
 def test_command_and_recipe_write_the_bytes_of_the_local_engine(
     tmp_path: Path, two: Any, corpus: Path, llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -575,6 +579,7 @@ def read_here(root: Path, corpus: Path, llama: Path) -> None:
     teacher.close()
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_on_two_nodes_with_an_actor_killed(tmp_path: Path, two: Any, llama_dir: Path) -> None:

@@ -316,6 +316,7 @@ def peak_bytes(dataset: kdata.Dataset, rows: np.ndarray, batches: int) -> int:
     return peak
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_window_not_by_the_data(wide: kdata.Dataset) -> None:
     path = wide.path
     stored = sum(file.stat().st_size for file in (path / "data").iterdir())

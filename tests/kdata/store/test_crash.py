@@ -106,6 +106,7 @@ def small_capture(root: Path, corpus: Path, tokenizer: Path) -> None:
     run_capture(root, corpus, tokenizer, unit_tokens=40, reading={"limit": 4})
 
 
+@pytest.mark.slow
 def test_killed_before_every_call_that_changes_the_disk(tmp_path: Path, corpus: Path, tokenizer_dir: Path) -> None:
     """Each state in between can be read, and is one from which the same bytes come."""
     small_capture(tmp_path / "undisturbed", corpus, tokenizer_dir)

@@ -194,6 +194,7 @@ class Capture(threading.Thread):
             time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_restarted_loses_and_repeats_nothing(
     llama_dir: Path, server: RealServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -213,6 +214,7 @@ def test_a_server_that_is_killed_and_restarted_loses_and_repeats_nothing(
     assert sorted(ids) == sorted(f"doc-{n:03}" for n in range(400))
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_with_another_model_is_refused_and_commits_stay(
     llama_dir: Path, server: RealServer, tmp_path: Path
 ) -> None:

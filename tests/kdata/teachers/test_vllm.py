@@ -207,6 +207,7 @@ def write_in_form(folder: Path, prompts: list[np.ndarray], root: Path) -> dict[s
     return answers
 
 
+@pytest.mark.slow
 def test_structured_output_records_the_raw_distribution(tmp_path: Path) -> None:
     """Structured output, sampling, stop strings and chats; what is recorded is what a reading of the same text gives."""
     from kdata.teachers.model import load_tokenizer
@@ -275,6 +276,7 @@ def start_capture(root: Path, llama: Path, corpus: Path) -> subprocess.Popen[byt
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_capture_with_a_real_vllm_resumes_to_the_same_bytes(llama_dir: Path, tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", rows_of_text(300))
     undisturbed, root = tmp_path / "undisturbed", tmp_path / "killed"
