@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,12 +29,16 @@ settings.load_profile("kdata")
 ENGINES = ("test_ray.py", "test_vllm.py", "test_real_server.py", "test_tape.py")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give a module's tests to one worker, since they share its fixtures; engines first, as they take longest."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
+    """Give a module's tests to one worker, since they share its fixtures; engines first, as they take longest.
+
+    A wrapper, because a worker reads the groups in a hook of its own, which must come after.
+    """
     for item in items:
         item.add_marker(pytest.mark.xdist_group("engines" if item.path.name in ENGINES else str(item.path)))
     items.sort(key=lambda item: item.path.name not in ENGINES)  # stable: the rest stays in its order
+    yield
 
 
 @pytest.fixture(scope="session", autouse=True)
