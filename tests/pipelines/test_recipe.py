@@ -14,7 +14,7 @@ def test_an_objective_that_the_kept_targets_could_not_serve_is_refused() -> None
     wanted = ["students.plan.objective.weights={jsd: 1.0}"]
     assert load_recipe(Path("quickstart"), wanted).keep.kind == "hybrid"
     with pytest.raises(ConfigError, match="jsd is not linear"):
-        load_recipe(Path("quickstart"), [*wanted, "keep={kind: sampled, draws: 50}"])
+        load_recipe(Path("quickstart"), [*wanted, "keep={kind: sampled, num_draws: 50}"])
     with pytest.raises(ConfigError, match=r"capture the text again|log-sum-exp"):
         load_recipe(Path("quickstart"), ["students.plan.objective.temperature=2.0"])
 
