@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 # The packages first: tests/kdata would otherwise be found where the tests' folder is on the path.
@@ -29,16 +31,23 @@ settings.load_profile("kdata")
 ENGINES = ("test_ray.py", "test_vllm.py", "test_real_server.py", "test_tape.py")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
-    """Give a module's tests to one worker, since they share its fixtures; engines first, as they take longest.
+class ByModule(LoadScopeScheduling):
+    """Gives all tests of a module to one worker, since they share its fixtures, and all engines to one."""
 
-    A wrapper, because a worker reads the groups in a hook of its own, which must come after.
-    """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("engines" if item.path.name in ENGINES else str(item.path)))
-    items.sort(key=lambda item: item.path.name not in ENGINES)  # stable: the rest stays in its order
-    yield
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return "engines" if path.rpartition("/")[2] in ENGINES else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByModule:
+    """Called by pytest-xdist where there are several workers."""
+    return ByModule(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Engines first, as they take longest. Stable: the rest stays in its order."""
+    items.sort(key=lambda item: item.path.name not in ENGINES)
 
 
 @pytest.fixture(scope="session", autouse=True)
