@@ -93,12 +93,12 @@ def evaluate(
     tokenizer = _tokenizer(model_dir) if prompts or tasks is not None else None
     model.to(device_name(config.device)).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
     check_vocabulary(model, dataset)
-    _check_tokenizer(model_dir, dataset)
     if dataset.info.tail == "absent":
         raise ConfigError(
             f"{heldout} was imported from a format without the tail and without the actual tokens' log-probabilities, so a "
             "KL on it would be wrong; evaluate on a dataset of `kdata capture`"
         )
+    _check_tokenizer(model_dir, dataset)
     run = _run_beside(model_dir)
     domains, sums = _measure_dataset(model, dataset, config)
     return {

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ sys.meta_path.insert(0, Watch())
 STARTS = {
     "kdata": """
 from kdata.pipelines.cli.main import main
-sys.argv = ["kdata", "evaluate", "no-model", "no-dataset"]
+sys.argv = ["kdata", "score", os.environ["DATASET"], "--model", os.environ["MODEL"]]
 main()
 """,
     "evidence": "import runpy; runpy.run_module('kdata.pipelines.evidence', run_name='__main__')",
@@ -29,8 +30,11 @@ main()
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize(("users", "seen"), [(None, "0"), ("1000", "1000")])
-def test_waiting_threads_sleep_before_torch_loads(start: str, users: str | None, seen: str) -> None:
+def test_waiting_threads_sleep_before_torch_loads(
+    start: str, users: str | None, seen: str, captured: Path, llama_dir: Path
+) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    environment |= {"DATASET": str(captured), "MODEL": str(llama_dir)}
     if users is not None:
         environment["GOMP_SPINCOUNT"] = users
     command = [sys.executable, "-c", WATCH + STARTS[start]]

@@ -502,7 +502,7 @@ def test_invalid_settings_are_refused(values: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--engine", "rey"], r"there is no engine 'rey' \(did you mean 'ray'\?\)"),
+        (["--engine", "rey"], r"--engine rey: there is no such engine \(did you mean 'ray'\?\)"),
         (["--engine", "ray", "--set", "engine.min_teacher=2"], r"'min_teacher' \(did you mean 'min_teachers'\?\)"),
         (["--set", "engine.min_teachers=2"], "unknown key 'min_teachers'"),
         (["--engine", "ray", "--set", "engine=2"], "engine must be a mapping"),

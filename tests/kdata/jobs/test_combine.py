@@ -479,8 +479,8 @@ def test_two_real_models_by_the_commands(tmp_path: Path, llama_dir: Path, corpus
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weights", "a,b"], r"'a,b' is neither shares \(0.7,0.3\) nor one of the datasets"),
-        (["--weights", "three"], "'three' is neither shares"),
+        (["--weights", "a,b"], r"'a,b' is neither weights \(0.7,0.3\) nor one of the datasets"),
+        (["--weights", "three"], "'three' is neither weights"),
         (["--by-domain", "code"], "write it as DOMAIN=0.7,0.3 or DOMAIN=DATASET"),
         (["--set", "weight=[1,1]"], "did you mean 'weights'"),
     ],

@@ -279,11 +279,11 @@ def test_scoring_continues_where_it_stopped_and_follows_growth(
 
     real = module._score_shard
 
-    def counted(dataset, number, entry, model):  # type: ignore[no-untyped-def]
+    def counted(dataset, number, entry, model, on_tokens):  # type: ignore[no-untyped-def]
         calls.append(entry.name)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(dataset, number, entry, model)
+        return real(dataset, number, entry, model, on_tokens)
 
     monkeypatch.setattr(module, "_score_shard", counted)
     with pytest.raises(KeyboardInterrupt):

@@ -174,7 +174,7 @@ def test_a_student_is_not_measured_on_an_imported_dataset(tmp_path: Path, llama_
 
     source = save_distillkit(tmp_path / "s", [np.log([[0.5, 0.25]])], [np.array([[5, 6]])])
     imported(source, tmp_path / "d", "distillkit")
-    with pytest.raises(ConfigError, match="without tail"):
+    with pytest.raises(ConfigError, match="without the tail"):
         evaluate(llama_dir, tmp_path / "d")
 
 

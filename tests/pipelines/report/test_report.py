@@ -306,10 +306,14 @@ def test_a_run_adds_its_attempts_up(tmp_path: Path) -> None:
 
     run = Run(load_recipe(Path("quickstart"), []), make_run(tmp_path / "run"), {})
     (run.out / "run.json").write_text("{}")
-    with pytest.raises(KeyError), RunStage("capture", run.log), Task("capture: reading", 9, "documents") as task:
+    with (
+        pytest.raises(KeyError),
+        RunStage("capture", run.log),
+        Task("capture: reading", 9, "documents", source="capture") as task,
+    ):
         task.advance(4, tokens=400)
         raise KeyError
-    with RunStage("capture", run.log), Task("capture: reading", 9, "documents") as task:
+    with RunStage("capture", run.log), Task("capture: reading", 9, "documents", source="capture") as task:
         task.skip(4)
         task.advance(5, tokens=300)
     with RunStage("train", run.log), RunStage("train ce"), Task("train CE", 50, "tokens") as task:
