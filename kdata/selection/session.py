@@ -185,7 +185,7 @@ def open_session(dataset: Dataset, parent: Plan | None, what: str, room: Room | 
     with (
         exclusive(dataset, "select") as folder,
         query_errors(dataset),
-        Task(what, unit="rows") as task,
+        Task(what, unit="rows read") as task,
         connect(dataset, Room(room.memory_limit, room.threads, folder)) as connection,
     ):
         yield Session(dataset, connection, folder, parent, task)
