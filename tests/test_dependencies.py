@@ -153,15 +153,15 @@ def test_modules_that_need_an_extra_do_need_it() -> None:
     [
         (["plan", "show", "{dataset}", "everything"], "report"),
         (["report", "{dataset}"], "report"),
-        (["capture", "{new}", "--teacher", "{dataset}", "--corpus", "{corpus}", "--backend", "transformers"], "train"),
+        (["capture", "{new}", "--teacher", "{model}", "--corpus", "{corpus}", "--backend", "transformers"], "train"),
         (["train", "{dataset}", "--out", "{new}"], "train"),
-        (["evaluate", "{new}", "{dataset}"], "train"),
+        (["evaluate", "{model}", "{dataset}"], "train"),
         (["push", "{dataset}", "hf://somebody/something"], "hub"),
         (["info", "hf://somebody/something"], "hub"),
     ],
 )
 def test_a_missing_extra_is_one_line_that_names_it(
-    arguments: list[str], extra: str, copied: Path, corpus_file: Path, tmp_path: Path
+    arguments: list[str], extra: str, copied: Path, corpus_file: Path, llama_dir: Path, tmp_path: Path
 ) -> None:
     from kdata.selection.ranked import All
     from kdata.selection.select import select
@@ -169,6 +169,7 @@ def test_a_missing_extra_is_one_line_that_names_it(
 
     select(open_dataset(copied), All(name="everything"))
     places = {"dataset": str(copied), "new": str(tmp_path / "new"), "corpus": str(corpus_file)}
+    places["model"] = str(llama_dir)
     command = ["kdata", *(argument.format(**places) for argument in arguments)]
     result = run_with_the_core_alone(f"sys.argv = {command!r}\nfrom kdata.pipelines.cli.main import main\nmain()")
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr

@@ -435,6 +435,7 @@ def test_a_dataset_at_a_url_survives_a_killed_actor_and_resumes_elsewhere(
         make(url, corpus, engine)
     assert digests(behind) == expected
     dataset = kdata.open(url)
+    dataset.fetch()
     assert digests(dataset.path) == expected and verify(dataset, deep=True) == []
 
 
@@ -459,7 +460,7 @@ def test_command_and_recipe_write_the_bytes_of_the_local_engine(
         "finally: print('LOADED', *{name.split('.')[0] for name in sys.modules})"
     )
     command = ["capture", tmp_path / "command", "--teacher", llama_dir, "--backend", "transformers", "--corpus", corpus,
-               "--k", 4, "--draws", 4, "--engine", "ray", "--set", "unit_tokens=100",
+               "--k", 4, "--num-draws", 4, "--engine", "ray", "--set", "unit_tokens=100",
                "--set", "engine.slow_factor=5"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=120
