@@ -17,7 +17,7 @@ from kdata.format.keep import KeepConfig
 from kdata.format.schema import ManifestEntry
 from kdata.jobs.job import UnitCounter
 from kdata.observe.progress import Task
-from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, _has_part, begin_sidecar, finish_sidecar, write_part
+from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, begin_sidecar, finish_sidecar, has_part, write_part
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import OnTokens, Teacher
 from kdata.teachers.config import TeacherConfig
@@ -71,7 +71,7 @@ def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> 
         ):
             begin_sidecar(dataset, info)
             for number, entry in enumerate(dataset.manifest):
-                if _has_part(dataset, config.name, entry):
+                if has_part(dataset, config.name, entry):
                     task.skip(entry.tokens)
                     continue
                 task.plan(number, entry.tokens, entry.tokens)

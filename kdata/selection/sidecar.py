@@ -81,7 +81,7 @@ def _shard_digest(entry: ManifestEntry) -> str:
     return entry.files[f"data/{entry.name}.arrow"].sha256
 
 
-def _has_part(dataset: Dataset, name: str, entry: ManifestEntry) -> bool:
+def has_part(dataset: Dataset, name: str, entry: ManifestEntry) -> bool:
     """True where a readable part exists that was written for this shard as it is now."""
     path = _part(dataset, name, entry)
     try:

@@ -30,7 +30,7 @@ from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
-from kdata.store.pick import _renamed, tables
+from kdata.store.pick import renamed, tables
 from kdata.store.shard import write_tables
 from kdata.store.writer import Writer
 
@@ -183,7 +183,7 @@ def _copy_shard(dataset: Dataset, entry: ManifestEntry, source: str, folder: Pat
         elif kind == "data" or name == entry.name:
             shutil.copyfile(path, target)
         else:
-            pq.write_table(_renamed(pq.read_table(path), name, source), target, compression="zstd")
+            pq.write_table(renamed(pq.read_table(path), name, source), target, compression="zstd")
         files[f"{kind}/{target.name}"] = file_info(target)
     return entry.model_copy(update={"name": name, "source": source, "files": files})
 

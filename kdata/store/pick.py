@@ -10,7 +10,7 @@ from kdata.store.dataset import Dataset
 from kdata.store.index import damaged, read_index
 
 
-def _renamed(table: pa.Table, shard: str, source: str) -> pa.Table:
+def renamed(table: pa.Table, shard: str, source: str) -> pa.Table:
     """The table with other values in its columns `shard` and `source`, where it has them."""
     for column, value in (("shard", shard), ("source", source)):
         place = table.schema.get_field_index(column)
@@ -28,6 +28,6 @@ def tables(dataset: Dataset, entry: ManifestEntry, local: np.ndarray, name: str)
         index = read_index(index_path, index_schema().names).take(chosen)
     except (pa.ArrowException, OSError) as error:
         raise damaged(data, error) from error
-    index = _renamed(index, name, entry.source).drop_columns("row")
+    index = renamed(index, name, entry.source).drop_columns("row")
     index = index.append_column(index_schema().field("row"), pa.array(np.arange(len(local)), pa.int32()))
     return payload.combine_chunks(), index.select(index_schema().names).cast(index_schema())
