@@ -88,11 +88,21 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def captured(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path) -> Path:
-    """A captured dataset. Read only: a test that changes it takes `copied`."""
+def captured_once(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path) -> Path:
+    """A captured dataset, made once for all modules."""
     from tests.fakes import run_capture
 
     return run_capture(tmp_path_factory.mktemp("captured") / "dataset", corpus_file, tokenizer_dir).path
+
+
+@pytest.fixture(scope="module")
+def captured(captured_once: Path) -> Iterator[Path]:
+    """A captured dataset. Read only: a test that changes it takes `copied`."""
+    from tests.fakes import digests
+
+    before = digests(captured_once)
+    yield captured_once
+    assert digests(captured_once) == before, "a test of this module changed the dataset that all modules share"
 
 
 @pytest.fixture

@@ -172,7 +172,14 @@ def tokens_of(dataset: Dataset, sources: Collection[str]) -> int:
 
 
 def write_card(dataset: Dataset, *, title: str | None = None, cost: list[Took] | None = None) -> Path:
-    """Write DATASET/README.md and return its path; the notes of an existing card are kept byte for byte.
+    """Write DATASET/README.md, as `card_page` gives it, and return its path."""
+    path = dataset.path / "README.md"
+    write_atomically(path, card_page(dataset, title=title, cost=cost))
+    return path
+
+
+def card_page(dataset: Dataset, *, title: str | None = None, cost: list[Took] | None = None) -> bytes:
+    """The card as UTF-8 bytes; the notes of a card that is there are kept byte for byte.
 
     Args:
         title: headline; None writes one with the teacher's name.
@@ -181,12 +188,10 @@ def write_card(dataset: Dataset, *, title: str | None = None, cost: list[Took] |
         ConfigError: README.md exists and is not a card (it has no notes marks).
         CorruptError: a part of the index or of the rejects is missing or damaged.
     """
-    path = dataset.path / "README.md"
-    notes = _notes(path)
+    notes = _notes(dataset.path / "README.md")
     page = _render(dataset, title, cost_of(dataset) if cost is None else cost).encode()
     before, after = page.split(NOTES_BEGIN + NOTES_END)
-    write_atomically(path, before + NOTES_BEGIN + notes + NOTES_END + after)
-    return path
+    return before + NOTES_BEGIN + notes + NOTES_END + after
 
 
 def _notes(path: Path) -> bytes:

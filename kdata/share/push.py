@@ -9,7 +9,7 @@ from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, DependencyError, StorageError
 from kdata.format.files import inside, local_path
 from kdata.share.arrange import new_folder
-from kdata.share.card import cost_of, write_card
+from kdata.share.card import card_page, cost_of, write_card
 from kdata.store.dataset import Dataset
 from kdata.store.hub import hub_errors, hub_name
 from kdata.store.open import open_dataset
@@ -68,19 +68,20 @@ def dataset_files(dataset: Dataset) -> list[str]:
 def _push_to_hub(dataset: Dataset, destination: str, public: bool) -> str:
     name = hub_name(destination)
     try:
-        from huggingface_hub import HfApi
+        from huggingface_hub import CommitOperationAdd, HfApi
         from huggingface_hub.errors import LocalTokenNotFoundError
     except ModuleNotFoundError as error:
         raise DependencyError("sharing on the Hub needs huggingface_hub: pip install 'kdata[hub]'") from error
-    write_card(dataset)
+    # The card goes up from memory: the dataset may be read-only, or somebody else's.
+    files: dict[str, Path | bytes] = {relative: dataset.path / relative for relative in dataset_files(dataset)}
+    files["README.md"] = card_page(dataset)
     api = HfApi()
     try:
         url = api.create_repo(name, repo_type="dataset", private=not public, exist_ok=True)
-        api.upload_folder(
+        api.create_commit(
             repo_id=name,
             repo_type="dataset",
-            folder_path=dataset.path,
-            allow_patterns=dataset_files(dataset),
+            operations=[CommitOperationAdd(relative, content) for relative, content in files.items()],
             commit_message=f"kdata dataset {dataset.content_digest[:12]}",
         )
     except LocalTokenNotFoundError as error:

@@ -15,6 +15,7 @@ import kdata
 from kdata.errors import ConfigError, CorruptError, KdataError
 from kdata.selection.ranked import All
 from kdata.selection.select import select
+from kdata.share.card import card_page
 from kdata.share.push import push
 from kdata.store.hub import hub_name
 from tests.fakes import digests
@@ -104,16 +105,20 @@ def test_the_hub_is_given_a_private_repository_and_the_dataset_s_files(
             calls["create"] = (name, options)
             return f"https://hub/{name}"
 
-        def upload_folder(self, **options: Any) -> None:
-            calls["upload"] = options
+        def create_commit(self, **options: Any) -> None:
+            calls["commit"] = options
 
     (copied / "notes.txt").write_text("mine")
+    before = digests(copied)
     monkeypatch.setattr(huggingface_hub, "HfApi", StandInApi)
     assert push(kdata.open(copied), "hf://me/logits") == "https://hub/me/logits"
     name, options = calls["create"]
     assert name == "me/logits" and options["private"] and options["repo_type"] == "dataset"
-    sent = calls["upload"]["allow_patterns"]
+    sent = {operation.path_in_repo: operation for operation in calls["commit"]["operations"]}
     assert "notes.txt" not in sent and {"README.md", "dataset.json", "manifest.jsonl"} <= set(sent)
+    with sent["README.md"].as_file() as card:
+        assert card.read() == card_page(kdata.open(copied))
+    assert digests(copied) == before, "the dataset itself is only read"
 
 
 def test_a_hub_that_cannot_be_reached_gives_one_error(captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,3 +127,4 @@ def test_a_hub_that_cannot_be_reached_gives_one_error(captured: Path, monkeypatc
         kdata.open("hf://nobody/nothing")
     with pytest.raises(KdataError):
         push(kdata.open(captured), "hf://nobody/nothing")
+    assert not (captured / "README.md").exists()
