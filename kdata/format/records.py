@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from kdata.format.kept import Kept
+from kdata.format.measures import Measures
 from kdata.format.schema import ManifestEntry
 
 
@@ -48,23 +49,18 @@ def _digest_of(rows: Iterable[tuple[str, np.ndarray]]) -> str:
     return digest.hexdigest()
 
 
-@dataclass
-class Record:
-    """One sequence ready to be stored; arrays [T] are aligned with `token_ids` (entry t predicts token t)."""
+@dataclass(frozen=True, kw_only=True)
+class Record(Measures):
+    """One sequence ready to be stored: token_ids int32 [T], target_mask bool [T], and what is kept at each position."""
 
     id: str
     domain: str
     token_ids: np.ndarray
     target_mask: np.ndarray
-    logprob: np.ndarray
-    rank: np.ndarray
-    log_tail: np.ndarray
     kept: Kept
     text: str | None
     messages: str | None = None
     tools: str | None = None
-    entropy: np.ndarray | None = None
-    log_z: np.ndarray | None = None
     token_bytes: np.ndarray | None = None
     origin: str | None = None
     license: str | None = None

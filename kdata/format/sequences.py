@@ -11,6 +11,7 @@ import pyarrow as pa
 from kdata.errors import DependencyError, ShapeError
 from kdata.format import codec as codecs
 from kdata.format.kept import pad
+from kdata.format.measures import Measures, unknown
 from kdata.format.schema import DatasetInfo
 
 if TYPE_CHECKING:
@@ -37,28 +38,23 @@ def as_polars(table: pa.Table) -> polars.DataFrame:
     return frame
 
 
-@dataclass(frozen=True)
-class Sequences:
+@dataclass(frozen=True, kw_only=True)
+class Sequences(Measures):
     """S decoded sequences, concatenated: T tokens and N kept entries in all. Entry t is the prediction OF token t.
 
-    token_ids int32 [T]; offsets int64 [S+1]; target_mask bool [T]; logprob float32 [T] (nats, NaN where nothing was
-    recorded); rank int32 [T] (1 = first choice, 0 = nothing recorded); log_tail float32 [T] (nats); entropy
-    float32 [T] (nats, NaN where unknown); num_exact int32 [T] entries kept exactly; num_kept int32 [T] entries in all,
-    the exact ones first, then draws; log_z float32 [T, temperatures] or None; entry_offsets int64 [T+1]; entry_ids
-    int32 [N]; entry_logprobs float32 [N] (nats, not renormalised; of a draw the log of its unbiased weight);
-    draw_logprobs float32 [N], the log-probability of draws (NaN for exact entries), or None where not stored.
+    logprob float32 [T], rank int32 [T], log_tail float32 [T], entropy float32 [T] and log_z float32 [T, n] or None:
+    numbers of each position, see `Measures`. token_ids int32 [T]; offsets int64 [S+1]; target_mask bool [T]; num_exact
+    int32 [T] entries kept exactly; num_kept int32 [T] entries in all, the exact ones first, then draws; entry_offsets
+    int64 [T+1]; entry_ids int32 [N]; entry_logprobs float32 [N] (nats, not renormalised; of a draw the log of its
+    unbiased weight); draw_logprobs float32 [N], the log-probability of draws (NaN for exact entries), or None where not
+    stored.
     """
 
     token_ids: np.ndarray
     offsets: np.ndarray
     target_mask: np.ndarray
-    logprob: np.ndarray
-    rank: np.ndarray
-    log_tail: np.ndarray
-    entropy: np.ndarray
     num_exact: np.ndarray
     num_kept: np.ndarray
-    log_z: np.ndarray | None
     entry_offsets: np.ndarray
     entry_ids: np.ndarray
     entry_logprobs: np.ndarray
@@ -80,13 +76,9 @@ class Sequences:
             token_ids=self.token_ids[tokens],
             offsets=np.array([0, end - begin], np.int64),
             target_mask=self.target_mask[tokens],
-            logprob=self.logprob[tokens],
-            rank=self.rank[tokens],
-            log_tail=self.log_tail[tokens],
-            entropy=self.entropy[tokens],
+            **self.measures(lambda values: values[tokens]),
             num_exact=self.num_exact[tokens],
             num_kept=self.num_kept[tokens],
-            log_z=None if self.log_z is None else self.log_z[tokens],
             entry_offsets=self.entry_offsets[begin : end + 1] - first,
             entry_ids=self.entry_ids[entries],
             entry_logprobs=self.entry_logprobs[entries],
@@ -203,13 +195,9 @@ def nothing() -> Sequences:
         token_ids=counts,
         offsets=offsets,
         target_mask=np.zeros(0, bool),
-        logprob=reals,
-        rank=counts,
-        log_tail=reals,
-        entropy=reals,
+        **unknown(0).measures(),
         num_exact=counts,
         num_kept=counts,
-        log_z=None,
         entry_offsets=offsets,
         entry_ids=counts,
         entry_logprobs=reals,

@@ -82,15 +82,7 @@ class InputSequence:
                 f"{self.id}: the teacher recorded nothing at {int(missing.sum())} of the positions asked for"
             )
         kept = readout.only(self.target_mask)
-        return Record(
-            **vars(self),
-            logprob=kept.logprob,
-            rank=kept.rank,
-            log_tail=kept.log_tail,
-            kept=kept.kept,
-            entropy=kept.entropy,
-            log_z=kept.log_z,
-        )
+        return Record(**vars(self), kept=kept.kept, **kept.measures())
 
     def record_from(self, payload: Sequences, row: int) -> Record:
         """This sequence with the distributions of one row of decoded sequences."""
@@ -103,15 +95,7 @@ class InputSequence:
         if payload.draw_logprobs is not None:
             own = payload.draw_logprobs[entries][kept.is_draw]
             kept = Kept(kept.num_exact, kept.num_drawn, kept.ids, kept.logprobs, own)
-        return Record(
-            **vars(self),
-            logprob=payload.logprob[span],
-            rank=payload.rank[span],
-            log_tail=payload.log_tail[span],
-            kept=kept,
-            entropy=payload.entropy[span],
-            log_z=None if payload.log_z is None else payload.log_z[span],
-        )
+        return Record(**vars(self), kept=kept, **payload.measures(lambda values: values[span]))
 
 
 REREAD = "have the teacher read the first one's rows: kdata reread FIRST OUT --teacher MODEL"

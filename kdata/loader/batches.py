@@ -36,6 +36,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from kdata.errors import ConfigError, DataError, MismatchError
+from kdata.format.measures import Measures
 from kdata.format.sequences import Sequences
 from kdata.loader.grid import entry_grid
 from kdata.loader.packing import Place, Shape, blocks_of, identity_of, windows
@@ -74,18 +75,18 @@ class BatchesConfig(BaseModel):
     )
 
 
-@dataclass(frozen=True)
-class Arrays:
+@dataclass(frozen=True, kw_only=True)
+class Arrays(Measures):
     """One grid of packed documents, and the teacher's view of the tokens that count.
 
     input_ids, position_ids, segment_ids: int32 [B, L]; positions restart at 0 in each document, segments count from 0
     within a row, free cells are one trailing segment -1 of token 0. predictor: int64 [M], flat index into [B * L] of the
     cell whose hidden state predicts each counted token (the one before it). token_ids: int32 [M], the tokens themselves.
     entry_ids: int32 (or `entry_dtype` of `Batches`) [M, K], -1 pads; entry_logprobs: float32 [M, K], nats, not renormalised,
-    -inf pads. log_tail: float32 [M], nats, log of the exact mass outside. logprob float32, rank int32 [M]: of the actual
-    tokens. entropy: float32 [M]. num_exact: int32 [M], kept entries that are no draws. log_z: float32 [M, Z] or None.
-    draw_logprobs: float32 [M, K] or None, see `Sequences`. document: int64 [M], which of `rows` a counted token belongs
-    to. rows: int64 [S], global dataset rows. num_tokens: tokens in documents. place: the place in the stream after it.
+    -inf pads. num_exact: int32 [M], kept entries that are no draws. draw_logprobs: float32 [M, K] or None, see `Sequences`.
+    logprob, rank, log_tail, entropy, log_z: of the M counted tokens, see `Measures`. document: int64 [M], which of `rows`
+    a counted token belongs to. rows: int64 [S], global dataset rows. num_tokens: tokens in documents. place: the place in
+    the stream after it.
     """
 
     input_ids: np.ndarray
@@ -95,12 +96,7 @@ class Arrays:
     token_ids: np.ndarray
     entry_ids: np.ndarray
     entry_logprobs: np.ndarray
-    log_tail: np.ndarray
-    logprob: np.ndarray
-    rank: np.ndarray
-    entropy: np.ndarray
     num_exact: np.ndarray
-    log_z: np.ndarray | None
     draw_logprobs: np.ndarray | None
     document: np.ndarray
     rows: np.ndarray
@@ -233,9 +229,13 @@ class Batches:
         cell_T = np.repeat(starts, lengths) + position_T
         # Entry t is the prediction of token t, made by the hidden state of the cell before it; entry 0 has none.
         counted_M = np.flatnonzero(seqs.target_mask & (position_T > 0))
-        grid = _grid(len(documents), context, cell_T, seqs.token_ids, position_T, np.repeat(segments, lengths))
+        input_ids, position_ids, segment_ids = _grid(
+            len(documents), context, cell_T, seqs.token_ids, position_T, np.repeat(segments, lengths)
+        )
         return Arrays(
-            *grid,
+            input_ids=input_ids,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
             predictor=cell_T[counted_M] - 1,
             **_targets(seqs, counted_M, self.entry_dtype),
             document=np.repeat(np.arange(len(lengths)), lengths)[counted_M],
@@ -275,12 +275,8 @@ def _targets(seqs: Sequences, counted_M: np.ndarray, entry_dtype: type) -> dict[
         "token_ids": seqs.token_ids[counted_M],
         "entry_ids": grid(seqs.entry_ids, -1, entry_dtype),
         "entry_logprobs": grid(seqs.entry_logprobs, -np.inf),
-        "log_tail": seqs.log_tail[counted_M],
-        "logprob": seqs.logprob[counted_M],
-        "rank": seqs.rank[counted_M],
-        "entropy": seqs.entropy[counted_M],
         "num_exact": seqs.num_exact[counted_M],
-        "log_z": None if seqs.log_z is None else seqs.log_z[counted_M],
+        **seqs.measures(lambda values: values[counted_M]),
         "draw_logprobs": None if seqs.draw_logprobs is None else grid(seqs.draw_logprobs, np.nan),
     }
 

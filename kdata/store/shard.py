@@ -156,7 +156,6 @@ def shard_tables(unit: UnitResult, name: str, source: str, info: DatasetInfo):
         raise DataError(
             f"{name}: kept probabilities would sum to {error.max_sum} > 1; the teacher's output is not a distribution"
         )
-    entropy = [r.entropy if r.entropy is not None else np.full(len(r.token_ids), np.nan) for r in records]
     columns = {
         "id": pa.array(ids, pa.string()),
         "input_ids": _lists(offsets, [r.token_ids for r in records], pa.int32()),
@@ -165,7 +164,7 @@ def shard_tables(unit: UnitResult, name: str, source: str, info: DatasetInfo):
         "rank": _lists(offsets, [r.rank for r in records], pa.int32()),
         "log_tail": _lists(offsets, [r.log_tail for r in records], pa.float32()),
         "log_z": _nullable_lists([None if r.log_z is None else r.log_z.reshape(-1) for r in records], pa.float32()),
-        "entropy": _lists(offsets, entropy, pa.float16()),
+        "entropy": _lists(offsets, [r.entropy for r in records], pa.float16()),
         "num_exact": _lists(offsets, [r.kept.num_exact for r in records], pa.uint16()),
         "num_drawn": _lists(offsets, [r.kept.num_drawn for r in records], pa.uint16()),
         "token_bytes": _nullable_lists([r.token_bytes for r in records], pa.uint16()),
@@ -189,7 +188,7 @@ def shard_tables(unit: UnitResult, name: str, source: str, info: DatasetInfo):
 
 def _check_record(record: Record, info: DatasetInfo) -> None:
     tokens = len(record.token_ids)
-    for field_name in ("target_mask", "logprob", "rank", "log_tail"):
+    for field_name in ("target_mask", "logprob", "rank", "log_tail", "entropy"):
         if len(getattr(record, field_name)) != tokens:
             raise DataError(
                 f"{record.id}: {field_name} has {len(getattr(record, field_name))} values for {tokens} tokens"
@@ -222,8 +221,8 @@ def _check_mass(mass_T: np.ndarray, offsets: np.ndarray, ids: list[str]) -> None
 def _index_row(record: Record, name: str, source: str, row: int, mass_T: np.ndarray) -> dict[str, object]:
     target = record.target_mask
     counted = int(target.sum())
-    entropy = record.entropy
-    nll = float(-record.logprob[target].astype(np.float64).mean()) if counted else None
+    nll = float(-record.logprob[target].astype(np.float64).mean()) if counted else np.nan
+    entropy = float(record.entropy[target].mean(dtype=np.float64)) if counted else np.nan
     return {
         "id": record.id,
         "content_hash": content_hash(record.token_ids),
@@ -239,8 +238,8 @@ def _index_row(record: Record, name: str, source: str, row: int, mass_T: np.ndar
         "tools": record.tools,
         "prompt": record.prompt,
         "finish_reason": record.finish_reason,
-        "nll": nll if nll is not None and np.isfinite(nll) else None,
-        "mean_entropy": float(entropy[target].mean(dtype=np.float64)) if counted and entropy is not None else None,
+        "nll": nll if np.isfinite(nll) else None,
+        "mean_entropy": entropy if np.isfinite(entropy) else None,
         "kept_mass": float(mass_T[target].mean()) if counted else None,
         "shard": name,
         "row": row,

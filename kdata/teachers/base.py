@@ -18,6 +18,7 @@ import numpy as np
 
 from kdata.format.keep import KeepConfig, keep_top
 from kdata.format.kept import Kept, log_tail
+from kdata.format.measures import Measures, beside, only
 from kdata.format.schema import TeacherInfo
 from kdata.teachers.config import SamplingConfig
 
@@ -29,40 +30,22 @@ def ignore_tokens(tokens: int) -> None:
     """An `OnTokens` that does nothing."""
 
 
-@dataclass(frozen=True)
-class Readout:
+@dataclass(frozen=True, kw_only=True)
+class Readout(Measures):
     """A teacher's distributions along one sequence of T tokens; entry t is the prediction of token t, entry 0 has none.
 
-    token_ids int32 [T]; logprob float32 [T] of the actual token (nats, NaN where not recorded); rank int32 [T] (1 = first
-    choice, 0 = not recorded); kept: entries at recorded positions; log_tail float32 [T] (nats, NaN where not recorded);
-    entropy float32 [T] (nats), or None where the teacher does not see the full distribution.
+    token_ids: int32 [T]. kept: entries at recorded positions. A teacher that does not see the full distribution gives no
+    entropy (NaN).
     """
 
     token_ids: np.ndarray
-    logprob: np.ndarray
-    rank: np.ndarray
     kept: Kept
-    log_tail: np.ndarray
-    entropy: np.ndarray | None
-    log_z: np.ndarray | None = None
 
     def only(self, chosen_T: np.ndarray) -> Readout:
         """This readout with nothing recorded outside `chosen_T`, bool [T]: other positions keep no entry."""
         if np.array_equal(chosen_T, self.rank > 0):
             return self
-
-        def blank(values: np.ndarray) -> np.ndarray:
-            return np.where(chosen_T.reshape(-1, *[1] * (values.ndim - 1)), values, np.float32(np.nan))
-
-        return Readout(
-            token_ids=self.token_ids,
-            logprob=blank(self.logprob),
-            rank=np.where(chosen_T, self.rank, 0).astype(np.int32),
-            kept=self.kept.only(chosen_T),
-            log_tail=blank(self.log_tail),
-            entropy=None if self.entropy is None else blank(self.entropy),
-            log_z=None if self.log_z is None else blank(self.log_z),
-        )
+        return Readout(token_ids=self.token_ids, kept=self.kept.only(chosen_T), **self.measures(only(chosen_T)))
 
 
 @dataclass(frozen=True)
@@ -107,11 +90,6 @@ class Teacher(Protocol):
         ...
 
 
-def beside(values: np.ndarray, start: int, fill: float) -> np.ndarray:
-    """Values of the positions from `start` on, [L, ...], as values of the whole sequence, [start + L, ...]."""
-    return np.concatenate([np.full((start, *values.shape[1:]), fill, values.dtype), values])
-
-
 def readout_from_top(
     token_ids: np.ndarray,
     start: int,
@@ -129,12 +107,13 @@ def readout_from_top(
         ids_LK, logprobs_LK: the top k, by falling probability.
     """
     recorded_T = np.arange(len(token_ids)) >= start
-    kept = keep_top(keep, beside(ids_LK, start, 0), beside(logprobs_LK, start, 0), recorded_T)
+    whole = beside(start)
+    kept = keep_top(keep, whole(ids_LK), whole(logprobs_LK), recorded_T)
     return Readout(
         token_ids=token_ids.astype(np.int32, copy=False),
-        logprob=beside(logprob_L, start, np.nan).astype(np.float32),
-        rank=beside(rank_L, start, 0).astype(np.int32),
+        logprob=whole(logprob_L).astype(np.float32),
+        rank=whole(rank_L).astype(np.int32),
         kept=kept,
         log_tail=np.where(recorded_T, log_tail(kept.mass()), np.float32(np.nan)),
-        entropy=None,
+        entropy=np.full(len(token_ids), np.nan, np.float32),
     )

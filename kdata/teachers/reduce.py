@@ -25,7 +25,8 @@ import torch
 from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig, keep_top
 from kdata.format.kept import Kept
-from kdata.teachers.base import Readout, beside
+from kdata.format.measures import Measures, beside, joined
+from kdata.teachers.base import Readout
 from kdata.teachers.row_kernel import any_bad, reduce_rows
 
 # Of float32 logits at a time. On a CPU they stay in its cache; on a GPU few large kernels are faster than many small ones,
@@ -35,28 +36,18 @@ CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 Logits = Callable[[int, int], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Reduced:
-    """Numpy arrays of M positions: logprob float32, rank int32, log_tail float32, entropy float32, log_z float32 [M, n]
-    or None, and the kept entries."""
+@dataclass(frozen=True, kw_only=True)
+class Reduced(Measures):
+    """M positions: their numbers and the kept entries."""
 
-    logprob: np.ndarray
-    rank: np.ndarray
-    log_tail: np.ndarray
-    entropy: np.ndarray
-    log_z: np.ndarray | None
     kept: Kept
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rectangular results of C positions: top ids and logprobs [C, K], draws int64 [C, N], -1 where there is no tail."""
+@dataclass(frozen=True, kw_only=True)
+class Rows(Measures):
+    """C positions, their entries still rectangular: ids int32 and logprobs float32 [C, K] of the top; of the draws ids
+    int64 (-1 where there is no tail), log-probabilities and log shares of the tail, float32 [C, N]."""
 
-    logprob: np.ndarray
-    rank: np.ndarray
-    log_tail: np.ndarray
-    entropy: np.ndarray
-    log_z: np.ndarray | None
     ids: np.ndarray
     logprobs: np.ndarray
     draws: np.ndarray
@@ -152,7 +143,18 @@ def _reduce_cpu(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepConfi
     logprob, rank, entropy, log_tail, ids, logprobs, drawn = out
     lse_C = z[np.arange(rows), own] - logprob
     draw_logprobs = np.take_along_axis(z, np.maximum(drawn, 0), 1) - lse_C[:, None]
-    return Rows(logprob, rank, log_tail, entropy, log_z, ids, logprobs, drawn, draw_logprobs, draw_logprobs)
+    return Rows(
+        logprob=logprob,
+        rank=rank,
+        log_tail=log_tail,
+        entropy=entropy,
+        log_z=log_z,
+        ids=ids,
+        logprobs=logprobs,
+        draws=drawn,
+        draw_logprobs=draw_logprobs,
+        draw_shares=draw_logprobs,
+    )
 
 
 @cache
@@ -184,50 +186,37 @@ def _reduce_torch(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepCon
     drawn_CN = torch.where(alive_C[:, None], drawn_CN, -1)
     safe_CN = drawn_CN.clamp_min(0)
     return Rows(
-        own_C.cpu().numpy(),
-        rank_C.cpu().numpy().astype(np.int32),
-        log_tail_C.cpu().numpy(),
-        entropy_C.cpu().numpy(),
-        _log_z(logprobs_CV, torch.zeros_like(own_C), keep),
-        top.indices.cpu().numpy().astype(np.int32),
-        top.values.cpu().numpy(),
-        drawn_CN.cpu().numpy(),
-        logprobs_CV.gather(1, safe_CN).cpu().numpy(),
-        share_CV.gather(1, safe_CN).log().float().cpu().numpy(),
+        logprob=own_C.cpu().numpy(),
+        rank=rank_C.cpu().numpy().astype(np.int32),
+        log_tail=log_tail_C.cpu().numpy(),
+        entropy=entropy_C.cpu().numpy(),
+        log_z=_log_z(logprobs_CV, torch.zeros_like(own_C), keep),
+        ids=top.indices.cpu().numpy().astype(np.int32),
+        logprobs=top.values.cpu().numpy(),
+        draws=drawn_CN.cpu().numpy(),
+        draw_logprobs=logprobs_CV.gather(1, safe_CN).cpu().numpy(),
+        draw_shares=share_CV.gather(1, safe_CN).log().float().cpu().numpy(),
     )
 
 
 def assemble(chunks: list[Rows], keep: KeepConfig) -> Reduced:
     """Join chunks, in order, and lay entries out position by position."""
-
-    def join(name: str) -> np.ndarray:
-        return np.concatenate([getattr(c, name) for c in chunks])
-
-    ids_MK, log_tail_M = join("ids"), join("log_tail")
-    everywhere = np.full(len(ids_MK), ids_MK.shape[1] > 0)
-    top = keep if keep.kind == "adaptive" else KeepConfig(kind="topk", k=max(ids_MK.shape[1], 1))
-    kept = keep_top(top, ids_MK, join("logprobs"), everywhere)
+    rows = Rows(**joined(chunks))
+    everywhere = np.full(len(rows.ids), rows.ids.shape[1] > 0)
+    top = keep if keep.kind == "adaptive" else KeepConfig(kind="topk", k=max(rows.ids.shape[1], 1))
+    kept = keep_top(top, rows.ids, rows.logprobs, everywhere)
     if keep.tail == "draws":
-        kept = _with_draws(kept, join("draws"), join("draw_logprobs"), join("draw_shares"), log_tail_M, keep)
-    return Reduced(
-        logprob=join("logprob"),
-        rank=join("rank"),
-        log_tail=log_tail_M,
-        entropy=join("entropy"),
-        log_z=join("log_z") if keep.temperatures else None,
-        kept=kept,
-    )
+        kept = _with_draws(kept, rows, keep)
+    return Reduced(kept=kept, **rows.measures())
 
 
-def _with_draws(
-    exact: Kept, drawn_MN: np.ndarray, logprob_MN: np.ndarray, log_share_MN: np.ndarray, log_tail_M: np.ndarray,
-    keep: KeepConfig,
-) -> Kept:  # fmt: skip
+def _with_draws(exact: Kept, rows: Rows, keep: KeepConfig) -> Kept:
     """Append draws to exact entries.
 
     At tau = 1 an id drawn c times of N weighs tail * c / N. Otherwise c/N * p_i / d_i, with d proportional to p^tau over
     the tail. Positions without a tail have no draws.
     """
+    drawn_MN = rows.draws
     fresh_MN = drawn_MN >= 0
     fresh_MN[:, 1:] &= drawn_MN[:, 1:] != drawn_MN[:, :-1]
     starts = np.flatnonzero(fresh_MN.reshape(-1))
@@ -235,11 +224,11 @@ def _with_draws(
     position = starts // keep.num_draws
     ends = np.minimum(np.append(starts[1:], fresh_MN.size), (position + 1) * keep.num_draws)
     log_count = np.log((ends - starts) / keep.num_draws)
-    logprobs = logprob_MN[fresh_MN]
+    logprobs = rows.draw_logprobs[fresh_MN]
     if keep.tau == 1.0:
-        weights = log_count + log_tail_M.astype(np.float64)[position]
+        weights = log_count + rows.log_tail.astype(np.float64)[position]
     else:
-        weights = log_count + logprobs.astype(np.float64) - log_share_MN[fresh_MN].astype(np.float64)
+        weights = log_count + logprobs.astype(np.float64) - rows.draw_shares[fresh_MN].astype(np.float64)
     counts = fresh_MN.sum(1).astype(np.int32)
     layout = np.stack([exact.num_exact, counts], 1).reshape(-1)
     draws = np.repeat(np.tile([False, True], len(counts)), layout)
@@ -265,13 +254,10 @@ def draw_seed(token_ids: np.ndarray, keep: KeepConfig, sample: int | None = None
 def readout_of(token_ids: np.ndarray, start: int, reduced: Reduced) -> Readout:
     """A Readout of a whole sequence from its reduced positions, those from `start` on."""
     kept = reduced.kept
-    num_exact, num_drawn = beside(kept.num_exact, start, 0), beside(kept.num_drawn, start, 0)
+    whole = beside(start)
+    num_exact, num_drawn = whole(kept.num_exact), whole(kept.num_drawn)
     return Readout(
         token_ids=token_ids,
-        logprob=beside(reduced.logprob, start, np.nan),
-        rank=beside(reduced.rank, start, 0),
         kept=Kept(num_exact, num_drawn, kept.ids, kept.logprobs, kept.draw_logprobs),
-        log_tail=beside(reduced.log_tail, start, np.nan),
-        entropy=beside(reduced.entropy, start, np.nan),
-        log_z=None if reduced.log_z is None else beside(reduced.log_z, start, np.nan),
+        **reduced.measures(whole),
     )

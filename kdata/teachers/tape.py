@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 
 from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig
+from kdata.format.measures import joined
 from kdata.teachers.reduce import Reduced, Rows, assemble, draw_seed, reduce_each, uniforms_of
 
 KEY = "kdata_tape"  # of SamplingParams.extra_args: (tape, number of the request on it)
@@ -88,7 +89,7 @@ class Tape:
             TeacherError: rows are missing, or are not those that the tokens were drawn from.
         """
         if self._chunks and len(self._chunks) > 1:
-            self._chunks = [_joined(self._chunks)]
+            self._chunks = [Rows(**joined(self._chunks))]
         places = [self._places[request].get(t, -1) for t in range(len(token_ids))]
         if -1 in places:
             raise TeacherError("vLLM drew tokens from rows that it did not show; set path=hidden")
@@ -103,14 +104,9 @@ class Tape:
             worst = f"{off.max():.2g} nats" if len(off) else "a token that should be kept is not"
             raise TeacherError(f"rows of logits and drawn tokens do not belong together ({worst}); set path=hidden")
         whole = assemble([rows], self._keep)
-        return Reduced(logprob_L, rank_L, whole.log_tail, whole.entropy, whole.log_z, whole.kept)
-
-
-def _joined(chunks: list[Rows]) -> Rows:
-    parts = {field.name: [getattr(chunk, field.name) for chunk in chunks] for field in fields(Rows)}
-    return Rows(**{name: None if some[0] is None else np.concatenate(some) for name, some in parts.items()})  # type: ignore[arg-type]
+        return replace(whole, logprob=logprob_L, rank=rank_L)
 
 
 def _picked(rows: Rows, places: np.ndarray) -> Rows:
-    values = {field.name: getattr(rows, field.name) for field in fields(Rows)}
-    return Rows(**{name: None if value is None else value[places] for name, value in values.items()})  # type: ignore[arg-type]
+    values: dict[str, Any] = {name: None if array is None else array[places] for name, array in vars(rows).items()}
+    return Rows(**values)

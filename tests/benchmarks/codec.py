@@ -99,8 +99,8 @@ def store(docs: list[np.ndarray], logits: list[torch.Tensor], keep: KeepConfig, 
         out = readout_of(ids, 1, reduce_logits(logits_MV, actual, keep, draw_seed(ids, keep)))
         records.append(
             Record(
-                f"d{number}", "d", ids, out.rank > 0, out.logprob, out.rank, out.log_tail, out.kept, "",
-                entropy=out.entropy, log_z=out.log_z, token_bytes=np.ones(len(ids), np.uint16),
+                id=f"d{number}", domain="d", token_ids=ids, target_mask=out.rank > 0, kept=out.kept, text="",
+                token_bytes=np.ones(len(ids), np.uint16), **out.measures(),
             )
         )  # fmt: skip
     with Writer(root, info, "capture", SourceInfo(kind="capture", settings={}, num_units=None)) as writer:

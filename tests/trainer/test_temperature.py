@@ -45,9 +45,8 @@ def stored(tmp_path: Path, keep: KeepConfig) -> tuple[kdata.Dataset, torch.Tenso
         tokenizer={"hash": "-", "chat_template_hash": None, "bos_id": None, "eos_id": None},
     )  # fmt: skip
     record = Record(
-        "a", "d", ids, out.rank > 0, out.logprob, out.rank, out.log_tail, out.kept, "", entropy=out.entropy,
-        log_z=out.log_z,
-    )  # fmt: skip
+        id="a", domain="d", token_ids=ids, target_mask=out.rank > 0, kept=out.kept, text="", **out.measures()
+    )
     with Writer(tmp_path / "d", info, "capture", SourceInfo(kind="capture", settings={}, num_units=None)) as writer:
         writer.commit(UnitResult(0, [record]))
     return kdata.open(tmp_path / "d"), torch.log_softmax(logits.double(), -1)

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from kdata.errors import DataError
 from kdata.format.kept import Kept, segment_sum
+from kdata.format.measures import unknown
 from kdata.format.records import Record
 
 # Which token list j is about: j (with), j + 1 (after), or T - P + j (end: the last list is about the last token).
@@ -216,16 +217,13 @@ def _leave_out(kept: Kept, out_T: np.ndarray) -> Kept:
 
 def _record(row: PeerRow, kept: Kept) -> Record:
     """The row as a record; what the row does not hold is marked absent, by NaN or rank 0."""
-    absent = np.full(len(row.token_ids), np.nan, np.float32)
     recorded_T = kept.num_exact > 0
     return Record(
         id=row.id or "",
         domain=row.domain or "",
         token_ids=row.token_ids,
         target_mask=recorded_T if row.target_mask is None else recorded_T & row.target_mask,
-        logprob=absent,
-        rank=np.zeros(len(row.token_ids), np.int32),
-        log_tail=absent,
         kept=kept,
+        **unknown(len(row.token_ids)).measures(),
         text=row.text,
     )

@@ -61,6 +61,7 @@ def low_rank(root: Path, *, tokens: int, k: int, seed: int = 1, choice: int = 0,
                 logprob=np.where(recorded, z_TV[np.arange(per_row), token_ids], np.nan).astype(np.float32),
                 rank=recorded.astype(np.int32),
                 log_tail=np.where(recorded, np.log1p(-mass), np.nan).astype(np.float32),
+                entropy=np.full(per_row, np.nan, np.float32),
                 kept=Kept.top(ids_TK, kept_TK, recorded),
                 text=None,
             )

@@ -324,9 +324,11 @@ def rewritten(root: Path, dataset: kdata.Dataset, **changes: Any) -> kdata.Datas
     with Writer(root, new_info(**fields), "capture", source, tokenizer_dir=dataset.tokenizer_dir) as writer:
         stored = dataset.shard(0)
         records = [row.record_from(stored, n) for n, row in enumerate(inputs_of_shard(dataset, 0, stored))]
-        for record in records:
-            for place in changes.get("not_targets", []):
-                record.target_mask = record.target_mask & (np.arange(len(record.token_ids)) != place)
+        for place in changes.get("not_targets", []):
+            records = [
+                dataclasses.replace(r, target_mask=r.target_mask & (np.arange(len(r.token_ids)) != place))
+                for r in records
+            ]
         writer.commit(UnitResult(0, records))
         if not changes.get("begun"):
             writer.finish(1)

@@ -61,6 +61,7 @@ def _record(row: Row) -> Record:
         logprob=logprobs,
         rank=np.ones(row.tokens, np.int32),
         log_tail=np.where(counts > 0, np.log(0.5), np.nan).astype(np.float32),
+        entropy=np.full(row.tokens, np.nan, np.float32),
         kept=Kept(counts, np.zeros_like(counts), np.zeros(len(half), np.int32), half),
         text=row.text,
     )

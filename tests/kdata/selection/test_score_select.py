@@ -57,15 +57,13 @@ def tiny(
         readout = TEACHER.readout(np.array([3, 4], np.int32), KeepConfig(kind="topk", k=2))
         records.append(
             Record(
-                name,
-                domains[number % len(domains)],
-                readout.token_ids,
-                np.array([False, True]),
-                np.array([np.nan, -nll], np.float32),
-                readout.rank,
-                readout.log_tail,
-                readout.kept,
-                "text",
+                id=name,
+                domain=domains[number % len(domains)],
+                token_ids=readout.token_ids,
+                target_mask=np.array([False, True]),
+                kept=readout.kept,
+                text="text",
+                **{**readout.measures(), "logprob": np.array([np.nan, -nll], np.float32)},
             )
         )
     with Writer(root, info, source, SourceInfo(kind="capture", settings={}, num_units=None)) as writer:

@@ -45,6 +45,7 @@ def record(name: str, domain: str, nll: float, rng: np.random.Generator, **field
         logprob=logprob,
         rank=recorded.astype(np.int32),
         log_tail=tail,
+        entropy=np.full(tokens, np.nan, np.float32),
         kept=kept,
         text=f"text of {name}",
         **fields,  # type: ignore[arg-type]

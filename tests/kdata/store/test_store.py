@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from kdata.format.codec import CODECS
 from kdata.format.keep import KeepConfig
 from kdata.format.kept import Kept
 from kdata.format.manifest import new_info
+from kdata.format.measures import unknown
 from kdata.format.records import Record, Reject, UnitResult
 from kdata.format.schema import CodecInfo, DatasetInfo, SourceInfo, TokenizerInfo, content_hash, known_codecs
 from kdata.store.writer import Writer
@@ -43,12 +46,9 @@ def record(name: str, ids: list[int], *, k: int = 4, domain: str = "d", text: st
         domain=domain,
         token_ids=readout.token_ids,
         target_mask=np.arange(len(ids)) > 0,
-        logprob=readout.logprob,
-        rank=readout.rank,
-        log_tail=readout.log_tail,
         kept=readout.kept,
         text=text,
-        entropy=readout.entropy,
+        **readout.measures(),
         token_bytes=np.arange(len(ids), dtype=np.uint16),
     )
 
@@ -145,14 +145,14 @@ def test_rows_of_ids_are_in_the_order_of_the_ids(captured: Path) -> None:
 
 
 def test_padded_puts_entries_on_a_grid(tmp_path: Path) -> None:
-    ragged = record("a", [5, 6, 7, 8])
     kept = Kept(
         np.array([0, 2, 0, 1], np.int32),
         np.zeros(4, np.int32),
         np.array([9, 8, 7], np.int32),
         np.log(np.array([0.5, 0.25, 0.5], np.float32)),
     )
-    ragged.kept, ragged.log_tail = kept, np.log(np.array([np.nan, 0.25, np.nan, 0.5], np.float32))
+    tail = np.log(np.array([np.nan, 0.25, np.nan, 0.5], np.float32))
+    ragged = replace(record("a", [5, 6, 7, 8]), kept=kept, log_tail=tail)
     sequences = write(tmp_path / "dataset", [[ragged]], "plain")[0]
     ids, logprobs = sequences.padded()
     assert ids.tolist() == [[-1, -1], [9, 8], [-1, -1], [7, -1]]
@@ -186,11 +186,8 @@ def test_rejects_are_counted_and_kept_with_their_reason(tmp_path: Path) -> None:
     ]
 
 
-def broken(**changes: object) -> Record:
-    changed = record("bad", [3, 4, 5])
-    for name, value in changes.items():
-        setattr(changed, name, value)
-    return changed
+def broken(**changes: Any) -> Record:
+    return replace(record("bad", [3, 4, 5]), **changes)
 
 
 NAN3 = np.full(3, np.nan, np.float32)
@@ -245,12 +242,9 @@ def test_an_id_occurs_once_in_a_unit_and_once_in_the_dataset(tmp_path: Path) -> 
 
 
 def test_numbers_that_were_not_recorded_are_null_in_the_index(tmp_path: Path) -> None:
-    bare = record("a", [3, 4, 5])
-    bare.target_mask, bare.entropy, bare.token_bytes = np.zeros(3, bool), None, None
-    row = write(tmp_path / "dataset", [[bare]]).index().to_pylist()[0]
-    assert (row["nll"], row["mean_entropy"], row["kept_mass"], row["num_target_tokens"]) == (
-        None,
-        None,
-        None,
-        0,
-    )
+    no_targets = replace(record("a", [3, 4, 5]), target_mask=np.zeros(3, bool), token_bytes=None)
+    no_entropy = replace(record("b", [3, 4, 5]), entropy=unknown(3).entropy)
+    first, second = write(tmp_path / "dataset", [[no_targets, no_entropy]]).index().to_pylist()
+    assert first["num_target_tokens"] == 0
+    assert (first["nll"], first["mean_entropy"], first["kept_mass"]) == (None, None, None)
+    assert second["num_target_tokens"] == 2 and second["nll"] is not None and second["mean_entropy"] is None
