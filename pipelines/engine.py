@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -11,11 +12,13 @@ from pydantic import Field
 from kdata.config import Strict
 from kdata.jobs.job import Engine, LocalEngine, devices_of
 from kdata.observe.progress import console
+from kdata.pipelines.ray.actor import load_both
 from kdata.pipelines.ray.engine import RayEngine
 from kdata.pipelines.ray.workers import RayConfig
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer
+from kdata.teachers.sizing import ANY_WORK, Work
 
 
 class LocalConfig(Strict):
@@ -27,21 +30,29 @@ class LocalConfig(Strict):
 EngineConfig = Annotated[LocalConfig | RayConfig, Field(discriminator="kind")]
 
 
+def is_here(config: LocalConfig | RayConfig) -> bool:
+    """True where the teacher is loaded in this process, so that what it reads is better looked at first."""
+    return isinstance(config, LocalConfig)
+
+
 @contextmanager
-def open_engine(config: LocalConfig | RayConfig, teacher: TeacherConfig, *, max_k: int) -> Iterator[Engine]:
+def open_engine(
+    config: LocalConfig | RayConfig, teacher: TeacherConfig, *, max_k: int, work: Work = ANY_WORK
+) -> Iterator[Engine]:
     """Load a teacher where the settings say, and free it at the end.
 
     Args:
         max_k: largest k that will be asked for.
+        work: what the teacher is for, which decides how much memory it takes.
     Raises:
         KdataError: see `load_teacher`, `RayEngine`.
     """
     if isinstance(config, RayConfig):
-        with RayEngine(config, teacher, max_k=max_k) as engine:
+        with RayEngine(config, teacher, max_k=max_k, loader=partial(load_both, work=work)) as engine:
             yield engine
         return
     with console.status(f"loading the teacher ({teacher.backend})"):
-        loaded = load_teacher(teacher, max_k=max_k)
+        loaded = load_teacher(teacher, max_k=max_k, work=work)
     try:
         tokenizer = load_tokenizer(teacher.model, loaded.info.revision)
         yield LocalEngine(loaded, tokenizer, devices_of(teacher))

@@ -12,10 +12,11 @@ import platform
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from importlib.metadata import version
+from operator import or_
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, MismatchError, settings_difference
@@ -29,7 +30,7 @@ from kdata.observe.journal import Took, read_journal, took
 from kdata.observe.progress import RunStage, console
 from kdata.pipelines.builtin.builtin import builtin_reference, builtin_teacher, ensure_corpus
 from kdata.pipelines.builtin.corpus import CorpusFiles
-from kdata.pipelines.engine import open_engine
+from kdata.pipelines.engine import is_here, open_engine
 from kdata.pipelines.ray.workers import RayConfig
 from kdata.pipelines.recipe import BUILTIN, Recipe, TextConfig
 from kdata.pipelines.report.report import write_report
@@ -40,6 +41,7 @@ from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.url import cache_dir
 from kdata.teachers.config import TeacherConfig
+from kdata.teachers.engine_args import of_identity
 from kdata.trainer.evaluate import EvaluateConfig, evaluate
 from kdata.trainer.train import train
 
@@ -92,9 +94,37 @@ class Run:
     @cached_property
     def engine(self) -> Engine:
         """The loaded teacher: loaded once for generation and both captures."""
+        jobs, look = [self.capture_job("capture"), self.capture_job("heldout")], is_here(self.recipe.engine)
+        work = reduce(or_, [job.work(self.teacher_config, look=look) for job in jobs])
+        generating = self.generate_job()
+        if generating is not None:
+            work |= generating.work(self.teacher_config, look=look)
         return self._opened.enter_context(
-            open_engine(self.recipe.engine, self.teacher_config, max_k=self.recipe.keep.k)
+            open_engine(self.recipe.engine, self.teacher_config, max_k=self.recipe.keep.k, work=work)
         )
+
+    def generate_job(self) -> GenerateJob | None:
+        """What the teacher writes; None where the recipe leaves it out."""
+        stage = self.recipe.generate
+        if stage is None:
+            return None
+        prompts = self.corpus(stage.prompts, "prompts")
+        values = {
+            **self.recipe.keep.model_dump(),
+            **stage.model_dump(),
+            "prompts": prompts.model_dump(),
+            "seed": self.recipe.seed,
+        }
+        return GenerateJob(GenerateConfig(**values), Corpus(prompts))
+
+    def capture_job(self, name: Literal["capture", "heldout"]) -> CaptureJob:
+        """What the teacher reads: the corpus, or the held-out text."""
+        corpus = (
+            self.corpus(self.recipe.corpus, "corpus")
+            if name == "capture"
+            else self.corpus(self.recipe.heldout, "heldout")
+        )
+        return CaptureJob(self.recipe.capture_config(corpus, name), Corpus(corpus))
 
     def close_engine(self) -> None:
         """Free the teacher's memory; later stages do not need it."""
@@ -134,34 +164,20 @@ def prepare(run: Run) -> None:
 
 def run_generate(run: Run) -> None:
     """The teacher writes text from prompts."""
-    stage = run.recipe.generate
-    if stage is None:
-        return
-    prompts = run.corpus(stage.prompts, "prompts")
-    values = {
-        **run.recipe.keep.model_dump(),
-        **stage.model_dump(),
-        "prompts": prompts.model_dump(),
-        "seed": run.recipe.seed,
-    }
-    job = GenerateJob(GenerateConfig(**values), Corpus(prompts))
-    run_job(run.dataset_path, job, run.engine, log=run.log)
+    job = run.generate_job()
+    if job is not None:
+        run_job(run.dataset_path, job, run.engine, log=run.log)
 
 
 def run_capture(run: Run) -> None:
     """The teacher reads the corpus."""
-    _capture(run, run.dataset_path, run.corpus(run.recipe.corpus, "corpus"), "capture")
+    run_job(run.dataset_path, run.capture_job("capture"), run.engine, log=run.log)
 
 
 def run_heldout(run: Run) -> None:
     """The teacher reads the held-out text into a dataset of its own, which every student is measured on."""
-    _capture(run, run.heldout_path, run.corpus(run.recipe.heldout, "heldout"), "heldout")
+    run_job(run.heldout_path, run.capture_job("heldout"), run.engine, log=run.log)
     run.close_engine()
-
-
-def _capture(run: Run, root: Path, corpus: CorpusConfig, name: str) -> Dataset:
-    config = run.recipe.capture_config(corpus, name)
-    return run_job(root, CaptureJob(config, Corpus(corpus)), run.engine, log=run.log)
 
 
 def run_score(run: Run) -> None:
@@ -307,14 +323,23 @@ def open_run(recipe: Recipe, out: Path, resume: str) -> Run:
     if resume == "never":
         raise ConfigError(f"--resume never: {out} already holds a run; name another folder with --out")
     before = json.loads(path.read_text())
-    # The engine changes how long a run takes, not its results.
-    difference = settings_difference({**before["settings"], "engine": None}, {**settings, "engine": None})
+    difference = settings_difference(_that_matter(before["settings"]), _that_matter(settings))
     if difference:
         raise MismatchError(
             f"{out} holds a run with other settings (before -> now):\n{difference}\n"
             "Use the former settings to continue it, or name another folder with --out."
         )
     return Run(recipe, out, before["seconds"])
+
+
+def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that change results: not the engine, and not the memory that a teacher takes."""
+
+    def of(teacher: dict[str, Any]) -> dict[str, Any]:
+        own = {key: value for key, value in teacher.items() if key not in ("kv_cache_gib", "memory_fraction")}
+        return own | {"engine_args": of_identity(teacher.get("engine_args") or {})}
+
+    return {**settings, "engine": None, **{key: of(settings[key]) for key in ("teacher", "reference")}}
 
 
 def _write_state(run: Run) -> None:

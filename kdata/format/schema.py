@@ -112,6 +112,22 @@ class TeacherInfo(Contract):
     dtype: str = Field(description="Arithmetic of the forward pass.")
     logprobs: str = Field(description="What the recorded numbers are: raw log-softmax at temperature 1.")
     deterministic: bool = Field(description="True: a work unit submitted again gives the same bytes.")
+    engine_args: dict[str, Any] | None = Field(
+        None,
+        exclude_if=lambda args: args is None,
+        description="Arguments of vLLM's engine that change numbers, such as quantization; the key is absent without any.",
+    )
+    speed_args: dict[str, Any] | None = Field(
+        None,
+        exclude_if=lambda args: args is None,
+        description="Arguments of vLLM's engine that change speed and memory only; no part of the identity; absent without "
+        "any.",
+    )
+    lora_hash: str | None = Field(
+        None,
+        exclude_if=lambda digest: digest is None,
+        description="SHA-256 over the config and weights of the LoRA adapter; the key is absent without one.",
+    )
     members: list[MemberInfo] | None = Field(
         None,
         exclude_if=lambda members: members is None,
@@ -169,13 +185,17 @@ class DatasetInfo(Contract):
     sources: dict[str, SourceInfo] = Field(description="Work that wrote rows, by name.")
     identity_digest: str = Field(
         alias="fingerprint",
-        description="SHA-256 of the identity: everything but `sources`, `tokenizer_files`, `fingerprint` and `digest`.",
+        description="SHA-256 of the identity: everything but `sources`, `tokenizer_files`, `teacher.speed_args`, "
+        "`fingerprint` and `digest`.",
     )
     digest: str = Field("", description="SHA-256 of everything else in the file: finds a damaged byte.")
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same for as long as rows are added."""
-        return self.model_dump(exclude={"sources", "tokenizer_files", "identity_digest", "digest"})
+        content = self.model_dump(exclude={"sources", "tokenizer_files", "identity_digest", "digest"})
+        for teacher in (content["teacher"], *(m["teacher"] for m in content["teacher"].get("members", []))):
+            teacher.pop("speed_args", None)
+        return content
 
 
 class CodecError(Contract):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,12 +27,14 @@ from kdata.format.keep import KeepConfig
 from kdata.format.records import Reject, UnitResult, inputs_digest
 from kdata.format.schema import SourceInfo
 from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
+from kdata.jobs.longest import UNLIMITED, work_of
 from kdata.jobs.payloads import InputSequence
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
-from kdata.teachers.model import load_tokenizer
+from kdata.teachers.model import check_model, load_tokenizer
+from kdata.teachers.sizing import Work
 from kdata.teachers.windows import each
 
 
@@ -127,7 +130,8 @@ def capture(
         DataError: empty corpus, duplicate id.
     """
     corpus = Corpus(config.corpus)
-    teacher = load_teacher(teacher_config, max_k=config.k)
+    job = CaptureJob(config, corpus)
+    teacher = load_teacher(teacher_config, max_k=config.k, work=job.work(teacher_config))
     try:
         return capture_with(root, teacher, teacher_config, corpus, config, resume=resume, log=log)
     finally:
@@ -168,6 +172,27 @@ class CaptureJob:
     def total(self) -> int | None:
         """Documents in all; None where that is not known."""
         return self._corpus.num_rows
+
+    def work(self, teacher: TeacherConfig, *, look: bool = True) -> Work:
+        """What the teacher is loaded for; `look`: at the texts, and not at the settings alone.
+
+        Raises as `check_model` and `load_tokenizer`.
+        """
+        if not look:
+            return Work(self.config.max_tokens, writes=False)
+        check_model(teacher, max_k=self.keep.k)
+        limit, chats = self.config.max_tokens or UNLIMITED, self.config.corpus.messages_column is not None
+
+        @cache
+        def sequences_of() -> SequencesOf:
+            tokenizer = load_tokenizer(teacher.model, teacher.revision)
+            return (_chats if chats else _texts)(tokenizer, self.config, limit)
+
+        def tokens_of(document: Document) -> int:
+            sequences = sequences_of()(document)
+            return max((len(s.token_ids) for s in sequences if isinstance(s, InputSequence)), default=0)
+
+        return work_of(self._corpus, teacher, tokens_of, writes=False)
 
     def source(self, facts: TeacherFacts) -> SourceInfo:
         """The settings that determine the rows."""

@@ -27,6 +27,7 @@ from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer, tokenizer_info
+from kdata.teachers.sizing import Work
 
 
 def reread(
@@ -50,7 +51,8 @@ def reread(
         ConfigError: a row is longer than the teacher can read.
         DataError: the dataset is not complete.
     """
-    teacher = load_teacher(teacher_config, max_k=keep_like(dataset, None, settings).k)
+    max_k = keep_like(dataset, None, settings).k
+    teacher = load_teacher(teacher_config, max_k=max_k, work=work_on(dataset))
     try:
         tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
         engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
@@ -100,6 +102,11 @@ def keep_like(dataset: Dataset, teacher: TeacherInfo | None, settings: Mapping[s
         who = json_digest([teacher.model, teacher.revision, teacher.weights_hash])
         own["draw_seed"] = int(who[:8], 16)
     return parse_config(KeepConfig, {**own, **(settings or {})}, "reread settings")
+
+
+def work_on(dataset: Dataset) -> Work:
+    """What a teacher is loaded for that reads the rows of a dataset."""
+    return Work(max(dataset.index(["num_tokens"])["num_tokens"].to_pylist(), default=0), writes=False)
 
 
 class RereadJob:

@@ -23,6 +23,7 @@ from kdata.teachers.base import OnTokens, Teacher
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer, tokenizer_info
+from kdata.teachers.sizing import Work
 
 
 class ScoreConfig(Strict):
@@ -49,9 +50,9 @@ def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> 
             f"{config.model.model} has another tokenizer ({own[:12]}) than the dataset "
             f"({dataset.info.tokenizer.hash[:12]}); a per-token score needs the same one"
         )
-    model = load_teacher(config.model, max_k=1)
+    longest = max(dataset.index(["num_tokens"])["num_tokens"].to_pylist(), default=0)
+    model = load_teacher(config.model, max_k=1, work=Work(longest, writes=False))
     try:
-        longest = max(dataset.index(["num_tokens"])["num_tokens"].to_pylist(), default=0)
         if longest > model.context:
             raise ConfigError(
                 f"the dataset has a sequence of {longest:,} tokens, {config.model.model} reads at most {model.context:,}; "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from kdata.format.keep import KeepConfig
 from kdata.format.records import Record, Reject, UnitResult, inputs_digest
 from kdata.format.schema import SourceInfo
 from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
+from kdata.jobs.longest import work_of
 from kdata.jobs.payloads import InputSequence
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import Completion, OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.load import load_teacher
-from kdata.teachers.model import load_tokenizer
+from kdata.teachers.model import check_model, load_tokenizer
+from kdata.teachers.sizing import ANY_WORK, Work
 from kdata.teachers.windows import each
 
 
@@ -100,7 +103,8 @@ def generate(
 ) -> Dataset:
     """Write text from prompts and add it to the dataset at `root` (created if needed). Errors as in `capture`."""
     prompts = Corpus(config.prompts)
-    teacher = load_teacher(teacher_config, max_k=config.k)
+    job = GenerateJob(config, prompts)
+    teacher = load_teacher(teacher_config, max_k=config.k, work=job.work(teacher_config))
     try:
         return generate_with(root, teacher, teacher_config, prompts, config, resume=resume, log=log)
     finally:
@@ -141,6 +145,26 @@ class GenerateJob:
     def total(self) -> int | None:
         """Prompts in all; None where that is not known."""
         return self._prompts.num_rows
+
+    def work(self, teacher: TeacherConfig, *, look: bool = True) -> Work:
+        """What the teacher is loaded for; `look`: at the prompts, and not at the settings alone.
+
+        Raises as `check_model` and `load_tokenizer`.
+        """
+        if not look:
+            return ANY_WORK
+        check_model(teacher, max_k=self.keep.k)
+
+        @cache
+        def prompt_of() -> Callable[[Document], Prompt | Reject]:
+            tokenizer = load_tokenizer(teacher.model, teacher.revision)
+            return _chats(tokenizer, self.config) if self.config.prompts.messages_column else _texts(tokenizer)
+
+        def tokens_of(document: Document) -> int:
+            prompt = prompt_of()(document)
+            return 0 if isinstance(prompt, Reject) else len(prompt.token_ids)
+
+        return work_of(self._prompts, teacher, tokens_of, writes=True, more=self.config.sampling.max_tokens)
 
     def source(self, facts: TeacherFacts) -> SourceInfo:
         """The settings that determine the rows."""

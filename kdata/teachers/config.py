@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from kdata.config import Strict
 from kdata.errors import ConfigError
 from kdata.format.keep import KeepConfig
+from kdata.teachers.engine_args import refuse_engine_args
 
 
 class ServerConfig(Strict):
@@ -31,12 +32,12 @@ class ServerConfig(Strict):
     retries: int = Field(
         5,
         ge=0,
-        description="Times that a request is sent again after a server lost it; more often, and it is at fault itself.",
+        description="Times that a request is sent again after a server lost it; after that the request counts as failed.",
     )
     patience_sec: float = Field(
         600.0,
         gt=0,
-        description="Seconds without any endpoint that answers before the run is forms up; a restart takes minutes.",
+        description="Seconds that no endpoint answers before the run gives up; the restart of a server takes minutes.",
     )
     tolerance_nats: float = Field(
         0.1, gt=0, description="Largest mean difference of two endpoints' log-probabilities of the same tokens."
@@ -82,12 +83,28 @@ class TeacherConfig(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="Arithmetic of the forward pass; auto takes the checkpoint's."
     )
-    context: int | None = Field(None, gt=1, description="Longest sequence in tokens; null takes the model's own limit.")
-    tensor_parallel: int = Field(1, ge=1, description="GPUs that one copy of the model is spread over (vllm).")
-    memory_fraction: float = Field(
-        0.9, gt=0, le=1, description="Share of a GPU's memory that vLLM may take, its two engines together."
+    context: int | None = Field(
+        None,
+        gt=1,
+        description="Longest sequence in tokens; null takes the model's own limit. vLLM itself is given the length of the "
+        "longest sequence that it will read or write, so a large limit takes no memory.",
     )
-    kv_cache_gib: int = Field(1, ge=1, description="Memory for the key-value cache on a CPU, in GiB (vllm).")
+    lora: str | None = Field(
+        None, description="Folder of a LoRA adapter that the model is read and written with (vllm); null: none."
+    )
+    engine_args: dict[str, Any] = Field(
+        {},
+        description="Further arguments of vLLM's engine by their own names, for instance quantization: fp8 (vllm). Refused: "
+        "what other settings decide, and what would run code from elsewhere.",
+    )
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that one copy of the model is spread over (vllm).")
+    memory_fraction: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory that vLLM may take.")
+    kv_cache_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Memory for the key-value cache in GiB (vllm). null: on a CPU sized by the longest sequence and the free "
+        "memory, on a GPU what memory_fraction leaves.",
+    )
     batch_tokens: int = Field(8192, ge=1, description="Tokens per forward pass of the transformers backend.")
     logits_gib: float = Field(
         2.0,
@@ -103,6 +120,15 @@ class TeacherConfig(Strict):
                 if self.server is None
                 else f"server.endpoints would be ignored by backend {self.backend}; use vllm-server"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine(self) -> TeacherConfig:
+        for name in ("engine_args", "lora"):
+            if self.backend != "vllm" and getattr(self, name):
+                remedy = "start the server with it" if self.backend == "vllm-server" else "use backend vllm"
+                raise ValueError(f"{name} would be ignored by backend {self.backend}; {remedy}")
+        refuse_engine_args(self.engine_args)
         return self
 
 

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kdata.errors import DependencyError
 from kdata.teachers.base import Teacher
 from kdata.teachers.config import TeacherConfig
+from kdata.teachers.engine_args import check_known, lora_rank
 from kdata.teachers.model import check_model
+from kdata.teachers.sizing import ANY_WORK, Work, model_size, plan_memory
 
 
-def load_teacher(config: TeacherConfig, *, max_k: int) -> Teacher:
+def load_teacher(config: TeacherConfig, *, max_k: int, work: Work = ANY_WORK) -> Teacher:
     """Load a teacher.
 
     Args:
         config: which one.
         max_k: largest k that will be asked for.
+        work: what it is for, which decides how much memory it takes.
     Raises:
         DependencyError: the backend's package is not installed.
         MissingError: the model does not exist, or its folder lacks a file.
-        ConfigError: the model cannot do what `config` asks for.
+        ConfigError: the model cannot do what `config` asks for, or does not fit the memory.
     """
     check_model(config, max_k=max_k)
+    check_known(config.engine_args)
+    if config.lora is not None:
+        lora_rank(Path(config.lora))
+    folder = Path(config.model)
+    if config.backend != "vllm-server" and (folder / "config.json").is_file():
+        size = model_size(folder, config)
+        if size is not None:
+            plan_memory(config, size, work)
     try:
         if config.backend == "vllm":
             from kdata.teachers.vllm import VllmTeacher
 
-            return VllmTeacher(config, max_k=max_k)
+            return VllmTeacher(config, max_k=max_k, work=work)
         if config.backend == "vllm-server":
             from kdata.teachers.server import ServedTeacher
 

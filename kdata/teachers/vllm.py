@@ -37,8 +37,10 @@ import torch
 import vllm
 from vllm import LLM, SamplingParams
 from vllm.config import PoolerConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.sample.logits_processor import LogitsProcessor
@@ -49,9 +51,11 @@ from kdata.format.keep import KeepConfig
 from kdata.format.schema import TeacherInfo
 from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens, readout_from_top
 from kdata.teachers.config import SamplingConfig, TeacherConfig
+from kdata.teachers.engine_args import lora_hash, lora_rank, of_identity, of_speed
 from kdata.teachers.head import Head, is_known, load_head
 from kdata.teachers.model import model_identity
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_chunks
+from kdata.teachers.sizing import ANY_WORK, STEP_TOKENS, MemoryPlan, Work, model_size, plan_memory
 from kdata.teachers.tape import KEY, TAPES, Tape
 from kdata.teachers.windows import ENTRY_BYTES, GIB, by_windows, rows_per_step, windows
 
@@ -59,8 +63,7 @@ from kdata.teachers.windows import ENTRY_BYTES, GIB, by_windows, rows_per_step, 
 # summation (measured 4e-5), 16-bit types by their rounding.
 PARITY_NATS = {"float32": 2e-3, "float16": 0.05, "bfloat16": 0.25}
 PARITY_ROWS, PARITY_TOKENS = 4, 128
-# Tokens of one step of the engine: at most (its own defaults), and at least, whatever the vocabulary.
-STEP_TOKENS, MIN_STEP_TOKENS = {"cpu": 4096, "cuda": 16384}, 256
+MIN_STEP_TOKENS = 256  # of one step of the engine, whatever the vocabulary
 WINDOW_TOKENS = 8192  # two steps of the engine: short enough that reducing the last window is no long wait
 WINDOW_GIB = 0.5  # of what a window of sequences leaves in memory before it is reduced: log-probabilities, or states
 
@@ -68,15 +71,19 @@ WINDOW_GIB = 0.5  # of what a window of sequences leaves in memory before it is 
 class VllmTeacher:
     """The offline engine. See `Teacher`."""
 
-    def __init__(self, config: TeacherConfig, *, max_k: int) -> None:
-        self._config, self._max_k = config, max_k
+    def __init__(self, config: TeacherConfig, *, max_k: int, work: Work = ANY_WORK) -> None:
+        self._config, self._max_k, self._work = config, max_k, work
         self._name, self._commit, weights_hash = model_identity(config)
         self._on_cpu = not torch.cuda.is_available()
         self._agreed = False
-        if self._on_cpu:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
+        self._both = False  # two engines at a time
         logging.getLogger("vllm").setLevel(logging.ERROR)
-        model_config = (self._reader if config.path == "hidden" else self._writer).llm_engine.model_config
+        if self._on_cpu and "enable_chunked_prefill" in config.engine_args:
+            raise ConfigError("engine_args.enable_chunked_prefill: on a CPU prompts are read whole; leave it away")
+        self._lora = None
+        if config.lora is not None:
+            self._lora = LoRARequest("teacher.lora", 1, str(Path(config.lora).resolve()))
+        model_config = self._model_config()
         self.vocab_size: int = model_config.get_vocab_size()
         # Reading needs one step of the engine, and that step a place: one token less than the model's own limit.
         self.context: int = model_config.max_model_len - 1
@@ -89,8 +96,35 @@ class VllmTeacher:
             backend_version=vllm.__version__,
             dtype=dtype,
             logprobs="raw log-softmax at temperature 1",
-            deterministic=self._on_cpu and dtype == "float32",
+            deterministic=self._on_cpu and dtype == "float32" and not config.engine_args,
+            engine_args=of_identity(config.engine_args),
+            speed_args=of_speed(config.engine_args),
+            lora_hash=None if config.lora is None else lora_hash(Path(config.lora)),
         )
+        self._size = model_size(self._folder, config)
+        self._plan = self._planned()
+        _ = self._writer  # loaded now, so that a model that cannot be loaded is not taken for rows that cannot be read
+
+    def _model_config(self) -> Any:
+        """What vLLM makes of the model's configuration; no weights are read."""
+        with self._loading_errors():
+            length: dict[str, Any] = {"max_model_len": self._config.context}  # None: the model's own
+            return EngineArgs(**length, **self._arguments).create_model_config()
+
+    def _planned(self) -> MemoryPlan:
+        """Memory for the work at hand. Of a model whose files do not say what it takes: as much as settings allow."""
+        if self._size is None:
+            kv_cache = int((self._config.kv_cache_gib or 1) * GIB) if self._on_cpu else None
+            return MemoryPlan(self.context + 1, kv_cache, {}, 0, 0, two_fit=False)
+        return plan_memory(self._config, self._size, self._work, limit=self.context + 1)
+
+    def _make_room(self, longest: int) -> None:
+        """Load the engine anew where a sequence is longer than what it was loaded for, and the model can take more."""
+        if longest < self._plan.length or self._plan.length > self.context:
+            return
+        self._drop_engines()
+        self._work = Work(min(max(longest, 2 * self._plan.length), self.context), self._work.writes)
+        self._plan = self._planned()
 
     @cached_property
     def _writer(self) -> LLM:
@@ -99,14 +133,15 @@ class VllmTeacher:
         For log-probabilities of a prompt it builds float32 [rows, V] outside of its own memory planning, as many rows as it
         takes tokens in a step: that number is bounded here.
         """
-        vocab_size, longest = self._sizes
-        rows = rows_per_step(vocab_size, self._config.logits_gib)
+        longest = self._plan.length - 1
+        rows = rows_per_step(self.vocab_size, self._config.logits_gib)
         step = min(max(rows, MIN_STEP_TOKENS), STEP_TOKENS["cpu" if self._on_cpu else "cuda"])
         reads = self._config.path == "logprobs" or not self._head_is_known
         if self._on_cpu and reads and longest > max(rows, MIN_STEP_TOKENS):
             raise ConfigError(
-                f"log-probabilities of {longest:,} tokens at {vocab_size:,} ids need more than logits_gib="
-                f"{self._config.logits_gib:g}; set teacher.context to {max(rows, MIN_STEP_TOKENS):,}, or raise logits_gib"
+                f"log-probabilities of {longest:,} tokens at {self.vocab_size:,} ids need more than logits_gib="
+                f"{self._config.logits_gib:g}; set max_tokens or teacher.context to {max(rows, MIN_STEP_TOKENS):,}, or raise "
+                "teacher.logits_gib"
             )
         return self._engine(
             max_logprobs=self._max_k, logprobs_mode="raw_logprobs", max_num_batched_tokens=step,
@@ -121,41 +156,53 @@ class VllmTeacher:
         return self._engine(runner="pooling", pooler_config=pooler, max_num_batched_tokens=step)
 
     @cached_property
-    def _sizes(self) -> tuple[int, int]:
-        """Rows of the head and the longest sequence, from the model's configuration: known before an engine is."""
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self._config.model, revision=self._commit, trust_remote_code=False)
-        text = config.get_text_config()
-        return int(text.vocab_size), int(self._config.context or text.max_position_embeddings)
+    def _arguments(self) -> dict[str, Any]:
+        """Arguments that every engine gets."""
+        config, arguments = self._config, {}
+        if config.lora is not None:
+            arguments = {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(Path(config.lora))}
+        return {
+            "model": config.model,
+            "revision": self._commit,
+            "tokenizer_revision": self._commit,
+            "dtype": config.dtype,
+            "tensor_parallel_size": config.tensor_parallel,
+            "enable_prefix_caching": False,
+            "enforce_eager": self._on_cpu,
+            "trust_remote_code": False,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+            "seed": 0,
+            **arguments,
+            **config.engine_args,
+        }
 
     def _engine(self, **options: Any) -> LLM:
+        """Load an engine. The other one is freed first, unless both are wanted: one copy of the weights at a time."""
         _quiet_llvmlite()
-        config = self._config
+        if not self._both:
+            self._drop_engines()
         if self._on_cpu:
             # Prompts whole, never in pieces: a row then does not depend on its neighbours, and vLLM 0.32 fails at seeded
             # prompts in pieces ("CPU Generator does not use offset"). A step must hold the longest one.
             options["enable_chunked_prefill"] = False
-            options["max_num_batched_tokens"] = max(options["max_num_batched_tokens"], self._sizes[1])
-        try:
+            options["max_num_batched_tokens"] = max(options["max_num_batched_tokens"], self._plan.length)
+        with self._loading_errors():
             return LLM(
-                model=config.model,
-                revision=self._commit,
-                tokenizer_revision=self._commit,
-                dtype=config.dtype,
-                max_model_len=config.context,
-                tensor_parallel_size=config.tensor_parallel,
-                gpu_memory_utilization=config.memory_fraction / (1 if config.path == "logprobs" else 2),
-                enable_prefix_caching=False,
-                enforce_eager=self._on_cpu,
-                trust_remote_code=False,
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
-                seed=0,
-                **options,
+                max_model_len=self._plan.length,
+                gpu_memory_utilization=self._config.memory_fraction / (2 if self._both else 1),
+                kv_cache_memory_bytes=self._plan.kv_cache,
+                **{**options, **self._arguments},
             )
+
+    @contextmanager
+    def _loading_errors(self) -> Iterator[None]:
+        """What vLLM says of a model that it cannot load, on one line."""
+        try:
+            yield
         except (ValueError, RuntimeError, OSError) as error:
-            raise TeacherError(f"vLLM cannot load {config.model!r}: {error}") from error
+            text = " ".join(str(error).split())
+            raise TeacherError(f"vLLM cannot load {self._config.model!r}: {text}") from error
 
     @cached_property
     def _head_is_known(self) -> bool:
@@ -184,6 +231,7 @@ class VllmTeacher:
         self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
     ) -> list[Readout]:
         """Read sequences, a window of them at a time; see `Teacher.read`."""
+        self._make_room(max((len(ids) for ids in sequences), default=0))
         if self._path(keep) == "logprobs":
             tokens = int(WINDOW_GIB * GIB / ENTRY_BYTES) // (keep.k + 1)
             return by_windows(
@@ -236,7 +284,9 @@ class VllmTeacher:
         for group in windows([len(ids) for ids in sequences], tokens):
             prompts = [TokensPrompt(prompt_token_ids=sequences[i].tolist()) for i in group]
             with self._engine_errors():
-                outputs = self._reader.encode(prompts, pooling_task="token_embed", use_tqdm=False)
+                outputs = self._reader.encode(
+                    prompts, pooling_task="token_embed", use_tqdm=False, lora_request=self._lora
+                )
             wait(under_way)
             under_way = [
                 self._reducers.submit(self._reduce, sequences[i], output.outputs.data, keep, on_tokens)
@@ -273,7 +323,10 @@ class VllmTeacher:
         return pool
 
     def _check_parity(self, sequences: Sequence[np.ndarray]) -> None:
-        """Read a few rows both ways. Raises TeacherError where they disagree by more than the arithmetic explains."""
+        """Read a few rows both ways: with the engine of log-probabilities, and then with that of hidden states.
+
+        Raises TeacherError where they disagree by more than the arithmetic explains.
+        """
         rows = [ids[:PARITY_TOKENS] for ids in sequences if len(ids) > 1][:PARITY_ROWS]
         keep = KeepConfig(kind="topk", k=min(8, self._max_k))
         pairs = zip(self._read_logprobs(rows, keep), self._read_hidden(rows, keep), strict=True)
@@ -299,7 +352,10 @@ class VllmTeacher:
         Draws and the like come from the rows that the engine samples from (`kdata/teachers/tape.py`): 1.5 times as fast as to
         read what was written once more (`tests/benchmarks/generate.py`).
         """
+        self._make_room(min(max((len(p) for p in prompts), default=0) + sampling.max_tokens, self.context))
         path = self._writing_path(keep, sampling)
+        if path == "read" or "_reader" in self.__dict__:
+            self._keep_both()
         room = [min(sampling.max_tokens, self.context - len(prompt)) for prompt in prompts]
         # Log-probabilities are large while they are Python's; whatever else is kept is small.
         entries = int(WINDOW_GIB * GIB / ENTRY_BYTES)
@@ -309,6 +365,13 @@ class VllmTeacher:
             some, own_seeds = [np.asarray(prompts[i], np.int32) for i in group], [seeds[i] for i in group]
             completions |= zip(group, self._write(some, keep, sampling, own_seeds, path, on_tokens), strict=True)
         return [completions[number] for number in range(len(prompts))]
+
+    def _keep_both(self) -> None:
+        """Reading and writing take turns: from now on both engines stay loaded, where there is room for two."""
+        if self._plan.two_fit and not self._both:
+            if not self._on_cpu:
+                self._drop_engines()  # each gets half of the GPU's memory
+            self._both = True
 
     def _writing_path(self, keep: KeepConfig, sampling: SamplingConfig) -> str:
         """logprobs: in the same pass, the engine's top k. tape: in the same pass, everything. read: read again."""
@@ -407,7 +470,7 @@ class VllmTeacher:
         """What `LLM.generate` does, with a count of tokens on the way: those written, or those of prompts that were read."""
         prompts = [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in sequences]
         with self._engine_errors():
-            self._writer.enqueue(prompts, params, use_tqdm=False)
+            self._writer.enqueue(prompts, params, use_tqdm=False, lora_request=self._lora)
             engine, counted, ended = self._writer.llm_engine, 0, 0
             outputs: list[Any] = []
             while engine.has_unfinished_requests():
@@ -421,9 +484,13 @@ class VllmTeacher:
             return sorted(outputs, key=lambda output: int(output.request_id))
 
     def _drop_engines(self) -> None:
+        """Shut the engines down and free their memory."""
         for name in ("_writer", "_reader"):
             if name in self.__dict__:
                 self.__dict__.pop(name).llm_engine.engine_core.shutdown()
+                gc.collect()
+                if not self._on_cpu:
+                    torch.cuda.empty_cache()
 
     @contextmanager
     def _engine_errors(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from kdata.jobs.combine import CombineConfig
 from kdata.jobs.combine import combine as combine_datasets
 from kdata.jobs.job import run_job
 from kdata.jobs.reading import CaptureConfig, CaptureJob
-from kdata.jobs.reread import keep_like, reread_with
+from kdata.jobs.reread import keep_like, reread_with, work_on
 from kdata.jobs.writing import GenerateConfig, GenerateJob
 from kdata.pipelines.cli.common import (
     BackendOption,
@@ -35,7 +35,7 @@ from kdata.pipelines.cli.common import (
     teacher_config,
     with_settings,
 )
-from kdata.pipelines.engine import LocalConfig, open_engine
+from kdata.pipelines.engine import LocalConfig, is_here, open_engine
 from kdata.pipelines.ray.workers import RayConfig
 from kdata.share.interchange.importer import ImportConfig, import_dataset
 from kdata.store.url import is_url
@@ -108,7 +108,7 @@ def capture(
     who, where = teacher_config(values, teacher, backend), engine_config(values, engine)
     config = parse_config(CaptureConfig, values, "capture settings")
     place, job = folder_or_url(dataset), CaptureJob(config, Corpus(config.corpus))
-    with open_engine(where, who, max_k=config.k) as opened:
+    with open_engine(where, who, max_k=config.k, work=job.work(who, look=is_here(where))) as opened:
         say_rows(run_job(place, job, opened, resume=resume.value))
 
 
@@ -146,7 +146,7 @@ def generate(
     who, where = teacher_config(values, teacher, backend), engine_config(values, engine)
     config = parse_config(GenerateSettings, values, "generate settings")
     place, job = folder_or_url(dataset), GenerateJob(config, Corpus(config.prompts))
-    with open_engine(where, who, max_k=config.k) as opened:
+    with open_engine(where, who, max_k=config.k, work=job.work(who, look=is_here(where))) as opened:
         say_rows(run_job(place, job, opened, resume=resume.value))
 
 
@@ -169,7 +169,7 @@ def reread(
     values = with_settings(given(kind=kind, k=k, num_draws=num_draws), set)
     who, where = teacher_config(values, teacher, backend), engine_config(values, engine)
     place, opened = folder_or_url(target), kdata.open(dataset)
-    with open_engine(where, who, max_k=keep_like(opened, None, values).k) as at_work:
+    with open_engine(where, who, max_k=keep_like(opened, None, values).k, work=work_on(opened)) as at_work:
         say_rows(reread_with(place, at_work, opened, values, resume=resume.value))
 
 

@@ -26,14 +26,15 @@ from kdata.teachers.config import TeacherConfig
 from kdata.teachers.environment import set_environment
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer, tokenizer_info
+from kdata.teachers.sizing import ANY_WORK, Work
 
 Loader = Callable[[TeacherConfig, int], tuple[Teacher, Any]]
 
 
-def load_both(config: TeacherConfig, max_k: int) -> tuple[Teacher, Any]:
-    """A teacher and its tokenizer. Errors as in `load_teacher` and `load_tokenizer`."""
+def load_both(config: TeacherConfig, max_k: int, work: Work = ANY_WORK) -> tuple[Teacher, Any]:
+    """A teacher, loaded for this work, and its tokenizer. Errors as in `load_teacher` and `load_tokenizer`."""
     set_environment()  # nothing has imported torch in this process yet
-    teacher = load_teacher(config, max_k=max_k)
+    teacher = load_teacher(config, max_k=max_k, work=work)
     return teacher, load_tokenizer(config.model, teacher.info.revision)
 
 
