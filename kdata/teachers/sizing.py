@@ -318,9 +318,8 @@ def plan_memory(config: TeacherConfig, size: ModelSize, work: Work, *, limit: in
         free = free_memory()[0]
         parts["the program"] = PROGRAM_BYTES[config.backend]
         fixed += parts["the program"]
-    needed = fixed + max(
-        logits, head
-    )  # one after the other: the engine of log-probabilities, then that of hidden states
+    # One after the other: the engine of log-probabilities, and then that of hidden states.
+    needed = fixed + max(logits, head)
     spare = free - needed
     if spare < 0:
         raise ConfigError(_does_not_fit(config, parts, needed, free, length, "GPU" if gpu else "machine"))
@@ -346,7 +345,7 @@ def _does_not_fit(config: TeacherConfig, parts: dict[str, int], needed: int, fre
     """The numbers, and the setting that helps."""
     numbers = ", ".join(f"{name} {gib(value)}" for name, value in parts.items())
     cache = next((value for name, value in parts.items() if name.startswith("KV cache")), 0)
-    if needed - cache < free:
+    if needed - cache < free and cache > needed // 10:
         room = int(length * (free - needed + cache) / cache)
         remedy = f"lower max_tokens or teacher.context (about {room:,} tokens fit)"
     elif config.path == "logprobs" and needed - parts["logits of a step"] < free:
