@@ -10,10 +10,11 @@ import heapq
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 from kdata.corpus.corpus import Corpus, Document
 from kdata.teachers.config import TeacherConfig
-from kdata.teachers.sizing import ANY_WORK, Work
+from kdata.teachers.sizing import ANY_WORK, Work, model_size
 
 LARGEST = 32  # texts that are encoded
 LOOK_SEC = 20.0  # longest look at a corpus; what comes later is not looked at
@@ -23,32 +24,42 @@ SLACK = 16  # tokens: a special token more is no reason to load the engine again
 
 
 def work_of(
-    corpus: Corpus, teacher: TeacherConfig, tokens_of: Callable[[Document], int], *, writes: bool, more: int = 0
+    corpus: Corpus,
+    teacher: TeacherConfig,
+    encoder: Callable[[], Callable[[Document], list[int]]],
+    *,
+    writes: bool,
+    more: int = 0,
 ) -> Work:
     """What a teacher is loaded for.
 
     Args:
-        tokens_of: tokens of the longest sequence that a document becomes.
+        encoder: loads the tokenizer; returns a function that has the tokens of each sequence that a document becomes.
         writes: the teacher writes, rather than reads.
         more: tokens that it may write.
     """
-    if not is_sized(teacher):
+    if teacher.backend != "vllm" or find_spec("vllm") is None:
         return ANY_WORK
-    longest = max((_tokens(document, tokens_of) for document in _largest(corpus)), default=0)
+    documents, lengths_of = _largest(corpus), encoder()
+    longest = 0
+    for document in documents:
+        longest = max(longest, UNLIMITED if characters(document) > HUGE else max(lengths_of(document), default=0))
     return Work(longest + more + SLACK, writes)
 
 
-def is_sized(teacher: TeacherConfig) -> bool:
-    """True where the length matters: the engine runs in this process, and can run."""
-    return teacher.backend == "vllm" and find_spec("vllm") is not None
+def model_limit(teacher: TeacherConfig) -> int | None:
+    """The longest sequence that a teacher reads, as the settings or else config.json say; None where neither is here."""
+    limit = teacher.context
+    if limit is None and (Path(teacher.model) / "config.json").is_file():
+        size = model_size(Path(teacher.model), teacher)
+        limit = None if size is None else size.longest
+    # vLLM writes a token after what it reads, and that needs a place.
+    return limit if limit is None or teacher.backend == "transformers" else limit - 1
 
 
-def _size(document: Document) -> int:
+def characters(document: Document) -> int:
+    """Characters of a text, or of all of a chat."""
     return len(document.chat.content if document.chat else document.text)
-
-
-def _tokens(document: Document, tokens_of: Callable[[Document], int]) -> int:
-    return UNLIMITED if _size(document) > HUGE else tokens_of(document)
 
 
 def _largest(corpus: Corpus) -> list[Document]:
@@ -61,4 +72,4 @@ def _largest(corpus: Corpus) -> list[Document]:
             if time.monotonic() > end:
                 return
 
-    return heapq.nlargest(LARGEST, seen(), key=_size)
+    return heapq.nlargest(LARGEST, seen(), key=characters)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ from kdata.format.keep import KeepConfig
 from kdata.format.records import Reject, UnitResult, inputs_digest
 from kdata.format.schema import SourceInfo
 from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
-from kdata.jobs.longest import UNLIMITED, work_of
+from kdata.jobs.longest import UNLIMITED, model_limit, work_of
 from kdata.jobs.payloads import InputSequence
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
@@ -181,18 +180,16 @@ class CaptureJob:
         if not look:
             return Work(self.config.max_tokens, writes=False)
         check_model(teacher, max_k=self.keep.k)
-        limit, chats = self.config.max_tokens or UNLIMITED, self.config.corpus.messages_column is not None
+        return work_of(self._corpus, teacher, lambda: self.lengths_of(teacher), writes=False)
 
-        @cache
-        def sequences_of() -> SequencesOf:
-            tokenizer = load_tokenizer(teacher.model, teacher.revision)
-            return (_chats if chats else _texts)(tokenizer, self.config, limit)
-
-        def tokens_of(document: Document) -> int:
-            sequences = sequences_of()(document)
-            return max((len(s.token_ids) for s in sequences if isinstance(s, InputSequence)), default=0)
-
-        return work_of(self._corpus, teacher, tokens_of, writes=False)
+    def lengths_of(self, teacher: TeacherConfig) -> Callable[[Document], list[int]]:
+        """How many tokens the sequences of a document have. Raises as `load_tokenizer`, and TooLongError where texts do."""
+        chats = self.config.corpus.messages_column is not None
+        limit = self.config.max_tokens or model_limit(teacher) or UNLIMITED
+        sequences_of = (_chats if chats else _texts)(
+            load_tokenizer(teacher.model, teacher.revision), self.config, limit
+        )
+        return lambda document: [len(s.token_ids) for s in sequences_of(document) if isinstance(s, InputSequence)]
 
     def source(self, facts: TeacherFacts) -> SourceInfo:
         """The settings that determine the rows."""

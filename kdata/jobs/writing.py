@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -154,17 +153,21 @@ class GenerateJob:
         if not look:
             return ANY_WORK
         check_model(teacher, max_k=self.keep.k)
+        more = self.config.sampling.max_tokens
+        return work_of(self._prompts, teacher, lambda: self.lengths_of(teacher), writes=True, more=more)
 
-        @cache
-        def prompt_of() -> Callable[[Document], Prompt | Reject]:
-            tokenizer = load_tokenizer(teacher.model, teacher.revision)
-            return _chats(tokenizer, self.config) if self.config.prompts.messages_column else _texts(tokenizer)
+    def lengths_of(self, teacher: TeacherConfig) -> Callable[[Document], list[int]]:
+        """How many tokens a prompt has; empty for one that is refused. Raises as `load_tokenizer`."""
+        tokenizer = load_tokenizer(teacher.model, teacher.revision)
+        prompt_of: Callable[[Document], Prompt | Reject] = (
+            _chats(tokenizer, self.config) if self.config.prompts.messages_column else _texts(tokenizer)
+        )
 
-        def tokens_of(document: Document) -> int:
-            prompt = prompt_of()(document)
-            return 0 if isinstance(prompt, Reject) else len(prompt.token_ids)
+        def lengths(document: Document) -> list[int]:
+            prompt = prompt_of(document)
+            return [] if isinstance(prompt, Reject) else [len(prompt.token_ids)]
 
-        return work_of(self._prompts, teacher, tokens_of, writes=True, more=self.config.sampling.max_tokens)
+        return lengths
 
     def source(self, facts: TeacherFacts) -> SourceInfo:
         """The settings that determine the rows."""

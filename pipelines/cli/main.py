@@ -36,15 +36,22 @@ from kdata.teachers.environment import set_environment
 
 
 class Entry(NamedTuple):
-    """A command: MODULE:FUNCTION in this folder, and the first line of its help."""
+    """A command: MODULE:FUNCTION in this folder, and the first line of its help.
+
+    passes_on: options that it does not know are arguments of another command.
+    """
 
     place: str
     line: str
+    passes_on: bool = False
 
 
 COMMANDS: dict[str, dict[str, Entry]] = {
     "Run everything": {
         "run": Entry("train:run", "Run a recipe: capture, select, train, evaluate, report."),
+        "estimate": Entry(
+            "estimate:estimate", "Say what a run will take: tokens, bytes, memory, hours.", passes_on=True
+        ),
     },
     "Make data": {
         "capture": Entry("make:capture", "Have a teacher read text; keep its distributions."),
@@ -116,7 +123,8 @@ class Loaded(Mapping[str, Any]):
         if name in self.entries:
             module, _, function = self.entries[name].place.partition(":")
             one = typer.Typer(add_completion=False, rich_markup_mode=None)
-            one.command(name, cls=Command, context_settings=CONTEXT)(
+            settings = {**CONTEXT, "ignore_unknown_options": self.entries[name].passes_on}
+            one.command(name, cls=Command, context_settings=settings)(
                 getattr(import_module(f"kdata.pipelines.cli.{module}"), function)
             )
             return get_command(one)

@@ -39,7 +39,7 @@ from kdata.pipelines.engine import LocalConfig, is_here, open_engine
 from kdata.pipelines.ray.workers import RayConfig
 from kdata.share.interchange.importer import ImportConfig, import_dataset
 from kdata.store.url import is_url
-from kdata.teachers.config import SamplingConfig
+from kdata.teachers.config import SamplingConfig, TeacherConfig
 
 ENGINES: dict[str, type[LocalConfig] | type[RayConfig]] = {"local": LocalConfig, "ray": RayConfig}
 
@@ -98,18 +98,27 @@ def capture(
       kdata capture my-dataset --teacher MODEL --corpus texts.parquet
       kdata capture my-topk --teacher MODEL --corpus texts --kind topk --k 64
     """
-    values = with_settings(
-        {
-            "corpus": given(path=corpus, messages_column=messages_column),
-            **given(targets=targets, kind=kind, k=k, num_draws=num_draws, max_tokens=max_tokens, long_text=long_text),
-        },
-        set,
-    )
+    options = given(targets=targets, kind=kind, k=k, num_draws=num_draws, max_tokens=max_tokens, long_text=long_text)
+    source = given(path=corpus, messages_column=messages_column)
+    job, who, where = capture_job(teacher, source, options, backend, engine, set)
+    place = folder_or_url(dataset)
+    with open_engine(where, who, max_k=job.keep.k, work=job.work(who, look=is_here(where))) as opened:
+        say_rows(run_job(place, job, opened, resume=resume.value))
+
+
+def capture_job(
+    teacher: str,
+    source: dict[str, Any],
+    options: dict[str, Any],
+    backend: str | None,
+    engine: str | None,
+    set: list[str] | None,
+) -> tuple[CaptureJob, TeacherConfig, LocalConfig | RayConfig]:
+    """What `kdata capture` does, with whom and where; `source` are options of the corpus. Raises ConfigError."""
+    values = with_settings({"corpus": source, **options}, set)
     who, where = teacher_config(values, teacher, backend), engine_config(values, engine)
     config = parse_config(CaptureConfig, values, "capture settings")
-    place, job = folder_or_url(dataset), CaptureJob(config, Corpus(config.corpus))
-    with open_engine(where, who, max_k=config.k, work=job.work(who, look=is_here(where))) as opened:
-        say_rows(run_job(place, job, opened, resume=resume.value))
+    return CaptureJob(config, Corpus(config.corpus)), who, where
 
 
 def generate(
@@ -138,16 +147,33 @@ def generate(
     Prompts have the columns id, domain and prompt. What the teacher believes is recorded at temperature 1, whatever the
     sampling settings (--set sampling.KEY=VALUE).
     """
-    sampling: dict[str, Any] = given(max_tokens=max_tokens)
-    if json_schema is not None:
-        sampling["structured_output"] = {"json_schema": read_yaml(Path(json_schema))}
     source = given(path=prompts, text_column=text_column, messages_column=messages_column)
-    values = with_settings({"prompts": source, "sampling": sampling, **given(kind=kind, k=k, num_draws=num_draws)}, set)
+    options = {"sampling": sampling_options(max_tokens, json_schema), **given(kind=kind, k=k, num_draws=num_draws)}
+    job, who, where = generate_job(teacher, source, options, backend, engine, set)
+    place = folder_or_url(dataset)
+    with open_engine(where, who, max_k=job.keep.k, work=job.work(who, look=is_here(where))) as opened:
+        say_rows(run_job(place, job, opened, resume=resume.value))
+
+
+def sampling_options(max_tokens: int | None, json_schema: str | None) -> dict[str, Any]:
+    """The options of `kdata generate` that are settings of sampling. Raises as `read_yaml`."""
+    schema = None if json_schema is None else {"json_schema": read_yaml(Path(json_schema))}
+    return given(max_tokens=max_tokens, structured_output=schema)
+
+
+def generate_job(
+    teacher: str,
+    source: dict[str, Any],
+    options: dict[str, Any],
+    backend: str | None,
+    engine: str | None,
+    set: list[str] | None,
+) -> tuple[GenerateJob, TeacherConfig, LocalConfig | RayConfig]:
+    """What `kdata generate` does, with whom and where; `source` are options of the prompts. Raises ConfigError."""
+    values = with_settings({"prompts": source, **options}, set)
     who, where = teacher_config(values, teacher, backend), engine_config(values, engine)
     config = parse_config(GenerateSettings, values, "generate settings")
-    place, job = folder_or_url(dataset), GenerateJob(config, Corpus(config.prompts))
-    with open_engine(where, who, max_k=config.k, work=job.work(who, look=is_here(where))) as opened:
-        say_rows(run_job(place, job, opened, resume=resume.value))
+    return GenerateJob(config, Corpus(config.prompts)), who, where
 
 
 def reread(

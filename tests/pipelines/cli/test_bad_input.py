@@ -29,6 +29,7 @@ from tests.fakes import rows_of_text, run_capture, write_jsonl
 TEACHER = ["--teacher", "{llama}", "--backend", "transformers"]
 CALLS = {
     "run": ["{recipe}", "--out", "{new}"],
+    "estimate": ["{recipe}"],
     "capture": ["{new}", *TEACHER, "--corpus", "{corpus}"],
     "generate": ["{new}", *TEACHER, "--prompts", "{corpus}", "--text-column", "text"],
     "reread": ["{dataset}", "{new}", *TEACHER],

@@ -28,9 +28,10 @@ OWN = {
     "--engine", "--json-schema",  # capture, generate, reread: which settings model, and a file that holds a setting
     "--deep", "--against-teacher", "--copy", "--hidden-size", "--head", "--block",  # verify, repair, audit
     "--from", "--unit", "--method", "--memory", "--threads", "--picture",  # score, select, plan show
+    "--price-per-hour", "--probe-tokens",  # estimate
     "--public", "--columns", "--link", "--by", "--num-rows", "--watch",  # push, export, merge, split, head, status
 }  # fmt: skip
-FORMAT_OF_OUTPUT = {"info", "sql", "status", "verify", "audit", "evaluate", "plan show", "export"}
+FORMAT_OF_OUTPUT = {"info", "sql", "status", "verify", "audit", "evaluate", "plan show", "export", "estimate"}
 # Options with another name than their field: the option is named for the part of the settings that the field stands for.
 RENAMED = {("model", "--teacher"), ("path", "--corpus"), ("path", "--prompts")}
 

@@ -1,0 +1,388 @@
+"""What a run will take: tokens, bytes on disk, memory, hours, and money where an hour has a price.
+
+Tokens are counted in the corpus (exactly up to SAMPLE documents, otherwise by their share of the characters). Everything else
+is measured: the real command does a few thousand tokens of the same corpus in a process of its own, and students take three
+steps on what it wrote. Time to load is counted once. What scoring and evaluation take is not in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kdata.config import parse_config
+from kdata.corpus.corpus import Corpus, CorpusConfig, Document
+from kdata.corpus.messages import as_json
+from kdata.errors import ConfigError, KdataError, TeacherError
+from kdata.jobs.longest import characters
+from kdata.jobs.reading import CaptureConfig, CaptureJob
+from kdata.jobs.writing import GenerateConfig, GenerateJob
+from kdata.store.dataset import Dataset
+from kdata.store.open import open_dataset
+from kdata.teachers.config import TeacherConfig
+from kdata.teachers.environment import set_environment
+from kdata.teachers.sizing import Work, model_size, plan_memory
+from kdata.trainer.config import TrainConfig
+
+SAMPLE = 2000  # documents that are encoded
+STEPS = 3  # of a student; the first is not timed
+WARM_DOCUMENTS = 2  # read before the clock starts: the first call of a teacher loads, checks and compiles
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one piece of work takes; None: not known.
+
+    tokens: in the dataset, or trained on. disk_bytes: of the dataset, or of the student and its checkpoint. memory_bytes: of
+    the process at its peak. seconds: of the work. load_seconds: before it begins.
+    """
+
+    name: str
+    tokens: int
+    disk_bytes: int | None = None
+    memory_bytes: int | None = None
+    seconds: float | None = None
+    load_seconds: float = 0.0
+
+    @property
+    def hours(self) -> float | None:
+        """With loading."""
+        return None if self.seconds is None else (self.seconds + self.load_seconds) / 3600
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The teacher's memory by its parts, in bytes; reason: why it does not fit, None where it does."""
+
+    parts: dict[str, int]
+    needed: int | None
+    free: int | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What is in a corpus. tokens: of its sequences, estimated beyond SAMPLE documents. longest: of one of them."""
+
+    documents: int
+    tokens: int
+    longest: int
+    sample: list[tuple[Document, int]]
+
+
+def memory_of(teacher: TeacherConfig, work: Work) -> Memory:
+    """The teacher's memory as far as its files tell; see `plan_memory`."""
+    folder = Path(teacher.model)
+    if teacher.backend == "vllm-server" or not (folder / "config.json").is_file():
+        return Memory({}, None, None, None)
+    size = model_size(folder, teacher)
+    if size is None:
+        return Memory({}, None, None, None)
+    try:
+        plan = plan_memory(teacher, size, work)
+    except ConfigError as error:
+        return Memory({"weights": size.weights}, None, None, str(error))
+    return Memory(plan.parts, plan.needed, plan.free, None)
+
+
+def count(job: CaptureJob | GenerateJob, corpus: Corpus, teacher: TeacherConfig) -> Counted:
+    """Count the tokens of a job's inputs. Raises as reading the corpus does."""
+    seen, documents, rng = 0, 0, random.Random(0)
+    kept: list[Document] = []
+    for document in corpus.documents():
+        documents += 1
+        seen += characters(document)
+        if len(kept) < SAMPLE:
+            kept.append(document)
+        elif (place := rng.randrange(documents)) < SAMPLE:
+            kept[place] = document
+    lengths_of = job.lengths_of(teacher)
+    sample = [(document, lengths_of(document)) for document in kept]
+    own = sum(characters(document) for document in kept)
+    tokens = sum(sum(lengths) for _, lengths in sample)
+    longest = max((max(lengths, default=0) for _, lengths in sample), default=0)
+    if documents > SAMPLE:
+        tokens = round(tokens * seen / max(own, 1))
+        rng.shuffle(sample)
+    return Counted(documents, tokens, longest, [(document, sum(lengths)) for document, lengths in sample])
+
+
+def estimate_job(
+    name: str, job: CaptureJob | GenerateJob, corpus: Corpus, teacher: TeacherConfig, folder: Path, probe_tokens: int
+) -> tuple[Stage, Path | None]:
+    """Estimate a capture or a generation by doing a little of it.
+
+    Args:
+        folder: where the probe may write.
+        probe_tokens: tokens that the teacher reads or writes for it; 0: nothing is measured.
+    Returns:
+        What it takes, and the dataset that the probe wrote.
+    Raises:
+        KdataError: as the command itself would.
+    """
+    counted = count(job, corpus, teacher)
+    writes = isinstance(job, GenerateJob)
+    if probe_tokens == 0:
+        return Stage(name, counted.tokens + (_most_written(job) * counted.documents if writes else 0)), None
+    documents, tokens = [], 0
+    for document, size in counted.sample:
+        if tokens >= probe_tokens:
+            break
+        documents.append(document)
+        tokens += size + _most_written(job)
+    folder.mkdir()
+    root = folder / "probe"
+    config = job.config
+    field = "prompts" if writes else "corpus"
+    places = {part: _write(some, getattr(config, field), folder / f"{part}.jsonl")
+              for part, some in (("warm", documents[:WARM_DOCUMENTS]), ("probe", documents))}  # fmt: skip
+    longest = max(counted.longest + _most_written(job), 1)
+    spec = {
+        "kind": "generate" if writes else "capture",
+        "warm": {**config.model_dump(), field: places["warm"]},
+        "probe": {**config.model_dump(), field: places["probe"]},
+        "teacher": teacher.model_dump(),
+        "longest": longest,
+        "root": str(root),
+    }
+    took, memory = _in_process(spec, folder)
+    dataset = open_dataset(root)
+    factor = counted.documents / len(documents) if writes else counted.tokens / max(dataset.num_tokens, 1)
+    fixed, shards = _bytes_of(root)
+    stage = Stage(
+        name,
+        tokens=round(dataset.num_tokens * factor) if writes else counted.tokens,
+        disk_bytes=round(fixed + shards * factor),
+        memory_bytes=memory,
+        seconds=took["seconds"] * factor,
+        load_seconds=took["load_seconds"],
+    )
+    return stage, root
+
+
+def _most_written(job: CaptureJob | GenerateJob) -> int:
+    """Tokens that are written for one prompt at most."""
+    return job.config.sampling.max_tokens * job.config.num_samples if isinstance(job, GenerateJob) else 0
+
+
+def estimate_student(name: str, config: TrainConfig, dataset: Path, folder: Path) -> Stage:
+    """Estimate the training of one student by its first steps on the rows in `dataset`. Raises as `train` does."""
+    folder.mkdir()
+    phases = config.resolved_phases()
+    steps, tokens = sum(phase.steps for phase in phases), 0
+    few = {"steps": STEPS, "warmup_steps": 0, "phases": [], "log_every_steps": 1, "loggers": [], "mixture": None}
+    probe = config.model_copy(update={**few, "checkpoint_every_steps": 0})
+    spec = {
+        "kind": "train",
+        "config": probe.model_dump(mode="json"),
+        "dataset": str(dataset),
+        "root": str(folder / "out"),
+    }
+    took, memory = _in_process(spec, folder)
+    lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text("utf-8").splitlines()]
+    first, last = lines[0], lines[-1]
+    seconds = (last["seconds"] - first["seconds"]) / max(last["step"] - first["step"], 1) * steps
+    tokens = round(last["tokens"] / last["step"] * steps)
+    disk = sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file())
+    return Stage(name, tokens, disk, memory, seconds, max(took["seconds"] - last["seconds"], 0.0))
+
+
+def _write(documents: list[Document], config: CorpusConfig, path: Path) -> dict[str, Any]:
+    """Write documents as a corpus of their own; its settings."""
+    with path.open("w", encoding="utf-8") as file:
+        for document in documents:
+            row: dict[str, Any] = {"id": document.id, "domain": document.domain}
+            if document.chat is None:
+                row["text"] = document.text
+            else:
+                row |= {"messages": as_json(document.chat.messages), "tools": as_json(document.chat.tools or [])}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    is_chat = config.messages_column is not None
+    columns = {
+        "text_column": None if is_chat else "text", "messages_column": "messages" if is_chat else None,
+        "tools_column": "tools" if is_chat and config.tools_column else None, "id_column": "id", "domain_column": "domain",
+    }  # fmt: skip
+    rest = {"path": str(path), "split": None, "subset": None, "domains": None, "limit": None}
+    return {**config.model_dump(), **columns, **rest}
+
+
+def _bytes_of(root: Path) -> tuple[int, int]:
+    """Bytes of a dataset that do not grow with its rows, and of those that do."""
+    files = {path.relative_to(root): path.stat().st_size for path in root.rglob("*") if path.is_file()}
+    grows = sum(size for path, size in files.items() if path.parts[0] in ("data", "index", "rejects", "manifest.jsonl"))
+    return sum(files.values()) - grows, grows
+
+
+def _in_process(spec: dict[str, Any], folder: Path) -> tuple[dict[str, float], int]:
+    """Do what `spec` says in a process of its own; what it took, and its memory in bytes at the peak.
+
+    Raises TeacherError where it failed.
+    """
+    (folder / "spec.json").write_text(json.dumps(spec))
+    result = folder / "result.json"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kdata.pipelines.estimate", str(folder / "spec.json"), str(result)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    took: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {}
+    if "seconds" not in took:
+        reason = took.get("error") or said.strip().rpartition("\n")[2] or f"exit status {process.returncode}"
+        raise TeacherError(f"the probe of {spec['kind']} failed: {reason}")
+    return took, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _probe(spec: dict[str, Any]) -> dict[str, float]:
+    """The work of the process: load, begin, and do the timed part."""
+    begun = time.perf_counter()
+    if spec["kind"] == "train":
+        from kdata.trainer.train import train
+
+        train(parse_config(TrainConfig, spec["config"], "train settings"), spec["dataset"], None, Path(spec["root"]))
+        return {"seconds": time.perf_counter() - begun, "load_seconds": 0.0}
+    from kdata.pipelines.engine import LocalConfig, open_engine
+
+    teacher = parse_config(TeacherConfig, spec["teacher"], "teacher settings")
+    writes = spec["kind"] == "generate"
+
+    def run(part: str, root: Path) -> Dataset:
+        from kdata.jobs.job import run_job
+
+        if writes:
+            config = parse_config(GenerateConfig, spec[part], "generate settings")
+            return run_job(root, GenerateJob(config, Corpus(config.prompts)), engine)
+        reading = parse_config(CaptureConfig, spec[part], "capture settings")
+        return run_job(root, CaptureJob(reading, Corpus(reading.corpus)), engine)
+
+    work = Work(spec["longest"], writes)
+    with open_engine(LocalConfig(), teacher, max_k=spec["probe"]["k"], work=work) as engine:
+        run("warm", Path(spec["root"]).with_name("warm"))
+        ready = time.perf_counter()
+        run("probe", Path(spec["root"]))
+        done = time.perf_counter()
+    return {"seconds": done - ready, "load_seconds": ready - begun}
+
+
+def as_json_object(stages: list[Stage], memory: Memory, price_per_hour: float | None) -> dict[str, Any]:
+    """The estimate as `--format json` prints it."""
+    rows = [{**asdict(stage), "hours": stage.hours, "cost": cost(stage.hours, price_per_hour)} for stage in stages]
+    whole = total(stages)
+    return {
+        "stages": rows,
+        "total": {**asdict(whole), "hours": whole.hours, "cost": cost(whole.hours, price_per_hour)},
+        "teacher_memory": asdict(memory),
+        "price_per_hour": price_per_hour,
+    }
+
+
+def total(stages: list[Stage]) -> Stage:
+    """All stages one after the other: sums, and the largest memory; None where a part is not known."""
+
+    def of(values: list[Any], add: Callable[[list[Any]], Any]) -> Any:
+        return None if None in values else add(values)
+
+    return Stage(
+        "total",
+        sum(stage.tokens for stage in stages),
+        of([stage.disk_bytes for stage in stages], sum),
+        of([stage.memory_bytes for stage in stages], max),
+        of([stage.seconds for stage in stages], sum),
+        sum(stage.load_seconds for stage in stages),
+    )
+
+
+def cost(hours: float | None, price_per_hour: float | None) -> float | None:
+    """Money in the unit of the price; None where one of both is not known."""
+    return None if hours is None or price_per_hour is None else hours * price_per_hour
+
+
+def corpus_of(job: CaptureJob | GenerateJob) -> Corpus:
+    """What the job reads."""
+    return Corpus(job.config.prompts if isinstance(job, GenerateJob) else job.config.corpus)
+
+
+def estimate_capture(
+    job: CaptureJob | GenerateJob, teacher: TeacherConfig, probe_tokens: int
+) -> tuple[list[Stage], Memory]:
+    """Estimate one capture or generation."""
+    memory = memory_of(teacher, job.work(teacher))
+    with tempfile.TemporaryDirectory(prefix="kdata-estimate-") as folder:
+        tokens = 0 if memory.reason else probe_tokens
+        stage, _ = estimate_job(job.name, job, corpus_of(job), teacher, Path(folder) / job.name, tokens)
+    return [stage], memory
+
+
+def estimate_recipe(recipe: Any, probe_tokens: int) -> tuple[list[Stage], Memory]:
+    """Estimate the stages of a recipe that take long: generate, capture, heldout, and each student."""
+    from kdata.pipelines.runner import Run
+
+    with tempfile.TemporaryDirectory(prefix="kdata-estimate-") as name:
+        folder, run = Path(name), Run(recipe, Path(name), {})
+        jobs: dict[str, Any] = {"generate": run.generate_job(), "capture": run.capture_job("capture")}
+        teacher = run.teacher_config
+        works = [job.work(teacher) for job in jobs.values() if job is not None]
+        memory = memory_of(teacher, works[0] | works[-1])
+        stages, dataset = [], None
+        for stage_name, job in jobs.items():
+            if job is not None:
+                tokens = 0 if memory.reason else probe_tokens
+                stage, dataset = estimate_job(stage_name, job, corpus_of(job), teacher, folder / stage_name, tokens)
+                stages.append(stage)
+        stages.append(_like(stages[-1], "heldout", run.capture_job("heldout"), teacher))
+        if dataset is not None:
+            for student, settings in recipe.students.items():
+                config = recipe.train_config(settings)
+                stages.append(estimate_student(f"train {student}", config, dataset, folder / f"train-{student}"))
+        return stages, memory
+
+
+def _like(stage: Stage, name: str, job: CaptureJob, teacher: TeacherConfig) -> Stage:
+    """A capture of another corpus at the rate of `stage`; the teacher is loaded already."""
+    tokens = count(job, corpus_of(job), teacher).tokens
+    share = tokens / max(stage.tokens, 1)
+    return replace(
+        stage,
+        name=name,
+        tokens=tokens,
+        disk_bytes=None if stage.disk_bytes is None else round(stage.disk_bytes * share),
+        seconds=None if stage.seconds is None else stage.seconds * share,
+        load_seconds=0.0,
+    )
+
+
+def lines_of(memory: Memory) -> Iterator[str]:
+    """The teacher's memory, in words."""
+    from kdata.teachers.sizing import gib
+
+    if memory.reason is not None:
+        yield memory.reason
+    elif memory.needed is not None and memory.free is not None:
+        parts = ", ".join(f"{name} {gib(value)}" for name, value in memory.parts.items())
+        yield f"memory of the teacher: {parts}; at least {gib(memory.needed)} at a time, {gib(memory.free)} are free"
+
+
+def main() -> None:
+    """The process of a probe."""
+    set_environment()
+    spec, result = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    try:
+        took: dict[str, Any] = _probe(spec)
+    except KdataError as error:
+        took = {"error": str(error)}
+    result.write_text(json.dumps(took))
+
+
+if __name__ == "__main__":
+    main()

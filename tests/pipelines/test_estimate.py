@@ -1,0 +1,155 @@
+"""What `kdata estimate` says is what then happens: tokens exactly, bytes and memory within a fifth."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import kdata
+from kdata.pipelines import estimate
+from kdata.pipelines.cli.main import call
+from kdata.teachers.config import TeacherConfig
+from kdata.teachers.sizing import Work
+from tests.fakes import LINES, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """500 short texts in two domains: 30,000 tokens, of which the estimate reads a third."""
+    rng, words = random.Random(1), " ".join(LINES).split()
+    rows = [
+        {"id": f"d{n}", "domain": "ab"[n % 2], "text": " ".join(rng.choice(words) for _ in range(rng.randrange(5, 40)))}
+        for n in range(500)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("texts") / "c.jsonl", rows)
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert call(["estimate", *arguments, "--format", "json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def peak(*arguments: str) -> int:
+    """Peak memory of a command in bytes; it must succeed."""
+    code = "from kdata.pipelines.cli.main import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def bytes_of(root: Path) -> int:
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def test_a_capture_takes_what_was_said(
+    llama_dir: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tmp_path / "d"), "--teacher", str(llama_dir), "--corpus", str(texts), "--backend", "transformers"]
+    answer = said(capsys, "capture", *arguments, "--probe-tokens", "10000", "--price-per-hour", "2")
+    assert not (tmp_path / "d").exists(), "nothing is kept"
+    [stage] = answer["stages"]
+    memory = peak("capture", *arguments)
+    dataset = kdata.open(tmp_path / "d")
+    assert stage["tokens"] == dataset.num_tokens > 20_000
+    assert stage["disk_bytes"] == pytest.approx(bytes_of(tmp_path / "d"), rel=0.2)
+    assert stage["memory_bytes"] == pytest.approx(memory, rel=0.2)
+    assert stage["hours"] > 0 and stage["cost"] == pytest.approx(2 * stage["hours"])
+    assert answer["teacher_memory"]["reason"] is None and answer["teacher_memory"]["parts"]["weights"] > 0
+
+
+@pytest.mark.slow
+def test_a_generation_and_a_student_take_what_was_said(
+    llama_dir: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = {"path": str(texts), "limit": 60}
+    recipe = {
+        "name": "small",
+        "teacher": {"model": str(llama_dir), "backend": "transformers"},
+        "generate": {"prompts": {**source, "text_column": "text"}, "sampling": {"max_tokens": 8}},
+        "corpus": source,
+        "heldout": {**source, "limit": 10},
+        "select": {"method": "random"},
+        "students": {"plain": {"label": "plain", "objective": {"weights": {"cross_entropy": 1.0}}}},
+        "train": {"steps": 6, "warmup_steps": 1, "batch_tokens": 512, "context_tokens": 128},
+        "capture": {"max_tokens": 100},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    answer = said(capsys, str(tmp_path / "recipe.yaml"), "--probe-tokens", "1000")
+    stages = {stage["name"]: stage for stage in answer["stages"]}
+    assert list(stages) == ["generate", "capture", "heldout", "train plain"]
+    memory = peak("run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"))
+    run = tmp_path / "run"
+    index = kdata.open(run / "dataset").sql("select source, sum(num_tokens) as n from rows group by 1").to_pylist()
+    tokens = {row["source"]: row["n"] for row in index}
+    assert stages["capture"]["tokens"] == tokens["capture"]
+    assert stages["generate"]["tokens"] == pytest.approx(float(tokens["generate"]), rel=0.2)
+    assert stages["heldout"]["tokens"] == kdata.open(run / "heldout").num_tokens
+    trained = json.loads((run / "students/plain/train.json").read_text())
+    assert stages["train plain"]["tokens"] == pytest.approx(trained["tokens"], rel=0.2)
+    disk = stages["train plain"]["disk_bytes"]
+    assert disk == pytest.approx(bytes_of(run / "students/plain"), rel=0.2)
+    assert answer["total"]["memory_bytes"] == pytest.approx(memory, rel=0.2)
+    assert answer["total"]["tokens"] == sum(stage["tokens"] for stage in stages.values())
+    assert answer["total"]["cost"] is None and answer["total"]["hours"] > 0
+
+
+def test_without_a_probe_tokens_and_the_teacher_s_memory_are_known(
+    llama_dir: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tmp_path / "d"), "--teacher", str(llama_dir), "--corpus", str(texts), "--backend", "transformers"]
+    [stage] = said(capsys, "capture", *arguments, "--probe-tokens", "0", "--price-per-hour", "2")["stages"]
+    assert stage["tokens"] > 20_000 and stage["disk_bytes"] is stage["hours"] is stage["cost"] is None
+    assert call(["estimate", "capture", *arguments, "--probe-tokens", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "memory of the teacher: weights" in shown and "GiB are free" in shown and "—" in shown
+
+
+def test_more_texts_than_are_encoded_are_estimated(
+    texts: Path, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tmp_path / "d"), "--teacher", str(llama_dir), "--corpus", str(texts), "--backend", "transformers"]
+    whole = said(capsys, "capture", *arguments, "--probe-tokens", "0")["total"]["tokens"]
+    monkeypatch.setattr(estimate, "SAMPLE", 50)
+    part = said(capsys, "capture", *arguments, "--probe-tokens", "0")["total"]["tokens"]
+    assert part != whole and part == pytest.approx(whole, rel=0.1)
+
+
+def test_what_does_not_fit_is_said_and_not_tried(
+    llama_dir: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kdata.teachers import sizing
+
+    monkeypatch.setattr(sizing, "free_memory", lambda: (1 << 20, 1 << 20))
+    arguments = [str(tmp_path / "d"), "--teacher", str(llama_dir), "--corpus", str(texts), "--backend", "transformers"]
+    answer = said(capsys, "capture", *arguments)
+    assert "does not fit: weights" in answer["teacher_memory"]["reason"]
+    assert answer["total"]["tokens"] > 20_000 and answer["total"]["hours"] is None
+
+
+def test_a_probe_that_fails_is_one_error(
+    llama_dir: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tmp_path / "d"), "--teacher", str(llama_dir), "--corpus", str(texts), "--backend", "transformers"]
+    assert call(["estimate", "capture", *arguments, "--set", "append_eos=true", "--max-tokens", "2"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "max_tokens=2 leaves no room" in lines[0]
+    assert call(["estimate", "capture", *arguments, "--no-such-option"]) == 2
+    assert "--no-such-option" in capsys.readouterr().err
+    assert call(["estimate", "capture", *arguments, "--engine", "ray"]) == 2
+    assert "estimate measures on this machine" in capsys.readouterr().err
+
+
+def test_the_memory_of_a_model_that_is_not_here() -> None:
+    about = estimate.memory_of(TeacherConfig(model="OWNER/NAME"), Work(100))
+    assert about.needed is None and about.reason is None and list(estimate.lines_of(about)) == []
