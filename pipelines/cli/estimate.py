@@ -41,7 +41,7 @@ def estimate(
     \b
     Examples:
       kdata estimate quickstart
-      kdata estimate capture my-dataset --teacher MODEL --corpus texts.parquet --price-per-hour 2.5
+      kdata estimate capture my-dataset --teacher MODEL --corpus texts.parquet
     """
     from kdata.pipelines.estimate import as_json_object, cost, estimate_capture, estimate_recipe, lines_of, total
 
