@@ -184,6 +184,6 @@ def refuse_kept(keep: KeepConfig, backend: str) -> None:
     if backend == "vllm-server" and keep.needs_full_distribution:
         raise ConfigError(
             f"a served vLLM returns the top k only; kind {keep.kind} and further temperatures need the full distribution, "
-            "and no start option makes a server send it (extract_hidden_states of vLLM 0.32 writes to the server's own disk): "
+            "and no start option makes a server send it (extract_hidden_states of vLLM 0.32 writes to its own disk): "
             "take kind=topk or adaptive without temperatures, or backend vllm where the model is"
         )

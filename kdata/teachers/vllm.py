@@ -179,7 +179,6 @@ class VllmTeacher:
 
     def _engine(self, **options: Any) -> LLM:
         """Load an engine. The other one is freed first, unless both are wanted: one copy of the weights at a time."""
-        _quiet_llvmlite()
         if not self._both:
             self._drop_engines()
         if self._on_cpu:
@@ -200,7 +199,11 @@ class VllmTeacher:
         """What vLLM says of a model that it cannot load, on one line."""
         try:
             yield
-        except (ValueError, RuntimeError, OSError) as error:
+        except Exception as error:
+            # It asserts what a setting may violate, and raises a bare Exception where a process of its own failed.
+            known = (ValueError, RuntimeError, OSError, AssertionError)
+            if not isinstance(error, known) and type(error) is not Exception:
+                raise
             text = " ".join(str(error).split())
             raise TeacherError(f"vLLM cannot load {self._config.model!r}: {text}") from error
 
@@ -586,6 +589,9 @@ def _quiet_llvmlite() -> None:
 
     handle.__getattr__ = plain_names_only
     handle._kdata_dunder_free = True
+
+
+_quiet_llvmlite()  # in each process that imports this module: the workers of several GPUs do, for `TapeProcessor`
 
 
 def _rectangle(flat: Any, *, first: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

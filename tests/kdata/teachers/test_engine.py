@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import multiprocessing
+import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -94,3 +95,36 @@ def test_an_adapter_arguments_and_a_length_that_grows(llama_dir: Path, tmp_path:
     info = answers["info"]
     assert info.engine_args == {"hf_overrides": {"rms_norm_eps": 1e-6}} and info.lora_hash and not info.deterministic
     assert info.speed_args == {"load_format": "safetensors", "max_num_seqs": 7}
+
+
+def read_with_two(model: str, sequences: list[np.ndarray]) -> dict[str, Any]:
+    """Hybrid targets of a model that is spread over two processes, read and written."""
+    from kdata.teachers.vllm import VllmTeacher
+
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    teacher = VllmTeacher(TeacherConfig(model=model, tensor_parallel=2), max_k=8, work=Work(60))
+    answers: dict[str, Any] = {"read": teacher.read(sequences, HYBRID)}
+    prompts = [ids[:5] for ids in sequences]
+    answers["written"] = teacher.write(prompts, HYBRID, SamplingConfig(max_tokens=6), [1, 2])
+    teacher.close()
+    return answers
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two processes need two cores")
+def test_a_model_that_is_spread_over_two_processes(llama_dir: Path) -> None:
+    """Two processes on two cores stand in for two GPUs."""
+    from kdata.teachers.transformers import TransformersTeacher
+
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(2, 300, size).astype(np.int32) for size in (20, 60)]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        answers = pool.submit(read_with_two, str(llama_dir), sequences).result(timeout=550)
+    oracle = TransformersTeacher(TeacherConfig(model=str(llama_dir), backend="transformers"))
+    for ours, theirs in zip(answers["read"], oracle.read(sequences, HYBRID), strict=True):
+        for name in ("logprob", "log_tail", "entropy"):
+            np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=2e-4, err_msg=name)
+    whole = [completion.readout.token_ids for completion in answers["written"]]
+    for completion, theirs in zip(answers["written"], oracle.read(whole, HYBRID), strict=True):
+        np.testing.assert_allclose(completion.readout.logprob[5:], theirs.logprob[5:], atol=2e-4)
+        assert (completion.readout.kept.num_exact[5:] == 4).all()
