@@ -14,8 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +310,12 @@ def cost(hours: float | None, price_per_hour: float | None) -> float | None:
     return None if hours is None or price_per_hour is None else hours * price_per_hour
 
 
+def _memory(teacher: TeacherConfig, jobs: Sequence[CaptureJob | GenerateJob]) -> Memory:
+    """The teacher's memory for these jobs. Where not even the least work fits, the longest text is not looked up."""
+    least = memory_of(teacher, Work(1))
+    return least if least.reason else memory_of(teacher, reduce(or_, [job.work(teacher) for job in jobs]))
+
+
 def corpus_of(job: CaptureJob | GenerateJob) -> Corpus:
     """What the job reads."""
     return Corpus(job.config.prompts if isinstance(job, GenerateJob) else job.config.corpus)
@@ -317,7 +325,7 @@ def estimate_capture(
     job: CaptureJob | GenerateJob, teacher: TeacherConfig, probe_tokens: int
 ) -> tuple[list[Stage], Memory]:
     """Estimate one capture or generation."""
-    memory = memory_of(teacher, job.work(teacher))
+    memory = _memory(teacher, [job])
     with tempfile.TemporaryDirectory(prefix="kdata-estimate-") as folder:
         tokens = 0 if memory.reason else probe_tokens
         stage, _ = estimate_job(job.name, job, corpus_of(job), teacher, Path(folder) / job.name, tokens)
@@ -332,8 +340,7 @@ def estimate_recipe(recipe: Any, probe_tokens: int) -> tuple[list[Stage], Memory
         folder, run = Path(name), Run(recipe, Path(name), {})
         jobs: dict[str, Any] = {"generate": run.generate_job(), "capture": run.capture_job("capture")}
         teacher = run.teacher_config
-        works = [job.work(teacher) for job in jobs.values() if job is not None]
-        memory = memory_of(teacher, works[0] | works[-1])
+        memory = _memory(teacher, [job for job in jobs.values() if job is not None])
         stages, dataset = [], None
         for stage_name, job in jobs.items():
             if job is not None:

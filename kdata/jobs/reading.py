@@ -31,8 +31,8 @@ from kdata.jobs.payloads import InputSequence
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig
-from kdata.teachers.load import load_teacher
-from kdata.teachers.model import check_model, load_tokenizer
+from kdata.teachers.load import check_teacher, load_teacher
+from kdata.teachers.model import load_tokenizer
 from kdata.teachers.sizing import Work
 from kdata.teachers.windows import each
 
@@ -175,11 +175,11 @@ class CaptureJob:
     def work(self, teacher: TeacherConfig, *, look: bool = True) -> Work:
         """What the teacher is loaded for; `look`: at the texts, and not at the settings alone.
 
-        Raises as `check_model` and `load_tokenizer`.
+        Raises as `check_teacher` and `load_tokenizer`.
         """
         if not look:
             return Work(self.config.max_tokens, writes=False)
-        check_model(teacher, max_k=self.keep.k)
+        check_teacher(teacher, max_k=self.keep.k, work=Work(1))  # before the tokenizer: that takes seconds
         return work_of(self._corpus, teacher, lambda: self.lengths_of(teacher), writes=False)
 
     def lengths_of(self, teacher: TeacherConfig) -> Callable[[Document], list[int]]:

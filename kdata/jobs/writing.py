@@ -31,8 +31,8 @@ from kdata.jobs.payloads import InputSequence
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import Completion, OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig
-from kdata.teachers.load import load_teacher
-from kdata.teachers.model import check_model, load_tokenizer
+from kdata.teachers.load import check_teacher, load_teacher
+from kdata.teachers.model import load_tokenizer
 from kdata.teachers.sizing import ANY_WORK, Work
 from kdata.teachers.windows import each
 
@@ -148,11 +148,11 @@ class GenerateJob:
     def work(self, teacher: TeacherConfig, *, look: bool = True) -> Work:
         """What the teacher is loaded for; `look`: at the prompts, and not at the settings alone.
 
-        Raises as `check_model` and `load_tokenizer`.
+        Raises as `check_teacher` and `load_tokenizer`.
         """
         if not look:
             return ANY_WORK
-        check_model(teacher, max_k=self.keep.k)
+        check_teacher(teacher, max_k=self.keep.k, work=Work(1))  # before the tokenizer: that takes seconds
         more = self.config.sampling.max_tokens
         return work_of(self._prompts, teacher, lambda: self.lengths_of(teacher), writes=True, more=more)
 

@@ -24,15 +24,7 @@ def load_teacher(config: TeacherConfig, *, max_k: int, work: Work = ANY_WORK) ->
         MissingError: the model does not exist, or its folder lacks a file.
         ConfigError: the model cannot do what `config` asks for, or does not fit the memory.
     """
-    check_model(config, max_k=max_k)
-    check_known(config.engine_args)
-    if config.lora is not None:
-        lora_rank(Path(config.lora))
-    folder = Path(config.model)
-    if config.backend != "vllm-server" and (folder / "config.json").is_file():
-        size = model_size(folder, config)
-        if size is not None:
-            plan_memory(config, size, work)
+    check_teacher(config, max_k=max_k, work=work)
     try:
         if config.backend == "vllm":
             from kdata.teachers.vllm import VllmTeacher
@@ -54,3 +46,22 @@ def load_teacher(config: TeacherConfig, *, max_k: int, work: Work = ANY_WORK) ->
             f"the {config.backend} teacher needs {error.name!r}, which is not installed: "
             f"pip install 'kdata[{extra.split(' ')[0]}]'; the extra is {extra}"
         ) from error
+
+
+def check_teacher(config: TeacherConfig, *, max_k: int, work: Work = ANY_WORK) -> None:
+    """Refuse by small files, in seconds, what `load_teacher` would refuse; neither torch nor vLLM is imported.
+
+    Raises:
+        MissingError: the model or the adapter does not exist, or its folder lacks a file.
+        ConfigError: the model cannot do what `config` asks for, or does not fit the memory.
+        DependencyError: `engine_args` are given, and vLLM is not installed.
+    """
+    check_model(config, max_k=max_k)
+    check_known(config.engine_args)
+    if config.lora is not None:
+        lora_rank(Path(config.lora))
+    folder = Path(config.model)
+    if config.backend != "vllm-server" and (folder / "config.json").is_file():
+        size = model_size(folder, config)
+        if size is not None:
+            plan_memory(config, size, work)

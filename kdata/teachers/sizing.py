@@ -350,7 +350,7 @@ def _does_not_fit(config: TeacherConfig, parts: dict[str, int], needed: int, fre
         remedy = f"lower max_tokens or teacher.context (about {room:,} tokens fit)"
     elif config.path == "logprobs" and needed - parts["logits of a step"] < free:
         remedy = "lower teacher.logits_gib"
-    elif config.dtype == "float32":
+    elif config.dtype == "float32" and needed - parts["weights"] // 2 < free:
         remedy = "set teacher.dtype=bfloat16, which halves the weights"
     elif config.backend == "vllm" and where == "GPU":
         remedy = "spread it over more GPUs (teacher.tensor_parallel), or set teacher.engine_args.quantization=fp8"

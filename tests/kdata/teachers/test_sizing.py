@@ -143,7 +143,8 @@ def test_the_cache_holds_what_is_worked_on(gemma: Path, with_memory: Any) -> Non
 @pytest.mark.parametrize(
     ("gib", "work", "settings", "remedy"),
     [
-        (1.5, Work(1000), {}, "set teacher.dtype=bfloat16, which halves the weights"),
+        (2.5, Work(1000), {}, "set teacher.dtype=bfloat16, which halves the weights"),
+        (1.5, Work(1000), {}, "take a smaller or a quantized model, or a larger machine"),
         (1.2, Work(1000), {"dtype": "bfloat16"}, "take a smaller or a quantized model, or a larger machine"),
         (3.5, Work(32_000), {}, "lower max_tokens or teacher.context (about "),
         (2.5, Work(600), {"path": "logprobs", "logits_gib": 8.0}, "lower teacher.logits_gib"),
