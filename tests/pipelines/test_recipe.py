@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kdata.errors import ConfigError
-from kdata.pipelines.recipe import load_recipe
+from kdata.errors import ConfigError, MismatchError
+from kdata.pipelines.recipe import Recipe, load_recipe
 
 
 def test_an_objective_that_the_kept_targets_could_not_serve_is_refused() -> None:
@@ -23,3 +25,26 @@ def test_settings_of_the_former_builtin_section_are_refused() -> None:
     """The built-in models ship trained, so a recipe that still sizes them is an error, not ignored."""
     with pytest.raises(ConfigError, match="builtin"):
         load_recipe(Path("quickstart"), ["builtin.teacher.steps=60"])
+
+
+def test_a_run_goes_on_whatever_memory_its_teacher_takes(tmp_path: Path) -> None:
+    """Runs from before the cache was sized by the work recorded kv_cache_gib: 1, and no arguments of the engine."""
+    from kdata.pipelines.runner import open_run
+
+    def recipe(**teacher: Any) -> Recipe:
+        student = {"label": "a", "objective": {"weights": {"cross_entropy": 1.0}}}
+        return Recipe.model_validate({"name": "r", "teacher": teacher, "students": {"a": student}})
+
+    out = tmp_path / "run"
+    open_run(recipe(), out, "auto")
+    state = json.loads((out / "run.json").read_text())
+    for name in ("teacher", "reference"):
+        state["settings"][name]["kv_cache_gib"] = 1
+        del state["settings"][name]["engine_args"], state["settings"][name]["lora"]
+    (out / "run.json").write_text(json.dumps(state))
+    open_run(recipe(), out, "must")
+    open_run(recipe(memory_fraction=0.5, engine_args={"max_num_seqs": 8}), out, "must")
+    with pytest.raises(MismatchError, match=r"teacher\.engine_args: None -> \{'quantization': 'fp8'\}"):
+        open_run(recipe(engine_args={"quantization": "fp8"}), out, "must")
+    with pytest.raises(MismatchError, match=r"teacher\.lora: None -> 'adapter'"):
+        open_run(recipe(lora="adapter"), out, "must")
