@@ -100,8 +100,8 @@ def capture(
     """
     options = given(targets=targets, kind=kind, k=k, num_draws=num_draws, max_tokens=max_tokens, long_text=long_text)
     source = given(path=corpus, messages_column=messages_column)
-    job, who, where = capture_job(teacher, source, options, backend, engine, set)
     place = folder_or_url(dataset)
+    job, who, where = capture_job(teacher, source, options, backend, engine, set)
     with open_engine(where, who, max_k=job.keep.k, work=job.work(who, look=is_here(where))) as opened:
         say_rows(run_job(place, job, opened, resume=resume.value))
 
@@ -149,8 +149,8 @@ def generate(
     """
     source = given(path=prompts, text_column=text_column, messages_column=messages_column)
     options = {"sampling": sampling_options(max_tokens, json_schema), **given(kind=kind, k=k, num_draws=num_draws)}
-    job, who, where = generate_job(teacher, source, options, backend, engine, set)
     place = folder_or_url(dataset)
+    job, who, where = generate_job(teacher, source, options, backend, engine, set)
     with open_engine(where, who, max_k=job.keep.k, work=job.work(who, look=is_here(where))) as opened:
         say_rows(run_job(place, job, opened, resume=resume.value))
 
