@@ -29,10 +29,14 @@ def file_info(path: Path) -> FileInfo:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name, flush, rename."""
+    """Write under a temporary name, flush, rename. Where that fails, as on a full disk, nothing is left."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    settle(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        settle(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def settle(temporary: Path, path: Path) -> None:

@@ -24,7 +24,7 @@ import yaml
 from kdata.errors import ConfigError, CorruptError
 from kdata.pipelines.cli import look, main
 from kdata.pipelines.cli.main import COMMANDS, call
-from tests.fakes import rows_of_text, run_capture, write_jsonl
+from tests.fakes import digests, rows_of_text, run_capture, write_jsonl
 
 TEACHER = ["--teacher", "{llama}", "--backend", "transformers"]
 CALLS = {
@@ -252,6 +252,29 @@ def test_a_full_disk_leaves_no_half_written_result(world: World, full_disk: Path
     status, line = world.fails(world.arguments(command, local=full_disk / "out"))
     assert status == 1 and ("space" in line or "full" in line)
     assert not [p.name for p in full_disk.iterdir() if p.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("command", ["capture", "generate", "reread"])
+def test_a_teacher_s_work_that_meets_a_full_disk_ends_in_one_line(world: World, full_disk: Path, command: str) -> None:
+    status, line = world.fails(world.arguments(command, new=full_disk / "out"))
+    assert status == 1 and "disk is full" in line and "run the same command again" in line
+
+
+@pytest.mark.parametrize("command", ["train", "score", "select"])
+def test_work_on_a_dataset_that_meets_a_full_disk_ends_in_one_line(
+    world: World, full_disk: Path, command: str, folder: Path
+) -> None:
+    """The dataset fits on the disk, and nothing else does."""
+    subprocess.run(["mount", "-o", "remount,size=1m", full_disk], check=True)
+    shutil.copytree(folder / "dataset", full_disk / "dataset")
+    (full_disk / "ballast").write_bytes(b"")
+    with open(full_disk / "ballast", "wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
+        while True:
+            ballast.write(b"0" * 4096)
+    before = digests(full_disk / "dataset")
+    status, line = world.fails(world.arguments(command, dataset=full_disk / "dataset", local=full_disk / "out"))
+    assert status == 1 and ("space" in line or "full" in line)
+    assert digests(full_disk / "dataset") == before
 
 
 @pytest.mark.parametrize(
