@@ -30,7 +30,7 @@ OWN = {
     "--from", "--unit", "--method", "--memory", "--threads", "--picture",  # score, select, plan show
     "--public", "--columns", "--link", "--by", "--num-rows", "--watch",  # push, export, merge, split, head, status
 }  # fmt: skip
-FORMAT_OF_OUTPUT = {"info", "sql", "status", "verify", "audit", "evaluate", "plan show", "export"}
+FORMAT_OF_OUTPUT = {"info", "sql", "status", "verify", "audit", "evaluate", "plan show", "plan compare", "export"}
 # Options with another name than their field: the option is named for the part of the settings that the field stands for.
 RENAMED = {("model", "--teacher"), ("path", "--corpus"), ("path", "--prompts")}
 
