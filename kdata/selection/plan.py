@@ -96,12 +96,14 @@ class Plan:
     @cached_property
     def ids(self) -> list[str]:
         """Ids, R of them."""
-        return self.table["id"].to_pylist()
+        ids: list[str] = self.table["id"].to_pylist()
+        return ids
 
     @property
     def repeats(self) -> np.ndarray:
         """How often each id is chosen, int32 [R] >= 1."""
-        return self.table["repeats"].to_numpy()
+        repeats: np.ndarray = self.table["repeats"].to_numpy()
+        return repeats
 
     @property
     def dataset_digest(self) -> str:

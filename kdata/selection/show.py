@@ -245,10 +245,11 @@ def compare(dataset: Dataset, first: str, second: str) -> Comparison:
     """
     a, b = open_plan(dataset, first).info, open_plan(dataset, second).info
     overlap = {row[0]: row[1:] for row in _rows(dataset, OVERLAP.format(a=first, b=second))}
-    domains = {
-        name: Overlap(*overlap.get(name, (0, 0, 0))[:3], a.shares[name]["plan"], b.shares[name]["plan"])
-        for name in sorted(a.domains)
-    }
+    domains = {}
+    for name in sorted(a.domains):
+        only_first, both, only_second, _, _ = overlap.get(name, (0, 0, 0, None, None))
+        shares = a.shares[name]["plan"], b.shares[name]["plan"]
+        domains[name] = Overlap(only_first, both, only_second, *shares)
     only_first, both, only_second = (sum(numbers[n] for numbers in overlap.values()) for n in range(3))
     examples = [sorted(row[place] for row in overlap.values() if row[place] is not None)[:5] for place in (3, 4)]
     return Comparison(first, second, domains, Overlap(only_first, both, only_second, 1.0, 1.0), *examples)
