@@ -50,10 +50,10 @@ def options_of(command: str) -> Iterator[tuple[inspect.Parameter, OptionInfo]]:
 def flags_of(command: str) -> dict[str, Any]:
     """The parameters of a command as its parser has them, by name in Python."""
     *groups, name = command.split(" ")
-    found = typer.main.get_command(app)
+    click_command = typer.main.get_command(app)
     for part in (*groups, name):
-        found = found.get_command(None, part)  # type: ignore[attr-defined]
-    return {parameter.name: parameter for parameter in found.params}
+        click_command = click_command.get_command(None, part)  # type: ignore[attr-defined]
+    return {parameter.name: parameter for parameter in click_command.params}
 
 
 @pytest.mark.parametrize("command", ENTRIES)
