@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,9 +250,9 @@ def compare(dataset: Dataset, first: str, second: str) -> Comparison:
         only_first, both, only_second, _, _ = overlap.get(name, (0, 0, 0, None, None))
         shares = a.shares[name]["plan"], b.shares[name]["plan"]
         domains[name] = Overlap(only_first, both, only_second, *shares)
-    only_first, both, only_second = (sum(numbers[n] for numbers in overlap.values()) for n in range(3))
+    overall = Overlap(**{part.name: sum(getattr(d, part.name) for d in domains.values()) for part in fields(Overlap)})
     examples = [sorted(row[place] for row in overlap.values() if row[place] is not None)[:5] for place in (3, 4)]
-    return Comparison(first, second, domains, Overlap(only_first, both, only_second, 1.0, 1.0), *examples)
+    return Comparison(first, second, domains, overall, *examples)
 
 
 def comparison_table(comparison: Comparison) -> Shown:
@@ -260,9 +260,9 @@ def comparison_table(comparison: Comparison) -> Shown:
     first, second = comparison.first, comparison.second
     rows, notes = [], []
     for name, domain in comparison.domains.items():
-        rows.append([name, *_counts(domain), f"{domain.first_token_share:.1%}", f"{domain.second_token_share:.1%}",
-                     f"{100 * (domain.second_token_share - domain.first_token_share):+.1f}"])  # fmt: skip
-    rows.append(["all", *_counts(comparison.overall), "100.0%", "100.0%", ""])
+        points = 100 * (domain.second_token_share - domain.first_token_share)
+        rows.append([name, *_cells(domain), f"{points:+.1f}"])
+    rows.append(["all", *_cells(comparison.overall), ""])
     for plan, ids in ((first, comparison.only_first_examples), (second, comparison.only_second_examples)):
         if ids:
             notes.append(f"only in {plan}, for example: {', '.join(ids)}")
@@ -270,10 +270,12 @@ def comparison_table(comparison: Comparison) -> Shown:
     return Shown(f"plans {first} and {second}: rows, and shares of tokens", columns, rows, notes)
 
 
-def _counts(overlap: Overlap) -> list[str]:
-    """The three numbers of rows, and the share of both; no share where neither plan has a row."""
+def _cells(overlap: Overlap) -> list[str]:
+    """The numbers of rows, the share of rows in both plans (empty without rows), and the shares of tokens."""
     counts = overlap.only_first, overlap.both, overlap.only_second
-    return [*(f"{count:,}" for count in counts), f"{overlap.both / sum(counts):.3f}" if sum(counts) else ""]
+    in_both = f"{overlap.both / sum(counts):.3f}" if sum(counts) else ""
+    shares = overlap.first_token_share, overlap.second_token_share
+    return [*(f"{count:,}" for count in counts), in_both, *(f"{share:.1%}" for share in shares)]
 
 
 def _rows(dataset: Dataset, sql: str) -> list[tuple[Any, ...]]:

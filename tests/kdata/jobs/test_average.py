@@ -52,10 +52,8 @@ def payload(positions: list[tuple[np.ndarray, list[int], dict[int, float]]]) -> 
 def entries(sequences: Sequences, t: int) -> tuple[dict[int, float], dict[int, float]]:
     """Exact entries and draws of a position: id to weight. They must stand in the order that the format asks for."""
     span = slice(sequences.entry_offsets[t], sequences.entry_offsets[t + 1])
-    ids, weights = (
-        sequences.entry_ids[span].tolist(),
-        np.exp(sequences.entry_logprobs[span].astype(np.float64)).tolist(),
-    )
+    ids = sequences.entry_ids[span].tolist()
+    weights = np.exp(sequences.entry_logprobs[span].astype(np.float64)).tolist()
     split = int(sequences.num_exact[t])
     assert weights[:split] == sorted(weights[:split], reverse=True) and ids[split:] == sorted(set(ids[split:]))
     assert len(set(ids)) == len(ids) == sequences.num_kept[t]

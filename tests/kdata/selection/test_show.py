@@ -94,6 +94,8 @@ def test_two_plans_side_by_side(dataset: kdata.Dataset) -> None:
     select(dataset, Difference(share=0.5, by_domain=True, name="each"))  # r2 r3, r7 r8 r9
     comparison = compare(dataset, "difference", "each")
     assert comparison.domains == {"code": Overlap(0, 0, 2, 0.0, 0.25), "prose": Overlap(3, 3, 0, 1.0, 0.75)}
+    assert comparison.overall == Overlap(3, 3, 2, 1.0, 1.0)
+    assert comparison.only_first_examples == ["r4"] and comparison.only_second_examples == ["r2"]
     shown = comparison_table(comparison)
     rows = {row[0]: row[1:] for row in shown.rows}
     assert rows["code"] == ["0", "0", "2", "0.000", "0.0%", "25.0%", "+25.0"]
