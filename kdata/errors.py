@@ -7,6 +7,7 @@ pickled, because Ray sends it between processes.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -48,7 +49,7 @@ class CorruptError(KdataError, OSError):
 
 
 class MismatchError(KdataError, ValueError):
-    """Two things that must agree do not: settings on resume, tokenizers, vocabularies, fingerprints."""
+    """Two things that must agree do not: settings on resume, tokenizers, vocabularies, digests."""
 
 
 class StorageError(KdataError, OSError):
@@ -79,7 +80,7 @@ class TrainingError(KdataError, ArithmeticError):
     """The loss is not finite; the message names the step and the rows."""
 
 
-def settings_difference(before: dict, after: dict) -> str:
+def settings_difference(before: Mapping[str, object], after: Mapping[str, object]) -> str:
     """Return one line per setting that differs, 'key: before -> after', nested keys dotted; '' when equal."""
     lines: list[str] = []
 

@@ -311,7 +311,8 @@ def _num_exact(batch: Batch) -> np.ndarray:
 def _entropy_of_weights(batch: Batch) -> np.ndarray:
     """-sum w log w over the kept weights of each position, float64 [M]."""
     log_w_MK = batch.targets.logprobs_CK.double().numpy()
-    return -(np.exp(log_w_MK) * np.where(np.isneginf(log_w_MK), 0.0, log_w_MK)).sum(-1)
+    entropy_M: np.ndarray = -(np.exp(log_w_MK) * np.where(np.isneginf(log_w_MK), 0.0, log_w_MK)).sum(-1)
+    return entropy_M
 
 
 def _write_samples(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,12 +48,16 @@ def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor, position_ids_BL:
     (masking_utils.find_packed_sequence_indices), and no mask if each row is one document.
     """
     backbone = getattr(model, model.base_model_prefix)
-    return backbone(input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False).last_hidden_state
+    hidden_BLD: Tensor = backbone(
+        input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False
+    ).last_hidden_state
+    return hidden_BLD
 
 
 def head_of(model: PreTrainedModel) -> Tensor:
     """The output embedding [V, D], the parameter itself."""
-    return model.get_output_embeddings().weight
+    head_VD: Tensor = model.get_output_embeddings().weight
+    return head_VD
 
 
 def num_parameters(model: PreTrainedModel) -> int:
@@ -152,13 +155,14 @@ def _from_scratch(config: ScratchStudent, dataset: Dataset, seed: int) -> PreTra
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(llama).float()
+        model: PreTrainedModel = LlamaForCausalLM(llama).float()
+    return model
 
 
 def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedModel:
     try:
         digest = tokenizer_hash(config.model, config.revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             config.model, revision=config.revision, dtype=torch.float32, trust_remote_code=False
         )
     except (OSError, ValueError) as error:

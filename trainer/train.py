@@ -286,7 +286,8 @@ _REMEDY = "The weights are as before the step; lower learning_rate, or leave the
 def _bad_rows(batch: Batch, values_MO: Tensor) -> np.ndarray:
     """Global rows of the documents with a value that is not finite, int64."""
     bad_M = ~torch.isfinite(values_MO).all(-1).cpu().numpy()
-    return batch.rows[np.unique(batch.document_M[bad_M])]
+    rows: np.ndarray = batch.rows[np.unique(batch.document_M[bad_M])]
+    return rows
 
 
 def _named(dataset: kdata.Dataset, rows: list[np.ndarray], ranks: Ranks) -> str:

@@ -136,9 +136,10 @@ class ChatEncoder:
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, *, generation_prompt: bool = False) -> str:
         with _template_errors():
-            return self._tokenizer.apply_chat_template(
+            text: str = self._tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, **self._variables()
             )
+        return text
 
     def _render_marked(self, chat: Chat) -> tuple[str, list[Span] | None]:
         """The text, and what the template marks as written by the assistant; None where it has no marks."""

@@ -42,7 +42,8 @@ def _arrow_type(name: str) -> pa.DataType:
 
 @cache
 def _document(name: str) -> dict[str, Any]:
-    return json.loads(resources.files("kdata.schemas").joinpath("v1", name).read_text("utf-8"))
+    document: dict[str, Any] = json.loads(resources.files("kdata.schemas").joinpath("v1", name).read_text("utf-8"))
+    return document
 
 
 def _fields(columns: list[dict[str, Any]]) -> list[pa.Field]:

@@ -276,12 +276,13 @@ def _shares(config: CombineConfig, inputs: list[Dataset]) -> dict[str, np.ndarra
 
 
 def _normalised(weights: list[float], count: int) -> np.ndarray:
-    share = np.array(weights, np.float64)
+    share: np.ndarray = np.array(weights, np.float64)
     if len(share) != count:
         raise ConfigError(f"weights {weights} are {len(share)} numbers for {count} payloads")
     if not np.isfinite(share).all() or (share < 0).any() or not share.sum() > 0:
         raise ConfigError(f"weights {weights} must be finite, not negative, and not all 0")
-    return share / share.sum()
+    normalised: np.ndarray = share / share.sum()
+    return normalised
 
 
 def _identity(plan: _Plan, config: CombineConfig) -> DatasetInfo:

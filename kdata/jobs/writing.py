@@ -272,7 +272,8 @@ def _record(
 
 
 def _decode(tokenizer: Any, ids: np.ndarray, *, special: bool) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+    text: str = tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _text_from(tokenizer: Any, ids: np.ndarray, start: int, *, special: bool) -> str:

@@ -190,7 +190,8 @@ class Dataset:
         if positions.null_count:
             absent = ids[int(np.flatnonzero(positions.is_null().to_numpy(zero_copy_only=False))[0])]
             raise MissingError(f"{self.path} has no row with id {absent!r}")
-        return positions.to_numpy().astype(np.int64)
+        rows: np.ndarray = positions.to_numpy().astype(np.int64)
+        return rows
 
     @cached_property
     def _ids(self) -> pa.Array:

@@ -134,7 +134,9 @@ def rows_per_batch(lengths: np.ndarray) -> int:
     return rows
 
 
-def shard_tables(unit: UnitResult, name: str, source: str, info: DatasetInfo):
+def shard_tables(
+    unit: UnitResult, name: str, source: str, info: DatasetInfo
+) -> tuple[pa.Table, pa.Table, CodecError | None]:
     """Payload table, index table and measured codec error of one unit."""
     records = unit.records
     ids = [record.id for record in records]

@@ -180,7 +180,8 @@ def _parsed(text: str) -> dict[str, Any]:
     """DuckDB's own parse of a query; with a key `error` where it cannot be parsed."""
     with duckdb.connect() as connection:
         (tree,) = connection.execute("select json_serialize_sql(?::varchar)", [text]).fetchone() or ("{}",)
-    return json.loads(tree)
+    parsed: dict[str, Any] = json.loads(tree)
+    return parsed
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:

@@ -60,7 +60,8 @@ class TokenText:
         if decoder is None or token_id in self._added:
             return token
         # Behind another token, since decoders drop the space at the start of a text.
-        return decoder.decode(["a", token]).removeprefix(decoder.decode(["a"]))
+        text: str = decoder.decode(["a", token]).removeprefix(decoder.decode(["a"]))
+        return text
 
     def of_ids(self, token_ids: np.ndarray) -> list[str]:
         """`of_id` of each of token_ids int [T]."""

@@ -13,6 +13,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -238,7 +239,7 @@ def _committed_ids(root: Path, manifest: list[ManifestEntry]) -> set[str]:
     return ids
 
 
-def _refuse_difference(what: str, before: dict, after: dict, root: Path) -> None:
+def _refuse_difference(what: str, before: dict[str, Any], after: dict[str, Any], root: Path) -> None:
     difference = settings_difference(before, after)
     if difference:
         raise MismatchError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -95,11 +96,12 @@ def is_known(folder: Path) -> bool:
     return _architecture(json.loads((folder / "config.json").read_text())) in KNOWN
 
 
-def _architecture(config: dict) -> str:
-    return (config.get("architectures") or ["none"])[0]
+def _architecture(config: dict[str, Any]) -> str:
+    name: str = (config.get("architectures") or ["none"])[0]
+    return name
 
 
-def _scale(config: dict) -> float:
+def _scale(config: dict[str, Any]) -> float:
     """Constant factor on the logits: Cohere's logit_scale, Granite's 1 / logits_scaling."""
     if "logits_scaling" in config:
         return 1.0 / float(config["logits_scaling"])
@@ -111,5 +113,6 @@ def _tensor(folder: Path, names: tuple[str, ...]) -> torch.Tensor | None:
         with safe_open(file, framework="pt") as tensors:
             for name in names:
                 if name in tensors.keys():  # noqa: SIM118  # safe_open is no mapping
-                    return tensors.get_tensor(name)
+                    tensor: torch.Tensor = tensors.get_tensor(name)
+                    return tensor
     return None

@@ -110,7 +110,9 @@ def uniforms_of(parts: list[tuple[int, int]], keep: KeepConfig) -> np.ndarray:
     )
     if not systematic:
         return np.sort(drawn, -1)
-    return np.minimum((np.arange(width) + drawn) / width, np.nextafter(1.0, 0.0))  # rounding may reach 1
+    below_1 = np.nextafter(1.0, 0.0)  # rounding may reach 1
+    uniforms: np.ndarray = np.minimum((np.arange(width) + drawn) / width, below_1)
+    return uniforms
 
 
 def _log_z(logprobs_or_logits_CV: torch.Tensor, lse_C: torch.Tensor, keep: KeepConfig) -> np.ndarray | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -102,7 +102,10 @@ class Top:
     logprobs: np.ndarray
 
 
-def decode(kind: type[Any], content: bytes) -> Any:
+Struct = TypeVar("Struct", bound=msgspec.Struct)
+
+
+def decode(kind: type[Struct], content: bytes) -> Struct:
     """JSON as a typed struct. Raises TeacherError where it is not that."""
     try:
         return msgspec.json.decode(content, type=kind)

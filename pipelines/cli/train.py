@@ -36,7 +36,7 @@ from kdata.pipelines.cli.common import (
 )
 from kdata.selection.plan import Plan, open_plan
 from kdata.store.sql import is_name
-from kdata.trainer.config import TrainConfig
+from kdata.trainer.config import EvaluateConfig, TrainConfig
 
 # Lines of the table of one student: heading and format, by the figure's name.
 FIGURES = {
@@ -164,6 +164,7 @@ def evaluate(
     set: SetOption = None,
 ) -> None:
     """Measure a student on a held-out dataset."""
+    config = parse_config(EvaluateConfig, with_settings({}, set), "evaluate settings")
     folder = Path(model)
     if not folder.is_dir():
         raise MissingError(f"{model} does not exist or is not a folder; name a student's folder, such as student/model")
@@ -172,10 +173,8 @@ def evaluate(
     if save is not None and Path(save).is_dir():
         raise ConfigError(f"--save {save} is a folder; name a file")
     kdata.open(dataset)
-    from kdata.trainer.evaluate import EvaluateConfig
     from kdata.trainer.evaluate import evaluate as measure_student
 
-    config = parse_config(EvaluateConfig, with_settings({}, set), "evaluate settings")
     measured = measure_student(folder, dataset, config=config)
     if save is not None:
         write_atomically(Path(save), json.dumps(measured, indent=2).encode() + b"\n")

@@ -114,11 +114,13 @@ def flat(column: pa.Array, dtype: type) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    is_list: bool = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list
 
 
 def _lengths(column: pa.Array) -> np.ndarray:
-    return pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    lengths: np.ndarray = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return lengths
 
 
 def spans(lengths: np.ndarray) -> list[slice]:

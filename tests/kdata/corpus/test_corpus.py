@@ -256,10 +256,10 @@ def test_json_that_the_library_keeps_as_json_is_read_as_such(tmp_path: Path) -> 
     ]
     file = tmp_path / "hub/rows.jsonl"
     save(file, [{**ROWS[0], "messages": mixed}])
-    made = datasets.load_dataset(str(file.parent), split="train", cache_dir=str(tmp_path / "cache"))
-    assert "Json" in str(made.features["messages"])
-    made.save_to_disk(str(tmp_path / "saved"))
-    made.to_parquet(str(tmp_path / "saved.parquet"))
+    loaded = datasets.load_dataset(str(file.parent), split="train", cache_dir=str(tmp_path / "cache"))
+    assert "Json" in str(loaded.features["messages"])
+    loaded.save_to_disk(str(tmp_path / "saved"))
+    loaded.to_parquet(str(tmp_path / "saved.parquet"))
     for path in (file, tmp_path / "saved", tmp_path / "saved.parquet"):
         [document] = read(path, messages_column="messages")
         assert document.chat is not None and document.chat.messages == mixed
@@ -272,9 +272,9 @@ def test_messages_are_lists_or_json_text_and_mean_the_same(tmp_path: Path, endin
     rows: list[dict[str, object]] = [{"messages": CHAT}, {"messages": plain}]
     as_lists = chats(tmp_path / f"lists.{ending}", rows)
     as_text = chats(tmp_path / f"text.{ending}", [{"messages": json.dumps(row["messages"])} for row in rows])
-    for found in (as_lists, as_text):
-        assert found[0].chat is not None and found[1].chat is not None
-        assert found[0].chat.messages == CHAT and found[1].chat.messages == plain and found[0].text == ""
+    for corpus in (as_lists, as_text):
+        assert corpus[0].chat is not None and corpus[1].chat is not None
+        assert corpus[0].chat.messages == CHAT and corpus[1].chat.messages == plain and corpus[0].text == ""
     assert [d.id for d in as_lists] == [d.id for d in as_text]
 
 

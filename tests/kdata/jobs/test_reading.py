@@ -253,8 +253,8 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def capture_chats(root: Path, corpus: Path, tokenizer: Path, **settings: object) -> kdata.Dataset:
     teacher = settings.pop("teacher", None) or StandInTeacher(context=200)
-    given = {**CHAT_COLUMNS, **settings.pop("reading", {})}  # type: ignore[dict-item]
-    return run_capture(root, corpus, tokenizer, teacher=teacher, reading=given, **settings)
+    columns = {**CHAT_COLUMNS, **settings.pop("reading", {})}  # type: ignore[dict-item]
+    return run_capture(root, corpus, tokenizer, teacher=teacher, reading=columns, **settings)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "topk"])

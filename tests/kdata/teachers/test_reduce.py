@@ -112,9 +112,9 @@ def test_weights_are_unbiased(keep: KeepConfig) -> None:
         lambda a, b: logits_MV.expand(repeats, 60)[a:b].clone(), 60, actual_M.expand(repeats), keep,
         [(1, seed) for seed in range(repeats)],
     ).kept  # fmt: skip
-    found = segment_sum(np.exp(kept.logprobs.astype(np.float64)) * values[kept.ids], kept.num_kept)
-    error = found.std(ddof=1) / np.sqrt(repeats)
-    assert abs(found.mean() - p @ values) < 4 * error
+    means = segment_sum(np.exp(kept.logprobs.astype(np.float64)) * values[kept.ids], kept.num_kept)
+    error = means.std(ddof=1) / np.sqrt(repeats)
+    assert abs(means.mean() - p @ values) < 4 * error
 
 
 @pytest.mark.parametrize("keep", [KEEPS[2], KEEPS[3]], ids=lambda k: k.kind)
@@ -138,7 +138,7 @@ def test_systematic_draws_have_less_noise_than_independent_ones() -> None:
     """The mean square error of the weights over 300 seeds, against what the formulas of kdata/keep.py say of each."""
     logits_MV, _ = logits_of(9, 1, 60, 1.5)
     p, draws, repeats = torch.softmax(logits_MV[0].double(), -1).numpy(), 20, 300
-    found = {}
+    errors = {}
     for method in ("systematic", "independent"):
         keep = KeepConfig(kind="sampled", num_draws=draws, draw_method=method)
         total = 0.0
@@ -147,11 +147,11 @@ def test_systematic_draws_have_less_noise_than_independent_ones() -> None:
             weights = np.zeros(60)
             weights[kept.ids] = np.exp(kept.logprobs.astype(np.float64))
             total += ((weights - p) ** 2).sum() / repeats
-        found[method] = total
+        errors[method] = total
     fraction = draws * p % 1
-    assert found["systematic"] == pytest.approx((fraction * (1 - fraction)).sum() / draws**2, rel=0.05)
-    assert found["independent"] == pytest.approx((p * (1 - p)).sum() / draws, rel=0.05)
-    assert found["systematic"] < 0.7 * found["independent"]
+    assert errors["systematic"] == pytest.approx((fraction * (1 - fraction)).sum() / draws**2, rel=0.05)
+    assert errors["independent"] == pytest.approx((p * (1 - p)).sum() / draws, rel=0.05)
+    assert errors["systematic"] < 0.7 * errors["independent"]
 
 
 def test_a_dataset_without_a_draw_method_has_independent_draws() -> None:

@@ -154,6 +154,8 @@ def test_a_wrong_setting_is_usage_and_is_named(world: World, command: str, setti
         ("capture", "teacher.dtyp=x", "unknown key 'dtyp' (did you mean 'dtype'?)"),
         ("generate", "sampling.temprature=1", "(did you mean 'temperature'?)"),
         ("train", "decay=cosin", "decay: Input should be"),
+        ("evaluate", "batch_token=1", "unknown key 'batch_token' (did you mean 'batch_tokens'?)"),
+        ("evaluate", "sample_temperature=-1", "sample_temperature: Input should be greater than or equal to 0"),
         ("train", "student.kinds=scratch", "student"),
         ("select", "shar=1", "(did you mean 'share'?)"),
         ("run", "capture.unit_token=1", "unknown key 'capture.unit_token' (did you mean 'unit_tokens'?)"),
@@ -162,6 +164,16 @@ def test_a_wrong_setting_is_usage_and_is_named(world: World, command: str, setti
 def test_a_wrong_key_or_value_names_what_is_allowed(world: World, command: str, setting: str, message: str) -> None:
     status, line = world.fails([*world.arguments(command), "--set", setting])
     assert status == 2 and message in line
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_wrong_key_is_refused_before_torch_is_loaded(world: World, command: str) -> None:
+    """In a process of its own: this one has loaded torch."""
+    arguments = [*world.arguments(command), "--set", "batch_token=1"]
+    code = f"import sys\nfrom kdata.pipelines.cli.main import call\nprint(call({arguments}), 'torch' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["2", "False"]
+    assert len(process.stderr.splitlines()) == 1 and "(did you mean 'batch_tokens'?)" in process.stderr
 
 
 @pytest.mark.parametrize("command", READERS)
