@@ -100,8 +100,8 @@ def capture(
     """
     values = with_settings(
         {
-            "corpus": given(path=corpus, messages_column=messages_column),
-            **given(targets=targets, kind=kind, k=k, num_draws=num_draws, max_tokens=max_tokens, long_text=long_text),
+            "corpus": without_none(path=corpus, messages_column=messages_column),
+            **without_none(targets=targets, kind=kind, k=k, num_draws=num_draws, max_tokens=max_tokens, long_text=long_text),
         },
         set,
     )
@@ -138,11 +138,11 @@ def generate(
     Prompts have the columns id, domain and prompt. What the teacher believes is recorded at temperature 1, whatever the
     sampling settings (--set sampling.KEY=VALUE).
     """
-    sampling: dict[str, Any] = given(max_tokens=max_tokens)
+    sampling: dict[str, Any] = without_none(max_tokens=max_tokens)
     if json_schema is not None:
         sampling["structured_output"] = {"json_schema": read_yaml(Path(json_schema))}
-    source = given(path=prompts, text_column=text_column, messages_column=messages_column)
-    values = with_settings({"prompts": source, "sampling": sampling, **given(kind=kind, k=k, num_draws=num_draws)}, set)
+    source = without_none(path=prompts, text_column=text_column, messages_column=messages_column)
+    values = with_settings({"prompts": source, "sampling": sampling, **without_none(kind=kind, k=k, num_draws=num_draws)}, set)
     who, where = teacher_config(values, teacher, backend), engine_config(values, engine)
     config = parse_config(GenerateSettings, values, "generate settings")
     place, job = folder_or_url(dataset), GenerateJob(config, Corpus(config.prompts))
@@ -166,7 +166,7 @@ def reread(
 
     Ids, tokens and targets stay the same. What is kept is as in DATASET, unless an option says otherwise.
     """
-    values = with_settings(given(kind=kind, k=k, num_draws=num_draws), set)
+    values = with_settings(without_none(kind=kind, k=k, num_draws=num_draws), set)
     who, where = teacher_config(values, teacher, backend), engine_config(values, engine)
     place, opened = folder_or_url(target), kdata.open(dataset)
     with open_engine(where, who, max_k=keep_like(opened, None, values).k) as at_work:
@@ -232,7 +232,7 @@ def import_(
     Nothing is recomputed: what the files lack stays unknown, and what is wrong with them is counted and printed.
     """
     values = with_settings(
-        given(format=format, tokenizer=tokenizer, vocab_size=vocab_size, aligned=aligned, over_one=over_one), set
+        without_none(format=format, tokenizer=tokenizer, vocab_size=vocab_size, aligned=aligned, over_one=over_one), set
     )
     config = parse_config(ImportConfig, values, "import settings")
     root = local_folder(dataset)
@@ -243,7 +243,7 @@ def import_(
     say(*(f"  {line}" for line in report.lines(config.over_one)))
 
 
-def given(**options: Any) -> dict[str, Any]:
+def without_none(**options: Any) -> dict[str, Any]:
     """Those options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
