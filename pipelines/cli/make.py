@@ -101,7 +101,9 @@ def capture(
     values = with_settings(
         {
             "corpus": without_none(path=corpus, messages_column=messages_column),
-            **without_none(targets=targets, kind=kind, k=k, num_draws=num_draws, max_tokens=max_tokens, long_text=long_text),
+            **without_none(
+                targets=targets, kind=kind, k=k, num_draws=num_draws, max_tokens=max_tokens, long_text=long_text
+            ),
         },
         set,
     )
@@ -142,7 +144,9 @@ def generate(
     if json_schema is not None:
         sampling["structured_output"] = {"json_schema": read_yaml(Path(json_schema))}
     source = without_none(path=prompts, text_column=text_column, messages_column=messages_column)
-    values = with_settings({"prompts": source, "sampling": sampling, **without_none(kind=kind, k=k, num_draws=num_draws)}, set)
+    values = with_settings(
+        {"prompts": source, "sampling": sampling, **without_none(kind=kind, k=k, num_draws=num_draws)}, set
+    )
     who, where = teacher_config(values, teacher, backend), engine_config(values, engine)
     config = parse_config(GenerateSettings, values, "generate settings")
     place, job = folder_or_url(dataset), GenerateJob(config, Corpus(config.prompts))
