@@ -96,7 +96,8 @@ class FileRows:
         for file in self._files:
             with (
                 pa.input_stream(str(file), compression="detect") as packed,
-                io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n") as lines,
+                # A byte that is not UTF-8 spoils its own row only: `Corpus` rejects that row.
+                io.TextIOWrapper(packed, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines,
             ):
                 for number, line in enumerate(lines, 1):
                     if line.strip():

@@ -20,11 +20,11 @@ from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.format.files import journal_of, local_path
 from kdata.format.manifest import new_info
-from kdata.format.records import Record, Reject, UnitResult, inputs_digest
+from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest
 from kdata.format.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, TeacherInfo, TokenizerInfo
 from kdata.observe.progress import Task
 from kdata.share.interchange import axolotl, distillkit, plain
-from kdata.share.interchange.rows import Aligned, ImportReport, OverOne, PeerRow, RowError, place
+from kdata.share.interchange.rows import Aligned, ImportReport, OverOne, PeerRow, place
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.shard import stored_shard

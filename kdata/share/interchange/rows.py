@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from kdata.errors import DataError
 from kdata.format.kept import Kept, segment_sum
-from kdata.format.records import Record
+from kdata.format.records import Record, RowError
 
 # Which token list j is about: j (with), j + 1 (after), or T - P + j (end: the last list is about the last token).
 Aligned = Literal["with", "after", "end"]
@@ -41,14 +41,6 @@ class PeerRow:
     domain: str | None = None
     text: str | None = None
     target_mask: np.ndarray | None = None
-
-
-class RowError(DataError):
-    """A row that cannot be imported; `reason` and `detail` go into the rejects."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
 
 
 @dataclass
