@@ -17,20 +17,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
-from pydantic import Field
-
-from kdata.config import Strict
 from kdata.errors import ConfigError, DataError, TeacherError
 from kdata.format.files import journal_of
 from kdata.format.keep import KeepConfig
 from kdata.format.manifest import new_info
 from kdata.format.records import Reject, Shard, UnitResult
+from kdata.format.rejects import refused
 from kdata.format.schema import FORMAT_VERSION, DatasetInfo, ManifestEntry, SourceInfo, TeacherInfo
 from kdata.jobs.changes import Pending, close_gaps
 from kdata.jobs.payloads import MOST_FAILED
 from kdata.observe.energy import Devices, local_devices
 from kdata.observe.progress import Task
-from kdata.observe.text import reason_text
 from kdata.store.dataset import Dataset
 from kdata.store.shard import stored_rejects, stored_shard
 from kdata.store.url_writer import writer_at
@@ -92,16 +89,6 @@ class TeacherFacts(Protocol):
     def context(self) -> int:
         """Longest sequence, in tokens."""
         ...
-
-
-class RowsConfig(Strict):
-    """What every command that reads rows takes."""
-
-    strict: bool = Field(
-        False,
-        description="A row that cannot be used ends the work with an error that names row and reason; false puts it aside in "
-        "the dataset's rejects and goes on.",
-    )
 
 
 class Job(Protocol[U]):
@@ -327,21 +314,6 @@ class _Work(Generic[U]):
     def _tokens_of(self, shard: Shard) -> int:
         """Tokens that the teacher read or wrote; prompts are neither."""
         return shard.entry.target_tokens if self._writes else shard.entry.tokens
-
-
-def checked(result: UnitResult, strict: bool) -> UnitResult:
-    """A result of a teacher. Raises DataError where `strict` is set and it has a reject."""
-    if strict and result.rejects:
-        raise refused(result.rejects[0])
-    return result
-
-
-def refused(reject: Reject) -> DataError:
-    """The error for a reject where `strict` is set."""
-    return DataError(
-        f"row {reject.id!r} cannot be used ({reason_text(reject.reason)}): {reject.detail}. It ends the work because strict "
-        "is set; without it such rows are put aside in the dataset's rejects"
-    )
 
 
 def check_k(keep: KeepConfig, facts: TeacherFacts) -> None:

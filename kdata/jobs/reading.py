@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
+from kdata.config import RowsConfig
 from kdata.corpus.chat_template import ChatError, Targets, chat_encoder
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.encode import TextEncoder
@@ -25,10 +26,11 @@ from kdata.corpus.messages import as_json
 from kdata.errors import ConfigError, TooLongError
 from kdata.format.keep import KeepConfig
 from kdata.format.records import Record, Reject, UnitResult, inputs_digest, inputs_of
+from kdata.format.rejects import checked
 from kdata.format.schema import SourceInfo, content_hash
 from kdata.jobs.changes import StoredRow, digest
 from kdata.jobs.corpus_job import CorpusJob, load_and_run, run_with
-from kdata.jobs.job import RowsConfig, TeacherFacts, check_k, checked
+from kdata.jobs.job import TeacherFacts, check_k
 from kdata.jobs.payloads import InputSequence, outcome_of, refuse_hopeless_unit, split_known
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import OnTokens, Teacher, ignore_tokens

@@ -14,13 +14,14 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from kdata.config import parse_config
+from kdata.config import RowsConfig, parse_config
 from kdata.errors import ConfigError, DataError
 from kdata.format.keep import KeepConfig
 from kdata.format.records import UnitResult, inputs_digest
+from kdata.format.rejects import checked
 from kdata.format.schema import ManifestEntry, SourceInfo, TeacherInfo, json_digest
 from kdata.jobs.changes import CORPUS_IDENTITY, LABELS, Pending, say_changes
-from kdata.jobs.job import Engine, LocalEngine, RowsConfig, TeacherFacts, check_k, checked, devices_of, run_job
+from kdata.jobs.job import Engine, LocalEngine, TeacherFacts, check_k, devices_of, run_job
 from kdata.jobs.payloads import goes_on, inputs_of_shard, refuse_other_vocabulary, source_digest
 from kdata.jobs.reading import ReadingUnit, read_unit
 from kdata.store.dataset import Dataset

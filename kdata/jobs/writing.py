@@ -20,16 +20,18 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from kdata.config import RowsConfig
 from kdata.corpus.chat_template import ChatError, chat_encoder
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
 from kdata.format.keep import KeepConfig
 from kdata.format.records import Record, Reject, UnitResult, digest_of, inputs_digest
+from kdata.format.rejects import checked
 from kdata.format.schema import SourceInfo
 from kdata.jobs.changes import StoredRow, digest
 from kdata.jobs.corpus_job import CorpusJob, load_and_run, run_with
-from kdata.jobs.job import RowsConfig, TeacherFacts, check_k, checked
+from kdata.jobs.job import TeacherFacts, check_k
 from kdata.jobs.payloads import InputSequence, beyond_head, outcome_of, refuse_hopeless_unit, tools_json
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import Completion, OnTokens, Teacher, ignore_tokens

@@ -3,40 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 _SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+")  # line breaks, controls, text direction
-
-
-# Reasons of rejects, as a person reads them.
-REASONS = {
-    "empty": "no text",
-    "no_id": "no id",
-    "no_domain": "no domain",
-    "not_text": "not text",
-    "chat": "broken chat",
-    "id_twice": "id twice",
-    "too_long": "too long",
-    "no_targets": "nothing to predict",
-    "template": "refused by the chat template",
-    "teacher_failed": "teacher failed",
-    "not_finite": "no finite log-probability",
-    "vocabulary": "id outside the vocabulary",
-    "misaligned": "lists that do not fit the tokens",
-    "twice": "entry twice in a list",
-}
-
-
-def reason_text(reason: str) -> str:
-    """The reason of a reject for a person."""
-    return REASONS.get(reason, reason.replace("_", " "))
-
-
-def rejected_text(counts: Mapping[str, int]) -> str:
-    """Rejects by reason for a person: 3 rejected: 2 no text, 1 id twice."""
-    most_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    listing = ", ".join(f"{count:,} {reason_text(reason)}" for reason, count in most_first)
-    return f"{sum(counts.values()):,} rejected{': ' if listing else ''}{listing}"
 
 
 def human_bytes(value: float) -> str:

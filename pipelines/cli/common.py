@@ -22,7 +22,7 @@ from typer.models import OptionInfo
 import kdata
 from kdata.config import apply_settings, parse_config
 from kdata.errors import ConfigError
-from kdata.observe.text import rejected_text
+from kdata.format.rejects import rejected_text
 from kdata.store.open import open_dataset
 from kdata.store.url import is_url
 from kdata.teachers.config import TeacherConfig

@@ -9,13 +9,13 @@ import typer
 from pydantic import Field
 
 import kdata
-from kdata.config import parse_config, read_yaml
+from kdata.config import RowsConfig, parse_config, read_yaml
 from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, MissingError, nearest
 from kdata.format.keep import KeepConfig
 from kdata.jobs.combine import CombineConfig
 from kdata.jobs.combine import combine as combine_datasets
-from kdata.jobs.job import RowsConfig, run_job
+from kdata.jobs.job import run_job
 from kdata.jobs.reading import CaptureConfig, CaptureJob
 from kdata.jobs.reread import keep_like, reread_with
 from kdata.jobs.writing import GenerateConfig, GenerateJob
