@@ -278,11 +278,13 @@ def follow(writer: Writer, job: Followed, rows: Iterator[list[Any]]) -> Pending:
     comparison.run(rows)
     if any(shard.keys for shard in shards) and not any(shard.claims for shard in shards):
         writer.refuse_other_inputs()
-    say_changes(comparison.line())
     changed = [shard for shard in shards if not shard.stays]
-    numbers = itertools.count(max(writer.committed, default=-1) + 1)
-    added = [_copied(writer, job, shard, next(numbers)) for shard in changed if shard.claims or shard.kept_rejects]
-    writer.follow([shard.entry for shard in changed], added)
+    if changed or writer.has_other_inputs:
+        say_changes(comparison.line())
+        numbers = itertools.count(max(writer.committed, default=-1) + 1)
+        staying = [shard for shard in changed if shard.claims or shard.kept_rejects]
+        added = [_copied(writer, job, shard, number) for shard, number in zip(staying, numbers, strict=False)]
+        writer.follow([shard.entry for shard in changed], added)
     return Pending(comparison.todo, comparison.rows_done, set(writer.committed))
 
 

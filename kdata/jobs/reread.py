@@ -51,7 +51,7 @@ def reread(
         log: JSONL file for progress; see `run_job`.
     Raises:
         MismatchError: another tokenizer or vocabulary size; or the result was begun from other rows or settings.
-        ConfigError: every row is longer than the teacher can read.
+        ConfigError: a row is longer than the teacher can read.
         DataError: the dataset is not complete; `strict` is set and a row cannot be used.
     """
     teacher = load_teacher(teacher_config, max_k=keep_like(dataset, None, settings).k)
@@ -149,14 +149,14 @@ class RereadJob:
         return SourceInfo(kind="reread", settings={**settings, "made_by": made_by}, num_units=None)
 
     def _refuse_long(self, facts: TeacherFacts) -> None:
-        """Raise ConfigError where the teacher can read no row whole."""
         index = self._dataset.index(["id", "num_tokens", "source"])
         own = index.filter(pc.equal(index["source"], self.name))
         lengths = own["num_tokens"].to_numpy()
-        if len(lengths) and lengths.min() > facts.context:
+        if len(lengths) and lengths.max() > facts.context:
             raise ConfigError(
-                f"every row of source {self.name!r} of {self._dataset.path} is longer than {facts.info.model} can read: the "
-                f"shortest has {lengths.min():,} tokens, it reads {facts.context:,}; take another teacher"
+                f"row {own['id'][int(lengths.argmax())].as_py()!r} of {self._dataset.path} has {lengths.max():,} tokens, "
+                f"{facts.info.model} reads {facts.context:,}; take a part with shorter rows (kdata split --by plan), or "
+                "another teacher"
             )
 
     def follow(self, writer: Writer, facts: TeacherFacts, tokenizer: Any) -> None:
@@ -167,21 +167,19 @@ class RereadJob:
         changed, stay = [entry for number, entry in committed.items() if number not in same], len(same)
         if changed and not stay:
             writer.refuse_other_inputs()
-        say_changes(
-            f"{self.name}: the rows of {self._dataset.path} have changed: {stay:,} of {len(committed):,} shards stay; "
-            f"{len(changed):,} were taken out and are read again"
-        )
-        writer.follow(changed, [])
+        if changed or writer.has_other_inputs:
+            say_changes(
+                f"{self.name}: the rows of {self._dataset.path} have changed: {stay:,} of {len(committed):,} shards stay; "
+                f"{len(changed):,} were taken out and are read again"
+            )
+            writer.follow(changed, [])
 
     def units(self, facts: TeacherFacts, tokenizer: Any, pending: Pending | None = None) -> Iterator[ReadingUnit]:
-        """The shards of the source, one after another; a row that is too long for the teacher is a reject."""
+        """The shards of the source, one after another."""
         for number, entry in enumerate(self._dataset.manifest):
             if entry.source == self.name:
                 sequences = inputs_of_shard(self._dataset, number, self._dataset.shard(number))
-                unit = ReadingUnit(entry.unit, sequences, documents=entry.rows)
-                long = {s.id for s in sequences if len(s.token_ids) > facts.context}
-                unit.reject(long, "too_long", f"the row has more tokens than the teacher reads, {facts.context:,}")
-                yield unit
+                yield ReadingUnit(entry.unit, sequences, documents=entry.rows)
 
     def perform(
         self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit, on_tokens: OnTokens = ignore_tokens

@@ -145,6 +145,12 @@ class Writer:
         """Whether the inputs are others than those that committed shards are from, or were so in an earlier run."""
         return self._followed_info is not None
 
+    @property
+    def has_other_inputs(self) -> bool:
+        """Whether the inputs differ from those that dataset.json names."""
+        after = self._followed_info
+        return after is not None and after.settings[FORMER] != self._source_info.settings.get(FORMER)
+
     def refuse_other_inputs(self) -> None:
         """Raise MismatchError that says how the inputs differ from those that the dataset was begun with."""
         assert self._followed_info is not None
