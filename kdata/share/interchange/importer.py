@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,15 +162,15 @@ def _peer_rows(format: Format, compression: distillkit.Compression | None) -> Re
     return axolotl.read_rows if format == "axolotl" else plain.read_rows
 
 
-def _row_by_row(read: ReadRows, source_batches: Iterator[pa.RecordBatch]) -> Iterator[PeerRow | RowError]:
-    """Rows of all batches; a row that alone makes its batch unreadable comes as an error.
+def _row_by_row(read: ReadRows, source_batches: Iterator[pa.RecordBatch]) -> Iterator[PeerRow | UnreadableRow]:
+    """Rows of all batches; a row that makes its batch unreadable comes as an UnreadableRow.
 
     Raises DataError where no row of the first batch can be read: then the files are not of this format.
     """
     any_read = False
     for batch in source_batches:
         try:
-            rows: list[PeerRow | RowError] = list(read(iter([batch])))
+            rows: list[PeerRow | UnreadableRow] = list(read(iter([batch])))
         except DataError as error:
             rows = [row for n in range(batch.num_rows) for row in _single_row(read, batch.slice(n, 1))]
             if not any_read and not any(isinstance(row, PeerRow) for row in rows):
@@ -179,11 +179,21 @@ def _row_by_row(read: ReadRows, source_batches: Iterator[pa.RecordBatch]) -> Ite
         yield from rows
 
 
-def _single_row(read: ReadRows, row: pa.RecordBatch) -> list[PeerRow | RowError]:
+@dataclass(frozen=True)
+class UnreadableRow:
+    """A row that does not have the form of its format; id and domain are None where they are not known."""
+
+    id: str | None
+    domain: str | None
+    detail: str
+
+
+def _single_row(read: ReadRows, row: pa.RecordBatch) -> list[PeerRow | UnreadableRow]:
     try:
         return list(read(iter([row])))
     except DataError as error:
-        return [RowError("misaligned", str(error))]
+        [about] = plain.about_rows(row)
+        return [UnreadableRow(about.get("id"), about.get("domain"), str(error))]
 
 
 def _without_present(unit: UnitResult, writer: Writer, usable: bool) -> UnitResult:
@@ -237,7 +247,7 @@ def _identity(config: ImportConfig, compression: distillkit.Compression | None, 
 
 
 def _units(
-    rows: Iterator[PeerRow | RowError], config: ImportConfig, vocab_size: int, tokenizer: Any, report: ImportReport
+    rows: Iterator[PeerRow | UnreadableRow], config: ImportConfig, vocab_size: int, tokenizer: Any, report: ImportReport
 ) -> Iterator[UnitResult]:
     """Rows in units of about `unit_tokens`; `report` counts them."""
     aligned = config.aligned or ALIGNED[config.format]
@@ -247,11 +257,10 @@ def _units(
     rejects: list[Reject] = []
     seen = set[str]()
     for row_number, row in enumerate(rows):
-        row_id, domain = f"row-{row_number:07d}", config.domain
+        row_id, domain = row.id or f"row-{row_number:07d}", row.domain or config.domain
         try:
-            if isinstance(row, RowError):
-                raise row
-            row_id, domain = row.id or row_id, row.domain or domain
+            if isinstance(row, UnreadableRow):
+                raise RowError("misaligned", row.detail)
             if row_id in seen:
                 raise RowError("id_twice", "an earlier row has the same id; ids must be unique")
             record = place(replace(row, id=row_id, domain=domain), aligned, vocab_size, report, config.over_one)
