@@ -3,7 +3,7 @@
 Every part of the corpus (a sequence, a prompt, a reject) is compared by content with the rows of committed shards. A shard
 whose rows are all there stays as it is. If only some are there, these are copied into a new shard, without decoding them.
 Stored rows that the corpus does not have any more are taken out. What is not stored is cut into units with free numbers.
-See README.md in this folder.
+The rules are in kdata/README.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ from kdata.store.pick import tables
 from kdata.store.shard import stored_rejects, write_tables
 from kdata.store.writer import Writer
 
+U = TypeVar("U")
 LABELS = ("id", "domain", "origin", "license")  # columns of the index that may change without being read again
 # Settings that identify a corpus by content.
 CORPUS_IDENTITY = tuple(f"{part}.{key}" for part in ("corpus", "prompts") for key in ("sha256", "hub", "commit"))
@@ -91,6 +92,14 @@ class Pending:
     def numbers(self) -> Iterator[int]:
         """Numbers of new units: those that no shard has."""
         return (number for number in itertools.count() if number not in self.used)
+
+
+@dataclass
+class Rest(Generic[U]):
+    """The units of what is still to be done, and how many rows of the corpus are stored whole."""
+
+    rows: int
+    units: Iterator[U]
 
 
 def digest(*texts: str | None) -> bytes:
@@ -273,6 +282,7 @@ def follow(writer: Writer, job: Followed, rows: Iterator[list[Any]]) -> Pending:
     Raises:
         MismatchError: there are stored rows, and none of them is in the inputs any more: these are other inputs.
     """
+    writer.sweep()
     shards = [_Committed.read(writer.root, entry, job) for _, entry in sorted(writer.committed.items())]
     comparison = _Comparison(job, shards)
     comparison.run(rows)

@@ -263,7 +263,7 @@ def test_a_crash_while_shards_are_replaced_loses_no_row(
 
     corpus = save(tmp_path / "c.jsonl", ROWS)
     run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=8)
-    save(corpus, [ROWS[0], *ROWS[2:]])
+    save(corpus, [ROWS[0], *ROWS[2:], row("new", "in"), row("newer", "the log")])
 
     def crash(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -280,6 +280,7 @@ def test_a_crash_while_shards_are_replaced_loses_no_row(
         with pytest.raises(KeyboardInterrupt):
             run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=8)
     assert kdata.open(tmp_path / "d").num_rows >= 4
+    save(corpus, [ROWS[0], *ROWS[2:]])  # and no unit takes the free number
     teacher = Counting()
     dataset = run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=8, teacher=teacher)
     assert teacher.calls == 0
