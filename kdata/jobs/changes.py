@@ -12,7 +12,7 @@ import hashlib
 import itertools
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ U = TypeVar("U")
 LABELS = ("id", "domain", "origin", "license")  # columns of the index that may change without being read again
 # Settings that identify a corpus by content.
 CORPUS_IDENTITY = tuple(f"{part}.{key}" for part in ("corpus", "prompts") for key in ("sha256", "hub", "commit"))
+ID_ELSEWHERE = "the dataset has a row with this id already"  # of another source
 # Reasons that a teacher gives. Whether such a reject still holds is known only where its whole unit is as before.
 BY_TEACHER = ("teacher_failed", "not_finite", "vocabulary")
 
@@ -170,10 +171,14 @@ class _Committed:
 
 
 class _Comparison:
-    """The parts of a corpus, compared with the shards of a source."""
+    """The parts of a corpus, compared with the shards of a source.
 
-    def __init__(self, job: Followed, shards: list[_Committed]) -> None:
-        self.job, self.shards = job, shards
+    Args:
+        present: those of some ids that the dataset has, of any source.
+    """
+
+    def __init__(self, job: Followed, shards: list[_Committed], present: Callable[[Iterable[str]], set[str]]) -> None:
+        self.job, self.shards, self._present = job, shards, present
         self.todo, self.new_ids = bytearray(), set[str]()
         self._rows_of_the_corpus = array("I")  # parts of each
         self._places = {
@@ -201,13 +206,20 @@ class _Comparison:
         self._rename()
 
     def _is_stored(self, number: int, part: Any) -> bool:
+        """Whether part `number` is stored; then it is claimed."""
         if isinstance(part, Reject):
-            shards = self._rejects.get(_identity(part))
-            if not shards:
-                return False
-            shards.pop().kept_rejects.append(part)
-            return True
+            return self._is_stored_reject(part)
+        elsewhere = Reject(part.id, part.domain, "id_twice", ID_ELSEWHERE)
+        if _identity(elsewhere) in self._rejects and self._present([str(r.labels[0]) for r in self.job.rows_of(part)]):
+            return self._is_stored_reject(elsewhere)
         return self._is_stored_item(number, part)
+
+    def _is_stored_reject(self, reject: Reject) -> bool:
+        shards = self._rejects.get(_identity(reject))
+        if not shards:
+            return False
+        shards.pop().kept_rejects.append(reject)
+        return True
 
     def _is_stored_item(self, number: int, item: Any) -> bool:
         rows = self.job.rows_of(item)
@@ -284,7 +296,7 @@ def follow(writer: Writer, job: Followed, rows: Iterator[list[Any]]) -> Pending:
     """
     writer.sweep()
     shards = [_Committed.read(writer.root, entry, job) for _, entry in sorted(writer.committed.items())]
-    comparison = _Comparison(job, shards)
+    comparison = _Comparison(job, shards, writer.present)
     comparison.run(rows)
     if any(shard.keys for shard in shards) and not any(shard.claims for shard in shards):
         writer.refuse_other_inputs()

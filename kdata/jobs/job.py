@@ -24,7 +24,7 @@ from kdata.format.manifest import new_info
 from kdata.format.records import Reject, Shard, UnitResult
 from kdata.format.rejects import refused
 from kdata.format.schema import FORMAT_VERSION, DatasetInfo, ManifestEntry, SourceInfo, TeacherInfo
-from kdata.jobs.changes import Rest, close_gaps
+from kdata.jobs.changes import ID_ELSEWHERE, Rest, close_gaps
 from kdata.jobs.payloads import MOST_FAILED
 from kdata.observe.energy import Devices, local_devices
 from kdata.observe.progress import Task
@@ -285,7 +285,7 @@ class _Work(Generic[U]):
         if present and len(present) == len(ids) and not self._rows:
             self._writer.refuse_twice(ids)
         if present:
-            unit.reject(present, "id_twice", "the dataset has a row with this id already")
+            unit.reject(present, "id_twice", ID_ELSEWHERE)
 
     def count(self, unit: U, shard: Shard) -> None:
         """Count a unit that is committed. Raises TeacherError where the teacher has not given one usable row so far."""
@@ -325,9 +325,8 @@ def check_k(keep: KeepConfig, facts: TeacherFacts) -> None:
 
 def dataset_info(facts: TeacherFacts, tokenizer: Any, keep: KeepConfig) -> DatasetInfo:
     """Identity of a dataset that this teacher fills. Raises DataError when tokenizer and model disagree."""
-    if (
-        tokenizer.vocab_size > facts.vocab_size
-    ):  # tokens that were added may lie beyond: rows with such a token are rejects
+    # Tokens that were added to a tokenizer may lie beyond the head: rows with such a token are rejects.
+    if tokenizer.vocab_size > facts.vocab_size:
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the teacher's head only {facts.vocab_size}: they do not belong "
             "together; name a model folder with its own tokenizer"

@@ -287,6 +287,21 @@ def test_a_crash_while_shards_are_replaced_loses_no_row(
     assert_as_fresh(dataset, run_capture(tmp_path / "fresh", corpus, tokenizer_dir, unit_tokens=8))
 
 
+def test_an_id_of_another_source_stays_a_reject_and_nothing_is_written_again(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    run_capture(tmp_path / "d", save(tmp_path / "a.jsonl", [ROWS[0]]), tokenizer_dir, name="first")
+    corpus = save(tmp_path / "c.jsonl", ROWS)
+    run_capture(tmp_path / "d", corpus, tokenizer_dir)
+    save(corpus, [*ROWS, row("new", "in")])
+    dataset = run_capture(tmp_path / "d", corpus, tokenizer_dir)
+    assert [(name, reason) for name, _, _, reason, _ in rejects(dataset)] == [("r0", "id_twice")]
+    assert len(dataset) == len(ROWS) + 1
+    before = digests(tmp_path / "d")
+    run_capture(tmp_path / "d", corpus, tokenizer_dir)
+    assert digests(tmp_path / "d") == before
+
+
 def test_prompts_that_changed_go_on(tmp_path: Path, tokenizer_dir: Path) -> None:
     prompts = save(tmp_path / "p.jsonl", ROWS)
     options = {"num_samples": 2, "unit_prompts": 2}
