@@ -26,7 +26,6 @@ from kdata.corpus.corpus import CorpusConfig
 from kdata.corpus.encode import TextEncoder, special_tokens
 from kdata.corpus.messages import Chat
 from kdata.errors import ConfigError, DataError, KdataError
-from kdata.format.records import Reject
 
 
 def chat_encoder(tokenizer: Any, corpus: CorpusConfig) -> ChatEncoder:
@@ -323,10 +322,3 @@ def _tokens_of(
                 )
         mask |= (begins >= first) & (ends <= last) & (begins < last)
     return mask
-
-
-def refuse_hopeless(accepted: int, rejects: list[Reject]) -> None:
-    """Raise ConfigError where the template refused chats and accepted none: then a setting is wrong, not a row."""
-    refused = [reject for reject in rejects if reject.reason == "template"]
-    if refused and not accepted:
-        raise ConfigError(f"not one chat could be used. {refused[0].id}: {refused[0].detail}")

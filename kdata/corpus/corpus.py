@@ -7,6 +7,7 @@ Hub. Both provide `Rows`.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from kdata.corpus.files import FileRows
 from kdata.corpus.library import hub_name, is_saved, open_hub, open_saved
 from kdata.corpus.messages import Chat, as_json, parse_chat
 from kdata.errors import ConfigError, DataError, nearest
+from kdata.format.records import Reject, RowError
 
 COLUMNS = ("text_column", "messages_column", "tools_column", "id_column", "domain_column")
 REMEDIES = {
@@ -189,57 +191,93 @@ class Corpus:
         """What determines the rows, by content and not by place; part of the dataset's settings."""
         return {**self._rows.identity(), **self.config.model_dump(exclude={"path"})}
 
-    def documents(self) -> Iterator[Document]:
-        """Rows in their order. Raises DataError at a duplicate id or a value that is not text."""
-        config, seen = self.config, set[str]()
+    def documents(self) -> Iterator[Document | Reject]:
+        """Rows in their order; a row that cannot be used comes as a reject with its reason."""
+        config, seen, count = self.config, set[str](), 0
         columns = {*(getattr(config, name) for name in COLUMNS), "source", "license"}
         present = [name for name in self._rows.names if name in columns]
         for number, row in enumerate(self._rows.rows(present)):
             if config.domains is not None and not self._is_wanted(row[str(config.domain_column)]):
                 continue
             document = self._document(number, row)
-            if document.id in seen:
-                raise DataError(
-                    f"{config.path}: id {document.id!r} occurs twice; ids must be unique (id_column null makes new ones)"
-                )
-            seen.add(document.id)
+            if isinstance(document, Document) and document.id in seen:
+                detail = "an earlier row has the same id; ids must be unique (id_column null makes new ones)"
+                document = Reject(document.id, document.domain, "id_twice", detail)
+            elif isinstance(document, Document):
+                seen.add(document.id)
             yield document
-            if len(seen) == config.limit:
+            count += 1
+            if count == config.limit:
                 return
-        if not seen:
+        if not count:
             raise DataError(f"{config.path} holds no row{f' of {config.domains}' if config.domains else ''}")
 
     def _is_wanted(self, domain: Any) -> bool:
         return domain is not None and str(domain) in (self.config.domains or ())
 
-    def _document(self, number: int, row: dict[str, Any]) -> Document:
+    def _document(self, number: int, row: dict[str, Any]) -> Document | Reject:
+        """A row as a document, or the reason why it cannot be one."""
         config = self.config
         name = str(number) if config.id_column is None else row.get(config.id_column)
-        if name is None:
-            raise DataError(f"{config.path}: a row has no id in column {config.id_column!r}; every row needs one")
-        text, chat = None, None
+        domain = config.domain if config.domain_column is None else row.get(config.domain_column)
+        try:
+            if name is None:
+                raise RowError("no_id", f"column {config.id_column!r} is empty; every row needs an id")
+            if domain is None:
+                detail = f"column {config.domain_column!r} is empty; fill it, or set domain_column to null"
+                raise RowError("no_domain", detail)
+            text, chat = self._content(row)
+            about = [_plain(value) for value in (name, domain, row.get("source"), row.get("license"))]
+            _check_encoding(as_json([chat.messages, chat.tools]) if chat else text, *about)
+        except RowError as error:
+            where = f"row-{number:07d}" if name is None else _printable(name)
+            return Reject(where, None if domain is None else _printable(domain), error.reason, _printable(error.detail))
+        if config.id_column is None:
+            about[0] = _content_id(number, chat.content if chat else text)
+        return Document(str(about[0]), str(about[1]), text, about[2], about[3], chat)
+
+    def _content(self, row: dict[str, Any]) -> tuple[str, Chat | None]:
+        """Text or chat of a row. Raises RowError."""
+        config = self.config
         if config.messages_column is not None:
             tools = row.get(config.tools_column) if config.tools_column else None
-            chat = parse_chat(row.get(config.messages_column), tools, f"{config.path}: row {name!r}")
-        else:
-            text = row.get(str(config.text_column))
+            try:
+                return "", parse_chat(row.get(config.messages_column), tools, "the chat")
+            except DataError as error:
+                raise RowError("chat", str(error)) from error
+        text = row.get(str(config.text_column))
         if text is not None and not isinstance(text, str):
-            raise DataError(
-                f"{config.path}: row {name!r} has {type(text).__name__} as text; column {config.text_column!r} must hold text"
-            )
+            detail = f"column {config.text_column!r} must hold text, not {type(text).__name__}"
+            raise RowError("not_text", detail)
+        return text or "", None
+
+
+def _plain(value: Any) -> str | None:
+    """An id, domain, source or license as text, whatever the type of its column. Raises RowError for bytes of no text."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
         try:
-            (as_json([chat.messages, chat.tools]) if chat else text or "").encode()
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise RowError("not_text", f"{value[:20]!r} is not UTF-8") from error
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else str(value)
+
+
+def _check_encoding(*texts: str | None) -> None:
+    """Raise RowError for a text with half of a surrogate pair, or with a byte that was not UTF-8."""
+    for text in texts:
+        try:
+            (text or "").encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"{config.path}: row {name!r} holds half of a surrogate pair, which is no text") from error
-        domain = config.domain if config.domain_column is None else row.get(config.domain_column)
-        if domain is None:
-            raise DataError(
-                f"{config.path}: row {name!r} has no domain in column {config.domain_column!r}; fill it, or set "
-                "domain_column to null"
-            )
-        if config.id_column is None:
-            name = _content_id(number, chat.content if chat else text or "")
-        return Document(str(name), str(domain), text or "", row.get("source"), row.get("license"), chat)
+            broken = ascii(error.object[error.start])
+            detail = f"character {error.start} is {broken}, half of a surrogate pair or a byte that is not UTF-8"
+            raise RowError("not_text", detail) from error
+
+
+def _printable(value: Any) -> str:
+    """Text of any value, with a backslash escape for what cannot be encoded."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _content_id(number: int, content: str) -> str:

@@ -69,7 +69,10 @@ class FileRows:
         return pads.CsvFileFormat(
             parse_options=pacsv.ParseOptions(newlines_in_values=True),
             read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES),
-            convert_options=pacsv.ConvertOptions(column_types=dict.fromkeys(self._texts, pa.string())),
+            convert_options=pacsv.ConvertOptions(
+                column_types=dict.fromkeys(self._texts, pa.string()),
+                check_utf8=False,  # see `_rows_as_python`
+            ),
         )
 
     def _survey(self) -> tuple[int, list[str]]:
@@ -96,7 +99,8 @@ class FileRows:
         for file in self._files:
             with (
                 pa.input_stream(str(file), compression="detect") as packed,
-                io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n") as lines,
+                # A byte that is not UTF-8 spoils its own row only: `Corpus` rejects that row.
+                io.TextIOWrapper(packed, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines,
             ):
                 for number, line in enumerate(lines, 1):
                     if line.strip():
@@ -145,8 +149,27 @@ def rows_of(batch: pa.RecordBatch | pa.Table) -> Iterator[dict[str, Any]]:
     Arrow's JSON type (`datasets` uses it for objects with differing keys) are parsed, and keep their nulls.
     """
     kinds = {field.name: field.type for field in batch.schema}
-    for row in batch.to_pylist():
+    for row in _rows_as_python(batch):
         yield {name: _value(value, kinds[name]) for name, value in row.items()}
+
+
+def _rows_as_python(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
+    """Rows as Python values. A byte that is not UTF-8 becomes half of a surrogate pair: it spoils its own row only."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        return rows
+    except UnicodeDecodeError:
+        texts = {field.name for field in batch.schema if field.type in (pa.string(), pa.large_string())}
+        raw = batch.cast(
+            pa.schema([field.with_type(pa.large_binary()) if field.name in texts else field for field in batch.schema])
+        )
+        return [
+            {
+                name: value.decode(errors="surrogateescape") if name in texts and value is not None else value
+                for name, value in row.items()
+            }
+            for row in raw.to_pylist()
+        ]
 
 
 def _value(value: Any, kind: pa.DataType) -> Any:
