@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
+from kdata.errors import DataError
 from kdata.format.kept import Kept
 from kdata.format.schema import ManifestEntry
 
@@ -80,6 +81,14 @@ class Reject:
     domain: str | None
     reason: str
     detail: str
+
+
+class RowError(DataError):
+    """A row that cannot be used; `reason` and `detail` go into the rejects."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
 
 
 @dataclass

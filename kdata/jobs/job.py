@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from kdata.errors import ConfigError, DataError
+from kdata.errors import ConfigError
 from kdata.format.files import journal_of
 from kdata.format.keep import KeepConfig
 from kdata.format.manifest import new_info
@@ -195,7 +195,8 @@ def run_job(
         The dataset. At a URL: its local copy without the payload; `kdata.open(URL)` fetches that.
     Raises:
         MismatchError: the dataset was begun with other settings.
-        DataError: tokenizer and model disagree; duplicate id.
+        DataError: duplicate id.
+        ConfigError: tokenizer and model disagree.
     """
     facts = engine.facts
     tokenizer = engine.tokenizer
@@ -245,12 +246,7 @@ def check_k(keep: KeepConfig, facts: TeacherFacts) -> None:
 
 
 def dataset_info(facts: TeacherFacts, tokenizer: Any, keep: KeepConfig) -> DatasetInfo:
-    """Identity of a dataset that this teacher fills. Raises DataError when tokenizer and model disagree."""
-    if len(tokenizer) > facts.vocab_size:
-        raise DataError(
-            f"the tokenizer has {len(tokenizer)} ids, the teacher's head only {facts.vocab_size}: they do not belong "
-            "together; name a model folder with its own tokenizer"
-        )
+    """Identity of a dataset that this teacher fills."""
     return new_info(
         format_version=FORMAT_VERSION,
         vocab_size=facts.vocab_size,

@@ -23,10 +23,11 @@ from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
 from kdata.errors import ConfigError, TeacherError, TooLongError
 from kdata.format.keep import KeepConfig
-from kdata.format.records import Reject, UnitResult, inputs_digest
+from kdata.format.records import Reject, RowError, UnitResult, inputs_digest
 from kdata.format.schema import SourceInfo
 from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
 from kdata.jobs.payloads import InputSequence
+from kdata.observe.progress import console
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig
@@ -189,7 +190,7 @@ class CaptureJob:
 
     def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[ReadingUnit]:
         """The corpus in its own order; a unit closes with the document that reaches `unit_tokens`."""
-        return reading_units(self._corpus, tokenizer, self.config, self._limit(facts))
+        return reading_units(self._corpus, tokenizer, self.config, self._limit(facts), facts.vocab_size)
 
     def perform(
         self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit, on_tokens: OnTokens = ignore_tokens
@@ -211,11 +212,16 @@ def read_unit(teacher: Teacher, keep: KeepConfig, unit: ReadingUnit, on_tokens: 
     return UnitResult(unit.number, records, rejects, inputs=inputs_digest(unit.sequences))
 
 
-def reading_units(corpus: Corpus, tokenizer: Any, config: CaptureConfig, limit: int) -> Iterator[ReadingUnit]:
-    """Cut a corpus into units, deterministically: a unit closes with the document that reaches `unit_tokens`."""
-    sequences_of = (
-        _chats(tokenizer, config, limit) if config.corpus.messages_column else _texts(tokenizer, config, limit)
-    )
+def reading_units(
+    corpus: Corpus, tokenizer: Any, config: CaptureConfig, limit: int, vocab_size: int
+) -> Iterator[ReadingUnit]:
+    """Cut a corpus into units, deterministically: a unit closes with the document that reaches `unit_tokens`.
+
+    Args:
+        limit: tokens of the longest sequence.
+        vocab_size: rows of the teacher's head.
+    """
+    texts, sequences_of = (_chats if config.corpus.messages_column else _texts)(tokenizer, config, limit, vocab_size)
     unit = ReadingUnit(0)
     for document in corpus.documents():
         unit.documents += 1
@@ -229,6 +235,8 @@ def reading_units(corpus: Corpus, tokenizer: Any, config: CaptureConfig, limit: 
             unit = ReadingUnit(unit.number + 1)
     if unit.number == 0:
         refuse_hopeless(len(unit.sequences), unit.rejects)
+    for line in texts.note_lines():
+        console.print(line, markup=False, highlight=False)
     if unit.documents:
         yield unit
 
@@ -236,9 +244,9 @@ def reading_units(corpus: Corpus, tokenizer: Any, config: CaptureConfig, limit: 
 SequencesOf = Callable[[Document], list[InputSequence | Reject]]
 
 
-def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
-    """How a text becomes one sequence, several pieces, or a reject."""
-    encoder = TextEncoder(tokenizer)
+def _texts(tokenizer: Any, config: CaptureConfig, limit: int, vocab_size: int) -> tuple[TextEncoder, SequencesOf]:
+    """The encoder, and how a text becomes one sequence, several pieces, or a reject."""
+    encoder = TextEncoder(tokenizer, vocab_size=vocab_size, special_tokens_in_text=config.corpus.spelled)
     eos = tokenizer.eos_token_id if config.append_eos else None
     if config.append_eos and eos is None:
         raise ConfigError("append_eos: the tokenizer has no end-of-sequence token; leave append_eos at false")
@@ -250,12 +258,12 @@ def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
     def sequences_of(document: Document) -> list[InputSequence | Reject]:
         if not document.text.strip():
             return [Reject(document.id, document.domain, "empty", "the text is empty")]
-        pieces = encoder.pieces(document.text, limit - (eos is not None))
+        try:
+            pieces = encoder.pieces(document.text, limit, end=eos)
+        except RowError as error:
+            return [Reject(document.id, document.domain, error.reason, error.detail)]
         if len(pieces) > 1 and config.when_long != "split":
             return [_too_long(document, sum(len(ids) for _, ids, _ in pieces), limit, config)]
-        if eos is not None:
-            text, ids, token_bytes = pieces[-1]
-            pieces[-1] = text, np.append(ids, np.int32(eos)), np.append(token_bytes, np.uint16(0))
         names = [document.id] if len(pieces) == 1 else [f"{document.id}#{n}" for n in range(len(pieces))]
         return [
             InputSequence.of(name, document, ids, token_bytes, text)
@@ -264,12 +272,12 @@ def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
             for name, (text, ids, token_bytes) in zip(names, pieces, strict=True)
         ]
 
-    return sequences_of
+    return encoder, sequences_of
 
 
-def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
-    """How a chat becomes one sequence, or a reject."""
-    encoder = chat_encoder(tokenizer, config.corpus)
+def _chats(tokenizer: Any, config: CaptureConfig, limit: int, vocab_size: int) -> tuple[TextEncoder, SequencesOf]:
+    """The encoder, and how a chat becomes one sequence, or a reject."""
+    encoder = chat_encoder(tokenizer, config.corpus, vocab_size)
 
     def sequences_of(document: Document) -> list[InputSequence | Reject]:
         assert document.chat is not None
@@ -279,6 +287,8 @@ def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
             chat = encoder.whole(document.chat, config.counted, tool_calls=config.tool_call_targets)
         except ChatError as error:
             return [Reject(document.id, document.domain, "template", str(error))]
+        except RowError as error:
+            return [Reject(document.id, document.domain, error.reason, error.detail)]
         if len(chat.token_ids) > limit:
             return [_too_long(document, len(chat.token_ids), limit, config)]
         if not chat.target_mask.any():
@@ -298,7 +308,7 @@ def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
             )
         ]
 
-    return sequences_of
+    return encoder.texts, sequences_of
 
 
 def _too_long(document: Document, tokens: int, limit: int, config: CaptureConfig) -> Reject:

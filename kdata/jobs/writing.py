@@ -23,10 +23,11 @@ from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
 from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig
-from kdata.format.records import Record, Reject, UnitResult, inputs_digest
+from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest
 from kdata.format.schema import SourceInfo
 from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
 from kdata.jobs.payloads import InputSequence
+from kdata.observe.progress import console
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import Completion, OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig
@@ -152,7 +153,7 @@ class GenerateJob:
 
     def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[WritingUnit]:
         """Prompts in their own order, `unit_prompts` at a time."""
-        return writing_units(self._prompts, tokenizer, self.config, facts.context)
+        return writing_units(self._prompts, tokenizer, self.config, facts.context, facts.vocab_size)
 
     def perform(
         self, teacher: Teacher, tokenizer: Any, unit: WritingUnit, on_tokens: OnTokens = ignore_tokens
@@ -161,9 +162,11 @@ class GenerateJob:
         return write_unit(teacher, unit, self.config, tokenizer, on_tokens)
 
 
-def writing_units(prompts: Corpus, tokenizer: Any, config: GenerateConfig, context: int) -> Iterator[WritingUnit]:
+def writing_units(
+    prompts: Corpus, tokenizer: Any, config: GenerateConfig, context: int, vocab_size: int
+) -> Iterator[WritingUnit]:
     """Cut prompts into units of `unit_prompts`; a prompt that the template refuses or that leaves no room is a reject."""
-    prompt_of = _chats(tokenizer, config) if config.prompts.messages_column else _texts(tokenizer)
+    texts, prompt_of = (_chats if config.prompts.messages_column else _texts)(tokenizer, config, vocab_size)
     samples, longest = config.num_samples, config.sampling.max_tokens
     unit = WritingUnit(0, samples=samples, max_tokens=longest)
     room = context - max(config.sampling.min_tokens, 1)
@@ -181,6 +184,8 @@ def writing_units(prompts: Corpus, tokenizer: Any, config: GenerateConfig, conte
             unit.rejects.append(Reject(document.id, document.domain, "too_long", detail))
         else:
             unit.prompts.append(prompt)
+    for line in texts.note_lines():
+        console.print(line, markup=False, highlight=False)
     if unit.documents:
         yield _checked(unit)
 
@@ -191,20 +196,25 @@ def _checked(unit: WritingUnit) -> WritingUnit:
     return unit
 
 
-def _texts(tokenizer: Any) -> Callable[[Document], Prompt | Reject]:
-    """A text as a prompt: with the special tokens before it, without those after it."""
-    encoder = TextEncoder(tokenizer)
-
-    def prompt_of(document: Document) -> Prompt:
-        [(text, ids, _)] = encoder.pieces(document.text, 2**31)
-        return Prompt(document, text, ids[: len(ids) - len(encoder.suffix)])
-
-    return prompt_of
+PromptOf = Callable[[Document], Prompt | Reject]
 
 
-def _chats(tokenizer: Any, config: GenerateConfig) -> Callable[[Document], Prompt | Reject]:
-    """A chat as a prompt: up to where the assistant begins its turn."""
-    encoder = chat_encoder(tokenizer, config.prompts)
+def _texts(tokenizer: Any, config: GenerateConfig, vocab_size: int) -> tuple[TextEncoder, PromptOf]:
+    """The encoder, and how a text becomes a prompt: with the special tokens before it, without those after it."""
+    encoder = TextEncoder(tokenizer, vocab_size=vocab_size, special_tokens_in_text=config.prompts.spelled)
+
+    def prompt_of(document: Document) -> Prompt | Reject:
+        try:
+            return Prompt(document, document.text, encoder.prompt(document.text))
+        except RowError as error:
+            return Reject(document.id, document.domain, error.reason, error.detail)
+
+    return encoder, prompt_of
+
+
+def _chats(tokenizer: Any, config: GenerateConfig, vocab_size: int) -> tuple[TextEncoder, PromptOf]:
+    """The encoder, and how a chat becomes a prompt: up to where the assistant begins its turn."""
+    encoder = chat_encoder(tokenizer, config.prompts, vocab_size)
 
     def prompt_of(document: Document) -> Prompt | Reject:
         assert document.chat is not None
@@ -214,9 +224,11 @@ def _chats(tokenizer: Any, config: GenerateConfig) -> Callable[[Document], Promp
             chat = encoder.prompt(document.chat)
         except ChatError as error:
             return Reject(document.id, document.domain, "template", str(error))
+        except RowError as error:
+            return Reject(document.id, document.domain, error.reason, error.detail)
         return Prompt(document, chat.text, chat.token_ids, chat.token_bytes)
 
-    return prompt_of
+    return encoder.texts, prompt_of
 
 
 def write_unit(

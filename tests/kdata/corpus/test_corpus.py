@@ -139,8 +139,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ([ROWS[0], ROWS[0]], "'007' occurs twice"),
         ([{**ROWS[0], "id": None}, ROWS[1]], "a row has no id"),
         ([{**ROWS[0], "domain": None}, ROWS[1]], "'007' has no domain"),
-        ([{**ROWS[0], "text": 5}], "'007' has int as text"),
-        ([{**ROWS[0], "text": "\ud83d"}], "'007' holds half of a surrogate pair"),
+        ([{**ROWS[0], "text": 5}], "row '007', column 'text' holds int, not text"),
+        ([{**ROWS[0], "text": "\ud83d"}], "row '007', column 'text' holds half of a surrogate pair"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:

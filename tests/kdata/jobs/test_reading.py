@@ -179,7 +179,7 @@ def test_invalid_settings_are_refused(tmp_path: Path, corpus_file: Path, tokeniz
         run_capture(tmp_path / "d", corpus_file, tokenizer_dir, k=300)
     with pytest.raises(ConfigError, match="max_tokens=2 leaves no room"):
         run_capture(tmp_path / "d", corpus_file, tokenizer_dir, max_tokens=2)
-    with pytest.raises(DataError, match="the teacher's head only 200"):
+    with pytest.raises(ConfigError, match="not one row could be used.*which has 200 rows; name a model folder with its own"):
         run_capture(tmp_path / "e", corpus_file, tokenizer_dir, teacher=StandInTeacher(vocab_size=200))
 
 
