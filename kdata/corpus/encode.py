@@ -102,7 +102,7 @@ class TextEncoder:
 
     def note_lines(self) -> list[str]:
         """What is to be said of the special tokens of all texts so far."""
-        prefix, suffix = ("".join(self._tokenizer.convert_ids_to_tokens(ids)) for ids in (self.prefix, self.suffix))
+        prefix, suffix = ("".join(self._tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in (self.prefix, self.suffix))
         return self.notes.lines(prefix, suffix, self.mode)
 
     def pieces(
@@ -120,7 +120,9 @@ class TextEncoder:
             One (text, token ids int32 [T], bytes per token uint16 [T]) per piece; the texts join to the whole.
         """
         ids, begins = self._encode_text(text)
-        starts, ends = _starts_with(ids, self.prefix), _starts_with(ids[::-1], self.suffix[::-1])
+        starts = self._spells(text, ids[: len(self.prefix)], begins, self.prefix)
+        last = len(ids) - len(self.suffix)
+        ends = last >= 0 and self._spells(text, ids[last:], begins[last:], self.suffix)
         self._note(starts, ends)
         room = limit - self.num_special - (end is not None)
         head = room + (len(self.prefix) if starts else 0)
@@ -128,11 +130,11 @@ class TextEncoder:
         closing = (0 if ends else len(self.suffix)) + (end is not None)
         borders = [0, *_cuts(len(ids), head, room, tail, len(self.prefix) + closing), len(ids)]
         cuts = [0, *(int(begins[border]) for border in borders[1:-1]), len(text)]
-        last = len(borders) - 2
+        final = len(borders) - 2
         pieces = [
             self._piece(
                 text[cuts[n] : cuts[n + 1]], ids[a:b], begins[a:b] - cuts[n],
-                opened=starts and n == 0, closed=ends and n == last,
+                opened=starts and n == 0, closed=ends and n == final,
             )
             for n, (a, b) in enumerate(zip(borders[:-1], borders[1:], strict=True))
         ]  # fmt: skip
@@ -143,8 +145,8 @@ class TextEncoder:
 
     def prompt(self, text: str) -> np.ndarray:
         """Token ids int32 [T] of a text that is to be continued: with what the tokenizer puts before it, once."""
-        ids, _ = self._encode_text(text)
-        starts = _starts_with(ids, self.prefix)
+        ids, begins = self._encode_text(text)
+        starts = self._spells(text, ids[: len(self.prefix)], begins, self.prefix)
         self._note(starts, None)
         return ids if starts else np.concatenate([self.prefix, ids])
 
@@ -159,7 +161,7 @@ class TextEncoder:
         """
         ids, begins = self._encode(text) if plain is None else self._encode_spelled(plain)
         if len(self.prefix):
-            there = _starts_with(ids, self.prefix)
+            there = self._spells(text, ids[: len(self.prefix)], begins, self.prefix)
             self.notes.start_there += there
             self.notes.start_missing += not there
         return ids, self._lengths(text, ids, begins)
@@ -183,6 +185,13 @@ class TextEncoder:
             raise RowError(
                 "special_tokens", "the text spells out special tokens of the tokenizer (special_tokens_in_text: reject)"
             )
+
+    def _spells(self, text: str, ids: np.ndarray, begins: np.ndarray, tokens: np.ndarray) -> bool:
+        """Whether these ids are those tokens because the text has their names there, and not as the ids of unknown text."""
+        if len(tokens) == 0 or not np.array_equal(ids, tokens):
+            return False
+        names = self._tokenizer.convert_ids_to_tokens(tokens.tolist())
+        return all(text[begin:].lstrip().startswith(name) for name, begin in zip(names, begins.tolist(), strict=False))
 
     def _note(self, starts: bool, ends: bool | None) -> None:
         if len(self.prefix):
@@ -286,10 +295,6 @@ def _cuts(count: int, first: int, room: int, last: int, beside: int) -> list[int
     if beside + count - cuts[-1] < 2 and before > 2:
         cuts[-1] -= 1
     return cuts
-
-
-def _starts_with(ids: np.ndarray, start: np.ndarray) -> bool:
-    return len(start) > 0 and np.array_equal(ids[: len(start)], start)
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:

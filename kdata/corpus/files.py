@@ -294,8 +294,9 @@ def _values(column: pa.Array | pa.ChunkedArray, labels: Any) -> list[Any]:
         return _nanoseconds(column)
     try:
         values = column.to_pylist()
-    except (ValueError, OverflowError):  # a date beyond the year 9999, a nanosecond inside a list
-        values = column.cast(pa.string()).to_pylist()
+    except (ValueError, OverflowError):  # a date beyond the year 9999, which Python has no object for
+        texts = column.cast(pa.string()).to_pylist()
+        values = [None if text is None else re.sub(r"\.0+$", "", text) for text in texts]
     if pa.types.is_primitive(kind) and labels is None:
         return values
     values = [_value(value, kind) for value in values]
