@@ -84,8 +84,8 @@ class ChatEncoder:
         known = template or getattr(tokenizer, "chat_template", None)
         if not known:
             raise ConfigError(
-                "the model's tokenizer has no chat template, so chats cannot be read; set chat_template to a Jinja file, take "
-                "the model's chat (instruct) version, or put the rendered text into a text column"
+                "the model's tokenizer has no chat template, so chats cannot be read; set chat_template to a Jinja file, "
+                "take the model's chat (instruct) version, or put the rendered text into a text column"
             )
         if template is not None:
             _check_template(template)
@@ -137,10 +137,12 @@ class ChatEncoder:
     def _prepared(self, chat: Chat) -> Chat:
         """The chat as the template gets it.
 
-        Names of special tokens in it are counted, and with split broken by GUARD, so that what the template writes can be told
-        from them. Contents of several parts become one text for a template that knows texts only.
+        Names of special tokens in it are counted, and with split broken by GUARD, so that they differ from those that the
+        template writes. A content has the form that the template knows, a text or a list of parts.
         """
-        if any(isinstance(message["content"], list) for message in chat.messages) and not self._takes_parts:
+        if self._contents == "parts":
+            chat = Chat([{**m, "content": _in_parts(m["content"])} for m in chat.messages], chat.tools)
+        elif any(isinstance(m["content"], list) for m in chat.messages) and self._contents == "texts":
             chat = Chat([{**m, "content": _joined(m["content"])} for m in chat.messages], chat.tools)
         if not any(self.texts.spells_special_tokens(text) for text in _strings([chat.messages, chat.tools])):
             return chat
@@ -160,17 +162,23 @@ class ChatEncoder:
         return text, *self.texts.literal(text, rendered), moved
 
     @cached_property
-    def _takes_parts(self) -> bool:
-        """Whether the template reads a content that is a list of parts as the text of these parts."""
-        part = {"type": "text", "text": PROBE}
-        try:
-            parts = self._render([{"role": "user", "content": [part]}], None)
-        except ChatError:
-            return False
-        try:
-            return parts == self._render([{"role": "user", "content": PROBE}], None)
-        except ChatError:
-            return True  # it knows parts only
+    def _contents(self) -> Literal["texts", "parts", "both"]:
+        """What the template reads as the content of a message: a text, a list of parts, or either."""
+
+        def reads(content: Any) -> bool:
+            try:
+                text = self._render([{"role": "user", "content": content}], None)
+            except ChatError:
+                return False
+            return PROBE in text and not re.search("['\"]type['\"]", text)
+
+        if not reads([{"type": "text", "text": PROBE}]):
+            return "texts"
+        return "both" if reads(PROBE) else "parts"
+
+    @cached_property
+    def _probe_content(self) -> Any:
+        return _in_parts(PROBE) if self._contents == "parts" else PROBE
 
     # ------------------------------------------------------------------------------------------------ rendering
 
@@ -243,7 +251,7 @@ class ChatEncoder:
         prompt = self._render(before, chat.tools, generation_prompt=True)
         begin = self._prefix(prompt, text, number, "with the prompt for its turn")
         if prompt == self._render(before, chat.tools):  # the template has no generation prompt, or passes over it
-            probe = self._render([*before, {"role": "assistant", "content": PROBE}], chat.tools)
+            probe = self._render([*before, {"role": "assistant", "content": self._probe_content}], chat.tools)
             if not (probe.startswith(prompt) and probe[begin:].lstrip().startswith(PROBE)):
                 raise ChatError("the chat template writes no generation prompt, but something before a turn's content")
         return begin
@@ -278,7 +286,8 @@ class ChatEncoder:
     @cached_property
     def _probed(self) -> tuple[str, list[Span] | None]:
         """The smallest chat: how the template ends a turn. Empty where it does not take such a one."""
-        asked = Chat([{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}])
+        content = self._probe_content
+        asked = Chat([{"role": "user", "content": content}, {"role": "assistant", "content": content}])
         try:
             return self._render_marked(asked)
         except ChatError:
@@ -337,7 +346,8 @@ def _template_errors() -> Iterator[None]:
     except KdataError:
         raise
     except (
-        jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+        jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+        MemoryError,
     ) as error:  # fmt: skip
         raise ChatError(f"the chat template refuses the chat: {error or type(error).__name__}") from error
 
@@ -357,6 +367,10 @@ def _check_template(template: str) -> None:
 def _joined(content: Any) -> Any:
     """A content of several parts as one text: a line for each, as vLLM's server writes it."""
     return "\n".join(part["text"] for part in content) if isinstance(content, list) else content
+
+
+def _in_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _strings(value: Any) -> Iterator[str]:

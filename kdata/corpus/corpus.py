@@ -50,9 +50,9 @@ class CorpusConfig(Strict):
     )
     messages_column: str | None = Field(
         None,
-        description="Column with chats: a list of {role, content, ...} or of {from, value} (ShareGPT), or such a list as JSON "
-        "text. `instruction` reads the columns instruction, input and output (Alpaca). Chats are rendered with the model's "
-        "own chat template.",
+        description="Column with chats: a list of {role, content, ...} or of {from, value} (ShareGPT), or such a list as "
+        "JSON text. `instruction` reads the columns instruction, input and output (Alpaca). Chats are rendered with the "
+        "model's own chat template.",
     )
     tools_column: str | None = Field(
         None, description="Column with a chat's tools: JSON Schemas of functions, or JSON text."
@@ -125,8 +125,8 @@ class CorpusConfig(Strict):
         path = Path(self.chat_template)
         if not (exists(path) and path.is_file()):
             raise MissingError(
-                f"chat_template {self.chat_template[:200]!r} is neither a file nor a Jinja template; name a file, or write the "
-                "template itself"
+                f"chat_template {self.chat_template[:200]!r} is neither a file nor a Jinja template; name a file, or write "
+                "the template itself"
             )
         try:
             return path.read_text("utf-8")
@@ -265,7 +265,9 @@ class Corpus:
             raise DataError(f"{config.path} holds no row{f' of {config.domains}' if config.domains else ''}")
 
     def _is_wanted(self, domain: Any) -> bool:
-        return as_text(domain, f"{self.config.path}: column {self.config.domain_column!r}") in (self.config.domains or ())
+        return as_text(domain, f"{self.config.path}: column {self.config.domain_column!r}") in (
+            self.config.domains or ()
+        )
 
     def _document(self, number: int, row: dict[str, Any]) -> Document:
         config = self.config

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +18,8 @@ from kdata.format.records import RowError
 SpecialTokensInText = Literal["keep", "split", "reject"]
 
 MOST_BYTES = int(np.iinfo(np.uint16).max)  # of one token, as the payload stores them
-# Characters that Unicode reserves for a program's own use. OPEN and CLOSE enclose a special token that stays one; GUARD stands
-# inside the name of one that is text.
+# Characters that Unicode reserves for a program's own use. OPEN and CLOSE enclose a special token that stays one; GUARD
+# stands inside the name of one that is text.
 OPEN, CLOSE, GUARD = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
@@ -102,12 +103,12 @@ class TextEncoder:
 
     def note_lines(self) -> list[str]:
         """What is to be said of the special tokens of all texts so far."""
-        prefix, suffix = ("".join(self._tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in (self.prefix, self.suffix))
+        prefix, suffix = (
+            "".join(self._tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in (self.prefix, self.suffix)
+        )
         return self.notes.lines(prefix, suffix, self.mode)
 
-    def pieces(
-        self, text: str, limit: int, *, end: int | None = None
-    ) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    def pieces(self, text: str, limit: int, *, end: int | None = None) -> list[tuple[str, np.ndarray, np.ndarray]]:
         """Encode a text, split at token borders so that no piece exceeds `limit` tokens, special ones included.
 
         The tokens that the tokenizer puts around a text stand around each piece, once where the text has them already. No
@@ -136,7 +137,7 @@ class TextEncoder:
                 text[cuts[n] : cuts[n + 1]], ids[a:b], begins[a:b] - cuts[n],
                 opened=starts and n == 0, closed=ends and n == final,
             )
-            for n, (a, b) in enumerate(zip(borders[:-1], borders[1:], strict=True))
+            for n, (a, b) in enumerate(pairwise(borders))
         ]  # fmt: skip
         if end is not None and (len(pieces[-1][1]) == 0 or pieces[-1][1][-1] != end):
             content, token_ids, token_bytes = pieces[-1]
@@ -174,7 +175,8 @@ class TextEncoder:
         """The text with GUARD inside each name of a special token. Raises RowError where it holds a reserved character."""
         if any(sign in text for sign in (OPEN, CLOSE, GUARD)):
             raise RowError(
-                "special_tokens", "the row spells out special tokens and holds U+FDD0, U+FDD1 or U+FDD2, which are reserved"
+                "special_tokens",
+                "the row spells out special tokens and holds U+FDD0, U+FDD1 or U+FDD2, which are reserved",
             )
         return text if self._spelled is None else self._spelled.sub(_broken, text)
 
@@ -217,7 +219,11 @@ class TextEncoder:
     def _encode_spelled(self, guarded: str) -> tuple[np.ndarray, np.ndarray]:
         """As `_encode`, of the text without GUARD; special tokens with a GUARD inside are plain text."""
         assert self._spelled is not None
-        parts, places, at = [], [], 0  # of the text that is encoded: its parts, and where each character is in the plain text
+        parts, places, at = (
+            [],
+            [],
+            0,
+        )  # of the text that is encoded: its parts, and where each character is in the plain text
         for part, is_token in _parts(guarded, self._spelled):
             plain = part.replace(GUARD, "")
             parts.append(_wrapped(plain) if is_token else plain)
@@ -248,7 +254,8 @@ class TextEncoder:
         longest = int(lengths.max(initial=0))
         if longest > MOST_BYTES:
             raise RowError(
-                "token_bytes", f"one token stands for {longest:,} bytes of the text; at most {MOST_BYTES:,} can be stored"
+                "token_bytes",
+                f"one token stands for {longest:,} bytes of the text; at most {MOST_BYTES:,} can be stored",
             )
         return lengths.astype(np.uint16)
 
@@ -357,8 +364,8 @@ def tokenizer_of_wrapped_names(tokenizer: Any) -> Any:
     copy = Tokenizer.from_str(json.dumps(state))
     if any(copy.token_to_id(_wrapped(name)) != number for number, name in names.items()):
         raise ConfigError(
-            "special_tokens_in_text: split is not possible with this tokenizer, because its special tokens cannot be renamed; "
-            "take keep or reject"
+            "special_tokens_in_text: split is not possible with this tokenizer, because its special tokens cannot be "
+            "renamed; take keep or reject"
         )
     return copy
 

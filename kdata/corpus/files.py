@@ -267,7 +267,9 @@ def with_names(value: Any, feature: Any) -> Any:
     if isinstance(value, list):
         return [with_names(item, feature.get("feature")) for item in value]
     if isinstance(value, dict):
-        own = feature.get("feature") if isinstance(kind, str) else feature  # a Sequence of objects is an object of lists
+        own = (
+            feature.get("feature") if isinstance(kind, str) else feature
+        )  # a Sequence of objects is an object of lists
         return {name: with_names(item, (own or {}).get(name)) for name, item in value.items()}
     return value
 

@@ -51,11 +51,15 @@ class JsonFile:
     def _form_of(self) -> str:
         """lines: an object a line. array: one array of objects. values: objects, each printed over several lines."""
         with self._text() as text:
-            first = next((line for line in iter(lambda: text.readline(CHUNK_CHARACTERS), "") if line.strip()), "").strip()
+            first = next(
+                (line for line in iter(lambda: text.readline(CHUNK_CHARACTERS), "") if line.strip()), ""
+            ).strip()
         if first.startswith("["):
             return "array"
         # A printed object begins with a line that holds nothing else, or one key of it.
-        opens = first == "{" or (first.startswith("{") and first.endswith((",", "[", "{")) and len(first) < CHUNK_CHARACTERS)
+        opens = first == "{" or (
+            first.startswith("{") and first.endswith((",", "[", "{")) and len(first) < CHUNK_CHARACTERS
+        )
         return "values" if opens else "lines"
 
     def _objects(self) -> Iterator[dict[str, Any]]:

@@ -63,9 +63,7 @@ def open_saved(path: Path, split: str | None, columns: set[str]) -> LibraryRows:
     return LibraryRows(data, identity, f"{path} cannot be read", data.num_rows)
 
 
-def open_hub(
-    remote: tuple[str, str | None], subset: str | None, split: str | None, columns: set[str]
-) -> LibraryRows:
+def open_hub(remote: tuple[str, str | None], subset: str | None, split: str | None, columns: set[str]) -> LibraryRows:
     """A data set on the Hub, streamed, at the current commit of its revision.
 
     Args:

@@ -30,7 +30,7 @@ def text_of_column(value: Any, where: str) -> str | None:
             value = value.decode()
         except UnicodeDecodeError as error:
             raise DataError(f"{where} holds bytes that are not UTF-8; store it as text") from error
-    if value is None or isinstance(value, float) and math.isnan(value):
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if not isinstance(value, str):
         raise DataError(f"{where} holds {type(value).__name__}, not text")
@@ -47,7 +47,7 @@ def checked_text(text: str, where: str) -> str:
 
 
 def _scalar(value: Any) -> str | None:
-    if value is None or isinstance(value, float) and math.isnan(value):
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bytes | bytearray | memoryview):
         raw = bytes(value)

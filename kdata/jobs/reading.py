@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from kdata.corpus.chat_template import ChatError, Targets, chat_encoder, refuse_hopeless

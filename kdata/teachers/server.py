@@ -166,7 +166,9 @@ class ServedTeacher:
         """
         params: dict[str, Any] = {"max_tokens": 1, "prompt_logprobs": keep.k}
         if len(ids) < self._served.max_model_len:
-            top = await self._ask(ids, params, keep.k, lambda answer: top_of_prompt(answer, ids, keep.k, self.vocab_size))
+            top = await self._ask(
+                ids, params, keep.k, lambda answer: top_of_prompt(answer, ids, keep.k, self.vocab_size)
+            )
         else:
             prompt, last = ids[:-1], ids[-1:]
             # The written token counts as one of them, even where it is none of the k most probable.

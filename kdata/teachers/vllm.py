@@ -228,7 +228,9 @@ class VllmTeacher:
             parts = [_rectangle(output.prompt_logprobs, first=1, k=keep.k)]
             if is_full:
                 parts.append(_rectangle(output.outputs[0].logprobs, first=0, k=keep.k))
-            actual, logprob, rank, top_ids, top_logprobs = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+            actual, logprob, rank, top_ids, top_logprobs = (
+                np.concatenate(columns) for columns in zip(*parts, strict=True)
+            )
             if not np.array_equal(actual, ids[1:]):
                 raise TeacherError("vLLM returned log-probabilities for other tokens than those of the prompt")
             readouts.append(readout_from_top(ids, 1, logprob, rank, top_ids, top_logprobs, keep))

@@ -37,7 +37,9 @@ def tokenizer_of(kind: str) -> Any:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer: Any = trainers.BpeTrainer(vocab_size=300, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=300, special_tokens=names, initial_alphabet=alphabet, show_progress=False
+        )
     elif kind == "wordpiece":
         backend = Tokenizer(models.WordPiece(unk_token="<s>"))
         backend.normalizer = normalizers.BertNormalizer()
@@ -103,9 +105,7 @@ def test_pieces_lose_nothing_and_none_is_a_single_token(
         if len(encoder.prefix) and not (first and plain[:1] == [0]):
             assert own.pop(0) == 0
         ends_with_eos = plain[-1:] == [1]
-        if len(encoder.suffix) and not (last and ends_with_eos):
-            assert own.pop() == 1
-        elif last and end is not None and not ends_with_eos:
+        if (len(encoder.suffix) and not (last and ends_with_eos)) or (last and end is not None and not ends_with_eos):
             assert own.pop() == 1
         inner += own
         assert len(ids) > 1 or len(plain) < 2, "one token has nothing to predict"
@@ -176,7 +176,9 @@ def test_one_line_says_what_was_put_around_the_texts(
 ) -> None:
     tokenizer = with_frame("both")
     tokenizer.save_pretrained(tmp_path / "t")
-    rows = [{"id": str(n), "domain": "d", "text": text} for n, text in enumerate(["<s>the cat</s>", "the dog", "a cat"])]
+    rows = [
+        {"id": str(n), "domain": "d", "text": text} for n, text in enumerate(["<s>the cat</s>", "the dog", "a cat"])
+    ]
     run_capture(tmp_path / "d", jsonl(rows), tmp_path / "t")
     said = " ".join(capsys.readouterr().err.split())
     assert "<s> was put before 2 rows, as the tokenizer does; 1 had it already" in said
@@ -196,7 +198,9 @@ PARTS = st.lists(TEXT | st.sampled_from(["<s>", "</s>", "<|end|>", "the cat ", "
 
 @pytest.mark.parametrize("kind", ["bpe", "bpe strips", "wordpiece", "unigram"])
 @given(parts=PARTS)
-def test_split_makes_no_special_token_and_loses_no_byte(tokenizers: dict[str, Any], kind: str, parts: list[str]) -> None:
+def test_split_makes_no_special_token_and_loses_no_byte(
+    tokenizers: dict[str, Any], kind: str, parts: list[str]
+) -> None:
     text, tokenizer = "".join(parts), tokenizers[kind]
     encoder = TextEncoder(tokenizer, special_tokens_in_text="split")
     [(piece, ids, lengths)] = encoder.pieces(text, 10_000)
@@ -212,7 +216,11 @@ def test_split_makes_no_special_token_and_loses_no_byte(tokenizers: dict[str, An
 
 
 @pytest.mark.parametrize("kind", ["bpe", "bpe strips", "wordpiece", "unigram"])
-@given(parts=st.lists(st.tuples(TEXT | st.sampled_from(["the cat ", " "]), st.sampled_from(["<s>", "<|end|>", ""])), max_size=4))
+@given(
+    parts=st.lists(
+        st.tuples(TEXT | st.sampled_from(["the cat ", " "]), st.sampled_from(["<s>", "<|end|>", ""])), max_size=4
+    )
+)
 def test_a_special_token_that_stays_one_is_encoded_as_ever(
     tokenizers: dict[str, Any], kind: str, parts: list[tuple[str, str]]
 ) -> None:
@@ -301,7 +309,7 @@ def test_what_counts_is_ids_that_occur(tmp_path: Path, jsonl: Callable[..., Path
 def test_a_tokenizer_of_another_model_is_refused_by_name(tmp_path: Path, jsonl: Callable[..., Path]) -> None:
     folder = moved(tmp_path / "t", "z", 350)
     rows = [{"id": "a", "domain": "d", "text": "a zebra"}]
-    with pytest.raises(ConfigError, match="token id 350 .* has 300 rows; name a model folder with its own tokenizer"):
+    with pytest.raises(ConfigError, match=r"token id 350 .* has 300 rows; name a model folder with its own tokenizer"):
         run_capture(tmp_path / "d", jsonl(rows), folder)
 
 

@@ -193,7 +193,9 @@ def test_the_names_of_folders_are_columns(tmp_path: Path, ending: str) -> None:
     bare = [{key: value for key, value in row.items() if key != "domain"} for row in ROWS]
     names = {"it's prose": "0", "a%2Fb%20c%3Dd": "1", "__HIVE_DEFAULT_PARTITION__": "2"}
     for name, number in names.items():
-        write(tmp_path / f"c/year=2024/domain={name}/part-0.{ending}", [{**row, "id": row["id"] + number} for row in bare])
+        write(
+            tmp_path / f"c/year=2024/domain={name}/part-0.{ending}", [{**row, "id": row["id"] + number} for row in bare]
+        )
     domains = {d.id: d.domain for d in read(tmp_path / "c", domains=["it's prose", "a/b c=d"])}
     assert domains == {"a0": "it's prose", "b0": "it's prose", "a1": "a/b c=d", "b1": "a/b c=d"}
     assert {d.domain for d in read(tmp_path / "c", domain_column="year")} == {"2024"}
@@ -263,7 +265,9 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".json.gz"])
 def test_json_is_read_in_every_form(tmp_path: Path, form: str, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{**ROWS[0], "id": str(n), "text": "[{]},\" \\ é\n" * n, "source": {"deep": [n, None, 1.5e-7]}} for n in range(9)]
+    rows = [
+        {**ROWS[0], "id": str(n), "text": '[{]}," \\ é\n' * n, "source": {"deep": [n, None, 1.5e-7]}} for n in range(9)
+    ]
     content = FORMS[form](rows).encode()
     path = tmp_path / f"rows{ending}"
     path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
@@ -341,9 +345,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "other": domain,
         }
     )
-    rows = [
-        {**ROWS[n], "domain": n, "source": [n, 1], "license": {"name": n, "of": 1}, "other": n} for n in range(2)
-    ]
+    rows = [{**ROWS[n], "domain": n, "source": [n, 1], "license": {"name": n, "of": 1}, "other": n} for n in range(2)]
     whole = datasets.Dataset.from_list(rows, features=features)
     whole.save_to_disk(str(folder / "one"))
     datasets.DatasetDict({"train": whole, "test": whole.select([1])}).save_to_disk(str(folder / "splits"))
@@ -367,7 +369,8 @@ def test_labels_that_are_not_read_do_not_change_the_identity(tmp_path: Path) -> 
     import datasets
 
     features = datasets.Features(
-        {name: datasets.Value("string") for name in ("id", "domain", "text")} | {"other": datasets.ClassLabel(names=["x"])}
+        {name: datasets.Value("string") for name in ("id", "domain", "text")}
+        | {"other": datasets.ClassLabel(names=["x"])}
     )
     rows = [{"id": "a", "domain": "d", "text": "t", "other": 0}]
     datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "one"))
@@ -378,7 +381,9 @@ def test_a_row_without_a_label_has_none(tmp_path: Path) -> None:
     import datasets
 
     label = datasets.ClassLabel(names=["code", "prose"])
-    features = datasets.Features({name: datasets.Value("string") for name in ("id", "domain", "text")} | {"source": label})
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in ("id", "domain", "text")} | {"source": label}
+    )
     rows = [{"id": str(n), "domain": "d", "text": "t", "source": value} for n, value in enumerate((-1, None, 1))]
     datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "one"))
     assert [d.origin for d in read(tmp_path / "one")] == [None, None, "prose"]

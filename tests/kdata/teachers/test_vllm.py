@@ -83,9 +83,7 @@ def test_vllm_agrees_with_the_plain_forward_pass(llama_dir: Path, tmp_path: Path
     from kdata.teachers.transformers import TransformersTeacher
 
     rng = np.random.default_rng(0)
-    sequences = [
-        np.concatenate([[0], rng.integers(2, 300, size)]).astype(np.int32) for size in (5, 40, 17, 90, 127)
-    ]
+    sequences = [np.concatenate([[0], rng.integers(2, 300, size)]).astype(np.int32) for size in (5, 40, 17, 90, 127)]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         answers = pool.submit(ask, sequences, str(llama_dir)).result(timeout=300)
     oracle = TransformersTeacher(TeacherConfig(model=str(llama_dir), backend="transformers"))
