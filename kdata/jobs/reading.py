@@ -235,7 +235,7 @@ def reading_units(
     if unit.number == 0:
         refuse_hopeless(len(unit.sequences), unit.rejects)
     for line in texts.note_lines():
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if unit.documents:
         yield unit
 

@@ -185,7 +185,7 @@ def writing_units(
         else:
             unit.prompts.append(prompt)
     for line in texts.note_lines():
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if unit.documents:
         yield _checked(unit)
 

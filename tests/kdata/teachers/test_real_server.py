@@ -147,7 +147,7 @@ def assert_same(ours: Readout | Completion, theirs: Readout | Completion) -> Non
 
 def test_a_server_agrees_with_the_engine_in_this_process(llama_dir: Path, server: RealServer) -> None:
     rng = np.random.default_rng(0)
-    sequences = [np.append(0, rng.integers(2, 300, size)).astype(np.int32) for size in (5, 40, 17, 90, 2, 126)]
+    sequences = [np.append(0, rng.integers(2, 300, size)).astype(np.int32) for size in (5, 40, 17, 90, 2, 126, 127)]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         context, version, engine = pool.submit(ask_engine, str(llama_dir), sequences).result(timeout=300)
     teacher = ServedTeacher(config(llama_dir, server), max_k=TOP.k)
