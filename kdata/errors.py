@@ -67,6 +67,10 @@ class TeacherError(KdataError, RuntimeError):
     """A teacher could not be loaded, or its output is not a distribution."""
 
 
+class DistributionError(TeacherError):
+    """A teacher's numbers for one sequence are no distribution: NaN, infinite, or probability 0 for a token of it."""
+
+
 class UnreachableError(KdataError, ConnectionError):
     """A served teacher did not answer in time. No row is at fault; the run can continue later."""
 

@@ -26,7 +26,6 @@ from kdata.corpus.corpus import CorpusConfig
 from kdata.corpus.encode import GUARD, TextEncoder, special_tokens
 from kdata.corpus.messages import Chat
 from kdata.errors import ConfigError, DataError, KdataError
-from kdata.format.records import Reject
 
 
 def chat_encoder(tokenizer: Any, corpus: CorpusConfig, vocab_size: int | None = None) -> ChatEncoder:
@@ -433,15 +432,3 @@ def _tokens_of(
                 )
         mask |= (begins >= first) & (ends <= last) & (begins < last)
     return mask
-
-
-def refuse_hopeless(accepted: int, rejects: list[Reject]) -> None:
-    """Raise ConfigError where rows were refused for what a setting decides, and none was accepted: no row is at fault then.
-
-    Reasons are template, and token_ids: the tokenizer is not that of the model.
-    """
-    refused = [reject for reject in rejects if reject.reason in ("template", "token_ids")]
-    if refused and not accepted:
-        what = "chat" if refused[0].reason == "template" else "row"
-        remedy = "; name a model folder with its own tokenizer" if refused[0].reason == "token_ids" else ""
-        raise ConfigError(f"not one {what} could be used. {refused[0].id}: {refused[0].detail}{remedy}")

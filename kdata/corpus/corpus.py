@@ -20,8 +20,9 @@ from kdata.corpus.encode import SpecialTokensInText
 from kdata.corpus.files import FileRows, exists
 from kdata.corpus.library import hub_name, is_saved, open_hub, open_saved
 from kdata.corpus.messages import ALPACA, COMPANIONS, SHAREGPT, Chat, as_json, chat_of_row
-from kdata.corpus.values import as_text, checked_text, text_of_column
+from kdata.corpus.values import as_text, checked_text, printable, text_of_column
 from kdata.errors import ConfigError, DataError, MissingError, nearest
+from kdata.format.records import Reject, RowError
 
 COLUMNS = ("text_column", "messages_column", "tools_column", "id_column", "domain_column")
 OPTIONAL = ("source", "license")
@@ -229,7 +230,7 @@ class Corpus:
             raise ConfigError("`domains` selects by the domain column, but domain_column is null; name the column")
         if self._rows.num_rows is None:
             return None
-        domains = (as_text(row[column], f"{self.config.path}: column {column!r}") for row in self._rows.rows([column]))
+        domains = (as_text(row[column]) for row in self._rows.rows([column]))
         counts = Counter(domain for domain in domains if domain is not None)
         for name in wanted:
             if name not in counts:
@@ -244,55 +245,63 @@ class Corpus:
         template = {} if self._template is None else {"chat_template": self._template}
         return {**self._rows.identity(), **own, **template}
 
-    def documents(self) -> Iterator[Document]:
-        """Rows in their order. Raises DataError at a duplicate id or a value that is not text."""
-        config, seen = self.config, set[str]()
+    def documents(self) -> Iterator[Document | Reject]:
+        """Rows in their order; a row that cannot be used comes as a reject with its reason."""
+        config, seen, count = self.config, set[str](), 0
         columns = {*config.columns, *config.further_columns}
         present = [name for name in self._rows.names if name in columns]
         for number, row in enumerate(self._rows.rows(present)):
             if config.domains is not None and not self._is_wanted(row[str(config.domain_column)]):
                 continue
             document = self._document(number, row)
-            if document.id in seen:
-                raise DataError(
-                    f"{config.path}: id {document.id!r} occurs twice; ids must be unique (id_column null makes new ones)"
-                )
-            seen.add(document.id)
+            if isinstance(document, Document) and document.id in seen:
+                detail = "an earlier row has the same id; ids must be unique (id_column null makes new ones)"
+                document = Reject(document.id, document.domain, "id_twice", detail)
+            elif isinstance(document, Document):
+                seen.add(document.id)
             yield document
-            if len(seen) == config.limit:
+            count += 1
+            if count == config.limit:
                 return
-        if not seen:
+        if not count:
             raise DataError(f"{config.path} holds no row{f' of {config.domains}' if config.domains else ''}")
 
     def _is_wanted(self, domain: Any) -> bool:
-        return as_text(domain, f"{self.config.path}: column {self.config.domain_column!r}") in (
-            self.config.domains or ()
-        )
+        return as_text(domain) in (self.config.domains or ())
 
-    def _document(self, number: int, row: dict[str, Any]) -> Document:
+    def _document(self, number: int, row: dict[str, Any]) -> Document | Reject:
+        """A row as a document, or the reason why it cannot be one."""
         config = self.config
-
-        def text_of(column: str | None) -> str | None:
-            return as_text(row.get(column), f"{config.path}: row {number}, column {column!r}") if column else None
-
-        name = str(number) if config.id_column is None else text_of(config.id_column)
-        if name is None:
-            raise DataError(f"{config.path}: a row has no id in column {config.id_column!r}; every row needs one")
-        where = f"{config.path}: row {name!r}"
-        text, chat = "", None
-        if config.messages_column is not None:
-            chat = chat_of_row(row, config.messages_column, config.tools_column, where)
-            checked_text(as_json([chat.messages, chat.tools]), where)
-        else:
-            text = text_of_column(row.get(str(config.text_column)), f"{where}, column {config.text_column!r}") or ""
-        domain = config.domain if config.domain_column is None else text_of(config.domain_column)
-        if domain is None:
-            raise DataError(
-                f"{where} has no domain in column {config.domain_column!r}; fill it, or set domain_column to null"
-            )
+        text_of = {name: as_text(row.get(name)) for name in (config.id_column, config.domain_column, *OPTIONAL) if name}
+        name = str(number) if config.id_column is None else text_of[config.id_column]
+        domain = config.domain if config.domain_column is None else text_of[config.domain_column]
+        try:
+            if name is None:
+                raise RowError("no_id", f"column {config.id_column!r} is empty; every row needs an id")
+            if domain is None:
+                detail = f"column {config.domain_column!r} is empty; fill it, or set domain_column to null"
+                raise RowError("no_domain", detail)
+            text, chat = self._content(row)
+            for column, value in text_of.items():
+                checked_text(value or "", column)
+        except RowError as error:
+            where = f"row-{number:07d}" if name is None else printable(name)
+            return Reject(where, None if domain is None else printable(domain), error.reason, printable(error.detail))
         if config.id_column is None:
             name = _content_id(number, chat.content if chat else text)
-        return Document(name, domain, text, text_of("source"), text_of("license"), chat)
+        return Document(name, domain, text, text_of["source"], text_of["license"], chat)
+
+    def _content(self, row: dict[str, Any]) -> tuple[str, Chat | None]:
+        """Text or chat of a row. Raises RowError."""
+        config = self.config
+        if config.messages_column is None:
+            return text_of_column(row.get(str(config.text_column)), str(config.text_column)) or "", None
+        try:
+            chat = chat_of_row(row, config.messages_column, config.tools_column, "the chat")
+        except DataError as error:
+            raise RowError("chat", str(error)) from error
+        checked_text(as_json([chat.messages, chat.tools]), config.messages_column)
+        return "", chat
 
 
 def _remedy(field_name: str, names: list[str]) -> str:

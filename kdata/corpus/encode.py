@@ -77,7 +77,7 @@ class TextEncoder:
         special_tokens_in_text: what the name of a special token in a text is: that token (keep), plain text (split), or a
             reason to refuse the text (reject).
     Raises:
-        RowError: by every method that encodes, where the text cannot be used; `reason` is special_tokens, token_ids or
+        RowError: by every method that encodes, where the text cannot be used; `reason` is special_tokens, vocabulary or
             token_bytes.
     """
 
@@ -241,8 +241,7 @@ class TextEncoder:
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         if self._vocab_size is not None and len(ids) and int(ids.max()) >= self._vocab_size:
             raise RowError(
-                "token_ids",
-                f"token id {int(ids.max())} is beyond the teacher's head, which has {self._vocab_size:,} rows",
+                "vocabulary", f"token id {int(ids.max())} is outside the teacher's head of {self._vocab_size:,} rows"
             )
         return ids
 

@@ -7,43 +7,46 @@ import json
 import math
 from typing import Any
 
-from kdata.errors import DataError
+from kdata.format.records import RowError
 
 
-def as_text(value: Any, where: str) -> str | None:
+def as_text(value: Any) -> str | None:
     """A value as text, the same in every run and of every file format; None for null and for NaN.
 
     Text stays as it is. Numbers, truth values, dates and UUIDs are written as Python prints them. Bytes are UTF-8 text, or
     else hexadecimal digits behind 0x. Lists and objects are JSON with sorted keys.
-
-    Raises:
-        DataError: the text holds half of a surrogate pair; the message begins with `where`.
     """
-    text = _json(value) if isinstance(value, list | tuple | dict) else _scalar(value)
-    return None if text is None else checked_text(text, where)
+    return _json(value) if isinstance(value, list | tuple | dict) else _scalar(value)
 
 
-def text_of_column(value: Any, where: str) -> str | None:
-    """A value that must be text: text, or bytes that hold UTF-8. Raises DataError, beginning with `where`, for others."""
+def text_of_column(value: Any, column: str) -> str | None:
+    """A value that must be text: text, or bytes that hold UTF-8; None for null. Raises RowError for others."""
     if isinstance(value, bytes):
         try:
             value = value.decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"{where} holds bytes that are not UTF-8; store it as text") from error
+            raise RowError("not_text", f"column {column!r} holds bytes that are not UTF-8; store it as text") from error
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if not isinstance(value, str):
-        raise DataError(f"{where} holds {type(value).__name__}, not text")
-    return checked_text(value, where)
+        raise RowError("not_text", f"column {column!r} must hold text, not {type(value).__name__}")
+    return checked_text(value, column)
 
 
-def checked_text(text: str, where: str) -> str:
-    """The text itself. Raises DataError, beginning with `where`, where no file could hold it."""
+def checked_text(text: str, column: str) -> str:
+    """The text itself. Raises RowError where no file could hold it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where} holds half of a surrogate pair, which is not valid text") from error
+        broken = ascii(text[error.start])
+        what = "half of a surrogate pair or a byte that is not UTF-8"
+        raise RowError("not_text", f"column {column!r}, character {error.start}: {broken} is {what}") from error
     return text
+
+
+def printable(text: str) -> str:
+    """A text with a backslash escape for what cannot be encoded."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _scalar(value: Any) -> str | None:

@@ -20,7 +20,7 @@ from kdata.format.schema import ManifestEntry
 def inputs_of(payload: pa.Table) -> str:
     """`inputs_digest` of the rows of a payload table."""
     ids, token_ids = payload["id"].to_pylist(), (value.values.to_numpy() for value in payload["input_ids"])
-    return _digest_of(zip(ids, token_ids, strict=True))
+    return digest_of(zip(ids, token_ids, strict=True))
 
 
 class HasTokens(Protocol):
@@ -38,11 +38,12 @@ class HasTokens(Protocol):
 
 
 def inputs_digest(sequences: Iterable[HasTokens]) -> str:
+    """`digest_of` for sequences."""
+    return digest_of((sequence.id, sequence.token_ids) for sequence in sequences)
+
+
+def digest_of(rows: Iterable[tuple[str, np.ndarray]]) -> str:
     """SHA-256 (hex) over ids and token ids, in order; see schemas/README.md."""
-    return _digest_of((sequence.id, sequence.token_ids) for sequence in sequences)
-
-
-def _digest_of(rows: Iterable[tuple[str, np.ndarray]]) -> str:
     digest = hashlib.sha256()
     for row_id, token_ids in rows:
         digest.update(row_id.encode() + b"\0" + token_ids.astype("<i4").tobytes())

@@ -9,33 +9,35 @@ Nothing is kept at other positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 from pydantic import Field, model_validator
 
-from kdata.corpus.chat_template import ChatError, Targets, chat_encoder, refuse_hopeless
+from kdata.config import RowsConfig
+from kdata.corpus.chat_template import ChatError, Targets, chat_encoder
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
-from kdata.errors import ConfigError, TeacherError, TooLongError
+from kdata.errors import ConfigError, TooLongError
 from kdata.format.keep import KeepConfig
-from kdata.format.records import Reject, RowError, UnitResult, inputs_digest
-from kdata.format.schema import SourceInfo
-from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
-from kdata.jobs.payloads import InputSequence
-from kdata.observe.progress import console
+from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest, inputs_of
+from kdata.format.rejects import checked
+from kdata.format.schema import SourceInfo, content_hash
+from kdata.jobs.changes import StoredRow, digest
+from kdata.jobs.corpus_job import CorpusJob, load_and_run, run_with
+from kdata.jobs.job import TeacherFacts, check_k
+from kdata.jobs.payloads import InputSequence, outcome_of, refuse_hopeless_unit, split_known
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig
-from kdata.teachers.load import load_teacher
-from kdata.teachers.model import load_tokenizer
 from kdata.teachers.windows import each
 
 
-class CaptureConfig(KeepConfig):
+class CaptureConfig(RowsConfig, KeepConfig):
     """What a teacher reads, and how much of its distributions is kept."""
 
     corpus: CorpusConfig
@@ -83,6 +85,9 @@ class CaptureConfig(KeepConfig):
         return self.targets or ("assistant" if self.corpus.messages_column else "all")
 
 
+SequencesOf = Callable[[Document], list[InputSequence | Reject]]
+
+
 @dataclass
 class ReadingUnit:
     """Sequences that are read, committed and repeated together; see `WorkUnit`."""
@@ -101,6 +106,17 @@ class ReadingUnit:
     def ids(self) -> list[str]:
         """Ids of the rows that it can become."""
         return [s.id for s in self.sequences]
+
+    def add(self, parts: list[InputSequence | Reject]) -> None:
+        """Add what one document became."""
+        self.documents += 1
+        self.sequences += [part for part in parts if not isinstance(part, Reject)]
+        self.rejects += [part for part in parts if isinstance(part, Reject)]
+
+    def reject(self, ids: set[str], reason: str, detail: str) -> None:
+        """See `WorkUnit.reject`."""
+        self.rejects += [Reject(s.id, s.domain, reason, detail) for s in self.sequences if s.id in ids]
+        self.sequences = [s for s in self.sequences if s.id not in ids]
 
 
 def capture(
@@ -122,16 +138,12 @@ def capture(
         resume: auto, never or must; see `Writer`.
         log: JSONL file for progress.
     Raises:
-        MismatchError: the dataset was begun with other settings.
+        MismatchError: the dataset was begun with other settings, or from another corpus of which nothing is left.
         TooLongError: `long_text` is refuse and a text is too long.
-        DataError: empty corpus, duplicate id.
+        DataError: empty corpus; `strict` is set and a row cannot be used.
     """
-    corpus = Corpus(config.corpus)
-    teacher = load_teacher(teacher_config, max_k=config.k)
-    try:
-        return capture_with(root, teacher, teacher_config, corpus, config, resume=resume, log=log)
-    finally:
-        teacher.close()
+    job = CaptureJob(config, Corpus(config.corpus))
+    return load_and_run(root, job, teacher_config, resume=resume, log=log)
 
 
 def capture_with(
@@ -145,35 +157,22 @@ def capture_with(
     log: Path | None = None,
 ) -> Dataset:
     """As `capture`, with a teacher that is already loaded."""
-    tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
-    engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
-    return run_job(root, CaptureJob(config, corpus), engine, resume=resume, log=log)
+    return run_with(root, CaptureJob(config, corpus), teacher, teacher_config, resume=resume, log=log)
 
 
-class CaptureJob:
+class CaptureJob(CorpusJob[InputSequence, ReadingUnit]):
     """A corpus for a teacher to read; see `kdata.jobs.job.Job`."""
 
-    doing, noun = "reading", "documents"
-
-    def __init__(self, config: CaptureConfig, corpus: Corpus) -> None:
-        self.config, self.name = config, config.name
-        self.keep: KeepConfig = config
-        self._corpus = corpus
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the corpus: another process gets units, and needs no more to perform them."""
-        return {**self.__dict__, "_corpus": None}
-
-    @property
-    def total(self) -> int | None:
-        """Documents in all; None where that is not known."""
-        return self._corpus.num_rows
+    doing, noun, corpus_key = "reading", "documents", "corpus"
+    columns = ("content_hash", "num_target_tokens", "text", "messages", "tools")
+    renames = True
+    config: CaptureConfig
 
     def source(self, facts: TeacherFacts) -> SourceInfo:
         """The settings that determine the rows."""
         config = self.config
         check_k(config, facts)
-        own = config.model_dump(exclude={"corpus", "name", "max_tokens", *KeepConfig.model_fields})
+        own = config.model_dump(exclude={"corpus", "name", "strict", "max_tokens", *KeepConfig.model_fields})
         resolved = {"long_text": config.when_long, "targets": config.counted, "max_tokens": self._limit(facts)}
         settings = {**own, **config.settings(), "kind": config.kind, **resolved}
         return SourceInfo(kind="capture", settings={**settings, "corpus": self._corpus.settings()}, num_units=None)
@@ -187,60 +186,57 @@ class CaptureJob:
             )
         return limit
 
-    def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[ReadingUnit]:
-        """The corpus in its own order; a unit closes with the document that reaches `unit_tokens`."""
-        return reading_units(self._corpus, tokenizer, self.config, self._limit(facts), facts.vocab_size)
+    def preparation(self, facts: TeacherFacts, tokenizer: Any) -> tuple[TextEncoder, SequencesOf]:
+        """The encoder, and how a row becomes sequences or rejects."""
+        prepare = _chats if self.config.corpus.messages_column else _texts
+        return prepare(tokenizer, self.config, self._limit(facts), facts.vocab_size)
+
+    def unit(self, number: int) -> ReadingUnit:
+        """An empty unit."""
+        return ReadingUnit(number)
+
+    def is_full(self, unit: ReadingUnit) -> bool:
+        """A unit closes with the document that reaches `unit_tokens`."""
+        return unit.tokens >= self.config.unit_tokens
 
     def perform(
         self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit, on_tokens: OnTokens = ignore_tokens
     ) -> UnitResult:
         """Have one unit read."""
-        return read_unit(teacher, self.keep, unit, on_tokens)
+        return checked(read_unit(teacher, self.keep, unit, on_tokens), self.strict)
+
+    def rows_of(self, item: InputSequence) -> list[StoredRow]:
+        """See `Followed`: of a text that is read everything but its labels decides the numbers."""
+        targets = str(int(item.target_mask.sum()))
+        key = digest(content_hash(item.token_ids), targets, item.text, item.messages, item.tools)
+        return [StoredRow(key, (item.id, item.domain, item.origin, item.license))]
+
+    def stored_key(self, row: dict[str, Any]) -> bytes:
+        """See `Followed`."""
+        return digest(row["content_hash"], str(row["num_target_tokens"]), row["text"], row["messages"], row["tools"])
+
+    def inputs_of(self, payload: pa.Table) -> str:
+        """See `Followed`."""
+        return inputs_of(payload)
 
 
 def read_unit(teacher: Teacher, keep: KeepConfig, unit: ReadingUnit, on_tokens: OnTokens = ignore_tokens) -> UnitResult:
-    """Have a unit's sequences read; a sequence at which the teacher fails becomes a reject."""
-    tokens = [s.token_ids for s in unit.sequences]
-    answers = each(lambda some: teacher.read([tokens[i] for i in some], keep, on_tokens), len(tokens))
-    records, rejects = [], list(unit.rejects)
-    for sequence, answer in zip(unit.sequences, answers, strict=True):
-        if isinstance(answer, TeacherError):
-            rejects.append(Reject(sequence.id, sequence.domain, "teacher_failed", str(answer)))
-        else:
-            records.append(sequence.record(answer))
-    return UnitResult(unit.number, records, rejects, inputs=inputs_digest(unit.sequences))
+    """Have a unit's sequences read; a sequence at which the teacher fails becomes a reject.
 
-
-def reading_units(
-    corpus: Corpus, tokenizer: Any, config: CaptureConfig, limit: int, vocab_size: int
-) -> Iterator[ReadingUnit]:
-    """Cut a corpus into units, deterministically: a unit closes with the document that reaches `unit_tokens`.
-
-    Args:
-        limit: tokens of the longest sequence.
-        vocab_size: rows of the teacher's head.
+    Raises TeacherError where it fails at every one of several sequences: then the sequences are not at fault.
     """
-    texts, sequences_of = (_chats if config.corpus.messages_column else _texts)(tokenizer, config, limit, vocab_size)
-    unit = ReadingUnit(0)
-    for document in corpus.documents():
-        unit.documents += 1
-        for sequence in sequences_of(document):
-            if isinstance(sequence, Reject):
-                unit.rejects.append(sequence)
-            else:
-                unit.sequences.append(sequence)
-        if unit.tokens >= config.unit_tokens:
-            yield unit
-            unit = ReadingUnit(unit.number + 1)
-    if unit.number == 0:
-        refuse_hopeless(len(unit.sequences), unit.rejects)
-    for line in texts.note_lines():
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if unit.documents:
-        yield unit
-
-
-SequencesOf = Callable[[Document], list[InputSequence | Reject]]
+    sequences, rejects = split_known(unit.sequences, teacher.vocab_size)
+    tokens = [s.token_ids for s in sequences]
+    answers = each(lambda some: teacher.read([tokens[i] for i in some], keep, on_tokens), len(tokens))
+    records: list[Record] = []
+    for sequence, answer in zip(sequences, answers, strict=True):
+        outcome = outcome_of(answer, sequence.record, sequence.id, sequence.domain, teacher.vocab_size)
+        if isinstance(outcome, Reject):
+            rejects.append(outcome)
+        else:
+            records.append(outcome)
+    refuse_hopeless_unit(len(sequences), len(records), rejects)
+    return UnitResult(unit.number, records, [*unit.rejects, *rejects], inputs=inputs_digest(unit.sequences))
 
 
 def _texts(tokenizer: Any, config: CaptureConfig, limit: int, vocab_size: int) -> tuple[TextEncoder, SequencesOf]:

@@ -91,6 +91,14 @@ def stored_shard(root: Path, entry: ManifestEntry) -> Shard:
     return Shard(entry, index["id"].to_pylist(), _kept_mass(index, entry))
 
 
+def stored_rejects(root: Path, entry: ManifestEntry) -> list[Reject]:
+    """The rejects of a shard that an earlier run wrote."""
+    if not entry.rejected:
+        return []
+    rows = pq.read_table(root / f"rejects/{entry.name}.parquet", columns=["id", "domain", "reason", "detail"])
+    return [Reject(**row) for row in rows.to_pylist()]
+
+
 def _kept_mass(index: pa.Table, entry: ManifestEntry) -> float | None:
     """Mean kept mass of a shard's target tokens; None where it is not known."""
     weighted = pc.sum(pc.multiply(index["kept_mass"], index["num_target_tokens"])).as_py()
@@ -142,7 +150,7 @@ def shard_tables(unit: UnitResult, name: str, source: str, info: DatasetInfo):
         repeated = next(i for i in ids if ids.count(i) > 1)
         raise DataError(f"id {repeated!r} occurs twice in the input; ids must be unique")
     for record in records:
-        _check_record(record, info)
+        check_record(record, info.vocab_size, imported=info.tail == "absent")
     lengths = np.array([len(record.token_ids) for record in records], np.int64)
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     kept = Kept.concatenate([record.kept for record in records])
@@ -187,7 +195,12 @@ def shard_tables(unit: UnitResult, name: str, source: str, info: DatasetInfo):
     return table, pa.Table.from_pylist(rows, schema=index_schema()), error
 
 
-def _check_record(record: Record, info: DatasetInfo) -> None:
+def check_record(record: Record, vocab_size: int, *, imported: bool = False) -> None:
+    """Raise DataError where a record cannot be stored: lengths, ids or numbers that are no distribution's.
+
+    Args:
+        imported: rows of another tool: their log-probabilities may be unknown or above 0.
+    """
     tokens = len(record.token_ids)
     for field_name in ("target_mask", "logprob", "rank", "log_tail"):
         if len(getattr(record, field_name)) != tokens:
@@ -199,12 +212,12 @@ def _check_record(record: Record, info: DatasetInfo) -> None:
     if tokens and (record.target_mask[0] or record.kept.num_kept[0]):
         raise DataError(f"{record.id}: position 0 cannot be a target, because nothing predicts it")
     for what, values in (("token", record.token_ids), ("kept", record.kept.ids)):
-        if len(values) and (values.min() < 0 or values.max() >= info.vocab_size):
-            raise DataError(f"{record.id}: a {what} id lies outside [0, {info.vocab_size})")
-    if info.tail != "absent" and not np.isfinite(record.logprob[record.target_mask]).all():
+        if len(values) and (values.min() < 0 or values.max() >= vocab_size):
+            raise DataError(f"{record.id}: a {what} id lies outside [0, {vocab_size})")
+    if not imported and not np.isfinite(record.logprob[record.target_mask]).all():
         raise DataError(f"{record.id}: a target position has no finite teacher log-probability")
-    exact, verbatim = record.kept.logprobs[~record.kept.is_draw], info.codec.id == "verbatim"
-    if not np.isfinite(record.kept.logprobs).all() or ((exact > 1e-5).any() and not verbatim):
+    exact = record.kept.logprobs[~record.kept.is_draw]
+    if not np.isfinite(record.kept.logprobs).all() or ((exact > 1e-5).any() and not imported):
         raise DataError(f"{record.id}: a kept log-probability is not a finite number <= 0")
     if record.kept.num_kept.max(initial=0) > np.iinfo(np.uint16).max:
         raise DataError(f"{record.id}: {record.kept.num_kept.max()} entries at a position, the format holds 65,535")

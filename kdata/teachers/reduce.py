@@ -22,7 +22,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from kdata.errors import TeacherError
+from kdata.errors import DistributionError
 from kdata.format.keep import KeepConfig, keep_top
 from kdata.format.kept import Kept
 from kdata.teachers.base import Readout, beside
@@ -143,7 +143,7 @@ def _reduce_cpu(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepConfi
 
     def work(part: slice) -> None:
         if any_bad(z[part]):
-            raise TeacherError("the teacher's logits hold NaN or infinity; its weights or its arithmetic are broken")
+            raise DistributionError("the teacher's logits hold NaN or infinity")
         reduce_rows(z[part], own[part], uniforms_CN[part], *(o[part] for o in out))
 
     parts = torch.get_num_threads() if rows > 16 else 1

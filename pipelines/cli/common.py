@@ -22,6 +22,8 @@ from typer.models import OptionInfo
 import kdata
 from kdata.config import apply_settings, parse_config
 from kdata.errors import ConfigError
+from kdata.format.rejects import rejected_text
+from kdata.store.open import open_dataset
 from kdata.store.url import is_url
 from kdata.teachers.config import TeacherConfig
 
@@ -189,6 +191,17 @@ def say(*lines: str) -> None:
 def say_rows(dataset: kdata.Dataset) -> None:
     """Print where a dataset is and how much it holds."""
     say(f"{dataset.path}: {dataset.num_rows:,} rows, {dataset.num_tokens:,} tokens")
+
+
+def say_rejected(place: str, sources: list[str]) -> None:
+    """Print how many inputs of some sources of a dataset were rejected, why, and where they are written."""
+    rejects = open_dataset(place).sql(
+        "select reason, count(*)::bigint as num_rows from rejects where list_contains($sources, source) group by reason",
+        {"sources": sources},
+    )
+    counts = dict(zip(rejects["reason"].to_pylist(), rejects["num_rows"].to_pylist(), strict=True))
+    where = f" (written to {place.rstrip('/')}/rejects)" if counts else ""
+    say(f"{rejected_text(counts)}{where}")
 
 
 def print_json(value: Any) -> None:

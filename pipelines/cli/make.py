@@ -9,7 +9,7 @@ import typer
 from pydantic import Field
 
 import kdata
-from kdata.config import parse_config, read_yaml
+from kdata.config import RowsConfig, parse_config, read_yaml
 from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, MissingError, nearest
 from kdata.format.keep import KeepConfig
@@ -31,6 +31,7 @@ from kdata.pipelines.cli.common import (
     local_folder,
     option,
     say,
+    say_rejected,
     say_rows,
     teacher_config,
     with_settings,
@@ -69,6 +70,7 @@ AS_DATASET = "as in DATASET"
 KindOption = Annotated[str | None, option("kind", KeepConfig)]
 KOption = Annotated[int | None, option("k", KeepConfig)]
 NumDrawsOption = Annotated[int | None, option("num_draws", KeepConfig)]
+StrictOption = Annotated[bool | None, option("strict", RowsConfig)]
 MessagesOption = Annotated[str | None, option("messages_column", CorpusConfig, metavar="COLUMN")]
 
 
@@ -85,6 +87,7 @@ def capture(
     num_draws: NumDrawsOption = None,
     max_tokens: Annotated[int | None, option("max_tokens", CaptureConfig)] = None,
     long_text: Annotated[str | None, option("long_text", CaptureConfig)] = None,
+    strict: StrictOption = None,
     resume: ResumeOption = Resume.auto,
     set: SetOption = None,
 ) -> None:
@@ -102,6 +105,7 @@ def capture(
         {
             "corpus": given(path=corpus, messages_column=messages_column),
             **given(targets=targets, kind=kind, k=k, num_draws=num_draws, max_tokens=max_tokens, long_text=long_text),
+            **given(strict=strict),
         },
         set,
     )
@@ -110,6 +114,7 @@ def capture(
     place, job = folder_or_url(dataset), CaptureJob(config, Corpus(config.corpus))
     with open_engine(where, who, max_k=config.k) as opened:
         say_rows(run_job(place, job, opened, resume=resume.value))
+    say_rejected(dataset, [config.name])
 
 
 def generate(
@@ -130,6 +135,7 @@ def generate(
             metavar="FILE", help="File with the JSON Schema that every text follows (backend vllm, vllm-server)."
         ),
     ] = None,
+    strict: StrictOption = None,
     resume: ResumeOption = Resume.auto,
     set: SetOption = None,
 ) -> None:
@@ -142,12 +148,14 @@ def generate(
     if json_schema is not None:
         sampling["structured_output"] = {"json_schema": read_yaml(Path(json_schema))}
     source = given(path=prompts, text_column=text_column, messages_column=messages_column)
-    values = with_settings({"prompts": source, "sampling": sampling, **given(kind=kind, k=k, num_draws=num_draws)}, set)
+    own = given(kind=kind, k=k, num_draws=num_draws, strict=strict)
+    values = with_settings({"prompts": source, "sampling": sampling, **own}, set)
     who, where = teacher_config(values, teacher, backend), engine_config(values, engine)
     config = parse_config(GenerateSettings, values, "generate settings")
     place, job = folder_or_url(dataset), GenerateJob(config, Corpus(config.prompts))
     with open_engine(where, who, max_k=config.k) as opened:
         say_rows(run_job(place, job, opened, resume=resume.value))
+    say_rejected(dataset, [config.name])
 
 
 def reread(
@@ -159,6 +167,7 @@ def reread(
     kind: Annotated[str | None, option("kind", KeepConfig, default=AS_DATASET)] = None,
     k: Annotated[int | None, option("k", KeepConfig, default=AS_DATASET)] = None,
     num_draws: Annotated[int | None, option("num_draws", KeepConfig, default=AS_DATASET)] = None,
+    strict: StrictOption = None,
     resume: ResumeOption = Resume.auto,
     set: SetOption = None,
 ) -> None:
@@ -166,11 +175,12 @@ def reread(
 
     Ids, tokens and targets stay the same. What is kept is as in DATASET, unless an option says otherwise.
     """
-    values = with_settings(given(kind=kind, k=k, num_draws=num_draws), set)
+    values = with_settings(given(kind=kind, k=k, num_draws=num_draws, strict=strict), set)
     who, where = teacher_config(values, teacher, backend), engine_config(values, engine)
     place, opened = folder_or_url(target), kdata.open(dataset)
     with open_engine(where, who, max_k=keep_like(opened, None, values).k) as at_work:
         say_rows(reread_with(place, at_work, opened, values, resume=resume.value))
+    say_rejected(target, list(opened.info.sources))
 
 
 def combine(
@@ -224,6 +234,7 @@ def import_(
     vocab_size: Annotated[int | None, option("vocab_size", ImportConfig)] = None,
     aligned: Annotated[str | None, option("aligned", ImportConfig)] = None,
     over_one: Annotated[str | None, option("over_one", ImportConfig)] = None,
+    strict: StrictOption = None,
     resume: ResumeOption = Resume.auto,
     set: SetOption = None,
 ) -> None:
@@ -232,7 +243,10 @@ def import_(
     Nothing is recomputed: what the files lack stays unknown, and what is wrong with them is counted and printed.
     """
     values = with_settings(
-        given(format=format, tokenizer=tokenizer, vocab_size=vocab_size, aligned=aligned, over_one=over_one), set
+        given(
+            format=format, tokenizer=tokenizer, vocab_size=vocab_size, aligned=aligned, over_one=over_one, strict=strict
+        ),
+        set,
     )
     config = parse_config(ImportConfig, values, "import settings")
     root = local_folder(dataset)
@@ -241,6 +255,7 @@ def import_(
     result, report = import_dataset(Path(source), root, config, resume=resume.value)
     say(f"{result.path}: imported from {config.format}")
     say(*(f"  {line}" for line in report.lines(config.over_one)))
+    say_rejected(dataset, [config.name])
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from kdata.errors import DataError
 from kdata.format.kept import Kept, segment_sum
-from kdata.format.records import Record
+from kdata.format.records import Record, RowError
 
 # Which token list j is about: j (with), j + 1 (after), or T - P + j (end: the last list is about the last token).
 Aligned = Literal["with", "after", "end"]
@@ -41,14 +41,6 @@ class PeerRow:
     domain: str | None = None
     text: str | None = None
     target_mask: np.ndarray | None = None
-
-
-class RowError(DataError):
-    """A row that cannot be imported; `reason` and `detail` go into the rejects."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
 
 
 @dataclass
@@ -83,7 +75,6 @@ class ImportReport:
             lines.append(f"lists about the token after the last one: {self.beyond_end:,}; left out")
         if self.padding_entries:
             lines.append(f"entries of probability 0 (padding): {self.padding_entries:,}; left out")
-        lines += [f"rejected rows, {reason}: {count:,}" for reason, count in sorted(self.rejected.items())]
         return lines + self.notes
 
 
@@ -110,7 +101,9 @@ def flat(column: pa.Array, dtype: type) -> tuple[np.ndarray, np.ndarray]:
             f"a column has the type {column.type}, but lists of numbers are needed; check --format and the files"
         )
     values = column.flatten()
-    return _lengths(column), as_ids(values) if dtype is np.int32 else values.to_numpy(zero_copy_only=False).astype(dtype)
+    return _lengths(column), as_ids(values) if dtype is np.int32 else values.to_numpy(zero_copy_only=False).astype(
+        dtype
+    )
 
 
 def as_ids(values: pa.Array) -> np.ndarray:
@@ -143,7 +136,7 @@ def place(row: PeerRow, aligned: Aligned, vocab_size: int, report: ImportReport,
 
     Raises:
         RowError: the row cannot be used: ids outside the vocabulary or repeated in a list, lists that do not fit the tokens.
-        DataError: the first token has a list, so the alignment must be wrong; or a sum above 1 is refused.
+        DataError: a sum above 1 is refused.
     """
     row = _without_padding(_cut(row, aligned, report), report)
     tokens = len(row.token_ids)
@@ -182,10 +175,8 @@ def _cut(row: PeerRow, aligned: Aligned, report: ImportReport) -> PeerRow:
         end = len(row.ids) - int(row.counts[-1])
         return replace(row, counts=row.counts[:-1], ids=row.ids[:end], logprobs=row.logprobs[:end])
     if lists == tokens and row.counts[0] > 0:
-        raise DataError(
-            f"row {row.id!r}: the first token has a list of entries, but nothing predicts it; if list j is about token "
-            "j + 1, set --aligned after"
-        )
+        detail = "the first token has a list of entries, but nothing predicts it; if list j is about token j + 1, set "
+        raise RowError("misaligned", f"{detail}--aligned after")
     if aligned == "with" and lists == tokens - 1:  # the empty first list was left off
         return replace(row, counts=np.concatenate(([0], row.counts)))
     return row

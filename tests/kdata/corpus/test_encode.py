@@ -296,9 +296,9 @@ def test_what_counts_is_ids_that_occur(tmp_path: Path, jsonl: Callable[..., Path
     small = run_capture(tmp_path / "small", jsonl(rows), folder, teacher=StandInTeacher(vocab_size=VOCAB))
     assert small.index(["id"])["id"].to_pylist() == ["the cat"]
     [reject] = rejects_of(tmp_path / "small")
-    assert (reject["id"], reject["reason"]) == ("a zebra", "token_ids") and "token id 350" in reject["detail"]
+    assert (reject["id"], reject["reason"]) == ("a zebra", "vocabulary") and "token id 350" in reject["detail"]
     written = run_generate(tmp_path / "g", jsonl(rows), folder, teacher=StandInTeacher(vocab_size=VOCAB))
-    assert written.num_rows == 1 and rejects_of(tmp_path / "g")[0]["reason"] == "token_ids"
+    assert written.num_rows == 1 and rejects_of(tmp_path / "g")[0]["reason"] == "vocabulary"
     padded = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path / "p") and tmp_path / "p")
     padded.add_special_tokens({"pad_token": "[PAD]"})
     padded.save_pretrained(tmp_path / "p")
@@ -309,7 +309,7 @@ def test_what_counts_is_ids_that_occur(tmp_path: Path, jsonl: Callable[..., Path
 def test_a_tokenizer_of_another_model_is_refused_by_name(tmp_path: Path, jsonl: Callable[..., Path]) -> None:
     folder = moved(tmp_path / "t", "z", 350)
     rows = [{"id": "a", "domain": "d", "text": "a zebra"}]
-    with pytest.raises(ConfigError, match=r"token id 350 .* has 300 rows; name a model folder with its own tokenizer"):
+    with pytest.raises(ConfigError, match=r"token id 350 .* of 300 rows; name a model folder with its own tokenizer"):
         run_capture(tmp_path / "d", jsonl(rows), folder)
 
 

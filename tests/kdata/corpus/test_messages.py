@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import kdata
 from kdata.corpus.chat_template import ChatEncoder, ChatError, chat_encoder
-from kdata.corpus.corpus import Corpus, CorpusConfig
+from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.encode import TextEncoder
-from kdata.corpus.messages import Chat, parse_chat
+from kdata.corpus.messages import Chat, chat_of_row, parse_chat
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.teachers.model import load_tokenizer
 from tests.fakes import CHATML, MARKED, TURN, TURN_END, StandInTeacher, run_capture, run_generate, save_tokenizer
@@ -45,7 +45,7 @@ def chats_of(path: Path, rows: list[dict[str, Any]], column: str, **settings: An
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     corpus = Corpus(CorpusConfig(path=str(path), messages_column=column, **settings))
-    return [document.chat for document in corpus.documents() if document.chat]
+    return [document.chat for document in corpus.documents() if isinstance(document, Document) and document.chat]
 
 
 # ------------------------------------------------------------------------------------------------------- ShareGPT
@@ -123,10 +123,12 @@ def test_alpaca_is_a_chat_of_two_turns(tmp_path: Path, ending: str) -> None:
     assert [(m["role"], m["content"]) for m in second.messages] == [("user", "Say hi."), ("assistant", "hi")]
     [prompt] = chats_of(tmp_path / "p.jsonl", [{"instruction": "Say hi."}], "instruction")
     assert [m["role"] for m in prompt.messages] == ["user"]
-    with pytest.raises(DataError, match="column 'output' holds int, not text"):
-        chats_of(tmp_path / "x.jsonl", [{"instruction": "x", "output": 3}], "instruction")
-    with pytest.raises(DataError, match="history must be a list of pairs"):
-        chats_of(tmp_path / "x.jsonl", [{"instruction": "x", "history": ["q"]}], "instruction")
+    for wrong, error in (
+        ({"output": 3}, "column 'output' holds int, not text"),
+        ({"history": ["q"]}, "a list of pairs"),
+    ):
+        with pytest.raises(DataError, match=error):
+            chat_of_row({"instruction": "x", **wrong}, "instruction", None, "the chat")
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations", "instruction"])

@@ -180,7 +180,7 @@ def test_invalid_settings_are_refused(tmp_path: Path, corpus_file: Path, tokeniz
     with pytest.raises(ConfigError, match="max_tokens=2 leaves no room"):
         run_capture(tmp_path / "d", corpus_file, tokenizer_dir, max_tokens=2)
     with pytest.raises(
-        ConfigError, match=r"not one row could be used.*which has 200 rows; name a model folder with its own"
+        ConfigError, match=r"not one row could be used.*head of 200 rows; name a model folder with its own"
     ):
         run_capture(tmp_path / "e", corpus_file, tokenizer_dir, teacher=StandInTeacher(vocab_size=200))
 

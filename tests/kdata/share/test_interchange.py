@@ -218,8 +218,12 @@ def test_a_column_that_only_later_rows_have_is_not_lost(tmp_path: Path) -> None:
     assert dataset.sql("select num_target_tokens as n from rows order by id")["n"].to_pylist() == [2, 1, 2]
     assert dataset[1].target_mask.tolist() == [False, False, True]
     short = write_jsonl(tmp_path / "short.jsonl", [plain_row(), plain_row(id="b", target_mask=[True])])
+    dataset, _ = imported(short, tmp_path / "e", "plain", vocab_size=10)
+    [reject] = dataset.sql("select id, reason, detail from rejects").to_pylist()
+    assert dataset.num_rows == 1 and (reject["id"], reject["reason"]) == ("b", "misaligned")
+    assert "have different lengths" in reject["detail"]
     with pytest.raises(DataError, match="have different lengths"):
-        imported(short, tmp_path / "e", "plain", vocab_size=10)
+        imported(write_jsonl(short, [plain_row(target_mask=[True])]), tmp_path / "f", "plain", vocab_size=10)
 
 
 def test_plain_lists_with_and_after(tmp_path: Path) -> None:
