@@ -20,6 +20,7 @@ from typing import Any
 from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, MismatchError, settings_difference
 from kdata.format.files import storage_errors, write_atomically
+from kdata.format.rejects import rejected_text
 from kdata.jobs.job import Engine, devices_of, run_job
 from kdata.jobs.reading import CaptureJob
 from kdata.jobs.scoring import ScoreConfig, score
@@ -145,7 +146,7 @@ def run_generate(run: Run) -> None:
         "seed": run.recipe.seed,
     }
     job = GenerateJob(GenerateConfig(**values), Corpus(prompts))
-    run_job(run.dataset_path, job, run.engine, log=run.log)
+    _say_rejected(run_job(run.dataset_path, job, run.engine, log=run.log), job.name)
 
 
 def run_capture(run: Run) -> None:
@@ -161,7 +162,17 @@ def run_heldout(run: Run) -> None:
 
 def _capture(run: Run, root: Path, corpus: CorpusConfig, name: str) -> Dataset:
     config = run.recipe.capture_config(corpus, name)
-    return run_job(root, CaptureJob(config, Corpus(corpus)), run.engine, log=run.log)
+    dataset = run_job(root, CaptureJob(config, Corpus(corpus)), run.engine, log=run.log)
+    _say_rejected(dataset, name)
+    return dataset
+
+
+def _say_rejected(dataset: Dataset, source: str) -> None:
+    """Print how many rows of a source were rejected and why, where any were."""
+    counts = dataset.rejected([source])
+    if counts:
+        where = dataset.path / "rejects"
+        console.print(f"{source}: {rejected_text(counts)} (written to {where})", markup=False, soft_wrap=True)
 
 
 def run_score(run: Run) -> None:

@@ -183,7 +183,7 @@ def _csv_format(kinds: dict[str, pa.DataType]) -> pads.CsvFileFormat:
     return pads.CsvFileFormat(
         parse_options=pacsv.ParseOptions(newlines_in_values=True),
         read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES),
-        convert_options=pacsv.ConvertOptions(column_types=kinds),
+        convert_options=pacsv.ConvertOptions(column_types=kinds, check_utf8=False),  # see `_values`
     )
 
 
@@ -296,6 +296,9 @@ def _values(column: pa.Array | pa.ChunkedArray, labels: Any) -> list[Any]:
         return _nanoseconds(column)
     try:
         values = column.to_pylist()
+    except UnicodeDecodeError:  # a byte that is not UTF-8 becomes half of a surrogate pair: it spoils its own row only
+        raw = column.cast(pa.large_binary()).to_pylist()
+        return [None if value is None else value.decode(errors="surrogateescape") for value in raw]
     except (ValueError, OverflowError):  # a date beyond the year 9999, which Python has no object for
         texts = column.cast(pa.string()).to_pylist()
         values = [None if text is None else re.sub(r"\.0+$", "", text) for text in texts]
@@ -313,6 +316,24 @@ def _nanoseconds(column: pa.Array | pa.ChunkedArray) -> list[Any]:
     below = [None if value is None else value % 1000 for value in column.cast(pa.int64()).to_pylist()]
     times = column.cast(coarse, safe=False).to_pylist()
     return [None if n is None else time_with_nanoseconds(time, n) for time, n in zip(times, below, strict=True)]
+
+
+def _rows_as_python(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
+    """Rows as Python values. A byte that is not UTF-8 becomes half of a surrogate pair: it spoils its own row only."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        texts = {field.name for field in batch.schema if field.type in (pa.string(), pa.large_string())}
+        raw = batch.cast(
+            pa.schema([field.with_type(pa.large_binary()) if field.name in texts else field for field in batch.schema])
+        )
+        return [
+            {
+                name: value.decode(errors="surrogateescape") if name in texts and value is not None else value
+                for name, value in row.items()
+            }
+            for row in raw.to_pylist()
+        ]
 
 
 def _value(value: Any, kind: pa.DataType) -> Any:

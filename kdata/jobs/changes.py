@@ -3,7 +3,7 @@
 Every part of the corpus (a sequence, a prompt, a reject) is compared by content with the rows of committed shards. A shard
 whose rows are all there stays as it is. If only some are there, these are copied into a new shard, without decoding them.
 Stored rows that the corpus does not have any more are taken out. What is not stored is cut into units with free numbers.
-See README.md in this folder.
+The rules are in kdata/README.md.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import hashlib
 import itertools
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,10 +30,12 @@ from kdata.store.pick import tables
 from kdata.store.shard import stored_rejects, write_tables
 from kdata.store.writer import Writer
 
+U = TypeVar("U")
 LABELS = ("id", "domain", "origin", "license")  # columns of the index that may change without being read again
 # Settings that identify a corpus by content.
 IDENTITY_KEYS = ("sha256", "hub", "commit", "class_labels")
 CORPUS_IDENTITY = tuple(f"{part}.{key}" for part in ("corpus", "prompts") for key in IDENTITY_KEYS)
+ID_ELSEWHERE = "the dataset has a row with this id already"  # of another source
 # Reasons that a teacher gives. Whether such a reject still holds is known only where its whole unit is as before.
 BY_TEACHER = ("teacher_failed", "not_finite")
 
@@ -92,6 +94,14 @@ class Pending:
     def numbers(self) -> Iterator[int]:
         """Numbers of new units: those that no shard has."""
         return (number for number in itertools.count() if number not in self.used)
+
+
+@dataclass
+class Rest(Generic[U]):
+    """The units of what is still to be done, and how many rows of the corpus are stored whole."""
+
+    rows: int
+    units: Iterator[U]
 
 
 def digest(*texts: str | None) -> bytes:
@@ -162,10 +172,14 @@ class _Committed:
 
 
 class _Comparison:
-    """The parts of a corpus, compared with the shards of a source."""
+    """The parts of a corpus, compared with the shards of a source.
 
-    def __init__(self, job: Followed, shards: list[_Committed]) -> None:
-        self.job, self.shards = job, shards
+    Args:
+        present: those of some ids that the dataset has, of any source.
+    """
+
+    def __init__(self, job: Followed, shards: list[_Committed], present: Callable[[Iterable[str]], set[str]]) -> None:
+        self.job, self.shards, self._present = job, shards, present
         self.todo, self.new_ids = bytearray(), set[str]()
         self._rows_of_the_corpus = array("I")  # parts of each
         self._places = {
@@ -193,13 +207,20 @@ class _Comparison:
         self._rename()
 
     def _is_stored(self, number: int, part: Any) -> bool:
+        """Whether part `number` is stored; then it is claimed."""
         if isinstance(part, Reject):
-            shards = self._rejects.get(_identity(part))
-            if not shards:
-                return False
-            shards.pop().kept_rejects.append(part)
-            return True
+            return self._is_stored_reject(part)
+        elsewhere = Reject(part.id, part.domain, "id_twice", ID_ELSEWHERE)
+        if _identity(elsewhere) in self._rejects and self._present([str(r.labels[0]) for r in self.job.rows_of(part)]):
+            return self._is_stored_reject(elsewhere)
         return self._is_stored_item(number, part)
+
+    def _is_stored_reject(self, reject: Reject) -> bool:
+        shards = self._rejects.get(_identity(reject))
+        if not shards:
+            return False
+        shards.pop().kept_rejects.append(reject)
+        return True
 
     def _is_stored_item(self, number: int, item: Any) -> bool:
         rows = self.job.rows_of(item)
@@ -274,8 +295,9 @@ def follow(writer: Writer, job: Followed, rows: Iterator[list[Any]]) -> Pending:
     Raises:
         MismatchError: there are stored rows, and none of them is in the inputs any more: these are other inputs.
     """
+    writer.sweep()
     shards = [_Committed.read(writer.root, entry, job) for _, entry in sorted(writer.committed.items())]
-    comparison = _Comparison(job, shards)
+    comparison = _Comparison(job, shards, writer.present)
     comparison.run(rows)
     if any(shard.keys for shard in shards) and not any(shard.claims for shard in shards):
         writer.refuse_other_inputs()

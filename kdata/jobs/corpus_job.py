@@ -16,7 +16,7 @@ from kdata.errors import ConfigError, DataError
 from kdata.format.keep import KeepConfig
 from kdata.format.records import Reject, UnitResult
 from kdata.format.schema import SourceInfo
-from kdata.jobs.changes import CORPUS_IDENTITY, Pending, StoredRow, follow
+from kdata.jobs.changes import CORPUS_IDENTITY, Rest, StoredRow, follow
 from kdata.jobs.job import Job, LocalEngine, TeacherFacts, WorkUnit, devices_of, run_job
 from kdata.observe.progress import console
 from kdata.store.dataset import Dataset
@@ -140,39 +140,41 @@ class CorpusJob(ABC, Generic[I, C]):
         for line in texts.note_lines() if says else ():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def units(self, facts: TeacherFacts, tokenizer: Any, pending: Pending | None = None) -> Iterator[C]:
-        """The corpus in its own order, cut into units; with `pending` only what is still to be done.
+    def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[C]:
+        """The corpus in its own order, cut into units.
 
-        Raises DataError or ConfigError where no row at all can be used, and by the fault of a setting.
+        Raises DataError or ConfigError where no row at all can be used, and a setting is likely at fault.
         """
-        parts = self.parts(facts, tokenizer, says=True)
-        numbers: Iterator[int] = itertools.count()
-        if pending is not None:
-            parts, numbers = pending.of(parts), pending.numbers
-        unit, num_units = self.unit(next(numbers)), 0
-        for row in parts:
-            unit.add(row)
-            if self.is_full(unit):
-                self._refuse_hopeless(unit, num_units, pending)
-                yield unit
-                unit, num_units = self.unit(next(numbers)), num_units + 1
-        if unit.documents:
-            self._refuse_hopeless(unit, num_units, pending)
+        for unit in self._cut(self.parts(facts, tokenizer, says=True), itertools.count()):
+            if unit.number == 0:
+                self._refuse_hopeless(unit)
             yield unit
 
-    def _refuse_hopeless(self, unit: C, num_units: int, pending: Pending | None) -> None:
-        """Raise where nothing of the first unit can be used, and a setting is likely at fault."""
-        reject = next((reject for reject in unit.rejects if reject.reason in OF_A_SETTING), None)
-        if reject is None or num_units or unit.ids or pending is not None:
+    def _cut(self, rows: Iterator[list[I | Reject]], numbers: Iterator[int]) -> Iterator[C]:
+        """What rows of the corpus became, in units with these numbers."""
+        unit = self.unit(next(numbers))
+        for row in rows:
+            unit.add(row)
+            if self.is_full(unit):
+                yield unit
+                unit = self.unit(next(numbers))
+        if unit.documents:
+            yield unit
+
+    def _refuse_hopeless(self, first: C) -> None:
+        """Raise where nothing of the first unit can be used."""
+        reject = next((reject for reject in first.rejects if reject.reason in OF_A_SETTING), None)
+        if reject is None or first.ids:
             return
         kind = ConfigError if reject.reason in ("template", "vocabulary") else DataError
         what = "row" if reject.reason != "template" else "chat"
         remedy = "; name a model folder with its own tokenizer" if reject.reason == "vocabulary" else ""
         raise kind(f"not one {what} could be used. {reject.id}: {reject.detail}{remedy}")
 
-    def follow(self, writer: Writer, facts: TeacherFacts, tokenizer: Any) -> Pending:
+    def follow(self, writer: Writer, facts: TeacherFacts, tokenizer: Any) -> Rest[C]:
         """See `Job.follow`."""
-        return follow(writer, self, self.parts(facts, tokenizer))
+        pending = follow(writer, self, self.parts(facts, tokenizer))
+        return Rest(pending.rows, self._cut(pending.of(self.parts(facts, tokenizer, says=True)), pending.numbers))
 
 
 def load_and_run(

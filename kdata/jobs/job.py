@@ -24,7 +24,7 @@ from kdata.format.manifest import new_info
 from kdata.format.records import Reject, Shard, UnitResult
 from kdata.format.rejects import refused
 from kdata.format.schema import FORMAT_VERSION, DatasetInfo, ManifestEntry, SourceInfo, TeacherInfo
-from kdata.jobs.changes import Pending, close_gaps
+from kdata.jobs.changes import ID_ELSEWHERE, Rest, close_gaps
 from kdata.jobs.payloads import MOST_FAILED
 from kdata.observe.energy import Devices, local_devices
 from kdata.observe.progress import Task
@@ -115,12 +115,12 @@ class Job(Protocol[U]):
         """Everything that decides the rows. Raises ConfigError where this teacher cannot do it."""
         ...
 
-    def follow(self, writer: Writer, facts: TeacherFacts, tokenizer: Any) -> Pending | None:
-        """Bring what is committed in line with inputs that have changed; return what is left to do (None: see `units`)."""
+    def follow(self, writer: Writer, facts: TeacherFacts, tokenizer: Any) -> Rest[U] | None:
+        """Bring what is committed in line with inputs that have changed; the units still to be done, None for `units`."""
         ...
 
-    def units(self, facts: TeacherFacts, tokenizer: Any, pending: Pending | None = None) -> Iterator[U]:
-        """The work, cut deterministically, numbered from 0; with `pending` only the part of it that is still to be done."""
+    def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[U]:
+        """The work, cut deterministically, numbered from 0."""
         ...
 
     def perform(self, teacher: Teacher, tokenizer: Any, unit: U, on_tokens: OnTokens = ignore_tokens) -> UnitResult:
@@ -247,19 +247,19 @@ class _Work(Generic[U]):
     def __init__(self, job: Job[U], engine: Engine, writer: Writer, task: Task, writes: bool) -> None:
         self._job, self._engine, self._writer, self._task, self._writes = job, engine, writer, task, writes
         self._cut, self._rows, self._failed = 0, 0, 0
-        self._pending: Pending | None = None
+        self._rest: Rest[U] | None = None
 
     def units(self) -> Iterator[U]:
         """Units for the engine; those that are committed are skipped."""
         facts, tokenizer, writer, task = self._engine.facts, self._engine.tokenizer, self._writer, self._task
         if writer.is_followed:
-            self._pending = self._job.follow(writer, facts, tokenizer)
-        if self._pending is not None:
-            task.skip(self._pending.rows)
+            self._rest = self._job.follow(writer, facts, tokenizer)
+        if self._rest is not None:
+            task.skip(self._rest.rows)
             for entry in writer.committed.values():
                 self._skip(0, entry)
         committed = dict(writer.committed)
-        for unit in self._job.units(facts, tokenizer, self._pending):
+        for unit in self._job.units(facts, tokenizer) if self._rest is None else self._rest.units:
             self._cut = unit.number + 1
             if unit.number in committed:
                 self._skip(unit.documents, committed[unit.number], len(unit.ids))
@@ -286,7 +286,7 @@ class _Work(Generic[U]):
         if present and len(present) == len(ids) and not self._rows:
             self._writer.refuse_twice(ids)
         if present:
-            unit.reject(present, "id_twice", "the dataset has a row with this id already")
+            unit.reject(present, "id_twice", ID_ELSEWHERE)
 
     def count(self, unit: U, shard: Shard) -> None:
         """Count a unit that is committed. Raises TeacherError where the teacher has not given one usable row so far."""
@@ -307,7 +307,7 @@ class _Work(Generic[U]):
     def end(self) -> int:
         """Number of units in all, once all are committed. Errors as in `count`."""
         self._refuse_hopeless()
-        if self._pending is not None:
+        if self._rest is not None:
             close_gaps(self._writer)
             return len(self._writer.committed)
         return self._cut

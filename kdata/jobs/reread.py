@@ -20,7 +20,7 @@ from kdata.format.keep import KeepConfig
 from kdata.format.records import UnitResult, inputs_digest
 from kdata.format.rejects import checked
 from kdata.format.schema import ManifestEntry, SourceInfo, TeacherInfo, json_digest
-from kdata.jobs.changes import CORPUS_IDENTITY, LABELS, Pending, say_changes
+from kdata.jobs.changes import CORPUS_IDENTITY, LABELS, say_changes
 from kdata.jobs.job import Engine, LocalEngine, TeacherFacts, check_k, devices_of, run_job
 from kdata.jobs.payloads import goes_on, inputs_of_shard, refuse_other_vocabulary, source_digest
 from kdata.jobs.reading import ReadingUnit, read_unit
@@ -161,6 +161,7 @@ class RereadJob:
 
     def follow(self, writer: Writer, facts: TeacherFacts, tokenizer: Any) -> None:
         """Take out the shards whose rows are not those of the dataset any more. Raises as `kdata.jobs.changes.follow`."""
+        writer.sweep()
         committed = writer.committed
         units = (unit for unit in self.units(facts, tokenizer) if unit.number in committed)
         same = {unit.number for unit in units if _is_of(committed[unit.number], unit, writer.root)}
@@ -174,7 +175,7 @@ class RereadJob:
             )
             writer.follow(changed, [])
 
-    def units(self, facts: TeacherFacts, tokenizer: Any, pending: Pending | None = None) -> Iterator[ReadingUnit]:
+    def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[ReadingUnit]:
         """The shards of the source, one after another."""
         for number, entry in enumerate(self._dataset.manifest):
             if entry.source == self.name:

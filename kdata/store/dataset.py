@@ -97,6 +97,15 @@ class Dataset:
         shards = [(entry.name, sorted((k, v.sha256) for k, v in entry.files.items())) for entry in self.manifest]
         return json_digest({"identity": self.info.identity_digest, "shards": shards})
 
+    def rejected(self, sources: list[str] | None = None) -> dict[str, int]:
+        """Number of rejects of some sources (None: all), by reason."""
+        rejects = self.sql(
+            "select reason, count(*)::bigint as num_rows from rejects "
+            "where $sources is null or list_contains($sources, source) group by reason order by reason",
+            {"sources": sources},
+        )
+        return dict(zip(rejects["reason"].to_pylist(), rejects["num_rows"].to_pylist(), strict=True))
+
     def index(self, columns: list[str] | None = None) -> pa.Table:
         """The readable index, one row per sequence in global row order."""
         parts = [self._read_index(entry, columns) for entry in self.manifest]

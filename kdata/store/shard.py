@@ -31,6 +31,7 @@ from kdata.format.schema import (
     payload_schema,
     rejects_schema,
 )
+from kdata.store.index import UNREADABLE, damaged
 
 # Random access decompresses a whole record batch: 32 rows, or 16, 8, ... 1 where 32 rows hold more than
 # TOKENS_PER_BATCH tokens. Always 32 divided by a power of two, so that blocks of 32 rows (the loader's unit of
@@ -92,10 +93,14 @@ def stored_shard(root: Path, entry: ManifestEntry) -> Shard:
 
 
 def stored_rejects(root: Path, entry: ManifestEntry) -> list[Reject]:
-    """The rejects of a shard that an earlier run wrote."""
+    """The rejects of a shard that an earlier run wrote. Raises CorruptError where they cannot be read."""
     if not entry.rejected:
         return []
-    rows = pq.read_table(root / f"rejects/{entry.name}.parquet", columns=["id", "domain", "reason", "detail"])
+    path = root / f"rejects/{entry.name}.parquet"
+    try:
+        rows = pq.read_table(path, columns=["id", "domain", "reason", "detail"])
+    except UNREADABLE as error:
+        raise damaged(path, error) from error
     return [Reject(**row) for row in rows.to_pylist()]
 
 

@@ -99,6 +99,9 @@ class RemoteWriter(Writer):
         for relative, info in entry.files.items():
             self._store.fetch(relative, inside(self.root, relative), info)
 
+    def _names(self, folder: str) -> list[str]:
+        return self._store.names(folder)
+
     def _publish_added(self, added: Sequence[Shard]) -> None:
         self._store.replace(self.root / "dataset.json", "dataset.json")
         for shard in added:

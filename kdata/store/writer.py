@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import secrets
 import shutil
 import time
@@ -180,6 +181,18 @@ class Writer:
         for shard in added:
             self.committed[shard.entry.unit] = shard.entry
             self._ids.update(shard.ids)
+
+    def sweep(self) -> None:
+        """Remove files of this source that the manifest does not name: a crash may have left some of replaced shards."""
+        named = {path for entry in read_manifest(self.root) for path in entry.files}
+        for folder in ("data", "index", "rejects"):
+            for name in self._names(folder):
+                path = f"{folder}/{name}"
+                if re.fullmatch(rf"{re.escape(self.source)}-\d{{5,}}", Path(name).stem) and path not in named:
+                    self._remove(path)
+
+    def _names(self, folder: str) -> list[str]:
+        return [path.name for path in (self.root / folder).glob("*")]
 
     def fetch(self, entry: ManifestEntry) -> None:
         """Bring the files of a committed shard to `root`; nothing for a folder."""

@@ -195,11 +195,7 @@ def say_rows(dataset: kdata.Dataset) -> None:
 
 def say_rejected(place: str, sources: list[str]) -> None:
     """Print how many inputs of some sources of a dataset were rejected, why, and where they are written."""
-    rejects = open_dataset(place).sql(
-        "select reason, count(*)::bigint as num_rows from rejects where list_contains($sources, source) group by reason",
-        {"sources": sources},
-    )
-    counts = dict(zip(rejects["reason"].to_pylist(), rejects["num_rows"].to_pylist(), strict=True))
+    counts = open_dataset(place).rejected(sources)
     where = f" (written to {place.rstrip('/')}/rejects)" if counts else ""
     say(f"{rejected_text(counts)}{where}")
 

@@ -160,14 +160,25 @@ def test_a_row_that_cannot_be_used_is_a_reject_and_the_others_are_read(
     reject.detail.encode()
 
 
-def test_a_byte_that_is_not_utf8_spoils_its_own_row_only(tmp_path: Path) -> None:
-    lines = [
-        b'{"id": "%d", "domain": "d", "text": "%s"}\n' % (n, b"caf\xe9" if n == 1 else b"the cat") for n in range(3)
-    ]
-    (tmp_path / "x.jsonl").write_bytes(b"".join(lines))
-    [reject], others = rejects_and_documents(tmp_path / "x.jsonl")
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "arrow"])
+def test_a_byte_that_is_not_utf8_spoils_its_own_row_only(tmp_path: Path, ending: str) -> None:
+    texts, path = [b"the cat", b"caf\xe9", "naïve".encode()], tmp_path / f"x.{ending}"
+    if ending == "jsonl":
+        lines = [b'{"id": "%d", "domain": "d", "text": "%s"}\n' % (n, text) for n, text in enumerate(texts)]
+        path.write_bytes(b"".join(lines))
+    elif ending == "csv":
+        path.write_bytes(b"id,domain,text\n" + b"".join(b"%d,d,%s\n" % line for line in enumerate(texts)))
+    else:
+        text = pa.Array.from_buffers(pa.string(), 3, pa.array(texts, pa.binary()).buffers())
+        table = pa.table({"id": ["0", "1", "2"], "domain": ["d"] * 3, "text": text})
+        if ending == "parquet":
+            pq.write_table(table, path)
+        else:
+            with pa.ipc.new_file(path, table.schema) as file:
+                file.write_table(table)
+    [reject], others = rejects_and_documents(path)
     assert (reject.id, reject.reason) == ("1", "not_text") and "a byte that is not UTF-8" in reject.detail
-    assert [document.id for document in others] == ["0", "2"]
+    assert [document.text for document in others] == ["the cat", "naïve"]
 
 
 BROKEN = {
@@ -175,7 +186,6 @@ BROKEN = {
     "empty.csv": b"",
     "text.jsonl": b"this is not JSON\n",
     "late.jsonl": b'{"id": "a", "domain": "d", "text": "t"}\n' * 500_000 + b'{"id": \n',
-    "utf8.csv": b"id,domain,text\na,d,\xff\xfe\n",
     "ragged.csv": b"id,domain,text\na,d\n",
     "junk.parquet": b"PAR1 junk PAR1",
     "junk.arrow": b"ARROW1",

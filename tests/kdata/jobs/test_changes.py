@@ -263,7 +263,7 @@ def test_a_crash_while_shards_are_replaced_loses_no_row(
 
     corpus = save(tmp_path / "c.jsonl", ROWS)
     run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=8)
-    save(corpus, [ROWS[0], *ROWS[2:]])
+    save(corpus, [ROWS[0], *ROWS[2:], row("new", "in"), row("newer", "the log")])
 
     def crash(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -280,10 +280,26 @@ def test_a_crash_while_shards_are_replaced_loses_no_row(
         with pytest.raises(KeyboardInterrupt):
             run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=8)
     assert kdata.open(tmp_path / "d").num_rows >= 4
+    save(corpus, [ROWS[0], *ROWS[2:]])  # and no unit takes the free number
     teacher = Counting()
     dataset = run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=8, teacher=teacher)
     assert teacher.calls == 0
     assert_as_fresh(dataset, run_capture(tmp_path / "fresh", corpus, tokenizer_dir, unit_tokens=8))
+
+
+def test_an_id_of_another_source_stays_a_reject_and_nothing_is_written_again(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    run_capture(tmp_path / "d", save(tmp_path / "a.jsonl", [ROWS[0]]), tokenizer_dir, name="first")
+    corpus = save(tmp_path / "c.jsonl", ROWS)
+    run_capture(tmp_path / "d", corpus, tokenizer_dir)
+    save(corpus, [*ROWS, row("new", "in")])
+    dataset = run_capture(tmp_path / "d", corpus, tokenizer_dir)
+    assert [(name, reason) for name, _, _, reason, _ in rejects(dataset)] == [("r0", "id_twice")]
+    assert len(dataset) == len(ROWS) + 1
+    before = digests(tmp_path / "d")
+    run_capture(tmp_path / "d", corpus, tokenizer_dir)
+    assert digests(tmp_path / "d") == before
 
 
 def test_prompts_that_changed_go_on(tmp_path: Path, tokenizer_dir: Path) -> None:
