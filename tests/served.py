@@ -227,6 +227,7 @@ class StandInServer:
         """The good answer."""
         generate = path == "/inference/v1/generate"
         asked, ids = (body["sampling_params"], body["token_ids"]) if generate else (body, body["prompt"])
+        assert len(ids) < self.max_model_len, "vLLM refuses a prompt that leaves no place for a token"
         whole, finish = self._write(ids, asked)
         new, logprobs = whole[len(ids) :], None
         if asked.get("logprobs") is not None:
@@ -250,6 +251,9 @@ class StandInServer:
         return (scaled - np.log(np.exp(scaled).sum())).astype(np.float32)
 
     def _write(self, ids: list[int], asked: dict[str, Any]) -> tuple[list[int], str]:
+        if "allowed_token_ids" in asked:
+            [only] = asked["allowed_token_ids"]
+            return [*ids, only], "length"
         sampling = SamplingConfig(
             max_tokens=asked["max_tokens"],
             min_tokens=asked["max_tokens"] if asked.get("ignore_eos") else asked["min_tokens"],

@@ -56,6 +56,15 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """What matches a pattern in a folder, in order, without names that begin with a dot: tools leave them beside data.
+
+    Such as ._x.parquet and .DS_Store of macOS, .ipynb_checkpoints of Jupyter. `Path.glob` returns them.
+    """
+    paths = sorted(folder.glob(pattern))
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
 def inside(root: Path, relative: str) -> Path:
     """Return root/relative, refusing a path that leaves the dataset (absolute, '..', or through a link)."""
     pure = PurePosixPath(relative)

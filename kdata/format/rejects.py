@@ -18,6 +18,8 @@ REASONS = {
     "too_long": "too long",
     "no_targets": "nothing to predict",
     "template": "refused by the chat template",
+    "special_tokens": "special tokens spelled out",
+    "token_bytes": "token of too many bytes",
     "teacher_failed": "teacher failed",
     "not_finite": "no finite log-probability",
     "vocabulary": "id outside the vocabulary",

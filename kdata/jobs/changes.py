@@ -33,10 +33,11 @@ from kdata.store.writer import Writer
 U = TypeVar("U")
 LABELS = ("id", "domain", "origin", "license")  # columns of the index that may change without being read again
 # Settings that identify a corpus by content.
-CORPUS_IDENTITY = tuple(f"{part}.{key}" for part in ("corpus", "prompts") for key in ("sha256", "hub", "commit"))
+IDENTITY_KEYS = ("sha256", "hub", "commit", "class_labels")
+CORPUS_IDENTITY = tuple(f"{part}.{key}" for part in ("corpus", "prompts") for key in IDENTITY_KEYS)
 ID_ELSEWHERE = "the dataset has a row with this id already"  # of another source
 # Reasons that a teacher gives. Whether such a reject still holds is known only where its whole unit is as before.
-BY_TEACHER = ("teacher_failed", "not_finite", "vocabulary")
+BY_TEACHER = ("teacher_failed", "not_finite")
 
 
 @dataclass(frozen=True)

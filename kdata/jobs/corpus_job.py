@@ -11,12 +11,14 @@ from typing import Any, Generic, Protocol, TypeVar
 import pyarrow as pa
 
 from kdata.corpus.corpus import Corpus, Document
+from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError
 from kdata.format.keep import KeepConfig
 from kdata.format.records import Reject, UnitResult
 from kdata.format.schema import SourceInfo
 from kdata.jobs.changes import CORPUS_IDENTITY, Rest, StoredRow, follow
 from kdata.jobs.job import Job, LocalEngine, TeacherFacts, WorkUnit, devices_of, run_job
+from kdata.observe.progress import console
 from kdata.store.dataset import Dataset
 from kdata.store.writer import Writer
 from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
@@ -25,7 +27,7 @@ from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer
 
 # Reasons that are a setting's fault where no row at all can be used.
-OF_A_SETTING = ("template", "chat", "not_text", "no_domain", "no_id")
+OF_A_SETTING = ("template", "vocabulary", "chat", "not_text", "no_domain", "no_id")
 
 
 class Item(Protocol):
@@ -87,8 +89,10 @@ class CorpusJob(ABC, Generic[I, C]):
         """See `Job.source`."""
 
     @abstractmethod
-    def preparation(self, facts: TeacherFacts, tokenizer: Any) -> Callable[[Document], list[I | Reject]]:
-        """How a row of the corpus becomes items or rejects."""
+    def preparation(
+        self, facts: TeacherFacts, tokenizer: Any
+    ) -> tuple[TextEncoder, Callable[[Document], list[I | Reject]]]:
+        """The encoder of texts, and how a row of the corpus becomes items or rejects."""
 
     @abstractmethod
     def unit(self, number: int) -> C:
@@ -114,9 +118,13 @@ class CorpusJob(ABC, Generic[I, C]):
     def inputs_of(self, payload: pa.Table) -> str:
         """See `Followed.inputs_of`."""
 
-    def parts(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[list[I | Reject]]:
-        """What each row of the corpus becomes, in order. A piece of a split text whose id is a row's already is a reject."""
-        items_of, with_number = self.preparation(facts, tokenizer), set[str]()
+    def parts(self, facts: TeacherFacts, tokenizer: Any, *, says: bool = False) -> Iterator[list[I | Reject]]:
+        """What each row of the corpus becomes, in order. A piece of a split text whose id is a row's already is a reject.
+
+        Args:
+            says: print at the end what was done with special tokens.
+        """
+        (texts, items_of), with_number = self.preparation(facts, tokenizer), set[str]()
 
         def once(part: I | Reject) -> I | Reject:
             if isinstance(part, Reject) or "#" not in part.id:  # only a piece, DOC#0, can have the id of a row
@@ -129,13 +137,15 @@ class CorpusJob(ABC, Generic[I, C]):
 
         for document in self._corpus.documents():
             yield [document] if isinstance(document, Reject) else [once(part) for part in items_of(document)]
+        for line in texts.note_lines() if says else ():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[C]:
         """The corpus in its own order, cut into units.
 
         Raises DataError or ConfigError where no row at all can be used, and a setting is likely at fault.
         """
-        for unit in self._cut(self.parts(facts, tokenizer), itertools.count()):
+        for unit in self._cut(self.parts(facts, tokenizer, says=True), itertools.count()):
             if unit.number == 0:
                 self._refuse_hopeless(unit)
             yield unit
@@ -156,13 +166,15 @@ class CorpusJob(ABC, Generic[I, C]):
         reject = next((reject for reject in first.rejects if reject.reason in OF_A_SETTING), None)
         if reject is None or first.ids:
             return
-        kind, what = (ConfigError, "chat") if reject.reason == "template" else (DataError, "row")
-        raise kind(f"not one {what} could be used. {reject.id}: {reject.detail}")
+        kind = ConfigError if reject.reason in ("template", "vocabulary") else DataError
+        what = "row" if reject.reason != "template" else "chat"
+        remedy = "; name a model folder with its own tokenizer" if reject.reason == "vocabulary" else ""
+        raise kind(f"not one {what} could be used. {reject.id}: {reject.detail}{remedy}")
 
     def follow(self, writer: Writer, facts: TeacherFacts, tokenizer: Any) -> Rest[C]:
         """See `Job.follow`."""
         pending = follow(writer, self, self.parts(facts, tokenizer))
-        return Rest(pending.rows, self._cut(pending.of(self.parts(facts, tokenizer)), pending.numbers))
+        return Rest(pending.rows, self._cut(pending.of(self.parts(facts, tokenizer, says=True)), pending.numbers))
 
 
 def load_and_run(

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
-from kdata.errors import ConfigError, DataError, TeacherError
+from kdata.errors import ConfigError, TeacherError
 from kdata.format.files import journal_of
 from kdata.format.keep import KeepConfig
 from kdata.format.manifest import new_info
@@ -213,7 +213,8 @@ def run_job(
         The dataset. At a URL: its local copy without the payload; `kdata.open(URL)` fetches that.
     Raises:
         MismatchError: the dataset was begun with other settings, or from other inputs of which nothing is left.
-        DataError: tokenizer and model disagree; the dataset has all ids already; `strict` is set and a row cannot be used.
+        ConfigError: tokenizer and model disagree.
+        DataError: the dataset has all ids already; `strict` is set and a row cannot be used.
         TeacherError: the teacher gives no usable numbers at all.
     """
     facts = engine.facts
@@ -324,13 +325,7 @@ def check_k(keep: KeepConfig, facts: TeacherFacts) -> None:
 
 
 def dataset_info(facts: TeacherFacts, tokenizer: Any, keep: KeepConfig) -> DatasetInfo:
-    """Identity of a dataset that this teacher fills. Raises DataError when tokenizer and model disagree."""
-    # Tokens that were added to a tokenizer may lie beyond the head: rows with such a token are rejects.
-    if tokenizer.vocab_size > facts.vocab_size:
-        raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the teacher's head only {facts.vocab_size}: they do not belong "
-            "together; name a model folder with its own tokenizer"
-        )
+    """Identity of a dataset that this teacher fills."""
     return new_info(
         format_version=FORMAT_VERSION,
         vocab_size=facts.vocab_size,

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
@@ -25,7 +24,7 @@ from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
 from kdata.errors import ConfigError, TooLongError
 from kdata.format.keep import KeepConfig
-from kdata.format.records import Record, Reject, UnitResult, inputs_digest, inputs_of
+from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest, inputs_of
 from kdata.format.rejects import checked
 from kdata.format.schema import SourceInfo, content_hash
 from kdata.jobs.changes import StoredRow, digest
@@ -187,10 +186,10 @@ class CaptureJob(CorpusJob[InputSequence, ReadingUnit]):
             )
         return limit
 
-    def preparation(self, facts: TeacherFacts, tokenizer: Any) -> SequencesOf:
-        """How a row becomes sequences or rejects."""
+    def preparation(self, facts: TeacherFacts, tokenizer: Any) -> tuple[TextEncoder, SequencesOf]:
+        """The encoder, and how a row becomes sequences or rejects."""
         prepare = _chats if self.config.corpus.messages_column else _texts
-        return prepare(tokenizer, self.config, self._limit(facts))
+        return prepare(tokenizer, self.config, self._limit(facts), facts.vocab_size)
 
     def unit(self, number: int) -> ReadingUnit:
         """An empty unit."""
@@ -240,9 +239,9 @@ def read_unit(teacher: Teacher, keep: KeepConfig, unit: ReadingUnit, on_tokens: 
     return UnitResult(unit.number, records, [*unit.rejects, *rejects], inputs=inputs_digest(unit.sequences))
 
 
-def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
-    """How a text becomes one sequence, several pieces, or a reject."""
-    encoder = TextEncoder(tokenizer)
+def _texts(tokenizer: Any, config: CaptureConfig, limit: int, vocab_size: int) -> tuple[TextEncoder, SequencesOf]:
+    """The encoder, and how a text becomes one sequence, several pieces, or a reject."""
+    encoder = TextEncoder(tokenizer, vocab_size=vocab_size, special_tokens_in_text=config.corpus.spelled)
     eos = tokenizer.eos_token_id if config.append_eos else None
     if config.append_eos and eos is None:
         raise ConfigError("append_eos: the tokenizer has no end-of-sequence token; leave append_eos at false")
@@ -254,12 +253,12 @@ def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
     def sequences_of(document: Document) -> list[InputSequence | Reject]:
         if not document.text.strip():
             return [Reject(document.id, document.domain, "empty", "the text is empty")]
-        pieces = encoder.pieces(document.text, limit - (eos is not None))
+        try:
+            pieces = encoder.pieces(document.text, limit, end=eos)
+        except RowError as error:
+            return [Reject(document.id, document.domain, error.reason, error.detail)]
         if len(pieces) > 1 and config.when_long != "split":
             return [_too_long(document, sum(len(ids) for _, ids, _ in pieces), limit, config)]
-        if eos is not None:
-            text, ids, token_bytes = pieces[-1]
-            pieces[-1] = text, np.append(ids, np.int32(eos)), np.append(token_bytes, np.uint16(0))
         names = [document.id] if len(pieces) == 1 else [f"{document.id}#{n}" for n in range(len(pieces))]
         return [
             InputSequence.of(name, document, ids, token_bytes, text)
@@ -268,12 +267,12 @@ def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
             for name, (text, ids, token_bytes) in zip(names, pieces, strict=True)
         ]
 
-    return sequences_of
+    return encoder, sequences_of
 
 
-def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
-    """How a chat becomes one sequence, or a reject."""
-    encoder = chat_encoder(tokenizer, config.corpus)
+def _chats(tokenizer: Any, config: CaptureConfig, limit: int, vocab_size: int) -> tuple[TextEncoder, SequencesOf]:
+    """The encoder, and how a chat becomes one sequence, or a reject."""
+    encoder = chat_encoder(tokenizer, config.corpus, vocab_size)
 
     def sequences_of(document: Document) -> list[InputSequence | Reject]:
         assert document.chat is not None
@@ -283,6 +282,8 @@ def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
             chat = encoder.whole(document.chat, config.counted, tool_calls=config.tool_call_targets)
         except ChatError as error:
             return [Reject(document.id, document.domain, "template", str(error))]
+        except RowError as error:
+            return [Reject(document.id, document.domain, error.reason, error.detail)]
         if len(chat.token_ids) > limit:
             return [_too_long(document, len(chat.token_ids), limit, config)]
         if not chat.target_mask.any():
@@ -302,7 +303,7 @@ def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
             )
         ]
 
-    return sequences_of
+    return encoder.texts, sequences_of
 
 
 def _too_long(document: Document, tokens: int, limit: int, config: CaptureConfig) -> Reject:

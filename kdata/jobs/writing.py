@@ -26,13 +26,13 @@ from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
 from kdata.format.keep import KeepConfig
-from kdata.format.records import Record, Reject, UnitResult, digest_of, inputs_digest
+from kdata.format.records import Record, Reject, RowError, UnitResult, digest_of, inputs_digest
 from kdata.format.rejects import checked
 from kdata.format.schema import SourceInfo
 from kdata.jobs.changes import StoredRow, digest
 from kdata.jobs.corpus_job import CorpusJob, load_and_run, run_with
 from kdata.jobs.job import TeacherFacts, check_k
-from kdata.jobs.payloads import InputSequence, beyond_head, outcome_of, refuse_hopeless_unit, tools_json
+from kdata.jobs.payloads import InputSequence, outcome_of, refuse_hopeless_unit, tools_json
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import Completion, OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig
@@ -153,10 +153,12 @@ class GenerateJob(CorpusJob[Prompt, WritingUnit]):
         settings = {**own, **config.settings(), "kind": config.kind, "context": facts.context}
         return SourceInfo(kind="generate", settings={**settings, "prompts": self._corpus.settings()}, num_units=None)
 
-    def preparation(self, facts: TeacherFacts, tokenizer: Any) -> Callable[[Document], list[Prompt | Reject]]:
-        """How a row becomes a prompt; one that the template refuses or that leaves no room is a reject."""
+    def preparation(
+        self, facts: TeacherFacts, tokenizer: Any
+    ) -> tuple[TextEncoder, Callable[[Document], list[Prompt | Reject]]]:
+        """The encoder, and how a row becomes a prompt; one that the template refuses or that leaves no room is a reject."""
         config = self.config
-        prompt_of = _chats(tokenizer, config) if config.prompts.messages_column else _texts(tokenizer)
+        texts, prompt_of = (_chats if config.prompts.messages_column else _texts)(tokenizer, config, facts.vocab_size)
         room = facts.context - max(config.sampling.min_tokens, 1)
 
         def prompts_of(document: Document) -> list[Prompt | Reject]:
@@ -168,10 +170,9 @@ class GenerateJob(CorpusJob[Prompt, WritingUnit]):
             if len(prompt.token_ids) > room:
                 detail = f"the prompt has {len(prompt.token_ids):,} tokens, at most {room:,} leave room to write"
                 return [Reject(document.id, document.domain, "too_long", detail)]
-            beyond = beyond_head(prompt.token_ids, facts.vocab_size)
-            return [prompt if beyond is None else Reject(document.id, document.domain, "vocabulary", beyond)]
+            return [prompt]
 
-        return prompts_of
+        return texts, prompts_of
 
     def unit(self, number: int) -> WritingUnit:
         """An empty unit."""
@@ -210,20 +211,25 @@ class GenerateJob(CorpusJob[Prompt, WritingUnit]):
         return digest_of(prompts.items())
 
 
-def _texts(tokenizer: Any) -> Callable[[Document], Prompt | Reject]:
-    """A text as a prompt: with the special tokens before it, without those after it."""
-    encoder = TextEncoder(tokenizer)
-
-    def prompt_of(document: Document) -> Prompt:
-        [(text, ids, _)] = encoder.pieces(document.text, 2**31)
-        return Prompt(document, text, ids[: len(ids) - len(encoder.suffix)])
-
-    return prompt_of
+PromptOf = Callable[[Document], Prompt | Reject]
 
 
-def _chats(tokenizer: Any, config: GenerateConfig) -> Callable[[Document], Prompt | Reject]:
-    """A chat as a prompt: up to where the assistant begins its turn."""
-    encoder = chat_encoder(tokenizer, config.prompts)
+def _texts(tokenizer: Any, config: GenerateConfig, vocab_size: int) -> tuple[TextEncoder, PromptOf]:
+    """The encoder, and how a text becomes a prompt: with the special tokens before it, without those after it."""
+    encoder = TextEncoder(tokenizer, vocab_size=vocab_size, special_tokens_in_text=config.prompts.spelled)
+
+    def prompt_of(document: Document) -> Prompt | Reject:
+        try:
+            return Prompt(document, document.text, encoder.prompt(document.text))
+        except RowError as error:
+            return Reject(document.id, document.domain, error.reason, error.detail)
+
+    return encoder, prompt_of
+
+
+def _chats(tokenizer: Any, config: GenerateConfig, vocab_size: int) -> tuple[TextEncoder, PromptOf]:
+    """The encoder, and how a chat becomes a prompt: up to where the assistant begins its turn."""
+    encoder = chat_encoder(tokenizer, config.prompts, vocab_size)
 
     def prompt_of(document: Document) -> Prompt | Reject:
         assert document.chat is not None
@@ -233,9 +239,11 @@ def _chats(tokenizer: Any, config: GenerateConfig) -> Callable[[Document], Promp
             chat = encoder.prompt(document.chat)
         except ChatError as error:
             return Reject(document.id, document.domain, "template", str(error))
+        except RowError as error:
+            return Reject(document.id, document.domain, error.reason, error.detail)
         return Prompt(document, chat.text, chat.token_ids, chat.token_bytes)
 
-    return prompt_of
+    return encoder.texts, prompt_of
 
 
 def write_unit(

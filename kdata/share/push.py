@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, DependencyError, StorageError
-from kdata.format.files import inside, local_path
+from kdata.format.files import inside, local_path, visible
 from kdata.share.arrange import new_folder
 from kdata.share.card import card_page, cost_of, write_card
 from kdata.store.dataset import Dataset
@@ -59,7 +59,7 @@ def dataset_files(dataset: Dataset) -> list[str]:
         "tokenizer/*",
         "README.md",
     ):
-        files += [p.relative_to(dataset.path).as_posix() for p in sorted(dataset.path.glob(pattern)) if p.is_file()]
+        files += [p.relative_to(dataset.path).as_posix() for p in visible(dataset.path, pattern) if p.is_file()]
     for relative in files:
         inside(dataset.path, relative)  # refuses a link, which would share a file from elsewhere
     return files

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from kdata.errors import ConfigError, CorruptError, DependencyError, MissingError, OutOfRangeError, ShapeError
 from kdata.format.codec import codec_of
-from kdata.format.files import inside
+from kdata.format.files import inside, visible
 from kdata.format.manifest import read_info, read_manifest
 from kdata.format.schema import DatasetInfo, ManifestEntry, content_hash, index_schema, json_digest
 from kdata.format.sequences import Sequences, decode, flat, nothing
@@ -190,8 +190,8 @@ class Dataset:
 
     def sql_sidecars(self) -> dict[str, list[str]]:
         """The names by which DuckDB opens the parts of each sidecar, complete or not."""
-        folders = sorted(path for path in self.path.resolve().glob("scores/*") if path.is_dir())
-        return {path.name: [unglobbed(part) for part in sorted(path.glob("*.parquet"))] for path in folders}
+        folders = [path for path in visible(self.path.resolve(), "scores/*") if path.is_dir()]
+        return {path.name: [unglobbed(part) for part in visible(path, "*.parquet")] for path in folders}
 
     def rows_of(self, ids: list[str]) -> np.ndarray:
         """Global row numbers int64 of these ids. Raises MissingError with the first unknown id."""

@@ -78,8 +78,7 @@ class VllmTeacher:
         logging.getLogger("vllm").setLevel(logging.ERROR)
         model_config = (self._reader if config.path == "hidden" else self._writer).llm_engine.model_config
         self.vocab_size: int = model_config.get_vocab_size()
-        # Reading needs one step of the engine, and that step a place: one token less than the model's own limit.
-        self.context: int = model_config.max_model_len - 1
+        self.context: int = model_config.max_model_len
         dtype = str(model_config.dtype).removeprefix("torch.")
         self.info = TeacherInfo(
             model=self._name,
@@ -210,14 +209,28 @@ class VllmTeacher:
     def _read_logprobs(
         self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
     ) -> list[Readout]:
-        """The engine's log-probabilities. One more token is sampled and thrown away: the engine needs a step."""
-        params = SamplingParams(
-            max_tokens=1, temperature=0, prompt_logprobs=keep.k, detokenize=False, flat_logprobs=True
-        )
-        outputs = self._generate(sequences, [params] * len(sequences), on_tokens, written=False)
+        """The engine's log-probabilities. One more token is sampled and thrown away: the engine needs a step.
+
+        That step needs a place. Where a sequence leaves none, its own last token is the one that is sampled.
+        """
+        full = [len(ids) >= self.context for ids in sequences]
+        prompts = [ids[:-1] if is_full else ids for ids, is_full in zip(sequences, full, strict=True)]
+        params = [
+            SamplingParams(
+                max_tokens=1, temperature=0, prompt_logprobs=keep.k, detokenize=False, flat_logprobs=True,
+                logprobs=keep.k if is_full else None, allowed_token_ids=[int(ids[-1])] if is_full else None,
+            )
+            for ids, is_full in zip(sequences, full, strict=True)
+        ]  # fmt: skip
+        outputs = self._generate(prompts, params, on_tokens, written=False)
         readouts = []
-        for ids, output in zip(sequences, outputs, strict=True):
-            actual, logprob, rank, top_ids, top_logprobs = _rectangle(output.prompt_logprobs, first=1, k=keep.k)
+        for ids, is_full, output in zip(sequences, full, outputs, strict=True):
+            parts = [_rectangle(output.prompt_logprobs, first=1, k=keep.k)]
+            if is_full:
+                parts.append(_rectangle(output.outputs[0].logprobs, first=0, k=keep.k))
+            actual, logprob, rank, top_ids, top_logprobs = (
+                np.concatenate(columns) for columns in zip(*parts, strict=True)
+            )
             if not np.array_equal(actual, ids[1:]):
                 raise TeacherError("vLLM returned log-probabilities for other tokens than those of the prompt")
             readouts.append(readout_from_top(ids, 1, logprob, rank, top_ids, top_logprobs, keep))

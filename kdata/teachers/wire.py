@@ -8,7 +8,7 @@ Shapes: T positions, K kept entries, N entries in all as they came.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -176,6 +176,11 @@ def top_of_written(answer: Answer, new: np.ndarray, k: int, vocab_size: int) -> 
         k,
         vocab_size,
     )
+
+
+def joined(first: Top, second: Top) -> Top:
+    """Positions of two tops, one after the other."""
+    return Top(*(np.concatenate([getattr(first, f.name), getattr(second, f.name)]) for f in fields(Top)))
 
 
 def rectangle(

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from kdata.errors import DataError
 from kdata.format.sequences import Sequences
 from kdata.share.interchange.plain import about_rows, lists
-from kdata.share.interchange.rows import PeerRow, flat, nested, spans
+from kdata.share.interchange.rows import PeerRow, as_ids, flat, nested, spans
 
 V1_COLUMN = "llm_text_generation_vllm_logprobs"
 _LISTS = pa.list_(pa.list_(pa.float64()))
@@ -74,7 +74,7 @@ def _entries(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray,
             raise DataError(
                 "lists of logprobs and target_token_ids have different lengths; each id needs one log-probability"
             )
-        return per_row, counts, _numbers(ids).astype(np.int32), _numbers(values)
+        return per_row, counts, as_ids(ids), _numbers(values)
     raise DataError(
         f"none of the columns {batch.schema.names} holds axolotl's entries; it needs lists of {{token, logprob}} (v1), or "
         "logprobs and target_token_ids (v2)"

@@ -134,7 +134,10 @@ def _grid(values: pa.Array, sizes: np.ndarray, width: int, name: str) -> np.ndar
         raise DataError(
             f"{name} has {actual} bytes at a position, but the compression YAML means {width}; name the YAML of these files"
         )
-    grid: np.ndarray = values.to_numpy(zero_copy_only=False).astype(np.uint8).reshape(len(sizes), width)
+    numbers = values.to_numpy(zero_copy_only=False)
+    if len(numbers) and not ((numbers >= 0) & (numbers <= 255)).all():
+        raise DataError(f"{name} holds a number that is not a byte (0 to 255); name the files that DistillKit wrote")
+    grid: np.ndarray = numbers.astype(np.uint8).reshape(len(sizes), width)
     return grid
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from kdata.config import RowsConfig
-from kdata.corpus.encode import TextEncoder
+from kdata.corpus.encode import TextEncoder, num_ids
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.format.files import journal_of, local_path
 from kdata.format.manifest import new_info
@@ -221,7 +221,7 @@ def _digest(files: list[Path]) -> str:
 def _identity(config: ImportConfig, compression: distillkit.Compression | None, tokenizer: Any) -> DatasetInfo:
     """The identity of the dataset; what the files do not say is marked unknown."""
     own = compression.d if compression else None
-    vocab_size = config.vocab_size or own or (None if tokenizer is None else len(tokenizer))
+    vocab_size = config.vocab_size or own or (None if tokenizer is None else num_ids(tokenizer))
     if vocab_size is None:
         raise ConfigError("the files do not hold the vocabulary's size; set --vocab-size N or --tokenizer FOLDER")
     unknown = TokenizerInfo(hash="unknown", chat_template_hash=None, bos_id=None, eos_id=None)

@@ -101,7 +101,21 @@ def flat(column: pa.Array, dtype: type) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(
             f"a column has the type {column.type}, but lists of numbers are needed; check --format and the files"
         )
-    return _lengths(column), column.flatten().to_numpy(zero_copy_only=False).astype(dtype)
+    values = column.flatten()
+    return _lengths(column), as_ids(values) if dtype is np.int32 else values.to_numpy(zero_copy_only=False).astype(
+        dtype
+    )
+
+
+def as_ids(values: pa.Array) -> np.ndarray:
+    """Token ids of any numeric type as int32 [N]; -1, which no vocabulary has, for what is not one: 2**32 + 5, 1.5, null."""
+    if pa.types.is_null(values.type):
+        return np.full(len(values), -1, np.int32)
+    numbers = values.to_numpy(zero_copy_only=False)
+    if numbers.dtype.kind not in "iuf":
+        raise DataError(f"a column of token ids has the type {values.type}, but numbers are needed")
+    fits = (numbers >= 0) & (numbers < 2**31) & (numbers == np.floor(numbers))
+    return np.where(fits, np.where(fits, numbers, 0).astype(np.int32), np.int32(-1))
 
 
 def _is_list(kind: pa.DataType) -> bool:

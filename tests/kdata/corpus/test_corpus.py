@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import datetime
 import json
 import sys
 from pathlib import Path
@@ -180,24 +179,6 @@ def test_a_byte_that_is_not_utf8_spoils_its_own_row_only(tmp_path: Path, ending:
     [reject], others = rejects_and_documents(path)
     assert (reject.id, reject.reason) == ("1", "not_text") and "a byte that is not UTF-8" in reject.detail
     assert [document.text for document in others] == ["the cat", "naïve"]
-
-
-def test_ids_domains_and_sources_of_any_type_become_text(tmp_path: Path) -> None:
-    days = [datetime.date(2026, 1, day) for day in (1, 2)]
-    table = pa.table(
-        {
-            "id": pa.array([b"a", b"\xff"], pa.binary()),
-            "domain": pa.array(["x", "y"]).dictionary_encode(),
-            "text": ["the cat", "the dog"],
-            "source": days,
-            "license": [["mit", "cc0"], ["mit"]],
-        }
-    )
-    pq.write_table(table, tmp_path / "kinds.parquet")
-    [reject], [document] = rejects_and_documents(tmp_path / "kinds.parquet")
-    about = (document.id, document.domain, document.origin, document.license)
-    assert about == ("a", "x", "2026-01-01", '["mit", "cc0"]')
-    assert (reject.reason, reject.domain) == ("not_text", "y")
 
 
 BROKEN = {

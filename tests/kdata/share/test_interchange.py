@@ -23,7 +23,7 @@ from kdata.share.card import write_card
 from kdata.share.interchange.distillkit import Compression, decode_logprobs, unpack
 from kdata.share.interchange.exporter import export_dataset
 from kdata.share.interchange.importer import ImportConfig, import_dataset
-from kdata.share.interchange.rows import ImportReport
+from kdata.share.interchange.rows import ImportReport, as_ids
 from tests.fakes import VOCAB, digests, run_capture, write_jsonl
 
 PEERS = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "peers"
@@ -264,6 +264,21 @@ def test_rows_that_cannot_be_used_are_rejected_with_a_reason(tmp_path: Path) -> 
     assert report.padding_entries == 1 and dataset[1].num_kept.tolist() == [0, 1, 1]
     assert dataset[2].target_mask.tolist() == [False, False, True]
     assert report.rows == 3 and report.positions == 6
+
+
+def test_ids_that_32_bits_do_not_hold_do_not_become_others(tmp_path: Path) -> None:
+    """2**32 + 7 is not 7, 7.5 is not 7, and null is no id."""
+    rows = [
+        plain_row(),
+        plain_row(id="kept", topk_ids=[[], [2**32 + 7, 8], [9]]),
+        plain_row(id="token", input_ids=[3, 2**32 + 7, 9]),
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    dataset, report = imported(tmp_path / "rows.parquet", tmp_path / "d", "plain", vocab_size=10)
+    assert dataset.index(["id"])["id"].to_pylist() == ["a"] and report.rejected == {"vocabulary": 2}
+    assert as_ids(pa.array([7, 2**32 + 7, -1, None])).tolist() == [7, -1, -1, -1]
+    assert as_ids(pa.array([7.0, 7.5, float("nan"), 3e9])).tolist() == [7, -1, -1, -1]
+    assert as_ids(pa.nulls(1)).tolist() == [-1]
 
 
 def test_sums_above_one_are_kept_masked_or_refused(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_it_reads_and_writes_the_dense_distribution(
     oracle = StandInTeacher(context=128)
     with StandInServer(llama_dir, generates=generates) as server:
         teacher = opened(llama_dir, server)
-        assert (teacher.context, teacher.vocab_size) == (127, VOCAB)
+        assert (teacher.context, teacher.vocab_size) == (128 if generates else 127, VOCAB)
         for ids, readout in zip(SEQUENCES, teacher.read(SEQUENCES, keep), strict=True):
             dense_TV = oracle.dense(ids)
             own_T = np.take_along_axis(dense_TV[1:], ids[1:, None], 1)[:, 0]
@@ -117,6 +117,19 @@ def test_it_reads_and_writes_the_dense_distribution(
                 assert_equal(ours.readout, theirs.readout)
         paths = {call.path for call in server.calls}
         assert paths == {"/inference/v1/generate" if generates else "/v1/completions"}
+
+
+def test_a_sequence_as_long_as_the_server_s_length_is_read_whole(llama_dir: Path, opened: Load) -> None:
+    """vLLM refuses a prompt that leaves no place for a token, so the last token of the sequence is the one it writes."""
+    rng = np.random.default_rng(3)
+    sequences = [rng.integers(2, VOCAB, size).astype(np.int32) for size in (127, 128, 2)]
+    with StandInServer(llama_dir) as server:
+        teacher = opened(llama_dir, server)
+        assert teacher.context == 128
+        for ids, readout in zip(sequences, teacher.read(sequences, TOP), strict=True):
+            assert_equal(readout, StandInTeacher().readout(ids, TOP))
+        [written] = teacher.write([sequences[0]], TOP, SamplingConfig(max_tokens=9), [0])
+        assert len(written.readout.token_ids) == 128 and written.finish_reason == "length"
 
 
 @given(
@@ -500,7 +513,7 @@ def test_the_base_model_is_asked_unless_another_is_named(
     with StandInServer(llama_dir) as server:
         teacher = opened(llama_dir, server, name=name)
         assert_read(teacher)
-        assert teacher.context == 127 and {call.body["model"] for call in server.calls} == {asked}
+        assert teacher.context == 128 and {call.body["model"] for call in server.calls} == {asked}
 
 
 def test_writing_needs_one_log_probability_more_and_says_so(llama_dir: Path, opened: Load) -> None:
@@ -526,7 +539,7 @@ def test_a_context_longer_than_the_server_s_is_refused(llama_dir: Path) -> None:
         with pytest.raises(ConfigError, match="context=101 exceeds the server's --max-model-len 100"):
             load_teacher(TeacherConfig(**config, context=101), max_k=5)
         teacher = load_teacher(TeacherConfig(**config, context=50), max_k=5)
-        assert teacher.context == 49
+        assert teacher.context == 50
         teacher.close()
 
 
