@@ -295,7 +295,7 @@ def _values(column: pa.Array | pa.ChunkedArray, labels: Any) -> list[Any]:
     if getattr(kind, "unit", None) == "ns":
         return _nanoseconds(column)
     try:
-        values = column.to_pylist()
+        values: list[Any] = column.to_pylist()
     except UnicodeDecodeError:  # a byte that is not UTF-8 becomes half of a surrogate pair: it spoils its own row only
         raw = column.cast(pa.large_binary()).to_pylist()
         return [None if value is None else value.decode(errors="surrogateescape") for value in raw]
@@ -303,7 +303,6 @@ def _values(column: pa.Array | pa.ChunkedArray, labels: Any) -> list[Any]:
         texts = column.cast(pa.string()).to_pylist()
         values = [None if text is None else re.sub(r"\.0+$", "", text) for text in texts]
     if pa.types.is_primitive(kind) and labels is None:
-        values: list[Any] = values
         return values
     values = [_value(value, kind) for value in values]
     return values if labels is None else [with_names(value, labels) for value in values]
