@@ -111,8 +111,8 @@ def test_the_id_of_a_piece_that_a_row_has_too_is_a_reject(
     texts = {"long": LONG, "long#0": "the dog"}
     corpus = save(tmp_path / "c.jsonl", [row(name, texts[name]) for name in (*order, "last")[:2]] + [row("last")])
     dataset = run_capture(tmp_path / "d", corpus, tokenizer_dir)
-    found = names(dataset)
-    assert len(found) == len(set(found)) and {"long#0", "long#1", "last"} <= set(found)
+    row_ids = names(dataset)
+    assert len(row_ids) == len(set(row_ids)) and {"long#0", "long#1", "last"} <= set(row_ids)
     assert reasons(dataset) == {"long#0": "id_twice"}
 
 
