@@ -20,13 +20,14 @@ from kdata.format.keep import KeepConfig
 from kdata.format.records import UnitResult
 from kdata.format.schema import SourceInfo, TeacherInfo, json_digest
 from kdata.jobs.job import Engine, LocalEngine, TeacherFacts, check_k, devices_of, run_job
-from kdata.jobs.payloads import goes_on, inputs_of_shard, refuse_other_vocabulary, source_digest
+from kdata.jobs.payloads import OTHER_TEACHER, goes_on, inputs_of_shard, source_digest
 from kdata.jobs.reading import ReadingUnit, read_unit
 from kdata.store.dataset import Dataset
+from kdata.store.tokens import Vocabulary, refuse_other_ids
 from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
-from kdata.teachers.model import load_tokenizer, tokenizer_info
+from kdata.teachers.model import load_tokenizer
 
 
 def reread(
@@ -74,8 +75,8 @@ def reread_with(
         raise DataError(f"{dataset.path} has no rows to read; name a dataset that has some")
     if "://" not in str(root) and Path(root).resolve() == dataset.path.resolve():
         raise ConfigError(f"{root} is the dataset that is read; a further payload needs a folder of its own")
-    ours = (str(dataset.path), about.tokenizer, about.vocab_size)
-    refuse_other_vocabulary(*ours, facts.info.model, tokenizer_info(engine.tokenizer), facts.vocab_size)
+    own = Vocabulary.of_model(facts.info.model, engine.tokenizer)
+    refuse_other_ids(Vocabulary.of_dataset(dataset), own, OTHER_TEACHER)
     keep = keep_like(dataset, facts.info, settings)
     for source in about.sources:
         result = run_job(root, RereadJob(dataset, source, keep), engine, resume=resume, log=log)

@@ -86,7 +86,7 @@ def _push_to_hub(dataset: Dataset, destination: str, public: bool) -> str:
     try:
         url = api.create_repo(name, repo_type="dataset", private=not public, exist_ok=True)
         commit, there = _files_there(api, name)
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(relative, content) for relative, content in files.items()),
             *(CommitOperationDelete(relative) for relative in left_over(there, files)),
         ]

@@ -28,6 +28,7 @@ from kdata.share.interchange.rows import Aligned, ImportReport, OverOne, PeerRow
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.shard import stored_shard
+from kdata.store.tokens import num_ids
 from kdata.store.writer import Writer
 from kdata.teachers.model import load_tokenizer, tokenizer_files, tokenizer_info
 
@@ -173,7 +174,7 @@ def _digest(files: list[Path]) -> str:
 def _identity(config: ImportConfig, compression: distillkit.Compression | None, tokenizer: Any) -> DatasetInfo:
     """The identity of the dataset; what the files do not say is marked unknown."""
     own = compression.d if compression else None
-    vocab_size = config.vocab_size or own or (None if tokenizer is None else len(tokenizer))
+    vocab_size = config.vocab_size or own or (None if tokenizer is None else num_ids(tokenizer.backend_tokenizer))
     if vocab_size is None:
         raise ConfigError("the files do not hold the vocabulary's size; set --vocab-size N or --tokenizer FOLDER")
     unknown = TokenizerInfo(hash="unknown", chat_template_hash=None, bos_id=None, eos_id=None)

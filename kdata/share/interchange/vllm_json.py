@@ -61,7 +61,7 @@ def _rows(line: bytes) -> Iterator[PeerRow]:
     if not isinstance(answer, dict):
         yield _unusable({}, RowError("not_json", "a line is not a JSON object"))
         return
-    about = {name: str(answer[name]) for name in ("domain", "text") if answer.get(name) is not None}
+    about: dict[str, Any] = {name: str(answer[name]) for name in ("domain", "text") if answer.get(name) is not None}
     prompt = answer.get("prompt", answer.get("prompt_text"))
     if isinstance(prompt, str):
         about.setdefault("text", prompt)
@@ -79,13 +79,13 @@ def _rows(line: bytes) -> Iterator[PeerRow]:
             yield _unusable(about, error)
 
 
-def _unusable(about: dict[str, str], error: RowError) -> PeerRow:
+def _unusable(about: dict[str, Any], error: RowError) -> PeerRow:
     """A row that `place` rejects with this reason."""
     nothing = np.zeros(0, np.int32)
     return PeerRow(nothing, nothing, nothing, np.zeros(0, np.float32), refusal=error, **about)
 
 
-def _row(part: Any, about: dict[str, str]) -> PeerRow:
+def _row(part: Any, about: dict[str, Any]) -> PeerRow:
     """One row. Raises RowError where it does not have vLLM's form."""
     part = part if isinstance(part, dict) else {}
     tokens = part.get("prompt_token_ids")
