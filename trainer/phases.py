@@ -18,7 +18,7 @@ from kdata.errors import ConfigError, DataError
 from kdata.loader.batches import BatchesConfig
 from kdata.selection.plan import Plan, open_plan
 from kdata.store.sql import is_name
-from kdata.store.tokens import Vocabulary, refuse_other_ids
+from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.trainer.config import Phase, TrainConfig
 from kdata.trainer.distributed import Ranks
 from kdata.trainer.domain_weights import DDKMixture, DomainWeights, make_domain_weights

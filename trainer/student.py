@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.store.checkpoint_kind import refuse_other_kind
 from kdata.store.dataset import Dataset
-from kdata.store.tokens import Vocabulary, num_ids, refuse_other_ids
+from kdata.store.vocabulary import Vocabulary, num_ids, refuse_other_ids
 from kdata.trainer.config import CheckpointStudent, ScratchStudent
 from kdata.trainer.objectives import Targets
 

@@ -46,7 +46,7 @@ from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.pick import tables
 from kdata.store.shard import write_tables
-from kdata.store.tokens import Vocabulary, refuse_other_ids
+from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.store.writer import Writer
 
 

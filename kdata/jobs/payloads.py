@@ -1,7 +1,7 @@
 """Sequences that a teacher reads, and the checks that several payloads belong to the same rows.
 
 A further payload is a separate dataset (see schemas/README.md, section 13). Two datasets have the same rows if ids, token
-ids and target masks agree, in order; ids mean the same tokens where `kdata.store.tokens` says so.
+ids and target masks agree, in order; ids mean the same tokens where `kdata.store.vocabulary` says so.
 """
 
 from __future__ import annotations

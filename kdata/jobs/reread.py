@@ -23,7 +23,7 @@ from kdata.jobs.job import Engine, LocalEngine, TeacherFacts, check_k, devices_o
 from kdata.jobs.payloads import OTHER_TEACHER, goes_on, inputs_of_shard, source_digest
 from kdata.jobs.reading import ReadingUnit, read_unit
 from kdata.store.dataset import Dataset
-from kdata.store.tokens import Vocabulary, refuse_other_ids
+from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher

@@ -19,7 +19,7 @@ from kdata.jobs.job import UnitCounter
 from kdata.observe.progress import Task
 from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, begin_sidecar, finish_sidecar, has_part, write_part
 from kdata.store.dataset import Dataset
-from kdata.store.tokens import Vocabulary, refuse_other_ids
+from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.teachers.base import OnTokens, Teacher
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher

@@ -28,7 +28,7 @@ from kdata.share.interchange.rows import Aligned, ImportReport, OverOne, PeerRow
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.shard import stored_shard
-from kdata.store.tokens import num_ids
+from kdata.store.vocabulary import num_ids
 from kdata.store.writer import Writer
 from kdata.teachers.model import load_tokenizer, tokenizer_files, tokenizer_info
 

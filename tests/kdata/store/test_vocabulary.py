@@ -13,7 +13,8 @@ from tokenizers import AddedToken
 
 import kdata
 from kdata.errors import MismatchError
-from kdata.store.tokens import Vocabulary, num_ids, read_tokenizer, refuse_other_ids, tokenizer_hash
+from kdata.store.tokens import read_tokenizer, tokenizer_hash
+from kdata.store.vocabulary import Vocabulary, num_ids, refuse_other_ids
 from kdata.teachers.model import load_tokenizer, tokenizer_info
 from tests.fakes import save_tokenizer
 
