@@ -31,7 +31,7 @@ from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MissingError
 from kdata.loader.batches import BatchesConfig
 from kdata.observe.progress import Task
-from kdata.store.checkpoint_kind import refuse_other_kind
+from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.trainer.config import EvaluateConfig, TrainResult
 from kdata.trainer.distributed import device_name
 from kdata.trainer.fused import Measured, measure
@@ -44,6 +44,8 @@ from kdata.trainer.student import (
     hidden_states,
     num_parameters,
     positions_of,
+    probe_head,
+    probe_isolation,
     refuse_other_tokenizer,
 )
 from kdata.trainer.tasks import Tasks
@@ -84,7 +86,8 @@ def evaluate(
     Raises:
         MissingError: the dataset or the model does not exist, or prompts or tasks are given and there is no tokenizer.
         MismatchError: the model's vocabulary or tokenizer is not the dataset's.
-        ConfigError: the dataset lacks what would be measured (it was imported), or the harness has no such task.
+        ConfigError: the dataset lacks what would be measured (it was imported), the loss would measure this model wrongly, or
+            the harness has no such task.
         DataError: a document is longer than the student's positions, or no token counts.
         CorruptError: train.json beside the model is not a training result.
         DependencyError: tasks are given and the harness is not installed.
@@ -93,6 +96,9 @@ def evaluate(
     prompts = list(prompts)
     dataset = kdata.open(heldout)
     model = _load(model_dir)
+    use_exact_attention(model)
+    probe_head(model)
+    probe_isolation(model)
     tasks = None if not config.tasks else Tasks(config.tasks, config.tasks_folder)
     tokenizer = _tokenizer(model_dir) if prompts or tasks is not None else None
     model.to(device_name(config.device)).eval()  # type: ignore[arg-type]  # transformers wraps Module.to

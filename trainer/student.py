@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
-from kdata.store.checkpoint_kind import refuse_other_kind
+from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.dataset import Dataset
 from kdata.store.vocabulary import Vocabulary, num_ids, refuse_other_ids
 from kdata.trainer.config import CheckpointStudent, ScratchStudent
@@ -211,5 +211,6 @@ def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedM
             f"student.model {config.model!r} cannot be loaded: {str(error).splitlines()[0]}; name a folder in Hugging Face "
             "format (config.json, weights, tokenizer.json) or a model on the Hub"
         ) from error
+    use_exact_attention(model)
     refuse_other_tokenizer(f"the student {config.model}", tokenizer, dataset)
     return model

@@ -1,6 +1,7 @@
 """What a model folder holds, by its small files: refused here is what is not a language model that can be loaded.
 
 Each refusal says what the folder is and what to do. Weights in pickle files and code from a model's folder are never run.
+`use_exact_attention` is for whoever loads one with transformers.
 """
 
 from __future__ import annotations
@@ -30,6 +31,16 @@ def refuse_other_kind(folder: Path, *, needs_weights: bool = True) -> None:
         _refuse_config(folder, config)
     if needs_weights:
         _refuse_weights(folder, has_config=bool(config))
+
+
+def use_exact_attention(model: Any) -> None:
+    """Have a model of transformers compute the soft-cap of its attention, as Gemma 2's.
+
+    The default attention (sdpa, transformers 5.19) leaves `attn_logit_softcapping` out without a word: with a cap of 5,
+    log-probabilities of a tiny model were off by one nat. vLLM computes it.
+    """
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
 
 
 def _refuse_parts(folder: Path) -> None:

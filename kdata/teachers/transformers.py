@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import TeacherInfo
+from kdata.store.checkpoint_kind import use_exact_attention
 from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig, refuse_structure
 from kdata.teachers.model import model_identity, sizes_of
@@ -40,6 +41,7 @@ class TransformersTeacher:
             raise TeacherError(f"transformers cannot load {config.model!r}: {error}") from error
         self._model.to(self._device).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
         self._batch_tokens, self._logits_gib = config.batch_tokens, config.logits_gib
+        use_exact_attention(self._model)
         self.vocab_size, self.context = sizes_of(self._model.config, config)
         self._check_causal()
         dtype = str(self._model.dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM
 from typer.testing import CliRunner
 
 import kdata
@@ -236,6 +236,16 @@ def test_wrong_or_missing_models_are_refused(folder: Path, dataset: kdata.Datase
     model.save_pretrained(folder / "alien" / "model")
     with pytest.raises(MismatchError, match="vocabulary"):
         evaluate(folder / "alien" / "model", dataset.path)
+
+
+def test_a_model_that_would_be_measured_wrongly_is_refused(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    """Logits that are not head @ hidden: the loss would leave the scale out."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
+    config = CohereConfig(**sizes, **special, num_attention_heads=2, logit_scale=0.25, initializer_range=0.5)
+    CohereForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="logits are not head @ hidden"):
+        evaluate(tmp_path, dataset.path)
 
 
 def test_a_model_with_a_permuted_vocabulary_is_refused_and_one_with_other_flags_is_not(

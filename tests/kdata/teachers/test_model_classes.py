@@ -104,6 +104,8 @@ def save(folder: Path, case: Case) -> PreTrainedModel:
                 torch.nn.init.normal_(parameter, std=0.2)  # a bias of 0 would be left out unseen
     model.save_pretrained(folder)
     save_tokenizer(folder)
+    if case.changes.get("attn_logit_softcapping"):
+        model.set_attn_implementation("eager")  # the default leaves the cap out
     return model
 
 
