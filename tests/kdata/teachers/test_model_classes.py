@@ -128,10 +128,12 @@ def compare(readouts: list[Readout], plain_logprobs: list[torch.Tensor], toleran
         np.testing.assert_allclose(readout.logprob[1:], own, atol=tolerance)
         top = expected.topk(KEEP.k)
         np.testing.assert_allclose(readout.kept.logprobs, top.values.reshape(-1).numpy(), atol=tolerance)
-        clear = (expected.sort(descending=True).values.diff().abs()[:, : KEEP.k] > 10 * tolerance).all(1).numpy()
+        gaps = expected.sort(descending=True).values.diff().abs()[:, : KEEP.k]
+        before = torch.cat([torch.full_like(gaps[:, :1], torch.inf), gaps[:, :-1]], dim=1)
+        clear = (torch.minimum(gaps, before) > 3 * tolerance).numpy()  # an entry whose neighbours rounding cannot reach
         kept_ids = readout.kept.ids.reshape(-1, KEEP.k)
         np.testing.assert_array_equal(kept_ids[clear], top.indices.numpy()[clear])
-        assert clear.any() or len(ids) < 5
+        assert clear.any()
         tail = torch.log1p(-top.values.exp().sum(-1)).numpy()
         np.testing.assert_allclose(readout.log_tail[1:], tail, atol=10 * tolerance)
 
