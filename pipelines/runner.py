@@ -281,7 +281,7 @@ def execute(recipe: Recipe, out: Path, *, resume: str = "auto") -> Path:
         for name, stage in STAGES.items():
             # `prepare` runs every time: it is cheap, and it resolves the models that later stages name.
             if name in run.seconds and name != "prepare":
-                console.print(f"[dim]{name}: already done, in {run.seconds[name]:.1f} s[/]")
+                console.print(f"{name}: already done, in {run.seconds[name]:.1f} s", style="dim")
                 continue
             with RunStage(name, run.log, _devices(run, name)) as run_stage:
                 stage(run)

@@ -14,6 +14,7 @@ import numpy as np
 
 from kdata.errors import ConfigError
 from kdata.format.records import RowError
+from kdata.store.vocabulary import num_ids
 
 SpecialTokensInText = Literal["keep", "split", "reject"]
 
@@ -373,16 +374,11 @@ def _renaming(names: set[str]) -> Callable[[str], str]:
     return lambda name: _wrapped(name) if name in names else name
 
 
-def num_ids(tokenizer: Any) -> int:
-    """One more than the largest id of a tokenizer; more than its length where ids are left out."""
-    return max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder], default=-1) + 1
-
-
 def _byte_table(tokenizer: Any) -> np.ndarray | None:
     """Bytes of each id of a byte-level BPE (one character of a token is one byte), int64 [ids]; None for other kinds."""
     if type(tokenizer.backend_tokenizer.decoder).__name__ != "ByteLevel":
         return None
-    table = np.zeros(num_ids(tokenizer), np.int64)
+    table = np.zeros(num_ids(tokenizer.backend_tokenizer), np.int64)
     for token, number in tokenizer.get_vocab().items():
         table[number] = len(token)
     for number, token in tokenizer.added_tokens_decoder.items():

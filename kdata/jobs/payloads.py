@@ -1,7 +1,7 @@
 """Sequences that a teacher reads, and the checks that several payloads belong to the same rows.
 
 A further payload is a separate dataset (see schemas/README.md, section 13). Two datasets have the same rows if ids, token
-ids and target masks agree, in order; they have the same vocabulary if tokenizer hash and vocabulary size agree.
+ids and target masks agree, in order; ids mean the same tokens where `kdata.store.vocabulary` says so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kdata.corpus.messages import as_json
 from kdata.errors import DataError, DistributionError, MismatchError, TeacherError
 from kdata.format.kept import Kept
 from kdata.format.records import Record, Reject
-from kdata.format.schema import TokenizerInfo, index_schema, json_digest
+from kdata.format.schema import index_schema, json_digest
 from kdata.format.sequences import Sequences
 from kdata.store.dataset import Dataset
 from kdata.store.index import UNREADABLE, damaged, read_index
@@ -191,26 +191,7 @@ def _token_bytes(dataset: Dataset, shard: int) -> list[np.ndarray | None]:
         return [value.values.to_numpy().copy() if value.is_valid else None for value in column]
 
 
-def refuse_other_vocabulary(
-    first: str, ours: TokenizerInfo, vocab_size: int, second: str, theirs: TokenizerInfo, other_size: int
-) -> None:
-    """Raise MismatchError unless two payloads have one tokenizer (by its hash) and one vocabulary size."""
-    if "unknown" in (ours.hash, theirs.hash):
-        unknown = first if ours.hash == "unknown" else second
-        raise MismatchError(
-            f"the tokenizer of {unknown} is not known (it was imported without), so that nobody can say whether its ids "
-            "mean the same; import it again with --tokenizer FOLDER"
-        )
-    if ours.hash != theirs.hash:
-        raise MismatchError(
-            f"{first} and {second} have different tokenizers ({ours.hash[:12]} and {theirs.hash[:12]}): the same id is "
-            "another token. Only teachers with one tokenizer can be combined; choose another teacher."
-        )
-    if vocab_size != other_size:
-        raise MismatchError(
-            f"{first} has {vocab_size:,} token ids, {second} {other_size:,}, though the tokenizer is the same: one head has "
-            "rows that the other lacks. Only teachers with one vocabulary size can be combined; choose another teacher."
-        )
+OTHER_TEACHER = "only teachers with one tokenizer can be combined: choose another teacher"
 
 
 def refuse_other_rows(first: Dataset, second: Dataset) -> None:

@@ -22,15 +22,16 @@ from kdata.format.rejects import checked
 from kdata.format.schema import ManifestEntry, SourceInfo, TeacherInfo, json_digest
 from kdata.jobs.changes import CORPUS_IDENTITY, LABELS, say_changes
 from kdata.jobs.job import Engine, LocalEngine, TeacherFacts, check_k, devices_of, run_job
-from kdata.jobs.payloads import goes_on, inputs_of_shard, refuse_other_vocabulary, source_digest
+from kdata.jobs.payloads import OTHER_TEACHER, goes_on, inputs_of_shard, source_digest
 from kdata.jobs.reading import ReadingUnit, read_unit
 from kdata.store.dataset import Dataset
 from kdata.store.index import read_index
+from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.store.writer import FORMER, Writer
 from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
-from kdata.teachers.model import load_tokenizer, tokenizer_info
+from kdata.teachers.model import load_tokenizer
 
 
 def reread(
@@ -78,8 +79,8 @@ def reread_with(
         raise DataError(f"{dataset.path} has no rows to read; name a dataset that has some")
     if "://" not in str(root) and Path(root).resolve() == dataset.path.resolve():
         raise ConfigError(f"{root} is the dataset that is read; a further payload needs a folder of its own")
-    ours = (str(dataset.path), about.tokenizer, about.vocab_size)
-    refuse_other_vocabulary(*ours, facts.info.model, tokenizer_info(engine.tokenizer), facts.vocab_size)
+    own = Vocabulary.of_model(facts.info.model, engine.tokenizer)
+    refuse_other_ids(Vocabulary.of_dataset(dataset), own, OTHER_TEACHER)
     keep, strict = keep_like(dataset, facts.info, settings), rows_config(settings).strict
     for source in about.sources:
         result = run_job(root, RereadJob(dataset, source, keep, strict=strict), engine, resume=resume, log=log)

@@ -25,8 +25,8 @@ from kdata.format.schema import DatasetInfo, ManifestEntry, content_hash, index_
 from kdata.format.sequences import Sequences, decode, flat, nothing
 from kdata.store.index import UNREADABLE, damaged, read_index
 from kdata.store.row import Row
+from kdata.store.sql import Values, unglobbed
 from kdata.store.sql import query as run_query
-from kdata.store.sql import unglobbed
 from kdata.store.tokens import TokenText
 from kdata.store.torch_rows import TorchRows
 
@@ -169,9 +169,18 @@ class Dataset:
         for entry in self.manifest:
             self.checked_file(entry, "index")
 
-    def sql(self, query: str, parameters: list[Any] | dict[str, Any] | None = None) -> pa.Table:
-        """Run a DuckDB query over the views of `schemas/README.md`. Raises QueryError with DuckDB's reason."""
-        return run_query(self, query, parameters)
+    def sql(
+        self, query: str, parameters: list[Any] | dict[str, Any] | None = None, *, values: Values = "arrow"
+    ) -> pa.Table:
+        """Run a DuckDB query over the views of `schemas/README.md`.
+
+        Args:
+            values: arrow: columns of Arrow's types. text: numbers and booleans as they are, lists and the like as JSON text,
+                all other values as DuckDB writes them. json: each value as JSON text.
+        Raises:
+            QueryError: DuckDB refused it, with DuckDB's reason; or a column has a type that Arrow lacks.
+        """
+        return run_query(self, query, parameters, values)
 
     @property
     def sql_filesystem(self) -> Any:

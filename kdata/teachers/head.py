@@ -17,11 +17,20 @@ from safetensors import safe_open
 
 from kdata.errors import TeacherError
 
+TIED = ("Gemma", "Cohere", "GPT2", "Bloom", "Mamba")  # heads that are the embedding unless config.json says otherwise
+HEADS = ("lm_head.weight", "embed_out.weight", "language_model.lm_head.weight")
+EMBEDDINGS = (
+    "model.embed_tokens.weight", "embed_tokens.weight", "model.language_model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight", "transformer.wte.weight", "wte.weight",
+    "transformer.word_embeddings.weight", "word_embeddings.weight", "backbone.embeddings.weight",
+)  # fmt: skip
 # Architectures whose logits are `head @ hidden` with at most the options below; config keys that would change that.
 KNOWN = {
-    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM", "Phi3ForCausalLM", "OlmoForCausalLM", "Olmo2ForCausalLM", "CohereForCausalLM",
-    "Cohere2ForCausalLM", "GraniteForCausalLM", "SmolLM3ForCausalLM",
+    "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
+    "Gemma3ForConditionalGeneration", "PhiForCausalLM", "Phi3ForCausalLM", "OlmoForCausalLM", "Olmo2ForCausalLM",
+    "CohereForCausalLM", "Cohere2ForCausalLM", "GraniteForCausalLM", "SmolLM3ForCausalLM", "GPTNeoXForCausalLM",
+    "GPT2LMHeadModel", "BloomForCausalLM", "MambaForCausalLM",
 }  # fmt: skip
 
 
@@ -69,12 +78,16 @@ def load_head(folder: Path, vocab_size: int, dtype: torch.dtype, device: str) ->
         raise TeacherError(
             f"path=hidden does not know the head of {architecture}; use path=logprobs, or backend transformers"
         )
-    tied = bool(config.get("tie_word_embeddings", architecture.startswith(("Gemma", "Cohere"))))
-    weight = None if tied else _tensor(folder, ("lm_head.weight",))
+    text = config.get("text_config") or {}  # of a multimodal model
+    tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", architecture.startswith(TIED))))
+    weight = None if tied else _tensor(folder, HEADS)
     if weight is None:
-        weight = _tensor(folder, ("model.embed_tokens.weight", "embed_tokens.weight"))
+        weight = _tensor(folder, EMBEDDINGS)
     if weight is None:
-        raise TeacherError(f"{folder} holds neither lm_head.weight nor an embedding in *.safetensors")
+        raise TeacherError(
+            f"{folder} holds neither a head nor an embedding under a name that is known; use path=logprobs, "
+            "or backend transformers"
+        )
     if len(weight) != vocab_size:
         raise TeacherError(f"the head in {folder} has {len(weight)} rows, the engine says {vocab_size}")
     bias = _tensor(folder, ("lm_head.bias",))
@@ -87,7 +100,7 @@ def load_head(folder: Path, vocab_size: int, dtype: torch.dtype, device: str) ->
         weight,
         None if bias is None else bias.to(device, torch.float32),
         _scale(config),
-        config.get("final_logit_softcapping"),
+        config.get("final_logit_softcapping", text.get("final_logit_softcapping")),
     )
 
 
@@ -103,7 +116,7 @@ def _architecture(config: dict[str, Any]) -> str:
 
 def _scale(config: dict[str, Any]) -> float:
     """Constant factor on the logits: Cohere's logit_scale, Granite's 1 / logits_scaling."""
-    if "logits_scaling" in config:
+    if config.get("logits_scaling"):
         return 1.0 / float(config["logits_scaling"])
     return float(config.get("logit_scale") or 1.0)
 

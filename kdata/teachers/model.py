@@ -12,11 +12,33 @@ from typing import Any
 
 from kdata.errors import ConfigError, DependencyError, MissingError
 from kdata.format.schema import TokenizerInfo
+from kdata.store.checkpoint_kind import refuse_other_kind
 from kdata.store.hub import hub_errors
+from kdata.store.tokens import tokenizer_hash
 from kdata.teachers.config import TeacherConfig
 
 # One of these is in the folder of every model that has a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+# Where configurations say how many tokens a model reads: most of them, MPT, RWKV, GPT-2, Bloom.
+LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "context_length", "n_positions", "seq_length")
+
+
+def sizes_of(model: Any, config: TeacherConfig) -> tuple[int, int]:
+    """Rows of the head and the longest sequence, by a configuration of transformers; of a multimodal model its text part's.
+
+    Raises ConfigError where neither the configuration (of Bloom or Mamba) nor `context` says how long a sequence may be.
+    """
+    text = model.get_text_config()
+    known = [length for key in LENGTH_KEYS if isinstance(length := getattr(text, key, None), int) and length > 0]
+    longest = config.context or next(iter(known), None)
+    if longest is None:
+        raise ConfigError(
+            f"the configuration of {config.model} ({text.model_type}) does not say how many tokens it reads at once; set it: "
+            "--set teacher.context=2048, or as many as it was trained on"
+        )
+    return int(text.vocab_size), int(longest)
 
 
 def check_model(config: TeacherConfig, *, max_k: int) -> None:
@@ -29,7 +51,8 @@ def check_model(config: TeacherConfig, *, max_k: int) -> None:
         max_k: largest k that will be asked for.
     Raises:
         MissingError: there is no such folder, or a file of it is missing.
-        ConfigError: config.json is damaged; `context` or k is too large for the model.
+        ConfigError: the folder holds something else than a language model (`kdata.store.checkpoint_kind`); config.json is
+            damaged; `context` or k is too large for the model.
     """
     path, remedy = Path(config.model), "name a model folder or a Hub name (teacher.model)"
     if _exists(path) and not path.is_dir():
@@ -38,6 +61,7 @@ def check_model(config: TeacherConfig, *, max_k: int) -> None:
         if path.is_absolute() or config.model.startswith(".") or config.model.count("/") > 1:
             raise MissingError(f"teacher model {config.model!r} does not exist; {remedy}")
         return
+    refuse_other_kind(path, needs_weights=config.backend != "vllm-server")
     needed = {"config.json": (path / "config.json").is_file()}
     if config.backend != "vllm-server":
         needed["*.safetensors"] = any(path.glob("*.safetensors"))
@@ -48,7 +72,7 @@ def check_model(config: TeacherConfig, *, max_k: int) -> None:
     try:
         model = json.loads((path / "config.json").read_text("utf-8"))
         text = model.get("text_config") or model
-        vocab_size, longest = text.get("vocab_size"), text.get("max_position_embeddings")
+        vocab_size, longest = text.get("vocab_size"), next((text[key] for key in LENGTH_KEYS if key in text), None)
         rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
         is_scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
     except (OSError, ValueError, AttributeError) as error:
@@ -57,7 +81,7 @@ def check_model(config: TeacherConfig, *, max_k: int) -> None:
         ) from error
     if config.context is not None and isinstance(longest, int) and not is_scaled and config.context > longest:
         raise ConfigError(
-            f"context={config.context} exceeds what {config.model} can read, {longest} tokens (max_position_embeddings in "
+            f"context={config.context} exceeds what {config.model} can read, {longest} tokens (by its "
             "config.json); lower teacher.context, or leave it at null"
         )
     if isinstance(vocab_size, int) and max_k >= vocab_size:
@@ -117,13 +141,9 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> Any:
 
 def tokenizer_info(tokenizer: Any) -> TokenizerInfo:
     """Identity of a fast tokenizer: SHA-256 of its canonical JSON, without truncation and padding settings."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state.pop("truncation", None)
-    state.pop("padding", None)
     template = getattr(tokenizer, "chat_template", None)
-    text = json.dumps(state, sort_keys=True, separators=(",", ":")).encode()
     return TokenizerInfo(
-        hash=hashlib.sha256(text).hexdigest(),
+        hash=tokenizer_hash(tokenizer.backend_tokenizer),
         chat_template_hash=hashlib.sha256(str(template).encode()).hexdigest() if template else None,
         bos_id=tokenizer.bos_token_id,
         eos_id=tokenizer.eos_token_id,

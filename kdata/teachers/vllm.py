@@ -50,7 +50,7 @@ from kdata.format.schema import TeacherInfo
 from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens, readout_from_top
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.head import Head, is_known, load_head
-from kdata.teachers.model import model_identity
+from kdata.teachers.model import model_identity, sizes_of
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_chunks
 from kdata.teachers.tape import KEY, TAPES, Tape
 from kdata.teachers.windows import ENTRY_BYTES, GIB, by_windows, rows_per_step, windows
@@ -125,8 +125,7 @@ class VllmTeacher:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self._config.model, revision=self._commit, trust_remote_code=False)
-        text = config.get_text_config()
-        return int(text.vocab_size), int(self._config.context or text.max_position_embeddings)
+        return sizes_of(config, self._config)
 
     def _engine(self, **options: Any) -> LLM:
         _quiet_llvmlite()

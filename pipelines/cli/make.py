@@ -229,7 +229,9 @@ def shares_of(text: str, datasets: list[str]) -> list[float]:
 
 
 def import_(
-    source: Annotated[str, typer.Argument(metavar="FILES", help="File or folder of another tool's Parquet or JSONL.")],
+    source: Annotated[
+        str, typer.Argument(metavar="FILES", help="File or folder of another tool's Parquet or JSON lines.")
+    ],
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Folder of the dataset to write.")],
     format: Annotated[str, option("format", ImportConfig)],
     tokenizer: Annotated[str | None, option("tokenizer", ImportConfig, metavar="PLACE")] = None,

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from kdata.config import RowsConfig
-from kdata.corpus.encode import TextEncoder, num_ids
+from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.format.files import journal_of, local_path
 from kdata.format.manifest import new_info
@@ -24,16 +24,18 @@ from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_di
 from kdata.format.rejects import checked
 from kdata.format.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, TeacherInfo, TokenizerInfo
 from kdata.observe.progress import Task
-from kdata.share.interchange import axolotl, distillkit, plain
+from kdata.share.interchange import axolotl, distillkit, plain, vllm_json
 from kdata.share.interchange.rows import Aligned, ImportReport, OverOne, PeerRow, place
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.shard import stored_shard
+from kdata.store.vocabulary import num_ids
 from kdata.store.writer import Writer
 from kdata.teachers.model import load_tokenizer, tokenizer_files, tokenizer_info
 
-Format = Literal["distillkit", "axolotl", "plain"]
-ALIGNED: dict[Format, Aligned] = {"distillkit": "after", "axolotl": "end", "plain": "with"}
+Format = Literal["distillkit", "axolotl", "plain", "vllm"]
+ALIGNED: dict[Format, Aligned] = {"distillkit": "after", "axolotl": "end", "plain": "with", "vllm": "with"}
+PEER_SUFFIXES = (".parquet", ".jsonl")
 ROWS_AT_ONCE = 64
 ReadRows = Callable[[Iterator[pa.RecordBatch]], Iterator[PeerRow]]
 
@@ -41,11 +43,11 @@ ReadRows = Callable[[Iterator[pa.RecordBatch]], Iterator[PeerRow]]
 class ImportConfig(RowsConfig):
     """What is imported, and how to read it."""
 
-    format: Format = Field(description="Which tool wrote it; plain: nested lists.")
+    format: Format = Field(description="Which tool wrote it; plain: nested lists; vllm: its JSON with prompt_logprobs.")
     aligned: Aligned | None = Field(
         None,
         description="Token that list j is about: with (token j), after (j + 1), end (the last list is about the last token). "
-        "Null takes the format's own: distillkit after, axolotl end, plain with.",
+        "Null takes the format's own: distillkit after, axolotl end, plain and vllm with.",
     )
     over_one: OverOne = Field(
         "keep",
@@ -80,7 +82,7 @@ def import_dataset(
     """
     source = local_path(source, "download the other tool's files first, and name their folder")
     root = local_path(root, "import into a folder, and copy it to the Hub with `kdata push`")
-    files = source_files(source)
+    files = source_files(source, vllm_json.SUFFIXES if config.format == "vllm" else PEER_SUFFIXES)
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer, None)
     compression = None
     if config.format == "distillkit":
@@ -94,7 +96,10 @@ def import_dataset(
         "compression": None if compression is None else compression.model_dump(),
     }
     report = ImportReport(notes=compression.notes() if compression else [])
-    rows = _row_by_row(_peer_rows(config.format, compression), batches(files))
+    if config.format == "vllm":
+        rows: Iterator[PeerRow | UnreadableRow] = vllm_json.read_rows(files)
+    else:
+        rows = _row_by_row(_peer_rows(config.format, compression), batches(files))
     with ExitStack() as stack:
         folder = None if tokenizer is None else stack.enter_context(tokenizer_files(tokenizer))
         kind = SourceInfo(kind="import", settings=settings, num_units=None)
@@ -121,14 +126,14 @@ def import_dataset(
     return open_dataset(root), report
 
 
-def source_files(source: Path) -> list[Path]:
-    """The Parquet or JSONL files of a source, in order. Raises MissingError or ConfigError."""
+def source_files(source: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files of a source that have one of these suffixes, in order. Raises MissingError or ConfigError."""
     if not source.exists():
-        raise MissingError(f"{source} does not exist; name a file or folder of Parquet or JSONL files")
+        raise MissingError(f"{source} does not exist; name a file or folder of {' or '.join(suffixes)} files")
     paths = [source] if source.is_file() else sorted(source.rglob("*"))
-    files = [path for path in paths if path.suffix in (".parquet", ".jsonl")]
+    files = [path for path in paths if path.suffix in suffixes]
     if not files:
-        raise ConfigError(f"{source} has no .parquet or .jsonl file; name a file or folder of these")
+        raise ConfigError(f"{source} has no {' or '.join(suffixes)} file; name a file or folder of these")
     return files
 
 
@@ -221,7 +226,7 @@ def _digest(files: list[Path]) -> str:
 def _identity(config: ImportConfig, compression: distillkit.Compression | None, tokenizer: Any) -> DatasetInfo:
     """The identity of the dataset; what the files do not say is marked unknown."""
     own = compression.d if compression else None
-    vocab_size = config.vocab_size or own or (None if tokenizer is None else num_ids(tokenizer))
+    vocab_size = config.vocab_size or own or (None if tokenizer is None else num_ids(tokenizer.backend_tokenizer))
     if vocab_size is None:
         raise ConfigError("the files do not hold the vocabulary's size; set --vocab-size N or --tokenizer FOLDER")
     unknown = TokenizerInfo(hash="unknown", chat_template_hash=None, bos_id=None, eos_id=None)

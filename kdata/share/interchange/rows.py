@@ -32,6 +32,7 @@ class PeerRow:
 
     token_ids int32 [T]; counts int32 [P], entries of each list; ids int32 [N]; logprobs float32 [N], nats; target_mask
     bool [T], or None where every position that has a list counts. Other fields are None where the tool does not keep them.
+    `refusal` is why the reader of a format cannot use the row.
     """
 
     token_ids: np.ndarray
@@ -42,6 +43,7 @@ class PeerRow:
     domain: str | None = None
     text: str | None = None
     target_mask: np.ndarray | None = None
+    refusal: RowError | None = None
 
 
 @dataclass
@@ -141,6 +143,8 @@ def place(row: PeerRow, aligned: Aligned, vocab_size: int, report: ImportReport,
         RowError: the row cannot be used: ids outside the vocabulary or repeated in a list, lists that do not fit the tokens.
         DataError: a sum above 1 is refused.
     """
+    if row.refusal is not None:
+        raise row.refusal
     row = _without_padding(_cut(row, aligned, report), report)
     tokens = len(row.token_ids)
     counts_T = np.zeros(tokens, np.int32)

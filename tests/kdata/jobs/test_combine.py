@@ -358,15 +358,42 @@ def test_other_rows_are_refused(
     refused(fewer, r"num_target_tokens is", masks[0])
 
 
-def test_another_vocabulary_is_refused(tmp_path: Path, captured: Path) -> None:
+@pytest.mark.parametrize("size", [340, 2**16 + 64])
+def test_heads_of_different_sizes_are_averaged_over_the_larger(tmp_path: Path, captured: Path, size: int) -> None:
+    """A row that one head lacks has probability 0 there: half of what the other says."""
+    one = kdata.open(captured)
+    larger = again(tmp_path / "larger", one, StandInTeacher("two", vocab_size=size))
+    for inputs in ([one, larger], [larger, one]):
+        result, _ = combine(tmp_path / f"out-{inputs[0].info.vocab_size}", inputs, CombineConfig())
+        assert result.info.vocab_size == size and verify(result, deep=True) == []
+        sequences, theirs, ours = (d.take(np.arange(3)) for d in (result, larger, one))
+        total = np.bincount(
+            np.repeat(np.arange(len(sequences.num_kept)), sequences.num_kept),
+            np.exp(sequences.entry_logprobs.astype(float)),
+        )
+        assert total.max() <= 1 + 1e-3
+        far = theirs.entry_ids >= 300
+        assert far.any() and not (ours.entry_ids >= 300).any()
+        want = 0.5 * np.exp(theirs.entry_logprobs[far].astype(float))
+        got = np.exp(sequences.entry_logprobs[sequences.entry_ids >= 300].astype(float))
+        np.testing.assert_allclose(np.sort(got), np.sort(want), rtol=0.04)
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path, captured: Path, tokenizer_dir: Path) -> None:
     one = rewritten(tmp_path / "one", kdata.open(captured))
-    larger = rewritten(tmp_path / "larger", one, info={"vocab_size": 301})
-    with pytest.raises(MismatchError, match=r"one has 300 token ids, .*larger 301"):
-        combine(tmp_path / "out", [one, larger], CombineConfig())
     other = {**one.info.tokenizer.model_dump(), "hash": "f" * 64}
     renamed = rewritten(tmp_path / "renamed", one, info={"tokenizer": other})
-    with pytest.raises(MismatchError, match=r"one and .*renamed have different tokenizers \(\w{12} and ffffffffffff\)"):
-        combine(tmp_path / "out", [one, renamed], CombineConfig())
+    assert combine(tmp_path / "same", [one, renamed], CombineConfig())[0].num_rows, "the files hold the same ids"
+    shutil.rmtree(renamed.path / "tokenizer")
+    with pytest.raises(MismatchError, match=r"\(ffffffffffff\) differ, and .*renamed carries no tokenizer\.json"):
+        combine(tmp_path / "out", [one, kdata.open(renamed.path)], CombineConfig())
+    swapped = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    vocab = swapped["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (renamed.path / "tokenizer").mkdir()
+    (renamed.path / "tokenizer/tokenizer.json").write_text(json.dumps(swapped))
+    with pytest.raises(MismatchError, match=r"id \d+ is '[ab]' in one and '[ab]' in the other.*choose another teacher"):
+        combine(tmp_path / "out", [one, kdata.open(renamed.path)], CombineConfig())
     unknown = rewritten(tmp_path / "unknown", one, info={"tokenizer": {**other, "hash": "unknown"}})
     with pytest.raises(MismatchError, match=r"tokenizer of .*unknown is not known.*--tokenizer"):
         combine(tmp_path / "out", [unknown, unknown], CombineConfig())
