@@ -138,7 +138,7 @@ def combine(
     pure = all(np.count_nonzero(share) == 1 for share in shares.values())
     plan = _Plan(inputs, shares, pure and all(_unseeded(d) == _unseeded(inputs[0]) for d in inputs))
     info, report = _identity(plan, config), CombineReport(plan.lossless, ghost=inputs[0].info.tail == "ghost")
-    dropped = sorted({t for d in inputs for t in d.info.codec.parameters.get("temperatures", [])})
+    dropped = sorted({t for d in inputs for t in d.info.codec.temperatures})
     if dropped and not plan.lossless:
         report.notes.append(
             f"without the further temperatures {dropped}: the sum over the vocabulary at another temperature does not follow "
