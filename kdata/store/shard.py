@@ -220,7 +220,7 @@ def check_header(schema: pa.Schema, info: DatasetInfo) -> None:
 def _same_type(stored: pa.DataType, expected: pa.DataType) -> bool:
     """Whether lists hold the same kind of value, whatever is said about nulls."""
     if pa.types.is_list(expected):
-        return pa.types.is_list(stored) and stored.value_type == expected.value_type
+        return isinstance(stored, pa.ListType) and bool(stored.value_type == expected.value_type)
     return bool(stored == expected)
 
 
