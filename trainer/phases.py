@@ -132,7 +132,7 @@ def _open(
     plan = None if plan_name is None else _open_plan(dataset, plan_name)
     rows = None if plan is None else plan.rows(dataset)
     _check_targets(dataset, rows)
-    temperatures = [float(t) for t in dataset.info.codec.parameters.get("temperatures", [])]
+    temperatures = dataset.info.codec.temperatures
     tail = resolve_tail(phase.objective, dataset.info.tail, temperatures, kind=dataset.info.codec.kind)
     batches_config = BatchesConfig(
         context_tokens=config.context_tokens,

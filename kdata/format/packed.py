@@ -29,7 +29,9 @@ from kdata.errors import DataError, ShapeError
 
 
 def join_bytes(planes: list[np.ndarray]) -> np.ndarray:
-    """Little-endian byte planes, one to three of uint8 [N], as int32 [N]."""
+    """Little-endian byte planes, one to three of uint8 [N], as int32 [N]. Raises ShapeError where they differ in length."""
+    if not planes or any(plane.dtype != np.uint8 or len(plane) != len(planes[0]) for plane in planes):
+        raise ShapeError("the byte planes of the ids are not bytes of equal number")
     if len(planes) == 1:
         return planes[0].astype(np.int32)
     joined_N = np.empty(len(planes[0]), np.int32)
@@ -100,8 +102,10 @@ def sum_steps(steps_D: np.ndarray, num_drawn_T: np.ndarray) -> np.ndarray:
     running_D = np.cumsum(steps_D, dtype=np.int64)
     first = first_of(num_drawn_T)
     before = running_D[first] - steps_D[first]
-    ids_D: np.ndarray = (running_D - np.repeat(before, num_drawn_T[num_drawn_T > 0])).astype(np.int32)
-    return ids_D
+    ids_D: np.ndarray = running_D - np.repeat(before, num_drawn_T[num_drawn_T > 0])
+    if ids_D.max(initial=0) > np.iinfo(np.int32).max:
+        raise ShapeError("drawn ids are too large")
+    return ids_D.astype(np.int32)
 
 
 def first_of(counts_T: np.ndarray) -> np.ndarray:
@@ -153,10 +157,12 @@ def decode_gaps(codes_N: np.ndarray, num_exact_T: np.ndarray, log_tail_T: np.nda
     """Log-probabilities float32 [N] of exact entries; inverse of `encode_gaps` given the exact tail.
 
     Raises:
-        ShapeError: counts and codes disagree.
+        ShapeError: counts and codes disagree, or the tail of a position with entries is not the log of a share.
     """
-    if int(num_exact_T.sum()) != len(codes_N):
+    if int(num_exact_T.sum()) != len(codes_N) or codes_N.dtype != np.uint8:
         raise ShapeError(f"{len(codes_N)} codes for {int(num_exact_T.sum())} exact entries")
+    if len(log_tail_T) != len(num_exact_T) or not ((log_tail_T <= 0) | (num_exact_T == 0)).all():
+        raise ShapeError("log_tail is not the log of a probability where entries are kept")
     logprobs_N = np.empty(len(codes_N), np.float32)
     _decode_gaps(codes_N, num_exact_T, log_tail_T, GAP_STEPS, _EXP, logprobs_N)
     return logprobs_N
@@ -215,9 +221,11 @@ def encode_counts(weights_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np
 
 
 def decode_counts(counts_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np.ndarray, num_draws: int) -> np.ndarray:
-    """Log-weights float32 [D], log(tail * count / N), rounded down. Raises ShapeError when the counts disagree."""
+    """Log-weights float32 [D], log(tail * count / N), rounded down. Raises ShapeError where counts disagree or are 0."""
     if int(num_drawn_T.sum()) != len(counts_D):
         raise ShapeError(f"{len(counts_D)} draw counts for {int(num_drawn_T.sum())} draws")
+    if not counts_D.all():
+        raise ShapeError("a draw has the count 0")
     logs = np.log(np.arange(1, 257, dtype=np.float64) / num_draws)
     exact_D = logs[counts_D.astype(np.int64) - 1] + np.repeat(log_tail_T.astype(np.float64), num_drawn_T)
     near_D = exact_D.astype(np.float32)

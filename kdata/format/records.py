@@ -111,8 +111,3 @@ class Shard:
         """Bytes of payload per token; NaN for an empty shard."""
         payload = sum(f.bytes for name, f in self.entry.files.items() if name.startswith("data/"))
         return payload / self.entry.tokens if self.entry.tokens else float("nan")
-
-
-def shard_name(source: str, unit: int) -> str:
-    """Name of the shard that holds a unit of a source."""
-    return f"{source}-{unit:05d}"

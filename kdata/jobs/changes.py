@@ -21,8 +21,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from kdata.format.records import HasTokens, Reject, Shard, shard_name
-from kdata.format.schema import ManifestEntry
+from kdata.format.records import HasTokens, Reject, Shard
+from kdata.format.schema import ManifestEntry, shard_name
 from kdata.observe.progress import console
 from kdata.store.dataset import Dataset
 from kdata.store.index import read_index

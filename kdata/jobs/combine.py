@@ -138,7 +138,7 @@ def combine(
     alike = all((_unseeded(d), d.info.vocab_size) == (_unseeded(inputs[0]), inputs[0].info.vocab_size) for d in inputs)
     plan = _Plan(inputs, shares, pure and alike)
     info, report = _identity(plan, config), CombineReport(plan.lossless, ghost=inputs[0].info.tail == "ghost")
-    dropped = sorted({t for d in inputs for t in d.info.codec.parameters.get("temperatures", [])})
+    dropped = sorted({t for d in inputs for t in d.info.codec.temperatures})
     if dropped and not plan.lossless:
         report.notes.append(
             f"without the further temperatures {dropped}: the sum over the vocabulary at another temperature does not follow "

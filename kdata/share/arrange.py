@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from kdata.errors import ConfigError, DataError, MismatchError, StorageError, settings_difference
 from kdata.format.files import file_info, local_path, storage_errors
 from kdata.format.manifest import append_entry, write_info
-from kdata.format.records import inputs_of, shard_name
-from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, SourceInfo
+from kdata.format.records import inputs_of
+from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, SourceInfo, shard_name
 from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset

@@ -25,6 +25,7 @@ from kdata.format.schema import DatasetInfo, ManifestEntry, content_hash, index_
 from kdata.format.sequences import Sequences, decode, flat, nothing
 from kdata.store.index import UNREADABLE, damaged, read_index
 from kdata.store.row import Row
+from kdata.store.shard import check_header
 from kdata.store.sql import Values, unglobbed
 from kdata.store.sql import query as run_query
 from kdata.store.tokens import TokenText
@@ -333,7 +334,7 @@ class Dataset:
             with pa.memory_map(str(path)) as source:
                 if "token_bytes" not in pa.ipc.open_file(source).schema.names:
                     return None
-            value = _reader(path, ["token_bytes"]).get_batch(int(number)).column("token_bytes")[int(local)]
+            value = _checked_batch(_reader(path, ["token_bytes"]), int(number)).column("token_bytes")[int(local)]
             return value.values.to_numpy() if value.is_valid else None
         except UNREADABLE as error:
             raise damaged(path, error) from error
@@ -376,6 +377,7 @@ class Dataset:
     def _open_shard(self, shard: int) -> np.ndarray:
         """Row starts of a shard's record batches; at first use its bytes, rows and token ids are checked."""
         if shard not in self._batch_starts:
+            codec_of(self.info.codec)
             entry = self.manifest[shard]
             path = self.checked_file(entry, "data")
             try:
@@ -392,9 +394,10 @@ class Dataset:
         """
         index = self._read_index(entry, ["id", "content_hash"])
         expected = zip(index["id"].to_pylist(), index["content_hash"].to_pylist(), strict=True)
+        check_header(pa.ipc.open_file(pa.memory_map(str(path))).schema, self.info)
         reader, sizes = _reader(path, ["id", "input_ids"]), []
         for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
+            batch = _checked_batch(reader, number)
             values, offsets = flat(batch.column("input_ids"))
             for row, row_id in enumerate(batch.column("id").to_pylist()):
                 index_id, digest = next(expected, (None, None))
@@ -414,7 +417,7 @@ class Dataset:
         path = self.shard_file(self.manifest[shard], "data")
         try:
             reader = self._readers.pop(shard, None) or _reader(path, _used_columns(path))
-            batch = reader.get_batch(number)
+            batch = _checked_batch(reader, number)
         except UNREADABLE as error:
             raise damaged(path, error) from error
         self._readers[shard] = reader  # popped and put back, so the order is by last use
@@ -442,11 +445,18 @@ def _reader(path: Path, columns: list[str]) -> pa.ipc.RecordBatchFileReader:
     return pa.ipc.open_file(source, options=options)
 
 
+def _checked_batch(reader: pa.ipc.RecordBatchFileReader, number: int) -> pa.RecordBatch:
+    """Decompress a record batch. pyarrow checks it wholly before anything reads its buffers by their offsets."""
+    batch = reader.get_batch(number)
+    batch.validate(full=True)
+    return batch
+
+
 def _used_columns(path: Path) -> list[str]:
     """Columns that a decoder reads, without those that are null throughout (the first record batch decides)."""
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     unused = {"id", "token_bytes"}
     if reader.num_record_batches:
-        first = reader.get_batch(0)
+        first = _checked_batch(reader, 0)
         unused |= {name for name in first.schema.names if first.column(name).null_count == first.num_rows > 0}
     return [name for name in reader.schema.names if name not in unused]

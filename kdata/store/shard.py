@@ -14,14 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
-from kdata.errors import DataError
+from kdata.errors import DataError, ShapeError
 from kdata.format import codec as codecs
 from kdata.format.files import file_info, settle, storage_errors
 from kdata.format.kept import Kept
-from kdata.format.records import Record, Reject, Shard, UnitResult, shard_name
+from kdata.format.records import Record, Reject, Shard, UnitResult
 from kdata.format.schema import (
     CodecError,
+    CodecInfo,
     DatasetInfo,
     FileInfo,
     ManifestEntry,
@@ -30,6 +32,8 @@ from kdata.format.schema import (
     index_schema,
     payload_schema,
     rejects_schema,
+    shard_files,
+    shard_name,
 )
 from kdata.store.index import UNREADABLE, damaged
 
@@ -61,16 +65,17 @@ def write_tables(
 ) -> Shard:  # fmt: skip
     """The same from a payload table and an index table, for instance rows of another dataset."""
     name = shard_name(source, number)
+    paths = shard_files(name)
     files: dict[str, FileInfo] = {}
     with storage_errors(root):
         for folder in ("data", "index", *(["rejects"] if rejects else [])):
             (root / folder).mkdir(exist_ok=True)  # but not `root`: see kdata.store.staging
-        files[f"data/{name}.arrow"] = _write_arrow(root, f"data/{name}.arrow", table)
-        files[f"index/{name}.parquet"] = _write_parquet(root, f"index/{name}.parquet", index)
+        files[paths["data"]] = _write_arrow(root, paths["data"], table)
+        files[paths["index"]] = _write_parquet(root, paths["index"], index)
         if rejects:
             refused = [{**vars(reject), "source": source} for reject in rejects]
-            path = f"rejects/{name}.parquet"
-            files[path] = _write_parquet(root, path, pa.Table.from_pylist(refused, schema=rejects_schema()))
+            rejected = pa.Table.from_pylist(refused, schema=rejects_schema())
+            files[paths["rejects"]] = _write_parquet(root, paths["rejects"], rejected)
     entry = ManifestEntry(
         name=name,
         source=source,
@@ -187,18 +192,59 @@ def shard_tables(
     }
     for absent in set(payload_schema(info.codec.id).names) - columns.keys():
         columns[absent] = pa.nulls(len(records), payload_schema(info.codec.id).field(absent).type)
-    schema = payload_schema(info.codec.id).with_metadata(
-        {
-            "kdata.format_version": info.format_version,
-            "kdata.codec": canonical_json(info.codec.model_dump()),
-            "kdata.vocab_size": str(info.vocab_size),
-            "kdata.tail": info.tail,
-        }
-    )
+    schema = payload_schema(info.codec.id).with_metadata(header_of(info))
     table = pa.table(columns, schema=schema)
     mass = comparison.stored_mass
     rows = [_index_row(r, name, source, i, mass[offsets[i] : offsets[i + 1]]) for i, r in enumerate(records)]
     return table, pa.Table.from_pylist(rows, schema=index_schema()), error
+
+
+def header_of(info: DatasetInfo) -> dict[str, bytes]:
+    """Metadata of a shard: what a reader must know of the dataset that it belongs to."""
+    return {
+        "kdata.format_version": info.format_version.encode(),
+        "kdata.codec": canonical_json(info.codec.model_dump()),
+        "kdata.vocab_size": str(info.vocab_size).encode(),
+        "kdata.tail": info.tail.encode(),
+    }
+
+
+def check_header(schema: pa.Schema, info: DatasetInfo) -> None:
+    """Compare the schema of a stored shard, and the metadata in it, with its dataset.
+
+    Raises:
+        ShapeError: a column is missing or has another type, or the shard was written for another codec, vocabulary or tail.
+    """
+    expected = payload_schema(info.codec.id)
+    for field in expected:
+        place = schema.get_field_index(field.name)
+        if place < 0 and not field.nullable:
+            raise ShapeError(f"it has no column {field.name}, or more than one")
+        if place >= 0 and not _same_type(schema.field(place).type, field.type):
+            raise ShapeError(f"column {field.name} is {schema.field(place).type}, not {field.type}")
+    stored = {key.decode(errors="replace"): value for key, value in (schema.metadata or {}).items()}
+    for key, value in header_of(info).items():
+        if key != "kdata.format_version" and _parsed(key, stored.get(key)) != _parsed(key, value):
+            raise ShapeError(
+                f"it was written for another dataset: its {key.removeprefix('kdata.')} is not that of dataset.json"
+            )
+
+
+def _same_type(stored: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether lists hold the same kind of value, whatever is said about nulls."""
+    if pa.types.is_list(expected):
+        return isinstance(stored, pa.ListType) and bool(stored.value_type == expected.value_type)
+    return bool(stored == expected)
+
+
+def _parsed(key: str, value: bytes | None) -> object:
+    """A value of the metadata; of the codec what this kdata knows of it. None where it is not readable."""
+    if key != "kdata.codec" or value is None:
+        return value
+    try:
+        return CodecInfo.model_validate_json(value)
+    except ValidationError:
+        return None
 
 
 def check_record(record: Record, vocab_size: int, *, imported: bool = False) -> None:

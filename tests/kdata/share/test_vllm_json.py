@@ -173,4 +173,4 @@ def test_a_json_file_holds_one_answer_or_a_list_of_them(tmp_path: Path) -> None:
 def test_the_command_imports_it_and_counts_rejects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_jsonl(tmp_path / "dump.jsonl", [OUTPUT, {"request_id": "b"}])
     assert call(["import", str(file), str(tmp_path / "d"), "--format", "vllm", "--vocab-size", "100"]) == 0
-    assert "rejected rows, no_token_ids: 1" in capsys.readouterr().out
+    assert "1 rejected: 1 no token ids" in capsys.readouterr().out
