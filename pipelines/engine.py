@@ -43,7 +43,7 @@ def open_engine(config: LocalConfig | RayConfig, teacher: TeacherConfig, *, max_
     with console.status(f"loading the teacher ({teacher.backend})"):
         loaded = load_teacher(teacher, max_k=max_k)
     try:
-        tokenizer = load_tokenizer(teacher.model, loaded.info.revision)
+        tokenizer = load_tokenizer(teacher.model, loaded.info.revision, bos=teacher.bos)
         yield LocalEngine(loaded, tokenizer, devices_of(teacher))
     finally:
         loaded.close()

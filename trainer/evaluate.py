@@ -31,6 +31,7 @@ from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
 from kdata.loader.batches import BatchesConfig
 from kdata.observe.progress import Task
+from kdata.store.gguf import is_gguf, model_folder
 from kdata.trainer.config import EvaluateConfig, TrainResult
 from kdata.trainer.distributed import device_name
 from kdata.trainer.fused import Measured, measure
@@ -62,7 +63,8 @@ def evaluate(
     """Measure one student on a held-out logit dataset, and let it continue prompts.
 
     Args:
-        model_dir: folder of a model in Hugging Face format; facts about its training come from a `train.json` beside it.
+        model_dir: folder of a model in Hugging Face format, or a GGUF file; facts about its training come from a
+            `train.json` beside it.
         heldout: a folder, a URL or hf://OWNER/NAME, as for `kdata.open`.
         prompts: {"domain", "prompt"} each; the student continues them.
         label: name in the result; None: the label in train.json, or the folder's name.
@@ -88,6 +90,7 @@ def evaluate(
     config = config or EvaluateConfig()
     prompts = list(prompts)
     dataset = kdata.open(heldout)
+    label, model_dir = label or (model_dir.name if is_gguf(model_dir) else None), Path(model_folder(model_dir))
     model = _load(model_dir)
     tasks = None if not config.tasks else Tasks(config.tasks, config.tasks_folder)
     tokenizer = _tokenizer(model_dir) if prompts or tasks is not None else None

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.store.dataset import Dataset
+from kdata.store.gguf import model_folder
 from kdata.trainer.config import CheckpointStudent, ScratchStudent
 
 
@@ -64,7 +65,7 @@ def num_parameters(model: PreTrainedModel) -> int:
 
 def tokenizer_hash(folder: Path | str, revision: str | None = None) -> str:
     """SHA-256 (hex) of a fast tokenizer's JSON without truncation and padding: the hash that datasets store."""
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), revision=revision, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(folder), revision=revision, trust_remote_code=False)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("truncation", None)
     state.pop("padding", None)
@@ -159,7 +160,7 @@ def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedM
     try:
         digest = tokenizer_hash(config.model, config.revision)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            config.model, revision=config.revision, dtype=torch.float32, trust_remote_code=False
+            model_folder(config.model), revision=config.revision, dtype=torch.float32, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise MissingError(

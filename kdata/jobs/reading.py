@@ -25,6 +25,7 @@ from kdata.errors import ConfigError, TeacherError, TooLongError
 from kdata.format.keep import KeepConfig
 from kdata.format.records import Reject, UnitResult, inputs_digest
 from kdata.format.schema import SourceInfo
+from kdata.jobs.bos import check_bos
 from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
 from kdata.jobs.payloads import InputSequence
 from kdata.store.dataset import Dataset
@@ -145,7 +146,7 @@ def capture_with(
     log: Path | None = None,
 ) -> Dataset:
     """As `capture`, with a teacher that is already loaded."""
-    tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
+    tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision, bos=teacher_config.bos)
     engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
     return run_job(root, CaptureJob(config, corpus), engine, resume=resume, log=log)
 
@@ -194,7 +195,9 @@ class CaptureJob:
     def perform(
         self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit, on_tokens: OnTokens = ignore_tokens
     ) -> UnitResult:
-        """Have one unit read."""
+        """Have one unit read. Raises ConfigError where the first texts show that `teacher.bos` must be set."""
+        if unit.number == 0 and self.config.corpus.messages_column is None:  # a chat begins as its template says
+            check_bos(teacher, tokenizer, [s.token_ids for s in unit.sequences], self.keep)
         return read_unit(teacher, self.keep, unit, on_tokens)
 
 

@@ -42,7 +42,7 @@ def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> 
         ConfigError: a sequence is longer than the model's context.
         TeacherError: the model's log-probabilities are not finite.
     """
-    tokenizer = load_tokenizer(config.model.model, config.model.revision)
+    tokenizer = load_tokenizer(config.model.model, config.model.revision, bos=config.model.bos)
     own = tokenizer_info(tokenizer).hash
     if own != dataset.info.tokenizer.hash:
         raise MismatchError(

@@ -25,6 +25,7 @@ from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig
 from kdata.format.records import Record, Reject, UnitResult, inputs_digest
 from kdata.format.schema import SourceInfo
+from kdata.jobs.bos import check_bos
 from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
 from kdata.jobs.payloads import InputSequence
 from kdata.store.dataset import Dataset
@@ -118,7 +119,7 @@ def generate_with(
     log: Path | None = None,
 ) -> Dataset:
     """As `generate`, with a teacher that is already loaded."""
-    tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
+    tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision, bos=teacher_config.bos)
     engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
     return run_job(root, GenerateJob(config, prompts), engine, resume=resume, log=log)
 
@@ -157,7 +158,9 @@ class GenerateJob:
     def perform(
         self, teacher: Teacher, tokenizer: Any, unit: WritingUnit, on_tokens: OnTokens = ignore_tokens
     ) -> UnitResult:
-        """Have one unit written."""
+        """Have one unit written. Raises ConfigError where the first prompts show that `teacher.bos` must be set."""
+        if unit.number == 0 and self.config.prompts.messages_column is None:  # a chat begins as its template says
+            check_bos(teacher, tokenizer, [prompt.token_ids for prompt in unit.prompts], self.keep)
         return write_unit(teacher, unit, self.config, tokenizer, on_tokens)
 
 
