@@ -62,6 +62,11 @@ class CheckpointStudent(BaseModel):
     revision: str | None = Field(
         default=None, description="Commit, tag or branch on the Hub; null: the default branch."
     )
+    keep_layers: int | list[int] | None = Field(
+        default=None,
+        description="Layers of the checkpoint that the student keeps: how many, evenly spaced with the first and the last, "
+        "or their numbers from 0, rising. null: all.",
+    )
 
 
 StudentConfig = Annotated[ScratchStudent | CheckpointStudent, Field(discriminator="kind")]

@@ -9,6 +9,7 @@ Shapes: B rows, L context, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -173,4 +174,49 @@ def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedM
             f"({dataset.info.tokenizer.hash[:12]}), so the stored token ids would mean other tokens; choose a student with "
             "the teacher's tokenizer"
         )
-    return model
+    return model if config.keep_layers is None else prune_layers(model, config.keep_layers)
+
+
+def prune_layers(model: PreTrainedModel, keep: int | list[int]) -> PreTrainedModel:
+    """A model with some of the layers of another, and all its other weights.
+
+    Args:
+        keep: how many layers, evenly spaced with the first and the last; or their numbers from 0, rising.
+    Raises:
+        ConfigError: there are no such layers, or the model keeps its layers in a way that is not known here.
+    """
+    total = int(model.config.num_hidden_layers)
+    numbers = [round(n * (total - 1) / max(keep - 1, 1)) for n in range(keep)] if isinstance(keep, int) else keep
+    if (
+        not numbers
+        or len(numbers) > total
+        or sorted(set(numbers)) != numbers
+        or not 0 <= numbers[0] <= numbers[-1] < total
+    ):
+        raise ConfigError(
+            f"student.keep_layers={keep} does not fit a model of {total} layers; give a number from 1 to {total}, or rising "
+            f"numbers of layers from 0 to {total - 1}"
+        )
+    stacks = [
+        name for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList) and len(part) == total
+    ]
+    if len(stacks) != 1:
+        raise ConfigError(
+            f"student.keep_layers: {type(model).__name__} has no single list of its {total} layers; use null"
+        )
+    config = copy.deepcopy(model.config)
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == total:  # a setting of each layer, such as its kind of attention
+            setattr(config, key, [value[number] for number in numbers])
+    config.num_hidden_layers = len(numbers)
+    places = {f"{stacks[0]}.{number}.": f"{stacks[0]}.{place}." for place, number in enumerate(numbers)}
+    weights = {}
+    for name, weight in model.state_dict().items():
+        stem = ".".join(name.split(".")[: stacks[0].count(".") + 2]) + "."
+        if not name.startswith(f"{stacks[0]}."):
+            weights[name] = weight
+        elif stem in places:
+            weights[places[stem] + name.removeprefix(stem)] = weight
+    pruned = type(model)(config).to(model.dtype)
+    pruned.load_state_dict(weights)
+    return pruned.eval() if not model.training else pruned

@@ -116,8 +116,8 @@ class TeacherInfo(Contract):
     bos: Literal["add", "omit"] | None = Field(
         None,
         exclude_if=lambda bos: bos is None,
-        description="What teacher.bos says: the beginning-of-sequence token was added to texts, or left out knowingly; the key "
-        "is absent where nothing was said, and the tokenizer decided.",
+        description="What teacher.bos says: the beginning-of-sequence token was added to texts, or left out knowingly; the "
+        "key is absent where nothing was said, and the tokenizer decided.",
     )
     members: list[MemberInfo] | None = Field(
         None,
