@@ -186,13 +186,11 @@ def prune_layers(model: PreTrainedModel, keep: int | list[int]) -> PreTrainedMod
         ConfigError: there are no such layers, or the model keeps its layers in a way that is not known here.
     """
     total = int(model.config.num_hidden_layers)
-    numbers = [round(n * (total - 1) / max(keep - 1, 1)) for n in range(keep)] if isinstance(keep, int) else keep
-    if (
-        not numbers
-        or len(numbers) > total
-        or sorted(set(numbers)) != numbers
-        or not 0 <= numbers[0] <= numbers[-1] < total
-    ):
+    if isinstance(keep, int):
+        numbers = [round(n * (total - 1) / max(keep - 1, 1)) for n in range(min(keep, total + 1))]
+    else:
+        numbers = keep
+    if not numbers or sorted(set(numbers)) != numbers or not 0 <= numbers[0] <= numbers[-1] < total:
         raise ConfigError(
             f"student.keep_layers={keep} does not fit a model of {total} layers; give a number from 1 to {total}, or rising "
             f"numbers of layers from 0 to {total - 1}"
@@ -217,6 +215,8 @@ def prune_layers(model: PreTrainedModel, keep: int | list[int]) -> PreTrainedMod
             weights[name] = weight
         elif stem in places:
             weights[places[stem] + name.removeprefix(stem)] = weight
-    pruned = type(model)(config).to(model.dtype)
+    pruned: Any = type(model)(config)
+    pruned.to(model.dtype)
     pruned.load_state_dict(weights)
-    return pruned.eval() if not model.training else pruned
+    pruned.train(model.training)
+    return pruned
