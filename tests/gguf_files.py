@@ -10,12 +10,20 @@ from typing import Any
 import numpy as np
 
 
-def write_gguf(model: Path, path: Path, *, values: Mapping[str, Any] | None = None, leave_out: str = "") -> Path:
+def write_gguf(
+    model: Path,
+    path: Path,
+    *,
+    values: Mapping[str, Any] | None = None,
+    leave_out: str = "",
+    tensors: Mapping[str, np.ndarray] | None = None,
+) -> Path:
     """Write a tiny Llama or Gemma 3 of a folder, with its byte-level tokenizer, as float32 GGUF.
 
     Args:
         values: further metadata; a value that is None takes the key away.
         leave_out: a tensor that the file lacks.
+        tensors: further tensors.
     """
     import gguf
     from safetensors.numpy import load_file
@@ -34,6 +42,8 @@ def write_gguf(model: Path, path: Path, *, values: Mapping[str, Any] | None = No
         target = f"{names.get_name(stem)}.{suffix}"
         if target != leave_out:
             writer.add_tensor(target, np.ascontiguousarray(_as_stored(target, weight, config, architecture)))
+    for name, values_of in (tensors or {}).items():
+        writer.add_tensor(name, values_of)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

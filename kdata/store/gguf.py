@@ -2,8 +2,8 @@
 
 The file is converted once, into the cache: float32 weights in safetensors, config and tokenizer. The folder's name is the
 SHA-256 of the file, so the same bytes are never converted again, wherever the file is. `transformers` does the conversion.
-It drops what it does not know, so the file's tensors and the settings that change numbers are compared with the model
-first, and a file that would give other numbers is refused.
+It drops what it does not know, so settings that change numbers are put into the config here, or the file is refused; and
+its tensors are compared with the model.
 
 A GGUF file holds data only, and its header is checked against the file's size before a library reads it.
 """
@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 from kdata.errors import ConfigError, CorruptError, DependencyError, MissingError
@@ -34,6 +35,8 @@ from kdata.store.url import cache_dir
 MAX_ENTRIES = 1 << 20  # of metadata and of tensors: a count beyond it is damage
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by GGUF type
 STRING, ARRAY = 8, 9
+ROPE_FACTORS = "rope_freqs.weight"
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # of 3.1 to 3.3
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # kinds of tokens, and the file's names
 # What transformers raises for a file that it does not understand; CorruptError and the like are ours.
 REFUSALS = (ValueError, KeyError, IndexError, TypeError, NotImplementedError, RuntimeError, OSError, struct.error)
@@ -47,10 +50,11 @@ def is_gguf(model: str | Path) -> bool:
 @dataclass(frozen=True)
 class Header:
     """What a GGUF file says of itself: `values` are the metadata's scalars and strings (of an array its length), `tensors`
-    the dimensions of each tensor by its name."""
+    the dimensions of each tensor by its name, `places` the byte where each begins."""
 
     values: dict[str, Any]
     tensors: dict[str, tuple[int, ...]]
+    places: dict[str, int]
 
     @property
     def architecture(self) -> str:
@@ -92,10 +96,10 @@ def model_folder(model: str | Path) -> str:
         return str(model)
     path = Path(model)
     _, digest = gguf_identity(path)
-    header = read_header(path)
     place = cache_dir() / "gguf" / digest
     folder = place / f"transformers-{_transformers_version(path)}"  # another version may convert differently
     if not folder.is_dir():
+        header = read_header(path)
         with storage_errors(place):
             place.mkdir(parents=True, exist_ok=True)
             with FileLock(place / "lock"):
@@ -198,18 +202,18 @@ class _Reader:
         for _ in range(num_values):
             key = self._text()
             values[key] = self._value(self._number("I"))
-        tensors, ends = {}, [0]
+        tensors, offsets, ends = {}, {}, [0]
         for _ in range(num_tensors):
             name, dimensions = self._text(), self._number("I")
             if dimensions > 4:
                 raise ValueError(f"tensor {name!r} has {dimensions} dimensions")
             shape = tuple(int(self._number("Q")) for _ in range(dimensions))
             kind, offset = self._number("I"), self._number("Q")
-            tensors[name] = shape
+            tensors[name], offsets[name] = shape, offset
             ends.append(offset + _tensor_bytes(name, kind, math.prod(shape)))
         alignment = max(int(values.get("general.alignment", 32)), 1)
         start = -(-self._file.tell() // alignment) * alignment
-        return Header(values, tensors), start + max(ends)
+        return Header(values, tensors, {name: start + offset for name, offset in offsets.items()}), start + max(ends)
 
 
 def _tensor_bytes(name: str, kind: int, elements: int) -> int:
@@ -234,7 +238,7 @@ def _convert(path: Path, header: Header, folder: Path) -> None:
         try:
             with _quiet_transformers():
                 config = AutoConfig.from_pretrained(place, gguf_file=name)
-                _refuse_other_numbers(path, header, config)
+                _complete_config(path, header, config)
                 with torch.device("meta"):
                     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
                 _refuse_other_tensors(path, header, model)
@@ -307,42 +311,66 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _refuse_other_numbers(path: Path, header: Header, config: Any) -> None:
-    """Raise ConfigError where the file has a setting that changes numbers and that the config does not have."""
+def _complete_config(path: Path, header: Header, config: Any) -> None:
+    """Put into a config what the file says and transformers passes over. Raises ConfigError where that cannot be done."""
     blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
     if header.own("block_count") != len(blocks):
         raise ConfigError(
             f"{path.name} says block_count={header.own('block_count')} and has tensors of {len(blocks)} layers; "
             "it is damaged, or no plain language model"
         )
-    odd = {}
-    for key, name in (("final_logit_softcapping",) * 2, ("attn_logit_softcapping",) * 2, ("logit_scale",) * 2):
-        theirs, ours = header.own(key), getattr(config, name, None)
-        if theirs and not (ours and math.isclose(theirs, ours, rel_tol=1e-5)):
-            odd[key] = theirs
-    ropes = getattr(config, "rope_parameters", None) or {}
-    plain = "default" in {ropes.get("rope_type"), ropes.get("full_attention", {}).get("rope_type")}
-    scaled = header.own("rope.scaling.type") not in (None, "none") and header.own("rope.scaling.factor") != 1.0
-    if plain and scaled:
-        odd["rope.scaling.type"] = header.own("rope.scaling.type")
-    factors = [name for name in header.tensors if name.startswith("rope_")]
-    if plain and factors:
-        odd[factors[0]] = "a tensor of rotary factors"
+    for key in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale"):
+        if header.own(key):
+            if not hasattr(config, key):
+                raise _other_numbers(path, f"{key} ({header.own(key):g})")
+            setattr(config, key, header.own(key))
     # llama.cpp knows these two by their number of layers; the file does not say it.
     if (header.architecture, len(blocks)) in (("gemma2", 46), ("gemma3", 62)):
-        odd["query_pre_attn_scalar"] = "not in the file"
-    if odd:
-        listing = ", ".join(f"{key} ({value})" for key, value in odd.items())
-        raise ConfigError(
-            f"{path.name} has settings that transformers does not take from a GGUF file, so its numbers would be wrong: "
-            f"{listing}. Name the model's folder in Hugging Face format instead"
-        )
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # Gemma 3 has one for each kind of attention; the file's is this one
+    if rope.get("rope_type", "default") == "default":
+        rope.update(_rope_of(path, header))
+
+
+def _rope_of(path: Path, header: Header) -> dict[str, Any]:
+    """How a file scales its rotary positions, as transformers names it; empty: not at all."""
+    kind, factor = header.own("rope.scaling.type"), header.own("rope.scaling.factor")
+    tensors = {name for name in header.tensors if name.startswith("rope_")}
+    if tensors == {ROPE_FACTORS}:
+        factors = np.fromfile(path, "<f4", math.prod(header.tensors[ROPE_FACTORS]), offset=header.places[ROPE_FACTORS])
+        base = header.own("rope.freq_base") or 10_000.0
+        if np.allclose(factors, _llama3_factors(len(factors), base, float(factors.max(initial=1.0))), rtol=1e-4):
+            return {**LLAMA3, "rope_type": "llama3", "factor": float(factors.max(initial=1.0))}
+    if tensors:
+        raise _other_numbers(path, f"{min(tensors)} (a tensor of rotary factors)")
+    if kind in (None, "none") or factor == 1.0:
+        return {}
+    if kind != "linear" or factor is None:
+        raise _other_numbers(path, f"rope.scaling.type ({kind})")
+    return {"rope_type": "linear", "factor": float(factor)}
+
+
+def _llama3_factors(count: int, base: float, factor: float) -> np.ndarray:
+    """By what Llama 3.1 divides each rotary frequency. Source: `_compute_llama3_parameters` of transformers."""
+    wavelength = 2 * math.pi * base ** (np.arange(count) / count)
+    low, high, old = (LLAMA3[name] for name in LLAMA3)
+    smooth = (old / wavelength - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(wavelength < old / high, 1.0, np.where(wavelength > old / low, factor, between))
+
+
+def _other_numbers(path: Path, setting: str) -> ConfigError:
+    return ConfigError(
+        f"{path.name} has a setting that transformers does not take from a GGUF file, so its numbers would be wrong: "
+        f"{setting}. Name the model's folder in Hugging Face format instead"
+    )
 
 
 def _refuse_other_tensors(path: Path, header: Header, model: Any) -> None:
     """Raise ConfigError where file and model do not have equally many numbers: one has weights that the other lacks."""
-    tied = {"output.weight"} if model.config.tie_word_embeddings else set()
-    stored = sum(math.prod(shape) for name, shape in header.tensors.items() if name not in tied)
+    besides = {ROPE_FACTORS, *(["output.weight"] if model.config.tie_word_embeddings else [])}
+    stored = sum(math.prod(shape) for name, shape in header.tensors.items() if name not in besides)
     needed = sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())
     if stored != needed:
         raise ConfigError(

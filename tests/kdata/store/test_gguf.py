@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import struct
@@ -162,7 +163,7 @@ def test_a_model_of_unknown_architecture(llama_gguf: Path, tmp_path: Path) -> No
     ("values", "reason"),
     [
         ({"llama.block_count": 3}, "tensors of 2 layers"),
-        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 8.0}, "rope.scaling.type (linear)"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 8.0}, "rope.scaling.type (yarn)"),
         ({"llama.logit_scale": 0.5}, "logit_scale (0.5)"),
         ({"split.count": 2}, "llama-gguf-split --merge"),
         ({"llama.embedding_length": 128}, "weights"),
@@ -172,6 +173,41 @@ def test_settings_that_would_give_other_numbers(
     llama_dir: Path, tmp_path: Path, values: dict[str, Any], reason: str
 ) -> None:
     assert reason in refusal(write_gguf(llama_dir, tmp_path / "odd.gguf", values=values))
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """The config of a file's conversion."""
+    return dict(json.loads((Path(model_folder(path)) / "config.json").read_text()))
+
+
+def test_linear_rotary_scaling_comes_along(llama_dir: Path, gemma_dir: Path, tmp_path: Path) -> None:
+    for folder, name in ((llama_dir, "llama"), (gemma_dir, "gemma3")):
+        scaling = {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": 8.0}
+        rope = config_of(write_gguf(folder, tmp_path / f"{name}.gguf", values=scaling))["rope_parameters"]
+        own = rope.get("full_attention", rope)
+        assert (own["rope_type"], own["factor"]) == ("linear", 8.0)
+        assert rope.get("sliding_attention", {"rope_type": "default"})["rope_type"] == "default"
+
+
+def test_the_rotary_factors_of_llama_3_come_along(llama_dir: Path, tmp_path: Path) -> None:
+    """The factors are transformers' own; others are refused."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192, "rope_theta": 500_000.0,
+    }  # fmt: skip
+    config = LlamaConfig(head_dim=32, max_position_embeddings=131_072, rope_parameters=rope)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
+    factors = (500_000.0 ** (-np.arange(16) / 16) / scaled.numpy()).astype(np.float32)
+    values = {"llama.rope.freq_base": 500_000.0}
+    path = write_gguf(llama_dir, tmp_path / "l.gguf", values=values, tensors={"rope_freqs.weight": factors})
+    assert config_of(path)["rope_parameters"] == rope
+    factors[3] = 2.0
+    odd = write_gguf(llama_dir, tmp_path / "odd.gguf", values=values, tensors={"rope_freqs.weight": factors})
+    with pytest.raises(ConfigError, match=r"rope_freqs\.weight"):
+        model_folder(odd)
 
 
 def test_a_file_that_lacks_a_tensor(llama_dir: Path, tmp_path: Path) -> None:
