@@ -250,4 +250,4 @@ def test_a_real_language_model(tmp_path: Path) -> None:
     ids = np.array(tokenizer(text)["input_ids"], np.int32)
     [readout] = teacher.read([ids], KeepConfig(kind="topk", k=8))
     assert ids[0] == tokenizer.bos_token_id and teacher.vocab_size == 262_144
-    assert -readout.logprob[1:].mean() < 2.0 and readout.rank[-2] == 1, "it knows Berlin"
+    assert -readout.logprob[1:].mean() < 2.5 and readout.rank[-2] == 1, "it knows Berlin"
