@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -13,6 +14,7 @@ from kdata.jobs.job import Engine, LocalEngine, devices_of
 from kdata.observe.progress import console
 from kdata.pipelines.ray.engine import RayEngine
 from kdata.pipelines.ray.workers import RayConfig
+from kdata.store.gguf import is_gguf, model_folder
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer
@@ -40,10 +42,13 @@ def open_engine(config: LocalConfig | RayConfig, teacher: TeacherConfig, *, max_
         with RayEngine(config, teacher, max_k=max_k) as engine:
             yield engine
         return
+    if is_gguf(teacher.model):
+        with console.status(f"converting {Path(teacher.model).name}; the first time this takes a minute or more"):
+            model_folder(teacher.model)
     with console.status(f"loading the teacher ({teacher.backend})"):
         loaded = load_teacher(teacher, max_k=max_k)
     try:
-        tokenizer = load_tokenizer(teacher.model, loaded.info.revision)
+        tokenizer = load_tokenizer(teacher.model, loaded.info.revision, bos=teacher.bos)
         yield LocalEngine(loaded, tokenizer, devices_of(teacher))
     finally:
         loaded.close()

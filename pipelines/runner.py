@@ -30,9 +30,10 @@ from kdata.observe.journal import Took, read_journal, took
 from kdata.observe.progress import RunStage, console
 from kdata.pipelines.builtin.builtin import builtin_reference, builtin_teacher, ensure_corpus
 from kdata.pipelines.builtin.corpus import CorpusFiles
+from kdata.pipelines.builtin.gemma import gemma_teacher
 from kdata.pipelines.engine import open_engine
 from kdata.pipelines.ray.workers import RayConfig
-from kdata.pipelines.recipe import BUILTIN, Recipe, TextConfig
+from kdata.pipelines.recipe import BUILTIN, GEMMA, TEACHER, Recipe, StudentRun, TextConfig
 from kdata.pipelines.report.report import write_report
 from kdata.selection.ranked import Difference
 from kdata.selection.select import select
@@ -41,6 +42,7 @@ from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.url import cache_dir
 from kdata.teachers.config import TeacherConfig
+from kdata.trainer.config import CheckpointStudent, TrainConfig
 from kdata.trainer.evaluate import EvaluateConfig, evaluate
 from kdata.trainer.train import train
 
@@ -76,6 +78,8 @@ class Run:
         values = self.recipe.teacher.model_dump()
         if values["model"] == BUILTIN:
             values["model"] = str(builtin_teacher())
+        elif values["model"] == GEMMA:
+            values["model"] = str(gemma_teacher(cache_dir()))
         return TeacherConfig(**values)
 
     @cached_property
@@ -88,7 +92,17 @@ class Run:
             values["revision"] = None if built_in else self.recipe.student.revision
         if values["model"] == BUILTIN:
             values["model"] = str(builtin_reference())
+        elif values["model"] in (GEMMA, TEACHER):
+            values["model"] = self.teacher_config.model
         return TeacherConfig(**values)
+
+    def train_config(self, student: StudentRun) -> TrainConfig:
+        """Settings of one student's training, `teacher` resolved to the teacher's model."""
+        config = self.recipe.train_config(student)
+        if isinstance(config.student, CheckpointStudent) and config.student.model == TEACHER:
+            own = {"model": self.teacher_config.model, "revision": self.teacher_config.revision}
+            config = config.model_copy(update={"student": config.student.model_copy(update=own)})
+        return config
 
     @cached_property
     def engine(self) -> Engine:
@@ -194,7 +208,7 @@ def run_train(run: Run) -> None:
     """Train every student from the same start, for the same number of steps and tokens."""
     for name, student in run.recipe.students.items():
         plan = run.dataset_path / "plans" / run.plan_name if student.plan else None
-        config = run.recipe.train_config(student)
+        config = run.train_config(student)
         with RunStage(f"train {name}"):
             train(config, run.dataset_path, plan, run.out / "students" / name)
 

@@ -32,6 +32,7 @@ from kdata.errors import ConfigError, CorruptError, DataError, MissingError
 from kdata.loader.batches import BatchesConfig
 from kdata.observe.progress import Task
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
+from kdata.store.gguf import is_gguf, model_folder
 from kdata.trainer.config import EvaluateConfig, TrainResult
 from kdata.trainer.distributed import device_name
 from kdata.trainer.fused import Measured, measure
@@ -68,7 +69,8 @@ def evaluate(
     """Measure one student on a held-out logit dataset, and let it continue prompts.
 
     Args:
-        model_dir: folder of a model in Hugging Face format; facts about its training come from a `train.json` beside it.
+        model_dir: folder of a model in Hugging Face format, or a GGUF file; facts about its training come from a
+            `train.json` beside it.
         heldout: a folder, a URL or hf://OWNER/NAME, as for `kdata.open`.
         prompts: {"domain", "prompt"} each; the student continues them.
         label: name in the result; None: the label in train.json, or the folder's name.
@@ -95,6 +97,7 @@ def evaluate(
     config = config or EvaluateConfig()
     prompts = list(prompts)
     dataset = kdata.open(heldout)
+    label, model_dir = label or (model_dir.name if is_gguf(model_dir) else None), Path(model_folder(model_dir))
     model = _load(model_dir)
     use_exact_attention(model)
     probe_head(model)

@@ -17,6 +17,7 @@ Shapes: B rows, L context, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.dataset import Dataset
+from kdata.store.gguf import model_folder
 from kdata.store.vocabulary import Vocabulary, num_ids, refuse_other_ids
 from kdata.trainer.config import CheckpointStudent, ScratchStudent
 from kdata.trainer.objectives import Targets
@@ -207,9 +209,10 @@ def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedM
     if Path(config.model).is_dir():
         refuse_other_kind(Path(config.model))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
+        folder = model_folder(config.model)
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            config.model, revision=config.revision, dtype=torch.float32, trust_remote_code=False
+            folder, revision=config.revision, dtype=torch.float32, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise MissingError(
@@ -218,4 +221,49 @@ def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedM
         ) from error
     use_exact_attention(model)
     refuse_other_tokenizer(f"the student {config.model}", tokenizer, dataset)
-    return model
+    return model if config.keep_layers is None else prune_layers(model, config.keep_layers)
+
+
+def prune_layers(model: PreTrainedModel, keep: int | list[int]) -> PreTrainedModel:
+    """A model with some of the layers of another, and all its other weights.
+
+    Args:
+        keep: how many layers, evenly spaced with the first and the last; or their numbers from 0, rising.
+    Raises:
+        ConfigError: there are no such layers, or the model keeps its layers in a way that is not known here.
+    """
+    total = int(model.config.num_hidden_layers)
+    if isinstance(keep, int):
+        numbers = [round(n * (total - 1) / max(keep - 1, 1)) for n in range(min(keep, total + 1))]
+    else:
+        numbers = keep
+    if not numbers or sorted(set(numbers)) != numbers or not 0 <= numbers[0] <= numbers[-1] < total:
+        raise ConfigError(
+            f"student.keep_layers={keep} does not fit a model of {total} layers; give a number from 1 to {total}, or rising "
+            f"numbers of layers from 0 to {total - 1}"
+        )
+    stacks = [
+        name for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList) and len(part) == total
+    ]
+    if len(stacks) != 1:
+        raise ConfigError(
+            f"student.keep_layers: {type(model).__name__} has no single list of its {total} layers; use null"
+        )
+    config = copy.deepcopy(model.config)
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == total:  # a setting of each layer, such as its kind of attention
+            setattr(config, key, [value[number] for number in numbers])
+    config.num_hidden_layers = len(numbers)
+    places = {f"{stacks[0]}.{number}.": f"{stacks[0]}.{place}." for place, number in enumerate(numbers)}
+    weights = {}
+    for name, weight in model.state_dict().items():
+        stem = ".".join(name.split(".")[: stacks[0].count(".") + 2]) + "."
+        if not name.startswith(f"{stacks[0]}."):
+            weights[name] = weight
+        elif stem in places:
+            weights[places[stem] + name.removeprefix(stem)] = weight
+    pruned: PreTrainedModel = type(model)(config)
+    pruned.to(model.dtype)  # type: ignore[arg-type]  # transformers wraps Module.to
+    pruned.load_state_dict(weights)
+    pruned.train(model.training)
+    return pruned

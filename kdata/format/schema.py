@@ -123,16 +123,23 @@ class TokenizerInfo(Contract):
 class TeacherInfo(Contract):
     """Who believed what is stored."""
 
-    model: str = Field(description="Hub name, or the folder's name for a local model.")
+    model: str = Field(description="Hub name, or the name of a local model's folder or GGUF file.")
     revision: str | None = Field(description="Hub commit; null for a local model.")
     weights_hash: str | None = Field(
-        description="SHA-256 over a local model's config and weights; null for Hub; of a combination that of `members`."
+        description="SHA-256 over a local model's config and weights, or of its GGUF file; null for Hub; of a combination "
+        "that of `members`."
     )
     backend: str = Field(description="vllm, vllm-server, transformers, ...")
     backend_version: str = Field(description="Version of the backend.")
     dtype: str = Field(description="Arithmetic of the forward pass.")
     logprobs: str = Field(description="What the recorded numbers are: raw log-softmax at temperature 1.")
     deterministic: bool = Field(description="True: a work unit submitted again gives the same bytes.")
+    bos: Literal["add", "omit"] | None = Field(
+        None,
+        exclude_if=lambda bos: bos is None,
+        description="What teacher.bos says: the beginning-of-sequence token was added to texts, or left out knowingly; the "
+        "key is absent where nothing was said, and the tokenizer decided.",
+    )
     members: list[MemberInfo] | None = Field(
         None,
         exclude_if=lambda members: members is None,

@@ -198,6 +198,6 @@ def run_with(
     log: Path | None,
 ) -> Dataset:
     """Have a loaded teacher do a job in this process."""
-    tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
+    tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision, bos=teacher_config.bos)
     engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
     return run_job(root, job, engine, resume=resume, log=log)

@@ -27,6 +27,7 @@ from kdata.format.keep import KeepConfig
 from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest, inputs_of
 from kdata.format.rejects import checked
 from kdata.format.schema import SourceInfo, content_hash
+from kdata.jobs.bos import check_bos
 from kdata.jobs.changes import StoredRow, digest
 from kdata.jobs.corpus_job import CorpusJob, load_and_run, run_with
 from kdata.jobs.job import TeacherFacts, check_k
@@ -202,7 +203,9 @@ class CaptureJob(CorpusJob[InputSequence, ReadingUnit]):
     def perform(
         self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit, on_tokens: OnTokens = ignore_tokens
     ) -> UnitResult:
-        """Have one unit read."""
+        """Have one unit read. Raises ConfigError where the first texts show that `teacher.bos` must be set."""
+        if unit.number == 0 and self.config.corpus.messages_column is None:  # a chat begins as its template says
+            check_bos(teacher, tokenizer, [s.token_ids for s in unit.sequences], self.keep)
         return checked(read_unit(teacher, self.keep, unit, on_tokens), self.strict)
 
     def rows_of(self, item: InputSequence) -> list[StoredRow]:

@@ -57,7 +57,7 @@ def reread(
     """
     teacher = load_teacher(teacher_config, max_k=keep_like(dataset, None, settings).k)
     try:
-        tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
+        tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision, bos=teacher_config.bos)
         engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
         return reread_with(root, engine, dataset, settings, resume=resume, log=log)
     finally:

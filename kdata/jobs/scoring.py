@@ -43,7 +43,7 @@ def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> 
         ConfigError: a sequence is longer than the model's context.
         TeacherError: the model's log-probabilities are not finite.
     """
-    tokenizer = load_tokenizer(config.model.model, config.model.revision)
+    tokenizer = load_tokenizer(config.model.model, config.model.revision, bos=config.model.bos)
     own = Vocabulary.of_model(config.model.model, tokenizer)
     refuse_other_ids(Vocabulary.of_dataset(dataset), own, "score with a model of the teacher's tokenizer")
     model = load_teacher(config.model, max_k=1)

@@ -29,6 +29,7 @@ from kdata.format.keep import KeepConfig
 from kdata.format.records import Record, Reject, RowError, UnitResult, digest_of, inputs_digest
 from kdata.format.rejects import checked
 from kdata.format.schema import SourceInfo
+from kdata.jobs.bos import check_bos
 from kdata.jobs.changes import StoredRow, digest
 from kdata.jobs.corpus_job import CorpusJob, load_and_run, run_with
 from kdata.jobs.job import TeacherFacts, check_k
@@ -185,7 +186,9 @@ class GenerateJob(CorpusJob[Prompt, WritingUnit]):
     def perform(
         self, teacher: Teacher, tokenizer: Any, unit: WritingUnit, on_tokens: OnTokens = ignore_tokens
     ) -> UnitResult:
-        """Have one unit written."""
+        """Have one unit written. Raises ConfigError where the first prompts show that `teacher.bos` must be set."""
+        if unit.number == 0 and self.config.prompts.messages_column is None:  # a chat begins as its template says
+            check_bos(teacher, tokenizer, [prompt.token_ids for prompt in unit.prompts], self.keep)
         return checked(write_unit(teacher, unit, self.config, tokenizer, on_tokens), self.strict)
 
     def rows_of(self, item: Prompt) -> list[StoredRow]:

@@ -13,6 +13,7 @@ from typing import Any
 from kdata.errors import ConfigError, DependencyError, MissingError
 from kdata.format.schema import TokenizerInfo
 from kdata.store.checkpoint_kind import refuse_other_kind
+from kdata.store.gguf import begin_with_bos, gguf_identity, is_gguf, model_folder
 from kdata.store.hub import hub_errors
 from kdata.store.tokens import tokenizer_hash
 from kdata.teachers.config import TeacherConfig
@@ -44,7 +45,7 @@ def sizes_of(model: Any, config: TeacherConfig) -> tuple[int, int]:
 def check_model(config: TeacherConfig, *, max_k: int) -> None:
     """Refuse a model folder that cannot be this teacher, by its small files, before anything is loaded.
 
-    A Hub name passes: its files are not here yet.
+    A Hub name passes: its files are not here yet. A GGUF file is converted (`kdata/store/gguf.py`).
 
     Args:
         config: which model, and how it is read.
@@ -54,7 +55,7 @@ def check_model(config: TeacherConfig, *, max_k: int) -> None:
         ConfigError: the folder holds something else than a language model (`kdata.store.checkpoint_kind`); config.json is
             damaged; `context` or k is too large for the model.
     """
-    path, remedy = Path(config.model), "name a model folder or a Hub name (teacher.model)"
+    path, remedy = Path(model_folder(config.model)), "name a model folder, a GGUF file or a Hub name (teacher.model)"
     if _exists(path) and not path.is_dir():
         raise MissingError(f"teacher model {config.model!r} is a file; {remedy}")
     if not path.is_dir():
@@ -68,6 +69,8 @@ def check_model(config: TeacherConfig, *, max_k: int) -> None:
     needed["tokenizer"] = any((path / name).is_file() for name in TOKENIZER_FILES)
     missing = " and no ".join(name for name, there in needed.items() if not there)
     if missing:
+        files = sorted(path.glob("*.gguf"))
+        remedy = f"name the file {files[0]}" if files else remedy
         raise MissingError(f"{path} is not the folder of a Hugging Face model: it has no {missing}; {remedy}")
     try:
         model = json.loads((path / "config.json").read_text("utf-8"))
@@ -88,6 +91,11 @@ def check_model(config: TeacherConfig, *, max_k: int) -> None:
         raise ConfigError(f"k={max_k} must be below the vocabulary size of {config.model}, {vocab_size}; lower k")
 
 
+def as_folder(config: TeacherConfig) -> TeacherConfig:
+    """The settings with a model folder in place of a GGUF file; see `model_folder` for errors."""
+    return config.model_copy(update={"model": model_folder(config.model)})
+
+
 def _exists(path: Path) -> bool:
     """As `Path.exists`; False too for a name that the file system does not allow."""
     try:
@@ -99,6 +107,9 @@ def _exists(path: Path) -> bool:
 def model_identity(config: TeacherConfig) -> tuple[str, str | None, str | None]:
     """Name, Hub commit and weights hash of a model: its bytes identify a local model, its commit one on the Hub."""
     path = Path(config.model)
+    if is_gguf(path):
+        name, file_digest = gguf_identity(path)
+        return name, None, file_digest
     if not path.is_dir():
         return config.model, _hub_commit(config), None
     digest = hashlib.sha256()
@@ -122,12 +133,21 @@ def _hub_commit(config: TeacherConfig) -> str:
         ) from error
 
 
-def load_tokenizer(model: str | Path, revision: str | None = None) -> Any:
-    """Load a fast tokenizer. Raises MissingError when there is none."""
+def load_tokenizer(model: str | Path, revision: str | None = None, *, bos: str | None = None) -> Any:
+    """Load a fast tokenizer.
+
+    Args:
+        model: model folder, GGUF file or Hub name.
+        bos: as `TeacherConfig.bos`.
+    Raises:
+        MissingError: there is none.
+        ConfigError: it is no fast tokenizer, or has no token that begins a sequence and `bos` is add.
+    """
     try:
         from transformers import AutoTokenizer
     except ModuleNotFoundError as error:
         raise DependencyError("reading text needs transformers: pip install 'kdata[train]'") from error
+    model = model_folder(model)
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).count("/") > 1):
         raise MissingError(f"model {str(model)!r} does not exist; name a model folder or a Hub name")
     try:
@@ -136,6 +156,8 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> Any:
         raise MissingError(f"no tokenizer at {str(model)!r}: {str(error).splitlines()[0]}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer of {model} has no tokenizer.json; kdata needs a fast tokenizer")
+    if bos == "add":
+        begin_with_bos(tokenizer)
     return tokenizer
 
 

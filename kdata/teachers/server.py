@@ -30,6 +30,7 @@ import numpy as np
 from kdata.errors import ConfigError, MismatchError, MissingError, TeacherError, settings_difference
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import TeacherInfo
+from kdata.store.gguf import model_folder
 from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens, readout_from_top
 from kdata.teachers.config import SamplingConfig, TeacherConfig, refuse_kept
 from kdata.teachers.endpoints import Endpoint, Endpoints, RefusedError
@@ -111,7 +112,7 @@ class ServedTeacher:
         name, commit, weights_hash = _identity(config)
         self._model = config.model
         self._probe: list[int] = load_tokenizer(config.model, commit)(PROBE_TEXT, add_special_tokens=False)["input_ids"]
-        self.vocab_size = _vocab_size(config.model, commit)
+        self.vocab_size = _vocab_size(model_folder(config.model), commit)
         self._first: Served | None = None
         self._endpoints = Endpoints(config.server, self._inspect)
         with ExitStack() as undo:
@@ -128,6 +129,7 @@ class ServedTeacher:
             dtype="as served",
             logprobs="raw log-softmax at temperature 1",
             deterministic=False,
+            bos=config.bos,
         )
 
     @property

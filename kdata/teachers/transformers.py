@@ -19,7 +19,7 @@ from kdata.format.schema import TeacherInfo
 from kdata.store.checkpoint_kind import use_exact_attention
 from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig, refuse_structure
-from kdata.teachers.model import model_identity, sizes_of
+from kdata.teachers.model import as_folder, model_identity, sizes_of
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
 from kdata.teachers.windows import by_windows, rows_per_step
 
@@ -32,7 +32,7 @@ class TransformersTeacher:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self._model = AutoModelForCausalLM.from_pretrained(
-                config.model,
+                as_folder(config).model,
                 revision=commit,
                 dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
                 trust_remote_code=False,
@@ -54,6 +54,7 @@ class TransformersTeacher:
             dtype=dtype,
             logprobs="raw log-softmax at temperature 1, from the full distribution",
             deterministic=self._device == "cpu" and dtype == "float32",
+            bos=config.bos,
         )
 
     @torch.inference_mode()

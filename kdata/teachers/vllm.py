@@ -50,7 +50,7 @@ from kdata.format.schema import TeacherInfo
 from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens, readout_from_top
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.head import Head, is_known, load_head
-from kdata.teachers.model import model_identity, sizes_of
+from kdata.teachers.model import as_folder, model_identity, sizes_of
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_chunks
 from kdata.teachers.tape import KEY, TAPES, Tape
 from kdata.teachers.windows import ENTRY_BYTES, GIB, by_windows, rows_per_step, windows
@@ -69,7 +69,7 @@ class VllmTeacher:
     """The offline engine. See `Teacher`."""
 
     def __init__(self, config: TeacherConfig, *, max_k: int) -> None:
-        self._config, self._max_k = config, max_k
+        self._config, self._max_k = as_folder(config), max_k
         self._name, self._commit, weights_hash = model_identity(config)
         self._on_cpu = not torch.cuda.is_available()
         self._agreed = False
@@ -89,6 +89,7 @@ class VllmTeacher:
             dtype=dtype,
             logprobs="raw log-softmax at temperature 1",
             deterministic=self._on_cpu and dtype == "float32",
+            bos=config.bos,
         )
 
     @cached_property

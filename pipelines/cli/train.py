@@ -36,6 +36,7 @@ from kdata.pipelines.cli.common import (
     with_settings,
 )
 from kdata.selection.plan import Plan, open_plan
+from kdata.store.gguf import is_gguf
 from kdata.store.sql import is_name
 from kdata.trainer.config import EvaluateConfig, TrainConfig
 
@@ -167,7 +168,7 @@ def evaluate(
     """Measure a student on a held-out dataset."""
     config = parse_config(EvaluateConfig, with_settings({}, set), "evaluate settings")
     folder = Path(model)
-    if not folder.is_dir():
+    if not folder.is_dir() and not is_gguf(model):
         raise MissingError(f"{model} does not exist or is not a folder; name a student's folder, such as student/model")
     if save is not None and not Path(save).parent.is_dir():
         raise MissingError(f"--save {save}: the folder {Path(save).parent} does not exist; create it first")

@@ -34,7 +34,7 @@ def load_both(config: TeacherConfig, max_k: int) -> tuple[Teacher, Any]:
     """A teacher and its tokenizer. Errors as in `load_teacher` and `load_tokenizer`."""
     set_environment()  # nothing has imported torch in this process yet
     teacher = load_teacher(config, max_k=max_k)
-    return teacher, load_tokenizer(config.model, teacher.info.revision)
+    return teacher, load_tokenizer(config.model, teacher.info.revision, bos=config.bos)
 
 
 @dataclass(frozen=True)
