@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdata.errors import ConfigError, MissingError, nearest
 
@@ -21,6 +21,16 @@ class Strict(BaseModel):
     """A model that refuses keys it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RowsConfig(Strict):
+    """What every command that reads rows takes."""
+
+    strict: bool = Field(
+        False,
+        description="A row that cannot be used ends the work with an error that names row and reason; false puts it aside in "
+        "the dataset's rejects and goes on.",
+    )
 
 
 VERSION = "0.1.0"  # of this package, as in pyproject.toml

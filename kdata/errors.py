@@ -7,6 +7,7 @@ pickled, because Ray sends it between processes.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -48,7 +49,7 @@ class CorruptError(KdataError, OSError):
 
 
 class MismatchError(KdataError, ValueError):
-    """Two things that must agree do not: settings on resume, tokenizers, vocabularies, fingerprints."""
+    """Two things that must agree do not: settings on resume, tokenizers, vocabularies, digests."""
 
 
 class StorageError(KdataError, OSError):
@@ -67,6 +68,10 @@ class TeacherError(KdataError, RuntimeError):
     """A teacher could not be loaded, or its output is not a distribution."""
 
 
+class DistributionError(TeacherError):
+    """A teacher's numbers for one sequence are no distribution: NaN, infinite, or probability 0 for a token of it."""
+
+
 class UnreachableError(KdataError, ConnectionError):
     """A served teacher did not answer in time. No row is at fault; the run can continue later."""
 
@@ -79,7 +84,7 @@ class TrainingError(KdataError, ArithmeticError):
     """The loss is not finite; the message names the step and the rows."""
 
 
-def settings_difference(before: dict, after: dict) -> str:
+def settings_difference(before: Mapping[str, object], after: Mapping[str, object]) -> str:
     """Return one line per setting that differs, 'key: before -> after', nested keys dotted; '' when equal."""
     lines: list[str] = []
 

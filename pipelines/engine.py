@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -15,6 +16,7 @@ from kdata.observe.progress import console
 from kdata.pipelines.ray.actor import load_both
 from kdata.pipelines.ray.engine import RayEngine
 from kdata.pipelines.ray.workers import RayConfig
+from kdata.store.gguf import is_gguf, model_folder
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer
@@ -51,10 +53,13 @@ def open_engine(
         with RayEngine(config, teacher, max_k=max_k, loader=partial(load_both, work=work)) as engine:
             yield engine
         return
+    if is_gguf(teacher.model):
+        with console.status(f"converting {Path(teacher.model).name}; the first time this takes a minute or more"):
+            model_folder(teacher.model)
     with console.status(f"loading the teacher ({teacher.backend})"):
         loaded = load_teacher(teacher, max_k=max_k, work=work)
     try:
-        tokenizer = load_tokenizer(teacher.model, loaded.info.revision)
+        tokenizer = load_tokenizer(teacher.model, loaded.info.revision, bos=teacher.bos)
         yield LocalEngine(loaded, tokenizer, devices_of(teacher))
     finally:
         loaded.close()

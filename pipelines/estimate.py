@@ -25,6 +25,7 @@ from kdata.config import parse_config
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.messages import as_json
 from kdata.errors import ConfigError, KdataError, TeacherError
+from kdata.format.records import Reject
 from kdata.jobs.longest import characters
 from kdata.jobs.reading import CaptureConfig, CaptureJob
 from kdata.jobs.writing import GenerateConfig, GenerateJob
@@ -32,6 +33,7 @@ from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.environment import set_environment
+from kdata.teachers.model import as_folder
 from kdata.teachers.sizing import Work, model_size, plan_memory
 from kdata.trainer.config import TrainConfig
 
@@ -83,6 +85,7 @@ class Counted:
 
 def memory_of(teacher: TeacherConfig, work: Work) -> Memory:
     """The teacher's memory as far as its files tell; see `plan_memory`."""
+    teacher = as_folder(teacher)
     folder = Path(teacher.model)
     if teacher.backend == "vllm-server" or not (folder / "config.json").is_file():
         return Memory({}, None, None, None)
@@ -101,6 +104,8 @@ def count(job: CaptureJob | GenerateJob, corpus: Corpus, teacher: TeacherConfig)
     seen, documents, rng = 0, 0, random.Random(0)
     kept: list[Document] = []
     for document in corpus.documents():
+        if isinstance(document, Reject):
+            continue
         documents += 1
         seen += characters(document)
         if len(kept) < SAMPLE:

@@ -20,7 +20,8 @@ from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.trainer.config import CheckpointStudent, ScratchStudent, TrainConfig
 from kdata.trainer.objective_config import ObjectiveConfig, resolve_tail
 
-BUILTIN = "builtin"
+BUILTIN, GEMMA = "builtin", "gemma"
+TEACHER = "teacher"
 
 
 class TextConfig(CorpusConfig):
@@ -32,7 +33,11 @@ class TextConfig(CorpusConfig):
 class ReaderConfig(TeacherConfig):
     """A model that reads text, where `builtin` stands for the one that ships with kdata."""
 
-    model: str = Field(BUILTIN, description="Model folder or Hub name; builtin: the one that ships with kdata.")
+    model: str = Field(
+        BUILTIN,
+        description="Model folder, GGUF file or Hub name; builtin: the one that ships with kdata; gemma: Gemma 3 270M, which "
+        "the extra of that name installs.",
+    )
 
 
 class ReferenceConfig(ReaderConfig):
@@ -83,14 +88,30 @@ class StudentStage(Strict):
 
     model: str | None = Field(
         None,
-        description="Checkpoint folder or Hub name with the teacher's tokenizer; null starts from `scratch`.",
+        description="Checkpoint folder, GGUF file or Hub name with the teacher's tokenizer; teacher: the teacher itself; "
+        "null starts from `scratch`.",
     )
     revision: str | None = Field(None, description="Commit, tag or branch on the Hub; null: the default branch.")
+    keep_layers: int | list[int] | None = Field(
+        None,
+        description="Layers of the checkpoint that the student keeps: how many, evenly spaced, or their numbers from 0; "
+        "null: all.",
+    )
     scratch: ScratchStudent = Field(ScratchStudent(), description="Network at random initialisation.")
+
+    @model_validator(mode="after")
+    def _layers_of_a_checkpoint(self) -> StudentStage:
+        if self.keep_layers is not None and self.model is None:
+            raise ValueError(
+                "keep_layers chooses layers of a checkpoint: set student.model, or leave keep_layers at null"
+            )
+        return self
 
     def resolve(self) -> ScratchStudent | CheckpointStudent:
         """The student as the trainer's settings name it."""
-        return CheckpointStudent(model=self.model, revision=self.revision) if self.model else self.scratch
+        if self.model is None:
+            return self.scratch
+        return CheckpointStudent(model=self.model, revision=self.revision, keep_layers=self.keep_layers)
 
 
 class EvaluateStage(Strict):

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, MismatchError, settings_difference
 from kdata.format.files import storage_errors, write_atomically
+from kdata.format.rejects import rejected_text
 from kdata.jobs.job import Engine, devices_of, run_job
 from kdata.jobs.reading import CaptureJob
 from kdata.jobs.scoring import ScoreConfig, score
@@ -30,9 +31,10 @@ from kdata.observe.journal import Took, read_journal, took
 from kdata.observe.progress import RunStage, console
 from kdata.pipelines.builtin.builtin import builtin_reference, builtin_teacher, ensure_corpus
 from kdata.pipelines.builtin.corpus import CorpusFiles
+from kdata.pipelines.builtin.gemma import gemma_teacher
 from kdata.pipelines.engine import is_here, open_engine
 from kdata.pipelines.ray.workers import RayConfig
-from kdata.pipelines.recipe import BUILTIN, Recipe, TextConfig
+from kdata.pipelines.recipe import BUILTIN, GEMMA, TEACHER, Recipe, StudentRun, TextConfig
 from kdata.pipelines.report.report import write_report
 from kdata.selection.ranked import Difference
 from kdata.selection.select import select
@@ -42,6 +44,7 @@ from kdata.store.open import open_dataset
 from kdata.store.url import cache_dir
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.engine_args import of_identity
+from kdata.trainer.config import CheckpointStudent, TrainConfig
 from kdata.trainer.evaluate import EvaluateConfig, evaluate
 from kdata.trainer.train import train
 
@@ -77,6 +80,8 @@ class Run:
         values = self.recipe.teacher.model_dump()
         if values["model"] == BUILTIN:
             values["model"] = str(builtin_teacher())
+        elif values["model"] == GEMMA:
+            values["model"] = str(gemma_teacher(cache_dir()))
         return TeacherConfig(**values)
 
     @cached_property
@@ -89,7 +94,17 @@ class Run:
             values["revision"] = None if built_in else self.recipe.student.revision
         if values["model"] == BUILTIN:
             values["model"] = str(builtin_reference())
+        elif values["model"] in (GEMMA, TEACHER):
+            values["model"] = self.teacher_config.model
         return TeacherConfig(**values)
+
+    def train_config(self, student: StudentRun) -> TrainConfig:
+        """Settings of one student's training, `teacher` resolved to the teacher's model."""
+        config = self.recipe.train_config(student)
+        if isinstance(config.student, CheckpointStudent) and config.student.model == TEACHER:
+            own = {"model": self.teacher_config.model, "revision": self.teacher_config.revision}
+            config = config.model_copy(update={"student": config.student.model_copy(update=own)})
+        return config
 
     @cached_property
     def engine(self) -> Engine:
@@ -166,18 +181,26 @@ def run_generate(run: Run) -> None:
     """The teacher writes text from prompts."""
     job = run.generate_job()
     if job is not None:
-        run_job(run.dataset_path, job, run.engine, log=run.log)
+        _say_rejected(run_job(run.dataset_path, job, run.engine, log=run.log), job.name)
 
 
 def run_capture(run: Run) -> None:
     """The teacher reads the corpus."""
-    run_job(run.dataset_path, run.capture_job("capture"), run.engine, log=run.log)
+    _say_rejected(run_job(run.dataset_path, run.capture_job("capture"), run.engine, log=run.log), "capture")
 
 
 def run_heldout(run: Run) -> None:
     """The teacher reads the held-out text into a dataset of its own, which every student is measured on."""
-    run_job(run.heldout_path, run.capture_job("heldout"), run.engine, log=run.log)
+    _say_rejected(run_job(run.heldout_path, run.capture_job("heldout"), run.engine, log=run.log), "heldout")
     run.close_engine()
+
+
+def _say_rejected(dataset: Dataset, source: str) -> None:
+    """Print how many rows of a source were rejected and why, where any were."""
+    counts = dataset.rejected([source])
+    if counts:
+        where = dataset.path / "rejects"
+        console.print(f"{source}: {rejected_text(counts)} (written to {where})", markup=False, soft_wrap=True)
 
 
 def run_score(run: Run) -> None:
@@ -199,7 +222,7 @@ def run_train(run: Run) -> None:
     """Train every student from the same start, for the same number of steps and tokens."""
     for name, student in run.recipe.students.items():
         plan = run.dataset_path / "plans" / run.plan_name if student.plan else None
-        config = run.recipe.train_config(student)
+        config = run.train_config(student)
         with RunStage(f"train {name}"):
             train(config, run.dataset_path, plan, run.out / "students" / name)
 
@@ -286,7 +309,7 @@ def execute(recipe: Recipe, out: Path, *, resume: str = "auto") -> Path:
         for name, stage in STAGES.items():
             # `prepare` runs every time: it is cheap, and it resolves the models that later stages name.
             if name in run.seconds and name != "prepare":
-                console.print(f"[dim]{name}: already done, in {run.seconds[name]:.1f} s[/]")
+                console.print(f"{name}: already done, in {run.seconds[name]:.1f} s", style="dim")
                 continue
             with RunStage(name, run.log, _devices(run, name)) as run_stage:
                 stage(run)

@@ -244,8 +244,8 @@ def run_capture(
 ) -> Dataset:
     """Capture a corpus with the stand-in teacher; k = 8 and units of 120 tokens unless said otherwise."""
     fields = {"k": 8, "unit_tokens": 120, **settings}
-    given = fields.pop("reading", {})
-    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus), **given), **fields)
+    columns = fields.pop("reading", {})
+    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus), **columns), **fields)
     who = TeacherConfig(model=str(tokenizer), backend="transformers")
     return capture_with(root, teacher or StandInTeacher(), who, Corpus(config.corpus), config, resume=resume)
 
@@ -255,8 +255,8 @@ def run_generate(
 ) -> Dataset:
     """Generate with the stand-in teacher; k = 8, 12 tokens, units of 4 prompts unless said otherwise."""
     fields = {"k": 8, "unit_prompts": 4, "sampling": SamplingConfig(max_tokens=12), **settings}
-    given = fields.pop("reading", {})
-    config = GenerateConfig(prompts=CorpusConfig(path=str(prompts), **given), **fields)
+    columns = fields.pop("reading", {})
+    config = GenerateConfig(prompts=CorpusConfig(path=str(prompts), **columns), **fields)
     who = TeacherConfig(model=str(tokenizer), backend="transformers")
     return generate_with(root, teacher or StandInTeacher(), who, Corpus(config.prompts), config, resume=resume)
 

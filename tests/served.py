@@ -227,19 +227,20 @@ class StandInServer:
         """The good answer."""
         generate = path == "/inference/v1/generate"
         asked, ids = (body["sampling_params"], body["token_ids"]) if generate else (body, body["prompt"])
+        assert len(ids) < self.max_model_len, "vLLM refuses a prompt that leaves no place for a token"
         whole, finish = self._write(ids, asked)
-        new, told = whole[len(ids) :], None
+        new, logprobs = whole[len(ids) :], None
         if asked.get("logprobs") is not None:
             mode_temperature = asked["temperature"] if self.logprobs_mode == "processed_logprobs" else 1.0
             rows = [self._row(whole[:t], mode_temperature) for t in range(len(ids), len(whole))]
             content = [_content(row, token, asked["logprobs"]) for row, token in zip(rows, new, strict=True)]
-            told = {"content": content} if generate else {"token_logprobs": [c["logprob"] for c in content]}
+            logprobs = {"content": content} if generate else {"token_logprobs": [c["logprob"] for c in content]}
         prompt = {"prompt_token_ids": ids, "prompt_logprobs": None}
         if asked.get("prompt_logprobs"):
             rows = [self._row(ids[:t]) for t in range(1, len(ids))]
             ranked = [_entries(row, token, asked["prompt_logprobs"]) for row, token in zip(rows, ids[1:], strict=True)]
             prompt["prompt_logprobs"] = [None, *ranked]
-        choice = {"index": 0, "token_ids": new, "finish_reason": finish, "logprobs": told}
+        choice = {"index": 0, "token_ids": new, "finish_reason": finish, "logprobs": logprobs}
         return {"choices": [choice], **prompt} if generate else {"choices": [{**choice, **prompt}]}
 
     def _row(self, prefix: list[int], temperature: float = 1.0) -> np.ndarray:
@@ -250,6 +251,9 @@ class StandInServer:
         return (scaled - np.log(np.exp(scaled).sum())).astype(np.float32)
 
     def _write(self, ids: list[int], asked: dict[str, Any]) -> tuple[list[int], str]:
+        if "allowed_token_ids" in asked:
+            [only] = asked["allowed_token_ids"]
+            return [*ids, only], "length"
         sampling = SamplingConfig(
             max_tokens=asked["max_tokens"],
             min_tokens=asked["max_tokens"] if asked.get("ignore_eos") else asked["min_tokens"],

@@ -52,17 +52,17 @@ def for_types_only(node: ast.AST) -> bool:
 
 def imports_of(module: str, *, at_load: bool = False) -> set[str]:
     """Modules that a module imports: anywhere, or (at_load) while it is itself being imported."""
-    found: set[str] = set()
+    names: set[str] = set()
 
     def walk(node: ast.AST) -> None:
         if at_load and (for_types_only(node) or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
             return
-        found.update(imported(node, module))
+        names.update(imported(node, module))
         for child in ast.iter_child_nodes(node):
             walk(child)
 
     walk(ast.parse(MODULES[module].read_text("utf-8")))
-    return found
+    return names
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -94,7 +94,7 @@ def load_checkpoint(
         return None
     path = paths[-1]
     try:
-        state = json.loads((path / "state.json").read_text("utf-8"))
+        state: dict[str, Any] = json.loads((path / "state.json").read_text("utf-8"))
         difference = settings_difference(state["settings"], settings)
         if difference:
             raise MismatchError(

@@ -56,10 +56,16 @@ class CheckpointStudent(BaseModel):
 
     kind: Literal["checkpoint"] = "checkpoint"
     model: str = Field(
-        description="Folder of a model in Hugging Face format, or its name on the Hub. It must have the teacher's tokenizer."
+        description="Folder of a model in Hugging Face format, a GGUF file, or a name on the Hub. It must have the teacher's "
+        "tokenizer."
     )
     revision: str | None = Field(
         default=None, description="Commit, tag or branch on the Hub; null: the default branch."
+    )
+    keep_layers: int | list[int] | None = Field(
+        default=None,
+        description="Layers of the checkpoint that the student keeps: how many, evenly spaced with the first and the last, "
+        "or their numbers from 0, rising. null: all.",
     )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,25 +28,32 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import kdata
 from kdata.config import first_problem
-from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
+from kdata.errors import ConfigError, CorruptError, DataError, MissingError
 from kdata.loader.batches import BatchesConfig
 from kdata.observe.progress import Task
+from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
+from kdata.store.gguf import is_gguf, model_folder
 from kdata.trainer.config import EvaluateConfig, TrainResult
 from kdata.trainer.distributed import device_name
 from kdata.trainer.fused import Measured, measure
 from kdata.trainer.loader import Batch, Loader
 from kdata.trainer.student import (
     check_positions,
-    check_vocabulary,
+    fit_vocabulary,
+    fitting_targets,
     head_of,
     hidden_states,
     num_parameters,
-    tokenizer_hash,
+    positions_of,
+    probe_head,
+    probe_isolation,
+    refuse_other_tokenizer,
 )
 from kdata.trainer.tasks import Tasks
 
 __all__ = ["EvaluateConfig", "evaluate"]
 
+SAMPLE_CONTEXT = 2048  # tokens of prompt and sample of a model that knows no longest sequence
 ECE_BINS = 15
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -62,7 +69,8 @@ def evaluate(
     """Measure one student on a held-out logit dataset, and let it continue prompts.
 
     Args:
-        model_dir: folder of a model in Hugging Face format; facts about its training come from a `train.json` beside it.
+        model_dir: folder of a model in Hugging Face format, or a GGUF file; facts about its training come from a
+            `train.json` beside it.
         heldout: a folder, a URL or hf://OWNER/NAME, as for `kdata.open`.
         prompts: {"domain", "prompt"} each; the student continues them.
         label: name in the result; None: the label in train.json, or the folder's name.
@@ -80,7 +88,8 @@ def evaluate(
     Raises:
         MissingError: the dataset or the model does not exist, or prompts or tasks are given and there is no tokenizer.
         MismatchError: the model's vocabulary or tokenizer is not the dataset's.
-        ConfigError: the dataset lacks what would be measured (it was imported), or the harness has no such task.
+        ConfigError: the dataset lacks what would be measured (it was imported), the loss would measure this model wrongly, or
+            the harness has no such task.
         DataError: a document is longer than the student's positions, or no token counts.
         CorruptError: train.json beside the model is not a training result.
         DependencyError: tasks are given and the harness is not installed.
@@ -88,11 +97,15 @@ def evaluate(
     config = config or EvaluateConfig()
     prompts = list(prompts)
     dataset = kdata.open(heldout)
+    label, model_dir = label or (model_dir.name if is_gguf(model_dir) else None), Path(model_folder(model_dir))
     model = _load(model_dir)
+    use_exact_attention(model)
+    probe_head(model)
+    probe_isolation(model)
     tasks = None if not config.tasks else Tasks(config.tasks, config.tasks_folder)
     tokenizer = _tokenizer(model_dir) if prompts or tasks is not None else None
     model.to(device_name(config.device)).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
-    check_vocabulary(model, dataset)
+    fit_vocabulary(model, [dataset])
     if dataset.info.tail == "absent":
         raise ConfigError(
             f"{heldout} was imported from a format without the tail and without the actual tokens' log-probabilities, so a "
@@ -267,6 +280,7 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
             device = head_of(model).device
             hidden_BLD = hidden_states(model, batch.input_ids.to(device), batch.position_ids.to(device))
             hidden_MD = hidden_BLD.flatten(0, 1).index_select(0, batch.predictor_M.to(device))
+            batch = replace(batch, targets=fitting_targets(model, batch.targets))
             measured = measure(hidden_MD, head_of(model), batch.targets.to(device), sums.names, tail)
             sums.add(batch, measured, domain_R[batch.rows[batch.document_M]])
             task.advance(batch.num_tokens)
@@ -298,7 +312,9 @@ def _first_choice(batch: Batch, combined: bool = False) -> np.ndarray:
     ids_MK, logprobs_MK = batch.targets.ids_CK.numpy(), batch.targets.logprobs_CK.numpy()
     if not ids_MK.shape[1]:
         return np.full(len(ids_MK), -1, np.int64)
-    column_M = np.where((_num_exact(batch) > 0) & (not combined), 0, logprobs_MK.argmax(-1))
+    exact_MK = np.arange(ids_MK.shape[1]) < _num_exact(batch)[:, None]
+    exact_MK &= (ids_MK >= 0) & (not combined)  # an entry of an id that no token has is padding
+    column_M = np.where(exact_MK.any(-1), exact_MK.argmax(-1), logprobs_MK.argmax(-1))
     return np.take_along_axis(ids_MK, column_M[:, None], -1)[:, 0]
 
 
@@ -311,7 +327,8 @@ def _num_exact(batch: Batch) -> np.ndarray:
 def _entropy_of_weights(batch: Batch) -> np.ndarray:
     """-sum w log w over the kept weights of each position, float64 [M]."""
     log_w_MK = batch.targets.logprobs_CK.double().numpy()
-    return -(np.exp(log_w_MK) * np.where(np.isneginf(log_w_MK), 0.0, log_w_MK)).sum(-1)
+    entropy_M: np.ndarray = -(np.exp(log_w_MK) * np.where(np.isneginf(log_w_MK), 0.0, log_w_MK)).sum(-1)
+    return entropy_M
 
 
 def _write_samples(
@@ -337,18 +354,13 @@ def _check_tokenizer(model_dir: Path, dataset: kdata.Dataset) -> None:
     """Raise MismatchError if the tokenizer beside the model is not the dataset's. A model without one is not checked."""
     if not any((model_dir / name).exists() for name in TOKENIZER_FILES):
         return
-    digest, expected = tokenizer_hash(model_dir), dataset.info.tokenizer.hash
-    if digest != expected:
-        raise MismatchError(
-            f"the tokenizer in {model_dir} ({digest[:12]}) is not that of {dataset.place} ({expected[:12]}), so the stored "
-            "token ids would mean other tokens; evaluate on text captured with a teacher of the same tokenizer"
-        )
+    refuse_other_tokenizer(f"the model {model_dir}", _tokenizer(model_dir), dataset)
 
 
 @torch.no_grad()
 def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, config: EvaluateConfig, seed: int) -> str:
     """The student's continuation of a prompt. Only the last tokens of a prompt are read if it does not fit the model."""
-    room = max(model.config.max_position_embeddings - config.sample_tokens, 1)
+    room = max((positions_of(model) or SAMPLE_CONTEXT) - config.sample_tokens, 1)
     ids_BL = tokenizer(prompt, return_tensors="pt").input_ids[:, -room:].to(model.device)
     choice: dict[str, Any] = {"do_sample": False}
     if config.sample_temperature:
@@ -370,6 +382,7 @@ def _load(model_dir: Path) -> PreTrainedModel:
         raise MissingError(
             f"{model_dir} is not a folder; name the folder of a trained student, which is OUT/model after kdata train"
         )
+    refuse_other_kind(model_dir)
     try:
         return AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ from kdata.trainer.config import Precision
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.loader import Batch
 from kdata.trainer.objective_config import ObjectiveConfig, Tail
-from kdata.trainer.student import head_of, hidden_states
+from kdata.trainer.student import fitting_targets, head_of, hidden_states
 
 
 def resolve_precision(precision: Literal["fp32", "bf16", "auto"], device_type: str) -> Precision:
@@ -69,7 +69,7 @@ class Learner(nn.Module):
         loss = distillation_loss(
             hidden_MD,
             head_of(self.student),
-            batch.targets.to(device),
+            fitting_targets(self.student, batch.targets).to(device),
             objective,
             tail,
             counted_tokens=counted_tokens,

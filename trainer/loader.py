@@ -108,7 +108,7 @@ class Loader:
         self.arrays.load_state_dict(state)
 
 
-class IterableBatches(IterableDataset):
+class IterableBatches(IterableDataset[Batch]):
     """The same stream for `torch.utils.data.DataLoader(IterableBatches(loader), batch_size=None, num_workers=N)`.
 
     Worker w of N reads batches w, w + N, ..., and a DataLoader asks its workers in turn, so N does not change the order.

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -66,6 +66,23 @@ class Targets:
     def rows(self, part: slice) -> Targets:
         """The same targets for a range of positions."""
         return self._each(lambda tensor: tensor[part])
+
+    def within(self, num_ids: int) -> Targets:
+        """The same targets over the ids below `num_ids`: other entries become padding, exact ones of them join the tail."""
+        outside_CK = self.ids_CK >= num_ids
+        if not outside_CK.any():
+            return self
+        exact_CK = outside_CK
+        if self.num_exact_C is not None:
+            places_K = torch.arange(outside_CK.shape[1], device=outside_CK.device)
+            exact_CK = outside_CK & (places_K < self.num_exact_C[:, None])
+        moved_CJ = torch.cat([self.logprobs_CK.masked_fill(~exact_CK, -torch.inf), self.log_tail_C[:, None]], dim=-1)
+        return replace(
+            self,
+            ids_CK=self.ids_CK.masked_fill(outside_CK, -1),
+            logprobs_CK=self.logprobs_CK.masked_fill(outside_CK, -torch.inf),
+            log_tail_C=torch.logsumexp(moved_CJ, dim=-1).to(self.log_tail_C.dtype),
+        )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Targets:
         ids, logprobs = change(self.ids_CK), change(self.logprobs_CK)

@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 from torch import nn
 
 import kdata
-from kdata.errors import ConfigError, DataError, MismatchError
+from kdata.errors import ConfigError, DataError
 from kdata.loader.batches import BatchesConfig
 from kdata.selection.plan import Plan, open_plan
 from kdata.store.sql import is_name
+from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.trainer.config import Phase, TrainConfig
 from kdata.trainer.distributed import Ranks
 from kdata.trainer.domain_weights import DDKMixture, DomainWeights, make_domain_weights
@@ -131,7 +132,7 @@ def _open(
     plan = None if plan_name is None else _open_plan(dataset, plan_name)
     rows = None if plan is None else plan.rows(dataset)
     _check_targets(dataset, rows)
-    temperatures = [float(t) for t in dataset.info.codec.parameters.get("temperatures", [])]
+    temperatures = dataset.info.codec.temperatures
     tail = resolve_tail(phase.objective, dataset.info.tail, temperatures, kind=dataset.info.codec.kind)
     batches_config = BatchesConfig(
         context_tokens=config.context_tokens,
@@ -203,12 +204,11 @@ def micro_rows(config: TrainConfig, world_size: int) -> int:
 
 def _check_same_tokens(first: kdata.Dataset, other: kdata.Dataset) -> None:
     """Raise MismatchError unless a token id means the same token in both datasets."""
-    for what, a, b in (
-        ("vocabulary", first.info.vocab_size, other.info.vocab_size),
-        ("tokenizer", first.info.tokenizer.hash[:12], other.info.tokenizer.hash[:12]),
-    ):
-        if a != b:
-            raise MismatchError(
-                f"{other.place} has another {what} ({b}) than {first.place} ({a}), so one student cannot be trained on both; "
-                "capture both with teachers of the same tokenizer"
-            )
+    remedy = "one student cannot be trained on both: capture both with teachers of the same tokenizer"
+    refuse_other_ids(Vocabulary.of_dataset(first), Vocabulary.of_dataset(other), remedy)
+
+
+def others_of(phases: list[OpenPhase]) -> list[kdata.Dataset]:
+    """The datasets of a run beside that of its first phase, held-out ones included."""
+    held_out = [phase.heldout.dataset for phase in phases if phase.heldout is not None]
+    return [*(phase.dataset for phase in phases[1:]), *held_out]

@@ -4,13 +4,21 @@ Any Hugging Face causal language model works if its logits are `head @ hidden` a
 apart. Both are tested on a few tokens before training: a student that breaks either would train without complaint, on the
 wrong thing.
 
+A head may have rows that no token has: checkpoints pad their vocabulary to a round number, and a teacher and a student of
+one tokenizer may be padded differently. Where the sizes differ, the loss is over the ids that tokens have, on both sides. The
+student's probabilities are those of its logits at these ids alone: the log-sum-exp leaves the other rows out, and they get no
+gradient. The teacher's entries at other ids leave the targets. An exact one moves its mass to the tail, so the bucket still
+holds all that is not kept. A draw is dropped: the other draws are unbiased for the teacher's probabilities of the ids that
+tokens have, which are not scaled up, so a position counts by the mass that the teacher gives them. (Draws are part of the
+tail's mass already.) Where the sizes are equal nothing is left out.
+
 Shapes: B rows, L context, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +27,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
+from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.dataset import Dataset
+from kdata.store.gguf import model_folder
+from kdata.store.vocabulary import Vocabulary, num_ids, refuse_other_ids
 from kdata.trainer.config import CheckpointStudent, ScratchStudent
+from kdata.trainer.objectives import Targets
+
+ROWS = "kdata_rows"  # attribute of a student: rows of its head that count; absent: all
 
 
-def build_student(config: ScratchStudent | CheckpointStudent, dataset: Dataset, seed: int) -> PreTrainedModel:
+def build_student(
+    config: ScratchStudent | CheckpointStudent, dataset: Dataset, seed: int, others: Sequence[Dataset] = ()
+) -> PreTrainedModel:
     """Build the student in float32, check it against the dataset, and probe it.
+
+    Args:
+        others: further datasets that it reads, with the same tokenizer.
 
     Raises:
         ConfigError: sizes do not fit, or the sparse loss or packing would train this model wrongly.
@@ -36,7 +55,7 @@ def build_student(config: ScratchStudent | CheckpointStudent, dataset: Dataset, 
         if isinstance(config, ScratchStudent)
         else _from_checkpoint(config, dataset)
     )
-    check_vocabulary(model, dataset)
+    fit_vocabulary(model, [dataset, *others])
     probe_head(model)
     probe_isolation(model)
     return model
@@ -49,12 +68,23 @@ def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor, position_ids_BL:
     (masking_utils.find_packed_sequence_indices), and no mask if each row is one document.
     """
     backbone = getattr(model, model.base_model_prefix)
-    return backbone(input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False).last_hidden_state
+    hidden_BLD: Tensor = backbone(
+        input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False
+    ).last_hidden_state
+    return hidden_BLD
 
 
 def head_of(model: PreTrainedModel) -> Tensor:
-    """The output embedding [V, D], the parameter itself."""
-    return model.get_output_embeddings().weight
+    """The output embedding [V, D]: the parameter itself, or its rows of ids that a token has (`fit_vocabulary`)."""
+    weight: Tensor = model.get_output_embeddings().weight
+    rows: int | None = getattr(model, ROWS, None)
+    return weight if rows is None else weight[:rows]
+
+
+def fitting_targets(model: PreTrainedModel, targets: Targets) -> Targets:
+    """The targets over the rows of `head_of`."""
+    rows = getattr(model, ROWS, None)
+    return targets if rows is None else targets.within(rows)
 
 
 def num_parameters(model: PreTrainedModel) -> int:
@@ -62,29 +92,48 @@ def num_parameters(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def tokenizer_hash(folder: Path | str, revision: str | None = None) -> str:
-    """SHA-256 (hex) of a fast tokenizer's JSON without truncation and padding: the hash that datasets store."""
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), revision=revision, trust_remote_code=False)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state.pop("truncation", None)
-    state.pop("padding", None)
-    return hashlib.sha256(json.dumps(state, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def fit_vocabulary(model: PreTrainedModel, datasets: Sequence[Dataset]) -> None:
+    """Have `head_of` leave out rows that no token has, where head and datasets have different sizes.
+
+    Raises MismatchError where a size is less than the number of ids that tokens have, or that number is not known.
+    """
+    rows = model.get_output_embeddings().weight.shape[0]
+    sizes = [rows, *(dataset.info.vocab_size for dataset in datasets)]
+    if len(set(sizes)) == 1:
+        return
+    tokenizers = [Vocabulary.of_dataset(dataset).tokenizer for dataset in datasets]
+    counts = [num_ids(tokenizer) for tokenizer in tokenizers if tokenizer is not None]
+    if len(counts) == len(tokenizers) and max(counts) <= min(sizes):
+        setattr(model, ROWS, max(counts))
+        return
+    known = (
+        f"its tokens have ids below {max(counts):,}"
+        if counts
+        else "it carries no tokenizer that says which ids have a token"
+    )
+    raise MismatchError(
+        f"the student's head has {rows:,} rows, the dataset's vocabulary {datasets[0].info.vocab_size:,} ids, and {known}; "
+        f"resize the head with model.resize_token_embeddings({datasets[0].info.vocab_size}) and save it, or choose another "
+        "student"
+    )
 
 
-def check_vocabulary(model: PreTrainedModel, dataset: Dataset) -> None:
-    """Raise MismatchError unless the student's head has exactly one row per id of the dataset."""
-    have, want = head_of(model).shape[0], dataset.info.vocab_size
-    if have != want:
-        raise MismatchError(
-            f"the student's head has {have} rows, the dataset's vocabulary {want} ids; "
-            f"resize it with model.resize_token_embeddings({want}) and save it, or choose another student"
-        )
+def refuse_other_tokenizer(owner: str, tokenizer: Any, dataset: Dataset) -> None:
+    """Raise MismatchError unless the dataset's ids mean the same tokens to a model."""
+    remedy = "choose a student with the teacher's tokenizer, or a dataset of a teacher with the student's"
+    refuse_other_ids(Vocabulary.of_dataset(dataset), Vocabulary.of_model(owner, tokenizer), remedy)
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """Positions that a model has, of a multimodal model its text part; None where it does not say."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return known if isinstance(known, int) else None
 
 
 def check_positions(model: PreTrainedModel, longest_tokens: int) -> None:
     """Raise DataError if a document has more tokens than the student has positions (they restart in each document)."""
-    known = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(known, int) and longest_tokens > known:
+    known = positions_of(model)
+    if known is not None and longest_tokens > known:
         raise DataError(
             f"a document has {longest_tokens} tokens, the student has {known} positions; leave longer documents out with a "
             f"plan (kdata select --sql 'select id from rows where num_tokens <= {known}'), capture the text with "
@@ -97,7 +146,7 @@ def probe_head(model: PreTrainedModel) -> None:
     """Raise ConfigError unless the model's logits are head @ hidden (no bias, scaling or soft-capping)."""
     ids_BL, positions_BL = _probe_tokens(model, 6), torch.arange(6)[None]
     logits_BLV = model(input_ids=ids_BL, position_ids=positions_BL, use_cache=False).logits
-    ours_BLV = hidden_states(model, ids_BL, positions_BL) @ head_of(model).T
+    ours_BLV = hidden_states(model, ids_BL, positions_BL) @ model.get_output_embeddings().weight.T
     if not torch.allclose(logits_BLV, ours_BLV, rtol=1e-3, atol=1e-4):
         raise ConfigError(
             f"{type(model).__name__}'s logits are not head @ hidden (off by "
@@ -152,24 +201,69 @@ def _from_scratch(config: ScratchStudent, dataset: Dataset, seed: int) -> PreTra
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(llama).float()
+        model: PreTrainedModel = LlamaForCausalLM(llama).float()
+    return model
 
 
 def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedModel:
+    if Path(config.model).is_dir():
+        refuse_other_kind(Path(config.model))
     try:
-        digest = tokenizer_hash(config.model, config.revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            config.model, revision=config.revision, dtype=torch.float32, trust_remote_code=False
+        folder = model_folder(config.model)
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, revision=config.revision, dtype=torch.float32, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise MissingError(
             f"student.model {config.model!r} cannot be loaded: {str(error).splitlines()[0]}; name a folder in Hugging Face "
             "format (config.json, weights, tokenizer.json) or a model on the Hub"
         ) from error
-    if digest != dataset.info.tokenizer.hash:
-        raise MismatchError(
-            f"the tokenizer of the student {config.model!r} ({digest[:12]}) is not the dataset's "
-            f"({dataset.info.tokenizer.hash[:12]}), so the stored token ids would mean other tokens; choose a student with "
-            "the teacher's tokenizer"
+    use_exact_attention(model)
+    refuse_other_tokenizer(f"the student {config.model}", tokenizer, dataset)
+    return model if config.keep_layers is None else prune_layers(model, config.keep_layers)
+
+
+def prune_layers(model: PreTrainedModel, keep: int | list[int]) -> PreTrainedModel:
+    """A model with some of the layers of another, and all its other weights.
+
+    Args:
+        keep: how many layers, evenly spaced with the first and the last; or their numbers from 0, rising.
+    Raises:
+        ConfigError: there are no such layers, or the model keeps its layers in a way that is not known here.
+    """
+    total = int(model.config.num_hidden_layers)
+    if isinstance(keep, int):
+        numbers = [round(n * (total - 1) / max(keep - 1, 1)) for n in range(min(keep, total + 1))]
+    else:
+        numbers = keep
+    if not numbers or sorted(set(numbers)) != numbers or not 0 <= numbers[0] <= numbers[-1] < total:
+        raise ConfigError(
+            f"student.keep_layers={keep} does not fit a model of {total} layers; give a number from 1 to {total}, or rising "
+            f"numbers of layers from 0 to {total - 1}"
         )
-    return model
+    stacks = [
+        name for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList) and len(part) == total
+    ]
+    if len(stacks) != 1:
+        raise ConfigError(
+            f"student.keep_layers: {type(model).__name__} has no single list of its {total} layers; use null"
+        )
+    config = copy.deepcopy(model.config)
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == total:  # a setting of each layer, such as its kind of attention
+            setattr(config, key, [value[number] for number in numbers])
+    config.num_hidden_layers = len(numbers)
+    places = {f"{stacks[0]}.{number}.": f"{stacks[0]}.{place}." for place, number in enumerate(numbers)}
+    weights = {}
+    for name, weight in model.state_dict().items():
+        stem = ".".join(name.split(".")[: stacks[0].count(".") + 2]) + "."
+        if not name.startswith(f"{stacks[0]}."):
+            weights[name] = weight
+        elif stem in places:
+            weights[places[stem] + name.removeprefix(stem)] = weight
+    pruned: PreTrainedModel = type(model)(config)
+    pruned.to(model.dtype)  # type: ignore[arg-type]  # transformers wraps Module.to
+    pruned.load_state_dict(weights)
+    pruned.train(model.training)
+    return pruned

@@ -44,7 +44,7 @@ from kdata.trainer.learner import Learner, resolve_precision
 from kdata.trainer.loader import Batch
 from kdata.trainer.metrics import Metrics, check_installed
 from kdata.trainer.objective_config import ObjectiveConfig
-from kdata.trainer.phases import OpenPhase, open_phases
+from kdata.trainer.phases import OpenPhase, open_phases, others_of
 from kdata.trainer.schedule import learning_rate
 from kdata.trainer.student import build_student, check_positions, num_parameters
 
@@ -124,7 +124,7 @@ def _train(
     phases = open_phases(config, dataset, plan, ranks)
     steps, rows_per_step = phases[-1].phase.end, config.batch_tokens // config.context_tokens
     torch.manual_seed(config.seed + ranks.rank)  # each rank has its own dropout; the weights have a seed of their own
-    student = build_student(config.student, phases[0].dataset, config.seed)
+    student = build_student(config.student, phases[0].dataset, config.seed, others_of(phases))
     for open_phase in phases:
         check_positions(student, open_phase.longest_tokens)
     _make_writable(out_dir)
@@ -286,7 +286,8 @@ _REMEDY = "The weights are as before the step; lower learning_rate, or leave the
 def _bad_rows(batch: Batch, values_MO: Tensor) -> np.ndarray:
     """Global rows of the documents with a value that is not finite, int64."""
     bad_M = ~torch.isfinite(values_MO).all(-1).cpu().numpy()
-    return batch.rows[np.unique(batch.document_M[bad_M])]
+    rows: np.ndarray = batch.rows[np.unique(batch.document_M[bad_M])]
+    return rows
 
 
 def _named(dataset: kdata.Dataset, rows: list[np.ndarray], ranks: Ranks) -> str:

@@ -61,7 +61,8 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele et al. 2014), a bijection of uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def _released(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +147,14 @@ def co_moments(
 
 
 @numba.njit(cache=True, nogil=True)
-def _add_pairs(ends, column_N, values_N, pairs_BB, sums_BB, first_BB):
+def _add_pairs(
+    ends: np.ndarray,
+    column_N: np.ndarray,
+    values_N: np.ndarray,
+    pairs_BB: np.ndarray,
+    sums_BB: np.ndarray,
+    first_BB: np.ndarray,
+) -> None:
     """Add each position's pairs: their number, z_i z_j, and z_i. About k^2 steps a position; dense products take B^2."""
     start = 0
     for end in ends:

@@ -205,7 +205,8 @@ def load_head(folder: Path) -> np.ndarray:
         if wanted in tensor_of:
             path, name = tensor_of[wanted]
             with safe_open(path, framework="pt") as tensors:
-                return tensors.get_tensor(name).float().numpy()
+                head_VD: np.ndarray = tensors.get_tensor(name).float().numpy()
+                return head_VD
     raise MissingError(
         f"{folder} has no safetensors with an output projection (lm_head or embed_tokens); name a model's folder"
     )

@@ -20,11 +20,12 @@ import pyarrow as pa
 from filelock import Timeout
 
 from kdata.check.verify import Problem, check_file, verify
-from kdata.errors import CorruptError, FormatError, MismatchError, MissingError, StorageError
+from kdata.errors import CorruptError, FormatError, MismatchError, MissingError, ShapeError, StorageError
 from kdata.format.files import inside, local_path, lock_of, storage_errors, write_atomically
 from kdata.format.manifest import digest_of, json_bytes, manifest_line, read_info, write_info, write_manifest
 from kdata.format.schema import FORMAT_VERSION, DatasetInfo, ManifestEntry
 from kdata.store.dataset import Dataset
+from kdata.store.shard import check_header
 
 
 @dataclass(frozen=True)
@@ -178,17 +179,15 @@ def _refuse_other_shards(root: Path, info: DatasetInfo) -> None:
                 "older; name another copy"
             )
         try:
-            metadata = pa.ipc.open_file(inside(root, f"data/{entry.name}.arrow")).schema.metadata or {}
+            schema = pa.ipc.open_file(inside(root, f"data/{entry.name}.arrow")).schema
         except (pa.ArrowException, OSError):
             continue
-        if (
-            json.loads(metadata[b"kdata.codec"]) != info.codec.model_dump()
-            or int(metadata[b"kdata.vocab_size"]) != info.vocab_size
-        ):
+        try:
+            check_header(schema, info)
+        except ShapeError as error:
             raise MismatchError(
-                "the copy of dataset.json has another codec or vocabulary than the shards: it is of another dataset; name "
-                "another copy"
-            )
+                f"the copy of dataset.json does not fit shard {entry.name}: {error}; name another copy"
+            ) from error
 
 
 def _entries(root: Path) -> tuple[list[ManifestEntry], list[Problem]]:

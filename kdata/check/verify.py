@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from kdata.errors import KdataError
-from kdata.format.files import inside
+from kdata.format.files import inside, visible
 from kdata.format.manifest import digest_of, json_bytes
 from kdata.format.schema import FileInfo, ManifestEntry, canonical_json, json_digest
 from kdata.observe.progress import Task
@@ -113,7 +113,7 @@ def _tokenizer(dataset: Dataset) -> list[Problem]:
 
 def _sidecars(dataset: Dataset) -> list[Problem]:
     problems: list[Problem] = []
-    for path in sorted((dataset.path / "scores").glob("*.json")):
+    for path in visible(dataset.path / "scores", "*.json"):
         problems += check_json(dataset.path, f"scores/{path.name}")
         if problems and problems[-1].path == f"scores/{path.name}":
             continue
@@ -128,7 +128,7 @@ def _sidecars(dataset: Dataset) -> list[Problem]:
 
 
 def _plans(dataset: Dataset) -> list[Problem]:
-    names = {path.stem for path in (dataset.path / "plans").glob("*.*")}
+    names = {path.stem for path in visible(dataset.path / "plans", "*.*")}
     problems: list[Problem] = []
     for name in sorted(names):
         problems += check_json(dataset.path, f"plans/{name}.json")
@@ -141,9 +141,11 @@ def _plans(dataset: Dataset) -> list[Problem]:
 
 def _strays(dataset: Dataset) -> list[Problem]:
     named = {relative for entry in dataset.manifest for relative in entry.files}
-    files = [p for folder in ("data", "index", "rejects") for p in (dataset.path / folder).glob("**/*") if p.is_file()]
-    sidecars = {p.stem for p in (dataset.path / "scores").glob("*.json")}
-    files += [p for p in (dataset.path / "scores").glob("*/*") if p.parent.name not in sidecars]
+    files = [
+        p for folder in ("data", "index", "rejects") for p in visible(dataset.path / folder, "**/*") if p.is_file()
+    ]
+    sidecars = {p.stem for p in visible(dataset.path / "scores", "*.json")}
+    files += [p for p in visible(dataset.path / "scores", "*/*") if p.parent.name not in sidecars]
     return [
         Problem(path, "is in no manifest line: a killed run left it, or a person added it")
         for path in sorted(p.relative_to(dataset.path).as_posix() for p in files)

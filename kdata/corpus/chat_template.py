@@ -14,7 +14,7 @@ from __future__ import annotations
 import datetime
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,20 +23,21 @@ from typing import Any, Literal
 import numpy as np
 
 from kdata.corpus.corpus import CorpusConfig
-from kdata.corpus.encode import TextEncoder, special_tokens
+from kdata.corpus.encode import GUARD, TextEncoder, special_tokens
 from kdata.corpus.messages import Chat
 from kdata.errors import ConfigError, DataError, KdataError
-from kdata.format.records import Reject
 
 
-def chat_encoder(tokenizer: Any, corpus: CorpusConfig) -> ChatEncoder:
-    """Chats of a corpus to token ids. Raises ConfigError as `ChatEncoder` does."""
-    return ChatEncoder(tokenizer, TextEncoder(tokenizer), corpus.template_options, corpus.template_date)
+def chat_encoder(tokenizer: Any, corpus: CorpusConfig, vocab_size: int | None = None) -> ChatEncoder:
+    """Chats of a corpus to token ids; vocab_size: rows of the teacher's head. Raises ConfigError as `ChatEncoder` does."""
+    encoder = TextEncoder(tokenizer, vocab_size=vocab_size, special_tokens_in_text=corpus.spelled)
+    return ChatEncoder(tokenizer, encoder, corpus.template_options, corpus.template_date, corpus.own_template())
 
 
 Targets = Literal["all", "assistant", "last_assistant"]
 Span = tuple[int, int]  # characters [begin, end)
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ESCAPED_GUARD = re.compile(rf"\\u{ord(GUARD):04x}", re.IGNORECASE)
 PROBE = "kdata"  # content of a message that asks a template what it writes before it
 
 
@@ -65,26 +66,35 @@ class ChatEncoder:
         encoder: of that tokenizer.
         options: variables that the template takes.
         date: YYYY-MM-DD, for a template that writes today's date; None refuses such a one.
+        template: takes the place of the tokenizer's; run in the same sandbox.
     Raises:
-        ConfigError: there is no template; an option that it does not know; no date.
+        ConfigError: there is no template, or it is not valid Jinja; an option that it does not know; no date.
     """
 
     def __init__(
-        self, tokenizer: Any, encoder: TextEncoder, options: dict[str, Any] | None = None, date: str | None = None
+        self,
+        tokenizer: Any,
+        encoder: TextEncoder,
+        options: dict[str, Any] | None = None,
+        date: str | None = None,
+        template: str | None = None,
     ) -> None:
-        self._tokenizer, self._encoder = tokenizer, encoder
-        if not getattr(tokenizer, "chat_template", None):
+        self._tokenizer, self.texts, self._template = tokenizer, encoder, template
+        known = template or getattr(tokenizer, "chat_template", None)
+        if not known:
             raise ConfigError(
-                "the model's tokenizer has no chat template, so chats cannot be read; take the model's chat (instruct) "
-                "version, or put the rendered text into a text column"
+                "the model's tokenizer has no chat template, so chats cannot be read; set chat_template to a Jinja file, "
+                "take the model's chat (instruct) version, or put the rendered text into a text column"
             )
+        if template is not None:
+            _check_template(template)
         self._options = options or {}
         self._date = None if date is None else _date(date)
         reserved = inspect.signature(tokenizer.apply_chat_template).parameters
         for name in self._options:
             if name in reserved or name in ("messages", "strftime_now"):
                 raise ConfigError(f"template_options.{name} is kdata's own to set")
-            if name not in str(tokenizer.chat_template):
+            if name not in str(known):
                 raise ConfigError(f"template_options.{name}: the model's chat template has no such variable")
         self._specials = tuple(special_tokens(tokenizer).values())
 
@@ -93,9 +103,10 @@ class ChatEncoder:
 
         Raises ChatError where the template refuses it.
         """
+        chat = self._prepared(chat)
         text = self._render(chat.messages, chat.tools, generation_prompt=True)
         _check_rendered(chat, text)
-        ids, lengths = self._encoder.literal(text)
+        text, ids, lengths, _ = self._encode(text, [])
         return EncodedChat(text, ids, lengths, np.zeros(len(ids), bool))
 
     def whole(self, chat: Chat, targets: Targets, *, tool_calls: bool = True) -> EncodedChat:
@@ -107,18 +118,66 @@ class ChatEncoder:
         Raises:
             ChatError: the template refuses the chat, or its turns cannot be separated exactly.
         """
-        text, marked = self._render_marked(chat)
-        _check_rendered(chat, text)
-        ids, lengths = self._encoder.literal(text)
-        if targets == "all":
-            mask = np.ones(len(ids), bool)
-        else:
-            mask = _tokens_of(self._assistant(chat, text, marked, targets), text, lengths, "the assistant's turn")
-        if not tool_calls:
-            calls = [self._call(chat, text, n) for n, m in enumerate(chat.messages) if m.get("tool_calls")]
-            mask &= ~_tokens_of(calls, text, lengths, "a tool call", behind_space=True)
+        chat = self._prepared(chat)
+        rendered, marked = self._render_marked(chat)
+        _check_rendered(chat, rendered)
+        turns = [] if targets == "all" else self._assistant(chat, rendered, marked, targets)
+        called = [] if tool_calls else [n for n, m in enumerate(chat.messages) if m.get("tool_calls")]
+        calls = [self._call(chat, rendered, n) for n in called]
+        text, ids, lengths, spans = self._encode(rendered, [*turns, *calls])
+        mask = np.ones(len(ids), bool)
+        if targets != "all":
+            mask = _tokens_of(spans[: len(turns)], text, lengths, "the assistant's turn")
+        if calls:
+            mask &= ~_tokens_of(spans[len(turns) :], text, lengths, "a tool call", behind_space=True)
         mask[:1] = False
         return EncodedChat(text, ids, lengths, mask)
+
+    def _prepared(self, chat: Chat) -> Chat:
+        """The chat as the template gets it.
+
+        Names of special tokens in it are counted, and with split broken by GUARD, so that they differ from those that the
+        template writes. A content has the form that the template knows, a text or a list of parts.
+        """
+        if self._contents == "parts":
+            chat = Chat([{**m, "content": _in_parts(m["content"])} for m in chat.messages], chat.tools)
+        elif any(isinstance(m["content"], list) for m in chat.messages) and self._contents == "texts":
+            chat = Chat([{**m, "content": _joined(m["content"])} for m in chat.messages], chat.tools)
+        if not any(self.texts.spells_special_tokens(text) for text in _strings([chat.messages, chat.tools])):
+            return chat
+        self.texts.note_spelled()
+        if self.texts.mode == "keep":
+            return chat
+        return Chat(_mapped(chat.messages, self.texts.guarded), _mapped(chat.tools, self.texts.guarded))
+
+    def _encode(self, rendered: str, spans: list[Span]) -> tuple[str, np.ndarray, np.ndarray, list[Span]]:
+        """The text without GUARD, its token ids and bytes per token, and where the spans are in it."""
+        if GUARD not in rendered:
+            if _ESCAPED_GUARD.search(rendered):
+                raise ChatError("the chat template escapes characters, so special tokens in messages cannot be split")
+            return rendered, *self.texts.literal(rendered), spans
+        text = rendered.replace(GUARD, "")
+        moved = [(a - rendered.count(GUARD, 0, a), b - rendered.count(GUARD, 0, b)) for a, b in spans]
+        return text, *self.texts.literal(text, rendered), moved
+
+    @cached_property
+    def _contents(self) -> Literal["texts", "parts", "both"]:
+        """What the template reads as the content of a message: a text, a list of parts, or either."""
+
+        def reads(content: Any) -> bool:
+            try:
+                text = self._render([{"role": "user", "content": content}], None)
+            except ChatError:
+                return False
+            return PROBE in text and not re.search("['\"]type['\"]", text)
+
+        if not reads([{"type": "text", "text": PROBE}]):
+            return "texts"
+        return "both" if reads(PROBE) else "parts"
+
+    @cached_property
+    def _probe_content(self) -> Any:
+        return _in_parts(PROBE) if self._contents == "parts" else PROBE
 
     # ------------------------------------------------------------------------------------------------ rendering
 
@@ -136,16 +195,22 @@ class ChatEncoder:
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, *, generation_prompt: bool = False) -> str:
         with _template_errors():
-            return self._tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, **self._variables()
+            text: str = self._tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **self._variables(),
             )
+        return text
 
     def _render_marked(self, chat: Chat) -> tuple[str, list[Span] | None]:
         """The text, and what the template marks as written by the assistant; None where it has no marks."""
         if not chat.messages:
             raise ChatError("the chat has no message")
         with _template_errors():
-            template = self._tokenizer.get_chat_template(tools=chat.tools)
+            template = self._template or self._tokenizer.get_chat_template(tools=chat.tools)
         text = self._render(chat.messages, chat.tools)
         if not MARK.search(template):
             return text, None
@@ -186,7 +251,7 @@ class ChatEncoder:
         prompt = self._render(before, chat.tools, generation_prompt=True)
         begin = self._prefix(prompt, text, number, "with the prompt for its turn")
         if prompt == self._render(before, chat.tools):  # the template has no generation prompt, or passes over it
-            probe = self._render([*before, {"role": "assistant", "content": PROBE}], chat.tools)
+            probe = self._render([*before, {"role": "assistant", "content": self._probe_content}], chat.tools)
             if not (probe.startswith(prompt) and probe[begin:].lstrip().startswith(PROBE)):
                 raise ChatError("the chat template writes no generation prompt, but something before a turn's content")
         return begin
@@ -221,7 +286,8 @@ class ChatEncoder:
     @cached_property
     def _probed(self) -> tuple[str, list[Span] | None]:
         """The smallest chat: how the template ends a turn. Empty where it does not take such a one."""
-        asked = Chat([{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}])
+        content = self._probe_content
+        asked = Chat([{"role": "user", "content": content}, {"role": "assistant", "content": content}])
         try:
             return self._render_marked(asked)
         except ChatError:
@@ -279,8 +345,53 @@ def _template_errors() -> Iterator[None]:
         yield
     except KdataError:
         raise
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise ChatError(f"the chat template refuses the chat: {error}") from error
+    except (
+        jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+        MemoryError,
+    ) as error:  # fmt: skip
+        raise ChatError(f"the chat template refuses the chat: {error or type(error).__name__}") from error
+
+
+def _check_template(template: str) -> None:
+    """Raise ConfigError where a template is not valid Jinja, as transformers compiles it."""
+    import jinja2
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        _compile_jinja_template(template)
+    except jinja2.TemplateError as error:
+        line = getattr(error, "lineno", None)
+        raise ConfigError(f"chat_template is not valid Jinja{f' (line {line})' if line else ''}: {error}") from error
+
+
+def _joined(content: Any) -> Any:
+    """A content of several parts as one text: a line for each, as vLLM's server writes it."""
+    return "\n".join(part["text"] for part in content) if isinstance(content, list) else content
+
+
+def _in_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in a value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from (key, *_strings(item)) if isinstance(key, str) else _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A value in which every text is changed, keys too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _mapped(item, change) for key, item in value.items()}
+    return [_mapped(item, change) for item in value] if isinstance(value, list) else value
 
 
 def _check_rendered(chat: Chat, text: str) -> None:
@@ -322,10 +433,3 @@ def _tokens_of(
                 )
         mask |= (begins >= first) & (ends <= last) & (begins < last)
     return mask
-
-
-def refuse_hopeless(accepted: int, rejects: list[Reject]) -> None:
-    """Raise ConfigError where the template refused chats and accepted none: then a setting is wrong, not a row."""
-    refused = [reject for reject in rejects if reject.reason == "template"]
-    if refused and not accepted:
-        raise ConfigError(f"not one chat could be used. {refused[0].id}: {refused[0].detail}")

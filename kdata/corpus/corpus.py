@@ -16,12 +16,18 @@ from typing import Any, Protocol
 from pydantic import Field, model_validator
 
 from kdata.config import Strict
-from kdata.corpus.files import FileRows
+from kdata.corpus.encode import SpecialTokensInText
+from kdata.corpus.files import FileRows, exists
 from kdata.corpus.library import hub_name, is_saved, open_hub, open_saved
-from kdata.corpus.messages import Chat, as_json, parse_chat
-from kdata.errors import ConfigError, DataError, nearest
+from kdata.corpus.messages import ALPACA, COMPANIONS, SHAREGPT, Chat, as_json, chat_of_row
+from kdata.corpus.values import as_text, checked_text, printable, text_of_column
+from kdata.errors import ConfigError, DataError, MissingError, nearest
+from kdata.format.records import Reject, RowError
 
 COLUMNS = ("text_column", "messages_column", "tools_column", "id_column", "domain_column")
+OPTIONAL = ("source", "license")
+# Settings that were added later: left out of what is recorded where they are null, as in the datasets before.
+ADDED = ("chat_template", "special_tokens_in_text")
 REMEDIES = {
     "id_column": "; null numbers the rows",
     "domain_column": "; null puts all rows in the domain `domain`",
@@ -33,8 +39,10 @@ class CorpusConfig(Strict):
     """Where text comes from, and which of it."""
 
     path: str = Field(
-        description="A file, or a folder of files of one kind: .parquet, .jsonl, .csv or .arrow (.jsonl also as .gz, .zst or "
-        ".bz2, .csv as .gz); a folder that `datasets` saved; or a data set on the Hub: hf://datasets/OWNER/NAME[@REVISION]."
+        description="A file, or a folder of files of one kind: .parquet, .jsonl, .json (also one array), .csv or .arrow "
+        "(.jsonl also as .gz, .zst or .bz2, .csv as .gz); a folder that `datasets` saved; or a data set on the Hub: "
+        "hf://datasets/OWNER/NAME[@REVISION]. In a folder, names that begin with a dot and folders that begin with an "
+        "underscore are passed over, and a folder KEY=VALUE is a column."
     )
     split: str | None = Field(None, description="Split of a `datasets` folder or Hub data set; null where it has one.")
     subset: str | None = Field(None, description="Configuration of a Hub data set; null takes its default.")
@@ -43,8 +51,9 @@ class CorpusConfig(Strict):
     )
     messages_column: str | None = Field(
         None,
-        description="Column with chats: a list of {role, content, ...}, or such a list as JSON text. They are rendered "
-        "with the model's own chat template.",
+        description="Column with chats: a list of {role, content, ...} or of {from, value} (ShareGPT), or such a list as "
+        "JSON text. `instruction` reads the columns instruction, input and output (Alpaca). Chats are rendered with the "
+        "model's own chat template.",
     )
     tools_column: str | None = Field(
         None, description="Column with a chat's tools: JSON Schemas of functions, or JSON text."
@@ -54,6 +63,16 @@ class CorpusConfig(Strict):
     )
     template_date: str | None = Field(
         None, description="YYYY-MM-DD, the day that a chat template writes where it asks for today's."
+    )
+    chat_template: str | None = Field(
+        None,
+        description="Chat template in place of the model's own: a path to a Jinja file, or the template's text.",
+    )
+    special_tokens_in_text: SpecialTokensInText | None = Field(
+        None,
+        description="What the name of a special token (<|im_end|>) in a text or a message is: keep, that token; split, plain "
+        "text; reject, a reason to put the row aside. null: split in chats, so that nobody's message can end a turn or begin "
+        "one; keep in texts, which may be rendered already.",
     )
     id_column: str | None = Field(
         "id", description="Column with a stable id, unique in the corpus; null makes ids of row number and content."
@@ -77,10 +96,43 @@ class CorpusConfig(Strict):
             raise ValueError(
                 f"text_column {self.text_column!r} and messages_column {self.messages_column!r}: name one of them"
             )
-        for name in ("tools_column", "template_options", "template_date"):
+        for name in ("tools_column", "template_options", "template_date", "chat_template"):
             if self.messages_column is None and getattr(self, name):
                 raise ValueError(f"{name} is for chats: name a messages_column")
         return self
+
+    @property
+    def spelled(self) -> SpecialTokensInText:
+        """`special_tokens_in_text`, resolved."""
+        return self.special_tokens_in_text or ("split" if self.messages_column else "keep")
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that are read and must exist."""
+        return [name for name in (getattr(self, field) for field in COLUMNS) if name]
+
+    @property
+    def further_columns(self) -> tuple[str, ...]:
+        """Columns that are read where they exist."""
+        return (*OPTIONAL, *COMPANIONS.get(self.messages_column or "", ()))
+
+    def own_template(self) -> str | None:
+        """Text of the chat template that takes the place of the model's; None: the model's own.
+
+        Raises MissingError where it names a file that does not exist.
+        """
+        if self.chat_template is None or "{%" in self.chat_template or "{{" in self.chat_template:
+            return self.chat_template
+        path = Path(self.chat_template)
+        if not (exists(path) and path.is_file()):
+            raise MissingError(
+                f"chat_template {self.chat_template[:200]!r} is neither a file nor a Jinja template; name a file, or write "
+                "the template itself"
+            )
+        try:
+            return path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"chat_template {path} is not a text in UTF-8; name a Jinja file") from error
 
 
 @dataclass(frozen=True)
@@ -127,21 +179,21 @@ def open_rows(config: CorpusConfig) -> Rows:
     """
     path = Path(config.path)
     remote = hub_name(config.path)
+    read = {*config.columns, *config.further_columns}
     if config.subset is not None and remote is None:
         raise ConfigError(
             f"subset {config.subset!r} names a configuration of a data set on the Hub, and {config.path} is not on the Hub; "
             "leave subset away"
         )
     if remote is not None:
-        return open_hub(remote, config.subset, config.split)
+        return open_hub(remote, config.subset, config.split, read)
     if is_saved(path):
-        return open_saved(path, config.split)
+        return open_saved(path, config.split, read)
     if config.split is not None:
         raise ConfigError(
             f"{config.path} has no splits (split {config.split!r}); name the file or folder of that split"
         )
-    texts = [getattr(config, name) for name in COLUMNS]
-    return FileRows(path, [name for name in texts if name])
+    return FileRows(path, config.columns, config.further_columns)
 
 
 class Corpus:
@@ -155,6 +207,7 @@ class Corpus:
 
     def __init__(self, config: CorpusConfig) -> None:
         self.config = config
+        self._template = config.own_template()
         self._rows = open_rows(config)
         names = self._rows.names
         for field_name in COLUMNS:
@@ -162,8 +215,7 @@ class Corpus:
             if column is not None and column not in names:
                 hint = nearest(column, names)
                 raise ConfigError(
-                    f"{config.path} has no column {column!r} ({field_name}){hint}{REMEDIES.get(field_name, '')}; "
-                    f"it has {names}"
+                    f"{config.path} has no column {column!r} ({field_name}){hint}{_remedy(field_name, names)}; it has {names}"
                 )
         count = self._rows.num_rows if config.domains is None else self._count_domains(config.domains)
         self.num_rows: int | None = count if count is None else min(count, config.limit or count)
@@ -178,7 +230,8 @@ class Corpus:
             raise ConfigError("`domains` selects by the domain column, but domain_column is null; name the column")
         if self._rows.num_rows is None:
             return None
-        counts = Counter(str(row[column]) for row in self._rows.rows([column]) if row[column] is not None)
+        domains = (as_text(row[column]) for row in self._rows.rows([column]))
+        counts = Counter(domain for domain in domains if domain is not None)
         for name in wanted:
             if name not in counts:
                 known = sorted(counts)
@@ -187,59 +240,77 @@ class Corpus:
 
     def settings(self) -> dict[str, Any]:
         """What determines the rows, by content and not by place; part of the dataset's settings."""
-        return {**self._rows.identity(), **self.config.model_dump(exclude={"path"})}
+        own = self.config.model_dump(exclude={"path"})
+        own = {name: value for name, value in own.items() if value is not None or name not in ADDED}
+        template = {} if self._template is None else {"chat_template": self._template}
+        return {**self._rows.identity(), **own, **template}
 
-    def documents(self) -> Iterator[Document]:
-        """Rows in their order. Raises DataError at a duplicate id or a value that is not text."""
-        config, seen = self.config, set[str]()
-        columns = {*(getattr(config, name) for name in COLUMNS), "source", "license"}
+    def documents(self) -> Iterator[Document | Reject]:
+        """Rows in their order; a row that cannot be used comes as a reject with its reason."""
+        config, seen, count = self.config, set[str](), 0
+        columns = {*config.columns, *config.further_columns}
         present = [name for name in self._rows.names if name in columns]
         for number, row in enumerate(self._rows.rows(present)):
             if config.domains is not None and not self._is_wanted(row[str(config.domain_column)]):
                 continue
             document = self._document(number, row)
-            if document.id in seen:
-                raise DataError(
-                    f"{config.path}: id {document.id!r} occurs twice; ids must be unique (id_column null makes new ones)"
-                )
-            seen.add(document.id)
+            if isinstance(document, Document) and document.id in seen:
+                detail = "an earlier row has the same id; ids must be unique (id_column null makes new ones)"
+                document = Reject(document.id, document.domain, "id_twice", detail)
+            elif isinstance(document, Document):
+                seen.add(document.id)
             yield document
-            if len(seen) == config.limit:
+            count += 1
+            if count == config.limit:
                 return
-        if not seen:
+        if not count:
             raise DataError(f"{config.path} holds no row{f' of {config.domains}' if config.domains else ''}")
 
     def _is_wanted(self, domain: Any) -> bool:
-        return domain is not None and str(domain) in (self.config.domains or ())
+        return as_text(domain) in (self.config.domains or ())
 
-    def _document(self, number: int, row: dict[str, Any]) -> Document:
+    def _document(self, number: int, row: dict[str, Any]) -> Document | Reject:
+        """A row as a document, or the reason why it cannot be one."""
         config = self.config
-        name = str(number) if config.id_column is None else row.get(config.id_column)
-        if name is None:
-            raise DataError(f"{config.path}: a row has no id in column {config.id_column!r}; every row needs one")
-        text, chat = None, None
-        if config.messages_column is not None:
-            tools = row.get(config.tools_column) if config.tools_column else None
-            chat = parse_chat(row.get(config.messages_column), tools, f"{config.path}: row {name!r}")
-        else:
-            text = row.get(str(config.text_column))
-        if text is not None and not isinstance(text, str):
-            raise DataError(
-                f"{config.path}: row {name!r} has {type(text).__name__} as text; column {config.text_column!r} must hold text"
-            )
+        text_of = {name: as_text(row.get(name)) for name in (config.id_column, config.domain_column, *OPTIONAL) if name}
+        name = str(number) if config.id_column is None else text_of[config.id_column]
+        domain = config.domain if config.domain_column is None else text_of[config.domain_column]
         try:
-            (as_json([chat.messages, chat.tools]) if chat else text or "").encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{config.path}: row {name!r} holds half of a surrogate pair, which is no text") from error
-        domain = config.domain if config.domain_column is None else row.get(config.domain_column)
-        if domain is None:
-            raise DataError(
-                f"{config.path}: row {name!r} has no domain in column {config.domain_column!r}; fill it, or set "
-                "domain_column to null"
-            )
+            if name is None:
+                raise RowError("no_id", f"column {config.id_column!r} is empty; every row needs an id")
+            if domain is None:
+                detail = f"column {config.domain_column!r} is empty; fill it, or set domain_column to null"
+                raise RowError("no_domain", detail)
+            text, chat = self._content(row)
+            for column, value in text_of.items():
+                checked_text(value or "", column)
+        except RowError as error:
+            where = f"row-{number:07d}" if name is None else printable(name)
+            return Reject(where, None if domain is None else printable(domain), error.reason, printable(error.detail))
         if config.id_column is None:
-            name = _content_id(number, chat.content if chat else text or "")
-        return Document(str(name), str(domain), text or "", row.get("source"), row.get("license"), chat)
+            name = _content_id(number, chat.content if chat else text)
+        return Document(name, domain, text, text_of["source"], text_of["license"], chat)
+
+    def _content(self, row: dict[str, Any]) -> tuple[str, Chat | None]:
+        """Text or chat of a row. Raises RowError."""
+        config = self.config
+        if config.messages_column is None:
+            return text_of_column(row.get(str(config.text_column)), str(config.text_column)) or "", None
+        try:
+            chat = chat_of_row(row, config.messages_column, config.tools_column, "the chat")
+        except DataError as error:
+            raise RowError("chat", str(error)) from error
+        checked_text(as_json([chat.messages, chat.tools]), config.messages_column)
+        return "", chat
+
+
+def _remedy(field_name: str, names: list[str]) -> str:
+    """What to do where a column is missing."""
+    if field_name == "text_column":
+        for name, what in (("messages", "chats"), (SHAREGPT, "chats"), (ALPACA, "instructions (Alpaca)")):
+            if name in names:
+                return f"; column {name!r} holds {what}: messages_column={name}"
+    return REMEDIES.get(field_name, "")
 
 
 def _content_id(number: int, content: str) -> str:

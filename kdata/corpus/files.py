@@ -1,23 +1,29 @@
-"""Rows of local files: Parquet, CSV and Arrow are read with pyarrow, JSON lines one by one.
+"""Rows of local files: Parquet, CSV and Arrow are read with pyarrow, JSON one object after another.
 
-JSON lines are not read with pyarrow, because it takes the columns of a file from its first block and would ignore keys that
+JSON is not read with pyarrow, because it takes the columns of a file from its first block and would ignore keys that
 appear later, such as the first tool call of a chat.
+
+Each file of a folder is read with its own columns and types. The folder has every column that one of its files has, and those
+that its folders' names give (`domain=code/part-0.parquet`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.dataset as pads
 
+from kdata.corpus.json_rows import JsonFile
+from kdata.corpus.values import time_with_nanoseconds
 from kdata.errors import ConfigError, DataError, KdataError, MissingError
 
 # By the end of the file's name.
@@ -34,6 +40,8 @@ FORMATS = {
 }
 
 BLOCK_BYTES = 1 << 24  # a row of CSV must fit a block; pyarrow's own default is 1 MiB
+KEY_FOLDER = re.compile(r"^([^=]+)=(.*)$", re.DOTALL)
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # how Hive and Spark write null in the name of a folder
 
 
 def format_of(path: Path) -> str | None:
@@ -42,77 +50,63 @@ def format_of(path: Path) -> str | None:
     return next((FORMATS[end] for end in ends if end in FORMATS), None)
 
 
+class OneFile(Protocol):
+    """The rows of one file."""
+
+    names: list[str]
+    num_rows: int
+
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
+        """Rows in their order, with these columns (of `names`)."""
+        ...
+
+
 class FileRows:
     """See `kdata.corpus.corpus.Rows`.
 
     Args:
         path: a file, or a folder of files of one kind.
-        texts: columns of a CSV that are text, even where they look like numbers.
+        texts: columns that will be read. In a CSV they are text, even where they look like numbers.
+        optional: further columns that will be read, where they exist; also text in a CSV.
     """
 
-    def __init__(self, path: Path, texts: list[str]) -> None:
-        self._path, self._texts = path, texts
-        self._files = _files(path)
+    def __init__(self, path: Path, texts: list[str], optional: tuple[str, ...] = ()) -> None:
+        self._path, self._files = path, _files(path)
         self._kind = format_of(self._files[0])
-        with self._readable():
-            if self._kind == "json":
-                self.num_rows, self.names = self._survey()
-            else:
-                self._data = pads.dataset([str(f) for f in self._files], format=self._format())
-                self.names, self.num_rows = self._data.schema.names, self._data.count_rows()
+        self._tables: list[OneFile] = []
+        for file in self._files:
+            with self._readable(file):
+                self._tables.append(self._open(file, texts, optional))
+        self.num_rows = sum(table.num_rows for table in self._tables)
+        if self._kind == "json" and not self.num_rows:
+            raise DataError(f"{path} holds no row: it has no line of JSON; write one object a line")
+        # What the folders' names say counts where the file itself has no such column.
+        self._keys = [
+            {key: value for key, value in _keys(path, file).items() if key not in table.names}
+            for file, table in zip(self._files, self._tables, strict=True)
+        ]
+        columns = [name for table in self._tables for name in table.names]
+        self.names = list(dict.fromkeys([*columns, *(key for keys in self._keys for key in keys)]))
+        self._read_keys = {*texts, *optional}
 
-    def _format(self) -> pads.FileFormat | str:
-        """The format for pyarrow: rows of up to BLOCK_BYTES, and ids and texts of a CSV as text."""
-        if self._kind != "csv":
-            assert self._kind is not None
-            return self._kind
-        return pads.CsvFileFormat(
-            parse_options=pacsv.ParseOptions(newlines_in_values=True),
-            read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES),
-            convert_options=pacsv.ConvertOptions(column_types=dict.fromkeys(self._texts, pa.string())),
-        )
-
-    def _survey(self) -> tuple[int, list[str]]:
-        """Number of JSON lines, and the keys of all of them in order of appearance."""
-        count, names = 0, dict[str, None]()
-        for row in self._json_rows():
-            count += 1
-            names.update(dict.fromkeys(row))
-        if not count:
-            raise DataError(f"{self._path} holds no row: it has no line of JSON; write one object a line")
-        return count, list(names)
+    def _open(self, file: Path, texts: list[str], optional: tuple[str, ...]) -> OneFile:
+        if self._kind == "json":
+            return JsonFile(file, str(self._path))
+        if self._kind == "csv":
+            return CsvFile(file, texts, optional)
+        return StreamFile(file) if self._kind == "ipc" and _is_stream(file) else ArrowFile(file, str(self._kind))
 
     def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """Rows in the order of file names and lines."""
-        with self._readable():
-            if self._kind == "json":
-                for row in self._json_rows():
-                    yield {name: row.get(name) for name in columns}
-                return
-            for batch in self._data.to_batches(columns=columns, batch_size=1024):
-                yield from rows_of(batch)
-
-    def _json_rows(self) -> Iterator[dict[str, Any]]:
-        for file in self._files:
-            with (
-                pa.input_stream(str(file), compression="detect") as packed,
-                io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n") as lines,
-            ):
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield self._json_row(line, file, number)
-
-    def _json_row(self, line: str, file: Path, number: int) -> dict[str, Any]:
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{self._path} cannot be read as json: {file.name}, line {number}: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{self._path}: {file.name}, line {number} is not a JSON object; write one object a line")
-        return row
+        """Rows in the order of file names and lines; a column that a row's file lacks is None."""
+        for file, table, keys in zip(self._files, self._tables, self._keys, strict=True):
+            own = [name for name in columns if name in table.names]
+            rest = {name: keys.get(name) for name in columns if name not in table.names}
+            with self._readable(file):
+                for row in table.rows(own):
+                    yield {**row, **rest}
 
     @contextmanager
-    def _readable(self) -> Iterator[None]:
+    def _readable(self, file: Path) -> Iterator[None]:
         """Turn errors about broken input into one DataError."""
         try:
             yield
@@ -122,43 +116,244 @@ class FileRows:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             if "straddl" in reason:
                 reason = f"a row is longer than {BLOCK_BYTES:,} bytes; store such text as Parquet or JSONL"
-            raise DataError(f"{self._path} cannot be read as {self._kind}: {reason}") from error
+            raise DataError(f"{file} cannot be read as {self._kind}: {reason}") from error
 
     def identity(self) -> dict[str, Any]:
-        """SHA-256 over the SHA-256 of each file."""
-        return {"sha256": files_digest(self._files)}
+        """SHA-256 over the SHA-256 of each file, each with the columns that its folders' names give and that are read."""
+        used = [{k: v for k, v in keys.items() if k in self._read_keys} for keys in self._keys]
+        labels = {name for table in self._tables for name in getattr(table, "labels", ())}
+        return {"sha256": files_digest(self._files, used), **labels_identity(labels, self._read_keys)}
 
 
-def files_digest(files: list[Path]) -> str:
-    """SHA-256 (hex) over the SHA-256 of each file, in order."""
+class ArrowFile:
+    """A Parquet file, or an Arrow file with random access. See `OneFile`."""
+
+    def __init__(self, file: Path, kind: pads.FileFormat | str) -> None:
+        self._data = pads.dataset([str(file)], format=kind)
+        self.names, self.num_rows = self._data.schema.names, self._data.count_rows()
+        self.labels = class_labels(self._data.schema)
+
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
+        """See `OneFile`."""
+        for batch in self._data.to_batches(columns=columns, batch_size=1024):
+            yield from rows_of(batch, self.labels)
+
+
+class CsvFile(ArrowFile):
+    """A CSV: ids and texts are text, even where they look like numbers."""
+
+    def __init__(self, file: Path, texts: list[str], optional: tuple[str, ...]) -> None:
+        kinds = dict.fromkeys(texts, pa.string())
+        super().__init__(file, _csv_format(kinds))
+        own = [name for name in optional if name in self.names and name not in kinds]
+        # pyarrow takes a column that is empty in the first block for one of nulls.
+        self._nulls = {name for name in own if pa.types.is_null(self._data.schema.field(name).type)}
+        self._data = pads.dataset([str(file)], format=_csv_format({**kinds, **dict.fromkeys(own, pa.string())}))
+
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
+        """See `OneFile`."""
+        for row in super().rows(columns):
+            yield {name: None if name in self._nulls and value == "" else value for name, value in row.items()}
+
+
+class StreamFile:
+    """A file in Arrow's stream format, as `datasets` writes it into its folders and its cache. See `OneFile`."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
+            self.names, self.labels = stream.schema.names, class_labels(stream.schema)
+            self.num_rows = sum(batch.num_rows for batch in stream)
+
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
+        """See `OneFile`."""
+        with pa.memory_map(str(self._file)) as source, pa.ipc.open_stream(source) as stream:
+            for batch in stream:
+                for begin in range(0, batch.num_rows, 1024):
+                    yield from rows_of(batch.select(columns).slice(begin, 1024), self.labels)
+
+
+def _is_stream(file: Path) -> bool:
+    with file.open("rb") as handle:
+        return handle.read(4) == b"\xff\xff\xff\xff"
+
+
+def _csv_format(kinds: dict[str, pa.DataType]) -> pads.CsvFileFormat:
+    """Rows of up to BLOCK_BYTES, with lines inside of cells."""
+    return pads.CsvFileFormat(
+        parse_options=pacsv.ParseOptions(newlines_in_values=True),
+        read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES),
+        convert_options=pacsv.ConvertOptions(column_types=kinds, check_utf8=False),  # see `_values`
+    )
+
+
+def files_digest(files: list[Path], keys: list[dict[str, str | None]] | None = None) -> str:
+    """SHA-256 (hex) over the SHA-256 of each file, in order; behind it as JSON what the file's folders say of its rows."""
     digest = hashlib.sha256()
-    for file in files:
+    for number, file in enumerate(files):
         with file.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
+        if keys and keys[number]:
+            digest.update(json.dumps(keys[number], sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def rows_of(batch: pa.RecordBatch | pa.Table) -> Iterator[dict[str, Any]]:
+def _keys(root: Path, file: Path) -> dict[str, str | None]:
+    """Columns that the names of a file's folders give, as Hive and Spark write them: KEY=VALUE, percent-encoded.
+
+    Folders below `root` count, and those directly above it.
+    """
+    folder = file.parent.absolute() if file == root else root.absolute()
+    above: list[str] = []
+    for part in reversed(folder.parts):
+        if not KEY_FOLDER.match(part):
+            break
+        above.insert(0, part)
+    keys: dict[str, str | None] = {}
+    for part in [*above, *(file.relative_to(root).parts[:-1] if file != root else ())]:
+        if match := KEY_FOLDER.match(part):
+            keys[unquote(match[1])] = None if match[2] == NO_VALUE else unquote(match[2])
+    return keys
+
+
+# ---------------------------------------------------------------------------------------------------- Arrow to Python
+
+
+def class_labels(schema: pa.Schema) -> dict[str, Any]:
+    """Columns with labels that `datasets` stores as numbers, and the names of these labels, from a file's own metadata.
+
+    Returns:
+        For each such column its description (see `with_names`); {} where the file was not written by `datasets`.
+    """
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return labelled(features)
+
+
+def labelled(features: Any) -> dict[str, Any]:
+    """Those of the features of `datasets` (as a dictionary) that hold a ClassLabel somewhere."""
+    columns = features if isinstance(features, dict) else {}
+    return {name: feature for name, feature in columns.items() if "ClassLabel" in json.dumps(feature, default=str)}
+
+
+def labels_identity(labels: Iterable[str], columns: set[str]) -> dict[str, str]:
+    """Part of the identity of a corpus: class labels that are read are read by name.
+
+    Args:
+        labels: columns that hold class labels.
+        columns: columns that are read.
+    """
+    return {"class_labels": "names"} if columns.intersection(labels) else {}
+
+
+def with_names(value: Any, feature: Any) -> Any:
+    """A value in which class labels have their names.
+
+    Args:
+        feature: as `datasets` describes it: {"_type": "ClassLabel", "names": [...]}, {"_type": "List", "feature": ...}, a
+            list of one such description, or a dictionary of them for an object.
+    """
+    if value is None or feature is None:
+        return value
+    if isinstance(feature, list):
+        feature = {"_type": "List", "feature": feature[0]}
+    kind = feature.get("_type")
+    if kind == "ClassLabel":
+        names = feature.get("names") or []
+        inside = isinstance(value, int) and 0 <= value < len(names)
+        return names[value] if inside else None if value == -1 else value
+    if isinstance(value, list):
+        return [with_names(item, feature.get("feature")) for item in value]
+    if isinstance(value, dict):
+        own = (
+            feature.get("feature") if isinstance(kind, str) else feature
+        )  # a Sequence of objects is an object of lists
+        return {name: with_names(item, (own or {}).get(name)) for name, item in value.items()}
+    return value
+
+
+def rows_of(batch: pa.RecordBatch | pa.Table, labels: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
     """Rows of an Arrow batch as Python values; columns stay, null or not.
 
     A struct has every key of any row, so a null in it means that the row lacks the key, and the key is left out. Values of
     Arrow's JSON type (`datasets` uses it for objects with differing keys) are parsed, and keep their nulls.
+
+    Args:
+        labels: see `class_labels`.
     """
-    kinds = {field.name: field.type for field in batch.schema}
-    for row in batch.to_pylist():
-        yield {name: _value(value, kinds[name]) for name, value in row.items()}
+    names = batch.schema.names
+    columns = [_values(batch.column(name), (labels or {}).get(name)) for name in names]
+    for row in zip(*columns, strict=True) if columns else ({} for _ in range(batch.num_rows)):
+        yield dict(zip(names, row, strict=True))
+
+
+def _values(column: pa.Array | pa.ChunkedArray, labels: Any) -> list[Any]:
+    """A column as Python values, none of which depends on what else is installed."""
+    kind = column.type
+    if getattr(kind, "unit", None) == "ns":
+        return _nanoseconds(column)
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:  # a byte that is not UTF-8 becomes half of a surrogate pair: it spoils its own row only
+        raw = column.cast(pa.large_binary()).to_pylist()
+        return [None if value is None else value.decode(errors="surrogateescape") for value in raw]
+    except (ValueError, OverflowError):  # a date beyond the year 9999, which Python has no object for
+        texts = column.cast(pa.string()).to_pylist()
+        values = [None if text is None else re.sub(r"\.0+$", "", text) for text in texts]
+    if pa.types.is_primitive(kind) and labels is None:
+        return values
+    values = [_value(value, kind) for value in values]
+    return values if labels is None else [with_names(value, labels) for value in values]
+
+
+def _nanoseconds(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """Times of nanoseconds: pyarrow gives objects of pandas where that is installed, and cuts or refuses elsewhere."""
+    kind = column.type
+    coarse = pa.timestamp("us", kind.tz) if pa.types.is_timestamp(kind) else None
+    coarse = coarse or (pa.duration("us") if pa.types.is_duration(kind) else pa.time64("us"))
+    below = [None if value is None else value % 1000 for value in column.cast(pa.int64()).to_pylist()]
+    times = column.cast(coarse, safe=False).to_pylist()
+    return [None if n is None else time_with_nanoseconds(time, n) for time, n in zip(times, below, strict=True)]
+
+
+def _rows_as_python(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
+    """Rows as Python values. A byte that is not UTF-8 becomes half of a surrogate pair: it spoils its own row only."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        return rows
+    except UnicodeDecodeError:
+        texts = {field.name for field in batch.schema if field.type in (pa.string(), pa.large_string())}
+        raw = batch.cast(
+            pa.schema([field.with_type(pa.large_binary()) if field.name in texts else field for field in batch.schema])
+        )
+        return [
+            {
+                name: value.decode(errors="surrogateescape") if name in texts and value is not None else value
+                for name, value in row.items()
+            }
+            for row in raw.to_pylist()
+        ]
 
 
 def _value(value: Any, kind: pa.DataType) -> Any:
+    types = pa.types
     if value is None:
         return None
     if isinstance(kind, pa.JsonType):
         return json.loads(value)
-    if pa.types.is_struct(kind):
+    if types.is_struct(kind):
         return {field.name: _value(value[field.name], field.type) for field in kind if value[field.name] is not None}
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if types.is_map(kind):
+        pairs = [(key, _value(item, kind.item_type)) for key, item in value]
+        return dict(pairs) if all(isinstance(key, str) for key, _ in pairs) else [list(pair) for pair in pairs]
+    if isinstance(value, list) and hasattr(kind, "value_type"):  # lists of every kind
         return [_value(item, kind.value_type) for item in value]
     return value
+
+
+# ------------------------------------------------------------------------------------------------------ files of a path
 
 
 def exists(path: Path) -> bool:
@@ -177,9 +372,24 @@ def _files(path: Path) -> list[Path]:
         if format_of(path) is None:
             raise ConfigError(f"{path}: unknown ending; kdata reads {known}")
         return [path]
-    files = sorted(p for p in path.rglob("*") if format_of(p) is not None)
+    files = sorted(p for p in path.rglob("*") if _is_data(p, path))
     if not files:
         raise DataError(f"{path} holds no file that kdata reads ({known})")
-    if len({format_of(p) for p in files}) > 1:
-        raise ConfigError(f"{path} mixes formats; name a folder with one kind of file")
+    kinds = sorted({str(format_of(p)) for p in files})
+    saved = sorted({str(p.parent.relative_to(path)) for p in files if p.name == "state.json"})
+    if saved and "ipc" in kinds:
+        raise ConfigError(f"{path} holds folders that `datasets` saved ({', '.join(saved)}); name one of them")
+    if len(kinds) > 1:
+        raise ConfigError(f"{path} mixes formats ({', '.join(kinds)}); name a folder with one kind of file")
     return files
+
+
+def _is_data(file: Path, root: Path) -> bool:
+    """Whether a file of a folder holds rows.
+
+    Passed over is what tools leave beside data: names that begin with a dot (._a.jsonl, .ipynb_checkpoints/) and folders that
+    begin with an underscore (_temporary/, _delta_log/).
+    """
+    parts = file.relative_to(root).parts
+    hidden = any(part.startswith(".") for part in parts) or any(part.startswith("_") for part in parts[:-1])
+    return not hidden and format_of(file) is not None and file.is_file()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdata.corpus.files import exists, files_digest, format_of, rows_of
+from kdata.corpus.files import exists, files_digest, format_of, labelled, labels_identity, rows_of
 from kdata.errors import ConfigError, DataError, DependencyError, KdataError, MissingError
 from kdata.store.hub import hub_errors
 
@@ -41,9 +41,11 @@ def is_saved(path: Path) -> bool:
     return exists(path) and any((path / name).is_file() for name in SAVED)
 
 
-def open_saved(path: Path, split: str | None) -> LibraryRows:
+def open_saved(path: Path, split: str | None, columns: set[str]) -> LibraryRows:
     """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, memory-mapped.
 
+    Args:
+        columns: those that will be read, where they exist.
     Raises:
         ConfigError: there are several splits and none is named, or the named one does not exist.
         DataError: the folder is damaged.
@@ -57,12 +59,15 @@ def open_saved(path: Path, split: str | None) -> LibraryRows:
     elif split is not None:
         raise ConfigError(f"{path} has no splits (split {split!r}); leave split away")
     files = [Path(file["filename"]) for file in data.cache_files]
-    return LibraryRows(data, {"sha256": files_digest(files)}, f"{path} cannot be read", data.num_rows)
+    identity = {"sha256": files_digest(files), **labels_identity(_labels(data), columns)}
+    return LibraryRows(data, identity, f"{path} cannot be read", data.num_rows)
 
 
-def open_hub(remote: tuple[str, str | None], subset: str | None, split: str | None) -> LibraryRows:
+def open_hub(remote: tuple[str, str | None], subset: str | None, split: str | None, columns: set[str]) -> LibraryRows:
     """A data set on the Hub, streamed, at the current commit of its revision.
 
+    Args:
+        columns: those that will be read, where they exist.
     Raises:
         MissingError: it does not exist, or the Hub cannot be reached.
         ConfigError: there are several splits and none is named, or the named split or subset does not exist.
@@ -73,7 +78,7 @@ def open_hub(remote: tuple[str, str | None], subset: str | None, split: str | No
         commit = _commit(name, revision)
         splits = library.get_dataset_split_names(name, subset, revision=commit)
         stream = library.load_dataset(name, subset, split=_split(splits, split, name), revision=commit, streaming=True)
-        columns = stream.column_names or list(next(iter(stream), {}))
+        names = stream.column_names or list(next(iter(stream), {}))
     except hub_errors() as error:
         raise MissingError(
             f"data set {name!r} is neither a local path nor available on the Hub ({type(error).__name__}: "
@@ -84,9 +89,14 @@ def open_hub(remote: tuple[str, str | None], subset: str | None, split: str | No
             raise
         raise ConfigError(f"data set {name!r} on the Hub: {error}") from error
     known = (stream.info.splits or {}).get(stream.split)
-    identity = {"hub": name, "commit": commit}
+    identity = {"hub": name, "commit": commit, **labels_identity(_labels(stream), columns)}
     what = f"data set {name!r} could not be read on from the Hub; run the same command again"
-    return LibraryRows(stream, identity, what, None if known is None else known.num_examples or None, columns)
+    return LibraryRows(stream, identity, what, None if known is None else known.num_examples or None, names)
+
+
+def _labels(data: Any) -> dict[str, Any]:
+    """Columns with class labels; see `kdata.corpus.files.class_labels`."""
+    return {} if data.features is None else labelled(data.features.to_dict())
 
 
 def _commit(name: str, revision: str | None) -> str:
@@ -141,13 +151,14 @@ class LibraryRows:
     ) -> None:
         self._data, self._identity, self._what = data, identity, what
         self.num_rows, self.names = num_rows, names or list(data.column_names)
+        self._labels = _labels(data)
 
     def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
         """Rows in the data set's order."""
         with _readable(self._what):
             tables = self._data.select_columns(columns).with_format("arrow")
             for table in tables.iter(BATCH_ROWS):
-                yield from rows_of(table)
+                yield from rows_of(table, self._labels)
 
     def identity(self) -> dict[str, Any]:
         """SHA-256 of the files of a saved data set; name and commit of one on the Hub."""

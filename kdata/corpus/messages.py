@@ -1,8 +1,13 @@
-"""Chats as a row of a corpus holds them: messages and tools, checked."""
+"""Chats as a row of a corpus holds them: messages and tools, checked.
+
+Three forms are known: messages with role and content (OpenAI), with from and value (ShareGPT), and the columns instruction,
+input and output (Alpaca).
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +27,62 @@ class Chat:
         return json.dumps([self.messages, self.tools], sort_keys=True)
 
 
+SHAREGPT, ALPACA = "conversations", "instruction"  # what their columns are called
+# Further columns that belong to a chat, by the name of its column.
+COMPANIONS = {SHAREGPT: ("system",), ALPACA: ("input", "output", "system", "history")}
+# Who speaks in a ShareGPT message, and the role that chat templates know.
+ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "bing", "bard", "claude"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "observation", "function_response", "function", "ipython"), "tool"),
+    "function_call": "function_call",
+    "tool_call": "function_call",
+}
+
+
 def as_json(value: Any) -> str:
     """JSON text as the index keeps it: readable, keys in their order."""
     return json.dumps(value, ensure_ascii=False)
 
 
+def chat_of_row(row: Mapping[str, Any], messages_column: str, tools_column: str | None, where: str) -> Chat:
+    """The chat of a row: of its column with messages, or of the columns of Alpaca. Raises as `parse_chat`."""
+    messages, tools = row.get(messages_column), row.get(tools_column) if tools_column else None
+    if messages_column == ALPACA and not isinstance(messages, list):
+        return parse_chat(_alpaca(row, where), tools, where)
+    messages = _list(messages, f"{where}: messages")
+    is_sharegpt = any(isinstance(message, dict) and message.get("from") is not None for message in messages)
+    chat = parse_chat(messages, tools, where)
+    system = row.get("system") if messages_column == SHAREGPT and is_sharegpt else None
+    if not isinstance(system, str) or not system or (chat.messages and chat.messages[0]["role"] == "system"):
+        return chat
+    return Chat([{"role": "system", "content": system}, *chat.messages], chat.tools)
+
+
+def _alpaca(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """Messages of a row of Alpaca: the instruction with the input below it, and the output as the answer, if it has one."""
+    texts = {name: row.get(name) for name in (ALPACA, "input", "output", "system")}
+    for name, value in texts.items():
+        if not isinstance(value, str | None):
+            raise DataError(f"{where}: column {name!r} holds {type(value).__name__}, not text")
+    history = _list(row.get("history"), f"{where}: history")
+    if not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise DataError(f"{where}: history must be a list of pairs, a question and its answer")
+    asked = "\n".join(text for text in (texts[ALPACA], texts["input"]) if text)
+    said = [("system", texts["system"])] if texts["system"] else []
+    for question, answer in history:
+        said += [("user", question), ("assistant", answer)]
+    said.append(("user", asked))
+    if texts["output"] is not None:
+        said.append(("assistant", texts["output"]))
+    return [{"role": role, "content": content} for role, content in said]
+
+
 def parse_chat(messages: Any, tools: Any, where: str) -> Chat:
     """Check a row's messages and tools, each a list or a list as JSON text.
+
+    Messages with from and value become messages with role and content; see `ROLES`.
 
     A key that is null counts as absent, except `content`: templates expect it, so it is always there, and may be null beside
     tool calls only. Arguments of tool calls that are JSON text become objects, as templates expect them.
@@ -44,10 +98,10 @@ def parse_chat(messages: Any, tools: Any, where: str) -> Chat:
 
 
 def _list(value: Any, what: str) -> list[Any]:
-    if isinstance(value, str):
+    if isinstance(value, str | bytes):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{what} is text, but not JSON: {error}") from error
     if value is None:
         return []
@@ -56,9 +110,37 @@ def _list(value: Any, what: str) -> list[Any]:
     return value
 
 
+def _sharegpt(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message with from and value as one with role and content; what a function_call writes becomes tool calls."""
+    speaker = message["from"]
+    role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        raise DataError(f"{where} is from {speaker!r}; known are {', '.join(ROLES)}")
+    rest = {key: value for key, value in message.items() if key not in ("from", "value", "role", "content")}
+    content = message.get("value", message.get("content"))
+    if role != "function_call":
+        return {"role": role, "content": content, **rest}
+    if isinstance(content, dict):
+        content = [content]
+    if isinstance(content, str) and content.lstrip().startswith("{"):
+        content = f"[{content}]"
+    calls = _list(content, f"{where}: the function call")
+    if not all(isinstance(call, dict) for call in calls):
+        raise DataError(f"{where}: a function call must be an object with a name and arguments")
+    functions = [call.get("function", call) for call in calls]
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": function} for function in functions],
+        **rest,
+    }
+
+
 def _message(message: Any, where: str) -> dict[str, Any]:
+    if isinstance(message, dict) and message.get("from") is not None and message.get("role") is None:
+        message = _sharegpt(message, where)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise DataError(f"{where} must be an object with a role (text) and a content")
+        raise DataError(f"{where} must be an object with a role (text) and a content, or with from and value")
     checked = {key: value for key, value in message.items() if value is not None or key == "content"}
     content = checked.setdefault("content", None)
     if isinstance(content, list):
@@ -83,6 +165,6 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: arguments of {function['name']} are text, but not JSON: {error}") from error
     return {**call, "function": {**function, "arguments": arguments if arguments is not None else {}}}

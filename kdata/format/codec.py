@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from kdata.errors import DataError, FormatError
+from kdata.errors import DataError, FormatError, ShapeError
 from kdata.format import packed
 from kdata.format.kept import Kept, draw_mask, segment_sum
 from kdata.format.schema import CodecError, CodecInfo, known_codecs
@@ -87,8 +87,14 @@ def _plain_decode(columns: Columns, positions: Positions, info: CodecInfo) -> Ke
         positions.num_exact,
         positions.num_drawn,
         columns["entry_ids"],
-        columns["entry_logprobs"].astype(np.float32),
+        _finite(columns["entry_logprobs"].astype(np.float32)),
     )
+
+
+def _finite(logprobs_N: np.ndarray) -> np.ndarray:
+    if not np.isfinite(logprobs_N).all():
+        raise ShapeError("a kept log-probability is not a finite number")
+    return logprobs_N
 
 
 # --------------------------------------------------------------------------------------------------------- verbatim
@@ -100,7 +106,7 @@ def _verbatim_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Col
 
 
 def _verbatim_decode(columns: Columns, positions: Positions, info: CodecInfo) -> Kept:
-    return Kept(positions.num_exact, positions.num_drawn, columns["entry_ids"], columns["entry_logprobs"])
+    return Kept(positions.num_exact, positions.num_drawn, columns["entry_ids"], _finite(columns["entry_logprobs"]))
 
 
 # ----------------------------------------------------------------------------------------------------------- packed
@@ -139,7 +145,7 @@ def _packed_decode(columns: Columns, positions: Positions, info: CodecInfo) -> K
     if "draw_id_0" not in columns:
         return Kept(positions.num_exact, positions.num_drawn, exact_ids, exact)
     if "draw_weights" in columns:
-        weights = columns["draw_weights"].astype(np.float32)
+        weights = _finite(columns["draw_weights"].astype(np.float32))
     else:
         weights = packed.decode_counts(
             columns["draw_counts"], positions.num_drawn, positions.log_tail, info.parameters["num_draws"]
@@ -147,9 +153,13 @@ def _packed_decode(columns: Columns, positions: Positions, info: CodecInfo) -> K
     draw_ids = packed.sum_steps(packed.join_planes("draw_id", columns), positions.num_drawn)
     draws = draw_mask(positions.num_exact, positions.num_drawn)
     ids, logprobs = np.empty(len(draws), np.int32), np.empty(len(draws), np.float32)
+    if len(exact_ids) != len(exact) or len(weights) != len(draw_ids):  # numpy would spread a single one over all
+        raise ShapeError("ids and log-probabilities differ in number")
     ids[~draws], ids[draws] = exact_ids, draw_ids
     logprobs[~draws], logprobs[draws] = exact, weights
     raw = columns.get("draw_logprobs")
+    if raw is not None and len(raw) != len(draw_ids):
+        raise ShapeError("draws and their log-probabilities differ in number")
     return Kept(
         positions.num_exact,
         positions.num_drawn,

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -29,10 +30,14 @@ def file_info(path: Path) -> FileInfo:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name, flush, rename."""
+    """Write under a temporary name, flush, rename. Where that fails, as on a full disk, nothing is left."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    settle(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        settle(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def settle(temporary: Path, path: Path) -> None:
@@ -50,6 +55,41 @@ def sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """What matches a pattern in a folder, in order, without names that begin with a dot: tools leave them beside data.
+
+    Such as ._x.parquet and .DS_Store of macOS, .ipynb_checkpoints of Jupyter. `Path.glob` returns them.
+    """
+    paths = sorted(folder.glob(pattern))
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+@contextmanager
+def committed_folder(folder: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `folder` at the end; an error or a kill leaves no `folder`.
+
+    Two processes may build the same thing at once: the first rename wins, the second sees an equal result there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
+    temporary.mkdir()  # not mkdtemp: its mode 0700 would stay with a cache that people may share
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.exists():
+                raise
+        sync_directory(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def inside(root: Path, relative: str) -> Path:

@@ -30,7 +30,11 @@ from kdata.format.schema import CodecInfo
 class KeepConfig(Strict):
     """How much of each distribution is kept."""
 
-    kind: Literal["topk", "adaptive", "sampled", "hybrid"] = Field("hybrid", description="What is kept; see above.")
+    kind: Literal["topk", "adaptive", "sampled", "hybrid"] = Field(
+        "hybrid",
+        description="What is kept: the k most probable entries (topk), as many of them as reach `mass` (adaptive), random "
+        "draws (sampled), or the k most probable entries and random draws from the rest (hybrid).",
+    )
     k: int = Field(8, ge=1, le=4096, description="Exact entries (topk, hybrid), or at most so many (adaptive).")
     mass: float = Field(0.95, gt=0, lt=1, description="Kept probability mass that is enough (adaptive).")
     min_k: int = Field(4, ge=1, description="At least so many entries (adaptive).")

@@ -36,7 +36,8 @@ class Kept:
     @property
     def num_kept(self) -> np.ndarray:
         """Entries at each position, exact and drawn, int32 [T]."""
-        return self.num_exact + self.num_drawn
+        num_kept: np.ndarray = self.num_exact + self.num_drawn
+        return num_kept
 
     @property
     def is_draw(self) -> np.ndarray:

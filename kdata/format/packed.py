@@ -29,7 +29,9 @@ from kdata.errors import DataError, ShapeError
 
 
 def join_bytes(planes: list[np.ndarray]) -> np.ndarray:
-    """Little-endian byte planes, one to three of uint8 [N], as int32 [N]."""
+    """Little-endian byte planes, one to three of uint8 [N], as int32 [N]. Raises ShapeError where they differ in length."""
+    if not planes or any(plane.dtype != np.uint8 or len(plane) != len(planes[0]) for plane in planes):
+        raise ShapeError("the byte planes of the ids are not bytes of equal number")
     if len(planes) == 1:
         return planes[0].astype(np.int32)
     joined_N = np.empty(len(planes[0]), np.int32)
@@ -38,7 +40,9 @@ def join_bytes(planes: list[np.ndarray]) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
-def _join_bytes(low_N, middle_N, high_N, has_high, joined_N):
+def _join_bytes(
+    low_N: np.ndarray, middle_N: np.ndarray, high_N: np.ndarray, has_high: bool, joined_N: np.ndarray
+) -> None:
     if has_high:
         for n in range(len(low_N)):
             joined_N[n] = low_N[n] | np.int32(middle_N[n]) << 8 | np.int32(high_N[n]) << 16
@@ -98,12 +102,16 @@ def sum_steps(steps_D: np.ndarray, num_drawn_T: np.ndarray) -> np.ndarray:
     running_D = np.cumsum(steps_D, dtype=np.int64)
     first = first_of(num_drawn_T)
     before = running_D[first] - steps_D[first]
-    return (running_D - np.repeat(before, num_drawn_T[num_drawn_T > 0])).astype(np.int32)
+    ids_D: np.ndarray = running_D - np.repeat(before, num_drawn_T[num_drawn_T > 0])
+    if ids_D.max(initial=0) > np.iinfo(np.int32).max:
+        raise ShapeError("drawn ids are too large")
+    return ids_D.astype(np.int32)
 
 
 def first_of(counts_T: np.ndarray) -> np.ndarray:
     """Where the entries of each position that has some begin, int64."""
-    return (np.cumsum(counts_T, dtype=np.int64) - counts_T)[counts_T > 0]
+    first: np.ndarray = (np.cumsum(counts_T, dtype=np.int64) - counts_T)[counts_T > 0]
+    return first
 
 
 def encode_gaps(logprobs_N: np.ndarray, num_exact_T: np.ndarray) -> np.ndarray:
@@ -120,7 +128,7 @@ def encode_gaps(logprobs_N: np.ndarray, num_exact_T: np.ndarray) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
-def _encode_gaps(logprobs_N, num_exact_T, gap_steps, codes_N):
+def _encode_gaps(logprobs_N: np.ndarray, num_exact_T: np.ndarray, gap_steps: np.ndarray, codes_N: np.ndarray) -> int:
     n = 0
     for t in range(len(num_exact_T)):
         reached = 0
@@ -149,17 +157,26 @@ def decode_gaps(codes_N: np.ndarray, num_exact_T: np.ndarray, log_tail_T: np.nda
     """Log-probabilities float32 [N] of exact entries; inverse of `encode_gaps` given the exact tail.
 
     Raises:
-        ShapeError: counts and codes disagree.
+        ShapeError: counts and codes disagree, or the tail of a position with entries is not the log of a share.
     """
-    if int(num_exact_T.sum()) != len(codes_N):
+    if int(num_exact_T.sum()) != len(codes_N) or codes_N.dtype != np.uint8:
         raise ShapeError(f"{len(codes_N)} codes for {int(num_exact_T.sum())} exact entries")
+    if len(log_tail_T) != len(num_exact_T) or not ((log_tail_T <= 0) | (num_exact_T == 0)).all():
+        raise ShapeError("log_tail is not the log of a probability where entries are kept")
     logprobs_N = np.empty(len(codes_N), np.float32)
     _decode_gaps(codes_N, num_exact_T, log_tail_T, GAP_STEPS, _EXP, logprobs_N)
     return logprobs_N
 
 
 @numba.njit(cache=True, nogil=True)
-def _decode_gaps(codes_N, num_exact_T, log_tail_T, gap_steps, exp_table, logprobs_N):
+def _decode_gaps(
+    codes_N: np.ndarray,
+    num_exact_T: np.ndarray,
+    log_tail_T: np.ndarray,
+    gap_steps: np.ndarray,
+    exp_table: np.ndarray,
+    logprobs_N: np.ndarray,
+) -> None:
     n = 0
     for t in range(len(num_exact_T)):
         count = num_exact_T[t]
@@ -182,7 +199,7 @@ def _decode_gaps(codes_N, num_exact_T, log_tail_T, gap_steps, exp_table, logprob
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _rounded_down(exact):
+def _rounded_down(exact: float) -> np.float32:
     """The largest float32 that is not above a float64."""
     near = np.float32(exact)
     if np.float64(near) > exact:
@@ -197,16 +214,18 @@ def encode_counts(weights_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np
         DataError: a weight is not a whole number of draws.
     """
     share_D = np.exp(weights_D.astype(np.float64) - np.repeat(log_tail_T.astype(np.float64), num_drawn_T))
-    counts_D = np.rint(share_D * num_draws)
+    counts_D: np.ndarray = np.rint(share_D * num_draws)
     if len(counts_D) and (np.abs(share_D * num_draws - counts_D).max() > 1e-3 or counts_D.min() < 1):
         raise DataError("a draw's weight is not a whole number of draws from the tail")
     return counts_D.astype(np.uint8)
 
 
 def decode_counts(counts_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np.ndarray, num_draws: int) -> np.ndarray:
-    """Log-weights float32 [D], log(tail * count / N), rounded down. Raises ShapeError when the counts disagree."""
+    """Log-weights float32 [D], log(tail * count / N), rounded down. Raises ShapeError where counts disagree or are 0."""
     if int(num_drawn_T.sum()) != len(counts_D):
         raise ShapeError(f"{len(counts_D)} draw counts for {int(num_drawn_T.sum())} draws")
+    if not counts_D.all():
+        raise ShapeError("a draw has the count 0")
     logs = np.log(np.arange(1, 257, dtype=np.float64) / num_draws)
     exact_D = logs[counts_D.astype(np.int64) - 1] + np.repeat(log_tail_T.astype(np.float64), num_drawn_T)
     near_D = exact_D.astype(np.float32)
@@ -244,7 +263,9 @@ def compare_entries(
 
 
 @numba.njit(cache=True, nogil=True)
-def _compare_entries(true_N, stored_N, num_exact_T, num_drawn_T, masses):
+def _compare_entries(
+    true_N: np.ndarray, stored_N: np.ndarray, num_exact_T: np.ndarray, num_drawn_T: np.ndarray, masses: np.ndarray
+) -> tuple[float, float, float]:
     error_sum, error_max, kl_sum, n = 0.0, 0.0, 0.0, 0
     for t in range(len(num_exact_T)):
         true_mass, stored_mass, kl = 0.0, 0.0, 0.0

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
+from kdata.errors import DataError
 from kdata.format.kept import Kept
 from kdata.format.measures import Measures
 from kdata.format.schema import ManifestEntry
@@ -20,7 +21,7 @@ from kdata.format.schema import ManifestEntry
 def inputs_of(payload: pa.Table) -> str:
     """`inputs_digest` of the rows of a payload table."""
     ids, token_ids = payload["id"].to_pylist(), (value.values.to_numpy() for value in payload["input_ids"])
-    return _digest_of(zip(ids, token_ids, strict=True))
+    return digest_of(zip(ids, token_ids, strict=True))
 
 
 class HasTokens(Protocol):
@@ -38,11 +39,12 @@ class HasTokens(Protocol):
 
 
 def inputs_digest(sequences: Iterable[HasTokens]) -> str:
+    """`digest_of` for sequences."""
+    return digest_of((sequence.id, sequence.token_ids) for sequence in sequences)
+
+
+def digest_of(rows: Iterable[tuple[str, np.ndarray]]) -> str:
     """SHA-256 (hex) over ids and token ids, in order; see schemas/README.md."""
-    return _digest_of((sequence.id, sequence.token_ids) for sequence in sequences)
-
-
-def _digest_of(rows: Iterable[tuple[str, np.ndarray]]) -> str:
     digest = hashlib.sha256()
     for row_id, token_ids in rows:
         digest.update(row_id.encode() + b"\0" + token_ids.astype("<i4").tobytes())
@@ -78,6 +80,14 @@ class Reject:
     detail: str
 
 
+class RowError(DataError):
+    """A row that cannot be used; `reason` and `detail` go into the rejects."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
 @dataclass
 class UnitResult:
     """The result of one work unit, ready to be committed."""
@@ -101,8 +111,3 @@ class Shard:
         """Bytes of payload per token; NaN for an empty shard."""
         payload = sum(f.bytes for name, f in self.entry.files.items() if name.startswith("data/"))
         return payload / self.entry.tokens if self.entry.tokens else float("nan")
-
-
-def shard_name(source: str, unit: int) -> str:
-    """Name of the shard that holds a unit of a source."""
-    return f"{source}-{unit:05d}"

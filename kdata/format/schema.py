@@ -12,11 +12,11 @@ import json
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 FORMAT_MAJOR, FORMAT_MINOR = 1, 0
 FORMAT_VERSION = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
@@ -42,7 +42,8 @@ def _arrow_type(name: str) -> pa.DataType:
 
 @cache
 def _document(name: str) -> dict[str, Any]:
-    return json.loads(resources.files("kdata.schemas").joinpath("v1", name).read_text("utf-8"))
+    document: dict[str, Any] = json.loads(resources.files("kdata.schemas").joinpath("v1", name).read_text("utf-8"))
+    return document
 
 
 def _fields(columns: list[dict[str, Any]]) -> list[pa.Field]:
@@ -89,6 +90,26 @@ class CodecInfo(Contract):
     kind: str = Field(description="What is kept: topk, adaptive, sampled, hybrid, or combined (of several teachers).")
     parameters: dict[str, Any] = Field(description="Parameters of the kind and of the codec.")
 
+    @model_validator(mode="after")
+    def _numbers(self) -> CodecInfo:
+        """What decoding computes with is what it must be; other parameters are only shown."""
+        for name, (low, high) in {"num_draws": (1, 2**16 - 1), "id_bytes": (1, 3), "k": (0, 2**31 - 1)}.items():
+            value = self.parameters.get(name, low)
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(f"codec parameter {name} is {value!r}, not a whole number from {low} to {high}")
+        temperatures = self.parameters.get("temperatures", [])
+        if not isinstance(temperatures, list) or len(temperatures) > 64:
+            raise ValueError("codec parameter temperatures is not a list of at most 64 numbers")
+        for value in (*temperatures, self.parameters.get("tau", 1.0)):
+            if type(value) not in (int, float) or not 0 < value < 1e6:
+                raise ValueError(f"codec parameters tau and temperatures hold {value!r}, not a number above 0")
+        return self
+
+    @property
+    def temperatures(self) -> list[float]:
+        """Temperatures other than 1 at which the log-sum-exp is stored."""
+        return [float(temperature) for temperature in self.parameters.get("temperatures", [])]
+
 
 class TokenizerInfo(Contract):
     """Which tokenizer made the ids."""
@@ -102,10 +123,11 @@ class TokenizerInfo(Contract):
 class TeacherInfo(Contract):
     """Who believed what is stored."""
 
-    model: str = Field(description="Hub name, or the folder's name for a local model.")
+    model: str = Field(description="Hub name, or the name of a local model's folder or GGUF file.")
     revision: str | None = Field(description="Hub commit; null for a local model.")
     weights_hash: str | None = Field(
-        description="SHA-256 over a local model's config and weights; null for Hub; of a combination that of `members`."
+        description="SHA-256 over a local model's config and weights, or of its GGUF file; null for Hub; of a combination "
+        "that of `members`."
     )
     backend: str = Field(description="vllm, vllm-server, transformers, ...")
     backend_version: str = Field(description="Version of the backend.")
@@ -127,6 +149,12 @@ class TeacherInfo(Contract):
         None,
         exclude_if=lambda digest: digest is None,
         description="SHA-256 over the config and weights of the LoRA adapter; the key is absent without one.",
+    )
+    bos: Literal["add", "omit"] | None = Field(
+        None,
+        exclude_if=lambda bos: bos is None,
+        description="What teacher.bos says: the beginning-of-sequence token was added to texts, or left out knowingly; the "
+        "key is absent where nothing was said, and the tokenizer decided.",
     )
     members: list[MemberInfo] | None = Field(
         None,
@@ -159,6 +187,21 @@ class SourceInfo(Contract):
     num_units: int | None = Field(description="Work units in all, once the work is complete; null before.")
 
 
+# A name that becomes part of a path: it cannot lead out of the dataset's folder.
+SourceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
+
+
+def shard_name(source: str, unit: int) -> str:
+    """Name of the shard that holds a unit of a source."""
+    return f"{source}-{unit:05d}"
+
+
+def shard_files(name: str) -> dict[str, str]:
+    """Relative paths of a shard's files by their folder; a shard without rejects has no file in rejects/."""
+    return {"data": f"data/{name}.arrow", "index": f"index/{name}.parquet", "rejects": f"rejects/{name}.parquet"}
+
+
 class FileInfo(Contract):
     """One file that was committed."""
 
@@ -179,10 +222,10 @@ class DatasetInfo(Contract):
         description="ghost: kept entries are exact and log_tail is the rest; draws: weights already sum to 1; absent: "
         "the rest is not known (imported rows)."
     )
-    tokenizer_files: dict[str, FileInfo] = Field(
+    tokenizer_files: dict[FileName, FileInfo] = Field(
         {}, description="Files in tokenizer/, by name, to find a damaged byte; no part of the identity."
     )
-    sources: dict[str, SourceInfo] = Field(description="Work that wrote rows, by name.")
+    sources: dict[SourceName, SourceInfo] = Field(description="Work that wrote rows, by name.")
     identity_digest: str = Field(
         alias="fingerprint",
         description="SHA-256 of the identity: everything but `sources`, `tokenizer_files`, `teacher.speed_args`, "
@@ -229,17 +272,31 @@ class CodecError(Contract):
 class ManifestEntry(Contract):
     """One line of manifest.jsonl: one committed shard."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*-\d{5,}$", description="Shard, for instance capture-00000.")
-    source: str = Field(description="Key of `sources` in dataset.json.")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9_-]*-\d{5,}$", description="Shard: source and unit, for instance capture-00000."
+    )
+    source: SourceName = Field(description="Key of `sources` in dataset.json.")
     unit: int = Field(ge=0, description="Work unit of that source.")
     rows: int = Field(ge=0, description="Sequences in the shard.")
     tokens: int = Field(ge=0, description="Tokens in the shard.")
     target_tokens: int = Field(ge=0, description="Positions that count as targets.")
     rejected: int = Field(ge=0, description="Inputs refused in this unit.")
     inputs: str = Field(description="SHA-256 over ids and content of the unit's inputs.")
-    files: dict[str, FileInfo] = Field(description="Relative path to digest and size.")
+    files: dict[str, FileInfo] = Field(
+        description="Relative path to digest and size: data/NAME.arrow, index/NAME.parquet and, where inputs were refused, "
+        "rejects/NAME.parquet."
+    )
     codec_error: CodecError | None = Field(description="Null for an empty shard.")
     digest: str = Field("", description="SHA-256 of everything else in the line: finds a damaged byte.")
+
+    @model_validator(mode="after")
+    def _follows_from_its_unit(self) -> ManifestEntry:
+        if self.name != shard_name(self.source, self.unit):
+            raise ValueError(f"unit {self.unit} of source {self.source} cannot have the shard name {self.name!r}")
+        expected = shard_files(self.name)
+        if not {expected["data"], expected["index"]} <= set(self.files) <= set(expected.values()):
+            raise ValueError(f"shard {self.name} cannot have the files {sorted(self.files)}")
+        return self
 
 
 def canonical_json(value: Any) -> bytes:

@@ -143,23 +143,27 @@ def flat(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode(batch: pa.RecordBatch, info: DatasetInfo) -> Sequences:
-    """Decode the rows of a record batch.
+    """Decode the rows of a record batch. Nothing in it is trusted: lengths and ranges are checked, row by row.
 
     Raises:
-        ShapeError: columns disagree in length.
+        ShapeError: columns disagree in length, or an id is outside the vocabulary.
         KeyError: a column is missing.
     """
-    common = {name: flat(batch.column(name)) for name in COMMON}
-    token_ids, offsets = common["input_ids"]
-    if not all(len(values) == len(token_ids) for values, _ in common.values()):
-        raise ShapeError("columns disagree in length")
-    values = {name: array for name, (array, _) in common.items()}
+    offsets = flat(batch.column("input_ids"))[1]
+    values = {name: _values(batch, name, offsets) for name in COMMON}
+    token_ids = values["input_ids"]
     num_exact, num_drawn = values["num_exact"].astype(np.int32), values["num_drawn"].astype(np.int32)
     kept = codecs.from_columns(
-        _entry_columns(batch), codecs.Positions(num_exact, num_drawn, values["log_tail"]), info.codec
+        _entry_columns(batch, offsets, num_exact, num_drawn),
+        codecs.Positions(num_exact, num_drawn, values["log_tail"]),
+        info.codec,
     )
-    temperatures = len(info.codec.parameters.get("temperatures", []))
-    log_z = flat(batch.column("log_z"))[0].reshape(-1, temperatures) if temperatures else None
+    _check_ids("token", token_ids, info.vocab_size)
+    _check_ids("kept", kept.ids, info.vocab_size)
+    temperatures = info.codec.temperatures
+    log_z = None
+    if temperatures:
+        log_z = _values(batch, "log_z", offsets * len(temperatures)).reshape(-1, len(temperatures))
     draws = None
     if kept.draw_logprobs is not None:
         draws = np.full(len(kept.ids), np.nan, np.float32)
@@ -182,10 +186,32 @@ def decode(batch: pa.RecordBatch, info: DatasetInfo) -> Sequences:
     )
 
 
-def _entry_columns(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
-    """The codec's own columns, without those that are null throughout."""
-    own = [n for n in batch.schema.names if n.split("_")[0] in ("entry", "exact", "draw")]
-    return {n: flat(batch.column(n))[0] for n in own if batch.num_rows and batch.column(n).null_count == 0}
+def _values(batch: pa.RecordBatch, name: str, offsets: np.ndarray) -> np.ndarray:
+    """Values of a list column whose rows must begin and end at these offsets. Raises ShapeError where they do not."""
+    values, own_offsets = flat(batch.column(name))
+    if len(values) != offsets[-1] or not np.array_equal(own_offsets, offsets):
+        raise ShapeError(f"column {name} has rows of other lengths than the counts beside it")
+    return values
+
+
+def _entry_columns(
+    batch: pa.RecordBatch, offsets: np.ndarray, num_exact: np.ndarray, num_drawn: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The codec's own columns, without those that are null throughout; one value per entry, exact entry or draw."""
+    counts = {"entry": num_exact + num_drawn, "exact": num_exact, "draw": num_drawn}
+    ends = {kind: np.concatenate(([0], np.cumsum(counts[kind], dtype=np.int64)))[offsets] for kind in counts}
+    own = [(name, name.split("_")[0]) for name in batch.schema.names if name.split("_")[0] in counts]
+    return {
+        name: _values(batch, name, ends[kind])
+        for name, kind in own
+        if batch.num_rows and batch.column(name).null_count == 0
+    }
+
+
+def _check_ids(what: str, ids: np.ndarray, vocab_size: int) -> None:
+    # As unsigned numbers negative ids are the largest, so that one pass finds both.
+    if len(ids) and ids.view(np.uint32).max() >= vocab_size:
+        raise ShapeError(f"a {what} id is outside [0, {vocab_size})")
 
 
 def nothing() -> Sequences:

@@ -41,7 +41,7 @@ def at_temperature(sequences: Sequences, temperature: float, info: CodecInfo) ->
 
 def log_z_of(log_z: np.ndarray | None, temperature: float, info: CodecInfo) -> tuple[float, np.ndarray]:
     """A temperature with its column of log_z [T, temperatures]. Raises ConfigError where it was not stored."""
-    stored = [float(t) for t in info.parameters.get("temperatures", [])]
+    stored = info.temperatures
     if temperature not in stored or log_z is None:
         raise ConfigError(
             f"the dataset holds no log-sum-exp at temperature {temperature} (it holds {[1.0, *stored]}); capture with "

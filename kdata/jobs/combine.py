@@ -35,17 +35,18 @@ from kdata.format.schema import (
 from kdata.format.sequences import Sequences
 from kdata.jobs.average import mix
 from kdata.jobs.payloads import (
+    OTHER_TEACHER,
     goes_on,
     inputs_of_shard,
     refuse_other_rows,
     refuse_other_targets,
-    refuse_other_vocabulary,
 )
 from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.pick import tables
 from kdata.store.shard import write_tables
+from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.store.writer import Writer
 
 
@@ -130,15 +131,14 @@ def combine(
     _refuse_unfit(inputs)
     for other in inputs[1:]:
         a, b = inputs[0], other
-        refuse_other_vocabulary(
-            str(a.path), a.info.tokenizer, a.info.vocab_size, str(b.path), b.info.tokenizer, b.info.vocab_size
-        )
+        refuse_other_ids(Vocabulary.of_dataset(a), Vocabulary.of_dataset(b), OTHER_TEACHER)
         refuse_other_rows(a, b)
     shares = _shares(config, inputs)
     pure = all(np.count_nonzero(share) == 1 for share in shares.values())
-    plan = _Plan(inputs, shares, pure and all(_unseeded(d) == _unseeded(inputs[0]) for d in inputs))
+    alike = all((_unseeded(d), d.info.vocab_size) == (_unseeded(inputs[0]), inputs[0].info.vocab_size) for d in inputs)
+    plan = _Plan(inputs, shares, pure and alike)
     info, report = _identity(plan, config), CombineReport(plan.lossless, ghost=inputs[0].info.tail == "ghost")
-    dropped = sorted({t for d in inputs for t in d.info.codec.parameters.get("temperatures", [])})
+    dropped = sorted({t for d in inputs for t in d.info.codec.temperatures})
     if dropped and not plan.lossless:
         report.notes.append(
             f"without the further temperatures {dropped}: the sum over the vocabulary at another temperature does not follow "
@@ -276,12 +276,13 @@ def _shares(config: CombineConfig, inputs: list[Dataset]) -> dict[str, np.ndarra
 
 
 def _normalised(weights: list[float], count: int) -> np.ndarray:
-    share = np.array(weights, np.float64)
+    share: np.ndarray = np.array(weights, np.float64)
     if len(share) != count:
         raise ConfigError(f"weights {weights} are {len(share)} numbers for {count} payloads")
     if not np.isfinite(share).all() or (share < 0).any() or not share.sum() > 0:
         raise ConfigError(f"weights {weights} must be finite, not negative, and not all 0")
-    return share / share.sum()
+    normalised: np.ndarray = share / share.sum()
+    return normalised
 
 
 def _identity(plan: _Plan, config: CombineConfig) -> DatasetInfo:
@@ -312,12 +313,17 @@ def _identity(plan: _Plan, config: CombineConfig) -> DatasetInfo:
     )
     return new_info(
         format_version=FORMAT_VERSION,
-        vocab_size=first.vocab_size,
+        vocab_size=_vocab_size(plan.inputs),
         teacher=teacher,
         tokenizer=first.tokenizer,
         codec=_unseeded(plan.inputs[0]) if plan.lossless else _codec(plan),
         tail=first.tail,
     )
+
+
+def _vocab_size(inputs: list[Dataset]) -> int:
+    """The largest of the vocabulary sizes: a teacher whose head lacks a row gives that id probability 0."""
+    return max(dataset.info.vocab_size for dataset in inputs)
 
 
 def _unseeded(dataset: Dataset) -> CodecInfo:
@@ -327,7 +333,7 @@ def _unseeded(dataset: Dataset) -> CodecInfo:
 
 
 def _codec(plan: _Plan) -> CodecInfo:
-    parameters: dict[str, Any] = {"id_bytes": 2 if plan.inputs[0].info.vocab_size <= 2**16 else 3}
+    parameters: dict[str, Any] = {"id_bytes": 2 if _vocab_size(plan.inputs) <= 2**16 else 3}
     if plan.inputs[0].info.tail == "draws":
         parameters["num_draws"] = sum(dataset.info.codec.parameters.get("num_draws", 1) for dataset in plan.inputs)
     return CodecInfo(id="packed", version=1, kind="combined", parameters=parameters)

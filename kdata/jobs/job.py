@@ -9,24 +9,27 @@ engine writes the same dataset.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from kdata.errors import ConfigError, DataError
+from kdata.errors import ConfigError, TeacherError
 from kdata.format.files import journal_of
 from kdata.format.keep import KeepConfig
 from kdata.format.manifest import new_info
-from kdata.format.records import Shard, UnitResult
-from kdata.format.schema import FORMAT_VERSION, DatasetInfo, SourceInfo, TeacherInfo
+from kdata.format.records import Reject, Shard, UnitResult
+from kdata.format.rejects import refused
+from kdata.format.schema import FORMAT_VERSION, DatasetInfo, ManifestEntry, SourceInfo, TeacherInfo
+from kdata.jobs.changes import ID_ELSEWHERE, Rest, close_gaps
+from kdata.jobs.payloads import MOST_FAILED
 from kdata.observe.energy import Devices, local_devices
 from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
-from kdata.store.shard import stored_shard
+from kdata.store.shard import stored_rejects, stored_shard
 from kdata.store.url_writer import writer_at
 from kdata.store.writer import Writer
 from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
@@ -52,6 +55,13 @@ class WorkUnit(Protocol):
     @property
     def ids(self) -> list[str]:
         """Ids of the rows that it can become."""
+        ...
+
+    rejects: list[Reject]
+    """Inputs that were refused before the teacher works."""
+
+    def reject(self, ids: set[str], reason: str, detail: str) -> None:
+        """Put aside the inputs that would become a row with one of these ids."""
         ...
 
 
@@ -91,6 +101,10 @@ class Job(Protocol[U]):
     noun: str
     """The inputs, as progress counts them: "documents"."""
     keep: KeepConfig
+    strict: bool
+    """See `RowsConfig`."""
+    follows: Sequence[str]
+    """Settings that identify the inputs by content; see `Writer`."""
 
     @property
     def total(self) -> int | None:
@@ -99,6 +113,10 @@ class Job(Protocol[U]):
 
     def source(self, facts: TeacherFacts) -> SourceInfo:
         """Everything that decides the rows. Raises ConfigError where this teacher cannot do it."""
+        ...
+
+    def follow(self, writer: Writer, facts: TeacherFacts, tokenizer: Any) -> Rest[U] | None:
+        """Bring what is committed in line with inputs that have changed; the units still to be done, None for `units`."""
         ...
 
     def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[U]:
@@ -194,16 +212,18 @@ def run_job(
     Returns:
         The dataset. At a URL: its local copy without the payload; `kdata.open(URL)` fetches that.
     Raises:
-        MismatchError: the dataset was begun with other settings.
-        DataError: tokenizer and model disagree; duplicate id.
+        MismatchError: the dataset was begun with other settings, or from other inputs of which nothing is left.
+        ConfigError: tokenizer and model disagree.
+        DataError: the dataset has all ids already; `strict` is set and a row cannot be used.
+        TeacherError: the teacher gives no usable numbers at all.
     """
     facts = engine.facts
     tokenizer = engine.tokenizer
     source, info = job.source(facts), dataset_info(facts, tokenizer, job.keep)
-    writes, cut = source.kind == "generate", 0
+    writes = source.kind == "generate"
     with (
         tokenizer_files(tokenizer) as folder,
-        writer_at(root, info, job.name, source, resume=resume, tokenizer_dir=folder) as writer,
+        writer_at(root, info, job.name, source, resume=resume, tokenizer_dir=folder, follows=job.follows) as writer,
         Task(
             f"{job.name}: {job.doing}",
             job.total,
@@ -214,27 +234,87 @@ def run_job(
             at_most=writes,
         ) as task,
     ):
-
-        def tokens_of(shard: Shard) -> int:
-            """Tokens that the teacher read or wrote; prompts are neither."""
-            return shard.entry.target_tokens if writes else shard.entry.tokens
-
-        def todo() -> Iterator[U]:
-            nonlocal cut
-            for unit in job.units(facts, tokenizer):
-                cut = unit.number + 1
-                if unit.number in writer.committed:
-                    shard = stored_shard(writer.root, writer.committed[unit.number])
-                    task.skip(unit.documents, tokens=tokens_of(shard), shard=shard)
-                else:
-                    writer.refuse_twice(unit.ids)
-                    task.plan(unit.number, unit.documents, unit.tokens)
-                    yield unit
-
-        for unit, shard in engine.run(job, todo(), writer, task.under_way):
-            task.advance(unit.documents, tokens=tokens_of(shard), part=unit.number, shard=shard)
-        writer.finish(cut)
+        work = _Work(job, engine, writer, task, writes)
+        for unit, shard in engine.run(job, work.units(), writer, task.under_way):
+            work.count(unit, shard)
+        writer.finish(work.end())
     return Dataset(writer.root)
+
+
+class _Work(Generic[U]):
+    """The units of a job that are not committed yet, and the progress through all of them."""
+
+    def __init__(self, job: Job[U], engine: Engine, writer: Writer, task: Task, writes: bool) -> None:
+        self._job, self._engine, self._writer, self._task, self._writes = job, engine, writer, task, writes
+        self._cut, self._rows, self._failed = 0, 0, 0
+        self._rest: Rest[U] | None = None
+
+    def units(self) -> Iterator[U]:
+        """Units for the engine; those that are committed are skipped."""
+        facts, tokenizer, writer, task = self._engine.facts, self._engine.tokenizer, self._writer, self._task
+        if writer.is_followed:
+            self._rest = self._job.follow(writer, facts, tokenizer)
+        if self._rest is not None:
+            task.skip(self._rest.rows)
+            for entry in writer.committed.values():
+                self._skip(0, entry)
+        committed = dict(writer.committed)
+        for unit in self._job.units(facts, tokenizer) if self._rest is None else self._rest.units:
+            self._cut = unit.number + 1
+            if unit.number in committed:
+                self._skip(unit.documents, committed[unit.number], len(unit.ids))
+            else:
+                self._refuse_present(unit)
+                if self._job.strict and unit.rejects:
+                    raise refused(unit.rejects[0])
+                task.plan(unit.number, unit.documents, unit.tokens)
+                yield unit
+
+    def _skip(self, documents: int, entry: ManifestEntry, rows: int = 0) -> None:
+        """Count a shard that an earlier run committed; `rows`: how many it could have become."""
+        shard = stored_shard(self._writer.root, entry)
+        if self._job.strict and entry.rejected:
+            raise refused(stored_rejects(self._writer.root, entry)[0])
+        self._rows += entry.rows
+        self._failed += rows if not entry.rows else 0
+        self._task.skip(documents, tokens=self._tokens_of(shard), shard=shard)
+
+    def _refuse_present(self, unit: U) -> None:
+        """Put aside rows whose id the dataset has already. Raises DataError where that is all that there is."""
+        ids = unit.ids
+        present = self._writer.present(ids)
+        if present and len(present) == len(ids) and not self._rows:
+            self._writer.refuse_twice(ids)
+        if present:
+            unit.reject(present, "id_twice", ID_ELSEWHERE)
+
+    def count(self, unit: U, shard: Shard) -> None:
+        """Count a unit that is committed. Raises TeacherError where the teacher has not given one usable row so far."""
+        self._rows += shard.entry.rows
+        self._failed += len(unit.ids) if not shard.entry.rows else 0
+        self._task.advance(unit.documents, tokens=self._tokens_of(shard), part=unit.number, shard=shard)
+        if self._failed >= MOST_FAILED:
+            self._refuse_hopeless()
+
+    def _refuse_hopeless(self) -> None:
+        if self._failed and not self._rows:
+            raise TeacherError(
+                f"the teacher has not given usable numbers for any of {self._failed:,} rows, so the rows are not at fault; "
+                f"check the weights and the arithmetic (teacher.dtype). The reasons: kdata sql {self._writer.root} "
+                '"select id, reason, detail from rejects"'
+            )
+
+    def end(self) -> int:
+        """Number of units in all, once all are committed. Errors as in `count`."""
+        self._refuse_hopeless()
+        if self._rest is not None:
+            close_gaps(self._writer)
+            return len(self._writer.committed)
+        return self._cut
+
+    def _tokens_of(self, shard: Shard) -> int:
+        """Tokens that the teacher read or wrote; prompts are neither."""
+        return shard.entry.target_tokens if self._writes else shard.entry.tokens
 
 
 def check_k(keep: KeepConfig, facts: TeacherFacts) -> None:
@@ -245,12 +325,7 @@ def check_k(keep: KeepConfig, facts: TeacherFacts) -> None:
 
 
 def dataset_info(facts: TeacherFacts, tokenizer: Any, keep: KeepConfig) -> DatasetInfo:
-    """Identity of a dataset that this teacher fills. Raises DataError when tokenizer and model disagree."""
-    if len(tokenizer) > facts.vocab_size:
-        raise DataError(
-            f"the tokenizer has {len(tokenizer)} ids, the teacher's head only {facts.vocab_size}: they do not belong "
-            "together; name a model folder with its own tokenizer"
-        )
+    """Identity of a dataset that this teacher fills."""
     return new_info(
         format_version=FORMAT_VERSION,
         vocab_size=facts.vocab_size,

@@ -13,10 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kdata.corpus.corpus import Corpus, Document
+from kdata.store.gguf import model_folder
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.sizing import ANY_WORK, Work, model_size
 
 LARGEST = 32  # texts that are encoded
+ANY_ID = 1 << 31  # ids are not looked at here
 LOOK_SEC = 20.0  # longest look at a corpus; what comes later is not looked at
 HUGE = 4 << 20  # characters of a text that is longer than the context of any model
 UNLIMITED = 1 << 30
@@ -50,11 +52,11 @@ def work_of(
 def model_limit(teacher: TeacherConfig) -> int | None:
     """The longest sequence that a teacher reads, as the settings or else config.json say; None where neither is here."""
     limit = teacher.context
-    if limit is None and (Path(teacher.model) / "config.json").is_file():
-        size = model_size(Path(teacher.model), teacher)
+    folder = Path(model_folder(teacher.model))
+    if limit is None and (folder / "config.json").is_file():
+        size = model_size(folder, teacher)
         limit = None if size is None else size.longest
-    # vLLM writes a token after what it reads, and that needs a place.
-    return limit if limit is None or teacher.backend == "transformers" else limit - 1
+    return limit
 
 
 def characters(document: Document) -> int:
@@ -68,7 +70,8 @@ def _largest(corpus: Corpus) -> list[Document]:
 
     def seen() -> Iterator[Document]:
         for document in corpus.documents():
-            yield document
+            if isinstance(document, Document):
+                yield document
             if time.monotonic() > end:
                 return
 

@@ -1,26 +1,32 @@
 """Sequences that a teacher reads, and the checks that several payloads belong to the same rows.
 
 A further payload is a separate dataset (see schemas/README.md, section 13). Two datasets have the same rows if ids, token
-ids and target masks agree, in order; they have the same vocabulary if tokenizer hash and vocabulary size agree.
+ids and target masks agree, in order; ids mean the same tokens where `kdata.store.vocabulary` says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from kdata.corpus.corpus import Document
 from kdata.corpus.messages import as_json
-from kdata.errors import MismatchError, TeacherError
+from kdata.errors import DataError, DistributionError, MismatchError, TeacherError
 from kdata.format.kept import Kept
-from kdata.format.records import Record
-from kdata.format.schema import TokenizerInfo, index_schema, json_digest
+from kdata.format.records import Record, Reject
+from kdata.format.schema import index_schema, json_digest
 from kdata.format.sequences import Sequences
 from kdata.store.dataset import Dataset
 from kdata.store.index import UNREADABLE, damaged, read_index
+from kdata.store.shard import check_record
 from kdata.teachers.base import Readout
+
+T = TypeVar("T")
+MOST_FAILED = 8  # rows without usable numbers, and no other: then the teacher is at fault, not the rows
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class InputSequence:
             token_ids=token_ids,
             target_mask=np.arange(len(token_ids)) > 0 if target_mask is None else target_mask,
             text=text,
-            tools=as_json(document.chat.tools) if document.chat and document.chat.tools else None,
+            tools=tools_json(document),
             token_bytes=token_bytes,
             origin=document.origin,
             license=document.license,
@@ -96,6 +102,57 @@ class InputSequence:
             own = payload.draw_logprobs[entries][kept.is_draw]
             kept = Kept(kept.num_exact, kept.num_drawn, kept.ids, kept.logprobs, own)
         return Record(**vars(self), kept=kept, **payload.measures(lambda values: values[span]))
+
+
+def tools_json(document: Document) -> str | None:
+    """The tools of a chat as the index keeps them; None without any."""
+    return as_json(document.chat.tools) if document.chat and document.chat.tools else None
+
+
+def split_known(sequences: list[InputSequence], vocab_size: int) -> tuple[list[InputSequence], list[Reject]]:
+    """Sequences of ids that the head of a teacher has; and the others, as rejects."""
+    known, rejects = [], []
+    for sequence in sequences:
+        beyond = beyond_head(sequence.token_ids, vocab_size)
+        if beyond is None:
+            known.append(sequence)
+        else:
+            rejects.append(Reject(sequence.id, sequence.domain, "vocabulary", beyond))
+    return known, rejects
+
+
+def beyond_head(token_ids: np.ndarray, vocab_size: int) -> str | None:
+    """What is wrong where a token id is outside the head of a teacher; else None."""
+    if not len(token_ids) or token_ids.max() < vocab_size:
+        return None
+    return f"token id {token_ids.max()} is outside the teacher's head of {vocab_size:,} rows"
+
+
+def outcome_of(
+    answer: T | TeacherError, record: Callable[[T], Record], row_id: str, domain: str, vocab_size: int
+) -> Record | Reject:
+    """A teacher's answer as a record, or as a reject where it failed or gave numbers that are no distribution."""
+    try:
+        if isinstance(answer, TeacherError):
+            raise answer
+        outcome = record(answer)
+        check_record(outcome, vocab_size)
+        return outcome
+    except DistributionError as error:
+        return Reject(row_id, domain, "not_finite", str(error))
+    except TeacherError as error:
+        return Reject(row_id, domain, "teacher_failed", str(error))
+    except DataError as error:
+        return Reject(row_id, domain, "not_finite", str(error))
+
+
+def refuse_hopeless_unit(asked: int, usable: int, rejects: list[Reject]) -> None:
+    """Raise TeacherError where a teacher failed at all of many rows of a unit."""
+    if asked >= MOST_FAILED and not usable:
+        raise TeacherError(
+            f"the teacher gave no usable numbers for any of {asked:,} rows, so the rows are not at fault; check its weights "
+            f"and its arithmetic (teacher.dtype). {rejects[-1].id}: {rejects[-1].detail}"
+        )
 
 
 REREAD = "have the teacher read the first one's rows: kdata reread FIRST OUT --teacher MODEL"
@@ -134,26 +191,7 @@ def _token_bytes(dataset: Dataset, shard: int) -> list[np.ndarray | None]:
         return [value.values.to_numpy().copy() if value.is_valid else None for value in column]
 
 
-def refuse_other_vocabulary(
-    first: str, ours: TokenizerInfo, vocab_size: int, second: str, theirs: TokenizerInfo, other_size: int
-) -> None:
-    """Raise MismatchError unless two payloads have one tokenizer (by its hash) and one vocabulary size."""
-    if "unknown" in (ours.hash, theirs.hash):
-        unknown = first if ours.hash == "unknown" else second
-        raise MismatchError(
-            f"the tokenizer of {unknown} is not known (it was imported without), so that nobody can say whether its ids "
-            "mean the same; import it again with --tokenizer FOLDER"
-        )
-    if ours.hash != theirs.hash:
-        raise MismatchError(
-            f"{first} and {second} have different tokenizers ({ours.hash[:12]} and {theirs.hash[:12]}): the same id is "
-            "another token. Only teachers with one tokenizer can be combined; choose another teacher."
-        )
-    if vocab_size != other_size:
-        raise MismatchError(
-            f"{first} has {vocab_size:,} token ids, {second} {other_size:,}, though the tokenizer is the same: one head has "
-            "rows that the other lacks. Only teachers with one vocabulary size can be combined; choose another teacher."
-        )
+OTHER_TEACHER = "only teachers with one tokenizer can be combined: choose another teacher"
 
 
 def refuse_other_rows(first: Dataset, second: Dataset) -> None:

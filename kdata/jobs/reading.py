@@ -9,35 +9,40 @@ Nothing is kept at other positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
+import pyarrow as pa
 from pydantic import Field, model_validator
 
-from kdata.corpus.chat_template import ChatError, Targets, chat_encoder, refuse_hopeless
+from kdata.config import RowsConfig
+from kdata.corpus.chat_template import ChatError, Targets, chat_encoder
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
-from kdata.errors import ConfigError, TeacherError, TooLongError
+from kdata.errors import ConfigError, TooLongError
 from kdata.format.keep import KeepConfig
-from kdata.format.records import Reject, UnitResult, inputs_digest
-from kdata.format.schema import SourceInfo
-from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
-from kdata.jobs.longest import UNLIMITED, model_limit, work_of
-from kdata.jobs.payloads import InputSequence
+from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest, inputs_of
+from kdata.format.rejects import checked
+from kdata.format.schema import SourceInfo, content_hash
+from kdata.jobs.bos import check_bos
+from kdata.jobs.changes import StoredRow, digest
+from kdata.jobs.corpus_job import CorpusJob, load_and_run, run_with
+from kdata.jobs.job import TeacherFacts, check_k
+from kdata.jobs.longest import ANY_ID, UNLIMITED, model_limit, work_of
+from kdata.jobs.payloads import InputSequence, outcome_of, refuse_hopeless_unit, split_known
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig
-from kdata.teachers.load import check_teacher, load_teacher
+from kdata.teachers.load import check_teacher
 from kdata.teachers.model import load_tokenizer
 from kdata.teachers.sizing import Work
 from kdata.teachers.windows import each
 
 
-class CaptureConfig(KeepConfig):
+class CaptureConfig(RowsConfig, KeepConfig):
     """What a teacher reads, and how much of its distributions is kept."""
 
     corpus: CorpusConfig
@@ -85,6 +90,9 @@ class CaptureConfig(KeepConfig):
         return self.targets or ("assistant" if self.corpus.messages_column else "all")
 
 
+SequencesOf = Callable[[Document], list[InputSequence | Reject]]
+
+
 @dataclass
 class ReadingUnit:
     """Sequences that are read, committed and repeated together; see `WorkUnit`."""
@@ -103,6 +111,17 @@ class ReadingUnit:
     def ids(self) -> list[str]:
         """Ids of the rows that it can become."""
         return [s.id for s in self.sequences]
+
+    def add(self, parts: list[InputSequence | Reject]) -> None:
+        """Add what one document became."""
+        self.documents += 1
+        self.sequences += [part for part in parts if not isinstance(part, Reject)]
+        self.rejects += [part for part in parts if isinstance(part, Reject)]
+
+    def reject(self, ids: set[str], reason: str, detail: str) -> None:
+        """See `WorkUnit.reject`."""
+        self.rejects += [Reject(s.id, s.domain, reason, detail) for s in self.sequences if s.id in ids]
+        self.sequences = [s for s in self.sequences if s.id not in ids]
 
 
 def capture(
@@ -124,17 +143,12 @@ def capture(
         resume: auto, never or must; see `Writer`.
         log: JSONL file for progress.
     Raises:
-        MismatchError: the dataset was begun with other settings.
+        MismatchError: the dataset was begun with other settings, or from another corpus of which nothing is left.
         TooLongError: `long_text` is refuse and a text is too long.
-        DataError: empty corpus, duplicate id.
+        DataError: empty corpus; `strict` is set and a row cannot be used.
     """
-    corpus = Corpus(config.corpus)
-    job = CaptureJob(config, corpus)
-    teacher = load_teacher(teacher_config, max_k=config.k, work=job.work(teacher_config))
-    try:
-        return capture_with(root, teacher, teacher_config, corpus, config, resume=resume, log=log)
-    finally:
-        teacher.close()
+    job = CaptureJob(config, Corpus(config.corpus))
+    return load_and_run(root, job, teacher_config, resume=resume, log=log)
 
 
 def capture_with(
@@ -148,29 +162,16 @@ def capture_with(
     log: Path | None = None,
 ) -> Dataset:
     """As `capture`, with a teacher that is already loaded."""
-    tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
-    engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
-    return run_job(root, CaptureJob(config, corpus), engine, resume=resume, log=log)
+    return run_with(root, CaptureJob(config, corpus), teacher, teacher_config, resume=resume, log=log)
 
 
-class CaptureJob:
+class CaptureJob(CorpusJob[InputSequence, ReadingUnit]):
     """A corpus for a teacher to read; see `kdata.jobs.job.Job`."""
 
-    doing, noun = "reading", "documents"
-
-    def __init__(self, config: CaptureConfig, corpus: Corpus) -> None:
-        self.config, self.name = config, config.name
-        self.keep: KeepConfig = config
-        self._corpus = corpus
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the corpus: another process gets units, and needs no more to perform them."""
-        return {**self.__dict__, "_corpus": None}
-
-    @property
-    def total(self) -> int | None:
-        """Documents in all; None where that is not known."""
-        return self._corpus.num_rows
+    doing, noun, corpus_key = "reading", "documents", "corpus"
+    columns = ("content_hash", "num_target_tokens", "text", "messages", "tools")
+    renames = True
+    config: CaptureConfig
 
     def work(self, teacher: TeacherConfig, *, look: bool = True) -> Work:
         """What the teacher is loaded for; `look`: at the texts, and not at the settings alone.
@@ -186,16 +187,15 @@ class CaptureJob:
         """How many tokens the sequences of a document have. Raises as `load_tokenizer`, and TooLongError where texts do."""
         chats = self.config.corpus.messages_column is not None
         limit = self.config.max_tokens or model_limit(teacher) or UNLIMITED
-        sequences_of = (_chats if chats else _texts)(
-            load_tokenizer(teacher.model, teacher.revision), self.config, limit
-        )
+        tokenizer = load_tokenizer(teacher.model, teacher.revision, bos=teacher.bos)
+        _, sequences_of = (_chats if chats else _texts)(tokenizer, self.config, limit, ANY_ID)
         return lambda document: [len(s.token_ids) for s in sequences_of(document) if isinstance(s, InputSequence)]
 
     def source(self, facts: TeacherFacts) -> SourceInfo:
         """The settings that determine the rows."""
         config = self.config
         check_k(config, facts)
-        own = config.model_dump(exclude={"corpus", "name", "max_tokens", *KeepConfig.model_fields})
+        own = config.model_dump(exclude={"corpus", "name", "strict", "max_tokens", *KeepConfig.model_fields})
         resolved = {"long_text": config.when_long, "targets": config.counted, "max_tokens": self._limit(facts)}
         settings = {**own, **config.settings(), "kind": config.kind, **resolved}
         return SourceInfo(kind="capture", settings={**settings, "corpus": self._corpus.settings()}, num_units=None)
@@ -209,58 +209,64 @@ class CaptureJob:
             )
         return limit
 
-    def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[ReadingUnit]:
-        """The corpus in its own order; a unit closes with the document that reaches `unit_tokens`."""
-        return reading_units(self._corpus, tokenizer, self.config, self._limit(facts))
+    def preparation(self, facts: TeacherFacts, tokenizer: Any) -> tuple[TextEncoder, SequencesOf]:
+        """The encoder, and how a row becomes sequences or rejects."""
+        prepare = _chats if self.config.corpus.messages_column else _texts
+        return prepare(tokenizer, self.config, self._limit(facts), facts.vocab_size)
+
+    def unit(self, number: int) -> ReadingUnit:
+        """An empty unit."""
+        return ReadingUnit(number)
+
+    def is_full(self, unit: ReadingUnit) -> bool:
+        """A unit closes with the document that reaches `unit_tokens`."""
+        return unit.tokens >= self.config.unit_tokens
 
     def perform(
         self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit, on_tokens: OnTokens = ignore_tokens
     ) -> UnitResult:
-        """Have one unit read."""
-        return read_unit(teacher, self.keep, unit, on_tokens)
+        """Have one unit read. Raises ConfigError where the first texts show that `teacher.bos` must be set."""
+        if unit.number == 0 and self.config.corpus.messages_column is None:  # a chat begins as its template says
+            check_bos(teacher, tokenizer, [s.token_ids for s in unit.sequences], self.keep)
+        return checked(read_unit(teacher, self.keep, unit, on_tokens), self.strict)
+
+    def rows_of(self, item: InputSequence) -> list[StoredRow]:
+        """See `Followed`: of a text that is read everything but its labels decides the numbers."""
+        targets = str(int(item.target_mask.sum()))
+        key = digest(content_hash(item.token_ids), targets, item.text, item.messages, item.tools)
+        return [StoredRow(key, (item.id, item.domain, item.origin, item.license))]
+
+    def stored_key(self, row: dict[str, Any]) -> bytes:
+        """See `Followed`."""
+        return digest(row["content_hash"], str(row["num_target_tokens"]), row["text"], row["messages"], row["tools"])
+
+    def inputs_of(self, payload: pa.Table) -> str:
+        """See `Followed`."""
+        return inputs_of(payload)
 
 
 def read_unit(teacher: Teacher, keep: KeepConfig, unit: ReadingUnit, on_tokens: OnTokens = ignore_tokens) -> UnitResult:
-    """Have a unit's sequences read; a sequence at which the teacher fails becomes a reject."""
-    tokens = [s.token_ids for s in unit.sequences]
+    """Have a unit's sequences read; a sequence at which the teacher fails becomes a reject.
+
+    Raises TeacherError where it fails at every one of several sequences: then the sequences are not at fault.
+    """
+    sequences, rejects = split_known(unit.sequences, teacher.vocab_size)
+    tokens = [s.token_ids for s in sequences]
     answers = each(lambda some: teacher.read([tokens[i] for i in some], keep, on_tokens), len(tokens))
-    records, rejects = [], list(unit.rejects)
-    for sequence, answer in zip(unit.sequences, answers, strict=True):
-        if isinstance(answer, TeacherError):
-            rejects.append(Reject(sequence.id, sequence.domain, "teacher_failed", str(answer)))
+    records: list[Record] = []
+    for sequence, answer in zip(sequences, answers, strict=True):
+        outcome = outcome_of(answer, sequence.record, sequence.id, sequence.domain, teacher.vocab_size)
+        if isinstance(outcome, Reject):
+            rejects.append(outcome)
         else:
-            records.append(sequence.record(answer))
-    return UnitResult(unit.number, records, rejects, inputs=inputs_digest(unit.sequences))
+            records.append(outcome)
+    refuse_hopeless_unit(len(sequences), len(records), rejects)
+    return UnitResult(unit.number, records, [*unit.rejects, *rejects], inputs=inputs_digest(unit.sequences))
 
 
-def reading_units(corpus: Corpus, tokenizer: Any, config: CaptureConfig, limit: int) -> Iterator[ReadingUnit]:
-    """Cut a corpus into units, deterministically: a unit closes with the document that reaches `unit_tokens`."""
-    sequences_of = (
-        _chats(tokenizer, config, limit) if config.corpus.messages_column else _texts(tokenizer, config, limit)
-    )
-    unit = ReadingUnit(0)
-    for document in corpus.documents():
-        unit.documents += 1
-        for sequence in sequences_of(document):
-            if isinstance(sequence, Reject):
-                unit.rejects.append(sequence)
-            else:
-                unit.sequences.append(sequence)
-        if unit.tokens >= config.unit_tokens:
-            yield unit
-            unit = ReadingUnit(unit.number + 1)
-    if unit.number == 0:
-        refuse_hopeless(len(unit.sequences), unit.rejects)
-    if unit.documents:
-        yield unit
-
-
-SequencesOf = Callable[[Document], list[InputSequence | Reject]]
-
-
-def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
-    """How a text becomes one sequence, several pieces, or a reject."""
-    encoder = TextEncoder(tokenizer)
+def _texts(tokenizer: Any, config: CaptureConfig, limit: int, vocab_size: int) -> tuple[TextEncoder, SequencesOf]:
+    """The encoder, and how a text becomes one sequence, several pieces, or a reject."""
+    encoder = TextEncoder(tokenizer, vocab_size=vocab_size, special_tokens_in_text=config.corpus.spelled)
     eos = tokenizer.eos_token_id if config.append_eos else None
     if config.append_eos and eos is None:
         raise ConfigError("append_eos: the tokenizer has no end-of-sequence token; leave append_eos at false")
@@ -272,12 +278,12 @@ def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
     def sequences_of(document: Document) -> list[InputSequence | Reject]:
         if not document.text.strip():
             return [Reject(document.id, document.domain, "empty", "the text is empty")]
-        pieces = encoder.pieces(document.text, limit - (eos is not None))
+        try:
+            pieces = encoder.pieces(document.text, limit, end=eos)
+        except RowError as error:
+            return [Reject(document.id, document.domain, error.reason, error.detail)]
         if len(pieces) > 1 and config.when_long != "split":
             return [_too_long(document, sum(len(ids) for _, ids, _ in pieces), limit, config)]
-        if eos is not None:
-            text, ids, token_bytes = pieces[-1]
-            pieces[-1] = text, np.append(ids, np.int32(eos)), np.append(token_bytes, np.uint16(0))
         names = [document.id] if len(pieces) == 1 else [f"{document.id}#{n}" for n in range(len(pieces))]
         return [
             InputSequence.of(name, document, ids, token_bytes, text)
@@ -286,12 +292,12 @@ def _texts(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
             for name, (text, ids, token_bytes) in zip(names, pieces, strict=True)
         ]
 
-    return sequences_of
+    return encoder, sequences_of
 
 
-def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
-    """How a chat becomes one sequence, or a reject."""
-    encoder = chat_encoder(tokenizer, config.corpus)
+def _chats(tokenizer: Any, config: CaptureConfig, limit: int, vocab_size: int) -> tuple[TextEncoder, SequencesOf]:
+    """The encoder, and how a chat becomes one sequence, or a reject."""
+    encoder = chat_encoder(tokenizer, config.corpus, vocab_size)
 
     def sequences_of(document: Document) -> list[InputSequence | Reject]:
         assert document.chat is not None
@@ -301,6 +307,8 @@ def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
             chat = encoder.whole(document.chat, config.counted, tool_calls=config.tool_call_targets)
         except ChatError as error:
             return [Reject(document.id, document.domain, "template", str(error))]
+        except RowError as error:
+            return [Reject(document.id, document.domain, error.reason, error.detail)]
         if len(chat.token_ids) > limit:
             return [_too_long(document, len(chat.token_ids), limit, config)]
         if not chat.target_mask.any():
@@ -320,7 +328,7 @@ def _chats(tokenizer: Any, config: CaptureConfig, limit: int) -> SequencesOf:
             )
         ]
 
-    return sequences_of
+    return encoder.texts, sequences_of
 
 
 def _too_long(document: Document, tokens: int, limit: int, config: CaptureConfig) -> Reject:

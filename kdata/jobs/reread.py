@@ -8,25 +8,30 @@ second teacher fails is a reject, as in a capture; then the rows are no longer t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 
-from kdata.config import parse_config
+from kdata.config import RowsConfig, parse_config
 from kdata.errors import ConfigError, DataError
 from kdata.format.keep import KeepConfig
-from kdata.format.records import UnitResult
-from kdata.format.schema import SourceInfo, TeacherInfo, json_digest
+from kdata.format.records import UnitResult, inputs_digest
+from kdata.format.rejects import checked
+from kdata.format.schema import ManifestEntry, SourceInfo, TeacherInfo, json_digest
+from kdata.jobs.changes import CORPUS_IDENTITY, LABELS, say_changes
 from kdata.jobs.job import Engine, LocalEngine, TeacherFacts, check_k, devices_of, run_job
-from kdata.jobs.payloads import goes_on, inputs_of_shard, refuse_other_vocabulary, source_digest
+from kdata.jobs.payloads import OTHER_TEACHER, goes_on, inputs_of_shard, source_digest
 from kdata.jobs.reading import ReadingUnit, read_unit
 from kdata.store.dataset import Dataset
+from kdata.store.index import read_index
+from kdata.store.vocabulary import Vocabulary, refuse_other_ids
+from kdata.store.writer import FORMER, Writer
 from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
-from kdata.teachers.model import load_tokenizer, tokenizer_info
+from kdata.teachers.model import load_tokenizer
 from kdata.teachers.sizing import Work
 
 
@@ -43,18 +48,18 @@ def reread(
 
     Args:
         root: dataset folder, created if needed, or a URL; not the dataset that is read.
-        settings: fields of KeepConfig that differ from those of `dataset`; see `keep_like`.
+        settings: fields of KeepConfig that differ from those of `dataset`, see `keep_like`; and of RowsConfig.
         resume: auto, never or must; see `Writer`.
         log: JSONL file for progress; see `run_job`.
     Raises:
         MismatchError: another tokenizer or vocabulary size; or the result was begun from other rows or settings.
         ConfigError: a row is longer than the teacher can read.
-        DataError: the dataset is not complete.
+        DataError: the dataset is not complete; `strict` is set and a row cannot be used.
     """
     max_k = keep_like(dataset, None, settings).k
     teacher = load_teacher(teacher_config, max_k=max_k, work=work_on(dataset))
     try:
-        tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
+        tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision, bos=teacher_config.bos)
         engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
         return reread_with(root, engine, dataset, settings, resume=resume, log=log)
     finally:
@@ -76,11 +81,11 @@ def reread_with(
         raise DataError(f"{dataset.path} has no rows to read; name a dataset that has some")
     if "://" not in str(root) and Path(root).resolve() == dataset.path.resolve():
         raise ConfigError(f"{root} is the dataset that is read; a further payload needs a folder of its own")
-    ours = (str(dataset.path), about.tokenizer, about.vocab_size)
-    refuse_other_vocabulary(*ours, facts.info.model, tokenizer_info(engine.tokenizer), facts.vocab_size)
-    keep = keep_like(dataset, facts.info, settings)
+    own = Vocabulary.of_model(facts.info.model, engine.tokenizer)
+    refuse_other_ids(Vocabulary.of_dataset(dataset), own, OTHER_TEACHER)
+    keep, strict = keep_like(dataset, facts.info, settings), rows_config(settings).strict
     for source in about.sources:
-        result = run_job(root, RereadJob(dataset, source, keep), engine, resume=resume, log=log)
+        result = run_job(root, RereadJob(dataset, source, keep, strict=strict), engine, resume=resume, log=log)
         resume = goes_on(resume)
     return result
 
@@ -101,7 +106,14 @@ def keep_like(dataset: Dataset, teacher: TeacherInfo | None, settings: Mapping[s
     if teacher is not None:
         who = json_digest([teacher.model, teacher.revision, teacher.weights_hash])
         own["draw_seed"] = int(who[:8], 16)
-    return parse_config(KeepConfig, {**own, **(settings or {})}, "reread settings")
+    named = {key: value for key, value in (settings or {}).items() if key not in RowsConfig.model_fields}
+    return parse_config(KeepConfig, {**own, **named}, "reread settings")
+
+
+def rows_config(settings: Mapping[str, Any] | None) -> RowsConfig:
+    """What the settings of a reread say about rows that cannot be used."""
+    named = {key: value for key, value in (settings or {}).items() if key in RowsConfig.model_fields}
+    return parse_config(RowsConfig, named, "reread settings")
 
 
 def work_on(dataset: Dataset) -> Work:
@@ -114,8 +126,11 @@ class RereadJob:
 
     doing, noun = "reading again", "rows"
 
-    def __init__(self, dataset: Dataset, source: str, keep: KeepConfig) -> None:
-        self.name, self.keep = source, keep
+    # A source that has grown: its shards are others, and the corpus that it was made from is another.
+    follows: Sequence[str] = ("of", *(f"made_by.{key}" for key in (FORMER, *CORPUS_IDENTITY)))
+
+    def __init__(self, dataset: Dataset, source: str, keep: KeepConfig, *, strict: bool = False) -> None:
+        self.name, self.keep, self.strict = source, keep, strict
         self._dataset = dataset
 
     def __getstate__(self) -> dict[str, Any]:
@@ -152,6 +167,22 @@ class RereadJob:
                 "another teacher"
             )
 
+    def follow(self, writer: Writer, facts: TeacherFacts, tokenizer: Any) -> None:
+        """Take out the shards whose rows are not those of the dataset any more. Raises as `kdata.jobs.changes.follow`."""
+        writer.sweep()
+        committed = writer.committed
+        units = (unit for unit in self.units(facts, tokenizer) if unit.number in committed)
+        same = {unit.number for unit in units if _is_of(committed[unit.number], unit, writer.root)}
+        changed, stay = [entry for number, entry in committed.items() if number not in same], len(same)
+        if changed and not stay:
+            writer.refuse_other_inputs()
+        if changed or writer.has_other_inputs:
+            say_changes(
+                f"{self.name}: the rows of {self._dataset.path} have changed: {stay:,} of {len(committed):,} shards stay; "
+                f"{len(changed):,} were taken out and are read again"
+            )
+            writer.follow(changed, [])
+
     def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[ReadingUnit]:
         """The shards of the source, one after another."""
         for number, entry in enumerate(self._dataset.manifest):
@@ -163,4 +194,13 @@ class RereadJob:
         self, teacher: Teacher, tokenizer: Any, unit: ReadingUnit, on_tokens: OnTokens = ignore_tokens
     ) -> UnitResult:
         """Have one unit read."""
-        return read_unit(teacher, self.keep, unit, on_tokens)
+        return checked(read_unit(teacher, self.keep, unit, on_tokens), self.strict)
+
+
+def _is_of(entry: ManifestEntry, unit: ReadingUnit, root: Path) -> bool:
+    """Whether a committed shard holds the rows of a unit, with their domains, sources and licenses."""
+    if entry.inputs != inputs_digest(unit.sequences):
+        return False
+    stored = read_index(root / f"index/{entry.name}.parquet", list(LABELS)).to_pylist()
+    labels = {s.id: {name: getattr(s, name) for name in LABELS} for s in unit.sequences}
+    return all(row == labels[row["id"]] for row in stored)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from kdata.config import Strict
-from kdata.errors import ConfigError, MismatchError, TeacherError
+from kdata.errors import ConfigError, TeacherError
 from kdata.format.files import storage_errors
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import ManifestEntry
@@ -19,10 +19,11 @@ from kdata.jobs.job import UnitCounter
 from kdata.observe.progress import Task
 from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, begin_sidecar, finish_sidecar, has_part, write_part
 from kdata.store.dataset import Dataset
+from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.teachers.base import OnTokens, Teacher
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
-from kdata.teachers.model import load_tokenizer, tokenizer_info
+from kdata.teachers.model import load_tokenizer
 from kdata.teachers.sizing import Work
 
 
@@ -43,13 +44,9 @@ def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> 
         ConfigError: a sequence is longer than the model's context.
         TeacherError: the model's log-probabilities are not finite.
     """
-    tokenizer = load_tokenizer(config.model.model, config.model.revision)
-    own = tokenizer_info(tokenizer).hash
-    if own != dataset.info.tokenizer.hash:
-        raise MismatchError(
-            f"{config.model.model} has another tokenizer ({own[:12]}) than the dataset "
-            f"({dataset.info.tokenizer.hash[:12]}); a per-token score needs the same one"
-        )
+    tokenizer = load_tokenizer(config.model.model, config.model.revision, bos=config.model.bos)
+    own = Vocabulary.of_model(config.model.model, tokenizer)
+    refuse_other_ids(Vocabulary.of_dataset(dataset), own, "score with a model of the teacher's tokenizer")
     longest = max(dataset.index(["num_tokens"])["num_tokens"].to_pylist(), default=0)
     model = load_teacher(config.model, max_k=1, work=Work(longest, writes=False))
     try:
@@ -62,7 +59,7 @@ def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> 
             name=config.name,
             unit="nats per target token",
             model=model.info,
-            tokenizer_hash=own,
+            tokenizer_hash=own.hash,
             dataset_digest=dataset.content_digest,
             files={},
         )

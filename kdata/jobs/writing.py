@@ -9,35 +9,42 @@ same dataset.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field
 
-from kdata.corpus.chat_template import ChatError, chat_encoder, refuse_hopeless
+from kdata.config import RowsConfig
+from kdata.corpus.chat_template import ChatError, chat_encoder
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
-from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig
-from kdata.format.records import Record, Reject, UnitResult, inputs_digest
+from kdata.format.records import Record, Reject, RowError, UnitResult, digest_of, inputs_digest
+from kdata.format.rejects import checked
 from kdata.format.schema import SourceInfo
-from kdata.jobs.job import LocalEngine, TeacherFacts, check_k, devices_of, run_job
-from kdata.jobs.longest import work_of
-from kdata.jobs.payloads import InputSequence
+from kdata.jobs.bos import check_bos
+from kdata.jobs.changes import StoredRow, digest
+from kdata.jobs.corpus_job import CorpusJob, load_and_run, run_with
+from kdata.jobs.job import TeacherFacts, check_k
+from kdata.jobs.longest import ANY_ID, work_of
+from kdata.jobs.payloads import InputSequence, outcome_of, refuse_hopeless_unit, tools_json
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import Completion, OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig
-from kdata.teachers.load import check_teacher, load_teacher
+from kdata.teachers.load import check_teacher
 from kdata.teachers.model import load_tokenizer
 from kdata.teachers.sizing import ANY_WORK, Work
 from kdata.teachers.windows import each
 
 
-class GenerateConfig(KeepConfig):
+class GenerateConfig(RowsConfig, KeepConfig):
     """What a teacher writes, and from which prompts."""
 
     prompts: CorpusConfig
@@ -65,6 +72,11 @@ class Prompt:
         """Id of the row."""
         return self.document.id
 
+    @property
+    def domain(self) -> str:
+        """Domain of the row."""
+        return self.document.domain
+
 
 @dataclass
 class WritingUnit:
@@ -91,6 +103,17 @@ class WritingUnit:
         """Prompts in all, refused ones too."""
         return len(self.prompts) + len(self.rejects)
 
+    def add(self, parts: list[Prompt | Reject]) -> None:
+        """Add what one row of the prompts became."""
+        self.prompts += [part for part in parts if not isinstance(part, Reject)]
+        self.rejects += [part for part in parts if isinstance(part, Reject)]
+
+    def reject(self, ids: set[str], reason: str, detail: str) -> None:
+        """See `WorkUnit.reject`."""
+        refused = {p.id: p.domain for p in self.prompts if any(f"{p.id}~{n}" in ids for n in range(self.samples))}
+        self.prompts = [p for p in self.prompts if p.id not in refused]
+        self.rejects += [Reject(prompt, domain, reason, detail) for prompt, domain in refused.items()]
+
 
 def generate(
     root: Path | str,
@@ -101,13 +124,8 @@ def generate(
     log: Path | None = None,
 ) -> Dataset:
     """Write text from prompts and add it to the dataset at `root` (created if needed). Errors as in `capture`."""
-    prompts = Corpus(config.prompts)
-    job = GenerateJob(config, prompts)
-    teacher = load_teacher(teacher_config, max_k=config.k, work=job.work(teacher_config))
-    try:
-        return generate_with(root, teacher, teacher_config, prompts, config, resume=resume, log=log)
-    finally:
-        teacher.close()
+    job = GenerateJob(config, Corpus(config.prompts))
+    return load_and_run(root, job, teacher_config, resume=resume, log=log)
 
 
 def generate_with(
@@ -121,29 +139,16 @@ def generate_with(
     log: Path | None = None,
 ) -> Dataset:
     """As `generate`, with a teacher that is already loaded."""
-    tokenizer = load_tokenizer(teacher_config.model, teacher.info.revision)
-    engine = LocalEngine(teacher, tokenizer, devices_of(teacher_config))
-    return run_job(root, GenerateJob(config, prompts), engine, resume=resume, log=log)
+    return run_with(root, GenerateJob(config, prompts), teacher, teacher_config, resume=resume, log=log)
 
 
-class GenerateJob:
+class GenerateJob(CorpusJob[Prompt, WritingUnit]):
     """Prompts for a teacher to continue; see `kdata.jobs.job.Job`."""
 
-    doing, noun = "writing", "prompts"
-
-    def __init__(self, config: GenerateConfig, prompts: Corpus) -> None:
-        self.config, self.name = config, config.name
-        self.keep: KeepConfig = config
-        self._prompts = prompts
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the prompts: another process gets units, and needs no more to perform them."""
-        return {**self.__dict__, "_prompts": None}
-
-    @property
-    def total(self) -> int | None:
-        """Prompts in all; None where that is not known."""
-        return self._prompts.num_rows
+    doing, noun, corpus_key = "writing", "prompts", "prompts"
+    columns = ("prompt", "messages", "tools")
+    renames = False  # the seed of a sample depends on the id
+    config: GenerateConfig
 
     def work(self, teacher: TeacherConfig, *, look: bool = True) -> Work:
         """What the teacher is loaded for; `look`: at the prompts, and not at the settings alone.
@@ -154,14 +159,12 @@ class GenerateJob:
             return ANY_WORK
         check_teacher(teacher, max_k=self.keep.k, work=Work(1))  # before the tokenizer: that takes seconds
         more = self.config.sampling.max_tokens
-        return work_of(self._prompts, teacher, lambda: self.lengths_of(teacher), writes=True, more=more)
+        return work_of(self._corpus, teacher, lambda: self.lengths_of(teacher), writes=True, more=more)
 
     def lengths_of(self, teacher: TeacherConfig) -> Callable[[Document], list[int]]:
         """How many tokens a prompt has; empty for one that is refused. Raises as `load_tokenizer`."""
-        tokenizer = load_tokenizer(teacher.model, teacher.revision)
-        prompt_of: Callable[[Document], Prompt | Reject] = (
-            _chats(tokenizer, self.config) if self.config.prompts.messages_column else _texts(tokenizer)
-        )
+        tokenizer = load_tokenizer(teacher.model, teacher.revision, bos=teacher.bos)
+        _, prompt_of = (_chats if self.config.prompts.messages_column else _texts)(tokenizer, self.config, ANY_ID)
 
         def lengths(document: Document) -> list[int]:
             prompt = prompt_of(document)
@@ -173,65 +176,89 @@ class GenerateJob:
         """The settings that determine the rows."""
         config = self.config
         check_k(config, facts)
-        own = config.model_dump(exclude={"prompts", "name", *KeepConfig.model_fields})
+        own = config.model_dump(exclude={"prompts", "name", "strict", *KeepConfig.model_fields})
         settings = {**own, **config.settings(), "kind": config.kind, "context": facts.context}
-        return SourceInfo(kind="generate", settings={**settings, "prompts": self._prompts.settings()}, num_units=None)
+        return SourceInfo(kind="generate", settings={**settings, "prompts": self._corpus.settings()}, num_units=None)
 
-    def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[WritingUnit]:
-        """Prompts in their own order, `unit_prompts` at a time."""
-        return writing_units(self._prompts, tokenizer, self.config, facts.context)
+    def preparation(
+        self, facts: TeacherFacts, tokenizer: Any
+    ) -> tuple[TextEncoder, Callable[[Document], list[Prompt | Reject]]]:
+        """The encoder, and how a row becomes a prompt; one that the template refuses or that leaves no room is a reject."""
+        config = self.config
+        texts, prompt_of = (_chats if config.prompts.messages_column else _texts)(tokenizer, config, facts.vocab_size)
+        room = facts.context - max(config.sampling.min_tokens, 1)
+
+        def prompts_of(document: Document) -> list[Prompt | Reject]:
+            prompt = prompt_of(document)
+            if isinstance(prompt, Reject):
+                return [prompt]
+            if len(prompt.token_ids) == 0:
+                return [Reject(document.id, document.domain, "empty", "the prompt has no token")]
+            if len(prompt.token_ids) > room:
+                detail = f"the prompt has {len(prompt.token_ids):,} tokens, at most {room:,} leave room to write"
+                return [Reject(document.id, document.domain, "too_long", detail)]
+            return [prompt]
+
+        return texts, prompts_of
+
+    def unit(self, number: int) -> WritingUnit:
+        """An empty unit."""
+        return WritingUnit(number, samples=self.config.num_samples, max_tokens=self.config.sampling.max_tokens)
+
+    def is_full(self, unit: WritingUnit) -> bool:
+        """A unit holds `unit_prompts` prompts, refused ones too."""
+        return unit.documents >= self.config.unit_prompts
 
     def perform(
         self, teacher: Teacher, tokenizer: Any, unit: WritingUnit, on_tokens: OnTokens = ignore_tokens
     ) -> UnitResult:
-        """Have one unit written."""
-        return write_unit(teacher, unit, self.config, tokenizer, on_tokens)
+        """Have one unit written. Raises ConfigError where the first prompts show that `teacher.bos` must be set."""
+        if unit.number == 0 and self.config.prompts.messages_column is None:  # a chat begins as its template says
+            check_bos(teacher, tokenizer, [prompt.token_ids for prompt in unit.prompts], self.keep)
+        return checked(write_unit(teacher, unit, self.config, tokenizer, on_tokens), self.strict)
+
+    def rows_of(self, item: Prompt) -> list[StoredRow]:
+        """See `Followed`: prompt and id decide what is written, as the seed of a sample follows from the id."""
+        document = item.document
+        chat = (as_json(document.chat.messages), tools_json(document)) if document.chat else (None, None)
+        names = [f"{document.id}~{n}" for n in range(self.config.num_samples)]
+        about = (document.domain, document.origin, document.license)
+        return [StoredRow(digest(name, item.text, *chat), (name, *about)) for name in names]
+
+    def stored_key(self, row: dict[str, Any]) -> bytes:
+        """See `Followed`: the last message of a chat is what the teacher wrote."""
+        messages = None if row["messages"] is None else as_json(json.loads(row["messages"])[:-1])
+        return digest(row["id"], row["prompt"], messages, row["tools"])
+
+    def inputs_of(self, payload: pa.Table) -> str:
+        """See `Followed`: the digest is of the prompts, each once, up to the first token that was written."""
+        prompts: dict[str, np.ndarray] = {}
+        columns = (payload[name] for name in ("id", "input_ids", "target_mask"))
+        for row_id, token_ids, target_mask in zip(*columns, strict=True):
+            start = target_mask.as_py().index(True)
+            prompts.setdefault(row_id.as_py().rpartition("~")[0], token_ids.values.to_numpy()[:start])
+        return digest_of(prompts.items())
 
 
-def writing_units(prompts: Corpus, tokenizer: Any, config: GenerateConfig, context: int) -> Iterator[WritingUnit]:
-    """Cut prompts into units of `unit_prompts`; a prompt that the template refuses or that leaves no room is a reject."""
-    prompt_of = _chats(tokenizer, config) if config.prompts.messages_column else _texts(tokenizer)
-    samples, longest = config.num_samples, config.sampling.max_tokens
-    unit = WritingUnit(0, samples=samples, max_tokens=longest)
-    room = context - max(config.sampling.min_tokens, 1)
-    for document in prompts.documents():
-        if unit.documents == config.unit_prompts:
-            yield _checked(unit)
-            unit = WritingUnit(unit.number + 1, samples=samples, max_tokens=longest)
-        prompt = prompt_of(document)
-        if isinstance(prompt, Reject):
-            unit.rejects.append(prompt)
-        elif len(prompt.token_ids) == 0:
-            unit.rejects.append(Reject(document.id, document.domain, "empty", "the prompt has no token"))
-        elif len(prompt.token_ids) > room:
-            detail = f"the prompt has {len(prompt.token_ids):,} tokens, at most {room:,} leave room to write"
-            unit.rejects.append(Reject(document.id, document.domain, "too_long", detail))
-        else:
-            unit.prompts.append(prompt)
-    if unit.documents:
-        yield _checked(unit)
+PromptOf = Callable[[Document], Prompt | Reject]
 
 
-def _checked(unit: WritingUnit) -> WritingUnit:
-    if unit.number == 0:
-        refuse_hopeless(len(unit.prompts), unit.rejects)
-    return unit
+def _texts(tokenizer: Any, config: GenerateConfig, vocab_size: int) -> tuple[TextEncoder, PromptOf]:
+    """The encoder, and how a text becomes a prompt: with the special tokens before it, without those after it."""
+    encoder = TextEncoder(tokenizer, vocab_size=vocab_size, special_tokens_in_text=config.prompts.spelled)
+
+    def prompt_of(document: Document) -> Prompt | Reject:
+        try:
+            return Prompt(document, document.text, encoder.prompt(document.text))
+        except RowError as error:
+            return Reject(document.id, document.domain, error.reason, error.detail)
+
+    return encoder, prompt_of
 
 
-def _texts(tokenizer: Any) -> Callable[[Document], Prompt | Reject]:
-    """A text as a prompt: with the special tokens before it, without those after it."""
-    encoder = TextEncoder(tokenizer)
-
-    def prompt_of(document: Document) -> Prompt:
-        [(text, ids, _)] = encoder.pieces(document.text, 2**31)
-        return Prompt(document, text, ids[: len(ids) - len(encoder.suffix)])
-
-    return prompt_of
-
-
-def _chats(tokenizer: Any, config: GenerateConfig) -> Callable[[Document], Prompt | Reject]:
-    """A chat as a prompt: up to where the assistant begins its turn."""
-    encoder = chat_encoder(tokenizer, config.prompts)
+def _chats(tokenizer: Any, config: GenerateConfig, vocab_size: int) -> tuple[TextEncoder, PromptOf]:
+    """The encoder, and how a chat becomes a prompt: up to where the assistant begins its turn."""
+    encoder = chat_encoder(tokenizer, config.prompts, vocab_size)
 
     def prompt_of(document: Document) -> Prompt | Reject:
         assert document.chat is not None
@@ -241,9 +268,11 @@ def _chats(tokenizer: Any, config: GenerateConfig) -> Callable[[Document], Promp
             chat = encoder.prompt(document.chat)
         except ChatError as error:
             return Reject(document.id, document.domain, "template", str(error))
+        except RowError as error:
+            return Reject(document.id, document.domain, error.reason, error.detail)
         return Prompt(document, chat.text, chat.token_ids, chat.token_bytes)
 
-    return prompt_of
+    return encoder.texts, prompt_of
 
 
 def write_unit(
@@ -261,19 +290,24 @@ def write_unit(
         prompts = [jobs[i][0].token_ids for i in some]
         return teacher.write(prompts, config, config.sampling, [seeds[i] for i in some], on_tokens)
 
-    encoder, records, rejects = TextEncoder(tokenizer), [], list(unit.rejects)
+    encoder = TextEncoder(tokenizer)
+    records: list[Record] = []
+    rejects: list[Reject] = []
     answers = each(ask, len(jobs))
     for (prompt, number), answer in zip(jobs, answers, strict=True):
-        document = prompt.document
-        if isinstance(answer, TeacherError):
-            rejects.append(Reject(f"{document.id}~{number}", document.domain, "teacher_failed", str(answer)))
+        record = partial(_record, prompt, number, config.sampling, encoder, tokenizer)
+        row_id = f"{prompt.id}~{number}"
+        outcome = outcome_of(answer, record, row_id, prompt.domain, teacher.vocab_size)
+        if isinstance(outcome, Reject):
+            rejects.append(outcome)
         else:
-            records.append(_record(prompt, number, answer, config.sampling, encoder, tokenizer))
-    return UnitResult(unit.number, records, rejects, inputs=inputs_digest(unit.prompts))
+            records.append(outcome)
+    refuse_hopeless_unit(len(jobs), len(records), rejects)
+    return UnitResult(unit.number, records, [*unit.rejects, *rejects], inputs=inputs_digest(unit.prompts))
 
 
 def _record(
-    prompt: Prompt, number: int, completion: Completion, sampling: SamplingConfig, encoder: TextEncoder, tokenizer: Any
+    prompt: Prompt, number: int, sampling: SamplingConfig, encoder: TextEncoder, tokenizer: Any, completion: Completion
 ) -> Record:
     ids, start, document = completion.readout.token_ids, completion.num_prompt_tokens, prompt.document
     text, token_bytes, messages = _decode(tokenizer, ids, special=False), encoder.byte_lengths(ids), None
@@ -299,7 +333,8 @@ def _record(
 
 
 def _decode(tokenizer: Any, ids: np.ndarray, *, special: bool) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+    text: str = tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _text_from(tokenizer: Any, ids: np.ndarray, start: int, *, special: bool) -> str:

@@ -33,7 +33,9 @@ def entry_grid(
 
 
 @numba.njit(cache=True, nogil=True)
-def _entry_grid(first_M, count_M, values_N, fill, grid_MK):
+def _entry_grid(
+    first_M: np.ndarray, count_M: np.ndarray, values_N: np.ndarray, fill: np.generic, grid_MK: np.ndarray
+) -> None:
     width = grid_MK.shape[1]
     for m in range(len(first_M)):
         first, count = first_M[m], count_M[m]

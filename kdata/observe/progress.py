@@ -32,9 +32,10 @@ from kdata.errors import StorageError
 from kdata.format.records import Shard
 from kdata.observe.energy import Devices, Meter, local_devices
 from kdata.observe.journal import Line, State, append, started
-from kdata.observe.text import duration
+from kdata.observe.terminal import PlainConsole, name_text
+from kdata.observe.text import duration, visible_name
 
-console = Console(stderr=True)
+console = PlainConsole(stderr=True)
 BEAT_SEC = 10.0  # between plain lines, and between lines of the log
 TICK_SEC = 1.0  # between lines of the log at first: young work changes fast, and a minute of it should not be lost
 
@@ -440,7 +441,7 @@ class Task(_Tracked):
 
     def _show(self) -> None:
         if self._live is None:
-            console.print(self._line(), highlight=False, markup=False, soft_wrap=True)
+            console.print(visible_name(self._line()), soft_wrap=True)
 
     def _line(self) -> str:
         with self._lock:
@@ -461,7 +462,9 @@ class Task(_Tracked):
                 first.add_column(ratio=ratio, no_wrap=True, overflow="ellipsis")
             bar = ProgressBar(total=total, completed=done, pulse=not self._outcome and not total)
             mark = Text("✓" if self._outcome.startswith("done") else "✗") if self._outcome else self._spinner
-            first.add_row(mark, Text(self.name, style="bold"), bar, Text(figures.count_text()), Text(seconds, "cyan"))
+            first.add_row(
+                mark, name_text(self.name, "bold"), bar, name_text(figures.count_text()), Text(seconds, "cyan")
+            )
             second = ""
             for text in figures.texts():
                 if second and len(second) + 2 + len(text) > options.max_width:
@@ -469,7 +472,7 @@ class Task(_Tracked):
                 second += f"  {text}"
         yield first
         if second:
-            yield Text(second, style="dim", no_wrap=True, overflow="ellipsis")
+            yield name_text(second, "dim", no_wrap=True, overflow="ellipsis")
 
     def _logged(self, seconds: float, state: State) -> dict[str, Any]:
         return self.figures.logged(seconds, state)

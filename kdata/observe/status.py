@@ -23,7 +23,8 @@ from rich.text import Text
 from kdata.errors import CorruptError, MissingError
 from kdata.format.manifest import read_info, read_manifest
 from kdata.observe.journal import Line, Took, alive, find_journal, last_lines, lines_of, read_journal, took, total
-from kdata.observe.text import duration, energy_text, hours_text
+from kdata.observe.terminal import name_text
+from kdata.observe.text import duration, energy_text, hours_text, visible_name
 
 WATCH_SEC = 2.0
 WIDE = 110  # terminals of at least this width name the units
@@ -184,19 +185,18 @@ def render(shown: Status, width: int = 120, now: datetime | None = None) -> Grou
     for name in ("done", "tokens/s", "left", "shards", "B/token", "kept", *(["updated"] if wide else [])):
         table.add_column(name, justify="right", no_wrap=True)
     for row in shown.rows:
-        label = Text(f"{'  ' if row.part else ''}{row.name}", no_wrap=True, overflow="ellipsis")
-        table.add_row(label, Text(row.state, STYLES.get(row.state, "magenta")), *_cells(row, wide, now))
+        label = name_text(f"{'  ' if row.part else ''}{row.name}", no_wrap=True, overflow="ellipsis")
+        table.add_row(label, Text(row.state, STYLES.get(row.state, "magenta")), *map(name_text, _cells(row, wide, now)))
     return Group(_headline(shown, now), table, *_totals(shown))
 
 
 def _headline(shown: Status, now: datetime) -> Text:
-    text = Text.assemble((shown.title, "bold"), ": ", (shown.state, STYLES.get(shown.state, "magenta")))
+    text = Text.assemble(name_text(shown.title, "bold"), ": ", (shown.state, STYLES.get(shown.state, "magenta")))
     if shown.pid is not None:
         text.append(f" (process {shown.pid})")
     if shown.state == "unknown":
-        where = (
-            f"look on {shown.host}, where it was at work" if shown.host else "no log says whether a process writes it"
-        )
+        host = visible_name(shown.host or "")
+        where = f"look on {host}, where it was at work" if host else "no log says whether a process writes it"
         text.append(f" ({where})")
     elif shown.state in ("stopped", "failed"):
         text.append(" (the same command goes on where it was)")
@@ -234,7 +234,7 @@ def _totals(shown: Status) -> list[Text]:
         f"{'took' if shown.state == 'done' else 'so far'} {duration(took.seconds)}; device hours: {hours}",
         f"energy: {energy_text(took.energy_joules)}",
     ]
-    return [Text(line, "dim") for line in lines]
+    return [name_text(line, "dim") for line in lines]
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,10 +1,34 @@
-"""Numbers and names as a person reads them: bytes, durations, energy, one-line text."""
+"""Numbers and names as a person reads them: bytes, durations, energy, text that a terminal can show."""
 
 from __future__ import annotations
 
 import re
 
 _SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+")  # line breaks, controls, text direction
+
+# What a terminal would obey instead of showing: control characters, marks of text direction, halves of characters.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def visible(text: str) -> str:
+    """Text in which control characters are escapes that can be read (\\x1b); tabs and line breaks stay."""
+    return _CONTROL.sub(lambda match: _escape(match[0]), text)
+
+
+def visible_name(text: str) -> str:
+    """`visible` for a name, which has one line: tabs and line breaks become \\t and \\n."""
+    return re.sub(r"[\t\n]", lambda match: _NAMED[match[0]], visible(text))
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return _NAMED.get(character) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+
+
+def visible_json(text: str) -> str:
+    """JSON with the same values, in which every control character is an escape of JSON."""
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def human_bytes(value: float) -> str:

@@ -50,9 +50,9 @@ class PlanInfo(Contract):
     parameters: dict[str, Any] = Field(description="Parameters of the method.")
     sql: str | None = Field(description="The DuckDB query that chose the ids; null when no query did.")
     dataset_digest: str = Field(
-        alias="dataset_fingerprint", description="Fingerprint of the dataset that it selects from."
+        alias="dataset_fingerprint", description="Content digest of the dataset that it selects from."
     )
-    scores: dict[str, str] = Field(description="Sidecars that were read: name to fingerprint.")
+    scores: dict[str, str] = Field(description="Sidecars that were read: name to digest.")
     parents: dict[str, str] = Field({}, description="Plans that were read: name to `digest` of their JSON.")
     num_rows: int = Field(ge=0, description="Distinct sequences chosen.")
     num_tokens: int = Field(ge=0, description="Tokens, repeats counted.")
@@ -96,12 +96,14 @@ class Plan:
     @cached_property
     def ids(self) -> list[str]:
         """Ids, R of them."""
-        return self.table["id"].to_pylist()
+        ids: list[str] = self.table["id"].to_pylist()
+        return ids
 
     @property
     def repeats(self) -> np.ndarray:
         """How often each id is chosen, int32 [R] >= 1."""
-        return self.table["repeats"].to_numpy()
+        repeats: np.ndarray = self.table["repeats"].to_numpy()
+        return repeats
 
     @property
     def dataset_digest(self) -> str:

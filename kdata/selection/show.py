@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,7 +213,30 @@ def _draw_histogram(axes: Axes, info: PlanInfo, bars: _Bars) -> None:
     axes.grid(axis="y")
 
 
-def compare(dataset: Dataset, first: str, second: str) -> Shown:
+@dataclass(frozen=True)
+class Overlap:
+    """Rows of one domain, or of all: those that only one of two plans chose, those that both chose; shares of tokens."""
+
+    only_first: int
+    both: int
+    only_second: int
+    first_token_share: float
+    second_token_share: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two plans of a dataset: their overlap in each domain and overall, and at most five ids that only one chose."""
+
+    first: str
+    second: str
+    domains: dict[str, Overlap]
+    overall: Overlap
+    only_first_examples: list[str]
+    only_second_examples: list[str]
+
+
+def compare(dataset: Dataset, first: str, second: str) -> Comparison:
     """Rows that two plans of a dataset have in common in each domain, and each plan's share of tokens there.
 
     Raises:
@@ -222,21 +245,37 @@ def compare(dataset: Dataset, first: str, second: str) -> Shown:
     """
     a, b = open_plan(dataset, first).info, open_plan(dataset, second).info
     overlap = {row[0]: row[1:] for row in _rows(dataset, OVERLAP.format(a=first, b=second))}
+    domains = {}
+    for name in sorted(a.domains):
+        only_first, both, only_second, _, _ = overlap.get(name, (0, 0, 0, None, None))
+        shares = a.shares[name]["plan"], b.shares[name]["plan"]
+        domains[name] = Overlap(only_first, both, only_second, *shares)
+    overall = Overlap(**{part.name: sum(getattr(d, part.name) for d in domains.values()) for part in fields(Overlap)})
+    examples = [sorted(row[place] for row in overlap.values() if row[place] is not None)[:5] for place in (3, 4)]
+    return Comparison(first, second, domains, overall, *examples)
+
+
+def comparison_table(comparison: Comparison) -> Shown:
+    """Two plans compared, as a table; the last column is the difference of the shares in percentage points."""
+    first, second = comparison.first, comparison.second
     rows, notes = [], []
-    for domain in sorted(a.domains):
-        only_a, both, only_b, _, _ = overlap.get(domain, (0, 0, 0, None, None))
-        shares = a.shares[domain]["plan"], b.shares[domain]["plan"]
-        union = only_a + both + only_b
-        rows.append([domain, f"{only_a:,}", f"{both:,}", f"{only_b:,}", f"{both / union:.3f}" if union else "",
-                     f"{shares[0]:.1%}", f"{shares[1]:.1%}", f"{100 * (shares[1] - shares[0]):+.1f}"])  # fmt: skip
-    sums = [sum(numbers[n] for numbers in overlap.values()) for n in range(3)]
-    rows.append(["all", *(f"{n:,}" for n in sums), f"{sums[1] / max(sum(sums), 1):.3f}", "100.0%", "100.0%", ""])
-    for plan, place in ((first, 3), (second, 4)):
-        examples = sorted(numbers[place] for numbers in overlap.values() if numbers[place] is not None)[:5]
-        if examples:
-            notes.append(f"only in {plan}, for example: {', '.join(examples)}")
+    for name, domain in comparison.domains.items():
+        points = 100 * (domain.second_token_share - domain.first_token_share)
+        rows.append([name, *_cells(domain), f"{points:+.1f}"])
+    rows.append(["all", *_cells(comparison.overall), ""])
+    for plan, ids in ((first, comparison.only_first_examples), (second, comparison.only_second_examples)):
+        if ids:
+            notes.append(f"only in {plan}, for example: {', '.join(ids)}")
     columns = ["domain", f"only {first}", "both", f"only {second}", "both / either", first, second, "points"]
     return Shown(f"plans {first} and {second}: rows, and shares of tokens", columns, rows, notes)
+
+
+def _cells(overlap: Overlap) -> list[str]:
+    """The numbers of rows, the share of rows in both plans (empty without rows), and the shares of tokens."""
+    counts = overlap.only_first, overlap.both, overlap.only_second
+    in_both = f"{overlap.both / sum(counts):.3f}" if sum(counts) else ""
+    shares = overlap.first_token_share, overlap.second_token_share
+    return [*(f"{count:,}" for count in counts), in_both, *(f"{share:.1%}" for share in shares)]
 
 
 def _rows(dataset: Dataset, sql: str) -> list[tuple[Any, ...]]:

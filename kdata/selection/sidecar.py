@@ -43,7 +43,9 @@ class ScoreInfo(Contract):
     tokenizer_hash: str | None = Field(
         description="Its tokenizer, the same as the dataset's; null where the numbers are from a file."
     )
-    dataset_digest: str = Field(alias="dataset_fingerprint", description="Fingerprint of the dataset that was scored.")
+    dataset_digest: str = Field(
+        alias="dataset_fingerprint", description="Content digest of the dataset that was scored."
+    )
     columns: list[str] = Field(["nll", "num_target_tokens"], description="Columns of the parts beside `id`.")
     origin: FileInfo | None = Field(
         None, description="Digest and size of the file that the numbers are from; null where a model scored."

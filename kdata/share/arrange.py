@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,14 +24,15 @@ import pyarrow.parquet as pq
 from kdata.errors import ConfigError, DataError, MismatchError, StorageError, settings_difference
 from kdata.format.files import file_info, local_path, storage_errors
 from kdata.format.manifest import append_entry, write_info
-from kdata.format.records import inputs_of, shard_name
-from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, SourceInfo
+from kdata.format.records import inputs_of
+from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, SourceInfo, shard_name
 from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.pick import renamed, tables
 from kdata.store.shard import write_tables
+from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.store.writer import Writer
 
 LOCAL_TARGET = "name a new folder, and copy it to the Hub with `kdata push`"
@@ -54,7 +55,7 @@ def merge(datasets: list[Dataset], target: Path | str, *, link: bool = False) ->
         raise DataError(f"merge needs two datasets or more, but got {len(datasets)}; name another one")
     first = datasets[0]
     for other in datasets[1:]:
-        difference = settings_difference(first.info.identity(), other.info.identity())
+        difference = settings_difference(first.info.identity(), _identity_like(first, other))
         if difference:
             raise MismatchError(
                 f"{first.path} and {other.path} cannot be merged, because they differ (first -> other):\n{difference}"
@@ -74,6 +75,16 @@ def merge(datasets: list[Dataset], target: Path | str, *, link: bool = False) ->
             folder, first.info.model_copy(update={"sources": dict(sorted(sources.items())), "tokenizer_files": files})
         )
     return open_dataset(target)
+
+
+def _identity_like(first: Dataset, other: Dataset) -> dict[str, Any]:
+    """The identity of a dataset, with the first one's tokenizer where ids mean the same in both. Raises MismatchError."""
+    identity = other.info.identity()
+    if "unknown" not in (first.info.tokenizer.hash, other.info.tokenizer.hash):
+        remedy = "merge datasets of one tokenizer"
+        refuse_other_ids(Vocabulary.of_dataset(first), Vocabulary.of_dataset(other), remedy)
+        identity["tokenizer"]["hash"] = first.info.tokenizer.hash
+    return identity
 
 
 def split(

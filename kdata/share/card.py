@@ -116,7 +116,8 @@ def facts(dataset: Dataset) -> Facts:
 
 
 def _sql(dataset: Dataset, query: str) -> list[dict[str, Any]]:
-    return dataset.sql(query).to_pylist()
+    rows: list[dict[str, Any]] = dataset.sql(query).to_pylist()
+    return rows
 
 
 def codec_error(dataset: Dataset) -> CodecError | None:

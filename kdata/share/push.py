@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, DependencyError, StorageError
-from kdata.format.files import inside, local_path
+from kdata.format.files import inside, local_path, visible
 from kdata.share.arrange import new_folder
 from kdata.share.card import card_page, cost_of, write_card
 from kdata.store.dataset import Dataset
 from kdata.store.hub import hub_errors, hub_name
 from kdata.store.open import open_dataset
 
+FOLDERS = {"data", "index", "rejects", "scores", "plans", "tokenizer"}  # what is in them is kdata's own
+
 
 def push(dataset: Dataset, destination: str | Path, *, public: bool = False) -> str:
     """Verify a dataset and copy it, with its card, to a folder or to the Hub.
+
+    On the Hub it takes the place of the dataset that was there, in one commit: shards, scores and plans that it does not
+    have are deleted. Other files of the repository stay.
 
     Args:
         destination: a folder that does not exist yet (or is empty), or hf://OWNER/NAME.
@@ -59,7 +66,7 @@ def dataset_files(dataset: Dataset) -> list[str]:
         "tokenizer/*",
         "README.md",
     ):
-        files += [p.relative_to(dataset.path).as_posix() for p in sorted(dataset.path.glob(pattern)) if p.is_file()]
+        files += [p.relative_to(dataset.path).as_posix() for p in visible(dataset.path, pattern) if p.is_file()]
     for relative in files:
         inside(dataset.path, relative)  # refuses a link, which would share a file from elsewhere
     return files
@@ -68,7 +75,7 @@ def dataset_files(dataset: Dataset) -> list[str]:
 def _push_to_hub(dataset: Dataset, destination: str, public: bool) -> str:
     name = hub_name(destination)
     try:
-        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
         from huggingface_hub.errors import LocalTokenNotFoundError
     except ModuleNotFoundError as error:
         raise DependencyError("sharing on the Hub needs huggingface_hub: pip install 'kdata[hub]'") from error
@@ -78,10 +85,16 @@ def _push_to_hub(dataset: Dataset, destination: str, public: bool) -> str:
     api = HfApi()
     try:
         url = api.create_repo(name, repo_type="dataset", private=not public, exist_ok=True)
+        commit, there = _files_there(api, name)
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *(CommitOperationAdd(relative, content) for relative, content in files.items()),
+            *(CommitOperationDelete(relative) for relative in left_over(there, files)),
+        ]
         api.create_commit(
             repo_id=name,
             repo_type="dataset",
-            operations=[CommitOperationAdd(relative, content) for relative, content in files.items()],
+            operations=operations,
+            parent_commit=commit,  # refused where somebody else pushed since
             commit_message=f"kdata dataset {dataset.content_digest[:12]}",
         )
     except LocalTokenNotFoundError as error:
@@ -89,3 +102,18 @@ def _push_to_hub(dataset: Dataset, destination: str, public: bool) -> str:
     except hub_errors() as error:
         raise StorageError(f"the Hub refused {name}: {error}; check HF_TOKEN, the name and the network") from error
     return str(url)
+
+
+def _files_there(api: Any, name: str) -> tuple[str | None, list[str]]:
+    """The newest commit of a repository, and the paths of its files."""
+    commit = api.dataset_info(name).sha
+    tree = api.list_repo_tree(name, recursive=True, revision=commit, repo_type="dataset")
+    return commit, [entry.path for entry in tree if hasattr(entry, "size")]  # a folder has no size
+
+
+def left_over(there: Iterable[str], new: Iterable[str]) -> list[str]:
+    """Files of a former dataset that are not in the new one; none where the repository does not hold a dataset of kdata."""
+    former = set(there)
+    if not {"dataset.json", "manifest.jsonl"} <= former:
+        return []
+    return sorted(path for path in former - set(new) if path.partition("/")[0] in FOLDERS and "/" in path)

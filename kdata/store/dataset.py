@@ -19,14 +19,15 @@ import pyarrow.compute as pc
 
 from kdata.errors import ConfigError, CorruptError, DependencyError, MissingError, OutOfRangeError, ShapeError
 from kdata.format.codec import codec_of
-from kdata.format.files import inside
+from kdata.format.files import inside, visible
 from kdata.format.manifest import read_info, read_manifest
 from kdata.format.schema import DatasetInfo, ManifestEntry, content_hash, index_schema, json_digest
 from kdata.format.sequences import Sequences, decode, flat, nothing
 from kdata.store.index import UNREADABLE, damaged, read_index
 from kdata.store.row import Row
+from kdata.store.shard import check_header
+from kdata.store.sql import Values, unglobbed
 from kdata.store.sql import query as run_query
-from kdata.store.sql import unglobbed
 from kdata.store.tokens import TokenText
 from kdata.store.torch_rows import TorchRows
 
@@ -97,6 +98,15 @@ class Dataset:
         shards = [(entry.name, sorted((k, v.sha256) for k, v in entry.files.items())) for entry in self.manifest]
         return json_digest({"identity": self.info.identity_digest, "shards": shards})
 
+    def rejected(self, sources: list[str] | None = None) -> dict[str, int]:
+        """Number of rejects of some sources (None: all), by reason."""
+        rejects = self.sql(
+            "select reason, count(*)::bigint as num_rows from rejects "
+            "where $sources is null or list_contains($sources, source) group by reason order by reason",
+            {"sources": sources},
+        )
+        return dict(zip(rejects["reason"].to_pylist(), rejects["num_rows"].to_pylist(), strict=True))
+
     def index(self, columns: list[str] | None = None) -> pa.Table:
         """The readable index, one row per sequence in global row order."""
         parts = [self._read_index(entry, columns) for entry in self.manifest]
@@ -160,9 +170,18 @@ class Dataset:
         for entry in self.manifest:
             self.checked_file(entry, "index")
 
-    def sql(self, query: str, parameters: list[Any] | dict[str, Any] | None = None) -> pa.Table:
-        """Run a DuckDB query over the views of `schemas/README.md`. Raises QueryError with DuckDB's reason."""
-        return run_query(self, query, parameters)
+    def sql(
+        self, query: str, parameters: list[Any] | dict[str, Any] | None = None, *, values: Values = "arrow"
+    ) -> pa.Table:
+        """Run a DuckDB query over the views of `schemas/README.md`.
+
+        Args:
+            values: arrow: columns of Arrow's types. text: numbers and booleans as they are, lists and the like as JSON text,
+                all other values as DuckDB writes them. json: each value as JSON text.
+        Raises:
+            QueryError: DuckDB refused it, with DuckDB's reason; or a column has a type that Arrow lacks.
+        """
+        return run_query(self, query, parameters, values)
 
     @property
     def sql_filesystem(self) -> Any:
@@ -181,8 +200,8 @@ class Dataset:
 
     def sql_sidecars(self) -> dict[str, list[str]]:
         """The names by which DuckDB opens the parts of each sidecar, complete or not."""
-        folders = sorted(path for path in self.path.resolve().glob("scores/*") if path.is_dir())
-        return {path.name: [unglobbed(part) for part in sorted(path.glob("*.parquet"))] for path in folders}
+        folders = [path for path in visible(self.path.resolve(), "scores/*") if path.is_dir()]
+        return {path.name: [unglobbed(part) for part in visible(path, "*.parquet")] for path in folders}
 
     def rows_of(self, ids: list[str]) -> np.ndarray:
         """Global row numbers int64 of these ids. Raises MissingError with the first unknown id."""
@@ -190,7 +209,8 @@ class Dataset:
         if positions.null_count:
             absent = ids[int(np.flatnonzero(positions.is_null().to_numpy(zero_copy_only=False))[0])]
             raise MissingError(f"{self.path} has no row with id {absent!r}")
-        return positions.to_numpy().astype(np.int64)
+        rows: np.ndarray = positions.to_numpy().astype(np.int64)
+        return rows
 
     @cached_property
     def _ids(self) -> pa.Array:
@@ -314,7 +334,7 @@ class Dataset:
             with pa.memory_map(str(path)) as source:
                 if "token_bytes" not in pa.ipc.open_file(source).schema.names:
                     return None
-            value = _reader(path, ["token_bytes"]).get_batch(int(number)).column("token_bytes")[int(local)]
+            value = _checked_batch(_reader(path, ["token_bytes"]), int(number)).column("token_bytes")[int(local)]
             return value.values.to_numpy() if value.is_valid else None
         except UNREADABLE as error:
             raise damaged(path, error) from error
@@ -357,6 +377,7 @@ class Dataset:
     def _open_shard(self, shard: int) -> np.ndarray:
         """Row starts of a shard's record batches; at first use its bytes, rows and token ids are checked."""
         if shard not in self._batch_starts:
+            codec_of(self.info.codec)
             entry = self.manifest[shard]
             path = self.checked_file(entry, "data")
             try:
@@ -373,9 +394,10 @@ class Dataset:
         """
         index = self._read_index(entry, ["id", "content_hash"])
         expected = zip(index["id"].to_pylist(), index["content_hash"].to_pylist(), strict=True)
+        check_header(pa.ipc.open_file(pa.memory_map(str(path))).schema, self.info)
         reader, sizes = _reader(path, ["id", "input_ids"]), []
         for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
+            batch = _checked_batch(reader, number)
             values, offsets = flat(batch.column("input_ids"))
             for row, row_id in enumerate(batch.column("id").to_pylist()):
                 index_id, digest = next(expected, (None, None))
@@ -395,7 +417,7 @@ class Dataset:
         path = self.shard_file(self.manifest[shard], "data")
         try:
             reader = self._readers.pop(shard, None) or _reader(path, _used_columns(path))
-            batch = reader.get_batch(number)
+            batch = _checked_batch(reader, number)
         except UNREADABLE as error:
             raise damaged(path, error) from error
         self._readers[shard] = reader  # popped and put back, so the order is by last use
@@ -423,11 +445,18 @@ def _reader(path: Path, columns: list[str]) -> pa.ipc.RecordBatchFileReader:
     return pa.ipc.open_file(source, options=options)
 
 
+def _checked_batch(reader: pa.ipc.RecordBatchFileReader, number: int) -> pa.RecordBatch:
+    """Decompress a record batch. pyarrow checks it wholly before anything reads its buffers by their offsets."""
+    batch = reader.get_batch(number)
+    batch.validate(full=True)
+    return batch
+
+
 def _used_columns(path: Path) -> list[str]:
     """Columns that a decoder reads, without those that are null throughout (the first record batch decides)."""
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     unused = {"id", "token_bytes"}
     if reader.num_record_batches:
-        first = reader.get_batch(0)
+        first = _checked_batch(reader, 0)
         unused |= {name for name in first.schema.names if first.column(name).null_count == first.num_rows > 0}
     return [name for name in reader.schema.names if name not in unused]

@@ -71,17 +71,20 @@ class Row:
     @property
     def id(self) -> str:
         """Its id, unique in the dataset."""
-        return self.columns["id"]
+        row_id: str = self.columns["id"]
+        return row_id
 
     @property
     def domain(self) -> str:
         """Its domain."""
-        return self.columns["domain"]
+        domain: str = self.columns["domain"]
+        return domain
 
     @property
     def text(self) -> str | None:
         """Its text; None where the dataset does not hold it."""
-        return self.columns["text"]
+        text: str | None = self.columns["text"]
+        return text
 
     @property
     def messages(self) -> list[dict[str, Any]] | None:

@@ -14,14 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
-from kdata.errors import DataError
+from kdata.errors import DataError, ShapeError
 from kdata.format import codec as codecs
 from kdata.format.files import file_info, settle, storage_errors
 from kdata.format.kept import Kept
-from kdata.format.records import Record, Reject, Shard, UnitResult, shard_name
+from kdata.format.records import Record, Reject, Shard, UnitResult
 from kdata.format.schema import (
     CodecError,
+    CodecInfo,
     DatasetInfo,
     FileInfo,
     ManifestEntry,
@@ -30,7 +32,10 @@ from kdata.format.schema import (
     index_schema,
     payload_schema,
     rejects_schema,
+    shard_files,
+    shard_name,
 )
+from kdata.store.index import UNREADABLE, damaged
 
 # Random access decompresses a whole record batch: 32 rows, or 16, 8, ... 1 where 32 rows hold more than
 # TOKENS_PER_BATCH tokens. Always 32 divided by a power of two, so that blocks of 32 rows (the loader's unit of
@@ -60,16 +65,17 @@ def write_tables(
 ) -> Shard:  # fmt: skip
     """The same from a payload table and an index table, for instance rows of another dataset."""
     name = shard_name(source, number)
+    paths = shard_files(name)
     files: dict[str, FileInfo] = {}
     with storage_errors(root):
         for folder in ("data", "index", *(["rejects"] if rejects else [])):
             (root / folder).mkdir(exist_ok=True)  # but not `root`: see kdata.store.staging
-        files[f"data/{name}.arrow"] = _write_arrow(root, f"data/{name}.arrow", table)
-        files[f"index/{name}.parquet"] = _write_parquet(root, f"index/{name}.parquet", index)
+        files[paths["data"]] = _write_arrow(root, paths["data"], table)
+        files[paths["index"]] = _write_parquet(root, paths["index"], index)
         if rejects:
             refused = [{**vars(reject), "source": source} for reject in rejects]
-            path = f"rejects/{name}.parquet"
-            files[path] = _write_parquet(root, path, pa.Table.from_pylist(refused, schema=rejects_schema()))
+            rejected = pa.Table.from_pylist(refused, schema=rejects_schema())
+            files[paths["rejects"]] = _write_parquet(root, paths["rejects"], rejected)
     entry = ManifestEntry(
         name=name,
         source=source,
@@ -89,6 +95,18 @@ def stored_shard(root: Path, entry: ManifestEntry) -> Shard:
     """A shard that an earlier run wrote, from its index."""
     index = pq.read_table(root / f"index/{entry.name}.parquet", columns=["id", "kept_mass", "num_target_tokens"])
     return Shard(entry, index["id"].to_pylist(), _kept_mass(index, entry))
+
+
+def stored_rejects(root: Path, entry: ManifestEntry) -> list[Reject]:
+    """The rejects of a shard that an earlier run wrote. Raises CorruptError where they cannot be read."""
+    if not entry.rejected:
+        return []
+    path = root / f"rejects/{entry.name}.parquet"
+    try:
+        rows = pq.read_table(path, columns=["id", "domain", "reason", "detail"])
+    except UNREADABLE as error:
+        raise damaged(path, error) from error
+    return [Reject(**row) for row in rows.to_pylist()]
 
 
 def _kept_mass(index: pa.Table, entry: ManifestEntry) -> float | None:
@@ -134,7 +152,9 @@ def rows_per_batch(lengths: np.ndarray) -> int:
     return rows
 
 
-def shard_tables(unit: UnitResult, name: str, source: str, info: DatasetInfo):
+def shard_tables(
+    unit: UnitResult, name: str, source: str, info: DatasetInfo
+) -> tuple[pa.Table, pa.Table, CodecError | None]:
     """Payload table, index table and measured codec error of one unit."""
     records = unit.records
     ids = [record.id for record in records]
@@ -142,7 +162,7 @@ def shard_tables(unit: UnitResult, name: str, source: str, info: DatasetInfo):
         repeated = next(i for i in ids if ids.count(i) > 1)
         raise DataError(f"id {repeated!r} occurs twice in the input; ids must be unique")
     for record in records:
-        _check_record(record, info)
+        check_record(record, info.vocab_size, imported=info.tail == "absent")
     lengths = np.array([len(record.token_ids) for record in records], np.int64)
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     kept = Kept.concatenate([record.kept for record in records])
@@ -172,21 +192,67 @@ def shard_tables(unit: UnitResult, name: str, source: str, info: DatasetInfo):
     }
     for absent in set(payload_schema(info.codec.id).names) - columns.keys():
         columns[absent] = pa.nulls(len(records), payload_schema(info.codec.id).field(absent).type)
-    schema = payload_schema(info.codec.id).with_metadata(
-        {
-            "kdata.format_version": info.format_version,
-            "kdata.codec": canonical_json(info.codec.model_dump()),
-            "kdata.vocab_size": str(info.vocab_size),
-            "kdata.tail": info.tail,
-        }
-    )
+    schema = payload_schema(info.codec.id).with_metadata(header_of(info))
     table = pa.table(columns, schema=schema)
     mass = comparison.stored_mass
     rows = [_index_row(r, name, source, i, mass[offsets[i] : offsets[i + 1]]) for i, r in enumerate(records)]
     return table, pa.Table.from_pylist(rows, schema=index_schema()), error
 
 
-def _check_record(record: Record, info: DatasetInfo) -> None:
+def header_of(info: DatasetInfo) -> dict[str, bytes]:
+    """Metadata of a shard: what a reader must know of the dataset that it belongs to."""
+    return {
+        "kdata.format_version": info.format_version.encode(),
+        "kdata.codec": canonical_json(info.codec.model_dump()),
+        "kdata.vocab_size": str(info.vocab_size).encode(),
+        "kdata.tail": info.tail.encode(),
+    }
+
+
+def check_header(schema: pa.Schema, info: DatasetInfo) -> None:
+    """Compare the schema of a stored shard, and the metadata in it, with its dataset.
+
+    Raises:
+        ShapeError: a column is missing or has another type, or the shard was written for another codec, vocabulary or tail.
+    """
+    expected = payload_schema(info.codec.id)
+    for field in expected:
+        place = schema.get_field_index(field.name)
+        if place < 0 and not field.nullable:
+            raise ShapeError(f"it has no column {field.name}, or more than one")
+        if place >= 0 and not _same_type(schema.field(place).type, field.type):
+            raise ShapeError(f"column {field.name} is {schema.field(place).type}, not {field.type}")
+    stored = {key.decode(errors="replace"): value for key, value in (schema.metadata or {}).items()}
+    for key, value in header_of(info).items():
+        if key != "kdata.format_version" and _parsed(key, stored.get(key)) != _parsed(key, value):
+            raise ShapeError(
+                f"it was written for another dataset: its {key.removeprefix('kdata.')} is not that of dataset.json"
+            )
+
+
+def _same_type(stored: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether lists hold the same kind of value, whatever is said about nulls."""
+    if pa.types.is_list(expected):
+        return isinstance(stored, pa.ListType) and bool(stored.value_type == expected.value_type)
+    return bool(stored == expected)
+
+
+def _parsed(key: str, value: bytes | None) -> object:
+    """A value of the metadata; of the codec what this kdata knows of it. None where it is not readable."""
+    if key != "kdata.codec" or value is None:
+        return value
+    try:
+        return CodecInfo.model_validate_json(value)
+    except ValidationError:
+        return None
+
+
+def check_record(record: Record, vocab_size: int, *, imported: bool = False) -> None:
+    """Raise DataError where a record cannot be stored: lengths, ids or numbers that are no distribution's.
+
+    Args:
+        imported: rows of another tool: their log-probabilities may be unknown or above 0.
+    """
     tokens = len(record.token_ids)
     for field_name in ("target_mask", "logprob", "rank", "log_tail", "entropy"):
         if len(getattr(record, field_name)) != tokens:
@@ -198,12 +264,12 @@ def _check_record(record: Record, info: DatasetInfo) -> None:
     if tokens and (record.target_mask[0] or record.kept.num_kept[0]):
         raise DataError(f"{record.id}: position 0 cannot be a target, because nothing predicts it")
     for what, values in (("token", record.token_ids), ("kept", record.kept.ids)):
-        if len(values) and (values.min() < 0 or values.max() >= info.vocab_size):
-            raise DataError(f"{record.id}: a {what} id lies outside [0, {info.vocab_size})")
-    if info.tail != "absent" and not np.isfinite(record.logprob[record.target_mask]).all():
+        if len(values) and (values.min() < 0 or values.max() >= vocab_size):
+            raise DataError(f"{record.id}: a {what} id lies outside [0, {vocab_size})")
+    if not imported and not np.isfinite(record.logprob[record.target_mask]).all():
         raise DataError(f"{record.id}: a target position has no finite teacher log-probability")
-    exact, verbatim = record.kept.logprobs[~record.kept.is_draw], info.codec.id == "verbatim"
-    if not np.isfinite(record.kept.logprobs).all() or ((exact > 1e-5).any() and not verbatim):
+    exact = record.kept.logprobs[~record.kept.is_draw]
+    if not np.isfinite(record.kept.logprobs).all() or ((exact > 1e-5).any() and not imported):
         raise DataError(f"{record.id}: a kept log-probability is not a finite number <= 0")
     if record.kept.num_kept.max(initial=0) > np.iinfo(np.uint16).max:
         raise DataError(f"{record.id}: {record.kept.num_kept.max()} entries at a position, the format holds 65,535")

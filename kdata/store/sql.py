@@ -13,13 +13,16 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import duckdb
 import pyarrow as pa
 
 from kdata.errors import ConfigError, CorruptError, QueryError
+from kdata.format.files import visible
 from kdata.format.schema import ManifestEntry, index_schema, rejects_schema
+
+Values = Literal["arrow", "text", "json"]
 
 
 class Queryable(Protocol):
@@ -157,12 +160,12 @@ def _make_views(connection: duckdb.DuckDBPyConnection, dataset: Queryable, root:
     connection.execute("create view manifest as from _manifest")
     connection.execute("create schema scores")
     _check_distinct("scores", dataset.sql_sidecars())
-    _check_distinct("plans", [path.stem for path in root.glob("plans/*.parquet")])
+    _check_distinct("plans", [path.stem for path in visible(root, "plans/*.parquet")])
     for name, parts in dataset.sql_sidecars().items():
         if parts and is_name(name):
             files_view(connection, f'scores."{name}"', parts, pa.schema([]))
     connection.execute("create schema plans")
-    for path in sorted(p for p in root.glob("plans/*.parquet") if is_name(p.stem)):
+    for path in (p for p in visible(root, "plans/*.parquet") if is_name(p.stem)):
         files_view(connection, f'plans."{path.stem}"', [unglobbed(path)], pa.schema([]))
 
 
@@ -180,7 +183,8 @@ def _parsed(text: str) -> dict[str, Any]:
     """DuckDB's own parse of a query; with a key `error` where it cannot be parsed."""
     with duckdb.connect() as connection:
         (tree,) = connection.execute("select json_serialize_sql(?::varchar)", [text]).fetchone() or ("{}",)
-    return json.loads(tree)
+    parsed: dict[str, Any] = json.loads(tree)
+    return parsed
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
@@ -226,7 +230,7 @@ def mentions(dataset: Queryable, text: str) -> dict[str, list[str]]:
         dataset.fetch_plan(name)
     existing = {
         "scores": list(dataset.sql_sidecars()),
-        "plans": [path.stem for path in dataset.path.glob("plans/*.parquet")],
+        "plans": [path.stem for path in visible(dataset.path, "plans/*.parquet")],
     }
     # DuckDB ignores case.
     lower = {schema: {name.lower() for name in names} for schema, names in named.items()}
@@ -260,11 +264,19 @@ def manifest_table(dataset: Queryable) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def query(dataset: Queryable, text: str, parameters: list[Any] | dict[str, Any] | None = None) -> pa.Table:
-    """Run one query and return its result as an Arrow table.
+def query(
+    dataset: Queryable,
+    text: str,
+    parameters: list[Any] | dict[str, Any] | None = None,
+    values: Values = "arrow",
+) -> pa.Table:
+    """Run one query and return its result as a table.
 
+    Args:
+        values: what the columns hold. arrow: Arrow's types. text: numbers and booleans as they are, lists, structs, maps and
+            unions as JSON text, all other values as DuckDB writes them. json: each value as JSON text; SQL's null is null.
     Raises:
-        QueryError: DuckDB refused it (with DuckDB's reason), or it is not a query.
+        QueryError: DuckDB refused it (with DuckDB's reason), it is not one query, or a column has a type that Arrow lacks.
         CorruptError: it failed, and a file of the index is not what was committed.
     """
     if dataset.sql_filesystem is not None:
@@ -273,7 +285,8 @@ def query(dataset: Queryable, text: str, parameters: list[Any] | dict[str, Any] 
         with connect(dataset) as connection:
             try:
                 refuse_writing(connection, text)
-                return connection.sql(text, params=parameters).to_arrow_table()
+                relation = connection.sql(text, params=parameters)
+                return _arrow_table(relation) if values == "arrow" else _text_table(relation, values)
             except duckdb.Error as error:
                 name_damage(dataset, error)
                 raise QueryError(f"{str(error).strip()}\nViews: {', '.join(views(connection))}") from error
@@ -283,10 +296,96 @@ def query(dataset: Queryable, text: str, parameters: list[Any] | dict[str, Any] 
 
 
 def refuse_writing(connection: duckdb.DuckDBPyConnection, text: str) -> None:
-    """Refuse everything but queries: COPY could write wherever DuckDB may read, into the dataset's folder."""
+    """Refuse everything but one query: COPY could write wherever DuckDB may read, into the dataset's folder."""
     statements = connection.extract_statements(text)
-    if not statements or any(s.type != duckdb.StatementType.SELECT for s in statements):
-        raise QueryError("kdata sql reads, it does not change a dataset: write a select (or describe, summarize, show)")
+    if len(statements) > 1:
+        raise QueryError(f"there are {len(statements)} statements in one query; run one query at a time")
+    if not statements or not _only_reads(connection, statements[0].type, text):
+        raise QueryError(
+            "kdata sql reads, it does not change a dataset: write a select (or describe, pivot, show, summarize, with)"
+        )
+
+
+def _only_reads(connection: duckdb.DuckDBPyConnection, kind: duckdb.StatementType, text: str) -> bool:
+    """Whether one statement is a query.
+
+    DuckDB takes a pivot, and whatever has a pivot in it (COPY too), for several statements. Only a query can be a subquery.
+    """
+    if kind != duckdb.StatementType.MULTI:
+        return bool(kind == duckdb.StatementType.SELECT)
+    try:
+        parts = connection.extract_statements(f"from (\n{_without_end(text)}\n)")
+    except duckdb.ParserException:
+        return False
+    return len(parts) == 1
+
+
+def _without_end(text: str) -> str:
+    """A statement without the semicolons and comments behind it."""
+    content = text.encode()  # DuckDB counts bytes
+    tokens = duckdb.tokenize(text)
+    while tokens and (tokens[-1][1] == duckdb.token_type.comment or content[tokens[-1][0] :].lstrip()[:1] == b";"):
+        content = content[: tokens.pop()[0]]
+    return content.decode()
+
+
+# DuckDB hands these to Arrow as other values: 2 ** 128 - 1 as -1, a time without its zone, bits and digits as raw bytes.
+NOT_IN_ARROW = {"uhugeint", "time with time zone", "bit", "bignum", "geometry", "variant"}
+NESTED = {"list", "array", "struct", "tuple", "map", "union"}
+AS_THEY_ARE = {
+    "boolean", "tinyint", "smallint", "integer", "bigint", "utinyint", "usmallint", "uinteger", "ubigint", "hugeint",
+    "float", "double", "decimal",
+}  # fmt: skip
+
+
+def _leaf_types(kind: Any) -> Iterator[str]:
+    """The names of the types in a DuckDB type, those inside of lists and the like too."""
+    if kind.id in NESTED:
+        for _, inner in kind.children:
+            if isinstance(inner, type(kind)):  # an array has its length as a child
+                yield from _leaf_types(inner)
+    else:
+        yield kind.id
+
+
+def _arrow_table(relation: duckdb.DuckDBPyRelation) -> pa.Table:
+    """The result with Arrow's types. Raises QueryError for a column whose type Arrow lacks."""
+    for name, kind in zip(relation.columns, relation.types, strict=True):
+        if lacking := sorted(NOT_IN_ARROW & set(_leaf_types(kind))):
+            raise QueryError(
+                f"column {name!r} has the type {kind}, and Arrow has no {lacking[0].upper()}; write ::varchar behind it in "
+                "the query, or ask for the values as text"
+            )
+    return relation.to_arrow_table()
+
+
+def _text_table(relation: duckdb.DuckDBPyRelation, values: Values) -> pa.Table:
+    """The result for printing: `text` or `json` of `query`."""
+    shown, strict = [], []
+    for number, kind in enumerate(relation.types, 1):
+        nested = kind.id in NESTED
+        strict.append(nested or values == "json")
+        if strict[-1]:
+            shown.append(f"to_json(#{number})")
+        else:
+            shown.append(f"#{number}" if kind.id in AS_THEY_ARE else f"#{number}::varchar")
+    table = relation.project(", ".join(shown)).to_arrow_table()
+    columns = [
+        pa.chunked_array([pa.array(map(_strict_json, column.to_pylist()), pa.string())]) if is_json else column
+        for column, is_json in zip(table.columns, strict, strict=True)
+    ]
+    return pa.table(columns, names=relation.columns)
+
+
+def _strict_json(text: str | None) -> str | None:
+    return None if text is None else strict_json(text)
+
+
+def strict_json(text: str) -> str:
+    """JSON whose NaN, Infinity and -Infinity, which JSON does not have, are strings."""
+    if "NaN" not in text and "Infinity" not in text:
+        return text
+    return re.sub(r'("(?:[^"\\]|\\.)*")|-?Infinity|NaN', lambda match: match[1] or f'"{match[0]}"', text)
 
 
 def name_damage(dataset: Queryable, error: duckdb.Error) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +14,25 @@ from kdata.errors import DependencyError, MissingError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Read tokenizer.json. Raises DependencyError without the package tokenizers."""
+    try:
+        from tokenizers import Tokenizer
+    except ModuleNotFoundError as error:
+        raise DependencyError(
+            "reading a tokenizer needs the package tokenizers: pip install tokenizers (kdata[train] brings it too)"
+        ) from error
+    return Tokenizer.from_file(str(file))
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256 (hex) of a tokenizer's JSON without truncation and padding: the hash that datasets store."""
+    state = json.loads(tokenizer.to_str())
+    state.pop("truncation", None)
+    state.pop("padding", None)
+    return hashlib.sha256(json.dumps(state, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class TokenText:
@@ -32,13 +53,7 @@ class TokenText:
             raise MissingError(
                 f"{self._place} has no tokenizer/tokenizer.json, so its tokens cannot be shown as text; use token_ids"
             )
-        try:
-            from tokenizers import Tokenizer
-        except ModuleNotFoundError as error:
-            raise DependencyError(
-                "showing tokens as text needs the package tokenizers: pip install tokenizers (kdata[train] brings it too)"
-            ) from error
-        return Tokenizer.from_file(str(file))
+        return read_tokenizer(file)
 
     @cached_property
     def _added(self) -> dict[int, str]:
@@ -60,7 +75,8 @@ class TokenText:
         if decoder is None or token_id in self._added:
             return token
         # Behind another token, since decoders drop the space at the start of a text.
-        return decoder.decode(["a", token]).removeprefix(decoder.decode(["a"]))
+        text: str = decoder.decode(["a", token]).removeprefix(decoder.decode(["a"]))
+        return text
 
     def of_ids(self, token_ids: np.ndarray) -> list[str]:
         """`of_id` of each of token_ids int [T]."""

@@ -85,7 +85,8 @@ class Store:
         """Content of a file; None where the file does not exist."""
         with self._errors("read", relative):
             try:
-                return self.fs.cat_file(self._path(relative))
+                content: bytes = self.fs.cat_file(self._path(relative))
+                return content
             except FileNotFoundError:
                 return None
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import secrets
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kdata.errors import ConfigError, StorageError
+from kdata.format.files import inside
 from kdata.format.records import Shard, UnitResult
-from kdata.format.schema import DatasetInfo, SourceInfo
+from kdata.format.schema import DatasetInfo, ManifestEntry, SourceInfo
 from kdata.store.shard import write_shard
 from kdata.store.staging import Staging
 from kdata.store.url import STAGING, Store, copy_of, is_url, mirror
@@ -52,7 +54,7 @@ class RemoteWriter(Writer):
         self.place = self._store.url
 
     def _open(self) -> None:
-        exists = mirror(self._store, self.root, ("index", "tokenizer"))
+        exists = mirror(self._store, self.root, ("index", "rejects", "tokenizer"))
         if not exists:
             foreign = [name for name in self._store.names() if name not in BEGUN and not name.startswith(STAGING)]
             if foreign:
@@ -91,6 +93,24 @@ class RemoteWriter(Writer):
         super().accept(shard)
         self._publish_manifest()
         return shard
+
+    def fetch(self, entry: ManifestEntry) -> None:
+        """See `Writer.fetch`."""
+        for relative, info in entry.files.items():
+            self._store.fetch(relative, inside(self.root, relative), info)
+
+    def _names(self, folder: str) -> list[str]:
+        return self._store.names(folder)
+
+    def _publish_added(self, added: Sequence[Shard]) -> None:
+        self._store.replace(self.root / "dataset.json", "dataset.json")
+        for shard in added:
+            for relative in shard.entry.files:
+                self._store.put(self.root / relative, relative)
+
+    def _remove(self, relative: str) -> None:
+        super()._remove(relative)
+        self._store.remove(relative)
 
     def _publish_manifest(self) -> None:
         """Replace the manifest at the URL. Raises StorageError where another process has changed it."""

@@ -6,13 +6,17 @@ most the unit that was being written.
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import secrets
 import shutil
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +24,7 @@ from filelock import Timeout
 
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, StorageError, settings_difference
 from kdata.format.files import file_info, inside, journal_of, lock_of, storage_errors, sync_directory
-from kdata.format.manifest import append_entry, order_manifest, read_info, read_manifest, write_info
+from kdata.format.manifest import append_entry, order_manifest, read_info, read_manifest, write_info, write_manifest
 from kdata.format.records import Shard, UnitResult
 from kdata.format.schema import DatasetInfo, ManifestEntry, SourceInfo
 from kdata.store.shard import write_shard
@@ -28,6 +32,8 @@ from kdata.store.staging import FolderStaging, Staging
 
 # Temporary files that a killed run may leave. A writer removes these and nothing else.
 TEMPORARY = ("dataset.json.tmp", "tokenizer.tmp", "data/*.tmp", "index/*.tmp", "rejects/*.tmp", "units-*.tmp")
+# Setting of a source whose inputs have changed: how they were identified before, oldest first.
+FORMER = "former"
 # What a folder may hold without a dataset.json: a run that was killed at its start leaves these.
 BEGUN = {"data", "index", "rejects", "tokenizer", "tokenizer.tmp", "dataset.json.tmp"}
 
@@ -43,6 +49,8 @@ class Writer:
         resume: "auto" continues where an earlier run stopped, "never" refuses a source that has rows, "must" refuses a source
             that does not exist.
         tokenizer_dir: its files are copied to DATASET/tokenizer.
+        follows: settings, by dotted path, that identify the inputs by content and may differ from those on disk (where a
+            corpus has grown). Then `is_followed` is true, and `follow` has to be called before anything is committed.
     Raises:
         MismatchError: the dataset was begun with other settings; the message lists them.
         ConfigError: the folder holds something else than a dataset.
@@ -58,9 +66,12 @@ class Writer:
         *,
         resume: str = "auto",
         tokenizer_dir: Path | None = None,
+        follows: Sequence[str] = (),
     ) -> None:
         self.root, self.source, self.info = root, source, info
         self._source_info = source_info
+        self._follows = follows
+        self._followed_info: SourceInfo | None = None
         self._resume = resume
         self._tokenizer_dir = tokenizer_dir
         self._lock = lock_of(root)
@@ -90,12 +101,7 @@ class Writer:
             _refuse_difference("the dataset", before.identity(), self.info.identity(), self.root)
             known = before.sources.get(self.source)
             if known is not None:
-                _refuse_difference(
-                    f"source {self.source!r}",
-                    {**known.settings, "work": known.kind},
-                    {**self._source_info.settings, "work": self._source_info.kind},
-                    self.root,
-                )
+                self._followed_info = self._compare(known)
                 self._source_info = known
             self.info = before
         else:
@@ -119,6 +125,86 @@ class Writer:
         self.committed = {entry.unit: entry for entry in entries}
         self._copy_tokenizer()
         self._write_info(self._source_info)
+
+    def _compare(self, known: SourceInfo) -> SourceInfo | None:
+        """The source as it will be recorded where its inputs have changed, now or in an earlier run; else None.
+
+        Raises MismatchError where something differs that must not.
+        """
+        now = self._source_info
+        rest, inputs = _split(now.settings, self._follows)
+        rest_before, inputs_before = _split(known.settings, self._follows)
+        before, after = {**rest_before, "work": known.kind}, {**rest, "work": now.kind}
+        _refuse_difference(f"source {self.source!r}", before, after, self.root)
+        former = list(known.settings.get(FORMER, []))
+        if inputs != inputs_before:
+            former.append(inputs_before)
+        return now.model_copy(update={"settings": {**now.settings, FORMER: former}}) if former else None
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether the inputs are others than those that committed shards are from, or were so in an earlier run."""
+        return self._followed_info is not None
+
+    @property
+    def has_other_inputs(self) -> bool:
+        """Whether the inputs differ from those that dataset.json names."""
+        after = self._followed_info
+        return after is not None and after.settings[FORMER] != self._source_info.settings.get(FORMER)
+
+    def refuse_other_inputs(self) -> None:
+        """Raise MismatchError that says how the inputs differ from those that the dataset was begun with."""
+        assert self._followed_info is not None
+        inputs = [_split(info.settings, self._follows)[1] for info in (self._source_info, self._followed_info)]
+        _refuse_difference(f"source {self.source!r}", inputs[0], inputs[1], self.root)
+
+    def follow(self, dropped: Sequence[ManifestEntry], added: Sequence[Shard]) -> None:
+        """Record the inputs as they are now, and replace shards by others whose files are in place, in one step.
+
+        The manifest is replaced whole, so a crash leaves the old shards or the new ones. Only then are files removed.
+        """
+        with storage_errors(self.root):
+            if self._followed_info is not None:
+                self._source_info = self._followed_info
+            self._write_info(self._source_info)
+            gone = {entry.name for entry in dropped}
+            lost = {i for entry in dropped for i in _committed_ids(self.root, [entry])}
+            kept = [entry for entry in read_manifest(self.root) if entry.name not in gone]
+            self._publish_added(added)
+            write_manifest(self.root, [*kept, *(shard.entry for shard in added)])
+            self._publish_manifest()
+            for entry in dropped:
+                del self.committed[entry.unit]
+                for relative in entry.files:
+                    self._remove(relative)
+        self._ids -= lost
+        for shard in added:
+            self.committed[shard.entry.unit] = shard.entry
+            self._ids.update(shard.ids)
+
+    def sweep(self) -> None:
+        """Remove files of this source that the manifest does not name: a crash may have left some of replaced shards."""
+        named = {path for entry in read_manifest(self.root) for path in entry.files}
+        for folder in ("data", "index", "rejects"):
+            for name in self._names(folder):
+                path = f"{folder}/{name}"
+                if re.fullmatch(rf"{re.escape(self.source)}-\d{{5,}}", Path(name).stem) and path not in named:
+                    self._remove(path)
+
+    def _names(self, folder: str) -> list[str]:
+        return [path.name for path in (self.root / folder).glob("*")]
+
+    def fetch(self, entry: ManifestEntry) -> None:
+        """Bring the files of a committed shard to `root`; nothing for a folder."""
+
+    def _publish_added(self, added: Sequence[Shard]) -> None:
+        """Copy the files of shards to where the dataset is; nothing for a folder."""
+
+    def _publish_manifest(self) -> None:
+        """Copy the manifest and dataset.json to where the dataset is; nothing for a folder."""
+
+    def _remove(self, relative: str) -> None:
+        (self.root / relative).unlink(missing_ok=True)
 
     def _write_info(self, source_info: SourceInfo) -> None:
         sources = {**self.info.sources, self.source: source_info}
@@ -185,6 +271,10 @@ class Writer:
         self._ids.update(shard.ids)
         return shard
 
+    def present(self, ids: Iterable[str]) -> set[str]:
+        """Those of these ids that the dataset has already."""
+        return self._ids.intersection(ids)
+
     def refuse_twice(self, ids: list[str]) -> None:
         """Raise DataError where one of these ids is in the dataset already."""
         for row_id in ids:
@@ -238,7 +328,21 @@ def _committed_ids(root: Path, manifest: list[ManifestEntry]) -> set[str]:
     return ids
 
 
-def _refuse_difference(what: str, before: dict, after: dict, root: Path) -> None:
+def _split(settings: dict[str, Any], paths: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings without the values at some dotted paths and without FORMER; and those values, by path, where there are any."""
+    rest, values = copy.deepcopy(settings), {}
+    rest.pop(FORMER, None)
+    for path in paths:
+        *parents, last = path.split(".")
+        place: Any = rest
+        for parent in parents:
+            place = place.get(parent, {})
+        if last in place:
+            values[path] = place.pop(last)
+    return rest, values
+
+
+def _refuse_difference(what: str, before: dict[str, Any], after: dict[str, Any], root: Path) -> None:
     difference = settings_difference(before, after)
     if difference:
         raise MismatchError(

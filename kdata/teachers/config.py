@@ -68,7 +68,8 @@ class TeacherConfig(Strict):
     """Model and backend of a teacher, and how it computes."""
 
     model: str = Field(
-        description="Folder of a Hugging Face model, or a Hub name. Of a served vLLM the tokenizer and config.json suffice."
+        description="Folder of a Hugging Face model, a GGUF file, or a Hub name. Of a served vLLM the tokenizer and "
+        "config.json suffice."
     )
     backend: Literal["vllm", "vllm-server", "transformers"] = Field("vllm", description="What runs the model.")
     server: ServerConfig | None = Field(
@@ -80,6 +81,11 @@ class TeacherConfig(Strict):
         "auto: logprobs where the top k suffice, hidden where the full distribution is asked for.",
     )
     revision: str | None = Field(None, description="Hub branch, tag or commit; null takes the default branch.")
+    bos: Literal["add", "omit"] | None = Field(
+        None,
+        description="Beginning-of-sequence token, where the tokenizer puts none before a text. add: before every text and "
+        "prompt; omit: nowhere. null: nowhere, and the run stops if the model reads clearly worse without it.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="Arithmetic of the forward pass; auto takes the checkpoint's."
     )

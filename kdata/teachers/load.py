@@ -8,7 +8,7 @@ from kdata.errors import DependencyError
 from kdata.teachers.base import Teacher
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.engine_args import check_known, lora_rank
-from kdata.teachers.model import check_model
+from kdata.teachers.model import as_folder, check_model
 from kdata.teachers.sizing import ANY_WORK, Work, model_size, plan_memory
 
 
@@ -60,6 +60,7 @@ def check_teacher(config: TeacherConfig, *, max_k: int, work: Work = ANY_WORK) -
     check_known(config.engine_args)
     if config.lora is not None:
         lora_rank(Path(config.lora))
+    config = as_folder(config)
     folder = Path(config.model)
     if config.backend != "vllm-server" and (folder / "config.json").is_file():
         size = model_size(folder, config)

@@ -12,43 +12,70 @@ from typing import Any
 
 from kdata.errors import ConfigError, DependencyError, MissingError
 from kdata.format.schema import TokenizerInfo
+from kdata.store.checkpoint_kind import refuse_other_kind
+from kdata.store.gguf import begin_with_bos, gguf_identity, is_gguf, model_folder
 from kdata.store.hub import hub_errors
+from kdata.store.tokens import tokenizer_hash
 from kdata.teachers.config import TeacherConfig
 
 # One of these is in the folder of every model that has a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
+# Where configurations say how many tokens a model reads: most of them, MPT, RWKV, GPT-2, Bloom.
+LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "context_length", "n_positions", "seq_length")
+
+
+def sizes_of(model: Any, config: TeacherConfig) -> tuple[int, int]:
+    """Rows of the head and the longest sequence, by a configuration of transformers; of a multimodal model its text part's.
+
+    Raises ConfigError where neither the configuration (of Bloom or Mamba) nor `context` says how long a sequence may be.
+    """
+    text = model.get_text_config()
+    known = [length for key in LENGTH_KEYS if isinstance(length := getattr(text, key, None), int) and length > 0]
+    longest = config.context or next(iter(known), None)
+    if longest is None:
+        raise ConfigError(
+            f"the configuration of {config.model} ({text.model_type}) does not say how many tokens it reads at once; set it: "
+            "--set teacher.context=2048, or as many as it was trained on"
+        )
+    return int(text.vocab_size), int(longest)
+
+
 def check_model(config: TeacherConfig, *, max_k: int) -> None:
     """Refuse a model folder that cannot be this teacher, by its small files, before anything is loaded.
 
-    A Hub name passes: its files are not here yet.
+    A Hub name passes: its files are not here yet. A GGUF file is converted (`kdata/store/gguf.py`).
 
     Args:
         config: which model, and how it is read.
         max_k: largest k that will be asked for.
     Raises:
         MissingError: there is no such folder, or a file of it is missing.
-        ConfigError: config.json is damaged; `context` or k is too large for the model.
+        ConfigError: the folder holds something else than a language model (`kdata.store.checkpoint_kind`); config.json is
+            damaged; `context` or k is too large for the model.
     """
-    path, remedy = Path(config.model), "name a model folder or a Hub name (teacher.model)"
+    path, remedy = Path(model_folder(config.model)), "name a model folder, a GGUF file or a Hub name (teacher.model)"
     if _exists(path) and not path.is_dir():
         raise MissingError(f"teacher model {config.model!r} is a file; {remedy}")
     if not path.is_dir():
         if path.is_absolute() or config.model.startswith(".") or config.model.count("/") > 1:
             raise MissingError(f"teacher model {config.model!r} does not exist; {remedy}")
         return
+    refuse_other_kind(path, needs_weights=config.backend != "vllm-server")
     needed = {"config.json": (path / "config.json").is_file()}
     if config.backend != "vllm-server":
         needed["*.safetensors"] = any(path.glob("*.safetensors"))
     needed["tokenizer"] = any((path / name).is_file() for name in TOKENIZER_FILES)
     missing = " and no ".join(name for name, there in needed.items() if not there)
     if missing:
+        files = sorted(path.glob("*.gguf"))
+        remedy = f"name the file {files[0]}" if files else remedy
         raise MissingError(f"{path} is not the folder of a Hugging Face model: it has no {missing}; {remedy}")
     try:
         model = json.loads((path / "config.json").read_text("utf-8"))
         text = model.get("text_config") or model
-        vocab_size, longest = text.get("vocab_size"), text.get("max_position_embeddings")
+        vocab_size, longest = text.get("vocab_size"), next((text[key] for key in LENGTH_KEYS if key in text), None)
         rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
         is_scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
     except (OSError, ValueError, AttributeError) as error:
@@ -57,11 +84,16 @@ def check_model(config: TeacherConfig, *, max_k: int) -> None:
         ) from error
     if config.context is not None and isinstance(longest, int) and not is_scaled and config.context > longest:
         raise ConfigError(
-            f"context={config.context} exceeds what {config.model} can read, {longest} tokens (max_position_embeddings in "
+            f"context={config.context} exceeds what {config.model} can read, {longest} tokens (by its "
             "config.json); lower teacher.context, or leave it at null"
         )
     if isinstance(vocab_size, int) and max_k >= vocab_size:
         raise ConfigError(f"k={max_k} must be below the vocabulary size of {config.model}, {vocab_size}; lower k")
+
+
+def as_folder(config: TeacherConfig) -> TeacherConfig:
+    """The settings with a model folder in place of a GGUF file; see `model_folder` for errors."""
+    return config.model_copy(update={"model": model_folder(config.model)})
 
 
 def _exists(path: Path) -> bool:
@@ -75,6 +107,9 @@ def _exists(path: Path) -> bool:
 def model_identity(config: TeacherConfig) -> tuple[str, str | None, str | None]:
     """Name, Hub commit and weights hash of a model: its bytes identify a local model, its commit one on the Hub."""
     path = Path(config.model)
+    if is_gguf(path):
+        name, file_digest = gguf_identity(path)
+        return name, None, file_digest
     if not path.is_dir():
         return config.model, _hub_commit(config), None
     digest = hashlib.sha256()
@@ -98,12 +133,21 @@ def _hub_commit(config: TeacherConfig) -> str:
         ) from error
 
 
-def load_tokenizer(model: str | Path, revision: str | None = None) -> Any:
-    """Load a fast tokenizer. Raises MissingError when there is none."""
+def load_tokenizer(model: str | Path, revision: str | None = None, *, bos: str | None = None) -> Any:
+    """Load a fast tokenizer.
+
+    Args:
+        model: model folder, GGUF file or Hub name.
+        bos: as `TeacherConfig.bos`.
+    Raises:
+        MissingError: there is none.
+        ConfigError: it is no fast tokenizer, or has no token that begins a sequence and `bos` is add.
+    """
     try:
         from transformers import AutoTokenizer
     except ModuleNotFoundError as error:
         raise DependencyError("reading text needs transformers: pip install 'kdata[train]'") from error
+    model = model_folder(model)
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).count("/") > 1):
         raise MissingError(f"model {str(model)!r} does not exist; name a model folder or a Hub name")
     try:
@@ -112,18 +156,16 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> Any:
         raise MissingError(f"no tokenizer at {str(model)!r}: {str(error).splitlines()[0]}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer of {model} has no tokenizer.json; kdata needs a fast tokenizer")
+    if bos == "add":
+        begin_with_bos(tokenizer)
     return tokenizer
 
 
 def tokenizer_info(tokenizer: Any) -> TokenizerInfo:
     """Identity of a fast tokenizer: SHA-256 of its canonical JSON, without truncation and padding settings."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state.pop("truncation", None)
-    state.pop("padding", None)
     template = getattr(tokenizer, "chat_template", None)
-    text = json.dumps(state, sort_keys=True, separators=(",", ":")).encode()
     return TokenizerInfo(
-        hash=hashlib.sha256(text).hexdigest(),
+        hash=tokenizer_hash(tokenizer.backend_tokenizer),
         chat_template_hash=hashlib.sha256(str(template).encode()).hexdigest() if template else None,
         bos_id=tokenizer.bos_token_id,
         eos_id=tokenizer.eos_token_id,

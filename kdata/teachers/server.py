@@ -7,7 +7,8 @@ A run uses one of two paths of the server:
     /inference/v1/generate  of a server started with --enable-scale-out: it decodes no text, which makes it 1.9 to 2.7
                             times as fast, and it writes with log-probabilities in one pass
     /v1/completions         of every server: it does not return the rank of a written token, so written text is read in a
-                            second pass, as is structured output, whose log-probabilities are masked (0.32)
+                            second pass, as is structured output, whose log-probabilities are masked (0.32). For the same
+                            reason it reads one token less than --max-model-len: start such a server with one more
 Measured with teacher-10m, k=64, two cores for all: 4.7k and 1.7 to 2.2k tokens/s; 4.4 and 4.5 kB of JSON a token. JSON to
 readouts: 50 to 60k tokens/s per core (msgspec into typed structs; with orjson half of it), enough for ten servers.
 
@@ -29,6 +30,7 @@ import numpy as np
 from kdata.errors import ConfigError, MismatchError, MissingError, TeacherError, settings_difference
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import TeacherInfo
+from kdata.store.gguf import model_folder
 from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens, readout_from_top
 from kdata.teachers.config import SamplingConfig, TeacherConfig, refuse_kept
 from kdata.teachers.endpoints import Endpoint, Endpoints, RefusedError
@@ -41,6 +43,7 @@ from kdata.teachers.wire import (
     answer_about,
     decode,
     is_distribution,
+    joined,
     new_tokens,
     request,
     top_of_prompt,
@@ -109,13 +112,13 @@ class ServedTeacher:
         name, commit, weights_hash = _identity(config)
         self._model = config.model
         self._probe: list[int] = load_tokenizer(config.model, commit)(PROBE_TEXT, add_special_tokens=False)["input_ids"]
-        self.vocab_size = _vocab_size(config.model, commit)
+        self.vocab_size = _vocab_size(model_folder(config.model), commit)
         self._first: Served | None = None
         self._endpoints = Endpoints(config.server, self._inspect)
         with ExitStack() as undo:
             undo.callback(self.close)
             self._endpoints.start()
-            self.context = _context(config, self._served.max_model_len)
+            self.context = _context(config, self._served)
             undo.pop_all()
         self.info = TeacherInfo(
             model=name,
@@ -126,6 +129,7 @@ class ServedTeacher:
             dtype="as served",
             logprobs="raw log-softmax at temperature 1",
             deterministic=False,
+            bos=config.bos,
         )
 
     @property
@@ -158,9 +162,27 @@ class ServedTeacher:
         self._endpoints.close()
 
     async def _read(self, ids: np.ndarray, keep: KeepConfig, on_tokens: OnTokens = ignore_tokens) -> Readout:
-        """Read one sequence. The server also writes one token, which is thrown away: its engine needs a step."""
-        params = {"max_tokens": 1, "prompt_logprobs": keep.k}
-        top = await self._ask(ids, params, keep.k, lambda answer: top_of_prompt(answer, ids, keep.k, self.vocab_size))
+        """Read one sequence. The server also writes one token, which is thrown away: its engine needs a step.
+
+        That step needs a place. Where a sequence leaves none, its own last token is the one that is written.
+        """
+        params: dict[str, Any] = {"max_tokens": 1, "prompt_logprobs": keep.k}
+        if len(ids) < self._served.max_model_len:
+            top = await self._ask(
+                ids, params, keep.k, lambda answer: top_of_prompt(answer, ids, keep.k, self.vocab_size)
+            )
+        else:
+            prompt, last = ids[:-1], ids[-1:]
+            # The written token counts as one of them, even where it is none of the k most probable.
+            params |= {"logprobs": keep.k + 1, "allowed_token_ids": last.tolist()}
+
+            def parse(answer: Answer) -> Top:
+                return joined(
+                    top_of_prompt(answer, prompt, keep.k, self.vocab_size),
+                    top_of_written(answer, last, keep.k, self.vocab_size),
+                )
+
+            top = await self._ask(prompt, params, keep.k + 1, parse)
         on_tokens(len(ids))
         return _readout(ids, 1, top, keep)
 
@@ -324,9 +346,13 @@ def _vocab_size(model: str, commit: str | None) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def _context(config: TeacherConfig, max_model_len: int) -> int:
-    """Longest sequence: reading needs one step of the engine, and that step a place."""
-    context = config.context or max_model_len
-    if context > max_model_len:
-        raise ConfigError(f"context={context} exceeds the server's --max-model-len {max_model_len}; lower it")
-    return context - 1
+def _context(config: TeacherConfig, served: Served) -> int:
+    """Longest sequence.
+
+    Reading needs one step of the engine, and that step a place. /inference/v1/generate can let the last token be the one that
+    is written; /v1/completions does not return the rank of that, so there one place stays free.
+    """
+    context = config.context or served.max_model_len
+    if context > served.max_model_len:
+        raise ConfigError(f"context={context} exceeds the server's --max-model-len {served.max_model_len}; lower it")
+    return context if served.generates else min(context, served.max_model_len - 1)

@@ -59,9 +59,12 @@ class ModelSize:
 
     def kv_bytes(self, tokens: int, step: int) -> int:
         """Bytes that a sequence takes in the cache while `step` tokens are computed at a time, in whole blocks."""
-        blocks = lambda n: math.ceil(n / BLOCK_TOKENS) * BLOCK_TOKENS  # noqa: E731
-        sliding = blocks(min(tokens, self.window + step)) + BLOCK_TOKENS if self.kv_sliding else 0
-        return self.kv_full * blocks(tokens) + self.kv_sliding * sliding
+        sliding = _in_blocks(min(tokens, self.window + step)) + BLOCK_TOKENS if self.kv_sliding else 0
+        return self.kv_full * _in_blocks(tokens) + self.kv_sliding * sliding
+
+
+def _in_blocks(tokens: int) -> int:
+    return math.ceil(tokens / BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ def _header(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(min(length, size)))
+            header: dict[str, Any] = json.loads(handle.read(min(length, size)))
         end = max((about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"), default=0)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} is not a safetensors file ({error}); copy the model's folder again") from error

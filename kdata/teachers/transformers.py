@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import TeacherInfo
+from kdata.store.checkpoint_kind import use_exact_attention
 from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig, refuse_structure
-from kdata.teachers.model import model_identity
+from kdata.teachers.model import as_folder, model_identity, sizes_of
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
 from kdata.teachers.windows import by_windows, rows_per_step
 
@@ -31,7 +32,7 @@ class TransformersTeacher:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self._model = AutoModelForCausalLM.from_pretrained(
-                config.model,
+                as_folder(config).model,
                 revision=commit,
                 dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
                 trust_remote_code=False,
@@ -40,8 +41,9 @@ class TransformersTeacher:
             raise TeacherError(f"transformers cannot load {config.model!r}: {error}") from error
         self._model.to(self._device).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
         self._batch_tokens, self._logits_gib = config.batch_tokens, config.logits_gib
-        self.vocab_size: int = self._model.config.vocab_size
-        self.context: int = config.context or self._model.config.max_position_embeddings
+        use_exact_attention(self._model)
+        self.vocab_size, self.context = sizes_of(self._model.config, config)
+        self._check_causal()
         dtype = str(self._model.dtype).removeprefix("torch.")
         self.info = TeacherInfo(
             model=name,
@@ -52,7 +54,19 @@ class TransformersTeacher:
             dtype=dtype,
             logprobs="raw log-softmax at temperature 1, from the full distribution",
             deterministic=self._device == "cpu" and dtype == "float32",
+            bos=config.bos,
         )
+
+    @torch.inference_mode()
+    def _check_causal(self) -> None:
+        """Raise TeacherError where a later token changes an earlier prediction, as in BERT and other encoders."""
+        ids_BL = torch.tensor([[1, 2, 3], [1, 2, 4]], device=self._device) % self.vocab_size
+        first_LV, second_LV = self._model(ids_BL).logits[:, :2].float()
+        if not torch.allclose(first_LV, second_LV, rtol=1e-2, atol=1e-2):
+            raise TeacherError(
+                f"{type(self._model).__name__} lets a token see the ones after it, so it does not predict the next token; "
+                "name a decoder-only language model"
+            )
 
     @torch.inference_mode()
     def read(

@@ -53,7 +53,7 @@ from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens, re
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.engine_args import lora_hash, lora_rank, of_identity, of_speed
 from kdata.teachers.head import Head, is_known, load_head
-from kdata.teachers.model import model_identity
+from kdata.teachers.model import as_folder, model_identity
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_chunks
 from kdata.teachers.sizing import ANY_WORK, STEP_TOKENS, MemoryPlan, Work, model_size, plan_memory
 from kdata.teachers.tape import KEY, TAPES, Tape
@@ -72,7 +72,7 @@ class VllmTeacher:
     """The offline engine. See `Teacher`."""
 
     def __init__(self, config: TeacherConfig, *, max_k: int, work: Work = ANY_WORK) -> None:
-        self._config, self._max_k, self._work = config, max_k, work
+        self._config, self._max_k, self._work = as_folder(config), max_k, work
         self._name, self._commit, weights_hash = model_identity(config)
         self._on_cpu = not torch.cuda.is_available()
         self._agreed = False
@@ -85,8 +85,7 @@ class VllmTeacher:
             self._lora = LoRARequest("teacher.lora", 1, str(Path(config.lora).resolve()))
         model_config = self._model_config()
         self.vocab_size: int = model_config.get_vocab_size()
-        # Reading needs one step of the engine, and that step a place: one token less than the model's own limit.
-        self.context: int = model_config.max_model_len - 1
+        self.context: int = model_config.max_model_len
         dtype = str(model_config.dtype).removeprefix("torch.")
         self.info = TeacherInfo(
             model=self._name,
@@ -100,6 +99,7 @@ class VllmTeacher:
             engine_args=of_identity(config.engine_args),
             speed_args=of_speed(config.engine_args),
             lora_hash=None if config.lora is None else lora_hash(Path(config.lora)),
+            bos=config.bos,
         )
         self._size = model_size(self._folder, config)
         self._plan = self._planned()
@@ -115,12 +115,12 @@ class VllmTeacher:
         """Memory for the work at hand. Of a model whose files do not say what it takes: as much as settings allow."""
         if self._size is None:
             kv_cache = int((self._config.kv_cache_gib or 1) * GIB) if self._on_cpu else None
-            return MemoryPlan(self.context + 1, kv_cache, {}, 0, 0, two_fit=False)
-        return plan_memory(self._config, self._size, self._work, limit=self.context + 1)
+            return MemoryPlan(self.context, kv_cache, {}, 0, 0, two_fit=False)
+        return plan_memory(self._config, self._size, self._work, limit=self.context)
 
     def _make_room(self, longest: int) -> None:
         """Load the engine anew where a sequence is longer than what it was loaded for, and the model can take more."""
-        if longest < self._plan.length or self._plan.length > self.context:
+        if longest < self._plan.length or self._plan.length >= self.context:
             return
         self._drop_engines()
         self._work = Work(min(max(longest, 2 * self._plan.length), self.context), self._work.writes)
@@ -158,7 +158,7 @@ class VllmTeacher:
     @cached_property
     def _arguments(self) -> dict[str, Any]:
         """Arguments that every engine gets."""
-        config, arguments = self._config, {}
+        config, arguments = self._config, dict[str, Any]()
         if config.lora is not None:
             arguments = {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(Path(config.lora))}
         return {
@@ -261,14 +261,28 @@ class VllmTeacher:
     def _read_logprobs(
         self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
     ) -> list[Readout]:
-        """The engine's log-probabilities. One more token is sampled and thrown away: the engine needs a step."""
-        params = SamplingParams(
-            max_tokens=1, temperature=0, prompt_logprobs=keep.k, detokenize=False, flat_logprobs=True
-        )
-        outputs = self._generate(sequences, [params] * len(sequences), on_tokens, written=False)
+        """The engine's log-probabilities. One more token is sampled and thrown away: the engine needs a step.
+
+        That step needs a place. Where a sequence leaves none, its own last token is the one that is sampled.
+        """
+        full = [len(ids) >= self.context for ids in sequences]
+        prompts = [ids[:-1] if is_full else ids for ids, is_full in zip(sequences, full, strict=True)]
+        params = [
+            SamplingParams(
+                max_tokens=1, temperature=0, prompt_logprobs=keep.k, detokenize=False, flat_logprobs=True,
+                logprobs=keep.k if is_full else None, allowed_token_ids=[int(ids[-1])] if is_full else None,
+            )
+            for ids, is_full in zip(sequences, full, strict=True)
+        ]  # fmt: skip
+        outputs = self._generate(prompts, params, on_tokens, written=False)
         readouts = []
-        for ids, output in zip(sequences, outputs, strict=True):
-            actual, logprob, rank, top_ids, top_logprobs = _rectangle(output.prompt_logprobs, first=1, k=keep.k)
+        for ids, is_full, output in zip(sequences, full, outputs, strict=True):
+            parts = [_rectangle(output.prompt_logprobs, first=1, k=keep.k)]
+            if is_full:
+                parts.append(_rectangle(output.outputs[0].logprobs, first=0, k=keep.k))
+            actual, logprob, rank, top_ids, top_logprobs = (
+                np.concatenate(columns) for columns in zip(*parts, strict=True)
+            )
             if not np.array_equal(actual, ids[1:]):
                 raise TeacherError("vLLM returned log-probabilities for other tokens than those of the prompt")
             readouts.append(readout_from_top(ids, 1, logprob, rank, top_ids, top_logprobs, keep))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from kdata.errors import TeacherError
+from kdata.errors import DistributionError, TeacherError
 from kdata.teachers.base import Readout
 
 T = TypeVar("T")
@@ -63,14 +63,14 @@ def each(ask: Callable[[list[int]], Sequence[T]], count: int) -> list[T | Teache
     Returns:
         An answer, or the error of an input that failed twice: with the others, and alone.
     Raises:
-        TeacherError: every input failed, so it is not the inputs.
+        TeacherError: every input failed, and not each of them by its own numbers (DistributionError).
     """
     if count == 0:
         return []
     try:
         return list(ask(list(range(count))))
-    except TeacherError:
-        if count == 1:
+    except TeacherError as error:
+        if count == 1 and not isinstance(error, DistributionError):
             raise
     answers: list[T | TeacherError] = []
     for number in range(count):
@@ -79,6 +79,6 @@ def each(ask: Callable[[list[int]], Sequence[T]], count: int) -> list[T | Teache
         except TeacherError as error:
             answers.append(error)
     failed = [answer for answer in answers if isinstance(answer, TeacherError)]
-    if len(failed) == count:
+    if len(failed) == count and not all(isinstance(error, DistributionError) for error in failed):
         raise failed[0]
     return answers

@@ -8,10 +8,10 @@ Shapes: T positions, K kept entries, N entries in all as they came.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -102,7 +102,10 @@ class Top:
     logprobs: np.ndarray
 
 
-def decode(kind: type[Any], content: bytes) -> Any:
+Struct = TypeVar("Struct", bound=msgspec.Struct)
+
+
+def decode(kind: type[Struct], content: bytes) -> Struct:
     """JSON as a typed struct. Raises TeacherError where it is not that."""
     try:
         return msgspec.json.decode(content, type=kind)
@@ -173,6 +176,11 @@ def top_of_written(answer: Answer, new: np.ndarray, k: int, vocab_size: int) -> 
         k,
         vocab_size,
     )
+
+
+def joined(first: Top, second: Top) -> Top:
+    """Positions of two tops, one after the other."""
+    return Top(*(np.concatenate([getattr(first, f.name), getattr(second, f.name)]) for f in fields(Top)))
 
 
 def rectangle(

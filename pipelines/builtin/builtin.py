@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from kdata.errors import CorruptError
+from kdata.format.files import committed_folder
 from kdata.observe.progress import Task
 from kdata.pipelines.builtin.corpus import CorpusFiles, build_corpus, stdlib_listing
 
@@ -64,7 +61,7 @@ def ensure_corpus(cache_dir: Path) -> CorpusFiles:
     key = hashlib.sha256(json.dumps([sys.version, _source_digest(), stdlib_listing()]).encode()).hexdigest()[:16]
     directory = cache_dir / f"corpus-{key}"
     if not directory.exists():
-        with _committed(directory) as temporary, Task("built-in corpus", unit="documents") as task:
+        with committed_folder(directory) as temporary, Task("built-in corpus", unit="documents") as task:
             build_corpus(temporary)
             task.advance(sum(pq.read_metadata(f).num_rows for f in temporary.glob("[ch]*.parquet")))
     return CorpusFiles.at(directory)
@@ -73,23 +70,3 @@ def ensure_corpus(cache_dir: Path) -> CorpusFiles:
 def _source_digest() -> str:
     """Digest of the code that builds the corpus: another version of it does not read this one's cache."""
     return hashlib.sha256(Path(__file__).with_name("corpus.py").read_bytes()).hexdigest()
-
-
-@contextmanager
-def _committed(directory: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `directory` at the end; an error or a kill leaves no `directory`.
-
-    Two processes may build the same thing at once: the first rename wins, the second sees an equal result there.
-    """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.parent / f".{directory.name}.{os.getpid()}"
-    temporary.mkdir()  # not mkdtemp: its mode 0700 would stay with a cache that people may share
-    try:
-        yield temporary
-        try:
-            os.rename(temporary, directory)
-        except OSError:
-            if not directory.exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

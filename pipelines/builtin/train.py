@@ -191,7 +191,8 @@ def train_model(
                 schedule.step()
                 optimizer.zero_grad()
             task.advance(recipe.batch_tokens, loss=loss.item())
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _optimizers(model: LlamaForCausalLM, recipe: ModelRecipe) -> list[torch.optim.Optimizer]:

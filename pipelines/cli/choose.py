@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from kdata.selection.plan import open_plan
 from kdata.selection.score_file import bring
 from kdata.selection.select import DEFAULT, METHODS, parse_step
 from kdata.selection.select import select as select_rows
-from kdata.selection.show import Shown, draw, table_of
+from kdata.selection.show import Shown, comparison_table, draw, table_of
 from kdata.selection.show import compare as compare_plans
 from kdata.selection.step import Step
 from kdata.store.sql import Room
@@ -182,12 +183,17 @@ def compare(
     dataset: DatasetArgument,
     plan: PlanArgument,
     other: Annotated[str, typer.Argument(metavar="OTHER", help="Name of another plan of the dataset.")],
+    format: FormatOption = Format.table,
 ) -> None:
     """Show what two plans have in common.
 
     Prints for each domain how many rows both take, and how many only one of them.
     """
-    print_shown(compare_plans(kdata.open(dataset), plan, other))
+    comparison = compare_plans(kdata.open(dataset), plan, other)
+    if format is Format.json:
+        print_json(asdict(comparison))
+        return
+    print_shown(comparison_table(comparison))
 
 
 def print_shown(shown: Shown) -> None:

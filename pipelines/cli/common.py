@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -14,20 +16,24 @@ import typer
 from pyarrow import csv
 from pydantic import BaseModel, Field
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer.models import OptionInfo
 
 import kdata
 from kdata.config import apply_settings, parse_config
-from kdata.errors import ConfigError
+from kdata.errors import ConfigError, QueryError
+from kdata.format.rejects import rejected_text
+from kdata.observe.terminal import PlainConsole, name_text
+from kdata.observe.text import visible, visible_json, visible_name
+from kdata.store.open import open_dataset
+from kdata.store.sql import strict_json
 from kdata.store.url import is_url
 from kdata.teachers.config import TeacherConfig
 
 MAX_ROWS = 200  # of a table on a terminal
 WIDE = 20  # characters that a column needs at most; longer text is wrapped
-out = Console(highlight=False)
+out = PlainConsole()
 
 
 class Resume(StrEnum):
@@ -183,7 +189,7 @@ def local_folder(place: str) -> Path:
 def say(*lines: str) -> None:
     """Print lines as they are, however long."""
     for line in lines:
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(visible_name(line), soft_wrap=True)
 
 
 def say_rows(dataset: kdata.Dataset) -> None:
@@ -191,22 +197,63 @@ def say_rows(dataset: kdata.Dataset) -> None:
     say(f"{dataset.path}: {dataset.num_rows:,} rows, {dataset.num_tokens:,} tokens")
 
 
+def say_rejected(place: str, sources: list[str]) -> None:
+    """Print how many inputs of some sources of a dataset were rejected, why, and where they are written."""
+    counts = open_dataset(place).rejected(sources)
+    where = f" (written to {place.rstrip('/')}/rejects)" if counts else ""
+    say(f"{rejected_text(counts)}{where}")
+
+
 def print_json(value: Any) -> None:
-    """Print a value as one line of JSON."""
-    print(json.dumps(value, default=str, ensure_ascii=False))
+    """Print a value as one line of JSON; NaN and infinities are strings."""
+    print_json_text(json.dumps(value, default=str, ensure_ascii=False))
 
 
-def print_query(table: pa.Table, format: SqlFormat | Format) -> None:
-    """Print the result of a query."""
-    if format.value == "json":
-        print_json(table.to_pylist())
-        return
-    if format.value == "csv":
+def print_json_text(text: str) -> None:
+    """Print JSON that nothing in a terminal obeys."""
+    print(visible_json(strict_json(text)))
+
+
+def print_query(dataset: kdata.Dataset, query: str, format: SqlFormat) -> None:
+    """Run a query and print its result. Raises QueryError where two columns of JSON have one name."""
+    if format is SqlFormat.table:
+        print_table(dataset.sql(query, values="text"))
+    elif format is SqlFormat.csv:
+        print_csv(dataset.sql(query, values="text"))
+    else:
+        print_json_text(rows_as_json(dataset.sql(query, values="json")))
+
+
+def rows_as_json(table: pa.Table) -> str:
+    """A list of objects, of columns whose values are JSON text."""
+    names = table.column_names
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise QueryError(f"--format json: two columns are named {repeated!r}; name one of them with `as`")
+    keys = [json.dumps(name, ensure_ascii=False) for name in names]
+    rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
+    objects = (", ".join(f"{key}: {value or 'null'}" for key, value in zip(keys, row, strict=True)) for row in rows)
+    return "[" + ", ".join(f"{{{content}}}" for content in objects) + "]"
+
+
+def print_csv(table: pa.Table) -> None:
+    """Print a table as CSV: byte for byte into a file or a pipe; on a terminal control characters are escapes."""
+    if not sys.stdout.isatty():
         csv.write_csv(table, sys.stdout.buffer)
         return
-    numbers = [pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in table.schema.types]
+    sink = pa.BufferOutputStream()
+    csv.write_csv(table, sink)
+    print(visible(sink.getvalue().to_pybytes().decode()), end="")
+
+
+def print_table(table: pa.Table) -> None:
+    """Print a table for a person, at most MAX_ROWS rows of it."""
+    numbers = [
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+        for kind in table.schema.types
+    ]
     columns = table.column_names
-    rows = [[cell(value) for value in row.values()] for row in table.slice(0, MAX_ROWS).to_pylist()]
+    shown = [[cell(value) for value in column.to_pylist()] for column in table.slice(0, MAX_ROWS).columns]
+    rows = [list(row) for row in zip(*shown, strict=True)]
     widths = [max(len(column), *(min(len(row[n]), WIDE) for row in rows), 0) for n, column in enumerate(columns)]
     if sum(widths) + 2 * len(widths) > out.width:
         print_records(columns, rows)
@@ -223,7 +270,7 @@ def print_records(columns: list[str], rows: list[list[str]]) -> None:
             title=Text(f"row {number}"), title_justify="left", box=None, show_header=False, padding=(0, 1, 0, 0)
         )
         for column, text in zip(columns, row, strict=True):
-            grid.add_row(Text(f"  {column}", "bold"), Text(text))
+            grid.add_row(name_text(f"  {column}", "bold"), visible(text))
         out.print(grid)
 
 
@@ -231,18 +278,19 @@ def print_rows(
     columns: Iterable[str], rows: Iterable[list[str]], *, right: list[bool], title: str | None = None
 ) -> None:
     """Print a table; columns that are marked in `right` are numbers."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table = Table(title=title and name_text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for column, is_number in zip(columns, right, strict=True):
-        table.add_column(Text(column), justify="right" if is_number else "left", overflow="fold")
+        table.add_column(name_text(column), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(text) for text in row))
+        table.add_row(*map(visible, row))
     out.print(table)
 
 
 def cell(value: Any) -> str:
     """A value of a query, for a person."""
     if isinstance(value, float):
-        return f"{value:.4f}"
-    if isinstance(value, int) and not isinstance(value, bool):
+        is_plain = value == 0 or 1e-3 <= abs(value) < 1e15 or not math.isfinite(value)
+        return f"{value:.4f}" if is_plain else f"{value:.4e}"
+    if isinstance(value, int | Decimal) and not isinstance(value, bool):
         return f"{value:,}"
     return "" if value is None else str(value)

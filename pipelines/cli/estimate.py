@@ -81,12 +81,12 @@ def _job(what: str, arguments: list[str]) -> tuple[Any, Any]:
 
     values = Loaded("")[what].make_context(f"kdata {what}", arguments).params
     names = {
-        "capture": ("targets", "kind", "k", "num_draws", "max_tokens", "long_text"),
-        "generate": ("kind", "k", "num_draws"),
+        "capture": ("targets", "kind", "k", "num_draws", "max_tokens", "long_text", "strict"),
+        "generate": ("kind", "k", "num_draws", "strict"),
     }[what]
-    options = make.given(**{name: values[name] for name in names})
+    options = make.without_none(**{name: values[name] for name in names})
     make.folder_or_url(values["dataset"])
-    columns = make.given(messages_column=values["messages_column"], text_column=values.get("text_column"))
+    columns = make.without_none(messages_column=values["messages_column"], text_column=values.get("text_column"))
     common = (options, values["backend"], values["engine"], list(values["set"] or []))
     if what == "capture":
         job, teacher, where = make.capture_job(values["teacher"], {"path": values["corpus"], **columns}, *common)

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 from pydantic import TypeAdapter
 from rich.table import Table
-from rich.text import Text
 
 import kdata
 from kdata.errors import ConfigError
 from kdata.observe import status as progress
+from kdata.observe.terminal import name_text
 from kdata.pipelines.cli.common import (
     DatasetArgument,
     Format,
@@ -23,6 +23,7 @@ from kdata.pipelines.cli.common import (
     out,
     print_json,
     print_query,
+    print_table,
     say,
 )
 
@@ -41,15 +42,16 @@ def info(dataset: DatasetArgument, format: FormatOption = Format.table) -> None:
       kdata info hf://OWNER/NAME --format json
     """
     opened = kdata.open(dataset)
-    facts, domains = facts_of(opened), opened.sql(DOMAINS)
+    facts, domains = facts_of(opened), opened.sql(DOMAINS, values="text")
     if format is Format.json:
         print_json({**facts, "domains": domains.to_pylist()})
         return
-    grid = Table(show_header=False, box=None, title=Text(str(opened.path)), title_justify="left", padding=(0, 1, 0, 0))
+    grid = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
     for name, line in lines_of(facts).items():
-        grid.add_row(Text(name, "bold"), Text(line))
+        grid.add_row(name_text(name, "bold"), name_text(line))
+    say(str(opened.path))
     out.print(grid)
-    print_query(domains, format)
+    print_table(domains)
 
 
 def facts_of(dataset: kdata.Dataset) -> dict[str, Any]:
@@ -103,12 +105,15 @@ def sql(
 
     Tables are rows, manifest, rejects, scores.NAME and plans.NAME; schemas/README.md lists their columns.
 
+    Values that JSON has no form for (dates, blobs, intervals, NaN) are strings, as DuckDB writes them. In csv and table,
+    lists, structs and maps are JSON.
+
     \b
     Examples:
       kdata sql my-dataset "select domain, avg(nll) from rows group by 1"
       kdata sql my-dataset "select id, text from rows" --format csv
     """
-    print_query(kdata.open(dataset).sql(query), format)
+    print_query(kdata.open(dataset), query, format)
 
 
 def status(

@@ -17,8 +17,10 @@ traceback of every error.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
@@ -26,12 +28,13 @@ from types import TracebackType
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 import kdata
 from kdata.errors import ConfigError, KdataError
+from kdata.observe.terminal import PlainConsole
+from kdata.observe.text import visible
 from kdata.teachers.environment import set_environment
 
 
@@ -278,7 +281,7 @@ def flush_output() -> None:
 
 def call(arguments: Sequence[str]) -> int:
     """Run a command, print an error as one line on stderr, and return the exit status."""
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = PlainConsole(stderr=True, soft_wrap=True)
     try:
         try:
             status = get_command(app).main(list(arguments), prog_name="kdata", standalone_mode=False) or 0
@@ -290,16 +293,16 @@ def call(arguments: Sequence[str]) -> int:
         if "--debug" in arguments:
             raise
         status, text = status_and_text(error)
-        errors.print("[bold red]error:[/] ", end="")
-        errors.print(text, markup=False)
+        errors.print("error: ", style="bold red", end="")
+        errors.print(text)
     except ModuleNotFoundError as error:
         package = missing_package(error)
         if "--debug" in arguments or package is None:
             raise
         status = 1
-        errors.print("[bold red]error:[/] ", end="")
+        errors.print("error: ", style="bold red", end="")
         message = f"this command needs {package}, which is not installed: pip install 'kdata[{EXTRA_OF[package]}]'"
-        errors.print(message, markup=False)
+        errors.print(message)
     except KeyboardInterrupt:
         status = 130
     if status == 130:
@@ -309,14 +312,24 @@ def call(arguments: Sequence[str]) -> int:
 
 def report_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Show the traceback of an error that ended the program, and ask for a report of one that nobody expected."""
-    sys.__excepthook__(kind, error, trace)
+    print(visible("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
     if not isinstance(error, explained()):
         print("error: this is a defect of kdata; please report the lines above and `kdata --version`", file=sys.stderr)
+
+
+class VisibleFormatter(logging.Formatter):
+    """Log lines in which control characters are escapes: a server's answer may be in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter.format`."""
+        return visible(super().format(record))
 
 
 def main() -> None:
     """Entry point."""
     set_environment()
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(VisibleFormatter())
     # vLLM and torch talk to stderr while they load; what matters of it reaches the user as an error of ours.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

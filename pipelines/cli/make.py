@@ -9,7 +9,7 @@ import typer
 from pydantic import Field
 
 import kdata
-from kdata.config import parse_config, read_yaml
+from kdata.config import RowsConfig, parse_config, read_yaml
 from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, MissingError, nearest
 from kdata.format.keep import KeepConfig
@@ -31,6 +31,7 @@ from kdata.pipelines.cli.common import (
     local_folder,
     option,
     say,
+    say_rejected,
     say_rows,
     teacher_config,
     with_settings,
@@ -69,6 +70,7 @@ AS_DATASET = "as in DATASET"
 KindOption = Annotated[str | None, option("kind", KeepConfig)]
 KOption = Annotated[int | None, option("k", KeepConfig)]
 NumDrawsOption = Annotated[int | None, option("num_draws", KeepConfig)]
+StrictOption = Annotated[bool | None, option("strict", RowsConfig)]
 MessagesOption = Annotated[str | None, option("messages_column", CorpusConfig, metavar="COLUMN")]
 
 
@@ -85,6 +87,7 @@ def capture(
     num_draws: NumDrawsOption = None,
     max_tokens: Annotated[int | None, option("max_tokens", CaptureConfig)] = None,
     long_text: Annotated[str | None, option("long_text", CaptureConfig)] = None,
+    strict: StrictOption = None,
     resume: ResumeOption = Resume.auto,
     set: SetOption = None,
 ) -> None:
@@ -98,12 +101,15 @@ def capture(
       kdata capture my-dataset --teacher MODEL --corpus texts.parquet
       kdata capture my-topk --teacher MODEL --corpus texts --kind topk --k 64
     """
-    options = given(targets=targets, kind=kind, k=k, num_draws=num_draws, max_tokens=max_tokens, long_text=long_text)
-    source = given(path=corpus, messages_column=messages_column)
+    options = without_none(
+        strict=strict, targets=targets, kind=kind, k=k, num_draws=num_draws, max_tokens=max_tokens, long_text=long_text
+    )
+    source = without_none(path=corpus, messages_column=messages_column)
     place = folder_or_url(dataset)
     job, who, where = capture_job(teacher, source, options, backend, engine, set)
     with open_engine(where, who, max_k=job.keep.k, work=job.work(who, look=is_here(where))) as opened:
         say_rows(run_job(place, job, opened, resume=resume.value))
+    say_rejected(dataset, [job.name])
 
 
 def capture_job(
@@ -139,6 +145,7 @@ def generate(
             metavar="FILE", help="File with the JSON Schema that every text follows (backend vllm, vllm-server)."
         ),
     ] = None,
+    strict: StrictOption = None,
     resume: ResumeOption = Resume.auto,
     set: SetOption = None,
 ) -> None:
@@ -147,18 +154,22 @@ def generate(
     Prompts have the columns id, domain and prompt. What the teacher believes is recorded at temperature 1, whatever the
     sampling settings (--set sampling.KEY=VALUE).
     """
-    source = given(path=prompts, text_column=text_column, messages_column=messages_column)
-    options = {"sampling": sampling_options(max_tokens, json_schema), **given(kind=kind, k=k, num_draws=num_draws)}
+    source = without_none(path=prompts, text_column=text_column, messages_column=messages_column)
+    options = {
+        "sampling": sampling_options(max_tokens, json_schema),
+        **without_none(kind=kind, k=k, num_draws=num_draws, strict=strict),
+    }
     place = folder_or_url(dataset)
     job, who, where = generate_job(teacher, source, options, backend, engine, set)
     with open_engine(where, who, max_k=job.keep.k, work=job.work(who, look=is_here(where))) as opened:
         say_rows(run_job(place, job, opened, resume=resume.value))
+    say_rejected(dataset, [job.name])
 
 
 def sampling_options(max_tokens: int | None, json_schema: str | None) -> dict[str, Any]:
     """The options of `kdata generate` that are settings of sampling. Raises as `read_yaml`."""
     schema = None if json_schema is None else {"json_schema": read_yaml(Path(json_schema))}
-    return given(max_tokens=max_tokens, structured_output=schema)
+    return without_none(max_tokens=max_tokens, structured_output=schema)
 
 
 def generate_job(
@@ -185,6 +196,7 @@ def reread(
     kind: Annotated[str | None, option("kind", KeepConfig, default=AS_DATASET)] = None,
     k: Annotated[int | None, option("k", KeepConfig, default=AS_DATASET)] = None,
     num_draws: Annotated[int | None, option("num_draws", KeepConfig, default=AS_DATASET)] = None,
+    strict: StrictOption = None,
     resume: ResumeOption = Resume.auto,
     set: SetOption = None,
 ) -> None:
@@ -192,11 +204,12 @@ def reread(
 
     Ids, tokens and targets stay the same. What is kept is as in DATASET, unless an option says otherwise.
     """
-    values = with_settings(given(kind=kind, k=k, num_draws=num_draws), set)
+    values = with_settings(without_none(kind=kind, k=k, num_draws=num_draws, strict=strict), set)
     who, where = teacher_config(values, teacher, backend), engine_config(values, engine)
     place, opened = folder_or_url(target), kdata.open(dataset)
     with open_engine(where, who, max_k=keep_like(opened, None, values).k, work=work_on(opened)) as at_work:
         say_rows(reread_with(place, at_work, opened, values, resume=resume.value))
+    say_rejected(target, list(opened.info.sources))
 
 
 def combine(
@@ -243,13 +256,16 @@ def shares_of(text: str, datasets: list[str]) -> list[float]:
 
 
 def import_(
-    source: Annotated[str, typer.Argument(metavar="FILES", help="File or folder of another tool's Parquet or JSONL.")],
+    source: Annotated[
+        str, typer.Argument(metavar="FILES", help="File or folder of another tool's Parquet or JSON lines.")
+    ],
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Folder of the dataset to write.")],
     format: Annotated[str, option("format", ImportConfig)],
     tokenizer: Annotated[str | None, option("tokenizer", ImportConfig, metavar="PLACE")] = None,
     vocab_size: Annotated[int | None, option("vocab_size", ImportConfig)] = None,
     aligned: Annotated[str | None, option("aligned", ImportConfig)] = None,
     over_one: Annotated[str | None, option("over_one", ImportConfig)] = None,
+    strict: StrictOption = None,
     resume: ResumeOption = Resume.auto,
     set: SetOption = None,
 ) -> None:
@@ -258,7 +274,10 @@ def import_(
     Nothing is recomputed: what the files lack stays unknown, and what is wrong with them is counted and printed.
     """
     values = with_settings(
-        given(format=format, tokenizer=tokenizer, vocab_size=vocab_size, aligned=aligned, over_one=over_one), set
+        without_none(
+            format=format, tokenizer=tokenizer, vocab_size=vocab_size, aligned=aligned, over_one=over_one, strict=strict
+        ),
+        set,
     )
     config = parse_config(ImportConfig, values, "import settings")
     root = local_folder(dataset)
@@ -267,9 +286,10 @@ def import_(
     result, report = import_dataset(Path(source), root, config, resume=resume.value)
     say(f"{result.path}: imported from {config.format}")
     say(*(f"  {line}" for line in report.lines(config.over_one)))
+    say_rejected(dataset, [config.name])
 
 
-def given(**options: Any) -> dict[str, Any]:
+def without_none(**options: Any) -> dict[str, Any]:
     """Those options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 

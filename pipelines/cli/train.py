@@ -19,6 +19,7 @@ import kdata
 from kdata.config import parse_config, read_yaml
 from kdata.errors import ConfigError, MissingError
 from kdata.format.files import write_atomically
+from kdata.observe.terminal import name_text
 from kdata.observe.text import number
 from kdata.pipelines.cli.common import (
     DatasetArgument,
@@ -35,8 +36,9 @@ from kdata.pipelines.cli.common import (
     with_settings,
 )
 from kdata.selection.plan import Plan, open_plan
+from kdata.store.gguf import is_gguf
 from kdata.store.sql import is_name
-from kdata.trainer.config import TrainConfig
+from kdata.trainer.config import EvaluateConfig, TrainConfig
 
 # Lines of the table of one student: heading and format, by the figure's name.
 FIGURES = {
@@ -90,19 +92,19 @@ def students_table(results: dict[str, Any]) -> Table:
     )
     table.add_column("student")
     for column in (*domains, "all", "KL", "top-1"):
-        table.add_column(Text(column), justify="right")
+        table.add_column(name_text(column), justify="right")
     for student in students:
         overall = student["overall"]
         table.add_row(
-            Text(student["label"]),
+            name_text(student["label"]),
             *(f"{student['domains'][d]['nll']:.3f}" for d in domains),
-            f"[bold]{overall['nll']:.3f}",
+            Text(f"{overall['nll']:.3f}", "bold"),
             f"{overall['kl']:.3f}",
             f"{overall['top1']:.1%}",
         )
     floor = [f"{students[0]['domains'][d]['teacher_nll']:.3f}" for d in domains]
     table.add_section()
-    table.add_row("[dim]the teacher itself", *floor, f"{students[0]['overall']['teacher_nll']:.3f}", "", "")
+    table.add_row(Text("the teacher itself", "dim"), *floor, f"{students[0]['overall']['teacher_nll']:.3f}", "", "")
     return table
 
 
@@ -164,18 +166,17 @@ def evaluate(
     set: SetOption = None,
 ) -> None:
     """Measure a student on a held-out dataset."""
+    config = parse_config(EvaluateConfig, with_settings({}, set), "evaluate settings")
     folder = Path(model)
-    if not folder.is_dir():
+    if not folder.is_dir() and not is_gguf(model):
         raise MissingError(f"{model} does not exist or is not a folder; name a student's folder, such as student/model")
     if save is not None and not Path(save).parent.is_dir():
         raise MissingError(f"--save {save}: the folder {Path(save).parent} does not exist; create it first")
     if save is not None and Path(save).is_dir():
         raise ConfigError(f"--save {save} is a folder; name a file")
     kdata.open(dataset)
-    from kdata.trainer.evaluate import EvaluateConfig
     from kdata.trainer.evaluate import evaluate as measure_student
 
-    config = parse_config(EvaluateConfig, with_settings({}, set), "evaluate settings")
     measured = measure_student(folder, dataset, config=config)
     if save is not None:
         write_atomically(Path(save), json.dumps(measured, indent=2).encode() + b"\n")
@@ -193,12 +194,12 @@ def evaluation_table(measured: dict[str, Any], label: str) -> Table:
     if measured["bounds_are"]:
         caption += f"; reverse KL and total variation are {measured['bounds_are']}"
     table = Table(
-        box=box.SIMPLE_HEAD, title=Text(f"{label} on held-out text"), title_justify="left", caption=caption,
+        box=box.SIMPLE_HEAD, title=name_text(f"{label} on held-out text"), title_justify="left", caption=caption,
         caption_justify="left", padding=(0, 0, 0, 1),
     )  # fmt: skip
     scopes = {**measured["domains"], "all": measured["overall"]}
     for column in ("", *scopes):
-        table.add_column(Text(column), justify="right" if column else "left")
+        table.add_column(name_text(column), justify="right" if column else "left")
     for name, (heading, form) in FIGURES.items():
         table.add_row(heading, *(number(figures[name], form) for figures in scopes.values()))
     return table

@@ -21,7 +21,7 @@ import polars as pl
 import torch
 from filelock import FileLock
 from pydantic import Field
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import kdata
 from kdata.config import Strict
@@ -108,7 +108,7 @@ def split(corpus: str, teacher: str, parts: Mapping[str, Part], folder: Path) ->
         inside.drop("place").write_parquet(folder / f"{name}.parquet")
 
 
-def _first_tokens(frame: pl.DataFrame, tokens: float, tokenizer, name: str) -> pl.DataFrame:
+def _first_tokens(frame: pl.DataFrame, tokens: float, tokenizer: PreTrainedTokenizerBase, name: str) -> pl.DataFrame:
     """The first documents that together have at least `tokens` tokens."""
     total = 0
     for number, text in enumerate(frame["text"]):

@@ -45,7 +45,7 @@ class OnlineLearner(Learner):
         place_M = self._starts[row_M] + batch.position_ids.flatten()[batch.predictor_M]
         teacher_MD = torch.from_numpy(self._states.states_TD[place_M.numpy()])
         dtype = torch.bfloat16 if half else hidden_MD.dtype
-        return _DenseKL.apply(
+        loss: tuple[Tensor, Tensor] = _DenseKL.apply(
             hidden_MD,
             head_of(self.student),
             teacher_MD,
@@ -54,6 +54,7 @@ class OnlineLearner(Learner):
             1.0 / counted_tokens,
             dtype,
         )
+        return loss
 
 
 class _DenseKL(torch.autograd.Function):

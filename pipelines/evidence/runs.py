@@ -96,7 +96,8 @@ def path_of(folder: Path, setting: str, seed: int) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return run
     except ValueError as error:
         raise CorruptError(f"{path} is damaged: {error}; delete it, and the run is measured again") from error
 

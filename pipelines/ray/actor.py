@@ -35,7 +35,7 @@ def load_both(config: TeacherConfig, max_k: int, work: Work = ANY_WORK) -> tuple
     """A teacher, loaded for this work, and its tokenizer. Errors as in `load_teacher` and `load_tokenizer`."""
     set_environment()  # nothing has imported torch in this process yet
     teacher = load_teacher(config, max_k=max_k, work=work)
-    return teacher, load_tokenizer(config.model, teacher.info.revision)
+    return teacher, load_tokenizer(config.model, teacher.info.revision, bos=config.bos)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from kdata.jobs.job import Job, OnUnitTokens, U
 from kdata.observe.energy import Devices
 from kdata.pipelines.ray.actor import ActorFacts, Assignment, Loader, load_both
 from kdata.pipelines.ray.workers import ActorLost, RayConfig, Worker, Workers
+from kdata.store.gguf import is_gguf
 from kdata.store.writer import Writer
 from kdata.teachers.config import TeacherConfig
 
@@ -57,7 +58,7 @@ class RayEngine:
                 f"gpus_per_teacher={config.gpus_per_teacher:g}, and the teacher is spread over tensor_parallel="
                 f"{teacher.tensor_parallel} GPUs; raise the one or lower the other"
             )
-        if Path(teacher.model).is_dir():  # an actor has another working directory
+        if Path(teacher.model).is_dir() or is_gguf(teacher.model):  # an actor has another working directory
             teacher = teacher.model_copy(update={"model": str(Path(teacher.model).resolve())})
         self._workers = Workers(config, teacher, max_k, loader)
 

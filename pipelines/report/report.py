@@ -23,7 +23,7 @@ from kdata.errors import CorruptError, FormatError, MissingError
 from kdata.format.files import write_atomically
 from kdata.observe.journal import Took, total
 from kdata.observe.style import COLOURS, STYLE
-from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line
+from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line, visible
 from kdata.pipelines.report.plots import (
     BASELINE,
     Students,
@@ -93,6 +93,7 @@ def write_report(run: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kdata.pipelines.report", ""),
         autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # markup and numbers stay
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -164,22 +164,22 @@ def main() -> None:
     if not arguments.model.exists():
         parser.error(f"{arguments.model} does not exist; name a model folder with --model")
     tokenizer = load_tokenizer(arguments.model)
-    found = {"host side alone, one core": host(tokenizer)}
+    speeds = {"host side alone, one core": host(tokenizer)}
     if arguments.only != "host":
-        found |= _engines(arguments, tokenizer)
+        speeds |= _engines(arguments, tokenizer)
     table = Table("way", "tokens/s to shards", "of the bare engine", title=f"{arguments.documents} documents, k = 64")
-    for name, speed in found.items():
-        ratio = f"{speed / found['bare engine']:.2f}" if "bare engine" in found else "-"
+    for name, speed in speeds.items():
+        ratio = f"{speed / speeds['bare engine']:.2f}" if "bare engine" in speeds else "-"
         table.add_row(name, f"{speed:,.0f}", ratio)
     Console(width=100).print(table)
-    line: dict[str, float] = {"host_tok_s_core": found["host side alone, one core"]}
-    if "bare engine" in found:
-        ours = max(found["path 1, log-probabilities"], found["path 2, hidden states, top 64"])
+    line: dict[str, float] = {"host_tok_s_core": speeds["host side alone, one core"]}
+    if "bare engine" in speeds:
+        ours = max(speeds["path 1, log-probabilities"], speeds["path 2, hidden states, top 64"])
         line |= {
-            "ratio_vs_bare": found["path 1, log-probabilities"] / found["bare engine"],
-            "ratio_vs_bare_hybrid": found["path 2, hidden states, hybrid 16 + 16"] / found["bare engine"],
-            "ratio_vs_dictionaries": ours / found["dictionaries"],
-            "ratio_vs_transformers": ours / found["transformers"],
+            "ratio_vs_bare": speeds["path 1, log-probabilities"] / speeds["bare engine"],
+            "ratio_vs_bare_hybrid": speeds["path 2, hidden states, hybrid 16 + 16"] / speeds["bare engine"],
+            "ratio_vs_dictionaries": ours / speeds["dictionaries"],
+            "ratio_vs_transformers": ours / speeds["transformers"],
         }
     print(json.dumps(line))
 
@@ -211,13 +211,13 @@ def _engines(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, float]:
         ):
             ways[name] = partial(captured, reader, who, corpus, keep, 512)
         # In turns, so that what else the machine does meets all of them; the best of each.
-        found = dict.fromkeys(ways, 0.0)
+        speeds = dict.fromkeys(ways, 0.0)
         for number in range(arguments.rounds):
             for name, way in ways.items():
                 if number == 0 or name not in SLOW:
-                    found[name] = max(found[name], way())
+                    speeds[name] = max(speeds[name], way())
         teacher.close()
-    return found
+    return speeds
 
 
 if __name__ == "__main__":

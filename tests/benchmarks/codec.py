@@ -61,18 +61,18 @@ def documents(corpus: Path, tokenizer, positions: int) -> list[np.ndarray]:  # t
 
     frame = pl.read_parquet(corpus).sample(fraction=1.0, shuffle=True, seed=5)
     per_domain = positions / frame["domain"].n_unique()
-    taken: dict[str, int] = {}
-    found: list[np.ndarray] = []
+    tokens_of: dict[str, int] = {}
+    chosen: list[np.ndarray] = []
     left = positions
     for domain, text in zip(frame["domain"], frame["text"], strict=True):
-        if taken.get(domain, 0) >= per_domain or left == 0:
+        if tokens_of.get(domain, 0) >= per_domain or left == 0:
             continue
         ids = np.array(tokenizer(text)["input_ids"][: min(257, left + 1)], np.int32)
         if len(ids) > 1:
-            taken[domain] = taken.get(domain, 0) + len(ids) - 1
+            tokens_of[domain] = tokens_of.get(domain, 0) + len(ids) - 1
             left -= len(ids) - 1
-            found.append(ids)
-    return found
+            chosen.append(ids)
+    return chosen
 
 
 @torch.inference_mode()
@@ -187,13 +187,13 @@ def bias(docs, logits, keep: KeepConfig, repeats: int) -> tuple[float, float]:  
     p = torch.softmax(logits_MV.double(), -1).numpy()
     signs = np.random.default_rng(0).choice([-1.0, 1.0], p.shape[1])
     exact = p @ signs
-    found = []
+    errors = []
     for number in range(repeats):
         actual = torch.from_numpy(ids[1:].astype(np.int64))
         kept = reduce_logits(logits_MV, actual, keep, number).kept
         sums = segment_sum(np.exp(kept.logprobs.astype(np.float64)) * signs[kept.ids], kept.num_kept)
-        found.append((sums - exact).mean())
-    return float(np.mean(found)), float(1.96 * np.std(found, ddof=1) / np.sqrt(repeats))
+        errors.append((sums - exact).mean())
+    return float(np.mean(errors)), float(1.96 * np.std(errors, ddof=1) / np.sqrt(repeats))
 
 
 def large_vocabulary(vocab: int, keep: KeepConfig, tokens: int = 4096) -> dict[str, float]:
@@ -265,32 +265,32 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
             dataset = store(docs, logits, keep, Path(folder) / "dataset")
             entry, other, whole = column_bytes(dataset)
             seq = dataset.take(np.arange(dataset.num_rows))
-            found: dict[str, object] = {
+            measured: dict[str, object] = {
                 "name": name, "entry_bytes": entry, "other_bytes": other, "bytes": whole,
                 "kept": float(seq.num_kept[seq.num_kept > 0].mean()),
             }  # fmt: skip
             if keep.num_exact:
-                found["order0_bytes"] = order0_bits(seq.entry_ids) * len(seq.entry_ids) / len(seq.token_ids) / 8
+                measured["order0_bytes"] = order0_bits(seq.entry_ids) * len(seq.entry_ids) / len(seq.token_ids) / 8
             if keep.tail == "ghost":
-                found |= stored_error(dataset, logits)
+                measured |= stored_error(dataset, logits)
             for mode in ("draws",) if keep.tail == "draws" else ("ghost", "renormalise"):
                 gradient = student_gradient(student, docs, lambda r, z, m=mode, d=dataset: target_gradient(d, r, z, m))
-                found[f"angle_{mode}"] = angle(full, gradient)
-                found[f"norm_{mode}"] = float(gradient.norm() / full.norm())
+                measured[f"angle_{mode}"] = angle(full, gradient)
+                measured[f"norm_{mode}"] = float(gradient.norm() / full.norm())
             if keep.tail == "draws":
-                found["bias"], found["bias_ci"] = bias(docs, logits, keep, 200)
+                measured["bias"], measured["bias_ci"] = bias(docs, logits, keep, 200)
             if name == "topk 64":
-                found["encode_tok_s"], found["decode_tok_s"] = speed(dataset)
-            yield found
+                measured["encode_tok_s"], measured["decode_tok_s"] = speed(dataset)
+            yield measured
 
 
-def markdown(found: dict[str, dict[str, object]]) -> str:
+def markdown(figures: dict[str, dict[str, object]]) -> str:
     """The table as kdata/README.md has it."""
     lines = [
         "| kind | entries | B/token | angle | norm ratio | error, nats | KL, nats |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in found.values():
+    for row in figures.values():
         mode = "draws" if "angle_draws" in row else "ghost"
         error = (
             f"{row['mean_err_nats']:.4f} | {row['kl']:.1e}"
@@ -317,7 +317,7 @@ AWAY = {
 }  # fmt: skip
 
 
-def draw(found: dict[str, dict[str, object]], path: Path) -> None:
+def draw(figures: dict[str, dict[str, object]], path: Path) -> None:
     """Angle against bytes per token, one mark for each kind; independent draws are hollow."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
@@ -329,11 +329,11 @@ def draw(found: dict[str, dict[str, object]], path: Path) -> None:
     }  # fmt: skip
     for kind, (shape, colour) in marks.items():
         for independent in (False, True):
-            names = [n for n in found if n.startswith(kind) and n.endswith(", independent") == independent]
+            names = [n for n in figures if n.startswith(kind) and n.endswith(", independent") == independent]
             if not names:
                 continue
-            sizes = [found[n]["bytes"] for n in names]
-            angles = [found[n].get("angle_draws", found[n].get("angle_ghost")) for n in names]
+            sizes = [figures[n]["bytes"] for n in names]
+            angles = [figures[n].get("angle_draws", figures[n].get("angle_ghost")) for n in names]
             label = f"{kind}, independent draws" if independent else kind
             face = "none" if independent else colour
             line = "-" if kind == "sampled" else ""
@@ -392,8 +392,8 @@ def main() -> None:
         "bias ± 95 %",
     ):
         table.add_column(column, justify="left" if column == "kind" else "right")
-    found = {str(row["name"]): row for row in rows(arguments)}
-    for row in found.values():
+    figures = {str(row["name"]): row for row in rows(arguments)}
+    for row in figures.values():
         mode = "draws" if "angle_draws" in row else "ghost"
         text = {k: v if isinstance(v, str) else f"{v:.4g}" for k, v in row.items()}
         table.add_row(
@@ -403,21 +403,21 @@ def main() -> None:
         )  # fmt: skip
     console = Console(width=130)
     console.print(table)
-    print(markdown(found))
+    print(markdown(figures))
     if arguments.plot:
-        draw(found, arguments.plot)
+        draw(figures, arguments.plot)
     vocabularies = {v: large_vocabulary(v, KeepConfig(kind="topk", k=64)) for v in (128_256, 151_936, 201_088, 262_144)}
     sizes = Table("vocabulary", "entry B (topk 64)", "order-0 bound of the ids", "entropy nats")
     for vocab, size in vocabularies.items():
         sizes.add_row(f"{vocab:,}", *(f"{size[k]:.4g}" for k in ("entry_bytes", "order0_bytes", "entropy")))
     console.print(sizes)
-    top, drawn, both = found["topk 64"], found["sampled 50"], found["hybrid 16 + 16"]
+    top, drawn, both = figures["topk 64"], figures["sampled 50"], figures["hybrid 16 + 16"]
     print(
         json.dumps(
             {
                 "topk64_entry_bytes": top["entry_bytes"], "other_bytes": top["other_bytes"],
                 "topk64_order0_id_bytes": top["order0_bytes"], "topk64_mean_err_nats": top["mean_err_nats"],
-                "topk64_kl": top["kl"], "rows_sum_gt_1": sum(int(r.get("rows_sum_gt_1", 0)) for r in found.values()),  # type: ignore[call-overload]
+                "topk64_kl": top["kl"], "rows_sum_gt_1": sum(int(r.get("rows_sum_gt_1", 0)) for r in figures.values()),  # type: ignore[call-overload]
                 "topk64_entry_bytes_v151936": vocabularies[151_936]["entry_bytes"],
                 "sampled50_bytes": drawn["bytes"], "sampled50_distinct": drawn["kept"],
                 "sampled50_angle_deg": drawn["angle_draws"], "hybrid_bytes": both["bytes"],

@@ -44,14 +44,14 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.model)
     texts = pl.read_parquet(arguments.corpus).sample(arguments.prompts, seed=1)["text"]
     prompts = [np.array(tokenizer(text)["input_ids"][:32], np.int32) for text in texts]
-    found = _ways(arguments.model, prompts, arguments.tokens)
+    speeds = _ways(arguments.model, prompts, arguments.tokens)
     table = Table(
         "way", "tokens/s written", "of the engine", title=f"{len(prompts)} prompts, {arguments.tokens} tokens each"
     )
-    for name, speed in found.items():
-        table.add_row(name, f"{speed:,.0f}", f"{speed / found['engine alone']:.2f}")
+    for name, speed in speeds.items():
+        table.add_row(name, f"{speed:,.0f}", f"{speed / speeds['engine alone']:.2f}")
     Console(width=100).print(table)
-    same, second = (found[f"hybrid, {way} pass"] / found["engine alone"] for way in ("same", "second"))
+    same, second = (speeds[f"hybrid, {way} pass"] / speeds["engine alone"] for way in ("same", "second"))
     print(json.dumps({"ratio_same_pass": same, "ratio_second_pass": second}))
 
 
@@ -80,13 +80,13 @@ def _ways(model: Path, prompts: list[np.ndarray], tokens: int) -> dict[str, floa
         "hybrid, second pass": partial(kept, HYBRID, "hidden"),
     }
     # In turns, so that what else the machine does meets all of them; the best of each.
-    found = dict.fromkeys(ways, 0.0)
+    speeds = dict.fromkeys(ways, 0.0)
     for _ in range(ROUNDS):
         for name, way in ways.items():
             started = time.perf_counter()
-            found[name] = max(found[name], way() / (time.perf_counter() - started))
+            speeds[name] = max(speeds[name], way() / (time.perf_counter() - started))
     teacher.close()
-    return found
+    return speeds
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ Document = tuple[int, np.ndarray, np.ndarray]  # row, entry ids int32 [M, K], lo
 def _distinct(table, seed, rows, width, vocab):
     """`width` different ids of the law that `table` samples, for each row."""
     np.random.seed(seed)
-    found = np.empty((rows, width), np.int32)
+    distinct = np.empty((rows, width), np.int32)
     seen_in = np.full(vocab, -1, np.int64)
     for row in range(rows):
         n = 0
@@ -60,9 +60,9 @@ def _distinct(table, seed, rows, width, vocab):
             token = table[np.random.randint(0, len(table))]
             if seen_in[token] != row:
                 seen_in[token] = row
-                found[row, n] = token
+                distinct[row, n] = token
                 n += 1
-    return found
+    return distinct
 
 
 def build_dataset(root: Path, tokens: int, *, k: int = 64, median: int = 330) -> kdata.Dataset:
@@ -297,15 +297,15 @@ def main() -> None:
             "kdata: trainer.loader, tensors": partial(through_torch, dataset),
             "kdata: uniform shuffle (block of 1)": partial(loaded, dataset, fill, shuffle_block_rows=1),
         }
-        found = {name: (speed(source, options.passes, 10.0), size) for name, source in ours.items()}
+        speeds = {name: (speed(source, options.passes, 10.0), size) for name, source in ours.items()}
         rows = range(dataset.num_rows)
         others = {n: (s, b) for n, s, b in peers(dataset, rows, k, root, options.passes)}
-    report(dataset, found, others, checking, min(fill))
+    report(dataset, speeds, others, checking, min(fill))
 
 
 def report(
     dataset: kdata.Dataset,
-    found: dict[str, tuple[float, float]],
+    ours: dict[str, tuple[float, float]],
     others: dict[str, tuple[float, float]],
     checking: float,
     fill: float,
@@ -316,11 +316,11 @@ def report(
         "litdata": "litdata, flat arrays", "streaming": "mosaicml-streaming, flat arrays",
     }  # fmt: skip
     table = Table("source", "M tokens/s/core", "bytes/token", title=f"{dataset.num_tokens:,} tokens, 64 entries each")
-    for name, (value, size) in {**found, **{names[n]: v for n, v in others.items()}}.items():
+    for name, (value, size) in {**ours, **{names[n]: v for n, v in others.items()}}.items():
         table.add_row(name, f"{value / 1e6:.3f}", f"{size:.0f}")
     table.add_row("kdata: check of digests at first touch", f"{checking / 1e6:.3f}", "")
     Console(width=100).print(table)
-    speeds = {name: value for name, (value, _) in found.items()}
+    speeds = {name: value for name, (value, _) in ours.items()}
     best = speeds["kdata: batches of numpy arrays"]
     result = {
         "loader_tok_s_core": round(best),
@@ -330,7 +330,7 @@ def report(
         "prefetched_tok_s_core": round(speeds["kdata: the same, read ahead in a thread"]),
         "uniform_tok_s_core": round(speeds["kdata: uniform shuffle (block of 1)"]),
         "first_touch_tok_s_core": round(checking),
-        "bytes_per_token": round(next(iter(found.values()))[1], 1),
+        "bytes_per_token": round(next(iter(ours.values()))[1], 1),
         "tokens": dataset.num_tokens,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }

@@ -135,9 +135,9 @@ def with_pandas(root: Path, what: str, memory: str, threads: int) -> int:
     scores = pd.read_parquet(root / "scores/ref", columns=["id", "nll"])
     joined = rows.merge(scores, on="id", suffixes=("", "_ref"))
     joined["value"] = joined["nll_ref"] - joined["nll"]
-    taken = joined.sort_values(["value", "id"], ascending=[False, True]).head(math.ceil(len(joined) / 2))
-    taken[["id"]].assign(repeats=1).to_parquet(root / "pandas.parquet", compression="zstd")
-    return len(taken)
+    chosen = joined.sort_values(["value", "id"], ascending=[False, True]).head(math.ceil(len(joined) / 2))
+    chosen[["id"]].assign(repeats=1).to_parquet(root / "pandas.parquet", compression="zstd")
+    return len(chosen)
 
 
 def with_datasets(root: Path, what: str, memory: str, threads: int) -> int:
@@ -156,9 +156,9 @@ def with_datasets(root: Path, what: str, memory: str, threads: int) -> int:
     table = both.with_format("numpy")
     values = np.concatenate([b["ref"] - b["nll"] for b in table.iter(batch_size=100_000)])
     cut = np.partition(values, len(values) // 2)[len(values) // 2]
-    taken = table.filter(lambda b: b["ref"] - b["nll"] >= cut, batched=True, batch_size=100_000)
-    taken.select_columns(["id"]).to_parquet(str(root / "datasets.parquet"))
-    return len(taken)
+    chosen = table.filter(lambda b: b["ref"] - b["nll"] >= cut, batched=True, batch_size=100_000)
+    chosen.select_columns(["id"]).to_parquet(str(root / "datasets.parquet"))
+    return len(chosen)
 
 
 TIMED: dict[str, Callable[[Path, str, str, int], int]] = {
@@ -196,10 +196,10 @@ def measured(root: Path, what: str, memory: str, threads: int) -> None:
     if what in ("pandas", "datasets"):
         resource.setrlimit(resource.RLIMIT_DATA, (PEER_BYTES, PEER_BYTES))
     began = time.perf_counter()
-    taken = TIMED[what](root, what, memory, threads)
+    num_chosen = TIMED[what](root, what, memory, threads)
     seconds, cpu = time.perf_counter() - began, time.process_time()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_gb": peak, "taken": taken}))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_gb": peak, "taken": num_chosen}))
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -230,56 +230,56 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="kdata-selection-") as folder:
         root = Path(folder)
         generate(root / "files", sizes[-1])
-        found = run(root, sizes, options)
-    report(found, sizes, options)
+        results = run(root, sizes, options)
+    report(results, sizes, options)
 
 
 def run(root: Path, sizes: list[int], options: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
     """Every measurement: by name, then by rows. A peer is asked for larger sizes until it gives up."""
-    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in TIMED}
+    results: dict[str, dict[int, dict[str, float]]] = {name: {} for name in TIMED}
     for size in sizes:
         place = root / f"rows-{size}"
         dataset_of(place, root / "files", size)
         for name in TIMED:
             peer = name in ("pandas", "datasets")
-            gave_up = peer and (options.no_peers or len(found[name]) < sizes.index(size))
+            gave_up = peer and (options.no_peers or len(results[name]) < sizes.index(size))
             result = None if gave_up else measure(place, name, options.memory, options.threads)
             if result is not None:
-                found[name][size] = {**result, "load": os.getloadavg()[0]}
+                results[name][size] = {**result, "load": os.getloadavg()[0]}
             print(name, f"{size:,}", result, file=sys.stderr)
         subprocess.run(["rm", "-rf", str(place)], check=True)
-    return found
+    return results
 
 
-def report(found: dict[str, dict[int, dict[str, float]]], sizes: list[int], options: argparse.Namespace) -> None:
+def report(results: dict[str, dict[int, dict[str, float]]], sizes: list[int], options: argparse.Namespace) -> None:
     """Print the table, and the JSON line last."""
     labels = {"difference": "kdata: difference, half", "mixture": "kdata: mixture, T = 2, repeats", "pandas": "pandas: difference",  # noqa: E501
               "datasets": "datasets.filter: difference"}  # fmt: skip
     table = Table("selection", "rows", "seconds", "M rows/s", "peak GB", "rows taken", "load",
                   title=f"memory_limit {options.memory}, {options.threads} threads")  # fmt: skip
-    for name, by_size in found.items():
+    for name, by_size in results.items():
         for size, result in by_size.items():
             table.add_row(labels[name], f"{size:,}", f"{result['seconds']:.1f}", f"{size / result['seconds'] / 1e6:.2f}",
                           f"{result['peak_gb']:.2f}", f"{result['taken']:,.0f}", f"{result['load']:.1f}")  # fmt: skip
     Console(width=110).print(table)
     largest, kept = sizes[-1], ("difference", "mixture")
     slopes = (
-        {name: exponent([(size, r["seconds"]) for size, r in found[name].items()]) for name in kept}
+        {name: exponent([(size, r["seconds"]) for size, r in results[name].items()]) for name in kept}
         if len(sizes) > 1
         else {}
     )
     print(
         json.dumps(
             {
-                "rows_s": round(min(largest / found[name][largest]["seconds"] for name in kept)),
-                "peak_gb": round(max(found[name][largest]["peak_gb"] for name in kept), 2),
+                "rows_s": round(min(largest / results[name][largest]["seconds"] for name in kept)),
+                "peak_gb": round(max(results[name][largest]["peak_gb"] for name in kept), 2),
                 "exponent": round(max(slopes.values()), 3) if slopes else None,
                 "rows": largest,
-                **{f"{name}_rows_s": round(largest / found[name][largest]["seconds"]) for name in kept},
+                **{f"{name}_rows_s": round(largest / results[name][largest]["seconds"]) for name in kept},
                 **{f"{name}_exponent": round(slope, 3) for name, slope in slopes.items()},
-                **{f"{name}_most_rows": max(found[name], default=0) for name in ("pandas", "datasets")},
-                **{f"{name}_rows_s": round(max(found[name]) / found[name][max(found[name])]["seconds"])
-                   for name in ("pandas", "datasets") if found[name]},
+                **{f"{name}_most_rows": max(results[name], default=0) for name in ("pandas", "datasets")},
+                **{f"{name}_rows_s": round(max(results[name]) / results[name][max(results[name])]["seconds"])
+                   for name in ("pandas", "datasets") if results[name]},
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             }
         )

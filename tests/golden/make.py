@@ -79,7 +79,7 @@ def make(root: Path, name: str) -> kdata.Dataset:
 
 def decoded(dataset: kdata.Dataset) -> dict[str, Any]:
     """All that a reader gets, as JSON values (NaN and -Infinity as Python writes them)."""
-    found: dict[str, Any] = {"fingerprint": dataset.content_digest, "index": dataset.index().to_pylist(), "rows": []}
+    content: dict[str, Any] = {"fingerprint": dataset.content_digest, "index": dataset.index().to_pylist(), "rows": []}
     for sequence in dataset:
         row = {name: getattr(sequence, name).tolist() for name in ARRAYS}
         for name in REALS:
@@ -87,8 +87,8 @@ def decoded(dataset: kdata.Dataset) -> dict[str, Any]:
             row[name] = (
                 None if values is None else [float(str(value)) for value in values.reshape(-1).astype(np.float32)]
             )
-        found["rows"].append(row)
-    return found
+        content["rows"].append(row)
+    return content
 
 
 def main(folder: Path) -> None:

@@ -32,7 +32,8 @@ def test_the_public_names_are_there() -> None:
 
 
 def test_every_error_is_public() -> None:
-    classes = {name for name, value in vars(errors).items() if inspect.isclass(value)}
+    classes = {name for name, value in vars(errors).items() if getattr(value, "__module__", None) == errors.__name__}
+    classes = {name for name in classes if inspect.isclass(getattr(errors, name))}
     assert classes and classes == {name for name in kdata.__all__ if name.endswith("Error")}
 
 

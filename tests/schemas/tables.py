@@ -142,7 +142,7 @@ def manifest_view() -> pa.Schema:
 def tables() -> dict[str, Callable[[], str]]:
     """Every generated table of the README, by the name in its mark."""
     codecs = document("payload")["codecs"]
-    made: dict[str, Callable[[], str]] = {
+    generated: dict[str, Callable[[], str]] = {
         "payload": lambda: columns_table(document("payload")["columns"]),
         "index": lambda: columns_table(document("index")["columns"]),
         "rejects": lambda: columns_table(document("rejects")["columns"]),
@@ -151,10 +151,12 @@ def tables() -> dict[str, Callable[[], str]]:
         "manifest": lambda: arrow_table(manifest_view()),
     }
     for name, spec in codecs.items():
-        made[name] = lambda spec=spec: f"Version {spec['version']}. {spec['doc']}\n\n" + columns_table(spec["columns"])
+        generated[name] = lambda spec=spec: (
+            f"Version {spec['version']}. {spec['doc']}\n\n" + columns_table(spec["columns"])
+        )
     for model in MODELS:
-        made[model.__name__] = lambda model=model: model_table(model)
-    return made
+        generated[model.__name__] = lambda model=model: model_table(model)
+    return generated
 
 
 MARK = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
@@ -162,8 +164,8 @@ MARK = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 def with_tables(text: str) -> str:
     """The README with every marked table made anew."""
-    made = tables()
-    return MARK.sub(lambda m: f"<!-- table: {m[1]} -->\n{made[m[1]]()}\n<!-- end -->", text)
+    generated = tables()
+    return MARK.sub(lambda m: f"<!-- table: {m[1]} -->\n{generated[m[1]]()}\n<!-- end -->", text)
 
 
 def main() -> None:

@@ -111,12 +111,12 @@ def test_a_dataset_s_columns_are_those_of_the_documents(furnished: kdata.Dataset
 
 
 def test_the_documented_views_have_the_documented_columns(furnished: kdata.Dataset) -> None:
-    made = tables()
+    generated = tables()
     views = {"rows": "index", "scores.ref": "scores", "plans.difference": "plans"}
     for view in ("rows", "rejects", "manifest", "scores.ref", "plans.difference"):
         name = views.get(view, view)
         names = furnished.sql(f"select column_name from (describe {view})")["column_name"].to_pylist()
-        assert names == re.findall(r"^\| `(\w+)`", made[name](), re.MULTILINE)
+        assert names == re.findall(r"^\| `(\w+)`", generated[name](), re.MULTILINE)
     with pytest.raises(QueryError, match=r"Views: manifest, plans.difference, rejects, rows, scores.ref$"):
         furnished.sql("select * from nothing")
 

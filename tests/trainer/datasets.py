@@ -39,11 +39,13 @@ def make_dataset(
     seed: int = 0,
     mask_every: int = 0,
     exact: int = 0,
+    vocab_size: int | None = None,
 ) -> kdata.Dataset:
     """Documents of a Markov chain over `vocab` tokens; the teacher is the chain itself, so it can be learnt.
 
     `mask_every` n > 0 takes every n-th token out of the target mask. `exact` n > 0 makes a hybrid of draws: the n likeliest
-    entries exact, the others draws whose weights are their probabilities.
+    entries exact, the others draws whose weights are their probabilities. `vocab_size`: rows of the
+    teacher's head; None: `vocab`.
     """
     kind = "topk" if tail == "ghost" else "hybrid" if exact else "sampled"
     rng = np.random.default_rng(seed)
@@ -53,7 +55,7 @@ def make_dataset(
     ).numpy()
     info = new_info(
         format_version="1.0",
-        vocab_size=vocab,
+        vocab_size=vocab_size or vocab,
         teacher=TeacherInfo(
             model="chain",
             revision=None,

@@ -8,19 +8,19 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM
 from typer.testing import CliRunner
 
 import kdata
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
 from kdata.pipelines.cli.main import app
-from kdata.trainer.config import EvaluateConfig, ScratchStudent, TrainConfig
+from kdata.trainer.config import CheckpointStudent, EvaluateConfig, ScratchStudent, TrainConfig
 from kdata.trainer.evaluate import _first_choice, evaluate
 from kdata.trainer.loader import Batch
 from kdata.trainer.objectives import Targets
@@ -238,6 +238,46 @@ def test_wrong_or_missing_models_are_refused(folder: Path, dataset: kdata.Datase
         evaluate(folder / "alien" / "model", dataset.path)
 
 
+def test_a_model_that_would_be_measured_wrongly_is_refused(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    """Logits that are not head @ hidden: the loss would leave the scale out."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
+    config = CohereConfig(**sizes, **special, num_attention_heads=2, logit_scale=0.25, initializer_range=0.5)
+    CohereForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="logits are not head @ hidden"):
+        evaluate(tmp_path, dataset.path)
+
+
+def test_a_model_with_a_permuted_vocabulary_is_refused_and_one_with_other_flags_is_not(
+    run: Path, dataset: kdata.Dataset, tmp_path: Path
+) -> None:
+    """`train` and `evaluate` agree on both."""
+    state = json.loads((run / "model/tokenizer.json").read_text())
+    student = TrainConfig(
+        student=CheckpointStudent(model=str(tmp_path / "model")),
+        steps=1,
+        batch_tokens=64,
+        context_tokens=64,
+        warmup_steps=0,
+    )
+
+    def save(name: str, change: dict[str, Any]) -> Path:
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        shutil.copytree(run / "model", tmp_path / "model")
+        (tmp_path / "model/tokenizer.json").write_text(json.dumps({**state, **change}))
+        return tmp_path / "model"
+
+    flags = [{**token, "rstrip": not token["rstrip"]} for token in state["added_tokens"]]
+    folder = save("flags", {"added_tokens": flags})
+    assert evaluate(folder, dataset.path)["overall"] == evaluate(run / "model", dataset.path)["overall"]
+    train(student, dataset.path, None, tmp_path / "trained")
+    vocab = {**state["model"]["vocab"], "w7": 8, "w8": 7}
+    folder = save("permuted", {"model": {**state["model"], "vocab": vocab}})
+    for refused in (lambda: evaluate(folder, dataset.path), lambda: train(student, dataset.path, None, tmp_path / "t")):
+        with pytest.raises(MismatchError, match="id 7 is 'w7' in one and 'w8' in the other"):
+            refused()
+
+
 def test_bad_input_is_named_in_one_line_and_nothing_is_saved(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     shutil.copytree(run / "model", tmp_path / "foreign")
@@ -247,7 +287,13 @@ def test_bad_input_is_named_in_one_line_and_nothing_is_saved(run: Path, dataset:
         (run / "model", tmp_path / "empty", [], MissingError, "empty"),
         (tmp_path / "nowhere", dataset.path, [], MissingError, "is not a folder; name "),
         (tmp_path / "empty", dataset.path, [], MissingError, "does not hold a model that loads"),
-        (tmp_path / "foreign", dataset.path, [], MismatchError, "tokenizer in .*foreign .* is not that of"),
+        (
+            tmp_path / "foreign",
+            dataset.path,
+            [],
+            MismatchError,
+            "tokenizers of .* and the model .*foreign .* are not the same",
+        ),
         (run / "model", dataset.path, ["--set", "batch_token=64"], ConfigError, "did you mean 'batch_tokens'"),
     ):
         command = ["evaluate", str(model), str(data), "--save", str(tmp_path / "e.json"), *settings]

@@ -206,7 +206,7 @@ def test_the_command_takes_a_file_of_settings(
 def test_phases_that_do_not_fit_are_refused(general: kdata.Dataset, folder: Path, tmp_path: Path) -> None:
     other = make_dataset(folder / "other", LENGTHS[:10], vocab=VOCAB - 1)
     for phases, message in (
-        ([PhaseConfig(name="a"), PhaseConfig(name="b", dataset=str(other.path))], "another vocabulary"),
+        ([PhaseConfig(name="a"), PhaseConfig(name="b", dataset=str(other.path))], "only one has a token of id"),
         ([PhaseConfig(name="a"), PhaseConfig(name="a")], "a name of its own"),
         ([PhaseConfig(name="a", steps=2)], r"phase 'a': warmup_steps=2 must be less than steps=2"),
         ([PhaseConfig(name="a", objective=ObjectiveConfig(temperature=2.0))], "log-sum-exp"),

@@ -6,12 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Cohere2Config, Cohere2ForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 import kdata
 from kdata.errors import ConfigError, MismatchError, MissingError
 from kdata.loader.batches import BatchesConfig
-from kdata.teachers.model import load_tokenizer, tokenizer_info
 from kdata.trainer.config import CheckpointStudent, ScratchStudent
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.loader import Loader
@@ -23,7 +30,7 @@ from kdata.trainer.student import (
     num_parameters,
     probe_head,
     probe_isolation,
-    tokenizer_hash,
+    prune_layers,
 )
 from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
 
@@ -149,13 +156,48 @@ def test_a_checkpoint_is_loaded_in_float32_and_checked(dataset: kdata.Dataset, t
     save_tokenizer(good)
     model.resize_token_embeddings(VOCAB + 3)
     model.save_pretrained(good)
-    with pytest.raises(MismatchError, match=rf"head has {VOCAB + 3} rows.*{VOCAB} ids"):
+    assert head_of(build_student(CheckpointStudent(model=str(good)), dataset, 1)).shape[0] == VOCAB
+    model.resize_token_embeddings(VOCAB - 3)
+    model.save_pretrained(good)
+    with pytest.raises(MismatchError, match=rf"head has {VOCAB - 3} rows.*{VOCAB} ids"):
         build_student(CheckpointStudent(model=str(good)), dataset, 1)
     with pytest.raises(MissingError, match="cannot be loaded"):
         build_student(CheckpointStudent(model=str(tmp_path / "nowhere")), dataset, 1)
 
 
-def test_tokenizers_are_hashed_as_the_dataset_hashes_them(dataset: kdata.Dataset) -> None:
-    assert dataset.tokenizer_dir is not None
-    assert tokenizer_hash(dataset.tokenizer_dir) == dataset.info.tokenizer.hash
-    assert tokenizer_hash(dataset.tokenizer_dir) == tokenizer_info(load_tokenizer(dataset.tokenizer_dir)).hash
+def test_a_student_of_some_layers_of_a_checkpoint(llama_dir: Path) -> None:
+    """Layer 1 of 2, in place 0, and all that is no layer."""
+    whole = AutoModelForCausalLM.from_pretrained(llama_dir)
+    part = prune_layers(whole, [1])
+    assert part.config.num_hidden_layers == 1 and whole.config.num_hidden_layers == 2
+    theirs, ours = whole.state_dict(), part.state_dict()
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name.replace("layers.0.", "layers.1.")], rtol=0, atol=0)
+    ids_BL = torch.arange(6)[None]
+    hidden = whole.model.embed_tokens(ids_BL)
+    rotary = whole.model.rotary_emb(hidden, position_ids=ids_BL)
+    mask = torch.full((6, 6), -torch.inf).triu(1)[None, None]
+    by_hand = whole.model.layers[1](hidden, attention_mask=mask, position_embeddings=rotary)
+    expected = whole.lm_head(whole.model.norm(by_hand))
+    torch.testing.assert_close(part(ids_BL).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_keep_their_own_kind_of_attention() -> None:
+    """Gemma 3: every sixth layer sees everything, the others a window."""
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=12, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    whole = Gemma3ForCausalLM(config)
+    part = prune_layers(whole, 6)
+    assert part.config.layer_types == [whole.config.layer_types[n] for n in (0, 2, 4, 7, 9, 11)]
+    assert part.lm_head.weight is part.model.embed_tokens.weight, "still one matrix"
+    assert torch.equal(
+        part.state_dict()["model.layers.5.mlp.up_proj.weight"], whole.model.layers[11].mlp.up_proj.weight
+    )
+
+
+@pytest.mark.parametrize("keep", [0, 3, [], [1, 0], [0, 0], [0, 2], [-1]])
+def test_layers_that_the_checkpoint_does_not_have(llama_dir: Path, keep: int | list[int]) -> None:
+    with pytest.raises(ConfigError, match=r"keep_layers=.* does not fit a model of 2 layers"):
+        prune_layers(AutoModelForCausalLM.from_pretrained(llama_dir), keep)

@@ -209,7 +209,11 @@ def test_an_output_folder_that_cannot_be_made_is_named(dataset: kdata.Dataset, t
         ({"plan": "nowhere"}, MissingError, r"plan 'nowhere': .* does not exist; .*`kdata select`"),
         ({"student": "nowhere"}, MissingError, r"student\.model '.*nowhere' cannot be loaded: .*name a folder"),
         ({"student": "empty"}, MissingError, r"student\.model '.*empty' cannot be loaded: .*name a folder"),
-        ({"student": "foreign"}, MismatchError, "tokenizer of the student .* is not the dataset's .* choose a student"),
+        (
+            {"student": "foreign"},
+            MismatchError,
+            "tokenizers of .* and the student .* are not the same: .* choose a student",
+        ),
     ],
 )
 def test_missing_or_foreign_input_is_one_line_and_nothing_is_written(

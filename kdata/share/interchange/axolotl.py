@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from kdata.errors import DataError
 from kdata.format.sequences import Sequences
 from kdata.share.interchange.plain import about_rows, lists
-from kdata.share.interchange.rows import PeerRow, flat, nested, spans
+from kdata.share.interchange.rows import PeerRow, as_ids, flat, nested, spans
 
 V1_COLUMN = "llm_text_generation_vllm_logprobs"
 _LISTS = pa.list_(pa.list_(pa.float64()))
@@ -74,7 +74,7 @@ def _entries(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray,
             raise DataError(
                 "lists of logprobs and target_token_ids have different lengths; each id needs one log-probability"
             )
-        return per_row, counts, _numbers(ids).astype(np.int32), _numbers(values)
+        return per_row, counts, as_ids(ids), _numbers(values)
     raise DataError(
         f"none of the columns {batch.schema.names} holds axolotl's entries; it needs lists of {{token, logprob}} (v1), or "
         "logprobs and target_token_ids (v2)"
@@ -82,18 +82,22 @@ def _entries(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray,
 
 
 def _numbers(values: pa.Array) -> np.ndarray:
-    return values.to_numpy(zero_copy_only=False).astype(np.float32 if pa.types.is_floating(values.type) else np.int64)
+    dtype = np.float32 if pa.types.is_floating(values.type) else np.int64
+    numbers: np.ndarray = values.to_numpy(zero_copy_only=False).astype(dtype)
+    return numbers
 
 
 def _token_ids(names: pa.Array) -> np.ndarray:
     """Ids out of "token_id:N"."""
     try:
-        return pc.cast(pc.replace_substring(names, "token_id:", ""), pa.int32()).to_numpy(zero_copy_only=False)
+        ids = pc.cast(pc.replace_substring(names, "token_id:", ""), pa.int32())
     except pa.ArrowInvalid as error:
         raise DataError(
             f"an entry's token is not of the form 'token_id:N' ({str(error).splitlines()[0]}), and a token's text does not "
             "determine its id; let the server return ids (vLLM: --return-tokens-as-token-ids)"
         ) from error
+    token_ids: np.ndarray = ids.to_numpy(zero_copy_only=False)
+    return token_ids
 
 
 def table(sequences: Sequences, ids: list[str], domains: list[str], version: int) -> pa.Table:

@@ -134,7 +134,11 @@ def _grid(values: pa.Array, sizes: np.ndarray, width: int, name: str) -> np.ndar
         raise DataError(
             f"{name} has {actual} bytes at a position, but the compression YAML means {width}; name the YAML of these files"
         )
-    return values.to_numpy(zero_copy_only=False).astype(np.uint8).reshape(len(sizes), width)
+    numbers = values.to_numpy(zero_copy_only=False)
+    if len(numbers) and not ((numbers >= 0) & (numbers <= 255)).all():
+        raise DataError(f"{name} holds a number that is not a byte (0 to 255); name the files that DistillKit wrote")
+    grid: np.ndarray = numbers.astype(np.uint8).reshape(len(sizes), width)
+    return grid
 
 
 def unpack(packed_PB: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -179,16 +183,15 @@ def decode_logprobs(packed_PB: np.ndarray, compression: Compression) -> np.ndarr
             for n, term in enumerate(terms)
         )
         values_PK = values_PK + _rounded(np.asarray(curve_PK), c.term_dtype)
-    logprobs_PK = np.concatenate([exact_PK.astype(np.float64), values_PK], 1)
+    logprobs_PK: np.ndarray = np.concatenate([exact_PK.astype(np.float64), values_PK], 1)
     if c.delta_encoding:
         return _rounded(np.cumsum(logprobs_PK, 1), c.exact_dtype).astype(np.float32)
     return logprobs_PK.astype(np.float32)
 
 
 def _term(term: int | str, axis: np.ndarray) -> np.ndarray:
-    if isinstance(term, int):
-        return axis**term
-    return np.sqrt(axis) if term == "sqrt" else np.exp(axis)
+    values: np.ndarray = axis**term if isinstance(term, int) else np.sqrt(axis) if term == "sqrt" else np.exp(axis)
+    return values
 
 
 def _signed(codes: np.ndarray, bits: int) -> np.ndarray:

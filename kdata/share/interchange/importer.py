@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,35 +15,39 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from kdata.config import Strict
+from kdata.config import RowsConfig
 from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.format.files import journal_of, local_path
 from kdata.format.manifest import new_info
-from kdata.format.records import Record, Reject, UnitResult, inputs_digest
+from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest
+from kdata.format.rejects import checked
 from kdata.format.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, TeacherInfo, TokenizerInfo
 from kdata.observe.progress import Task
-from kdata.share.interchange import axolotl, distillkit, plain
-from kdata.share.interchange.rows import Aligned, ImportReport, OverOne, PeerRow, RowError, place
+from kdata.share.interchange import axolotl, distillkit, plain, vllm_json
+from kdata.share.interchange.rows import Aligned, ImportReport, OverOne, PeerRow, place
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.shard import stored_shard
+from kdata.store.vocabulary import num_ids
 from kdata.store.writer import Writer
 from kdata.teachers.model import load_tokenizer, tokenizer_files, tokenizer_info
 
-Format = Literal["distillkit", "axolotl", "plain"]
-ALIGNED: dict[Format, Aligned] = {"distillkit": "after", "axolotl": "end", "plain": "with"}
+Format = Literal["distillkit", "axolotl", "plain", "vllm"]
+ALIGNED: dict[Format, Aligned] = {"distillkit": "after", "axolotl": "end", "plain": "with", "vllm": "with"}
+PEER_SUFFIXES = (".parquet", ".jsonl")
 ROWS_AT_ONCE = 64
+ReadRows = Callable[[Iterator[pa.RecordBatch]], Iterator[PeerRow]]
 
 
-class ImportConfig(Strict):
+class ImportConfig(RowsConfig):
     """What is imported, and how to read it."""
 
-    format: Format = Field(description="Which tool wrote it; plain: nested lists.")
+    format: Format = Field(description="Which tool wrote it; plain: nested lists; vllm: its JSON with prompt_logprobs.")
     aligned: Aligned | None = Field(
         None,
         description="Token that list j is about: with (token j), after (j + 1), end (the last list is about the last token). "
-        "Null takes the format's own: distillkit after, axolotl end, plain with.",
+        "Null takes the format's own: distillkit after, axolotl end, plain and vllm with.",
     )
     over_one: OverOne = Field(
         "keep",
@@ -72,12 +76,13 @@ def import_dataset(
     Raises:
         MissingError: the source does not exist.
         ConfigError: the vocabulary's size is not known, or a path is a URL.
-        DataError: the columns are not the format's, or the numbers are not log-probabilities.
+        DataError: the columns are not the format's, the numbers are not log-probabilities, or no row at all can be used;
+            `strict` is set and a row cannot be used.
         MismatchError: the dataset was begun with other settings.
     """
     source = local_path(source, "download the other tool's files first, and name their folder")
     root = local_path(root, "import into a folder, and copy it to the Hub with `kdata push`")
-    files = source_files(source)
+    files = source_files(source, vllm_json.SUFFIXES if config.format == "vllm" else PEER_SUFFIXES)
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer, None)
     compression = None
     if config.format == "distillkit":
@@ -85,42 +90,50 @@ def import_dataset(
         compression = distillkit.read_compression(source, named)
     info = _identity(config, compression, tokenizer)
     settings = {
-        **config.model_dump(exclude={"name", "tokenizer", "compression", "teacher", "vocab_size"}),
+        **config.model_dump(exclude={"name", "strict", "tokenizer", "compression", "teacher", "vocab_size"}),
         "aligned": config.aligned or ALIGNED[config.format],
         "sha256": _digest(files),
         "compression": None if compression is None else compression.model_dump(),
     }
     report = ImportReport(notes=compression.notes() if compression else [])
-    rows = _peer_rows(config.format, compression)(batches(files))
+    if config.format == "vllm":
+        rows: Iterator[PeerRow | UnreadableRow] = vllm_json.read_rows(files)
+    else:
+        rows = _row_by_row(_peer_rows(config.format, compression), batches(files))
     with ExitStack() as stack:
         folder = None if tokenizer is None else stack.enter_context(tokenizer_files(tokenizer))
         kind = SourceInfo(kind="import", settings=settings, num_units=None)
         writer = stack.enter_context(Writer(root, info, config.name, kind, resume=resume, tokenizer_dir=folder))
         title, journal = f"{config.name}: reading", log or journal_of(root)
         task = stack.enter_context(Task(title, None, "rows", journal, source=config.name))
-        units = 0
+        units, usable = 0, False
         for unit in _units(rows, config, info.vocab_size, tokenizer, report):
             rows_read = len(unit.records) + len(unit.rejects)
             if unit.number in writer.committed:
                 task.skip(rows_read, shard=stored_shard(root, writer.committed[unit.number]))
             else:
+                unit = _without_present(unit, writer, usable)
+                if not unit.records and not usable:
+                    reject = unit.rejects[0]
+                    raise DataError(f"not one row could be imported. Row {reject.id!r}: {reject.detail}")
+                checked(unit, config.strict)
                 shard = writer.commit(unit)
                 task.advance(rows_read, tokens=shard.entry.tokens, shard=shard)
-            units = unit.number + 1
+            units, usable = unit.number + 1, True
         if not units:
             raise DataError(f"{source} has no rows to import; name files with rows")
         writer.finish(units)
     return open_dataset(root), report
 
 
-def source_files(source: Path) -> list[Path]:
-    """The Parquet or JSONL files of a source, in order. Raises MissingError or ConfigError."""
+def source_files(source: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files of a source that have one of these suffixes, in order. Raises MissingError or ConfigError."""
     if not source.exists():
-        raise MissingError(f"{source} does not exist; name a file or folder of Parquet or JSONL files")
+        raise MissingError(f"{source} does not exist; name a file or folder of {' or '.join(suffixes)} files")
     paths = [source] if source.is_file() else sorted(source.rglob("*"))
-    files = [path for path in paths if path.suffix in (".parquet", ".jsonl")]
+    files = [path for path in paths if path.suffix in suffixes]
     if not files:
-        raise ConfigError(f"{source} has no .parquet or .jsonl file; name a file or folder of these")
+        raise ConfigError(f"{source} has no {' or '.join(suffixes)} file; name a file or folder of these")
     return files
 
 
@@ -148,12 +161,57 @@ def _batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist([{name: row.get(name) for name in names} for row in rows])
 
 
-def _peer_rows(
-    format: Format, compression: distillkit.Compression | None
-) -> Callable[[Iterator[pa.RecordBatch]], Iterator[PeerRow]]:
+def _peer_rows(format: Format, compression: distillkit.Compression | None) -> ReadRows:
     if compression is not None:
         return lambda source_batches: distillkit.read_rows(source_batches, compression)
     return axolotl.read_rows if format == "axolotl" else plain.read_rows
+
+
+def _row_by_row(read: ReadRows, source_batches: Iterator[pa.RecordBatch]) -> Iterator[PeerRow | UnreadableRow]:
+    """Rows of all batches; a row that makes its batch unreadable comes as an UnreadableRow.
+
+    Raises DataError where no row of the first batch can be read: then the files are not of this format.
+    """
+    any_read = False
+    for batch in source_batches:
+        try:
+            rows: list[PeerRow | UnreadableRow] = list(read(iter([batch])))
+        except DataError as error:
+            rows = [row for n in range(batch.num_rows) for row in _single_row(read, batch.slice(n, 1))]
+            if not any_read and not any(isinstance(row, PeerRow) for row in rows):
+                raise error
+        any_read = any_read or bool(rows)
+        yield from rows
+
+
+@dataclass(frozen=True)
+class UnreadableRow:
+    """A row that does not have the form of its format; id and domain are None where they are not known."""
+
+    id: str | None
+    domain: str | None
+    detail: str
+
+
+def _single_row(read: ReadRows, row: pa.RecordBatch) -> list[PeerRow | UnreadableRow]:
+    try:
+        return list(read(iter([row])))
+    except DataError as error:
+        [about] = plain.about_rows(row)
+        return [UnreadableRow(about.get("id"), about.get("domain"), str(error))]
+
+
+def _without_present(unit: UnitResult, writer: Writer, usable: bool) -> UnitResult:
+    """A unit in which rows whose id the dataset has already are rejects. Raises DataError where it is all of them."""
+    present = writer.present(record.id for record in unit.records)
+    if not present:
+        return unit
+    if len(present) == len(unit.records) and not usable:
+        writer.refuse_twice(sorted(present))
+    detail = "the dataset has a row with this id already"
+    rejects = [Reject(r.id, r.domain, "id_twice", detail) for r in unit.records if r.id in present]
+    records = [record for record in unit.records if record.id not in present]
+    return UnitResult(unit.number, records, [*unit.rejects, *rejects], inputs_digest(records))
 
 
 def _digest(files: list[Path]) -> str:
@@ -168,7 +226,7 @@ def _digest(files: list[Path]) -> str:
 def _identity(config: ImportConfig, compression: distillkit.Compression | None, tokenizer: Any) -> DatasetInfo:
     """The identity of the dataset; what the files do not say is marked unknown."""
     own = compression.d if compression else None
-    vocab_size = config.vocab_size or own or (None if tokenizer is None else len(tokenizer))
+    vocab_size = config.vocab_size or own or (None if tokenizer is None else num_ids(tokenizer.backend_tokenizer))
     if vocab_size is None:
         raise ConfigError("the files do not hold the vocabulary's size; set --vocab-size N or --tokenizer FOLDER")
     unknown = TokenizerInfo(hash="unknown", chat_template_hash=None, bos_id=None, eos_id=None)
@@ -194,7 +252,7 @@ def _identity(config: ImportConfig, compression: distillkit.Compression | None, 
 
 
 def _units(
-    rows: Iterator[PeerRow], config: ImportConfig, vocab_size: int, tokenizer: Any, report: ImportReport
+    rows: Iterator[PeerRow | UnreadableRow], config: ImportConfig, vocab_size: int, tokenizer: Any, report: ImportReport
 ) -> Iterator[UnitResult]:
     """Rows in units of about `unit_tokens`; `report` counts them."""
     aligned = config.aligned or ALIGNED[config.format]
@@ -202,14 +260,20 @@ def _units(
     number = tokens = 0
     records: list[Record] = []
     rejects: list[Reject] = []
+    seen = set[str]()
     for row_number, row in enumerate(rows):
         row_id, domain = row.id or f"row-{row_number:07d}", row.domain or config.domain
         try:
+            if isinstance(row, UnreadableRow):
+                raise RowError("misaligned", row.detail)
+            if row_id in seen:
+                raise RowError("id_twice", "an earlier row has the same id; ids must be unique")
             record = place(replace(row, id=row_id, domain=domain), aligned, vocab_size, report, config.over_one)
         except RowError as error:
             report.rejected[error.reason] += 1
             rejects.append(Reject(row_id, domain, error.reason, error.detail))
         else:
+            seen.add(row_id)
             records.append(record if encoder is None else _with_text(record, tokenizer, encoder))
             tokens += len(record.token_ids)
         if tokens >= config.unit_tokens:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from kdata.errors import DataError
 from kdata.format.sequences import Sequences
-from kdata.share.interchange.rows import PeerRow, flat, nested, spans
+from kdata.share.interchange.rows import PeerRow, as_ids, flat, nested, spans
 
 COLUMNS = ("input_ids", "topk_ids", "topk_logprobs")
 SCHEMA = pa.schema(
@@ -44,7 +44,7 @@ def read_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[PeerRow]:
             raise DataError(
                 "lists of topk_ids and topk_logprobs have different lengths; each id needs one log-probability"
             )
-        all_ids = ids.to_numpy(zero_copy_only=False).astype(np.int32)
+        all_ids = as_ids(ids)
         all_logprobs = logprobs.to_numpy(zero_copy_only=False).astype(np.float32)
         entries = spans(np.array([counts[part].sum() for part in spans(per_row)], np.int64))
         masks = _masks(batch, lengths)
@@ -95,7 +95,7 @@ def lists(sequences: Sequences, *, skip_first: bool) -> tuple[pa.ListArray, pa.L
 
 
 def _offsets(values: np.ndarray) -> pa.Array:
-    return pa.array(values.astype(np.int32))
+    return pa.array(values, pa.int32())
 
 
 def table(sequences: Sequences, ids: list[str], domains: list[str], texts: list[str | None]) -> pa.Table:

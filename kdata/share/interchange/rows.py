@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from kdata.errors import DataError
 from kdata.format.kept import Kept, segment_sum
 from kdata.format.measures import unknown
-from kdata.format.records import Record
+from kdata.format.records import Record, RowError
 
 # Which token list j is about: j (with), j + 1 (after), or T - P + j (end: the last list is about the last token).
 Aligned = Literal["with", "after", "end"]
@@ -32,6 +32,7 @@ class PeerRow:
 
     token_ids int32 [T]; counts int32 [P], entries of each list; ids int32 [N]; logprobs float32 [N], nats; target_mask
     bool [T], or None where every position that has a list counts. Other fields are None where the tool does not keep them.
+    `refusal` is why the reader of a format cannot use the row.
     """
 
     token_ids: np.ndarray
@@ -42,14 +43,7 @@ class PeerRow:
     domain: str | None = None
     text: str | None = None
     target_mask: np.ndarray | None = None
-
-
-class RowError(DataError):
-    """A row that cannot be imported; `reason` and `detail` go into the rejects."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+    refusal: RowError | None = None
 
 
 @dataclass
@@ -84,7 +78,6 @@ class ImportReport:
             lines.append(f"lists about the token after the last one: {self.beyond_end:,}; left out")
         if self.padding_entries:
             lines.append(f"entries of probability 0 (padding): {self.padding_entries:,}; left out")
-        lines += [f"rejected rows, {reason}: {count:,}" for reason, count in sorted(self.rejected.items())]
         return lines + self.notes
 
 
@@ -110,15 +103,31 @@ def flat(column: pa.Array, dtype: type) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(
             f"a column has the type {column.type}, but lists of numbers are needed; check --format and the files"
         )
-    return _lengths(column), column.flatten().to_numpy(zero_copy_only=False).astype(dtype)
+    values = column.flatten()
+    return _lengths(column), as_ids(values) if dtype is np.int32 else values.to_numpy(zero_copy_only=False).astype(
+        dtype
+    )
+
+
+def as_ids(values: pa.Array) -> np.ndarray:
+    """Token ids of any numeric type as int32 [N]; -1, which no vocabulary has, for what is not one: 2**32 + 5, 1.5, null."""
+    if pa.types.is_null(values.type):
+        return np.full(len(values), -1, np.int32)
+    numbers = values.to_numpy(zero_copy_only=False)
+    if numbers.dtype.kind not in "iuf":
+        raise DataError(f"a column of token ids has the type {values.type}, but numbers are needed")
+    fits = (numbers >= 0) & (numbers < 2**31) & (numbers == np.floor(numbers))
+    return np.where(fits, np.where(fits, numbers, 0).astype(np.int32), np.int32(-1))
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    is_list: bool = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list
 
 
 def _lengths(column: pa.Array) -> np.ndarray:
-    return pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    lengths: np.ndarray = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return lengths
 
 
 def spans(lengths: np.ndarray) -> list[slice]:
@@ -132,8 +141,10 @@ def place(row: PeerRow, aligned: Aligned, vocab_size: int, report: ImportReport,
 
     Raises:
         RowError: the row cannot be used: ids outside the vocabulary or repeated in a list, lists that do not fit the tokens.
-        DataError: the first token has a list, so the alignment must be wrong; or a sum above 1 is refused.
+        DataError: a sum above 1 is refused.
     """
+    if row.refusal is not None:
+        raise row.refusal
     row = _without_padding(_cut(row, aligned, report), report)
     tokens = len(row.token_ids)
     counts_T = np.zeros(tokens, np.int32)
@@ -171,10 +182,8 @@ def _cut(row: PeerRow, aligned: Aligned, report: ImportReport) -> PeerRow:
         end = len(row.ids) - int(row.counts[-1])
         return replace(row, counts=row.counts[:-1], ids=row.ids[:end], logprobs=row.logprobs[:end])
     if lists == tokens and row.counts[0] > 0:
-        raise DataError(
-            f"row {row.id!r}: the first token has a list of entries, but nothing predicts it; if list j is about token "
-            "j + 1, set --aligned after"
-        )
+        detail = "the first token has a list of entries, but nothing predicts it; if list j is about token j + 1, set "
+        raise RowError("misaligned", f"{detail}--aligned after")
     if aligned == "with" and lists == tokens - 1:  # the empty first list was left off
         return replace(row, counts=np.concatenate(([0], row.counts)))
     return row

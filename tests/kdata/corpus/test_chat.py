@@ -37,14 +37,14 @@ INST = (
 
 @pytest.fixture(scope="module")
 def tokenizer_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    made: dict[str, Any] = {}
+    tokenizers: dict[str, Any] = {}
 
     def tokenizer(template: str) -> Any:
-        if template not in made:
+        if template not in tokenizers:
             folder = tmp_path_factory.mktemp("chat")
             save_tokenizer(folder, chat_template=template)
-            made[template] = load_tokenizer(folder)
-        return made[template]
+            tokenizers[template] = load_tokenizer(folder)
+        return tokenizers[template]
 
     return tokenizer
 
@@ -59,10 +59,12 @@ def encoder_for(tokenizer_for: Callable[[str], Any]) -> Callable[..., ChatEncode
 
 
 @pytest.fixture(scope="module")
-def told(tokenizer_for: Callable[[str], Any], encoder_for: Callable[..., ChatEncoder]) -> Callable[..., str]:
+def target_text(tokenizer_for: Callable[[str], Any], encoder_for: Callable[..., ChatEncoder]) -> Callable[..., str]:
     """The text of the target tokens of a chat."""
 
-    def told(template: str, messages: list[dict[str, Any]], targets: Targets = "assistant", **settings: Any) -> str:
+    def target_text(
+        template: str, messages: list[dict[str, Any]], targets: Targets = "assistant", **settings: Any
+    ) -> str:
         chat = encoder_for(template).whole(Chat(messages), targets, **settings)
         tokenizer = tokenizer_for(template)
         assert chat.token_ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
@@ -70,7 +72,7 @@ def told(tokenizer_for: Callable[[str], Any], encoder_for: Callable[..., ChatEnc
         assert int(chat.token_bytes.sum()) == len(chat.text.encode()) and not chat.target_mask[0]
         return tokenizer.decode(chat.token_ids[chat.target_mask], clean_up_tokenization_spaces=False)
 
-    return told
+    return target_text
 
 
 def says(role: str, content: str | None, *calls: str) -> dict[str, Any]:
@@ -99,11 +101,11 @@ CONVERSATIONS = st.lists(TURNS, max_size=5).map(lambda t: [says("user", "the dog
 @pytest.mark.parametrize("template", [CHATML, MARKED, HALF_MARKED], ids=["chatml", "marked", "half-marked"])
 @given(messages=CONVERSATIONS)
 def test_the_targets_are_the_assistant_s_contents_each_with_its_end_of_turn(
-    told: Callable[..., str], template: str, messages: list[dict[str, Any]]
+    target_text: Callable[..., str], template: str, messages: list[dict[str, Any]]
 ) -> None:
     written = [m["content"] + TURN_END for m in messages if m["role"] == "assistant"]
-    assert told(template, messages) == "".join(written)
-    assert told(template, messages, "last_assistant") == "".join(written[-1:])
+    assert target_text(template, messages) == "".join(written)
+    assert target_text(template, messages, "last_assistant") == "".join(written[-1:])
 
 
 @given(messages=CONVERSATIONS)
@@ -126,7 +128,7 @@ def test_all_is_every_token_but_the_first(encoder_for: Callable[..., ChatEncoder
 )
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["chatml", "marked"])
 def test_tool_calls_can_be_left_out_to_the_end_of_their_turn(
-    told: Callable[..., str], template: str, turns: list[tuple[str, list[str]]]
+    target_text: Callable[..., str], template: str, turns: list[tuple[str, list[str]]]
 ) -> None:
     messages = [says("user", "?")]
     for content, calls in turns:
@@ -136,15 +138,15 @@ def test_tool_calls_can_be_left_out_to_the_end_of_their_turn(
         called = "".join(f'\n<call>{{"name": "{name}", "arguments": {{"x": [1, "é"]}}}}</call>' for name in calls)
         every += content + called + TURN_END
         some += content.rstrip() if calls else content + TURN_END
-    assert told(template, messages) == every
-    found = told(template, messages, tool_calls=False)
+    assert target_text(template, messages) == every
+    text = target_text(template, messages, tool_calls=False)
     # Of the space between a content and its call so much counts as its last token holds.
-    assert "".join(found.split()) == "".join(some.split()) and "<call>" not in found
-    assert not any(calls for _, calls in turns) or len(found) < len(every)
+    assert "".join(text.split()) == "".join(some.split()) and "<call>" not in text
+    assert not any(calls for _, calls in turns) or len(text) < len(every)
 
 
 def test_a_content_that_shares_its_last_token_with_the_call_counts_in_whole(
-    tmp_path: Path, told: Callable[..., str]
+    tmp_path: Path, target_text: Callable[..., str]
 ) -> None:
     """Tokens such as ".\\n" hold the end of the one and the space before the other."""
     save_tokenizer(tmp_path, lines=["so.\n<call>"] * 50, chat_template=CHATML)
@@ -155,47 +157,51 @@ def test_a_content_that_shares_its_last_token_with_the_call_counts_in_whole(
     assert tokenizer.decode(chat.token_ids[chat.target_mask]).strip() == "so."
 
 
-def test_a_turn_of_the_assistant_that_comes_first_is_refused_without_marks(told: Callable[..., str]) -> None:
+def test_a_turn_of_the_assistant_that_comes_first_is_refused_without_marks(target_text: Callable[..., str]) -> None:
     first = [says("assistant", "hello"), says("user", "hi"), says("assistant", "so")]
-    assert told(MARKED, first) == f"hello{TURN_END}so{TURN_END}"
+    assert target_text(MARKED, first) == f"hello{TURN_END}so{TURN_END}"
     with pytest.raises(ChatError, match="the assistant speaks first"):
-        told(CHATML, first)
-    assert told(CHATML, first, "last_assistant") == f"so{TURN_END}"
+        target_text(CHATML, first)
+    assert target_text(CHATML, first, "last_assistant") == f"so{TURN_END}"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_except_for_the_last_turn(told: Callable[..., str]) -> None:
+def test_a_template_that_rewrites_earlier_turns_is_refused_except_for_the_last_turn(
+    target_text: Callable[..., str],
+) -> None:
     two = [says("user", "a"), says("assistant", "b"), says("user", "c"), says("assistant", "d")]
     with pytest.raises(ChatError, match=r"up to message 1, with its turn, is not rendered as in the whole chat"):
-        told(THINKING, two)
-    assert told(THINKING, two, "last_assistant") == f"<think></think>d{TURN_END}"
-    assert told(THINKING, two[:2]) == f"<think></think>b{TURN_END}"
+        target_text(THINKING, two)
+    assert target_text(THINKING, two, "last_assistant") == f"<think></think>d{TURN_END}"
+    assert target_text(THINKING, two[:2]) == f"<think></think>b{TURN_END}"
 
 
-def test_a_token_that_spans_the_border_of_a_turn_is_refused(told: Callable[..., str]) -> None:
+def test_a_token_that_spans_the_border_of_a_turn_is_refused(target_text: Callable[..., str]) -> None:
     chat = [says("user", "the cat"), says("assistant", "the dog")]
-    assert told(PLAIN_CHAT, chat) == " the dog\n"
+    assert target_text(PLAIN_CHAT, chat) == " the dog\n"
     with pytest.raises(ChatError, match=r"token \d+ reaches over the border of the assistant's turn"):
-        told(SPACED, chat)
+        target_text(SPACED, chat)
 
 
-def test_a_template_without_a_generation_prompt_must_write_nothing_before_a_turn(told: Callable[..., str]) -> None:
+def test_a_template_without_a_generation_prompt_must_write_nothing_before_a_turn(
+    target_text: Callable[..., str],
+) -> None:
     chat = [says("user", "a"), says("assistant", "b"), says("user", "c"), says("assistant", "d")]
-    assert told(INST, chat) == " b</s> d</s>"
+    assert target_text(INST, chat) == " b</s> d</s>"
     with pytest.raises(ChatError, match="writes no generation prompt, but something before"):
-        told(NO_PROMPT, chat)
+        target_text(NO_PROMPT, chat)
 
 
 @given(messages=CONVERSATIONS)
 def test_without_special_tokens_a_chat_is_exact_or_refused(
-    told: Callable[..., str], messages: list[dict[str, Any]]
+    target_text: Callable[..., str], messages: list[dict[str, Any]]
 ) -> None:
     assume(all(m["role"] != "system" for m in messages))
     try:
-        found = told(PLAIN_CHAT, messages)
+        text = target_text(PLAIN_CHAT, messages)
     except ChatError as error:
         assert "reaches over the border" in str(error)
     else:
-        assert found == "".join(f" {m['content']}\n" for m in messages if m["role"] == "assistant")
+        assert text == "".join(f" {m['content']}\n" for m in messages if m["role"] == "assistant")
 
 
 def test_tools_that_the_template_ignores_are_refused(encoder_for: Callable[..., ChatEncoder]) -> None:

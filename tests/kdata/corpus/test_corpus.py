@@ -19,6 +19,7 @@ from kdata.corpus import files, library
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, DependencyError, MissingError
+from kdata.format.records import Reject
 from kdata.teachers.model import load_tokenizer
 
 ROWS = [
@@ -133,19 +134,51 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read(tmp_path / "none.parquet")
 
 
+def rejects_and_documents(path: Path, **settings: object) -> tuple[list[Reject], list[Document]]:
+    parts = list(Corpus(CorpusConfig(path=str(path), **settings)).documents())
+    return [p for p in parts if isinstance(p, Reject)], [p for p in parts if isinstance(p, Document)]
+
+
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("rows", "expected"),
     [
-        ([ROWS[0], ROWS[0]], "'007' occurs twice"),
-        ([{**ROWS[0], "id": None}, ROWS[1]], "a row has no id"),
-        ([{**ROWS[0], "domain": None}, ROWS[1]], "'007' has no domain"),
-        ([{**ROWS[0], "text": 5}], "'007' has int as text"),
-        ([{**ROWS[0], "text": "\ud83d"}], "'007' holds half of a surrogate pair"),
+        ([ROWS[1], ROWS[0], ROWS[0]], ("007", "code", "id_twice", "an earlier row has the same id")),
+        ([{**ROWS[0], "id": None}, ROWS[1]], ("row-0000000", "code", "no_id", "column 'id' is empty")),
+        ([{**ROWS[0], "domain": None}, ROWS[1]], ("007", None, "no_domain", "column 'domain' is empty")),
+        ([{**ROWS[0], "text": 5}], ("007", "code", "not_text", "must hold text, not int")),
+        ([{**ROWS[0], "text": "a\ud83d"}], ("007", "code", "not_text", "half of a surrogate pair")),
+        ([{**ROWS[0], "id": "\ud83d"}], ("\\ud83d", "code", "not_text", "half of a surrogate pair")),
+        ([{**ROWS[0], "license": "\ud83d"}], ("007", "code", "not_text", "half of a surrogate pair")),
     ],
 )
-def test_rows_that_cannot_be_used_are_named(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        read(save(tmp_path / "rows.jsonl", rows))
+def test_a_row_that_cannot_be_used_is_a_reject_and_the_others_are_read(
+    tmp_path: Path, rows: list[dict[str, object]], expected: tuple[str, ...]
+) -> None:
+    [reject], others = rejects_and_documents(save(tmp_path / "rows.jsonl", rows))
+    assert (reject.id, reject.domain, reject.reason) == expected[:3] and expected[3] in reject.detail
+    assert len(others) == len(rows) - 1
+    reject.detail.encode()
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "arrow"])
+def test_a_byte_that_is_not_utf8_spoils_its_own_row_only(tmp_path: Path, ending: str) -> None:
+    texts, path = [b"the cat", b"caf\xe9", "naïve".encode()], tmp_path / f"x.{ending}"
+    if ending == "jsonl":
+        lines = [b'{"id": "%d", "domain": "d", "text": "%s"}\n' % (n, text) for n, text in enumerate(texts)]
+        path.write_bytes(b"".join(lines))
+    elif ending == "csv":
+        path.write_bytes(b"id,domain,text\n" + b"".join(b"%d,d,%s\n" % line for line in enumerate(texts)))
+    else:
+        text = pa.Array.from_buffers(pa.string(), 3, pa.array(texts, pa.binary()).buffers())
+        table = pa.table({"id": ["0", "1", "2"], "domain": ["d"] * 3, "text": text})
+        if ending == "parquet":
+            pq.write_table(table, path)
+        else:
+            with pa.ipc.new_file(path, table.schema) as file:
+                file.write_table(table)
+    [reject], others = rejects_and_documents(path)
+    assert (reject.id, reject.reason) == ("1", "not_text") and "a byte that is not UTF-8" in reject.detail
+    assert [document.text for document in others] == ["the cat", "naïve"]
 
 
 BROKEN = {
@@ -153,9 +186,6 @@ BROKEN = {
     "empty.csv": b"",
     "text.jsonl": b"this is not JSON\n",
     "late.jsonl": b'{"id": "a", "domain": "d", "text": "t"}\n' * 500_000 + b'{"id": \n',
-    "type.jsonl": b'{"id": "a", "domain": "d", "text": "t"}\n{"id": "b", "domain": "d", "text": {"no": 1}}\n',
-    "utf8.jsonl": b'{"id": "a", "domain": "d", "text": "\xff\xfe"}\n',
-    "utf8.csv": b"id,domain,text\na,d,\xff\xfe\n",
     "ragged.csv": b"id,domain,text\na,d\n",
     "junk.parquet": b"PAR1 junk PAR1",
     "junk.arrow": b"ARROW1",
@@ -256,10 +286,10 @@ def test_json_that_the_library_keeps_as_json_is_read_as_such(tmp_path: Path) -> 
     ]
     file = tmp_path / "hub/rows.jsonl"
     save(file, [{**ROWS[0], "messages": mixed}])
-    made = datasets.load_dataset(str(file.parent), split="train", cache_dir=str(tmp_path / "cache"))
-    assert "Json" in str(made.features["messages"])
-    made.save_to_disk(str(tmp_path / "saved"))
-    made.to_parquet(str(tmp_path / "saved.parquet"))
+    loaded = datasets.load_dataset(str(file.parent), split="train", cache_dir=str(tmp_path / "cache"))
+    assert "Json" in str(loaded.features["messages"])
+    loaded.save_to_disk(str(tmp_path / "saved"))
+    loaded.to_parquet(str(tmp_path / "saved.parquet"))
     for path in (file, tmp_path / "saved", tmp_path / "saved.parquet"):
         [document] = read(path, messages_column="messages")
         assert document.chat is not None and document.chat.messages == mixed
@@ -272,9 +302,9 @@ def test_messages_are_lists_or_json_text_and_mean_the_same(tmp_path: Path, endin
     rows: list[dict[str, object]] = [{"messages": CHAT}, {"messages": plain}]
     as_lists = chats(tmp_path / f"lists.{ending}", rows)
     as_text = chats(tmp_path / f"text.{ending}", [{"messages": json.dumps(row["messages"])} for row in rows])
-    for found in (as_lists, as_text):
-        assert found[0].chat is not None and found[1].chat is not None
-        assert found[0].chat.messages == CHAT and found[1].chat.messages == plain and found[0].text == ""
+    for corpus in (as_lists, as_text):
+        assert corpus[0].chat is not None and corpus[1].chat is not None
+        assert corpus[0].chat.messages == CHAT and corpus[1].chat.messages == plain and corpus[0].text == ""
     assert [d.id for d in as_lists] == [d.id for d in as_text]
 
 
@@ -291,7 +321,7 @@ def test_json_keeps_its_nulls_and_arguments_as_text_become_objects(tmp_path: Pat
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("{", r"row '0': messages is text, but not JSON"),
+        ("{", "messages is text, but not JSON"),
         ("{}", "messages must be a list, not dict"),
         ([{"content": "x"}], "message 0 must be an object with a role"),
         ([{"role": "user"}], "message 0 has neither content nor tool calls"),
@@ -305,9 +335,9 @@ def test_json_keeps_its_nulls_and_arguments_as_text_become_objects(tmp_path: Pat
         ),
     ],
 )
-def test_invalid_messages_are_named(tmp_path: Path, messages: object, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        chats(tmp_path / "c.jsonl", [{"messages": messages}])
+def test_invalid_messages_are_rejects(tmp_path: Path, messages: object, message: str) -> None:
+    [reject] = chats(tmp_path / "c.jsonl", [{"messages": messages}])
+    assert isinstance(reject, Reject) and reject.reason in ("chat", "not_text") and message in reject.detail
 
 
 def test_text_and_messages_exclude_each_other() -> None:

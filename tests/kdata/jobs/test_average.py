@@ -49,13 +49,14 @@ def payload(positions: list[tuple[np.ndarray, list[int], dict[int, float]]]) -> 
     )
 
 
-def entries(found: Sequences, t: int) -> tuple[dict[int, float], dict[int, float]]:
+def entries(sequences: Sequences, t: int) -> tuple[dict[int, float], dict[int, float]]:
     """Exact entries and draws of a position: id to weight. They must stand in the order that the format asks for."""
-    span = slice(found.entry_offsets[t], found.entry_offsets[t + 1])
-    ids, weights = found.entry_ids[span].tolist(), np.exp(found.entry_logprobs[span].astype(np.float64)).tolist()
-    split = int(found.num_exact[t])
+    span = slice(sequences.entry_offsets[t], sequences.entry_offsets[t + 1])
+    ids = sequences.entry_ids[span].tolist()
+    weights = np.exp(sequences.entry_logprobs[span].astype(np.float64)).tolist()
+    split = int(sequences.num_exact[t])
     assert weights[:split] == sorted(weights[:split], reverse=True) and ids[split:] == sorted(set(ids[split:]))
-    assert len(set(ids)) == len(ids) == found.num_kept[t]
+    assert len(set(ids)) == len(ids) == sequences.num_kept[t]
     return dict(zip(ids[:split], weights[:split], strict=True)), dict(zip(ids[split:], weights[split:], strict=True))
 
 
@@ -87,21 +88,21 @@ def test_tails_average_to_tails_and_kept_entries_are_the_known_part_on_the_union
         payload([(p, ids, {}) for p, ids in zip(ps, own, strict=True)]) for ps, own in zip(dense, tops, strict=True)
     ]
     mixture = mix(members, shares[None, :], "ghost")
-    found = mixture.sequences
-    assert found.num_kept[0] == 0 and np.isnan(found.log_tail[0]) and np.isnan(found.logprob[0])
+    mixed = mixture.sequences
+    assert mixed.num_kept[0] == 0 and np.isnan(mixed.log_tail[0]) and np.isnan(mixed.logprob[0])
     for t in range(len(dense[0])):
         live = [m for m in range(len(shares)) if shares[m] > 0]
         p = sum(shares[m] * dense[m][t] for m in live)
         union = {i for m in live for i in tops[m][t]}
-        exact, drawn = entries(found, t + 1)
+        exact, drawn = entries(mixed, t + 1)
         assert exact.keys() == union and not drawn
         for token, weight in exact.items():
             known = sum(shares[m] * dense[m][t][token] for m in live if token in tops[m][t])
             assert weight == pytest.approx(known, rel=1e-5)
             assert weight <= p[token] * (1 + 1e-5)
-        tail = np.exp(np.float64(found.log_tail[t + 1]))
+        tail = np.exp(np.float64(mixed.log_tail[t + 1]))
         assert sum(exact.values()) + tail == pytest.approx(1.0, abs=1e-5)
-        assert found.logprob[t + 1] == pytest.approx(np.log(p[1]), rel=1e-5)
+        assert mixed.logprob[t + 1] == pytest.approx(np.log(p[1]), rel=1e-5)
         unknown = sum(p[token] - weight for token, weight in exact.items())
         assert unknown <= mixture.unknown[t + 1] + 1e-5 <= tail + 2e-5
         assert mixture.unknown[t + 1] == pytest.approx(bound(dense, tops, shares, t, union), abs=1e-5)
@@ -123,11 +124,11 @@ def outcomes(p: np.ndarray, k: int, draws: int, tau: float) -> list[tuple[float,
     top = np.argsort(-p)[:k].tolist()
     rest = [i for i in range(len(p)) if i not in top]
     share = p[rest] ** tau / (p[rest] ** tau).sum()
-    found = []
+    possible = []
     for picked in itertools.product(range(len(rest)), repeat=draws):
         weights = {rest[i]: picked.count(i) / draws * p[rest[i]] / share[i] for i in set(picked)}
-        found.append((float(np.prod(share[list(picked)])), top, weights))
-    return found
+        possible.append((float(np.prod(share[list(picked)])), top, weights))
+    return possible
 
 
 @pytest.mark.parametrize("kinds", [((1, 2), (1, 2)), ((2, 1), (1, 2)), ((0, 3), (1, 2)), ((0, 2), (0, 2))])
@@ -141,11 +142,11 @@ def test_draws_average_to_an_unbiased_estimate_by_enumeration(kinds: tuple[tuple
     expected, total = np.zeros(5), 0.0
     for one, two in itertools.product(*(outcomes(q, k, n, tau) for q, (k, n) in zip(dense, kinds, strict=True))):
         members = [payload([(q, ids, draws)]) for q, (_, ids, draws) in zip(dense, (one, two), strict=True)]
-        found = mix(members, shares[None, :], "draws").sequences
-        exact, drawn = entries(found, 1)
+        mixed = mix(members, shares[None, :], "draws").sequences
+        exact, drawn = entries(mixed, 1)
         assert exact.keys() == set(one[1]) & set(two[1])
         assert list(exact.values()) == pytest.approx([p[i] for i in exact], rel=1e-5)
-        assert np.exp(found.log_tail[1]) == pytest.approx(1 - sum(p[i] for i in exact), rel=1e-5)
+        assert np.exp(mixed.log_tail[1]) == pytest.approx(1 - sum(p[i] for i in exact), rel=1e-5)
         if tau == 1.0:
             assert sum(exact.values()) + sum(drawn.values()) == pytest.approx(1.0, rel=1e-5)
         for token, weight in (exact | drawn).items():
@@ -162,17 +163,17 @@ def test_the_average_of_one_teacher_is_its_payload(tail: str) -> None:
     rows = [payload([(distribution(rng, 6), [0, 2], draws) for _ in range(3)]) for _ in range(2)]
     mixture = mix(rows, np.array([[0.0, 1.0]]), tail)  # type: ignore[arg-type]
     for name, values in vars(rows[1]).items():
-        found = getattr(mixture.sequences, name)
-        assert values is found is None or np.array_equal(values, found, equal_nan=True), name
+        averaged = getattr(mixture.sequences, name)
+        assert values is averaged is None or np.array_equal(values, averaged, equal_nan=True), name
     assert not mixture.unknown.any()
 
 
 def test_rank_and_entropy_of_a_true_average_are_marked_unknown() -> None:
     rng = np.random.default_rng(0)
     rows = [payload([(distribution(rng, 6), [0], {})]) for _ in range(2)]
-    found = mix(rows, np.array([[0.5, 0.5]]), "ghost").sequences
-    assert found.rank.tolist() == [0, 0] and np.isnan(found.entropy).all()
-    assert np.isfinite(found.logprob[1])
+    mixed = mix(rows, np.array([[0.5, 0.5]]), "ghost").sequences
+    assert mixed.rank.tolist() == [0, 0] and np.isnan(mixed.entropy).all()
+    assert np.isfinite(mixed.logprob[1])
 
 
 def test_each_row_has_its_own_shares() -> None:
@@ -180,9 +181,9 @@ def test_each_row_has_its_own_shares() -> None:
     rng = np.random.default_rng(1)
     one, two = (payload([(distribution(rng, 4), [0, 1], {}), (distribution(rng, 4), [2], {})]) for _ in range(2))
     halves = [replace(s, offsets=np.array([0, 2, 3]), target_mask=np.array([False, True, False])) for s in (one, two)]
-    found = mix(halves, np.array([[1.0, 0.0], [0.25, 0.75]]), "ghost").sequences
-    assert entries(found, 1)[0] == pytest.approx(entries(one, 1)[0])
-    assert entries(found, 2)[0][2] == pytest.approx(
+    mixed = mix(halves, np.array([[1.0, 0.0], [0.25, 0.75]]), "ghost").sequences
+    assert entries(mixed, 1)[0] == pytest.approx(entries(one, 1)[0])
+    assert entries(mixed, 2)[0][2] == pytest.approx(
         0.25 * entries(one, 2)[0][2] + 0.75 * entries(two, 2)[0][2], rel=1e-5
     )
     empty = replace(
@@ -190,7 +191,7 @@ def test_each_row_has_its_own_shares() -> None:
         entry_offsets=np.array([0, 0, 2, 2]), entry_ids=two.entry_ids[:2], entry_logprobs=two.entry_logprobs[:2],
         log_tail=np.array([np.nan, two.log_tail[1], np.nan], np.float32),
     )  # fmt: skip
-    found = mix([halves[0], empty], np.array([[0.5, 0.5], [0.5, 0.5]]), "ghost").sequences
-    assert found.num_kept.tolist() == [0, 2, 0] and np.isnan(found.log_tail[2]) and np.isnan(found.logprob[2])
+    mixed = mix([halves[0], empty], np.array([[0.5, 0.5], [0.5, 0.5]]), "ghost").sequences
+    assert mixed.num_kept.tolist() == [0, 2, 0] and np.isnan(mixed.log_tail[2]) and np.isnan(mixed.logprob[2])
     with pytest.raises(DataError, match="one of the payloads has nothing recorded"):
         mix([replace(s, target_mask=one.target_mask) for s in (halves[0], empty)], np.full((2, 2), 0.5), "ghost")

@@ -56,16 +56,16 @@ def again(root: Path, dataset: kdata.Dataset, teacher: StandInTeacher, **setting
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path) -> Make:
     """Payloads "one" and "two" of captured and generated rows; the same settings give the same folders."""
-    root, made = tmp_path_factory.mktemp("payloads"), dict[str, list[kdata.Dataset]]()
+    root, payloads_of = tmp_path_factory.mktemp("payloads"), dict[str, list[kdata.Dataset]]()
 
     def make(**settings: Any) -> list[kdata.Dataset]:
         key = json.dumps(settings, sort_keys=True)
-        if key not in made:
-            place = root / str(len(made))
+        if key not in payloads_of:
+            place = root / str(len(payloads_of))
             run_capture(place / "one", corpus_file, tokenizer_dir, teacher=StandInTeacher("one"), **settings)
             one = run_generate(place / "one", corpus_file, tokenizer_dir, teacher=StandInTeacher("one"), **settings)
-            made[key] = [one, again(place / "two", one, StandInTeacher("two"))]
-        return made[key]
+            payloads_of[key] = [one, again(place / "two", one, StandInTeacher("two"))]
+        return payloads_of[key]
 
     return make
 
@@ -80,9 +80,9 @@ def average(sequence: kdata.Sequences, shares: list[float]) -> tuple[np.ndarray,
 def test_kept_entries_are_averaged_on_the_union_and_tails_too(tmp_path: Path, make: Make, kind: str) -> None:
     """Ids, probabilities, the tail and the actual token, at every recorded position; nothing sums to more than 1."""
     payloads = make(kind=kind)
-    found, report = combine(tmp_path / "out", payloads, CombineConfig(weights=[1, 3]))
+    combined, report = combine(tmp_path / "out", payloads, CombineConfig(weights=[1, 3]))
     unknown = 0.0
-    for sequence, one, two in zip(found, *payloads, strict=True):
+    for sequence, one, two in zip(combined, *payloads, strict=True):
         p_TV, dense = average(sequence, [0.25, 0.75])
         ids_TK, logprobs_TK = sequence.padded()
         for t in np.flatnonzero(sequence.target_mask):
@@ -99,8 +99,8 @@ def test_kept_entries_are_averaged_on_the_union_and_tails_too(tmp_path: Path, ma
             assert sequence.logprob[t] == pytest.approx(np.log(p_TV[t, sequence.token_ids[t]]), rel=2**-9)
             assert sequence.rank[t] == 0 and np.isnan(sequence.entropy[t])
             unknown += p_TV[t, ids].sum() - known.sum()
-    assert found.info.codec.kind == "combined" and found.info.tail == "ghost"
-    positions = sum(e.target_tokens for e in found.manifest)
+    assert combined.info.codec.kind == "combined" and combined.info.tail == "ghost"
+    positions = sum(e.target_tokens for e in combined.manifest)
     assert report.positions == positions
     assert 0.001 < unknown / positions < report.unknown_mean < report.unknown_max < 1
     assert "lower bounds: a mass of at most" in report.lines()[0]
@@ -109,8 +109,8 @@ def test_kept_entries_are_averaged_on_the_union_and_tails_too(tmp_path: Path, ma
 def test_draws_are_averaged_id_by_id(tmp_path: Path, make: Make) -> None:
     """Exact where both know, else the sum of both sides' weights; what stands in the payloads is not rounded again."""
     payloads = make(kind="hybrid", num_draws=12)
-    found, report = combine(tmp_path / "out", payloads, CombineConfig(weights=[0.5, 0.5]))
-    for sequence, *members in zip(found, *payloads, strict=True):
+    combined, report = combine(tmp_path / "out", payloads, CombineConfig(weights=[0.5, 0.5]))
+    for sequence, *members in zip(combined, *payloads, strict=True):
         for t in np.flatnonzero(sequence.target_mask):
             weights: list[dict[int, float]] = []
             exact: list[set[int]] = []
@@ -128,8 +128,8 @@ def test_draws_are_averaged_id_by_id(tmp_path: Path, make: Make) -> None:
             outside = 1 - sum(weights[2][token] for token in exact[2])
             assert np.exp(sequence.log_tail[t]) == pytest.approx(outside, abs=1e-5)
             assert sum(weights[2].values()) == pytest.approx(1.0, abs=0.002)
-    assert found.info.tail == "draws" and "unbiased" in report.lines()[0]
-    assert found.info.codec.parameters == {"id_bytes": 2, "num_draws": 24}
+    assert combined.info.tail == "draws" and "unbiased" in report.lines()[0]
+    assert combined.info.codec.parameters == {"id_bytes": 2, "num_draws": 24}
 
 
 def test_the_average_of_draws_is_unbiased(tmp_path: Path, make: Make) -> None:
@@ -138,11 +138,11 @@ def test_the_average_of_draws_is_unbiased(tmp_path: Path, make: Make) -> None:
 
     Shares that are a little different, or do not sum to 1, are found by the same measure.
     """
-    found, _ = combine(tmp_path / "out", make(kind="sampled", num_draws=40), CombineConfig(weights=[0.4, 0.6]))
+    combined, _ = combine(tmp_path / "out", make(kind="sampled", num_draws=40), CombineConfig(weights=[0.4, 0.6]))
 
     def deviation(shares: list[float]) -> float:
         errors = []
-        for sequence in found:
+        for sequence in combined:
             p_TV, dense = average(sequence, shares)
             for t in np.flatnonzero(sequence.target_mask):
                 function_V = np.sign(dense[0][t] - dense[1][t])
@@ -187,21 +187,21 @@ def test_a_teacher_for_each_domain_loses_nothing(tmp_path: Path, make: Make, set
     """Every number of a row is that of its domain's teacher, at further temperatures too."""
     payloads = make(**settings)
     config = CombineConfig(by_domain={"prose": [0, 1]}, weights=[1, 0])
-    found, report = combine(tmp_path / "out", payloads, config)
-    for row, about in enumerate(found.index().to_pylist()):
+    combined, report = combine(tmp_path / "out", payloads, config)
+    for row, about in enumerate(combined.index().to_pylist()):
         chosen = payloads[about["domain"] == "prose"]
         assert about == chosen.index().slice(row, 1).to_pylist()[0]
         for name, values in vars(chosen[row].sequence).items():
-            here = getattr(found[row].sequence, name)
+            here = getattr(combined[row].sequence, name)
             assert (values is None and here is None) or np.array_equal(values, here, equal_nan=True), name
         if "temperatures" in settings:
-            warm = [at_temperature(d[row].sequence, 2.0, d.info.codec) for d in (found, chosen)]
+            warm = [at_temperature(d[row].sequence, 2.0, d.info.codec) for d in (combined, chosen)]
             assert np.array_equal(warm[0].entry_logprobs, warm[1].entry_logprobs)
-    assert found.info.codec.kind == settings["kind"] and "draw_seed" not in found.info.codec.parameters
+    assert combined.info.codec.kind == settings["kind"] and "draw_seed" not in combined.info.codec.parameters
     assert report.lines() == ["every row is that of one teacher, number for number"]
-    assert verify(found, deep=True) == []
-    for entry, *theirs in zip(found.manifest, *(d.manifest for d in payloads), strict=True):
-        parts = found.sql(
+    assert verify(combined, deep=True) == []
+    for entry, *theirs in zip(combined.manifest, *(d.manifest for d in payloads), strict=True):
+        parts = combined.sql(
             "select domain = 'prose' as m, sum(num_target_tokens)::bigint as n from rows where shard = $1 group by 1",
             [entry.name],
         ).to_pylist()
@@ -210,10 +210,10 @@ def test_a_teacher_for_each_domain_loses_nothing(tmp_path: Path, make: Make, set
         mean = sum(n * e.mean_nats for n, e in errors if e) / sum(n for n, _ in errors)
         assert entry.codec_error.mean_nats == pytest.approx(mean)
         assert entry.codec_error.max_nats == max(e.max_nats for _, e in errors if e)
-        metadata = pa.ipc.open_file(found.path / f"data/{entry.name}.arrow").schema.metadata
-        assert json.loads(metadata[b"kdata.codec"]) == found.info.codec.model_dump()
-    assert found.info.teacher.members is not None
-    assert [(m.weight, m.by_domain) for m in found.info.teacher.members] == [(1, {"prose": 0}), (0, {"prose": 1})]
+        metadata = pa.ipc.open_file(combined.path / f"data/{entry.name}.arrow").schema.metadata
+        assert json.loads(metadata[b"kdata.codec"]) == combined.info.codec.model_dump()
+    assert combined.info.teacher.members is not None
+    assert [(m.weight, m.by_domain) for m in combined.info.teacher.members] == [(1, {"prose": 0}), (0, {"prose": 1})]
 
 
 def test_teachers_by_domain_may_have_different_codecs(tmp_path: Path, make: Make) -> None:
@@ -221,40 +221,40 @@ def test_teachers_by_domain_may_have_different_codecs(tmp_path: Path, make: Make
     one = make(kind="topk")[0]
     two = again(tmp_path / "two", one, StandInTeacher("two"), k=3)
     config = CombineConfig(by_domain={"prose": [0, 1], "code": [1, 0]})
-    found, _ = combine(tmp_path / "out", [one, two], config)
-    assert found.info.codec.kind == "combined"
-    for row, domain in enumerate(found.index(["domain"])["domain"].to_pylist()):
-        here, chosen = found[row], (two if domain == "prose" else one)[row]
+    combined, _ = combine(tmp_path / "out", [one, two], config)
+    assert combined.info.codec.kind == "combined"
+    for row, domain in enumerate(combined.index(["domain"])["domain"].to_pylist()):
+        here, chosen = combined[row], (two if domain == "prose" else one)[row]
         for name in ("rank", "entropy", "num_exact", "num_kept", "logprob", "log_tail", "entry_logprobs"):
             assert np.array_equal(getattr(here, name), getattr(chosen, name), equal_nan=True), name
         for a, b in itertools.pairwise(here.entry_offsets):  # of equal probabilities the lower id is first
             assert set(here.entry_ids[a:b]) == set(chosen.entry_ids[a:b])
-    assert found.info.teacher.members is not None and found.info.teacher.members[0].weight is None
+    assert combined.info.teacher.members is not None and combined.info.teacher.members[0].weight is None
 
 
 def test_the_result_is_a_dataset_that_says_what_it_is(tmp_path: Path, make: Make) -> None:
     payloads = make(kind="hybrid", temperatures=[2.0])
-    found, report = combine(tmp_path / "out", payloads, CombineConfig(weights=[2, 6]))
-    assert verify(found, deep=True) == []
-    about = found.info.teacher
+    combined, report = combine(tmp_path / "out", payloads, CombineConfig(weights=[2, 6]))
+    assert verify(combined, deep=True) == []
+    about = combined.info.teacher
     assert about.members is not None and [m.teacher for m in about.members] == [d.info.teacher for d in payloads]
     assert [m.weight for m in about.members] == [0.25, 0.75]
     assert (about.backend, about.deterministic, about.model) == ("combine", True, "stand-in + stand-in")
-    source = found.info.sources["generate"]
-    assert source.kind == "combine" and source.num_units == sum(e.source == "generate" for e in found.manifest)
+    source = combined.info.sources["generate"]
+    assert source.kind == "combine" and source.num_units == sum(e.source == "generate" for e in combined.manifest)
     assert [one["fingerprint"] for one in source.settings["of"]] == [d.content_digest for d in payloads]
     same = ["id", "content_hash", "text", "prompt", "domain", "finish_reason", "num_target_tokens", "shard", "row"]
-    assert found.index(same).equals(payloads[0].index(same))
+    assert combined.index(same).equals(payloads[0].index(same))
     assert report.lines()[1].startswith("without the further temperatures [2.0]")
     schema = json.loads((FOLDER / "v1/dataset.schema.json").read_text())
-    jsonschema.validate(json.loads((found.path / "dataset.json").read_bytes()), schema)
-    card = write_card(found).read_text()
+    jsonschema.validate(json.loads((combined.path / "dataset.json").read_bytes()), schema)
+    card = write_card(combined).read_text()
     assert "the average of several teachers on the same rows" in card and "share 0.75" in card
     with pytest.raises(ConfigError, match=r"holds no log-sum-exp at temperature 2\.0"):
-        at_temperature(found[0].sequence, 2.0, found.info.codec)
+        at_temperature(combined[0].sequence, 2.0, combined.info.codec)
     with pytest.raises(MismatchError, match="stand-in is not the teacher of"):
-        against_teacher(found, StandInTeacher("one"), 1)
-    assert keep_like(found, None) == KeepConfig()
+        against_teacher(combined, StandInTeacher("one"), 1)
+    assert keep_like(combined, None) == KeepConfig()
 
 
 def test_shards_of_another_size_are_read_row_by_row(
@@ -267,11 +267,11 @@ def test_shards_of_another_size_are_read_row_by_row(
         )
         for name, size in (("one", 100), ("two", 333))
     )
-    found, _ = combine(tmp_path / "out", [one, two], CombineConfig())
+    combined, _ = combine(tmp_path / "out", [one, two], CombineConfig())
     reread = again(tmp_path / "again", one, StandInTeacher("two"))
     other, _ = combine(tmp_path / "other", [one, reread], CombineConfig())
-    assert [e.rows for e in found.manifest] == [e.rows for e in one.manifest] != [e.rows for e in two.manifest]
-    for a, b in zip(found, other, strict=True):
+    assert [e.rows for e in combined.manifest] == [e.rows for e in one.manifest] != [e.rows for e in two.manifest]
+    for a, b in zip(combined, other, strict=True):
         assert np.array_equal(a.entry_logprobs, b.entry_logprobs) and np.array_equal(a.entry_ids, b.entry_ids)
 
 
@@ -305,14 +305,14 @@ def test_a_stopped_run_resumes_to_the_same_bytes_and_counts_everything(
 
 def test_a_damaged_combination_is_repaired_and_combined_again(tmp_path: Path, make: Make) -> None:
     payloads = make(kind="topk")
-    made, _ = combine(tmp_path / "out", payloads, CombineConfig())
-    before = digests(made.path)
-    path = made.path / "data/generate-00001.arrow"
+    combined, _ = combine(tmp_path / "out", payloads, CombineConfig())
+    before = digests(combined.path)
+    path = combined.path / "data/generate-00001.arrow"
     path.write_bytes(path.read_bytes()[:-1])
-    done = repair(made.path)
+    done = repair(combined.path)
     assert done.units == {"generate": [1]} and done.remaining == []
-    assert done.commands == [f"kdata combine ...: repeat the command that wrote 'generate', into {made.path}"]
-    again, _ = combine(made.path, payloads, CombineConfig(), resume="must")
+    assert done.commands == [f"kdata combine ...: repeat the command that wrote 'generate', into {combined.path}"]
+    again, _ = combine(combined.path, payloads, CombineConfig(), resume="must")
     assert digests(again.path) == before
 
 
@@ -358,15 +358,42 @@ def test_other_rows_are_refused(
     refused(fewer, r"num_target_tokens is", masks[0])
 
 
-def test_another_vocabulary_is_refused(tmp_path: Path, captured: Path) -> None:
+@pytest.mark.parametrize("size", [340, 2**16 + 64])
+def test_heads_of_different_sizes_are_averaged_over_the_larger(tmp_path: Path, captured: Path, size: int) -> None:
+    """A row that one head lacks has probability 0 there: half of what the other says."""
+    one = kdata.open(captured)
+    larger = again(tmp_path / "larger", one, StandInTeacher("two", vocab_size=size))
+    for inputs in ([one, larger], [larger, one]):
+        result, _ = combine(tmp_path / f"out-{inputs[0].info.vocab_size}", inputs, CombineConfig())
+        assert result.info.vocab_size == size and verify(result, deep=True) == []
+        sequences, theirs, ours = (d.take(np.arange(3)) for d in (result, larger, one))
+        total = np.bincount(
+            np.repeat(np.arange(len(sequences.num_kept)), sequences.num_kept),
+            np.exp(sequences.entry_logprobs.astype(float)),
+        )
+        assert total.max() <= 1 + 1e-3
+        far = theirs.entry_ids >= 300
+        assert far.any() and not (ours.entry_ids >= 300).any()
+        want = 0.5 * np.exp(theirs.entry_logprobs[far].astype(float))
+        got = np.exp(sequences.entry_logprobs[sequences.entry_ids >= 300].astype(float))
+        np.testing.assert_allclose(np.sort(got), np.sort(want), rtol=0.04)
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path, captured: Path, tokenizer_dir: Path) -> None:
     one = rewritten(tmp_path / "one", kdata.open(captured))
-    larger = rewritten(tmp_path / "larger", one, info={"vocab_size": 301})
-    with pytest.raises(MismatchError, match=r"one has 300 token ids, .*larger 301"):
-        combine(tmp_path / "out", [one, larger], CombineConfig())
     other = {**one.info.tokenizer.model_dump(), "hash": "f" * 64}
     renamed = rewritten(tmp_path / "renamed", one, info={"tokenizer": other})
-    with pytest.raises(MismatchError, match=r"one and .*renamed have different tokenizers \(\w{12} and ffffffffffff\)"):
-        combine(tmp_path / "out", [one, renamed], CombineConfig())
+    assert combine(tmp_path / "same", [one, renamed], CombineConfig())[0].num_rows, "the files hold the same ids"
+    shutil.rmtree(renamed.path / "tokenizer")
+    with pytest.raises(MismatchError, match=r"\(ffffffffffff\) differ, and .*renamed carries no tokenizer\.json"):
+        combine(tmp_path / "out", [one, kdata.open(renamed.path)], CombineConfig())
+    swapped = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    vocab = swapped["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (renamed.path / "tokenizer").mkdir()
+    (renamed.path / "tokenizer/tokenizer.json").write_text(json.dumps(swapped))
+    with pytest.raises(MismatchError, match=r"id \d+ is '[ab]' in one and '[ab]' in the other.*choose another teacher"):
+        combine(tmp_path / "out", [one, kdata.open(renamed.path)], CombineConfig())
     unknown = rewritten(tmp_path / "unknown", one, info={"tokenizer": {**other, "hash": "unknown"}})
     with pytest.raises(MismatchError, match=r"tokenizer of .*unknown is not known.*--tokenizer"):
         combine(tmp_path / "out", [unknown, unknown], CombineConfig())
@@ -377,9 +404,9 @@ def test_payloads_that_cannot_be_averaged_are_refused_with_a_remedy(tmp_path: Pa
     drawn = again(tmp_path / "drawn", one, StandInTeacher("two"), kind="hybrid")
     with pytest.raises(MismatchError, match=r"keeps topk \(tail ghost\), .* hybrid \(tail draws\).*reread --kind topk"):
         combine(tmp_path / "out", [one, drawn], CombineConfig())
-    made, _ = combine(tmp_path / "made", [one, two], CombineConfig())
+    combined, _ = combine(tmp_path / "combined", [one, two], CombineConfig())
     with pytest.raises(DataError, match="is a combination itself"):
-        combine(tmp_path / "out", [made, one], CombineConfig())
+        combine(tmp_path / "out", [combined, one], CombineConfig())
     source = kdata.open(captured)
     absent = rewritten(
         tmp_path / "absent", source, codec=CodecInfo(id="verbatim", version=1, kind="topk", parameters={}),
@@ -452,10 +479,10 @@ def test_two_real_models_by_the_commands(tmp_path: Path, llama_dir: Path, corpus
     assert f"{kdata.open(one).num_rows:,} rows" in said
     said = call("combine", one, two, out, "--weights", "1,3", "--by-domain", "code=two")
     assert "lower bounds: a mass of at most" in said and f"out: {kdata.open(one).num_rows:,} rows" in said
-    found, payloads = kdata.open(out), [kdata.open(one), kdata.open(two)]
+    combined, payloads = kdata.open(out), [kdata.open(one), kdata.open(two)]
     models = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64) for name in (llama_dir, other)]
-    for row, domain in enumerate(found.index(["domain"])["domain"].to_pylist()):
-        sequence, shares = found[row], [0.0, 1.0] if domain == "code" else [0.25, 0.75]
+    for row, domain in enumerate(combined.index(["domain"])["domain"].to_pylist()):
+        sequence, shares = combined[row], [0.0, 1.0] if domain == "code" else [0.25, 0.75]
         ids = torch.from_numpy(sequence.token_ids.astype(np.int64))[None]
         with torch.no_grad():
             dense = [torch.softmax(model(ids).logits[0], -1).numpy() for model in models]
@@ -475,7 +502,7 @@ def test_two_real_models_by_the_commands(tmp_path: Path, llama_dir: Path, corpus
             assert sequence.logprob[t] == pytest.approx(np.log(own), rel=2**-9, abs=1e-3)
         if domain == "code":
             assert np.array_equal(sequence.rank, payloads[1][row].rank)
-    assert found.info.teacher.model == f"{llama_dir.name} + other"
+    assert combined.info.teacher.model == f"{llama_dir.name} + other"
 
 
 @pytest.mark.parametrize(

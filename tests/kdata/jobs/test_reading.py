@@ -16,7 +16,7 @@ from kdata.config import parse_config
 from kdata.corpus.chat_template import ChatEncoder
 from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import Chat
-from kdata.errors import ConfigError, DataError, MismatchError, TooLongError
+from kdata.errors import ConfigError, MismatchError, TooLongError
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import TeacherInfo
 from kdata.jobs.reading import CaptureConfig
@@ -179,7 +179,9 @@ def test_invalid_settings_are_refused(tmp_path: Path, corpus_file: Path, tokeniz
         run_capture(tmp_path / "d", corpus_file, tokenizer_dir, k=300)
     with pytest.raises(ConfigError, match="max_tokens=2 leaves no room"):
         run_capture(tmp_path / "d", corpus_file, tokenizer_dir, max_tokens=2)
-    with pytest.raises(DataError, match="the teacher's head only 200"):
+    with pytest.raises(
+        ConfigError, match=r"not one row could be used.*head of 200 rows; name a model folder with its own"
+    ):
         run_capture(tmp_path / "e", corpus_file, tokenizer_dir, teacher=StandInTeacher(vocab_size=200))
 
 
@@ -253,8 +255,8 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def capture_chats(root: Path, corpus: Path, tokenizer: Path, **settings: object) -> kdata.Dataset:
     teacher = settings.pop("teacher", None) or StandInTeacher(context=200)
-    given = {**CHAT_COLUMNS, **settings.pop("reading", {})}  # type: ignore[dict-item]
-    return run_capture(root, corpus, tokenizer, teacher=teacher, reading=given, **settings)
+    columns = {**CHAT_COLUMNS, **settings.pop("reading", {})}  # type: ignore[dict-item]
+    return run_capture(root, corpus, tokenizer, teacher=teacher, reading=columns, **settings)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "topk"])

@@ -151,7 +151,7 @@ def generate_chats(root: Path, prompts: Path, tokenizer: Path, **settings: objec
 
 
 class Scripted(StandInTeacher):
-    """A stand-in that writes what it is told, with the distributions of a stand-in: a random one seldom writes text."""
+    """A stand-in that always writes the same reply, with the distributions of a stand-in: a random one seldom writes text."""
 
     def __init__(self, folder: Path, reply: str, finish: str = "stop") -> None:
         super().__init__(context=150)
@@ -175,8 +175,8 @@ def test_a_chat_is_continued_with_the_assistant_s_turn(
     payload = pa.ipc.open_file(dataset.path / "data/generate-00000.arrow").read_all()
     for number, (row, sequence) in enumerate(zip(dataset.index().to_pylist(), dataset, strict=True)):
         *asked, reply = json.loads(row["messages"])
-        given = next(r["messages"] for r in ASKED if r["id"] == row["id"].split("~")[0])
-        assert asked == (json.loads(given) if isinstance(given, str) else given)
+        messages = next(r["messages"] for r in ASKED if r["id"] == row["id"].split("~")[0])
+        assert asked == (json.loads(messages) if isinstance(messages, str) else messages)
         assert reply == {"role": "assistant", "content": " sat on 🙂\n"}
         prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
         begin, ids = len(prompt), sequence.token_ids
@@ -196,12 +196,12 @@ def test_a_written_chat_can_be_read_again_to_the_same_numbers(
     from tests.fakes import run_capture
 
     teacher = Scripted(chatty, f"sat on the mat{TURN_END}")
-    made = generate_chats(tmp_path / "d", jsonl(ASKED), chatty, teacher=teacher)
-    rows = made.index().to_pylist()
+    dataset = generate_chats(tmp_path / "d", jsonl(ASKED), chatty, teacher=teacher)
+    rows = dataset.index().to_pylist()
     corpus = jsonl([{"id": row["id"], "messages": row["messages"]} for row in rows], "again.jsonl")
     read = run_capture(tmp_path / "again", corpus, chatty, teacher=StandInTeacher(context=150), reading=CHATS)
-    assert read.num_rows == made.num_rows == 2
-    for before, row, written, sequence in zip(rows, read.index().to_pylist(), made, read, strict=True):
+    assert read.num_rows == dataset.num_rows == 2
+    for before, row, written, sequence in zip(rows, read.index().to_pylist(), dataset, read, strict=True):
         assert row["text"] == before["text"] + "\n"
         np.testing.assert_array_equal(sequence.token_ids[:-1], written.token_ids)
         np.testing.assert_array_equal(sequence.target_mask[:-1], written.target_mask)

@@ -253,9 +253,9 @@ def test_a_dataset_that_is_begun_again_has_a_log_of_its_own(
 
 def test_writing_counts_what_was_written(tmp_path: Path, tokenizer_dir: Path) -> None:
     prompts = write_jsonl(tmp_path / "p.jsonl", rows_of_text(6))
-    made = run_generate(tmp_path / "d", prompts, tokenizer_dir)
-    line = read_journal(journal_of(made.path))[-1]
-    assert line.tokens == sum(e.target_tokens for e in made.manifest) < made.num_tokens
+    dataset = run_generate(tmp_path / "d", prompts, tokenizer_dir)
+    line = read_journal(journal_of(dataset.path))[-1]
+    assert line.tokens == sum(e.target_tokens for e in dataset.manifest) < dataset.num_tokens
 
 
 def test_a_dataset_of_a_run_uses_the_log_of_the_run(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from kdata.selection.mixtures import Cap, Static, Uniform
 from kdata.selection.plan import Plan, make_plan, open_plan
 from kdata.selection.ranked import Difference, Random
 from kdata.selection.select import METHODS, select
-from kdata.selection.show import compare, draw, table_of
+from kdata.selection.show import Overlap, compare, comparison_table, draw, table_of
 from tests.kdata.selection.plans import Row, dataset_of, score_with
 
 RUNNER = CliRunner(env={"COLUMNS": "120"})
@@ -91,13 +92,17 @@ def test_no_histogram_where_the_plan_s_inputs_have_changed(dataset: kdata.Datase
 def test_two_plans_side_by_side(dataset: kdata.Dataset) -> None:
     select(dataset, Difference(share=0.6))  # r4 .. r9
     select(dataset, Difference(share=0.5, by_domain=True, name="each"))  # r2 r3, r7 r8 r9
-    shown = compare(dataset, "difference", "each")
+    comparison = compare(dataset, "difference", "each")
+    assert comparison.domains == {"code": Overlap(0, 0, 2, 0.0, 0.25), "prose": Overlap(3, 3, 0, 1.0, 0.75)}
+    assert comparison.overall == Overlap(3, 3, 2, 1.0, 1.0)
+    assert comparison.only_first_examples == ["r4"] and comparison.only_second_examples == ["r2"]
+    shown = comparison_table(comparison)
     rows = {row[0]: row[1:] for row in shown.rows}
     assert rows["code"] == ["0", "0", "2", "0.000", "0.0%", "25.0%", "+25.0"]
     assert rows["prose"] == ["3", "3", "0", "0.500", "100.0%", "75.0%", "-25.0"]
     assert rows["all"][:4] == ["3", "3", "2", "0.375"]
     assert shown.notes == ["only in difference, for example: r4", "only in each, for example: r2"]
-    same = {row[0]: row[1:] for row in compare(dataset, "each", "each").rows}
+    same = {row[0]: row[1:] for row in comparison_table(compare(dataset, "each", "each")).rows}
     assert same["all"][:4] == ["0", "5", "0", "1.000"]
     with pytest.raises(MissingError, match="nobody"):
         compare(dataset, "each", "nobody")
@@ -143,6 +148,12 @@ def test_the_commands(dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytes
     assert "requested 4 sequences, chose 4" in shown and "from plan mixed" in shown
     assert Path("plan-cap.png").stat().st_size > 1000
     assert "only mixed" in call("plan", "compare", root, "mixed", "cap")
+    comparison = json.loads(call("plan", "compare", root, "mixed", "cap", "--format", "json"))
+    assert comparison == asdict(compare(dataset, "mixed", "cap"))
+    assert (
+        comparison["second"] == "cap"
+        and comparison["overall"]["only_first"] > 0 == comparison["overall"]["only_second"]
+    )
     query = "select id from rows where num_tokens = 4 limit 2"
     assert "plan sql: 2 rows" in call("select", root, "--sql", query)
     assert f"method sql: {query}" in call("plan", "show", root, "sql")

@@ -23,7 +23,7 @@ from kdata.share.card import write_card
 from kdata.share.interchange.distillkit import Compression, decode_logprobs, unpack
 from kdata.share.interchange.exporter import export_dataset
 from kdata.share.interchange.importer import ImportConfig, import_dataset
-from kdata.share.interchange.rows import ImportReport
+from kdata.share.interchange.rows import ImportReport, as_ids
 from tests.fakes import VOCAB, digests, run_capture, write_jsonl
 
 PEERS = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "peers"
@@ -218,8 +218,12 @@ def test_a_column_that_only_later_rows_have_is_not_lost(tmp_path: Path) -> None:
     assert dataset.sql("select num_target_tokens as n from rows order by id")["n"].to_pylist() == [2, 1, 2]
     assert dataset[1].target_mask.tolist() == [False, False, True]
     short = write_jsonl(tmp_path / "short.jsonl", [plain_row(), plain_row(id="b", target_mask=[True])])
+    dataset, _ = imported(short, tmp_path / "e", "plain", vocab_size=10)
+    [reject] = dataset.sql("select id, reason, detail from rejects").to_pylist()
+    assert dataset.num_rows == 1 and (reject["id"], reject["reason"]) == ("b", "misaligned")
+    assert "have different lengths" in reject["detail"]
     with pytest.raises(DataError, match="have different lengths"):
-        imported(short, tmp_path / "e", "plain", vocab_size=10)
+        imported(write_jsonl(short, [plain_row(target_mask=[True])]), tmp_path / "f", "plain", vocab_size=10)
 
 
 def test_plain_lists_with_and_after(tmp_path: Path) -> None:
@@ -260,6 +264,21 @@ def test_rows_that_cannot_be_used_are_rejected_with_a_reason(tmp_path: Path) -> 
     assert report.padding_entries == 1 and dataset[1].num_kept.tolist() == [0, 1, 1]
     assert dataset[2].target_mask.tolist() == [False, False, True]
     assert report.rows == 3 and report.positions == 6
+
+
+def test_ids_that_32_bits_do_not_hold_do_not_become_others(tmp_path: Path) -> None:
+    """2**32 + 7 is not 7, 7.5 is not 7, and null is no id."""
+    rows = [
+        plain_row(),
+        plain_row(id="kept", topk_ids=[[], [2**32 + 7, 8], [9]]),
+        plain_row(id="token", input_ids=[3, 2**32 + 7, 9]),
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    dataset, report = imported(tmp_path / "rows.parquet", tmp_path / "d", "plain", vocab_size=10)
+    assert dataset.index(["id"])["id"].to_pylist() == ["a"] and report.rejected == {"vocabulary": 2}
+    assert as_ids(pa.array([7, 2**32 + 7, -1, None])).tolist() == [7, -1, -1, -1]
+    assert as_ids(pa.array([7.0, 7.5, float("nan"), 3e9])).tolist() == [7, -1, -1, -1]
+    assert as_ids(pa.nulls(1)).tolist() == [-1]
 
 
 def test_sums_above_one_are_kept_masked_or_refused(tmp_path: Path) -> None:

@@ -6,17 +6,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 import kdata
+from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, KdataError
 from kdata.selection.ranked import All
 from kdata.selection.select import select
+from kdata.share.arrange import head
 from kdata.share.card import card_page
-from kdata.share.push import push
+from kdata.share.push import dataset_files, push
 from kdata.store.hub import hub_name
 from tests.fakes import digests
 
@@ -94,13 +98,88 @@ def test_a_destination_that_is_not_free_or_not_valid_is_refused(captured: Path, 
     assert hub_name("hf://datasets/a/b") == hub_name("hf://a/b") == "a/b"
 
 
+class EmptyRepository:
+    """A stand-in for the Hub's client: a repository that was just created."""
+
+    def dataset_info(self, name: str) -> Any:
+        return SimpleNamespace(sha="c0")
+
+    def list_repo_tree(self, name: str, **options: Any) -> list[Any]:
+        return [RepoFile(path=".gitattributes", size=1, oid="0")]
+
+
+class StandInHub:
+    """A stand-in for the Hub's client that keeps the files of one repository, and applies commits as the Hub does."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files, self.commits = files, 0
+
+    def create_repo(self, name: str, **options: Any) -> str:
+        return f"https://hub/{name}"
+
+    def dataset_info(self, name: str) -> Any:
+        return SimpleNamespace(sha=f"c{self.commits}")
+
+    def list_repo_tree(self, name: str, *, recursive: bool, revision: str, repo_type: str) -> list[Any]:
+        assert recursive and revision == f"c{self.commits}" and repo_type == "dataset"
+        folders = {path.rpartition("/")[0] for path in self.files if "/" in path}
+        files = [RepoFile(path=path, size=len(content), oid="0") for path, content in self.files.items()]
+        return [*files, *(RepoFolder(path=path, oid="0") for path in folders)]
+
+    def create_commit(self, *, operations: list[Any], parent_commit: str, **options: Any) -> None:
+        assert parent_commit == f"c{self.commits}"
+        self.commits += 1
+        for operation in operations:
+            if isinstance(operation, huggingface_hub.CommitOperationDelete):
+                del self.files[operation.path_in_repo]
+            else:
+                with operation.as_file() as content:
+                    self.files[operation.path_in_repo] = content.read()
+
+
+def test_a_smaller_dataset_takes_the_place_of_the_former_one(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the Hub's client: after the second push the repository is the second dataset."""
+    own = {".gitattributes": b"", "LICENSE": b"mine", "pictures/index/cat.png": b"cat"}
+    hub = StandInHub(dict(own))
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    select(kdata.open(copied), All())
+    push(kdata.open(copied), "hf://me/logits")
+    assert len([path for path in hub.files if path.startswith("index/")]) == len(kdata.open(copied).manifest) > 1
+    assert "plans/all.json" in hub.files
+    push(head(kdata.open(copied), tmp_path / "small", 3), "hf://me/logits")
+    assert hub.commits == 2
+    small = kdata.open(tmp_path / "small")
+    assert set(hub.files) - set(own) == {*dataset_files(small), "README.md"}
+    assert {name: hub.files[name] for name in own} == own
+    for path, content in hub.files.items():
+        (tmp_path / "clone" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "clone" / path).write_bytes(content)
+    clone = kdata.open(tmp_path / "clone")
+    assert clone.content_digest == small.content_digest and clone.num_rows == 3 and verify(clone, deep=True) == []
+    push(small, "hf://me/logits")
+    assert set(hub.files) - set(own) == {*dataset_files(small), "README.md"}, "the same again deletes nothing"
+
+
+def test_nothing_is_deleted_in_a_repository_that_holds_something_else(
+    captured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the Hub's client."""
+    own = {"data/train-0.parquet": b"x", "index/page.html": b"y", "dataset.json": b"{}"}
+    hub = StandInHub(dict(own))
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    push(kdata.open(captured), "hf://me/logits")
+    assert {"data/train-0.parquet", "index/page.html"} <= set(hub.files)
+
+
 def test_the_hub_is_given_a_private_repository_and_the_dataset_s_files(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a stand-in for the Hub's client: no hub can be reached here."""
     calls: dict[str, Any] = {}
 
-    class StandInApi:
+    class StandInApi(EmptyRepository):
         def create_repo(self, name: str, **options: Any) -> str:
             calls["create"] = (name, options)
             return f"https://hub/{name}"

@@ -76,7 +76,7 @@ def test_a_resume_with_another_corpus_or_tokenizer_is_refused(
     begun: Path, tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
     other = tmp_path / "other.jsonl"
-    other.write_text(corpus_file.read_text().replace("cat", "cow"))
+    other.write_text(corpus_file.read_text().replace('"text": "', '"text": "other '))
     with pytest.raises(MismatchError, match=r"corpus\.sha256"):
         run_capture(begun, other, tokenizer_dir)
     save_tokenizer(tmp_path / "tokenizer", lines=["quite another text to learn from, zzz zzz zzz"])

@@ -16,7 +16,7 @@ from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, DependencyError, MismatchError, MissingError, StorageError
 from kdata.store.url import Store, copy_of, is_url
 from tests.bucket import Bucket
-from tests.fakes import StandInTeacher, digests, run_capture, run_generate
+from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, write_jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +83,23 @@ def test_a_run_that_was_interrupted_continues_on_another_machine(
     run_capture(tmp_path / "local", corpus_file, tokenizer_dir)
     assert digests(behind) == digests(tmp_path / "local")
     assert teacher.calls == len(kdata.open(tmp_path / "local").manifest) - 2
+
+
+def test_a_corpus_that_has_changed_goes_on_at_a_url(
+    tmp_path: Path, url: str, behind: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a folder, to the last byte, from a machine that has no copy of the dataset."""
+    rows = rows_of_text(9)
+    before, after = [{**rows[0], "domain": None}, *rows[1:]], [rows[0], *rows[2:7], {**rows[7], "text": "the log"}]
+    for root in (url, tmp_path / "local"):
+        run_capture(root, write_jsonl(tmp_path / "c.jsonl", before), tokenizer_dir, unit_tokens=25)
+        monkeypatch.setenv("KDATA_CACHE", str(tmp_path / f"elsewhere-{type(root).__name__}"))
+        teacher = StandInTeacher()
+        corpus = write_jsonl(tmp_path / "c.jsonl", after)
+        run_capture(root, corpus, tokenizer_dir, teacher=teacher, unit_tokens=25)
+        assert 1 <= teacher.calls <= 2
+    assert digests(behind) == digests(tmp_path / "local")
+    assert verify(kdata.open(url), deep=True) == []
 
 
 def test_a_copy_follows_what_is_at_the_url(

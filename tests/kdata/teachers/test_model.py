@@ -38,9 +38,9 @@ def test_a_whole_model_passes(model: Path) -> None:
 
 
 def test_a_path_that_is_not_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "weights.gguf").write_bytes(b"GGUF")
-    assert "is a file; name a model folder or a Hub name" in refusal(tmp_path / "weights.gguf")
-    assert "does not exist; name a model folder or a Hub name" in refusal(tmp_path / "nothing")
+    (tmp_path / "weights.bin").write_bytes(b"PK")
+    assert "is a file; name a model folder, a GGUF file or a Hub name" in refusal(tmp_path / "weights.bin")
+    assert "does not exist; name a model folder, a GGUF file or a Hub name" in refusal(tmp_path / "nothing")
     assert "does not exist" in refusal("./models/nothing") and "does not exist" in refusal("a/b/nothing")
 
 

@@ -147,7 +147,7 @@ def assert_same(ours: Readout | Completion, theirs: Readout | Completion) -> Non
 
 def test_a_server_agrees_with_the_engine_in_this_process(llama_dir: Path, server: RealServer) -> None:
     rng = np.random.default_rng(0)
-    sequences = [np.append(0, rng.integers(2, 300, size)).astype(np.int32) for size in (5, 40, 17, 90, 2, 126)]
+    sequences = [np.append(0, rng.integers(2, 300, size)).astype(np.int32) for size in (5, 40, 17, 90, 2, 126, 127)]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         context, version, engine = pool.submit(ask_engine, str(llama_dir), sequences).result(timeout=300)
     teacher = ServedTeacher(config(llama_dir, server), max_k=TOP.k)
@@ -157,12 +157,13 @@ def test_a_server_agrees_with_the_engine_in_this_process(llama_dir: Path, server
         one_pass = ask(teacher, sequences)
         # The other way into the same server.
         teacher._first = dataclasses.replace(teacher._served, generates=False)
-        two_passes = ask(teacher, sequences)
+        two_passes = ask(teacher, sequences[:-1])  # it has no place for the whole context
     finally:
         teacher.close()
     for name, theirs in engine.items():
-        for ours, again, other in zip(one_pass[name], two_passes[name], theirs, strict=True):
+        for ours, other in zip(one_pass[name], theirs, strict=True):
             assert_same(ours, other)
+        for again, other in zip(two_passes[name], theirs, strict=False):
             assert_same(again, other)
     assert {c.finish_reason for name in ("sampled", "greedy", "formed") for c in engine[name]} == {"stop", "length"}
 

@@ -13,7 +13,8 @@ from kdata.format.keep import KeepConfig
 from kdata.format.kept import segment_sum
 from kdata.format.schema import CodecInfo
 from kdata.teachers import reduce
-from kdata.teachers.reduce import Reduced, draw_seed, reduce_chunks, reduce_logits
+from kdata.teachers.head import Head
+from kdata.teachers.reduce import Reduced, draw_seed, reduce_chunks, reduce_logits, rows_of_chunk
 
 KEEPS = [
     KeepConfig(kind="topk", k=7),
@@ -112,9 +113,9 @@ def test_weights_are_unbiased(keep: KeepConfig) -> None:
         lambda a, b: logits_MV.expand(repeats, 60)[a:b].clone(), 60, actual_M.expand(repeats), keep,
         [(1, seed) for seed in range(repeats)],
     ).kept  # fmt: skip
-    found = segment_sum(np.exp(kept.logprobs.astype(np.float64)) * values[kept.ids], kept.num_kept)
-    error = found.std(ddof=1) / np.sqrt(repeats)
-    assert abs(found.mean() - p @ values) < 4 * error
+    means = segment_sum(np.exp(kept.logprobs.astype(np.float64)) * values[kept.ids], kept.num_kept)
+    error = means.std(ddof=1) / np.sqrt(repeats)
+    assert abs(means.mean() - p @ values) < 4 * error
 
 
 @pytest.mark.parametrize("keep", [KEEPS[2], KEEPS[3]], ids=lambda k: k.kind)
@@ -138,7 +139,7 @@ def test_systematic_draws_have_less_noise_than_independent_ones() -> None:
     """The mean square error of the weights over 300 seeds, against what the formulas of kdata/keep.py say of each."""
     logits_MV, _ = logits_of(9, 1, 60, 1.5)
     p, draws, repeats = torch.softmax(logits_MV[0].double(), -1).numpy(), 20, 300
-    found = {}
+    errors = {}
     for method in ("systematic", "independent"):
         keep = KeepConfig(kind="sampled", num_draws=draws, draw_method=method)
         total = 0.0
@@ -147,11 +148,11 @@ def test_systematic_draws_have_less_noise_than_independent_ones() -> None:
             weights = np.zeros(60)
             weights[kept.ids] = np.exp(kept.logprobs.astype(np.float64))
             total += ((weights - p) ** 2).sum() / repeats
-        found[method] = total
+        errors[method] = total
     fraction = draws * p % 1
-    assert found["systematic"] == pytest.approx((fraction * (1 - fraction)).sum() / draws**2, rel=0.05)
-    assert found["independent"] == pytest.approx((p * (1 - p)).sum() / draws, rel=0.05)
-    assert found["systematic"] < 0.7 * found["independent"]
+    assert errors["systematic"] == pytest.approx((fraction * (1 - fraction)).sum() / draws**2, rel=0.05)
+    assert errors["independent"] == pytest.approx((p * (1 - p)).sum() / draws, rel=0.05)
+    assert errors["systematic"] < 0.7 * errors["independent"]
 
 
 def test_a_dataset_without_a_draw_method_has_independent_draws() -> None:
@@ -230,3 +231,39 @@ def test_the_kernel_at_any_width_with_ties_and_forbidden_ids(
         # Below e^-87 of the largest a probability counts as none.
         if tail > -70:
             np.testing.assert_allclose(out.log_tail[row], min(tail, 0.0), atol=2e-5)
+
+
+def test_chunks_hold_what_the_cache_does_or_what_reading_the_head_is_worth() -> None:
+    assert rows_of_chunk(10_000, 8192, "cpu") == 256 and rows_of_chunk(3, 8192, "cpu") == 256
+    for num_rows in (1, 5, 128, 130, 191, 192, 500, 4095):
+        step = rows_of_chunk(num_rows, 262_144, "cpu")
+        sizes = [min(step, num_rows - begin) for begin in range(0, num_rows, step)]
+        assert sum(sizes) == num_rows and max(sizes) <= 192
+        assert min(sizes) >= min(num_rows, 64), f"{sizes}: a chunk of a few rows reads the whole head for them"
+    assert rows_of_chunk(0, 262_144, "cpu") == 1
+    assert rows_of_chunk(10_000, 262_144, "cuda") == 256
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "topk"])
+def test_a_large_vocabulary_gives_the_same_bits_in_chunks_of_any_size(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocab, rows = 20_000, 150
+    torch.manual_seed(0)
+    weight_VD, hidden_MD = torch.randn(vocab, 16), torch.randn(rows, 16)
+    head = Head(torch.ops.mkldnn._reorder_linear_weight(weight_VD, None), None, 1.0, None)
+    keep = KeepConfig(kind=kind, k=4, num_draws=6)
+    actual_M = torch.arange(rows)
+    results = []
+    for chunk in (8, 128):
+        monkeypatch.setattr(reduce, "CHUNK_ROWS", chunk)
+        with torch.inference_mode():
+            logits = lambda a, b: head.logits(hidden_MD[a:b])  # noqa: E731
+            results.append(reduce.reduce_chunks(logits, vocab, actual_M, keep, [(rows, 7)]))
+    few, many = results
+    for name in ("logprob", "rank", "log_tail", "entropy"):
+        np.testing.assert_array_equal(getattr(few, name), getattr(many, name))
+    np.testing.assert_array_equal(few.kept.ids, many.kept.ids)
+    np.testing.assert_array_equal(few.kept.logprobs, many.kept.logprobs)
+    by_hand = torch.log_softmax(hidden_MD.double() @ weight_VD.double().T, -1)
+    np.testing.assert_allclose(many.logprob, by_hand[actual_M, actual_M].numpy(), atol=1e-5)

@@ -87,8 +87,8 @@ def assert_read(teacher: ServedTeacher, sequences: list[np.ndarray] = SEQUENCES)
 def until(come: Callable[[], Any], sec: float = 20) -> Any:
     """What `come` returns, once it is something."""
     for _ in range(int(sec / 0.005)):
-        if found := come():
-            return found
+        if value := come():
+            return value
         time.sleep(0.005)
     raise AssertionError("it never came")
 
@@ -104,11 +104,11 @@ def test_it_reads_and_writes_the_dense_distribution(
     oracle = StandInTeacher(context=128)
     with StandInServer(llama_dir, generates=generates) as server:
         teacher = opened(llama_dir, server)
-        assert (teacher.context, teacher.vocab_size) == (127, VOCAB)
+        assert (teacher.context, teacher.vocab_size) == (128 if generates else 127, VOCAB)
         for ids, readout in zip(SEQUENCES, teacher.read(SEQUENCES, keep), strict=True):
             dense_TV = oracle.dense(ids)
-            told_T = np.take_along_axis(dense_TV[1:], ids[1:, None], 1)[:, 0]
-            np.testing.assert_allclose(readout.logprob[1:], told_T, atol=2e-6)
+            own_T = np.take_along_axis(dense_TV[1:], ids[1:, None], 1)[:, 0]
+            np.testing.assert_allclose(readout.logprob[1:], own_T, atol=2e-6)
             assert_equal(readout, oracle.readout(ids, keep))
         for sampling in (SamplingConfig(max_tokens=12), SamplingConfig(max_tokens=4, min_tokens=4, temperature=0)):
             written = teacher.write(SEQUENCES, keep, sampling, range(len(SEQUENCES)))
@@ -117,6 +117,19 @@ def test_it_reads_and_writes_the_dense_distribution(
                 assert_equal(ours.readout, theirs.readout)
         paths = {call.path for call in server.calls}
         assert paths == {"/inference/v1/generate" if generates else "/v1/completions"}
+
+
+def test_a_sequence_as_long_as_the_server_s_length_is_read_whole(llama_dir: Path, opened: Load) -> None:
+    """vLLM refuses a prompt that leaves no place for a token, so the last token of the sequence is the one it writes."""
+    rng = np.random.default_rng(3)
+    sequences = [rng.integers(2, VOCAB, size).astype(np.int32) for size in (127, 128, 2)]
+    with StandInServer(llama_dir) as server:
+        teacher = opened(llama_dir, server)
+        assert teacher.context == 128
+        for ids, readout in zip(sequences, teacher.read(sequences, TOP), strict=True):
+            assert_equal(readout, StandInTeacher().readout(ids, TOP))
+        [written] = teacher.write([sequences[0]], TOP, SamplingConfig(max_tokens=9), [0])
+        assert len(written.readout.token_ids) == 128 and written.finish_reason == "length"
 
 
 @given(
@@ -139,23 +152,23 @@ def test_lists_of_a_server_become_the_dense_top_k(seed: int, positions: int, k: 
         ranks.append(int(np.flatnonzero(order_TV[t] == own_T[t])[0]) + 1)
     logprobs_N = dense_TV[np.repeat(np.arange(positions), counts), ids].astype(np.float32)
     arrays = (np.array(ids), logprobs_N, np.array(counts), np.array(ranks))
-    found = rectangle(*arrays, own_T, k, 12)
-    np.testing.assert_array_equal(found.ids, order_TV[:, :k])
-    np.testing.assert_array_equal(found.logprobs, np.take_along_axis(dense_TV, order_TV[:, :k], 1).astype(np.float32))
-    np.testing.assert_array_equal(found.logprob, dense_TV[np.arange(positions), own_T].astype(np.float32))
-    np.testing.assert_array_equal(found.rank, ranks)
+    top_k = rectangle(*arrays, own_T, k, 12)
+    np.testing.assert_array_equal(top_k.ids, order_TV[:, :k])
+    np.testing.assert_array_equal(top_k.logprobs, np.take_along_axis(dense_TV, order_TV[:, :k], 1).astype(np.float32))
+    np.testing.assert_array_equal(top_k.logprob, dense_TV[np.arange(positions), own_T].astype(np.float32))
+    np.testing.assert_array_equal(top_k.rank, ranks)
     with pytest.raises(TeacherError, match="other tokens"):
         rectangle(*arrays, (own_T + 1) % 12, k, 12)
     with pytest.raises(TeacherError, match="outside of the vocabulary"):
         rectangle(*arrays, own_T, k, max(ids))
-    assert is_distribution(found.logprobs, 12) and not is_distribution(found.logprobs + 4, 12)
-    assert k == 12 or not is_distribution(found.logprobs - 4, 12)
+    assert is_distribution(top_k.logprobs, 12) and not is_distribution(top_k.logprobs + 4, 12)
+    assert k == 12 or not is_distribution(top_k.logprobs - 4, 12)
 
 
 def test_the_server_s_number_for_minus_infinity_is_decoded() -> None:
     arrays = (np.array([3, 0]), np.array([-9999.0, 0.0], np.float32), np.array([2]), np.array([7]))
-    found = rectangle(*arrays, np.array([3]), 1, 8)
-    assert found.logprob[0] == -np.inf and found.logprobs.tolist() == [[0.0]]
+    top_k = rectangle(*arrays, np.array([3]), 1, 8)
+    assert top_k.logprob[0] == -np.inf and top_k.logprobs.tolist() == [[0.0]]
 
 
 # ------------------------------------------------------------------------------------------------------- what passes
@@ -500,7 +513,7 @@ def test_the_base_model_is_asked_unless_another_is_named(
     with StandInServer(llama_dir) as server:
         teacher = opened(llama_dir, server, name=name)
         assert_read(teacher)
-        assert teacher.context == 127 and {call.body["model"] for call in server.calls} == {asked}
+        assert teacher.context == 128 and {call.body["model"] for call in server.calls} == {asked}
 
 
 def test_writing_needs_one_log_probability_more_and_says_so(llama_dir: Path, opened: Load) -> None:
@@ -526,7 +539,7 @@ def test_a_context_longer_than_the_server_s_is_refused(llama_dir: Path) -> None:
         with pytest.raises(ConfigError, match="context=101 exceeds the server's --max-model-len 100"):
             load_teacher(TeacherConfig(**config, context=101), max_k=5)
         teacher = load_teacher(TeacherConfig(**config, context=50), max_k=5)
-        assert teacher.context == 49
+        assert teacher.context == 50
         teacher.close()
 
 

@@ -70,12 +70,12 @@ def engine_run(seed: int, *, requests: int = 6, wrong: bool = False) -> None:
         actual = torch.tensor(ids)
         expected = reduce_logits(logits[request], actual, KEEP, draw_seed(prompts[request], KEEP, request))
         logprob = expected.logprob - (1.0 if wrong else 0.0)
-        found = tape.reduced(request, np.array(ids, np.int32), logprob, expected.rank, 1e-3)
+        taped = tape.reduced(request, np.array(ids, np.int32), logprob, expected.rank, 1e-3)
         for name in ("logprob", "rank", "log_tail", "entropy"):
-            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+            np.testing.assert_array_equal(getattr(taped, name), getattr(expected, name))
         for name in ("num_exact", "num_drawn", "ids", "logprobs"):
-            np.testing.assert_array_equal(getattr(found.kept, name), getattr(expected.kept, name))
-        np.testing.assert_allclose(found.kept.draw_logprobs, expected.kept.draw_logprobs, atol=1e-5)
+            np.testing.assert_array_equal(getattr(taped.kept, name), getattr(expected.kept, name))
+        np.testing.assert_allclose(taped.kept.draw_logprobs, expected.kept.draw_logprobs, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(20))

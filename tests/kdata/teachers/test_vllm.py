@@ -52,6 +52,7 @@ def ask(sequences: list[np.ndarray], path: str) -> dict[str, Any]:
         "context": teacher.context,
         "read": teacher.read(sequences, keep),
         "again": teacher.read(sequences[::-1], keep)[::-1],
+        "logprobs": teacher._read_logprobs(sequences, keep),
         "written": written,
         "rewritten": teacher.write(prompts, keep, sampling, list(range(len(prompts)))),
         "reread": teacher.read([c.readout.token_ids for c in written], keep),
@@ -83,14 +84,12 @@ def test_vllm_agrees_with_the_plain_forward_pass(llama_dir: Path, tmp_path: Path
     from kdata.teachers.transformers import TransformersTeacher
 
     rng = np.random.default_rng(0)
-    sequences = [
-        np.concatenate([[0], rng.integers(2, 300, size)]).astype(np.int32) for size in (5, 40, 17, 90, 126 - 1)
-    ]
+    sequences = [np.concatenate([[0], rng.integers(2, 300, size)]).astype(np.int32) for size in (5, 40, 17, 90, 127)]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         answers = pool.submit(ask, sequences, str(llama_dir)).result(timeout=300)
     oracle = TransformersTeacher(TeacherConfig(model=str(llama_dir), backend="transformers"))
     plain = oracle.read(sequences, KeepConfig(kind="topk", k=8))
-    assert answers["context"] == 127 and answers["info"].backend == "vllm"
+    assert answers["context"] == 128 and answers["info"].backend == "vllm"
     counts, written = answers["counts"]
     assert sorted(counts["read"]) == sorted(map(len, sequences)), "tokens of each sequence once it is reduced"
     assert sum(counts["written"]) == written and 5 <= len(counts["written"]) <= 12, "tokens of each step of the engine"
@@ -134,6 +133,12 @@ def test_vllm_agrees_with_the_plain_forward_pass(llama_dir: Path, tmp_path: Path
         if answers["info"].deterministic:
             np.testing.assert_array_equal(ours.logprob, again.logprob)
             np.testing.assert_array_equal(ours.kept.logprobs, again.kept.logprobs)
+    assert max(map(len, sequences)) == answers["context"] == oracle.context, "the whole context is read, both ways"
+    for ours, theirs in zip(answers["logprobs"], plain, strict=True):
+        np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
+        np.testing.assert_allclose(ours.logprob, theirs.logprob, atol=1e-4)
+        np.testing.assert_allclose(ours.kept.logprobs, theirs.kept.logprobs, atol=1e-4)
+        assert (ours.rank == theirs.rank).mean() > 0.98 and (ours.kept.ids == theirs.kept.ids).mean() > 0.98
     for written, rewritten, read in zip(answers["written"], answers["rewritten"], answers["reread"], strict=True):
         own = written.readout
         assert written.num_prompt_tokens == 5 and 5 < len(own.token_ids) <= 15

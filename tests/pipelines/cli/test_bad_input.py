@@ -24,7 +24,7 @@ import yaml
 from kdata.errors import ConfigError, CorruptError
 from kdata.pipelines.cli import look, main
 from kdata.pipelines.cli.main import COMMANDS, call
-from tests.fakes import rows_of_text, run_capture, write_jsonl
+from tests.fakes import digests, rows_of_text, run_capture, write_jsonl
 
 TEACHER = ["--teacher", "{llama}", "--backend", "transformers"]
 CALLS = {
@@ -155,6 +155,8 @@ def test_a_wrong_setting_is_usage_and_is_named(world: World, command: str, setti
         ("capture", "teacher.dtyp=x", "unknown key 'dtyp' (did you mean 'dtype'?)"),
         ("generate", "sampling.temprature=1", "(did you mean 'temperature'?)"),
         ("train", "decay=cosin", "decay: Input should be"),
+        ("evaluate", "batch_token=1", "unknown key 'batch_token' (did you mean 'batch_tokens'?)"),
+        ("evaluate", "sample_temperature=-1", "sample_temperature: Input should be greater than or equal to 0"),
         ("train", "student.kinds=scratch", "student"),
         ("select", "shar=1", "(did you mean 'share'?)"),
         ("run", "capture.unit_token=1", "unknown key 'capture.unit_token' (did you mean 'unit_tokens'?)"),
@@ -163,6 +165,16 @@ def test_a_wrong_setting_is_usage_and_is_named(world: World, command: str, setti
 def test_a_wrong_key_or_value_names_what_is_allowed(world: World, command: str, setting: str, message: str) -> None:
     status, line = world.fails([*world.arguments(command), "--set", setting])
     assert status == 2 and message in line
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_wrong_key_is_refused_before_torch_is_loaded(world: World, command: str) -> None:
+    """In a process of its own: this one has loaded torch."""
+    arguments = [*world.arguments(command), "--set", "batch_token=1"]
+    code = f"import sys\nfrom kdata.pipelines.cli.main import call\nprint(call({arguments}), 'torch' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["2", "False"]
+    assert len(process.stderr.splitlines()) == 1 and "(did you mean 'batch_tokens'?)" in process.stderr
 
 
 @pytest.mark.parametrize("command", READERS)
@@ -253,6 +265,29 @@ def test_a_full_disk_leaves_no_half_written_result(world: World, full_disk: Path
     status, line = world.fails(world.arguments(command, local=full_disk / "out"))
     assert status == 1 and ("space" in line or "full" in line)
     assert not [p.name for p in full_disk.iterdir() if p.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("command", ["capture", "generate", "reread"])
+def test_a_teacher_s_work_that_meets_a_full_disk_ends_in_one_line(world: World, full_disk: Path, command: str) -> None:
+    status, line = world.fails(world.arguments(command, new=full_disk / "out"))
+    assert status == 1 and "disk is full" in line and "run the same command again" in line
+
+
+@pytest.mark.parametrize("command", ["train", "score", "select"])
+def test_work_on_a_dataset_that_meets_a_full_disk_ends_in_one_line(
+    world: World, full_disk: Path, command: str, folder: Path
+) -> None:
+    """The dataset fits on the disk, and nothing else does."""
+    subprocess.run(["mount", "-o", "remount,size=1m", full_disk], check=True)
+    shutil.copytree(folder / "dataset", full_disk / "dataset")
+    (full_disk / "ballast").write_bytes(b"")
+    with open(full_disk / "ballast", "wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
+        while True:
+            ballast.write(b"0" * 4096)
+    before = digests(full_disk / "dataset")
+    status, line = world.fails(world.arguments(command, dataset=full_disk / "dataset", local=full_disk / "out"))
+    assert status == 1 and ("space" in line or "full" in line)
+    assert digests(full_disk / "dataset") == before
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def call(*arguments: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, llama_dir: Path) -> Path:
+def dataset(tmp_path_factory: pytest.TempPathFactory, llama_dir: Path) -> Path:
     """A dataset made by the commands alone, with a real (tiny) model."""
     folder = tmp_path_factory.mktemp("cli")
     corpus = write_jsonl(folder / "c.jsonl", rows_of_text(10))
@@ -44,28 +44,30 @@ def made(tmp_path_factory: pytest.TempPathFactory, llama_dir: Path) -> Path:
     return root
 
 
-def test_the_commands_make_and_read_a_dataset(made: Path, tmp_path: Path) -> None:
-    assert "whole: " in call("verify", made, "--deep")
-    shown = call("info", made)
+def test_the_commands_make_and_read_a_dataset(dataset: Path, tmp_path: Path) -> None:
+    assert "whole: " in call("verify", dataset, "--deep")
+    shown = call("info", dataset)
     assert "capture: yes, generate: yes" in shown and "transformers" in shown
     rows = json.loads(
-        call("sql", made, "select domain, count(*) as n from rows group by 1 order by 1", "--format", "json")
+        call("sql", dataset, "select domain, count(*) as n from rows group by 1 order by 1", "--format", "json")
     )
     assert rows == [{"domain": "code", "n": 5}, {"domain": "prose", "n": 6}]
-    assert "domain" in call("sql", made, "select domain, count(*), avg(nll) from rows group by 1")
-    assert json.loads(call("sql", made, "select count(*) as n from plans.difference", "--format", "json")) == [{"n": 6}]
-    assert "pushed to" in call("push", made, tmp_path / "shared")
+    assert "domain" in call("sql", dataset, "select domain, count(*), avg(nll) from rows group by 1")
+    assert json.loads(call("sql", dataset, "select count(*) as n from plans.difference", "--format", "json")) == [
+        {"n": 6}
+    ]
+    assert "pushed to" in call("push", dataset, tmp_path / "shared")
     assert (tmp_path / "shared/README.md").exists()
 
 
-def test_a_second_capture_changes_nothing(made: Path, llama_dir: Path) -> None:
+def test_a_second_capture_changes_nothing(dataset: Path, llama_dir: Path) -> None:
     from tests.fakes import digests
 
-    before = digests(made)
-    corpus = made.parent / "c.jsonl"
-    call("capture", made, "--teacher", llama_dir, "--backend", "transformers", "--k", 8, "--corpus", corpus,
+    before = digests(dataset)
+    corpus = dataset.parent / "c.jsonl"
+    call("capture", dataset, "--teacher", llama_dir, "--backend", "transformers", "--k", 8, "--corpus", corpus,
          "--set", "unit_tokens=100", "--resume", "must")  # fmt: skip
-    assert digests(made) == before
+    assert digests(dataset) == before
 
 
 def test_chats_are_captured_and_continued_by_the_commands(tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_chats_are_captured_and_continued_by_the_commands(tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         (["verify", "{tmp}/nowhere"], "does not exist"),
-        (["sql", "{made}", "select nope from rows"], "nope"),
+        (["sql", "{dataset}", "select nope from rows"], "nope"),
         (
             ["capture", "{tmp}/x", "--teacher", "{llama}", "--corpus", "{tmp}/none.jsonl"],
             "none.jsonl does not exist",
@@ -112,15 +114,15 @@ def test_chats_are_captured_and_continued_by_the_commands(tmp_path: Path) -> Non
             ["capture", "{tmp}/x", "--teacher", "{llama}", "--corpus", "x", "--set", "teacher.dtyp=auto"],
             "did you mean 'dtype'",
         ),
-        (["select", "{made}", "--method", "differenc"], "method: Input should be"),
-        (["select", "{made}", "--score", "nobody"], "no score 'nobody'"),
-        (["push", "{made}", "{made}"], "not an empty folder"),
+        (["select", "{dataset}", "--method", "differenc"], "method: Input should be"),
+        (["select", "{dataset}", "--score", "nobody"], "no score 'nobody'"),
+        (["push", "{dataset}", "{dataset}"], "not an empty folder"),
     ],
 )
 def test_a_mistake_is_one_kdata_error(
-    made: Path, llama_dir: Path, tmp_path: Path, arguments: list[str], message: str
+    dataset: Path, llama_dir: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    filled = [a.format(tmp=tmp_path, made=made, llama=llama_dir) for a in arguments]
+    filled = [a.format(tmp=tmp_path, dataset=dataset, llama=llama_dir) for a in arguments]
     result = RUNNER.invoke(app, filled)
     assert result.exit_code == 1 and isinstance(result.exception, KdataError)
     assert message in str(result.exception)

@@ -31,7 +31,9 @@ OWN = {
     "--price-per-hour", "--probe-tokens",  # estimate
     "--public", "--columns", "--link", "--by", "--num-rows", "--watch",  # push, export, merge, split, head, status
 }  # fmt: skip
-FORMAT_OF_OUTPUT = {"info", "sql", "status", "verify", "audit", "evaluate", "plan show", "export", "estimate"}
+FORMAT_OF_OUTPUT = {
+    "info", "sql", "status", "verify", "audit", "evaluate", "plan show", "plan compare", "export", "estimate",
+}  # fmt: skip
 # Options with another name than their field: the option is named for the part of the settings that the field stands for.
 RENAMED = {("model", "--teacher"), ("path", "--corpus"), ("path", "--prompts")}
 
@@ -51,10 +53,10 @@ def options_of(command: str) -> Iterator[tuple[inspect.Parameter, OptionInfo]]:
 def flags_of(command: str) -> dict[str, Any]:
     """The parameters of a command as its parser has them, by name in Python."""
     *groups, name = command.split(" ")
-    found = typer.main.get_command(app)
+    click_command = typer.main.get_command(app)
     for part in (*groups, name):
-        found = found.get_command(None, part)  # type: ignore[attr-defined]
-    return {parameter.name: parameter for parameter in found.params}
+        click_command = click_command.get_command(None, part)  # type: ignore[attr-defined]
+    return {parameter.name: parameter for parameter in click_command.params}
 
 
 @pytest.mark.parametrize("command", ENTRIES)

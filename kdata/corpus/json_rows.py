@@ -1,0 +1,165 @@
+"""Rows of one JSON file: an object a line, one array of objects, or objects printed over several lines.
+
+A file is never held in memory as a whole: an array is read piece by piece.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+
+from kdata.errors import DataError
+
+CHUNK_CHARACTERS = 1 << 20
+SPACE = " \t\r\n"
+# How far from the end of the text an error may lie that only says that the text goes on: a literal, a \uXXXX escape.
+NEAR_END = 16
+
+
+class JsonFile:
+    """See `kdata.corpus.files.OneFile`.
+
+    Args:
+        file: plain, or compressed as its ending says.
+        named: what the user named, for messages.
+    """
+
+    def __init__(self, file: Path, named: str) -> None:
+        self._file, self._named = file, named
+        self._form = self._form_of()
+        count, names = 0, dict[str, None]()
+        for row in self._objects():
+            count += 1
+            names.update(dict.fromkeys(row))
+        self.num_rows, self.names = count, list(names)
+
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
+        """Rows in their order; a key that a row lacks is None."""
+        for row in self._objects():
+            yield {name: row.get(name) for name in columns}
+
+    def _text(self) -> TextIO:
+        packed = pa.input_stream(str(self._file), compression="detect")
+        # A byte that is not UTF-8 spoils its own row only: `Corpus` says which one.
+        return io.TextIOWrapper(packed, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+
+    def _form_of(self) -> str:
+        """lines: an object a line. array: one array of objects. values: objects, each printed over several lines."""
+        with self._text() as text:
+            first = next(
+                (line for line in iter(lambda: text.readline(CHUNK_CHARACTERS), "") if line.strip()), ""
+            ).strip()
+        if first.startswith("["):
+            return "array"
+        # A printed object begins with a line that holds nothing else, or one key of it.
+        opens = first == "{" or (
+            first.startswith("{") and first.endswith((",", "[", "{")) and len(first) < CHUNK_CHARACTERS
+        )
+        return "values" if opens else "lines"
+
+    def _objects(self) -> Iterator[dict[str, Any]]:
+        with self._text() as text:
+            if self._form != "lines":
+                yield from Values(text, self._file.name, self._named).objects(in_array=self._form == "array")
+                return
+            for number, line in enumerate(text, 1):
+                if line.strip():
+                    yield self._row(line, number)
+
+    def _row(self, line: str, number: int) -> dict[str, Any]:
+        place = f"{self._file.name}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self._named} cannot be read as json: {place}: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{self._named}: {place} is not a JSON object; write one object a line")
+        return row
+
+
+class Values:
+    """JSON objects one after another in a text that is read piece by piece."""
+
+    def __init__(self, text: TextIO, file: str, named: str) -> None:
+        self._source, self._file, self._named = text, file, named
+        self._decoder = json.JSONDecoder()
+        self._text, self._at, self._line, self._ended = "", 0, 1, False
+
+    def objects(self, *, in_array: bool) -> Iterator[dict[str, Any]]:
+        """The objects. Raises DataError, naming file and line, where the text is not an array of objects, or objects."""
+        if in_array:
+            self._take("[", "")
+        number = 0
+        while True:
+            sign = self._next_sign()
+            if sign == "" and not in_array:
+                return
+            if in_array and sign == "]" and number == 0:
+                break
+            if number and in_array and self._take(",", "]") == "]":
+                self._end_of_array()
+                return
+            value = self._value()
+            if not isinstance(value, dict):
+                kind = "the array's entry" if in_array else "entry"
+                raise self._error(f"{kind} {number} is not an object; each row must be an object with named columns")
+            number += 1
+            yield value
+        self._at += 1
+        self._end_of_array()
+
+    def _end_of_array(self) -> None:
+        if self._next_sign():
+            raise self._error("something follows the array; a file holds one array of objects, or one object a line")
+
+    def _next_sign(self) -> str:
+        """The next character that is not white space, without taking it; '' at the end."""
+        while True:
+            while self._at < len(self._text) and self._text[self._at] in SPACE:
+                self._at += 1
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._more():
+                return ""
+
+    def _take(self, *wanted: str) -> str:
+        sign = self._next_sign()
+        if not sign:
+            raise self._error("the array has no end (]); the file is cut off")
+        if sign not in wanted:
+            raise self._error(f"{sign!r} where {' or '.join(repr(w) for w in wanted if w)} belongs")
+        self._at += 1
+        return sign
+
+    def _value(self) -> Any:
+        if not self._next_sign():
+            raise self._error("the array has no end (]); the file is cut off")
+        while True:
+            try:
+                value, self._at = self._decoder.raw_decode(self._text, self._at)
+                return value
+            except json.JSONDecodeError as error:
+                cut_off = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - NEAR_END
+                if not (cut_off and self._more()):
+                    self._at = min(error.pos, len(self._text))
+                    raise self._error(error.msg, error) from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, objects in objects
+                raise self._error(str(error)) from error
+
+    def _more(self) -> bool:
+        """Read on: as much again as is held, so that a large object costs no more than twice its length."""
+        if self._ended:
+            return False
+        more = self._source.read(max(CHUNK_CHARACTERS, len(self._text) - self._at))
+        self._line += self._text.count("\n", 0, self._at)
+        self._text, self._at, self._ended = self._text[self._at :] + more, 0, not more
+        return bool(more)
+
+    def _error(self, reason: str, error: Exception | None = None) -> DataError:
+        line = self._line + self._text.count("\n", 0, self._at)
+        return DataError(f"{self._named} cannot be read as json: {self._file}, line {line}: {reason}")

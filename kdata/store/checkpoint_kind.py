@@ -1,0 +1,136 @@
+"""What a model folder holds, by its small files: refused here is what is not a language model that can be loaded.
+
+Each refusal says what the folder is and what to do. Weights in pickle files and code from a model's folder are never run.
+`use_exact_attention` is for whoever loads one with transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kdata.errors import ConfigError, MissingError
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Architectures without a next-token head.
+OTHER_TASKS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+def refuse_other_kind(folder: Path, *, needs_weights: bool = True) -> None:
+    """Raise ConfigError or MissingError where a folder holds something else than a language model with its weights.
+
+    A folder that is none of the known kinds passes, and so does one without config.json: the caller says what it lacks.
+
+    Args:
+        needs_weights: false where only the tokenizer and config.json are read (a served model).
+    """
+    _refuse_parts(folder)
+    config = _read(folder / "config.json")
+    if config:
+        _refuse_config(folder, config)
+    if needs_weights:
+        _refuse_weights(folder, has_config=bool(config))
+
+
+def use_exact_attention(model: Any) -> None:
+    """Have a model of transformers compute the soft-cap of its attention, as Gemma 2's.
+
+    The default attention (sdpa, transformers 5.19) leaves `attn_logit_softcapping` out without a word: with a cap of 5,
+    log-probabilities of a tiny model were off by one nat. vLLM computes it.
+    """
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+
+
+def _refuse_parts(folder: Path) -> None:
+    """What stands beside a model, or is made of one."""
+    weights = {path.name for path in folder.glob("*.safetensors")} - {"adapter_model.safetensors"}
+    if (folder / "adapter_config.json").is_file() and not weights:
+        base = _read(folder / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+        raise ConfigError(
+            f"{folder} is a LoRA adapter of {base}, not a model: merge it into that model first (peft: "
+            "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER)), save the "
+            "tokenizer beside it, and name that folder"
+        )
+    if (folder / "model_index.json").is_file():
+        kind = _read(folder / "model_index.json").get("_class_name", "a pipeline")
+        raise ConfigError(
+            f"{folder} is a diffusers pipeline ({kind}), which makes images or sound and predicts no tokens; name the folder "
+            "of a language model"
+        )
+    if (folder / "modules.json").is_file() and (folder / "config_sentence_transformers.json").is_file():
+        raise ConfigError(
+            f"{folder} is a model of sentence embeddings, which predicts no tokens; name a language model"
+        )
+
+
+def _refuse_config(folder: Path, config: dict[str, Any]) -> None:
+    """Models that do not predict the next token from the ones before it, or that need code of their own."""
+    architecture = str((config.get("architectures") or ["?"])[0])
+    if config.get("is_encoder_decoder"):
+        raise ConfigError(
+            f"{folder} holds {architecture}, an encoder-decoder: it predicts a second text, not the next token of a text; "
+            "name a decoder-only language model"
+        )
+    if architecture.endswith(OTHER_TASKS):
+        raise ConfigError(
+            f"{folder} holds {architecture}, which does not predict the next token; name a language model"
+        )
+    if config.get("auto_map") and not _is_native(str(config.get("model_type"))):
+        raise ConfigError(
+            f"{folder} holds {architecture}, which needs Python code of its own (auto_map in config.json); kdata never runs "
+            "code from a model, on purpose. Name a model of an architecture that transformers has, or convert this one"
+        )
+
+
+def _is_native(model_type: str) -> bool:
+    """Whether the installed transformers has a model type without code from elsewhere."""
+    try:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    except ModuleNotFoundError:
+        return True  # whoever loads it says what is missing
+    return model_type in CONFIG_MAPPING
+
+
+def _refuse_weights(folder: Path, *, has_config: bool) -> None:
+    """Weights in other formats, or not all here."""
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise MissingError(
+                f"{file} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull` in {folder}"
+            )
+    index = _read(folder / "model.safetensors.index.json").get("weight_map")
+    needed = set(index.values()) if isinstance(index, dict) else set()
+    if absent := sorted(str(name) for name in needed - {file.name for file in files}):
+        raise MissingError(
+            f"{folder} lacks {len(absent)} of the {len(needed)} weight files that model.safetensors.index.json names, for "
+            f"instance {absent[0]}; download the model again"
+        )
+    if files:
+        return
+    if gguf := sorted(folder.glob("*.gguf")):
+        raise MissingError(f"{folder} holds GGUF files; name the file itself, for instance {gguf[0]}")
+    pickles = sorted(file for pattern in PICKLES for file in folder.glob(pattern))
+    if pickles and has_config:
+        raise ConfigError(
+            f"{folder} has its weights in {pickles[0].name}, a pickle file: reading it can run code, so kdata does not. "
+            "Convert it once, if you trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) and "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW) of transformers write *.safetensors; name NEW"
+        )
+    others = [name for name in ("tf_model.h5", "flax_model.msgpack") if (folder / name).is_file()]
+    if others:
+        raise ConfigError(
+            f"{folder} has its weights in {others[0]}, which only TensorFlow or Flax read; take a version of the model with "
+            "*.safetensors"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A small JSON file; empty where it is absent or not an object (the caller reports a damaged config.json)."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

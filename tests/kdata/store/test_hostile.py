@@ -1,0 +1,270 @@
+"""Datasets that somebody made to do harm: every digest fits, and the content is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import kdata
+from kdata.check.verify import verify
+from kdata.errors import CorruptError
+from kdata.format.files import file_info
+from kdata.format.manifest import digest_of, json_bytes
+from kdata.format.schema import canonical_json
+from kdata.share.arrange import head, merge, split
+from tests.fakes import run_capture
+
+Columns = dict[str, pa.Array]
+
+
+def rewrite_info(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change dataset.json and make its digest fit."""
+    content = json.loads((root / "dataset.json").read_text())
+    change(content)
+    (root / "dataset.json").write_bytes(json_bytes({**content, "digest": digest_of(content)}))
+
+
+def rewrite_lines(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change every line of the manifest and make its digest fit."""
+    lines = [json.loads(line) for line in (root / "manifest.jsonl").read_bytes().splitlines()]
+    for line in lines:
+        change(line)
+        line["digest"] = digest_of(line)
+    (root / "manifest.jsonl").write_bytes(b"".join(canonical_json(line) + b"\n" for line in lines))
+
+
+def rewrite_shard(root: Path, change: Callable[[Columns], None], metadata: dict[bytes, bytes] | None = None) -> None:
+    """Change columns of the first shard, write it as one record batch, and make its digest fit."""
+    path = root / "data/capture-00000.arrow"
+    table = pa.ipc.open_file(path.read_bytes()).read_all().combine_chunks()
+    columns = {name: table[name].chunk(0) for name in table.schema.names}
+    change(columns)
+    batch = pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
+    batch = batch.replace_schema_metadata({**table.schema.metadata, **(metadata or {})})
+    with pa.ipc.new_file(str(path), batch.schema) as writer:
+        writer.write_batch(batch)
+
+    def with_new_digest(line: dict[str, Any]) -> None:
+        if line["name"] == "capture-00000":
+            line["files"]["data/capture-00000.arrow"] = file_info(path).model_dump()
+
+    rewrite_lines(root, with_new_digest)
+
+
+def with_values(array: pa.ListArray, values: pa.Array) -> pa.ListArray:
+    """The same lists over other values."""
+    return pa.ListArray.from_arrays(array.offsets, values)
+
+
+def longer(array: pa.ListArray, by: int) -> pa.ListArray:
+    """The last list is `by` values longer, or shorter."""
+    offsets = array.offsets.to_numpy().copy()
+    values = array.values.to_numpy(zero_copy_only=False)
+    offsets[-1] += by
+    values = np.concatenate([values, np.zeros(max(by, 0), values.dtype)])[: offsets[-1]]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def moved(array: pa.ListArray) -> pa.ListArray:
+    """The same values in all, one of them in another row."""
+    offsets = array.offsets.to_numpy().copy()
+    offsets[1] += 1
+    return pa.ListArray.from_arrays(pa.array(offsets), array.values)
+
+
+def changed(array: pa.ListArray, value: float, place: int = -1) -> pa.ListArray:
+    """One value is another one."""
+    values = array.values.to_numpy(zero_copy_only=False).copy()
+    values[place] = value
+    return with_values(array, pa.array(values))
+
+
+def refused(root: Path, reason: str) -> None:
+    """Reading, training and `verify --deep` all refuse the first shard."""
+    dataset = kdata.open(root)
+    with pytest.raises(CorruptError, match=reason):
+        dataset.shard(0)
+    with pytest.raises(CorruptError, match=reason):
+        list(dataset)
+    assert [p.path for p in verify(kdata.open(root), deep=True)] == ["data/capture-00000.arrow"]
+
+
+@pytest.fixture
+def with_temperature(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> Path:
+    return run_capture(tmp_path / "warm", corpus_file, tokenizer_dir, temperatures=[2.0]).path
+
+
+def test_the_helpers_leave_a_dataset_as_good_as_it_was(copied: Path) -> None:
+    rewrite_info(copied, lambda content: None)
+    rewrite_shard(copied, lambda columns: None)
+    assert len(kdata.open(copied).shard(0)) and verify(kdata.open(copied), deep=True) == []
+
+
+SOURCES = [
+    "../../../x/data/capture",
+    "/elsewhere/data/capture",
+    "capture/../capture",
+    ".",
+    "",
+    "a b",
+    "a\nb",
+    "caf\u00e9",
+]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_cannot_lead_out_of_the_folder(copied: Path, tmp_path: Path, name: str) -> None:
+    """Nothing is opened, so nothing is written by it: merge, head and split name files after sources."""
+
+    def renamed(content: dict[str, Any]) -> None:
+        content["sources"] = {name: content["sources"]["capture"]}
+
+    def of_source(line: dict[str, Any]) -> None:
+        line["source"], line["name"] = name, f"{name}-{line['unit']:05d}"
+        line["files"] = {f"{p.split('/')[0]}/{line['name']}.{p.split('.')[-1]}": f for p, f in line["files"].items()}
+
+    rewrite_info(copied, renamed)
+    rewrite_lines(copied, of_source)
+    before = sorted(tmp_path.rglob("*"))
+    for command in (
+        lambda: head(kdata.open(copied), tmp_path / "head", 3),
+        lambda: split(kdata.open(copied), tmp_path / "split", parts=2),
+        lambda: merge([kdata.open(copied), kdata.open(copied)], tmp_path / "merge"),
+    ):
+        with pytest.raises(CorruptError, match=r"dataset\.json|manifest\.jsonl"):
+            command()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("changes", [{"unit": 7}, {"name": "other-00000"}, {"source": "other"}])
+def test_a_shard_s_name_follows_from_source_and_unit(copied: Path, changes: dict[str, Any]) -> None:
+    rewrite_lines(copied, lambda line: line.update(changes if line["unit"] == 0 else {}))
+    with pytest.raises(CorruptError, match="cannot have the shard name"):
+        kdata.open(copied)
+
+
+@pytest.mark.parametrize("name", ["../out.json", "/etc/out", "a/b", "..", ".hidden", ""])
+def test_a_tokenizer_s_file_is_a_plain_name(copied: Path, name: str) -> None:
+    rewrite_info(copied, lambda content: content["tokenizer_files"].update({name: {"sha256": "0" * 64, "bytes": 1}}))
+    with pytest.raises(CorruptError, match=r"dataset\.json"):
+        kdata.open(copied)
+
+
+def sibling(content: dict[str, Any]) -> None:
+    content["codec"]["parameters"]["num_draws"] = 50
+
+
+def larger(content: dict[str, Any]) -> None:
+    content["vocab_size"] += 1
+
+
+def certain(content: dict[str, Any]) -> None:
+    content["tail"] = "ghost"
+
+
+@pytest.mark.parametrize("change", [sibling, larger, certain])
+def test_a_sibling_s_dataset_json_does_not_fit_the_shards(
+    copied: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    rewrite_info(copied, change)
+    with pytest.raises(CorruptError, match="written for another dataset"):
+        kdata.open(copied).shard(0)
+    assert {p.path for p in verify(kdata.open(copied), deep=True)} >= {"data/capture-00000.arrow"}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"num_draws": 0}, {"num_draws": 1e12}, {"num_draws": "8"}, {"num_draws": True}, {"tau": 0}, {"tau": "1"},
+        {"temperatures": 2}, {"temperatures": [0]}, {"temperatures": ["x"]}, {"temperatures": [2.0] * 65}, {"k": -1},
+        {"id_bytes": 9},
+    ],
+)  # fmt: skip
+def test_codec_parameters_are_numbers_that_can_be(copied: Path, parameters: dict[str, Any]) -> None:
+    rewrite_info(copied, lambda content: content["codec"]["parameters"].update(parameters))
+    with pytest.raises(CorruptError, match="codec parameter"):
+        kdata.open(copied)
+
+
+@pytest.mark.parametrize("by", [-3, -1, 1, 3])
+@pytest.mark.parametrize("name", ["exact_gaps", "exact_id_0", "exact_id_1", "draw_id_0", "draw_id_1", "draw_counts"])
+def test_entry_columns_have_the_lengths_of_their_counts(copied: Path, name: str, by: int) -> None:
+    rewrite_shard(copied, lambda columns: columns.update({name: longer(columns[name], by)}))
+    refused(copied, "other lengths")
+
+
+@pytest.mark.parametrize(
+    "name", ["exact_gaps", "exact_id_0", "draw_id_1", "draw_counts", "logprob", "rank", "num_exact"]
+)
+def test_rows_of_all_columns_end_at_the_same_place(copied: Path, name: str) -> None:
+    rewrite_shard(copied, lambda columns: columns.update({name: moved(columns[name])}))
+    refused(copied, "other lengths")
+
+
+def test_a_column_of_one_value_is_not_spread_over_all(copied: Path) -> None:
+    def single(columns: Columns) -> None:
+        rows = len(columns["exact_gaps"])
+        for name in ("exact_id_0", "exact_id_1", "draw_counts"):
+            offsets = pa.array([0] * rows + [1], pa.int32())
+            columns[name] = pa.ListArray.from_arrays(offsets, columns[name].values[:1])
+
+    rewrite_shard(copied, single)
+    refused(copied, "other lengths")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("exact_id_1", 255, "outside"),
+        ("draw_id_1", 255, "outside"),
+        ("draw_counts", 0, "count 0"),
+        ("log_tail", np.nan, "log_tail"),
+        ("log_tail", 0.5, "log_tail"),
+    ],
+)
+def test_values_are_in_their_range(copied: Path, name: str, value: float, reason: str) -> None:
+    rewrite_shard(copied, lambda columns: columns.update({name: changed(columns[name], value)}))
+    refused(copied, reason)
+
+
+def test_log_z_has_one_number_per_token_and_temperature(with_temperature: Path) -> None:
+    rewrite_shard(with_temperature, lambda columns: columns.update(log_z=longer(columns["log_z"], 1)))
+    refused(with_temperature, "other lengths")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("exact_gaps", pa.uint16()), ("draw_counts", pa.int8()), ("input_ids", pa.int64()), ("log_tail", pa.float64())],
+)
+def test_columns_have_the_types_of_the_format(copied: Path, name: str, kind: pa.DataType) -> None:
+    def other_type(columns: Columns) -> None:
+        columns[name] = with_values(columns[name], columns[name].values.cast(kind, safe=False))
+
+    rewrite_shard(copied, other_type)
+    refused(copied, f"column {name}")
+
+
+@pytest.mark.parametrize("name", ["input_ids", "exact_gaps", "draw_id_0", "logprob"])
+@pytest.mark.parametrize("by", [2**28, -(2**28), 2**31 - 1])
+def test_offsets_that_leave_the_buffer_are_never_followed(copied: Path, name: str, by: int) -> None:
+    """Without a full validation pyarrow hands out views of memory that is not there."""
+
+    def wild(columns: Columns) -> None:
+        array = columns[name]
+        offsets = array.offsets.to_numpy().copy()
+        offsets[1] = by
+        columns[name] = pa.ListArray.from_buffers(
+            array.type, len(array), [None, pa.py_buffer(offsets.tobytes())], children=[array.values]
+        )
+
+    rewrite_shard(copied, wild)
+    dataset = kdata.open(copied)
+    with pytest.raises(CorruptError, match="is damaged"):
+        dataset.shard(0)
+    assert verify(kdata.open(copied), deep=True)

@@ -1,0 +1,183 @@
+"""What commands print: every type of DuckDB has its value in every format, and no text from data is obeyed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import kdata
+from kdata.errors import QueryError
+from kdata.pipelines.cli import common
+from kdata.pipelines.cli.main import app, call
+from kdata.selection.ranked import All
+from kdata.selection.select import select
+
+RUNNER = CliRunner(env={"COLUMNS": "400"})
+HOSTILE = "a\x1b[31m]0;b\x07\u202ec\x9b2J\rd[bold]e[/]:smile:"
+SHOWN = "a\\x1b[31m]0;b\\x07\\u202ec\\x9b2J\\rd[bold]e[/]:smile:"
+
+
+def printed(dataset: Path, query: str, format: str) -> str:
+    """What `kdata sql` prints."""
+    result = RUNNER.invoke(app, ["sql", str(dataset), query, "--format", format])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def strict(text: str) -> Any:
+    """Parsed JSON; NaN and Infinity, which Python reads, are refused."""
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# Expression, value in JSON, text in CSV and in a table.
+VALUES: list[tuple[str, Any, str, str]] = [
+    ("sum(x) from (values (4000), (431)) t(x)", 4431, "4431", "4,431"),
+    ("(-170141183460469231731687303715884105728)::hugeint", -(2**127), str(-(2**127)), f"{-(2**127):,}"),
+    ("340282366920938463463374607431768211455::uhugeint", 2**128 - 1, str(2**128 - 1), str(2**128 - 1)),
+    ("18446744073709551615::ubigint", 2**64 - 1, str(2**64 - 1), f"{2**64 - 1:,}"),
+    ("123456789012345678901234567890123456789012345::bignum", int("123456789" + "012345678901234567890123456789012345"),
+     "123456789" + "012345678901234567890123456789012345", "123456789" + "012345678901234567890123456789012345"),
+    ("1.10::decimal(5, 2)", 1.1, "1.10", "1.10"),
+    ("'nan'::double", "NaN", "nan", "nan"),
+    ("'-inf'::float", "-Infinity", "-inf", "-inf"),
+    ("1e-9::double", 1e-9, "1e-9", "1.0000e-09"),
+    ("true", True, "true", "True"),
+    ("date '2024-02-29'", "2024-02-29", "2024-02-29", "2024-02-29"),
+    ("'infinity'::date", "infinity", "infinity", "infinity"),
+    ("date '20000-01-01'", "20000-01-01", "20000-01-01", "20000-01-01"),
+    ("timestamp '0044-03-15 (BC) 12:00:00'", *["0044-03-15 (BC) 12:00:00"] * 3),
+    ("timestamp_ns '2024-01-01 00:00:00.123456789'", *["2024-01-01 00:00:00.123456789"] * 3),
+    ("'12:30:00+02:30'::timetz", *["12:30:00+02:30"] * 3),
+    ("'24:00:00'::time", *["24:00:00"] * 3),
+    ("interval '14 months 3 days'", *["1 year 2 months 3 days"] * 3),
+    ("'7d9f5ba0-1111-4222-8333-123456789abc'::uuid", *["7d9f5ba0-1111-4222-8333-123456789abc"] * 3),
+    (r"'\x00\xFFa'::blob", *[r"\x00\xFFa"] * 3),
+    ("'0010110'::bit", *["0010110"] * 3),
+    ("'b'::enum('a', 'b')", *["b"] * 3),
+    ("null", None, "", ""),
+    ("''", "", "", ""),
+    ("[1, null, 3]", [1, None, 3], "[1,null,3]", "[1,null,3]"),
+    ("[1.5, 'nan'::double]", [1.5, "NaN"], '[1.5,"NaN"]', '[1.5,"NaN"]'),
+    ("['NaN', 'a\"NaN', '\\']", ["NaN", 'a"NaN', "\\"], r'["NaN","a\"NaN","\\"]', r'["NaN","a\"NaN","\\"]'),
+    ("{'a': {'b': [340282366920938463463374607431768211455::uhugeint]}}", {"a": {"b": [2**128 - 1]}},
+     '{"a":{"b":[340282366920938463463374607431768211455]}}', '{"a":{"b":[340282366920938463463374607431768211455]}}'),
+    ("map {1: date '2024-01-01', 2: null}", {"1": "2024-01-01", "2": None},
+     '{"1":"2024-01-01","2":null}', '{"1":"2024-01-01","2":null}'),
+    ("union_value(age := 5::smallint)", {"age": 5}, '{"age":5}', '{"age":5}'),
+    ("array_value(1, 2)", [1, 2], "[1,2]", "[1,2]"),
+    ("'{\"k\": [1]}'::json", {"k": [1]}, '{"k": [1]}', '{"k": [1]}'),
+    ("42::variant", 42, "42", "42"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("expression", "value", "text", "cell"), VALUES, ids=[v[0][:40] for v in VALUES])
+def test_a_value_is_right_in_every_format(captured: Path, expression: str, value: Any, text: str, cell: str) -> None:
+    query = f"select {expression}" if " from " in expression else f"select {expression} as v"
+    [row] = strict(printed(captured, query, "json"))
+    assert list(row.values()) == [value] and type(next(iter(row.values()))) is type(value)
+    header, line = csv.reader(io.StringIO(printed(captured, query, "csv")))
+    assert [header, line] == [list(row), [text] if text or value == "" else line]
+    assert cell in printed(captured, query, "table")
+
+
+def test_every_type_that_duckdb_has_can_be_printed(captured: Path) -> None:
+    query = "select * exclude (medium_enum, large_enum) from test_all_types()"
+    rows = strict(printed(captured, query, "json"))
+    assert len(rows) == 3 and len(rows[0]) > 50 and all(value is None for value in rows[2].values())
+    assert rows[1]["timestamp_ns"] == "2262-04-11 23:47:16.854775806" and rows[1]["uhugeint"] == 2**128 - 1
+    lines = list(csv.DictReader(io.StringIO(printed(captured, query, "csv"))))
+    assert [line["bit"] for line in lines] == ["0010001001011100010101011010111", "10101", ""]
+    assert "83 years 3 months 999 days 00:16:39.999999" in printed(captured, query, "table")
+
+
+@pytest.mark.parametrize(
+    ("expression", "lacking"),
+    [("1::uhugeint", "UHUGEINT"), ("[{'t': '12:00:00+01'::timetz}]", "TIME WITH TIME ZONE"), ("'01'::bit", "BIT"),
+     ("1::variant", "VARIANT"), ("map {'a': 1::bignum}", "BIGNUM")],
+)  # fmt: skip
+def test_a_type_that_arrow_lacks_is_refused_in_arrow(captured: Path, expression: str, lacking: str) -> None:
+    dataset = kdata.open(captured)
+    with pytest.raises(QueryError, match=rf"column 'v' has the type .*, and Arrow has no {lacking}; write ::varchar"):
+        dataset.sql(f"select {expression} as v")
+    assert dataset.sql(f"select ({expression})::varchar as v").num_rows == 1
+    assert dataset.sql(f"select {expression} as v", values="text").num_rows == 1
+
+
+def test_arrow_keeps_the_types_that_it_has(captured: Path) -> None:
+    table = kdata.open(captured).sql("select sum(n) as s, date '2024-01-01' as d, [1.5] as l from (values (4431)) t(n)")
+    assert [int(table["s"][0].as_py()), str(table["d"][0].as_py())] == [4431, "2024-01-01"]
+
+
+def test_two_columns_of_one_name_are_refused_in_json_and_shown_elsewhere(captured: Path) -> None:
+    result = RUNNER.invoke(app, ["sql", str(captured), "select 1 as a, 2 as a", "--format", "json"])
+    assert isinstance(result.exception, QueryError) and "--format json: two columns are named 'a'" in str(
+        result.exception
+    )
+    assert printed(captured, "select 1 as a, 2 as a", "csv").split() == ['"a","a"', "1,2"]
+    assert printed(captured, "select 1 as a, 2 as a", "table").split()[-2:] == ["1", "2"]
+
+
+def test_json_of_nothing_is_an_empty_list(captured: Path) -> None:
+    assert strict(printed(captured, "from rows limit 0", "json")) == []
+
+
+def hostile_query() -> str:
+    """A query with hostile text as a value, inside of a list, and as a column's name."""
+    literal = "'" + HOSTILE + "'"
+    return f'select {literal} as "{HOSTILE}", [{literal}] as l'
+
+
+def test_nothing_in_a_value_or_a_name_is_obeyed(captured: Path) -> None:
+    shown = printed(captured, hostile_query(), "table")
+    assert shown.count(SHOWN) == 2 and not set(shown) & set("\x1b\x07\u202e\x9b\r")
+    text = printed(captured, hostile_query(), "json")
+    assert not set(text) & set("\x1b\x07\u202e\x9b\r") and strict(text) == [{HOSTILE: HOSTILE, "l": [HOSTILE]}]
+    lines = list(csv.reader(io.StringIO(printed(captured, hostile_query(), "csv"), newline="")))
+    assert lines[0][0] == lines[1][0] == HOSTILE, "into a pipe CSV goes as it is"
+
+
+def test_csv_on_a_terminal_shows_escapes(captured: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    table = kdata.open(captured).sql(hostile_query(), values="text")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    common.print_csv(table)
+    assert capsys.readouterr().out.startswith(f'"{SHOWN}"')
+
+
+@pytest.mark.parametrize("name", ["[v2] set", "[/] [bold]x", ":key: [link=a]b[/link]", "e\x1b[2J\u202e", "l\nm"])
+def test_a_folder_s_name_is_printed_as_it_is(
+    captured: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / name
+    shutil.copytree(captured, root)
+    monkeypatch.setenv("COLUMNS", "400")
+    select(kdata.open(root), All())
+    escaped = str(root).replace("\x1b", "\\x1b").replace("\u202e", "\\u202e").replace("\n", "\\n")
+    for command in (["info", root], ["head", root, tmp_path / name / "h", "--num-rows", 2], ["status", root],
+                    ["plan", "show", root, "all", "--picture", root / "p.svg"], ["verify", root]):  # fmt: skip
+        assert call([str(part) for part in command]) == 0
+        shown = capsys.readouterr()
+        assert not set(shown.out + shown.err) & set("\x1b\u202e")
+        if command[0] in ("info", "head", "status"):
+            assert escaped in (shown.out + shown.err).replace("\n", ""), command
+    shutil.rmtree(root / "data")
+    assert call(["verify", str(root)]) == 1
+    shown = capsys.readouterr()
+    assert not set(shown.err) & set("\x1b\u202e") and (escaped in shown.err or "\n" in name)
+
+
+def test_a_wrong_argument_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call([f"in{HOSTILE}"]) == 2
+    assert SHOWN in capsys.readouterr().err
+    assert call(["info", f"./{HOSTILE}"]) == 1
+    assert SHOWN in capsys.readouterr().err
