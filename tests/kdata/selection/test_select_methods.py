@@ -446,7 +446,7 @@ def test_what_is_refused(four: kdata.Dataset, tmp_path: Path) -> None:
         (Random(parent="random"), ConfigError, "cannot be its own parent"),
         (Cap(size=3, take="first"), ConfigError, "--parent PLAN"),
         (Difference(score="nobody"), MissingError, "no score 'nobody'"),
-        (Sql(sql="select id from rows; select id from rows"), QueryError, "a plan needs exactly one query"),
+        (Sql(sql="select id from rows; select id from rows"), QueryError, "run one query at a time"),
         (Sql(sql="copy (select 1) to 'x'"), QueryError, "reads, it does not change"),
         (Sql(sql="select id from read_parquet('/tmp/*.parquet')"), QueryError, "cannot record what read_parquet"),
         (Sql(sql="select id, 'x' as repeats from rows"), QueryError, "Could not convert"),
