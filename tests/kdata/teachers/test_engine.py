@@ -80,7 +80,7 @@ def test_an_adapter_arguments_and_a_length_that_grows(llama_dir: Path, tmp_path:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         answers = pool.submit(ask, str(model), str(tmp_path / "adapter"), sequences).result(timeout=400)
     oracle = TransformersTeacher(TeacherConfig(model=str(tmp_path / "merged"), backend="transformers"))
-    assert answers["context"] == 1023 and answers["length"] == 256, (
+    assert answers["context"] == 1024 and answers["length"] == 256, (
         "the model's limit is recorded, not the engine's length"
     )
     assert answers["loaded"] == ["_writer"] and answers["one at a time"] == ["_reader"]
