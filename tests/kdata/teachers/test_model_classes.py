@@ -7,7 +7,9 @@ read is refused with its reason.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,18 +181,48 @@ def test_the_head_gives_the_model_s_logits_from_its_hidden_states(
     torch.testing.assert_close(head.logits(hidden_LD), output.logits[0].float(), rtol=1e-4, atol=1e-4)
 
 
+VLLM_CASES = [name for name, case in CASES.items() if case.vllm]
+
+
+def save_all(root: Path) -> dict[str, list[np.ndarray]]:
+    """Save the models that vLLM reads; what plain transformers believes of each sequence."""
+    return {name: [plain(save(root / name, CASES[name]), ids).numpy() for ids in SEQUENCES] for name in VLLM_CASES}
+
+
+def read_all(root: Path) -> dict[tuple[str, str], list[Readout] | KdataError]:
+    """What vLLM says of them, by path and name."""
+    answers: dict[tuple[str, str], list[Readout] | KdataError] = {}
+    for path in ("logprobs", "hidden"):
+        for name in VLLM_CASES:
+            settings = {"model": str(root / name), "path": path}
+            try:
+                teacher = load_teacher(TeacherConfig.model_validate(settings), max_k=8)
+                answers[path, name] = teacher.read(SEQUENCES, KEEP)
+                teacher.close()
+            except KdataError as error:
+                answers[path, name] = error
+    return answers
+
+
+@pytest.fixture(scope="module")
+def of_vllm(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[np.ndarray]], dict[Any, Any]]:
+    """Both, each from a process of its own: vLLM changes classes of transformers where it is loaded (Phi, GPT-NeoX)."""
+    root, answers = tmp_path_factory.mktemp("classes"), []
+    for work in (save_all, read_all):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            answers.append(pool.submit(work, root).result(timeout=900))
+    return answers[0], answers[1]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.vllm])
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", VLLM_CASES)
 @pytest.mark.parametrize("path", ["logprobs", "hidden"])
-def test_vllm(name: str, path: str, tmp_path: Path) -> None:
-    reference = save(tmp_path, CASES[name])
-    # Before vLLM loads: it changes classes of transformers in this process (PhiModel, GPTNeoXModel).
-    expected = [plain(reference, ids) for ids in SEQUENCES]
-    teacher = load_teacher(TeacherConfig(model=str(tmp_path), path=path), max_k=8)  # type: ignore[arg-type]
-    try:
-        compare(teacher.read(SEQUENCES, KEEP), expected, 1e-3)
-    finally:
-        teacher.close()
+def test_vllm(name: str, path: str, of_vllm: tuple[dict[str, list[np.ndarray]], dict[Any, Any]]) -> None:
+    expected, answers = of_vllm
+    if isinstance(answers[path, name], KdataError):
+        raise answers[path, name]
+    compare(answers[path, name], [torch.from_numpy(logprobs) for logprobs in expected[name]], 1e-3)
 
 
 @pytest.mark.parametrize("name", ["mamba", "bloom"])

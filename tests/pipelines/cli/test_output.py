@@ -138,7 +138,8 @@ def hostile_query() -> str:
     return f'select {literal} as "{HOSTILE}", [{literal}] as l'
 
 
-def test_nothing_in_a_value_or_a_name_is_obeyed(captured: Path) -> None:
+def test_nothing_in_a_value_or_a_name_is_obeyed(captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common.out, "_width", 300)  # else the text is wrapped where the terminal ends
     shown = printed(captured, hostile_query(), "table")
     assert shown.count(SHOWN) == 2 and not set(shown) & set("\x1b\x07\u202e\x9b\r")
     text = printed(captured, hostile_query(), "json")
