@@ -339,6 +339,7 @@ def open_run(recipe: Recipe, out: Path, resume: str) -> Run:
         if out.exists() and any(out.iterdir()):
             raise ConfigError(f"{out} is not empty and is not a run folder; name another one with --out")
         run = Run(recipe, out, {})
+        _ = run.teacher_config  # a model that is not installed is refused before anything is written
         with storage_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             _write_state(run)

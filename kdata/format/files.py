@@ -35,7 +35,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         settle(temporary, path)
-    except BaseException:
+    except BaseException:  # Ctrl-C too; it goes on
         temporary.unlink(missing_ok=True)
         raise
 
