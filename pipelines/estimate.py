@@ -29,6 +29,8 @@ from kdata.format.records import Reject
 from kdata.jobs.longest import characters
 from kdata.jobs.reading import CaptureConfig, CaptureJob
 from kdata.jobs.writing import GenerateConfig, GenerateJob
+from kdata.pipelines.engine import LocalConfig, open_engine
+from kdata.pipelines.ray.workers import RayConfig
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.teachers.config import TeacherConfig
@@ -75,11 +77,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Counted:
-    """What is in a corpus. tokens: of its sequences, estimated beyond SAMPLE documents. longest: of one of them."""
+    """What is in a corpus. tokens: of its sequences, estimated beyond SAMPLE documents."""
 
     documents: int
     tokens: int
-    longest: int
     sample: list[tuple[Document, int]]
 
 
@@ -116,11 +117,10 @@ def count(job: CaptureJob | GenerateJob, corpus: Corpus, teacher: TeacherConfig)
     sample = [(document, lengths_of(document)) for document in kept]
     own = sum(characters(document) for document in kept)
     tokens = sum(sum(lengths) for _, lengths in sample)
-    longest = max((max(lengths, default=0) for _, lengths in sample), default=0)
     if documents > SAMPLE:
         tokens = round(tokens * seen / max(own, 1))
         rng.shuffle(sample)
-    return Counted(documents, tokens, longest, [(document, sum(lengths)) for document, lengths in sample])
+    return Counted(documents, tokens, [(document, sum(lengths)) for document, lengths in sample])
 
 
 def estimate_job(
@@ -152,13 +152,12 @@ def estimate_job(
     field = "prompts" if writes else "corpus"
     places = {part: _write(some, getattr(config, field), folder / f"{part}.jsonl")
               for part, some in (("warm", documents[:WARM_DOCUMENTS]), ("probe", documents))}  # fmt: skip
-    longest = max(counted.longest + _most_written(job), 1)
     spec = {
         "kind": "generate" if writes else "capture",
         "warm": {**config.model_dump(), field: places["warm"]},
         "probe": {**config.model_dump(), field: places["probe"]},
         "teacher": teacher.model_dump(),
-        "longest": longest,
+        "longest": job.work(teacher).longest,  # the engine of the run, not one that just holds the sample
         "root": str(root),
     }
     took, memory = _in_process(spec, folder)
@@ -185,7 +184,7 @@ def estimate_student(name: str, config: TrainConfig, dataset: Path, folder: Path
     """Estimate the training of one student by its first steps on the rows in `dataset`. Raises as `train` does."""
     folder.mkdir()
     phases = config.resolved_phases()
-    steps, tokens = sum(phase.steps for phase in phases), 0
+    steps = sum(phase.steps for phase in phases)
     few = {"steps": STEPS, "warmup_steps": 0, "phases": [], "log_every_steps": 1, "loggers": [], "mixture": None}
     probe = config.model_copy(update={**few, "checkpoint_every_steps": 0})
     spec = {
@@ -259,8 +258,6 @@ def _probe(spec: dict[str, Any]) -> dict[str, float]:
 
         train(parse_config(TrainConfig, spec["config"], "train settings"), spec["dataset"], None, Path(spec["root"]))
         return {"seconds": time.perf_counter() - begun, "load_seconds": 0.0}
-    from kdata.pipelines.engine import LocalConfig, open_engine
-
     teacher = parse_config(TeacherConfig, spec["teacher"], "teacher settings")
     writes = spec["kind"] == "generate"
 
@@ -338,24 +335,30 @@ def estimate_capture(
 
 
 def estimate_recipe(recipe: Any, probe_tokens: int) -> tuple[list[Stage], Memory]:
-    """Estimate the stages of a recipe that take long: generate, capture, heldout, and each student."""
+    """Estimate the stages of a recipe that take long: generate, capture, heldout, and each student.
+
+    Raises ConfigError where the recipe names a cluster.
+    """
     from kdata.pipelines.runner import Run
 
+    refuse_cluster(recipe.engine)
     with tempfile.TemporaryDirectory(prefix="kdata-estimate-") as name:
         folder, run = Path(name), Run(recipe, Path(name), {})
         jobs: dict[str, Any] = {"generate": run.generate_job(), "capture": run.capture_job("capture")}
-        teacher = run.teacher_config
-        memory = _memory(teacher, [job for job in jobs.values() if job is not None])
-        stages, dataset = [], None
+        teacher, heldout = run.teacher_config, run.capture_job("heldout")
+        memory = _memory(teacher, [job for job in (*jobs.values(), heldout) if job is not None])
+        stages: list[Stage] = []
+        dataset: Path | None = None
         for stage_name, job in jobs.items():
             if job is not None:
                 tokens = 0 if memory.reason else probe_tokens
                 stage, dataset = estimate_job(stage_name, job, corpus_of(job), teacher, folder / stage_name, tokens)
-                stages.append(stage)
-        stages.append(_like(stages[-1], "heldout", run.capture_job("heldout"), teacher))
+                # A run loads the teacher once.
+                stages.append(replace(stage, load_seconds=0.0) if stages else stage)
+        stages.append(_like(stages[-1], "heldout", heldout, teacher))
         if dataset is not None:
             for student, settings in recipe.students.items():
-                config = recipe.train_config(settings)
+                config = run.train_config(settings)
                 stages.append(estimate_student(f"train {student}", config, dataset, folder / f"train-{student}"))
         return stages, memory
 
@@ -372,6 +375,14 @@ def _like(stage: Stage, name: str, job: CaptureJob, teacher: TeacherConfig) -> S
         seconds=None if stage.seconds is None else stage.seconds * share,
         load_seconds=0.0,
     )
+
+
+def refuse_cluster(engine: LocalConfig | RayConfig) -> None:
+    """Raise ConfigError for an engine on other machines: a probe would say nothing about them."""
+    if isinstance(engine, RayConfig):
+        raise ConfigError(
+            "estimate measures on this machine; leave --engine ray away, and divide the hours by the teachers"
+        )
 
 
 def lines_of(memory: Memory) -> Iterator[str]:

@@ -45,8 +45,8 @@ class ReferenceConfig(ReaderConfig):
 
     model: str = Field(
         "auto",
-        description="Model folder or Hub name; auto: the built-in reference for the built-in teacher, otherwise the "
-        "student's checkpoint (student.model).",
+        description="Model folder, GGUF file or Hub name; gemma: see teacher.model; auto: the built-in reference for the "
+        "built-in teacher, otherwise the student's checkpoint (student.model).",
     )
     backend: Literal["vllm", "vllm-server", "transformers"] = Field("transformers", description="What runs the model.")
 
@@ -186,7 +186,7 @@ def load_recipe(path: Path, settings: list[str]) -> Recipe:
                 resolve_tail(phase.objective, keep.tail, keep.temperatures, kind=keep.kind)
     uses_plan = [name for name, run in recipe.students.items() if run.plan]
     by_difference = bool(uses_plan) and recipe.select.method == "difference"
-    nameless = recipe.reference.model == "auto" and recipe.student.model is None
+    nameless = recipe.reference.model == "auto" and recipe.student.model in (None, TEACHER)
     if by_difference and nameless and recipe.teacher.model != BUILTIN:
         raise ConfigError(
             "difference sampling needs a reference model with the teacher's tokenizer: set reference.model, or "

@@ -76,7 +76,7 @@ class Run:
 
     @cached_property
     def teacher_config(self) -> TeacherConfig:
-        """The teacher, `builtin` resolved to its folder."""
+        """The teacher, `builtin` and `gemma` resolved to their files."""
         values = self.recipe.teacher.model_dump()
         if values["model"] == BUILTIN:
             values["model"] = str(builtin_teacher())
@@ -84,9 +84,15 @@ class Run:
             values["model"] = str(gemma_teacher(cache_dir()))
         return TeacherConfig(**values)
 
+    def model_of(self, name: str, revision: str | None) -> tuple[str, str | None]:
+        """A reference or student and its revision; `teacher` is the teacher's own, `gemma` the file of its packages."""
+        if name == TEACHER or name == GEMMA == self.recipe.teacher.model:
+            return self.teacher_config.model, self.teacher_config.revision
+        return (str(gemma_teacher(cache_dir())), None) if name == GEMMA else (name, revision)
+
     @cached_property
     def reference_config(self) -> TeacherConfig:
-        """The reference, `builtin` and `auto` resolved."""
+        """The reference, `auto`, `builtin`, `gemma` and `teacher` resolved."""
         values = self.recipe.reference.model_dump()
         if values["model"] == "auto":
             built_in = self.recipe.teacher.model == BUILTIN
@@ -94,16 +100,16 @@ class Run:
             values["revision"] = None if built_in else self.recipe.student.revision
         if values["model"] == BUILTIN:
             values["model"] = str(builtin_reference())
-        elif values["model"] in (GEMMA, TEACHER):
-            values["model"] = self.teacher_config.model
+        values["model"], values["revision"] = self.model_of(values["model"], values["revision"])
         return TeacherConfig(**values)
 
     def train_config(self, student: StudentRun) -> TrainConfig:
-        """Settings of one student's training, `teacher` resolved to the teacher's model."""
+        """Settings of one student's training, its model resolved."""
         config = self.recipe.train_config(student)
-        if isinstance(config.student, CheckpointStudent) and config.student.model == TEACHER:
-            own = {"model": self.teacher_config.model, "revision": self.teacher_config.revision}
-            config = config.model_copy(update={"student": config.student.model_copy(update=own)})
+        if isinstance(config.student, CheckpointStudent):
+            model, revision = self.model_of(config.student.model, config.student.revision)
+            own = config.student.model_copy(update={"model": model, "revision": revision})
+            config = config.model_copy(update={"student": own})
         return config
 
     @cached_property

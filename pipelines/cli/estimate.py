@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from kdata.errors import ConfigError
 from kdata.observe.text import duration, human_bytes, number
 from kdata.pipelines.cli.common import Format, FormatOption, SetOption, print_json, print_rows, say
 
@@ -78,6 +77,7 @@ def _job(what: str, arguments: list[str]) -> tuple[Any, Any]:
     """The job that a command line stands for, and its teacher. Errors as of that command."""
     from kdata.pipelines.cli import make
     from kdata.pipelines.cli.main import Loaded
+    from kdata.pipelines.estimate import refuse_cluster
 
     values = Loaded("")[what].make_context(f"kdata {what}", arguments).params
     names = {
@@ -90,18 +90,9 @@ def _job(what: str, arguments: list[str]) -> tuple[Any, Any]:
     common = (options, values["backend"], values["engine"], list(values["set"] or []))
     if what == "capture":
         job, teacher, where = make.capture_job(values["teacher"], {"path": values["corpus"], **columns}, *common)
-        return _here(job, where), teacher
+        refuse_cluster(where)
+        return job, teacher
     options["sampling"] = make.sampling_options(values["max_tokens"], values["json_schema"])
     writing, teacher, where = make.generate_job(values["teacher"], {"path": values["prompts"], **columns}, *common)
-    return _here(writing, where), teacher
-
-
-def _here(job: Any, where: Any) -> Any:
-    """The job, which is measured in this machine. Raises ConfigError for a cluster."""
-    from kdata.pipelines.engine import is_here
-
-    if not is_here(where):
-        raise ConfigError(
-            "estimate measures on this machine; leave --engine ray away, and divide the hours by the teachers"
-        )
-    return job
+    refuse_cluster(where)
+    return writing, teacher

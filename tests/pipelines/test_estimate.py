@@ -14,10 +14,14 @@ import pytest
 import yaml
 
 import kdata
+from kdata.errors import ConfigError
 from kdata.pipelines import estimate
 from kdata.pipelines.cli.main import call
+from kdata.pipelines.recipe import Recipe, load_recipe
+from kdata.pipelines.runner import Run
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.sizing import Work
+from kdata.trainer.config import CheckpointStudent
 from tests.fakes import LINES, write_jsonl
 
 
@@ -153,3 +157,46 @@ def test_a_probe_that_fails_is_one_error(
 def test_the_memory_of_a_model_that_is_not_here() -> None:
     about = estimate.memory_of(TeacherConfig(model="OWNER/NAME"), Work(100))
     assert about.needed is None and about.reason is None and list(estimate.lines_of(about)) == []
+
+
+def test_a_student_of_the_teacher_s_layers_and_its_reference_are_found(llama_dir: Path, tmp_path: Path) -> None:
+    teacher = {"model": str(llama_dir), "backend": "transformers"}
+    recipe = Recipe.model_validate(
+        {
+            "name": "layers",
+            "teacher": teacher,
+            "reference": {"model": "teacher"},
+            "student": {"model": "teacher", "keep_layers": 1},
+            "students": {"plain": {"label": "plain", "objective": {"weights": {"cross_entropy": 1.0}}}},
+        }
+    )
+    run = Run(recipe, tmp_path, {})
+    student = run.train_config(recipe.students["plain"]).student
+    assert isinstance(student, CheckpointStudent) and (student.model, student.keep_layers) == (str(llama_dir), 1)
+    assert run.reference_config.model == str(llama_dir)
+
+
+def test_a_cluster_is_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "name": "far",
+                "engine": {"kind": "ray"},
+                "students": {"a": {"label": "a", "objective": {"weights": {"cross_entropy": 1.0}}}},
+            }
+        )
+    )
+    with pytest.raises(ConfigError, match="estimate measures on this machine"):
+        estimate.estimate_recipe(load_recipe(tmp_path / "recipe.yaml", []), 100)
+
+
+def test_a_reference_that_is_the_teacher_itself_is_refused_for_difference_sampling(tmp_path: Path) -> None:
+    """Every difference would be 0."""
+    student = {"label": "a", "plan": True, "objective": {"weights": {"cross_entropy": 1.0}}}
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(
+            {"name": "own", "teacher": {"model": "x"}, "student": {"model": "teacher"}, "students": {"a": student}}
+        )
+    )
+    with pytest.raises(ConfigError, match="difference sampling needs a reference model"):
+        load_recipe(tmp_path / "recipe.yaml", [])
