@@ -97,7 +97,14 @@ def evaluate(
     config = config or EvaluateConfig()
     prompts = list(prompts)
     dataset = kdata.open(heldout)
+    if dataset.info.tail == "absent":
+        raise ConfigError(
+            f"{heldout} was imported from a format without the tail and without the actual tokens' log-probabilities, so a "
+            "KL on it would be wrong; evaluate on a dataset of `kdata capture`"
+        )
     label, model_dir = label or (model_dir.name if is_gguf(model_dir) else None), Path(model_folder(model_dir))
+    _check_folder(model_dir)
+    _check_tokenizer(model_dir, dataset)
     model = _load(model_dir)
     use_exact_attention(model)
     probe_head(model)
@@ -106,12 +113,6 @@ def evaluate(
     tokenizer = _tokenizer(model_dir) if prompts or tasks is not None else None
     model.to(device_name(config.device)).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
     fit_vocabulary(model, [dataset])
-    if dataset.info.tail == "absent":
-        raise ConfigError(
-            f"{heldout} was imported from a format without the tail and without the actual tokens' log-probabilities, so a "
-            "KL on it would be wrong; evaluate on a dataset of `kdata capture`"
-        )
-    _check_tokenizer(model_dir, dataset)
     run = _run_beside(model_dir)
     domains, sums = _measure_dataset(model, dataset, config)
     return {
@@ -208,7 +209,7 @@ class _Sums:
         columns = measured.values_MO.double().cpu().numpy().T
         objectives = dict(zip(self.names, columns, strict=True))
         targets, top_MN = batch.targets, measured.top_ids_MN.cpu().numpy()
-        first_M = _first_choice(batch, self.combined)
+        first_M, first_p_M = _first_choice(batch, self.combined)
         values = {
             "nll": objectives["cross_entropy"],
             "kl": objectives["forward_kl"],
@@ -225,8 +226,7 @@ class _Sums:
             self.teacher.add(domain_M, top_p_M, first_M == targets.token_ids_C.numpy())
         else:
             if self.knows_top:
-                top_p_M = np.exp(targets.logprobs_CK[:, 0].double().numpy())
-                self.teacher.add(domain_M, top_p_M, first_M == targets.token_ids_C.numpy())
+                self.teacher.add(domain_M, first_p_M, first_M == targets.token_ids_C.numpy())
             values["kl_from_entropy"] = values["kl"] + _entropy_of_weights(batch) - batch.entropy_M
             self.entropy_known &= bool(np.isfinite(batch.entropy_M).all())
         self.tokens += np.bincount(domain_M, minlength=len(self.tokens))
@@ -302,20 +302,23 @@ def _first_of_each(domain_R: np.ndarray, limit: int | None) -> np.ndarray:
     return np.sort(order[place < limit]).astype(np.int64)
 
 
-def _first_choice(batch: Batch, combined: bool = False) -> np.ndarray:
-    """The teacher's most likely kept id at each position, int64 [M]: the first exact entry, else the heaviest draw.
+def _first_choice(batch: Batch, combined: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The teacher's most likely kept id at each position, int64 [M], and its weight, float64 [M].
+
+    It is the first exact entry, else the heaviest draw.
 
     A draw can outweigh exact entries (its weight is tail probability / draws), so the largest weight alone is not enough.
     With several teachers (`combined`), an entry that only one of them knows exactly counts as a draw, so there the largest
-    weight is used. -1 if nothing is kept.
+    weight is used. Id -1 and weight 0 if nothing is kept.
     """
     ids_MK, logprobs_MK = batch.targets.ids_CK.numpy(), batch.targets.logprobs_CK.numpy()
     if not ids_MK.shape[1]:
-        return np.full(len(ids_MK), -1, np.int64)
+        return np.full(len(ids_MK), -1, np.int64), np.zeros(len(ids_MK))
     exact_MK = np.arange(ids_MK.shape[1]) < _num_exact(batch)[:, None]
     exact_MK &= (ids_MK >= 0) & (not combined)  # an entry of an id that no token has is padding
     column_M = np.where(exact_MK.any(-1), exact_MK.argmax(-1), logprobs_MK.argmax(-1))
-    return np.take_along_axis(ids_MK, column_M[:, None], -1)[:, 0]
+    ids_M, logprobs_M = (np.take_along_axis(grid, column_M[:, None], -1)[:, 0] for grid in (ids_MK, logprobs_MK))
+    return ids_M, np.exp(logprobs_M.astype(np.float64))
 
 
 def _num_exact(batch: Batch) -> np.ndarray:
@@ -377,12 +380,15 @@ def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, config: Evalu
     return str(tokenizer.decode(written_BL[0, ids_BL.shape[1] :], skip_special_tokens=True))
 
 
-def _load(model_dir: Path) -> PreTrainedModel:
+def _check_folder(model_dir: Path) -> None:
     if not model_dir.is_dir():
         raise MissingError(
             f"{model_dir} is not a folder; name the folder of a trained student, which is OUT/model after kdata train"
         )
     refuse_other_kind(model_dir)
+
+
+def _load(model_dir: Path) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -21,6 +21,7 @@ from filelock import Timeout
 
 from kdata.check.verify import Problem, check_file, verify
 from kdata.errors import CorruptError, FormatError, MismatchError, MissingError, ShapeError, StorageError
+from kdata.format.codec import codec_of
 from kdata.format.files import inside, local_path, lock_of, storage_errors, write_atomically
 from kdata.format.manifest import digest_of, json_bytes, manifest_line, read_info, write_info, write_manifest
 from kdata.format.schema import FORMAT_VERSION, DatasetInfo, ManifestEntry
@@ -171,7 +172,8 @@ def _folder_of(copy: Path) -> Path:
 
 
 def _refuse_other_shards(root: Path, info: DatasetInfo) -> None:
-    """Refuse a copy whose codec, vocabulary or sources are not those of the shards."""
+    """Refuse a copy whose codec, vocabulary or sources are not those of the shards. Raises FormatError for a newer codec."""
+    codec_of(info.codec)
     for entry in _entries(root)[0]:
         if entry.source not in info.sources:
             raise MismatchError(

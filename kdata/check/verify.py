@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from kdata.errors import KdataError
-from kdata.format.files import inside, visible
+from kdata.format.files import inside, without_hidden
 from kdata.format.manifest import digest_of, json_bytes
 from kdata.format.schema import FileInfo, ManifestEntry, canonical_json, json_digest
 from kdata.observe.progress import Task
@@ -113,7 +113,7 @@ def _tokenizer(dataset: Dataset) -> list[Problem]:
 
 def _sidecars(dataset: Dataset) -> list[Problem]:
     problems: list[Problem] = []
-    for path in visible(dataset.path / "scores", "*.json"):
+    for path in without_hidden(dataset.path / "scores", "*.json"):
         problems += check_json(dataset.path, f"scores/{path.name}")
         if problems and problems[-1].path == f"scores/{path.name}":
             continue
@@ -128,7 +128,7 @@ def _sidecars(dataset: Dataset) -> list[Problem]:
 
 
 def _plans(dataset: Dataset) -> list[Problem]:
-    names = {path.stem for path in visible(dataset.path / "plans", "*.*")}
+    names = {path.stem for path in without_hidden(dataset.path / "plans", "*.*")}
     problems: list[Problem] = []
     for name in sorted(names):
         problems += check_json(dataset.path, f"plans/{name}.json")
@@ -142,10 +142,13 @@ def _plans(dataset: Dataset) -> list[Problem]:
 def _strays(dataset: Dataset) -> list[Problem]:
     named = {relative for entry in dataset.manifest for relative in entry.files}
     files = [
-        p for folder in ("data", "index", "rejects") for p in visible(dataset.path / folder, "**/*") if p.is_file()
+        p
+        for folder in ("data", "index", "rejects")
+        for p in without_hidden(dataset.path / folder, "**/*")
+        if p.is_file()
     ]
-    sidecars = {p.stem for p in visible(dataset.path / "scores", "*.json")}
-    files += [p for p in visible(dataset.path / "scores", "*/*") if p.parent.name not in sidecars]
+    sidecars = {p.stem for p in without_hidden(dataset.path / "scores", "*.json")}
+    files += [p for p in without_hidden(dataset.path / "scores", "*/*") if p.parent.name not in sidecars]
     return [
         Problem(path, "is in no manifest line: a killed run left it, or a person added it")
         for path in sorted(p.relative_to(dataset.path).as_posix() for p in files)
@@ -173,8 +176,6 @@ def _deep_shard(dataset: Dataset, number: int, entry: ManifestEntry, seen: set[s
     problems = []
     if len(sequences.token_ids) != entry.tokens:
         problems.append(Problem(where, f"holds {len(sequences.token_ids)} tokens, the manifest says {entry.tokens}"))
-    if len(sequences.entry_ids) and int(sequences.entry_ids.max()) >= dataset.info.vocab_size:
-        problems.append(Problem(where, "a kept id is outside the vocabulary"))
     for row_id in ids:
         if row_id in seen:
             problems.append(Problem(where, f"id {row_id!r} is repeated in the dataset"))

@@ -57,7 +57,7 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def visible(folder: Path, pattern: str) -> list[Path]:
+def without_hidden(folder: Path, pattern: str) -> list[Path]:
     """What matches a pattern in a folder, in order, without names that begin with a dot: tools leave them beside data.
 
     Such as ._x.parquet and .DS_Store of macOS, .ipynb_checkpoints of Jupyter. `Path.glob` returns them.

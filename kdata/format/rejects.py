@@ -23,6 +23,10 @@ REASONS = {
     "teacher_failed": "teacher failed",
     "not_finite": "no finite log-probability",
     "vocabulary": "id outside the vocabulary",
+    "form": "not of the format",
+    "not_json": "not JSON",
+    "no_token_ids": "no token ids",
+    "no_logprobs": "no log-probabilities",
     "misaligned": "lists that do not fit the tokens",
     "twice": "entry twice in a list",
 }
@@ -41,7 +45,7 @@ def rejected_text(counts: Mapping[str, int]) -> str:
 
 
 def checked(result: UnitResult, strict: bool) -> UnitResult:
-    """A result of a teacher. Raises DataError where `strict` is set and it has a reject."""
+    """A unit's result. Raises DataError where `strict` is set and it has a reject."""
     if strict and result.rejects:
         raise refused(result.rejects[0])
     return result

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
-from kdata.format.files import file_info, write_atomically
+from kdata.format.files import file_info, without_hidden, write_atomically
 from kdata.format.manifest import digest_of, write_json
 from kdata.format.schema import Contract, FileInfo
 from kdata.store.dataset import Dataset
@@ -146,7 +146,7 @@ class Plan:
     def save(self, directory: Path) -> Path:
         """Write NAME.parquet and NAME.json into `directory` (the JSON last); return the Parquet's path."""
         directory.mkdir(parents=True, exist_ok=True)
-        check_new_name("plan", self.info.name, (p.stem for p in directory.glob("*.parquet")))
+        check_new_name("plan", self.info.name, (p.stem for p in without_hidden(directory, "*.parquet")))
         path, _ = plan_files(directory / self.info.name)
         sink = pa.BufferOutputStream()
         pq.write_table(self.table, sink, compression="zstd")

@@ -25,7 +25,7 @@ from pydantic import BeforeValidator, Field
 
 from kdata.config import parse_config
 from kdata.errors import ConfigError, DataError, nearest
-from kdata.format.files import sync_directory
+from kdata.format.files import sync_directory, without_hidden
 from kdata.selection.ddk import Ddk
 from kdata.selection.mixtures import Cap, Proportional, Static, Temperature, Uniform
 from kdata.selection.plan import DomainChoice, Plan, open_plan, plan_files, plan_info, write_plan_info
@@ -91,7 +91,7 @@ def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
         StorageError: memory or disk do not suffice, or another process is writing.
     """
     name = config.name or config.method
-    check_new_name("plan", name, (path.stem for path in dataset.path.glob("plans/*.parquet")))
+    check_new_name("plan", name, (path.stem for path in without_hidden(dataset.path, "plans/*.parquet")))
     if config.parent == name:
         raise ConfigError(f"plan {name!r} cannot be its own parent; give the new plan another name (--name)")
     parent = None if config.parent is None else open_plan(dataset, config.parent)

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, settings_difference
-from kdata.format.files import file_info, inside, write_atomically
+from kdata.format.files import file_info, inside, without_hidden, write_atomically
 from kdata.format.manifest import digest_of, write_json
 from kdata.format.schema import Contract, FileInfo, ManifestEntry, TeacherInfo, json_digest
 from kdata.store.dataset import Dataset
@@ -57,7 +57,7 @@ class ScoreInfo(Contract):
 def begin_sidecar(dataset: Dataset, info: ScoreInfo) -> None:
     """Start or continue a sidecar. Raises MismatchError where a sidecar of that name has other settings."""
     path = dataset.path / "scores" / f"{info.name}.json"
-    check_new_name("score", info.name, (other.stem for other in path.parent.glob("*.json")))
+    check_new_name("score", info.name, (other.stem for other in without_hidden(path.parent, "*.json")))
     (dataset.path / "scores" / info.name).mkdir(parents=True, exist_ok=True)
     if path.exists():
         before = load_score_info(dataset, info.name)
@@ -116,7 +116,7 @@ def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
     dataset.fetch_sidecar(name)
     path = dataset.path / "scores" / f"{name}.json"
     if not path.exists():
-        names = ", ".join(sorted(p.stem for p in (dataset.path / "scores").glob("*.json"))) or "none"
+        names = ", ".join(p.stem for p in without_hidden(dataset.path / "scores", "*.json")) or "none"
         raise MissingError(f"{dataset.path} has no score {name!r} (scores: {names}); write it with `kdata score`")
     try:
         content = json.loads(path.read_bytes())

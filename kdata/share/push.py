@@ -9,7 +9,7 @@ from typing import Any
 
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, DependencyError, StorageError
-from kdata.format.files import inside, local_path, visible
+from kdata.format.files import inside, local_path, without_hidden
 from kdata.share.arrange import new_folder
 from kdata.share.card import card_page, cost_of, write_card
 from kdata.store.dataset import Dataset
@@ -66,7 +66,7 @@ def dataset_files(dataset: Dataset) -> list[str]:
         "tokenizer/*",
         "README.md",
     ):
-        files += [p.relative_to(dataset.path).as_posix() for p in visible(dataset.path, pattern) if p.is_file()]
+        files += [p.relative_to(dataset.path).as_posix() for p in without_hidden(dataset.path, pattern) if p.is_file()]
     for relative in files:
         inside(dataset.path, relative)  # refuses a link, which would share a file from elsewhere
     return files

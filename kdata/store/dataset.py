@@ -6,7 +6,7 @@ A dataset at a URL or on the Hub is the same class with other ways to a file: se
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from kdata.errors import ConfigError, CorruptError, DependencyError, MissingError, OutOfRangeError, ShapeError
 from kdata.format.codec import codec_of
-from kdata.format.files import inside, visible
+from kdata.format.files import inside, without_hidden
 from kdata.format.manifest import read_info, read_manifest
 from kdata.format.schema import DatasetInfo, ManifestEntry, content_hash, index_schema, json_digest
 from kdata.format.sequences import Sequences, decode, flat, nothing
@@ -100,12 +101,15 @@ class Dataset:
 
     def rejected(self, sources: list[str] | None = None) -> dict[str, int]:
         """Number of rejects of some sources (None: all), by reason."""
-        rejects = self.sql(
-            "select reason, count(*)::bigint as num_rows from rejects "
-            "where $sources is null or list_contains($sources, source) group by reason order by reason",
-            {"sources": sources},
-        )
-        return dict(zip(rejects["reason"].to_pylist(), rejects["num_rows"].to_pylist(), strict=True))
+        counts: Counter[str] = Counter()
+        for entry in self.manifest:
+            if entry.rejected and (sources is None or entry.source in sources):
+                path = self.checked_file(entry, "rejects")
+                try:
+                    counts.update(pq.read_table(path, columns=["reason"])["reason"].to_pylist())
+                except UNREADABLE as error:
+                    raise damaged(path, error) from error
+        return dict(sorted(counts.items()))
 
     def index(self, columns: list[str] | None = None) -> pa.Table:
         """The readable index, one row per sequence in global row order."""
@@ -200,8 +204,8 @@ class Dataset:
 
     def sql_sidecars(self) -> dict[str, list[str]]:
         """The names by which DuckDB opens the parts of each sidecar, complete or not."""
-        folders = [path for path in visible(self.path.resolve(), "scores/*") if path.is_dir()]
-        return {path.name: [unglobbed(part) for part in visible(path, "*.parquet")] for path in folders}
+        folders = [path for path in without_hidden(self.path.resolve(), "scores/*") if path.is_dir()]
+        return {path.name: [unglobbed(part) for part in without_hidden(path, "*.parquet")] for path in folders}
 
     def rows_of(self, ids: list[str]) -> np.ndarray:
         """Global row numbers int64 of these ids. Raises MissingError with the first unknown id."""

@@ -19,7 +19,7 @@ import duckdb
 import pyarrow as pa
 
 from kdata.errors import ConfigError, CorruptError, QueryError
-from kdata.format.files import visible
+from kdata.format.files import without_hidden
 from kdata.format.schema import ManifestEntry, index_schema, rejects_schema
 
 Values = Literal["arrow", "text", "json"]
@@ -160,12 +160,12 @@ def _make_views(connection: duckdb.DuckDBPyConnection, dataset: Queryable, root:
     connection.execute("create view manifest as from _manifest")
     connection.execute("create schema scores")
     _check_distinct("scores", dataset.sql_sidecars())
-    _check_distinct("plans", [path.stem for path in visible(root, "plans/*.parquet")])
+    _check_distinct("plans", [path.stem for path in without_hidden(root, "plans/*.parquet")])
     for name, parts in dataset.sql_sidecars().items():
         if parts and is_name(name):
             files_view(connection, f'scores."{name}"', parts, pa.schema([]))
     connection.execute("create schema plans")
-    for path in (p for p in visible(root, "plans/*.parquet") if is_name(p.stem)):
+    for path in (p for p in without_hidden(root, "plans/*.parquet") if is_name(p.stem)):
         files_view(connection, f'plans."{path.stem}"', [unglobbed(path)], pa.schema([]))
 
 
@@ -230,7 +230,7 @@ def mentions(dataset: Queryable, text: str) -> dict[str, list[str]]:
         dataset.fetch_plan(name)
     existing = {
         "scores": list(dataset.sql_sidecars()),
-        "plans": [path.stem for path in visible(dataset.path, "plans/*.parquet")],
+        "plans": [path.stem for path in without_hidden(dataset.path, "plans/*.parquet")],
     }
     # DuckDB ignores case.
     lower = {schema: {name.lower() for name in names} for schema, names in named.items()}

@@ -18,7 +18,7 @@ from typing import Any
 from fsspec.spec import AbstractFileSystem
 
 from kdata.errors import MissingError
-from kdata.format.files import file_info, inside, lock_of, visible, write_atomically
+from kdata.format.files import file_info, inside, lock_of, without_hidden, write_atomically
 from kdata.format.schema import FileInfo, ManifestEntry
 from kdata.store.dataset import Dataset
 from kdata.store.hub import HubStore
@@ -142,7 +142,7 @@ class RemoteDataset(Dataset):
 
     def sql_sidecars(self) -> dict[str, list[str]]:
         """See `Dataset.sql_sidecars`; those that were asked for by name, because a web server has no listings."""
-        names = [path.stem for path in visible(self.path / "scores", "*.json")]
+        names = [path.stem for path in without_hidden(self.path / "scores", "*.json")]
         return {name: [self._located(*part) for part in sorted(self._parts(name).items())] for name in names}
 
     def _parts(self, name: str) -> dict[str, FileInfo]:

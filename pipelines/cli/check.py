@@ -14,6 +14,7 @@ from kdata.check.remeasure import against_teacher as read_again
 from kdata.check.repair import repair as set_aside
 from kdata.check.verify import verify as find_problems
 from kdata.errors import ConfigError, CorruptError
+from kdata.jobs.reread import work_on
 from kdata.pipelines.cli.common import (
     DatasetArgument,
     DatasetsArgument,
@@ -71,9 +72,18 @@ def verify(
 
 def compare_with_teacher(dataset: kdata.Dataset, num_rows: int, model: str | None, backend: str | None) -> None:
     """Have a teacher read rows again, and print how far it is from what is stored. Raises CorruptError where it is far."""
-    name = model or dataset.info.teacher.model
-    config = teacher_config({}, name, backend, ReadingModel)
-    loaded = load_teacher(config, max_k=max(dataset.info.codec.parameters.get("k", 1), 1))
+    about = dataset.info.teacher
+    if about.lora_hash is not None and model is None:
+        raise ConfigError(
+            f"{dataset.path} was made with a LoRA adapter, which is not in the dataset; merge the adapter into the model, "
+            "and name the merged folder (--teacher)"
+        )
+    name = model or about.model
+    # Arguments of vLLM's engine that change numbers, such as quantization, are part of what the teacher believed.
+    own = {"engine_args": about.engine_args} if about.engine_args and backend in (None, "vllm") else {}
+    config = teacher_config({"teacher": own}, name, backend, ReadingModel)
+    max_k = max(dataset.info.codec.parameters.get("k", 1), 1)
+    loaded = load_teacher(config, max_k=max_k, work=work_on(dataset))
     try:
         again = read_again(dataset, loaded, num_rows)
     finally:

@@ -58,8 +58,11 @@ class RayEngine:
                 f"gpus_per_teacher={config.gpus_per_teacher:g}, and the teacher is spread over tensor_parallel="
                 f"{teacher.tensor_parallel} GPUs; raise the one or lower the other"
             )
-        if Path(teacher.model).is_dir() or is_gguf(teacher.model):  # an actor has another working directory
+        # An actor has another working directory.
+        if Path(teacher.model).is_dir() or is_gguf(teacher.model):
             teacher = teacher.model_copy(update={"model": str(Path(teacher.model).resolve())})
+        if teacher.lora is not None:
+            teacher = teacher.model_copy(update={"lora": str(Path(teacher.lora).resolve())})
         self._workers = Workers(config, teacher, max_k, loader)
 
     def __enter__(self) -> RayEngine:

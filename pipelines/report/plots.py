@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kdata.errors import QueryError
+from kdata.format.files import without_hidden
 from kdata.observe.style import COLOURS
 from kdata.observe.text import number, one_line
 from kdata.selection.plan import Plan
@@ -79,7 +80,7 @@ def first_of(students: Students, key: str, domain: str | None) -> float | None:
 
 
 def plans_of(dataset: Dataset | None) -> list[Plan]:
-    return [Plan.load(p) for p in sorted(dataset.path.glob("plans/*.json"))] if dataset else []
+    return [Plan.load(p) for p in without_hidden(dataset.path, "plans/*.json")] if dataset else []
 
 
 def make_plots(run: Path, students: Students, dataset: Dataset | None) -> dict[str, Plot]:

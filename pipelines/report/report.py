@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdata.config import first_problem
 from kdata.errors import CorruptError, FormatError, MissingError
-from kdata.format.files import write_atomically
+from kdata.format.files import without_hidden, write_atomically
 from kdata.observe.journal import Took, total
 from kdata.observe.style import COLOURS, STYLE
 from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line, visible
@@ -341,7 +341,7 @@ def stages(
     students = results.get("students", {})
     measured = [n for n, s in students.items() if measure(s, "nll") is not None]
     logs = [n for n, path in logs_of(run, students).items() if path.exists()]
-    scores = sorted(p.stem for p in dataset.path.glob("scores/*.json")) if dataset else []
+    scores = [p.stem for p in without_hidden(dataset.path, "scores/*.json")] if dataset else []
     evidence = {
         "generate": _written(dataset, "generate"),
         "capture": _written(dataset, "capture"),

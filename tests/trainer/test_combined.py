@@ -139,7 +139,7 @@ def test_a_student_is_evaluated_on_a_combination(tmp_path: Path, whole: kdata.Da
     bins_M = np.minimum((confidence_M * 15).astype(int), 14)
     gaps = [abs((confidence_M - hit_M)[bins_M == b].sum()) for b in range(15)]
     assert result["overall"]["teacher_ece"] == pytest.approx(sum(gaps) / len(p_MV), abs=0.02)
-    assert (_first_choice(batch, combined=True) == p_MV.argmax(-1)).mean() > 0.95
+    assert (_first_choice(batch, combined=True)[0] == p_MV.argmax(-1)).mean() > 0.95
     assert not batch.rank_M.any()
 
 
@@ -148,7 +148,7 @@ def test_what_one_teacher_alone_knows_can_be_the_first_choice(
 ) -> None:
     """It is stored as a draw, as the other teacher's part is not exact; the first exact entry is seldom the likeliest."""
     batch, p_MV = batch_of(combined(tmp_path, corpus_file, tokenizer_dir, kind="hybrid", k=16)[0])
-    agreement = [(_first_choice(batch, combined=flag) == p_MV.argmax(-1)).mean() for flag in (True, False)]
+    agreement = [(_first_choice(batch, combined=flag)[0] == p_MV.argmax(-1)).mean() for flag in (True, False)]
     assert agreement[0] > 0.9 > agreement[1] + 0.2
 
 

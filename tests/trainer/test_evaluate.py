@@ -225,7 +225,9 @@ def test_the_teachers_first_choice_is_its_first_exact_entry_even_under_heavier_d
         num_exact_C=torch.tensor([2, 0]),
     )
     batch = cast(Batch, SimpleNamespace(targets=targets))
-    assert _first_choice(batch).tolist() == [3, 7]
+    ids_M, weights_M = _first_choice(batch)
+    assert ids_M.tolist() == [3, 7]
+    np.testing.assert_allclose(weights_M, [0.2, 0.7], rtol=1e-6)
 
 
 def test_wrong_or_missing_models_are_refused(folder: Path, dataset: kdata.Dataset) -> None:

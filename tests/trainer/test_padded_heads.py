@@ -179,4 +179,6 @@ def test_the_first_choice_of_a_padded_teacher_is_the_first_that_has_a_token() ->
                       torch.tensor([3]))  # fmt: skip
     empty = np.zeros(0)
     batch = Batch(ids, ids, ids, ids[0], targets.within(17), empty, empty, empty, empty, empty, 1, Place())
-    assert _first_choice(batch).tolist() == [3]
+    ids_M, weights_M = _first_choice(batch)
+    assert ids_M.tolist() == [3]
+    np.testing.assert_allclose(weights_M, [0.3], rtol=1e-6)

@@ -18,7 +18,7 @@ from pydantic import Field
 from kdata.config import RowsConfig
 from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, MissingError
-from kdata.format.files import journal_of, local_path
+from kdata.format.files import journal_of, local_path, without_hidden
 from kdata.format.manifest import new_info
 from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest
 from kdata.format.rejects import checked
@@ -130,7 +130,7 @@ def source_files(source: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """The files of a source that have one of these suffixes, in order. Raises MissingError or ConfigError."""
     if not source.exists():
         raise MissingError(f"{source} does not exist; name a file or folder of {' or '.join(suffixes)} files")
-    paths = [source] if source.is_file() else sorted(source.rglob("*"))
+    paths = [source] if source.is_file() else without_hidden(source, "**/*")
     files = [path for path in paths if path.suffix in suffixes]
     if not files:
         raise ConfigError(f"{source} has no {' or '.join(suffixes)} file; name a file or folder of these")
