@@ -65,8 +65,6 @@ class CorpusJob(ABC, Generic[I, C]):
 
     doing: str
     noun: str
-    corpus_key: str
-    """Key of the corpus in the recorded settings."""
     columns: Sequence[str]
     renames: bool
     follows: Sequence[str] = CORPUS_IDENTITY
