@@ -25,6 +25,7 @@ import pyarrow.dataset as pads
 from kdata.corpus.json_rows import JsonFile
 from kdata.corpus.values import time_with_nanoseconds
 from kdata.errors import ConfigError, DataError, KdataError, MissingError
+from kdata.format.records import RowError
 
 # By the end of the file's name.
 FORMATS = {
@@ -56,8 +57,8 @@ class OneFile(Protocol):
     names: list[str]
     num_rows: int
 
-    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """Rows in their order, with these columns (of `names`)."""
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any] | RowError]:
+        """Rows in their order, with these columns (of `names`); a row that cannot be read comes as its error."""
         ...
 
 
@@ -96,14 +97,14 @@ class FileRows:
             return CsvFile(file, texts, optional)
         return StreamFile(file) if self._kind == "ipc" and _is_stream(file) else ArrowFile(file, str(self._kind))
 
-    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """Rows in the order of file names and lines; a column that a row's file lacks is None."""
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any] | RowError]:
+        """Rows in the order of file names and lines; a column that a row's file lacks is None. See `Rows.rows`."""
         for file, table, keys in zip(self._files, self._tables, self._keys, strict=True):
             own = [name for name in columns if name in table.names]
             rest = {name: keys.get(name) for name in columns if name not in table.names}
             with self._readable(file):
                 for row in table.rows(own):
-                    yield {**row, **rest}
+                    yield row if isinstance(row, RowError) else {**row, **rest}
 
     @contextmanager
     def _readable(self, file: Path) -> Iterator[None]:
@@ -316,25 +317,6 @@ def _nanoseconds(column: pa.Array | pa.ChunkedArray) -> list[Any]:
     below = [None if value is None else value % 1000 for value in column.cast(pa.int64()).to_pylist()]
     times = column.cast(coarse, safe=False).to_pylist()
     return [None if n is None else time_with_nanoseconds(time, n) for time, n in zip(times, below, strict=True)]
-
-
-def _rows_as_python(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
-    """Rows as Python values. A byte that is not UTF-8 becomes half of a surrogate pair: it spoils its own row only."""
-    try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
-        return rows
-    except UnicodeDecodeError:
-        texts = {field.name for field in batch.schema if field.type in (pa.string(), pa.large_string())}
-        raw = batch.cast(
-            pa.schema([field.with_type(pa.large_binary()) if field.name in texts else field for field in batch.schema])
-        )
-        return [
-            {
-                name: value.decode(errors="surrogateescape") if name in texts and value is not None else value
-                for name, value in row.items()
-            }
-            for row in raw.to_pylist()
-        ]
 
 
 def _value(value: Any, kind: pa.DataType) -> Any:
