@@ -257,7 +257,8 @@ def shares_of(text: str, datasets: list[str]) -> list[float]:
 
 def import_(
     source: Annotated[
-        str, typer.Argument(metavar="FILES", help="File or folder of another tool's Parquet or JSON lines.")
+        str,
+        typer.Argument(metavar="FILES", help="File or folder of another tool's Parquet or JSON lines (vllm: JSON)."),
     ],
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Folder of the dataset to write.")],
     format: Annotated[str, option("format", ImportConfig)],
