@@ -27,6 +27,7 @@ import pyarrow.dataset as pads
 from kdata.corpus.json_rows import JsonFile
 from kdata.corpus.values import time_with_nanoseconds
 from kdata.errors import ConfigError, DataError, KdataError, MissingError
+from kdata.format.records import RowError
 
 # By the end of the file's name.
 FORMATS = {
@@ -58,8 +59,8 @@ class OneFile(Protocol):
     names: list[str]
     num_rows: int
 
-    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """Rows in their order, with these columns (of `names`)."""
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any] | RowError]:
+        """Rows in their order, with these columns (of `names`); a row that cannot be read comes as its error."""
         ...
 
 
@@ -98,14 +99,14 @@ class FileRows:
             return CsvFile(file, texts, optional)
         return StreamFile(file) if self._kind == "ipc" and _is_stream(file) else ArrowFile(file, str(self._kind))
 
-    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """Rows in the order of file names and lines; a column that a row's file lacks is None."""
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any] | RowError]:
+        """Rows in the order of file names and lines; a column that a row's file lacks is None. See `Rows.rows`."""
         for file, table, keys in zip(self._files, self._tables, self._keys, strict=True):
             own = [name for name in columns if name in table.names]
             rest = {name: keys.get(name) for name in columns if name not in table.names}
             with self._readable(file):
                 for row in table.rows(own):
-                    yield {**row, **rest}
+                    yield row if isinstance(row, RowError) else {**row, **rest}
 
     @contextmanager
     def _readable(self, file: Path) -> Iterator[None]:

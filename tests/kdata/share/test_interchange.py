@@ -256,11 +256,28 @@ def test_rows_that_cannot_be_used_are_rejected_with_a_reason(tmp_path: Path) -> 
     pq.write_table(table, tmp_path / "rows.parquet")
     dataset, report = imported(tmp_path / "rows.parquet", tmp_path / "d", "plain", vocab_size=10)
     assert dataset.index(["id"])["id"].to_pylist() == ["a", "padded", "masked"]
-    assert report.rejected == {"vocabulary": 1, "twice": 1, "not_finite": 1, "no_targets": 1, "misaligned": 1}
+    assert dataset.rejected() == {"vocabulary": 1, "twice": 1, "not_finite": 1, "no_targets": 1, "misaligned": 1}
     assert dataset.sql("select id, reason from rejects").num_rows == 5
     assert report.padding_entries == 1 and dataset[1].num_kept.tolist() == [0, 1, 1]
     assert dataset[2].target_mask.tolist() == [False, False, True]
     assert report.rows == 3 and report.positions == 6
+
+
+def test_the_report_counts_the_rows_that_are_in_the_dataset(tmp_path: Path) -> None:
+    """Also where a row turns out to be a reject after it was counted, and where an earlier run put it aside."""
+    over = [[], [-0.1, -0.2], [-0.25]]
+    padded = plain_row(id="padded", input_ids=[3, 7, 99], topk_logprobs=[[], [-0.5, float("-inf")], [-0.25]])
+    first = [plain_row(), plain_row(id="b", topk_logprobs=over)]
+    second = [plain_row(id="b", topk_logprobs=over), plain_row(id="c"), plain_row(id="c", topk_logprobs=over), padded]
+    for name, rows in (("one", first), ("two", second)):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    imported(tmp_path / "one.parquet", tmp_path / "d", "plain", vocab_size=10, name="one")
+    for _ in range(2):
+        dataset, report = imported(tmp_path / "two.parquet", tmp_path / "d", "plain", vocab_size=10, name="two")
+        assert dataset.rejected(["two"]) == {"id_twice": 2, "vocabulary": 1}
+        assert dataset.index(["id"])["id"].to_pylist() == ["a", "b", "c"]
+        assert (report.rows, report.tokens, report.positions, report.entries) == (1, 3, 2, 3)
+        assert (report.sums_over_one, report.padding_entries) == (0, 0)
 
 
 def test_ids_that_32_bits_do_not_hold_do_not_become_others(tmp_path: Path) -> None:
@@ -271,8 +288,8 @@ def test_ids_that_32_bits_do_not_hold_do_not_become_others(tmp_path: Path) -> No
         plain_row(id="token", input_ids=[3, 2**32 + 7, 9]),
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    dataset, report = imported(tmp_path / "rows.parquet", tmp_path / "d", "plain", vocab_size=10)
-    assert dataset.index(["id"])["id"].to_pylist() == ["a"] and report.rejected == {"vocabulary": 2}
+    dataset, _ = imported(tmp_path / "rows.parquet", tmp_path / "d", "plain", vocab_size=10)
+    assert dataset.index(["id"])["id"].to_pylist() == ["a"] and dataset.rejected() == {"vocabulary": 2}
     assert as_ids(pa.array([7, 2**32 + 7, -1, None])).tolist() == [7, -1, -1, -1]
     assert as_ids(pa.array([7.0, 7.5, float("nan"), 3e9])).tolist() == [7, -1, -1, -1]
     assert as_ids(pa.nulls(1)).tolist() == [-1]
