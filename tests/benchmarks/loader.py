@@ -2,13 +2,13 @@
 
     python tests/benchmarks/loader.py [--tokens 2000000] [--passes 3] [--vocab 32000]
 
-The data are made here: documents of some 400 tokens, 64 kept entries each, ids drawn from a Zipf law over the vocabulary,
-written with kdata's writer and read from the page cache. A figure is tokens per second of *processor* time of the whole process,
-threads included, the best of some passes. kdata's is of finished batches: shuffled, packed, decoded, laid out as a grid of
-ids and log-probabilities. The others' documents come in their own shuffled order and are only joined to batches of as
-many tokens (an array that is memory-mapped and never looked at would be infinitely fast); nothing is packed. What they
-store is what kdata returns, bit for bit, as flat arrays of int32 and float32 (and once as nested lists), uncompressed.
-litdata and mosaicml-streaming take part where they are installed.
+The data are made here: documents of some 400 tokens, 64 kept entries each, ids drawn from a Zipf law over the
+vocabulary, written with kdata's writer and read from the page cache. A figure is tokens per second of *processor* time
+of the whole process, threads included, the best of some passes. kdata's is of finished batches: shuffled, packed,
+decoded, laid out as a grid of ids and log-probabilities. The others' documents come in their own shuffled order and are
+only joined to batches of as many tokens (an array that is memory-mapped and never looked at would be infinitely fast);
+nothing is packed. What they store is what kdata returns, bit for bit, as flat arrays of int32 and float32 (and once as
+nested lists), uncompressed. litdata and mosaicml-streaming take part where they are installed.
 """
 
 from __future__ import annotations
