@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -144,28 +144,55 @@ def source_files(source: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def batches(files: list[Path]) -> Iterator[pa.RecordBatch]:
-    """Rows of all files, a few at a time. Raises DataError for a file that cannot be read."""
+def batches(files: list[Path]) -> Iterator[pa.RecordBatch | RowError]:
+    """Rows of all files, a few at a time, and lines that are no rows. Raises DataError for a file that cannot be read."""
     for path in files:
         try:
             if path.suffix == ".parquet":
                 yield from pq.ParquetFile(path).iter_batches(batch_size=ROWS_AT_ONCE)
                 continue
             with path.open("rb") as lines:
-                while some := list(itertools.islice(lines, ROWS_AT_ONCE)):
-                    yield _batch([json.loads(line) for line in some if line.strip()])
+                numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+                while some := list(itertools.islice(numbered, ROWS_AT_ONCE)):
+                    yield from _of_lines([_parsed(line, f"line {number} of {path.name}") for number, line in some])
         except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
-    """Rows as columns, null where a row lacks one. (pyarrow alone keeps only the columns of the first row.)"""
-    if not all(isinstance(row, dict) for row in rows):
-        raise DataError("a line is not a JSON object; write one object per line")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return pa.RecordBatch.from_pylist([{name: row.get(name) for name in names} for row in rows])
+def _parsed(line: bytes, place: str) -> dict[str, Any] | RowError:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return RowError("not_json", f"{place} is not JSON: {str(error).splitlines()[0]}")
+    return row if isinstance(row, dict) else RowError("not_json", f"{place} is not a JSON object")
+
+
+def _of_lines(rows: list[dict[str, Any] | RowError]) -> Iterator[pa.RecordBatch | RowError]:
+    """Rows as columns, null where a row lacks one, and errors in their places.
+
+    Rows whose values have different types make batches of their own. (pyarrow keeps only the columns of the first row.)
+    """
+    for is_error, some in itertools.groupby(rows, lambda row: isinstance(row, RowError)):
+        if is_error:
+            yield from cast(Iterator[RowError], some)
+            continue
+        good = cast(list[dict[str, Any]], list(some))
+        names = list(dict.fromkeys(name for row in good for name in row))
+        try:
+            yield pa.RecordBatch.from_pylist([{name: row.get(name) for name in names} for row in good])
+        except (pa.ArrowException, OverflowError):
+            for row in good:
+                yield _of_one_line(row)
+
+
+def _of_one_line(row: dict[str, Any]) -> pa.RecordBatch | RowError:
+    try:
+        return pa.RecordBatch.from_pylist([row])
+    except (pa.ArrowException, OverflowError) as error:
+        name = next((f" {key} {row[key]!r}:" for key in ("id", "uid") if isinstance(row.get(key), str | int)), ":")
+        return RowError("form", f"row{name} its values cannot be columns: {str(error).splitlines()[0]}")
 
 
 def _peer_rows(format: Format, compression: distillkit.Compression | None) -> ReadRows:
@@ -174,13 +201,16 @@ def _peer_rows(format: Format, compression: distillkit.Compression | None) -> Re
     return axolotl.read_rows if format == "axolotl" else plain.read_rows
 
 
-def _row_by_row(read: ReadRows, source_batches: Iterator[pa.RecordBatch]) -> Iterator[PeerRow]:
+def _row_by_row(read: ReadRows, source_batches: Iterator[pa.RecordBatch | RowError]) -> Iterator[PeerRow]:
     """Rows of all batches; a row that makes its batch unreadable carries the reason.
 
     Raises DataError where no row of the first batch can be read: then the files are not of this format.
     """
     any_read = False
     for batch in source_batches:
+        if isinstance(batch, RowError):
+            yield unusable(batch)
+            continue
         try:
             rows = list(read(iter([batch])))
         except DataError as error:

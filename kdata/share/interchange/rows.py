@@ -8,6 +8,7 @@ Shapes: T tokens, P lists of entries, N entries in all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -108,16 +109,33 @@ def nested(column: pa.Array) -> tuple[np.ndarray, np.ndarray, pa.Array]:
     return per_row, _lengths(inner), inner.flatten()
 
 
-def flat(column: pa.Array, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    """A list<number> column as (values per row int64 [S], values [N]). Raises DataError for another type."""
+def flat(column: pa.Array, convert: Callable[[pa.Array], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """A list column as (values per row int64 [S], values [N] as `convert` gives them). Raises DataError for another type."""
     if not _is_list(column.type):
         raise DataError(
             f"a column has the type {column.type}, but lists of numbers are needed; check --format and the files"
         )
-    values = column.flatten()
-    return _lengths(column), as_ids(values) if dtype is np.int32 else values.to_numpy(zero_copy_only=False).astype(
-        dtype
-    )
+    return _lengths(column), convert(column.flatten())
+
+
+def as_logprobs(values: pa.Array) -> np.ndarray:
+    """Log-probabilities of any numeric type as float32 [N]; NaN for null. Raises DataError for another type."""
+    if pa.types.is_null(values.type):
+        return np.full(len(values), np.nan, np.float32)
+    if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
+        raise DataError(f"a column of log-probabilities has the type {values.type}, but numbers are needed")
+    numbers: np.ndarray = values.to_numpy(zero_copy_only=False).astype(np.float32)
+    return numbers
+
+
+def as_mask(values: pa.Array) -> np.ndarray:
+    """True and false, or 1 and 0, as bool [N]. Raises DataError for anything else, null too."""
+    numbers = values.to_numpy(zero_copy_only=False)
+    if pa.types.is_boolean(values.type) and not values.null_count:
+        return numbers.astype(bool)
+    if not pa.types.is_integer(values.type) or values.null_count or ((numbers != 0) & (numbers != 1)).any():
+        raise DataError(f"a column of masks has values of the type {values.type} that are neither true nor false")
+    return numbers.astype(bool)
 
 
 def as_ids(values: pa.Array) -> np.ndarray:
