@@ -166,7 +166,9 @@ def _parsed(line: bytes, place: str) -> dict[str, Any] | RowError:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         return RowError("not_json", f"{place} is not JSON: {str(error).splitlines()[0]}")
-    return row if isinstance(row, dict) else RowError("not_json", f"{place} is not a JSON object")
+    if not isinstance(row, dict):
+        return RowError("not_json", f"{place} is not a JSON object")
+    return row or RowError("form", f"{place} is an object without a value")  # of which pyarrow makes no row
 
 
 def _of_lines(rows: list[dict[str, Any] | RowError]) -> Iterator[pa.RecordBatch | RowError]:
@@ -191,8 +193,7 @@ def _of_one_line(row: dict[str, Any]) -> pa.RecordBatch | RowError:
     try:
         return pa.RecordBatch.from_pylist([row])
     except (pa.ArrowException, OverflowError) as error:
-        name = next((f" {key} {row[key]!r}:" for key in ("id", "uid") if isinstance(row.get(key), str | int)), ":")
-        return RowError("form", f"row{name} its values cannot be columns: {str(error).splitlines()[0]}")
+        return RowError("form", f"the values of row {row.get('id')!r} cannot be columns: {str(error).splitlines()[0]}")
 
 
 def _peer_rows(format: Format, compression: distillkit.Compression | None) -> ReadRows:

@@ -130,12 +130,12 @@ def as_logprobs(values: pa.Array) -> np.ndarray:
 
 def as_mask(values: pa.Array) -> np.ndarray:
     """True and false, or 1 and 0, as bool [N]. Raises DataError for anything else, null too."""
-    numbers = values.to_numpy(zero_copy_only=False)
+    numbers: np.ndarray = values.to_numpy(zero_copy_only=False)
     if pa.types.is_boolean(values.type) and not values.null_count:
-        return numbers.astype(bool)
+        return numbers
     if not pa.types.is_integer(values.type) or values.null_count or ((numbers != 0) & (numbers != 1)).any():
         raise DataError(f"a column of masks has values of the type {values.type} that are neither true nor false")
-    return numbers.astype(bool)
+    return numbers > 0
 
 
 def as_ids(values: pa.Array) -> np.ndarray:
