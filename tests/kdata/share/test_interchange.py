@@ -266,7 +266,11 @@ def test_rows_that_cannot_be_used_are_rejected_with_a_reason(tmp_path: Path) -> 
 def test_a_line_that_cannot_be_used_is_a_reject_and_its_neighbours_are_imported(tmp_path: Path) -> None:
     broken = {
         "not_json": ['{"id": "cut", ', "[1, 2]", "null", "[" * 100_000],
-        "form": ["{}", json.dumps(plain_row(id="mixed", input_ids=["a", 2])), json.dumps(plain_row(id="huge", input_ids=[10**30]))],
+        "form": [
+            "{}",
+            json.dumps(plain_row(id="mixed", input_ids=["a", 2])),
+            json.dumps(plain_row(id="huge", input_ids=[10**30])),
+        ],
         "misaligned": [
             json.dumps(plain_row(id="text ids", topk_ids=[[], ["q"], ["r"]])),
             json.dumps(plain_row(id="text numbers", topk_logprobs=[[], ["-0.5", "-0.6"], ["-0.7"]])),
