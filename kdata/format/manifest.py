@@ -83,14 +83,15 @@ def check_binding(root: Path, info: DatasetInfo, entries: Iterable[ManifestEntry
 
 def foreign(info: DatasetInfo, entry: ManifestEntry) -> str | None:
     """Why a manifest line does not belong to a dataset; None where it does, or where an older kdata wrote it."""
+    source = info.sources.get(entry.source)
     if not entry.is_bound:
-        return "its line names no dataset, and dataset.json says that all do" if info.shards_bound else None
+        all_are = source is not None and source.shards_bound
+        return f"its line names no dataset, and all of source {entry.source!r} do" if all_are else None
     if entry.identity_digest != info.identity_digest:
         return (
             "it was written for another dataset, with another teacher, tokenizer, codec or vocabulary (fingerprint "
             f"{str(entry.identity_digest)[:12]}, that of dataset.json is {info.identity_digest[:12]})"
         )
-    source = info.sources.get(entry.source)
     if source is None:
         return f"dataset.json has no source {entry.source!r}"
     if entry.work_digest not in (source.work_digest, *source.former_digests):

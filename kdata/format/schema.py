@@ -191,6 +191,12 @@ class SourceInfo(Contract):
     )
     settings: dict[str, Any] = Field(description="Everything that decides the rows; a resume must repeat it.")
     num_units: int | None = Field(description="Work units in all, once the work is complete; null before.")
+    shards_bound: bool = Field(
+        False,
+        exclude_if=lambda bound: not bound,
+        description="True: every shard and its manifest line name their dataset (`fingerprint`) and their work "
+        "(`work_digest`); the key is absent where some were written before they did.",
+    )
     former_digests: list[Digest] = Field(
         [],
         exclude_if=lambda digests: not digests,
@@ -227,7 +233,7 @@ class FileInfo(Contract):
 
 
 # Keys of dataset.json that are no part of the identity.
-NO_IDENTITY = frozenset({"sources", "tokenizer_files", "shards_bound", "fingerprint", "digest"})
+NO_IDENTITY = frozenset({"sources", "tokenizer_files", "fingerprint", "digest"})
 
 
 class DatasetInfo(Contract):
@@ -247,16 +253,10 @@ class DatasetInfo(Contract):
         {}, description="Files in tokenizer/, by name, to find a damaged byte; no part of the identity."
     )
     sources: dict[SourceName, SourceInfo] = Field(description="Work that wrote rows, by name.")
-    shards_bound: bool = Field(
-        False,
-        exclude_if=lambda bound: not bound,
-        description="True: every shard and its manifest line name this dataset (`fingerprint`) and their work "
-        "(`work_digest`); the key is absent where some were written before they did.",
-    )
     identity_digest: str = Field(
         alias="fingerprint",
-        description="SHA-256 of the identity: everything but `sources`, `tokenizer_files`, `shards_bound`, "
-        "`teacher.speed_args`, `fingerprint` and `digest`.",
+        description="SHA-256 of the identity: everything but `sources`, `tokenizer_files`, `teacher.speed_args`, "
+        "`fingerprint` and `digest`.",
     )
     digest: str = Field("", description="SHA-256 of everything else in the file: finds a damaged byte.")
 

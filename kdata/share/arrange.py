@@ -65,21 +65,16 @@ def merge(datasets: list[Dataset], target: Path | str, *, link: bool = False) ->
     total = sum(dataset.num_tokens for dataset in datasets)
     with new_folder(target) as folder, Task("merge", total, "tokens") as task:
         sources: dict[str, SourceInfo] = {}
-        bound = True
         for dataset in datasets:
             names = _free_names(list(dataset.info.sources), set(sources))
             sources |= {names[name]: source for name, source in dataset.info.sources.items()}
             for entry in dataset.manifest:
-                copied = _copy_shard(dataset, entry, first.info, names[entry.source], folder, link)
-                append_entry(folder, copied)
-                bound = bound and copied.is_bound
+                append_entry(folder, _copy_shard(dataset, entry, first.info, names[entry.source], folder, link))
                 task.advance(entry.tokens)
-        about = {
-            "sources": dict(sorted(sources.items())),
-            "tokenizer_files": _tokenizer(first, folder),
-            "shards_bound": bound,
-        }
-        write_info(folder, first.info.model_copy(update=about))
+        files = _tokenizer(first, folder)
+        write_info(
+            folder, first.info.model_copy(update={"sources": dict(sorted(sources.items())), "tokenizer_files": files})
+        )
     return open_dataset(target)
 
 

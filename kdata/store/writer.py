@@ -113,7 +113,8 @@ class Writer:
         else:
             _refuse_foreign(self.root)
             journal_of(self.root).unlink(missing_ok=True)  # of a dataset that was deleted
-            self.info = self.info.model_copy(update={"shards_bound": True})
+        if known is None:
+            self._source_info = self._source_info.model_copy(update={"shards_bound": True})
         if known is None and self._resume == "must":
             raise MismatchError(
                 f"--resume must: {self.root} has no source {self.source!r} to continue; use --resume auto"
@@ -150,7 +151,8 @@ class Writer:
             digests.append(known.work_digest)
         if not former:
             return None
-        return now.model_copy(update={"settings": {**now.settings, FORMER: former}, "former_digests": digests})
+        settings = {**now.settings, FORMER: former}
+        return known.model_copy(update={"settings": settings, "former_digests": digests, "num_units": now.num_units})
 
     @property
     def is_followed(self) -> bool:

@@ -46,6 +46,10 @@ def write_lines(root: Path, lines: list[dict[str, Any]]) -> None:
     (root / "manifest.jsonl").write_bytes(b"".join(content))
 
 
+def bound(dataset: kdata.Dataset) -> bool:
+    return all(source.shards_bound for source in dataset.info.sources.values())
+
+
 def take_shard(source: Path, target: Path, number: int = 0) -> None:
     """Put one shard of a dataset, with its manifest line, in the place of the same shard of another."""
     lines, theirs = lines_of(target), lines_of(source)[number]
@@ -136,7 +140,7 @@ def test_a_shard_of_an_older_kdata_is_refused_where_all_are_bound(copied: Path) 
     for key in ("fingerprint", "work_digest"):
         del lines[1][key]
     write_lines(copied, lines)
-    with pytest.raises(CorruptError, match=r"its line names no dataset, and dataset.json says that all do"):
+    with pytest.raises(CorruptError, match=r"its line names no dataset, and all of source 'capture' do"):
         kdata.open(copied)
 
 
@@ -154,7 +158,7 @@ def unbind(root: Path) -> None:
         line["files"][f"data/{line['name']}.arrow"] = file_info(path).model_dump()
     write_lines(root, lines)
     about = info_of(root)
-    del about["shards_bound"]
+    del about["sources"]["capture"]["shards_bound"]
     write_info(root, about)
 
 
@@ -169,9 +173,9 @@ def test_a_dataset_of_an_older_kdata_is_read_continued_and_taken_apart(
     jsonl([*rows_of_text(24), {"id": "new", "domain": "code", "text": "for item in items"}], "corpus.jsonl")
     grown = run_capture(old, corpus, tokenizer_dir)
     assert len(grown.manifest) > number and verify(grown, deep=True) == []
-    assert len(unbound(grown)) == number and not grown.info.shards_bound
+    assert len(unbound(grown)) == number and not bound(grown)
     part = head(grown, tmp_path / "head", 5)
-    assert part.info.shards_bound and not unbound(part) and verify(part, deep=True) == []
+    assert bound(part) and not unbound(part) and verify(part, deep=True) == []
 
 
 def test_golden_datasets_of_before_are_not_bound_and_verify_says_so() -> None:
@@ -187,7 +191,7 @@ def test_what_kdata_writes_is_bound_and_what_it_makes_of_that_too(
     made += split(dataset, tmp_path / "parts", by="domain").values()
     made += [head(dataset, tmp_path / "head", 3)]
     for one in made:
-        assert one.info.shards_bound and not unbound(one) and verify(one, deep=True) == []
+        assert bound(one) and not unbound(one) and verify(one, deep=True) == []
         for line in lines_of(one.path):
             assert line["fingerprint"] == one.info.identity_digest
             schema = pa.ipc.open_file(str(one.path / f"data/{line['name']}.arrow")).schema
@@ -208,7 +212,7 @@ def test_shards_of_another_file_of_the_tokenizer_are_bound_anew_by_merge(
     first = kdata.open(copied)
     assert other.info.identity_digest != first.info.identity_digest
     merged = merge([first, other], tmp_path / "merged")
-    assert verify(merged, deep=True) == [] and merged.info.shards_bound
+    assert verify(merged, deep=True) == [] and bound(merged)
     assert [s.token_ids.tolist() for s in merged.iter_sequences()][-1] == list(other.iter_sequences())[
         -1
     ].token_ids.tolist()
@@ -222,7 +226,7 @@ def test_a_corpus_that_changes_keeps_old_shards_and_binds_new_ones(
     first = dataset.info.sources["capture"].work_digest
     for change in ([*rows, {**rows[0], "id": "new", "text": "the cat"}], rows[:20], rows):
         dataset = run_capture(tmp_path / "d", jsonl(change, "c.jsonl"), tokenizer_dir)
-        assert verify(dataset, deep=True) == [] and dataset.info.shards_bound and not unbound(dataset)
+        assert verify(dataset, deep=True) == [] and bound(dataset) and not unbound(dataset)
     about = dataset.info.sources["capture"]
     assert first == about.former_digests[0] and len(about.former_digests) == 3
 
