@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 from filelock import Timeout
 
-from kdata.check.verify import Problem, check_file, verify
+from kdata.check.verify import FOLDERS, Problem, check_file, check_shard, verify
 from kdata.errors import CorruptError, FormatError, MismatchError, MissingError, ShapeError, StorageError
 from kdata.format.codec import codec_of
 from kdata.format.files import inside, local_path, lock_of, storage_errors, write_atomically
@@ -138,7 +138,9 @@ def _repair(root: Path, copy: Path | None) -> Repair:
         aside=aside.folder,
         moved=aside.moved,
         units=units,
-        remaining=[p for p in verify(Dataset(root), deep=True) if p.path.split("/")[0] not in repaired_later],
+        remaining=[
+            p for p in verify(Dataset(root), deep=True) if _is_left(p) and p.path.split("/")[0] not in repaired_later
+        ],
         commands=commands + [command(root, info, source) for source in sorted(units)],
     )
 
@@ -148,21 +150,29 @@ def _info(root: Path, copy: Path | None, aside: _Aside) -> tuple[DatasetInfo, li
     path = root / "dataset.json"
     try:
         info = read_info(root)
+        _refuse_foreign_info(root, info)
         if path.read_bytes() == json_bytes(json.loads(path.read_bytes())):
             return info, []
         return info, [Problem("dataset.json", "is not in the form that kdata writes; its values are whole: rewritten")]
     except (CorruptError, MissingError) as error:
         if copy is None:
             raise CorruptError(
-                f"{path} is damaged or missing, and it cannot be made from the shards: only it holds teacher, tokenizer and "
-                f"settings. Name a copy of it: kdata repair {root} --copy FILE"
+                f"{path} is damaged, missing or of another dataset, and it cannot be made from the shards: only it holds "
+                f"teacher, tokenizer and settings. Name a copy of it: kdata repair {root} --copy FILE"
             ) from error
     other = read_info(copy if copy.is_dir() else _folder_of(copy))
     _refuse_other_shards(root, other)
     if path.exists():
         aside.move(["dataset.json"])
     write_info(root, other)
-    return other, [Problem("dataset.json", f"was damaged or missing; restored from {copy}")]
+    return other, [Problem("dataset.json", f"was damaged, missing or of another dataset; restored from {copy}")]
+
+
+def _refuse_foreign_info(root: Path, info: DatasetInfo) -> None:
+    """Raise CorruptError where shards name their dataset and none names this one: then not the shards are the strangers."""
+    named = {entry.identity_digest for entry in _entries(root)[0] if entry.is_bound}
+    if named and info.identity_digest not in named:
+        raise CorruptError(f"{root}/dataset.json is of another dataset than every shard that names one")
 
 
 def _folder_of(copy: Path) -> Path:
@@ -185,7 +195,7 @@ def _refuse_other_shards(root: Path, info: DatasetInfo) -> None:
         except (pa.ArrowException, OSError):
             continue
         try:
-            check_header(schema, info)
+            check_header(schema, info, entry)
         except ShapeError as error:
             raise MismatchError(
                 f"the copy of dataset.json does not fit shard {entry.name}: {error}; name another copy"
@@ -242,6 +252,7 @@ def _whole(
     problems: list[Problem] = []
     for entry in entries:
         own = [p for path, file in entry.files.items() for p in check_file(root, path, file)]
+        own = own or check_shard(root, entry, info)
         if entry.source not in info.sources:
             own.append(Problem("manifest.jsonl", f"{entry.name} is of a source that dataset.json does not have"))
         problems += own
@@ -250,11 +261,11 @@ def _whole(
 
 
 def _lost_units(root: Path, info: DatasetInfo, whole: list[ManifestEntry]) -> dict[str, list[int]]:
-    """Units to run again: those that a complete source lacks, and those of files that no intact line names."""
+    """Units to run again: those that a complete source lacks; of another those of files that no intact line names."""
     lost = {name: set(range(source.num_units or 0)) for name, source in info.sources.items()}
     for path in (p for folder in ("data", "index", "rejects") for p in (root / folder).glob("*-*")):
         source, _, unit = path.stem.rpartition("-")
-        if source in lost and unit.isdigit():
+        if source in lost and info.sources[source].num_units is None and unit.isdigit():
             lost[source].add(int(unit))
     for entry in whole:
         lost[entry.source].discard(entry.unit)
@@ -282,7 +293,10 @@ def _sweep(root: Path, aside: _Aside) -> tuple[list[Problem], list[str]]:
     for problem in problems:
         folder, _, name = problem.path.partition("/")
         stem = name.split("/")[0].split(".")[0]
-        if folder in ("scores", "plans"):
+        if problem.stray:
+            if _is_left(problem):
+                aside.move([problem.path])
+        elif folder in ("scores", "plans"):
             aside.move([f"{folder}/{stem}.json", f"{folder}/{stem}" + (".parquet" if folder == "plans" else "")])
             commands.add(f"kdata {'score' if folder == 'scores' else 'select'} {root} ... --name {stem}")
         elif folder == "tokenizer":
@@ -291,6 +305,11 @@ def _sweep(root: Path, aside: _Aside) -> tuple[list[Problem], list[str]]:
         else:
             aside.move([problem.path])
     return problems, sorted(commands)
+
+
+def _is_left(problem: Problem) -> bool:
+    """Whether a problem is for repair to solve: what a person put beside the dataset's own files stays where it is."""
+    return not problem.stray or problem.path.partition("/")[0] in FOLDERS or problem.path.rstrip("/").endswith(".tmp")
 
 
 def command(root: Path, info: DatasetInfo, source: str) -> str:

@@ -7,24 +7,36 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdata.errors import KdataError
+from kdata.errors import KdataError, ShapeError
 from kdata.format.files import inside, without_hidden
-from kdata.format.manifest import digest_of, json_bytes
-from kdata.format.schema import FileInfo, ManifestEntry, canonical_json, json_digest
+from kdata.format.manifest import digest_of, foreign, json_bytes
+from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, canonical_json, json_digest
 from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.selection.sidecar import load_score_info
 from kdata.store.dataset import Dataset
+from kdata.store.listed import PLANS, SCORES, Kind, read_listing, refuse_other_dataset
+from kdata.store.shard import check_header
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One difference from what was committed: the file's path inside the dataset, and what is wrong with it."""
+    """One difference from what was committed: the file's path inside the dataset, and what is wrong with it.
+
+    stray: the file belongs to nothing. It changes no answer, and `push` leaves it behind.
+    """
 
     path: str
     what: str
+    stray: bool = False
+
+
+# Folders in which every file is kdata's own.
+FOLDERS = ("data", "index", "rejects", "scores", "plans", "tokenizer")
+STRAY = "belongs to nothing: no manifest line or JSON names it; a killed run left it, or a person added it"
 
 
 def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
@@ -47,14 +59,16 @@ def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
     with Task("verify", total, "bytes") as task:
         for entry in dataset.manifest:
             for relative, info in entry.files.items():
-                problems += check_file(dataset.path, relative, info)
+                own = check_file(dataset.path, relative, info)
+                problems += own or (
+                    check_shard(dataset.path, entry, dataset.info) if relative.startswith("data/") else []
+                )
                 task.advance(info.bytes)
     problems += check_json(dataset.path, "dataset.json") + check_json(dataset.path, "manifest.jsonl")
     problems += _tokenizer(dataset)
-    problems += _sidecars(dataset)
-    problems += _plans(dataset)
+    problems += _listed(dataset, SCORES) + _listed(dataset, PLANS)
     problems += _strays(dataset)
-    if deep and not problems:
+    if deep and not any(not problem.stray for problem in problems):
         problems += _deep(dataset)
     return problems
 
@@ -71,6 +85,40 @@ def check_file(root: Path, relative: str, info: FileInfo) -> list[Problem]:
         if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
             return [Problem(relative, "differs from what was committed (SHA-256)")]
     return []
+
+
+def check_shard(root: Path, entry: ManifestEntry, about: DatasetInfo) -> list[Problem]:
+    """Compare a shard's manifest line and the metadata in its payload with the dataset."""
+    where = f"data/{entry.name}.arrow"
+    if reason := foreign(about, entry):
+        return [Problem("manifest.jsonl", f"shard {entry.name} does not belong to this dataset: {reason}")]
+    try:
+        check_header(pa.ipc.open_file(pa.memory_map(str(inside(root, where)))).schema, about, entry)
+    except (pa.ArrowException, OSError, ShapeError) as error:
+        return [Problem(where, f"is not a shard of this dataset: {error}")]
+    return []
+
+
+def unbound(dataset: Dataset) -> list[str]:
+    """Names of shards that do not name their dataset, because an older kdata wrote them.
+
+    Codec, vocabulary and tail of such a shard are compared; whether it is of another teacher or corpus cannot be known.
+    """
+    return [entry.name for entry in dataset.manifest if not entry.is_bound]
+
+
+def outdated(dataset: Dataset) -> list[str]:
+    """Scores and plans of another state of the dataset, or of another dataset of the same teacher: nothing reads them."""
+    names = []
+    for kind in (SCORES, PLANS):
+        for name in dataset.listed(kind):
+            try:
+                info, _ = read_listing(dataset.path / kind.folder / f"{name}.json", kind)
+            except KdataError:  # `verify` says so
+                continue
+            if info.dataset_digest != dataset.content_digest:
+                names.append(f"{kind.folder}.{name}")
+    return names
 
 
 def check_json(root: Path, relative: str) -> list[Problem]:
@@ -111,49 +159,67 @@ def _tokenizer(dataset: Dataset) -> list[Problem]:
     return []
 
 
-def _sidecars(dataset: Dataset) -> list[Problem]:
+def _listed(dataset: Dataset, kind: Kind) -> list[Problem]:
+    """Scores or plans: their JSON, whether it is of this dataset and has its name, and the files that it lists."""
     problems: list[Problem] = []
-    for path in without_hidden(dataset.path / "scores", "*.json"):
-        problems += check_json(dataset.path, f"scores/{path.name}")
-        if problems and problems[-1].path == f"scores/{path.name}":
-            continue
-        try:
-            files = load_score_info(dataset, path.stem).files
-        except KdataError as error:
-            problems.append(Problem(f"scores/{path.name}", f"cannot be read: {str(error).splitlines()[0]}"))
-            continue
-        for relative, info in files.items():
-            problems += check_file(dataset.path, relative, info)
-    return problems
-
-
-def _plans(dataset: Dataset) -> list[Problem]:
-    names = {path.stem for path in without_hidden(dataset.path / "plans", "*.*")}
-    problems: list[Problem] = []
-    for name in sorted(names):
-        problems += check_json(dataset.path, f"plans/{name}.json")
-        try:
-            Plan.load(dataset.path / "plans" / name)
-        except KdataError as error:
-            problems.append(Problem(f"plans/{name}.parquet", f"is not a valid plan: {str(error).splitlines()[0]}"))
+    for name in dataset.listed(kind):
+        where = f"{kind.folder}/{name}.json"
+        own = check_json(dataset.path, where)
+        if not own:
+            try:
+                info, _ = read_listing(dataset.path / where, kind)
+                refuse_other_dataset(info, kind, dataset.info.identity_digest, dataset.path)
+                for relative, file in info.files_of(kind).items():
+                    own += check_file(dataset.path, relative, file)
+                if not own and kind is PLANS:
+                    Plan.load(dataset.path / "plans" / name)
+                elif not own:
+                    load_score_info(dataset, name)
+            except KdataError as error:
+                own = [Problem(where, f"cannot be used: {str(error).splitlines()[0]}")]
+        problems += own
     return problems
 
 
 def _strays(dataset: Dataset) -> list[Problem]:
-    named = {relative for entry in dataset.manifest for relative in entry.files}
-    files = [
-        p
-        for folder in ("data", "index", "rejects")
-        for p in without_hidden(dataset.path / folder, "**/*")
-        if p.is_file()
-    ]
-    sidecars = {p.stem for p in without_hidden(dataset.path / "scores", "*.json")}
-    files += [p for p in without_hidden(dataset.path / "scores", "*/*") if p.parent.name not in sidecars]
-    return [
-        Problem(path, "is in no manifest line: a killed run left it, or a person added it")
-        for path in sorted(p.relative_to(dataset.path).as_posix() for p in files)
-        if path not in named
-    ]
+    """Files that nothing names, in every folder; of a folder that is not kdata's, the folder alone."""
+    known = {"dataset.json", "manifest.jsonl", "README.md"}
+    known |= {relative for entry in dataset.manifest for relative in entry.files}
+    known |= {f"tokenizer/{name}" for name in dataset.info.tokenizer_files}
+    problems = []
+    for path in without_hidden(dataset.path, "*"):
+        if path.is_file() or path.is_symlink():
+            files = [path]
+        elif path.name in FOLDERS:
+            files = [file for file in without_hidden(path, "**/*") if file.is_symlink() or not file.is_dir()]
+        else:
+            problems.append(Problem(f"{path.name}/", STRAY, stray=True))
+            continue
+        if path.name == "tokenizer" and not dataset.info.tokenizer_files:
+            continue  # an older kdata recorded no digests of them
+        for kind in (SCORES, PLANS):
+            if path.name == kind.folder:
+                known |= _known(dataset, kind)
+        names = [file.relative_to(dataset.path).as_posix() for file in files]
+        problems += [Problem(name, STRAY, stray=True) for name in names if name not in known]
+    return problems
+
+
+def _known(dataset: Dataset, kind: Kind) -> set[str]:
+    """The JSON of scores or plans, and the files that it lists. Parts of a score that is not complete are its own."""
+    known: set[str] = set()
+    for name in dataset.listed(kind):
+        known.add(f"{kind.folder}/{name}.json")
+        try:
+            info, _ = read_listing(dataset.path / kind.folder / f"{name}.json", kind)
+        except KdataError:  # `_listed` says so; what it had cannot be known
+            info = None
+        listed_files = {} if info is None else info.files_of(kind)
+        known |= set(listed_files)
+        if not listed_files:
+            parts = (f"scores/{name}/{entry.name}.parquet" for entry in dataset.manifest)
+            known |= set(parts) if kind is SCORES else {f"plans/{name}.parquet"}
+    return known
 
 
 def _deep(dataset: Dataset) -> list[Problem]:

@@ -6,8 +6,10 @@ pattern, and paths must stay inside the dataset.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,15 @@ from pydantic import ValidationError
 from kdata.config import first_problem
 from kdata.errors import CorruptError, FormatError, MissingError
 from kdata.format.files import inside, sync_directory, write_atomically
-from kdata.format.schema import FORMAT_MAJOR, DatasetInfo, ManifestEntry, canonical_json, json_digest
+from kdata.format.schema import (
+    FORMAT_MAJOR,
+    FORMAT_VERSION,
+    NO_IDENTITY,
+    DatasetInfo,
+    ManifestEntry,
+    canonical_json,
+    json_digest,
+)
 
 
 def read_info(root: Path) -> DatasetInfo:
@@ -44,9 +54,49 @@ def read_info(root: Path) -> DatasetInfo:
             f"{path} is damaged: it does not match its own digest; restore it from a copy of the dataset"
         )
     try:
-        return DatasetInfo.model_validate(raw)
+        info = DatasetInfo.model_validate(raw)
     except ValidationError as error:
         raise CorruptError(f"{path} does not follow the format: {first_problem(error)}") from error
+    # A newer minor version may leave further keys out of the identity.
+    if version == FORMAT_VERSION and info.identity_digest != _identity_digest(raw):
+        raise CorruptError(
+            f"{path} was edited: its fingerprint is not that of its content; restore it from a copy of the dataset"
+        )
+    return info
+
+
+def _identity_digest(raw: dict[str, Any]) -> str:
+    """`DatasetInfo.identity_digest` from the file itself, which may have keys that only the kdata that wrote it knew."""
+    identity = {key: value for key, value in raw.items() if key not in NO_IDENTITY}
+    return json_digest(DatasetInfo.without_speed(copy.deepcopy(identity)))
+
+
+def check_binding(root: Path, info: DatasetInfo, entries: Iterable[ManifestEntry]) -> None:
+    """Raise CorruptError where a manifest line is not of this dataset, or of other work. Older lines say neither."""
+    for entry in entries:
+        if reason := foreign(info, entry):
+            raise CorruptError(
+                f"{root}/manifest.jsonl: shard {entry.name} does not belong to this dataset: {reason}. Restore the "
+                "dataset.json and the manifest.jsonl that belong together, or run `kdata repair`, which sets the shard aside"
+            )
+
+
+def foreign(info: DatasetInfo, entry: ManifestEntry) -> str | None:
+    """Why a manifest line does not belong to a dataset; None where it does, or where an older kdata wrote it."""
+    source = info.sources.get(entry.source)
+    if not entry.is_bound:
+        all_are = source is not None and source.shards_bound
+        return f"its line names no dataset, and all of source {entry.source!r} do" if all_are else None
+    if entry.identity_digest != info.identity_digest:
+        return (
+            "it was written for another dataset, with another teacher, tokenizer, codec or vocabulary (fingerprint "
+            f"{str(entry.identity_digest)[:12]}, that of dataset.json is {info.identity_digest[:12]})"
+        )
+    if source is None:
+        return f"dataset.json has no source {entry.source!r}"
+    if entry.work_digest not in (source.work_digest, *source.former_digests):
+        return f"it was written by other work: another corpus, or other settings, than those of source {entry.source!r}"
+    return None
 
 
 def write_info(root: Path, info: DatasetInfo) -> None:

@@ -176,6 +176,12 @@ class MemberInfo(Contract):
 TeacherInfo.model_rebuild()
 
 
+# Setting of a source whose inputs have changed: how they were identified before, oldest first.
+FORMER = "former"
+# SHA-256 as text.
+Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
 class SourceInfo(Contract):
     """One piece of work that wrote rows: a capture of a corpus, or a generation from prompts."""
 
@@ -185,6 +191,23 @@ class SourceInfo(Contract):
     )
     settings: dict[str, Any] = Field(description="Everything that decides the rows; a resume must repeat it.")
     num_units: int | None = Field(description="Work units in all, once the work is complete; null before.")
+    shards_bound: bool = Field(
+        False,
+        exclude_if=lambda bound: not bound,
+        description="True: every shard and its manifest line name their dataset (`fingerprint`) and their work "
+        "(`work_digest`); the key is absent where some were written before they did.",
+    )
+    former_digests: list[Digest] = Field(
+        [],
+        exclude_if=lambda digests: not digests,
+        description="`work_digest` of shards that were written before the inputs changed; the key is absent without any.",
+    )
+
+    @property
+    def work_digest(self) -> str:
+        """SHA-256 (hex) of kind and settings: shards name it, so that one of another corpus or other settings is noticed."""
+        settings = {key: value for key, value in self.settings.items() if key != FORMER}
+        return json_digest({"kind": self.kind, "settings": settings})
 
 
 # A name that becomes part of a path: it cannot lead out of the dataset's folder.
@@ -207,6 +230,10 @@ class FileInfo(Contract):
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the file.")
     bytes: int = Field(ge=0, description="Its size.")
+
+
+# Keys of dataset.json that are no part of the identity.
+NO_IDENTITY = frozenset({"sources", "tokenizer_files", "fingerprint", "digest"})
 
 
 class DatasetInfo(Contract):
@@ -235,8 +262,12 @@ class DatasetInfo(Contract):
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same for as long as rows are added."""
-        content = self.model_dump(exclude={"sources", "tokenizer_files", "identity_digest", "digest"})
-        for teacher in (content["teacher"], *(m["teacher"] for m in content["teacher"].get("members", []))):
+        return self.without_speed({k: v for k, v in self.model_dump().items() if k not in NO_IDENTITY})
+
+    @staticmethod
+    def without_speed(content: dict[str, Any]) -> dict[str, Any]:
+        """The identity without what changes speed alone, in place."""
+        for teacher in (content["teacher"], *(m["teacher"] for m in content["teacher"].get("members") or ())):
             teacher.pop("speed_args", None)
         return content
 
@@ -287,6 +318,17 @@ class ManifestEntry(Contract):
         "rejects/NAME.parquet."
     )
     codec_error: CodecError | None = Field(description="Null for an empty shard.")
+    identity_digest: Digest | None = Field(
+        None,
+        alias="fingerprint",
+        exclude_if=lambda digest: digest is None,
+        description="`fingerprint` of the dataset that the shard was written for; absent from older shards.",
+    )
+    work_digest: Digest | None = Field(
+        None,
+        exclude_if=lambda digest: digest is None,
+        description="SHA-256 of kind and settings of its source when it was written; absent from older shards.",
+    )
     digest: str = Field("", description="SHA-256 of everything else in the line: finds a damaged byte.")
 
     @model_validator(mode="after")
@@ -296,7 +338,14 @@ class ManifestEntry(Contract):
         expected = shard_files(self.name)
         if not {expected["data"], expected["index"]} <= set(self.files) <= set(expected.values()):
             raise ValueError(f"shard {self.name} cannot have the files {sorted(self.files)}")
+        if (self.identity_digest is None) != (self.work_digest is None):
+            raise ValueError(f"shard {self.name} has only one of fingerprint and work_digest")
         return self
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the line names its dataset; those of older versions do not."""
+        return self.identity_digest is not None
 
 
 def canonical_json(value: Any) -> bytes:

@@ -29,7 +29,6 @@ from kdata.format.schema import (
     MemberInfo,
     SourceInfo,
     TeacherInfo,
-    canonical_json,
     json_digest,
 )
 from kdata.format.sequences import Sequences
@@ -170,7 +169,7 @@ def _run(
             if entry.unit in writer.committed:
                 task.skip(entry.tokens)
             elif unit is None:
-                task.advance(entry.tokens, shard=writer.accept(_chosen(root, info, plan, number)))
+                task.advance(entry.tokens, shard=writer.accept(_chosen(root, writer.info, plan, number)))
             else:
                 task.advance(entry.tokens, shard=writer.commit(unit))
         writer.finish(len(shards))
@@ -225,13 +224,11 @@ def _joined(
     """Write pieces of payload and index, brought into the order of rows, as a shard of their own source and unit."""
     back = pa.array(np.argsort(order))
     payload = pa.concat_tables([piece.replace_schema_metadata() for piece in payloads]).take(back).combine_chunks()
-    codec = {b"kdata.codec": canonical_json(info.codec.model_dump())}
-    payload = payload.replace_schema_metadata({**payloads[0].schema.metadata, **codec})
     index = pa.concat_tables(indexes).take(back)
     for column in ("source", "row"):
         place = index.schema.get_field_index(column)
         index = index.set_column(place, index.schema.field(place), own[column])
-    return write_tables(root, entry.source, entry.unit, payload, index, error, inputs=inputs_of(payload))
+    return write_tables(root, info, entry.source, entry.unit, payload, index, error, inputs=inputs_of(payload))
 
 
 def _refuse_unfit(inputs: list[Dataset]) -> None:

@@ -19,7 +19,7 @@ from kdata.errors import ConfigError, DataError
 from kdata.format.keep import KeepConfig
 from kdata.format.records import UnitResult, inputs_digest
 from kdata.format.rejects import checked
-from kdata.format.schema import ManifestEntry, SourceInfo, TeacherInfo, json_digest
+from kdata.format.schema import FORMER, ManifestEntry, SourceInfo, TeacherInfo, json_digest
 from kdata.jobs.changes import CORPUS_IDENTITY, LABELS, say_changes
 from kdata.jobs.job import Engine, LocalEngine, TeacherFacts, check_k, devices_of, run_job
 from kdata.jobs.payloads import OTHER_TEACHER, goes_on, inputs_of_shard, source_digest
@@ -27,7 +27,7 @@ from kdata.jobs.reading import ReadingUnit, read_unit
 from kdata.store.dataset import Dataset
 from kdata.store.index import read_index
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
-from kdata.store.writer import FORMER, Writer
+from kdata.store.writer import Writer
 from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher

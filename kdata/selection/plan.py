@@ -6,7 +6,6 @@ step can choose the first ones. Opening a plan of 100 million rows does not read
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +17,11 @@ from pydantic import Field, ValidationError
 
 from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
-from kdata.format.files import file_info, without_hidden, write_atomically
+from kdata.format.files import file_info, matches, without_hidden, write_atomically
 from kdata.format.manifest import digest_of, write_json
-from kdata.format.schema import Contract, FileInfo
+from kdata.format.schema import Contract, Digest, FileInfo
 from kdata.store.dataset import Dataset
+from kdata.store.listed import PLANS, read_listing
 from kdata.store.sql import check_new_name, is_name
 
 PLAN_SCHEMA = pa.schema([pa.field("id", pa.string(), False), pa.field("repeats", pa.int32(), False)])
@@ -52,6 +52,11 @@ class PlanInfo(Contract):
     dataset_digest: str = Field(
         alias="dataset_fingerprint", description="Content digest of the dataset that it selects from."
     )
+    dataset_identity: Digest | None = Field(
+        None,
+        exclude_if=lambda digest: digest is None,
+        description="`fingerprint` of that dataset; absent from older plans.",
+    )
     scores: dict[str, str] = Field(description="Sidecars that were read: name to digest.")
     parents: dict[str, str] = Field({}, description="Plans that were read: name to `digest` of their JSON.")
     num_rows: int = Field(ge=0, description="Distinct sequences chosen.")
@@ -74,8 +79,10 @@ class Plan:
     `plan_digest` is the digest of its JSON file, "" before it is saved.
     """
 
-    def __init__(self, table: pa.Table | Path, info: PlanInfo, plan_digest: str = "") -> None:
-        self._table, self.info, self.plan_digest = table, info, plan_digest
+    def __init__(
+        self, table: pa.Table | Path, info: PlanInfo, plan_digest: str = "", table_info: FileInfo | None = None
+    ) -> None:
+        self._table, self.info, self.plan_digest, self._table_info = table, info, plan_digest, table_info
 
     def __repr__(self) -> str:
         return f"Plan({self.info.name!r}, rows={self.info.num_rows:,}, tokens={self.info.num_tokens:,})"
@@ -85,6 +92,8 @@ class Plan:
         """Columns id and repeats, in order. Raises CorruptError where the file does not hold a plan's rows."""
         if isinstance(self._table, pa.Table):
             return self._table
+        if self._table_info is not None:
+            _refuse_other_table(self._table, self._table_info)
         try:
             table = pq.read_table(self._table).cast(PLAN_SCHEMA)
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -124,24 +133,21 @@ class Plan:
                 raise MissingError(
                     f"plan {table_path.stem!r}: {needed} does not exist; write the plan with `kdata select`"
                 )
+        _, content = read_listing(info_path, PLANS)
         try:
-            content = json.loads(info_path.read_bytes())
             info = PlanInfo.model_validate(content)
-            num_rows = pq.read_metadata(table_path).num_rows
         except ValidationError as error:
             raise CorruptError(f"{info_path} does not describe a plan: {first_problem(error)}") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CorruptError(f"{info_path} does not describe a plan: {error}") from error
+        if info.table is not None:
+            _refuse_other_table(table_path, info.table)
+        try:
+            num_rows = pq.read_metadata(table_path).num_rows
         except (pa.ArrowException, OSError) as error:
             raise CorruptError(f"{table_path} is not a plan: {error}") from error
-        if info.digest and info.digest != digest_of(content):
-            raise CorruptError(f"{info_path} does not match its own digest; run `kdata select` again")
-        if info.table is not None and file_info(table_path) != info.table:
-            raise CorruptError(f"{table_path} is not the plan that was saved; run `kdata select` again")
         if num_rows != info.num_rows:
             raise CorruptError(f"{table_path} has {num_rows} rows and {info_path.name} says {info.num_rows}")
         unsaved = info.model_copy(update={"table": None, "digest": ""})  # the two fields describe the files
-        return cls(table_path, unsaved, info.digest)
+        return cls(table_path, unsaved, info.digest, info.table)
 
     def save(self, directory: Path) -> Path:
         """Write NAME.parquet and NAME.json into `directory` (the JSON last); return the Parquet's path."""
@@ -155,7 +161,12 @@ class Plan:
         return path
 
     def check(self, dataset: Dataset) -> None:
-        """Raise MismatchError where the dataset has changed since the plan was written."""
+        """Raise MismatchError where the plan is of another dataset, or the dataset has changed since it was written."""
+        if self.info.dataset_identity not in (None, dataset.info.identity_digest):
+            raise MismatchError(
+                f"plan {self.info.name!r} was written for another dataset than {dataset.path}: another teacher, tokenizer, "
+                "codec or vocabulary. Run `kdata select` again."
+            )
         if dataset.content_digest != self.info.dataset_digest:
             raise MismatchError(
                 f"plan {self.info.name!r} belongs to another state of {dataset.path} (digest "
@@ -171,6 +182,11 @@ class Plan:
         """
         self.check(dataset)
         return np.repeat(dataset.rows_of(self.ids), self.repeats)
+
+
+def _refuse_other_table(path: Path, info: FileInfo) -> None:
+    if not path.is_file() or not matches(path, info):
+        raise CorruptError(f"{path} is not the plan that was saved; run `kdata select` again")
 
 
 def plan_files(path: Path) -> tuple[Path, Path]:
@@ -196,8 +212,8 @@ def write_plan_info(table_path: Path, info: PlanInfo) -> str:
     return digest_of(content)
 
 
-def plan_info(domains: dict[str, DomainChoice], **fields: Any) -> PlanInfo:
-    """The description of a plan from what it chose of each domain. Raises DataError where it chose nothing."""
+def plan_info(domains: dict[str, DomainChoice], dataset: Dataset, **fields: Any) -> PlanInfo:
+    """The description of a plan of a dataset from what it chose of each domain. Raises DataError where it chose nothing."""
     if not any(domain.rows for domain in domains.values()):
         raise DataError(f"plan {fields['name']!r} selects no row; request more, or loosen its condition")
     in_dataset = sum(domain.dataset_tokens for domain in domains.values())
@@ -207,7 +223,8 @@ def plan_info(domains: dict[str, DomainChoice], **fields: Any) -> PlanInfo:
         for name, domain in sorted(domains.items())
     }
     num_rows = sum(domain.rows for domain in domains.values())
-    return PlanInfo(domains=domains, shares=shares, num_rows=num_rows, num_tokens=in_plan, **fields)
+    of = {"dataset_digest": dataset.content_digest, "dataset_identity": dataset.info.identity_digest}
+    return PlanInfo(domains=domains, shares=shares, num_rows=num_rows, num_tokens=in_plan, **of, **fields)
 
 
 def _whole(name: str, repeats: np.ndarray) -> np.ndarray:
@@ -253,5 +270,5 @@ def make_plan(
             tokens=int((times_R * tokens_R)[here].sum()),
         )
     fields = {"name": name, "method": method, "parameters": parameters, "sql": sql, "scores": scores or {}}
-    info = plan_info(domains, dataset_digest=dataset.content_digest, **fields)
+    info = plan_info(domains, dataset, **fields)
     return Plan(pa.table({"id": ids, "repeats": times}, schema=PLAN_SCHEMA), info)

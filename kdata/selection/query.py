@@ -10,7 +10,7 @@ from kdata.errors import ConfigError, DataError, MissingError
 from kdata.selection.session import DomainSizes, Session
 from kdata.selection.step import Chosen, Counts, Step
 from kdata.store.dataset import Dataset
-from kdata.store.sql import check_recordable, mentions
+from kdata.store.sql import check_recordable, mentions, reads_of
 
 # The order of the answer is the order of the plan. Without a column `repeats` a row is chosen once, or as often as in the
 # parent plan.
@@ -36,6 +36,10 @@ class Sql(Step):
     def sidecars(self, dataset: Dataset) -> list[str]:
         """See `Step.sidecars`."""
         return mentions(dataset, self.sql or "")["scores"]
+
+    def reads(self, dataset: Dataset) -> frozenset[str]:
+        """See `Step.reads`. A query whose text does not say what it reads gets nothing, and is refused by `choose`."""
+        return reads_of(dataset, self.sql or "") or frozenset()
 
     def choose(self, session: Session, domains: DomainSizes) -> tuple[Chosen, dict[str, Any]]:
         """See `Step.choose`."""

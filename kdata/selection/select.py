@@ -97,7 +97,7 @@ def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
     parent = None if config.parent is None else open_plan(dataset, config.parent)
     scores = {score: checked_score_digest(dataset, score) for score in config.sidecars(dataset)}
     dataset.check_index()
-    with open_session(dataset, parent, f"select {name}", room) as session:
+    with open_session(dataset, parent, f"select {name}", config.reads(dataset), room) as session:
         domains = session.domains()
         if not domains:
             raise DataError(f"{dataset.path} has no rows to choose from; capture or generate some first")
@@ -105,11 +105,11 @@ def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
         parents = ([] if parent is None else [parent]) + [open_plan(dataset, other) for other in chosen.parents]
         info = plan_info(
             _by_domain(domains, chosen),
+            dataset,
             name=name,
             method=config.method,
             parameters=parameters,
             sql=chosen.sql,
-            dataset_digest=dataset.content_digest,
             scores=scores,
             parents={plan.info.name: plan.plan_digest for plan in parents},
             count_by=chosen.count_by,

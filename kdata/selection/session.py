@@ -24,7 +24,8 @@ from kdata.format.schema import ManifestEntry, index_schema
 from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset
-from kdata.store.sql import Room, connect, files_view, name_damage, refuse_writing, views
+from kdata.store.listed import SCORES
+from kdata.store.sql import Room, connect, files_view, name_damage, refuse_writing
 
 PIECE_ROWS = 2_000_000
 
@@ -100,7 +101,8 @@ class Session:
         self.execute(f"create or replace view rows as {self.rows('every_row')}")
         shards = {f"{entry.name}.parquet" for entry in entries}
         for name in scores:
-            parts = [part for part in self.dataset.sql_sidecars()[name] if part.rpartition("/")[2] in shards]
+            files = self.dataset.listed_files(SCORES, name)
+            parts = [part for part in files if part.rpartition("/")[2] in shards]
             files_view(self._connection, f'scores."{name}"', parts, index_schema())
 
     def domains(self, *, countable: bool = False) -> dict[str, DomainSize]:
@@ -128,10 +130,6 @@ class Session:
     def refuse_writing(self, text: str) -> None:
         """Raise QueryError unless the text is a single query."""
         refuse_writing(self._connection, text)
-
-    def views(self) -> list[str]:
-        """Names of the views that a query may use."""
-        return [name for name in views(self._connection) if name != "every_row"]
 
 
 def _groups(entries: list[ManifestEntry]) -> Iterator[list[ManifestEntry]]:
@@ -170,19 +168,24 @@ def exclusive(dataset: Dataset, purpose: str) -> Iterator[Path]:
 
 
 @contextmanager
-def open_session(dataset: Dataset, parent: Plan | None, what: str, room: Room | None = None) -> Iterator[Session]:
+def open_session(
+    dataset: Dataset, parent: Plan | None, what: str, reads: frozenset[str], room: Room | None = None
+) -> Iterator[Session]:
     """Open the connection of a step, hold the dataset's lock and show progress.
 
+    Args:
+        reads: views that the step reads beside `rows` and the parent plan.
     Raises:
         StorageError: another process writes to the dataset, or memory or disk do not suffice.
         CorruptError, QueryError: see `kdata.store.sql.query`.
     """
     room = room or Room()
+    own = {"rows"} if parent is None else {"rows", f"plans.{parent.info.name}".lower()}
     with (
         exclusive(dataset, "select") as folder,
         query_errors(dataset),
         Task(what, unit="rows read") as task,
-        connect(dataset, Room(room.memory_limit, room.threads, folder)) as connection,
+        connect(dataset, reads | own, Room(room.memory_limit, room.threads, folder)) as connection,
     ):
         yield Session(dataset, connection, folder, parent, task)
 

@@ -8,7 +8,6 @@ dataset and the digest of each part. `kdata.jobs.scoring` writes a model's score
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,11 +15,12 @@ import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
 from kdata.config import first_problem
-from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, settings_difference
-from kdata.format.files import file_info, inside, without_hidden, write_atomically
-from kdata.format.manifest import digest_of, write_json
-from kdata.format.schema import Contract, FileInfo, ManifestEntry, TeacherInfo, json_digest
+from kdata.errors import ConfigError, CorruptError, MismatchError, settings_difference
+from kdata.format.files import matches, write_atomically
+from kdata.format.manifest import write_json
+from kdata.format.schema import Contract, Digest, FileInfo, ManifestEntry, TeacherInfo, json_digest
 from kdata.store.dataset import Dataset
+from kdata.store.listed import SCORES, listed, read_listing, refuse_other_dataset
 from kdata.store.sql import check_new_name, is_name
 
 SCORE_SCHEMA = pa.schema(
@@ -46,6 +46,11 @@ class ScoreInfo(Contract):
     dataset_digest: str = Field(
         alias="dataset_fingerprint", description="Content digest of the dataset that was scored."
     )
+    dataset_identity: Digest | None = Field(
+        None,
+        exclude_if=lambda digest: digest is None,
+        description="`fingerprint` of that dataset; absent from older scores.",
+    )
     columns: list[str] = Field(["nll", "num_target_tokens"], description="Columns of the parts beside `id`.")
     origin: FileInfo | None = Field(
         None, description="Digest and size of the file that the numbers are from; null where a model scored."
@@ -57,40 +62,84 @@ class ScoreInfo(Contract):
 def begin_sidecar(dataset: Dataset, info: ScoreInfo) -> None:
     """Start or continue a sidecar. Raises MismatchError where a sidecar of that name has other settings."""
     path = dataset.path / "scores" / f"{info.name}.json"
-    check_new_name("score", info.name, (other.stem for other in without_hidden(path.parent, "*.json")))
+    check_new_name("score", info.name, listed(dataset.path, SCORES))
     (dataset.path / "scores" / info.name).mkdir(parents=True, exist_ok=True)
+    older: list[ManifestEntry] = []
     if path.exists():
         before = load_score_info(dataset, info.name)
         # The dataset digest may differ: rows were added. Each part records its shard, so parts of unchanged shards are kept.
-        changing = {"files", "dataset_digest", "digest"}
+        changing = {"files", "dataset_digest", "dataset_identity", "digest"}
         difference = settings_difference(before.model_dump(exclude=changing), info.model_dump(exclude=changing))
         if difference:
             raise MismatchError(
                 f"scores.{info.name} exists with other settings (before -> now):\n{difference}\n"
                 f"Choose another name, or remove {path.with_suffix('')} and {path.name}."
             )
-    write_json(path, info.model_dump())
+        older = _older_parts(dataset, before)
+    write_json(path, _of(dataset, info).model_dump())
+    for entry in older:
+        write_part(dataset, info.name, entry, _read(_part(dataset, info.name, entry)))
+
+
+def _read(path: Path) -> pa.Table:
+    return pq.read_table(path, partitioning=None)  # otherwise a folder NAME=VALUE above would become a column
+
+
+def _older_parts(dataset: Dataset, info: ScoreInfo) -> list[ManifestEntry]:
+    """Shards whose part an older kdata wrote and is undamaged: such parts do not say yet which score they are of."""
+    parts = []
+    for entry in dataset.manifest:
+        path, file = _part(dataset, info.name, entry), info.files.get(f"scores/{info.name}/{entry.name}.parquet")
+        if file is not None and path.is_file() and matches(path, file):
+            stored = pq.read_schema(path).metadata or {}
+            if stored.get(b"kdata.shard") == _shard_digest(entry) and b"kdata.score" not in stored:
+                parts.append(entry)
+    return parts
+
+
+def _shard_digest(entry: ManifestEntry) -> bytes:
+    return entry.files[f"data/{entry.name}.arrow"].sha256.encode()
+
+
+def _of(dataset: Dataset, info: ScoreInfo) -> ScoreInfo:
+    return info.model_copy(update={"dataset_identity": dataset.info.identity_digest})
 
 
 def write_part(dataset: Dataset, name: str, entry: ManifestEntry, table: pa.Table) -> None:
     """Write the scores of one shard, whole or not at all."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({"kdata.shard": _shard_digest(entry)}), sink, compression="zstd")
+    metadata = _part_metadata(dataset, name, entry, table)
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
     write_atomically(_part(dataset, name, entry), sink.getvalue().to_pybytes())
 
 
-def _shard_digest(entry: ManifestEntry) -> str:
-    return entry.files[f"data/{entry.name}.arrow"].sha256
+def _part_metadata(dataset: Dataset, name: str, entry: ManifestEntry, table: pa.Table) -> dict[bytes, bytes]:
+    """What a part says of itself, so that a run that goes on knows its own: which shard, of which score, which numbers."""
+    score = load_score_info(dataset, name).model_dump(exclude={"files", "dataset_digest", "digest"})
+    return {
+        b"kdata.shard": _shard_digest(entry),
+        b"kdata.score": json_digest(score).encode(),
+        b"kdata.numbers": _numbers_digest(table).encode(),
+    }
+
+
+def _numbers_digest(table: pa.Table) -> str:
+    """SHA-256 (hex) of the values of a part. Until a score is complete, no JSON has the digests of its parts."""
+    plain = pa.table({name: table[name].combine_chunks() for name in table.column_names})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, plain.schema) as writer:
+        writer.write_table(plain)
+    return hashlib.sha256(sink.getvalue()).hexdigest()
 
 
 def has_part(dataset: Dataset, name: str, entry: ManifestEntry) -> bool:
-    """True where a readable part exists that was written for this shard as it is now."""
-    path = _part(dataset, name, entry)
+    """True where a part exists that this score wrote for this shard as it is now, undamaged. Older parts do not say so."""
     try:
-        metadata = pq.read_schema(path).metadata or {}
-    except (pa.ArrowException, OSError):
+        table = _read(_part(dataset, name, entry))
+    except (pa.ArrowException, OSError, ValueError):
         return False
-    return metadata.get(b"kdata.shard") == _shard_digest(entry).encode()
+    stored = table.schema.metadata or {}
+    return all(stored.get(key) == value for key, value in _part_metadata(dataset, name, entry, table).items())
 
 
 def finish_sidecar(dataset: Dataset, info: ScoreInfo) -> ScoreInfo:
@@ -100,7 +149,7 @@ def finish_sidecar(dataset: Dataset, info: ScoreInfo) -> ScoreInfo:
         content = _part(dataset, info.name, entry).read_bytes()
         relative = f"scores/{info.name}/{entry.name}.parquet"
         files[relative] = FileInfo(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
-    info = info.model_copy(update={"files": files})
+    info = _of(dataset, info).model_copy(update={"files": files})
     write_json(dataset.path / "scores" / f"{info.name}.json", info.model_dump())
     return info
 
@@ -110,22 +159,22 @@ def _part(dataset: Dataset, name: str, entry: ManifestEntry) -> Path:
 
 
 def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
-    """Read scores/NAME.json. Raises MissingError, which lists the scores that exist, or CorruptError."""
+    """Read scores/NAME.json, of a complete score or not.
+
+    Raises:
+        ConfigError: an invalid name.
+        MissingError: there is none; lists the scores that exist.
+        CorruptError: it is damaged, or was renamed.
+        MismatchError: it is of another dataset.
+    """
     if not is_name(name):
         raise ConfigError(f"{name!r} is not a valid score name; use letters, digits and _, beginning with a letter")
     dataset.fetch_sidecar(name)
     path = dataset.path / "scores" / f"{name}.json"
-    if not path.exists():
-        names = ", ".join(p.stem for p in without_hidden(dataset.path / "scores", "*.json")) or "none"
-        raise MissingError(f"{dataset.path} has no score {name!r} (scores: {names}); write it with `kdata score`")
+    listing, content = read_listing(path, SCORES)
+    refuse_other_dataset(listing, SCORES, dataset.info.identity_digest, dataset.path)
     try:
-        content = json.loads(path.read_bytes())
-        info = ScoreInfo.model_validate(content)
-        if info.digest and info.digest != digest_of(content):
-            raise CorruptError(f"{path} does not match its own digest; remove it and run `kdata score` again")
-        return info
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptError(f"{path} is damaged ({error}); remove it and run `kdata score` again") from error
+        return ScoreInfo.model_validate(content)
     except ValidationError as error:
         raise CorruptError(
             f"{path} is damaged ({first_problem(error)}); remove it and run `kdata score` again"
@@ -133,23 +182,14 @@ def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
 
 
 def score_digest(dataset: Dataset, name: str) -> str:
-    """SHA-256 (hex) of a complete sidecar. Raises MissingError where it is incomplete or of another state of the dataset."""
+    """SHA-256 (hex) of a complete sidecar. Raises as `load_score_info` and `Dataset.listing`."""
     info = load_score_info(dataset, name)
-    if info.dataset_digest != dataset.content_digest or not info.files:
-        raise MissingError(f"score {name!r} does not cover the dataset as it is now; run `kdata score` again")
+    dataset.listing(SCORES, name)
     return json_digest(info.model_dump())
 
 
 def checked_score_digest(dataset: Dataset, name: str) -> str:
     """The same, after comparing every local part with its digest. Raises CorruptError where one differs."""
     digest = score_digest(dataset, name)
-    if dataset.sql_filesystem is not None:
-        return digest  # the parts are at a URL; comparing them would read them whole
-    for relative, info in load_score_info(dataset, name).files.items():
-        path = inside(dataset.path, relative)
-        if not path.is_file() or file_info(path) != info:
-            raise CorruptError(
-                f"{path} is not what was committed (missing, or another SHA-256); remove scores/{name} and run `kdata score` "
-                "again"
-            )
+    dataset.listed_files(SCORES, name)  # parts at a URL stay there; comparing them would read them whole
     return digest

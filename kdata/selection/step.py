@@ -63,6 +63,10 @@ class Step(Strict):
         """Names of the scores that the step reads."""
         return []
 
+    def reads(self, dataset: Dataset) -> frozenset[str]:
+        """The views that the step reads beside `rows` and the parent plan, as `kdata.store.sql.reads_of` names them."""
+        return frozenset(f"scores.{name}".lower() for name in self.sidecars(dataset))
+
     @abstractmethod
     def choose(self, session: Session, domains: DomainSizes) -> tuple[Chosen, dict[str, Any]]:
         """Fill the table `chosen` of the session. Return what was chosen, and the parameters for the plan to record.

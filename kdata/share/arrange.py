@@ -31,7 +31,7 @@ from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.pick import renamed, tables
-from kdata.store.shard import write_tables
+from kdata.store.shard import bind_payload, fits, write_tables
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.store.writer import Writer
 
@@ -43,7 +43,8 @@ def merge(datasets: list[Dataset], target: Path | str, *, link: bool = False) ->
 
     Args:
         target: a folder that does not exist yet, or is empty.
-        link: link the payloads instead of copying them: no space is used, but damage to one file damages both.
+        link: link the payloads instead of copying them: no space is used, but damage to one file damages both. Payloads of
+            a dataset with another file of the same tokenizer are copied nevertheless, because they name their dataset.
     Raises:
         ConfigError: the folder is not free, or `target` is a URL.
         MismatchError: teacher, tokenizer, codec or another part of the identity differs; the message lists what.
@@ -68,7 +69,7 @@ def merge(datasets: list[Dataset], target: Path | str, *, link: bool = False) ->
             names = _free_names(list(dataset.info.sources), set(sources))
             sources |= {names[name]: source for name, source in dataset.info.sources.items()}
             for entry in dataset.manifest:
-                append_entry(folder, _copy_shard(dataset, entry, names[entry.source], folder, link))
+                append_entry(folder, _copy_shard(dataset, entry, first.info, names[entry.source], folder, link))
                 task.advance(entry.tokens)
         files = _tokenizer(first, folder)
         write_info(
@@ -181,15 +182,25 @@ def _free_names(names: list[str], used: set[str]) -> dict[str, str]:
     return renamed
 
 
-def _copy_shard(dataset: Dataset, entry: ManifestEntry, source: str, folder: Path, link: bool) -> ManifestEntry:
-    """Copy one shard into a folder; its index is rewritten where its name changes."""
+def _copy_shard(
+    dataset: Dataset, entry: ManifestEntry, info: DatasetInfo, source: str, folder: Path, link: bool
+) -> ManifestEntry:
+    """Copy one shard into a folder; its index is rewritten where its name changes.
+
+    A payload that names its dataset, which has another identity than `info` (another file of the same tokenizer), gets new
+    metadata.
+    """
     name = f"{source}-{entry.unit:05d}"
     files: dict[str, FileInfo] = {}
     for relative in entry.files:
         kind = relative.split("/")[0]
         path, target = dataset.checked_file(entry, kind), folder / kind / f"{name}{Path(relative).suffix}"
         target.parent.mkdir(exist_ok=True)
-        if kind == "data" and link:
+        if kind == "data" and not fits(path, dataset.info, entry, info):
+            work = entry.work_digest or dataset.info.sources[entry.source].work_digest
+            bind_payload(path, target, info, work)
+            entry = entry.model_copy(update={"identity_digest": info.identity_digest, "work_digest": work})
+        elif kind == "data" and link:
             _link(path, target)
         elif kind == "data" or name == entry.name:
             shutil.copyfile(path, target)
@@ -232,7 +243,7 @@ def _write_rows(dataset: Dataset, rows: np.ndarray, root: Path, what: dict[str, 
                     if entry.source == source and len(local):
                         table, index = tables(dataset, entry, local, shard_name(source, units))
                         shard = write_tables(
-                            root, source, units, table, index, entry.codec_error, inputs=inputs_of(table)
+                            root, writer.info, source, units, table, index, entry.codec_error, inputs=inputs_of(table)
                         )
                         writer.accept(shard)
                         units += 1

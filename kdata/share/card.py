@@ -18,11 +18,12 @@ import pyarrow as pa
 import yaml
 
 from kdata.errors import ConfigError
-from kdata.format.files import without_hidden, write_atomically
+from kdata.format.files import write_atomically
 from kdata.format.schema import CodecError, index_schema, payload_schema
 from kdata.observe.journal import Took, find_journal, lines_of, read_journal, took
 from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line
 from kdata.store.dataset import Dataset
+from kdata.store.listed import PLANS, SCORES
 
 NOTES_BEGIN, NOTES_END = b"<!-- notes: begin -->", b"<!-- notes: end -->"
 EMPTY_NOTES = (
@@ -232,9 +233,9 @@ def _render(dataset: Dataset, title: str | None, cost: list[Took]) -> str:
         duration=duration,
         hours_text=hours_text,
         energy_text=energy_text,
-        scores=[p.name for p in without_hidden(dataset.path, "scores/*") if p.is_dir()],
-        plans=[p.stem for p in without_hidden(dataset.path, "plans/*.parquet")],
-        has_tokenizer=dataset.tokenizer_dir is not None,
+        scores=dataset.listed(SCORES),
+        plans=dataset.listed(PLANS),
+        has_tokenizer=(dataset.path / "tokenizer").is_dir() or bool(dataset.info.tokenizer_files),
         index_columns=_columns(index_schema()),
         payload_columns=_columns(payload_schema(dataset.info.codec.id)),
         human_bytes=human_bytes,

@@ -7,16 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kdata.check.verify import verify
+from kdata.check.verify import FOLDERS, verify
 from kdata.errors import ConfigError, CorruptError, DependencyError, StorageError
 from kdata.format.files import inside, local_path, without_hidden
 from kdata.share.arrange import new_folder
 from kdata.share.card import card_page, cost_of, write_card
 from kdata.store.dataset import Dataset
 from kdata.store.hub import hub_errors, hub_name
+from kdata.store.listed import PLANS, SCORES, read_listing
 from kdata.store.open import open_dataset
-
-FOLDERS = {"data", "index", "rejects", "scores", "plans", "tokenizer"}  # what is in them is kdata's own
 
 
 def push(dataset: Dataset, destination: str | Path, *, public: bool = False) -> str:
@@ -37,7 +36,7 @@ def push(dataset: Dataset, destination: str | Path, *, public: bool = False) -> 
         StorageError: the disk or the Hub refused.
     """
     destination = str(destination)
-    problems = verify(dataset)
+    problems = [problem for problem in verify(dataset) if not problem.stray]  # what belongs to nothing stays behind
     if problems:
         listing = "\n".join(f"  {p.path} {p.what}" for p in problems[:10])
         raise CorruptError(
@@ -58,15 +57,16 @@ def dataset_files(dataset: Dataset) -> list[str]:
     """Relative paths of all files that belong to a verified dataset: shards, sidecars, plans, tokenizer, card."""
     files = ["dataset.json", "manifest.jsonl"]
     files += [relative for entry in dataset.manifest for relative in entry.files]
-    for pattern in (
-        "scores/*.json",
-        "scores/*/*.parquet",
-        "plans/*.json",
-        "plans/*.parquet",
-        "tokenizer/*",
-        "README.md",
-    ):
-        files += [p.relative_to(dataset.path).as_posix() for p in without_hidden(dataset.path, pattern) if p.is_file()]
+    for kind in (SCORES, PLANS):
+        for name in dataset.listed(kind):
+            info, _ = read_listing(dataset.path / kind.folder / f"{name}.json", kind)
+            own = info.files_of(kind) or ([f"plans/{name}.parquet"] if kind is PLANS else [])
+            files += [f"{kind.folder}/{name}.json", *sorted(own)]
+    recorded = dataset.info.tokenizer_files or [
+        p.name for p in without_hidden(dataset.path, "tokenizer/*") if p.is_file()
+    ]
+    files += [f"tokenizer/{name}" for name in sorted(recorded)]
+    files += ["README.md"] if (dataset.path / "README.md").is_file() else []
     for relative in files:
         inside(dataset.path, relative)  # refuses a link, which would share a file from elsewhere
     return files

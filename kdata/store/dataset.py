@@ -5,7 +5,6 @@ A dataset at a URL or on the Hub is the same class with other ways to a file: se
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -18,16 +17,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kdata.errors import ConfigError, CorruptError, DependencyError, MissingError, OutOfRangeError, ShapeError
+from kdata.errors import (
+    ConfigError,
+    CorruptError,
+    DependencyError,
+    MismatchError,
+    MissingError,
+    OutOfRangeError,
+    ShapeError,
+)
 from kdata.format.codec import codec_of
-from kdata.format.files import inside, without_hidden
-from kdata.format.manifest import read_info, read_manifest
-from kdata.format.schema import DatasetInfo, ManifestEntry, content_hash, index_schema, json_digest
+from kdata.format.files import inside, matches, without_hidden
+from kdata.format.manifest import check_binding, read_info, read_manifest
+from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, content_hash, index_schema, json_digest
 from kdata.format.sequences import Sequences, decode, flat, nothing
 from kdata.store.index import UNREADABLE, damaged, read_index
+from kdata.store.listed import PLANS, SCORES, Kind, Listing, listed, read_listing, refuse_other_dataset
 from kdata.store.row import Row
 from kdata.store.shard import check_header
-from kdata.store.sql import Values, unglobbed
+from kdata.store.sql import Check, Values, unglobbed
 from kdata.store.sql import query as run_query
 from kdata.store.tokens import TokenText
 from kdata.store.torch_rows import TorchRows
@@ -46,17 +54,24 @@ class Dataset:
     data[2:5], data[[7, 3]]    `Sequences`; so does a bool mask with a value per row
     for row in data            every `Row`, in order
     data.sql("select ...")     DuckDB over rows, scores and plans
+
+    Attributes:
+        check: when `sql` compares index, scores and plans with their digests: first (before it answers), or later (not at
+            all; `verify` does). Whatever else reads them, and the payload, compares first.
+        unchecked: views that answered queries without that comparison.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: Check = "first") -> None:
         self.path, self.place = path, str(path)  # the folder; the address by which it was opened
+        self.check = check
+        self.unchecked: set[str] = set()
         self.info: DatasetInfo = read_info(path)
         self.manifest: list[ManifestEntry] = sorted(read_manifest(path), key=lambda e: e.name)
+        check_binding(path, self.info, self.manifest)
         self.shard_starts = np.concatenate(([0], np.cumsum([e.rows for e in self.manifest], dtype=np.int64)))
         self._readers: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
         self._batches: OrderedDict[tuple[int, int], tuple[pa.RecordBatch, int]] = OrderedDict()  # with their bytes
         self._batch_starts: dict[int, np.ndarray] = {}
-        self._checked: set[str] = set()
         self._shard_rows: tuple[int, pa.Table] | None = None  # the shard whose index was read last, and that index
         for name, source in self.info.sources.items():
             units = {entry.unit for entry in self.manifest if entry.source == name}
@@ -68,11 +83,12 @@ class Dataset:
                 )
 
     def __repr__(self) -> str:
-        return f"Dataset({self.place!r}, rows={self.num_rows:,}, tokens={self.num_tokens:,})"
+        later = "" if self.check == "first" else f", check={self.check!r}"
+        return f"Dataset({self.place!r}, rows={self.num_rows:,}, tokens={self.num_tokens:,}{later})"
 
     def __reduce__(self) -> tuple[type[Dataset], tuple[Any, ...]]:
         """Another process opens the dataset again: maps and caches do not travel."""
-        return Dataset, (self.path,)
+        return Dataset, (self.path, self.check)
 
     @property
     def num_rows(self) -> int:
@@ -89,9 +105,24 @@ class Dataset:
 
     @property
     def tokenizer_dir(self) -> Path | None:
-        """Folder with the teacher's tokenizer files, or None where the dataset carries none."""
-        path = self.path / "tokenizer"
-        return path if path.is_dir() else None
+        """Folder with the teacher's tokenizer files, or None where the dataset carries none.
+
+        Raises CorruptError where a file in it is not what was committed, or belongs to nothing: libraries that read such a
+        folder look for files by name. An older kdata recorded no files.
+        """
+        path, recorded = self.path / "tokenizer", self.info.tokenizer_files
+        if not path.is_dir():
+            return None
+        for name, info in recorded.items():
+            file = inside(self.path, f"tokenizer/{name}")
+            if not file.is_file() or not matches(file, info):
+                raise damaged(file, "it is missing, or its SHA-256 is not the one in dataset.json")
+        for file in without_hidden(path, "*"):
+            if recorded and file.name not in recorded:
+                raise CorruptError(
+                    f"{file} is no file of this dataset's tokenizer; remove it (dataset.json lists them)"
+                )
+        return path
 
     @cached_property
     def content_digest(self) -> str:
@@ -148,17 +179,10 @@ class Dataset:
         return path
 
     def checked_file(self, entry: ManifestEntry, folder: str) -> Path:
-        """The same; at first use its bytes are compared with the digest in the manifest (about 1.5 GB/s).
-
-        Raises CorruptError where they differ.
-        """
-        path, relative = self.shard_file(entry, folder), self.file_name(entry, folder)
-        if relative not in self._checked:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != entry.files[relative].sha256:
-                raise damaged(path, "its SHA-256 is not the one in the manifest")
-            self._checked.add(relative)
+        """The same; its bytes are compared with the digest in the manifest, see `matches`. CorruptError where they differ."""
+        path = self.shard_file(entry, folder)
+        if not matches(path, entry.files[self.file_name(entry, folder)]):
+            raise damaged(path, "its SHA-256 is not the one in the manifest")
         return path
 
     def fetch(self) -> None:
@@ -192,20 +216,69 @@ class Dataset:
         """The fsspec file system through which DuckDB reads the dataset; None: the local one."""
         return None
 
-    def sql_file(self, entry: ManifestEntry, folder: str) -> str:
-        """The name by which DuckDB opens a file of a shard. Raises CorruptError where it is missing."""
-        return unglobbed(self.shard_file(entry, folder).resolve())
+    def sql_file(self, entry: ManifestEntry, folder: str, *, compare: bool = True) -> str:
+        """The name by which DuckDB opens a file of a shard.
+
+        Raises CorruptError where it is missing, or, with `compare`, not what was committed.
+        """
+        return unglobbed((self.checked_file if compare else self.shard_file)(entry, folder).resolve())
+
+    def listed(self, kind: Kind) -> list[str]:
+        """Names of the scores or plans that are here; see `kdata.store.listed`."""
+        return listed(self.path, kind)
+
+    def listing(self, kind: Kind, name: str) -> Listing:
+        """What NAME.json says of a complete score, or of a plan.
+
+        Raises:
+            MissingError: there is none, or the score is not complete, or of another state of the dataset.
+            MismatchError: it is of another dataset, or the plan of another state of this one.
+            CorruptError: it is damaged, was renamed, or lists other files than the dataset has shards.
+        """
+        path = self.path / kind.folder / f"{name}.json"
+        info, _ = read_listing(path, kind)
+        refuse_other_dataset(info, kind, self.info.identity_digest, self.path)
+        if kind is PLANS and info.dataset_digest != self.content_digest:
+            raise MismatchError(
+                f"plan {name!r} belongs to another state of {self.path} (digest {info.dataset_digest[:12]}, now "
+                f"{self.content_digest[:12]}): rows were added or changed. Run `kdata select` again."
+            )
+        if kind is SCORES:
+            if info.dataset_digest != self.content_digest or not info.files:
+                raise MissingError(f"score {name!r} does not cover the dataset as it is now; run `kdata score` again")
+            if set(info.files) != {f"scores/{name}/{entry.name}.parquet" for entry in self.manifest}:
+                raise CorruptError(
+                    f"{path} does not list one part for each shard; remove it and run `kdata score` again"
+                )
+        return info
+
+    def listed_files(self, kind: Kind, name: str, *, compare: bool = True) -> list[str]:
+        """The names by which DuckDB opens the files of a complete score, or of a plan.
+
+        Raises as `listing`, and CorruptError where one is missing or, with `compare`, not what was committed.
+        """
+        info = self.listing(kind, name)
+        if kind is PLANS and info.table is None:  # an older kdata recorded no digest
+            self.unchecked.add(f"plans.{name}")
+            return [unglobbed(inside(self.path, f"plans/{name}.parquet").resolve())]
+        return [self._listed_file(*file, kind, compare) for file in sorted(info.files_of(kind).items())]
+
+    def _listed_file(self, relative: str, info: FileInfo, kind: Kind, compare: bool) -> str:
+        path = inside(self.path, relative)
+        if not path.is_file() or (compare and not matches(path, info)):
+            raise CorruptError(
+                f"{path} is not what was committed (missing, or another SHA-256); remove {relative.rpartition('/')[0]} and "
+                f"run `{kind.command}` again"
+                if kind is SCORES
+                else f"{path} is not the plan that was saved; run `{kind.command}` again"
+            )
+        return unglobbed(path.resolve())
 
     def fetch_sidecar(self, name: str) -> None:
         """Copy scores/NAME.json here where the dataset is elsewhere."""
 
     def fetch_plan(self, name: str) -> None:
         """Copy plans/NAME.json and NAME.parquet here where the dataset is elsewhere."""
-
-    def sql_sidecars(self) -> dict[str, list[str]]:
-        """The names by which DuckDB opens the parts of each sidecar, complete or not."""
-        folders = [path for path in without_hidden(self.path.resolve(), "scores/*") if path.is_dir()]
-        return {path.name: [unglobbed(part) for part in without_hidden(path, "*.parquet")] for path in folders}
 
     def rows_of(self, ids: list[str]) -> np.ndarray:
         """Global row numbers int64 of these ids. Raises MissingError with the first unknown id."""
@@ -398,7 +471,7 @@ class Dataset:
         """
         index = self._read_index(entry, ["id", "content_hash"])
         expected = zip(index["id"].to_pylist(), index["content_hash"].to_pylist(), strict=True)
-        check_header(pa.ipc.open_file(pa.memory_map(str(path))).schema, self.info)
+        check_header(pa.ipc.open_file(pa.memory_map(str(path))).schema, self.info, entry)
         reader, sizes = _reader(path, ["id", "input_ids"]), []
         for number in range(reader.num_record_batches):
             batch = _checked_batch(reader, number)

@@ -6,15 +6,19 @@ from pathlib import Path
 
 from kdata.errors import ConfigError, MissingError
 from kdata.store.dataset import Dataset
+from kdata.store.sql import Check
 from kdata.store.url_dataset import RemoteDataset
 
 
-def open_dataset(path: str | Path) -> Dataset:
+def open_dataset(path: str | Path, *, check: Check = "first") -> Dataset:
     """Open a dataset: a folder, any URL that fsspec opens ("s3://BUCKET/NAME"), or "hf://OWNER/NAME[@REVISION]".
 
     Of what is not here, only dataset.json and the manifest are read now; other files are copied into the cache when they are
     needed, and compared with their digests. `Dataset.fetch` copies the rest.
 
+    Args:
+        check: first: a query reads files whose bytes were compared with their digests, once per process and file. later:
+            queries do not wait for that (`Dataset.unchecked` says which views they read); `kdata verify` compares.
     Raises:
         MissingError: nothing there.
         FormatError: written by a newer major version.
@@ -22,10 +26,10 @@ def open_dataset(path: str | Path) -> Dataset:
         StorageError: the URL cannot be read.
     """
     if "://" in str(path):
-        return RemoteDataset(str(path))
+        return RemoteDataset(str(path), check=check)
     local = Path(path)
     if not local.exists():
         raise MissingError(f"{local} does not exist; a Hub dataset is named hf://OWNER/NAME")
     if not local.is_dir():
         raise ConfigError(f"{local} is a file; name the dataset's folder")
-    return Dataset(local)
+    return Dataset(local, check)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from kdata.errors import ShapeError
 from kdata.format.schema import ManifestEntry, index_schema
 from kdata.store.dataset import Dataset
 from kdata.store.index import damaged, read_index
+from kdata.store.shard import check_header
 
 
 def renamed(table: pa.Table, shard: str, source: str) -> pa.Table:
@@ -24,9 +26,11 @@ def tables(dataset: Dataset, entry: ManifestEntry, local: np.ndarray, name: str)
     data, index_path = dataset.checked_file(entry, "data"), dataset.checked_file(entry, "index")
     chosen = pa.array(local)
     try:
-        payload = pa.ipc.open_file(pa.memory_map(str(data))).read_all().take(chosen)
+        file = pa.ipc.open_file(pa.memory_map(str(data)))
+        check_header(file.schema, dataset.info, entry)
+        payload = file.read_all().take(chosen)
         index = read_index(index_path, index_schema().names).take(chosen)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ShapeError) as error:
         raise damaged(data, error) from error
     index = renamed(index, name, entry.source).drop_columns("row")
     index = index.append_column(index_schema().field("row"), pa.array(np.arange(len(local)), pa.int32()))

@@ -45,7 +45,7 @@ ROWS_PER_BATCH, TOKENS_PER_BATCH = 32, 8192
 MASS_SLACK = 1e-3  # a float32 softmax sums to 1 within 1e-6; a larger sum than 1 + 1e-3 is not a distribution
 # Level 1: higher levels look for matches, and these make the entropy-coded planes larger (93 against 90 bytes per token for
 # 64 ids).
-ZSTD_LEVEL = 1
+_COMPRESSED = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
 
 
 def write_shard(root: Path, info: DatasetInfo, source: str, unit: UnitResult) -> Shard:
@@ -56,15 +56,21 @@ def write_shard(root: Path, info: DatasetInfo, source: str, unit: UnitResult) ->
         StorageError: the disk refused.
     """
     table, index, error = shard_tables(unit, shard_name(source, unit.number), source, info)
-    return write_tables(root, source, unit.number, table, index, error, rejects=unit.rejects, inputs=unit.inputs)
+    return write_tables(root, info, source, unit.number, table, index, error, rejects=unit.rejects, inputs=unit.inputs)
 
 
 def write_tables(
-    root: Path, source: str, number: int, table: pa.Table, index: pa.Table, error: CodecError | None, *,
-    rejects: Sequence[Reject] = (), inputs: str = "",
+    root: Path, info: DatasetInfo, source: str, number: int, table: pa.Table, index: pa.Table, error: CodecError | None,
+    *, rejects: Sequence[Reject] = (), inputs: str = "",
 ) -> Shard:  # fmt: skip
-    """The same from a payload table and an index table, for instance rows of another dataset."""
-    name = shard_name(source, number)
+    """The same from a payload table and an index table, for instance rows of another dataset.
+
+    Args:
+        info: of the dataset that the shard becomes part of; it has the source.
+        table: whatever its metadata names, the shard is bound to `info`.
+    """
+    name, work = shard_name(source, number), info.sources[source].work_digest
+    table = table.replace_schema_metadata(header_of(info, work))
     paths = shard_files(name)
     files: dict[str, FileInfo] = {}
     with storage_errors(root):
@@ -87,6 +93,8 @@ def write_tables(
         inputs=inputs,
         files=files,
         codec_error=error,
+        identity_digest=info.identity_digest,
+        work_digest=work,
     )
     return Shard(entry, index["id"].to_pylist(), _kept_mass(index, entry))
 
@@ -117,11 +125,7 @@ def _kept_mass(index: pa.Table, entry: ManifestEntry) -> float | None:
 
 def _write_arrow(root: Path, relative: str, table: pa.Table) -> FileInfo:
     path = root / f"{relative}.tmp"
-    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
-    with (
-        pa.OSFile(str(path), "wb") as file,
-        pa.ipc.new_file(file, table.schema, options=options) as writer,
-    ):
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema, options=_COMPRESSED) as writer:
         lengths = pc.list_value_length(table["input_ids"]).to_numpy()
         for begin in range(0, table.num_rows, ROWS_PER_BATCH):
             rows = rows_per_batch(lengths[begin : begin + ROWS_PER_BATCH])
@@ -192,28 +196,60 @@ def shard_tables(
     }
     for absent in set(payload_schema(info.codec.id).names) - columns.keys():
         columns[absent] = pa.nulls(len(records), payload_schema(info.codec.id).field(absent).type)
-    schema = payload_schema(info.codec.id).with_metadata(header_of(info))
-    table = pa.table(columns, schema=schema)
+    table = pa.table(columns, schema=payload_schema(info.codec.id))
     mass = comparison.stored_mass
     rows = [_index_row(r, name, source, i, mass[offsets[i] : offsets[i + 1]]) for i, r in enumerate(records)]
     return table, pa.Table.from_pylist(rows, schema=index_schema()), error
 
 
-def header_of(info: DatasetInfo) -> dict[str, bytes]:
-    """Metadata of a shard: what a reader must know of the dataset that it belongs to."""
+def header_of(info: DatasetInfo, work_digest: str) -> dict[str, bytes]:
+    """Metadata of a shard: what a reader must know of the dataset that it belongs to, and the work that wrote it."""
     return {
         "kdata.format_version": info.format_version.encode(),
         "kdata.codec": canonical_json(info.codec.model_dump()),
         "kdata.vocab_size": str(info.vocab_size).encode(),
         "kdata.tail": info.tail.encode(),
+        "kdata.fingerprint": info.identity_digest.encode(),
+        "kdata.work_digest": work_digest.encode(),
     }
 
 
-def check_header(schema: pa.Schema, info: DatasetInfo) -> None:
-    """Compare the schema of a stored shard, and the metadata in it, with its dataset.
+def fits(path: Path, own: DatasetInfo, entry: ManifestEntry, other: DatasetInfo) -> bool:
+    """Whether a payload of the dataset `own` can be one of `other` as it is: it names that dataset, or none.
+
+    Raises CorruptError where it is not the payload of `own` that the manifest line says.
+    """
+    try:
+        schema = pa.ipc.open_file(pa.memory_map(str(path))).schema
+        check_header(schema, own, entry)
+    except UNREADABLE as error:
+        raise damaged(path, error) from error
+    return (schema.metadata or {}).get(b"kdata.fingerprint") in (None, other.identity_digest.encode())
+
+
+def bind_payload(path: Path, target: Path, info: DatasetInfo, work_digest: str) -> None:
+    """Copy a payload, record batch by record batch and without decoding it, with metadata that bind it to `info`.
+
+    Raises CorruptError where its bytes cannot be decompressed.
+    """
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        schema = reader.schema.with_metadata(header_of(info, work_digest))
+        with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, schema, options=_COMPRESSED) as writer:
+            for number in range(reader.num_record_batches):
+                batch = reader.get_batch(number)
+                batch.validate(full=True)
+                writer.write_batch(pa.record_batch(batch.columns, schema=schema))
+    except pa.ArrowException as error:
+        raise damaged(path, error) from error
+
+
+def check_header(schema: pa.Schema, info: DatasetInfo, entry: ManifestEntry) -> None:
+    """Compare the schema of a stored shard, and the metadata in it, with its dataset and its manifest line.
 
     Raises:
-        ShapeError: a column is missing or has another type, or the shard was written for another codec, vocabulary or tail.
+        ShapeError: a column is missing or has another type, or the shard was written for another codec, vocabulary or tail,
+            for another dataset, or by other work.
     """
     expected = payload_schema(info.codec.id)
     for field in expected:
@@ -223,8 +259,16 @@ def check_header(schema: pa.Schema, info: DatasetInfo) -> None:
         if place >= 0 and not _same_type(schema.field(place).type, field.type):
             raise ShapeError(f"column {field.name} is {schema.field(place).type}, not {field.type}")
     stored = {key.decode(errors="replace"): value for key, value in (schema.metadata or {}).items()}
-    for key, value in header_of(info).items():
-        if key != "kdata.format_version" and _parsed(key, stored.get(key)) != _parsed(key, value):
+    expected_header = header_of(info, entry.work_digest or "")
+    unread = {"kdata.format_version"}
+    if not entry.is_bound:  # of an older version, or one that an older version has written into the manifest again
+        unread |= {"kdata.work_digest"} | ({"kdata.fingerprint"} - stored.keys())
+    for key, value in expected_header.items():
+        if key not in unread and _parsed(key, stored.get(key)) != _parsed(key, value):
+            if key == "kdata.work_digest":
+                raise ShapeError(
+                    "it was written by other work, of another corpus or settings, than its manifest line says"
+                )
             raise ShapeError(
                 f"it was written for another dataset: its {key.removeprefix('kdata.')} is not that of dataset.json"
             )

@@ -2,6 +2,9 @@
 
 Views (columns in `schemas/README.md`): `rows` (the index), `rejects`, `manifest`, `scores.NAME` per sidecar, `plans.NAME`
 per plan. The connection reads the dataset's folder and nothing else.
+
+A view is made only for a query that names it, of the files that manifest or JSON list, once their bytes were compared with
+their digests. So a query cannot read what was not compared.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ from typing import Any, Literal, Protocol
 import duckdb
 import pyarrow as pa
 
-from kdata.errors import ConfigError, CorruptError, QueryError
-from kdata.format.files import without_hidden
+from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, QueryError
 from kdata.format.schema import ManifestEntry, index_schema, rejects_schema
+from kdata.store.listed import PLANS, SCORES, Kind
 
 Values = Literal["arrow", "text", "json"]
+Check = Literal["first", "later"]
 
 
 class Queryable(Protocol):
@@ -43,12 +47,26 @@ class Queryable(Protocol):
         """The fsspec file system through which DuckDB reads; None: the local one."""
         ...
 
-    def sql_file(self, entry: ManifestEntry, folder: str) -> str:
+    @property
+    def check(self) -> Check:
+        """When files are compared with their digests; see `Dataset`."""
+        ...
+
+    @property
+    def unchecked(self) -> set[str]:
+        """Views that answered without that."""
+        ...
+
+    def sql_file(self, entry: ManifestEntry, folder: str, *, compare: bool = True) -> str:
         """The name under which DuckDB opens a file of a shard."""
         ...
 
-    def sql_sidecars(self) -> dict[str, list[str]]:
-        """The same for the parts of each sidecar."""
+    def listed(self, kind: Kind) -> list[str]:
+        """Names of the scores or plans that are here."""
+        ...
+
+    def listed_files(self, kind: Kind, name: str, *, compare: bool = True) -> list[str]:
+        """The names under which DuckDB opens the files of a score or a plan."""
         ...
 
     def fetch_sidecar(self, name: str) -> None:
@@ -117,10 +135,17 @@ class Room:
     folder: Path | None = None
 
 
-def connect(dataset: Queryable, room: Room | None = None) -> duckdb.DuckDBPyConnection:
-    """An in-memory DuckDB connection with the dataset's views; it may read inside the dataset's folder only.
+# The views that a query reads, in lower case ("rows", "scores.ref"); None: its text does not say, so any.
+Reads = frozenset[str] | None
 
-    Raises ConfigError for a memory limit that DuckDB does not understand.
+
+def connect(dataset: Queryable, reads: Reads, room: Room | None = None) -> duckdb.DuckDBPyConnection:
+    """An in-memory DuckDB connection with the views in `reads`; it may read inside the dataset's folder only.
+
+    Raises:
+        ConfigError: a memory limit that DuckDB does not understand; two names that SQL takes for one.
+        CorruptError, MissingError, MismatchError: a file of a view is not what was committed, or a score or plan does not
+            belong to the dataset as it is now.
     """
     room, root = room or Room(), dataset.path.resolve()
     connection = duckdb.connect()
@@ -143,7 +168,7 @@ def connect(dataset: Queryable, room: Room | None = None) -> duckdb.DuckDBPyConn
         connection.register_filesystem(dataset.sql_filesystem)
         connection.execute("set parquet_metadata_cache = true")  # a footer is fetched once
         places.add(f"{dataset.sql_filesystem.protocol}://")
-    _make_views(connection, dataset, root)
+    _make_views(connection, dataset, reads)
     # DuckDB checks a pattern as it is written, and each file that matches it.
     allowed = ", ".join(literal(name) for name in sorted(places))
     connection.execute(f"set allowed_directories = [{allowed}]")
@@ -152,21 +177,41 @@ def connect(dataset: Queryable, room: Room | None = None) -> duckdb.DuckDBPyConn
     return connection
 
 
-def _make_views(connection: duckdb.DuckDBPyConnection, dataset: Queryable, root: Path) -> None:
-    files_view(connection, "rows", [dataset.sql_file(e, "index") for e in dataset.manifest], index_schema())
-    rejects = [dataset.sql_file(e, "rejects") for e in dataset.manifest if e.rejected]
-    files_view(connection, "rejects", rejects, rejects_schema())
+def _make_views(connection: duckdb.DuckDBPyConnection, dataset: Queryable, reads: Reads) -> None:
+    compare = dataset.check == "first"
+
+    def wanted(view: str) -> bool:
+        if reads is not None and view.lower() not in reads:
+            return False
+        if not compare:
+            dataset.unchecked.add(view)
+        return True
+
+    for kind in (SCORES, PLANS):
+        _check_distinct(kind.folder, dataset.listed(kind))
+        connection.execute(f"create schema {kind.folder}")
+    if wanted("rows"):
+        index = [dataset.sql_file(entry, "index", compare=compare) for entry in dataset.manifest]
+        files_view(connection, "rows", index, index_schema())
+    if wanted("rejects"):
+        files = [dataset.sql_file(entry, "rejects", compare=compare) for entry in dataset.manifest if entry.rejected]
+        files_view(connection, "rejects", files, rejects_schema())
     connection.register("_manifest", manifest_table(dataset))
     connection.execute("create view manifest as from _manifest")
-    connection.execute("create schema scores")
-    _check_distinct("scores", dataset.sql_sidecars())
-    _check_distinct("plans", [path.stem for path in without_hidden(root, "plans/*.parquet")])
-    for name, parts in dataset.sql_sidecars().items():
-        if parts and is_name(name):
-            files_view(connection, f'scores."{name}"', parts, pa.schema([]))
-    connection.execute("create schema plans")
-    for path in (p for p in without_hidden(root, "plans/*.parquet") if is_name(p.stem)):
-        files_view(connection, f'plans."{path.stem}"', [unglobbed(path)], pa.schema([]))
+    for kind, name in listed_views(dataset):
+        if wanted(f"{kind.folder}.{name}"):
+            try:
+                files = dataset.listed_files(kind, name, compare=compare)
+            except (MissingError, MismatchError):
+                if reads is not None:
+                    raise
+                continue  # the query may not read it; where it does, DuckDB's error leads to `name_damage`
+            files_view(connection, f'{kind.folder}."{name}"', files, pa.schema([]))
+
+
+def listed_views(dataset: Queryable) -> list[tuple[Kind, str]]:
+    """Scores and plans whose names can be views."""
+    return [(kind, name) for kind in (SCORES, PLANS) for name in dataset.listed(kind) if is_name(name)]
 
 
 def _check_distinct(schema: str, names: Iterable[str]) -> None:
@@ -217,24 +262,36 @@ def check_recordable(text: str) -> None:
             )
 
 
-def mentions(dataset: Queryable, text: str) -> dict[str, list[str]]:
-    """Which `scores` and `plans` of the dataset a query names; nothing where it cannot be parsed."""
-    named: dict[str, set[str]] = {"scores": set(), "plans": set()}
+def reads_of(dataset: Queryable, text: str) -> Reads:
+    """Which views a query reads. Scores and plans that it names are copied here where the dataset is elsewhere."""
+    parsed = _parsed(text)
+    if parsed.get("error"):  # a pivot, or no query at all
+        return None
+    views, names_all = set(), True
+    for node in _nodes(parsed):
+        kind, function = node.get("type"), node.get("function")
+        if kind == "BASE_TABLE":
+            schema, table = str(node.get("schema_name")).lower(), str(node.get("table_name"))
+            names_all = names_all and schema in ("", "main", SCORES.folder, PLANS.folder) and is_name(table)
+            views.add(f"{schema}.{table.lower()}" if schema in (SCORES.folder, PLANS.folder) else table.lower())
+            if is_name(table) and schema == SCORES.folder:
+                dataset.fetch_sidecar(table)
+            elif is_name(table) and schema == PLANS.folder:
+                dataset.fetch_plan(table)
+        elif kind == "TABLE_FUNCTION" and isinstance(function, dict):
+            names_all = names_all and str(function.get("function_name")).lower() in RECORDABLE
+        elif kind == "SHOW_REF" and node.get("table_name"):  # show tables
+            names_all = False
+    return frozenset(views) if names_all else None
 
-    for node in _nodes(_parsed(text)):
-        if node.get("type") == "BASE_TABLE":
-            named.get(str(node.get("schema_name")).lower(), set()).add(str(node.get("table_name")))
-    for name in filter(is_name, sorted(named["scores"])):
-        dataset.fetch_sidecar(name)
-    for name in filter(is_name, sorted(named["plans"])):
-        dataset.fetch_plan(name)
-    existing = {
-        "scores": list(dataset.sql_sidecars()),
-        "plans": [path.stem for path in without_hidden(dataset.path, "plans/*.parquet")],
+
+def mentions(dataset: Queryable, text: str) -> dict[str, list[str]]:
+    """Which `scores` and `plans` of the dataset a query names; nothing where its text does not say."""
+    reads = reads_of(dataset, text) or frozenset()  # DuckDB ignores case
+    return {
+        kind.folder: sorted(name for name in dataset.listed(kind) if f"{kind.folder}.{name}".lower() in reads)
+        for kind in (SCORES, PLANS)
     }
-    # DuckDB ignores case.
-    lower = {schema: {name.lower() for name in names} for schema, names in named.items()}
-    return {schema: sorted(name for name in existing[schema] if name.lower() in lower[schema]) for schema in named}
 
 
 def manifest_table(dataset: Queryable) -> pa.Table:
@@ -277,21 +334,20 @@ def query(
             unions as JSON text, all other values as DuckDB writes them. json: each value as JSON text; SQL's null is null.
     Raises:
         QueryError: DuckDB refused it (with DuckDB's reason), it is not one query, or a column has a type that Arrow lacks.
-        CorruptError: it failed, and a file of the index is not what was committed.
+        CorruptError, MissingError, MismatchError: see `connect`.
     """
-    if dataset.sql_filesystem is not None:
-        mentions(dataset, text)  # copies the sidecars and plans that it names
     try:
-        with connect(dataset) as connection:
+        with connect(dataset, reads_of(dataset, text)) as connection:
             try:
                 refuse_writing(connection, text)
                 relation = connection.sql(text, params=parameters)
                 return _arrow_table(relation) if values == "arrow" else _text_table(relation, values)
             except duckdb.Error as error:
-                name_damage(dataset, error)
-                raise QueryError(f"{str(error).strip()}\nViews: {', '.join(views(connection))}") from error
+                name_damage(dataset, error, text)
+                later = "" if dataset.check == "first" else "\nNothing was compared with its digest (check='later')."
+                raise QueryError(f"{str(error).strip()}\nViews: {', '.join(views(dataset))}{later}") from error
     except duckdb.Error as error:
-        name_damage(dataset, error)
+        name_damage(dataset, error, text)
         raise QueryError(f"{dataset.path}: DuckDB cannot read the files: {str(error).strip()}") from error
 
 
@@ -388,22 +444,27 @@ def strict_json(text: str) -> str:
     return re.sub(r'("(?:[^"\\]|\\.)*")|-?Infinity|NaN', lambda match: match[1] or f'"{match[0]}"', text)
 
 
-def name_damage(dataset: Queryable, error: duckdb.Error) -> None:
-    """Raise CorruptError where the cause of a failed query is a damaged file."""
-    if dataset.sql_filesystem is not None:
-        return  # the files stay at the URL
-    for entry in dataset.manifest:
-        for folder in ("index", "rejects") if entry.rejected else ("index",):
+def name_damage(dataset: Queryable, error: duckdb.Error, text: str = "") -> None:
+    """Raise what is wrong with the files where a query failed for that: damage, or a score or plan that does not belong here.
+
+    Args:
+        text: the query; scores and plans whose names are in it are compared too.
+    """
+    if dataset.sql_filesystem is None:  # otherwise the files stay at the URL
+        for entry in dataset.manifest:
+            for folder in ("index", "rejects") if entry.rejected else ("index",):
+                try:
+                    dataset.checked_file(entry, folder)
+                except CorruptError as damage:
+                    raise damage from error
+    for kind, name in listed_views(dataset):
+        if re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE):
             try:
-                dataset.checked_file(entry, folder)
-            except CorruptError as damage:
+                dataset.listed_files(kind, name)
+            except (CorruptError, MissingError, MismatchError) as damage:
                 raise damage from error
 
 
-def views(connection: duckdb.DuckDBPyConnection) -> list[str]:
+def views(dataset: Queryable) -> list[str]:
     """Names of the views that a query may use."""
-    names = connection.execute(
-        "select case when schema_name = 'main' then view_name else schema_name || '.' || view_name end "
-        "from duckdb_views() where not internal order by 1"
-    ).fetchall()
-    return [name for (name,) in names if not name.startswith("_")]
+    return sorted(["manifest", "rejects", "rows", *(f"{kind.folder}.{name}" for kind, name in listed_views(dataset))])

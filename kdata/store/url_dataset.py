@@ -18,11 +18,12 @@ from typing import Any
 from fsspec.spec import AbstractFileSystem
 
 from kdata.errors import MissingError
-from kdata.format.files import file_info, inside, lock_of, without_hidden, write_atomically
+from kdata.format.files import inside, lock_of, matches, write_atomically
 from kdata.format.schema import FileInfo, ManifestEntry
 from kdata.store.dataset import Dataset
 from kdata.store.hub import HubStore
-from kdata.store.sql import unglobbed
+from kdata.store.listed import SCORES, Kind, read_listing
+from kdata.store.sql import Check, unglobbed
 from kdata.store.url import Store, copy_of, mirror
 
 SCHEME = "kdata-index"
@@ -73,19 +74,20 @@ class RemoteDataset(Dataset):
         CorruptError, StorageError: see `kdata.store.url.mirror`.
     """
 
-    def __init__(self, address: str, commit: str | None = None) -> None:
+    def __init__(self, address: str, commit: str | None = None, check: Check = "first") -> None:
         self._store = HubStore(address, commit) if address.startswith("hf://") else Store(address)
         root = copy_of(self._store.url, "datasets")
         root.parent.mkdir(parents=True, exist_ok=True)
         with lock_of(root):
             if not mirror(self._store, root, ()):
                 raise MissingError(f"{address} is not a kdata dataset: it has no dataset.json")
-        super().__init__(root)
+        super().__init__(root, check)
         self.place = address
+        self._copies: set[str] = set()  # files of the copy that have their digest
         self._files = RangeFiles(self._store)
 
     def __reduce__(self) -> tuple[type[Dataset], tuple[Any, ...]]:
-        return RemoteDataset, (self.place, self._store.commit)
+        return RemoteDataset, (self.place, self._store.commit, self.check)
 
     def shard_file(self, entry: ManifestEntry, folder: str) -> Path:
         """See `Dataset.shard_file`; it is copied at first use."""
@@ -95,9 +97,9 @@ class RemoteDataset(Dataset):
     def _copied(self, relative: str, info: FileInfo) -> Path:
         """Path of a copy of a file that has the digest in `info`."""
         path = inside(self.path, relative)
-        if relative not in self._checked:
+        if relative not in self._copies:
             self._store.fetch(relative, path, info)
-            self._checked.add(relative)
+            self._copies.add(relative)
         return path
 
     @property
@@ -115,7 +117,7 @@ class RemoteDataset(Dataset):
         _ = self.tokenizer_dir
         for name in self._names("scores"):
             self.fetch_sidecar(name)
-            for relative, info in self._parts(name).items():
+            for relative, info in read_listing(self.path / "scores" / f"{name}.json", SCORES)[0].files.items():
                 self._copied(relative, info)
         for name in self._names("plans"):
             self.fetch_plan(name)
@@ -128,27 +130,21 @@ class RemoteDataset(Dataset):
         """See `Dataset.sql_filesystem`."""
         return self._files
 
-    def sql_file(self, entry: ManifestEntry, folder: str) -> str:
-        """See `Dataset.sql_file`."""
+    def sql_file(self, entry: ManifestEntry, folder: str, *, compare: bool = True) -> str:
+        """See `Dataset.sql_file`; a file that stays at the URL is not compared."""
         relative = self.file_name(entry, folder)
         return self._located(relative, entry.files[relative])
 
     def _located(self, relative: str, info: FileInfo) -> str:
         """The name by which DuckDB opens a file: the copy, if there is a good one, else the file at the URL."""
         path = inside(self.path, relative)
-        if relative not in self._checked and path.is_file() and file_info(path) == info:
-            self._checked.add(relative)
-        return unglobbed(path.resolve()) if relative in self._checked else f"{SCHEME}://{relative}"
+        if relative not in self._copies and path.is_file() and matches(path, info):
+            self._copies.add(relative)
+        return unglobbed(path.resolve()) if relative in self._copies else f"{SCHEME}://{relative}"
 
-    def sql_sidecars(self) -> dict[str, list[str]]:
-        """See `Dataset.sql_sidecars`; those that were asked for by name, because a web server has no listings."""
-        names = [path.stem for path in without_hidden(self.path / "scores", "*.json")]
-        return {name: [self._located(*part) for part in sorted(self._parts(name).items())] for name in names}
-
-    def _parts(self, name: str) -> dict[str, FileInfo]:
-        path = self.path / "scores" / f"{name}.json"
-        parts = json.loads(path.read_bytes()).get("files", {}) if path.exists() else {}
-        return {relative: FileInfo.model_validate(info) for relative, info in parts.items()}
+    def _listed_file(self, relative: str, info: FileInfo, kind: Kind, compare: bool) -> str:
+        """See `Dataset.listed_files`; the parts of a score stay at the URL, a plan was copied."""
+        return self._located(relative, info) if kind is SCORES else super()._listed_file(relative, info, kind, compare)
 
     def fetch_sidecar(self, name: str) -> None:
         """See `Dataset.fetch_sidecar`. One that was made in the copy stays, if it belongs to the dataset as it is now."""

@@ -24,16 +24,22 @@ from filelock import Timeout
 
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, StorageError, settings_difference
 from kdata.format.files import file_info, inside, journal_of, lock_of, storage_errors, sync_directory
-from kdata.format.manifest import append_entry, order_manifest, read_info, read_manifest, write_info, write_manifest
+from kdata.format.manifest import (
+    append_entry,
+    check_binding,
+    order_manifest,
+    read_info,
+    read_manifest,
+    write_info,
+    write_manifest,
+)
 from kdata.format.records import Shard, UnitResult
-from kdata.format.schema import DatasetInfo, ManifestEntry, SourceInfo
+from kdata.format.schema import FORMER, DatasetInfo, ManifestEntry, SourceInfo
 from kdata.store.shard import write_shard
 from kdata.store.staging import FolderStaging, Staging
 
 # Temporary files that a killed run may leave. A writer removes these and nothing else.
 TEMPORARY = ("dataset.json.tmp", "tokenizer.tmp", "data/*.tmp", "index/*.tmp", "rejects/*.tmp", "units-*.tmp")
-# Setting of a source whose inputs have changed: how they were identified before, oldest first.
-FORMER = "former"
 # What a folder may hold without a dataset.json: a run that was killed at its start leaves these.
 BEGUN = {"data", "index", "rejects", "tokenizer", "tokenizer.tmp", "dataset.json.tmp"}
 
@@ -107,6 +113,8 @@ class Writer:
         else:
             _refuse_foreign(self.root)
             journal_of(self.root).unlink(missing_ok=True)  # of a dataset that was deleted
+        if known is None:
+            self._source_info = self._source_info.model_copy(update={"shards_bound": True})
         if known is None and self._resume == "must":
             raise MismatchError(
                 f"--resume must: {self.root} has no source {self.source!r} to continue; use --resume auto"
@@ -115,6 +123,7 @@ class Writer:
             (self.root / name).mkdir(parents=True, exist_ok=True)
         self._clear_temporary()
         manifest = read_manifest(self.root, heal=True)
+        check_binding(self.root, self.info, manifest)
         self._ids = _committed_ids(self.root, manifest)
         entries = [e for e in manifest if e.source == self.source]
         if entries and self._resume == "never":
@@ -136,10 +145,14 @@ class Writer:
         rest_before, inputs_before = _split(known.settings, self._follows)
         before, after = {**rest_before, "work": known.kind}, {**rest, "work": now.kind}
         _refuse_difference(f"source {self.source!r}", before, after, self.root)
-        former = list(known.settings.get(FORMER, []))
+        former, digests = list(known.settings.get(FORMER, [])), list(known.former_digests)
         if inputs != inputs_before:
             former.append(inputs_before)
-        return now.model_copy(update={"settings": {**now.settings, FORMER: former}}) if former else None
+            digests.append(known.work_digest)
+        if not former:
+            return None
+        settings = {**now.settings, FORMER: former}
+        return known.model_copy(update={"settings": settings, "former_digests": digests, "num_units": now.num_units})
 
     @property
     def is_followed(self) -> bool:

@@ -12,6 +12,7 @@ from kdata.check.audit import audit as find_weights
 from kdata.check.audit import load_head
 from kdata.check.remeasure import against_teacher as read_again
 from kdata.check.repair import repair as set_aside
+from kdata.check.verify import outdated, unbound
 from kdata.check.verify import verify as find_problems
 from kdata.errors import ConfigError, CorruptError
 from kdata.jobs.reread import work_on
@@ -58,14 +59,26 @@ def verify(
     problems = find_problems(opened, deep=deep)
     if format is Format.json:
         counts = {"rows": opened.num_rows, "tokens": opened.num_tokens, "shards": len(opened.manifest)}
-        print_json({"whole": not problems, **counts, "problems": [vars(problem) for problem in problems]})
+        also = {"not_bound": unbound(opened), "outdated": outdated(opened)}
+        print_json({"whole": not problems, **counts, **also, "problems": [vars(problem) for problem in problems]})
         if problems:
             raise typer.Exit(1)
     elif problems:
         listing = "\n".join(f"  {p.path}: {p.what}" for p in problems)
+        if all(problem.stray for problem in problems):
+            raise CorruptError(
+                f"{opened.path} is whole, but holds files that are no part of it; remove them:\n{listing}"
+            )
         raise CorruptError(f"{opened.path} is damaged; `kdata repair` sets damaged shards aside:\n{listing}")
     else:
         say(f"whole: {len(opened.manifest)} shards, {opened.num_rows:,} rows, {opened.num_tokens:,} tokens")
+        if names := outdated(opened):
+            say(f"not of this state of the dataset, so nothing reads them: {', '.join(names)}; make them again")
+        if names := unbound(opened):
+            say(
+                f"not bound: {len(names)} shards ({names[0]}, ...) were written before shards named their dataset, so one "
+                "of another teacher or corpus would not be noticed"
+            )
     if against_teacher:
         compare_with_teacher(opened, against_teacher, teacher, backend)
 

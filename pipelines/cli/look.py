@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 import kdata
 from kdata.errors import ConfigError
 from kdata.observe import status as progress
+from kdata.observe.progress import console
 from kdata.observe.terminal import name_text
 from kdata.pipelines.cli.common import (
     DatasetArgument,
@@ -26,6 +28,14 @@ from kdata.pipelines.cli.common import (
     print_table,
     say,
 )
+
+
+class CheckTime(StrEnum):
+    """When a query's files are compared with their digests; see `kdata.open`."""
+
+    first = "first"
+    later = "later"
+
 
 DOMAINS = (
     'select source, domain, count(*) as "rows", sum(num_tokens)::bigint as tokens, avg(nll) as nll, '
@@ -100,6 +110,12 @@ def sql(
     format: Annotated[
         SqlFormat, typer.Option(metavar="table|json|csv", help="How the result is printed.")
     ] = SqlFormat.table,
+    check: Annotated[
+        CheckTime,
+        typer.Option(
+            metavar="first|later", help="Compare the files that are read with their digests first, or not now."
+        ),
+    ] = CheckTime.first,
 ) -> None:
     """Query a dataset in SQL.
 
@@ -113,7 +129,13 @@ def sql(
       kdata sql my-dataset "select domain, avg(nll) from rows group by 1"
       kdata sql my-dataset "select id, text from rows" --format csv
     """
-    print_query(kdata.open(dataset), query, format)
+    opened = kdata.open(dataset, check=check.value)
+    print_query(opened, query, format)
+    if opened.unchecked:
+        names = ", ".join(sorted(opened.unchecked))
+        console.print(
+            f"not compared with their digests (--check later): {names}; `kdata verify` compares them", soft_wrap=True
+        )
 
 
 def status(

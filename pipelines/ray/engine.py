@@ -12,6 +12,7 @@ repeat a unit that takes much longer than usual: the first result counts.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import statistics
 import time
@@ -142,7 +143,11 @@ class _Run(Generic[U]):
         self, workers: Workers, job: Job[U], units: Iterable[U], writer: Writer, on_tokens: OnUnitTokens
     ) -> None:
         self._workers, self._config, self._writer, self._on_tokens = workers, workers.config, writer, on_tokens
-        self._units, self._drawn_all = iter(units), False
+        drawn = iter(units)
+        first = list(
+            itertools.islice(drawn, 1)
+        )  # before actors get `writer.info`: drawing records inputs that have changed
+        self._units, self._drawn_all = itertools.chain(first, drawn), False
         self._staging, self._prefix = writer.staging(), secrets.token_hex(4)  # actors outlive runs: names must differ
         self._assignment = workers.ray.put(Assignment(job, writer.info, self._staging))
         self._waiting: deque[_Task[U]] = deque()

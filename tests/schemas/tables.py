@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import pyarrow as pa
 from pydantic import BaseModel
@@ -113,6 +113,8 @@ def type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "object"
     arguments = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return type_name(arguments[0])
     if get_origin(annotation) is dict:
         return f"object of {type_name(arguments[1])}"
     if get_origin(annotation) is list:

@@ -218,7 +218,7 @@ def test_a_damaged_plan_gives_one_error(tmp_path: Path) -> None:
         assert all(isinstance(i, str) for i in ids)
     for size in range(0, len(content), 50):
         path.write_bytes(content[:size])
-        with pytest.raises(CorruptError, match="is not a plan"):
+        with pytest.raises(CorruptError, match="is not the plan that was saved"):
             Plan.load(path)
     path.write_bytes(content)
     path.with_suffix(".json").write_bytes(about.replace(b'"num_tokens": 4', b'"num_tokens": 5'))

@@ -71,15 +71,26 @@ def test_a_copy_holds_the_files_of_the_dataset_and_no_others(copied: Path, tmp_p
 
 
 def test_a_damaged_dataset_is_not_shared(copied: Path, tmp_path: Path) -> None:
-    (copied / "data/stray.arrow").write_text("")
+    path = copied / "index/capture-00001.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"x")
     with pytest.raises(CorruptError, match="is damaged and was not shared"):
         push(kdata.open(copied), str(tmp_path / "shared"))
-    (copied / "data/stray.arrow").unlink()
-    (tmp_path / "secret").write_text("key")
-    (copied / "tokenizer/link.json").symlink_to(tmp_path / "secret")
+    path.write_bytes(content)
+    (tmp_path / "secret").write_bytes((copied / "tokenizer/tokenizer.json").read_bytes())
+    (copied / "tokenizer/tokenizer.json").unlink()
+    (copied / "tokenizer/tokenizer.json").symlink_to(tmp_path / "secret")
     with pytest.raises(CorruptError, match="outside the dataset"):
         push(kdata.open(copied), str(tmp_path / "shared"))
     assert not (tmp_path / "shared").exists()
+
+
+def test_a_link_that_belongs_to_nothing_stays_behind(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("key")
+    (copied / "tokenizer/link.json").symlink_to(tmp_path / "secret")
+    (copied / "data/stray.arrow").write_text("")
+    push(kdata.open(copied), str(tmp_path / "shared"))
+    assert not list((tmp_path / "shared").rglob("link.json")) + list((tmp_path / "shared").rglob("stray.arrow"))
 
 
 def test_a_destination_that_is_not_free_or_not_valid_is_refused(captured: Path, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_verify_names_stray_files_and_accepts_a_whole_dataset(copied: Path) -> N
     assert verify(kdata.open(copied), deep=True) == []
     (copied / "data/capture-00099.arrow").write_bytes(b"left by a killed run")
     [problem] = verify(kdata.open(copied))
-    assert problem.path == "data/capture-00099.arrow" and "in no manifest line" in problem.what
+    assert problem.path == "data/capture-00099.arrow" and "no manifest line" in problem.what and problem.stray
 
 
 def test_verify_checks_the_dataset_s_own_tokenizer(copied: Path) -> None:

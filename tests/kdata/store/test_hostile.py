@@ -16,17 +16,19 @@ from kdata.check.verify import verify
 from kdata.errors import CorruptError
 from kdata.format.files import file_info
 from kdata.format.manifest import digest_of, json_bytes
-from kdata.format.schema import canonical_json
+from kdata.format.schema import NO_IDENTITY, canonical_json, json_digest
 from tests.fakes import run_capture
 
 Columns = dict[str, pa.Array]
 
 
 def rewrite_info(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change dataset.json and make its digest fit."""
+    """Change dataset.json, and make its digests and the manifest fit."""
     content = json.loads((root / "dataset.json").read_text())
     change(content)
+    content["fingerprint"] = json_digest({key: value for key, value in content.items() if key not in NO_IDENTITY})
     (root / "dataset.json").write_bytes(json_bytes({**content, "digest": digest_of(content)}))
+    rewrite_lines(root, lambda line: line.update(fingerprint=content["fingerprint"]))
 
 
 def rewrite_lines(root: Path, change: Callable[[dict[str, Any]], None]) -> None:

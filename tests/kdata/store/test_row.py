@@ -11,6 +11,7 @@ import pytest
 
 import kdata
 from kdata.errors import CorruptError, DependencyError, MissingError, OutOfRangeError, ShapeError
+from kdata.format.files import file_info
 from kdata.store.dataset import Dataset
 from tests.fakes import CHATML, run_capture, run_generate, save_tokenizer, write_jsonl
 
@@ -194,7 +195,7 @@ def test_polars_reads_an_older_index_and_an_empty_dataset(copied: Path) -> None:
     for entry in dataset.manifest:  # before a column was added
         path = copied / f"index/{entry.name}.parquet"
         pq.write_table(pq.read_table(path).drop_columns(["messages"]), path)
-        dataset._checked.add(f"index/{entry.name}.parquet")
+        entry.files[f"index/{entry.name}.parquet"] = file_info(path)
     assert dataset.to_polars().select(pl.col("messages").null_count()).collect().item() == len(dataset)
     assert dataset.to_polars().collect().height == len(dataset)
     dataset.manifest = []

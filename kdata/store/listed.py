@@ -1,0 +1,96 @@
+"""Scores and plans as the JSON beside them describes them: which files they have, and of which dataset they are.
+
+A file that the JSON does not list does not count. SQL, selection and verify all read the JSON here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from kdata.config import first_problem
+from kdata.errors import CorruptError, MismatchError, MissingError
+from kdata.format.files import without_hidden
+from kdata.format.manifest import digest_of
+from kdata.format.schema import Contract, Digest, FileInfo
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Scores or plans: the folder and the SQL schema, one of them in words, and the command that writes one."""
+
+    folder: str
+    noun: str
+    command: str
+
+
+SCORES = Kind("scores", "score", "kdata score")
+PLANS = Kind("plans", "plan", "kdata select")
+
+
+class Listing(Contract):
+    """What NAME.json says of a score and of a plan alike; see `ScoreInfo` and `PlanInfo`."""
+
+    name: str
+    dataset_digest: str = Field(alias="dataset_fingerprint")
+    dataset_identity: Digest | None = None
+    files: dict[str, FileInfo] = Field({})
+    table: FileInfo | None = None
+    digest: str = ""
+
+    def files_of(self, kind: Kind) -> dict[str, FileInfo]:
+        """Its files by path inside the dataset; none of a score that is not complete, or of a plan before version 1.0."""
+        if kind is SCORES:
+            return self.files
+        return {} if self.table is None else {f"plans/{self.name}.parquet": self.table}
+
+
+def listed(root: Path, kind: Kind) -> list[str]:
+    """Names of the scores or plans that have a JSON, in order."""
+    return [path.stem for path in without_hidden(root, f"{kind.folder}/*.json")]
+
+
+def read_listing(path: Path, kind: Kind) -> tuple[Listing, dict[str, Any]]:
+    """Read NAME.json: what a score and a plan have in common, and all that it holds.
+
+    Raises:
+        MissingError: there is none.
+        CorruptError: it is damaged, or it is of another name: the file was renamed or copied.
+    """
+    remedy = f"remove it and run `{kind.command}` again"
+    if not path.is_file():
+        names = ", ".join(listed(path.parent.parent, kind)) or "none"
+        raise MissingError(
+            f"there is no {kind.noun} {path.stem!r}: {path} does not exist ({kind.folder}: {names}); write it with "
+            f"`{kind.command}`"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+        listing = Listing.model_validate(content)
+    except ValidationError as error:
+        raise CorruptError(
+            f"{path} is damaged: it does not describe a {kind.noun} ({first_problem(error)}); {remedy}"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{path} is damaged: it does not describe a {kind.noun} ({error}); {remedy}") from error
+    if listing.digest and listing.digest != digest_of(content):
+        raise CorruptError(f"{path} does not match its own digest; {remedy}")
+    if listing.name != path.stem:
+        raise CorruptError(
+            f"{path} is the {kind.noun} {listing.name!r}, renamed or copied; give its files their name back, or {remedy}"
+        )
+    return listing, content
+
+
+def refuse_other_dataset(listing: Listing, kind: Kind, identity_digest: str, place: Path) -> None:
+    """Raise MismatchError where a score or plan names another dataset. Those of older versions name none."""
+    if listing.dataset_identity not in (None, identity_digest):
+        raise MismatchError(
+            f"{kind.noun} {listing.name!r} was written for another dataset than {place}: another teacher, tokenizer, codec "
+            f"or vocabulary (fingerprint {str(listing.dataset_identity)[:12]}, here {identity_digest[:12]}); remove it, and "
+            f"run `{kind.command}` again"
+        )
