@@ -137,7 +137,8 @@ class Server:
     ) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(60)
+        self._process.kill()  # it has nothing to finish, and the modules that it loaded take long to end
+        self._process.wait()
 
     def run(
         self,
