@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from kdata.errors import DataError, ShapeError
 from kdata.format import codec as codecs
-from kdata.format.files import file_info, settle, storage_errors
+from kdata.format.files import file_info, new_file, settle, storage_errors
 from kdata.format.kept import Kept
 from kdata.format.records import Record, Reject, RowError, Shard, UnitResult
 from kdata.format.schema import (
@@ -116,10 +116,9 @@ def _kept_mass(index: pa.Table, entry: ManifestEntry) -> float | None:
 
 
 def _write_arrow(root: Path, relative: str, table: pa.Table) -> FileInfo:
-    path = root / f"{relative}.tmp"
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
     with (
-        pa.OSFile(str(path), "wb") as file,
+        new_file(root / f"{relative}.tmp") as file,
         pa.ipc.new_file(file, table.schema, options=options) as writer,
     ):
         lengths = pc.list_value_length(table["input_ids"]).to_numpy()
@@ -131,7 +130,7 @@ def _write_arrow(root: Path, relative: str, table: pa.Table) -> FileInfo:
 
 
 def _write_parquet(root: Path, relative: str, table: pa.Table) -> FileInfo:
-    with pa.OSFile(str(root / f"{relative}.tmp"), "wb") as file:  # closed even where writing fails
+    with new_file(root / f"{relative}.tmp") as file:
         pq.write_table(table, file, compression="zstd")
     return _settle(root, relative)
 

@@ -14,6 +14,7 @@ from kdata.check.remeasure import against_teacher as read_again
 from kdata.check.repair import repair as set_aside
 from kdata.check.verify import verify as find_problems
 from kdata.errors import ConfigError, CorruptError
+from kdata.format.files import lock_of
 from kdata.jobs.reread import work_on
 from kdata.pipelines.cli.common import (
     DatasetArgument,
@@ -66,6 +67,8 @@ def verify(
         raise CorruptError(f"{opened.path} is damaged; `kdata repair` sets damaged shards aside:\n{listing}")
     else:
         say(f"whole: {len(opened.manifest)} shards, {opened.num_rows:,} rows, {opened.num_tokens:,} tokens")
+        if holder := lock_of(opened.path).holder():
+            say(f"it is being written by {holder}, and what that has not committed yet was not checked")
     if against_teacher:
         compare_with_teacher(opened, against_teacher, teacher, backend)
 
