@@ -24,7 +24,7 @@ def tables(dataset: Dataset, entry: ManifestEntry, local: np.ndarray, name: str)
     data, index_path = dataset.checked_file(entry, "data"), dataset.checked_file(entry, "index")
     chosen = pa.array(local)
     try:
-        payload = pa.ipc.open_file(pa.memory_map(str(data))).read_all().take(chosen)
+        payload = pa.ipc.open_file(pa.OSFile(str(data))).read_all().take(chosen)
         index = read_index(index_path, index_schema().names).take(chosen)
     except (pa.ArrowException, OSError) as error:
         raise damaged(data, error) from error
