@@ -15,7 +15,7 @@ from kdata.check.verify import verify
 from kdata.selection.plan import make_plan
 from kdata.teachers.model import load_tokenizer, tokenizer_files
 from tests.fakes import digests, rows_of_text, run_capture, write_jsonl
-from tests.faults import FULL, Fault, Server
+from tests.faults import BROKEN, FULL, TOO_MANY_FILES, Fault, Server
 
 PRELOAD = (
     "tests.preload", "kdata.pipelines.cli.main", "kdata.pipelines.cli.share", "kdata.pipelines.cli.check",
@@ -65,7 +65,9 @@ def prepared(inputs: Path, place: Path, command: str) -> tuple[list[str], Path]:
     return [word.format(**names) for word in COMMANDS[command]], place
 
 
-@pytest.mark.parametrize(("number", "calls"), [(errno.ENOSPC, FULL)], ids=str)
+@pytest.mark.parametrize(
+    ("number", "calls"), [(errno.ENOSPC, FULL), (errno.EIO, BROKEN), (errno.EMFILE, TOO_MANY_FILES)], ids=str
+)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_on_a_failing_disk(
     server: Server, inputs: Path, tmp_path: Path, command: str, number: int, calls: tuple[str, ...]

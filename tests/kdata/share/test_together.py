@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +14,13 @@ import pytest
 
 import kdata
 from kdata.check.verify import verify
-from kdata.errors import StorageError
+from kdata.errors import KdataError, StorageError
 from kdata.format.files import lock_of
 from kdata.pipelines.cli.main import call
+from kdata.selection.plan import make_plan
+from kdata.share.arrange import head
 from kdata.share.card import write_card
+from kdata.share.push import push
 from tests.fakes import digests, rows_of_text, run_capture, write_jsonl
 
 COMMANDS = {
@@ -25,12 +30,16 @@ COMMANDS = {
     "push": (["push", "{d}", "{t}"], "t"),
     "push from": (["push", "{d}", "{t}"], "d"),
     "export": (["export", "{d}", "{t}"], "t"),
+    "import": (["import", "{rows}", "{t}", "--format", "plain", "--tokenizer", "{tokenizer}"], "t"),
     "select": (["select", "{d}", "--method", "random", "--share", "0.5"], "d"),
     "score --from": (["score", "{d}", "--from", "{marks}", "--name", "new"], "d"),
     "score": (["score", "{d}", "--model", "{tokenizer}"], "d"),
     "repair": (["repair", "{d}"], "d"),
     "capture": (["capture", "{d}", "--teacher", "{llama}", "--backend", "transformers", "--corpus", "{corpus}"], "d"),
+    "evaluate": (["evaluate", "{llama}", "{d}", "--save", "{t}"], "t"),
     "report": (["report", "{d}"], "d"),
+    "run": (["run", "quickstart", "--out", "{t}"], "t"),
+    "train": (["train", "{d}", "--out", "{t}", "--steps", "1", "--set", "student.hidden_size=16"], "t"),
 }
 
 
@@ -125,3 +134,94 @@ def test_two_splits_to_one_target(inputs: Path, tmp_path: Path) -> None:
     for part in ("code", "prose"):
         assert verify(kdata.open(tmp_path / "t" / part), deep=True) == []
     assert {p.name for p in tmp_path.iterdir()} == {"t"}
+
+
+def test_verify_during_a_capture_finds_nothing_and_damage_all_the_same(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
+    root = tmp_path / "d"
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom tests.fakes import generate_and_capture\n"
+        "generate_and_capture(*map(Path, sys.argv[1:4]), 0.05)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(root), str(corpus_file), str(tokenizer_dir)])
+    times = 0
+    while process.poll() is None:
+        time.sleep(0.02)
+        if not (root / "manifest.jsonl").exists():
+            continue
+        assert verify(kdata.open(root), deep=times % 3 == 0) == []
+        times += 1
+    assert process.returncode == 0 and times >= 3
+    assert verify(kdata.open(root), deep=True) == []
+
+
+def test_verify_beside_a_writer_reports_what_is_committed_and_no_more(
+    inputs: Path, tmp_path: Path, holder: dict[str, subprocess.Popen[str]]
+) -> None:
+    root = Path(shutil.copytree(inputs / "d", tmp_path / "d"))
+    for relative in ("data/capture-00009.arrow", "index/capture-00009.parquet.tmp", "scores/new/capture-00000.parquet"):
+        (root / relative).parent.mkdir(parents=True, exist_ok=True)
+        (root / relative).write_text("of the next commit")
+    with (root / "manifest.jsonl").open("ab") as file:
+        file.write(b'{"half":')
+    dataset = kdata.open(root)
+    assert verify(dataset) == []
+    with pytest.raises(StorageError, match="share it when that has finished"):
+        push(dataset, tmp_path / "pushed")
+    shard = next(iter(dataset.manifest[0].files))
+    (root / shard).write_bytes(b"damaged")
+    assert [problem.path for problem in verify(dataset)] == [shard]
+    holder["d"].kill()
+    holder["d"].wait()
+    paths = [problem.path for problem in verify(dataset)]
+    assert {shard, "data/capture-00009.arrow", "manifest.jsonl"} <= set(paths)
+
+
+def test_a_source_that_changes_while_it_is_pushed_is_not_published(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import kdata.share.push as module
+
+    root = Path(shutil.copytree(inputs / "d", tmp_path / "d"))
+    dataset = kdata.open(root)
+    make_plan(dataset, "p", dataset.index(["id"])["id"].to_pylist()[:2], method="sql", parameters={}).save(
+        root / "plans"
+    )
+    real = module.write_card
+
+    def change(copy: kdata.Dataset, **options: object) -> Path:
+        (copy.path / "plans" / "p.parquet").write_bytes(b"half of another plan")
+        return real(copy, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "write_card", change)
+    with pytest.raises(KdataError, match="was not whole and is removed"):
+        push(dataset, tmp_path / "pushed")
+    assert {p.name for p in tmp_path.iterdir()} == {"d"}
+
+
+@pytest.mark.parametrize("command", ["merge", "split", "head", "push"])
+def test_everything_is_on_the_disk_before_the_folder_gets_its_name(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    flushed: set[str] = set()
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "t":
+            places = [Path(source), *Path(source).rglob("*")]
+            assert {str(place) for place in places} <= flushed
+            flushed.clear()
+        real(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.add(os.readlink(f"/proc/self/fd/{handle}")))
+    monkeypatch.setattr(os, "rename", rename)
+    dataset, other = kdata.open(inputs / "d"), kdata.open(inputs / "other")
+    calls = {
+        "merge": lambda: kdata.merge([dataset, other], tmp_path / "t"),
+        "split": lambda: kdata.split(dataset, tmp_path / "t", by="domain"),
+        "head": lambda: head(dataset, tmp_path / "t", 3),
+        "push": lambda: push(dataset, tmp_path / "t"),
+    }
+    calls[command]()
+    assert flushed == {str(tmp_path)}  # the folder that now names it
