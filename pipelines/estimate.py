@@ -12,7 +12,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from kdata.config import parse_config
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.messages import as_json
 from kdata.errors import ConfigError, KdataError, TeacherError
+from kdata.format.files import temporary_folder
 from kdata.format.records import Reject
 from kdata.jobs.job import run_job
 from kdata.jobs.longest import characters
@@ -327,9 +327,9 @@ def estimate_capture(
 ) -> tuple[list[Stage], Memory]:
     """Estimate one capture or generation."""
     memory = _memory(teacher, [job])
-    with tempfile.TemporaryDirectory(prefix="kdata-estimate-") as folder:
+    with temporary_folder("estimate") as folder:
         tokens = 0 if memory.reason else probe_tokens
-        stage, _ = estimate_job(job.name, job, corpus_of(job), teacher, Path(folder) / job.name, tokens)
+        stage, _ = estimate_job(job.name, job, corpus_of(job), teacher, folder / job.name, tokens)
     return [stage], memory
 
 
@@ -341,8 +341,8 @@ def estimate_recipe(recipe: Any, probe_tokens: int) -> tuple[list[Stage], Memory
     from kdata.pipelines.runner import Run
 
     refuse_cluster(recipe.engine)
-    with tempfile.TemporaryDirectory(prefix="kdata-estimate-") as name:
-        folder, run = Path(name), Run(recipe, Path(name), {})
+    with temporary_folder("estimate") as folder:
+        run = Run(recipe, folder, {})
         jobs: dict[str, Any] = {"generate": run.generate_job(), "capture": run.capture_job("capture")}
         teacher, heldout = run.teacher_config, run.capture_job("heldout")
         memory = _memory(teacher, [job for job in (*jobs.values(), heldout) if job is not None])

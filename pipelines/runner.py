@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, MismatchError, settings_difference
-from kdata.format.files import storage_errors, write_atomically
+from kdata.format.files import lock_of, storage_errors, write_atomically
 from kdata.format.rejects import refused, rejected_line
 from kdata.jobs.job import Engine, devices_of, run_job
 from kdata.jobs.reading import CaptureJob
@@ -313,9 +313,15 @@ def execute(recipe: Recipe, out: Path, *, resume: str = "auto") -> Path:
     Raises:
         MismatchError: the folder holds a run with other settings; the message lists them.
         ConfigError: `resume` does not allow this folder.
+        StorageError: another process runs in this folder, or the disk refused.
         DataError: `strict` is set and a row could not be used, in this run or in the run that it continues.
         KdataError: from a stage.
     """
+    with lock_of(out):
+        return _execute(recipe, out, resume)
+
+
+def _execute(recipe: Recipe, out: Path, resume: str) -> Path:
     run = open_run(recipe, out, resume)
     try:
         for name, stage in STAGES.items():

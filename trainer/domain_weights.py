@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field
 
 from kdata.config import Strict
-from kdata.errors import ConfigError, TrainingError
+from kdata.errors import ConfigError, CorruptError, TrainingError
 
 Weights = dict[str, float]
 
@@ -157,9 +157,12 @@ class DDK:
         return {"weights": dict(self.weights), "num_updates": self.num_updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.weights = {domain: state["weights"][domain] for domain in self.teacher_losses}
-        self.num_updates = state["num_updates"]
+        """Continue from a checkpoint. Raises CorruptError where a value is none that `state_dict` gives."""
+        weights, updates = state.get("weights"), state.get("num_updates")
+        values: list[Any] = [weights.get(d) if isinstance(weights, Mapping) else None for d in self.teacher_losses]
+        if type(updates) is not int or updates < 0 or any(type(v) is not float or not 0 <= v <= 1 for v in values):
+            raise CorruptError(f"the state of the mixture is damaged: weights {weights!r}, num_updates {updates!r}")
+        self.weights, self.num_updates = dict(zip(self.teacher_losses, values, strict=True)), updates
 
 
 def make_domain_weights(

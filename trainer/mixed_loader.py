@@ -18,13 +18,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kdata.errors import DataError, MismatchError
+from kdata.config import first_problem
+from kdata.errors import CorruptError, DataError, MismatchError
 from kdata.loader.batches import BatchesConfig
-from kdata.loader.packing import Place, Shape, blocks_of, windows
+from kdata.loader.packing import Place, Shape, blocks_of, place_of, windows
 from kdata.store.dataset import Dataset
 from kdata.trainer.loader import Batch, Loader
 
@@ -45,6 +47,46 @@ class _Queue:
         """The queue after `count` documents have left it."""
         returned = min(count, len(self.back))
         return _Queue(self.num_drawn + count - returned, self.back[returned:])
+
+
+class _QueueState(BaseModel):
+    """A queue in a checkpoint."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    num_drawn: int = Field(ge=0, lt=2**53)
+    back: list[Annotated[int, Field(ge=0)]]
+
+    @model_validator(mode="after")
+    def _returned_were_drawn(self) -> _QueueState:
+        if self.back and max(self.back) >= self.num_drawn:
+            raise ValueError("a document returned that was never drawn")
+        return self
+
+
+class _State(BaseModel):
+    """What of a loader's state this file reads from a checkpoint, beside the place."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    number: int = Field(ge=0, lt=2**31)
+    queues: list[_QueueState]
+    weights: dict[str, Annotated[float, Field(ge=0, le=1)]] | None
+    num_rows: int | None = Field(ge=1, lt=2**31)
+
+
+def _state(state: Mapping[str, Any], domains: list[str]) -> _State:
+    """The values of a checkpoint, checked. Raises CorruptError."""
+    try:
+        own = _State.model_validate(dict(state))
+    except ValidationError as error:
+        raise CorruptError(f"the state of the mixture is damaged: {first_problem(error)}") from error
+    has_period = own.weights is not None
+    if len(own.queues) != len(domains) or has_period != (own.num_rows is not None) or has_period != (own.number > 0):
+        raise CorruptError("the state of the mixture is damaged: its parts do not fit each other or the data's domains")
+    if own.weights is not None and (set(own.weights) != set(domains) or not sum(own.weights.values())):
+        raise CorruptError(f"the state of the mixture has weights of {sorted(own.weights)}, the data has {domains}")
+    return own
 
 
 @dataclass(frozen=True)
@@ -127,7 +169,12 @@ class MixedLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the place of another loader, on any rank. Raises MismatchError if data or order differ."""
+        """Continue from the place of another loader, on any rank.
+
+        Raises:
+            MismatchError: data or order differ.
+            CorruptError: a value is not one that `state_dict` gives for this data.
+        """
         here = {"identity": self.identity, **self._order()}
         different = [key for key, value in here.items() if value != state.get(key)]
         if different:
@@ -135,12 +182,13 @@ class MixedLoader:
                 f"the state of the mixture belongs to another {', '.join(different)}; resume with the same dataset, plan and "
                 "loader settings, or train in another folder"
             )
-        self._number, self._queues = state["number"], [_Queue(**queue) for queue in state["queues"]]
+        own = _state(state, self.domains)
+        self._number, self._queues = own.number, [_Queue(q.num_drawn, list(q.back)) for q in own.queues]
         self._period = self._loader = None
-        if state["weights"] is not None:
-            self._open(state["weights"], state["num_rows"])
+        if own.weights is not None and own.num_rows is not None:
+            self._open(own.weights, own.num_rows)
             assert self._loader is not None
-            self._loader.arrays.place = Place(**state["place"])
+            self._loader.arrays.place = place_of(state["place"], len(self._loader.arrays.rows))
 
     def _order(self) -> dict[str, Any]:
         """The settings that decide the order, beside the data."""

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from torch import nn
 
 import kdata
-from kdata.errors import ConfigError, DataError
+from kdata.errors import ConfigError, CorruptError, DataError
 from kdata.loader.batches import BatchesConfig
 from kdata.selection.plan import Plan, open_plan
 from kdata.store.sql import is_name
@@ -67,12 +67,20 @@ class OpenPhase:
         return {"phase": self.phase.name, "loader": self.loader.state_dict(), "mixture": weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint of this phase. A checkpoint of another phase changes nothing."""
-        if state["phase"] != self.phase.name:
+        """Continue from a checkpoint of this phase. A checkpoint of another phase changes nothing.
+
+        Raises:
+            MismatchError: data or order differ.
+            CorruptError: a value is not one that `state_dict` gives for this data.
+        """
+        if state.get("phase") != self.phase.name:
             return
-        self.loader.load_state_dict(state["loader"])
+        parts: list[Any] = [state.get("loader"), *([] if self.domain_weights is None else [state.get("mixture")])]
+        if not all(isinstance(part, dict) for part in parts):
+            raise CorruptError("it lacks the state of the loader or of the domain weights")
+        self.loader.load_state_dict(parts[0])
         if self.domain_weights is not None:
-            self.domain_weights.load_state_dict(state["mixture"])
+            self.domain_weights.load_state_dict(parts[1])
 
     def begins_period(self, step: int) -> bool:
         """Whether the domain weights are updated before step 0, 1, ... of the run."""

@@ -18,11 +18,12 @@ Shapes: M counted positions, O objectives.
 from __future__ import annotations
 
 import math
-import shutil
+import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 import kdata
-from kdata.errors import ConfigError, TrainingError
-from kdata.format.files import write_atomically
+from kdata.errors import ConfigError, CorruptError, StorageError, TrainingError
+from kdata.format.files import copy_files, folder_beside, lock_of, sync_directory, sync_tree, write_atomically
 from kdata.observe.progress import Task
-from kdata.trainer.checkpoint import load_checkpoint, save_checkpoint, writing
+from kdata.trainer.checkpoint import CheckpointState, Progress, load_checkpoint, save_checkpoint, writing
 from kdata.trainer.config import RUNTIME, SHARED, PhaseConfig, Precision, ScratchStudent, TrainConfig, TrainResult
 from kdata.trainer.distributed import Ranks, accumulating, join, spread, whole
 from kdata.trainer.learner import Learner, resolve_precision
@@ -51,18 +52,6 @@ from kdata.trainer.student import build_student, check_positions, num_parameters
 __all__ = ["PhaseConfig", "TrainConfig", "TrainResult", "learning_rate", "train"]
 
 LearnerOf = Callable[[PreTrainedModel, Precision], Learner]
-
-
-@dataclass
-class _Progress:
-    """What a run has done so far, over all ranks; it goes into checkpoints. waited: seconds of waiting for data."""
-
-    step: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    losses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,13 +90,14 @@ def train(
         ConfigError: settings contradict each other, or the data cannot serve an objective.
         MismatchError: student, plan and datasets do not belong together, or `out_dir` was begun with other settings.
         DataError: a document is longer than the context or than the student's positions, or there is nothing to train on.
-        StorageError: `out_dir` cannot be written.
+        StorageError: `out_dir` cannot be written, or another process writes to it.
+        CorruptError: the checkpoint in `out_dir` is damaged.
         DependencyError: a logger is not installed.
         TrainingError: a loss or a gradient is not finite; the message names step and rows.
     """
     check_installed(config.loggers)
-    with join(config.device) as ranks:
-        return _train(config, dataset, plan, out_dir, learner_of, ranks)
+    with join(config.device) as ranks, ExitStack() as stack:
+        return _train(config, dataset, plan, out_dir, learner_of, ranks, stack)
 
 
 def _train(
@@ -117,6 +107,7 @@ def _train(
     out_dir: Path,
     learner_of: LearnerOf,
     ranks: Ranks,
+    stack: ExitStack,
 ) -> TrainResult:
     precision = resolve_precision(config.precision, ranks.device.type)
     config = config.model_copy(update={"precision": precision})
@@ -127,6 +118,7 @@ def _train(
     student = build_student(config.student, phases[0].dataset, config.seed, others_of(phases))
     for open_phase in phases:
         check_positions(student, open_phase.longest_tokens)
+    _hold(out_dir, ranks, stack)
     _make_writable(out_dir)
     params = num_parameters(student)
     student.train()
@@ -137,29 +129,27 @@ def _train(
     optimizer = _optimizer(student, config)
 
     settings = _settings(config, phases)
-    progress, saved_step = _Progress(), None
-    saved = load_checkpoint(out_dir / "checkpoints", student, optimizer, settings, ranks)
+    progress, saved_step = Progress(), None
+    saved = load_checkpoint(out_dir / "checkpoints", student, optimizer, settings, ranks, last_step=steps)
     if saved is not None:
-        progress = _Progress(**saved["progress"])
+        progress = saved.progress
         saved_step = progress.step
-        for open_phase in phases:
-            open_phase.load_state_dict(saved["data"])
+        _restore_data(phases, saved, out_dir)
 
     def checkpoint(open_phase: OpenPhase) -> None:
         nonlocal saved_step
         if saved_step == progress.step:  # writing it again would replace the only checkpoint
             return
-        state = {
-            "step": progress.step, "progress": vars(progress), "data": open_phase.state_dict(), "settings": settings,
-        }  # fmt: skip
+        state = CheckpointState(step=progress.step, progress=progress, data=open_phase.state_dict(), settings=settings)
         with writing(out_dir):
             save_checkpoint(out_dir / "checkpoints", student, optimizer, state, ranks)
         saved_step = progress.step
 
     bar = Task(f"train {config.label}", steps, unit="steps")
-    metrics = Metrics(
-        out_dir, config.loggers, label=config.label, settings=settings, step=progress.step, write=ranks.is_main
-    )
+    with writing(out_dir):
+        metrics = Metrics(
+            out_dir, config.loggers, label=config.label, settings=settings, step=progress.step, write=ranks.is_main
+        )
     with bar, metrics:
         bar.skip(progress.step)
         for open_phase in phases:
@@ -186,13 +176,13 @@ def _train(
                 optimizer.zero_grad(set_to_none=True)
 
                 seconds = time.perf_counter() - started
-                progress = _Progress(
-                    progress.step + 1,
-                    progress.tokens + gradients.tokens,
-                    progress.target_tokens + gradients.target_tokens,
-                    progress.seconds + seconds,
-                    progress.waited + waited,
-                    gradients.losses,
+                progress = Progress(
+                    step=progress.step + 1,
+                    tokens=progress.tokens + gradients.tokens,
+                    target_tokens=progress.target_tokens + gradients.target_tokens,
+                    seconds=progress.seconds + seconds,
+                    waited=progress.waited + waited,
+                    losses=gradients.losses,
                 )
                 bar.advance(1, tokens=gradients.tokens, loss=gradients.losses["loss"])
                 if progress.step % config.log_every_steps == 0 or period or progress.step in (1, phase.end):
@@ -307,6 +297,37 @@ def _check_context(config: TrainConfig) -> None:
         )
 
 
+def _hold(out_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
+    """Have the main rank hold the lock of the output folder until `stack` is closed.
+
+    Every rank raises StorageError where another process holds it.
+    """
+    refusal: StorageError | None = None
+    if ranks.is_main:
+        try:
+            stack.enter_context(lock_of(out_dir))
+        except StorageError as error:
+            refusal = error
+    if ranks.sum(np.array([refusal is not None])).any():
+        raise refusal or StorageError(f"{out_dir} cannot be locked; the main rank says why")
+
+
+def _restore_data(phases: list[OpenPhase], saved: CheckpointState, out_dir: Path) -> None:
+    """Put the loader and the domain weights of the checkpoint's phase where they were."""
+    name = saved.data.get("phase")
+    try:
+        if not any(p.phase.name == name and p.phase.first_step < saved.step <= p.phase.end for p in phases):
+            raise CorruptError(f"step {saved.step} is not in its phase {name!r}")
+        for open_phase in phases:
+            open_phase.load_state_dict(saved.data)
+    except CorruptError as error:
+        place = out_dir / "checkpoints"
+        raise CorruptError(
+            f"{place}/step-{saved.step:08d}/state.json is damaged: {error}. Restore it from a copy, or remove {place} to "
+            "train from the start."
+        ) from error
+
+
 def _make_writable(out_dir: Path) -> None:
     """Create the output folder and write a byte. Raises StorageError now rather than at the first checkpoint."""
     with writing(out_dir):
@@ -336,11 +357,13 @@ def _save_model(student: PreTrainedModel, dataset: kdata.Dataset, folder: Path, 
     parts = {id(tensor): whole(tensor) for tensor in student.state_dict(keep_vars=True).values()}
     state = {name: parts[id(tensor)] for name, tensor in student.state_dict(keep_vars=True).items()}
     if ranks.is_main:
-        aside = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        student.save_pretrained(aside, state_dict=state)
-        if dataset.tokenizer_dir is not None:
-            shutil.copytree(dataset.tokenizer_dir, aside, dirs_exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        with folder_beside(folder) as aside, folder_beside(folder) as former:
+            student.save_pretrained(aside, state_dict=state)
+            if dataset.tokenizer_dir is not None:
+                copy_files(dataset.tokenizer_dir, aside)
+            sync_tree(aside)
+            if folder.is_symlink() or folder.exists():
+                os.rename(folder, former / folder.name)
+            os.rename(aside, folder)
+            sync_directory(folder.parent)
     ranks.wait()

@@ -11,22 +11,24 @@ A crash in between leaves files that no manifest line names, and the next repair
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-from filelock import Timeout
 
 from kdata.check.verify import FOLDERS, Problem, check_file, check_shard, verify
-from kdata.errors import CorruptError, FormatError, MismatchError, MissingError, ShapeError, StorageError
+from kdata.errors import CorruptError, FormatError, MismatchError, MissingError, ShapeError
 from kdata.format.codec import codec_of
 from kdata.format.files import inside, local_path, lock_of, storage_errors, write_atomically
 from kdata.format.manifest import digest_of, json_bytes, manifest_line, read_info, write_info, write_manifest
 from kdata.format.schema import FORMAT_VERSION, DatasetInfo, ManifestEntry
 from kdata.store.dataset import Dataset
 from kdata.store.shard import check_header
+
+STAYS = {"data", "index", "rejects", "scores", "plans", "manifest.jsonl"}  # repaired in place, never moved whole
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,25 @@ class _Aside:
                 write_atomically(target, (self.root / name).read_bytes())
 
     def move(self, relatives: list[str]) -> None:
-        """Move files and folders, under their own paths; those that do not exist are skipped."""
-        for relative in relatives:
+        """Move files and folders under their own paths, but for those that do not exist or are no part of a dataset."""
+        for relative in filter(self._is_part, relatives):
             path = self.root / relative
             if path.is_symlink() or path.exists():
                 target = self._place() / relative
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(path, target)
                 self.moved.append(relative)
+
+    def _is_part(self, relative: str) -> bool:
+        """Whether a path may be moved: below the dataset, not the dataset itself or one of its folders.
+
+        A JSON of the dataset may name anything. A link is moved, not what it leads to.
+        """
+        pure = PurePosixPath(relative)
+        if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in relative:
+            return False
+        is_below = (self.root / pure).parent.resolve().is_relative_to(self.root.resolve())
+        return is_below and pure.as_posix() not in STAYS
 
 
 def repair(root: Path | str, *, copy: Path | None = None) -> Repair:
@@ -102,18 +115,8 @@ def repair(root: Path | str, *, copy: Path | None = None) -> Repair:
     )
     if not root.is_dir():
         raise MissingError(f"{root} does not exist or is not a folder; name the dataset's folder")
-    lock = lock_of(root)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise StorageError(
-            f"{root} is being written by another process; run this again when it has finished"
-        ) from error
-    try:
-        with storage_errors(root):
-            return _repair(root, copy)
-    finally:
-        lock.release()
+    with storage_errors(root), lock_of(root):
+        return _repair(root, copy)
 
 
 def _repair(root: Path, copy: Path | None) -> Repair:
@@ -265,7 +268,7 @@ def _lost_units(root: Path, info: DatasetInfo, whole: list[ManifestEntry]) -> di
     lost = {name: set(range(source.num_units or 0)) for name, source in info.sources.items()}
     for path in (p for folder in ("data", "index", "rejects") for p in (root / folder).glob("*-*")):
         source, _, unit = path.stem.rpartition("-")
-        if source in lost and info.sources[source].num_units is None and unit.isdigit():
+        if source in lost and info.sources[source].num_units is None and re.fullmatch("[0-9]{5,15}", unit):
             lost[source].add(int(unit))
     for entry in whole:
         lost[entry.source].discard(entry.unit)

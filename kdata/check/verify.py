@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdata.errors import KdataError, ShapeError
-from kdata.format.files import inside, without_hidden
-from kdata.format.manifest import digest_of, foreign, json_bytes
+from kdata.format.files import inside, lock_of, without_hidden
+from kdata.format.manifest import digest_of, foreign, json_bytes, read_manifest
 from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, canonical_json, json_digest
 from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
@@ -20,6 +20,8 @@ from kdata.selection.sidecar import load_score_info
 from kdata.store.dataset import Dataset
 from kdata.store.listed import PLANS, SCORES, Kind, read_listing, refuse_other_dataset
 from kdata.store.shard import check_header
+
+CHANGED = "is not as kdata writes it: a flipped bit, or an editor's change"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
         CorruptError: the dataset is at a URL or on the Hub, and a file there is not what was committed.
     """
     dataset.fetch()
+    writer = lock_of(dataset.path).holder()
     problems: list[Problem] = []
     total = sum(info.bytes for entry in dataset.manifest for info in entry.files.values())
     with Task("verify", total, "bytes") as task:
@@ -70,7 +73,36 @@ def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
     problems += _strays(dataset)
     if deep and not any(not problem.stray for problem in problems):
         problems += _deep(dataset)
-    return problems
+    is_settled = writer is None and not _is_written(dataset)
+    return problems if is_settled or not problems else _of_what_is_committed(dataset, problems)
+
+
+def _is_written(dataset: Dataset) -> bool:
+    """Whether a process is writing to the dataset, or has committed something since it was opened."""
+    if lock_of(dataset.path).holder() is not None:
+        return True
+    try:
+        return read_manifest(dataset.path) != dataset.manifest
+    except KdataError:
+        return False
+
+
+def _of_what_is_committed(dataset: Dataset, problems: list[Problem]) -> list[Problem]:
+    """The problems of what was committed: not of files that a running process has not committed yet, or has replaced.
+
+    A shard whose line is gone from the manifest was replaced (`kdata.jobs.changes`). The last line may be half written.
+    """
+    opened = {path for entry in dataset.manifest for path in entry.files}
+    try:
+        now = {path for entry in read_manifest(dataset.path) for path in entry.files}
+    except KdataError:
+        now = opened
+    judged = (opened & now) | {f"tokenizer/{name}" for name in dataset.info.tokenizer_files} | {"dataset.json"}
+    kept = [problem for problem in problems if problem.path in judged]
+    if any(problem.path == "manifest.jsonl" for problem in problems):
+        content = (dataset.path / "manifest.jsonl").read_bytes()
+        kept += check_lines(content[: content.rfind(b"\n") + 1])
+    return kept
 
 
 def check_file(root: Path, relative: str, info: FileInfo) -> list[Problem]:
@@ -93,7 +125,7 @@ def check_shard(root: Path, entry: ManifestEntry, about: DatasetInfo) -> list[Pr
     if reason := foreign(about, entry):
         return [Problem("manifest.jsonl", f"shard {entry.name} does not belong to this dataset: {reason}")]
     try:
-        check_header(pa.ipc.open_file(pa.memory_map(str(inside(root, where)))).schema, about, entry)
+        check_header(pa.ipc.open_file(pa.OSFile(str(inside(root, where)))).schema, about, entry)
     except (pa.ArrowException, OSError, ShapeError) as error:
         return [Problem(where, f"is not a shard of this dataset: {error}")]
     return []
@@ -127,17 +159,25 @@ def check_json(root: Path, relative: str) -> list[Problem]:
     if not path.exists():  # a dataset without shards has no manifest
         return []
     content = path.read_bytes()
+    if relative == "manifest.jsonl":
+        return check_lines(content)
     try:
-        if relative == "manifest.jsonl":
-            whole = b"".join(canonical_json(json.loads(line)) + b"\n" for line in content.splitlines()) == content
-        else:
-            values = json.loads(content)
-            if values.get("digest") != digest_of(values):
-                return [Problem(relative, "does not match its own digest")]
-            whole = json_bytes(values) == content
+        values = json.loads(content)
+        if values.get("digest") != digest_of(values):
+            return [Problem(relative, "does not match its own digest")]
+        whole = json_bytes(values) == content
     except (ValueError, AttributeError) as error:
         return [Problem(relative, f"cannot be read: {error}")]
-    return [] if whole else [Problem(relative, "is not as kdata writes it: a flipped bit, or an editor's change")]
+    return [] if whole else [Problem(relative, CHANGED)]
+
+
+def check_lines(content: bytes) -> list[Problem]:
+    """Compare each line of the manifest with its form."""
+    try:
+        whole = b"".join(canonical_json(json.loads(line)) + b"\n" for line in content.splitlines()) == content
+    except ValueError as error:
+        return [Problem("manifest.jsonl", f"cannot be read: {error}")]
+    return [] if whole else [Problem("manifest.jsonl", CHANGED)]
 
 
 def _tokenizer(dataset: Dataset) -> list[Problem]:

@@ -164,13 +164,13 @@ class StreamFile:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
+        with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as stream:
             self.names, self.labels = stream.schema.names, class_labels(stream.schema)
             self.num_rows = sum(batch.num_rows for batch in stream)
 
     def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
         """See `OneFile`."""
-        with pa.memory_map(str(self._file)) as source, pa.ipc.open_stream(source) as stream:
+        with pa.OSFile(str(self._file)) as source, pa.ipc.open_stream(source) as stream:
             for batch in stream:
                 for begin in range(0, batch.num_rows, 1024):
                     yield from rows_of(batch.select(columns).slice(begin, 1024), self.labels)

@@ -187,7 +187,7 @@ def inputs_of_shard(dataset: Dataset, shard: int, stored: Sequences) -> list[Inp
 
 
 def _token_bytes(dataset: Dataset, shard: int) -> list[np.ndarray | None]:
-    with pa.memory_map(str(dataset.checked_file(dataset.manifest[shard], "data"))) as source:
+    with pa.OSFile(str(dataset.checked_file(dataset.manifest[shard], "data"))) as source:
         field = pa.ipc.open_file(source).schema.get_field_index("token_bytes")
         options = pa.ipc.IpcReadOptions(included_fields=[field])
         column = pa.ipc.open_file(source, options=options).read_all()["token_bytes"]

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from kdata.config import Strict
 from kdata.errors import ConfigError, TeacherError
-from kdata.format.files import storage_errors
+from kdata.format.files import lock_of, storage_errors
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import ManifestEntry
 from kdata.jobs.job import UnitCounter
@@ -43,7 +43,13 @@ def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> 
         MismatchError: the model has another tokenizer, or the sidecar is another model's.
         ConfigError: a sequence is longer than the model's context.
         TeacherError: the model's log-probabilities are not finite.
+        StorageError: another process is writing, or the disk refused.
     """
+    with lock_of(dataset.path):
+        return _score(dataset, config, log)
+
+
+def _score(dataset: Dataset, config: ScoreConfig, log: Path | None) -> ScoreInfo:
     tokenizer = load_tokenizer(config.model.model, config.model.revision, bos=config.model.bos)
     own = Vocabulary.of_model(config.model.model, tokenizer)
     refuse_other_ids(Vocabulary.of_dataset(dataset), own, "score with a model of the teacher's tokenizer")

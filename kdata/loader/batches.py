@@ -39,7 +39,7 @@ from kdata.errors import ConfigError, DataError, MismatchError
 from kdata.format.measures import Measures
 from kdata.format.sequences import Sequences
 from kdata.loader.grid import entry_grid
-from kdata.loader.packing import Place, Shape, blocks_of, identity_of, windows
+from kdata.loader.packing import Place, Shape, blocks_of, identity_of, place_of, windows
 from kdata.loader.window import Window
 from kdata.store.dataset import Dataset
 
@@ -167,7 +167,12 @@ class Batches:
         return {**asdict(self.place), "identity": self.identity, **self.config.model_dump(include=ORDER)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from another loader's state, of any rank. Raises MismatchError where data or order differ."""
+        """Continue from another loader's state, of any rank.
+
+        Raises:
+            MismatchError: data or order differ.
+            CorruptError: the place in the stream is not one of this data.
+        """
         own = self.state_dict()
         different = [k for k in own if k not in asdict(self.place) and own[k] != state.get(k)]
         if different:
@@ -175,7 +180,7 @@ class Batches:
                 f"the loader's state belongs to another {', '.join(different)}; resume with the same "
                 "dataset, plan and loader settings, or start again in another folder"
             )
-        self.place = Place(state["epoch"], state["window"], state["row"])
+        self.place = place_of(state, len(self.rows))
 
     def read(self, start: Place, *, epochs: int | None = None, worker: int = 0, workers: int = 1) -> Iterator[Arrays]:
         """Read batches in the caller's thread, the state untouched.

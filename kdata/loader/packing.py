@@ -17,10 +17,14 @@ the number of ranks or of workers. It uses raw bits of PCG64, whose stream numpy
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+from kdata.errors import CorruptError
+
+MAX_EPOCHS = 2**31  # more than any run has
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,19 @@ class Place:
     epoch: int = 0
     window: int = 0
     row: int = 0
+
+
+def place_of(state: object, num_documents: int) -> Place:
+    """The place in a saved state. Raises CorruptError where it is none of a stream over so many documents."""
+    values: dict[str, int] = {}
+    for name, limit in (("epoch", MAX_EPOCHS), ("window", num_documents), ("row", num_documents)):
+        value = state.get(name) if isinstance(state, Mapping) else None
+        if type(value) is not int or not 0 <= value <= limit:
+            raise CorruptError(
+                f"the loader's state has {name} {value!r}, which must be a whole number from 0 to {limit:,}"
+            )
+        values[name] = value
+    return Place(**values)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ million.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
@@ -25,7 +24,7 @@ from pydantic import BeforeValidator, Field
 
 from kdata.config import parse_config
 from kdata.errors import ConfigError, DataError, nearest
-from kdata.format.files import sync_directory, without_hidden
+from kdata.format.files import remove_leftover, settle, without_hidden
 from kdata.selection.ddk import Ddk
 from kdata.selection.mixtures import Cap, Proportional, Static, Temperature, Uniform
 from kdata.selection.plan import DomainChoice, Plan, open_plan, plan_files, plan_info, write_plan_info
@@ -138,12 +137,10 @@ def _write(session: Session, base: Path) -> Path:
     path, _ = plan_files(base)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    remove_leftover(temporary)
     session.execute(
         "copy (select id, repeats from chosen where repeats > 0 order by value desc, id) "
         f"to {literal(str(temporary.resolve()))} (format parquet, compression zstd)"
     )
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+    settle(temporary, path)
     return path

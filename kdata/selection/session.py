@@ -8,7 +8,6 @@ are kept; DuckDB moves them to disk when memory is full.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
-from filelock import Timeout
 
 from kdata.errors import QueryError, StorageError
-from kdata.format.files import lock_of, storage_errors
+from kdata.format.files import folder_beside, lock_of, storage_errors
 from kdata.format.schema import ManifestEntry, index_schema
 from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
@@ -150,21 +148,8 @@ def exclusive(dataset: Dataset, purpose: str) -> Iterator[Path]:
     Raises StorageError where another process holds the lock, or the disk refuses.
     """
     root = dataset.path.resolve()
-    lock, folder = lock_of(root), root.parent / f".{root.name}.{purpose}"
-    with storage_errors(root):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise StorageError(
-                f"{dataset.path} is being written by another process; run this again when it has finished"
-            ) from error
-        try:
-            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
-            folder.mkdir()
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.release()
+    with storage_errors(root), lock_of(dataset.path), folder_beside(root.with_name(f"{root.name}.{purpose}")) as folder:
+        yield folder
 
 
 @contextmanager

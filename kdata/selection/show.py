@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdata.errors import ConfigError, DependencyError, KdataError
+from kdata.format.files import storage_errors, write_atomically
 from kdata.observe.style import COLOURS, STYLE
 from kdata.observe.text import one_line
 from kdata.selection.plan import DomainChoice, Plan, PlanInfo, open_plan
@@ -111,6 +113,7 @@ def draw(dataset: Dataset, plan: Plan, path: Path) -> Path:
     Raises:
         ConfigError: `path` does not end in .png, .svg or .pdf.
         DependencyError: matplotlib is not installed.
+        StorageError: the disk refused.
     """
     try:
         from matplotlib import rc_context
@@ -133,8 +136,11 @@ def draw(dataset: Dataset, plan: Plan, path: Path) -> Path:
         if bars:
             _draw_histogram(panels[1], plan.info, bars)
         figure.suptitle(f"Plan {plan.info.name} ({plan.info.method})", x=0.01, ha="left", fontsize=11)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, facecolor=COLOURS["page"])
+        sink = io.BytesIO()
+        figure.savefig(sink, format=path.suffix[1:], dpi=150, facecolor=COLOURS["page"])
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, sink.getvalue())
     return path
 
 

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,16 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from kdata.errors import ConfigError, DataError, MismatchError, StorageError, settings_difference
-from kdata.format.files import file_info, local_path, storage_errors
+from kdata.format.files import (
+    copy_files,
+    file_info,
+    folder_beside,
+    local_path,
+    lock_of,
+    storage_errors,
+    sync_directory,
+    sync_tree,
+)
 from kdata.format.manifest import append_entry, write_info
 from kdata.format.records import inputs_of
 from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, SourceInfo, shard_name
@@ -133,24 +142,27 @@ def head(dataset: Dataset, target: Path | str, num_rows: int) -> Dataset:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill; it is renamed to `target` at the end. Raises ConfigError where `target` exists and is not empty."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is not an empty folder; name a new one")
-    temporary = target.with_name(target.name + ".tmp")
-    with storage_errors(target), ExitStack() as stack:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir()
-        stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # what an error leaves; after the rename, nothing
-        yield temporary
-        for lock in temporary.glob(".*.lock"):
-            lock.unlink()
-        if target.exists():
-            target.rmdir()
-        os.rename(temporary, target)
-    for lock in target.parent.glob(f".{temporary.name}.lock"):
-        lock.unlink()
+    """A folder to fill, beside `target`; it is flushed to the disk and renamed at the end. Holds the lock of `target`.
+
+    Raises:
+        ConfigError: `target` exists and is not empty.
+        StorageError: another process writes to `target`, or the disk refused.
+    """
+    place = target.resolve()
+    with storage_errors(target), lock_of(target):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ConfigError(f"{target} exists and is not an empty folder; name a new one")
+        with folder_beside(place) as temporary:
+            yield temporary
+            sync_tree(temporary)
+            if place.exists():
+                place.rmdir()
+            os.rename(temporary, place)
+            try:
+                sync_directory(place.parent)
+            except OSError:  # the name may not outlive a power cut: as if there were none
+                os.rename(place, temporary)
+                raise
 
 
 def folder_name(name: str) -> str:
@@ -223,7 +235,8 @@ def _link(path: Path, target: Path) -> None:
 def _tokenizer(dataset: Dataset, folder: Path) -> dict[str, FileInfo]:
     if dataset.tokenizer_dir is None:
         return {}
-    shutil.copytree(dataset.tokenizer_dir, folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    copy_files(dataset.tokenizer_dir, folder / "tokenizer")
     return {path.name: file_info(path) for path in sorted((folder / "tokenizer").iterdir())}
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import yaml
 
 from kdata.errors import ConfigError
-from kdata.format.files import write_atomically
+from kdata.format.files import lock_of, storage_errors, write_atomically
 from kdata.format.schema import CodecError, index_schema, payload_schema
 from kdata.observe.journal import Took, find_journal, lines_of, read_journal, took
 from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line
@@ -176,7 +176,8 @@ def tokens_of(dataset: Dataset, sources: Collection[str]) -> int:
 def write_card(dataset: Dataset, *, title: str | None = None, cost: list[Took] | None = None) -> Path:
     """Write DATASET/README.md, as `card_page` gives it, and return its path."""
     path = dataset.path / "README.md"
-    write_atomically(path, card_page(dataset, title=title, cost=cost))
+    with storage_errors(path), lock_of(dataset.path):
+        write_atomically(path, card_page(dataset, title=title, cost=cost))
     return path
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from kdata.check.verify import FOLDERS, verify
 from kdata.errors import ConfigError, CorruptError, DependencyError, StorageError
-from kdata.format.files import inside, local_path, without_hidden
+from kdata.format.files import inside, local_path, lock_of, without_hidden
 from kdata.share.arrange import new_folder
 from kdata.share.card import card_page, cost_of, write_card
 from kdata.store.dataset import Dataset
@@ -30,27 +30,46 @@ def push(dataset: Dataset, destination: str | Path, *, public: bool = False) -> 
     Returns:
         The folder, or the address on the Hub.
     Raises:
-        CorruptError: the dataset is not whole.
+        CorruptError: the dataset, or the copy, is not whole.
         ConfigError: the folder is not free, the Hub name is not valid, or `destination` is another URL.
         DependencyError: the Hub's client is not installed.
-        StorageError: the disk or the Hub refused.
+        StorageError: the disk or the Hub refused, or a process is writing to the dataset or to the folder.
     """
     destination = str(destination)
+    refuse_while_written(dataset)
+    if destination.startswith("hf:"):
+        _refuse_damaged(dataset)
+        return _push_to_hub(dataset, destination, public)
+    target = local_path(destination, "push copies to a folder or to the Hub (hf://OWNER/NAME)")
+    with new_folder(target) as folder:
+        _refuse_damaged(dataset)
+        for relative in dataset_files(dataset):
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(dataset.path / relative, folder / relative)
+        write_card(open_dataset(folder), cost=cost_of(dataset))
+        if differences := verify(open_dataset(folder)):
+            refuse_while_written(dataset)
+            raise CorruptError(
+                f"the copy of {dataset.path} was not whole and is removed ({differences[0].path} {differences[0].what}): the "
+                "dataset changed meanwhile, or the disk is failing. Run the same command again."
+            )
+    return str(target)
+
+
+def _refuse_damaged(dataset: Dataset) -> None:
     problems = [problem for problem in verify(dataset) if not problem.stray]  # what belongs to nothing stays behind
     if problems:
         listing = "\n".join(f"  {p.path} {p.what}" for p in problems[:10])
         raise CorruptError(
             f"{dataset.path} is damaged and was not shared; repair it first (kdata repair {dataset.path}):\n{listing}"
         )
-    if destination.startswith("hf:"):
-        return _push_to_hub(dataset, destination, public)
-    target = local_path(destination, "push copies to a folder or to the Hub (hf://OWNER/NAME)")
-    with new_folder(target) as folder:
-        for relative in dataset_files(dataset):
-            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(dataset.path / relative, folder / relative)
-        write_card(open_dataset(folder), cost=cost_of(dataset))
-    return str(target)
+
+
+def refuse_while_written(dataset: Dataset) -> None:
+    """Raise StorageError where a process is writing to the dataset: a copy could hold half of its change."""
+    holder = lock_of(dataset.path).holder()
+    if holder is not None:
+        raise StorageError(f"{dataset.path} is being written by {holder}; share it when that has finished")
 
 
 def dataset_files(dataset: Dataset) -> list[str]:

@@ -48,7 +48,7 @@ OPEN_SHARDS = 64  # shards that are mapped at a time, per open dataset
 
 
 class Dataset:
-    """A logit dataset, opened for reading. Cheap to open; payload is memory-mapped and decoded on demand.
+    """A logit dataset, opened for reading. Cheap to open; payload is read and decoded on demand.
 
     data[0], data[-1]          a `Row`
     data[2:5], data[[7, 3]]    `Sequences`; so does a bool mask with a value per row
@@ -408,7 +408,7 @@ class Dataset:
         [shard], [number], [local] = self.locate(np.array([row]))
         path = self.checked_file(self.manifest[shard], "data")
         try:
-            with pa.memory_map(str(path)) as source:
+            with pa.OSFile(str(path)) as source:
                 if "token_bytes" not in pa.ipc.open_file(source).schema.names:
                     return None
             value = _checked_batch(_reader(path, ["token_bytes"]), int(number)).column("token_bytes")[int(local)]
@@ -471,7 +471,7 @@ class Dataset:
         """
         index = self._read_index(entry, ["id", "content_hash"])
         expected = zip(index["id"].to_pylist(), index["content_hash"].to_pylist(), strict=True)
-        check_header(pa.ipc.open_file(pa.memory_map(str(path))).schema, self.info, entry)
+        check_header(pa.ipc.open_file(pa.OSFile(str(path))).schema, self.info, entry)
         reader, sizes = _reader(path, ["id", "input_ids"]), []
         for number in range(reader.num_record_batches):
             batch = _checked_batch(reader, number)
@@ -514,8 +514,8 @@ class Dataset:
 
 
 def _reader(path: Path, columns: list[str]) -> pa.ipc.RecordBatchFileReader:
-    """Map a shard to read these columns only, because each column costs 20 microseconds per record batch."""
-    source = pa.memory_map(str(path))
+    """Open a shard to read these columns only, because each column costs 20 microseconds per record batch."""
+    source = pa.OSFile(str(path))
     schema = pa.ipc.open_file(source).schema
     fields = [schema.get_field_index(name) for name in columns]
     options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
@@ -531,7 +531,7 @@ def _checked_batch(reader: pa.ipc.RecordBatchFileReader, number: int) -> pa.Reco
 
 def _used_columns(path: Path) -> list[str]:
     """Columns that a decoder reads, without those that are null throughout (the first record batch decides)."""
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    reader = pa.ipc.open_file(pa.OSFile(str(path)))
     unused = {"id", "token_bytes"}
     if reader.num_record_batches:
         first = _checked_batch(reader, 0)

@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ import numpy as np
 from filelock import FileLock
 
 from kdata.errors import ConfigError, CorruptError, DependencyError, KdataError, MissingError
-from kdata.format.files import committed_folder, file_info, storage_errors
+from kdata.format.files import committed_folder, file_info, rust_errors, storage_errors, temporary_folder
 from kdata.store.url import cache_dir
 
 MAX_ENTRIES = 1 << 20  # of metadata and of tensors: a count beyond it is damage
@@ -106,7 +105,7 @@ def model_folder(model: str | Path) -> str:
                 if not folder.is_dir():
                     for leftover in place.glob(".transformers-*"):  # of a process that was killed
                         shutil.rmtree(leftover, ignore_errors=True)
-                    with committed_folder(folder) as temporary:
+                    with rust_errors(), committed_folder(folder) as temporary:
                         _convert(path, header, temporary)
     return str(folder)
 
@@ -289,9 +288,9 @@ def _tokenizer(header: Header, place: str, name: str) -> Any:
 @contextmanager
 def _alone(path: Path) -> Iterator[tuple[str, str]]:
     """The file under a plain name in a folder of its own: what else is beside it is not looked at."""
-    with tempfile.TemporaryDirectory(prefix="kdata-gguf-") as folder:
-        os.symlink(path.resolve(), Path(folder) / "model.gguf")
-        yield folder, "model.gguf"
+    with temporary_folder("gguf") as folder:
+        os.symlink(path.resolve(), folder / "model.gguf")
+        yield str(folder), "model.gguf"
 
 
 @contextmanager

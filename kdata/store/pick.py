@@ -26,7 +26,7 @@ def tables(dataset: Dataset, entry: ManifestEntry, local: np.ndarray, name: str)
     data, index_path = dataset.checked_file(entry, "data"), dataset.checked_file(entry, "index")
     chosen = pa.array(local)
     try:
-        file = pa.ipc.open_file(pa.memory_map(str(data)))
+        file = pa.ipc.open_file(pa.OSFile(str(data)))
         check_header(file.schema, dataset.info, entry)
         payload = file.read_all().take(chosen)
         index = read_index(index_path, index_schema().names).take(chosen)

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from kdata.errors import DataError, ShapeError
 from kdata.format import codec as codecs
-from kdata.format.files import file_info, settle, storage_errors
+from kdata.format.files import file_info, new_file, settle, storage_errors
 from kdata.format.kept import Kept
 from kdata.format.records import Record, Reject, RowError, Shard, UnitResult
 from kdata.format.schema import (
@@ -124,8 +124,7 @@ def _kept_mass(index: pa.Table, entry: ManifestEntry) -> float | None:
 
 
 def _write_arrow(root: Path, relative: str, table: pa.Table) -> FileInfo:
-    path = root / f"{relative}.tmp"
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema, options=_COMPRESSED) as writer:
+    with new_file(root / f"{relative}.tmp") as file, pa.ipc.new_file(file, table.schema, options=_COMPRESSED) as writer:
         lengths = pc.list_value_length(table["input_ids"]).to_numpy()
         for begin in range(0, table.num_rows, ROWS_PER_BATCH):
             rows = rows_per_batch(lengths[begin : begin + ROWS_PER_BATCH])
@@ -135,7 +134,7 @@ def _write_arrow(root: Path, relative: str, table: pa.Table) -> FileInfo:
 
 
 def _write_parquet(root: Path, relative: str, table: pa.Table) -> FileInfo:
-    with pa.OSFile(str(root / f"{relative}.tmp"), "wb") as file:  # closed even where writing fails
+    with new_file(root / f"{relative}.tmp") as file:
         pq.write_table(table, file, compression="zstd")
     return _settle(root, relative)
 
@@ -220,7 +219,7 @@ def fits(path: Path, own: DatasetInfo, entry: ManifestEntry, other: DatasetInfo)
     Raises CorruptError where it is not the payload of `own` that the manifest line says.
     """
     try:
-        schema = pa.ipc.open_file(pa.memory_map(str(path))).schema
+        schema = pa.ipc.open_file(pa.OSFile(str(path))).schema
         check_header(schema, own, entry)
     except UNREADABLE as error:
         raise damaged(path, error) from error
@@ -233,7 +232,7 @@ def bind_payload(path: Path, target: Path, info: DatasetInfo, work_digest: str) 
     Raises CorruptError where its bytes cannot be decompressed.
     """
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        reader = pa.ipc.open_file(pa.OSFile(str(path)))
         schema = reader.schema.with_metadata(header_of(info, work_digest))
         with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, schema, options=_COMPRESSED) as writer:
             for number in range(reader.num_record_batches):

@@ -15,7 +15,6 @@ import os
 import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kdata.errors import ConfigError, CorruptError, DependencyError, FormatError, KdataError, MissingError, StorageError
-from kdata.format.files import file_info, inside, storage_errors
+from kdata.format.files import file_info, inside, storage_errors, temporary_folder
 from kdata.format.manifest import read_info, read_manifest
 from kdata.format.schema import DatasetInfo, FileInfo
 
@@ -221,10 +220,10 @@ def mirror(store: Store, root: Path, folders: tuple[str, ...]) -> bool:
         if lines is not None:
             raise CorruptError(f"{store.url} has a manifest but no dataset.json; restore it from a copy of the dataset")
         return False
-    with storage_errors(root), tempfile.TemporaryDirectory(prefix="kdata-mirror-") as folder:
-        (Path(folder) / "dataset.json").write_bytes(about)
-        (Path(folder) / "manifest.jsonl").write_bytes(lines or b"")
-        info, manifest = read_info(Path(folder)), read_manifest(Path(folder), heal=True)
+    with storage_errors(root), temporary_folder("mirror") as folder:
+        (folder / "dataset.json").write_bytes(about)
+        (folder / "manifest.jsonl").write_bytes(lines or b"")
+        info, manifest = read_info(folder), read_manifest(folder, heal=True)
         if _another(root, info):
             shutil.rmtree(root)
         named = {f"tokenizer/{name}": about for name, about in info.tokenizer_files.items()}
@@ -237,7 +236,7 @@ def mirror(store: Store, root: Path, folders: tuple[str, ...]) -> bool:
                 store.fetch(relative, inside(root, relative), file)
         root.mkdir(parents=True, exist_ok=True)
         for name in ("manifest.jsonl", "dataset.json"):
-            shutil.copyfile(Path(folder) / name, root / name)
+            shutil.copyfile(folder / name, root / name)
     return True
 
 

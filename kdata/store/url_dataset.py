@@ -78,7 +78,7 @@ class RemoteDataset(Dataset):
         self._store = HubStore(address, commit) if address.startswith("hf://") else Store(address)
         root = copy_of(self._store.url, "datasets")
         root.parent.mkdir(parents=True, exist_ok=True)
-        with lock_of(root):
+        with lock_of(root.with_name(f"{root.name}.copy"), wait=True):  # readers wait for each other, not for a scoring
             if not mirror(self._store, root, ()):
                 raise MissingError(f"{address} is not a kdata dataset: it has no dataset.json")
         super().__init__(root, check)

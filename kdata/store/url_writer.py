@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdata.errors import ConfigError, StorageError
-from kdata.format.files import inside
+from kdata.format.files import inside, temporary_folder
 from kdata.format.records import Shard, UnitResult
 from kdata.format.schema import DatasetInfo, ManifestEntry, SourceInfo
 from kdata.store.shard import write_shard
@@ -37,10 +36,10 @@ class RemoteStaging:
 
     def write(self, attempt: str, info: DatasetInfo, source: str, unit: UnitResult) -> Shard:
         """See `Staging.write`."""
-        with tempfile.TemporaryDirectory(prefix="kdata-shard-") as place:
-            shard = write_shard(Path(place), info, source, unit)
+        with temporary_folder("shard") as place:
+            shard = write_shard(place, info, source, unit)
             for relative in shard.entry.files:
-                self._store.put(Path(place) / relative, f"{self.folder}/{attempt}/{relative}")
+                self._store.put(place / relative, f"{self.folder}/{attempt}/{relative}")
         return shard
 
 

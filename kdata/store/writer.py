@@ -20,10 +20,18 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import Timeout
 
-from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, StorageError, settings_difference
-from kdata.format.files import file_info, inside, journal_of, lock_of, storage_errors, sync_directory
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, settings_difference
+from kdata.format.files import (
+    copy_files,
+    file_info,
+    inside,
+    journal_of,
+    lock_of,
+    storage_errors,
+    sync_directory,
+    sync_tree,
+)
 from kdata.format.manifest import (
     append_entry,
     check_binding,
@@ -84,11 +92,7 @@ class Writer:
 
     def __enter__(self) -> Writer:
         with storage_errors(self.root):
-            self.root.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout as error:
-                raise StorageError(f"{self.root} is being written by another process; wait for it") from error
+            self._lock.acquire()
             with ExitStack() as undo:
                 undo.callback(self._lock.release)
                 self._open()
@@ -230,8 +234,8 @@ class Writer:
         if self._tokenizer_dir is not None and not target.exists():
             temporary = self.root / "tokenizer.tmp"
             temporary.mkdir()
-            for file in sorted(self._tokenizer_dir.iterdir()):  # copytree would hide a full disk in its own error
-                shutil.copyfile(file, temporary / file.name)
+            copy_files(self._tokenizer_dir, temporary)
+            sync_tree(temporary)
             os.rename(temporary, target)
         elif self.info.tokenizer_files:
             return

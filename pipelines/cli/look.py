@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from rich.table import Table
 
 import kdata
 from kdata.errors import ConfigError
+from kdata.format.files import lock_of
 from kdata.observe import status as progress
 from kdata.observe.progress import console
 from kdata.observe.terminal import name_text
@@ -168,7 +170,12 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder that `
     """
     from kdata.pipelines.report.report import write_report  # needs the extra `report`, and no other command here does
 
-    say(f"report: {write_report(local_folder_of_run(run))}")
+    folder = local_folder_of_run(run)
+    with ExitStack() as stack:
+        if folder.is_dir():
+            stack.enter_context(lock_of(folder))
+        page = write_report(folder)
+    say(f"report: {page}")
 
 
 def local_folder_of_run(run: str) -> Path:

@@ -202,6 +202,7 @@ LIBRARY_ERRORS = {
     "duckdb": ("Error", "check the query and the free memory and disk space"),
     "pydantic": ("ValidationError", "check the file that it names"),
     "yaml": ("YAMLError", "correct the YAML"),
+    "safetensors": ("SafetensorError", "a file of weights cannot be read or written; check the file and the disk"),
     "torch": ("OutOfMemoryError", "out of memory on the device; lower batch_tokens or micro_batch_tokens"),
 }
 ADVICE = {

@@ -6,6 +6,7 @@ What needs torch is imported inside the functions, after the arguments are check
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from rich.text import Text
 import kdata
 from kdata.config import parse_config, read_yaml
 from kdata.errors import ConfigError, MissingError
-from kdata.format.files import write_atomically
+from kdata.format.files import lock_of, storage_errors, write_atomically
 from kdata.observe.terminal import name_text
 from kdata.observe.text import number
 from kdata.pipelines.cli.common import (
@@ -181,9 +182,13 @@ def evaluate(
     kdata.open(dataset)
     from kdata.trainer.evaluate import evaluate as measure_student
 
-    measured = measure_student(folder, dataset, config=config)
-    if save is not None:
-        write_atomically(Path(save), json.dumps(measured, indent=2).encode() + b"\n")
+    with ExitStack() as stack:
+        if save is not None:
+            stack.enter_context(lock_of(Path(save)))
+        measured = measure_student(folder, dataset, config=config)
+        if save is not None:
+            with storage_errors(Path(save)):
+                write_atomically(Path(save), json.dumps(measured, indent=2).encode() + b"\n")
     if format is Format.json:
         print_json(measured)
         return

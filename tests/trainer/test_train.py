@@ -137,8 +137,8 @@ def test_a_finished_run_called_again_keeps_its_only_checkpoint(
     saved: list[int] = []
     real = module.save_checkpoint
 
-    def count(root: Path, model: object, optimizer: object, state: dict, ranks: object) -> Path:
-        saved.append(state["step"])
+    def count(root: Path, model: object, optimizer: object, state: checkpoint.CheckpointState, ranks: object) -> Path:
+        saved.append(state.step)
         return real(root, model, optimizer, state, ranks)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "save_checkpoint", count)

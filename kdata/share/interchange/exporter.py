@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdata.errors import ConfigError, DataError
-from kdata.format.files import local_path, storage_errors
+from kdata.format.files import local_path, lock_of, new_file, settle, storage_errors
 from kdata.observe.progress import Task
 from kdata.share.interchange import axolotl, plain
 from kdata.store.dataset import Dataset
@@ -29,23 +28,26 @@ def export_dataset(dataset: Dataset, target: Path | str, format: ExportFormat, *
         DataError: the dataset has no rows.
     """
     target = local_path(target, "name a file here, and upload it afterwards")
-    if target.exists():
-        raise ConfigError(f"{target} exists; name a new file")
     if version not in axolotl.SCHEMAS:
         raise ConfigError(f"axolotl's columns have versions 1 and 2, not {version}; choose one of these")
     if not dataset.num_rows:
         raise DataError(f"{dataset.path} has no rows to export; capture or import some first")
     schema = plain.SCHEMA if format == "plain" else axolotl.SCHEMAS[version]
     temporary = target.with_name(target.name + ".tmp")
-    with storage_errors(target), ExitStack() as stack, Task("export", dataset.num_tokens, "tokens") as task:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stack.callback(temporary.unlink, missing_ok=True)  # what an error leaves; after the rename, nothing
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for number, entry in enumerate(dataset.manifest):
-                if entry.rows:
-                    writer.write_table(_table(dataset, number, format, version))
-                task.advance(entry.tokens)
-        temporary.rename(target)
+    with storage_errors(target), lock_of(target), Task("export", dataset.num_tokens, "tokens") as task:
+        if target.exists():
+            raise ConfigError(f"{target} exists; name a new file")
+        try:
+            with new_file(temporary) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+                for number, entry in enumerate(dataset.manifest):
+                    if entry.rows:
+                        writer.write_table(_table(dataset, number, format, version))
+                    task.advance(entry.tokens)
+            settle(temporary, target)
+        except BaseException:  # Ctrl-C too; it goes on
+            for path in (temporary, target):
+                path.unlink(missing_ok=True)
+            raise
     return losses(dataset, format)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from kdata.check.repair import Repair, repair
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, KdataError, MismatchError, StorageError
 from kdata.format.files import lock_of
-from kdata.format.manifest import read_manifest
+from kdata.format.manifest import digest_of, json_bytes, read_manifest
 from kdata.pipelines.cli.main import app
 from kdata.selection.ranked import Difference
 from kdata.selection.select import select
@@ -248,3 +249,24 @@ def test_the_command_says_what_to_run(copied: Path) -> None:
     next((copied / "data").iterdir()).unlink()
     result = run(app, ["repair", str(copied)])
     assert result.exit_code == 0 and "run again: units" in result.output and "kdata capture" in result.output
+
+
+@pytest.mark.parametrize("name", [".", "..", "./", "data", "data/..", "../elsewhere", "/etc/passwd", "scores", "a\0b"])
+def test_a_score_that_names_a_folder_moves_no_more_than_itself(damaged: Path, name: str) -> None:
+    """The JSON of a score from a stranger may name anything, with a digest that fits."""
+    (damaged.parent / "elsewhere").write_text("precious")
+    path = next((damaged / "scores").glob("*.json"))
+    content = json.loads(path.read_text())
+    content["files"][name] = {"sha256": "0" * 64, "bytes": 1}
+    path.write_bytes(json_bytes({**content, "digest": digest_of(content)}))
+    shards = {name: digest for name, digest in digests(damaged).items() if name.split("/")[0] in ("data", "index")}
+    with contextlib.suppress(KdataError):
+        repair(damaged)
+    assert (damaged / "dataset.json").exists() and (damaged.parent / "elsewhere").read_text() == "precious"
+    assert shards.items() <= digests(damaged).items()
+
+
+def test_a_stray_name_with_a_number_that_is_none_is_set_aside(damaged: Path) -> None:
+    for name in ("capture-" + "9" * 200, "capture-²"):
+        (damaged / "data" / f"{name}.arrow").write_text("stray")
+    assert len(repair(damaged).moved) == 2 and not is_damaged(damaged)

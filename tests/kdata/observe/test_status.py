@@ -183,7 +183,7 @@ def test_a_dataset_that_is_written(
     assert [shown.state for shown in seen] == ["running"] * len(seen) and len(seen) == 4
     assert [row.shards for shown in seen for row in shown.rows][-1] in (2, 3)
     assert digests(root) == undisturbed
-    assert {p.name for p in tmp_path.iterdir()} == {"dataset", ".dataset.lock", ".dataset.progress.jsonl"}
+    assert {p.name for p in tmp_path.iterdir()} == {"dataset", ".dataset.progress.jsonl"}
     [row] = status(root).rows
     entries = kdata.open(root).manifest
     assert (row.name, row.state, row.shards) == ("capture", "done", len(entries))
