@@ -351,7 +351,8 @@ def _free(handle: int, path: Path) -> None:
 class FolderLock:
     """The lock of a folder or file that is written; a context manager. Whoever holds it is named to others.
 
-    It is a file beside the folder, because what is inside gets shared, and is removed with the lock. The operating system
+    It is a file beside the folder, because what is inside gets shared, and is removed with the lock. Where that place cannot be
+    written, as beside the mount point of a container, it is a hidden file in the folder. The operating system
     frees the lock of a process that ends in any way, so a dead one never blocks. Not `filelock`: it does not say who holds a
     lock, it follows links, and a fork of the process keeps its locks.
 
@@ -365,7 +366,8 @@ class FolderLock:
     def __init__(self, root: Path, *, wait: bool = False) -> None:
         self.root, self._wait = root, wait
         place = root.resolve()
-        self.path = place.parent / f".{place.name}.lock"
+        is_mounted = place.is_dir() and not os.access(place.parent, os.W_OK)
+        self.path = place / ".lock" if is_mounted else place.parent / f".{place.name}.lock"
         self._handle: int | None = None
 
     def acquire(self) -> None:

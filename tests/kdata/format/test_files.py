@@ -105,6 +105,19 @@ def test_a_lock_file_of_a_stranger_says_no_more_than_it_may(tmp_path: Path) -> N
         end(process)
 
 
+def test_the_lock_of_a_folder_in_a_place_that_cannot_be_written_is_in_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount point of a container: the root of its file system is read-only."""
+    (tmp_path / "mount").mkdir()
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
+    with lock_of(tmp_path / "mount") as lock:
+        assert lock.path == tmp_path / "mount/.lock" and lock.path.exists()
+        assert os.listdir(tmp_path) == ["mount"]
+    assert not os.listdir(tmp_path / "mount")
+    assert lock_of(tmp_path / "new").path == tmp_path / ".new.lock", "a folder that has to be made there first"
+
+
 def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("precious")
     (tmp_path / ".d.lock").symlink_to(tmp_path / "precious")
