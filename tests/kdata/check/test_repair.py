@@ -216,7 +216,12 @@ def test_a_damaged_dataset_json_is_restored_from_a_copy_or_refused(
     about = json.loads((other / "dataset.json").read_text())
     about["vocab_size"] = 301
     from kdata.format.manifest import write_json
+    from kdata.format.schema import NO_IDENTITY, json_digest
 
+    write_json(other / "dataset.json", about)
+    with pytest.raises(CorruptError, match="was edited"):
+        repair(copied, copy=other / "dataset.json")
+    about["fingerprint"] = json_digest({key: value for key, value in about.items() if key not in NO_IDENTITY})
     write_json(other / "dataset.json", about)
     with pytest.raises(MismatchError, match=r"does not fit shard capture-00000.*its vocab_size is not that"):
         repair(copied, copy=other / "dataset.json")
