@@ -25,8 +25,9 @@ from kdata.check.repair import repair
 from kdata.check.verify import verify
 from kdata.corpus.corpus import CorpusConfig
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
+from kdata.format.files import file_info
 from kdata.format.keep import KeepConfig
-from kdata.format.manifest import new_info
+from kdata.format.manifest import new_info, write_json
 from kdata.format.records import UnitResult
 from kdata.format.schema import CodecInfo, SourceInfo
 from kdata.format.temper import at_temperature
@@ -392,6 +393,9 @@ def test_another_vocabulary_is_refused(tmp_path: Path, captured: Path, tokenizer
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (renamed.path / "tokenizer").mkdir()
     (renamed.path / "tokenizer/tokenizer.json").write_text(json.dumps(swapped))
+    about = json.loads((renamed.path / "dataset.json").read_bytes())
+    about["tokenizer_files"] = {"tokenizer.json": file_info(renamed.path / "tokenizer/tokenizer.json").model_dump()}
+    write_json(renamed.path / "dataset.json", about)
     with pytest.raises(MismatchError, match=r"id \d+ is '[ab]' in one and '[ab]' in the other.*choose another teacher"):
         combine(tmp_path / "out", [one, kdata.open(renamed.path)], CombineConfig())
     unknown = rewritten(tmp_path / "unknown", one, info={"tokenizer": {**other, "hash": "unknown"}})
