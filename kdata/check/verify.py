@@ -78,8 +78,8 @@ def check_json(root: Path, relative: str) -> list[Problem]:
     path = root / relative
     if not path.exists():  # a dataset without shards has no manifest
         return []
-    content = path.read_bytes()
     try:
+        content = path.read_bytes()
         if relative == "manifest.jsonl":
             whole = b"".join(canonical_json(json.loads(line)) + b"\n" for line in content.splitlines()) == content
         else:
@@ -87,7 +87,7 @@ def check_json(root: Path, relative: str) -> list[Problem]:
             if values.get("digest") != digest_of(values):
                 return [Problem(relative, "does not match its own digest")]
             whole = json_bytes(values) == content
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # OSError: a folder has its name
         return [Problem(relative, f"cannot be read: {error}")]
     return [] if whole else [Problem(relative, "is not as kdata writes it: a flipped bit, or an editor's change")]
 
