@@ -87,6 +87,9 @@ class RowError(DataError):
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 
+    def __str__(self) -> str:
+        return self.detail
+
 
 @dataclass
 class UnitResult:

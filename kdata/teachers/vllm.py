@@ -19,12 +19,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -46,24 +46,37 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
-from kdata.errors import ConfigError, TeacherError
+from kdata.errors import ConfigError, DistributionError, TeacherError
 from kdata.format.keep import KeepConfig
+from kdata.format.measures import joined
 from kdata.format.schema import TeacherInfo
 from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens, readout_from_top
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.engine_args import lora_hash, lora_rank, of_identity, of_speed
 from kdata.teachers.head import Head, is_known, load_head
 from kdata.teachers.model import as_folder, model_identity
-from kdata.teachers.reduce import draw_seed, readout_of, reduce_chunks
+from kdata.teachers.reduce import (
+    CHUNK_ROWS,
+    Rows,
+    assemble,
+    draw_seed,
+    picked,
+    readout_of,
+    reads_the_head,
+    reduce_each,
+    uniforms_of,
+)
 from kdata.teachers.sizing import ANY_WORK, STEP_TOKENS, MemoryPlan, Work, model_size, plan_memory
 from kdata.teachers.tape import KEY, TAPES, Tape
 from kdata.teachers.windows import ENTRY_BYTES, GIB, by_windows, rows_per_step, windows
 
+T = TypeVar("T")
 # Largest difference in nats between the two ways of reading, by dtype of the forward pass: float32 differs by the order of
 # summation (measured 4e-5), 16-bit types by their rounding.
 PARITY_NATS = {"float32": 2e-3, "float16": 0.05, "bfloat16": 0.25}
 PARITY_ROWS, PARITY_TOKENS = 4, 128
 MIN_STEP_TOKENS = 256  # of one step of the engine, whatever the vocabulary
+NAN = "the teacher's log-probabilities hold NaN"
 WINDOW_TOKENS = 8192  # two steps of the engine: short enough that reducing the last window is no long wait
 WINDOW_GIB = 0.5  # of what a window of sequences leaves in memory before it is reduced: log-probabilities, or states
 
@@ -235,6 +248,16 @@ class VllmTeacher:
     ) -> list[Readout]:
         """Read sequences, a window of them at a time; see `Teacher.read`."""
         self._make_room(max((len(ids) for ids in sequences), default=0))
+
+        def ask() -> list[Readout]:
+            readouts = self._read(sequences, keep, on_tokens)
+            if any(_holds_nan(readout, 1) for readout in readouts):
+                raise DistributionError(NAN)
+            return readouts
+
+        return self._with_clean_caches(ask, alone=len(sequences) == 1)
+
+    def _read(self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens) -> list[Readout]:
         if self._path(keep) == "logprobs":
             tokens = int(WINDOW_GIB * GIB / ENTRY_BYTES) // (keep.k + 1)
             return by_windows(
@@ -296,39 +319,74 @@ class VllmTeacher:
         One window is reduced while the engine works on the next; no more than two are in memory.
         """
         tokens = min(int(WINDOW_GIB * GIB / (4 * self._head.weight_VD.shape[1])), WINDOW_TOKENS)
-        readouts: dict[int, Future[Readout]] = {}
-        under_way: list[Future[Readout]] = []
+        jobs: list[tuple[list[int], Future[list[Readout]]]] = []
         for group in windows([len(ids) for ids in sequences], tokens):
             prompts = [TokensPrompt(prompt_token_ids=sequences[i].tolist()) for i in group]
             with self._engine_errors():
                 outputs = self._reader.encode(
                     prompts, pooling_task="token_embed", use_tqdm=False, lora_request=self._lora
                 )
-            wait(under_way)
-            under_way = [
-                self._reducers.submit(self._reduce, sequences[i], output.outputs.data, keep, on_tokens)
-                for i, output in zip(group, outputs, strict=True)
-            ]
-            readouts.update(zip(group, under_way, strict=True))
-        return [readouts[number].result() for number in range(len(sequences))]
+            wait([job for _, job in jobs])
+            states = {i: output.outputs.data for i, output in zip(group, outputs, strict=True)}
+            for some in self._reduced_together(group, sequences):
+                inputs = [(sequences[i], states[i]) for i in some]
+                jobs.append((some, self._reducers.submit(self._reduce, inputs, keep, on_tokens)))
+        readouts = {i: readout for some, job in jobs for i, readout in zip(some, job.result(), strict=True)}
+        return [readouts[number] for number in range(len(sequences))]
+
+    def _reduced_together(self, group: list[int], sequences: Sequence[np.ndarray]) -> list[list[int]]:
+        """The sequences of a window by those whose rows share chunks: alone, or enough of them for one chunk.
+
+        They share where reading the head is what a chunk costs. On a CPU in float32 a row has the same bits in
+        every chunk.
+        """
+        if not self._shares_chunks:
+            return [[number] for number in group]
+        together: list[list[int]] = []
+        num_rows = CHUNK_ROWS
+        for number in group:
+            if num_rows >= CHUNK_ROWS:
+                together.append([])
+                num_rows = 0
+            together[-1].append(number)
+            num_rows += len(sequences[number])
+        return together
+
+    @cached_property
+    def _shares_chunks(self) -> bool:
+        return not self._on_cpu or reads_the_head(self.vocab_size, "cpu")
 
     @torch.inference_mode()
-    def _reduce(self, ids: np.ndarray, hidden_TD: torch.Tensor, keep: KeepConfig, on_tokens: OnTokens) -> Readout:
-        """Reduce the states of one sequence. Each is reduced alone, so that its numbers do not depend on its neighbours."""
-        if len(hidden_TD) != len(ids):
-            raise TeacherError(f"vLLM returned {len(hidden_TD)} hidden states for {len(ids)} tokens")
-        hidden_MD = hidden_TD[:-1].to(self._head.weight_VD.device)
-        actual_M = torch.tensor(ids[1:], dtype=torch.long, device=hidden_MD.device)
-        parts = [(len(actual_M), draw_seed(ids, keep))]
+    def _reduce(
+        self, inputs: Sequence[tuple[np.ndarray, torch.Tensor]], keep: KeepConfig, on_tokens: OnTokens
+    ) -> list[Readout]:
+        """Reduce the states of some sequences: pairs of token ids int32 [T] and hidden states [T, D]."""
+        for ids, hidden_TD in inputs:
+            if len(hidden_TD) != len(ids):
+                raise TeacherError(f"vLLM returned {len(hidden_TD)} hidden states for {len(ids)} tokens")
+        hidden_MD = torch.cat([hidden_TD[:-1] for _, hidden_TD in inputs]).to(self._head.weight_VD.device)
+        actual_M = torch.tensor(
+            np.concatenate([ids[1:] for ids, _ in inputs]), dtype=torch.long, device=hidden_MD.device
+        )
+        uniforms_MN = uniforms_of([(len(ids) - 1, draw_seed(ids, keep)) for ids, _ in inputs], keep)
         logits = lambda begin, end: self._head.logits(hidden_MD[begin:end])  # noqa: E731
-        readout = readout_of(ids, 1, reduce_chunks(logits, self.vocab_size, actual_M, keep, parts))
-        on_tokens(len(ids))
-        return readout
+        rows = Rows(**joined(reduce_each(logits, self.vocab_size, actual_M, keep, uniforms_MN)))
+        readouts, begin = [], 0
+        for ids, _ in inputs:
+            end = begin + len(ids) - 1
+            readouts.append(readout_of(ids, 1, assemble([picked(rows, slice(begin, end))], keep)))
+            begin = end
+            on_tokens(len(ids))
+        return readouts
 
     @cached_property
     def _reducers(self) -> ThreadPoolExecutor:
-        """Threads that reduce: on a CPU as many as torch has, each computing alone; on a GPU one."""
-        if not self._on_cpu:
+        """Threads that reduce: on a CPU as many as torch has, each computing alone; one where sequences share chunks.
+
+        That one computes with all cores: two products at a time read the head twice (3.3 ms
+        a row at 262,144 x 640, where one takes 2.9).
+        """
+        if self._shares_chunks:
             return ThreadPoolExecutor(1, thread_name_prefix="kdata-reduce")
         cores = torch.get_num_threads()
         pool = ThreadPoolExecutor(
@@ -342,11 +400,18 @@ class VllmTeacher:
     def _check_parity(self, sequences: Sequence[np.ndarray]) -> None:
         """Read a few rows both ways: with the engine of log-probabilities, and then with that of hidden states.
 
-        Raises TeacherError where they disagree by more than the arithmetic explains.
+        Raises TeacherError where they disagree by more than the arithmetic explains; DistributionError where all hold NaN.
         """
         rows = [ids[:PARITY_TOKENS] for ids in sequences if len(ids) > 1][:PARITY_ROWS]
         keep = KeepConfig(kind="topk", k=min(8, self._max_k))
-        pairs = zip(self._read_logprobs(rows, keep), self._read_hidden(rows, keep), strict=True)
+        by_logprobs = self._read_logprobs(rows, keep)
+        usable = [n for n, readout in enumerate(by_logprobs) if not _holds_nan(readout, 1)]
+        if len(usable) < len(rows):
+            self._clear_caches()
+        if rows and not usable:
+            raise DistributionError(NAN)
+        by_hidden = self._read_hidden([rows[n] for n in usable], keep)
+        pairs = zip([by_logprobs[n] for n in usable], by_hidden, strict=True)
         worst = max((float(np.nanmax(np.abs(a.logprob - b.logprob))) for a, b in pairs), default=0.0)
         limit = PARITY_NATS[self.info.dtype]
         if not worst <= limit:
@@ -371,17 +436,23 @@ class VllmTeacher:
         """
         self._make_room(min(max((len(p) for p in prompts), default=0) + sampling.max_tokens, self.context))
         path = self._writing_path(keep, sampling)
-        if path == "read" or "_reader" in self.__dict__:
+        if path == "read":
             self._keep_both()
         room = [min(sampling.max_tokens, self.context - len(prompt)) for prompt in prompts]
         # Log-probabilities are large while they are Python's; whatever else is kept is small.
         entries = int(WINDOW_GIB * GIB / ENTRY_BYTES)
         groups = windows(room, entries // (keep.k + 1)) if path == "logprobs" else [list(range(len(prompts)))]
-        completions: dict[int, Completion] = {}
-        for group in groups:
-            some, own_seeds = [np.asarray(prompts[i], np.int32) for i in group], [seeds[i] for i in group]
-            completions |= zip(group, self._write(some, keep, sampling, own_seeds, path, on_tokens), strict=True)
-        return [completions[number] for number in range(len(prompts))]
+
+        def ask() -> list[Completion]:
+            completions: dict[int, Completion] = {}
+            for group in groups:
+                some, own_seeds = [np.asarray(prompts[i], np.int32) for i in group], [seeds[i] for i in group]
+                completions |= zip(group, self._write(some, keep, sampling, own_seeds, path, on_tokens), strict=True)
+            if any(_holds_nan(c.readout, c.num_prompt_tokens) for c in completions.values()):
+                raise DistributionError(NAN)
+            return [completions[number] for number in range(len(prompts))]
+
+        return self._with_clean_caches(ask, alone=len(prompts) == 1)
 
     def _keep_both(self) -> None:
         """Reading and writing take turns: from now on both engines stay loaded, where there is room for two."""
@@ -500,6 +571,31 @@ class VllmTeacher:
                     counted = tokens
             return sorted(outputs, key=lambda output: int(output.request_id))
 
+    def _with_clean_caches(self, ask: Callable[[], list[T]], *, alone: bool) -> list[T]:
+        """Clear the engines' caches where an answer is not finite.
+
+        NaN in a block of the key-value cache reaches the next sequence that gets the block (vLLM 0.32 multiplies it by 0).
+        So the sequence that fails may not be the one at fault. One that is `alone` is asked for again, with a clean cache;
+        of several the caller then asks for each alone (`each` in windows.py).
+        """
+        try:
+            return ask()
+        except DistributionError:
+            self._clear_caches()
+            if not alone:
+                raise
+        try:
+            return ask()
+        except DistributionError:
+            self._clear_caches()
+            raise
+
+    def _clear_caches(self) -> None:
+        for name in ("_writer", "_reader"):
+            if name in self.__dict__:
+                with self._engine_errors():
+                    self.__dict__[name].collective_rpc(clear_cache)
+
     def _drop_engines(self) -> None:
         """Shut the engines down and free their memory."""
         for name in ("_writer", "_reader"):
@@ -527,6 +623,18 @@ class VllmTeacher:
             self.__dict__.pop("_reducers").shutdown()
         self.__dict__.pop("_head", None)
         gc.collect()
+
+
+def clear_cache(worker: Any) -> None:
+    """Set the key-value cache of one of vLLM's workers to 0, as it was after loading."""
+    for cache in worker.model_runner.kv_caches:
+        for tensor in cache if isinstance(cache, list | tuple) else (cache,):
+            tensor.zero_()
+
+
+def _holds_nan(readout: Readout, start: int) -> bool:
+    """Whether a token from position `start` on has NaN as its log-probability."""
+    return bool(np.isnan(readout.logprob[start:]).any())
 
 
 def _written_so_far(engine: Any) -> int:
