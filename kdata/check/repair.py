@@ -4,6 +4,8 @@ Nothing is deleted and nothing is guessed. A damaged shard goes whole into `DATA
 line is removed, and its source counts as incomplete; the same capture, run again, does the missing units and no others.
 Shards that no manifest line names are set aside too, and so are damaged sidecars, plans and tokenizers.
 
+A dataset at a URL is repaired from a copy of all its files on this machine; what is damaged goes to `URL.aside/N/`.
+
 The order: copy manifest and dataset.json aside; replace dataset.json (source incomplete) and the manifest whole; move files.
 A crash in between leaves files that no manifest line names, and the next repair sets these aside.
 """
@@ -13,20 +15,21 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
 from kdata.check.verify import FOLDERS, Problem, check_file, check_shard, verify
-from kdata.errors import CorruptError, FormatError, MismatchError, MissingError, ShapeError
+from kdata.errors import CorruptError, FormatError, MismatchError, MissingError, ShapeError, StorageError
 from kdata.format.codec import codec_of
 from kdata.format.files import inside, local_path, lock_of, storage_errors, write_atomically
 from kdata.format.manifest import digest_of, json_bytes, manifest_line, read_info, write_info, write_manifest
 from kdata.format.schema import FORMAT_VERSION, DatasetInfo, ManifestEntry
 from kdata.store.dataset import Dataset
 from kdata.store.shard import check_header
+from kdata.store.url import Store, copy_of, is_url
 
 STAYS = {"data", "index", "rejects", "scores", "plans", "manifest.jsonl"}  # repaired in place, never moved whole
 
@@ -37,7 +40,7 @@ class Repair:
 
     Attributes:
         problems: everything that was wrong.
-        aside: the folder of this repair; None where nothing was set aside.
+        aside: the folder of this repair, or its URL; None where nothing was set aside.
         moved: files that were set aside, relative to the dataset.
         units: work units to run again, by source.
         remaining: problems that cannot be repaired here.
@@ -45,7 +48,7 @@ class Repair:
     """
 
     problems: list[Problem] = field(default_factory=list)
-    aside: Path | None = None
+    aside: Path | str | None = None
     moved: list[str] = field(default_factory=list)
     units: dict[str, list[int]] = field(default_factory=dict)
     remaining: list[Problem] = field(default_factory=list)
@@ -102,24 +105,78 @@ def repair(root: Path | str, *, copy: Path | None = None) -> Repair:
     """Set aside what is damaged in the dataset at `root`.
 
     Args:
-        root: folder of the dataset.
+        root: folder of the dataset, or its URL.
         copy: an intact copy of dataset.json, or of the dataset, to restore dataset.json from.
     Raises:
-        ConfigError: `root` is a URL.
+        ConfigError: `root` is on the Hub, or a web server's URL.
         CorruptError: dataset.json is damaged, and there is no copy of it.
         MismatchError: the copy is of another dataset.
         StorageError: another process is writing, or the disk refused.
     """
-    root = local_path(
-        root, "repair changes files where they are; run it on the machine that holds the dataset's folder"
-    )
+    if is_url(root) and not str(root).startswith(("http:", "https:")):
+        return _repair_at_url(Store(str(root)), copy)
+    root = local_path(root, "repair changes files where they are, and nothing can be changed there")
     if not root.is_dir():
         raise MissingError(f"{root} does not exist or is not a folder; name the dataset's folder")
     with storage_errors(root), lock_of(root):
         return _repair(root, copy)
 
 
-def _repair(root: Path, copy: Path | None) -> Repair:
+def _repair_at_url(store: Store, copy: Path | None) -> Repair:
+    """Copy every file as it is, repair the copy, and do the same at the URL: JSON files first, then the moves."""
+    root = copy_of(store.url, "repairing")
+    aside = Store(f"{store.url}.aside")
+    with storage_errors(root), lock_of(root):
+        try:
+            size = _copy_as_it_is(store, root)
+            done = _repair(root, copy, store.url)
+            if done.aside is None and not done.problems:
+                return done
+            if store.size("manifest.jsonl") != size:
+                raise StorageError(
+                    f"{store.url} is being written by another process (its manifest has changed); let it finish, then run "
+                    "this again"
+                )
+            number = max((int(name) for name in aside.names() if name.isdigit()), default=0) + 1
+            _publish(store, root, done, aside, number)
+        finally:
+            for folder in (root, root.with_name(f"{root.name}.aside")):
+                shutil.rmtree(folder, ignore_errors=True)
+    return replace(done, aside=None if done.aside is None else f"{aside.url}/{number}")
+
+
+def _publish(store: Store, root: Path, done: Repair, aside: Store, number: int) -> None:
+    """Do at the URL what a repair did in its copy `root`."""
+    for name in ("manifest.jsonl", "dataset.json"):
+        if isinstance(done.aside, Path) and (done.aside / name).exists():
+            aside.put(done.aside / name, f"{number}/{name}")
+    for name in ("dataset.json", "manifest.jsonl"):
+        if (root / name).exists():
+            store.replace(root / name, name)
+    moved = {path for relative in done.moved for path in store.files() if f"{path}/".startswith(f"{relative}/")}
+    for path in sorted(moved - {"dataset.json"}):
+        store.move(path, f"{number}/{path}", aside)
+
+
+def _copy_as_it_is(store: Store, root: Path) -> int:
+    """Copy every file at the URL to a new folder `root`, damage included.
+
+    Returns:
+        The size of the manifest at the URL.
+    Raises MissingError where the URL has no dataset.
+    """
+    shutil.rmtree(root, ignore_errors=True)  # of a repair that was killed; a good copy would hide damage at the URL
+    size, names = store.size("manifest.jsonl"), store.files()
+    if "dataset.json" not in names and "manifest.jsonl" not in names:
+        raise MissingError(f"{store.url} is not a kdata dataset: it has no dataset.json")
+    root.mkdir(parents=True)
+    for name in names:
+        store.get(name, inside(root, name))
+    return size
+
+
+def _repair(root: Path, copy: Path | None, place: str | None = None) -> Repair:
+    """Repair a folder; `place` is where people know the dataset, if that is another."""
     aside = _Aside(root)
     info, problems = _info(root, copy, aside)
     if info.format_version != FORMAT_VERSION:
@@ -134,7 +191,7 @@ def _repair(root: Path, copy: Path | None) -> Repair:
         aside.copy_json()
         _rewrite(root, info, whole, set(units))
     aside.move([path for entry in damaged for path in entry.files])
-    swept, commands = _sweep(root, aside)
+    swept, commands = _sweep(root, aside, place or root)
     repaired_later = {"tokenizer"} if "tokenizer" in aside.moved else set()
     return Repair(
         problems=problems + swept,
@@ -144,7 +201,7 @@ def _repair(root: Path, copy: Path | None) -> Repair:
         remaining=[
             p for p in verify(Dataset(root), deep=True) if _is_left(p) and p.path.split("/")[0] not in repaired_later
         ],
-        commands=commands + [command(root, info, source) for source in sorted(units)],
+        commands=commands + [command(place or root, info, source) for source in sorted(units)],
     )
 
 
@@ -285,7 +342,7 @@ def _rewrite(root: Path, info: DatasetInfo, whole: list[ManifestEntry], incomple
     write_manifest(root, whole)
 
 
-def _sweep(root: Path, aside: _Aside) -> tuple[list[Problem], list[str]]:
+def _sweep(root: Path, aside: _Aside, place: Path | str) -> tuple[list[Problem], list[str]]:
     """Set aside what `verify` finds now that the dataset opens: unnamed files, sidecars, plans, the tokenizer.
 
     Returns:
@@ -301,10 +358,10 @@ def _sweep(root: Path, aside: _Aside) -> tuple[list[Problem], list[str]]:
                 aside.move([problem.path])
         elif folder in ("scores", "plans"):
             aside.move([f"{folder}/{stem}.json", f"{folder}/{stem}" + (".parquet" if folder == "plans" else "")])
-            commands.add(f"kdata {'score' if folder == 'scores' else 'select'} {root} ... --name {stem}")
+            commands.add(f"kdata {'score' if folder == 'scores' else 'select'} {place} ... --name {stem}")
         elif folder == "tokenizer":
             aside.move(["tokenizer"])
-            commands.add(f"repeat any capture, generation or import into {root}: it writes tokenizer/ again")
+            commands.add(f"repeat any capture, generation or import into {place}: it writes tokenizer/ again")
         else:
             aside.move([problem.path])
     return problems, sorted(commands)
@@ -315,7 +372,7 @@ def _is_left(problem: Problem) -> bool:
     return not problem.stray or problem.path.partition("/")[0] in FOLDERS or problem.path.rstrip("/").endswith(".tmp")
 
 
-def command(root: Path, info: DatasetInfo, source: str) -> str:
+def command(root: Path | str, info: DatasetInfo, source: str) -> str:
     """The command that runs the missing units of a source again, as far as the dataset records it."""
     about = info.sources[source]
     settings = about.settings

@@ -158,15 +158,15 @@ def check_json(root: Path, relative: str) -> list[Problem]:
     path = root / relative
     if not path.exists():  # a dataset without shards has no manifest
         return []
-    content = path.read_bytes()
-    if relative == "manifest.jsonl":
-        return check_lines(content)
     try:
+        content = path.read_bytes()
+        if relative == "manifest.jsonl":
+            return check_lines(content)
         values = json.loads(content)
         if values.get("digest") != digest_of(values):
             return [Problem(relative, "does not match its own digest")]
         whole = json_bytes(values) == content
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # OSError: a folder has its name
         return [Problem(relative, f"cannot be read: {error}")]
     return [] if whole else [Problem(relative, CHANGED)]
 

@@ -351,8 +351,8 @@ def _free(handle: int, path: Path) -> None:
 class FolderLock:
     """The lock of a folder or file that is written; a context manager. Whoever holds it is named to others.
 
-    It is a file beside the folder, because what is inside gets shared, and is removed with the lock. Where that place cannot be
-    written, as beside the mount point of a container, it is a hidden file in the folder. The operating system
+    It is a file beside the folder, because what is inside gets shared, and is removed with the lock. Where that place cannot
+    be written, as beside the mount point of a container, it is a hidden file in the folder. The operating system
     frees the lock of a process that ends in any way, so a dead one never blocks. Not `filelock`: it does not say who holds a
     lock, it follows links, and a fork of the process keeps its locks.
 

@@ -113,6 +113,18 @@ class Store:
             except FileNotFoundError:
                 return []
 
+    def files(self) -> list[str]:
+        """Relative paths of all files, in order. Raises StorageError where the store cannot be read."""
+        with self._errors("read", ""):
+            root = self._root.rstrip("/") + "/"
+            return sorted(str(path).removeprefix(root) for path in self.fs.find(self._root))
+
+    def get(self, relative: str, target: Path) -> None:
+        """Copy a file as it is, without a check of its bytes. Raises StorageError where it cannot be read."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._errors("read", relative):
+            self.fs.get_file(self._path(relative), str(target))
+
     def put(self, source: Path, relative: str) -> None:
         """Copy a local file to a name that nobody reads yet."""
         self._write(self.fs.put_file, str(source), relative)
@@ -122,9 +134,12 @@ class Store:
         self.put(source, f"{relative}.tmp")
         self.move(f"{relative}.tmp", relative)
 
-    def move(self, source: str, target: str) -> None:
-        """Rename a file and replace the target; where a store cannot rename, fsspec copies and deletes."""
-        self._write(self.fs.mv, self._path(source), target)
+    def move(self, source: str, target: str, place: Store | None = None) -> None:
+        """Rename a file and replace the target, which may be in another folder of the same file system.
+
+        Where a store cannot rename, fsspec copies and deletes.
+        """
+        (place or self)._write(self.fs.mv, self._path(source), target)
 
     def _write(self, action: Callable[[str, str], object], source: str, relative: str) -> None:
         """Put or move a file; make its folder first where the store has folders."""

@@ -30,6 +30,7 @@ from kdata.pipelines.cli.common import (
     say,
     teacher_config,
 )
+from kdata.store.url import is_url
 from kdata.teachers.load import load_teacher
 
 
@@ -132,9 +133,9 @@ def repair(
 ) -> None:
     """Set damaged shards aside, so that the rest is a dataset again.
 
-    Nothing is deleted. Says which work to run again. The dataset is a folder on this machine.
+    Nothing is deleted. Says which work to run again. A dataset at a URL is read whole.
     """
-    root = local_folder(dataset)
+    root = dataset if is_url(dataset) else local_folder(dataset)
     done = set_aside(root, copy=None if copy is None else Path(copy))
     if not done.problems:
         say(f"{root} is whole: nothing to repair")

@@ -22,6 +22,7 @@ from kdata.format.manifest import digest_of, json_bytes, read_manifest
 from kdata.pipelines.cli.main import app
 from kdata.selection.ranked import Difference
 from kdata.selection.select import select
+from tests import bucket  # noqa: F401  registers bucket://
 from tests.fakes import digests, run_capture, run_generate
 from tests.kdata.selection.test_score_select import give_scores
 
@@ -243,9 +244,46 @@ def test_a_dataset_that_is_being_written_is_not_repaired(copied: Path) -> None:
         repair(copied)
 
 
-def test_a_url_is_not_repaired() -> None:
-    with pytest.raises(ConfigError, match="s3://bucket/d is a URL, and this needs a local path: repair changes files"):
-        repair("s3://bucket/d")
+@pytest.mark.parametrize("place", ["hf://OWNER/NAME", "https://example.org/d"])
+def test_where_nothing_can_be_changed_nothing_is_repaired(place: str) -> None:
+    with pytest.raises(ConfigError, match="is a URL, and this needs a local path: repair changes files where they are"):
+        repair(place)
+
+
+def test_a_dataset_at_a_url_is_repaired_there(
+    damaged: Path, corpus_file: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost shard, a damaged one, a stray and a damaged plan: all go to URL.aside, and the capture fills the gap."""
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    url, whole = f"bucket://{damaged}", digests(damaged)
+    assert repair(url) == Repair() and digests(damaged) == whole
+    shards = sorted(path.stem for path in (damaged / "data").iterdir())
+    (damaged / f"data/{shards[0]}.arrow").unlink()
+    flip(damaged / f"index/{shards[1]}.parquet")
+    (damaged / "data/capture-99999.arrow").write_bytes(b"of a killed run")
+    flip(damaged / "plans/difference.parquet")
+    done = repair(url)
+    assert done.aside == f"{url}.aside/1" and done.units["capture"][:2] == [0, 1] and done.remaining == []
+    assert any(f"kdata capture {url} " in command for command in done.commands)
+    aside = files_of(damaged.with_name(f"{damaged.name}.aside") / "1")
+    assert {
+        f"data/{shards[1]}.arrow",
+        f"index/{shards[1]}.parquet",
+        "data/capture-99999.arrow",
+        "plans/difference.json",
+    } <= {*aside}
+    assert verify(kdata.open(url), deep=True) == []
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "another machine"))
+    run_capture(url, corpus_file, tokenizer_dir)
+    after = digests(damaged)
+    assert after == {name: digest for name, digest in whole.items() if not name.startswith("plans/")}
+    assert repair(url) == Repair()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def test_the_command_says_what_to_run(copied: Path) -> None:

@@ -200,6 +200,12 @@ def test_verify_names_stray_files_and_accepts_a_whole_dataset(copied: Path) -> N
     assert problem.path == "data/capture-00099.arrow" and "no manifest line" in problem.what and problem.stray
 
 
+@pytest.mark.parametrize("name", ["scores/x.json", "plans/x.json"])
+def test_a_folder_with_the_name_of_a_json_file_is_a_problem(copied: Path, name: str) -> None:
+    (copied / name).mkdir(parents=True)
+    assert any(p.path == name and "cannot be read" in p.what for p in verify(kdata.open(copied)))
+
+
 def test_verify_checks_the_dataset_s_own_tokenizer(copied: Path) -> None:
     path = copied / "tokenizer/tokenizer.json"
     content = path.read_text()
