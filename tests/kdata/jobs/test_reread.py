@@ -93,7 +93,13 @@ def test_captured_rows_are_those_of_a_capture_by_the_second_teacher(
         teacher=StandInTeacher("second"), temperatures=[2.0], draw_seed=seed,
     )  # fmt: skip
     ours, theirs = (pa.ipc.open_file(str(d.path / "data/capture-00001.arrow")).read_all() for d in (own, second))
-    assert ours.equals(theirs)
+    bodies = []
+    for table in (ours, theirs):
+        plain = table.replace_schema_metadata(None)
+        with pa.ipc.new_file(sink := pa.BufferOutputStream(), plain.schema) as writer:
+            writer.write_table(plain)
+        bodies.append(sink.getvalue().to_pybytes())
+    assert bodies[0] == bodies[1]
     work = b"kdata.work_digest"  # of a capture, and of a reread
     about = [dict(table.schema.metadata) for table in (ours, theirs)]
     assert about[0].pop(work) != about[1].pop(work) and about[0] == about[1]
