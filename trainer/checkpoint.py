@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from kdata.errors import CorruptError, MismatchError, settings_difference
 from kdata.format.files import storage_errors, sync_directory
+from kdata.format.json_text import read_json
 from kdata.trainer.distributed import Ranks, cut_like, whole
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -94,7 +95,7 @@ def load_checkpoint(
         return None
     path = paths[-1]
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text("utf-8"))
+        state = read_json(path / "state.json", finite=False)
         difference = settings_difference(state["settings"], settings)
         if difference:
             raise MismatchError(
@@ -105,7 +106,7 @@ def load_checkpoint(
             _restore(model, optimizer, tensors, ranks)
     except MismatchError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise CorruptError(f"checkpoint {path} cannot be read: {error}; remove it to train from the start") from error
     return state
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 
 from kdata.errors import KdataError
 from kdata.format.files import inside, without_hidden
+from kdata.format.json_text import MAX_TOKENIZER_BYTES, parse_object, read_json
 from kdata.format.manifest import digest_of, json_bytes
 from kdata.format.schema import FileInfo, ManifestEntry, canonical_json, json_digest
 from kdata.observe.progress import Task
@@ -81,9 +81,9 @@ def check_json(root: Path, relative: str) -> list[Problem]:
     content = path.read_bytes()
     try:
         if relative == "manifest.jsonl":
-            whole = b"".join(canonical_json(json.loads(line)) + b"\n" for line in content.splitlines()) == content
+            whole = b"".join(canonical_json(parse_object(line)) + b"\n" for line in content.splitlines()) == content
         else:
-            values = json.loads(content)
+            values = parse_object(content)
             if values.get("digest") != digest_of(values):
                 return [Problem(relative, "does not match its own digest")]
             whole = json_bytes(values) == content
@@ -100,7 +100,7 @@ def _tokenizer(dataset: Dataset) -> list[Problem]:
     if problems or not path.is_file():
         return problems
     try:
-        state = json.loads(path.read_bytes())
+        state = read_json(path, MAX_TOKENIZER_BYTES)
         digest = json_digest({key: value for key, value in state.items() if key not in ("truncation", "padding")})
     except (ValueError, AttributeError) as error:
         return [Problem("tokenizer/tokenizer.json", f"cannot be read: {error}")]

@@ -14,11 +14,53 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from kdata.errors import DataError
+from kdata.format.json_text import MAX_ROW_CHARACTERS, check_depth, parse_row
 
 CHUNK_CHARACTERS = 1 << 20
 SPACE = " \t\r\n"
 # How far from the end of the text an error may lie that only says that the text goes on: a literal, a \uXXXX escape.
 NEAR_END = 16
+
+# A compressed file that becomes so many times larger, and so large, holds no text.
+MOST_TIMES, MOST_BYTES = 250, 256 << 20
+
+
+class Expanded(io.RawIOBase):
+    """The bytes of a file, decompressed as its ending says. Raises DataError where they are a compression bomb."""
+
+    def __init__(self, file: Path) -> None:
+        self._name, self._size, self._read = file.name, file.stat().st_size, 0
+        self._source = pa.input_stream(str(file), compression="detect")
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """See `io.RawIOBase.readinto`."""
+        piece = self._source.read(len(buffer))
+        buffer[: len(piece)] = piece
+        self._read += len(piece)
+        if self._read > max(MOST_BYTES, MOST_TIMES * self._size):
+            raise DataError(
+                f"{self._name} becomes more than {MOST_TIMES} times as large when it is decompressed, as no text does; "
+                "decompress it yourself if you trust it"
+            )
+        return len(piece)
+
+    def close(self) -> None:
+        """See `io.RawIOBase.close`."""
+        if not self.closed:
+            self._source.close()
+        super().close()
+
+
+def refuse_bomb(file: Path) -> None:
+    """Raise DataError where a compressed file becomes too large."""
+    with Expanded(file) as source:
+        piece = bytearray(CHUNK_CHARACTERS)
+        while source.readinto(piece):
+            pass
 
 
 class JsonFile:
@@ -44,7 +86,7 @@ class JsonFile:
             yield {name: row.get(name) for name in columns}
 
     def _text(self) -> TextIO:
-        packed = pa.input_stream(str(self._file), compression="detect")
+        packed = io.BufferedReader(Expanded(self._file), CHUNK_CHARACTERS)
         # A byte that is not UTF-8 spoils its own row only: `Corpus` says which one.
         return io.TextIOWrapper(packed, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
@@ -67,15 +109,15 @@ class JsonFile:
             if self._form != "lines":
                 yield from Values(text, self._file.name, self._named).objects(in_array=self._form == "array")
                 return
-            for number, line in enumerate(text, 1):
+            for number, line in enumerate(iter(lambda: text.readline(MAX_ROW_CHARACTERS + 1), ""), 1):
                 if line.strip():
                     yield self._row(line, number)
 
     def _row(self, line: str, number: int) -> dict[str, Any]:
         place = f"{self._file.name}, line {number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_row(line)
+        except DataError as error:
             raise DataError(f"{self._named} cannot be read as json: {place}: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{self._named}: {place} is not a JSON object; write one object a line")
@@ -141,8 +183,12 @@ class Values:
             raise self._error("the array has no end (]); the file is cut off")
         while True:
             try:
-                value, self._at = self._decoder.raw_decode(self._text, self._at)
+                value, end = self._decoder.raw_decode(self._text, self._at)
+                check_depth(value, self._text, self._at, end)
+                self._at = end
                 return value
+            except DataError as error:
+                raise self._error(str(error)) from error
             except json.JSONDecodeError as error:
                 cut_off = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - NEAR_END
                 if not (cut_off and self._more()):
@@ -155,6 +201,8 @@ class Values:
         """Read on: as much again as is held, so that a large object costs no more than twice its length."""
         if self._ended:
             return False
+        if len(self._text) - self._at > MAX_ROW_CHARACTERS:
+            raise self._error(f"an object has more than {MAX_ROW_CHARACTERS:,} characters")
         more = self._source.read(max(CHUNK_CHARACTERS, len(self._text) - self._at))
         self._line += self._text.count("\n", 0, self._at)
         self._text, self._at, self._ended = self._text[self._at :] + more, 0, not more

@@ -6,25 +6,27 @@ step can choose the first ones. Opening a plan of 100 million rows does not read
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
 from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
 from kdata.format.files import file_info, without_hidden, write_atomically
+from kdata.format.json_text import read_json
 from kdata.format.manifest import digest_of, write_json
 from kdata.format.schema import Contract, FileInfo
 from kdata.store.dataset import Dataset
 from kdata.store.sql import check_new_name, is_name
 
 PLAN_SCHEMA = pa.schema([pa.field("id", pa.string(), False), pa.field("repeats", pa.int32(), False)])
+MAX_SEQUENCES = 1_000_000_000  # of a plan, repeats counted
 CountBy = Literal["sequences", "tokens"]
 
 
@@ -89,6 +91,10 @@ class Plan:
             table = pq.read_table(self._table).cast(PLAN_SCHEMA)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptError(f"{self._table} is not a plan: {error}") from error
+        if any(column.null_count for column in table.columns):
+            raise CorruptError(f"{self._table} is not a plan: an id or a number of repeats is null")
+        if int(pc.sum(table["repeats"].cast(pa.int64())).as_py() or 0) > MAX_SEQUENCES:
+            raise CorruptError(f"{self._table} chooses more than {MAX_SEQUENCES:,} sequences, repeats counted")
         if table.num_rows and table["repeats"].to_numpy().min() < 1:
             raise CorruptError(f"{self._table} has repeats below 1; run `kdata select` again")
         return table
@@ -125,12 +131,12 @@ class Plan:
                     f"plan {table_path.stem!r}: {needed} does not exist; write the plan with `kdata select`"
                 )
         try:
-            content = json.loads(info_path.read_bytes())
+            content = read_json(info_path)
             info = PlanInfo.model_validate(content)
             num_rows = pq.read_metadata(table_path).num_rows
         except ValidationError as error:
             raise CorruptError(f"{info_path} does not describe a plan: {first_problem(error)}") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except DataError as error:
             raise CorruptError(f"{info_path} does not describe a plan: {error}") from error
         except (pa.ArrowException, OSError) as error:
             raise CorruptError(f"{table_path} is not a plan: {error}") from error

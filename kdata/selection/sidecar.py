@@ -8,7 +8,6 @@ dataset and the digest of each part. `kdata.jobs.scoring` writes a model's score
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,8 +15,9 @@ import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
 from kdata.config import first_problem
-from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, settings_difference
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError, settings_difference
 from kdata.format.files import file_info, inside, without_hidden, write_atomically
+from kdata.format.json_text import read_json
 from kdata.format.manifest import digest_of, write_json
 from kdata.format.schema import Contract, FileInfo, ManifestEntry, TeacherInfo, json_digest
 from kdata.store.dataset import Dataset
@@ -119,12 +119,12 @@ def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
         names = ", ".join(p.stem for p in without_hidden(dataset.path / "scores", "*.json")) or "none"
         raise MissingError(f"{dataset.path} has no score {name!r} (scores: {names}); write it with `kdata score`")
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         info = ScoreInfo.model_validate(content)
         if info.digest and info.digest != digest_of(content):
             raise CorruptError(f"{path} does not match its own digest; remove it and run `kdata score` again")
         return info
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except DataError as error:
         raise CorruptError(f"{path} is damaged ({error}); remove it and run `kdata score` again") from error
     except ValidationError as error:
         raise CorruptError(

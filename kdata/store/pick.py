@@ -7,7 +7,8 @@ import pyarrow as pa
 
 from kdata.format.schema import ManifestEntry, index_schema
 from kdata.store.dataset import Dataset
-from kdata.store.index import damaged, read_index
+from kdata.store.index import UNREADABLE, damaged, read_index
+from kdata.store.shard import check_header
 
 
 def renamed(table: pa.Table, shard: str, source: str) -> pa.Table:
@@ -24,9 +25,12 @@ def tables(dataset: Dataset, entry: ManifestEntry, local: np.ndarray, name: str)
     data, index_path = dataset.checked_file(entry, "data"), dataset.checked_file(entry, "index")
     chosen = pa.array(local)
     try:
-        payload = pa.ipc.open_file(pa.memory_map(str(data))).read_all().take(chosen)
+        payload = pa.ipc.open_file(pa.memory_map(str(data))).read_all()
+        payload.validate(full=True)
+        check_header(payload.schema, dataset.info)
+        payload = payload.take(chosen)
         index = read_index(index_path, index_schema().names).take(chosen)
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise damaged(data, error) from error
     index = renamed(index, name, entry.source).drop_columns("row")
     index = index.append_column(index_schema().field("row"), pa.array(np.arange(len(local)), pa.int32()))

@@ -10,15 +10,15 @@ because only a whole file has a digest.
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fsspec.spec import AbstractFileSystem
 
-from kdata.errors import MissingError
+from kdata.errors import CorruptError, MissingError
 from kdata.format.files import file_info, inside, lock_of, without_hidden, write_atomically
+from kdata.format.json_text import read_json
 from kdata.format.schema import FileInfo, ManifestEntry
 from kdata.store.dataset import Dataset
 from kdata.store.hub import HubStore
@@ -147,8 +147,13 @@ class RemoteDataset(Dataset):
 
     def _parts(self, name: str) -> dict[str, FileInfo]:
         path = self.path / "scores" / f"{name}.json"
-        parts = json.loads(path.read_bytes()).get("files", {}) if path.exists() else {}
-        return {relative: FileInfo.model_validate(info) for relative, info in parts.items()}
+        try:
+            parts = read_json(path).get("files", {}) if path.exists() else {}
+            return {relative: FileInfo.model_validate(info) for relative, info in parts.items()}
+        except (ValueError, AttributeError) as error:
+            raise CorruptError(
+                f"{self.place}/scores/{name}.json is damaged ({error}); restore it from a copy"
+            ) from error
 
     def fetch_sidecar(self, name: str) -> None:
         """See `Dataset.fetch_sidecar`. One that was made in the copy stays, if it belongs to the dataset as it is now."""
@@ -165,7 +170,7 @@ class RemoteDataset(Dataset):
         """Whether the copy has a score or plan that belongs to the dataset as it is now."""
         path = self.path / relative
         try:
-            return path.is_file() and json.loads(path.read_bytes())["dataset_fingerprint"] == self.content_digest
+            return path.is_file() and read_json(path)["dataset_fingerprint"] == self.content_digest
         except (ValueError, KeyError, TypeError):  # damaged
             return False
 

@@ -7,8 +7,8 @@ A campaign is a module with a class below `Campaign` and this last line:
 
 Then `python -m tests.campaigns.kills --seed 0 --count 100` runs cases 0 to 99 of seed 0. A case depends on the seed and its
 number alone, so `--only 17` repeats case 17, and keeps its folder. Progress goes to stderr. The last line of stdout is JSON:
-`campaign`, `seed`, `cases`, `failures`, `by_kind` (cases and failures of each kind) and `seconds`. The exit status is 1 where a
-case failed.
+`campaign`, `seed`, `cases`, `failures`, `by_kind` (cases and failures of each kind) and `seconds`. The exit status is 1 where
+a case failed.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from kdata.config import RowsConfig
 from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.format.files import journal_of, local_path, without_hidden
+from kdata.format.json_text import MAX_ROW_CHARACTERS, parse_row
 from kdata.format.manifest import new_info
 from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest
 from kdata.format.rejects import checked
@@ -55,7 +55,7 @@ class ImportConfig(RowsConfig):
         "the import. It is counted in any case.",
     )
     tokenizer: str | None = Field(None, description="Folder or Hub name of the tokenizer that produced the ids.")
-    vocab_size: int | None = Field(None, gt=1, description="Null takes the format's own, or the tokenizer's.")
+    vocab_size: int | None = Field(None, gt=1, lt=2**31, description="Null takes the format's own, or the tokenizer's.")
     teacher: str = Field("unknown", description="Name of the model that gave the log-probabilities.")
     domain: str = Field("imported", description="Domain of rows without one.")
     compression: str | None = Field(None, description="DistillKit's YAML, where it is not beside the files.")
@@ -144,13 +144,12 @@ def batches(files: list[Path]) -> Iterator[pa.RecordBatch]:
             if path.suffix == ".parquet":
                 yield from pq.ParquetFile(path).iter_batches(batch_size=ROWS_AT_ONCE)
                 continue
-            with path.open("rb") as lines:
+            with path.open("rb") as file:
+                lines = iter(lambda: file.readline(MAX_ROW_CHARACTERS + 1), b"")  # read before the next file
                 while some := list(itertools.islice(lines, ROWS_AT_ONCE)):
-                    yield _batch([json.loads(line) for line in some if line.strip()])
-        except (pa.ArrowException, OSError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+                    yield _batch([parse_row(line) for line in some if line.strip()])
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+            raise DataError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
 def _batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:

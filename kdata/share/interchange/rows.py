@@ -152,6 +152,10 @@ def place(row: PeerRow, aligned: Aligned, vocab_size: int, report: ImportReport,
     counts_T[first : first + len(row.counts)] = row.counts
     _check(row, counts_T, vocab_size)
     sum_T = segment_sum(np.exp(row.logprobs.astype(np.float64)), counts_T)
+    if not np.isfinite(sum_T).all():
+        raise RowError(
+            "not_finite", "the log-probabilities of a position are so far above 0 that their sum is infinite"
+        )
     over_T = sum_T > 1
     report.max_sum = max(report.max_sum, float(sum_T.max(initial=0.0)))
     report.sums_over_one += int(over_T.sum())
