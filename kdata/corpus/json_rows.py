@@ -21,6 +21,7 @@ SPACE = " \t\r\n"
 # How far from the end of the text an error may lie that only says that the text goes on: a literal, a \uXXXX escape.
 NEAR_END = 16
 
+PLAIN = (".jsonl", ".ndjson", ".json")
 # A compressed file that becomes so many times larger, and so large, holds no text.
 MOST_TIMES, MOST_BYTES = 250, 256 << 20
 
@@ -86,7 +87,8 @@ class JsonFile:
             yield {name: row.get(name) for name in columns}
 
     def _text(self) -> TextIO:
-        packed = io.BufferedReader(Expanded(self._file), CHUNK_CHARACTERS)
+        is_plain = self._file.suffix in PLAIN
+        packed = pa.OSFile(str(self._file)) if is_plain else io.BufferedReader(Expanded(self._file), CHUNK_CHARACTERS)
         # A byte that is not UTF-8 spoils its own row only: `Corpus` says which one.
         return io.TextIOWrapper(packed, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
@@ -109,7 +111,7 @@ class JsonFile:
             if self._form != "lines":
                 yield from Values(text, self._file.name, self._named).objects(in_array=self._form == "array")
                 return
-            for number, line in enumerate(iter(lambda: text.readline(MAX_ROW_CHARACTERS + 1), ""), 1):
+            for number, line in enumerate(text, 1):
                 if line.strip():
                     yield self._row(line, number)
 

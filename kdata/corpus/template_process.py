@@ -6,7 +6,8 @@ then messages, and answers with the text. It has `MEMORY_BYTES` above what it ta
 write no file, and does not have the secrets of the environment. A template that exceeds a limit ends the child, and the next
 chat starts a new one.
 
-Requests and answers are JSON behind their length (8 bytes). The cost is 0.1 ms a rendering, and once 1 to 2 s for the start.
+Requests and answers are JSON behind their length (8 bytes). The cost is 0.3 ms of processor time a rendering, and
+once 1 to 2 s for the start.
 """
 
 from __future__ import annotations
@@ -61,9 +62,14 @@ class Renderer(Protocol):
 
 
 class TemplateProcess:
-    """The child process; started by the first request, and again where it ended. Safe to use from several threads."""
+    """The child process; started by the first request, and again where it ended. Safe to use from several threads.
 
-    def __init__(self) -> None:
+    Args:
+        cpu_sec: processor time for one chat.
+    """
+
+    def __init__(self, cpu_sec: float = CPU_SEC) -> None:
+        self._cpu_sec = cpu_sec
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
@@ -113,7 +119,7 @@ class TemplateProcess:
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._owner != os.getpid():  # after a fork the pipes are the parent's
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __spec__.name if __spec__ else "kdata.corpus.template_process"],
+                [sys.executable, "-P", "-m", "kdata.corpus.template_process", str(self._cpu_sec)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=public_environment(),
             )  # fmt: skip
             self._owner, self._numbers = os.getpid(), {}
@@ -125,7 +131,7 @@ class TemplateProcess:
                 self._process = None
                 raise TeacherError(
                     f"the process that renders chat templates ended while it started (exit status {status}); run "
-                    f"`{sys.executable} -m kdata.corpus.template_process` to see why"
+                    f"`{sys.executable} -m kdata.corpus.template_process {CPU_SEC:g}` to see why"
                 ) from error
         return self._process
 
@@ -134,7 +140,7 @@ class TemplateProcess:
         status = process.wait()
         self._process = None
         if status == -signal.SIGPROF:
-            return TemplateLimitError(f"it takes more than {CPU_SEC:g} s of processor time for one chat")
+            return TemplateLimitError(f"it takes more than {self._cpu_sec:g} s of processor time for one chat")
         return TemplateLimitError(f"it ends the process that renders it (exit status {status})")
 
     def close(self) -> None:
@@ -227,7 +233,7 @@ def _reason(error: BaseException) -> str:
     return str(error)[:2000] or type(error).__name__
 
 
-def _serve() -> None:
+def _serve(cpu_sec: float) -> None:
     """Answer requests from stdin on stdout until stdin ends."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not be taken for an answer
@@ -241,11 +247,11 @@ def _serve() -> None:
             request = _receive(sys.stdin.buffer)
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_PROF, CPU_SEC)  # its signal ends the process
+        signal.setitimer(signal.ITIMER_PROF, cpu_sec)  # its signal ends the process
         answer = _answer(request, templates)
         signal.setitimer(signal.ITIMER_PROF, 0)
         _send(answers, answer)
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(float(sys.argv[1]))

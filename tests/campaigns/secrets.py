@@ -200,7 +200,8 @@ class Secrets(Campaign):
         case = folder / "case"
         shutil.copytree(self._example, case)
         kind = ("environment", "url", "url", "setting", "recipe")[number % 5]
-        variables: dict[str, str] = {}
+        # What commands keep outside of their folder is searched too.
+        variables = {"KDATA_CACHE": str(case / "cache"), "HF_HOME": str(case / "hub"), "TMPDIR": str(case)}
         form = rng.choice(sorted(TOKENS))
         secret = TOKENS[form](rng)
         if kind == "environment":

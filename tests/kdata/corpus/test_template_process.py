@@ -9,11 +9,12 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from kdata.corpus import template_process
-from kdata.corpus.template_process import RENDERER, NeedsDateError, TemplateLimitError, TemplateRefusal
+from kdata.corpus.template_process import NeedsDateError, TemplateLimitError, TemplateProcess, TemplateRefusal
 from kdata.errors import ConfigError, KdataError
 from tests.campaigns.mutations import TEMPLATES
 from tests.fakes import CHATML, MARKED, PLAIN_CHAT
 
+RENDERER = TemplateProcess(cpu_sec=0.5)
 MESSAGES = [{"role": "user", "content": "hé 🙂 \ud800"}, {"role": "assistant", "content": "yes", "tool_calls": []}]
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"b": 1, "a": [None, 1.5]}}}]
 
@@ -46,7 +47,7 @@ def test_ordinary_templates_render_as_transformers_renders_them(template: str, t
     assert marks == (expected[1][0] if marked else None)
 
 
-def test_a_loop_without_end_is_ended_and_the_next_chat_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_without_end_is_ended_and_the_next_chat_rendered() -> None:
     begun = time.process_time()
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(TemplateLimitError, match="processor time"):
@@ -82,7 +83,7 @@ def test_the_date_comes_from_the_request_alone() -> None:
 
 def test_a_template_sees_no_secret_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hush-hush-hush")
-    process = template_process.TemplateProcess()
+    process = TemplateProcess()
     assert process.render(PLAIN_CHAT, request(messages=MESSAGES[1:]))[0]
     assert process._process is not None
     with open(f"/proc/{process._process.pid}/environ", "rb") as file:
