@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +33,8 @@ from kdata.teachers.row_kernel import any_bad, reduce_rows
 # Of float32 logits at a time. On a CPU they stay in its cache; on a GPU few large kernels are faster than many small ones,
 # and torch's way holds about ten times as much for a moment.
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
-# But no fewer rows, as each chunk reads the whole head from memory, whatever its width: at 262,144 x 640 on an AVX2 core a
-# row takes 14 ms in chunks of 8, 7.0 in 32, 6.1 in 64, 5.5 in 128.
+# But no fewer rows, as each chunk reads the whole head from memory, whatever its width: at 262,144 x 640 on one AVX2 core a
+# row takes 14 ms in chunks of 8, 5.7 in 64, 5.1 in 128. Larger chunks gained nothing in a whole capture.
 CHUNK_ROWS = 128
 
 Logits = Callable[[int, int], torch.Tensor]
@@ -108,6 +109,11 @@ def rows_of_chunk(num_rows: int, vocab_size: int, device: str) -> int:
     if step >= CHUNK_ROWS:
         return step
     return max(1, -(-num_rows // max(1, round(num_rows / CHUNK_ROWS))))
+
+
+def reads_the_head(vocab_size: int, device: str) -> bool:
+    """Whether the logits of a chunk are beyond the cache, so that reading the head from memory is what costs."""
+    return CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * vocab_size) < CHUNK_ROWS
 
 
 def uniforms_of(parts: list[tuple[int, int]], keep: KeepConfig) -> np.ndarray:
@@ -213,6 +219,12 @@ def _reduce_torch(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepCon
         draw_logprobs=logprobs_CV.gather(1, safe_CN).cpu().numpy(),
         draw_shares=share_CV.gather(1, safe_CN).log().float().cpu().numpy(),
     )
+
+
+def picked(rows: Rows, places: np.ndarray | slice) -> Rows:
+    """Some positions of `rows`, in the order of `places`."""
+    values: dict[str, Any] = {name: None if array is None else array[places] for name, array in vars(rows).items()}
+    return Rows(**values)
 
 
 def assemble(chunks: list[Rows], keep: KeepConfig) -> Reduced:

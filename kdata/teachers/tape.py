@@ -21,7 +21,7 @@ import torch
 from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig
 from kdata.format.measures import joined
-from kdata.teachers.reduce import Reduced, Rows, assemble, draw_seed, reduce_each, uniforms_of
+from kdata.teachers.reduce import Reduced, Rows, assemble, draw_seed, picked, reduce_each, uniforms_of
 
 KEY = "kdata_tape"  # of SamplingParams.extra_args: (tape, number of the request on it)
 TAPES: dict[int, Tape] = {}
@@ -93,7 +93,7 @@ class Tape:
         places = [self._places[request].get(t, -1) for t in range(len(token_ids))]
         if -1 in places:
             raise TeacherError("vLLM drew tokens from rows that it did not show; set path=hidden")
-        rows = _picked(self._chunks[0], np.array(places))
+        rows = picked(self._chunks[0], np.array(places))
         hit_LK = rows.ids == token_ids[:, None]
         is_kept = hit_LK.any(1)
         off = np.abs(rows.logprobs[hit_LK] - logprob_L[is_kept])
@@ -105,8 +105,3 @@ class Tape:
             raise TeacherError(f"rows of logits and drawn tokens do not belong together ({worst}); set path=hidden")
         whole = assemble([rows], self._keep)
         return replace(whole, logprob=logprob_L, rank=rank_L)
-
-
-def _picked(rows: Rows, places: np.ndarray) -> Rows:
-    values: dict[str, Any] = {name: None if array is None else array[places] for name, array in vars(rows).items()}
-    return Rows(**values)

@@ -1,10 +1,11 @@
 """How fast a teacher is read: tokens per second committed to shards, by every way, in one run. JSON last.
 
-    python tests/benchmarks/capture.py [--model DIR] [--corpus FILE] [--documents N] [--rounds N] [--only host]
+    python tests/benchmarks/capture.py [--model DIR] [--corpus FILE] [--documents N] [--rounds N] [--only host|hidden]
 
 Ways: the bare engine (no log-probabilities, nothing stored), vLLM's default dictionaries, its flat form with
 detokenisation, our two paths, and the plain forward pass. `host` is the side behind the engine alone: recorded engine
-outputs to committed shards, one thread, no model.
+outputs to committed shards, one thread, no model. `hidden` compares the hidden states alone with what is made of them, which
+is what counts at a large vocabulary; --model may be a GGUF file.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from kdata.teachers.model import load_tokenizer, tokenizer_info
 
 SHARED = Path(__file__).parents[3] / "shared"
 TOP, HYBRID = {"kind": "topk", "k": 64}, {"kind": "hybrid", "k": 16, "num_draws": 16}
+LONGEST = 512
 SLOW = {"flat, with detokenisation", "dictionaries"}  # once is enough to see by how much
 
 
@@ -103,6 +105,58 @@ def bare(teacher: Any, sequences: list[np.ndarray]) -> float:
     return sum(map(len, sequences)) / (time.perf_counter() - started)
 
 
+def hidden(teacher: Any, sequences: list[np.ndarray]) -> float:
+    """Tokens per second of the hidden states alone: no head, nothing kept."""
+    from vllm.inputs import TokensPrompt
+
+    prompts = [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in sequences]
+    started = time.perf_counter()
+    teacher._reader.encode(prompts, pooling_task="token_embed", use_tqdm=False)
+    return sum(map(len, sequences)) / (time.perf_counter() - started)
+
+
+def compare_hidden(arguments: argparse.Namespace, tokenizer: Any) -> None:
+    """The hidden states alone, and read as hybrid 8 + 28, in turns. Prints each turn, and the ratios as JSON last."""
+    from kdata.teachers.sizing import Work
+    from kdata.teachers.vllm import VllmTeacher
+
+    sequences = cut(arguments, tokenizer)[1]
+    teacher = VllmTeacher(TeacherConfig(model=str(arguments.model)), max_k=8, work=Work(LONGEST, writes=False))
+    keep = KeepConfig(kind="hybrid", k=8, num_draws=28)
+    teacher.read(sequences[:1], keep)  # the parity check, and what is compiled once
+    ratios = []
+    for _ in range(arguments.rounds):
+        alone = hidden(teacher, sequences)
+        started = time.perf_counter()
+        teacher.read(sequences, keep)
+        read = sum(map(len, sequences)) / (time.perf_counter() - started)
+        ratios.append(read / alone)
+        print(
+            f"hidden states alone {alone:,.0f} tokens/s, read as hybrid 8 + 28 {read:,.0f}: {ratios[-1]:.3f}",
+            flush=True,
+        )
+    teacher.close()
+    print(
+        json.dumps(
+            {"tokens": sum(map(len, sequences)), "ratio_hybrid_vs_hidden": ratios, "median": float(np.median(ratios))}
+        )
+    )
+
+
+def cut(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[np.ndarray]]:
+    """Documents cut to `LONGEST` tokens, so that every way reads the same tokens in the same pieces; and their ids."""
+    import polars as pl
+
+    frame = pl.read_parquet(arguments.corpus).sample(arguments.documents, seed=1)
+    texts = [
+        tokenizer.decode(tokenizer(text)["input_ids"][: LONGEST - 1], skip_special_tokens=True)
+        for text in frame["text"]
+    ]
+    return frame.with_columns(pl.Series("text", texts)), [
+        np.array(tokenizer(text)["input_ids"][:LONGEST], np.int32) for text in texts
+    ]
+
+
 def host(tokenizer: Any, tokens_per_row: int = 512, rows: int = 128, k: int = 64) -> float:
     """Tokens per second per core from recorded engine outputs to committed shards."""
     from vllm.logprobs import FlatLogprobs
@@ -159,11 +213,14 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=SHARED / "data" / "corpus.parquet")
     parser.add_argument("--documents", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["host"])
+    parser.add_argument("--only", choices=["host", "hidden"])
     arguments = parser.parse_args()
     if not arguments.model.exists():
         parser.error(f"{arguments.model} does not exist; name a model folder with --model")
     tokenizer = load_tokenizer(arguments.model)
+    if arguments.only == "hidden":
+        compare_hidden(arguments, tokenizer)
+        return
     speeds = {"host side alone, one core": host(tokenizer)}
     if arguments.only != "host":
         speeds |= _engines(arguments, tokenizer)
@@ -185,18 +242,13 @@ def main() -> None:
 
 
 def _engines(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, float]:
-    import polars as pl
-
     from kdata.teachers.transformers import TransformersTeacher
     from kdata.teachers.vllm import VllmTeacher
 
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.parquet"
-        frame = pl.read_parquet(arguments.corpus).sample(arguments.documents, seed=1)
-        # Cut here, so that every way reads the same tokens in the same pieces.
-        texts = [tokenizer.decode(tokenizer(text)["input_ids"][:511]) for text in frame["text"]]
-        frame.with_columns(pl.Series("text", texts)).write_parquet(corpus)
-        sequences = [np.array(tokenizer(text)["input_ids"][:512], np.int32) for text in texts]
+        frame, sequences = cut(arguments, tokenizer)
+        frame.write_parquet(corpus)
         who = TeacherConfig(model=str(arguments.model))
         teacher = VllmTeacher(who, max_k=64)
         plain = TransformersTeacher(who.model_copy(update={"backend": "transformers"}))
@@ -209,7 +261,7 @@ def _engines(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, float]:
             ("flat, with detokenisation", Reader(teacher, dictionaries(teacher, flat=True)), TOP),
             ("dictionaries", Reader(teacher, dictionaries(teacher, flat=False)), TOP),
         ):
-            ways[name] = partial(captured, reader, who, corpus, keep, 512)
+            ways[name] = partial(captured, reader, who, corpus, keep, LONGEST)
         # In turns, so that what else the machine does meets all of them; the best of each.
         speeds = dict.fromkeys(ways, 0.0)
         for number in range(arguments.rounds):

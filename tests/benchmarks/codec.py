@@ -1,9 +1,10 @@
 """What a stored distribution costs and what it loses: bytes, error, KL, gradient angle, speed. Prints a table, JSON last.
 
-    python tests/benchmarks/codec.py [--model DIR] [--student DIR] [--corpus FILE]
+    python tests/benchmarks/codec.py [--model DIR] [--student DIR] [--corpus FILE] [--positions N] [--kinds NAME ...]
 
 Every figure is of targets that were written to shards and read back. Without the named folders it stops: this benchmark
-wants a trained teacher and student, and a corpus of several domains.
+wants a trained teacher and student, and a corpus of several domains. The dense distributions are in memory: 4 bytes for each
+position and id.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import kdata
 from kdata.format import codec as codecs
@@ -31,11 +32,12 @@ from kdata.format.kept import Kept, log_tail, pad, segment_sum
 from kdata.format.manifest import new_info
 from kdata.format.records import Record, UnitResult
 from kdata.format.schema import FORMAT_VERSION, SourceInfo
+from kdata.store.gguf import model_folder
 from kdata.store.writer import Writer
+from kdata.teachers.model import load_tokenizer
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
 
 SHARED = Path(__file__).parents[3] / "shared"
-POSITIONS = 8192
 KINDS = {
     "topk 64": KeepConfig(kind="topk", k=64),
     "topk 16": KeepConfig(kind="topk", k=16),
@@ -49,6 +51,7 @@ KINDS = {
     "hybrid 4 + 8": KeepConfig(kind="hybrid", k=4, num_draws=8),
     "hybrid 8 + 8": KeepConfig(kind="hybrid", k=8, num_draws=8),
     "hybrid 8 + 25": KeepConfig(kind="hybrid", k=8, num_draws=25),
+    "hybrid 8 + 28": KeepConfig(kind="hybrid", k=8, num_draws=28),
     "hybrid 4 + 40": KeepConfig(kind="hybrid", k=4, num_draws=40),
     "hybrid 16 + 16": KeepConfig(kind="hybrid", k=16, num_draws=16),
     "hybrid 16 + 16, independent": KeepConfig(kind="hybrid", k=16, num_draws=16, draw_method="independent"),
@@ -254,13 +257,14 @@ def speed(dataset: kdata.Dataset) -> tuple[float, float]:
 
 def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     """Measure every kind; one dictionary each."""
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    teacher = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(arguments.model)
+    teacher = AutoModelForCausalLM.from_pretrained(model_folder(arguments.model), dtype=torch.float32).eval()
     student = AutoModelForCausalLM.from_pretrained(arguments.student, dtype=torch.float32)
-    docs = documents(arguments.corpus, tokenizer, POSITIONS)
+    docs = documents(arguments.corpus, tokenizer, arguments.positions)
     logits = all_logits(teacher, docs)
     full = student_gradient(student, docs, lambda row, z: torch.softmax(z, -1) - torch.softmax(logits[row], -1))
-    for name, keep in KINDS.items():
+    for name in arguments.kinds:
+        keep = KINDS[name]
         with tempfile.TemporaryDirectory() as folder:
             dataset = store(docs, logits, keep, Path(folder) / "dataset")
             entry, other, whole = column_bytes(dataset)
@@ -372,13 +376,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=SHARED / "models" / "teacher-10m")
     parser.add_argument("--student", type=Path, default=SHARED / "models" / "ref-1m")
     parser.add_argument("--corpus", type=Path, default=SHARED / "data" / "corpus.parquet")
+    parser.add_argument("--positions", type=int, default=8192)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="NAME")
     parser.add_argument("--plot", type=Path, help="Also draw angle against bytes per token to this PNG.")
     arguments = parser.parse_args()
     for path in (arguments.model, arguments.student, arguments.corpus):
         if not path.exists():
             parser.error(f"{path} does not exist; name a model, a student of the same vocabulary, and a corpus")
     torch.set_num_threads(1)
-    table = Table(title=f"stored targets, {POSITIONS:,} positions, one core of {platform.machine()}")
+    table = Table(title=f"stored targets, {arguments.positions:,} positions, one core of {platform.machine()}")
     for column in (
         "kind",
         "entries",
@@ -411,22 +417,21 @@ def main() -> None:
     for vocab, size in vocabularies.items():
         sizes.add_row(f"{vocab:,}", *(f"{size[k]:.4g}" for k in ("entry_bytes", "order0_bytes", "entropy")))
     console.print(sizes)
-    top, drawn, both = figures["topk 64"], figures["sampled 50"], figures["hybrid 16 + 16"]
-    print(
-        json.dumps(
-            {
-                "topk64_entry_bytes": top["entry_bytes"], "other_bytes": top["other_bytes"],
-                "topk64_order0_id_bytes": top["order0_bytes"], "topk64_mean_err_nats": top["mean_err_nats"],
-                "topk64_kl": top["kl"], "rows_sum_gt_1": sum(int(r.get("rows_sum_gt_1", 0)) for r in figures.values()),  # type: ignore[call-overload]
-                "topk64_entry_bytes_v151936": vocabularies[151_936]["entry_bytes"],
-                "sampled50_bytes": drawn["bytes"], "sampled50_distinct": drawn["kept"],
-                "sampled50_angle_deg": drawn["angle_draws"], "hybrid_bytes": both["bytes"],
-                "hybrid_angle_deg": both["angle_draws"], "topk64_ghost_angle_deg": top["angle_ghost"],
-                "topk64_renormalised_angle_deg": top["angle_renormalise"],
-                "encode_tok_s": top["encode_tok_s"], "decode_tok_s": top["decode_tok_s"],
-            }
-        )
-    )  # fmt: skip
+    line: dict[str, object] = {"positions": arguments.positions, "kinds": figures}
+    if len(figures) == len(KINDS):
+        top, drawn, both = figures["topk 64"], figures["sampled 50"], figures["hybrid 16 + 16"]
+        line |= {
+            "topk64_entry_bytes": top["entry_bytes"], "other_bytes": top["other_bytes"],
+            "topk64_order0_id_bytes": top["order0_bytes"], "topk64_mean_err_nats": top["mean_err_nats"],
+            "topk64_kl": top["kl"], "rows_sum_gt_1": sum(int(r.get("rows_sum_gt_1", 0)) for r in figures.values()),  # type: ignore[call-overload]
+            "topk64_entry_bytes_v151936": vocabularies[151_936]["entry_bytes"],
+            "sampled50_bytes": drawn["bytes"], "sampled50_distinct": drawn["kept"],
+            "sampled50_angle_deg": drawn["angle_draws"], "hybrid_bytes": both["bytes"],
+            "hybrid_angle_deg": both["angle_draws"], "topk64_ghost_angle_deg": top["angle_ghost"],
+            "topk64_renormalised_angle_deg": top["angle_renormalise"],
+            "encode_tok_s": top["encode_tok_s"], "decode_tok_s": top["decode_tok_s"],
+        }  # fmt: skip
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """How fast a dataset becomes batches, and how fast the same logits are in other formats. Prints a table, JSON last.
 
-    python tests/benchmarks/loader.py [--tokens 2000000] [--passes 3]
+    python tests/benchmarks/loader.py [--tokens 2000000] [--passes 3] [--vocab 32000]
 
-The data are made here: documents of some 400 tokens, 64 kept entries each, ids drawn from a Zipf law over 32,000, written
-with kdata's writer and read from the page cache. A figure is tokens per second of *processor* time of the whole process,
-threads included, the best of some passes. kdata's is of finished batches: shuffled, packed, decoded, laid out as a grid of
-ids and log-probabilities. The others' documents come in their own shuffled order and are only joined to batches of as
-many tokens (an array that is memory-mapped and never looked at would be infinitely fast); nothing is packed. What they
-store is what kdata returns, bit for bit, as flat arrays of int32 and float32 (and once as nested lists), uncompressed.
-litdata and mosaicml-streaming take part where they are installed.
+The data are made here: documents of some 400 tokens, 64 kept entries each, ids drawn from a Zipf law over the
+vocabulary, written with kdata's writer and read from the page cache. A figure is tokens per second of *processor* time
+of the whole process, threads included, the best of some passes. kdata's is of finished batches: shuffled, packed,
+decoded, laid out as a grid of ids and log-probabilities. The others' documents come in their own shuffled order and are
+only joined to batches of as many tokens (an array that is memory-mapped and never looked at would be infinitely fast);
+nothing is packed. What they store is what kdata returns, bit for bit, as flat arrays of int32 and float32 (and once as
+nested lists), uncompressed. litdata and mosaicml-streaming take part where they are installed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from kdata.format.schema import FORMAT_VERSION, SourceInfo
 from kdata.loader.batches import Batches, BatchesConfig
 from kdata.store.writer import Writer
 
-VOCAB, CONTEXT = 32_000, 1024
+CONTEXT = 1024
 UNIT_TOKENS = 250_000
 Document = tuple[int, np.ndarray, np.ndarray]  # row, entry ids int32 [M, K], log-probabilities float32 [M, K]
 
@@ -65,7 +65,7 @@ def _distinct(table, seed, rows, width, vocab):
     return distinct
 
 
-def build_dataset(root: Path, tokens: int, *, k: int = 64, median: int = 330) -> kdata.Dataset:
+def build_dataset(root: Path, tokens: int, vocab: int, *, k: int = 64, median: int = 330) -> kdata.Dataset:
     """Write a dataset of at least `tokens` tokens; lengths are log-normal around `median`, at most 1,024."""
     keep = KeepConfig(kind="topk", k=k)
     teacher = {
@@ -73,33 +73,33 @@ def build_dataset(root: Path, tokens: int, *, k: int = 64, median: int = 330) ->
         "dtype": "float32", "logprobs": "raw", "deterministic": True,
     }  # fmt: skip
     info = new_info(
-        format_version=FORMAT_VERSION, vocab_size=VOCAB, teacher=teacher, codec=keep.codec(VOCAB), tail=keep.tail,
+        format_version=FORMAT_VERSION, vocab_size=vocab, teacher=teacher, codec=keep.codec(vocab), tail=keep.tail,
         tokenizer={"hash": "-", "chat_template_hash": None, "bos_id": None, "eos_id": None},
     )  # fmt: skip
     rng = np.random.default_rng(0)
-    law = np.cumsum(1 / np.arange(1, VOCAB + 1))
+    law = np.cumsum(1 / np.arange(1, vocab + 1))
     zipf = np.searchsorted(law / law[-1], (np.arange(2**20) + 0.5) / 2**20)
-    table = rng.permutation(VOCAB)[zipf].astype(np.int32)
+    table = rng.permutation(vocab)[zipf].astype(np.int32)
     number, written = 0, 0
     with Writer(root, info, "capture", SourceInfo(kind="capture", settings={}, num_units=None)) as writer:
         while written < tokens:
             records: list[Record] = []
             while (size := sum(len(r.token_ids) for r in records)) < min(UNIT_TOKENS, tokens - written):
-                records.append(_record(f"doc-{number}", rng, table, k, median))
+                records.append(_record(f"doc-{number}", rng, table, vocab, k, median))
                 number += 1
             writer.commit(UnitResult(len(writer.committed), records))
             written += size
     return kdata.open(root)
 
 
-def _record(name: str, rng: np.random.Generator, table: np.ndarray, k: int, median: int) -> Record:
+def _record(name: str, rng: np.random.Generator, table: np.ndarray, vocab: int, k: int, median: int) -> Record:
     tokens = int(np.clip(rng.lognormal(np.log(median), 0.7), 16, CONTEXT))
     predicted = tokens - 1
     logits = -1.6 * np.log(np.arange(1, k + 1)) + 0.3 * rng.standard_normal((predicted, k))
     p = -np.sort(-np.exp(logits), axis=1)
     mass = rng.uniform(0.6, 0.99, (predicted, 1))
     logprobs = np.log(p / p.sum(1, keepdims=True) * mass).astype(np.float32)
-    ids = _distinct(table, int(rng.integers(2**31)), predicted, k, VOCAB)
+    ids = _distinct(table, int(rng.integers(2**31)), predicted, k, vocab)
     counts = np.where(np.arange(tokens) > 0, k, 0).astype(np.int32)
 
     def aligned(values: np.ndarray, first: float) -> np.ndarray:
@@ -278,6 +278,7 @@ def main() -> None:
     """Build, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens of the dataset")
+    parser.add_argument("--vocab", type=int, default=32_000, help="token ids of the vocabulary")
     parser.add_argument("--passes", type=int, default=3, help="passes of which the best counts")
     options = parser.parse_args()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -285,7 +286,7 @@ def main() -> None:
     fill: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        dataset = build_dataset(root / "kdata", options.tokens)
+        dataset = build_dataset(root / "kdata", options.tokens, options.vocab)
         k = dataset.info.codec.parameters["k"]
         began = time.process_time()
         dataset.locate(np.arange(dataset.num_rows))

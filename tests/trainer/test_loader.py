@@ -297,7 +297,7 @@ def test_long_documents_get_record_batches_of_their_own() -> None:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
-    return build_dataset(tmp_path_factory.mktemp("wide") / "set", 250_000, median=60)
+    return build_dataset(tmp_path_factory.mktemp("wide") / "set", 250_000, 32_000, median=60)
 
 
 def peak_bytes(dataset: kdata.Dataset, rows: np.ndarray, batches: int) -> int:

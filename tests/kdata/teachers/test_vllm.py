@@ -62,6 +62,11 @@ def ask(sequences: list[np.ndarray], path: str) -> dict[str, Any]:
         "hybrid_rewritten": teacher.write(sequences[3::-1], HYBRID, sampling, [3, 2, 1, 0])[::-1],
         "hybrid_reread": teacher.read([c.readout.token_ids for c in taped], HYBRID),
     }
+    # As with a vocabulary whose rows are beyond the cache: 127 rows and more of several sequences share chunks.
+    reducers, teacher.__dict__["_shares_chunks"] = teacher.__dict__.pop("_reducers"), True
+    answers["shared"] = teacher.read([*sequences, sequences[0][:1]], HYBRID)
+    teacher._reducers.shutdown()
+    teacher.__dict__.update(_reducers=reducers, _shares_chunks=False)
     counts: dict[str, list[int]] = {"read": [], "written": []}
     teacher.read(sequences, HYBRID, counts["read"].append)
     again = teacher.write(prompts, HYBRID, sampling, list(range(len(prompts))), counts["written"].append)
@@ -102,6 +107,14 @@ def test_vllm_agrees_with_the_plain_forward_pass(llama_dir: Path, tmp_path: Path
         np.testing.assert_array_equal(ours.kept.num_exact, theirs.kept.num_exact)
         np.testing.assert_array_equal(ours.kept.ids, again.kept.ids)
         np.testing.assert_array_equal(ours.kept.logprobs, again.kept.logprobs)
+    for alone, shared in zip(answers["hybrid"], answers["shared"][:-1], strict=True):
+        for name in ("token_ids", "logprob", "rank", "log_tail", "entropy", "log_z"):
+            np.testing.assert_array_equal(getattr(alone, name), getattr(shared, name), err_msg=name)
+        for name in ("num_exact", "num_drawn", "ids", "logprobs"):
+            np.testing.assert_array_equal(getattr(alone.kept, name), getattr(shared.kept, name), err_msg=name)
+    assert len(answers["shared"][-1].rank) == 1 and not len(answers["shared"][-1].kept.ids), (
+        "one token predicts nothing"
+    )
     for taped, again, read in zip(
         answers["hybrid_written"], answers["hybrid_rewritten"], answers["hybrid_reread"], strict=True
     ):
