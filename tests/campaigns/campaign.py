@@ -7,8 +7,8 @@ A campaign is a module with a class below `Campaign` and this last line:
 
 Then `python -m tests.campaigns.kills --seed 0 --count 100` runs cases 0 to 99 of seed 0. A case depends on the seed and its
 number alone, so `--only 17` repeats case 17, and keeps its folder. Progress goes to stderr. The last line of stdout is JSON:
-`campaign`, `seed`, `cases`, `failures`, `by_kind` (cases and failures of each kind) and `seconds`. The exit status is 1 where
-a case failed.
+`campaign`, `seed`, `cases`, `failures`, `by_kind` (cases and failures of each kind) and `seconds`. The exit status is 1
+where a case failed.
 """
 
 from __future__ import annotations
@@ -91,6 +91,9 @@ class Campaign:
 
     def prepare(self, folder: Path, seed: int) -> None:
         """Make what all cases share, in an empty folder; runs once, before the first case."""
+
+    def close(self) -> None:
+        """End what `prepare` started; runs once, after the last case."""
 
     def run(self, number: int, rng: random.Random, folder: Path) -> Outcome:
         """Run one case in an empty folder of its own. Must depend on its arguments and `prepare` alone.
@@ -211,6 +214,7 @@ def run(
         shared = place / "shared"
         shutil.rmtree(shared, ignore_errors=True)
         shared.mkdir(parents=True)
+        log(f"{campaign.name}: preparing")
         campaign.prepare(shared, seed)
         numbers = [only] if only is not None else list(range(min(count, campaign.total or count)))
         by_kind: dict[str, dict[str, int]] = {}
@@ -240,6 +244,7 @@ def run(
                 if done % 100 == 0:
                     log(f"{campaign.name}: {done:,} of {len(numbers):,} cases, {len(problems)} failed")
     finally:
+        campaign.close()
         if temporary is not None:
             temporary.cleanup()
     return {
