@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -119,12 +119,11 @@ def _inner(annotation: Any) -> list[type[BaseModel]]:
 class _Loader(yaml.SafeLoader):
     """YAML of JSON's values only: no dates (they stay text), no sets, no binary values, no tags of its own."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: [(tag, form) for tag, form in some if not tag.endswith(":timestamp")]
-        for first, some in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
-
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in some if not tag.endswith(":timestamp")]
+    for first, some in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _TAGS = {
     f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge", "value")
 }
@@ -147,9 +146,9 @@ def parse_yaml(text: bytes | str) -> Any:
             if node is None:
                 return None
             _check_node(node, {}, ())
-            value = loader.construct_document(node)  # type: ignore[no-untyped-call]
+            value = loader.construct_document(node)
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
         _check_values(value)
         return value
     except (
@@ -163,7 +162,7 @@ def parse_yaml(text: bytes | str) -> Any:
 def _check_events(text: bytes | str) -> None:
     """Refuse what is too deep or too long before anything is built of it."""
     depth = 0
-    for count, event in enumerate(yaml.parse(text, _Loader)):  # type: ignore[no-untyped-call]
+    for count, event in enumerate(yaml.parse(text, _Loader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_YAML_DEPTH or count > 2 * MAX_YAML_VALUES:
             raise ConfigError(
