@@ -370,10 +370,13 @@ def read_template(folder: Path) -> None:
     """A chat template with three chats."""
     from transformers import AutoTokenizer
 
+    from kdata.corpus import chat_template
     from kdata.corpus.chat_template import ChatError, chat_encoder
     from kdata.corpus.corpus import CorpusConfig
     from kdata.corpus.messages import parse_chat
+    from kdata.corpus.template_process import TemplateProcess
 
+    chat_template.RENDERER = TemplateProcess(cpu_sec=0.3)  # starting it again and again takes long enough
     corpus = CorpusConfig(path="unused", messages_column="messages", chat_template=str(folder / "template.jinja"))
     encoder = chat_encoder(AutoTokenizer.from_pretrained(EXAMPLES[0] / "chat-tokenizer"), corpus)
     for row in CHATS[:2]:
