@@ -33,7 +33,7 @@ EngineConfig = Annotated[LocalConfig | RayConfig, Field(discriminator="kind")]
 
 
 def is_here(config: LocalConfig | RayConfig) -> bool:
-    """True where the teacher is loaded in this process, so that what it reads is better looked at first."""
+    """True where the teacher is loaded in this process: then the longest sequence is looked up first, to size it."""
     return isinstance(config, LocalConfig)
 
 

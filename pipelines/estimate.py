@@ -26,6 +26,7 @@ from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.messages import as_json
 from kdata.errors import ConfigError, KdataError, TeacherError
 from kdata.format.records import Reject
+from kdata.jobs.job import run_job
 from kdata.jobs.longest import characters
 from kdata.jobs.reading import CaptureConfig, CaptureJob
 from kdata.jobs.writing import GenerateConfig, GenerateJob
@@ -36,7 +37,7 @@ from kdata.store.open import open_dataset
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.environment import set_environment
 from kdata.teachers.model import as_folder
-from kdata.teachers.sizing import Work, model_size, plan_memory
+from kdata.teachers.sizing import Work, gib, model_size, plan_memory
 from kdata.trainer.config import TrainConfig
 
 SAMPLE = 2000  # documents that are encoded
@@ -262,8 +263,6 @@ def _probe(spec: dict[str, Any]) -> dict[str, float]:
     writes = spec["kind"] == "generate"
 
     def run(part: str, root: Path) -> Dataset:
-        from kdata.jobs.job import run_job
-
         if writes:
             config = parse_config(GenerateConfig, spec[part], "generate settings")
             return run_job(root, GenerateJob(config, Corpus(config.prompts)), engine)
@@ -387,8 +386,6 @@ def refuse_cluster(engine: LocalConfig | RayConfig) -> None:
 
 def lines_of(memory: Memory) -> Iterator[str]:
     """The teacher's memory, in words."""
-    from kdata.teachers.sizing import gib
-
     if memory.reason is not None:
         yield memory.reason
     elif memory.needed is not None and memory.free is not None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from kdata.config import Strict, apply_settings, parse_config, read_yaml
+from kdata.config import RowsConfig, Strict, apply_settings, parse_config, read_yaml
 from kdata.corpus.chat_template import Targets
 from kdata.corpus.corpus import CorpusConfig
 from kdata.errors import ConfigError, nearest
@@ -121,7 +121,7 @@ class EvaluateStage(Strict):
     sample_tokens: int = Field(64, ge=1, description="Length of each.")
 
 
-class Recipe(Strict):
+class Recipe(RowsConfig):
     """A whole run. The command line also runs every stage alone."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of the run.")
@@ -150,8 +150,8 @@ class Recipe(Strict):
         return self
 
     def settings(self) -> dict[str, Any]:
-        """The settings that a run folder keeps: all but the address of a model server, which may change."""
-        return self.model_dump(mode="json", exclude={"teacher": {"server"}, "reference": {"server"}})
+        """The settings that a run folder keeps: all but what may change, the address of a model server and `strict`."""
+        return self.model_dump(mode="json", exclude={"strict": True, "teacher": {"server"}, "reference": {"server"}})
 
     def train_config(self, run: StudentRun) -> TrainConfig:
         """Settings of one student's training."""
@@ -165,19 +165,28 @@ class Recipe(Strict):
 
     def capture_config(self, corpus: CorpusConfig, name: str) -> CaptureConfig:
         """Settings of a capture of one corpus."""
-        values = {"corpus": corpus.model_dump(), "name": name, **self.keep.model_dump(), **self.capture.model_dump()}
+        values = {
+            **self.keep.model_dump(),
+            **self.capture.model_dump(),
+            "corpus": corpus.model_dump(),
+            "name": name,
+            "strict": self.strict,
+        }
         return parse_config(CaptureConfig, values, "capture")
 
 
-def load_recipe(path: Path, settings: list[str]) -> Recipe:
+def load_recipe(path: Path, settings: list[str], options: dict[str, Any] | None = None) -> Recipe:
     """Read a recipe file and apply `--set` settings.
 
+    Args:
+        settings: KEY=VALUE, which win over the file.
+        options: values by key, which win over the file and not over `settings`.
     Raises:
         ConfigError: an unknown key or a bad value; the message names it, and the nearest known key.
     """
     if not path.exists() and not path.suffix:
         path = _packaged(path)
-    values = apply_settings(read_yaml(path), settings)
+    values = apply_settings({**read_yaml(path), **(options or {})}, settings)
     recipe = parse_config(Recipe, values, str(path))
     keep = recipe.keep
     for run in recipe.students.values():

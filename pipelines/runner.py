@@ -22,7 +22,7 @@ from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, settings_difference
 from kdata.format.files import storage_errors, write_atomically
 from kdata.format.json_text import read_json
-from kdata.format.rejects import rejected_text
+from kdata.format.rejects import refused, rejected_line
 from kdata.jobs.job import Engine, devices_of, run_job
 from kdata.jobs.reading import CaptureJob
 from kdata.jobs.scoring import ScoreConfig, score
@@ -42,6 +42,7 @@ from kdata.selection.select import select
 from kdata.share.card import tokens_of, write_card
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
+from kdata.store.shard import stored_rejects
 from kdata.store.url import cache_dir
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.engine_args import of_identity
@@ -66,6 +67,11 @@ class Run:
     @property
     def heldout_path(self) -> Path:
         return self.out / "heldout"
+
+    @property
+    def datasets(self) -> dict[str, Path]:
+        """The dataset that each stage of the teacher writes into, by the name of stage and source."""
+        return {"generate": self.dataset_path, "capture": self.dataset_path, "heldout": self.heldout_path}
 
     @property
     def log(self) -> Path:
@@ -136,6 +142,7 @@ class Run:
             **stage.model_dump(),
             "prompts": prompts.model_dump(),
             "seed": self.recipe.seed,
+            "strict": self.recipe.strict,
         }
         return GenerateJob(GenerateConfig(**values), Corpus(prompts))
 
@@ -206,8 +213,7 @@ def _say_rejected(dataset: Dataset, source: str) -> None:
     """Print how many rows of a source were rejected and why, where any were."""
     counts = dataset.rejected([source])
     if counts:
-        where = dataset.path / "rejects"
-        console.print(f"{source}: {rejected_text(counts)} (written to {where})", markup=False, soft_wrap=True)
+        console.print(f"{source}: {rejected_line({dataset.path: counts})}", soft_wrap=True)
 
 
 def run_score(run: Run) -> None:
@@ -281,8 +287,7 @@ def run_report(run: Run) -> None:
 def _took(run: Run) -> list[Took]:
     """Time and tokens of every stage, from the log; the teacher's tokens are those in the datasets."""
     phases = [line for line in read_journal(run.log) if line.unit is None and line.stage != "report"]
-    places = {"generate": run.dataset_path, "capture": run.dataset_path, "heldout": run.heldout_path}
-    stored_tokens = {name: tokens_of(open_dataset(path), {name}) for name, path in places.items()}
+    stored_tokens = {name: tokens_of(open_dataset(path), {name}) for name, path in run.datasets.items()}
     return [stage.model_copy(update={"tokens": stored_tokens.get(stage.name, stage.tokens)}) for stage in took(phases)]
 
 
@@ -309,6 +314,7 @@ def execute(recipe: Recipe, out: Path, *, resume: str = "auto") -> Path:
     Raises:
         MismatchError: the folder holds a run with other settings; the message lists them.
         ConfigError: `resume` does not allow this folder.
+        DataError: `strict` is set and a row could not be used, in this run or in the run that it continues.
         KdataError: from a stage.
     """
     run = open_run(recipe, out, resume)
@@ -317,6 +323,7 @@ def execute(recipe: Recipe, out: Path, *, resume: str = "auto") -> Path:
             # `prepare` runs every time: it is cheap, and it resolves the models that later stages name.
             if name in run.seconds and name != "prepare":
                 console.print(f"{name}: already done, in {run.seconds[name]:.1f} s", style="dim")
+                _refuse_rejects(run, name)
                 continue
             with RunStage(name, run.log, _devices(run, name)) as run_stage:
                 stage(run)
@@ -325,6 +332,16 @@ def execute(recipe: Recipe, out: Path, *, resume: str = "auto") -> Path:
     finally:
         run.close_engine()
     return out / "report.html"
+
+
+def _refuse_rejects(run: Run, stage: str) -> None:
+    """Raise DataError where `strict` is set and a finished stage of the teacher put a row aside."""
+    root = run.datasets.get(stage)
+    if root is None or not run.recipe.strict:
+        return
+    for entry in open_dataset(root).manifest:
+        if entry.source == stage and entry.rejected:
+            raise refused(stored_rejects(root, entry)[0])
 
 
 def _devices(run: Run, stage: str) -> Devices:

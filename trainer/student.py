@@ -18,8 +18,8 @@ Shapes: B rows, L context, D hidden, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from kdata.errors import ConfigError, DataError, MismatchError, MissingError
+from kdata.errors import ConfigError, DataError, KdataError, MismatchError, MissingError
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.dataset import Dataset
 from kdata.store.gguf import model_folder
@@ -211,20 +211,30 @@ def _from_scratch(config: ScratchStudent, dataset: Dataset, seed: int) -> PreTra
 def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedModel:
     if Path(config.model).is_dir():
         refuse_other_kind(Path(config.model))
-    try:
+    with _loading(config.model):
         folder = model_folder(config.model)
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+    refuse_other_tokenizer(f"the student {config.model}", tokenizer, dataset)  # before the weights, which take longer
+    with _loading(config.model):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, revision=config.revision, dtype=torch.float32, trust_remote_code=False
         )
+    use_exact_attention(model)
+    return model if config.keep_layers is None else prune_layers(model, config.keep_layers)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn what transformers raises for a model that it cannot load into one MissingError."""
+    try:
+        yield
     except (OSError, ValueError) as error:
+        if isinstance(error, KdataError):
+            raise
         raise MissingError(
-            f"student.model {config.model!r} cannot be loaded: {first_line(error)}; name a folder in Hugging Face "
+            f"student.model {name!r} cannot be loaded: {first_line(error)}; name a folder in Hugging Face "
             "format (config.json, weights, tokenizer.json) or a model on the Hub"
         ) from error
-    use_exact_attention(model)
-    refuse_other_tokenizer(f"the student {config.model}", tokenizer, dataset)
-    return model if config.keep_layers is None else prune_layers(model, config.keep_layers)
 
 
 def prune_layers(model: PreTrainedModel, keep: int | list[int]) -> PreTrainedModel:

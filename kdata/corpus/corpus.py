@@ -165,8 +165,8 @@ class Rows(Protocol):
         """Number of rows; None where it is known only after reading all of them."""
         ...
 
-    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """Rows in a fixed order, with these columns (of `names`)."""
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any] | RowError]:
+        """Rows in a fixed order, with these columns (of `names`); a row that cannot be read comes as its error."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -229,19 +229,27 @@ class Corpus:
             raise DataError(f"{config.path} holds no row; give it some text")
 
     def _count_domains(self, wanted: list[str]) -> int | None:
-        """Rows in the wanted domains, each of which must exist; None where counting would download the corpus."""
+        """Rows in the wanted domains, each of which must exist, and rows that cannot be read.
+
+        Returns:
+            None where counting would download the corpus.
+        """
         column = self.config.domain_column
         if column is None:
             raise ConfigError("`domains` selects by the domain column, but domain_column is null; name the column")
         if self._rows.num_rows is None:
             return None
-        domains = (as_text(row[column]) for row in self._rows.rows([column]))
-        counts = Counter(domain for domain in domains if domain is not None)
+        counts, unknown = Counter[str](), 0
+        for row in self._rows.rows([column]):
+            if isinstance(row, RowError):
+                unknown += 1
+            elif (domain := as_text(row[column])) is not None:
+                counts[domain] += 1
         for name in wanted:
             if name not in counts:
                 known = sorted(counts)
                 raise ConfigError(f"{self.config.path} has no domain {name!r}{nearest(name, known)}; it has {known}")
-        return sum(counts[name] for name in set(wanted))
+        return unknown + sum(counts[name] for name in set(wanted))
 
     def settings(self) -> dict[str, Any]:
         """What determines the rows, by content and not by place; part of the dataset's settings."""
@@ -256,9 +264,12 @@ class Corpus:
         columns = {*config.columns, *config.further_columns}
         present = [name for name in self._rows.names if name in columns]
         for number, row in enumerate(self._rows.rows(present)):
-            if config.domains is not None and not self._is_wanted(row[str(config.domain_column)]):
+            if isinstance(row, RowError):
+                document: Document | Reject = self._unreadable(number, row)
+            elif config.domains is not None and not self._is_wanted(row[str(config.domain_column)]):
                 continue
-            document = self._document(number, row)
+            else:
+                document = self._document(number, row)
             if isinstance(document, Document) and document.id in seen:
                 detail = "an earlier row has the same id; ids must be unique (id_column null makes new ones)"
                 document = Reject(document.id, document.domain, "id_twice", detail)
@@ -273,6 +284,11 @@ class Corpus:
 
     def _is_wanted(self, domain: Any) -> bool:
         return as_text(domain) in (self.config.domains or ())
+
+    def _unreadable(self, number: int, error: RowError) -> Reject:
+        """The reject for a row that cannot be read. Nobody knows its domain, so it counts whichever domains are chosen."""
+        domain = self.config.domain if self.config.domain_column is None else None
+        return Reject(_place(number), domain, error.reason, printable(error.detail))
 
     def _document(self, number: int, row: dict[str, Any]) -> Document | Reject:
         """A row as a document, or the reason why it cannot be one."""
@@ -290,7 +306,7 @@ class Corpus:
             for column, value in text_of.items():
                 checked_text(value or "", column)
         except RowError as error:
-            where = f"row-{number:07d}" if name is None else printable(name)
+            where = _place(number) if name is None else printable(name)
             return Reject(where, None if domain is None else printable(domain), error.reason, printable(error.detail))
         if config.id_column is None:
             name = _content_id(number, chat.content if chat else text)
@@ -316,6 +332,11 @@ def _remedy(field_name: str, names: list[str]) -> str:
             if name in names:
                 return f"; column {name!r} holds {what}: messages_column={name}"
     return REMEDIES.get(field_name, "")
+
+
+def _place(number: int) -> str:
+    """What stands for the id of a row that has none."""
+    return f"row-{number:07d}"
 
 
 def _content_id(number: int, content: str) -> str:

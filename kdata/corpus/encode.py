@@ -220,11 +220,8 @@ class TextEncoder:
     def _encode_spelled(self, guarded: str) -> tuple[np.ndarray, np.ndarray]:
         """As `_encode`, of the text without GUARD; special tokens with a GUARD inside are plain text."""
         assert self._spelled is not None
-        parts, places, at = (
-            [],
-            [],
-            0,
-        )  # of the text that is encoded: its parts, and where each character is in the plain text
+        # Parts of the text that is encoded, and the place of each of their characters in the plain text.
+        parts, places, at = list[str](), list[np.ndarray](), 0
         for part, is_token in _parts(guarded, self._spelled):
             plain = part.replace(GUARD, "")
             parts.append(_wrapped(plain) if is_token else plain)

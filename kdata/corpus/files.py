@@ -14,11 +14,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.dataset as pads
 
@@ -26,6 +28,7 @@ from kdata.corpus.json_rows import JsonFile, refuse_bomb
 from kdata.corpus.values import time_with_nanoseconds
 from kdata.errors import ConfigError, DataError, KdataError, MissingError
 from kdata.format.json_text import parse_json, parse_row
+from kdata.format.records import RowError
 
 # By the end of the file's name.
 FORMATS = {
@@ -57,8 +60,8 @@ class OneFile(Protocol):
     names: list[str]
     num_rows: int
 
-    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """Rows in their order, with these columns (of `names`)."""
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any] | RowError]:
+        """Rows in their order, with these columns (of `names`); a row that cannot be read comes as its error."""
         ...
 
 
@@ -99,14 +102,14 @@ class FileRows:
             return CsvFile(file, texts, optional)
         return StreamFile(file) if self._kind == "ipc" and _is_stream(file) else ArrowFile(file, str(self._kind))
 
-    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """Rows in the order of file names and lines; a column that a row's file lacks is None."""
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any] | RowError]:
+        """Rows in the order of file names and lines; a column that a row's file lacks is None. See `Rows.rows`."""
         for file, table, keys in zip(self._files, self._tables, self._keys, strict=True):
             own = [name for name in columns if name in table.names]
             rest = {name: keys.get(name) for name in columns if name not in table.names}
             with self._readable(file):
                 for row in table.rows(own):
-                    yield {**row, **rest}
+                    yield row if isinstance(row, RowError) else {**row, **rest}
 
     @contextmanager
     def _readable(self, file: Path) -> Iterator[None]:
@@ -310,49 +313,79 @@ def rows_of(batch: pa.RecordBatch | pa.Table, labels: Mapping[str, Any] | None =
 def _values(column: pa.Array | pa.ChunkedArray, labels: Any) -> list[Any]:
     """A column as Python values, none of which depends on what else is installed."""
     kind = column.type
-    if getattr(kind, "unit", None) == "ns":
-        return _nanoseconds(column)
-    try:
-        values: list[Any] = column.to_pylist()
-    except UnicodeDecodeError:  # a byte that is not UTF-8 becomes half of a surrogate pair: it spoils its own row only
-        raw = column.cast(pa.large_binary()).to_pylist()
-        return [None if value is None else value.decode(errors="surrogateescape") for value in raw]
-    except (ValueError, OverflowError):  # a date beyond the year 9999, which Python has no object for
-        texts = column.cast(pa.string()).to_pylist()
-        values = [None if text is None else re.sub(r"\.0+$", "", text) for text in texts]
+    # Times of nanoseconds, also inside of lists and objects: pyarrow gives objects of pandas where that is installed.
+    values = _by_type(column) if "[ns" in str(kind) else _as_python(column)
     if pa.types.is_primitive(kind) and labels is None:
         return values
     values = [_value(value, kind) for value in values]
     return values if labels is None else [with_names(value, labels) for value in values]
 
 
-def _nanoseconds(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Times of nanoseconds: pyarrow gives objects of pandas where that is installed, and cuts or refuses elsewhere."""
+def _as_python(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """As `to_pylist`, also where a text is not UTF-8, or a date is beyond the year 9999: Python has no object for these."""
+    try:
+        values: list[Any] = column.to_pylist()
+        return values
+    except (UnicodeDecodeError, ValueError, OverflowError):
+        return _by_type(column)
+
+
+def _by_type(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """As `_as_python`, from the innermost values on."""
+    if isinstance(column, pa.ChunkedArray):
+        return [value for chunk in column.chunks for value in _by_type(chunk)]
+    kind, types = column.type, pa.types
+    if isinstance(kind, pa.BaseExtensionType) and not types.is_primitive(kind.storage_type):
+        return _leaf(column) if isinstance(kind, pa.UuidType) else _by_type(column.storage)
+    if types.is_dictionary(kind):
+        return _by_type(column.dictionary_decode())
+    if types.is_run_end_encoded(kind):
+        return _by_type(pc.run_end_decode(column))
+    if types.is_struct(kind):
+        fields = [_by_type(column.field(n)) for n in range(kind.num_fields)]
+        names = [field.name for field in kind]
+        rows = zip(*fields, strict=True) if fields else ((),) * len(column)
+        return [
+            dict(zip(names, row, strict=True)) if is_valid else None
+            for row, is_valid in zip(rows, column.is_valid().to_pylist(), strict=True)
+        ]
+    if types.is_map(kind):
+        starts = column.offsets.to_pylist()
+        inside = slice(starts[0], starts[-1])
+        pairs = list(zip(_by_type(column.keys[inside]), _by_type(column.items[inside]), strict=True))
+        spans = zip(starts, starts[1:], column.is_valid().to_pylist(), strict=False)
+        return [pairs[a - starts[0] : b - starts[0]] if is_valid else None for a, b, is_valid in spans]
+    if hasattr(kind, "value_type"):  # lists of every kind
+        items = iter(_by_type(column.flatten()))
+        lengths = pc.list_value_length(column).to_pylist()
+        return [None if length is None else list(islice(items, length)) for length in lengths]
+    return _leaf(column)
+
+
+def _leaf(column: pa.Array) -> list[Any]:
+    """Values that hold no others. A byte that is not UTF-8 becomes half of a surrogate pair: it spoils its own row only."""
+    kind, types = column.type, pa.types
+    if getattr(kind, "unit", None) == "ns":
+        return _nanoseconds(column)
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        raw = column.cast(pa.large_binary()).to_pylist()
+        return [None if value is None else value.decode(errors="surrogateescape") for value in raw]
+    try:
+        values: list[Any] = column.to_pylist()
+        return values
+    except (ValueError, OverflowError):  # a date beyond the year 9999
+        texts = column.cast(pa.string()).to_pylist()
+        return [None if text is None else re.sub(r"\.0+$", "", text) for text in texts]
+
+
+def _nanoseconds(column: pa.Array) -> list[Any]:
+    """Times of nanoseconds as Python values; those that Python has no object for as text."""
     kind = column.type
     coarse = pa.timestamp("us", kind.tz) if pa.types.is_timestamp(kind) else None
     coarse = coarse or (pa.duration("us") if pa.types.is_duration(kind) else pa.time64("us"))
     below = [None if value is None else value % 1000 for value in column.cast(pa.int64()).to_pylist()]
     times = column.cast(coarse, safe=False).to_pylist()
     return [None if n is None else time_with_nanoseconds(time, n) for time, n in zip(times, below, strict=True)]
-
-
-def _rows_as_python(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
-    """Rows as Python values. A byte that is not UTF-8 becomes half of a surrogate pair: it spoils its own row only."""
-    try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
-        return rows
-    except UnicodeDecodeError:
-        texts = {field.name for field in batch.schema if field.type in (pa.string(), pa.large_string())}
-        raw = batch.cast(
-            pa.schema([field.with_type(pa.large_binary()) if field.name in texts else field for field in batch.schema])
-        )
-        return [
-            {
-                name: value.decode(errors="surrogateescape") if name in texts and value is not None else value
-                for name, value in row.items()
-            }
-            for row in raw.to_pylist()
-        ]
 
 
 def _value(value: Any, kind: pa.DataType) -> Any:

@@ -1,6 +1,7 @@
 """Rows of one JSON file: an object a line, one array of objects, or objects printed over several lines.
 
-A file is never held in memory as a whole: an array is read piece by piece.
+A file is never held in memory as a whole: an array is read piece by piece. A line that is no object spoils its own row only.
+In an array, and among objects over several lines, nothing says where the next row begins, so there it is an error.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from kdata.errors import DataError
 from kdata.format.json_text import MAX_ROW_CHARACTERS, check_depth, parse_row
+from kdata.format.records import RowError
 
 CHUNK_CHARACTERS = 1 << 20
 SPACE = " \t\r\n"
@@ -70,21 +72,30 @@ class JsonFile:
     Args:
         file: plain, or compressed as its ending says.
         named: what the user named, for messages.
+    Raises:
+        DataError: not one row is a JSON object; outside of lines, one is not.
     """
 
     def __init__(self, file: Path, named: str) -> None:
         self._file, self._named = file, named
         self._form = self._form_of()
-        count, names = 0, dict[str, None]()
+        objects, broken, names, first_broken = 0, 0, dict[str, None](), None
         for row in self._objects():
-            count += 1
-            names.update(dict.fromkeys(row))
-        self.num_rows, self.names = count, list(names)
+            if isinstance(row, RowError):
+                broken, first_broken = broken + 1, first_broken or row
+            else:
+                objects += 1
+                names.update(dict.fromkeys(row))
+        if first_broken is not None and not objects:
+            raise DataError(
+                f"{named} cannot be read as json: not one line is an object ({first_broken.detail}); write one object a line"
+            )
+        self.num_rows, self.names = objects + broken, list(names)
 
-    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any] | RowError]:
         """Rows in their order; a key that a row lacks is None."""
         for row in self._objects():
-            yield {name: row.get(name) for name in columns}
+            yield row if isinstance(row, RowError) else {name: row.get(name) for name in columns}
 
     def _text(self) -> TextIO:
         is_plain = self._file.suffix in PLAIN
@@ -95,35 +106,46 @@ class JsonFile:
     def _form_of(self) -> str:
         """lines: an object a line. array: one array of objects. values: objects, each printed over several lines."""
         with self._text() as text:
-            first = next(
-                (line for line in iter(lambda: text.readline(CHUNK_CHARACTERS), "") if line.strip()), ""
-            ).strip()
+            lines = filter(None, map(str.strip, iter(lambda: text.readline(CHUNK_CHARACTERS), "")))
+            first, second = next(lines, ""), next(lines, "")
         if first.startswith("["):
             return "array"
         # A printed object begins with a line that holds nothing else, or one key of it.
         opens = first == "{" or (
             first.startswith("{") and first.endswith((",", "[", "{")) and len(first) < CHUNK_CHARACTERS
         )
-        return "values" if opens else "lines"
+        # Where the next line is a whole object, the first one is a line that was cut off: an object has no object for a key.
+        cut_off = not first.endswith("[") and _is_object(second)
+        return "values" if opens and not cut_off else "lines"
 
-    def _objects(self) -> Iterator[dict[str, Any]]:
+    def _objects(self) -> Iterator[dict[str, Any] | RowError]:
         with self._text() as text:
             if self._form != "lines":
                 yield from Values(text, self._file.name, self._named).objects(in_array=self._form == "array")
                 return
             for number, line in enumerate(text, 1):
                 if line.strip():
-                    yield self._row(line, number)
+                    yield self._row(line.rstrip("\r\n"), number)
 
-    def _row(self, line: str, number: int) -> dict[str, Any]:
+    def _row(self, line: str, number: int) -> dict[str, Any] | RowError:
         place = f"{self._file.name}, line {number}"
         try:
             row = parse_row(line)
         except DataError as error:
-            raise DataError(f"{self._named} cannot be read as json: {place}: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{self._named}: {place} is not a JSON object; write one object a line")
-        return row
+            cause = error.__cause__
+            if isinstance(cause, json.JSONDecodeError):
+                reason = f"{cause.msg.removesuffix(' at')} at character {cause.pos + 1:,}"
+                return RowError("not_json", f"{place} is not JSON: {reason}")
+            # A number of thousands of digits, objects in objects.
+            return RowError("not_json", f"{place} cannot be read as JSON: {error}")
+        return row if isinstance(row, dict) else RowError("not_json", f"{place} is not a JSON object")
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(parse_row(line), dict)
+    except DataError:
+        return False
 
 
 class Values:

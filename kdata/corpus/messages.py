@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kdata.corpus.values import plain
 from kdata.errors import DataError
 from kdata.format.json_text import parse_row
 
@@ -56,7 +57,8 @@ def chat_of_row(row: Mapping[str, Any], messages_column: str, tools_column: str 
     is_sharegpt = any(isinstance(message, dict) and message.get("from") is not None for message in messages)
     chat = parse_chat(messages, tools, where)
     system = row.get("system") if messages_column == SHAREGPT and is_sharegpt else None
-    if not isinstance(system, str) or not system or (chat.messages and chat.messages[0]["role"] == "system"):
+    _refuse_other_than_text("system", system, where)
+    if not system or (chat.messages and chat.messages[0]["role"] == "system"):
         return chat
     return Chat([{"role": "system", "content": system}, *chat.messages], chat.tools)
 
@@ -65,8 +67,7 @@ def _alpaca(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """Messages of a row of Alpaca: the instruction with the input below it, and the output as the answer, if it has one."""
     texts = {name: row.get(name) for name in (ALPACA, "input", "output", "system")}
     for name, value in texts.items():
-        if not isinstance(value, str | None):
-            raise DataError(f"{where}: column {name!r} holds {type(value).__name__}, not text")
+        _refuse_other_than_text(name, value, where)
     history = _list(row.get("history"), f"{where}: history")
     if not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise DataError(f"{where}: history must be a list of pairs, a question and its answer")
@@ -80,13 +81,19 @@ def _alpaca(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     return [{"role": role, "content": content} for role, content in said]
 
 
+def _refuse_other_than_text(column: str, value: Any, where: str) -> None:
+    if not isinstance(value, str | None):
+        raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, not text")
+
+
 def parse_chat(messages: Any, tools: Any, where: str) -> Chat:
     """Check a row's messages and tools, each a list or a list as JSON text.
 
     Messages with from and value become messages with role and content; see `ROLES`.
 
     A key that is null counts as absent, except `content`: templates expect it, so it is always there, and may be null beside
-    tool calls only. Arguments of tool calls that are JSON text become objects, as templates expect them.
+    tool calls only. Arguments of tool calls that are JSON text become objects, as templates expect them. Times, decimals and
+    bytes, which JSON does not have, become text.
 
     Raises:
         DataError: naming `where`, and what is wrong.
@@ -95,7 +102,7 @@ def parse_chat(messages: Any, tools: Any, where: str) -> Chat:
     functions = None if tools is None else _list(tools, f"{where}: tools")
     if functions is not None and not all(isinstance(tool, dict) for tool in functions):
         raise DataError(f"{where}: each of the tools must be an object, the JSON Schema of a function")
-    return Chat(checked, functions or None)
+    return Chat(plain(checked), plain(functions) or None)
 
 
 def _list(value: Any, what: str) -> list[Any]:

@@ -62,15 +62,15 @@ def _scalar(value: Any) -> str | None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(_plain(value), ensure_ascii=False, sort_keys=True)
+    return json.dumps(plain(value), ensure_ascii=False, sort_keys=True)
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold: dates, decimals and bytes inside a list or an object become text."""
+def plain(value: Any) -> Any:
+    """What JSON can hold: dates, decimals and bytes inside a list or an object become text; NaN becomes null."""
     if isinstance(value, dict):
-        return {str(_scalar(key)): _plain(item) for key, item in value.items()}
+        return {str(_scalar(key)): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, str | bool | int):
         return value
     if isinstance(value, float) and math.isfinite(value):

@@ -87,6 +87,9 @@ class RowError(DataError):
         super().__init__(reason, detail)
         self.reason, self.detail = reason, str(self.args[1])  # without secrets
 
+    def __str__(self) -> str:
+        return self.detail
+
 
 @dataclass
 class UnitResult:

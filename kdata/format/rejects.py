@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 from kdata.errors import DataError
 from kdata.format.records import Reject, UnitResult
@@ -42,6 +44,17 @@ def rejected_text(counts: Mapping[str, int]) -> str:
     most_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     listing = ", ".join(f"{count:,} {reason_text(reason)}" for reason, count in most_first)
     return f"{sum(counts.values()):,} rejected{': ' if listing else ''}{listing}"
+
+
+def rejected_line(counts: Mapping[Path | str, Mapping[str, int]]) -> str:
+    """Rejects of datasets by reason, and where they are: 3 rejected: 2 no text, 1 id twice (written to DATASET/rejects).
+
+    Args:
+        counts: of each dataset, by its address; see `Dataset.rejected`.
+    """
+    total = sum(map(Counter, counts.values()), Counter[str]())
+    places = ", ".join(f"{str(place).rstrip('/')}/rejects" for place, own in counts.items() if own)
+    return f"{rejected_text(total)}{f' (written to {places})' if places else ''}"
 
 
 def checked(result: UnitResult, strict: bool) -> UnitResult:

@@ -313,7 +313,7 @@ def follow(writer: Writer, job: Followed, rows: Iterator[list[Any]]) -> Pending:
 
 def say_changes(line: str) -> None:
     """Print one line about inputs that have changed."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
 
 
 def close_gaps(writer: Writer) -> None:

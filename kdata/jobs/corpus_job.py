@@ -65,8 +65,6 @@ class CorpusJob(ABC, Generic[I, C]):
 
     doing: str
     noun: str
-    corpus_key: str
-    """Key of the corpus in the recorded settings."""
     columns: Sequence[str]
     renames: bool
     follows: Sequence[str] = CORPUS_IDENTITY
@@ -146,7 +144,7 @@ class CorpusJob(ABC, Generic[I, C]):
         for document in self._corpus.documents():
             yield [document] if isinstance(document, Reject) else [once(part) for part in items_of(document)]
         for line in texts.note_lines() if says else ():
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
 
     def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[C]:
         """The corpus in its own order, cut into units.

@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from kdata.corpus.corpus import Document
 from kdata.corpus.messages import as_json
-from kdata.errors import DataError, DistributionError, MismatchError, TeacherError
+from kdata.errors import DistributionError, MismatchError, TeacherError
 from kdata.format.kept import Kept
-from kdata.format.records import Record, Reject
+from kdata.format.records import Record, Reject, RowError
 from kdata.format.schema import index_schema, json_digest
 from kdata.format.sequences import Sequences
 from kdata.store.dataset import Dataset
@@ -131,7 +131,10 @@ def beyond_head(token_ids: np.ndarray, vocab_size: int) -> str | None:
 def outcome_of(
     answer: T | TeacherError, record: Callable[[T], Record], row_id: str, domain: str, vocab_size: int
 ) -> Record | Reject:
-    """A teacher's answer as a record, or as a reject where it failed or gave numbers that are no distribution."""
+    """A teacher's answer as a record, or as a reject where it failed or gave numbers that are no distribution.
+
+    Raises DataError where the arrays of the answer do not belong together: then a program is at fault, not the row.
+    """
     try:
         if isinstance(answer, TeacherError):
             raise answer
@@ -142,8 +145,8 @@ def outcome_of(
         return Reject(row_id, domain, "not_finite", str(error))
     except TeacherError as error:
         return Reject(row_id, domain, "teacher_failed", str(error))
-    except DataError as error:
-        return Reject(row_id, domain, "not_finite", str(error))
+    except RowError as error:
+        return Reject(row_id, domain, error.reason, error.detail)
 
 
 def refuse_hopeless_unit(asked: int, usable: int, rejects: list[Reject]) -> None:

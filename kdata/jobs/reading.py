@@ -31,7 +31,7 @@ from kdata.jobs.bos import check_bos
 from kdata.jobs.changes import StoredRow, digest
 from kdata.jobs.corpus_job import CorpusJob, load_and_run, run_with
 from kdata.jobs.job import TeacherFacts, check_k
-from kdata.jobs.longest import ANY_ID, UNLIMITED, model_limit, work_of
+from kdata.jobs.longest import ANY_ID, model_limit, work_of
 from kdata.jobs.payloads import InputSequence, outcome_of, refuse_hopeless_unit, split_known
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import OnTokens, Teacher, ignore_tokens
@@ -168,7 +168,7 @@ def capture_with(
 class CaptureJob(CorpusJob[InputSequence, ReadingUnit]):
     """A corpus for a teacher to read; see `kdata.jobs.job.Job`."""
 
-    doing, noun, corpus_key = "reading", "documents", "corpus"
+    doing, noun = "reading", "documents"
     columns = ("content_hash", "num_target_tokens", "text", "messages", "tools")
     renames = True
     config: CaptureConfig
@@ -181,15 +181,19 @@ class CaptureJob(CorpusJob[InputSequence, ReadingUnit]):
         if not look:
             return Work(self.config.max_tokens, writes=False)
         check_teacher(teacher, max_k=self.keep.k, work=Work(1))  # before the tokenizer: that takes seconds
-        return work_of(self._corpus, teacher, lambda: self.lengths_of(teacher), writes=False)
+        of_huge = self._limit_of(teacher) if self.config.when_long == "split" else 0
+        return work_of(self._corpus, teacher, lambda: self.lengths_of(teacher), writes=False, of_huge=of_huge)
 
     def lengths_of(self, teacher: TeacherConfig) -> Callable[[Document], list[int]]:
         """How many tokens the sequences of a document have. Raises as `load_tokenizer`, and TooLongError where texts do."""
         chats = self.config.corpus.messages_column is not None
-        limit = self.config.max_tokens or model_limit(teacher) or UNLIMITED
         tokenizer = load_tokenizer(teacher.model, teacher.revision, bos=teacher.bos)
-        _, sequences_of = (_chats if chats else _texts)(tokenizer, self.config, limit, ANY_ID)
+        _, sequences_of = (_chats if chats else _texts)(tokenizer, self.config, self._limit_of(teacher), ANY_ID)
         return lambda document: [len(s.token_ids) for s in sequences_of(document) if isinstance(s, InputSequence)]
+
+    def _limit_of(self, teacher: TeacherConfig) -> int:
+        """Tokens of the longest sequence, as far as that is known before the teacher is loaded."""
+        return self.config.max_tokens or model_limit(teacher)
 
     def source(self, facts: TeacherFacts) -> SourceInfo:
         """The settings that determine the rows."""

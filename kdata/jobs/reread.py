@@ -52,7 +52,7 @@ def reread(
         resume: auto, never or must; see `Writer`.
         log: JSONL file for progress; see `run_job`.
     Raises:
-        MismatchError: another tokenizer or vocabulary size; or the result was begun from other rows or settings.
+        MismatchError: token ids mean other tokens to the teacher; or the result was begun from other rows or settings.
         ConfigError: a row is longer than the teacher can read.
         DataError: the dataset is not complete; `strict` is set and a row cannot be used.
     """

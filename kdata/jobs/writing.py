@@ -33,7 +33,7 @@ from kdata.jobs.bos import check_bos
 from kdata.jobs.changes import StoredRow, digest
 from kdata.jobs.corpus_job import CorpusJob, load_and_run, run_with
 from kdata.jobs.job import TeacherFacts, check_k
-from kdata.jobs.longest import ANY_ID, work_of
+from kdata.jobs.longest import ANY_ID, model_limit, work_of
 from kdata.jobs.payloads import InputSequence, outcome_of, refuse_hopeless_unit, tools_json
 from kdata.store.dataset import Dataset
 from kdata.teachers.base import Completion, OnTokens, Teacher, ignore_tokens
@@ -145,7 +145,7 @@ def generate_with(
 class GenerateJob(CorpusJob[Prompt, WritingUnit]):
     """Prompts for a teacher to continue; see `kdata.jobs.job.Job`."""
 
-    doing, noun, corpus_key = "writing", "prompts", "prompts"
+    doing, noun = "writing", "prompts"
     columns = ("prompt", "messages", "tools")
     renames = False  # the seed of a sample depends on the id
     config: GenerateConfig
@@ -159,16 +159,17 @@ class GenerateJob(CorpusJob[Prompt, WritingUnit]):
             return ANY_WORK
         check_teacher(teacher, max_k=self.keep.k, work=Work(1))  # before the tokenizer: that takes seconds
         more = self.config.sampling.max_tokens
-        return work_of(self._corpus, teacher, lambda: self.lengths_of(teacher), writes=True, more=more)
+        return work_of(self._corpus, teacher, lambda: self.lengths_of(teacher), writes=True, of_huge=0, more=more)
 
     def lengths_of(self, teacher: TeacherConfig) -> Callable[[Document], list[int]]:
         """How many tokens a prompt has; empty for one that is refused. Raises as `load_tokenizer`."""
         tokenizer = load_tokenizer(teacher.model, teacher.revision, bos=teacher.bos)
         _, prompt_of = (_chats if self.config.prompts.messages_column else _texts)(tokenizer, self.config, ANY_ID)
+        room = self._room(model_limit(teacher))
 
         def lengths(document: Document) -> list[int]:
             prompt = prompt_of(document)
-            return [] if isinstance(prompt, Reject) else [len(prompt.token_ids)]
+            return [] if isinstance(prompt, Reject) or len(prompt.token_ids) > room else [len(prompt.token_ids)]
 
         return lengths
 
@@ -186,7 +187,7 @@ class GenerateJob(CorpusJob[Prompt, WritingUnit]):
         """The encoder, and how a row becomes a prompt; one that the template refuses or that leaves no room is a reject."""
         config = self.config
         texts, prompt_of = (_chats if config.prompts.messages_column else _texts)(tokenizer, config, facts.vocab_size)
-        room = facts.context - max(config.sampling.min_tokens, 1)
+        room = self._room(facts.context)
 
         def prompts_of(document: Document) -> list[Prompt | Reject]:
             prompt = prompt_of(document)
@@ -200,6 +201,10 @@ class GenerateJob(CorpusJob[Prompt, WritingUnit]):
             return [prompt]
 
         return texts, prompts_of
+
+    def _room(self, context: int) -> int:
+        """Tokens of the longest prompt that can be continued."""
+        return context - max(self.config.sampling.min_tokens, 1)
 
     def unit(self, number: int) -> WritingUnit:
         """An empty unit."""

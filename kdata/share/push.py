@@ -107,8 +107,7 @@ def _push_to_hub(dataset: Dataset, destination: str, public: bool) -> str:
 def _files_there(api: Any, name: str) -> tuple[str | None, list[str]]:
     """The newest commit of a repository, and the paths of its files."""
     commit = api.dataset_info(name).sha
-    tree = api.list_repo_tree(name, recursive=True, revision=commit, repo_type="dataset")
-    return commit, [entry.path for entry in tree if hasattr(entry, "size")]  # a folder has no size
+    return commit, api.list_repo_files(name, revision=commit, repo_type="dataset")
 
 
 def left_over(there: Iterable[str], new: Iterable[str]) -> list[str]:

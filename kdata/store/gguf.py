@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from kdata.errors import ConfigError, CorruptError, DependencyError, MissingError
+from kdata.errors import ConfigError, CorruptError, DependencyError, KdataError, MissingError
 from kdata.format.files import committed_folder, file_info, storage_errors
 from kdata.store.url import cache_dir
 
@@ -251,7 +251,7 @@ def _convert(path: Path, header: Header, folder: Path) -> None:
                 )  # fmt: skip
                 tokenizer = _tokenizer(header, place, name)
         except REFUSALS as error:
-            if isinstance(error, ConfigError):
+            if isinstance(error, KdataError):
                 raise
             raise ConfigError(
                 f"transformers cannot convert {path.name} (architecture {header.architecture!r}): {_one_line(error)}; "

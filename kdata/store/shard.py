@@ -20,7 +20,7 @@ from kdata.format import codec as codecs
 from kdata.format.files import file_info, settle, storage_errors
 from kdata.format.json_text import parse_json
 from kdata.format.kept import Kept
-from kdata.format.records import Record, Reject, Shard, UnitResult
+from kdata.format.records import Record, Reject, RowError, Shard, UnitResult
 from kdata.format.schema import (
     CodecError,
     CodecInfo,
@@ -248,10 +248,13 @@ def _parsed(key: str, value: bytes | None) -> object:
 
 
 def check_record(record: Record, vocab_size: int, *, imported: bool = False) -> None:
-    """Raise DataError where a record cannot be stored: lengths, ids or numbers that are no distribution's.
+    """Refuse a record that cannot be stored.
 
     Args:
         imported: rows of another tool: their log-probabilities may be unknown or above 0.
+    Raises:
+        RowError: ids outside the vocabulary, numbers that are no distribution's, or too many entries, with the reason.
+        DataError: arrays that do not belong together.
     """
     tokens = len(record.token_ids)
     for field_name in ("target_mask", "logprob", "rank", "log_tail", "entropy"):
@@ -265,14 +268,15 @@ def check_record(record: Record, vocab_size: int, *, imported: bool = False) -> 
         raise DataError(f"{record.id}: position 0 cannot be a target, because nothing predicts it")
     for what, values in (("token", record.token_ids), ("kept", record.kept.ids)):
         if len(values) and (values.min() < 0 or values.max() >= vocab_size):
-            raise DataError(f"{record.id}: a {what} id lies outside [0, {vocab_size})")
+            raise RowError("teacher_failed", f"{record.id}: a {what} id lies outside [0, {vocab_size})")
     if not imported and not np.isfinite(record.logprob[record.target_mask]).all():
-        raise DataError(f"{record.id}: a target position has no finite teacher log-probability")
+        raise RowError("not_finite", f"{record.id}: a target position has no finite teacher log-probability")
     exact = record.kept.logprobs[~record.kept.is_draw]
     if not np.isfinite(record.kept.logprobs).all() or ((exact > 1e-5).any() and not imported):
-        raise DataError(f"{record.id}: a kept log-probability is not a finite number <= 0")
+        raise RowError("not_finite", f"{record.id}: a kept log-probability is not a finite number <= 0")
     if record.kept.num_kept.max(initial=0) > np.iinfo(np.uint16).max:
-        raise DataError(f"{record.id}: {record.kept.num_kept.max()} entries at a position, the format holds 65,535")
+        detail = f"{record.id}: {record.kept.num_kept.max()} entries at a position, the format holds 65,535"
+        raise RowError("teacher_failed", detail)
 
 
 def _check_mass(mass_T: np.ndarray, offsets: np.ndarray, ids: list[str]) -> None:

@@ -79,7 +79,7 @@ CHOICES = {
     "distributed_executor_backend": ("mp", "ray", "uni", "external_launcher"),
     "load_format": (
         "auto", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "runai_streamer_sharded",
-        "sharded_state", "bitsandbytes", "gguf", "mistral",
+        "sharded_state", "mistral",
     ),
 }  # fmt: skip
 # Speed, memory and the place of the work: the numbers stay the same but for the order of summation.

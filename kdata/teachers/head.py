@@ -17,15 +17,15 @@ from safetensors import safe_open
 from kdata.errors import TeacherError
 from kdata.store.checkpoint_kind import read_config
 from kdata.store.pretrained import model_files
+from kdata.teachers.model import HEADS
 
 TIED = ("Gemma", "Cohere", "GPT2", "Bloom", "Mamba")  # heads that are the embedding unless config.json says otherwise
-HEADS = ("lm_head.weight", "embed_out.weight", "language_model.lm_head.weight")
 EMBEDDINGS = (
     "model.embed_tokens.weight", "embed_tokens.weight", "model.language_model.embed_tokens.weight",
     "language_model.model.embed_tokens.weight", "transformer.wte.weight", "wte.weight",
     "transformer.word_embeddings.weight", "word_embeddings.weight", "backbone.embeddings.weight",
 )  # fmt: skip
-# Architectures whose logits are `head @ hidden` with at most the options below; config keys that would change that.
+# Architectures whose logits are `head @ hidden`, with at most the options of `Head`.
 KNOWN = {
     "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM",
     "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",

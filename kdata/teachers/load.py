@@ -56,12 +56,12 @@ def check_teacher(config: TeacherConfig, *, max_k: int, work: Work = ANY_WORK) -
         ConfigError: the model cannot do what `config` asks for, or does not fit the memory.
         DependencyError: `engine_args` are given, and vLLM is not installed.
     """
-    check_model(config, max_k=max_k)
+    # Before the model: a GGUF file is converted there, which takes minutes.
     check_known(config.engine_args)
     if config.lora is not None:
         lora_rank(Path(config.lora))
-    config = as_folder(config)
-    folder = Path(config.model)
+    check_model(config, max_k=max_k)
+    folder = Path(as_folder(config).model)
     if config.backend != "vllm-server" and (folder / "config.json").is_file():
         size = model_size(folder, config)
         if size is not None:

@@ -22,7 +22,8 @@ from kdata.teachers.config import TeacherConfig
 # One of these is in the folder of every model that has a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
-
+# Names of the output head in a file of weights; without any, the head is the embedding.
+HEADS = ("lm_head.weight", "embed_out.weight", "language_model.lm_head.weight")
 # Where configurations say how many tokens a model reads: most of them, MPT, RWKV, GPT-2, Bloom.
 LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "context_length", "n_positions", "seq_length")
 

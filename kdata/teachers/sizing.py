@@ -23,6 +23,7 @@ from kdata.errors import ConfigError, KdataError
 from kdata.format.json_text import MAX_DOCUMENT_BYTES, parse_object
 from kdata.store.checkpoint_kind import read_config
 from kdata.teachers.config import TeacherConfig
+from kdata.teachers.model import HEADS, LENGTH_KEYS
 from kdata.teachers.windows import GIB, rows_per_step
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -35,6 +36,7 @@ MOST_SEQUENCES = 256  # that the engine works on at once
 STEP_TOKENS = {"cpu": 4096, "cuda": 16384}  # of one step of the engine at most (its own defaults)
 MOST_KV_BYTES = GIB  # of a CPU's cache where one sequence takes less
 UNKNOWN_LENGTH = 2048  # of an engine where the longest sequence is not known; it grows
+PROC_FILE, CGROUP_FOLDER = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # Tables of positions that depend on the engine's length: it must stay the model's own.
 LENGTH_MATTERS = ("longrope", "su")
 
@@ -153,20 +155,14 @@ def _model_size(folder: Path, config: TeacherConfig) -> ModelSize | None:
     return ModelSize(
         weights=int(weights),
         head=vocab_size * hidden * width,
-        is_tied=not any(folder_has_head(folder)),
+        is_tied=not any(name in HEADS for file in _weight_files(folder) for name in _header(file)),
         vocab_size=vocab_size,
-        longest=_number(text.get("max_position_embeddings") or text.get("n_positions")),
+        longest=_number(next((text[key] for key in LENGTH_KEYS if text.get(key)), None)),
         kv_full=of_layer * kinds.count("full"),
         kv_sliding=of_layer * kinds.count("sliding"),
         window=int(text.get("sliding_window") or 0),
         length_matters=bool(names & set(LENGTH_MATTERS)),
     )
-
-
-def folder_has_head(folder: Path) -> Iterator[str]:
-    """Names of output heads in the files of weights."""
-    for file in sorted(folder.glob("*.safetensors")):
-        yield from (name for name in _header(file) if name.endswith("lm_head.weight"))
 
 
 def _first(text: dict[str, Any], *names: str) -> Any:
@@ -193,9 +189,13 @@ def _layer_kinds(text: dict[str, Any], layers: int) -> list[str]:
     return ["sliding" if is_sliding else "full"] * layers
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
 def _tensors(folder: Path) -> Iterator[tuple[int, str, int]]:
     """Dimensions, type and number of elements of every tensor."""
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in _weight_files(folder):
         for name, about in _header(file).items():
             if name != "__metadata__":
                 yield len(about["shape"]), about["dtype"], math.prod(about["shape"])
@@ -246,7 +246,7 @@ def free_memory() -> tuple[int, int]:
 def _cgroup_files() -> Iterator[tuple[Path, Path, Path, str]]:
     """Files of the memory limits above this process: limit, usage, statistics; and what the last calls cached files."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = PROC_FILE.read_text().splitlines()
     except OSError:
         return
     for line in lines:
@@ -254,7 +254,7 @@ def _cgroup_files() -> Iterator[tuple[Path, Path, Path, str]]:
         version_1 = "memory" in controllers.split(",")
         if controllers and not version_1:
             continue
-        root = Path("/sys/fs/cgroup/memory" if version_1 else "/sys/fs/cgroup")
+        root = CGROUP_FOLDER / "memory" if version_1 else CGROUP_FOLDER
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version_1 else ("memory.max", "memory.current")
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):

@@ -3,7 +3,7 @@
 A logits processor of vLLM (`TapeProcessor` in vllm.py) sees each row before a token is drawn from it. `Tape` collects the
 rows of one call. The request and its number of tokens so far tell which token a row predicts. A row may come twice (of a
 prompt that is read in pieces, or a preempted request): the last one counts. At the end every row is checked against the
-log-probability that the engine reports for the drawn token.
+log-probability that the engine reports for the drawn token. A row that is not finite spoils its own request only.
 
 This works in one process only: a model spread over several GPUs computes its logits in others.
 """
@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdata.errors import TeacherError
+from kdata.errors import DistributionError, TeacherError
 from kdata.format.keep import KeepConfig
 from kdata.format.measures import joined
 from kdata.teachers.reduce import Reduced, Rows, assemble, draw_seed, picked, reduce_each, uniforms_of
 
 KEY = "kdata_tape"  # of SamplingParams.extra_args: (tape, number of the request on it)
 TAPES: dict[int, Tape] = {}
+NOT_FINITE = -2  # in place of a row's place
 _NUMBERS = itertools.count()
 
 
@@ -61,8 +62,13 @@ class Tape:
 
     def take(self, logits_BV: torch.Tensor, requests: Sequence[tuple[int, int]]) -> None:
         """Reduce rows; `requests` has the request of each row and the number of tokens that it has written so far."""
-        # A row beyond the last token belongs to a finished request: no token is drawn from it.
-        live = [n for n, (request, t) in enumerate(requests) if t < len(self._uniforms[request])]
+        is_finite = (logits_BV < torch.inf).all(1).tolist()  # -inf is the logit of an id that is impossible
+        live = []
+        for n, (request, t) in enumerate(requests):
+            if not is_finite[n]:
+                self._places[request][t] = NOT_FINITE
+            elif t < len(self._uniforms[request]):  # else the request has ended: no token is drawn from the row
+                live.append(n)
         if not live:
             return
         uniforms_BN = np.stack([self._uniforms[requests[n][0]][requests[n][1]] for n in live])
@@ -86,11 +92,14 @@ class Tape:
             logprob_L, rank_L: float32 and int32 [L], what the engine reports for these tokens.
             tolerance: largest difference in nats between a row and the report.
         Raises:
+            DistributionError: a row holds NaN or infinity.
             TeacherError: rows are missing, or are not those that the tokens were drawn from.
         """
-        if self._chunks and len(self._chunks) > 1:
+        if len(self._chunks) > 1:
             self._chunks = [Rows(**joined(self._chunks))]
         places = [self._places[request].get(t, -1) for t in range(len(token_ids))]
+        if NOT_FINITE in places:
+            raise DistributionError("the teacher's logits hold NaN or infinity")
         if -1 in places:
             raise TeacherError("vLLM drew tokens from rows that it did not show; set path=hidden")
         rows = picked(self._chunks[0], np.array(places))

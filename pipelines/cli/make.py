@@ -9,7 +9,7 @@ import typer
 from pydantic import Field
 
 import kdata
-from kdata.config import RowsConfig, parse_config, read_yaml
+from kdata.config import parse_config, read_yaml
 from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, MissingError, nearest
 from kdata.format.keep import KeepConfig
@@ -27,6 +27,7 @@ from kdata.pipelines.cli.common import (
     Resume,
     ResumeOption,
     SetOption,
+    StrictOption,
     TeacherOption,
     local_folder,
     option,
@@ -70,7 +71,6 @@ AS_DATASET = "as in DATASET"
 KindOption = Annotated[str | None, option("kind", KeepConfig)]
 KOption = Annotated[int | None, option("k", KeepConfig)]
 NumDrawsOption = Annotated[int | None, option("num_draws", KeepConfig)]
-StrictOption = Annotated[bool | None, option("strict", RowsConfig)]
 MessagesOption = Annotated[str | None, option("messages_column", CorpusConfig, metavar="COLUMN")]
 
 
@@ -109,7 +109,7 @@ def capture(
     job, who, where = capture_job(teacher, source, options, backend, engine, set)
     with open_engine(where, who, max_k=job.keep.k, work=job.work(who, look=is_here(where))) as opened:
         say_rows(run_job(place, job, opened, resume=resume.value))
-    say_rejected(dataset, [job.name])
+    say_rejected([dataset], [job.name])
 
 
 def capture_job(
@@ -163,7 +163,7 @@ def generate(
     job, who, where = generate_job(teacher, source, options, backend, engine, set)
     with open_engine(where, who, max_k=job.keep.k, work=job.work(who, look=is_here(where))) as opened:
         say_rows(run_job(place, job, opened, resume=resume.value))
-    say_rejected(dataset, [job.name])
+    say_rejected([dataset], [job.name])
 
 
 def sampling_options(max_tokens: int | None, json_schema: str | None) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def reread(
     place, opened = folder_or_url(target), kdata.open(dataset)
     with open_engine(where, who, max_k=keep_like(opened, None, values).k, work=work_on(opened)) as at_work:
         say_rows(reread_with(place, at_work, opened, values, resume=resume.value))
-    say_rejected(target, list(opened.info.sources))
+    say_rejected([target], list(opened.info.sources))
 
 
 def combine(
@@ -257,7 +257,8 @@ def shares_of(text: str, datasets: list[str]) -> list[float]:
 
 def import_(
     source: Annotated[
-        str, typer.Argument(metavar="FILES", help="File or folder of another tool's Parquet or JSON lines.")
+        str,
+        typer.Argument(metavar="FILES", help="File or folder of another tool's Parquet or JSON lines (vllm: JSON)."),
     ],
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Folder of the dataset to write.")],
     format: Annotated[str, option("format", ImportConfig)],
@@ -286,7 +287,7 @@ def import_(
     result, report = import_dataset(Path(source), root, config, resume=resume.value)
     say(f"{result.path}: imported from {config.format}")
     say(*(f"  {line}" for line in report.lines(config.over_one)))
-    say_rejected(dataset, [config.name])
+    say_rejected([dataset], [config.name])
 
 
 def without_none(**options: Any) -> dict[str, Any]:

@@ -28,11 +28,13 @@ from kdata.pipelines.cli.common import (
     Resume,
     ResumeOption,
     SetOption,
+    StrictOption,
     local_folder,
     option,
     out,
     print_json,
     say,
+    say_rejected,
     with_settings,
 )
 from kdata.selection.plan import Plan, open_plan
@@ -56,6 +58,7 @@ def run(
     out_dir: Annotated[
         str | None, typer.Option("--out", metavar="FOLDER", help="Run folder. [default: runs/NAME]")
     ] = None,
+    strict: StrictOption = None,
     set: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe with every setting, and stop.")] = False,
     resume: ResumeOption = Resume.auto,
@@ -66,7 +69,7 @@ def run(
     """
     from kdata.pipelines.recipe import load_recipe
 
-    resolved = load_recipe(Path(recipe), set or [])
+    resolved = load_recipe(Path(recipe), set or [], {} if strict is None else {"strict": strict})
     folder = Path("runs") / resolved.name if out_dir is None else local_folder(out_dir)
     if dry_run:
         say(f"# would run into {folder}")
@@ -78,6 +81,7 @@ def run(
     results = json.loads((folder / "results.json").read_text("utf-8"))
     out.print(students_table(results))
     say(f"report: {page}")
+    say_rejected([f"{folder}/{name}" for name in ("dataset", "heldout")])
 
 
 def students_table(results: dict[str, Any]) -> Table:

@@ -35,6 +35,7 @@ from kdata.selection.select import select
 from kdata.selection.step import Step
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
+from kdata.teachers.sizing import Work
 from kdata.trainer.config import CheckpointStudent, ScratchStudent, StudentConfig, TrainConfig
 from kdata.trainer.domain_weights import DDKMixture, FixedMixture, MixtureConfig
 from kdata.trainer.evaluate import evaluate
@@ -177,7 +178,8 @@ class Selection:
 
     def _read(self, parts: list[str]) -> None:
         teacher_config = TeacherConfig(model=self.config.teacher, backend=self.config.backend)
-        teacher = load_teacher(teacher_config, max_k=HELDOUT_KEEP.k)
+        work = Work(self.config.context_tokens, writes=False)
+        teacher = load_teacher(teacher_config, max_k=HELDOUT_KEEP.k, work=work)
         try:
             for name in parts:
                 keep = KeepConfig() if name == "train" else HELDOUT_KEEP

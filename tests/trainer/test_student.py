@@ -151,6 +151,7 @@ def test_a_checkpoint_is_loaded_in_float32_and_checked(dataset: kdata.Dataset, t
     torch.testing.assert_close(head_of(loaded), head_of(model).float())
 
     save_tokenizer(good, VOCAB - 1)
+    (good / "model.safetensors").write_bytes(b"")  # weights are not read for a tokenizer that does not fit
     with pytest.raises(MismatchError, match="tokenizer"):
         build_student(CheckpointStudent(model=str(good)), dataset, 1)
     save_tokenizer(good)

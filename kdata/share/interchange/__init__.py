@@ -4,7 +4,7 @@
     distillkit.py  DistillKit's compressed Parquet, with the YAML beside it
     axolotl.py     the two column layouts that axolotl's KD plug-in reads
     vllm_json.py   vLLM's own JSON with prompt_logprobs
-  plain.py       nested lists of ids and log-probabilities, as JSONL or Parquet
+    plain.py       nested lists of ids and log-probabilities, as JSONL or Parquet
     importer.py    rows of any of these -> a dataset
     exporter.py    a dataset -> nested lists, or axolotl's columns
 

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from kdata.errors import DataError
 from kdata.format.sequences import Sequences
 from kdata.share.interchange.plain import about_rows, lists
-from kdata.share.interchange.rows import PeerRow, as_ids, flat, nested, spans
+from kdata.share.interchange.rows import PeerRow, as_ids, as_logprobs, flat, nested, spans
 
 V1_COLUMN = "llm_text_generation_vllm_logprobs"
 _LISTS = pa.list_(pa.list_(pa.float64()))
@@ -53,7 +53,7 @@ def read_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[PeerRow]:
                 "the files have no column 'input_ids': axolotl tokenizes when it trains, and which token a list is about "
                 "depends on that; add the token ids that the teacher read, as input_ids"
             )
-        lengths, token_ids = flat(batch.column("input_ids"), np.int32)
+        lengths, token_ids = flat(batch.column("input_ids"), as_ids)
         per_row, counts, ids, logprobs = _entries(batch)
         entries = spans(np.array([counts[part].sum() for part in spans(per_row)], np.int64))
         parts = zip(about_rows(batch), spans(lengths), spans(per_row), entries, strict=True)
@@ -66,7 +66,7 @@ def _entries(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     for field in batch.schema:
         if str(field.type).startswith("list<") and "token: string" in str(field.type) and "logprob" in str(field.type):
             per_row, counts, values = nested(batch.column(field.name))
-            return per_row, counts, _token_ids(values.field("token")), _numbers(values.field("logprob"))
+            return per_row, counts, _token_ids(values.field("token")), as_logprobs(values.field("logprob"))
     if {"logprobs", "target_token_ids"} <= set(batch.schema.names):
         per_row, counts, values = nested(batch.column("logprobs"))
         id_rows, id_counts, ids = nested(batch.column("target_token_ids"))
@@ -74,17 +74,11 @@ def _entries(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray,
             raise DataError(
                 "lists of logprobs and target_token_ids have different lengths; each id needs one log-probability"
             )
-        return per_row, counts, as_ids(ids), _numbers(values)
+        return per_row, counts, as_ids(ids), as_logprobs(values)
     raise DataError(
         f"none of the columns {batch.schema.names} holds axolotl's entries; it needs lists of {{token, logprob}} (v1), or "
         "logprobs and target_token_ids (v2)"
     )
-
-
-def _numbers(values: pa.Array) -> np.ndarray:
-    dtype = np.float32 if pa.types.is_floating(values.type) else np.int64
-    numbers: np.ndarray = values.to_numpy(zero_copy_only=False).astype(dtype)
-    return numbers
 
 
 def _token_ids(names: pa.Array) -> np.ndarray:

@@ -31,7 +31,7 @@ from pydantic import Field, model_validator
 
 from kdata.config import Strict, parse_config, read_yaml
 from kdata.errors import DataError, MissingError
-from kdata.share.interchange.rows import PeerRow, flat, nested, spans
+from kdata.share.interchange.rows import PeerRow, as_ids, flat, nested, spans
 
 Real = Literal["float16", "bfloat16", "float32", "float64"]
 BYTES: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -109,7 +109,7 @@ def read_rows(batches: Iterator[pa.RecordBatch], compression: Compression) -> It
         missing = [name for name in COLUMNS if name not in batch.schema.names]
         if missing:
             raise DataError(f"the files have no column {missing[0]!r}; DistillKit's files have {', '.join(COLUMNS)}")
-        lengths, token_ids = flat(batch.column("input_ids"), np.int32)
+        lengths, token_ids = flat(batch.column("input_ids"), as_ids)
         per_row, sizes, values = nested(batch.column("compressed_logprobs"))
         id_rows, id_sizes, id_values = nested(batch.column("bytepacked_indices"))
         if not np.array_equal(per_row, id_rows):

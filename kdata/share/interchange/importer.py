@@ -6,9 +6,9 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,17 +18,17 @@ from kdata.config import RowsConfig
 from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.format.files import journal_of, local_path, without_hidden
-from kdata.format.json_text import MAX_ROW_CHARACTERS, parse_row
+from kdata.format.json_text import parse_row
 from kdata.format.manifest import new_info
 from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest
 from kdata.format.rejects import checked
 from kdata.format.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, TeacherInfo, TokenizerInfo
 from kdata.observe.progress import Task
 from kdata.share.interchange import axolotl, distillkit, plain, vllm_json
-from kdata.share.interchange.rows import Aligned, ImportReport, OverOne, PeerRow, place
+from kdata.share.interchange.rows import Aligned, ImportReport, OverOne, PeerRow, place, unusable
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
-from kdata.store.shard import stored_shard
+from kdata.store.shard import stored_rejects, stored_shard
 from kdata.store.vocabulary import num_ids
 from kdata.store.writer import Writer
 from kdata.teachers.model import load_tokenizer, tokenizer_files, tokenizer_info
@@ -69,10 +69,10 @@ def import_dataset(
     """Import another tool's files into the dataset at `root`.
 
     Args:
-        source: a file or folder of Parquet or JSONL files.
+        source: a file or folder of Parquet or JSONL files; of format vllm: of .jsonl or .json files.
         resume: auto, never or must; see `Writer`.
     Returns:
-        The dataset, and the counts of the whole source.
+        The dataset, and the counts of all rows of the source that are in it.
     Raises:
         MissingError: the source does not exist.
         ConfigError: the vocabulary's size is not known, or a path is a URL.
@@ -97,7 +97,7 @@ def import_dataset(
     }
     report = ImportReport(notes=compression.notes() if compression else [])
     if config.format == "vllm":
-        rows: Iterator[PeerRow | UnreadableRow] = vllm_json.read_rows(files)
+        rows = vllm_json.read_rows(files)
     else:
         rows = _row_by_row(_peer_rows(config.format, compression), batches(files))
     with ExitStack() as stack:
@@ -107,18 +107,25 @@ def import_dataset(
         title, journal = f"{config.name}: reading", log or journal_of(root)
         task = stack.enter_context(Task(title, None, "rows", journal, source=config.name))
         units, usable = 0, False
-        for unit in _units(rows, config, info.vocab_size, tokenizer, report):
+        for unit, counts in _units(rows, config, info.vocab_size, tokenizer):
             rows_read = len(unit.records) + len(unit.rejects)
             if unit.number in writer.committed:
-                task.skip(rows_read, shard=stored_shard(root, writer.committed[unit.number]))
+                entry = writer.committed[unit.number]
+                rejects = stored_rejects(root, entry)[len(unit.rejects) :] if entry.rejected else []
+                for reject in rejects:  # rows whose id the dataset had already
+                    counts.pop(reject.id, None)
+                task.skip(rows_read, shard=stored_shard(root, entry))
             else:
                 unit = _without_present(unit, writer, usable)
+                counts = {record.id: counts[record.id] for record in unit.records}
                 if not unit.records and not usable:
                     reject = unit.rejects[0]
                     raise DataError(f"not one row could be imported. Row {reject.id!r}: {reject.detail}")
                 checked(unit, config.strict)
                 shard = writer.commit(unit)
                 task.advance(rows_read, tokens=shard.entry.tokens, shard=shard)
+            for row in counts.values():
+                report.add(row)
             units, usable = unit.number + 1, True
         if not units:
             raise DataError(f"{source} has no rows to import; name files with rows")
@@ -137,27 +144,56 @@ def source_files(source: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def batches(files: list[Path]) -> Iterator[pa.RecordBatch]:
-    """Rows of all files, a few at a time. Raises DataError for a file that cannot be read."""
+def batches(files: list[Path]) -> Iterator[pa.RecordBatch | RowError]:
+    """Rows of all files, a few at a time, and lines that are no rows. Raises DataError for a file that cannot be read."""
     for path in files:
         try:
             if path.suffix == ".parquet":
                 yield from pq.ParquetFile(path).iter_batches(batch_size=ROWS_AT_ONCE)
                 continue
-            with path.open("rb") as file:
-                lines = iter(lambda: file.readline(MAX_ROW_CHARACTERS + 1), b"")  # read before the next file
-                while some := list(itertools.islice(lines, ROWS_AT_ONCE)):
-                    yield _batch([parse_row(line) for line in some if line.strip()])
+            with path.open("rb") as lines:
+                numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+                while some := list(itertools.islice(numbered, ROWS_AT_ONCE)):
+                    yield from _of_lines([_parsed(line, f"line {number} of {path.name}") for number, line in some])
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
-def _batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
-    """Rows as columns, null where a row lacks one. (pyarrow alone keeps only the columns of the first row.)"""
-    if not all(isinstance(row, dict) for row in rows):
-        raise DataError("a line is not a JSON object; write one object per line")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return pa.RecordBatch.from_pylist([{name: row.get(name) for name in names} for row in rows])
+def _parsed(line: bytes, place: str) -> dict[str, Any] | RowError:
+    try:
+        row = parse_row(line)
+    except DataError as error:
+        return RowError("not_json", f"{place} is not JSON: {str(error).splitlines()[0]}")
+    if not isinstance(row, dict):
+        return RowError("not_json", f"{place} is not a JSON object")
+    return row or RowError("form", f"{place} is an object without a value")  # of which pyarrow makes no row
+
+
+def _of_lines(rows: list[dict[str, Any] | RowError]) -> Iterator[pa.RecordBatch | RowError]:
+    """Rows as columns, null where a row lacks one, and errors in their places.
+
+    Rows whose values have different types make batches of their own. (pyarrow keeps only the columns of the first row.)
+    """
+    for is_error, some in itertools.groupby(rows, lambda row: isinstance(row, RowError)):
+        if is_error:
+            yield from cast(Iterator[RowError], some)
+            continue
+        good = cast(list[dict[str, Any]], list(some))
+        names = list(dict.fromkeys(name for row in good for name in row))
+        try:
+            yield pa.RecordBatch.from_pylist([{name: row.get(name) for name in names} for row in good])
+        except (pa.ArrowException, OverflowError):
+            for row in good:
+                yield _of_one_line(row)
+
+
+def _of_one_line(row: dict[str, Any]) -> pa.RecordBatch | RowError:
+    try:
+        return pa.RecordBatch.from_pylist([row])
+    except (pa.ArrowException, OverflowError) as error:
+        return RowError("form", f"the values of row {row.get('id')!r} cannot be columns: {str(error).splitlines()[0]}")
 
 
 def _peer_rows(format: Format, compression: distillkit.Compression | None) -> ReadRows:
@@ -166,38 +202,32 @@ def _peer_rows(format: Format, compression: distillkit.Compression | None) -> Re
     return axolotl.read_rows if format == "axolotl" else plain.read_rows
 
 
-def _row_by_row(read: ReadRows, source_batches: Iterator[pa.RecordBatch]) -> Iterator[PeerRow | UnreadableRow]:
-    """Rows of all batches; a row that makes its batch unreadable comes as an UnreadableRow.
+def _row_by_row(read: ReadRows, source_batches: Iterator[pa.RecordBatch | RowError]) -> Iterator[PeerRow]:
+    """Rows of all batches; a row that makes its batch unreadable carries the reason.
 
     Raises DataError where no row of the first batch can be read: then the files are not of this format.
     """
     any_read = False
     for batch in source_batches:
+        if isinstance(batch, RowError):
+            yield unusable(batch)
+            continue
         try:
-            rows: list[PeerRow | UnreadableRow] = list(read(iter([batch])))
+            rows = list(read(iter([batch])))
         except DataError as error:
             rows = [row for n in range(batch.num_rows) for row in _single_row(read, batch.slice(n, 1))]
-            if not any_read and not any(isinstance(row, PeerRow) for row in rows):
+            if not any_read and all(row.refusal for row in rows):
                 raise error
         any_read = any_read or bool(rows)
         yield from rows
 
 
-@dataclass(frozen=True)
-class UnreadableRow:
-    """A row that does not have the form of its format; id and domain are None where they are not known."""
-
-    id: str | None
-    domain: str | None
-    detail: str
-
-
-def _single_row(read: ReadRows, row: pa.RecordBatch) -> list[PeerRow | UnreadableRow]:
+def _single_row(read: ReadRows, row: pa.RecordBatch) -> list[PeerRow]:
     try:
         return list(read(iter([row])))
     except DataError as error:
         [about] = plain.about_rows(row)
-        return [UnreadableRow(about.get("id"), about.get("domain"), str(error))]
+        return [unusable(RowError("misaligned", str(error)), **about)]
 
 
 def _without_present(unit: UnitResult, writer: Writer, usable: bool) -> UnitResult:
@@ -251,46 +281,61 @@ def _identity(config: ImportConfig, compression: distillkit.Compression | None, 
 
 
 def _units(
-    rows: Iterator[PeerRow | UnreadableRow], config: ImportConfig, vocab_size: int, tokenizer: Any, report: ImportReport
-) -> Iterator[UnitResult]:
-    """Rows in units of about `unit_tokens`; `report` counts them."""
+    rows: Iterator[PeerRow], config: ImportConfig, vocab_size: int, tokenizer: Any
+) -> Iterator[tuple[UnitResult, dict[str, ImportReport]]]:
+    """Rows in units of about `unit_tokens`, each with the counts of its records by id.
+
+    Raises DataError where most positions so far cannot be probabilities.
+    """
     aligned = config.aligned or ALIGNED[config.format]
     encoder = None if tokenizer is None else TextEncoder(tokenizer)
-    number = tokens = 0
-    records: list[Record] = []
-    rejects: list[Reject] = []
+    number, read, unit = 0, ImportReport(), _Unit()
     seen = set[str]()
     for row_number, row in enumerate(rows):
         row_id, domain = row.id or f"row-{row_number:07d}", row.domain or config.domain
         try:
-            if isinstance(row, UnreadableRow):
-                raise RowError("misaligned", row.detail)
             if row_id in seen:
                 raise RowError("id_twice", "an earlier row has the same id; ids must be unique")
-            record = place(replace(row, id=row_id, domain=domain), aligned, vocab_size, report, config.over_one)
+            record, counts = place(replace(row, id=row_id, domain=domain), aligned, vocab_size, config.over_one)
         except RowError as error:
-            report.rejected[error.reason] += 1
-            rejects.append(Reject(row_id, domain, error.reason, error.detail))
+            unit.rejects.append(Reject(row_id, domain, error.reason, error.detail))
         else:
             seen.add(row_id)
-            records.append(record if encoder is None else _with_text(record, tokenizer, encoder))
-            tokens += len(record.token_ids)
-        if tokens >= config.unit_tokens:
-            yield _unit(number, records, rejects, report)
-            number, tokens, records, rejects = number + 1, 0, [], []
-    if records or rejects:
-        yield _unit(number, records, rejects, report)
+            read.add(counts)
+            unit.counts[row_id] = counts
+            unit.records.append(record if encoder is None else _with_text(record, tokenizer, encoder))
+            unit.tokens += counts.tokens
+        if unit.tokens >= config.unit_tokens:
+            _refuse_other_numbers(read)
+            yield unit.result(number), unit.counts
+            number, unit = number + 1, _Unit()
+    if unit.records or unit.rejects:
+        _refuse_other_numbers(read)
+        yield unit.result(number), unit.counts
 
 
-def _unit(number: int, records: list[Record], rejects: list[Reject], report: ImportReport) -> UnitResult:
-    """A unit with its digest. Raises DataError where most positions cannot be probabilities."""
+@dataclass
+class _Unit:
+    """Rows that are committed together; `counts`: of each record, by id."""
+
+    records: list[Record] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    counts: dict[str, ImportReport] = field(default_factory=dict)
+    tokens: int = 0
+
+    def result(self, number: int) -> UnitResult:
+        """With its digest."""
+        return UnitResult(number, self.records, self.rejects, inputs_digest(self.records))
+
+
+def _refuse_other_numbers(report: ImportReport) -> None:
+    """Raise DataError where most positions cannot be probabilities."""
     if report.sums_over_one > report.positions / 2 and report.max_sum > 1.5:
         raise DataError(
             f"{report.sums_over_one:,} of {report.positions:,} positions sum to more than 1 (up to {report.max_sum:.3g}), so "
             "the numbers are not natural log-probabilities but perhaps logits, or logarithms to another base; convert them "
             "to natural log-probabilities first"
         )
-    return UnitResult(number, records, rejects, inputs_digest(records))
 
 
 def _with_text(record: Record, tokenizer: Any, encoder: TextEncoder) -> Record:

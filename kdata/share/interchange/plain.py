@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from kdata.errors import DataError
 from kdata.format.sequences import Sequences
-from kdata.share.interchange.rows import PeerRow, as_ids, flat, nested, spans
+from kdata.share.interchange.rows import PeerRow, as_ids, as_logprobs, as_mask, flat, nested, spans
 
 COLUMNS = ("input_ids", "topk_ids", "topk_logprobs")
 SCHEMA = pa.schema(
@@ -37,7 +37,7 @@ def read_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[PeerRow]:
         missing = [name for name in COLUMNS if name not in batch.schema.names]
         if missing:
             raise DataError(f"the files have no column {missing[0]!r}; plain lists need {', '.join(COLUMNS)}")
-        lengths, token_ids = flat(batch.column("input_ids"), np.int32)
+        lengths, token_ids = flat(batch.column("input_ids"), as_ids)
         per_row, counts, ids = nested(batch.column("topk_ids"))
         own_rows, own_counts, logprobs = nested(batch.column("topk_logprobs"))
         if not (np.array_equal(per_row, own_rows) and np.array_equal(counts, own_counts)):
@@ -45,7 +45,7 @@ def read_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[PeerRow]:
                 "lists of topk_ids and topk_logprobs have different lengths; each id needs one log-probability"
             )
         all_ids = as_ids(ids)
-        all_logprobs = logprobs.to_numpy(zero_copy_only=False).astype(np.float32)
+        all_logprobs = as_logprobs(logprobs)
         entries = spans(np.array([counts[part].sum() for part in spans(per_row)], np.int64))
         masks = _masks(batch, lengths)
         parts = zip(about_rows(batch), spans(lengths), spans(per_row), entries, masks, strict=True)
@@ -59,7 +59,7 @@ def _masks(batch: pa.RecordBatch, lengths: np.ndarray) -> list[np.ndarray | None
         return [None] * len(lengths)
     column = batch.column("target_mask")
     present = column.is_valid().to_numpy(zero_copy_only=False)
-    own, values = flat(column, np.bool_)
+    own, values = flat(column, as_mask)
     if not np.array_equal(own[present], lengths[present]):
         raise DataError("lists of target_mask and input_ids have different lengths; each token needs one mask value")
     return [values[part] if has else None for part, has in zip(spans(own), present, strict=True)]

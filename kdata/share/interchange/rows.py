@@ -8,7 +8,7 @@ Shapes: T tokens, P lists of entries, N entries in all.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -24,6 +24,7 @@ from kdata.format.records import Record, RowError
 # Which token list j is about: j (with), j + 1 (after), or T - P + j (end: the last list is about the last token).
 Aligned = Literal["with", "after", "end"]
 OverOne = Literal["keep", "mask", "refuse"]
+COUNTERS = ("rows", "tokens", "positions", "entries", "sums_over_one", "rising", "beyond_end", "padding_entries")
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,15 @@ class PeerRow:
     refusal: RowError | None = None
 
 
+def unusable(error: RowError, *, id: str | None = None, domain: str | None = None, text: str | None = None) -> PeerRow:
+    """A row that its reader cannot use: `place` rejects it with this reason."""
+    nothing = np.zeros(0, np.int32)
+    return PeerRow(nothing, nothing, nothing, np.zeros(0, np.float32), id, domain, text, refusal=error)
+
+
 @dataclass
 class ImportReport:
-    """Counters of an import: what was imported, and what is wrong with it; positions, unless the name says otherwise."""
+    """Counters of what was imported, without rejects; positions, unless the name says otherwise."""
 
     rows: int = 0
     tokens: int = 0
@@ -59,8 +66,13 @@ class ImportReport:
     rising: int = 0
     beyond_end: int = 0
     padding_entries: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+
+    def add(self, other: ImportReport) -> None:
+        """Count what another report counts, too."""
+        self.max_sum = max(self.max_sum, other.max_sum)
+        for name in COUNTERS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def lines(self, over_one: OverOne) -> list[str]:
         """The report as text."""
@@ -97,16 +109,33 @@ def nested(column: pa.Array) -> tuple[np.ndarray, np.ndarray, pa.Array]:
     return per_row, _lengths(inner), inner.flatten()
 
 
-def flat(column: pa.Array, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    """A list<number> column as (values per row int64 [S], values [N]). Raises DataError for another type."""
+def flat(column: pa.Array, convert: Callable[[pa.Array], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """A list column as (values per row int64 [S], values [N] as `convert` gives them). Raises DataError for another type."""
     if not _is_list(column.type):
         raise DataError(
             f"a column has the type {column.type}, but lists of numbers are needed; check --format and the files"
         )
-    values = column.flatten()
-    return _lengths(column), as_ids(values) if dtype is np.int32 else values.to_numpy(zero_copy_only=False).astype(
-        dtype
-    )
+    return _lengths(column), convert(column.flatten())
+
+
+def as_logprobs(values: pa.Array) -> np.ndarray:
+    """Log-probabilities of any numeric type as float32 [N]; NaN for null. Raises DataError for another type."""
+    if pa.types.is_null(values.type):
+        return np.full(len(values), np.nan, np.float32)
+    if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
+        raise DataError(f"a column of log-probabilities has the type {values.type}, but numbers are needed")
+    numbers: np.ndarray = values.to_numpy(zero_copy_only=False).astype(np.float32)
+    return numbers
+
+
+def as_mask(values: pa.Array) -> np.ndarray:
+    """True and false, or 1 and 0, as bool [N]. Raises DataError for anything else, null too."""
+    numbers: np.ndarray = values.to_numpy(zero_copy_only=False)
+    if pa.types.is_boolean(values.type) and not values.null_count:
+        return numbers
+    if not pa.types.is_integer(values.type) or values.null_count or ((numbers != 0) & (numbers != 1)).any():
+        raise DataError(f"a column of masks has values of the type {values.type} that are neither true nor false")
+    return numbers > 0
 
 
 def as_ids(values: pa.Array) -> np.ndarray:
@@ -136,15 +165,18 @@ def spans(lengths: np.ndarray) -> list[slice]:
     return [slice(int(end - size), int(end)) for end, size in zip(ends, lengths, strict=True)]
 
 
-def place(row: PeerRow, aligned: Aligned, vocab_size: int, report: ImportReport, over_one: OverOne) -> Record:
-    """Put a row's lists with the tokens that they predict, and count what is wrong with them.
+def place(row: PeerRow, aligned: Aligned, vocab_size: int, over_one: OverOne) -> tuple[Record, ImportReport]:
+    """Put a row's lists with the tokens that they predict.
 
+    Returns:
+        The record, and what the row adds to the report of an import.
     Raises:
         RowError: the row cannot be used: ids outside the vocabulary or repeated in a list, lists that do not fit the tokens.
         DataError: a sum above 1 is refused.
     """
     if row.refusal is not None:
         raise row.refusal
+    report = ImportReport(rows=1, tokens=len(row.token_ids))
     row = _without_padding(_cut(row, aligned, report), report)
     tokens = len(row.token_ids)
     counts_T = np.zeros(tokens, np.int32)
@@ -157,12 +189,9 @@ def place(row: PeerRow, aligned: Aligned, vocab_size: int, report: ImportReport,
             "not_finite", "the log-probabilities of a position are so far above 0 that their sum is infinite"
         )
     over_T = sum_T > 1
-    report.max_sum = max(report.max_sum, float(sum_T.max(initial=0.0)))
-    report.sums_over_one += int(over_T.sum())
-    report.rising += _rising(row.logprobs, counts_T)
-    report.rows, report.tokens = report.rows + 1, report.tokens + tokens
-    report.positions += int((counts_T > 0).sum())
-    report.entries += len(row.ids)
+    report.max_sum, report.sums_over_one = float(sum_T.max(initial=0.0)), int(over_T.sum())
+    report.rising = _rising(row.logprobs, counts_T)
+    report.positions, report.entries = int((counts_T > 0).sum()), len(row.ids)
     kept = Kept(counts_T, np.zeros(tokens, np.int32), row.ids, row.logprobs)
     if over_T.any() and over_one == "refuse":
         raise DataError(
@@ -171,7 +200,7 @@ def place(row: PeerRow, aligned: Aligned, vocab_size: int, report: ImportReport,
         )
     if over_one == "mask":
         kept = _leave_out(kept, over_T)
-    return _record(row, kept)
+    return _record(row, kept), report
 
 
 def _cut(row: PeerRow, aligned: Aligned, report: ImportReport) -> PeerRow:

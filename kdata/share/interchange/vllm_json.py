@@ -24,7 +24,7 @@ import numpy as np
 from kdata.errors import DataError
 from kdata.format.json_text import MAX_ROW_CHARACTERS, parse_row
 from kdata.format.records import RowError
-from kdata.share.interchange.rows import PeerRow
+from kdata.share.interchange.rows import PeerRow, unusable
 
 SUFFIXES = (".jsonl", ".json")
 LEAST = -9999.0  # the server writes it for probability 0, since JSON has no infinity
@@ -60,10 +60,10 @@ def _rows(line: bytes) -> Iterator[PeerRow]:
     try:
         answer = parse_row(line)
     except DataError as error:
-        yield _unusable({}, RowError("not_json", f"a line is not JSON: {str(error).splitlines()[0]}"))
+        yield unusable(RowError("not_json", f"a line is not JSON: {str(error).splitlines()[0]}"))
         return
     if not isinstance(answer, dict):
-        yield _unusable({}, RowError("not_json", "a line is not a JSON object"))
+        yield unusable(RowError("not_json", "a line is not a JSON object"))
         return
     about: dict[str, Any] = {name: str(answer[name]) for name in ("domain", "text") if answer.get(name) is not None}
     prompt = answer.get("prompt", answer.get("prompt_text"))
@@ -80,13 +80,7 @@ def _rows(line: bytes) -> Iterator[PeerRow]:
         try:
             yield _row(part, about)
         except RowError as error:
-            yield _unusable(about, error)
-
-
-def _unusable(about: dict[str, Any], error: RowError) -> PeerRow:
-    """A row that `place` rejects with this reason."""
-    nothing = np.zeros(0, np.int32)
-    return PeerRow(nothing, nothing, nothing, np.zeros(0, np.float32), refusal=error, **about)
+            yield unusable(error, **about)
 
 
 def _row(part: Any, about: dict[str, Any]) -> PeerRow:

@@ -185,7 +185,7 @@ BROKEN = {
     "empty.jsonl": b"",
     "empty.csv": b"",
     "text.jsonl": b"this is not JSON\n",
-    "late.jsonl": b'{"id": "a", "domain": "d", "text": "t"}\n' * 500_000 + b'{"id": \n',
+    "lines.jsonl": b'this is not JSON\n[1, 2]\n{"id": \n',
     "ragged.csv": b"id,domain,text\na,d\n",
     "junk.parquet": b"PAR1 junk PAR1",
     "junk.arrow": b"ARROW1",
@@ -200,10 +200,65 @@ def test_a_broken_file_gives_one_data_error(tmp_path: Path, name: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_broken_line_of_json_is_named(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text('{"id": "a", "domain": "d", "text": "t"}\n\n[1, 2]\n')
-    with pytest.raises(DataError, match=r"x.jsonl, line 3 is not a JSON object"):
-        read(tmp_path / "x.jsonl")
+GOOD = '{"id": "a", "domain": "d", "text": "t"}\n'
+SPOILED = {
+    "this is not JSON": ("not_json", "is not JSON: Expecting value at character 1"),
+    '{"id": "b", "domain": "d", "te': ("not_json", "is not JSON: Unterminated string starting at character 28"),
+    '{"id": "b",': ("not_json", "is not JSON: "),
+    '{"id": "b", "domain": {': ("not_json", "is not JSON: "),
+    "{": ("not_json", "is not JSON: "),
+    '{"id": "b"} {"id": "c"}': ("not_json", "is not JSON: Extra data at character 13"),
+    "\x00" * 40: ("not_json", "is not JSON: Expecting value at character 1"),
+    "\x1b[2J": ("not_json", "is not JSON: Expecting value at character 1"),
+    '{"id": ' + "9" * 5000 + "}": ("not_json", "cannot be read as JSON: Exceeds the limit"),
+    '{"a": ' * 100_000: ("not_json", "cannot be read as JSON: maximum recursion depth"),
+    "3": ("not_json", "is not a JSON object"),
+    "null": ("not_json", "is not a JSON object"),
+    '"text"': ("not_json", "is not a JSON object"),
+}
+
+
+@pytest.mark.parametrize("line", SPOILED, ids=range(len(SPOILED)))
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_a_line_that_is_no_object_spoils_its_own_row_only(tmp_path: Path, line: str, place: str) -> None:
+    reason, detail = SPOILED[line]
+    lines = [GOOD, GOOD.replace('"a"', '"b"'), "\n"]
+    number = {"first": 0, "middle": 1, "last": 3}[place]
+    lines.insert(number, line if place == "last" else line + "\n")
+    (tmp_path / "x.jsonl").write_text("".join(lines))
+    corpus = Corpus(CorpusConfig(path=str(tmp_path / "x.jsonl")))
+    documents = list(corpus.documents())
+    assert corpus.num_rows == len(documents) == 3
+    [reject] = [document for document in documents if isinstance(document, Reject)]
+    assert reject.id == f"row-{documents.index(reject):07d}" and reject.domain is None and reject.reason == reason
+    assert reject.detail.startswith(f"x.jsonl, line {number + 1} {detail}")
+    assert [document.id for document in documents if isinstance(document, Document)] == ["a", "b"]
+
+
+def test_an_array_alone_on_a_line_is_such_a_row_too(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(GOOD + "\n[1, 2]\n")
+    _, reject = Corpus(CorpusConfig(path=str(tmp_path / "x.jsonl"), domain_column=None)).documents()
+    assert reject == Reject("row-0000001", "text", "not_json", "x.jsonl, line 3 is not a JSON object")
+
+
+def test_a_row_that_cannot_be_read_counts_in_every_choice_of_domains(tmp_path: Path) -> None:
+    """Nobody knows its domain, and a row that is left out without a word would be lost."""
+    (tmp_path / "x.jsonl").write_text(GOOD + "{\n" + GOOD.replace('"d"', '"e"'))
+    corpus = Corpus(CorpusConfig(path=str(tmp_path / "x.jsonl"), domains=["e"]))
+    first, second = corpus.documents()
+    assert corpus.num_rows == 2 and isinstance(first, Reject) and isinstance(second, Document)
+    assert (first.id, second.domain) == ("row-0000001", "e")
+    one = Corpus(CorpusConfig(path=str(tmp_path / "x.jsonl"), limit=2))
+    assert one.num_rows == 2 and [isinstance(part, Reject) for part in one.documents()] == [False, True]
+
+
+def test_a_file_of_a_folder_without_one_object_is_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(GOOD)
+    (folder / "b.jsonl").write_text("no\n[]\n")
+    with pytest.raises(DataError, match=r"not one line is an object \(b.jsonl, line 1 is not JSON: .*write one object"):
+        read(folder)
 
 
 @pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zst", "jsonl.bz2", "csv.gz"])

@@ -7,6 +7,7 @@ import decimal
 import gzip
 import json
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from kdata.corpus import json_rows
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
+from kdata.corpus.files import rows_of
 from kdata.corpus.values import as_text
 from kdata.errors import ConfigError, DataError
 from kdata.format.records import Reject
@@ -111,7 +113,15 @@ COLUMNS: dict[str, tuple[pa.Array, str | None]] = {
     "object": (pa.array([{"url": "x", "at": DAY, "n": None}]), '{"at": "2024-02-29", "url": "x"}'),
     "map": (pa.array([[("b", 1), ("a", 2)]], pa.map_(pa.string(), pa.int64())), '{"a": 2, "b": 1}'),
     "uuid": (pa.array([NAME.bytes], pa.uuid()), str(NAME)),
-}
+    "list of nanoseconds": (pa.array([[1_001, None]], pa.list_(pa.time64("ns"))), '["00:00:00.000001001", null]'),
+    "object with nanoseconds": (
+        pa.StructArray.from_arrays([pa.array([1_001], pa.time64("ns")), pa.array([NAME.bytes], pa.uuid())], ["at", "id"]),
+        f'{{"at": "00:00:00.000001001", "id": "{NAME}"}}',
+    ),
+    "list of the year 10000": (pa.array([[253402300800, 0]], pa.list_(pa.timestamp("s"))),
+                               '["10000-01-01 00:00:00", "1970-01-01 00:00:00"]'),
+    "map to the year 10000": (pa.array([[("a", 2932897)]], pa.map_(pa.string(), pa.date32())), '{"a": "10000-01-01"}'),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", COLUMNS)
@@ -126,6 +136,65 @@ def test_columns_of_any_type_become_text(tmp_path: Path, kind: str, ending: str)
     pq.write_table(table, path) if ending == "parquet" else write_arrow(path, table)
     expected = text if text is not None else "a"
     assert about(path) == [(expected, expected, text, text)]
+
+
+def latin(*texts: str) -> pa.Array:
+    """Texts of one sign each, as bytes of Latin-1 in a column that says UTF-8."""
+    offsets = pa.array(range(len(texts) + 1), pa.int32()).buffers()[1]
+    return pa.Array.from_buffers(
+        pa.string(), len(texts), [None, offsets, pa.py_buffer("".join(texts).encode("latin-1"))]
+    )
+
+
+OFFSETS = pa.array([0, 1, 2, 3], pa.int32())
+OF_TEXTS: dict[str, Callable[[pa.Array], pa.Array]] = {
+    "text": lambda texts: texts,
+    "list": lambda texts: pa.ListArray.from_arrays(OFFSETS, texts),
+    "fixed list": lambda texts: pa.FixedSizeListArray.from_arrays(texts, 1),
+    "object": lambda texts: pa.StructArray.from_arrays([texts], ["a"]),
+    "map": lambda texts: pa.MapArray.from_arrays(OFFSETS, pa.array(["a", "b", "c"]), texts),
+    "list of objects": lambda texts: pa.ListArray.from_arrays(OFFSETS, pa.StructArray.from_arrays([texts], ["a"])),
+    "dictionary": lambda texts: pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), texts),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"),  # pyarrow refuses a Parquet file whose dictionary is not UTF-8
+    [(kind, end) for kind in OF_TEXTS for end in ("parquet", "arrow") if (kind, end) != ("dictionary", "parquet")],
+)
+def test_a_byte_that_is_not_utf8_inside_of_a_column_spoils_its_own_row_only(
+    tmp_path: Path, kind: str, ending: str
+) -> None:
+    ids = pa.array(["a", "b", "c"])
+    table = pa.table({"id": ids, "domain": ids, "text": ids, "source": OF_TEXTS[kind](latin("x", "é", "z"))})
+    path = tmp_path / f"rows.{ending}"
+    pq.write_table(table, path) if ending == "parquet" else write_arrow(path, table)
+    first, bad, last = Corpus(CorpusConfig(path=str(path))).documents()
+    assert isinstance(first, Document) and "x" in str(first.origin) and "é" not in str(first.origin)
+    assert isinstance(last, Document) and "z" in str(last.origin)
+    assert isinstance(bad, Reject) and (bad.id, bad.reason) == ("b", "not_text")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_rows_of_a_slice_are_its_own(size: int) -> None:
+    """With nulls, empty lists and far dates in between."""
+    far = 253402300800
+    lists = [[far], None, [], [0, None, far]]
+    objects = [{"a": far, "b": [1]}, None, {"a": None, "b": None}, {"a": 0, "b": []}]
+    maps = [[("x", far)], None, [], [("y", 0), ("z", None)]]
+    batch = pa.record_batch(
+        {
+            "lists": pa.array(lists, pa.list_(pa.timestamp("s"))),
+            "objects": pa.array(objects, pa.struct([("a", pa.timestamp("s")), ("b", pa.list_(pa.int64()))])),
+            "maps": pa.array(maps, pa.map_(pa.string(), pa.timestamp("s"))),
+        }
+    )
+    whole = list(rows_of(batch))
+    assert whole[0]["lists"] == ["10000-01-01 00:00:00"] and whole[1]["objects"] is None and whole[2]["maps"] == {}
+    assert as_text(whole[3]["maps"]) == '{"y": "1970-01-01 00:00:00", "z": null}'
+    pieces = [row for begin in range(0, 4, size) for row in rows_of(batch.slice(begin, size))]
+    as_texts = [[as_text(value) for value in row.values()] for row in (*whole, *pieces)]
+    assert as_texts[:4] == as_texts[4:]
 
 
 @pytest.mark.parametrize(

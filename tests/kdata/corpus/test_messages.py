@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ import kdata
 from kdata.corpus.chat_template import ChatEncoder, ChatError, chat_encoder
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.encode import TextEncoder
-from kdata.corpus.messages import Chat, chat_of_row, parse_chat
+from kdata.corpus.messages import Chat, as_json, chat_of_row, parse_chat
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.teachers.model import load_tokenizer
 from tests.fakes import CHATML, MARKED, TURN, TURN_END, StandInTeacher, run_capture, run_generate, save_tokenizer
@@ -129,6 +131,39 @@ def test_alpaca_is_a_chat_of_two_turns(tmp_path: Path, ending: str) -> None:
     ):
         with pytest.raises(DataError, match=error):
             chat_of_row({"instruction": "x", **wrong}, "instruction", None, "the chat")
+
+
+@pytest.mark.parametrize("system", [5, ["be brief"], {"a": 1}, True])
+def test_a_system_prompt_of_sharegpt_that_is_not_text_is_refused(system: Any) -> None:
+    row = {"conversations": [{"from": "human", "value": "hi"}], "system": system}
+    with pytest.raises(DataError, match=f"the chat: column 'system' holds {type(system).__name__}, not text"):
+        chat_of_row(row, "conversations", None, "the chat")
+
+
+def test_values_that_json_does_not_have_become_text(tmp_path: Path) -> None:
+    moment, day = datetime.datetime(2024, 2, 29, 12, 30, 5), datetime.date(2024, 2, 29)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"day": day, "n": decimal.Decimal("1.50")}}}
+    rows = [
+        {
+            "id": "a",
+            "domain": "d",
+            "messages": [
+                {"role": "user", "content": "when?", "at": moment, "raw": b"\xff", "tool_calls": None},
+                {"role": "assistant", "content": "now", "at": None, "raw": None, "tool_calls": [call]},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "since": day}}],
+        }
+    ]
+    path = tmp_path / "c.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    config = CorpusConfig(path=str(path), messages_column="messages", tools_column="tools")
+    [document] = Corpus(config).documents()
+    assert isinstance(document, Document) and document.chat is not None
+    asked, answer = document.chat.messages
+    assert asked == {"role": "user", "content": "when?", "at": "2024-02-29 12:30:05", "raw": "0xff"}
+    assert answer["tool_calls"][0]["function"]["arguments"] == {"day": "2024-02-29", "n": "1.50"}
+    assert document.chat.tools == [{"type": "function", "function": {"name": "f", "since": "2024-02-29"}}]
+    assert json.loads(as_json(document.chat.messages)) == document.chat.messages and document.chat.content
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations", "instruction"])

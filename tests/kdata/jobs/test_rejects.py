@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from kdata.check.verify import verify
 from kdata.corpus.corpus import CorpusConfig
 from kdata.errors import ConfigError, DataError, DistributionError, TeacherError
 from kdata.format.keep import KeepConfig
+from kdata.format.records import Record, Reject
 from kdata.format.rejects import rejected_text
 from kdata.jobs.job import LocalEngine
+from kdata.jobs.payloads import InputSequence, outcome_of
 from kdata.jobs.reading import CaptureConfig, capture
 from kdata.jobs.reread import reread_with
 from kdata.pipelines.cli.main import app
@@ -26,7 +29,7 @@ from kdata.store.dataset import Dataset
 from kdata.teachers import transformers as transformers_teacher
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.model import load_tokenizer
-from tests.fakes import CHATML, StandInTeacher, run_capture, run_generate, save_llama, save_tokenizer
+from tests.fakes import CHATML, VOCAB, StandInTeacher, run_capture, run_generate, save_llama, save_tokenizer
 
 RUNNER = CliRunner(env={"COLUMNS": "300"})
 
@@ -228,6 +231,23 @@ def test_a_row_that_a_second_teacher_cannot_read_is_put_aside(tmp_path: Path, to
         reread_with(tmp_path / "strict", engine, first, {"strict": True})
 
 
+def test_arrays_that_do_not_belong_together_are_an_error_and_ids_beyond_the_head_a_reject() -> None:
+    ids = np.array([0, 5, 6], np.int32)
+    sequence = InputSequence("a", "d", ids, np.array([False, True, True]), "the cat")
+    [readout] = StandInTeacher().read([ids], KeepConfig(kind="topk", k=4))
+    whole = sequence.record(readout)
+
+    def outcome(**changes: Any) -> Record | Reject:
+        return outcome_of(readout, lambda _: replace(whole, **changes), "a", "d", VOCAB)
+
+    assert isinstance(outcome(), Record)
+    with pytest.raises(DataError, match="a: rank has 2 values for 3 tokens"):
+        outcome(rank=whole.rank[:-1])
+    assert outcome(token_ids=ids + VOCAB) == Reject(
+        "a", "d", "teacher_failed", f"a: a token id lies outside [0, {VOCAB})"
+    )
+
+
 @pytest.mark.parametrize("kind", ["topk", "hybrid", "adaptive"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_real_model_that_gives_no_number_for_one_row(
@@ -305,7 +325,7 @@ def test_rows_of_another_tool_that_cannot_be_used_are_put_aside(tmp_path: Path) 
     dataset, report = import_dataset(source, tmp_path / "d", ImportConfig(format="plain", vocab_size=8192))
     assert names(dataset) == ["a", "z"]
     assert reasons(dataset) == {name: reason for name, (_, reason) in PEER_FAULTS.items()}
-    assert sum(report.rejected.values()) == len(PEER_FAULTS)
+    assert report.rows == 2 and report.tokens == 6, "what is put aside is not counted"
     with pytest.raises(DataError, match="cannot be used"):
         import_dataset(source, tmp_path / "e", ImportConfig(format="plain", vocab_size=8192, strict=True))
     with pytest.raises(DataError, match=r"not one row could be imported. Row 'big'"):

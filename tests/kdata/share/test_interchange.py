@@ -256,11 +256,59 @@ def test_rows_that_cannot_be_used_are_rejected_with_a_reason(tmp_path: Path) -> 
     pq.write_table(table, tmp_path / "rows.parquet")
     dataset, report = imported(tmp_path / "rows.parquet", tmp_path / "d", "plain", vocab_size=10)
     assert dataset.index(["id"])["id"].to_pylist() == ["a", "padded", "masked"]
-    assert report.rejected == {"vocabulary": 1, "twice": 1, "not_finite": 1, "no_targets": 1, "misaligned": 1}
+    assert dataset.rejected() == {"vocabulary": 1, "twice": 1, "not_finite": 1, "no_targets": 1, "misaligned": 1}
     assert dataset.sql("select id, reason from rejects").num_rows == 5
     assert report.padding_entries == 1 and dataset[1].num_kept.tolist() == [0, 1, 1]
     assert dataset[2].target_mask.tolist() == [False, False, True]
     assert report.rows == 3 and report.positions == 6
+
+
+def test_a_line_that_cannot_be_used_is_a_reject_and_its_neighbours_are_imported(tmp_path: Path) -> None:
+    broken = {
+        "not_json": ['{"id": "cut", ', "[1, 2]", "null", "[" * 100_000],
+        "form": [
+            "{}",
+            json.dumps(plain_row(id="mixed", input_ids=["a", 2])),
+            json.dumps(plain_row(id="huge", input_ids=[10**30])),
+        ],
+        "misaligned": [
+            json.dumps(plain_row(id="text ids", topk_ids=[[], ["q"], ["r"]])),
+            json.dumps(plain_row(id="text numbers", topk_logprobs=[[], ["-0.5", "-0.6"], ["-0.7"]])),
+            json.dumps(plain_row(id="text mask", target_mask=["false", "true", "true"])),
+            json.dumps(plain_row(id="two", target_mask=[0, 2, 1])),
+            json.dumps(plain_row(id="no list", input_ids="abc")),
+            json.dumps({"id": "alone"}),
+        ],
+    }  # fmt: skip
+    lines = [line for some in broken.values() for line in some]
+    good = [json.dumps(plain_row(id=f"good {n}")) for n in range(len(lines) + 1)]
+    text = "\n".join([good[0], *(f"{bad}\n{fine}" for bad, fine in zip(lines, good[1:], strict=True))])
+    (tmp_path / "rows.jsonl").write_text(text)
+    dataset, _ = imported(tmp_path / "rows.jsonl", tmp_path / "d", "plain", vocab_size=10)
+    assert dataset.index(["id"])["id"].to_pylist() == [f"good {n}" for n in range(len(lines) + 1)]
+    assert dataset.rejected() == {reason: len(some) for reason, some in broken.items()}
+    details = dataset.sql("select detail from rejects where reason = 'not_json' order by id")["detail"].to_pylist()
+    assert details[0].startswith("line 2 of rows.jsonl is not JSON")
+    (tmp_path / "none.jsonl").write_text("no JSON\nat all\n")
+    with pytest.raises(DataError, match="not one row could be imported"):
+        imported(tmp_path / "none.jsonl", tmp_path / "e", "plain", vocab_size=10)
+
+
+def test_the_report_counts_the_rows_that_are_in_the_dataset(tmp_path: Path) -> None:
+    """Also where a row turns out to be a reject after it was counted, and where an earlier run put it aside."""
+    over = [[], [-0.1, -0.2], [-0.25]]
+    padded = plain_row(id="padded", input_ids=[3, 7, 99], topk_logprobs=[[], [-0.5, float("-inf")], [-0.25]])
+    first = [plain_row(), plain_row(id="b", topk_logprobs=over)]
+    second = [plain_row(id="b", topk_logprobs=over), plain_row(id="c"), plain_row(id="c", topk_logprobs=over), padded]
+    for name, rows in (("one", first), ("two", second)):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    imported(tmp_path / "one.parquet", tmp_path / "d", "plain", vocab_size=10, name="one")
+    for _ in range(2):
+        dataset, report = imported(tmp_path / "two.parquet", tmp_path / "d", "plain", vocab_size=10, name="two")
+        assert dataset.rejected(["two"]) == {"id_twice": 2, "vocabulary": 1}
+        assert dataset.index(["id"])["id"].to_pylist() == ["a", "b", "c"]
+        assert (report.rows, report.tokens, report.positions, report.entries) == (1, 3, 2, 3)
+        assert (report.sums_over_one, report.padding_entries) == (0, 0)
 
 
 def test_ids_that_32_bits_do_not_hold_do_not_become_others(tmp_path: Path) -> None:
@@ -271,8 +319,8 @@ def test_ids_that_32_bits_do_not_hold_do_not_become_others(tmp_path: Path) -> No
         plain_row(id="token", input_ids=[3, 2**32 + 7, 9]),
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    dataset, report = imported(tmp_path / "rows.parquet", tmp_path / "d", "plain", vocab_size=10)
-    assert dataset.index(["id"])["id"].to_pylist() == ["a"] and report.rejected == {"vocabulary": 2}
+    dataset, _ = imported(tmp_path / "rows.parquet", tmp_path / "d", "plain", vocab_size=10)
+    assert dataset.index(["id"])["id"].to_pylist() == ["a"] and dataset.rejected() == {"vocabulary": 2}
     assert as_ids(pa.array([7, 2**32 + 7, -1, None])).tolist() == [7, -1, -1, -1]
     assert as_ids(pa.array([7.0, 7.5, float("nan"), 3e9])).tolist() == [7, -1, -1, -1]
     assert as_ids(pa.nulls(1)).tolist() == [-1]
@@ -323,7 +371,7 @@ def test_missing_and_unreadable_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="does not exist"):
         imported(tmp_path / "no", tmp_path / "d", "plain", vocab_size=10)
     (tmp_path / "bad.jsonl").write_text("{nonsense\n")
-    with pytest.raises(DataError, match=r"bad.jsonl cannot be read"):
+    with pytest.raises(DataError, match=r"line 1 of bad.jsonl is not JSON"):
         imported(tmp_path / "bad.jsonl", tmp_path / "d", "plain", vocab_size=10)
     with pytest.raises(ConfigError, match="--vocab-size"):
         imported(write_jsonl(tmp_path / "rows.jsonl", [plain_row()]), tmp_path / "e", "plain")

@@ -11,7 +11,6 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 import kdata
 from kdata.check.verify import verify
@@ -104,8 +103,8 @@ class EmptyRepository:
     def dataset_info(self, name: str) -> Any:
         return SimpleNamespace(sha="c0")
 
-    def list_repo_tree(self, name: str, **options: Any) -> list[Any]:
-        return [RepoFile(path=".gitattributes", size=1, oid="0")]
+    def list_repo_files(self, name: str, **options: Any) -> list[str]:
+        return [".gitattributes"]
 
 
 class StandInHub:
@@ -120,11 +119,9 @@ class StandInHub:
     def dataset_info(self, name: str) -> Any:
         return SimpleNamespace(sha=f"c{self.commits}")
 
-    def list_repo_tree(self, name: str, *, recursive: bool, revision: str, repo_type: str) -> list[Any]:
-        assert recursive and revision == f"c{self.commits}" and repo_type == "dataset"
-        folders = {path.rpartition("/")[0] for path in self.files if "/" in path}
-        files = [RepoFile(path=path, size=len(content), oid="0") for path, content in self.files.items()]
-        return [*files, *(RepoFolder(path=path, oid="0") for path in folders)]
+    def list_repo_files(self, name: str, *, revision: str, repo_type: str) -> list[str]:
+        assert revision == f"c{self.commits}" and repo_type == "dataset"
+        return list(self.files)
 
     def create_commit(self, *, operations: list[Any], parent_commit: str, **options: Any) -> None:
         assert parent_commit == f"c{self.commits}"

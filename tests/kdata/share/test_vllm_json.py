@@ -57,9 +57,9 @@ def imported(folder: Path, rows: list[Any], **options: Any) -> tuple[kdata.Datas
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_row(tmp_path: Path, form: str) -> None:
-    dataset, report = imported(tmp_path, [FORMS[form]])
+    dataset, _ = imported(tmp_path, [FORMS[form]])
     row = dataset[0]
-    assert (row.id, row.text, row.token_ids.tolist()) == ("a", "t", TOKENS) and not report.rejected
+    assert (row.id, row.text, row.token_ids.tolist()) == ("a", "t", TOKENS) and not dataset.rejected()
     assert row.num_kept.tolist() == [0, 2, 2] and row.target_mask.tolist() == [False, True, True]
     assert dataset.take(np.array([0])).entry_ids.tolist() == [20, 21, 30, 31]
     np.testing.assert_allclose(dataset.take(np.array([0])).entry_logprobs, [-0.5, -1.5, -0.1, -4.0], rtol=1e-6)
@@ -124,8 +124,8 @@ BAD: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("row", "reason"), [(row, reason) for _, row, reason in BAD], ids=[name for name, _, _ in BAD])
 def test_a_bad_row_is_a_reject_and_the_others_are_imported(tmp_path: Path, row: Any, reason: str) -> None:
     good = {**OUTPUT, "request_id": "good"}
-    dataset, report = imported(tmp_path, [row, good])
-    assert dataset.index()["id"].to_pylist() == ["good"] and report.rejected == {reason: 1}
+    dataset, _ = imported(tmp_path, [row, good])
+    assert dataset.index()["id"].to_pylist() == ["good"] and dataset.rejected() == {reason: 1}
     assert dataset.sql("select reason from rejects")["reason"].to_pylist() == [reason]
 
 
@@ -133,8 +133,8 @@ def test_a_bad_row_is_a_reject_and_the_others_are_imported(tmp_path: Path, row: 
 def test_a_line_that_is_not_json_is_a_reject(tmp_path: Path, line: str) -> None:
     (tmp_path / "dump.jsonl").write_text(f"{line}\n{json.dumps(OUTPUT)}\n\n")
     config = ImportConfig(format="vllm", vocab_size=100)
-    dataset, report = import_dataset(tmp_path / "dump.jsonl", tmp_path / "d", config)
-    assert dataset.num_rows == 1 and report.rejected == {"not_json": 1}
+    dataset, _ = import_dataset(tmp_path / "dump.jsonl", tmp_path / "d", config)
+    assert dataset.num_rows == 1 and dataset.rejected() == {"not_json": 1}
 
 
 JSON = st.recursive(
@@ -155,7 +155,7 @@ def test_whatever_stands_in_a_line_it_is_a_row_or_a_reason(
     write_jsonl(file, [{"prompt_token_ids": tokens, "prompt_logprobs": lists, "x": rest}, rest, {"choices": rest}])
     for row in read_rows([file]):
         try:
-            assert len(place(row, "with", 100, ImportReport(), "keep").token_ids) >= 2
+            assert len(place(row, "with", 100, "keep")[0].token_ids) >= 2
         except RowError as error:
             assert error.reason
 

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 
 from kdata.errors import ConfigError, CorruptError, DependencyError, KdataError, MissingError
 from kdata.format.keep import KeepConfig
+from kdata.store import gguf
 from kdata.store.gguf import model_folder, read_header
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
@@ -221,10 +223,28 @@ def test_what_is_beside_the_file_is_not_read(llama_gguf: Path) -> None:
     assert Path(model_folder(llama_gguf)).is_dir()
 
 
-def test_a_package_that_is_not_installed(llama_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["gguf", "accelerate", "torch", "transformers"])
+def test_a_package_that_is_not_installed_is_named(
+    package: str, llama_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version_of(name: str) -> str:
+        if name == package:
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(gguf, "version", version_of)
+    with pytest.raises(DependencyError, match=f"tiny.gguf needs '{package}', .*pip install 'kdata\\[gguf\\]'"):
+        model_folder(llama_gguf)
+    assert not list(Path(os.environ["KDATA_CACHE"]).rglob("*transformers-*"))
+
+
+def test_a_header_is_not_read_without_the_package_that_knows_its_types(
+    llama_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setitem(sys.modules, "gguf.constants", None)
-    assert "pip install 'kdata[gguf]'" in refusal(llama_gguf, DependencyError)
+    with pytest.raises(DependencyError, match="reading a GGUF file needs 'gguf'"):
+        read_header(llama_gguf)
 
 
 @pytest.mark.parametrize("says", [True, False])

@@ -196,17 +196,44 @@ def test_a_gpu_is_measured_by_what_is_free_and_by_its_share(gemma: Path, monkeyp
     assert half.parts["weights"] == size.weights // 4
 
 
-def test_the_memory_of_a_cgroup_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free, total = free_memory()
-    for name, text in (("max", "1000000"), ("current", "400000"), ("stat", "anon 5\ninactive_file 150000\n")):
-        (tmp_path / name).write_text(text)
-    files = [(tmp_path / "max", tmp_path / "current", tmp_path / "stat", "inactive_file")]
-    monkeypatch.setattr(sizing, "_cgroup_files", lambda: iter(files))
-    assert free_memory() == (750_000, 1_000_000)
-    (tmp_path / "max").write_text("max\n")
-    assert free_memory()[1] == total
-    monkeypatch.undo()
-    assert 0 < free_memory()[0] <= total and abs(free_memory()[0] - free) < total
+NAMES = {2: ("memory.max", "memory.current", "inactive_file"),
+         1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}  # fmt: skip
+
+
+def write_cgroup(folder: Path, version: int, limit: str, usage: int, cached: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    limit_name, usage_name, cached_name = NAMES[version]
+    (folder / limit_name).write_text(f"{limit}\n")
+    (folder / usage_name).write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{cached_name} {cached}\n")
+
+
+@pytest.mark.parametrize(
+    ("version", "line"),
+    [
+        (2, "0::/outer/inner\n"),
+        (1, "4:cpu,cpuacct:/other\n9:memory:/outer/inner\n"),
+        (1, "3:hugetlb,memory:/outer/inner\n"),
+    ],
+)
+def test_the_memory_of_the_cgroups_above_this_process_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, line: str
+) -> None:
+    total = free_memory()[1]
+    (tmp_path / "cgroup").write_text(line)
+    monkeypatch.setattr(sizing, "PROC_FILE", tmp_path / "cgroup")
+    monkeypatch.setattr(sizing, "CGROUP_FOLDER", tmp_path)
+    root = tmp_path / "memory" if version == 1 else tmp_path
+    write_cgroup(root / "outer/inner", version, "max" if version == 2 else str(1 << 62), 100_000, 0)
+    assert free_memory()[1] == total, "no limit at all"
+    write_cgroup(root / "outer", version, "1000000", 400_000, 150_000)
+    assert free_memory() == (750_000, 1_000_000), "of a group above; what files cache is given back"
+    write_cgroup(root / "outer/inner", version, "900000", 850_000, 0)
+    assert free_memory() == (50_000, 900_000), "the least of both"
+    write_cgroup(root / "outer/inner", version, "900000", 950_000, 0)
+    assert free_memory()[0] == 0, "never less than nothing"
+    (tmp_path / "cgroup").unlink()
+    assert free_memory()[1] == total, "no such file, as on other systems"
 
 
 # ------------------------------------------------------------------------------------------------------ engine arguments
@@ -270,8 +297,10 @@ def test_every_name_in_the_lists_is_vllm_s() -> None:
     """Names are read from vLLM's source; they are those of the class."""
     pytest.importorskip("vllm")
     from dataclasses import fields
+    from typing import get_args
 
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import LoadFormats
 
     from kdata.teachers import engine_args
 
@@ -280,6 +309,7 @@ def test_every_name_in_the_lists_is_vllm_s() -> None:
     listed = {*engine_args.DECIDED, *engine_args.RUNS_CODE, *engine_args.RUNS_CODE_INSIDE, *engine_args.CHOICES}
     assert not (listed | engine_args.SPEED) - known
     assert not engine_args.SPEED & (set(engine_args.DECIDED) | engine_args.RUNS_CODE)
+    assert set(engine_args.CHOICES["load_format"]) <= set(get_args(LoadFormats))
 
 
 def test_the_folder_of_an_adapter(tmp_path: Path, gemma: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdata.errors import TeacherError
+from kdata.errors import DistributionError, TeacherError
 from kdata.format.keep import KeepConfig
 
 pytestmark = [
@@ -95,3 +95,42 @@ def test_a_missing_row_is_refused() -> None:
     tape.take(torch.zeros(1, VOCAB), [(0, 0)])
     with pytest.raises(TeacherError, match="did not show"):
         tape.reduced(0, np.array([3, 4], np.int32), np.zeros(2, np.float32), np.ones(2, np.int32), 1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["topk", "hybrid", "adaptive"])
+def test_a_row_that_is_not_finite_spoils_its_own_request_only(kind: str, value: float) -> None:
+    from kdata.teachers.reduce import draw_seed, reduce_logits
+    from kdata.teachers.tape import Tape
+
+    keep = KeepConfig(kind=kind, k=5, num_draws=7)
+    prompts = [np.array([1, n], np.int32) for n in range(3)]
+    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, VOCAB)).astype(np.float32))
+    rows[:, :, 7] = -torch.inf  # an id that is impossible
+    actual = torch.tensor([[3, 4, 5], [6, 8, 9]])
+    shown = rows.clone()
+    shown[1, 1, 11] = value
+    tape = Tape(prompts, [0, 1, 2], keep, 2)
+    for t in range(2):
+        tape.take(shown[t], [(request, t) for request in range(3)])
+    for request in range(3):
+        seed = draw_seed(prompts[request], keep, request)
+        expected = reduce_logits(rows[:, request], actual[:, request], keep, seed)
+        arguments = (request, actual[:, request].numpy(), expected.logprob, expected.rank, 1e-3)
+        if request == 1:
+            with pytest.raises(DistributionError, match="hold NaN or infinity"):
+                tape.reduced(*arguments)
+        else:
+            kept = tape.reduced(*arguments).kept
+            np.testing.assert_array_equal(kept.ids, expected.kept.ids)
+            np.testing.assert_allclose(kept.logprobs, expected.kept.logprobs, rtol=1e-6)
+
+
+def test_the_last_row_of_a_token_counts_where_an_earlier_one_was_not_finite() -> None:
+    from kdata.teachers.tape import Tape
+
+    tape = Tape([np.array([1, 2], np.int32)], [0], KEEP, 3)
+    tape.take(torch.full((1, VOCAB), torch.nan), [(0, 0)])
+    tape.take(torch.zeros(1, VOCAB), [(0, 0)])
+    logprob = np.full(1, -np.log(VOCAB), np.float32)
+    assert tape.reduced(0, np.array([3], np.int32), logprob, np.ones(1, np.int32), 1e-3).rank.tolist() == [1]

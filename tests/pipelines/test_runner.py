@@ -1,0 +1,77 @@
+"""A whole run with a tiny model: what becomes of rows that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import kdata
+from kdata.errors import DataError
+from kdata.pipelines.cli.main import app
+from tests.fakes import rows_of_text, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, llama_dir: Path) -> Path:
+    """A recipe of which each corpus has a row that cannot be used, and the corpus two."""
+    folder = tmp_path_factory.mktemp("recipe")
+    empty = {"id": "empty", "domain": "prose", "text": " ", "prompt": ""}
+    twice = {"id": "0", "domain": "prose", "text": "again", "prompt": "again"}
+    rows = [{**row, "id": str(n), "prompt": "the cat"} for n, row in enumerate(rows_of_text(8))]
+    corpus, heldout = (write_jsonl(folder / f"{name}.jsonl", bad) for name, bad in
+                       (("corpus", [*rows, empty, twice]), ("heldout", [*rows, empty])))  # fmt: skip
+    prompts = write_jsonl(folder / "prompts.jsonl", [*rows[:2], twice])
+    values = {
+        "name": "tiny",
+        "teacher": {"model": str(llama_dir), "backend": "transformers"},
+        "keep": {"kind": "topk", "k": 8},
+        "generate": {"prompts": {"path": str(prompts)}, "sampling": {"max_tokens": 4}},
+        "corpus": {"path": str(corpus)},
+        "heldout": {"path": str(heldout)},
+        "select": {"method": "random", "share": 0.5},
+        "student": {"scratch": {"hidden_size": 16, "num_layers": 1, "num_heads": 2}},
+        "train": {"steps": 2, "batch_tokens": 512, "warmup_steps": 0, "device": "cpu"},
+        "students": {"ce": {"label": "text alone", "objective": {"weights": {"cross_entropy": 1.0}}}},
+        "evaluate": {"samples": 0},
+    }
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def call(*arguments: object) -> tuple[str, BaseException | None]:
+    """What `kdata run` prints last, and the error that it ended with."""
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["run", *map(str, arguments)])
+    return (result.stdout.splitlines() or [""])[-1], result.exception
+
+
+def test_a_run_puts_rows_aside_and_its_last_line_counts_them(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    places = f"{out}/dataset/rejects, {out}/heldout/rejects"
+    last = (f"4 rejected: 2 no text, 2 id twice (written to {places})", None)
+    line, error = call(recipe, "--out", out)
+    assert (line, error) == last, str(error)
+    assert kdata.open(out / "dataset").rejected(["generate"]) == {"id_twice": 1}
+    assert call(recipe, "--out", out) == last, "those of the first run"
+    assert "strict" not in json.loads((out / "run.json").read_text())["settings"]
+    _, error = call(recipe, "--out", out, "--strict")
+    assert isinstance(error, DataError) and "row '0' cannot be used (id twice)" in str(error), str(error)
+
+
+@pytest.mark.parametrize("how", [["--strict"], ["--set", "strict=true"], ["--strict", "--set", "generate=null"]])
+def test_a_strict_run_ends_at_the_first_such_row(recipe: Path, tmp_path: Path, how: list[str]) -> None:
+    _, error = call(recipe, "--out", tmp_path / "run", *how)
+    row, reason = ("empty", "no text") if "generate=null" in how else ("0", "id twice")
+    assert isinstance(error, DataError) and f"row '{row}' cannot be used ({reason})" in str(error)
+    assert not (tmp_path / "run/students").exists()
+
+
+def test_a_setting_wins_over_the_option(recipe: Path) -> None:
+    shown = CliRunner().invoke(app, ["run", str(recipe), "--strict", "--set", "strict=false", "--dry-run"])
+    assert yaml.safe_load(shown.stdout)["strict"] is False
+    shown = CliRunner().invoke(app, ["run", str(recipe), "--strict", "--dry-run"])
+    assert yaml.safe_load(shown.stdout)["strict"] is True
