@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kdata.errors import ConfigError, MissingError, nearest
+from kdata.errors import ConfigError, MissingError, nearest, secret_path
+
+# Limits of a YAML text; a recipe has a few hundred values, at most six deep.
+MAX_YAML_BYTES = 1 << 20
+MAX_YAML_DEPTH = 64
+MAX_YAML_VALUES = 20_000  # aliases counted as what they stand for
+MAX_DIGITS = 25  # of a number, before it is read
+MAX_WHOLE = 2**63  # integers: what everything that is written holds
 
 
 def first_problem(error: ValidationError) -> str:
@@ -17,10 +26,24 @@ def first_problem(error: ValidationError) -> str:
     return f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"
 
 
-class Strict(BaseModel):
-    """A model that refuses keys it does not know."""
+class WithoutSecrets(BaseModel):
+    """A model that refuses passwords and tokens in its values: they would be recorded and shown."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secret(cls, values: Any) -> Any:
+        if (path := secret_path(values)) is not None:
+            raise ValueError(
+                f"{'.'.join(path) or 'a key'} holds what looks like a password or a token (not repeated here), and settings "
+                "are recorded and shown; put it into an environment variable, or where its program looks for it"
+            )
+        return values
+
+
+class Strict(WithoutSecrets):
+    """A model that refuses keys it does not know, numbers that are not finite, and passwords and tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RowsConfig(Strict):
@@ -35,6 +58,7 @@ class RowsConfig(Strict):
 
 VERSION = "0.1.0"  # of this package, as in pyproject.toml
 Model = TypeVar("Model", bound=BaseModel)
+NEVER_REPEATED = ("auth_env",)  # keys where people put a token itself
 TAGS = ("kind", "method")  # keys that choose one model of a union
 
 
@@ -56,6 +80,8 @@ def _problem(model: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error" and isinstance(problem["input"], str) and path and path[-1] in NEVER_REPEATED:
+        return f"{key}: {message}"
     # What a rule about several keys refuses is the whole mapping, and the message names the keys.
     value = (
         ""
@@ -90,13 +116,110 @@ def _inner(annotation: Any) -> list[type[BaseModel]]:
     return [model for inner in getattr(annotation, "__args__", ()) for model in _inner(inner)]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML of JSON's values only: no dates (they stay text), no sets, no binary values, no tags of its own."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in some if not tag.endswith(":timestamp")]
+    for first, some in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_TAGS = {
+    f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge", "value")
+}
+
+
+def parse_yaml(text: bytes | str) -> Any:
+    """The value of a YAML text: what JSON can hold, within the limits of this module.
+
+    Raises:
+        ConfigError: it is not YAML, a key is repeated, or it is beyond a limit: bytes, depth, number of values (aliases count
+            as what they stand for), digits of a number.
+    """
+    if len(text) > MAX_YAML_BYTES:
+        raise ConfigError(f"it has more than {MAX_YAML_BYTES:,} bytes")
+    try:
+        _check_events(text)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_node(node, {}, ())
+            value = loader.construct_document(node)
+        finally:
+            loader.dispose()
+        _check_values(value)
+        return value
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # a number with thousands of digits, bytes that are not text
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+
+
+def _check_events(text: bytes | str) -> None:
+    """Refuse what is too deep or too long before anything is built of it."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, _Loader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH or count > 2 * MAX_YAML_VALUES:
+            raise ConfigError(
+                f"it has more than {MAX_YAML_VALUES:,} values, or more than {MAX_YAML_DEPTH} inside of each other"
+            )
+
+
+def _check_node(node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:
+    """Number of values in a node, aliases counted as what they stand for."""
+    if id(node) in above:
+        raise ConfigError("an alias stands for something that holds the alias")
+    if node.tag not in _TAGS:
+        raise ConfigError(
+            f"it has a value with the tag {node.tag[:80]!r}; write text, numbers, true, false, null, lists, mappings"
+        )
+    if node.tag.endswith(":int") and len(node.value) > MAX_DIGITS:
+        raise ConfigError(f"it has a number of {len(node.value):,} digits")
+    if id(node) not in sizes:
+        count, inside = 1, (*above, id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if len(keys) < len(node.value):
+                raise ConfigError("a key of a mapping is a list or a mapping; write text")
+            if twice := [key for key, times in Counter(keys).items() if times > 1 and key != "<<"]:
+                raise ConfigError(f"the key {twice[0][:80]!r} is repeated")
+            count += sum(_check_node(value, sizes, inside) for _, value in node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            count += sum(_check_node(value, sizes, inside) for value in node.value)
+        sizes[id(node)] = count
+    if sizes[id(node)] > MAX_YAML_VALUES:
+        raise ConfigError(f"it has more than {MAX_YAML_VALUES:,} values, counted with what its aliases stand for")
+    return sizes[id(node)]
+
+
+def _check_values(value: Any) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"the key {str(key)[:80]} is not text; put it in quotes")
+            _check_values(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_values(inner)
+    elif isinstance(value, int) and not -MAX_WHOLE <= value < MAX_WHOLE:
+        raise ConfigError("it has a number of more than 18 digits")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError("it has a number that is not finite (.inf or .nan)")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping. Raises MissingError or ConfigError."""
     if not path.is_file():
         raise MissingError(f"{path} does not exist; name a file of settings")
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            values = parse_yaml(file.read(MAX_YAML_BYTES + 1))
+    except ConfigError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values")
@@ -111,9 +234,9 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
         if not equals or not key.strip():
             raise ConfigError(f"--set {setting!r}: write it as key=value, for instance --set capture.k=32")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}: {text!r} is not a YAML value ({error})") from error
+            value = parse_yaml(text)
+        except ConfigError as error:
+            raise ConfigError(f"--set {key}: {text[:200]!r} is not a YAML value ({error})") from error
         inner = result
         *parents, last = key.strip().split(".")
         for part in parents:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdata.corpus.corpus import Corpus, CorpusConfig
-from kdata.errors import ConfigError, MismatchError, settings_difference
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, settings_difference
 from kdata.format.files import lock_of, storage_errors, write_atomically
+from kdata.format.json_text import read_json
 from kdata.format.rejects import refused, rejected_line
 from kdata.jobs.job import Engine, devices_of, run_job
 from kdata.jobs.reading import CaptureJob
@@ -277,7 +278,7 @@ def run_report(run: Run) -> None:
     """Write the datasets' cards and the report."""
     for path in (run.dataset_path, run.heldout_path):
         write_card(open_dataset(path))
-    results = json.loads((run.out / "results.json").read_text())
+    results = _read(run.out / "results.json")
     results["stages"] = [stage.model_dump() for stage in _took(run)]
     write_json(run.out / "results.json", results)
     write_report(run.out)
@@ -358,6 +359,14 @@ def _devices(run: Run, stage: str) -> Devices:
     return local_devices(0 if stage == "train" and run.recipe.train.device == "cpu" else 1)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file of the run. Raises CorruptError where it cannot be read."""
+    try:
+        return read_json(path)
+    except (OSError, DataError) as error:
+        raise CorruptError(f"{path} cannot be read ({error}); name another folder with --out") from error
+
+
 def open_run(recipe: Recipe, out: Path, resume: str) -> Run:
     """Open or create a run folder; `execute` says what is refused."""
     path = out / "run.json"
@@ -375,14 +384,18 @@ def open_run(recipe: Recipe, out: Path, resume: str) -> Run:
         return run
     if resume == "never":
         raise ConfigError(f"--resume never: {out} already holds a run; name another folder with --out")
-    before = json.loads(path.read_text())
-    difference = settings_difference(_that_matter(before["settings"]), _that_matter(settings))
+    before = _read(path)
+    try:
+        difference = settings_difference(_that_matter(before["settings"]), _that_matter(settings))
+        seconds = {str(name): float(took) for name, took in before["seconds"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CorruptError(f"{path} is damaged ({error!r}); name another folder with --out") from error
     if difference:
         raise MismatchError(
             f"{out} holds a run with other settings (before -> now):\n{difference}\n"
             "Use the former settings to continue it, or name another folder with --out."
         )
-    return Run(recipe, out, before["seconds"])
+    return Run(recipe, out, seconds)
 
 
 def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:

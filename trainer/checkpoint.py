@@ -13,7 +13,6 @@ used, and a line on the terminal says so.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from kdata.config import first_problem
 from kdata.errors import CorruptError, MismatchError, settings_difference
 from kdata.format.files import file_info, new_file, rust_errors, storage_errors, sync_directory, sync_tree
+from kdata.format.json_text import parse_object
 from kdata.format.manifest import digest_of, json_bytes
 from kdata.format.schema import FileInfo
 from kdata.observe.progress import console
@@ -182,11 +182,11 @@ def _read_state(path: Path, last_step: int | None) -> CheckpointState:
     where = path / STATE
     try:
         content = where.read_bytes()
-        raw = json.loads(content)
+        raw = parse_object(content, finite=False)
         state = CheckpointState.model_validate(raw)
     except ValidationError as error:
         raise CorruptError(f"{where} is damaged: {first_problem(error)}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CorruptError(f"{where} cannot be read: {error}") from error
     if (state.tensors is None) != (not state.digest) or (state.digest and raw["digest"] != digest_of(raw)):
         raise CorruptError(f"{where} is damaged: it does not match its own digest")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kdata.config import Strict
+from kdata.config import Strict, WithoutSecrets
 from kdata.errors import ConfigError
 from kdata.trainer.domain_weights import DDKMixture, FixedMixture, MixtureConfig
 from kdata.trainer.metrics import LoggerName
@@ -102,7 +102,7 @@ class PhaseConfig(Strict):
     mixture: MixtureConfig | None = Field(default=None, description="Weights of the domains; null: the run's.")
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(WithoutSecrets):
     """One training run. Equal `steps` and `batch_tokens` mean equal compute."""
 
     model_config = ConfigDict(extra="forbid")
@@ -294,7 +294,7 @@ class TrainResult(BaseModel):
         return {**values, "config": config}
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(WithoutSecrets):
     """How much is measured, and how samples are written."""
 
     model_config = ConfigDict(extra="forbid")

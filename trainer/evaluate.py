@@ -29,10 +29,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import kdata
 from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MissingError
+from kdata.format.json_text import read_json
 from kdata.loader.batches import BatchesConfig
 from kdata.observe.progress import Task
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.gguf import is_gguf, model_folder
+from kdata.store.pretrained import first_line, model_files
 from kdata.trainer.config import EvaluateConfig, TrainResult
 from kdata.trainer.distributed import device_name
 from kdata.trainer.fused import Measured, measure
@@ -346,7 +348,8 @@ def _write_samples(
 
 def _tokenizer(model_dir: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)
+        with model_files(model_dir, "the tokenizer"):
+            return AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise MissingError(
             f"{model_dir} has no tokenizer that loads, and prompts and tasks need one; copy the teacher's tokenizer there"
@@ -390,10 +393,11 @@ def _check_folder(model_dir: Path) -> None:
 
 def _load(model_dir: Path) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32, trust_remote_code=False)
+        with model_files(model_dir, "a file"):
+            return AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise MissingError(
-            f"{model_dir} does not hold a model that loads: {str(error).splitlines()[0]}; name the folder of a trained "
+            f"{model_dir} does not hold a model that loads: {first_line(error)}; name the folder of a trained "
             "student, which is OUT/model after kdata train"
         ) from error
 
@@ -403,8 +407,9 @@ def _run_beside(model_dir: Path) -> TrainResult | None:
     if not path.exists():
         return None
     try:
-        return TrainResult.model_validate_json(path.read_bytes())
-    except ValidationError as error:
+        return TrainResult.model_validate(read_json(path, finite=False))
+    except (OSError, ValueError) as error:
+        reason = first_problem(error) if isinstance(error, ValidationError) else error
         raise CorruptError(
-            f"{path} is not a result of `kdata train`: {first_problem(error)}; move the file or the model elsewhere"
+            f"{path} is not a result of `kdata train`: {reason}; move the file or the model elsewhere"
         ) from error

@@ -26,6 +26,7 @@ from typing import Any, Literal, Protocol
 
 from kdata.errors import DependencyError
 from kdata.format.files import write_atomically
+from kdata.format.json_text import parse_object
 
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
 PROJECT = "kdata"
@@ -104,9 +105,9 @@ def forget_after(metrics: Path, step: int) -> None:
     def valid_lines() -> Iterator[str]:
         for line in metrics.read_text("utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                if parse_object(line, finite=False)["step"] <= step:
                     yield line + "\n"
-            except json.JSONDecodeError:
+            except (ValueError, KeyError, TypeError):
                 return
 
     if metrics.exists():

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from kdata.errors import ConfigError, DataError, KdataError, MismatchError, Miss
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.dataset import Dataset
 from kdata.store.gguf import model_folder
+from kdata.store.pretrained import first_line, model_files
 from kdata.store.vocabulary import Vocabulary, num_ids, refuse_other_ids
 from kdata.trainer.config import CheckpointStudent, ScratchStudent
 from kdata.trainer.objectives import Targets
@@ -51,14 +52,15 @@ def build_student(
         MismatchError: the vocabulary or the tokenizer is not the dataset's.
         MissingError: the checkpoint does not exist or cannot be loaded.
     """
-    model = (
-        _from_scratch(config, dataset, seed)
-        if isinstance(config, ScratchStudent)
-        else _from_checkpoint(config, dataset)
-    )
-    fit_vocabulary(model, [dataset, *others])
-    probe_head(model)
-    probe_isolation(model)
+    with nullcontext() if isinstance(config, ScratchStudent) else model_files(config.model, "a file"):
+        model = (
+            _from_scratch(config, dataset, seed)
+            if isinstance(config, ScratchStudent)
+            else _from_checkpoint(config, dataset)
+        )
+        fit_vocabulary(model, [dataset, *others])
+        probe_head(model)
+        probe_isolation(model)
     return model
 
 
@@ -230,7 +232,7 @@ def _loading(name: str) -> Iterator[None]:
         if isinstance(error, KdataError):
             raise
         raise MissingError(
-            f"student.model {name!r} cannot be loaded: {str(error).splitlines()[0]}; name a folder in Hugging Face "
+            f"student.model {name!r} cannot be loaded: {first_line(error)}; name a folder in Hugging Face "
             "format (config.json, weights, tokenizer.json) or a model on the Hub"
         ) from error
 

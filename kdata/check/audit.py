@@ -35,6 +35,7 @@ from kdata.check.attacks import (
 from kdata.errors import ConfigError, DataError, DependencyError, MismatchError, MissingError
 from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
+from kdata.store.pretrained import model_files
 
 WARN_PAIRS = 5.0
 OVERLAP_RECOVERED = 0.9
@@ -196,7 +197,7 @@ def load_head(folder: Path) -> np.ndarray:
         raise DependencyError("--head reads a model's weights: pip install 'kdata[train]'") from error
     tensor_of: dict[str, tuple[Path, str]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
+        with model_files(path, "the weights"), safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118, this object is no mapping
                 for wanted in ("lm_head.weight", "embed_tokens.weight", "wte.weight", "embed_out.weight"):
                     if name.endswith(wanted):
@@ -204,7 +205,7 @@ def load_head(folder: Path) -> np.ndarray:
     for wanted in ("lm_head.weight", "embed_out.weight", "embed_tokens.weight", "wte.weight"):
         if wanted in tensor_of:
             path, name = tensor_of[wanted]
-            with safe_open(path, framework="pt") as tensors:
+            with model_files(path, "the weights"), safe_open(path, framework="pt") as tensors:
                 head_VD: np.ndarray = tensors.get_tensor(name).float().numpy()
                 return head_VD
     raise MissingError(

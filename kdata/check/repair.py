@@ -12,7 +12,6 @@ A crash in between leaves files that no manifest line names, and the next repair
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from kdata.check.verify import FOLDERS, Problem, check_file, check_shard, verify
 from kdata.errors import CorruptError, FormatError, MismatchError, MissingError, ShapeError, StorageError
 from kdata.format.codec import codec_of
 from kdata.format.files import inside, local_path, lock_of, storage_errors, write_atomically
+from kdata.format.json_text import parse_json, read_json
 from kdata.format.manifest import digest_of, json_bytes, manifest_line, read_info, write_info, write_manifest
 from kdata.format.schema import FORMAT_VERSION, DatasetInfo, ManifestEntry
 from kdata.store.dataset import Dataset
@@ -211,7 +211,7 @@ def _info(root: Path, copy: Path | None, aside: _Aside) -> tuple[DatasetInfo, li
     try:
         info = read_info(root)
         _refuse_foreign_info(root, info)
-        if path.read_bytes() == json_bytes(json.loads(path.read_bytes())):
+        if path.read_bytes() == json_bytes(read_json(path)):
             return info, []
         return info, [Problem("dataset.json", "is not in the form that kdata writes; its values are whole: rewritten")]
     except (CorruptError, MissingError) as error:
@@ -289,7 +289,7 @@ def _entries(root: Path) -> tuple[list[ManifestEntry], list[Problem]]:
 
 def _entry(root: Path, line: bytes) -> ManifestEntry | None:
     try:
-        raw: Any = json.loads(line)
+        raw: Any = parse_json(line)
         entry = ManifestEntry.model_validate(raw)
         for relative in entry.files:
             inside(root, relative)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 from kdata.errors import KdataError, ShapeError
 from kdata.format.files import inside, lock_of, without_hidden
+from kdata.format.json_text import MAX_TOKENIZER_BYTES, parse_object, read_json
 from kdata.format.manifest import digest_of, foreign, json_bytes, read_manifest
 from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, canonical_json, json_digest
 from kdata.observe.progress import Task
@@ -162,7 +162,7 @@ def check_json(root: Path, relative: str) -> list[Problem]:
         content = path.read_bytes()
         if relative == "manifest.jsonl":
             return check_lines(content)
-        values = json.loads(content)
+        values = parse_object(content)
         if values.get("digest") != digest_of(values):
             return [Problem(relative, "does not match its own digest")]
         whole = json_bytes(values) == content
@@ -174,7 +174,7 @@ def check_json(root: Path, relative: str) -> list[Problem]:
 def check_lines(content: bytes) -> list[Problem]:
     """Compare each line of the manifest with its form."""
     try:
-        whole = b"".join(canonical_json(json.loads(line)) + b"\n" for line in content.splitlines()) == content
+        whole = b"".join(canonical_json(parse_object(line)) + b"\n" for line in content.splitlines()) == content
     except ValueError as error:
         return [Problem("manifest.jsonl", f"cannot be read: {error}")]
     return [] if whole else [Problem("manifest.jsonl", CHANGED)]
@@ -188,7 +188,7 @@ def _tokenizer(dataset: Dataset) -> list[Problem]:
     if problems or not path.is_file():
         return problems
     try:
-        state = json.loads(path.read_bytes())
+        state = read_json(path, MAX_TOKENIZER_BYTES)
         digest = json_digest({key: value for key, value in state.items() if key not in ("truncation", "padding")})
     except (ValueError, AttributeError) as error:
         return [Problem("tokenizer/tokenizer.json", f"cannot be read: {error}")]

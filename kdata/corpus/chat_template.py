@@ -15,7 +15,6 @@ import datetime
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -25,7 +24,8 @@ import numpy as np
 from kdata.corpus.corpus import CorpusConfig
 from kdata.corpus.encode import GUARD, TextEncoder, special_tokens
 from kdata.corpus.messages import Chat
-from kdata.errors import ConfigError, DataError, KdataError
+from kdata.corpus.template_process import RENDERER, Span, TemplateLimitError, TemplateRefusal
+from kdata.errors import ConfigError, DataError
 
 
 def chat_encoder(tokenizer: Any, corpus: CorpusConfig, vocab_size: int | None = None) -> ChatEncoder:
@@ -35,7 +35,7 @@ def chat_encoder(tokenizer: Any, corpus: CorpusConfig, vocab_size: int | None = 
 
 
 Targets = Literal["all", "assistant", "last_assistant"]
-Span = tuple[int, int]  # characters [begin, end)
+MOST_LIMITS = 3  # chats in a row for which a template takes too much: then it is the template, not the chats
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ESCAPED_GUARD = re.compile(rf"\\u{ord(GUARD):04x}", re.IGNORECASE)
 PROBE = "kdata"  # content of a message that asks a template what it writes before it
@@ -87,7 +87,7 @@ class ChatEncoder:
                 "take the model's chat (instruct) version, or put the rendered text into a text column"
             )
         if template is not None:
-            _check_template(template)
+            RENDERER.check(template)
         self._options = options or {}
         self._date = None if date is None else _date(date)
         reserved = inspect.signature(tokenizer.apply_chat_template).parameters
@@ -97,6 +97,8 @@ class ChatEncoder:
             if name not in str(known):
                 raise ConfigError(f"template_options.{name}: the model's chat template has no such variable")
         self._specials = tuple(special_tokens(tokenizer).values())
+        self._special_tokens = {name: _plain(token) for name, token in tokenizer.special_tokens_map.items()}
+        self._limits_in_a_row = 0
 
     def prompt(self, chat: Chat) -> EncodedChat:
         """A chat that the assistant is to continue, up to where it begins to write; nothing of it is a target.
@@ -181,49 +183,52 @@ class ChatEncoder:
 
     # ------------------------------------------------------------------------------------------------ rendering
 
-    def _variables(self) -> dict[str, Any]:
-        return {**self._options, "strftime_now": self._now}
+    def _template_of(self, tools: Any) -> str:
+        """The template's text: a model may have another one for chats with tools."""
+        try:
+            template: str = self._tokenizer.get_chat_template(self._template, tools=tools)
+        except ValueError as error:
+            raise ChatError(f"the chat template cannot be determined: {error}") from error
+        return template
 
-    def _now(self, layout: str) -> str:
-        """The date for a template that asks for the time: the same on every day."""
-        if self._date is None:
-            raise ConfigError(
-                "the model's chat template writes today's date, so that tomorrow the same chat would have other tokens; set "
-                "template_date: YYYY-MM-DD"
-            )
-        return self._date.strftime(layout)
+    def _rendered(
+        self, messages: list[dict[str, Any]], tools: Any, *, generation_prompt: bool = False, marked: bool = False
+    ) -> tuple[str, list[Span] | None]:
+        """What `apply_chat_template` of transformers renders, in a process with limits; and the marks if asked for."""
+        request = {
+            "messages": messages,
+            "tools": tools,
+            "generation_prompt": generation_prompt,
+            "marked": marked,
+            "variables": {**self._special_tokens, **self._options},
+            "date": None if self._date is None else self._date.isoformat(),
+        }
+        try:
+            rendered = RENDERER.render(self._template_of(tools), request)
+        except TemplateRefusal as error:
+            self._limits_in_a_row += isinstance(error, TemplateLimitError)
+            if self._limits_in_a_row >= MOST_LIMITS:
+                raise ConfigError(
+                    f"the chat template cannot be used: {error}, {MOST_LIMITS} times in a row; name another one "
+                    "(chat_template), or another model"
+                ) from error
+            raise ChatError(f"the chat template refuses the chat: {error}") from error
+        self._limits_in_a_row = 0
+        return rendered
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, *, generation_prompt: bool = False) -> str:
-        with _template_errors():
-            text: str = self._tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **self._variables(),
-            )
-        return text
+        if not messages:
+            raise ChatError("the chat has no message")
+        return self._rendered(messages, tools, generation_prompt=generation_prompt)[0]
 
     def _render_marked(self, chat: Chat) -> tuple[str, list[Span] | None]:
         """The text, and what the template marks as written by the assistant; None where it has no marks."""
-        if not chat.messages:
-            raise ChatError("the chat has no message")
-        with _template_errors():
-            template = self._template or self._tokenizer.get_chat_template(tools=chat.tools)
         text = self._render(chat.messages, chat.tools)
-        if not MARK.search(template):
+        if not MARK.search(self._template_of(chat.tools)):
             return text, None
-        # What `apply_chat_template(..., return_assistant_tokens_mask=True)` calls. Its token mask takes in a token that
-        # begins before the mark; the characters do not leave that open.
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        with _template_errors():
-            rendered: Any = render_jinja_template(
-                conversations=[chat.messages], tools=chat.tools, chat_template=template,  # type: ignore[arg-type]
-                return_assistant_tokens_mask=True, **{**self._tokenizer.special_tokens_map, **self._variables()},
-            )  # fmt: skip
-        [again], [marks] = rendered
+        # The token mask of `apply_chat_template(..., return_assistant_tokens_mask=True)` takes in a token that begins before
+        # the mark; the characters do not leave that open.
+        again, marks = self._rendered(chat.messages, chat.tools, marked=True)
         if again != text:
             raise ChatError("the chat template writes another text each time it is asked")
         return text, marks
@@ -336,32 +341,9 @@ def _date(text: str) -> datetime.date:
         raise ConfigError(f"template_date {text!r} is not a date; write it as YYYY-MM-DD") from error
 
 
-@contextmanager
-def _template_errors() -> Iterator[None]:
-    """Turn what a template raises, or what Python says of an expression in it, into a ChatError."""
-    import jinja2
-
-    try:
-        yield
-    except KdataError:
-        raise
-    except (
-        jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
-        MemoryError,
-    ) as error:  # fmt: skip
-        raise ChatError(f"the chat template refuses the chat: {error or type(error).__name__}") from error
-
-
-def _check_template(template: str) -> None:
-    """Raise ConfigError where a template is not valid Jinja, as transformers compiles it."""
-    import jinja2
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    try:
-        _compile_jinja_template(template)
-    except jinja2.TemplateError as error:
-        line = getattr(error, "lineno", None)
-        raise ConfigError(f"chat_template is not valid Jinja{f' (line {line})' if line else ''}: {error}") from error
+def _plain(token: Any) -> Any:
+    """A special token as text; several of them as a list."""
+    return [str(one) for one in token] if isinstance(token, list | tuple) else str(token)
 
 
 def _joined(content: Any) -> Any:

@@ -25,6 +25,7 @@ from kdata.errors import ConfigError, DataError, MissingError, nearest
 from kdata.format.records import Reject, RowError
 
 COLUMNS = ("text_column", "messages_column", "tools_column", "id_column", "domain_column")
+MAX_TEMPLATE_BYTES = 4 << 20
 OPTIONAL = ("source", "license")
 # Settings that were added later: left out of what is recorded where they are null, as in the datasets before.
 ADDED = ("chat_template", "special_tokens_in_text")
@@ -130,7 +131,11 @@ class CorpusConfig(Strict):
                 "the template itself"
             )
         try:
-            return path.read_text("utf-8")
+            with path.open("rb") as file:
+                content = file.read(MAX_TEMPLATE_BYTES + 1)
+            if len(content) > MAX_TEMPLATE_BYTES:
+                raise ConfigError(f"chat_template {path} has more than {MAX_TEMPLATE_BYTES:,} bytes; name a Jinja file")
+            return content.decode()
         except UnicodeDecodeError as error:
             raise ConfigError(f"chat_template {path} is not a text in UTF-8; name a Jinja file") from error
 

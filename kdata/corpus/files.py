@@ -24,9 +24,10 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.dataset as pads
 
-from kdata.corpus.json_rows import JsonFile
+from kdata.corpus.json_rows import JsonFile, refuse_bomb
 from kdata.corpus.values import time_with_nanoseconds
 from kdata.errors import ConfigError, DataError, KdataError, MissingError
+from kdata.format.json_text import parse_json, parse_row
 from kdata.format.records import RowError
 
 # By the end of the file's name.
@@ -96,6 +97,8 @@ class FileRows:
         if self._kind == "json":
             return JsonFile(file, str(self._path))
         if self._kind == "csv":
+            if file.suffix == ".gz":
+                refuse_bomb(file)
             return CsvFile(file, texts, optional)
         return StreamFile(file) if self._kind == "ipc" and _is_stream(file) else ArrowFile(file, str(self._kind))
 
@@ -113,7 +116,10 @@ class FileRows:
         """Turn errors about broken input into one DataError."""
         try:
             yield
-        except (pa.ArrowException, UnicodeDecodeError, OSError, EOFError) as error:
+        except (
+            pa.ArrowException, OSError, EOFError, ValueError, TypeError, LookupError, OverflowError, RecursionError,
+            MemoryError,
+        ) as error:  # fmt: skip  # of pyarrow, and of Python where a value has no object
             if isinstance(error, KdataError):
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -139,7 +145,7 @@ class ArrowFile:
     def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
         """See `OneFile`."""
         for batch in self._data.to_batches(columns=columns, batch_size=1024):
-            yield from rows_of(batch, self.labels)
+            yield from rows_of(_checked(batch), self.labels)
 
 
 class CsvFile(ArrowFile):
@@ -172,8 +178,20 @@ class StreamFile:
         """See `OneFile`."""
         with pa.OSFile(str(self._file)) as source, pa.ipc.open_stream(source) as stream:
             for batch in stream:
+                chosen = _checked(batch.select(columns))
                 for begin in range(0, batch.num_rows, 1024):
-                    yield from rows_of(batch.select(columns).slice(begin, 1024), self.labels)
+                    yield from rows_of(chosen.slice(begin, 1024), self.labels)
+
+
+def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch. Raises ArrowInvalid where an offset or a length in it leads out of its memory.
+
+    Text that is not UTF-8 passes: it spoils its own row only.
+    """
+    for column in batch.columns:
+        plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(column.type)
+        (column if plain is None else column.view(plain)).validate(full=True)
+    return batch
 
 
 def _is_stream(file: Path) -> bool:
@@ -229,7 +247,7 @@ def class_labels(schema: pa.Schema) -> dict[str, Any]:
         For each such column its description (see `with_names`); {} where the file was not written by `datasets`.
     """
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
         return {}
     return labelled(features)
@@ -375,7 +393,7 @@ def _value(value: Any, kind: pa.DataType) -> Any:
     if value is None:
         return None
     if isinstance(kind, pa.JsonType):
-        return json.loads(value)
+        return parse_row(value)
     if types.is_struct(kind):
         return {field.name: _value(value[field.name], field.type) for field in kind if value[field.name] is not None}
     if types.is_map(kind):

@@ -15,12 +15,55 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from kdata.errors import DataError
+from kdata.format.json_text import MAX_ROW_CHARACTERS, check_depth, parse_row
 from kdata.format.records import RowError
 
 CHUNK_CHARACTERS = 1 << 20
 SPACE = " \t\r\n"
 # How far from the end of the text an error may lie that only says that the text goes on: a literal, a \uXXXX escape.
 NEAR_END = 16
+
+PLAIN = (".jsonl", ".ndjson", ".json")
+# A compressed file that becomes so many times larger, and so large, holds no text.
+MOST_TIMES, MOST_BYTES = 250, 256 << 20
+
+
+class Expanded(io.RawIOBase):
+    """The bytes of a file, decompressed as its ending says. Raises DataError where they are a compression bomb."""
+
+    def __init__(self, file: Path) -> None:
+        self._name, self._size, self._read = file.name, file.stat().st_size, 0
+        self._source = pa.input_stream(str(file), compression="detect")
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """See `io.RawIOBase.readinto`."""
+        piece = self._source.read(len(buffer))
+        buffer[: len(piece)] = piece
+        self._read += len(piece)
+        if self._read > max(MOST_BYTES, MOST_TIMES * self._size):
+            raise DataError(
+                f"{self._name} becomes more than {MOST_TIMES} times as large when it is decompressed, as no text does; "
+                "decompress it yourself if you trust it"
+            )
+        return len(piece)
+
+    def close(self) -> None:
+        """See `io.RawIOBase.close`."""
+        if not self.closed:
+            self._source.close()
+        super().close()
+
+
+def refuse_bomb(file: Path) -> None:
+    """Raise DataError where a compressed file becomes too large."""
+    with Expanded(file) as source:
+        piece = bytearray(CHUNK_CHARACTERS)
+        while source.readinto(piece):
+            pass
 
 
 class JsonFile:
@@ -55,7 +98,8 @@ class JsonFile:
             yield row if isinstance(row, RowError) else {name: row.get(name) for name in columns}
 
     def _text(self) -> TextIO:
-        packed = pa.input_stream(str(self._file), compression="detect")
+        is_plain = self._file.suffix in PLAIN
+        packed = pa.OSFile(str(self._file)) if is_plain else io.BufferedReader(Expanded(self._file), CHUNK_CHARACTERS)
         # A byte that is not UTF-8 spoils its own row only: `Corpus` says which one.
         return io.TextIOWrapper(packed, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
@@ -86,20 +130,21 @@ class JsonFile:
     def _row(self, line: str, number: int) -> dict[str, Any] | RowError:
         place = f"{self._file.name}, line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            return RowError(
-                "not_json", f"{place} is not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1:,}"
-            )
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, objects in objects
+            row = parse_row(line)
+        except DataError as error:
+            cause = error.__cause__
+            if isinstance(cause, json.JSONDecodeError):
+                reason = f"{cause.msg.removesuffix(' at')} at character {cause.pos + 1:,}"
+                return RowError("not_json", f"{place} is not JSON: {reason}")
+            # A number of thousands of digits, objects in objects.
             return RowError("not_json", f"{place} cannot be read as JSON: {error}")
         return row if isinstance(row, dict) else RowError("not_json", f"{place} is not a JSON object")
 
 
 def _is_object(line: str) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+        return isinstance(parse_row(line), dict)
+    except DataError:
         return False
 
 
@@ -162,8 +207,12 @@ class Values:
             raise self._error("the array has no end (]); the file is cut off")
         while True:
             try:
-                value, self._at = self._decoder.raw_decode(self._text, self._at)
+                value, end = self._decoder.raw_decode(self._text, self._at)
+                check_depth(value, self._text, self._at, end)
+                self._at = end
                 return value
+            except DataError as error:
+                raise self._error(str(error)) from error
             except json.JSONDecodeError as error:
                 cut_off = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - NEAR_END
                 if not (cut_off and self._more()):
@@ -176,6 +225,8 @@ class Values:
         """Read on: as much again as is held, so that a large object costs no more than twice its length."""
         if self._ended:
             return False
+        if len(self._text) - self._at > MAX_ROW_CHARACTERS:
+            raise self._error(f"an object has more than {MAX_ROW_CHARACTERS:,} characters")
         more = self._source.read(max(CHUNK_CHARACTERS, len(self._text) - self._at))
         self._line += self._text.count("\n", 0, self._at)
         self._text, self._at, self._ended = self._text[self._at :] + more, 0, not more

@@ -13,6 +13,7 @@ from typing import Any
 
 from kdata.corpus.values import plain
 from kdata.errors import DataError
+from kdata.format.json_text import parse_row
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ def parse_chat(messages: Any, tools: Any, where: str) -> Chat:
 def _list(value: Any, what: str) -> list[Any]:
     if isinstance(value, str | bytes):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            value = parse_row(value)
+        except DataError as error:
             raise DataError(f"{what} is text, but not JSON: {error}") from error
     if value is None:
         return []
@@ -171,7 +172,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
+            arguments = parse_row(arguments)
+        except DataError as error:
             raise DataError(f"{where}: arguments of {function['name']} are text, but not JSON: {error}") from error
     return {**call, "function": {**function, "arguments": arguments if arguments is not None else {}}}

@@ -21,7 +21,8 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO
 
-from kdata.errors import ConfigError, CorruptError, KdataError, StorageError
+from kdata.errors import ConfigError, CorruptError, KdataError, StorageError, redacted
+from kdata.format.json_text import parse_object
 from kdata.format.schema import FileInfo
 
 
@@ -352,9 +353,9 @@ class FolderLock:
     """The lock of a folder or file that is written; a context manager. Whoever holds it is named to others.
 
     It is a file beside the folder, because what is inside gets shared, and is removed with the lock. Where that place cannot
-    be written, as beside the mount point of a container, it is a hidden file in the folder. The operating system
-    frees the lock of a process that ends in any way, so a dead one never blocks. Not `filelock`: it does not say who holds a
-    lock, it follows links, and a fork of the process keeps its locks.
+    be written, as beside the mount point of a container, it is a hidden file in the folder. The operating system frees the
+    lock of a process that ends in any way, so a dead one never blocks. Not `filelock`: it does not say who holds a lock, it
+    follows links, and a fork of the process keeps its locks.
 
     Args:
         root: what is written. Every name of it (relative, through a link) has the same lock.
@@ -429,7 +430,7 @@ def lock_of(root: Path, *, wait: bool = False) -> FolderLock:
 def _about_this_process() -> bytes:
     words = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else ["python"]
     # Addresses without user, password and query, which may hold a token.
-    command = re.sub(r"(?<=://)[^/\s@]*@|\?\S*", "", " ".join(words))
+    command = redacted(re.sub(r"(?<=://)[^/\s@]*@|\?\S*", "", " ".join(words)))
     since = datetime.now(UTC).isoformat(timespec="seconds")
     return json.dumps({"pid": os.getpid(), "host": platform.node(), "command": command[:200], "since": since}).encode()
 
@@ -441,9 +442,9 @@ def _not_through_a_link(path: str, flags: int) -> int:
 def _holder(content: bytes) -> str:
     """Who holds a lock, in brackets; "" where the holder has not written it yet. The file is no more than a hint."""
     try:
-        about = json.loads(content)
+        about = parse_object(content)
         values = [str(about[key])[:200] for key in ("pid", "host", "since", "command")]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError):
         return ""
     pid, host, since, command = ("".join(c if c.isprintable() else "?" for c in value) for value in values)
     return f" (process {pid} on {host}, since {since}: {command})"

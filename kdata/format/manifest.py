@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from kdata.config import first_problem
-from kdata.errors import CorruptError, FormatError, MissingError
+from kdata.errors import CorruptError, DataError, FormatError, MissingError
 from kdata.format.files import inside, sync_directory, write_atomically
+from kdata.format.json_text import parse_object, read_json
 from kdata.format.schema import (
     FORMAT_MAJOR,
     FORMAT_VERSION,
@@ -27,6 +29,8 @@ from kdata.format.schema import (
     canonical_json,
     json_digest,
 )
+
+MAX_LINE_BYTES = 1 << 20  # of the manifest; a line has 600
 
 
 def read_info(root: Path) -> DatasetInfo:
@@ -40,12 +44,12 @@ def read_info(root: Path) -> DatasetInfo:
     if not path.exists():
         raise MissingError(f"{root} is not a kdata dataset: it has no dataset.json")
     try:
-        raw = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raw = read_json(path)
+    except DataError as error:
         raise CorruptError(f"{path} is not JSON ({error}); restore it from a copy of the dataset") from error
-    version = str(raw.get("format_version", "")) if isinstance(raw, dict) else ""
+    version = str(raw.get("format_version", ""))
     major = version.split(".")[0]
-    if not major.isdigit():
+    if not re.fullmatch("[0-9]{1,6}", major):
         raise FormatError(f"{path} names no format version, so it is not a kdata dataset")
     if int(major) > FORMAT_MAJOR:
         raise FormatError(f"{root} has format {version}, this kdata reads up to {FORMAT_MAJOR}.x; upgrade kdata")
@@ -152,7 +156,7 @@ def read_manifest(root: Path, *, heal: bool = False) -> list[ManifestEntry]:
 def _entry(line: bytes, where: str) -> ManifestEntry:
     remedy = "restore manifest.jsonl from a copy of the dataset"
     try:
-        raw = json.loads(line)
+        raw = parse_object(line, MAX_LINE_BYTES)
         entry = ManifestEntry.model_validate(raw)
     except ValidationError as error:
         raise CorruptError(f"{where} is damaged ({first_problem(error)}); {remedy}") from error

@@ -85,7 +85,7 @@ class RowError(DataError):
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = reason, str(self.args[1])  # without secrets
 
     def __str__(self) -> str:
         return self.detail

@@ -260,6 +260,12 @@ class DatasetInfo(Contract):
     )
     digest: str = Field("", description="SHA-256 of everything else in the file: finds a damaged byte.")
 
+    @model_validator(mode="after")
+    def _ids_fit(self) -> DatasetInfo:
+        if self.vocab_size >= 2**31:
+            raise ValueError("vocab_size is above 2,147,483,647, what an id can be")
+        return self
+
     def identity(self) -> dict[str, Any]:
         """What must stay the same for as long as rows are added."""
         return self.without_speed({k: v for k, v in self.model_dump().items() if k not in NO_IDENTITY})
@@ -333,6 +339,9 @@ class ManifestEntry(Contract):
 
     @model_validator(mode="after")
     def _follows_from_its_unit(self) -> ManifestEntry:
+        counts = (self.unit, self.rows, self.tokens, self.target_tokens, self.rejected)
+        if max(*counts, *(info.bytes for info in self.files.values())) >= 2**40:
+            raise ValueError("a number is larger than any shard's")
         if self.name != shard_name(self.source, self.unit):
             raise ValueError(f"unit {self.unit} of source {self.source} cannot have the shard name {self.name!r}")
         expected = shard_files(self.name)

@@ -191,6 +191,7 @@ def _token_bytes(dataset: Dataset, shard: int) -> list[np.ndarray | None]:
         field = pa.ipc.open_file(source).schema.get_field_index("token_bytes")
         options = pa.ipc.IpcReadOptions(included_fields=[field])
         column = pa.ipc.open_file(source, options=options).read_all()["token_bytes"]
+        column.validate(full=True)
         return [value.values.to_numpy().copy() if value.is_valid else None for value in column]
 
 

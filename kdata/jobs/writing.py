@@ -9,7 +9,6 @@ same dataset.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +24,7 @@ from kdata.corpus.chat_template import ChatError, chat_encoder
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
+from kdata.format.json_text import parse_row
 from kdata.format.keep import KeepConfig
 from kdata.format.records import Record, Reject, RowError, UnitResult, digest_of, inputs_digest
 from kdata.format.rejects import checked
@@ -232,7 +232,7 @@ class GenerateJob(CorpusJob[Prompt, WritingUnit]):
 
     def stored_key(self, row: dict[str, Any]) -> bytes:
         """See `Followed`: the last message of a chat is what the teacher wrote."""
-        messages = None if row["messages"] is None else as_json(json.loads(row["messages"])[:-1])
+        messages = None if row["messages"] is None else as_json(parse_row(row["messages"])[:-1])
         return digest(row["id"], row["prompt"], messages, row["tools"])
 
     def inputs_of(self, payload: pa.Table) -> str:

@@ -12,7 +12,7 @@ import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import psutil
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
@@ -23,6 +23,7 @@ from kdata.observe.energy import Devices
 # The start of a process is computed from the system clock, so it moves when the clock is set. A process that gets the id of a
 # dead process within a minute of that process's start does not occur in practice.
 START_SLACK_SEC = 60.0
+Count = Annotated[int, Field(ge=-(2**53), le=2**53)]  # what arithmetic of a display bears
 State = Literal["running", "done", "failed", "stopped"]
 
 
@@ -40,14 +41,14 @@ class Line(BaseModel):
     within: str | None = Field(description="Work that this is a part of; null where it is a part of nothing.")
     state: State = Field(description="running, done, failed (by an error), or stopped (by Ctrl-C).")
     error: str | None = Field(description="Kind of the error, where it failed.")
-    done: int = Field(description="Units done (committed, where shards are written), those of former attempts too.")
-    total: int | None = Field(description="Units in all, where known.")
+    done: Count = Field(description="Units done (committed, where shards are written), those of former attempts too.")
+    total: Count | None = Field(description="Units in all, where known.")
     unit: str | None = Field(description="What is counted; null for work that only holds other work.")
-    tokens: int = Field(
+    tokens: Count = Field(
         description="Tokens read, written or trained on in this attempt, those of units that are under way too."
     )
-    tokens_done: int = Field(0, description="The same with the tokens of former attempts. Absent in older logs.")
-    tokens_total: int | None = Field(
+    tokens_done: Count = Field(0, description="The same with the tokens of former attempts. Absent in older logs.")
+    tokens_total: Count | None = Field(
         None, description="Tokens in all; null where neither known nor estimated. Absent in older logs."
     )
     tokens_estimated: bool = Field(
@@ -55,16 +56,16 @@ class Line(BaseModel):
     )
     tokens_per_sec: float | None = Field(description="Rate of `tokens` over `busy_seconds`; null without tokens.")
     busy_seconds: float = Field(description="Seconds from the start of this work to its last change, loading excluded.")
-    shards: int | None = Field(description="Shards committed, by former attempts too.")
+    shards: Count | None = Field(description="Shards committed, by former attempts too.")
     bytes_per_token: float | None = Field(description="Payload bytes per token of these shards.")
     kept_mass: float | None = Field(description="Mean kept probability at their targets, by target token.")
     seconds: float = Field(description="Wall seconds since this work began.")
     seconds_left: float | None = Field(description="Estimate from what this attempt did; null where there is none.")
     devices: Devices = Field(description="What it ran on: kind, count, name, here.")
     energy_joules: float | None = Field(description="Energy of those devices so far; null where they do not tell.")
-    facts: dict[str, float | int | str] = Field(description="Further figures, such as a loss.")
+    facts: dict[str, float | Count | str] = Field(description="Further figures, such as a loss.")
     host: str = Field(description="Machine of the process.")
-    pid: int = Field(description="Number of the process.")
+    pid: Count = Field(description="Number of the process.")
     process_started: float = Field(description="When the process began, seconds since 1970.")
 
 
@@ -108,7 +109,7 @@ def read_journal(path: Path) -> list[Line]:
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
             lines.append(Line.model_validate_json(text))
-        except ValidationError:  # cut off, or of another version
+        except (ValidationError, RecursionError):  # cut off, or of another version
             continue
     return lines
 

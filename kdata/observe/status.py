@@ -6,7 +6,6 @@ taken, so the work is not disturbed. Work counts as running only while the proce
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdata.errors import CorruptError, MissingError
+from kdata.format.json_text import read_json
 from kdata.format.manifest import read_info, read_manifest
 from kdata.observe.journal import Line, Took, alive, find_journal, last_lines, lines_of, read_journal, took, total
 from kdata.observe.terminal import name_text
@@ -78,10 +78,12 @@ def status(path: Path) -> Status:
 
 def _run(path: Path) -> Status:
     try:
-        state = json.loads((path / "run.json").read_text("utf-8"))
+        state = read_json(path / "run.json")
         name, finished = str(state["settings"]["name"]), state["seconds"]
-        names = list(state.get("stages", finished))
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        names = [str(stage) for stage in state.get("stages", finished)]
+        if not isinstance(finished, dict):
+            raise ValueError("seconds is not an object")
+    except (ValueError, KeyError, TypeError) as error:
         raise CorruptError(f"{path / 'run.json'} is damaged ({error}); `kdata run` into another folder") from error
     lines = last_lines(read_journal(path / "progress.jsonl"))
     rows = [row for stage in names for row in _stage(stage, stage in finished, lines)]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
@@ -25,6 +26,7 @@ from kdata.store.listed import PLANS, read_listing
 from kdata.store.sql import check_new_name, is_name
 
 PLAN_SCHEMA = pa.schema([pa.field("id", pa.string(), False), pa.field("repeats", pa.int32(), False)])
+MAX_SEQUENCES = 1_000_000_000  # of a plan, repeats counted
 CountBy = Literal["sequences", "tokens"]
 
 
@@ -98,6 +100,10 @@ class Plan:
             table = pq.read_table(self._table).cast(PLAN_SCHEMA)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptError(f"{self._table} is not a plan: {error}") from error
+        if any(column.null_count for column in table.columns):
+            raise CorruptError(f"{self._table} is not a plan: an id or a number of repeats is null")
+        if int(pc.sum(table["repeats"].cast(pa.int64())).as_py() or 0) > MAX_SEQUENCES:
+            raise CorruptError(f"{self._table} chooses more than {MAX_SEQUENCES:,} sequences, repeats counted")
         if table.num_rows and table["repeats"].to_numpy().min() < 1:
             raise CorruptError(f"{self._table} has repeats below 1; run `kdata select` again")
         return table

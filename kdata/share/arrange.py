@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdata.errors import ConfigError, DataError, MismatchError, StorageError, settings_difference
@@ -34,10 +35,11 @@ from kdata.format.files import (
 )
 from kdata.format.manifest import append_entry, write_info
 from kdata.format.records import inputs_of
-from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, SourceInfo, shard_name
+from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, SourceInfo, rejects_schema, shard_name
 from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset
+from kdata.store.index import UNREADABLE, damaged, read_index, read_part
 from kdata.store.open import open_dataset
 from kdata.store.pick import renamed, tables
 from kdata.store.shard import bind_payload, fits, write_tables
@@ -217,9 +219,19 @@ def _copy_shard(
         elif kind == "data" or name == entry.name:
             shutil.copyfile(path, target)
         else:
-            pq.write_table(renamed(pq.read_table(path), name, source), target, compression="zstd")
+            pq.write_table(renamed(table_of(path, kind), name, source), target, compression="zstd")
         files[f"{kind}/{target.name}"] = file_info(target)
     return entry.model_copy(update={"name": name, "source": source, "files": files})
+
+
+def table_of(path: Path, kind: str) -> pa.Table:
+    """The table of an index or rejects part. Raises CorruptError where it cannot be read."""
+    if kind == "index":
+        return read_index(path)
+    try:
+        return read_part(path, rejects_schema(), rejects_schema().names)
+    except UNREADABLE as error:
+        raise damaged(path, error) from error
 
 
 def _link(path: Path, target: Path) -> None:

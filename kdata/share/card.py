@@ -18,6 +18,7 @@ import pyarrow as pa
 import yaml
 
 from kdata.errors import ConfigError
+from kdata.format.codec import codec_of
 from kdata.format.files import lock_of, storage_errors, write_atomically
 from kdata.format.schema import CodecError, index_schema, payload_schema
 from kdata.observe.journal import Took, find_journal, lines_of, read_journal, took
@@ -212,6 +213,7 @@ def _notes(path: Path) -> bytes:
 
 
 def _render(dataset: Dataset, title: str | None, cost: list[Took]) -> str:
+    codec_of(dataset.info.codec)  # an unknown one is refused
     numbers = facts(dataset)
     headline = one_line(title or f"What {dataset.info.teacher.model} believed, token by token")
     environment = jinja2.Environment(

@@ -6,11 +6,11 @@ Each refusal says what the folder is and what to do. Weights in pickle files and
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from kdata.errors import ConfigError, MissingError
+from kdata.format.json_text import read_json
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Architectures without a next-token head.
@@ -25,12 +25,16 @@ def refuse_other_kind(folder: Path, *, needs_weights: bool = True) -> None:
     Args:
         needs_weights: false where only the tokenizer and config.json are read (a served model).
     """
-    _refuse_parts(folder)
-    config = _read(folder / "config.json")
-    if config:
-        _refuse_config(folder, config)
-    if needs_weights:
-        _refuse_weights(folder, has_config=bool(config))
+    try:
+        _refuse_parts(folder)
+        config = _read(folder / "config.json")
+        if config:
+            _refuse_config(folder, config)
+        if needs_weights:
+            _refuse_weights(folder, has_config=bool(config))
+            _refuse_sizes(folder, config)
+    except (TypeError, LookupError, AttributeError) as error:  # a value of another kind than the name says
+        raise ConfigError(f"a JSON file of {folder} is damaged ({error!r}); copy the model's folder again") from error
 
 
 def use_exact_attention(model: Any) -> None:
@@ -127,10 +131,38 @@ def _refuse_weights(folder: Path, *, has_config: bool) -> None:
         )
 
 
+def _refuse_sizes(folder: Path, config: dict[str, Any]) -> None:
+    """A model that would be far larger than its weights: config.json alone decides how much memory is taken."""
+    stored = 8 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))  # elements, of one bit at least
+    text = config.get("text_config")
+    for values in (config, text if isinstance(text, dict) else {}):
+        sizes = {
+            name: value
+            for name, value in values.items()
+            if type(value) is int and name.endswith(("_size", "_layers", "_layer", "_heads", "_head", "_dim", "_embd"))
+        }
+        width = max(sizes.get("hidden_size", 1), sizes.get("n_embd", 1))
+        largest = max(sizes.items(), key=lambda item: item[1], default=("", 0))
+        product = max(width * sizes.get(name, 0) for name in ("vocab_size", "intermediate_size", "num_hidden_layers"))
+        if stored and max(largest[1], product) > stored:
+            raise ConfigError(
+                f"{folder / 'config.json'} describes a model that is larger than its weights ({largest[0]}={largest[1]:,}); "
+                "copy the model's folder again"
+            )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises ConfigError where it cannot be read."""
+    path = folder / "config.json"
+    try:
+        return read_json(path, finite=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); copy the model's folder again, or name another one") from error
+
+
 def _read(path: Path) -> dict[str, Any]:
     """A small JSON file; empty where it is absent or not an object (the caller reports a damaged config.json)."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        return read_json(path, finite=False)
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from kdata.errors import (
     ConfigError,
@@ -29,9 +28,17 @@ from kdata.errors import (
 from kdata.format.codec import codec_of
 from kdata.format.files import inside, matches, without_hidden
 from kdata.format.manifest import check_binding, read_info, read_manifest
-from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, content_hash, index_schema, json_digest
+from kdata.format.schema import (
+    DatasetInfo,
+    FileInfo,
+    ManifestEntry,
+    content_hash,
+    index_schema,
+    json_digest,
+    rejects_schema,
+)
 from kdata.format.sequences import Sequences, decode, flat, nothing
-from kdata.store.index import UNREADABLE, damaged, read_index
+from kdata.store.index import UNREADABLE, damaged, read_index, read_part
 from kdata.store.listed import PLANS, SCORES, Kind, Listing, listed, read_listing, refuse_other_dataset
 from kdata.store.row import Row
 from kdata.store.shard import check_header
@@ -75,10 +82,10 @@ class Dataset:
         self._shard_rows: tuple[int, pa.Table] | None = None  # the shard whose index was read last, and that index
         for name, source in self.info.sources.items():
             units = {entry.unit for entry in self.manifest if entry.source == name}
-            missing = sorted(set(range(source.num_units or 0)) - units)
+            missing = list(islice((unit for unit in range(source.num_units or 0) if unit not in units), 10))
             if missing:
                 raise CorruptError(
-                    f"{path}/manifest.jsonl lacks units {missing[:10]} of source {name!r}, which is marked complete; restore "
+                    f"{path}/manifest.jsonl lacks units {missing} of source {name!r}, which is marked complete; restore "
                     f"the file from a copy, or run the same `kdata {source.kind}` again"
                 )
 
@@ -137,10 +144,10 @@ class Dataset:
             if entry.rejected and (sources is None or entry.source in sources):
                 path = self.checked_file(entry, "rejects")
                 try:
-                    counts.update(pq.read_table(path, columns=["reason"])["reason"].to_pylist())
+                    counts.update(read_part(path, rejects_schema(), ["reason"])["reason"].to_pylist())
                 except UNREADABLE as error:
                     raise damaged(path, error) from error
-        return dict(sorted(counts.items()))
+        return dict(sorted(counts.items(), key=str))
 
     def index(self, columns: list[str] | None = None) -> pa.Table:
         """The readable index, one row per sequence in global row order."""

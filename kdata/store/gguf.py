@@ -131,11 +131,12 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         try:
             header, end = _Reader(file, path.stat().st_size).header()
-        except (EOFError, UnicodeDecodeError, ValueError) as error:
+            parts = int(header.values.get("split.count", 1))
+        except (EOFError, ValueError, TypeError, OverflowError) as error:
             raise CorruptError(
                 f"{path} is damaged or cut short ({error}); download or copy the GGUF file again"
             ) from error
-    if int(header.values.get("split.count", 1)) > 1:
+    if parts > 1:
         raise ConfigError(
             f"{path} is one part of a model in {header.values['split.count']} files; join them with "
             "`llama-gguf-split --merge` and name the result"

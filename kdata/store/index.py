@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdata.errors import CorruptError
+from kdata.errors import CorruptError, KdataError
 from kdata.format.schema import index_schema
 
 # What pyarrow and numpy raise when they read damaged bytes.
@@ -15,18 +15,54 @@ UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, Memo
 
 
 def damaged(path: Path, reason: object) -> CorruptError:
-    """The error for a file that is not what was committed."""
+    """The error for a file that is not what was committed; the reason itself where it is such an error already."""
+    if isinstance(reason, KdataError):
+        return reason if isinstance(reason, CorruptError) else CorruptError(f"{path}: {reason}")
     return CorruptError(
         f"{path} is damaged: {reason}. Restore it from a copy, or run `kdata verify` to see what is whole."
     )
 
 
+def check_columns(table: pa.Table, schema: pa.Schema) -> None:
+    """Raise ValueError where a column of the schema has another type, is repeated, or has nulls that it may not have."""
+    for name in table.column_names:
+        if table.column_names.count(name) > 1:
+            raise ValueError(f"column {name!r} is repeated")
+        place = schema.get_field_index(name)
+        if place < 0:
+            continue
+        field, column = schema.field(place), table.column(name)
+        if column.type != field.type:
+            raise ValueError(f"column {name} has the type {column.type}, not {field.type}")
+        if column.null_count and not field.nullable:
+            raise ValueError(f"column {name} has nulls")
+
+
+def read_part(path: Path, schema: pa.Schema, columns: list[str]) -> pa.Table:
+    """Columns of a Parquet part that was written with this schema. Raises ValueError where it has another one."""
+    table = pq.read_table(path, columns=columns)
+    if table.column_names != columns:
+        raise ValueError(f"it has the columns {table.column_names}, and lacks one of {columns}")
+    check_columns(table, schema)
+    return table
+
+
 def read_index(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """An index part, or some of its columns. A column that the part lacks, because it is older, is null."""
-    with pq.ParquetFile(path) as file:
-        stored = file.schema_arrow.names
-        table = file.read([name for name in columns if name in stored] if columns else None)
-    for name in sorted(set(columns or ()) - set(stored)):
-        field = index_schema().field(name)
-        table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-    return table.select(columns) if columns else table
+    """An index part, or some of its columns. A column that the part lacks, because it is older, is null.
+
+    Raises:
+        CorruptError: it cannot be read, or its columns are not those of an index.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            stored = file.schema_arrow.names
+            table = file.read([name for name in columns if name in stored] if columns else None)
+        check_columns(table, index_schema())
+        for name in sorted(set(columns or ()) - set(stored)):
+            field = index_schema().field(name)
+            if not field.nullable:
+                raise ValueError(f"it has no column {name}")
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+        return table.select(columns) if columns else table
+    except UNREADABLE as error:
+        raise damaged(path, error) from error

@@ -5,7 +5,6 @@ A file that the JSON does not list does not count. SQL, selection and verify all
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from kdata.config import first_problem
-from kdata.errors import CorruptError, MismatchError, MissingError
+from kdata.errors import CorruptError, DataError, MismatchError, MissingError
 from kdata.format.files import without_hidden
+from kdata.format.json_text import read_json
 from kdata.format.manifest import digest_of
 from kdata.format.schema import Contract, Digest, FileInfo
 
@@ -69,13 +69,13 @@ def read_listing(path: Path, kind: Kind) -> tuple[Listing, dict[str, Any]]:
             f"`{kind.command}`"
         )
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         listing = Listing.model_validate(content)
     except ValidationError as error:
         raise CorruptError(
             f"{path} is damaged: it does not describe a {kind.noun} ({first_problem(error)}); {remedy}"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except DataError as error:
         raise CorruptError(f"{path} is damaged: it does not describe a {kind.noun} ({error}); {remedy}") from error
     if listing.digest and listing.digest != digest_of(content):
         raise CorruptError(f"{path} does not match its own digest; {remedy}")

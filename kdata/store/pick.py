@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from kdata.errors import ShapeError
 from kdata.format.schema import ManifestEntry, index_schema
 from kdata.store.dataset import Dataset
-from kdata.store.index import damaged, read_index
+from kdata.store.index import UNREADABLE, damaged, read_index
 from kdata.store.shard import check_header
 
 
@@ -28,9 +27,11 @@ def tables(dataset: Dataset, entry: ManifestEntry, local: np.ndarray, name: str)
     try:
         file = pa.ipc.open_file(pa.OSFile(str(data)))
         check_header(file.schema, dataset.info, entry)
-        payload = file.read_all().take(chosen)
+        payload = file.read_all()
+        payload.validate(full=True)
+        payload = payload.take(chosen)
         index = read_index(index_path, index_schema().names).take(chosen)
-    except (pa.ArrowException, OSError, ShapeError) as error:
+    except UNREADABLE as error:
         raise damaged(data, error) from error
     index = renamed(index, name, entry.source).drop_columns("row")
     index = index.append_column(index_schema().field("row"), pa.array(np.arange(len(local)), pa.int32()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kdata.errors import OutOfRangeError
+from kdata.format.json_text import parse_row
 from kdata.format.sequences import Sequences
 from kdata.store.tokens import TokenText
 
@@ -90,7 +90,7 @@ class Row:
     def messages(self) -> list[dict[str, Any]] | None:
         """The messages of a chat; None where the row is no chat."""
         content = self.columns["messages"]
-        return None if content is None else json.loads(content)
+        return None if content is None else parse_row(content)
 
     @cached_property
     def tokens(self) -> list[str]:

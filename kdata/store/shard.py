@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
 from kdata.errors import DataError, ShapeError
 from kdata.format import codec as codecs
 from kdata.format.files import file_info, new_file, settle, storage_errors
+from kdata.format.json_text import parse_json
 from kdata.format.kept import Kept
 from kdata.format.records import Record, Reject, RowError, Shard, UnitResult
 from kdata.format.schema import (
@@ -35,7 +35,7 @@ from kdata.format.schema import (
     shard_files,
     shard_name,
 )
-from kdata.store.index import UNREADABLE, damaged
+from kdata.store.index import UNREADABLE, damaged, read_part
 
 # Random access decompresses a whole record batch: 32 rows, or 16, 8, ... 1 where 32 rows hold more than
 # TOKENS_PER_BATCH tokens. Always 32 divided by a power of two, so that blocks of 32 rows (the loader's unit of
@@ -111,7 +111,7 @@ def stored_rejects(root: Path, entry: ManifestEntry) -> list[Reject]:
         return []
     path = root / f"rejects/{entry.name}.parquet"
     try:
-        rows = pq.read_table(path, columns=["id", "domain", "reason", "detail"])
+        rows = read_part(path, rejects_schema(), ["id", "domain", "reason", "detail"])
     except UNREADABLE as error:
         raise damaged(path, error) from error
     return [Reject(**row) for row in rows.to_pylist()]
@@ -285,8 +285,8 @@ def _parsed(key: str, value: bytes | None) -> object:
     if key != "kdata.codec" or value is None:
         return value
     try:
-        return CodecInfo.model_validate_json(value)
-    except ValidationError:
+        return CodecInfo.model_validate(parse_json(value))
+    except ValueError:
         return None
 
 

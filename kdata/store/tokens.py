@@ -10,21 +10,34 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdata.errors import DependencyError, MissingError
+from kdata.errors import CorruptError, DependencyError, MissingError
+from kdata.format.json_text import MAX_TOKENIZER_BYTES, read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """Read tokenizer.json. Raises DependencyError without the package tokenizers."""
+    """Read tokenizer.json.
+
+    Raises:
+        CorruptError: it is not the JSON of a tokenizer.
+        DependencyError: the package tokenizers is not installed.
+    """
     try:
         from tokenizers import Tokenizer
     except ModuleNotFoundError as error:
         raise DependencyError(
             "reading a tokenizer needs the package tokenizers: pip install tokenizers (kdata[train] brings it too)"
         ) from error
-    return Tokenizer.from_file(str(file))
+    try:
+        read_json(file, MAX_TOKENIZER_BYTES, finite=False)
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises Exception itself, of no further kind
+        if type(error) is not Exception and not isinstance(error, OSError | ValueError | TypeError):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CorruptError(f"{file} is not a tokenizer ({reason}); copy it again from the model") from error
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:

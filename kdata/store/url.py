@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kdata.errors import ConfigError, CorruptError, DependencyError, FormatError, KdataError, MissingError, StorageError
+from kdata.errors import (
+    ConfigError,
+    CorruptError,
+    DependencyError,
+    FormatError,
+    KdataError,
+    MissingError,
+    StorageError,
+    has_secret,
+)
 from kdata.format.files import file_info, inside, storage_errors, temporary_folder
 from kdata.format.manifest import read_info, read_manifest
 from kdata.format.schema import DatasetInfo, FileInfo
@@ -65,10 +74,10 @@ class Store:
 
         self.url = url.rstrip("/")
         parts = urlsplit(url)
-        if parts.password:
+        if parts.password or has_secret(url):
             raise ConfigError(
-                f"{parts.scheme}://...@{parts.hostname}{parts.path}: a URL is shown and logged, so it must hold no "
-                "password; put credentials where the store's client looks for them (environment, configuration file)"
+                f"{parts.scheme}://...@{parts.hostname}{parts.path}: a URL is shown and logged, so it must hold no password "
+                "and no token; put credentials where the store's client looks for them (environment, configuration file)"
             )
         try:
             self.fs, self._root = url_to_fs(self.url)

@@ -10,7 +10,6 @@ because only a whole file has a digest.
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +18,7 @@ from fsspec.spec import AbstractFileSystem
 
 from kdata.errors import MissingError
 from kdata.format.files import inside, lock_of, matches, write_atomically
+from kdata.format.json_text import read_json
 from kdata.format.schema import FileInfo, ManifestEntry
 from kdata.store.dataset import Dataset
 from kdata.store.hub import HubStore
@@ -161,7 +161,7 @@ class RemoteDataset(Dataset):
         """Whether the copy has a score or plan that belongs to the dataset as it is now."""
         path = self.path / relative
         try:
-            return path.is_file() and json.loads(path.read_bytes())["dataset_fingerprint"] == self.content_digest
+            return path.is_file() and read_json(path)["dataset_fingerprint"] == self.content_digest
         except (ValueError, KeyError, TypeError):  # damaged
             return False
 

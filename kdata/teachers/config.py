@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdata.config import Strict
-from kdata.errors import ConfigError
+from kdata.errors import ConfigError, has_secret
 from kdata.format.keep import KeepConfig
 from kdata.teachers.engine_args import refuse_engine_args
 
@@ -42,6 +43,16 @@ class ServerConfig(Strict):
     tolerance_nats: float = Field(
         0.1, gt=0, description="Largest mean difference of two endpoints' log-probabilities of the same tokens."
     )
+
+    @field_validator("auth_env")
+    @classmethod
+    def _a_name(cls, name: str | None) -> str | None:
+        if name is not None and (not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", name) or has_secret(name)):
+            raise ValueError(
+                "it must be the name of an environment variable, in capital letters, digits and _ (the value is not repeated "
+                "here: it may be the token itself). Write export TOKEN=... and auth_env: TOKEN"
+            )
+        return name
 
     @model_validator(mode="after")
     def _plain_urls(self) -> ServerConfig:

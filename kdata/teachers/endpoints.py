@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import aiohttp
 import msgspec
 
-from kdata.errors import ConfigError, KdataError, TeacherError, UnreachableError
+from kdata.errors import ConfigError, KdataError, TeacherError, UnreachableError, never_show
 from kdata.teachers.config import ServerConfig
 
 logger = logging.getLogger(__name__)
@@ -408,6 +408,7 @@ def _token(variable: str | None) -> str | None:
     token = os.environ.get(variable, "").strip()
     if not token:
         raise ConfigError(f"server.auth_env names the variable {variable}, which is not set; put the token there")
+    never_show(token)
     if not token.isprintable() or not token.isascii():
         raise ConfigError(f"the token in {variable} has characters that are not allowed in a header; set it again")
     return token

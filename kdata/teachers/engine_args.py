@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kdata.errors import ConfigError, DependencyError, MissingError, nearest
+from kdata.format.json_text import read_json
 
 DECIDED = {
     "model": "set teacher.model",
@@ -167,9 +168,9 @@ def lora_rank(folder: Path) -> int:
         if not (folder / name).is_file():
             raise MissingError(f"{folder} is not the folder of a LoRA adapter: it has no {name}; {remedy}")
     try:
-        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        config = read_json(folder / "adapter_config.json", finite=False)
         ranks = [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(f"{folder / 'adapter_config.json'} is damaged ({error}); {remedy}") from error
     room = min((rank for rank in LORA_RANKS if rank >= max(ranks)), default=None)
     if room is None:

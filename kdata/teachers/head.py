@@ -7,7 +7,6 @@ its logits needed more than that, the capture would be silently wrong.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ import torch
 from safetensors import safe_open
 
 from kdata.errors import TeacherError
+from kdata.store.checkpoint_kind import read_config
+from kdata.store.pretrained import model_files
 from kdata.teachers.model import HEADS
 
 TIED = ("Gemma", "Cohere", "GPT2", "Bloom", "Mamba")  # heads that are the embedding unless config.json says otherwise
@@ -74,7 +75,7 @@ def load_head(folder: Path, vocab_size: int, dtype: torch.dtype, device: str) ->
     Raises:
         TeacherError: an architecture or option that is not known, or no head in the files.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder)
     architecture = _architecture(config)
     if architecture not in KNOWN:
         raise TeacherError(
@@ -115,7 +116,7 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
 
 def is_known(folder: Path) -> bool:
     """True where the head of a model folder is of a known architecture."""
-    return _architecture(json.loads((folder / "config.json").read_text())) in KNOWN
+    return _architecture(read_config(folder)) in KNOWN
 
 
 def _architecture(config: dict[str, Any]) -> str:
@@ -132,7 +133,7 @@ def _scale(config: dict[str, Any]) -> float:
 
 def _tensor(folder: Path, names: tuple[str, ...]) -> torch.Tensor | None:
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
+        with model_files(file, "the weights"), safe_open(file, framework="pt") as tensors:
             for name in names:
                 if name in tensors.keys():  # noqa: SIM118  # safe_open is no mapping
                     tensor: torch.Tensor = tensors.get_tensor(name)

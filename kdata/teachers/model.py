@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any
 
 from kdata.errors import ConfigError, DependencyError, MissingError
 from kdata.format.files import rust_errors, storage_errors, temporary_folder
+from kdata.format.json_text import read_json
 from kdata.format.schema import TokenizerInfo
 from kdata.store.checkpoint_kind import refuse_other_kind
 from kdata.store.gguf import begin_with_bos, gguf_identity, is_gguf, model_folder
 from kdata.store.hub import hub_errors
+from kdata.store.pretrained import model_files
 from kdata.store.tokens import tokenizer_hash
 from kdata.teachers.config import TeacherConfig
 
@@ -74,12 +75,12 @@ def check_model(config: TeacherConfig, *, max_k: int) -> None:
         remedy = f"name the file {files[0]}" if files else remedy
         raise MissingError(f"{path} is not the folder of a Hugging Face model: it has no {missing}; {remedy}")
     try:
-        model = json.loads((path / "config.json").read_text("utf-8"))
+        model = read_json(path / "config.json", finite=False)
         text = model.get("text_config") or model
         vocab_size, longest = text.get("vocab_size"), next((text[key] for key in LENGTH_KEYS if key in text), None)
         rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
         is_scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{path / 'config.json'} is damaged ({error}); copy the model's folder again, or name another one"
         ) from error
@@ -151,10 +152,12 @@ def load_tokenizer(model: str | Path, revision: str | None = None, *, bos: str |
     model = model_folder(model)
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).count("/") > 1):
         raise MissingError(f"model {str(model)!r} does not exist; name a model folder or a Hub name")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model), revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise MissingError(f"no tokenizer at {str(model)!r}: {str(error).splitlines()[0]}") from error
+    with model_files(model, "the tokenizer"):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(model), revision=revision, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise MissingError(f"no tokenizer at {str(model)!r}: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer of {model} has no tokenizer.json; kdata needs a fast tokenizer")
     if bos == "add":

@@ -7,7 +7,6 @@ its cache, or one error with these numbers and the setting to change. Nothing he
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -20,7 +19,9 @@ from typing import Any
 import psutil
 import pynvml
 
-from kdata.errors import ConfigError
+from kdata.errors import ConfigError, KdataError
+from kdata.format.json_text import MAX_DOCUMENT_BYTES, parse_object
+from kdata.store.checkpoint_kind import read_config
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.model import HEADS, LENGTH_KEYS
 from kdata.teachers.windows import GIB, rows_per_step
@@ -112,7 +113,18 @@ def model_size(folder: Path, config: TeacherConfig) -> ModelSize | None:
     Raises:
         ConfigError: a file of weights is damaged.
     """
-    model = json.loads((folder / "config.json").read_text("utf-8"))
+    try:
+        return _model_size(folder, config)
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        if isinstance(error, KdataError):
+            raise
+        raise ConfigError(
+            f"config.json or a header of the weights in {folder} is damaged ({error!r}); copy the model's folder again"
+        ) from error
+
+
+def _model_size(folder: Path, config: TeacherConfig) -> ModelSize | None:
+    model = read_config(folder)
     text = {**model, **(model.get("text_config") or {})}
     try:
         layers = int(_first(text, "num_hidden_layers", "n_layer"))
@@ -203,7 +215,7 @@ def _header(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
-            header: dict[str, Any] = json.loads(handle.read(min(length, size)))
+            header = parse_object(handle.read(min(length, size, MAX_DOCUMENT_BYTES + 1)))
         end = max((about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"), default=0)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} is not a safetensors file ({error}); copy the model's folder again") from error

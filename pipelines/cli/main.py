@@ -32,7 +32,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 import kdata
-from kdata.errors import ConfigError, KdataError
+from kdata.errors import ConfigError, KdataError, redacted
 from kdata.observe.terminal import PlainConsole
 from kdata.observe.text import visible
 from kdata.teachers.environment import set_environment
@@ -295,7 +295,7 @@ def call(arguments: Sequence[str]) -> int:
             raise
         status, text = status_and_text(error)
         errors.print("error: ", style="bold red", end="")
-        errors.print(text)
+        errors.print(redacted(text))
     except ModuleNotFoundError as error:
         package = missing_package(error)
         if "--debug" in arguments or package is None:
@@ -313,17 +313,17 @@ def call(arguments: Sequence[str]) -> int:
 
 def report_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Show the traceback of an error that ended the program, and ask for a report of one that nobody expected."""
-    print(visible("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+    print(redacted(visible("".join(traceback.format_exception(kind, error, trace)))), end="", file=sys.stderr)
     if not isinstance(error, explained()):
         print("error: this is a defect of kdata; please report the lines above and `kdata --version`", file=sys.stderr)
 
 
 class VisibleFormatter(logging.Formatter):
-    """Log lines in which control characters are escapes: a server's answer may be in them."""
+    """Log lines in which control characters are escapes and secrets are ***: a server's answer may be in them."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter.format`."""
-        return visible(super().format(record))
+        return redacted(visible(super().format(record)))
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 
 from kdata.errors import QueryError
 from kdata.format.files import without_hidden
+from kdata.format.json_text import parse_json
 from kdata.observe.style import COLOURS
 from kdata.observe.text import number, one_line
 from kdata.selection.plan import Plan
@@ -129,7 +129,7 @@ def _steps(path: Path) -> Iterator[dict[str, Any]]:
     """Lines of a metrics file, up to the first one that a kill left incomplete."""
     for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError:
             return
         if isinstance(values, dict):

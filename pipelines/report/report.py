@@ -7,7 +7,6 @@ follows the reader's light or dark setting. The same files give the same bytes.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdata.config import first_problem
-from kdata.errors import CorruptError, FormatError, MissingError
+from kdata.errors import CorruptError, DataError, FormatError, MissingError
 from kdata.format.files import without_hidden, write_atomically
+from kdata.format.json_text import read_json
 from kdata.observe.journal import Took, total
 from kdata.observe.style import COLOURS, STYLE
 from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line, visible
@@ -146,12 +146,13 @@ def read_results(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        results = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+        results = read_json(path)
+    except DataError as error:
         raise CorruptError(f"{path} is not JSON ({error}); run `kdata run` again to write it again") from error
-    if not isinstance(results, dict) or results.get("format") != 1:
-        stated = results.get("format") if isinstance(results, dict) else None
-        raise FormatError(f"{path} has format {stated!r}, but this kdata reads format 1; upgrade kdata, or run again")
+    if results.get("format") != 1:
+        raise FormatError(
+            f"{path} has format {results.get('format')!r}, but this kdata reads format 1; upgrade kdata, or run again"
+        )
     try:
         return _Results.model_validate(results).model_dump()
     except ValidationError as error:

@@ -44,14 +44,14 @@ class Bin(Strict):
 
     scale_dtype: Real
     element_bits: int = Field(ge=1, le=64)
-    num_elements: int = Field(ge=1)
+    num_elements: int = Field(ge=1, le=65535)
 
 
 class Compression(Strict):
     """compression_config.yaml."""
 
-    d: int = Field(gt=1, description="Vocabulary size.")
-    k: int = Field(ge=1, description="Entries of a position.")
+    d: int = Field(gt=1, lt=2**31, description="Vocabulary size.")
+    k: int = Field(ge=1, le=65535, description="Entries of a position.")
     exact_k: int = Field(ge=0, description="Of these stored as they are.")
     exact_dtype: Real = "float32"
     polynomial_terms: list[int | Literal["sqrt", "exp"]] | None = None

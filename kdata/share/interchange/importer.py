@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from kdata.config import RowsConfig
 from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.format.files import journal_of, local_path, without_hidden
+from kdata.format.json_text import parse_row
 from kdata.format.manifest import new_info
 from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest
 from kdata.format.rejects import checked
@@ -55,7 +55,7 @@ class ImportConfig(RowsConfig):
         "the import. It is counted in any case.",
     )
     tokenizer: str | None = Field(None, description="Folder or Hub name of the tokenizer that produced the ids.")
-    vocab_size: int | None = Field(None, gt=1, description="Null takes the format's own, or the tokenizer's.")
+    vocab_size: int | None = Field(None, gt=1, lt=2**31, description="Null takes the format's own, or the tokenizer's.")
     teacher: str = Field("unknown", description="Name of the model that gave the log-probabilities.")
     domain: str = Field("imported", description="Domain of rows without one.")
     compression: str | None = Field(None, description="DistillKit's YAML, where it is not beside the files.")
@@ -155,16 +155,16 @@ def batches(files: list[Path]) -> Iterator[pa.RecordBatch | RowError]:
                 numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
                 while some := list(itertools.islice(numbered, ROWS_AT_ONCE)):
                     yield from _of_lines([_parsed(line, f"line {number} of {path.name}") for number, line in some])
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
 def _parsed(line: bytes, place: str) -> dict[str, Any] | RowError:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = parse_row(line)
+    except DataError as error:
         return RowError("not_json", f"{place} is not JSON: {str(error).splitlines()[0]}")
     if not isinstance(row, dict):
         return RowError("not_json", f"{place} is not a JSON object")

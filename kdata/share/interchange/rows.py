@@ -184,6 +184,10 @@ def place(row: PeerRow, aligned: Aligned, vocab_size: int, over_one: OverOne) ->
     counts_T[first : first + len(row.counts)] = row.counts
     _check(row, counts_T, vocab_size)
     sum_T = segment_sum(np.exp(row.logprobs.astype(np.float64)), counts_T)
+    if not np.isfinite(sum_T).all():
+        raise RowError(
+            "not_finite", "the log-probabilities of a position are so far above 0 that their sum is infinite"
+        )
     over_T = sum_T > 1
     report.max_sum, report.sums_over_one = float(sum_T.max(initial=0.0)), int(over_T.sum())
     report.rising = _rising(row.logprobs, counts_T)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from kdata.errors import DataError
+from kdata.format.json_text import MAX_ROW_CHARACTERS, parse_row
 from kdata.format.records import RowError
 from kdata.share.interchange.rows import PeerRow, unusable
 
@@ -40,23 +41,25 @@ def read_rows(files: list[Path]) -> Iterator[PeerRow]:
 def _lines(path: Path) -> Iterator[bytes]:
     try:
         if path.suffix == ".json":
-            content = path.read_bytes().strip()
+            with path.open("rb") as file:
+                content = file.read(MAX_ROW_CHARACTERS + 1).strip()
             if content.startswith(b"["):
-                yield from (json.dumps(one).encode() for one in json.loads(content))
+                yield from (json.dumps(one).encode() for one in parse_row(content))
             else:
                 yield content
             return
         with path.open("rb") as lines:
-            yield from (line for line in lines if line.strip())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+            read = iter(lambda: lines.readline(MAX_ROW_CHARACTERS + 1), b"")
+            yield from (line for line in read if line.strip())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
 def _rows(line: bytes) -> Iterator[PeerRow]:
     """The rows of one object."""
     try:
-        answer = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        answer = parse_row(line)
+    except DataError as error:
         yield unusable(RowError("not_json", f"a line is not JSON: {str(error).splitlines()[0]}"))
         return
     if not isinstance(answer, dict):

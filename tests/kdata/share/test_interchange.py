@@ -491,7 +491,9 @@ def test_no_other_writer_may_store_sums_above_one(tmp_path: Path, corpus_file: P
     about = json.loads(path.read_text())
     about["codec"]["version"] = 2
     from kdata.format.manifest import write_json
+    from kdata.format.schema import NO_IDENTITY, json_digest
 
+    about["fingerprint"] = json_digest({key: value for key, value in about.items() if key not in NO_IDENTITY})
     write_json(path, about)
     with pytest.raises(FormatError, match="reads up to 1"):
         kdata.open(dataset.path)[0]

@@ -568,7 +568,8 @@ def test_the_dataset_names_the_teacher_but_not_its_address(llama_dir: Path, tmp_
         ({"endpoints": ["ftp://host"]}, "is no URL"),
         ({"endpoints": ["http://host/v1?key=1"]}, "is no URL"),
         ({"endpoints": ["http://host:1", "http://host:1/v1/"]}, "named twice"),
-        ({"endpoints": ["https://user:hush@host"]}, "use server.auth_env"),
+        ({"endpoints": ["https://user:hush@host"]}, "looks like a password or a token"),
+        ({"endpoints": ["https://user@host"]}, "use server.auth_env"),
         (None, r"needs server.endpoints: --set 'teacher.server.endpoints=\[http"),
     ],
 )

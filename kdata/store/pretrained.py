@@ -1,0 +1,38 @@
+"""One boundary around the libraries that read a model's files: whatever they raise becomes an error that names the files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kdata.errors import CorruptError, KdataError
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def model_files(place: str | Path, what: str) -> Iterator[None]:
+    """Turn what transformers, tokenizers, safetensors and torch raise over files that they cannot use into a CorruptError.
+
+    Their parsers raise errors of every kind: KeyError and TypeError where a value of config.json has another type,
+    RuntimeError where a shape does not fit, plain Exception, and panics of compiled code. A package that is not installed
+    stays what it is.
+
+    Args:
+        place: the model's folder or name. what: what is read, for the message ("the tokenizer").
+    """
+    try:
+        yield
+    except (KdataError, ImportError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":  # Ctrl-C goes on
+            raise
+        raise CorruptError(
+            f"{what} of {str(place)!r} cannot be read ({type(error).__name__}: {first_line(error)}); copy the model again, "
+            "or name another one"
+        ) from error
