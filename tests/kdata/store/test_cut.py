@@ -51,7 +51,8 @@ def test_a_payload_that_is_cut_under_its_reader(copied: Path, share: float) -> N
         [sys.executable, "-c", READ, str(copied), str(share)], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, f"{result.returncode}: {result.stderr}"  # -7 is SIGBUS
-    assert {"rows", "take", "sequences", "batches", "rows of a shard"} <= set(result.stdout.splitlines())
+    # "take" and others may answer from what was decoded before the cut.
+    assert {"rows", "sequences", "batches", "rows of a shard"} <= set(result.stdout.splitlines())
 
 
 def test_an_arrow_corpus_that_is_cut_under_its_reader(tmp_path: Path) -> None:
