@@ -165,8 +165,8 @@ def test_a_folder_s_name_is_printed_as_it_is(
     monkeypatch.setenv("COLUMNS", "400")
     select(kdata.open(root), All())
     escaped = str(root).replace("\x1b", "\\x1b").replace("\u202e", "\\u202e").replace("\n", "\\n")
-    for command in (["info", root], ["head", root, tmp_path / name / "h", "--num-rows", 2], ["status", root],
-                    ["plan", "show", root, "all", "--picture", root / "p.svg"], ["verify", root]):  # fmt: skip
+    for command in (["info", root], ["head", root, tmp_path / f"{name} h", "--num-rows", 2], ["status", root],
+                    ["plan", "show", root, "all", "--picture", tmp_path / f"{name}.svg"], ["verify", root]):  # fmt: skip
         assert call([str(part) for part in command]) == 0
         shown = capsys.readouterr()
         assert not set(shown.out + shown.err) & set("\x1b\u202e")

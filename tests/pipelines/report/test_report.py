@@ -20,6 +20,7 @@ from kdata.observe.journal import read_journal
 from kdata.observe.progress import RunStage, Task
 from kdata.pipelines.report.report import best, grid, read_results, stages, verdict, write_report
 from kdata.selection.plan import make_plan
+from kdata.selection.score_file import bring
 from tests.kdata.share.test_card import HOSTILE, make_dataset
 
 DOMAINS = {"code": 2.1, "docstrings": 3.2, "prose": 4.3}
@@ -103,9 +104,10 @@ def write_metrics(run: Path, name: str, slope: float) -> None:
 def write_scores(dataset: kdata.Dataset) -> None:
     """A sidecar `ref`: a little worse than the teacher."""
     table = dataset.sql("select id, nll + 0.4 + 0.4 * (hash(id) % 1000) / 1000 as nll from rows order by id")
-    (dataset.path / "scores" / "ref").mkdir(parents=True)
-    pq.write_table(table, dataset.path / "scores" / "ref" / "part-00000.parquet")
-    (dataset.path / "scores" / "ref.json").write_text("{}")
+    file = dataset.path.parent / "ref.parquet"
+    pq.write_table(table, file)
+    bring(dataset, file, "ref", unit="nll")
+    file.unlink()
 
 
 def write_plan(dataset: kdata.Dataset, threshold: float = 0.6) -> None:
