@@ -189,9 +189,42 @@ def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
     Text that is not UTF-8 passes: it spoils its own row only.
     """
     for column in batch.columns:
-        plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(column.type)
-        (column if plain is None else column.view(plain)).validate(full=True)
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            column.view(_with_bytes(column.type)).validate(full=True)
     return batch
+
+
+def _with_bytes(kind: pa.DataType) -> pa.DataType:
+    """The type with bytes in place of text, at any depth, and without fields of nulls, which `Array.view` leaves empty."""
+    types = pa.types
+
+    def inner(field: pa.Field) -> pa.Field:
+        return field.with_type(_with_bytes(field.type))
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return _with_bytes(kind.storage_type)
+    if types.is_struct(kind):
+        return pa.struct([inner(field) for field in kind if not types.is_null(field.type)])
+    if types.is_map(kind):
+        return pa.map_(inner(kind.key_field), inner(kind.item_field), kind.keys_sorted)
+    if types.is_fixed_size_list(kind):
+        return pa.list_(inner(kind.value_field), kind.list_size)
+    if types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, _with_bytes(kind.value_type), kind.ordered)
+    if types.is_run_end_encoded(kind):
+        return pa.run_end_encoded(kind.run_end_type, _with_bytes(kind.value_type))
+    for is_one, list_of in (
+        (types.is_list, pa.list_),
+        (types.is_large_list, pa.large_list),
+        (types.is_list_view, pa.list_view),
+        (types.is_large_list_view, pa.large_list_view),
+    ):
+        if is_one(kind):
+            return list_of(inner(kind.value_field))
+    texts = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    return texts.get(kind, kind)
 
 
 def _is_stream(file: Path) -> bool:

@@ -26,6 +26,7 @@ select domain, sum(rows.nll * rows.num_target_tokens), sum({student} * rows.num_
 from rows {join}
 where rows.num_target_tokens > 0
 group by domain
+order by domain
 """
 BY_SCORE = {"student": "student.nll", "join": "left join scores.{score} as student using (id)"}
 TEACHER_ALONE = {"student": "rows.nll", "join": ""}

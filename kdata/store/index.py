@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdata.errors import CorruptError, KdataError
+from kdata.errors import CorruptError
 from kdata.format.schema import index_schema
 
 # What pyarrow and numpy raise when they read damaged bytes.
@@ -16,8 +16,8 @@ UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, Memo
 
 def damaged(path: Path, reason: object) -> CorruptError:
     """The error for a file that is not what was committed; the reason itself where it is such an error already."""
-    if isinstance(reason, KdataError):
-        return reason if isinstance(reason, CorruptError) else CorruptError(f"{path}: {reason}")
+    if isinstance(reason, CorruptError):
+        return reason
     return CorruptError(
         f"{path} is damaged: {reason}. Restore it from a copy, or run `kdata verify` to see what is whole."
     )

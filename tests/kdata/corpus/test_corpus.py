@@ -211,7 +211,7 @@ SPOILED = {
     "\x00" * 40: ("not_json", "is not JSON: Expecting value at character 1"),
     "\x1b[2J": ("not_json", "is not JSON: Expecting value at character 1"),
     '{"id": ' + "9" * 5000 + "}": ("not_json", "cannot be read as JSON: Exceeds the limit"),
-    '{"a": ' * 100_000: ("not_json", "cannot be read as JSON: maximum recursion depth"),
+    '{"a": ' * 100_000: ("not_json", "cannot be read as JSON: lists and objects lie more than 64 deep"),
     "3": ("not_json", "is not a JSON object"),
     "null": ("not_json", "is not a JSON object"),
     '"text"': ("not_json", "is not a JSON object"),

@@ -152,6 +152,7 @@ OF_TEXTS: dict[str, Callable[[pa.Array], pa.Array]] = {
     "list": lambda texts: pa.ListArray.from_arrays(OFFSETS, texts),
     "fixed list": lambda texts: pa.FixedSizeListArray.from_arrays(texts, 1),
     "object": lambda texts: pa.StructArray.from_arrays([texts], ["a"]),
+    "object with nulls": lambda texts: pa.StructArray.from_arrays([pa.nulls(3), texts], ["a", "b"]),
     "map": lambda texts: pa.MapArray.from_arrays(OFFSETS, pa.array(["a", "b", "c"]), texts),
     "list of objects": lambda texts: pa.ListArray.from_arrays(OFFSETS, pa.StructArray.from_arrays([texts], ["a"])),
     "dictionary": lambda texts: pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), texts),
@@ -173,6 +174,20 @@ def test_a_byte_that_is_not_utf8_inside_of_a_column_spoils_its_own_row_only(
     assert isinstance(first, Document) and "x" in str(first.origin) and "é" not in str(first.origin)
     assert isinstance(last, Document) and "z" in str(last.origin)
     assert isinstance(bad, Reject) and (bad.id, bad.reason) == ("b", "not_text")
+
+
+@pytest.mark.parametrize("letter", ["y", "é"])
+@pytest.mark.parametrize("kind", ["text", "list", "object with nulls"])
+def test_an_offset_that_leads_out_of_the_memory_of_a_column_is_refused(tmp_path: Path, kind: str, letter: str) -> None:
+    ids = pa.array(["a", "b", "c"])
+    offsets = pa.array([0, 3_000_000, 2, 3], pa.int32()).buffers()[
+        1
+    ]  # the last one is right, which is all that is quick to see
+    texts = pa.Array.from_buffers(pa.string(), 3, [None, offsets, latin("x", letter, "z").buffers()[2]])
+    path = tmp_path / "rows.arrow"
+    write_arrow(path, pa.table({"id": ids, "domain": ids, "text": ids, "source": OF_TEXTS[kind](texts)}))
+    with pytest.raises(DataError, match="cannot be read as ipc"):
+        list(Corpus(CorpusConfig(path=str(path))).documents())
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -166,7 +166,7 @@ def test_a_query_that_gives_no_plan_is_refused(
 
 def test_rows_that_the_score_does_not_cover_are_refused(tmp_path: Path) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0, "c": 1.0})
-    with pytest.raises(MissingError, match=r"no score 'ref'.*\(scores: none\); write it with `kdata score`"):
+    with pytest.raises(MissingError, match=r"no score 'ref': .* \(scores: none\); write it with `kdata score`"):
         select(dataset, Difference())
     give_scores(dataset, {"a": 4.0, "c": 2.0})
     with pytest.raises(DataError, match="1 rows have no value: score 'ref' lacks them"):

@@ -501,7 +501,8 @@ def test_nothing_there_is_refused(tmp_path: Path) -> None:
     ("content", "error", "words"),
     [
         ("{", CorruptError, "not JSON"),
-        ("[]", FormatError, "format None"),
+        ("[]", CorruptError, "does not hold an object"),
+        ("{}", FormatError, "format None"),
         ('{"format": 2}', FormatError, "format 2"),
         ('{"format": 1, "students": {}}', None, ""),
         ('{"format": 1, "students": []}', CorruptError, "students: Input"),
