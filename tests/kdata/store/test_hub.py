@@ -101,7 +101,7 @@ def test_opening_reads_two_small_files_and_info_no_payload(hub: StandInHub, capt
     assert repr(opened) == repr(kdata.open(captured)).replace(str(captured), "hf://me/logits")
     counts = "select domain, count(*) as n from rows group by all order by all"
     assert opened.sql(counts).equals(kdata.open(captured).sql(counts))
-    assert {path.split("/")[0] for path in hub.read} == {"dataset.json", "manifest.jsonl", "index", "rejects"}
+    assert {path.split("/")[0] for path in hub.read} == {"dataset.json", "manifest.jsonl", "index"}
     assert not (opened.path / "index").exists()
 
 
