@@ -321,12 +321,11 @@ def read_model(folder: Path) -> None:
     from kdata.teachers.config import TeacherConfig
     from kdata.teachers.engine_args import lora_rank
     from kdata.teachers.model import check_model, load_tokenizer, tokenizer_info
-    from kdata.teachers.sizing import folder_has_head, model_size
+    from kdata.teachers.sizing import model_size
 
     config = TeacherConfig(model=str(folder / "model"), backend="transformers")
     check_model(config, max_k=8)
     model_size(folder / "model", config)
-    list(folder_has_head(folder / "model"))
     tokenizer_info(load_tokenizer(folder / "model"))
     lora_rank(folder / "adapter")
 

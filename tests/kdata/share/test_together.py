@@ -39,7 +39,11 @@ COMMANDS = {
     "evaluate": (["evaluate", "{llama}", "{d}", "--save", "{t}"], "t"),
     "report": (["report", "{d}"], "d"),
     "run": (["run", "quickstart", "--out", "{t}"], "t"),
-    "train": (["train", "{d}", "--out", "{t}", "--steps", "1", "--set", "student.hidden_size=16"], "t"),
+    "train": (
+        ["train", "{d}", "--out", "{t}", "--steps", "1", "--set", "warmup_steps=0"]
+        + ["--set", "student={kind: scratch, hidden_size: 16}"],
+        "t",
+    ),
 }
 
 
