@@ -59,7 +59,7 @@ def bring(
         with exclusive(dataset, "score") as folder, _connection(dataset, file, folder, room or Room()) as connection:
             return _bring(dataset, file, name, unit, connection)
     except duckdb.Error as error:
-        raise DataError(f"{file} cannot be read as scores: {str(error).strip()}") from error
+        raise DataError(f"{file} cannot be read as scores: {str(error).strip().splitlines()[0]}") from error
 
 
 def _connection(dataset: Dataset, file: Path, folder: Path, room: Room) -> duckdb.DuckDBPyConnection:

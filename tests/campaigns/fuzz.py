@@ -321,12 +321,11 @@ def read_model(folder: Path) -> None:
     from kdata.teachers.config import TeacherConfig
     from kdata.teachers.engine_args import lora_rank
     from kdata.teachers.model import check_model, load_tokenizer, tokenizer_info
-    from kdata.teachers.sizing import folder_has_head, model_size
+    from kdata.teachers.sizing import model_size
 
     config = TeacherConfig(model=str(folder / "model"), backend="transformers")
     check_model(config, max_k=8)
     model_size(folder / "model", config)
-    list(folder_has_head(folder / "model"))
     tokenizer_info(load_tokenizer(folder / "model"))
     lora_rank(folder / "adapter")
 
@@ -588,7 +587,7 @@ def _peers(folder: Path, dataset: Path) -> None:
 def _checkpoint(folder: Path) -> None:
     import torch
 
-    from kdata.trainer.checkpoint import save_checkpoint
+    from kdata.trainer.checkpoint import CheckpointState, Progress, save_checkpoint
     from kdata.trainer.distributed import Ranks
 
     model = torch.nn.Linear(4, 3)
@@ -596,7 +595,8 @@ def _checkpoint(folder: Path) -> None:
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     folder.mkdir()
-    state = {"step": 2, "settings": SETTINGS, "loader": {"epoch": 0, "place": 3}, "counts": {"tokens": 12}}
+    data = {"epoch": 0, "place": 3}
+    state = CheckpointState(step=2, progress=Progress(step=2, tokens=12), data=data, settings=SETTINGS)
     save_checkpoint(folder / "checkpoints", model, optimizer, state, Ranks(torch.device("cpu")))
     write_jsonl(folder / "metrics.jsonl", [{"step": n, "loss": 1.0} for n in range(1, 4)])
 

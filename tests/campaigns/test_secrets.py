@@ -11,7 +11,7 @@ from tests.campaigns.secrets import Secrets
 
 
 def test_no_secret_comes_out(tmp_path: Path) -> None:
-    report = run(Secrets(), seed=1, count=10, folder=tmp_path)
+    report = run(Secrets(), seed=1, count=5, folder=tmp_path)
     assert not report["problems"] and set(report["by_kind"]) == {"environment", "url", "setting", "recipe"}
 
 

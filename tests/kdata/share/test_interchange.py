@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 import kdata
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, DataError, FormatError, MismatchError, MissingError
+from kdata.format.manifest import write_info, write_manifest
+from kdata.format.schema import json_digest
 from kdata.pipelines.cli.main import app
 from kdata.share.card import write_card
 from kdata.share.interchange.distillkit import Compression, decode_logprobs, unpack
@@ -487,13 +489,10 @@ def test_no_other_writer_may_store_sums_above_one(tmp_path: Path, corpus_file: P
     source = save_distillkit(tmp_path / "s", [np.log([[0.9, 0.25]])], [np.array([[5, 6]])])
     dataset, _ = imported(source, tmp_path / "d", "distillkit")
     assert dataset.info.codec.id == "verbatim"
-    path = dataset.path / "dataset.json"
-    about = json.loads(path.read_text())
-    about["codec"]["version"] = 2
-    from kdata.format.manifest import write_json
-    from kdata.format.schema import NO_IDENTITY, json_digest
-
-    about["fingerprint"] = json_digest({key: value for key, value in about.items() if key not in NO_IDENTITY})
-    write_json(path, about)
+    newer = dataset.info.model_copy(update={"codec": dataset.info.codec.model_copy(update={"version": 2})})
+    newer = newer.model_copy(update={"identity_digest": json_digest(newer.identity())})
+    write_info(dataset.path, newer)
+    lines = [entry.model_copy(update={"identity_digest": newer.identity_digest}) for entry in dataset.manifest]
+    write_manifest(dataset.path, lines)
     with pytest.raises(FormatError, match="reads up to 1"):
         kdata.open(dataset.path)[0]

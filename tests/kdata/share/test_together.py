@@ -40,7 +40,18 @@ COMMANDS = {
     "report": (["report", "{d}"], "d"),
     "run": (["run", "quickstart", "--out", "{t}"], "t"),
     "train": (
-        ["train", "{d}", "--out", "{t}", "--steps", "1", "--set", "student.kind=scratch", "--set", "warmup_steps=0"],
+        [
+            "train",
+            "{d}",
+            "--out",
+            "{t}",
+            "--steps",
+            "1",
+            "--set",
+            "warmup_steps=0",
+            "--set",
+            "student={kind: scratch, hidden_size: 16}",
+        ],
         "t",
     ),
 }

@@ -55,7 +55,7 @@ READS: dict[str, tuple[str, Callable[[kdata.Dataset], Any]]] = {
     "sql rows": ("index/", lambda d: d.sql("select * from rows order by id").to_pylist()),
     "sql quoted": ("index/", lambda d: d.sql('select count(*), max(nll) from main."ROWS"').to_pylist()),
     "sql subquery": ("index/", lambda d: d.sql("select (select max(nll) from rows) as n").to_pylist()),
-    "sql pivot": ("index/", lambda d: d.sql("pivot rows on domain using max(nll)").to_pylist()),
+    "sql pivot": ("index/", lambda d: sorted(map(repr, d.sql("pivot rows on domain using max(nll)").to_pylist()))),
     "sql describe": ("index/", lambda d: d.sql("describe rows").to_pylist()),
     "sql by name": ("index/", lambda d: d.sql("select max(nll) as n from query_table('rows')").to_pylist()),
     "sql scores": ("scores/ref/", lambda d: d.sql("select * from scores.ref order by id").to_pylist()),
