@@ -23,6 +23,7 @@ from kdata.share.card import write_card
 from kdata.share.push import push
 from tests.fakes import digests, rows_of_text, run_capture, write_jsonl
 
+TINY = ("--set", "warmup_steps=0", "--set", "student.kind=scratch", "--set", "student.hidden_size=16")
 COMMANDS = {
     "merge": (["merge", "{d}", "{other}", "{t}"], "t"),
     "split": (["split", "{d}", "{t}"], "t"),
@@ -39,21 +40,7 @@ COMMANDS = {
     "evaluate": (["evaluate", "{llama}", "{d}", "--save", "{t}"], "t"),
     "report": (["report", "{d}"], "d"),
     "run": (["run", "quickstart", "--out", "{t}"], "t"),
-    "train": (
-        [
-            "train",
-            "{d}",
-            "--out",
-            "{t}",
-            "--steps",
-            "1",
-            "--set",
-            "warmup_steps=0",
-            "--set",
-            "student={kind: scratch, hidden_size: 16}",
-        ],
-        "t",
-    ),
+    "train": (["train", "{d}", "--out", "{t}", "--steps", "1", *TINY], "t"),
 }
 
 
