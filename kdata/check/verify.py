@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kdata.errors import KdataError, ShapeError
 from kdata.format.files import inside, lock_of, without_hidden
@@ -18,6 +17,7 @@ from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.selection.sidecar import load_score_info
 from kdata.store.dataset import Dataset
+from kdata.store.index import read_index
 from kdata.store.listed import PLANS, SCORES, Kind, read_listing, refuse_other_dataset
 from kdata.store.shard import check_header
 
@@ -276,7 +276,7 @@ def _deep_shard(dataset: Dataset, number: int, entry: ManifestEntry, seen: set[s
     where = f"data/{entry.name}.arrow"
     try:
         sequences = dataset.shard(number)
-        ids = pq.read_table(dataset.checked_file(entry, "index"), columns=["id"])["id"].to_pylist()
+        ids = read_index(dataset.checked_file(entry, "index"), ["id"])["id"].to_pylist()
     except KdataError as error:
         return [Problem(where, str(error))]
     problems = []

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from kdata.config import Strict
@@ -19,6 +18,7 @@ from kdata.jobs.job import UnitCounter
 from kdata.observe.progress import Task
 from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, begin_sidecar, finish_sidecar, has_part, write_part
 from kdata.store.dataset import Dataset
+from kdata.store.index import read_index
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.teachers.base import OnTokens, Teacher
 from kdata.teachers.config import TeacherConfig
@@ -96,7 +96,7 @@ def _score_shard(dataset: Dataset, number: int, entry: ManifestEntry, model: Tea
         for readout, (a, b) in zip(readouts, sequences.spans(), strict=True)
     ]
     counts = [int(sequences.target_mask[a:b].sum()) for a, b in sequences.spans()]
-    names = pq.read_table(dataset.shard_file(entry, "index"), columns=["id"])["id"]
+    names = read_index(dataset.shard_file(entry, "index"), ["id"])["id"]
     return pa.table({"id": names, "nll": nlls, "num_target_tokens": counts}, schema=SCORE_SCHEMA)
 
 

@@ -35,7 +35,7 @@ from kdata.format.schema import (
     shard_files,
     shard_name,
 )
-from kdata.store.index import UNREADABLE, damaged, read_part
+from kdata.store.index import UNREADABLE, damaged, read_index, read_part
 
 # Random access decompresses a whole record batch: 32 rows, or 16, 8, ... 1 where 32 rows hold more than
 # TOKENS_PER_BATCH tokens. Always 32 divided by a power of two, so that blocks of 32 rows (the loader's unit of
@@ -100,8 +100,8 @@ def write_tables(
 
 
 def stored_shard(root: Path, entry: ManifestEntry) -> Shard:
-    """A shard that an earlier run wrote, from its index."""
-    index = pq.read_table(root / f"index/{entry.name}.parquet", columns=["id", "kept_mass", "num_target_tokens"])
+    """A shard that an earlier run wrote, from its index. Raises CorruptError where it cannot be read."""
+    index = read_index(root / f"index/{entry.name}.parquet", ["id", "kept_mass", "num_target_tokens"])
     return Shard(entry, index["id"].to_pylist(), _kept_mass(index, entry))
 
 

@@ -30,6 +30,7 @@ from kdata.errors import (
     MissingError,
     StorageError,
     has_secret,
+    never_show,
 )
 from kdata.format.files import file_info, inside, storage_errors, temporary_folder
 from kdata.format.manifest import read_info, read_manifest
@@ -79,6 +80,10 @@ class Store:
                 f"{parts.scheme}://...@{parts.hostname}{parts.path}: a URL is shown and logged, so it must hold no password "
                 "and no token; put credentials where the store's client looks for them (environment, configuration file)"
             )
+        if (
+            len(parts.username or "") >= 8
+        ):  # may be a token, and clients repeat it without its URL; shorter ones are words
+            never_show(str(parts.username))
         try:
             self.fs, self._root = url_to_fs(self.url)
         except ImportError as error:

@@ -18,9 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, settings_difference
 from kdata.format.files import (
     copy_files,
@@ -43,6 +40,7 @@ from kdata.format.manifest import (
 )
 from kdata.format.records import Shard, UnitResult
 from kdata.format.schema import FORMER, DatasetInfo, ManifestEntry, SourceInfo
+from kdata.store.index import read_index
 from kdata.store.shard import write_shard
 from kdata.store.staging import FolderStaging, Staging
 
@@ -336,12 +334,7 @@ def _committed_ids(root: Path, manifest: list[ManifestEntry]) -> set[str]:
     ids: set[str] = set()
     for entry in manifest:
         path = inside(root, f"index/{entry.name}.parquet")
-        try:
-            ids.update(pq.read_table(path, columns=["id"])["id"].to_pylist())
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            raise CorruptError(
-                f"{path} cannot be read ({str(error).splitlines()[0]}); restore it from a copy of the dataset"
-            ) from error
+        ids.update(read_index(path, ["id"])["id"].to_pylist())
     return ids
 
 

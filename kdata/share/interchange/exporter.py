@@ -13,6 +13,7 @@ from kdata.format.files import local_path, lock_of, new_file, settle, storage_er
 from kdata.observe.progress import Task
 from kdata.share.interchange import axolotl, plain
 from kdata.store.dataset import Dataset
+from kdata.store.index import read_index
 
 ExportFormat = Literal["plain", "axolotl"]
 
@@ -53,7 +54,7 @@ def export_dataset(dataset: Dataset, target: Path | str, format: ExportFormat, *
 
 def _table(dataset: Dataset, number: int, format: ExportFormat, version: int) -> pa.Table:
     path = dataset.checked_file(dataset.manifest[number], "index")
-    index = pq.read_table(path, columns=["id", "domain", "text"])
+    index = read_index(path, ["id", "domain", "text"])
     ids, domains = index["id"].to_pylist(), index["domain"].to_pylist()
     sequences = dataset.shard(number)
     if format == "plain":
