@@ -22,6 +22,7 @@ PAGES = {
     "kdata/README.md": "library.md",
     "schemas/README.md": "format.md",
     "trainer/README.md": "trainer.md",
+    "trainer/parts/README.md": "your-trainer.md",
     "pipelines/README.md": "runs.md",
     "examples/README.md": "examples.md",
     "CONTRIBUTING.md": "contributing.md",

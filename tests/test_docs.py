@@ -21,12 +21,13 @@ from kdata.pipelines.recipe import Recipe
 from kdata.selection.ranked import All
 from kdata.selection.select import select
 from kdata.store.open import open_dataset
-from kdata.trainer.config import TrainConfig
+from kdata.trainer.config import ScratchStudent, TrainConfig
+from kdata.trainer.student import build_student
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "kdata/README.md", "schemas/README.md", "trainer/README.md",
-    "pipelines/README.md", "examples/README.md", "SECURITY.md",
+    "pipelines/README.md", "examples/README.md", "SECURITY.md", "trainer/parts/README.md",
 ]  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMANDS: Any = typer.main.get_command(app)
@@ -185,6 +186,8 @@ def test_what_programs_import_exists(page: str, body: str) -> None:
 SHORTER = {
     "steps=300, ": "steps=2, warmup_steps=1, student={'kind': 'scratch', 'hidden_size': 32, 'num_heads': 2}, ",
     "for batch in batches:": "for batch in batches.epoch():",
+    'AutoModelForCausalLM.from_pretrained("STUDENT")': "build_student(ScratchStudent(), open_dataset('D'), 0)",
+    'TrainingArguments("OUT")': 'TrainingArguments("OUT", use_cpu=True, max_steps=1, report_to=[])',
 }
 
 
@@ -201,7 +204,8 @@ def test_programs_run(page: str, body: str, copied: Path, tmp_path: Path, monkey
         (tmp_path / name).symlink_to(copied)
     for long, short in SHORTER.items():
         body = body.replace(long, short)
-    exec(compile(body, page, "exec"), {"root": copied, "name": "capture-00000", "__name__": "__main__"})
+    names = {"build_student": build_student, "ScratchStudent": ScratchStudent, "open_dataset": open_dataset}
+    exec(compile(body, page, "exec"), {"root": copied, "name": "capture-00000", "__name__": "__main__", **names})
 
 
 def _score(dataset: Path) -> None:

@@ -7,16 +7,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
+
+from kdata.trainer.config import ScratchStudent
+from kdata.trainer.student import build_student
+from tests.trainer.datasets import make_dataset, save_tokenizer
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-def run(name: str, folder: Path) -> str:
+def run(name: str, folder: Path, *arguments: str) -> str:
     """Standard output of an example; what it printed is in the message where it fails."""
     environment = {**os.environ, "PYTHONPATH": ""}
     result = subprocess.run(
-        [sys.executable, EXAMPLES / name], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, EXAMPLES / name, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -34,6 +45,27 @@ def test_the_examples_run_in_order(tmp_path: Path) -> None:
     trained = run("train_a_student.py", tmp_path)
     assert "all: NLL" in trained
     assert (tmp_path / "runs/examples/student/model/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_other_trainers_train_a_student(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", [5 + (i * 7) % 40 for i in range(60)])
+    model = build_student(ScratchStudent(hidden_size=32, num_layers=2, num_heads=2, max_positions=256), dataset, 0)
+    student = tmp_path / "student"
+    model.save_pretrained(student)
+    save_tokenizer(student)
+    for name in ("hf_trainer", "sft_trainer", "accelerate", "plain_torch"):
+        printed = run(f"use_{name}.py", tmp_path, str(student), str(dataset.path))
+        assert "loss" in printed, name
+    for folder, file in (
+        ("hf", "model"), ("sft", "adapter_model"), ("accelerate", "model"), ("plain", "model"),
+    ):  # fmt: skip
+        assert (tmp_path / "runs/examples" / folder / f"{file}.safetensors").is_file()
+    assert "lost: the mass of the rest" in run("use_axolotl.py", tmp_path, str(student), str(dataset.path))
+    settings = yaml.safe_load((tmp_path / "runs/examples/axolotl/axolotl.yaml").read_text("utf-8"))
+    columns = pq.read_table(tmp_path / settings["datasets"][0]["path"])
+    assert columns.num_rows == dataset.num_rows and settings["datasets"][0]["logprobs_field"] in columns.column_names
+    assert "target_token_ids" in columns.column_names
 
 
 def test_every_example_is_listed_and_short() -> None:
