@@ -213,6 +213,7 @@ def remove_abandoned(place: Path, pattern: str) -> None:
                 continue
             handle = _locked(_with_lock(folder)[1])
             if handle is not None:
+                _lock_path(folder).unlink(missing_ok=True)  # of whoever wrote in it
                 shutil.rmtree(folder, ignore_errors=True)
                 _free(handle, _with_lock(folder)[1])
 
@@ -368,7 +369,7 @@ class FolderLock:
         self.root, self._wait = root, wait
         place = root.resolve()
         is_mounted = place.is_dir() and not os.access(place.parent, os.W_OK)
-        self.path = place / ".lock" if is_mounted else place.parent / f".{place.name}.lock"
+        self.path = place / ".lock" if is_mounted else _lock_path(place)
         self._handle: int | None = None
 
     def acquire(self) -> None:
@@ -420,6 +421,10 @@ class FolderLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def lock_of(root: Path, *, wait: bool = False) -> FolderLock:

@@ -43,6 +43,8 @@ def read_info(root: Path) -> DatasetInfo:
     path = root / "dataset.json"
     if not path.exists():
         raise MissingError(f"{root} is not a kdata dataset: it has no dataset.json")
+    if path.is_dir():
+        raise CorruptError(f"{path} is a folder; restore the file from a copy of the dataset")
     try:
         raw = read_json(path)
     except DataError as error:
@@ -134,6 +136,8 @@ def read_manifest(root: Path, *, heal: bool = False) -> list[ManifestEntry]:
     path = root / "manifest.jsonl"
     if not path.exists():
         return []
+    if path.is_dir():
+        raise CorruptError(f"{path} is a folder; restore the file from a copy of the dataset")
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if heal and len(whole) < len(content):
