@@ -277,6 +277,11 @@ def storage_error(number: int, place: object) -> StorageError:
     )
 
 
+def disk_errno(text: str) -> int | None:
+    """The errno of a disk that refused, from the text of a library that keeps no number; None where it was not the disk."""
+    return next((number for number in REMEDIES if os.strerror(number) in text), None)
+
+
 @contextmanager
 def rust_errors() -> Iterator[None]:
     """Raise what the disk refuses to a library in Rust (safetensors, tokenizers) as the OSError that it is.
@@ -333,7 +338,7 @@ def _locked(path: Path, *, wait: bool = False) -> int | None:
 
 def _is_held(path: Path) -> bool:
     """Whether a process has the lock of this file."""
-    with open(path, "rb", opener=_not_through_a_link) as file:
+    with open(path, "rb", opener=not_through_a_link) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -409,7 +414,7 @@ class FolderLock:
             return None
 
     def _about_holder(self) -> str:
-        with suppress(FileNotFoundError), open(self.path, "rb", opener=_not_through_a_link) as file:
+        with suppress(FileNotFoundError), open(self.path, "rb", opener=not_through_a_link) as file:
             return _holder(file.read(4096))
         return ""
 
@@ -440,7 +445,8 @@ def _about_this_process() -> bytes:
     return json.dumps({"pid": os.getpid(), "host": platform.node(), "command": command[:200], "since": since}).encode()
 
 
-def _not_through_a_link(path: str, flags: int) -> int:
+def not_through_a_link(path: str, flags: int) -> int:
+    """An `opener` of `open` that refuses a link (ELOOP)."""
     return os.open(path, flags | os.O_NOFOLLOW)
 
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from kdata.config import first_problem
 from kdata.errors import CorruptError, DataError, FormatError, MissingError
-from kdata.format.files import inside, sync_directory, write_atomically
+from kdata.format.files import inside, not_through_a_link, sync_directory, write_atomically
 from kdata.format.json_text import parse_object, read_json
 from kdata.format.schema import (
     FORMAT_MAJOR,
@@ -176,7 +176,7 @@ def append_entry(root: Path, entry: ManifestEntry) -> None:
     line = manifest_line(entry)
     path = root / "manifest.jsonl"
     fresh = not path.exists()
-    with path.open("ab") as file:
+    with open(path, "ab", opener=not_through_a_link) as file:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
