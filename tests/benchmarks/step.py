@@ -3,6 +3,7 @@
     python -m tests.benchmarks.step [--vocab 8192 128256 262144] [--tokens 2048] [--steps 6] [--rounds 2] [--hidden 256]
 
     kdata         our loop with our loss
+    trainer       Hugging Face's Trainer with our data and loss (kdata.trainer.parts)
     dense         our loop; logits of all tokens against the teacher's log-probabilities of the whole vocabulary
     trl top-k     our loop; the sparse loss of TRL's server distillation: all logits, K entries of the teacher and a tail
     trl chunked   our loop; the sparse loss of TRL's asynchronous distillation: the same by chunks, computed again backward
@@ -13,8 +14,9 @@ high-water mark of the resident set (VmHWM) over what is there when the third st
 holds the gradients, which are the same in all ways. The loss is cross-entropy 0.1 and forward KL 0.9.
 
 The dense teacher is made in each step from the kept entries, its tail spread evenly, which takes a few percent of that step.
-Its probabilities are counted in its memory, as they would be if they came from a disk. Aim: `kdata` takes at most a tenth of
-the dense memory at V = 128,256 and 262,144.
+Its probabilities are counted in its memory, as they would be if they came from a disk. Losses are those of the third step:
+equal for `kdata`, `trainer` and `trl top-k`, which compute the same number. Aims: `kdata` takes at most a tenth of the dense
+memory at V = 128,256 and 262,144, and `trainer` at most 3 % more time than `kdata`.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +46,7 @@ from kdata.trainer.learner import Learner
 from kdata.trainer.loader import Batch
 from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.objectives import Targets
-from kdata.trainer.student import head_of, hidden_states
+from kdata.trainer.student import build_student, head_of, hidden_states
 from kdata.trainer.train import train
 from tests.benchmarks.loader import CONTEXT, build_dataset
 
@@ -160,8 +163,9 @@ class TrlChunked(Other):
         return kl.new_zeros(()), kl
 
 
-WAYS: dict[str, tuple[type[Measured], str | None]] = {  # the learner, and the package that it needs
+WAYS: dict[str, tuple[type[Measured] | None, str | None]] = {  # the learner of our loop, and the package that it needs
     "kdata": (Measured, None),
+    "trainer": (None, "accelerate"),
     "dense": (Dense, None),
     "trl top-k": (TrlTopK, "trl"),
     "trl chunked": (TrlChunked, "trl"),
@@ -173,14 +177,62 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
     student = ScratchStudent(hidden_size=options.hidden, num_layers=options.layers, max_positions=CONTEXT)
     return TrainConfig(
         student=student, objective=OBJECTIVE, steps=WARM_STEPS + options.steps + 1, batch_tokens=options.tokens,
-        context_tokens=CONTEXT, warmup_steps=0, log_every_steps=1, checkpoint_every_steps=0, device="cpu",
+        context_tokens=CONTEXT, warmup_steps=0, final_learning_rate_share=1.0,
+        log_every_steps=1, checkpoint_every_steps=0, device="cpu",
     )  # fmt: skip
+
+
+def run_trainer(options: argparse.Namespace) -> dict[str, float]:
+    """Train by Hugging Face's Trainer in this process, with the settings of `config_of`."""
+    from transformers import TrainerCallback, TrainingArguments
+
+    from kdata.trainer.parts import DistillTrainer, PackedRows
+
+    config, memory = config_of(options), Memory()
+    began: list[float] = []
+    waits: list[float] = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            memory.begins_step()
+            began.append(time.perf_counter())
+
+    class Waiting(DistillTrainer):
+        def get_batch_samples(self, *arguments: Any) -> Any:
+            started = time.perf_counter()
+            samples = super().get_batch_samples(*arguments)
+            waits.append(time.perf_counter() - started)
+            return samples
+
+    rows = config.batch_tokens // CONTEXT
+    data = PackedRows(options.dataset, objective=OBJECTIVE, context_tokens=CONTEXT, items=config.steps * rows)
+    assert isinstance(config.student, ScratchStudent)
+    student = build_student(config.student, data.dataset, config.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, max_steps=config.steps, per_device_train_batch_size=rows, use_cpu=True,
+            learning_rate=config.learning_rate, lr_scheduler_type="constant", weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0], adam_beta2=config.betas[1], max_grad_norm=config.clip_norm,
+            optim="adamw_torch_fused", save_strategy="no", logging_steps=1, report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Waiting(model=student, args=arguments, train_dataset=data, callbacks=[Watch()])
+        trainer.train()
+    seconds = torch.tensor(began, dtype=torch.float64).diff()[WARM_STEPS:]
+    waited = torch.tensor(waits[WARM_STEPS + 1 : WARM_STEPS + 1 + len(seconds)], dtype=torch.float64)
+    return {
+        "seconds": float(seconds.median()),
+        "extra_mib": memory.extra_mib,
+        "wait_share": float(waited.sum() / seconds.sum()),
+        "loss": trainer.state.log_history[WARM_STEPS]["loss"],
+    }
 
 
 def run(options: argparse.Namespace) -> dict[str, float]:
     """Train by one way in this process."""
     memory = Memory()
     learner, _ = WAYS[options.run]
+    if learner is None:
+        return run_trainer(options)
 
     def learner_of(*arguments: Any) -> Learner:
         return learner(*arguments, memory=memory)
@@ -269,7 +321,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="steps that are measured")
     parser.add_argument("--rounds", type=int, default=2, help="rounds of which the best counts")
     parser.add_argument("--hidden", type=int, default=256, help="width of the student")
-    parser.add_argument("--layers", type=int, default=4, help="layers of the student")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the student")
     parser.add_argument("--kept", type=int, default=64, help="entries of each position")
     parser.add_argument("--run", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--dataset", help=argparse.SUPPRESS)
