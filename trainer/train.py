@@ -238,7 +238,7 @@ def _train(
         target_tokens=progress.target_tokens,
         train_seconds=progress.seconds,
         wait_share=progress.waited / max(progress.seconds, 1e-9),
-        losses=progress.losses,
+        losses=dict(sorted(progress.losses.items())),  # the same order after a resume
         plan=None if last.plan is None else last.plan.info.name,
         dataset_digest=last.dataset.content_digest,
         config=config,
