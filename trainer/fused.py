@@ -30,7 +30,9 @@ from kdata.trainer.objectives import LOG_ZERO, OBJECTIVES, Outcomes, Targets, te
 # with 64 MiB. Large vocabularies need enough positions for the matrix products to run at full speed, and each chunk reads and
 # writes the whole gradient of the head. More than 152 positions would use more than a tenth of the naive version's memory at
 # V = 128k. Powers of two reduce over the vocabulary several times faster than other sizes.
-CHUNK_BYTES, CHUNK_MIN_POSITIONS = 8 * 2**20, 128
+# On a GPU the gradient of the head decides (computed, not measured): at V = 128k, D = 4,096 each chunk reads and writes 2 GiB
+# of it, so 32k tokens move 512 GiB each way in chunks of 128, and 64 GiB in chunks of 1,024.
+CHUNK_BYTES, CHUNK_MIN_POSITIONS = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}, 128
 
 
 class Loss(NamedTuple):
@@ -95,21 +97,58 @@ def distillation_loss(
             needs the exact entries, and the targets are draws that do not say which entries are exact.
     """
     _check(hidden_MD, head_VD, targets)
+    dtype = matmul_dtype or hidden_MD.dtype
+    loss_plan = _plan_of(targets, config, tail, counted_tokens, dtype, chunk_positions, head_VD.shape[0])
+    total, values_MO = _SparseLoss.apply(hidden_MD, head_VD, targets, loss_plan, torch.is_grad_enabled())
+    return Loss(total, values_MO, tuple(loss_plan.weights))
+
+
+def distillation_loss_of_logits(
+    logits_MV: Tensor,
+    targets: Targets,
+    config: ObjectiveConfig,
+    tail: Tail,
+    *,
+    counted_tokens: int | None = None,
+    chunk_positions: int | None = None,
+) -> Loss:
+    """The same loss from logits, for models whose logits are not head @ hidden.
+
+    Args:
+        logits_MV: float [M, V], the logits that predict the targets, as the model gives them. They exist already, and so does
+            their gradient, so the memory is that of a dense loss.
+        Others, returns and errors: see `distillation_loss`.
+    """
+    if logits_MV.ndim != 2:
+        raise ShapeError(f"logits {tuple(logits_MV.shape)} must be [M, V]")
+    targets.check(*logits_MV.shape)
+    loss_plan = _plan_of(targets, config, tail, counted_tokens, _wide(logits_MV), chunk_positions, logits_MV.shape[1])
+    total, values_MO = _SparseLoss.apply(logits_MV, None, targets, loss_plan, torch.is_grad_enabled())
+    return Loss(total, values_MO, tuple(loss_plan.weights))
+
+
+def _plan_of(
+    targets: Targets,
+    config: ObjectiveConfig,
+    tail: Tail,
+    counted_tokens: int | None,
+    matmul_dtype: torch.dtype,
+    chunk_positions: int | None,
+    vocab_size: int,
+) -> LossPlan:
     if targets.temperature != config.temperature:
         raise ConfigError(
             f"the targets are at temperature {targets.temperature}, the objective at {config.temperature}; give the loader "
             "the objective's temperature"
         )
-    loss_plan = LossPlan(
+    return LossPlan(
         config=config,
         tail=tail,
         weights=config.numbers(),
         scale=1.0 / max(len(targets) if counted_tokens is None else counted_tokens, 1),
-        matmul_dtype=matmul_dtype or hidden_MD.dtype,
-        chunk_positions=chunk_positions or _chunk_positions(head_VD),
+        matmul_dtype=matmul_dtype,
+        chunk_positions=chunk_positions or _chunk_positions(vocab_size, matmul_dtype, targets.token_ids_C.device),
     )
-    total, values_MO = _SparseLoss.apply(hidden_MD, head_VD, targets, loss_plan, torch.is_grad_enabled())
-    return Loss(total, values_MO, tuple(loss_plan.weights))
 
 
 @torch.no_grad()
@@ -131,7 +170,7 @@ def measure(
         Others: see `distillation_loss`; temperature 1.
     """
     _check(hidden_MD, head_VD, targets)
-    size = chunk_positions or _chunk_positions(head_VD)
+    size = chunk_positions or _chunk_positions(head_VD.shape[0], head_VD.dtype, head_VD.device)
     loss_plan = LossPlan(ObjectiveConfig(), tail, dict.fromkeys(names, 1.0), 1.0, hidden_MD.dtype, size)
     values, top_ids, confidence = [], [], []
     for part, logits_CV, _ in _logit_chunks(hidden_MD, head_VD.to(loss_plan.matmul_dtype), loss_plan):
@@ -162,13 +201,17 @@ class _Student(NamedTuple):
 
 class _SparseLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, head_VD: Tensor, targets: Targets, loss_plan: LossPlan, grad: bool) -> Any:
+    def forward(
+        ctx: Any, hidden_MD: Tensor, head_VD: Tensor | None, targets: Targets, loss_plan: LossPlan, grad: bool
+    ) -> Any:
         wide = _wide(hidden_MD)
         values_MO = torch.empty(len(targets), len(loss_plan.weights), dtype=wide, device=hidden_MD.device)
         weights_O = torch.tensor(list(loss_plan.weights.values()), dtype=wide).to(hidden_MD.device)
         grad_hidden_MD = torch.zeros_like(hidden_MD) if grad and ctx.needs_input_grad[0] else None
-        grad_head_VD = torch.zeros_like(head_VD, dtype=wide) if grad and ctx.needs_input_grad[1] else None
-        head_cast_VD = head_VD.to(loss_plan.matmul_dtype)
+        grad_head_VD = None
+        if head_VD is not None and grad and ctx.needs_input_grad[1]:
+            grad_head_VD = torch.zeros_like(head_VD, dtype=wide)
+        head_cast_VD = None if head_VD is None else head_VD.to(loss_plan.matmul_dtype)
         for part, logits_CV, spare_CV in _logit_chunks(hidden_MD, head_cast_VD, loss_plan):
             chunk = targets.rows(part)
             student = _student(logits_CV, chunk, loss_plan.config.temperature, spare_CV)
@@ -177,11 +220,17 @@ class _SparseLoss(torch.autograd.Function):
                 continue
             values_MO[part] = _to_logit_gradient_(logits_CV, spare_CV, student, chunk, loss_plan, weights_O)
             d_logits_CV = logits_CV.to(loss_plan.matmul_dtype)
+            if head_cast_VD is None:
+                assert grad_hidden_MD is not None  # the hidden states are the logits themselves
+                grad_hidden_MD[part].copy_(d_logits_CV)
+                continue
             if grad_hidden_MD is not None:
                 grad_hidden_MD[part].copy_((head_cast_VD.T @ d_logits_CV.T).T)
             if grad_head_VD is not None:
                 _add_head_gradient_(grad_head_VD, d_logits_CV, hidden_MD[part].to(loss_plan.matmul_dtype))
-        ctx.gradients = (grad_hidden_MD, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype))
+        if grad_head_VD is not None and head_VD is not None:
+            grad_head_VD = grad_head_VD.to(head_VD.dtype)
+        ctx.gradients = (grad_hidden_MD, grad_head_VD)
         ctx.mark_non_differentiable(values_MO)
         return (values_MO.sum(0) @ weights_O) * loss_plan.scale, values_MO
 
@@ -206,27 +255,32 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _chunk_positions(head_VD: Tensor) -> int:
-    fitting = CHUNK_BYTES // (head_VD.shape[0] * _wide(head_VD).itemsize)
+def _chunk_positions(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    fitting = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (vocab_size * max(dtype.itemsize, 4))
     return max(CHUNK_MIN_POSITIONS, 1 << max(fitting.bit_length() - 1, 0))
 
 
 def _logit_chunks(
-    hidden_MD: Tensor, head_cast_VD: Tensor, loss_plan: LossPlan
+    hidden_MD: Tensor, head_cast_VD: Tensor | None, loss_plan: LossPlan
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Yield (range of positions, logits [C, V] in the wide dtype, a second buffer of that shape if T is not 1).
 
     All chunks share one buffer, laid out [V, C], so that BLAS splits and streams the long side of the products. At V = 128k,
     float32, AVX2, 152 positions, the product for the logits runs at 94 Gflop/s in this layout and 62 in [C, V]; the product
-    for d hidden at 100 and 83.
+    for d hidden at 100 and 83. Without a head, `hidden_MD` are the logits, and a chunk is a copy of theirs.
     """
     num_positions, size = hidden_MD.shape[0], min(loss_plan.chunk_positions, hidden_MD.shape[0])
-    wide_CV = hidden_MD.new_empty(head_cast_VD.shape[0], size, dtype=_wide(hidden_MD)).T
+    vocab_size = hidden_MD.shape[1] if head_cast_VD is None else head_cast_VD.shape[0]
+    wide_CV = hidden_MD.new_empty(vocab_size, size, dtype=_wide(hidden_MD)).T
     spare_CV = None if loss_plan.config.temperature == 1.0 else torch.empty_like(wide_CV)
     narrow_CV = wide_CV if loss_plan.matmul_dtype == wide_CV.dtype else wide_CV.to(loss_plan.matmul_dtype)
     for start in range(0, num_positions, max(size, 1)):
         part = slice(start, min(start + size, num_positions))
         count = part.stop - start
+        if head_cast_VD is None:
+            wide_CV[:count].copy_(hidden_MD[part])
+            yield part, wide_CV[:count], None if spare_CV is None else spare_CV[:count]
+            continue
         torch.mm(hidden_MD[part].to(loss_plan.matmul_dtype), head_cast_VD.T, out=narrow_CV[:count])
         if narrow_CV is not wide_CV:
             wide_CV[:count].copy_(narrow_CV[:count])

@@ -61,11 +61,11 @@ class Targets:
 
     def to(self, device: torch.device) -> Targets:
         """The same targets on another device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def rows(self, part: slice) -> Targets:
         """The same targets for a range of positions."""
-        return self._each(lambda tensor: tensor[part])
+        return self.each(lambda tensor: tensor[part])
 
     def within(self, num_ids: int) -> Targets:
         """The same targets over the ids below `num_ids`: other entries become padding, exact ones of them join the tail."""
@@ -84,7 +84,8 @@ class Targets:
             log_tail_C=torch.logsumexp(moved_CJ, dim=-1).to(self.log_tail_C.dtype),
         )
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Targets:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Targets:
+        """The same targets with every tensor changed."""
         ids, logprobs = change(self.ids_CK), change(self.logprobs_CK)
         exact = None if self.num_exact_C is None else change(self.num_exact_C)
         return Targets(change(self.token_ids_C), ids, logprobs, change(self.log_tail_C), self.temperature, exact)

@@ -137,9 +137,9 @@ def _open(
 ) -> OpenPhase:
     dataset = kdata.open(phase.dataset or run_dataset)
     plan_name = phase.plan if phase.dataset or phase.plan else run_plan
-    plan = None if plan_name is None else _open_plan(dataset, plan_name)
+    plan = None if plan_name is None else plan_of(dataset, plan_name)
     rows = None if plan is None else plan.rows(dataset)
-    _check_targets(dataset, rows)
+    refuse_no_targets(dataset, rows)
     temperatures = dataset.info.codec.temperatures
     tail = resolve_tail(phase.objective, dataset.info.tail, temperatures, kind=dataset.info.codec.kind)
     batches_config = BatchesConfig(
@@ -170,12 +170,12 @@ def _copy_shards(dataset: kdata.Dataset, rows: np.ndarray) -> None:
         dataset.shard_file(dataset.manifest[int(number)], "data")
 
 
-def _open_plan(dataset: kdata.Dataset, plan: Path | str) -> Plan:
+def plan_of(dataset: kdata.Dataset, plan: Path | str) -> Plan:
     """A plan by its name in the dataset, wherever the dataset is; or a plan file, by a path with a folder or an ending."""
     return open_plan(dataset, str(plan)) if is_name(str(plan)) else Plan.load(plan)
 
 
-def _check_targets(dataset: kdata.Dataset, rows: np.ndarray | None) -> None:
+def refuse_no_targets(dataset: kdata.Dataset, rows: np.ndarray | None) -> None:
     """Raise DataError if no token counts: the loss would be 0, and weight decay alone would change the student."""
     counts = dataset.index(["num_target_tokens"])["num_target_tokens"]
     planned = counts if rows is None else counts.take(rows)

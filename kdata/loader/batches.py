@@ -149,7 +149,7 @@ class Batches:
         if not len(self.rows):
             raise DataError(f"{dataset!r}: the plan selects no token, so there is nothing to train on")
         self.identity = identity_of(dataset.content_digest, self.rows)
-        self._blocks = blocks_of(self.rows, dataset.shard_starts, config.shuffle_block_rows)
+        self.blocks = blocks_of(self.rows, dataset.shard_starts, config.shuffle_block_rows)
         self.place = Place()
 
     def __iter__(self) -> Iterator[Arrays]:
@@ -195,7 +195,7 @@ class Batches:
         slices: list[pa.RecordBatch] = []
         c = self.config
         shape = Shape(c.context_tokens, c.window_documents, c.window_tokens)
-        for rows in windows(self.lengths, self._blocks, self.identity, c.seed, shape, start):
+        for rows in windows(self.lengths, self.blocks, self.identity, c.seed, shape, start):
             own = [n // size % workers == worker and n % size in self._share for n in range(number, number + len(rows))]
             window = Window(self.dataset, self.rows[_flat([d for (d, _), mine in zip(rows, own, strict=True) if mine])])
             for (row, place), mine in zip(rows, own, strict=True):
@@ -205,7 +205,7 @@ class Batches:
                 number += 1
                 done = place.epoch == epochs
                 if documents and (number % size == 0 or done):
-                    yield self._assemble(documents, slices, place)
+                    yield self.assemble(documents, slices, place)
                     documents, slices = [], []
                 if done:
                     return
@@ -221,7 +221,7 @@ class Batches:
                 f"to {lengths.max()} or more, or train on a plan with num_tokens <= {context}"
             )
 
-    def _assemble(self, documents: list[list[int]], slices: list[pa.RecordBatch], place: Place) -> Arrays:
+    def assemble(self, documents: list[list[int]], slices: list[pa.RecordBatch], place: Place) -> Arrays:
         """Decode the documents of a batch and lay them out on the grid, row by row."""
         seqs, context = self.dataset.decode(slices), self.config.context_tokens
         lengths = np.diff(seqs.offsets)
