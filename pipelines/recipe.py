@@ -17,7 +17,7 @@ from kdata.pipelines.engine import EngineConfig, LocalConfig
 from kdata.selection.ranked import Difference
 from kdata.selection.select import SelectConfig
 from kdata.teachers.config import SamplingConfig, TeacherConfig
-from kdata.trainer.config import CheckpointStudent, ScratchStudent, TrainConfig
+from kdata.trainer.config import CheckpointStudent, LoraConfig, ScratchStudent, TrainConfig
 from kdata.trainer.objective_config import ObjectiveConfig, resolve_tail
 
 BUILTIN, GEMMA = "builtin", "gemma"
@@ -97,6 +97,10 @@ class StudentStage(Strict):
         description="Layers of the checkpoint that the student keeps: how many, evenly spaced, or their numbers from 0; "
         "null: all.",
     )
+    lora: LoraConfig | None = Field(
+        None,
+        description="Train low-rank adapters of the checkpoint instead of its weights (extra peft); null: all weights.",
+    )
     scratch: ScratchStudent = Field(ScratchStudent(), description="Network at random initialisation.")
 
     @model_validator(mode="after")
@@ -105,13 +109,15 @@ class StudentStage(Strict):
             raise ValueError(
                 "keep_layers chooses layers of a checkpoint: set student.model, or leave keep_layers at null"
             )
+        if self.lora is not None and self.model is None:
+            raise ValueError("lora adds adapters to a checkpoint: set student.model, or leave lora at null")
         return self
 
     def resolve(self) -> ScratchStudent | CheckpointStudent:
         """The student as the trainer's settings name it."""
         if self.model is None:
             return self.scratch
-        return CheckpointStudent(model=self.model, revision=self.revision, keep_layers=self.keep_layers)
+        return CheckpointStudent(model=self.model, revision=self.revision, keep_layers=self.keep_layers, lora=self.lora)
 
 
 class EvaluateStage(Strict):

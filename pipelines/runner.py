@@ -405,7 +405,9 @@ def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
         own = {key: value for key, value in teacher.items() if key not in ("kv_cache_gib", "memory_fraction")}
         return own | {"engine_args": of_identity(teacher.get("engine_args") or {})}
 
-    return {**settings, "engine": None, **{key: of(settings[key]) for key in ("teacher", "reference")}}
+    # A run that began before these settings existed trained as their defaults do.
+    train = {"optimizer": "adamw", "compile": False, "attention": "default"} | settings["train"]
+    return {**settings, "train": train, "engine": None, **{key: of(settings[key]) for key in ("teacher", "reference")}}
 
 
 def _write_state(run: Run) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints that survive a kill at any moment: safetensors and JSON, no pickle; written aside, then renamed.
 
-    OUT/checkpoints/step-00000100/tensors.safetensors   parameters, AdamW moments and counts, random state of each rank
+    OUT/checkpoints/step-00000100/tensors.safetensors   trained parameters, the optimizer's state, random state of each rank
                                   state.json            step, counts, state of loader and domain weights, settings, digests
 
 Tensors are stored whole, however ranks divide them during training, so a run can resume on another number of ranks, or with
@@ -35,8 +35,7 @@ from kdata.format.manifest import digest_of, json_bytes
 from kdata.format.schema import FileInfo
 from kdata.observe.progress import console
 from kdata.trainer.distributed import Ranks, cut_like, whole
-
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+from kdata.trainer.optimizers import Optimizer
 
 # Why not torch.distributed.checkpoint (torch 2.13): its default writer pickles the metadata, and its safetensors writer
 # (HuggingFaceStorageWriter) leaves one file per rank, which only torch.distributed reads back. Whole tensors are one file
@@ -80,9 +79,7 @@ def writing(out_dir: Path) -> Iterator[None]:
         yield
 
 
-def save_checkpoint(
-    root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState, ranks: Ranks
-) -> Path:
+def save_checkpoint(root: Path, model: nn.Module, optimizer: Optimizer, state: CheckpointState, ranks: Ranks) -> Path:
     """Write everything that the next step depends on; return the checkpoint's folder. Every rank must call it.
 
     Args:
@@ -124,7 +121,7 @@ def remove_others(root: Path, *, keep: list[Path], keep_aside: Path | None = Non
 def load_checkpoint(
     root: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     settings: dict[str, Any],
     ranks: Ranks,
     *,
@@ -199,16 +196,14 @@ def _read_state(path: Path, last_step: int | None) -> CheckpointState:
     return state
 
 
-def _load_tensors(
-    path: Path, state: CheckpointState, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
-) -> None:
+def _load_tensors(path: Path, state: CheckpointState, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
     """Check the file of tensors whole, then copy it into model and optimizer. Raises CorruptError."""
     where = path / TENSORS
     try:
         if state.tensors is not None and file_info(where) != state.tensors:
             raise CorruptError(f"{where} is damaged: its SHA-256 or its size is not that in {STATE}")
         with safe_open(where, framework="pt") as tensors:
-            _check_tensors(where, tensors, model, state.step, ranks)
+            _check_tensors(where, tensors, model, optimizer, state.step, ranks)
             _restore(model, optimizer, tensors, ranks)
     except (OSError, SafetensorError) as error:
         if isinstance(error, CorruptError):
@@ -216,17 +211,17 @@ def _load_tensors(
         raise CorruptError(f"{where} cannot be read: {error}") from error
 
 
-def _check_tensors(where: Path, tensors: Any, model: nn.Module, step: int, ranks: Ranks) -> None:
+def _check_tensors(where: Path, tensors: Any, model: nn.Module, optimizer: Optimizer, step: int, ranks: Ranks) -> None:
     """Raise CorruptError unless each tensor has the name, shape and type that this model asks for, or is a random state."""
     names = set(tensors.keys())
     expected: dict[str, tuple[list[int], str]] = {}
-    for name, parameter in model.named_parameters():
-        shape, dtype = list(parameter.shape), _DTYPES[parameter.dtype]
-        expected[f"model.{name}"] = shape, dtype
-        own = [moment for moment in MOMENTS if f"{moment}.{name}" in names]
-        if own and (len(own) < len(MOMENTS) or not parameter.requires_grad):
+    for name, parameter in _trained(model):
+        expected[f"model.{name}"] = list(parameter.shape), _DTYPES[parameter.dtype]
+        parts = optimizer.expected(parameter)
+        own = [part for part in parts if f"{part}.{name}" in names]
+        if own and len(own) < len(parts):
             raise CorruptError(f"{where} has {', '.join(own)} of {name}, and not what goes with it")
-        expected |= {f"{moment}.{name}": ([], "F32") if moment == "step" else (shape, dtype) for moment in own}
+        expected |= {f"{part}.{name}": (parts[part][0], _DTYPES[parts[part][1]]) for part in own}
     states = {name for name in names if re.fullmatch(r"rng\.(cpu|cuda)\.[0-9]{1,6}", name)}
     for kind, own_state in _random_state(ranks).items():
         expected |= {name: (list(own_state.shape), "U8") for name in states if name.split(".")[1] == kind}
@@ -244,10 +239,17 @@ def _check_tensors(where: Path, tensors: Any, model: nn.Module, step: int, ranks
             raise CorruptError(f"{where}: {name} is {float(tensors.get_tensor(name))}, in a checkpoint of step {step}")
 
 
-_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}  # of safetensors
+_DTYPES = {  # of safetensors
+    torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
+}  # fmt: skip
 
 
-def _gathered(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Tensor]:
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that are trained, by name; tied ones appear once."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def _gathered(model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, whole and on the CPU of the main rank; empty on other ranks."""
     tensors: dict[str, Tensor] = {}
 
@@ -256,11 +258,10 @@ def _gathered(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) 
         if ranks.is_main:
             tensors[name] = complete.cpu().contiguous()
 
-    for name, parameter in model.named_parameters():  # tied parameters appear once
+    for name, parameter in _trained(model):
         keep(f"model.{name}", parameter)
-        for moment in MOMENTS:
-            if parameter in optimizer.state:
-                keep(f"{moment}.{name}", optimizer.state[parameter][moment])
+        for part, tensor in optimizer.state_of(parameter).items():
+            keep(f"{part}.{name}", tensor)
     for kind, own in _random_state(ranks).items():
         for rank, values in enumerate(ranks.gather(own.numpy())):
             keep(f"rng.{kind}.{rank}", torch.from_numpy(values))
@@ -268,7 +269,7 @@ def _gathered(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) 
 
 
 @torch.no_grad()
-def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Any, ranks: Ranks) -> None:
+def _restore(model: nn.Module, optimizer: Optimizer, tensors: Any, ranks: Ranks) -> None:
     names = set(tensors.keys())
     for kind in _random_state(ranks):  # first: torch may refuse it, and then the model is as it was
         if f"rng.{kind}.{ranks.rank}" in names:
@@ -277,12 +278,11 @@ def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Any, r
                 torch.cuda.set_rng_state(own_state, ranks.device) if kind == "cuda" else torch.set_rng_state(own_state)
             except RuntimeError as error:
                 raise CorruptError(f"torch refuses the random state rng.{kind}.{ranks.rank}: {error}") from error
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model):
         parameter.copy_(cut_like(tensors.get_tensor(f"model.{name}"), parameter))
-        if f"step.{name}" in names:
-            own = {moment: tensors.get_tensor(f"{moment}.{name}").clone() for moment in MOMENTS}
-            own = {moment: cut_like(t, parameter) if t.ndim else t.to(parameter.device) for moment, t in own.items()}
-            optimizer.state[parameter] = own
+        own = [part for part in optimizer.expected(parameter) if f"{part}.{name}" in names]
+        if own:
+            optimizer.restore(parameter, {part: tensors.get_tensor(f"{part}.{name}").clone() for part in own})
 
 
 def _random_state(ranks: Ranks) -> dict[str, Tensor]:

@@ -18,7 +18,9 @@ from kdata.trainer.metrics import LoggerName
 from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.schedule import Shape
 
+Attention = Literal["default", "varlen"]
 Device = Literal["auto", "cpu", "cuda"]
+OptimizerName = Literal["adamw", "muon", "adamw_8bit"]
 Parallel = Literal["ddp", "fsdp"]
 Precision = Literal["fp32", "bf16"]
 
@@ -49,6 +51,29 @@ class ScratchStudent(BaseModel):
     init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
 
 
+class LoraConfig(Strict):
+    """Low-rank adapters (LoRA, arXiv 2106.09685): the student's own weights stay as they are, and only the adapters learn.
+
+    With base weight W, a layer computes W x + alpha / rank * B A x. A has `rank` rows; B is 0 at the start.
+    """
+
+    rank: int = Field(
+        default=16, ge=1, description="Rows of A and columns of B: the rank of the change to each weight."
+    )
+    alpha: float = Field(default=32.0, gt=0, description="The change is multiplied by alpha / rank.")
+    targets: list[str] | Literal["all-linear"] = Field(
+        default="all-linear",
+        description="Layers with an adapter, by the last parts of their names, for instance [q_proj, v_proj]. all-linear: "
+        "every linear layer but the head. The embeddings and the head cannot have one.",
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of an adapter's inputs set to 0 in training.")
+    merge: bool = Field(
+        default=False,
+        description="Where the result goes. false: OUT/model is the folder of the adapter, as PEFT writes it. true: "
+        "OUT/model is the whole student, the adapter merged into its weights, and OUT/adapter is the adapter.",
+    )
+
+
 class CheckpointStudent(BaseModel):
     """A student that starts from trained weights."""
 
@@ -56,8 +81,8 @@ class CheckpointStudent(BaseModel):
 
     kind: Literal["checkpoint"] = "checkpoint"
     model: str = Field(
-        description="Folder of a model in Hugging Face format, a GGUF file, or a name on the Hub. It must have the teacher's "
-        "tokenizer."
+        description="Folder of a model or of a LoRA adapter in Hugging Face format, a GGUF file, or a name on the Hub. "
+        "It must have the teacher's tokenizer."
     )
     revision: str | None = Field(
         default=None, description="Commit, tag or branch on the Hub; null: the default branch."
@@ -67,6 +92,19 @@ class CheckpointStudent(BaseModel):
         description="Layers of the checkpoint that the student keeps: how many, evenly spaced with the first and the last, "
         "or their numbers from 0, rising. null: all.",
     )
+    lora: LoraConfig | None = Field(
+        default=None,
+        description="Train low-rank adapters instead of the weights; needs the extra peft. null: train all weights.",
+    )
+
+    @model_validator(mode="after")
+    def _adapters_of_a_model_on_disk(self) -> CheckpointStudent:
+        if self.lora is not None and self.keep_layers is not None:
+            raise ValueError(
+                "lora does not go with keep_layers: an adapter belongs to a model on disk, and the one with fewer layers "
+                "is on no disk. Leave lora at null, or train the smaller model first and name its folder"
+            )
+        return self
 
 
 StudentConfig = Annotated[ScratchStudent | CheckpointStudent, Field(discriminator="kind")]
@@ -120,8 +158,8 @@ class TrainConfig(WithoutSecrets):
     )
     phases: list[PhaseConfig] = Field(
         default=[],
-        description="Phases of training, in order, for instance general text, then a task. The student and AdamW's averages "
-        "carry over; data, learning rate and weights start anew. Empty: one phase with the settings here.",
+        description="Phases of training, in order, for instance general text, then a task. The student and the optimizer's "
+        "averages carry over; data, learning rate and weights start anew. Empty: one phase with the settings here.",
     )
     batch_tokens: int = Field(
         default=4096,
@@ -144,13 +182,20 @@ class TrainConfig(WithoutSecrets):
     mixture: MixtureConfig | None = Field(
         default=None, description="Weights of the domains; null: the shares that the dataset and the plan have."
     )
-    learning_rate: float = Field(default=2e-3, gt=0, description="Peak learning rate of AdamW.")
+    optimizer: OptimizerName = Field(
+        default="adamw",
+        description="adamw: AdamW of torch. muon: Muon of torch for the matrices inside of the layers, its steps scaled to "
+        "AdamW's size (arXiv 2502.16982), so that learning_rate and weight_decay serve both, and AdamW for all else. "
+        "adamw_8bit: AdamW that keeps its averages in 8 bits (extra bitsandbytes), 2 bytes per parameter instead of 8. The "
+        "last two do not divide their state among ranks (parallel: fsdp).",
+    )
+    learning_rate: float = Field(default=2e-3, gt=0, description="Peak learning rate.")
     warmup_steps: int = Field(default=30, ge=0, description="Steps of linear rise to the peak; 0: none.")
     decay: Shape = Field(default="cosine", description="Shape of the decay after the warm-up.")
     final_learning_rate_share: float = Field(
         default=0.1, ge=0, le=1, description="Learning rate at the last step, as a share of the peak; 0: decay to 0."
     )
-    weight_decay: float = Field(default=0.1, ge=0, description="Weight decay of AdamW, on matrices only; 0: none.")
+    weight_decay: float = Field(default=0.1, ge=0, description="Weight decay, on matrices only; 0: none.")
     betas: tuple[float, float] = Field(
         default=(0.9, 0.95), description="Decay rates of AdamW's averages of the gradient and of its square."
     )
@@ -166,6 +211,17 @@ class TrainConfig(WithoutSecrets):
         default=False,
         description="Recompute each layer's activations in the backward pass instead of storing them: about a third more "
         "time, memory for one layer instead of all, the same gradients.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Compile the student's layers with torch.compile: faster after a start of seconds to minutes; sums "
+        "are in another order. Needs Triton on a GPU, a C++ compiler on a CPU.",
+    )
+    attention: Attention = Field(
+        default="default",
+        description="How attention is computed. default: as transformers does, with a mask that keeps packed documents "
+        "apart. varlen: FlashAttention over each document, without a mask; only on a GPU with bf16, and for models without "
+        "dropout, soft-cap or sinks in their attention.",
     )
     device: Device = Field(default="auto", description="Where to compute. auto: cuda if there is a GPU, else cpu.")
     parallel: Parallel = Field(
@@ -257,8 +313,8 @@ SHARED = (
 )  # fmt: skip
 # Settings that say where and how fast, not what: a run may resume with other values.
 RUNTIME = {
-    "label", "device", "parallel", "micro_batch_tokens", "gradient_checkpointing", "prefetch_batches", "loggers",
-    "log_every_steps", "checkpoint_every_steps",
+    "label", "device", "parallel", "micro_batch_tokens", "gradient_checkpointing", "compile", "attention",
+    "prefetch_batches", "loggers", "log_every_steps", "checkpoint_every_steps",
 }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from kdata.observe.progress import Task
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.gguf import is_gguf, model_folder
 from kdata.store.pretrained import first_line, model_files
+from kdata.trainer.adapters import is_adapter, open_adapter
 from kdata.trainer.config import EvaluateConfig, TrainResult
 from kdata.trainer.distributed import device_name
 from kdata.trainer.fused import Measured, measure
@@ -71,8 +72,8 @@ def evaluate(
     """Measure one student on a held-out logit dataset, and let it continue prompts.
 
     Args:
-        model_dir: folder of a model in Hugging Face format, or a GGUF file; facts about its training come from a
-            `train.json` beside it.
+        model_dir: folder of a model or of a LoRA adapter in Hugging Face format, or a GGUF file; facts about its training
+            come from a `train.json` beside it.
         heldout: a folder, a URL or hf://OWNER/NAME, as for `kdata.open`.
         prompts: {"domain", "prompt"} each; the student continues them.
         label: name in the result; None: the label in train.json, or the folder's name.
@@ -94,7 +95,7 @@ def evaluate(
             the harness has no such task.
         DataError: a document is longer than the student's positions, or no token counts.
         CorruptError: train.json beside the model is not a training result.
-        DependencyError: tasks are given and the harness is not installed.
+        DependencyError: tasks are given and the harness is not installed, or an adapter and PEFT is not.
     """
     config = config or EvaluateConfig()
     prompts = list(prompts)
@@ -388,10 +389,13 @@ def _check_folder(model_dir: Path) -> None:
         raise MissingError(
             f"{model_dir} is not a folder; name the folder of a trained student, which is OUT/model after kdata train"
         )
-    refuse_other_kind(model_dir)
+    if not is_adapter(model_dir):
+        refuse_other_kind(model_dir)
 
 
 def _load(model_dir: Path) -> PreTrainedModel:
+    if is_adapter(model_dir):
+        return open_adapter(model_dir)
     try:
         with model_files(model_dir, "a file"):
             return AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32, trust_remote_code=False)

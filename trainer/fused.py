@@ -30,7 +30,9 @@ from kdata.trainer.objectives import LOG_ZERO, OBJECTIVES, Outcomes, Targets, te
 # with 64 MiB. Large vocabularies need enough positions for the matrix products to run at full speed, and each chunk reads and
 # writes the whole gradient of the head. More than 152 positions would use more than a tenth of the naive version's memory at
 # V = 128k. Powers of two reduce over the vocabulary several times faster than other sizes.
-CHUNK_BYTES, CHUNK_MIN_POSITIONS = 8 * 2**20, 128
+# On a GPU the gradient of the head decides (computed, not measured): at V = 128k, D = 4,096 each chunk reads and writes 2 GiB
+# of it, so 32k tokens move 512 GiB each way in chunks of 128, and 64 GiB in chunks of 1,024.
+CHUNK_BYTES, CHUNK_MIN_POSITIONS = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}, 128
 
 
 class Loss(NamedTuple):
@@ -145,7 +147,7 @@ def _plan_of(
         weights=config.numbers(),
         scale=1.0 / max(len(targets) if counted_tokens is None else counted_tokens, 1),
         matmul_dtype=matmul_dtype,
-        chunk_positions=chunk_positions or _chunk_positions(vocab_size, matmul_dtype),
+        chunk_positions=chunk_positions or _chunk_positions(vocab_size, matmul_dtype, targets.token_ids_C.device),
     )
 
 
@@ -168,7 +170,7 @@ def measure(
         Others: see `distillation_loss`; temperature 1.
     """
     _check(hidden_MD, head_VD, targets)
-    size = chunk_positions or _chunk_positions(head_VD.shape[0], head_VD.dtype)
+    size = chunk_positions or _chunk_positions(head_VD.shape[0], head_VD.dtype, head_VD.device)
     loss_plan = LossPlan(ObjectiveConfig(), tail, dict.fromkeys(names, 1.0), 1.0, hidden_MD.dtype, size)
     values, top_ids, confidence = [], [], []
     for part, logits_CV, _ in _logit_chunks(hidden_MD, head_VD.to(loss_plan.matmul_dtype), loss_plan):
@@ -253,8 +255,8 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _chunk_positions(vocab_size: int, dtype: torch.dtype) -> int:
-    fitting = CHUNK_BYTES // (vocab_size * max(dtype.itemsize, 4))
+def _chunk_positions(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    fitting = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (vocab_size * max(dtype.itemsize, 4))
     return max(CHUNK_MIN_POSITIONS, 1 << max(fitting.bit_length() - 1, 0))
 
 

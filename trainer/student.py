@@ -33,6 +33,8 @@ from kdata.store.dataset import Dataset
 from kdata.store.gguf import model_folder
 from kdata.store.pretrained import first_line, model_files
 from kdata.store.vocabulary import Vocabulary, num_ids, refuse_other_ids
+from kdata.trainer.acceleration import VARLEN, bounds_of, use_varlen
+from kdata.trainer.adapters import add_adapters, check_peft, is_adapter, open_adapter
 from kdata.trainer.config import CheckpointStudent, ScratchStudent
 from kdata.trainer.objectives import Targets
 
@@ -51,6 +53,7 @@ def build_student(
         ConfigError: sizes do not fit, or the sparse loss or packing would train this model wrongly.
         MismatchError: the vocabulary or the tokenizer is not the dataset's.
         MissingError: the checkpoint does not exist or cannot be loaded.
+        DependencyError: adapters are asked for, and peft is not installed.
     """
     with nullcontext() if isinstance(config, ScratchStudent) else model_files(config.model, "a file"):
         model = (
@@ -61,6 +64,8 @@ def build_student(
         fit_vocabulary(model, [dataset, *others])
         probe_head(model)
         probe_isolation(model)
+        if isinstance(config, CheckpointStudent) and config.lora is not None:
+            add_adapters(model, config.lora, config.model, config.revision, seed)
     return model
 
 
@@ -68,9 +73,18 @@ def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor, position_ids_BL:
     """Last hidden states after the final norm, [B, L, D]; documents packed in a row do not see each other.
 
     No attention mask is passed. From positions that restart, transformers builds a block-causal mask itself
-    (masking_utils.find_packed_sequence_indices), and no mask if each row is one document.
+    (masking_utils.find_packed_sequence_indices), and no mask if each row is one document. With the attention varlen the rows
+    are laid end to end, and the documents' bounds are passed.
     """
     backbone = getattr(model, model.base_model_prefix)
+    if model.config._attn_implementation == VARLEN:
+        hidden_TD: Tensor = backbone(
+            input_ids=input_ids_BL.reshape(1, -1),
+            position_ids=position_ids_BL.reshape(1, -1),
+            use_cache=False,
+            **bounds_of(position_ids_BL),
+        ).last_hidden_state[0]
+        return hidden_TD.view(*input_ids_BL.shape, -1)
     hidden_BLD: Tensor = backbone(
         input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False
     ).last_hidden_state
@@ -173,6 +187,30 @@ def probe_isolation(model: PreTrainedModel) -> None:
         )
 
 
+@torch.no_grad()
+def attend_by_documents(model: PreTrainedModel) -> None:
+    """Have a model on a GPU compute attention as FlashAttention over documents (`attention: varlen`), and test it.
+
+    Raises ConfigError where its attention has what varlen leaves out, or its hidden states are others than before.
+    """
+    device = head_of(model).device
+    ids_BL = _probe_tokens(model, 24).view(2, 12).to(device)
+    positions_BL = torch.stack([torch.cat([torch.arange(5), torch.arange(7)]), torch.arange(12)]).to(device)
+    was_training = model.training
+    model.eval()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        before_BLD = hidden_states(model, ids_BL, positions_BL).float()
+        use_varlen(model)
+        after_BLD = hidden_states(model, ids_BL, positions_BL).float()
+    model.train(was_training)
+    difference = float((after_BLD - before_BLD).norm() / before_BLD.norm())
+    if not difference < 0.02:  # bf16 has 8 bits; documents that see each other differ by more than a tenth
+        raise ConfigError(
+            f"attention=varlen changes the hidden states of {type(model).__name__} by {difference:.1%}, more than bf16 "
+            "explains; use attention=default"
+        )
+
+
 def _probe_tokens(model: PreTrainedModel, count: int) -> Tensor:
     return (torch.arange(count) * 7 % head_of(model).shape[0])[None]
 
@@ -209,15 +247,27 @@ def _from_scratch(config: ScratchStudent, dataset: Dataset, seed: int) -> PreTra
 
 
 def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedModel:
-    if Path(config.model).is_dir():
+    adapter = is_adapter(Path(config.model))
+    if config.lora is not None:
+        check_peft()
+        if adapter:
+            raise ConfigError(
+                f"student.lora: {config.model} is an adapter itself, and a new adapter needs a whole model as its base; "
+                "merge it into its model first (PEFT's merge_and_unload), and name that folder"
+            )
+    if Path(config.model).is_dir() and not adapter:
         refuse_other_kind(Path(config.model))
     with _loading(config.model):
         folder = model_folder(config.model)
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
     refuse_other_tokenizer(f"the student {config.model}", tokenizer, dataset)  # before the weights, which take longer
     with _loading(config.model):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, revision=config.revision, dtype=torch.float32, trust_remote_code=False
+        model: PreTrainedModel = (
+            open_adapter(Path(config.model))
+            if adapter
+            else AutoModelForCausalLM.from_pretrained(
+                folder, revision=config.revision, dtype=torch.float32, trust_remote_code=False
+            )
         )
     use_exact_attention(model)
     return model if config.keep_layers is None else prune_layers(model, config.keep_layers)

@@ -4,7 +4,8 @@ Guarantees: the order of the data follows from the plan and the seed, on any num
 the whole step, however the step is split into micro-batches and ranks. A run that is killed and started again gives
 bit-equal losses on a CPU. A non-finite loss stops the run before the weights change.
 
-    OUT/model/          the student in Hugging Face format, with the tokenizer
+    OUT/model/          the student in Hugging Face format, with the tokenizer; with `student.lora`, its adapter
+    OUT/adapter/        the adapter, where `student.lora.merge` asks for the whole student in OUT/model
     OUT/train.json      TrainResult
     OUT/metrics.jsonl   one line per logged step
     OUT/checkpoints/    see kdata.trainer.checkpoint
@@ -38,16 +39,28 @@ import kdata
 from kdata.errors import ConfigError, CorruptError, StorageError, TrainingError
 from kdata.format.files import copy_files, folder_beside, lock_of, sync_directory, sync_tree, write_atomically
 from kdata.observe.progress import Task
+from kdata.trainer.acceleration import check_acceleration, compile_layers
+from kdata.trainer.adapters import frozen_digest, has_adapters, open_adapter, save_adapter
 from kdata.trainer.checkpoint import CheckpointState, Progress, load_checkpoint, save_checkpoint, writing
-from kdata.trainer.config import RUNTIME, SHARED, PhaseConfig, Precision, ScratchStudent, TrainConfig, TrainResult
+from kdata.trainer.config import (
+    RUNTIME,
+    SHARED,
+    CheckpointStudent,
+    PhaseConfig,
+    Precision,
+    ScratchStudent,
+    TrainConfig,
+    TrainResult,
+)
 from kdata.trainer.distributed import Ranks, accumulating, join, spread, whole
 from kdata.trainer.learner import Learner, resolve_precision
 from kdata.trainer.loader import Batch
 from kdata.trainer.metrics import Metrics, check_installed
 from kdata.trainer.objective_config import ObjectiveConfig
+from kdata.trainer.optimizers import check_optimizer, make_optimizer
 from kdata.trainer.phases import OpenPhase, open_phases, others_of
 from kdata.trainer.schedule import learning_rate
-from kdata.trainer.student import build_student, check_positions, num_parameters
+from kdata.trainer.student import attend_by_documents, build_student, check_positions, num_parameters
 
 __all__ = ["PhaseConfig", "TrainConfig", "TrainResult", "learning_rate", "train"]
 
@@ -92,10 +105,11 @@ def train(
         DataError: a document is longer than the context or than the student's positions, or there is nothing to train on.
         StorageError: `out_dir` cannot be written, or another process writes to it.
         CorruptError: the checkpoint in `out_dir` is damaged.
-        DependencyError: a logger is not installed.
+        DependencyError: a logger, PEFT (for adapters) or bitsandbytes (for an 8-bit optimizer) is not installed.
         TrainingError: a loss or a gradient is not finite; the message names step and rows.
     """
     check_installed(config.loggers)
+    check_optimizer(config)
     with join(config.device) as ranks, ExitStack() as stack:
         return _train(config, dataset, plan, out_dir, learner_of, ranks, stack)
 
@@ -112,12 +126,17 @@ def _train(
     precision = resolve_precision(config.precision, ranks.device.type)
     config = config.model_copy(update={"precision": precision})
     _check_context(config)
+    check_acceleration(config.attention, config.compile, ranks.device, precision)
     phases = open_phases(config, dataset, plan, ranks)
     steps, rows_per_step = phases[-1].phase.end, config.batch_tokens // config.context_tokens
     torch.manual_seed(config.seed + ranks.rank)  # each rank has its own dropout; the weights have a seed of their own
     student = build_student(config.student, phases[0].dataset, config.seed, others_of(phases))
     for open_phase in phases:
         check_positions(student, open_phase.longest_tokens)
+    if config.attention == "varlen":
+        student.to(ranks.device)  # type: ignore[arg-type]  # transformers wraps Module.to
+        attend_by_documents(student)
+    frozen = frozen_digest(student) if has_adapters(student) else None
     _hold(out_dir, ranks, stack)
     _make_writable(out_dir)
     params = num_parameters(student)
@@ -125,10 +144,13 @@ def _train(
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     bare_learner = learner_of(student, precision)
-    learner = spread(bare_learner, bare_learner.layers, config.parallel, ranks)
-    optimizer = _optimizer(student, config)
+    layers = bare_learner.layers
+    if config.compile:
+        compile_layers(layers)
+    learner = spread(bare_learner, layers, config.parallel, ranks)
+    optimizer = make_optimizer(student, config, ranks)
 
-    settings = _settings(config, phases)
+    settings = _settings(config, phases, frozen)
     progress, saved_step = Progress(), None
     saved = load_checkpoint(out_dir / "checkpoints", student, optimizer, settings, ranks, last_step=steps)
     if saved is not None:
@@ -168,12 +190,11 @@ def _train(
                 waited = time.perf_counter() - waiting
 
                 rate = learning_rate(phase, step_in_phase)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+                optimizer.set_rate(rate)
                 objective = phase.objective.at(step_in_phase, phase.steps)
                 gradients = _gradients(learner, step_batches, objective, open_phase, config, ranks, progress.step + 1)
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
 
                 seconds = time.perf_counter() - started
                 progress = Progress(
@@ -217,13 +238,13 @@ def _train(
         target_tokens=progress.target_tokens,
         train_seconds=progress.seconds,
         wait_share=progress.waited / max(progress.seconds, 1e-9),
-        losses=progress.losses,
+        losses=dict(sorted(progress.losses.items())),  # the same order after a resume
         plan=None if last.plan is None else last.plan.info.name,
         dataset_digest=last.dataset.content_digest,
         config=config,
     )
     with writing(out_dir):
-        _save_model(student, last.dataset, out_dir / "model", ranks)
+        _save_student(student, config, last.dataset, out_dir, ranks)
         if ranks.is_main:
             write_atomically(out_dir / "train.json", result.model_dump_json(indent=1).encode())
     return result
@@ -336,29 +357,45 @@ def _make_writable(out_dir: Path) -> None:
             file.write(b"0")
 
 
-def _settings(config: TrainConfig, phases: list[OpenPhase]) -> dict[str, Any]:
-    """The settings that decide a run's numbers, which a resumed run must repeat. Data by content, not by path."""
+def _settings(config: TrainConfig, phases: list[OpenPhase], frozen: str | None) -> dict[str, Any]:
+    """The settings that decide a run's numbers, which a resumed run must repeat. Data by content, not by path.
+
+    Args:
+        frozen: digest of the weights that are not trained, which a checkpoint leaves out; None: all are trained.
+    """
     run = config.model_dump(mode="json", exclude={*RUNTIME, *SHARED, "phases"})
+    if run["optimizer"] == "adamw":
+        del run["optimizer"]  # as in runs that began before there were others
+    if frozen is not None:
+        run["student"]["lora"].pop("merge")
+        run["student"]["frozen_digest"] = frozen
     by_phase = {p.phase.name: {**p.phase.settings(), "data": p.identity} for p in phases}
     return {**run, "phases": by_phase}
 
 
-def _optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.AdamW:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+def _save_student(
+    student: PreTrainedModel, config: TrainConfig, dataset: kdata.Dataset, out_dir: Path, ranks: Ranks
+) -> None:
+    """Write OUT/model, and OUT/adapter where the student is an adapter that is also merged."""
+    lora = config.student.lora if isinstance(config.student, CheckpointStudent) else None
+    if lora is None:
+        parts = {id(tensor): whole(tensor) for tensor in student.state_dict(keep_vars=True).values()}
+        state = {name: parts[id(tensor)] for name, tensor in student.state_dict(keep_vars=True).items()}
+        _commit(lambda folder: student.save_pretrained(folder, state_dict=state), dataset, out_dir / "model", ranks)
+        return
+    trained = {name: whole(p) for name, p in student.named_parameters() if p.requires_grad}
+    adapter = out_dir / ("adapter" if lora.merge else "model")
+    _commit(lambda folder: save_adapter(student, trained, folder), dataset, adapter, ranks)
+    if lora.merge:
+        # From disk: what is merged is what was written, and on several ranks no rank holds the student whole.
+        _commit(lambda folder: open_adapter(adapter).save_pretrained(folder), dataset, out_dir / "model", ranks)
 
 
-def _save_model(student: PreTrainedModel, dataset: kdata.Dataset, folder: Path, ranks: Ranks) -> None:
-    """Write the student in Hugging Face format, with the tokenizer of the dataset."""
-    parts = {id(tensor): whole(tensor) for tensor in student.state_dict(keep_vars=True).values()}
-    state = {name: parts[id(tensor)] for name, tensor in student.state_dict(keep_vars=True).items()}
+def _commit(write: Callable[[Path], None], dataset: kdata.Dataset, folder: Path, ranks: Ranks) -> None:
+    """Write a folder on the main rank, with the dataset's tokenizer, and put it where it belongs when it is whole."""
     if ranks.is_main:
         with folder_beside(folder) as aside, folder_beside(folder) as former:
-            student.save_pretrained(aside, state_dict=state)
+            write(aside)
             if dataset.tokenizer_dir is not None:
                 copy_files(dataset.tokenizer_dir, aside)
             sync_tree(aside)

@@ -31,6 +31,7 @@ from kdata.store.dataset import Dataset
 from kdata.store.shard import check_header
 from kdata.store.url import Store, copy_of, is_url
 
+JSON = ("manifest.jsonl", "dataset.json")
 STAYS = {"data", "index", "rejects", "scores", "plans", "manifest.jsonl"}  # repaired in place, never moved whole
 
 
@@ -68,13 +69,16 @@ class _Aside:
             dataset = self.root.resolve()
             base = dataset.with_name(f"{dataset.name}.aside")
             numbers = [int(p.name) for p in base.glob("*") if p.name.isdigit()] if base.exists() else []
+            for number in numbers:
+                for name in JSON:  # half a copy that a killed repair left
+                    (base / str(number) / f"{name}.tmp").unlink(missing_ok=True)
             self.folder = base / str(max(numbers, default=0) + 1)
             self.folder.mkdir(parents=True)
         return self.folder
 
     def copy_json(self) -> None:
         """Copy manifest and dataset.json as they were."""
-        for name in ("manifest.jsonl", "dataset.json"):
+        for name in JSON:
             target = self._place() / name
             if (self.root / name).exists() and not target.exists():
                 write_atomically(target, (self.root / name).read_bytes())

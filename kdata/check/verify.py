@@ -82,7 +82,7 @@ def _is_written(dataset: Dataset) -> bool:
     if lock_of(dataset.path).holder() is not None:
         return True
     try:
-        return read_manifest(dataset.path) != dataset.manifest
+        return sorted(read_manifest(dataset.path), key=lambda entry: entry.name) != dataset.manifest
     except KdataError:
         return False
 

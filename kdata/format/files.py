@@ -213,6 +213,7 @@ def remove_abandoned(place: Path, pattern: str) -> None:
                 continue
             handle = _locked(_with_lock(folder)[1])
             if handle is not None:
+                _lock_path(folder).unlink(missing_ok=True)  # of whoever wrote in it
                 shutil.rmtree(folder, ignore_errors=True)
                 _free(handle, _with_lock(folder)[1])
 
@@ -276,6 +277,11 @@ def storage_error(number: int, place: object) -> StorageError:
     )
 
 
+def disk_errno(text: str) -> int | None:
+    """The errno of a disk that refused, from the text of a library that keeps no number; None where it was not the disk."""
+    return next((number for number in REMEDIES if os.strerror(number) in text), None)
+
+
 @contextmanager
 def rust_errors() -> Iterator[None]:
     """Raise what the disk refuses to a library in Rust (safetensors, tokenizers) as the OSError that it is.
@@ -332,7 +338,7 @@ def _locked(path: Path, *, wait: bool = False) -> int | None:
 
 def _is_held(path: Path) -> bool:
     """Whether a process has the lock of this file."""
-    with open(path, "rb", opener=_not_through_a_link) as file:
+    with open(path, "rb", opener=not_through_a_link) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -368,7 +374,7 @@ class FolderLock:
         self.root, self._wait = root, wait
         place = root.resolve()
         is_mounted = place.is_dir() and not os.access(place.parent, os.W_OK)
-        self.path = place / ".lock" if is_mounted else place.parent / f".{place.name}.lock"
+        self.path = place / ".lock" if is_mounted else _lock_path(place)
         self._handle: int | None = None
 
     def acquire(self) -> None:
@@ -408,7 +414,7 @@ class FolderLock:
             return None
 
     def _about_holder(self) -> str:
-        with suppress(FileNotFoundError), open(self.path, "rb", opener=_not_through_a_link) as file:
+        with suppress(FileNotFoundError), open(self.path, "rb", opener=not_through_a_link) as file:
             return _holder(file.read(4096))
         return ""
 
@@ -420,6 +426,10 @@ class FolderLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def lock_of(root: Path, *, wait: bool = False) -> FolderLock:
@@ -435,7 +445,8 @@ def _about_this_process() -> bytes:
     return json.dumps({"pid": os.getpid(), "host": platform.node(), "command": command[:200], "since": since}).encode()
 
 
-def _not_through_a_link(path: str, flags: int) -> int:
+def not_through_a_link(path: str, flags: int) -> int:
+    """An `opener` of `open` that refuses a link (ELOOP)."""
     return os.open(path, flags | os.O_NOFOLLOW)
 
 

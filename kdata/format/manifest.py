@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from kdata.config import first_problem
 from kdata.errors import CorruptError, DataError, FormatError, MissingError
-from kdata.format.files import inside, sync_directory, write_atomically
+from kdata.format.files import inside, not_through_a_link, sync_directory, write_atomically
 from kdata.format.json_text import parse_object, read_json
 from kdata.format.schema import (
     FORMAT_MAJOR,
@@ -43,6 +43,8 @@ def read_info(root: Path) -> DatasetInfo:
     path = root / "dataset.json"
     if not path.exists():
         raise MissingError(f"{root} is not a kdata dataset: it has no dataset.json")
+    if path.is_dir():
+        raise CorruptError(f"{path} is a folder; restore the file from a copy of the dataset")
     try:
         raw = read_json(path)
     except DataError as error:
@@ -134,6 +136,8 @@ def read_manifest(root: Path, *, heal: bool = False) -> list[ManifestEntry]:
     path = root / "manifest.jsonl"
     if not path.exists():
         return []
+    if path.is_dir():
+        raise CorruptError(f"{path} is a folder; restore the file from a copy of the dataset")
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if heal and len(whole) < len(content):
@@ -172,7 +176,7 @@ def append_entry(root: Path, entry: ManifestEntry) -> None:
     line = manifest_line(entry)
     path = root / "manifest.jsonl"
     fresh = not path.exists()
-    with path.open("ab") as file:
+    with open(path, "ab", opener=not_through_a_link) as file:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import psutil
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from kdata.format.files import journal_of, storage_errors
+from kdata.format.files import journal_of, not_through_a_link, storage_errors
 from kdata.observe.energy import Devices
 
 # The start of a process is computed from the system clock, so it moves when the clock is set. A process that gets the id of a
@@ -90,7 +90,7 @@ def append(path: Path, line: Line) -> None:
     """Add one line, in one write. Raises StorageError."""
     with storage_errors(path):
         torn = path.exists() and not _ends_with_newline(path)
-        with path.open("ab") as file:  # in one write: a line is far smaller than the buffer
+        with open(path, "ab", opener=not_through_a_link) as file:  # in one write: a line is far smaller than the buffer
             file.write((b"\n" if torn else b"") + line.model_dump_json().encode() + b"\n")
 
 

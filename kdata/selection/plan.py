@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
-from kdata.format.files import file_info, matches, without_hidden, write_atomically
+from kdata.format.files import file_info, lock_of, matches, storage_errors, without_hidden, write_atomically
 from kdata.format.manifest import digest_of, write_json
 from kdata.format.schema import Contract, Digest, FileInfo
 from kdata.store.dataset import Dataset
@@ -156,14 +156,20 @@ class Plan:
         return cls(table_path, unsaved, info.digest, info.table)
 
     def save(self, directory: Path) -> Path:
-        """Write NAME.parquet and NAME.json into `directory` (the JSON last); return the Parquet's path."""
-        directory.mkdir(parents=True, exist_ok=True)
-        check_new_name("plan", self.info.name, (p.stem for p in without_hidden(directory, "*.parquet")))
-        path, _ = plan_files(directory / self.info.name)
-        sink = pa.BufferOutputStream()
-        pq.write_table(self.table, sink, compression="zstd")
-        write_atomically(path, sink.getvalue().to_pybytes())
-        self.plan_digest = write_plan_info(path, self.info)
+        """Write NAME.parquet and NAME.json into `directory` (the JSON last); return the Parquet's path.
+
+        Raises:
+            StorageError: another process writes to the dataset, or the disk refuses.
+        """
+        in_dataset = directory.name == "plans" and (directory.parent / "dataset.json").exists()
+        with storage_errors(directory), lock_of(directory.parent if in_dataset else directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            check_new_name("plan", self.info.name, (p.stem for p in without_hidden(directory, "*.parquet")))
+            path, _ = plan_files(directory / self.info.name)
+            sink = pa.BufferOutputStream()
+            pq.write_table(self.table, sink, compression="zstd")
+            write_atomically(path, sink.getvalue().to_pybytes())
+            self.plan_digest = write_plan_info(path, self.info)
         return path
 
     def check(self, dataset: Dataset) -> None:

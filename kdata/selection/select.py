@@ -138,9 +138,13 @@ def _write(session: Session, base: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     remove_leftover(temporary)
-    session.execute(
-        "copy (select id, repeats from chosen where repeats > 0 order by value desc, id) "
-        f"to {literal(str(temporary.resolve()))} (format parquet, compression zstd)"
-    )
-    settle(temporary, path)
+    try:
+        session.execute(
+            "copy (select id, repeats from chosen where repeats > 0 order by value desc, id) "
+            f"to {literal(str(temporary.resolve()))} (format parquet, compression zstd)"
+        )
+        settle(temporary, path)
+    except BaseException:  # Ctrl-C too; it goes on
+        temporary.unlink(missing_ok=True)
+        raise
     return path

@@ -23,7 +23,7 @@ from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset
 from kdata.store.listed import SCORES
-from kdata.store.sql import Room, connect, files_view, name_damage, refuse_writing
+from kdata.store.sql import Room, connect, files_view, name_damage, refuse_disk, refuse_writing
 
 PIECE_ROWS = 2_000_000
 
@@ -177,7 +177,7 @@ def open_session(
 
 @contextmanager
 def query_errors(dataset: Dataset) -> Iterator[None]:
-    """Raise DuckDB's errors as kdata's."""
+    """Raise DuckDB's errors as kdata's: StorageError where memory or disk refused, CorruptError for damage, or QueryError."""
     try:
         yield
     except duckdb.OutOfMemoryException as error:
@@ -186,5 +186,6 @@ def query_errors(dataset: Dataset) -> Iterator[None]:
             "on its disk"
         ) from error
     except duckdb.Error as error:
+        refuse_disk(dataset, error)
         name_damage(dataset, error)
         raise QueryError(str(error).strip()) from error

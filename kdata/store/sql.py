@@ -21,7 +21,8 @@ from typing import Any, Literal, Protocol
 import duckdb
 import pyarrow as pa
 
-from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, QueryError
+from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, QueryError, StorageError
+from kdata.format.files import REMEDIES, disk_errno
 from kdata.format.schema import ManifestEntry, index_schema, rejects_schema
 from kdata.store.listed import PLANS, SCORES, Kind
 
@@ -334,6 +335,7 @@ def query(
             unions as JSON text, all other values as DuckDB writes them. json: each value as JSON text; SQL's null is null.
     Raises:
         QueryError: DuckDB refused it (with DuckDB's reason), it is not one query, or a column has a type that Arrow lacks.
+        StorageError: a disk refused.
         CorruptError, MissingError, MismatchError: see `connect`.
     """
     try:
@@ -343,10 +345,12 @@ def query(
                 relation = connection.sql(text, params=parameters)
                 return _arrow_table(relation) if values == "arrow" else _text_table(relation, values)
             except duckdb.Error as error:
+                refuse_disk(dataset, error)
                 name_damage(dataset, error, text)
                 later = "" if dataset.check == "first" else "\nNothing was compared with its digest (check='later')."
                 raise QueryError(f"{str(error).strip()}\nViews: {', '.join(views(dataset))}{later}") from error
     except duckdb.Error as error:
+        refuse_disk(dataset, error)
         name_damage(dataset, error, text)
         raise QueryError(f"{dataset.path}: DuckDB cannot read the files: {str(error).strip()}") from error
 
@@ -442,6 +446,16 @@ def strict_json(text: str) -> str:
     if "NaN" not in text and "Infinity" not in text:
         return text
     return re.sub(r'("(?:[^"\\]|\\.)*")|-?Infinity|NaN', lambda match: match[1] or f'"{match[0]}"', text)
+
+
+def refuse_disk(dataset: Queryable, error: duckdb.Error) -> None:
+    """Raise StorageError where DuckDB failed because a disk refused: full, broken, too many open files."""
+    number = disk_errno(str(error)) if isinstance(error, duckdb.IOException) else None
+    if number is not None:
+        reason = str(error).strip().splitlines()[0]
+        raise StorageError(
+            f"{dataset.path}: {reason}: {REMEDIES[number]}, then run the same command again. What was committed is intact."
+        ) from error
 
 
 def name_damage(dataset: Queryable, error: duckdb.Error, text: str = "") -> None:

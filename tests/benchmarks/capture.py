@@ -101,7 +101,7 @@ def bare(teacher: Any, sequences: list[np.ndarray]) -> float:
     started = time.perf_counter()
     for begin in range(0, len(sequences), 100):
         part = sequences[begin : begin + 100]
-        teacher._generate(part, [params] * len(part))
+        teacher._generate(part, [params] * len(part), ignore_tokens, written=False)
     return sum(map(len, sequences)) / (time.perf_counter() - started)
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdata.format.keep import KeepConfig
+from kdata.teachers.base import ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.model import load_tokenizer
 
@@ -65,7 +66,7 @@ def _ways(model: Path, prompts: list[np.ndarray], tokens: int) -> dict[str, floa
 
     def alone() -> int:
         params = [SamplingParams(max_tokens=tokens, temperature=1.0, seed=seed, detokenize=False) for seed in seeds]
-        return sum(len(o.outputs[0].token_ids) for o in teacher._generate(prompts, params))
+        return sum(len(o.outputs[0].token_ids) for o in teacher._generate(prompts, params, ignore_tokens, written=True))
 
     def kept(keep: KeepConfig, path: Literal["auto", "hidden"] = "auto") -> int:
         teacher._config = teacher._config.model_copy(update={"path": path})

@@ -208,8 +208,8 @@ VOLATILE = (
     "*/report.html",
     "*/run.json",
 )
-# What tells the time in files whose other content counts: keys of JSON, and lines of a card.
-TIMES = re.compile(rb'^ *"(seconds|waited|train_seconds|wait_share)": .*$|^\|.*CPU cores.*$', re.MULTILINE)
+# What tells the time in files whose other content counts: keys of JSON (their digest too), and lines of a card.
+TIMES = re.compile(rb'^ *"(seconds|waited|train_seconds|wait_share|digest)": .*$|^\|.*CPU cores.*$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -392,15 +392,28 @@ def state(folder: Path) -> dict[str, str]:
     """Every file and empty folder below a folder, by relative path: SHA-256, or "" where the bytes do not count."""
     result = {}
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+        # A repair that goes on sets aside into a second folder; both together count, and the first state of a file.
+        name = re.sub(r"(\.aside/)\d+(?=/)", r"\1N", path.relative_to(folder).as_posix())
+        if name in result or _is_probe(path):
+            continue
         if path.is_symlink():
             result[name] = f"link to {os.readlink(path)}"
         elif path.is_file():
             volatile = any(fnmatch.fnmatch(name, pattern) for pattern in VOLATILE)
             result[name] = "" if volatile else hashlib.sha256(_without_times(path)).hexdigest()
-        elif not any(path.iterdir()):
+        elif all(map(_is_probe, path.iterdir())):
             result[name] = "empty folder"
     return result
+
+
+def _is_probe(path: Path) -> bool:
+    """Whether it is what Python's tempfile writes to see whether a folder can be written, and removes at once."""
+    return (
+        path.parent.name == "tmp"
+        and bool(re.fullmatch("[a-z0-9_]{8}", path.name))
+        and path.is_file()
+        and path.read_bytes() in (b"", b"blat")
+    )
 
 
 def _without_times(path: Path) -> bytes:

@@ -277,13 +277,16 @@ def _folder_instead(rng: random.Random, root: Path, name: str, campaign: Damage)
 
 
 def _line(rng: random.Random, root: Path, name: str, campaign: Damage) -> str | None:
-    """Lines of a text file in another order, one of them missing, or one of them a second time."""
+    """Lines of a text file in another order, one of them missing, or one of them a second time.
+
+    Lines of the manifest may stand in any order.
+    """
     lines = (root / name).read_bytes().splitlines(keepends=True)
     if len(lines) < 2 or Path(name).suffix not in (".json", ".jsonl"):
         return None
     changed = list(lines)
     one, two = rng.sample(range(len(lines)), 2)
-    how = rng.choice(("swapped", "missing", "repeated"))
+    how = rng.choice(("missing", "repeated") if name == "manifest.jsonl" else ("swapped", "missing", "repeated"))
     if how == "swapped":
         changed[one], changed[two] = changed[two], changed[one]
     elif how == "missing":

@@ -392,9 +392,10 @@ def read_checkpoint(folder: Path) -> None:
     from kdata.trainer.checkpoint import load_checkpoint
     from kdata.trainer.distributed import Ranks
     from kdata.trainer.metrics import forget_after
+    from kdata.trainer.optimizers import Optimizer
 
     model = torch.nn.Linear(4, 3)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = Optimizer(torch.optim.AdamW(model.parameters()))
     load_checkpoint(folder / "checkpoints", model, optimizer, SETTINGS, Ranks(torch.device("cpu")))
     forget_after(folder / "metrics.jsonl", 2)
 
@@ -589,9 +590,10 @@ def _checkpoint(folder: Path) -> None:
 
     from kdata.trainer.checkpoint import CheckpointState, Progress, save_checkpoint
     from kdata.trainer.distributed import Ranks
+    from kdata.trainer.optimizers import Optimizer
 
     model = torch.nn.Linear(4, 3)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = Optimizer(torch.optim.AdamW(model.parameters()))
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     folder.mkdir()

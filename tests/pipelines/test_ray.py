@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 import kdata
+from kdata.check.repair import repair
 from kdata.check.verify import verify
 from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, MismatchError, StorageError, TeacherError
@@ -629,3 +630,30 @@ def test_an_actor_and_then_a_node_are_killed(
     assert digests(tmp_path / "d") == expected
     assert (notes / "died").exists() and len(processes(notes)) >= 3
     assert verify(kdata.open(tmp_path / "d"), deep=True) == []
+
+
+@pytest.mark.slow
+def test_two_nodes_fill_what_a_repair_at_a_url_set_aside(
+    tmp_path: Path,
+    two: Any,
+    corpus: Path,
+    tokenizer_dir: Path,
+    expected: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shards are lost and damaged at the URL; the machine that repairs and those that capture share nothing else."""
+    url, behind = f"{Bucket.protocol}://{tmp_path}/bucket/d", tmp_path / "bucket" / "d"
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "first"))
+    make(url, corpus, LocalEngine(StandInTeacher(), load_tokenizer(tokenizer_dir)))
+    shards = sorted((behind / "data").glob("capture-*.arrow"))
+    for path in shards[::3]:
+        path.unlink()
+    shards[1].write_bytes(shards[1].read_bytes()[:-1])
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "second"))
+    done = repair(url)
+    assert len(done.units["capture"]) == len(shards[::3]) + 1 and done.remaining == []
+    assert verify(kdata.open(url), deep=True) == []
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "third"))
+    with engine_on(two, tokenizer_dir, tmp_path / "notes") as engine:
+        make(url, corpus, engine)
+    assert digests(behind) == expected

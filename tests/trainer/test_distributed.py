@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 import kdata
 from kdata.errors import ConfigError
-from kdata.trainer.config import TrainConfig, TrainResult
+from kdata.trainer.config import ScratchStudent, TrainConfig, TrainResult
+from kdata.trainer.student import build_student
 from kdata.trainer.train import train
 from tests.trainer import rank
-from tests.trainer.datasets import make_dataset
+from tests.trainer.datasets import make_dataset, save_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -188,3 +189,45 @@ def test_a_batch_that_ranks_cannot_share_is_refused(
     with pytest.raises(ConfigError, match=r"micro_batch_tokens=128 times 3 ranks.*each must be a multiple of the next"):
         micro_rows(TrainConfig(**{**BASE, "micro_batch_tokens": 128}), 3)
     assert micro_rows(TrainConfig(**BASE), 2) == 2 and micro_rows(TrainConfig(**BASE), 1) == 4
+
+
+OTHERS: dict[str, dict] = {
+    "adapter-ddp": {"lora": True},
+    "adapter-fsdp": {"lora": True, "parallel": "fsdp"},
+    "muon-ddp": {"optimizer": "muon"},
+    "adamw_8bit-ddp": {"optimizer": "adamw_8bit"},
+    "compiled-ddp": {"compile": True},
+    "compiled-fsdp": {"compile": True, "parallel": "fsdp"},
+}
+
+
+def test_adapters_optimizers_and_compiled_students_on_two_ranks(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    """The losses of one rank, and the same adapter, whole; a run moves to one rank and back."""
+    base = tmp_path / "base"
+    build_student(ScratchStudent(**SMALL), dataset, 0).save_pretrained(base)
+    save_tokenizer(base)
+    lora = {"kind": "checkpoint", "model": str(base), "lora": {"rank": 4, "merge": True}}
+
+    def job(name: str, out: Path, *, lone: bool) -> dict:
+        own = dict(OTHERS[name])
+        student = {"student": lora} if own.pop("lora", False) else {}
+        parallel = "ddp" if lone else own.pop("parallel", "ddp")
+        config = {**BASE, "steps": 8, "checkpoint_every_steps": 3, **student, **own, "parallel": parallel}
+        return {"config": config, "dataset": str(dataset.path), "out": str(out / name)}
+
+    moved = [job(name, tmp_path / "moved", lone=False) for name in OTHERS]
+    for name in OTHERS:
+        rank.run(job(name, tmp_path / "one", lone=True))
+        rank.run({**job(name, tmp_path / "moved", lone=True), "die_at": 5})
+    run_ranks([job(name, tmp_path / "two", lone=False) for name in OTHERS] + moved, tmp_path)
+    for name in OTHERS:
+        want = [line["loss"] for line in lines(tmp_path / "one" / name)]
+        for runs in ("two", "moved"):
+            losses = [line["loss"] for line in lines(tmp_path / runs / name)]
+            assert losses == pytest.approx(want, rel=2e-3 if name == "adamw_8bit-ddp" else 1e-4), (runs, name)
+        if "adapter" in name:
+            for file in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+                got, expected = (load_file(tmp_path / runs / name / file) for runs in ("two", "one"))
+                assert {n: t.shape for n, t in got.items()} == {n: t.shape for n, t in expected.items()}
+                for tensor, value in got.items():
+                    torch.testing.assert_close(value, expected[tensor], rtol=1e-2, atol=1e-3)

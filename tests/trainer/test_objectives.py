@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdata.errors import ConfigError, ShapeError
-from kdata.trainer.fused import Loss, _exact_only, _Student, distillation_loss, measure
+from kdata.trainer.fused import Loss, _chunk_positions, _exact_only, _Student, distillation_loss, measure
 from kdata.trainer.objective_config import OBJECTIVE_NAMES, ObjectiveConfig, resolve_tail
 from kdata.trainer.objectives import OBJECTIVES, Targets
 from kdata.trainer.schedule import Ramp
@@ -405,3 +405,9 @@ def test_the_default_tail_is_what_the_dataset_holds() -> None:
     assert resolve_tail(ObjectiveConfig(weights={"jsd": 1.0}, jsd_beta=0.0), "draws") == "draws"
     assert resolve_tail(ObjectiveConfig(), "ghost") == "ghost"
     assert resolve_tail(ObjectiveConfig(tail="renormalise"), "ghost") == "renormalise"
+
+
+def test_chunks_are_of_the_size_that_the_device_needs() -> None:
+    sizes = {place: _chunk_positions(128_256, torch.bfloat16, torch.device(place)) for place in ("cpu", "cuda")}
+    assert sizes == {"cpu": 128, "cuda": 1024}
+    assert _chunk_positions(8192, torch.float32, torch.device("cpu")) == 256

@@ -179,6 +179,16 @@ def test_verify_beside_a_writer_reports_what_is_committed_and_no_more(
     assert {shard, "data/capture-00009.arrow", "manifest.jsonl"} <= set(paths)
 
 
+def test_verify_sees_all_whatever_the_order_of_sources_in_the_manifest(inputs: Path, tmp_path: Path) -> None:
+    """A second source may have a name that comes first; nobody writes, so files that nothing names are problems."""
+    root = Path(shutil.copytree(inputs / "d", tmp_path / "d"))
+    lines = (root / "manifest.jsonl").read_bytes().splitlines(keepends=True)
+    (root / "manifest.jsonl").write_bytes(b"".join(reversed(lines)))
+    assert len(lines) > 1 and verify(kdata.open(root)) == []
+    (root / "data/x.arrow").write_text("stray")
+    assert [problem.path for problem in verify(kdata.open(root))] == ["data/x.arrow"]
+
+
 def test_a_source_that_changes_while_it_is_pushed_is_not_published(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

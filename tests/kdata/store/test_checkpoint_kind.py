@@ -120,15 +120,18 @@ KINDS: list[tuple[Callable[[Path], None], type[Exception], str]] = [
 def test_what_it_is_and_what_to_do(
     model: Path, captured: Path, change: Callable[[Path], None], error: type[Exception], message: str
 ) -> None:
-    """The same for a teacher of either backend, a student and an evaluation."""
+    """The same for a teacher of either backend, a student and an evaluation; the last two open adapters."""
     change(model)
     dataset = kdata.open(captured)
-    for call in (
+    teachers = (
         lambda: load_teacher(TeacherConfig(model=str(model)), max_k=8),
         lambda: load_teacher(TeacherConfig(model=str(model), backend="transformers"), max_k=8),
+    )
+    students = (
         lambda: build_student(CheckpointStudent(model=str(model)), dataset, 0),
         lambda: evaluate(model, captured),
-    ):
+    )
+    for call in teachers if change in (adapter, adapter_with_config) else (*teachers, *students):
         with pytest.raises(error, match=message) as caught:
             call()
         assert "\n" not in str(caught.value) and str(caught.value).startswith(str(model))
