@@ -46,7 +46,7 @@ class DistillMixin:
         collator = kwargs.get("data_collator")
         if not isinstance(collator, Collator | None):
             raise ConfigError(
-                f"data_collator is {type(collator).__name__}, which drops the teacher's targets; leave it out, or give a "
+                f"data_collator is {type(collator).__name__}, which drops the teacher's targets; leave it out, or give "
                 "a kdata.trainer.parts.Collator"
             )
         super().__init__(*args, **{**kwargs, **self._stand_ins(kwargs)})
