@@ -44,7 +44,10 @@ def test_exactness_a_loss_and_a_step(tmp_path: Path) -> None:
     assert len(losses) == 3 and losses[-1] < losses[0]
     if not torch.cuda.is_available():
         liger = parts["loss-liger-kl"]
-        assert liger["status"] == "skipped" and liger["reason"] in ("its kernels need a GPU", "liger_kernel is not installed")
+        assert liger["status"] == "skipped" and liger["reason"] in (
+            "its kernels need a GPU",
+            "liger_kernel is not installed",
+        )
 
 
 def test_a_part_that_takes_too_long_or_fails_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
