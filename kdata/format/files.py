@@ -66,15 +66,22 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises StorageError.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with storage_errors(path):
-        try:
-            with new_file(temporary) as file:
-                file.write(content)
-            settle(temporary, path)
-        except BaseException:  # Ctrl-C too; it goes on
+    with storage_errors(path), removed_on_failure(temporary):
+        with new_file(temporary) as file:
+            file.write(content)
+        settle(temporary, path)
+
+
+@contextmanager
+def removed_on_failure(*paths: Path) -> Iterator[None]:
+    """Remove these files where the block fails or is interrupted; the error goes on."""
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        for path in paths:
             with suppress(OSError):  # the first error is the one to report
-                temporary.unlink(missing_ok=True)
-            raise
+                path.unlink(missing_ok=True)
+        raise
 
 
 def new_file(path: Path) -> BinaryIO:

@@ -24,7 +24,7 @@ from pydantic import BeforeValidator, Field
 
 from kdata.config import parse_config
 from kdata.errors import ConfigError, DataError, nearest
-from kdata.format.files import remove_leftover, settle, without_hidden
+from kdata.format.files import remove_leftover, removed_on_failure, settle, without_hidden
 from kdata.selection.ddk import Ddk
 from kdata.selection.mixtures import Cap, Proportional, Static, Temperature, Uniform
 from kdata.selection.plan import DomainChoice, Plan, open_plan, plan_files, plan_info, write_plan_info
@@ -138,13 +138,10 @@ def _write(session: Session, base: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     remove_leftover(temporary)
-    try:
+    with removed_on_failure(temporary):
         session.execute(
             "copy (select id, repeats from chosen where repeats > 0 order by value desc, id) "
             f"to {literal(str(temporary.resolve()))} (format parquet, compression zstd)"
         )
         settle(temporary, path)
-    except BaseException:  # Ctrl-C too; it goes on
-        temporary.unlink(missing_ok=True)
-        raise
     return path

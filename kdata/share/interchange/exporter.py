@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdata.errors import ConfigError, DataError
-from kdata.format.files import local_path, lock_of, new_file, settle, storage_errors
+from kdata.format.files import local_path, lock_of, new_file, removed_on_failure, settle, storage_errors
 from kdata.observe.progress import Task
 from kdata.share.interchange import axolotl, plain
 from kdata.store.dataset import Dataset
@@ -38,17 +38,13 @@ def export_dataset(dataset: Dataset, target: Path | str, format: ExportFormat, *
     with storage_errors(target), lock_of(target), Task("export", dataset.num_tokens, "tokens") as task:
         if target.exists():
             raise ConfigError(f"{target} exists; name a new file")
-        try:
+        with removed_on_failure(temporary, target):
             with new_file(temporary) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
                 for number, entry in enumerate(dataset.manifest):
                     if entry.rows:
                         writer.write_table(_table(dataset, number, format, version))
                     task.advance(entry.tokens)
             settle(temporary, target)
-        except BaseException:  # Ctrl-C too; it goes on
-            for path in (temporary, target):
-                path.unlink(missing_ok=True)
-            raise
     return losses(dataset, format)
 
 
