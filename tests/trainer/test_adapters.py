@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import kdata
-import kdata.trainer.train as module
 from kdata.config import parse_config
 from kdata.errors import ConfigError, CorruptError, DependencyError, MismatchError, MissingError
 from kdata.trainer.adapters import frozen_digest, is_adapter, open_adapter
@@ -26,6 +25,7 @@ from kdata.trainer.evaluate import evaluate
 from kdata.trainer.student import build_student, hidden_states, num_parameters
 from kdata.trainer.train import train
 from tests.trainer.datasets import make_dataset, save_tokenizer
+from tests.trainer.stopping import stop_before
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(60)]
 LORA = {"rank": 4, "alpha": 8.0}
@@ -59,19 +59,6 @@ def whole(dataset: kdata.Dataset, base: Path, tmp_path_factory: pytest.TempPathF
     out = tmp_path_factory.mktemp("whole") / "run"
     train(config(base, {"dropout": 0.1}), dataset.path, None, out)
     return out
-
-
-def stop_before(step: int, settings: TrainConfig, dataset: kdata.Dataset, out: Path) -> None:
-    real = module._gradients
-
-    def stopping(*arguments: Any) -> object:
-        if arguments[-1] == step:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_gradients", stopping)
-        train(settings, dataset.path, None, out)
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kdata
-import kdata.trainer.train as module
 from kdata.errors import CorruptError, MismatchError, StorageError
 from kdata.format.files import file_info, lock_of
 from kdata.format.manifest import digest_of, json_bytes
@@ -29,6 +28,7 @@ from kdata.trainer.domain_weights import DDKMixture
 from kdata.trainer.train import train
 from tests.faults import FULL, Fault, Server
 from tests.trainer.datasets import make_dataset
+from tests.trainer.stopping import stop_before
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(60)]
 
@@ -67,20 +67,6 @@ def stopped(stopped_once: Path, tmp_path: Path) -> Path:
 def whole(dataset: kdata.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     train(config(), dataset.path, None, out)
-    return out
-
-
-def stop_before(step: int, settings: TrainConfig, dataset: kdata.Dataset, out: Path) -> Path:
-    real = module._gradients
-
-    def stopping(*arguments: Any) -> object:
-        if arguments[-1] == step:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_gradients", stopping)
-        train(settings, dataset.path, None, out)
     return out
 
 

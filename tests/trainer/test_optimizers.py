@@ -21,7 +21,6 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import kdata
 import kdata.trainer.acceleration as acceleration
 import kdata.trainer.student as student_module
-import kdata.trainer.train as module
 from kdata.errors import ConfigError, CorruptError, DependencyError, MismatchError
 from kdata.format.files import file_info
 from kdata.format.manifest import digest_of, json_bytes
@@ -33,6 +32,7 @@ from kdata.trainer.optimizers import make_optimizer
 from kdata.trainer.student import attend_by_documents, build_student, hidden_states
 from kdata.trainer.train import train
 from tests.trainer.datasets import make_dataset
+from tests.trainer.stopping import stop_before
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(60)]
 CPU = Ranks(torch.device("cpu"))
@@ -56,19 +56,6 @@ def config(**changes: object) -> TrainConfig:
 def losses(out: Path) -> list[tuple[float, float]]:
     read = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [(line["loss"], line["grad_norm"]) for line in read]
-
-
-def stop_before(step: int, settings: TrainConfig, dataset: kdata.Dataset, out: Path) -> None:
-    real = module._gradients
-
-    def stopping(*arguments: Any) -> object:
-        if arguments[-1] == step:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_gradients", stopping)
-        train(settings, dataset.path, None, out)
 
 
 def one_step(
