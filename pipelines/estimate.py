@@ -2,7 +2,8 @@
 
 Tokens are counted in the corpus (exactly up to SAMPLE documents, otherwise by their share of the characters). Everything else
 is measured: the real command does a few thousand tokens of the same corpus in a process of its own, and students take three
-steps on what it wrote. Time to load is counted once. What scoring and evaluation take is not in it.
+steps on what it wrote. The reference scores what the probe wrote, and the first student is evaluated on it. Time to load is
+counted once. Selection and the report, which take seconds, are not in it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kdata.format.records import Reject
 from kdata.jobs.job import run_job
 from kdata.jobs.longest import characters
 from kdata.jobs.reading import CaptureConfig, CaptureJob
+from kdata.jobs.scoring import ScoreConfig, score
 from kdata.jobs.writing import GenerateConfig, GenerateJob
 from kdata.pipelines.engine import LocalConfig, open_engine
 from kdata.pipelines.ray.workers import RayConfig
@@ -203,6 +205,36 @@ def estimate_student(name: str, config: TrainConfig, dataset: Path, folder: Path
     return Stage(name, tokens, disk, memory, seconds, max(took["seconds"] - last["seconds"], 0.0))
 
 
+def estimate_score(model: TeacherConfig, tokens: int, dataset: Path, folder: Path) -> Stage:
+    """Estimate what the reference takes for `tokens` tokens by scoring `dataset`. Raises as `score` does."""
+    folder.mkdir()
+    spec = {"kind": "score", "teacher": model.model_dump(), "root": str(dataset), "warm": str(dataset.with_name("warm"))}
+    took, memory = _in_process(spec, folder)
+    factor = tokens / open_dataset(dataset).num_tokens
+    disk = sum(path.stat().st_size for path in (dataset / "scores").rglob("*") if path.is_file())
+    return Stage("score", tokens, round(disk * factor), memory, took["seconds"] * factor, took["load_seconds"])
+
+
+def estimate_evaluation(
+    model: Path, heldout: Stage, num_prompts: int, sample_tokens: int, dataset: Path, folder: Path
+) -> Stage:
+    """Estimate what one student's evaluation takes by evaluating it on `dataset`. Raises as `evaluate` does.
+
+    Args:
+        model: a student of the same network, whatever it has learned.
+        num_prompts: texts that a student continues by `sample_tokens` tokens each.
+    """
+    folder.mkdir()
+    spec = {
+        "kind": "evaluate", "model": str(model), "root": str(dataset), "warm": str(dataset.with_name("warm")),
+        "sample_tokens": sample_tokens if num_prompts else 0,
+    }  # fmt: skip
+    took, memory = _in_process(spec, folder)
+    factor = heldout.tokens / open_dataset(dataset).num_tokens
+    seconds = took["seconds"] * factor + took["sample_seconds"] * num_prompts
+    return Stage("evaluate", heldout.tokens, round(took["bytes"]), memory, seconds, took["load_seconds"])
+
+
 def _write(documents: list[Document], config: CorpusConfig, path: Path) -> dict[str, Any]:
     """Write documents as a corpus of their own; its settings."""
     with path.open("w", encoding="utf-8") as file:
@@ -259,7 +291,11 @@ def _probe(spec: dict[str, Any]) -> dict[str, float]:
 
         train(parse_config(TrainConfig, spec["config"], "train settings"), spec["dataset"], None, Path(spec["root"]))
         return {"seconds": time.perf_counter() - begun, "load_seconds": 0.0}
+    if spec["kind"] == "evaluate":
+        return _probe_evaluation(spec)
     teacher = parse_config(TeacherConfig, spec["teacher"], "teacher settings")
+    if spec["kind"] == "score":
+        return _beyond_warm(spec, lambda root: score(open_dataset(root), ScoreConfig(model=teacher, name="probe")))
     writes = spec["kind"] == "generate"
 
     def run(part: str, root: Path) -> Dataset:
@@ -276,6 +312,40 @@ def _probe(spec: dict[str, Any]) -> dict[str, float]:
         run("probe", Path(spec["root"]))
         done = time.perf_counter()
     return {"seconds": done - ready, "load_seconds": ready - begun}
+
+
+def _beyond_warm(spec: dict[str, Any], work: Callable[[Path], object]) -> dict[str, float]:
+    """Do work that loads a model on a few rows, then on the probe's: the difference grows with the rows, the rest is loading."""
+    begun = time.perf_counter()
+    work(Path(spec["warm"]))
+    ready = time.perf_counter()
+    work(Path(spec["root"]))
+    seconds = time.perf_counter() - ready
+    few, many = (open_dataset(spec[part]).num_tokens for part in ("warm", "root"))
+    rate = max(seconds - (ready - begun), 0.0) / max(many - few, 1) if many > few else 0.0
+    return {"seconds": rate * many, "load_seconds": ready - begun - rate * few}
+
+
+def _probe_evaluation(spec: dict[str, Any]) -> dict[str, float]:
+    """Evaluate a student without and with one text to write."""
+    from kdata.trainer.evaluate import EvaluateConfig, evaluate
+
+    model, size = Path(spec["model"]), 0
+
+    def measure(root: Path) -> None:
+        nonlocal size
+        size = len(json.dumps(evaluate(model, root)))
+
+    took = _beyond_warm(spec, measure)
+    sample_seconds = 0.0
+    if spec["sample_tokens"]:
+        config = EvaluateConfig(sample_tokens=spec["sample_tokens"])
+        begun = time.perf_counter()
+        evaluate(model, spec["warm"])
+        ready = time.perf_counter()
+        evaluate(model, spec["warm"], prompts=[{"domain": "", "prompt": "The first line of"}], config=config)
+        sample_seconds = max(time.perf_counter() - ready - (ready - begun), 0.0)
+    return {**took, "sample_seconds": sample_seconds, "bytes": size}
 
 
 def as_json_object(stages: list[Stage], memory: Memory, price_per_hour: float | None) -> dict[str, Any]:
@@ -334,7 +404,7 @@ def estimate_capture(
 
 
 def estimate_recipe(recipe: Any, probe_tokens: int) -> tuple[list[Stage], Memory]:
-    """Estimate the stages of a recipe that take long: generate, capture, heldout, and each student.
+    """Estimate the stages of a recipe that take long: generate, capture, heldout, score, each student, evaluate.
 
     Raises ConfigError where the recipe names a cluster.
     """
@@ -355,11 +425,34 @@ def estimate_recipe(recipe: Any, probe_tokens: int) -> tuple[list[Stage], Memory
                 # A run loads the teacher once.
                 stages.append(replace(stage, load_seconds=0.0) if stages else stage)
         stages.append(_like(stages[-1], "heldout", heldout, teacher))
-        if dataset is not None:
-            for student, settings in recipe.students.items():
-                config = run.train_config(settings)
-                stages.append(estimate_student(f"train {student}", config, dataset, folder / f"train-{student}"))
+        if dataset is None:
+            return stages, memory
+        read = stages[-1]
+        if run.uses_score:
+            tokens = sum(stage.tokens for stage in stages if stage.name in jobs)
+            stages.append(estimate_score(run.reference_config, tokens, dataset, folder / "score"))
+        for student, settings in recipe.students.items():
+            config = run.train_config(settings)
+            stages.append(estimate_student(f"train {student}", config, dataset, folder / f"train-{student}"))
+        model = folder / f"train-{next(iter(recipe.students))}" / "out" / "model"
+        stage, number = recipe.evaluate, len(recipe.students)
+        prompts = _num_prompts(heldout, stage.samples)
+        one = estimate_evaluation(model, read, prompts, stage.sample_tokens, dataset, folder / "evaluate")
+        assert one.seconds is not None and one.disk_bytes is not None  # it was measured
+        stages.append(replace(
+            one, tokens=one.tokens * number, disk_bytes=one.disk_bytes * number, seconds=one.seconds * number,
+            load_seconds=one.load_seconds * number,
+        ))  # fmt: skip
         return stages, memory
+
+
+def _num_prompts(heldout: CaptureJob, samples: int) -> int:
+    """Texts that each student continues: as many of every domain, long ones only (`heldout_prompts` chooses them)."""
+    per_domain: dict[str, int] = {}
+    for document in corpus_of(heldout).documents():
+        if not isinstance(document, Reject) and characters(document) > 160:
+            per_domain[document.domain] = per_domain.get(document.domain, 0) + 1
+    return sum(min(number, samples) for number in per_domain.values())
 
 
 def _like(stage: Stage, name: str, job: CaptureJob, teacher: TeacherConfig) -> Stage:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 import shutil
@@ -30,6 +31,8 @@ from filelock import FileLock
 from kdata.errors import ConfigError, CorruptError, DependencyError, KdataError, MissingError
 from kdata.format.files import committed_folder, file_info, rust_errors, storage_errors, temporary_folder
 from kdata.store.url import cache_dir
+
+logger = logging.getLogger(__name__)
 
 MAX_ENTRIES = 1 << 20  # of metadata and of tensors: a count beyond it is damage
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by GGUF type
@@ -105,6 +108,7 @@ def model_folder(model: str | Path) -> str:
                 if not folder.is_dir():
                     for leftover in place.glob(".transformers-*"):  # of a process that was killed
                         shutil.rmtree(leftover, ignore_errors=True)
+                    logger.warning("%s is converted once, into %s; that takes a minute or more", path, place)
                     with rust_errors(), committed_folder(folder) as temporary:
                         _convert(path, header, temporary)
     return str(folder)

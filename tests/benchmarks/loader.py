@@ -48,7 +48,7 @@ Document = tuple[int, np.ndarray, np.ndarray]  # row, entry ids int32 [M, K], lo
 # ---------------------------------------------------------------------------------------------------------- the data
 
 
-@numba.njit(cache=True)
+@numba.njit  # no cache on disk: it would name this file as the program or as a module, whichever came first
 def _distinct(table, seed, rows, width, vocab):
     """`width` different ids of the law that `table` samples, for each row."""
     np.random.seed(seed)

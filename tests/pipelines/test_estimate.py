@@ -83,15 +83,19 @@ def test_a_generation_and_a_student_take_what_was_said(
         "generate": {"prompts": {**source, "text_column": "text"}, "sampling": {"max_tokens": 8}},
         "corpus": source,
         "heldout": {**source, "limit": 10},
-        "select": {"method": "random"},
-        "students": {"plain": {"label": "plain", "objective": {"weights": {"cross_entropy": 1.0}}}},
+        "reference": {"model": str(llama_dir)},
+        "select": {"method": "difference"},
+        "students": {
+            "plain": {"label": "plain", "objective": {"weights": {"cross_entropy": 1.0}}},
+            "chosen": {"label": "chosen", "plan": True, "objective": {"weights": {"forward_kl": 1.0}}},
+        },
         "train": {"steps": 6, "warmup_steps": 1, "batch_tokens": 512, "context_tokens": 128},
         "capture": {"max_tokens": 100},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     answer = said(capsys, str(tmp_path / "recipe.yaml"), "--probe-tokens", "1000")
     stages = {stage["name"]: stage for stage in answer["stages"]}
-    assert list(stages) == ["generate", "capture", "heldout", "train plain"]
+    assert list(stages) == ["generate", "capture", "heldout", "score", "train plain", "train chosen", "evaluate"]
     memory = peak("run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"))
     run = tmp_path / "run"
     index = kdata.open(run / "dataset").sql("select source, sum(num_tokens) as n from rows group by 1").to_pylist()
@@ -101,6 +105,11 @@ def test_a_generation_and_a_student_take_what_was_said(
     assert stages["heldout"]["tokens"] == kdata.open(run / "heldout").num_tokens
     trained = json.loads((run / "students/plain/train.json").read_text())
     assert stages["train plain"]["tokens"] == pytest.approx(trained["tokens"], rel=0.2)
+    assert stages["score"]["tokens"] == pytest.approx(float(sum(tokens.values())), rel=0.2)
+    assert stages["score"]["disk_bytes"] == pytest.approx(bytes_of(run / "dataset/scores"), rel=0.2)
+    assert stages["evaluate"]["tokens"] == 2 * stages["heldout"]["tokens"]
+    assert stages["evaluate"]["disk_bytes"] == pytest.approx((run / "results.json").stat().st_size, rel=0.5)
+    assert all(stages[name]["seconds"] > 0 and stages[name]["memory_bytes"] for name in ("score", "evaluate"))
     disk = stages["train plain"]["disk_bytes"]
     assert disk == pytest.approx(bytes_of(run / "students/plain"), rel=0.2)
     assert answer["total"]["memory_bytes"] == pytest.approx(memory, rel=0.2)
