@@ -3,8 +3,8 @@
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.trainer.everywhere JOBS.json
 
 A job is {"trainer", "dataset", "out"} and perhaps "layout", "accumulate", "lora", "fsdp", "zero3", "epochs" (to the end of
-the data instead of STEPS). It writes losses.json and model.safetensors into OUT. Data, seed, student, optimizer and schedule are
-those of CONFIG.
+the data instead of STEPS). It writes losses.json and model.safetensors into OUT. Data, seed, student, optimizer and
+schedule are those of CONFIG.
 """
 
 from __future__ import annotations
