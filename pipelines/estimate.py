@@ -215,9 +215,12 @@ def estimate_score(model: TeacherConfig, tokens: int, dataset: Path, folder: Pat
         "warm": str(dataset.with_name("warm")),
     }
     took, memory = _in_process(spec, folder)
-    factor = tokens / open_dataset(dataset).num_tokens
-    disk = sum(path.stat().st_size for path in (dataset / "scores").rglob("*") if path.is_file())
-    return Stage("score", tokens, round(disk * factor), memory, took["seconds"] * factor, took["load_seconds"])
+    parts = [open_dataset(root) for root in (dataset.with_name("warm"), dataset)]
+    few, many = (sum(p.stat().st_size for p in (part.path / "scores").rglob("*") if p.is_file()) for part in parts)
+    # A part of a score has a footer; only what is beyond it grows.
+    of_token = max(many - few, 0) / max(parts[1].num_tokens - parts[0].num_tokens, 1)
+    factor, disk = tokens / parts[1].num_tokens, many + of_token * (tokens - parts[1].num_tokens)
+    return Stage("score", tokens, round(disk), memory, took["seconds"] * factor, took["load_seconds"])
 
 
 def estimate_evaluation(

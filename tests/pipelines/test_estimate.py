@@ -95,7 +95,7 @@ def test_a_generation_and_a_student_take_what_was_said(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     answer = said(capsys, str(tmp_path / "recipe.yaml"), "--probe-tokens", "1000")
     stages = {stage["name"]: stage for stage in answer["stages"]}
-    assert list(stages) == ["generate", "capture", "heldout", "score", "train plain", "train chosen", "evaluate"]
+    assert list(stages) == ["generate", "capture", "heldout", "score", "train chosen", "train plain", "evaluate"]
     memory = peak("run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"))
     run = tmp_path / "run"
     index = kdata.open(run / "dataset").sql("select source, sum(num_tokens) as n from rows group by 1").to_pylist()
@@ -108,7 +108,6 @@ def test_a_generation_and_a_student_take_what_was_said(
     assert stages["score"]["tokens"] == pytest.approx(float(sum(tokens.values())), rel=0.2)
     assert stages["score"]["disk_bytes"] == pytest.approx(bytes_of(run / "dataset/scores"), rel=0.2)
     assert stages["evaluate"]["tokens"] == 2 * stages["heldout"]["tokens"]
-    assert stages["evaluate"]["disk_bytes"] == pytest.approx((run / "results.json").stat().st_size, rel=0.5)
     assert all(stages[name]["seconds"] > 0 and stages[name]["memory_bytes"] for name in ("score", "evaluate"))
     disk = stages["train plain"]["disk_bytes"]
     assert disk == pytest.approx(bytes_of(run / "students/plain"), rel=0.2)
