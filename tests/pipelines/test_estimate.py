@@ -108,7 +108,7 @@ def test_a_generation_and_a_student_take_what_was_said(
     assert stages["score"]["tokens"] == pytest.approx(float(sum(tokens.values())), rel=0.2)
     assert stages["score"]["disk_bytes"] == pytest.approx(bytes_of(run / "dataset/scores"), rel=0.2)
     assert stages["evaluate"]["tokens"] == 2 * stages["heldout"]["tokens"]
-    assert all(stages[name]["seconds"] > 0 and stages[name]["memory_bytes"] for name in ("score", "evaluate"))
+    assert all(stages[name]["load_seconds"] > 0 and stages[name]["memory_bytes"] for name in ("score", "evaluate"))
     disk = stages["train plain"]["disk_bytes"]
     assert disk == pytest.approx(bytes_of(run / "students/plain"), rel=0.2)
     assert answer["total"]["memory_bytes"] == pytest.approx(memory, rel=0.2)
