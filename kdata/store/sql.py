@@ -150,6 +150,7 @@ def connect(dataset: Queryable, reads: Reads, room: Room | None = None) -> duckd
     """
     room, root = room or Room(), dataset.path.resolve()
     connection = duckdb.connect()
+    connection.execute("set enable_progress_bar = false")  # it would be printed into the answer of a slow query
     if room.memory_limit is not None:
         try:
             connection.execute(f"set memory_limit = {literal(room.memory_limit)}")

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from kdata.errors import ConfigError, OutOfRangeError, nearest
 from kdata.format.codec import Positions
-from kdata.format.kept import Kept
+from kdata.format.kept import Kept, draw_mask
 from kdata.format.schema import DatasetInfo, ManifestEntry
 from kdata.format.sequences import check_ids, entries_of, values_of
 from kdata.store.index import UNREADABLE, damaged
@@ -129,21 +129,20 @@ class Piece:
 
     @cached_property
     def token(self) -> np.ndarray:
-        """Token that each entry belongs to, int64 [N]."""
-        return np.repeat(np.arange(len(self.num_kept)), self.num_kept)
+        """Token that each entry belongs to, int32 [N]."""
+        return np.repeat(np.arange(len(self.num_kept), dtype=np.int32), self.num_kept)
 
     @cached_property
     def entry(self) -> np.ndarray:
         """Place of each entry among those of its position, int32 [N]: exact ones first."""
-        first_T = np.cumsum(self.num_kept, dtype=np.int64) - self.num_kept
-        place: np.ndarray = np.arange(len(self.token)) - first_T[self.token]
-        return place.astype(np.int32)
+        first_T = np.cumsum(self.num_kept, dtype=np.int32) - self.num_kept
+        place: np.ndarray = np.arange(len(self.token), dtype=np.int32) - np.repeat(first_T, self.num_kept)
+        return place
 
     @cached_property
     def is_draw(self) -> np.ndarray:
         """Which entries are draws, bool [N]."""
-        is_draw: np.ndarray = self.entry >= self.num_exact[self.token]
-        return is_draw
+        return draw_mask(self.num_exact, self.num_drawn)
 
     def entry_logprob(self) -> pa.Array:
         """The teacher's log-probability of each entry, float32 [N]; null of draws for which it is not stored."""
@@ -244,18 +243,18 @@ TOKENS: dict[str, Column] = {
     "num_drawn": Column(pa.int32(), "Distinct ids drawn at random.", COUNTS, lambda p: pa.array(p.num_drawn)),
 }
 ENTRIES: dict[str, Column] = {
-    "id": Column(TEXT, "Id of the sequence.", COUNTS, lambda p: repeated(p.ids, p.row[p.token])),
+    "id": Column(TEXT, "Id of the sequence.", COUNTS, lambda p: repeated(p.ids, np.repeat(p.row, p.num_kept))),
     "global_row": Column(
         pa.int64(),
         "Global row number of the sequence in the dataset, from 0.",
         COUNTS,
-        lambda p: pa.array(p.rows[p.row[p.token]]),
+        lambda p: pa.array(np.repeat(p.rows[p.row], p.num_kept)),
     ),
     "position": Column(
         pa.int32(),
         "Position in the sequence, from 0, of the token that the entry was thought of for.",
         COUNTS,
-        lambda p: pa.array(p.position[p.token]),
+        lambda p: pa.array(np.repeat(p.position, p.num_kept)),
     ),
     "entry": Column(
         pa.int32(),
@@ -273,10 +272,10 @@ ENTRIES: dict[str, Column] = {
     ),
     "is_draw": Column(pa.bool_(), "True: a random draw. False: an exact entry.", COUNTS, lambda p: pa.array(p.is_draw)),
     "weight": Column(
-        pa.float64(),
+        pa.float32(),
         "What the loss uses: of an exact entry its probability, of a draw its unbiased weight.",
         KEPT,
-        lambda p: pa.array(np.exp(p.kept.logprobs.astype(np.float64))),
+        lambda p: pa.array(np.exp(p.kept.logprobs)),
     ),
 }
 TABLES: dict[str, dict[str, Column]] = {"tokens": TOKENS, "entries": ENTRIES}
