@@ -342,14 +342,14 @@ def query_stream(
                     batch = reader.read_next_batch()
                 except StopIteration:
                     return
-                except OSError as error:  # what ended the query behind its first record batch
+                except (OSError, pa.ArrowException) as error:  # what ended the query behind its first record batch
                     raise _duckdb_error(error) from error
                 yield from _strict(pa.Table.from_batches([batch]), is_json, relation.columns).to_batches()
 
         yield pa.RecordBatchReader.from_batches(schema, batches())
 
 
-def _duckdb_error(error: OSError) -> duckdb.Error:
+def _duckdb_error(error: Exception) -> duckdb.Error:
     """DuckDB's error, which Arrow's stream has made one of Arrow's, with the same text."""
     return duckdb.IOException(str(error)) if str(error).startswith("IO Error") else duckdb.Error(str(error))
 
