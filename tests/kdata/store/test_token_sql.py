@@ -309,6 +309,7 @@ CONDITIONS = [
     "surprise > 4",
     "d = 'code'",
     "t is not null",
+    "hash(t) % 2 = 0",
     "cast(case when r.domain = 'code' then '5' else r.domain end as integer) > 3 and r.domain = 'code'",
     "r.num_tokens < 12 and not (domain = 'code' and r.nll < 5)",
     "t.entropy > r.mean_entropy",
