@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "README.md": "index.md",
     "kdata/README.md": "library.md",
+    "kdata/store/README.md": "tokens.md",
     "schemas/README.md": "format.md",
     "trainer/README.md": "trainer.md",
     "trainer/parts/README.md": "your-trainer.md",

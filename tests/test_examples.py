@@ -42,6 +42,9 @@ def test_the_examples_run_in_order(tmp_path: Path) -> None:
     assert "'domain': 'code'" in chosen and "50% of the plan" in chosen and "sequences are in both plans" in chosen
     assert {path.name for path in (tmp_path / "runs/examples/dataset/plans").iterdir()} >= {"hard.json", "half.json"}
 
+    asked = run("ask_about_tokens.py", tmp_path)
+    assert asked.count("nats, rank") == 5 and "believed" in asked and "tokens of the first" in asked
+
     trained = run("train_a_student.py", tmp_path)
     assert "all: NLL" in trained
     assert (tmp_path / "runs/examples/student/model/model.safetensors").is_file()

@@ -164,7 +164,7 @@ def decode_gaps(codes_N: np.ndarray, num_exact_T: np.ndarray, log_tail_T: np.nda
     if len(log_tail_T) != len(num_exact_T) or not ((log_tail_T <= 0) | (num_exact_T == 0)).all():
         raise ShapeError("log_tail is not the log of a probability where entries are kept")
     logprobs_N = np.empty(len(codes_N), np.float32)
-    _decode_gaps(codes_N, num_exact_T, log_tail_T, GAP_STEPS, _EXP, logprobs_N)
+    _decode_gaps(codes_N, num_exact_T, log_tail_T, GAP_STEPS, _EXP, logprobs_N, logprobs_N.view(np.int32))
     return logprobs_N
 
 
@@ -176,7 +176,9 @@ def _decode_gaps(
     gap_steps: np.ndarray,
     exp_table: np.ndarray,
     logprobs_N: np.ndarray,
+    bits_N: np.ndarray,
 ) -> None:
+    """Fill logprobs_N, of which bits_N is a view as integers: one more is the next number away from 0."""
     n = 0
     for t in range(len(num_exact_T)):
         count = num_exact_T[t]
@@ -194,17 +196,11 @@ def _decode_gaps(
         for r in range(count):
             reached += gap_steps[codes_N[n + r]]
             exact = height - reached * 0.0625
-            logprobs_N[n + r] = _rounded_down(exact)
+            near = np.float32(exact)
+            logprobs_N[n + r] = near
+            if np.float64(near) > exact:  # rounded down: a quarter faster than by nextafter
+                bits_N[n + r] += 1 if near <= 0 else -1
         n += count
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def _rounded_down(exact: float) -> np.float32:
-    """The largest float32 that is not above a float64."""
-    near = np.float32(exact)
-    if np.float64(near) > exact:
-        near = np.nextafter(near, np.float32(-np.inf))
-    return near
 
 
 def encode_counts(weights_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np.ndarray, num_draws: int) -> np.ndarray:

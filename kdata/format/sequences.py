@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from kdata.errors import DependencyError, ShapeError
 from kdata.format import codec as codecs
-from kdata.format.kept import pad
+from kdata.format.kept import Kept, pad
 from kdata.format.measures import Measures, unknown
 from kdata.format.schema import DatasetInfo
 
@@ -150,20 +150,15 @@ def decode(batch: pa.RecordBatch, info: DatasetInfo) -> Sequences:
         KeyError: a column is missing.
     """
     offsets = flat(batch.column("input_ids"))[1]
-    values = {name: _values(batch, name, offsets) for name in COMMON}
+    values = {name: values_of(batch, name, offsets) for name in COMMON}
     token_ids = values["input_ids"]
     num_exact, num_drawn = values["num_exact"].astype(np.int32), values["num_drawn"].astype(np.int32)
-    kept = codecs.from_columns(
-        _entry_columns(batch, offsets, num_exact, num_drawn),
-        codecs.Positions(num_exact, num_drawn, values["log_tail"]),
-        info.codec,
-    )
-    _check_ids("token", token_ids, info.vocab_size)
-    _check_ids("kept", kept.ids, info.vocab_size)
+    kept = entries_of(batch, offsets, codecs.Positions(num_exact, num_drawn, values["log_tail"]), info)
+    check_ids("token", token_ids, info.vocab_size)
     temperatures = info.codec.temperatures
     log_z = None
     if temperatures:
-        log_z = _values(batch, "log_z", offsets * len(temperatures)).reshape(-1, len(temperatures))
+        log_z = values_of(batch, "log_z", offsets * len(temperatures)).reshape(-1, len(temperatures))
     draws = None
     if kept.draw_logprobs is not None:
         draws = np.full(len(kept.ids), np.nan, np.float32)
@@ -186,7 +181,21 @@ def decode(batch: pa.RecordBatch, info: DatasetInfo) -> Sequences:
     )
 
 
-def _values(batch: pa.RecordBatch, name: str, offsets: np.ndarray) -> np.ndarray:
+def entries_of(batch: pa.RecordBatch, offsets: np.ndarray, positions: codecs.Positions, info: DatasetInfo) -> Kept:
+    """Decode the kept entries of a record batch, checked as `decode` does.
+
+    Args:
+        offsets: int64 [S+1], where the rows begin among the T positions.
+        positions: of these T positions. Exact entries alone are decoded where its `num_drawn` is 0 and `batch` has no
+            columns of draws.
+    """
+    columns = _entry_columns(batch, offsets, positions.num_exact, positions.num_drawn)
+    kept = codecs.from_columns(columns, positions, info.codec)
+    check_ids("kept", kept.ids, info.vocab_size)
+    return kept
+
+
+def values_of(batch: pa.RecordBatch, name: str, offsets: np.ndarray) -> np.ndarray:
     """Values of a list column whose rows must begin and end at these offsets. Raises ShapeError where they do not."""
     values, own_offsets = flat(batch.column(name))
     if len(values) != offsets[-1] or not np.array_equal(own_offsets, offsets):
@@ -202,13 +211,14 @@ def _entry_columns(
     ends = {kind: np.concatenate(([0], np.cumsum(counts[kind], dtype=np.int64)))[offsets] for kind in counts}
     own = [(name, name.split("_")[0]) for name in batch.schema.names if name.split("_")[0] in counts]
     return {
-        name: _values(batch, name, ends[kind])
+        name: values_of(batch, name, ends[kind])
         for name, kind in own
         if batch.num_rows and batch.column(name).null_count == 0
     }
 
 
-def _check_ids(what: str, ids: np.ndarray, vocab_size: int) -> None:
+def check_ids(what: str, ids: np.ndarray, vocab_size: int) -> None:
+    """Raise ShapeError where one of these int32 ids is outside the vocabulary."""
     # As unsigned numbers negative ids are the largest, so that one pass finds both.
     if len(ids) and ids.view(np.uint32).max() >= vocab_size:
         raise ShapeError(f"a {what} id is outside [0, {vocab_size})")

@@ -26,7 +26,7 @@ from chosen group by domain order by domain
 
 
 class Sql(Step):
-    """A query over `rows` (with `repeats` and `place` where there is a parent plan), `scores.NAME` and `plans.NAME`."""
+    """A query over `rows` (with `repeats` and `place` where there is a parent plan), tokens, entries, scores and plans."""
 
     method: Literal["sql"] = "sql"
     sql: str | None = Field(
@@ -51,15 +51,16 @@ class Sql(Step):
         session.refuse_writing(self.sql)
         check_recordable(self.sql)
         # Column names in lower case, as SQL ignores case; the order of the answer in a column of its own.
-        session.execute(f"create or replace temp view user_query as {self.sql.strip().rstrip(';')}")
-        columns = {
-            name.lower(): kind
-            for name, kind in session.fetch("select column_name, column_type from (describe user_query)")
-        }
-        kept = ", ".join(f'"{name}" as {name}' for name in ("id", "repeats") if name in columns) or "*"
-        session.execute(
-            f"create or replace temp table answer as select {kept}, row_number() over () as _place from user_query"
-        )
+        with session.tokens_of(self.sql):
+            session.execute(f"create or replace temp view user_query as {self.sql.strip().rstrip(';')}")
+            columns = {
+                name.lower(): kind
+                for name, kind in session.fetch("select column_name, column_type from (describe user_query)")
+            }
+            kept = ", ".join(f'"{name}" as {name}' for name in ("id", "repeats") if name in columns) or "*"
+            session.execute(
+                f"create or replace temp table answer as select {kept}, row_number() over () as _place from user_query"
+            )
         self._check(session, columns)
         unchanged = "1" if session.parent is None else "rows.repeats"
         repeats = "answer.repeats" if "repeats" in columns else unchanged

@@ -9,7 +9,7 @@ are kept; DuckDB moves them to disk when memory is full.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,9 @@ from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset
 from kdata.store.listed import SCORES
-from kdata.store.sql import Room, connect, files_view, name_damage, refuse_disk, refuse_writing
+from kdata.store.sql import Room, connect, files_view, name_damage, reads_of, refuse_disk, refuse_writing
+from kdata.store.sql_tree import parsed
+from kdata.store.token_views import token_views
 
 PIECE_ROWS = 2_000_000
 
@@ -124,6 +126,10 @@ class Session:
             if countable and self.parent is not None:
                 present |= {domain for (domain,) in self.fetch(in_rows)}
         return {d: size for d, size in sizes.items() if not countable or self.parent is None or d in present}
+
+    def tokens_of(self, text: str) -> AbstractContextManager[None]:
+        """Show `tokens` and `entries` to one query, which must be run before the end; see `token_views`."""
+        return token_views(self._connection, self.dataset, reads_of(self.dataset, text), parsed(text))
 
     def refuse_writing(self, text: str) -> None:
         """Raise QueryError unless the text is a single query."""

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import pyarrow as pa
@@ -40,10 +41,13 @@ from kdata.format.schema import (
 from kdata.format.sequences import Sequences, decode, flat, nothing
 from kdata.store.index import UNREADABLE, damaged, read_index, read_part
 from kdata.store.listed import PLANS, SCORES, Kind, Listing, listed, read_listing, refuse_other_dataset
+from kdata.store.payload import checked_batch, payload_reader, used_columns
 from kdata.store.row import Row
 from kdata.store.shard import check_header
-from kdata.store.sql import Check, Values, unglobbed
+from kdata.store.sql import Check, Values, query_stream, unglobbed
 from kdata.store.sql import query as run_query
+from kdata.store.token_frame import frame_of
+from kdata.store.token_table import TABLES, read_table, row_numbers
 from kdata.store.tokens import TokenText
 from kdata.store.torch_rows import TorchRows
 
@@ -151,14 +155,14 @@ class Dataset:
 
     def index(self, columns: list[str] | None = None) -> pa.Table:
         """The readable index, one row per sequence in global row order."""
-        parts = [self._read_index(entry, columns) for entry in self.manifest]
+        parts = [self.shard_index(entry, columns) for entry in self.manifest]
         if not parts:
             schema = index_schema()
             return schema.empty_table().select(columns) if columns else schema.empty_table()
         # Parts that are older than a column lack it; their rows are null.
         return pa.concat_tables(parts, promote_options="default")
 
-    def _read_index(self, entry: ManifestEntry, columns: list[str] | None) -> pa.Table:
+    def shard_index(self, entry: ManifestEntry, columns: list[str] | None) -> pa.Table:
         unknown = sorted(set(columns or ()) - set(index_schema().names))
         if unknown:
             raise ConfigError(f"the index has no column {unknown[0]!r}; it has {index_schema().names}")
@@ -217,6 +221,15 @@ class Dataset:
             QueryError: DuckDB refused it, with DuckDB's reason; or a column has a type that Arrow lacks.
         """
         return run_query(self, query, parameters, values)
+
+    def sql_stream(
+        self, query: str, parameters: list[Any] | dict[str, Any] | None = None, *, values: Values = "arrow"
+    ) -> AbstractContextManager[pa.RecordBatchReader]:
+        """The same as a stream of record batches, for a result that may be larger than the memory.
+
+        Use it in a `with`: `with data.sql_stream("from tokens") as batches: ...`. Errors may come between two batches.
+        """
+        return query_stream(self, query, parameters, values)
 
     @property
     def sql_filesystem(self) -> Any:
@@ -330,7 +343,7 @@ class Dataset:
         local = rows - self.shard_starts[shard]
         number = np.zeros_like(local)
         for shard_number in np.unique(shard):
-            starts, inside_S = self._open_shard(int(shard_number)), shard == shard_number
+            starts, inside_S = self.open_shard(int(shard_number)), shard == shard_number
             number[inside_S] = np.searchsorted(starts, local[inside_S], side="right") - 1
             local[inside_S] -= starts[number[inside_S]]
         return shard, number, local
@@ -357,7 +370,7 @@ class Dataset:
     def __iter__(self) -> Iterator[Row]:
         """Every row in order, decoded a record batch at a time."""
         for shard in range(len(self.manifest)):
-            starts = self._open_shard(shard).tolist()
+            starts = self.open_shard(shard).tolist()
             for number, (begin, end) in enumerate(pairwise(starts)):
                 sequences = self.decode([self.record_batch(shard, number)])
                 columns = self._index_of(shard).slice(begin, end - begin).to_pylist()
@@ -402,7 +415,7 @@ class Dataset:
     def _index_of(self, shard: int) -> pa.Table:
         """The index of one shard. The last one that was read stays in memory."""
         if self._shard_rows is None or self._shard_rows[0] != shard:
-            self._shard_rows = shard, self._read_index(self.manifest[shard], index_schema().names)
+            self._shard_rows = shard, self.shard_index(self.manifest[shard], index_schema().names)
         return self._shard_rows[1]
 
     @cached_property
@@ -418,7 +431,7 @@ class Dataset:
             with pa.OSFile(str(path)) as source:
                 if "token_bytes" not in pa.ipc.open_file(source).schema.names:
                     return None
-            value = _checked_batch(_reader(path, ["token_bytes"]), int(number)).column("token_bytes")[int(local)]
+            value = checked_batch(payload_reader(path, ["token_bytes"]), int(number)).column("token_bytes")[int(local)]
             return value.values.to_numpy() if value.is_valid else None
         except UNREADABLE as error:
             raise damaged(path, error) from error
@@ -426,29 +439,61 @@ class Dataset:
     def iter_sequences(self) -> Iterator[Sequences]:
         """All sequences in order, a record batch at a time."""
         for shard in range(len(self.manifest)):
-            for number in range(len(self._open_shard(shard)) - 1):
+            for number in range(len(self.open_shard(shard)) - 1):
                 yield self.decode([self.record_batch(shard, number)])
 
     def to_arrow(self, columns: list[str] | None = None) -> pa.Table:
         """The readable index, one row per sequence; the teacher's numbers are in `data[...].to_arrow()`."""
         return self.index(columns)
 
-    def to_polars(self) -> polars.LazyFrame:
-        """The same as a lazy Polars frame, which reads the columns that a query needs.
+    def to_polars(self, table: Literal["rows", "tokens", "entries"] = "rows") -> polars.LazyFrame:
+        """The index as a lazy Polars frame, which reads the columns that a query needs; or each token, or each kept entry.
 
+        Args:
+            table: rows: the index. tokens, entries: the columns of these views in `schemas/README.md`. Of the payload only
+                the columns that are needed are decoded, and of the rows those that a filter on id and global_row leaves.
         Raises:
+            ConfigError: another table.
             DependencyError: Polars is not installed.
-            CorruptError: an index file is not what was committed.
+            CorruptError: an index file is not what was committed, or, while the frame is collected, a payload.
         """
         try:
             import polars
         except ModuleNotFoundError as error:
             raise DependencyError("to_polars needs Polars: pip install 'kdata[polars]'") from error
+        if table in TABLES:
+            return frame_of(self, table)
+        if table != "rows":
+            raise ConfigError(f"{table!r} is no table of a dataset; it has rows, {', '.join(TABLES)}")
         files = [self.checked_file(entry, "index") for entry in self.manifest]
         schema = polars.from_arrow(index_schema().empty_table()).schema  # type: ignore[union-attr]
         if not files:
             return polars.LazyFrame(schema=schema)
         return polars.scan_parquet(files, schema=schema, missing_columns="insert", extra_columns="ignore", glob=False)
+
+    def tokens(
+        self, columns: Sequence[str] | None = None, rows: Sequence[int] | np.ndarray | None = None
+    ) -> pa.RecordBatchReader:
+        """Every token with the teacher's numbers of it, as a stream of Arrow record batches in the order of the dataset.
+
+        The columns are those of the view `tokens` in `schemas/README.md`; id and token are dictionary-encoded. Only what is
+        asked for is read, a few record batches at a time.
+
+        Args:
+            columns: None takes all.
+            rows: global row numbers; None takes all.
+        Raises:
+            ConfigError: an unknown column.
+            OutOfRangeError: there is no such row.
+            CorruptError: while it is read: a shard is not what was committed.
+        """
+        return read_table(self, "tokens", columns, None if rows is None else row_numbers(rows, self.num_rows))
+
+    def entries(
+        self, columns: Sequence[str] | None = None, rows: Sequence[int] | np.ndarray | None = None
+    ) -> pa.RecordBatchReader:
+        """Every kept entry of every token, likewise: the columns of the view `entries`."""
+        return read_table(self, "entries", columns, None if rows is None else row_numbers(rows, self.num_rows))
 
     def to_torch(self) -> TorchRows:
         """A map-style dataset for `torch.utils.data.DataLoader`: item n is row n as a dict of tensors.
@@ -458,7 +503,7 @@ class Dataset:
         """
         return TorchRows(self)
 
-    def _open_shard(self, shard: int) -> np.ndarray:
+    def open_shard(self, shard: int) -> np.ndarray:
         """Row starts of a shard's record batches; at first use its bytes, rows and token ids are checked."""
         if shard not in self._batch_starts:
             codec_of(self.info.codec)
@@ -476,12 +521,12 @@ class Dataset:
 
         Returns the rows of each record batch.
         """
-        index = self._read_index(entry, ["id", "content_hash"])
+        index = self.shard_index(entry, ["id", "content_hash"])
         expected = zip(index["id"].to_pylist(), index["content_hash"].to_pylist(), strict=True)
         check_header(pa.ipc.open_file(pa.OSFile(str(path))).schema, self.info, entry)
-        reader, sizes = _reader(path, ["id", "input_ids"]), []
+        reader, sizes = payload_reader(path, ["id", "input_ids"]), []
         for number in range(reader.num_record_batches):
-            batch = _checked_batch(reader, number)
+            batch = checked_batch(reader, number)
             values, offsets = flat(batch.column("input_ids"))
             for row, row_id in enumerate(batch.column("id").to_pylist()):
                 index_id, digest = next(expected, (None, None))
@@ -500,8 +545,8 @@ class Dataset:
         """
         path = self.shard_file(self.manifest[shard], "data")
         try:
-            reader = self._readers.pop(shard, None) or _reader(path, _used_columns(path))
-            batch = _checked_batch(reader, number)
+            reader = self._readers.pop(shard, None) or payload_reader(path, used_columns(path))
+            batch = checked_batch(reader, number)
         except UNREADABLE as error:
             raise damaged(path, error) from error
         self._readers[shard] = reader  # popped and put back, so the order is by last use
@@ -518,29 +563,3 @@ class Dataset:
         while len(self._batches) > 1 and sum(size for _, size in list(self._batches.values())) > CACHED_BYTES:
             self._batches.popitem(last=False)
         return cached[0]
-
-
-def _reader(path: Path, columns: list[str]) -> pa.ipc.RecordBatchFileReader:
-    """Open a shard to read these columns only, because each column costs 20 microseconds per record batch."""
-    source = pa.OSFile(str(path))
-    schema = pa.ipc.open_file(source).schema
-    fields = [schema.get_field_index(name) for name in columns]
-    options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
-    return pa.ipc.open_file(source, options=options)
-
-
-def _checked_batch(reader: pa.ipc.RecordBatchFileReader, number: int) -> pa.RecordBatch:
-    """Decompress a record batch. pyarrow checks it wholly before anything reads its buffers by their offsets."""
-    batch = reader.get_batch(number)
-    batch.validate(full=True)
-    return batch
-
-
-def _used_columns(path: Path) -> list[str]:
-    """Columns that a decoder reads, without those that are null throughout (the first record batch decides)."""
-    reader = pa.ipc.open_file(pa.OSFile(str(path)))
-    unused = {"id", "token_bytes"}
-    if reader.num_record_batches:
-        first = _checked_batch(reader, 0)
-        unused |= {name for name in first.schema.names if first.column(name).null_count == first.num_rows > 0}
-    return [name for name in reader.schema.names if name not in unused]

@@ -1,7 +1,8 @@
 """SQL over a dataset: DuckDB views on exactly the committed files.
 
 Views (columns in `schemas/README.md`): `rows` (the index), `rejects`, `manifest`, `scores.NAME` per sidecar, `plans.NAME`
-per plan. The connection reads the dataset's folder and nothing else.
+per plan, and `tokens` and `entries` (the payload, see `kdata.store.token_views`). The connection reads the
+dataset's folder and nothing else.
 
 A view is made only for a query that names it, of the files that manifest or JSON list, once their bytes were compared with
 their digests. So a query cannot read what was not compared.
@@ -9,11 +10,11 @@ their digests. So a query cannot read what was not compared.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,22 +26,20 @@ from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError,
 from kdata.format.files import REMEDIES, disk_errno
 from kdata.format.schema import ManifestEntry, index_schema, rejects_schema
 from kdata.store.listed import PLANS, SCORES, Kind
+from kdata.store.sql_tree import Parameters, nodes, parsed
+from kdata.store.token_table import TokenSource
+from kdata.store.token_views import token_views
 
 Values = Literal["arrow", "text", "json"]
 Check = Literal["first", "later"]
 
 
-class Queryable(Protocol):
+class Queryable(TokenSource, Protocol):
     """What SQL needs of a dataset: its manifest, and the names by which DuckDB opens its files."""
 
     @property
     def path(self) -> Path:
         """Folder of the dataset, or of its local copy."""
-        ...
-
-    @property
-    def manifest(self) -> list[ManifestEntry]:
-        """Its shards, by name."""
         ...
 
     @property
@@ -100,6 +99,7 @@ def check_new_name(kind: str, name: str, existing: Iterable[str]) -> None:
             )
 
 
+ROWS_AT_A_TIME = 100_000  # of a result that is read as a stream
 RECORDABLE = {"range", "generate_series", "unnest", "repeat", "repeat_row"}  # table functions that read nothing
 
 
@@ -150,6 +150,7 @@ def connect(dataset: Queryable, reads: Reads, room: Room | None = None) -> duckd
     """
     room, root = room or Room(), dataset.path.resolve()
     connection = duckdb.connect()
+    connection.execute("set enable_progress_bar = false")  # it would be printed into the answer of a slow query
     if room.memory_limit is not None:
         try:
             connection.execute(f"set memory_limit = {literal(room.memory_limit)}")
@@ -225,37 +226,21 @@ def _check_distinct(schema: str, names: Iterable[str]) -> None:
             )
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    """DuckDB's own parse of a query; with a key `error` where it cannot be parsed."""
-    with duckdb.connect() as connection:
-        (tree,) = connection.execute("select json_serialize_sql(?::varchar)", [text]).fetchone() or ("{}",)
-    parsed: dict[str, Any] = json.loads(tree)
-    return parsed
-
-
-def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
-    """Every node of a parsed query."""
-    if isinstance(tree, dict):
-        yield tree
-    for inner in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
-        yield from _nodes(inner)
-
-
 def check_recordable(text: str) -> None:
     """Raise QueryError where a query reads something that `mentions` cannot see, so that a plan could not record it."""
-    parsed = _parsed(text)
-    if parsed.get("error"):
+    tree = parsed(text)
+    if tree.get("error"):
         raise QueryError(
-            f"DuckDB cannot parse the query, so a plan cannot record what it reads: {parsed.get('error_message')}"
+            f"DuckDB cannot parse the query, so a plan cannot record what it reads: {tree.get('error_message')}"
         )
 
-    for node in _nodes(parsed):
+    for node in nodes(tree):
         if node.get("type") == "TABLE_FUNCTION":
             function = str((node.get("function") or {}).get("function_name")).lower()
             if function not in RECORDABLE:
                 raise QueryError(
-                    f"a plan cannot record what {function}() reads; name views (rows, scores.NAME, plans.NAME), and bring "
-                    "numbers of your own by `kdata score --from`"
+                    f"a plan cannot record what {function}() reads; name views (rows, tokens, entries, scores.NAME, "
+                    "plans.NAME), and bring numbers of your own by `kdata score --from`"
                 )
         if node.get("type") == "BASE_TABLE" and not is_name(str(node.get("table_name"))):
             raise QueryError(
@@ -265,11 +250,11 @@ def check_recordable(text: str) -> None:
 
 def reads_of(dataset: Queryable, text: str) -> Reads:
     """Which views a query reads. Scores and plans that it names are copied here where the dataset is elsewhere."""
-    parsed = _parsed(text)
-    if parsed.get("error"):  # a pivot, or no query at all
+    tree = parsed(text)
+    if tree.get("error"):  # a pivot, or no query at all
         return None
     views, names_all = set(), True
-    for node in _nodes(parsed):
+    for node in nodes(tree):
         kind, function = node.get("type"), node.get("function")
         if kind == "BASE_TABLE":
             schema, table = str(node.get("schema_name")).lower(), str(node.get("table_name"))
@@ -322,12 +307,7 @@ def manifest_table(dataset: Queryable) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def query(
-    dataset: Queryable,
-    text: str,
-    parameters: list[Any] | dict[str, Any] | None = None,
-    values: Values = "arrow",
-) -> pa.Table:
+def query(dataset: Queryable, text: str, parameters: Parameters = None, values: Values = "arrow") -> pa.Table:
     """Run one query and return its result as a table.
 
     Args:
@@ -336,14 +316,54 @@ def query(
     Raises:
         QueryError: DuckDB refused it (with DuckDB's reason), it is not one query, or a column has a type that Arrow lacks.
         StorageError: a disk refused.
-        CorruptError, MissingError, MismatchError: see `connect`.
+        CorruptError, MissingError, MismatchError: see `connect`, or a payload is not what was committed.
     """
+    with _relation_of(dataset, text, parameters) as relation:
+        shown, is_json = _shown(relation, values)
+        return _strict(shown.to_arrow_table(), is_json, relation.columns)
+
+
+@contextmanager
+def query_stream(
+    dataset: Queryable, text: str, parameters: Parameters = None, values: Values = "arrow"
+) -> Iterator[pa.RecordBatchReader]:
+    """Run one query and yield its result as a stream, for a result that may be larger than the memory; otherwise as `query`.
+
+    DuckDB works while the stream is read, so the errors of `query` may come between two record batches.
+    """
+    with _relation_of(dataset, text, parameters) as relation:
+        shown, is_json = _shown(relation, values)
+        reader = shown.to_arrow_reader(ROWS_AT_A_TIME)
+        schema = _strict(reader.schema.empty_table(), is_json, relation.columns).schema
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            while True:
+                try:
+                    batch = reader.read_next_batch()
+                except StopIteration:
+                    return
+                except (OSError, pa.ArrowException) as error:  # what ended the query behind its first record batch
+                    raise _duckdb_error(error) from error
+                yield from _strict(pa.Table.from_batches([batch]), is_json, relation.columns).to_batches()
+
+        yield pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def _duckdb_error(error: Exception) -> duckdb.Error:
+    """DuckDB's error, which Arrow's stream has made one of Arrow's, with the same text."""
+    return duckdb.IOException(str(error)) if str(error).startswith("IO Error") else duckdb.Error(str(error))
+
+
+@contextmanager
+def _relation_of(dataset: Queryable, text: str, parameters: Parameters) -> Iterator[duckdb.DuckDBPyRelation]:
+    """One query, not yet run. What DuckDB raises until the end is raised as an error of kdata, see `query`."""
     try:
-        with connect(dataset, reads_of(dataset, text)) as connection:
+        reads = reads_of(dataset, text)
+        with connect(dataset, reads) as connection:
             try:
                 refuse_writing(connection, text)
-                relation = connection.sql(text, params=parameters)
-                return _arrow_table(relation) if values == "arrow" else _text_table(relation, values)
+                with token_views(connection, dataset, reads, parsed(text), parameters):
+                    yield connection.sql(text, params=parameters)
             except duckdb.Error as error:
                 refuse_disk(dataset, error)
                 name_damage(dataset, error, text)
@@ -408,33 +428,34 @@ def _leaf_types(kind: Any) -> Iterator[str]:
         yield kind.id
 
 
-def _arrow_table(relation: duckdb.DuckDBPyRelation) -> pa.Table:
-    """The result with Arrow's types. Raises QueryError for a column whose type Arrow lacks."""
-    for name, kind in zip(relation.columns, relation.types, strict=True):
-        if lacking := sorted(NOT_IN_ARROW & set(_leaf_types(kind))):
-            raise QueryError(
-                f"column {name!r} has the type {kind}, and Arrow has no {lacking[0].upper()}; write ::varchar behind it in "
-                "the query, or ask for the values as text"
-            )
-    return relation.to_arrow_table()
+def _shown(relation: duckdb.DuckDBPyRelation, values: Values) -> tuple[duckdb.DuckDBPyRelation, list[bool]]:
+    """The relation with columns for `values` of `query`, and which of them are JSON.
+
+    Raises QueryError for a column whose type Arrow lacks.
+    """
+    if values == "arrow":
+        for name, kind in zip(relation.columns, relation.types, strict=True):
+            if lacking := sorted(NOT_IN_ARROW & set(_leaf_types(kind))):
+                raise QueryError(
+                    f"column {name!r} has the type {kind}, and Arrow has no {lacking[0].upper()}; write ::varchar behind it "
+                    "in the query, or ask for the values as text"
+                )
+        return relation, [False] * len(relation.columns)
+    is_json = [kind.id in NESTED or values == "json" for kind in relation.types]
+    columns = (
+        f"to_json(#{n})" if as_json else f"#{n}" if kind.id in AS_THEY_ARE else f"#{n}::varchar"
+        for n, (kind, as_json) in enumerate(zip(relation.types, is_json, strict=True), 1)
+    )
+    return relation.project(", ".join(columns)), is_json
 
 
-def _text_table(relation: duckdb.DuckDBPyRelation, values: Values) -> pa.Table:
-    """The result for printing: `text` or `json` of `query`."""
-    shown, strict = [], []
-    for number, kind in enumerate(relation.types, 1):
-        nested = kind.id in NESTED
-        strict.append(nested or values == "json")
-        if strict[-1]:
-            shown.append(f"to_json(#{number})")
-        else:
-            shown.append(f"#{number}" if kind.id in AS_THEY_ARE else f"#{number}::varchar")
-    table = relation.project(", ".join(shown)).to_arrow_table()
+def _strict(table: pa.Table, is_json: list[bool], names: list[str]) -> pa.Table:
+    """A part of a result with its names, and strict JSON where it is JSON."""
     columns = [
-        pa.chunked_array([pa.array(map(_strict_json, column.to_pylist()), pa.string())]) if is_json else column
-        for column, is_json in zip(table.columns, strict, strict=True)
+        pa.chunked_array([pa.array(map(_strict_json, column.to_pylist()), pa.string())]) if as_json else column
+        for column, as_json in zip(table.columns, is_json, strict=True)
     ]
-    return pa.table(columns, names=relation.columns)
+    return pa.table(columns, names=names)
 
 
 def _strict_json(text: str | None) -> str | None:
@@ -481,4 +502,5 @@ def name_damage(dataset: Queryable, error: duckdb.Error, text: str = "") -> None
 
 def views(dataset: Queryable) -> list[str]:
     """Names of the views that a query may use."""
-    return sorted(["manifest", "rejects", "rows", *(f"{kind.folder}.{name}" for kind, name in listed_views(dataset))])
+    listed = (f"{kind.folder}.{name}" for kind, name in listed_views(dataset))
+    return sorted(["entries", "manifest", "rejects", "rows", "tokens", *listed])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from kdata.errors import CorruptError, DependencyError, MissingError
 from kdata.format.json_text import MAX_TOKENIZER_BYTES, read_json
@@ -58,15 +59,20 @@ class TokenText:
 
     def __init__(self, folder: Path | None, place: Path) -> None:
         self._folder, self._place = folder, place
+        self._texts: dict[int, str] = {}  # of the ids that `column` has shown
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the dataset carries a tokenizer."""
+        return self._folder is not None and (self._folder / "tokenizer.json").is_file()
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        file = None if self._folder is None else self._folder / "tokenizer.json"
-        if file is None or not file.is_file():
+        if self._folder is None or not self.is_there:
             raise MissingError(
                 f"{self._place} has no tokenizer/tokenizer.json, so its tokens cannot be shown as text; use token_ids"
             )
-        return read_tokenizer(file)
+        return read_tokenizer(self._folder / "tokenizer.json")
 
     @cached_property
     def _added(self) -> dict[int, str]:
@@ -94,6 +100,24 @@ class TokenText:
     def of_ids(self, token_ids: np.ndarray) -> list[str]:
         """`of_id` of each of token_ids int [T]."""
         return [self.of_id(token_id) for token_id in token_ids.tolist()]
+
+    def column(self, token_ids: np.ndarray) -> pa.Array:
+        """`of_id` of each of token_ids int32 [T], dictionary-encoded; null where the dataset carries no tokenizer.
+
+        Raises DependencyError where the package tokenizers is not installed.
+        """
+        kind = pa.dictionary(pa.int32(), pa.string())
+        if not self.is_there or not len(token_ids):
+            return pa.nulls(len(token_ids), kind)
+        occurs_V = np.zeros(int(token_ids.max()) + 1, bool)
+        occurs_V[token_ids] = True
+        distinct = np.flatnonzero(occurs_V)
+        place_V = np.cumsum(occurs_V, dtype=np.int32) - 1
+        for token_id in distinct.tolist():
+            if token_id not in self._texts:
+                self._texts[token_id] = self.of_id(token_id)
+        texts = pa.array([self._texts[token_id] for token_id in distinct.tolist()], pa.string())
+        return pa.DictionaryArray.from_arrays(pa.array(place_V[token_ids], pa.int32()), texts)
 
     def in_text(self, token_ids: np.ndarray, text: str | None, token_bytes: np.ndarray | None) -> list[str]:
         """The piece of the text that each token stands for; by `of_id` for tokens that are not in the text.

@@ -214,38 +214,51 @@ def print_json_text(text: str) -> None:
 
 
 def print_query(dataset: kdata.Dataset, query: str, format: SqlFormat) -> None:
-    """Run a query and print its result. Raises QueryError where two columns of JSON have one name."""
-    if format is SqlFormat.table:
-        print_table(dataset.sql(query, values="text"))
-    elif format is SqlFormat.csv:
-        print_csv(dataset.sql(query, values="text"))
-    else:
-        print_json_text(rows_as_json(dataset.sql(query, values="json")))
+    """Run a query and print its result while it comes. Raises QueryError where two columns of JSON have one name."""
+    with dataset.sql_stream(query, values="json" if format is SqlFormat.json else "text") as batches:
+        {SqlFormat.table: print_first_rows, SqlFormat.csv: print_csv, SqlFormat.json: print_json_rows}[format](batches)
 
 
-def rows_as_json(table: pa.Table) -> str:
-    """A list of objects, of columns whose values are JSON text."""
-    names = table.column_names
+def print_json_rows(batches: pa.RecordBatchReader) -> None:
+    """Print a list of objects, of columns whose values are JSON text."""
+    names = batches.schema.names
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise QueryError(f"--format json: two columns are named {repeated!r}; name one of them with `as`")
     keys = [json.dumps(name, ensure_ascii=False) for name in names]
-    rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
-    objects = (", ".join(f"{key}: {value or 'null'}" for key, value in zip(keys, row, strict=True)) for row in rows)
-    return "[" + ", ".join(f"{{{content}}}" for content in objects) + "]"
+    before = "["
+    for batch in batches:
+        rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+        objects = (", ".join(f"{key}: {value or 'null'}" for key, value in zip(keys, row, strict=True)) for row in rows)
+        for content in objects:
+            print(before + visible_json(strict_json(f"{{{content}}}")), end="")
+            before = ", "
+    print("[]" if before == "[" else "]")
 
 
-def print_csv(table: pa.Table) -> None:
-    """Print a table as CSV: byte for byte into a file or a pipe; on a terminal control characters are escapes."""
+def print_csv(batches: pa.RecordBatchReader) -> None:
+    """Print a result as CSV: byte for byte into a file or a pipe; on a terminal control characters are escapes."""
     if not sys.stdout.isatty():
-        csv.write_csv(table, sys.stdout.buffer)
+        with csv.CSVWriter(sys.stdout.buffer, batches.schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
         return
     sink = pa.BufferOutputStream()
-    csv.write_csv(table, sink)
+    csv.write_csv(batches.read_all(), sink)
     print(visible(sink.getvalue().to_pybytes().decode()), end="")
 
 
-def print_table(table: pa.Table) -> None:
-    """Print a table for a person, at most MAX_ROWS rows of it."""
+def print_first_rows(batches: pa.RecordBatchReader) -> None:
+    """Print a result for a person, at most MAX_ROWS rows of it; the others are counted."""
+    first, num_rows = [], 0
+    for batch in batches:
+        first += [batch.slice(0, MAX_ROWS - num_rows)] if num_rows < MAX_ROWS else []
+        num_rows += batch.num_rows
+    print_table(pa.Table.from_batches(first, schema=batches.schema), num_rows)
+
+
+def print_table(table: pa.Table, num_rows: int | None = None) -> None:
+    """Print a table for a person, at most MAX_ROWS rows of it, and how many there are: `num_rows`, or those of the table."""
+    num_rows = table.num_rows if num_rows is None else num_rows
     numbers = [
         pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
         for kind in table.schema.types
@@ -258,8 +271,8 @@ def print_table(table: pa.Table) -> None:
         print_records(columns, rows)
     else:
         print_rows(columns, rows, right=numbers)
-    if table.num_rows > MAX_ROWS:
-        say(f"{MAX_ROWS} of {table.num_rows:,} rows; --format csv prints all")
+    if num_rows > MAX_ROWS:
+        say(f"{MAX_ROWS} of {num_rows:,} rows; --format csv prints all")
 
 
 def print_records(columns: list[str], rows: list[list[str]]) -> None:

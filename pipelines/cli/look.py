@@ -121,7 +121,7 @@ def sql(
 ) -> None:
     """Query a dataset in SQL.
 
-    Tables are rows, manifest, rejects, scores.NAME and plans.NAME; schemas/README.md lists their columns.
+    Tables are rows, tokens, entries, manifest, rejects, scores.NAME and plans.NAME; schemas/README.md lists their columns.
 
     Values that JSON has no form for (dates, blobs, intervals, NaN) are strings, as DuckDB writes them. In csv and table,
     lists, structs and maps are JSON.
@@ -130,6 +130,7 @@ def sql(
     Examples:
       kdata sql my-dataset "select domain, avg(nll) from rows group by 1"
       kdata sql my-dataset "select id, text from rows" --format csv
+      kdata sql my-dataset "select token, avg(entropy) from tokens group by 1"
     """
     opened = kdata.open(dataset, check=check.value)
     print_query(opened, query, format)

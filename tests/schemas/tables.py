@@ -104,6 +104,17 @@ def arrow_table(schema: pa.Schema) -> str:
     return table(["column", "type", "what it is"], [[f"`{f.name}`", str(f.type), WORDS[f.name]] for f in schema])
 
 
+def token_table(name: str) -> str:
+    """A table of the columns of `tokens` or `entries`."""
+    from kdata.store.token_table import TEXT, schema_of
+
+    rows = [
+        [f"`{f.name}`", "string" if f.type == TEXT else str(f.type), f.metadata[b"doc"].decode()]
+        for f in schema_of(name)
+    ]
+    return table(["column", "type", "what it is"], rows)
+
+
 def type_name(annotation: Any) -> str:
     """A type as JSON sees it."""
     if annotation is type(None):
@@ -151,6 +162,8 @@ def tables() -> dict[str, Callable[[], str]]:
         "scores": lambda: arrow_table(SCORE_SCHEMA),
         "plans": lambda: arrow_table(PLAN_SCHEMA),
         "manifest": lambda: arrow_table(manifest_view()),
+        "tokens": lambda: token_table("tokens"),
+        "entries": lambda: token_table("entries"),
     }
     for name, spec in codecs.items():
         generated[name] = lambda spec=spec: (

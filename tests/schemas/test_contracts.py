@@ -113,11 +113,13 @@ def test_a_dataset_s_columns_are_those_of_the_documents(furnished: kdata.Dataset
 def test_the_documented_views_have_the_documented_columns(furnished: kdata.Dataset) -> None:
     generated = tables()
     views = {"rows": "index", "scores.ref": "scores", "plans.difference": "plans"}
-    for view in ("rows", "rejects", "manifest", "scores.ref", "plans.difference"):
+    for view in ("rows", "tokens", "entries", "rejects", "manifest", "scores.ref", "plans.difference"):
         name = views.get(view, view)
         names = furnished.sql(f"select column_name from (describe {view})")["column_name"].to_pylist()
         assert names == re.findall(r"^\| `(\w+)`", generated[name](), re.MULTILINE)
-    with pytest.raises(QueryError, match=r"Views: manifest, plans.difference, rejects, rows, scores.ref$"):
+    with pytest.raises(
+        QueryError, match=r"Views: entries, manifest, plans.difference, rejects, rows, scores.ref, tokens$"
+    ):
         furnished.sql("select * from nothing")
 
 

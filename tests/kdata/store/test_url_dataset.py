@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kdata
-from kdata.errors import MissingError, QueryError, StorageError
+from kdata.errors import CorruptError, MissingError, QueryError, StorageError
 from kdata.loader.batches import Batches, BatchesConfig
 from kdata.pipelines.cli.main import app
 from kdata.selection.mixtures import Proportional
@@ -198,6 +198,26 @@ def test_rows_are_copied_shard_by_shard(dataset: kdata.Dataset, served: Files) -
     assert [path for path, _, _ in served.sent if "/data/" in path] == payload  # once
     assert len(list(opened)) == 6000
     assert [path for path, _, _ in served.sent if "/data/" in path] == [*payload, "d/data/capture-00000.arrow"]
+
+
+def test_tokens_are_copied_shard_by_shard(dataset: kdata.Dataset, served: Files) -> None:
+    """A condition on rows leaves one of the two shards; what is copied is compared with its digest."""
+    opened = kdata.open(f"{served.url}/d")
+    query = (
+        "select id, token_id, rank from tokens join rows using (id) where shard = 'capture-00001' order by id, position"
+    )
+    assert opened.sql(query).to_pylist() == dataset.sql(query).to_pylist()
+    assert [path for path, _, _ in served.sent if "/data/" in path] == ["d/data/capture-00001.arrow"]
+    chosen = (
+        "select id from tokens join scores.ref using (id) where ref.nll > 30 group by id having count(token_id) > 4"
+    )
+    by_tokens = Sql(sql=f"{chosen} order by id", name="long")
+    assert select(opened, by_tokens).ids == select(dataset, by_tokens).ids
+    path = dataset.path / "data/capture-00000.arrow"
+    (opened.path / "data/capture-00000.arrow").unlink()
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(CorruptError, match="capture-00000"):
+        kdata.open(f"{served.url}/d").sql("select max(token_id) from tokens")
 
 
 def test_another_process_opens_it_by_its_address(dataset: kdata.Dataset, served: Files) -> None:

@@ -18,6 +18,7 @@ from kdata.pipelines.cli import common
 from kdata.pipelines.cli.main import app, call
 from kdata.selection.ranked import All
 from kdata.selection.select import select
+from kdata.store import sql
 
 RUNNER = CliRunner(env={"COLUMNS": "400"})
 HOSTILE = "a\x1b[31m]0;b\x07\u202ec\x9b2J\rd[bold]e[/]:smile:"
@@ -133,6 +134,22 @@ def test_json_of_nothing_is_an_empty_list(captured: Path) -> None:
     assert strict(printed(captured, "from rows limit 0", "json")) == []
 
 
+def test_a_result_is_printed_while_it_comes(captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts of three rows it is what it is in one part."""
+    queries = ["from tokens", "select [token] as l, weight from entries where is_draw is not null", "from range(201)"]
+    whole = [printed(captured, query, format) for query in queries for format in ("csv", "json", "table")]
+    monkeypatch.setattr(sql, "ROWS_AT_A_TIME", 3)
+    assert [printed(captured, query, format) for query in queries for format in ("csv", "json", "table")] == whole
+    assert "200 of 201 rows; --format csv prints all" in whole[-1]
+    assert len(strict(whole[1])) == len(list(csv.DictReader(io.StringIO(whole[0])))) == kdata.open(captured).num_tokens
+
+
+def test_an_error_behind_the_first_rows_is_kdata_s(captured: Path) -> None:
+    query = "select case when range < 2000000 then 1 else cast('a' || range as integer) end as n from range(2000001)"
+    result = RUNNER.invoke(app, ["sql", str(captured), query, "--format", "csv"])
+    assert isinstance(result.exception, QueryError) and "Could not convert string 'a2000000'" in str(result.exception)
+
+
 def hostile_query() -> str:
     """A query with hostile text as a value, inside of a list, and as a column's name."""
     literal = "'" + HOSTILE + "'"
@@ -152,7 +169,7 @@ def test_nothing_in_a_value_or_a_name_is_obeyed(captured: Path, monkeypatch: pyt
 def test_csv_on_a_terminal_shows_escapes(captured: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     table = kdata.open(captured).sql(hostile_query(), values="text")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    common.print_csv(table)
+    common.print_csv(table.to_reader())
     assert capsys.readouterr().out.startswith(f'"{SHOWN}"')
 
 

@@ -1,0 +1,141 @@
+"""How fast SQL reads every token and every kept entry, beside nested lists in Parquet. Prints a table, JSON last.
+
+    python -m tests.benchmarks.token_sql [--tokens 5000000] [--entries 32] [--passes 3]
+
+The dataset is that of tests/benchmarks/loader.py (documents of some 330 tokens, `--entries` kept entries each, packed codec),
+read from the page cache, its digests compared before. A figure is tokens per second of *processor* time of the whole process,
+threads included, the best of some passes. The same queries are asked of a plain dump: one row for each document, lists and
+lists of lists, Parquet with zstd, read by DuckDB's own reader with `unnest`. Two more lines: a query that a condition on
+`rows` cuts to a hundredth of the rows, and the first query, which compares every digest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+import kdata
+from tests.benchmarks.loader import build_dataset, folder_bytes
+
+# what is asked: the query, and the same over the dump
+QUERIES = {
+    "count": ("select count(*) from tokens", "select sum(len(token_ids)) from dump"),
+    "one column": ("select avg(logprob) from tokens", "select avg(x) from (select unnest(logprob) as x from dump)"),
+    "four columns": (
+        "select avg(logprob), avg(entropy), max(rank), count(*) filter (target) from tokens",
+        "select avg(l), avg(e), max(r), count(*) filter (t) from (select unnest(logprob) as l, unnest(entropy) as e, "
+        "unnest(rank) as r, unnest(target_mask) as t from dump)",
+    ),
+    "by token id": (
+        "select count(*) from (select token_id, avg(entropy) from tokens group by 1)",
+        "select count(*) from (select i, avg(e) from (select unnest(token_ids) as i, unnest(entropy) as e from dump) "
+        "group by 1)",
+    ),
+    "entries: weight": (
+        "select sum(weight) from entries",
+        "select sum(exp(x)) from (select unnest(flatten(entry_logprobs)) as x from dump)",
+    ),
+    "entries: by token id": (
+        "select count(*) from (select token_id, sum(weight) from entries group by 1)",
+        "select count(*) from (select i, sum(exp(x)) from (select unnest(flatten(entry_ids)) as i, "
+        "unnest(flatten(entry_logprobs)) as x from dump) group by 1)",
+    ),
+}
+HUNDREDTH = "select sum(logprob) from tokens t join rows r using (id) where r.row < {rows} and r.shard = '{shard}'"
+
+
+def dump(dataset: kdata.Dataset, path: Path) -> None:
+    """Write the same numbers as lists and lists of lists, a row for each document."""
+    writer = None
+    for sequences in dataset.iter_sequences():
+        table = sequences.to_arrow()
+        writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+        writer.write_table(table)
+    assert writer is not None, "the dataset is empty"
+    writer.close()
+
+
+def speed(work: Callable[[], Any], tokens: int, passes: int) -> float:
+    """Tokens per second of processor time: the best of some passes."""
+    best = 0.0
+    for _ in range(passes):
+        begin = time.process_time()
+        work()
+        best = max(best, tokens / (time.process_time() - begin))
+    return best
+
+
+def main() -> None:
+    """Build, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=5_000_000)
+    parser.add_argument("--entries", type=int, default=32, help="kept entries of each token")
+    parser.add_argument("--vocab", type=int, default=32_000)
+    parser.add_argument("--passes", type=int, default=3)
+    options = parser.parse_args()
+    pa.set_cpu_count(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        dataset = build_dataset(root / "d", options.tokens, options.vocab, k=options.entries)
+        tokens = dataset.num_tokens
+        dataset = kdata.open(root / "d")
+        first = speed(lambda: dataset.sql("select sum(token_id) from tokens"), tokens, 1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        ours = {name: speed(lambda q=q: dataset.sql(q), tokens, options.passes) for name, (q, _) in QUERIES.items()}
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        shard = dataset.manifest[0]
+        part = HUNDREDTH.format(shard=shard.name, rows=max(dataset.num_rows // 100, 1))
+        hundredth = speed(lambda: dataset.sql(part), tokens, options.passes)
+        dump(dataset, root / "dump.parquet")
+        with duckdb.connect() as connection:
+            connection.execute(f"create view dump as from '{root}/dump.parquet'")
+            dumped = {
+                name: speed(lambda q=q: connection.execute(q).fetchall(), tokens, options.passes)
+                for name, (_, q) in QUERIES.items()
+            }
+        sizes = [folder_bytes(root / "d/data") / tokens, (root / "dump.parquet").stat().st_size / tokens]
+    table = Table(
+        "query",
+        "kdata, M tokens/s/core",
+        "nested lists",
+        "ratio",
+        title=f"{tokens:,} tokens, {options.entries} entries each",
+    )
+    for name, value in ours.items():
+        table.add_row(name, f"{value / 1e6:.2f}", f"{dumped[name] / 1e6:.2f}", f"{value / dumped[name]:.1f}")
+    table.add_row("a hundredth of the rows, by a join", f"{hundredth / 1e6:.2f}", "", "")
+    table.add_row("the first query (digests)", f"{first / 1e6:.2f}", "", "")
+    table.add_row("bytes a token", f"{sizes[0]:.0f}", f"{sizes[1]:.0f}", "")
+    Console(width=110).print(table)
+    print(
+        json.dumps(
+            {
+                "tokens": tokens,
+                "kdata_tok_s_core": {name: round(value) for name, value in ours.items()},
+                "dump_tok_s_core": {name: round(value) for name, value in dumped.items()},
+                "hundredth_tok_s_core": round(hundredth),
+                "first_tok_s_core": round(first),
+                "memory_growth_mib": round(memory / 1024),
+                "bytes_per_token": [round(size, 1) for size in sizes],
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
