@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from kdata.errors import DataError
 from kdata.format.positions import ChosenPositions
 from kdata.selection.plan import plan_schema
-from kdata.selection.position_rules import Marker, Piece, PositionRule, ShareRule, number_to_choose
+from kdata.selection.position_rules import Marker, Piece, PositionRule, ShareRule, TokenReader, number_to_choose
 from kdata.store.dataset import Dataset
 from kdata.store.token_columns import token_columns
 
@@ -45,7 +45,12 @@ class Picked:
 
 
 def choose_positions(
-    dataset: Dataset, rule: PositionRule, rows: np.ndarray, parent: ChosenPositions | None, folder: Path
+    dataset: Dataset,
+    rule: PositionRule,
+    rows: np.ndarray,
+    parent: ChosenPositions | None,
+    folder: Path,
+    reader: TokenReader | None = None,
 ) -> Picked:
     """Choose positions of some rows.
 
@@ -53,16 +58,21 @@ def choose_positions(
         rows: int64 [R], distinct global rows.
         parent: positions to choose from; None: every target of the rows.
         folder: where temporary files go.
+        reader: the model of the rule `gap`.
     Raises:
         DataError, ConfigError: see the rule.
         CorruptError: a shard is not what was committed.
     """
     wanted = np.zeros(dataset.num_rows, bool)
     wanted[rows] = True
-    parameters = rule.recorded()
+    parameters = {**rule.recorded(), **({} if reader is None else reader.recorded)}
+
+    def candidates() -> Iterator[Piece]:
+        return pieces(dataset, rule, wanted, parent, reader)
+
     if isinstance(rule, ShareRule) and rule.per == "dataset":
         keys = folder / "position-keys"
-        edge, rest = _edge(_keys(dataset, rule, wanted, parent, keys), keys, rule.share)
+        edge, rest = _edge(_keys(rule, candidates(), keys), keys, rule.share)
         if (number := rule.number_of(edge)) is not None:
             parameters["threshold"] = number
         marker = _above(keys, edge, rest)
@@ -71,13 +81,19 @@ def choose_positions(
     file = folder / "positions.parquet"
     counts_all = np.zeros(dataset.num_rows, np.int64)
     weighted = False
-    for first_row, counts, has_weights in _written(pieces(dataset, rule, wanted, parent), marker, file):
+    for first_row, counts, has_weights in _written(candidates(), marker, file):
         counts_all[first_row : first_row + len(counts)] = counts
         weighted = has_weights
     return Picked(file, counts_all[rows], weighted, parameters)
 
 
-def pieces(dataset: Dataset, rule: PositionRule, wanted: np.ndarray, parent: ChosenPositions | None) -> Iterator[Piece]:
+def pieces(
+    dataset: Dataset,
+    rule: PositionRule,
+    wanted: np.ndarray,
+    parent: ChosenPositions | None,
+    reader: TokenReader | None = None,
+) -> Iterator[Piece]:
     """The record batches with wanted rows, and the tokens in them that may be chosen."""
     for read in token_columns(dataset, ["target_mask", *rule.COLUMNS], wanted):
         counts = np.diff(read.offsets)
@@ -90,16 +106,14 @@ def pieces(dataset: Dataset, rule: PositionRule, wanted: np.ndarray, parent: Cho
             in_parent_T = np.zeros(len(candidate_T), bool)
             in_parent_T[token_N] = True
             candidate_T &= in_parent_T
-        yield Piece(dataset, read, np.flatnonzero(candidate_T))
+        yield Piece(dataset, read, np.flatnonzero(candidate_T), reader)
 
 
-def _keys(
-    dataset: Dataset, rule: ShareRule, wanted: np.ndarray, parent: ChosenPositions | None, file: Path
-) -> np.ndarray:
+def _keys(rule: ShareRule, source: Iterator[Piece], file: Path) -> np.ndarray:
     """Write the key of every candidate to a file, in order. Returns their histogram by upper half, int64 [HALF]."""
     histogram = np.zeros(HALF, np.int64)
     with file.open("wb") as sink:
-        for piece in pieces(dataset, rule, wanted, parent):
+        for piece in source:
             keys_C = rule.keys(piece)
             histogram += np.bincount(keys_C >> np.uint32(16), minlength=HALF)
             sink.write(keys_C.astype("<u4").tobytes())

@@ -19,10 +19,10 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Union
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
 from kdata.config import Strict
-from kdata.errors import ConfigError, DataError
+from kdata.errors import ConfigError, DataError, TeacherError
 from kdata.format.positions import ChosenPositions, position_problem
 from kdata.format.sequences import Sequences
 from kdata.selection.apportion import as_written
@@ -42,17 +42,31 @@ from kdata.store.token_columns import TokenColumns
 MAX_PATTERN = 1_000  # characters of a marker's pattern
 
 
+class TokenReader(Protocol):
+    """A model that says how likely it finds the tokens of a text; `kdata.jobs.selecting` opens one."""
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a plan records of the model."""
+        ...
+
+    def logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probability of each token of some sequences (token ids int32 [T] each), float32 [T], nats; the first is NaN."""
+        ...
+
+
 @dataclass(frozen=True)
 class Piece:
     """The rows of one record batch, and which of their tokens may be chosen.
 
     candidate_C: int64 [C], rising indices of tokens: targets of the chosen rows, and of the parent plan's positions where it
-    has any.
+    has any. reader: the model of the rule `gap`, None for other rules.
     """
 
     dataset: Dataset
     read: TokenColumns
     candidate_C: np.ndarray
+    reader: TokenReader | None = None
 
     @cached_property
     def row_C(self) -> np.ndarray:
@@ -263,6 +277,41 @@ class Margin(ShareRule):
         return np.where(num_exact_C > 0, margin_C, np.nan).astype(np.float32)
 
 
+class Gap(ShareRule):
+    """The tokens at which a model, usually the student before training, is furthest behind the teacher.
+
+    The number is the model's NLL of the token minus the teacher's. Source: excess loss, Rho-1, arXiv 2404.07965: there the
+    loss of the model in training minus that of a reference model, in each batch; here it is computed once, and the reference
+    is the teacher.
+    """
+
+    COLUMNS = ("logprob", "input_ids")
+
+    rule: Literal["gap"] = "gap"
+    model: str = Field(description="Folder of the model, GGUF file or Hub name; it must have the teacher's tokenizer.")
+    revision: str | None = Field(None, description="Commit, tag or branch on the Hub; null: the default branch.")
+    backend: Literal["vllm", "transformers"] = Field("transformers", description="What runs the model.")
+
+    def numbers(self, piece: Piece) -> np.ndarray:
+        """See `ShareRule.numbers`. Raises TeacherError where the model's log-probability is not finite."""
+        assert piece.reader is not None  # `kdata.selection.select.select` refuses the rule without one
+        offsets, ids = piece.read.offsets, piece.read.values["input_ids"]
+        rows = np.unique(piece.row_C).tolist()
+        logprob_T = np.full(len(ids), np.nan, np.float32)
+        if rows:
+            sequences = [ids[offsets[row] : offsets[row + 1]] for row in rows]
+            for row, own in zip(rows, piece.reader.logprobs(sequences), strict=True):
+                logprob_T[offsets[row] : offsets[row + 1]] = own
+        bad_C = np.flatnonzero(~np.isfinite(logprob_T[piece.candidate_C]))
+        if len(bad_C):
+            raise TeacherError(
+                f"{self.model} gives position {piece.position_C[bad_C[0]]} of row {piece.ids[piece.row_C[bad_C[0]]]!r} a "
+                "log-probability that is not finite; are its weights sound?"
+            )
+        gap_C: np.ndarray = (piece.read.values["logprob"].astype(np.float32) - logprob_T)[piece.candidate_C]
+        return gap_C
+
+
 class Span(PositionRule):
     """The tokens between two markers in the text, for instance <think> and </think>; the markers themselves do not count.
 
@@ -404,6 +453,7 @@ RULES: dict[str, type[PositionRule]] = {
     "surprise": Surprise,
     "random": RandomPositions,
     "margin": Margin,
+    "gap": Gap,
     "span": Span,
     "sql": SqlPositions,
 }

@@ -40,7 +40,7 @@ from kdata.selection.plan import (
     positions_info,
     write_plan_info,
 )
-from kdata.selection.position_rules import PositionRule
+from kdata.selection.position_rules import Gap, PositionRule, TokenReader
 from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Difference, Random
 from kdata.selection.session import DomainSizes, Session, open_session
@@ -88,12 +88,13 @@ def parse_step(values: dict[str, Any], where: str = "select settings") -> Step:
     return parse_config(METHODS[method], values, where)
 
 
-def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
+def select(dataset: Dataset, config: Step, room: Room | None = None, *, reader: TokenReader | None = None) -> Plan:
     """Do one step and save its plan at `plans/NAME.parquet` of the dataset.
 
     Args:
         config: settings of one of METHODS, for instance `Difference(share=0.5)`.
         room: memory and threads that DuckDB may use; the result does not depend on them.
+        reader: the model of the rule `gap`; `kdata.select` opens it.
     Raises:
         ConfigError: method and settings do not fit.
         DataError: no row is chosen, a target cannot be met, or a score does not cover the rows.
@@ -107,6 +108,8 @@ def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
     if config.parent == name:
         raise ConfigError(f"plan {name!r} cannot be its own parent; give the new plan another name (--name)")
     parent = None if config.parent is None else open_plan(dataset, config.parent)
+    if isinstance(config.positions, Gap) and reader is None:
+        raise ConfigError("the rule 'gap' reads the text with a model; call kdata.select, which opens it")
     if parent is not None and parent.info.positions is not None and config.positions is None:
         raise ConfigError(
             f"plan {config.parent!r} chooses positions, and a plan of rows from it would lose them; choose rows first and "
@@ -125,7 +128,7 @@ def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
         choices, positions = _by_domain(domains, chosen), None
         if config.positions is not None:
             parents += [open_plan(dataset, other) for other in read["plans"]]
-            choices, positions = _choose_positions(session, config.positions, choices)
+            choices, positions = _choose_positions(session, config.positions, choices, reader)
         info = plan_info(
             choices,
             dataset,
@@ -144,7 +147,7 @@ def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
 
 
 def _choose_positions(
-    session: Session, rule: PositionRule, choices: dict[str, DomainChoice]
+    session: Session, rule: PositionRule, choices: dict[str, DomainChoice], reader: TokenReader | None
 ) -> tuple[dict[str, DomainChoice], PositionsInfo]:
     """Choose positions of the chosen rows, and show them in the view `picked`, which lacks rows without one.
 
@@ -155,7 +158,7 @@ def _choose_positions(
     table = session.table("select id, repeats from chosen where repeats > 0")
     rows = dataset.rows_of(table["id"].to_pylist())
     parent = None if session.parent is None else session.parent.choice(dataset)[1]
-    picked = choose_positions(dataset, rule, rows, parent, session.folder)
+    picked = choose_positions(dataset, rule, rows, parent, session.folder, reader)
     info = positions_info(
         dataset, rows, picked.counts,
         rule=rule.rule, parameters=picked.parameters, sql=rule.query, weighted=picked.weighted,

@@ -13,6 +13,7 @@ from kdata.config import parse_config
 from kdata.errors import ConfigError
 from kdata.jobs.scoring import ScoreConfig
 from kdata.jobs.scoring import score as score_rows
+from kdata.jobs.selecting import select as select_rows
 from kdata.pipelines.cli.common import (
     DatasetArgument,
     FieldOption,
@@ -30,7 +31,6 @@ from kdata.selection.plan import open_plan
 from kdata.selection.position_rules import RULES, ShareRule, SqlPositions
 from kdata.selection.score_file import bring
 from kdata.selection.select import DEFAULT, METHODS, parse_step
-from kdata.selection.select import select as select_rows
 from kdata.selection.show import Shown, comparison_table, draw, table_of
 from kdata.selection.show import compare as compare_plans
 from kdata.selection.step import Step
