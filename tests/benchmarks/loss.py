@@ -1,11 +1,15 @@
 """The fused sparse loss against the naive one: peak extra memory and time of forward + backward on a CPU.
 
     python -m tests.benchmarks.loss [--tokens 4096] [--hidden 1024] [--vocab 128256] [--kept 64] [--temperature 1]
+    python -m tests.benchmarks.loss --traffic --tokens 1024 --vocab 8192 --dtype bfloat16
 
 Each version runs in a process of its own, so that a peak belongs to it alone. Peak extra memory is the
 high-water mark of the resident set (VmHWM) over what inputs occupy. The naive version is what people write:
 full logits, log_softmax, gather, with the ghost bucket. Time is the best of `--repeats`. The last line is
 JSON; aim: mem_ratio <= 0.1, time_ratio <= 1.0 (fused / naive).
+
+`--traffic` counts what a GPU would move: bytes of every operation that reads or writes a tensor as large as the logits, per
+logit, outside of the matrix products and in them. It says what a kernel that joins all these operations could save.
 """
 
 from __future__ import annotations
@@ -18,9 +22,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.objective_config import ObjectiveConfig
@@ -32,6 +39,9 @@ def main() -> None:
     arguments = _arguments()
     if arguments.run:
         print(json.dumps(_run(arguments)))
+        return
+    if arguments.traffic:
+        print(json.dumps(_traffic(arguments)))
         return
     results = {}
     for version in ("naive", "fused"):
@@ -62,6 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--traffic", action="store_true", help="count bytes instead of measuring")
     parser.add_argument("--run", choices=("naive", "fused"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -85,6 +96,49 @@ def _run(arguments: argparse.Namespace) -> dict[str, float]:
         "loss": float(loss.detach()),
         "gradient_norm": math.hypot(float(hidden_MD.grad.norm()), float(head_VD.grad.norm())),
     }
+
+
+class _Traffic(TorchDispatchMode):
+    """Bytes of operations on tensors of at least `smallest` elements: what they read, and what they write."""
+
+    def __init__(self, smallest: int) -> None:
+        super().__init__()
+        self.smallest = smallest
+        self.bytes = {"products": 0, "others": 0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count one operation. A view moves nothing; an allocation and a gather of a few do not move the whole tensor."""
+        result = func(*args, **(kwargs or {}))
+        name = str(func).split(".")[1]
+        moves = not (func.is_view or name.startswith(("empty", "new_empty", "gather", "scatter", "_unsafe_view", "detach")))
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if self._is_large(leaf)]
+        if moves and (read or self._is_large(result)):
+            written = [leaf for leaf in tree_leaves(result) if self._is_large(leaf)]
+            moved = sum(leaf.numel() * leaf.element_size() for leaf in (*read, *written))
+            self.bytes["products" if name in ("mm", "addmm_", "addmm") else "others"] += moved
+        return result
+
+    def _is_large(self, value: object) -> bool:
+        return isinstance(value, Tensor) and value.numel() >= self.smallest
+
+
+def _traffic(arguments: argparse.Namespace) -> dict[str, float]:
+    """Bytes per logit that each version moves."""
+    hidden_MD, head_VD, targets = _inputs(arguments)
+    logits = arguments.tokens * arguments.vocab
+    found: dict[str, float] = {"tokens": arguments.tokens, "vocab": arguments.vocab}
+    for name, loss in (("naive", _naive), ("fused", _whole)):
+        traffic = _Traffic(logits)
+        with traffic:
+            loss(hidden_MD, head_VD, targets).backward()
+        found |= {f"{name} {kind}": round(count / logits, 1) for kind, count in traffic.bytes.items()}
+    return found
+
+
+def _whole(hidden_MD: Tensor, head_VD: Tensor, targets: Targets) -> Tensor:
+    """The fused loss in one chunk, so that the logits of all positions are one tensor."""
+    config = ObjectiveConfig(temperature=targets.temperature)
+    return distillation_loss(hidden_MD, head_VD, targets, config, "ghost", chunk_positions=hidden_MD.shape[0]).total
 
 
 def _inputs(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Targets]:

@@ -104,9 +104,12 @@ def plain(data: PackedRows, model: Any, job: dict, rows: int, world: int, rank: 
 
 
 def accelerated(data: PackedRows, model: Any, job: dict, rows: int) -> list[float]:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
 
-    accelerator = Accelerator(cpu=True)
+    plugin = None
+    if job.get("fsdp"):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     accumulate = job.get("accumulate", 1)
     optimizer = optimizer_of(model)
     schedule, losses = schedule_of(optimizer), []
@@ -127,18 +130,32 @@ def accelerated(data: PackedRows, model: Any, job: dict, rows: int) -> list[floa
     return losses
 
 
+class Sharded(DistillTrainer):
+    """FSDP by the settings of Trainer, which then makes the optimizer itself: of the parts of the parameters."""
+
+    def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
+        self.optimizer = optimizer_of(self.model)
+        return self.optimizer
+
+    def create_scheduler(self, *_: Any, **__: Any) -> Any:
+        self.lr_scheduler = schedule_of(self.optimizer)
+        return self.lr_scheduler
+
+
 def by_trainer(data: PackedRows, model: Any, job: dict, rows: int, out: Path) -> list[float]:
-    optimizer = optimizer_of(model)
     settings = {
         "per_device_train_batch_size": rows, "gradient_accumulation_steps": job.get("accumulate", 1), "logging_steps": 1,
         "max_grad_norm": 1.0, "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
         **({"num_train_epochs": 1} if job.get("epochs") else {"max_steps": STEPS}),
     }  # fmt: skip
-    common = {
-        "model": model, "train_dataset": data, "optimizers": (optimizer, schedule_of(optimizer)),
-        "layout": job.get("layout", "auto"),
-    }  # fmt: skip
-    if job["trainer"] == "hf":
+    common: dict[str, Any] = {"model": model, "train_dataset": data, "layout": job.get("layout", "auto")}
+    if not job.get("fsdp"):
+        optimizer = optimizer_of(model)
+        common["optimizers"] = (optimizer, schedule_of(optimizer))
+    if job.get("fsdp"):
+        fsdp = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2}}
+        trainer = Sharded(args=TrainingArguments(str(out), **settings, **fsdp), **common)
+    elif job["trainer"] == "hf":
         trainer = DistillTrainer(args=TrainingArguments(str(out), **settings), **common)
     else:
         from trl import SFTConfig

@@ -51,6 +51,8 @@ SHORT: dict[str, dict] = {
 RANKS: dict[str, dict] = {
     **{name: {"trainer": name} for name in ("plain", "hf", "sft", "accelerate")},
     "plain-fsdp": {"trainer": "plain", "fsdp": True, "accumulate": 2},
+    "accelerate-fsdp": {"trainer": "accelerate", "fsdp": True},
+    "hf-fsdp": {"trainer": "hf", "fsdp": True, "accumulate": 2},
     "hf-accumulated": {"trainer": "hf", "accumulate": 2},
     "hf-lora": {"trainer": "hf", "lora": True},
     "hf-short": {"trainer": "hf", "epochs": 1, "accumulate": 2},
