@@ -9,7 +9,7 @@ temporary Parquet file, from which DuckDB writes the plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def choose_positions(
     parent: ChosenPositions | None,
     folder: Path,
     reader: TokenReader | None = None,
+    on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Picked:
     """Choose positions of some rows.
 
@@ -59,6 +60,7 @@ def choose_positions(
         parent: positions to choose from; None: every target of the rows.
         folder: where temporary files go.
         reader: the model of the rule `gap`.
+        on_rows: called with the number of rows that were read since the last call, so that progress can be shown.
     Raises:
         DataError, ConfigError: see the rule.
         CorruptError: a shard is not what was committed.
@@ -68,7 +70,9 @@ def choose_positions(
     parameters = {**rule.recorded(), **({} if reader is None else reader.recorded)}
 
     def candidates() -> Iterator[Piece]:
-        return pieces(dataset, rule, wanted, parent, reader)
+        for piece in pieces(dataset, rule, wanted, parent, reader):
+            yield piece
+            on_rows(len(piece.rows))
 
     if isinstance(rule, ShareRule) and rule.per == "dataset":
         keys = folder / "position-keys"

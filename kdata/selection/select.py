@@ -158,7 +158,7 @@ def _choose_positions(
     table = session.table("select id, repeats from chosen where repeats > 0")
     rows = dataset.rows_of(table["id"].to_pylist())
     parent = None if session.parent is None else session.parent.choice(dataset)[1]
-    picked = choose_positions(dataset, rule, rows, parent, session.folder, reader)
+    picked = choose_positions(dataset, rule, rows, parent, session.folder, reader, session.read)
     info = positions_info(
         dataset, rows, picked.counts,
         rule=rule.rule, parameters=picked.parameters, sql=rule.query, weighted=picked.weighted,

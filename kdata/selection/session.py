@@ -96,6 +96,10 @@ class Session:
             yield
             self._task.advance(sum(entry.rows for entry in entries))
 
+    def read(self, rows: int) -> None:
+        """Count rows that were read outside of DuckDB, for the progress that is shown."""
+        self._task.advance(rows)
+
     def show(self, entries: list[ManifestEntry], scores: list[str]) -> None:
         """Create the views of some shards: `every_row` (the index), `rows` (to choose from), `scores.NAME`."""
         index = [self.dataset.sql_file(entry, "index") for entry in entries]

@@ -132,7 +132,7 @@ def select(
     ] = None,
     set: SetOption = None,
 ) -> None:
-    """Choose rows to train on, and perhaps tokens of them: write a plan.
+    """Choose what to train on: write a plan of rows, or of tokens.
 
     A plan says which rows, and how often. With --positions it also says which of their tokens count in training. The options
     of a method are named in front of their text.
@@ -142,7 +142,7 @@ def select(
       kdata select my-dataset --method difference --share 0.5
       kdata select my-dataset --name easy --sql "select id from rows where nll<4"
       kdata select my-dataset --parent easy --method cap --size 1000000
-      kdata select my-dataset --parent easy --name unsure --positions entropy --positions-share 0.2
+      kdata select my-dataset --positions entropy --positions-share 0.2
     """
     rule = {
         "rule": positions or ("sql" if positions_sql else None), "share": positions_share, "sql": positions_sql,

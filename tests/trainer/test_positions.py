@@ -29,9 +29,11 @@ from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.objectives import OBJECTIVES, Targets
 from kdata.trainer.parts import Collator, Documents, PackedRows, RowStream, attach_loss
 from kdata.trainer.train import train
+from tests.trainer import rank
 from tests.trainer.datasets import make_dataset
 from tests.trainer.oracle import Problem, make_problem, oracle_values
 from tests.trainer.stopping import stop_before
+from tests.trainer.test_distributed import BASE, ONE, run_ranks, tensors
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(90)]
 CONFIG = BatchesConfig(context_tokens=64, batch_rows=2, window_documents=16)
@@ -179,8 +181,8 @@ def test_ranks_and_workers_share_the_chosen_positions(dataset: kdata.Dataset, wo
     rows, positions = choice(dataset, "heavy")
     alone = list(Loader(dataset, rows, CONFIG, positions=positions).epoch())
     shares = []
-    for rank in range(2):
-        own = Loader(dataset, rows, CONFIG, rank=rank, world_size=2, positions=positions)
+    for part in range(2):
+        own = Loader(dataset, rows, CONFIG, rank=part, world_size=2, positions=positions)
         shares.append(list(DataLoader(IterableBatches(own, epochs=1), batch_size=None, num_workers=workers)))
     for number, batch in enumerate(alone):
         parts = [share[number].targets for share in shares if number < len(share)]
@@ -454,6 +456,30 @@ def test_a_plan_with_a_masked_position_is_refused_by_the_row(dataset: kdata.Data
     )
     with pytest.raises(CorruptError, match="row 'doc-7': the plan chooses position 4, which is no target"):
         run(dataset, "masked", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_gradients_and_counts_of_one(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    """With weights and the cross-entropy elsewhere, by DDP and FSDP2, in micro-batches; one step without clipping."""
+    objective = {"weights": {"cross_entropy": 0.1, "forward_kl": 0.9}, "cross_entropy_elsewhere": 0.4}
+    one = {**ONE, "objective": objective, "micro_batch_tokens": 64}
+
+    def job(kind: str, **changes: object) -> dict[str, Any]:
+        settings = {**BASE, "parallel": "fsdp" if kind == "fsdp" else "ddp", **one, **changes}
+        return {"config": settings, "dataset": str(dataset.path), "plan": "heavy", "out": str(tmp_path / kind)}
+
+    rank.run(job("one"))
+    run_ranks([job("ddp"), job("fsdp")], tmp_path / "jobs")
+    [want] = lines(tmp_path / "one")
+    for kind in ("ddp", "fsdp"):
+        [got] = lines(tmp_path / kind)
+        assert got["target_tokens"] == want["target_tokens"]
+        for name in ("loss", "cross_entropy", "forward_kl", "cross_entropy_elsewhere", "grad_norm"):
+            assert got[name] == pytest.approx(want[name], rel=1e-5)
+        moments = tensors(tmp_path / kind)
+        for name, tensor in tensors(tmp_path / "one").items():
+            if name.startswith("exp_avg."):
+                torch.testing.assert_close(moments[name], tensor, rtol=0, atol=1e-5 * float(tensor.abs().max()))
 
 
 # ---------------------------------------------------------------------------------------------------------- other trainers
