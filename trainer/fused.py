@@ -135,10 +135,8 @@ def distillation_loss_of_logits(
 
 
 def _loss(total: Tensor, values_MO: Tensor, config: ObjectiveConfig) -> Loss:
-    names = tuple(config.weights)
-    return Loss(
-        total, values_MO[:, : len(names)], names
-    )  # without the cross-entropy that was added for positions elsewhere
+    names = tuple(config.weights)  # without the cross-entropy that was added for positions elsewhere
+    return Loss(total, values_MO[:, : len(names)], names)
 
 
 def _plan_of(

@@ -195,9 +195,8 @@ class Batches:
             MismatchError: data or order differ.
             CorruptError: the place in the stream is not one of this data.
         """
-        own = self.state_dict()
-        decisive = {**dict.fromkeys(["positions"]), **own}
-        different = [k for k, v in decisive.items() if k not in asdict(self.place) and v != state.get(k)]
+        own = {"positions": None, **self.state_dict()}
+        different = [k for k in own if k not in asdict(self.place) and own[k] != state.get(k)]
         if different:
             raise MismatchError(
                 f"the loader's state belongs to another {', '.join(different)}; resume with the same "

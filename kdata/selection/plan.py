@@ -171,6 +171,8 @@ class Plan:
                 read.)
         """
         self.check(dataset)
+        if isinstance(self._table, Path) and self.info.positions is not None:
+            _refuse_more_values(self._table, dataset.num_tokens)
         rows = dataset.rows_of(self.ids)
         return np.repeat(rows, self.repeats), None if self.info.positions is None else self._positions(dataset, rows)
 
@@ -285,6 +287,20 @@ class Plan:
 def _refuse_other_table(path: Path, info: FileInfo) -> None:
     if not path.is_file() or not matches(path, info):
         raise CorruptError(f"{path} is not the plan that was saved; run `kdata select` again")
+
+
+def _refuse_more_values(path: Path, most: int) -> None:
+    """Raise CorruptError where a column says that it has more values than the dataset has tokens: a small file can."""
+    try:
+        metadata = pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptError(f"{path} is not a plan: {error}") from error
+    for place in range(metadata.num_columns):
+        count = sum(metadata.row_group(group).column(place).num_values for group in range(metadata.num_row_groups))
+        if count > most:
+            raise CorruptError(
+                f"{path} has {count:,} values in a column, more than the dataset's {most:,} tokens; run `kdata select` again"
+            )
 
 
 def _lists(column: pa.ChunkedArray, dtype: type) -> tuple[np.ndarray, np.ndarray]:

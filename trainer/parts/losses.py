@@ -72,7 +72,7 @@ class DistillationLoss(_SparseLossModule):
                 matmul_dtype=self._matmul_dtype(hidden_MD),
                 chunk_positions=self.chunk_positions,
             )
-        return _divided(loss, counted_tokens, targets.total_weight)
+        return _divided(loss, counted_tokens, targets)
 
     @staticmethod
     def _matmul_dtype(hidden_MD: Tensor) -> torch.dtype:
@@ -96,12 +96,12 @@ class LogitsLoss(_SparseLossModule):
                 logits_MV, targets.to(logits_MV.device), self.mix, self.tail,
                 counted_tokens=1, chunk_positions=self.chunk_positions,
             )  # fmt: skip
-        return _divided(loss, counted_tokens, targets.total_weight)
+        return _divided(loss, counted_tokens, targets)
 
 
-def _divided(loss: Loss, counted_tokens: Tensor | float | None, own: float) -> Loss:
+def _divided(loss: Loss, counted_tokens: Tensor | float | None, targets: Targets) -> Loss:
     """The sum as a mean. A division here takes a count on the device without waiting for it."""
-    divisor = own if counted_tokens is None else counted_tokens
+    divisor = targets.total_weight if counted_tokens is None else counted_tokens
     if isinstance(divisor, Tensor):
         on_device = divisor.to(loss.total.device)
         return loss._replace(total=loss.total / torch.where(on_device > 0, on_device, 1))

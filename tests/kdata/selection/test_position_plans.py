@@ -153,6 +153,16 @@ def test_a_position_that_is_no_target_is_refused_where_the_row_is_read(dataset: 
         list(batches.epoch())
 
 
+def test_more_positions_than_tokens_are_refused_before_they_are_read(dataset: kdata.Dataset) -> None:
+    """Ten million equal numbers are a few hundred bytes of Parquet."""
+    path = saved(dataset, ["r0"], positions=[[1]])
+    many = pa.ListArray.from_arrays(pa.array([0, 10_000_000], pa.int32()), pa.array(np.ones(10_000_000, np.int32)))
+    plan = replaced(dataset, path, pq.read_table(path).set_column(2, "positions", many))
+    assert path.stat().st_size < 10_000
+    with pytest.raises(CorruptError, match="10,000,000 values in a column, more than the dataset's 25 tokens"):
+        plan.choice(dataset)
+
+
 def test_a_plan_of_another_state_of_the_dataset_is_refused(dataset: kdata.Dataset) -> None:
     saved(dataset, ["r0"], positions=[[1]])
     grown = dataset_of(dataset.path, [Row("new")], source="more")
