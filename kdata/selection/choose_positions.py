@@ -1,16 +1,17 @@
 """Apply a rule of `kdata.selection.position_rules` to the rows that a step chose, out of core.
 
-A share of all positions is exact in bounded memory. The dataset is read once: each candidate's number goes into a temporary
-file as a 32-bit key that rises with the preference (4 bytes a candidate), and the upper half of the key into a histogram. The
-bin in which the choice ends is counted once more by the lower half, from the file. Equal numbers at the edge are taken in the
-order of (row, position), so the answer does not depend on the number of shards read at a time. The positions go into a
-temporary Parquet file, from which DuckDB writes the plan.
+A share of all positions is exact in bounded memory. Each candidate's number is computed once and goes into a temporary file
+as a 32-bit key that rises with the preference (4 bytes a candidate), and the upper half of the key into a histogram. The bin in
+which the choice ends is counted once more by the lower half, from the file. Then the target masks are read again, beside the
+keys, and what is chosen goes into a temporary Parquet file, from which DuckDB writes the plan. Equal numbers at the edge are
+taken in the order of (row, position).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from kdata.format.positions import ChosenPositions
 from kdata.selection.plan import plan_schema
 from kdata.selection.position_rules import Marker, Piece, PositionRule, ShareRule, TokenReader, number_to_choose
 from kdata.store.dataset import Dataset
+from kdata.store.index import read_index
 from kdata.store.token_columns import token_columns
 
 HALF = 1 << 16  # values of half a key
@@ -69,23 +71,23 @@ def choose_positions(
     wanted[rows] = True
     parameters = {**rule.recorded(), **({} if reader is None else reader.recorded)}
 
-    def candidates() -> Iterator[Piece]:
-        for piece in pieces(dataset, rule, wanted, parent, reader):
+    def candidates(*columns: str) -> Iterator[Piece]:
+        for piece in pieces(dataset, columns, wanted, parent, reader):
             yield piece
             on_rows(len(piece.rows))
 
     if isinstance(rule, ShareRule) and rule.per == "dataset":
         keys = folder / "position-keys"
-        edge, rest = _edge(_keys(rule, candidates(), keys), keys, rule.share)
+        edge, rest = _edge(_keys(rule, candidates(*rule.COLUMNS), keys), keys, rule.share)
         if (number := rule.number_of(edge)) is not None:
             parameters["threshold"] = number
-        marker = _above(keys, edge, rest)
+        marker, source = _above(keys, edge, rest), candidates()
     else:
-        marker = rule.marker(dataset)
+        marker, source = rule.marker(dataset), candidates(*rule.COLUMNS)
     file = folder / "positions.parquet"
     counts_all = np.zeros(dataset.num_rows, np.int64)
     weighted = False
-    for first_row, counts, has_weights in _written(candidates(), marker, file):
+    for first_row, counts, has_weights in _written(source, marker, file):
         counts_all[first_row : first_row + len(counts)] = counts
         weighted = has_weights
     return Picked(file, counts_all[rows], weighted, parameters)
@@ -93,13 +95,18 @@ def choose_positions(
 
 def pieces(
     dataset: Dataset,
-    rule: PositionRule,
+    columns: Sequence[str],
     wanted: np.ndarray,
     parent: ChosenPositions | None,
     reader: TokenReader | None = None,
 ) -> Iterator[Piece]:
-    """The record batches with wanted rows, and the tokens in them that may be chosen."""
-    for read in token_columns(dataset, ["target_mask", *rule.COLUMNS], wanted):
+    """The record batches with wanted rows, these columns of theirs, and the tokens in them that may be chosen."""
+
+    @lru_cache(maxsize=2)  # a shard has many record batches
+    def index_of(shard: int, columns: tuple[str, ...]) -> pa.Table:
+        return read_index(dataset.checked_file(dataset.manifest[shard], "index"), list(columns))
+
+    for read in token_columns(dataset, ["target_mask", *columns], wanted):
         counts = np.diff(read.offsets)
         here = wanted[read.first_row : read.first_row + len(counts)]
         candidate_T = read.values["target_mask"] & np.repeat(here, counts)
@@ -110,7 +117,7 @@ def pieces(
             in_parent_T = np.zeros(len(candidate_T), bool)
             in_parent_T[token_N] = True
             candidate_T &= in_parent_T
-        yield Piece(dataset, read, np.flatnonzero(candidate_T), reader)
+        yield Piece(dataset, read, np.flatnonzero(candidate_T), index_of, reader)
 
 
 def _keys(rule: ShareRule, source: Iterator[Piece], file: Path) -> np.ndarray:

@@ -35,7 +35,6 @@ from kdata.format.positions import ChosenPositions, position_problem
 from kdata.format.sequences import Sequences
 from kdata.selection.apportion import as_written
 from kdata.store.dataset import Dataset
-from kdata.store.index import read_index
 from kdata.store.sql import check_recordable, mentions
 from kdata.store.token_columns import TokenColumns
 
@@ -60,12 +59,13 @@ class Piece:
     """The rows of one record batch, and which of their tokens may be chosen.
 
     candidate_C: int64 [C], rising indices of tokens: targets of the chosen rows, and of the parent plan's positions where it
-    has any. reader: the model of the rule `gap`, None for other rules.
+    has any. index_of: reads columns of the index of a shard. reader: the model of the rule `gap`, None for other rules.
     """
 
     dataset: Dataset
     read: TokenColumns
     candidate_C: np.ndarray
+    index_of: Callable[[int, tuple[str, ...]], pa.Table]
     reader: TokenReader | None = None
 
     @cached_property
@@ -85,16 +85,15 @@ class Piece:
         """Global rows of the piece, int64 [S]."""
         return np.arange(self.read.first_row, self.read.first_row + len(self.read.offsets) - 1)
 
-    def index(self, columns: list[str]) -> pa.Table:
+    def index(self, *columns: str) -> pa.Table:
         """Columns of the index, a line for each row of the piece."""
-        entry = self.dataset.manifest[self.read.shard]
-        table = read_index(self.dataset.checked_file(entry, "index"), columns)
+        table = self.index_of(self.read.shard, columns)
         return table.slice(self.read.first_row - int(self.dataset.shard_starts[self.read.shard]), len(self.rows))
 
     @cached_property
     def ids(self) -> list[str]:
         """Ids of the rows."""
-        ids: list[str] = self.index(["id"])["id"].to_pylist()
+        ids: list[str] = self.index("id")["id"].to_pylist()
         return ids
 
     def sequences(self) -> Sequences:
@@ -344,7 +343,7 @@ class Span(PositionRule):
 
         def mark(piece: Piece) -> tuple[np.ndarray, None]:
             row_C = piece.row_C
-            texts = piece.index(["text"])["text"]
+            texts = piece.index("text")["text"]
             unknown = ~piece.read.known["token_bytes"] | texts.is_null().to_numpy(zero_copy_only=False)
             bad = np.intersect1d(np.flatnonzero(unknown), row_C)
             if len(bad):
