@@ -1,10 +1,10 @@
 """Apply a rule of `kdata.selection.position_rules` to the rows that a step chose, out of core.
 
-A share of all positions is exact in bounded memory. Each candidate's number is computed once and goes into a temporary file
-as a 32-bit key that rises with the preference (4 bytes a candidate), and the upper half of the key into a histogram. The bin in
-which the choice ends is counted once more by the lower half, from the file. Then the target masks are read again, beside the
-keys, and what is chosen goes into a temporary Parquet file, from which DuckDB writes the plan. Equal numbers at the edge are
-taken in the order of (row, position).
+A share of all positions is exact in bounded memory. Each candidate's number is computed once and goes into a temporary
+file as a 32-bit key that rises with the preference (4 bytes a candidate), and the upper half of the key into a
+histogram. The bin in which the choice ends is counted once more by the lower half, from the file. Then the target masks
+are read again, beside the keys, and what is chosen goes into a temporary Parquet file, from which DuckDB writes the
+plan. Equal numbers at the edge are taken in the order of (row, position).
 """
 
 from __future__ import annotations
