@@ -208,7 +208,12 @@ def estimate_student(name: str, config: TrainConfig, dataset: Path, folder: Path
 def estimate_score(model: TeacherConfig, tokens: int, dataset: Path, folder: Path) -> Stage:
     """Estimate what the reference takes for `tokens` tokens by scoring `dataset`. Raises as `score` does."""
     folder.mkdir()
-    spec = {"kind": "score", "teacher": model.model_dump(), "root": str(dataset), "warm": str(dataset.with_name("warm"))}
+    spec = {
+        "kind": "score",
+        "teacher": model.model_dump(),
+        "root": str(dataset),
+        "warm": str(dataset.with_name("warm")),
+    }
     took, memory = _in_process(spec, folder)
     factor = tokens / open_dataset(dataset).num_tokens
     disk = sum(path.stat().st_size for path in (dataset / "scores").rglob("*") if path.is_file())
@@ -315,7 +320,7 @@ def _probe(spec: dict[str, Any]) -> dict[str, float]:
 
 
 def _beyond_warm(spec: dict[str, Any], work: Callable[[Path], object]) -> dict[str, float]:
-    """Do work that loads a model on a few rows, then on the probe's: the difference grows with the rows, the rest is loading."""
+    """Do work that loads a model on a few rows, then on the probe's: the difference grows with rows, the rest is loading."""
     begun = time.perf_counter()
     work(Path(spec["warm"]))
     ready = time.perf_counter()

@@ -110,7 +110,9 @@ class _Traffic(TorchDispatchMode):
         """Count one operation. A view moves nothing; an allocation and a gather of a few do not move the whole tensor."""
         result = func(*args, **(kwargs or {}))
         name = str(func).split(".")[1]
-        moves = not (func.is_view or name.startswith(("empty", "new_empty", "gather", "scatter", "_unsafe_view", "detach")))
+        moves = not (
+            func.is_view or name.startswith(("empty", "new_empty", "gather", "scatter", "_unsafe_view", "detach"))
+        )
         read = [leaf for leaf in tree_leaves((args, kwargs)) if self._is_large(leaf)]
         if moves and (read or self._is_large(result)):
             written = [leaf for leaf in tree_leaves(result) if self._is_large(leaf)]

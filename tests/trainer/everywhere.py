@@ -2,9 +2,9 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.trainer.everywhere JOBS.json
 
-A job is {"trainer", "dataset", "out"} and perhaps "plan", "layout", "accumulate", "lora", "fsdp", "epochs" (to the end of
-the data instead of STEPS). It writes losses.json and model.safetensors into OUT. Data, seed, student, optimizer and schedule
-are those of CONFIG.
+A job is {"trainer", "dataset", "out"} and perhaps "plan", "layout", "accumulate", "lora", "fsdp", "zero3", "epochs" (to the
+end of the data instead of STEPS). It writes losses.json and model.safetensors into OUT. Data, seed, student, optimizer and
+schedule are those of CONFIG.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedTokenizerFast, TrainingArguments
@@ -40,6 +41,10 @@ CONFIG: dict[str, Any] = {
     "student": {"kind": "scratch", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_positions": CONTEXT},
     "steps": STEPS, "batch_tokens": ROWS * CONTEXT, "context_tokens": CONTEXT, "warmup_steps": 3, "learning_rate": 5e-3,
     "log_every_steps": 1, "checkpoint_every_steps": 0, "device": "cpu",
+}  # fmt: skip
+ZERO3 = {
+    "zero_optimization": {"stage": 3},
+    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
 }  # fmt: skip
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "lora_dropout": 0.0}
 
@@ -110,6 +115,8 @@ def accelerated(data: PackedRows, model: Any, job: dict, rows: int) -> list[floa
     if job.get("fsdp"):
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    if plugin is not None:
+        shard_on_cpu(plugin)
     accumulate = job.get("accumulate", 1)
     optimizer = optimizer_of(model)
     schedule, losses = schedule_of(optimizer), []
@@ -130,8 +137,34 @@ def accelerated(data: PackedRows, model: Any, job: dict, rows: int) -> list[floa
     return losses
 
 
+def shard_on_cpu(plugin: Any) -> None:
+    """Have Accelerate take FSDP seriously: where there is no GPU it uses DDP instead, without a word."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+
+
+def ranks_for_deepspeed() -> None:
+    """Tell Accelerate of the ranks: with DeepSpeed on a CPU it has no backend of its own, and sees one rank only."""
+    from accelerate.state import PartialState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
+
+
 class Sharded(DistillTrainer):
-    """FSDP by the settings of Trainer, which then makes the optimizer itself: of the parts of the parameters."""
+    """FSDP or ZeRO-3 by the settings of Trainer, which then makes the optimizer itself: of the parts of the parameters."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            from accelerate import FullyShardedDataParallelPlugin
+
+            shard_on_cpu(FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args))
+            self.is_fsdp_enabled = True
 
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
         self.optimizer = optimizer_of(self.model)
@@ -145,16 +178,19 @@ class Sharded(DistillTrainer):
 def by_trainer(data: PackedRows, model: Any, job: dict, rows: int, out: Path) -> list[float]:
     settings = {
         "per_device_train_batch_size": rows, "gradient_accumulation_steps": job.get("accumulate", 1), "logging_steps": 1,
-        "max_grad_norm": 1.0, "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
+        "max_grad_norm": 1.0, "report_to": [], "use_cpu": not job.get("zero3"), "save_strategy": "no", "disable_tqdm": True,
         **({"num_train_epochs": 1} if job.get("epochs") else {"max_steps": STEPS}),
     }  # fmt: skip
     common: dict[str, Any] = {"model": model, "train_dataset": data, "layout": job.get("layout", "auto")}
-    if not job.get("fsdp"):
+    if not (job.get("fsdp") or job.get("zero3")):
         optimizer = optimizer_of(model)
         common["optimizers"] = (optimizer, schedule_of(optimizer))
-    if job.get("fsdp"):
-        fsdp = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2}}
-        trainer = Sharded(args=TrainingArguments(str(out), **settings, **fsdp), **common)
+    if job.get("fsdp") or job.get("zero3"):
+        shared: dict[str, Any] = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2}}
+        if job.get("zero3"):
+            ranks_for_deepspeed()
+            shared = {"deepspeed": ZERO3, "accelerator_config": {"use_configured_state": True}}
+        trainer = Sharded(args=TrainingArguments(str(out), **settings, **shared), **common)
     elif job["trainer"] == "hf":
         trainer = DistillTrainer(args=TrainingArguments(str(out), **settings), **common)
     else:
@@ -191,8 +227,16 @@ def run(job: dict) -> None:
         data = data.filled_to(rows * world)
         loop = accelerated if job["trainer"] == "accelerate" else partial(plain, world=world, rank=rank)
         losses = loop(data, model, job, rows)
+    if job.get("fsdp"):
+        assert all(isinstance(p, DTensor) for p in model.parameters()), "the weights are not divided among the ranks"
     merged = model.merge_and_unload() if job.get("lora") else model
-    weights = {name: whole(p).contiguous().clone() for name, p in merged.named_parameters()}
+    if job.get("zero3"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(merged.parameters())):
+            weights = {name: p.detach().contiguous().clone() for name, p in merged.named_parameters()}
+    else:
+        weights = {name: whole(p).contiguous().clone() for name, p in merged.named_parameters()}
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "losses.json").write_text(json.dumps(losses))
@@ -202,7 +246,7 @@ def run(job: dict) -> None:
 def main() -> None:
     """Run the jobs on the ranks that torchrun started."""
     torch.set_num_threads(1)
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ["ACCELERATE_USE_CPU"] = os.environ.get("ACCELERATE_USE_CPU", "true")
     dist.init_process_group("gloo")
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)

@@ -194,6 +194,21 @@ def test_the_last_step_of_the_data_may_be_short(name: str, packed: kdata.Dataset
     agree(tmp_path / "out", want)
 
 
+def on_two_ranks(jobs: list[dict], folder: Path, **variables: str) -> None:
+    """Run jobs on two ranks, with variables of the environment."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    env = {
+        **os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), **variables,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.trainer.everywhere", str(folder / "jobs.json")],
+        cwd=ROOT, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
 @pytest.fixture(scope="module")
 def two_ranks(packed: kdata.Dataset, single: kdata.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
@@ -201,20 +216,7 @@ def two_ranks(packed: kdata.Dataset, single: kdata.Dataset, tmp_path_factory: py
         {**job, "dataset": str((single if job.get("layout") == "padded" else packed).path), "out": str(folder / name)}
         for name, job in RANKS.items()
     ]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "GOMP_SPINCOUNT": "0",
-        "PYTHONPATH": str(ROOT),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.trainer.everywhere", str(folder / "jobs.json")],
-        cwd=ROOT, env=env, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
+    on_two_ranks(jobs, folder)
     return folder
 
 
@@ -232,3 +234,11 @@ def test_two_ranks(
         agree(two_ranks / name, ours_heavy)
     else:
         agree(two_ranks / name, ours_single if "single" in name else ours_packed)
+
+
+@pytest.mark.slow
+def test_zero_3_on_two_ranks(packed: kdata.Dataset, ours_packed, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    job = {"trainer": "hf", "zero3": True, "accumulate": 2, "dataset": str(packed.path), "out": str(tmp_path / "zero3")}
+    on_two_ranks([job], tmp_path, ACCELERATE_USE_CPU="false", DS_ACCELERATOR="cpu")
+    agree(tmp_path / "zero3", ours_packed)
