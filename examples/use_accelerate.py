@@ -22,8 +22,8 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 loader = DataLoader(data.filled_to(rows * accelerator.num_processes), rows, collate_fn=Collator())
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 for step, batch in enumerate(loader, 1):
-    # A step's loss is divided by the counted tokens of all processes, because they differ.
-    counted = accelerator.reduce(torch.tensor(len(batch["targets"]), device=accelerator.device))
+    # A step's loss is divided by the weight of the counted tokens of all processes, because they differ.
+    counted = accelerator.reduce(torch.tensor(batch["targets"].total_weight, device=accelerator.device))
     loss = model(**batch, counted_tokens=counted).loss * accelerator.num_processes  # gradients are averaged
     accelerator.backward(loss)
     optimizer.step()

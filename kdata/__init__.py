@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from kdata.jobs.combine import CombineConfig, combine
     from kdata.jobs.reading import CaptureConfig, capture
     from kdata.jobs.scoring import ScoreConfig, score
+    from kdata.jobs.selecting import select
     from kdata.jobs.writing import GenerateConfig, generate
     from kdata.selection.plan import Plan, make_plan
-    from kdata.selection.select import select
     from kdata.share.arrange import head, merge, split
     from kdata.share.push import push
     from kdata.store.dataset import Dataset
@@ -120,7 +120,7 @@ _MODULES = {
     "push": "kdata.share.push",
     "repair": "kdata.check.repair",
     "score": "kdata.jobs.scoring",
-    "select": "kdata.selection.select",
+    "select": "kdata.jobs.selecting",
     "split": "kdata.share.arrange",
     "verify": "kdata.check.verify",
     **{name: "kdata.errors" for name in __all__ if name.endswith("Error")},

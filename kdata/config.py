@@ -59,7 +59,7 @@ class RowsConfig(Strict):
 VERSION = "0.1.0"  # of this package, as in pyproject.toml
 Model = TypeVar("Model", bound=BaseModel)
 NEVER_REPEATED = ("auth_env",)  # keys where people put a token itself
-TAGS = ("kind", "method")  # keys that choose one model of a union
+TAGS = ("kind", "method", "rule")  # keys that choose one model of a union
 
 
 def parse_config(model: type[Model], values: dict[str, Any], where: str) -> Model:
@@ -94,7 +94,8 @@ def _problem(model: type[BaseModel], problem: Any) -> str:
 def _follow(model: type[BaseModel], location: list[str]) -> tuple[list[str], list[str]]:
     """The keys of a location in a model, and the keys that are known where the last one stands.
 
-    Where `kind` or `method` chooses one of several models, pydantic adds its value to the location, although it is not a key.
+    Where `kind`, `method` or `rule` chooses one of several models, pydantic adds its value to the location, although it is
+    not a key.
     """
     path, models = [], [model]
     for part in location[:-1]:

@@ -18,7 +18,7 @@ from kdata.selection.ranked import Difference
 from kdata.selection.select import SelectConfig
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.trainer.config import CheckpointStudent, LoraConfig, ScratchStudent, TrainConfig
-from kdata.trainer.objective_config import ObjectiveConfig, resolve_tail
+from kdata.trainer.objective_config import ObjectiveConfig, refuse_elsewhere, resolve_tail
 
 BUILTIN, GEMMA = "builtin", "gemma"
 TEACHER = "teacher"
@@ -199,6 +199,8 @@ def load_recipe(path: Path, settings: list[str], options: dict[str, Any] | None 
         for phase in recipe.train_config(run).resolved_phases():
             if phase.dataset is None:  # the teacher has not read it yet: refuse now, not after hours of capture
                 resolve_tail(phase.objective, keep.tail, keep.temperatures, kind=keep.kind)
+                has_positions = phase.plan is not None or (run.plan and recipe.select.positions is not None)
+                refuse_elsewhere(phase.objective, has_positions=has_positions)
     uses_plan = [name for name, run in recipe.students.items() if run.plan]
     by_difference = bool(uses_plan) and recipe.select.method == "difference"
     nameless = recipe.reference.model == "auto" and recipe.student.model in (None, TEACHER)

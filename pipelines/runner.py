@@ -26,6 +26,7 @@ from kdata.format.rejects import refused, rejected_line
 from kdata.jobs.job import Engine, devices_of, run_job
 from kdata.jobs.reading import CaptureJob
 from kdata.jobs.scoring import ScoreConfig, score
+from kdata.jobs.selecting import select
 from kdata.jobs.writing import GenerateConfig, GenerateJob
 from kdata.observe.energy import Devices, local_devices
 from kdata.observe.journal import Took, read_journal, took
@@ -38,7 +39,6 @@ from kdata.pipelines.ray.workers import RayConfig
 from kdata.pipelines.recipe import BUILTIN, GEMMA, TEACHER, Recipe, StudentRun, TextConfig
 from kdata.pipelines.report.report import write_report
 from kdata.selection.ranked import Difference
-from kdata.selection.select import select
 from kdata.share.card import tokens_of, write_card
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset

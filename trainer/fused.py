@@ -57,11 +57,15 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class LossPlan:
-    """How objectives become one loss. `scale` multiplies the sum over positions: 1 / counted tokens of the step."""
+    """How objectives become one loss. `scale` multiplies the sum over positions: 1 / the sum of their weights in the step.
+
+    weights: of the objectives, by name, at chosen positions. elsewhere: the same at the others, or None where all are chosen.
+    """
 
     config: ObjectiveConfig
     tail: Tail
     weights: dict[str, float]
+    elsewhere: dict[str, float] | None
     scale: float
     matmul_dtype: torch.dtype
     chunk_positions: int
@@ -74,33 +78,36 @@ def distillation_loss(
     config: ObjectiveConfig,
     tail: Tail,
     *,
-    counted_tokens: int | None = None,
+    counted_tokens: float | None = None,
     matmul_dtype: torch.dtype | None = None,
     chunk_positions: int | None = None,
 ) -> Loss:
     """Weighted sum of the objectives, per counted token, with gradients for hidden states and head.
+
+    With weights of positions (`Targets.weights_C`) it is sum(w value) / sum(w).
 
     Args:
         hidden_MD: float [M, D], the hidden states that predict the targets, after the final norm.
         head_VD: float [V, D], the student's output embedding.
         targets: teacher's side of the same M positions, at the mix's temperature.
         config, tail: the mix of one step (`ObjectiveConfig.at`), and the tail mode from `resolve_tail`.
-        counted_tokens: divisor of the sum; None: M. With gradient accumulation it is the count of the whole step, so that
-            the parts add up to the loss of one large batch.
+        counted_tokens: divisor of the sum; None: `targets.total_weight`, M without weights. With gradient accumulation it is
+            that of the whole step, so that the parts add up to the loss of one large batch.
         matmul_dtype: dtype of the three matrix products; None: that of hidden_MD. Sums are float32 (float64 for float64).
         chunk_positions: positions whose logits exist at a time; None: chosen from the size of the vocabulary.
     Returns:
         Loss; `values_MO` includes objectives of weight 0. M = 0 gives 0 with zero gradients.
     Raises:
         ShapeError: shapes disagree, or an id is outside [0, V).
-        ConfigError: a weight still depends on the step; the targets are at another temperature than the mix; or an objective
-            needs the exact entries, and the targets are draws that do not say which entries are exact.
+        ConfigError: a weight still depends on the step; the targets are at another temperature than the mix; an objective
+            needs the exact entries, and the targets are draws that do not say which entries are exact; or not all positions
+            are chosen, and the mix does not say what counts at the others.
     """
     _check(hidden_MD, head_VD, targets)
     dtype = matmul_dtype or hidden_MD.dtype
     loss_plan = _plan_of(targets, config, tail, counted_tokens, dtype, chunk_positions, head_VD.shape[0])
     total, values_MO = _SparseLoss.apply(hidden_MD, head_VD, targets, loss_plan, torch.is_grad_enabled())
-    return Loss(total, values_MO, tuple(loss_plan.weights))
+    return _loss(total, values_MO, config)
 
 
 def distillation_loss_of_logits(
@@ -109,7 +116,7 @@ def distillation_loss_of_logits(
     config: ObjectiveConfig,
     tail: Tail,
     *,
-    counted_tokens: int | None = None,
+    counted_tokens: float | None = None,
     chunk_positions: int | None = None,
 ) -> Loss:
     """The same loss from logits, for models whose logits are not head @ hidden.
@@ -124,14 +131,19 @@ def distillation_loss_of_logits(
     targets.check(*logits_MV.shape)
     loss_plan = _plan_of(targets, config, tail, counted_tokens, _wide(logits_MV), chunk_positions, logits_MV.shape[1])
     total, values_MO = _SparseLoss.apply(logits_MV, None, targets, loss_plan, torch.is_grad_enabled())
-    return Loss(total, values_MO, tuple(loss_plan.weights))
+    return _loss(total, values_MO, config)
+
+
+def _loss(total: Tensor, values_MO: Tensor, config: ObjectiveConfig) -> Loss:
+    names = tuple(config.weights)  # without the cross-entropy that was added for positions elsewhere
+    return Loss(total, values_MO[:, : len(names)], names)
 
 
 def _plan_of(
     targets: Targets,
     config: ObjectiveConfig,
     tail: Tail,
-    counted_tokens: int | None,
+    counted_tokens: float | None,
     matmul_dtype: torch.dtype,
     chunk_positions: int | None,
     vocab_size: int,
@@ -141,11 +153,22 @@ def _plan_of(
             f"the targets are at temperature {targets.temperature}, the objective at {config.temperature}; give the loader "
             "the objective's temperature"
         )
+    weights, elsewhere = config.numbers(), None
+    if targets.chosen_C is not None:
+        if config.cross_entropy_elsewhere is None:
+            raise ConfigError(
+                "the targets hold positions that are not chosen, and objective.cross_entropy_elsewhere is null; set it, or "
+                "leave those positions out"
+            )
+        weights = {**weights, "cross_entropy": weights.get("cross_entropy", 0.0)}
+        elsewhere = {name: config.cross_entropy_elsewhere * (name == "cross_entropy") for name in weights}
+    divisor = targets.total_weight if counted_tokens is None else counted_tokens
     return LossPlan(
         config=config,
         tail=tail,
-        weights=config.numbers(),
-        scale=1.0 / max(len(targets) if counted_tokens is None else counted_tokens, 1),
+        weights=weights,
+        elsewhere=elsewhere,
+        scale=1.0 / (divisor or 1),  # without a position the sum is 0
         matmul_dtype=matmul_dtype,
         chunk_positions=chunk_positions or _chunk_positions(vocab_size, matmul_dtype, targets.token_ids_C.device),
     )
@@ -171,7 +194,7 @@ def measure(
     """
     _check(hidden_MD, head_VD, targets)
     size = chunk_positions or _chunk_positions(head_VD.shape[0], head_VD.dtype, head_VD.device)
-    loss_plan = LossPlan(ObjectiveConfig(), tail, dict.fromkeys(names, 1.0), 1.0, hidden_MD.dtype, size)
+    loss_plan = LossPlan(ObjectiveConfig(), tail, dict.fromkeys(names, 1.0), None, 1.0, hidden_MD.dtype, size)
     values, top_ids, confidence = [], [], []
     for part, logits_CV, _ in _logit_chunks(hidden_MD, head_VD.to(loss_plan.matmul_dtype), loss_plan):
         top_logits_CN, top_ids_CN = logits_CV.topk(min(top, logits_CV.shape[1]), dim=-1)
@@ -232,7 +255,7 @@ class _SparseLoss(torch.autograd.Function):
             grad_head_VD = grad_head_VD.to(head_VD.dtype)
         ctx.gradients = (grad_hidden_MD, grad_head_VD)
         ctx.mark_non_differentiable(values_MO)
-        return (values_MO.sum(0) @ weights_O) * loss_plan.scale, values_MO
+        return _total(values_MO, targets, loss_plan, weights_O) * loss_plan.scale, values_MO
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> Any:
@@ -349,6 +372,17 @@ def _values(student: _Student, targets: Targets, loss_plan: LossPlan) -> Tensor:
     return torch.stack(values, dim=-1)
 
 
+def _total(values_CO: Tensor, targets: Targets, loss_plan: LossPlan, weights_O: Tensor) -> Tensor:
+    """The sum over positions of their weighted objectives, each position by its own weight; scalar, differentiable."""
+    if targets.weights_C is None and targets.chosen_C is None:
+        return values_CO.sum(0) @ weights_O
+    value_C = values_CO @ weights_O
+    if targets.chosen_C is not None and loss_plan.elsewhere is not None:
+        elsewhere_O = torch.tensor(list(loss_plan.elsewhere.values()), dtype=weights_O.dtype).to(weights_O.device)
+        value_C = torch.where(targets.chosen_C, value_C, values_CO @ elsewhere_O)
+    return value_C.sum() if targets.weights_C is None else value_C @ targets.weights_C.to(value_C.dtype)
+
+
 def _to_logit_gradient_(
     exp_CV: Tensor, spare_CV: Tensor | None, student: _Student, targets: Targets, loss_plan: LossPlan, weights_O: Tensor
 ) -> Tensor:
@@ -361,7 +395,7 @@ def _to_logit_gradient_(
     leaves = _Student(*(t.detach().requires_grad_() for t in student))
     with torch.enable_grad():
         values_CO = _values(leaves, targets, loss_plan)
-        (values_CO.sum(0) @ weights_O * loss_plan.scale).backward()
+        (_total(values_CO, targets, loss_plan, weights_O) * loss_plan.scale).backward()
     d = _Student(*(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves))
     temperature, mass_C = loss_plan.config.temperature, exp_CV.sum(-1)
     exp_CV.mul_((d.rest_C / mass_C / temperature).masked_fill(mass_C == 0, 0.0)[:, None])

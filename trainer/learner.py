@@ -51,13 +51,14 @@ class Learner(nn.Module):
         return [module for module in self.student.modules() if type(module).__name__ in names]
 
     def forward(
-        self, batch: Batch, objective: ObjectiveConfig, tail: Tail, counted_tokens: int
+        self, batch: Batch, objective: ObjectiveConfig, tail: Tail, counted_tokens: float
     ) -> tuple[Tensor, Tensor]:
         """Loss of a batch and the objectives behind it.
 
         Args:
             objective: the mix of this step.
-            counted_tokens: the divisor of sums: counted tokens of the whole step, over all micro-batches and ranks.
+            counted_tokens: the divisor of sums: weight of the counted tokens of the whole step, over all micro-batches and
+                ranks; without weights their number.
         Returns:
             Scalar loss, differentiable; and float [M, O], detached, see `kdata.trainer.fused.Loss`.
         """

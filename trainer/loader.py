@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from kdata.format.schema import CodecInfo
+from kdata.format.positions import ChosenPositions
+from kdata.format.schema import CodecInfo, json_digest
 from kdata.format.temper import log_z_of, temper
 from kdata.loader.batches import Arrays, Batches, BatchesConfig, ahead
 from kdata.loader.packing import Place
@@ -64,6 +65,11 @@ class Loader:
         dataset, rows, config, rank, world_size: see `kdata.loader.batches.Batches`, also for the errors.
         temperature: of the targets; ConfigError at the first batch if the dataset was not captured for it.
         order_key: decides the order together with the seed, instead of the data's digest; None: the digest.
+        positions: which targets of the rows count; None: all of them.
+        elsewhere: have the other targets in the batches too, marked as not chosen.
+
+    Attributes:
+        identity: SHA-256 (hex) of what is read, positions included.
     """
 
     def __init__(
@@ -76,10 +82,17 @@ class Loader:
         world_size: int = 1,
         temperature: float = 1.0,
         order_key: str | None = None,
+        positions: ChosenPositions | None = None,
+        elsewhere: bool = False,
     ) -> None:
         self.config, self.temperature = config, temperature
-        self.arrays = Batches(dataset, rows, config, rank=rank, world_size=world_size, entry_dtype=np.int64)
+        self.arrays = Batches(
+            dataset, rows, config, rank=rank, world_size=world_size, entry_dtype=np.int64, positions=positions,
+            elsewhere=elsewhere,
+        )  # fmt: skip
         self.identity = self.arrays.identity
+        if positions is not None:
+            self.identity = json_digest([self.identity, positions.digest])
         if order_key is not None:
             self.arrays.identity = order_key
         self.lengths, self.rows = self.arrays.lengths, self.arrays.rows  # of the planned documents, int64
@@ -149,6 +162,8 @@ def tempered(arrays: Arrays, temperature: float, codec: CodecInfo) -> Arrays:
     )
     logprobs_MK = np.full_like(arrays.entry_logprobs, -np.inf)
     logprobs_MK[kept_MK] = logprobs_N
+    if arrays.chosen is not None:
+        tail_M = np.where(arrays.chosen, tail_M, np.float32(0))
     return replace(arrays, entry_logprobs=logprobs_MK, log_tail=tail_M)
 
 
@@ -169,6 +184,8 @@ def to_torch(arrays: Arrays, temperature: float = 1.0) -> Batch:
         log_tail_C=torch.from_numpy(arrays.log_tail),
         temperature=temperature,
         num_exact_C=wide(arrays.num_exact),
+        weights_C=None if arrays.weights is None else torch.from_numpy(arrays.weights),
+        chosen_C=None if arrays.chosen is None else torch.from_numpy(arrays.chosen),
     )
     return Batch(
         input_ids=wide(arrays.input_ids),

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kdata.config import first_problem
 from kdata.errors import CorruptError, DataError, MismatchError
+from kdata.format.positions import ChosenPositions
 from kdata.loader.batches import BatchesConfig
 from kdata.loader.packing import Place, Shape, blocks_of, place_of, windows
 from kdata.store.dataset import Dataset
@@ -104,7 +105,8 @@ class MixedLoader:
     """A resumable stream of batches, period after period. Call `begin` before iterating.
 
     Args:
-        dataset, rows, config, rank, world_size, temperature: see `kdata.trainer.loader.Loader`.
+        dataset, rows, config, rank, world_size, temperature, positions, elsewhere: see
+            `kdata.trainer.loader.Loader`.
     Raises:
         DataError: there is nothing to read, or a document is longer than the context.
         ConfigError: the ranks cannot share a batch evenly.
@@ -119,9 +121,13 @@ class MixedLoader:
         rank: int = 0,
         world_size: int = 1,
         temperature: float = 1.0,
+        positions: ChosenPositions | None = None,
+        elsewhere: bool = False,
     ) -> None:
-        every = Loader(dataset, rows, config, rank=rank, world_size=world_size)  # checks the data
-        self.dataset, self.config = dataset, config
+        every = Loader(dataset, rows, config, rank=rank, world_size=world_size, positions=positions)  # checks the data
+        self.dataset, self.config, self._positions = dataset, config, positions
+        self._elsewhere = elsewhere
+        self._order_key = every.arrays.identity
         self._rank, self._world_size, self._temperature = rank, world_size, temperature
         self.identity = every.identity
         index = dataset.index(["domain", "num_tokens"])
@@ -205,6 +211,8 @@ class MixedLoader:
             rank=self._rank,
             world_size=self._world_size,
             temperature=self._temperature,
+            positions=self._positions,
+            elsewhere=self._elsewhere,
         )
 
     def _draw(self, weights: Mapping[str, float], num_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -261,5 +269,5 @@ class MixedLoader:
         return queues
 
     def _key(self) -> list[int]:
-        """The digest of the data as numbers, for seeds."""
-        return [int(self.identity[i : i + 8], 16) for i in range(0, 32, 8)]
+        """The digest of data and rows as numbers, for seeds. The positions do not change the order."""
+        return [int(self._order_key[i : i + 8], 16) for i in range(0, 32, 8)]

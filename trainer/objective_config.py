@@ -66,6 +66,16 @@ class ObjectiveConfig(Strict):
         description="Share s that the skewed divergences mix in. 0.1 is the choice of the paper's authors.",
     )
 
+    cross_entropy_elsewhere: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        exclude_if=lambda weight: weight is None,
+        description="Only with a plan that chooses positions: weight of the cross-entropy of the actual token at the other "
+        "targets of its rows, where nothing else counts. Each of them counts like a position of weight 1. null: the other "
+        "targets do not count.",
+    )
+
     def at(self, step: int, steps: int) -> ObjectiveConfig:
         """The same mix with every weight a number: the weights of step 0, 1, ... of a phase of `steps` steps."""
         numbers = {n: w.at(step, steps) if isinstance(w, Ramp) else w for n, w in self.weights.items()}
@@ -147,6 +157,15 @@ def resolve_tail(
             "topk or adaptive"
         )
     return tail
+
+
+def refuse_elsewhere(config: ObjectiveConfig, *, has_positions: bool) -> None:
+    """Raise ConfigError where a weight for targets elsewhere is set, and the plan leaves no target out."""
+    if config.cross_entropy_elsewhere is not None and not has_positions:
+        raise ConfigError(
+            f"objective.cross_entropy_elsewhere is {config.cross_entropy_elsewhere}, but every target counts: it is for "
+            "plans that choose positions (`kdata select --positions RULE`); name such a plan, or leave the setting at null"
+        )
 
 
 def _check_weights(weights: Mapping[str, float | Ramp]) -> None:

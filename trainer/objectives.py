@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,9 @@ class Targets:
     with -1. logprobs_CK: float [C, K], nats, not renormalized, -inf where padded. log_tail_C: float [C], log of the exact
     probability outside the exact entries, -inf if there is none. temperature: that of logprobs_CK and log_tail_C.
     num_exact_C: int [C], how many entries, from the first, are exact; the others are draws. Only the tail mode draws reads
-    it; None: not known.
+    it; None: not known. weights_C: float32 [C] > 0, how much each position counts; None: 1. chosen_C: bool [C], positions
+    where the whole mix counts; at the others only the cross-entropy does (`ObjectiveConfig.cross_entropy_elsewhere`); they
+    have weight 1 and no entries. None: all are chosen.
     """
 
     token_ids_C: Tensor
@@ -55,6 +57,8 @@ class Targets:
     log_tail_C: Tensor
     temperature: float = 1.0
     num_exact_C: Tensor | None = None
+    weights_C: Tensor | None = None
+    chosen_C: Tensor | None = None
 
     def __len__(self) -> int:
         return self.token_ids_C.shape[0]
@@ -86,15 +90,39 @@ class Targets:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Targets:
         """The same targets with every tensor changed."""
-        ids, logprobs = change(self.ids_CK), change(self.logprobs_CK)
-        exact = None if self.num_exact_C is None else change(self.num_exact_C)
-        return Targets(change(self.token_ids_C), ids, logprobs, change(self.log_tail_C), self.temperature, exact)
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of the weights of all positions, without weights their number: what the sum of a loss is divided by."""
+        return float(len(self)) if self.weights_C is None else float(self.weights_C.double().sum())
+
+    @property
+    def chosen_weight(self) -> float:
+        """The same of the chosen positions: what the sums of `sums` are divided by."""
+        return self.total_weight - self.num_elsewhere
+
+    @property
+    def num_elsewhere(self) -> int:
+        """Positions at which only the cross-entropy counts."""
+        return 0 if self.chosen_C is None else int((~self.chosen_C).sum())
+
+    def sums(self, values_CO: Tensor) -> Tensor:
+        """Weighted sums over the chosen positions of numbers of each position, [O]."""
+        if self.weights_C is None and self.chosen_C is None:
+            return values_CO.sum(0)
+        share_C = torch.ones_like(values_CO[:, 0]) if self.weights_C is None else self.weights_C.to(values_CO)
+        if self.chosen_C is not None:
+            share_C = share_C * self.chosen_C.to(share_C)
+        return share_C @ values_CO
 
     def check(self, num_positions: int, vocab_size: int) -> None:
         """Raise ShapeError if shapes disagree or an id is outside the vocabulary (-1 may pad kept ids)."""
-        others = (self.ids_CK, self.log_tail_C, *(() if self.num_exact_C is None else (self.num_exact_C,)))
-        if any(count != num_positions for count in (len(self), *(other.shape[0] for other in others))):
-            shapes = {name: tuple(t.shape) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        shapes = {name: tuple(t.shape) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        if any(shape[0] != num_positions for shape in shapes.values()):
             raise ShapeError(f"targets {shapes} do not fit {num_positions} hidden states")
         if self.ids_CK.shape != self.logprobs_CK.shape:
             raise ShapeError(f"ids {tuple(self.ids_CK.shape)} and logprobs {tuple(self.logprobs_CK.shape)} disagree")

@@ -25,7 +25,7 @@ from kdata.trainer.domain_weights import DDKMixture, DomainWeights, make_domain_
 from kdata.trainer.heldout import Heldout, keep_aside, open_heldout, student_losses
 from kdata.trainer.loader import Loader
 from kdata.trainer.mixed_loader import MixedLoader
-from kdata.trainer.objective_config import Tail, resolve_tail
+from kdata.trainer.objective_config import Tail, refuse_elsewhere, resolve_tail
 
 # Mixed with the seed instead of the dataset's digest where `data_order` is seed.
 SEED_ORDER = "0" * 64
@@ -138,10 +138,11 @@ def _open(
     dataset = kdata.open(phase.dataset or run_dataset)
     plan_name = phase.plan if phase.dataset or phase.plan else run_plan
     plan = None if plan_name is None else plan_of(dataset, plan_name)
-    rows = None if plan is None else plan.rows(dataset)
+    rows, positions = (None, None) if plan is None else plan.choice(dataset)
     refuse_no_targets(dataset, rows)
     temperatures = dataset.info.codec.temperatures
     tail = resolve_tail(phase.objective, dataset.info.tail, temperatures, kind=dataset.info.codec.kind)
+    refuse_elsewhere(phase.objective, has_positions=positions is not None)
     batches_config = BatchesConfig(
         context_tokens=config.context_tokens,
         batch_rows=micro_rows(config, ranks.world_size) * ranks.world_size,
@@ -151,6 +152,7 @@ def _open(
     )
     options: dict[str, Any] = {
         "rank": ranks.rank, "world_size": ranks.world_size, "temperature": phase.objective.temperature,
+        "positions": positions, "elsewhere": phase.objective.cross_entropy_elsewhere is not None,
     }  # fmt: skip
     if phase.mixture is None:
         order_key = SEED_ORDER if config.data_order == "seed" else None

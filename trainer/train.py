@@ -266,16 +266,17 @@ def _gradients(
     """
     # Every run reports the cross-entropy; at weight 0 it costs next to nothing.
     measured = objective.model_copy(update={"weights": {"cross_entropy": 0.0, **objective.numbers()}})
-    sizes = [[len(b.targets), b.num_tokens, b.input_ids.numel()] for b in batches]
-    counted, tokens, positions = ranks.sum(np.array(sizes).sum(0)).astype(np.int64).tolist()
+    sizes = [[len(b.targets), b.num_tokens, b.input_ids.numel(), b.targets.num_elsewhere] for b in batches]
+    counted, tokens, positions, elsewhere = ranks.sum(np.array(sizes).sum(0)).astype(np.int64).tolist()
+    total_weight = float(ranks.sum(np.array([math.fsum(b.targets.total_weight for b in batches)]))[0])
     parts: list[tuple[Tensor, Tensor]] = []
     for number, batch in enumerate(batches):
         with accumulating(learner, last=number + 1 == len(batches)):
-            total, values_MO = learner(batch, measured, open_phase.tail, counted)
+            total, values_MO = learner(batch, measured, open_phase.tail, total_weight)
             (total * ranks.world_size).backward()  # DDP and FSDP2 average gradients over ranks
         parts.append((total.detach(), values_MO))
-    sums = torch.stack([torch.cat([total[None], values_MO.sum(0)]).double() for total, values_MO in parts]).sum(0)
-    loss, *values = ranks.sum(sums.cpu().numpy()).tolist()
+    sums = torch.stack([_sums(b, *part).double() for b, part in zip(batches, parts, strict=True)]).sum(0)
+    loss, elsewhere_sum, *values = ranks.sum(sums.cpu().numpy()).tolist()
     if not math.isfinite(loss):
         rows = [_bad_rows(b, values_MO) for b, (_, values_MO) in zip(batches, parts, strict=True)]
         named = _named(open_phase.dataset, rows, ranks)
@@ -286,9 +287,23 @@ def _gradients(
     if not math.isfinite(norm):
         named = _named(open_phase.dataset, [b.rows for b in batches], ranks)
         raise TrainingError(f"the gradient norm of step {step} is {norm}; {named}. {_REMEDY}")
-    per_token = [value / max(counted, 1) for value in values]
+    per_token = [value / ((total_weight - elsewhere) or 1) for value in values]
     losses = {"loss": loss, **dict(zip(measured.weights, per_token, strict=True))}
+    if objective.cross_entropy_elsewhere is not None:
+        losses["cross_entropy_elsewhere"] = elsewhere_sum / max(elsewhere, 1)
     return _Gradients(losses, norm, tokens, counted, tokens / positions)
+
+
+def _sums(batch: Batch, total: Tensor, values_MO: Tensor) -> Tensor:
+    """Loss of a batch, sum of the cross-entropy where nothing else counts, and sum of each objective; [2 + O].
+
+    Args:
+        values_MO: the objectives, the cross-entropy first.
+    """
+    targets = batch.targets
+    own = targets.sums(values_MO)
+    elsewhere = total.new_zeros(1) if targets.chosen_C is None else (~targets.chosen_C).to(own) @ values_MO[:, :1]
+    return torch.cat([total[None], elsewhere, own])
 
 
 _REMEDY = "The weights are as before the step; lower learning_rate, or leave these rows out with a plan"

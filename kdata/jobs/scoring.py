@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -49,18 +51,32 @@ def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> 
         return _score(dataset, config, log)
 
 
-def _score(dataset: Dataset, config: ScoreConfig, log: Path | None) -> ScoreInfo:
-    tokenizer = load_tokenizer(config.model.model, config.model.revision, bos=config.model.bos)
-    own = Vocabulary.of_model(config.model.model, tokenizer)
+@contextmanager
+def open_reader(dataset: Dataset, config: TeacherConfig) -> Iterator[tuple[Teacher, Vocabulary]]:
+    """Open a model that can read every sequence of a dataset, and its vocabulary.
+
+    Raises:
+        MismatchError: the model has another tokenizer.
+        ConfigError: a sequence is longer than the model's context.
+    """
+    tokenizer = load_tokenizer(config.model, config.revision, bos=config.bos)
+    own = Vocabulary.of_model(config.model, tokenizer)
     refuse_other_ids(Vocabulary.of_dataset(dataset), own, "score with a model of the teacher's tokenizer")
     longest = max(dataset.index(["num_tokens"])["num_tokens"].to_pylist(), default=0)
-    model = load_teacher(config.model, max_k=1, work=Work(longest, writes=False))
+    model = load_teacher(config, max_k=1, work=Work(longest, writes=False))
     try:
         if longest > model.context:
             raise ConfigError(
-                f"the dataset has a sequence of {longest:,} tokens, {config.model.model} reads at most {model.context:,}; "
+                f"the dataset has a sequence of {longest:,} tokens, {config.model} reads at most {model.context:,}; "
                 "score with a model of a longer context"
             )
+        yield model, own
+    finally:
+        model.close()
+
+
+def _score(dataset: Dataset, config: ScoreConfig, log: Path | None) -> ScoreInfo:
+    with open_reader(dataset, config.model) as (model, own):
         info = ScoreInfo(
             name=config.name,
             unit="nats per target token",
@@ -83,8 +99,6 @@ def _score(dataset: Dataset, config: ScoreConfig, log: Path | None) -> ScoreInfo
                 write_part(dataset, config.name, entry, _score_shard(dataset, number, entry, model, count))
                 task.advance(entry.tokens, part=number)
             return finish_sidecar(dataset, info)
-    finally:
-        model.close()
 
 
 def _score_shard(dataset: Dataset, number: int, entry: ManifestEntry, model: Teacher, on_tokens: OnTokens) -> pa.Table:

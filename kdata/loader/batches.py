@@ -1,11 +1,13 @@
 """Batches of plain numpy arrays from a dataset and a plan, for the trainer of this repository or your own.
 
-    for batch in Batches(dataset, plan.rows(dataset), BatchesConfig(context_tokens=2048)):
+    rows, positions = plan.choice(dataset)
+    for batch in Batches(dataset, rows, BatchesConfig(context_tokens=2048), positions=positions):
         ...  # batch.input_ids, batch.entry_ids, batch.entry_logprobs, ...
 
 A row of a batch holds several whole documents. No document is cut or dropped, and none attends to another (positions
 restart, segments differ). The order is that of `kdata.loader.packing`: a pure function of data, plan, seed and epoch.
-Ranks share every batch and workers take whole batches in turn, so neither changes the order. The state is six numbers
+Where a plan chooses positions, documents are read whole all the same, as context, and in the same order; only those positions
+count. Ranks share every batch and workers take whole batches in turn, so neither changes the order. The state is six numbers
 and a digest, and it is exact.
 
 How reading is organised, by measurement (tests/benchmarks/loader.py; 2M tokens in documents of 400, top-64, packed codec,
@@ -35,8 +37,9 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from kdata.errors import ConfigError, DataError, MismatchError
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
 from kdata.format.measures import Measures
+from kdata.format.positions import ChosenPositions
 from kdata.format.sequences import Sequences
 from kdata.loader.grid import entry_grid
 from kdata.loader.packing import Place, Shape, blocks_of, identity_of, place_of, windows
@@ -86,7 +89,9 @@ class Arrays(Measures):
     -inf pads. num_exact: int32 [M], kept entries that are no draws. draw_logprobs: float32 [M, K] or None, see `Sequences`.
     logprob, rank, log_tail, entropy, log_z: of the M counted tokens, see `Measures`. document: int64 [M], which of `rows`
     a counted token belongs to. rows: int64 [S], global dataset rows. num_tokens: tokens in documents. place: the place in
-    the stream after it.
+    the stream after it. weights: float32 [M], how much each counted token counts, or None where each counts 1. chosen: bool
+    [M], which counted tokens the plan chooses, where the other targets are wanted too (`elsewhere` of `Batches`); those have
+    no entries, a log_tail of 0 and weight 1. None: all.
     """
 
     input_ids: np.ndarray
@@ -102,6 +107,8 @@ class Arrays(Measures):
     rows: np.ndarray
     num_tokens: int
     place: Place
+    weights: np.ndarray | None = None
+    chosen: np.ndarray | None = None
 
     @property
     def fill(self) -> float:
@@ -118,9 +125,12 @@ class Batches:
         config: see BatchesConfig.
         rank, world_size: this process takes the `rank`-th of `world_size` equal parts of every batch.
         entry_dtype: of `entry_ids`; torch indexes with int64.
+        positions: which targets of the rows count (`Plan.choice`); None: all of them.
+        elsewhere: hand over the other targets too, without their entries.
     Raises:
         DataError: nothing to read, or a document is longer than the context.
-        ConfigError: the ranks cannot share a batch evenly.
+        ConfigError: the ranks cannot share a batch evenly, or a row has no chosen position.
+        CorruptError: while reading, a chosen position is not a target of its row.
     """
 
     def __init__(
@@ -132,13 +142,16 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         entry_dtype: type = np.int32,
+        positions: ChosenPositions | None = None,
+        elsewhere: bool = False,
     ) -> None:
         if config.batch_rows % world_size or not 0 <= rank < world_size:
             raise ConfigError(
                 f"rank {rank} of {world_size} cannot share batch_rows={config.batch_rows} evenly; batch_rows counts the "
                 "rows of all ranks and must be a multiple of their number"
             )
-        self.dataset, self.config, self.entry_dtype = dataset, config, entry_dtype
+        self.dataset, self.config, self.entry_dtype, self.positions = dataset, config, entry_dtype, positions
+        self.elsewhere = elsewhere and positions is not None
         share = config.batch_rows // world_size
         self._share = range(rank * share, (rank + 1) * share)
         rows = np.arange(dataset.num_rows, dtype=np.int64) if rows is None else np.asarray(rows, np.int64)
@@ -148,6 +161,11 @@ class Batches:
         self.rows, self.lengths = rows[lengths > 0], lengths[lengths > 0]
         if not len(self.rows):
             raise DataError(f"{dataset!r}: the plan selects no token, so there is nothing to train on")
+        if positions is not None and len(missing := positions.missing(self.rows)):
+            raise ConfigError(
+                f"row {self._id_of(missing[0])!r} is to be read, and no position of it is chosen; give rows and positions of "
+                "one plan"
+            )
         self.identity = identity_of(dataset.content_digest, self.rows)
         self.blocks = blocks_of(self.rows, dataset.shard_starts, config.shuffle_block_rows)
         self.place = Place()
@@ -163,8 +181,12 @@ class Batches:
         return ahead(self.read(Place(), epochs=1), self.config.prefetch_batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the stream and what decides its order, of constant size. It does not depend on the rank."""
-        return {**asdict(self.place), "identity": self.identity, **self.config.model_dump(include=ORDER)}
+        """The place in the stream and what decides its order, of constant size. It does not depend on the rank.
+
+        The positions do not change the order. Their digest is in the state all the same, where there are any.
+        """
+        own = {} if self.positions is None else {"positions": self.positions.digest}
+        return {**asdict(self.place), "identity": self.identity, **own, **self.config.model_dump(include=ORDER)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from another loader's state, of any rank.
@@ -173,7 +195,7 @@ class Batches:
             MismatchError: data or order differ.
             CorruptError: the place in the stream is not one of this data.
         """
-        own = self.state_dict()
+        own = {"positions": None, **self.state_dict()}
         different = [k for k in own if k not in asdict(self.place) and own[k] != state.get(k)]
         if different:
             raise MismatchError(
@@ -210,15 +232,44 @@ class Batches:
                 if done:
                     return
 
+    def _id_of(self, row: np.integer) -> str:
+        name: str = self.dataset.index(["id"])["id"][int(row)].as_py()
+        return name
+
     def _refuse_long(self, rows: np.ndarray, lengths: np.ndarray) -> None:
         context = self.config.context_tokens
         too_long = np.flatnonzero(lengths > context)
         if len(too_long):
-            name = self.dataset.index(["id"])["id"][int(rows[too_long[0]])].as_py()
+            name = self._id_of(rows[too_long[0]])
             raise DataError(
                 f"document {name!r} has {lengths[too_long[0]]} tokens, more than context_tokens={context} "
                 f"({len(too_long)} of {len(rows)} are longer). Documents are never cut: set context_tokens "
                 f"to {lengths.max()} or more, or train on a plan with num_tokens <= {context}"
+            )
+
+    def _counted(
+        self, seqs: Sequences, target_T: np.ndarray, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Which tokens count, int64 [M]; their weights, and which of them are chosen, see `Arrays`."""
+        if self.positions is None:
+            return np.flatnonzero(target_T), None, None
+        token_N, weights_N = self.positions.tokens(rows, seqs.offsets)
+        self._refuse_masked(token_N[~target_T[token_N]], seqs.offsets, rows)
+        if not self.elsewhere:
+            return token_N, weights_N, None
+        chosen_T, weights_T = np.zeros(len(target_T), bool), np.ones(len(target_T), np.float32)
+        chosen_T[token_N] = True
+        if weights_N is not None:
+            weights_T[token_N] = weights_N
+        counted_M = np.flatnonzero(target_T)
+        return counted_M, None if weights_N is None else weights_T[counted_M], chosen_T[counted_M]
+
+    def _refuse_masked(self, masked_N: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> None:
+        if len(masked_N):
+            document = int(np.searchsorted(offsets, masked_N[0], side="right")) - 1
+            raise CorruptError(
+                f"row {self._id_of(rows[document])!r}: the plan chooses position {masked_N[0] - offsets[document]}, which is "
+                "no target of the dataset; run `kdata select` again"
             )
 
     def assemble(self, documents: list[list[int]], slices: list[pa.RecordBatch], place: Place) -> Arrays:
@@ -233,7 +284,8 @@ class Batches:
         position_T = np.arange(len(seqs.token_ids)) - np.repeat(seqs.offsets[:-1], lengths)
         cell_T = np.repeat(starts, lengths) + position_T
         # Entry t is the prediction of token t, made by the hidden state of the cell before it; entry 0 has none.
-        counted_M = np.flatnonzero(seqs.target_mask & (position_T > 0))
+        rows = self.rows[_flat(documents)]
+        counted_M, weights_M, chosen_M = self._counted(seqs, seqs.target_mask & (position_T > 0), rows)
         input_ids, position_ids, segment_ids = _grid(
             len(documents), context, cell_T, seqs.token_ids, position_T, np.repeat(segments, lengths)
         )
@@ -242,11 +294,13 @@ class Batches:
             position_ids=position_ids,
             segment_ids=segment_ids,
             predictor=cell_T[counted_M] - 1,
-            **_targets(seqs, counted_M, self.entry_dtype),
+            **_targets(seqs, counted_M, chosen_M, self.entry_dtype),
             document=np.repeat(np.arange(len(lengths)), lengths)[counted_M],
-            rows=self.rows[_flat(documents)],
+            rows=rows,
             num_tokens=len(seqs.token_ids),
             place=place,
+            weights=weights_M,
+            chosen=chosen_M,
         )
 
 
@@ -270,18 +324,22 @@ def _grid(
     return input_ids, position_ids, segment_ids
 
 
-def _targets(seqs: Sequences, counted_M: np.ndarray, entry_dtype: type) -> dict[str, Any]:
+def _targets(seqs: Sequences, counted_M: np.ndarray, chosen_M: np.ndarray | None, entry_dtype: type) -> dict[str, Any]:
     """The fields of `Arrays` that are the teacher's view of the counted positions."""
 
     def grid(values_N: np.ndarray, fill: float, dtype: type = np.float32) -> np.ndarray:
-        return entry_grid(counted_M, seqs.entry_offsets, values_N, fill, dtype)
+        return entry_grid(counted_M, seqs.entry_offsets, values_N, fill, dtype, chosen_M)
 
+    num_exact_M, measures = seqs.num_exact[counted_M], seqs.measures(lambda values: values[counted_M])
+    if chosen_M is not None:
+        num_exact_M = np.where(chosen_M, num_exact_M, 0)
+        measures["log_tail"] = np.where(chosen_M, measures["log_tail"], np.float32(0))
     return {
         "token_ids": seqs.token_ids[counted_M],
         "entry_ids": grid(seqs.entry_ids, -1, entry_dtype),
         "entry_logprobs": grid(seqs.entry_logprobs, -np.inf),
-        "num_exact": seqs.num_exact[counted_M],
-        **seqs.measures(lambda values: values[counted_M]),
+        "num_exact": num_exact_M,
+        **measures,
         "draw_logprobs": None if seqs.draw_logprobs is None else grid(seqs.draw_logprobs, np.nan),
     }
 

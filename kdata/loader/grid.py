@@ -13,7 +13,12 @@ import numpy as np
 
 
 def entry_grid(
-    positions_M: np.ndarray, entry_offsets: np.ndarray, values_N: np.ndarray, fill: float, dtype: type
+    positions_M: np.ndarray,
+    entry_offsets: np.ndarray,
+    values_N: np.ndarray,
+    fill: float,
+    dtype: type,
+    with_entries_M: np.ndarray | None = None,
 ) -> np.ndarray:
     """Ragged entries of chosen positions as a grid.
 
@@ -23,10 +28,13 @@ def entry_grid(
         values_N: any numbers [N].
         fill: pads positions that have fewer entries than the widest of the M.
         dtype: of the grid.
+        with_entries_M: bool [M], positions whose entries are wanted; the others are padding. None: all.
     Returns:
         dtype [M, K], K the most entries that one of the M positions has.
     """
     first_M, count_M = entry_offsets[positions_M], np.diff(entry_offsets)[positions_M]
+    if with_entries_M is not None:
+        count_M = np.where(with_entries_M, count_M, 0)
     grid_MK: np.ndarray = np.empty((len(positions_M), int(count_M.max(initial=0))), dtype)
     _entry_grid(first_M, count_M, values_N, grid_MK.dtype.type(fill), grid_MK)
     return grid_MK

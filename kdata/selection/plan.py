@@ -6,9 +6,10 @@ step can choose the first ones. Opening a plan of 100 million rows does not read
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +21,16 @@ from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
 from kdata.format.files import file_info, lock_of, matches, storage_errors, without_hidden, write_atomically
 from kdata.format.manifest import digest_of, write_json
+from kdata.format.positions import ChosenPositions, position_problem
 from kdata.format.schema import Contract, Digest, FileInfo
 from kdata.store.dataset import Dataset
 from kdata.store.listed import PLANS, read_listing
 from kdata.store.sql import check_new_name, is_name
 
 PLAN_SCHEMA = pa.schema([pa.field("id", pa.string(), False), pa.field("repeats", pa.int32(), False)])
+# Columns that a plan has where it chooses positions of its rows; weights only where they are not all 1.
+POSITIONS_FIELD = pa.field("positions", pa.list_(pa.int32()), False)
+WEIGHTS_FIELD = pa.field("weights", pa.list_(pa.float32()), False)
 MAX_SEQUENCES = 1_000_000_000  # of a plan, repeats counted
 CountBy = Literal["sequences", "tokens"]
 
@@ -42,6 +47,28 @@ class DomainChoice(Contract):
         None,
         description="What the method requested of this domain, in `unit`; null where it requests nothing of single domains.",
     )
+
+
+class PositionShare(Contract):
+    """Positions of one domain in a plan."""
+
+    targets: int = Field(ge=0, description="Target positions of the rows that were chosen, each row once.")
+    positions: int = Field(ge=0, description="Those of them that the plan chooses.")
+
+
+class PositionsInfo(Contract):
+    """How the positions of a plan were chosen."""
+
+    rule: str = Field(description="Rule that chose them: entropy, surprise, random, margin, span, sql, ...")
+    parameters: dict[str, Any] = Field(description="Parameters of the rule, and the threshold that it came to.")
+    sql: str | None = Field(None, description="The DuckDB query that chose them; null when a rule did.")
+    targets: int = Field(ge=0, description="Target positions of the rows that were chosen, each row once.")
+    positions: int = Field(ge=1, description="Those of them that the plan chooses.")
+    rows_left_out: int = Field(
+        ge=0, description="Rows that were chosen and are not in the plan, because no position of them is chosen."
+    )
+    weighted: bool = Field(False, description="Whether the table has weights.")
+    domains: dict[str, PositionShare] = Field(description="The same numbers of each domain.")
 
 
 class PlanInfo(Contract):
@@ -71,8 +98,18 @@ class PlanInfo(Contract):
     shares: dict[str, dict[str, float]] = Field(
         description="Per domain: share of tokens in the dataset and in the plan."
     )
+    positions: PositionsInfo | None = Field(
+        None,
+        exclude_if=lambda info: info is None,
+        description="How positions of the rows were chosen; absent where every target of a row counts.",
+    )
     table: FileInfo | None = Field(None, description="Digest and size of NAME.parquet; null until it is saved.")
     digest: str = Field("", description="SHA-256 of everything else in the file; shows a damaged byte.")
+
+
+def plan_schema(*, positions: bool = False, weights: bool = False) -> pa.Schema:
+    """Columns of NAME.parquet."""
+    return pa.schema([*PLAN_SCHEMA, *[POSITIONS_FIELD] * positions, *[WEIGHTS_FIELD] * weights])
 
 
 class Plan:
@@ -91,17 +128,22 @@ class Plan:
 
     @cached_property
     def table(self) -> pa.Table:
-        """Columns id and repeats, in order. Raises CorruptError where the file does not hold a plan's rows."""
+        """Columns id and repeats, and perhaps positions and weights, in order.
+
+        Raises CorruptError where the file does not hold a plan's rows.
+        """
         if isinstance(self._table, pa.Table):
             return self._table
         if self._table_info is not None:
             _refuse_other_table(self._table, self._table_info)
+        chosen = self.info.positions
+        schema = plan_schema(positions=chosen is not None, weights=chosen is not None and chosen.weighted)
         try:
-            table = pq.read_table(self._table).cast(PLAN_SCHEMA)
+            table = pq.read_table(self._table).cast(schema)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptError(f"{self._table} is not a plan: {error}") from error
         if any(column.null_count for column in table.columns):
-            raise CorruptError(f"{self._table} is not a plan: an id or a number of repeats is null")
+            raise CorruptError(f"{self._table} is not a plan: one of {schema.names} is null in a row")
         if int(pc.sum(table["repeats"].cast(pa.int64())).as_py() or 0) > MAX_SEQUENCES:
             raise CorruptError(f"{self._table} chooses more than {MAX_SEQUENCES:,} sequences, repeats counted")
         if table.num_rows and table["repeats"].to_numpy().min() < 1:
@@ -119,6 +161,46 @@ class Plan:
         """How often each id is chosen, int32 [R] >= 1."""
         repeats: np.ndarray = self.table["repeats"].to_numpy()
         return repeats
+
+    def choice(self, dataset: Dataset) -> tuple[np.ndarray, ChosenPositions | None]:
+        """Global row numbers int64 [sum of repeats], in plan order; and which positions of them count, None: every target.
+
+        Raises:
+            MismatchError: the dataset has changed since the plan was written.
+            CorruptError: positions or weights of a row are not well-formed. (Whether they are targets is seen when the row is
+                read.)
+        """
+        self.check(dataset)
+        if isinstance(self._table, Path) and self.info.positions is not None:
+            _refuse_more_values(self._table, dataset.num_tokens)
+        rows = dataset.rows_of(self.ids)
+        return np.repeat(rows, self.repeats), None if self.info.positions is None else self._positions(dataset, rows)
+
+    def _positions(self, dataset: Dataset, rows: np.ndarray) -> ChosenPositions:
+        chosen = self.info.positions
+        assert chosen is not None
+        offsets, positions = _lists(self.table["positions"], np.int32)
+        weights = None
+        num_tokens = dataset.index(["num_tokens"])["num_tokens"].to_numpy()[rows]
+        if chosen.weighted:
+            own_offsets, weights = _lists(self.table["weights"], np.float32)
+            if not np.array_equal(own_offsets, offsets):
+                differs = np.flatnonzero(np.diff(own_offsets) != np.diff(offsets))
+                self._refuse_row(int(differs[0]), "it has another number of weights than of positions")
+        if len(np.unique(rows)) < len(rows):
+            raise CorruptError(f"plan {self.info.name!r} has a row twice; run `kdata select` again")
+        problem = position_problem(offsets, positions, num_tokens, weights)
+        if problem is not None:
+            self._refuse_row(*problem)
+        if len(positions) != chosen.positions:
+            raise CorruptError(
+                f"plan {self.info.name!r} has {len(positions):,} positions and its JSON says {chosen.positions:,}; run "
+                "`kdata select` again"
+            )
+        return ChosenPositions.of(rows, offsets, positions, weights)
+
+    def _refuse_row(self, number: int, problem: str) -> NoReturn:
+        raise CorruptError(f"plan {self.info.name!r}, row {self.ids[number]!r}: {problem}; run `kdata select` again")
 
     @property
     def dataset_digest(self) -> str:
@@ -187,18 +269,48 @@ class Plan:
             )
 
     def rows(self, dataset: Dataset) -> np.ndarray:
-        """Global row numbers int64 [sum of repeats], in plan order.
+        """Global row numbers int64 [sum of repeats], in plan order. `choice` gives the positions, too.
 
         Raises:
             MismatchError: the dataset has changed since the plan was written.
+            ConfigError: the plan chooses positions, which would be ignored.
         """
-        self.check(dataset)
-        return np.repeat(dataset.rows_of(self.ids), self.repeats)
+        if self.info.positions is not None:
+            raise ConfigError(
+                f"plan {self.info.name!r} chooses positions of its rows, and whole rows were asked for; use a plan without "
+                "positions, or `Plan.choice`, which gives rows and positions"
+            )
+        rows, _ = self.choice(dataset)
+        return rows
 
 
 def _refuse_other_table(path: Path, info: FileInfo) -> None:
     if not path.is_file() or not matches(path, info):
         raise CorruptError(f"{path} is not the plan that was saved; run `kdata select` again")
+
+
+def _refuse_more_values(path: Path, most: int) -> None:
+    """Raise CorruptError where a column says that it has more values than the dataset has tokens: a small file can."""
+    try:
+        metadata = pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptError(f"{path} is not a plan: {error}") from error
+    for place in range(metadata.num_columns):
+        count = sum(metadata.row_group(group).column(place).num_values for group in range(metadata.num_row_groups))
+        if count > most:
+            raise CorruptError(
+                f"{path} has {count:,} values in a column, more than the dataset's {most:,} tokens; run `kdata select` again"
+            )
+
+
+def _lists(column: pa.ChunkedArray, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets int64 [R+1] and values of a list column without null lists. Raises CorruptError where a value is null."""
+    parts = [chunk.flatten() for chunk in column.chunks]
+    if any(part.null_count for part in parts):
+        raise CorruptError("a plan has a position or a weight that is null; run `kdata select` again")
+    counts = [pc.list_value_length(chunk).to_numpy() for chunk in column.chunks]
+    offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]))
+    return offsets, np.concatenate([np.zeros(0, dtype), *(part.to_numpy() for part in parts)])
 
 
 def plan_files(path: Path) -> tuple[Path, Path]:
@@ -248,25 +360,13 @@ def _whole(name: str, repeats: np.ndarray) -> np.ndarray:
     return numbers.astype(np.int32)
 
 
-def make_plan(
-    dataset: Dataset,
-    name: str,
-    ids: list[str],
-    *,
-    method: str,
-    parameters: dict[str, Any],
-    sql: str | None = None,
-    scores: dict[str, str] | None = None,
-    repeats: np.ndarray | None = None,
-) -> Plan:
-    """Make a plan of `ids`, with realised shares per domain. Raises DataError for no id, a repeated id or invalid repeats."""
-    if not ids:
-        raise DataError(f"plan {name!r} selects no row: the list of ids is empty; give at least one id")
-    if len(set(ids)) != len(ids):
-        raise DataError(f"plan {name!r}: an id is in the list twice; list it once, and give its `repeats`")
-    times = np.ones(len(ids), np.int32) if repeats is None else _whole(name, repeats)
+def domain_choices(dataset: Dataset, rows: np.ndarray, times: np.ndarray) -> dict[str, DomainChoice]:
+    """What is chosen of each domain of a dataset.
+
+    Args:
+        rows: int64 [R], distinct global rows. times: int [R], how often each is chosen.
+    """
     index = dataset.index(["domain", "num_tokens"])
-    rows = dataset.rows_of(ids)
     names, number_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str), return_inverse=True)
     tokens_R = index["num_tokens"].to_numpy().astype(np.int64)
     times_R = np.zeros(len(tokens_R), np.int64)
@@ -281,6 +381,97 @@ def make_plan(
             sequences=int(times_R[here].sum()),
             tokens=int((times_R * tokens_R)[here].sum()),
         )
+    return domains
+
+
+def positions_info(dataset: Dataset, rows: np.ndarray, counts: np.ndarray, **fields: Any) -> PositionsInfo:
+    """The description of chosen positions: how many of how many, in all and in each domain.
+
+    Args:
+        rows: int64 [R], distinct global rows that were chosen. counts: int [R], chosen positions of each; 0 leaves a row out.
+        fields: further fields of PositionsInfo.
+    Raises:
+        DataError: no position is chosen.
+    """
+    if not counts.sum():
+        raise DataError(f"the rule {fields['rule']!r} chooses no position of the rows; loosen it, or choose other rows")
+    index = dataset.index(["domain", "num_target_tokens"])
+    names, number_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str)[rows], return_inverse=True)
+    targets = np.nan_to_num(index["num_target_tokens"].to_numpy().astype(np.float64)[rows])
+    in_all, chosen = (np.bincount(number_R, values).astype(np.int64).tolist() for values in (targets, counts))
+    return PositionsInfo(
+        targets=sum(in_all),
+        positions=sum(chosen),
+        rows_left_out=int((counts == 0).sum()),
+        domains={
+            str(name): PositionShare(targets=all_here, positions=here)
+            for name, all_here, here in zip(names, in_all, chosen, strict=True)
+        },
+        **fields,
+    )
+
+
+def make_plan(
+    dataset: Dataset,
+    name: str,
+    ids: list[str],
+    *,
+    method: str,
+    parameters: dict[str, Any],
+    sql: str | None = None,
+    scores: dict[str, str] | None = None,
+    repeats: np.ndarray | None = None,
+    positions: Sequence[Sequence[int] | np.ndarray] | None = None,
+    weights: Sequence[Sequence[float] | np.ndarray] | None = None,
+) -> Plan:
+    """Make a plan of `ids`, with realised shares per domain.
+
+    Args:
+        positions: which positions of each id count, rising, at least one; None: every target.
+        weights: how much each of them counts, > 0; None: 1.
+    Raises:
+        DataError: no id, a repeated id, invalid repeats, positions or weights.
+    """
+    if not ids:
+        raise DataError(f"plan {name!r} selects no row: the list of ids is empty; give at least one id")
+    if len(set(ids)) != len(ids):
+        raise DataError(f"plan {name!r}: an id is in the list twice; list it once, and give its `repeats`")
+    times = np.ones(len(ids), np.int32) if repeats is None else _whole(name, repeats)
+    rows = dataset.rows_of(ids)
+    columns: dict[str, Any] = {"id": ids, "repeats": times}
+    chosen = None
+    if positions is not None:
+        columns |= _position_columns(dataset, name, ids, rows, positions, weights)
+        counts = np.array([len(own) for own in positions])
+        of = {"rule": method, "parameters": parameters, "sql": sql, "weighted": weights is not None}
+        chosen = positions_info(dataset, rows, counts, **of)
+    elif weights is not None:
+        raise DataError(f"plan {name!r}: weights are of positions; give the positions, too")
     fields = {"name": name, "method": method, "parameters": parameters, "sql": sql, "scores": scores or {}}
-    info = plan_info(domains, dataset, **fields)
-    return Plan(pa.table({"id": ids, "repeats": times}, schema=PLAN_SCHEMA), info)
+    info = plan_info(domain_choices(dataset, rows, times), dataset, positions=chosen, **fields)
+    schema = plan_schema(positions=positions is not None, weights=weights is not None)
+    return Plan(pa.table(columns, schema=schema), info)
+
+
+def _position_columns(
+    dataset: Dataset,
+    name: str,
+    ids: list[str],
+    rows: np.ndarray,
+    positions: Sequence[Sequence[int] | np.ndarray],
+    weights: Sequence[Sequence[float] | np.ndarray] | None,
+) -> dict[str, Any]:
+    """The columns of a plan with positions. Raises DataError where they cannot be right."""
+    lengths = [[len(own) for own in lists] for lists in (positions, weights or positions)]
+    if len(lengths[0]) != len(ids) or lengths[0] != lengths[1]:
+        raise DataError(f"plan {name!r}: give one list of positions for each id, and as many weights as positions")
+    flat = np.concatenate([np.asarray(own, np.int64) for own in positions])
+    own_weights = None if weights is None else np.concatenate([np.asarray(own, np.float32) for own in weights])
+    num_tokens = dataset.index(["num_tokens"])["num_tokens"].to_numpy()[rows]
+    problem = position_problem(np.concatenate([[0], np.cumsum(lengths[0])]), flat, num_tokens, own_weights)
+    if problem is not None:
+        raise DataError(f"plan {name!r}, row {ids[problem[0]]!r}: {problem[1]}")
+    columns = {"positions": [np.asarray(own, np.int32) for own in positions]}
+    if weights is not None:
+        columns["weights"] = [np.asarray(own, np.float32) for own in weights]
+    return columns

@@ -25,9 +25,22 @@ from pydantic import BeforeValidator, Field
 from kdata.config import parse_config
 from kdata.errors import ConfigError, DataError, nearest
 from kdata.format.files import remove_leftover, removed_on_failure, settle, without_hidden
+from kdata.selection.choose_positions import choose_positions
 from kdata.selection.ddk import Ddk
 from kdata.selection.mixtures import Cap, Proportional, Static, Temperature, Uniform
-from kdata.selection.plan import DomainChoice, Plan, open_plan, plan_files, plan_info, write_plan_info
+from kdata.selection.plan import (
+    DomainChoice,
+    Plan,
+    PositionsInfo,
+    domain_choices,
+    open_plan,
+    plan_files,
+    plan_info,
+    plan_schema,
+    positions_info,
+    write_plan_info,
+)
+from kdata.selection.position_rules import Gap, PositionRule, TokenReader
 from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Difference, Random
 from kdata.selection.session import DomainSizes, Session, open_session
@@ -75,12 +88,13 @@ def parse_step(values: dict[str, Any], where: str = "select settings") -> Step:
     return parse_config(METHODS[method], values, where)
 
 
-def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
+def select(dataset: Dataset, config: Step, room: Room | None = None, *, reader: TokenReader | None = None) -> Plan:
     """Do one step and save its plan at `plans/NAME.parquet` of the dataset.
 
     Args:
         config: settings of one of METHODS, for instance `Difference(share=0.5)`.
         room: memory and threads that DuckDB may use; the result does not depend on them.
+        reader: the model of the rule `gap`; `kdata.select` opens it.
     Raises:
         ConfigError: method and settings do not fit.
         DataError: no row is chosen, a target cannot be met, or a score does not cover the rows.
@@ -94,16 +108,29 @@ def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
     if config.parent == name:
         raise ConfigError(f"plan {name!r} cannot be its own parent; give the new plan another name (--name)")
     parent = None if config.parent is None else open_plan(dataset, config.parent)
-    scores = {score: checked_score_digest(dataset, score) for score in config.sidecars(dataset)}
+    if isinstance(config.positions, Gap) and reader is None:
+        raise ConfigError("the rule 'gap' reads the text with a model; call kdata.select, which opens it")
+    if parent is not None and parent.info.positions is not None and config.positions is None:
+        raise ConfigError(
+            f"plan {config.parent!r} chooses positions, and a plan of rows from it would lose them; choose rows first and "
+            "positions last, or name a rule (--positions) that chooses among its positions"
+        )
+    read = {"scores": [], "plans": []} if config.positions is None else config.positions.mentions(dataset)
+    names = dict.fromkeys([*config.sidecars(dataset), *read["scores"]])
+    scores = {score: checked_score_digest(dataset, score) for score in names}
     dataset.check_index()
     with open_session(dataset, parent, f"select {name}", config.reads(dataset), room) as session:
         domains = session.domains()
         if not domains:
             raise DataError(f"{dataset.path} has no rows to choose from; capture or generate some first")
         chosen, parameters = config.choose(session, domains)
-        parents = ([] if parent is None else [parent]) + [open_plan(dataset, other) for other in chosen.parents]
+        parents = [*([] if parent is None else [parent]), *(open_plan(dataset, other) for other in chosen.parents)]
+        choices, positions = _by_domain(domains, chosen), None
+        if config.positions is not None:
+            parents += [open_plan(dataset, other) for other in read["plans"]]
+            choices, positions = _choose_positions(session, config.positions, choices, reader)
         info = plan_info(
-            _by_domain(domains, chosen),
+            choices,
             dataset,
             name=name,
             method=config.method,
@@ -113,9 +140,33 @@ def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
             parents={plan.info.name: plan.plan_digest for plan in parents},
             count_by=chosen.count_by,
             requested=None if chosen.requested is None else sum(chosen.requested.values()),
+            positions=positions,
         )
-        path = _write(session, dataset.path / "plans" / name)
+        path = _write(session, dataset.path / "plans" / name, positions)
         return Plan(path, info, write_plan_info(path, info))
+
+
+def _choose_positions(
+    session: Session, rule: PositionRule, choices: dict[str, DomainChoice], reader: TokenReader | None
+) -> tuple[dict[str, DomainChoice], PositionsInfo]:
+    """Choose positions of the chosen rows, and show them in the view `picked`, which lacks rows without one.
+
+    Returns:
+        What is left of each domain, and how the positions were chosen.
+    """
+    dataset = session.dataset
+    table = session.table("select id, repeats from chosen where repeats > 0")
+    rows = dataset.rows_of(table["id"].to_pylist())
+    parent = None if session.parent is None else session.parent.choice(dataset)[1]
+    picked = choose_positions(dataset, rule, rows, parent, session.folder, reader, session.read)
+    info = positions_info(
+        dataset, rows, picked.counts,
+        rule=rule.rule, parameters=picked.parameters, sql=rule.query, weighted=picked.weighted,
+    )  # fmt: skip
+    session.show_file("picked", picked.file, plan_schema(positions=True, weights=picked.weighted))
+    kept = picked.counts > 0
+    left = domain_choices(dataset, rows[kept], table["repeats"].to_numpy()[kept])
+    return {name: left[name].model_copy(update={"requested": choices[name].requested}) for name in choices}, info
 
 
 def _by_domain(domains: DomainSizes, chosen: Chosen) -> dict[str, DomainChoice]:
@@ -132,15 +183,17 @@ def _by_domain(domains: DomainSizes, chosen: Chosen) -> dict[str, DomainChoice]:
     return choices
 
 
-def _write(session: Session, base: Path) -> Path:
-    """Write the table `chosen` as the plan's Parquet, best first, whole or not at all."""
+def _write(session: Session, base: Path, positions: PositionsInfo | None) -> Path:
+    """Write the table `chosen`, and what is in `picked`, as the plan's Parquet, best first, whole or not at all."""
+    more = ", positions" + ", weights" * positions.weighted if positions is not None else ""
+    join = "join picked using (id) " if positions is not None else ""
     path, _ = plan_files(base)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     remove_leftover(temporary)
     with removed_on_failure(temporary):
         session.execute(
-            "copy (select id, repeats from chosen where repeats > 0 order by value desc, id) "
+            f"copy (select id, repeats{more} from chosen {join}where repeats > 0 order by value desc, id) "
             f"to {literal(str(temporary.resolve()))} (format parquet, compression zstd)"
         )
         settle(temporary, path)

@@ -23,7 +23,16 @@ from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset
 from kdata.store.listed import SCORES
-from kdata.store.sql import Room, connect, files_view, name_damage, reads_of, refuse_disk, refuse_writing
+from kdata.store.sql import (
+    Room,
+    connect,
+    files_view,
+    name_damage,
+    reads_of,
+    refuse_disk,
+    refuse_writing,
+    unglobbed,
+)
 from kdata.store.sql_tree import parsed
 from kdata.store.token_views import token_views
 
@@ -76,6 +85,10 @@ class Session:
         """Rows of a small result."""
         return self.execute(sql, bindings).fetchall()
 
+    def table(self, sql: str) -> pa.Table:
+        """The result of one query as a table."""
+        return self._connection.sql(sql).to_arrow_table()
+
     def put(self, table: str, columns: dict[str, pa.DataType], rows: list[tuple[Any, ...]]) -> None:
         """Create or replace a temporary table of a few rows."""
         values = list(zip(*rows, strict=True)) if rows else [()] * len(columns)
@@ -94,6 +107,10 @@ class Session:
             yield
             self._task.advance(sum(entry.rows for entry in entries))
 
+    def read(self, rows: int) -> None:
+        """Count rows that were read outside of DuckDB, for the progress that is shown."""
+        self._task.advance(rows)
+
     def show(self, entries: list[ManifestEntry], scores: list[str]) -> None:
         """Create the views of some shards: `every_row` (the index), `rows` (to choose from), `scores.NAME`."""
         index = [self.dataset.sql_file(entry, "index") for entry in entries]
@@ -104,6 +121,10 @@ class Session:
             files = self.dataset.listed_files(SCORES, name)
             parts = [part for part in files if part.rpartition("/")[2] in shards]
             files_view(self._connection, f'scores."{name}"', parts, index_schema())
+
+    def show_file(self, view: str, file: Path, schema: pa.Schema) -> None:
+        """Show a Parquet file of `folder` in a view."""
+        files_view(self._connection, view, [unglobbed(file.resolve())], schema)
 
     def domains(self, *, countable: bool = False) -> dict[str, DomainSize]:
         """Sequences and tokens that the dataset holds of each domain, whatever the parent plan holds.

@@ -13,7 +13,7 @@ from kdata.errors import ConfigError, DependencyError, KdataError
 from kdata.format.files import storage_errors, write_atomically
 from kdata.observe.style import COLOURS, STYLE
 from kdata.observe.text import one_line
-from kdata.selection.plan import DomainChoice, Plan, PlanInfo, open_plan
+from kdata.selection.plan import DomainChoice, Plan, PlanInfo, PositionsInfo, open_plan
 from kdata.selection.ranked import Ranked
 from kdata.selection.select import METHODS
 from kdata.selection.session import rows_of
@@ -63,6 +63,11 @@ def table_of(plan: Plan) -> Shown:
         "sequences chosen": [domain.sequences for domain in info.domains.values()],
         "tokens chosen": [domain.tokens for domain in info.domains.values()],
     }
+    chosen = info.positions
+    if chosen is not None:
+        shares = [chosen.domains.get(domain) for domain in info.domains]
+        columns["targets"] = [0 if share is None else share.targets for share in shares]
+        columns["positions chosen"] = [0 if share is None else share.positions for share in shares]
     if columns["rows chosen"] == columns["sequences chosen"]:
         del columns["rows chosen"]  # nothing is repeated
     cells_of = {name: _amounts(values) for name, values in columns.items() if any(v is not None for v in values)}
@@ -72,11 +77,27 @@ def table_of(plan: Plan) -> Shown:
     if info.requested is not None:
         num_chosen = sum(_units(domain, info) for domain in info.domains.values())
         notes.append(f"requested {info.requested:,} {info.count_by}, chose {num_chosen:,}")
+    if chosen is not None:
+        notes += _position_notes(chosen)
     notes += [f"from plan {name} ({digest[:12]})" for name, digest in sorted(info.parents.items())]
     notes += [f"score {name} ({digest[:12]})" for name, digest in sorted(info.scores.items())]
     return Shown(
         f"plan {info.name}: {info.num_rows:,} rows, {info.num_tokens:,} tokens", ["domain", *cells_of], rows, notes
     )
+
+
+def _position_notes(chosen: PositionsInfo) -> list[str]:
+    """How the positions of a plan were chosen, how many of how many, and their share in each domain."""
+    parameters = ", ".join(f"{name} {_brief(value)}" for name, value in chosen.parameters.items())
+    weights = " with weights" if chosen.weighted else ""
+    shares = ", ".join(
+        f"{one_line(name, 32)} {share.positions / max(share.targets, 1):.1%}" for name, share in chosen.domains.items()
+    )
+    return [
+        f"positions by rule {chosen.rule}: {parameters if chosen.sql is None else chosen.sql}",
+        f"{chosen.positions:,} of {chosen.targets:,} target positions{weights} ({shares}); {chosen.rows_left_out:,} rows "
+        "without any are left out",
+    ]
 
 
 def _amounts(values: list[int | None]) -> list[str]:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from kdata.config import Strict
 from kdata.selection.plan import CountBy
+from kdata.selection.position_rules import PositionsConfig
 from kdata.selection.session import DomainSizes, Session
 from kdata.store.dataset import Dataset
 from kdata.store.sql import NAME
@@ -58,6 +59,11 @@ class Step(Strict):
     parent: str | None = Field(
         None, pattern=NAME.pattern, description="Choose from this plan of the dataset; null: from the whole dataset."
     )
+    positions: PositionsConfig | None = Field(
+        None,
+        exclude_if=lambda rule: rule is None,
+        description="Which tokens of the chosen rows count in training, by a `rule`; null: every target.",
+    )
 
     def sidecars(self, dataset: Dataset) -> list[str]:
         """Names of the scores that the step reads."""
@@ -79,7 +85,7 @@ class Step(Strict):
 
     def recorded(self) -> dict[str, Any]:
         """The settings that a plan records, under the keys that plans have always used."""
-        settings = self.model_dump(exclude={"method", "name", "parent"})
+        settings = self.model_dump(exclude={"method", "name", "parent", "positions"})
         return {RECORDED_AS.get(key, key): value for key, value in settings.items()}
 
     @classmethod

@@ -23,8 +23,10 @@ from kdata.format.files import lock_of, storage_errors, write_atomically
 from kdata.format.schema import CodecError, index_schema, payload_schema
 from kdata.observe.journal import Took, find_journal, lines_of, read_journal, took
 from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line
+from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset
 from kdata.store.listed import PLANS, SCORES
+from kdata.store.sql import is_name
 
 NOTES_BEGIN, NOTES_END = b"<!-- notes: begin -->", b"<!-- notes: end -->"
 EMPTY_NOTES = (
@@ -238,12 +240,20 @@ def _render(dataset: Dataset, title: str | None, cost: list[Took]) -> str:
         energy_text=energy_text,
         scores=dataset.listed(SCORES),
         plans=dataset.listed(PLANS),
+        positions=[
+            (plan.info.name, plan.info.positions) for plan in _plans(dataset) if plan.info.positions is not None
+        ],
         has_tokenizer=(dataset.path / "tokenizer").is_dir() or bool(dataset.info.tokenizer_files),
         index_columns=_columns(index_schema()),
         payload_columns=_columns(payload_schema(dataset.info.codec.id)),
         human_bytes=human_bytes,
         number=number,
     )
+
+
+def _plans(dataset: Dataset) -> list[Plan]:
+    """The plans of the dataset that can be named in SQL, of whatever state of it."""
+    return [Plan.load(dataset.path / "plans" / name) for name in dataset.listed(PLANS) if is_name(name)]
 
 
 def _columns(schema: pa.Schema) -> list[tuple[Markdown, Markdown, Markdown]]:

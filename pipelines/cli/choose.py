@@ -13,6 +13,7 @@ from kdata.config import parse_config
 from kdata.errors import ConfigError
 from kdata.jobs.scoring import ScoreConfig
 from kdata.jobs.scoring import score as score_rows
+from kdata.jobs.selecting import select as select_rows
 from kdata.pipelines.cli.common import (
     DatasetArgument,
     FieldOption,
@@ -27,9 +28,9 @@ from kdata.pipelines.cli.common import (
     with_settings,
 )
 from kdata.selection.plan import open_plan
+from kdata.selection.position_rules import RULES, ShareRule, SqlPositions
 from kdata.selection.score_file import bring
 from kdata.selection.select import DEFAULT, METHODS, parse_step
-from kdata.selection.select import select as select_rows
 from kdata.selection.show import Shown, comparison_table, draw, table_of
 from kdata.selection.show import compare as compare_plans
 from kdata.selection.step import Step
@@ -95,7 +96,10 @@ def select(
     dataset: DatasetArgument,
     method: Annotated[
         str | None,
-        typer.Option(metavar="METHOD", help=f"One of {', '.join(METHODS)}. [default: {DEFAULT}; with --sql: sql]"),
+        typer.Option(
+            metavar="METHOD",
+            help=f"One of {', '.join(METHODS)}. [default: {DEFAULT}; with --sql: sql; with --positions: all]",
+        ),
     ] = None,
     parent: Annotated[str | None, option("parent", Step, metavar="PLAN")] = None,
     name: Annotated[str | None, option("name", Step, metavar="PLAN")] = None,
@@ -110,6 +114,15 @@ def select(
     max_repeats: Annotated[float | None, method_option("max_repeats")] = None,
     take: Annotated[str | None, method_option("take")] = None,
     seed: Annotated[int | None, method_option("seed")] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE",
+            help=f"Choose tokens of the rows, too: one of {', '.join(RULES)}. Its settings: --set positions.KEY=VALUE.",
+        ),
+    ] = None,
+    positions_share: Annotated[float | None, option("share", ShareRule, flag="--positions-share")] = None,
+    positions_sql: Annotated[str | None, option("sql", SqlPositions, flag="--positions-sql", metavar="QUERY")] = None,
     memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Most memory for DuckDB, such as 3GB; it uses the disk beyond that."),
@@ -119,18 +132,25 @@ def select(
     ] = None,
     set: SetOption = None,
 ) -> None:
-    """Choose rows to train on: write a plan.
+    """Choose what to train on: write a plan of rows, or of tokens.
 
-    A plan says which rows, and how often. The options of a method are named in front of their text.
+    A plan says which rows, and how often. With --positions it also says which of their tokens count in training. The options
+    of a method are named in front of their text.
 
     \b
     Examples:
       kdata select my-dataset --method difference --share 0.5
       kdata select my-dataset --name easy --sql "select id from rows where nll<4"
       kdata select my-dataset --parent easy --method cap --size 1000000
+      kdata select my-dataset --positions entropy --positions-share 0.2
     """
+    rule = {
+        "rule": positions or ("sql" if positions_sql else None), "share": positions_share, "sql": positions_sql,
+    }  # fmt: skip
+    chosen_rule = {key: value for key, value in rule.items() if value is not None}
     values = {
-        "method": method or ("sql" if sql else None), "parent": parent, "name": name, "share": share, "by_domain": by_domain,
+        "method": method or ("sql" if sql else "all" if chosen_rule else None), "positions": chosen_rule or None,
+        "parent": parent, "name": name, "share": share, "by_domain": by_domain,
         "score": score, "sql": sql, "weights": None if weights is None else weights_of(weights), "temperature": temperature,
         "size": size, "count_by": count_by, "max_repeats": max_repeats, "take": take, "seed": seed,
     }  # fmt: skip

@@ -65,7 +65,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
     },
     "Choose": {
         "score": Entry("choose:score", "Add a score to every row of a dataset."),
-        "select": Entry("choose:select", "Choose rows to train on: write a plan."),
+        "select": Entry("choose:select", "Choose what to train on: write a plan of rows, or of tokens."),
         "plan show": Entry("choose:show", "Show what a plan takes of each domain."),
         "plan compare": Entry("choose:compare", "Show what two plans have in common."),
     },

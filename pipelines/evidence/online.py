@@ -33,7 +33,7 @@ class OnlineLearner(Learner):
         self._states, self._starts = states, torch.from_numpy(states.starts(dataset))
 
     def forward(
-        self, batch: Batch, objective: ObjectiveConfig, tail: Tail, counted_tokens: int
+        self, batch: Batch, objective: ObjectiveConfig, tail: Tail, counted_tokens: float
     ) -> tuple[Tensor, Tensor]:
         """See `Learner.forward`; the values are cross-entropy and KL(teacher || student), [M, 2]."""
         assert list(objective.weights) == ["cross_entropy", "forward_kl"]

@@ -10,6 +10,7 @@ import pytest
 
 from kdata.errors import ConfigError, MismatchError
 from kdata.pipelines.recipe import Recipe, load_recipe
+from kdata.selection.position_rules import Entropy
 
 
 def test_an_objective_that_the_kept_targets_could_not_serve_is_refused() -> None:
@@ -19,6 +20,21 @@ def test_an_objective_that_the_kept_targets_could_not_serve_is_refused() -> None
         load_recipe(Path("quickstart"), [*wanted, "keep={kind: sampled, num_draws: 50}"])
     with pytest.raises(ConfigError, match=r"capture the text again|log-sum-exp"):
         load_recipe(Path("quickstart"), ["students.plan.objective.temperature=2.0"])
+
+
+def test_positions_are_a_part_of_selection() -> None:
+    """Their settings are checked with the recipe; a weight elsewhere needs a student on a plan with positions."""
+    positions = ["select.positions={rule: entropy, share: 0.2}"]
+    recipe = load_recipe(Path("quickstart"), positions)
+    assert isinstance(recipe.select.positions, Entropy) and recipe.settings()["select"]["positions"]["share"] == 0.2
+    assert "positions" not in load_recipe(Path("quickstart"), []).settings()["select"]
+    with pytest.raises(ConfigError, match=r"select\.positions\.share"):
+        load_recipe(Path("quickstart"), ["select.positions={rule: entropy, share: 2}"])
+    elsewhere = [f"students.{name}.objective.cross_entropy_elsewhere=0.1" for name in ("plan", "everything")]
+    assert load_recipe(Path("quickstart"), [*positions, elsewhere[0]]).students["plan"].plan
+    for settings in ([elsewhere[0]], [*positions, elsewhere[1]]):
+        with pytest.raises(ConfigError, match="every target counts"):
+            load_recipe(Path("quickstart"), settings)
 
 
 def test_settings_of_the_former_builtin_section_are_refused() -> None:

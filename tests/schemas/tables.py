@@ -26,7 +26,15 @@ from kdata.format.schema import (
     TokenizerInfo,
 )
 from kdata.pipelines.recipe import Recipe
-from kdata.selection.plan import PLAN_SCHEMA, DomainChoice, PlanInfo
+from kdata.selection.plan import (
+    PLAN_SCHEMA,
+    POSITIONS_FIELD,
+    WEIGHTS_FIELD,
+    DomainChoice,
+    PlanInfo,
+    PositionShare,
+    PositionsInfo,
+)
 from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo
 
 FOLDER = Path(__file__).resolve().parents[2] / "schemas"
@@ -51,6 +59,8 @@ MODELS = [
     ScoreInfo,
     PlanInfo,
     DomainChoice,
+    PositionsInfo,
+    PositionShare,
 ]
 # Columns of the manifest view, and of sidecars and plans, whose Arrow schemas carry no words.
 WORDS = {
@@ -59,6 +69,8 @@ WORDS = {
     "null without any.",
     "num_target_tokens": "Positions that the mean is over.",
     "repeats": "How often it is taken, at least 1.",
+    "positions": "Which of its positions count, rising.",
+    "weights": "How much each of them counts, above 0; absent where each counts 1.",
     "shard": "Name of the shard.",
     "source": "Source that wrote it.",
     "unit": "Work unit of that source.",
@@ -161,6 +173,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "rejects": lambda: columns_table(document("rejects")["columns"]),
         "scores": lambda: arrow_table(SCORE_SCHEMA),
         "plans": lambda: arrow_table(PLAN_SCHEMA),
+        "plan_positions": lambda: arrow_table(pa.schema([POSITIONS_FIELD, WEIGHTS_FIELD])),
         "manifest": lambda: arrow_table(manifest_view()),
         "tokens": lambda: token_table("tokens"),
         "entries": lambda: token_table("entries"),

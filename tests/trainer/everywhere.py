@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.trainer.everywhere JOBS.json
 
-A job is {"trainer", "dataset", "out"} and perhaps "layout", "accumulate", "lora", "fsdp", "zero3", "epochs" (to the end of
-the data instead of STEPS). It writes losses.json and model.safetensors into OUT. Data, seed, student, optimizer and
+A job is {"trainer", "dataset", "out"} and perhaps "plan", "layout", "accumulate", "lora", "fsdp", "zero3", "epochs" (to the
+end of the data instead of STEPS). It writes losses.json and model.safetensors into OUT. Data, seed, student, optimizer and
 schedule are those of CONFIG.
 """
 
@@ -90,7 +90,7 @@ def plain(data: PackedRows, model: Any, job: dict, rows: int, world: int, rank: 
     mine = range(rank, len(data), world)
     loader = DataLoader(data, rows, sampler=mine, collate_fn=Collator(job.get("layout", "rows")))
     for batches in in_steps(loader, job.get("accumulate", 1)):
-        counted = torch.tensor(float(sum(len(batch["targets"]) for batch in batches)))
+        counted = torch.tensor(float(sum(batch["targets"].total_weight for batch in batches)))
         if world > 1:
             dist.all_reduce(counted)
         total = torch.zeros(())
@@ -123,7 +123,7 @@ def accelerated(data: PackedRows, model: Any, job: dict, rows: int) -> list[floa
     loader = DataLoader(data, rows, sampler=SequentialSampler(data), collate_fn=Collator(job.get("layout", "rows")))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for batches in in_steps(loader, accumulate):
-        counted = accelerator.reduce(torch.tensor(float(sum(len(batch["targets"]) for batch in batches))))
+        counted = accelerator.reduce(torch.tensor(float(sum(batch["targets"].total_weight for batch in batches))))
         total = torch.zeros(())
         for batch in batches:
             loss = model(**batch, counted_tokens=counted).loss * accelerator.num_processes
@@ -214,7 +214,7 @@ def run(job: dict) -> None:
     rows = ROWS // (world * accumulate)
     kind = Documents if job.get("layout") == "padded" else PackedRows
     ends = {"epochs": job["epochs"]} if job.get("epochs") else {"items": STEPS * ROWS}
-    data = kind(job["dataset"], context_tokens=CONTEXT, **ends)
+    data = kind(job["dataset"], job.get("plan"), context_tokens=CONTEXT, **ends)
     model = student_of(data.dataset)
     if job.get("lora"):
         torch.manual_seed(0)

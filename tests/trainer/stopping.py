@@ -12,7 +12,7 @@ import kdata.trainer.train as module
 from kdata.trainer.config import TrainConfig
 
 
-def stop_before(step: int, settings: TrainConfig, dataset: kdata.Dataset, out: Path) -> Path:
+def stop_before(step: int, settings: TrainConfig, dataset: kdata.Dataset, out: Path, plan: str | None = None) -> Path:
     """Train until a step begins, then interrupt as Ctrl-C does. Returns `out`."""
     real = module._gradients
 
@@ -23,5 +23,5 @@ def stop_before(step: int, settings: TrainConfig, dataset: kdata.Dataset, out: P
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "_gradients", stopping)
-        module.train(settings, dataset.path, None, out)
+        module.train(settings, dataset.path, plan, out)
     return out

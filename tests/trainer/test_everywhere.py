@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch.nn.utils import parametrize
 
 import kdata
+from kdata.selection.plan import make_plan
 from kdata.trainer.config import TrainConfig
 from kdata.trainer.parts import PackedRows, attach_loss
 from kdata.trainer.train import train
@@ -56,6 +58,7 @@ RANKS: dict[str, dict] = {
     "hf-short": {"trainer": "hf", "epochs": 1, "accumulate": 2},
     "accelerate-short": {"trainer": "accelerate", "epochs": 1},
     "sft-single": {"trainer": "sft", "layout": "padded"},
+    "hf-heavy": {"trainer": "hf", "accumulate": 2, "plan": "heavy"},
 }
 
 
@@ -71,15 +74,23 @@ def agree(got: Path, want: tuple[list[float], dict[str, torch.Tensor]]) -> None:
         torch.testing.assert_close(weight, want[1][name], rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def ours(dataset: kdata.Dataset, out: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    train(TrainConfig(**everywhere.CONFIG), dataset.path, None, out)
+def ours(dataset: kdata.Dataset, out: Path, plan: str | None = None) -> tuple[list[float], dict[str, torch.Tensor]]:
+    train(TrainConfig(**everywhere.CONFIG), dataset.path, plan, out)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines], load_file(out / "model" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
-    return make_dataset(tmp_path_factory.mktemp("packed") / "set", PACKED, mask_every=5)
+    """With the plan `heavy`: about half of the targets, each with a weight."""
+    dataset = make_dataset(tmp_path_factory.mktemp("packed") / "set", PACKED, mask_every=5)
+    rng = np.random.default_rng(0)
+    positions = [np.flatnonzero(row.target_mask)[rng.integers(2) :: 2] for row in dataset]
+    weights = [rng.uniform(0.1, 3, len(own)) for own in positions]
+    ids = dataset.index(["id"])["id"].to_pylist()
+    plan = make_plan(dataset, "heavy", ids, method="mine", parameters={}, positions=positions, weights=weights)
+    plan.save(dataset.path / "plans")
+    return dataset
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +101,11 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
 @pytest.fixture(scope="module")
 def ours_packed(packed: kdata.Dataset, tmp_path_factory: pytest.TempPathFactory):
     return ours(packed, tmp_path_factory.mktemp("ours") / "out")
+
+
+@pytest.fixture(scope="module")
+def ours_heavy(packed: kdata.Dataset, tmp_path_factory: pytest.TempPathFactory):
+    return ours(packed, tmp_path_factory.mktemp("ours") / "out", "heavy")
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +122,12 @@ def run(job: dict, dataset: kdata.Dataset, out: Path) -> Path:
 def test_packed_rows(name: str, packed: kdata.Dataset, ours_packed, tmp_path: Path) -> None:
     assert len(ours_packed[0]) == everywhere.STEPS and ours_packed[0][-1] < ours_packed[0][0] - 0.1
     agree(run(ALONE[name], packed, tmp_path / "out"), ours_packed)
+
+
+@pytest.mark.parametrize("name", ["plain", "hf", "hf-accumulated", "accelerate-accumulated"])
+def test_weighted_positions(name: str, packed: kdata.Dataset, ours_heavy, ours_packed, tmp_path: Path) -> None:
+    assert abs(ours_heavy[0][-1] - ours_packed[0][-1]) > 1e-2
+    agree(run({**ALONE[name], "plan": "heavy"}, packed, tmp_path / "out"), ours_heavy)
 
 
 @pytest.mark.parametrize("name", SINGLE_JOBS)
@@ -201,13 +223,15 @@ def two_ranks(packed: kdata.Dataset, single: kdata.Dataset, tmp_path_factory: py
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RANKS)
 def test_two_ranks(
-    name: str, two_ranks: Path, packed: kdata.Dataset, ours_packed, ours_single, low_rank, tmp_path
+    name: str, two_ranks: Path, packed: kdata.Dataset, ours_packed, ours_heavy, ours_single, low_rank, tmp_path
 ) -> None:
     if "short" in name:
         everywhere.run({"trainer": "plain", "epochs": 1, "dataset": str(packed.path), "out": str(tmp_path / "whole")})
         agree(two_ranks / name, result(tmp_path / "whole"))
     elif "lora" in name:
         agree(two_ranks / name, (low_rank[0], {n: p.detach() for n, p in low_rank[1].items()}))
+    elif "heavy" in name:
+        agree(two_ranks / name, ours_heavy)
     else:
         agree(two_ranks / name, ours_single if "single" in name else ours_packed)
 

@@ -42,13 +42,19 @@ class SparseTargets:
     place: Place | None = None
 
     @classmethod
-    def empty(cls, temperature: float = 1.0) -> SparseTargets:
-        """Targets of no token."""
+    def empty(cls, temperature: float = 1.0, *, weighted: bool = False) -> SparseTargets:
+        """Targets of no token; `weighted` where those of the other items have weights."""
         ids, floats = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-        return cls(ids, Targets(ids, ids.view(0, 1), floats.view(0, 1), floats, temperature, ids))
+        weights = floats if weighted else None
+        return cls(ids, Targets(ids, ids.view(0, 1), floats.view(0, 1), floats, temperature, ids, weights))
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def total_weight(self) -> float:
+        """What the loss of these tokens alone is divided by: their number, or the sum of their weights."""
+        return self.targets.total_weight
 
     def to(self, device: torch.device | str, **_: Any) -> SparseTargets:
         """The same on another device. Other arguments of `Tensor.to` are taken and not used; dtypes stay."""
@@ -76,7 +82,7 @@ class Item(TypedDict):
 class Collator:
     """Joins items of `PackedRows` or `Documents` into one batch, a dict.
 
-    Always: input_ids, labels int64 (the token where it counts, -100 elsewhere, unshifted as Hugging Face models expect them),
+    Always: input_ids, labels int64 (the token where it counts, else -100, unshifted as Hugging Face models expect them),
     targets (SparseTargets). rows: position_ids. flat: position_ids, cu_seq_lens_q, cu_seq_lens_k int32, max_length_q,
     max_length_k. padded: attention_mask.
 
@@ -169,9 +175,18 @@ def join(parts: Sequence[SparseTargets], starts: Sequence[int]) -> SparseTargets
         log_tail_C=torch.cat([t.log_tail_C for t in each]),
         temperature=temperatures.pop(),
         num_exact_C=torch.cat(exact) if len(exact) == len(each) else None,
+        weights_C=_joined([t.weights_C for t in each], each, torch.float32),
+        chosen_C=_joined([t.chosen_C for t in each], each, torch.bool),
     )
     predictor_M = torch.cat([part.predictor_M + start for part, start in zip(parts, starts, strict=True)])
     return SparseTargets(predictor_M, targets)
+
+
+def _joined(parts: Sequence[Tensor | None], each: Sequence[Targets], dtype: torch.dtype) -> Tensor | None:
+    """Weights or marks of several items: ones for items that have none; None where no item has any."""
+    if all(part is None for part in parts):
+        return None
+    return torch.cat([torch.ones(len(t), dtype=dtype) if p is None else p for p, t in zip(parts, each, strict=True)])
 
 
 def refuse_other_labels(batch: Mapping[str, Any]) -> None:

@@ -24,11 +24,12 @@ from torch.utils.data import IterableDataset
 
 import kdata
 from kdata.errors import ConfigError, OutOfRangeError
+from kdata.format.positions import ChosenPositions
 from kdata.loader.batches import Arrays, Batches, BatchesConfig
 from kdata.loader.rows import IndexedRows
 from kdata.selection.plan import Plan
 from kdata.trainer.loader import Batch, IterableBatches, Loader, tempered, to_torch
-from kdata.trainer.objective_config import ObjectiveConfig, Tail, resolve_tail
+from kdata.trainer.objective_config import ObjectiveConfig, Tail, refuse_elsewhere, resolve_tail
 from kdata.trainer.parts.collator import Collator, Item, Layout, SparseTargets
 from kdata.trainer.phases import plan_of, refuse_no_targets
 
@@ -40,7 +41,8 @@ class Source:
 
     Args:
         dataset: a dataset, or its folder, URL or hf://OWNER/NAME.
-        plan: a plan, its name in the dataset, or a plan file; None: every sequence.
+        plan: a plan, its name in the dataset, or a plan file; None: every sequence. Where it chooses positions, only those
+            count.
         objective: settings of the loss, as `ObjectiveConfig` or as its fields. The temperature decides the targets.
         config: how documents are packed and ordered.
     Raises:
@@ -59,11 +61,16 @@ class Source:
         self.dataset = dataset if isinstance(dataset, kdata.Dataset) else kdata.open(dataset)
         self.plan = plan if plan is None or isinstance(plan, Plan) else plan_of(self.dataset, plan)
         self.objective = ObjectiveConfig.model_validate({} if objective is None else objective)
-        self.planned_rows = None if self.plan is None else self.plan.rows(self.dataset)
+        choice = (None, None) if self.plan is None else self.plan.choice(self.dataset)
+        self.planned_rows: np.ndarray | None = choice[0]
+        self.positions: ChosenPositions | None = choice[1]
         self.config = config
         info = self.dataset.info
         refuse_no_targets(self.dataset, self.planned_rows)
         self.tail: Tail = resolve_tail(self.objective, info.tail, info.codec.temperatures, kind=info.codec.kind)
+        refuse_elsewhere(self.objective, has_positions=self.positions is not None)
+        self.elsewhere = self.objective.cross_entropy_elsewhere is not None
+        self.weighted = self.positions is not None and self.positions.weights is not None
 
     @property
     def longest_tokens(self) -> int:
@@ -98,9 +105,11 @@ class _Indexed(Source, TorchDataset[Item]):
             context_tokens=context_tokens, batch_rows=1, seed=seed, window_documents=window_documents
         )
         super().__init__(dataset, plan, objective, config)
-        self._rows = IndexedRows(
-            Batches(self.dataset, self.planned_rows, config, entry_dtype=np.int64), single=self.single
-        )
+        batches = Batches(
+            self.dataset, self.planned_rows, config, entry_dtype=np.int64, positions=self.positions,
+            elsewhere=self.elsewhere,
+        )  # fmt: skip
+        self._rows = IndexedRows(batches, single=self.single)
         self.num_items = self._rows.rows_of(epochs or 0) if items is None else items
         self._length = self.num_items
 
@@ -165,7 +174,7 @@ class _Indexed(Source, TorchDataset[Item]):
             "input_ids": torch.zeros(width, dtype=torch.int64),
             "position_ids": torch.arange(width),
             "segment_ids": torch.full((width,), -1),
-            "targets": SparseTargets.empty(self.objective.temperature),
+            "targets": SparseTargets.empty(self.objective.temperature, weighted=self.weighted),
         }
 
 
@@ -229,7 +238,7 @@ class RowStream(Source, IterableDataset[dict[str, Any]]):
         super().__init__(dataset, plan, objective, config or BatchesConfig())
         self.loader = Loader(
             self.dataset, self.planned_rows, self.config, rank=rank, world_size=world_size,
-            temperature=self.objective.temperature,
+            temperature=self.objective.temperature, positions=self.positions, elsewhere=self.elsewhere,
         )  # fmt: skip
         self.epochs, self.collator = epochs, collator or Collator()
 

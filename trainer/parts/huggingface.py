@@ -5,7 +5,8 @@
     trainer.train()
 
 Differences to Trainer: items come in the order of the dataset, which the seed has shuffled; the loss is divided by the
-counted tokens of the whole step, over micro-batches and ranks; each objective is logged by its name.
+counted tokens of the whole step (by the sum of their weights, where the plan has weights), over micro-batches and ranks; each
+objective is logged by its name.
 """
 
 from __future__ import annotations
@@ -98,10 +99,19 @@ class DistillMixin:
             )
         output: DistillOutput = model(**inputs, counted_tokens=num_items_in_batch)
         assert output.loss is not None and output.sums_O is not None
-        count = torch.tensor([len(inputs["targets"])], device=output.loss.device)
+        count = torch.tensor([inputs["targets"].targets.chosen_weight], device=output.loss.device)
         self._sums[model.training].append(torch.cat([count, output.sums_O.double()]))
         loss = output.loss * trainer.args.world_size
         return (loss, output) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """What the loss of a step is divided by: its counted tokens as Trainer counts them, or the sum of their weights."""
+        trainer: Any = self
+        targets = [batch["targets"].targets for batch in batch_samples if "targets" in batch]
+        if not any(part.weights_C is not None for part in targets):
+            return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
+        total = torch.tensor(sum(part.total_weight for part in targets), dtype=torch.float64, device=device)
+        return trainer.accelerator.reduce(total, "sum")
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

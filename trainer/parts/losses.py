@@ -56,7 +56,8 @@ class DistillationLoss(_SparseLossModule):
             hidden_MD: float [M, D], the hidden states that predict the targets, after the final norm.
             head_VD: float [V, D], the output embedding; a DTensor is gathered.
             targets: on any device.
-            counted_tokens: divisor of the sum, the counted tokens of the whole step; None: M.
+            counted_tokens: divisor of the sum, `targets.total_weight` of the whole step (its number of counted tokens where
+                there are no weights); None: that of these targets.
         """
         if isinstance(head_VD, DTensor):
             head_VD = head_VD.full_tensor()
@@ -71,7 +72,7 @@ class DistillationLoss(_SparseLossModule):
                 matmul_dtype=self._matmul_dtype(hidden_MD),
                 chunk_positions=self.chunk_positions,
             )
-        return _divided(loss, counted_tokens, len(targets))
+        return _divided(loss, counted_tokens, targets)
 
     @staticmethod
     def _matmul_dtype(hidden_MD: Tensor) -> torch.dtype:
@@ -95,12 +96,13 @@ class LogitsLoss(_SparseLossModule):
                 logits_MV, targets.to(logits_MV.device), self.mix, self.tail,
                 counted_tokens=1, chunk_positions=self.chunk_positions,
             )  # fmt: skip
-        return _divided(loss, counted_tokens, len(targets))
+        return _divided(loss, counted_tokens, targets)
 
 
-def _divided(loss: Loss, counted_tokens: Tensor | float | None, own: int) -> Loss:
+def _divided(loss: Loss, counted_tokens: Tensor | float | None, targets: Targets) -> Loss:
     """The sum as a mean. A division here takes a count on the device without waiting for it."""
-    divisor = own if counted_tokens is None else counted_tokens
+    divisor = targets.total_weight if counted_tokens is None else counted_tokens
     if isinstance(divisor, Tensor):
-        return loss._replace(total=loss.total / divisor.to(loss.total.device).clamp(min=1))
-    return loss._replace(total=loss.total / max(divisor, 1))
+        on_device = divisor.to(loss.total.device)
+        return loss._replace(total=loss.total / torch.where(on_device > 0, on_device, 1))
+    return loss._replace(total=loss.total / (divisor or 1))

@@ -42,8 +42,8 @@ SETTINGS = "kdata_loss"  # attribute of a model whose forward pass returns the l
 class DistillOutput(ModelOutput):
     """What a model with an attached loss returns for a batch with targets.
 
-    loss: scalar, nats per counted token, differentiable. sums_O: float [O], each objective summed over the batch's counted
-    tokens, detached, in the order of the objective's weights.
+    loss: scalar, nats per counted token, differentiable. sums_O: float [O], each objective summed over the batch's chosen
+    tokens by their weights (`Targets.sums`), detached, in the order of the objective's weights.
     """
 
     loss: Tensor | None = None
@@ -185,7 +185,7 @@ def _replace_forward(student: PreTrainedModel) -> None:
         else:
             hidden_MD = hidden_states_of(self, inputs).flatten(0, 1).index_select(0, predictor_M)
             loss = attached.head(hidden_MD, fitting, counted_tokens)
-        return DistillOutput(loss=loss.total, sums_O=loss.values_MO.sum(0))
+        return DistillOutput(loss=loss.total, sums_O=fitting.sums(loss.values_MO))
 
     student.forward = MethodType(forward, student)
 

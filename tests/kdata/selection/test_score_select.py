@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +32,7 @@ from kdata.format.records import Record, UnitResult
 from kdata.format.schema import CodecInfo, SourceInfo, TokenizerInfo
 from kdata.jobs.scoring import ScoreConfig, score, sequence_nll
 from kdata.selection.plan import Plan, make_plan
+from kdata.selection.position_rules import Gap
 from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Difference, Random
 from kdata.selection.select import select
@@ -355,3 +359,62 @@ def test_a_log_probability_that_is_not_finite_is_no_score() -> None:
     assert sequence_nll(np.array([np.nan, -1.0, -3.0]), np.zeros(3, bool)) is None
     with pytest.raises(TeacherError, match="not finite"):
         sequence_nll(np.array([np.nan, np.nan, -3.0]), mask)
+
+
+# --------------------------------------------------------------------------------------------------------- the rule `gap`
+
+
+def test_the_gap_is_the_model_s_nll_minus_the_teacher_s(read_by_llama: kdata.Dataset, llama_dir: Path) -> None:
+    """By brute force, with the model's own logits; the plan records which model it was."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    gaps = []
+    for row in read_by_llama:
+        with torch.inference_mode():
+            logits = model(torch.tensor([row.token_ids.tolist()])).logits[0]
+        logprobs = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(row.token_ids[1:].tolist())[:, None])[:, 0]
+        own = row.logprob[1:] - logprobs.numpy()
+        gaps += [(-float(gap), row.id, position) for position, gap in enumerate(own, 1) if row.target_mask[position]]
+    count = math.ceil(0.3 * len(gaps))
+    taken = sorted(gaps)[:count]
+    assert taken[-1][0] < sorted(gaps)[count][0] - 1e-5  # no tie at the edge, where rounding would decide
+    plan = kdata.select(read_by_llama, All(name="behind", positions=Gap(share=0.3, model=str(llama_dir))))
+    expected: dict[str, list[int]] = {}
+    for _, row_id, position in taken:
+        expected.setdefault(row_id, []).append(position)
+    table = plan.table
+    chosen = dict(zip(table["id"].to_pylist(), table["positions"].to_pylist(), strict=True))
+    assert chosen == {row_id: sorted(positions) for row_id, positions in expected.items()}
+    assert plan.info.positions is not None
+    parameters = plan.info.positions.parameters
+    assert parameters["threshold"] == pytest.approx(-taken[-1][0], abs=1e-4) and len(parameters["weights_hash"]) == 64
+
+
+def test_a_gap_needs_a_model_that_fits(read_by_llama: kdata.Dataset, llama_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="which opens it"):
+        select(read_by_llama, All(positions=Gap(share=0.3, model=str(llama_dir))))
+    other = Path(shutil.copytree(llama_dir, tmp_path / "other"))
+    save_tokenizer(other, lines=["other text zzz qqq"])
+    with pytest.raises(MismatchError, match="with a model of the teacher's"):
+        kdata.select(read_by_llama, All(positions=Gap(share=0.3, model=str(other))))
+    with pytest.raises(ConfigError, match=r"a sequence of 64 tokens, .* reads at most 16"):
+        kdata.select(
+            read_by_llama, All(positions=Gap(share=0.3, model=str(save_llama(tmp_path / "short", context=16))))
+        )
+    assert not list(read_by_llama.path.glob("plans/*"))
+
+
+def test_a_gap_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    class Broken:
+        @property
+        def recorded(self) -> dict[str, Any]:
+            return {}
+
+        def logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+            return [np.full(len(ids), np.nan, np.float32) for ids in sequences]
+
+    dataset = tiny(tmp_path / "d", {"x": 1.0, "y": 2.0})
+    with pytest.raises(TeacherError, match="position 1 of row 'x' a log-probability that is not finite"):
+        select(dataset, All(positions=Gap(share=0.3, model="small")), reader=Broken())

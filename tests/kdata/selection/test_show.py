@@ -18,7 +18,8 @@ from kdata.pipelines.cli.main import app
 from kdata.selection import show as plan_show
 from kdata.selection.mixtures import Cap, Static, Uniform
 from kdata.selection.plan import Plan, make_plan, open_plan
-from kdata.selection.ranked import Difference, Random
+from kdata.selection.position_rules import RandomPositions, SqlPositions
+from kdata.selection.ranked import All, Difference, Random
 from kdata.selection.select import METHODS, select
 from kdata.selection.show import Overlap, compare, comparison_table, draw, table_of
 from tests.kdata.selection.plans import Row, dataset_of, score_with
@@ -172,6 +173,30 @@ def test_the_commands(dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytes
     ):
         done = RUNNER.invoke(app, ["select", str(root), *arguments])
         assert isinstance(done.exception, KdataError) and words in str(done.exception)
+
+
+def test_the_share_of_positions_of_each_domain_is_shown(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    """r0 to r3 have a target each, r4 to r9 three; the first token of every row but r0 is chosen."""
+    sql = "select id, 1 as position, 0.5::double as weight from rows where id <> 'r0'"
+    plan = select(dataset, All(name="few", positions=SqlPositions(sql=sql)))
+    shown = table_of(plan)
+    assert shown.title == "plan few: 9 rows, 30 tokens"
+    assert shown.columns[-2:] == ["targets", "positions chosen"]
+    cells = {row[0]: [cell.split() for cell in row[-2:]] for row in shown.rows}
+    assert cells["code"] == [["4", "18.2%"], ["3", "33.3%"]] and cells["prose"] == [["18", "81.8%"], ["6", "66.7%"]]
+    assert f"positions by rule sql: {sql}" in shown.notes
+    assert (
+        "9 of 22 target positions with weights (code 75.0%, prose 33.3%); 1 rows without any are left out"
+        in shown.notes
+    )
+    printed = RUNNER.invoke(app, ["plan", "show", str(dataset.path), "few", "--picture", str(tmp_path / "few.png")])
+    assert printed.exit_code == 0 and "positions by rule sql" in printed.output
+    described = RUNNER.invoke(app, ["plan", "show", str(dataset.path), "few", "--format", "json"])
+    assert json.loads(described.output)["positions"]["domains"]["code"] == {"targets": 4, "positions": 3}
+    share = select(dataset, All(name="third", positions=RandomPositions(share=0.33)))
+    assert any(
+        note.startswith("positions by rule random: share 0.33, per dataset, seed 0") for note in table_of(share).notes
+    )
 
 
 def test_a_plan_names_its_parents_down_to_the_dataset(dataset: kdata.Dataset) -> None:

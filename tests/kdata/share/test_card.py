@@ -21,6 +21,7 @@ from kdata.observe.energy import Devices
 from kdata.observe.journal import append, last_lines, read_journal
 from kdata.observe.progress import Task
 from kdata.observe.text import human_bytes, number
+from kdata.selection.plan import make_plan
 from kdata.share.card import codec_error, escape_markdown, facts, write_card
 from kdata.store.writer import Writer
 
@@ -207,6 +208,19 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     # A pipe from data never makes a column: lines of a table agree with its head.
     for block in re.findall(r"(?:^\|.*\n)+", body, re.MULTILINE):
         assert len({line.count("|") for line in block.splitlines()}) == 1, block
+
+
+def test_plans_with_positions_say_what_counts_of_each_domain(tmp_path: Path) -> None:
+    """Domains of any text stay text."""
+    dataset = make_dataset(tmp_path / "d", {"a": 2.0, HOSTILE: 3.0}, per_domain=2)
+    ids = dataset.index(["id"])["id"].to_pylist()
+    make_plan(dataset, "plain", ids, method="mine", parameters={}).save(dataset.path / "plans")
+    few = {"a": [1, 2], HOSTILE: [5]}
+    positions = [few[row.domain] for row in dataset]
+    make_plan(dataset, "few", ids, method="mine", parameters={}, positions=positions).save(dataset.path / "plans")
+    card = write_card(dataset).read_text()
+    assert "Plan few counts 12 of the 152 target positions of its rows, by the rule mine:" in card
+    assert " 5.3%, a 10.5%." in card and "Plan plain" not in card and "<script" not in card
 
 
 def test_escape_shows_exactly_the_text() -> None:

@@ -27,7 +27,7 @@ OWN = {
     "--out", "--set", "--config", "--resume", "--dry-run", "--save", "--plan",  # run, train, evaluate
     "--engine", "--json-schema",  # capture, generate, reread: which settings model, and a file that holds a setting
     "--deep", "--against-teacher", "--copy", "--hidden-size", "--head", "--block",  # verify, repair, audit
-    "--from", "--unit", "--method", "--memory", "--threads", "--picture",  # score, select, plan show
+    "--from", "--unit", "--method", "--memory", "--threads", "--picture", "--positions",  # score, select, plan show
     "--check",  # sql
     "--price-per-hour", "--probe-tokens",  # estimate
     "--public", "--columns", "--link", "--by", "--num-rows", "--watch",  # push, export, merge, split, head, status
@@ -36,7 +36,10 @@ FORMAT_OF_OUTPUT = {
     "info", "sql", "status", "verify", "audit", "evaluate", "plan show", "plan compare", "export", "estimate",
 }  # fmt: skip
 # Options with another name than their field: the option is named for the part of the settings that the field stands for.
-RENAMED = {("model", "--teacher"), ("path", "--corpus"), ("path", "--prompts")}
+RENAMED = {
+    ("model", "--teacher"), ("path", "--corpus"), ("path", "--prompts"), ("share", "--positions-share"),
+    ("sql", "--positions-sql"),
+}  # fmt: skip
 
 
 def function_of(command: str) -> Any:

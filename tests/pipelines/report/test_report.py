@@ -251,6 +251,17 @@ def test_best_marks_ties_and_nothing_alone() -> None:
     assert [bold for _, _, bold, _ in rows[-1]["cells"][0]] == [True, True, False]
 
 
+def test_a_plan_with_positions_says_what_counts(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    dataset = kdata.open(run / "dataset")
+    ids = dataset.index(["id"])["id"].to_pylist()[:3]
+    plan = make_plan(dataset, "few", ids, method="mine", parameters={"a": 1}, positions=[[1], [1, 2], [3]])
+    plan.save(dataset.path / "plans")
+    page = Page(write_report(run))
+    assert plan.info.positions is not None
+    assert f"Of its target positions 4 of {plan.info.positions.targets} count, by the rule mine" in page.text
+
+
 def test_whole_run(tmp_path: Path) -> None:
     path = write_report(make_run(tmp_path / "run"))
     page = Page(path)

@@ -1,0 +1,50 @@
+"""Selection with a model: `kdata.selection.select.select`, and the model that the rule `gap` reads the text with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kdata.format.keep import KeepConfig
+from kdata.jobs.scoring import open_reader
+from kdata.selection.plan import Plan
+from kdata.selection.position_rules import Gap
+from kdata.selection.select import select as select_rows
+from kdata.selection.step import Step
+from kdata.store.dataset import Dataset
+from kdata.store.sql import Room
+from kdata.teachers.base import Teacher
+from kdata.teachers.config import TeacherConfig
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A `kdata.selection.position_rules.TokenReader` over an open model."""
+
+    model: Teacher
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        return {"weights_hash": self.model.info.weights_hash}
+
+    def logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [readout.logprob for readout in self.model.read(sequences, KeepConfig(kind="topk", k=1))]
+
+
+def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
+    """Do one step of selection and save its plan; see `kdata.selection.select.select`, also for the errors.
+
+    Raises:
+        MismatchError: also where the model of the rule `gap` has another tokenizer than the dataset.
+        ConfigError: also where a sequence is longer than that model's context.
+        TeacherError: a log-probability of that model is not finite.
+    """
+    if not isinstance(config.positions, Gap):
+        return select_rows(dataset, config, room)
+    rule = config.positions
+    reader = TeacherConfig(model=rule.model, revision=rule.revision, backend=rule.backend)
+    with open_reader(dataset, reader) as (model, _):
+        return select_rows(dataset, config, room, reader=_Reader(model))

@@ -1,0 +1,75 @@
+"""Columns of a dataset with a number for each token, read alone: the kept entries stay compressed on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from kdata.format.sequences import flat
+from kdata.store.dataset import Dataset
+from kdata.store.index import UNREADABLE, damaged
+
+
+@dataclass(frozen=True)
+class TokenColumns:
+    """The rows of one record batch: S rows of T tokens, laid end to end.
+
+    shard, batch: which record batch. first_row: global number of its first row. offsets: int64 [S+1], where the tokens of
+    each row begin. values: numbers [T] by column; of a row that lacks them none is here, and `known` says so. known: bool
+    [S] by column.
+    """
+
+    shard: int
+    batch: int
+    first_row: int
+    offsets: np.ndarray
+    values: dict[str, np.ndarray]
+    known: dict[str, np.ndarray]
+
+
+def token_columns(dataset: Dataset, columns: list[str], wanted: np.ndarray) -> Iterator[TokenColumns]:
+    """Read some columns of the payload, a record batch at a time, in the order of rows.
+
+    Args:
+        columns: names of list columns with a value for each token, `target_mask` among them.
+        wanted: bool [R], global rows; a record batch without any of them is left out.
+    Raises:
+        CorruptError: a shard is not what was committed.
+    """
+    for shard, entry in enumerate(dataset.manifest):
+        begin, end = (int(row) for row in dataset.shard_starts[shard : shard + 2])
+        if not wanted[begin:end].any():
+            continue
+        dataset.locate(np.array([begin]))  # compares the shard with its digest
+        path = dataset.shard_file(entry, "data")
+        try:
+            with pa.OSFile(str(path)) as source:
+                fields = [pa.ipc.open_file(source).schema.get_field_index(name) for name in columns]
+                options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
+                reader = pa.ipc.open_file(source, options=options)
+                for batch in range(reader.num_record_batches):
+                    part = reader.get_batch(batch)
+                    if wanted[begin : begin + part.num_rows].any():
+                        part.validate(full=True)
+                        yield _flat(shard, batch, begin, part)
+                    begin += part.num_rows
+        except UNREADABLE as error:
+            raise damaged(path, error) from error
+
+
+def _flat(shard: int, batch: int, first_row: int, part: pa.RecordBatch) -> TokenColumns:
+    """Raises ValueError where the columns of a row have different lengths."""
+    _, offsets = flat(part.column("target_mask"))
+    counts = np.diff(offsets)
+    values, known = {}, {}
+    for name in part.schema.names:
+        column = part.column(name)
+        known[name] = ~column.is_null().to_numpy(zero_copy_only=False)
+        values[name], _ = flat(column)
+        own = np.diff(column.offsets.to_numpy())
+        if not np.array_equal(own[known[name]], counts[known[name]]):
+            raise ValueError(f"column {name} has rows of other lengths than target_mask")
+    return TokenColumns(shard, batch, first_row, offsets.astype(np.int64), values, known)
