@@ -408,6 +408,17 @@ def test_the_command_line_chooses_positions(dataset: kdata.Dataset) -> None:
     assert bad.exit_code != 0
 
 
+def test_a_query_over_tokens_chooses_positions(dataset: kdata.Dataset) -> None:
+    query = "select id, position from tokens where target and logprob < -2 and id in (select id from rows where num_tokens > 9)"
+    plan = select(dataset, All(name="unlikely", positions=rule("sql", sql=query)))
+    expected = {
+        row.id: found
+        for row in dataset
+        if len(row.token_ids) > 9 and (found := np.flatnonzero(row.target_mask & (row.logprob < -2)).tolist())
+    }
+    assert expected and chosen(dataset, plan) == expected
+
+
 def test_every_rule_has_its_name() -> None:
     assert all(model.model_fields["rule"].default == name for name, model in RULES.items())
     assert isinstance(rule("random", share=0.5), RandomPositions)
