@@ -409,7 +409,8 @@ def test_the_command_line_chooses_positions(dataset: kdata.Dataset) -> None:
 
 
 def test_a_query_over_tokens_chooses_positions(dataset: kdata.Dataset) -> None:
-    query = "select id, position from tokens where target and logprob < -2 and id in (select id from rows where num_tokens > 9)"
+    long = "select id from rows where num_tokens > 9"
+    query = f"select id, position from tokens where target and logprob < -2 and id in ({long})"
     plan = select(dataset, All(name="unlikely", positions=rule("sql", sql=query)))
     expected = {
         row.id: found
