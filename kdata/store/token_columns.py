@@ -11,6 +11,7 @@ import pyarrow as pa
 from kdata.format.sequences import flat
 from kdata.store.dataset import Dataset
 from kdata.store.index import UNREADABLE, damaged
+from kdata.store.payload import checked_batch, payload_reader
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,12 @@ def token_columns(dataset: Dataset, columns: list[str], wanted: np.ndarray) -> I
         dataset.locate(np.array([begin]))  # compares the shard with its digest
         path = dataset.shard_file(entry, "data")
         try:
-            with pa.OSFile(str(path)) as source:
-                fields = [pa.ipc.open_file(source).schema.get_field_index(name) for name in columns]
-                options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
-                reader = pa.ipc.open_file(source, options=options)
-                for batch in range(reader.num_record_batches):
-                    part = reader.get_batch(batch)
-                    if wanted[begin : begin + part.num_rows].any():
-                        part.validate(full=True)
-                        yield _flat(shard, batch, begin, part)
-                    begin += part.num_rows
+            reader = payload_reader(path, columns)
+            for batch in range(reader.num_record_batches):
+                part = checked_batch(reader, batch)
+                if wanted[begin : begin + part.num_rows].any():
+                    yield _flat(shard, batch, begin, part)
+                begin += part.num_rows
         except UNREADABLE as error:
             raise damaged(path, error) from error
 

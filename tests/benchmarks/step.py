@@ -1,12 +1,13 @@
 """A whole training step by several ways, on the same student and rows: time, memory, share of waiting. JSON last.
 
-    python -m tests.benchmarks.step [--vocab 8192 128256 262144] [--tokens 2048] [--steps 6] [--rounds 2] [--hidden 256]
+    python -m tests.benchmarks.step [--vocab 8192 128256 262144] [--tokens 2048] [--steps 6] [--rounds 2] [--ways WAY ...]
 
     kdata         our loop with our loss
     trainer       Hugging Face's Trainer with our data and loss (kdata.trainer.parts)
     dense         our loop; logits of all tokens against the teacher's log-probabilities of the whole vocabulary
     trl top-k     our loop; the sparse loss of TRL's server distillation: all logits, K entries of the teacher and a tail
     trl chunked   our loop; the sparse loss of TRL's asynchronous distillation: the same by chunks, computed again backward
+    axolotl       our loop; the sparse loss of axolotl's KD plug-in by chunks: top K, both sides scaled to sum to 1, no tail
 
 A way that needs a package which is not installed is left out, with the reason in the last line. Each runs in processes of its
 own, taking turns; the best of the rounds counts. Time is the median of the steps after the first two. Memory is the
@@ -163,12 +164,30 @@ class TrlChunked(Other):
         return kl.new_zeros(()), kl
 
 
+class Axolotl(Other):
+    """axolotl's Liger-style loss, beta 0, not compiled, in its chunks of 1,024 positions. Its cross-entropy is in its sum."""
+
+    @staticmethod
+    def kl_sum(hidden_MD: Tensor, head_VD: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """0, and the sum of both terms, so that 0.9 times it is what the other ways minimize."""
+        from axolotl.integrations.kd.kernels.liger import LigerFusedLinearKLTopKLogprobFunction as Function
+
+        # It shifts labels by one position itself, and leaves out the last.
+        labels_M = torch.cat([targets.token_ids_C.new_full((1,), -100), targets.token_ids_C])[:-1]
+        total = Function.apply(
+            hidden_MD[None], head_VD, targets.ids_CK.clamp_min(0)[None], targets.logprobs_CK[None],
+            (targets.ids_CK >= 0)[None], labels_M[None], None, 0.1 / 0.9, 1.0,
+        )  # fmt: skip
+        return total.new_zeros(()), total
+
+
 WAYS: dict[str, tuple[type[Measured] | None, str | None]] = {  # the learner of our loop, and the package that it needs
     "kdata": (Measured, None),
     "trainer": (None, "accelerate"),
     "dense": (Dense, None),
     "trl top-k": (TrlTopK, "trl"),
     "trl chunked": (TrlChunked, "trl"),
+    "axolotl": (Axolotl, "axolotl"),
 }
 
 
@@ -254,17 +273,17 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------------- in turns
 
 
-def measure(options: argparse.Namespace, vocab: int, root: Path) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+def measure(options: argparse.Namespace, vocab: int, root: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Figures of each way at one size of the vocabulary, and why the others were left out."""
     dataset = build_dataset(root / str(vocab), options.tokens * 8, vocab, k=options.kept, median=250)
-    best: dict[str, dict[str, float]] = {}
+    best: dict[str, dict[str, Any]] = {}
     left_out = {
         way: f"{package} is not installed"
         for way, (_, package) in WAYS.items()
-        if package is not None and importlib.util.find_spec(package) is None
+        if way in options.ways and package is not None and importlib.util.find_spec(package) is None
     }
     for _ in range(options.rounds):
-        for way in [way for way in WAYS if way not in left_out]:
+        for way in [way for way in options.ways if way not in left_out]:
             command = [sys.executable, "-m", "tests.benchmarks.step", "--run", way, "--dataset", str(dataset.path)]
             command += [f"--{name}={getattr(options, name)}" for name in ("tokens", "steps", "hidden", "layers")]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -279,6 +298,16 @@ def measure(options: argparse.Namespace, vocab: int, root: Path) -> tuple[dict[s
     return {way: best[way] for way in WAYS if way in best}, left_out
 
 
+def ratio(figures: dict[str, float], of: dict[str, float] | None, name: str) -> float | None:
+    """A figure of one way over that of another; null where the other was not measured."""
+    return None if of is None else round(figures[name] / of[name], 4)
+
+
+def shown(number: float | None) -> str:
+    """A ratio in the table."""
+    return "—" if number is None else f"{number:.3f}"
+
+
 def main() -> None:
     """Measure each size of the vocabulary and print a table, then one JSON line."""
     options = arguments()
@@ -291,11 +320,11 @@ def main() -> None:
         for vocab in options.vocab:
             figures, left_out = measure(options, vocab, Path(folder))
             for way, own in figures.items():
-                own["time_ratio"] = round(own["seconds"] / figures["kdata"]["seconds"], 4)
-                own["memory_ratio"] = round(own["extra_mib"] / figures["dense"]["extra_mib"], 4)
+                own["time_ratio"] = ratio(own, figures.get("kdata"), "seconds")
+                own["memory_ratio"] = ratio(own, figures.get("dense"), "extra_mib")
                 table.add_row(
-                    f"{vocab:,}", way, f"{own['seconds']:.3f}", f"{own['time_ratio']:.3f}", f"{own['extra_mib']:,.0f}",
-                    f"{own['memory_ratio']:.3f}", f"{own['wait_share']:.1%}",
+                    f"{vocab:,}", way, f"{own['seconds']:.3f}", shown(own["time_ratio"]), f"{own['extra_mib']:,.0f}",
+                    shown(own["memory_ratio"]), f"{own['wait_share']:.1%}",
                 )  # fmt: skip
             results[str(vocab)] = {**figures, "left_out": left_out}
     Console(width=110).print(table)
@@ -323,6 +352,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=256, help="width of the student")
     parser.add_argument("--layers", type=int, default=2, help="layers of the student")
     parser.add_argument("--kept", type=int, default=64, help="entries of each position")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="those to compare")
     parser.add_argument("--run", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--dataset", help=argparse.SUPPRESS)
     return parser.parse_args()
