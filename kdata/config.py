@@ -79,6 +79,12 @@ def _problem(model: type[BaseModel], problem: Any) -> str:
         return f"unknown key {key!r}{nearest(path[-1], known)}; known here: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{key!r} is missing"
+    if problem["type"] == "union_tag_not_found":
+        return f"{'.'.join([*path, problem['ctx']['discriminator'].strip(chr(39))])!r} is missing"
+    if problem["type"] == "union_tag_invalid":
+        tags = [tag.strip(" '") for tag in problem["ctx"]["expected_tags"].split(",")]
+        tag, name = problem["ctx"]["tag"], problem["ctx"]["discriminator"].strip("'")
+        return f"{key + '.' if key else ''}{name}: {tag!r} is none of {', '.join(tags)}{nearest(tag, tags)}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error" and isinstance(problem["input"], str) and path and path[-1] in NEVER_REPEATED:
         return f"{key}: {message}"

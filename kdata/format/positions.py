@@ -11,6 +11,8 @@ from functools import cached_property
 
 import numpy as np
 
+LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30  # beyond, a weighted sum in float32 is 0 or infinite
+
 
 @dataclass(frozen=True)
 class ChosenPositions:
@@ -86,7 +88,7 @@ def position_problem(
     step_P = np.diff(positions.astype(np.int64), prepend=0)
     wrong_P = outside_P | (~first_P & (step_P <= 0))
     if weights is not None:
-        wrong_P = wrong_P | ~(np.isfinite(weights) & (weights > 0))
+        wrong_P = wrong_P | ~((weights >= LEAST_WEIGHT) & (weights <= MOST_WEIGHT))
     rows = np.concatenate([np.flatnonzero(counts == 0)[:1], row_P[np.flatnonzero(wrong_P)[:1]]])
     if not len(rows):
         return None
@@ -100,4 +102,4 @@ def position_problem(
         again = "is there twice" if not step_P[at] else f"comes after {positions[at - 1]}"
         return row, f"position {positions[at]} {again}"
     assert weights is not None
-    return row, f"the weight of position {positions[at]} is {weights[at]}; it must be a finite number above 0"
+    return row, f"the weight of position {positions[at]} is {weights[at]}; it must lie in 1e-30 to 1e30"

@@ -199,7 +199,7 @@ class Batches:
         different = [k for k in own if k not in asdict(self.place) and own[k] != state.get(k)]
         if different:
             raise MismatchError(
-                f"the loader's state belongs to another {', '.join(different)}; resume with the same "
+                f"the loader's state is of other data ({', '.join(different)} differ); resume with the same "
                 "dataset, plan and loader settings, or start again in another folder"
             )
         self.place = place_of(state, len(self.rows))

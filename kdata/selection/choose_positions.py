@@ -111,13 +111,19 @@ def pieces(
         here = wanted[read.first_row : read.first_row + len(counts)]
         candidate_T = read.values["target_mask"] & np.repeat(here, counts)
         candidate_T[read.offsets[:-1][counts > 0]] = False  # the first token is not predicted
+        weights_T: np.ndarray | None = None
         if parent is not None:
             rows = np.flatnonzero(here)
-            token_N, _ = parent.tokens(rows + read.first_row, np.append(read.offsets[rows], 0))
+            token_N, weights_N = parent.tokens(rows + read.first_row, np.append(read.offsets[rows], 0))
             in_parent_T = np.zeros(len(candidate_T), bool)
             in_parent_T[token_N] = True
             candidate_T &= in_parent_T
-        yield Piece(dataset, read, np.flatnonzero(candidate_T), index_of, reader)
+            if weights_N is not None:
+                weights_T = np.zeros(len(candidate_T), np.float32)
+                weights_T[token_N] = weights_N
+        candidate_C = np.flatnonzero(candidate_T)
+        weights_C = None if weights_T is None else weights_T[candidate_C]
+        yield Piece(dataset, read, here, candidate_C, weights_C, index_of, reader)
 
 
 def _keys(rule: ShareRule, source: Iterator[Piece], file: Path) -> np.ndarray:
@@ -178,6 +184,7 @@ def _written(source: Iterator[Piece], marker: Marker, file: Path) -> Iterator[tu
     try:
         for piece in source:
             chosen_C, weights_C = marker(piece)
+            weights_C = piece.parent_weights_C if weights_C is None else weights_C
             counts = np.bincount(piece.row_C[chosen_C], minlength=len(piece.rows))
             yield piece.read.first_row, counts, weights_C is not None
             waiting.append(_table(piece, chosen_C, weights_C, counts))

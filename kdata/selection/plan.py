@@ -367,7 +367,7 @@ def domain_choices(dataset: Dataset, rows: np.ndarray, times: np.ndarray) -> dic
         rows: int64 [R], distinct global rows. times: int [R], how often each is chosen.
     """
     index = dataset.index(["domain", "num_tokens"])
-    names, number_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str), return_inverse=True)
+    names, number_R = np.unique(np.array(index["domain"].to_pylist(), dtype=object), return_inverse=True)
     tokens_R = index["num_tokens"].to_numpy().astype(np.int64)
     times_R = np.zeros(len(tokens_R), np.int64)
     times_R[rows] = times
@@ -393,10 +393,12 @@ def positions_info(dataset: Dataset, rows: np.ndarray, counts: np.ndarray, **fie
     Raises:
         DataError: no position is chosen.
     """
-    if not counts.sum():
-        raise DataError(f"the rule {fields['rule']!r} chooses no position of the rows; loosen it, or choose other rows")
     index = dataset.index(["domain", "num_target_tokens"])
-    names, number_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str)[rows], return_inverse=True)
+    if not counts.sum():
+        if not np.nan_to_num(index["num_target_tokens"].to_numpy().astype(np.float64)[rows]).any():
+            raise DataError("the chosen rows have no target position to choose from; choose other rows")
+        raise DataError(f"the rule {fields['rule']!r} chooses no position of the rows; loosen it, or choose other rows")
+    names, number_R = np.unique(np.array(index["domain"].to_pylist(), dtype=object)[rows], return_inverse=True)
     targets = np.nan_to_num(index["num_target_tokens"].to_numpy().astype(np.float64)[rows])
     in_all, chosen = (np.bincount(number_R, values).astype(np.int64).tolist() for values in (targets, counts))
     return PositionsInfo(
@@ -462,9 +464,12 @@ def _position_columns(
     weights: Sequence[Sequence[float] | np.ndarray] | None,
 ) -> dict[str, Any]:
     """The columns of a plan with positions. Raises DataError where they cannot be right."""
-    lengths = [[len(own) for own in lists] for lists in (positions, weights or positions)]
+    lengths = [[len(own) for own in lists] for lists in (positions, positions if weights is None else weights)]
     if len(lengths[0]) != len(ids) or lengths[0] != lengths[1]:
         raise DataError(f"plan {name!r}: give one list of positions for each id, and as many weights as positions")
+    for row_id, own in zip(ids, positions, strict=True):
+        if len(own) and np.asarray(own).dtype.kind not in "iu":
+            raise DataError(f"plan {name!r}, row {row_id!r}: positions are whole numbers, and {own[0]!r} is none")
     flat = np.concatenate([np.asarray(own, np.int64) for own in positions])
     own_weights = None if weights is None else np.concatenate([np.asarray(own, np.float32) for own in weights])
     num_tokens = dataset.index(["num_tokens"])["num_tokens"].to_numpy()[rows]

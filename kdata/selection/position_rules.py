@@ -58,13 +58,16 @@ class TokenReader(Protocol):
 class Piece:
     """The rows of one record batch, and which of their tokens may be chosen.
 
-    candidate_C: int64 [C], rising indices of tokens: targets of the chosen rows, and of the parent plan's positions where it
-    has any. index_of: reads columns of the index of a shard. reader: the model of the rule `gap`, None for other rules.
+    wanted_S: bool [S], the chosen rows. candidate_C: int64 [C], rising indices of tokens: targets of the chosen rows, and of
+    the parent plan's positions where it has any. parent_weights_C: float32 [C], those of the parent plan, or None. index_of:
+    reads columns of the index of a shard. reader: the model of the rule `gap`, None for other rules.
     """
 
     dataset: Dataset
     read: TokenColumns
+    wanted_S: np.ndarray
     candidate_C: np.ndarray
+    parent_weights_C: np.ndarray | None
     index_of: Callable[[int, tuple[str, ...]], pa.Table]
     reader: TokenReader | None = None
 
@@ -330,7 +333,9 @@ class Span(PositionRule):
     @classmethod
     def _compiles(cls, pattern: str) -> str:
         try:
-            pc.extract_regex_span(pa.array([""]), f"(?P<span>{pattern})")
+            pc.count_substring_regex(pa.array([""]), pattern)  # by itself, so that it cannot close the group around it
+            if pc.extract_regex_span(pa.array([""]), f"(?P<span>{pattern})").type.num_fields > 1:
+                raise pa.ArrowInvalid("it has a group with a name")
         except pa.ArrowInvalid as error:
             raise ValueError(
                 f"{error}; write a pattern of RE2 without groups that have names, and (?:...) for others"
@@ -395,7 +400,7 @@ class SqlPositions(PositionRule):
         answer = self._answer(dataset)
 
         def mark(piece: Piece) -> tuple[np.ndarray, np.ndarray | None]:
-            here = np.isin(piece.rows, answer.rows)
+            here = np.isin(piece.rows, answer.rows) & piece.wanted_S
             rows, offsets = piece.rows[here], piece.read.offsets[:-1][here]
             token_N, weights_N = answer.tokens(rows, np.append(offsets, 0))
             masked_N = token_N[~piece.read.values["target_mask"][token_N]]
@@ -423,13 +428,14 @@ class SqlPositions(PositionRule):
                 f"the query of positions returns {shown}; it must return `id` as text and `position` as a whole number"
             )
         weighted = "weight" in types
-        if weighted and not (_is_whole(types["weight"]) or pa.types.is_floating(types["weight"])):
+        kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+        if weighted and not any(is_kind(types["weight"]) for is_kind in kinds):
             raise ConfigError(
                 f"the column `weight` of the query of positions is {types['weight']}; write ::double behind it"
             )
         weights = ", list(weight::double order by position) as weights" if weighted else ""
         table = dataset.sql(
-            f"select id, list(position::bigint order by position) as positions{weights} from (\n{query}\n) "
+            f"select id as id, list(position::bigint order by position) as positions{weights} from (\n{query}\n) "
             "group by id order by id"
         )
         if not table.num_rows:
@@ -439,7 +445,8 @@ class SqlPositions(PositionRule):
         ids = table["id"].to_pylist()
         rows = dataset.rows_of(ids)
         offsets, lists = _lists(table, "positions", ids)
-        numbers = _lists(table, "weights", ids)[1].astype(np.float32) if weighted else None
+        with np.errstate(over="ignore"):  # what is infinite is refused below
+            numbers = _lists(table, "weights", ids)[1].astype(np.float32) if weighted else None
         num_tokens = dataset.index(["num_tokens"])["num_tokens"].to_numpy()[rows]
         problem = position_problem(offsets, lists, num_tokens, numbers)
         if problem is not None:
@@ -475,20 +482,35 @@ def number_to_choose(share: float, count: int) -> int:
 
 
 def spans_of(text: bytes, pattern: str) -> list[tuple[int, int]]:
-    """Byte offsets (begin, end) of the group `span` in each match of a pattern, one behind the other."""
+    """Byte offsets (begin, end) of the group `span` in each match of a pattern, one behind the other.
+
+    Behind the first match, the text begins one character before the place to search from: so `^`, `\\A` and `\\b` mean what
+    they mean in the whole text.
+    """
+    behind = rf"(?s)\A.(?P<skip>.*?){pattern}"
     spans, start = [], 0
     while start < len(text):
-        [match] = pc.extract_regex_span(pa.array([text[start:].decode()], pa.large_string()), pattern).to_pylist()
+        first = start and _character_before(text, start)
+        part = pa.array([text[first:].decode()], pa.large_string())
+        [match] = pc.extract_regex_span(part, behind if start else pattern).to_pylist()
         if match is None:
             break
         begin, length = match["span"]
-        spans.append((start + begin, start + begin + length))
-        start += sum(match["whole"])
-        if not sum(match["whole"]):  # markers that match nothing: on to the next character
+        spans.append((first + begin, first + begin + length))
+        start = first + sum(match["whole"])
+        if not match["whole"][1]:  # markers that match nothing: on to the next character
             start += 1
             while start < len(text) and text[start] & 0xC0 == 0x80:
                 start += 1
     return spans
+
+
+def _character_before(text: bytes, place: int) -> int:
+    """Where the character before a place in UTF-8 text begins."""
+    place -= 1
+    while text[place] & 0xC0 == 0x80:
+        place -= 1
+    return place
 
 
 def _is_whole(kind: pa.DataType | None) -> bool:

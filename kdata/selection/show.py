@@ -93,8 +93,9 @@ def _position_notes(chosen: PositionsInfo) -> list[str]:
     shares = ", ".join(
         f"{one_line(name, 32)} {share.positions / max(share.targets, 1):.1%}" for name, share in chosen.domains.items()
     )
+    how = parameters if chosen.sql is None else chosen.sql
     return [
-        f"positions by rule {chosen.rule}: {parameters if chosen.sql is None else chosen.sql}",
+        f"positions by rule {chosen.rule}{': ' if how else ''}{how}",
         f"{chosen.positions:,} of {chosen.targets:,} target positions{weights} ({shares}); {chosen.rows_left_out:,} rows "
         "without any are left out",
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,17 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 import yaml
+from pydantic import ValidationError
 
-from kdata.errors import ConfigError
+from kdata.errors import ConfigError, KdataError
 from kdata.format.codec import codec_of
 from kdata.format.files import lock_of, storage_errors, write_atomically
 from kdata.format.schema import CodecError, index_schema, payload_schema
 from kdata.observe.journal import Took, find_journal, lines_of, read_journal, took
 from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line
-from kdata.selection.plan import Plan
+from kdata.selection.plan import PlanInfo
 from kdata.store.dataset import Dataset
-from kdata.store.listed import PLANS, SCORES
+from kdata.store.listed import PLANS, SCORES, read_listing
 from kdata.store.sql import is_name
 
 NOTES_BEGIN, NOTES_END = b"<!-- notes: begin -->", b"<!-- notes: end -->"
@@ -240,9 +241,7 @@ def _render(dataset: Dataset, title: str | None, cost: list[Took]) -> str:
         energy_text=energy_text,
         scores=dataset.listed(SCORES),
         plans=dataset.listed(PLANS),
-        positions=[
-            (plan.info.name, plan.info.positions) for plan in _plans(dataset) if plan.info.positions is not None
-        ],
+        positions=[(info.name, info.positions) for info in _plans(dataset)],
         has_tokenizer=(dataset.path / "tokenizer").is_dir() or bool(dataset.info.tokenizer_files),
         index_columns=_columns(index_schema()),
         payload_columns=_columns(payload_schema(dataset.info.codec.id)),
@@ -251,9 +250,15 @@ def _render(dataset: Dataset, title: str | None, cost: list[Took]) -> str:
     )
 
 
-def _plans(dataset: Dataset) -> list[Plan]:
-    """The plans of the dataset that can be named in SQL, of whatever state of it."""
-    return [Plan.load(dataset.path / "plans" / name) for name in dataset.listed(PLANS) if is_name(name)]
+def _plans(dataset: Dataset) -> Iterator[PlanInfo]:
+    """What the plans with positions say, of the dataset as it is now. A damaged one is passed over: `verify` names it."""
+    for name in filter(is_name, dataset.listed(PLANS)):
+        try:
+            info = PlanInfo.model_validate(read_listing(dataset.path / "plans" / f"{name}.json", PLANS)[1])
+        except (KdataError, ValidationError):
+            continue
+        if info.positions is not None and info.dataset_digest == dataset.content_digest:
+            yield info
 
 
 def _columns(schema: pa.Schema) -> list[tuple[Markdown, Markdown, Markdown]]:

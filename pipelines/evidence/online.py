@@ -37,6 +37,7 @@ class OnlineLearner(Learner):
     ) -> tuple[Tensor, Tensor]:
         """See `Learner.forward`; the values are cross-entropy and KL(teacher || student), [M, 2]."""
         assert list(objective.weights) == ["cross_entropy", "forward_kl"]
+        assert batch.targets.weights_C is None and batch.targets.chosen_C is None  # every target counts the same here
         half = self.precision == "bf16"
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             hidden_BLD = hidden_states(self.student, batch.input_ids, batch.position_ids)

@@ -27,7 +27,7 @@ from kdata.trainer.loader import Batch, IterableBatches, Loader
 from kdata.trainer.mixed_loader import MixedLoader
 from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.objectives import OBJECTIVES, Targets
-from kdata.trainer.parts import Collator, Documents, PackedRows, RowStream, attach_loss
+from kdata.trainer.parts import Collator, DistillationLoss, Documents, PackedRows, RowStream, attach_loss
 from kdata.trainer.train import train
 from tests.trainer import rank
 from tests.trainer.datasets import make_dataset
@@ -161,11 +161,11 @@ def test_the_state_refuses_other_positions(dataset: kdata.Dataset) -> None:
         assert torch.equal(got.predictor_M, want.predictor_M)
     assert len(stream) == 9
     plain = Loader(dataset, rows, CONFIG)
-    with pytest.raises(MismatchError, match="another positions"):
+    with pytest.raises(MismatchError, match="positions differ"):
         plain.load_state_dict(state)
-    with pytest.raises(MismatchError, match="another positions"):
+    with pytest.raises(MismatchError, match="positions differ"):
         Loader(dataset, rows, CONFIG, positions=heavy).load_state_dict(state)
-    with pytest.raises(MismatchError, match="another positions"):
+    with pytest.raises(MismatchError, match="positions differ"):
         again.load_state_dict(plain.state_dict())
     assert len({first.identity, plain.identity, Loader(dataset, rows, CONFIG, positions=heavy).identity}) == 3
 
@@ -318,6 +318,25 @@ def test_small_weights_are_as_good_as_large_ones() -> None:
         both_ways(problem, ObjectiveConfig(), "ghost"), both_ways(tiny, ObjectiveConfig(), "ghost"), strict=True
     ):
         torch.testing.assert_close(one.total, other.total, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [1e-30, 1e-7, 1e5, 1e30])
+def test_the_parts_have_the_same_loss_and_gradients_at_every_size_of_weights(size: float, dtype: torch.dtype) -> None:
+    problem = weighted(make_problem(), weights=True, elsewhere=False)
+    module = DistillationLoss(ObjectiveConfig(), "ghost")
+    results = []
+    for factor in (1.0, size):
+        assert problem.targets.weights_C is not None
+        targets = replace(problem.targets, weights_C=(problem.targets.weights_C.double() * factor).float())
+        hidden_MD, head_VD = (x.detach().to(dtype).requires_grad_() for x in (problem.hidden, problem.head))
+        loss = module(hidden_MD, head_VD, targets).total
+        (loss * 1024).backward()  # as a loss scaler does
+        results.append((float(loss), hidden_MD.grad, head_VD.grad))
+    (loss, *gradients), (other, *others) = results
+    assert other == pytest.approx(loss, rel=1e-3)
+    for one, two in zip(gradients, others, strict=True):
+        torch.testing.assert_close(two, one, rtol=5e-3, atol=1e-3 * float(one.abs().max()))
 
 
 def test_without_weights_the_loss_is_the_sum_of_each_objective_as_before() -> None:

@@ -99,7 +99,7 @@ class DistillMixin:
             )
         output: DistillOutput = model(**inputs, counted_tokens=num_items_in_batch)
         assert output.loss is not None and output.sums_O is not None
-        count = torch.tensor([inputs["targets"].targets.chosen_weight], device=output.loss.device)
+        count = torch.tensor([inputs["targets"].targets.chosen_weight], dtype=torch.float64, device=output.loss.device)
         self._sums[model.training].append(torch.cat([count, output.sums_O.double()]))
         loss = output.loss * trainer.args.world_size
         return (loss, output) if return_outputs else loss
@@ -132,7 +132,7 @@ class DistillMixin:
             sums = trainer.accelerator.reduce(torch.stack(self._sums[training]).sum(0), "sum").tolist()
             names = trainer.train_dataset.objective.weights
             prefix = "" if training else "eval_"
-            logs |= {prefix + n: value / max(sums[0], 1) for n, value in zip(names, sums[1:], strict=True)}
+            logs |= {prefix + n: value / (sums[0] or 1) for n, value in zip(names, sums[1:], strict=True)}
             self._sums[training] = []
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 

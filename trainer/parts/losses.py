@@ -8,6 +8,7 @@ Shapes: M counted positions, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -61,18 +62,19 @@ class DistillationLoss(_SparseLossModule):
         """
         if isinstance(head_VD, DTensor):
             head_VD = head_VD.full_tensor()
+        level, mean = _level(targets.to(hidden_MD.device))
         with torch.autocast(hidden_MD.device.type, enabled=False):
             loss = distillation_loss(
                 hidden_MD,
                 head_VD,
-                targets.to(hidden_MD.device),
+                level,
                 self.mix,
                 self.tail,
                 counted_tokens=1,
                 matmul_dtype=self._matmul_dtype(hidden_MD),
                 chunk_positions=self.chunk_positions,
             )
-        return _divided(loss, counted_tokens, targets)
+        return _divided(loss, counted_tokens, targets, mean)
 
     @staticmethod
     def _matmul_dtype(hidden_MD: Tensor) -> torch.dtype:
@@ -91,16 +93,29 @@ class LogitsLoss(_SparseLossModule):
             logits_MV: float [M, V], the logits that predict the targets.
             targets, counted_tokens: see `DistillationLoss.forward`.
         """
+        level, mean = _level(targets.to(logits_MV.device))
         with torch.autocast(logits_MV.device.type, enabled=False):
             loss = distillation_loss_of_logits(
-                logits_MV, targets.to(logits_MV.device), self.mix, self.tail,
-                counted_tokens=1, chunk_positions=self.chunk_positions,
-            )  # fmt: skip
-        return _divided(loss, counted_tokens, targets)
+                logits_MV, level, self.mix, self.tail, counted_tokens=1, chunk_positions=self.chunk_positions
+            )
+        return _divided(loss, counted_tokens, targets, mean)
 
 
-def _divided(loss: Loss, counted_tokens: Tensor | float | None, targets: Targets) -> Loss:
-    """The sum as a mean. A division here takes a count on the device without waiting for it."""
+def _level(targets: Targets) -> tuple[Targets, Tensor | None]:
+    """Targets whose weights have a mean of 1, and that mean: gradients of tiny weights would be 0 in float16."""
+    if targets.weights_C is None or not len(targets):
+        return targets, None
+    weights_C = targets.weights_C.double()
+    mean = weights_C.mean()
+    return replace(targets, weights_C=(weights_C / mean).to(targets.weights_C.dtype)), mean
+
+
+def _divided(loss: Loss, counted_tokens: Tensor | float | None, targets: Targets, mean: Tensor | None) -> Loss:
+    """The sum, times the mean of the weights, as a mean. Dividing here takes a count on the device without waiting for it."""
+    if mean is not None:
+        divisor = targets.total_weight if counted_tokens is None else counted_tokens
+        share = mean / torch.as_tensor(divisor, dtype=torch.float64, device=mean.device)
+        return loss._replace(total=loss.total * share.to(loss.total.dtype))
     divisor = targets.total_weight if counted_tokens is None else counted_tokens
     if isinstance(divisor, Tensor):
         on_device = divisor.to(loss.total.device)

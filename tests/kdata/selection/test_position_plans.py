@@ -177,7 +177,7 @@ def test_a_plan_of_another_state_of_the_dataset_is_refused(dataset: kdata.Datase
         ({"positions": [[]]}, "it has no position"),
         ({"positions": [[1], [2]]}, "one list of positions for each id"),
         ({"positions": [[1]], "weights": [[1, 2]]}, "as many weights as positions"),
-        ({"positions": [[1]], "weights": [[-1]]}, "must be a finite number above 0"),
+        ({"positions": [[1]], "weights": [[-1]]}, "must lie in 1e-30 to 1e30"),
         ({"weights": [[1]]}, "give the positions, too"),
     ],
 )

@@ -381,7 +381,8 @@ def test_a_share_is_above_0_and_at_most_1(share: Any) -> None:
         ({"rule": "random", "share": 0.1, "sed": 1}, "did you mean 'seed'"),
         ({"rule": "entropy", "share": 0.1, "per": "domain"}, "per"),
         ({"rule": "sql"}, "'positions.sql' is missing"),
-        ({}, "rule"),
+        ({"share": 0.5}, "'positions.rule' is missing"),
+        ({"rule": "entropi", "share": 0.5}, "'entropi' is none of .*did you mean 'entropy'"),
     ],
 )
 def test_bad_settings_are_named(values: dict[str, Any], message: str) -> None:
@@ -418,6 +419,60 @@ def test_a_query_over_tokens_chooses_positions(dataset: kdata.Dataset) -> None:
         if len(row.token_ids) > 9 and (found := np.flatnonzero(row.target_mask & (row.logprob < -2)).tolist())
     }
     assert expected and chosen(dataset, plan) == expected
+
+
+def test_names_of_columns_are_those_of_sql_in_any_case(dataset: kdata.Dataset) -> None:
+    plan = select(
+        dataset, All(name="cased", positions=rule("sql", sql="select 'doc-3' as ID, 2 as Position, 2.5 as WEIGHT"))
+    )
+    assert chosen(dataset, plan) == {"doc-3": [2]} and plan.table["weights"].to_pylist() == [[2.5]]
+
+
+def test_rows_that_are_not_chosen_do_not_matter_to_a_query(dataset: kdata.Dataset) -> None:
+    masked = next(row for row in dataset if len(row.token_ids) > 2 and not row.target_mask[1:].all())
+    position = int(np.flatnonzero(~row_mask(masked))[-1])
+    query = f"select 'doc-3' as id, 2 as position union all select '{masked.id}', {position}"
+    select(dataset, Sql(name="third", sql="select 'doc-3' as id"))
+    plan = select(dataset, All(name="one_row", parent="third", positions=rule("sql", sql=query)))
+    assert chosen(dataset, plan) == {"doc-3": [2]}
+    with pytest.raises(DataError, match="which is no target"):
+        select(dataset, All(name="all_rows", positions=rule("sql", sql=query)))
+
+
+def row_mask(row: StoredRow) -> np.ndarray:
+    mask = row.target_mask.copy()
+    mask[0] = True
+    return mask
+
+
+def test_a_rule_keeps_the_weights_of_its_parent(dataset: kdata.Dataset) -> None:
+    query = "select id, position, 1 + position as weight from tokens where target"
+    select(dataset, All(name="weighted_parent", positions=rule("sql", sql=query)))
+    plan = select(dataset, All(name="half", parent="weighted_parent", positions=rule("random", share=0.5)))
+    assert plan.info.positions is not None and plan.info.positions.weighted
+    table = open_plan(dataset, "half").table
+    for positions, weights in zip(table["positions"].to_pylist(), table["weights"].to_pylist(), strict=True):
+        assert weights == [1 + position for position in positions]
+
+
+@pytest.mark.parametrize(
+    ("text", "begin", "end", "expected"),
+    [
+        ("head\n\nbody\n\nrest\n\n", r"\A", r"\n\n", ["head"]),
+        ("say XENDsay YEND", r"\bsay ", "END", ["X"]),
+        ("ö<a>x</a>é<a>ü</a>", "<a>", "</a>", ["x", "ü"]),
+        ("<t>a</t><t>b", "<t>", r"</t>|\z", ["a", "b"]),
+    ],
+)
+def test_anchors_of_a_span_are_those_of_the_whole_text(text: str, begin: str, end: str, expected: list[str]) -> None:
+    spans = spans_of(text.encode(), f"(?s)(?P<whole>(?:{begin})(?P<span>.*?)(?:{end}))")
+    assert [text.encode()[a:b].decode() for a, b in spans] == expected
+
+
+@pytest.mark.parametrize("pattern", ["(?P<whole>x)", "(?P<q>x)", "a)|(?:b", "a)|(?P<q>b", "(?i"])
+def test_a_pattern_cannot_leave_its_group(pattern: str) -> None:
+    with pytest.raises(ConfigError, match="pattern of RE2"):
+        rule("span", begin=pattern, end="y")
 
 
 def test_every_rule_has_its_name() -> None:
