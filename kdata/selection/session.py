@@ -148,7 +148,7 @@ class Session:
                 present |= {domain for (domain,) in self.fetch(in_rows)}
         return {d: size for d, size in sizes.items() if not countable or self.parent is None or d in present}
 
-    def tokens_of(self, text: str) -> AbstractContextManager[None]:
+    def tokens_of(self, text: str) -> AbstractContextManager[object]:
         """Show `tokens` and `entries` to one query, which must be run before the end; see `token_views`."""
         return token_views(self._connection, self.dataset, reads_of(self.dataset, text), parsed(text))
 

@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import duckdb
 import pyarrow as pa
 
-from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, QueryError, StorageError
+from kdata.errors import ConfigError, CorruptError, KdataError, MismatchError, MissingError, QueryError, StorageError
 from kdata.format.files import REMEDIES, disk_errno
 from kdata.format.schema import ManifestEntry, index_schema, rejects_schema
 from kdata.store.listed import PLANS, SCORES, Kind
@@ -318,7 +318,7 @@ def query(dataset: Queryable, text: str, parameters: Parameters = None, values: 
         StorageError: a disk refused.
         CorruptError, MissingError, MismatchError: see `connect`, or a payload is not what was committed.
     """
-    with _relation_of(dataset, text, parameters) as relation:
+    with _relation_of(dataset, text, parameters) as (relation, _):
         shown, is_json = _shown(relation, values)
         return _strict(shown.to_arrow_table(), is_json, relation.columns)
 
@@ -331,7 +331,7 @@ def query_stream(
 
     DuckDB works while the stream is read, so the errors of `query` may come between two record batches.
     """
-    with _relation_of(dataset, text, parameters) as relation:
+    with _relation_of(dataset, text, parameters) as (relation, failures):
         shown, is_json = _shown(relation, values)
         reader = shown.to_arrow_reader(ROWS_AT_A_TIME)
         schema = _strict(reader.schema.empty_table(), is_json, relation.columns).schema
@@ -343,7 +343,9 @@ def query_stream(
                 except StopIteration:
                     return
                 except (OSError, pa.ArrowException) as error:  # what ended the query behind its first record batch
-                    raise _duckdb_error(error) from error
+                    if failures:
+                        raise failures[0] from error
+                    raise_named(dataset, text, _duckdb_error(error))
                 yield from _strict(pa.Table.from_batches([batch]), is_json, relation.columns).to_batches()
 
         yield pa.RecordBatchReader.from_batches(schema, batches())
@@ -355,24 +357,45 @@ def _duckdb_error(error: Exception) -> duckdb.Error:
 
 
 @contextmanager
-def _relation_of(dataset: Queryable, text: str, parameters: Parameters) -> Iterator[duckdb.DuckDBPyRelation]:
-    """One query, not yet run. What DuckDB raises until the end is raised as an error of kdata, see `query`."""
+def _relation_of(
+    dataset: Queryable, text: str, parameters: Parameters
+) -> Iterator[tuple[duckdb.DuckDBPyRelation, list[KdataError]]]:
+    """One query, not yet run, and the errors that ended its streams so far.
+
+    What DuckDB raises until the end is raised as an error of kdata, see `query`.
+    """
     try:
         reads = reads_of(dataset, text)
         with connect(dataset, reads) as connection:
             try:
                 refuse_writing(connection, text)
-                with token_views(connection, dataset, reads, parsed(text), parameters):
-                    yield connection.sql(text, params=parameters)
+                with token_views(connection, dataset, reads, parsed(text), parameters) as failures:
+                    yield connection.sql(text, params=parameters), failures
             except duckdb.Error as error:
-                refuse_disk(dataset, error)
-                name_damage(dataset, error, text)
-                later = "" if dataset.check == "first" else "\nNothing was compared with its digest (check='later')."
-                raise QueryError(f"{str(error).strip()}\nViews: {', '.join(views(dataset))}{later}") from error
+                raise_named(dataset, text, error)
     except duckdb.Error as error:
         refuse_disk(dataset, error)
         name_damage(dataset, error, text)
         raise QueryError(f"{dataset.path}: DuckDB cannot read the files: {str(error).strip()}") from error
+
+
+def raise_named(dataset: Queryable, text: str, error: duckdb.Error) -> NoReturn:
+    """Raise what a query failed for: the disk, damage, or else QueryError with DuckDB's reason."""
+    refuse_disk(dataset, error)
+    name_damage(dataset, error, text)
+    later = "" if dataset.check == "first" else "\nNothing was compared with its digest (check='later')."
+    listing = ", ".join(views(dataset))
+    raise QueryError(f"{str(error).strip()}{_hint(error, text)}\nViews: {listing}{later}") from error
+
+
+def _hint(error: duckdb.Error, text: str) -> str:
+    """Where a column is that `tokens` and `entries` lack."""
+    missing = re.search(r'column "(\w+)" not found', str(error)) or re.search(
+        r'have a column named "(\w+)"', str(error)
+    )
+    if missing is None or missing[1] not in index_schema().names or re.search(r"\b(tokens|entries)\b", text) is None:
+        return ""
+    return f"\n{missing[1]} is a column of rows: write `tokens join rows using (id)`"
 
 
 def refuse_writing(connection: duckdb.DuckDBPyConnection, text: str) -> None:

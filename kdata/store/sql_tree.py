@@ -180,8 +180,20 @@ class _Select:
         if part is None:
             raise _NotPlainError
         tokens = {alias for alias, is_tokens in part.aliases.items() if is_tokens}
-        conditions = [(_sql(c), _parameters_of(c)) for c in self.conditions if self._is_plain(c, tokens)]
+        unsure = tokens | self._merged()
+        conditions = [(_sql(c), _parameters_of(c)) for c in self.conditions if self._is_plain(c, unsure)]
         return RowQuery(f'"{_alias(own)}".global_row', part.sql, part.views, conditions)
+
+    def _merged(self) -> set[str]:
+        """Names of columns that USING merges and that may have another type or collation in the row query.
+
+        Such a name alone is the column of the leftmost table, which the row query may lack.
+        """
+        names = {
+            str(name).lower() for node in nodes(self.node["from_table"]) for name in node.get("using_columns") or ()
+        }
+        is_whole = all(_view_of(t) in self.known | {"tokens", "entries"} for t in self.tables)
+        return names - set(ROW_COLUMNS) if is_whole else names
 
     def _part(self, table: Tree, own: Tree) -> Part | None:
         """A FROM with whole rows only, joined as it was; None where nothing is left of it.
@@ -230,7 +242,7 @@ class _Select:
         is_column = expression.get("class") == "COLUMN_REF" and len(names) == 2 and names[0] in aliases
         return names[0] if is_column and (not aliases[names[0]] or names[1] in ROW_COLUMNS) else None
 
-    def _is_plain(self, condition: Tree, tokens: set[str]) -> bool:
+    def _is_plain(self, condition: Tree, unsure: set[str]) -> bool:
         """Whether a condition has one answer for a row: no chance, no order, no token but by its row."""
         for node in nodes(condition):
             kind = node.get("class")
@@ -239,7 +251,7 @@ class _Select:
             if kind == "FUNCTION" and str(node.get("function_name")).lower() not in _same_every_time():
                 return False
             # the alias alone is the whole token as a struct
-            if kind == "COLUMN_REF" and len(node["column_names"]) == 1 and node["column_names"][0].lower() in tokens:
+            if kind == "COLUMN_REF" and len(node["column_names"]) == 1 and node["column_names"][0].lower() in unsure:
                 return False
             if kind is None and not self._is_plain_table(node):
                 return False
@@ -327,7 +339,9 @@ def _copy_empty(
 
 def _statement(query: RowQuery, conditions: list[Condition], parameters: Parameters) -> tuple[str, dict[str, Any]]:
     where = "".join(f" and ({text})" for text, _ in conditions)
-    by_name = {str(n): v for n, v in enumerate(parameters, 1)} if isinstance(parameters, list) else parameters or {}
+    by_name = (
+        {str(n): v for n, v in enumerate(parameters, 1)} if isinstance(parameters, list | tuple) else parameters or {}
+    )
     names = {name for _, own in conditions for name in own}
     text = f"select distinct {query.column} from {query.tables} where true{where}"
     return text, {name: value for name, value in by_name.items() if name in names}

@@ -30,12 +30,13 @@ def frame_of(source: TokenSource, table: str) -> polars.LazyFrame:
         conditions = [] if predicate is None else conditions_of(predicate)
         names = schema_of(table).names if columns is None else columns
         needed = [*names, *sorted({name for c in conditions for name in c.meta.root_names()} - {*names})]
-        left = n_rows
-        for batch in read_table(source, table, needed, rows_that_meet(source, conditions)):
-            frame = polars.DataFrame(plain(batch)).filter(*conditions).select(names)
-            yield frame if left is None else frame.head(left)
-            left = None if left is None else left - len(frame)
-            if left is not None and left <= 0:
+        left = n_rows  # counted before the conditions: Polars hands over `head` below `filter`, never above
+        rows = None if left is not None else rows_that_meet(source, conditions)
+        for batch in read_table(source, table, needed, rows):
+            part = batch if left is None else batch.slice(0, left)
+            yield polars.DataFrame(plain(part)).filter(*conditions).select(names)
+            left = None if left is None else left - len(part)
+            if left == 0:
                 return
 
     empty = polars.DataFrame(plain(pa.RecordBatch.from_pylist([], schema_of(table))))
@@ -74,13 +75,19 @@ def conditions_of(predicate: polars.Expr) -> list[polars.Expr]:
     import polars
 
     conditions = []
-    for tree in _parts(json.loads(predicate.meta.serialize(format="json"))):
+    whole = predicate.meta.serialize(format="json")
+    for tree in _parts(json.loads(whole)):
         if _is_hint(tree):
             continue
         text = json.dumps(tree)
         if '"dynamic_pred' in text:
             raise QueryError("Polars asks for a filter that kdata cannot apply; call collect() before you sort and cut")
-        conditions.append(polars.Expr.deserialize(io.BytesIO(text.encode()), format="json"))
+        try:
+            conditions.append(polars.Expr.deserialize(io.BytesIO(text.encode()), format="json"))
+        except polars.exceptions.ComputeError as error:  # JSON has no infinities and no NaN
+            if '"dynamic_pred' in whole:
+                raise QueryError("Polars asks for a filter that kdata cannot apply; call collect() first") from error
+            return [predicate]
     return conditions
 
 

@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
-from kdata.errors import ConfigError, OutOfRangeError, nearest
+from kdata.errors import ConfigError, OutOfRangeError, ShapeError, nearest
 from kdata.format.codec import Positions
 from kdata.format.kept import Kept, draw_mask
 from kdata.format.schema import DatasetInfo, ManifestEntry
@@ -298,7 +298,10 @@ def schema_of(table: str, columns: Sequence[str] | None = None) -> pa.Schema:
 
 def row_numbers(rows: Sequence[int] | np.ndarray, num_rows: int) -> np.ndarray:
     """Global row numbers in rising order, each once, int64. Raises OutOfRangeError where one is outside [0, num_rows)."""
-    numbers = np.unique(np.asarray(rows, np.int64))
+    values = np.asarray(rows)
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        raise ShapeError(f"rows must be global row numbers, got {rows!r}; of a mask take np.flatnonzero(mask)")
+    numbers = np.unique(values.astype(np.int64))
     if len(numbers) and (numbers[0] < 0 or numbers[-1] >= num_rows):
         raise OutOfRangeError(f"rows must lie in [0, {num_rows}), got {numbers[0]} to {numbers[-1]}")
     return numbers

@@ -77,8 +77,8 @@ def token_views(
     reads: frozenset[str] | None,
     tree: Tree,
     parameters: Parameters = None,
-) -> Iterator[None]:
-    """Give a connection the views `tokens` and `entries` for one query.
+) -> Iterator[list[KdataError]]:
+    """Give a connection the views `tokens` and `entries` for one query. Yields the errors that ended their streams so far.
 
     Args:
         connection: has the other views that the query reads.
@@ -102,7 +102,7 @@ def token_views(
                     schema_of(name), rows_in(dataset, name, rows), _opener(dataset, name, rows), failures
                 )
                 connection.register(name, view)
-        yield
+        yield failures
     except duckdb.Error as error:
         if failures:
             raise failures[0] from error

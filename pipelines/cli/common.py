@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -242,9 +243,12 @@ def print_csv(batches: pa.RecordBatchReader) -> None:
             for batch in batches:
                 writer.write_batch(batch)
         return
-    sink = pa.BufferOutputStream()
-    csv.write_csv(batches.read_all(), sink)
-    print(visible(sink.getvalue().to_pybytes().decode()), end="")
+    for number, table in enumerate(
+        itertools.chain([batches.schema.empty_table()], (pa.Table.from_batches([batch]) for batch in batches))
+    ):
+        sink = pa.BufferOutputStream()
+        csv.write_csv(table, sink, csv.WriteOptions(include_header=number == 0))
+        print(visible(sink.getvalue().to_pybytes().decode()), end="")
 
 
 def print_first_rows(batches: pa.RecordBatchReader) -> None:

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdata
-from kdata.errors import ConfigError, CorruptError, DataError, OutOfRangeError, QueryError
+from kdata.errors import ConfigError, CorruptError, DataError, OutOfRangeError, QueryError, ShapeError
 from kdata.format.files import file_info
 from kdata.format.manifest import digest_of, new_info
 from kdata.format.schema import CodecInfo, SourceInfo, TokenizerInfo, canonical_json
@@ -672,6 +672,53 @@ def test_polars_sorts_and_cuts(hybrid: Dataset) -> None:
 
 
 PAGE = Path(kdata.__file__).parent / "store/README.md"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda frame, pl: frame.head(100).filter(pl.col("global_row") > 0),
+        lambda frame, pl: frame.slice(0, 40).filter(pl.col("position") == 0),
+        lambda frame, pl: frame.filter(pl.col("position") == 0).head(3),
+        lambda frame, pl: frame.filter(pl.col("log_tail") > float("-inf")),
+        lambda frame, pl: frame.filter((pl.col("global_row") == 1) & (pl.col("logprob") < float("inf"))),
+        lambda frame, pl: frame.head(60).filter(pl.col("id") == "no such row"),
+    ],
+)
+def test_polars_answers_as_over_a_frame_in_memory(hybrid: Dataset, ask: Callable[[Any, Any], Any]) -> None:
+    pl = pytest.importorskip("polars")
+    lazy, whole = hybrid.to_polars("tokens"), hybrid.to_polars("tokens").collect()
+    assert ask(lazy, pl).collect().rows() == ask(whole, pl).rows()
+
+
+def test_a_name_that_using_merges_is_not_that_of_another_table(hybrid: Dataset) -> None:
+    shouted = "(select upper(id) collate nocase as id from rows)"
+    query = f"select count(*) as n from {shouted} v join tokens using (id) where id like '{hybrid[0].id.upper()}'"
+    assert hybrid.sql(query)["n"].to_pylist() == [len(hybrid[0])]
+
+
+@pytest.mark.parametrize("rows", [[True, False], [1.7], slice(0, 3), [[1]], "12"])
+def test_rows_of_a_stream_are_numbers(hybrid: Dataset, rows: Any) -> None:
+    with pytest.raises(ShapeError, match="global row numbers"):
+        list(hybrid.tokens(rows=rows))
+
+
+def test_parameters_may_be_a_tuple(hybrid: Dataset) -> None:
+    query = "select count(*) as n from tokens join rows using (id) where id = ?"
+    assert hybrid.sql(query, (hybrid[1].id,))["n"].to_pylist() == [len(hybrid[1])]  # type: ignore[arg-type]
+
+
+def test_a_column_of_rows_is_said_to_be_one(hybrid: Dataset) -> None:
+    with pytest.raises(QueryError, match="domain is a column of rows: write `tokens join rows using"):
+        hybrid.sql("select domain from tokens")
+
+
+def test_damage_behind_the_first_batch_is_an_error_of_kdata_inside_the_block(copied: Path) -> None:
+    opened = kdata.open(copied)
+    flip(opened.shard_file(opened.manifest[-1], "data"), 100)
+    with opened.sql_stream("from tokens") as batches, pytest.raises(CorruptError, match="SHA-256"):
+        for _ in batches:
+            pass
 
 
 @pytest.fixture(scope="module")
