@@ -111,7 +111,10 @@ class DistillMixin:
         if not any(part.weights_C is not None for part in targets):
             return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
         total = torch.tensor(sum(part.total_weight for part in targets), dtype=torch.float64, device=device)
-        return trainer.accelerator.reduce(total, "sum")
+        # As Trainer does: ranks that share a batch count its tokens once.
+        return trainer.accelerator.reduce(total, "sum") / (
+            trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size()
+        )
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
