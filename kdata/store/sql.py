@@ -22,7 +22,16 @@ from typing import Any, Literal, NoReturn, Protocol
 import duckdb
 import pyarrow as pa
 
-from kdata.errors import ConfigError, CorruptError, KdataError, MismatchError, MissingError, QueryError, StorageError
+from kdata.errors import (
+    ConfigError,
+    CorruptError,
+    KdataError,
+    MismatchError,
+    MissingError,
+    QueryError,
+    StorageError,
+    nearest,
+)
 from kdata.format.files import REMEDIES, disk_errno
 from kdata.format.schema import ManifestEntry, index_schema, rejects_schema
 from kdata.store.listed import PLANS, SCORES, Kind
@@ -384,8 +393,11 @@ def raise_named(dataset: Queryable, text: str, error: duckdb.Error) -> NoReturn:
     refuse_disk(dataset, error)
     name_damage(dataset, error, text)
     later = "" if dataset.check == "first" else "\nNothing was compared with its digest (check='later')."
-    listing = ", ".join(views(dataset))
-    raise QueryError(f"{str(error).strip()}{_hint(error, text)}\nViews: {listing}{later}") from error
+    known, reason = views(dataset), str(error).strip()
+    if (missing := re.search(r"Table with name (\w+) does not exist!", reason)) is not None:
+        # DuckDB's own suggestion is a table of its catalog.
+        reason = re.sub(r'\nDid you mean "[^"]*"\?', "", reason) + nearest(missing[1], known)
+    raise QueryError(f"{reason}{_hint(error, text)}\nViews: {', '.join(known)}{later}") from error
 
 
 def _hint(error: duckdb.Error, text: str) -> str:

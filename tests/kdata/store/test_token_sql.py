@@ -710,6 +710,12 @@ def test_parameters_may_be_a_tuple(hybrid: Dataset) -> None:
     assert hybrid.sql(query, (hybrid[1].id,))["n"].to_pylist() == [len(hybrid[1])]  # type: ignore[arg-type]
 
 
+def test_an_unknown_view_gives_the_nearest(hybrid: Dataset) -> None:
+    with pytest.raises(QueryError, match=r"token does not exist.*did you mean 'tokens'") as caught:
+        hybrid.sql("select * from token")
+    assert "pg_" not in str(caught.value)
+
+
 def test_a_column_of_rows_is_said_to_be_one(hybrid: Dataset) -> None:
     with pytest.raises(QueryError, match="domain is a column of rows: write `tokens join rows using"):
         hybrid.sql("select domain from tokens")
