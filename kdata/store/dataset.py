@@ -58,6 +58,32 @@ CACHED_BYTES = 64 << 20  # decompressed record batches kept for `take`, per open
 OPEN_SHARDS = 64  # shards that are mapped at a time, per open dataset
 
 
+def _read(path: Path) -> tuple[DatasetInfo, list[ManifestEntry]]:
+    """dataset.json, and the manifest's lines by name. Raises CorruptError where the two do not belong together."""
+    while True:
+        info = read_info(path)
+        manifest = sorted(read_manifest(path), key=lambda entry: entry.name)
+        try:
+            _check_belonging(path, info, manifest)
+        except CorruptError:
+            if read_info(path) == info:
+                raise
+            continue  # a writer has replaced both between the two reads
+        return info, manifest
+
+
+def _check_belonging(path: Path, info: DatasetInfo, manifest: list[ManifestEntry]) -> None:
+    check_binding(path, info, manifest)
+    for name, source in info.sources.items():
+        units = {entry.unit for entry in manifest if entry.source == name}
+        missing = list(islice((unit for unit in range(source.num_units or 0) if unit not in units), 10))
+        if missing:
+            raise CorruptError(
+                f"{path}/manifest.jsonl lacks units {missing} of source {name!r}, which is marked complete; restore the "
+                f"file from a copy, or run the same `kdata {source.kind}` again"
+            )
+
+
 class Dataset:
     """A logit dataset, opened for reading. Cheap to open; payload is read and decoded on demand.
 
@@ -76,22 +102,14 @@ class Dataset:
         self.path, self.place = path, str(path)  # the folder; the address by which it was opened
         self.check = check
         self.unchecked: set[str] = set()
-        self.info: DatasetInfo = read_info(path)
-        self.manifest: list[ManifestEntry] = sorted(read_manifest(path), key=lambda e: e.name)
-        check_binding(path, self.info, self.manifest)
+        self.info: DatasetInfo
+        self.manifest: list[ManifestEntry]
+        self.info, self.manifest = _read(path)
         self.shard_starts = np.concatenate(([0], np.cumsum([e.rows for e in self.manifest], dtype=np.int64)))
         self._readers: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
         self._batches: OrderedDict[tuple[int, int], tuple[pa.RecordBatch, int]] = OrderedDict()  # with their bytes
         self._batch_starts: dict[int, np.ndarray] = {}
         self._shard_rows: tuple[int, pa.Table] | None = None  # the shard whose index was read last, and that index
-        for name, source in self.info.sources.items():
-            units = {entry.unit for entry in self.manifest if entry.source == name}
-            missing = list(islice((unit for unit in range(source.num_units or 0) if unit not in units), 10))
-            if missing:
-                raise CorruptError(
-                    f"{path}/manifest.jsonl lacks units {missing} of source {name!r}, which is marked complete; restore "
-                    f"the file from a copy, or run the same `kdata {source.kind}` again"
-                )
 
     def __repr__(self) -> str:
         later = "" if self.check == "first" else f", check={self.check!r}"
@@ -183,18 +201,36 @@ class Dataset:
         raise MissingError(f"{self.place}: shard {entry.name} has no file in {folder}/")
 
     def shard_file(self, entry: ManifestEntry, folder: str) -> Path:
-        """Path of one file of a shard ("data", "index" or "rejects"). Raises CorruptError where it is missing."""
+        """Path of one file of a shard ("data", "index" or "rejects").
+
+        Raises CorruptError where it is missing, and MismatchError where another process has replaced the shard.
+        """
         path = inside(self.path, self.file_name(entry, folder))
         if not path.exists():
+            self._refuse_replaced(entry)
             raise CorruptError(f"{path} is missing; `kdata verify {self.path}` lists what is whole")
         return path
 
     def checked_file(self, entry: ManifestEntry, folder: str) -> Path:
         """The same; its bytes are compared with the digest in the manifest, see `matches`. CorruptError where they differ."""
         path = self.shard_file(entry, folder)
-        if not matches(path, entry.files[self.file_name(entry, folder)]):
+        try:
+            is_committed = matches(path, entry.files[self.file_name(entry, folder)])
+        except OSError as error:  # it was there a moment ago
+            self._refuse_replaced(entry)
+            raise damaged(path, error) from error
+        if not is_committed:
+            self._refuse_replaced(entry)
             raise damaged(path, "its SHA-256 is not the one in the manifest")
         return path
+
+    def _refuse_replaced(self, entry: ManifestEntry) -> None:
+        """Raise MismatchError where another process has replaced a shard since the dataset was opened."""
+        if entry not in read_manifest(self.path):
+            raise MismatchError(
+                f"{self.place} has changed since it was opened: another process has replaced shard {entry.name}, whose rows "
+                "changed in the corpus. Run this again, or open the dataset again"
+            )
 
     def fetch(self) -> None:
         """Copy all files of a dataset at a URL or on the Hub into `path`, except those that are there. Nothing for a folder.

@@ -404,3 +404,29 @@ def test_work_on_other_machines_goes_on_from_what_is_left(tmp_path: Path, tokeni
 def test_a_digest_tells_texts_apart() -> None:
     parts = [("ab", "c"), ("a", "bc"), ("abc",), ("ab", "c", None), (None, "abc"), ("", "abc"), ("abc", "")]
     assert len({changes.digest(*texts) for texts in parts}) == len(parts)
+
+
+def test_a_reader_of_a_replaced_shard_is_told_so(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Not that the dataset is damaged: another process has changed it since it was opened."""
+    corpus = save(tmp_path / "c.jsonl", ROWS)
+    opened = run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=1)
+    save(corpus, [row("r0", "the dog ran"), *ROWS[1:]])
+    run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=1)
+    with pytest.raises(MismatchError, match=r"has changed since it was opened.*shard capture-00000"):
+        opened.index()
+    with pytest.raises(MismatchError, match="has changed since it was opened"):
+        _ = opened[0]
+    assert opened[1].id == "r1", "other shards are readable"
+
+
+def test_a_dataset_opens_while_a_writer_replaces_its_two_files(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = save(tmp_path / "c.jsonl", ROWS)
+    before = run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=1).info
+    save(corpus, [row("r0", "the dog ran"), *ROWS[1:]])
+    now = run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=1).info
+    answers = [before, now, now]
+    monkeypatch.setattr("kdata.store.dataset.read_info", lambda _: answers.pop(0))
+    assert kdata.open(tmp_path / "d").info == now
+    assert not answers, "the first answer did not belong to the manifest"
