@@ -432,8 +432,14 @@ def estimate_recipe(recipe: Any, probe_tokens: int) -> tuple[list[Stage], Memory
                 stage, dataset = estimate_job(stage_name, job, corpus_of(job), teacher, folder / stage_name, tokens)
                 # A run loads the teacher once.
                 stages.append(replace(stage, load_seconds=0.0) if stages else stage)
-        stages.append(_like(stages[-1], "heldout", heldout, teacher))
-        if dataset is None:
+        measured_on = dataset  # what a student is evaluated on
+        if recipe.keep.positions is None or memory.reason:
+            stages.append(_like(stages[-1], "heldout", heldout, teacher))
+        else:  # of the held-out text every position is kept
+            of_heldout = (corpus_of(heldout), teacher, folder / "heldout", probe_tokens)
+            stage, measured_on = estimate_job("heldout", heldout, *of_heldout)
+            stages.append(replace(stage, load_seconds=0.0))
+        if dataset is None or measured_on is None:
             return stages, memory
         read = stages[-1]
         if run.uses_score:
@@ -443,9 +449,9 @@ def estimate_recipe(recipe: Any, probe_tokens: int) -> tuple[list[Stage], Memory
             config = run.train_config(settings)
             stages.append(estimate_student(f"train {student}", config, dataset, folder / f"train-{student}"))
         model = folder / f"train-{next(iter(recipe.students))}" / "out" / "model"
-        stage, number = recipe.evaluate, len(recipe.students)
-        prompts = _num_prompts(heldout, stage.samples)
-        one = estimate_evaluation(model, read, prompts, stage.sample_tokens, dataset, folder / "evaluate")
+        last, number = recipe.evaluate, len(recipe.students)
+        prompts = _num_prompts(heldout, last.samples)
+        one = estimate_evaluation(model, read, prompts, last.sample_tokens, measured_on, folder / "evaluate")
         assert one.seconds is not None and one.disk_bytes is not None  # it was measured
         stages.append(replace(
             one, tokens=one.tokens * number, disk_bytes=one.disk_bytes * number, seconds=one.seconds * number,

@@ -135,7 +135,11 @@ class Recipe(RowsConfig):
     teacher: ReaderConfig = ReaderConfig()
     reference: ReferenceConfig = ReferenceConfig()
     engine: EngineConfig = Field(LocalConfig(), description="Where the teacher works; the dataset is the same.")
-    keep: KeepConfig = Field(KeepConfig(), description="What is kept of every distribution, written or read.")
+    keep: KeepConfig = Field(
+        KeepConfig(),
+        description="What is kept of every distribution, written or read. `positions` does not hold for the held-out text: "
+        "of it every position is kept, because students are measured on it.",
+    )
     generate: GenerateStage | None = Field(GenerateStage(), description="null leaves generation out.")
     corpus: TextConfig = Field(TextConfig(), description="Text that the teacher reads.")
     heldout: TextConfig = Field(TextConfig(), description="Text that students are measured on; never trained on.")
@@ -178,6 +182,8 @@ class Recipe(RowsConfig):
             "name": name,
             "strict": self.strict,
         }
+        if name == "heldout":
+            values.pop("positions", None)
         return parse_config(CaptureConfig, values, "capture")
 
 
@@ -199,7 +205,8 @@ def load_recipe(path: Path, settings: list[str], options: dict[str, Any] | None 
         for phase in recipe.train_config(run).resolved_phases():
             if phase.dataset is None:  # the teacher has not read it yet: refuse now, not after hours of capture
                 resolve_tail(phase.objective, keep.tail, keep.temperatures, kind=keep.kind)
-                has_positions = phase.plan is not None or (run.plan and recipe.select.positions is not None)
+                chosen = run.plan and recipe.select.positions is not None
+                has_positions = phase.plan is not None or chosen or keep.positions is not None
                 refuse_elsewhere(phase.objective, has_positions=has_positions)
     uses_plan = [name for name, run in recipe.students.items() if run.plan]
     by_difference = bool(uses_plan) and recipe.select.method == "difference"

@@ -18,6 +18,7 @@ from operator import or_
 from pathlib import Path
 from typing import Any, Literal
 
+from kdata.config import parse_config
 from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, settings_difference
 from kdata.format.files import lock_of, storage_errors, write_atomically
@@ -144,7 +145,7 @@ class Run:
             "seed": self.recipe.seed,
             "strict": self.recipe.strict,
         }
-        return GenerateJob(GenerateConfig(**values), Corpus(prompts))
+        return GenerateJob(parse_config(GenerateConfig, values, "generate"), Corpus(prompts))
 
     def capture_job(self, name: Literal["capture", "heldout"]) -> CaptureJob:
         """What the teacher reads: the corpus, or the held-out text."""

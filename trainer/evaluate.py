@@ -58,6 +58,7 @@ __all__ = ["EvaluateConfig", "evaluate"]
 
 SAMPLE_CONTEXT = 2048  # tokens of prompt and sample of a model that knows no longest sequence
 ECE_BINS = 15
+OF_ALL_TARGETS = ("nll", "teacher_nll")  # figures that need no distribution of the teacher
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -87,13 +88,15 @@ def evaluate(
         "metrics": metrics.jsonl relative to the run's parent folder, null without one}.
         figures: nll, teacher_nll, kl, reverse_kl (nats per token), ppl, tv, top1, top5 (share of positions where the
         teacher's first choice is the student's first, or among its first five), ece, teacher_ece (calibration error of the
-        most likely token), tokens (counted positions).
+        most likely token), tokens (counted positions). Of a dataset that keeps distributions at some positions only, nll,
+        ppl, ece and teacher_nll are of all targets; all else is of those with a distribution, whose number is kept_tokens.
     Raises:
         MissingError: the dataset or the model does not exist, or prompts or tasks are given and there is no tokenizer.
         MismatchError: the model's vocabulary or tokenizer is not the dataset's.
         ConfigError: the dataset lacks what would be measured (it was imported), the loss would measure this model wrongly, or
             the harness has no such task.
-        DataError: a document is longer than the student's positions, or no token counts.
+        DataError: a document is longer than the student's positions, no token counts, or a domain has targets and not one
+            with a distribution.
         CorruptError: train.json beside the model is not a training result.
         DependencyError: tasks are given and the harness is not installed, or an adapter and PEFT is not.
     """
@@ -178,6 +181,7 @@ class _Sums:
         self.knows_exact = tail == "ghost" or kind in ("hybrid", "combined")
         self.exact = np.zeros(num_domains, np.int64)  # positions that have exact entries
         self.tokens = np.zeros(num_domains, np.int64)
+        self.kept = np.zeros(num_domains, np.int64)  # of these, positions that have a distribution
         self.values: dict[str, np.ndarray] = {}
         self.student = _Calibration(num_domains)
         self.teacher = _Calibration(num_domains)
@@ -209,6 +213,8 @@ class _Sums:
         return "lower bounds: exact entries and one bucket for the rest" if self.exact.any() else None
 
     def add(self, batch: Batch, measured: Measured, domain_M: np.ndarray) -> None:
+        chosen_C = batch.targets.chosen_C
+        kept_M = np.ones(len(domain_M), bool) if chosen_C is None else chosen_C.numpy()
         columns = measured.values_MO.double().cpu().numpy().T
         objectives = dict(zip(self.names, columns, strict=True))
         targets, top_MN = batch.targets, measured.top_ids_MN.cpu().numpy()
@@ -226,24 +232,30 @@ class _Sums:
             values |= {"reverse_kl": objectives["reverse_kl"], "tv": objectives["total_variation"]}
         if self.tail == "ghost":
             top_p_M = np.exp(targets.logprobs_CK.double().numpy()).max(-1, initial=0.0)
-            self.teacher.add(domain_M, top_p_M, first_M == targets.token_ids_C.numpy())
+            self.teacher.add(domain_M[kept_M], top_p_M[kept_M], (first_M == targets.token_ids_C.numpy())[kept_M])
         else:
             if self.knows_top:
-                self.teacher.add(domain_M, first_p_M, first_M == targets.token_ids_C.numpy())
+                is_right_M = first_M == targets.token_ids_C.numpy()
+                self.teacher.add(domain_M[kept_M], first_p_M[kept_M], is_right_M[kept_M])
             values["kl_from_entropy"] = values["kl"] + _entropy_of_weights(batch) - batch.entropy_M
-            self.entropy_known &= bool(np.isfinite(batch.entropy_M).all())
+            self.entropy_known &= bool(np.isfinite(batch.entropy_M[kept_M]).all())
         self.tokens += np.bincount(domain_M, minlength=len(self.tokens))
+        self.kept += np.bincount(domain_M[kept_M], minlength=len(self.kept))
         self.exact += np.bincount(domain_M[_num_exact(batch) > 0], minlength=len(self.exact))
         for name, value_M in values.items():
             total = self.values.setdefault(name, np.zeros(len(self.tokens)))
-            total += np.bincount(domain_M, value_M, minlength=len(total))
+            own_M = np.ones_like(kept_M) if name in OF_ALL_TARGETS else kept_M
+            total += np.bincount(domain_M[own_M], value_M[own_M], minlength=len(total))
 
     def figures(self, domain: int | None) -> dict[str, Any]:
         """Averages of one domain, or of all."""
         part = slice(None) if domain is None else slice(domain, domain + 1)
-        tokens = int(self.tokens[part].sum())
-        assert tokens, "domains without a counted token are left out, and a dataset without one is refused"
-        mean: dict[str, Any] = {name: float(total[part].sum() / tokens) for name, total in self.values.items()}
+        tokens, kept = int(self.tokens[part].sum()), int(self.kept[part].sum())
+        assert tokens and kept, "domains without a counted token are left out, and data without one is refused"
+        mean: dict[str, Any] = {
+            name: float(total[part].sum() / (tokens if name in OF_ALL_TARGETS else kept))
+            for name, total in self.values.items()
+        }
         if self.tail == "draws" and not self.exact[part].any():
             mean |= {"reverse_kl": None, "tv": None}  # without an exact entry the bound is 0, which says nothing
         from_entropy = mean.pop("kl_from_entropy", None)
@@ -261,6 +273,7 @@ class _Sums:
             "teacher_nll": mean["teacher_nll"],
             "teacher_ece": self.teacher.error(part) if self.knows_top else None,
             "tokens": tokens,
+            **({} if kept == tokens else {"kept_tokens": kept}),
         }
 
 
@@ -272,9 +285,8 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
     rows = _first_of_each(domain_R, config.max_documents)
     context = max(int(index["num_tokens"].to_numpy()[rows].max(initial=2)), 2)
     check_positions(model, context)
-    loader = Loader(
-        dataset, rows, BatchesConfig(context_tokens=context, batch_rows=max(1, config.batch_tokens // context))
-    )
+    batches = BatchesConfig(context_tokens=context, batch_rows=max(1, config.batch_tokens // context))
+    loader = Loader(dataset, rows, batches, elsewhere=True)
     tail = dataset.info.tail
     assert tail != "absent"  # refused by the caller
     sums = _Sums(len(domains), tail, kind=dataset.info.codec.kind)
@@ -291,6 +303,12 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
         raise DataError(
             f"{dataset.place}: none of its tokens is a target (all target masks are empty), so there is nothing to measure; "
             "evaluate on another dataset"
+        )
+    bare = domains[(sums.tokens > 0) & (sums.kept == 0)]
+    if len(bare):
+        raise DataError(
+            f"{dataset.place}: no distribution is kept at any target of domain {str(bare[0])!r}, so the distance to the "
+            "teacher cannot be measured there; evaluate on a dataset that keeps every position (captured without `positions`)"
         )
     return domains.tolist(), sums
 

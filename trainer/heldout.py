@@ -24,7 +24,8 @@ from kdata.trainer.domain_weights import DDKMixture
 from kdata.trainer.loader import Batch, Loader
 from kdata.trainer.objective_config import ObjectiveConfig
 
-MEASURED = ObjectiveConfig(weights={"cross_entropy": 1.0})
+# Every target is measured, those too at which the dataset keeps no distribution.
+MEASURED = ObjectiveConfig(weights={"cross_entropy": 1.0}, cross_entropy_elsewhere=1.0)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def student_losses(
         learner: a `kdata.trainer.learner.Learner`, wrapped or not; its weights do not change.
         batch_rows: rows of `context_tokens` tokens in one forward pass of one rank.
     """
-    loader = Loader(heldout.dataset, heldout.rows, BatchesConfig(context_tokens=context_tokens, batch_rows=batch_rows))
+    config = BatchesConfig(context_tokens=context_tokens, batch_rows=batch_rows)
+    loader = Loader(heldout.dataset, heldout.rows, config, elsewhere=True)
     totals = np.zeros((2, len(heldout.domains)))
     learner.eval()
     with torch.no_grad():

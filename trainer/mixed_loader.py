@@ -124,7 +124,9 @@ class MixedLoader:
         positions: ChosenPositions | None = None,
         elsewhere: bool = False,
     ) -> None:
-        every = Loader(dataset, rows, config, rank=rank, world_size=world_size, positions=positions)  # checks the data
+        every = Loader(  # checks the data
+            dataset, rows, config, rank=rank, world_size=world_size, positions=positions, elsewhere=elsewhere
+        )
         self.dataset, self.config, self._positions = dataset, config, positions
         self._elsewhere = elsewhere
         self._order_key = every.arrays.identity

@@ -71,9 +71,9 @@ class ObjectiveConfig(Strict):
         gt=0,
         allow_inf_nan=False,
         exclude_if=lambda weight: weight is None,
-        description="Only with a plan that chooses positions: weight of the cross-entropy of the actual token at the other "
-        "targets of its rows, where nothing else counts. Each of them counts like a position of weight 1. null: the other "
-        "targets do not count.",
+        description="Only with a plan that chooses positions, or a dataset that keeps distributions at some positions only: "
+        "weight of the cross-entropy of the actual token at the other targets of its rows, where nothing else counts. Each "
+        "of them counts like a position of weight 1. null: the other targets do not count.",
     )
 
     def at(self, step: int, steps: int) -> ObjectiveConfig:
@@ -160,11 +160,12 @@ def resolve_tail(
 
 
 def refuse_elsewhere(config: ObjectiveConfig, *, has_positions: bool) -> None:
-    """Raise ConfigError where a weight for targets elsewhere is set, and the plan leaves no target out."""
+    """Raise ConfigError where a weight for targets elsewhere is set, and neither plan nor dataset leaves a target out."""
     if config.cross_entropy_elsewhere is not None and not has_positions:
         raise ConfigError(
             f"objective.cross_entropy_elsewhere is {config.cross_entropy_elsewhere}, but every target counts: it is for "
-            "plans that choose positions (`kdata select --positions RULE`); name such a plan, or leave the setting at null"
+            "plans that choose positions (`kdata select --positions RULE`), and for datasets that keep distributions at some "
+            "positions only; name such a plan, or leave the setting at null"
         )
 
 

@@ -15,9 +15,12 @@ from torch import nn
 
 import kdata
 from kdata.errors import ConfigError, CorruptError, DataError
-from kdata.loader.batches import BatchesConfig
+from kdata.format.keep_rules import described
+from kdata.format.positions import ChosenPositions
+from kdata.loader.batches import BatchesConfig, keeps_something
 from kdata.selection.plan import Plan, open_plan
 from kdata.store.sql import is_name
+from kdata.store.token_columns import COUNTS, has_entries, token_columns
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.trainer.config import Phase, TrainConfig
 from kdata.trainer.distributed import Ranks
@@ -140,9 +143,10 @@ def _open(
     plan = None if plan_name is None else plan_of(dataset, plan_name)
     rows, positions = (None, None) if plan is None else plan.choice(dataset)
     refuse_no_targets(dataset, rows)
+    refuse_nothing_kept(dataset, rows, positions)
     temperatures = dataset.info.codec.temperatures
     tail = resolve_tail(phase.objective, dataset.info.tail, temperatures, kind=dataset.info.codec.kind)
-    refuse_elsewhere(phase.objective, has_positions=positions is not None)
+    refuse_elsewhere(phase.objective, has_positions=positions is not None or dataset.info.codec.keeps_some_positions)
     batches_config = BatchesConfig(
         context_tokens=config.context_tokens,
         batch_rows=micro_rows(config, ranks.world_size) * ranks.world_size,
@@ -186,6 +190,40 @@ def refuse_no_targets(dataset: kdata.Dataset, rows: np.ndarray | None) -> None:
             f"{dataset.place}: none of the tokens in {len(planned):,} rows is a target (all target masks are empty), so "
             "there is nothing to learn; capture the text again with other `targets`, or choose other rows with a plan"
         )
+
+
+def refuse_nothing_kept(dataset: kdata.Dataset, rows: np.ndarray | None, positions: ChosenPositions | None) -> None:
+    """Check a dataset that keeps distributions at some positions only against the rows and positions to train on.
+
+    Raises:
+        DataError: no row has a position with a distribution, so no objective could use one.
+        ConfigError: a chosen position has none.
+    """
+    if not dataset.info.codec.keeps_some_positions:
+        return
+    planned = np.arange(dataset.num_rows) if rows is None else np.unique(rows)
+    if not keeps_something(dataset)[planned].any():
+        raise DataError(
+            f"{dataset.place}: none of {len(planned):,} rows has a position at which a distribution is kept "
+            f"({described(dataset.info.codec.parameters['positions'])}), so no objective has anything to learn from; capture "
+            "the text with another rule (`positions`), or choose other rows with a plan"
+        )
+    if positions is None:
+        return
+    wanted = np.zeros(dataset.num_rows, bool)
+    wanted[planned] = True
+    for read in token_columns(dataset, ["target_mask", *COUNTS], wanted):
+        own = np.arange(len(read.offsets) - 1)[wanted[read.first_row : read.first_row + len(read.offsets) - 1]]
+        token_N, _ = positions.tokens(own + read.first_row, np.append(read.offsets[own], 0))
+        bare_N = token_N[~has_entries(read)[token_N]]
+        if len(bare_N):
+            row = int(np.searchsorted(read.offsets, bare_N[0], side="right")) - 1
+            row_id = dataset.index(["id"])["id"][read.first_row + row].as_py()
+            raise ConfigError(
+                f"the plan chooses position {bare_N[0] - read.offsets[row]} of row {row_id!r}, at which {dataset.place} "
+                "keeps no distribution; choose among the positions that it keeps: `kdata select` does, and so does a query "
+                "with `num_exact + num_drawn > 0`"
+            )
 
 
 def _hold_out(

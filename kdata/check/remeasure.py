@@ -89,9 +89,9 @@ def _compare(stored: Sequences, fresh: Readout, info: CodecInfo) -> tuple[int, C
     heavy = recorded & (stored.log_tail > -12)
     tail = np.abs(stored.log_tail - fresh.log_tail)[heavy]
     error = measure_error(_matched(stored, fresh), _entries_of(stored), info)
-    assert error is not None or not recorded.any()
+    assert error is not None or not stored.num_kept.any()
     return (
-        int(recorded.sum()),
+        int((stored.num_kept > 0).sum()),
         error or CodecError(mean_nats=0, max_nats=0, kl_nats=0, max_sum=0),
         float(logprob.max(initial=0.0)),
         float(tail.max(initial=0.0)),
@@ -119,7 +119,7 @@ def _matched(stored: Sequences, fresh: Readout) -> Kept:
 
 
 def _same_draws(dataset: Dataset, rows: np.ndarray, readouts: list[Readout]) -> float:
-    """Share of recorded positions whose drawn ids are the stored ones."""
+    """Share of positions with entries whose drawn ids are the stored ones."""
     same = total = 0
     for row, fresh in zip(rows, readouts, strict=True):
         stored = _one(dataset, row)
@@ -130,7 +130,7 @@ def _same_draws(dataset: Dataset, rows: np.ndarray, readouts: list[Readout]) -> 
                 (fresh.kept.ids, fresh.kept.num_kept),
             )
         )
-        for t in np.flatnonzero(stored.rank > 0):
+        for t in np.flatnonzero(stored.num_kept):
             a, b = ours[t][stored.num_exact[t] :], theirs[t][fresh.kept.num_exact[t] :]
             same += int(np.array_equal(a, b))
             total += 1

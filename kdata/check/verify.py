@@ -282,6 +282,9 @@ def _deep_shard(dataset: Dataset, number: int, entry: ManifestEntry, seen: set[s
     problems = []
     if len(sequences.token_ids) != entry.tokens:
         problems.append(Problem(where, f"holds {len(sequences.token_ids)} tokens, the manifest says {entry.tokens}"))
+    kept = int((sequences.target_mask & (sequences.num_kept > 0)).sum())
+    if entry.kept_positions not in (None, kept):
+        problems.append(Problem(where, f"keeps {kept} target positions, the manifest says {entry.kept_positions}"))
     for row_id in ids:
         if row_id in seen:
             problems.append(Problem(where, f"id {row_id!r} is repeated in the dataset"))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import datetime
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -49,13 +49,15 @@ class ChatError(DataError):
 class EncodedChat:
     """A rendered chat: its text, token ids int32 [T], bytes per token uint16 [T] and target mask bool [T].
 
-    The bytes sum to those of the text, special tokens with their names; entry 0 of the mask is false.
+    The bytes sum to those of the text, special tokens with their names; entry 0 of the mask is false. role_mask: bool [T],
+    tokens of the messages of the roles that were asked for; None where none was.
     """
 
     text: str
     token_ids: np.ndarray
     token_bytes: np.ndarray
     target_mask: np.ndarray
+    role_mask: np.ndarray | None = None
 
 
 class ChatEncoder:
@@ -111,12 +113,14 @@ class ChatEncoder:
         text, ids, lengths, _ = self._encode(text, [])
         return EncodedChat(text, ids, lengths, np.zeros(len(ids), bool))
 
-    def whole(self, chat: Chat, targets: Targets, *, tool_calls: bool = True) -> EncodedChat:
+    def whole(self, chat: Chat, targets: Targets, *, tool_calls: bool = True, roles: Sequence[str] = ()) -> EncodedChat:
         """A chat that is read.
 
         Args:
             targets: all tokens; those that the assistant wrote (with its end of turn); or those of its last turn.
             tool_calls: those that call a tool (with the end of that turn) count; else what comes before them in a turn only.
+            roles: whose messages `role_mask` marks. Of the assistant these are its turns; of others the whole message, with
+                what the template writes around it.
         Raises:
             ChatError: the template refuses the chat, or its turns cannot be separated exactly.
         """
@@ -126,14 +130,18 @@ class ChatEncoder:
         turns = [] if targets == "all" else self._assistant(chat, rendered, marked, targets)
         called = [] if tool_calls else [n for n, m in enumerate(chat.messages) if m.get("tool_calls")]
         calls = [self._call(chat, rendered, n) for n in called]
-        text, ids, lengths, spans = self._encode(rendered, [*turns, *calls])
+        of_roles = self._of_roles(chat, rendered, marked, roles)
+        text, ids, lengths, spans = self._encode(rendered, [*turns, *calls, *of_roles])
         mask = np.ones(len(ids), bool)
         if targets != "all":
             mask = _tokens_of(spans[: len(turns)], text, lengths, "the assistant's turn")
         if calls:
-            mask &= ~_tokens_of(spans[len(turns) :], text, lengths, "a tool call", behind_space=True)
+            own = spans[len(turns) : len(turns) + len(calls)]
+            mask &= ~_tokens_of(own, text, lengths, "a tool call", behind_space=True)
         mask[:1] = False
-        return EncodedChat(text, ids, lengths, mask)
+        own = spans[len(turns) + len(calls) :]
+        role_mask = _tokens_of(own, text, lengths, "a message") if roles else None
+        return EncodedChat(text, ids, lengths, mask, role_mask)
 
     def _prepared(self, chat: Chat) -> Chat:
         """The chat as the template gets it.
@@ -247,6 +255,15 @@ class ChatEncoder:
             marked = [span for span in marked if span[0] >= first]
         ended = [(begin, end + len(self._end_of_turn(text[end:]))) for begin, end in marked]
         return [self._without_space(text, *span) for span in ended]
+
+    def _of_roles(self, chat: Chat, text: str, marked: list[Span] | None, roles: Sequence[str]) -> list[Span]:
+        """The turns of the assistant where it is one of the roles, and the messages of the others."""
+        spans = self._assistant(chat, text, marked, "assistant") if "assistant" in roles else []
+        for number, message in enumerate(chat.messages):
+            if message["role"] in roles and message["role"] != "assistant":
+                before = self._render(chat.messages[:number], chat.tools) if number else ""
+                spans.append((self._prefix(before, text, number, "without it"), self._end(chat, text, number)))
+        return spans
 
     def _begin(self, chat: Chat, text: str, number: int) -> int:
         """Where message `number`, of the assistant, begins: behind the generation prompt."""

@@ -23,8 +23,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from kdata.config import Strict
+from kdata.format.keep_rules import KeepPositions
 from kdata.format.kept import Kept
 from kdata.format.schema import CodecInfo
+
+# Version of the packed codec of datasets with `positions`. A kdata that knows version 1 alone would train on targets that
+# have no entries as if the teacher had put all probability outside of them, so it has to refuse these datasets.
+POSITIONS_VERSION = 2
 
 
 class KeepConfig(Strict):
@@ -56,6 +61,12 @@ class KeepConfig(Strict):
         [],
         description="Further temperatures at which training shall be exact; their log-sum-exp is stored too.",
     )
+    positions: KeepPositions | None = Field(
+        None,
+        exclude_if=lambda rule: rule is None,
+        description="At which target positions a distribution is kept; at the others only the token's log-probability, rank, "
+        "entropy and log_tail are. null: at all of them.",
+    )
 
     @model_validator(mode="after")
     def _sane(self) -> KeepConfig:
@@ -73,7 +84,15 @@ class KeepConfig(Strict):
     @property
     def needs_full_distribution(self) -> bool:
         """True where the k most probable entries are not enough."""
-        return self.tail == "draws" or bool(self.temperatures)
+        needs_entropy = self.positions is not None and self.positions.NEEDS_ENTROPY
+        return self.tail == "draws" or bool(self.temperatures) or needs_entropy
+
+    @property
+    def why_full_distribution(self) -> str:
+        """The settings that need it, for a message."""
+        if self.positions is not None and self.positions.NEEDS_ENTROPY:
+            return f"positions by {self.positions.rule}"
+        return f"kind {self.kind}" if self.tail == "draws" else "further temperatures"
 
     @property
     def num_exact(self) -> int:
@@ -95,6 +114,8 @@ class KeepConfig(Strict):
             self.tail == "draws" and self.draw_method != "independent"
         ):  # datasets from before this setting are independent
             settings["draw_method"] = self.draw_method
+        if self.positions is not None:
+            settings["positions"] = self.positions.model_dump()
         return {**settings, "temperatures": self.temperatures} if self.temperatures else settings
 
     @staticmethod
@@ -110,7 +131,8 @@ class KeepConfig(Strict):
         parameters = {**self.settings(), "id_bytes": 2 if vocab_size <= 2**16 else 3}
         if "draws" in parameters:
             parameters["num_draws"] = parameters.pop("draws")
-        return CodecInfo(id="packed", version=1, kind=self.kind, parameters=parameters)
+        version = 1 if self.positions is None else POSITIONS_VERSION
+        return CodecInfo(id="packed", version=version, kind=self.kind, parameters=parameters)
 
 
 def keep_top(keep: KeepConfig, ids_TK: np.ndarray, logprobs_TK: np.ndarray, recorded_T: np.ndarray) -> Kept:

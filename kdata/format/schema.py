@@ -110,6 +110,11 @@ class CodecInfo(Contract):
         """Temperatures other than 1 at which the log-sum-exp is stored."""
         return [float(temperature) for temperature in self.parameters.get("temperatures", [])]
 
+    @property
+    def keeps_some_positions(self) -> bool:
+        """Whether a target position may have no entries, because a rule chose where distributions are kept."""
+        return self.parameters.get("positions") is not None
+
 
 class TokenizerInfo(Contract):
     """Which tokenizer made the ids."""
@@ -323,6 +328,13 @@ class ManifestEntry(Contract):
         description="Relative path to digest and size: data/NAME.arrow, index/NAME.parquet and, where inputs were refused, "
         "rejects/NAME.parquet."
     )
+    kept_positions: int | None = Field(
+        None,
+        ge=0,
+        exclude_if=lambda count: count is None,
+        description="Target positions that have entries, where the codec has the parameter `positions`; else the key is "
+        "absent, and all of them are meant to have some.",
+    )
     codec_error: CodecError | None = Field(description="Null for an empty shard.")
     identity_digest: Digest | None = Field(
         None,
@@ -339,9 +351,11 @@ class ManifestEntry(Contract):
 
     @model_validator(mode="after")
     def _follows_from_its_unit(self) -> ManifestEntry:
-        counts = (self.unit, self.rows, self.tokens, self.target_tokens, self.rejected)
+        counts = (self.unit, self.rows, self.tokens, self.target_tokens, self.rejected, self.kept_positions or 0)
         if max(*counts, *(info.bytes for info in self.files.values())) >= 2**40:
             raise ValueError("a number is larger than any shard's")
+        if (self.kept_positions or 0) > self.target_tokens:
+            raise ValueError(f"{self.kept_positions} kept positions are more than the {self.target_tokens} targets")
         if self.name != shard_name(self.source, self.unit):
             raise ValueError(f"unit {self.unit} of source {self.source} cannot have the shard name {self.name!r}")
         expected = shard_files(self.name)
@@ -350,6 +364,11 @@ class ManifestEntry(Contract):
         if (self.identity_digest is None) != (self.work_digest is None):
             raise ValueError(f"shard {self.name} has only one of fingerprint and work_digest")
         return self
+
+    @property
+    def num_kept_positions(self) -> int:
+        """Target positions that have entries: what means over kept distributions are weighted by."""
+        return self.target_tokens if self.kept_positions is None else self.kept_positions
 
     @property
     def is_bound(self) -> bool:

@@ -59,23 +59,33 @@ class Average:
     unknown: np.ndarray
 
 
-def mix(members: list[Sequences], weights_SM: np.ndarray, tail: Literal["ghost", "draws"]) -> Average:
+def mix(
+    members: list[Sequences], weights_SM: np.ndarray, tail: Literal["ghost", "draws"], *, keeps_some: bool = False
+) -> Average:
     """Average the same S rows of M payloads.
 
     Args:
         members: M decodings of the same rows (same token ids and target masks; the caller has checked).
         weights_SM: float64 [S, M], shares of the teachers in each row, >= 0, each row sums to 1.
         tail: of all payloads.
+        keeps_some: the payloads keep entries at some targets only. At the others, the same ones in all payloads, the numbers
+            of each teacher are averaged all the same.
     Raises:
-        DataError: a target position at which a teacher with a share has nothing recorded.
+        DataError: a target position at which a teacher with a share has nothing recorded, or no entries where another has.
     """
     first = members[0]
     weights_TM = np.repeat(weights_SM, np.diff(first.offsets), axis=0)
-    recorded_T = ((np.stack([m.num_kept for m in members], 1) > 0) | (weights_TM == 0)).all(1)
+    has_entries_TM = np.stack([m.num_kept for m in members], 1) > 0
+    kept_T = (has_entries_TM | (weights_TM == 0)).all(1)
+    recorded_T = kept_T
+    if keeps_some:
+        numbers_TM = np.isfinite(np.stack([m.logprob for m in members], 1)) | (weights_TM == 0)
+        recorded_T = kept_T | (numbers_TM.all(1) & ~(has_entries_TM & (weights_TM > 0)).any(1))
     if (first.target_mask & ~recorded_T).any():
-        raise DataError("one of the payloads has nothing recorded at a target position; reread its rows (kdata reread)")
+        what = "keeps no distribution where another does" if keeps_some else "has nothing recorded at a target position"
+        raise DataError(f"one of the payloads {what}; reread its rows (kdata reread)")
     weights_TM[~recorded_T] = 0.0
-    pooled = _pool(members, weights_TM)
+    pooled = _pool(members, np.where(kept_T[:, None], weights_TM, 0.0))
     drawn_G = np.zeros(len(pooled.ids), bool)
     if tail == "draws":
         drawn_G = pooled.num_known < (weights_TM > 0).sum(1)[pooled.position]
@@ -97,7 +107,11 @@ def mix(members: list[Sequences], weights_SM: np.ndarray, tail: Literal["ghost",
         entry_logprobs=np.log(pooled.weight[order]).astype(np.float32),
         draw_logprobs=None,
     )
-    unknown_T = _unknown(members, weights_TM, num_kept_T) if tail == "ghost" else np.zeros(tokens)
+    unknown_T = (
+        _unknown(members, np.where(kept_T[:, None], weights_TM, 0.0), num_kept_T)
+        if tail == "ghost"
+        else np.zeros(tokens)
+    )
     return Average(sequences, unknown_T)
 
 

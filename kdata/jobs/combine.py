@@ -18,6 +18,7 @@ from pydantic import Field
 
 from kdata.config import VERSION, Strict
 from kdata.errors import ConfigError, DataError, MismatchError
+from kdata.format.keep import POSITIONS_VERSION
 from kdata.format.manifest import new_info
 from kdata.format.records import Shard, UnitResult, inputs_digest, inputs_of
 from kdata.format.schema import (
@@ -44,7 +45,7 @@ from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.pick import tables
-from kdata.store.shard import write_tables
+from kdata.store.shard import kept_positions_of, write_tables
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.store.writer import Writer
 
@@ -190,8 +191,9 @@ def _averaged(plan: _Plan, number: int, members: list[Sequences], report: Combin
     first = plan.inputs[0]
     rows = inputs_of_shard(first, number, members[0])
     weights_SM = np.array([plan.shares[row.domain] for row in rows]).reshape(-1, len(members))
-    mixture = mix(members, weights_SM, cast(Literal["ghost", "draws"], first.info.tail))
-    report.add(mixture.unknown[members[0].target_mask])
+    tail, some = cast(Literal["ghost", "draws"], first.info.tail), first.info.codec.keeps_some_positions
+    mixture = mix(members, weights_SM, tail, keeps_some=some)
+    report.add(mixture.unknown[members[0].target_mask & (mixture.sequences.num_kept > 0)])
     records = [row.record_from(mixture.sequences, place) for place, row in enumerate(rows)]
     return UnitResult(first.manifest[number].unit, records, inputs=inputs_digest(records))
 
@@ -203,7 +205,7 @@ def _chosen(root: Path, info: DatasetInfo, plan: _Plan, number: int) -> Shard:
     payload, index = tables(first, entry, np.arange(entry.rows), entry.name)
     who_S = np.array([plan.shares[domain].argmax() for domain in index["domain"].to_pylist()], np.int64)
     order, payloads, indexes = [np.flatnonzero(who_S == 0)], [payload.filter(who_S == 0)], [index.filter(who_S == 0)]
-    errors = [(pc.sum(indexes[0]["num_target_tokens"]).as_py(), entry.codec_error)]
+    errors = [(_measured(first, payloads[0], indexes[0]), entry.codec_error)]
     for member, dataset in enumerate(plan.inputs[1:], 1):
         rows = np.flatnonzero(who_S == member) + start
         shards = np.searchsorted(dataset.shard_starts, rows, side="right") - 1
@@ -213,8 +215,16 @@ def _chosen(root: Path, info: DatasetInfo, plan: _Plan, number: int) -> Shard:
             order.append(local - start)
             payloads.append(their_payload)
             indexes.append(their_index)
-            errors.append((pc.sum(their_index["num_target_tokens"]).as_py(), theirs.codec_error))
+            errors.append((_measured(dataset, their_payload, their_index), theirs.codec_error))
     return _joined(root, info, entry, index, np.concatenate(order), payloads, indexes, CodecError.joined(errors))
+
+
+def _measured(dataset: Dataset, payload: pa.Table, index: pa.Table) -> int | None:
+    """Positions of some rows of a dataset that the error of its codec is a mean over."""
+    if dataset.info.codec.keeps_some_positions:
+        return kept_positions_of(payload)
+    targets: int | None = pc.sum(index["num_target_tokens"]).as_py()
+    return targets
 
 
 def _joined(
@@ -249,6 +259,13 @@ def _refuse_unfit(inputs: list[Dataset]) -> None:
             raise DataError(f"source {unfinished[0]!r} of {dataset.path} is not complete; finish it first")
     for other in inputs[1:]:
         a, b = inputs[0].info, other.info
+        if a.codec.keeps_some_positions != b.codec.keeps_some_positions:
+            some, every = (inputs[0], other) if a.codec.keeps_some_positions else (other, inputs[0])
+            raise MismatchError(
+                f"{some.path} keeps distributions at some of its target positions, {every.path} at all, so they have no "
+                f"average at the others. Have the other teacher read the rows of {some.path}; that keeps the same positions: "
+                f"kdata reread {some.path} OUT --teacher MODEL"
+            )
         if a.tail != b.tail:
             raise MismatchError(
                 f"{inputs[0].path} keeps {a.codec.kind} (tail {a.tail}), {other.path} {b.codec.kind} (tail {b.tail}). Draws "
@@ -333,4 +350,7 @@ def _codec(plan: _Plan) -> CodecInfo:
     parameters: dict[str, Any] = {"id_bytes": 2 if _vocab_size(plan.inputs) <= 2**16 else 3}
     if plan.inputs[0].info.tail == "draws":
         parameters["num_draws"] = sum(dataset.info.codec.parameters.get("num_draws", 1) for dataset in plan.inputs)
-    return CodecInfo(id="packed", version=1, kind="combined", parameters=parameters)
+    version, rule = 1, plan.inputs[0].info.codec.parameters.get("positions")
+    if rule is not None:  # the other inputs keep the same positions, or `mix` refuses them
+        version, parameters["positions"] = POSITIONS_VERSION, rule
+    return CodecInfo(id="packed", version=version, kind="combined", parameters=parameters)

@@ -27,8 +27,9 @@ from kdata.format.schema import FORMAT_VERSION, DatasetInfo, ManifestEntry, Sour
 from kdata.jobs.changes import ID_ELSEWHERE, Rest, close_gaps
 from kdata.jobs.payloads import MOST_FAILED
 from kdata.observe.energy import Devices, local_devices
-from kdata.observe.progress import Task
+from kdata.observe.progress import Task, console
 from kdata.store.dataset import Dataset
+from kdata.store.kept_counts import kept_lines
 from kdata.store.shard import stored_rejects, stored_shard
 from kdata.store.url_writer import writer_at
 from kdata.store.writer import Writer
@@ -238,7 +239,10 @@ def run_job(
         for unit, shard in engine.run(job, work.units(), writer, task.under_way):
             work.count(unit, shard)
         writer.finish(work.end())
-    return Dataset(writer.root)
+    dataset = Dataset(writer.root)
+    for line in kept_lines(dataset):
+        console.print(line, soft_wrap=True)
+    return dataset
 
 
 class _Work(Generic[U]):
@@ -318,8 +322,10 @@ class _Work(Generic[U]):
 
 
 def check_k(keep: KeepConfig, facts: TeacherFacts) -> None:
-    """Raise ConfigError for a k that exceeds the vocabulary, or a kind that the teacher cannot record."""
+    """Raise ConfigError for a k that exceeds the vocabulary, a kind that the teacher cannot record, or an idle rule."""
     refuse_kept(keep, facts.info.backend)
+    if keep.positions is not None:
+        keep.positions.check(facts.vocab_size)
     if keep.num_exact >= facts.vocab_size:
         raise ConfigError(f"k={keep.k} must be below the vocabulary size {facts.vocab_size}; lower k")
 

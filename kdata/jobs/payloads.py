@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +16,12 @@ import pyarrow as pa
 from kdata.corpus.corpus import Document
 from kdata.corpus.messages import as_json
 from kdata.errors import DistributionError, MismatchError, TeacherError
+from kdata.format.keep_rules import KeepRule
 from kdata.format.kept import Kept
 from kdata.format.records import Record, Reject, RowError
 from kdata.format.schema import index_schema, json_digest
 from kdata.format.sequences import Sequences
+from kdata.jobs.kept_positions import kept_positions
 from kdata.store.dataset import Dataset
 from kdata.store.index import UNREADABLE, damaged, read_index
 from kdata.store.shard import check_record
@@ -31,7 +33,10 @@ MOST_FAILED = 8  # rows without usable numbers, and no other: then the teacher i
 
 @dataclass(frozen=True)
 class InputSequence:
-    """One sequence that a teacher reads, without anything of the teacher in it; arrays [T] as in `Record`."""
+    """One sequence that a teacher reads, without anything of the teacher in it; arrays [T] as in `Record`.
+
+    marked: bool [T], tokens that the rule `role` or `stored` of `kdata.format.keep_rules` chooses; None for other rules.
+    """
 
     id: str
     domain: str
@@ -45,6 +50,7 @@ class InputSequence:
     license: str | None = None
     prompt: str | None = None
     finish_reason: str | None = None
+    marked: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -55,6 +61,7 @@ class InputSequence:
         token_bytes: np.ndarray | None,
         text: str,
         target_mask: np.ndarray | None = None,
+        marked: np.ndarray | None = None,
         **fields: str | None,
     ) -> InputSequence:
         """A sequence of a document of the corpus.
@@ -62,6 +69,7 @@ class InputSequence:
         Args:
             name: id of the row.
             target_mask: bool [T]; None: every position but the first is a target.
+            marked: see the class.
             fields: messages, prompt and finish_reason, where there are any.
         """
         return cls(
@@ -74,21 +82,33 @@ class InputSequence:
             token_bytes=token_bytes,
             origin=document.origin,
             license=document.license,
+            marked=marked,
             **fields,
         )
 
-    def record(self, readout: Readout) -> Record:
+    def record(self, readout: Readout, rule: KeepRule | None = None) -> Record:
         """This sequence with the teacher's distributions at its targets, and at no other position.
 
-        Raises TeacherError where the teacher recorded nothing at a target.
+        Args:
+            rule: at which targets entries are kept; None: at all.
+        Raises:
+            TeacherError: the teacher recorded nothing at a target.
+            ConfigError: the rule does not fit the row.
         """
         missing = self.target_mask & (readout.rank == 0)
         if missing.any():
             raise TeacherError(
                 f"{self.id}: the teacher recorded nothing at {int(missing.sum())} of the positions asked for"
             )
-        kept = readout.only(self.target_mask)
-        return Record(**vars(self), kept=kept.kept, **kept.measures())
+        at_targets = readout.only(self.target_mask)
+        kept = at_targets.kept
+        if rule is not None:
+            kept = kept.only(kept_positions(rule, self, at_targets))
+        return Record(**self._about(), kept=kept, **at_targets.measures())
+
+    def _about(self) -> dict[str, Any]:
+        """The fields of a `Record` that are not the teacher's."""
+        return {name: value for name, value in vars(self).items() if name != "marked"}
 
     def record_from(self, payload: Sequences, row: int) -> Record:
         """This sequence with the distributions of one row of decoded sequences."""
@@ -101,7 +121,7 @@ class InputSequence:
         if payload.draw_logprobs is not None:
             own = payload.draw_logprobs[entries][kept.is_draw]
             kept = Kept(kept.num_exact, kept.num_drawn, kept.ids, kept.logprobs, own)
-        return Record(**vars(self), kept=kept, **payload.measures(lambda values: values[span]))
+        return Record(**self._about(), kept=kept, **payload.measures(lambda values: values[span]))
 
 
 def tools_json(document: Document) -> str | None:
@@ -181,6 +201,7 @@ def inputs_of_shard(dataset: Dataset, shard: int, stored: Sequences) -> list[Inp
             token_ids=stored.token_ids[begin:end],
             target_mask=stored.target_mask[begin:end],
             token_bytes=own,
+            marked=stored.num_kept[begin:end] > 0,
         )
         for row, own, (begin, end) in zip(rows, token_bytes, stored.spans(), strict=True)
     ]

@@ -4,13 +4,14 @@ The corpus is cut into work units of about `unit_tokens` tokens, in the order of
 of the teacher, so a restart repeats exactly the calls that were not committed.
 
 In a text every token but the first is a target. In a chat the targets are the tokens that the assistant wrote (`targets`).
-Nothing is kept at other positions.
+Nothing is kept at other positions, and at some targets the teacher's numbers alone, where the setting `positions` says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
 from kdata.errors import ConfigError, TooLongError
 from kdata.format.keep import KeepConfig
+from kdata.format.keep_rules import KeepRole
 from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest, inputs_of
 from kdata.format.rejects import checked
 from kdata.format.schema import SourceInfo, content_hash
@@ -78,6 +80,26 @@ class CaptureConfig(RowsConfig, KeepConfig):
         elif self.append_eos:
             raise ValueError("append_eos: the chat template ends the turns of a chat itself; leave it away")
         return self
+
+    @model_validator(mode="after")
+    def _rule_fits(self) -> CaptureConfig:
+        rule = self.positions
+        if rule is None:
+            return self
+        if rule.rule == "stored":
+            raise ValueError("positions.rule stored is for `kdata reread`, which reads rows of a dataset")
+        if isinstance(rule, KeepRole) and self.corpus.messages_column is None:
+            raise ValueError("positions.rule role chooses among the messages of a chat: name a messages_column")
+        read = self.corpus.domains
+        unread = [domain for domain in rule.domains if read is not None and domain not in read]
+        if unread:
+            raise ValueError(f"positions.domains names {unread[0]!r}, which corpus.domains leaves out")
+        return self
+
+    @property
+    def roles(self) -> list[str]:
+        """Roles whose messages the rule `role` chooses; none with another rule."""
+        return self.positions.roles if isinstance(self.positions, KeepRole) else []
 
     @property
     def when_long(self) -> Literal["split", "reject", "refuse"]:
@@ -259,7 +281,8 @@ def read_unit(teacher: Teacher, keep: KeepConfig, unit: ReadingUnit, on_tokens: 
     answers = each(lambda some: teacher.read([tokens[i] for i in some], keep, on_tokens), len(tokens))
     records: list[Record] = []
     for sequence, answer in zip(sequences, answers, strict=True):
-        outcome = outcome_of(answer, sequence.record, sequence.id, sequence.domain, teacher.vocab_size)
+        record = partial(sequence.record, rule=keep.positions)
+        outcome = outcome_of(answer, record, sequence.id, sequence.domain, teacher.vocab_size)
         if isinstance(outcome, Reject):
             rejects.append(outcome)
         else:
@@ -308,7 +331,7 @@ def _chats(tokenizer: Any, config: CaptureConfig, limit: int, vocab_size: int) -
         if not document.chat.messages:
             return [Reject(document.id, document.domain, "empty", "the chat has no message")]
         try:
-            chat = encoder.whole(document.chat, config.counted, tool_calls=config.tool_call_targets)
+            chat = encoder.whole(document.chat, config.counted, tool_calls=config.tool_call_targets, roles=config.roles)
         except ChatError as error:
             return [Reject(document.id, document.domain, "template", str(error))]
         except RowError as error:
@@ -328,6 +351,7 @@ def _chats(tokenizer: Any, config: CaptureConfig, limit: int, vocab_size: int) -
                 chat.token_bytes,
                 chat.text,
                 chat.target_mask,
+                chat.role_mask,
                 messages=messages,
             )
         ]

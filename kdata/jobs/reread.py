@@ -93,21 +93,33 @@ def reread_with(
 def keep_like(dataset: Dataset, teacher: TeacherInfo | None, settings: Mapping[str, Any] | None = None) -> KeepConfig:
     """What a second teacher keeps: as the dataset does (hybrid where it was imported or combined), but for `settings`.
 
+    Where the dataset keeps distributions at some positions only, the second teacher keeps them at the same ones.
+
     Draws get a seed of the teacher's own. With one seed two teachers would draw at the same quantiles; their average would
     still be unbiased, but the errors of like teachers would add up instead of cancelling.
 
     Args:
         teacher: whose draws; None where that does not matter yet.
         settings: fields of KeepConfig.
+    Raises:
+        ConfigError: a setting is wrong, or the rule of positions needs the chat template.
     """
     codec = dataset.info.codec
     plain = codec.id == "verbatim" or codec.kind == "combined"
     own = {} if plain else KeepConfig.of(codec).model_dump()
+    if codec.keeps_some_positions:
+        own["positions"] = {"rule": "stored"}
     if teacher is not None:
         who = json_digest([teacher.model, teacher.revision, teacher.weights_hash])
         own["draw_seed"] = int(who[:8], 16)
     named = {key: value for key, value in (settings or {}).items() if key not in RowsConfig.model_fields}
-    return parse_config(KeepConfig, {**own, **named}, "reread settings")
+    keep = parse_config(KeepConfig, {**own, **named}, "reread settings")
+    if keep.positions is not None and keep.positions.rule == "role":
+        raise ConfigError(
+            "positions.rule role needs the turns of chats, which are known only while a template renders them; use the rule "
+            "stored, span, entropy or random"
+        )
+    return keep
 
 
 def rows_config(settings: Mapping[str, Any] | None) -> RowsConfig:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdata.config import RowsConfig
 from kdata.corpus.chat_template import ChatError, chat_encoder
@@ -26,6 +26,7 @@ from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
 from kdata.format.json_text import parse_row
 from kdata.format.keep import KeepConfig
+from kdata.format.keep_rules import KeepRole, KeepRule
 from kdata.format.records import Record, Reject, RowError, UnitResult, digest_of, inputs_digest
 from kdata.format.rejects import checked
 from kdata.format.schema import SourceInfo
@@ -53,6 +54,17 @@ class GenerateConfig(RowsConfig, KeepConfig):
     seed: int = Field(0, ge=0, description="Seed of the whole generation.")
     unit_prompts: int = Field(256, ge=1, description="Prompts of one work unit, which is one shard.")
     name: str = Field("generate", pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of the source; prefix of shards.")
+
+    @model_validator(mode="after")
+    def _rule_fits(self) -> GenerateConfig:
+        rule = self.positions
+        if rule is not None and rule.rule == "stored":
+            raise ValueError("positions.rule stored is for `kdata reread`, which reads rows of a dataset")
+        if isinstance(rule, KeepRole) and "assistant" not in rule.roles:
+            raise ValueError(
+                f"positions.roles is {rule.roles}, and all that is written is of role assistant: nothing would be kept"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -300,7 +312,7 @@ def write_unit(
     rejects: list[Reject] = []
     answers = each(ask, len(jobs))
     for (prompt, number), answer in zip(jobs, answers, strict=True):
-        record = partial(_record, prompt, number, config.sampling, encoder, tokenizer)
+        record = partial(_record, prompt, number, config.sampling, encoder, tokenizer, config.positions)
         row_id = f"{prompt.id}~{number}"
         outcome = outcome_of(answer, record, row_id, prompt.domain, teacher.vocab_size)
         if isinstance(outcome, Reject):
@@ -312,7 +324,13 @@ def write_unit(
 
 
 def _record(
-    prompt: Prompt, number: int, sampling: SamplingConfig, encoder: TextEncoder, tokenizer: Any, completion: Completion
+    prompt: Prompt,
+    number: int,
+    sampling: SamplingConfig,
+    encoder: TextEncoder,
+    tokenizer: Any,
+    rule: KeepRule | None,
+    completion: Completion,
 ) -> Record:
     ids, start, document = completion.readout.token_ids, completion.num_prompt_tokens, prompt.document
     text, token_bytes, messages = _decode(tokenizer, ids, special=False), encoder.byte_lengths(ids), None
@@ -334,7 +352,7 @@ def _record(
         prompt=prompt.text,
         finish_reason=completion.finish_reason,
     )
-    return sequence.record(completion.readout)
+    return sequence.record(completion.readout, rule)
 
 
 def _decode(tokenizer: Any, ids: np.ndarray, *, special: bool) -> str:

@@ -129,8 +129,12 @@ class Batches:
         elsewhere: hand over the other targets too, without their entries.
     Raises:
         DataError: nothing to read, or a document is longer than the context.
-        ConfigError: the ranks cannot share a batch evenly, or a row has no chosen position.
+        ConfigError: the ranks cannot share a batch evenly, or a row has no chosen position; while reading, the dataset keeps
+            nothing at a chosen position.
         CorruptError: while reading, a chosen position is not a target of its row.
+
+    A dataset that keeps distributions at some positions only is read as if a plan had chosen these: they count where
+    `positions` is None. Rows that keep nothing are then left out, as such a plan leaves them out, unless `elsewhere` is set.
     """
 
     def __init__(
@@ -151,10 +155,13 @@ class Batches:
                 "rows of all ranks and must be a multiple of their number"
             )
         self.dataset, self.config, self.entry_dtype, self.positions = dataset, config, entry_dtype, positions
-        self.elsewhere = elsewhere and positions is not None
+        self.keeps_some = dataset.info.codec.keeps_some_positions
+        self.elsewhere = elsewhere and (positions is not None or self.keeps_some)
         share = config.batch_rows // world_size
         self._share = range(rank * share, (rank + 1) * share)
         rows = np.arange(dataset.num_rows, dtype=np.int64) if rows is None else np.asarray(rows, np.int64)
+        if self.keeps_some and positions is None and not self.elsewhere:
+            rows = rows[keeps_something(dataset)[rows]]
         lengths = dataset.index(["num_tokens"])["num_tokens"].to_numpy().astype(np.int64)[rows]
         self._refuse_long(rows, lengths)
         # A document without tokens has nothing to train on, and packing could not place it.
@@ -251,10 +258,16 @@ class Batches:
         self, seqs: Sequences, target_T: np.ndarray, rows: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
         """Which tokens count, int64 [M]; their weights, and which of them are chosen, see `Arrays`."""
-        if self.positions is None:
+        if self.positions is None and not self.keeps_some:
             return np.flatnonzero(target_T), None, None
-        token_N, weights_N = self.positions.tokens(rows, seqs.offsets)
-        self._refuse_masked(token_N[~target_T[token_N]], seqs.offsets, rows)
+        weights_N: np.ndarray | None = None
+        if self.positions is None:
+            token_N = np.flatnonzero(target_T & (seqs.num_kept > 0))
+        else:
+            token_N, weights_N = self.positions.tokens(rows, seqs.offsets)
+            self._refuse_masked(token_N[~target_T[token_N]], seqs.offsets, rows)
+            if self.keeps_some:
+                self._refuse_without_entries(token_N[seqs.num_kept[token_N] == 0], seqs.offsets, rows)
         if not self.elsewhere:
             return token_N, weights_N, None
         chosen_T, weights_T = np.zeros(len(target_T), bool), np.ones(len(target_T), np.float32)
@@ -270,6 +283,15 @@ class Batches:
             raise CorruptError(
                 f"row {self._id_of(rows[document])!r}: the plan chooses position {masked_N[0] - offsets[document]}, which is "
                 "no target of the dataset; run `kdata select` again"
+            )
+
+    def _refuse_without_entries(self, bare_N: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> None:
+        if len(bare_N):
+            document = int(np.searchsorted(offsets, bare_N[0], side="right")) - 1
+            raise ConfigError(
+                f"row {self._id_of(rows[document])!r}: the plan chooses position {bare_N[0] - offsets[document]}, at which "
+                "the dataset keeps no distribution; choose among the positions that it keeps: `kdata select` does, and so "
+                "does a query with `num_exact + num_drawn > 0`"
             )
 
     def assemble(self, documents: list[list[int]], slices: list[pa.RecordBatch], place: Place) -> Arrays:
@@ -305,6 +327,12 @@ class Batches:
 
 
 ORDER = {"context_tokens", "seed", "window_documents", "window_tokens", "shuffle_block_rows"}  # fields that decide it
+
+
+def keeps_something(dataset: Dataset) -> np.ndarray:
+    """Which rows of a dataset that keeps some positions only have a position with entries, bool [R]; see `kept_mass`."""
+    known: np.ndarray = dataset.index(["kept_mass"])["kept_mass"].is_valid().to_numpy()
+    return known
 
 
 def _flat(documents: list[list[int]]) -> np.ndarray:

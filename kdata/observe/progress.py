@@ -105,15 +105,15 @@ class Figures:
         self.skipped_tokens += count if self.unit == "tokens" else tokens
 
     def store(self, shard: Shard) -> None:
-        """Count a shard. Bytes per token are a mean over its tokens, kept mass is one over its target tokens."""
+        """Count a shard. Bytes per token are a mean over its tokens, kept mass is one over its targets that have entries."""
         entry = shard.entry
         self.shards += 1
         if entry.tokens:
             self._bytes += round(shard.bytes_per_token * entry.tokens)
             self._stored_tokens += entry.tokens
         if shard.kept_mass is not None:
-            self._mass += shard.kept_mass * entry.target_tokens
-            self._targets += entry.target_tokens
+            self._mass += shard.kept_mass * entry.num_kept_positions
+            self._targets += entry.num_kept_positions
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -122,7 +122,7 @@ class Figures:
 
     @property
     def kept_mass(self) -> float | None:
-        """Mean kept probability at the target tokens of all shards."""
+        """Mean kept probability at the target tokens of all shards, of those that have entries."""
         return self._mass / self._targets if self._targets else None
 
     @property

@@ -25,7 +25,7 @@ from kdata.selection.plan import plan_schema
 from kdata.selection.position_rules import Marker, Piece, PositionRule, ShareRule, TokenReader, number_to_choose
 from kdata.store.dataset import Dataset
 from kdata.store.index import read_index
-from kdata.store.token_columns import token_columns
+from kdata.store.token_columns import COUNTS, has_entries, token_columns
 
 HALF = 1 << 16  # values of half a key
 BLOCK_KEYS = 1 << 22  # keys that are read from the temporary file at a time
@@ -59,7 +59,8 @@ def choose_positions(
 
     Args:
         rows: int64 [R], distinct global rows.
-        parent: positions to choose from; None: every target of the rows.
+        parent: positions to choose from; None: every target of the rows. Of a dataset that keeps distributions at some
+            positions only, these alone are chosen from.
         folder: where temporary files go.
         reader: the model of the rule `gap`.
         on_rows: called with the number of rows that were read since the last call, so that progress can be shown.
@@ -106,11 +107,14 @@ def pieces(
     def index_of(shard: int, columns: tuple[str, ...]) -> pa.Table:
         return read_index(dataset.checked_file(dataset.manifest[shard], "index"), list(columns))
 
-    for read in token_columns(dataset, ["target_mask", *columns], wanted):
+    keeps_some = dataset.info.codec.keeps_some_positions
+    for read in token_columns(dataset, ["target_mask", *(COUNTS if keeps_some else ()), *columns], wanted):
         counts = np.diff(read.offsets)
         here = wanted[read.first_row : read.first_row + len(counts)]
         candidate_T = read.values["target_mask"] & np.repeat(here, counts)
         candidate_T[read.offsets[:-1][counts > 0]] = False  # the first token is not predicted
+        if keeps_some:
+            candidate_T &= has_entries(read)
         weights_T: np.ndarray | None = None
         if parent is not None:
             rows = np.flatnonzero(here)

@@ -31,14 +31,13 @@ from pydantic import Field, field_validator
 
 from kdata.config import Strict
 from kdata.errors import ConfigError, DataError, TeacherError
+from kdata.format.keep_rules import MAX_PATTERN, checked_pattern
 from kdata.format.positions import ChosenPositions, position_problem
 from kdata.format.sequences import Sequences
 from kdata.selection.apportion import as_written
 from kdata.store.dataset import Dataset
 from kdata.store.sql import check_recordable, mentions
-from kdata.store.token_columns import TokenColumns
-
-MAX_PATTERN = 1_000  # characters of a marker's pattern
+from kdata.store.token_columns import TokenColumns, has_entries
 
 
 class TokenReader(Protocol):
@@ -183,13 +182,7 @@ class ShareRule(PositionRule):
         """See `PositionRule.marker`: the share of each row of a piece."""
 
         def mark(piece: Piece) -> tuple[np.ndarray, None]:
-            row_C, keys_C = piece.row_C, self.keys(piece)
-            order = np.lexsort((piece.position_C, ~keys_C, row_C))
-            counts = np.bincount(row_C, minlength=len(piece.rows))
-            place_C = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-            chosen_C = np.zeros(len(order), bool)
-            chosen_C[order] = place_C < np.array([number_to_choose(self.share, n) for n in counts.tolist()])[row_C]
-            return chosen_C, None
+            return highest_of_rows(self.keys(piece), piece.row_C, piece.position_C, len(piece.rows), self.share), None
 
         return mark
 
@@ -243,16 +236,7 @@ class RandomPositions(ShareRule):
 
     def numbers(self, piece: Piece) -> np.ndarray:
         """See `ShareRule.numbers`."""
-        digests = [
-            hashlib.md5(f"{self.seed}:{row_id}".encode(), usedforsecurity=False).digest() for row_id in piece.ids
-        ]
-        start_S = np.frombuffer(b"".join(digest[:8] for digest in digests), "<u8")
-        with np.errstate(over="ignore"):  # arithmetic modulo 2^64
-            z_C = start_S[piece.row_C] + piece.position_C.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-            z_C = (z_C ^ (z_C >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z_C = (z_C ^ (z_C >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        upper_C: np.ndarray = ((z_C ^ (z_C >> np.uint64(31))) >> np.uint64(32)).astype(np.uint32)
-        return upper_C
+        return random_numbers(self.seed, piece.ids, piece.row_C, piece.position_C)
 
 
 class Margin(ShareRule):
@@ -332,19 +316,10 @@ class Span(PositionRule):
     @field_validator("begin", "end")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
-        try:
-            pc.count_substring_regex(pa.array([""]), pattern)  # by itself, so that it cannot close the group around it
-            if pc.extract_regex_span(pa.array([""]), f"(?P<span>{pattern})").type.num_fields > 1:
-                raise pa.ArrowInvalid("it has a group with a name")
-        except pa.ArrowInvalid as error:
-            raise ValueError(
-                f"{error}; write a pattern of RE2 without groups that have names, and (?:...) for others"
-            ) from error
-        return pattern
+        return checked_pattern(pattern)
 
     def marker(self, dataset: Dataset) -> Marker:
         """See `PositionRule.marker`."""
-        pattern = f"(?s)(?P<whole>(?:{self.begin})(?P<span>.*?)(?:{self.end}))"
 
         def mark(piece: Piece) -> tuple[np.ndarray, None]:
             row_C = piece.row_C
@@ -359,11 +334,8 @@ class Span(PositionRule):
             inside_T = np.zeros(int(piece.read.offsets[-1]), bool)
             starts = np.cumsum(np.concatenate([[0], np.where(unknown, 0, np.diff(piece.read.offsets))]))
             for row in np.unique(row_C).tolist():
-                num_bytes = piece.read.values["token_bytes"][starts[row] : starts[row + 1]].astype(np.int64)
-                ends = np.cumsum(num_bytes)
-                covered = np.zeros(len(ends), bool)
-                for begin, end in spans_of(texts[row].as_py().encode(), pattern):
-                    covered |= (ends - num_bytes < end) & (ends > begin) & (num_bytes > 0)
+                num_bytes = piece.read.values["token_bytes"][starts[row] : starts[row + 1]]
+                covered = tokens_in_spans(texts[row].as_py(), num_bytes, self.begin, self.end)
                 inside_T[piece.read.offsets[row] : piece.read.offsets[row + 1]] = covered
             return inside_T[piece.candidate_C], None
 
@@ -410,6 +382,14 @@ class SqlPositions(PositionRule):
                     f"the query of positions returns position {masked_N[0] - piece.read.offsets[row]} of row "
                     f"{piece.ids[row]!r}, which is no target; leave it out of the query"
                 )
+            if piece.dataset.info.codec.keeps_some_positions:
+                bare_N = token_N[~has_entries(piece.read)[token_N]]
+                if len(bare_N):
+                    row = int(np.searchsorted(piece.read.offsets, bare_N[0], side="right")) - 1
+                    raise DataError(
+                        f"the query of positions returns position {bare_N[0] - piece.read.offsets[row]} of row "
+                        f"{piece.ids[row]!r}, at which the dataset keeps no distribution; add `num_exact + num_drawn > 0`"
+                    )
             weights_T = np.zeros(len(piece.read.values["target_mask"]), np.float32)
             weights_T[token_N] = 1 if weights_N is None else weights_N
             weights_C = weights_T[piece.candidate_C]
@@ -479,6 +459,52 @@ def rising_keys(numbers: np.ndarray) -> np.ndarray:
 def number_to_choose(share: float, count: int) -> int:
     """How many of `count` a share is, rounded up, in exact arithmetic."""
     return math.ceil(as_written(share) * count)
+
+
+def highest_of_rows(
+    keys_C: np.ndarray, row_C: np.ndarray, position_C: np.ndarray, num_rows: int, share: float
+) -> np.ndarray:
+    """The share of each row's candidates that has the largest keys (uint32 [C]), bool [C].
+
+    Its number is rounded up; of equal keys the first positions are taken. row_C, position_C: int64 [C].
+    """
+    order = np.lexsort((position_C, ~keys_C, row_C))
+    counts = np.bincount(row_C, minlength=num_rows)
+    place_C = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    chosen_C = np.zeros(len(order), bool)
+    chosen_C[order] = place_C < np.array([number_to_choose(share, n) for n in counts.tolist()])[row_C]
+    return chosen_C
+
+
+def random_numbers(seed: int, ids: Sequence[str], row_C: np.ndarray, position_C: np.ndarray) -> np.ndarray:
+    """Numbers of C positions, uint32 [C], that follow from seed, id of the row and position; see `RandomPositions`.
+
+    Args:
+        ids: of the rows. row_C: int64 [C], which of them each position is in. position_C: int64 [C].
+    """
+    digests = [hashlib.md5(f"{seed}:{row_id}".encode(), usedforsecurity=False).digest() for row_id in ids]
+    start_S = np.frombuffer(b"".join(digest[:8] for digest in digests), "<u8")
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64
+        z_C = start_S[row_C] + position_C.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z_C = (z_C ^ (z_C >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z_C = (z_C ^ (z_C >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    upper_C: np.ndarray = ((z_C ^ (z_C >> np.uint64(31))) >> np.uint64(32)).astype(np.uint32)
+    return upper_C
+
+
+def tokens_in_spans(text: str, token_bytes: np.ndarray, begin: str, end: str) -> np.ndarray:
+    """The tokens of which a byte lies between two markers of the text, bool [T]; see `Span`.
+
+    Args:
+        token_bytes: uint16 [T], bytes of the text that each token stands for.
+        begin, end: patterns of the markers (RE2).
+    """
+    num_bytes = token_bytes.astype(np.int64)
+    ends = np.cumsum(num_bytes)
+    inside_T = np.zeros(len(ends), bool)
+    for first, last in spans_of(text.encode(), f"(?s)(?P<whole>(?:{begin})(?P<span>.*?)(?:{end}))"):
+        inside_T |= (ends - num_bytes < last) & (ends > first) & (num_bytes > 0)
+    return inside_T
 
 
 def spans_of(text: bytes, pattern: str) -> list[tuple[int, int]]:

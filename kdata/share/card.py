@@ -26,6 +26,7 @@ from kdata.observe.journal import Took, find_journal, lines_of, read_journal, to
 from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line
 from kdata.selection.plan import PlanInfo
 from kdata.store.dataset import Dataset
+from kdata.store.kept_counts import kept_by_domain, kept_lines
 from kdata.store.listed import PLANS, SCORES, read_listing
 from kdata.store.sql import is_name
 
@@ -126,8 +127,8 @@ def _sql(dataset: Dataset, query: str) -> list[dict[str, Any]]:
 
 
 def codec_error(dataset: Dataset) -> CodecError | None:
-    """Codec error of the whole dataset: means weighted by target tokens, maxima over all shards."""
-    return CodecError.joined((entry.target_tokens, entry.codec_error) for entry in dataset.manifest)
+    """Codec error of the whole dataset: means weighted by the positions that keep entries, maxima over all shards."""
+    return CodecError.joined((entry.num_kept_positions, entry.codec_error) for entry in dataset.manifest)
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -242,6 +243,8 @@ def _render(dataset: Dataset, title: str | None, cost: list[Took]) -> str:
         scores=dataset.listed(SCORES),
         plans=dataset.listed(PLANS),
         positions=[(info.name, info.positions) for info in _plans(dataset)],
+        kept_at=list(kept_lines(dataset)),
+        kept_domains=kept_by_domain(dataset) if dataset.info.codec.keeps_some_positions else [],
         has_tokenizer=(dataset.path / "tokenizer").is_dir() or bool(dataset.info.tokenizer_files),
         index_columns=_columns(index_schema()),
         payload_columns=_columns(payload_schema(dataset.info.codec.id)),

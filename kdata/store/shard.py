@@ -89,6 +89,7 @@ def write_tables(
         rows=table.num_rows,
         tokens=pc.sum(index["num_tokens"]).as_py() or 0,
         target_tokens=pc.sum(index["num_target_tokens"]).as_py() or 0,
+        kept_positions=kept_positions_of(table) if info.codec.keeps_some_positions else None,
         rejected=len(rejects),
         inputs=inputs,
         files=files,
@@ -118,9 +119,19 @@ def stored_rejects(root: Path, entry: ManifestEntry) -> list[Reject]:
 
 
 def _kept_mass(index: pa.Table, entry: ManifestEntry) -> float | None:
-    """Mean kept mass of a shard's target tokens; None where it is not known."""
-    weighted = pc.sum(pc.multiply(index["kept_mass"], index["num_target_tokens"])).as_py()
-    return weighted / entry.target_tokens if weighted is not None and entry.target_tokens else None
+    """Mean kept mass of a shard: of rows that keep something, by their target tokens; None where it is not known."""
+    counts = pc.if_else(pc.is_valid(index["kept_mass"]), index["num_target_tokens"], 0)
+    weighted, targets = pc.sum(pc.multiply(index["kept_mass"], counts)).as_py(), pc.sum(counts).as_py()
+    return weighted / targets if weighted is not None and targets else None
+
+
+def kept_positions_of(table: pa.Table) -> int:
+    """Targets of a payload table that have entries."""
+    target_T, exact_T, drawn_T = (
+        table[name].combine_chunks().flatten() for name in ("target_mask", "num_exact", "num_drawn")
+    )
+    kept: int | None = pc.sum(pc.and_(target_T, pc.or_(pc.greater(exact_T, 0), pc.greater(drawn_T, 0)))).as_py()
+    return kept or 0
 
 
 def _write_arrow(root: Path, relative: str, table: pa.Table) -> FileInfo:
@@ -196,8 +207,8 @@ def shard_tables(
     for absent in set(payload_schema(info.codec.id).names) - columns.keys():
         columns[absent] = pa.nulls(len(records), payload_schema(info.codec.id).field(absent).type)
     table = pa.table(columns, schema=payload_schema(info.codec.id))
-    mass = comparison.stored_mass
-    rows = [_index_row(r, name, source, i, mass[offsets[i] : offsets[i + 1]]) for i, r in enumerate(records)]
+    mass, some = comparison.stored_mass, info.codec.keeps_some_positions
+    rows = [_index_row(r, name, source, i, mass[offsets[i] : offsets[i + 1]], some) for i, r in enumerate(records)]
     return table, pa.Table.from_pylist(rows, schema=index_schema()), error
 
 
@@ -331,8 +342,11 @@ def _check_mass(mass_T: np.ndarray, offsets: np.ndarray, ids: list[str]) -> None
         )
 
 
-def _index_row(record: Record, name: str, source: str, row: int, mass_T: np.ndarray) -> dict[str, object]:
+def _index_row(
+    record: Record, name: str, source: str, row: int, mass_T: np.ndarray, keeps_some: bool
+) -> dict[str, object]:
     target = record.target_mask
+    kept = target & (record.kept.num_kept > 0) if keeps_some else target
     counted = int(target.sum())
     nll = float(-record.logprob[target].astype(np.float64).mean()) if counted else np.nan
     entropy = float(record.entropy[target].mean(dtype=np.float64)) if counted else np.nan
@@ -353,7 +367,7 @@ def _index_row(record: Record, name: str, source: str, row: int, mass_T: np.ndar
         "finish_reason": record.finish_reason,
         "nll": nll if np.isfinite(nll) else None,
         "mean_entropy": entropy if np.isfinite(entropy) else None,
-        "kept_mass": float(mass_T[target].mean()) if counted else None,
+        "kept_mass": float(mass_T[kept].mean()) if kept.any() else None,
         "shard": name,
         "row": row,
     }

@@ -13,6 +13,8 @@ from kdata.store.dataset import Dataset
 from kdata.store.index import UNREADABLE, damaged
 from kdata.store.payload import checked_batch, payload_reader
 
+COUNTS = ("num_exact", "num_drawn")  # columns that `has_entries` reads
+
 
 @dataclass(frozen=True)
 class TokenColumns:
@@ -55,6 +57,12 @@ def token_columns(dataset: Dataset, columns: list[str], wanted: np.ndarray) -> I
                 begin += part.num_rows
         except UNREADABLE as error:
             raise damaged(path, error) from error
+
+
+def has_entries(read: TokenColumns) -> np.ndarray:
+    """Tokens at which a distribution is kept, bool [T]; the columns COUNTS must have been read."""
+    kept_T: np.ndarray = (read.values["num_exact"] > 0) | (read.values["num_drawn"] > 0)
+    return kept_T
 
 
 def _flat(shard: int, batch: int, first_row: int, part: pa.RecordBatch) -> TokenColumns:

@@ -224,7 +224,7 @@ TOKENS: dict[str, Column] = {
     ),
     "kept_mass": Column(
         pa.float64(),
-        "Probability mass of the exact entries, as they are stored. Null where no distribution was recorded.",
+        "Probability mass of the exact entries, as they are stored. Null where no entry is.",
         (*COUNTS, "log_tail", "entry_", "exact_"),
         lambda p: pa.array(p.kept_mass, mask=p.num_kept == 0),
     ),
@@ -236,7 +236,7 @@ TOKENS: dict[str, Column] = {
     ),
     "num_exact": Column(
         pa.int32(),
-        "Entries kept exactly; 0 where no distribution was recorded.",
+        "Entries kept exactly; 0 where no distribution was recorded or kept.",
         COUNTS,
         lambda p: pa.array(p.num_exact),
     ),

@@ -200,7 +200,7 @@ def refuse_kept(keep: KeepConfig, backend: str) -> None:
     """Raise ConfigError where a backend that sees only the top k is asked for more."""
     if backend == "vllm-server" and keep.needs_full_distribution:
         raise ConfigError(
-            f"a served vLLM returns the top k only; kind {keep.kind} and further temperatures need the full distribution, "
+            f"a served vLLM returns the top k only; {keep.why_full_distribution} needs the full distribution, "
             "and no start option makes a server send it (extract_hidden_states of vLLM 0.32 writes to its own disk): "
-            "take kind=topk or adaptive without temperatures, or backend vllm where the model is"
+            "take kind=topk or adaptive without temperatures or positions by entropy, or backend vllm where the model is"
         )

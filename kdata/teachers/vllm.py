@@ -273,8 +273,8 @@ class VllmTeacher:
         path = self._config.path
         if path == "logprobs" and keep.needs_full_distribution:
             raise ConfigError(
-                f"path=logprobs holds the top k only; kind {keep.kind} and further temperatures need the full distribution: "
-                "leave path=auto"
+                f"path=logprobs holds the top k only; {keep.why_full_distribution} needs the full distribution: leave "
+                "path=auto"
             )
         if path != "auto":
             return path

@@ -30,6 +30,7 @@ from kdata.pipelines.cli.common import (
     print_table,
     say,
 )
+from kdata.store.kept_counts import kept_lines
 
 
 class CheckTime(StrEnum):
@@ -76,6 +77,7 @@ def facts_of(dataset: kdata.Dataset) -> dict[str, Any]:
         "vocab_size": about.vocab_size,
         "tokenizer": about.tokenizer.hash,
         "codec": about.codec.model_dump(mode="json"),
+        **({"kept_at": list(kept_lines(dataset))} if about.codec.keeps_some_positions else {}),
         "rows": dataset.num_rows,
         "shards": len(dataset.manifest),
         "tokens": dataset.num_tokens,
@@ -96,6 +98,7 @@ def lines_of(facts: dict[str, Any]) -> dict[str, str]:
         "vocabulary": f"{facts['vocab_size']:,}",
         "tokenizer": facts["tokenizer"][:12],
         "kept": f"{codec['kind']}: {parameters}" if parameters else codec["kind"],
+        **({"positions": "; ".join(facts["kept_at"])} if "kept_at" in facts else {}),
         "codec": f"{codec['id']} {codec['version']}",
         "rows": f"{facts['rows']:,} in {facts['shards']:,} shards",
         "tokens": f"{facts['tokens']:,}",

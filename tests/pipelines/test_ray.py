@@ -238,6 +238,23 @@ def test_two_nodes_write_the_bytes_of_the_local_engine(
     wait_until(lambda: gone(notes))
 
 
+def test_two_nodes_keep_the_positions_that_the_local_engine_keeps(
+    tmp_path: Path, two: Any, corpus: Path, tokenizer_dir: Path
+) -> None:
+    jobs = [
+        reading(corpus, positions={"rule": "entropy", "threshold": 3.0, "domains": ["code"]}),
+        reading(corpus, positions={"rule": "entropy", "share": 0.3}),
+    ]
+    local = LocalEngine(StandInTeacher(), load_tokenizer(tokenizer_dir))
+    with engine_on(two, tokenizer_dir, tmp_path / "notes", {**ONE, "max_teachers": 2}, sleep_sec=0.05) as engine:
+        for number, job in enumerate(jobs):
+            expected = run_job(tmp_path / f"local-{number}", job, local)
+            run_job(tmp_path / f"ray-{number}", job, engine)
+            assert digests(tmp_path / f"ray-{number}") == digests(tmp_path / f"local-{number}")
+            counts = [(entry.kept_positions, entry.target_tokens) for entry in expected.manifest]
+            assert 0 < sum(kept or 0 for kept, _ in counts) < sum(targets for _, targets in counts)
+
+
 def test_tokens_of_a_unit_under_way_reach_the_driver(
     two: Any, tmp_path: Path, corpus: Path, tokenizer_dir: Path
 ) -> None:

@@ -31,7 +31,7 @@ from kdata.selection.plan import Plan
 from kdata.trainer.loader import Batch, IterableBatches, Loader, tempered, to_torch
 from kdata.trainer.objective_config import ObjectiveConfig, Tail, refuse_elsewhere, resolve_tail
 from kdata.trainer.parts.collator import Collator, Item, Layout, SparseTargets
-from kdata.trainer.phases import plan_of, refuse_no_targets
+from kdata.trainer.phases import plan_of, refuse_no_targets, refuse_nothing_kept
 
 Objective = ObjectiveConfig | Mapping[str, Any]
 
@@ -42,7 +42,7 @@ class Source:
     Args:
         dataset: a dataset, or its folder, URL or hf://OWNER/NAME.
         plan: a plan, its name in the dataset, or a plan file; None: every sequence. Where it chooses positions, only those
-            count.
+            count; so do only those with a distribution, where the dataset keeps some positions only.
         objective: settings of the loss, as `ObjectiveConfig` or as its fields. The temperature decides the targets.
         config: how documents are packed and ordered.
     Raises:
@@ -67,8 +67,9 @@ class Source:
         self.config = config
         info = self.dataset.info
         refuse_no_targets(self.dataset, self.planned_rows)
+        refuse_nothing_kept(self.dataset, self.planned_rows, self.positions)
         self.tail: Tail = resolve_tail(self.objective, info.tail, info.codec.temperatures, kind=info.codec.kind)
-        refuse_elsewhere(self.objective, has_positions=self.positions is not None)
+        refuse_elsewhere(self.objective, has_positions=self.positions is not None or info.codec.keeps_some_positions)
         self.elsewhere = self.objective.cross_entropy_elsewhere is not None
         self.weighted = self.positions is not None and self.positions.weights is not None
 

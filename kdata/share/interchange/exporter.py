@@ -71,6 +71,10 @@ def losses(dataset: Dataset, format: ExportFormat) -> list[str]:
             "which entries are exact and which are draws: the exported log-weights sum to 1 together with the draws, and "
             "only their expectation is the distribution"
         )
+    if dataset.info.codec.keeps_some_positions:
+        lines.append(
+            "which targets keep no distribution on purpose: the lists of these are empty, as before a first token"
+        )
     if dataset.info.tail != "absent":
         lines.append("the actual token's log-probability and rank, the entropy, further temperatures")
     if format == "axolotl":

@@ -32,6 +32,8 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[3]
 
+# The engine's own log-probabilities hold no entropy, so this rule needs its hidden states.
+UNSURE = KeepConfig(kind="topk", k=4, positions={"rule": "entropy", "threshold": 2.0})
 HYBRID = KeepConfig(kind="hybrid", k=4, num_draws=6, temperatures=[2.0])
 
 
@@ -56,6 +58,8 @@ def ask(sequences: list[np.ndarray], path: str) -> dict[str, Any]:
         "written": written,
         "rewritten": teacher.write(prompts, keep, sampling, list(range(len(prompts)))),
         "reread": teacher.read([c.readout.token_ids for c in written], keep),
+        "unsure": teacher.read(sequences, UNSURE),
+        "unsure_written": teacher.write(prompts, UNSURE, sampling, list(range(len(prompts)))),
         "hybrid": teacher.read(sequences, HYBRID),
         "hybrid_again": teacher.read(sequences[::-1], HYBRID)[::-1],
         "hybrid_written": (taped := teacher.write(sequences[:-1], HYBRID, sampling, list(range(4)))),
@@ -99,6 +103,11 @@ def test_vllm_agrees_with_the_plain_forward_pass(llama_dir: Path, tmp_path: Path
     counts, written = answers["counts"]
     assert sorted(counts["read"]) == sorted(map(len, sequences)), "tokens of each sequence once it is reduced"
     assert sum(counts["written"]) == written and 5 <= len(counts["written"]) <= 12, "tokens of each step of the engine"
+    for ours, theirs in zip(answers["unsure"], oracle.read(sequences, UNSURE), strict=True):
+        np.testing.assert_allclose(ours.entropy, theirs.entropy, atol=1e-4)
+        assert np.isfinite(ours.entropy[1:]).all()
+    for completion in answers["unsure_written"]:
+        assert np.isfinite(completion.readout.entropy[completion.num_prompt_tokens :]).all()
     for ours, theirs, again in zip(
         answers["hybrid"], oracle.read(sequences, HYBRID), answers["hybrid_again"], strict=True
     ):
