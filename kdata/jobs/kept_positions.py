@@ -98,7 +98,8 @@ def _in_spans(rule: Any, row: ReadRow, measures: Measures, target_N: np.ndarray)
             f"row {row.id!r} lacks its text or the bytes of its tokens, so spans of the text cannot be found in its tokens; "
             "use another rule than positions.rule span"
         )
-    return tokens_in_spans(row.text, row.token_bytes, rule.begin, rule.end)[target_N]
+    inside_N: np.ndarray = tokens_in_spans(row.text, row.token_bytes, rule.begin, rule.end)[target_N]
+    return inside_N
 
 
 def _marked(rule: Any, row: ReadRow, measures: Measures, target_N: np.ndarray) -> np.ndarray:
