@@ -463,9 +463,9 @@ def test_memory_holds_one_shard_at_a_time(tmp_path: Path, make: Make, monkeypatc
     """Each call of the arithmetic sees the rows of one shard of the first payload."""
     payloads, seen, mix = make(kind="topk"), list[int](), module.mix
 
-    def watched(members: list[kdata.Sequences], *rest: Any) -> Any:
+    def watched(members: list[kdata.Sequences], *rest: Any, **options: Any) -> Any:
         seen.extend(len(m) for m in members)
-        return mix(members, *rest)
+        return mix(members, *rest, **options)
 
     monkeypatch.setattr(module, "mix", watched)
     combine(tmp_path / "out", payloads, CombineConfig())
