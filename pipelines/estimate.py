@@ -9,6 +9,7 @@ counted once. Selection and the report, which take seconds, are not in it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -21,20 +22,23 @@ from operator import or_
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kdata.config import parse_config
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.messages import as_json
 from kdata.errors import ConfigError, KdataError, TeacherError
 from kdata.format.files import temporary_folder
 from kdata.format.records import Reject
-from kdata.jobs.job import run_job
+from kdata.jobs.job import Engine, run_job
 from kdata.jobs.longest import characters
 from kdata.jobs.reading import CaptureConfig, CaptureJob
 from kdata.jobs.scoring import ScoreConfig, score
 from kdata.jobs.writing import GenerateConfig, GenerateJob
+from kdata.loader.packing import best_fit
+from kdata.observe.progress import Task
 from kdata.pipelines.engine import LocalConfig, open_engine
 from kdata.pipelines.ray.workers import RayConfig
-from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.environment import set_environment
@@ -80,11 +84,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Counted:
-    """What is in a corpus. tokens: of its sequences, estimated beyond SAMPLE documents."""
+    """What is in a corpus. tokens: of its sequences, estimated beyond SAMPLE documents. lengths: of some sequences."""
 
     documents: int
     tokens: int
     sample: list[tuple[Document, int]]
+    lengths: list[int]
 
 
 def memory_of(teacher: TeacherConfig, work: Work) -> Memory:
@@ -117,65 +122,104 @@ def count(job: CaptureJob | GenerateJob, corpus: Corpus, teacher: TeacherConfig)
         elif (place := rng.randrange(documents)) < SAMPLE:
             kept[place] = document
     lengths_of = job.lengths_of(teacher)
-    sample = [(document, lengths_of(document)) for document in kept]
+    sample = [(document, list(lengths_of(document))) for document in kept]
+    lengths = [length for _, some in sample for length in some]
     own = sum(characters(document) for document in kept)
-    tokens = sum(sum(lengths) for _, lengths in sample)
+    tokens = sum(lengths)
     if documents > SAMPLE:
         tokens = round(tokens * seen / max(own, 1))
         rng.shuffle(sample)
-    return Counted(documents, tokens, [(document, sum(lengths)) for document, lengths in sample])
+    return Counted(documents, tokens, [(document, sum(some)) for document, some in sample], lengths)
 
 
-def estimate_job(
-    name: str, job: CaptureJob | GenerateJob, corpus: Corpus, teacher: TeacherConfig, folder: Path, probe_tokens: int
-) -> tuple[Stage, Path | None]:
-    """Estimate a capture or a generation by doing a little of it.
+@dataclass(frozen=True)
+class Begun:
+    """A capture or generation that is estimated.
+
+    documents: that the probe does. dataset: what it wrote, None where nothing was measured.
+    """
+
+    job: CaptureJob | GenerateJob
+    counted: Counted
+    documents: list[Document]
+    dataset: Path | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """In the dataset, where each prompt gets as long an answer as it may."""
+        return self.counted.tokens + _most_written(self.job) * self.counted.documents
+
+
+def estimate_jobs(
+    jobs: dict[str, CaptureJob | GenerateJob], teacher: TeacherConfig, folder: Path, probe_tokens: int
+) -> tuple[list[Stage], list[Begun]]:
+    """Estimate captures and generations, one after the other with one teacher, by doing a little of each.
 
     Args:
         folder: where the probe may write.
-        probe_tokens: tokens that the teacher reads or writes for it; 0: nothing is measured.
+        probe_tokens: tokens that the teacher reads or writes for each; 0: nothing is measured.
     Returns:
-        What it takes, and the dataset that the probe wrote.
+        What each takes, and what was done for it.
     Raises:
         KdataError: as the command itself would.
     """
-    counted = count(job, corpus, teacher)
-    writes = isinstance(job, GenerateJob)
+    begun = {name: Begun(job, *_counted(job, teacher, probe_tokens)) for name, job in jobs.items()}
     if probe_tokens == 0:
-        return Stage(name, counted.tokens + (_most_written(job) * counted.documents if writes else 0)), None
+        return [Stage(name, one.most_tokens) for name, one in begun.items()], list(begun.values())
+    folder.mkdir()
+    spec = {
+        "kind": "teacher",
+        "jobs": [_spec(one, folder / name) for name, one in begun.items()],
+        "teacher": teacher.model_dump(),
+        "longest": reduce(or_, [job.work(teacher) for job in jobs.values()]).longest,  # the engine of the run
+    }
+    took, memory = _in_process(spec, folder)
+    begun = {name: replace(one, dataset=folder / name / "probe") for name, one in begun.items()}
+    return [_stage(name, one, memory, took[name]) for name, one in begun.items()], list(begun.values())
+
+
+def _counted(
+    job: CaptureJob | GenerateJob, teacher: TeacherConfig, probe_tokens: int
+) -> tuple[Counted, list[Document]]:
+    """What is in a job's inputs, and documents with about `probe_tokens` tokens."""
+    counted = count(job, corpus_of(job), teacher)
     documents, tokens = [], 0
     for document, size in counted.sample:
         if tokens >= probe_tokens:
             break
         documents.append(document)
         tokens += size + _most_written(job)
+    return counted, documents
+
+
+def _spec(begun: Begun, folder: Path) -> dict[str, Any]:
+    """What the process of the probe does for one job, in `folder`."""
     folder.mkdir()
-    root = folder / "probe"
-    config = job.config
-    field = "prompts" if writes else "corpus"
-    places = {part: _write(some, getattr(config, field), folder / f"{part}.jsonl")
-              for part, some in (("warm", documents[:WARM_DOCUMENTS]), ("probe", documents))}  # fmt: skip
-    spec = {
-        "kind": "generate" if writes else "capture",
-        "warm": {**config.model_dump(), field: places["warm"]},
-        "probe": {**config.model_dump(), field: places["probe"]},
-        "teacher": teacher.model_dump(),
-        "longest": job.work(teacher).longest,  # the engine of the run, not one that just holds the sample
-        "root": str(root),
-    }
-    took, memory = _in_process(spec, folder)
-    dataset = open_dataset(root)
-    factor = counted.documents / len(documents) if writes else counted.tokens / max(dataset.num_tokens, 1)
-    fixed, shards = _bytes_of(root)
-    stage = Stage(
+    config = begun.job.config
+    field = "prompts" if isinstance(begun.job, GenerateJob) else "corpus"
+    parts = {"warm": begun.documents[:WARM_DOCUMENTS], "probe": begun.documents}
+    places = {part: _write(some, getattr(config, field), folder / f"{part}.jsonl") for part, some in parts.items()}
+    settings = {part: {**config.model_dump(), field: place} for part, place in places.items()}
+    return {"name": folder.name, "writes": isinstance(begun.job, GenerateJob), "root": str(folder), **settings}
+
+
+def _stage(name: str, begun: Begun, memory: int, took: dict[str, float]) -> Stage:
+    """What a job takes, from the probe of it. `warm_seconds` are of the first rows, with everything that happens once."""
+    assert begun.dataset is not None
+    warm, dataset = (open_dataset(begun.dataset.with_name(part)) for part in ("warm", "probe"))
+    writes = isinstance(begun.job, GenerateJob)
+    counted = begun.counted
+    factor = counted.documents / len(begun.documents) if writes else counted.tokens / max(dataset.num_tokens, 1)
+    fixed, shards = _bytes_of(begun.dataset)
+    rate = took["seconds"] / max(dataset.num_tokens, 1)
+    return Stage(
         name,
         tokens=round(dataset.num_tokens * factor) if writes else counted.tokens,
         disk_bytes=round(fixed + shards * factor),
         memory_bytes=memory,
         seconds=took["seconds"] * factor,
-        load_seconds=took["load_seconds"],
+        load_seconds=took["load_seconds"] + max(took["warm_seconds"] - rate * warm.num_tokens, 0.0),
     )
-    return stage, root
 
 
 def _most_written(job: CaptureJob | GenerateJob) -> int:
@@ -183,8 +227,14 @@ def _most_written(job: CaptureJob | GenerateJob) -> int:
     return job.config.sampling.max_tokens * job.config.num_samples if isinstance(job, GenerateJob) else 0
 
 
-def estimate_student(name: str, config: TrainConfig, dataset: Path, folder: Path) -> Stage:
-    """Estimate the training of one student by its first steps on the rows in `dataset`. Raises as `train` does."""
+def estimate_student(
+    name: str, config: TrainConfig, dataset: Path, tokens: int, lengths: Sequence[int], folder: Path
+) -> Stage:
+    """Estimate the training of one student by its first steps on the rows in `dataset`. Raises as `train` does.
+
+    Args:
+        tokens, lengths: of the dataset that it will learn from, and of some sequences of it.
+    """
     folder.mkdir()
     phases = config.resolved_phases()
     steps = sum(phase.steps for phase in phases)
@@ -199,10 +249,19 @@ def estimate_student(name: str, config: TrainConfig, dataset: Path, folder: Path
     took, memory = _in_process(spec, folder)
     lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text("utf-8").splitlines()]
     first, last = lines[0], lines[-1]
-    seconds = (last["seconds"] - first["seconds"]) / max(last["step"] - first["step"], 1) * steps
-    tokens = round(last["tokens"] / last["step"] * steps)
+    # The few rows of a probe fill its batches worse than those of the run do.
+    seconds_per_token = (last["seconds"] - first["seconds"]) / max(last["tokens"] - first["tokens"], 1)
+    trained = round(_tokens_of_a_step(config, tokens, lengths) * steps)
     disk = sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file())
-    return Stage(name, tokens, disk, memory, seconds, max(took["seconds"] - last["seconds"], 0.0))
+    load_seconds = max(took["seconds"] - last["seconds"], 0.0)
+    return Stage(name, trained, disk, memory, seconds_per_token * trained, load_seconds)
+
+
+def _tokens_of_a_step(config: TrainConfig, tokens: int, lengths: Sequence[int]) -> float:
+    """Mean tokens of a batch, from how sequences of such lengths fill rows; the last batch of an epoch may be small."""
+    context = config.context_tokens
+    rows = len(best_fit(np.minimum(lengths, context), context)) * tokens / max(sum(lengths), 1)
+    return tokens / max(math.ceil(rows / max(config.batch_tokens // context, 1)), 1)
 
 
 def estimate_score(model: TeacherConfig, tokens: int, dataset: Path, folder: Path) -> Stage:
@@ -269,7 +328,7 @@ def _bytes_of(root: Path) -> tuple[int, int]:
     return sum(files.values()) - grows, grows
 
 
-def _in_process(spec: dict[str, Any], folder: Path) -> tuple[dict[str, float], int]:
+def _in_process(spec: dict[str, Any], folder: Path) -> tuple[dict[str, Any], int]:
     """Do what `spec` says in a process of its own; what it took, and its memory in bytes at the peak.
 
     Raises TeacherError where it failed.
@@ -285,13 +344,13 @@ def _in_process(spec: dict[str, Any], folder: Path) -> tuple[dict[str, float], i
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     took: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {}
-    if "seconds" not in took:
+    if not took or "error" in took:
         reason = took.get("error") or said.strip().rpartition("\n")[2] or f"exit status {process.returncode}"
         raise TeacherError(f"the probe of {spec['kind']} failed: {reason}")
     return took, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _probe(spec: dict[str, Any]) -> dict[str, float]:
+def _probe(spec: dict[str, Any]) -> dict[str, Any]:
     """The work of the process: load, begin, and do the timed part."""
     begun = time.perf_counter()
     if spec["kind"] == "train":
@@ -304,22 +363,43 @@ def _probe(spec: dict[str, Any]) -> dict[str, float]:
     teacher = parse_config(TeacherConfig, spec["teacher"], "teacher settings")
     if spec["kind"] == "score":
         return _beyond_warm(spec, lambda root: score(open_dataset(root), ScoreConfig(model=teacher, name="probe")))
-    writes = spec["kind"] == "generate"
+    return _probe_teacher(spec, teacher, begun)
 
-    def run(part: str, root: Path) -> Dataset:
-        if writes:
-            config = parse_config(GenerateConfig, spec[part], "generate settings")
-            return run_job(root, GenerateJob(config, Corpus(config.prompts)), engine)
-        reading = parse_config(CaptureConfig, spec[part], "capture settings")
-        return run_job(root, CaptureJob(reading, Corpus(reading.corpus)), engine)
 
-    work = Work(spec["longest"], writes)
-    with open_engine(LocalConfig(), teacher, max_k=spec["probe"]["k"], work=work) as engine:
-        run("warm", Path(spec["root"]).with_name("warm"))
-        ready = time.perf_counter()
-        run("probe", Path(spec["root"]))
-        done = time.perf_counter()
-    return {"seconds": done - ready, "load_seconds": ready - begun}
+def _probe_teacher(spec: dict[str, Any], teacher: TeacherConfig, begun: float) -> dict[str, Any]:
+    """Do a little of each job with one teacher, as a run does. Loading counts for the first."""
+    jobs = {one["name"]: (one, [_job(one, part) for part in ("warm", "probe")]) for one in spec["jobs"]}
+    work = Work(spec["longest"], any(one["writes"] for one, _ in jobs.values()))
+    max_k = max(job.keep.k for _, parts in jobs.values() for job in parts)
+    took: dict[str, Any] = {}
+    with open_engine(LocalConfig(), teacher, max_k=max_k, work=work) as engine:
+        load_seconds = time.perf_counter() - begun
+        for name, (one, parts) in jobs.items():
+            times = [time.perf_counter()]
+            for part, job in zip(("warm", "probe"), parts, strict=True):
+                _run(Path(one["root"]) / part, job, engine)
+                times.append(time.perf_counter())
+            took[name] = {
+                "load_seconds": load_seconds, "warm_seconds": times[1] - times[0], "seconds": times[2] - times[1],
+            }  # fmt: skip
+            load_seconds = 0.0
+    return took
+
+
+def _run(root: Path, job: CaptureJob | GenerateJob, engine: Engine) -> None:
+    # Two calls, because each kind of job has units of its own type.
+    if isinstance(job, GenerateJob):
+        run_job(root, job, engine)
+    else:
+        run_job(root, job, engine)
+
+
+def _job(one: dict[str, Any], part: str) -> CaptureJob | GenerateJob:
+    if one["writes"]:
+        config = parse_config(GenerateConfig, one[part], "generate settings")
+        return GenerateJob(config, Corpus(config.prompts))
+    reading = parse_config(CaptureConfig, one[part], "capture settings")
+    return CaptureJob(reading, Corpus(reading.corpus))
 
 
 def _beyond_warm(spec: dict[str, Any], work: Callable[[Path], object]) -> dict[str, float]:
@@ -407,8 +487,10 @@ def estimate_capture(
     memory = _memory(teacher, [job])
     with temporary_folder("estimate") as folder:
         tokens = 0 if memory.reason else probe_tokens
-        stage, _ = estimate_job(job.name, job, corpus_of(job), teacher, folder / job.name, tokens)
-    return [stage], memory
+        with Task("estimate", 1, "probes") as task:
+            stages, _ = estimate_jobs({job.name: job}, teacher, folder / "teacher", tokens)
+            task.advance(1)
+    return stages, memory
 
 
 def estimate_recipe(recipe: Any, probe_tokens: int) -> tuple[list[Stage], Memory]:
@@ -422,30 +504,35 @@ def estimate_recipe(recipe: Any, probe_tokens: int) -> tuple[list[Stage], Memory
     with temporary_folder("estimate") as folder:
         run = Run(recipe, folder, {})
         jobs: dict[str, Any] = {"generate": run.generate_job(), "capture": run.capture_job("capture")}
+        jobs = {stage_name: job for stage_name, job in jobs.items() if job is not None}
         teacher, heldout = run.teacher_config, run.capture_job("heldout")
-        memory = _memory(teacher, [job for job in (*jobs.values(), heldout) if job is not None])
-        stages: list[Stage] = []
-        dataset: Path | None = None
-        for stage_name, job in jobs.items():
-            if job is not None:
-                tokens = 0 if memory.reason else probe_tokens
-                stage, dataset = estimate_job(stage_name, job, corpus_of(job), teacher, folder / stage_name, tokens)
-                # A run loads the teacher once.
-                stages.append(replace(stage, load_seconds=0.0) if stages else stage)
-        stages.append(_like(stages[-1], "heldout", heldout, teacher))
-        if dataset is None:
-            return stages, memory
-        read = stages[-1]
-        if run.uses_score:
-            tokens = sum(stage.tokens for stage in stages if stage.name in jobs)
-            stages.append(estimate_score(run.reference_config, tokens, dataset, folder / "score"))
-        for student, settings in recipe.students.items():
-            config = run.train_config(settings)
-            stages.append(estimate_student(f"train {student}", config, dataset, folder / f"train-{student}"))
-        model = folder / f"train-{next(iter(recipe.students))}" / "out" / "model"
-        stage, number = recipe.evaluate, len(recipe.students)
-        prompts = _num_prompts(heldout, stage.samples)
-        one = estimate_evaluation(model, read, prompts, stage.sample_tokens, dataset, folder / "evaluate")
+        memory = _memory(teacher, [*jobs.values(), heldout])
+        probe_tokens = 0 if memory.reason else probe_tokens
+        models = run.uses_score + len(recipe.students) + 1 if probe_tokens else 0
+        with Task("estimate", 1 + models, "probes") as task:
+            stages, begun = estimate_jobs(jobs, teacher, folder / "teacher", probe_tokens)
+            task.advance(1)
+            # They write one dataset: what does not grow with its rows is there once.
+            dataset = begun[-1].dataset
+            fixed = 0 if dataset is None else _bytes_of(dataset)[0]
+            stages = [stages[0], *(_more_bytes(stage, -fixed) for stage in stages[1:])]
+            stages.append(_like(stages[-1], "heldout", heldout, teacher, fixed if len(jobs) == 1 else 0, fixed))
+            if dataset is None:
+                return stages, memory
+            read, tokens = stages[-1], sum(stage.tokens for stage in stages[:-1])
+            lengths = begun[-1].counted.lengths
+            if run.uses_score:
+                stages.append(estimate_score(run.reference_config, tokens, dataset, folder / "score"))
+                task.advance(1)
+            for student, settings in recipe.students.items():
+                config, own = run.train_config(settings), folder / f"train-{student}"
+                stages.append(estimate_student(f"train {student}", config, dataset, tokens, lengths, own))
+                task.advance(1)
+            model = folder / f"train-{next(iter(recipe.students))}" / "out" / "model"
+            stage, number = recipe.evaluate, len(recipe.students)
+            prompts = _num_prompts(heldout, stage.samples)
+            one = estimate_evaluation(model, read, prompts, stage.sample_tokens, dataset, folder / "evaluate")
+            task.advance(1)
         assert one.seconds is not None and one.disk_bytes is not None  # it was measured
         stages.append(replace(
             one, tokens=one.tokens * number, disk_bytes=one.disk_bytes * number, seconds=one.seconds * number,
@@ -463,15 +550,26 @@ def _num_prompts(heldout: CaptureJob, samples: int) -> int:
     return sum(min(number, samples) for number in per_domain.values())
 
 
-def _like(stage: Stage, name: str, job: CaptureJob, teacher: TeacherConfig) -> Stage:
-    """A capture of another corpus at the rate of `stage`; the teacher is loaded already."""
+def _more_bytes(stage: Stage, size: int) -> Stage:
+    return stage if stage.disk_bytes is None else replace(stage, disk_bytes=stage.disk_bytes + size)
+
+
+def _like(
+    stage: Stage, name: str, job: CaptureJob, teacher: TeacherConfig, counted_bytes: int, fixed_bytes: int
+) -> Stage:
+    """A capture of another corpus into a dataset of its own, at the rate of `stage`; the teacher is loaded already.
+
+    Args:
+        counted_bytes: in `stage.disk_bytes`, of what does not grow with rows. fixed_bytes: such bytes of the new dataset.
+    """
     tokens = count(job, corpus_of(job), teacher).tokens
     share = tokens / max(stage.tokens, 1)
+    grown = None if stage.disk_bytes is None else round((stage.disk_bytes - counted_bytes) * share) + fixed_bytes
     return replace(
         stage,
         name=name,
         tokens=tokens,
-        disk_bytes=None if stage.disk_bytes is None else round(stage.disk_bytes * share),
+        disk_bytes=grown,
         seconds=None if stage.seconds is None else stage.seconds * share,
         load_seconds=0.0,
     )

@@ -39,7 +39,7 @@ from kdata.format.schema import (
     rejects_schema,
 )
 from kdata.format.sequences import Sequences, decode, flat, nothing
-from kdata.store.index import UNREADABLE, damaged, read_index, read_part
+from kdata.store.index import UNREADABLE, damaged, read_index, read_part, replaced
 from kdata.store.listed import PLANS, SCORES, Kind, Listing, listed, read_listing, refuse_other_dataset
 from kdata.store.payload import checked_batch, payload_reader, used_columns
 from kdata.store.row import Row
@@ -227,10 +227,7 @@ class Dataset:
     def _refuse_replaced(self, entry: ManifestEntry) -> None:
         """Raise MismatchError where another process has replaced a shard since the dataset was opened."""
         if entry not in read_manifest(self.path):
-            raise MismatchError(
-                f"{self.place} has changed since it was opened: another process has replaced shard {entry.name}, whose rows "
-                "changed in the corpus. Run this again, or open the dataset again"
-            )
+            raise replaced(self.place, entry.name)
 
     def fetch(self) -> None:
         """Copy all files of a dataset at a URL or on the Hub into `path`, except those that are there. Nothing for a folder.
@@ -561,7 +558,7 @@ class Dataset:
             try:
                 sizes = self._check_content(entry, path)
             except UNREADABLE as error:
-                raise error if isinstance(error, CorruptError) else damaged(path, error) from error
+                raise damaged(path, error) from error
             self._batch_starts[shard] = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
         return self._batch_starts[shard]
 

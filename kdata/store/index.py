@@ -8,19 +8,36 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdata.errors import CorruptError
+from kdata.errors import CorruptError, KdataError, MismatchError
+from kdata.format.manifest import read_manifest
 from kdata.format.schema import index_schema
 
 # What pyarrow and numpy raise when they read damaged bytes.
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, MemoryError)
 
 
-def damaged(path: Path, reason: object) -> CorruptError:
-    """The error for a file that is not what was committed; the reason itself where it is such an error already."""
-    if isinstance(reason, CorruptError):
+def damaged(path: Path, reason: object) -> KdataError:
+    """The error for a file that is not what was committed; the reason itself where it is such an error already.
+
+    Where another process has replaced the shard between the look at the file and its opening, the error says so.
+    """
+    if isinstance(reason, CorruptError | MismatchError):
         return reason
+    if isinstance(reason, FileNotFoundError) and not path.exists():
+        root, folder = path.parent.parent, path.parent.name
+        of_a_shard = folder in ("data", "index", "rejects")
+        if of_a_shard and all(f"{folder}/{path.name}" not in entry.files for entry in read_manifest(root)):
+            return replaced(root, path.stem)
     return CorruptError(
         f"{path} is damaged: {reason}. Restore it from a copy, or run `kdata verify` to see what is whole."
+    )
+
+
+def replaced(place: object, shard: str) -> MismatchError:
+    """The error for a shard that another process has replaced since the dataset was opened."""
+    return MismatchError(
+        f"{place} has changed since it was opened: another process has replaced shard {shard}, whose rows changed in the "
+        "corpus. Run this again, or open the dataset again"
     )
 
 

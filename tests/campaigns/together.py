@@ -2,7 +2,7 @@
 
 Each of the two must do its work, or end with one error: another process holds the folder, the target is taken, or the
 dataset has changed meanwhile. No traceback, no hang. Afterwards the dataset is whole, and what was refused works when it is
-alone (or finds its target taken).
+alone (or finds its target taken, or the dataset no longer what it asks for).
 
     python -m tests.campaigns.together --seed 0 --count 500
 """
@@ -76,7 +76,7 @@ ACTS: dict[str, Act] = {
         ("import", "SHARED/plain.parquet", "out", "--format", "plain", "--tokenizer", "SHARED/teacher", *SMALL),
         has_target=True,
     ),
-    "export": Act(("export", "d", "out.parquet")),
+    "export": Act(("export", "d", "out.parquet"), has_target=True),
     "merge": Act(("merge", "d", "SHARED/second", "out"), has_target=True),
     "split": Act(("split", "d", "out"), has_target=True),
     "head": Act(("head", "d", "out", "-n", "5"), has_target=True),
@@ -91,7 +91,8 @@ ACTS: dict[str, Act] = {
 REFUSALS = {
     "held": r"being written by another process|another process|is held by|holds",
     "taken": r"exists|not an empty folder|already|holds other things|begun with other settings|is not a dataset",
-    "changed": r"has changed|changed while|another state|rows were added|again|does not cover|not the one",
+    "changed": r"has changed|changed while|another state|rows were added|again|does not cover|not the one|not the same rows"
+    r"|is not complete|both have a row with id|has ids that d does not have",
 }
 
 
@@ -141,7 +142,8 @@ class Together(Campaign):
         for name in refused:
             again = Child(in_folder, str(folder), arguments[name]).wait(30)
             taken = re.search(REFUSALS["taken"], again.stderr) and ACTS[name].has_target
-            if again.complaint() is not None or (again.status != 0 and not taken):
+            changed = re.search(REFUSALS["changed"], again.stderr) and difference(before, state(folder / "d"))
+            if again.complaint() is not None or (again.status != 0 and not taken and not changed):
                 return Outcome(kind, f"{name}, refused at first, alone: {again.status} {again.stderr[-700:]}")
         problem = _whole(folder, before, writes=first.writes or second.writes)
         return Outcome(kind, problem and f"after the second try: {problem}")

@@ -419,6 +419,20 @@ def test_a_reader_of_a_replaced_shard_is_told_so(tmp_path: Path, tokenizer_dir: 
     assert opened[1].id == "r1", "other shards are readable"
 
 
+def test_a_shard_that_is_replaced_between_the_look_at_it_and_its_opening(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = save(tmp_path / "c.jsonl", ROWS)
+    opened = run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=1)
+    save(corpus, ROWS[:-1])
+    run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=1)
+    path = tmp_path / "d/data" / f"{opened.manifest[-1].name}.arrow"
+    assert not path.exists()
+    monkeypatch.setattr(Dataset, "checked_file", lambda self, entry, folder: path)
+    with pytest.raises(MismatchError, match="has changed since it was opened"):
+        _ = opened[len(opened) - 1]
+
+
 def test_a_dataset_opens_while_a_writer_replaces_its_two_files(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
