@@ -306,7 +306,8 @@ def compare(dataset: Dataset, first: str, second: str) -> Comparison:
         domains[name] = Overlap(only_first, both, only_second, *shares)
     overall = Overlap(**{part.name: sum(getattr(d, part.name) for d in domains.values()) for part in fields(Overlap)})
     examples = [sorted(row[place] for row in overlap.values() if row[place] is not None)[:5] for place in (3, 4)]
-    return Comparison(first, second, domains, overall, *examples, positions=_counted(dataset, a, b))
+    first_ids, second_ids = examples
+    return Comparison(first, second, domains, overall, first_ids, second_ids, _counted(dataset, a, b))
 
 
 def _counted(dataset: Dataset, a: PlanInfo, b: PlanInfo) -> CountedTokens | None:
