@@ -417,10 +417,11 @@ def _hint(dataset: Queryable, error: duckdb.Error, text: str) -> str:
     name = missing[missing.lastindex or 0]
     if (reason := missing_score(dataset, name)) is not None:
         return f"\n{reason}"
-    if missing.lastindex == 3:  # of USING, for which DuckDB names no candidates
-        return nearest(name, _columns(dataset, reads_of(dataset, text)))
-    if name in index_schema().names and re.search(r"\b(tokens|entries)\b", text) is not None:
+    of_using = missing.lastindex == 3
+    if not of_using and name in index_schema().names and re.search(r"\b(tokens|entries)\b", text) is not None:
         return f"\n{name} is a column of rows: write `tokens join rows using (id)`"
+    if "Candidate bindings" not in str(error):  # DuckDB names none for USING, and for a table that has an alias
+        return nearest(name, _columns(dataset, reads_of(dataset, text)))
     return ""
 
 

@@ -151,7 +151,7 @@ def select(
       kdata select my-dataset --name easy --sql "select id from rows where nll<4"
       kdata select my-dataset --parent easy --method cap --size 1000000
       kdata select my-dataset --positions entropy --positions-share 0.2
-      kdata select my-dataset --positions excess --positions-share 0.6 --positions-score student
+      kdata select D --positions excess --positions-score s --positions-share .6
     """
     rule = {
         "rule": positions or ("sql" if positions_sql else None), "share": positions_share, "sql": positions_sql,

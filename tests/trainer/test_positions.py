@@ -554,7 +554,7 @@ def test_the_cross_entropy_elsewhere_is_that_of_the_logits(
     output = model(**batch)
     inputs = {name: value for name, value in batch.items() if name not in ("targets", "labels")}
     with torch.no_grad():
-        logits = model(**inputs).logits.flatten(0, 1).double()
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1).double()
     targets = batch["targets"].targets
     logprobs = torch.log_softmax(logits[batch["targets"].predictor_M], -1)
     each = -logprobs.gather(1, targets.token_ids_C[:, None])[:, 0]
