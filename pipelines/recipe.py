@@ -16,6 +16,7 @@ from kdata.jobs.reading import CaptureConfig
 from kdata.pipelines.engine import EngineConfig, LocalConfig
 from kdata.selection.ranked import Difference
 from kdata.selection.select import SelectConfig
+from kdata.selection.step import Step
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.trainer.config import CheckpointStudent, LoraConfig, ScratchStudent, TrainConfig
 from kdata.trainer.objective_config import ObjectiveConfig, refuse_elsewhere, resolve_tail
@@ -210,6 +211,8 @@ def load_recipe(path: Path, settings: list[str], options: dict[str, Any] | None 
                 refuse_elsewhere(phase.objective, has_positions=has_positions)
     uses_plan = [name for name, run in recipe.students.items() if run.plan]
     by_difference = bool(uses_plan) and recipe.select.method == "difference"
+    if uses_plan:
+        _refuse_missing_scores(recipe.select)
     nameless = recipe.reference.model == "auto" and recipe.student.model in (None, TEACHER)
     if by_difference and nameless and recipe.teacher.model != BUILTIN:
         raise ConfigError(
@@ -217,6 +220,17 @@ def load_recipe(path: Path, settings: list[str], options: dict[str, Any] | None 
             "student.model (a checkpoint, which then is also the reference), or select.method=random"
         )
     return recipe
+
+
+def _refuse_missing_scores(select: Step) -> None:
+    """Raise ConfigError where a rule for positions reads a score of tokens that the run does not write."""
+    written = [select.score] if isinstance(select, Difference) else []
+    for name in [] if select.positions is None else select.positions.token_scores():
+        if name not in written:
+            raise ConfigError(
+                f"select.positions reads the score {name!r} of tokens, and a run writes the one of difference sampling alone "
+                f"(select.method difference, select.score {name}); score and select by commands instead, or use another rule"
+            )
 
 
 def _packaged(path: Path) -> Path:

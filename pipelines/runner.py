@@ -222,7 +222,8 @@ def run_score(run: Run) -> None:
     run.close_engine()
     chosen = run.recipe.select
     if run.uses_plan and isinstance(chosen, Difference):
-        config = ScoreConfig(model=run.reference_config, name=chosen.score)
+        tokens = chosen.positions is not None and chosen.score in chosen.positions.token_scores()
+        config = ScoreConfig(model=run.reference_config, name=chosen.score, tokens=tokens)
         score(open_dataset(run.dataset_path), config, log=run.log)
 
 

@@ -39,12 +39,14 @@ class Loss(NamedTuple):
     """The loss of a batch.
 
     total: scalar, nats per counted token, differentiable. values_MO: float [M, O], each objective at each
-    position, detached, in the order of `names`; divergences at T include their factor T^2.
+    position, detached, in the order of `names`; divergences at T include their factor T^2. elsewhere: scalar, detached, nats:
+    the cross-entropy summed over the positions that are not chosen, 0 where all are.
     """
 
     total: Tensor
     values_MO: Tensor
     names: tuple[str, ...]
+    elsewhere: Tensor
 
 
 class Measured(NamedTuple):
@@ -107,7 +109,7 @@ def distillation_loss(
     dtype = matmul_dtype or hidden_MD.dtype
     loss_plan = _plan_of(targets, config, tail, counted_tokens, dtype, chunk_positions, head_VD.shape[0])
     total, values_MO = _SparseLoss.apply(hidden_MD, head_VD, targets, loss_plan, torch.is_grad_enabled())
-    return _loss(total, values_MO, config)
+    return _loss(total, values_MO, targets, loss_plan)
 
 
 def distillation_loss_of_logits(
@@ -131,12 +133,16 @@ def distillation_loss_of_logits(
     targets.check(*logits_MV.shape)
     loss_plan = _plan_of(targets, config, tail, counted_tokens, _wide(logits_MV), chunk_positions, logits_MV.shape[1])
     total, values_MO = _SparseLoss.apply(logits_MV, None, targets, loss_plan, torch.is_grad_enabled())
-    return _loss(total, values_MO, config)
+    return _loss(total, values_MO, targets, loss_plan)
 
 
-def _loss(total: Tensor, values_MO: Tensor, config: ObjectiveConfig) -> Loss:
-    names = tuple(config.weights)  # without the cross-entropy that was added for positions elsewhere
-    return Loss(total, values_MO[:, : len(names)], names)
+def _loss(total: Tensor, values_MO: Tensor, targets: Targets, loss_plan: LossPlan) -> Loss:
+    names = tuple(loss_plan.config.weights)  # without the cross-entropy that was added for positions elsewhere
+    elsewhere = values_MO.new_zeros(())
+    if targets.chosen_C is not None:
+        values_M = values_MO[:, list(loss_plan.weights).index("cross_entropy")]
+        elsewhere = (~targets.chosen_C).to(values_M) @ values_M
+    return Loss(total, values_MO[:, : len(names)], names, elsewhere)
 
 
 def _plan_of(

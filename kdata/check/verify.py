@@ -6,20 +6,23 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
-from kdata.errors import KdataError, ShapeError
+from kdata.errors import CorruptError, KdataError, ShapeError
 from kdata.format.files import inside, lock_of, without_hidden
 from kdata.format.json_text import MAX_TOKENIZER_BYTES, parse_object, read_json
 from kdata.format.manifest import digest_of, foreign, json_bytes, read_manifest
 from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, canonical_json, json_digest
+from kdata.format.sequences import Sequences
 from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
-from kdata.selection.sidecar import load_score_info
+from kdata.selection.sidecar import SCORE_SCHEMA, load_score_info
 from kdata.store.dataset import Dataset
-from kdata.store.index import read_index
+from kdata.store.index import damaged, read_index
 from kdata.store.listed import PLANS, SCORES, Kind, read_listing, refuse_other_dataset
 from kdata.store.shard import check_header
+from kdata.store.token_scores import TokenScore, has_tokens
 
 CHANGED = "is not as kdata writes it: a flipped bit, or an editor's change"
 
@@ -49,7 +52,8 @@ def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
     no value.
 
     Args:
-        deep: also decode every row and compare token ids with the index's content hashes, and ids across shards.
+        deep: also decode every row and compare token ids with the index's content hashes, and ids across shards; and compare
+            scores of tokens with the tokens of each row and its mean.
     Returns:
         Problems; empty where the dataset is whole.
     Raises:
@@ -265,14 +269,17 @@ def _known(dataset: Dataset, kind: Kind) -> set[str]:
 def _deep(dataset: Dataset) -> list[Problem]:
     problems: list[Problem] = []
     seen: set[str] = set()
+    scores = [TokenScore(dataset, name) for name in dataset.listed(SCORES) if has_tokens(dataset, name)]
     with Task("verify rows", dataset.num_tokens, "tokens") as task:
         for number, entry in enumerate(dataset.manifest):
-            problems += _deep_shard(dataset, number, entry, seen)
+            problems += _deep_shard(dataset, number, entry, seen, scores)
             task.advance(entry.tokens)
     return problems
 
 
-def _deep_shard(dataset: Dataset, number: int, entry: ManifestEntry, seen: set[str]) -> list[Problem]:
+def _deep_shard(
+    dataset: Dataset, number: int, entry: ManifestEntry, seen: set[str], scores: list[TokenScore]
+) -> list[Problem]:
     where = f"data/{entry.name}.arrow"
     try:
         sequences = dataset.shard(number)
@@ -289,4 +296,37 @@ def _deep_shard(dataset: Dataset, number: int, entry: ManifestEntry, seen: set[s
         if row_id in seen:
             problems.append(Problem(where, f"id {row_id!r} is repeated in the dataset"))
         seen.add(row_id)
+    for score in scores:
+        try:
+            _deep_score(score, number, ids, sequences)
+        except CorruptError as error:
+            problems.append(Problem(score.relative(number), str(error)))
     return problems
+
+
+def _deep_score(score: TokenScore, number: int, ids: list[str], sequences: Sequences) -> None:
+    """Compare a shard's part of a score with the ids and tokens of its rows, and each mean with its tokens.
+
+    Raises CorruptError where they differ, or a number is not finite.
+    """
+    counts_S = np.diff(sequences.offsets)
+    nll_T = score.nll(number, np.arange(len(ids)), counts_S).astype(np.float64)
+    path, table = score.part(number, SCORE_SCHEMA)
+    if table["id"].to_pylist() != ids:
+        raise damaged(path, "its ids are not those of the shard's rows")
+    row_T = np.repeat(np.arange(len(ids)), counts_S)
+    first_T = np.zeros(len(nll_T), bool)
+    first_T[sequences.offsets[:-1][counts_S > 0]] = True
+    wrong = row_T[np.isfinite(nll_T) == first_T]
+    if len(wrong):
+        raise damaged(path, f"row {ids[wrong[0]]!r} has a value that is not finite, or one at position 0")
+    target_T = sequences.target_mask & ~first_T
+    rows, nlls = row_T[target_T], nll_T[target_T]
+    num_S = np.bincount(rows, minlength=len(ids))
+    mean_S, size_S = (np.bincount(rows, v, len(ids)) / np.maximum(num_S, 1) for v in (nlls, np.abs(nlls)))
+    stored_S = table["nll"].to_numpy()  # NaN without a target
+    rounding_S = 2.0**-10 * size_S + 2.0**-24  # twice what float16 loses
+    off = np.flatnonzero((num_S > 0) & ~(np.abs(mean_S - stored_S) <= rounding_S))
+    if len(off):
+        row = int(off[0])
+        raise damaged(path, f"row {ids[row]!r} has the mean NLL {stored_S[row]}, that of its tokens is {mean_S[row]}")

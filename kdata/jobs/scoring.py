@@ -1,4 +1,4 @@
-"""Score a dataset with another model: the model's NLL of every sequence, stored as a sidecar."""
+"""Score a dataset with another model: the model's NLL of every sequence, and perhaps of every token, stored as a sidecar."""
 
 from __future__ import annotations
 
@@ -18,9 +18,18 @@ from kdata.format.keep import KeepConfig
 from kdata.format.schema import ManifestEntry
 from kdata.jobs.job import UnitCounter
 from kdata.observe.progress import Task
-from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, begin_sidecar, finish_sidecar, has_part, write_part
+from kdata.selection.sidecar import (
+    SCORE_SCHEMA,
+    TOKEN_SCORE_SCHEMA,
+    ScoreInfo,
+    begin_sidecar,
+    finish_sidecar,
+    has_part,
+    write_part,
+)
 from kdata.store.dataset import Dataset
 from kdata.store.index import read_index
+from kdata.store.token_scores import TOKEN_NLL, stored_nll
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.teachers.base import OnTokens, Teacher
 from kdata.teachers.config import TeacherConfig
@@ -34,17 +43,23 @@ class ScoreConfig(Strict):
 
     model: TeacherConfig
     name: str = Field("ref", pattern=r"^[A-Za-z][A-Za-z0-9_]*$", description="Name of the sidecar, scores.NAME in SQL.")
+    tokens: bool = Field(
+        False, description="Store the NLL of each token, too (2 bytes each): nll_NAME of tokens in SQL."
+    )
 
 
 def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> ScoreInfo:
     """Score every sequence of a dataset: mean NLL in nats over the same target positions as the teacher's.
 
+    With `config.tokens` also the NLL of each token, target or not, as float16: off by at most 2^-11 of itself (0.05 %), or
+    2^-25 nats where that is more. The mean is of the numbers before that rounding.
+
     A part that the same model has already written for the same shard is kept.
 
     Raises:
-        MismatchError: the model has another tokenizer, or the sidecar is another model's.
+        MismatchError: the model has another tokenizer, or the sidecar is another model's or has numbers for rows alone.
         ConfigError: a sequence is longer than the model's context.
-        TeacherError: the model's log-probabilities are not finite.
+        TeacherError: the model's log-probabilities are not finite, or with `config.tokens` one is below -65,504 nats.
         StorageError: another process is writing, or the disk refused.
     """
     with lock_of(dataset.path):
@@ -83,6 +98,7 @@ def _score(dataset: Dataset, config: ScoreConfig, log: Path | None) -> ScoreInfo
             model=model.info,
             tokenizer_hash=own.hash,
             dataset_digest=dataset.content_digest,
+            columns=(TOKEN_SCORE_SCHEMA if config.tokens else SCORE_SCHEMA).names[1:],
             files={},
         )
         with (
@@ -96,12 +112,15 @@ def _score(dataset: Dataset, config: ScoreConfig, log: Path | None) -> ScoreInfo
                     continue
                 task.plan(number, entry.tokens, entry.tokens)
                 count = UnitCounter(partial(task.under_way, number))
-                write_part(dataset, config.name, entry, _score_shard(dataset, number, entry, model, count))
+                table = _score_shard(dataset, number, entry, model, count, tokens=config.tokens)
+                write_part(dataset, config.name, entry, table)
                 task.advance(entry.tokens, part=number)
             return finish_sidecar(dataset, info)
 
 
-def _score_shard(dataset: Dataset, number: int, entry: ManifestEntry, model: Teacher, on_tokens: OnTokens) -> pa.Table:
+def _score_shard(
+    dataset: Dataset, number: int, entry: ManifestEntry, model: Teacher, on_tokens: OnTokens, *, tokens: bool = False
+) -> pa.Table:
     sequences = dataset.shard(number)
     ids = [sequences.token_ids[a:b] for a, b in sequences.spans()]
     readouts = model.read(ids, KeepConfig(kind="topk", k=1), on_tokens)
@@ -111,7 +130,11 @@ def _score_shard(dataset: Dataset, number: int, entry: ManifestEntry, model: Tea
     ]
     counts = [int(sequences.target_mask[a:b].sum()) for a, b in sequences.spans()]
     names = read_index(dataset.shard_file(entry, "index"), ["id"])["id"]
-    return pa.table({"id": names, "nll": nlls, "num_target_tokens": counts}, schema=SCORE_SCHEMA)
+    columns = {"id": names, "nll": nlls, "num_target_tokens": counts}
+    if not tokens:
+        return pa.table(columns, schema=SCORE_SCHEMA)
+    each = [stored_nll(readout.logprob) for readout in readouts]
+    return pa.table({**columns, TOKEN_NLL.name: each}, schema=TOKEN_SCORE_SCHEMA)
 
 
 def sequence_nll(logprob_T: np.ndarray, mask_T: np.ndarray) -> float | None:

@@ -9,7 +9,7 @@ plan. Equal numbers at the edge are taken in the order of (row, position).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from kdata.selection.position_rules import Marker, Piece, PositionRule, ShareRul
 from kdata.store.dataset import Dataset
 from kdata.store.index import read_index
 from kdata.store.token_columns import COUNTS, has_entries, token_columns
+from kdata.store.token_scores import TokenScore
 
 HALF = 1 << 16  # values of half a key
 BLOCK_KEYS = 1 << 22  # keys that are read from the temporary file at a time
@@ -66,14 +67,16 @@ def choose_positions(
         on_rows: called with the number of rows that were read since the last call, so that progress can be shown.
     Raises:
         DataError, ConfigError: see the rule.
-        CorruptError: a shard is not what was committed.
+        MissingError: a score that the rule reads has no number for each token.
+        CorruptError: a shard, or a part of a score, is not what was committed.
     """
     wanted = np.zeros(dataset.num_rows, bool)
     wanted[rows] = True
     parameters = {**rule.recorded(), **({} if reader is None else reader.recorded)}
+    scores = {name: TokenScore(dataset, name) for name in rule.token_scores()}
 
     def candidates(*columns: str) -> Iterator[Piece]:
-        for piece in pieces(dataset, columns, wanted, parent, reader):
+        for piece in pieces(dataset, columns, wanted, parent, reader, scores):
             yield piece
             on_rows(len(piece.rows))
 
@@ -100,6 +103,7 @@ def pieces(
     wanted: np.ndarray,
     parent: ChosenPositions | None,
     reader: TokenReader | None = None,
+    scores: Mapping[str, TokenScore] | None = None,
 ) -> Iterator[Piece]:
     """The record batches with wanted rows, these columns of theirs, and the tokens in them that may be chosen."""
 
@@ -127,7 +131,7 @@ def pieces(
                 weights_T[token_N] = weights_N
         candidate_C = np.flatnonzero(candidate_T)
         weights_C = None if weights_T is None else weights_T[candidate_C]
-        yield Piece(dataset, read, here, candidate_C, weights_C, index_of, reader)
+        yield Piece(dataset, read, here, candidate_C, weights_C, index_of, reader, scores or {})
 
 
 def _keys(rule: ShareRule, source: Iterator[Piece], file: Path) -> np.ndarray:

@@ -24,6 +24,7 @@ from kdata.format.manifest import digest_of, write_json
 from kdata.format.positions import ChosenPositions, position_problem
 from kdata.format.schema import Contract, Digest, FileInfo
 from kdata.store.dataset import Dataset
+from kdata.store.index import largest_column
 from kdata.store.listed import PLANS, read_listing
 from kdata.store.sql import check_new_name, is_name
 
@@ -292,15 +293,13 @@ def _refuse_other_table(path: Path, info: FileInfo) -> None:
 def _refuse_more_values(path: Path, most: int) -> None:
     """Raise CorruptError where a column says that it has more values than the dataset has tokens: a small file can."""
     try:
-        metadata = pq.read_metadata(path)
+        count = largest_column(path)
     except (pa.ArrowException, OSError) as error:
         raise CorruptError(f"{path} is not a plan: {error}") from error
-    for place in range(metadata.num_columns):
-        count = sum(metadata.row_group(group).column(place).num_values for group in range(metadata.num_row_groups))
-        if count > most:
-            raise CorruptError(
-                f"{path} has {count:,} values in a column, more than the dataset's {most:,} tokens; run `kdata select` again"
-            )
+    if count > most:
+        raise CorruptError(
+            f"{path} has {count:,} values in a column, more than the dataset's {most:,} tokens; run `kdata select` again"
+        )
 
 
 def _lists(column: pa.ChunkedArray, dtype: type) -> tuple[np.ndarray, np.ndarray]:

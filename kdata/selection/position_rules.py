@@ -19,15 +19,15 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, Union
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdata.config import Strict
 from kdata.errors import ConfigError, DataError, TeacherError
@@ -36,8 +36,9 @@ from kdata.format.positions import ChosenPositions, position_problem
 from kdata.format.sequences import Sequences
 from kdata.selection.apportion import as_written
 from kdata.store.dataset import Dataset
-from kdata.store.sql import check_recordable, mentions
+from kdata.store.sql import NAME, check_recordable, mentions
 from kdata.store.token_columns import TokenColumns, has_entries
+from kdata.store.token_scores import TokenScore
 
 
 class TokenReader(Protocol):
@@ -59,7 +60,8 @@ class Piece:
 
     wanted_S: bool [S], the chosen rows. candidate_C: int64 [C], rising indices of tokens: targets of the chosen rows, and of
     the parent plan's positions where it has any. parent_weights_C: float32 [C], those of the parent plan, or None. index_of:
-    reads columns of the index of a shard. reader: the model of the rule `gap`, None for other rules.
+    reads columns of the index of a shard. reader: the model of the rule `gap`, None for other rules. scores: those of which
+    the rule needs the number of each token, by name.
     """
 
     dataset: Dataset
@@ -69,6 +71,7 @@ class Piece:
     parent_weights_C: np.ndarray | None
     index_of: Callable[[int, tuple[str, ...]], pa.Table]
     reader: TokenReader | None = None
+    scores: Mapping[str, TokenScore] = field(default_factory=dict)
 
     @cached_property
     def row_C(self) -> np.ndarray:
@@ -97,6 +100,14 @@ class Piece:
         """Ids of the rows."""
         ids: list[str] = self.index("id")["id"].to_pylist()
         return ids
+
+    def nll(self, score: str) -> np.ndarray:
+        """NLL of each candidate by one of the scores, float32 [C], nats."""
+        first = self.read.first_row - int(self.dataset.shard_starts[self.read.shard])
+        rows = np.arange(first, first + len(self.rows))
+        nll_T = self.scores[score].nll(self.read.shard, rows, np.diff(self.read.offsets))
+        nll_C: np.ndarray = nll_T[self.candidate_C]
+        return nll_C
 
     def sequences(self) -> Sequences:
         """The rows with their kept entries, decoded."""
@@ -127,9 +138,13 @@ class PositionRule(Strict):
         """The query that chooses, for the plan to record; None: no query does."""
         return None
 
+    def token_scores(self) -> list[str]:
+        """Names of the scores of which the rule reads the number of each token."""
+        return []
+
     def mentions(self, dataset: Dataset) -> dict[str, list[str]]:
         """Names of the `scores` and `plans` that the rule reads."""
-        return {"scores": [], "plans": []}
+        return {"scores": self.token_scores(), "plans": []}
 
     def recorded(self) -> dict[str, Any]:
         """The settings that a plan records."""
@@ -266,9 +281,8 @@ class Margin(ShareRule):
 class Gap(ShareRule):
     """The tokens at which a model, usually the student before training, is furthest behind the teacher.
 
-    The number is the model's NLL of the token minus the teacher's. Source: excess loss, Rho-1, arXiv 2404.07965: there the
-    loss of the model in training minus that of a reference model, in each batch; here it is computed once, and the reference
-    is the teacher.
+    The number is the model's NLL of the token minus the teacher's, as of the rule `excess`, which takes it from a score. This
+    rule reads the text with the model and stores nothing of it.
     """
 
     COLUMNS = ("logprob", "input_ids")
@@ -296,6 +310,44 @@ class Gap(ShareRule):
             )
         gap_C: np.ndarray = (piece.read.values["logprob"].astype(np.float32) - logprob_T)[piece.candidate_C]
         return gap_C
+
+
+class Excess(ShareRule):
+    """The tokens with the highest excess loss: a student's NLL minus that of a reference, or of the teacher.
+
+    Both NLLs are scores of tokens (`kdata score --tokens`), so the text is read once, whatever the number of plans.
+
+    Source: excess loss, L(token; model) - L(token; reference), of selective language modeling, Rho-1, arXiv 2404.07965. There
+    the model is the one in training, and the share (60 to 70 %) is of each batch. Here the numbers are of one state of the
+    student, usually that before training, and the share is of all chosen rows, or of each row (`per`).
+    """
+
+    COLUMNS = ("logprob",)
+
+    rule: Literal["excess"] = "excess"
+    score: str = Field(pattern=NAME.pattern, description="Score with the student's NLL of each token.")
+    reference: str | None = Field(
+        None, pattern=NAME.pattern, description="Score with the reference's NLL of each token; null: the teacher's NLL."
+    )
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        if self.score == self.reference:
+            raise ValueError(f"score and reference are both {self.score!r}, so no token has an excess; name two scores")
+        return self
+
+    def token_scores(self) -> list[str]:
+        """See `PositionRule.token_scores`."""
+        return [name for name in dict.fromkeys((self.score, self.reference)) if name is not None]
+
+    def numbers(self, piece: Piece) -> np.ndarray:
+        """See `ShareRule.numbers`."""
+        if self.reference is None:
+            reference_C = -piece.read.values["logprob"].astype(np.float32)[piece.candidate_C]
+        else:
+            reference_C = piece.nll(self.reference)
+        excess_C: np.ndarray = piece.nll(self.score) - reference_C
+        return excess_C
 
 
 class Span(PositionRule):
@@ -440,6 +492,7 @@ RULES: dict[str, type[PositionRule]] = {
     "random": RandomPositions,
     "margin": Margin,
     "gap": Gap,
+    "excess": Excess,
     "span": Span,
     "sql": SqlPositions,
 }

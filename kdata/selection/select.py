@@ -124,7 +124,10 @@ def select(dataset: Dataset, config: Step, room: Room | None = None, *, reader: 
         if not domains:
             raise DataError(f"{dataset.path} has no rows to choose from; capture or generate some first")
         chosen, parameters = config.choose(session, domains)
-        parents = [*([] if parent is None else [parent]), *(open_plan(dataset, other) for other in chosen.parents)]
+        read_plans = [open_plan(dataset, other) for other in chosen.parents]
+        if config.positions is None:
+            _refuse_lost_positions(session, read_plans)
+        parents = [*([] if parent is None else [parent]), *read_plans]
         choices, positions = _by_domain(domains, chosen), None
         if config.positions is not None:
             parents += [open_plan(dataset, other) for other in read["plans"]]
@@ -144,6 +147,17 @@ def select(dataset: Dataset, config: Step, room: Room | None = None, *, reader: 
         )
         path = _write(session, dataset.path / "plans" / name, positions)
         return Plan(path, info, write_plan_info(path, info))
+
+
+def _refuse_lost_positions(session: Session, plans: list[Plan]) -> None:
+    """Raise ConfigError where a query takes whole rows of a plan that chooses positions of them: which count is not said."""
+    for name in (plan.info.name for plan in plans if plan.info.positions is not None):
+        if session.fetch(f'select 1 from chosen semi join plans."{name}" using (id) where repeats > 0 limit 1'):
+            raise ConfigError(
+                f"plan {name!r} chooses positions, and the query takes whole rows of it, so the new plan would lose them. "
+                f"Choose among its positions with --parent {name} and a rule (--positions RULE); or have every target of the "
+                "rows count, with --positions random --positions-share 1"
+            )
 
 
 def _choose_positions(

@@ -33,7 +33,6 @@ from kdata.store.sql import (
     refuse_writing,
     unglobbed,
 )
-from kdata.store.sql_tree import parsed
 from kdata.store.token_views import token_views
 
 PIECE_ROWS = 2_000_000
@@ -150,7 +149,7 @@ class Session:
 
     def tokens_of(self, text: str) -> AbstractContextManager[object]:
         """Show `tokens` and `entries` to one query, which must be run before the end; see `token_views`."""
-        return token_views(self._connection, self.dataset, reads_of(self.dataset, text), parsed(text))
+        return token_views(self._connection, self.dataset, reads_of(self.dataset, text), text)
 
     def refuse_writing(self, text: str) -> None:
         """Raise QueryError unless the text is a single query."""

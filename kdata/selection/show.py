@@ -42,6 +42,13 @@ group by domain order by domain
 """
 
 
+# Tokens that count in both plans: positions, or the targets of a plan that chooses none.
+COUNTED = """
+select coalesce(sum({in_a}), 0)::bigint, coalesce(sum({in_both}), 0)::bigint, coalesce(sum({in_b}), 0)::bigint
+from plans."{a}" as a full join plans."{b}" as b on a.id = b.id join rows on rows.id = coalesce(a.id, b.id)
+"""
+
+
 @dataclass(frozen=True)
 class Shown:
     """A table as text: title, column names, rows with one cell for each column, notes to print below."""
@@ -253,8 +260,24 @@ class Overlap:
 
 
 @dataclass(frozen=True)
+class CountedTokens:
+    """Tokens that count in training, each row once: those of one of two plans alone, and those of both.
+
+    jaccard: those of both, of those of either; in [0, 1].
+    """
+
+    only_first: int
+    both: int
+    only_second: int
+    jaccard: float
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Two plans of a dataset: their overlap in each domain and overall, and at most five ids that only one chose."""
+    """Two plans of a dataset: their overlap in each domain and overall, and at most five ids that only one chose.
+
+    positions: which tokens count; None where neither plan chooses positions.
+    """
 
     first: str
     second: str
@@ -262,10 +285,13 @@ class Comparison:
     overall: Overlap
     only_first_examples: list[str]
     only_second_examples: list[str]
+    positions: CountedTokens | None = None
 
 
 def compare(dataset: Dataset, first: str, second: str) -> Comparison:
     """Rows that two plans of a dataset have in common in each domain, and each plan's share of tokens there.
+
+    Where a plan chooses positions, also how many tokens count in both.
 
     Raises:
         MissingError, MismatchError: a plan does not exist, or is of another state of the dataset.
@@ -280,7 +306,24 @@ def compare(dataset: Dataset, first: str, second: str) -> Comparison:
         domains[name] = Overlap(only_first, both, only_second, *shares)
     overall = Overlap(**{part.name: sum(getattr(d, part.name) for d in domains.values()) for part in fields(Overlap)})
     examples = [sorted(row[place] for row in overlap.values() if row[place] is not None)[:5] for place in (3, 4)]
-    return Comparison(first, second, domains, overall, *examples)
+    first_ids, second_ids = examples
+    return Comparison(first, second, domains, overall, first_ids, second_ids, _counted(dataset, a, b))
+
+
+def _counted(dataset: Dataset, a: PlanInfo, b: PlanInfo) -> CountedTokens | None:
+    has = {"a": a.positions is not None, "b": b.positions is not None}
+    if not any(has.values()):
+        return None
+    own = {
+        plan: f"len({plan}.positions)" if h else f"if({plan}.id is null, 0, num_target_tokens)"
+        for plan, h in has.items()
+    }
+    common = f"len({'a' if has['a'] else 'b'}.positions)"  # where the other plan has the row, all its targets count
+    both = "len(list_intersect(a.positions, b.positions))" if all(has.values()) else f"if(a.id = b.id, {common}, 0)"
+    text = COUNTED.format(a=a.name, b=b.name, in_a=own["a"], in_both=both, in_b=own["b"])
+    [(in_first, in_both, in_second)] = _rows(dataset, text)
+    either = in_first + in_second - in_both
+    return CountedTokens(in_first - in_both, in_both, in_second - in_both, in_both / either)
 
 
 def comparison_table(comparison: Comparison) -> Shown:
@@ -294,6 +337,11 @@ def comparison_table(comparison: Comparison) -> Shown:
     for plan, ids in ((first, comparison.only_first_examples), (second, comparison.only_second_examples)):
         if ids:
             notes.append(f"only in {plan}, for example: {', '.join(ids)}")
+    if (counted := comparison.positions) is not None:
+        notes.append(
+            f"{counted.both:,} tokens count in both, {counted.only_first:,} only in {first}, {counted.only_second:,} only in "
+            f"{second}: both / either {counted.jaccard:.3f}"
+        )
     columns = ["domain", f"only {first}", "both", f"only {second}", "both / either", first, second, "points"]
     return Shown(f"plans {first} and {second}: rows, and shares of tokens", columns, rows, notes)
 

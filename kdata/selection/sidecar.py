@@ -1,8 +1,8 @@
 """Scores: numbers for each sequence, in a sidecar that is joined to the rows by id. The payload is never changed.
 
 A sidecar is a folder `scores/NAME/` with one Parquet part per shard, and `scores/NAME.json`, which names the model, the
-dataset and the digest of each part. `kdata.jobs.scoring` writes a model's scores (id, nll, num_target_tokens);
-`kdata.selection.score_file` writes numbers from a file.
+dataset and the digest of each part. `kdata.jobs.scoring` writes a model's scores (id, nll, num_target_tokens, and on request
+the NLL of each token, see `kdata.store.token_scores`); `kdata.selection.score_file` writes numbers from a file.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kdata.format.schema import Contract, Digest, FileInfo, ManifestEntry, Teach
 from kdata.store.dataset import Dataset
 from kdata.store.listed import SCORES, listed, read_listing, refuse_other_dataset
 from kdata.store.sql import check_new_name, is_name
+from kdata.store.token_scores import TOKEN_NLL
 
 SCORE_SCHEMA = pa.schema(
     [
@@ -30,6 +31,7 @@ SCORE_SCHEMA = pa.schema(
         pa.field("num_target_tokens", pa.int32(), False),
     ]
 )
+TOKEN_SCORE_SCHEMA = SCORE_SCHEMA.append(TOKEN_NLL)
 
 
 class ScoreInfo(Contract):
@@ -109,7 +111,9 @@ def write_part(dataset: Dataset, name: str, entry: ManifestEntry, table: pa.Tabl
     """Write the scores of one shard, whole or not at all."""
     sink = pa.BufferOutputStream()
     metadata = _part_metadata(dataset, name, entry, table)
-    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+    # A dictionary of the values of tokens would be as long as they are.
+    short = [field.name for field in table.schema if not pa.types.is_list(field.type)]
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd", use_dictionary=short)
     write_atomically(_part(dataset, name, entry), sink.getvalue().to_pybytes())
 
 

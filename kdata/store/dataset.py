@@ -316,6 +316,11 @@ class Dataset:
             return [unglobbed(inside(self.path, f"plans/{name}.parquet").resolve())]
         return [self._listed_file(*file, kind, compare) for file in sorted(info.files_of(kind).items())]
 
+    def score_part(self, relative: str, info: FileInfo) -> Path:
+        """Path of a part of a score whose bytes were compared with its digest. Raises CorruptError where they differ."""
+        self._listed_file(relative, info, SCORES, compare=True)
+        return inside(self.path, relative)
+
     def _listed_file(self, relative: str, info: FileInfo, kind: Kind, compare: bool) -> str:
         path = inside(self.path, relative)
         if not path.is_file() or (compare and not matches(path, info)):
@@ -479,14 +484,18 @@ class Dataset:
         """The readable index, one row per sequence; the teacher's numbers are in `data[...].to_arrow()`."""
         return self.index(columns)
 
-    def to_polars(self, table: Literal["rows", "tokens", "entries"] = "rows") -> polars.LazyFrame:
+    def to_polars(
+        self, table: Literal["rows", "tokens", "entries"] = "rows", *, scores: Sequence[str] = ()
+    ) -> polars.LazyFrame:
         """The index as a lazy Polars frame, which reads the columns that a query needs; or each token, or each kept entry.
 
         Args:
             table: rows: the index. tokens, entries: the columns of these views in `schemas/README.md`. Of the payload only
                 the columns that are needed are decoded, and of the rows those that a filter on id and global_row leaves.
+            scores: names of scores with a number for each token; each becomes a column `nll_NAME` of the table tokens.
         Raises:
-            ConfigError: another table.
+            ConfigError: another table, or scores for another table than tokens.
+            MissingError: there is no such score, or it has no number for each token.
             DependencyError: Polars is not installed.
             CorruptError: an index file is not what was committed, or, while the frame is collected, a payload.
         """
@@ -494,8 +503,11 @@ class Dataset:
             import polars
         except ModuleNotFoundError as error:
             raise DependencyError("to_polars needs Polars: pip install 'kdata[polars]'") from error
+        columns = [f"nll_{name}" for name in scores]
         if table in TABLES:
-            return frame_of(self, table)
+            return frame_of(self, table, columns)
+        if columns:
+            raise ConfigError(f"scores are columns of the table tokens; join {table!r} with data.sql instead")
         if table != "rows":
             raise ConfigError(f"{table!r} is no table of a dataset; it has rows, {', '.join(TABLES)}")
         files = [self.checked_file(entry, "index") for entry in self.manifest]
@@ -513,10 +525,11 @@ class Dataset:
         asked for is read, a few record batches at a time.
 
         Args:
-            columns: None takes all.
+            columns: None takes all but `nll_NAME`, which must be named: the NLL of the token by the score NAME.
             rows: global row numbers; None takes all.
         Raises:
             ConfigError: an unknown column.
+            MissingError: there is no score of that name, or it has no number for each token.
             OutOfRangeError: there is no such row.
             CorruptError: while it is read: a shard is not what was committed.
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -53,6 +54,16 @@ def check_columns(table: pa.Table, schema: pa.Schema) -> None:
             raise ValueError(f"column {name} has the type {column.type}, not {field.type}")
         if column.null_count and not field.nullable:
             raise ValueError(f"column {name} has nulls")
+
+
+def largest_column(path: Path) -> int:
+    """Number of values of the column that has most, as a Parquet file says: a small file can hold more than the memory."""
+    about = pq.read_metadata(path)
+    groups = (about.row_group(group) for group in range(about.num_row_groups))
+    counts = np.zeros(about.num_columns, np.int64)
+    for group in groups:
+        counts += [group.column(place).num_values for place in range(about.num_columns)]
+    return int(counts.max(initial=0))
 
 
 def read_part(path: Path, schema: pa.Schema, columns: list[str]) -> pa.Table:

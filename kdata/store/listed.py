@@ -38,6 +38,7 @@ class Listing(Contract):
     name: str
     dataset_digest: str = Field(alias="dataset_fingerprint")
     dataset_identity: Digest | None = None
+    columns: list[str] = Field([])
     files: dict[str, FileInfo] = Field({})
     table: FileInfo | None = None
     digest: str = ""

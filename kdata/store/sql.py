@@ -36,7 +36,8 @@ from kdata.format.files import REMEDIES, disk_errno
 from kdata.format.schema import ManifestEntry, index_schema, rejects_schema
 from kdata.store.listed import PLANS, SCORES, Kind
 from kdata.store.sql_tree import Parameters, nodes, parsed
-from kdata.store.token_table import TokenSource
+from kdata.store.token_scores import missing_score, named_scores
+from kdata.store.token_table import TABLES, TokenSource
 from kdata.store.token_views import token_views
 
 Values = Literal["arrow", "text", "json"]
@@ -283,10 +284,13 @@ def reads_of(dataset: Queryable, text: str) -> Reads:
 def mentions(dataset: Queryable, text: str) -> dict[str, list[str]]:
     """Which `scores` and `plans` of the dataset a query names; nothing where its text does not say."""
     reads = reads_of(dataset, text) or frozenset()  # DuckDB ignores case
-    return {
-        kind.folder: sorted(name for name in dataset.listed(kind) if f"{kind.folder}.{name}".lower() in reads)
+    names = {
+        kind.folder: {name for name in dataset.listed(kind) if f"{kind.folder}.{name}".lower() in reads}
         for kind in (SCORES, PLANS)
     }
+    if "tokens" in reads:
+        names[SCORES.folder].update(named_scores(dataset, text))
+    return {folder: sorted(own) for folder, own in names.items()}
 
 
 def manifest_table(dataset: Queryable) -> pa.Table:
@@ -378,7 +382,7 @@ def _relation_of(
         with connect(dataset, reads) as connection:
             try:
                 refuse_writing(connection, text)
-                with token_views(connection, dataset, reads, parsed(text), parameters) as failures:
+                with token_views(connection, dataset, reads, text, parameters) as failures:
                     yield connection.sql(text, params=parameters), failures
             except duckdb.Error as error:
                 raise_named(dataset, text, error)
@@ -397,17 +401,41 @@ def raise_named(dataset: Queryable, text: str, error: duckdb.Error) -> NoReturn:
     if (missing := re.search(r"Table with name (\w+) does not exist!", reason)) is not None:
         # DuckDB's own suggestion is a table of its catalog.
         reason = re.sub(r'\nDid you mean "[^"]*"\?', "", reason) + nearest(missing[1], known)
-    raise QueryError(f"{reason}{_hint(error, text)}\nViews: {', '.join(known)}{later}") from error
+    raise QueryError(f"{reason}{_hint(dataset, error, text)}\nViews: {', '.join(known)}{later}") from error
 
 
-def _hint(error: duckdb.Error, text: str) -> str:
-    """Where a column is that `tokens` and `entries` lack."""
-    missing = re.search(r'column "(\w+)" not found', str(error)) or re.search(
-        r'have a column named "(\w+)"', str(error)
-    )
-    if missing is None or missing[1] not in index_schema().names or re.search(r"\b(tokens|entries)\b", text) is None:
+MISSING_COLUMN = re.compile(
+    r'column "(\w+)" not found|have a column named "(\w+)"|Column "(\w+)" does not exist on (?:left|right)'
+)
+
+
+def _hint(dataset: Queryable, error: duckdb.Error, text: str) -> str:
+    """Where a column is that a query names and its tables lack, or what it may be called."""
+    missing = MISSING_COLUMN.search(str(error))
+    if missing is None:
         return ""
-    return f"\n{missing[1]} is a column of rows: write `tokens join rows using (id)`"
+    name = missing[missing.lastindex or 0]
+    if (reason := missing_score(dataset, name)) is not None:
+        return f"\n{reason}"
+    of_using = missing.lastindex == 3
+    if not of_using and name in index_schema().names and re.search(r"\b(tokens|entries)\b", text) is not None:
+        return f"\n{name} is a column of rows: write `tokens join rows using (id)`"
+    if "Candidate bindings" not in str(error):  # DuckDB names none for USING, and for a table that has an alias
+        return nearest(name, _columns(dataset, reads_of(dataset, text)))
+    return ""
+
+
+def _columns(dataset: Queryable, reads: Reads) -> list[str]:
+    """Columns of the views that a query reads."""
+    own = {
+        "rows": index_schema().names,
+        "rejects": rejects_schema().names,
+        "manifest": manifest_table(dataset).column_names,
+        **{name: list(columns) for name, columns in TABLES.items()},
+        **{f"{PLANS.folder}.{name}".lower(): ["id", "repeats"] for name in dataset.listed(PLANS)},
+        **{f"{SCORES.folder}.{name}".lower(): ["id"] for name in dataset.listed(SCORES)},
+    }
+    return [name for view, columns in own.items() if reads is None or view in reads for name in columns]
 
 
 def refuse_writing(connection: duckdb.DuckDBPyConnection, text: str) -> None:

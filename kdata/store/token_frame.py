@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from kdata.errors import QueryError
-from kdata.store.token_table import TEXT, TokenSource, read_table, schema_of
+from kdata.store.token_scores import token_scores
+from kdata.store.token_table import TABLES, TEXT, TokenSource, read_table, schema_of
 
 if TYPE_CHECKING:
     import polars
@@ -19,8 +20,14 @@ if TYPE_CHECKING:
 ROW_COLUMNS = {"id", "global_row"}
 
 
-def frame_of(source: TokenSource, table: str) -> polars.LazyFrame:
-    """A table of `kdata.store.token_table` as a lazy frame. Its columns of text are strings."""
+def frame_of(source: TokenSource, table: str, more: Sequence[str] = ()) -> polars.LazyFrame:
+    """A table of `kdata.store.token_table` as a lazy frame. Its columns of text are strings.
+
+    Args:
+        more: columns of scores, behind the table's own.
+    Raises:
+        ConfigError, MissingError, MismatchError, CorruptError: see `read_table`.
+    """
     import polars
     from polars.io.plugins import register_io_source
 
@@ -28,7 +35,7 @@ def frame_of(source: TokenSource, table: str) -> polars.LazyFrame:
         columns: list[str] | None, predicate: polars.Expr | None, n_rows: int | None, batch_size: int | None
     ) -> Iterator[polars.DataFrame]:
         conditions = [] if predicate is None else conditions_of(predicate)
-        names = schema_of(table).names if columns is None else columns
+        names = schema.names if columns is None else columns
         needed = [*names, *sorted({name for c in conditions for name in c.meta.root_names()} - {*names})]
         left = n_rows  # counted before the conditions: Polars hands over `head` below `filter`, never above
         rows = None if left is not None else rows_that_meet(source, conditions)
@@ -39,7 +46,9 @@ def frame_of(source: TokenSource, table: str) -> polars.LazyFrame:
             if left == 0:
                 return
 
-    empty = polars.DataFrame(plain(pa.RecordBatch.from_pylist([], schema_of(table))))
+    schema = schema_of(table, [*TABLES[table], *more])
+    token_scores(source, more)  # raises now what would come when the frame is collected
+    empty = polars.DataFrame(plain(pa.RecordBatch.from_pylist([], schema)))
     return register_io_source(read, schema=dict(empty.schema), validate_schema=True)
 
 

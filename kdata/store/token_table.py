@@ -26,6 +26,7 @@ from kdata.format.schema import DatasetInfo, ManifestEntry
 from kdata.format.sequences import check_ids, entries_of, values_of
 from kdata.store.index import UNREADABLE, damaged
 from kdata.store.payload import checked_batch, payload_reader, used_columns
+from kdata.store.token_scores import ScoreSource, TokenScore, score_of, token_scores
 from kdata.store.tokens import TokenText
 
 TableName = Literal["tokens", "entries"]
@@ -34,11 +35,10 @@ TOKENS_AT_A_TIME = {"tokens": 1 << 15, "entries": 1 << 13}  # decoded together, 
 ROWS_AT_A_TIME = 64  # where no payload is read
 
 
-class TokenSource(Protocol):
+class TokenSource(ScoreSource, Protocol):
     """What the tables need of a dataset."""
 
     info: DatasetInfo
-    manifest: list[ManifestEntry]
     shard_starts: np.ndarray
 
     @property
@@ -64,7 +64,8 @@ class Piece:
     """Some rows of one shard: S rows with T tokens.
 
     ids: string [S]. rows: int64 [S], global row numbers. offsets: int64 [S+1], where the rows begin among the tokens.
-    batch: the payload columns that are needed. source: the dataset.
+    batch: the payload columns that are needed. source: the dataset. scores: float32 [T], nats, of each column of a score that
+    is needed.
     """
 
     ids: pa.Array
@@ -72,6 +73,7 @@ class Piece:
     offsets: np.ndarray
     batch: pa.RecordBatch
     source: TokenSource = field(repr=False)
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
 
     def values(self, name: str) -> np.ndarray:
         """A payload column with one value per token, [T]. Raises ShapeError where its rows have other lengths."""
@@ -281,18 +283,27 @@ ENTRIES: dict[str, Column] = {
 TABLES: dict[str, dict[str, Column]] = {"tokens": TOKENS, "entries": ENTRIES}
 
 
+def column_of(table: str, name: str) -> Column:
+    """A column of a table. Raises ConfigError where there is none of the name, with the nearest one."""
+    own = TABLES[table]
+    if name in own:
+        return own[name]
+    score = score_of(name) if table == "tokens" else None
+    if score is None:
+        raise ConfigError(f"{table} has no column {name!r}{nearest(name, list(own))}; it has {', '.join(own)}")
+    doc = f"NLL of it by the score {score}, nats. Null where the score has none."
+    return Column(pa.float32(), doc, (), lambda p: known(p.scores[name]))
+
+
 def schema_of(table: str, columns: Sequence[str] | None = None) -> pa.Schema:
     """Arrow schema of a table, or of some of its columns, each with its `doc`.
 
     Raises ConfigError for an unknown column, with the nearest one.
     """
-    own = TABLES[table]
-    names = list(own) if columns is None else list(columns)
+    names = list(TABLES[table]) if columns is None else list(columns)
     if not names:
-        raise ConfigError(f"no column of {table} is named; it has {', '.join(own)}")
-    for name in names:
-        if name not in own:
-            raise ConfigError(f"{table} has no column {name!r}{nearest(name, list(own))}; it has {', '.join(own)}")
+        raise ConfigError(f"no column of {table} is named; it has {', '.join(TABLES[table])}")
+    own = {name: column_of(table, name) for name in names}
     return pa.schema([pa.field(name, own[name].kind, metadata={"doc": own[name].doc}) for name in names])
 
 
@@ -323,21 +334,24 @@ def read_table(
     """A table as a stream of record batches, in the order of the dataset.
 
     Args:
-        columns: None takes all.
+        columns: None takes all but those of scores.
         rows: of which rows, as `row_numbers` returns them; None takes all. Record batches without one of them are not read.
     Raises:
         ConfigError: an unknown column.
+        MissingError, MismatchError, CorruptError: a score that does not fit, see `TokenScore`.
         CorruptError, FormatError, StorageError: while it is read; see `Dataset.take`.
     """
     schema = schema_of(table, columns)
-    makers = [TABLES[table][name].make for name in schema.names]
+    own = [column_of(table, name) for name in schema.names]
+    scores = token_scores(source, schema.names) if table == "tokens" else {}
+    wanted = {name for column in own for name in column.payload}
 
     def batches() -> Iterator[pa.RecordBatch]:
         if "token" in schema.names:
             _ = source.token_text  # which may have to be copied here first
-        for path, piece in _pieces(source, table, schema.names, rows):
+        for path, piece in _pieces(source, table, wanted, scores, rows):
             try:
-                arrays = [make(piece) for make in makers]
+                arrays = [column.make(piece) for column in own]
             except UNREADABLE as error:
                 raise damaged(path, error) from error
             if len(arrays[0]):
@@ -347,10 +361,13 @@ def read_table(
 
 
 def _pieces(
-    source: TokenSource, table: str, columns: Sequence[str], rows: np.ndarray | None
+    source: TokenSource, table: str, wanted: set[str], scores: dict[str, TokenScore], rows: np.ndarray | None
 ) -> Iterator[tuple[Path, Piece]]:
-    """The rows in pieces of about TOKENS_AT_A_TIME, each with the file that its payload is in."""
-    wanted = {name for column in columns for name in TABLES[table][column].payload}
+    """The rows in pieces of about TOKENS_AT_A_TIME, each with the file that its payload is in.
+
+    Args:
+        wanted: columns of the payload. scores: columns of scores.
+    """
     for shard, entry in enumerate(source.manifest):
         start, end = source.shard_starts[shard : shard + 2].tolist()
         local = np.arange(end - start)
@@ -370,9 +387,11 @@ def _pieces(
             path = source.shard_file(entry, "index")
             parts = _without_payload(local)
         for numbers, batch in _joined(parts, lengths, TOKENS_AT_A_TIME[table]):
-            offsets = np.concatenate(([0], np.cumsum(lengths[numbers])))
+            counts = lengths[numbers]
+            offsets = np.concatenate(([0], np.cumsum(counts)))
             piece_ids = ids.take(pa.array(numbers))
-            yield path, Piece(piece_ids, numbers + start, offsets, batch, source)
+            values = {column: score.nll(shard, numbers, counts) for column, score in scores.items()}
+            yield path, Piece(piece_ids, numbers + start, offsets, batch, source, values)
 
 
 Part = tuple[np.ndarray, pa.RecordBatch]  # rows of a shard, and their payload

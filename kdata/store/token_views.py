@@ -17,8 +17,9 @@ import pyarrow.dataset
 from duckdb._sources import ArrowScanSource
 
 from kdata.errors import KdataError
-from kdata.store.sql_tree import ROWS, Parameters, Tree, rows_of
-from kdata.store.token_table import TABLES, TokenSource, read_table, rows_in, schema_of
+from kdata.store.sql_tree import ROWS, Parameters, parsed, rows_of
+from kdata.store.token_scores import named_scores
+from kdata.store.token_table import ENTRIES, TABLES, TOKENS, TokenSource, read_table, rows_in, schema_of
 
 Open = Callable[[list[str]], pa.RecordBatchReader]
 
@@ -75,7 +76,7 @@ def token_views(
     connection: duckdb.DuckDBPyConnection,
     dataset: TokenSource,
     reads: frozenset[str] | None,
-    tree: Tree,
+    text: str,
     parameters: Parameters = None,
 ) -> Iterator[list[KdataError]]:
     """Give a connection the views `tokens` and `entries` for one query. Yields the errors that ended their streams so far.
@@ -83,7 +84,7 @@ def token_views(
     Args:
         connection: has the other views that the query reads.
         reads: names of the views that the query reads; None: any.
-        tree: the parsed query.
+        text: the query. `tokens` has a column for each score that it names as `nll_NAME`.
     Raises:
         CorruptError, FormatError, StorageError: what ended a stream, in place of DuckDB's error.
     """
@@ -92,15 +93,17 @@ def token_views(
     whole = [name for name in reads or () if name in ("rows", "manifest", "rejects") or "." in name]
     try:
         if names:
+            scores = named_scores(dataset, text) if "tokens" in names else []
+            columns = {"tokens": [*TOKENS, *(f"nll_{score}" for score in scores)], "entries": [*ENTRIES]}
             schema, open_rows = _row_numbers(dataset)
             connection.register(ROWS, StreamedView(schema, int(dataset.shard_starts[-1]), open_rows, failures))
+            tree = parsed(text)
             chosen = {} if reads is None else {n: rows_of(connection, tree, n, whole, parameters) for n in names}
             connection.unregister(ROWS)
             for name in names:
                 rows = chosen.get(name)
-                view = StreamedView(
-                    schema_of(name), rows_in(dataset, name, rows), _opener(dataset, name, rows), failures
-                )
+                schema = schema_of(name, columns[name])
+                view = StreamedView(schema, rows_in(dataset, name, rows), _opener(dataset, name, rows), failures)
                 connection.register(name, view)
         yield failures
     except duckdb.Error as error:

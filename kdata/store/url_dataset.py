@@ -146,6 +146,10 @@ class RemoteDataset(Dataset):
         """See `Dataset.listed_files`; the parts of a score stay at the URL, a plan was copied."""
         return self._located(relative, info) if kind is SCORES else super()._listed_file(relative, info, kind, compare)
 
+    def score_part(self, relative: str, info: FileInfo) -> Path:
+        """See `Dataset.score_part`; it is copied at first use."""
+        return self._copied(relative, info)
+
     def fetch_sidecar(self, name: str) -> None:
         """See `Dataset.fetch_sidecar`. One that was made in the copy stays, if it belongs to the dataset as it is now."""
         if not ((self.path / "scores" / name).is_dir() and self._is_current(f"scores/{name}.json")):

@@ -28,7 +28,7 @@ from kdata.pipelines.cli.common import (
     with_settings,
 )
 from kdata.selection.plan import open_plan
-from kdata.selection.position_rules import RULES, ShareRule, SqlPositions
+from kdata.selection.position_rules import RULES, Excess, ShareRule, SqlPositions
 from kdata.selection.score_file import bring
 from kdata.selection.select import DEFAULT, METHODS, parse_step
 from kdata.selection.show import Shown, comparison_table, draw, table_of
@@ -64,24 +64,28 @@ def score(
         str | None, typer.Option(metavar="TEXT", help="What your numbers are, for whoever reads the score (--from).")
     ] = None,
     backend: Annotated[str | None, option("backend", ReadingModel)] = None,
+    tokens: Annotated[bool | None, option("tokens", ScoreConfig)] = None,
     set: SetOption = None,
 ) -> None:
-    """Add a score to every row of a dataset.
+    """Add a score to every row of a dataset, or to every token.
 
     Either a reference model's mean NLL of each row (--model, with the teacher's tokenizer), or numbers of your own (--from).
+    With --tokens the model's NLL of each token is stored, too.
     """
     if (model is None) == (file is None):
         raise ConfigError("give either --model MODEL (a reference model scores) or --from FILE (your own numbers)")
     if file is not None:
-        if set or backend:
-            raise ConfigError("--backend and --set are for --model; --from takes --name and --unit")
+        if set or backend or tokens:
+            raise ConfigError("--backend, --tokens and --set are for --model; --from takes --name and --unit")
         add_numbers(dataset, file, {"unit": unit}, name)
         return
     reader = {key: value for key, value in {"model": model, "backend": backend}.items() if value is not None}
-    config = parse_config(ScoreSettings, with_settings({"model": reader, "name": name}, set), "score settings")
+    values = {"model": reader, "name": name, "tokens": tokens}
+    config = parse_config(ScoreSettings, with_settings(values, set), "score settings")
     opened = kdata.open(dataset)
     score_rows(opened, config)
-    say(f"scores.{config.name} covers {opened.num_rows:,} rows of {opened.path}")
+    each = f", and each of their {opened.num_tokens:,} tokens: nll_{config.name} of tokens" if config.tokens else ""
+    say(f"scores.{config.name} covers {opened.num_rows:,} rows of {opened.path}{each}")
 
 
 def add_numbers(dataset: str, file: str, options: dict[str, Any], name: str | None) -> None:
@@ -123,6 +127,10 @@ def select(
     ] = None,
     positions_share: Annotated[float | None, option("share", ShareRule, flag="--positions-share")] = None,
     positions_sql: Annotated[str | None, option("sql", SqlPositions, flag="--positions-sql", metavar="QUERY")] = None,
+    positions_score: Annotated[str | None, option("score", Excess, flag="--positions-score", metavar="NAME")] = None,
+    positions_reference: Annotated[
+        str | None, option("reference", Excess, flag="--positions-reference", metavar="NAME")
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Most memory for DuckDB, such as 3GB; it uses the disk beyond that."),
@@ -143,9 +151,11 @@ def select(
       kdata select my-dataset --name easy --sql "select id from rows where nll<4"
       kdata select my-dataset --parent easy --method cap --size 1000000
       kdata select my-dataset --positions entropy --positions-share 0.2
+      kdata select D --positions excess --positions-score s --positions-share .6
     """
     rule = {
         "rule": positions or ("sql" if positions_sql else None), "share": positions_share, "sql": positions_sql,
+        "score": positions_score, "reference": positions_reference,
     }  # fmt: skip
     chosen_rule = {key: value for key, value in rule.items() if value is not None}
     values = {
@@ -154,7 +164,13 @@ def select(
         "score": score, "sql": sql, "weights": None if weights is None else weights_of(weights), "temperature": temperature,
         "size": size, "count_by": count_by, "max_repeats": max_repeats, "take": take, "seed": seed,
     }  # fmt: skip
-    step = parse_step(with_settings(values, set))
+    settings = with_settings(values, set)
+    if isinstance(settings.get("positions"), dict) and "rule" not in settings["positions"]:
+        raise ConfigError(
+            f"{', '.join(f'positions.{key}' for key in settings['positions'])} without a rule that chooses positions: add "
+            f"--positions RULE, one of {', '.join(RULES)}"
+        )
+    step = parse_step(settings)
     print_shown(table_of(select_rows(kdata.open(dataset), step, Room(memory, threads))))
 
 
@@ -207,7 +223,8 @@ def compare(
 ) -> None:
     """Show what two plans have in common.
 
-    Prints for each domain how many rows both take, and how many only one of them.
+    Prints for each domain how many rows both take, and how many only one of them; and, where one of the plans chooses
+    positions, how many tokens count in both.
     """
     comparison = compare_plans(kdata.open(dataset), plan, other)
     if format is Format.json:

@@ -5,8 +5,8 @@
 The dataset is that of tests/benchmarks/loader.py (documents of some 330 tokens, `--entries` kept entries each, packed codec),
 read from the page cache, its digests compared before. A figure is tokens per second of *processor* time of the whole process,
 threads included, the best of some passes. The same queries are asked of a plain dump: one row for each document, lists and
-lists of lists, Parquet with zstd, read by DuckDB's own reader with `unnest`. Two more lines: a query that a condition on
-`rows` cuts to a hundredth of the rows, and the first query, which compares every digest.
+lists of lists, Parquet with zstd, read by DuckDB's own reader with `unnest`; and of the files of a score of tokens. Two more
+lines: a query that a condition on `rows` cuts to a hundredth of the rows, and the first query, which compares every digest.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rich.table import Table
 
 import kdata
 from tests.benchmarks.loader import build_dataset, folder_bytes
+from tests.kdata.selection.plans import score_tokens_with
 
 # what is asked: the query, and the same over the dump
 QUERIES = {
@@ -44,6 +45,11 @@ QUERIES = {
         "select count(*) from (select token_id, avg(entropy) from tokens group by 1)",
         "select count(*) from (select i, avg(e) from (select unnest(token_ids) as i, unnest(entropy) as e from dump) "
         "group by 1)",
+    ),
+    "a score": ("select avg(nll_student) from tokens", "select avg(x) from (select unnest(token_nll) as x from score)"),
+    "a score and logprob": (
+        "select avg(nll_student + logprob) from tokens",
+        "select avg(n + l) from (select unnest(token_nll) as n, unnest(logprob) as l from score positional join dump)",
     ),
     "entries: weight": (
         "select sum(weight) from entries",
@@ -92,6 +98,7 @@ def main() -> None:
         root = Path(folder)
         dataset = build_dataset(root / "d", options.tokens, options.vocab, k=options.entries)
         tokens = dataset.num_tokens
+        score_tokens_with(dataset, "student")
         dataset = kdata.open(root / "d")
         first = speed(lambda: dataset.sql("select sum(token_id) from tokens"), tokens, 1)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -103,6 +110,7 @@ def main() -> None:
         dump(dataset, root / "dump.parquet")
         with duckdb.connect() as connection:
             connection.execute(f"create view dump as from '{root}/dump.parquet'")
+            connection.execute(f"create view score as from '{root}/d/scores/student/*.parquet'")
             dumped = {
                 name: speed(lambda q=q: connection.execute(q).fetchall(), tokens, options.passes)
                 for name, (_, q) in QUERIES.items()

@@ -37,6 +37,19 @@ def test_positions_are_a_part_of_selection() -> None:
             load_recipe(Path("quickstart"), settings)
 
 
+def test_a_rule_that_reads_scores_reads_the_one_that_the_run_writes() -> None:
+    """Difference sampling scores with the reference model, then token by token too."""
+    positions = "select.positions={{rule: excess, share: 0.6, score: {}}}"
+    recipe = load_recipe(Path("quickstart"), ["select.score=ref", positions.format("ref")])
+    assert recipe.select.positions is not None and recipe.select.positions.token_scores() == ["ref"]
+    for settings in (
+        ["select.score=ref", positions.format("student")],
+        ["select.method=random", positions.format("ref")],
+    ):
+        with pytest.raises(ConfigError, match=r"select\.positions reads the score '(student|ref)' of tokens"):
+            load_recipe(Path("quickstart"), settings)
+
+
 def test_settings_of_the_former_builtin_section_are_refused() -> None:
     """The built-in models ship trained, so a recipe that still sizes them is an error, not ignored."""
     with pytest.raises(ConfigError, match="builtin"):

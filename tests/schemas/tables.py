@@ -36,6 +36,7 @@ from kdata.selection.plan import (
     PositionsInfo,
 )
 from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo
+from kdata.store.token_scores import TOKEN_NLL
 
 FOLDER = Path(__file__).resolve().parents[2] / "schemas"
 README = FOLDER / "README.md"
@@ -68,6 +69,7 @@ WORDS = {
     "nll": "The model's mean negative log-likelihood over the teacher's target positions, nats per token; "
     "null without any.",
     "num_target_tokens": "Positions that the mean is over.",
+    "token_nll": "The model's negative log-likelihood of each token, target or not, nats; NaN at position 0.",
     "repeats": "How often it is taken, at least 1.",
     "positions": "Which of its positions count, rising.",
     "weights": "How much each of them counts, above 0; absent where each counts 1.",
@@ -172,6 +174,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "index": lambda: columns_table(document("index")["columns"]),
         "rejects": lambda: columns_table(document("rejects")["columns"]),
         "scores": lambda: arrow_table(SCORE_SCHEMA),
+        "token_scores": lambda: arrow_table(pa.schema([TOKEN_NLL])),
         "plans": lambda: arrow_table(PLAN_SCHEMA),
         "plan_positions": lambda: arrow_table(pa.schema([POSITIONS_FIELD, WEIGHTS_FIELD])),
         "manifest": lambda: arrow_table(manifest_view()),

@@ -541,6 +541,58 @@ def test_items_and_labels_count_the_chosen_tokens(dataset: kdata.Dataset, layout
         assert float(whole.loss.detach()) == pytest.approx(float(mix), rel=1e-5)
 
 
+@pytest.mark.parametrize("weights", [{"cross_entropy": 0.1, "forward_kl": 0.9}, {"forward_kl": 1.0}])
+@pytest.mark.parametrize("over", ["hidden", "logits"])
+def test_the_cross_entropy_elsewhere_is_that_of_the_logits(
+    dataset: kdata.Dataset, over: Any, weights: dict[str, float]
+) -> None:
+    """Against a log-softmax in float64, whether the mix has a cross-entropy or not."""
+    objective = {"weights": weights, "cross_entropy_elsewhere": 0.4}
+    data = PackedRows(dataset, "heavy", context_tokens=64, items=6, objective=objective, window_documents=16)
+    batch = Collator("rows")([data[number] for number in range(6)])
+    model = attach_loss(student(), data, over=over)
+    output = model(**batch)
+    inputs = {name: value for name, value in batch.items() if name not in ("targets", "labels")}
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1).double()
+    targets = batch["targets"].targets
+    logprobs = torch.log_softmax(logits[batch["targets"].predictor_M], -1)
+    each = -logprobs.gather(1, targets.token_ids_C[:, None])[:, 0]
+    others = ~targets.chosen_C
+    assert int(others.sum()) == targets.num_elsewhere > 10
+    assert float(output.elsewhere) == pytest.approx(float(each[others].sum()), rel=1e-5)
+
+
+def test_trainer_logs_the_cross_entropy_elsewhere(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    """In training and evaluation; the loss is made of its parts. Without the setting there is no such number."""
+    from transformers import TrainingArguments
+
+    from kdata.trainer.parts.huggingface import DistillTrainer
+
+    def log(elsewhere: float | None) -> list[dict[str, float]]:
+        objective = {"weights": {"cross_entropy": 0.1, "forward_kl": 0.9}, "cross_entropy_elsewhere": elsewhere}
+        data = PackedRows(dataset, "heavy", context_tokens=64, items=6, objective=objective, window_documents=16)
+        arguments = TrainingArguments(
+            str(tmp_path / f"{elsewhere}"), use_cpu=True, report_to=[], max_steps=1, logging_steps=1, disable_tqdm=True,
+            per_device_train_batch_size=3, gradient_accumulation_steps=2, per_device_eval_batch_size=6, learning_rate=0.0,
+        )  # fmt: skip
+        trainer = DistillTrainer(model=student(), args=arguments, train_dataset=data, eval_dataset=data)
+        trainer.train()
+        trainer.evaluate()
+        targets = Collator("rows")([data[number] for number in range(6)])["targets"].targets
+        counts = {"chosen": targets.chosen_weight, "others": float(targets.num_elsewhere)}
+        lines = trainer.state.log_history
+        return [next(line for line in lines if name in line) | counts for name in ("loss", "eval_loss")]
+
+    for prefix, line in zip(("", "eval_"), log(0.4), strict=True):
+        loss, elsewhere, chosen, others = (
+            line[name] for name in (f"{prefix}loss", f"{prefix}cross_entropy_elsewhere", "chosen", "others")
+        )
+        mix = 0.1 * line[f"{prefix}cross_entropy"] + 0.9 * line[f"{prefix}forward_kl"]
+        assert loss == pytest.approx((chosen * mix + 0.4 * others * elsewhere) / (chosen + others), rel=1e-4)
+    assert not any("elsewhere" in name for line in log(None) for name in line)
+
+
 def test_documents_streams_and_empty_items(dataset: kdata.Dataset) -> None:
     plan: Plan = open_plan(dataset, "heavy")
     documents = Documents(dataset, plan, context_tokens=64, epochs=1, window_documents=16)

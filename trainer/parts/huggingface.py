@@ -6,7 +6,7 @@
 
 Differences to Trainer: items come in the order of the dataset, which the seed has shuffled; the loss is divided by the
 counted tokens of the whole step (by the sum of their weights, where the plan has weights), over micro-batches and ranks; each
-objective is logged by its name.
+objective is logged by its name, and `cross_entropy_elsewhere` where the objective has it.
 """
 
 from __future__ import annotations
@@ -98,9 +98,15 @@ class DistillMixin:
                 trainer.state.global_step, trainer.state.max_steps
             )
         output: DistillOutput = model(**inputs, counted_tokens=num_items_in_batch)
-        assert output.loss is not None and output.sums_O is not None
-        count = torch.tensor([inputs["targets"].targets.chosen_weight], dtype=torch.float64, device=output.loss.device)
-        self._sums[model.training].append(torch.cat([count, output.sums_O.double()]))
+        assert output.loss is not None and output.sums_O is not None and output.elsewhere is not None
+        targets = inputs["targets"].targets
+        counts = [targets.chosen_weight, targets.num_elsewhere]
+        sums = [
+            torch.tensor(counts, dtype=torch.float64, device=output.loss.device),
+            output.elsewhere[None].double(),
+            output.sums_O.double(),
+        ]
+        self._sums[model.training].append(torch.cat(sums))
         loss = output.loss * trainer.args.world_size
         return (loss, output) if return_outputs else loss
 
@@ -128,14 +134,20 @@ class DistillMixin:
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with each objective since the last line, in nats per counted token, over all ranks."""
+        """As Trainer's, with each objective since the last line, in nats per counted token, over all ranks.
+
+        The cross-entropy of the targets that a plan does not choose is `cross_entropy_elsewhere`, where the objective has it.
+        """
         trainer: Any = self
         training = "loss" in logs
         if (training or "eval_loss" in logs) and self._sums[training]:
             sums = trainer.accelerator.reduce(torch.stack(self._sums[training]).sum(0), "sum").tolist()
-            names = trainer.train_dataset.objective.weights
+            chosen, others, elsewhere, *values = sums
+            objective = trainer.train_dataset.objective
             prefix = "" if training else "eval_"
-            logs |= {prefix + n: value / (sums[0] or 1) for n, value in zip(names, sums[1:], strict=True)}
+            logs |= {prefix + n: value / (chosen or 1) for n, value in zip(objective.weights, values, strict=True)}
+            if objective.cross_entropy_elsewhere is not None:
+                logs[f"{prefix}cross_entropy_elsewhere"] = elsewhere / (others or 1)
             self._sums[training] = []
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 

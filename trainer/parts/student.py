@@ -43,11 +43,13 @@ class DistillOutput(ModelOutput):
     """What a model with an attached loss returns for a batch with targets.
 
     loss: scalar, nats per counted token, differentiable. sums_O: float [O], each objective summed over the batch's chosen
-    tokens by their weights (`Targets.sums`), detached, in the order of the objective's weights.
+    tokens by their weights (`Targets.sums`), detached, in the order of the objective's weights. elsewhere: scalar, the
+    cross-entropy summed over the other targets, detached; 0 where the plan chooses every target, or they do not count.
     """
 
     loss: Tensor | None = None
     sums_O: Tensor | None = None
+    elsewhere: Tensor | None = None
 
 
 @dataclass
@@ -185,7 +187,7 @@ def _replace_forward(student: PreTrainedModel) -> None:
         else:
             hidden_MD = hidden_states_of(self, inputs).flatten(0, 1).index_select(0, predictor_M)
             loss = attached.head(hidden_MD, fitting, counted_tokens)
-        return DistillOutput(loss=loss.total, sums_O=fitting.sums(loss.values_MO))
+        return DistillOutput(loss=loss.total, sums_O=fitting.sums(loss.values_MO), elsewhere=loss.elsewhere)
 
     student.forward = MethodType(forward, student)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,15 @@ from kdata.format.kept import Kept
 from kdata.format.manifest import new_info
 from kdata.format.records import Record, UnitResult
 from kdata.format.schema import CodecInfo, SourceInfo, TokenizerInfo
-from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, begin_sidecar, finish_sidecar, write_part
+from kdata.selection.sidecar import (
+    SCORE_SCHEMA,
+    TOKEN_SCORE_SCHEMA,
+    ScoreInfo,
+    begin_sidecar,
+    finish_sidecar,
+    write_part,
+)
+from kdata.store.token_scores import stored_nll
 from kdata.store.writer import Writer
 from tests.fakes import VOCAB, StandInTeacher
 
@@ -79,3 +87,42 @@ def score_with(dataset: kdata.Dataset, numbers: Mapping[str, float], name: str =
         columns = {"id": ids, "nll": [numbers.get(i) for i in ids], "num_target_tokens": [1] * len(ids)}
         write_part(dataset, name, entry, pa.table(columns, schema=SCORE_SCHEMA))
     finish_sidecar(dataset, info)
+
+
+def score_tokens_with(
+    dataset: kdata.Dataset,
+    name: str,
+    *,
+    seed: int = 0,
+    change: Callable[[dict[str, list[Any]]], None] = lambda columns: None,
+) -> dict[str, np.ndarray]:
+    """A complete score of tokens as `kdata score --tokens` writes it, of random numbers.
+
+    Args:
+        change: changes the columns of each part before they are written.
+    Returns:
+        The NLL of each token by id, float64 before rounding, NaN at position 0.
+    """
+    rng = np.random.default_rng(seed)
+    info = ScoreInfo(
+        name=name, unit="nats per target token", model=TEACHER.info, tokenizer_hash=dataset.info.tokenizer.hash,
+        dataset_digest=dataset.content_digest, columns=TOKEN_SCORE_SCHEMA.names[1:], files={},
+    )  # fmt: skip
+    begin_sidecar(dataset, info)
+    exact: dict[str, np.ndarray] = {}
+    for number, entry in enumerate(dataset.manifest):
+        ids = dataset.shard_index(entry, ["id"])["id"].to_pylist()
+        sequences = dataset.shard(number)
+        columns: dict[str, list[Any]] = {name: [] for name in TOKEN_SCORE_SCHEMA.names}
+        for row_id, (begin, end) in zip(ids, sequences.spans(), strict=True):
+            nll = rng.gamma(0.5, 4.0, end - begin)
+            nll[:1] = np.nan
+            own = nll[sequences.target_mask[begin:end]]
+            exact[row_id] = nll
+            values = (row_id, own.mean() if len(own) else None, len(own), stored_nll(-nll.astype(np.float32)))
+            for column, value in zip(columns.values(), values, strict=True):
+                column.append(value)
+        change(columns)
+        write_part(dataset, name, entry, pa.table(columns, schema=TOKEN_SCORE_SCHEMA))
+    finish_sidecar(dataset, info)
+    return exact

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,13 @@ from kdata.selection.position_rules import RULES, PositionRule, RandomPositions,
 from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Random
 from kdata.selection.select import parse_step, select
+from kdata.selection.show import CountedTokens, compare, comparison_table
+from kdata.selection.sidecar import score_digest
 from kdata.store.row import Row as StoredRow
 from kdata.store.writer import Writer
 from tests.fakes import VOCAB, StandInTeacher
-from tests.kdata.selection.plans import Row, dataset_of
+from tests.kdata.selection.plans import Row, dataset_of, score_tokens_with, score_with
+from tests.kdata.store.test_url_dataset import Files
 from tests.trainer.datasets import make_dataset
 
 LENGTHS = [1 + (i * 7) % 29 for i in range(40)]
@@ -194,6 +198,108 @@ def test_the_order_and_the_repeats_of_the_rows_stay(dataset: kdata.Dataset) -> N
     assert plan.table["id"].to_pylist() == expected["id"].to_pylist()
     assert set(plan.repeats.tolist()) == {3}
     assert plan.info.num_tokens == 3 * sum(len(dataset[row]) for row in set(plan.choice(dataset)[0].tolist()))
+
+
+# -------------------------------------------------------------------------------------------------------------- excess loss
+
+
+def scored(dataset: kdata.Dataset, root: Path) -> tuple[kdata.Dataset, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A copy with scores of tokens `student` and `ref`, and their numbers by id, in float64 before rounding."""
+    copy = kdata.open(shutil.copytree(dataset.path, root / "scored"))
+    return copy, score_tokens_with(copy, "student"), score_tokens_with(copy, "ref", seed=1)
+
+
+def excess(
+    dataset: kdata.Dataset, student: dict[str, np.ndarray], reference: dict[str, np.ndarray] | None
+) -> Candidates:
+    """L(token; student) - L(token; reference) of every target, float64; the reference is the teacher where there is none."""
+    return [
+        (float(lower[position] - student[row.id][position]), row.number, position)
+        for row in dataset
+        for lower in [-row.logprob.astype(np.float64) if reference is None else reference[row.id]]
+        for position in np.flatnonzero(row.target_mask).tolist()
+    ]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.011])
+@pytest.mark.parametrize("against", [None, "ref"])
+def test_a_share_of_the_excess_loss_is_exact(
+    dataset: kdata.Dataset, tmp_path: Path, against: str | None, share: float
+) -> None:
+    """Against numbers before rounding; only at the edge may rounding decide."""
+    copy, student, reference = scored(dataset, tmp_path)
+    every = sorted(excess(copy, student, None if against is None else reference))
+    settings = {} if against is None else {"reference": against}
+    plan = select(copy, All(positions=rule("excess", share=share, score="student", **settings)))
+    count = math.ceil(share * len(every))
+    rows = {row.id: row.number for row in copy}
+    got = {(rows[row_id], position) for row_id, positions in chosen(copy, plan).items() for position in positions}
+    info = plan.info.positions
+    assert info is not None and (len(got), info.positions) == (count, count)
+    edge = every[count - 1][0]
+    largest = max(np.nanmax(nll) for numbers in (student, reference) for nll in numbers.values() if len(nll) > 1)
+    rounding = 2 * (2**-11 * largest + 2**-25)
+    sure = {tuple(key) for number, *key in every if number < edge - 2 * rounding}
+    possible = {tuple(key) for number, *key in every if number <= edge + 2 * rounding}
+    assert sure <= got <= possible
+    assert info.parameters["threshold"] == pytest.approx(-edge, abs=rounding)
+    names = ["student", "ref"][: 1 if against is None else 2]
+    assert plan.info.scores == {name: score_digest(copy, name) for name in names}
+    assert info.parameters["score"] == "student" and info.parameters["reference"] == against
+
+
+def test_the_excess_loss_is_the_difference_of_what_is_stored(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    """The same plan as by SQL; of each row, of a parent's positions, and with the teacher's own NLL nothing is in excess."""
+    copy, _, _ = scored(dataset, tmp_path)
+    for settings, number in (({}, "nll_student + logprob"), ({"reference": "ref"}, "nll_student - nll_ref")):
+        plan = select(copy, All(name="asked", positions=rule("excess", share=0.3, score="student", **settings)))
+        best = f"from tokens where target order by {number} desc, global_row, position"
+        want = copy.sql(f"select id, position {best} limit {plan.info.positions.positions}")  # type: ignore[union-attr]
+        pairs = {(row_id, place) for row_id, places in chosen(copy, plan).items() for place in places}
+        assert pairs == set(zip(want["id"].to_pylist(), want["position"].to_pylist(), strict=True))
+        each = select(copy, All(positions=rule("excess", share=0.3, per="row", score="student", **settings)))
+        ranked = (
+            f"select id, position, row_number() over (partition by id order by {number} desc, position) as place, "
+            "count(*) over (partition by id) as n from tokens where target"
+        )
+        best = (
+            f"select id, list(position order by position) as p from ({ranked}) where place <= ceil(n * 0.3) group by 1"
+        )
+        per_row = copy.sql(best)
+        assert chosen(copy, each) == dict(zip(per_row["id"].to_pylist(), per_row["p"].to_pylist(), strict=True))
+    child = select(copy, All(name="child", parent="asked", positions=rule("excess", share=0.5, score="ref")))
+    inner = chosen(copy, open_plan(copy, "asked"))
+    assert all(set(positions) <= set(inner[row_id]) for row_id, positions in chosen(copy, child).items())
+
+
+def test_an_excess_loss_needs_scores_of_tokens(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    copy, _, _ = scored(dataset, tmp_path)
+    score_with(copy, {row.id: 1.0 for row in copy}, "rows")
+    before = sorted(copy.path.glob("plans/*"))
+    for settings, message in (
+        ({"score": "nobody"}, "there is no score 'nobody'"),
+        ({"score": "student", "reference": "nobody"}, "there is no score 'nobody'"),
+        ({"score": "rows"}, "score 'rows' has a number for each row and none for each token"),
+    ):
+        with pytest.raises(MissingError, match=message):
+            select(copy, All(positions=rule("excess", share=0.5, **settings)))
+    assert sorted(copy.path.glob("plans/*")) == before
+    with pytest.raises(ConfigError, match="'score' is missing"):
+        rule("excess", share=0.5)
+    with pytest.raises(ConfigError, match="both 'student', so no token has an excess"):
+        rule("excess", share=0.5, score="student", reference="student")
+
+
+def test_an_excess_over_a_teacher_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    data = dataset_of(tmp_path / "d", [Row("a", tokens=3)])
+    score_tokens_with(data, "student")
+
+    def broken(columns: dict[str, list[Any]]) -> None:
+        columns["token_nll"][0][2] = np.nan
+
+    score_tokens_with(data, "broken", change=broken)
+    with pytest.raises(DataError, match="'excess' needs a number that is not known at position 2 of row 'a'"):
+        select(data, All(positions=rule("excess", share=0.5, score="student", reference="broken")))
 
 
 # ----------------------------------------------------------------------------------------------------------------- queries
@@ -407,6 +513,90 @@ def test_the_command_line_chooses_positions(dataset: kdata.Dataset) -> None:
     assert chosen(dataset, open_plan(dataset, "four")) == {"doc-3": [2]}
     bad = runner.invoke(app, ["select", str(dataset.path), "--positions", "nothing"])
     assert bad.exit_code != 0
+    for alone in (["--positions-share", "0.2"], ["--set", "positions.per=row"]):
+        bad = runner.invoke(app, ["select", str(dataset.path), *alone])
+        assert isinstance(bad.exception, ConfigError)
+        assert "without a rule that chooses positions: add --positions RULE" in str(bad.exception)
+    run("--name", "five", "--positions-share", "0.2", "--set", "positions.rule=entropy")
+    assert chosen(dataset, open_plan(dataset, "five")) == chosen(dataset, expected)
+
+
+def test_the_command_line_chooses_by_excess_loss(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    copy, _, _ = scored(dataset, tmp_path)
+    rule_flags = ["--positions", "excess", "--positions-share", "0.3", "--positions-score", "student"]
+    arguments = ["select", str(copy.path), *rule_flags, "--positions-reference", "ref", "--name", "one"]
+    result = CliRunner(env={"COLUMNS": "140"}).invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0 and "positions by rule excess: share 0.3" in result.output
+    expected = select(copy, All(positions=rule("excess", share=0.3, score="student", reference="ref")))
+    assert chosen(copy, open_plan(copy, "one")) == chosen(copy, expected)
+
+
+def test_plans_are_compared_by_the_tokens_that_count(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    """By sets of (row, position). In a plan without positions every target counts; repeats do not matter."""
+    plans = [
+        select(dataset, All(name="sure", positions=rule("entropy", share=0.3))),
+        select(dataset, All(name="loud", positions=rule("surprise", share=0.4))),
+        select(dataset, Sql(name="part", sql="select id, 2 as repeats from rows where num_tokens > 12")),
+        select(dataset, All(name="every")),
+    ]
+
+    def counted(plan: Plan) -> set[tuple[str, int]]:
+        if plan.info.positions is not None:
+            return {(row_id, place) for row_id, places in chosen(dataset, plan).items() for place in places}
+        rows = [dataset[int(row)] for row in dataset.rows_of(plan.ids)]
+        return {(row.id, place) for row in rows for place in np.flatnonzero(row.target_mask).tolist()}
+
+    for first in plans:
+        for second in plans:
+            a, b = counted(first), counted(second)
+            got = compare(dataset, first.info.name, second.info.name)
+            if first.info.positions is None and second.info.positions is None:
+                assert got.positions is None
+                continue
+            assert got.positions == CountedTokens(len(a - b), len(a & b), len(b - a), len(a & b) / len(a | b))
+            assert f"{len(a & b):,} tokens count in both" in comparison_table(got).notes[-1]
+
+
+def test_positions_are_chosen_at_a_url(dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a column, from kept entries, from scores, by a query: the plans are those of a folder."""
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    here, _, _ = scored(dataset, tmp_path)
+    query = "select id, position from tokens where target and nll_student > 3"
+    served = Files(here.path.parent)
+    try:
+        there = kdata.open(f"{served.url}/scored")
+        for one in (
+            rule("entropy", share=0.2),
+            rule("margin", share=0.2, per="row"),
+            rule("excess", share=0.2, score="student", reference="ref"),
+            rule("sql", sql=query),
+        ):
+            plans = [select(data, All(name=one.rule, positions=one)) for data in (here, there)]
+            assert plans[0].table == plans[1].table and plans[0].info == plans[1].info, one.rule
+            rows, positions = open_plan(there, one.rule).choice(there)
+            assert positions is not None and positions.digest == open_plan(here, one.rule).choice(here)[1].digest  # type: ignore[union-attr]
+            assert set(rows.tolist()) == set(positions.rows.tolist())
+    finally:
+        served.close()
+
+
+def test_a_query_that_takes_rows_of_a_plan_with_positions_is_refused(dataset: kdata.Dataset) -> None:
+    """Which of their tokens count is not said. Rows that the plan lacks may be taken, and a rule may say what counts."""
+    plan = select(dataset, All(name="few", positions=rule("entropy", share=0.02)))
+    for query in (
+        "select id from plans.few",
+        "select id from rows where num_tokens > 5 or id in (from plans.FEW select id)",
+    ):
+        with pytest.raises(ConfigError, match=r"plan 'few' chooses positions, and the query takes whole rows of it"):
+            select(dataset, Sql(name="lost", sql=query))
+    rest = select(dataset, Sql(name="rest", sql="select id from rows anti join plans.few using (id)"))
+    assert not set(rest.ids) & set(plan.ids) and rest.info.parents == {"few": plan.plan_digest}
+    query = "select id from plans.few"
+    whole = select(dataset, Sql(name="whole", sql=query, positions=rule("random", share=1)))
+    assert set(whole.ids) == set(plan.ids)
+    assert all(
+        len(p) == dataset[int(dataset.rows_of([i])[0])].target_mask.sum() for i, p in chosen(dataset, whole).items()
+    )
 
 
 def test_a_query_over_tokens_chooses_positions(dataset: kdata.Dataset) -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import kdata
 from kdata.check.verify import verify
@@ -31,15 +32,18 @@ from kdata.format.manifest import new_info
 from kdata.format.records import Record, UnitResult
 from kdata.format.schema import CodecInfo, SourceInfo, TokenizerInfo
 from kdata.jobs.scoring import ScoreConfig, score, sequence_nll
+from kdata.pipelines.cli.main import app
 from kdata.selection.plan import Plan, make_plan
-from kdata.selection.position_rules import Gap
+from kdata.selection.position_rules import Excess, Gap
 from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Difference, Random
 from kdata.selection.select import select
+from kdata.selection.show import compare
 from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, begin_sidecar, finish_sidecar, load_score_info, write_part
+from kdata.store.token_scores import stored_nll
 from kdata.store.writer import Writer
 from kdata.teachers.config import TeacherConfig
-from tests.fakes import VOCAB, StandInTeacher, run_capture, save_llama, save_tokenizer
+from tests.fakes import VOCAB, StandInTeacher, digests, run_capture, save_llama, save_tokenizer
 
 TEACHER = StandInTeacher()
 
@@ -281,11 +285,11 @@ def test_scoring_continues_where_it_stopped_and_follows_growth(
 
     real = module._score_shard
 
-    def counted(dataset, number, entry, model, on_tokens):  # type: ignore[no-untyped-def]
+    def counted(dataset, number, entry, *others, **settings):  # type: ignore[no-untyped-def]
         calls.append(entry.name)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(dataset, number, entry, model, on_tokens)
+        return real(dataset, number, entry, *others, **settings)
 
     monkeypatch.setattr(module, "_score_shard", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -359,6 +363,135 @@ def test_a_log_probability_that_is_not_finite_is_no_score() -> None:
     assert sequence_nll(np.array([np.nan, -1.0, -3.0]), np.zeros(3, bool)) is None
     with pytest.raises(TeacherError, match="not finite"):
         sequence_nll(np.array([np.nan, np.nan, -3.0]), mask)
+
+
+# ----------------------------------------------------------------------------------------------------- a score of tokens
+
+
+def token_config(model: Path, name: str = "student") -> ScoreConfig:
+    return config(model, name).model_copy(update={"tokens": True})
+
+
+def test_a_score_of_tokens_is_the_model_s_nll_of_each(read_by_llama: kdata.Dataset, llama_dir: Path) -> None:
+    """Against a log-softmax in float64 of the model's logits; off by no more than the rounding to float16."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    info = score(read_by_llama, token_config(llama_dir))
+    assert info.columns == ["nll", "num_target_tokens", "token_nll"] and verify(read_by_llama, deep=True) == []
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    table = read_by_llama.sql("select id, list(nll_student order by position) as nll from tokens group by id")
+    stored = dict(zip(table["id"].to_pylist(), table["nll"].to_pylist(), strict=True))
+    worst = 0.0
+    for row in read_by_llama:
+        ids = torch.tensor(row.token_ids.tolist())
+        with torch.inference_mode():
+            logits = model(ids[None]).logits[0].double()
+        exact = -torch.log_softmax(logits[:-1], -1).gather(1, ids[1:, None])[:, 0].numpy()
+        assert len(stored[row.id]) == len(row)  # DuckDB's list() keeps the null of position 0
+        error = np.abs(np.array(stored[row.id][1:]) - exact)
+        assert (error <= 2**-11 * exact + 1e-5).all()
+        worst = max(worst, float((error / exact).max()))
+    assert 2**-13 < worst < 2**-11 + 1e-5, "float16 shows, and no more than it"
+
+
+def test_a_score_of_tokens_answers_for_rows_too(read_by_llama: kdata.Dataset, llama_dir: Path) -> None:
+    score(read_by_llama, config(llama_dir))
+    score(read_by_llama, token_config(llama_dir))
+    both = read_by_llama.sql(
+        "select r.nll as r, s.nll as s, r.num_target_tokens as n, s.num_target_tokens as m "
+        "from scores.ref r join scores.student s using (id)"
+    )
+    assert both["r"] == both["s"] and both["n"] == both["m"]
+    by_rows, by_tokens = (select(read_by_llama, Difference(name=name, score=name)) for name in ("ref", "student"))
+    assert by_rows.ids == by_tokens.ids
+
+
+def test_scoring_tokens_continues_where_it_stopped(
+    read_by_llama: kdata.Dataset, llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes as without the stop; a damaged part is written again, whole ones stay."""
+    score(read_by_llama, token_config(llama_dir))
+    folder = read_by_llama.path / "scores"
+    want = digests(folder)
+    (folder / "student.json").unlink()
+    shutil.rmtree(folder / "student")
+    calls: list[str] = []
+    import kdata.jobs.scoring as module
+
+    real = module._score_shard
+
+    def counted(dataset, number, entry, *others, **settings):  # type: ignore[no-untyped-def]
+        calls.append(entry.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(dataset, number, entry, *others, **settings)
+
+    monkeypatch.setattr(module, "_score_shard", counted)
+    with pytest.raises(KeyboardInterrupt):
+        score(read_by_llama, token_config(llama_dir))
+    with pytest.raises(QueryError, match="score 'student' does not cover the dataset as it is now"):
+        read_by_llama.sql("select sum(nll_student) from tokens")
+    score(read_by_llama, token_config(llama_dir))
+    assert calls == [f"capture-{n:05}" for n in (0, 1, 2, 2, 3)] and digests(folder) == want
+    part = folder / "student/capture-00001.parquet"
+    part.write_bytes(part.read_bytes()[:-9])
+    score(read_by_llama, token_config(llama_dir))
+    assert calls[5:] == ["capture-00001"] and digests(folder) == want
+
+
+def test_a_model_that_does_not_fit_scores_no_token(
+    read_by_llama: kdata.Dataset, llama_dir: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(llama_dir, tmp_path / "other"))
+    save_tokenizer(other, lines=["other text zzz qqq"])
+    with pytest.raises(MismatchError, match="are not the same: id 258"):
+        score(read_by_llama, token_config(other))
+    assert not (read_by_llama.path / "scores").exists()
+    score(read_by_llama, config(llama_dir))
+    with pytest.raises(MismatchError, match=r"scores.ref exists with other settings .*token_nll.* Choose another name"):
+        raise_on_one_line(lambda: score(read_by_llama, token_config(llama_dir, "ref")))
+
+
+def test_a_token_that_the_model_finds_impossible_is_refused(
+    read_by_llama: kdata.Dataset, llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mean over targets may be finite where another token's number is not."""
+    import kdata.jobs.scoring as module
+
+    monkeypatch.setattr(module, "sequence_nll", lambda logprob_T, mask_T: 1.0)
+    monkeypatch.setattr(
+        module, "stored_nll", lambda logprob_T: stored_nll(np.where(logprob_T < -1, -np.inf, logprob_T))
+    )
+    with pytest.raises(TeacherError, match="the log-probability -inf, which is not finite"):
+        score(read_by_llama, token_config(llama_dir))
+    assert not list((read_by_llama.path / "scores").glob("*/*"))
+
+
+def test_the_command_line_scores_tokens(read_by_llama: kdata.Dataset, llama_dir: Path, tmp_path: Path) -> None:
+    arguments = ["score", str(read_by_llama.path), "--model", str(llama_dir), "--backend", "transformers", "--tokens"]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*arguments, "--name", "student"], catch_exceptions=False)
+    assert result.exit_code == 0 and f"each of their {read_by_llama.num_tokens:,} tokens: nll_student" in result.output
+    assert read_by_llama.sql("select count(nll_student) as n from tokens")["n"].to_pylist() == [
+        read_by_llama.num_tokens - read_by_llama.num_rows
+    ]
+    bad = CliRunner().invoke(app, ["score", str(read_by_llama.path), "--from", "x.parquet", "--tokens"])
+    assert bad.exit_code != 0
+
+
+def test_the_excess_over_the_teacher_is_the_gap(read_by_llama: kdata.Dataset, llama_dir: Path) -> None:
+    """The same number from a score as from a model that reads now, but for the rounding of the score."""
+    score(read_by_llama, token_config(llama_dir))
+    now, stored = (
+        kdata.select(read_by_llama, All(name=name, positions=rule))
+        for name, rule in (
+            ("now", Gap(share=0.3, model=str(llama_dir))), ("stored", Excess(share=0.3, score="student")),
+        )
+    )  # fmt: skip
+    comparison = compare(read_by_llama, "now", "stored").positions
+    assert comparison is not None and comparison.jaccard > 0.98
+    assert now.info.positions is not None and stored.info.positions is not None
+    assert now.info.positions.positions == stored.info.positions.positions
 
 
 # --------------------------------------------------------------------------------------------------------- the rule `gap`

@@ -37,7 +37,7 @@ from kdata.store.token_views import token_views
 from kdata.store.writer import Writer
 from tests.benchmarks.loader import build_dataset
 from tests.fakes import VOCAB, StandInTeacher, run_capture, run_generate, write_jsonl
-from tests.kdata.selection.plans import Row, dataset_of, score_with
+from tests.kdata.selection.plans import Row, dataset_of, score_tokens_with, score_with
 
 GOLDEN = sorted(path.with_suffix("") for path in (Path(__file__).resolve().parents[2] / "golden").glob("v*/*.json"))
 KINDS: dict[str, dict[str, Any]] = {
@@ -485,7 +485,7 @@ def test_a_condition_that_only_some_rows_can_answer_is_not_an_error(sharded: Dat
 @pytest.mark.parametrize("source", ["tokens join rows using (id)", "rows join tokens using (id)"])
 def test_a_join_streams_tokens_past_a_table_of_rows(sharded: Dataset, source: str) -> None:
     """The second side of a hash join is held in memory. DuckDB chooses it by the lengths that it expects."""
-    with connect(sharded, None) as connection, token_views(connection, sharded, None, {}):
+    with connect(sharded, None) as connection, token_views(connection, sharded, None, ""):
         plan = connection.sql(f"explain (format json) select domain, max(rank) from {source} group by 1").fetchall()
     [join] = [node for node in nodes(json.loads(plan[0][1])) if "HASH_JOIN" in str(node.get("name"))]
     streamed, held = (json.dumps(side) for side in join["children"])
@@ -716,6 +716,23 @@ def test_an_unknown_view_gives_the_nearest(hybrid: Dataset) -> None:
     assert "pg_" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("query", "name"),
+    [
+        ("select t.logprobs from tokens t join rows using (id)", "logprob"),
+        ("select logprobs from tokens join rows using (id)", "logprob"),
+        ("select r.domian from tokens t join rows r on t.id = r.id", "domain"),
+        ("select max(rank) from tokens join entries using (id, positon)", "position"),
+        ("select max(nll) from rows join plans.half using (idd)", "id"),
+        ("select max(nll) from rows join scores.ref using (iid)", "id"),
+        ("select t.id from tokens t join rows r on t.id = r.idd", "id"),
+    ],
+)
+def test_a_column_that_a_join_lacks_is_answered_with_the_nearest(hybrid: Dataset, query: str, name: str) -> None:
+    with pytest.raises(QueryError, match=rf"(Candidate bindings: [^\n]*\"{name}\"|did you mean '{name}'\?)"):
+        hybrid.sql(query)
+
+
 def test_a_column_of_rows_is_said_to_be_one(hybrid: Dataset) -> None:
     with pytest.raises(QueryError, match="domain is a column of rows: write `tokens join rows using"):
         hybrid.sql("select domain from tokens")
@@ -731,9 +748,10 @@ def test_damage_behind_the_first_batch_is_an_error_of_kdata_inside_the_block(cop
 
 @pytest.fixture(scope="module")
 def judged(hybrid: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """With a second score."""
+    """With a second score, and one of tokens."""
     root = Path(shutil.copytree(hybrid.path, tmp_path_factory.mktemp("judged") / "d"))
     score_with(kdata.open(root), dict.fromkeys(hybrid.index(["id"])["id"].to_pylist(), 1.0), "judge")
+    score_tokens_with(kdata.open(root), "student")
     return kdata.open(root)
 
 

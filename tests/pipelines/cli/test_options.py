@@ -38,7 +38,7 @@ FORMAT_OF_OUTPUT = {
 # Options with another name than their field: the option is named for the part of the settings that the field stands for.
 RENAMED = {
     ("model", "--teacher"), ("path", "--corpus"), ("path", "--prompts"), ("share", "--positions-share"),
-    ("sql", "--positions-sql"),
+    ("sql", "--positions-sql"), ("score", "--positions-score"), ("reference", "--positions-reference"),
 }  # fmt: skip
 
 
