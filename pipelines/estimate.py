@@ -147,7 +147,8 @@ class Begun:
     @property
     def most_tokens(self) -> int:
         """In the dataset, where each prompt gets as long an answer as it may."""
-        return self.counted.tokens + _most_written(self.job) * self.counted.documents
+        samples = self.job.config.num_samples if isinstance(self.job, GenerateJob) else 1
+        return self.counted.tokens * samples + _most_written(self.job) * self.counted.documents
 
 
 def estimate_jobs(
@@ -183,13 +184,16 @@ def _counted(
 ) -> tuple[Counted, list[Document]]:
     """What is in a job's inputs, and documents with about `probe_tokens` tokens."""
     counted = count(job, corpus_of(job), teacher)
-    documents, tokens = [], 0
+    documents: list[tuple[int, Document]] = []
+    tokens = 0
     for document, size in counted.sample:
-        if tokens >= probe_tokens:
+        if tokens >= probe_tokens and len(documents) > WARM_DOCUMENTS:
             break
-        documents.append(document)
-        tokens += size + _most_written(job)
-    return counted, documents
+        if size:  # what cannot be used says nothing
+            documents.append((size, document))
+            tokens += size + _most_written(job)
+    documents.sort(key=lambda one: one[0])  # the warm ones are the shortest, so that the probe does much more than they
+    return counted, [document for _, document in documents]
 
 
 def _spec(begun: Begun, folder: Path) -> dict[str, Any]:
@@ -209,7 +213,7 @@ def _stage(name: str, begun: Begun, memory: int, took: dict[str, float]) -> Stag
     warm, dataset = (open_dataset(begun.dataset.with_name(part)) for part in ("warm", "probe"))
     writes = isinstance(begun.job, GenerateJob)
     counted = begun.counted
-    factor = counted.documents / len(begun.documents) if writes else counted.tokens / max(dataset.num_tokens, 1)
+    factor = counted.documents / max(len(begun.documents), 1) if writes else counted.tokens / max(dataset.num_tokens, 1)
     fixed, shards = _bytes_of(begun.dataset)
     rate = took["seconds"] / max(dataset.num_tokens, 1)
     return Stage(
@@ -239,7 +243,9 @@ def estimate_student(
     phases = config.resolved_phases()
     steps = sum(phase.steps for phase in phases)
     few = {"steps": STEPS, "warmup_steps": 0, "phases": [], "log_every_steps": 1, "loggers": [], "mixture": None}
-    probe = config.model_copy(update={**few, "checkpoint_every_steps": 0})
+    # The probe has no plan, so there is no target elsewhere.
+    objective = config.objective.model_copy(update={"cross_entropy_elsewhere": None})
+    probe = config.model_copy(update={**few, "checkpoint_every_steps": 0, "objective": objective})
     spec = {
         "kind": "train",
         "config": probe.model_dump(mode="json"),
@@ -264,12 +270,17 @@ def _tokens_of_a_step(config: TrainConfig, tokens: int, lengths: Sequence[int]) 
     return tokens / max(math.ceil(rows / max(config.batch_tokens // context, 1)), 1)
 
 
-def estimate_score(model: TeacherConfig, tokens: int, dataset: Path, folder: Path) -> Stage:
-    """Estimate what the reference takes for `tokens` tokens by scoring `dataset`. Raises as `score` does."""
+def estimate_score(model: TeacherConfig, of_tokens: bool, tokens: int, dataset: Path, folder: Path) -> Stage:
+    """Estimate what the reference takes for `tokens` tokens by scoring `dataset`. Raises as `score` does.
+
+    Args:
+        of_tokens: whether the score has a number for each token.
+    """
     folder.mkdir()
     spec = {
         "kind": "score",
         "teacher": model.model_dump(),
+        "of_tokens": of_tokens,
         "root": str(dataset),
         "warm": str(dataset.with_name("warm")),
     }
@@ -278,7 +289,7 @@ def estimate_score(model: TeacherConfig, tokens: int, dataset: Path, folder: Pat
     few, many = (sum(p.stat().st_size for p in (part.path / "scores").rglob("*") if p.is_file()) for part in parts)
     # A part of a score has a footer; only what is beyond it grows.
     of_token = max(many - few, 0) / max(parts[1].num_tokens - parts[0].num_tokens, 1)
-    factor, disk = tokens / parts[1].num_tokens, many + of_token * (tokens - parts[1].num_tokens)
+    factor, disk = tokens / max(parts[1].num_tokens, 1), many + of_token * (tokens - parts[1].num_tokens)
     return Stage("score", tokens, round(disk), memory, took["seconds"] * factor, took["load_seconds"])
 
 
@@ -297,7 +308,7 @@ def estimate_evaluation(
         "sample_tokens": sample_tokens if num_prompts else 0,
     }  # fmt: skip
     took, memory = _in_process(spec, folder)
-    factor = heldout.tokens / open_dataset(dataset).num_tokens
+    factor = heldout.tokens / max(open_dataset(dataset).num_tokens, 1)
     seconds = took["seconds"] * factor + took["sample_seconds"] * num_prompts
     return Stage("evaluate", heldout.tokens, round(took["bytes"]), memory, seconds, took["load_seconds"])
 
@@ -362,7 +373,8 @@ def _probe(spec: dict[str, Any]) -> dict[str, Any]:
         return _probe_evaluation(spec)
     teacher = parse_config(TeacherConfig, spec["teacher"], "teacher settings")
     if spec["kind"] == "score":
-        return _beyond_warm(spec, lambda root: score(open_dataset(root), ScoreConfig(model=teacher, name="probe")))
+        config = ScoreConfig(model=teacher, name="probe", tokens=spec["of_tokens"])
+        return _beyond_warm(spec, lambda root: score(open_dataset(root), config))
     return _probe_teacher(spec, teacher, begun)
 
 
@@ -411,7 +423,7 @@ def _beyond_warm(spec: dict[str, Any], work: Callable[[Path], object]) -> dict[s
     seconds = time.perf_counter() - ready
     few, many = (open_dataset(spec[part]).num_tokens for part in ("warm", "root"))
     rate = max(seconds - (ready - begun), 0.0) / max(many - few, 1) if many > few else 0.0
-    return {"seconds": rate * many, "load_seconds": ready - begun - rate * few}
+    return {"seconds": rate * many, "load_seconds": max(ready - begun - rate * few, 0.0)}
 
 
 def _probe_evaluation(spec: dict[str, Any]) -> dict[str, float]:
@@ -526,7 +538,9 @@ def estimate_recipe(recipe: Any, probe_tokens: int) -> tuple[list[Stage], Memory
             read, tokens = stages[-1], sum(stage.tokens for stage in stages[:-1])
             lengths = begun[len(jobs) - 1].counted.lengths
             if run.uses_score:
-                stages.append(estimate_score(run.reference_config, tokens, dataset, folder / "score"))
+                stages.append(
+                    estimate_score(run.reference_config, run.scores_tokens, tokens, dataset, folder / "score")
+                )
                 task.advance(1)
             for student, settings in recipe.students.items():
                 config, own = run.train_config(settings), folder / f"train-{student}"

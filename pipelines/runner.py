@@ -169,6 +169,16 @@ class Run:
         return CorpusConfig(**values)
 
     @property
+    def scores_tokens(self) -> bool:
+        """Whether the score of difference sampling needs a number for each token, because a rule for positions reads them."""
+        chosen = self.recipe.select
+        return (
+            isinstance(chosen, Difference)
+            and chosen.positions is not None
+            and chosen.score in chosen.positions.token_scores()
+        )
+
+    @property
     def uses_score(self) -> bool:
         return self.uses_plan and isinstance(self.recipe.select, Difference)
 
@@ -222,8 +232,7 @@ def run_score(run: Run) -> None:
     run.close_engine()
     chosen = run.recipe.select
     if run.uses_plan and isinstance(chosen, Difference):
-        tokens = chosen.positions is not None and chosen.score in chosen.positions.token_scores()
-        config = ScoreConfig(model=run.reference_config, name=chosen.score, tokens=tokens)
+        config = ScoreConfig(model=run.reference_config, name=chosen.score, tokens=run.scores_tokens)
         score(open_dataset(run.dataset_path), config, log=run.log)
 
 

@@ -30,7 +30,7 @@ import kdata
 from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MissingError
 from kdata.format.json_text import read_json
-from kdata.loader.batches import BatchesConfig
+from kdata.loader.batches import BatchesConfig, keeps_something
 from kdata.observe.progress import Task
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.gguf import is_gguf, model_folder
@@ -287,6 +287,13 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
     check_positions(model, context)
     batches = BatchesConfig(context_tokens=context, batch_rows=max(1, config.batch_tokens // context))
     loader = Loader(dataset, rows, batches, elsewhere=True)
+    kept_R = keeps_something(dataset)
+    bare = [domain for number, domain in enumerate(domains) if not kept_R[rows][domain_R[rows] == number].any()]
+    if bare and dataset.info.codec.keeps_some_positions:
+        raise DataError(
+            f"{dataset.place}: no distribution is kept at any target of domain {str(bare[0])!r}, so the distance to the "
+            "teacher cannot be measured there; evaluate on a dataset that keeps every position (captured without `positions`)"
+        )
     tail = dataset.info.tail
     assert tail != "absent"  # refused by the caller
     sums = _Sums(len(domains), tail, kind=dataset.info.codec.kind)
@@ -303,12 +310,6 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
         raise DataError(
             f"{dataset.place}: none of its tokens is a target (all target masks are empty), so there is nothing to measure; "
             "evaluate on another dataset"
-        )
-    bare = domains[(sums.tokens > 0) & (sums.kept == 0)]
-    if len(bare):
-        raise DataError(
-            f"{dataset.place}: no distribution is kept at any target of domain {str(bare[0])!r}, so the distance to the "
-            "teacher cannot be measured there; evaluate on a dataset that keeps every position (captured without `positions`)"
         )
     return domains.tolist(), sums
 

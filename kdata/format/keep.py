@@ -120,8 +120,8 @@ class KeepConfig(Strict):
 
     @staticmethod
     def of(info: CodecInfo) -> KeepConfig:
-        """The setting that a dataset was captured with."""
-        values = {k: v for k, v in info.parameters.items() if k in KeepConfig.model_fields}
+        """The setting that a dataset was captured with, without `positions`: its rule may be of a newer kdata."""
+        values = {k: v for k, v in info.parameters.items() if k in KeepConfig.model_fields and k != "positions"}
         if "num_draws" in info.parameters:
             values = {"draw_method": "independent", **values}
         return KeepConfig(kind=info.kind, **values)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from kdata.config import Strict
 from kdata.errors import ConfigError
@@ -156,10 +157,16 @@ class KeepStored(KeepRule):
     """The positions that the dataset keeps whose rows are read again (`kdata reread`)."""
 
     rule: Literal["stored"] = "stored"
+    of: dict[str, Any] | None = Field(
+        None,
+        exclude_if=lambda rule: rule is None,
+        description="The rule of that dataset. `kdata reread` sets it, so that rows of two rules are not taken for one.",
+    )
 
     def words(self) -> str:
         """See `KeepRule.words`."""
-        return "the targets that the dataset keeps whose rows were read again"
+        of = "" if self.of is None else f" ({described(self.of)})"
+        return f"the targets that the dataset keeps whose rows were read again{of}"
 
 
 KEEP_RULES: dict[str, type[KeepRule]] = {
@@ -179,6 +186,7 @@ else:  # for pydantic: the settings of any rule, told apart by `rule`
 def described(parameters: dict[str, Any]) -> str:
     """The rule that a dataset records, for a person; of a rule that this kdata does not know, its settings."""
     kind = KEEP_RULES.get(str(parameters.get("rule")))
-    if kind is None:
-        return ", ".join(f"{name} {value}" for name, value in parameters.items())
-    return kind.model_validate(parameters).describe()
+    if kind is not None:
+        with suppress(ValidationError):  # settings that a newer kdata has
+            return kind.model_validate(parameters).describe()
+    return ", ".join(f"{name} {value}" for name, value in parameters.items())

@@ -97,6 +97,13 @@ class CodecInfo(Contract):
             value = self.parameters.get(name, low)
             if type(value) is not int or not low <= value <= high:
                 raise ValueError(f"codec parameter {name} is {value!r}, not a whole number from {low} to {high}")
+        rule = self.parameters.get("positions")
+        if rule is not None and not (isinstance(rule, dict) and isinstance(rule.get("rule"), str)):
+            raise ValueError("codec parameter positions is not an object with the name of a rule")
+        for name in ("domains", "roles"):
+            names = [] if rule is None else rule.get(name, [])
+            if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+                raise ValueError(f"codec parameter positions.{name} is not a list of names")
         temperatures = self.parameters.get("temperatures", [])
         if not isinstance(temperatures, list) or len(temperatures) > 64:
             raise ValueError("codec parameter temperatures is not a list of at most 64 numbers")

@@ -135,7 +135,7 @@ def combine(
         refuse_other_rows(a, b)
     shares = _shares(config, inputs)
     pure = all(np.count_nonzero(share) == 1 for share in shares.values())
-    alike = all((_unseeded(d), d.info.vocab_size) == (_unseeded(inputs[0]), inputs[0].info.vocab_size) for d in inputs)
+    alike = all(_alike(dataset) == _alike(inputs[0]) for dataset in inputs)
     plan = _Plan(inputs, shares, pure and alike)
     info, report = _identity(plan, config), CombineReport(plan.lossless, ghost=inputs[0].info.tail == "ghost")
     dropped = sorted({t for d in inputs for t in d.info.codec.temperatures})
@@ -181,9 +181,26 @@ def _members(plan: _Plan, number: int) -> list[Sequences]:
     first = plan.inputs[0]
     start, end = (int(x) for x in first.shard_starts[number : number + 2])
     members = [dataset.take(np.arange(start, end)) for dataset in plan.inputs]
+    if any(dataset.info.codec.keeps_some_positions for dataset in plan.inputs):
+        _refuse_other_positions(plan, members, start)
     for dataset, member in zip(plan.inputs[1:], members[1:], strict=True):
         refuse_other_targets(members[0], member, (first, dataset), start)
     return members
+
+
+def _refuse_other_positions(plan: _Plan, members: list[Sequences], start: int) -> None:
+    """Raise MismatchError where inputs keep distributions at other positions, whatever their weights there."""
+    first = members[0]
+    for dataset, member in zip(plan.inputs[1:], members[1:], strict=True):
+        other_T = (first.num_kept > 0) != (member.num_kept > 0)
+        if other_T.any():
+            token = int(np.flatnonzero(other_T)[0])
+            row = int(np.searchsorted(first.offsets, token, side="right")) - 1
+            raise MismatchError(
+                f"{plan.inputs[0].path} and {dataset.path} keep distributions at other positions (row {start + row}, "
+                f"position {token - int(first.offsets[row])}). Have the other teacher keep those of the first: "
+                "kdata reread FIRST OUT --teacher MODEL"
+            )
 
 
 def _averaged(plan: _Plan, number: int, members: list[Sequences], report: CombineReport) -> UnitResult:
@@ -346,11 +363,18 @@ def _unseeded(dataset: Dataset) -> CodecInfo:
     return codec.model_copy(update={"parameters": {k: v for k, v in codec.parameters.items() if k != "draw_seed"}})
 
 
+def _alike(dataset: Dataset) -> tuple[CodecInfo, int]:
+    """What datasets must share for rows of both to stand in one. Which positions they keep is compared row by row."""
+    codec = _unseeded(dataset)
+    others = {k: v for k, v in codec.parameters.items() if k != "positions"}
+    return codec.model_copy(update={"parameters": others}), dataset.info.vocab_size
+
+
 def _codec(plan: _Plan) -> CodecInfo:
     parameters: dict[str, Any] = {"id_bytes": 2 if _vocab_size(plan.inputs) <= 2**16 else 3}
     if plan.inputs[0].info.tail == "draws":
         parameters["num_draws"] = sum(dataset.info.codec.parameters.get("num_draws", 1) for dataset in plan.inputs)
     version, rule = 1, plan.inputs[0].info.codec.parameters.get("positions")
-    if rule is not None:  # the other inputs keep the same positions, or `mix` refuses them
+    if rule is not None:  # the other inputs keep the same positions
         version, parameters["positions"] = POSITIONS_VERSION, rule
     return CodecInfo(id="packed", version=version, kind="combined", parameters=parameters)

@@ -14,6 +14,7 @@ from kdata.corpus.corpus import Corpus, Document
 from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError
 from kdata.format.keep import KeepConfig
+from kdata.format.keep_rules import KeepRandom
 from kdata.format.records import Reject, UnitResult
 from kdata.format.schema import SourceInfo
 from kdata.jobs.changes import CORPUS_IDENTITY, Rest, StoredRow, follow
@@ -73,6 +74,15 @@ class CorpusJob(ABC, Generic[I, C]):
         self.config, self.name, self.strict = config, config.name, config.strict
         self.keep: KeepConfig = config
         self._corpus = corpus
+
+    def kept_by(self, row_id: str, domain: str) -> list[str]:
+        """What decides, beside a row's content, at which positions distributions are kept: part of `StoredRow.key`."""
+        rule, parts = self.keep.positions, []
+        if rule is not None and rule.domains:
+            parts.append("whole" if domain in rule.domains else "by rule")
+        if isinstance(rule, KeepRandom) and domain not in rule.domains:
+            parts.append(row_id)
+        return parts
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the corpus: another process gets units, and needs no more to perform them."""

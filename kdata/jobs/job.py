@@ -240,7 +240,7 @@ def run_job(
             work.count(unit, shard)
         writer.finish(work.end())
     dataset = Dataset(writer.root)
-    for line in kept_lines(dataset):
+    for line in kept_lines(dataset, look=writer.has_rows):
         console.print(line, soft_wrap=True)
     return dataset
 

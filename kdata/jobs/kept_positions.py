@@ -98,6 +98,10 @@ def _in_spans(rule: Any, row: ReadRow, measures: Measures, target_N: np.ndarray)
             f"row {row.id!r} lacks its text or the bytes of its tokens, so spans of the text cannot be found in its tokens; "
             "use another rule than positions.rule span"
         )
+    if "\ufffd" in row.text.rstrip("\ufffd") and int(row.token_bytes.sum(dtype=np.int64)) != len(row.text.encode()):
+        raise TeacherError(
+            f"{row.id}: bytes in it are not UTF-8, so spans of its text cannot be found in its tokens (positions.rule span)"
+        )
     inside_N: np.ndarray = tokens_in_spans(row.text, row.token_bytes, rule.begin, rule.end)[target_N]
     return inside_N
 

@@ -259,12 +259,14 @@ class CaptureJob(CorpusJob[InputSequence, ReadingUnit]):
     def rows_of(self, item: InputSequence) -> list[StoredRow]:
         """See `Followed`: of a text that is read everything but its labels decides the numbers."""
         targets = str(int(item.target_mask.sum()))
-        key = digest(content_hash(item.token_ids), targets, item.text, item.messages, item.tools)
+        kept_by = self.kept_by(item.id, item.domain)
+        key = digest(content_hash(item.token_ids), targets, item.text, item.messages, item.tools, *kept_by)
         return [StoredRow(key, (item.id, item.domain, item.origin, item.license))]
 
     def stored_key(self, row: dict[str, Any]) -> bytes:
         """See `Followed`."""
-        return digest(row["content_hash"], str(row["num_target_tokens"]), row["text"], row["messages"], row["tools"])
+        content = (row["content_hash"], str(row["num_target_tokens"]), row["text"], row["messages"], row["tools"])
+        return digest(*content, *self.kept_by(row["id"], row["domain"]))
 
     def inputs_of(self, payload: pa.Table) -> str:
         """See `Followed`."""

@@ -12,17 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 
 from kdata.config import RowsConfig, parse_config
 from kdata.errors import ConfigError, DataError
 from kdata.format.keep import KeepConfig
+from kdata.format.keep_rules import KeepStored
 from kdata.format.records import UnitResult, inputs_digest
 from kdata.format.rejects import checked
 from kdata.format.schema import FORMER, ManifestEntry, SourceInfo, TeacherInfo, json_digest
 from kdata.jobs.changes import CORPUS_IDENTITY, LABELS, say_changes
 from kdata.jobs.job import Engine, LocalEngine, TeacherFacts, check_k, devices_of, run_job
-from kdata.jobs.payloads import OTHER_TEACHER, goes_on, inputs_of_shard, source_digest
+from kdata.jobs.payloads import OTHER_TEACHER, InputSequence, goes_on, inputs_of_shard, source_digest
 from kdata.jobs.reading import ReadingUnit, read_unit
 from kdata.store.dataset import Dataset
 from kdata.store.index import read_index
@@ -107,13 +109,19 @@ def keep_like(dataset: Dataset, teacher: TeacherInfo | None, settings: Mapping[s
     codec = dataset.info.codec
     plain = codec.id == "verbatim" or codec.kind == "combined"
     own = {} if plain else KeepConfig.of(codec).model_dump()
-    if codec.keeps_some_positions:
-        own["positions"] = {"rule": "stored"}
+    recorded = codec.parameters.get("positions")
+    stored = {"rule": "stored", "of": recorded.get("of", recorded) if recorded else None}
+    if recorded is not None:
+        own["positions"] = stored
     if teacher is not None:
         who = json_digest([teacher.model, teacher.revision, teacher.weights_hash])
         own["draw_seed"] = int(who[:8], 16)
     named = {key: value for key, value in (settings or {}).items() if key not in RowsConfig.model_fields}
     keep = parse_config(KeepConfig, {**own, **named}, "reread settings")
+    if keep.positions is not None and keep.positions.rule == "stored":  # said by a person, it lacks the rule
+        keep = keep.model_copy(
+            update={"positions": KeepStored.model_validate({**keep.positions.model_dump(), **stored})}
+        )
     if keep.positions is not None and keep.positions.rule == "role":
         raise ConfigError(
             "positions.rule role needs the turns of chats, which are known only while a template renders them; use the rule "
@@ -184,7 +192,11 @@ class RereadJob:
         writer.sweep()
         committed = writer.committed
         units = (unit for unit in self.units(facts, tokenizer) if unit.number in committed)
-        same = {unit.number for unit in units if _is_of(committed[unit.number], unit, writer.root)}
+        same = {
+            unit.number
+            for unit in units
+            if _is_of(committed[unit.number], unit, writer.root) and self._keeps_as(writer, unit)
+        }
         changed, stay = [entry for number, entry in committed.items() if number not in same], len(same)
         if changed and not stay:
             writer.refuse_other_inputs()
@@ -194,6 +206,25 @@ class RereadJob:
                 f"{len(changed):,} were taken out and are read again"
             )
             writer.follow(changed, [])
+
+    def _keeps_as(self, writer: Writer, unit: ReadingUnit) -> bool:
+        """Whether a committed shard keeps distributions where the rows of a unit have them, if the rule is to do so."""
+        rule = self.keep.positions
+        if rule is None or rule.rule != "stored":
+            return True
+        writer.fetch(writer.committed[unit.number])
+        written = Dataset(writer.root)
+        number = next(n for n, entry in enumerate(written.manifest) if entry == writer.committed[unit.number])
+        stored = written.shard(number)
+        ids = written.shard_index(written.manifest[number], ["id"])["id"].to_pylist()
+        kept = {row: stored.num_kept[a:b] > 0 for row, (a, b) in zip(ids, stored.spans(), strict=True)}
+
+        def asked(sequence: InputSequence) -> np.ndarray:
+            whole = sequence.marked is None or sequence.domain in rule.domains
+            asked_T: np.ndarray = sequence.target_mask if whole else sequence.target_mask & sequence.marked
+            return asked_T
+
+        return all(np.array_equal(kept[s.id], asked(s)) for s in unit.sequences if s.id in kept)
 
     def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[ReadingUnit]:
         """The shards of the source, one after another."""

@@ -24,9 +24,10 @@ from kdata.corpus.chat_template import ChatError, chat_encoder
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import as_json
+from kdata.errors import ConfigError
 from kdata.format.json_text import parse_row
 from kdata.format.keep import KeepConfig
-from kdata.format.keep_rules import KeepRole, KeepRule
+from kdata.format.keep_rules import KeepRole, KeepRule, KeepSpan
 from kdata.format.records import Record, Reject, RowError, UnitResult, digest_of, inputs_digest
 from kdata.format.rejects import checked
 from kdata.format.schema import SourceInfo
@@ -199,6 +200,11 @@ class GenerateJob(CorpusJob[Prompt, WritingUnit]):
         """The encoder, and how a row becomes a prompt; one that the template refuses or that leaves no room is a reject."""
         config = self.config
         texts, prompt_of = (_chats if config.prompts.messages_column else _texts)(tokenizer, config, facts.vocab_size)
+        if isinstance(config.positions, KeepSpan) and texts.byte_lengths(np.zeros(0, np.int32)) is None:
+            raise ConfigError(
+                "positions.rule span finds tokens by the bytes that they stand for, and with this tokenizer those of a text "
+                "that is written depend on the text; use the rule entropy, role or random"
+            )
         room = self._room(facts.context)
 
         def prompts_of(document: Document) -> list[Prompt | Reject]:
@@ -240,12 +246,15 @@ class GenerateJob(CorpusJob[Prompt, WritingUnit]):
         chat = (as_json(document.chat.messages), tools_json(document)) if document.chat else (None, None)
         names = [f"{document.id}~{n}" for n in range(self.config.num_samples)]
         about = (document.domain, document.origin, document.license)
-        return [StoredRow(digest(name, item.text, *chat), (name, *about)) for name in names]
+        return [
+            StoredRow(digest(name, item.text, *chat, *self.kept_by(name, document.domain)), (name, *about))
+            for name in names
+        ]
 
     def stored_key(self, row: dict[str, Any]) -> bytes:
         """See `Followed`: the last message of a chat is what the teacher wrote."""
         messages = None if row["messages"] is None else as_json(parse_row(row["messages"])[:-1])
-        return digest(row["id"], row["prompt"], messages, row["tools"])
+        return digest(row["id"], row["prompt"], messages, row["tools"], *self.kept_by(row["id"], row["domain"]))
 
     def inputs_of(self, payload: pa.Table) -> str:
         """See `Followed`: the digest is of the prompts, each once, up to the first token that was written."""

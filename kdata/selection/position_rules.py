@@ -38,7 +38,7 @@ from kdata.selection.apportion import as_written
 from kdata.store.dataset import Dataset
 from kdata.store.sql import NAME, check_recordable, mentions
 from kdata.store.token_columns import TokenColumns, has_entries
-from kdata.store.token_scores import TokenScore
+from kdata.store.token_scores import TokenScore, scores_in
 
 
 class TokenReader(Protocol):
@@ -410,6 +410,10 @@ class SqlPositions(PositionRule):
     def query(self) -> str | None:
         """See `PositionRule.query`."""
         return self.sql.strip()
+
+    def token_scores(self) -> list[str]:
+        """See `PositionRule.token_scores`: those whose column the query names."""
+        return scores_in(self.sql)
 
     def mentions(self, dataset: Dataset) -> dict[str, list[str]]:
         """See `PositionRule.mentions`."""

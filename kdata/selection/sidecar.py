@@ -20,7 +20,7 @@ from kdata.format.files import matches, write_atomically
 from kdata.format.manifest import write_json
 from kdata.format.schema import Contract, Digest, FileInfo, ManifestEntry, TeacherInfo, json_digest
 from kdata.store.dataset import Dataset
-from kdata.store.listed import SCORES, listed, read_listing, refuse_other_dataset
+from kdata.store.listed import COPIED, SCORES, listed, read_listing, refuse_other_dataset
 from kdata.store.sql import check_new_name, is_name
 from kdata.store.token_scores import TOKEN_NLL
 
@@ -65,7 +65,9 @@ def begin_sidecar(dataset: Dataset, info: ScoreInfo) -> None:
     """Start or continue a sidecar. Raises MismatchError where a sidecar of that name has other settings."""
     path = dataset.path / "scores" / f"{info.name}.json"
     check_new_name("score", info.name, listed(dataset.path, SCORES))
-    (dataset.path / "scores" / info.name).mkdir(parents=True, exist_ok=True)
+    folder = dataset.path / "scores" / info.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / COPIED).unlink(missing_ok=True)
     older: list[ManifestEntry] = []
     if path.exists():
         before = load_score_info(dataset, info.name)

@@ -226,7 +226,7 @@ class Dataset:
 
     def _refuse_replaced(self, entry: ManifestEntry) -> None:
         """Raise MismatchError where another process has replaced a shard since the dataset was opened."""
-        if entry not in read_manifest(self.path):
+        if (self.path / "manifest.jsonl").exists() and entry not in read_manifest(self.path):
             raise replaced(self.place, entry.name)
 
     def fetch(self) -> None:
@@ -591,7 +591,11 @@ class Dataset:
         """
         path = self.shard_file(self.manifest[shard], "data")
         try:
-            reader = self._readers.pop(shard, None) or payload_reader(path, used_columns(path))
+            reader = self._readers.pop(shard, None)
+            if reader is None:
+                reader = payload_reader(path, used_columns(path))
+                # After it is open: another process may have put a shard of that name here since it was checked.
+                self.checked_file(self.manifest[shard], "data")
             batch = checked_batch(reader, number)
         except UNREADABLE as error:
             raise damaged(path, error) from error

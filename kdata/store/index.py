@@ -25,7 +25,7 @@ def damaged(path: Path, reason: object) -> KdataError:
         return reason
     if isinstance(reason, FileNotFoundError) and not path.exists():
         root, folder = path.parent.parent, path.parent.name
-        of_a_shard = folder in ("data", "index", "rejects")
+        of_a_shard = folder in ("data", "index", "rejects") and (root / "manifest.jsonl").exists()
         if of_a_shard and all(f"{folder}/{path.name}" not in entry.files for entry in read_manifest(root)):
             return replaced(root, path.stem)
     return CorruptError(

@@ -13,22 +13,40 @@ from kdata.format.keep_rules import described
 from kdata.store.dataset import Dataset
 
 
-def kept_lines(dataset: Dataset) -> Iterator[str]:
-    """What is kept, and which domains and roles of the rule no row has, a line each; none where every target is kept."""
+def kept_lines(dataset: Dataset, *, look: bool = True) -> Iterator[str]:
+    """What is kept, and which domains and roles of the rule no row has, a line each; none where every target is kept.
+
+    Args:
+        look: for these domains and roles, in the index; False: the manifest alone is read.
+    """
     rule: dict[str, Any] | None = dataset.info.codec.parameters.get("positions")
     if rule is None:
+        return
+    if not look and any(entry.kept_positions is None for entry in dataset.manifest):
         return
     kept, targets = num_kept_positions(dataset), sum(entry.target_tokens for entry in dataset.manifest)
     yield f"distributions are kept at {kept:,} of {targets:,} target positions: {described(rule)}"
     if targets and not kept:
         yield "WARNING: the rule keeps no distribution, so no student can learn from one of this dataset"
-    index = dataset.index(["domain", "messages"])
-    for domain in rule.get("domains", []):
-        if not pc.any(pc.equal(index["domain"], domain)).as_py():
+    if look:
+        domains, roles = _absent(dataset, rule)
+        for domain in domains:
             yield f"WARNING: no row has the domain {domain!r}, of which every target was to be kept"
-    for role in rule.get("roles", []):
-        if not _has_role(index, role):
+        for role in roles:
             yield f"WARNING: no chat has a message of role {role!r}"
+
+
+def _absent(dataset: Dataset, rule: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Domains and roles of a rule that no row has. Shards are read until all are found."""
+    domains, roles = list(rule.get("domains", [])), list(rule.get("roles", []))
+    for entry in dataset.manifest:
+        columns = [*(["domain"] if domains else []), *(["messages"] if roles else [])]
+        if not columns:
+            break
+        index = dataset.shard_index(entry, columns)
+        domains = [one for one in domains if not pc.any(pc.equal(index["domain"], one)).as_py()]
+        roles = [one for one in roles if not _has_role(index, one)]
+    return domains, roles
 
 
 def num_kept_positions(dataset: Dataset) -> int:

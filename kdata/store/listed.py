@@ -30,6 +30,7 @@ class Kind:
 
 SCORES = Kind("scores", "score", "kdata score")
 PLANS = Kind("plans", "plan", "kdata select")
+COPIED = ".copied"  # in the folder of a score: its parts are copies from a URL, and were not made here
 
 
 class Listing(Contract):

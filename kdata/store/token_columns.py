@@ -46,10 +46,11 @@ def token_columns(dataset: Dataset, columns: list[str], wanted: np.ndarray) -> I
         begin, end = (int(row) for row in dataset.shard_starts[shard : shard + 2])
         if not wanted[begin:end].any():
             continue
-        dataset.locate(np.array([begin]))  # compares the shard with its digest
+        dataset.locate(np.array([begin]))  # checks the shard
         path = dataset.shard_file(entry, "data")
         try:
             reader = payload_reader(path, columns)
+            dataset.checked_file(entry, "data")  # after it is open, see `Dataset.record_batch`
             for batch in range(reader.num_record_batches):
                 part = checked_batch(reader, batch)
                 if wanted[begin : begin + part.num_rows].any():

@@ -70,13 +70,18 @@ def score_of(column: str) -> str | None:
     return None if match is None else match[1]
 
 
+def scores_in(text: str) -> list[str]:
+    """Each NAME of which a query has the word `nll_NAME`, whether there is such a score or not."""
+    return sorted(set(re.findall(rf"\b{COLUMN.pattern}\b", text, re.IGNORECASE)))
+
+
 def named_scores(source: ScoreSource, text: str) -> list[str]:
     """Names of the scores with a number for each token whose column `nll_NAME` a query names.
 
     A score that does not belong to the dataset as it is now is left out. At a URL its JSON is copied here first.
     """
-    names = set(re.findall(rf"\b{COLUMN.pattern}\b", text, re.IGNORECASE))
-    for name in sorted(names):
+    names = scores_in(text)
+    for name in names:
         source.fetch_sidecar(name)
     known = {name.lower() for name in names}
     return [name for name in source.listed(SCORES) if name.lower() in known and has_tokens(source, name)]

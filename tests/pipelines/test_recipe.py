@@ -10,6 +10,7 @@ import pytest
 
 from kdata.errors import ConfigError, MismatchError
 from kdata.pipelines.recipe import Recipe, load_recipe
+from kdata.pipelines.runner import Run
 from kdata.selection.position_rules import Entropy
 
 
@@ -48,6 +49,16 @@ def test_a_rule_that_reads_scores_reads_the_one_that_the_run_writes() -> None:
     ):
         with pytest.raises(ConfigError, match=r"select\.positions reads the score '(student|ref)' of tokens"):
             load_recipe(Path("quickstart"), settings)
+
+
+def test_a_query_that_names_a_score_of_tokens_is_such_a_rule(tmp_path: Path) -> None:
+    positions = "select.positions={{rule: sql, sql: 'select id, position from tokens where nll_{} > 3'}}"
+    recipe = load_recipe(Path("quickstart"), ["select.score=ref", positions.format("ref")])
+    assert Run(recipe, tmp_path, {}).scores_tokens
+    plain = "select.positions={rule: sql, sql: 'select id, position from tokens where logprob < -3'}"
+    assert not Run(load_recipe(Path("quickstart"), ["select.score=ref", plain]), tmp_path, {}).scores_tokens
+    with pytest.raises(ConfigError, match=r"select\.positions reads the score 'student' of tokens"):
+        load_recipe(Path("quickstart"), ["select.score=ref", positions.format("student")])
 
 
 def test_settings_of_the_former_builtin_section_are_refused() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import kdata
 from kdata.check.verify import verify
 from kdata.corpus.corpus import Corpus, CorpusConfig
-from kdata.errors import MismatchError, TeacherError
+from kdata.errors import CorruptError, MismatchError, TeacherError
 from kdata.format.keep import KeepConfig
 from kdata.jobs import changes
 from kdata.jobs.job import LocalEngine
@@ -417,6 +417,31 @@ def test_a_reader_of_a_replaced_shard_is_told_so(tmp_path: Path, tokenizer_dir: 
     with pytest.raises(MismatchError, match="has changed since it was opened"):
         _ = opened[0]
     assert opened[1].id == "r1", "other shards are readable"
+
+
+def test_a_reader_that_opens_a_shard_again_does_not_read_the_one_in_its_place(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers of many shards close those that they used least; a replaced shard may have the name of the former one."""
+    monkeypatch.setattr("kdata.store.dataset.OPEN_SHARDS", 0)
+    monkeypatch.setattr("kdata.store.dataset.CACHED_BYTES", 0)
+    corpus = save(tmp_path / "c.jsonl", ROWS)
+    opened = run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=1)
+    before = opened[0].token_ids.tolist()
+    _ = opened[1]
+    save(corpus, [row("r0", "the dog ran"), *ROWS[1:]])
+    now = run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=1)
+    assert now.manifest[0].name == opened.manifest[0].name and now[0].token_ids.tolist() != before
+    with pytest.raises(MismatchError, match="has changed since it was opened"):
+        _ = opened[0]
+
+
+def test_a_dataset_that_is_gone_is_not_called_changed(tmp_path: Path, tokenizer_dir: Path) -> None:
+    corpus = save(tmp_path / "c.jsonl", ROWS)
+    opened = run_capture(tmp_path / "d", corpus, tokenizer_dir)
+    (tmp_path / "d").rename(tmp_path / "elsewhere")
+    with pytest.raises(CorruptError, match="is missing"):
+        _ = opened[0]
 
 
 def test_a_shard_that_is_replaced_between_the_look_at_it_and_its_opening(

@@ -18,9 +18,10 @@ import kdata
 from kdata.check.remeasure import against_teacher
 from kdata.check.verify import verify
 from kdata.config import parse_config
-from kdata.errors import ConfigError, DataError, FormatError, MismatchError
+from kdata.errors import ConfigError, CorruptError, DataError, FormatError, MismatchError
 from kdata.format import codec as codecs
 from kdata.format.keep import KeepConfig
+from kdata.format.keep_rules import described
 from kdata.format.schema import known_codecs
 from kdata.jobs.combine import CombineConfig, combine
 from kdata.jobs.job import LocalEngine
@@ -30,6 +31,7 @@ from kdata.jobs.writing import GenerateConfig
 from kdata.pipelines.cli.main import app
 from kdata.selection.position_rules import Entropy, Margin, RandomPositions, Span, SqlPositions
 from kdata.selection.ranked import All
+from kdata.share.arrange import merge
 from kdata.share.card import card_page
 from kdata.store.kept_counts import kept_by_domain, kept_lines
 from kdata.teachers.config import refuse_kept
@@ -45,6 +47,7 @@ from tests.fakes import (
     save_tokenizer,
     write_jsonl,
 )
+from tests.kdata.store.test_hostile import rewrite_info
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preload", __name__])
@@ -390,7 +393,12 @@ def test_another_teacher_reads_the_same_positions_and_both_are_averaged(
 ) -> None:
     engine = LocalEngine(StandInTeacher("other"), load_tokenizer(tokenizer_dir))
     second = reread_with(tmp_path / "second", engine, some)
-    assert kept_of(second) == kept_of(some) and second.info.codec.parameters["positions"] == {"rule": "stored"}
+    of = some.info.codec.parameters["positions"]
+    assert kept_of(second) == kept_of(some)
+    assert second.info.codec.parameters["positions"] == {"rule": "stored", "of": of}
+    again = reread_with(tmp_path / "again", engine, second)
+    assert again.info.codec.parameters == second.info.codec.parameters, "whose rows they are does not grow"
+    assert next(kept_lines(again)).endswith("(targets with an entropy of at least 3 nats)")
     both, _ = combine(tmp_path / "both", [some, second], CombineConfig(weights=[0.25, 0.75]))
     assert kept_of(both) == kept_of(some) and both.info.codec.version == 2 and verify(both, deep=True) == []
     teachers = StandInTeacher(), StandInTeacher("other")
@@ -406,12 +414,93 @@ def test_another_teacher_reads_the_same_positions_and_both_are_averaged(
     with pytest.raises(MismatchError, match="keeps distributions at some of its target positions"):
         combine(tmp_path / "no", [some, whole["hybrid"]], CombineConfig())
     third = reread_with(tmp_path / "third", engine, some, {"positions": {"rule": "random", "share": 0.5}})
-    with pytest.raises(DataError, match="keeps no distribution where another does"):
-        combine(tmp_path / "no", [some, third], CombineConfig())
+    by_domain = CombineConfig(by_domain={"code": [1, 0], "prose": [0, 1]})
+    for name, config in (("even", CombineConfig()), ("by domain", by_domain)):
+        with pytest.raises(MismatchError, match="keep distributions at other positions"):
+            combine(tmp_path / name, [some, third], config)
+    copied, report = combine(tmp_path / "copied", [some, second], by_domain)
+    assert report.lossless and kept_of(copied) == kept_of(some), "rows of each teacher, as they are"
+    other_rule = reread_with(tmp_path / "fourth", engine, third)
+    with pytest.raises(MismatchError, match="positions"):
+        merge([second, other_rule], tmp_path / "no")
     plain = reread_with(tmp_path / "plain", engine, some, {"positions": None})
     assert plain.info.codec.version == 1 and kept_of(plain) == kept_of(whole["hybrid"])
     with pytest.raises(ConfigError, match="role needs the turns of chats"):
         reread_with(tmp_path / "no", engine, some, {"positions": {"rule": "role", "roles": ["user"]}})
+
+
+def test_a_reread_does_not_go_on_from_other_positions(tmp_path: Path, corpus: Path, tokenizer_dir: Path) -> None:
+    """The same rows and the same rule, by another teacher: its entropies pass the threshold elsewhere."""
+    rule = {"rule": "entropy", "threshold": THRESHOLD}
+    engine = LocalEngine(StandInTeacher("other"), load_tokenizer(tokenizer_dir))
+    first = run_capture(tmp_path / "d", corpus, tokenizer_dir, positions=rule)
+    before = kept_of(reread_with(tmp_path / "r", engine, first))
+    shutil.rmtree(tmp_path / "d")
+    first = run_capture(tmp_path / "d", corpus, tokenizer_dir, positions=rule, teacher=StandInTeacher("third"))
+    assert kept_of(first) != before
+    with pytest.raises(MismatchError, match="another folder"):  # of what was read nothing stays
+        reread_with(tmp_path / "r", engine, first)
+
+
+@pytest.mark.parametrize(
+    "rule", [{"rule": "random", "share": 0.4}, {"rule": "entropy", "threshold": THRESHOLD, "domains": ["code"]}]
+)
+def test_new_names_and_domains_of_rows_decide_as_in_a_fresh_capture(
+    tmp_path: Path, tokenizer_dir: Path, rule: dict[str, Any]
+) -> None:
+    rows = rows_of_text(8)
+    corpus = write_jsonl(tmp_path / "c.jsonl", rows)
+    run_capture(tmp_path / "d", corpus, tokenizer_dir, positions=rule)
+    rows[0]["id"], rows[1]["domain"], rows[2]["domain"] = "renamed", "code", "prose"
+    write_jsonl(corpus, rows)
+    grown = run_capture(tmp_path / "d", corpus, tokenizer_dir, positions=rule)
+    assert kept_of(grown) == kept_of(run_capture(tmp_path / "fresh", corpus, tokenizer_dir, positions=rule))
+
+
+def test_a_capture_to_a_url_keeps_positions_and_says_how_many(
+    tmp_path: Path, corpus: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"file://{tmp_path}/store"
+    rule = {"rule": "entropy", "threshold": THRESHOLD, "domains": ["none"]}
+    run_capture(url, corpus, tokenizer_dir, positions=rule)  # type: ignore[arg-type]
+    assert "distributions are kept at" in capsys.readouterr().err
+    here = run_capture(tmp_path / "d", corpus, tokenizer_dir, positions=rule)
+    assert kept_of(kdata.open(url)) == kept_of(here)
+    assert "no row has the domain 'none'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "entropy", True, [], {}, {"rule": 5}, {"rule": "entropy", "domains": 5}, {"rule": "x", "domains": [5]},
+        {"rule": "x", "roles": "a"},
+    ],
+)  # fmt: skip
+def test_a_rule_that_a_stranger_wrote_is_an_object_with_a_name(some: kdata.Dataset, tmp_path: Path, rule: Any) -> None:
+    root = Path(shutil.copytree(some.path, tmp_path / "d"))
+    rewrite_info(root, lambda content: content["codec"]["parameters"].update(positions=rule))
+    with pytest.raises(CorruptError, match="codec parameter positions"):
+        kdata.open(root)
+
+
+@pytest.mark.parametrize(
+    "rule", [{"rule": "entropy"}, {"rule": "entropy", "threshold": 1, "later": 2}, {"rule": "later"}]
+)
+def test_a_rule_of_a_newer_kdata_is_shown_and_needs_no_understanding(
+    some: kdata.Dataset, tmp_path: Path, tokenizer_dir: Path, rule: dict[str, Any]
+) -> None:
+    codec = some.info.codec.model_copy(update={"parameters": {**some.info.codec.parameters, "positions": rule}})
+    assert KeepConfig.of(codec).positions is None
+    assert str(rule["rule"]) in described(rule)
+
+
+def test_spans_of_written_text_need_a_tokenizer_that_tells_bytes(
+    tmp_path: Path, corpus: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdata.corpus.encode._byte_table", lambda tokenizer: None)
+    with pytest.raises(ConfigError, match="depend on the text; use the rule"):
+        run_generate(tmp_path / "d", corpus, tokenizer_dir, positions={"rule": "span", "begin": "a", "end": "b"})
+    assert not (tmp_path / "d/manifest.jsonl").exists() or not kdata.open(tmp_path / "d").num_rows
 
 
 def test_plans_choose_among_the_positions_that_are_kept(some: kdata.Dataset, tmp_path: Path) -> None:

@@ -383,6 +383,42 @@ def test_at_a_url_the_parts_of_needed_shards_are_copied(
         served.close()
 
 
+def test_a_score_at_a_url_that_was_made_again_is_read_as_it_is_now(
+    changed: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a part of the former one was copied, in the same process and in a later one."""
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    served = Files(changed.path.parent)
+    try:
+        opened = kdata.open(f"{served.url}/d")
+        first = changed.manifest[0].name
+        part = f"select max(nll_student) as s from tokens join rows using (id) where shard = '{first}'"
+        before = opened.sql(part)
+        shutil.rmtree(changed.path / "scores/student")
+        (changed.path / "scores/student.json").unlink()
+        score_tokens_with(changed, "student", seed=7)
+        assert changed.sql(part) != before
+        for reader in (opened, kdata.open(f"{served.url}/d")):
+            for query in (part, "select max(nll) from scores.student", "select id, position, nll_student from tokens"):
+                assert reader.sql(query) == changed.sql(query)
+    finally:
+        served.close()
+
+
+def test_a_score_that_was_made_in_the_copy_of_a_url_stays(
+    changed: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    served = Files(changed.path.parent)
+    try:
+        opened = kdata.open(f"{served.url}/d")
+        score_tokens_with(opened, "mine", seed=3)
+        own = opened.sql("select id, position, nll_mine from tokens")
+        assert kdata.open(f"{served.url}/d").sql("select id, position, nll_mine from tokens") == own
+    finally:
+        served.close()
+
+
 def test_errors_are_kdata_s(scored: Dataset) -> None:
     with pytest.raises(KdataError):
         scored.sql("select nll_student from entries")

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kdata
-from kdata.errors import CorruptError, MissingError, QueryError, StorageError
+from kdata.errors import CorruptError, MismatchError, MissingError, QueryError, StorageError
 from kdata.loader.batches import Batches, BatchesConfig
 from kdata.pipelines.cli.main import app
 from kdata.selection.mixtures import Proportional
@@ -235,6 +235,18 @@ def test_a_query_does_not_read_a_copy_that_is_out_of_date(dataset: kdata.Dataset
     again = kdata.open(f"{served.url}/d")
     assert again.sql("select count(distinct id) as n from rows")["n"][0].as_py() == 6000
     assert again[0].id == dataset[0].id
+
+
+def test_a_shard_at_the_url_that_was_replaced_is_a_changed_dataset(dataset: kdata.Dataset, served: Files) -> None:
+    opened = kdata.open(f"{served.url}/d")
+    payload = dataset.path / "data/capture-00001.arrow"
+    payload.write_bytes(payload.read_bytes() + b"x")
+    with pytest.raises(CorruptError, match="is damaged"):  # the manifest still names the former bytes
+        _ = opened[4000]
+    manifest = dataset.path / "manifest.jsonl"
+    manifest.write_bytes(manifest.read_bytes().splitlines(keepends=True)[0])
+    with pytest.raises(MismatchError, match=r"has changed since it was opened.*capture-00001"):
+        _ = opened[4000]
 
 
 def test_the_commands_take_a_url(dataset: kdata.Dataset, served: Files) -> None:
