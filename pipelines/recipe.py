@@ -225,8 +225,9 @@ def load_recipe(path: Path, settings: list[str], options: dict[str, Any] | None 
 def _refuse_missing_scores(select: Step) -> None:
     """Raise ConfigError where a rule for positions reads a score of tokens that the run does not write."""
     written = [select.score] if isinstance(select, Difference) else []
-    for name in [] if select.positions is None else select.positions.token_scores():
-        if name not in written:
+    for name in [] if select.positions is None else select.positions.named_scores():
+        in_sql = select.positions is not None and name not in select.positions.token_scores()
+        if name not in written and not (in_sql and name.lower() in [one.lower() for one in written]):
             raise ConfigError(
                 f"select.positions reads the score {name!r} of tokens, and a run writes the one of difference sampling alone "
                 f"(select.method difference, select.score {name}); score and select by commands instead, or use another rule"

@@ -175,7 +175,7 @@ class Run:
         return (
             isinstance(chosen, Difference)
             and chosen.positions is not None
-            and chosen.score in chosen.positions.token_scores()
+            and chosen.score.lower() in [name.lower() for name in chosen.positions.named_scores()]
         )
 
     @property

@@ -142,6 +142,10 @@ class PositionRule(Strict):
         """Names of the scores of which the rule reads the number of each token."""
         return []
 
+    def named_scores(self) -> list[str]:
+        """The same, and those that a query names, whose case does not count."""
+        return self.token_scores()
+
     def mentions(self, dataset: Dataset) -> dict[str, list[str]]:
         """Names of the `scores` and `plans` that the rule reads."""
         return {"scores": self.token_scores(), "plans": []}
@@ -411,8 +415,8 @@ class SqlPositions(PositionRule):
         """See `PositionRule.query`."""
         return self.sql.strip()
 
-    def token_scores(self) -> list[str]:
-        """See `PositionRule.token_scores`: those whose column the query names."""
+    def named_scores(self) -> list[str]:
+        """See `PositionRule.named_scores`: those whose column the query names, in any case."""
         return scores_in(self.sql)
 
     def mentions(self, dataset: Dataset) -> dict[str, list[str]]:
