@@ -9,8 +9,8 @@ import types
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
+from fsspec.registry import _registry
 
 import kdata
 from kdata.check.verify import verify
@@ -227,7 +227,7 @@ def test_an_unknown_kind_of_url_and_a_missing_package_are_named(monkeypatch: pyt
     with pytest.raises(ConfigError, match="nosuch"):
         kdata.open("nosuch://bucket/name")
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)  # a test before this one may have loaded it
+    monkeypatch.delitem(_registry, "s3", raising=False)  # a test before this one may have loaded it
     with pytest.raises(DependencyError, match=r"s3:// needs a package that is not installed: .*s3fs"):
         kdata.open("s3://bucket/name")
 
