@@ -213,7 +213,14 @@ def _stage(name: str, begun: Begun, memory: int, took: dict[str, float]) -> Stag
     warm, dataset = (open_dataset(begun.dataset.with_name(part)) for part in ("warm", "probe"))
     writes = isinstance(begun.job, GenerateJob)
     counted = begun.counted
-    factor = counted.documents / max(len(begun.documents), 1) if writes else counted.tokens / max(dataset.num_tokens, 1)
+    usable = sum(size > 0 for _, size in counted.sample) / max(
+        len(counted.sample), 1
+    )  # the probe leaves out the others
+    factor = (
+        counted.documents * usable / max(len(begun.documents), 1)
+        if writes
+        else counted.tokens / max(dataset.num_tokens, 1)
+    )
     fixed, shards = _bytes_of(begun.dataset)
     rate = took["seconds"] / max(dataset.num_tokens, 1)
     return Stage(
@@ -243,9 +250,11 @@ def estimate_student(
     phases = config.resolved_phases()
     steps = sum(phase.steps for phase in phases)
     few = {"steps": STEPS, "warmup_steps": 0, "phases": [], "log_every_steps": 1, "loggers": [], "mixture": None}
-    # The probe has no plan, so there is no target elsewhere.
-    objective = config.objective.model_copy(update={"cross_entropy_elsewhere": None})
-    probe = config.model_copy(update={**few, "checkpoint_every_steps": 0, "objective": objective})
+    probe = config.model_copy(update={**few, "checkpoint_every_steps": 0})
+    if not open_dataset(dataset).info.codec.keeps_some_positions:
+        # The probe has no plan, so there is no target elsewhere, and training refuses to look for one.
+        objective = config.objective.model_copy(update={"cross_entropy_elsewhere": None})
+        probe = probe.model_copy(update={"objective": objective})
     spec = {
         "kind": "train",
         "config": probe.model_dump(mode="json"),
