@@ -112,6 +112,15 @@ def copied(captured: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def older(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> Path:
+    """A dataset with version 1 of its codec, that a test may damage."""
+    from tests.fakes import codec_version, run_capture
+
+    with codec_version(1):
+        return run_capture(tmp_path / "older", corpus_file, tokenizer_dir).path
+
+
+@pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[..., Path]:
     """Write rows as a JSONL file and return its path."""
     from tests.fakes import write_jsonl

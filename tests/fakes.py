@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -248,6 +250,16 @@ def run_capture(
     config = CaptureConfig(corpus=CorpusConfig(path=str(corpus), **columns), **fields)
     who = TeacherConfig(model=str(tokenizer), backend="transformers")
     return capture_with(root, teacher or StandInTeacher(), who, Corpus(config.corpus), config, resume=resume)
+
+
+@contextmanager
+def codec_version(number: int) -> Iterator[None]:
+    """New datasets have this version of the codec packed, as an older kdata wrote them."""
+    with (
+        patch("kdata.format.keep.packed_version", lambda *_: number),
+        patch("kdata.jobs.combine.packed_version", lambda *_: number),
+    ):
+        yield
 
 
 def run_generate(

@@ -8,6 +8,7 @@ import numpy as np
 
 from kdata.errors import MismatchError
 from kdata.format.codec import measure_error
+from kdata.format.coded import TAIL_BOUND, logprob_bound
 from kdata.format.keep import KeepConfig
 from kdata.format.kept import Kept
 from kdata.format.schema import CodecError, CodecInfo
@@ -22,8 +23,8 @@ class Remeasured:
 
     Attributes:
         codec: error of the exact entries, matched by id. An id that left the top k is not in the mean but counts in KL.
-        max_logprob_nats: largest difference of an actual token's log-probability (stored as float16).
-        max_log_tail_nats: largest difference of log_tail.
+        max_logprob_nats: largest difference of an actual token's log-probability beyond what its rounding may be; 0: none.
+        max_log_tail_nats: the same of log_tail.
         same_draws: share of positions with the same draws; None without draws. A uniform number within rounding of a
             border may fall on either side, so it can be below 1.
     """
@@ -84,10 +85,11 @@ def _one(dataset: Dataset, row: int) -> Sequences:
 def _compare(stored: Sequences, fresh: Readout, info: CodecInfo) -> tuple[int, CodecError, float, float]:
     """Positions compared, error of exact entries, largest differences of logprob and log_tail, of one sequence."""
     recorded = stored.rank > 0
-    logprob = np.abs(stored.logprob - fresh.logprob)[recorded]
+    rounding = logprob_bound(fresh.logprob) if info.is_coded else np.abs(fresh.logprob) * 2.0**-11
+    logprob = (np.abs(stored.logprob - fresh.logprob) - rounding)[recorded]
     # A tail of e^-16 or less is within float32's noise, at least where the engine returns log-probabilities.
     heavy = recorded & (stored.log_tail > -12)
-    tail = np.abs(stored.log_tail - fresh.log_tail)[heavy]
+    tail = np.abs(stored.log_tail - fresh.log_tail)[heavy] - (TAIL_BOUND if info.is_coded else 0)
     error = measure_error(_matched(stored, fresh), _entries_of(stored), info)
     assert error is not None or not stored.num_kept.any()
     return (

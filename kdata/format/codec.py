@@ -5,9 +5,10 @@ Its error is measured while a shard is written (`measure_error`), and stored pro
 position.
 
 Three codecs:
-    packed   the default. Ids as byte planes, which zstd's entropy coder brings to within 8 % of the ids' order-0 entropy;
-             log-probabilities of exact entries as gaps on a grid of 1/16 nat, 2.6 bits each, normalised by the exact
-             tail mass; draws as counts. Measured in tests/benchmarks/codec.py.
+    packed   the default. Log-probabilities of exact entries as gaps on a grid of 1/16 nat, 2.6 bits each, normalised by the
+             tail mass; draws as counts. Ids by how common they are in their shard (`common_ids`), and a byte for each number
+             beside the entries (`coded`); in versions 1 and 2 ids as byte planes, and those numbers whole. Measured in
+             tests/benchmarks/codec.py.
     plain    ids as int32, log-probabilities as float16: four times the size, readable by eye.
     verbatim for imported rows: the numbers of another tool as they are, with its errors.
 
@@ -24,6 +25,7 @@ import pyarrow as pa
 
 from kdata.errors import DataError, FormatError, ShapeError
 from kdata.format import packed
+from kdata.format.coded import round_tail
 from kdata.format.kept import Kept, draw_mask, segment_sum
 from kdata.format.schema import CodecError, CodecInfo, known_codecs
 
@@ -120,17 +122,21 @@ def counts_draws(info: CodecInfo) -> bool:
 def _packed_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Columns:
     draws = kept.is_draw
     id_bytes = info.parameters["id_bytes"]
-    columns = packed.planes("exact_id", kept.ids[~draws], id_bytes)
+    exact_ids, draw_ids = kept.ids[~draws], kept.ids[draws]
+    columns = {"exact_ids": exact_ids} if info.is_coded else packed.planes("exact_id", exact_ids, id_bytes)
     columns["exact_gaps"] = packed.encode_gaps(kept.logprobs[~draws], kept.num_exact)
     if info.parameters.get("num_draws"):
-        steps = packed.steps_up(kept.ids[draws], kept.num_drawn)
-        columns |= packed.planes("draw_id", steps, id_bytes)
+        steps = packed.steps_up(draw_ids, kept.num_drawn)
+        columns |= {"draw_ids": draw_ids} if info.is_coded else packed.planes("draw_id", steps, id_bytes)
         if counts_draws(info):
             columns["draw_counts"] = packed.encode_counts(
                 kept.logprobs[draws], kept.num_drawn, log_tail_T, info.parameters["num_draws"]
             )
         else:
-            columns["draw_weights"] = kept.logprobs[draws].astype(np.float16)
+            rounded_T = stored_tail(log_tail_T, kept.num_exact, kept.num_drawn, info)
+            with np.errstate(invalid="ignore"):  # a position without a tail has no draws
+                change_T = rounded_T.astype(np.float64) - log_tail_T
+            columns["draw_weights"] = (kept.logprobs[draws] + np.repeat(change_T, kept.num_drawn)).astype(np.float16)
         if info.parameters.get("temperatures"):
             own = kept.draw_logprobs if draws.any() else np.zeros(0, np.float32)  # a unit may hold rejects only
             if own is None:
@@ -141,8 +147,8 @@ def _packed_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Colum
 
 def _packed_decode(columns: Columns, positions: Positions, info: CodecInfo) -> Kept:
     exact = packed.decode_gaps(columns["exact_gaps"], positions.num_exact, positions.log_tail)
-    exact_ids = packed.join_planes("exact_id", columns)
-    if "draw_id_0" not in columns:
+    exact_ids = columns["exact_ids"] if info.is_coded else packed.join_planes("exact_id", columns)
+    if not {"draw_ids", "draw_id_0"} & columns.keys():
         return Kept(positions.num_exact, positions.num_drawn, exact_ids, exact)
     if "draw_weights" in columns:
         weights = _finite(columns["draw_weights"].astype(np.float32))
@@ -150,7 +156,9 @@ def _packed_decode(columns: Columns, positions: Positions, info: CodecInfo) -> K
         weights = packed.decode_counts(
             columns["draw_counts"], positions.num_drawn, positions.log_tail, info.parameters["num_draws"]
         )
-    draw_ids = packed.sum_steps(packed.join_planes("draw_id", columns), positions.num_drawn)
+    draw_ids = columns.get("draw_ids")
+    if draw_ids is None:
+        draw_ids = packed.sum_steps(packed.join_planes("draw_id", columns), positions.num_drawn)
     draws = draw_mask(positions.num_exact, positions.num_drawn)
     ids, logprobs = np.empty(len(draws), np.int32), np.empty(len(draws), np.float32)
     if len(exact_ids) != len(exact) or len(weights) != len(draw_ids):  # numpy would spread a single one over all
@@ -229,14 +237,21 @@ def measure_error(true: Kept, stored: Kept, info: CodecInfo) -> CodecError | Non
     return compare(true, stored, info).error
 
 
+def stored_tail(
+    log_tail_T: np.ndarray, num_exact_T: np.ndarray, num_drawn_T: np.ndarray, info: CodecInfo
+) -> np.ndarray:
+    """log_tail float32 [T] as it will be read: what the weights of entries are computed from."""
+    return round_tail(log_tail_T, num_exact_T, num_drawn_T) if info.is_coded else log_tail_T
+
+
 def to_columns(
     kept: Kept, log_tail_T: np.ndarray, row_offsets: np.ndarray, info: CodecInfo
 ) -> tuple[dict[str, pa.Array], Kept]:
-    """Encode the entries of all sequences of a shard; also return what a reader will see.
+    """Encode the entries of all sequences of a shard, as `stored.readable_schema` has them; also return what will be read.
 
     Args:
         kept: entries of T tokens.
-        log_tail_T: float32 [T], as it is stored.
+        log_tail_T: float32 [T], the teacher's.
         row_offsets: int64 [S+1], token offsets of the S sequences.
         info: the codec.
     """
@@ -250,7 +265,8 @@ def to_columns(
         )
         for name, values in flat.items()
     }
-    return arrays, codec.decode(flat, Positions(kept.num_exact, kept.num_drawn, log_tail_T), info)
+    tail_T = stored_tail(log_tail_T, kept.num_exact, kept.num_drawn, info)
+    return arrays, codec.decode(flat, Positions(kept.num_exact, kept.num_drawn, tail_T), info)
 
 
 def _list_type(values: np.ndarray) -> pa.DataType:

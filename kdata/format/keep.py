@@ -23,13 +23,22 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from kdata.config import Strict
+from kdata.format.common_ids import LARGEST
 from kdata.format.keep_rules import KeepPositions
 from kdata.format.kept import Kept
 from kdata.format.schema import CodecInfo
 
-# Version of the packed codec of datasets with `positions`. A kdata that knows version 1 alone would train on targets that
-# have no entries as if the teacher had put all probability outside of them, so it has to refuse these datasets.
-POSITIONS_VERSION = 2
+# Versions of the codec packed. 1: whole numbers beside the entries. 2: the same, and the dataset has `positions`: a kdata
+# that knows version 1 alone would train on targets that have no entries as if the teacher had put all probability outside of
+# them, so it has to refuse these datasets. 3: codes. A dataset that an earlier version began goes on with its version.
+PLAIN_VERSION, POSITIONS_VERSION, CODED_VERSION = 1, 2, 3
+
+
+def packed_version(vocab_size: int, has_positions: bool) -> int:
+    """The version that new datasets have: the codes hold 8,388,608 ids."""
+    if vocab_size <= LARGEST + 1:
+        return CODED_VERSION
+    return POSITIONS_VERSION if has_positions else PLAIN_VERSION
 
 
 class KeepConfig(Strict):
@@ -131,7 +140,7 @@ class KeepConfig(Strict):
         parameters = {**self.settings(), "id_bytes": 2 if vocab_size <= 2**16 else 3}
         if "draws" in parameters:
             parameters["num_draws"] = parameters.pop("draws")
-        version = 1 if self.positions is None else POSITIONS_VERSION
+        version = packed_version(vocab_size, self.positions is not None)
         return CodecInfo(id="packed", version=version, kind=self.kind, parameters=parameters)
 
 

@@ -51,10 +51,22 @@ def _fields(columns: list[dict[str, Any]]) -> list[pa.Field]:
 
 
 @cache
-def payload_schema(codec: str) -> pa.Schema:
-    """Arrow schema of a payload shard: the common columns, then those of the codec with this id."""
+def payload_schema(codec: str, version: int) -> pa.Schema:
+    """Arrow schema of a payload shard as it is stored: the common columns, then those of the codec with this id.
+
+    A version that codes the common columns too has columns of its own. Readers see `stored.readable_schema`.
+    """
     document = _document("payload.json")
-    return pa.schema(_fields(document["columns"]) + _fields(document["codecs"][codec]["columns"]))
+    own = document["codecs"][codec]
+    if is_coded(codec, version):
+        return pa.schema(_fields(own["coded"]["columns"]))
+    return pa.schema(_fields(document["columns"]) + _fields(own["columns"]))
+
+
+def is_coded(codec: str, version: int) -> bool:
+    """Whether this version of a codec stores codes in place of the common columns too (`kdata.format.stored`)."""
+    coded = _document("payload.json")["codecs"].get(codec, {}).get("coded")
+    return coded is not None and version >= coded["since"]
 
 
 def known_codecs() -> dict[str, int]:
@@ -116,6 +128,11 @@ class CodecInfo(Contract):
     def temperatures(self) -> list[float]:
         """Temperatures other than 1 at which the log-sum-exp is stored."""
         return [float(temperature) for temperature in self.parameters.get("temperatures", [])]
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether numbers beside the entries are stored as codes, see `is_coded`."""
+        return is_coded(self.id, self.version)
 
     @property
     def keeps_some_positions(self) -> bool:

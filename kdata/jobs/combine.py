@@ -18,7 +18,7 @@ from pydantic import Field
 
 from kdata.config import VERSION, Strict
 from kdata.errors import ConfigError, DataError, MismatchError
-from kdata.format.keep import POSITIONS_VERSION
+from kdata.format.keep import packed_version
 from kdata.format.manifest import new_info
 from kdata.format.records import Shard, UnitResult, inputs_digest, inputs_of
 from kdata.format.schema import (
@@ -374,7 +374,8 @@ def _codec(plan: _Plan) -> CodecInfo:
     parameters: dict[str, Any] = {"id_bytes": 2 if _vocab_size(plan.inputs) <= 2**16 else 3}
     if plan.inputs[0].info.tail == "draws":
         parameters["num_draws"] = sum(dataset.info.codec.parameters.get("num_draws", 1) for dataset in plan.inputs)
-    version, rule = 1, plan.inputs[0].info.codec.parameters.get("positions")
+    rule = plan.inputs[0].info.codec.parameters.get("positions")
     if rule is not None:  # the other inputs keep the same positions
-        version, parameters["positions"] = POSITIONS_VERSION, rule
+        parameters["positions"] = rule
+    version = packed_version(_vocab_size(plan.inputs), rule is not None)
     return CodecInfo(id="packed", version=version, kind="combined", parameters=parameters)

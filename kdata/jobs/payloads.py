@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
 
 from kdata.corpus.corpus import Document
 from kdata.corpus.messages import as_json
@@ -24,6 +23,7 @@ from kdata.format.sequences import Sequences
 from kdata.jobs.kept_positions import kept_positions
 from kdata.store.dataset import Dataset
 from kdata.store.index import UNREADABLE, damaged, read_index
+from kdata.store.payload import PayloadReader
 from kdata.store.shard import check_record
 from kdata.teachers.base import Readout
 
@@ -208,12 +208,9 @@ def inputs_of_shard(dataset: Dataset, shard: int, stored: Sequences) -> list[Inp
 
 
 def _token_bytes(dataset: Dataset, shard: int) -> list[np.ndarray | None]:
-    with pa.OSFile(str(dataset.checked_file(dataset.manifest[shard], "data"))) as source:
-        field = pa.ipc.open_file(source).schema.get_field_index("token_bytes")
-        options = pa.ipc.IpcReadOptions(included_fields=[field])
-        column = pa.ipc.open_file(source, options=options).read_all()["token_bytes"]
-        column.validate(full=True)
-        return [value.values.to_numpy().copy() if value.is_valid else None for value in column]
+    reader = PayloadReader(dataset.checked_file(dataset.manifest[shard], "data"), ["token_bytes"])
+    rows = [row for number in range(reader.num_record_batches) for row in reader.batch(number).column("token_bytes")]
+    return [row.values.to_numpy().copy() if row.is_valid else None for row in rows]
 
 
 OTHER_TEACHER = "only teachers with one tokenizer can be combined: choose another teacher"

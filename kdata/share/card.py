@@ -247,7 +247,7 @@ def _render(dataset: Dataset, title: str | None, cost: list[Took]) -> str:
         kept_domains=kept_by_domain(dataset) if dataset.info.codec.keeps_some_positions else [],
         has_tokenizer=(dataset.path / "tokenizer").is_dir() or bool(dataset.info.tokenizer_files),
         index_columns=_columns(index_schema()),
-        payload_columns=_columns(payload_schema(dataset.info.codec.id)),
+        payload_columns=_columns(payload_schema(dataset.info.codec.id, dataset.info.codec.version)),
         human_bytes=human_bytes,
         number=number,
     )

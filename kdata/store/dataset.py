@@ -41,7 +41,7 @@ from kdata.format.schema import (
 from kdata.format.sequences import Sequences, decode, flat, nothing
 from kdata.store.index import UNREADABLE, damaged, read_index, read_part, replaced
 from kdata.store.listed import PLANS, SCORES, Kind, Listing, listed, read_listing, refuse_other_dataset
-from kdata.store.payload import checked_batch, payload_reader, used_columns
+from kdata.store.payload import PayloadReader, used_columns
 from kdata.store.row import Row
 from kdata.store.shard import check_header
 from kdata.store.sql import Check, Values, query_stream, unglobbed
@@ -466,10 +466,10 @@ class Dataset:
         [shard], [number], [local] = self.locate(np.array([row]))
         path = self.checked_file(self.manifest[shard], "data")
         try:
-            with pa.OSFile(str(path)) as source:
-                if "token_bytes" not in pa.ipc.open_file(source).schema.names:
-                    return None
-            value = checked_batch(payload_reader(path, ["token_bytes"]), int(number)).column("token_bytes")[int(local)]
+            batch = PayloadReader(path, ["id", "token_bytes"]).batch(int(number))
+            if "token_bytes" not in batch.schema.names:
+                return None
+            value = batch.column("token_bytes")[int(local)]
             return value.values.to_numpy() if value.is_valid else None
         except UNREADABLE as error:
             raise damaged(path, error) from error
@@ -570,9 +570,9 @@ class Dataset:
         index = self.shard_index(entry, ["id", "content_hash"])
         expected = zip(index["id"].to_pylist(), index["content_hash"].to_pylist(), strict=True)
         check_header(pa.ipc.open_file(pa.OSFile(str(path))).schema, self.info, entry)
-        reader, sizes = payload_reader(path, ["id", "input_ids"]), []
+        reader, sizes = PayloadReader(path, ["id", "input_ids"]), []
         for number in range(reader.num_record_batches):
-            batch = checked_batch(reader, number)
+            batch = reader.batch(number)
             values, offsets = flat(batch.column("input_ids"))
             for row, row_id in enumerate(batch.column("id").to_pylist()):
                 index_id, digest = next(expected, (None, None))
@@ -593,10 +593,10 @@ class Dataset:
         try:
             reader = self._readers.pop(shard, None)
             if reader is None:
-                reader = payload_reader(path, used_columns(path))
+                reader = PayloadReader(path, used_columns(path))
                 # After it is open: another process may have put a shard of that name here since it was checked.
                 self.checked_file(self.manifest[shard], "data")
-            batch = checked_batch(reader, number)
+            batch = reader.batch(number)
         except UNREADABLE as error:
             raise damaged(path, error) from error
         self._readers[shard] = reader  # popped and put back, so the order is by last use

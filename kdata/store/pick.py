@@ -8,6 +8,7 @@ import pyarrow as pa
 from kdata.format.schema import ManifestEntry, index_schema
 from kdata.store.dataset import Dataset
 from kdata.store.index import UNREADABLE, damaged, read_index
+from kdata.store.payload import read_payload
 from kdata.store.shard import check_header
 
 
@@ -21,15 +22,12 @@ def renamed(table: pa.Table, shard: str, source: str) -> pa.Table:
 
 
 def tables(dataset: Dataset, entry: ManifestEntry, local: np.ndarray, name: str) -> tuple[pa.Table, pa.Table]:
-    """Payload and index of some rows of a shard, without decoding them, to be written as the shard `name`."""
+    """Payload and index of some rows of a shard, their entries not decoded, to be written as the shard `name`."""
     data, index_path = dataset.checked_file(entry, "data"), dataset.checked_file(entry, "index")
     chosen = pa.array(local)
     try:
-        file = pa.ipc.open_file(pa.OSFile(str(data)))
-        check_header(file.schema, dataset.info, entry)
-        payload = file.read_all()
-        payload.validate(full=True)
-        payload = payload.take(chosen)
+        check_header(pa.ipc.open_file(pa.OSFile(str(data))).schema, dataset.info, entry)
+        payload = read_payload(data, dataset.info.codec).take(chosen)
         index = read_index(index_path, index_schema().names).take(chosen)
     except UNREADABLE as error:
         raise damaged(data, error) from error

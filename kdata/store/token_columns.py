@@ -11,7 +11,7 @@ import pyarrow as pa
 from kdata.format.sequences import flat
 from kdata.store.dataset import Dataset
 from kdata.store.index import UNREADABLE, damaged
-from kdata.store.payload import checked_batch, payload_reader
+from kdata.store.payload import PayloadReader
 
 COUNTS = ("num_exact", "num_drawn")  # columns that `has_entries` reads
 
@@ -49,10 +49,10 @@ def token_columns(dataset: Dataset, columns: list[str], wanted: np.ndarray) -> I
         dataset.locate(np.array([begin]))  # checks the shard
         path = dataset.shard_file(entry, "data")
         try:
-            reader = payload_reader(path, columns)
+            reader = PayloadReader(path, columns)
             dataset.checked_file(entry, "data")  # after it is open, see `Dataset.record_batch`
             for batch in range(reader.num_record_batches):
-                part = checked_batch(reader, batch)
+                part = reader.batch(batch)
                 if wanted[begin : begin + part.num_rows].any():
                     yield _flat(shard, batch, begin, part)
                 begin += part.num_rows

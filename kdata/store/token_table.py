@@ -25,7 +25,7 @@ from kdata.format.kept import Kept, draw_mask
 from kdata.format.schema import DatasetInfo, ManifestEntry
 from kdata.format.sequences import check_ids, entries_of, values_of
 from kdata.store.index import UNREADABLE, damaged
-from kdata.store.payload import checked_batch, payload_reader, used_columns
+from kdata.store.payload import PayloadReader, used_columns
 from kdata.store.token_scores import ScoreSource, TokenScore, score_of, token_scores
 from kdata.store.tokens import TokenText
 
@@ -410,7 +410,7 @@ def _payload(source: TokenSource, shard: int, path: Path, wanted: set[str], loca
             columns = [name for name in used_columns(path) if name in wanted or name.startswith(beginnings)]
         else:
             columns = sorted(wanted)
-        reader = payload_reader(path, columns)
+        reader = PayloadReader(path, columns)
         source.checked_file(source.manifest[shard], "data")  # after it is open, see `Dataset.record_batch`
     except UNREADABLE as error:
         raise damaged(path, error) from error
@@ -419,7 +419,7 @@ def _payload(source: TokenSource, shard: int, path: Path, wanted: set[str], loca
         if not len(numbers):
             continue
         try:
-            batch = checked_batch(reader, number)
+            batch = reader.batch(number)
         except UNREADABLE as error:
             raise damaged(path, error) from error
         yield numbers, batch if len(numbers) == end - begin else batch.take(pa.array(numbers - begin))

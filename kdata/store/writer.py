@@ -106,6 +106,7 @@ class Writer:
         known = None
         if (self.root / "dataset.json").exists():
             before = read_info(self.root)
+            self.info = _of_version(self.info, before)
             _refuse_difference("the dataset", before.identity(), self.info.identity(), self.root)
             known = before.sources.get(self.source)
             if known is not None:
@@ -355,6 +356,14 @@ def _split(settings: dict[str, Any], paths: Sequence[str]) -> tuple[dict[str, An
         if last in place:
             values[path] = place.pop(last)
     return rest, values
+
+
+def _of_version(info: DatasetInfo, before: DatasetInfo) -> DatasetInfo:
+    """`info` with the version of the codec that a dataset was begun with, where it is an older one of the same codec."""
+    codec, older = info.codec, before.codec
+    if codec.id != older.id or older.version >= codec.version:
+        return info
+    return info.model_copy(update={"codec": codec.model_copy(update={"version": older.version})})
 
 
 def _refuse_difference(what: str, before: dict[str, Any], after: dict[str, Any], root: Path) -> None:

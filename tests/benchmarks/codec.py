@@ -26,13 +26,15 @@ from transformers import AutoModelForCausalLM
 
 import kdata
 from kdata.format import codec as codecs
-from kdata.format.codec import Positions
 from kdata.format.keep import KeepConfig
-from kdata.format.kept import Kept, log_tail, pad, segment_sum
+from kdata.format.kept import Kept, log_tail, segment_sum
 from kdata.format.manifest import new_info
 from kdata.format.records import Record, UnitResult
-from kdata.format.schema import FORMAT_VERSION, SourceInfo
+from kdata.format.schema import FORMAT_VERSION, SourceInfo, payload_schema
+from kdata.format.sequences import decode as decode_batch
+from kdata.format.stored import IDS_KEY, readable_schema, to_stored
 from kdata.store.gguf import model_folder
+from kdata.store.payload import PayloadReader, read_payload, used_columns
 from kdata.store.writer import Writer
 from kdata.teachers.model import load_tokenizer
 from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
@@ -114,7 +116,8 @@ def store(docs: list[np.ndarray], logits: list[torch.Tensor], keep: KeepConfig, 
 def column_bytes(dataset: kdata.Dataset) -> tuple[float, float, float]:
     """Bytes per token on disk: (entries, other columns, file), each column written alone as the shard writes it."""
     path = dataset.shard_file(dataset.manifest[0], "data")
-    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    file = pa.ipc.open_file(pa.memory_map(str(path)))
+    table = file.read_all()
     tokens = dataset.num_tokens
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
 
@@ -125,6 +128,7 @@ def column_bytes(dataset: kdata.Dataset) -> tuple[float, float, float]:
         return sink.getvalue().size
 
     entries = size([n for n in table.column_names if n.split("_")[0] in ("entry", "exact", "draw")])
+    entries += len((file.metadata or {}).get(IDS_KEY, b""))
     whole = path.stat().st_size
     return entries / tokens, (whole - entries) / tokens, whole / tokens
 
@@ -213,9 +217,25 @@ def large_vocabulary(vocab: int, keep: KeepConfig, tokens: int = 4096) -> dict[s
     ids = np.stack([row[np.sort(np.unique(row, return_index=True)[1])][:width] for row in ids])
     kept = Kept.top(ids, logprobs[:, :width].astype(np.float32), np.ones(tokens, bool))
     tail = log_tail(kept.exact_mass())
-    columns, _ = codecs.to_columns(kept, tail, np.arange(0, tokens + 1, 256), keep.codec(vocab))
+    offsets, info = np.arange(0, tokens + 1, 256), keep.codec(vocab)
+    columns, _ = codecs.to_columns(kept, tail, offsets, info)
+    schema = readable_schema(info.id, info.version)
+    beside = {  # what to_stored needs beside the entries; no rank, so that no id is given by the actual token
+        "input_ids": np.zeros(tokens, np.int32), "target_mask": np.ones(tokens, bool), "rank": np.zeros(tokens, np.int32),
+        "logprob": np.zeros(tokens, np.float32), "log_tail": tail, "entropy": np.zeros(tokens, np.float32),
+        "num_exact": kept.num_exact.astype(np.uint16), "num_drawn": kept.num_drawn.astype(np.uint16),
+    }  # fmt: skip
+    for name, values in beside.items():
+        columns[name] = pa.ListArray.from_arrays(
+            pa.array(offsets, pa.int32()), pa.array(values), type=schema.field(name).type
+        )
+    columns["id"] = pa.array([str(row) for row in range(len(offsets) - 1)])
+    for name in set(schema.names) - columns.keys():
+        columns[name] = pa.nulls(len(offsets) - 1, schema.field(name).type)
+    stored, ids = to_stored(pa.table(columns, schema=schema), vocab, payload_schema(info.id, info.version))
     zstd = pa.Codec("zstd", compression_level=1)
-    size = sum(len(zstd.compress(c.flatten().to_numpy(zero_copy_only=False).tobytes())) for c in columns.values())
+    entries = [stored[name].combine_chunks().flatten() for name in ("exact_codes", "entry_bits", "exact_gaps")]
+    size = sum(len(zstd.compress(c.to_numpy(zero_copy_only=False).tobytes())) for c in entries) + len(ids)
     return {
         "entry_bytes": size / tokens,
         "order0_bytes": order0_bits(ids) * width / 8,
@@ -231,27 +251,27 @@ def order0_bits(ids: np.ndarray) -> float:
 
 
 def speed(dataset: kdata.Dataset) -> tuple[float, float]:
-    """Tokens per second on one core: encode (to compressed shard columns) and decode (to padded ids and logprobs)."""
+    """Tokens per second on one core: encode (to a compressed shard in memory) and decode (to padded ids and logprobs)."""
+    path, info = dataset.shard_file(dataset.manifest[0], "data"), dataset.info
+    schema = payload_schema(info.codec.id, info.codec.version)
+    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
+    readable = read_payload(path, info.codec)
     seq = dataset.take(np.arange(dataset.num_rows))
-    copies = max(1, 100_000 // len(seq.token_ids))
-    one = Kept(seq.num_exact, seq.num_kept - seq.num_exact, seq.entry_ids, seq.entry_logprobs)
-    kept = Kept.concatenate([one] * copies)
-    tail = np.tile(np.nan_to_num(seq.log_tail), copies)
-    tokens = len(tail)
-    offsets = np.linspace(0, tokens, 32 * copies + 1).astype(np.int64)
-    zstd = pa.Codec("zstd", compression_level=1)
+    kept = Kept(seq.num_exact, seq.num_kept - seq.num_exact, seq.entry_ids, seq.entry_logprobs)
+    columns = used_columns(path)
     encode, decode = [], []
-    for _ in range(4):
+    for _ in range(20):
         started = time.perf_counter()
-        columns, _ = codecs.to_columns(kept, tail, offsets, dataset.info.codec)
-        flat = {n: c.flatten().to_numpy(zero_copy_only=False) for n, c in columns.items()}
-        packed = {n: zstd.compress(v.tobytes()) for n, v in flat.items()}
-        encode.append(tokens / (time.perf_counter() - started))
+        codecs.to_columns(kept, seq.log_tail, seq.offsets, info.codec)
+        stored, _ = to_stored(readable, info.vocab_size, schema)
+        with pa.ipc.new_file(pa.BufferOutputStream(), stored.schema, options=options) as writer:
+            writer.write_table(stored, max_chunksize=32)
+        encode.append(dataset.num_tokens / (time.perf_counter() - started))
         started = time.perf_counter()
-        raw = {n: np.frombuffer(zstd.decompress(packed[n], v.nbytes), v.dtype) for n, v in flat.items()}
-        back = codecs.from_columns(raw, Positions(kept.num_exact, kept.num_drawn, tail), dataset.info.codec)
-        pad(back.num_kept, back.ids, back.logprobs, int(back.num_kept.max()))
-        decode.append(tokens / (time.perf_counter() - started))
+        reader = PayloadReader(path, columns)
+        for number in range(reader.num_record_batches):
+            decode_batch(reader.batch(number), info).padded()
+        decode.append(dataset.num_tokens / (time.perf_counter() - started))
     return max(encode), max(decode)
 
 

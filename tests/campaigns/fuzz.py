@@ -124,10 +124,16 @@ def by_table(file: Path, rng: random.Random) -> None:
     if file.suffix == ".parquet":
         return pq.write_table(mutations.table_of(pq.read_table(file), rng), file)
     with pa.ipc.open_file(file) as reader:
-        table, metadata = reader.read_all(), reader.schema.metadata
+        table, metadata, footer = reader.read_all(), reader.schema.metadata, dict(reader.metadata or {})
     table = mutations.table_of(table, rng).replace_schema_metadata(metadata)
     options = pa.ipc.IpcWriteOptions(compression=rng.choice((None, "zstd", "lz4")))
-    with pa.ipc.new_file(file, table.schema, options=options) as writer:
+    if footer and rng.random() < 0.3:  # the common ids of a shard
+        name = rng.choice(sorted(footer))
+        content = bytearray(footer.pop(name))
+        if content and rng.random() < 0.8:
+            content[rng.randrange(len(content))] = rng.choice(b":0123456789ABCab+/=\xff")
+            footer[name] = bytes(content[: rng.choice((len(content), len(content) // 2))])
+    with pa.ipc.new_file(file, table.schema, options=options, metadata=footer) as writer:
         writer.write_table(table, max_chunksize=rng.choice((1, 2, 1000)))
     return None
 

@@ -1,8 +1,9 @@
 """Make the golden datasets of format 1.0 in tests/golden/v1, and what a reader must find in them.
 
-`python -m tests.golden.make FOLDER` writes them anew. They are committed, and are not made again: a reader of any later
-version has to read the bytes that stand there. A later minor version gets a folder of its own beside them. Optional keys that
-version 1.0 got later are in datasets of their own: packed-bound is the first whose shards name their dataset.
+`python -m tests.golden.make FOLDER [NAME ...]` writes them anew. They are committed, and are not made again: a reader of any
+later version has to read the bytes that stand there. A later minor version gets a folder of its own beside them. Optional
+keys that version 1.0 got later are in datasets of their own: packed-bound is the first whose shards name their dataset,
+packed-coded the first with version 3 of its codec.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from kdata.format.schema import CodecInfo, SourceInfo, TeacherInfo, TokenizerInf
 from kdata.store.writer import Writer
 from tests.fakes import StandInTeacher
 
+VERSIONS = {"packed-hybrid": 1, "packed-bound": 1, "packed-coded": 3}  # of the codec packed
 # name, what is kept, codec (None: the kind's own)
 DATASETS: dict[str, tuple[KeepConfig, CodecInfo | None]] = {
     "packed-hybrid": (KeepConfig(kind="hybrid", k=4, num_draws=6, temperatures=[2.0], draw_method="independent"), None),
     "packed-bound": (KeepConfig(kind="hybrid", k=4, num_draws=6, temperatures=[2.0]), None),
+    "packed-coded": (KeepConfig(kind="hybrid", k=4, num_draws=6, temperatures=[2.0]), None),
     "plain-topk": (
         KeepConfig(kind="topk", k=6),
         CodecInfo(id="plain", version=1, kind="topk", parameters={"k": 6}),
@@ -60,7 +63,8 @@ def record(name: str, ids: list[int], teacher: StandInTeacher, keep: KeepConfig,
 def make(root: Path, name: str) -> kdata.Dataset:
     """Write one of the datasets: three rows and a reject."""
     keep, codec = DATASETS[name]
-    codec = codec or keep.codec(300)
+    if codec is None:
+        codec = keep.codec(300).model_copy(update={"version": VERSIONS[name]})
     teacher = StandInTeacher("golden")
     info = new_info(
         format_version="1.0",
@@ -93,13 +97,13 @@ def decoded(dataset: kdata.Dataset) -> dict[str, Any]:
     return content
 
 
-def main(folder: Path) -> None:
-    """Write every dataset and its expected values."""
-    for name in DATASETS:
+def main(folder: Path, names: list[str]) -> None:
+    """Write datasets, all unless some are named, and their expected values."""
+    for name in names or DATASETS:
         expected = decoded(make(folder / name, name))
         text = json.dumps(expected, ensure_ascii=False, separators=(",", ":"))
         (folder / f"{name}.json").write_text(text + "\n", "utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

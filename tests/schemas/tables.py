@@ -99,6 +99,11 @@ def json_schema(name: str) -> str:
     return json.dumps({**head, **schema}, indent=2) + "\n"
 
 
+def version_of(codec: dict[str, Any]) -> str:
+    """Version, or versions, of a codec."""
+    return f"Version {codec['version']}" if codec["version"] == 1 else f"Versions 1 to {codec['version']}"
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -181,10 +186,10 @@ def tables() -> dict[str, Callable[[], str]]:
         "tokens": lambda: token_table("tokens"),
         "entries": lambda: token_table("entries"),
     }
+    coded = codecs["packed"]["coded"]["columns"]
+    generated["packed_coded"] = lambda: columns_table(coded)
     for name, spec in codecs.items():
-        generated[name] = lambda spec=spec: (
-            f"Version {spec['version']}. {spec['doc']}\n\n" + columns_table(spec["columns"])
-        )
+        generated[name] = lambda spec=spec: f"{version_of(spec)}. {spec['doc']}\n\n" + columns_table(spec["columns"])
     for model in MODELS:
         generated[model.__name__] = lambda model=model: model_table(model)
     return generated

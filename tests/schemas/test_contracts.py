@@ -24,8 +24,9 @@ from kdata.format.codec import CODECS
 from kdata.format.schema import index_schema, known_codecs, payload_schema, rejects_schema
 from kdata.selection.ranked import Difference
 from kdata.selection.select import select
-from tests.fakes import run_capture
+from tests.fakes import codec_version, run_capture
 from tests.kdata.selection.test_score_select import give_scores
+from tests.schemas.raw import ids_by_number, plain_row
 from tests.schemas.tables import (
     FOLDER,
     JSON_FILES,
@@ -87,7 +88,8 @@ def test_the_readme_s_tables_are_the_contracts() -> None:
 def test_the_readme_names_every_column_and_key_and_says_what_it_is() -> None:
     text = README.read_text("utf-8")
     columns = [c for name in ("payload", "index", "rejects") for c in document(name)["columns"]]
-    columns += [c for codec in document("payload")["codecs"].values() for c in codec["columns"]]
+    for codec in document("payload")["codecs"].values():
+        columns += codec["columns"] + codec.get("coded", {"columns": []})["columns"]
     for column in columns:
         assert f"`{column['name']}`" in text and len(column["doc"]) > 10, column["name"]
     for model in MODELS:
@@ -104,7 +106,7 @@ def test_a_dataset_s_columns_are_those_of_the_documents(furnished: kdata.Dataset
     ):
         assert pq.read_schema(furnished.path / path).equals(schema)
     payload = pa.ipc.open_file(furnished.path / f"data/{entry.name}.arrow")
-    assert payload.schema.equals(payload_schema(furnished.info.codec.id))
+    assert payload.schema.equals(payload_schema(furnished.info.codec.id, furnished.info.codec.version))
     metadata = {k.decode(): v.decode() for k, v in payload.schema.metadata.items()}
     assert json.loads(metadata["kdata.codec"]) == furnished.info.codec.model_dump()
     assert all(f"`{key}`" in README.read_text("utf-8") for key in metadata)
@@ -158,9 +160,11 @@ def planes(row: dict[str, Any], name: str) -> list[int]:
 
 def decode(row: dict[str, Any], parameters: dict[str, Any]) -> list[list[tuple[int, float]]]:
     """(id, log-weight) of every entry of every position of a packed row."""
-    exact_ids = iter(planes(row, "exact_id"))
+    is_coded = "exact_ids" in row
+    exact_ids = iter(row["exact_ids"] if is_coded else planes(row, "exact_id"))
     gaps = iter(row["exact_gaps"])
-    draw_steps = iter(planes(row, "draw_id") if row["draw_id_0"] is not None else [])
+    draw_ids = iter(row["draw_ids"] if is_coded else [])
+    draw_steps = iter([] if is_coded or row["draw_id_0"] is None else planes(row, "draw_id"))
     counts = iter(row["draw_counts"] or [])
     positions = []
     for tail, num_exact, num_drawn in zip(row["log_tail"], row["num_exact"], row["num_drawn"], strict=True):
@@ -173,12 +177,13 @@ def decode(row: dict[str, Any], parameters: dict[str, Any]) -> list[list[tuple[i
             entries += [(next(exact_ids), height - x / 16) for x in u]
         token = 0
         for _ in range(num_drawn):
-            token += next(draw_steps)
+            token = next(draw_ids) if is_coded else token + next(draw_steps)
             entries.append((token, math.log(next(counts) / parameters["num_draws"]) + tail))
         positions.append(entries)
     return positions
 
 
+@pytest.mark.parametrize("version", [1, 3])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -189,9 +194,10 @@ def decode(row: dict[str, Any], parameters: dict[str, Any]) -> list[list[tuple[i
     ],
 )
 def test_a_reader_made_from_the_document_reads_the_same(
-    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, settings: dict[str, Any]
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, settings: dict[str, Any], version: int
 ) -> None:
-    dataset = run_capture(tmp_path / "d", corpus_file, tokenizer_dir, reading={"limit": 6}, **settings)
+    with codec_version(version):
+        dataset = run_capture(tmp_path / "d", corpus_file, tokenizer_dir, reading={"limit": 6}, **settings)
     root = dataset.path
     info = json.loads((root / "dataset.json").read_bytes())
     assert sha256(canonical(without(info, "digest"))) == info["digest"]
@@ -205,7 +211,11 @@ def test_a_reader_made_from_the_document_reads_the_same(
         for path, about in line["files"].items():
             assert sha256((root / path).read_bytes()) == about["sha256"]
         index = pq.read_table(root / f"index/{line['name']}.parquet").to_pylist()
-        payload = pa.ipc.open_file(root / f"data/{line['name']}.arrow").read_all().to_pylist()
+        shard = pa.ipc.open_file(root / f"data/{line['name']}.arrow")
+        payload = shard.read_all().to_pylist()
+        if version == 3:
+            ids = ids_by_number(shard)
+            payload = [plain_row(row, ids) for row in payload]
         inputs = b""
         for about, row in zip(index, payload, strict=True):
             raw = np.array(row["input_ids"], "<i4").tobytes()

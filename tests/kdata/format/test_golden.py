@@ -87,9 +87,10 @@ def newer(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     index, payload = root / "index/capture-00000.parquet", root / "data/capture-00000.arrow"
     table = pq.read_table(index)
     pq.write_table(table.append_column("mood", pa.array(["?"] * table.num_rows)), index)
-    shard = pa.ipc.open_file(payload).read_all()
+    with pa.ipc.open_file(payload) as reader:
+        shard, footer = reader.read_all(), reader.metadata
     shard = shard.append_column("later", pa.array([[1.0]] * shard.num_rows))
-    with pa.ipc.new_file(payload, shard.schema) as writer:
+    with pa.ipc.new_file(payload, shard.schema, metadata=footer) as writer:
         writer.write_table(shard)
     for path in (index, payload):
         entry["files"][path.relative_to(root).as_posix()] = {**file_info(path).model_dump(), "blake3": "x"}

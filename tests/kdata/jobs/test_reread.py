@@ -21,6 +21,7 @@ from kdata.jobs.payloads import refuse_other_rows
 from kdata.jobs.reread import RereadJob, keep_like, reread_with
 from kdata.teachers.model import load_tokenizer
 from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, save_tokenizer, write_jsonl
+from tests.rounding import assert_logprobs, assert_tails
 
 SAME = ["id", "content_hash", "domain", "source", "origin", "license", "num_tokens", "num_target_tokens", "num_bytes",
         "text", "prompt", "finish_reason", "shard", "row"]  # fmt: skip
@@ -73,14 +74,14 @@ def test_every_number_comes_from_the_second_teacher(first: kdata.Dataset, second
                 assert sequence.log_z is not None and np.isnan(sequence.log_z[t]).all()
                 continue
             token = sequence.token_ids[t]
-            assert sequence.logprob[t] == pytest.approx(dense_TV[t, token], rel=2**-10)
+            assert_logprobs(sequence.logprob[t], dense_TV[t, token])
             assert sequence.rank[t] == 1 + (dense_TV[t] > dense_TV[t, token]).sum()
             begin, end = sequence.entry_offsets[t], sequence.entry_offsets[t] + sequence.num_exact[t]
             np.testing.assert_allclose(
                 sequence.entry_logprobs[begin:end], dense_TV[t, sequence.entry_ids[begin:end]], atol=0.05
             )
             mass = np.exp(dense_TV[t, sequence.entry_ids[begin:end]]).sum()
-            assert np.exp(sequence.log_tail[t]) == pytest.approx(1 - mass, abs=1e-5)
+            assert_tails(np.exp(sequence.log_tail[t]), 1 - mass)
     assert unrecorded > 50
 
 

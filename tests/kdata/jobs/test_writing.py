@@ -20,6 +20,7 @@ from kdata.teachers.base import Completion
 from kdata.teachers.config import SamplingConfig, StructuredOutput, TeacherConfig
 from kdata.teachers.model import load_tokenizer
 from tests.fakes import CHATML, EOS, TURN_END, StandInTeacher, digests, run_generate, save_tokenizer
+from tests.rounding import assert_logprobs
 
 PROMPTS = [
     {"id": f"p{n}", "domain": "d", "text": text} for n, text in enumerate(["the cat", "def add", "🙂", "naïve", "日本"])
@@ -45,7 +46,7 @@ def test_the_prompt_is_stored_but_only_the_completion_counts(
         assert row["text"].startswith(row["prompt"])
         dense = teacher.dense(sequence.token_ids)
         own = dense[np.arange(len(dense)), sequence.token_ids][begin:]
-        np.testing.assert_allclose(sequence.logprob[begin:], own, rtol=2**-10)
+        assert_logprobs(sequence.logprob[begin:], own)
         assert row["nll"] == pytest.approx(-own.mean(), rel=1e-5)
         ended = bool(sequence.token_ids[-1] == EOS)
         assert row["finish_reason"] == ("stop" if ended else "length")
@@ -166,13 +167,11 @@ class Scripted(StandInTeacher):
 def test_a_chat_is_continued_with_the_assistant_s_turn(
     tmp_path: Path, jsonl: Callable[..., Path], chatty: Path
 ) -> None:
-    import pyarrow as pa
 
     teacher = Scripted(chatty, f" sat on 🙂\n{TURN_END}")
     dataset = generate_chats(tmp_path / "d", jsonl(ASKED), chatty, num_samples=2, teacher=teacher)
     tokenizer = load_tokenizer(chatty)
     assert dataset.index(["id"])["id"].to_pylist() == ["q0~0", "q0~1", "q1~0", "q1~1"]
-    payload = pa.ipc.open_file(dataset.path / "data/generate-00000.arrow").read_all()
     for number, (row, sequence) in enumerate(zip(dataset.index().to_pylist(), dataset, strict=True)):
         *asked, reply = json.loads(row["messages"])
         messages = next(r["messages"] for r in ASKED if r["id"] == row["id"].split("~")[0])
@@ -184,7 +183,8 @@ def test_a_chat_is_continued_with_the_assistant_s_turn(
         assert not sequence.target_mask[:begin].any() and sequence.target_mask[begin:].all()
         assert row["prompt"] == tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
         assert row["text"] == row["prompt"] + f" sat on 🙂\n{TURN_END}"
-        assert sum(payload["token_bytes"][number].as_py()) == len(row["text"].encode())
+        token_bytes = dataset.token_bytes(number)
+        assert token_bytes is not None and token_bytes.sum() == len(row["text"].encode())
     reasons = {row["id"]: row["reason"] for row in dataset.sql("select id, reason from rejects").to_pylist()}
     assert reasons == {"q2": "empty", "q3": "too_long"}
 

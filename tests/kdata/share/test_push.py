@@ -35,7 +35,7 @@ for stream in (False, True):
         rows = list(loaded)
         result[f"{stream} {data_dir}"] = [len(rows), sorted(rows[0]), [r["id"] for r in rows]]
         if data_dir:
-            result["first"] = {k: rows[0][k] for k in ("input_ids", "rank", "num_exact")}
+            result["first"] = {k: rows[0][k] for k in ("input_ids", "rank_codes", "num_exact_codes")}
 print(json.dumps(result))
 """
 
@@ -53,10 +53,13 @@ def test_a_pushed_folder_opens_with_the_real_datasets_library(captured: Path, tm
     for stream in (False, True):
         assert result[f"{stream} None"] == [25, sorted(dataset.index().column_names), ids]
         count, columns, payload_ids = result[f"{stream} data"]
-        assert (count, payload_ids) == (25, ids) and {"input_ids", "log_tail", "num_exact"} <= set(columns)
+        assert (count, payload_ids) == (25, ids) and {"input_ids", "tail_codes", "num_exact_codes"} <= set(columns)
     first = dataset[0]
-    assert result["first"]["input_ids"] == first.token_ids.tolist() and result["first"]["rank"] == first.rank.tolist()
-    assert result["first"]["num_exact"] == first.num_exact.tolist()
+    assert (
+        result["first"]["input_ids"] == first.token_ids.tolist()
+        and result["first"]["rank_codes"] == first.rank.tolist()
+    )
+    assert result["first"]["num_exact_codes"] == first.num_exact.tolist()
 
 
 def test_a_copy_holds_the_files_of_the_dataset_and_no_others(copied: Path, tmp_path: Path) -> None:

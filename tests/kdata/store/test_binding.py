@@ -151,9 +151,10 @@ def unbind(root: Path) -> None:
         for key in ("fingerprint", "work_digest"):
             del line[key]
         path = root / f"data/{line['name']}.arrow"
-        table = pa.ipc.open_file(path.read_bytes()).read_all()
+        file = pa.ipc.open_file(path.read_bytes())
+        table = file.read_all()
         old = {k: v for k, v in table.schema.metadata.items() if k not in (b"kdata.fingerprint", b"kdata.work_digest")}
-        with pa.ipc.new_file(str(path), table.schema.with_metadata(old)) as writer:
+        with pa.ipc.new_file(str(path), table.schema.with_metadata(old), metadata=file.metadata) as writer:
             writer.write_table(table.replace_schema_metadata(old))
         line["files"][f"data/{line['name']}.arrow"] = file_info(path).model_dump()
     write_lines(root, lines)

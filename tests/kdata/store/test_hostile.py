@@ -40,15 +40,22 @@ def rewrite_lines(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (root / "manifest.jsonl").write_bytes(b"".join(canonical_json(line) + b"\n" for line in lines))
 
 
-def rewrite_shard(root: Path, change: Callable[[Columns], None], metadata: dict[bytes, bytes] | None = None) -> None:
+def rewrite_shard(
+    root: Path,
+    change: Callable[[Columns], None],
+    metadata: dict[bytes, bytes] | None = None,
+    footer: dict[bytes, bytes] | None = None,
+) -> None:
     """Change columns of the first shard, write it as one record batch, and make its digest fit."""
     path = root / "data/capture-00000.arrow"
-    table = pa.ipc.open_file(path.read_bytes()).read_all().combine_chunks()
+    file = pa.ipc.open_file(path.read_bytes())
+    table = file.read_all().combine_chunks()
     columns = {name: table[name].chunk(0) for name in table.schema.names}
     change(columns)
     batch = pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
     batch = batch.replace_schema_metadata({**table.schema.metadata, **(metadata or {})})
-    with pa.ipc.new_file(str(path), batch.schema) as writer:
+    footer = file.metadata if footer is None else footer
+    with pa.ipc.new_file(str(path), batch.schema, metadata=footer) as writer:
         writer.write_batch(batch)
 
     def with_new_digest(line: dict[str, Any]) -> None:
@@ -195,30 +202,49 @@ def test_codec_parameters_are_numbers_that_can_be(copied: Path, parameters: dict
         kdata.open(copied)
 
 
+PLANES = ["exact_gaps", "exact_id_0", "exact_id_1", "draw_id_0", "draw_id_1", "draw_counts"]
+CODES = ["exact_gaps", "exact_codes", "draw_codes", "entry_bits", "draw_counts"]
+NUMBERS = ["logprob", "rank", "num_exact", "num_drawn"]
+DISAGREE = "other lengths|bits|differ in number|counts say|more or fewer|without a code"
+
+
 @pytest.mark.parametrize("by", [-3, -1, 1, 3])
-@pytest.mark.parametrize("name", ["exact_gaps", "exact_id_0", "exact_id_1", "draw_id_0", "draw_id_1", "draw_counts"])
-def test_entry_columns_have_the_lengths_of_their_counts(copied: Path, name: str, by: int) -> None:
-    rewrite_shard(copied, lambda columns: columns.update({name: longer(columns[name], by)}))
-    refused(copied, "other lengths")
+@pytest.mark.parametrize("name", [*CODES, *(f"{name}_codes" for name in (*NUMBERS, "entropy", "tail")), "far_values"])
+def test_columns_have_the_lengths_of_their_counts(copied: Path, name: str, by: int) -> None:
+    rewrite_shard(
+        copied, lambda columns: columns.update({name: longer(columns[name], max(by, -len(columns[name].values)))})
+    )
+    refused(copied, DISAGREE if by > 0 or name != "far_values" else ".")
 
 
-@pytest.mark.parametrize(
-    "name", ["exact_gaps", "exact_id_0", "draw_id_1", "draw_counts", "logprob", "rank", "num_exact"]
-)
+@pytest.mark.parametrize("by", [-3, -1, 1, 3])
+@pytest.mark.parametrize("name", PLANES)
+def test_entry_columns_of_older_data_have_the_lengths_of_their_counts(older: Path, name: str, by: int) -> None:
+    rewrite_shard(older, lambda columns: columns.update({name: longer(columns[name], by)}))
+    refused(older, "other lengths")
+
+
+@pytest.mark.parametrize("name", [*CODES, *(f"{name}_codes" for name in NUMBERS)])
 def test_rows_of_all_columns_end_at_the_same_place(copied: Path, name: str) -> None:
     rewrite_shard(copied, lambda columns: columns.update({name: moved(columns[name])}))
-    refused(copied, "other lengths")
+    refused(copied, DISAGREE)
 
 
-def test_a_column_of_one_value_is_not_spread_over_all(copied: Path) -> None:
+@pytest.mark.parametrize("name", [*PLANES, *NUMBERS])
+def test_rows_of_older_data_end_at_the_same_place(older: Path, name: str) -> None:
+    rewrite_shard(older, lambda columns: columns.update({name: moved(columns[name])}))
+    refused(older, "other lengths")
+
+
+def test_a_column_of_one_value_is_not_spread_over_all(older: Path) -> None:
     def single(columns: Columns) -> None:
         rows = len(columns["exact_gaps"])
         for name in ("exact_id_0", "exact_id_1", "draw_counts"):
             offsets = pa.array([0] * rows + [1], pa.int32())
             columns[name] = pa.ListArray.from_arrays(offsets, columns[name].values[:1])
 
-    rewrite_shard(copied, single)
-    refused(copied, "other lengths")
+    rewrite_shard(older, single)
+    refused(older, "other lengths")
 
 
 @pytest.mark.parametrize(
@@ -231,9 +257,52 @@ def test_a_column_of_one_value_is_not_spread_over_all(copied: Path) -> None:
         ("log_tail", 0.5, "log_tail"),
     ],
 )
-def test_values_are_in_their_range(copied: Path, name: str, value: float, reason: str) -> None:
+def test_values_of_older_data_are_in_their_range(older: Path, name: str, value: float, reason: str) -> None:
+    rewrite_shard(older, lambda columns: columns.update({name: changed(columns[name], value)}))
+    refused(older, reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("exact_codes", 255, "bits|outside"),
+        ("draw_codes", 255, "bits|outside"),
+        ("draw_counts", 0, "count 0"),
+        ("tail_codes", 254, "log_tail"),
+        ("tail_codes", 255, "stands for nothing"),
+        ("rank_codes", 254, "stands for nothing"),
+        ("rank_codes", 255, "without a code"),
+        ("num_exact_codes", 254, "stands for nothing"),
+        ("logprob_codes", 255, "without a code"),
+    ],
+)
+def test_codes_are_in_their_range(copied: Path, name: str, value: float, reason: str) -> None:
     rewrite_shard(copied, lambda columns: columns.update({name: changed(columns[name], value)}))
     refused(copied, reason)
+
+
+def test_numbers_without_a_code_are_in_their_range(copied: Path) -> None:
+    """The last token's rank, and then its number of entries, stand in the list."""
+
+    def listed(name: str, column: int, number: int) -> Callable[[Columns], None]:
+        def change(columns: Columns) -> None:
+            columns[name] = changed(columns[name], 255)
+            for part, value in (("far_columns", column), ("far_values", number)):
+                columns[part] = changed(longer(columns[part], 1), value)
+
+        return change
+
+    rewrite_shard(copied, listed("rank_codes", 1, -5))
+    refused(copied, "a rank is out of range")
+    rewrite_shard(copied, listed("num_exact_codes", 9, 5))
+    refused(copied, "list of numbers without a code is damaged")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"2:AAAA", b"9999999:AAAA"])
+def test_the_table_of_common_ids_is_checked(copied: Path, content: bytes | None) -> None:
+    footer = {} if content is None else {b"kdata.common_ids": content}
+    rewrite_shard(copied, lambda columns: None, footer=footer)
+    refused(copied, "common ids")
 
 
 def test_log_z_has_one_number_per_token_and_temperature(with_temperature: Path) -> None:
@@ -243,7 +312,7 @@ def test_log_z_has_one_number_per_token_and_temperature(with_temperature: Path) 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("exact_gaps", pa.uint16()), ("draw_counts", pa.int8()), ("input_ids", pa.int64()), ("log_tail", pa.float64())],
+    [("exact_gaps", pa.uint16()), ("draw_counts", pa.int8()), ("input_ids", pa.int64()), ("tail_codes", pa.int16())],
 )
 def test_columns_have_the_types_of_the_format(copied: Path, name: str, kind: pa.DataType) -> None:
     def other_type(columns: Columns) -> None:
@@ -253,7 +322,7 @@ def test_columns_have_the_types_of_the_format(copied: Path, name: str, kind: pa.
     refused(copied, f"column {name}")
 
 
-@pytest.mark.parametrize("name", ["input_ids", "exact_gaps", "draw_id_0", "logprob"])
+@pytest.mark.parametrize("name", ["input_ids", "exact_gaps", "draw_codes", "entry_bits", "logprob_codes", "far_values"])
 @pytest.mark.parametrize("by", [2**28, -(2**28), 2**31 - 1])
 def test_offsets_that_leave_the_buffer_are_never_followed(copied: Path, name: str, by: int) -> None:
     """Without a full validation pyarrow hands out views of memory that is not there."""

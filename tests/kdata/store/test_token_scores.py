@@ -27,7 +27,7 @@ from kdata.share.arrange import head
 from kdata.share.push import push
 from kdata.store import token_table
 from kdata.store.dataset import Dataset
-from kdata.store.payload import checked_batch
+from kdata.store.payload import PayloadReader
 from kdata.store.token_scores import TokenScore, stored_nll
 from tests.fakes import digests, run_capture, run_generate, write_jsonl
 from tests.kdata.selection.plans import score_tokens_with, score_with
@@ -177,9 +177,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Record batches of the payload, and parts of scores, that are read."""
     seen = {"batches": 0, "parts": 0}
 
-    def counted(reader: pa.ipc.RecordBatchFileReader, number: int) -> pa.RecordBatch:
-        seen["batches"] += 1
-        return checked_batch(reader, number)
+    read = PayloadReader.batch
+
+    def counted(reader: PayloadReader, number: int) -> pa.RecordBatch:
+        batch = read(reader, number)
+        seen["batches"] += batch.schema.names != ["id", "input_ids"]  # those are read when a shard is opened
+        return batch
 
     whole = TokenScore.part
 
@@ -188,7 +191,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         assert schema.names == ["token_nll"]
         return whole(self, shard, schema)
 
-    monkeypatch.setattr(token_table, "checked_batch", counted)
+    monkeypatch.setattr(PayloadReader, "batch", counted)
     monkeypatch.setattr(TokenScore, "part", part)
     return seen
 

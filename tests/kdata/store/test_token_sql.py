@@ -27,9 +27,8 @@ from kdata.selection.query import Sql
 from kdata.selection.ranked import Random
 from kdata.selection.select import select
 from kdata.share.interchange.importer import ImportConfig, import_dataset
-from kdata.store import token_table
 from kdata.store.dataset import Dataset
-from kdata.store.payload import checked_batch
+from kdata.store.payload import PayloadReader
 from kdata.store.sql import connect
 from kdata.store.sql_tree import nodes
 from kdata.store.token_table import ENTRIES, TOKENS
@@ -159,7 +158,8 @@ def test_the_mean_of_a_row_is_that_of_the_index(of_a_kind: Dataset) -> None:
     )
     assert means.num_rows == sum(n > 0 for n in of_a_kind.index(["num_target_tokens"])["num_target_tokens"].to_pylist())
     np.testing.assert_allclose(means["mass"].to_numpy(), means["stored"].to_numpy(), rtol=1e-9)
-    np.testing.assert_allclose(means["mean"].to_numpy(), means["nll"].to_numpy(), rtol=2**-10)
+    coded = of_a_kind.info.codec.is_coded
+    np.testing.assert_allclose(means["mean"].to_numpy(), means["nll"].to_numpy(), rtol=0.02 if coded else 2**-10)
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
@@ -388,12 +388,15 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """The columns of each record batch that is decompressed for the views."""
     seen: list[tuple[str, ...]] = []
 
-    def counted(reader: pa.ipc.RecordBatchFileReader, number: int) -> pa.RecordBatch:
-        batch = checked_batch(reader, number)
-        seen.append(tuple(batch.schema.names))
+    read = PayloadReader.batch
+
+    def counted(reader: PayloadReader, number: int) -> pa.RecordBatch:
+        batch = read(reader, number)
+        if batch.schema.names != ["id", "input_ids"]:  # those are read when a shard is opened
+            seen.append(tuple(batch.schema.names))
         return batch
 
-    monkeypatch.setattr(token_table, "checked_batch", counted)
+    monkeypatch.setattr(PayloadReader, "batch", counted)
     return seen
 
 
@@ -562,9 +565,10 @@ def rewritten(root: Path, change: Callable[[pa.Table], pa.Table]) -> Dataset:
     """A dataset whose first payload holds something else, with a digest that fits."""
     lines = [json.loads(line) for line in (root / "manifest.jsonl").read_bytes().splitlines()]
     path = root / f"data/{lines[0]['name']}.arrow"
-    table = pa.ipc.open_file(path).read_all()
+    with pa.ipc.open_file(path) as file:
+        table, footer = file.read_all(), file.metadata
     changed = change(table)
-    with pa.ipc.new_file(path, table.schema) as writer:
+    with pa.ipc.new_file(path, table.schema, metadata=footer) as writer:
         writer.write_table(changed.cast(table.schema))
     lines[0]["files"][f"data/{path.name}"] = file_info(path).model_dump()
     lines[0]["digest"] = digest_of(lines[0])
@@ -584,13 +588,13 @@ def with_column(name: str, change: Callable[[list[Any]], list[Any]]) -> Callable
 @pytest.mark.parametrize(
     ("column", "change", "query"),
     [
-        ("logprob", lambda rows: [rows[0][:-1], *rows[1:]], "select sum(logprob) from tokens"),
-        ("rank", lambda rows: [[*rows[0], 1], *rows[1:]], "select sum(rank) from tokens"),
+        ("logprob_codes", lambda rows: [rows[0][:-1], *rows[1:]], "select sum(logprob) from tokens"),
+        ("rank_codes", lambda rows: [[*rows[0], 1], *rows[1:]], "select sum(rank) from tokens"),
         ("target_mask", lambda rows: rows[1:] + rows[:1], "select count(*) from tokens where target"),
-        ("num_exact", lambda rows: [[v + 1 for v in row] for row in rows], "select sum(weight) from entries"),
-        ("num_exact", lambda rows: [[v + 1 for v in row] for row in rows], "select avg(kept_mass) from tokens"),
-        ("exact_id_1", lambda rows: [[255] * len(row) for row in rows], "select max(token_id) from entries"),
-        ("log_tail", lambda rows: [[1.0] * len(row) for row in rows], "select max(weight) from entries"),
+        ("num_exact_codes", lambda rows: [[v + 1 for v in row] for row in rows], "select sum(weight) from entries"),
+        ("num_exact_codes", lambda rows: [[v + 1 for v in row] for row in rows], "select avg(kept_mass) from tokens"),
+        ("exact_codes", lambda rows: [[255] * len(row) for row in rows], "select max(token_id) from entries"),
+        ("tail_codes", lambda rows: [[254] * len(row) for row in rows], "select max(weight) from entries"),
     ],
 )
 def test_columns_that_do_not_fit_together_are_one_error(

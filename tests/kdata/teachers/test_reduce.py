@@ -160,7 +160,7 @@ def test_a_dataset_without_a_draw_method_has_independent_draws() -> None:
     parameters = {"k": 4, "num_draws": 6, "tau": 1.0, "draw_seed": 3, "id_bytes": 2}
     before = CodecInfo(id="packed", version=1, kind="hybrid", parameters=parameters)
     keep = KeepConfig.of(before)
-    assert keep.draw_method == "independent" and keep.codec(300) == before
+    assert keep.draw_method == "independent" and keep.codec(300).parameters == before.parameters
     today = KeepConfig(kind="hybrid", k=4, num_draws=6, draw_seed=3)
     assert today.codec(300).parameters == {**parameters, "draw_method": "systematic"}
     assert KeepConfig.of(today.codec(300)) == today
