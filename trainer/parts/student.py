@@ -281,9 +281,16 @@ def _close(left: Tensor, right: Tensor) -> bool:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and back to the modes that the modules were in."""
+    """Without dropout, and back to the modes that the modules were in.
+
+    The 4-bit layers of bitsandbytes stay in training mode: on a processor with AVX512-BF16 their first product in evaluation
+    mode packs their weights anew, and no gradient passes through them ever after.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    for module in modes:
+        if type(module).__module__.startswith("bitsandbytes."):
+            module.training = True
     try:
         yield
     finally:
