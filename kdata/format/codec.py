@@ -122,12 +122,12 @@ def _packed_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Colum
     id_bytes = info.parameters["id_bytes"]
     columns = packed.planes("exact_id", kept.ids[~draws], id_bytes)
     columns["exact_gaps"] = packed.encode_gaps(kept.logprobs[~draws], kept.num_exact)
-    if info.parameters.get("num_draws"):
+    if info.most_draws:
         steps = packed.steps_up(kept.ids[draws], kept.num_drawn)
         columns |= packed.planes("draw_id", steps, id_bytes)
         if counts_draws(info):
             columns["draw_counts"] = packed.encode_counts(
-                kept.logprobs[draws], kept.num_drawn, log_tail_T, info.parameters["num_draws"]
+                kept.logprobs[draws], kept.num_drawn, log_tail_T, info.parameters.get("num_draws")
             )
         else:
             columns["draw_weights"] = kept.logprobs[draws].astype(np.float16)
@@ -148,7 +148,7 @@ def _packed_decode(columns: Columns, positions: Positions, info: CodecInfo) -> K
         weights = _finite(columns["draw_weights"].astype(np.float32))
     else:
         weights = packed.decode_counts(
-            columns["draw_counts"], positions.num_drawn, positions.log_tail, info.parameters["num_draws"]
+            columns["draw_counts"], positions.num_drawn, positions.log_tail, info.parameters.get("num_draws")
         )
     draw_ids = packed.sum_steps(packed.join_planes("draw_id", columns), positions.num_drawn)
     draws = draw_mask(positions.num_exact, positions.num_drawn)

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +173,10 @@ def decode(row: dict[str, Any], parameters: dict[str, Any]) -> list[list[tuple[i
             height = math.log(1 - math.exp(tail)) - math.log(sum(math.exp(-x / 16) for x in u))
             entries += [(next(exact_ids), height - x / 16) for x in u]
         token = 0
-        for _ in range(num_drawn):
+        times = list(islice(counts, num_drawn))
+        for count in times:
             token += next(draw_steps)
-            entries.append((token, math.log(next(counts) / parameters["num_draws"]) + tail))
+            entries.append((token, math.log(count / parameters.get("num_draws", sum(times))) + tail))
         positions.append(entries)
     return positions
 
@@ -186,6 +188,7 @@ def decode(row: dict[str, Any], parameters: dict[str, Any]) -> list[list[tuple[i
         {"kind": "adaptive", "mass": 0.9},
         {"kind": "sampled"},
         {"kind": "hybrid", "k": 4},
+        {"kind": "threshold"},
     ],
 )
 def test_a_reader_made_from_the_document_reads_the_same(

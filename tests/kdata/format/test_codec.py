@@ -14,6 +14,7 @@ from kdata.format.kept import Kept, log_tail, segment_sum
 from kdata.format.schema import CodecInfo, known_codecs, payload_schema
 
 VOCAB, DRAWS = 300, 16
+EXTRA = {"hybrid": {"num_draws": DRAWS}, "threshold": {"threshold": 0.05}}
 # verbatim keeps what another tool returned, whatever it sums to: tests/kdata/share/test_interchange.py.
 OWN = [name for name in CODECS if name != "verbatim"]
 # Largest |log p - log p stored| of an exact entry. plain: a float16 step, as it is rounded down. packed: half
@@ -22,7 +23,7 @@ BOUND_NATS = {"plain": lambda logp: np.abs(logp) * 2.0**-10 + 1e-3, "packed": la
 
 
 def info_of(codec: str, kind: str = "topk") -> CodecInfo:
-    parameters = {"k": 12, "id_bytes": 2} | ({"num_draws": DRAWS} if kind == "hybrid" else {})
+    parameters = {"k": 12, "id_bytes": 2} | EXTRA.get(kind, {})
     return CodecInfo(id=codec, version=known_codecs()[codec], kind=kind, parameters=parameters)
 
 
@@ -45,11 +46,15 @@ def ragged(draw: st.DrawFn, kind: str = "topk", max_scale: float = 4.0) -> tuple
         ids.append(order[:count])
         logprobs.append(exact)
         drawn.append(0)
-        if kind == "hybrid" and count:
+        if kind in EXTRA and count:
             rest = order[count:]
-            drawn_ids, times = np.unique(rng.choice(rest, DRAWS, p=p[rest] / p[rest].sum()), return_counts=True)
+            if kind == "hybrid":
+                drawn_ids, times = np.unique(rng.choice(rest, DRAWS, p=p[rest] / p[rest].sum()), return_counts=True)
+            else:  # each id once or twice, as many draws as come out
+                drawn_ids = np.sort(rng.choice(rest, rng.integers(1, 22), replace=False))
+                times = rng.integers(1, 3, len(drawn_ids))
             ids.append(drawn_ids)
-            logprobs.append((np.log(times / DRAWS) + np.float64(tail)).astype(np.float32))
+            logprobs.append((np.log(times / times.sum()) + np.float64(tail)).astype(np.float32))
             drawn[-1] = len(drawn_ids)
         tails.append(tail)
     kept = Kept(
@@ -67,7 +72,7 @@ def stored(kept: Kept, tail: np.ndarray, info: CodecInfo) -> Kept:
 
 
 @pytest.mark.parametrize("codec", OWN)
-@pytest.mark.parametrize("kind", ["topk", "hybrid"])
+@pytest.mark.parametrize("kind", ["topk", "hybrid", "threshold"])
 @given(data=st.data())
 def test_decoded_entries_are_within_the_measured_error_and_never_sum_to_more_than_one(
     codec: str, kind: str, data: st.DataObject

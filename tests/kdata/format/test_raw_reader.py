@@ -66,7 +66,7 @@ def entries(columns: Flat, codec: dict[str, Any]) -> tuple[np.ndarray, np.ndarra
     num_exact, num_drawn = columns["num_exact"].astype(np.int64), columns["num_drawn"].astype(np.int64)
     if codec["id"] in ("plain", "verbatim"):
         return num_exact + num_drawn, columns["entry_ids"], columns["entry_logprobs"].astype(np.float32)
-    assert (codec["id"], codec["version"]) == ("packed", 1)
+    assert (codec["id"], codec["version"]) == ("packed", 3 if codec["kind"] == "threshold" else 1)
     table = np.array([c if c < 240 else round(240 * 1.25 ** (c - 239)) for c in range(256)])
     u = running_sums(table[columns["exact_gaps"]], num_exact) / 16
     tail = columns["log_tail"].astype(np.float64)
@@ -79,7 +79,8 @@ def entries(columns: Flat, codec: dict[str, Any]) -> tuple[np.ndarray, np.ndarra
         if "draw_weights" in columns:
             drawn = columns["draw_weights"].astype(np.float32)
         else:
-            share = columns["draw_counts"].astype(np.float64) / codec["parameters"]["num_draws"]
+            times = columns["draw_counts"].astype(np.float64)
+            share = times / codec["parameters"].get("num_draws", np.repeat(segment_sums(times, num_drawn), num_drawn))
             drawn = round_down(np.log(share) + np.repeat(tail, num_drawn))
     is_draw = np.repeat(np.tile([False, True], len(num_exact)), np.stack([num_exact, num_drawn], 1).reshape(-1))
     all_ids, weights = np.empty(len(is_draw), np.int64), np.empty(len(is_draw), np.float32)
@@ -96,6 +97,7 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "sampled", "num_draws": 12},
     {"kind": "hybrid", "k": 4, "num_draws": 9},
     {"kind": "hybrid", "k": 4, "num_draws": 9, "tau": 0.8, "temperatures": [2.0]},
+    {"kind": "threshold", "threshold": 0.08},
 ]
 
 

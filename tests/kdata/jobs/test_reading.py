@@ -35,6 +35,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer
         "adaptive": {"mass": 0.8, "min_k": 2, "k": 20},
         "sampled": {"num_draws": 50},
         "hybrid": {"num_draws": 12, "temperatures": [2.0]},
+        "threshold": {"threshold": 0.05, "temperatures": [2.0]},
     }
     root = tmp_path_factory.mktemp("kinds")
     short = {"limit": 8}
@@ -44,7 +45,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer
     }
 
 
-@pytest.mark.parametrize("kind", ["topk", "adaptive", "sampled", "hybrid"])
+@pytest.mark.parametrize("kind", ["topk", "adaptive", "sampled", "hybrid", "threshold"])
 def test_entry_t_is_the_prediction_of_token_t_given_the_tokens_before_it(
     kinds: dict[str, kdata.Dataset], kind: str
 ) -> None:
@@ -87,12 +88,18 @@ def test_each_kind_keeps_what_it_says(kinds: dict[str, kdata.Dataset]) -> None:
     assert (exact == 0).all() and (drawn >= 1).all() and (drawn <= 50).all()
     exact, drawn = counted("hybrid")
     assert (exact == 8).all() and (drawn >= 1).all() and (drawn <= 12).all()
-    assert [kinds[k].info.tail for k in ("topk", "adaptive", "sampled", "hybrid")] == [
-        "ghost",
-        "ghost",
-        "draws",
-        "draws",
-    ]
+    exact, drawn = counted("threshold")
+    assert exact.min() >= 1 and len(set(exact)) > 3 and len(set(drawn)) > 3 and (exact + drawn).max() <= 22
+    tails = {kind: dataset.info.tail for kind, dataset in kinds.items()}
+    assert tails == {"topk": "ghost", "adaptive": "ghost", "sampled": "draws", "hybrid": "draws", "threshold": "draws"}
+
+
+def test_the_codec_of_draws_by_need_names_the_threshold_and_no_number(kinds: dict[str, kdata.Dataset]) -> None:
+    codec = kinds["threshold"].info.codec
+    assert codec.parameters == {
+        "threshold": 0.05, "draw_seed": 0, "draw_method": "systematic", "temperatures": [2.0], "id_bytes": 2,
+    }  # fmt: skip
+    assert KeepConfig.of(codec) == KeepConfig(kind="threshold", threshold=0.05, temperatures=[2.0])
 
 
 def test_draws_are_unbiased() -> None:
@@ -259,7 +266,7 @@ def capture_chats(root: Path, corpus: Path, tokenizer: Path, **settings: object)
     return run_capture(root, corpus, tokenizer, teacher=teacher, reading=columns, **settings)
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "topk"])
+@pytest.mark.parametrize("kind", ["hybrid", "topk", "threshold"])
 def test_only_the_assistant_s_tokens_of_a_chat_are_recorded(
     tmp_path: Path, jsonl: Callable[..., Path], chatty: Path, kind: str
 ) -> None:
@@ -406,7 +413,7 @@ def test_a_stopped_capture_of_chats_resumes_to_the_same_bytes(
     assert digests(tmp_path / "d") == digests(tmp_path / "whole")
 
 
-@given(data=st.data(), kind=st.sampled_from(["topk", "adaptive", "sampled", "hybrid"]))
+@given(data=st.data(), kind=st.sampled_from(["topk", "adaptive", "sampled", "hybrid", "threshold"]))
 def test_a_readout_of_chosen_positions_is_empty_elsewhere(data: st.DataObject, kind: str) -> None:
     keep = KeepConfig(kind=kind, k=5, min_k=1, num_draws=4, temperatures=[0.5, 2.0] if kind == "hybrid" else [])
     whole = StandInTeacher().readout(np.arange(9, dtype=np.int32), keep)
