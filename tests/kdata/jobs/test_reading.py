@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +101,51 @@ def test_the_codec_of_draws_by_need_names_the_threshold_and_no_number(kinds: dic
         "threshold": 0.05, "draw_seed": 0, "draw_method": "systematic", "temperatures": [2.0], "id_bytes": 2,
     }  # fmt: skip
     assert KeepConfig.of(codec) == KeepConfig(kind="threshold", threshold=0.05, temperatures=[2.0])
+
+
+def test_draws_by_need_are_the_same_in_any_unit_and_after_a_stop(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
+    def stop(call: int) -> None:
+        if call == 2:
+            raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"kind": "threshold", "threshold": 0.05, "temperatures": [2.0]}
+    whole = run_capture(tmp_path / "whole", corpus_file, tokenizer_dir, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        run_capture(tmp_path / "d", corpus_file, tokenizer_dir, teacher=StandInTeacher(before_call=stop), **settings)
+    assert 0 < len(kdata.open(tmp_path / "d").manifest) < len(whole.manifest)
+    run_capture(tmp_path / "d", corpus_file, tokenizer_dir, **settings)
+    assert digests(tmp_path / "d") == digests(tmp_path / "whole")
+    other = run_capture(tmp_path / "other", corpus_file, tokenizer_dir, unit_tokens=300, **settings)
+    assert len(other.manifest) < len(whole.manifest)
+    rows = {row.id: row.sequence for row in other}
+    for row in whole:
+        for name in ("num_exact", "num_kept", "entry_ids", "entry_logprobs", "draw_logprobs"):
+            np.testing.assert_array_equal(getattr(row.sequence, name), getattr(rows[row.id], name), err_msg=name)
+
+
+def test_the_commands_keep_draws_by_need_of_a_real_model(tmp_path: Path, corpus_file: Path, llama_dir: Path) -> None:
+    """Read, written in one pass, and read again by the same weights: the exact entries agree, and all data is whole."""
+    from kdata.check.verify import verify
+    from kdata.pipelines.cli.main import call
+
+    who = ["--teacher", str(llama_dir), "--backend", "transformers", "--kind", "threshold", "--threshold", "0.01"]
+    corpus, read, written = str(corpus_file), str(tmp_path / "read"), str(tmp_path / "written")
+    assert call(["capture", read, "--corpus", corpus, *who, "--set", "corpus.limit=6"]) == 0
+    prompts = ["--prompts", corpus, "--text-column", "text", "--max-tokens", "6", "--set", "prompts.limit=6"]
+    assert call(["generate", written, *prompts, *who]) == 0
+    for place in (read, written):
+        assert call(["reread", place, f"{place}-again", *who[:4], "--set", "draw_seed=0"]) == 0
+        first, second = kdata.open(place), kdata.open(f"{place}-again")
+        assert first.info.codec == second.info.codec and first.info.codec.parameters["threshold"] == 0.01
+        assert verify(first, deep=True) == verify(second, deep=True) == []
+        for one, two in zip(first, second, strict=True):
+            np.testing.assert_array_equal(one.num_exact, two.num_exact)
+            drawn = (one.num_kept - one.num_exact)[one.target_mask]
+            assert drawn.min() >= 1 and one.num_kept.max() <= 102 and len(set(drawn)) > 1
+            if place == read:
+                np.testing.assert_array_equal(one.entry_ids, two.entry_ids)
 
 
 def test_draws_are_unbiased() -> None:
