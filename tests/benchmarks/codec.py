@@ -49,6 +49,7 @@ KINDS = {
     "sampled 50": KeepConfig(kind="sampled", num_draws=50),
     "sampled 50, independent": KeepConfig(kind="sampled", num_draws=50, draw_method="independent"),
     "sampled 80": KeepConfig(kind="sampled", num_draws=80),
+    "sampled 160": KeepConfig(kind="sampled", num_draws=160),
     "hybrid 4 + 8": KeepConfig(kind="hybrid", k=4, num_draws=8),
     "hybrid 8 + 8": KeepConfig(kind="hybrid", k=8, num_draws=8),
     "hybrid 8 + 25": KeepConfig(kind="hybrid", k=8, num_draws=25),
@@ -61,6 +62,7 @@ KINDS = {
     "threshold 0.02": KeepConfig(kind="threshold", threshold=0.02),
     "threshold 0.015": KeepConfig(kind="threshold", threshold=0.015),
     "threshold 0.01": KeepConfig(kind="threshold", threshold=0.01),
+    "threshold 0.005": KeepConfig(kind="threshold", threshold=0.005),
 }
 
 
@@ -80,6 +82,7 @@ RULES = {
     "threshold 0.02, N rounded": Rule(KINDS["threshold 0.02"], _one_for_each(0.02, np.rint)),
     "threshold 0.02, N rounded down": Rule(KINDS["threshold 0.02"], _one_for_each(0.02, np.floor)),
     "threshold 0.02, exact from 0.03": Rule(KINDS["threshold 0.03"], _one_for_each(0.02, np.ceil)),
+    "hybrid 8, one for each 0.02": Rule(KINDS["hybrid 8 + 28"], _one_for_each(0.02, np.rint)),
     "hybrid 8 + 28 by the tail": Rule(KINDS["hybrid 8 + 28"], lambda tail_M: _proportional(tail_M, 28)),
 }
 
