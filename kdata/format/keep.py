@@ -58,7 +58,7 @@ class KeepConfig(Strict):
     min_k: int = Field(4, ge=1, description="At least so many entries (adaptive).")
     num_draws: int = Field(28, ge=1, le=255, description="Random draws at each position (sampled, hybrid).")
     threshold: float = Field(
-        0.03,
+        0.02,
         ge=0.004,
         lt=1,
         description="Entries of this probability or more are exact, and so is the first; the rest has a random draw for each "

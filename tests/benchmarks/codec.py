@@ -404,9 +404,10 @@ def markdown(figures: dict[str, dict[str, object]]) -> str:
 
 # Where a label goes, in points from its mark, if not above and to the right.
 AWAY = {
-    "hybrid 8 + 25": (-38, 1), "hybrid 4 + 40": (8, -3), "hybrid 16 + 16": (8, -5), "hybrid 8 + 8": (8, -2),
+    "hybrid 8 + 25": (-22, 8), "hybrid 4 + 40": (8, -6), "hybrid 16 + 16": (8, 0), "hybrid 8 + 8": (8, -2),
     "hybrid 4 + 8": (6, 3), "sampled 12": (-8, -13), "sampled 25": (-8, -13), "sampled 50": (-8, -13),
-    "sampled 80": (-8, -13), "hybrid 16 + 16, independent": (7, 3),
+    "sampled 80": (-8, -13), "hybrid 16 + 16, independent": (7, 3), "sampled 160": (-8, -13),
+    "threshold 0.02": (7, -2), "threshold 0.015": (6, -9), "hybrid 8 + 28": (8, -4), "threshold 0.06": (7, -2),
 }  # fmt: skip
 
 
@@ -453,7 +454,7 @@ def draw(figures: dict[str, dict[str, object]], path: Path) -> None:
     axes.set_yticks([2, 5, 10, 20, 50])
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(2, 60)
+    axes.set_ylim(1.5, 60)
     axes.legend(fontsize=8.5, loc="center right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
