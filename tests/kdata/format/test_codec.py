@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdata.errors import FormatError, ShapeError
+from kdata.errors import DataError, FormatError, ShapeError
 from kdata.format import codec as codecs
 from kdata.format.codec import CODECS, Positions
 from kdata.format.kept import Kept, log_tail, segment_sum
@@ -93,6 +93,16 @@ def test_decoded_entries_are_within_the_measured_error_and_never_sum_to_more_tha
         assert measured.kl_nats >= 0
     else:
         assert len(kept.ids) == 0
+
+
+@pytest.mark.parametrize("shares", [[0.4, 0.6], [0.3, 0.3], [1e-12, 1.0], [0.003, 0.997], [0.0, 1.0]])
+def test_weights_that_are_no_counts_are_refused_where_the_number_of_draws_is_not_known(shares: list[float]) -> None:
+    """Two and three of five cannot be told from weights; no id that is drawn by need is drawn more than twice."""
+    with np.errstate(divide="ignore"):
+        logprobs = (np.log(shares) - 1).astype(np.float32)
+    kept = Kept(np.zeros(1, np.int32), np.array([2], np.int32), np.arange(2, dtype=np.int32), logprobs)
+    with pytest.raises(DataError, match="not a whole number of draws"):
+        stored(kept, np.array([-1], np.float32), info_of("packed", "threshold"))
 
 
 @pytest.mark.parametrize("codec", OWN)
