@@ -178,7 +178,7 @@ class _Sums:
 
     def __init__(self, num_domains: int, tail: str, *, kind: str = "topk") -> None:
         self.tail, self.combined = tail, kind == "combined"
-        self.knows_exact = tail == "ghost" or kind in ("hybrid", "combined")
+        self.knows_exact = tail == "ghost" or kind in ("hybrid", "threshold", "combined")
         self.exact = np.zeros(num_domains, np.int64)  # positions that have exact entries
         self.tokens = np.zeros(num_domains, np.int64)
         self.kept = np.zeros(num_domains, np.int64)  # of these, positions that have a distribution
@@ -186,7 +186,10 @@ class _Sums:
         self.student = _Calibration(num_domains)
         self.teacher = _Calibration(num_domains)
         self.entropy_known = True
-        self.knows_top = tail == "ghost" or kind == "hybrid"  # the teacher's first choice is an exact entry
+        self.knows_top = tail == "ghost" or kind in (
+            "hybrid",
+            "threshold",
+        )  # the teacher's first choice is an exact entry
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -113,7 +113,8 @@ def resolve_tail(
         config: the mix.
         held: the dataset's `tail`.
         temperatures: those other than 1 whose log-sum-exp the dataset holds.
-        kind: the dataset's `codec.kind`. It matters for draws only: hybrid alone has exact entries at every position.
+        kind: the dataset's `codec.kind`. It matters for draws only: hybrid and threshold alone have exact entries at every
+            position.
 
     Raises:
         ConfigError: an unknown objective; no positive weight; a negative or non-finite weight; a temperature that the
@@ -150,11 +151,11 @@ def resolve_tail(
             "teacher's probability of 0); use skewed_reverse_kl, or data with an exact tail (ghost)"
         )
     biased = [name for name in config.weights if tail_of(name, config, tail) != tail]
-    if biased and kind != "hybrid":
+    if biased and kind not in ("hybrid", "threshold"):
         raise ConfigError(
             f"{biased[0]} is not linear in the teacher's probabilities, so draws bias it, and data of kind {kind!r} does not "
             "hold exact entries at every position; remove it (weight 0 would measure it too), or use data of kind hybrid, "
-            "topk or adaptive"
+            "threshold, topk or adaptive"
         )
     return tail
 

@@ -7,11 +7,11 @@ carries the result back to hidden states and head. To add an objective, write on
 its name to `OBJECTIVE_NAMES`, and add an oracle to the tests.
 
 What is exact: by the log-sum inequality, merging outcomes never increases an f-divergence. So every divergence below is, with
-the ghost bucket, a lower bound of the full one; only the cross-entropy of the actual token is exact. On draws (random
-sampling and hybrids), a term that is linear in the teacher's probabilities is unbiased and any other is not. Students that
-were trained on biased terms ended 12 to 19 % higher in NLL, worse than on the text alone (`trainer/README.md`). Those
-objectives therefore use the exact entries of a hybrid and one bucket for everything else, draws included, which is again a
-lower bound; on data of draws alone they are refused.
+the ghost bucket, a lower bound of the full one; only the cross-entropy of the actual token is exact. On draws (kinds
+sampled, hybrid, threshold), a term that is linear in the teacher's probabilities is unbiased and any other is not. Students
+that were trained on biased terms ended 12 to 19 % higher in NLL, worse than on the text alone (`trainer/README.md`). Those
+objectives therefore use the exact entries (hybrid, threshold) and one bucket for everything else, draws included, which is
+again a lower bound; on data of draws alone they are refused.
 
 At a temperature T both sides are softmax(logits / T), and every divergence is multiplied by T^2, value and gradient alike
 (Hinton et al., arXiv 1503.02531, section 2: the gradient of a soft target falls as 1/T^2, so a mix keeps its proportions

@@ -125,12 +125,12 @@ def _packed_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Colum
     exact_ids, draw_ids = kept.ids[~draws], kept.ids[draws]
     columns = {"exact_ids": exact_ids} if info.is_coded else packed.planes("exact_id", exact_ids, id_bytes)
     columns["exact_gaps"] = packed.encode_gaps(kept.logprobs[~draws], kept.num_exact)
-    if info.parameters.get("num_draws"):
+    if info.most_draws:
         steps = packed.steps_up(draw_ids, kept.num_drawn)
         columns |= {"draw_ids": draw_ids} if info.is_coded else packed.planes("draw_id", steps, id_bytes)
         if counts_draws(info):
             columns["draw_counts"] = packed.encode_counts(
-                kept.logprobs[draws], kept.num_drawn, log_tail_T, info.parameters["num_draws"]
+                kept.logprobs[draws], kept.num_drawn, log_tail_T, info.parameters.get("num_draws")
             )
         else:
             rounded_T = stored_tail(log_tail_T, kept.num_exact, kept.num_drawn, info)
@@ -154,7 +154,7 @@ def _packed_decode(columns: Columns, positions: Positions, info: CodecInfo) -> K
         weights = _finite(columns["draw_weights"].astype(np.float32))
     else:
         weights = packed.decode_counts(
-            columns["draw_counts"], positions.num_drawn, positions.log_tail, info.parameters["num_draws"]
+            columns["draw_counts"], positions.num_drawn, positions.log_tail, info.parameters.get("num_draws")
         )
     draw_ids = columns.get("draw_ids")
     if draw_ids is None:

@@ -11,6 +11,7 @@ computed in float64 and rounded down to float32: the sum never exceeds 1 - tail.
 error is at most 1/32 nat plus the shift of the sum.
 
 Draws. With N draws from the tail, entry i was drawn c_i times and weighs tail * c_i / N. c_i is stored, so draws are exact.
+Where N differs from position to position (kind threshold), it is the sum of the c_i.
 
 The kernels are compiled (numba). They decode 64 entries per token about six times as fast as numpy, because the gap sum, the
 normalization and the rounding are one pass over the data.
@@ -26,6 +27,7 @@ import numba
 import numpy as np
 
 from kdata.errors import DataError, ShapeError
+from kdata.format.kept import segment_sum
 
 
 def join_bytes(planes: list[np.ndarray]) -> np.ndarray:
@@ -203,27 +205,47 @@ def _decode_gaps(
         n += count
 
 
-def encode_counts(weights_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np.ndarray, num_draws: int) -> np.ndarray:
+def encode_counts(
+    weights_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np.ndarray, num_draws: int | None
+) -> np.ndarray:
     """How often each drawn id was drawn, uint8 [D], from log-weights float32 [D].
 
+    Args:
+        num_draws: draws at each position with a tail. None: it differs, and the id that was drawn least often at a position
+            was drawn once (two draws of each of two ids are one draw of each).
     Raises:
         DataError: a weight is not a whole number of draws.
     """
     share_D = np.exp(weights_D.astype(np.float64) - np.repeat(log_tail_T.astype(np.float64), num_drawn_T))
-    counts_D: np.ndarray = np.rint(share_D * num_draws)
-    if len(counts_D) and (np.abs(share_D * num_draws - counts_D).max() > 1e-3 or counts_D.min() < 1):
+    if num_draws is None and len(share_D):
+        least_T = np.minimum.reduceat(share_D, first_of(num_drawn_T))
+        share_D *= np.repeat(np.rint(1 / np.maximum(least_T, 1e-9)), num_drawn_T[num_drawn_T > 0])
+    elif num_draws is not None:
+        share_D *= num_draws
+    counts_D: np.ndarray = np.rint(share_D)
+    if len(counts_D) and not (
+        np.abs(share_D - counts_D).max() <= 1e-3 and 1 <= counts_D.min() <= counts_D.max() <= 255
+    ):
         raise DataError("a draw's weight is not a whole number of draws from the tail")
     return counts_D.astype(np.uint8)
 
 
-def decode_counts(counts_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np.ndarray, num_draws: int) -> np.ndarray:
-    """Log-weights float32 [D], log(tail * count / N), rounded down. Raises ShapeError where counts disagree or are 0."""
+def decode_counts(
+    counts_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np.ndarray, num_draws: int | None
+) -> np.ndarray:
+    """Log-weights float32 [D], log(tail * count / N), rounded down. Raises ShapeError where counts disagree or are 0.
+
+    N is num_draws, or the sum of the counts at the position where that is None.
+    """
     if int(num_drawn_T.sum()) != len(counts_D):
         raise ShapeError(f"{len(counts_D)} draw counts for {int(num_drawn_T.sum())} draws")
     if not counts_D.all():
         raise ShapeError("a draw has the count 0")
-    logs = np.log(np.arange(1, 257, dtype=np.float64) / num_draws)
-    exact_D = logs[counts_D.astype(np.int64) - 1] + np.repeat(log_tail_T.astype(np.float64), num_drawn_T)
+    if num_draws is None:
+        log_share_D = np.log(counts_D / np.repeat(segment_sum(counts_D, num_drawn_T), num_drawn_T))
+    else:
+        log_share_D = np.log(np.arange(1, 257, dtype=np.float64) / num_draws)[counts_D.astype(np.int64) - 1]
+    exact_D: np.ndarray = log_share_D + np.repeat(log_tail_T.astype(np.float64), num_drawn_T)
     near_D = exact_D.astype(np.float32)
     above = near_D.astype(np.float64) > exact_D
     near_D[above] = np.nextafter(near_D[above], np.float32(-np.inf))

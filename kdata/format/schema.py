@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
@@ -99,7 +100,9 @@ class CodecInfo(Contract):
 
     id: str = Field(description="Codec id, a key of `codecs` in payload.json.")
     version: int = Field(description="Version of that codec.")
-    kind: str = Field(description="What is kept: topk, adaptive, sampled, hybrid, or combined (of several teachers).")
+    kind: str = Field(
+        description="What is kept: topk, adaptive, sampled, hybrid, threshold, or combined (of several teachers)."
+    )
     parameters: dict[str, Any] = Field(description="Parameters of the kind and of the codec.")
 
     @model_validator(mode="after")
@@ -109,6 +112,9 @@ class CodecInfo(Contract):
             value = self.parameters.get(name, low)
             if type(value) is not int or not low <= value <= high:
                 raise ValueError(f"codec parameter {name} is {value!r}, not a whole number from {low} to {high}")
+        threshold = self.parameters.get("threshold") if self.kind == "threshold" else 0.5
+        if type(threshold) is not float or not 1e-4 <= threshold < 1:
+            raise ValueError(f"codec parameter threshold is {threshold!r}, not a probability from 0.0001 to 1")
         rule = self.parameters.get("positions")
         if rule is not None and not (isinstance(rule, dict) and isinstance(rule.get("rule"), str)):
             raise ValueError("codec parameter positions is not an object with the name of a rule")
@@ -133,6 +139,13 @@ class CodecInfo(Contract):
     def is_coded(self) -> bool:
         """Whether numbers beside the entries are stored as codes, see `is_coded`."""
         return is_coded(self.id, self.version)
+
+    @property
+    def most_draws(self) -> int:
+        """Most draws at a position; 0 for kinds without draws."""
+        if self.kind == "threshold":
+            return math.ceil(1 / float(self.parameters["threshold"]))
+        return int(self.parameters.get("num_draws", 0))
 
     @property
     def keeps_some_positions(self) -> bool:

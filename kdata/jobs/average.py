@@ -3,8 +3,8 @@
 The target is p = sum_m w_m p_m, where p_m is the distribution of teacher m and w_m >= 0 its share, sum_m w_m = 1. Of
 each p_m only a sparse part is known. The payload is taken as exact; its error of storage is in its own manifest.
 
-Draws (hybrid, sampled). Payload m has exact ids E_m, where p_m(i) is known, and draws outside of them with weights v_m(i), 0
-where an id was not drawn, such that E[v_m(i)] = p_m(i). Let v_m(i) = p_m(i) on E_m too. Stored is
+Draws (hybrid, sampled, threshold). Payload m has exact ids E_m, where p_m(i) is known, and draws outside of them with weights
+v_m(i), 0 where an id was not drawn, such that E[v_m(i)] = p_m(i). Let v_m(i) = p_m(i) on E_m too. Stored is
 
     exact   i in every E_m:  p(i) = sum_m w_m p_m(i)
     draw    other i:         v(i) = sum_m w_m v_m(i),  where it is not 0

@@ -373,7 +373,7 @@ def _alike(dataset: Dataset) -> tuple[CodecInfo, int]:
 def _codec(plan: _Plan) -> CodecInfo:
     parameters: dict[str, Any] = {"id_bytes": 2 if _vocab_size(plan.inputs) <= 2**16 else 3}
     if plan.inputs[0].info.tail == "draws":
-        parameters["num_draws"] = sum(dataset.info.codec.parameters.get("num_draws", 1) for dataset in plan.inputs)
+        parameters["num_draws"] = sum(max(dataset.info.codec.most_draws, 1) for dataset in plan.inputs)
     rule = plan.inputs[0].info.codec.parameters.get("positions")
     if rule is not None:  # the other inputs keep the same positions
         parameters["positions"] = rule

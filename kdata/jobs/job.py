@@ -326,7 +326,7 @@ def check_k(keep: KeepConfig, facts: TeacherFacts) -> None:
     refuse_kept(keep, facts.info.backend)
     if keep.positions is not None:
         keep.positions.check(facts.vocab_size)
-    if keep.num_exact >= facts.vocab_size:
+    if keep.kind in ("topk", "adaptive", "hybrid") and keep.k >= facts.vocab_size:
         raise ConfigError(f"k={keep.k} must be below the vocabulary size {facts.vocab_size}; lower k")
 
 

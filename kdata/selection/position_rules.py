@@ -262,7 +262,8 @@ class Margin(ShareRule):
     """The positions at which the teacher's first two choices are closest: the smallest p1 - p2 of the exact entries.
 
     Source: margin sampling, Scheffer et al. (Active hidden Markov models for information extraction, 2001). Where one exact
-    entry is kept, the second is at most the rest of the probability, and the margin is the smallest that it can be.
+    entry is kept, the second is at most the rest of the probability (and of kind threshold at most the threshold), and the
+    margin is the smallest that it can be.
     """
 
     LOWEST = True
@@ -277,7 +278,8 @@ class Margin(ShareRule):
             return np.full(len(candidate_C), np.nan, np.float32)
         last = len(seqs.entry_logprobs) - 1
         one_C, two_C = (np.exp(seqs.entry_logprobs[np.minimum(first_C + place, last)]) for place in (0, 1))
-        rest_C = np.minimum(np.exp(seqs.log_tail[candidate_C]), one_C)
+        most = np.float32(piece.dataset.info.codec.parameters.get("threshold", 1.0))
+        rest_C = np.minimum(np.minimum(np.exp(seqs.log_tail[candidate_C]), one_C), most)
         margin_C = one_C - np.where(num_exact_C > 1, two_C, rest_C)
         return np.where(num_exact_C > 0, margin_C, np.nan).astype(np.float32)
 

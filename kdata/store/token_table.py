@@ -327,8 +327,8 @@ def rows_in(source: TokenSource, table: str, rows: np.ndarray | None = None) -> 
     tokens = sum(entry.tokens for entry in source.manifest)
     if rows is not None:
         tokens = tokens * len(rows) // max(int(source.shard_starts[-1]), 1)
-    parameters = source.info.codec.parameters
-    entries = int(parameters.get("k", 0)) + int(parameters.get("num_draws", 0))  # at most, at each position
+    codec = source.info.codec
+    entries = int(codec.parameters.get("k", 0)) + codec.most_draws  # about as many at most, at each position
     return tokens * (max(entries, 1) if table == "entries" else 1)
 
 

@@ -4,7 +4,8 @@ It computes exact entries, draws, tail mass, log-sum-exp at further temperatures
 of the actual token. The tail is the sum of the entries that are not kept, not 1 minus the kept mass, so it is exact
 even if it is tiny. Draws depend on the settings and the token ids of the sequence only (for written text: on the
 prompt's ids and the seed of the sample), not on order, batching or backend: uniforms come from numpy's Philox, and both
-backends invert the same cumulative sum. A uniform within rounding of a border may fall on either side.
+backends invert the same cumulative sum. A uniform within rounding of a border may fall on either side, and so may a
+probability within rounding of the threshold, or a tail within rounding of a multiple of it.
 
 From hidden states the head is applied chunk by chunk: never [tokens, V].
 
@@ -28,7 +29,7 @@ from kdata.format.keep import KeepConfig, keep_top
 from kdata.format.kept import Kept
 from kdata.format.measures import Measures, beside, joined
 from kdata.teachers.base import Readout
-from kdata.teachers.row_kernel import any_bad, reduce_rows
+from kdata.teachers.row_kernel import BELOW_1, any_bad, reduce_rows
 
 # Of float32 logits at a time. On a CPU they stay in its cache; on a GPU few large kernels are faster than many small ones,
 # and torch's way holds about ten times as much for a moment.
@@ -49,8 +50,9 @@ class Reduced(Measures):
 
 @dataclass(frozen=True, kw_only=True)
 class Rows(Measures):
-    """C positions, their entries still rectangular: ids int32 and logprobs float32 [C, K] of the top; of the draws ids
-    int64 (-1 where there is no tail), log-probabilities and log shares of the tail, float32 [C, N]."""
+    """C positions, their entries still rectangular: ids int32 and logprobs float32 [C, K] of the top (-1 and -inf where fewer
+    are kept); of the draws ids int64 (-1 where there is no tail, and behind the last draw of a position), log-probabilities
+    and log shares of the tail, float32 [C, N]."""
 
     ids: np.ndarray
     logprobs: np.ndarray
@@ -117,8 +119,11 @@ def reads_the_head(vocab_size: int, device: str) -> bool:
 
 
 def uniforms_of(parts: list[tuple[int, int]], keep: KeepConfig) -> np.ndarray:
-    """Uniforms in [0, 1), float64 [M, N], rising along N; N = 0 for kinds without draws."""
-    width = keep.num_draws if keep.tail == "draws" else 0
+    """Uniforms in [0, 1), float64 [M, N], rising along N; N = 0 for kinds without draws.
+
+    Of the kind threshold N = 1: the shift alone, as the number of evenly spaced points depends on the position.
+    """
+    width = 1 if keep.kind == "threshold" else keep.most_draws
     if not parts or not width:
         return np.zeros((sum(count for count, _ in parts), width))
     systematic = keep.draw_method == "systematic"
@@ -130,8 +135,7 @@ def uniforms_of(parts: list[tuple[int, int]], keep: KeepConfig) -> np.ndarray:
     )
     if not systematic:
         return np.sort(drawn, -1)
-    below_1 = np.nextafter(1.0, 0.0)  # rounding may reach 1
-    uniforms: np.ndarray = np.minimum((np.arange(width) + drawn) / width, below_1)
+    uniforms: np.ndarray = np.minimum((np.arange(width) + drawn) / width, BELOW_1)
     return uniforms
 
 
@@ -147,7 +151,8 @@ def _reduce_cpu(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepConfi
     """The compiled rows kernel; the rows are split between threads."""
     rows, vocab = logits_CV.shape
     log_z = _log_z(logits_CV, torch.logsumexp(logits_CV, -1), keep) if keep.temperatures else None
-    width, draws = min(keep.num_exact, vocab), uniforms_CN.shape[1]
+    width, draws = min(keep.num_exact, vocab), keep.most_draws
+    threshold = keep.threshold if keep.kind == "threshold" else None
     z, own = logits_CV.numpy(), actual_C.numpy()
     out = (
         np.empty(rows, np.float32), np.empty(rows, np.int32), np.empty(rows, np.float32), np.empty(rows, np.float32),
@@ -157,7 +162,7 @@ def _reduce_cpu(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepConfi
     def work(part: slice) -> None:
         if any_bad(z[part]):
             raise DistributionError("the teacher's logits hold NaN or infinity")
-        reduce_rows(z[part], own[part], uniforms_CN[part], *(o[part] for o in out))
+        reduce_rows(z[part], own[part], uniforms_CN[part], threshold, *(o[part] for o in out))
 
     parts = torch.get_num_threads() if rows > 16 else 1
     edges = [rows * n // parts for n in range(parts + 1)]
@@ -193,7 +198,7 @@ def _reduce_torch(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepCon
     width = min(keep.num_exact, logprobs_CV.shape[1])
     top = logprobs_CV.topk(width, -1)
     kept_CK = torch.ones_like(top.indices, dtype=torch.bool)
-    if keep.kind == "adaptive":
+    if keep.kind in ("adaptive", "threshold"):
         counts = keep_top(
             keep, top.indices.cpu().numpy(), top.values.cpu().numpy(), np.ones(len(own_C), bool)
         ).num_exact
@@ -203,9 +208,14 @@ def _reduce_torch(logits_CV: torch.Tensor, actual_C: torch.Tensor, keep: KeepCon
     alive_C = torch.isfinite(log_tail_C)
     share_CV = torch.softmax(torch.where(alive_C[:, None], rest_CV, 0.0).double() * keep.tau, -1)
     running_CV = share_CV.cumsum(-1)
-    wanted_CN = torch.as_tensor(uniforms_CN, device=own_C.device) * running_CV[:, -1:]
-    drawn_CN = torch.searchsorted(running_CV, wanted_CN, right=True).clamp_max(logprobs_CV.shape[1] - 1)
-    drawn_CN = torch.where(alive_C[:, None], drawn_CN, -1)
+    points_CN, drawn_from_CN = torch.as_tensor(uniforms_CN, device=own_C.device), alive_C[:, None]
+    if keep.kind == "threshold":
+        num_C = (log_tail_C.double().exp() / keep.threshold).ceil().clamp(1, keep.most_draws)
+        number_N = torch.arange(keep.most_draws, device=own_C.device)
+        points_CN = ((number_N + points_CN) / num_C[:, None]).clamp_max(BELOW_1)
+        drawn_from_CN = drawn_from_CN & (number_N < num_C[:, None])
+    drawn_CN = torch.searchsorted(running_CV, points_CN * running_CV[:, -1:], right=True)
+    drawn_CN = torch.where(drawn_from_CN, drawn_CN.clamp_max(logprobs_CV.shape[1] - 1), -1)
     safe_CN = drawn_CN.clamp_min(0)
     return Rows(
         logprob=own_C.cpu().numpy(),
@@ -231,7 +241,7 @@ def assemble(chunks: list[Rows], keep: KeepConfig) -> Reduced:
     """Join chunks, in order, and lay entries out position by position."""
     rows = Rows(**joined(chunks))
     everywhere = np.full(len(rows.ids), rows.ids.shape[1] > 0)
-    top = keep if keep.kind == "adaptive" else KeepConfig(kind="topk", k=max(rows.ids.shape[1], 1))
+    top = keep if keep.kind in ("adaptive", "threshold") else KeepConfig(kind="topk", k=max(rows.ids.shape[1], 1))
     kept = keep_top(top, rows.ids, rows.logprobs, everywhere)
     if keep.tail == "draws":
         kept = _with_draws(kept, rows, keep)
@@ -244,14 +254,15 @@ def _with_draws(exact: Kept, rows: Rows, keep: KeepConfig) -> Kept:
     At tau = 1 an id drawn c times of N weighs tail * c / N. Otherwise c/N * p_i / d_i, with d proportional to p^tau over
     the tail. Positions without a tail have no draws.
     """
-    drawn_MN = rows.draws
+    drawn_MN, width = rows.draws, rows.draws.shape[1]
     fresh_MN = drawn_MN >= 0
+    num_M = fresh_MN.sum(1)
     fresh_MN[:, 1:] &= drawn_MN[:, 1:] != drawn_MN[:, :-1]
     starts = np.flatnonzero(fresh_MN.reshape(-1))
-    # A run of equal draws ends where the next begins, or with its position.
-    position = starts // keep.num_draws
-    ends = np.minimum(np.append(starts[1:], fresh_MN.size), (position + 1) * keep.num_draws)
-    log_count = np.log((ends - starts) / keep.num_draws)
+    # A run of equal draws ends where the next begins, or with the draws of its position.
+    position = starts // width
+    ends = np.minimum(np.append(starts[1:], fresh_MN.size), position * width + num_M[position])
+    log_count = np.log((ends - starts) / num_M[position])
     logprobs = rows.draw_logprobs[fresh_MN]
     if keep.tau == 1.0:
         weights = log_count + rows.log_tail.astype(np.float64)[position]

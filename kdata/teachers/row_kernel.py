@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 BLOCK = 64  # ids whose largest value, or whose sum, is looked at before the ids themselves
 FLOOR = np.float32(-87.0)  # below it exp is no normal float32: taken as 0
+BELOW_1 = float(np.nextafter(1.0, 0.0))  # the largest uniform: rounding may reach 1
 
 # Sums may be reordered (they are of blocks, joined in float64), and no value is NaN: this lets the loops vectorise.
 _FAST = {"reassoc", "contract", "nsz", "nnan"}
@@ -69,7 +70,7 @@ def any_bad(logits_CV):
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)
 def reduce_rows(
-    logits_CV, own_C, uniforms_CN,
+    logits_CV, own_C, uniforms_CN, threshold,
     logprob_C, rank_C, entropy_C, log_tail_C, ids_CK, logprobs_CK, draws_CN,
 ):  # fmt: skip
     """Reduce C rows in place of the outputs.
@@ -77,12 +78,17 @@ def reduce_rows(
     logits_CV float32, finite or -inf; own_C int64; uniforms_CN float64 in [0, 1), rising along N. Outputs: logprob_C float32,
     rank_C int32, entropy_C float32, log_tail_C float32 (of what is outside ids_CK), ids_CK int32 and logprobs_CK float32 by
     falling probability, draws_CN int64 (ids, rising; -1 where the tail is empty).
+
+    threshold: None, or a probability from which on ids are in ids_CK; the most probable one always is. Places behind the last
+    one hold -1 and -inf. uniforms_CN then has one column, the shift of as many evenly spaced points as the tail holds
+    thresholds, rounded up; the rest of draws_CN is -1. (numba compiles the two ways apart.)
     """
     rows, width = logits_CV.shape
     k = ids_CK.shape[1]
     blocks = (width + BLOCK - 1) // BLOCK
     p, weighted_V, bits_CV = np.empty(width, np.float32), np.empty(width, np.float32), logits_CV.view(np.int32)
     largest_B, sums_B, best = np.empty(blocks, np.float32), np.empty(blocks, np.float64), np.empty(k, np.float32)
+    points = np.empty(draws_CN.shape[1], np.float64)
     for c in range(rows):
         z = logits_CV[c]
         top = _largest(bits_CV[c], largest_B)
@@ -94,15 +100,28 @@ def reduce_rows(
         rank_C[c] = above + 1
         entropy_C[c] = max(log_total - weighted / total, 0.0)
         if k:
-            _top(z, largest_B, ids_CK[c], best)
-            for r in range(k):
+            if threshold is None:
+                _top(z, largest_B, ids_CK[c], best)
+                num_exact = k
+            else:
+                num_exact = _above(z, largest_B, top, lse, np.float32(np.log(threshold)), ids_CK[c], best)
+                ids_CK[c, num_exact:] = -1
+                logprobs_CK[c, num_exact:] = -np.inf
+            for r in range(num_exact):
                 logprobs_CK[c, r] = min(best[r] - lse, 0.0)
                 p[ids_CK[c, r]] = 0
-            for r in range(k):
+            for r in range(num_exact):
                 _sum_block(p, ids_CK[c, r] // BLOCK, sums_B)
         rest = sums_B.sum()
         log_tail_C[c] = min(np.log(rest / total), 0.0) if rest > 0 else -np.inf
-        _draw(p, sums_B, rest, uniforms_CN[c], draws_CN[c])
+        if threshold is None:
+            _draw(p, sums_B, rest, uniforms_CN[c], draws_CN[c])
+        else:
+            num = min(max(int(np.ceil(rest / total / threshold)), 1), len(points))
+            for n in range(num):
+                points[n] = min((n + uniforms_CN[c, 0]) / num, BELOW_1)
+            _draw(p, sums_B, rest, points[:num], draws_CN[c, :num])
+            draws_CN[c, num:] = -1
 
 
 @numba.njit(inline="always")
@@ -191,6 +210,28 @@ def _top(z, largest_B, ids_K, best_K):
         for v in range(b * BLOCK, min((b + 1) * BLOCK, width)):
             if z[v] >= bound:
                 filled = _insert(best_K, ids_K, filled, z[v], v)
+
+
+@numba.njit(cache=True, nogil=True, forceinline=True, fastmath=_FAST)
+def _above(z, largest_B, top, lse, log_threshold, ids_K, best_K):
+    """The values whose log-probability, as float32, is log_threshold or more, and their ids, as in `_top`; returns how many.
+
+    Where none is, the largest value alone.
+    """
+    filled = 0
+    for b in range(len(largest_B)):
+        if np.float32(largest_B[b] - lse) >= log_threshold:
+            for v in range(b * BLOCK, min((b + 1) * BLOCK, len(z))):
+                if np.float32(z[v] - lse) >= log_threshold:
+                    filled = _insert(best_K, ids_K, filled, z[v], v)
+    if filled:
+        return filled
+    for b in range(len(largest_B)):
+        if largest_B[b] == top:
+            for v in range(b * BLOCK, min((b + 1) * BLOCK, len(z))):
+                if z[v] == top:
+                    return _insert(best_K, ids_K, 0, z[v], v)
+    return 0
 
 
 @numba.njit(cache=True, nogil=True, inline="always")

@@ -108,7 +108,9 @@ class Tape:
         off = np.abs(rows.logprobs[hit_LK] - logprob_L[is_kept])
         surely_kept = rank_L <= rows.ids.shape[1]
         # Equal logits may swap places at the border of what is kept: that is not an error.
-        lost = surely_kept & ~is_kept & (logprob_L > rows.logprobs[:, -1] + tolerance if rows.ids.shape[1] else False)
+        lost = surely_kept & ~is_kept
+        if rows.ids.shape[1]:
+            lost &= logprob_L > np.maximum(rows.logprobs[:, -1], self._keep.log_threshold) + tolerance
         if not (off <= tolerance).all() or lost.any():
             worst = f"{off.max():.2g} nats" if len(off) else "a token that should be kept is not"
             raise TeacherError(f"rows of logits and drawn tokens do not belong together ({worst}); set path=hidden")

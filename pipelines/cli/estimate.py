@@ -81,8 +81,8 @@ def _job(what: str, arguments: list[str]) -> tuple[Any, Any]:
 
     values = Loaded("")[what].make_context(f"kdata {what}", arguments).params
     names = {
-        "capture": ("targets", "kind", "k", "num_draws", "max_tokens", "long_text", "strict"),
-        "generate": ("kind", "k", "num_draws", "strict"),
+        "capture": ("targets", "kind", "k", "num_draws", "threshold", "max_tokens", "long_text", "strict"),
+        "generate": ("kind", "k", "num_draws", "threshold", "strict"),
     }[what]
     options = make.without_none(**{name: values[name] for name in names})
     make.folder_or_url(values["dataset"])

@@ -71,6 +71,7 @@ AS_DATASET = "as in DATASET"
 KindOption = Annotated[str | None, option("kind", KeepConfig)]
 KOption = Annotated[int | None, option("k", KeepConfig)]
 NumDrawsOption = Annotated[int | None, option("num_draws", KeepConfig)]
+ThresholdOption = Annotated[float | None, option("threshold", KeepConfig)]
 MessagesOption = Annotated[str | None, option("messages_column", CorpusConfig, metavar="COLUMN")]
 
 
@@ -85,6 +86,7 @@ def capture(
     kind: KindOption = None,
     k: KOption = None,
     num_draws: NumDrawsOption = None,
+    threshold: ThresholdOption = None,
     max_tokens: Annotated[int | None, option("max_tokens", CaptureConfig)] = None,
     long_text: Annotated[str | None, option("long_text", CaptureConfig)] = None,
     strict: StrictOption = None,
@@ -102,8 +104,9 @@ def capture(
       kdata capture my-topk --teacher MODEL --corpus texts --kind topk --k 64
     """
     options = without_none(
-        strict=strict, targets=targets, kind=kind, k=k, num_draws=num_draws, max_tokens=max_tokens, long_text=long_text
-    )
+        strict=strict, targets=targets, kind=kind, k=k, num_draws=num_draws, threshold=threshold, max_tokens=max_tokens,
+        long_text=long_text,
+    )  # fmt: skip
     source = without_none(path=corpus, messages_column=messages_column)
     place = folder_or_url(dataset)
     job, who, where = capture_job(teacher, source, options, backend, engine, set)
@@ -138,6 +141,7 @@ def generate(
     kind: KindOption = None,
     k: KOption = None,
     num_draws: NumDrawsOption = None,
+    threshold: ThresholdOption = None,
     max_tokens: Annotated[int | None, option("max_tokens", SamplingConfig)] = None,
     json_schema: Annotated[
         str | None,
@@ -157,7 +161,7 @@ def generate(
     source = without_none(path=prompts, text_column=text_column, messages_column=messages_column)
     options = {
         "sampling": sampling_options(max_tokens, json_schema),
-        **without_none(kind=kind, k=k, num_draws=num_draws, strict=strict),
+        **without_none(kind=kind, k=k, num_draws=num_draws, threshold=threshold, strict=strict),
     }
     place = folder_or_url(dataset)
     job, who, where = generate_job(teacher, source, options, backend, engine, set)
@@ -196,6 +200,7 @@ def reread(
     kind: Annotated[str | None, option("kind", KeepConfig, default=AS_DATASET)] = None,
     k: Annotated[int | None, option("k", KeepConfig, default=AS_DATASET)] = None,
     num_draws: Annotated[int | None, option("num_draws", KeepConfig, default=AS_DATASET)] = None,
+    threshold: Annotated[float | None, option("threshold", KeepConfig, default=AS_DATASET)] = None,
     strict: StrictOption = None,
     resume: ResumeOption = Resume.auto,
     set: SetOption = None,
@@ -204,7 +209,7 @@ def reread(
 
     Ids, tokens and targets stay the same. What is kept is as in DATASET, unless an option says otherwise.
     """
-    values = with_settings(without_none(kind=kind, k=k, num_draws=num_draws, strict=strict), set)
+    values = with_settings(without_none(kind=kind, k=k, num_draws=num_draws, threshold=threshold, strict=strict), set)
     who, where = teacher_config(values, teacher, backend), engine_config(values, engine)
     place, opened = folder_or_url(target), kdata.open(dataset)
     with open_engine(where, who, max_k=keep_like(opened, None, values).k, work=work_on(opened)) as at_work:

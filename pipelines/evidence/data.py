@@ -39,7 +39,7 @@ from kdata.teachers.reduce import draw_seed, readout_of, reduce_chunks
 from kdata.teachers.transformers import TransformersTeacher
 
 HELDOUT_SHARE = 0.1  # of documents, by a hash of their id
-SIZES = ("k", "draws", "mass", "draw_method")  # settings that name a dataset's folder
+SIZES = ("k", "draws", "mass", "threshold", "draw_method")  # settings that name a dataset's folder
 # Kept of the held-out text: with this many entries the KL is an unbiased estimate with a small variance. The draw
 # method is the one of the first published figures, so that later figures can be compared with them.
 HELDOUT_KEEP = KeepConfig(kind="hybrid", k=64, num_draws=64, draw_method="independent")

@@ -57,6 +57,10 @@ def _sampled(draws: int, method: Method = "systematic") -> KeepConfig:
     return KeepConfig(kind="sampled", num_draws=draws, draw_method=method)
 
 
+def _threshold(threshold: float) -> KeepConfig:
+    return KeepConfig(kind="threshold", threshold=threshold)
+
+
 # By priority: a run that is stopped early has measured the first of them for all seeds.
 FIRST = (
     Setting(REFERENCE, "online"),
@@ -71,6 +75,10 @@ FIRST = (
     Setting("sampled 80", "sampled", _sampled(80)),
     Setting("sampled 25", "sampled", _sampled(25)),
     Setting("sampled 12", "sampled", _sampled(12)),
+    Setting("threshold 0.03", "threshold", _threshold(0.03)),
+    Setting("sampled 36", "sampled", _sampled(36)),
+    Setting("threshold 0.02", "threshold", _threshold(0.02)),
+    Setting("threshold 0.1", "threshold", _threshold(0.1)),
 )
 SECOND = (
     Setting("hybrid 16 + 16, independent draws", "hybrid, independent", _hybrid(16, 16, "independent")),

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/codec.py [--model DIR] [--student DIR] [--corpus FILE] [--positions N] [--kinds NAME ...]
 
-Every figure is of targets that were written to shards and read back. Without the named folders it stops: this benchmark
-wants a trained teacher and student, and a corpus of several domains. The dense distributions are in memory: 4 bytes for each
-position and id.
+Every figure is of targets that were written to shards and read back, but the variance: that is of the weights before they are
+stored. Without the named folders it stops: this benchmark wants a trained teacher and student, and a corpus of several
+domains. The dense distributions are in memory: 4 bytes for each position and id.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from kdata.store.gguf import model_folder
 from kdata.store.payload import PayloadReader, read_payload, used_columns
 from kdata.store.writer import Writer
 from kdata.teachers.model import load_tokenizer
-from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
+from kdata.teachers.reduce import Reduced, draw_seed, readout_of, reduce_logits, uniforms_of
 
 SHARED = Path(__file__).parents[3] / "shared"
 KINDS = {
@@ -50,6 +51,7 @@ KINDS = {
     "sampled 50": KeepConfig(kind="sampled", num_draws=50),
     "sampled 50, independent": KeepConfig(kind="sampled", num_draws=50, draw_method="independent"),
     "sampled 80": KeepConfig(kind="sampled", num_draws=80),
+    "sampled 160": KeepConfig(kind="sampled", num_draws=160),
     "hybrid 4 + 8": KeepConfig(kind="hybrid", k=4, num_draws=8),
     "hybrid 8 + 8": KeepConfig(kind="hybrid", k=8, num_draws=8),
     "hybrid 8 + 25": KeepConfig(kind="hybrid", k=8, num_draws=25),
@@ -57,7 +59,68 @@ KINDS = {
     "hybrid 4 + 40": KeepConfig(kind="hybrid", k=4, num_draws=40),
     "hybrid 16 + 16": KeepConfig(kind="hybrid", k=16, num_draws=16),
     "hybrid 16 + 16, independent": KeepConfig(kind="hybrid", k=16, num_draws=16, draw_method="independent"),
+    "threshold 0.06": KeepConfig(kind="threshold", threshold=0.06),
+    "threshold 0.03": KeepConfig(kind="threshold", threshold=0.03),
+    "threshold 0.02": KeepConfig(kind="threshold", threshold=0.02),
+    "threshold 0.015": KeepConfig(kind="threshold", threshold=0.015),
+    "threshold 0.01": KeepConfig(kind="threshold", threshold=0.01),
+    "threshold 0.005": KeepConfig(kind="threshold", threshold=0.005),
 }
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Another rule for draws by need: exact entries as of `keep`, and `number(tail [M])` systematic draws of the rest."""
+
+    keep: KeepConfig
+    number: Callable[[np.ndarray], np.ndarray]
+
+
+def _one_for_each(mass: float, rounded: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda tail_M: np.maximum(rounded(tail_M / mass), 1)
+
+
+RULES = {
+    "threshold 0.02, N rounded": Rule(KINDS["threshold 0.02"], _one_for_each(0.02, np.rint)),
+    "threshold 0.02, N rounded down": Rule(KINDS["threshold 0.02"], _one_for_each(0.02, np.floor)),
+    "threshold 0.02, exact from 0.03": Rule(KINDS["threshold 0.03"], _one_for_each(0.02, np.ceil)),
+    "hybrid 8, one for each 0.02": Rule(KINDS["hybrid 8 + 28"], _one_for_each(0.02, np.rint)),
+    "hybrid 8 + 28 by the tail": Rule(KINDS["hybrid 8 + 28"], lambda tail_M: _proportional(tail_M, 28)),
+}
+
+
+def _proportional(tail_M: np.ndarray, mean: float) -> np.ndarray:
+    """Draws in proportion to the tail, one at least, whose mean over all positions is `mean`."""
+    low, high = 0.0, 1e9
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.maximum(np.rint(middle * tail_M), 1).mean() < mean else (low, middle)
+    return np.maximum(np.rint(high * tail_M), 1)
+
+
+def reduced(logits_MV: torch.Tensor, actual_M: torch.Tensor, how: KeepConfig | Rule, seed: int) -> Reduced:
+    """What a kind, or a rule that is none, keeps. A rule's draws by their definition, position by position, in float64."""
+    if isinstance(how, KeepConfig):
+        return reduce_logits(logits_MV, actual_M, how, seed)
+    out = reduce_logits(logits_MV, actual_M, how.keep, seed)
+    exact = out.kept.only(np.ones(len(actual_M), bool))
+    exact = Kept(exact.num_exact, exact.num_drawn * 0, exact.ids[~exact.is_draw], exact.logprobs[~exact.is_draw])
+    rest_MV = torch.softmax(logits_MV.double(), -1).numpy()
+    rest_MV[np.repeat(np.arange(len(rest_MV)), exact.num_exact), exact.ids] = 0
+    number_M = how.number(np.exp(out.log_tail.astype(np.float64))).astype(int)
+    shift_M = uniforms_of([(len(rest_MV), seed)], KINDS["threshold 0.02"])[:, 0]
+    ends = np.cumsum(exact.num_exact)[:-1]
+    ids, logprobs, counts_M = [], [], np.zeros(len(rest_MV), np.int32)
+    parts = zip(np.split(exact.ids, ends), np.split(exact.logprobs, ends), strict=True)
+    for m, (own_ids, own_logprobs) in enumerate(parts):
+        running_V = np.cumsum(rest_MV[m])
+        points = (np.arange(number_M[m]) + shift_M[m]) / number_M[m] * running_V[-1]
+        drawn, times = np.unique(np.searchsorted(running_V, points, side="right"), return_counts=True)
+        counts_M[m] = len(drawn)
+        ids += [own_ids, drawn]
+        logprobs += [own_logprobs, np.log(times / number_M[m]) + np.float64(out.log_tail[m])]
+    together = [np.concatenate(values).astype(kind) for values, kind in ((ids, np.int32), (logprobs, np.float32))]
+    return replace(out, kept=Kept(exact.num_exact, counts_M, *together))
 
 
 def documents(corpus: Path, tokenizer, positions: int) -> list[np.ndarray]:  # type: ignore[no-untyped-def]
@@ -86,8 +149,20 @@ def all_logits(model, docs: list[np.ndarray]) -> list[torch.Tensor]:  # type: ig
     return [model(torch.from_numpy(ids[None].astype(np.int64))).logits[0, :-1].float() for ids in docs]
 
 
-def store(docs: list[np.ndarray], logits: list[torch.Tensor], keep: KeepConfig, root: Path) -> kdata.Dataset:
+def at_once(logits: list[torch.Tensor], how: KeepConfig | Rule) -> KeepConfig | Rule:
+    """A rule with the number of draws that it takes over the positions of all documents."""
+    if isinstance(how, KeepConfig):
+        return how
+    keep, number = how.keep, how.number
+    tails = [reduce_logits(z, torch.zeros(len(z), dtype=torch.long), keep, 0).log_tail for z in logits]
+    tail_M = np.sort(np.exp(np.concatenate(tails).astype(np.float64)))
+    number_M = number(tail_M)
+    return Rule(keep, lambda own_M: number_M[np.minimum(np.searchsorted(tail_M, own_M), len(tail_M) - 1)])
+
+
+def store(docs: list[np.ndarray], logits: list[torch.Tensor], how: KeepConfig | Rule, root: Path) -> kdata.Dataset:
     """Reduce, write and open again, as capture does."""
+    keep = how if isinstance(how, KeepConfig) else KINDS["threshold 0.02"]  # whose codec stores any number of draws
     teacher = {
         "model": "benchmark", "revision": None, "weights_hash": None, "backend": "transformers", "backend_version": "-",
         "dtype": "float32", "logprobs": "raw", "deterministic": True,
@@ -101,7 +176,7 @@ def store(docs: list[np.ndarray], logits: list[torch.Tensor], keep: KeepConfig, 
     records = []
     for number, (ids, logits_MV) in enumerate(zip(docs, logits, strict=True)):
         actual = torch.from_numpy(ids[1:].astype(np.int64))
-        out = readout_of(ids, 1, reduce_logits(logits_MV, actual, keep, draw_seed(ids, keep)))
+        out = readout_of(ids, 1, reduced(logits_MV, actual, how, draw_seed(ids, keep)))
         records.append(
             Record(
                 id=f"d{number}", domain="d", token_ids=ids, target_mask=out.rank > 0, kept=out.kept, text="",
@@ -188,7 +263,22 @@ def angle(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.rad2deg(torch.arccos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))))
 
 
-def bias(docs, logits, keep: KeepConfig, repeats: int) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+def variance(docs, logits, how: KeepConfig | Rule, repeats: int) -> float:  # type: ignore[no-untyped-def]
+    """Mean of sum_i (w_i - p_i)^2 over positions and `repeats` draws: the variance of the gradient in a student's logits."""
+    total = 0.0
+    for ids, logits_MV in zip(docs, logits, strict=True):
+        p_MV = torch.softmax(logits_MV.double(), -1).numpy()
+        rows_M, actual = np.arange(len(p_MV)), torch.from_numpy(ids[1:].astype(np.int64))
+        square = float((p_MV**2).sum())
+        for number in range(repeats):
+            kept = reduced(logits_MV, actual, how, number).kept
+            p_N = p_MV[np.repeat(rows_M, kept.num_kept), kept.ids]
+            weight_N = np.exp(kept.logprobs.astype(np.float64))
+            total += (square + float(((weight_N - p_N) ** 2 - p_N**2).sum())) / repeats
+    return total / sum(map(len, logits))
+
+
+def bias(docs, logits, how: KeepConfig | Rule, repeats: int) -> tuple[float, float]:  # type: ignore[no-untyped-def]
     """Mean over `repeats` draws of (weight - p), averaged over positions with random signs, and its 95 % half-width."""
     ids, logits_MV = docs[0], logits[0]
     p = torch.softmax(logits_MV.double(), -1).numpy()
@@ -197,7 +287,7 @@ def bias(docs, logits, keep: KeepConfig, repeats: int) -> tuple[float, float]:  
     errors = []
     for number in range(repeats):
         actual = torch.from_numpy(ids[1:].astype(np.int64))
-        kept = reduce_logits(logits_MV, actual, keep, number).kept
+        kept = reduced(logits_MV, actual, how, number).kept
         sums = segment_sum(np.exp(kept.logprobs.astype(np.float64)) * signs[kept.ids], kept.num_kept)
         errors.append((sums - exact).mean())
     return float(np.mean(errors)), float(1.96 * np.std(errors, ddof=1) / np.sqrt(repeats))
@@ -281,12 +371,13 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     teacher = AutoModelForCausalLM.from_pretrained(model_folder(arguments.model), dtype=torch.float32).eval()
     student = AutoModelForCausalLM.from_pretrained(arguments.student, dtype=torch.float32)
     docs = documents(arguments.corpus, tokenizer, arguments.positions)
-    logits = all_logits(teacher, docs)
+    logits = [logits_MV * arguments.sharpen for logits_MV in all_logits(teacher, docs)]
     full = student_gradient(student, docs, lambda row, z: torch.softmax(z, -1) - torch.softmax(logits[row], -1))
     for name in arguments.kinds:
-        keep = KINDS[name]
+        how = at_once(logits, {**KINDS, **RULES}[name])
+        keep = how if isinstance(how, KeepConfig) else how.keep
         with tempfile.TemporaryDirectory() as folder:
-            dataset = store(docs, logits, keep, Path(folder) / "dataset")
+            dataset = store(docs, logits, how, Path(folder) / "dataset")
             entry, other, whole = column_bytes(dataset)
             seq = dataset.take(np.arange(dataset.num_rows))
             measured: dict[str, object] = {
@@ -302,7 +393,8 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
                 measured[f"angle_{mode}"] = angle(full, gradient)
                 measured[f"norm_{mode}"] = float(gradient.norm() / full.norm())
             if keep.tail == "draws":
-                measured["bias"], measured["bias_ci"] = bias(docs, logits, keep, 200)
+                measured["bias"], measured["bias_ci"] = bias(docs, logits, how, 200)
+                measured["variance"] = variance(docs, logits, how, 4)
             if name == "topk 64":
                 measured["encode_tok_s"], measured["decode_tok_s"] = speed(dataset)
             yield measured
@@ -311,16 +403,13 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
 def markdown(figures: dict[str, dict[str, object]]) -> str:
     """The table as kdata/README.md has it."""
     lines = [
-        "| kind | entries | B/token | angle | norm ratio | error, nats | KL, nats |",
-        "|---|---|---|---|---|---|---|",
+        "| kind | entries | B/token | angle | norm ratio | variance | error, nats | KL, nats |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in figures.values():
         mode = "draws" if "angle_draws" in row else "ghost"
-        error = (
-            f"{row['mean_err_nats']:.4f} | {row['kl']:.1e}"
-            if "kl" in row
-            else "exact entries as topk, draws none | unbiased"
-        )
+        error = f"{row['mean_err_nats']:.4f} | {row['kl']:.1e}" if "kl" in row else "as topk; draws none | unbiased"
+        error = f"{row['variance']:.2e} | {error}" if "variance" in row else f"- | {error}"
         lines.append(
             f"| {row['name']} | {row['kept']:.1f} | {row['bytes']:.1f} | {row[f'angle_{mode}']:.1f} | "
             f"{row[f'norm_{mode}']:.2f} | {error} |"
@@ -335,9 +424,10 @@ def markdown(figures: dict[str, dict[str, object]]) -> str:
 
 # Where a label goes, in points from its mark, if not above and to the right.
 AWAY = {
-    "hybrid 8 + 25": (-38, 1), "hybrid 4 + 40": (8, -3), "hybrid 16 + 16": (8, -5), "hybrid 8 + 8": (8, -2),
+    "hybrid 8 + 25": (-22, 8), "hybrid 4 + 40": (8, -6), "hybrid 16 + 16": (8, 0), "hybrid 8 + 8": (8, -2),
     "hybrid 4 + 8": (6, 3), "sampled 12": (-8, -13), "sampled 25": (-8, -13), "sampled 50": (-8, -13),
-    "sampled 80": (-8, -13), "hybrid 16 + 16, independent": (7, 3),
+    "sampled 80": (-8, -13), "hybrid 16 + 16, independent": (7, 3), "sampled 160": (-8, -13),
+    "threshold 0.02": (7, -2), "threshold 0.015": (6, -9), "hybrid 8 + 28": (8, -4), "threshold 0.06": (7, -2),
 }  # fmt: skip
 
 
@@ -350,6 +440,7 @@ def draw(figures: dict[str, dict[str, object]], path: Path) -> None:
     axes = figure.subplots()
     marks = {
         "topk": ("o", "#c4501b"), "adaptive": ("s", "#a97b00"), "sampled": ("^", "#1f6fb5"), "hybrid": ("D", "#0f8a6a"),
+        "threshold": ("P", "#8d5aa9"),
     }  # fmt: skip
     for kind, (shape, colour) in marks.items():
         for independent in (False, True):
@@ -360,7 +451,7 @@ def draw(figures: dict[str, dict[str, object]], path: Path) -> None:
             angles = [figures[n].get("angle_draws", figures[n].get("angle_ghost")) for n in names]
             label = f"{kind}, independent draws" if independent else kind
             face = "none" if independent else colour
-            line = "-" if kind == "sampled" else ""
+            line = "-" if kind in ("sampled", "threshold") else ""
             axes.plot(
                 sizes,
                 angles,
@@ -383,7 +474,7 @@ def draw(figures: dict[str, dict[str, object]], path: Path) -> None:
     axes.set_yticks([2, 5, 10, 20, 50])
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(2, 60)
+    axes.set_ylim(1.5, 60)
     axes.legend(fontsize=8.5, loc="center right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
@@ -397,7 +488,8 @@ def main() -> None:
     parser.add_argument("--student", type=Path, default=SHARED / "models" / "ref-1m")
     parser.add_argument("--corpus", type=Path, default=SHARED / "data" / "corpus.parquet")
     parser.add_argument("--positions", type=int, default=8192)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="NAME")
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS, *RULES], default=list(KINDS), metavar="NAME")
+    parser.add_argument("--sharpen", type=float, default=1.0, help="Multiply the teacher's logits: a surer teacher.")
     parser.add_argument("--plot", type=Path, help="Also draw angle against bytes per token to this PNG.")
     arguments = parser.parse_args()
     for path in (arguments.model, arguments.student, arguments.corpus):
@@ -415,6 +507,7 @@ def main() -> None:
         "KL",
         "angle",
         "norm",
+        "variance",
         "bias ± 95 %",
     ):
         table.add_column(column, justify="left" if column == "kind" else "right")
@@ -425,7 +518,7 @@ def main() -> None:
         table.add_row(
             text["name"], text["kept"], text["entry_bytes"], text["other_bytes"], text["bytes"],
             text.get("mean_err_nats", "-"), text.get("kl", "-"), text[f"angle_{mode}"], text[f"norm_{mode}"],
-            f"{row['bias']:.1e} ± {row['bias_ci']:.1e}" if "bias" in row else "-",
+            text.get("variance", "-"), f"{row['bias']:.1e} ± {row['bias_ci']:.1e}" if "bias" in row else "-",
         )  # fmt: skip
     console = Console(width=130)
     console.print(table)

@@ -127,6 +127,19 @@ def test_without_a_probe_tokens_and_the_teacher_s_memory_are_known(
     assert "memory of the teacher: weights" in shown and "GiB are free" in shown and "—" in shown
 
 
+@pytest.mark.parametrize(
+    ("what", "source"), [("capture", ("--corpus",)), ("generate", ("--text-column", "text", "--prompts"))]
+)
+def test_what_is_kept_is_as_the_command_says(
+    llama_dir: Path, texts: Path, tmp_path: Path, what: str, source: tuple[str, ...]
+) -> None:
+    from kdata.pipelines.cli.estimate import _job
+
+    arguments = [str(tmp_path / "d"), "--teacher", str(llama_dir), *source, str(texts), "--backend", "transformers"]
+    job, _ = _job(what, [*arguments, "--kind", "threshold", "--threshold", "0.05"])
+    assert (job.keep.kind, job.keep.threshold) == ("threshold", 0.05)
+
+
 def test_more_texts_than_are_encoded_are_estimated(
     texts: Path, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +177,10 @@ def decode(row: dict[str, Any], parameters: dict[str, Any]) -> list[list[tuple[i
             height = math.log(1 - math.exp(tail)) - math.log(sum(math.exp(-x / 16) for x in u))
             entries += [(next(exact_ids), height - x / 16) for x in u]
         token = 0
-        for _ in range(num_drawn):
+        times = list(islice(counts, num_drawn))
+        for count in times:
             token = next(draw_ids) if is_coded else token + next(draw_steps)
-            entries.append((token, math.log(next(counts) / parameters["num_draws"]) + tail))
+            entries.append((token, math.log(count / parameters.get("num_draws", sum(times))) + tail))
         positions.append(entries)
     return positions
 
@@ -191,11 +193,14 @@ def decode(row: dict[str, Any], parameters: dict[str, Any]) -> list[list[tuple[i
         {"kind": "adaptive", "mass": 0.9},
         {"kind": "sampled"},
         {"kind": "hybrid", "k": 4},
+        {"kind": "threshold"},
     ],
 )
 def test_a_reader_made_from_the_document_reads_the_same(
     tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, settings: dict[str, Any], version: int
 ) -> None:
+    if version < 3 and settings["kind"] == "threshold":
+        pytest.skip("there is no such data")
     with codec_version(version):
         dataset = run_capture(tmp_path / "d", corpus_file, tokenizer_dir, reading={"limit": 6}, **settings)
     root = dataset.path

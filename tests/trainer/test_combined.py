@@ -91,7 +91,9 @@ def test_the_loss_on_kept_entries_and_tails_is_that_of_the_average(whole: kdata.
     assert float((grad_MD - want_MD).norm() / want_MD.norm()) < 0.02
 
 
-@pytest.mark.parametrize(("kind", "tail"), [("topk", "ghost"), ("hybrid", "draws"), ("sampled", "draws")])
+@pytest.mark.parametrize(
+    ("kind", "tail"), [("topk", "ghost"), ("hybrid", "draws"), ("sampled", "draws"), ("threshold", "draws")]
+)
 def test_the_loss_is_the_formula_on_stored_entries(
     tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, kind: str, tail: str
 ) -> None:
@@ -153,12 +155,18 @@ def test_what_one_teacher_alone_knows_can_be_the_first_choice(
 
 
 def test_combined_draws_alone_give_no_bounds(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
-    """Reverse KL and total variation need exact entries: the average of samples has none, that of hybrids has."""
-    measured = {}
-    for kind in ("sampled", "hybrid"):
-        dataset, _ = combined(tmp_path / kind, corpus_file, tokenizer_dir, kind=kind)
+    """Reverse KL and total variation need exact entries: the average of samples has none, that of the others has."""
+    measured, alone = {}, {}
+    for kind in ("sampled", "hybrid", "threshold"):
+        dataset, one = combined(tmp_path / kind, corpus_file, tokenizer_dir, kind=kind)
         model = build_student(ScratchStudent(hidden_size=16, num_layers=1, num_heads=2, max_positions=64), dataset, 0)
         model.save_pretrained(tmp_path / kind / "model")
         measured[kind] = evaluate(tmp_path / kind / "model", dataset.path)
+        alone[kind] = evaluate(tmp_path / kind / "model", one.path)["overall"]
     assert measured["sampled"]["overall"]["tv"] is None and measured["sampled"]["bounds_are"] is None
-    assert measured["hybrid"]["overall"]["tv"] > 0 and measured["hybrid"]["bounds_are"].startswith("lower bounds")
+    for kind in ("hybrid", "threshold"):
+        assert measured[kind]["overall"]["tv"] > 0 and measured[kind]["bounds_are"].startswith("lower bounds")
+        assert alone[kind]["tv"] > 0
+    # Of one teacher's hybrid the first choice is an exact entry, and of its draws by need too: the same calibration.
+    assert alone["sampled"]["teacher_ece"] is None
+    assert alone["threshold"]["teacher_ece"] == pytest.approx(alone["hybrid"]["teacher_ece"], abs=0.02)

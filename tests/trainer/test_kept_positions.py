@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "adaptive": {"mass": 0.8, "min_k": 2, "k": 20},
     "sampled": {"num_draws": 20},
     "hybrid": {"num_draws": 12, "temperatures": [2.0]},
+    "threshold": {"threshold": 0.05, "temperatures": [2.0]},
 }
 CONFIG = BatchesConfig(context_tokens=64, batch_rows=2, window_documents=16)
 ORDER = "0" * 64  # so that two datasets of the same text give the same batches

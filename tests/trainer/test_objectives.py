@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from kdata.errors import ConfigError, ShapeError
+from kdata.format.keep import KeepConfig
+from kdata.format.kept import pad
+from kdata.teachers.reduce import reduce_logits
 from kdata.trainer.fused import Loss, _chunk_positions, _exact_only, _Student, distillation_loss, measure
 from kdata.trainer.objective_config import OBJECTIVE_NAMES, ObjectiveConfig, resolve_tail
 from kdata.trainer.objectives import OBJECTIVES, Targets
@@ -30,6 +33,47 @@ def fused(problem: Problem, weights: dict[str, float], tail: str, **kwargs: obje
 
 def grads(problem: Problem, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.autograd.grad(loss, (problem.hidden, problem.head))
+
+
+def test_draws_by_need_give_the_value_and_the_gradient_of_the_whole_distribution_on_average() -> None:
+    """Over 400 seeds and each position alone, in units of its standard error; V = 259, more columns than any position needs.
+
+    Position 0 is certain, 1 uniform, 2 has ids at the threshold, 3 its first choice below it; the others are random.
+    """
+    vocab, width, seeds, threshold = 259, 40, 400, 0.05
+    rng = torch.Generator().manual_seed(3)
+    teacher = torch.randn(12, vocab, generator=rng) * torch.linspace(0.5, 5, 12)[:, None]
+    teacher[0] = -torch.inf
+    teacher[0, 7] = 0
+    teacher[1] = 0
+    teacher[2] = math.log((1 - 4 * threshold) / (vocab - 4))
+    teacher[2, 30:34] = math.log(threshold) + 1e-4
+    teacher[3] = torch.randn(vocab, generator=rng) * 0.3
+    p = torch.softmax(teacher.double(), -1)
+    hidden = torch.randn(12, 5, generator=rng, dtype=torch.float64).requires_grad_()
+    head = torch.randn(vocab, 5, generator=rng, dtype=torch.float64)
+    log_q = torch.log_softmax(hidden @ head.T, -1)
+    want = -(p * log_q).sum(-1)
+    (want_gradient,) = torch.autograd.grad(want.sum(), hidden)
+    keep = KeepConfig(kind="threshold", threshold=threshold)
+    values, gradients = [], []
+    for seed in range(seeds):
+        out = reduce_logits(teacher, teacher.argmax(-1), keep, seed)
+        ids, logprobs = (torch.from_numpy(x) for x in pad(out.kept.num_kept, out.kept.ids, out.kept.logprobs, width))
+        targets = Targets(
+            teacher.argmax(-1), ids.long(), logprobs.double(), torch.from_numpy(out.log_tail).double(),
+            num_exact_C=torch.from_numpy(out.kept.num_exact),
+        )  # fmt: skip
+        loss = distillation_loss(hidden, head, targets, ObjectiveConfig(weights={"forward_kl": 1.0}), "draws")
+        gradients.append(torch.autograd.grad(12 * loss.total, hidden)[0])
+        weights = targets.logprobs_CK.exp()
+        values.append((loss.values_MO[:, 0] - torch.special.xlogy(weights, weights).sum(-1)).detach())
+    for samples, exact in ((torch.stack(values), want.detach()), (torch.stack(gradients), want_gradient)):
+        error = samples.std(0) / seeds**0.5
+        gap = (samples.mean(0) - exact).abs()
+        torch.testing.assert_close(samples[0, 0], exact[0], rtol=1e-6, atol=1e-6)  # certain: nothing is drawn
+        assert (gap <= 4.5 * error + 1e-6).all(), (gap / error).max()
+        assert float(((gap[1:] / error[1:]) ** 2).mean()) < 1.5, "errors are as large as their spread says"
 
 
 @pytest.mark.parametrize(("name", "tail"), CASES)
@@ -401,7 +445,8 @@ def test_impossible_objectives_are_refused(config: dict, held: str, message: str
 
 def test_the_default_tail_is_what_the_dataset_holds() -> None:
     assert resolve_tail(ObjectiveConfig(), "draws") == "draws"
-    assert resolve_tail(ObjectiveConfig(weights={"reverse_kl": 1.0}), "draws", kind="hybrid") == "draws"
+    for kind in ("hybrid", "threshold"):
+        assert resolve_tail(ObjectiveConfig(weights={"reverse_kl": 1.0}), "draws", kind=kind) == "draws"
     assert resolve_tail(ObjectiveConfig(weights={"jsd": 1.0}, jsd_beta=0.0), "draws") == "draws"
     assert resolve_tail(ObjectiveConfig(), "ghost") == "ghost"
     assert resolve_tail(ObjectiveConfig(tail="renormalise"), "ghost") == "renormalise"

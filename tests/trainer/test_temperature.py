@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,10 +137,15 @@ def test_on_a_hybrid_a_biased_objective_is_that_of_the_exact_entries(
     assert float((results[0][1] - results[1][1]).norm() / results[1][1].norm()) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "settings", [{"kind": "hybrid", "k": 8, "num_draws": 200}, {"kind": "threshold", "threshold": 0.006}]
+)
 @pytest.mark.parametrize("temperature", [2.0, 0.7])
-def test_the_gradient_of_draws_is_the_dense_one_on_average(temperature: float, tmp_path: Path) -> None:
+def test_the_gradient_of_draws_is_the_dense_one_on_average(
+    temperature: float, settings: dict[str, Any], tmp_path: Path
+) -> None:
     """Along one direction at each of 400 positions: the difference is noise, and small beside what T^2 would change."""
-    dataset, dense = stored(tmp_path, KeepConfig(kind="hybrid", k=8, num_draws=200, temperatures=[2.0, 0.7]))
+    dataset, dense = stored(tmp_path, KeepConfig(**settings, temperatures=[2.0, 0.7]))
     hidden, head = student()
     _, gradient = loss_and_gradient(dataset, "draws", hidden, head, temperature)
     _, exact_gradient = dense_loss_and_gradient(dense, hidden, head, temperature)
@@ -149,7 +155,7 @@ def test_the_gradient_of_draws_is_the_dense_one_on_average(temperature: float, t
     assert abs(float(gap.mean())) < 4 * error < 0.1 * float(along[1].mean().abs())
 
 
-@pytest.mark.parametrize("kind", ["topk", "hybrid"])
+@pytest.mark.parametrize("kind", ["topk", "hybrid", "threshold"])
 def test_batches_hold_the_values_of_sequences(kind: str, tmp_path: Path) -> None:
     dataset, _ = stored(tmp_path, KeepConfig(kind=kind, k=5, num_draws=20, temperatures=[0.7, 2.0]))
     batch, warm = only_batch(dataset, 2.0), at_temperature(dataset[0].sequence, 2.0, dataset.info.codec)

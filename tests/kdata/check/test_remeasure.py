@@ -23,6 +23,7 @@ KEEPS = {
     "adaptive": {"kind": "adaptive", "k": 30, "mass": 0.9},
     "hybrid": {"kind": "hybrid", "k": 4, "num_draws": 6},
     "sampled": {"kind": "sampled", "num_draws": 9},
+    "threshold": {"kind": "threshold", "threshold": 0.05},
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdata.errors import FormatError, ShapeError
+from kdata.errors import DataError, FormatError, ShapeError
 from kdata.format import codec as codecs
 from kdata.format.codec import CODECS, Positions
 from kdata.format.kept import Kept, log_tail, segment_sum
@@ -15,6 +15,7 @@ from kdata.format.schema import CodecInfo
 from kdata.format.stored import readable_schema
 
 VOCAB, DRAWS = 300, 16
+EXTRA = {"hybrid": {"num_draws": DRAWS}, "threshold": {"threshold": 0.05}}
 # verbatim keeps what another tool returned, whatever it sums to: tests/kdata/share/test_interchange.py.
 OWN = ["plain 1", "packed 1", "packed 3"]  # codec and version
 
@@ -35,7 +36,7 @@ def bound_nats(codec: str, logp: np.ndarray, tail: np.ndarray) -> np.ndarray:
 
 
 def info_of(codec: str, kind: str = "topk") -> CodecInfo:
-    parameters = {"k": 12, "id_bytes": 2} | ({"num_draws": DRAWS} if kind == "hybrid" else {})
+    parameters = {"k": 12, "id_bytes": 2} | EXTRA.get(kind, {})
     name, version = codec.split()
     return CodecInfo(id=name, version=int(version), kind=kind, parameters=parameters)
 
@@ -59,11 +60,15 @@ def ragged(draw: st.DrawFn, kind: str = "topk", max_scale: float = 4.0) -> tuple
         ids.append(order[:count])
         logprobs.append(exact)
         drawn.append(0)
-        if kind == "hybrid" and count:
+        if kind in EXTRA and count:
             rest = order[count:]
-            drawn_ids, times = np.unique(rng.choice(rest, DRAWS, p=p[rest] / p[rest].sum()), return_counts=True)
+            if kind == "hybrid":
+                drawn_ids, times = np.unique(rng.choice(rest, DRAWS, p=p[rest] / p[rest].sum()), return_counts=True)
+            else:  # each id once or twice, as many draws as come out
+                drawn_ids = np.sort(rng.choice(rest, rng.integers(1, 22), replace=False))
+                times = rng.integers(1, 3, len(drawn_ids))
             ids.append(drawn_ids)
-            logprobs.append((np.log(times / DRAWS) + np.float64(tail)).astype(np.float32))
+            logprobs.append((np.log(times / times.sum()) + np.float64(tail)).astype(np.float32))
             drawn[-1] = len(drawn_ids)
         tails.append(tail)
     kept = Kept(
@@ -82,7 +87,7 @@ def stored(kept: Kept, tail: np.ndarray, info: CodecInfo) -> Kept:
 
 
 @pytest.mark.parametrize("codec", OWN)
-@pytest.mark.parametrize("kind", ["topk", "hybrid"])
+@pytest.mark.parametrize("kind", ["topk", "hybrid", "threshold"])
 @given(data=st.data())
 def test_decoded_entries_are_within_the_measured_error_and_never_sum_to_more_than_one(
     codec: str, kind: str, data: st.DataObject
@@ -103,6 +108,16 @@ def test_decoded_entries_are_within_the_measured_error_and_never_sum_to_more_tha
         assert measured.kl_nats >= 0
     else:
         assert len(kept.ids) == 0
+
+
+@pytest.mark.parametrize("shares", [[0.4, 0.6], [0.3, 0.3], [1e-12, 1.0], [0.003, 0.997], [0.0, 1.0]])
+def test_weights_that_are_no_counts_are_refused_where_the_number_of_draws_is_not_known(shares: list[float]) -> None:
+    """Two and three of five cannot be told from weights; no id that is drawn by need is drawn more than twice."""
+    with np.errstate(divide="ignore"):
+        logprobs = (np.log(shares) - 1).astype(np.float32)
+    kept = Kept(np.zeros(1, np.int32), np.array([2], np.int32), np.arange(2, dtype=np.int32), logprobs)
+    with pytest.raises(DataError, match="not a whole number of draws"):
+        stored(kept, np.array([-1], np.float32), info_of("packed 3", "threshold"))
 
 
 @pytest.mark.parametrize("codec", OWN)

@@ -108,9 +108,12 @@ def test_kept_entries_are_averaged_on_the_union_and_tails_too(tmp_path: Path, ma
     assert "lower bounds: a mass of at most" in report.lines()[0]
 
 
-def test_draws_are_averaged_id_by_id(tmp_path: Path, make: Make) -> None:
+@pytest.mark.parametrize(("settings", "draws"), [
+    ({"kind": "hybrid", "num_draws": 12}, 24), ({"kind": "threshold", "threshold": 0.05}, 40)
+])  # fmt: skip
+def test_draws_are_averaged_id_by_id(tmp_path: Path, make: Make, settings: dict[str, Any], draws: int) -> None:
     """Exact where both know, else the sum of both sides' weights; what stands in the payloads is not rounded again."""
-    payloads = make(kind="hybrid", num_draws=12)
+    payloads = make(**settings)
     combined, report = combine(tmp_path / "out", payloads, CombineConfig(weights=[0.5, 0.5]))
     for sequence, *members in zip(combined, *payloads, strict=True):
         for t in np.flatnonzero(sequence.target_mask):
@@ -133,16 +136,17 @@ def test_draws_are_averaged_id_by_id(tmp_path: Path, make: Make) -> None:
             assert np.exp(sequence.log_tail[t]) == pytest.approx(outside, abs=1e-5)
             assert sum(weights[2].values()) == pytest.approx(1.0, abs=0.002)
     assert combined.info.tail == "draws" and "unbiased" in report.lines()[0]
-    assert combined.info.codec.parameters == {"id_bytes": 2, "num_draws": 24}
+    assert combined.info.codec.parameters == {"id_bytes": 2, "num_draws": draws}
 
 
-def test_the_average_of_draws_is_unbiased(tmp_path: Path, make: Make) -> None:
+@pytest.mark.parametrize("settings", [{"kind": "sampled", "num_draws": 40}, {"kind": "threshold", "threshold": 0.05}])
+def test_the_average_of_draws_is_unbiased(tmp_path: Path, make: Make, settings: dict[str, Any]) -> None:
     """The errors of a function of the ids (+1 where the first teacher believes more, -1 elsewhere), summed over all
     positions, are within 4 of their standard deviations of 0.
 
     Shares that are a little different, or do not sum to 1, are found by the same measure.
     """
-    combined, _ = combine(tmp_path / "out", make(kind="sampled", num_draws=40), CombineConfig(weights=[0.4, 0.6]))
+    combined, _ = combine(tmp_path / "out", make(**settings), CombineConfig(weights=[0.4, 0.6]))
 
     def deviation(shares: list[float]) -> float:
         errors = []
@@ -186,7 +190,10 @@ def test_draws_of_one_teacher_read_twice_have_half_the_variance(tmp_path: Path, 
     assert variance(same[0]) / variance(one) == pytest.approx(1.0, abs=0.01)
 
 
-@pytest.mark.parametrize("settings", [{"kind": "hybrid", "temperatures": [2.0]}, {"kind": "topk"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"kind": "hybrid", "temperatures": [2.0]}, {"kind": "topk"}, {"kind": "threshold", "temperatures": [2.0]}],
+)
 def test_a_teacher_for_each_domain_loses_nothing(tmp_path: Path, make: Make, settings: dict[str, Any]) -> None:
     """Every number of a row is that of its domain's teacher, at further temperatures too."""
     payloads = make(**settings)

@@ -57,6 +57,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "adaptive": {"mass": 0.8, "min_k": 2, "k": 20},
     "sampled": {"num_draws": 20},
     "hybrid": {"num_draws": 12, "temperatures": [2.0]},
+    "threshold": {"threshold": 0.05, "temperatures": [2.0]},
 }
 THRESHOLD = 3.0  # nats, near the stand-in's median
 
@@ -299,13 +300,15 @@ def some(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_dir: 
     return run_capture(root, corpus, tokenizer_dir, positions={"rule": "entropy", "threshold": THRESHOLD})
 
 
+@pytest.mark.parametrize("kind", ["some", "threshold"])
 def test_an_older_kdata_refuses_it_by_the_version_of_the_codec(
-    some: kdata.Dataset, monkeypatch: pytest.MonkeyPatch
+    some: kdata.Dataset, whole: dict[str, kdata.Dataset], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    assert some.info.codec.version == known_codecs()["packed"]
+    dataset = some if kind == "some" else whole[kind]
+    assert dataset.info.codec.version == known_codecs()["packed"]
     monkeypatch.setattr(codecs, "known_codecs", lambda: {"packed": 2, "plain": 1, "verbatim": 1})
     with pytest.raises(FormatError, match="codec packed has version 3, this kdata reads up to 2; upgrade"):
-        everything(kdata.open(some.path))
+        everything(kdata.open(dataset.path))
 
 
 def test_sql_sees_every_token_and_the_entries_that_there_are(
@@ -593,6 +596,8 @@ def test_a_teacher_that_sees_the_top_k_only_refuses_rules_of_entropy() -> None:
     assert keep.needs_full_distribution
     with pytest.raises(ConfigError, match="positions by entropy needs the full distribution"):
         refuse_kept(keep, "vllm-server")
+    with pytest.raises(ConfigError, match="kind threshold needs the full distribution"):
+        refuse_kept(KeepConfig(kind="threshold"), "vllm-server")
     refuse_kept(KeepConfig(kind="topk", k=4, positions={"rule": "random", "share": 0.5}), "vllm-server")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer
         "adaptive": {"mass": 0.8, "min_k": 2, "k": 20},
         "sampled": {"num_draws": 50},
         "hybrid": {"num_draws": 12, "temperatures": [2.0]},
+        "threshold": {"threshold": 0.05, "temperatures": [2.0]},
     }
     root = tmp_path_factory.mktemp("kinds")
     short = {"limit": 8}
@@ -45,7 +47,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer
     }
 
 
-@pytest.mark.parametrize("kind", ["topk", "adaptive", "sampled", "hybrid"])
+@pytest.mark.parametrize("kind", ["topk", "adaptive", "sampled", "hybrid", "threshold"])
 def test_entry_t_is_the_prediction_of_token_t_given_the_tokens_before_it(
     kinds: dict[str, kdata.Dataset], kind: str
 ) -> None:
@@ -88,12 +90,63 @@ def test_each_kind_keeps_what_it_says(kinds: dict[str, kdata.Dataset]) -> None:
     assert (exact == 0).all() and (drawn >= 1).all() and (drawn <= 50).all()
     exact, drawn = counted("hybrid")
     assert (exact == 8).all() and (drawn >= 1).all() and (drawn <= 12).all()
-    assert [kinds[k].info.tail for k in ("topk", "adaptive", "sampled", "hybrid")] == [
-        "ghost",
-        "ghost",
-        "draws",
-        "draws",
-    ]
+    exact, drawn = counted("threshold")
+    assert exact.min() >= 1 and len(set(exact)) > 3 and len(set(drawn)) > 3 and (exact + drawn).max() <= 22
+    tails = {kind: dataset.info.tail for kind, dataset in kinds.items()}
+    assert tails == {"topk": "ghost", "adaptive": "ghost", "sampled": "draws", "hybrid": "draws", "threshold": "draws"}
+
+
+def test_the_codec_of_draws_by_need_names_the_threshold_and_no_number(kinds: dict[str, kdata.Dataset]) -> None:
+    codec = kinds["threshold"].info.codec
+    assert codec.parameters == {
+        "threshold": 0.05, "draw_seed": 0, "draw_method": "systematic", "temperatures": [2.0], "id_bytes": 2,
+    }  # fmt: skip
+    assert KeepConfig.of(codec) == KeepConfig(kind="threshold", threshold=0.05, temperatures=[2.0])
+
+
+def test_draws_by_need_are_the_same_in_any_unit_and_after_a_stop(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
+    def stop(call: int) -> None:
+        if call == 2:
+            raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"kind": "threshold", "threshold": 0.05, "temperatures": [2.0]}
+    whole = run_capture(tmp_path / "whole", corpus_file, tokenizer_dir, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        run_capture(tmp_path / "d", corpus_file, tokenizer_dir, teacher=StandInTeacher(before_call=stop), **settings)
+    assert 0 < len(kdata.open(tmp_path / "d").manifest) < len(whole.manifest)
+    run_capture(tmp_path / "d", corpus_file, tokenizer_dir, **settings)
+    assert digests(tmp_path / "d") == digests(tmp_path / "whole")
+    other = run_capture(tmp_path / "other", corpus_file, tokenizer_dir, unit_tokens=300, **settings)
+    assert len(other.manifest) < len(whole.manifest)
+    rows = {row.id: row.sequence for row in other}
+    for row in whole:
+        for name in ("num_exact", "num_kept", "entry_ids", "entry_logprobs", "draw_logprobs"):
+            np.testing.assert_array_equal(getattr(row.sequence, name), getattr(rows[row.id], name), err_msg=name)
+
+
+def test_the_commands_keep_draws_by_need_of_a_real_model(tmp_path: Path, corpus_file: Path, llama_dir: Path) -> None:
+    """Read, written in one pass, and read again by the same weights: the exact entries agree, and all data is whole."""
+    from kdata.check.verify import verify
+    from kdata.pipelines.cli.main import call
+
+    who = ["--teacher", str(llama_dir), "--backend", "transformers", "--kind", "threshold", "--threshold", "0.01"]
+    corpus, read, written = str(corpus_file), str(tmp_path / "read"), str(tmp_path / "written")
+    assert call(["capture", read, "--corpus", corpus, *who, "--set", "corpus.limit=6"]) == 0
+    prompts = ["--prompts", corpus, "--text-column", "text", "--max-tokens", "6", "--set", "prompts.limit=6"]
+    assert call(["generate", written, *prompts, *who]) == 0
+    for place in (read, written):
+        assert call(["reread", place, f"{place}-again", *who[:4], "--set", "draw_seed=0"]) == 0
+        first, second = kdata.open(place), kdata.open(f"{place}-again")
+        assert first.info.codec == second.info.codec and first.info.codec.parameters["threshold"] == 0.01
+        assert verify(first, deep=True) == verify(second, deep=True) == []
+        for one, two in zip(first, second, strict=True):
+            np.testing.assert_array_equal(one.num_exact, two.num_exact)
+            drawn = (one.num_kept - one.num_exact)[one.target_mask]
+            assert drawn.min() >= 1 and one.num_kept.max() <= 102 and len(set(drawn)) > 1
+            if place == read:
+                np.testing.assert_array_equal(one.entry_ids, two.entry_ids)
 
 
 def test_draws_are_unbiased() -> None:
@@ -260,7 +313,7 @@ def capture_chats(root: Path, corpus: Path, tokenizer: Path, **settings: object)
     return run_capture(root, corpus, tokenizer, teacher=teacher, reading=columns, **settings)
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "topk"])
+@pytest.mark.parametrize("kind", ["hybrid", "topk", "threshold"])
 def test_only_the_assistant_s_tokens_of_a_chat_are_recorded(
     tmp_path: Path, jsonl: Callable[..., Path], chatty: Path, kind: str
 ) -> None:
@@ -405,7 +458,7 @@ def test_a_stopped_capture_of_chats_resumes_to_the_same_bytes(
     assert digests(tmp_path / "d") == digests(tmp_path / "whole")
 
 
-@given(data=st.data(), kind=st.sampled_from(["topk", "adaptive", "sampled", "hybrid"]))
+@given(data=st.data(), kind=st.sampled_from(["topk", "adaptive", "sampled", "hybrid", "threshold"]))
 def test_a_readout_of_chosen_positions_is_empty_elsewhere(data: st.DataObject, kind: str) -> None:
     keep = KeepConfig(kind=kind, k=5, min_k=1, num_draws=4, temperatures=[0.5, 2.0] if kind == "hybrid" else [])
     whole = StandInTeacher().readout(np.arange(9, dtype=np.int32), keep)

@@ -248,7 +248,7 @@ def test_arrays_that_do_not_belong_together_are_an_error_and_ids_beyond_the_head
     )
 
 
-@pytest.mark.parametrize("kind", ["topk", "hybrid", "adaptive"])
+@pytest.mark.parametrize("kind", ["topk", "hybrid", "adaptive", "threshold"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_real_model_that_gives_no_number_for_one_row(
     tmp_path: Path, llama_dir: Path, monkeypatch: pytest.MonkeyPatch, kind: str, value: float

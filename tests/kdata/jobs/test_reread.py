@@ -123,6 +123,13 @@ def test_another_kind_can_be_asked_for_and_seeds_can_be_set(first: kdata.Dataset
     assert top.info.codec.kind == "topk" and top.info.tail == "ghost"
     assert top.info.codec.parameters == {"k": 3, "id_bytes": 2}
     assert set(np.concatenate([s.num_kept for s in top])) == {0, 3}
+    need = again(first.path.with_name("need"), first, tokenizer_dir, kind="threshold", threshold=0.1)
+    assert need.info.codec.kind == "threshold" and need.info.codec.parameters["threshold"] == 0.1
+    same = again(first.path.with_name("same"), need, tokenizer_dir, draw_seed=need.info.codec.parameters["draw_seed"])
+    assert same.info.codec == need.info.codec
+    for one, other in zip(need, same, strict=True):
+        np.testing.assert_array_equal(one.entry_ids, other.entry_ids)
+        np.testing.assert_array_equal(one.entry_logprobs, other.entry_logprobs)
     assert keep_like(first, StandInTeacher().info, {"draw_seed": 5}).draw_seed == 5
     with pytest.raises(ConfigError, match=r"reread settings: unknown key 'draw'.*did you mean 'num_draws'"):
         keep_like(first, None, {"draw": 5})

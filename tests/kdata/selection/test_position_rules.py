@@ -32,7 +32,7 @@ from kdata.selection.show import CountedTokens, compare, comparison_table
 from kdata.selection.sidecar import score_digest
 from kdata.store.row import Row as StoredRow
 from kdata.store.writer import Writer
-from tests.fakes import VOCAB, StandInTeacher
+from tests.fakes import VOCAB, StandInTeacher, run_capture
 from tests.kdata.selection.plans import Row, dataset_of, score_tokens_with, score_with
 from tests.kdata.store.test_url_dataset import Files
 from tests.trainer.datasets import make_dataset
@@ -119,6 +119,26 @@ def test_the_margin_of_a_hybrid_is_that_of_its_exact_entries(hybrid: kdata.Datas
     every = candidates(hybrid, "margin")
     taken = sorted(every)[: math.ceil(0.2 * len(every))]
     assert chosen(hybrid, select(hybrid, All(positions=rule("margin", share=0.2)))) == by_id(hybrid, taken)
+
+
+def test_the_margin_of_draws_by_need_knows_that_the_second_is_below_the_threshold(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
+    dataset = run_capture(tmp_path / "d", corpus_file, tokenizer_dir, kind="threshold", threshold=0.15)
+
+    def smallest(row: StoredRow, position: int) -> float:
+        if row.num_exact[position] > 1:
+            return margin(row, position)
+        one = np.exp(row.kept(position).logprobs[0])
+        return float(one - min(np.exp(row.log_tail[position]), one, np.float32(0.15)))
+
+    every = [(smallest(row, int(t)), row.number, int(t)) for row in dataset for t in np.flatnonzero(row.target_mask)]
+    taken = sorted(every)[: math.ceil(0.6 * len(every))]
+    assert any(dataset[row].num_exact[position] == 1 for _, row, position in taken)
+    positions = chosen(dataset, select(dataset, All(positions=rule("margin", share=0.6))))
+    assert {(row_id, t) for row_id, own in positions.items() for t in own} == {
+        (dataset[row].id, t) for _, row, t in taken
+    }
 
 
 def test_the_margin_of_one_exact_entry_is_the_smallest_that_it_can_be(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_damage_is_not_merged_and_links_need_a_file_system(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["topk", "hybrid", "sampled"])
+@pytest.mark.parametrize("kind", ["topk", "hybrid", "sampled", "threshold"])
 def test_a_split_by_domain_is_a_partition(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, kind: str) -> None:
     dataset = run_capture(tmp_path / "d", corpus_file, tokenizer_dir, kind=kind, temperatures=[2.0])
     parts = split(dataset, tmp_path / "out", by="domain")

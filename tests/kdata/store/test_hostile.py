@@ -202,6 +202,17 @@ def test_codec_parameters_are_numbers_that_can_be(copied: Path, parameters: dict
         kdata.open(copied)
 
 
+@pytest.mark.parametrize(
+    "parameters", [{}, {"threshold": 0.0}, {"threshold": 1e-9}, {"threshold": "x"}, {"threshold": 1}]
+)
+def test_the_kind_threshold_names_a_probability(copied: Path, parameters: dict[str, Any]) -> None:
+    rewrite_info(
+        copied, lambda content: content["codec"].update(kind="threshold", parameters={"id_bytes": 2, **parameters})
+    )
+    with pytest.raises(CorruptError, match="codec parameter threshold"):
+        kdata.open(copied)
+
+
 PLANES = ["exact_gaps", "exact_id_0", "exact_id_1", "draw_id_0", "draw_id_1", "draw_counts"]
 CODES = ["exact_gaps", "exact_codes", "draw_codes", "entry_bits", "draw_counts"]
 NUMBERS = ["logprob", "rank", "num_exact", "num_drawn"]

@@ -46,6 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "tau": {"kind": "sampled", "num_draws": 7, "tau": 0.5},
     "hybrid": {"kind": "hybrid", "k": 3, "num_draws": 5},
     "temperatures": {"kind": "hybrid", "k": 3, "num_draws": 5, "temperatures": [2.0]},
+    "threshold": {"kind": "threshold", "threshold": 0.1},
 }
 
 

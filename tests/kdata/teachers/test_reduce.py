@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from kdata.format.kept import segment_sum
 from kdata.format.schema import CodecInfo
 from kdata.teachers import reduce
 from kdata.teachers.head import Head
-from kdata.teachers.reduce import Reduced, draw_seed, reduce_chunks, reduce_logits, rows_of_chunk
+from kdata.teachers.reduce import Reduced, draw_seed, reduce_chunks, reduce_logits, rows_of_chunk, uniforms_of
 
 KEEPS = [
     KeepConfig(kind="topk", k=7),
@@ -24,6 +26,7 @@ KEEPS = [
     KeepConfig(kind="hybrid", k=5, num_draws=9, tau=0.7),
     KeepConfig(kind="hybrid", k=5, num_draws=9, temperatures=[2.0, 0.5]),
     KeepConfig(kind="sampled", num_draws=50, draw_method="independent"),
+    KeepConfig(kind="threshold", threshold=0.03, temperatures=[2.0]),
 ]
 
 
@@ -66,7 +69,7 @@ def test_every_number_equals_the_dense_oracle(keep: KeepConfig, seed: int, posit
 
 
 @pytest.mark.parametrize(
-    "keep", [KEEPS[0], KEEPS[2], KEEPS[3], KEEPS[5]], ids=lambda k: f"{k.kind}-{len(k.temperatures)}"
+    "keep", [KEEPS[0], KEEPS[2], KEEPS[3], KEEPS[5], KEEPS[7]], ids=lambda k: f"{k.kind}-{len(k.temperatures)}"
 )
 def test_the_compiled_kernel_equals_torch(keep: KeepConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     logits_MV, actual_M = logits_of(3, 200, 1000, 2.5)
@@ -101,7 +104,7 @@ def test_draws_depend_on_the_sequence_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "keep", [KEEPS[2], KEEPS[3], KEEPS[4], KEEPS[6]], ids=lambda k: f"{k.kind}-{k.tau}-{k.draw_method}"
+    "keep", [KEEPS[2], KEEPS[3], KEEPS[4], KEEPS[6], KEEPS[7]], ids=lambda k: f"{k.kind}-{k.tau}-{k.draw_method}"
 )
 def test_weights_are_unbiased(keep: KeepConfig) -> None:
     """Mean weight over many draws against p, for a random test function: within four standard errors."""
@@ -153,6 +156,115 @@ def test_systematic_draws_have_less_noise_than_independent_ones() -> None:
     assert errors["systematic"] == pytest.approx((fraction * (1 - fraction)).sum() / draws**2, rel=0.05)
     assert errors["independent"] == pytest.approx((p * (1 - p)).sum() / draws, rel=0.05)
     assert errors["systematic"] < 0.7 * errors["independent"]
+
+
+def by_threshold(logits_V: np.ndarray, threshold: float, shift: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The definition, in float64: exact ids, drawn ids, and how often each was drawn."""
+    p_V = np.exp(logits_V.astype(np.float64) - np.logaddexp.reduce(logits_V.astype(np.float64)))
+    falling = np.argsort(-logits_V, kind="stable")
+    exact = falling[: max(1, int((p_V >= threshold).sum()))]
+    rest_V = p_V.copy()
+    rest_V[exact] = 0
+    tail = rest_V.sum()
+    if tail == 0:
+        return exact, exact[:0], exact[:0]
+    number = max(1, math.ceil(tail / threshold))
+    drawn = np.searchsorted(
+        np.cumsum(rest_V), (np.arange(number) + shift) / number * np.cumsum(rest_V)[-1], side="right"
+    )
+    return exact, *np.unique(drawn, return_counts=True)
+
+
+@pytest.mark.parametrize("way", ["compiled", "torch"])
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    vocab=st.sampled_from([2, 3, 63, 64, 65, 259, 1000]),
+    threshold=st.floats(0.004, 0.999),
+    spread=st.sampled_from([0.0, 0.5, 2.0, 6.0, 60.0]),
+)
+def test_draws_by_need_are_those_of_the_definition(
+    way: str, seed: int, vocab: int, threshold: float, spread: float
+) -> None:
+    """At every position: which ids are exact, which are drawn, how often, how many there are, and that weights sum to 1."""
+    rng = np.random.default_rng(seed)
+    z = (rng.standard_normal((5, vocab)) * spread).astype(np.float32)
+    keep = KeepConfig(kind="threshold", threshold=threshold)
+    with pytest.MonkeyPatch.context() as patched:
+        if way == "torch":
+            in_torch(patched)
+        out = reduce_logits(torch.from_numpy(z), torch.zeros(5, dtype=torch.long), keep, seed)
+    shifts = uniforms_of([(5, seed)], keep)
+    assert shifts.shape == (5, 1)
+    kept, begin, differ = out.kept, 0, 0
+    for row in range(5):
+        exact, count = kept.num_exact[row], kept.num_kept[row]
+        ids, weights = kept.ids[begin : begin + count], np.exp(kept.logprobs[begin : begin + count].astype(np.float64))
+        begin += count
+        assert 1 <= exact <= keep.num_exact and count - exact <= keep.most_draws and count <= 1 / threshold + 2
+        assert weights.sum() == pytest.approx(1.0, abs=1e-5)
+        share = weights[exact:] / np.exp(np.float64(out.log_tail[row]))
+        if count > exact:
+            counts = share / share.min()
+            np.testing.assert_allclose(counts, np.rint(counts), atol=1e-3)
+            assert counts.max() < 2.5, "an id below the threshold was drawn three times"
+        wanted, drawn_ids, counts = by_threshold(z[row], threshold, shifts[row, 0])
+        # Of equal ids torch may take any; a probability, or a shift, within rounding of a border may fall on either side.
+        if spread == 0 or not (np.array_equal(ids[:exact], wanted) and np.array_equal(ids[exact:], drawn_ids)):
+            differ += spread > 0
+            continue
+        np.testing.assert_allclose(share, counts / max(counts.sum(), 1), rtol=1e-4)
+    assert differ <= 1
+
+
+@pytest.mark.parametrize("way", ["compiled", "torch"])
+def test_ids_at_the_threshold_are_exact_and_the_first_is_wherever_it_lies(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "torch":
+        in_torch(monkeypatch)
+    z = torch.full((3, 6), -torch.inf)
+    z[0, :4], z[1], z[2, 0] = 0, 0, 0  # four ids at a quarter, six at a sixth, and a certain one
+    for threshold, exact, drawn in (
+        (0.25, [4, 1, 1], [0, 4, 0]), (1 / 6, [4, 6, 1], [0, 0, 0]), (0.9, [1, 1, 1], [1, 1, 0]),
+    ):  # fmt: skip
+        keep = KeepConfig(kind="threshold", threshold=threshold)
+        out = reduce_logits(z, torch.zeros(3, dtype=torch.long), keep, 0)
+        assert out.kept.num_exact.tolist() == exact and out.kept.num_drawn.tolist() == drawn, threshold
+        assert (out.log_tail[out.kept.num_drawn == 0] == -np.inf).all()
+
+
+def test_the_variance_of_draws_by_need_is_the_least_for_their_number() -> None:
+    """Of the sum over positions, against hybrids and samples that keep as many entries on average or more."""
+    logits_MV, actual_M = logits_of(2, 40, 300, 1.0)
+    logits_MV *= torch.linspace(0.5, 6, 40)[:, None]  # from unsure to certain
+    p = torch.softmax(logits_MV.double(), -1).numpy()
+
+    def measured(keep: KeepConfig) -> tuple[float, float]:
+        entries = error = 0.0
+        for seed in range(40):
+            kept = reduce_logits(logits_MV, actual_M, keep, seed).kept
+            weights = np.zeros_like(p)
+            weights[np.repeat(np.arange(40), kept.num_kept), kept.ids] = np.exp(kept.logprobs.astype(np.float64))
+            entries, error = entries + len(kept.ids) / 40 / 40, error + ((weights - p) ** 2).sum() / 40 / 40
+        return entries, error
+
+    entries, error = measured(KeepConfig(kind="threshold", threshold=0.03))
+    for other in (
+        KeepConfig(kind="hybrid", k=4, num_draws=16), KeepConfig(kind="hybrid", k=8, num_draws=12),
+        KeepConfig(kind="sampled", num_draws=36),
+    ):  # fmt: skip
+        more, worse = measured(other)
+        assert entries < more and error < worse, other
+
+
+@pytest.mark.parametrize(("field", "value"), [("tau", 0.8), ("draw_method", "independent")])
+def test_draws_by_need_refuse_what_is_for_a_fixed_number_of_draws(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"{field}={value} is for sampled and hybrid; kind threshold"):
+        KeepConfig(kind="threshold", **{field: value})
+    for threshold in (0.0, 0.003, 1.0):
+        with pytest.raises(ValueError, match="threshold"):
+            KeepConfig(kind="threshold", threshold=threshold)
 
 
 def test_a_dataset_without_a_draw_method_has_independent_draws() -> None:
@@ -244,7 +356,7 @@ def test_chunks_hold_what_the_cache_does_or_what_reading_the_head_is_worth() -> 
     assert rows_of_chunk(10_000, 262_144, "cuda") == 256
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "topk"])
+@pytest.mark.parametrize("kind", ["hybrid", "topk", "threshold"])
 def test_a_large_vocabulary_gives_the_same_bits_in_chunks_of_any_size(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

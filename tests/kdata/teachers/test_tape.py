@@ -16,9 +16,10 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 VOCAB, KEEP = 200, KeepConfig(kind="hybrid", k=5, num_draws=7)
+THRESHOLD = KeepConfig(kind="threshold", threshold=0.05)
 
 
-def engine_run(seed: int, *, requests: int = 6, wrong: bool = False) -> None:
+def engine_run(seed: int, *, requests: int = 6, wrong: bool = False, keep: KeepConfig = KEEP) -> None:
     """A stand-in for the engine's loop: requests come, go and change places; of some rows nothing is drawn."""
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
@@ -33,7 +34,7 @@ def engine_run(seed: int, *, requests: int = 6, wrong: bool = False) -> None:
     logits = [torch.from_numpy(rng.standard_normal((length, VOCAB)).astype(np.float32) * 3) for length in lengths]
     outputs: list[list[int]] = [[] for _ in prompts]
     processor, batch, waiting = TapeProcessor(None, torch.device("cpu"), False), [], list(range(requests))
-    with Tape(prompts, list(range(requests)), KEEP, 8) as tape:
+    with Tape(prompts, list(range(requests)), keep, 8) as tape:
         while batch or waiting:
             done = [place for place, request in enumerate(batch) if len(outputs[request]) == lengths[request]]
             added, moved = [], []
@@ -68,7 +69,7 @@ def engine_run(seed: int, *, requests: int = 6, wrong: bool = False) -> None:
                     outputs[request].append(int(row.argmax() if wrong else rng.integers(VOCAB)))
     for request, ids in enumerate(outputs):
         actual = torch.tensor(ids)
-        expected = reduce_logits(logits[request], actual, KEEP, draw_seed(prompts[request], KEEP, request))
+        expected = reduce_logits(logits[request], actual, keep, draw_seed(prompts[request], keep, request))
         logprob = expected.logprob - (1.0 if wrong else 0.0)
         taped = tape.reduced(request, np.array(ids, np.int32), logprob, expected.rank, 1e-3)
         for name in ("logprob", "rank", "log_tail", "entropy"):
@@ -78,14 +79,29 @@ def engine_run(seed: int, *, requests: int = 6, wrong: bool = False) -> None:
         np.testing.assert_allclose(taped.kept.draw_logprobs, expected.kept.draw_logprobs, atol=1e-5)
 
 
+@pytest.mark.parametrize("keep", [KEEP, THRESHOLD], ids=lambda keep: keep.kind)
 @pytest.mark.parametrize("seed", range(20))
-def test_every_token_gets_the_row_that_it_was_drawn_from(seed: int) -> None:
-    engine_run(seed)
+def test_every_token_gets_the_row_that_it_was_drawn_from(seed: int, keep: KeepConfig) -> None:
+    engine_run(seed, keep=keep)
 
 
-def test_rows_of_other_tokens_are_refused() -> None:
+@pytest.mark.parametrize("keep", [KEEP, THRESHOLD], ids=lambda keep: keep.kind)
+def test_rows_of_other_tokens_are_refused(keep: KeepConfig) -> None:
     with pytest.raises(TeacherError, match="do not belong together"):
-        engine_run(0, requests=12, wrong=True)
+        engine_run(0, requests=12, wrong=True, keep=keep)
+
+
+@pytest.mark.parametrize("keep", [KEEP, THRESHOLD], ids=lambda keep: keep.kind)
+def test_a_likely_token_that_is_not_kept_is_refused(keep: KeepConfig) -> None:
+    """The row says that the token is the last of all, the engine that it is the second and has a quarter."""
+    from kdata.teachers.tape import Tape
+
+    logits = torch.linspace(3, 0, VOCAB)[None]
+    tape = Tape([np.array([1, 2], np.int32)], [0], keep, 3)
+    tape.take(logits, [(0, 0)])
+    drawn, rank = np.array([VOCAB - 1], np.int32), np.full(1, 2, np.int32)
+    with pytest.raises(TeacherError, match="a token that should be kept is not"):
+        tape.reduced(0, drawn, np.log(np.array([0.25], np.float32)), rank, 1e-3)
 
 
 def test_a_missing_row_is_refused() -> None:
@@ -98,7 +114,7 @@ def test_a_missing_row_is_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", ["topk", "hybrid", "adaptive"])
+@pytest.mark.parametrize("kind", ["topk", "hybrid", "adaptive", "threshold"])
 def test_a_row_that_is_not_finite_spoils_its_own_request_only(kind: str, value: float) -> None:
     from kdata.teachers.reduce import draw_seed, reduce_logits
     from kdata.teachers.tape import Tape

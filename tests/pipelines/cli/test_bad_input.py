@@ -151,7 +151,12 @@ def test_a_wrong_setting_is_usage_and_is_named(world: World, command: str, setti
         ("capture", "corpus.pth=x", "unknown key 'corpus.pth' (did you mean 'path'?)"),
         ("capture", "corpus.limit=many", "corpus.limit: Input should be a valid integer"),
         ("capture", "k.x=3", "k: Input should be a valid integer (got {'x': 3})"),
-        ("capture", "kind=top", "kind: Input should be 'topk', 'adaptive', 'sampled' or 'hybrid' (got 'top')"),
+        (
+            "capture",
+            "kind=top",
+            "kind: Input should be 'topk', 'adaptive', 'sampled', 'hybrid' or 'threshold' (got 'top')",
+        ),
+        ("capture", "threshold=2", "threshold: Input should be less than 1 (got 2"),
         ("capture", "teacher.dtyp=x", "unknown key 'dtyp' (did you mean 'dtype'?)"),
         ("generate", "sampling.temprature=1", "(did you mean 'temperature'?)"),
         ("train", "decay=cosin", "decay: Input should be"),
