@@ -210,6 +210,12 @@ def order_manifest(root: Path, source: str) -> None:
     write_manifest(root, [*others[:first], *ordered, *others[first:]])
 
 
+def of_version(info: DatasetInfo, version: int) -> DatasetInfo:
+    """The dataset with another version of its codec, and the digest of the identity that it then has."""
+    other: DatasetInfo = info.model_copy(update={"codec": info.codec.model_copy(update={"version": version})})
+    return other.model_copy(update={"identity_digest": json_digest(other.identity())})
+
+
 def new_info(**fields: object) -> DatasetInfo:
     """A DatasetInfo with the digest of its identity."""
     draft = DatasetInfo.model_validate({**fields, "sources": {}, "identity_digest": ""})

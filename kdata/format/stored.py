@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from kdata.errors import ShapeError
-from kdata.format import coded
+from kdata.format import coded, packed
 from kdata.format.common_ids import CommonIds, decode_values, encode_values, ids_of_draws, steps_of_draws
-from kdata.format.schema import is_coded, payload_schema
+from kdata.format.schema import CodecInfo, is_coded, payload_schema
 
 IDS_KEY = b"kdata.common_ids"  # in the metadata of a shard's footer: the schema's would stand in the file twice
 
@@ -289,6 +289,29 @@ def _with_actual(
                 ids_N[n] = others[taken]
                 taken += 1
             n += 1
+
+
+def as_earlier(table: pa.Table, codec: CodecInfo) -> pa.Table:
+    """A readable payload of version 3 with the columns of an earlier version of the same codec.
+
+    Entries, tails and ranks stay what they are; log-probabilities of actual tokens and entropies get float16's precision.
+    """
+    exact, draws = _Flat.of(table["exact_ids"]), _Flat.of(table["draw_ids"])
+    id_bytes = codec.parameters["id_bytes"]
+    flat = {name: (exact, values) for name, values in packed.planes("exact_id", exact.values, id_bytes).items()}
+    if draws.null is None:
+        steps = packed.steps_up(draws.values, _Flat.of(table["num_drawn"]).values.astype(np.int32))
+        flat |= {name: (draws, values) for name, values in packed.planes("draw_id", steps, id_bytes).items()}
+    columns = {name: own.lists(values) for name, (own, values) in flat.items()}
+    schema = payload_schema(codec.id, codec.version)
+    for field in schema:
+        if field.name not in columns:
+            there = field.name in table.schema.names
+            columns[field.name] = table[field.name] if there else pa.nulls(table.num_rows, field.type)
+    for name in _FLOATS:
+        own = _Flat.of(table[name])
+        columns[name] = own.lists(own.values.astype(np.float16))
+    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
 # ------------------------------------------------------------------------------------------------------ list columns

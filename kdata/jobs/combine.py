@@ -219,7 +219,7 @@ def _chosen(root: Path, info: DatasetInfo, plan: _Plan, number: int) -> Shard:
     """A shard whose rows are copied as they are stored, each from the payload of its domain's teacher."""
     first, entry = plan.inputs[0], plan.inputs[0].manifest[number]
     start = int(first.shard_starts[number])
-    payload, index = tables(first, entry, np.arange(entry.rows), entry.name)
+    payload, index = tables(first, entry, np.arange(entry.rows), entry.name, info.codec)
     who_S = np.array([plan.shares[domain].argmax() for domain in index["domain"].to_pylist()], np.int64)
     order, payloads, indexes = [np.flatnonzero(who_S == 0)], [payload.filter(who_S == 0)], [index.filter(who_S == 0)]
     errors = [(_measured(first, payloads[0], indexes[0]), entry.codec_error)]
@@ -228,7 +228,9 @@ def _chosen(root: Path, info: DatasetInfo, plan: _Plan, number: int) -> Shard:
         shards = np.searchsorted(dataset.shard_starts, rows, side="right") - 1
         for shard in np.unique(shards).tolist():
             local, theirs = rows[shards == shard], dataset.manifest[shard]
-            their_payload, their_index = tables(dataset, theirs, local - dataset.shard_starts[shard], entry.name)
+            their_payload, their_index = tables(
+                dataset, theirs, local - dataset.shard_starts[shard], entry.name, info.codec
+            )
             order.append(local - start)
             payloads.append(their_payload)
             indexes.append(their_index)
@@ -347,7 +349,7 @@ def _identity(plan: _Plan, config: CombineConfig) -> DatasetInfo:
         vocab_size=_vocab_size(plan.inputs),
         teacher=teacher,
         tokenizer=first.tokenizer,
-        codec=_unseeded(plan.inputs[0]) if plan.lossless else _codec(plan),
+        codec=_common(plan) if plan.lossless else _codec(plan),
         tail=first.tail,
     )
 
@@ -364,10 +366,16 @@ def _unseeded(dataset: Dataset) -> CodecInfo:
 
 
 def _alike(dataset: Dataset) -> tuple[CodecInfo, int]:
-    """What datasets must share for rows of both to stand in one. Which positions they keep is compared row by row."""
+    """What datasets must share for rows of both to stand in one. Positions are compared row by row."""
     codec = _unseeded(dataset)
     others = {k: v for k, v in codec.parameters.items() if k != "positions"}
-    return codec.model_copy(update={"parameters": others}), dataset.info.vocab_size
+    return codec.model_copy(update={"parameters": others, "version": 0}), dataset.info.vocab_size
+
+
+def _common(plan: _Plan) -> CodecInfo:
+    """The codec of rows that are copied: the earliest version, so that none is rounded again."""
+    earliest = min(dataset.info.codec.version for dataset in plan.inputs)
+    return _unseeded(plan.inputs[0]).model_copy(update={"version": earliest})
 
 
 def _codec(plan: _Plan) -> CodecInfo:

@@ -1,6 +1,7 @@
 """Merge datasets of one teacher, split one, take its head. A row keeps its id, its content hash and every stored byte.
 
-Merging renames shards where two inputs have a source of the same name; payloads are copied or linked, never decoded.
+Merging renames shards where two inputs have a source of the same name; payloads are copied or linked. Where the inputs have
+several versions of one codec, the result has the earliest, and payloads of later ones get its columns: no entry changes.
 Splitting and taking the head pick rows out of shards as Arrow rows: nothing is decoded and encoded again, so nothing is lost.
 The codec's error can be measured only against the teacher, so it is carried over from the shard that the rows are from.
 
@@ -33,16 +34,18 @@ from kdata.format.files import (
     sync_directory,
     sync_tree,
 )
-from kdata.format.manifest import append_entry, write_info
+from kdata.format.manifest import append_entry, of_version, write_info
 from kdata.format.records import inputs_of
 from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, SourceInfo, rejects_schema, shard_name
+from kdata.format.stored import as_earlier
 from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset
 from kdata.store.index import UNREADABLE, damaged, read_index, read_part
 from kdata.store.open import open_dataset
+from kdata.store.payload import read_payload
 from kdata.store.pick import renamed, tables
-from kdata.store.shard import bind_payload, fits, write_tables
+from kdata.store.shard import bind_payload, fits, write_payload, write_tables
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.store.writer import Writer
 
@@ -66,8 +69,10 @@ def merge(datasets: list[Dataset], target: Path | str, *, link: bool = False) ->
     if len(datasets) < 2:
         raise DataError(f"merge needs two datasets or more, but got {len(datasets)}; name another one")
     first = datasets[0]
+    # The earliest version of the codec, so that no row is rounded again.
+    info = of_version(first.info, min(dataset.info.codec.version for dataset in datasets))
     for other in datasets[1:]:
-        difference = settings_difference(first.info.identity(), _identity_like(first, other))
+        difference = settings_difference(info.identity(), _identity_like(first, other, info))
         if difference:
             raise MismatchError(
                 f"{first.path} and {other.path} cannot be merged, because they differ (first -> other):\n{difference}"
@@ -80,18 +85,21 @@ def merge(datasets: list[Dataset], target: Path | str, *, link: bool = False) ->
             names = _free_names(list(dataset.info.sources), set(sources))
             sources |= {names[name]: source for name, source in dataset.info.sources.items()}
             for entry in dataset.manifest:
-                append_entry(folder, _copy_shard(dataset, entry, first.info, names[entry.source], folder, link))
+                append_entry(folder, _copy_shard(dataset, entry, info, names[entry.source], folder, link))
                 task.advance(entry.tokens)
         files = _tokenizer(first, folder)
-        write_info(
-            folder, first.info.model_copy(update={"sources": dict(sorted(sources.items())), "tokenizer_files": files})
-        )
+        write_info(folder, info.model_copy(update={"sources": dict(sorted(sources.items())), "tokenizer_files": files}))
     return open_dataset(target)
 
 
-def _identity_like(first: Dataset, other: Dataset) -> dict[str, Any]:
-    """The identity of a dataset, with the first one's tokenizer where ids mean the same in both. Raises MismatchError."""
+def _identity_like(first: Dataset, other: Dataset, info: DatasetInfo) -> dict[str, Any]:
+    """The identity of a dataset as part of `info`: with the first one's tokenizer where ids mean the same in both.
+
+    Raises MismatchError where they do not.
+    """
     identity = other.info.identity()
+    if other.info.codec.id == info.codec.id:
+        identity["codec"]["version"] = info.codec.version
     if "unknown" not in (first.info.tokenizer.hash, other.info.tokenizer.hash):
         remedy = "merge datasets of one tokenizer"
         refuse_other_ids(Vocabulary.of_dataset(first), Vocabulary.of_dataset(other), remedy)
@@ -210,7 +218,12 @@ def _copy_shard(
         kind = relative.split("/")[0]
         path, target = dataset.checked_file(entry, kind), folder / kind / f"{name}{Path(relative).suffix}"
         target.parent.mkdir(exist_ok=True)
-        if kind == "data" and not fits(path, dataset.info, entry, info):
+        if kind == "data" and dataset.info.codec.is_coded and not info.codec.is_coded:
+            work = entry.work_digest or dataset.info.sources[entry.source].work_digest
+            earlier = as_earlier(read_payload(path, dataset.info.codec), info.codec)
+            write_payload(folder, f"{kind}/{target.name}", earlier, info, work)
+            entry = entry.model_copy(update={"identity_digest": info.identity_digest, "work_digest": work})
+        elif kind == "data" and not fits(path, dataset.info, entry, info):
             work = entry.work_digest or dataset.info.sources[entry.source].work_digest
             bind_payload(path, target, info, work)
             entry = entry.model_copy(update={"identity_digest": info.identity_digest, "work_digest": work})

@@ -72,18 +72,11 @@ def write_tables(
     """
     name, work = shard_name(source, number), info.sources[source].work_digest
     paths = shard_files(name)
-    stored, footer = table, None
-    if info.codec.is_coded:
-        # Without the columns' descriptions: 12 kB of a shard, half a byte a token in one of 25,000 tokens.
-        schema = pa.schema([field.remove_metadata() for field in payload_schema(info.codec.id, info.codec.version)])
-        stored, common_ids = to_stored(table, info.vocab_size, schema)
-        footer = {IDS_KEY: common_ids}
-    stored = stored.replace_schema_metadata(header_of(info, work))
     files: dict[str, FileInfo] = {}
     with storage_errors(root):
         for folder in ("data", "index", *(["rejects"] if rejects else [])):
             (root / folder).mkdir(exist_ok=True)  # but not `root`: see kdata.store.staging
-        files[paths["data"]] = _write_arrow(root, paths["data"], stored, index["num_tokens"].to_numpy(), footer)
+        files[paths["data"]] = write_payload(root, paths["data"], table, info, work)
         files[paths["index"]] = _write_parquet(root, paths["index"], index)
         if rejects:
             refused = [{**vars(reject), "source": source} for reject in rejects]
@@ -141,9 +134,15 @@ def kept_positions_of(table: pa.Table) -> int:
     return kept or 0
 
 
-def _write_arrow(
-    root: Path, relative: str, table: pa.Table, lengths: np.ndarray, footer: dict[bytes, bytes] | None
-) -> FileInfo:
+def write_payload(root: Path, relative: str, table: pa.Table, info: DatasetInfo, work_digest: str) -> FileInfo:
+    """Write a payload table with the columns of `readable_schema`, as the codec of `info` stores it and bound to `info`."""
+    lengths, footer = pc.list_value_length(table["input_ids"]).to_numpy(), None
+    if info.codec.is_coded:
+        # Without the columns' descriptions: 12 kB of a shard, half a byte a token in one of 25,000 tokens.
+        schema = pa.schema([field.remove_metadata() for field in payload_schema(info.codec.id, info.codec.version)])
+        table, common_ids = to_stored(table, info.vocab_size, schema)
+        footer = {IDS_KEY: common_ids}
+    table = table.replace_schema_metadata(header_of(info, work_digest))
     with (
         new_file(root / f"{relative}.tmp") as file,
         pa.ipc.new_file(file, table.schema, options=_COMPRESSED, metadata=footer) as writer,

@@ -32,6 +32,7 @@ from kdata.format.files import (
 from kdata.format.manifest import (
     append_entry,
     check_binding,
+    of_version,
     order_manifest,
     read_info,
     read_manifest,
@@ -363,7 +364,7 @@ def _of_version(info: DatasetInfo, before: DatasetInfo) -> DatasetInfo:
     codec, older = info.codec, before.codec
     if codec.id != older.id or older.version >= codec.version:
         return info
-    return info.model_copy(update={"codec": codec.model_copy(update={"version": older.version})})
+    return of_version(info, older.version)
 
 
 def _refuse_difference(what: str, before: dict[str, Any], after: dict[str, Any], root: Path) -> None:

@@ -148,7 +148,9 @@ class _StatesTeacher:
     """A `kdata.teachers.base.Teacher` whose forward pass is done: it applies head and reduction to stored states."""
 
     def __init__(self, original: TransformersTeacher, states: States) -> None:
-        self.info, self.context, self.vocab_size = original.info, original.context, original.vocab_size
+        # States are of the texts as they are: none is behind a token that the tokenizer does not add.
+        self.info = original.info.model_copy(update={"bos": original.info.bos or "omit"})
+        self.context, self.vocab_size = original.context, original.vocab_size
         self._states = states
 
     @torch.inference_mode()
