@@ -10,8 +10,10 @@ The answer holds every row that the select can use, and perhaps more. Whatever i
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,6 +24,11 @@ import numpy as np
 Tree = dict[str, Any]
 Parameters = list[Any] | dict[str, Any] | None  # of a query, as DuckDB takes them
 Condition = tuple[str, frozenset[str]]  # SQL, and the names of its parameters
+Columns = Sequence[tuple[str, str]]  # names and DuckDB's types
+MISSING_COLUMN = re.compile(
+    r'column "(\w+)" not found|have a column named "(\w+)"|Column "(\w+)" does not exist on (?:left|right)'
+    r'|Column "(\w+)" referenced that exists in the SELECT clause'
+)
 ROW_COLUMNS = ("id", "global_row")  # columns of a token that are its row's
 TOKEN_VIEWS = {"tokens", "entries"}
 FILTERS = ("SEMI", "ANTI")  # joins that keep rows of the left side, and none of its columns
@@ -245,6 +252,11 @@ def _is_plain_table(node: Tree, known: set[str]) -> bool:
     return not isinstance(kind, str) or kind in PLAIN_NODES or kind.startswith("ORDER_")
 
 
+def tables_of(tree: Tree) -> set[str]:
+    """The views and CTEs that a parsed query names, in lower case."""
+    return {_view_of(node) for node in nodes(tree) if _is_table(node)}
+
+
 def _view_of(table: Tree) -> str:
     """The view that a table of a FROM names, in lower case ("rows", "scores.ref")."""
     path = [str(name).lower() for name in (table.get("qualified_name") or {}).get("path", [])]
@@ -457,8 +469,8 @@ def rows_of(
         int64; None where all rows may be needed.
     """
     numbers = []
-    with duckdb.connect() as scratch:
-        _copy_empty(connection, scratch, views)
+    tables = {ROWS: [("id", "varchar"), ("global_row", "bigint")], **columns_of(connection, views)}
+    with empty_database(tables) as scratch:
 
         def is_bound(text: str, names: frozenset[str]) -> bool:
             try:
@@ -481,21 +493,69 @@ def rows_of(
     return None if queries is None or not numbers else np.unique(np.concatenate(numbers))
 
 
-def _copy_empty(
-    connection: duckdb.DuckDBPyConnection, scratch: duckdb.DuckDBPyConnection, views: Iterable[str]
-) -> None:
-    """Give a scratch connection empty tables like these views: names are looked up there without opening files again."""
-    scratch.execute(f"create table {ROWS} (id varchar, global_row bigint)")
+def columns_of(connection: duckdb.DuckDBPyConnection, views: Iterable[str]) -> dict[str, Columns]:
+    """Columns of these views, those that there are (what DuckDB says of the others it says of the query itself)."""
+    columns: dict[str, Columns] = {}
     for name in views:
-        schema, _, table = name.rpartition(".")
-        place = f'"{schema or "main"}"."{table}"'
         try:
-            columns = connection.execute(f"select column_name, column_type from (describe {place})").fetchall()
-        except duckdb.CatalogException:  # there is no such view, which DuckDB says of the query itself
+            columns[name] = connection.execute(
+                f"select column_name, column_type from (describe {_quoted(name)})"
+            ).fetchall()
+        except duckdb.CatalogException:
             continue
-        scratch.execute(f'create schema if not exists "{schema or "main"}"')
-        listing = ", ".join(f'"{column}" {kind}' for column, kind in columns)
-        scratch.execute(f"create table {place} ({listing})")
+    return columns
+
+
+def _quoted(view: str) -> str:
+    schema, _, table = view.rpartition(".")
+    return f'"{schema or "main"}"."{table}"'
+
+
+@contextmanager
+def empty_database(tables: Mapping[str, Columns]) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A database with empty tables, where names are looked up without opening files. It reads and writes no file."""
+    with duckdb.connect(config={"threads": 1, "enable_external_access": False}) as scratch:
+        for name, columns in tables.items():
+            scratch.execute(f"create schema if not exists {_quoted(name).split('.')[0]}")
+            listing = ", ".join(f'"{column}" {kind}' for column, kind in columns)
+            scratch.execute(f"create table {_quoted(name)} ({listing})")
+        yield scratch
+
+
+def missing_column(error: duckdb.Error) -> re.Match[str] | None:
+    """The column that DuckDB did not find: the last group that matched, of which the third is a column of USING."""
+    return MISSING_COLUMN.search(str(error))
+
+
+def meant_columns(
+    scratch: duckdb.DuckDBPyConnection, text: str, parameters: Parameters, candidates: Iterable[str]
+) -> list[str] | None:
+    """Those of some further columns of `tokens` that a query means by their names, in lower case.
+
+    A name that means something without such a column (an alias, a column of a CTE) is none of them. So what a query means
+    does not depend on which columns there are.
+
+    Args:
+        scratch: see `empty_database`; it has `tokens` without these columns, and gets those that are meant.
+        text: one query; it is bound, not run.
+        candidates: names in lower case.
+    Returns:
+        None where DuckDB refuses the query.
+    """
+    left = {*candidates}
+    meant: list[str] = []
+    while True:
+        try:
+            scratch.execute(f"explain {text}", parameters)
+            return meant
+        except duckdb.Error as error:
+            match = missing_column(error)
+            name = "" if match is None else match[match.lastindex or 0].lower()
+            if name not in left:
+                return None
+        left.remove(name)
+        meant.append(name)
+        scratch.execute(f'alter table tokens add column "{name}" float')
 
 
 def _named(parameters: Parameters, names: frozenset[str]) -> dict[str, Any]:

@@ -387,7 +387,7 @@ WITHS = [
     "chosen as (select case when nll > 4 then id end as id, nll from rows)",
     "chosen as (select upper(id) as id, domain from rows)",
     "chosen as (select id, domain from rows where nll > 100)",
-    "chosen as (values ('doc-003', 'code'), ('doc-009', 'prose'))",
+    "chosen as (from (values ('doc-003', 'code'), ('doc-009', 'prose')) v(id, domain))",
     "chosen(id) as (values ('doc-003'), ('doc-003'), ('doc-009'))",
     "chosen as (select id, count(*) as n from rows join scores.ref using (id) group by all having count(*) > 0)",
     "chosen as (select id, count(*) as n from tokens where rank > 30 group by id)",
