@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -90,13 +90,15 @@ class Part:
     """A part of a FROM as SQL.
 
     aliases: of its tables, and whether each stands for `tokens` or `entries`. chooses: whether a join with it may leave rows
-    out. parameters: names of those in it.
+    out. parameters: names of those in it. is_cut: whether its first tables are left out, so that a column that USING merges
+    may be another one.
     """
 
     sql: str
     aliases: dict[str, bool]
     chooses: bool = False
     parameters: frozenset[str] = frozenset()
+    is_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def row_queries(tree: Tree, view: str, views: Iterable[str], is_bound: IsBound) 
     try:
         for node in nodes(tree):
             if node.get("type") == "SELECT_NODE":
-                queries += _Select(node, known).row_queries(view)
+                queries += _Select(node, known, is_bound).row_queries(view)
     except _NotPlainError:
         return None
     return queries if len(queries) == references else None
@@ -187,11 +189,15 @@ class _Inlining:
         """Whether a CTE means the same wherever it is written, and gives the same answer every time."""
         if name.lower() not in self.once or definition["key_targets"] or definition["payload_aggregates"]:
             return False
-        subquery = _subquery(definition["query_node"], "cte")
-        # Bound alone, it names nothing of the selects around it, so it cannot name other things elsewhere.
-        return _is_plain(subquery, self.known) and self.is_bound(
-            f"select 1 from {_table_sql(subquery)}", _parameters_of(subquery)
-        )
+        return _is_whole(_subquery(definition["query_node"], "cte"), self.known, self.is_bound)
+
+
+def _is_whole(subquery: Tree, known: set[str], is_bound: IsBound) -> bool:
+    """Whether a subquery of a FROM gives the same answer every time, wherever it stands.
+
+    Bound alone it names nothing of what is around it, so it cannot name other things elsewhere.
+    """
+    return _is_plain(subquery, known) and is_bound(f"select 1 from {_table_sql(subquery)}", _parameters_of(subquery))
 
 
 def _subquery(query: Tree, alias: str) -> Tree:
@@ -270,8 +276,8 @@ class _Select:
         known: views over whole rows.
     """
 
-    def __init__(self, node: Tree, known: set[str]) -> None:
-        self.node, self.known = node, known
+    def __init__(self, node: Tree, known: set[str], is_bound: IsBound) -> None:
+        self.node, self.known, self.is_bound = node, known, is_bound
         self.tables: list[Tree] = []
         self.conditions: list[Tree] = []
         self.filters: list[Tree] = []  # semi and anti joins
@@ -295,14 +301,25 @@ class _Select:
             self.filters.append(table)
             return
         self._walk(table["right"])
-        self._add(table.get("condition"))
+        self._add(table.get("condition"), table)
 
-    def _add(self, condition: Tree | None) -> None:
+    def _add(self, condition: Tree | None, table: Tree | None = None) -> None:
         if condition and condition.get("type") == "CONJUNCTION_AND":
             for child in condition["children"]:
-                self._add(child)
-        elif condition:
+                self._add(child, table)
+        elif condition and (table is None or self._is_clear(condition, table)):
             self.conditions.append(condition)
+
+    def _is_clear(self, condition: Tree, join: Tree) -> bool:
+        """Whether names in the condition of a join mean the same in the whole FROM.
+
+        A name alone is looked up in the tables that are joined. One of the others may have it too.
+        """
+        if join is self.node["from_table"]:
+            return True
+        aliases = {_alias(table) for table in _joined(join)}
+        names = [node["column_names"] for node in nodes(condition) if node.get("class") == "COLUMN_REF"]
+        return all(len(path) == 2 and path[0].lower() in aliases for path in names)
 
     def row_queries(self, view: str) -> list[RowQuery]:
         """One row query for each table of the FROM that is `view`."""
@@ -331,11 +348,16 @@ class _Select:
         if {_alias(table) for table in self.tables} & {_alias(table) for table in _joined(right)}:
             return None
         if using := {str(name).lower() for name in join["using_columns"]}:
-            is_whole = all(_view_of(table) in self.known | TOKEN_VIEWS for table in self.tables)
+            left = _joined(join["left"])
+            is_whole = all(_view_of(table) in self.known | TOKEN_VIEWS for table in left)
             if not using <= {*ROW_COLUMNS} or not is_whole or right["type"] == "JOIN":
+                return None
+            if not any(table is own for table in left):
                 return None
             text = " and ".join(f'"{_alias(right)}".{name} = "{_alias(own)}".{name}' for name in sorted(using))
             condition = _node(f"select 1 where {text}")["where_clause"]
+        elif not self._is_clear(condition, join):
+            return None
         verb = "exists" if join["join_type"] == "SEMI" else "not exists"
         exists: Tree = _node(f"select 1 where {verb} (select 1 from a where true)")["where_clause"]
         for node in nodes(exists):
@@ -365,8 +387,7 @@ class _Select:
             return self._part(table["left"], own) if table["join_type"] in FILTERS else self._join(table, own)
         view, alias = _view_of(table), _alias(table)
         if table["type"] == "SUBQUERY":
-            tokens = {_alias(t) for t in self.tables if _view_of(t) in TOKEN_VIEWS}
-            if not _is_plain(table, self.known, tokens):
+            if not _is_whole(table, self.known, self.is_bound):
                 return None
             # DuckDB numbers subqueries without a name, and some may be left out.
             alias = alias or f"_subquery_{next(n for n, t in enumerate(self.tables) if t is table)}"
@@ -390,13 +411,17 @@ class _Select:
                 left.aliases | right.aliases,
                 left.chooses or right.chooses,
                 left.parameters | right.parameters,
+                left.is_cut or right.is_cut,
             )
-        is_in_right = any(node is own for node in nodes(table["right"]))
-        return right if left is None or is_in_right else left
+        if left and not any(node is own for node in nodes(table["right"])):
+            return left
+        return replace(right, is_cut=True) if right else None
 
     def _on(self, table: Tree, left: Part, right: Part) -> str | None:
         """What joins two parts; None where nothing equates columns of rows, so that one of them is left out."""
         if using := table.get("using_columns"):
+            if left.is_cut or right.is_cut:
+                return None
             of_rows = not any((left.aliases | right.aliases).values())
             shared = [name for name in using if of_rows or str(name).lower() in ROW_COLUMNS]
             return "using ({})".format(", ".join(f'"{name}"' for name in shared)) if shared else None

@@ -445,6 +445,18 @@ CHOSEN = [
     "tokens t semi join rows t on true",
     "entries t semi join (select global_row from tokens where position = 3 and rank < 9) using (global_row)",
     "(select id, position, token_id, logprob from tokens join chosen using (id)) t",
+    # A name alone means something in a part of the FROM, and would mean another thing in the whole.
+    "tokens t join scores.ref s on s.id = t.id and kept_mass < 0.5 join rows r on r.id = t.id",
+    "tokens t join (select id, domain from rows order by id limit 9) v on v.id = t.id and domain = 'code' "
+    "join (select id, 'prose' as domain from rows) r on r.id = t.id",
+    "tokens t semi join scores.ref s on s.id = t.id and position > 2 join (select id, 0 as position from rows) v "
+    "on v.id = t.id",
+    "(rows r semi join chosen p using (id)) join tokens t on t.position = r.num_tokens - 1",
+    "(rows r semi join chosen p on p.id = r.id) join tokens t on t.position = r.num_tokens - 1",
+    "(select id as id from rows where false union all select upper(id) collate nocase from rows limit 99) u "
+    "join tokens t using (id) join chosen c using (id)",
+    "rows r join ((select id, domain from rows order by id limit 9) u join (select id from rows where domain = 'code') v "
+    "on u.id = v.id) on r.id = v.id join tokens t on t.id = v.id",
 ]
 AND = [
     "t.position < 9",
