@@ -9,8 +9,8 @@ lists of lists, Parquet with zstd, read by DuckDB's own reader with `unnest`; an
 lines: a query that a condition on `rows` cuts to a hundredth of the rows, and the first query, which compares every digest.
 
 Then memory: queries over a fifth of `--scan` tokens and over all of them, each in a process of its own, and the most memory
-that it held (VmHWM). That dataset has the shards above again and again, as hard links under other names. Its digests are
-compared.
+that it held (VmHWM). That dataset has the shards above again and again, as hard links under other names, so its ids repeat.
+Its digests are compared.
 """
 
 from __future__ import annotations
@@ -73,7 +73,6 @@ HUNDREDTH = "select sum(logprob) from tokens t join rows r using (id) where r.ro
 SCANS = {
     "mean entropy": "select avg(entropy), max(rank) from tokens",
     "entries by token id": "select token_id, sum(weight) as mass from entries group by 1 order by 2 desc limit 10",
-    "entries by domain": "select domain, sum(weight), count(*) from entries join rows using (id) group by 1",
 }
 SCAN = """
 import re, sys, time
