@@ -16,15 +16,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 
 Tree = dict[str, Any]
 Parameters = list[Any] | dict[str, Any] | None  # of a query, as DuckDB takes them
 Condition = tuple[str, frozenset[str]]  # SQL, and the names of its parameters
-Columns = Sequence[tuple[str, str]]  # names and DuckDB's types
+Columns: TypeAlias = Sequence[tuple[str, str]] | pa.Schema  # names and DuckDB's types, or a schema
 MISSING_COLUMN = re.compile(
     r'column "(\w+)" not found|have a column named "(\w+)"|Column "(\w+)" does not exist on (?:left|right)'
     r'|Column "(\w+)" referenced that exists in the SELECT clause'
@@ -542,6 +543,11 @@ def empty_database(tables: Mapping[str, Columns]) -> Iterator[duckdb.DuckDBPyCon
     with duckdb.connect(config={"threads": 1, "enable_external_access": False}) as scratch:
         for name, columns in tables.items():
             scratch.execute(f"create schema if not exists {_quoted(name).split('.')[0]}")
+            if isinstance(columns, pa.Schema):
+                scratch.register("_empty", columns.empty_table())
+                scratch.execute(f"create table {_quoted(name)} as from _empty")
+                scratch.unregister("_empty")
+                continue
             listing = ", ".join(f'"{column}" {kind}' for column, kind in columns)
             scratch.execute(f"create table {_quoted(name)} ({listing})")
         yield scratch

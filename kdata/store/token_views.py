@@ -96,7 +96,7 @@ def token_views(
     Args:
         connection: has the other views that the query reads.
         reads: names of the views that the query reads; None: any.
-        text: the query. `tokens` has a column for each score that it names as `nll_NAME`.
+        text: the query. `tokens` has a column for each score that it means by `nll_NAME`, see `named_scores`.
     Raises:
         CorruptError, FormatError, StorageError: what ended a stream, in place of DuckDB's error.
     """
@@ -141,8 +141,7 @@ def named_scores(text: str, parameters: Parameters = None, views: Mapping[str, C
     if not words or (tree := parsed(text)).get("error"):
         return words
     views = _usual_views(tree) if views is None else views
-    tables = {**views, **{name: _columns_of(schema_of(name)) for name in TABLES}}
-    with empty_database(tables) as scratch:
+    with empty_database({**views, **{name: schema_of(name) for name in TABLES}}) as scratch:
         meant = meant_columns(scratch, text, parameters, {f"nll_{word}".lower() for word in words})
     return words if meant is None else [word for word in words if f"nll_{word}".lower() in meant]
 
@@ -150,20 +149,14 @@ def named_scores(text: str, parameters: Parameters = None, views: Mapping[str, C
 def _usual_views(tree: dict[str, Any]) -> dict[str, Columns]:
     """Columns of the views that a parsed query reads, as far as they are the same for every dataset and plan."""
     numbers = [("id", "varchar"), ("nll", "double"), ("num_target_tokens", "bigint"), (TOKEN_NLL.name, "float[]")]
+    of_a_plan = [pa.field("repeats", pa.int32()), pa.field("place", pa.int64())]
     kinds: dict[str, Columns] = {
-        "rows": [*_columns_of(index_schema()), ("repeats", "integer"), ("place", "bigint")],
-        "rejects": _columns_of(rejects_schema()),
+        "rows": pa.schema([*index_schema(), *of_a_plan]),
+        "rejects": rejects_schema(),
         SCORES.folder: numbers,
         PLANS.folder: [("id", "varchar"), ("repeats", "integer")],
     }
     return {view: kinds[kind] for view in tables_of(tree) if (kind := view.split(".")[0]) in kinds}
-
-
-def _columns_of(schema: pa.Schema) -> Columns:
-    """The columns of a schema as DuckDB sees them."""
-    with empty_database({}) as scratch:
-        scratch.register("_schema", schema.empty_table())
-        return scratch.execute("select column_name, column_type from (describe _schema)").fetchall()
 
 
 def _opener(dataset: TokenSource, table: str, rows: np.ndarray | None) -> Open:
