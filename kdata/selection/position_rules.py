@@ -38,7 +38,8 @@ from kdata.selection.apportion import as_written
 from kdata.store.dataset import Dataset
 from kdata.store.sql import NAME, check_recordable, mentions
 from kdata.store.token_columns import TokenColumns, has_entries
-from kdata.store.token_scores import TokenScore, scores_in
+from kdata.store.token_scores import TokenScore
+from kdata.store.token_views import named_scores
 
 
 class TokenReader(Protocol):
@@ -419,7 +420,7 @@ class SqlPositions(PositionRule):
 
     def named_scores(self) -> list[str]:
         """See `PositionRule.named_scores`: those whose column the query names, in any case."""
-        return scores_in(self.sql)
+        return named_scores(self.sql)
 
     def mentions(self, dataset: Dataset) -> dict[str, list[str]]:
         """See `PositionRule.mentions`."""

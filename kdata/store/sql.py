@@ -35,10 +35,10 @@ from kdata.errors import (
 from kdata.format.files import REMEDIES, disk_errno
 from kdata.format.schema import ManifestEntry, index_schema, rejects_schema
 from kdata.store.listed import PLANS, SCORES, Kind
-from kdata.store.sql_tree import Parameters, nodes, parsed
-from kdata.store.token_scores import missing_score, named_scores
+from kdata.store.sql_tree import Parameters, missing_column, nodes, parsed
+from kdata.store.token_scores import missing_score, present_scores
 from kdata.store.token_table import TABLES, TokenSource
-from kdata.store.token_views import token_views
+from kdata.store.token_views import named_scores, token_views
 
 Values = Literal["arrow", "text", "json"]
 Check = Literal["first", "later"]
@@ -289,7 +289,7 @@ def mentions(dataset: Queryable, text: str) -> dict[str, list[str]]:
         for kind in (SCORES, PLANS)
     }
     if "tokens" in reads:
-        names[SCORES.folder].update(named_scores(dataset, text))
+        names[SCORES.folder].update(present_scores(dataset, named_scores(text)))
     return {folder: sorted(own) for folder, own in names.items()}
 
 
@@ -404,14 +404,9 @@ def raise_named(dataset: Queryable, text: str, error: duckdb.Error) -> NoReturn:
     raise QueryError(f"{reason}{_hint(dataset, error, text)}\nViews: {', '.join(known)}{later}") from error
 
 
-MISSING_COLUMN = re.compile(
-    r'column "(\w+)" not found|have a column named "(\w+)"|Column "(\w+)" does not exist on (?:left|right)'
-)
-
-
 def _hint(dataset: Queryable, error: duckdb.Error, text: str) -> str:
     """Where a column is that a query names and its tables lack, or what it may be called."""
-    missing = MISSING_COLUMN.search(str(error))
+    missing = missing_column(error)
     if missing is None:
         return ""
     name = missing[missing.lastindex or 0]

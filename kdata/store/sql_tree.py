@@ -1,30 +1,45 @@
 """What a query's text says, by DuckDB's own parse of it: which rows of `tokens` and `entries` it can use.
 
 The payload of a row that a query cannot use need not be read. `row_queries` takes from a select what it says of the rows of a
-dataset: its inner joins with `rows`, scores and plans, and those of its conditions that mention nothing of a token but its
-row. Their answer holds every row that the select can use, and perhaps more. Whatever is not plainly of this kind is left out
+dataset: its inner, semi and anti joins with `rows`, scores, plans and subqueries over these, and those of its conditions that
+mention nothing of a token but its row. A common table expression (CTE) over whole rows is a subquery wherever it is named.
+The answer holds every row that the select can use, and perhaps more. Whatever is not plainly of this kind is left out
 (a condition, a table), or all rows are read (an outer join, a sample).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 
 Tree = dict[str, Any]
 Parameters = list[Any] | dict[str, Any] | None  # of a query, as DuckDB takes them
 Condition = tuple[str, frozenset[str]]  # SQL, and the names of its parameters
+Columns: TypeAlias = Sequence[tuple[str, str]] | pa.Schema  # names and DuckDB's types, or a schema
+MISSING_COLUMN = re.compile(
+    r'column "(\w+)" not found|have a column named "(\w+)"|Column "(\w+)" does not exist on (?:left|right)'
+    r'|Column "(\w+)" referenced that exists in the SELECT clause'
+)
 ROW_COLUMNS = ("id", "global_row")  # columns of a token that are its row's
+TOKEN_VIEWS = {"tokens", "entries"}
+FILTERS = ("SEMI", "ANTI")  # joins that keep rows of the left side, and none of its columns
 ROWS = "_row_numbers"  # the table of these, for row queries
 # What a condition may consist of. Its functions must be scalar and give the same answer every time.
 PLAIN = {"COLUMN_REF", "CONSTANT", "COMPARISON", "CONJUNCTION", "BETWEEN", "OPERATOR", "FUNCTION", "CAST", "CASE"}
 PLAIN |= {"PARAMETER", "SUBQUERY"}
+# What a subquery may consist of beside these and joins: its answer must be the same every time, but for the order.
+PLAIN_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "SUBQUERY", "EXPRESSION_LIST", "EMPTY"}
+IsBound = Callable[[str, frozenset[str]], bool]  # whether DuckDB finds what a query, with these parameters, names
 
 
 def parsed(text: str) -> Tree:
@@ -75,29 +90,38 @@ class _NotPlainError(Exception):
 class Part:
     """A part of a FROM as SQL.
 
-    aliases: of its tables, and whether each stands for `tokens` or `entries`. views: those that the others name.
+    aliases: of its tables, and whether each stands for `tokens` or `entries`. chooses: whether a join with it may leave rows
+    out. parameters: names of those in it. is_cut: whether its first tables are left out, so that a column that USING merges
+    may be another one.
     """
 
     sql: str
     aliases: dict[str, bool]
-    views: frozenset[str] = frozenset()
+    chooses: bool = False
+    parameters: frozenset[str] = frozenset()
+    is_cut: bool = False
 
 
 @dataclass(frozen=True)
 class RowQuery:
     """Which rows one select can use of one of its tables.
 
-    column: what is asked for. tables: SQL of a FROM. views: the whole views in it. conditions: SQL of each, with the names of
-    its parameters; those that cannot be bound to `tables` must be left out.
+    column: what is asked for. part: the FROM. conditions: SQL of each, with the names of its parameters; those that cannot be
+    bound to the FROM must be left out.
     """
 
     column: str
-    tables: str
-    views: frozenset[str]
+    part: Part
     conditions: list[Condition]
 
+    def statement(self, conditions: list[Condition]) -> Condition:
+        """Its text with some of its conditions."""
+        where = "".join(f" and ({text})" for text, _ in conditions)
+        names = self.part.parameters.union(*(own for _, own in conditions))
+        return f"select distinct {self.column} from {self.part.sql} where true{where}", names
 
-def row_queries(tree: Tree, view: str, views: Iterable[str]) -> list[RowQuery] | None:
+
+def row_queries(tree: Tree, view: str, views: Iterable[str], is_bound: IsBound) -> list[RowQuery] | None:
     """Row queries that together give every row of `tokens` or `entries` (`view`) that a parsed query can use.
 
     Args:
@@ -105,20 +129,139 @@ def row_queries(tree: Tree, view: str, views: Iterable[str]) -> list[RowQuery] |
     Returns:
         None where all rows may be needed.
     """
-    names = {str(entry["key"]).lower() for node in nodes(tree) for entry in (node.get("cte_map") or {}).get("map", [])}
-    if names & {"tokens", "entries"}:
+    names = Counter(str(entry["key"]).lower() for node in nodes(tree) for entry in _ctes(node))
+    if TOKEN_VIEWS & names.keys():
         return None
     known = {name for name in views if name not in names}
+    once = {name for name, count in names.items() if count == 1 and name not in {*views}}
+    tree = _Inlining(known, once, is_bound).inlined(tree, {})
     # In whatever schema: one that is not understood makes the numbers differ.
     references = sum(_view_of(node).split(".")[-1] == view for node in nodes(tree) if _is_table(node))
     queries: list[RowQuery] = []
     try:
         for node in nodes(tree):
             if node.get("type") == "SELECT_NODE":
-                queries += _Select(node, known).row_queries(view)
+                queries += _Select(node, known, is_bound).row_queries(view)
     except _NotPlainError:
         return None
     return queries if len(queries) == references else None
+
+
+def _ctes(node: Tree) -> list[Tree]:
+    entries: list[Tree] = (node.get("cte_map") or {}).get("map", [])
+    return entries
+
+
+@dataclass(frozen=True)
+class _Inlining:
+    """Writes CTEs over whole rows where they are named.
+
+    known: views over whole rows. once: names of CTEs that mean one thing in the whole query.
+    """
+
+    known: set[str]
+    once: set[str]
+    is_bound: IsBound
+
+    def inlined(self, tree: Any, scope: dict[str, Tree]) -> Any:
+        """A part of a parsed query, each CTE of which `scope` (subqueries by name) holds one as a subquery."""
+        if isinstance(tree, list):
+            return [self.inlined(inner, scope) for inner in tree]
+        if not isinstance(tree, dict):
+            return tree
+        if _ctes(tree):
+            scope, others = dict(scope), []
+            for entry in _ctes(tree):
+                definition = {**entry["value"], "query_node": self.inlined(entry["value"]["query_node"], scope)}
+                if self._is_whole(entry["key"], definition):
+                    scope[entry["key"].lower()] = definition
+                else:
+                    others.append({**entry, "value": definition})
+            tree = {**tree, "cte_map": {**tree["cte_map"], "map": others}}
+        path = (tree.get("qualified_name") or {}).get("path", [])
+        if _is_table(tree) and len(path) == 1 and path[0].lower() in scope:
+            whole, own = scope[path[0].lower()], tree["column_name_alias"]
+            if not (own and whole["aliases"]) and not tree["sample"] and not tree["at_clause"]:
+                subquery = _subquery(whole["query_node"], tree["alias"] or path[0])
+                return {**subquery, "column_name_alias": own or whole["aliases"]}
+        return {key: value if key == "cte_map" else self.inlined(value, scope) for key, value in tree.items()}
+
+    def _is_whole(self, name: str, definition: Tree) -> bool:
+        """Whether a CTE means the same wherever it is written, and gives the same answer every time."""
+        if name.lower() not in self.once or definition["key_targets"] or definition["payload_aggregates"]:
+            return False
+        return _is_whole(_subquery(definition["query_node"], "cte"), self.known, self.is_bound)
+
+
+def _is_whole(subquery: Tree, known: set[str], is_bound: IsBound) -> bool:
+    """Whether a subquery of a FROM gives the same answer every time, wherever it stands.
+
+    Bound alone it names nothing of what is around it, so it cannot name other things elsewhere.
+    """
+    return _is_plain(subquery, known) and is_bound(f"select 1 from {_table_sql(subquery)}", _parameters_of(subquery))
+
+
+def _subquery(query: Tree, alias: str) -> Tree:
+    """A query as a table of a FROM."""
+    table: Tree = dict(parsed("select 1 from (select 1)")["statements"][0]["node"]["from_table"])
+    return {**table, "alias": alias, "subquery": {**table["subquery"], "node": query}}
+
+
+def _is_plain(tree: Tree, known: set[str], unsure: Iterable[str] = ()) -> bool:
+    """Whether a condition has one answer for a row, or a table of a FROM one for a query, but for its order.
+
+    So there is no chance in it, no limit, and no token but by its row.
+
+    Args:
+        known: the views that it may name.
+        unsure: names that may mean something else in a row query where they stand alone (an alias is a whole row, a struct).
+    """
+    names, stars = {*unsure}, 0
+    for node in nodes(tree):
+        kind = node.get("class")
+        if kind == "STAR":
+            stars += 1
+            if node.get("relation_name", "").lower() in names:
+                return False
+        elif kind is not None and kind not in PLAIN:
+            return False
+        if kind == "FUNCTION" and str(node.get("function_name")).lower() not in _same_every_time():
+            return False
+        if kind == "COLUMN_REF" and len(node["column_names"]) == 1 and node["column_names"][0].lower() in names:
+            return False
+        if kind is None and not _is_plain_table(node, known):
+            return False
+    # A star outside of subqueries has columns of tokens.
+    inside = [node for query in _queries(tree) for node in nodes(query) if node.get("class") == "STAR"]
+    return stars == len(inside)
+
+
+def _queries(tree: Any) -> Iterator[Tree]:
+    """The outermost selects of a tree."""
+    if isinstance(tree, dict) and tree.get("type") == "SELECT_NODE":
+        yield tree
+        return
+    for inner in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _queries(inner)
+
+
+def _is_plain_table(node: Tree, known: set[str]) -> bool:
+    """Whether a node of a subquery that is no expression keeps all that matches, over whole rows."""
+    if node.get("sample") or _ctes(node):
+        return False
+    kind = node.get("type")
+    if kind == "BASE_TABLE":
+        return _view_of(node) in known
+    if kind == "JOIN":
+        return node.get("ref_type") in ("REGULAR", "CROSS")
+    if kind == "DISTINCT_MODIFIER":
+        return not node.get("distinct_on_targets")
+    return not isinstance(kind, str) or kind in PLAIN_NODES or kind.startswith("ORDER_")
+
+
+def tables_of(tree: Tree) -> set[str]:
+    """The views and CTEs that a parsed query names, in lower case."""
+    return {_view_of(node) for node in nodes(tree) if _is_table(node)}
 
 
 def _view_of(table: Tree) -> str:
@@ -134,42 +277,50 @@ class _Select:
         known: views over whole rows.
     """
 
-    def __init__(self, node: Tree, known: set[str]) -> None:
-        self.node, self.known = node, known
+    def __init__(self, node: Tree, known: set[str], is_bound: IsBound) -> None:
+        self.node, self.known, self.is_bound = node, known, is_bound
         self.tables: list[Tree] = []
         self.conditions: list[Tree] = []
-        if self._names_tokens(node.get("from_table") or {}):
+        self.filters: list[Tree] = []  # semi and anti joins
+        if any(_is_table(table) and _view_of(table) in TOKEN_VIEWS for table in _joined(node["from_table"])):
             if node.get("sample"):
                 raise _NotPlainError
             self._walk(node["from_table"])
             self._add(node.get("where_clause"))
 
-    @staticmethod
-    def _names_tokens(table: Tree) -> bool:
-        """Whether a FROM names `tokens` or `entries` itself, not in a subquery."""
-        if table.get("type") == "JOIN":
-            return _Select._names_tokens(table["left"]) or _Select._names_tokens(table["right"])
-        return table.get("type") == "BASE_TABLE" and _view_of(table) in ("tokens", "entries")
-
     def _walk(self, table: Tree) -> None:
-        """Collect the tables and conditions of a FROM. Raises _NotPlainError for anything but inner joins."""
+        """Collect the tables and conditions of a FROM. Raises _NotPlainError for an outer join and the like."""
         if table.get("sample"):
             raise _NotPlainError
         if table["type"] != "JOIN":
             self.tables.append(table)
             return
-        if table.get("join_type") != "INNER" or table.get("ref_type") not in ("REGULAR", "CROSS"):
+        if table.get("join_type") not in ("INNER", *FILTERS) or table.get("ref_type") not in ("REGULAR", "CROSS"):
             raise _NotPlainError
         self._walk(table["left"])
+        if table["join_type"] in FILTERS:
+            self.filters.append(table)
+            return
         self._walk(table["right"])
-        self._add(table.get("condition"))
+        self._add(table.get("condition"), table)
 
-    def _add(self, condition: Tree | None) -> None:
+    def _add(self, condition: Tree | None, table: Tree | None = None) -> None:
         if condition and condition.get("type") == "CONJUNCTION_AND":
             for child in condition["children"]:
-                self._add(child)
-        elif condition:
+                self._add(child, table)
+        elif condition and (table is None or self._is_clear(condition, table)):
             self.conditions.append(condition)
+
+    def _is_clear(self, condition: Tree, join: Tree) -> bool:
+        """Whether names in the condition of a join mean the same in the whole FROM.
+
+        A name alone is looked up in the tables that are joined. One of the others may have it too.
+        """
+        if join is self.node["from_table"]:
+            return True
+        aliases = {_alias(table) for table in _joined(join)}
+        names = [node["column_names"] for node in nodes(condition) if node.get("class") == "COLUMN_REF"]
+        return all(len(path) == 2 and path[0].lower() in aliases for path in names)
 
     def row_queries(self, view: str) -> list[RowQuery]:
         """One row query for each table of the FROM that is `view`."""
@@ -181,8 +332,40 @@ class _Select:
             raise _NotPlainError
         tokens = {alias for alias, is_tokens in part.aliases.items() if is_tokens}
         unsure = tokens | self._merged()
-        conditions = [(_sql(c), _parameters_of(c)) for c in self.conditions if self._is_plain(c, unsure)]
-        return RowQuery(f'"{_alias(own)}".global_row', part.sql, part.views, conditions)
+        filters = (self._condition_of(join, own) for join in self.filters)
+        conditions = [*self.conditions, *(condition for condition in filters if condition)]
+        plain = [(_sql(c), _parameters_of(c)) for c in conditions if _is_plain(c, self.known, unsure)]
+        return RowQuery(f'"{_alias(own)}".global_row', part, plain)
+
+    def _condition_of(self, join: Tree, own: Tree) -> Tree | None:
+        """A semi or anti join as a condition; None where its names might mean something else there.
+
+        Args:
+            own: the table whose rows are asked for.
+        """
+        right, condition = join["right"], join["condition"]
+        if right["type"] == "SUBQUERY":
+            right = {**right, "alias": right["alias"] or "_subquery"}
+        if {_alias(table) for table in self.tables} & {_alias(table) for table in _joined(right)}:
+            return None
+        if using := {str(name).lower() for name in join["using_columns"]}:
+            left = _joined(join["left"])
+            is_whole = all(_view_of(table) in self.known | TOKEN_VIEWS for table in left)
+            if not using <= {*ROW_COLUMNS} or not is_whole or right["type"] == "JOIN":
+                return None
+            if not any(table is own for table in left):
+                return None
+            text = " and ".join(f'"{_alias(right)}".{name} = "{_alias(own)}".{name}' for name in sorted(using))
+            condition = _node(f"select 1 where {text}")["where_clause"]
+        elif not self._is_clear(condition, join):
+            return None
+        verb = "exists" if join["join_type"] == "SEMI" else "not exists"
+        exists: Tree = _node(f"select 1 where {verb} (select 1 from a where true)")["where_clause"]
+        for node in nodes(exists):
+            if node.get("type") == "SELECT_NODE":
+                node["from_table"], node["where_clause"] = right, condition
+                return exists
+        raise AssertionError("it has a select")
 
     def _merged(self) -> set[str]:
         """Names of columns that USING merges and that may have another type or collation in the row query.
@@ -192,7 +375,7 @@ class _Select:
         names = {
             str(name).lower() for node in nodes(self.node["from_table"]) for name in node.get("using_columns") or ()
         }
-        is_whole = all(_view_of(t) in self.known | {"tokens", "entries"} for t in self.tables)
+        is_whole = all(_view_of(t) in self.known | TOKEN_VIEWS for t in self.tables)
         return names - set(ROW_COLUMNS) if is_whole else names
 
     def _part(self, table: Tree, own: Tree) -> Part | None:
@@ -202,29 +385,44 @@ class _Select:
             own: the table whose rows are asked for. It is never left out.
         """
         if table["type"] == "JOIN":
-            return self._join(table, own)
+            return self._part(table["left"], own) if table["join_type"] in FILTERS else self._join(table, own)
         view, alias = _view_of(table), _alias(table)
+        if table["type"] == "SUBQUERY":
+            if not _is_whole(table, self.known, self.is_bound):
+                return None
+            # DuckDB numbers subqueries without a name, and some may be left out.
+            alias = alias or f"_subquery_{next(n for n, t in enumerate(self.tables) if t is table)}"
+            return Part(_table_sql({**table, "alias": alias}), {alias: False}, True, _parameters_of(table))
         if not _is_table(table) or table.get("column_name_alias") or table.get("at_clause"):
             if table is own:
                 raise _NotPlainError
             return None
-        if view in ("tokens", "entries"):
+        if view in TOKEN_VIEWS:
             return Part(f'(select id, global_row from {ROWS}) as "{alias}"', {alias: True})
         if view not in self.known:
             return None
         name = ".".join(f'"{part}"' for part in view.split("."))
-        return Part(f'{name} as "{alias}"' if table.get("alias") else name, {alias: False}, frozenset([view]))
+        return Part(f'{name} as "{alias}"' if table.get("alias") else name, {alias: False}, view != "rows")
 
     def _join(self, table: Tree, own: Tree) -> Part | None:
         left, right = self._part(table["left"], own), self._part(table["right"], own)
         if left and right and (on := self._on(table, left, right)):
-            return Part(f"({left.sql} join {right.sql} {on})", left.aliases | right.aliases, left.views | right.views)
-        is_in_right = any(node is own for node in nodes(table["right"]))
-        return right if left is None or is_in_right else left
+            return Part(
+                f"({left.sql} join {right.sql} {on})",
+                left.aliases | right.aliases,
+                left.chooses or right.chooses,
+                left.parameters | right.parameters,
+                left.is_cut or right.is_cut,
+            )
+        if left and not any(node is own for node in nodes(table["right"])):
+            return left
+        return replace(right, is_cut=True) if right else None
 
     def _on(self, table: Tree, left: Part, right: Part) -> str | None:
         """What joins two parts; None where nothing equates columns of rows, so that one of them is left out."""
         if using := table.get("using_columns"):
+            if left.is_cut or right.is_cut:
+                return None
             of_rows = not any((left.aliases | right.aliases).values())
             shared = [name for name in using if of_rows or str(name).lower() in ROW_COLUMNS]
             return "using ({})".format(", ".join(f'"{name}"' for name in shared)) if shared else None
@@ -242,31 +440,10 @@ class _Select:
         is_column = expression.get("class") == "COLUMN_REF" and len(names) == 2 and names[0] in aliases
         return names[0] if is_column and (not aliases[names[0]] or names[1] in ROW_COLUMNS) else None
 
-    def _is_plain(self, condition: Tree, unsure: set[str]) -> bool:
-        """Whether a condition has one answer for a row: no chance, no order, no token but by its row."""
-        for node in nodes(condition):
-            kind = node.get("class")
-            if kind is not None and kind not in PLAIN:
-                return False
-            if kind == "FUNCTION" and str(node.get("function_name")).lower() not in _same_every_time():
-                return False
-            # the alias alone is the whole token as a struct
-            if kind == "COLUMN_REF" and len(node["column_names"]) == 1 and node["column_names"][0].lower() in unsure:
-                return False
-            if kind is None and not self._is_plain_table(node):
-                return False
-        return True
 
-    def _is_plain_table(self, node: Tree) -> bool:
-        """Whether a node of a subquery is a select of all that matches, over whole rows."""
-        if node.get("modifiers") or node.get("sample") or (node.get("cte_map") or {}).get("map"):
-            return False
-        kind = node.get("type")
-        if kind == "BASE_TABLE":
-            return _view_of(node) in self.known
-        if kind == "JOIN":
-            return node.get("ref_type") in ("REGULAR", "CROSS")
-        return kind in (None, "SELECT_NODE", "ORDER_MODIFIER") or not isinstance(kind, str)
+def _joined(table: Tree) -> list[Tree]:
+    """The tables of a FROM."""
+    return [*_joined(table["left"]), *_joined(table["right"])] if table["type"] == "JOIN" else [table]
 
 
 def _is_table(table: Tree) -> bool:
@@ -281,12 +458,28 @@ def _parameters_of(expression: Tree) -> frozenset[str]:
     return frozenset(str(node["identifier"]) for node in nodes(expression) if node.get("class") == "PARAMETER")
 
 
+def _node(text: str) -> Tree:
+    """The select that a text is."""
+    node: Tree = parsed(text)["statements"][0]["node"]
+    return node
+
+
 def _sql(expression: Tree) -> str:
     """An expression of a parsed query as SQL, by DuckDB."""
+    return _text_with(select_list=[{**expression, "alias": ""}]).removeprefix("SELECT ")
+
+
+def _table_sql(table: Tree) -> str:
+    """A table of a FROM as SQL, by DuckDB."""
+    return _text_with(from_table=table).removeprefix("SELECT 1 FROM ")
+
+
+def _text_with(**parts: Any) -> str:
+    """`select 1` with other parts, as SQL."""
     statement = parsed("select 1")
-    statement["statements"][0]["node"]["select_list"] = [{**expression, "alias": ""}]
+    statement["statements"][0]["node"].update(parts)
     (text,) = _ask("select json_deserialize_sql(?::json)", [json.dumps(statement)])[0]
-    return str(text).removeprefix("SELECT ")
+    return str(text)
 
 
 def rows_of(
@@ -301,61 +494,104 @@ def rows_of(
     Returns:
         int64; None where all rows may be needed.
     """
-    queries = row_queries(tree, view, views)
-    if queries is None:
-        return None
     numbers = []
-    with duckdb.connect() as scratch:
-        _copy_empty(connection, scratch, views)
-        for query in queries:
-            conditions = [c for c in query.conditions if _is_bound(scratch, query, [c], parameters)]
-            if (not conditions and query.views <= {"rows"}) or not _is_bound(scratch, query, conditions, parameters):
-                return None
-            text, values = _statement(query, conditions, parameters)
+    tables = {ROWS: [("id", "varchar"), ("global_row", "bigint")], **columns_of(connection, views)}
+    with empty_database(tables) as scratch:
+
+        def is_bound(text: str, names: frozenset[str]) -> bool:
             try:
-                answer = connection.sql(text, params=values).to_arrow_table()
+                scratch.execute(text, _named(parameters, names))
+            except duckdb.Error:
+                return False
+            return True
+
+        for query in (queries := row_queries(tree, view, views, is_bound)) or ():
+            # What a condition takes from a token, an outer select or the select's own list is not bound.
+            conditions = [c for c in query.conditions if is_bound(*query.statement([c]))]
+            text, names = query.statement(conditions)
+            if not (conditions or query.part.chooses) or not is_bound(text, names):
+                return None
+            try:
+                answer = connection.sql(text, params=_named(parameters, names)).to_arrow_table()
             except duckdb.Error:  # a cast that fails for a row, say: the query may never evaluate it for this row
                 return None
             numbers.append(answer.column(0).to_numpy())
-    return np.unique(np.concatenate(numbers)) if numbers else None
+    return None if queries is None or not numbers else np.unique(np.concatenate(numbers))
 
 
-def _copy_empty(
-    connection: duckdb.DuckDBPyConnection, scratch: duckdb.DuckDBPyConnection, views: Iterable[str]
-) -> None:
-    """Give a scratch connection empty tables like these views: names are looked up there without opening files again."""
-    scratch.execute(f"create table {ROWS} (id varchar, global_row bigint)")
+def columns_of(connection: duckdb.DuckDBPyConnection, views: Iterable[str]) -> dict[str, Columns]:
+    """Columns of these views, those that there are (what DuckDB says of the others it says of the query itself)."""
+    columns: dict[str, Columns] = {}
     for name in views:
-        schema, _, table = name.rpartition(".")
-        place = f'"{schema or "main"}"."{table}"'
         try:
-            columns = connection.execute(f"select column_name, column_type from (describe {place})").fetchall()
-        except duckdb.CatalogException:  # there is no such view, which DuckDB says of the query itself
+            columns[name] = connection.execute(
+                f"select column_name, column_type from (describe {_quoted(name)})"
+            ).fetchall()
+        except duckdb.CatalogException:
             continue
-        scratch.execute(f'create schema if not exists "{schema or "main"}"')
-        listing = ", ".join(f'"{column}" {kind}' for column, kind in columns)
-        scratch.execute(f"create table {place} ({listing})")
+    return columns
 
 
-def _statement(query: RowQuery, conditions: list[Condition], parameters: Parameters) -> tuple[str, dict[str, Any]]:
-    where = "".join(f" and ({text})" for text, _ in conditions)
+def _quoted(view: str) -> str:
+    schema, _, table = view.rpartition(".")
+    return f'"{schema or "main"}"."{table}"'
+
+
+@contextmanager
+def empty_database(tables: Mapping[str, Columns]) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A database with empty tables, where names are looked up without opening files. It reads and writes no file."""
+    with duckdb.connect(config={"threads": 1, "enable_external_access": False}) as scratch:
+        for name, columns in tables.items():
+            scratch.execute(f"create schema if not exists {_quoted(name).split('.')[0]}")
+            if isinstance(columns, pa.Schema):
+                scratch.register("_empty", columns.empty_table())
+                scratch.execute(f"create table {_quoted(name)} as from _empty")
+                scratch.unregister("_empty")
+                continue
+            listing = ", ".join(f'"{column}" {kind}' for column, kind in columns)
+            scratch.execute(f"create table {_quoted(name)} ({listing})")
+        yield scratch
+
+
+def missing_column(error: duckdb.Error) -> re.Match[str] | None:
+    """The column that DuckDB did not find: the last group that matched, of which the third is a column of USING."""
+    return MISSING_COLUMN.search(str(error))
+
+
+def meant_columns(
+    scratch: duckdb.DuckDBPyConnection, text: str, parameters: Parameters, candidates: Iterable[str]
+) -> list[str] | None:
+    """Those of some further columns of `tokens` that a query means by their names, in lower case.
+
+    A name that means something without such a column (an alias, a column of a CTE) is none of them. So what a query means
+    does not depend on which columns there are.
+
+    Args:
+        scratch: see `empty_database`; it has `tokens` without these columns, and gets those that are meant.
+        text: one query; it is bound, not run.
+        candidates: names in lower case.
+    Returns:
+        None where DuckDB refuses the query.
+    """
+    left = {*candidates}
+    meant: list[str] = []
+    while True:
+        try:
+            scratch.execute(f"explain {text}", parameters)
+            return meant
+        except duckdb.Error as error:
+            match = missing_column(error)
+            name = "" if match is None else match[match.lastindex or 0].lower()
+            if name not in left:
+                return None
+        left.remove(name)
+        meant.append(name)
+        scratch.execute(f'alter table tokens add column "{name}" float')
+
+
+def _named(parameters: Parameters, names: frozenset[str]) -> dict[str, Any]:
+    """Some of a query's parameters, by name; those of `?` are numbered from 1."""
     by_name = (
         {str(n): v for n, v in enumerate(parameters, 1)} if isinstance(parameters, list | tuple) else parameters or {}
     )
-    names = {name for _, own in conditions for name in own}
-    text = f"select distinct {query.column} from {query.tables} where true{where}"
-    return text, {name: value for name, value in by_name.items() if name in names}
-
-
-def _is_bound(
-    scratch: duckdb.DuckDBPyConnection, query: RowQuery, conditions: list[Condition], parameters: Parameters
-) -> bool:
-    """Whether every name in some conditions is one of the row query's tables.
-
-    What a condition takes from a token, from an outer select or from the select's own list is not.
-    """
-    try:
-        scratch.execute(*_statement(query, conditions, parameters))
-    except duckdb.Error:
-        return False
-    return True
+    return {name: value for name, value in by_name.items() if name in names}

@@ -71,17 +71,16 @@ def score_of(column: str) -> str | None:
 
 
 def scores_in(text: str) -> list[str]:
-    """Each NAME of which a query has the word `nll_NAME`, whether there is such a score or not."""
+    """Each NAME of which a query has the word `nll_NAME`, whatever it means there."""
     return sorted(set(re.findall(rf"\b{COLUMN.pattern}\b", text, re.IGNORECASE)))
 
 
-def named_scores(source: ScoreSource, text: str) -> list[str]:
-    """Names of the scores with a number for each token whose column `nll_NAME` a query names.
+def present_scores(source: ScoreSource, names: Iterable[str]) -> list[str]:
+    """Names of those of some scores, in any case, that have a number for each token.
 
     A score that does not belong to the dataset as it is now is left out. At a URL its JSON is copied here first.
     """
-    names = scores_in(text)
-    for name in names:
+    for name in (names := list(names)):
         source.fetch_sidecar(name)
     known = {name.lower() for name in names}
     return [name for name in source.listed(SCORES) if name.lower() in known and has_tokens(source, name)]

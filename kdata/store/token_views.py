@@ -6,7 +6,7 @@ from the query's text, see `kdata.store.sql_tree`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,20 @@ import pyarrow.dataset
 from duckdb._sources import ArrowScanSource
 
 from kdata.errors import KdataError
-from kdata.store.sql_tree import ROWS, Parameters, parsed, rows_of
-from kdata.store.token_scores import named_scores
+from kdata.format.schema import index_schema, rejects_schema
+from kdata.store.listed import PLANS, SCORES
+from kdata.store.sql_tree import (
+    ROWS,
+    Columns,
+    Parameters,
+    columns_of,
+    empty_database,
+    meant_columns,
+    parsed,
+    rows_of,
+    tables_of,
+)
+from kdata.store.token_scores import TOKEN_NLL, present_scores, scores_in
 from kdata.store.token_table import ENTRIES, TABLES, TOKENS, TokenSource, read_table, rows_in, schema_of
 
 Open = Callable[[list[str]], pa.RecordBatchReader]
@@ -84,7 +96,7 @@ def token_views(
     Args:
         connection: has the other views that the query reads.
         reads: names of the views that the query reads; None: any.
-        text: the query. `tokens` has a column for each score that it names as `nll_NAME`.
+        text: the query. `tokens` has a column for each score that it means by `nll_NAME`, see `named_scores`.
     Raises:
         CorruptError, FormatError, StorageError: what ended a stream, in place of DuckDB's error.
     """
@@ -93,7 +105,10 @@ def token_views(
     whole = [name for name in reads or () if name in ("rows", "manifest", "rejects") or "." in name]
     try:
         if names:
-            scores = named_scores(dataset, text) if "tokens" in names else []
+            scores = []
+            if "tokens" in names:
+                views = None if reads is None else columns_of(connection, whole)
+                scores = present_scores(dataset, named_scores(text, parameters, views))
             columns = {"tokens": [*TOKENS, *(f"nll_{score}" for score in scores)], "entries": [*ENTRIES]}
             schema, open_rows = _row_numbers(dataset)
             connection.register(ROWS, StreamedView(schema, int(dataset.shard_starts[-1]), open_rows, failures))
@@ -110,6 +125,38 @@ def token_views(
         if failures:
             raise failures[0] from error
         raise
+
+
+def named_scores(text: str, parameters: Parameters = None, views: Mapping[str, Columns] | None = None) -> list[str]:
+    """Names, as they are written, of the scores whose column `nll_NAME` of `tokens` a query means; they need not exist.
+
+    An alias or a column of a CTE of such a name is none. Of a query that cannot be looked into (a pivot, an unknown name)
+    each word `nll_NAME` counts.
+
+    Args:
+        parameters: of the query.
+        views: columns of the other views that it reads; None: those that every dataset has.
+    """
+    words = scores_in(text)
+    if not words or (tree := parsed(text)).get("error"):
+        return words
+    views = _usual_views(tree) if views is None else views
+    with empty_database({**views, **{name: schema_of(name) for name in TABLES}}) as scratch:
+        meant = meant_columns(scratch, text, parameters, {f"nll_{word}".lower() for word in words})
+    return words if meant is None else [word for word in words if f"nll_{word}".lower() in meant]
+
+
+def _usual_views(tree: dict[str, Any]) -> dict[str, Columns]:
+    """Columns of the views that a parsed query reads, as far as they are the same for every dataset and plan."""
+    numbers = [("id", "varchar"), ("nll", "double"), ("num_target_tokens", "bigint"), (TOKEN_NLL.name, "float[]")]
+    of_a_plan = [pa.field("repeats", pa.int32()), pa.field("place", pa.int64())]
+    kinds: dict[str, Columns] = {
+        "rows": pa.schema([*index_schema(), *of_a_plan]),
+        "rejects": rejects_schema(),
+        SCORES.folder: numbers,
+        PLANS.folder: [("id", "varchar"), ("repeats", "integer")],
+    }
+    return {view: kinds[kind] for view in tables_of(tree) if (kind := view.split(".")[0]) in kinds}
 
 
 def _opener(dataset: TokenSource, table: str, rows: np.ndarray | None) -> Open:

@@ -28,6 +28,7 @@ from kdata.share.push import push
 from kdata.store import token_table
 from kdata.store.dataset import Dataset
 from kdata.store.payload import PayloadReader
+from kdata.store.sql import mentions
 from kdata.store.token_scores import TokenScore, stored_nll
 from tests.fakes import digests, run_capture, run_generate, write_jsonl
 from tests.kdata.selection.plans import score_tokens_with, score_with
@@ -240,6 +241,54 @@ def test_a_plan_records_the_score_that_its_query_reads(changed: Dataset) -> None
     tokens = select(changed, All(name="hard", positions=SqlPositions(sql=each)))
     assert tokens.info.scores == {"Ref": score_digest(changed, "Ref")}
     assert tokens.info.positions is not None and tokens.info.positions.positions == changed.sql(each).num_rows
+
+
+OWN_NAMES = [
+    "select count(*) as n, sum(-logprob) as nll_student from tokens where target",
+    "select id, position, -logprob as nll_student from tokens where nll_student > 2 order by nll_student desc, id, position",
+    "select id, sum(-logprob) as nll_student from tokens group by id having nll_student > 9 order by nll_student, id",
+    "select floor(entropy) as nll_student, count(*) as n from tokens group by nll_student order by nll_student",
+    "with t as (select id, position, entropy as nll_student from tokens) select max(nll_student) from t",
+    "with t(id, nll_student) as (select id, position from tokens) select max(t.nll_student), max(NLL_STUDENT) from t",
+    "select max(nll_student) from (select entropy as nll_student from tokens)",
+    "select max(nll_student) from tokens join (select id, nll as nll_student from rows) using (id)",
+    "select max(nll_student) from tokens join rows as r(nll_student) on r.nll_student = tokens.id",
+    "select max(t.nll_student) from tokens as t(nll_student)",
+    "select 'nll_student' as name, max(rank) from tokens -- nll_student",
+]
+
+
+@pytest.mark.parametrize("query", OWN_NAMES)
+def test_a_name_of_the_query_s_own_is_no_score(
+    scored: Dataset, tmp_path: Path, reads: dict[str, int], query: str
+) -> None:
+    """The same query where there is no such score; a plan of it does not depend on the score."""
+    bare = Path(shutil.copytree(scored.path, tmp_path / "bare", ignore=shutil.ignore_patterns("scores")))
+    assert scored.sql(query).to_pylist() == kdata.open(bare).sql(query).to_pylist()
+    assert reads["parts"] == 0
+    assert mentions(scored, query)["scores"] == [] and SqlPositions(sql=query).named_scores() == []
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select avg(nll_student) as nll_student from tokens",
+        "select avg(t.NLL_student) as nll_Ref from tokens t join rows using (id) where t.target having nll_ref > 0",
+        "with t as (select -logprob as nll_ref, nll_student as s from tokens) select avg(s) filter (nll_ref > 0) from t",
+        "select avg(own) from (select nll_student as own, entropy as nll_ref from tokens where nll_ref >= 0)",
+        "select sum(weight) from entries join tokens using (id, position) where nll_student > 1",
+        "from tokens select max(nll_student) where id in (select id from scores.ref where nll > $least)",
+    ],
+)
+def test_a_name_that_means_nothing_else_is_a_score(scored: Dataset, tmp_path: Path, query: str) -> None:
+    values = {"least": 0} if "$least" in query else None
+    assert scored.sql(query, values).to_pylist()[0]
+    bare = Path(shutil.copytree(scored.path, tmp_path / "bare", ignore=shutil.ignore_patterns("student*")))
+    with pytest.raises(QueryError, match="there is no score 'student'"):
+        kdata.open(bare).sql(query, values)
+    if values is None:
+        assert mentions(scored, query)["scores"] == ["student"]
+        assert [name.lower() for name in SqlPositions(sql=query).named_scores()] == ["student"]
 
 
 def test_a_column_that_is_not_there_is_explained(scored: Dataset) -> None:

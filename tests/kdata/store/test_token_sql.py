@@ -371,6 +371,142 @@ def test_every_condition_on_every_from(hybrid: Dataset, plain: duckdb.DuckDBPyCo
         assert answer(lambda q=query: hybrid.sql(q)) == answer(lambda q=query: plain.sql(q).to_arrow_table()), query
 
 
+# Rows that a CTE, a subquery of the FROM, or a semi join chooses.
+
+
+WITHS = [
+    "chosen as (select id, domain, nll from rows where domain = 'code')",
+    "chosen as (from rows where nll > 5)",
+    "chosen as materialized (select distinct id, domain from rows where nll < 6 order by id)",
+    "chosen(id, domain) as (select id, 'code' from scores.ref where nll > 2)",
+    "chosen(domain, id) as (select id, domain from rows)",
+    "chosen as (select id, domain, nll from rows order by nll, id limit 3)",
+    "chosen as (select id, nll from rows where domain = 'code' union select id, nll from scores.ref where nll < 2)",
+    "chosen as (select id from rows except select id from plans.half)",
+    "first as (from plans.half), chosen as (select id, domain from rows where id in (select id from first))",
+    "chosen as (select null as id, 'code' as domain union all select id, domain from rows where nll > 4)",
+    "chosen as (select case when nll > 4 then id end as id, nll from rows)",
+    "chosen as (select upper(id) as id, domain from rows)",
+    "chosen as (select id, domain from rows where nll > 100)",
+    "chosen as (from (values ('doc-003', 'code'), ('doc-009', 'prose')) v(id, domain))",
+    "chosen(id) as (values ('doc-003'), ('doc-003'), ('doc-009'))",
+    "chosen as (select id, count(*) as n from rows join scores.ref using (id) group by all having count(*) > 0)",
+    "chosen as (select id, count(*) as n from tokens where rank > 30 group by id)",
+    "recursive chosen(id, n) as (select 'doc-003', 1 union all select id, n + 1 from chosen where n < 3)",
+    "chosen as (with chosen as (select id from rows where domain = 'code') from chosen)",
+    "chosen as (with inner_one as (select id from rows where domain = 'code') from inner_one)",
+    "rows as (select id, nll from scores.ref where nll > 3), chosen as (from rows)",
+    "tokens as (select id, 0 as position, 1 as token_id, 1.0 as logprob from rows), chosen as (from plans.half)",
+    "t as (select id from rows where domain = 'code'), chosen as (select id from t)",
+]
+CHOSEN = [
+    "tokens t join chosen using (id)",
+    "tokens t join chosen c using (id)",
+    "chosen c join tokens t using (id)",
+    "entries t join chosen c on c.id = t.id",
+    "tokens t join chosen c on lower(c.id) = t.id",
+    "tokens t, chosen c where t.id = c.id",
+    "tokens t join chosen as c(x) on c.x = t.id",
+    "tokens t join rows r using (id) join chosen c using (id)",
+    "tokens t join rows r using (id) semi join chosen using (id)",
+    "tokens t semi join chosen using (id)",
+    "entries t semi join chosen c on c.id = t.id",
+    "tokens t semi join chosen c on c.id = t.id and t.position > 2",
+    "tokens t semi join chosen c on id is not null and c.id = t.id",
+    "tokens t anti join chosen using (id)",
+    "tokens t anti join chosen c on c.id = t.id and t.position > 2",
+    "tokens t anti join (from chosen where id > 'doc-005') c on c.id = t.id",
+    "tokens t left join chosen c using (id)",
+    "tokens t right join chosen c using (id)",
+    "chosen c left join tokens t using (id)",
+    "tokens t full join chosen c using (id)",
+    "chosen c semi join tokens t using (id)",
+    "tokens t semi join (rows r join chosen c using (id)) on r.id = t.id",
+    "tokens t semi join (select id from chosen) using (id)",
+    "tokens t where t.id in (from (select id from chosen))",
+    "tokens t where t.id not in (select id from chosen)",
+    "tokens t where t.id not in (select id from chosen where id is not null)",
+    "tokens t where t.id in (select id from chosen) or t.position = 1",
+    "tokens t where exists (from chosen c where c.id = t.id)",
+    "tokens t where exists (from chosen c where c.id = t.id and t.position > 3)",
+    "tokens t where not exists (from chosen c where c.id = t.id)",
+    "tokens t where t.id = any (select id from chosen)",
+    "tokens t where exists (with own as (from rows r where r.id = t.id and r.domain = 'code') from own)",
+    "tokens t where exists (with own as (from rows r where r.id = t.id) from chosen t join own using (id))",
+    "tokens t join (select id, domain from rows where domain = 'code') using (id)",
+    "tokens t join (select id, domain from rows where nll < 5) on true where t.id = unnamed_subquery.id",
+    "tokens t join (select id from rows) using (id) join (select id as i from rows where nll < 5) u on u.i = t.id",
+    "tokens t join (from rows r where r.id = t.id and r.domain = 'code') c on c.id = t.id",
+    "tokens t join (from rows r where hash(t) % 2 = 0) c on c.id = t.id",
+    "tokens t join (select t.*, nll from rows where domain = 'code') c on c.id = t.id",
+    "tokens t join (select id from rows r where r.num_tokens > t.rank) c on c.id = t.id",
+    "tokens chosen join rows r using (id)",
+    "chosen t join tokens u on u.id = t.id",
+    "tokens t semi join rows r on r.id = t.id and r.domain = 'code'",
+    "tokens t semi join rows t on true",
+    "entries t semi join (select global_row from tokens where position = 3 and rank < 9) using (global_row)",
+    "(select id, position, token_id, logprob from tokens join chosen using (id)) t",
+    # A name alone means something in a part of the FROM, and would mean another thing in the whole.
+    "tokens t join scores.ref s on s.id = t.id and kept_mass < 0.5 join rows r on r.id = t.id",
+    "tokens t join (select id, domain from rows order by id limit 9) v on v.id = t.id and domain = 'code' "
+    "join (select id, 'prose' as domain from rows) r on r.id = t.id",
+    "tokens t semi join scores.ref s on s.id = t.id and position > 2 join (select id, 0 as position from rows) v "
+    "on v.id = t.id",
+    "(rows r semi join chosen p using (id)) join tokens t on t.position = r.num_tokens - 1",
+    "(rows r semi join chosen p on p.id = r.id) join tokens t on t.position = r.num_tokens - 1",
+    "(select id as id from rows where false union all select upper(id) collate nocase from rows limit 99) u "
+    "join tokens t using (id) join chosen c using (id)",
+    "rows r join ((select id, domain from rows order by id limit 9) u join (select id from rows where domain = 'code') v "
+    "on u.id = v.id) on r.id = v.id join tokens t on t.id = v.id",
+]
+AND = [
+    "t.position < 9",
+    "t.id > 'doc-006'",
+    "id < 'doc-013'",
+    "c.domain = 'code'",
+    "domain = 'code'",
+    "nll > 3",
+    "t.rank > 2",
+]
+
+
+def with_query(common: str, sources: list[str], conditions: list[str], selected: str, union: str) -> str:
+    return f"with {common} " + f" {union} ".join(query_of(source, conditions, selected) for source in sources)
+
+
+@settings(max_examples=80)
+@given(
+    common=st.sampled_from(WITHS),
+    sources=st.lists(st.sampled_from(CHOSEN), min_size=1, max_size=2),
+    conditions=st.lists(st.sampled_from(AND), max_size=2),
+    selected=st.sampled_from([SELECTED[0], "t.id, t.position", "count(*) as n"]),
+    union=st.sampled_from(["union all", "union", "except"]),
+)
+def test_chosen_rows_answer_as_over_plain_tables(
+    hybrid: Dataset,
+    plain: duckdb.DuckDBPyConnection,
+    common: str,
+    sources: list[str],
+    conditions: list[str],
+    selected: str,
+    union: str,
+) -> None:
+    query = with_query(common, sources, conditions, selected, union)
+    expected = answer(lambda: plain.sql(query).to_arrow_table())
+    assert answer(lambda: hybrid.sql(query)) == expected, query
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("common", WITHS)
+def test_every_choice_of_rows(hybrid: Dataset, plain: duckdb.DuckDBPyConnection, common: str) -> None:
+    answers = []
+    for source in CHOSEN:
+        query = with_query(common, [source], [], SELECTED[0], "union all")
+        answers.append(answer(lambda q=query: hybrid.sql(q)))
+        assert answers[-1] == answer(lambda q=query: plain.sql(q).to_arrow_table()), query
+    assert len([a for a in answers if a != "refused"]) > len(CHOSEN) / 2
+
+
 # Only what a query needs is read.
 
 
@@ -423,7 +559,34 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         ("select max(weight + rank) from entries e join tokens t using (id, position) where e.id = 'r05' and t.id = e.id", 2),
         ("with b as (select max(token_id) as m from tokens where id = 'r05') select m from b", 1),
         ("select (select max(token_id) from tokens where id = 'r05') + (select max(rank) from tokens where id = 'r06')", 2),
+        # CTEs, subqueries in FROM, semi and anti joins.
+        ("with c as (select id from rows where domain = 'b') select max(token_id) from tokens join c using (id)", 2),
+        ("with c(i) as (from plans.last), d as (select i from c) select max(token_id) from tokens t join d on d.i = t.id", 1),
+        ("with c as (from scores.ref where nll < 10) select sum(weight) from entries where id in (select id from c)", 1),
+        ("with c as materialized (select distinct id from rows where domain = 'b' union from (values ('r70')) order by 1) "
+         "select max(token_id) from c join tokens using (id)", 2),
+        ("select max(token_id) from (with c as (from rows where domain = 'b') from tokens join c using (id))", 2),
+        ("with c as (from plans.last) select max(a.token_id) from tokens a join c using (id) join rows using (id)", 1),
+        ("with c as (from plans.last), t as (select token_id from tokens join c using (id)) select max(token_id) from t", 1),
+        ("select max(token_id) from tokens join (select id from rows where domain = 'b') using (id)", 2),
+        ("select max(token_id) from tokens t, (select * from scores.ref where nll < 10) s where s.id = t.id", 1),
+        ("select max(token_id) from tokens t join rows r on r.id = t.id and r.domain = 'b' join scores.ref s on s.id = t.id",
+         2),
+        ("select max(token_id) from tokens t semi join plans.last using (id)", 1),
+        ("select max(token_id) from tokens t semi join scores.ref s on s.id = t.id and s.nll < 10", 1),
+        ("select max(token_id) from tokens t join rows using (id) semi join (from rows where domain = 'b') using (id)", 2),
+        ("select max(token_id) from tokens t where exists (from rows r where r.id = t.id and r.domain = 'b')", 2),
+        ("select max(token_id) from tokens t anti join (from rows where domain = 'a') r using (id)", 2),
+        ("select max(token_id) from tokens where id not in (select id from rows where domain = 'a')", 2),
         # What could not be safe reads everything.
+        ("with c as (from rows order by nll limit 1) select max(token_id) from tokens join c using (id)", 4),
+        ("with c as (from rows where random() < 2) select max(token_id) from tokens join c using (id)", 4),
+        ("with rows as (from plans.last) select max(token_id) from tokens join rows using (id)", 4),
+        ("select max(token_id) from tokens t anti join plans.last p on p.id = t.id and t.position > 1", 4),
+        ("select max(token_id) from tokens t semi join rows r on r.id = t.id and r.num_tokens > t.position + 3", 4),
+        ("with c as (from plans.last) select max(token_id) from tokens left join c using (id)", 4),
+        ("select max(token_id) from tokens t join rows r on r.id = t.id and domain = 'b' join scores.ref s on s.id = t.id",
+         4),
         ("select max(token_id) from tokens left join rows using (id) where domain = 'b'", 4),
         ("select max(token_id) from tokens t join rows using (id) where domain = 'b' or t.position = 1", 4),
         ("select max(token_id) from tokens t join (from rows order by nll limit 1) r using (id)", 4),
@@ -445,6 +608,10 @@ def test_parameters_choose_rows_too(sharded: Dataset, reads: list[tuple[str, ...
     assert sharded.sql(query.format("?", "?"), [1, "r05"])["m"].to_pylist() == [3]
     assert sharded.sql(query.format("$least", "$id"), {"least": 1, "id": "r05"})["m"].to_pylist() == [3]
     assert len(reads) == 2
+    query = "with c as (select id from rows where id = $id) select max(token_id) as m from tokens t join c using (id)"
+    assert sharded.sql(query, {"id": "r05"})["m"].to_pylist() == [3]
+    assert sharded.sql(query.replace("$id", "?"), ["r05"])["m"].to_pylist() == [3]
+    assert len(reads) == 4
 
 
 @pytest.mark.parametrize(
