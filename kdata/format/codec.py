@@ -26,7 +26,7 @@ import pyarrow as pa
 from kdata.errors import DataError, FormatError, ShapeError
 from kdata.format import packed
 from kdata.format.coded import round_tail
-from kdata.format.kept import Kept, draw_mask, segment_sum
+from kdata.format.kept import Kept, segment_sum
 from kdata.format.schema import CodecError, CodecInfo, known_codecs
 
 Columns = dict[str, np.ndarray]
@@ -159,12 +159,8 @@ def _packed_decode(columns: Columns, positions: Positions, info: CodecInfo) -> K
     draw_ids = columns.get("draw_ids")
     if draw_ids is None:
         draw_ids = packed.sum_steps(packed.join_planes("draw_id", columns), positions.num_drawn)
-    draws = draw_mask(positions.num_exact, positions.num_drawn)
-    ids, logprobs = np.empty(len(draws), np.int32), np.empty(len(draws), np.float32)
-    if len(exact_ids) != len(exact) or len(weights) != len(draw_ids):  # numpy would spread a single one over all
-        raise ShapeError("ids and log-probabilities differ in number")
-    ids[~draws], ids[draws] = exact_ids, draw_ids
-    logprobs[~draws], logprobs[draws] = exact, weights
+    ids = packed.interleaved(exact_ids, draw_ids, positions.num_exact, positions.num_drawn)
+    logprobs = packed.interleaved(exact, weights, positions.num_exact, positions.num_drawn)
     raw = columns.get("draw_logprobs")
     if raw is not None and len(raw) != len(draw_ids):
         raise ShapeError("draws and their log-probabilities differ in number")

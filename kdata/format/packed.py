@@ -27,7 +27,6 @@ import numba
 import numpy as np
 
 from kdata.errors import DataError, ShapeError
-from kdata.format.kept import segment_sum
 
 
 def join_bytes(planes: list[np.ndarray]) -> np.ndarray:
@@ -242,15 +241,71 @@ def decode_counts(
         raise ShapeError(f"{len(counts_D)} draw counts for {int(num_drawn_T.sum())} draws")
     if not counts_D.all():
         raise ShapeError("a draw has the count 0")
-    if num_draws is None:
-        log_share_D = np.log(counts_D / np.repeat(segment_sum(counts_D, num_drawn_T), num_drawn_T))
-    else:
-        log_share_D = np.log(np.arange(1, 257, dtype=np.float64) / num_draws)[counts_D.astype(np.int64) - 1]
-    exact_D: np.ndarray = log_share_D + np.repeat(log_tail_T.astype(np.float64), num_drawn_T)
-    near_D = exact_D.astype(np.float32)
-    above = near_D.astype(np.float64) > exact_D
-    near_D[above] = np.nextafter(near_D[above], np.float32(-np.inf))
-    return near_D
+    if num_draws is not None and not 0 < num_draws < len(_LOGS):
+        raise ShapeError(f"{num_draws} draws at each position are more than a count can tell")
+    if len(log_tail_T) != len(num_drawn_T):
+        raise ShapeError(f"{len(log_tail_T)} tails for {len(num_drawn_T)} positions")
+    weights_D = np.empty(len(counts_D), np.float32)
+    _decode_counts(counts_D, num_drawn_T, log_tail_T, num_draws or 0, _LOGS, weights_D, weights_D.view(np.int32))
+    return weights_D
+
+
+_LOGS = np.log(np.maximum(np.arange(1 << 16, dtype=np.float64), 1))
+
+
+@numba.njit(cache=True, nogil=True)
+def _decode_counts(
+    counts_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np.ndarray, num_draws: int,
+    logs: np.ndarray, weights_D: np.ndarray, bits_D: np.ndarray,
+) -> None:  # fmt: skip
+    """Fill weights_D, of which bits_D is a view, as in `_decode_gaps`. num_draws 0: the sum of the position's counts."""
+    n = 0
+    for t in range(len(num_drawn_T)):
+        total = num_draws
+        if num_draws == 0:
+            for i in range(num_drawn_T[t]):
+                total += counts_D[n + i]
+        tail, log_total = np.float64(log_tail_T[t]), logs[total] if total < len(logs) else np.log(total)
+        for _ in range(num_drawn_T[t]):
+            exact = tail
+            if counts_D[n] != total:  # 2^-48: what rounding of these sums can add, so that they stay below the tail
+                exact += logs[counts_D[n]] - log_total - 2.0**-48
+            near = np.float32(exact)
+            weights_D[n] = near
+            if np.float64(near) > exact:
+                bits_D[n] += 1 if near <= 0 else -1
+            n += 1
+
+
+def interleaved(
+    exact_N: np.ndarray, draws_D: np.ndarray, num_exact_T: np.ndarray, num_drawn_T: np.ndarray
+) -> np.ndarray:
+    """Values of all entries, [N + D]: at each position those of the exact entries, then those of the draws.
+
+    Raises:
+        ShapeError: values and counts disagree.
+    """
+    if (int(num_exact_T.sum()), int(num_drawn_T.sum())) != (len(exact_N), len(draws_D)):
+        raise ShapeError("ids or log-probabilities differ in number from their counts")
+    entries = np.empty(len(exact_N) + len(draws_D), exact_N.dtype)
+    _interleave(exact_N, draws_D.astype(exact_N.dtype, copy=False), num_exact_T, num_drawn_T, entries)
+    return entries
+
+
+@numba.njit(cache=True, nogil=True)
+def _interleave(
+    exact_N: np.ndarray, draws_D: np.ndarray, num_exact_T: np.ndarray, num_drawn_T: np.ndarray, entries: np.ndarray
+) -> None:
+    n, exact, drawn = 0, 0, 0
+    for t in range(len(num_exact_T)):
+        for _ in range(num_exact_T[t]):
+            entries[n] = exact_N[exact]
+            n += 1
+            exact += 1
+        for _ in range(num_drawn_T[t]):
+            entries[n] = draws_D[drawn]
+            n += 1
+            drawn += 1
 
 
 @dataclass(frozen=True)
