@@ -244,8 +244,8 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def run_capture(
     root: Path, corpus: Path, tokenizer: Path, *, teacher: Any = None, resume: str = "auto", **settings: Any
 ) -> Dataset:
-    """Capture a corpus with the stand-in teacher; k = 8 and units of 120 tokens unless said otherwise."""
-    fields = {"k": 8, "unit_tokens": 120, **settings}
+    """Capture a corpus with the stand-in teacher; hybrid, k = 8 and units of 120 tokens unless said otherwise."""
+    fields = {"kind": "hybrid", "k": 8, "unit_tokens": 120, **settings}
     columns = fields.pop("reading", {})
     config = CaptureConfig(corpus=CorpusConfig(path=str(corpus), **columns), **fields)
     who = TeacherConfig(model=str(tokenizer), backend="transformers")
@@ -265,8 +265,8 @@ def codec_version(number: int) -> Iterator[None]:
 def run_generate(
     root: Path, prompts: Path, tokenizer: Path, *, teacher: Any = None, resume: str = "auto", **settings: Any
 ) -> Dataset:
-    """Generate with the stand-in teacher; k = 8, 12 tokens, units of 4 prompts unless said otherwise."""
-    fields = {"k": 8, "unit_prompts": 4, "sampling": SamplingConfig(max_tokens=12), **settings}
+    """Generate with the stand-in teacher; hybrid, k = 8, 12 tokens, units of 4 prompts unless said otherwise."""
+    fields = {"kind": "hybrid", "k": 8, "unit_prompts": 4, "sampling": SamplingConfig(max_tokens=12), **settings}
     columns = fields.pop("reading", {})
     config = GenerateConfig(prompts=CorpusConfig(path=str(prompts), **columns), **fields)
     who = TeacherConfig(model=str(tokenizer), backend="transformers")

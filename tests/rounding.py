@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-TAIL = 0.0041  # of a mass
+TAIL = 0.0048  # of a mass
 
 
 def assert_logprobs(stored: ArrayLike, true: ArrayLike, times: float = 1.0) -> None:

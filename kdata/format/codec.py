@@ -133,7 +133,7 @@ def _packed_encode(kept: Kept, log_tail_T: np.ndarray, info: CodecInfo) -> Colum
                 kept.logprobs[draws], kept.num_drawn, log_tail_T, info.parameters.get("num_draws")
             )
         else:
-            rounded_T = stored_tail(log_tail_T, kept.num_exact, kept.num_drawn, info)
+            rounded_T = stored_tail(log_tail_T, kept.num_exact, info)
             with np.errstate(invalid="ignore"):  # a position without a tail has no draws
                 change_T = rounded_T.astype(np.float64) - log_tail_T
             columns["draw_weights"] = (kept.logprobs[draws] + np.repeat(change_T, kept.num_drawn)).astype(np.float16)
@@ -233,11 +233,9 @@ def measure_error(true: Kept, stored: Kept, info: CodecInfo) -> CodecError | Non
     return compare(true, stored, info).error
 
 
-def stored_tail(
-    log_tail_T: np.ndarray, num_exact_T: np.ndarray, num_drawn_T: np.ndarray, info: CodecInfo
-) -> np.ndarray:
+def stored_tail(log_tail_T: np.ndarray, num_exact_T: np.ndarray, info: CodecInfo) -> np.ndarray:
     """log_tail float32 [T] as it will be read: what the weights of entries are computed from."""
-    return round_tail(log_tail_T, num_exact_T, num_drawn_T) if info.is_coded else log_tail_T
+    return round_tail(log_tail_T, num_exact_T) if info.is_coded else log_tail_T
 
 
 def to_columns(
@@ -261,7 +259,7 @@ def to_columns(
         )
         for name, values in flat.items()
     }
-    tail_T = stored_tail(log_tail_T, kept.num_exact, kept.num_drawn, info)
+    tail_T = stored_tail(log_tail_T, kept.num_exact, info)
     return arrays, codec.decode(flat, Positions(kept.num_exact, kept.num_drawn, tail_T), info)
 
 

@@ -2,14 +2,14 @@
 
     logprob   -(c/32)^2 nats, so that the step grows with the surprise: the error is at most sqrt(x)/32 + 1/4096 at x nats
     entropy   (c/64)^2 nats: the error is at most sqrt(x)/64 + 1/16384
-    tail      the mass outside the exact entries. Below 0.0105 in quarters of a doubling (at most 9.1 % off), above as
-              sin^2 of an angle (at most 0.0041 off). A mass is 0 or 1 only where it was, or where it is below 2^-25 without
-              draws: so draws never lose their weight, and exact entries never theirs.
+    tail      the mass outside the exact entries. Below 0.0101 in quarters of a doubling (at most 9.1 % off), and likewise the
+              mass of the exact entries where that is small; between them sin^2 of an angle (at most 0.0048 off). A mass is 0
+              only where it was: what is smaller than 2^-24 is read as that. Exact entries have 2^-16 at least.
     rank, counts, bytes of a token   themselves
 
 A number that has no code (a rank above 253, say) is `FAR`: it stands in a list of its own, exactly. Coding what was decoded
 gives the same bytes. Why the tail has these steps: a mass that is off by d costs d^2 / (2 t (1 - t)) nats, which is the same
-at every angle: 3.4e-5 at most and 1.2e-5 on average; the gaps of the entries cost 1.6e-4.
+at every angle: 5e-5 at most and 1.6e-5 on average; the gaps of the entries cost 1.6e-4.
 
 Shapes: T tokens, S rows.
 """
@@ -23,7 +23,8 @@ import numpy as np
 from kdata.errors import ShapeError
 
 MOST, UNKNOWN, FAR = 253, 254, 255  # the largest code of a number; no number was recorded; the number is in the list
-_LOWEST, _PER_DOUBLING, _NUM_SMALL = -24, 4, 70  # small tails: 2^-24 times 2^(1/4), 70 of them
+# Masses that are small: 2^-24 times 2^(1/4), and so on. Outside the exact entries; and of the exact entries, from 2^-16 on.
+_PER_DOUBLING, _LOWEST, _NUM_SMALL, _LOWEST_EXACT, _NUM_LARGE = 4, -24, 70, -16, 38
 
 
 @dataclass(frozen=True)
@@ -57,23 +58,30 @@ def _squares(per_unit: int, sign: int) -> Grid:
 LOGPROB, ENTROPY = _squares(32, -1), _squares(64, 1)
 
 
+def _small(lowest: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` masses from 2^lowest on, and the border above each."""
+    steps = lowest + np.arange(count) / _PER_DOUBLING
+    return 2.0**steps, 2.0 ** (steps + 0.5 / _PER_DOUBLING)
+
+
 def _tails() -> tuple[np.ndarray, np.ndarray]:
-    """Masses float64 [254] by code, and the borders between them [253]."""
-    small = 2.0 ** (_LOWEST + np.arange(_NUM_SMALL) / _PER_DOUBLING)
-    between = 2.0 ** (_LOWEST + (np.arange(_NUM_SMALL) + 0.5) / _PER_DOUBLING)
-    num_large = MOST - _NUM_SMALL  # the last one is a mass of 1
-    begin = np.arcsin(np.sqrt(between[-1]))
-    step = (np.pi / 2 - begin) / (num_large - 0.5)
-    large = np.sin(begin + step * (np.arange(num_large) + 0.5)) ** 2
-    edges = np.sin(begin + step * (np.arange(num_large - 1) + 1)) ** 2
-    masses = np.concatenate([[0.0], small, large[:-1], [1.0]])
-    return masses, np.concatenate([[small[0] / 2], between, edges])
+    """log_tail float64 [254] by code, and the masses between codes [253]."""
+    small, above_small = _small(_LOWEST, _NUM_SMALL)
+    exact, above_exact = _small(_LOWEST_EXACT, _NUM_LARGE)
+    num_middle = MOST - _NUM_SMALL - _NUM_LARGE - 1  # codes 0 and 253 are masses of 0 and 1
+    begin, end = np.arcsin(np.sqrt(above_small[-1])), np.pi / 2 - np.arcsin(np.sqrt(above_exact[-1]))
+    angles = begin + (end - begin) / num_middle * np.arange(num_middle + 1)
+    middle = np.sin((angles[:-1] + angles[1:]) / 2) ** 2
+    with np.errstate(divide="ignore"):
+        logs = np.concatenate([[-np.inf], np.log(small), np.log(middle), np.log1p(-exact[::-1]), [0.0]])
+    borders = np.concatenate(
+        [[0.0], above_small[:-1], np.sin(angles) ** 2, 1 - above_exact[-2::-1], [1 - exact[0] / 2]]
+    )
+    return logs, borders
 
 
-TAIL_MASSES, _TAIL_BORDERS = _tails()
-with np.errstate(divide="ignore"):
-    # float32 log_tail by code. Rounded down: then 1 - e^log_tail of the largest mass below 1 is above 0 in float64 too.
-    TAIL_VALUES = np.concatenate([np.log(TAIL_MASSES), [np.nan, np.nan]]).astype(np.float32)
+TAIL_LOGS, _TAIL_BORDERS = _tails()
+TAIL_VALUES = np.concatenate([TAIL_LOGS, [np.nan, np.nan]]).astype(np.float32)  # float32 log_tail by code
 
 
 def logprob_bound(nats_T: np.ndarray) -> np.ndarray:
@@ -82,27 +90,27 @@ def logprob_bound(nats_T: np.ndarray) -> np.ndarray:
     return bound_T
 
 
-TAIL_BOUND = 0.096  # nats that a log_tail above 2^-24 may be off
+TAIL_BOUND = 0.1  # nats that a log_tail above 2^-24 may be off
 
 
-def encode_tail(log_tail_T: np.ndarray, num_exact_T: np.ndarray, num_drawn_T: np.ndarray) -> np.ndarray:
+def encode_tail(log_tail_T: np.ndarray, num_exact_T: np.ndarray) -> np.ndarray:
     """Codes uint8 [T] of the tail mass, from its natural log.
 
     Args:
         log_tail_T: float [T] <= 0; NaN where none was recorded.
-        num_exact_T, num_drawn_T: int [T], entries at each position: neither kind loses all of its mass to rounding.
+        num_exact_T: int [T], exact entries at each position: they do not lose all of their mass to rounding.
     """
     mass_T = np.exp(log_tail_T.astype(np.float64))
     codes_T = np.searchsorted(_TAIL_BORDERS, mass_T)
+    codes_T = np.where(log_tail_T > -np.inf, np.maximum(codes_T, 1), 0)
     codes_T = np.where((num_exact_T > 0) & (log_tail_T < 0), np.minimum(codes_T, MOST - 1), codes_T)
-    codes_T = np.where((num_drawn_T > 0) & (mass_T > 0), np.maximum(codes_T, 1), codes_T)
     codes_T[np.isnan(log_tail_T)] = UNKNOWN
     return codes_T.astype(np.uint8)
 
 
-def round_tail(log_tail_T: np.ndarray, num_exact_T: np.ndarray, num_drawn_T: np.ndarray) -> np.ndarray:
+def round_tail(log_tail_T: np.ndarray, num_exact_T: np.ndarray) -> np.ndarray:
     """The tail as it will be read, float32 [T]; see `encode_tail`."""
-    return decode_tail(encode_tail(log_tail_T, num_exact_T, num_drawn_T))
+    return decode_tail(encode_tail(log_tail_T, num_exact_T))
 
 
 def decode_tail(codes_T: np.ndarray) -> np.ndarray:

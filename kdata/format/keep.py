@@ -52,11 +52,22 @@ def packed_version(vocab_size: int, has_positions: bool) -> int:
     return POSITIONS_VERSION if has_positions else PLAIN_VERSION
 
 
+# Settings that not every kind has.
+KINDS_WITH = {
+    "k": ("hybrid", "topk", "adaptive"),
+    "mass": ("adaptive",),
+    "min_k": ("adaptive",),
+    "num_draws": ("hybrid", "sampled"),
+    "tau": ("hybrid", "sampled"),
+    "draw_method": ("hybrid", "sampled"),
+}
+
+
 class KeepConfig(Strict):
     """How much of each distribution is kept."""
 
     kind: Literal["topk", "adaptive", "sampled", "hybrid", "threshold"] = Field(
-        "hybrid",
+        "threshold",
         description="What is kept: the k most probable entries (topk), as many of them as reach `mass` (adaptive), random "
         "draws (sampled), the k most probable entries and random draws from the rest (hybrid), or every entry from a "
         "probability on and as many draws as the rest asks for (threshold).",
@@ -66,7 +77,7 @@ class KeepConfig(Strict):
     min_k: int = Field(4, ge=1, description="At least so many entries (adaptive).")
     num_draws: int = Field(28, ge=1, le=255, description="Random draws at each position (sampled, hybrid).")
     threshold: float = Field(
-        0.02,
+        0.03,
         ge=0.004,
         lt=1,
         description="Entries of this probability or more are exact, and so is the first; the rest has a random draw for each "
@@ -95,6 +106,18 @@ class KeepConfig(Strict):
         description="At which target positions a distribution is kept; at the others only the token's log-probability, rank, "
         "entropy and log_tail are. null: at all of them.",
     )
+
+    @model_validator(mode="after")
+    def _of_this_kind(self) -> KeepConfig:
+        """Refuse settings of other kinds where no kind is named: whoever sets k does not mean the default kind."""
+        if "kind" not in self.model_fields_set:
+            for name, kinds in KINDS_WITH.items():
+                if name in self.model_fields_set and self.kind not in kinds:
+                    raise ValueError(
+                        f"{name} is a setting of kind {', '.join(kinds)}, and none is named (the default is {self.kind}); "
+                        f"set kind too, for instance kind={kinds[0]}"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _sane(self) -> KeepConfig:

@@ -239,7 +239,7 @@ def decode_counts(
     """
     if int(num_drawn_T.sum()) != len(counts_D):
         raise ShapeError(f"{len(counts_D)} draw counts for {int(num_drawn_T.sum())} draws")
-    if not counts_D.all():
+    if counts_D.dtype != np.uint8 or not counts_D.all():
         raise ShapeError("a draw has the count 0")
     if num_draws is not None and not 0 < num_draws < len(_LOGS):
         raise ShapeError(f"{num_draws} draws at each position are more than a count can tell")

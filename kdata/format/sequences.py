@@ -138,6 +138,8 @@ class Sequences(Measures):
 
 def flat(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
     """Values and zero-based offsets of a list column, without copying numbers."""
+    if column.values.null_count:
+        raise ShapeError("a list has an item that is null")
     offsets = column.offsets.to_numpy()
     return column.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0]
 

@@ -101,7 +101,7 @@ def to_stored(table: pa.Table, vocab_size: int, schema: pa.Schema) -> tuple[pa.T
     columns: dict[str, pa.Array] = {
         name: table[name].combine_chunks() for name in schema.names if name in table.schema.names
     }
-    columns["tail_codes"] = flat["log_tail"].lists(coded.encode_tail(flat["log_tail"].values, exact, drawn))
+    columns["tail_codes"] = flat["log_tail"].lists(coded.encode_tail(flat["log_tail"].values, exact))
     codes = {name: _code_of(name, flat[name].values) for name in FAR_COLUMNS}
     given = np.empty(len(flat["exact_ids"].values), bool)
     _find_actual(flat["input_ids"].values, rank, exact.astype(np.int32), flat["exact_ids"].values, codes["rank"], given)
@@ -165,11 +165,12 @@ def _far_lists(flat: dict[str, _Flat], codes: dict[str, np.ndarray]) -> dict[str
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def from_stored(batch: pa.RecordBatch, columns: Iterable[str], common: CommonIds) -> pa.RecordBatch:
+def from_stored(batch: pa.RecordBatch, columns: Iterable[str], common: CommonIds | None) -> pa.RecordBatch:
     """Readable columns of a stored record batch. Nothing in it is trusted.
 
     Args:
         batch: holds the stored columns that `columns` are made of (`stored_names`), those that are null throughout aside.
+        common: the shard's order of ids; None where no id of an entry is among `columns`.
     Raises:
         ShapeError: codes, bits and lists disagree, or an id is outside the vocabulary.
         KeyError: a column is missing.
@@ -182,8 +183,13 @@ def from_stored(batch: pa.RecordBatch, columns: Iterable[str], common: CommonIds
 class _Decoder:
     """The readable columns of one stored record batch, each decoded once."""
 
-    def __init__(self, batch: pa.RecordBatch, common: CommonIds) -> None:
-        self._batch, self._common = batch, common
+    def __init__(self, batch: pa.RecordBatch, common: CommonIds | None) -> None:
+        self._batch, self._order = batch, common
+
+    @property
+    def _common(self) -> CommonIds:
+        assert self._order is not None, "ids of entries are decoded with their order alone"
+        return self._order
 
     def make(self, name: str) -> pa.Array:
         """One readable column."""
@@ -328,6 +334,8 @@ class _Flat:
     @classmethod
     def of(cls, column: pa.Array | pa.ChunkedArray) -> _Flat:
         array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        if array.values.null_count:
+            raise ShapeError("a list has an item that is null")
         if not array.null_count:
             offsets = array.offsets.to_numpy().astype(np.int64)
             values = array.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]

@@ -1,8 +1,9 @@
-"""Merge datasets of one teacher, split one, take its head. A row keeps its id, its content hash and every stored byte.
+"""Merge datasets of one teacher, split one, take its head. A row keeps its id, its content hash and every number.
 
 Merging renames shards where two inputs have a source of the same name; payloads are copied or linked. Where the inputs have
 several versions of one codec, the result has the earliest, and payloads of later ones get its columns: no entry changes.
-Splitting and taking the head pick rows out of shards as Arrow rows: nothing is decoded and encoded again, so nothing is lost.
+Splitting and taking the head pick rows out of shards as Arrow rows. Numbers are not rounded again, so nothing is lost; codes
+of ids change with the ids that are common in the new shard.
 The codec's error can be measured only against the teacher, so it is carried over from the shard that the rows are from.
 
 Inputs may be at a URL or on the Hub: only shards that hold a chosen row are fetched. Sidecars and plans belong to one state
@@ -36,7 +37,7 @@ from kdata.format.files import (
 )
 from kdata.format.manifest import append_entry, of_version, write_info
 from kdata.format.records import inputs_of
-from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, SourceInfo, rejects_schema, shard_name
+from kdata.format.schema import CodecInfo, DatasetInfo, FileInfo, ManifestEntry, SourceInfo, rejects_schema, shard_name
 from kdata.format.stored import as_earlier
 from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
@@ -45,7 +46,7 @@ from kdata.store.index import UNREADABLE, damaged, read_index, read_part
 from kdata.store.open import open_dataset
 from kdata.store.payload import read_payload
 from kdata.store.pick import renamed, tables
-from kdata.store.shard import bind_payload, fits, write_payload, write_tables
+from kdata.store.shard import bind_payload, check_header, fits, write_payload, write_tables
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.store.writer import Writer
 
@@ -220,8 +221,7 @@ def _copy_shard(
         target.parent.mkdir(exist_ok=True)
         if kind == "data" and dataset.info.codec.is_coded and not info.codec.is_coded:
             work = entry.work_digest or dataset.info.sources[entry.source].work_digest
-            earlier = as_earlier(read_payload(path, dataset.info.codec), info.codec)
-            write_payload(folder, f"{kind}/{target.name}", earlier, info, work)
+            write_payload(folder, f"{kind}/{target.name}", _earlier(path, dataset.info, entry, info.codec), info, work)
             entry = entry.model_copy(update={"identity_digest": info.identity_digest, "work_digest": work})
         elif kind == "data" and not fits(path, dataset.info, entry, info):
             work = entry.work_digest or dataset.info.sources[entry.source].work_digest
@@ -235,6 +235,18 @@ def _copy_shard(
             pq.write_table(renamed(table_of(path, kind), name, source), target, compression="zstd")
         files[f"{kind}/{target.name}"] = file_info(target)
     return entry.model_copy(update={"name": name, "source": source, "files": files})
+
+
+def _earlier(path: Path, own: DatasetInfo, entry: ManifestEntry, codec: CodecInfo) -> pa.Table:
+    """A payload of the dataset `own` with the columns of an earlier version of its codec.
+
+    Raises CorruptError where it is not the payload of `own` that the manifest line says.
+    """
+    try:
+        check_header(pa.ipc.open_file(pa.OSFile(str(path))).schema, own, entry)
+        return as_earlier(read_payload(path, own.codec), codec)
+    except UNREADABLE as error:
+        raise damaged(path, error) from error
 
 
 def table_of(path: Path, kind: str) -> pa.Table:

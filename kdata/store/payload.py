@@ -25,13 +25,16 @@ class PayloadReader:
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         source = pa.OSFile(str(path))
         whole = pa.ipc.open_file(source)
-        schema, self._common = whole.schema, common_ids(whole)
-        wanted = list(columns) if self._common is None else stored_names(columns)
+        schema, self._is_coded = whole.schema, "exact_codes" in whole.schema.names
+        # A table of the whole vocabulary, so only where an id of an entry is wanted.
+        needs_ids = self._is_coded and not {"exact_ids", "draw_ids"}.isdisjoint(columns)
+        self._common = common_ids(whole) if needs_ids else None
+        wanted = stored_names(columns) if self._is_coded else list(columns)
         # Each column costs 20 microseconds per record batch.
         fields = [place for place in map(schema.get_field_index, wanted) if place >= 0]
         options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
         self._reader = pa.ipc.open_file(source, options=options)
-        there = readable_names(schema.names) if self._common else schema.names
+        there = readable_names(schema.names) if self._is_coded else schema.names
         self._columns = [name for name in columns if name in there]
 
     @property
@@ -49,7 +52,7 @@ class PayloadReader:
         """
         batch = self._reader.get_batch(number)
         batch.validate(full=True)
-        return batch if self._common is None else from_stored(batch, self._columns, self._common)
+        return from_stored(batch, self._columns, self._common) if self._is_coded else batch
 
 
 def common_ids(reader: pa.ipc.RecordBatchFileReader) -> CommonIds | None:

@@ -223,8 +223,8 @@ TOKENS: dict[str, Column] = {
     ),
     "log_tail": Column(
         pa.float32(),
-        "Natural log of the probability mass outside the exact entries; -inf when nothing is outside. Null where it is not "
-        "known.",
+        "Natural log of the probability mass outside the exact entries, as it is stored; -inf when nothing is outside. Null "
+        "where it is not known.",
         ("log_tail",),
         lambda p: known(p.values("log_tail")),
     ),

@@ -24,12 +24,13 @@ from kdata.format.schema import CodecInfo, SourceInfo, TeacherInfo, TokenizerInf
 from kdata.store.writer import Writer
 from tests.fakes import StandInTeacher
 
-VERSIONS = {"packed-hybrid": 1, "packed-bound": 1, "packed-coded": 3}  # of the codec packed
+VERSIONS = {"packed-hybrid": 1, "packed-bound": 1, "packed-coded": 3, "packed-threshold": 3}  # of the codec packed
 # name, what is kept, codec (None: the kind's own)
 DATASETS: dict[str, tuple[KeepConfig, CodecInfo | None]] = {
     "packed-hybrid": (KeepConfig(kind="hybrid", k=4, num_draws=6, temperatures=[2.0], draw_method="independent"), None),
     "packed-bound": (KeepConfig(kind="hybrid", k=4, num_draws=6, temperatures=[2.0]), None),
     "packed-coded": (KeepConfig(kind="hybrid", k=4, num_draws=6, temperatures=[2.0]), None),
+    "packed-threshold": (KeepConfig(kind="threshold", threshold=0.03), None),
     "plain-topk": (
         KeepConfig(kind="topk", k=6),
         CodecInfo(id="plain", version=1, kind="topk", parameters={"k": 6}),

@@ -119,3 +119,13 @@ def test_every_error_inherits_a_standard_error_and_can_be_pickled() -> None:
         assert any(base.__module__ == "builtins" and base is not Exception for base in kind.__mro__[1:-3])
         again = ForkingPickler.loads(ForkingPickler.dumps(kind("the cause; the remedy")))
         assert type(again) is kind and str(again) == "the cause; the remedy"
+
+
+@pytest.mark.parametrize("name", ["k", "mass", "min_k", "num_draws", "tau", "draw_method"])
+def test_a_setting_of_another_kind_is_refused_where_no_kind_is_named(name: str) -> None:
+    """Who sets k does not mean the default kind, which has none."""
+    values = {"k": 4, "mass": 0.9, "min_k": 2, "num_draws": 5, "tau": 0.8, "draw_method": "independent"}
+    with pytest.raises(ConfigError, match=f"{name} is a setting of kind .*, and none is named .*set kind too"):
+        parse_config(KeepConfig, {name: values[name]}, "here")
+    kind = KINDS_WITH[name][0]
+    assert parse_config(KeepConfig, {name: values[name], "kind": kind}, "here").kind == kind

@@ -168,7 +168,9 @@ def engine_on(
 
 
 def reading(corpus: Path, **settings: Any) -> CaptureJob:
-    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus)), **{"k": 8, "unit_tokens": 40, **settings})
+    config = CaptureConfig(
+        corpus=CorpusConfig(path=str(corpus)), **{"kind": "hybrid", "k": 8, "unit_tokens": 40, **settings}
+    )
     return CaptureJob(config, Corpus(config.corpus))
 
 
@@ -189,7 +191,9 @@ class Counted(CaptureJob):
 
 def writing(corpus: Path) -> GenerateJob:
     sampling = SamplingConfig(max_tokens=6)
-    config = GenerateConfig(prompts=CorpusConfig(path=str(corpus)), k=8, unit_prompts=3, sampling=sampling)
+    config = GenerateConfig(
+        prompts=CorpusConfig(path=str(corpus)), kind="hybrid", k=8, unit_prompts=3, sampling=sampling
+    )
     return GenerateJob(config, Corpus(config.prompts))
 
 
@@ -478,7 +482,7 @@ def test_command_and_recipe_write_the_bytes_of_the_local_engine(
         "finally: print('LOADED', *{name.split('.')[0] for name in sys.modules})"
     )
     command = ["capture", tmp_path / "command", "--teacher", llama_dir, "--backend", "transformers", "--corpus", corpus,
-               "--k", 4, "--num-draws", 4, "--engine", "ray", "--set", "unit_tokens=100",
+               "--kind", "hybrid", "--k", 4, "--num-draws", 4, "--engine", "ray", "--set", "unit_tokens=100",
                "--set", "engine.slow_factor=5"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -16,7 +16,7 @@ from kdata.selection.position_rules import Entropy
 
 def test_an_objective_that_the_kept_targets_could_not_serve_is_refused() -> None:
     wanted = ["students.plan.objective.weights={jsd: 1.0}"]
-    assert load_recipe(Path("quickstart"), wanted).keep.kind == "hybrid"
+    assert load_recipe(Path("quickstart"), wanted).keep.kind == "threshold"
     with pytest.raises(ConfigError, match="jsd is not linear"):
         load_recipe(Path("quickstart"), [*wanted, "keep={kind: sampled, num_draws: 50}"])
     with pytest.raises(ConfigError, match=r"capture the text again|log-sum-exp"):

@@ -28,10 +28,11 @@ def ids_by_number(file: pa.ipc.RecordBatchFileReader) -> list[int]:
 
 def tail_masses() -> list[float]:
     """m(c) of each code."""
-    a = math.asin(2 ** (-12 + 69.5 / 8))
-    b = (math.pi / 2 - a) / 182.5
+    a = math.asin(2 ** (-53 / 16))
+    b = (math.pi / 2 - 2 * a) / 144
     small = [2 ** (-24 + (c - 1) / 4) for c in range(1, 71)]
-    return [0.0, *small, *(math.sin(a + b * (c - 70.5)) ** 2 for c in range(71, 253)), 1.0, math.nan]
+    middle = [math.sin(a + b * (c - 70.5)) ** 2 for c in range(71, 215)]
+    return [0.0, *small, *middle, *(1 - 2 ** (-16 + (252 - c) / 4) for c in range(215, 253)), 1.0, math.nan]
 
 
 class Bits:

@@ -51,7 +51,7 @@ def test_other_beliefs_are_measured_and_another_teacher_is_refused(llama_dir: Pa
 
     corpus = write_jsonl(tmp_path / "c.jsonl", rows_of_text(6))
     who = TeacherConfig(model=str(llama_dir), backend="transformers")
-    dataset = capture(tmp_path / "d", CaptureConfig(corpus={"path": str(corpus)}, k=12), who)
+    dataset = capture(tmp_path / "d", CaptureConfig(corpus={"path": str(corpus)}, kind="hybrid", k=12), who)
     teacher = TransformersTeacher(who)
 
     class FlatterTeacher:

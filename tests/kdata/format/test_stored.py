@@ -47,32 +47,32 @@ def test_entropies_are_off_by_at_most_what_is_said(sizes: list[float]) -> None:
     assert (np.abs(read - nats) <= np.sqrt(nats.astype(np.float64)) / 64 + 1 / 16384 + 1e-6).all()
 
 
-@given(st.lists(st.floats(-40, 0), min_size=1), st.booleans(), st.booleans())
-def test_tails_are_off_by_at_most_what_is_said(logs: list[float], exact: bool, drawn: bool) -> None:
+@given(st.lists(st.floats(-1000, 0) | st.floats(-16, 0) | st.floats(-1e-3, 0), min_size=1), st.booleans())
+def test_tails_are_off_by_at_most_what_is_said(logs: list[float], exact: bool) -> None:
     tail = np.array(logs, np.float32)
-    counts = np.full(len(tail), int(exact)), np.full(len(tail), int(drawn))
-    read = np.exp(coded.round_tail(tail, *counts).astype(np.float64))
+    counts = np.full(len(tail), int(exact))
+    read = np.exp(coded.round_tail(tail, counts).astype(np.float64))
     mass = np.exp(tail.astype(np.float64))
     off = np.abs(read - mass)
-    assert (off <= 0.0041).all()
-    small = (mass < 0.0105) & (mass > 2.0**-24)
+    assert (off <= 0.0048).all()
+    small = (mass < 0.0101) & (mass > 2.0**-24)
     assert (off[small] <= 0.0911 * mass[small]).all()
     assert (off[mass <= 2.0**-24] <= 2.0**-24).all()
-    if drawn:
-        assert (read > 0).all()
+    assert (read > 0).all(), "only a mass of 0 is read as 0"
     if exact:
-        assert (np.log1p(-read[tail < 0]) > -20).all()
+        kept = -np.expm1(tail.astype(np.float64))  # the exact entries
+        some = (kept < 0.0101) & (kept > 2.0**-16)
+        assert (np.abs((1 - read) - kept)[some] <= 0.0911 * kept[some] + 1e-12).all()
+        assert (1 - read[tail < 0] >= 2.0**-16 - 1e-12).all()
 
 
 def test_a_tail_that_is_off_costs_little_wherever_it_is() -> None:
     """The bound in the module: KL between the two masses, over a fine grid of angles."""
-    mass = np.sin(np.linspace(0.02, np.pi / 2 - 0.02, 200_001)) ** 2
-    nothing = np.zeros(len(mass), int)
-    read = np.exp(coded.round_tail(np.log(mass).astype(np.float32), nothing, nothing).astype(np.float64))
+    mass = np.sin(np.linspace(1e-4, np.pi / 2 - 1e-4, 200_001)) ** 2
+    read = np.exp(coded.round_tail(np.log(mass), np.ones(len(mass), int)).astype(np.float64))
     kl = mass * np.log(mass / read) + (1 - mass) * np.log((1 - mass) / (1 - read))
-    large = mass > 0.0105
-    assert kl[large].max() < 3.5e-5
-    assert kl[large].mean() < 1.2e-5
+    assert kl.max() < 5e-5
+    assert kl.mean() < 1.6e-5
 
 
 def test_what_is_special_stays_special() -> None:
@@ -81,9 +81,9 @@ def test_what_is_special_stays_special() -> None:
     assert coded.LOGPROB.encode(np.array([0.5], np.float32)).tolist() == [255]
     none, one = np.zeros(3, int), np.ones(3, int)
     tail = np.array([np.nan, 0.0, -np.inf], np.float32)
-    assert coded.encode_tail(tail, none, none).tolist() == [254, 253, 0]
-    assert coded.encode_tail(tail, one, none).tolist() == [254, 253, 0]
-    np.testing.assert_array_equal(coded.round_tail(tail, none, none), tail)
+    assert coded.encode_tail(tail, none).tolist() == [254, 253, 0]
+    assert coded.encode_tail(tail, one).tolist() == [254, 253, 0]
+    np.testing.assert_array_equal(coded.round_tail(tail, none), tail)
     assert coded.encode_whole(np.array([0, 253, 254, 70_000, -1])).tolist() == [0, 253, 255, 255, 255]
 
 
@@ -92,7 +92,7 @@ def test_coding_what_was_decoded_changes_nothing() -> None:
     for grid in (coded.LOGPROB, coded.ENTROPY):
         np.testing.assert_array_equal(grid.encode(grid.values[codes]), codes)
     nothing = np.zeros(254, int)
-    np.testing.assert_array_equal(coded.encode_tail(coded.decode_tail(codes), nothing, nothing), codes)
+    np.testing.assert_array_equal(coded.encode_tail(coded.decode_tail(codes), nothing), codes)
 
 
 # ----------------------------------------------------------------------------------------------------------- ids
@@ -208,7 +208,6 @@ def tables(draw: st.DrawFn) -> tuple[pa.Table, int]:
     entropy[rare] = 1234.5
     tail_codes = rng.integers(0, 255, tokens)
     tail_codes = np.where((num_exact > 0) & (tail_codes == 253), 252, tail_codes)
-    tail_codes = np.where((num_drawn > 0) & (tail_codes == 0), 1, tail_codes)
     values: dict[str, Any] = {
         "input_ids": inputs,
         "target_mask": rng.random(tokens) < 0.8,

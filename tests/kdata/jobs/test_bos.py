@@ -69,7 +69,7 @@ def test_prompts_are_checked_too(plain_tokenizer: Path, corpus_file: Path, tmp_p
 
 def captured_with(bos: str, tokenizer: Path, corpus: Path, root: Path) -> Dataset:
     """A capture with `teacher.bos` set, as an engine makes it."""
-    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus)), k=8)
+    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus)), kind="hybrid", k=8)
     engine = LocalEngine(NeedsBos(bos), load_tokenizer(tokenizer, bos=bos))
     return run_job(root, CaptureJob(config, Corpus(config.corpus)), engine)
 
@@ -97,7 +97,7 @@ def test_a_model_that_does_not_care_is_read_as_it_is(tmp_path: Path) -> None:
     save_llama(tmp_path / "model")
     save_tokenizer(tmp_path / "model", bos=False)
     corpus = write_jsonl(tmp_path / "corpus.jsonl", rows_of_text(24, words=30))
-    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus)), k=8)
+    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus)), kind="hybrid", k=8)
     for bos in (None, "add"):
         who = TeacherConfig(model=str(tmp_path / "model"), backend="transformers", bos=bos)
         dataset = capture(tmp_path / f"dataset-{bos}", config, who)

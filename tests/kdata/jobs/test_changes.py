@@ -394,7 +394,7 @@ def test_work_on_other_machines_goes_on_from_what_is_left(tmp_path: Path, tokeni
     corpus = save(tmp_path / "c.jsonl", ROWS)
     run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=1)
     save(corpus, [row("a", "cat"), row("b", "dog"), *ROWS[3:]])
-    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus)), k=8, unit_tokens=1)
+    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus)), kind="hybrid", k=8, unit_tokens=1)
     job = CaptureJob(config, Corpus(config.corpus))
     engine = Backwards(StandInTeacher(), load_tokenizer(tokenizer_dir))
     dataset = kdata.jobs.job.run_job(tmp_path / "d", job, engine)

@@ -21,11 +21,11 @@ CONTEXT, SHORT, LONG = 128, "the cat", "the cat sat on the mat " * 60
 
 
 def reading(corpus: CorpusConfig, **settings: Any) -> CaptureJob:
-    return CaptureJob(CaptureConfig(corpus=corpus, k=8, **settings), Corpus(corpus))
+    return CaptureJob(CaptureConfig(corpus=corpus, kind="hybrid", k=8, **settings), Corpus(corpus))
 
 
 def writing(prompts: CorpusConfig) -> GenerateJob:
-    config = GenerateConfig(prompts=prompts, k=8, sampling=SamplingConfig(max_tokens=20, min_tokens=5))
+    config = GenerateConfig(prompts=prompts, kind="hybrid", k=8, sampling=SamplingConfig(max_tokens=20, min_tokens=5))
     return GenerateJob(config, Corpus(prompts))
 
 

@@ -274,7 +274,7 @@ def test_a_real_model_that_gives_no_number_for_one_row(
 
     monkeypatch.setattr(transformers_teacher, "TransformersTeacher", BrokenHead)
     corpus = save(tmp_path / "c.jsonl", [row("bad", "def add(a, b)"), row("a"), row("b", "the dog")])
-    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus)), kind=kind, k=8, unit_tokens=1)
+    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus)), kind=kind, kind="hybrid", k=8, unit_tokens=1)
     dataset = capture(tmp_path / "d", config, TeacherConfig(model=str(llama_dir), backend="transformers"))
     assert names(dataset) == ["a", "b"] and reasons(dataset) == {"bad": "not_finite"}
 
@@ -288,7 +288,7 @@ def test_a_token_that_the_head_lacks_spoils_its_own_row_only(tmp_path: Path) -> 
     rows = [row("a"), row("pad", "the [PAD] cat"), row("b")]
     who = TeacherConfig(model=str(llama), backend="transformers")
     corpus = CorpusConfig(path=str(save(tmp_path / "c.jsonl", rows)))
-    dataset = capture(tmp_path / "d", CaptureConfig(corpus=corpus, k=8), who)
+    dataset = capture(tmp_path / "d", CaptureConfig(corpus=corpus, kind="hybrid", k=8), who)
     assert names(dataset) == ["a", "b"] and reasons(dataset) == {"pad": "vocabulary"}
     written = run_generate(tmp_path / "g", tmp_path / "c.jsonl", llama)
     assert written.num_rows == 2 and reasons(written) == {"pad": "vocabulary"}
@@ -336,7 +336,7 @@ def test_rows_of_another_tool_that_cannot_be_used_are_put_aside(tmp_path: Path) 
 def test_the_last_line_of_a_command_counts_rejects_and_says_where_they_are(tmp_path: Path, llama_dir: Path) -> None:
     rows = [row("a"), row("b", ""), row("c", " "), row("a", "again"), row("d", "the dog")]
     corpus, root = save(tmp_path / "c.jsonl", rows), tmp_path / "d"
-    teacher = ("--teacher", llama_dir, "--backend", "transformers", "--k", 8)
+    teacher = ("--teacher", llama_dir, "--backend", "transformers", "--kind", "hybrid", "--k", 8)
 
     def call(*arguments: object) -> tuple[int, str]:
         result = RUNNER.invoke(app, [str(a) for a in arguments])

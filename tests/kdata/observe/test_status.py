@@ -263,7 +263,7 @@ def test_a_dataset_of_a_run_uses_the_log_of_the_run(tmp_path: Path, corpus_file:
 
     write_state(tmp_path / "run")
     root, log = tmp_path / "run" / "dataset", tmp_path / "run" / "progress.jsonl"
-    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus_file)), k=8, unit_tokens=120)
+    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus_file)), kind="hybrid", k=8, unit_tokens=120)
     who = TeacherConfig(model=str(tokenizer_dir), backend="transformers")
     with RunStage("capture", log):
         capture_with(root, StandInTeacher(), who, Corpus(config.corpus), config, log=log)

@@ -17,7 +17,7 @@ from kdata.errors import CorruptError
 from kdata.format.files import file_info
 from kdata.format.manifest import digest_of, json_bytes
 from kdata.format.schema import NO_IDENTITY, canonical_json, json_digest
-from tests.fakes import run_capture
+from tests.fakes import codec_version, run_capture
 
 Columns = dict[str, pa.Array]
 
@@ -351,3 +351,44 @@ def test_offsets_that_leave_the_buffer_are_never_followed(copied: Path, name: st
     with pytest.raises(CorruptError, match="is damaged"):
         dataset.shard(0)
     assert verify(kdata.open(copied), deep=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["exact_codes", "draw_codes", "rank_codes", "entry_bits", "far_values", "draw_counts", "target_mask"]
+)
+def test_an_item_that_is_null_is_refused(copied: Path, name: str) -> None:
+    def with_null(columns: Columns) -> None:
+        array = columns[name]
+        values = array.values.to_pylist()
+        if not values:
+            values, array = [0], longer(array, 1)
+        values[-1] = None
+        columns[name] = pa.ListArray.from_arrays(array.offsets, pa.array(values, array.type.value_type))
+
+    rewrite_shard(copied, with_null)
+    refused(copied, "null")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: rewrite_shard(root, lambda columns: None, {b"kdata.fingerprint": b"abc"}),
+        lambda root: rewrite_shard(root, lambda columns: None, {b"kdata.codec": b"{}"}),
+        lambda root: rewrite_shard(root, lambda columns: None, footer={}),
+        lambda root: rewrite_shard(root, lambda columns: columns.pop("tail_codes") and None),
+        lambda root: rewrite_shard(root, lambda columns: columns.update(entry_bits=longer(columns["entry_bits"], -2))),
+    ],
+    ids=["fingerprint", "codec", "footer", "column", "bits"],
+)
+def test_a_merge_of_two_versions_takes_no_foreign_or_damaged_shard(
+    copied: Path, tmp_path: Path, jsonl: Callable[..., Path], tokenizer_dir: Path, change: Callable[[Path], None]
+) -> None:
+    from kdata.share.arrange import merge
+
+    with codec_version(1):
+        other = run_capture(tmp_path / "other", jsonl([{"id": "x", "domain": "d", "text": "a cat"}]), tokenizer_dir)
+    merge([kdata.open(copied), other], tmp_path / "fine")
+    change(copied)
+    with pytest.raises(CorruptError, match="is damaged"):
+        merge([kdata.open(copied), other], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -23,7 +23,7 @@ from tests.fakes import StandInTeacher, digests, run_capture
 @pytest.fixture
 def work(corpus_file: Path, tokenizer_dir: Path) -> tuple[CaptureJob, LocalEngine]:
     """The job of `run_capture`, and an engine to do its units with."""
-    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus_file)), k=8, unit_tokens=120)
+    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus_file)), kind="hybrid", k=8, unit_tokens=120)
     return CaptureJob(config, Corpus(config.corpus)), LocalEngine(StandInTeacher(), load_tokenizer(tokenizer_dir))
 
 

@@ -363,7 +363,7 @@ def test_structured_output_records_the_raw_distribution(tmp_path: Path) -> None:
 
 def start_capture(root: Path, llama: Path, corpus: Path) -> subprocess.Popen[bytes]:
     """`kdata capture` with the real vLLM, as a user types it."""
-    arguments = ["capture", str(root), "--teacher", str(llama), "--corpus", str(corpus), "--k", "8",
+    arguments = ["capture", str(root), "--teacher", str(llama), "--corpus", str(corpus), "--kind", "hybrid", "--k", "8",
                  "--set", "unit_tokens=300"]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-c", "from kdata.pipelines.cli.main import main; main()", *arguments],

@@ -35,7 +35,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, llama_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     corpus = write_jsonl(folder / "c.jsonl", rows_of_text(10))
     prompts = write_jsonl(folder / "p.jsonl", [{"id": "p", "domain": "prose", "prompt": "the cat"}])
-    root, teacher = folder / "d", ("--teacher", llama_dir, "--backend", "transformers", "--k", 8)
+    root, teacher = folder / "d", ("--teacher", llama_dir, "--backend", "transformers", "--kind", "hybrid", "--k", 8)
     out = call("generate", root, *teacher, "--prompts", prompts, "--max-tokens", 4)
     assert "1 rows" in out
     assert "11 rows" in call("capture", root, *teacher, "--corpus", corpus, "--set", "unit_tokens=100")
@@ -65,7 +65,7 @@ def test_a_second_capture_changes_nothing(dataset: Path, llama_dir: Path) -> Non
 
     before = digests(dataset)
     corpus = dataset.parent / "c.jsonl"
-    call("capture", dataset, "--teacher", llama_dir, "--backend", "transformers", "--k", 8, "--corpus", corpus,
+    call("capture", dataset, "--teacher", llama_dir, "--backend", "transformers", "--kind", "hybrid", "--k", 8, "--corpus", corpus,
          "--set", "unit_tokens=100", "--resume", "must")  # fmt: skip
     assert digests(dataset) == before
 
@@ -77,7 +77,7 @@ def test_chats_are_captured_and_continued_by_the_commands(tmp_path: Path) -> Non
     file = write_jsonl(
         tmp_path / "chats.jsonl", [{"domain": "chat", "messages": messages, "text": "t", "chat": messages[:1]}]
     )
-    common = ("--teacher", llama, "--backend", "transformers", "--k", 8)
+    common = ("--teacher", llama, "--backend", "transformers", "--kind", "hybrid", "--k", 8)
     call("capture", tmp_path / "d", *common, "--corpus", file, "--messages-column", "messages", "--targets", "last_assistant",
          "--set", "corpus.id_column=null")  # fmt: skip
     call("generate", tmp_path / "d", *common, "--prompts", file, "--messages-column", "chat", "--max-tokens", 4,

@@ -99,7 +99,8 @@ def test_without_options_the_model_decides(tmp_path: Any, monkeypatch: pytest.Mo
     (tmp_path / "c.jsonl").write_text('{"id": "a", "domain": "d", "text": "t"}\n')
     monkeypatch.setattr(make, "CaptureJob", stop)
     command = ["capture", str(tmp_path / "d"), "--teacher", "m", "--corpus", str(tmp_path / "c.jsonl")]
-    for more, values in (([], {}), (["--k", "3"], {"k": 3}), (["--k", "3", "--set", "k=5"], {"k": 5})):
+    top = ["--kind", "topk", "--k", "3"]
+    for more, values in (([], {}), (top, {"kind": "topk", "k": 3}), ([*top, "--set", "k=5"], {"kind": "topk", "k": 5})):
         assert isinstance(CliRunner().invoke(app, [*command, *more]).exception, Stop)
         corpus = {"path": str(tmp_path / "c.jsonl")}
         assert settings.pop() == parse_config(CaptureConfig, {"corpus": corpus, **values}, "")
