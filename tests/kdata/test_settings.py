@@ -10,6 +10,7 @@ import pytest
 from kdata import errors
 from kdata.config import apply_settings, parse_config, read_yaml
 from kdata.errors import ConfigError, KdataError, MissingError, settings_difference
+from kdata.format.keep import KINDS_WITH, KeepConfig
 from kdata.jobs.reading import CaptureConfig
 from kdata.jobs.writing import GenerateConfig
 from kdata.teachers.config import TeacherConfig

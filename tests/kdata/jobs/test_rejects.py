@@ -274,7 +274,7 @@ def test_a_real_model_that_gives_no_number_for_one_row(
 
     monkeypatch.setattr(transformers_teacher, "TransformersTeacher", BrokenHead)
     corpus = save(tmp_path / "c.jsonl", [row("bad", "def add(a, b)"), row("a"), row("b", "the dog")])
-    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus)), kind=kind, kind="hybrid", k=8, unit_tokens=1)
+    config = CaptureConfig(corpus=CorpusConfig(path=str(corpus)), kind=kind, k=8, unit_tokens=1)
     dataset = capture(tmp_path / "d", config, TeacherConfig(model=str(llama_dir), backend="transformers"))
     assert names(dataset) == ["a", "b"] and reasons(dataset) == {"bad": "not_finite"}
 

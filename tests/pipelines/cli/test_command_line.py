@@ -65,7 +65,8 @@ def test_a_second_capture_changes_nothing(dataset: Path, llama_dir: Path) -> Non
 
     before = digests(dataset)
     corpus = dataset.parent / "c.jsonl"
-    call("capture", dataset, "--teacher", llama_dir, "--backend", "transformers", "--kind", "hybrid", "--k", 8, "--corpus", corpus,
+    call("capture", dataset, "--teacher", llama_dir, "--backend", "transformers", "--kind", "hybrid", "--k", 8,
+         "--corpus", corpus,
          "--set", "unit_tokens=100", "--resume", "must")  # fmt: skip
     assert digests(dataset) == before
 
