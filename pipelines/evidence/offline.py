@@ -64,7 +64,8 @@ def _threshold(threshold: float) -> KeepConfig:
 # By priority: a run that is stopped early has measured the first of them for all seeds.
 FIRST = (
     Setting(REFERENCE, "online"),
-    Setting("hybrid 8 + 28 (default)", "hybrid", _hybrid(8, 28)),
+    Setting("threshold 0.03 (default)", "threshold", _threshold(0.03)),
+    Setting("hybrid 8 + 28", "hybrid", _hybrid(8, 28)),
     Setting("hybrid 16 + 16", "hybrid", _hybrid(16, 16)),
     Setting("hybrid 8 + 8", "hybrid", _hybrid(8, 8)),
     Setting("hybrid 4 + 8", "hybrid", _hybrid(4, 8)),
@@ -75,7 +76,6 @@ FIRST = (
     Setting("sampled 80", "sampled", _sampled(80)),
     Setting("sampled 25", "sampled", _sampled(25)),
     Setting("sampled 12", "sampled", _sampled(12)),
-    Setting("threshold 0.03", "threshold", _threshold(0.03)),
     Setting("sampled 36", "sampled", _sampled(36)),
     Setting("threshold 0.02", "threshold", _threshold(0.02)),
     Setting("threshold 0.1", "threshold", _threshold(0.1)),

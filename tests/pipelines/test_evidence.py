@@ -232,7 +232,7 @@ def test_a_tiny_comparison_from_text_to_table(
     chosen = (
         Setting(REFERENCE, "online"),
         Setting(BASELINE, "none", objective="cross_entropy"),
-        Setting("hybrid 8 + 28 (default)", "hybrid", KeepConfig()),
+        Setting("hybrid 8 + 28", "hybrid", KeepConfig(kind="hybrid")),
         Setting("topk 8, renormalised", "topk, renormalised", KeepConfig(kind="topk", k=8), "renormalise", peer="some"),
     )
     monkeypatch.setattr(offline, "SETTINGS", chosen)

@@ -382,7 +382,7 @@ def test_heads_of_different_sizes_are_averaged_over_the_larger(tmp_path: Path, c
             np.repeat(np.arange(len(sequences.num_kept)), sequences.num_kept),
             np.exp(sequences.entry_logprobs.astype(float)),
         )
-        assert total.max() <= 1 + 1e-3
+        assert total.max() <= 1 + 2e-3
         far = theirs.entry_ids >= 300
         assert far.any() and not (ours.entry_ids >= 300).any()
         want = 0.5 * np.exp(theirs.entry_logprobs[far].astype(float))
