@@ -115,16 +115,17 @@ def _plot(means: Mapping[str, Mapping[str, Estimate]], against: Mapping[str, Est
     for percent, size in AIMS:
         axes.plot([1, size, size], [percent, percent, 0], color="#b6bcc4", linewidth=0.8, linestyle=":", zorder=0)
         axes.annotate(
-            f"aim: {percent} %", (18.5, percent), (0, 2), textcoords="offset points", fontsize=7.5, color="#686f78"
+            f"aim: {percent} %", (7.2, percent), (0, 2), textcoords="offset points", fontsize=7.5, color="#686f78"
         )
     axes.set_xlabel("bytes per token on disk, whole payload")
     online = f" ({means[REFERENCE]['nll'].mean:.3f})" if REFERENCE in means else ""
     axes.set_ylabel(f"held-out NLL above online full distillation{online}, %\nmean and 95 % interval of pairs")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xscale("log")
-    axes.set_xlim(18, 420)
+    axes.set_xlim(7, 420)
     axes.set_xticks(
-        [20, 32, 45, 65, 100, 150, 200, 300, 400], ["20", "32", "45", "65", "100", "150", "200", "300", "400"]
+        [8, 12, 20, 32, 45, 65, 100, 150, 200, 300, 400],
+        ["8", "12", "20", "32", "45", "65", "100", "150", "200", "300", "400"],
     )
     axes.minorticks_off()
     axes.set_yscale("symlog", linthresh=0.1, linscale=0.6)
@@ -138,7 +139,7 @@ def _plot(means: Mapping[str, Mapping[str, Estimate]], against: Mapping[str, Est
             transform=axes.get_xaxis_transform(),
         )  # fmt: skip
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.41))
+        axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.47), ncols=2)
     return figure
 
 
@@ -174,6 +175,8 @@ def _curve(
         away, side = ((-6, 6), "right") if family == "sampled, independent" and size > 30 else ((4, 5), "left")
         if family == "sampled":
             away = (4, -12)
+        if family == "threshold":
+            away, side = (-5, 2), "right"
         axes.annotate(
             label, (size, 100 * gap.mean), away, textcoords="offset points", ha=side, fontsize=8, color=colour
         )
