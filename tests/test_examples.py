@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def test_the_examples_run_in_order(tmp_path: Path) -> None:
     assert "sequences" in captured and captured.count("the teacher's first choice was") == 5
 
     chosen = run("query_and_choose.py", tmp_path)
-    assert "'domain': 'code'" in chosen and "50% of the plan" in chosen and "sequences are in both plans" in chosen
+    assert "'domain': 'code'" in chosen and "sequences are in both plans" in chosen
+    assert re.search("(49|50|51)% of the plan", chosen), "half of the tokens of each domain, but for the last sequence"
     assert {path.name for path in (tmp_path / "runs/examples/dataset/plans").iterdir()} >= {"hard.json", "half.json"}
 
     asked = run("ask_about_tokens.py", tmp_path)
