@@ -149,7 +149,11 @@ def batches(files: list[Path]) -> Iterator[pa.RecordBatch | RowError]:
     for path in files:
         try:
             if path.suffix == ".parquet":
-                yield from pq.ParquetFile(path).iter_batches(batch_size=ROWS_AT_ONCE)
+                file = pq.ParquetFile(path)
+                names = file.schema_arrow.names
+                if twice := sorted({name for name in names if names.count(name) > 1}):
+                    raise DataError(f"{path} has the column {twice[0]!r} twice; leave one out")
+                yield from file.iter_batches(batch_size=ROWS_AT_ONCE)
                 continue
             with path.open("rb") as lines:
                 numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())

@@ -24,7 +24,7 @@ from kdata.pipelines.cli.main import app
 from kdata.share.card import write_card
 from kdata.share.interchange.distillkit import Compression, decode_logprobs, unpack
 from kdata.share.interchange.exporter import export_dataset
-from kdata.share.interchange.importer import ImportConfig, import_dataset
+from kdata.share.interchange.importer import ImportConfig, batches, import_dataset
 from kdata.share.interchange.rows import ImportReport, as_ids
 from tests.fakes import VOCAB, digests, run_capture, write_jsonl
 
@@ -496,3 +496,10 @@ def test_no_other_writer_may_store_sums_above_one(tmp_path: Path, corpus_file: P
     write_manifest(dataset.path, lines)
     with pytest.raises(FormatError, match="reads up to 1"):
         kdata.open(dataset.path)[0]
+
+
+def test_a_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    table = pa.table([pa.array([[1, 2]]), pa.array([[3, 4]])], names=["input_ids", "input_ids"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="has the column 'input_ids' twice; leave one out"):
+        list(batches([tmp_path / "rows.parquet"]))
