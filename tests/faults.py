@@ -216,7 +216,10 @@ def _read(reader: int, child: int, deadline: float) -> tuple[bytes, str]:
         content += block
         if not block:
             if not ready:
-                os.killpg(child, signal.SIGKILL)
+                try:
+                    os.killpg(child, signal.SIGKILL)
+                except ProcessLookupError:  # the deadline came before the child had a group of its own
+                    os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return (content, "ended") if ready else (b"", "hung")
 
