@@ -19,7 +19,7 @@ from kdata.format.stored import IDS_KEY, from_stored, readable_names, readable_s
 class PayloadReader:
     """Some columns of one shard.
 
-    columns: names as readers know them; those that the shard lacks are left out, as are those that are null throughout.
+    columns: names as readers know them; those that the shard lacks are left out.
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
