@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from kdata.errors import ConfigError, ShapeError
-from kdata.trainer.objective_config import ObjectiveConfig, Tail, scale_of, tail_of
+from kdata.trainer.chunks import chunk_loss
+from kdata.trainer.objective_config import CHUNK_OBJECTIVES, ObjectiveConfig, Tail, scale_of, tail_of
 from kdata.trainer.objectives import LOG_ZERO, OBJECTIVES, Outcomes, Targets, teacher_outcomes
 
 # The logits buffer should stay in a CPU cache: at V = 8k, bf16, one thread, 4096 tokens take 0.14 s with 8 MiB and 0.27 s
@@ -108,8 +109,7 @@ def distillation_loss(
     _check(hidden_MD, head_VD, targets)
     dtype = matmul_dtype or hidden_MD.dtype
     loss_plan = _plan_of(targets, config, tail, counted_tokens, dtype, chunk_positions, head_VD.shape[0])
-    total, values_MO = _SparseLoss.apply(hidden_MD, head_VD, targets, loss_plan, torch.is_grad_enabled())
-    return _loss(total, values_MO, targets, loss_plan)
+    return _loss(hidden_MD, head_VD, targets, loss_plan)
 
 
 def distillation_loss_of_logits(
@@ -132,17 +132,43 @@ def distillation_loss_of_logits(
         raise ShapeError(f"logits {tuple(logits_MV.shape)} must be [M, V]")
     targets.check(*logits_MV.shape)
     loss_plan = _plan_of(targets, config, tail, counted_tokens, _wide(logits_MV), chunk_positions, logits_MV.shape[1])
-    total, values_MO = _SparseLoss.apply(logits_MV, None, targets, loss_plan, torch.is_grad_enabled())
-    return _loss(total, values_MO, targets, loss_plan)
+    return _loss(logits_MV, None, targets, loss_plan)
 
 
-def _loss(total: Tensor, values_MO: Tensor, targets: Targets, loss_plan: LossPlan) -> Loss:
-    names = tuple(loss_plan.config.weights)  # without the cross-entropy that was added for positions elsewhere
+def _loss(hidden_MD: Tensor, head_VD: Tensor | None, targets: Targets, loss_plan: LossPlan) -> Loss:
+    total, values_MO = _SparseLoss.apply(hidden_MD, head_VD, targets, loss_plan, torch.is_grad_enabled())
+    columns = dict(zip(loss_plan.weights, values_MO.unbind(-1), strict=True))
+    config = loss_plan.config
+    if "alm" in config.weights:
+        own, columns["alm"] = _of_chunks(hidden_MD, head_VD, targets, loss_plan)
+        total = total + config.numbers()["alm"] * own
     elsewhere = values_MO.new_zeros(())
     if targets.chosen_C is not None:
-        values_M = values_MO[:, list(loss_plan.weights).index("cross_entropy")]
-        elsewhere = (~targets.chosen_C).to(values_M) @ values_M
-    return Loss(total, values_MO[:, : len(names)], names, elsewhere)
+        elsewhere = (~targets.chosen_C).to(values_MO) @ columns["cross_entropy"]
+    # Without the cross-entropy where it was added for positions elsewhere, or for want of another objective.
+    return Loss(total, torch.stack([columns[name] for name in config.weights], -1), tuple(config.weights), elsewhere)
+
+
+def _of_chunks(
+    hidden_MD: Tensor, head_VD: Tensor | None, targets: Targets, loss_plan: LossPlan
+) -> tuple[Tensor, Tensor]:
+    """The loss `alm` (`kdata.trainer.chunks`), scaled and differentiable; and its values, float [M].
+
+    Its gradient is that of a cross-entropy in which each position weighs what the first pass found.
+    """
+    if targets.weights_C is not None:
+        raise ConfigError(
+            "objective alm is of chunks, and the plan gives weights to single positions; use a plan without weights"
+        )
+    nothing = replace(targets, ids_CK=targets.ids_CK[:, :0], logprobs_CK=targets.logprobs_CK[:, :0], chosen_C=None)
+    plain = replace(loss_plan, config=ObjectiveConfig(), weights={"cross_entropy": 1.0}, elsewhere=None)
+    with torch.no_grad():
+        _, cross_entropy_MO = _SparseLoss.apply(hidden_MD, head_VD, nothing, plain, False)
+    values_M, slope_M = chunk_loss(-cross_entropy_MO[:, 0], targets, loss_plan.config.alm_temperature)
+    weighted = replace(nothing, weights_C=-slope_M.to(cross_entropy_MO.dtype))
+    own, _ = _SparseLoss.apply(hidden_MD, head_VD, weighted, plain, torch.is_grad_enabled())
+    value = (values_M.sum() * loss_plan.scale).to(own.dtype)
+    return value + (own - own.detach()), values_M.to(cross_entropy_MO.dtype)
 
 
 def _plan_of(
@@ -159,15 +185,16 @@ def _plan_of(
             f"the targets are at temperature {targets.temperature}, the objective at {config.temperature}; give the loader "
             "the objective's temperature"
         )
-    weights, elsewhere = config.numbers(), None
+    numbers, elsewhere = config.numbers(), None
+    weights = {n: w for n, w in numbers.items() if n not in CHUNK_OBJECTIVES} or {"cross_entropy": 0.0}
     if targets.chosen_C is not None:
-        if config.cross_entropy_elsewhere is None:
+        if not config.reads_all_targets:
             raise ConfigError(
                 "the targets hold positions that are not chosen, and objective.cross_entropy_elsewhere is null; set it, or "
                 "leave those positions out"
             )
         weights = {**weights, "cross_entropy": weights.get("cross_entropy", 0.0)}
-        elsewhere = {name: config.cross_entropy_elsewhere * (name == "cross_entropy") for name in weights}
+        elsewhere = {n: (config.cross_entropy_elsewhere or 0.0) * (n == "cross_entropy") for n in weights}
     divisor = targets.total_weight if counted_tokens is None else counted_tokens
     return LossPlan(
         config=config,

@@ -24,6 +24,7 @@ from kdata.format.temper import log_z_of, temper
 from kdata.loader.batches import Arrays, Batches, BatchesConfig, ahead
 from kdata.loader.packing import Place
 from kdata.store.dataset import Dataset
+from kdata.trainer.chunks import chunks_of
 from kdata.trainer.objectives import Targets
 
 
@@ -186,6 +187,8 @@ def to_torch(arrays: Arrays, temperature: float = 1.0) -> Batch:
         num_exact_C=wide(arrays.num_exact),
         weights_C=None if arrays.weights is None else torch.from_numpy(arrays.weights),
         chosen_C=None if arrays.chosen is None else torch.from_numpy(arrays.chosen),
+        actual_logprobs_C=torch.from_numpy(arrays.logprob),
+        chunk_C=chunks_of(wide(arrays.predictor), torch.from_numpy(arrays.logprob)),
     )
     return Batch(
         input_ids=wide(arrays.input_ids),

@@ -26,8 +26,10 @@ Tail = Literal["ghost", "draws", "renormalise"]
 OBJECTIVE_NAMES = [
     "cross_entropy", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation",
 ]  # fmt: skip
+# Not of single positions but of chunks of them: `kdata.trainer.chunks`. They need no entries.
+CHUNK_OBJECTIVES = frozenset({"alm"})
 # Linear in the teacher's probabilities, up to a constant: draws give an unbiased gradient.
-LINEAR = frozenset({"cross_entropy", "forward_kl"})
+LINEAR = frozenset({"cross_entropy", "forward_kl", *CHUNK_OBJECTIVES})
 
 
 class ObjectiveConfig(Strict):
@@ -66,6 +68,12 @@ class ObjectiveConfig(Strict):
         description="Share s that the skewed divergences mix in. 0.1 is the choice of the paper's authors.",
     )
 
+    alm_temperature: float = Field(
+        default=100.0,
+        gt=0,
+        description="Temperature T of `alm`, which compares the probabilities of chunks to the power 1 / T. 100 is the "
+        "choice of the paper's authors.",
+    )
     cross_entropy_elsewhere: float | None = Field(
         default=None,
         gt=0,
@@ -80,6 +88,11 @@ class ObjectiveConfig(Strict):
         """The same mix with every weight a number: the weights of step 0, 1, ... of a phase of `steps` steps."""
         numbers = {n: w.at(step, steps) if isinstance(w, Ramp) else w for n, w in self.weights.items()}
         return self.model_copy(update={"weights": numbers})
+
+    @property
+    def reads_all_targets(self) -> bool:
+        """Whether targets count at which nothing is kept, or which a plan does not choose."""
+        return self.cross_entropy_elsewhere is not None or not CHUNK_OBJECTIVES.isdisjoint(self.weights)
 
     def numbers(self) -> dict[str, float]:
         """The weights. Raises ConfigError if one of them still depends on the step; `at` resolves those."""
@@ -97,7 +110,7 @@ def tail_of(name: str, config: ObjectiveConfig, tail: Tail) -> Tail:
 
 def scale_of(name: str, temperature: float) -> float:
     """The factor on an objective's value and gradient: T^2, or 1 for cross_entropy."""
-    return 1.0 if name == "cross_entropy" else temperature**2
+    return 1.0 if name in ("cross_entropy", *CHUNK_OBJECTIVES) else temperature**2
 
 
 def resolve_tail(
@@ -121,10 +134,11 @@ def resolve_tail(
             dataset was not captured for; a tail mode or an objective that the data cannot serve; an objective that is
             infinite under the tail mode.
     """
-    unknown = sorted(set(config.weights) - set(OBJECTIVE_NAMES))
+    known = [*OBJECTIVE_NAMES, *sorted(CHUNK_OBJECTIVES)]
+    unknown = sorted(set(config.weights) - set(known))
     if unknown:
-        hint = nearest(unknown[0], OBJECTIVE_NAMES)
-        raise ConfigError(f"objective.weights names {unknown}{hint}; known objectives: {', '.join(OBJECTIVE_NAMES)}")
+        hint = nearest(unknown[0], known)
+        raise ConfigError(f"objective.weights names {unknown}{hint}; known objectives: {', '.join(known)}")
     _check_weights(config.weights)
     if config.temperature != 1.0 and config.temperature not in temperatures:
         raise ConfigError(

@@ -48,7 +48,8 @@ class Targets:
     num_exact_C: int [C], how many entries, from the first, are exact; the others are draws. Only the tail mode draws reads
     it; None: not known. weights_C: float32 [C] > 0, how much each position counts; None: 1. chosen_C: bool [C], positions
     where the whole mix counts; at the others only the cross-entropy does (`ObjectiveConfig.cross_entropy_elsewhere`); they
-    have weight 1 and no entries. None: all are chosen.
+    have weight 1 and no entries. None: all are chosen. actual_logprobs_C: float [C], the teacher's log-probabilities of the
+    actual tokens, and chunk_C: int64 [C], rising, number of the chunk of each; only the objective `alm` reads them.
     """
 
     token_ids_C: Tensor
@@ -59,6 +60,8 @@ class Targets:
     num_exact_C: Tensor | None = None
     weights_C: Tensor | None = None
     chosen_C: Tensor | None = None
+    actual_logprobs_C: Tensor | None = None
+    chunk_C: Tensor | None = None
 
     def __len__(self) -> int:
         return self.token_ids_C.shape[0]

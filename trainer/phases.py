@@ -156,7 +156,7 @@ def _open(
     )
     options: dict[str, Any] = {
         "rank": ranks.rank, "world_size": ranks.world_size, "temperature": phase.objective.temperature,
-        "positions": positions, "elsewhere": phase.objective.cross_entropy_elsewhere is not None,
+        "positions": positions, "elsewhere": phase.objective.reads_all_targets,
     }  # fmt: skip
     if phase.mixture is None:
         order_key = SEED_ORDER if config.data_order == "seed" else None

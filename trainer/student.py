@@ -137,7 +137,10 @@ def fit_vocabulary(model: PreTrainedModel, datasets: Sequence[Dataset]) -> None:
 
 def refuse_other_tokenizer(owner: str, tokenizer: Any, dataset: Dataset) -> None:
     """Raise MismatchError unless the dataset's ids mean the same tokens to a model."""
-    remedy = "choose a student with the teacher's tokenizer, or a dataset of a teacher with the student's"
+    remedy = (
+        "choose a student with the dataset's tokenizer, or make a dataset for the student's: `kdata retokenize`, or "
+        "`kdata train --tokenizer`"
+    )
     refuse_other_ids(Vocabulary.of_dataset(dataset), Vocabulary.of_model(owner, tokenizer), remedy)
 
 

@@ -169,6 +169,19 @@ class KeepStored(KeepRule):
         return f"the targets that the dataset keeps whose rows were read again{of}"
 
 
+class KeepAligned(KeepRule):
+    """Not a setting: what `kdata retokenize` records of a dataset that it made for another tokenizer."""
+
+    rule: Literal["aligned"] = "aligned"
+    map: str = Field(description="How the teacher's ids became the student's.")
+    of: dict[str, Any] | None = Field(None, description="The rule of the dataset that it was made of; null: none.")
+
+    def words(self) -> str:
+        """See `KeepRule.words`."""
+        of = "" if self.of is None else f", of {described(self.of)}"
+        return f"targets of another tokenizer that begin where a token of the teacher begins (map {self.map}){of}"
+
+
 KEEP_RULES: dict[str, type[KeepRule]] = {
     "entropy": KeepEntropy,
     "random": KeepRandom,
@@ -185,7 +198,7 @@ else:  # for pydantic: the settings of any rule, told apart by `rule`
 
 def described(parameters: dict[str, Any]) -> str:
     """The rule that a dataset records, for a person; of a rule that this kdata does not know, its settings."""
-    kind = KEEP_RULES.get(str(parameters.get("rule")))
+    kind = {**KEEP_RULES, "aligned": KeepAligned}.get(str(parameters.get("rule")))
     if kind is not None:
         with suppress(ValidationError):  # settings that a newer kdata has
             return kind.model_validate(parameters).describe()

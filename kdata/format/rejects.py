@@ -31,6 +31,7 @@ REASONS = {
     "no_logprobs": "no log-probabilities",
     "misaligned": "lists that do not fit the tokens",
     "twice": "entry twice in a list",
+    "normalized": "changed by the tokenizer",
 }
 
 

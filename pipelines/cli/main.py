@@ -61,6 +61,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "generate": Entry("make:generate", "Have a teacher write text; keep its distributions."),
         "reread": Entry("make:reread", "Have a second teacher read the rows of a dataset."),
         "combine": Entry("make:combine", "Combine the distributions of several teachers."),
+        "retokenize": Entry("make:retokenize", "Turn a dataset into one for another tokenizer."),
         "import": Entry("make:import_", "Import another tool's logit dataset."),
     },
     "Choose": {

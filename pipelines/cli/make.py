@@ -1,4 +1,4 @@
-"""Commands that make datasets: capture, generate, reread, combine, import."""
+"""Commands that make datasets: capture, generate, reread, combine, retokenize, import."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from kdata.jobs.combine import combine as combine_datasets
 from kdata.jobs.job import run_job
 from kdata.jobs.reading import CaptureConfig, CaptureJob
 from kdata.jobs.reread import keep_like, reread_with, work_on
+from kdata.jobs.retokenize import RetokenizeConfig
+from kdata.jobs.retokenize import retokenize as retokenize_dataset
 from kdata.jobs.writing import GenerateConfig, GenerateJob
 from kdata.pipelines.cli.common import (
     BackendOption,
@@ -246,6 +248,27 @@ def combine(
     result, report = combine_datasets(root, [kdata.open(name) for name in datasets], config, resume=resume.value)
     say_rows(result)
     say(*(f"  {line}" for line in report.lines()))
+
+
+def retokenize(
+    dataset: DatasetArgument,
+    target: NewFolderArgument,
+    tokenizer: Annotated[str, option("tokenizer", RetokenizeConfig, metavar="MODEL")],
+    map: Annotated[str | None, option("map", RetokenizeConfig)] = None,
+    resume: ResumeOption = Resume.auto,
+    set: SetOption = None,
+) -> None:
+    """Turn a dataset into one for students with another tokenizer.
+
+    No teacher is needed. The same texts are cut anew, and what is stored is
+    aligned by bytes. Rows that do not align are refused, counted and named.
+    """
+    values = with_settings(without_none(tokenizer=tokenizer, map=map), set)
+    config = parse_config(RetokenizeConfig, values, "retokenize settings")
+    result, report = retokenize_dataset(local_folder(target), kdata.open(dataset), config, resume=resume.value)
+    say_rows(result)
+    say(*(f"  {line}" for line in report.lines()))
+    say_rejected([target], list(result.info.sources))
 
 
 def shares_of(text: str, datasets: list[str]) -> list[float]:

@@ -123,6 +123,14 @@ def train(
         typer.Option(metavar="PLAN", help="Name of a plan of the dataset, or a plan file. Without: every row."),
     ] = None,
     steps: Annotated[int | None, option("steps", TrainConfig)] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Tokenizer of the student, where it is another than the dataset's: a model folder or a Hub name. The "
+            "dataset is retokenized into FOLDER/retokenized.",
+        ),
+    ] = None,
     file: Annotated[
         str | None,
         typer.Option("--config", metavar="FILE", help="YAML file of settings; --steps and --set override it."),
@@ -137,14 +145,31 @@ def train(
     Examples:
       kdata train my-dataset --out student
       kdata train my-dataset --plan difference --out student --steps 1000
+      kdata train my-dataset --tokenizer other-model --out student
     """
     folder, config = local_folder(out_dir), train_config(file, steps, set)
     opened = kdata.open(dataset)
+    if tokenizer is not None:
+        dataset, opened = retokenized(opened, tokenizer, plan, folder)
     chosen = None if plan is None else plan_file(opened, plan)
     from kdata.trainer.train import train as train_student
 
     train_student(config, dataset, chosen, folder)
     say(f"student: {folder / 'model'}")
+
+
+def retokenized(opened: kdata.Dataset, tokenizer: str, plan: str | None, folder: Path) -> tuple[str, kdata.Dataset]:
+    """The dataset for a student with another tokenizer, made in FOLDER/retokenized. Raises as `kdata.retokenize`."""
+    if plan is not None:
+        raise ConfigError(
+            "--plan chooses rows and tokens of the dataset as it is, and --tokenizer makes another one; run `kdata "
+            "retokenize` first, and choose from what it writes"
+        )
+    place = folder / "retokenized"
+    made, report = kdata.retokenize(place, opened, kdata.RetokenizeConfig(tokenizer=tokenizer))
+    say(*(f"  {line}" for line in report.lines()))
+    say_rejected([str(place)], list(made.info.sources))
+    return str(place), made
 
 
 def train_config(file: str | None, steps: int | None, set: list[str] | None) -> TrainConfig:

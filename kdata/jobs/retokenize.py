@@ -1,0 +1,383 @@
+"""Retokenize: a dataset for students with another tokenizer, from the stored beliefs alone.
+
+The text of each row is tokenized again and aligned with the teacher's tokens by bytes (`kdata.corpus.align`). What the
+result holds at the student's tokens:
+
+- **Entries** where a token of the student begins at the byte where one of the teacher begins, and ends no later. The
+  teacher's ids become the student's (`kdata.store.token_map`), and probabilities that meet in one id are summed. The
+  teacher's actual token becomes the student's actual token, whatever its text alone would become. Elsewhere nothing is kept:
+  the teacher did not say there what comes next. The dataset is one that keeps distributions at some positions only.
+- **log-probabilities** of chunks, the stretches between two boundaries of both tokenizations: the last token of a chunk has
+  the sum of the teacher's log-probabilities of the chunk, the others have 0. So the sum over a row is the teacher's own, and
+  bits per byte are exact. Ranks and entropies are not known.
+
+From draws the result holds draws, each id with the weight that fell on it: unbiased, as the map is linear. No id counts as
+exact, since ids that were not drawn may become it too. From top-k data it holds lower bounds, and the rest in the tail, as
+`kdata.jobs.average` does for ghost payloads.
+
+The result is an ordinary dataset with the student's tokenizer: plans, SQL, the trainer and other trainers need nothing new.
+
+Shapes: T tokens of the teacher, S of the student, N entries, P positions with entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from kdata.config import Strict
+from kdata.corpus.align import Alignment, align
+from kdata.corpus.encode import TextEncoder
+from kdata.errors import ConfigError, DataError, MissingError
+from kdata.format.keep import packed_version
+from kdata.format.keep_rules import KeepAligned
+from kdata.format.kept import Kept
+from kdata.format.manifest import new_info
+from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest
+from kdata.format.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, TokenizerInfo
+from kdata.format.sequences import Sequences
+from kdata.jobs.payloads import InputSequence, goes_on, inputs_of_shard
+from kdata.observe.progress import Task
+from kdata.store.dataset import Dataset
+from kdata.store.open import open_dataset
+from kdata.store.token_map import TokenMap, token_map
+from kdata.store.tokens import read_tokenizer, tokenizer_hash
+from kdata.store.vocabulary import num_ids
+from kdata.store.writer import Writer
+from kdata.teachers.model import load_tokenizer, tokenizer_files, tokenizer_info
+
+WHOLE = 1 << 40  # tokens: texts are not split
+
+
+class RetokenizeConfig(Strict):
+    """Which tokenizer, and how ids become its ids."""
+
+    tokenizer: str = Field(min_length=1, description="The student's tokenizer: a model folder or a Hub name.")
+    map: TokenMap = Field(
+        "prefix",
+        description="How the teacher's tokens become the student's. prefix: the student's token with which the text of the "
+        "teacher's begins. exact: only tokens of equal text, the rest is dropped, or joins the tail of top-k data.",
+    )
+
+
+@dataclass
+class RetokenizeReport:
+    """What was counted of the rows that one call wrote: targets of the student, those with entries, the kept mass that the
+    map dropped at them (sum), the rows, and those that were refused."""
+
+    targets: int = 0
+    kept: int = 0
+    dropped: float = 0.0
+    rows: int = 0
+    refused: int = 0
+
+    def lines(self) -> list[str]:
+        """The same for a person."""
+        lines = [
+            f"{self.kept:,} of {self.targets:,} targets of the student have a distribution "
+            f"({self.kept / max(self.targets, 1):.0%}): they begin where a token of the teacher begins",
+        ]
+        if self.dropped > 1e-6 * max(self.kept, 1):
+            lines.append(f"{self.dropped / max(self.kept, 1):.2%} of the kept mass has no token of the student")
+        return lines
+
+
+@dataclass(frozen=True)
+class _Work:
+    dataset: Dataset
+    tokenizer: Any
+    encoder: TextEncoder
+    map_V: np.ndarray
+    draws: bool
+
+
+def retokenize(
+    root: Path | str, dataset: Dataset, config: RetokenizeConfig, *, resume: str = "auto", log: Path | None = None
+) -> tuple[Dataset, RetokenizeReport]:
+    """Write a dataset of the same texts with another tokenizer.
+
+    Args:
+        root: dataset folder, created if needed.
+        resume: auto, never or must; see `Writer`.
+        log: JSONL file for progress.
+    Returns:
+        The dataset, and what was counted of the rows that this call wrote.
+    Raises:
+        MissingError: there is no such tokenizer, or the dataset carries none.
+        ConfigError: the tokenizer is not fast, or is the dataset's own.
+        DataError: the dataset is not complete, lacks the mass of the tail, or no row could be aligned.
+        MismatchError: `root` was begun with other settings.
+        CorruptError: the dataset is damaged.
+    """
+    root = Path(root)
+    if root.resolve() == dataset.path.resolve():
+        raise ConfigError(f"{root} is the dataset that is read; the result needs a folder of its own")
+    work = _open(dataset, config)
+    info, report = _identity(work, config), RetokenizeReport()
+    with Task("retokenize", dataset.num_tokens, "tokens", log) as task, tokenizer_files(work.tokenizer) as files:
+        for source in dataset.info.sources:
+            _run(root, info, work, source, config, files, report, task, resume)
+            resume = goes_on(resume)
+    if report.refused and not report.rows:
+        raise DataError(
+            f"none of {report.refused:,} rows could be aligned with {config.tokenizer}; the reasons are in {root}/rejects"
+        )
+    return open_dataset(root), report
+
+
+def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
+    """Check what is asked for, and load the tokenizers."""
+    if dataset.info.tail == "absent":
+        raise DataError(
+            f"{dataset.path} was imported from a format that does not hold the mass outside the kept entries; have its "
+            "teacher read the rows: kdata reread"
+        )
+    unfinished = [name for name, source in dataset.info.sources.items() if source.num_units is None]
+    if unfinished:
+        raise DataError(f"source {unfinished[0]!r} of {dataset.path} is not complete; finish it first")
+    folder = dataset.tokenizer_dir
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        raise MissingError(
+            f"{dataset.place} carries no tokenizer/tokenizer.json, so the text of its ids is not known; import it again with "
+            "--tokenizer FOLDER"
+        )
+    teacher, tokenizer = read_tokenizer(folder / "tokenizer.json"), load_tokenizer(config.tokenizer)
+    student = tokenizer.backend_tokenizer
+    if tokenizer_hash(student) == dataset.info.tokenizer.hash:
+        raise ConfigError(f"{config.tokenizer} is the dataset's own tokenizer; train on the dataset as it is")
+    map_V = token_map(teacher, student, config.map, dataset.info.vocab_size)
+    # The tokens around a text are matched by what they are for.
+    for theirs, own in (
+        (dataset.info.tokenizer.bos_id, tokenizer.bos_token_id),
+        (dataset.info.tokenizer.eos_id, tokenizer.eos_token_id),
+    ):
+        if theirs is not None and theirs < len(map_V):
+            map_V[theirs] = -1 if own is None else own
+    return _Work(dataset, tokenizer, TextEncoder(tokenizer), map_V, dataset.info.tail == "draws")
+
+
+def _identity(work: _Work, config: RetokenizeConfig) -> DatasetInfo:
+    about, size = work.dataset.info, num_ids(work.tokenizer.backend_tokenizer)
+    parameters: dict[str, Any] = {"id_bytes": 2 if size <= 2**16 else 3}
+    if work.draws:
+        most = about.codec.most_draws + int(about.codec.parameters.get("k", 0)) + 1
+        parameters["num_draws"] = min(most, 2**16 - 1)
+    rule = KeepAligned(map=config.map, of=about.codec.parameters.get("positions"))
+    parameters["positions"] = rule.model_dump()
+    codec = CodecInfo(id="packed", version=packed_version(size, True), kind="combined", parameters=parameters)
+    return new_info(
+        format_version=FORMAT_VERSION,
+        vocab_size=size,
+        teacher=about.teacher.model_copy(
+            update={"logprobs": "sums over chunks of bytes, of another tokenizer's tokens"}
+        ),
+        tokenizer=tokenizer_info(work.tokenizer),
+        codec=codec,
+        tail=about.tail,
+    )
+
+
+def _run(
+    root: Path,
+    info: DatasetInfo,
+    work: _Work,
+    source: str,
+    config: RetokenizeConfig,
+    files: Path,
+    report: RetokenizeReport,
+    task: Task,
+    resume: str,
+) -> None:
+    """Retokenize the shards of one source."""
+    dataset = work.dataset
+    about = dataset.info.sources[source]
+    settings = {
+        "of": {"fingerprint": dataset.content_digest, "codec": dataset.info.codec.model_dump()},
+        "map": config.map,
+        "made_by": {"kind": about.kind, **about.settings},
+    }
+    result = SourceInfo(kind="retokenize", settings=settings, num_units=None)
+    with Writer(root, info, source, result, resume=resume, tokenizer_dir=files) as writer:
+        shards = [number for number, entry in enumerate(dataset.manifest) if entry.source == source]
+        for number in shards:
+            entry = dataset.manifest[number]
+            if entry.unit in writer.committed:
+                task.skip(entry.tokens)
+                continue
+            task.advance(entry.tokens, shard=writer.commit(_unit(work, number, report)))
+        writer.finish(len(shards))
+
+
+def _unit(work: _Work, number: int, report: RetokenizeReport) -> UnitResult:
+    stored = work.dataset.shard(number)
+    result = UnitResult(work.dataset.manifest[number].unit, [])
+    for place, row in enumerate(inputs_of_shard(work.dataset, number, stored)):
+        try:
+            result.records.append(_record(work, row, stored.one(place), report))
+        except RowError as error:
+            result.rejects.append(Reject(row.id, row.domain, error.reason, error.detail))
+    report.rows += len(result.records)
+    report.refused += len(result.rejects)
+    result.inputs = inputs_digest(result.records)
+    return result
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of a text: ids int32 [T], bytes of the text that each stands for int64 [T], special bool [T] (those around
+    it), and whether the last one ends the sequence."""
+
+    ids: np.ndarray
+    num_bytes: np.ndarray
+    special: np.ndarray
+    ends: bool
+
+
+def _record(work: _Work, row: InputSequence, stored: Sequences, report: RetokenizeReport) -> Record:
+    """One row with the student's tokens. Raises RowError where its text cannot be aligned."""
+    text, theirs = _teachers_tokens(row, work.dataset.info.tokenizer)
+    own = _students_tokens(work, text, ends=theirs.ends)
+    aligned = align(theirs.num_bytes, own.num_bytes, theirs.special, own.special)
+    begins_S = aligned.begins_S
+    target_S, logprob_S = _chunks(aligned, row.target_mask, stored.logprob)
+    if theirs.ends and own.ends:
+        begins_S[-1] = len(theirs.ids) - 1
+        target_S[-1], logprob_S[-1] = row.target_mask[-1], stored.logprob[-1]
+    target_S[0] = False
+    kept_S = target_S & (begins_S >= 0)
+    kept_S[kept_S] = stored.num_kept[begins_S[kept_S]] > 0
+    kept, log_tail_P, dropped = _mapped(work, theirs.ids, stored, begins_S[kept_S], own.ids[kept_S])
+    size = len(own.ids)
+    counts_S = np.zeros((2, size), np.int32)
+    counts_S[:, kept_S] = kept.num_exact, kept.num_drawn
+    log_tail_S = np.where(target_S, np.float32(0), np.float32(np.nan))
+    log_tail_S[kept_S] = log_tail_P
+    report.targets += int(target_S.sum())
+    report.kept += int(kept_S.sum())
+    report.dropped += dropped
+    return Record(
+        id=row.id,
+        domain=row.domain,
+        token_ids=own.ids,
+        target_mask=target_S,
+        text=text,
+        token_bytes=own.num_bytes.astype(np.uint16),
+        origin=row.origin,
+        license=row.license,
+        prompt=row.prompt,
+        finish_reason=row.finish_reason,
+        kept=Kept(counts_S[0], counts_S[1], kept.ids, kept.logprobs),
+        logprob=np.where(target_S, logprob_S, np.nan).astype(np.float32),
+        rank=np.zeros(size, np.int32),
+        log_tail=log_tail_S,
+        entropy=np.full(size, np.nan, np.float32),
+    )
+
+
+def _teachers_tokens(row: InputSequence, about: TokenizerInfo) -> tuple[str, _Tokens]:
+    """Text and tokens of a row. Raises RowError where they do not add up."""
+    if row.messages is not None:
+        raise RowError(
+            "chat", "a chat is written by the teacher's template; capture it as the student's template writes it"
+        )
+    if row.text is None or row.token_bytes is None:
+        raise RowError("misaligned", "the dataset does not hold the text, or the bytes that each token stands for")
+    num_bytes = row.token_bytes.astype(np.int64)
+    if int(num_bytes.sum()) != len(row.text.encode()):
+        raise RowError(
+            "misaligned", "the bytes of the tokens do not add up to those of the text, which is not all UTF-8"
+        )
+    around = [number for number in (about.bos_id, about.eos_id) if number is not None]
+    special = (num_bytes == 0) & np.isin(row.token_ids, around)
+    ends = bool(len(special) and special[-1] and row.token_ids[-1] == about.eos_id)
+    return row.text, _Tokens(row.token_ids, num_bytes, special, ends)
+
+
+def _students_tokens(work: _Work, text: str, *, ends: bool) -> _Tokens:
+    """The student's tokens of a text, with those that its tokenizer puts around one.
+
+    Args:
+        ends: the teacher's tokens hold the end of the sequence; the student's then do too, where its tokenizer has one.
+    Raises:
+        RowError: the tokenizer changes the text, or there is nothing to predict.
+    """
+    _refuse_changed(work.tokenizer, text)
+    [(_, ids, token_bytes)] = work.encoder.pieces(text, WHOLE)
+    num_bytes, eos = token_bytes.astype(np.int64), work.tokenizer.eos_token_id
+    first, last = len(work.encoder.prefix), len(ids) - len(work.encoder.suffix)
+    places = np.arange(len(ids))
+    special = (num_bytes == 0) & ((places < first) | (places >= last))
+    has_end = bool(len(ids) and special[-1] and ids[-1] == eos)
+    if ends and eos is not None and not has_end:
+        ids, num_bytes, special = np.append(ids, np.int32(eos)), np.append(num_bytes, 0), np.append(special, True)
+        has_end = True
+    if len(ids) < 2:
+        raise RowError("no_targets", f"the text is {len(ids)} token of the student, and nothing predicts the first")
+    return _Tokens(ids, num_bytes, special, has_end)
+
+
+def _refuse_changed(tokenizer: Any, text: str) -> None:
+    """Raise RowError where the tokenizer reads another text than this, but for its signs for spaces."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None:
+        return
+    changed = normalizer.normalize_str(text).replace("\u2581", " ")
+    plain = text.replace("\u2581", " ")
+    if changed not in (plain, f" {plain}"):
+        raise RowError(
+            "normalized", "the tokenizer of the student changes the text (its normalizer), so bytes do not align"
+        )
+
+
+def _chunks(aligned: Alignment, target_T: np.ndarray, logprob_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Targets of the student, bool [S], and log-probabilities, float64 [S]: those of a chunk at its last token.
+
+    A token is a target where every token of the teacher in its chunk is one.
+    """
+    of_T, of_S, count = aligned.chunk_T, aligned.chunk_S, aligned.num_chunks
+    counted_T = (of_T >= 0) & target_T
+    open_C = np.bincount(of_T[(of_T >= 0) & ~target_T], minlength=count) > 0
+    sums_C = np.bincount(of_T[counted_T], weights=logprob_T[counted_T].astype(np.float64), minlength=count)
+    in_chunk = np.flatnonzero(of_S >= 0)
+    target_S, logprob_S = np.zeros(len(of_S), bool), np.zeros(len(of_S))
+    target_S[in_chunk] = ~open_C[of_S[in_chunk]]
+    last = in_chunk[np.diff(of_S[in_chunk], append=count) > 0]
+    logprob_S[last] = sums_C[of_S[last]]
+    return target_S, logprob_S
+
+
+def _mapped(
+    work: _Work, theirs_T: np.ndarray, stored: Sequences, at_P: np.ndarray, actual_P: np.ndarray
+) -> tuple[Kept, np.ndarray, float]:
+    """Entries of the teacher at positions at_P (int64 [P]) as the student's.
+
+    Args:
+        theirs_T: int32 [T], the teacher's actual tokens. actual_P: int32 [P], the student's at those positions.
+    Returns:
+        The entries, the log of the mass of the tail, float32 [P], and the mass that the map dropped, summed.
+    """
+    counts_P, first_P = stored.num_kept[at_P].astype(np.int64), stored.entry_offsets[at_P]
+    place_N = np.repeat(np.arange(len(at_P)), counts_P)
+    entry_N = np.arange(len(place_N)) - np.repeat(np.cumsum(counts_P) - counts_P, counts_P) + first_P[place_N]
+    theirs_N, weight_N = stored.entry_ids[entry_N], np.exp(stored.entry_logprobs[entry_N].astype(np.float64))
+    mapped_N = np.where(theirs_N == theirs_T[at_P][place_N], actual_P[place_N], work.map_V[theirs_N])
+    known_N = mapped_N >= 0
+    dropped_P = np.bincount(place_N[~known_N], weights=weight_N[~known_N], minlength=len(at_P))
+    keys, where = np.unique(place_N[known_N] << 32 | mapped_N[known_N].astype(np.int64), return_inverse=True)
+    sums = np.bincount(where, weights=weight_N[known_N], minlength=len(keys))
+    positions, ids = keys >> 32, (keys & 0xFFFFFFFF).astype(np.int32)
+    if not work.draws:  # the largest first, as exact entries are
+        order = np.lexsort((ids, -sums, positions))
+        positions, ids, sums = positions[order], ids[order], sums[order]
+    counts = np.bincount(positions, minlength=len(at_P)).astype(np.int32)
+    none = np.zeros_like(counts)
+    exact, drawn = (none, counts) if work.draws else (counts, none)
+    with np.errstate(divide="ignore"):
+        logprobs = np.log(sums).astype(np.float32)
+        tail_P = np.exp(stored.log_tail[at_P].astype(np.float64)) + dropped_P
+        log_tail_P = np.zeros(len(at_P)) if work.draws else np.log(np.minimum(tail_P, 1.0))
+    return Kept(exact, drawn, ids, logprobs), log_tail_P.astype(np.float32), float(dropped_P.sum())
