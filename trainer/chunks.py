@@ -10,8 +10,8 @@ dL/db = (q - p) / (1 - q): 0 where student and teacher agree, and for large T ne
 Source: approximate likelihood matching, Minixhofer, Ponti and Vulic, Cross-Tokenizer Distillation via Approximate Likelihood
 Matching, arXiv 2503.20083, with T = 100, as the binary cross-entropy -[p log q + (1 - p) log(1 - q)]. The divergence differs
 by a constant, and is 0 at best. The factor T is our default: without it the gradient is T times smaller than that of the
-cross-entropy, with which it is mixed. So is the bound on 1 - q, `LEAST`, and that the sum over chunks is divided by the number
-of counted tokens, as every other objective is.
+cross-entropy, with which it is mixed. So is the bound on 1 - q, `LEAST`, and that the sum over chunks is divided by the
+number of counted tokens, as every other objective is.
 
 The student's side needs the log-probabilities of actual tokens alone, so the gradient is that of a cross-entropy in which
 each token weighs -dL/db of its chunk. Those weights are known once the log-probabilities are: the core of

@@ -198,7 +198,8 @@ else:  # for pydantic: the settings of any rule, told apart by `rule`
 
 def described(parameters: dict[str, Any]) -> str:
     """The rule that a dataset records, for a person; of a rule that this kdata does not know, its settings."""
-    kind = {**KEEP_RULES, "aligned": KeepAligned}.get(str(parameters.get("rule")))
+    known: dict[str, type[KeepRule]] = {**KEEP_RULES, "aligned": KeepAligned}
+    kind = known.get(str(parameters.get("rule")))
     if kind is not None:
         with suppress(ValidationError):  # settings that a newer kdata has
             return kind.model_validate(parameters).describe()

@@ -1,7 +1,8 @@
 """Retokenize: a dataset for students with another tokenizer, from the stored beliefs alone.
 
-The text of each row is tokenized again and aligned with the teacher's tokens by bytes (`kdata.corpus.align`). What the
-result holds at the student's tokens:
+The text of each row is tokenized again and aligned with the teacher's tokens by bytes (`kdata.corpus.align`). The tokens of
+both have to spell the text, byte by byte: a tokenizer that changes texts (lower case, other signs, no spaces) has its rows
+refused where it does. What the result holds at the student's tokens:
 
 - **Entries** where a token of the student begins at the byte where one of the teacher begins, and ends no later. The
   teacher's ids become the student's (`kdata.store.token_map`), and probabilities that meet in one id are summed. The
@@ -38,19 +39,20 @@ from kdata.format.keep_rules import KeepAligned
 from kdata.format.kept import Kept
 from kdata.format.manifest import new_info
 from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest
-from kdata.format.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, TokenizerInfo
+from kdata.format.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo
 from kdata.format.sequences import Sequences
 from kdata.jobs.payloads import InputSequence, goes_on, inputs_of_shard
 from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
-from kdata.store.token_map import TokenMap, token_map
+from kdata.store.token_map import REPLACED, TokenMap, token_bytes_of, token_map
 from kdata.store.tokens import read_tokenizer, tokenizer_hash
 from kdata.store.vocabulary import num_ids
 from kdata.store.writer import Writer
 from kdata.teachers.model import load_tokenizer, tokenizer_files, tokenizer_info
 
 WHOLE = 1 << 40  # tokens: texts are not split
+MOST_OF_A_CHARACTER = 4  # bytes of UTF-8
 
 
 class RetokenizeConfig(Strict):
@@ -88,9 +90,13 @@ class RetokenizeReport:
 
 @dataclass(frozen=True)
 class _Work:
+    """theirs, own: bytes of the ids of teacher and student. map_V: see `token_map`. draws: whether the dataset holds some."""
+
     dataset: Dataset
     tokenizer: Any
     encoder: TextEncoder
+    theirs: list[bytes | None]
+    own: list[bytes | None]
     map_V: np.ndarray
     draws: bool
 
@@ -151,13 +157,14 @@ def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
         raise ConfigError(f"{config.tokenizer} is the dataset's own tokenizer; train on the dataset as it is")
     map_V = token_map(teacher, student, config.map, dataset.info.vocab_size)
     # The tokens around a text are matched by what they are for.
-    for theirs, own in (
+    for their_id, own_id in (
         (dataset.info.tokenizer.bos_id, tokenizer.bos_token_id),
         (dataset.info.tokenizer.eos_id, tokenizer.eos_token_id),
     ):
-        if theirs is not None and theirs < len(map_V):
-            map_V[theirs] = -1 if own is None else own
-    return _Work(dataset, tokenizer, TextEncoder(tokenizer), map_V, dataset.info.tail == "draws")
+        if their_id is not None and their_id < len(map_V):
+            map_V[their_id] = -1 if own_id is None else own_id
+    theirs, own = (token_bytes_of(one, names=True) for one in (teacher, student))
+    return _Work(dataset, tokenizer, TextEncoder(tokenizer), theirs, own, map_V, dataset.info.tail == "draws")
 
 
 def _identity(work: _Work, config: RetokenizeConfig) -> DatasetInfo:
@@ -239,15 +246,17 @@ class _Tokens:
 
 def _record(work: _Work, row: InputSequence, stored: Sequences, report: RetokenizeReport) -> Record:
     """One row with the student's tokens. Raises RowError where its text cannot be aligned."""
-    text, theirs = _teachers_tokens(row, work.dataset.info.tokenizer)
+    text, theirs = _teachers_tokens(work, row)
     own = _students_tokens(work, text, ends=theirs.ends)
     aligned = align(theirs.num_bytes, own.num_bytes, theirs.special, own.special)
     begins_S = aligned.begins_S
-    target_S, logprob_S = _chunks(aligned, row.target_mask, stored.logprob)
+    size_T = len(theirs.ids)
+    target_S, logprob_S = _chunks(aligned, row.target_mask[:size_T], stored.logprob[:size_T])
     if theirs.ends and own.ends:
-        begins_S[-1] = len(theirs.ids) - 1
-        target_S[-1], logprob_S[-1] = row.target_mask[-1], stored.logprob[-1]
-    target_S[0] = False
+        begins_S[-1] = size_T - 1
+        target_S[-1], logprob_S[-1] = row.target_mask[size_T - 1], stored.logprob[size_T - 1]
+    if not target_S.any():
+        raise RowError("no_targets", "no token of the student is left that can be predicted")
     kept_S = target_S & (begins_S >= 0)
     kept_S[kept_S] = stored.num_kept[begins_S[kept_S]] > 0
     kept, log_tail_P, dropped = _mapped(work, theirs.ids, stored, begins_S[kept_S], own.ids[kept_S])
@@ -257,7 +266,7 @@ def _record(work: _Work, row: InputSequence, stored: Sequences, report: Retokeni
     log_tail_S = np.where(target_S, np.float32(0), np.float32(np.nan))
     log_tail_S[kept_S] = log_tail_P
     report.targets += int(target_S.sum())
-    report.kept += int(kept_S.sum())
+    report.kept += int((counts_S.sum(0) > 0).sum())
     report.dropped += dropped
     return Record(
         id=row.id,
@@ -278,23 +287,60 @@ def _record(work: _Work, row: InputSequence, stored: Sequences, report: Retokeni
     )
 
 
-def _teachers_tokens(row: InputSequence, about: TokenizerInfo) -> tuple[str, _Tokens]:
-    """Text and tokens of a row. Raises RowError where they do not add up."""
+def _teachers_tokens(work: _Work, row: InputSequence) -> tuple[str, _Tokens]:
+    """Text and tokens of a row; of a text that was cut inside a character, without its last tokens.
+
+    Raises:
+        RowError: it is a chat, its text is not known, or its tokens do not spell it.
+    """
     if row.messages is not None:
         raise RowError(
             "chat", "a chat is written by the teacher's template; capture it as the student's template writes it"
         )
     if row.text is None or row.token_bytes is None:
         raise RowError("misaligned", "the dataset does not hold the text, or the bytes that each token stands for")
-    num_bytes = row.token_bytes.astype(np.int64)
-    if int(num_bytes.sum()) != len(row.text.encode()):
-        raise RowError(
-            "misaligned", "the bytes of the tokens do not add up to those of the text, which is not all UTF-8"
-        )
+    about, ids = work.dataset.info.tokenizer, row.token_ids
     around = [number for number in (about.bos_id, about.eos_id) if number is not None]
-    special = (num_bytes == 0) & np.isin(row.token_ids, around)
-    ends = bool(len(special) and special[-1] and row.token_ids[-1] == about.eos_id)
-    return row.text, _Tokens(row.token_ids, num_bytes, special, ends)
+    special = (row.token_bytes == 0) & np.isin(ids, around)
+    num_bytes, spelled = _spelled(ids, special, work.theirs)
+    content = row.text.encode()
+    if spelled != content:
+        content, size = _up_to_a_character(spelled, num_bytes, row.text.rstrip(REPLACED).encode())
+        ids, num_bytes, special = ids[:size], num_bytes[:size], special[:size]
+    ends = bool(len(special) and special[-1] and ids[-1] == about.eos_id)
+    return content.decode(), _Tokens(ids, num_bytes, special, ends)
+
+
+def _spelled(ids: np.ndarray, special: np.ndarray, table: list[bytes | None]) -> tuple[np.ndarray, bytes]:
+    """Bytes of each token, int64 [T], and all of them; special tokens around a text have none.
+
+    Raises RowError where the bytes of a token are not known.
+    """
+    contents = [b"" if around else table[number] for number, around in zip(ids.tolist(), special.tolist(), strict=True)]
+    known = [content for content in contents if content is not None]
+    if len(known) < len(contents):
+        raise RowError("misaligned", f"it is not known which bytes token {ids[contents.index(None)]} stands for")
+    return np.array([len(content) for content in known], np.int64), b"".join(known)
+
+
+def _up_to_a_character(spelled: bytes, num_bytes: np.ndarray, text: bytes) -> tuple[bytes, int]:
+    """The bytes up to the last token that ends where a character ends, and the number of these tokens.
+
+    Args:
+        text: without the sign for the character that was cut.
+    Raises:
+        RowError: the tokens spell another text.
+    """
+    if not spelled.startswith(text) or len(spelled) - len(text) >= MOST_OF_A_CHARACTER:
+        raise RowError(
+            "misaligned", "the tokens do not spell the text: it is not all UTF-8, or was cut inside a character"
+        )
+    ends = np.cumsum(num_bytes)
+    for size in range(len(num_bytes), 0, -1):
+        end = int(ends[size - 1])
+        if end <= len(text) and (end == len(text) or text[end] & 0xC0 != 0x80):
+            return text[:end], size
+    return b"", 0
 
 
 def _students_tokens(work: _Work, text: str, *, ends: bool) -> _Tokens:
@@ -303,14 +349,18 @@ def _students_tokens(work: _Work, text: str, *, ends: bool) -> _Tokens:
     Args:
         ends: the teacher's tokens hold the end of the sequence; the student's then do too, where its tokenizer has one.
     Raises:
-        RowError: the tokenizer changes the text, or there is nothing to predict.
+        RowError: the tokens spell another text, because the tokenizer changes it, or there is nothing to predict.
     """
-    _refuse_changed(work.tokenizer, text)
-    [(_, ids, token_bytes)] = work.encoder.pieces(text, WHOLE)
-    num_bytes, eos = token_bytes.astype(np.int64), work.tokenizer.eos_token_id
-    first, last = len(work.encoder.prefix), len(ids) - len(work.encoder.suffix)
-    places = np.arange(len(ids))
-    special = (num_bytes == 0) & ((places < first) | (places >= last))
+    [(_, ids, given)] = work.encoder.pieces(text, WHOLE)
+    first, last, places = len(work.encoder.prefix), len(ids) - len(work.encoder.suffix), np.arange(len(ids))
+    special = (given == 0) & ((places < first) | (places >= last))
+    num_bytes, spelled = _spelled(ids, special, work.own)
+    content = text.encode()
+    if spelled == b" " + content:  # a space that the tokenizer puts before every text
+        num_bytes[np.flatnonzero(num_bytes)[0]] -= 1
+    elif spelled != content:
+        raise RowError("normalized", "the tokenizer of the student changes the text, so its tokens do not spell it")
+    eos = work.tokenizer.eos_token_id
     has_end = bool(len(ids) and special[-1] and ids[-1] == eos)
     if ends and eos is not None and not has_end:
         ids, num_bytes, special = np.append(ids, np.int32(eos)), np.append(num_bytes, 0), np.append(special, True)
@@ -320,27 +370,17 @@ def _students_tokens(work: _Work, text: str, *, ends: bool) -> _Tokens:
     return _Tokens(ids, num_bytes, special, has_end)
 
 
-def _refuse_changed(tokenizer: Any, text: str) -> None:
-    """Raise RowError where the tokenizer reads another text than this, but for its signs for spaces."""
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    if normalizer is None:
-        return
-    changed = normalizer.normalize_str(text).replace("\u2581", " ")
-    plain = text.replace("\u2581", " ")
-    if changed not in (plain, f" {plain}"):
-        raise RowError(
-            "normalized", "the tokenizer of the student changes the text (its normalizer), so bytes do not align"
-        )
-
-
 def _chunks(aligned: Alignment, target_T: np.ndarray, logprob_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Targets of the student, bool [S], and log-probabilities, float64 [S]: those of a chunk at its last token.
 
-    A token is a target where every token of the teacher in its chunk is one.
+    A token is a target where every token of its chunk can be one, of the teacher and of the student: of a chunk whose first
+    token nothing predicts, the rest has no log-probability of its own.
     """
     of_T, of_S, count = aligned.chunk_T, aligned.chunk_S, aligned.num_chunks
     counted_T = (of_T >= 0) & target_T
     open_C = np.bincount(of_T[(of_T >= 0) & ~target_T], minlength=count) > 0
+    if of_S[0] >= 0:
+        open_C[of_S[0]] = True
     sums_C = np.bincount(of_T[counted_T], weights=logprob_T[counted_T].astype(np.float64), minlength=count)
     in_chunk = np.flatnonzero(of_S >= 0)
     target_S, logprob_S = np.zeros(len(of_S), bool), np.zeros(len(of_S))

@@ -62,15 +62,19 @@ def token_map(teacher: Tokenizer, student: Tokenizer, kind: TokenMap, num_teache
     return mapped_V
 
 
-def token_bytes_of(tokenizer: Tokenizer) -> list[bytes | None]:
-    """The bytes that each id stands for inside a text; None of special tokens, and where they are not known."""
+def token_bytes_of(tokenizer: Tokenizer, *, names: bool = False) -> list[bytes | None]:
+    """The bytes that each id stands for inside a text; None where they are not known.
+
+    Args:
+        names: a special token stands for its name, as it does where a text spells it out; else it is None.
+    """
     table: list[bytes | None] = [None] * num_ids(tokenizer)
     added = tokenizer.get_added_tokens_decoder()
     decoder, is_byte_level = tokenizer.decoder, type(tokenizer.decoder).__name__ == "ByteLevel"
     lead = "" if decoder is None else decoder.decode(["a"])
     for token, number in tokenizer.get_vocab(with_added_tokens=True).items():
         if number in added:
-            table[number] = None if added[number].special else added[number].content.encode()
+            table[number] = None if added[number].special and not names else added[number].content.encode()
         elif is_byte_level:
             table[number] = bytes(BYTE_OF[sign] for sign in token) if all(sign in BYTE_OF for sign in token) else None
         elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):

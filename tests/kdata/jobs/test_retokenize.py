@@ -1,0 +1,334 @@
+"""Another tokenizer: entries and log-probabilities against a plain loop, over scripts, kinds of data and of tokenizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+import kdata
+from kdata.corpus.encode import TextEncoder
+from kdata.errors import ConfigError, DataError, MismatchError, MissingError
+from kdata.format.records import RowError
+from kdata.jobs.retokenize import RetokenizeConfig, RetokenizeReport, _students_tokens, _Work, retokenize
+from kdata.store.token_map import token_bytes_of
+from kdata.store.tokens import read_tokenizer
+from kdata.teachers.model import load_tokenizer
+from tests.fakes import LINES, digests, run_capture, run_generate, write_jsonl
+from tests.tokenizers_of_kinds import bpe_tokenizer, byte_tokenizer, lowercasing_tokenizer, saved, sentence_tokenizer
+
+TEXTS = [
+    *LINES,
+    "naïve café — Ελλάδα; Привет, мир! 中文字符 한국어 עברית",
+    "🙂🙃 family: 👨‍👩‍👧‍👦 flags 🇫🇷🇩🇪 and a lone e\u0301 accent",
+    "tabs\tand\n\nnew lines,   three spaces  and trailing   ",
+    " leading space, CamelCase, snake_case, x=1+2*3",
+    "<s> spelled out, and ▁ the sign itself",
+]
+KINDS = {
+    "topk": {"kind": "topk", "k": 12},
+    "hybrid": {"kind": "hybrid", "k": 4, "num_draws": 9},
+    "sampled": {"kind": "sampled", "num_draws": 11},
+    "threshold": {"kind": "threshold", "threshold": 0.05},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("students")
+    return {
+        "bytes": saved(byte_tokenizer(), folder / "bytes"),
+        "phrases": saved(bpe_tokenizer(TEXTS), folder / "phrases"),
+        "sentence": saved(sentence_tokenizer(TEXTS), folder / "sentence"),
+        "lower": saved(lowercasing_tokenizer(TEXTS), folder / "lower"),
+    }
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [
+        {"id": f"t-{n:02}", "domain": "ab"[n % 2], "text": text, "source": "s", "license": "CC0"}
+        for n, text in enumerate(TEXTS)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("texts") / "texts.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_dir: Path) -> dict[str, kdata.Dataset]:
+    folder = tmp_path_factory.mktemp("sources")
+    return {name: run_capture(folder / name, corpus, tokenizer_dir, **keep) for name, keep in KINDS.items()}
+
+
+def made(source: kdata.Dataset, tokenizer: Path, root: Path, **settings: Any) -> tuple[kdata.Dataset, RetokenizeReport]:
+    return retokenize(root, source, RetokenizeConfig(tokenizer=str(tokenizer), **settings))
+
+
+def starts_of(num_bytes: np.ndarray) -> list[int]:
+    return (np.cumsum(num_bytes, dtype=np.int64) - num_bytes).tolist()
+
+
+def token_bytes(dataset: kdata.Dataset, row: int) -> np.ndarray:
+    """Bytes of each token by what it spells; none of the special tokens around a text."""
+    contents = token_bytes_of(tokenizer_of(dataset), names=True)
+    ids = dataset.take(np.array([row])).token_ids.tolist()
+    text = dataset.index(["text"])["text"][row].as_py()
+    about = dataset.info.tokenizer
+    first = len(ids) > 0 and ids[0] == about.bos_id and not text.startswith("<s>")
+    last = len(ids) > 0 and ids[-1] == about.eos_id
+    sizes = [len(contents[n] or b"?") for n in ids]
+    sizes = [0 if (n == 0 and first) or (n == len(ids) - 1 and last) else size for n, size in enumerate(sizes)]
+    if sum(sizes) == len(text.encode()) + 1 and (contents[ids[first]] or b"").startswith(b" "):
+        sizes[first] -= 1  # the space that a tokenizer puts before every text
+    return np.array(sizes)
+
+
+def tokenizer_of(dataset: kdata.Dataset) -> Tokenizer:
+    return read_tokenizer(dataset.tokenizer_dir / "tokenizer.json")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("map", ["prefix", "exact"])
+@pytest.mark.parametrize("student", ["bytes", "phrases", "sentence"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_entries_are_those_of_a_plain_loop(
+    kind: str, student: str, map: str, sources: dict[str, kdata.Dataset], tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    """Position by position in Python: which teacher token begins there, and where each of its ids goes."""
+    source = sources[kind]
+    result, report = made(source, tokenizers[student], tmp_path / "out", map=map)
+    assert result.num_rows + report.refused == source.num_rows
+    rejects = [r for file in (tmp_path / "out" / "rejects").glob("*.parquet") for r in pq.read_table(file).to_pylist()]
+    # Of a text that was cut inside a character the second piece; of one with the sign for spaces, where a space has it too.
+    assert {(r["id"], r["reason"]) for r in rejects} <= {("t-04#1", "misaligned"), ("t-08", "normalized")}, rejects
+    own, theirs = token_bytes_of(tokenizer_of(result)), token_bytes_of(tokenizer_of(source))
+    by_bytes = {content: n for n, content in reversed(list(enumerate(own))) if content}
+    ids, kept = source.index(["id"])["id"].to_pylist(), 0
+    around = {source.info.tokenizer.bos_id: 1, source.info.tokenizer.eos_id: 2}  # as SPECIAL has them
+    for row, row_id in enumerate(result.index(["id"])["id"].to_pylist()):
+        before = ids.index(row_id)
+        teacher, pupil = source.take(np.array([before])), result.take(np.array([row]))
+        sizes_T, sizes_S = token_bytes(source, before), token_bytes(result, row)
+        text = result.index(["text"])["text"][row].as_py()
+        assert int(sizes_S.sum()) == len(text.encode())
+        begins = {s: t for t, (s, n) in enumerate(zip(starts_of(sizes_T), sizes_T.tolist(), strict=True)) if n}
+        for place, (start, size) in enumerate(zip(starts_of(sizes_S), sizes_S.tolist(), strict=True)):
+            t = begins.get(start)
+            shared = place > 0 and sizes_S[place - 1] == 0 and pupil.token_ids[place - 1] not in (0, 1, 2)
+            expected: dict[int, float] = defaultdict(float)
+            dropped = 0.0
+            if place and size and not shared and t is not None and t and sizes_T[t] >= size and teacher.num_kept[t]:
+                span = slice(int(teacher.entry_offsets[t]), int(teacher.entry_offsets[t + 1]))
+                for entry, logprob in zip(
+                    teacher.entry_ids[span].tolist(), teacher.entry_logprobs[span].tolist(), strict=True
+                ):
+                    content = theirs[entry] or b""
+                    if entry in around:
+                        to = around[entry]
+                    elif entry == teacher.token_ids[t]:
+                        to = int(pupil.token_ids[place])
+                    elif map == "exact" or content in by_bytes:
+                        to = by_bytes.get(content, -1)
+                    else:
+                        to = result_map(source, result)[entry]
+                    if to >= 0:
+                        expected[to] += math.exp(logprob)
+                    else:
+                        dropped += math.exp(logprob)
+            span = slice(int(pupil.entry_offsets[place]), int(pupil.entry_offsets[place + 1]))
+            got = dict(zip(pupil.entry_ids[span].tolist(), np.exp(pupil.entry_logprobs[span]).tolist(), strict=True))
+            assert set(got) == set(expected), (row_id, place)
+            for number, mass in expected.items():
+                assert got[number] == pytest.approx(mass, rel=0.08 if kind == "topk" else 3e-3)
+            if expected:
+                kept += 1
+                if kind == "topk":
+                    tail = math.exp(float(teacher.log_tail[t])) + dropped  # type: ignore[index]
+                    assert math.exp(float(pupil.log_tail[place])) == pytest.approx(min(tail, 1), abs=6e-3)
+                    assert (pupil.num_exact[place] == len(got)) and sum(got.values()) <= 1 + 1e-3
+                elif map == "prefix":
+                    assert sum(got.values()) + dropped == pytest.approx(1, abs=5e-3)
+    assert kept == report.kept > 20
+
+
+def result_map(source: kdata.Dataset, result: kdata.Dataset) -> list[int]:
+    """The map that `test_token_map` tests by itself."""
+    from kdata.store.token_map import token_map
+
+    return token_map(tokenizer_of(source), tokenizer_of(result), "prefix", source.info.vocab_size).tolist()
+
+
+@pytest.mark.parametrize("student", ["bytes", "phrases", "sentence"])
+def test_a_row_has_the_teachers_own_log_probability(
+    student: str, sources: dict[str, kdata.Dataset], tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    """Bits per byte are those of the teacher: sums over rows are equal, but for targets that the student cannot predict."""
+    source = sources["hybrid"]
+    result, _ = made(source, tokenizers[student], tmp_path / "out")
+    rows = dict(zip(result.index(["id"])["id"].to_pylist(), range(result.num_rows), strict=True))
+    for before, row_id in enumerate(source.index(["id"])["id"].to_pylist()):
+        if row_id not in rows:
+            continue
+        teacher, pupil = source.take(np.array([before])), result.take(np.array([rows[row_id]]))
+        sizes_T, sizes_S = token_bytes(source, before), token_bytes(result, rows[row_id])
+        ends_T, ends_S = np.cumsum(sizes_T), np.cumsum(sizes_S)
+        counted = set(ends_S[pupil.target_mask & (sizes_S > 0)].tolist())
+        # Teacher's tokens that end within the stretch that the student predicts.
+        first = min(starts_of(sizes_S)[n] for n in np.flatnonzero(pupil.target_mask))
+        whole = [
+            t
+            for t in np.flatnonzero(teacher.target_mask)
+            if ends_T[t] - sizes_T[t] >= first and ends_T[t] <= max(counted)
+        ]
+        assert pupil.logprob[pupil.target_mask].sum() == pytest.approx(
+            teacher.logprob[whole].sum(), abs=0.05 * len(whole)
+        )
+        assert len(whole) > int(teacher.target_mask.sum()) / 2  # the student's first token nothing predicts
+
+
+def test_from_a_teacher_of_whole_distributions_a_byte_has_its_exact_probability(
+    corpus: Path, tokenizer_dir: Path, tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    """Every id kept: the next byte's probability is the sum over all tokens that begin with it."""
+    source = run_capture(tmp_path / "all", corpus, tokenizer_dir, kind="topk", k=299)
+    result, _ = made(source, tokenizers["bytes"], tmp_path / "out")
+    theirs = token_bytes_of(tokenizer_of(source))
+    teacher, pupil = source.take(np.array([0])), result.take(np.array([0]))
+    starts_T, starts_S = starts_of(token_bytes(source, 0)), starts_of(token_bytes(result, 0))
+    own = token_bytes_of(tokenizer_of(result))
+    checked = 0
+    for place in np.flatnonzero(pupil.num_kept).tolist():
+        t = next(n for n in range(1, len(starts_T)) if starts_T[n] == starts_S[place])
+        dense = np.zeros(256)
+        span = slice(int(teacher.entry_offsets[t]), int(teacher.entry_offsets[t + 1]))
+        for entry, logprob in zip(teacher.entry_ids[span].tolist(), teacher.entry_logprobs[span].tolist(), strict=True):
+            if theirs[entry]:
+                dense[(theirs[entry] or b"?")[0]] += math.exp(logprob)
+        span = slice(int(pupil.entry_offsets[place]), int(pupil.entry_offsets[place + 1]))
+        for number, logprob in zip(pupil.entry_ids[span].tolist(), pupil.entry_logprobs[span].tolist(), strict=True):
+            content = own[number]
+            if content is not None:  # a byte
+                assert math.exp(logprob) == pytest.approx(dense[content[0]], rel=0.08)
+                checked += 1
+    assert checked > 500
+
+
+def test_what_a_teacher_wrote_ends_where_it_ended(
+    tmp_path: Path, corpus: Path, tokenizer_dir: Path, tokenizers: dict[str, Path]
+) -> None:
+    """Prompts are no targets, and the end of a text becomes the student's own end."""
+    prompts = [{"id": f"p{n}", "domain": "d", "text": f"the {n} dog sat"} for n in range(60)]
+    file = write_jsonl(tmp_path / "p.jsonl", prompts)
+    source = run_generate(tmp_path / "written", file, tokenizer_dir, sampling=kdata.SamplingConfig(max_tokens=3))
+    result, report = made(source, tokenizers["bytes"], tmp_path / "out")
+    assert result.num_rows + report.refused == source.num_rows
+    ids, seen = source.index(["id"])["id"].to_pylist(), set()
+    texts = source.index(["text"])["text"].to_pylist()
+    for row, (row_id, text) in enumerate(zip(*(result.index([c])[c].to_pylist() for c in ("id", "text")), strict=True)):
+        before = ids.index(row_id)
+        teacher, pupil = source.take(np.array([before])), result.take(np.array([row]))
+        sizes_T = token_bytes(source, before)
+        seen.add(text == texts[before])
+        assert texts[before].startswith(text) and "\ufffd" not in text
+        begin = min(starts_of(sizes_T)[n] for n in np.flatnonzero(teacher.target_mask))
+        starts_S = np.array(starts_of(token_bytes(result, row)))
+        assert (starts_S[pupil.target_mask] >= begin).all() and pupil.target_mask.any()
+        ended = teacher.token_ids[-1] == source.info.tokenizer.eos_id and text == texts[before]
+        assert (pupil.token_ids[-1] == result.info.tokenizer.eos_id) == ended
+        if ended:
+            assert pupil.logprob[-1] == pytest.approx(teacher.logprob[-1], abs=0.06) and pupil.num_kept[-1]
+    assert seen == {True, False}  # some texts end inside a character
+
+
+def test_a_tokenizer_that_changes_the_text_is_refused_row_by_row(
+    sources: dict[str, kdata.Dataset], tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    """Texts in lower case are exact; the others would be read as other texts."""
+    source = sources["hybrid"]
+    result, report = made(source, tokenizers["lower"], tmp_path / "out")
+    texts = dict(zip(*(source.index([c])[c].to_pylist() for c in ("id", "text")), strict=True))
+    unchanged = {n for n, text in texts.items() if text == text.lower()}
+    cut = {"t-04#1"}  # inside a character
+    assert set(result.index(["id"])["id"].to_pylist()) == unchanged - cut and len(unchanged) < len(texts)
+    assert report.refused == len(texts) - len(unchanged - cut)
+    rejects = [
+        row for file in (tmp_path / "out" / "rejects").glob("*.parquet") for row in pq.read_table(file).to_pylist()
+    ]
+    assert {row["reason"] for row in rejects if row["id"] not in cut} == {"normalized"}
+    assert len(rejects) == report.refused
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    captured: Path, tokenizers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = kdata.open(captured)
+    made(source, tokenizers["bytes"], tmp_path / "whole")
+    calls = 0
+    real = kdata.jobs.retokenize._unit  # type: ignore[attr-defined]
+
+    def unit(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr("kdata.jobs.retokenize._unit", unit)
+    with pytest.raises(KeyboardInterrupt):
+        made(source, tokenizers["bytes"], tmp_path / "killed")
+    assert made(source, tokenizers["bytes"], tmp_path / "killed")[0].num_rows
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    with pytest.raises(MismatchError, match="map"):
+        made(source, tokenizers["bytes"], tmp_path / "killed", map="exact")
+
+
+def test_what_cannot_be_done_is_refused_before_anything_is_written(
+    captured: Path, tokenizer_dir: Path, tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    source, root = kdata.open(captured), tmp_path / "out"
+    with pytest.raises(ConfigError, match="own tokenizer"):
+        made(source, tokenizer_dir, root)
+    with pytest.raises(MissingError, match="no-such"):
+        made(source, tmp_path / "no-such", root)
+    with pytest.raises(ConfigError, match="folder of its own"):
+        made(source, tokenizers["bytes"], captured)
+    unfinished = {name: about.model_copy(update={"num_units": None}) for name, about in source.info.sources.items()}
+    open_one = kdata.open(captured)
+    open_one.info = dataclasses.replace(source.info, sources=unfinished) if dataclasses.is_dataclass(source.info) else (
+        source.info.model_copy(update={"sources": unfinished})
+    )  # fmt: skip
+    with pytest.raises(DataError, match="not complete"):
+        made(open_one, tokenizers["bytes"], root)
+    assert not root.exists()
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=40))
+@example(" \u2581 ")
+@example("e\u0301\u200d🙂\x00\x1f")
+@pytest.mark.parametrize("student", ["bytes", "phrases", "sentence", "lower"])
+def test_each_token_stands_for_its_own_bytes_or_the_text_is_refused(
+    student: str, tokenizers: dict[str, Path], text: str
+) -> None:
+    """Any text: never off by one."""
+    tokenizer = load_tokenizer(tokenizers[student])
+    table = token_bytes_of(tokenizer.backend_tokenizer, names=True)
+    work = _Work(None, tokenizer, TextEncoder(tokenizer), [], table, np.zeros(0), True)  # type: ignore[arg-type]
+    try:
+        tokens = _students_tokens(work, text, ends=False)
+    except RowError as error:
+        assert error.reason in ("no_targets", "normalized", "misaligned")
+        # Refused without need is nothing but what a tokenizer reads otherwise.
+        assert len(text.encode()) < 2 or student != "bytes"
+        return
+    ends = np.cumsum(tokens.num_bytes)
+    assert ends[-1] == len(text.encode())
+    for number, begin, end in zip(tokens.ids.tolist(), (ends - tokens.num_bytes).tolist(), ends.tolist(), strict=True):
+        own = table[number] or b"?"
+        assert text.encode()[begin:end] == own or (begin == 0 and own == b" " + text.encode()[begin:end])
