@@ -14,7 +14,7 @@ import torch
 import typer
 
 from kdata.pipelines.builtin.builtin import builtin_reference, builtin_teacher, ensure_corpus
-from kdata.pipelines.evidence import offline, selection
+from kdata.pipelines.evidence import offline, positions, selection, tokenizers
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData
 from kdata.pipelines.evidence.runs import Figures, load_runs, run_all
 from kdata.trainer.config import CheckpointStudent, ScratchStudent
@@ -36,6 +36,8 @@ class Question(StrEnum):
     """The questions."""
 
     offline = "offline"
+    positions = "positions"
+    tokenizers = "tokenizers"
     selection = "selection"
     mixture = "mixture"
 
@@ -95,15 +97,16 @@ def run(
         "steps": steps, "batch_tokens": batch_tokens, "train_tokens": train_tokens, "learning_rate": learning_rate,
         "student": None if student is None else CheckpointStudent(model=student),
     }  # fmt: skip
-    if size is Size.large and question is Question.offline:
+    of_targets = question in (Question.offline, Question.positions, Question.tokenizers)
+    if size is Size.large and of_targets:
         raise typer.BadParameter(
-            "the question offline has the size small only: its reference, full distillation, is written for CPUs"
+            f"the question {question.value} has the size small only: its reference, full distillation, is written for CPUs"
         )
     sources = _sources(out, {"teacher": teacher, "reference": reference, "corpus": corpus})
     chosen = {**(LARGE if size is Size.large else {}), **sources, **{n: v for n, v in options.items() if v is not None}}
     if (changed := chosen.get("steps")) is not None:
         chosen["warmup_steps"] = changed // 10
-    comparison = _offline(chosen, out, seeds) if question is Question.offline else _choice(question, chosen, out, seeds)
+    comparison = (_targets if of_targets else _choice)(question, chosen, out, seeds)
 
     def measure(name: str, seed: int) -> Figures:
         figures = comparison.measure(name, seed)
@@ -134,12 +137,19 @@ def report(question: Which, out: Out) -> None:
     typer.echo(selection_figures.write_report(choice, out, load_runs(out / "runs", keys)))
 
 
-def _offline(chosen: dict[str, Any], out: Path, seeds: int) -> Comparison:
+def _targets(question: Question, chosen: dict[str, Any], out: Path, seeds: int) -> Comparison:
     data = {name: chosen.pop(name) for name in ("teacher", "corpus", "train_tokens") if name in chosen}
     chosen.pop("reference", None)
+    if question is Question.tokenizers:
+        own = tokenizers.TokenizersConfig(data=DataConfig(**data, context_tokens=tokenizers.CONTEXT), **chosen)
+        measure = tokenizers.Tokenizers(own, EvidenceData(own.data, out / "data")).measure
+        return Comparison(tokenizers.runs(seeds), own.identity(), measure)
     config = offline.OfflineConfig(data=DataConfig(**data), **chosen)
-    question = offline.Offline(config, EvidenceData(config.data, out / "data"))
-    return Comparison(offline.runs(seeds), config.identity(), question.measure, offline.describe)
+    student = config.student.model if isinstance(config.student, CheckpointStudent) else None
+    settings = offline.SETTINGS if question is Question.offline else positions.settings(student)
+    asked = offline.Offline(config, EvidenceData(config.data, out / "data"), settings)
+    runs = offline.runs(seeds) if question is Question.offline else positions.runs(settings, seeds)
+    return Comparison(runs, config.identity(), asked.measure, lambda name: offline.find(name, settings).describe())
 
 
 def _choice(question: Question, chosen: dict[str, Any], out: Path, seeds: int) -> Comparison:

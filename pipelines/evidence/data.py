@@ -249,7 +249,9 @@ class EvidenceData:
         (folder / "sequences.json").write_text(json.dumps(starts), encoding="utf-8")
 
     def _dataset(self, part: str, keep: KeepConfig) -> kdata.Dataset:
-        name = "-".join([part, keep.kind, *(f"{n}{v}" for n, v in keep.settings().items() if n in SIZES)])
+        rule = {} if keep.positions is None else keep.positions.model_dump()
+        sizes = {**{n: v for n, v in keep.settings().items() if n in SIZES}, **rule}
+        name = "-".join([part, keep.kind, *(f"{n}{v}" for n, v in sizes.items() if v not in (None, []))])
         root = self.folder / name
         states = self.states(part)
         with FileLock(self.folder / f"{name}.lock"):

@@ -1,17 +1,21 @@
 """Question 1: how good is offline distillation? What to keep of the teacher, how to complete the rest, which objective.
 
-All students of a seed have the same initial weights and see the same batches. Only their targets differ.
+All students of a seed have the same initial weights and see the same batches. Only their targets differ. The settings of
+question 2, at which positions (`kdata.pipelines.evidence.positions`), are trained and measured by the same class.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock
 from pydantic import Field
 
+import kdata
 from kdata.config import Strict
 from kdata.errors import ConfigError
 from kdata.format.keep import KeepConfig
@@ -19,6 +23,7 @@ from kdata.pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_to
 from kdata.pipelines.evidence.online import OnlineLearner
 from kdata.pipelines.evidence.runs import Figures
 from kdata.pipelines.evidence.students import train_and_measure
+from kdata.selection.step import Step
 from kdata.trainer.config import CheckpointStudent, ScratchStudent, StudentConfig, TrainConfig
 from kdata.trainer.learner import Learner
 from kdata.trainer.objective_config import ObjectiveConfig
@@ -34,7 +39,9 @@ class Setting:
     """One way to train.
 
     keep: what is kept of the teacher; None: nothing (cross-entropy), or everything (online). family: its curve in the plot.
-    peer: who distributes or recommends such targets, as far as our kinds can reproduce them.
+    peer: who distributes or recommends such targets, as far as our kinds can reproduce them. step: chooses rows or positions
+    of the dataset, None: all. elsewhere: weight of the cross-entropy where positions keep or count nothing. times: factor on
+    the number of steps.
     """
 
     name: str
@@ -43,6 +50,22 @@ class Setting:
     tail: Literal["auto", "ghost", "draws", "renormalise"] = "auto"
     objective: str = "forward_kl"
     peer: str | None = None
+    step: Step | None = None
+    elsewhere: float | None = None
+    times: float = 1.0
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as JSON values; of a model that chooses positions, the folder's name alone."""
+        keep = None if self.keep is None else {"kind": self.keep.kind, **self.keep.settings()}
+        content: dict[str, Any] = {"keep": keep, "tail": self.tail, "objective": self.objective}
+        if self.step is not None:
+            step = self.step.model_dump(mode="json")
+            if "model" in (step.get("positions") or {}):
+                step["positions"]["model"] = Path(step["positions"]["model"]).name
+            content["step"] = step
+        if self.elsewhere is not None:
+            content["elsewhere"] = self.elsewhere
+        return content if self.times == 1 else {**content, "times": self.times}
 
 
 def _top(k: int) -> KeepConfig:
@@ -146,8 +169,8 @@ class OfflineConfig(Strict):
 class Offline:
     """The comparison: `measure` trains one setting with one seed and measures the student."""
 
-    def __init__(self, config: OfflineConfig, data: EvidenceData) -> None:
-        self.config, self.data = config, data
+    def __init__(self, config: OfflineConfig, data: EvidenceData, settings: Sequence[Setting] | None = None) -> None:
+        self.config, self.data, self.settings = config, data, SETTINGS if settings is None else settings
 
     def train_config(self, setting: Setting, seed: int) -> TrainConfig:
         """Settings of one training run."""
@@ -155,8 +178,10 @@ class Offline:
         return TrainConfig(
             label=setting.name,
             student=c.student,
-            objective=ObjectiveConfig(weights={setting.objective: 1.0}, tail=setting.tail),
-            steps=c.steps,
+            objective=ObjectiveConfig(
+                weights={setting.objective: 1.0}, tail=setting.tail, cross_entropy_elsewhere=setting.elsewhere
+            ),
+            steps=round(c.steps * setting.times),
             batch_tokens=c.batch_tokens,
             context_tokens=c.data.context_tokens,
             seed=seed,
@@ -169,26 +194,33 @@ class Offline:
 
     def measure(self, name: str, seed: int) -> Figures:
         """Train and measure one student. bytes_per_token is of the dataset's payload; None if the student does not use it."""
-        setting = find(name)
+        setting = find(name, self.settings)
         dataset = self.data.train(setting.keep or KeepConfig())
         learner_of: LearnerOf = Learner
         if name == REFERENCE:
             learner_of = partial(OnlineLearner, states=self.data.states("train"), dataset=dataset)
-        figures = train_and_measure(self.train_config(setting, seed), dataset, self.data.heldout, learner_of)
+        plan = None if setting.step is None else self._plan(setting.step, dataset)
+        figures = train_and_measure(self.train_config(setting, seed), dataset, self.data.heldout, learner_of, plan)
         size = None if setting.keep is None else bytes_per_token(dataset)
         return {**figures, "bytes_per_token": size}
+
+    def _plan(self, step: Step, dataset: kdata.Dataset) -> str:
+        """Name of the plan of a step, which is made when it is first used; several processes may ask for it."""
+        assert step.name is not None  # every setting names its plan
+        with FileLock(self.data.folder / f"{dataset.path.name}.lock"):
+            if not (dataset.path / "plans" / f"{step.name}.json").exists():
+                kdata.select(dataset, step)
+        return step.name
 
 
 def describe(name: str) -> dict[str, Any]:
     """The content of a setting, by its name, as JSON values."""
-    setting = find(name)
-    keep = None if setting.keep is None else {"kind": setting.keep.kind, **setting.keep.settings()}
-    return {"keep": keep, "tail": setting.tail, "objective": setting.objective}
+    return find(name).describe()
 
 
-def find(name: str) -> Setting:
+def find(name: str, settings: Sequence[Setting] | None = None) -> Setting:
     """A setting by its name. Raises ConfigError if there is none."""
-    by_name = {s.name: s for s in SETTINGS}
+    by_name = {s.name: s for s in (SETTINGS if settings is None else settings)}
     if name not in by_name:
         raise ConfigError(f"there is no setting {name!r}; the settings are {', '.join(by_name)}")
     return by_name[name]

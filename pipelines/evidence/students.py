@@ -15,13 +15,17 @@ from kdata.trainer.train import LearnerOf, train
 
 
 def train_and_measure(
-    config: TrainConfig, dataset: kdata.Dataset, heldout: kdata.Dataset, learner_of: LearnerOf = Learner
+    config: TrainConfig,
+    dataset: kdata.Dataset,
+    heldout: kdata.Dataset,
+    learner_of: LearnerOf = Learner,
+    plan: str | None = None,
 ) -> Figures:
     """Train one student and measure it on held-out text.
 
     Args:
         config: see `kdata.trainer.train.train`; `data_order: seed` gives students of one seed the same batches.
-        learner_of: see `kdata.trainer.train.train`.
+        learner_of, plan: see `kdata.trainer.train.train`.
     Returns:
         nll, kl, ece, top1, teacher_nll, teacher_ece over the held-out text; final_loss in nats per counted token; tokens;
         tokens_per_sec, per second of processor time of the whole training; params.
@@ -30,7 +34,7 @@ def train_and_measure(
     """
     with tempfile.TemporaryDirectory(prefix="kdata-evidence-") as folder:
         started = time.process_time()
-        result = train(config, dataset.path, None, Path(folder), learner_of=learner_of)
+        result = train(config, dataset.path, plan, Path(folder), learner_of=learner_of)
         seconds = time.process_time() - started
         overall = evaluate(Path(folder) / result.model_dir, heldout.path)["overall"]
     names = ("nll", "kl", "ece", "top1", "teacher_nll", "teacher_ece")
