@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -25,9 +25,17 @@ Tail = Literal["ghost", "draws", "renormalise"]
 # One name for each formula in `kdata.trainer.objectives.OBJECTIVES`, in the same order; a test compares them.
 OBJECTIVE_NAMES = [
     "cross_entropy", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation",
+    "balanced_kl",
 ]  # fmt: skip
 # Linear in the teacher's probabilities, up to a constant: draws give an unbiased gradient.
 LINEAR = frozenset({"cross_entropy", "forward_kl"})
+# Infinite where the student has probability and the teacher none, so without a bucket.
+NEEDS_BUCKET = frozenset({"reverse_kl", "balanced_kl"})
+
+
+def _setting(default: Any, description: str, **limits: Any) -> Any:
+    """A setting of one objective. Where it has its default it is left out, so that older records of a run stay equal."""
+    return Field(default=default, description=description, exclude_if=lambda value: value == default, **limits)
 
 
 class ObjectiveConfig(Strict):
@@ -64,6 +72,12 @@ class ObjectiveConfig(Strict):
         gt=0,
         lt=1,
         description="Share s that the skewed divergences mix in. 0.1 is the choice of the paper's authors.",
+    )
+    balanced_delta: float = _setting(
+        2.0,
+        "Weight of forward KL in `balanced_kl` where the teacher is less certain than the student, and of reverse KL where "
+        "it is not; the other one has weight 1. 2 is our default.",
+        gt=0,
     )
 
     cross_entropy_elsewhere: float | None = Field(
@@ -144,7 +158,7 @@ def resolve_tail(
     if (tail == "draws") != (held == "draws"):
         allowed = "draws" if held == "draws" else "ghost or renormalise"
         raise ConfigError(f"objective.tail is {tail!r}, but the dataset's kept entries are for {held!r}; use {allowed}")
-    needs_bucket = [n for n in config.weights if n == "reverse_kl" or (n == "jsd" and config.jsd_beta == 1.0)]
+    needs_bucket = [n for n in config.weights if n in NEEDS_BUCKET or (n == "jsd" and config.jsd_beta == 1.0)]
     if needs_bucket and tail == "renormalise":
         raise ConfigError(
             f"{needs_bucket[0]} is infinite with tail {tail!r} (the student's probability outside the kept entries meets a "

@@ -111,5 +111,11 @@ def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, ske
         "skewed_forward_kl": lambda: kl(p, skew * p + (1 - skew) * q),
         "skewed_reverse_kl": lambda: kl(q, (1 - skew) * p + skew * q),
         "total_variation": lambda: 0.5 * (p - q).abs().sum(-1),
+        "balanced_kl": lambda: _balanced(p, q),
     }[name]()
     return squared * divergence
+
+
+def _balanced(p: Tensor, q: Tensor, delta: float = 2.0) -> Tensor:
+    unsure = torch.special.entr(p).sum(-1) > torch.special.entr(q).sum(-1)
+    return torch.where(unsure, delta, 1.0) * kl(p, q) + torch.where(unsure, 1.0, delta) * kl(q, p)
