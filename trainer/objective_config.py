@@ -25,12 +25,12 @@ Tail = Literal["ghost", "draws", "renormalise"]
 # One name for each formula in `kdata.trainer.objectives.OBJECTIVES`, in the same order; a test compares them.
 OBJECTIVE_NAMES = [
     "cross_entropy", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation",
-    "balanced_kl",
+    "balanced_kl", "adaptive_kl", "tail_aware_kl",
 ]  # fmt: skip
 # Linear in the teacher's probabilities, up to a constant: draws give an unbiased gradient.
 LINEAR = frozenset({"cross_entropy", "forward_kl"})
 # Infinite where the student has probability and the teacher none, so without a bucket.
-NEEDS_BUCKET = frozenset({"reverse_kl", "balanced_kl"})
+NEEDS_BUCKET = frozenset({"reverse_kl", "balanced_kl", "adaptive_kl"})
 
 
 def _setting(default: Any, description: str, **limits: Any) -> Any:
@@ -77,6 +77,17 @@ class ObjectiveConfig(Strict):
         2.0,
         "Weight of forward KL in `balanced_kl` where the teacher is less certain than the student, and of reverse KL where "
         "it is not; the other one has weight 1. 2 is our default.",
+        gt=0,
+    )
+    adaptive_head: float = _setting(
+        0.5,
+        "Teacher's probability that the head of `adaptive_kl` may sum to. 0.5 is the choice of the paper's authors.",
+        gt=0,
+        lt=1,
+    )
+    tail_weight: float = _setting(
+        2.0,
+        "Weight in `tail_aware_kl` of how much probability lies in the tail. 1: forward KL. 2 is our default.",
         gt=0,
     )
 

@@ -170,6 +170,16 @@ def _entropy(log_a_CJ: Tensor) -> Tensor:
     return -(log_a_CJ.exp() * log_a_CJ).sum(-1)
 
 
+def _log_mass(log_a_CK: Tensor) -> Tensor:
+    """Log of the sum, [C]; LOG_ZERO where K is 0."""
+    return torch.logsumexp(log_a_CK, dim=-1).clamp_min(LOG_ZERO)
+
+
+def _falling(o: Outcomes) -> tuple[Tensor, Tensor]:
+    """The teacher's probabilities of the entries without the bucket, by falling size, [C, K]; and their places."""
+    return o.log_p_CJ[:, :-1].exp().sort(dim=-1, descending=True, stable=True)
+
+
 def _mix(log_a_CJ: Tensor, log_b_CJ: Tensor, share_of_a: float) -> Tensor:
     return torch.logaddexp(log_a_CJ + math.log(share_of_a), log_b_CJ + math.log1p(-share_of_a))
 
@@ -268,6 +278,46 @@ def balanced_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     )
 
 
+def adaptive_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """a KL(p || q) + (1 - a) KL(q || p), where a is the head's share of sum_j |p_j - q_j|, a constant.
+
+    The head: the most probable entries of the teacher while they sum to at most `adaptive_head`, and the first in any case.
+    The rest, the bucket included, is the tail.
+
+    Source: AKL, arXiv 2404.02657. Head, gaps, no gradient through them and the weights are as in the authors' code
+    (wutaiqiang/LLM_KD_AKL, AKL.py), which we read.
+
+    Inside the bucket differences cancel, so a is at least that of the whole vocabulary where the kept entries hold the head;
+    where they sum to less than `adaptive_head`, the head ends with them. Not a bound. draws: the same, of the exact entries.
+    Infinite without a bucket, so renormalise is refused.
+    """
+    gap_CJ = (o.log_p_CJ.exp() - o.log_q_CJ.detach().exp()).abs()
+    p_CK, order_CK = _falling(o)
+    within_CK = p_CK.cumsum(-1) <= config.adaptive_head
+    within_CK[:, :1] = True
+    share_C = (gap_CJ.gather(-1, order_CK) * within_CK).sum(-1) / gap_CJ.sum(-1).clamp_min(1e-30)
+    return share_C * forward_kl(o, config) + (1 - share_C) * reverse_kl(o, config)
+
+
+def tail_aware_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """KL over the kept entries, given that one of them comes, times their mass, + w KL of the masses of head and tail.
+
+    By the chain rule this is KL(p || q) + (w - 1) KL((1 - m, m) || (1 - n, n)), with m and n the teacher's and the student's
+    mass of the tail. At w = 1 it is forward KL. At every w > 0 its minimum is at p = q, which it would not be if the tail's
+    term of forward KL were weighted alone.
+
+    Source: the tail's mass as an outcome of its own is verl's `forward_kl_topk_tail` (verl #7856), which is w = 1 and which
+    we read. A weight for the tail is that of "Don't Ignore the Tail", arXiv 2602.20816, of which we read the abstract only.
+    It weights the divergence inside the tail, by what is known of it; stored entries do not hold that, so the weight on the
+    mass is our form of it.
+
+    ghost: the masses are exact, the rest a lower bound. draws: the same, of the exact entries, so head and tail are theirs.
+    renormalise: biased, and m is 0.
+    """
+    masses = [torch.stack([_log_mass(x_CJ[:, :-1]), x_CJ[:, -1]], dim=-1) for x_CJ in (o.log_p_CJ, o.log_q_CJ)]
+    return forward_kl(o, config) + (config.tail_weight - 1.0) * _kl(*masses)
+
+
 OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "cross_entropy": cross_entropy,
     "forward_kl": forward_kl,
@@ -277,4 +327,6 @@ OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "skewed_reverse_kl": skewed_reverse_kl,
     "total_variation": total_variation,
     "balanced_kl": balanced_kl,
+    "adaptive_kl": adaptive_kl,
+    "tail_aware_kl": tail_aware_kl,
 }

@@ -112,6 +112,8 @@ def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, ske
         "skewed_reverse_kl": lambda: kl(q, (1 - skew) * p + skew * q),
         "total_variation": lambda: 0.5 * (p - q).abs().sum(-1),
         "balanced_kl": lambda: _balanced(p, q),
+        "adaptive_kl": lambda: _adaptive(p, q),
+        "tail_aware_kl": lambda: _tail_aware(p, q),
     }[name]()
     return squared * divergence
 
@@ -119,3 +121,31 @@ def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, ske
 def _balanced(p: Tensor, q: Tensor, delta: float = 2.0) -> Tensor:
     unsure = torch.special.entr(p).sum(-1) > torch.special.entr(q).sum(-1)
     return torch.where(unsure, delta, 1.0) * kl(p, q) + torch.where(unsure, 1.0, delta) * kl(q, p)
+
+
+def _adaptive(p: Tensor, q: Tensor, head: float = 0.5) -> Tensor:
+    """Position by position; the last outcome is no part of the head."""
+    values = []
+    for p_J, q_J in zip(p, q, strict=True):
+        in_head, total = [], 0.0
+        for j in sorted(range(len(p_J) - 1), key=lambda j: -float(p_J[j])):
+            total += float(p_J[j])
+            if in_head and total > head:
+                break
+            in_head.append(j)
+        gaps = (p_J - q_J).detach().abs()
+        share = gaps[in_head].sum() / gaps.sum() if gaps.sum() > 0 else gaps.sum()
+        values.append(share * kl(p_J, q_J) + (1 - share) * kl(q_J, p_J))
+    return torch.stack(values)
+
+
+def _tail_aware(p: Tensor, q: Tensor, weight: float = 2.0) -> Tensor:
+    """From its parts: the head given that one of its entries comes, and the masses."""
+    head_p, head_q = p[:, :-1].sum(-1), q[:, :-1].sum(-1)
+    live = (head_p > 0)[:, None]
+    inside = kl(
+        torch.where(live, p[:, :-1] / torch.where(live, head_p[:, None], 1.0), 0.0),
+        torch.where(live, q[:, :-1] / torch.where(live, head_q[:, None], 1.0), 0.0),
+    )
+    masses = [torch.stack([head, x[:, -1]], -1) for head, x in ((head_p, p), (head_q, q))]
+    return head_p * inside + weight * kl(*masses)

@@ -50,3 +50,55 @@ def test_balanced_kl_is_at_most_delta_times_the_sum_of_the_full_divergences() ->
     got, whole = values(problem, "balanced_kl"), kl(p, q) + kl(q, p)
     parts = values(problem, "forward_kl") + values(problem, "reverse_kl")
     assert (got >= parts).all() and (got <= 2 * parts).all() and (parts <= whole + 1e-12).all()
+
+
+def reference_adaptive(p: Tensor, q: Tensor, head: float) -> Tensor:
+    """As its authors compute it over the whole vocabulary: the share of the head in the gaps."""
+    falling, order = p.sort(dim=-1, descending=True)
+    gaps = (falling - q.gather(-1, order)).abs()
+    in_tail = falling.cumsum(-1) > head
+    in_tail[:, 0] = False
+    return (gaps * ~in_tail).sum(-1) / gaps.sum(-1)
+
+
+@pytest.mark.parametrize("head", [0.3, 0.5, 0.9])
+def test_adaptive_kl_is_the_authors_where_everything_is_kept(head: float) -> None:
+    problem = make_problem(40, kept=VOCAB, ragged=False)
+    p, q = full(problem)
+    share = reference_adaptive(p, q, head)
+    assert share.std() > 0.05
+    want = share * kl(p, q) + (1 - share) * kl(q, p)
+    torch.testing.assert_close(values(problem, "adaptive_kl", adaptive_head=head), want)
+
+
+def test_adaptive_kl_has_at_least_the_full_share_of_forward_kl() -> None:
+    """Where the kept entries hold the head. The share follows from the values of both divergences."""
+    problem = make_problem(60, kept=6, ragged=False)
+    holds_head = problem.targets.logprobs_CK.exp().sum(-1) > 0.5
+    forward, reverse, both = (values(problem, name) for name in ("forward_kl", "reverse_kl", "adaptive_kl"))
+    share, whole = (both - reverse) / (forward - reverse), reference_adaptive(*full(problem), 0.5)
+    assert holds_head.sum() > 20
+    assert (share >= whole - 1e-9)[holds_head].all() and (share > whole + 1e-3)[holds_head].any()
+
+
+def test_tail_aware_kl_at_weight_1_is_forward_kl() -> None:
+    problem = make_problem(40)
+    for tail in ("ghost", "renormalise"):
+        forward = values(problem, "forward_kl", tail)
+        torch.testing.assert_close(values(problem, "tail_aware_kl", tail, tail_weight=1.0), forward)
+        assert not torch.allclose(values(problem, "tail_aware_kl", tail), forward)
+
+
+@pytest.mark.parametrize("weight", [0.1, 2.0, 30.0])
+def test_tail_aware_kl_weighs_the_masses_alone_and_stays_least_at_the_teacher(weight: float) -> None:
+    """With one entry kept it is w KL of the masses; where the student is the teacher, value and gradient are 0 at every w."""
+    problem = make_problem(5, kept=1, ragged=False)
+    masses = [values(problem, "tail_aware_kl", tail_weight=w) for w in (1.0, weight)]
+    torch.testing.assert_close(masses[1], weight * masses[0])
+    teacher = make_problem(5, hidden_size=VOCAB, kept=6, ragged=False)
+    teacher = dataclasses.replace(teacher, hidden=teacher.p.log(), head=torch.eye(VOCAB, dtype=torch.float64))
+    teacher.hidden.requires_grad_()
+    config = ObjectiveConfig(weights={"tail_aware_kl": 1.0}, tail_weight=weight)
+    loss = distillation_loss(teacher.hidden, teacher.head, teacher.targets, config, "ghost")
+    (gradient,) = torch.autograd.grad(loss.total, teacher.hidden)
+    assert loss.values_MO.abs().max() < 1e-12 and gradient.abs().max() < 1e-12

@@ -19,6 +19,8 @@ from kdata.trainer.schedule import Ramp
 from tests.trainer.oracle import Problem, kl, make_problem, oracle_values
 
 BUCKETLESS = [n for n in OBJECTIVES if n not in NEEDS_BUCKET]
+# These hold a function of the student constant, so their gradient is not that of their value. The oracle does the same.
+CONSTANT_PARTS = ("adaptive_kl",)
 CASES = [(n, t) for t in ("ghost", "draws") for n in OBJECTIVES] + [(n, "renormalise") for n in BUCKETLESS]
 
 
@@ -171,7 +173,7 @@ def test_generalised_jsd_and_its_ends(beta: float, tail: str) -> None:
 
 
 @pytest.mark.parametrize("tail", ["ghost", "draws"])
-@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in CONSTANT_PARTS])
 def test_gradient_equals_finite_differences(name: str, tail: str) -> None:
     problem = make_problem(num_positions=3, hidden_size=3, vocab_size=9, kept=4, seed=3, exact=2)
     analytic = grads(problem, fused(problem, {name: 1.0}, tail).total)
