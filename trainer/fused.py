@@ -15,6 +15,7 @@ Shapes: M counted positions, C positions of a chunk, V vocabulary, D hidden, K k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -71,6 +72,7 @@ class LossPlan:
     scale: float
     matmul_dtype: torch.dtype
     chunk_positions: int
+    vocab_size: int
 
 
 def distillation_loss(
@@ -102,8 +104,9 @@ def distillation_loss(
     Raises:
         ShapeError: shapes disagree, or an id is outside [0, V).
         ConfigError: a weight still depends on the step; the targets are at another temperature than the mix; an objective
-            needs the exact entries, and the targets are draws that do not say which entries are exact; or not all positions
-            are chosen, and the mix does not say what counts at the others.
+            needs the exact entries, and the targets are draws that do not say which entries are exact; an objective needs
+            the teacher's entropy, and the targets lack it; or not all positions are chosen, and the mix does not say what
+            counts at the others.
     """
     _check(hidden_MD, head_VD, targets)
     dtype = matmul_dtype or hidden_MD.dtype
@@ -159,6 +162,11 @@ def _plan_of(
             f"the targets are at temperature {targets.temperature}, the objective at {config.temperature}; give the loader "
             "the objective's temperature"
         )
+    if "deviation_kl" in config.weights and targets.entropy_C is not None and targets.entropy_C.isnan().any():
+        raise ConfigError(
+            "deviation_kl needs the teacher's entropy, which the dataset does not hold at every position (it has predictions "
+            "that were imported or combined); remove the objective, or capture the text with one teacher"
+        )
     weights, elsewhere = config.numbers(), None
     if targets.chosen_C is not None:
         if config.cross_entropy_elsewhere is None:
@@ -177,6 +185,7 @@ def _plan_of(
         scale=1.0 / (divisor or 1),  # without a position the sum is 0
         matmul_dtype=matmul_dtype,
         chunk_positions=chunk_positions or _chunk_positions(vocab_size, matmul_dtype, targets.token_ids_C.device),
+        vocab_size=vocab_size,
     )
 
 
@@ -200,7 +209,9 @@ def measure(
     """
     _check(hidden_MD, head_VD, targets)
     size = chunk_positions or _chunk_positions(head_VD.shape[0], head_VD.dtype, head_VD.device)
-    loss_plan = LossPlan(ObjectiveConfig(), tail, dict.fromkeys(names, 1.0), None, 1.0, hidden_MD.dtype, size)
+    loss_plan = LossPlan(
+        ObjectiveConfig(), tail, dict.fromkeys(names, 1.0), None, 1.0, hidden_MD.dtype, size, head_VD.shape[0]
+    )
     values, top_ids, confidence = [], [], []
     for part, logits_CV, _ in _logit_chunks(hidden_MD, head_VD.to(loss_plan.matmul_dtype), loss_plan):
         top_logits_CN, top_ids_CN = logits_CV.topk(min(top, logits_CV.shape[1]), dim=-1)
@@ -366,6 +377,7 @@ def _outcomes(student: _Student, targets: Targets, loss_plan: LossPlan, tail: Ta
         log_p_CJ=teacher_outcomes(targets, tail).to(log_q_CJ.dtype),
         log_q_CJ=log_q_CJ.masked_fill(torch.isneginf(log_q_CJ), LOG_ZERO),
         log_q_token_C=student.token_C - (log_sum_C if loss_plan.config.temperature == 1.0 else student.log_sum_C),
+        doubt_C=None if targets.entropy_C is None else targets.entropy_C.to(log_q_CJ) / math.log(loss_plan.vocab_size),
     )
 
 

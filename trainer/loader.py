@@ -186,6 +186,9 @@ def to_torch(arrays: Arrays, temperature: float = 1.0) -> Batch:
         num_exact_C=wide(arrays.num_exact),
         weights_C=None if arrays.weights is None else torch.from_numpy(arrays.weights),
         chosen_C=None if arrays.chosen is None else torch.from_numpy(arrays.chosen),
+        entropy_C=torch.from_numpy(
+            arrays.entropy if arrays.chosen is None else np.where(arrays.chosen, arrays.entropy, np.float32(0))
+        ),
     )
     return Batch(
         input_ids=wide(arrays.input_ids),

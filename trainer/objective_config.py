@@ -25,10 +25,10 @@ Tail = Literal["ghost", "draws", "renormalise"]
 # One name for each formula in `kdata.trainer.objectives.OBJECTIVES`, in the same order; a test compares them.
 OBJECTIVE_NAMES = [
     "cross_entropy", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation",
-    "balanced_kl", "adaptive_kl", "tail_aware_kl",
+    "balanced_kl", "adaptive_kl", "tail_aware_kl", "deviation_kl",
 ]  # fmt: skip
 # Linear in the teacher's probabilities, up to a constant: draws give an unbiased gradient.
-LINEAR = frozenset({"cross_entropy", "forward_kl"})
+LINEAR = frozenset({"cross_entropy", "forward_kl", "deviation_kl"})
 # Infinite where the student has probability and the teacher none, so without a bucket.
 NEEDS_BUCKET = frozenset({"reverse_kl", "balanced_kl", "adaptive_kl"})
 
@@ -51,9 +51,9 @@ class ObjectiveConfig(Strict):
         default="auto",
         description="What stands for the probability outside the kept entries. auto: whatever the dataset was captured for "
         "(ghost or draws). ghost: one bucket with the exact remaining probability. draws: nothing, the kept weights are "
-        "unbiased and sum to 1; objectives that are not linear in them (all except cross_entropy, forward_kl and jsd at "
-        "beta 0) use the exact entries and one bucket. renormalise: nothing, the kept entries are scaled to sum to 1 "
-        "(biased; for comparison).",
+        "unbiased and sum to 1; objectives that are not linear in them (all except cross_entropy, forward_kl, deviation_kl "
+        "and jsd at beta 0) use the exact entries and one bucket. renormalise: nothing, the kept entries are scaled to sum "
+        "to 1 (biased; for comparison).",
     )
     temperature: float = Field(
         default=1.0,
@@ -89,6 +89,11 @@ class ObjectiveConfig(Strict):
         2.0,
         "Weight in `tail_aware_kl` of how much probability lies in the tail. 1: forward KL. 2 is our default.",
         gt=0,
+    )
+    deviation_gamma: float = _setting(
+        1.0,
+        "Power of the teacher's entropy, as a share of the largest one, in `deviation_kl`. 0: forward KL. 1 is our default.",
+        ge=0,
     )
 
     cross_entropy_elsewhere: float | None = Field(
@@ -163,6 +168,11 @@ def resolve_tail(
                 f"objective.tail is {config.tail!r}, but the dataset was imported from a format that does not hold the "
                 "probability outside the kept entries; set objective.tail to renormalise (biased towards the kept entries), "
                 "or capture the text again with `kdata capture`"
+            )
+        if "deviation_kl" in config.weights:
+            raise ConfigError(
+                "deviation_kl needs the teacher's entropy at every position, and the dataset was imported from a format that "
+                "does not hold it; remove the objective, or capture the text again with `kdata capture`"
             )
         held = "ghost"
     tail: Tail = held if config.tail == "auto" else config.tail

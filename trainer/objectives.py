@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdata.errors import ShapeError
+from kdata.errors import ConfigError, ShapeError
 from kdata.trainer.objective_config import ObjectiveConfig, Tail
 
 # Stands for log 0: e^-100 is below float32's normal range, and a finite number keeps 0 * log 0 at 0 and every gradient free
@@ -49,7 +49,8 @@ class Targets:
     num_exact_C: int [C], how many entries, from the first, are exact; the others are draws. Only the tail mode draws reads
     it; None: not known. weights_C: float32 [C] > 0, how much each position counts; None: 1. chosen_C: bool [C], positions
     where the whole mix counts; at the others only the cross-entropy does (`ObjectiveConfig.cross_entropy_elsewhere`); they
-    have weight 1 and no entries. None: all are chosen.
+    have weight 1 and no entries. None: all are chosen. entropy_C: float [C], nats, of the teacher's whole distribution at
+    temperature 1, NaN where it is not known; 0 where a position is not chosen. None: not known.
     """
 
     token_ids_C: Tensor
@@ -60,6 +61,7 @@ class Targets:
     num_exact_C: Tensor | None = None
     weights_C: Tensor | None = None
     chosen_C: Tensor | None = None
+    entropy_C: Tensor | None = None
 
     def __len__(self) -> int:
         return self.token_ids_C.shape[0]
@@ -136,11 +138,12 @@ class Targets:
 
 
 class Outcomes(NamedTuple):
-    """The input of an objective: log-probabilities of J outcomes, and the student's of the actual token."""
+    """The input of an objective: log-probabilities of J outcomes, the student's of the actual token, and the entropy."""
 
     log_p_CJ: Tensor  # teacher at the temperature, constant; LOG_ZERO where 0
     log_q_CJ: Tensor  # student at the temperature, differentiable; LOG_ZERO where 0
     log_q_token_C: Tensor  # student at temperature 1, differentiable
+    doubt_C: Tensor | None = None  # teacher's entropy at temperature 1 over log V, in [0, 1]; None: not known
 
 
 def teacher_outcomes(targets: Targets, tail: Tail) -> Tensor:
@@ -318,6 +321,21 @@ def tail_aware_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     return forward_kl(o, config) + (config.tail_weight - 1.0) * _kl(*masses)
 
 
+def deviation_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """(H / log V)^gamma KL(p || q), H the entropy of the teacher's whole distribution at temperature 1, V the vocabulary.
+
+    Source: deviation-aware distillation of DB-LLM, arXiv 2402.11960: more weight where the teacher is ambiguous. We could
+    not verify its formula; this form and gamma = 1 are our defaults.
+
+    H is the stored entropy, not that of the outcomes, so the weight is exact whatever is kept, and a constant: the gradient
+    is unbiased on draws, as that of forward KL, and with the bucket the value is a lower bound. renormalise: biased. Data
+    without it (imported, or combined of several teachers) is refused.
+    """
+    if o.doubt_C is None:
+        raise ConfigError("deviation_kl needs the teacher's entropy, but entropy_C of the targets is None; set it")
+    return o.doubt_C**config.deviation_gamma * forward_kl(o, config)
+
+
 OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "cross_entropy": cross_entropy,
     "forward_kl": forward_kl,
@@ -329,4 +347,5 @@ OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "balanced_kl": balanced_kl,
     "adaptive_kl": adaptive_kl,
     "tail_aware_kl": tail_aware_kl,
+    "deviation_kl": deviation_kl,
 }

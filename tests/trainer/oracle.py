@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kdata.trainer.objectives import Targets
+
+# The objectives that use draws as they are.
+LINEAR = ("cross_entropy", "forward_kl", "deviation_kl")
 
 
 @dataclass
@@ -40,7 +44,8 @@ def make_problem(
     rng = torch.Generator().manual_seed(seed)
     hidden = torch.randn(num_positions, hidden_size, generator=rng, dtype=torch.float64) * scale
     head = torch.randn(vocab_size, hidden_size, generator=rng, dtype=torch.float64)
-    p = torch.softmax(2 * torch.randn(num_positions, vocab_size, generator=rng, dtype=torch.float64) / temperature, -1)
+    logits = 2 * torch.randn(num_positions, vocab_size, generator=rng, dtype=torch.float64)
+    p = torch.softmax(logits / temperature, -1)
     top, ids = p.topk(kept, dim=-1)
     if ragged:
         num_kept = torch.arange(num_positions) % (kept + 1)
@@ -50,7 +55,8 @@ def make_problem(
     tokens = torch.randint(0, vocab_size, (num_positions,), generator=rng)
     tokens[0] = p[0].argmax()  # one actual token among the kept entries, others where they fall
     num_exact = (ids >= 0).sum(-1).clamp_max(exact)
-    targets = Targets(tokens, ids, top.log(), tail.log(), temperature, num_exact)
+    entropy = torch.special.entr(torch.softmax(logits, -1)).sum(-1)
+    targets = Targets(tokens, ids, top.log(), tail.log(), temperature, num_exact, entropy_C=entropy)
     return Problem(hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), p, targets)
 
 
@@ -95,7 +101,7 @@ def exact_part(problem: Problem) -> Problem:
 
 def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, skew: float = 0.1) -> Tensor:
     """One objective at each position, differentiable in the problem's hidden states and head; divergences times T^2."""
-    if tail == "draws" and name not in ("cross_entropy", "forward_kl") and (name, beta) != ("jsd", 0.0):
+    if tail == "draws" and name not in LINEAR and (name, beta) != ("jsd", 0.0):
         return oracle_values(exact_part(problem), name, "ghost", beta, skew)
     p, q, log_q_token = lumped(problem, tail)
     if name == "cross_entropy":
@@ -114,6 +120,7 @@ def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, ske
         "balanced_kl": lambda: _balanced(p, q),
         "adaptive_kl": lambda: _adaptive(p, q),
         "tail_aware_kl": lambda: _tail_aware(p, q),
+        "deviation_kl": lambda: problem.targets.entropy_C / math.log(len(problem.head)) * kl(p, q),
     }[name]()
     return squared * divergence
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kdata.errors import ConfigError
+from kdata.format.keep import KeepConfig
 from kdata.trainer.fused import distillation_loss
-from kdata.trainer.objective_config import ObjectiveConfig
+from kdata.trainer.objective_config import ObjectiveConfig, resolve_tail
+from kdata.trainer.objectives import Targets
 from tests.trainer.oracle import Problem, kl, make_problem
+from tests.trainer.test_temperature import only_batch, stored
 
 VOCAB = 23
 
@@ -102,3 +107,62 @@ def test_tail_aware_kl_weighs_the_masses_alone_and_stays_least_at_the_teacher(we
     loss = distillation_loss(teacher.hidden, teacher.head, teacher.targets, config, "ghost")
     (gradient,) = torch.autograd.grad(loss.total, teacher.hidden)
     assert loss.values_MO.abs().max() < 1e-12 and gradient.abs().max() < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------------------- deviation_kl
+
+
+def test_deviation_kl_is_forward_kl_by_the_entropy_of_the_whole_teacher() -> None:
+    problem = make_problem(40, kept=4, ragged=False)
+    p, q = full(problem)
+    forward = values(problem, "forward_kl")
+    torch.testing.assert_close(values(problem, "deviation_kl", deviation_gamma=0.0), forward)
+    share = torch.special.entr(p).sum(-1) / torch.log(torch.tensor(float(VOCAB)))
+    for gamma in (0.1, 1.0, 2.0):
+        got = values(problem, "deviation_kl", deviation_gamma=gamma)
+        torch.testing.assert_close(got, share**gamma * forward)
+        assert (got <= share**gamma * kl(p, q) + 1e-12).all()
+
+
+def test_on_draws_deviation_kl_has_the_gradient_of_the_whole_teacher_on_average() -> None:
+    """400 positions of one teacher and one student, each with 50 draws of its own; in standard errors of their mean."""
+    one = make_problem(1, seed=2)
+    p, hidden, head = one.p[0], one.hidden.detach(), one.head.detach()
+    rounds, draws = 400, 50
+    counts = torch.zeros(rounds, VOCAB, dtype=torch.float64)
+    drawn = torch.multinomial(p.expand(rounds, -1), draws, True, generator=torch.Generator().manual_seed(0))
+    weights, ids = (counts.scatter_add_(1, drawn, torch.ones_like(drawn).double()) / draws).topk(VOCAB, dim=-1)
+    entropy = torch.special.entr(p).sum()
+    targets = Targets(
+        torch.zeros(rounds, dtype=torch.int64), ids.masked_fill(weights == 0, -1), weights.log(),
+        torch.full((rounds,), -torch.inf, dtype=torch.float64), entropy_C=entropy.expand(rounds),
+    )  # fmt: skip
+    hidden_MD = hidden.expand(rounds, -1).clone().requires_grad_()
+    config = ObjectiveConfig(weights={"deviation_kl": 1.0})
+    loss = distillation_loss(hidden_MD, head, targets, config, "draws", counted_tokens=1)
+    (gradients,) = torch.autograd.grad(loss.total, hidden_MD)
+    share = entropy / torch.log(torch.tensor(float(VOCAB)))
+    want = share * (torch.softmax(hidden[0] @ head.T, -1) - p) @ head
+    error = gradients.std(0) / rounds**0.5
+    assert ((gradients.mean(0) - want).abs() < 4.5 * error).all() and (error < 0.1 * want.norm()).all()
+
+
+@pytest.mark.parametrize("keep", [KeepConfig(kind="topk", k=5), KeepConfig(kind="sampled", num_draws=20)])
+def test_the_entropy_of_stored_data_is_that_of_the_whole_teacher(keep: KeepConfig, tmp_path: Path) -> None:
+    dataset, log_p = stored(tmp_path, keep)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(only_batch(dataset, 1.0).targets.entropy_C.double(), entropy, rtol=0.01, atol=0.01)
+
+
+def test_deviation_kl_is_refused_without_the_entropy_of_every_position() -> None:
+    problem = make_problem()
+    for entropy, message in ((None, "entropy_C of the targets is None"), (torch.nan, "imported or combined")):
+        entropy_C = None if entropy is None else problem.targets.entropy_C.index_fill(0, torch.tensor([3]), entropy)
+        other = dataclasses.replace(problem, targets=dataclasses.replace(problem.targets, entropy_C=entropy_C))
+        with pytest.raises(ConfigError, match=message):
+            values(other, "deviation_kl")
+        values(other, "forward_kl")
+    config = ObjectiveConfig(weights={"deviation_kl": 0.0, "forward_kl": 1.0}, tail="renormalise")
+    with pytest.raises(ConfigError, match="imported from a format"):
+        resolve_tail(config, "absent")
+    assert resolve_tail(config, "ghost") == "renormalise"

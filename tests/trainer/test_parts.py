@@ -242,7 +242,8 @@ def test_logits_give_the_loss_and_gradient_of_hidden_states_and_head(name: str, 
     logprobs = torch.log_softmax(torch.randn(9, 13, dtype=torch.float64), -1)
     kept, ids = logprobs.topk(4)
     tail = torch.log1p(-kept.exp().sum(-1))
-    targets = Targets(torch.randint(13, (9,)), ids, kept, tail, temperature)
+    entropy = torch.special.entr(logprobs.exp()).sum(-1)
+    targets = Targets(torch.randint(13, (9,)), ids, kept, tail, temperature, entropy_C=entropy)
     config = ObjectiveConfig(weights={name: 1.0}, temperature=temperature)
     results = []
     for over in ("hidden", "logits"):
