@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdata.config import Strict
 from kdata.errors import ConfigError, nearest
@@ -25,7 +25,7 @@ Tail = Literal["ghost", "draws", "renormalise"]
 # One name for each formula in `kdata.trainer.objectives.OBJECTIVES`, in the same order; a test compares them.
 OBJECTIVE_NAMES = [
     "cross_entropy", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation",
-    "balanced_kl", "adaptive_kl", "tail_aware_kl", "deviation_kl",
+    "balanced_kl", "adaptive_kl", "tail_aware_kl", "deviation_kl", "taid",
 ]  # fmt: skip
 # Linear in the teacher's probabilities, up to a constant: draws give an unbiased gradient.
 LINEAR = frozenset({"cross_entropy", "forward_kl", "deviation_kl"})
@@ -95,6 +95,12 @@ class ObjectiveConfig(Strict):
         "Power of the teacher's entropy, as a share of the largest one, in `deviation_kl`. 0: forward KL. 1 is our default.",
         ge=0,
     )
+    taid_t: Literal["adaptive"] | Annotated[float, Field(ge=0, le=1)] | Ramp = _setting(
+        "adaptive",
+        "Share of the teacher in the target of `taid`: a number, {kind, start, end, steps} for one that changes with the "
+        "step, or adaptive: from 0.4 to 1, as the loss falls, with state that a checkpoint holds. adaptive is for "
+        "`kdata train` and recipes only.",
+    )
 
     cross_entropy_elsewhere: float | None = Field(
         default=None,
@@ -106,10 +112,22 @@ class ObjectiveConfig(Strict):
         "of them counts like a position of weight 1. null: the other targets do not count.",
     )
 
+    @model_validator(mode="after")
+    def _taid_t_is_a_share(self) -> ObjectiveConfig:
+        if isinstance(self.taid_t, Ramp) and max(self.taid_t.start, self.taid_t.end) > 1:
+            raise ValueError(f"taid_t goes from {self.taid_t.start} to {self.taid_t.end}; it is a share, from 0 to 1")
+        return self
+
     def at(self, step: int, steps: int) -> ObjectiveConfig:
-        """The same mix with every weight a number: the weights of step 0, 1, ... of a phase of `steps` steps."""
+        """The same mix with numbers for what changes with the step: those of step 0, 1, ... of a phase of `steps` steps."""
         numbers = {n: w.at(step, steps) if isinstance(w, Ramp) else w for n, w in self.weights.items()}
-        return self.model_copy(update={"weights": numbers})
+        t = self.taid_t.at(step, steps) if isinstance(self.taid_t, Ramp) else self.taid_t
+        return self.model_copy(update={"weights": numbers, "taid_t": t})
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the mix has a part that follows the loss, and so needs state beside settings and step."""
+        return "taid" in self.weights and self.taid_t == "adaptive"
 
     def numbers(self) -> dict[str, float]:
         """The weights. Raises ConfigError if one of them still depends on the step; `at` resolves those."""
@@ -117,6 +135,26 @@ class ObjectiveConfig(Strict):
         if len(fixed) < len(self.weights):
             raise ConfigError("objective.weights change with the step; call config.at(step, steps) first")
         return fixed
+
+    def interpolation(self) -> float:
+        """The number `taid_t`. Raises ConfigError if it still depends on the step or on losses."""
+        if isinstance(self.taid_t, Ramp):
+            raise ConfigError("objective.taid_t changes with the step; call config.at(step, steps) first")
+        if self.taid_t == "adaptive":
+            raise ConfigError(f"objective.taid_t is adaptive, {_NO_STATE}")
+        return self.taid_t
+
+
+_NO_STATE = (
+    "which follows the losses of `kdata train` and has no state elsewhere; set objective.taid_t to a number, or to a ramp "
+    "such as {start: 0.4, end: 1.0}"
+)
+
+
+def refuse_adaptive(config: ObjectiveConfig) -> None:
+    """Raise ConfigError where a mix needs state that only this trainer keeps."""
+    if config.is_adaptive:
+        raise ConfigError(f"objective.taid_t is adaptive, {_NO_STATE}")
 
 
 def tail_of(name: str, config: ObjectiveConfig, tail: Tail) -> Tail:

@@ -336,6 +336,23 @@ def deviation_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     return o.doubt_C**config.deviation_gamma * forward_kl(o, config)
 
 
+def taid(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """KL(p_t || q) with p_t = softmax((1 - t) log q + t log p), a constant; t is `taid_t`.
+
+    Source: TAID, arXiv 2501.16937, and copies of the authors' code, whose value is the cross-entropy with p_t, of the same
+    gradient. How t follows the loss: `kdata.trainer.interpolation`.
+
+    p_t mixes the outcomes, so in the bucket it mixes sums of probabilities, and it is 0 where the teacher's is. The value
+    rises with t to forward KL at t = 1, so with the bucket it is at most the full KL(p || q); it is no bound of its own full
+    value. draws: the same, of the exact entries. renormalise: biased.
+    """
+    t = config.interpolation()
+    never_CJ = o.log_p_CJ <= LOG_ZERO
+    log_m_CJ = ((1 - t) * o.log_q_CJ.detach() + t * o.log_p_CJ).masked_fill(never_CJ, LOG_ZERO)
+    log_sum_C = torch.logsumexp(log_m_CJ, dim=-1).masked_fill(never_CJ.all(-1), 0.0)
+    return _kl((log_m_CJ - log_sum_C[:, None]).clamp_min(LOG_ZERO), o.log_q_CJ)
+
+
 OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "cross_entropy": cross_entropy,
     "forward_kl": forward_kl,
@@ -348,4 +365,5 @@ OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "adaptive_kl": adaptive_kl,
     "tail_aware_kl": tail_aware_kl,
     "deviation_kl": deviation_kl,
+    "taid": taid,
 }

@@ -191,10 +191,12 @@ def _train(
 
                 rate = learning_rate(phase, step_in_phase)
                 optimizer.set_rate(rate)
-                objective = phase.objective.at(step_in_phase, phase.steps)
+                objective = open_phase.objective_at(step_in_phase)
                 gradients = _gradients(learner, step_batches, objective, open_phase, config, ranks, progress.step + 1)
                 optimizer.step()
                 optimizer.zero_grad()
+                if open_phase.interpolation is not None:
+                    open_phase.interpolation.update(gradients.losses["taid"], step_in_phase, phase.steps)
 
                 seconds = time.perf_counter() - started
                 progress = Progress(
@@ -212,7 +214,8 @@ def _train(
                         "phase": phase.name,
                         **gradients.losses,
                         "lr": rate,
-                        **({"weights": objective.numbers()} if objective != phase.objective else {}),
+                        **({"weights": objective.numbers()} if objective.weights != phase.objective.weights else {}),
+                        **({"taid_t": objective.interpolation()} if "taid" in objective.weights else {}),
                         "grad_norm": gradients.norm,
                         "tokens": progress.tokens,
                         "target_tokens": progress.target_tokens,

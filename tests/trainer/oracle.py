@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdata.trainer.objectives import Targets
 
+TAID_T = 0.7  # the share of the teacher in the target of `taid`, in tests
 # The objectives that use draws as they are.
 LINEAR = ("cross_entropy", "forward_kl", "deviation_kl")
 
@@ -120,6 +121,7 @@ def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, ske
         "balanced_kl": lambda: _balanced(p, q),
         "adaptive_kl": lambda: _adaptive(p, q),
         "tail_aware_kl": lambda: _tail_aware(p, q),
+        "taid": lambda: _taid(p, q),
         "deviation_kl": lambda: problem.targets.entropy_C / math.log(len(problem.head)) * kl(p, q),
     }[name]()
     return squared * divergence
@@ -156,3 +158,8 @@ def _tail_aware(p: Tensor, q: Tensor, weight: float = 2.0) -> Tensor:
     )
     masses = [torch.stack([head, x[:, -1]], -1) for head, x in ((head_p, p), (head_q, q))]
     return head_p * inside + weight * kl(*masses)
+
+
+def _taid(p: Tensor, q: Tensor) -> Tensor:
+    target = torch.where(p > 0, p**TAID_T * q.detach() ** (1 - TAID_T), 0.0)
+    return kl(target / target.sum(-1, keepdim=True).clamp_min(1e-300), q)

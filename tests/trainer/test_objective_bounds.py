@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,24 @@ def test_tail_aware_kl_weighs_the_masses_alone_and_stays_least_at_the_teacher(we
     loss = distillation_loss(teacher.hidden, teacher.head, teacher.targets, config, "ghost")
     (gradient,) = torch.autograd.grad(loss.total, teacher.hidden)
     assert loss.values_MO.abs().max() < 1e-12 and gradient.abs().max() < 1e-12
+
+
+def test_taid_rises_with_t_to_forward_kl_so_it_is_at_most_the_full_one() -> None:
+    problem = make_problem(40, kept=6, ragged=False)
+    shares = (0.0, 0.2, 0.4, 0.7, 0.9, 1.0)
+    rising = [values(problem, "taid", taid_t=t) for t in shares]
+    torch.testing.assert_close(rising[0], torch.zeros_like(rising[0]))
+    torch.testing.assert_close(rising[-1], values(problem, "forward_kl"))
+    for one, next_one in pairwise(rising):
+        assert (next_one >= one - 1e-12).all()
+    assert (rising[-1] <= kl(*full(problem)) + 1e-12).all()
+
+
+def test_taid_is_the_full_one_where_everything_is_kept() -> None:
+    problem = make_problem(40, kept=VOCAB, ragged=False)
+    p, q = full(problem)
+    target = torch.softmax(0.6 * (problem.hidden @ problem.head.T).detach() + 0.4 * p.log(), -1)
+    torch.testing.assert_close(values(problem, "taid", taid_t=0.4), kl(target, q))
 
 
 # ------------------------------------------------------------------------------------------------------------- deviation_kl

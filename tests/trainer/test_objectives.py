@@ -16,11 +16,11 @@ from kdata.trainer.fused import Loss, _chunk_positions, _exact_only, _Student, d
 from kdata.trainer.objective_config import NEEDS_BUCKET, OBJECTIVE_NAMES, ObjectiveConfig, resolve_tail
 from kdata.trainer.objectives import OBJECTIVES, Targets
 from kdata.trainer.schedule import Ramp
-from tests.trainer.oracle import Problem, kl, make_problem, oracle_values
+from tests.trainer.oracle import TAID_T, Problem, kl, make_problem, oracle_values
 
 BUCKETLESS = [n for n in OBJECTIVES if n not in NEEDS_BUCKET]
 # These hold a function of the student constant, so their gradient is not that of their value. The oracle does the same.
-CONSTANT_PARTS = ("adaptive_kl",)
+CONSTANT_PARTS = ("adaptive_kl", "taid")
 CASES = [(n, t) for t in ("ghost", "draws") for n in OBJECTIVES] + [(n, "renormalise") for n in BUCKETLESS]
 
 
@@ -28,6 +28,7 @@ def fused(problem: Problem, weights: dict[str, float], tail: str, **kwargs: obje
     config = ObjectiveConfig(
         weights=weights,
         temperature=problem.targets.temperature,
+        taid_t=TAID_T,
         **{k: kwargs.pop(k) for k in ("jsd_beta",) if k in kwargs},
     )
     return distillation_loss(problem.hidden, problem.head, problem.targets, config, tail, **kwargs)

@@ -244,7 +244,7 @@ def test_logits_give_the_loss_and_gradient_of_hidden_states_and_head(name: str, 
     tail = torch.log1p(-kept.exp().sum(-1))
     entropy = torch.special.entr(logprobs.exp()).sum(-1)
     targets = Targets(torch.randint(13, (9,)), ids, kept, tail, temperature, entropy_C=entropy)
-    config = ObjectiveConfig(weights={name: 1.0}, temperature=temperature)
+    config = ObjectiveConfig(weights={name: 1.0}, temperature=temperature, taid_t=0.7)
     results = []
     for over in ("hidden", "logits"):
         h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()

@@ -31,7 +31,7 @@ from kdata.trainer.parts import Collator, DistillationLoss, Documents, PackedRow
 from kdata.trainer.train import train
 from tests.trainer import rank
 from tests.trainer.datasets import make_dataset
-from tests.trainer.oracle import Problem, make_problem, oracle_values
+from tests.trainer.oracle import TAID_T, Problem, make_problem, oracle_values
 from tests.trainer.stopping import stop_before
 from tests.trainer.test_distributed import BASE, ONE, run_ranks, tensors
 
@@ -274,7 +274,7 @@ def test_value_and_gradient_equal_the_dense_oracle(
 ) -> None:
     problem = weighted(make_problem(9, temperature=temperature), weights=weights, elsewhere=elsewhere is not None)
     mix = {name: 1.7} if name == "cross_entropy" else {name: 1.7, "cross_entropy": 0.2}
-    config = ObjectiveConfig(weights=mix, temperature=temperature, cross_entropy_elsewhere=elsewhere)
+    config = ObjectiveConfig(weights=mix, temperature=temperature, cross_entropy_elsewhere=elsewhere, taid_t=TAID_T)
     expected = oracle_loss(problem, mix, tail, elsewhere)
     wanted = gradients(problem, expected)
     for loss in both_ways(problem, config, tail, chunk_positions=4):
