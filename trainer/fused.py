@@ -377,8 +377,15 @@ def _outcomes(student: _Student, targets: Targets, loss_plan: LossPlan, tail: Ta
         log_p_CJ=teacher_outcomes(targets, tail).to(log_q_CJ.dtype),
         log_q_CJ=log_q_CJ.masked_fill(torch.isneginf(log_q_CJ), LOG_ZERO),
         log_q_token_C=student.token_C - (log_sum_C if loss_plan.config.temperature == 1.0 else student.log_sum_C),
+        token_C=_outcome_of_token(targets),
         doubt_C=None if targets.entropy_C is None else targets.entropy_C.to(log_q_CJ) / math.log(loss_plan.vocab_size),
     )
+
+
+def _outcome_of_token(targets: Targets) -> Tensor:
+    """The outcome that the actual token is part of, int64 [C]: its entry, or the bucket."""
+    is_own_CK = (targets.ids_CK == targets.token_ids_C[:, None]) & ~torch.isneginf(targets.logprobs_CK)
+    return torch.cat([is_own_CK, torch.ones_like(is_own_CK[:, :1])], dim=-1).int().argmax(-1)
 
 
 def _values(student: _Student, targets: Targets, loss_plan: LossPlan) -> Tensor:

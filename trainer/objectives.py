@@ -138,11 +138,12 @@ class Targets:
 
 
 class Outcomes(NamedTuple):
-    """The input of an objective: log-probabilities of J outcomes, the student's of the actual token, and the entropy."""
+    """The input of an objective: log-probabilities of J outcomes, and what else is known of a position."""
 
     log_p_CJ: Tensor  # teacher at the temperature, constant; LOG_ZERO where 0
     log_q_CJ: Tensor  # student at the temperature, differentiable; LOG_ZERO where 0
     log_q_token_C: Tensor  # student at temperature 1, differentiable
+    token_C: Tensor  # int64 in [0, J), the outcome that the actual token is part of
     doubt_C: Tensor | None = None  # teacher's entropy at temperature 1 over log V, in [0, 1]; None: not known
 
 
@@ -353,6 +354,28 @@ def taid(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     return _kl((log_m_CJ - log_sum_C[:, None]).clamp_min(LOG_ZERO), o.log_q_CJ)
 
 
+def plackett_luce(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """-sum_k p[pi_k] log(q[pi_k] / sum_{j >= k} q[pi_j]): the student is to choose the outcomes in the order pi.
+
+    pi: first the outcome that the actual token is part of, then the kept entries by falling probability of the teacher, then
+    the bucket.
+
+    Source: PLD, arXiv 2506.12542: order and weights are those of its abstract. The paper orders the vocabulary, with the
+    weights softmax(z_T / T) and the student at temperature 1; here, as in every objective, both are at T.
+
+    The rest of the vocabulary is one item, and an actual token that is not kept is in it, so that the bucket comes first
+    there. The order within the bucket is not learnt, and the value is no bound. draws: the same, of the exact entries.
+    renormalise: biased, the bucket's weight is 0. It falls as 1/T, so at a T other than 1 the common factor T^2 makes it T
+    times as heavy in a mix.
+    """
+    rank_CJ = torch.cat([o.log_p_CJ[:, :-1], torch.full_like(o.log_p_CJ[:, -1:], 2 * LOG_ZERO)], dim=-1)
+    rank_CJ = rank_CJ.scatter(-1, o.token_C[:, None], torch.inf)
+    order_CJ = rank_CJ.argsort(dim=-1, descending=True, stable=True)
+    log_q_CJ = o.log_q_CJ.gather(-1, order_CJ)
+    log_left_CJ = log_q_CJ.flip(-1).logcumsumexp(-1).flip(-1)
+    return (o.log_p_CJ.gather(-1, order_CJ).exp() * (log_left_CJ - log_q_CJ)).sum(-1)
+
+
 OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "cross_entropy": cross_entropy,
     "forward_kl": forward_kl,
@@ -366,4 +389,5 @@ OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "tail_aware_kl": tail_aware_kl,
     "deviation_kl": deviation_kl,
     "taid": taid,
+    "plackett_luce": plackett_luce,
 }

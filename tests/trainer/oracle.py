@@ -122,6 +122,7 @@ def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, ske
         "adaptive_kl": lambda: _adaptive(p, q),
         "tail_aware_kl": lambda: _tail_aware(p, q),
         "taid": lambda: _taid(p, q),
+        "plackett_luce": lambda: _plackett_luce(p, q, problem.targets),
         "deviation_kl": lambda: problem.targets.entropy_C / math.log(len(problem.head)) * kl(p, q),
     }[name]()
     return squared * divergence
@@ -163,3 +164,16 @@ def _tail_aware(p: Tensor, q: Tensor, weight: float = 2.0) -> Tensor:
 def _taid(p: Tensor, q: Tensor) -> Tensor:
     target = torch.where(p > 0, p**TAID_T * q.detach() ** (1 - TAID_T), 0.0)
     return kl(target / target.sum(-1, keepdim=True).clamp_min(1e-300), q)
+
+
+def _plackett_luce(p: Tensor, q: Tensor, targets: Targets) -> Tensor:
+    """Position by position: choose the outcomes one after the other, each out of those that are left."""
+    values = []
+    for p_J, q_J, ids_K, token in zip(p, q, targets.ids_CK.tolist(), targets.token_ids_C.tolist(), strict=True):
+        bucket = len(p_J) - 1
+        own = ids_K.index(token) if token in ids_K else bucket
+        kept = sorted((k for k, kept_id in enumerate(ids_K) if kept_id >= 0), key=lambda k: -float(p_J[k]))
+        order = [own, *(j for j in [*kept, bucket] if j != own)]
+        chosen, left = q_J[order], [q_J[order[k:]].sum() for k in range(len(order))]
+        values.append(-(p_J[order] * (chosen / torch.stack(left)).log()).sum())
+    return torch.stack(values)

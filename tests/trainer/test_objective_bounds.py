@@ -128,6 +128,35 @@ def test_taid_is_the_full_one_where_everything_is_kept() -> None:
     torch.testing.assert_close(values(problem, "taid", taid_t=0.4), kl(target, q))
 
 
+def test_plackett_luce_is_that_of_the_vocabulary_where_everything_is_kept() -> None:
+    problem = make_problem(40, kept=VOCAB, ragged=False)
+    p, logits = problem.p, problem.hidden @ problem.head.T
+    first = torch.zeros_like(p).scatter(1, problem.targets.token_ids_C[:, None], 1.0)
+    order = (p + first).argsort(-1, descending=True)
+    scores = logits.gather(1, order)
+    left = torch.stack([scores[:, k:].logsumexp(-1) for k in range(VOCAB)], -1)
+    want = (p.gather(1, order) * (left - scores)).sum(-1)
+    torch.testing.assert_close(values(problem, "plackett_luce"), want, rtol=1e-9, atol=1e-9)
+
+
+def test_plackett_luce_puts_the_actual_token_first_kept_or_not() -> None:
+    """Two entries and the bucket; the same position with each of them as the actual token."""
+    problem = make_problem(1, kept=2, ragged=False)
+    targets = problem.targets
+    p = torch.cat([targets.logprobs_CK[0], targets.log_tail_C]).exp()
+    q = torch.softmax(problem.hidden @ problem.head.T, -1)[0]
+    kept = targets.ids_CK[0].tolist()
+    other = next(v for v in range(VOCAB) if v not in kept)
+    q = torch.stack([q[kept[0]], q[kept[1]], 1 - q[kept].sum()])
+    got = []
+    for token, order in ((kept[0], [0, 1, 2]), (kept[1], [1, 0, 2]), (other, [2, 0, 1])):
+        one = dataclasses.replace(targets, token_ids_C=torch.tensor([token]))
+        got.append(values(dataclasses.replace(problem, targets=one), "plackett_luce"))
+        a, b, _ = order
+        torch.testing.assert_close(got[-1][0], -(p[a] * q[a].log() + p[b] * (q[b] / (1 - q[a])).log()))
+    assert len({round(float(x), 6) for x in got}) == 3
+
+
 # ------------------------------------------------------------------------------------------------------------- deviation_kl
 
 
