@@ -26,7 +26,7 @@ Tail = Literal["ghost", "draws", "renormalise"]
 OBJECTIVE_NAMES = [
     "cross_entropy", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation",
     "balanced_kl", "adaptive_kl", "tail_aware_kl", "deviation_kl", "taid",
-    "plackett_luce",
+    "plackett_luce", "first",
 ]  # fmt: skip
 # Linear in the teacher's probabilities, up to a constant: draws give an unbiased gradient.
 LINEAR = frozenset({"cross_entropy", "forward_kl", "deviation_kl"})
@@ -101,6 +101,12 @@ class ObjectiveConfig(Strict):
         "Share of the teacher in the target of `taid`: a number, {kind, start, end, steps} for one that changes with the "
         "step, or adaptive: from 0.4 to 1, as the loss falls, with state that a checkpoint holds. adaptive is for "
         "`kdata train` and recipes only.",
+    )
+    first_c: float = _setting(
+        1.0,
+        "c of `first`: the teacher's five largest probabilities become exp(p / c), scaled to sum to 1. Small: the largest "
+        "one alone; large: all alike. To be chosen by calibration on held-out text; 1 is the default of the authors' code.",
+        gt=0,
     )
 
     cross_entropy_elsewhere: float | None = Field(

@@ -38,6 +38,8 @@ from kdata.trainer.objective_config import ObjectiveConfig, Tail
 # of NaN, without a mask in each formula.
 LOG_ZERO = -100.0
 
+FIRST_ENTRIES = 5  # of FIRST's authors
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -182,6 +184,13 @@ def _log_mass(log_a_CK: Tensor) -> Tensor:
 def _falling(o: Outcomes) -> tuple[Tensor, Tensor]:
     """The teacher's probabilities of the entries without the bucket, by falling size, [C, K]; and their places."""
     return o.log_p_CJ[:, :-1].exp().sort(dim=-1, descending=True, stable=True)
+
+
+def _kl_among(a_CN: Tensor, b_CN: Tensor, live_CN: Tensor) -> Tensor:
+    """KL of two softmaxes over the live ones of N numbers, [C]; 0 where none is."""
+    some_CN = live_CN | ~live_CN.any(-1, keepdim=True)  # the log-sum-exp of nothing has no gradient
+    log_a_CN, log_b_CN = (x - x.masked_fill(~some_CN, -torch.inf).logsumexp(-1, keepdim=True) for x in (a_CN, b_CN))
+    return (log_a_CN.masked_fill(~live_CN, LOG_ZERO).exp() * (log_a_CN - log_b_CN)).masked_fill(~live_CN, 0.0).sum(-1)
 
 
 def _mix(log_a_CJ: Tensor, log_b_CJ: Tensor, share_of_a: float) -> Tensor:
@@ -376,6 +385,23 @@ def plackett_luce(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     return (o.log_p_CJ.gather(-1, order_CJ).exp() * (log_left_CJ - log_q_CJ)).sum(-1)
 
 
+def first(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """KL(r || q among the five) over the teacher's five most probable entries, r = exp(p / c) scaled to sum to 1 over them.
+
+    Source: FIRST, arXiv 2408.12168; the five and the recalibration. The student is renormalized over the five, which is the
+    authors' code with `--use_norm linear`, read there; with that code's default both sides are softmax(p / temperature), so
+    the student would be drawn to the teacher before its recalibration. The paper's own choice could not be verified.
+
+    Exact where five entries are kept, in every tail mode but renormalise (p is larger there); with fewer, over those. It says
+    nothing of the probability outside of the five. draws: the same, of the exact entries, of which threshold data may have
+    fewer than five.
+    """
+    places_CN = _falling(o)[1][:, :FIRST_ENTRIES]
+    log_p_CN, log_q_CN = (x_CJ.gather(-1, places_CN) for x_CJ in (o.log_p_CJ, o.log_q_CJ))
+    live_CN = log_p_CN > LOG_ZERO
+    return _kl_among(log_p_CN.exp() / config.first_c, log_q_CN, live_CN)
+
+
 OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "cross_entropy": cross_entropy,
     "forward_kl": forward_kl,
@@ -390,4 +416,5 @@ OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "deviation_kl": deviation_kl,
     "taid": taid,
     "plackett_luce": plackett_luce,
+    "first": first,
 }

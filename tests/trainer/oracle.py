@@ -122,6 +122,7 @@ def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, ske
         "adaptive_kl": lambda: _adaptive(p, q),
         "tail_aware_kl": lambda: _tail_aware(p, q),
         "taid": lambda: _taid(p, q),
+        "first": lambda: _first(p, q),
         "plackett_luce": lambda: _plackett_luce(p, q, problem.targets),
         "deviation_kl": lambda: problem.targets.entropy_C / math.log(len(problem.head)) * kl(p, q),
     }[name]()
@@ -176,4 +177,16 @@ def _plackett_luce(p: Tensor, q: Tensor, targets: Targets) -> Tensor:
         order = [own, *(j for j in [*kept, bucket] if j != own)]
         chosen, left = q_J[order], [q_J[order[k:]].sum() for k in range(len(order))]
         values.append(-(p_J[order] * (chosen / torch.stack(left)).log()).sum())
+    return torch.stack(values)
+
+
+def _among(p: Tensor, q: Tensor, places: list[int]) -> Tensor:
+    return kl(p[places] / p[places].sum(), q[places] / q[places].sum()) if places else q.sum() * 0
+
+
+def _first(p: Tensor, q: Tensor, c: float = 1.0) -> Tensor:
+    values = []
+    for p_J, q_J in zip(p, q, strict=True):
+        kept = [j for j in range(len(p_J) - 1) if p_J[j] > 0]
+        values.append(_among((p_J / c).exp(), q_J, sorted(kept, key=lambda j: -float(p_J[j]))[:5]))
     return torch.stack(values)

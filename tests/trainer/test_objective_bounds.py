@@ -157,6 +157,24 @@ def test_plackett_luce_puts_the_actual_token_first_kept_or_not() -> None:
     assert len({round(float(x), 6) for x in got}) == 3
 
 
+@pytest.mark.parametrize("c", [0.05, 0.3, 1.0])
+def test_first_is_exact_where_five_entries_are_kept(c: float) -> None:
+    """And 0 for a student that has the recalibrated probabilities among the five, whatever it has elsewhere."""
+    want = None
+    for kept in (VOCAB, 9, 5):
+        problem = make_problem(40, kept=kept, ragged=False)
+        got = values(problem, "first", first_c=c)
+        want = got if want is None else want
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    p, q = full(problem)
+    top, ids = p.topk(5)
+    student = q.gather(1, ids) / q.gather(1, ids).sum(-1, keepdim=True)
+    torch.testing.assert_close(want, kl(torch.softmax(top / c, -1), student), rtol=1e-9, atol=1e-12)
+    logits = (problem.hidden @ problem.head.T).detach().scatter(1, ids, top / c)
+    own = dataclasses.replace(problem, hidden=logits, head=torch.eye(VOCAB, dtype=torch.float64))
+    assert values(own, "first", first_c=c).abs().max() < 1e-12
+
+
 # ------------------------------------------------------------------------------------------------------------- deviation_kl
 
 
