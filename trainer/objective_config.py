@@ -26,7 +26,7 @@ Tail = Literal["ghost", "draws", "renormalise"]
 OBJECTIVE_NAMES = [
     "cross_entropy", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation",
     "balanced_kl", "adaptive_kl", "tail_aware_kl", "deviation_kl", "taid",
-    "plackett_luce", "first",
+    "plackett_luce", "first", "dac_kl",
 ]  # fmt: skip
 # Linear in the teacher's probabilities, up to a constant: draws give an unbiased gradient.
 LINEAR = frozenset({"cross_entropy", "forward_kl", "deviation_kl"})
@@ -108,6 +108,20 @@ class ObjectiveConfig(Strict):
         "one alone; large: all alike. To be chosen by calibration on held-out text; 1 is the default of the authors' code.",
         gt=0,
     )
+    dac_lower: float = _setting(
+        0.0,
+        "Lower bound of `dac_kl`: entries before which less of the teacher's probability lies, from the most probable entry "
+        "on, do not count. 0: none are left out. Our default.",
+        ge=0,
+        lt=1,
+    )
+    dac_upper: float = _setting(
+        0.95,
+        "Upper bound of `dac_kl`: entries before which as much or more of the teacher's probability lies do not count. 1: "
+        "none are left out but what is not kept. Our default.",
+        gt=0,
+        le=1,
+    )
 
     cross_entropy_elsewhere: float | None = Field(
         default=None,
@@ -123,6 +137,14 @@ class ObjectiveConfig(Strict):
     def _taid_t_is_a_share(self) -> ObjectiveConfig:
         if isinstance(self.taid_t, Ramp) and max(self.taid_t.start, self.taid_t.end) > 1:
             raise ValueError(f"taid_t goes from {self.taid_t.start} to {self.taid_t.end}; it is a share, from 0 to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _dac_bounds_are_in_order(self) -> ObjectiveConfig:
+        if self.dac_lower >= self.dac_upper:
+            raise ValueError(
+                f"dac_lower is {self.dac_lower} and dac_upper {self.dac_upper}; it must be the smaller one"
+            )
         return self
 
     def at(self, step: int, steps: int) -> ObjectiveConfig:

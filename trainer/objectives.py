@@ -402,6 +402,25 @@ def first(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     return _kl_among(log_p_CN.exp() / config.first_c, log_q_CN, live_CN)
 
 
+def dac_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """KL(p || q) among the entries between two quantiles of the teacher, both sides scaled to sum to 1 over them.
+
+    With b_k the sum of the probabilities before entry k, by falling probability: those with dac_lower <= b_k < dac_upper.
+
+    Source: DAC-KL, arXiv 2407.10068, of which we read the abstract: a small network learns what to clip from the teacher's
+    output. Here the bounds are fixed, quantiles of probability, and both they and the scaling are our defaults.
+
+    Exact where the kept entries reach the upper bound, in every tail mode but renormalise; otherwise they end before it, and
+    what is not kept never counts. It says nothing of the probability outside of the bounds. draws: the same, of the exact
+    entries.
+    """
+    p_CK, places_CK = _falling(o)
+    log_p_CK, log_q_CK = (x_CJ.gather(-1, places_CK) for x_CJ in (o.log_p_CJ, o.log_q_CJ))
+    before_CK = torch.cat([torch.zeros_like(p_CK[:, :1]), p_CK.cumsum(-1)[:, :-1]], dim=-1)
+    live_CK = (before_CK >= config.dac_lower) & (before_CK < config.dac_upper) & (log_p_CK > LOG_ZERO)
+    return _kl_among(log_p_CK, log_q_CK, live_CK)
+
+
 OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "cross_entropy": cross_entropy,
     "forward_kl": forward_kl,
@@ -417,4 +436,5 @@ OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "taid": taid,
     "plackett_luce": plackett_luce,
     "first": first,
+    "dac_kl": dac_kl,
 }

@@ -122,6 +122,7 @@ def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, ske
         "adaptive_kl": lambda: _adaptive(p, q),
         "tail_aware_kl": lambda: _tail_aware(p, q),
         "taid": lambda: _taid(p, q),
+        "dac_kl": lambda: _dac(p, q),
         "first": lambda: _first(p, q),
         "plackett_luce": lambda: _plackett_luce(p, q, problem.targets),
         "deviation_kl": lambda: problem.targets.entropy_C / math.log(len(problem.head)) * kl(p, q),
@@ -189,4 +190,16 @@ def _first(p: Tensor, q: Tensor, c: float = 1.0) -> Tensor:
     for p_J, q_J in zip(p, q, strict=True):
         kept = [j for j in range(len(p_J) - 1) if p_J[j] > 0]
         values.append(_among((p_J / c).exp(), q_J, sorted(kept, key=lambda j: -float(p_J[j]))[:5]))
+    return torch.stack(values)
+
+
+def _dac(p: Tensor, q: Tensor, lower: float = 0.0, upper: float = 0.95) -> Tensor:
+    values = []
+    for p_J, q_J in zip(p, q, strict=True):
+        left, before = [], 0.0
+        for j in sorted(range(len(p_J) - 1), key=lambda j: -float(p_J[j])):
+            if lower <= before < upper and p_J[j] > 0:
+                left.append(j)
+            before += float(p_J[j])
+        values.append(_among(p_J, q_J, left))
     return torch.stack(values)

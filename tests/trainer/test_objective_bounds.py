@@ -175,6 +175,30 @@ def test_first_is_exact_where_five_entries_are_kept(c: float) -> None:
     assert values(own, "first", first_c=c).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize(("lower", "upper"), [(0.0, 0.6), (0.3, 0.8), (0.0, 1.0)])
+def test_dac_kl_is_exact_where_the_kept_entries_reach_the_upper_bound(lower: float, upper: float) -> None:
+    whole, sparse = (make_problem(60, kept=kept, ragged=False) for kept in (VOCAB, 8))
+    p, q = full(whole)
+    falling, order = p.sort(dim=-1, descending=True)
+    before = falling.cumsum(-1) - falling
+    inside = ((before >= lower - 1e-12) & (before < upper - 1e-12)).double()
+    left_p, left_q = falling * inside, q.gather(1, order) * inside
+    some = inside.any(-1)
+    want = kl(left_p / left_p.sum(-1, keepdim=True), left_q / left_q.sum(-1, keepdim=True))
+    got = values(whole, "dac_kl", dac_lower=lower, dac_upper=upper)
+    torch.testing.assert_close(got[some], want[some], rtol=1e-9, atol=1e-12)
+    assert (got[~some] == 0).all() and some.sum() > 20 and (some.all() or lower > 0)
+    reach = sparse.targets.logprobs_CK.exp().sum(-1) >= upper
+    kept = values(sparse, "dac_kl", dac_lower=lower, dac_upper=upper)
+    torch.testing.assert_close(kept[reach], got[reach], rtol=1e-9, atol=1e-12)
+    assert reach.sum() > 20 or upper == 1.0
+
+
+def test_dac_bounds_in_the_wrong_order_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be the smaller one"):
+        ObjectiveConfig(weights={"dac_kl": 1.0}, dac_lower=0.9, dac_upper=0.5)
+
+
 # ------------------------------------------------------------------------------------------------------------- deviation_kl
 
 
