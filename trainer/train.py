@@ -53,6 +53,7 @@ from kdata.trainer.config import (
     TrainResult,
 )
 from kdata.trainer.distributed import Ranks, accumulating, join, spread, whole
+from kdata.trainer.input_mask import check_mask, masked
 from kdata.trainer.learner import Learner, resolve_precision
 from kdata.trainer.loader import Batch
 from kdata.trainer.metrics import Metrics, check_installed
@@ -133,6 +134,7 @@ def _train(
     student = build_student(config.student, phases[0].dataset, config.seed, others_of(phases))
     for open_phase in phases:
         check_positions(student, open_phase.longest_tokens)
+    check_mask(config.input_mask, student)
     if config.attention == "varlen":
         student.to(ranks.device)  # type: ignore[arg-type]  # transformers wraps Module.to
         attend_by_documents(student)
@@ -188,6 +190,8 @@ def _train(
                 batches = batches or iter(open_phase.loader)
                 step_batches = list(islice(batches, rows_per_step // open_phase.loader.config.batch_rows))
                 waited = time.perf_counter() - waiting
+                if config.input_mask is not None:
+                    step_batches = [masked(b, config.input_mask, config.seed, progress.step) for b in step_batches]
 
                 rate = learning_rate(phase, step_in_phase)
                 optimizer.set_rate(rate)

@@ -250,6 +250,14 @@ def test_every_objective_has_a_name_in_the_settings() -> None:
     assert list(OBJECTIVES) == OBJECTIVE_NAMES
 
 
+def test_settings_of_one_objective_are_recorded_where_they_are_not_the_default() -> None:
+    """So a run that began before there were such settings resumes, and its record is the same."""
+    assert set(ObjectiveConfig().model_dump()) == {"weights", "tail", "temperature", "jsd_beta", "skew"}
+    changed = ObjectiveConfig(tail_weight=3.0, taid_t=0.5)
+    assert changed.model_dump()["tail_weight"] == 3.0 and changed.model_dump()["taid_t"] == 0.5
+    assert ObjectiveConfig.model_validate_json(changed.model_dump_json()) == changed
+
+
 def test_draws_without_num_exact_serve_linear_objectives_only() -> None:
     problem = make_problem()
     problem.targets = dataclasses.replace(problem.targets, num_exact_C=None)
