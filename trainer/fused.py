@@ -164,8 +164,8 @@ def _plan_of(
         )
     if "deviation_kl" in config.weights and targets.entropy_C is not None and targets.entropy_C.isnan().any():
         raise ConfigError(
-            "deviation_kl needs the teacher's entropy, which the dataset does not hold at every position (it has predictions "
-            "that were imported or combined); remove the objective, or capture the text with one teacher"
+            "deviation_kl needs the teacher's entropy, which the targets do not hold at every position; remove the "
+            "objective, or use data of a teacher whose whole distribution was seen"
         )
     weights, elsewhere = config.numbers(), None
     if targets.chosen_C is not None:

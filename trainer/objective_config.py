@@ -236,11 +236,6 @@ def resolve_tail(
                 "probability outside the kept entries; set objective.tail to renormalise (biased towards the kept entries), "
                 "or capture the text again with `kdata capture`"
             )
-        if "deviation_kl" in config.weights:
-            raise ConfigError(
-                "deviation_kl needs the teacher's entropy at every position, and the dataset was imported from a format that "
-                "does not hold it; remove the objective, or capture the text again with `kdata capture`"
-            )
         held = "ghost"
     tail: Tail = held if config.tail == "auto" else config.tail
     if (tail == "draws") != (held == "draws"):

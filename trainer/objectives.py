@@ -337,9 +337,9 @@ def deviation_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     Source: deviation-aware distillation of DB-LLM, arXiv 2402.11960: more weight where the teacher is ambiguous. We could
     not verify its formula; this form and gamma = 1 are our defaults.
 
-    H is the stored entropy, not that of the outcomes, so the weight is exact whatever is kept, and a constant: the gradient
-    is unbiased on draws, as that of forward KL, and with the bucket the value is a lower bound. renormalise: biased. Data
-    without it (imported, or combined of several teachers) is refused.
+    H is the stored entropy, not that of the outcomes, so the weight is exact up to its rounding on disk whatever is kept, and
+    a constant: the gradient is unbiased on draws, as that of forward KL, and with the bucket the value is a lower bound.
+    renormalise: biased. Data without it (imported, combined of several teachers, read through a server) is refused.
     """
     if o.doubt_C is None:
         raise ConfigError("deviation_kl needs the teacher's entropy, but entropy_C of the targets is None; set it")

@@ -152,6 +152,7 @@ def _open(
     rows, positions = (None, None) if plan is None else plan.choice(dataset)
     refuse_no_targets(dataset, rows)
     refuse_nothing_kept(dataset, rows, positions)
+    refuse_unknown_entropy(dataset, rows, phase.objective)
     temperatures = dataset.info.codec.temperatures
     tail = resolve_tail(phase.objective, dataset.info.tail, temperatures, kind=dataset.info.codec.kind)
     refuse_elsewhere(phase.objective, has_positions=positions is not None or dataset.info.codec.keeps_some_positions)
@@ -198,6 +199,23 @@ def refuse_no_targets(dataset: kdata.Dataset, rows: np.ndarray | None) -> None:
         raise DataError(
             f"{dataset.place}: none of the tokens in {len(planned):,} rows is a target (all target masks are empty), so "
             "there is nothing to learn; capture the text again with other `targets`, or choose other rows with a plan"
+        )
+
+
+def refuse_unknown_entropy(dataset: kdata.Dataset, rows: np.ndarray | None, objective: ObjectiveConfig) -> None:
+    """Raise ConfigError if an objective needs the teacher's entropy, and a planned row does not hold it at every target."""
+    if "deviation_kl" not in objective.weights:
+        return
+    index = dataset.index(["mean_entropy", "num_target_tokens"])
+    unknown = index["mean_entropy"].is_null().to_numpy() & (index["num_target_tokens"].to_numpy() > 0)
+    planned = np.arange(dataset.num_rows) if rows is None else np.unique(rows)
+    if len(bare := planned[unknown[planned]]):
+        row_id = dataset.index(["id"])["id"][int(bare[0])].as_py()
+        raise ConfigError(
+            f"deviation_kl needs the teacher's entropy at every target, and {dataset.place} does not hold it in "
+            f"{len(bare):,} of {len(planned):,} rows, the first of them {row_id!r} (they were imported, combined of several "
+            "teachers, or read through a server); remove the objective, or leave these rows out with a plan (kdata select "
+            "--sql 'select id from rows where mean_entropy is not null')"
         )
 
 

@@ -6,16 +6,24 @@ import dataclasses
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from kdata.errors import ConfigError
 from kdata.format.keep import KeepConfig
+from kdata.format.records import Record
+from kdata.selection.plan import make_plan
+from kdata.trainer.config import TrainConfig
 from kdata.trainer.fused import distillation_loss
-from kdata.trainer.objective_config import ObjectiveConfig, resolve_tail
+from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.objectives import Targets
+from kdata.trainer.parts import PackedRows
+from kdata.trainer.train import train
+from tests.trainer import datasets
 from tests.trainer.oracle import Problem, kl, make_problem
 from tests.trainer.test_temperature import only_batch, stored
 
@@ -199,6 +207,19 @@ def test_dac_bounds_in_the_wrong_order_are_refused() -> None:
         ObjectiveConfig(weights={"dac_kl": 1.0}, dac_lower=0.9, dac_upper=0.5)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.8])
+def test_a_mix_with_forward_kl_is_the_cross_entropy_with_a_mixed_target(alpha: float) -> None:
+    """(1 - alpha) cross-entropy + alpha forward KL has the gradient of PS-KD's target, (1 - alpha) one-hot + alpha p."""
+    problem = make_problem(40, kept=VOCAB, ragged=False)
+    config = ObjectiveConfig(weights={"cross_entropy": 1 - alpha, "forward_kl": alpha})
+    loss = distillation_loss(problem.hidden, problem.head, problem.targets, config, "ghost")
+    one_hot = torch.nn.functional.one_hot(problem.targets.token_ids_C, VOCAB)
+    target = (1 - alpha) * one_hot + alpha * problem.p
+    want = -(target * torch.log_softmax(problem.hidden @ problem.head.T, -1)).sum(-1).mean()
+    gradients = (torch.autograd.grad(total, problem.hidden)[0] for total in (loss.total, want))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
 # ------------------------------------------------------------------------------------------------------------- deviation_kl
 
 
@@ -246,13 +267,32 @@ def test_the_entropy_of_stored_data_is_that_of_the_whole_teacher(keep: KeepConfi
 
 def test_deviation_kl_is_refused_without_the_entropy_of_every_position() -> None:
     problem = make_problem()
-    for entropy, message in ((None, "entropy_C of the targets is None"), (torch.nan, "imported or combined")):
+    for entropy, message in ((None, "entropy_C of the targets is None"), (torch.nan, "do not hold at every position")):
         entropy_C = None if entropy is None else problem.targets.entropy_C.index_fill(0, torch.tensor([3]), entropy)
         other = dataclasses.replace(problem, targets=dataclasses.replace(problem.targets, entropy_C=entropy_C))
         with pytest.raises(ConfigError, match=message):
             values(other, "deviation_kl")
         values(other, "forward_kl")
-    config = ObjectiveConfig(weights={"deviation_kl": 0.0, "forward_kl": 1.0}, tail="renormalise")
-    with pytest.raises(ConfigError, match="imported from a format"):
-        resolve_tail(config, "absent")
-    assert resolve_tail(config, "ghost") == "renormalise"
+
+
+def test_rows_without_the_entropy_are_refused_before_training(tmp_path: Path) -> None:
+    """Two of 9 rows, whose entropy is not known at one target or at any; a plan of the others is read."""
+    real, bare = datasets._record, {"doc-3": slice(2, 3), "doc-7": slice(None)}
+
+    def record(name: str, *arguments: Any) -> Record:
+        made = real(name, *arguments)
+        if name in bare:
+            made.entropy[bare[name]] = np.nan
+        return made
+
+    with mock.patch.object(datasets, "_record", record):
+        dataset = datasets.make_dataset(tmp_path / "set", [9] * 9)
+    for objective in ({"weights": {"deviation_kl": 1.0}}, {"weights": {"forward_kl": 1.0, "deviation_kl": 0.0}}):
+        with pytest.raises(ConfigError, match=r"does not hold it in 2 of 9 rows, the first of them 'doc-3'"):
+            PackedRows(dataset, items=4, objective=objective)
+        with pytest.raises(ConfigError, match=r"does not hold it in 2 of 9 rows"):
+            train(TrainConfig(objective=objective, context_tokens=64), dataset.path, None, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    others = [f"doc-{i}" for i in range(9) if f"doc-{i}" not in bare]
+    plan = make_plan(dataset, "known", others, method="mine", parameters={})
+    PackedRows(dataset, plan, items=4, objective=objective)

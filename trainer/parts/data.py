@@ -31,7 +31,7 @@ from kdata.selection.plan import Plan
 from kdata.trainer.loader import Batch, IterableBatches, Loader, tempered, to_torch
 from kdata.trainer.objective_config import ObjectiveConfig, Tail, refuse_adaptive, refuse_elsewhere, resolve_tail
 from kdata.trainer.parts.collator import Collator, Item, Layout, SparseTargets
-from kdata.trainer.phases import plan_of, refuse_no_targets, refuse_nothing_kept
+from kdata.trainer.phases import plan_of, refuse_no_targets, refuse_nothing_kept, refuse_unknown_entropy
 
 Objective = ObjectiveConfig | Mapping[str, Any]
 
@@ -69,6 +69,7 @@ class Source:
         info = self.dataset.info
         refuse_no_targets(self.dataset, self.planned_rows)
         refuse_nothing_kept(self.dataset, self.planned_rows, self.positions)
+        refuse_unknown_entropy(self.dataset, self.planned_rows, self.objective)
         self.tail: Tail = resolve_tail(self.objective, info.tail, info.codec.temperatures, kind=info.codec.kind)
         refuse_adaptive(self.objective)
         refuse_elsewhere(self.objective, has_positions=self.positions is not None or info.codec.keeps_some_positions)
