@@ -213,7 +213,7 @@ def test_a_mix_with_forward_kl_is_the_cross_entropy_with_a_mixed_target(alpha: f
     problem = make_problem(40, kept=VOCAB, ragged=False)
     config = ObjectiveConfig(weights={"cross_entropy": 1 - alpha, "forward_kl": alpha})
     loss = distillation_loss(problem.hidden, problem.head, problem.targets, config, "ghost")
-    one_hot = torch.nn.functional.one_hot(problem.targets.token_ids_C, VOCAB)
+    one_hot = torch.nn.functional.one_hot(problem.targets.token_ids_C, VOCAB).double()
     target = (1 - alpha) * one_hot + alpha * problem.p
     want = -(target * torch.log_softmax(problem.hidden @ problem.head.T, -1)).sum(-1).mean()
     gradients = (torch.autograd.grad(total, problem.hidden)[0] for total in (loss.total, want))
