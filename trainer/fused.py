@@ -385,7 +385,7 @@ def _outcomes(student: _Student, targets: Targets, loss_plan: LossPlan, tail: Ta
 def _outcome_of_token(targets: Targets) -> Tensor:
     """The outcome that the actual token is part of, int64 [C]: its entry, or the bucket."""
     is_own_CK = (targets.ids_CK == targets.token_ids_C[:, None]) & ~torch.isneginf(targets.logprobs_CK)
-    return torch.cat([is_own_CK, torch.ones_like(is_own_CK[:, :1])], dim=-1).int().argmax(-1)
+    return torch.cat([is_own_CK, targets.token_ids_C[:, None] >= 0], dim=-1).int().argmax(-1)
 
 
 def _values(student: _Student, targets: Targets, loss_plan: LossPlan) -> Tensor:
@@ -423,7 +423,11 @@ def _to_logit_gradient_(
         (_total(values_CO, targets, loss_plan, weights_O) * loss_plan.scale).backward()
     d = _Student(*(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves))
     temperature, mass_C = loss_plan.config.temperature, exp_CV.sum(-1)
-    exp_CV.mul_((d.rest_C / mass_C / temperature).masked_fill(mass_C == 0, 0.0)[:, None])
+    largest = torch.finfo(
+        mass_C.dtype
+    ).max  # a mass of e^-100 is below float32's normal range, and its inverse above all
+    rate_C = (d.rest_C / mass_C / temperature).masked_fill(mass_C == 0, 0.0).clamp(-largest, largest)
+    exp_CV.mul_(rate_C[:, None])
     d_kept_CK = (d.kept_CK / temperature).masked_fill(targets.ids_CK < 0, 0.0)
     exp_CV.scatter_add_(1, targets.ids_CK.clamp_min(0), d_kept_CK)
     if spare_CV is not None:

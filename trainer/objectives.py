@@ -176,9 +176,11 @@ def _entropy(log_a_CJ: Tensor) -> Tensor:
     return -(log_a_CJ.exp() * log_a_CJ).sum(-1)
 
 
-def _log_mass(log_a_CK: Tensor) -> Tensor:
-    """Log of the sum, [C]; LOG_ZERO where K is 0."""
-    return torch.logsumexp(log_a_CK, dim=-1).clamp_min(LOG_ZERO)
+def _log_sum(a_CN: Tensor, live_CN: Tensor) -> Tensor:
+    """Log-sum-exp of the live ones of N numbers, [C]; LOG_ZERO where none is."""
+    some_C = live_CN.any(-1)
+    counted_CN = live_CN | ~some_C[:, None]  # the log-sum-exp of nothing has no gradient
+    return a_CN.masked_fill(~counted_CN, -torch.inf).logsumexp(-1).masked_fill(~some_C, LOG_ZERO)
 
 
 def _falling(o: Outcomes) -> tuple[Tensor, Tensor]:
@@ -188,8 +190,7 @@ def _falling(o: Outcomes) -> tuple[Tensor, Tensor]:
 
 def _kl_among(a_CN: Tensor, b_CN: Tensor, live_CN: Tensor) -> Tensor:
     """KL of two softmaxes over the live ones of N numbers, [C]; 0 where none is."""
-    some_CN = live_CN | ~live_CN.any(-1, keepdim=True)  # the log-sum-exp of nothing has no gradient
-    log_a_CN, log_b_CN = (x - x.masked_fill(~some_CN, -torch.inf).logsumexp(-1, keepdim=True) for x in (a_CN, b_CN))
+    log_a_CN, log_b_CN = (x_CN - _log_sum(x_CN, live_CN)[:, None] for x_CN in (a_CN, b_CN))
     return (log_a_CN.masked_fill(~live_CN, LOG_ZERO).exp() * (log_a_CN - log_b_CN)).masked_fill(~live_CN, 0.0).sum(-1)
 
 
@@ -327,7 +328,8 @@ def tail_aware_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     ghost: the masses are exact, the rest a lower bound. draws: the same, of the exact entries, so head and tail are theirs.
     renormalise: biased, and m is 0.
     """
-    masses = [torch.stack([_log_mass(x_CJ[:, :-1]), x_CJ[:, -1]], dim=-1) for x_CJ in (o.log_p_CJ, o.log_q_CJ)]
+    live_CK = o.log_p_CJ[:, :-1] > LOG_ZERO
+    masses = [torch.stack([_log_sum(x_CJ[:, :-1], live_CK), x_CJ[:, -1]], dim=-1) for x_CJ in (o.log_p_CJ, o.log_q_CJ)]
     return forward_kl(o, config) + (config.tail_weight - 1.0) * _kl(*masses)
 
 
@@ -380,9 +382,10 @@ def plackett_luce(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     rank_CJ = torch.cat([o.log_p_CJ[:, :-1], torch.full_like(o.log_p_CJ[:, -1:], 2 * LOG_ZERO)], dim=-1)
     rank_CJ = rank_CJ.scatter(-1, o.token_C[:, None], torch.inf)
     order_CJ = rank_CJ.argsort(dim=-1, descending=True, stable=True)
-    log_q_CJ = o.log_q_CJ.gather(-1, order_CJ)
-    log_left_CJ = log_q_CJ.flip(-1).logcumsumexp(-1).flip(-1)
-    return (o.log_p_CJ.gather(-1, order_CJ).exp() * (log_left_CJ - log_q_CJ)).sum(-1)
+    log_p_CJ, log_q_CJ = (x_CJ.gather(-1, order_CJ) for x_CJ in (o.log_p_CJ, o.log_q_CJ))
+    padding_CJ = (log_p_CJ <= LOG_ZERO) & (log_q_CJ <= LOG_ZERO)  # far below an entry that the student gives e^-200
+    log_left_CJ = log_q_CJ.masked_fill(padding_CJ, 1e3 * LOG_ZERO).flip(-1).logcumsumexp(-1).flip(-1)
+    return (log_p_CJ.exp() * (log_left_CJ - log_q_CJ)).masked_fill(padding_CJ, 0.0).sum(-1)
 
 
 def first(o: Outcomes, config: ObjectiveConfig) -> Tensor:

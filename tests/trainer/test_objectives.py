@@ -283,6 +283,44 @@ def test_a_student_without_mass_outside_the_exact_entries_has_a_finite_gradient(
     assert rest_C.grad is not None and torch.isfinite(rest_C.grad).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(("name", "tail"), CASES)
+def test_a_student_that_is_certain_has_finite_values_and_gradients(name: str, tail: str, temperature: float) -> None:
+    """Two tokens have all of its probability, by 80 nats and by 200, in float32; entries are among them, or not, or none."""
+    for gap in (80.0, 200.0):
+        problem = make_problem(4, 4, 50, 4, dtype=torch.float32, exact=2, temperature=temperature)
+        with torch.no_grad():
+            problem.head.zero_()
+            problem.hidden.zero_()
+            problem.hidden[:, 0] = 1.0
+            problem.head[:2, 0] = gap
+            problem.targets.ids_CK[3, :2] = torch.tensor([0, 1])
+            problem.targets.token_ids_C.copy_(torch.tensor([0, 7, 1, 9]))
+        loss = fused(problem, {name: 1.0}, tail)
+        assert torch.isfinite(loss.values_MO).all()
+        assert all(torch.isfinite(gradient).all() for gradient in grads(problem, loss.total))
+        if gap / temperature < 87:  # e^-87 is the smallest normal number
+            want = oracle_values(problem, name, tail)
+            torch.testing.assert_close(loss.values_MO[:, 0].double(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", ["ghost", "draws"])
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_targets_of_no_width_say_nothing_beyond_the_actual_token(name: str, tail: str) -> None:
+    problem = make_problem(4)
+    targets = problem.targets
+    problem.targets = dataclasses.replace(
+        targets, ids_CK=targets.ids_CK[:, :0], logprobs_CK=targets.logprobs_CK[:, :0],
+        log_tail_C=torch.zeros_like(targets.log_tail_C), num_exact_C=torch.zeros(4, dtype=torch.int64),
+    )  # fmt: skip
+    loss = fused(problem, {name: 1.0}, tail)
+    if name == "cross_entropy":
+        torch.testing.assert_close(loss.values_MO[:, 0], oracle_values(problem, name, tail))
+        return
+    assert loss.values_MO.abs().max() < 1e-12
+    assert all(gradient.abs().max() < 1e-12 for gradient in grads(problem, loss.total))
+
+
 def test_all_entries_kept_is_the_full_divergence_and_ghost_is_a_lower_bound() -> None:
     full = make_problem(kept=23, ragged=False)
     q = torch.softmax(full.hidden @ full.head.T, -1)
