@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from kdata.errors import ConfigError
 from kdata.format.keep import KeepConfig
 from kdata.format.records import Record
 from kdata.selection.plan import make_plan
-from kdata.trainer.config import TrainConfig
+from kdata.trainer.config import ScratchStudent, TrainConfig
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.objective_config import ObjectiveConfig
-from kdata.trainer.objectives import Targets
-from kdata.trainer.parts import PackedRows
+from kdata.trainer.objectives import OBJECTIVES, Targets
+from kdata.trainer.parts import Collator, PackedRows, attach_loss
+from kdata.trainer.parts.student import loss_of
+from kdata.trainer.student import build_student
 from kdata.trainer.train import train
 from tests.trainer import datasets
 from tests.trainer.oracle import Problem, kl, make_problem
@@ -296,3 +299,30 @@ def test_rows_without_the_entropy_are_refused_before_training(tmp_path: Path) ->
     others = [f"doc-{i}" for i in range(9) if f"doc-{i}" not in bare]
     plan = make_plan(dataset, "known", others, method="mine", parameters={})
     PackedRows(dataset, plan, items=4, objective=objective)
+
+
+# ------------------------------------------------------------------------------------------------------------------- in use
+
+
+@pytest.mark.parametrize("kind", ["topk", "hybrid"])
+def test_every_objective_trains_in_one_mix_here_and_in_the_parts(kind: str, tmp_path: Path) -> None:
+    """Three steps that report each; and the first of them with the parts for other trainers has the same figures."""
+    dataset = datasets.make_dataset(
+        tmp_path / "set", [20] * 12, tail="ghost" if kind == "topk" else "draws", exact=0 if kind == "topk" else 4
+    )
+    objective = {"weights": dict.fromkeys(OBJECTIVES, 0.1), "taid_t": {"start": 0.4, "end": 1.0}}
+    scratch = ScratchStudent(hidden_size=16, num_layers=1, num_heads=2, max_positions=64)
+    settings = {"student": scratch, "steps": 3, "warmup_steps": 0, "batch_tokens": 128, "context_tokens": 64}
+    config = TrainConfig(**settings, objective=objective, log_every_steps=1)
+    train(config, dataset.path, None, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and all(line[name] > 0 for line in lines for name in OBJECTIVES)
+    assert all(line["loss"] == pytest.approx(0.1 * sum(line[n] for n in OBJECTIVES), rel=1e-5) for line in lines)
+    assert lines[2]["cross_entropy"] < lines[0]["cross_entropy"]
+
+    rows = PackedRows(dataset, items=2, context_tokens=64, objective=objective)
+    model = attach_loss(build_student(scratch, dataset, 0), rows)
+    loss_of(model).set_step(0, 3)
+    batch = Collator()([rows[0], rows[1]])
+    sums = model(**batch).sums_O / len(batch["targets"])
+    torch.testing.assert_close(sums, torch.tensor([lines[0][n] for n in OBJECTIVES]), rtol=1e-4, atol=1e-6)

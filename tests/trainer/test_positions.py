@@ -293,9 +293,10 @@ def test_the_mix_need_not_name_the_cross_entropy_that_counts_elsewhere() -> None
         )
 
 
-def test_parts_of_a_step_add_up_by_weights() -> None:
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_parts_of_a_step_add_up_by_weights(name: str) -> None:
     problem = weighted(make_problem(10), weights=True, elsewhere=True)
-    config = ObjectiveConfig(cross_entropy_elsewhere=0.5)
+    config = ObjectiveConfig(weights={name: 0.9}, cross_entropy_elsewhere=0.5, taid_t=TAID_T)
     whole = distillation_loss(problem.hidden, problem.head, problem.targets, config, "ghost").total
     total = problem.targets.total_weight
     parts = [
