@@ -110,6 +110,20 @@ class CheckpointStudent(BaseModel):
 StudentConfig = Annotated[ScratchStudent | CheckpointStudent, Field(discriminator="kind")]
 
 
+class InputMask(Strict):
+    """A share of the student's input tokens that is replaced by a mask token (MEAP, arXiv 2502.07490)."""
+
+    share: float = Field(
+        default=0.15,
+        gt=0,
+        lt=1,
+        description="Probability of each token of a document to be replaced. 0.15 is the choice of the paper's authors.",
+    )
+    token_id: int = Field(
+        ge=0, description="Id that stands in its place: a mask token, or one that the text does not use."
+    )
+
+
 class PhaseConfig(Strict):
     """One phase of a training run: its data, and the settings that differ from the run's."""
 
@@ -181,6 +195,12 @@ class TrainConfig(WithoutSecrets):
     )
     mixture: MixtureConfig | None = Field(
         default=None, description="Weights of the domains; null: the shares that the dataset and the plan have."
+    )
+    input_mask: InputMask | None = Field(
+        default=None,
+        exclude_if=lambda mask: mask is None,
+        description="Replace some of the student's input tokens by a mask token; the targets stay the teacher's for the "
+        "clean text, at every position. Other tokens in every step, the same ones after a resume. null: none.",
     )
     optimizer: OptimizerName = Field(
         default="adamw",

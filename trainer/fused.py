@@ -15,6 +15,7 @@ Shapes: M counted positions, C positions of a chunk, V vocabulary, D hidden, K k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -72,6 +73,7 @@ class LossPlan:
     scale: float
     matmul_dtype: torch.dtype
     chunk_positions: int
+    vocab_size: int
 
 
 def distillation_loss(
@@ -103,8 +105,9 @@ def distillation_loss(
     Raises:
         ShapeError: shapes disagree, or an id is outside [0, V).
         ConfigError: a weight still depends on the step; the targets are at another temperature than the mix; an objective
-            needs the exact entries, and the targets are draws that do not say which entries are exact; or not all positions
-            are chosen, and the mix does not say what counts at the others.
+            needs the exact entries, and the targets are draws that do not say which entries are exact; an objective needs
+            the teacher's entropy, and the targets lack it; or not all positions are chosen, and the mix does not say what
+            counts at the others.
     """
     _check(hidden_MD, head_VD, targets)
     dtype = matmul_dtype or hidden_MD.dtype
@@ -185,6 +188,11 @@ def _plan_of(
             f"the targets are at temperature {targets.temperature}, the objective at {config.temperature}; give the loader "
             "the objective's temperature"
         )
+    if "deviation_kl" in config.weights and targets.entropy_C is not None and targets.entropy_C.isnan().any():
+        raise ConfigError(
+            "deviation_kl needs the teacher's entropy, which the targets do not hold at every position; remove the "
+            "objective, or use data of a teacher whose whole distribution was seen"
+        )
     numbers, elsewhere = config.numbers(), None
     weights = {n: w for n, w in numbers.items() if n not in CHUNK_OBJECTIVES} or {"cross_entropy": 0.0}
     if targets.chosen_C is not None:
@@ -204,6 +212,7 @@ def _plan_of(
         scale=1.0 / (divisor or 1),  # without a position the sum is 0
         matmul_dtype=matmul_dtype,
         chunk_positions=chunk_positions or _chunk_positions(vocab_size, matmul_dtype, targets.token_ids_C.device),
+        vocab_size=vocab_size,
     )
 
 
@@ -227,7 +236,9 @@ def measure(
     """
     _check(hidden_MD, head_VD, targets)
     size = chunk_positions or _chunk_positions(head_VD.shape[0], head_VD.dtype, head_VD.device)
-    loss_plan = LossPlan(ObjectiveConfig(), tail, dict.fromkeys(names, 1.0), None, 1.0, hidden_MD.dtype, size)
+    loss_plan = LossPlan(
+        ObjectiveConfig(), tail, dict.fromkeys(names, 1.0), None, 1.0, hidden_MD.dtype, size, head_VD.shape[0]
+    )
     values, top_ids, confidence = [], [], []
     for part, logits_CV, _ in _logit_chunks(hidden_MD, head_VD.to(loss_plan.matmul_dtype), loss_plan):
         top_logits_CN, top_ids_CN = logits_CV.topk(min(top, logits_CV.shape[1]), dim=-1)
@@ -393,7 +404,15 @@ def _outcomes(student: _Student, targets: Targets, loss_plan: LossPlan, tail: Ta
         log_p_CJ=teacher_outcomes(targets, tail).to(log_q_CJ.dtype),
         log_q_CJ=log_q_CJ.masked_fill(torch.isneginf(log_q_CJ), LOG_ZERO),
         log_q_token_C=student.token_C - (log_sum_C if loss_plan.config.temperature == 1.0 else student.log_sum_C),
+        token_C=_outcome_of_token(targets),
+        doubt_C=None if targets.entropy_C is None else targets.entropy_C.to(log_q_CJ) / math.log(loss_plan.vocab_size),
     )
+
+
+def _outcome_of_token(targets: Targets) -> Tensor:
+    """The outcome that the actual token is part of, int64 [C]: its entry, or the bucket."""
+    is_own_CK = (targets.ids_CK == targets.token_ids_C[:, None]) & ~torch.isneginf(targets.logprobs_CK)
+    return torch.cat([is_own_CK, targets.token_ids_C[:, None] >= 0], dim=-1).int().argmax(-1)
 
 
 def _values(student: _Student, targets: Targets, loss_plan: LossPlan) -> Tensor:
@@ -431,7 +450,11 @@ def _to_logit_gradient_(
         (_total(values_CO, targets, loss_plan, weights_O) * loss_plan.scale).backward()
     d = _Student(*(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves))
     temperature, mass_C = loss_plan.config.temperature, exp_CV.sum(-1)
-    exp_CV.mul_((d.rest_C / mass_C / temperature).masked_fill(mass_C == 0, 0.0)[:, None])
+    largest = torch.finfo(
+        mass_C.dtype
+    ).max  # a mass of e^-100 is below float32's normal range, and its inverse above all
+    rate_C = (d.rest_C / mass_C / temperature).masked_fill(mass_C == 0, 0.0).clamp(-largest, largest)
+    exp_CV.mul_(rate_C[:, None])
     d_kept_CK = (d.kept_CK / temperature).masked_fill(targets.ids_CK < 0, 0.0)
     exp_CV.scatter_add_(1, targets.ids_CK.clamp_min(0), d_kept_CK)
     if spare_CV is not None:

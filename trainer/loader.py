@@ -189,6 +189,9 @@ def to_torch(arrays: Arrays, temperature: float = 1.0) -> Batch:
         chosen_C=None if arrays.chosen is None else torch.from_numpy(arrays.chosen),
         actual_logprobs_C=torch.from_numpy(arrays.logprob),
         chunk_C=chunks_of(wide(arrays.predictor), torch.from_numpy(arrays.logprob)),
+        entropy_C=torch.from_numpy(
+            arrays.entropy if arrays.chosen is None else np.where(arrays.chosen, arrays.entropy, np.float32(0))
+        ),
     )
     return Batch(
         input_ids=wide(arrays.input_ids),

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdata.config import Strict
 from kdata.errors import ConfigError, nearest
@@ -25,11 +25,20 @@ Tail = Literal["ghost", "draws", "renormalise"]
 # One name for each formula in `kdata.trainer.objectives.OBJECTIVES`, in the same order; a test compares them.
 OBJECTIVE_NAMES = [
     "cross_entropy", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation",
+    "balanced_kl", "adaptive_kl", "tail_aware_kl", "deviation_kl", "taid",
+    "plackett_luce", "first", "dac_kl",
 ]  # fmt: skip
 # Not of single positions but of chunks of them: `kdata.trainer.chunks`. They need no entries.
 CHUNK_OBJECTIVES = frozenset({"alm"})
 # Linear in the teacher's probabilities, up to a constant: draws give an unbiased gradient.
-LINEAR = frozenset({"cross_entropy", "forward_kl", *CHUNK_OBJECTIVES})
+LINEAR = frozenset({"cross_entropy", "forward_kl", "deviation_kl", *CHUNK_OBJECTIVES})
+# Infinite where the student has probability and the teacher none, so without a bucket.
+NEEDS_BUCKET = frozenset({"reverse_kl", "balanced_kl", "adaptive_kl"})
+
+
+def _setting(default: Any, description: str, **limits: Any) -> Any:
+    """A setting of one objective. Where it has its default it is left out, so that older records of a run stay equal."""
+    return Field(default=default, description=description, exclude_if=lambda value: value == default, **limits)
 
 
 class ObjectiveConfig(Strict):
@@ -45,9 +54,9 @@ class ObjectiveConfig(Strict):
         default="auto",
         description="What stands for the probability outside the kept entries. auto: whatever the dataset was captured for "
         "(ghost or draws). ghost: one bucket with the exact remaining probability. draws: nothing, the kept weights are "
-        "unbiased and sum to 1; objectives that are not linear in them (all except cross_entropy, forward_kl and jsd at "
-        "beta 0) use the exact entries and one bucket. renormalise: nothing, the kept entries are scaled to sum to 1 "
-        "(biased; for comparison).",
+        "unbiased and sum to 1; objectives that are not linear in them (all except cross_entropy, forward_kl, deviation_kl "
+        "and jsd at beta 0) use the exact entries and one bucket. renormalise: nothing, the kept entries are scaled to sum "
+        "to 1 (biased; for comparison).",
     )
     temperature: float = Field(
         default=1.0,
@@ -67,12 +76,60 @@ class ObjectiveConfig(Strict):
         lt=1,
         description="Share s that the skewed divergences mix in. 0.1 is the choice of the paper's authors.",
     )
-
-    alm_temperature: float = Field(
-        default=100.0,
+    balanced_delta: float = _setting(
+        2.0,
+        "Weight of forward KL in `balanced_kl` where the teacher is less certain than the student, and of reverse KL where "
+        "it is not; the other one has weight 1. 2 is our default.",
         gt=0,
-        description="Temperature T of `alm`, which compares the probabilities of chunks to the power 1 / T. 100 is the "
-        "choice of the paper's authors.",
+    )
+    adaptive_head: float = _setting(
+        0.5,
+        "Teacher's probability that the head of `adaptive_kl` may sum to. 0.5 is the choice of the paper's authors.",
+        gt=0,
+        lt=1,
+    )
+    tail_weight: float = _setting(
+        2.0,
+        "Weight in `tail_aware_kl` of how much probability lies in the tail. 1: forward KL. 2 is our default.",
+        gt=0,
+    )
+    deviation_gamma: float = _setting(
+        1.0,
+        "Power of the teacher's entropy, as a share of the largest one, in `deviation_kl`. 0: forward KL. 1 is our default.",
+        ge=0,
+    )
+    taid_t: Literal["adaptive"] | Annotated[float, Field(ge=0, le=1)] | Ramp = _setting(
+        "adaptive",
+        "Share of the teacher in the target of `taid`: a number, {kind, start, end, steps} for one that changes with the "
+        "step, or adaptive: from 0.4 to 1, as the loss falls, with state that a checkpoint holds. adaptive is for "
+        "`kdata train` and recipes only.",
+    )
+    first_c: float = _setting(
+        1.0,
+        "c of `first`: the teacher's five largest probabilities become exp(p / c), scaled to sum to 1. Small: the largest "
+        "one alone; large: all alike. To be chosen by calibration on held-out text; 1 is the default of the authors' code.",
+        gt=0,
+    )
+    dac_lower: float = _setting(
+        0.0,
+        "Lower bound of `dac_kl`: entries before which less of the teacher's probability lies, from the most probable entry "
+        "on, do not count. 0: none are left out. Our default.",
+        ge=0,
+        lt=1,
+    )
+    dac_upper: float = _setting(
+        0.95,
+        "Upper bound of `dac_kl`: entries before which as much or more of the teacher's probability lies do not count. 1: "
+        "none are left out but what is not kept. Our default.",
+        gt=0,
+        le=1,
+    )
+
+    alm_temperature: float = _setting(
+        100.0,
+        "Temperature T of `alm`, which compares the probabilities of chunks to the power 1 / T. 100 is the choice of the "
+        "paper's authors.",
+        gt=0,
     )
     cross_entropy_elsewhere: float | None = Field(
         default=None,
@@ -84,10 +141,30 @@ class ObjectiveConfig(Strict):
         "of them counts like a position of weight 1. null: the other targets do not count.",
     )
 
+    @model_validator(mode="after")
+    def _taid_t_is_a_share(self) -> ObjectiveConfig:
+        if isinstance(self.taid_t, Ramp) and max(self.taid_t.start, self.taid_t.end) > 1:
+            raise ValueError(f"taid_t goes from {self.taid_t.start} to {self.taid_t.end}; it is a share, from 0 to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _dac_bounds_are_in_order(self) -> ObjectiveConfig:
+        if self.dac_lower >= self.dac_upper:
+            raise ValueError(
+                f"dac_lower is {self.dac_lower} and dac_upper {self.dac_upper}; it must be the smaller one"
+            )
+        return self
+
     def at(self, step: int, steps: int) -> ObjectiveConfig:
-        """The same mix with every weight a number: the weights of step 0, 1, ... of a phase of `steps` steps."""
+        """The same mix with numbers for what changes with the step: those of step 0, 1, ... of a phase of `steps` steps."""
         numbers = {n: w.at(step, steps) if isinstance(w, Ramp) else w for n, w in self.weights.items()}
-        return self.model_copy(update={"weights": numbers})
+        t = self.taid_t.at(step, steps) if isinstance(self.taid_t, Ramp) else self.taid_t
+        return self.model_copy(update={"weights": numbers, "taid_t": t})
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the mix has a part that follows the loss, and so needs state beside settings and step."""
+        return "taid" in self.weights and self.taid_t == "adaptive"
 
     @property
     def reads_all_targets(self) -> bool:
@@ -100,6 +177,26 @@ class ObjectiveConfig(Strict):
         if len(fixed) < len(self.weights):
             raise ConfigError("objective.weights change with the step; call config.at(step, steps) first")
         return fixed
+
+    def interpolation(self) -> float:
+        """The number `taid_t`. Raises ConfigError if it still depends on the step or on losses."""
+        if isinstance(self.taid_t, Ramp):
+            raise ConfigError("objective.taid_t changes with the step; call config.at(step, steps) first")
+        if self.taid_t == "adaptive":
+            raise ConfigError(f"objective.taid_t is adaptive, {_NO_STATE}")
+        return self.taid_t
+
+
+_NO_STATE = (
+    "which follows the losses of `kdata train` and has no state elsewhere; set objective.taid_t to a number, or to a ramp "
+    "such as {start: 0.4, end: 1.0}"
+)
+
+
+def refuse_adaptive(config: ObjectiveConfig) -> None:
+    """Raise ConfigError where a mix needs state that only this trainer keeps."""
+    if config.is_adaptive:
+        raise ConfigError(f"objective.taid_t is adaptive, {_NO_STATE}")
 
 
 def tail_of(name: str, config: ObjectiveConfig, tail: Tail) -> Tail:
@@ -158,7 +255,7 @@ def resolve_tail(
     if (tail == "draws") != (held == "draws"):
         allowed = "draws" if held == "draws" else "ghost or renormalise"
         raise ConfigError(f"objective.tail is {tail!r}, but the dataset's kept entries are for {held!r}; use {allowed}")
-    needs_bucket = [n for n in config.weights if n == "reverse_kl" or (n == "jsd" and config.jsd_beta == 1.0)]
+    needs_bucket = [n for n in config.weights if n in NEEDS_BUCKET or (n == "jsd" and config.jsd_beta == 1.0)]
     if needs_bucket and tail == "renormalise":
         raise ConfigError(
             f"{needs_bucket[0]} is infinite with tail {tail!r} (the student's probability outside the kept entries meets a "

@@ -6,8 +6,9 @@ computes the student's side without a [positions, vocabulary] matrix, differenti
 carries the result back to hidden states and head. To add an objective, write one function, add a line to `OBJECTIVES` and
 its name to `OBJECTIVE_NAMES`, and add an oracle to the tests.
 
-What is exact: by the log-sum inequality, merging outcomes never increases an f-divergence. So every divergence below is, with
-the ghost bucket, a lower bound of the full one; only the cross-entropy of the actual token is exact. On draws (kinds
+What is exact: by the log-sum inequality, merging outcomes never increases an f-divergence. So every f-divergence below is,
+with the ghost bucket, a lower bound of the full one; what holds for the other objectives is in their docstrings. Only the
+cross-entropy of the actual token is exact. On draws (kinds
 sampled, hybrid, threshold), a term that is linear in the teacher's probabilities is unbiased and any other is not. Students
 that were trained on biased terms ended 12 to 19 % higher in NLL, worse than on the text alone (`trainer/README.md`). Those
 objectives therefore use the exact entries (hybrid, threshold) and one bucket for everything else, draws included, which is
@@ -30,12 +31,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdata.errors import ShapeError
+from kdata.errors import ConfigError, ShapeError
 from kdata.trainer.objective_config import ObjectiveConfig, Tail
 
 # Stands for log 0: e^-100 is below float32's normal range, and a finite number keeps 0 * log 0 at 0 and every gradient free
 # of NaN, without a mask in each formula.
 LOG_ZERO = -100.0
+
+FIRST_ENTRIES = 5  # of FIRST's authors
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Targets:
     where the whole mix counts; at the others only the cross-entropy does (`ObjectiveConfig.cross_entropy_elsewhere`); they
     have weight 1 and no entries. None: all are chosen. actual_logprobs_C: float [C], the teacher's log-probabilities of the
     actual tokens, and chunk_C: int64 [C], rising, number of the chunk of each; only the objective `alm` reads them.
+    entropy_C: float [C], nats, of the teacher's whole distribution at temperature 1, NaN where it is not known; 0 where a
+    position is not chosen. None: not known.
     """
 
     token_ids_C: Tensor
@@ -62,6 +67,7 @@ class Targets:
     chosen_C: Tensor | None = None
     actual_logprobs_C: Tensor | None = None
     chunk_C: Tensor | None = None
+    entropy_C: Tensor | None = None
 
     def __len__(self) -> int:
         return self.token_ids_C.shape[0]
@@ -138,11 +144,13 @@ class Targets:
 
 
 class Outcomes(NamedTuple):
-    """The input of an objective: log-probabilities of J outcomes, and the student's of the actual token."""
+    """The input of an objective: log-probabilities of J outcomes, and what else is known of a position."""
 
     log_p_CJ: Tensor  # teacher at the temperature, constant; LOG_ZERO where 0
     log_q_CJ: Tensor  # student at the temperature, differentiable; LOG_ZERO where 0
     log_q_token_C: Tensor  # student at temperature 1, differentiable
+    token_C: Tensor  # int64 in [0, J), the outcome that the actual token is part of
+    doubt_C: Tensor | None = None  # teacher's entropy at temperature 1 over log V, in [0, 1]; None: not known
 
 
 def teacher_outcomes(targets: Targets, tail: Tail) -> Tensor:
@@ -166,6 +174,28 @@ def teacher_outcomes(targets: Targets, tail: Tail) -> Tensor:
 
 def _kl(log_a_CJ: Tensor, log_b_CJ: Tensor) -> Tensor:
     return (log_a_CJ.exp() * (log_a_CJ - log_b_CJ)).sum(-1)
+
+
+def _entropy(log_a_CJ: Tensor) -> Tensor:
+    return -(log_a_CJ.exp() * log_a_CJ).sum(-1)
+
+
+def _log_sum(a_CN: Tensor, live_CN: Tensor) -> Tensor:
+    """Log-sum-exp of the live ones of N numbers, [C]; LOG_ZERO where none is."""
+    some_C = live_CN.any(-1)
+    counted_CN = live_CN | ~some_C[:, None]  # the log-sum-exp of nothing has no gradient
+    return a_CN.masked_fill(~counted_CN, -torch.inf).logsumexp(-1).masked_fill(~some_C, LOG_ZERO)
+
+
+def _falling(o: Outcomes) -> tuple[Tensor, Tensor]:
+    """The teacher's probabilities of the entries without the bucket, by falling size, [C, K]; and their places."""
+    return o.log_p_CJ[:, :-1].exp().sort(dim=-1, descending=True, stable=True)
+
+
+def _kl_among(a_CN: Tensor, b_CN: Tensor, live_CN: Tensor) -> Tensor:
+    """KL of two softmaxes over the live ones of N numbers, [C]; 0 where none is."""
+    log_a_CN, log_b_CN = (x_CN - _log_sum(x_CN, live_CN)[:, None] for x_CN in (a_CN, b_CN))
+    return (log_a_CN.masked_fill(~live_CN, LOG_ZERO).exp() * (log_a_CN - log_b_CN)).masked_fill(~live_CN, 0.0).sum(-1)
 
 
 def _mix(log_a_CJ: Tensor, log_b_CJ: Tensor, share_of_a: float) -> Tensor:
@@ -248,6 +278,156 @@ def total_variation(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     return 0.5 * (o.log_p_CJ.exp() - o.log_q_CJ.exp()).abs().sum(-1)
 
 
+def balanced_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """w_f KL(p || q) + w_r KL(q || p); (w_f, w_r) = (delta, 1) where H(p) > H(q), else (1, delta); the weights are constants.
+
+    Source: BD-KD, arXiv 2212.12965, for images, in which teacher and student learn together. Its abstract says that forward
+    and reverse KL are weighted sample by sample to balance the student's confidence. We could not verify direction and
+    constants: more of forward KL where the student is too certain, and delta = 2, are our defaults.
+
+    Both entropies are those of the outcomes, so like is compared with like; where the bucket is heavy, the side that is
+    larger may be another than over the vocabulary. ghost: at most delta times the full KL(p || q) + KL(q || p), because it
+    is that of lower bounds. draws: the same, of the exact entries. Infinite without a bucket, so renormalise is refused.
+    """
+    unsure_C = _entropy(o.log_p_CJ) > _entropy(o.log_q_CJ)
+    forward_C, reverse_C = forward_kl(o, config), reverse_kl(o, config)
+    return torch.where(
+        unsure_C, config.balanced_delta * forward_C + reverse_C, forward_C + config.balanced_delta * reverse_C
+    )
+
+
+def adaptive_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """a KL(p || q) + (1 - a) KL(q || p), where a is the head's share of sum_j |p_j - q_j|, a constant.
+
+    The head: the most probable entries of the teacher while they sum to at most `adaptive_head`, and the first in any case.
+    The rest, the bucket included, is the tail.
+
+    Source: AKL, arXiv 2404.02657. Head, gaps, no gradient through them and the weights are as in the authors' code
+    (wutaiqiang/LLM_KD_AKL, AKL.py), which we read.
+
+    Inside the bucket differences cancel, so a is at least that of the whole vocabulary where the kept entries hold the head;
+    where they sum to less than `adaptive_head`, the head ends with them. Not a bound. draws: the same, of the exact entries.
+    Infinite without a bucket, so renormalise is refused.
+    """
+    gap_CJ = (o.log_p_CJ.exp() - o.log_q_CJ.detach().exp()).abs()
+    p_CK, order_CK = _falling(o)
+    within_CK = p_CK.cumsum(-1) <= config.adaptive_head
+    within_CK[:, :1] = True
+    share_C = (gap_CJ.gather(-1, order_CK) * within_CK).sum(-1) / gap_CJ.sum(-1).clamp_min(1e-30)
+    return share_C * forward_kl(o, config) + (1 - share_C) * reverse_kl(o, config)
+
+
+def tail_aware_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """KL over the kept entries, given that one of them comes, times their mass, + w KL of the masses of head and tail.
+
+    By the chain rule this is KL(p || q) + (w - 1) KL((1 - m, m) || (1 - n, n)), with m and n the teacher's and the student's
+    mass of the tail. At w = 1 it is forward KL. At every w > 0 its minimum is at p = q, which it would not be if the tail's
+    term of forward KL were weighted alone.
+
+    Source: the tail's mass as an outcome of its own is verl's `forward_kl_topk_tail` (verl #7856), which is w = 1 and which
+    we read. A weight for the tail is that of "Don't Ignore the Tail", arXiv 2602.20816, of which we read the abstract only.
+    It weights the divergence inside the tail, by what is known of it; stored entries do not hold that, so the weight on the
+    mass is our form of it.
+
+    ghost: the masses are exact, the rest a lower bound. draws: the same, of the exact entries, so head and tail are theirs.
+    renormalise: biased, and m is 0.
+    """
+    live_CK = o.log_p_CJ[:, :-1] > LOG_ZERO
+    masses = [torch.stack([_log_sum(x_CJ[:, :-1], live_CK), x_CJ[:, -1]], dim=-1) for x_CJ in (o.log_p_CJ, o.log_q_CJ)]
+    return forward_kl(o, config) + (config.tail_weight - 1.0) * _kl(*masses)
+
+
+def deviation_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """(H / log V)^gamma KL(p || q), H the entropy of the teacher's whole distribution at temperature 1, V the vocabulary.
+
+    Source: deviation-aware distillation of DB-LLM, arXiv 2402.11960: more weight where the teacher is ambiguous. We could
+    not verify its formula; this form and gamma = 1 are our defaults.
+
+    H is the stored entropy, not that of the outcomes, so the weight is exact up to its rounding on disk whatever is kept, and
+    a constant: the gradient is unbiased on draws, as that of forward KL, and with the bucket the value is a lower bound.
+    renormalise: biased. Data without it (imported, combined of several teachers, read through a server) is refused.
+    """
+    if o.doubt_C is None:
+        raise ConfigError("deviation_kl needs the teacher's entropy, but entropy_C of the targets is None; set it")
+    return o.doubt_C**config.deviation_gamma * forward_kl(o, config)
+
+
+def taid(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """KL(p_t || q) with p_t = softmax((1 - t) log q + t log p), a constant; t is `taid_t`.
+
+    Source: TAID, arXiv 2501.16937, and copies of the authors' code, whose value is the cross-entropy with p_t, of the same
+    gradient. How t follows the loss: `kdata.trainer.interpolation`.
+
+    p_t mixes the outcomes, so in the bucket it mixes sums of probabilities, and it is 0 where the teacher's is. The value
+    rises with t to forward KL at t = 1, so with the bucket it is at most the full KL(p || q); it is no bound of its own full
+    value. draws: the same, of the exact entries. renormalise: biased.
+    """
+    t = config.interpolation()
+    never_CJ = o.log_p_CJ <= LOG_ZERO
+    log_m_CJ = ((1 - t) * o.log_q_CJ.detach() + t * o.log_p_CJ).masked_fill(never_CJ, LOG_ZERO)
+    log_sum_C = torch.logsumexp(log_m_CJ, dim=-1).masked_fill(never_CJ.all(-1), 0.0)
+    return _kl((log_m_CJ - log_sum_C[:, None]).clamp_min(LOG_ZERO), o.log_q_CJ)
+
+
+def plackett_luce(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """-sum_k p[pi_k] log(q[pi_k] / sum_{j >= k} q[pi_j]): the student is to choose the outcomes in the order pi.
+
+    pi: first the outcome that the actual token is part of, then the kept entries by falling probability of the teacher, then
+    the bucket.
+
+    Source: PLD, arXiv 2506.12542: order and weights are those of its abstract. The paper orders the vocabulary, with the
+    weights softmax(z_T / T) and the student at temperature 1; here, as in every objective, both are at T.
+
+    The rest of the vocabulary is one item, and an actual token that is not kept is in it, so that the bucket comes first
+    there. The order within the bucket is not learnt, and the value is no bound. draws: the same, of the exact entries.
+    renormalise: biased, the bucket's weight is 0. It falls as 1/T, so at a T other than 1 the common factor T^2 makes it T
+    times as heavy in a mix.
+    """
+    rank_CJ = torch.cat([o.log_p_CJ[:, :-1], torch.full_like(o.log_p_CJ[:, -1:], 2 * LOG_ZERO)], dim=-1)
+    rank_CJ = rank_CJ.scatter(-1, o.token_C[:, None], torch.inf)
+    order_CJ = rank_CJ.argsort(dim=-1, descending=True, stable=True)
+    log_p_CJ, log_q_CJ = (x_CJ.gather(-1, order_CJ) for x_CJ in (o.log_p_CJ, o.log_q_CJ))
+    padding_CJ = (log_p_CJ <= LOG_ZERO) & (log_q_CJ <= LOG_ZERO)  # far below an entry that the student gives e^-200
+    log_left_CJ = log_q_CJ.masked_fill(padding_CJ, 1e3 * LOG_ZERO).flip(-1).logcumsumexp(-1).flip(-1)
+    return (log_p_CJ.exp() * (log_left_CJ - log_q_CJ)).masked_fill(padding_CJ, 0.0).sum(-1)
+
+
+def first(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """KL(r || q among the five) over the teacher's five most probable entries, r = exp(p / c) scaled to sum to 1 over them.
+
+    Source: FIRST, arXiv 2408.12168; the five and the recalibration. The student is renormalized over the five, which is the
+    authors' code with `--use_norm linear`, read there; with that code's default both sides are softmax(p / temperature), so
+    the student would be drawn to the teacher before its recalibration. The paper's own choice could not be verified.
+
+    Exact where five entries are kept, in every tail mode but renormalise (p is larger there); with fewer, over those. It says
+    nothing of the probability outside of the five. draws: the same, of the exact entries, of which threshold data may have
+    fewer than five.
+    """
+    places_CN = _falling(o)[1][:, :FIRST_ENTRIES]
+    log_p_CN, log_q_CN = (x_CJ.gather(-1, places_CN) for x_CJ in (o.log_p_CJ, o.log_q_CJ))
+    live_CN = log_p_CN > LOG_ZERO
+    return _kl_among(log_p_CN.exp() / config.first_c, log_q_CN, live_CN)
+
+
+def dac_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """KL(p || q) among the entries between two quantiles of the teacher, both sides scaled to sum to 1 over them.
+
+    With b_k the sum of the probabilities before entry k, by falling probability: those with dac_lower <= b_k < dac_upper.
+
+    Source: DAC-KL, arXiv 2407.10068, of which we read the abstract: a small network learns what to clip from the teacher's
+    output. Here the bounds are fixed, quantiles of probability, and both they and the scaling are our defaults.
+
+    Exact where the kept entries reach the upper bound, in every tail mode but renormalise; otherwise they end before it, and
+    what is not kept never counts. It says nothing of the probability outside of the bounds. draws: the same, of the exact
+    entries.
+    """
+    p_CK, places_CK = _falling(o)
+    log_p_CK, log_q_CK = (x_CJ.gather(-1, places_CK) for x_CJ in (o.log_p_CJ, o.log_q_CJ))
+    before_CK = torch.cat([torch.zeros_like(p_CK[:, :1]), p_CK.cumsum(-1)[:, :-1]], dim=-1)
+    live_CK = (before_CK >= config.dac_lower) & (before_CK < config.dac_upper) & (log_p_CK > LOG_ZERO)
+    return _kl_among(log_p_CK, log_q_CK, live_CK)
+
+
 OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "cross_entropy": cross_entropy,
     "forward_kl": forward_kl,
@@ -256,4 +436,12 @@ OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "skewed_forward_kl": skewed_forward_kl,
     "skewed_reverse_kl": skewed_reverse_kl,
     "total_variation": total_variation,
+    "balanced_kl": balanced_kl,
+    "adaptive_kl": adaptive_kl,
+    "tail_aware_kl": tail_aware_kl,
+    "deviation_kl": deviation_kl,
+    "taid": taid,
+    "plackett_luce": plackett_luce,
+    "first": first,
+    "dac_kl": dac_kl,
 }

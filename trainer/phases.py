@@ -26,9 +26,10 @@ from kdata.trainer.config import Phase, TrainConfig
 from kdata.trainer.distributed import Ranks
 from kdata.trainer.domain_weights import DDKMixture, DomainWeights, make_domain_weights
 from kdata.trainer.heldout import Heldout, keep_aside, open_heldout, student_losses
+from kdata.trainer.interpolation import AdaptiveInterpolation
 from kdata.trainer.loader import Loader
 from kdata.trainer.mixed_loader import MixedLoader
-from kdata.trainer.objective_config import Tail, refuse_elsewhere, resolve_tail
+from kdata.trainer.objective_config import ObjectiveConfig, Tail, refuse_elsewhere, resolve_tail
 
 # Mixed with the seed instead of the dataset's digest where `data_order` is seed.
 SEED_ORDER = "0" * 64
@@ -39,7 +40,7 @@ class OpenPhase:
     """A phase whose data is open.
 
     loader: its batches. tail: how the teacher's sparse distributions are completed. domain_weights, heldout: None without a
-    mixture; heldout also None with fixed weights.
+    mixture; heldout also None with fixed weights. interpolation: of `taid`, None where it does not follow the loss.
     """
 
     phase: Phase
@@ -49,6 +50,7 @@ class OpenPhase:
     tail: Tail
     domain_weights: DomainWeights | None
     heldout: Heldout | None
+    interpolation: AdaptiveInterpolation | None
 
     @property
     def longest_tokens(self) -> int:
@@ -65,9 +67,10 @@ class OpenPhase:
         return [self.loader.identity, *([] if self.heldout is None else [self.heldout.dataset.content_digest])]
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the loader and of the domain weights, for a checkpoint."""
+        """State of the loader, of the domain weights and of the interpolation, for a checkpoint."""
         weights = None if self.domain_weights is None else self.domain_weights.state_dict()
-        return {"phase": self.phase.name, "loader": self.loader.state_dict(), "mixture": weights}
+        own = {} if self.interpolation is None else {"taid": self.interpolation.state_dict()}
+        return {"phase": self.phase.name, "loader": self.loader.state_dict(), "mixture": weights, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint of this phase. A checkpoint of another phase changes nothing.
@@ -78,12 +81,17 @@ class OpenPhase:
         """
         if state.get("phase") != self.phase.name:
             return
-        parts: list[Any] = [state.get("loader"), *([] if self.domain_weights is None else [state.get("mixture")])]
-        if not all(isinstance(part, dict) for part in parts):
-            raise CorruptError("it lacks the state of the loader or of the domain weights")
-        self.loader.load_state_dict(parts[0])
-        if self.domain_weights is not None:
-            self.domain_weights.load_state_dict(parts[1])
+        own = {"loader": self.loader, "mixture": self.domain_weights, "taid": self.interpolation}
+        stateful = {name: part for name, part in own.items() if part is not None}
+        if not all(isinstance(state.get(name), dict) for name in stateful):
+            raise CorruptError("it lacks the state of the loader, of the domain weights or of taid")
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
+
+    def objective_at(self, step: int) -> ObjectiveConfig:
+        """The mix of step 0, 1, ... of the phase, in numbers."""
+        mix = self.phase.objective.at(step, self.phase.steps)
+        return mix if self.interpolation is None else mix.model_copy(update={"taid_t": self.interpolation.t})
 
     def begins_period(self, step: int) -> bool:
         """Whether the domain weights are updated before step 0, 1, ... of the run."""
@@ -144,6 +152,7 @@ def _open(
     rows, positions = (None, None) if plan is None else plan.choice(dataset)
     refuse_no_targets(dataset, rows)
     refuse_nothing_kept(dataset, rows, positions)
+    refuse_unknown_entropy(dataset, rows, phase.objective)
     temperatures = dataset.info.codec.temperatures
     tail = resolve_tail(phase.objective, dataset.info.tail, temperatures, kind=dataset.info.codec.kind)
     refuse_elsewhere(phase.objective, has_positions=positions is not None or dataset.info.codec.keeps_some_positions)
@@ -158,16 +167,17 @@ def _open(
         "rank": ranks.rank, "world_size": ranks.world_size, "temperature": phase.objective.temperature,
         "positions": positions, "elsewhere": phase.objective.reads_all_targets,
     }  # fmt: skip
+    interpolation = AdaptiveInterpolation() if phase.objective.is_adaptive else None
     if phase.mixture is None:
         order_key = SEED_ORDER if config.data_order == "seed" else None
         loader = Loader(dataset, rows, batches_config, order_key=order_key, **options)
-        return OpenPhase(phase, dataset, plan, loader, tail, None, None)
+        return OpenPhase(phase, dataset, plan, loader, tail, None, None, interpolation)
     heldout = None
     if isinstance(phase.mixture, DDKMixture):
         rows, heldout = _hold_out(dataset, rows, phase.mixture, config.seed)
     mixed = MixedLoader(dataset, rows, batches_config, **options)
     weights = make_domain_weights(phase.mixture, mixed.domains, {} if heldout is None else heldout.teacher_losses)
-    return OpenPhase(phase, dataset, plan, mixed, tail, weights, heldout)
+    return OpenPhase(phase, dataset, plan, mixed, tail, weights, heldout, interpolation)
 
 
 def _copy_shards(dataset: kdata.Dataset, rows: np.ndarray) -> None:
@@ -189,6 +199,23 @@ def refuse_no_targets(dataset: kdata.Dataset, rows: np.ndarray | None) -> None:
         raise DataError(
             f"{dataset.place}: none of the tokens in {len(planned):,} rows is a target (all target masks are empty), so "
             "there is nothing to learn; capture the text again with other `targets`, or choose other rows with a plan"
+        )
+
+
+def refuse_unknown_entropy(dataset: kdata.Dataset, rows: np.ndarray | None, objective: ObjectiveConfig) -> None:
+    """Raise ConfigError if an objective needs the teacher's entropy, and a planned row does not hold it at every target."""
+    if "deviation_kl" not in objective.weights:
+        return
+    index = dataset.index(["mean_entropy", "num_target_tokens"])
+    unknown = index["mean_entropy"].is_null().to_numpy() & (index["num_target_tokens"].to_numpy() > 0)
+    planned = np.arange(dataset.num_rows) if rows is None else np.unique(rows)
+    if len(bare := planned[unknown[planned]]):
+        row_id = dataset.index(["id"])["id"][int(bare[0])].as_py()
+        raise ConfigError(
+            f"deviation_kl needs the teacher's entropy at every target, and {dataset.place} does not hold it in "
+            f"{len(bare):,} of {len(planned):,} rows, the first of them {row_id!r} (they were imported, combined of several "
+            "teachers, or read through a server); remove the objective, or leave these rows out with a plan (kdata select "
+            "--sql 'select id from rows where mean_entropy is not null')"
         )
 
 

@@ -53,6 +53,7 @@ from kdata.trainer.config import (
     TrainResult,
 )
 from kdata.trainer.distributed import Ranks, accumulating, join, spread, whole
+from kdata.trainer.input_mask import check_mask, masked
 from kdata.trainer.learner import Learner, resolve_precision
 from kdata.trainer.loader import Batch
 from kdata.trainer.metrics import Metrics, check_installed
@@ -133,6 +134,7 @@ def _train(
     student = build_student(config.student, phases[0].dataset, config.seed, others_of(phases))
     for open_phase in phases:
         check_positions(student, open_phase.longest_tokens)
+    check_mask(config.input_mask, student)
     if config.attention == "varlen":
         student.to(ranks.device)  # type: ignore[arg-type]  # transformers wraps Module.to
         attend_by_documents(student)
@@ -188,13 +190,17 @@ def _train(
                 batches = batches or iter(open_phase.loader)
                 step_batches = list(islice(batches, rows_per_step // open_phase.loader.config.batch_rows))
                 waited = time.perf_counter() - waiting
+                if config.input_mask is not None:
+                    step_batches = [masked(b, config.input_mask, config.seed, progress.step) for b in step_batches]
 
                 rate = learning_rate(phase, step_in_phase)
                 optimizer.set_rate(rate)
-                objective = phase.objective.at(step_in_phase, phase.steps)
+                objective = open_phase.objective_at(step_in_phase)
                 gradients = _gradients(learner, step_batches, objective, open_phase, config, ranks, progress.step + 1)
                 optimizer.step()
                 optimizer.zero_grad()
+                if open_phase.interpolation is not None:
+                    open_phase.interpolation.update(gradients.losses["taid"], step_in_phase, phase.steps)
 
                 seconds = time.perf_counter() - started
                 progress = Progress(
@@ -212,7 +218,8 @@ def _train(
                         "phase": phase.name,
                         **gradients.losses,
                         "lr": rate,
-                        **({"weights": objective.numbers()} if objective != phase.objective else {}),
+                        **({"weights": objective.numbers()} if objective.weights != phase.objective.weights else {}),
+                        **({"taid_t": objective.interpolation()} if "taid" in objective.weights else {}),
                         "grad_norm": gradients.norm,
                         "tokens": progress.tokens,
                         "target_tokens": progress.target_tokens,

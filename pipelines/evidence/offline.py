@@ -26,7 +26,7 @@ from kdata.pipelines.evidence.students import train_and_measure
 from kdata.selection.step import Step
 from kdata.trainer.config import CheckpointStudent, ScratchStudent, StudentConfig, TrainConfig
 from kdata.trainer.learner import Learner
-from kdata.trainer.objective_config import ObjectiveConfig
+from kdata.trainer.objective_config import OBJECTIVE_NAMES, ObjectiveConfig
 from kdata.trainer.train import LearnerOf
 
 Method = Literal["systematic", "independent"]
@@ -138,6 +138,11 @@ OBJECTIVES = (
     Setting("hybrid 16 + 16, skewed_forward_kl", "objective", _hybrid(16, 16), objective="skewed_forward_kl"),
     Setting("hybrid 16 + 16, total_variation", "objective", _hybrid(16, 16), objective="total_variation"),
     Setting("hybrid 16 + 16, reverse_kl", "objective", _hybrid(16, 16), objective="reverse_kl"),
+    *(
+        Setting(f"default, {name}", "objective", _threshold(0.03), objective=name)
+        for name in OBJECTIVE_NAMES
+        if name not in ("cross_entropy", "forward_kl")
+    ),
 )
 SETTINGS = (*FIRST, *SECOND, *OBJECTIVES)
 

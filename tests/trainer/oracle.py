@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kdata.trainer.objectives import Targets
+
+TAID_T = 0.7  # the share of the teacher in the target of `taid`, in tests
+# The objectives that use draws as they are.
+LINEAR = ("cross_entropy", "forward_kl", "deviation_kl")
 
 
 @dataclass
@@ -40,7 +45,8 @@ def make_problem(
     rng = torch.Generator().manual_seed(seed)
     hidden = torch.randn(num_positions, hidden_size, generator=rng, dtype=torch.float64) * scale
     head = torch.randn(vocab_size, hidden_size, generator=rng, dtype=torch.float64)
-    p = torch.softmax(2 * torch.randn(num_positions, vocab_size, generator=rng, dtype=torch.float64) / temperature, -1)
+    logits = 2 * torch.randn(num_positions, vocab_size, generator=rng, dtype=torch.float64)
+    p = torch.softmax(logits / temperature, -1)
     top, ids = p.topk(kept, dim=-1)
     if ragged:
         num_kept = torch.arange(num_positions) % (kept + 1)
@@ -50,7 +56,8 @@ def make_problem(
     tokens = torch.randint(0, vocab_size, (num_positions,), generator=rng)
     tokens[0] = p[0].argmax()  # one actual token among the kept entries, others where they fall
     num_exact = (ids >= 0).sum(-1).clamp_max(exact)
-    targets = Targets(tokens, ids, top.log(), tail.log(), temperature, num_exact)
+    entropy = torch.special.entr(torch.softmax(logits, -1)).sum(-1)
+    targets = Targets(tokens, ids, top.log(), tail.log(), temperature, num_exact, entropy_C=entropy)
     return Problem(hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), p, targets)
 
 
@@ -95,7 +102,7 @@ def exact_part(problem: Problem) -> Problem:
 
 def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, skew: float = 0.1) -> Tensor:
     """One objective at each position, differentiable in the problem's hidden states and head; divergences times T^2."""
-    if tail == "draws" and name not in ("cross_entropy", "forward_kl") and (name, beta) != ("jsd", 0.0):
+    if tail == "draws" and name not in LINEAR and (name, beta) != ("jsd", 0.0):
         return oracle_values(exact_part(problem), name, "ghost", beta, skew)
     p, q, log_q_token = lumped(problem, tail)
     if name == "cross_entropy":
@@ -111,5 +118,88 @@ def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, ske
         "skewed_forward_kl": lambda: kl(p, skew * p + (1 - skew) * q),
         "skewed_reverse_kl": lambda: kl(q, (1 - skew) * p + skew * q),
         "total_variation": lambda: 0.5 * (p - q).abs().sum(-1),
+        "balanced_kl": lambda: _balanced(p, q),
+        "adaptive_kl": lambda: _adaptive(p, q),
+        "tail_aware_kl": lambda: _tail_aware(p, q),
+        "taid": lambda: _taid(p, q),
+        "dac_kl": lambda: _dac(p, q),
+        "first": lambda: _first(p, q),
+        "plackett_luce": lambda: _plackett_luce(p, q, problem.targets),
+        "deviation_kl": lambda: problem.targets.entropy_C / math.log(len(problem.head)) * kl(p, q),
     }[name]()
     return squared * divergence
+
+
+def _balanced(p: Tensor, q: Tensor, delta: float = 2.0) -> Tensor:
+    unsure = torch.special.entr(p).sum(-1) > torch.special.entr(q).sum(-1)
+    return torch.where(unsure, delta, 1.0) * kl(p, q) + torch.where(unsure, 1.0, delta) * kl(q, p)
+
+
+def _adaptive(p: Tensor, q: Tensor, head: float = 0.5) -> Tensor:
+    """Position by position; the last outcome is no part of the head."""
+    values = []
+    for p_J, q_J in zip(p, q, strict=True):
+        in_head, total = [], 0.0
+        for j in sorted(range(len(p_J) - 1), key=lambda j: -float(p_J[j])):
+            total += float(p_J[j])
+            if in_head and total > head:
+                break
+            in_head.append(j)
+        gaps = (p_J - q_J).detach().abs()
+        share = gaps[in_head].sum() / gaps.sum() if gaps.sum() > 0 else gaps.sum()
+        values.append(share * kl(p_J, q_J) + (1 - share) * kl(q_J, p_J))
+    return torch.stack(values)
+
+
+def _tail_aware(p: Tensor, q: Tensor, weight: float = 2.0) -> Tensor:
+    """From its parts: the head given that one of its entries comes, and the masses."""
+    head_p, head_q = p[:, :-1].sum(-1), q[:, :-1].sum(-1)
+    live = (head_p > 0)[:, None]
+    inside = kl(
+        torch.where(live, p[:, :-1] / torch.where(live, head_p[:, None], 1.0), 0.0),
+        torch.where(live, q[:, :-1] / torch.where(live, head_q[:, None], 1.0), 0.0),
+    )
+    masses = [torch.stack([head, x[:, -1]], -1) for head, x in ((head_p, p), (head_q, q))]
+    return head_p * inside + weight * kl(*masses)
+
+
+def _taid(p: Tensor, q: Tensor) -> Tensor:
+    target = torch.where(p > 0, p**TAID_T * q.detach() ** (1 - TAID_T), 0.0)
+    return kl(target / target.sum(-1, keepdim=True).clamp_min(1e-300), q)
+
+
+def _plackett_luce(p: Tensor, q: Tensor, targets: Targets) -> Tensor:
+    """Position by position: choose the outcomes one after the other, each out of those that are left."""
+    values = []
+    for p_J, q_J, ids_K, token in zip(p, q, targets.ids_CK.tolist(), targets.token_ids_C.tolist(), strict=True):
+        bucket = len(p_J) - 1
+        own = ids_K.index(token) if token in ids_K else bucket
+        kept = sorted((k for k, kept_id in enumerate(ids_K) if kept_id >= 0), key=lambda k: -float(p_J[k]))
+        order = [own, *(j for j in [*kept, bucket] if j != own)]
+        chosen, left = q_J[order], [q_J[order[k:]].sum() for k in range(len(order))]
+        values.append(-(p_J[order] * (chosen / torch.stack(left)).log()).sum())
+    return torch.stack(values)
+
+
+def _among(p: Tensor, q: Tensor, places: list[int]) -> Tensor:
+    return kl(p[places] / p[places].sum(), q[places] / q[places].sum()) if places else q.sum() * 0
+
+
+def _first(p: Tensor, q: Tensor, c: float = 1.0) -> Tensor:
+    values = []
+    for p_J, q_J in zip(p, q, strict=True):
+        kept = [j for j in range(len(p_J) - 1) if p_J[j] > 0]
+        values.append(_among((p_J / c).exp(), q_J, sorted(kept, key=lambda j: -float(p_J[j]))[:5]))
+    return torch.stack(values)
+
+
+def _dac(p: Tensor, q: Tensor, lower: float = 0.0, upper: float = 0.95) -> Tensor:
+    values = []
+    for p_J, q_J in zip(p, q, strict=True):
+        left, before = [], 0.0
+        for j in sorted(range(len(p_J) - 1), key=lambda j: -float(p_J[j])):
+            if lower <= before < upper and p_J[j] > 0:
+                left.append(j)
+            before += float(p_J[j])
+        values.append(_among(p_J, q_J, left))
+    return torch.stack(values)

@@ -242,8 +242,9 @@ def test_logits_give_the_loss_and_gradient_of_hidden_states_and_head(name: str, 
     logprobs = torch.log_softmax(torch.randn(9, 13, dtype=torch.float64), -1)
     kept, ids = logprobs.topk(4)
     tail = torch.log1p(-kept.exp().sum(-1))
-    targets = Targets(torch.randint(13, (9,)), ids, kept, tail, temperature)
-    config = ObjectiveConfig(weights={name: 1.0}, temperature=temperature)
+    entropy = torch.special.entr(logprobs.exp()).sum(-1)
+    targets = Targets(torch.randint(13, (9,)), ids, kept, tail, temperature, entropy_C=entropy)
+    config = ObjectiveConfig(weights={name: 1.0}, temperature=temperature, taid_t=0.7)
     results = []
     for over in ("hidden", "logits"):
         h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()

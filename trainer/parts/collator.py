@@ -46,7 +46,9 @@ class SparseTargets:
         """Targets of no token; `weighted` where those of the other items have weights."""
         ids, floats = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
         weights = floats if weighted else None
-        return cls(ids, Targets(ids, ids.view(0, 1), floats.view(0, 1), floats, temperature, ids, weights))
+        return cls(
+            ids, Targets(ids, ids.view(0, 1), floats.view(0, 1), floats, temperature, ids, weights, None, floats)
+        )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -168,6 +170,7 @@ def join(parts: Sequence[SparseTargets], starts: Sequence[int]) -> SparseTargets
     width = max(part.targets.ids_CK.shape[1] for part in parts)
     each = [part.targets for part in parts]
     exact = [t.num_exact_C for t in each if t.num_exact_C is not None]
+    entropy = [t.entropy_C for t in each if t.entropy_C is not None]
     targets = Targets(
         token_ids_C=torch.cat([t.token_ids_C for t in each]),
         ids_CK=torch.cat([_widened(t.ids_CK, width, -1) for t in each]),
@@ -177,6 +180,7 @@ def join(parts: Sequence[SparseTargets], starts: Sequence[int]) -> SparseTargets
         num_exact_C=torch.cat(exact) if len(exact) == len(each) else None,
         weights_C=_joined([t.weights_C for t in each], each, torch.float32),
         chosen_C=_joined([t.chosen_C for t in each], each, torch.bool),
+        entropy_C=torch.cat(entropy) if len(entropy) == len(each) else None,
     )
     predictor_M = torch.cat([part.predictor_M + start for part, start in zip(parts, starts, strict=True)])
     return SparseTargets(predictor_M, targets)

@@ -29,9 +29,9 @@ from kdata.loader.batches import Arrays, Batches, BatchesConfig
 from kdata.loader.rows import IndexedRows
 from kdata.selection.plan import Plan
 from kdata.trainer.loader import Batch, IterableBatches, Loader, tempered, to_torch
-from kdata.trainer.objective_config import ObjectiveConfig, Tail, refuse_elsewhere, resolve_tail
+from kdata.trainer.objective_config import ObjectiveConfig, Tail, refuse_adaptive, refuse_elsewhere, resolve_tail
 from kdata.trainer.parts.collator import Collator, Item, Layout, SparseTargets
-from kdata.trainer.phases import plan_of, refuse_no_targets, refuse_nothing_kept
+from kdata.trainer.phases import plan_of, refuse_no_targets, refuse_nothing_kept, refuse_unknown_entropy
 
 Objective = ObjectiveConfig | Mapping[str, Any]
 
@@ -46,7 +46,8 @@ class Source:
         objective: settings of the loss, as `ObjectiveConfig` or as its fields. The temperature decides the targets.
         config: how documents are packed and ordered.
     Raises:
-        ConfigError: the data cannot serve the objective (its temperature, draws, the tail mode).
+        ConfigError: the data cannot serve the objective (its temperature, draws, the tail mode), or the objective needs
+            state that only `kdata train` keeps.
         DataError: a document is longer than the context, or no token counts.
         MissingError: dataset or plan does not exist.
     """
@@ -68,7 +69,9 @@ class Source:
         info = self.dataset.info
         refuse_no_targets(self.dataset, self.planned_rows)
         refuse_nothing_kept(self.dataset, self.planned_rows, self.positions)
+        refuse_unknown_entropy(self.dataset, self.planned_rows, self.objective)
         self.tail: Tail = resolve_tail(self.objective, info.tail, info.codec.temperatures, kind=info.codec.kind)
+        refuse_adaptive(self.objective)
         refuse_elsewhere(self.objective, has_positions=self.positions is not None or info.codec.keeps_some_positions)
         self.elsewhere = self.objective.cross_entropy_elsewhere is not None
         self.weighted = self.positions is not None and self.positions.weights is not None
