@@ -199,6 +199,14 @@ def refuse_adaptive(config: ObjectiveConfig) -> None:
         raise ConfigError(f"objective.taid_t is adaptive, {_NO_STATE}")
 
 
+def refuse_chunks(config: ObjectiveConfig) -> None:
+    """Raise ConfigError where a mix needs chunks of tokens, which only this trainer's batches hold."""
+    for name in CHUNK_OBJECTIVES.intersection(config.weights):
+        raise ConfigError(
+            f"objective {name} is of chunks of tokens, which batches for other trainers do not hold; use `kdata train`"
+        )
+
+
 def tail_of(name: str, config: ObjectiveConfig, tail: Tail) -> Tail:
     """The tail mode of one objective: `tail`, or ghost of the exact entries if draws would bias the objective."""
     linear = name in LINEAR or (name == "jsd" and config.jsd_beta == 0.0)

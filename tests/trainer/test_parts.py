@@ -434,6 +434,8 @@ def test_objectives_that_the_data_cannot_serve_are_refused(dataset: kdata.Datase
     draws = make_dataset(tmp_path / "draws", [10] * 8, tail="draws")
     with pytest.raises(ConfigError, match="reverse_kl is not linear"):
         PackedRows(draws, items=4, objective={"weights": {"reverse_kl": 1.0}})
+    with pytest.raises(ConfigError, match="alm is of chunks"):
+        PackedRows(dataset, items=4, objective={"weights": {"alm": 1.0}})
     with pytest.raises(ConfigError, match="forwardkl"):
         PackedRows(dataset, items=4, objective={"weights": {"forwardkl": 1.0}})
     for ends in ({}, {"items": 4, "epochs": 1}, {"items": 0}, {"epochs": 0}):

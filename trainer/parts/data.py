@@ -29,7 +29,14 @@ from kdata.loader.batches import Arrays, Batches, BatchesConfig
 from kdata.loader.rows import IndexedRows
 from kdata.selection.plan import Plan
 from kdata.trainer.loader import Batch, IterableBatches, Loader, tempered, to_torch
-from kdata.trainer.objective_config import ObjectiveConfig, Tail, refuse_adaptive, refuse_elsewhere, resolve_tail
+from kdata.trainer.objective_config import (
+    ObjectiveConfig,
+    Tail,
+    refuse_adaptive,
+    refuse_chunks,
+    refuse_elsewhere,
+    resolve_tail,
+)
 from kdata.trainer.parts.collator import Collator, Item, Layout, SparseTargets
 from kdata.trainer.phases import plan_of, refuse_no_targets, refuse_nothing_kept, refuse_unknown_entropy
 
@@ -66,12 +73,13 @@ class Source:
         self.planned_rows: np.ndarray | None = choice[0]
         self.positions: ChosenPositions | None = choice[1]
         self.config = config
-        info = self.dataset.info
         refuse_no_targets(self.dataset, self.planned_rows)
         refuse_nothing_kept(self.dataset, self.planned_rows, self.positions)
         refuse_unknown_entropy(self.dataset, self.planned_rows, self.objective)
         self.tail: Tail = resolve_tail(self.objective, info.tail, info.codec.temperatures, kind=info.codec.kind)
         refuse_adaptive(self.objective)
+        refuse_chunks(self.objective)
+        refuse_chunks(self.objective)
         refuse_elsewhere(self.objective, has_positions=self.positions is not None or info.codec.keeps_some_positions)
         self.elsewhere = self.objective.cross_entropy_elsewhere is not None
         self.weighted = self.positions is not None and self.positions.weights is not None
