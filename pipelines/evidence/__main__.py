@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -127,8 +128,17 @@ def run(
 @app.command()
 def report(question: Which, out: Out) -> None:
     """Write results.json, table.md and evidence.png of the runs that are measured."""
-    from kdata.pipelines.evidence import figures, selection_figures
+    from kdata.pipelines.evidence import figures, positions_figures, selection_figures
 
+    if question is Question.positions:
+        settings = positions.settings("student")  # with the rule that needs one, whoever it was
+        plot = partial(positions_figures.plot, settings)
+        typer.echo(figures.write_report(out, load_runs(out / "runs", [s.name for s in settings]), plot))
+        return
+    if question is Question.tokenizers:
+        keys = [s.key for s in tokenizers.SETTINGS]
+        typer.echo(tokenizers.write_report(out, load_runs(out / "runs", keys)))
+        return
     if question is Question.offline:
         typer.echo(figures.write_report(out, load_runs(out / "runs", [s.name for s in offline.SETTINGS])))
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from kdata.pipelines.evidence.runs import Figures
 from kdata.pipelines.evidence.summary import Estimate, relative_difference, summarise
 
 Runs = Mapping[str, Mapping[int, Figures]]
+Means = Mapping[str, Mapping[str, Estimate]]
+Against = Mapping[str, Estimate | None]
 COLOURS = {
     "hybrid": "#0f8a6a", "sampled": "#8d5aa9", "threshold": "#b8860b", "topk, ghost": "#1f6fb5",
     "topk, renormalised": "#c4501b", "adaptive, ghost": "#4f7f8f", "hybrid, independent": "#0f8a6a",
@@ -35,14 +37,18 @@ PEER_SIZES = (
 )  # fmt: skip
 
 
-def write_report(out: Path, runs: Runs) -> str:
-    """Write results.json, table.md and evidence.png of the runs that are measured; return the table."""
+def write_report(out: Path, runs: Runs, plot: Callable[[Means, Against], Figure] | None = None) -> str:
+    """Write results.json, table.md and evidence.png of the runs that are measured; return the table.
+
+    Args:
+        plot: draws the figure from means and differences; None: that of question 1.
+    """
     means = {name: summarise(seeds) for name, seeds in runs.items()}
     against = {name: relative_difference(seeds, runs.get(REFERENCE, {}), "nll") for name, seeds in runs.items()}
     write_results(out, runs, means, {"nll_against_online": against})
     table = markdown(means, against)
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
-    _plot(means, against).savefig(out / "evidence.png", dpi=110)
+    (plot or _plot)(means, against).savefig(out / "evidence.png", dpi=110)
     return table
 
 
@@ -67,7 +73,7 @@ def write_results(
     (out / "results.json").write_text(json.dumps({"settings": content}, indent=1), encoding="utf-8")
 
 
-def markdown(means: Mapping[str, Mapping[str, Estimate]], against: Mapping[str, Estimate | None]) -> str:
+def markdown(means: Means, against: Against) -> str:
     """The table as Markdown: one line per setting, mean ± half-width of the 95 % interval."""
     lines = [
         "| target | B/token | NLL | against online | KL | ECE, % | tokens/s | seeds |",
@@ -100,7 +106,7 @@ def text_of(value: Estimate | None, digits: int, scale: float = 1.0, unit: str =
     return f"{mean}{width}{f' {unit}' if unit else ''}"
 
 
-def _plot(means: Mapping[str, Mapping[str, Estimate]], against: Mapping[str, Estimate | None]) -> Figure:
+def _plot(means: Means, against: Against) -> Figure:
     """NLL above online distillation against bytes per token: one curve per family, a line for cross-entropy."""
     figure = Figure(figsize=(8.2, 5.0), layout="constrained")
     axes = figure.add_subplot()
@@ -145,8 +151,8 @@ def _plot(means: Mapping[str, Mapping[str, Estimate]], against: Mapping[str, Est
 
 def _curve(
     axes: Axes,
-    means: Mapping[str, Mapping[str, Estimate]],
-    against: Mapping[str, Estimate | None],
+    means: Means,
+    against: Against,
     family: str,
     colour: str,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Questions 2 and 3: do plans and mixtures help? Each is compared with its baseline, on equal terms.
+"""Questions 4 and 5: do plans and mixtures help? Each is compared with its baseline, on equal terms.
 
 `selection` trains students on the part that MiniPLM's difference sampling selected, on a random part of the same size, and on
 everything. `mixture` trains students whose documents are drawn with fixed domain weights, or with DDK's, which follow the

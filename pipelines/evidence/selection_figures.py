@@ -1,4 +1,4 @@
-"""The report of questions 2 and 3: results.json, a Markdown table, and a plot of the gap to the teacher in each domain."""
+"""The report of questions 4 and 5: results.json, a Markdown table, and a plot of the gap to the teacher in each domain."""
 
 from __future__ import annotations
 

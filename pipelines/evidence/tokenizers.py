@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
@@ -26,8 +27,10 @@ from kdata.errors import ConfigError
 from kdata.format.keep import KeepConfig
 from kdata.jobs.retokenize import RetokenizeConfig, retokenize
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData
+from kdata.pipelines.evidence.figures import text_of, write_results
 from kdata.pipelines.evidence.runs import Figures
 from kdata.pipelines.evidence.students import train_and_measure
+from kdata.pipelines.evidence.summary import relative_difference, summarise
 from kdata.store.payload import PayloadReader
 from kdata.store.token_map import TokenMap
 from kdata.trainer.config import ScratchStudent, TrainConfig
@@ -181,6 +184,24 @@ def bits_per_byte(heldout: kdata.Dataset, figures: Figures) -> Figures:
         "bits_per_byte": float(figures["nll"] or 0.0) * per_byte,
         "teacher_bits_per_byte": float(figures["teacher_nll"] or 0.0) * per_byte,
     }
+
+
+def write_report(out: Path, by_setting: Mapping[str, Mapping[int, Figures]]) -> str:
+    """Write results.json and table.md of the runs that are measured; return the table."""
+    means = {name: summarise(seeds) for name, seeds in by_setting.items()}
+    twins = {name: f"{name.partition(':')[0]}: text alone" for name in means}
+    against = {
+        name: relative_difference(by_setting[name], by_setting.get(twin, {}), "nll") for name, twin in twins.items()
+    }
+    write_results(out, by_setting, means, {"nll_against_text_alone": against})
+    lines = ["| student's tokenizer: learns from | bits per byte | NLL against its twin | seeds |", "|---|---|---|---|"]
+    for name, estimates in means.items():
+        difference = "-" if name == twins[name] else text_of(against[name], 2, 100, "%", sign="+")
+        cells = [name, text_of(estimates["bits_per_byte"], 3), difference, str(estimates["nll"].count)]
+        lines.append(f"| {' | '.join(cells)} |")
+    table = "\n".join(lines)
+    (out / "table.md").write_text(table + "\n", encoding="utf-8")
+    return table
 
 
 def find(key: str) -> Setting:

@@ -73,12 +73,12 @@ class Source:
         self.planned_rows: np.ndarray | None = choice[0]
         self.positions: ChosenPositions | None = choice[1]
         self.config = config
+        info = self.dataset.info
         refuse_no_targets(self.dataset, self.planned_rows)
         refuse_nothing_kept(self.dataset, self.planned_rows, self.positions)
         refuse_unknown_entropy(self.dataset, self.planned_rows, self.objective)
         self.tail: Tail = resolve_tail(self.objective, info.tail, info.codec.temperatures, kind=info.codec.kind)
         refuse_adaptive(self.objective)
-        refuse_chunks(self.objective)
         refuse_chunks(self.objective)
         refuse_elsewhere(self.objective, has_positions=self.positions is not None or info.codec.keeps_some_positions)
         self.elsewhere = self.objective.cross_entropy_elsewhere is not None
