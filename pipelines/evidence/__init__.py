@@ -3,8 +3,9 @@
     python -m kdata.pipelines.evidence run QUESTION --out DIR       # train what is missing; several processes may
     python -m kdata.pipelines.evidence report QUESTION --out DIR    # write results.json, table.md, evidence.png
 
-Questions: `offline` (what to keep of the teacher, and which objective), `selection` (difference sampling against random and
-everything), `mixture` (DDK against fixed domain weights).
+Questions: `offline` (what to keep of the teacher, and which objective), `positions` (at which tokens), `tokenizers` (students
+with another tokenizer), `selection` (difference sampling against random and everything), `mixture` (DDK against fixed domain
+weights).
 
     runs.py       named settings x seeds, measured once each and stored as JSON; independent of distillation
     summary.py    means and 95 % intervals over seeds, paired differences
@@ -12,8 +13,10 @@ everything), `mixture` (DDK against fixed domain weights).
     students.py   one student: trained, and measured on held-out text
     online.py     full distillation, the reference: every probability of the teacher, computed during training
     offline.py    question 1: what is kept, how the tail is completed, which objective
-    selection.py  questions 2 and 3: plans and mixtures
-    figures.py, selection_figures.py    tables and plots
+    positions.py  question 2: fewer positions against fewer entries and fewer rows
+    tokenizers.py question 3: entries and chunks for another tokenizer
+    selection.py  questions 4 and 5: plans and mixtures
+    figures.py, positions_figures.py, selection_figures.py    tables and plots
 
 To ask another question, use `runs.py` and `summary.py` and write its settings and its `measure`.
 """
