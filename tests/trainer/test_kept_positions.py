@@ -13,6 +13,7 @@ import torch
 
 import kdata
 from kdata.errors import ConfigError, DataError
+from kdata.format.temper import at_temperature
 from kdata.loader.batches import Batches, BatchesConfig, keeps_something
 from kdata.selection.plan import make_plan, open_plan
 from kdata.trainer.config import PhaseConfig, ScratchStudent, TrainConfig
@@ -91,6 +92,22 @@ def test_batches_are_those_of_a_plan_with_the_same_positions(
             assert torch.equal(own, values) if isinstance(values, torch.Tensor) else own == values, name
         assert np.array_equal(one.logprob_M, other.logprob_M) and np.array_equal(one.rows, other.rows)
         assert (one.targets.chosen_C is not None) == elsewhere
+
+
+@pytest.mark.parametrize("kind", [kind for kind, settings in KINDS.items() if "temperatures" in settings])
+def test_the_tail_at_a_temperature_is_known_where_entries_are(pairs: dict[str, Pair], kind: str) -> None:
+    """It is that of the whole dataset there. Elsewhere it is NaN, and batches, whose losses do not use it there, have 0."""
+    some, whole = pairs[kind]
+    for own, full in zip(some, whole, strict=True):
+        warm, wanted = (at_temperature(row.sequence, 2.0, some.info.codec).log_tail for row in (own, full))
+        kept = own.num_kept > 0
+        np.testing.assert_array_equal(warm[kept], wanted[kept])
+        assert np.isnan(warm[~kept]).all() and np.isnan(own.log_tail).tolist() == np.isnan(full.log_tail).tolist()
+        np.testing.assert_array_equal(at_temperature(own.sequence, 1.0, some.info.codec).log_tail, own.log_tail)
+    for batch in both(pairs[kind], elsewhere=True, temperature=2.0)[0]:
+        assert batch.targets.chosen_C is not None
+        assert not batch.targets.log_tail_C[~batch.targets.chosen_C].any()
+        assert not batch.targets.log_tail_C.isnan().any()
 
 
 @pytest.mark.parametrize("elsewhere", [None, 0.7])
