@@ -29,12 +29,14 @@ from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.messages import as_json
 from kdata.errors import ConfigError, KdataError, TeacherError
 from kdata.format.files import temporary_folder
+from kdata.format.keep_rules import described
 from kdata.format.records import Reject
 from kdata.jobs.job import Engine, run_job
 from kdata.jobs.longest import characters
 from kdata.jobs.reading import CaptureConfig, CaptureJob
 from kdata.jobs.scoring import ScoreConfig, score
 from kdata.jobs.writing import GenerateConfig, GenerateJob
+from kdata.loader.batches import keeps_something
 from kdata.loader.packing import best_fit
 from kdata.observe.progress import Task
 from kdata.pipelines.engine import LocalConfig, open_engine
@@ -56,7 +58,8 @@ class Stage:
     """What one piece of work takes; None: not known.
 
     tokens: in the dataset, or trained on. disk_bytes: of the dataset, or of the student and its checkpoint. memory_bytes: of
-    the process at its peak. seconds: of the work. load_seconds: before it begins.
+    the process at its peak. seconds: of the work. load_seconds: before it begins. note: how the probe differed from the run,
+    for a person; None where it did as the run will.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Stage:
     memory_bytes: int | None = None
     seconds: float | None = None
     load_seconds: float = 0.0
+    note: str | None = None
 
     @property
     def hours(self) -> float | None:
@@ -128,7 +132,7 @@ def count(job: CaptureJob | GenerateJob, corpus: Corpus, teacher: TeacherConfig)
     tokens = sum(lengths)
     if documents > SAMPLE:
         tokens = round(tokens * seen / max(own, 1))
-        rng.shuffle(sample)
+    rng.shuffle(sample)  # a corpus often has one domain after the other, and a probe reads the first of these
     return Counted(documents, tokens, [(document, sum(some)) for document, some in sample], lengths)
 
 
@@ -270,6 +274,22 @@ def estimate_student(
     disk = sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file())
     load_seconds = max(took["seconds"] - last["seconds"], 0.0)
     return Stage(name, trained, disk, memory, seconds_per_token * trained, load_seconds)
+
+
+def students_probe(dataset: Path, whole: Path) -> tuple[Path, str | None]:
+    """The dataset on which the steps of students are timed, and a note where it is not the first one.
+
+    Args:
+        dataset: what the probe of the training data wrote. whole: of other text, with a distribution at every target.
+    """
+    opened = open_dataset(dataset)
+    if not opened.info.codec.keeps_some_positions or keeps_something(opened).any():
+        return dataset, None
+    return whole, (
+        f"none of the {opened.num_rows:,} rows that the probe read keeps a distribution "
+        f"({described(opened.info.codec.parameters['positions'])}), so the students were timed on held-out text with all of "
+        "them, which takes longer; raise --probe-tokens. A run whose rows all keep none is refused when training begins"
+    )
 
 
 def _tokens_of_a_step(config: TrainConfig, tokens: int, lengths: Sequence[int]) -> float:
@@ -551,9 +571,11 @@ def estimate_recipe(recipe: Any, probe_tokens: int) -> tuple[list[Stage], Memory
                     estimate_score(run.reference_config, run.scores_tokens, tokens, dataset, folder / "score")
                 )
                 task.advance(1)
+            learned, note = students_probe(dataset, measured_on)
             for student, settings in recipe.students.items():
                 config, own = run.train_config(settings), folder / f"train-{student}"
-                stages.append(estimate_student(f"train {student}", config, dataset, tokens, lengths, own))
+                one = estimate_student(f"train {student}", config, learned, tokens, lengths, own)
+                stages.append(replace(one, note=note))
                 task.advance(1)
             model = folder / f"train-{next(iter(recipe.students))}" / "out" / "model"
             stage, number = recipe.evaluate, len(recipe.students)

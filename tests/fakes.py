@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -278,6 +280,27 @@ def generate_and_capture(root: Path, corpus: Path, tokenizer: Path, sleep_sec: f
     teacher = StandInTeacher(before_call=lambda _: time.sleep(sleep_sec))
     run_generate(root, corpus, tokenizer, teacher=teacher)
     run_capture(root, corpus, tokenizer, teacher=teacher)
+
+
+@contextmanager
+def held_by_another_process(root: str, corpus: Path, tokenizer: Path) -> Iterator[int]:
+    """A process that has begun to write a dataset, and stays in its first call of the teacher until it is killed; its id."""
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from tests.fakes import StandInTeacher, run_capture\n"
+        "def stay(call):\n"
+        "    print('writing', flush=True)\n"
+        "    time.sleep(120)\n"
+        "run_capture(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), teacher=StandInTeacher(before_call=stay))\n"
+    )
+    arguments = [sys.executable, "-c", code, root, str(corpus), str(tokenizer)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "writing\n"
+            yield process.pid
+        finally:
+            process.kill()
 
 
 def digests(root: Path) -> dict[str, str]:

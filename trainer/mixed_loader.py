@@ -110,6 +110,12 @@ class MixedLoader:
     Raises:
         DataError: there is nothing to read, or a document is longer than the context.
         ConfigError: the ranks cannot share a batch evenly.
+
+    Attributes:
+        domains: names of the domains that are drawn from, sorted.
+        pools: global rows of each of them, int64 [P], repeats included.
+        unread_domains: names of those that `rows` has too, and of which no row can be read: they keep no distribution, or
+            have no token.
     """
 
     def __init__(
@@ -138,9 +144,11 @@ class MixedLoader:
         planned = every.arrays.rows
         present = np.unique(domain_R[planned])
         self.domains = [str(names[n]) for n in present]
-        self._pools = [planned[domain_R[planned] == n] for n in present]
+        asked = np.unique(domain_R if rows is None else domain_R[rows])
+        self.unread_domains = [str(names[n]) for n in np.setdiff1d(asked, present)]
+        self.pools = [planned[domain_R[planned] == n] for n in present]
         self.lengths, self.rows = self._lengths[planned], planned  # of the planned documents, int64
-        self._blocks = [blocks_of(pool, dataset.shard_starts, config.shuffle_block_rows) for pool in self._pools]
+        self._blocks = [blocks_of(pool, dataset.shard_starts, config.shuffle_block_rows) for pool in self.pools]
         self._queues = [_Queue() for _ in self.domains]
         self._number = 0  # of the period, counted from 1; 0 before the first
         self._period: _Period | None = None
@@ -219,7 +227,7 @@ class MixedLoader:
 
     def _draw(self, weights: Mapping[str, float], num_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Domains, numbers and global rows of the documents that together hold `num_tokens` or a little more."""
-        means = np.array([self._lengths[pool].mean() for pool in self._pools])
+        means = np.array([self._lengths[pool].mean() for pool in self.pools])
         chances = np.array([weights[domain] for domain in self.domains]) / means
         bounds = np.cumsum(chances) / chances.sum()
         source = np.random.PCG64(np.random.SeedSequence([*self._key(), self.config.seed, 0, self._number]))
@@ -241,7 +249,7 @@ class MixedLoader:
 
     def _rows_of(self, domain: int, numbers: np.ndarray) -> np.ndarray:
         """Global rows of documents by their number in a domain's endless sequence: a new order in each cycle."""
-        pool, rows = self._pools[domain], np.zeros_like(numbers)
+        pool, rows = self.pools[domain], np.zeros_like(numbers)
         cycles, places = np.divmod(numbers, len(pool))
         for cycle in np.unique(cycles):
             seeds = np.random.SeedSequence([*self._key(), self.config.seed, 1 + domain, int(cycle)])

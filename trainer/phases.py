@@ -24,7 +24,7 @@ from kdata.store.token_columns import COUNTS, has_entries, token_columns
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.trainer.config import Phase, TrainConfig
 from kdata.trainer.distributed import Ranks
-from kdata.trainer.domain_weights import DDKMixture, DomainWeights, make_domain_weights
+from kdata.trainer.domain_weights import DDKMixture, DomainWeights, FixedMixture, MixtureConfig, make_domain_weights
 from kdata.trainer.heldout import Heldout, keep_aside, open_heldout, student_losses
 from kdata.trainer.interpolation import AdaptiveInterpolation
 from kdata.trainer.loader import Loader
@@ -175,8 +175,13 @@ def _open(
     heldout = None
     if isinstance(phase.mixture, DDKMixture):
         rows, heldout = _hold_out(dataset, rows, phase.mixture, config.seed)
+        refuse_nothing_kept(dataset, rows, None)  # what is held out may be all that keeps something
     mixed = MixedLoader(dataset, rows, batches_config, **options)
-    weights = make_domain_weights(phase.mixture, mixed.domains, {} if heldout is None else heldout.teacher_losses)
+    refuse_unread_domains(mixed, phase.mixture)
+    domains = sorted([*mixed.domains, *mixed.unread_domains])
+    weights = make_domain_weights(phase.mixture, domains, {} if heldout is None else heldout.teacher_losses)
+    weighted = [pool for domain, pool in zip(mixed.domains, mixed.pools, strict=True) if weights.weights[domain]]
+    refuse_nothing_kept(dataset, np.concatenate(weighted), None)
     return OpenPhase(phase, dataset, plan, mixed, tail, weights, heldout, interpolation)
 
 
@@ -251,6 +256,33 @@ def refuse_nothing_kept(dataset: kdata.Dataset, rows: np.ndarray | None, positio
                 "keeps no distribution; choose among the positions that it keeps: `kdata select` does, and so does a query "
                 "with `num_exact + num_drawn > 0`"
             )
+
+
+def refuse_unread_domains(loader: MixedLoader, mixture: MixtureConfig) -> None:
+    """Raise ConfigError if the mixture gives tokens to a domain of which no row can be read; weight 0 is not refused.
+
+    Without the error the other domains would share its tokens, and the metrics would show weights that nobody had.
+    """
+    fixed = mixture.weights if isinstance(mixture, FixedMixture) else {}
+    refused = [domain for domain in loader.unread_domains if fixed.get(domain) != 0]
+    if not refused:
+        return
+    codec = loader.dataset.info.codec
+    remedy = (
+        "set its weight in mixture.weights to 0"
+        if isinstance(mixture, FixedMixture)
+        else "leave it out with a plan (`kdata select --sql`)"
+    )
+    why = "has no token"
+    if codec.keeps_some_positions:
+        why = f"keeps no distribution ({described(codec.parameters['positions'])})"
+        remedy += (
+            ", set objective.cross_entropy_elsewhere so that its tokens count, or capture it with other `positions`"
+        )
+    raise ConfigError(
+        f"{loader.dataset.place}: domain {refused[0]!r} {why} in the rows that are left to train on, so the mixture "
+        f"cannot draw from it; {remedy}"
+    )
 
 
 def _hold_out(

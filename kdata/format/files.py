@@ -373,12 +373,13 @@ class FolderLock:
     Args:
         root: what is written. Every name of it (relative, through a link) has the same lock.
         wait: wait for the other process instead of raising.
+        shown: what the error names instead of `root`, such as the URL whose copy `root` is.
     Raises:
         StorageError: when it is entered and another process holds it, or the disk refuses.
     """
 
-    def __init__(self, root: Path, *, wait: bool = False) -> None:
-        self.root, self._wait = root, wait
+    def __init__(self, root: Path, *, wait: bool = False, shown: str | None = None) -> None:
+        self.root, self._wait, self._shown = root, wait, shown or str(root)
         place = root.resolve()
         is_mounted = place.is_dir() and not os.access(place.parent, os.W_OK)
         self.path = place / ".lock" if is_mounted else _lock_path(place)
@@ -395,7 +396,7 @@ class FolderLock:
                 time.sleep(0.01 * attempt)
             else:
                 raise StorageError(
-                    f"{self.root} is being written by another process{self._about_holder()}; run this again when it has "
+                    f"{self._shown} is being written by another process{self._about_holder()}; run this again when it has "
                     "finished"
                 )
             self._handle = handle
@@ -439,9 +440,9 @@ def _lock_path(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
-def lock_of(root: Path, *, wait: bool = False) -> FolderLock:
+def lock_of(root: Path, *, wait: bool = False, shown: str | None = None) -> FolderLock:
     """The lock that whoever writes a folder or file holds; see FolderLock."""
-    return FolderLock(root, wait=wait)
+    return FolderLock(root, wait=wait, shown=shown)
 
 
 def _about_this_process() -> bytes:

@@ -4,7 +4,7 @@ The sum is over the whole vocabulary and was stored at capture (`log_z`, for the
 only error is the rounding of the stored log-probabilities, which is divided by T.
 
     exact entry   ln p_T(i) = ln p_i / T - log_z
-    tail          1 - the sum of the above
+    tail          1 - the sum of the above; not known where no entry is kept
     draw          its weight w, unbiased for p, times p_T(i) / p(i): unbiased for p_T
 """
 
@@ -22,6 +22,8 @@ from kdata.format.sequences import Sequences
 
 def at_temperature(sequences: Sequences, temperature: float, info: CodecInfo) -> Sequences:
     """The same sequences with entry_logprobs and log_tail at `temperature`; everything else is as stored (T = 1).
+
+    At a position without entries log_tail is NaN: it is stored at temperature 1 alone, and follows from entries at others.
 
     Raises:
         ConfigError: the dataset was not captured for this temperature.
@@ -64,7 +66,7 @@ def temper(
         num_exact_T, num_kept_T: int32 [T], exact entries and all entries of each position.
         logprobs_N: float32 [N], as `Sequences.entry_logprobs`.
         draw_logprobs_N: float32 [N], as `Sequences.draw_logprobs`; needed where there are draws.
-        log_tail_T: float32 [T], as stored; stays NaN where it is NaN.
+        log_tail_T: float32 [T], as stored; stays NaN where it is NaN, and becomes NaN where no entry is kept.
         target: from `log_z_of`.
     Returns:
         Log-probabilities (of draws log-weights) float32 [N], and log of the tail float32 [T].
@@ -83,4 +85,5 @@ def temper(
     over_N = np.repeat(np.log(np.maximum(mass_T, 1.0)), num_kept_T)
     tempered_N = np.where(draws, tempered_N, tempered_N - over_N)
     entries_N = np.where(draws, stored_N - own_N + tempered_N, tempered_N)
-    return entries_N.astype(np.float32), np.where(np.isnan(log_tail_T), np.float32(np.nan), log_tail(mass_T))
+    known_T = ~np.isnan(log_tail_T) & (num_kept_T > 0)
+    return entries_N.astype(np.float32), np.where(known_T, log_tail(mass_T), np.float32(np.nan))

@@ -17,6 +17,7 @@ Shapes: S rows of a piece, T tokens of a piece, C candidates among them.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -507,6 +508,13 @@ RULES: dict[str, type[PositionRule]] = {
     "span": Span,
     "sql": SqlPositions,
 }
+
+
+def rule_words(rule: str) -> str | None:
+    """Which positions a rule chooses, for a person: the first sentence of its class; None for rules of other programs."""
+    words = inspect.getdoc(RULES[rule]) if rule in RULES else None
+    return None if words is None else words.partition("\n")[0].rstrip(".")
+
 
 if TYPE_CHECKING:
     PositionsConfig = PositionRule

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kdata.check.secret_texts import refuse_secrets
 from kdata.check.verify import FOLDERS, verify
 from kdata.errors import ConfigError, CorruptError, DependencyError, StorageError
 from kdata.format.files import inside, local_path, lock_of, without_hidden
@@ -18,8 +19,8 @@ from kdata.store.listed import PLANS, SCORES, read_listing
 from kdata.store.open import open_dataset
 
 
-def push(dataset: Dataset, destination: str | Path, *, public: bool = False) -> str:
-    """Verify a dataset and copy it, with its card, to a folder or to the Hub.
+def push(dataset: Dataset, destination: str | Path, *, public: bool = False, allow_secrets: bool = False) -> str:
+    """Verify a dataset, look for secrets in its texts, and copy it, with its card, to a folder or to the Hub.
 
     On the Hub it takes the place of the dataset that was there, in one commit: shards, scores and plans that it does not
     have are deleted. Other files of the repository stay.
@@ -27,10 +28,12 @@ def push(dataset: Dataset, destination: str | Path, *, public: bool = False) -> 
     Args:
         destination: a folder that does not exist yet (or is empty), or hf://OWNER/NAME.
         public: Hub only: whether a new repository is public; otherwise it is private.
+        allow_secrets: do not look for secrets in the texts.
     Returns:
         The folder, or the address on the Hub.
     Raises:
         CorruptError: the dataset, or the copy, is not whole.
+        DataError: a text holds what looks like a secret; see `kdata.check.secret_texts`.
         ConfigError: the folder is not free, the Hub name is not valid, or `destination` is another URL.
         DependencyError: the Hub's client is not installed.
         StorageError: the disk or the Hub refused, or a process is writing to the dataset or to the folder.
@@ -38,11 +41,11 @@ def push(dataset: Dataset, destination: str | Path, *, public: bool = False) -> 
     destination = str(destination)
     refuse_while_written(dataset)
     if destination.startswith("hf:"):
-        _refuse_damaged(dataset)
+        _refuse_unfit(dataset, allow_secrets)
         return _push_to_hub(dataset, destination, public)
     target = local_path(destination, "push copies to a folder or to the Hub (hf://OWNER/NAME)")
     with new_folder(target) as folder:
-        _refuse_damaged(dataset)
+        _refuse_unfit(dataset, allow_secrets)
         for relative in dataset_files(dataset):
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(dataset.path / relative, folder / relative)
@@ -56,13 +59,15 @@ def push(dataset: Dataset, destination: str | Path, *, public: bool = False) -> 
     return str(target)
 
 
-def _refuse_damaged(dataset: Dataset) -> None:
+def _refuse_unfit(dataset: Dataset, allow_secrets: bool) -> None:
     problems = [problem for problem in verify(dataset) if not problem.stray]  # what belongs to nothing stays behind
     if problems:
         listing = "\n".join(f"  {p.path} {p.what}" for p in problems[:10])
         raise CorruptError(
             f"{dataset.path} is damaged and was not shared; repair it first (kdata repair {dataset.path}):\n{listing}"
         )
+    if not allow_secrets:
+        refuse_secrets(dataset)
 
 
 def refuse_while_written(dataset: Dataset) -> None:

@@ -94,7 +94,8 @@ class Dataset:
 
     Attributes:
         check: when `sql` compares index, scores and plans with their digests: first (before it answers), or later (not at
-            all; `verify` does). Whatever else reads them, and the payload, compares first.
+            all; `verify` does). Whatever else reads them, and the payload, compares first. whole: as first, also at a URL,
+            see `kdata.store.url_dataset`.
         unchecked: views that answered queries without that comparison.
     """
 

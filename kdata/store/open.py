@@ -18,7 +18,9 @@ def open_dataset(path: str | Path, *, check: Check = "first") -> Dataset:
 
     Args:
         check: first: a query reads files whose bytes were compared with their digests, once per process and file. later:
-            queries do not wait for that (`Dataset.unchecked` says which views they read); `kdata verify` compares.
+            queries do not wait for that (`Dataset.unchecked` says which views they read); `kdata verify` compares. At a URL
+            queries and selection read parts of index, rejects and scores, which have no digests, so with first these views
+            are in `unchecked`, too. whole: such files are copied and compared first; in a folder the same as first.
     Raises:
         MissingError: nothing there.
         FormatError: written by a newer major version.

@@ -41,7 +41,7 @@ from kdata.store.token_table import TABLES, TokenSource
 from kdata.store.token_views import named_scores, token_views
 
 Values = Literal["arrow", "text", "json"]
-Check = Literal["first", "later"]
+Check = Literal["first", "later", "whole"]
 
 
 class Queryable(TokenSource, Protocol):
@@ -190,7 +190,7 @@ def connect(dataset: Queryable, reads: Reads, room: Room | None = None) -> duckd
 
 
 def _make_views(connection: duckdb.DuckDBPyConnection, dataset: Queryable, reads: Reads) -> None:
-    compare = dataset.check == "first"
+    compare = dataset.check != "later"
 
     def wanted(view: str) -> bool:
         if reads is not None and view.lower() not in reads:
@@ -383,7 +383,7 @@ def _relation_of(
             try:
                 refuse_writing(connection, text)
                 with token_views(connection, dataset, reads, text, parameters) as failures:
-                    yield connection.sql(text, params=parameters), failures
+                    yield _bound(connection, text, parameters), failures
             except duckdb.Error as error:
                 raise_named(dataset, text, error)
     except duckdb.Error as error:
@@ -392,11 +392,19 @@ def _relation_of(
         raise QueryError(f"{dataset.path}: DuckDB cannot read the files: {str(error).strip()}") from error
 
 
+def _bound(connection: duckdb.DuckDBPyConnection, text: str, parameters: Parameters) -> duckdb.DuckDBPyRelation:
+    """The query with its names resolved. Raises duckdb.Error."""
+    try:
+        return connection.sql(text, params=parameters)
+    except RuntimeError as error:  # of DuckDB's binding to Python, for a column of a damaged file
+        raise duckdb.Error(f"a name in a file that it reads is no UTF-8 ({error})") from error
+
+
 def raise_named(dataset: Queryable, text: str, error: duckdb.Error) -> NoReturn:
     """Raise what a query failed for: the disk, damage, or else QueryError with DuckDB's reason."""
     refuse_disk(dataset, error)
     name_damage(dataset, error, text)
-    later = "" if dataset.check == "first" else "\nNothing was compared with its digest (check='later')."
+    later = "" if dataset.check != "later" else "\nNothing was compared with its digest (check='later')."
     known, reason = views(dataset), str(error).strip()
     if (missing := re.search(r"Table with name (\w+) does not exist!", reason)) is not None:
         # DuckDB's own suggestion is a table of its catalog.

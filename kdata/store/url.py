@@ -4,8 +4,9 @@ A dataset at a URL has the names and bytes of a local one. A writer keeps a loca
 manifest, index, tokenizer), which it copies from the URL when it starts. So any machine can continue where another
 stopped. A shard belongs to the dataset once the manifest at the URL names it. Reading is in `kdata.store.url_dataset`.
 
-An object store has no locks, so only one process may write to a URL at a time. A second one on the same machine is
-refused when it starts. One on another machine is refused as soon as the manifest is not the one that it wrote last.
+An object store has no locks, so only one process may write to a URL at a time. A second one with the same cache (of the
+same user of a machine, unless KDATA_CACHE differs) is refused when it starts, by the lock of the writer's copy. Any other is
+refused as soon as the manifest is not the one that it wrote last.
 """
 
 from __future__ import annotations
@@ -90,6 +91,15 @@ class Store:
             raise DependencyError(f"{parts.scheme}:// needs a package that is not installed: {error}") from error
         except ValueError as error:
             raise ConfigError(f"{self.url}: {error}") from error
+
+    @property
+    def canonical(self) -> str:
+        """One spelling for all URLs of this folder that fsspec or, for file://, this machine's disk takes for the same."""
+        from fsspec.implementations.local import LocalFileSystem
+
+        root = os.path.realpath(self._root) if isinstance(self.fs, LocalFileSystem) else self._root
+        url: str = self.fs.unstrip_protocol(root.rstrip("/"))
+        return url
 
     def _path(self, relative: str) -> str:
         return f"{self._root}/{relative}"

@@ -5,7 +5,7 @@ reads ranges of bytes: a Parquet footer, then the column chunks that it names. R
 copied one by one. Scores and plans that are made here are written into the copy.
 
 Every file that is copied is compared with its digest in the manifest before use. The ranges that a query reads are not,
-because only a whole file has a digest.
+because only a whole file has a digest; `Dataset.unchecked` then names the view. With check="whole" a query reads copies.
 """
 
 from __future__ import annotations
@@ -143,20 +143,32 @@ class RemoteDataset(Dataset):
 
     def sql_file(self, entry: ManifestEntry, folder: str, *, compare: bool = True) -> str:
         """See `Dataset.sql_file`; a file that stays at the URL is not compared."""
+        if self.check == "whole":
+            return super().sql_file(entry, folder)
         relative = self.file_name(entry, folder)
-        return self._located(relative, entry.files[relative])
+        return self._located(relative, entry.files[relative], "rows" if folder == "index" else folder)
 
-    def _located(self, relative: str, info: FileInfo) -> str:
-        """The name by which DuckDB opens a file: the copy, if there is a good one, else the file at the URL."""
-        path = inside(self.path, relative)
-        copy = (relative, info.sha256)
+    def _located(self, relative: str, info: FileInfo, view: str) -> str:
+        """The name by which DuckDB opens a file of a view: the copy, if there is a good one, else the file at the URL."""
+        if self._has_copy(relative, info):
+            return unglobbed(inside(self.path, relative).resolve())
+        self.unchecked.add(view)
+        return f"{SCHEME}://{relative}"
+
+    def _has_copy(self, relative: str, info: FileInfo) -> bool:
+        """Whether there is a copy with the digest in `info`, or a file that was made in its place."""
+        path, copy = inside(self.path, relative), (relative, info.sha256)
         if copy not in self._copies and path.is_file() and matches(path, info):
             self._copies.add(copy)
-        return unglobbed(path.resolve()) if copy in self._copies else f"{SCHEME}://{relative}"
+        return copy in self._copies
 
     def _listed_file(self, relative: str, info: FileInfo, kind: Kind, compare: bool) -> str:
         """See `Dataset.listed_files`; the parts of a score stay at the URL, a plan was copied."""
-        return self._located(relative, info) if kind is SCORES else super()._listed_file(relative, info, kind, compare)
+        if kind is SCORES and self.check != "whole":
+            return self._located(relative, info, f"scores.{PurePosixPath(relative).parts[1]}")
+        if kind is SCORES and not self._has_copy(relative, info):
+            self.score_part(relative, info)
+        return super()._listed_file(relative, info, kind, compare)
 
     def score_part(self, relative: str, info: FileInfo) -> Path:
         """See `Dataset.score_part`; it is copied at first use."""
@@ -194,4 +206,6 @@ class RemoteDataset(Dataset):
             write_atomically(self.path / relative, content)
 
     def check_index(self) -> None:
-        """Nothing: the index stays at the URL, and only a whole file has a digest."""
+        """See `Dataset.check_index`. The index stays at the URL, where only a whole file has a digest, but for "whole"."""
+        if self.check == "whole":
+            super().check_index()

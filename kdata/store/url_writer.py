@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdata.errors import ConfigError, StorageError
-from kdata.format.files import inside, temporary_folder
+from kdata.format.files import inside, lock_of, temporary_folder
 from kdata.format.records import Shard, UnitResult
 from kdata.format.schema import DatasetInfo, ManifestEntry, SourceInfo
 from kdata.store.shard import write_shard
@@ -44,13 +44,19 @@ class RemoteStaging:
 
 
 class RemoteWriter(Writer):
-    """Adds units to a dataset at a URL; arguments and errors as `Writer`. `root` is the local copy, without payload."""
+    """Adds units to a dataset at a URL; arguments and errors as `Writer`. `root` is the local copy, without payload.
+
+    The copy's lock, in the cache, stands for the URL: a second writer with the same cache is refused before it reads or
+    writes anything, and hears who holds it.
+    """
 
     def __init__(self, url: str, info: DatasetInfo, source: str, source_info: SourceInfo, **options: Any) -> None:
         self._store = Store(url)
         self._manifest_bytes = 0
-        super().__init__(copy_of(url, "writing"), info, source, source_info, **options)
+        root = copy_of(self._store.canonical, "writing")
+        super().__init__(root, info, source, source_info, **options)
         self.place = self._store.url
+        self._lock = lock_of(root, shown=self.place)
 
     @property
     def has_rows(self) -> bool:

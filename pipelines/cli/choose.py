@@ -15,6 +15,8 @@ from kdata.jobs.scoring import ScoreConfig
 from kdata.jobs.scoring import score as score_rows
 from kdata.jobs.selecting import select as select_rows
 from kdata.pipelines.cli.common import (
+    CheckOption,
+    CheckTime,
     DatasetArgument,
     FieldOption,
     Format,
@@ -25,6 +27,7 @@ from kdata.pipelines.cli.common import (
     print_json,
     print_rows,
     say,
+    say_unchecked,
     with_settings,
 )
 from kdata.selection.plan import open_plan
@@ -138,6 +141,7 @@ def select(
     threads: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Threads of DuckDB; one for each core if not given.")
     ] = None,
+    check: CheckOption = CheckTime.first,
     set: SetOption = None,
 ) -> None:
     """Choose what to train on: write a plan of rows, or of tokens.
@@ -171,7 +175,9 @@ def select(
             f"--positions RULE, one of {', '.join(RULES)}"
         )
     step = parse_step(settings)
-    print_shown(table_of(select_rows(kdata.open(dataset), step, Room(memory, threads))))
+    opened = kdata.open(dataset, check=check.value)
+    print_shown(table_of(select_rows(opened, step, Room(memory, threads))))
+    say_unchecked(opened)
 
 
 def weights_of(text: str) -> dict[str, float]:

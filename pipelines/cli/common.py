@@ -25,6 +25,7 @@ import kdata
 from kdata.config import RowsConfig, apply_settings, parse_config
 from kdata.errors import ConfigError, QueryError
 from kdata.format.rejects import rejected_line
+from kdata.observe.progress import console
 from kdata.observe.terminal import PlainConsole, name_text
 from kdata.observe.text import visible, visible_json, visible_name
 from kdata.store.open import open_dataset
@@ -43,6 +44,24 @@ class Resume(StrEnum):
     auto = "auto"
     never = "never"
     must = "must"
+
+
+class CheckTime(StrEnum):
+    """When a query's files are compared with their digests; see `kdata.open`."""
+
+    first = "first"
+    later = "later"
+    whole = "whole"
+
+
+CheckOption = Annotated[
+    CheckTime,
+    typer.Option(
+        metavar="first|later|whole",
+        help="When files are compared with their digests: first, or not now. At a URL parts are read, which have none; "
+        "whole copies and compares the files.",
+    ),
+]
 
 
 class Format(StrEnum):
@@ -192,6 +211,19 @@ def say(*lines: str) -> None:
     """Print lines as they are, however long."""
     for line in lines:
         out.print(visible_name(line), soft_wrap=True)
+
+
+def say_unchecked(dataset: kdata.Dataset) -> None:
+    """Say, beside the answer, which views were read without a comparison with their digests."""
+    if not dataset.unchecked:
+        return
+    names = ", ".join(sorted(dataset.unchecked))
+    why = (
+        "--check later"
+        if dataset.check == "later"
+        else f"parts were read from {dataset.place}; --check whole copies and compares"
+    )
+    console.print(f"not compared with their digests ({why}): {names}; `kdata verify` compares them", soft_wrap=True)
 
 
 def say_rows(dataset: kdata.Dataset) -> None:

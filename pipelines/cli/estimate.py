@@ -70,7 +70,7 @@ def estimate(
         for row in rows
     ]
     print_rows(columns, cells, right=[column != "" for column in columns])
-    say(*lines_of(memory))
+    say(*lines_of(memory), *dict.fromkeys(row.note for row in stages if row.note is not None))
 
 
 def _job(what: str, arguments: list[str]) -> tuple[Any, Any]:

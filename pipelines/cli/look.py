@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +15,10 @@ import kdata
 from kdata.errors import ConfigError
 from kdata.format.files import lock_of
 from kdata.observe import status as progress
-from kdata.observe.progress import console
 from kdata.observe.terminal import name_text
 from kdata.pipelines.cli.common import (
+    CheckOption,
+    CheckTime,
     DatasetArgument,
     Format,
     FormatOption,
@@ -29,16 +29,9 @@ from kdata.pipelines.cli.common import (
     print_query,
     print_table,
     say,
+    say_unchecked,
 )
 from kdata.store.kept_counts import kept_lines
-
-
-class CheckTime(StrEnum):
-    """When a query's files are compared with their digests; see `kdata.open`."""
-
-    first = "first"
-    later = "later"
-
 
 DOMAINS = (
     'select source, domain, count(*) as "rows", sum(num_tokens)::bigint as tokens, avg(nll) as nll, '
@@ -115,12 +108,7 @@ def sql(
     format: Annotated[
         SqlFormat, typer.Option(metavar="table|json|csv", help="How the result is printed.")
     ] = SqlFormat.table,
-    check: Annotated[
-        CheckTime,
-        typer.Option(
-            metavar="first|later", help="Compare the files that are read with their digests first, or not now."
-        ),
-    ] = CheckTime.first,
+    check: CheckOption = CheckTime.first,
 ) -> None:
     """Query a dataset in SQL.
 
@@ -137,11 +125,7 @@ def sql(
     """
     opened = kdata.open(dataset, check=check.value)
     print_query(opened, query, format)
-    if opened.unchecked:
-        names = ", ".join(sorted(opened.unchecked))
-        console.print(
-            f"not compared with their digests (--check later): {names}; `kdata verify` compares them", soft_wrap=True
-        )
+    say_unchecked(opened)
 
 
 def status(

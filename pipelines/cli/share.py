@@ -26,14 +26,19 @@ def push(
     public: Annotated[
         bool, typer.Option("--public", help="On the Hub: everyone may read it. Otherwise it is private.")
     ] = False,
+    allow_secrets: Annotated[
+        bool, typer.Option("--allow-secrets", help="Share texts that hold what looks like a key or token.")
+    ] = False,
 ) -> None:
     """Copy a dataset to a folder or to the Hub.
 
-    The dataset is verified first, and gets a card (README.md).
+    The dataset is verified first, its texts are searched for keys and tokens, and
+    it gets a card (README.md).
     """
     if is_url(destination):
         raise ConfigError(f"{destination}: push copies to a folder or to hf://OWNER/NAME; name one of these")
-    say(f"pushed to {push_dataset(kdata.open(dataset), destination, public=public)}")
+    place = push_dataset(kdata.open(dataset), destination, public=public, allow_secrets=allow_secrets)
+    say(f"pushed to {place}")
 
 
 def export(

@@ -37,8 +37,10 @@ from kdata.pipelines.report.plots import (
     palette,
     plans_of,
 )
+from kdata.selection.position_rules import rule_words
 from kdata.share.card import facts, flatten
 from kdata.store.dataset import Dataset
+from kdata.store.kept_counts import kept_by_domain, kept_lines
 from kdata.store.open import open_dataset
 
 TIE = 0.0005  # nats: the three decimals of the tables do not show a smaller difference
@@ -73,6 +75,28 @@ class Verdict:
     details: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class KeptWhere:
+    """Where a dataset keeps distributions that does so at some of its targets only.
+
+    lines: how many, by which rule, and what the rule names that no row has. domains: target positions of each domain, and
+    those with a distribution.
+    """
+
+    lines: list[str]
+    domains: dict[str, tuple[int, int]]
+
+    @property
+    def positions(self) -> int:
+        """Target positions with a distribution, of all domains."""
+        return sum(kept for _, kept in self.domains.values())
+
+    @property
+    def share(self) -> float:
+        """Of all target positions; 0 where there are none."""
+        return self.positions / (sum(targets for targets, _ in self.domains.values()) or 1)
+
+
 def write_report(run: Path) -> Path:
     """Write RUN/report.html and return its path.
 
@@ -105,7 +129,9 @@ def write_report(run: Path) -> Path:
         students=students,
         grid=grid(students),
         plots=plots,
-        datasets=[(n, d, facts(d)) for n, d in (("dataset", dataset), ("heldout", heldout)) if d is not None],
+        datasets=[
+            (n, d, facts(d), kept_where(d)) for n, d in (("dataset", dataset), ("heldout", heldout)) if d is not None
+        ],
         plans=plans_of(dataset),
         prompts=prompts(students),
         stages=ran,
@@ -117,6 +143,7 @@ def write_report(run: Path) -> Path:
         else None,
         colours=COLOURS,
         best=best,
+        rule_words=rule_words,
         palette=palette(students),
         kl_note=_kl_note(students, heldout),
         bounds_note=_bounds_note(students),
@@ -161,6 +188,14 @@ def read_results(path: Path) -> dict[str, Any] | None:
 
 def _open(path: Path) -> Dataset | None:
     return open_dataset(path) if (path / "dataset.json").exists() else None
+
+
+def kept_where(dataset: Dataset) -> KeptWhere | None:
+    """Where this dataset keeps distributions; None where it does at every target. Counts are read from the payload."""
+    if not dataset.info.codec.keeps_some_positions:
+        return None
+    domains = {domain["name"]: (domain["targets"], domain["kept"]) for domain in kept_by_domain(dataset)}
+    return KeptWhere(list(kept_lines(dataset)), domains)
 
 
 def verdict(students: Students) -> Verdict:
@@ -266,10 +301,13 @@ def introduction(students: Students, dataset: Dataset | None) -> str:
         len(students), f"{len(students)} small language models"
     )
     tokens = f" of {dataset.num_tokens:,} tokens" if dataset is not None and dataset.num_tokens else ""
-    parts = [
-        f"{many}{size}, the students, learned from a dataset{tokens}. Beside every token it stores what another model, "
-        "the teacher, held likely there."
-    ]
+    beside = "every token it stores what another model, the teacher, held likely there"
+    if dataset is not None and dataset.info.codec.keeps_some_positions:
+        beside = (
+            "some of the tokens it stores what another model, the teacher, held likely there, and beside the others how "
+            "likely it found that token"
+        )
+    parts = [f"{many}{size}, the students, learned from a dataset{tokens}. Beside {beside}."]
     if BASELINE in students and len(students) > 1:
         label = label_of(BASELINE, students[BASELINE])
         parts.append(f"The student “{label}” saw only the text, the others also what the teacher held likely.")

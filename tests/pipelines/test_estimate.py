@@ -14,7 +14,9 @@ import pytest
 import yaml
 
 import kdata
+from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import ConfigError
+from kdata.jobs.reading import CaptureConfig, CaptureJob
 from kdata.pipelines import estimate
 from kdata.pipelines.cli.main import call
 from kdata.pipelines.recipe import Recipe, load_recipe
@@ -114,6 +116,39 @@ def test_a_generation_and_a_student_take_what_was_said(
     assert answer["total"]["memory_bytes"] == pytest.approx(memory, rel=0.2)
     assert answer["total"]["tokens"] == sum(stage["tokens"] for stage in stages.values())
     assert answer["total"]["cost"] is None and answer["total"]["hours"] > 0
+
+
+@pytest.mark.slow
+def test_students_are_timed_where_the_probe_keeps_nothing(
+    llama_dir: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = {"path": str(texts), "limit": 40}
+    recipe = {
+        "name": "none",
+        "teacher": {"model": str(llama_dir), "backend": "transformers"},
+        "generate": None,
+        "corpus": source,
+        "heldout": {**source, "limit": 5},
+        "keep": {"positions": {"rule": "span", "begin": "<think>", "end": "</think>"}},
+        "students": {"plain": {"label": "plain", "objective": {"weights": {"forward_kl": 1.0}}}},
+        "train": {"steps": 6, "warmup_steps": 1, "batch_tokens": 512, "context_tokens": 128},
+        "capture": {"max_tokens": 100},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    answer = said(capsys, str(tmp_path / "recipe.yaml"), "--probe-tokens", "300")
+    stages = {stage["name"]: stage for stage in answer["stages"]}
+    assert stages["train plain"]["hours"] > 0
+    assert "rows that the probe read keeps a distribution (targets in the text" in stages["train plain"]["note"]
+    assert stages["capture"]["note"] is None
+
+
+def test_a_probe_reads_every_part_of_a_corpus(llama_dir: Path, tmp_path: Path) -> None:
+    """Domains that follow each other in the file: the first few hundred tokens would be of the first one."""
+    rows = [{"id": f"d{n}", "domain": "a" if n < 150 else "b", "text": LINES[n % len(LINES)]} for n in range(300)]
+    corpus = CorpusConfig(path=str(write_jsonl(tmp_path / "c.jsonl", rows)))
+    job = CaptureJob(CaptureConfig(corpus=corpus), Corpus(corpus))
+    _, documents = estimate._counted(job, TeacherConfig(model=str(llama_dir), backend="transformers"), 600)
+    assert len(documents) < 150 and {document.domain for document in documents} == {"a", "b"}
 
 
 def test_without_a_probe_tokens_and_the_teacher_s_memory_are_known(

@@ -13,16 +13,22 @@ import torch
 
 import kdata
 from kdata.errors import ConfigError, DataError
-from kdata.loader.batches import Batches, BatchesConfig
+from kdata.format.temper import at_temperature
+from kdata.loader.batches import Batches, BatchesConfig, keeps_something
 from kdata.selection.plan import make_plan, open_plan
 from kdata.trainer.config import PhaseConfig, ScratchStudent, TrainConfig
-from kdata.trainer.domain_weights import DDKMixture
+from kdata.trainer.distributed import Ranks
+from kdata.trainer.domain_weights import DDKMixture, FixedMixture
 from kdata.trainer.evaluate import evaluate
 from kdata.trainer.fused import distillation_loss
+from kdata.trainer.heldout import keep_aside, student_losses
+from kdata.trainer.learner import Learner
 from kdata.trainer.loader import Batch, Loader
 from kdata.trainer.mixed_loader import MixedLoader
 from kdata.trainer.objective_config import ObjectiveConfig, resolve_tail
 from kdata.trainer.parts import Collator, PackedRows, RowStream
+from kdata.trainer.phases import open_phases
+from kdata.trainer.student import build_student
 from kdata.trainer.train import train
 from tests.fakes import VOCAB, rows_of_text, run_capture, write_jsonl
 
@@ -86,6 +92,22 @@ def test_batches_are_those_of_a_plan_with_the_same_positions(
             assert torch.equal(own, values) if isinstance(values, torch.Tensor) else own == values, name
         assert np.array_equal(one.logprob_M, other.logprob_M) and np.array_equal(one.rows, other.rows)
         assert (one.targets.chosen_C is not None) == elsewhere
+
+
+@pytest.mark.parametrize("kind", [kind for kind, settings in KINDS.items() if "temperatures" in settings])
+def test_the_tail_at_a_temperature_is_known_where_entries_are(pairs: dict[str, Pair], kind: str) -> None:
+    """It is that of the whole dataset there. Elsewhere it is NaN, and batches, whose losses do not use it there, have 0."""
+    some, whole = pairs[kind]
+    for own, full in zip(some, whole, strict=True):
+        warm, wanted = (at_temperature(row.sequence, 2.0, some.info.codec).log_tail for row in (own, full))
+        kept = own.num_kept > 0
+        np.testing.assert_array_equal(warm[kept], wanted[kept])
+        assert np.isnan(warm[~kept]).all() and np.isnan(own.log_tail).tolist() == np.isnan(full.log_tail).tolist()
+        np.testing.assert_array_equal(at_temperature(own.sequence, 1.0, some.info.codec).log_tail, own.log_tail)
+    for batch in both(pairs[kind], elsewhere=True, temperature=2.0)[0]:
+        assert batch.targets.chosen_C is not None
+        assert not batch.targets.log_tail_C[~batch.targets.chosen_C].any()
+        assert not batch.targets.log_tail_C.isnan().any()
 
 
 @pytest.mark.parametrize("elsewhere", [None, 0.7])
@@ -194,6 +216,103 @@ def test_mixtures_draw_from_rows_that_keep_something(pairs: dict[str, Pair], tmp
     train(config(phases=phases, data_order="dataset", steps=4), some.path, None, tmp_path / "out")
     periods = [line for line in lines(tmp_path / "out") if "mixture" in line]
     assert periods and lines(tmp_path / "out")[-1]["target_tokens"] < lines(tmp_path / "out")[-1]["tokens"]
+
+
+def test_the_losses_of_ddk_are_those_of_the_whole_dataset(pairs: dict[str, Pair]) -> None:
+    losses = []
+    for dataset in pairs["topk"]:
+        learner = Learner(build_student(config().student, dataset, 0))
+        _, heldout = keep_aside(dataset, None, DDKMixture(heldout_share=0.3), seed=0)
+        losses.append(student_losses(learner, heldout, 64, 2, Ranks(torch.device("cpu"))))
+        losses.append(heldout.teacher_losses)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-6) and losses[1] == pytest.approx(losses[3], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def one_domain(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> kdata.Dataset:
+    """Two domains, of which `prose` keeps nothing."""
+    root = tmp_path_factory.mktemp("one-domain")
+    corpus = write_jsonl(root / "corpus.jsonl", rows_of_text(40))
+    dataset = run_capture(
+        root / "d", corpus, tokenizer_dir, positions={"rule": "entropy", "threshold": 5.69, "domains": ["code"]}
+    )
+    assert {row.domain for row in dataset if row.num_kept.any()} == {"code"}
+    return dataset
+
+
+def mixed(mixture: FixedMixture | DDKMixture, elsewhere: float | None) -> TrainConfig:
+    objective = {"weights": {"forward_kl": 1.0}, "cross_entropy_elsewhere": elsewhere}
+    return config(mixture=mixture, objective=objective, data_order="dataset", steps=4)
+
+
+def domains_read(dataset: kdata.Dataset, settings: TrainConfig) -> set[str]:
+    """Domains of the rows of the first period, with fixed weights."""
+    phase = open_phases(settings, dataset.path, None, Ranks(torch.device("cpu")))[0]
+    phase.begin_period(0, torch.nn.Identity(), 4, 64, Ranks(torch.device("cpu")))
+    rows = [int(row) for batch in islice(phase.loader, 4) for row in batch.rows]
+    return {dataset[row].domain for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("mixture", "remedy"),
+    [
+        (FixedMixture(weights={"code": 0.5, "prose": 0.5}), "set its weight in mixture.weights to 0"),
+        (FixedMixture(weights={"code": 1.0}), "set its weight in mixture.weights to 0"),
+        (DDKMixture(every_steps=2, heldout_share=0.2), "leave it out with a plan"),
+    ],
+)
+def test_a_mixture_with_a_domain_that_keeps_nothing_is_refused_before_training(
+    one_domain: kdata.Dataset, tmp_path: Path, mixture: FixedMixture | DDKMixture, remedy: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"domain 'prose' keeps no distribution.*{remedy}"):
+        train(mixed(mixture, None), one_domain.path, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_domain_that_keeps_nothing_may_have_weight_0(one_domain: kdata.Dataset, tmp_path: Path) -> None:
+    settings = mixed(FixedMixture(weights={"code": 1.0, "prose": 0.0}), None)
+    train(settings, one_domain.path, None, tmp_path / "out")
+    assert lines(tmp_path / "out")[0]["mixture"]["weights"] == {"code": 1.0, "prose": 0.0}
+    assert domains_read(one_domain, settings) == {"code"}
+
+
+def test_a_domain_that_keeps_nothing_is_drawn_where_other_targets_count(
+    one_domain: kdata.Dataset, tmp_path: Path
+) -> None:
+    half = FixedMixture(weights={"code": 0.5, "prose": 0.5})
+    assert domains_read(one_domain, mixed(half, 0.5)) == {"code", "prose"}
+    for name, mixture in {"fixed": half, "ddk": DDKMixture(every_steps=2, heldout_share=0.2)}.items():
+        train(mixed(mixture, 0.5), one_domain.path, None, tmp_path / name)
+        last = lines(tmp_path / name)[-1]
+        assert last["cross_entropy_elsewhere"] > 0 and last["forward_kl"] > 0
+    with pytest.raises(DataError, match="none of 20 rows has a position at which a distribution is kept"):
+        train(mixed(FixedMixture(weights={"code": 0, "prose": 1}), 0.5), one_domain.path, None, tmp_path / "none")
+
+
+def test_a_mixture_is_refused_where_all_that_a_domain_keeps_is_held_out(
+    one_domain: kdata.Dataset, pairs: dict[str, Pair], tmp_path: Path
+) -> None:
+    some, _ = pairs["topk"]
+    index = some.index(["id", "domain"])
+    keeps = keeps_something(some)
+    of_prose = {name: [r for r, d in enumerate(index["domain"].to_pylist()) if d == "prose" and keeps[r] == name]
+                for name in (True, False)}  # fmt: skip
+    rows = [*of_prose[True][:1], *of_prose[False][:4]]  # one of five prose rows keeps something
+    rows += [r for r, d in enumerate(index["domain"].to_pylist()) if d == "code"]
+    make_plan(some, "few", index["id"].take(rows).to_pylist(), method="mine", parameters={}).save(some.path / "plans")
+    messages = []
+    for seed in range(30):
+        settings = mixed(DDKMixture(every_steps=2, heldout_share=0.2), None).model_copy(update={"seed": seed})
+        planned = open_plan(some, "few").choice(some)[0]
+        left, _ = keep_aside(some, planned, DDKMixture(heldout_share=0.2), seed)
+        held_out = rows[0] not in left
+        if held_out:
+            with pytest.raises(ConfigError, match="domain 'prose' keeps no distribution") as caught:
+                open_phases(settings, some.path, "few", Ranks(torch.device("cpu")))
+            messages.append(str(caught.value))
+        else:
+            open_phases(settings, some.path, "few", Ranks(torch.device("cpu")))
+    assert 0 < len(messages) < 30
 
 
 def test_evaluation_counts_every_target_for_nll_and_those_with_entries_for_kl(

@@ -91,6 +91,77 @@ def test_a_flipped_bit_gives_no_wrong_value(root: Path, read: str) -> None:
     assert call(kdata.open(root)) == right
 
 
+# Of these, those that read parts of files where the dataset is at a URL, and the views that they read.
+IN_PARTS = {
+    **{
+        read: "rows" for read, (prefix, _) in READS.items() if read.startswith(("sql", "select")) and prefix == "index/"
+    },
+    "select parent": "rows",
+    "sql scores": "scores.ref",
+    "select": "scores.ref",
+    "select sql": "scores.ref",
+    "rejects": "rejects",
+}
+
+
+@pytest.mark.parametrize(
+    "read", [read for read in READS if read != "plan"]
+)  # which opens a file of the copy by its path
+def test_what_is_not_compared_at_a_url_is_named_and_all_of_it_can_be_compared(
+    root: Path, read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With check="whole" every way is an error. Otherwise what reads parts names its view in `unchecked`."""
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    prefix, call = READS[read]
+    url = f"file://{root}"
+    for check in ("first", "whole"):
+        opened = kdata.open(url, check=check)  # type: ignore[arg-type]
+        assert call(opened) == call(kdata.open(root))
+        compares = check == "whole" or read not in IN_PARTS
+        assert opened.unchecked == set() if compares else IN_PARTS[read] in opened.unchecked
+        shutil.rmtree(tmp_path / "cache")
+    rng = np.random.default_rng(5)
+    names = [name for name in digests(root) if name.startswith(prefix)]
+    for name in names:
+        original = (root / name).read_bytes()
+        for place in rng.integers(0, len(original), -(-8 // len(names))):
+            flipped = bytearray(original)
+            flipped[place] ^= 1 << int(rng.integers(8))
+            (root / name).write_bytes(flipped)
+            with pytest.raises(CorruptError, match=Path(name).name):
+                call(kdata.open(url, check="whole"))
+            shutil.rmtree(tmp_path / "cache")
+        (root / name).write_bytes(original)
+
+
+def test_a_column_whose_damaged_name_is_no_text_is_one_error(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    path = next((root / "index").iterdir())
+    content = path.read_bytes()
+    assert b"license" in content
+    path.write_bytes(content.replace(b"license", b"lic\xffnse"))
+    with pytest.raises(CorruptError, match=path.name):
+        kdata.open(root, check="later").sql("select * from rows")
+    with pytest.raises(QueryError, match="a name in a file that it reads is no UTF-8"):
+        kdata.open(f"file://{root}").sql("select * from rows")
+
+
+def test_commands_at_a_url_say_what_was_not_compared(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    url = f"file://{root}"
+    for command in (["sql", url, "select max(nll) from rows"], ["select", url, "--method", "all", "--name", "a"]):
+        shown = CliRunner().invoke(app, command)
+        assert shown.exit_code == 0
+        assert f"(parts were read from {url}; --check whole copies and compares): rows" in shown.stderr
+        shown = CliRunner().invoke(app, [*command, "--check", "whole"])
+        assert shown.exit_code == 0 and "not compared" not in shown.stderr
+        shutil.rmtree(tmp_path / "cache")
+
+
 def test_a_file_is_compared_once_per_process_and_again_when_it_changes(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

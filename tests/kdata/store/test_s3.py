@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import kdata
 from kdata.check.verify import verify
 from kdata.errors import CorruptError, KdataError, StorageError
-from tests.fakes import StandInTeacher, digests, run_capture
+from tests.fakes import StandInTeacher, digests, held_by_another_process, run_capture
 from tests.s3 import S3, Request, s3_store
 
 pytest.importorskip("moto", reason="needs moto and s3fs, which the extra dev brings")
@@ -66,6 +67,18 @@ def test_a_capture_to_s3_has_the_bytes_of_a_folder_and_is_read_back(
     opened = kdata.open(url)
     assert opened.sql("select count(*) as n from rows")["n"][0].as_py() == opened.num_rows
     assert verify(opened, deep=True) == [] and digests(opened.path) == digests(captured)
+
+
+def test_a_second_process_hears_who_writes(
+    s3: S3, url: str, captured: Path, corpus_file: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSSPEC_S3", json.dumps(s3.options))  # as fsspec reads it in the other process
+    with held_by_another_process(url, corpus_file, tokenizer_dir) as pid:
+        for spelling in (url, f"{url}/", url.replace("s3://", "s3a://")):
+            with pytest.raises(StorageError, match=rf"is being written by another process \(process {pid} on "):
+                run_capture(spelling, corpus_file, tokenizer_dir)
+    run_capture(url, corpus_file, tokenizer_dir)
+    assert content(s3, url) == digests(captured)
 
 
 @pytest.mark.parametrize("fault", ["error", "slow down", "cut request", "lost answer", "cut answer"])

@@ -17,7 +17,15 @@ from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, DependencyError, MismatchError, MissingError, StorageError
 from kdata.store.url import Store, copy_of, is_url
 from tests.bucket import Bucket
-from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, run_generate, write_jsonl
+from tests.fakes import (
+    StandInTeacher,
+    digests,
+    held_by_another_process,
+    rows_of_text,
+    run_capture,
+    run_generate,
+    write_jsonl,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +203,46 @@ def test_two_writers_at_once_are_refused_on_one_machine_and_on_two(
     run_capture(tmp_path / "local", corpus_file, tokenizer_dir)
     run_capture(url, corpus_file, tokenizer_dir)
     assert digests(behind) == digests(tmp_path / "local")
+
+
+def test_a_second_process_hears_who_writes_to_a_url_however_it_is_spelled(
+    tmp_path: Path, behind: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    url = f"file://{behind}"
+    spellings = [
+        url,
+        f"{url}/",
+        f"local://{behind}",
+        f"file://{behind.parent}/../deep/d",
+        f"file://{tmp_path}/link/deep/d",
+    ]
+    with held_by_another_process(url, corpus_file, tokenizer_dir) as pid:
+        before = digests(behind)
+        for spelling in spellings:
+            with pytest.raises(StorageError) as caught:
+                run_capture(spelling, corpus_file, tokenizer_dir)
+            assert str(caught.value).startswith(
+                f"{spelling.rstrip('/')} is being written by another process (process {pid} on "
+            )
+        assert digests(behind) == before
+        run_capture(f"{url}2", corpus_file, tokenizer_dir)  # another place
+    run_capture(url, corpus_file, tokenizer_dir)  # a dead process holds nothing
+    run_capture(tmp_path / "local", corpus_file, tokenizer_dir)
+    assert digests(behind) == digests(tmp_path / "local")
+
+
+@pytest.mark.parametrize(
+    ("url", "canonical"),
+    [
+        ("memory://x/y", "memory:///x/y"),
+        ("memory:///x/y/", "memory:///x/y"),
+        ("local:///no/such/../place", "file:///no/place"),
+        ("file:///no/place", "file:///no/place"),
+    ],
+)
+def test_one_spelling_stands_for_all(url: str, canonical: str) -> None:
+    assert Store(url).canonical == canonical
 
 
 def test_the_leftovers_of_a_killed_run_are_removed_and_nothing_else(

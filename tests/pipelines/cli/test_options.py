@@ -23,7 +23,7 @@ from kdata.pipelines.cli.main import COMMANDS, app
 
 ENTRIES = {name: entry for group in COMMANDS.values() for name, entry in group.items()}
 # Options of the command line itself: they set no field of a settings model.
-OWN = {
+OWN = {"--allow-secrets", 
     "--out", "--set", "--config", "--resume", "--dry-run", "--save", "--plan",  # run, train, evaluate
     "--engine", "--json-schema",  # capture, generate, reread: which settings model, and a file that holds a setting
     "--deep", "--against-teacher", "--copy", "--hidden-size", "--head", "--block",  # verify, repair, audit

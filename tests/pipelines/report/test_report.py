@@ -20,7 +20,10 @@ from kdata.observe.journal import read_journal
 from kdata.observe.progress import RunStage, Task
 from kdata.pipelines.report.report import best, grid, read_results, stages, verdict, write_report
 from kdata.selection.plan import make_plan
+from kdata.selection.position_rules import RULES, Surprise, rule_words
+from kdata.selection.ranked import All
 from kdata.selection.score_file import bring
+from tests.fakes import rows_of_text, run_capture, write_jsonl
 from tests.kdata.share.test_card import HOSTILE, make_dataset
 
 DOMAINS = {"code": 2.1, "docstrings": 3.2, "prose": 4.3}
@@ -260,6 +263,52 @@ def test_a_plan_with_positions_says_what_counts(tmp_path: Path) -> None:
     page = Page(write_report(run))
     assert plan.info.positions is not None
     assert f"Of its target positions 4 of {plan.info.positions.targets} count, by the rule mine" in page.text
+
+
+def test_a_rule_of_kdata_is_said_in_words(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    dataset = kdata.open(run / "dataset")
+    plan = kdata.select(dataset, All(name="unlikely", positions=Surprise(share=0.25)))
+    plan.save(dataset.path / "plans")
+    page = Page(write_report(run))
+    chosen = plan.info.positions
+    assert chosen is not None
+    assert f"{chosen.positions:,} of {chosen.targets:,} count, by the rule surprise; " in page.text
+    assert "The rule chooses the tokens that the teacher found least likely" in page.text
+    assert all(rule_words(rule) for rule in RULES) and rule_words("mine") is None
+
+
+def test_a_dataset_that_keeps_some_positions_says_what_is_kept_where(tmp_path: Path, tokenizer_dir: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", rows_of_text(12))
+    rule = {"rule": "entropy", "threshold": 3.3, "domains": ["code", "law"]}
+    dataset = run_capture(tmp_path / "run" / "dataset", corpus, tokenizer_dir, positions=rule)
+    run_capture(tmp_path / "run" / "heldout", corpus, tokenizer_dir)
+    path = write_report(tmp_path / "run")
+    page = Page(path)
+    counts = {
+        domain: [int(sum(n(row) for row in dataset if row.domain == domain)) for n in (num_targets, num_kept)]
+        for domain in ("code", "prose")
+    }
+    kept, targets = (sum(count[place] for count in counts.values()) for place in (1, 0))
+    assert 0 < counts["prose"][1] < counts["prose"][0] and counts["code"][1] == counts["code"][0]
+    assert (
+        f"Distributions are kept at {kept:,} of {targets:,} target positions: every target of code, law; elsewhere "
+        "targets with an entropy of at least 3.3 nats." in page.text
+    )
+    assert "WARNING: no row has the domain 'law'" in page.text
+    assert f"{kept / targets:.1%}" in page.text and page.text.count("At the other targets only") == 1  # not of heldout
+    rows = re.findall(r'<tr><th scope="row">(code|prose)</th>(.*?)</tr>', path.read_text())
+    first = {name: re.findall("<td>(.*?)</td>", line) for name, line in reversed(rows)}
+    for domain, (all_targets, with_one) in counts.items():
+        assert first[domain][2:5] == [f"{all_targets:,}", f"{with_one:,}", f"{with_one / all_targets:.1%}"]
+
+
+def num_targets(row: kdata.Row) -> int:
+    return int(row.target_mask.sum())
+
+
+def num_kept(row: kdata.Row) -> int:
+    return int((row.target_mask & (row.num_kept > 0)).sum())
 
 
 def test_whole_run(tmp_path: Path) -> None:
