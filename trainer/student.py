@@ -76,14 +76,15 @@ def build_student(
         DependencyError: adapters are asked for, and peft is not installed.
     """
     datasets = [dataset, *others]
+    if isinstance(config, PrunedStudent):
+        calibration = calibration_of(dataset, rows, config.importance_rows, seed, ranks)
+        return _pruned(config, datasets, calibration, importance)
     with nullcontext() if isinstance(config, ScratchStudent) else model_files(config.model, "a file"):
-        if isinstance(config, ScratchStudent):
-            model = _from_scratch(config, dataset, seed)
-        elif isinstance(config, CheckpointStudent):
-            model = _from_checkpoint(config, dataset)
-        else:
-            calibration = calibration_of(dataset, rows, config.importance_rows, seed, ranks)
-            model = _pruned(config, datasets, calibration, importance)
+        model = (
+            _from_scratch(config, dataset, seed)
+            if isinstance(config, ScratchStudent)
+            else _from_checkpoint(config, dataset)
+        )
         _check(model, datasets)
         if isinstance(config, CheckpointStudent) and config.lora is not None:
             add_adapters(model, config.lora, config.model, config.revision, seed)
@@ -268,18 +269,20 @@ def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedM
 def _pruned(
     config: PrunedStudent, datasets: Sequence[Dataset], calibration: Calibration, importance: Path | None
 ) -> PreTrainedModel:
-    if Path(config.model).is_dir():
-        refuse_other_kind(Path(config.model))
-    with _loading(config.model):
-        folder = model_folder(config.model)
-        own = AutoConfig.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
-    sizes = refuse_unfit(config.model, own, config)
-    _check_tokenizer(config, folder, datasets[0])
-    whole = _load(config, folder)
-    _check(whole, datasets)
+    with model_files(config.model, "a file"):
+        if Path(config.model).is_dir():
+            refuse_other_kind(Path(config.model))
+        with _loading(config.model):
+            folder = model_folder(config.model)
+            own = AutoConfig.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+        sizes = refuse_unfit(config.model, own, config)
+        _check_tokenizer(config, folder, datasets[0])
+        whole = _load(config, folder)
+        _check(whole, datasets)
     check_positions(whole, calibration.longest_tokens)
     chosen = importance_of(whole, config, sizes, calibration, importance)
     model = prune(whole, chosen.kept)
+    _check(model, datasets)
     setattr(model, IMPORTANCE, chosen)
     return model
 
