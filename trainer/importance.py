@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdata.errors import CorruptError
+from kdata.errors import CorruptError, DataError
 from kdata.format.json_text import parse_object
 from kdata.format.manifest import json_bytes
 from kdata.format.schema import json_digest
@@ -146,6 +146,7 @@ def importance_of(
     Raises:
         CorruptError: the file is damaged.
         ConfigError: candidates cannot be compared on this dataset, because it lacks the tail.
+        DataError: nor on these rows, because no distribution is kept in them.
     """
     ranks, whole = calibration.ranks, Sizes.of(model.config)
     source = {
@@ -172,9 +173,8 @@ def importance_of(
         count = num_weights(model.config, one)
         about = ", ".join(f"{name} {value:,}" for name, value in asdict(one).items())
         mark = "  <- the student" if number == best else ""
-        console.print(
-            f"candidate {number + 1}: {about}: {count:,} parameters, forward KL {loss:.4f}{mark}", soft_wrap=True
-        )
+        line = f"candidate {number + 1}: {about}: {count:,} parameters, forward KL {loss:.4f}{mark}"
+        console.print(line, markup=False, soft_wrap=True)
     return Importance(scores, largest_parts(model.config, scores, sizes[best]), source, losses)
 
 
@@ -282,6 +282,11 @@ def _losses(
         weight += batch.targets.chosen_weight
         if weight >= tokens:
             break
+    if not weight:
+        raise DataError(
+            f"{calibration.dataset.place} keeps no distribution in the {len(calibration.rows):,} rows that candidates are "
+            "compared on; raise student.importance_rows, or give one size without candidates"
+        )
     losses = []
     for one in sizes:
         candidate = prune(model, largest_parts(model.config, scores, one)).to(device).eval()  # type: ignore[arg-type]

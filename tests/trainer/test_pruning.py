@@ -42,6 +42,7 @@ from kdata.trainer.importance import IMPORTANCE_FILE, calibration_of, measure_im
 from kdata.trainer.pruning import Scores, Sizes, largest_parts, num_weights, prune, refuse_unfit
 from kdata.trainer.student import build_student, importance_in
 from kdata.trainer.train import train
+from tests.fakes import rows_of_text, run_capture, write_jsonl
 from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
 from tests.trainer.test_distributed import run_ranks
 
@@ -471,6 +472,29 @@ def test_the_best_candidate_is_taken(
     assert len(shown) == 3 and [number for number, line in enumerate(shown) if "<- the student" in line] == [best]
     train(config(folder, student=student), dataset.path, None, out)  # it is finished, and reads what it compared
     assert json.loads(pq.read_schema(out / IMPORTANCE_FILE).metadata[b"kdata.importance"]) == about
+
+
+def test_candidates_are_compared_where_a_distribution_is_kept(
+    llama_dir: Path, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    """All rows count for the scores, those without a distribution too; a dataset that keeps none cannot compare."""
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", rows_of_text(30))
+    some, none, whole = (
+        run_capture(tmp_path / name, corpus, tokenizer_dir, kind="threshold", threshold=0.05, **own)
+        for name, own in (
+            ("some", {"positions": {"rule": "entropy", "threshold": 3.3}}),
+            ("none", {"positions": {"rule": "entropy", "threshold": 5.69}}),
+            ("whole", {}),
+        )
+    )
+    both = [PrunedSizes(intermediate_size=48, hidden_size=56), PrunedSizes(hidden_size=48)]
+    student = PrunedStudent(model=str(llama_dir), candidates=both)
+    chosen, as_whole = (importance_in(build_student(student, one, 0)) for one in (some, whole))
+    assert chosen is not None and as_whole is not None and np.isfinite(chosen.losses).all()
+    assert chosen.losses != as_whole.losses and chosen.source["rows"] == 30
+    np.testing.assert_allclose(chosen.scores.hidden_D, as_whole.scores.hidden_D, rtol=1e-5)
+    with pytest.raises(DataError, match="keeps no distribution in the 30 rows"):
+        build_student(student, none, 0)
 
 
 def test_a_recipe_s_students_start_from_the_teacher_s_parts(folder: Path, tmp_path: Path) -> None:
