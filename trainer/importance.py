@@ -53,12 +53,13 @@ from kdata.trainer.distributed import Ranks
 from kdata.trainer.forward import ROWS, fitting_targets, head_of, hidden_states
 from kdata.trainer.fused import measure
 from kdata.trainer.loader import Batch, Loader
-from kdata.trainer.objective_config import ObjectiveConfig, resolve_tail
+from kdata.trainer.objective_config import ObjectiveConfig, Tail, resolve_tail
 from kdata.trainer.pruning import Kept, Scores, Sizes, largest_parts, num_weights, prune
 
 IMPORTANCE_FILE = "importance.parquet"
 METADATA = b"kdata.importance"  # key in the file's schema
 BATCH_TOKENS = 4096  # of one forward pass; changes memory and speed only
+FORWARD_KL = ObjectiveConfig(weights={"forward_kl": 1.0})
 # Axes of the file, in its order, and the field of Scores and Kept.
 AXES = {"hidden": "hidden_D", "channel": "channels_NI", "head": "heads_NH", "layer": "layers_N"}
 
@@ -148,7 +149,9 @@ def importance_of(
         ConfigError: candidates cannot be compared on this dataset, because it lacks the tail.
         DataError: nor on these rows, because no distribution is kept in them.
     """
-    ranks, whole = calibration.ranks, Sizes.of(model.config)
+    ranks, whole, info = calibration.ranks, Sizes.of(model.config), calibration.dataset.info
+    compared = len(sizes) > 1
+    tail = resolve_tail(FORWARD_KL, info.tail, kind=info.codec.kind) if compared else "ghost"  # before time is spent
     source = {
         "model": config.model,
         "model_digest": parameters_digest(model.named_parameters()),
@@ -156,15 +159,16 @@ def importance_of(
         "rows_digest": identity_of(calibration.dataset.content_digest, calibration.rows),
         "rows": len(calibration.rows),
         "seed": calibration.seed,
-        "candidates": [asdict(one) for one in sizes] if len(sizes) > 1 else [],
-        "candidate_tokens": config.candidate_tokens if len(sizes) > 1 else 0,
+        "candidates": [asdict(one) for one in sizes] if compared else [],
+        "candidate_tokens": config.candidate_tokens if compared else 0,
     }
     before = None if file is None else _read(file, source, whole)
     if ranks.sum(np.array([before is None])).any():
         scores = _scores(_of_main(_flat(measure_importance(model, calibration)), ranks), whole)
         losses: list[float] = []
-        if len(sizes) > 1:
-            losses = _of_main(_losses(model, scores, sizes, calibration, config.candidate_tokens), ranks).tolist()
+        if compared:
+            own_losses = _losses(model, scores, sizes, calibration, config.candidate_tokens, tail)
+            losses = _of_main(own_losses, ranks).tolist()
     else:
         assert before is not None
         scores, losses = before
@@ -271,11 +275,10 @@ class _Sums:
 
 @torch.no_grad()
 def _losses(
-    model: PreTrainedModel, scores: Scores, sizes: list[Sizes], calibration: Calibration, tokens: int
+    model: PreTrainedModel, scores: Scores, sizes: list[Sizes], calibration: Calibration, tokens: int, tail: Tail
 ) -> np.ndarray:
     """Forward KL of each candidate before training, nats per token, float64, on rows with at least so many targets."""
-    info, device = calibration.dataset.info, calibration.ranks.device
-    tail = resolve_tail(ObjectiveConfig(weights={"forward_kl": 1.0}), info.tail, kind=info.codec.kind)
+    device = calibration.ranks.device
     batches, weight = [], 0.0
     for batch in calibration.batches(batch_rows=1):
         batches.append(batch)
