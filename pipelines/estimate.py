@@ -46,7 +46,7 @@ from kdata.teachers.config import TeacherConfig
 from kdata.teachers.environment import set_environment
 from kdata.teachers.model import as_folder
 from kdata.teachers.sizing import Work, gib, model_size, plan_memory
-from kdata.trainer.config import TrainConfig
+from kdata.trainer.config import PrunedStudent, TrainConfig
 
 SAMPLE = 2000  # documents that are encoded
 STEPS = 3  # of a student; the first is not timed
@@ -273,6 +273,10 @@ def estimate_student(
     trained = round(_tokens_of_a_step(config, tokens, lengths) * steps)
     disk = sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file())
     load_seconds = max(took["seconds"] - last["seconds"], 0.0)
+    if isinstance(config.student, PrunedStudent):  # the run has more rows to choose its parts by than the probe
+        rows, probe_rows = tokens * len(lengths) / max(sum(lengths), 1), open_dataset(dataset).num_rows
+        wanted = config.student.importance_rows
+        load_seconds += took["rows_seconds"] * (min(wanted, rows) / max(min(wanted, probe_rows), 1) - 1)
     return Stage(name, trained, disk, memory, seconds_per_token * trained, load_seconds)
 
 
@@ -396,8 +400,10 @@ def _probe(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["kind"] == "train":
         from kdata.trainer.train import train
 
-        train(parse_config(TrainConfig, spec["config"], "train settings"), spec["dataset"], None, Path(spec["root"]))
-        return {"seconds": time.perf_counter() - begun, "load_seconds": 0.0}
+        settings = parse_config(TrainConfig, spec["config"], "train settings")
+        train(settings, spec["dataset"], None, Path(spec["root"]))
+        seconds = time.perf_counter() - begun
+        return {"seconds": seconds, "load_seconds": 0.0, "rows_seconds": _rows_seconds(settings, spec)}
     if spec["kind"] == "evaluate":
         return _probe_evaluation(spec)
     teacher = parse_config(TeacherConfig, spec["teacher"], "teacher settings")
@@ -405,6 +411,23 @@ def _probe(spec: dict[str, Any]) -> dict[str, Any]:
         config = ScoreConfig(model=teacher, name="probe", tokens=spec["of_tokens"])
         return _beyond_warm(spec, lambda root: score(open_dataset(root), config))
     return _probe_teacher(spec, teacher, begun)
+
+
+def _rows_seconds(config: TrainConfig, spec: dict[str, Any]) -> float:
+    """Seconds of the pass over all rows of the probe that a pruned student begins with; of others 0."""
+    if not isinstance(config.student, PrunedStudent):
+        return 0.0
+    from kdata.trainer.distributed import join
+    from kdata.trainer.importance import IMPORTANCE_FILE
+    from kdata.trainer.student import build_student
+
+    dataset, took = open_dataset(spec["dataset"]), []
+    with join(config.device) as ranks:
+        for file in (Path(spec["root"]) / IMPORTANCE_FILE, None):  # with the scores at hand, and without
+            begun = time.perf_counter()
+            build_student(config.student, dataset, config.seed, ranks=ranks, importance=file)
+            took.append(time.perf_counter() - begun)
+    return max(took[1] - took[0], 0.0)
 
 
 def _probe_teacher(spec: dict[str, Any], teacher: TeacherConfig, begun: float) -> dict[str, Any]:

@@ -18,7 +18,14 @@ from kdata.selection.ranked import Difference
 from kdata.selection.select import SelectConfig
 from kdata.selection.step import Step
 from kdata.teachers.config import SamplingConfig, TeacherConfig
-from kdata.trainer.config import CheckpointStudent, LoraConfig, ScratchStudent, TrainConfig
+from kdata.trainer.config import (
+    CheckpointStudent,
+    LoraConfig,
+    PruneConfig,
+    PrunedStudent,
+    ScratchStudent,
+    TrainConfig,
+)
 from kdata.trainer.objective_config import ObjectiveConfig, refuse_elsewhere, resolve_tail
 
 BUILTIN, GEMMA = "builtin", "gemma"
@@ -102,6 +109,12 @@ class StudentStage(Strict):
         None,
         description="Train low-rank adapters of the checkpoint instead of its weights (extra peft); null: all weights.",
     )
+    prune: PruneConfig | None = Field(
+        None,
+        exclude_if=lambda prune: prune is None,
+        description="Sizes to prune the checkpoint to: every student starts from its most important parts, by their "
+        "activations on the dataset. null: from all of it.",
+    )
     scratch: ScratchStudent = Field(ScratchStudent(), description="Network at random initialisation.")
 
     @model_validator(mode="after")
@@ -112,12 +125,21 @@ class StudentStage(Strict):
             )
         if self.lora is not None and self.model is None:
             raise ValueError("lora adds adapters to a checkpoint: set student.model, or leave lora at null")
+        if self.prune is not None and self.model is None:
+            raise ValueError("prune chooses parts of a checkpoint: set student.model, or leave prune at null")
+        if self.prune is not None and (self.lora is not None or self.keep_layers is not None):
+            raise ValueError(
+                "prune does not go with lora or keep_layers: the number of layers is prune.num_layers, and an adapter "
+                "belongs to a model on disk; leave them at null"
+            )
         return self
 
-    def resolve(self) -> ScratchStudent | CheckpointStudent:
+    def resolve(self) -> ScratchStudent | CheckpointStudent | PrunedStudent:
         """The student as the trainer's settings name it."""
         if self.model is None:
             return self.scratch
+        if self.prune is not None:
+            return PrunedStudent(model=self.model, revision=self.revision, **self.prune.model_dump())
         return CheckpointStudent(model=self.model, revision=self.revision, keep_layers=self.keep_layers, lora=self.lora)
 
 

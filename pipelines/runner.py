@@ -47,7 +47,7 @@ from kdata.store.shard import stored_rejects
 from kdata.store.url import cache_dir
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.engine_args import of_identity
-from kdata.trainer.config import CheckpointStudent, TrainConfig
+from kdata.trainer.config import ScratchStudent, TrainConfig
 from kdata.trainer.evaluate import EvaluateConfig, evaluate
 from kdata.trainer.train import train
 
@@ -114,7 +114,7 @@ class Run:
     def train_config(self, student: StudentRun) -> TrainConfig:
         """Settings of one student's training, its model resolved."""
         config = self.recipe.train_config(student)
-        if isinstance(config.student, CheckpointStudent):
+        if not isinstance(config.student, ScratchStudent):
             model, revision = self.model_of(config.student.model, config.student.revision)
             own = config.student.model_copy(update={"model": model, "revision": revision})
             config = config.model_copy(update={"student": own})

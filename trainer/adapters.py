@@ -8,7 +8,9 @@ embeddings that may be tied to it have no adapter.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +81,15 @@ def has_adapters(student: PreTrainedModel) -> bool:
 
 def frozen_digest(student: PreTrainedModel) -> str:
     """SHA-256 (hex) of the names and values of the parameters that are not trained."""
+    return parameters_digest((name, p) for name, p in student.named_parameters() if not p.requires_grad)
+
+
+def parameters_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 (hex) of names and values."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(student.named_parameters()):
-        if not parameter.requires_grad:
-            digest.update(name.encode() + b"\0")
-            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for name, parameter in sorted(parameters, key=itemgetter(0)):
+        digest.update(name.encode() + b"\0")
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

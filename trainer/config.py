@@ -107,7 +107,72 @@ class CheckpointStudent(BaseModel):
         return self
 
 
-StudentConfig = Annotated[ScratchStudent | CheckpointStudent, Field(discriminator="kind")]
+class PrunedSizes(Strict):
+    """Sizes of a pruned student, none above the model's; null: the model's. The size of a head stays as it is."""
+
+    hidden_size: int | None = Field(default=None, ge=1, description="Width D of the hidden states; null: the model's.")
+    intermediate_size: int | None = Field(
+        default=None, ge=1, description="Channels of each feed-forward layer; null: the model's."
+    )
+    num_heads: int | None = Field(
+        default=None,
+        ge=1,
+        description="Attention heads (of queries) of each layer, as many for each key-value head, so a multiple of their "
+        "number. Where the model has one key-value head for each, these go with them. null: the model's.",
+    )
+    num_layers: int | None = Field(default=None, ge=1, description="Transformer layers; null: the model's.")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that are set, by name."""
+        return {name: size for name in PrunedSizes.model_fields if (size := getattr(self, name)) is not None}
+
+
+class PruneConfig(PrunedSizes):
+    """The most important parts of a model by their activations on rows of the dataset (Minitron, arXiv 2407.14679)."""
+
+    importance_rows: int = Field(
+        default=512,
+        ge=1,
+        description="Rows of the dataset on which activations are measured, drawn by the seed; all where there are fewer.",
+    )
+    candidates: list[PrunedSizes] = Field(
+        default=[],
+        description="Sizes to compare before training: the student is the one with the least forward KL. Their numbers of "
+        "parameters differ by a tenth at most. Empty: the sizes above.",
+    )
+    candidate_tokens: int = Field(
+        default=2048, ge=1, description="Target tokens of those rows on which candidates are compared; whole rows."
+    )
+
+    @model_validator(mode="after")
+    def _says_what_is_pruned(self) -> PruneConfig:
+        if self.candidates and self.sizes:
+            raise ValueError(
+                f"{' and '.join(self.sizes)} would be ignored, because candidates have sizes of their own; give one of both"
+            )
+        if not all(one.sizes for one in self.candidates or [self]):
+            raise ValueError(
+                "nothing is pruned without a size: set hidden_size, intermediate_size, num_heads or num_layers (of every "
+                "candidate), or start from the whole model with kind checkpoint"
+            )
+        return self
+
+
+class PrunedStudent(PruneConfig):
+    """A student that starts from the most important parts of a trained model."""
+
+    kind: Literal["pruned"] = "pruned"
+    model: str = Field(
+        description="Folder of a model in Hugging Face format, a GGUF file, or a name on the Hub: a Llama, Mistral, Qwen2, "
+        "Qwen3 or Gemma 3 (text) with the dataset's tokenizer, most often its teacher."
+    )
+    revision: str | None = Field(
+        default=None, description="Commit, tag or branch on the Hub; null: the default branch."
+    )
+
+
+StudentConfig = Annotated[ScratchStudent | CheckpointStudent | PrunedStudent, Field(discriminator="kind")]
 
 
 class InputMask(Strict):
@@ -162,7 +227,8 @@ class TrainConfig(WithoutSecrets):
     label: str = Field(default="student", description="Name of the run in tables and reports.")
     student: StudentConfig = Field(
         default_factory=ScratchStudent,
-        description="The model to train. kind: scratch starts from random weights, checkpoint from a trained model.",
+        description="The model to train. kind: scratch starts from random weights, checkpoint from a trained model, pruned "
+        "from the most important parts of one.",
     )
     objective: ObjectiveConfig = Field(
         default_factory=ObjectiveConfig, description="The loss that the student minimizes."

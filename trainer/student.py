@@ -17,15 +17,15 @@ Shapes: B rows, L context, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kdata.errors import ConfigError, DataError, KdataError, MismatchError, MissingError
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
@@ -33,75 +33,74 @@ from kdata.store.dataset import Dataset
 from kdata.store.gguf import model_folder
 from kdata.store.pretrained import first_line, model_files
 from kdata.store.vocabulary import Vocabulary, num_ids, refuse_other_ids
-from kdata.trainer.acceleration import VARLEN, bounds_of, use_varlen
+from kdata.trainer.acceleration import use_varlen
 from kdata.trainer.adapters import add_adapters, check_peft, is_adapter, open_adapter
-from kdata.trainer.config import CheckpointStudent, ScratchStudent
-from kdata.trainer.objectives import Targets
+from kdata.trainer.config import CheckpointStudent, PrunedStudent, ScratchStudent
+from kdata.trainer.distributed import Ranks
+from kdata.trainer.forward import ROWS, fitting_targets, head_of, hidden_states
+from kdata.trainer.importance import Calibration, Importance, calibration_of, importance_of
+from kdata.trainer.pruning import prune, prune_layers, refuse_unfit
 
-ROWS = "kdata_rows"  # attribute of a student: rows of its head that count; absent: all
+__all__ = [
+    "ROWS", "attend_by_documents", "build_student", "check_positions", "fit_vocabulary", "fitting_targets", "head_of",
+    "hidden_states", "importance_in", "num_parameters", "positions_of", "probe_head", "probe_isolation",
+    "refuse_other_tokenizer",
+]  # fmt: skip
+
+IMPORTANCE = "kdata_importance"  # attribute of a student that was pruned: its Importance
 
 
 def build_student(
-    config: ScratchStudent | CheckpointStudent, dataset: Dataset, seed: int, others: Sequence[Dataset] = ()
+    config: ScratchStudent | CheckpointStudent | PrunedStudent,
+    dataset: Dataset,
+    seed: int,
+    others: Sequence[Dataset] = (),
+    *,
+    rows: np.ndarray | None = None,
+    ranks: Ranks | None = None,
+    importance: Path | None = None,
 ) -> PreTrainedModel:
     """Build the student in float32, check it against the dataset, and probe it.
 
     Args:
         others: further datasets that it reads, with the same tokenizer.
+        rows: of a pruned student, int64, global rows of the dataset that its parts are chosen by; None: all.
+        ranks: where that is computed; None: on the CPU.
+        importance: file of an earlier start, which is read instead (`kdata.trainer.importance`); None: none.
 
     Raises:
         ConfigError: sizes do not fit, or the sparse loss or packing would train this model wrongly.
         MismatchError: the vocabulary or the tokenizer is not the dataset's.
         MissingError: the checkpoint does not exist or cannot be loaded.
+        CorruptError: files of the checkpoint, or the file `importance`, are damaged.
         DependencyError: adapters are asked for, and peft is not installed.
     """
+    datasets = [dataset, *others]
+    if isinstance(config, PrunedStudent):
+        calibration = calibration_of(dataset, rows, config.importance_rows, seed, ranks)
+        return _pruned(config, datasets, calibration, importance)
     with nullcontext() if isinstance(config, ScratchStudent) else model_files(config.model, "a file"):
         model = (
             _from_scratch(config, dataset, seed)
             if isinstance(config, ScratchStudent)
             else _from_checkpoint(config, dataset)
         )
-        fit_vocabulary(model, [dataset, *others])
-        probe_head(model)
-        probe_isolation(model)
+        _check(model, datasets)
         if isinstance(config, CheckpointStudent) and config.lora is not None:
             add_adapters(model, config.lora, config.model, config.revision, seed)
     return model
 
 
-def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
-    """Last hidden states after the final norm, [B, L, D]; documents packed in a row do not see each other.
-
-    No attention mask is passed. From positions that restart, transformers builds a block-causal mask itself
-    (masking_utils.find_packed_sequence_indices), and no mask if each row is one document. With the attention varlen the rows
-    are laid end to end, and the documents' bounds are passed.
-    """
-    backbone = getattr(model, model.base_model_prefix)
-    if model.config._attn_implementation == VARLEN:
-        hidden_TD: Tensor = backbone(
-            input_ids=input_ids_BL.reshape(1, -1),
-            position_ids=position_ids_BL.reshape(1, -1),
-            use_cache=False,
-            **bounds_of(position_ids_BL),
-        ).last_hidden_state[0]
-        return hidden_TD.view(*input_ids_BL.shape, -1)
-    hidden_BLD: Tensor = backbone(
-        input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False
-    ).last_hidden_state
-    return hidden_BLD
+def _check(model: PreTrainedModel, datasets: Sequence[Dataset]) -> None:
+    fit_vocabulary(model, datasets)
+    probe_head(model)
+    probe_isolation(model)
 
 
-def head_of(model: PreTrainedModel) -> Tensor:
-    """The output embedding [V, D]: the parameter itself, or its rows of ids that a token has (`fit_vocabulary`)."""
-    weight: Tensor = model.get_output_embeddings().weight
-    rows: int | None = getattr(model, ROWS, None)
-    return weight if rows is None else weight[:rows]
-
-
-def fitting_targets(model: PreTrainedModel, targets: Targets) -> Targets:
-    """The targets over the rows of `head_of`."""
-    rows = getattr(model, ROWS, None)
-    return targets if rows is None else targets.within(rows)
+def importance_in(student: PreTrainedModel) -> Importance | None:
+    """Why a pruned student has the parts that it has; None for other students."""
+    found: Importance | None = getattr(student, IMPORTANCE, None)
+    return found
 
 
 def num_parameters(model: PreTrainedModel) -> int:
@@ -262,18 +261,53 @@ def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedM
         refuse_other_kind(Path(config.model))
     with _loading(config.model):
         folder = model_folder(config.model)
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
-    refuse_other_tokenizer(f"the student {config.model}", tokenizer, dataset)  # before the weights, which take longer
+    _check_tokenizer(config, folder, dataset)  # before the weights, which take longer
+    model = _load(config, folder) if not adapter else _load_adapter(config.model)
+    return model if config.keep_layers is None else prune_layers(model, config.keep_layers)
+
+
+def _pruned(
+    config: PrunedStudent, datasets: Sequence[Dataset], calibration: Calibration, importance: Path | None
+) -> PreTrainedModel:
+    with model_files(config.model, "a file"):
+        if Path(config.model).is_dir():
+            refuse_other_kind(Path(config.model))
+        with _loading(config.model):
+            folder = model_folder(config.model)
+            own = AutoConfig.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+        sizes = refuse_unfit(config.model, own, config)
+        _check_tokenizer(config, folder, datasets[0])
+        whole = _load(config, folder)
+        _check(whole, datasets)
+    check_positions(whole, calibration.longest_tokens)
+    chosen = importance_of(whole, config, sizes, calibration, importance)
+    model = prune(whole, chosen.kept)
+    _check(model, datasets)
+    setattr(model, IMPORTANCE, chosen)
+    return model
+
+
+def _check_tokenizer(config: CheckpointStudent | PrunedStudent, folder: str, dataset: Dataset) -> None:
     with _loading(config.model):
-        model: PreTrainedModel = (
-            open_adapter(Path(config.model))
-            if adapter
-            else AutoModelForCausalLM.from_pretrained(
-                folder, revision=config.revision, dtype=torch.float32, trust_remote_code=False
-            )
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+    refuse_other_tokenizer(f"the student {config.model}", tokenizer, dataset)
+
+
+def _load(config: CheckpointStudent | PrunedStudent, folder: str) -> PreTrainedModel:
+    """A whole model in float32."""
+    with _loading(config.model):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, revision=config.revision, dtype=torch.float32, trust_remote_code=False
         )
     use_exact_attention(model)
-    return model if config.keep_layers is None else prune_layers(model, config.keep_layers)
+    return model
+
+
+def _load_adapter(name: str) -> PreTrainedModel:
+    with _loading(name):
+        model = open_adapter(Path(name))
+    use_exact_attention(model)
+    return model
 
 
 @contextmanager
@@ -288,48 +322,3 @@ def _loading(name: str) -> Iterator[None]:
             f"student.model {name!r} cannot be loaded: {first_line(error)}; name a folder in Hugging Face "
             "format (config.json, weights, tokenizer.json) or a model on the Hub"
         ) from error
-
-
-def prune_layers(model: PreTrainedModel, keep: int | list[int]) -> PreTrainedModel:
-    """A model with some of the layers of another, and all its other weights.
-
-    Args:
-        keep: how many layers, evenly spaced with the first and the last; or their numbers from 0, rising.
-    Raises:
-        ConfigError: there are no such layers, or the model keeps its layers in a way that is not known here.
-    """
-    total = int(model.config.num_hidden_layers)
-    if isinstance(keep, int):
-        numbers = [round(n * (total - 1) / max(keep - 1, 1)) for n in range(min(keep, total + 1))]
-    else:
-        numbers = keep
-    if not numbers or sorted(set(numbers)) != numbers or not 0 <= numbers[0] <= numbers[-1] < total:
-        raise ConfigError(
-            f"student.keep_layers={keep} does not fit a model of {total} layers; give a number from 1 to {total}, or rising "
-            f"numbers of layers from 0 to {total - 1}"
-        )
-    stacks = [
-        name for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList) and len(part) == total
-    ]
-    if len(stacks) != 1:
-        raise ConfigError(
-            f"student.keep_layers: {type(model).__name__} has no single list of its {total} layers; use null"
-        )
-    config = copy.deepcopy(model.config)
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == total:  # a setting of each layer, such as its kind of attention
-            setattr(config, key, [value[number] for number in numbers])
-    config.num_hidden_layers = len(numbers)
-    places = {f"{stacks[0]}.{number}.": f"{stacks[0]}.{place}." for place, number in enumerate(numbers)}
-    weights = {}
-    for name, weight in model.state_dict().items():
-        stem = ".".join(name.split(".")[: stacks[0].count(".") + 2]) + "."
-        if not name.startswith(f"{stacks[0]}."):
-            weights[name] = weight
-        elif stem in places:
-            weights[places[stem] + name.removeprefix(stem)] = weight
-    pruned: PreTrainedModel = type(model)(config)
-    pruned.to(model.dtype)  # type: ignore[arg-type]  # transformers wraps Module.to
-    pruned.load_state_dict(weights)
-    pruned.train(model.training)
-    return pruned

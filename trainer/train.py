@@ -6,6 +6,7 @@ bit-equal losses on a CPU. A non-finite loss stops the run before the weights ch
 
     OUT/model/          the student in Hugging Face format, with the tokenizer; with `student.lora`, its adapter
     OUT/adapter/        the adapter, where `student.lora.merge` asks for the whole student in OUT/model
+    OUT/importance.parquet  why a pruned student has the parts that it has, see kdata.trainer.importance
     OUT/train.json      TrainResult
     OUT/metrics.jsonl   one line per logged step
     OUT/checkpoints/    see kdata.trainer.checkpoint
@@ -53,6 +54,7 @@ from kdata.trainer.config import (
     TrainResult,
 )
 from kdata.trainer.distributed import Ranks, accumulating, join, spread, whole
+from kdata.trainer.importance import IMPORTANCE_FILE, Importance
 from kdata.trainer.input_mask import check_mask, masked
 from kdata.trainer.learner import Learner, resolve_precision
 from kdata.trainer.loader import Batch
@@ -61,7 +63,7 @@ from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.optimizers import check_optimizer, make_optimizer
 from kdata.trainer.phases import OpenPhase, open_phases, others_of
 from kdata.trainer.schedule import learning_rate
-from kdata.trainer.student import attend_by_documents, build_student, check_positions, num_parameters
+from kdata.trainer.student import attend_by_documents, build_student, check_positions, importance_in, num_parameters
 
 __all__ = ["PhaseConfig", "TrainConfig", "TrainResult", "learning_rate", "train"]
 
@@ -131,7 +133,11 @@ def _train(
     phases = open_phases(config, dataset, plan, ranks)
     steps, rows_per_step = phases[-1].phase.end, config.batch_tokens // config.context_tokens
     torch.manual_seed(config.seed + ranks.rank)  # each rank has its own dropout; the weights have a seed of their own
-    student = build_student(config.student, phases[0].dataset, config.seed, others_of(phases))
+    student = build_student(
+        config.student, phases[0].dataset, config.seed, others_of(phases), rows=phases[0].loader.rows, ranks=ranks,
+        importance=out_dir / IMPORTANCE_FILE,
+    )  # fmt: skip
+    chosen = importance_in(student)
     for open_phase in phases:
         check_positions(student, open_phase.longest_tokens)
     check_mask(config.input_mask, student)
@@ -141,6 +147,9 @@ def _train(
     frozen = frozen_digest(student) if has_adapters(student) else None
     _hold(out_dir, ranks, stack)
     _make_writable(out_dir)
+    if chosen is not None and ranks.is_main:
+        with writing(out_dir):
+            write_atomically(out_dir / IMPORTANCE_FILE, chosen.to_bytes())
     params = num_parameters(student)
     student.train()
     if config.gradient_checkpointing:
@@ -152,7 +161,7 @@ def _train(
     learner = spread(bare_learner, layers, config.parallel, ranks)
     optimizer = make_optimizer(student, config, ranks)
 
-    settings = _settings(config, phases, frozen)
+    settings = _settings(config, phases, frozen, chosen)
     progress, saved_step = Progress(), None
     saved = load_checkpoint(out_dir / "checkpoints", student, optimizer, settings, ranks, last_step=steps)
     if saved is not None:
@@ -379,11 +388,14 @@ def _make_writable(out_dir: Path) -> None:
             file.write(b"0")
 
 
-def _settings(config: TrainConfig, phases: list[OpenPhase], frozen: str | None) -> dict[str, Any]:
+def _settings(
+    config: TrainConfig, phases: list[OpenPhase], frozen: str | None, chosen: Importance | None
+) -> dict[str, Any]:
     """The settings that decide a run's numbers, which a resumed run must repeat. Data by content, not by path.
 
     Args:
         frozen: digest of the weights that are not trained, which a checkpoint leaves out; None: all are trained.
+        chosen: the parts of a model that a pruned student began with; None: it is no pruned student.
     """
     run = config.model_dump(mode="json", exclude={*RUNTIME, *SHARED, "phases"})
     if run["optimizer"] == "adamw":
@@ -391,6 +403,8 @@ def _settings(config: TrainConfig, phases: list[OpenPhase], frozen: str | None) 
     if frozen is not None:
         run["student"]["lora"].pop("merge")
         run["student"]["frozen_digest"] = frozen
+    if chosen is not None:
+        run["student"]["kept_digest"] = chosen.digest
     by_phase = {p.phase.name: {**p.phase.settings(), "data": p.identity} for p in phases}
     return {**run, "phases": by_phase}
 

@@ -24,7 +24,7 @@ from kdata.pipelines.evidence.online import OnlineLearner
 from kdata.pipelines.evidence.runs import Figures
 from kdata.pipelines.evidence.students import train_and_measure
 from kdata.selection.step import Step
-from kdata.trainer.config import CheckpointStudent, ScratchStudent, StudentConfig, TrainConfig
+from kdata.trainer.config import ScratchStudent, StudentConfig, TrainConfig
 from kdata.trainer.learner import Learner
 from kdata.trainer.objective_config import OBJECTIVE_NAMES, ObjectiveConfig
 from kdata.trainer.train import LearnerOf
@@ -166,7 +166,7 @@ class OfflineConfig(Strict):
     def identity(self) -> dict[str, Any]:
         """The settings that the figures depend on; of a model, the folder's name alone."""
         settings = self.model_dump(mode="json", exclude={"data": {"teacher", "corpus"}})
-        if isinstance(self.student, CheckpointStudent):
+        if not isinstance(self.student, ScratchStudent):
             settings["student"]["model"] = Path(self.student.model).name
         return settings
 

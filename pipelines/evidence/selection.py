@@ -36,7 +36,7 @@ from kdata.selection.step import Step
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.sizing import Work
-from kdata.trainer.config import CheckpointStudent, ScratchStudent, StudentConfig, TrainConfig
+from kdata.trainer.config import ScratchStudent, StudentConfig, TrainConfig
 from kdata.trainer.domain_weights import DDKMixture, FixedMixture, MixtureConfig
 from kdata.trainer.evaluate import evaluate
 from kdata.trainer.objective_config import ObjectiveConfig
@@ -132,7 +132,7 @@ class SelectionConfig(Strict):
     def identity(self) -> dict[str, Any]:
         """The settings that the figures depend on; of models and corpus, the last part of the path alone."""
         settings = {**self.model_dump(mode="json", exclude={"backend"}), **self.data_identity()}
-        if isinstance(self.student, CheckpointStudent):
+        if not isinstance(self.student, ScratchStudent):
             settings["student"]["model"] = Path(self.student.model).name
         return settings
 

@@ -23,7 +23,7 @@ from kdata.pipelines.recipe import Recipe, load_recipe
 from kdata.pipelines.runner import Run
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.sizing import Work
-from kdata.trainer.config import CheckpointStudent
+from kdata.trainer.config import CheckpointStudent, PrunedStudent, TrainConfig
 from tests.fakes import LINES, write_jsonl
 
 
@@ -230,6 +230,23 @@ def test_a_student_of_the_teacher_s_layers_and_its_reference_are_found(llama_dir
     student = run.train_config(recipe.students["plain"]).student
     assert isinstance(student, CheckpointStudent) and (student.model, student.keep_layers) == (str(llama_dir), 1)
     assert run.reference_config.model == str(llama_dir)
+
+
+@pytest.mark.slow
+def test_a_pruned_student_is_estimated_with_its_pass_over_rows(llama_dir: Path, texts: Path, tmp_path: Path) -> None:
+    """More rows to choose its parts by take longer to begin; the time of a step and the size on disk are its own."""
+    capture = kdata.CaptureConfig(corpus=kdata.CorpusConfig(path=str(texts), limit=30))
+    kdata.capture(tmp_path / "d", capture, TeacherConfig(model=str(llama_dir), backend="transformers"))
+    lengths = kdata.open(tmp_path / "d").index(["num_tokens"])["num_tokens"].to_pylist()
+    stages = []
+    for name, rows in (("few", 30), ("many", 3000)):
+        student = PrunedStudent(model=str(llama_dir), hidden_size=32, intermediate_size=48, importance_rows=rows)
+        config = TrainConfig(student=student, steps=6, warmup_steps=1, batch_tokens=512, context_tokens=128)
+        stage = estimate.estimate_student(name, config, tmp_path / "d", 200 * sum(lengths), lengths, tmp_path / name)
+        stages.append(stage)
+    few, many = stages
+    assert many.load_seconds > few.load_seconds and few.disk_bytes == pytest.approx(many.disk_bytes, rel=0.01)
+    assert (tmp_path / "few" / "out" / "importance.parquet").exists()
 
 
 def test_a_cluster_is_not_measured(tmp_path: Path) -> None:

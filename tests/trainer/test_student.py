@@ -23,6 +23,7 @@ from kdata.trainer.config import CheckpointStudent, ScratchStudent
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.loader import Loader
 from kdata.trainer.objective_config import ObjectiveConfig
+from kdata.trainer.pruning import prune_layers
 from kdata.trainer.student import (
     build_student,
     head_of,
@@ -30,7 +31,6 @@ from kdata.trainer.student import (
     num_parameters,
     probe_head,
     probe_isolation,
-    prune_layers,
 )
 from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
 

@@ -41,6 +41,7 @@ from kdata.trainer.config import (
     CheckpointStudent,
     EvaluateConfig,
     PhaseConfig,
+    PrunedStudent,
     ScratchStudent,
     TrainConfig,
     TrainResult,
@@ -488,7 +489,7 @@ def test_unknown_settings_and_long_documents_are_refused(dataset: kdata.Dataset,
 
 
 def test_every_setting_is_described() -> None:
-    students, mixtures = (ScratchStudent, CheckpointStudent), (DDKMixture, FixedMixture)
+    students, mixtures = (ScratchStudent, CheckpointStudent, PrunedStudent), (DDKMixture, FixedMixture)
     for model in (TrainConfig, PhaseConfig, ObjectiveConfig, Ramp, EvaluateConfig, *students, *mixtures):
         assert all(f.description for n, f in model.model_fields.items() if n != "kind"), model
 

@@ -123,12 +123,14 @@ def test_a_killed_conversion_leaves_no_folder(llama_gguf: Path, cache: Path) -> 
 
 
 def test_a_student_and_an_evaluation_take_a_file(llama_gguf: Path, corpus_file: Path, tmp_path: Path) -> None:
-    from kdata.trainer.config import CheckpointStudent
+    from kdata.trainer.config import CheckpointStudent, PrunedStudent
     from kdata.trainer.evaluate import evaluate
     from kdata.trainer.student import build_student
 
     dataset = run_capture(tmp_path / "dataset", corpus_file, llama_gguf)
     assert build_student(CheckpointStudent(model=str(llama_gguf)), dataset, seed=0).config.num_hidden_layers == 2
+    pruned = build_student(PrunedStudent(model=str(llama_gguf), num_layers=1), dataset, seed=0)
+    assert pruned.config.num_hidden_layers == 1
     measured = evaluate(llama_gguf, dataset.path)
     assert measured["label"] == "tiny.gguf" and measured["overall"]["nll"] > 0
 

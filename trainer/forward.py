@@ -1,0 +1,49 @@
+"""What the loss reads of a student: its last hidden states and its head, and the targets that fit the head.
+
+Shapes: B rows, L context, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdata.trainer.acceleration import VARLEN, bounds_of
+from kdata.trainer.objectives import Targets
+
+ROWS = "kdata_rows"  # attribute of a student: rows of its head that count; absent: all
+
+
+def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
+    """Last hidden states after the final norm, [B, L, D]; documents packed in a row do not see each other.
+
+    No attention mask is passed. From positions that restart, transformers builds a block-causal mask itself
+    (masking_utils.find_packed_sequence_indices), and no mask if each row is one document. With the attention varlen the rows
+    are laid end to end, and the documents' bounds are passed.
+    """
+    backbone = getattr(model, model.base_model_prefix)
+    if model.config._attn_implementation == VARLEN:
+        hidden_TD: Tensor = backbone(
+            input_ids=input_ids_BL.reshape(1, -1),
+            position_ids=position_ids_BL.reshape(1, -1),
+            use_cache=False,
+            **bounds_of(position_ids_BL),
+        ).last_hidden_state[0]
+        return hidden_TD.view(*input_ids_BL.shape, -1)
+    hidden_BLD: Tensor = backbone(
+        input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False
+    ).last_hidden_state
+    return hidden_BLD
+
+
+def head_of(model: PreTrainedModel) -> Tensor:
+    """The output embedding [V, D]: the parameter itself, or its rows of ids that a token has (`fit_vocabulary`)."""
+    weight: Tensor = model.get_output_embeddings().weight
+    rows: int | None = getattr(model, ROWS, None)
+    return weight if rows is None else weight[:rows]
+
+
+def fitting_targets(model: PreTrainedModel, targets: Targets) -> Targets:
+    """The targets over the rows of `head_of`."""
+    rows = getattr(model, ROWS, None)
+    return targets if rows is None else targets.within(rows)
