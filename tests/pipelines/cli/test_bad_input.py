@@ -25,6 +25,7 @@ from kdata.errors import ConfigError, CorruptError
 from kdata.pipelines.cli import look, main
 from kdata.pipelines.cli.main import COMMANDS, call
 from tests.fakes import digests, rows_of_text, run_capture, write_jsonl
+from tests.tokenizers_of_kinds import byte_tokenizer, saved
 
 TEACHER = ["--teacher", "{llama}", "--backend", "transformers"]
 CALLS = {
@@ -34,6 +35,7 @@ CALLS = {
     "generate": ["{new}", *TEACHER, "--prompts", "{corpus}", "--text-column", "text"],
     "reread": ["{dataset}", "{new}", *TEACHER],
     "combine": ["{dataset}", "{dataset}", "{local}"],
+    "retokenize": ["{dataset}", "{local}", "--tokenizer", "{pupil}"],
     "import": ["{files}", "{local}", "--format", "plain", "--vocab-size", "300"],
     "score": ["{dataset}", "--model", "{llama}"],
     "select": ["{dataset}", "--method", "random"],
@@ -69,7 +71,7 @@ class World:
 
     def arguments(self, command: str, **places: object) -> list[str]:
         """The call of a command, with the places that differ."""
-        names = ("recipe", "llama", "corpus", "files", "dataset", "other", "run", "new", "local")
+        names = ("recipe", "llama", "pupil", "corpus", "files", "dataset", "other", "run", "new", "local")
         known = {name: self.root / name for name in names} | {"recipe": self.root / "recipe.yaml"} | places
         return [*command.split(), *(argument.format(**known) for argument in CALLS[command])]
 
@@ -94,6 +96,7 @@ def folder(captured: Path, llama_dir: Path, tokenizer_dir: Path) -> Iterator[Pat
     root.chmod(0o755)
     shutil.copytree(captured, root / "dataset")
     shutil.copytree(llama_dir, root / "llama")
+    saved(byte_tokenizer(), root / "pupil")
     shutil.copytree(captured, root / "newer")
     about = root / "newer/dataset.json"
     about.write_text(about.read_text().replace('"format_version": "1.', '"format_version": "9.'))
@@ -137,7 +140,7 @@ def test_a_missing_argument_is_usage(world: World, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [name for name in ENTRIES if name in (
-    "run", "capture", "generate", "reread", "combine", "import", "score", "select", "train", "evaluate"
+    "run", "capture", "generate", "reread", "combine", "retokenize", "import", "score", "select", "train", "evaluate"
 )])  # fmt: skip
 @pytest.mark.parametrize("setting", ["seeed=1", "seeed", "a.b=[1"])
 def test_a_wrong_setting_is_usage_and_is_named(world: World, command: str, setting: str) -> None:
