@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from kdata.format.sequences import Sequences
     from kdata.jobs.combine import CombineConfig, combine
     from kdata.jobs.reading import CaptureConfig, capture
+    from kdata.jobs.retokenize import RetokenizeConfig, retokenize
     from kdata.jobs.scoring import ScoreConfig, score
     from kdata.jobs.selecting import select
     from kdata.jobs.writing import GenerateConfig, generate
