@@ -23,6 +23,7 @@ from kdata.pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_to
 from kdata.pipelines.evidence.online import OnlineLearner
 from kdata.pipelines.evidence.runs import Figures
 from kdata.pipelines.evidence.students import train_and_measure
+from kdata.selection.ranked import Random
 from kdata.selection.step import Step
 from kdata.trainer.config import ScratchStudent, StudentConfig, TrainConfig
 from kdata.trainer.learner import Learner
@@ -198,7 +199,8 @@ class Offline:
         )
 
     def measure(self, name: str, seed: int) -> Figures:
-        """Train and measure one student. bytes_per_token is of the dataset's payload; None if the student does not use it."""
+        """Train and measure one student. bytes_per_token is of the dataset's payload, or of the rows that a plan chooses, for
+        each token of the dataset; None if the student does not use it."""
         setting = find(name, self.settings)
         dataset = self.data.train(setting.keep or KeepConfig())
         learner_of: LearnerOf = Learner
@@ -206,8 +208,11 @@ class Offline:
             learner_of = partial(OnlineLearner, states=self.data.states("train"), dataset=dataset)
         plan = None if setting.step is None else self._plan(setting.step, dataset)
         figures = train_and_measure(self.train_config(setting, seed), dataset, self.data.heldout, learner_of, plan)
-        size = None if setting.keep is None else bytes_per_token(dataset)
-        return {**figures, "bytes_per_token": size}
+        if setting.keep is None:
+            return {**figures, "bytes_per_token": None}
+        # A plan of rows needs those rows alone to be kept.
+        share = setting.step.share if isinstance(setting.step, Random) else 1.0
+        return {**figures, "bytes_per_token": bytes_per_token(dataset) * (share or 1.0)}
 
     def _plan(self, step: Step, dataset: kdata.Dataset) -> str:
         """Name of the plan of a step, which is made when it is first used; several processes may ask for it."""

@@ -4,7 +4,8 @@ Every student of a seed sees the same rows in the same order and takes the same 
 the loss itself; "times the steps" makes that equal too. Rules that can be applied while the teacher reads (`random`,
 `entropy`) are captured so, and their bytes are those on disk. Rules that need entries or a student (`margin`, `gap`) choose
 from a dataset that keeps all positions, whose bytes they have. Equal bytes are found on the curves: fewer entries at all
-positions, fewer positions, or fewer rows, which are then read more than once. "with text" adds the cross-entropy of the
+positions, fewer positions, or fewer rows, which are then read more than once. Bytes are those kept for each token of the
+whole text. "with text" adds the cross-entropy of the
 actual token, with weight 1, at the positions left out.
 """
 
@@ -19,6 +20,7 @@ from kdata.pipelines.evidence.offline import BASELINE, REFERENCE, Setting
 from kdata.selection.position_rules import Gap, Margin, PositionRule
 from kdata.selection.ranked import All, Random
 
+ROWS = (0.6, 0.4, 0.25, 0.15)
 LONGER = 1.85  # of the tokens per second of all positions: 9,360 and 17,360 for a share of 0.2, on one core
 EVERY, TEXT = "all positions", ", with text"
 
@@ -52,8 +54,7 @@ def settings(student: str | None) -> tuple[Setting, ...]:
         *_pairs("entropy", 0.1),
         *_pairs("random", 0.5, 0.0125),
         *_pairs("entropy", 0.5, 0.0125),
-        _rows(0.6),
-        _rows(0.4),
+        *(_rows(share) for share in ROWS),
         *(_longer(s) for s in (*_pairs("random", 0.2), *_pairs("entropy", 0.2)) if s.elsewhere is None),
     ]
     return tuple(lines)

@@ -12,13 +12,12 @@ from kdata.pipelines.evidence.figures import Against, Means
 from kdata.pipelines.evidence.offline import BASELINE, Setting
 from kdata.pipelines.evidence.positions import EVERY, TEXT
 
-COLOURS = {
-    EVERY: "#b8860b",
-    "random": "#1f6fb5",
-    "entropy": "#8d5aa9",
-    "gap": "#0f8a6a",
-    "margin": "#4f7f8f",
-    "rows": "#686f78",
+COLOURS = {EVERY: "#b8860b", "rows": "#0f8a6a", "random": "#1f6fb5", "entropy": "#8d5aa9"}
+NAMES = {
+    EVERY: "fewer entries",
+    "rows": "fewer rows",
+    "random": "fewer positions, at random",
+    "entropy": "fewer positions, by entropy",
 }
 TOP = 3.6  # percent; what lies above is in the table alone
 
@@ -35,14 +34,15 @@ def plot(settings: tuple[Setting, ...], means: Means, against: Against) -> Figur
         )  # fmt: skip
     for family, colour in COLOURS.items():
         for suffix in ("", TEXT):
-            _line(axes, [s for s in settings if s.family == family + suffix], means, against, colour, family + suffix)
-    axes.set_xlabel("bytes per token on disk, whole payload")
+            own = [s for s in settings if s.family == family + suffix]
+            _line(axes, own, means, against, colour, NAMES[family] + suffix)
+    axes.set_xlabel("bytes kept for each token of the text, whole payload")
     axes.set_ylabel("held-out NLL above online full distillation, %\nmean and 95 % interval of pairs")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_ylim(0, TOP)
-    axes.set_xlim(6, 34)
+    axes.set_xlim(3, 34)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.64))
+        axes.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.66))
     return figure
 
 
