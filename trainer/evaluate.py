@@ -9,6 +9,8 @@ tokens. NLL, perplexity and the teacher's NLL are exact. These are not:
   entropy), otherwise too high; `kl_is` says which.
 - `reverse_kl` and `tv` on a dataset of exact entries and draws (hybrid) compare the exact entries and one bucket for the
   rest: lower bounds again, as `bounds_are` says. On draws alone they are null, and so is `teacher_ece`.
+- `acceptance` of speculative decoding, 1 - tv, and `accepted_length`, which rises with it, are upper bounds where `tv` is a
+  lower one, as `acceptance_is` says, and null where `tv` is. `drafts` has what a teacher really accepts.
 
 Shapes: M counted positions, K kept entries, N most likely tokens.
 """
@@ -35,9 +37,11 @@ from kdata.observe.progress import Task
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.gguf import is_gguf, model_folder
 from kdata.store.pretrained import first_line, model_files
+from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.trainer.adapters import is_adapter, open_adapter
 from kdata.trainer.config import EvaluateConfig, TrainResult
 from kdata.trainer.distributed import device_name
+from kdata.trainer.drafts import Written, expected_length, figures_of, refuse_other_sizes, write_with_drafts
 from kdata.trainer.fused import Measured, measure
 from kdata.trainer.loader import Batch, Loader
 from kdata.trainer.student import (
@@ -83,18 +87,22 @@ def evaluate(
         "domains": {name: figures}, "overall": figures,
         "calibration": {"student", "teacher"}: bins of the most likely token's probability, {"tokens", "confidence" (mean),
         "accuracy"} each; the teacher's is null if its first choice is not known,
-        "kl_is", "bounds_are" (null if reverse_kl and tv are null),
+        "kl_is", "bounds_are" (null if reverse_kl and tv are null), "acceptance_is" (the same of acceptance),
+        "drafts": null without `draft_for`, else {"draft_for", "draft_tokens", "domains": {name: drafted}, "overall"},
+        drafted: {"greedy", "sampling"}, each with acceptance (accepted drafts per judged draft), accepted_length (tokens per
+        pass of the teacher), tokens, passes,
         "samples": [{"domain", "prompt", "text"}], "tasks": {name: {metric: value}} of the lm-evaluation-harness,
         "metrics": metrics.jsonl relative to the run's parent folder, null without one}.
-        figures: nll, teacher_nll, kl, reverse_kl (nats per token), ppl, tv, top1, top5 (share of positions where the
+        figures: nll, teacher_nll, kl, reverse_kl (nats per token), ppl, tv, acceptance (expected share of drafts that the
+        teacher accepts), accepted_length (expected tokens per pass of the teacher), top1, top5 (share of positions where the
         teacher's first choice is the student's first, or among its first five), ece, teacher_ece (calibration error of the
         most likely token), tokens (counted positions). Of a dataset that keeps distributions at some positions only, nll,
         ppl, ece and teacher_nll are of all targets; all else is of those with a distribution, whose number is kept_tokens.
     Raises:
         MissingError: the dataset or the model does not exist, or prompts or tasks are given and there is no tokenizer.
-        MismatchError: the model's vocabulary or tokenizer is not the dataset's.
+        MismatchError: the model's vocabulary or tokenizer is not the dataset's, or that of `draft_for` is not.
         ConfigError: the dataset lacks what would be measured (it was imported), the loss would measure this model wrongly, or
-            the harness has no such task.
+            the harness has no such task, or prompts and texts of drafts are longer than a model's positions.
         DataError: a document is longer than the student's positions, no token counts, or a domain has targets and not one
             with a distribution.
         CorruptError: train.json beside the model is not a training result.
@@ -115,6 +123,7 @@ def evaluate(
     use_exact_attention(model)
     probe_head(model)
     probe_isolation(model)
+    teacher = None if config.draft_for is None else _open_teacher(config, model, dataset)
     tasks = None if not config.tasks else Tasks(config.tasks, config.tasks_folder)
     tokenizer = _tokenizer(model_dir) if prompts or tasks is not None else None
     model.to(device_name(config.device)).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
@@ -128,11 +137,17 @@ def evaluate(
         "tokens": run.tokens if run else None,
         "target_tokens": run.target_tokens if run else None,
         "train_seconds": run.train_seconds if run else None,
-        "domains": {name: sums.figures(number) for number, name in enumerate(domains) if sums.tokens[number]},
-        "overall": sums.figures(None),
+        "domains": {
+            name: sums.figures(number, config.draft_tokens)
+            for number, name in enumerate(domains)
+            if sums.tokens[number]
+        },
+        "overall": sums.figures(None, config.draft_tokens),
         "calibration": {"student": sums.student.bins(), "teacher": sums.teacher.bins() if sums.knows_top else None},
         "kl_is": sums.kl_is,
         "bounds_are": sums.bounds_are,
+        "acceptance_is": sums.acceptance_is,
+        "drafts": None if teacher is None else _measure_drafts(teacher, model, dataset, config),
         "tasks": {} if tasks is None else tasks.score(model, tokenizer, limit=config.task_documents),
         "samples": _write_samples(model, tokenizer, prompts, config),
         "metrics": f"{model_dir.resolve().parent.name}/{run.metrics}" if run else None,
@@ -215,6 +230,13 @@ class _Sums:
             return self.kl_is
         return "lower bounds: exact entries and one bucket for the rest" if self.exact.any() else None
 
+    @property
+    def acceptance_is(self) -> str | None:
+        """What kind of bound acceptance and accepted_length are; None if they are not measured."""
+        if self.bounds_are is None or (self.tail == "ghost" and self.combined):
+            return self.bounds_are
+        return "an upper bound: exact entries and one bucket for the rest"
+
     def add(self, batch: Batch, measured: Measured, domain_M: np.ndarray) -> None:
         chosen_C = batch.targets.chosen_C
         kept_M = np.ones(len(domain_M), bool) if chosen_C is None else chosen_C.numpy()
@@ -250,7 +272,7 @@ class _Sums:
             own_M = np.ones_like(kept_M) if name in OF_ALL_TARGETS else kept_M
             total += np.bincount(domain_M[own_M], value_M[own_M], minlength=len(total))
 
-    def figures(self, domain: int | None) -> dict[str, Any]:
+    def figures(self, domain: int | None, draft_tokens: int) -> dict[str, Any]:
         """Averages of one domain, or of all."""
         part = slice(None) if domain is None else slice(domain, domain + 1)
         tokens, kept = int(self.tokens[part].sum()), int(self.kept[part].sum())
@@ -264,12 +286,16 @@ class _Sums:
         from_entropy = mean.pop("kl_from_entropy", None)
         if from_entropy is not None and self.entropy_known:
             mean["kl"] = from_entropy
+        tv = mean.get("tv")
+        acceptance = None if tv is None else max(0.0, 1.0 - tv)
         return {
             "nll": mean["nll"],
             "ppl": math.exp(min(mean["nll"], 700.0)),  # e^710 overflows a float
             "kl": mean["kl"],
             "reverse_kl": mean.get("reverse_kl"),
-            "tv": mean.get("tv"),
+            "tv": tv,
+            "acceptance": acceptance,
+            "accepted_length": None if acceptance is None else expected_length(acceptance, draft_tokens),
             "top1": mean["top1"],
             "top5": mean["top5"],
             "ece": self.student.error(part),
@@ -359,6 +385,61 @@ def _entropy_of_weights(batch: Batch) -> np.ndarray:
     return entropy_M
 
 
+def _open_teacher(config: EvaluateConfig, student: PreTrainedModel, dataset: kdata.Dataset) -> PreTrainedModel:
+    """The model that the student drafts for. Raises as `evaluate`."""
+    assert config.draft_for is not None
+    if not is_gguf(config.draft_for) and not Path(config.draft_for).is_dir():
+        raise MissingError(f"draft_for: {config.draft_for} is not a folder; name the folder of a model, or a GGUF file")
+    folder = Path(model_folder(config.draft_for))
+    if not is_adapter(folder):
+        refuse_other_kind(folder)
+    if _has_tokenizer(folder):
+        own = Vocabulary.of_model(f"draft_for {config.draft_for}", _tokenizer(folder))
+        refuse_other_ids(Vocabulary.of_dataset(dataset), own, "name the dataset's teacher, or one with its tokenizer")
+    teacher = _load(folder)
+    use_exact_attention(teacher)
+    refuse_other_sizes(teacher, student, config.draft_prompt_tokens + config.sample_tokens)
+    teacher.to(device_name(config.device)).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
+    return teacher
+
+
+def _measure_drafts(
+    teacher: PreTrainedModel, student: PreTrainedModel, dataset: kdata.Dataset, config: EvaluateConfig
+) -> dict[str, Any]:
+    """What the teacher accepts of the student's drafts, on the beginnings of texts of each domain."""
+    index = dataset.index(["domain", "num_tokens"])
+    domains, domain_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str), return_inverse=True)
+    rows = _first_of_each(domain_R, config.draft_prompts)
+    rows = rows[index["num_tokens"].to_numpy()[rows] > 0]
+    texts: dict[tuple[int | None, str], list[Written]] = {}
+    with Task("drafts", 2 * len(rows), unit="texts") as task:
+        for number, row in enumerate(rows.tolist()):
+            prompt_ids = dataset[row].token_ids[: config.draft_prompt_tokens].tolist()
+            for way in ("greedy", "sampling"):
+                text = write_with_drafts(
+                    teacher,
+                    student,
+                    prompt_ids,
+                    max_tokens=config.sample_tokens,
+                    draft_tokens=config.draft_tokens,
+                    sample=way == "sampling",
+                    seed=config.seed + number,
+                )
+                for domain in (int(domain_R[row]), None):
+                    texts.setdefault((domain, way), []).append(text)
+                task.advance(1)
+
+    def drafted(domain: int | None) -> dict[str, Any]:
+        return {way: figures_of(texts[domain, way]) for way in ("greedy", "sampling")}
+
+    return {
+        "draft_for": Path(str(config.draft_for)).name,
+        "draft_tokens": config.draft_tokens,
+        "domains": {str(domains[number]): drafted(number) for number in np.unique(domain_R[rows]).tolist()},
+        "overall": drafted(None),
+    }
+
+
 def _write_samples(
     model: PreTrainedModel, tokenizer: Any, prompts: list[Mapping[str, str]], config: EvaluateConfig
 ) -> list[dict[str, str]]:
@@ -379,9 +460,13 @@ def _tokenizer(model_dir: Path) -> Any:
         ) from error
 
 
+def _has_tokenizer(model_dir: Path) -> bool:
+    return any((model_dir / name).exists() for name in TOKENIZER_FILES)
+
+
 def _check_tokenizer(model_dir: Path, dataset: kdata.Dataset) -> None:
     """Raise MismatchError if the tokenizer beside the model is not the dataset's. A model without one is not checked."""
-    if not any((model_dir / name).exists() for name in TOKENIZER_FILES):
+    if not _has_tokenizer(model_dir):
         return
     refuse_other_tokenizer(f"the model {model_dir}", _tokenizer(model_dir), dataset)
 
