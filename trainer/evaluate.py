@@ -10,7 +10,8 @@ tokens. NLL, perplexity and the teacher's NLL are exact. These are not:
 - `reverse_kl` and `tv` on a dataset of exact entries and draws (hybrid) compare the exact entries and one bucket for the
   rest: lower bounds again, as `bounds_are` says. On draws alone they are null, and so is `teacher_ece`.
 - `acceptance` of speculative decoding, 1 - tv, and `accepted_length`, which rises with it, are upper bounds where `tv` is a
-  lower one, as `acceptance_is` says, and null where `tv` is. `drafts` has what a teacher really accepts.
+  lower one, as `acceptance_is` says, and null where `tv` is. `drafts` has what a teacher really accepts. The same holds for
+  `loyalty`: merging outcomes never increases the Jensen-Shannon divergence.
 
 Shapes: M counted positions, K kept entries, N most likely tokens.
 """
@@ -87,14 +88,15 @@ def evaluate(
         "domains": {name: figures}, "overall": figures,
         "calibration": {"student", "teacher"}: bins of the most likely token's probability, {"tokens", "confidence" (mean),
         "accuracy"} each; the teacher's is null if its first choice is not known,
-        "kl_is", "bounds_are" (null if reverse_kl and tv are null), "acceptance_is" (the same of acceptance),
+        "kl_is", "bounds_are" (null if reverse_kl and tv are null), "acceptance_is" (the same of acceptance, loyalty),
         "drafts": null without `draft_for`, else {"draft_for", "draft_tokens", "domains": {name: drafted}, "overall"},
         drafted: {"greedy", "sampling"}, each with acceptance (accepted drafts per judged draft), accepted_length (tokens per
         pass of the teacher), tokens, passes,
         "samples": [{"domain", "prompt", "text"}], "tasks": {name: {metric: value}} of the lm-evaluation-harness,
         "metrics": metrics.jsonl relative to the run's parent folder, null without one}.
         figures: nll, teacher_nll, kl, reverse_kl (nats per token), ppl, tv, acceptance (expected share of drafts that the
-        teacher accepts), accepted_length (expected tokens per pass of the teacher), top1, top5 (share of positions where the
+        teacher accepts), accepted_length (expected tokens per pass of the teacher), loyalty (probability loyalty, the mean of
+        1 - sqrt(JSD) in base 2; Xu et al., EMNLP 2021), top1 (label loyalty), top5 (share of positions where the
         teacher's first choice is the student's first, or among its first five), ece, teacher_ece (calibration error of the
         most likely token), tokens (counted positions). Of a dataset that keeps distributions at some positions only, nll,
         ppl, ece and teacher_nll are of all targets; all else is of those with a distribution, whose number is kept_tokens.
@@ -209,7 +211,7 @@ class _Sums:
     @property
     def names(self) -> tuple[str, ...]:
         """Objectives that the stored entries can measure."""
-        return ("cross_entropy", "forward_kl", *(("reverse_kl", "total_variation") if self.knows_exact else ()))
+        return ("cross_entropy", "forward_kl", *(("reverse_kl", "total_variation", "jsd") if self.knows_exact else ()))
 
     @property
     def kl_is(self) -> str:
@@ -232,7 +234,7 @@ class _Sums:
 
     @property
     def acceptance_is(self) -> str | None:
-        """What kind of bound acceptance and accepted_length are; None if they are not measured."""
+        """What kind of bound acceptance, accepted_length and loyalty are; None if they are not measured."""
         if self.bounds_are is None or (self.tail == "ghost" and self.combined):
             return self.bounds_are
         return "an upper bound: exact entries and one bucket for the rest"
@@ -254,7 +256,12 @@ class _Sums:
         confidence_M = measured.confidence_M.double().cpu().numpy()
         self.student.add(domain_M, confidence_M, top_MN[:, 0] == targets.token_ids_C.numpy())
         if "reverse_kl" in objectives:
-            values |= {"reverse_kl": objectives["reverse_kl"], "tv": objectives["total_variation"]}
+            jsd_M = objectives["jsd"].clip(0.0, math.log(2.0)) / math.log(2.0)
+            values |= {
+                "reverse_kl": objectives["reverse_kl"],
+                "tv": objectives["total_variation"],
+                "loyalty": 1.0 - np.sqrt(jsd_M),
+            }
         if self.tail == "ghost":
             top_p_M = np.exp(targets.logprobs_CK.double().numpy()).max(-1, initial=0.0)
             self.teacher.add(domain_M[kept_M], top_p_M[kept_M], (first_M == targets.token_ids_C.numpy())[kept_M])
@@ -282,7 +289,11 @@ class _Sums:
             for name, total in self.values.items()
         }
         if self.tail == "draws" and not self.exact[part].any():
-            mean |= {"reverse_kl": None, "tv": None}  # without an exact entry the bound is 0, which says nothing
+            mean |= {
+                "reverse_kl": None,
+                "tv": None,
+                "loyalty": None,
+            }  # without an exact entry the bound is 0, which says nothing
         from_entropy = mean.pop("kl_from_entropy", None)
         if from_entropy is not None and self.entropy_known:
             mean["kl"] = from_entropy
@@ -296,6 +307,7 @@ class _Sums:
             "tv": tv,
             "acceptance": acceptance,
             "accepted_length": None if acceptance is None else expected_length(acceptance, draft_tokens),
+            "loyalty": mean.get("loyalty"),
             "top1": mean["top1"],
             "top5": mean["top5"],
             "ece": self.student.error(part),

@@ -48,8 +48,9 @@ FIGURES = {
     "nll": ("NLL", ".3f"), "teacher_nll": ("  of the teacher", ".3f"), "ppl": ("perplexity", ",.1f"),
     "kl": ("KL(teacher || student)", ".3f"), "reverse_kl": ("reverse KL", ".3f"), "tv": ("total variation", ".3f"),
     "acceptance": ("acceptance of drafts", ".1%"), "accepted_length": ("  tokens per step", ".2f"),
-    "top1": ("top-1 agreement", ".1%"), "top5": ("top-5 agreement", ".1%"), "ece": ("calibration error", ".2%"),
-    "teacher_ece": ("  of the teacher", ".2%"), "tokens": ("tokens", ",d"),
+    "loyalty": ("probability loyalty", ".1%"), "top1": ("label loyalty: top-1 agreement", ".1%"),
+    "top5": ("top-5 agreement", ".1%"), "ece": ("calibration error", ".2%"), "teacher_ece": ("  of the teacher", ".2%"),
+    "tokens": ("tokens", ",d"),
 }  # fmt: skip
 
 
@@ -242,7 +243,7 @@ def evaluation_table(measured: dict[str, Any], label: str) -> Table:
     caption = f"nats per token; KL is {measured['kl_is']}"
     if measured["bounds_are"]:
         caption += f"; reverse KL and total variation are {measured['bounds_are']}"
-        caption += f"; acceptance and tokens per step are {measured['acceptance_is']}"
+        caption += f"; acceptance, tokens per step and probability loyalty are {measured['acceptance_is']}"
     table = Table(
         box=box.SIMPLE_HEAD, title=name_text(f"{label} on held-out text"), title_justify="left", caption=caption,
         caption_justify="left", padding=(0, 0, 0, 1),

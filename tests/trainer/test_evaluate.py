@@ -66,7 +66,9 @@ def test_the_command(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
     overall = saved["overall"]
     for line in (
         f"NLL {overall['nll']:.3f}", f"reverse KL {overall['reverse_kl']:.3f}", f"total variation {overall['tv']:.3f}",
-        f"top-5 agreement {overall['top5']:.1%}", f"calibration error {overall['ece']:.2%}",
+        f"top-5 agreement {overall['top5']:.1%}",
+        f"probability loyalty {overall['loyalty']:.1%}", f"label loyalty: top-1 agreement {overall['top1']:.1%}",
+        f"calibration error {overall['ece']:.2%}",
         f"perplexity {overall['ppl']:,.1f}", "tiny on held-out text",
     ):  # fmt: skip
         first, last = line.rsplit(" ", 1)
@@ -107,7 +109,7 @@ def dense(model_dir: Path, dataset: kdata.Dataset) -> dict[str, np.ndarray]:
     """Every figure at every counted position, one document at a time, from full logits."""
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     index = dataset.index(["domain"])["domain"].to_pylist()
-    names = ("domain", "nll", "kl", "rkl", "tv", "top1", "top5", "conf", "hit")
+    names = ("domain", "nll", "kl", "rkl", "tv", "loyalty", "top1", "top5", "conf", "hit")
     figures: dict[str, list] = {k: [] for k in names}
     for row, domain in enumerate(index):
         seqs = dataset[row]
@@ -124,6 +126,9 @@ def dense(model_dir: Path, dataset: kdata.Dataset) -> dict[str, np.ndarray]:
             figures["kl"].append((p * (np.log(p) - lq)).sum())
             figures["rkl"].append((q * (lq - np.log(p))).sum())
             figures["tv"].append(0.5 * np.abs(p - q).sum())
+            m = (p + q) / 2
+            jsd = ((p * (np.log2(p) - np.log2(m))).sum() + (q * (np.log2(q) - np.log2(m))).sum()) / 2
+            figures["loyalty"].append(1 - math.sqrt(jsd))
             figures["top1"].append(order[0] == ids[t][logprobs[t].argmax()])
             figures["top5"].append(ids[t][logprobs[t].argmax()] in order[:5])
             figures["conf"].append(q.max())
@@ -144,6 +149,7 @@ def test_figures_equal_the_dense_ones_per_domain_and_overall(run: Path, dataset:
         assert figures["kl"] == pytest.approx(expected["kl"][part].mean(), abs=2e-3)
         assert figures["reverse_kl"] == pytest.approx(expected["rkl"][part].mean(), abs=2e-3)
         assert figures["tv"] == pytest.approx(expected["tv"][part].mean(), abs=2e-3)
+        assert figures["loyalty"] == pytest.approx(expected["loyalty"][part].mean(), abs=2e-3)
         assert figures["top1"] == pytest.approx(expected["top1"][part].mean())
         assert figures["top5"] == pytest.approx(expected["top5"][part].mean())
         bins = np.minimum((expected["conf"][part] * 15).astype(int), 14)
@@ -167,6 +173,8 @@ def test_fewer_kept_entries_bound_the_divergence_from_below(folder: Path, run: P
     assert bound["nll"] == pytest.approx(full["nll"])
     assert 0 < bound["kl"] < full["kl"] and 0 < bound["tv"] < full["tv"]
     assert 0 < bound["reverse_kl"] < full["reverse_kl"]
+    assert dense(run / "model", dataset)["loyalty"].mean() < bound["loyalty"] < 1  # at most this loyal
+    assert bound["acceptance"] > full["acceptance"] and bound["accepted_length"] > full["accepted_length"]
 
 
 def test_draws_with_stored_entropy_estimate_the_full_divergence(
@@ -180,6 +188,7 @@ def test_draws_with_stored_entropy_estimate_the_full_divergence(
     assert result["overall"]["kl"] == pytest.approx(full["kl"], abs=5e-3)
     assert result["overall"]["reverse_kl"] is None and result["overall"]["teacher_ece"] is None
     assert result["overall"]["tv"] is None and result["bounds_are"] is None
+    assert result["overall"]["loyalty"] is None and result["acceptance_is"] is None
 
 
 def test_exact_entries_beside_draws_give_bounds_that_draws_alone_cannot(
@@ -193,6 +202,7 @@ def test_exact_entries_beside_draws_give_bounds_that_draws_alone_cannot(
         got, want = result["domains"][name], bound["domains"][name]
         assert got["reverse_kl"] == pytest.approx(want["reverse_kl"], abs=2e-3)
         assert got["tv"] == pytest.approx(want["tv"], abs=1e-3)
+        assert got["loyalty"] == pytest.approx(want["loyalty"], abs=1e-3)
         assert got["top1"] == want["top1"] and got["nll"] == pytest.approx(want["nll"])
         assert got["teacher_ece"] == pytest.approx(full["domains"][name]["teacher_ece"], abs=2e-3)
         assert got["kl"] == pytest.approx(full["domains"][name]["kl"], abs=5e-3)  # draws stand for the whole
