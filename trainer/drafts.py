@@ -14,12 +14,18 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+import kdata
 from kdata.errors import ConfigError, MismatchError
+from kdata.observe.progress import Task
+from kdata.trainer.config import EvaluateConfig
+from kdata.trainer.heldout import first_of_each
 from kdata.trainer.student import positions_of
 
 
@@ -144,3 +150,40 @@ def _generating_as(model: PreTrainedModel, **settings: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = former
+
+
+def measure_drafts(
+    teacher: PreTrainedModel, student: PreTrainedModel, dataset: kdata.Dataset, config: EvaluateConfig
+) -> dict[str, Any]:
+    """What the teacher accepts of the student's drafts, on the beginnings of texts of each domain."""
+    index = dataset.index(["domain", "num_tokens"])
+    domains, domain_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str), return_inverse=True)
+    rows = first_of_each(domain_R, config.draft_prompts)
+    rows = rows[index["num_tokens"].to_numpy()[rows] > 0]
+    texts: dict[tuple[int | None, str], list[Written]] = {}
+    with Task("drafts", 2 * len(rows), unit="texts") as task:
+        for number, row in enumerate(rows.tolist()):
+            prompt_ids = dataset[row].token_ids[: config.draft_prompt_tokens].tolist()
+            for way in ("greedy", "sampling"):
+                text = write_with_drafts(
+                    teacher,
+                    student,
+                    prompt_ids,
+                    max_tokens=config.sample_tokens,
+                    draft_tokens=config.draft_tokens,
+                    sample=way == "sampling",
+                    seed=config.seed + number,
+                )
+                for domain in (int(domain_R[row]), None):
+                    texts.setdefault((domain, way), []).append(text)
+                task.advance(1)
+
+    def drafted(domain: int | None) -> dict[str, Any]:
+        return {way: figures_of(texts[domain, way]) for way in ("greedy", "sampling")}
+
+    return {
+        "draft_for": Path(str(config.draft_for)).name,
+        "draft_tokens": config.draft_tokens,
+        "domains": {str(domains[number]): drafted(number) for number in np.unique(domain_R[rows]).tolist()},
+        "overall": drafted(None),
+    }

@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,9 +42,11 @@ from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.trainer.adapters import is_adapter, open_adapter
 from kdata.trainer.config import EvaluateConfig, TrainResult
 from kdata.trainer.distributed import device_name
-from kdata.trainer.drafts import Written, expected_length, figures_of, refuse_other_sizes, write_with_drafts
+from kdata.trainer.drafts import expected_length, measure_drafts, refuse_other_sizes
 from kdata.trainer.fused import Measured, measure
+from kdata.trainer.heldout import first_of_each
 from kdata.trainer.loader import Batch, Loader
+from kdata.trainer.samples import diversity_of, write_samples
 from kdata.trainer.student import (
     check_positions,
     fit_vocabulary,
@@ -52,7 +54,6 @@ from kdata.trainer.student import (
     head_of,
     hidden_states,
     num_parameters,
-    positions_of,
     probe_head,
     probe_isolation,
     refuse_other_tokenizer,
@@ -61,7 +62,6 @@ from kdata.trainer.tasks import Tasks
 
 __all__ = ["EvaluateConfig", "evaluate"]
 
-SAMPLE_CONTEXT = 2048  # tokens of prompt and sample of a model that knows no longest sequence
 ECE_BINS = 15
 OF_ALL_TARGETS = ("nll", "teacher_nll")  # figures that need no distribution of the teacher
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -92,7 +92,9 @@ def evaluate(
         "drafts": null without `draft_for`, else {"draft_for", "draft_tokens", "domains": {name: drafted}, "overall"},
         drafted: {"greedy", "sampling"}, each with acceptance (accepted drafts per judged draft), accepted_length (tokens per
         pass of the teacher), tokens, passes,
-        "samples": [{"domain", "prompt", "text"}], "tasks": {name: {metric: value}} of the lm-evaluation-harness,
+        "samples": [{"domain", "prompt", "text"}], "diversity": of their tokens without special ones, null without samples:
+        {"distinct1", "distinct2" (share of different ones among all single tokens and pairs of neighbors), "tokens"},
+        "tasks": {name: {metric: value}} of the lm-evaluation-harness,
         "metrics": metrics.jsonl relative to the run's parent folder, null without one}.
         figures: nll, teacher_nll, kl, reverse_kl (nats per token), ppl, tv, acceptance (expected share of drafts that the
         teacher accepts), accepted_length (expected tokens per pass of the teacher), loyalty (probability loyalty, the mean of
@@ -132,6 +134,7 @@ def evaluate(
     fit_vocabulary(model, [dataset])
     run = _run_beside(model_dir)
     domains, sums = _measure_dataset(model, dataset, config)
+    samples, sampled_ids = write_samples(model, tokenizer, prompts, config)
     return {
         "label": label or (run.label if run else model_dir.name),
         "params": num_parameters(model),
@@ -149,9 +152,10 @@ def evaluate(
         "kl_is": sums.kl_is,
         "bounds_are": sums.bounds_are,
         "acceptance_is": sums.acceptance_is,
-        "drafts": None if teacher is None else _measure_drafts(teacher, model, dataset, config),
+        "drafts": None if teacher is None else measure_drafts(teacher, model, dataset, config),
         "tasks": {} if tasks is None else tasks.score(model, tokenizer, limit=config.task_documents),
-        "samples": _write_samples(model, tokenizer, prompts, config),
+        "samples": samples,
+        "diversity": diversity_of(sampled_ids) if samples else None,
         "metrics": f"{model_dir.resolve().parent.name}/{run.metrics}" if run else None,
     }
 
@@ -323,7 +327,7 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
     """Domain names, and sums over all counted positions."""
     index = dataset.index(["domain", "num_tokens"])
     domains, domain_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str), return_inverse=True)
-    rows = _first_of_each(domain_R, config.max_documents)
+    rows = first_of_each(domain_R, config.max_documents)
     context = max(int(index["num_tokens"].to_numpy()[rows].max(initial=2)), 2)
     check_positions(model, context)
     batches = BatchesConfig(context_tokens=context, batch_rows=max(1, config.batch_tokens // context))
@@ -353,16 +357,6 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
             "evaluate on another dataset"
         )
     return domains.tolist(), sums
-
-
-def _first_of_each(domain_R: np.ndarray, limit: int | None) -> np.ndarray:
-    """Global rows of the first `limit` documents of each domain, int64, in dataset order."""
-    if limit is None:
-        return np.arange(len(domain_R), dtype=np.int64)
-    order = np.argsort(domain_R, kind="stable")
-    starts = np.searchsorted(domain_R[order], np.arange(domain_R.max(initial=-1) + 1))
-    place = np.arange(len(order)) - starts[domain_R[order]]
-    return np.sort(order[place < limit]).astype(np.int64)
 
 
 def _first_choice(batch: Batch, combined: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -415,53 +409,6 @@ def _open_teacher(config: EvaluateConfig, student: PreTrainedModel, dataset: kda
     return teacher
 
 
-def _measure_drafts(
-    teacher: PreTrainedModel, student: PreTrainedModel, dataset: kdata.Dataset, config: EvaluateConfig
-) -> dict[str, Any]:
-    """What the teacher accepts of the student's drafts, on the beginnings of texts of each domain."""
-    index = dataset.index(["domain", "num_tokens"])
-    domains, domain_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str), return_inverse=True)
-    rows = _first_of_each(domain_R, config.draft_prompts)
-    rows = rows[index["num_tokens"].to_numpy()[rows] > 0]
-    texts: dict[tuple[int | None, str], list[Written]] = {}
-    with Task("drafts", 2 * len(rows), unit="texts") as task:
-        for number, row in enumerate(rows.tolist()):
-            prompt_ids = dataset[row].token_ids[: config.draft_prompt_tokens].tolist()
-            for way in ("greedy", "sampling"):
-                text = write_with_drafts(
-                    teacher,
-                    student,
-                    prompt_ids,
-                    max_tokens=config.sample_tokens,
-                    draft_tokens=config.draft_tokens,
-                    sample=way == "sampling",
-                    seed=config.seed + number,
-                )
-                for domain in (int(domain_R[row]), None):
-                    texts.setdefault((domain, way), []).append(text)
-                task.advance(1)
-
-    def drafted(domain: int | None) -> dict[str, Any]:
-        return {way: figures_of(texts[domain, way]) for way in ("greedy", "sampling")}
-
-    return {
-        "draft_for": Path(str(config.draft_for)).name,
-        "draft_tokens": config.draft_tokens,
-        "domains": {str(domains[number]): drafted(number) for number in np.unique(domain_R[rows]).tolist()},
-        "overall": drafted(None),
-    }
-
-
-def _write_samples(
-    model: PreTrainedModel, tokenizer: Any, prompts: list[Mapping[str, str]], config: EvaluateConfig
-) -> list[dict[str, str]]:
-    """Continue each prompt."""
-    return [
-        {**prompt, "text": _continue(model, tokenizer, prompt["prompt"], config, config.seed + number)}
-        for number, prompt in enumerate(prompts)
-    ]
-
-
 def _tokenizer(model_dir: Path) -> Any:
     try:
         with model_files(model_dir, "the tokenizer"):
@@ -481,26 +428,6 @@ def _check_tokenizer(model_dir: Path, dataset: kdata.Dataset) -> None:
     if not _has_tokenizer(model_dir):
         return
     refuse_other_tokenizer(f"the model {model_dir}", _tokenizer(model_dir), dataset)
-
-
-@torch.no_grad()
-def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, config: EvaluateConfig, seed: int) -> str:
-    """The student's continuation of a prompt. Only the last tokens of a prompt are read if it does not fit the model."""
-    room = max((positions_of(model) or SAMPLE_CONTEXT) - config.sample_tokens, 1)
-    ids_BL = tokenizer(prompt, return_tensors="pt").input_ids[:, -room:].to(model.device)
-    choice: dict[str, Any] = {"do_sample": False}
-    if config.sample_temperature:
-        choice = {"do_sample": True, "temperature": config.sample_temperature, "top_k": 0, "top_p": 1.0}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        written_BL = cast(Any, model).generate(
-            ids_BL,
-            attention_mask=torch.ones_like(ids_BL),
-            max_new_tokens=config.sample_tokens,
-            pad_token_id=tokenizer.eos_token_id or 0,
-            **choice,
-        )
-    return str(tokenizer.decode(written_BL[0, ids_BL.shape[1] :], skip_special_tokens=True))
 
 
 def _check_folder(model_dir: Path) -> None:

@@ -24,6 +24,7 @@ from kdata.trainer.config import CheckpointStudent, EvaluateConfig, ScratchStude
 from kdata.trainer.evaluate import _first_choice, evaluate
 from kdata.trainer.loader import Batch
 from kdata.trainer.objectives import Targets
+from kdata.trainer.samples import diversity_of
 from kdata.trainer.student import build_student
 from kdata.trainer.train import train
 from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
@@ -224,6 +225,16 @@ def test_the_result_carries_the_run_and_samples(run: Path, dataset: kdata.Datase
     warm = few.model_copy(update={"sample_temperature": 1.0, "seed": 3})
     sampled = [evaluate(run / "model", dataset.path, prompts=prompts, config=warm)["samples"] for _ in range(2)]
     assert sampled[0] == sampled[1] != greedy["samples"]
+    words = [s["text"].split() for s in greedy["samples"]]
+    assert greedy["diversity"] == diversity_of([[int(w[1:]) for w in text] for text in words])
+    assert evaluate(run / "model", dataset.path, config=few)["diversity"] is None
+
+
+def test_distinct_n_grams_by_hand() -> None:
+    """Seven tokens, four of them different; five pairs inside of the texts, four of them different."""
+    assert diversity_of([[5, 6, 5, 6], [5, 7, 8]]) == {"distinct1": 4 / 7, "distinct2": 4 / 5, "tokens": 7}
+    assert diversity_of([[5], [5]]) == {"distinct1": 1 / 2, "distinct2": None, "tokens": 2}
+    assert diversity_of([[]]) == {"distinct1": None, "distinct2": None, "tokens": 0}
 
 
 def test_the_teachers_first_choice_is_its_first_exact_entry_even_under_heavier_draws() -> None:
