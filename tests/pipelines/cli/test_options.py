@@ -33,7 +33,7 @@ OWN = {"--allow-secrets",
     "--public", "--columns", "--link", "--by", "--num-rows", "--watch",  # push, export, merge, split, head, status
 }  # fmt: skip
 FORMAT_OF_OUTPUT = {
-    "info", "sql", "status", "verify", "audit", "evaluate", "plan show", "plan compare", "export", "estimate",
+    "info", "sql", "status", "verify", "audit", "evaluate", "plan show", "plan compare", "export", "estimate", "advise",
 }  # fmt: skip
 # Options with another name than their field: the option is named for the part of the settings that the field stands for.
 RENAMED = {
