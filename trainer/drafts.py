@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel
 import kdata
 from kdata.errors import ConfigError, MismatchError
 from kdata.observe.progress import Task
+from kdata.store.pretrained import without_warnings
 from kdata.trainer.config import EvaluateConfig
 from kdata.trainer.heldout import first_of_each
 from kdata.trainer.student import positions_of
@@ -127,6 +128,7 @@ def write_with_drafts(
             _generating_as(student, num_assistant_tokens=draft_tokens, assistant_confidence_threshold=0.0),
             _generating_as(teacher, eos_token_id=end, pad_token_id=padding),
             torch.random.fork_rng(devices=[]),
+            without_warnings(),  # of what transformers itself passes to the assistant
         ):
             torch.manual_seed(seed)
             written_BT = cast(Any, teacher).generate(
