@@ -24,7 +24,7 @@ import yaml
 from kdata.errors import ConfigError, CorruptError
 from kdata.pipelines.cli import look, main
 from kdata.pipelines.cli.main import COMMANDS, call
-from tests.fakes import digests, rows_of_text, run_capture, write_jsonl
+from tests.fakes import digests, rows_of_text, run_capture, save_tokenizer, write_jsonl
 
 TEACHER = ["--teacher", "{llama}", "--backend", "transformers"]
 CALLS = {
@@ -34,6 +34,7 @@ CALLS = {
     "generate": ["{new}", *TEACHER, "--prompts", "{corpus}", "--text-column", "text"],
     "reread": ["{dataset}", "{new}", *TEACHER],
     "combine": ["{dataset}", "{dataset}", "{local}"],
+    "retokenize": ["{dataset}", "{local}", "--tokenizer", "{tokenizer}"],
     "import": ["{files}", "{local}", "--format", "plain", "--vocab-size", "300"],
     "score": ["{dataset}", "--model", "{llama}"],
     "select": ["{dataset}", "--method", "random"],
@@ -70,7 +71,7 @@ class World:
 
     def arguments(self, command: str, **places: object) -> list[str]:
         """The call of a command, with the places that differ."""
-        names = ("recipe", "llama", "corpus", "files", "dataset", "other", "run", "new", "local")
+        names = ("recipe", "llama", "tokenizer", "corpus", "files", "dataset", "other", "run", "new", "local")
         known = {name: self.root / name for name in names} | {"recipe": self.root / "recipe.yaml"} | places
         return [*command.split(), *(argument.format(**known) for argument in CALLS[command])]
 
@@ -95,6 +96,7 @@ def folder(captured: Path, llama_dir: Path, tokenizer_dir: Path) -> Iterator[Pat
     root.chmod(0o755)
     shutil.copytree(captured, root / "dataset")
     shutil.copytree(llama_dir, root / "llama")
+    save_tokenizer(root / "tokenizer", lines=["some other words, and other pairs of letters"])
     shutil.copytree(captured, root / "newer")
     about = root / "newer/dataset.json"
     about.write_text(about.read_text().replace('"format_version": "1.', '"format_version": "9.'))

@@ -24,7 +24,7 @@ from kdata.pipelines.cli.main import COMMANDS, app
 ENTRIES = {name: entry for group in COMMANDS.values() for name, entry in group.items()}
 # Options of the command line itself: they set no field of a settings model.
 OWN = {"--allow-secrets", 
-    "--out", "--set", "--config", "--resume", "--dry-run", "--save", "--plan",  # run, train, evaluate
+    "--out", "--set", "--config", "--resume", "--dry-run", "--save", "--plan", "--tokenizer",  # run, train, evaluate
     "--engine", "--json-schema",  # capture, generate, reread: which settings model, and a file that holds a setting
     "--deep", "--against-teacher", "--copy", "--hidden-size", "--head", "--block",  # verify, repair, audit
     "--from", "--unit", "--method", "--memory", "--threads", "--picture", "--positions",  # score, select, plan show
