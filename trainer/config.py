@@ -447,12 +447,28 @@ class EvaluateConfig(WithoutSecrets):
     max_documents: int | None = Field(
         default=None, ge=1, description="Number of documents to measure per domain, the first ones; null: all."
     )
-    sample_tokens: int = Field(default=64, ge=1, description="Tokens that the student writes for each prompt.")
+    sample_tokens: int = Field(
+        default=64, ge=1, description="Tokens that the student writes for each prompt, and the teacher of draft_for."
+    )
     sample_temperature: float = Field(
         default=0.0, ge=0, description="Sampling temperature. 0: greedy; 1: the student's own distribution."
     )
     seed: int = Field(default=0, ge=0, description="Seed of sampling.")
     device: Device = Field(default="auto", description="Where to compute. auto: cuda if there is a GPU, else cpu.")
+    draft_tokens: int = Field(
+        default=4, ge=1, description="Drafts of one step of speculative decoding, for accepted_length and draft_for."
+    )
+    draft_for: str | None = Field(
+        default=None,
+        description="Teacher that writes with the student's drafts, greedily and by sampling at temperature 1, so that "
+        "acceptance is measured: a model's folder or GGUF file, with the dataset's tokenizer. null: it is not measured.",
+    )
+    draft_prompts: int = Field(
+        default=8, ge=1, description="Texts that draft_for continues, per domain: the first ones of the dataset."
+    )
+    draft_prompt_tokens: int = Field(
+        default=32, ge=1, description="Tokens of these texts that it reads, the first ones."
+    )
     tasks: list[str] = Field(
         default=[],
         description="Tasks of the lm-evaluation-harness to score the student on; they need the extra lm-eval. Empty: none.",

@@ -9,6 +9,9 @@ tokens. NLL, perplexity and the teacher's NLL are exact. These are not:
   entropy), otherwise too high; `kl_is` says which.
 - `reverse_kl` and `tv` on a dataset of exact entries and draws (hybrid) compare the exact entries and one bucket for the
   rest: lower bounds again, as `bounds_are` says. On draws alone they are null, and so is `teacher_ece`.
+- `acceptance` of speculative decoding, 1 - tv, and `accepted_length`, which rises with it, are upper bounds where `tv` is a
+  lower one, as `acceptance_is` says, and null where `tv` is. `drafts` has what a teacher really accepts. The same holds for
+  `loyalty`: merging outcomes never increases the Jensen-Shannon divergence.
 
 Shapes: M counted positions, K kept entries, N most likely tokens.
 """
@@ -19,7 +22,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,11 +38,15 @@ from kdata.observe.progress import Task
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.gguf import is_gguf, model_folder
 from kdata.store.pretrained import first_line, model_files
+from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.trainer.adapters import is_adapter, open_adapter
 from kdata.trainer.config import EvaluateConfig, TrainResult
 from kdata.trainer.distributed import device_name
+from kdata.trainer.drafts import expected_length, measure_drafts, refuse_other_sizes
 from kdata.trainer.fused import Measured, measure
+from kdata.trainer.heldout import first_of_each
 from kdata.trainer.loader import Batch, Loader
+from kdata.trainer.samples import diversity_of, write_samples
 from kdata.trainer.student import (
     check_positions,
     fit_vocabulary,
@@ -47,7 +54,6 @@ from kdata.trainer.student import (
     head_of,
     hidden_states,
     num_parameters,
-    positions_of,
     probe_head,
     probe_isolation,
     refuse_other_tokenizer,
@@ -56,7 +62,6 @@ from kdata.trainer.tasks import Tasks
 
 __all__ = ["EvaluateConfig", "evaluate"]
 
-SAMPLE_CONTEXT = 2048  # tokens of prompt and sample of a model that knows no longest sequence
 ECE_BINS = 15
 OF_ALL_TARGETS = ("nll", "teacher_nll")  # figures that need no distribution of the teacher
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -83,18 +88,25 @@ def evaluate(
         "domains": {name: figures}, "overall": figures,
         "calibration": {"student", "teacher"}: bins of the most likely token's probability, {"tokens", "confidence" (mean),
         "accuracy"} each; the teacher's is null if its first choice is not known,
-        "kl_is", "bounds_are" (null if reverse_kl and tv are null),
-        "samples": [{"domain", "prompt", "text"}], "tasks": {name: {metric: value}} of the lm-evaluation-harness,
+        "kl_is", "bounds_are" (null if reverse_kl and tv are null), "acceptance_is" (the same of acceptance, loyalty),
+        "drafts": null without `draft_for`, else {"draft_for", "draft_tokens", "domains": {name: drafted}, "overall"},
+        drafted: {"greedy", "sampling"}, each with acceptance (accepted drafts per judged draft), accepted_length (tokens per
+        pass of the teacher), tokens, passes,
+        "samples": [{"domain", "prompt", "text"}], "diversity": of their tokens without special ones, null without samples:
+        {"distinct1", "distinct2" (share of different ones among all single tokens and pairs of neighbors), "tokens"},
+        "tasks": {name: {metric: value}} of the lm-evaluation-harness,
         "metrics": metrics.jsonl relative to the run's parent folder, null without one}.
-        figures: nll, teacher_nll, kl, reverse_kl (nats per token), ppl, tv, top1, top5 (share of positions where the
+        figures: nll, teacher_nll, kl, reverse_kl (nats per token), ppl, tv, acceptance (expected share of drafts that the
+        teacher accepts), accepted_length (expected tokens per pass of the teacher), loyalty (probability loyalty, the mean of
+        1 - sqrt(JSD) in base 2; Xu et al., EMNLP 2021), top1 (label loyalty), top5 (share of positions where the
         teacher's first choice is the student's first, or among its first five), ece, teacher_ece (calibration error of the
         most likely token), tokens (counted positions). Of a dataset that keeps distributions at some positions only, nll,
         ppl, ece and teacher_nll are of all targets; all else is of those with a distribution, whose number is kept_tokens.
     Raises:
         MissingError: the dataset or the model does not exist, or prompts or tasks are given and there is no tokenizer.
-        MismatchError: the model's vocabulary or tokenizer is not the dataset's.
+        MismatchError: the model's vocabulary or tokenizer is not the dataset's, or that of `draft_for` is not.
         ConfigError: the dataset lacks what would be measured (it was imported), the loss would measure this model wrongly, or
-            the harness has no such task.
+            the harness has no such task, or prompts and texts of drafts are longer than a model's positions.
         DataError: a document is longer than the student's positions, no token counts, or a domain has targets and not one
             with a distribution.
         CorruptError: train.json beside the model is not a training result.
@@ -115,12 +127,14 @@ def evaluate(
     use_exact_attention(model)
     probe_head(model)
     probe_isolation(model)
+    teacher = None if config.draft_for is None else _open_teacher(config, model, dataset)
     tasks = None if not config.tasks else Tasks(config.tasks, config.tasks_folder)
     tokenizer = _tokenizer(model_dir) if prompts or tasks is not None else None
     model.to(device_name(config.device)).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
     fit_vocabulary(model, [dataset])
     run = _run_beside(model_dir)
     domains, sums = _measure_dataset(model, dataset, config)
+    samples, sampled_ids = write_samples(model, tokenizer, prompts, config)
     return {
         "label": label or (run.label if run else model_dir.name),
         "params": num_parameters(model),
@@ -128,13 +142,20 @@ def evaluate(
         "tokens": run.tokens if run else None,
         "target_tokens": run.target_tokens if run else None,
         "train_seconds": run.train_seconds if run else None,
-        "domains": {name: sums.figures(number) for number, name in enumerate(domains) if sums.tokens[number]},
-        "overall": sums.figures(None),
+        "domains": {
+            name: sums.figures(number, config.draft_tokens)
+            for number, name in enumerate(domains)
+            if sums.tokens[number]
+        },
+        "overall": sums.figures(None, config.draft_tokens),
         "calibration": {"student": sums.student.bins(), "teacher": sums.teacher.bins() if sums.knows_top else None},
         "kl_is": sums.kl_is,
         "bounds_are": sums.bounds_are,
+        "acceptance_is": sums.acceptance_is,
+        "drafts": None if teacher is None else measure_drafts(teacher, model, dataset, config),
         "tasks": {} if tasks is None else tasks.score(model, tokenizer, limit=config.task_documents),
-        "samples": _write_samples(model, tokenizer, prompts, config),
+        "samples": samples,
+        "diversity": diversity_of(sampled_ids) if samples else None,
         "metrics": f"{model_dir.resolve().parent.name}/{run.metrics}" if run else None,
     }
 
@@ -194,7 +215,7 @@ class _Sums:
     @property
     def names(self) -> tuple[str, ...]:
         """Objectives that the stored entries can measure."""
-        return ("cross_entropy", "forward_kl", *(("reverse_kl", "total_variation") if self.knows_exact else ()))
+        return ("cross_entropy", "forward_kl", *(("reverse_kl", "total_variation", "jsd") if self.knows_exact else ()))
 
     @property
     def kl_is(self) -> str:
@@ -215,6 +236,13 @@ class _Sums:
             return self.kl_is
         return "lower bounds: exact entries and one bucket for the rest" if self.exact.any() else None
 
+    @property
+    def acceptance_is(self) -> str | None:
+        """What kind of bound acceptance, accepted_length and loyalty are; None if they are not measured."""
+        if self.bounds_are is None or (self.tail == "ghost" and self.combined):
+            return self.bounds_are
+        return "an upper bound: exact entries and one bucket for the rest"
+
     def add(self, batch: Batch, measured: Measured, domain_M: np.ndarray) -> None:
         chosen_C = batch.targets.chosen_C
         kept_M = np.ones(len(domain_M), bool) if chosen_C is None else chosen_C.numpy()
@@ -232,7 +260,12 @@ class _Sums:
         confidence_M = measured.confidence_M.double().cpu().numpy()
         self.student.add(domain_M, confidence_M, top_MN[:, 0] == targets.token_ids_C.numpy())
         if "reverse_kl" in objectives:
-            values |= {"reverse_kl": objectives["reverse_kl"], "tv": objectives["total_variation"]}
+            jsd_M = objectives["jsd"].clip(0.0, math.log(2.0)) / math.log(2.0)
+            values |= {
+                "reverse_kl": objectives["reverse_kl"],
+                "tv": objectives["total_variation"],
+                "loyalty": 1.0 - np.sqrt(jsd_M),
+            }
         if self.tail == "ghost":
             top_p_M = np.exp(targets.logprobs_CK.double().numpy()).max(-1, initial=0.0)
             self.teacher.add(domain_M[kept_M], top_p_M[kept_M], (first_M == targets.token_ids_C.numpy())[kept_M])
@@ -250,7 +283,7 @@ class _Sums:
             own_M = np.ones_like(kept_M) if name in OF_ALL_TARGETS else kept_M
             total += np.bincount(domain_M[own_M], value_M[own_M], minlength=len(total))
 
-    def figures(self, domain: int | None) -> dict[str, Any]:
+    def figures(self, domain: int | None, draft_tokens: int) -> dict[str, Any]:
         """Averages of one domain, or of all."""
         part = slice(None) if domain is None else slice(domain, domain + 1)
         tokens, kept = int(self.tokens[part].sum()), int(self.kept[part].sum())
@@ -260,16 +293,25 @@ class _Sums:
             for name, total in self.values.items()
         }
         if self.tail == "draws" and not self.exact[part].any():
-            mean |= {"reverse_kl": None, "tv": None}  # without an exact entry the bound is 0, which says nothing
+            mean |= {
+                "reverse_kl": None,
+                "tv": None,
+                "loyalty": None,
+            }  # without an exact entry the bound is 0, which says nothing
         from_entropy = mean.pop("kl_from_entropy", None)
         if from_entropy is not None and self.entropy_known:
             mean["kl"] = from_entropy
+        tv = mean.get("tv")
+        acceptance = None if tv is None else max(0.0, 1.0 - tv)
         return {
             "nll": mean["nll"],
             "ppl": math.exp(min(mean["nll"], 700.0)),  # e^710 overflows a float
             "kl": mean["kl"],
             "reverse_kl": mean.get("reverse_kl"),
-            "tv": mean.get("tv"),
+            "tv": tv,
+            "acceptance": acceptance,
+            "accepted_length": None if acceptance is None else expected_length(acceptance, draft_tokens),
+            "loyalty": mean.get("loyalty"),
             "top1": mean["top1"],
             "top5": mean["top5"],
             "ece": self.student.error(part),
@@ -285,7 +327,7 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
     """Domain names, and sums over all counted positions."""
     index = dataset.index(["domain", "num_tokens"])
     domains, domain_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str), return_inverse=True)
-    rows = _first_of_each(domain_R, config.max_documents)
+    rows = first_of_each(domain_R, config.max_documents)
     context = max(int(index["num_tokens"].to_numpy()[rows].max(initial=2)), 2)
     check_positions(model, context)
     batches = BatchesConfig(context_tokens=context, batch_rows=max(1, config.batch_tokens // context))
@@ -315,16 +357,6 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
             "evaluate on another dataset"
         )
     return domains.tolist(), sums
-
-
-def _first_of_each(domain_R: np.ndarray, limit: int | None) -> np.ndarray:
-    """Global rows of the first `limit` documents of each domain, int64, in dataset order."""
-    if limit is None:
-        return np.arange(len(domain_R), dtype=np.int64)
-    order = np.argsort(domain_R, kind="stable")
-    starts = np.searchsorted(domain_R[order], np.arange(domain_R.max(initial=-1) + 1))
-    place = np.arange(len(order)) - starts[domain_R[order]]
-    return np.sort(order[place < limit]).astype(np.int64)
 
 
 def _first_choice(batch: Batch, combined: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -359,14 +391,22 @@ def _entropy_of_weights(batch: Batch) -> np.ndarray:
     return entropy_M
 
 
-def _write_samples(
-    model: PreTrainedModel, tokenizer: Any, prompts: list[Mapping[str, str]], config: EvaluateConfig
-) -> list[dict[str, str]]:
-    """Continue each prompt."""
-    return [
-        {**prompt, "text": _continue(model, tokenizer, prompt["prompt"], config, config.seed + number)}
-        for number, prompt in enumerate(prompts)
-    ]
+def _open_teacher(config: EvaluateConfig, student: PreTrainedModel, dataset: kdata.Dataset) -> PreTrainedModel:
+    """The model that the student drafts for. Raises as `evaluate`."""
+    assert config.draft_for is not None
+    if not is_gguf(config.draft_for) and not Path(config.draft_for).is_dir():
+        raise MissingError(f"draft_for: {config.draft_for} is not a folder; name the folder of a model, or a GGUF file")
+    folder = Path(model_folder(config.draft_for))
+    if not is_adapter(folder):
+        refuse_other_kind(folder)
+    if _has_tokenizer(folder):
+        own = Vocabulary.of_model(f"draft_for {config.draft_for}", _tokenizer(folder))
+        refuse_other_ids(Vocabulary.of_dataset(dataset), own, "name the dataset's teacher, or one with its tokenizer")
+    teacher = _load(folder)
+    use_exact_attention(teacher)
+    refuse_other_sizes(teacher, student, config.draft_prompt_tokens + config.sample_tokens)
+    teacher.to(device_name(config.device)).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
+    return teacher
 
 
 def _tokenizer(model_dir: Path) -> Any:
@@ -379,31 +419,15 @@ def _tokenizer(model_dir: Path) -> Any:
         ) from error
 
 
+def _has_tokenizer(model_dir: Path) -> bool:
+    return any((model_dir / name).exists() for name in TOKENIZER_FILES)
+
+
 def _check_tokenizer(model_dir: Path, dataset: kdata.Dataset) -> None:
     """Raise MismatchError if the tokenizer beside the model is not the dataset's. A model without one is not checked."""
-    if not any((model_dir / name).exists() for name in TOKENIZER_FILES):
+    if not _has_tokenizer(model_dir):
         return
     refuse_other_tokenizer(f"the model {model_dir}", _tokenizer(model_dir), dataset)
-
-
-@torch.no_grad()
-def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, config: EvaluateConfig, seed: int) -> str:
-    """The student's continuation of a prompt. Only the last tokens of a prompt are read if it does not fit the model."""
-    room = max((positions_of(model) or SAMPLE_CONTEXT) - config.sample_tokens, 1)
-    ids_BL = tokenizer(prompt, return_tensors="pt").input_ids[:, -room:].to(model.device)
-    choice: dict[str, Any] = {"do_sample": False}
-    if config.sample_temperature:
-        choice = {"do_sample": True, "temperature": config.sample_temperature, "top_k": 0, "top_p": 1.0}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        written_BL = cast(Any, model).generate(
-            ids_BL,
-            attention_mask=torch.ones_like(ids_BL),
-            max_new_tokens=config.sample_tokens,
-            pad_token_id=tokenizer.eos_token_id or 0,
-            **choice,
-        )
-    return str(tokenizer.decode(written_BL[0, ids_BL.shape[1] :], skip_special_tokens=True))
 
 
 def _check_folder(model_dir: Path) -> None:

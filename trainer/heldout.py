@@ -146,3 +146,13 @@ def _heldout(dataset: kdata.Dataset, rows: np.ndarray, domains: list[str]) -> He
             )
         losses[domain] = float((nll_R[own] * count_R[own]).sum() / count_R[own].sum())
     return Heldout(dataset, rows, domains, domain_R, losses)
+
+
+def first_of_each(domain_R: np.ndarray, limit: int | None) -> np.ndarray:
+    """Global rows of the first `limit` documents of each domain, int64, in dataset order."""
+    if limit is None:
+        return np.arange(len(domain_R), dtype=np.int64)
+    order = np.argsort(domain_R, kind="stable")
+    starts = np.searchsorted(domain_R[order], np.arange(domain_R.max(initial=-1) + 1))
+    place = np.arange(len(order)) - starts[domain_R[order]]
+    return np.sort(order[place < limit]).astype(np.int64)

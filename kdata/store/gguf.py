@@ -30,6 +30,7 @@ from filelock import FileLock
 
 from kdata.errors import ConfigError, CorruptError, DependencyError, KdataError, MissingError
 from kdata.format.files import committed_folder, file_info, rust_errors, storage_errors, temporary_folder
+from kdata.store.pretrained import without_warnings
 from kdata.store.url import cache_dir
 
 logger = logging.getLogger(__name__)
@@ -301,15 +302,8 @@ def _alone(path: Path) -> Iterator[tuple[str, str]]:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Without the library's warnings, and its bars, which ask nobody whether they are wanted."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(before)
+    with without_warnings(), redirect_stderr(io.StringIO()):
+        yield
 
 
 def _one_line(error: BaseException) -> str:

@@ -36,3 +36,16 @@ def model_files(place: str | Path, what: str) -> Iterator[None]:
             f"{what} of {str(place)!r} cannot be read ({type(error).__name__}: {first_line(error)}); copy the model again, "
             "or name another one"
         ) from error
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Without the warnings that transformers logs."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

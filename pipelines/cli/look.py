@@ -1,4 +1,4 @@
-"""Commands that look: info, sql, status, report."""
+"""Commands that look: info, sql, status, report, advise."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from rich.table import Table
 import kdata
 from kdata.errors import ConfigError
 from kdata.format.files import lock_of
+from kdata.format.keep import KeepConfig
 from kdata.observe import status as progress
 from kdata.observe.terminal import name_text
+from kdata.observe.text import number
 from kdata.pipelines.cli.common import (
     CheckOption,
     CheckTime,
@@ -31,6 +33,7 @@ from kdata.pipelines.cli.common import (
     say,
     say_unchecked,
 )
+from kdata.selection.plan import open_plan
 from kdata.store.kept_counts import kept_lines
 
 DOMAINS = (
@@ -175,3 +178,90 @@ def local_folder_of_run(run: str) -> Path:
             f"{run} is not a folder on this machine, and a run is watched where it works; `kdata info` opens a dataset at a "
             "URL"
         ) from error
+
+
+def advise(
+    dataset: DatasetArgument,
+    plan: Annotated[
+        str | None, typer.Option(metavar="PLAN", help="Name of a plan of the dataset. Without: every row.")
+    ] = None,
+    format: FormatOption = Format.table,
+) -> None:
+    """Say what measured runs recommend for a dataset.
+
+    The runs are students that were trained with a small teacher. It also says what no run was made for.
+
+    \b
+    Examples:
+      kdata advise my-dataset
+      kdata advise my-dataset --plan difference --format json
+    """
+    from kdata.pipelines.evidence import advice
+
+    opened = kdata.open(dataset)
+    advised = advice.advise(opened, None if plan is None else open_plan(opened, plan), results=advice.RESULTS)
+    if format is Format.json:
+        print_json(advised)
+    else:
+        say(*advice_lines(advised))
+
+
+def advice_lines(advised: dict[str, Any]) -> list[str]:
+    """Advice for a person."""
+    data, evidence = advised["data"], advised["evidence"]
+    lines = [
+        f"data: {settings_text(data['keep'])}; {data['rows']:,} rows, {data['tokens']:,} tokens, {data['vocab_size']:,} ids",
+        f"evidence: {evidence['runs']:,} runs of {evidence['settings']:,} settings; {set_up_text(evidence['set_up'])}",
+        "figures: held-out NLL above full distillation, mean and 95 % interval over runs",
+        f"what to keep: {measured_text(advised['keep'])}",
+    ]
+    if advised["keep"] is not None:
+        lines.append(
+            f"  the fewest bytes that cannot be told from the closest, {measured_text(advised['closest'])}; "
+            f"--set {' --set '.join(settings_text(advised['keep']['keep']).split(', '))}"
+        )
+    lines += [
+        f"this dataset: {measured_text(advised['own'])}",
+        f"the text alone: {measured_text(advised['text_alone'])}",
+    ]
+    own = [c for c in advised["objective"] if c["of_this_kind"]]
+    if not own:
+        lines.append(f"objective: none was compared with another on kind {data['keep']['kind']}")
+    for compared in own or advised["objective"]:
+        best, others = compared["best"], compared["others"]
+        lines.append(
+            f"{'objective' if own else '  on another kind'}: {best['objective']} is the best of {len(others) + 1} on "
+            f"{settings_text(compared['on'])}: {gap_text(best)}; next {others[0]['objective']}: {gap_text(others[0])}"
+        )
+    return [*lines, "no evidence for:", *(f"  {what}" for what in advised["no_evidence"])]
+
+
+def measured_text(setting: dict[str, Any] | None) -> str:
+    """A setting of the evidence with its figures."""
+    if setting is None:
+        return "not measured"
+    size = setting["bytes_per_token"]
+    return f"{setting['name']}, {gap_text(setting)}" + ("" if size is None else f", {size:.1f} bytes a token")
+
+
+def gap_text(setting: dict[str, Any]) -> str:
+    """Mean and interval of a setting, in percent, and how many runs it is from."""
+    gap = setting["nll_against_online"]
+    width = "" if gap["half_width"] is None else f" ± {gap['half_width']:.2%}"
+    return f"{gap['mean']:+.2%}{width} ({gap['count']} runs)"
+
+
+def settings_text(keep: dict[str, Any]) -> str:
+    """What is kept, as settings of `kdata capture`, without those that are seldom changed and were not."""
+    seldom = {name: KeepConfig.model_fields[name].default for name in ("tau", "draw_method", "min_k")}
+    return ", ".join(f"{name}={value}" for name, value in keep.items() if seldom.get(name) != value)
+
+
+def set_up_text(set_up: dict[str, Any]) -> str:
+    """Teacher, student and steps of the runs; a dash where they are not known."""
+    student = set_up.get("student") or {}
+    counts = {name: number(set_up.get(name), ",") for name in ("teacher_params", "vocab_size", "steps", "batch_tokens")}
+    return (
+        f"teacher {set_up.get('teacher', '—')} ({counts['teacher_params']} parameters, {counts['vocab_size']} ids), student "
+        f"{student.get('model') or student.get('kind', '—')}, {counts['steps']} steps of {counts['batch_tokens']} tokens"
+    )

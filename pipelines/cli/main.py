@@ -91,6 +91,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "sql": Entry("look:sql", "Query a dataset in SQL."),
         "status": Entry("look:status", "Show how far a run or a capture is."),
         "report": Entry("look:report", "Write the report page of a run."),
+        "advise": Entry("look:advise", "Say what measured runs recommend for a dataset."),
     },
 }
 CONTEXT = {"help_option_names": ["-h", "--help"]}

@@ -258,7 +258,7 @@ def retokenize(
     resume: ResumeOption = Resume.auto,
     set: SetOption = None,
 ) -> None:
-    """Turn a dataset into one for students with another tokenizer.
+    """Turn a dataset into one for another tokenizer.
 
     No teacher is needed. The same texts are cut anew, and what is stored is
     aligned by bytes. Rows that do not align are refused, counted and named.

@@ -47,8 +47,10 @@ from kdata.trainer.config import EvaluateConfig, TrainConfig
 FIGURES = {
     "nll": ("NLL", ".3f"), "teacher_nll": ("  of the teacher", ".3f"), "ppl": ("perplexity", ",.1f"),
     "kl": ("KL(teacher || student)", ".3f"), "reverse_kl": ("reverse KL", ".3f"), "tv": ("total variation", ".3f"),
-    "top1": ("top-1 agreement", ".1%"), "top5": ("top-5 agreement", ".1%"), "ece": ("calibration error", ".2%"),
-    "teacher_ece": ("  of the teacher", ".2%"), "tokens": ("tokens", ",d"),
+    "acceptance": ("acceptance of drafts", ".1%"), "accepted_length": ("  tokens per step", ".2f"),
+    "loyalty": ("probability loyalty", ".1%"), "top1": ("label loyalty: top-1 agreement", ".1%"),
+    "top5": ("top-5 agreement", ".1%"), "ece": ("calibration error", ".2%"), "teacher_ece": ("  of the teacher", ".2%"),
+    "tokens": ("tokens", ",d"),
 }  # fmt: skip
 
 
@@ -218,8 +220,22 @@ def evaluate(
         print_json(measured)
         return
     out.print(evaluation_table(measured, measured["label"]))
+    for line in draft_lines(measured["drafts"]):
+        say(line)
     for task, scores in measured["tasks"].items():
         say(f"{task}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+
+def draft_lines(drafts: dict[str, Any] | None) -> list[str]:
+    """What a teacher accepted of the student's drafts, a line for each way to write; none where it was not measured."""
+    if drafts is None:
+        return []
+    setting = f"drafts for {drafts['draft_for']}, {drafts['draft_tokens']} a step"
+    return [
+        f"{setting}, {way}: {number(f['acceptance'], '.1%')} accepted, {f['accepted_length']:.2f} tokens per step "
+        f"({f['tokens']:,} tokens)"
+        for way, f in drafts["overall"].items()
+    ]
 
 
 def evaluation_table(measured: dict[str, Any], label: str) -> Table:
@@ -227,6 +243,7 @@ def evaluation_table(measured: dict[str, Any], label: str) -> Table:
     caption = f"nats per token; KL is {measured['kl_is']}"
     if measured["bounds_are"]:
         caption += f"; reverse KL and total variation are {measured['bounds_are']}"
+        caption += f"; acceptance, tokens per step and probability loyalty are {measured['acceptance_is']}"
     table = Table(
         box=box.SIMPLE_HEAD, title=name_text(f"{label} on held-out text"), title_justify="left", caption=caption,
         caption_justify="left", padding=(0, 0, 0, 1),

@@ -140,7 +140,8 @@ def report(question: Which, out: Out) -> None:
         typer.echo(tokenizers.write_report(out, load_runs(out / "runs", keys)))
         return
     if question is Question.offline:
-        typer.echo(figures.write_report(out, load_runs(out / "runs", [s.name for s in offline.SETTINGS])))
+        runs = load_runs(out / "runs", [s.name for s in offline.SETTINGS])
+        typer.echo(figures.write_report(out, runs, describe=offline.describe))
         return
     choice = _name(question)
     keys = [selection.key_of(s) for s in selection.SETTINGS[choice]]

@@ -39,6 +39,7 @@ from kdata.teachers.reduce import draw_seed, readout_of, reduce_chunks
 from kdata.teachers.transformers import TransformersTeacher
 
 HELDOUT_SHARE = 0.1  # of documents, by a hash of their id
+TEACHER_FILE = "teacher.json"  # in the folder of the data: the teacher's name and sizes
 SIZES = ("k", "draws", "mass", "threshold", "draw_method")  # settings that name a dataset's folder
 # Kept of the held-out text: with this many entries the KL is an unbiased estimate with a small variance. The draw
 # method is the one of the first published figures, so that later figures can be compared with them.
@@ -234,6 +235,12 @@ class EvidenceData:
         folder.mkdir(exist_ok=True)
         tokenizer = load_tokenizer(self.config.teacher)
         model = AutoModelForCausalLM.from_pretrained(self.config.teacher, dtype=torch.float32).eval()
+        about = {
+            "teacher": Path(self.config.teacher).name,
+            "teacher_params": model.num_parameters(),
+            "vocab_size": model.config.vocab_size,
+        }
+        (self.folder / TEACHER_FILE).write_text(json.dumps(about), encoding="utf-8")
         backbone = getattr(model, model.base_model_prefix)
         states: list[np.ndarray] = []
         starts: dict[str, int] = {}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -13,8 +14,9 @@ matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kdata.pipelines.evidence.data import TEACHER_FILE
 from kdata.pipelines.evidence.offline import BASELINE, REFERENCE, SETTINGS
-from kdata.pipelines.evidence.runs import Figures
+from kdata.pipelines.evidence.runs import Figures, identity_of
 from kdata.pipelines.evidence.summary import Estimate, relative_difference, summarise
 
 Runs = Mapping[str, Mapping[int, Figures]]
@@ -37,15 +39,22 @@ PEER_SIZES = (
 )  # fmt: skip
 
 
-def write_report(out: Path, runs: Runs, plot: Callable[[Means, Against], Figure] | None = None) -> str:
+def write_report(
+    out: Path,
+    runs: Runs,
+    plot: Callable[[Means, Against], Figure] | None = None,
+    *,
+    describe: Callable[[str], Mapping[str, Any]] | None = None,
+) -> str:
     """Write results.json, table.md and evidence.png of the runs that are measured; return the table.
 
     Args:
         plot: draws the figure from means and differences; None: that of question 1.
+        describe: the content of a setting, by its name, as JSON values, for results.json; None: it is left out.
     """
     means = {name: summarise(seeds) for name, seeds in runs.items()}
     against = {name: relative_difference(seeds, runs.get(REFERENCE, {}), "nll") for name, seeds in runs.items()}
-    write_results(out, runs, means, {"nll_against_online": against})
+    write_results(out, runs, means, {"nll_against_online": against}, describe)
     table = markdown(means, against)
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
     (plot or _plot)(means, against).savefig(out / "evidence.png", dpi=110)
@@ -57,10 +66,12 @@ def write_results(
     runs: Runs,
     means: Mapping[str, Mapping[str, Estimate]],
     differences: Mapping[str, Mapping[str, Estimate | None]],
+    describe: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write results.json: for every setting the means, the differences by name, and the figures of its seeds."""
+    """Write results.json: what all runs share (`set_up`), and for every setting its content, means, differences and seeds."""
     content = {
         name: {
+            **({} if describe is None else {"content": describe(name)}),
             **{figure: asdict(value) for figure, value in estimates.items()},
             **{
                 difference: None if (gap := by_setting[name]) is None else asdict(gap)
@@ -70,7 +81,15 @@ def write_results(
         }
         for name, estimates in means.items()
     }
-    (out / "results.json").write_text(json.dumps({"settings": content}, indent=1), encoding="utf-8")
+    results = {"set_up": set_up_of(out), "settings": content}
+    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def set_up_of(out: Path) -> dict[str, Any]:
+    """The teacher that read the data in a folder, and the settings that its runs share; empty where nothing says so."""
+    teacher = out / "data" / TEACHER_FILE
+    known = json.loads(teacher.read_text(encoding="utf-8")) if teacher.exists() else {}
+    return {**known, **identity_of(out / "runs")}
 
 
 def markdown(means: Means, against: Against) -> str:

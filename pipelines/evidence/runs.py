@@ -89,6 +89,11 @@ def load_runs(folder: Path, settings: Sequence[str]) -> dict[str, dict[int, Figu
     return {name: dict(sorted(seeds.items())) for name, seeds in by_setting.items() if seeds}
 
 
+def identity_of(folder: Path) -> dict[str, Any]:
+    """The settings that the runs in a folder share, by its first file; empty if there is none. Raises CorruptError."""
+    return next((dict(_read(path)["identity"]) for path in sorted(folder.glob("*.json"))), {})
+
+
 def path_of(folder: Path, setting: str, seed: int) -> Path:
     """File of one run, named by the letters and digits of the setting and by the seed."""
     return folder / f"{''.join(c if c.isalnum() else '-' for c in setting)}.{seed}.json"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
 from kdata.format.keep import KeepConfig
 from kdata.loader.batches import BatchesConfig
-from kdata.pipelines.evidence import figures, offline
+from kdata.pipelines.evidence import advice, figures, offline
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_token, unit_hash
 from kdata.pipelines.evidence.offline import BASELINE, REFERENCE, SETTINGS, Offline, OfflineConfig, Setting
 from kdata.pipelines.evidence.online import OnlineLearner
@@ -243,9 +243,14 @@ def test_a_tiny_comparison_from_text_to_table(
     runs = load_runs(tmp_path / "runs", [s.name for s in chosen])
     assert all(f["nll"] > 0 and f["kl"] > 0 and 0 <= f["ece"] <= 1 for s in runs.values() for f in s.values())  # type: ignore[operator]
     assert runs[REFERENCE][0]["bytes_per_token"] is None and runs["topk 8, renormalised"][0]["bytes_per_token"]
-    table = figures.write_report(tmp_path, runs)
+    (tmp_path / "data").symlink_to(data.folder)
+    table = figures.write_report(tmp_path, runs, describe=offline.describe)
     assert table.count("\n| ") == len(chosen) and "some" in table
     results = json.loads((tmp_path / "results.json").read_text())
     nll = [runs["topk 8, renormalised"][s]["nll"] for s in (0, 1)]
     assert results["settings"]["topk 8, renormalised"]["nll"]["mean"] == pytest.approx(np.mean(nll), rel=1e-12)
+    assert results["settings"]["topk 8, renormalised"]["content"] == offline.describe("topk 8, renormalised")
+    assert results["set_up"]["steps"] == config.steps
+    assert results["set_up"]["vocab_size"] == data.heldout.info.vocab_size and results["set_up"]["teacher_params"] > 0
+    assert len(advice.read_results(tmp_path / "results.json")[1]) == len(chosen)
     assert (tmp_path / "evidence.png").stat().st_size < 150_000

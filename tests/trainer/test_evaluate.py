@@ -24,6 +24,7 @@ from kdata.trainer.config import CheckpointStudent, EvaluateConfig, ScratchStude
 from kdata.trainer.evaluate import _first_choice, evaluate
 from kdata.trainer.loader import Batch
 from kdata.trainer.objectives import Targets
+from kdata.trainer.samples import diversity_of
 from kdata.trainer.student import build_student
 from kdata.trainer.train import train
 from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
@@ -66,7 +67,9 @@ def test_the_command(run: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
     overall = saved["overall"]
     for line in (
         f"NLL {overall['nll']:.3f}", f"reverse KL {overall['reverse_kl']:.3f}", f"total variation {overall['tv']:.3f}",
-        f"top-5 agreement {overall['top5']:.1%}", f"calibration error {overall['ece']:.2%}",
+        f"top-5 agreement {overall['top5']:.1%}",
+        f"probability loyalty {overall['loyalty']:.1%}", f"label loyalty: top-1 agreement {overall['top1']:.1%}",
+        f"calibration error {overall['ece']:.2%}",
         f"perplexity {overall['ppl']:,.1f}", "tiny on held-out text",
     ):  # fmt: skip
         first, last = line.rsplit(" ", 1)
@@ -107,7 +110,7 @@ def dense(model_dir: Path, dataset: kdata.Dataset) -> dict[str, np.ndarray]:
     """Every figure at every counted position, one document at a time, from full logits."""
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     index = dataset.index(["domain"])["domain"].to_pylist()
-    names = ("domain", "nll", "kl", "rkl", "tv", "top1", "top5", "conf", "hit")
+    names = ("domain", "nll", "kl", "rkl", "tv", "loyalty", "top1", "top5", "conf", "hit")
     figures: dict[str, list] = {k: [] for k in names}
     for row, domain in enumerate(index):
         seqs = dataset[row]
@@ -124,6 +127,9 @@ def dense(model_dir: Path, dataset: kdata.Dataset) -> dict[str, np.ndarray]:
             figures["kl"].append((p * (np.log(p) - lq)).sum())
             figures["rkl"].append((q * (lq - np.log(p))).sum())
             figures["tv"].append(0.5 * np.abs(p - q).sum())
+            m = (p + q) / 2
+            jsd = ((p * (np.log2(p) - np.log2(m))).sum() + (q * (np.log2(q) - np.log2(m))).sum()) / 2
+            figures["loyalty"].append(1 - math.sqrt(jsd))
             figures["top1"].append(order[0] == ids[t][logprobs[t].argmax()])
             figures["top5"].append(ids[t][logprobs[t].argmax()] in order[:5])
             figures["conf"].append(q.max())
@@ -144,6 +150,7 @@ def test_figures_equal_the_dense_ones_per_domain_and_overall(run: Path, dataset:
         assert figures["kl"] == pytest.approx(expected["kl"][part].mean(), abs=2e-3)
         assert figures["reverse_kl"] == pytest.approx(expected["rkl"][part].mean(), abs=2e-3)
         assert figures["tv"] == pytest.approx(expected["tv"][part].mean(), abs=2e-3)
+        assert figures["loyalty"] == pytest.approx(expected["loyalty"][part].mean(), abs=2e-3)
         assert figures["top1"] == pytest.approx(expected["top1"][part].mean())
         assert figures["top5"] == pytest.approx(expected["top5"][part].mean())
         bins = np.minimum((expected["conf"][part] * 15).astype(int), 14)
@@ -167,6 +174,8 @@ def test_fewer_kept_entries_bound_the_divergence_from_below(folder: Path, run: P
     assert bound["nll"] == pytest.approx(full["nll"])
     assert 0 < bound["kl"] < full["kl"] and 0 < bound["tv"] < full["tv"]
     assert 0 < bound["reverse_kl"] < full["reverse_kl"]
+    assert dense(run / "model", dataset)["loyalty"].mean() < bound["loyalty"] < 1  # at most this loyal
+    assert bound["acceptance"] > full["acceptance"] and bound["accepted_length"] > full["accepted_length"]
 
 
 def test_draws_with_stored_entropy_estimate_the_full_divergence(
@@ -180,6 +189,7 @@ def test_draws_with_stored_entropy_estimate_the_full_divergence(
     assert result["overall"]["kl"] == pytest.approx(full["kl"], abs=5e-3)
     assert result["overall"]["reverse_kl"] is None and result["overall"]["teacher_ece"] is None
     assert result["overall"]["tv"] is None and result["bounds_are"] is None
+    assert result["overall"]["loyalty"] is None and result["acceptance_is"] is None
 
 
 def test_exact_entries_beside_draws_give_bounds_that_draws_alone_cannot(
@@ -193,6 +203,7 @@ def test_exact_entries_beside_draws_give_bounds_that_draws_alone_cannot(
         got, want = result["domains"][name], bound["domains"][name]
         assert got["reverse_kl"] == pytest.approx(want["reverse_kl"], abs=2e-3)
         assert got["tv"] == pytest.approx(want["tv"], abs=1e-3)
+        assert got["loyalty"] == pytest.approx(want["loyalty"], abs=1e-3)
         assert got["top1"] == want["top1"] and got["nll"] == pytest.approx(want["nll"])
         assert got["teacher_ece"] == pytest.approx(full["domains"][name]["teacher_ece"], abs=2e-3)
         assert got["kl"] == pytest.approx(full["domains"][name]["kl"], abs=5e-3)  # draws stand for the whole
@@ -214,6 +225,16 @@ def test_the_result_carries_the_run_and_samples(run: Path, dataset: kdata.Datase
     warm = few.model_copy(update={"sample_temperature": 1.0, "seed": 3})
     sampled = [evaluate(run / "model", dataset.path, prompts=prompts, config=warm)["samples"] for _ in range(2)]
     assert sampled[0] == sampled[1] != greedy["samples"]
+    words = [s["text"].split() for s in greedy["samples"]]
+    assert greedy["diversity"] == diversity_of([[int(w[1:]) for w in text] for text in words])
+    assert evaluate(run / "model", dataset.path, config=few)["diversity"] is None
+
+
+def test_distinct_n_grams_by_hand() -> None:
+    """Seven tokens, four of them different; five pairs inside of the texts, four of them different."""
+    assert diversity_of([[5, 6, 5, 6], [5, 7, 8]]) == {"distinct1": 4 / 7, "distinct2": 4 / 5, "tokens": 7}
+    assert diversity_of([[5], [5]]) == {"distinct1": 1 / 2, "distinct2": None, "tokens": 2}
+    assert diversity_of([[]]) == {"distinct1": None, "distinct2": None, "tokens": 0}
 
 
 def test_the_teachers_first_choice_is_its_first_exact_entry_even_under_heavier_draws() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -932,3 +933,39 @@ def test_the_queries_of_the_page_have_an_answer(judged: Dataset, query: str) -> 
     answer = judged.sql(query)
     assert answer.num_rows > 0
     assert all(answer[name].null_count < answer.num_rows for name in answer.column_names)
+
+
+def query_below(heading: str) -> str:
+    """The first query of a section of the page."""
+    found = re.search(rf"## {re.escape(heading)}\n.*?```sql\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_distinct_n_grams_are_those_counted_one_by_one(corpus_file: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    written = run_generate(tmp_path / "d", corpus_file, tokenizer_dir)
+    grams: dict[str, tuple[list[Any], list[Any]]] = {}
+    for row, domain in enumerate(written.index(["domain"])["domain"].to_pylist()):
+        ids = written[row].token_ids[np.flatnonzero(written[row].target_mask)].tolist()
+        ones, twos = grams.setdefault(domain, ([], []))
+        ones += ids
+        twos += itertools.pairwise(ids)
+    answer = written.sql(query_below("How varied is what the teacher wrote?")).to_pylist()
+    assert len(answer) == len(grams) > 1
+    for line in answer:
+        ones, twos = grams[line["domain"]]
+        assert line["tokens"] == len(ones)
+        assert line["distinct_1"] == len(set(ones)) / len(ones) < 1
+        assert line["distinct_2"] == len(set(twos)) / len(twos)
+
+
+def test_rows_unusual_for_a_student_are_the_last_twentieth_of_their_domain(judged: Dataset) -> None:
+    index = judged.index(["id", "domain", "nll"]).to_pandas()
+    score = judged.sql("select id, nll as student from scores.student").to_pandas()
+    table = index.merge(score, on="id")
+    gap = table["student"] - table["nll"]
+    limit = gap.groupby(table["domain"]).transform(lambda values: np.quantile(values, 0.95))
+    expected = table[gap >= limit - 1e-12].assign(gap=gap)
+    answer = judged.sql(query_below("Which rows are unusual for a student?")).to_pandas()
+    assert 0 < len(answer) < len(table) / 5 and set(answer["id"]) == set(expected["id"])
+    assert answer["gap"].is_monotonic_decreasing and answer["gap"].max() == pytest.approx(gap.max())

@@ -55,6 +55,7 @@ CALLS = {
     "sql": ["{dataset}", "select 1"],
     "status": ["{dataset}"],
     "report": ["{run}"],
+    "advise": ["{dataset}"],
 }
 ENTRIES = [name for group in COMMANDS.values() for name in group]
 READERS = [name for name, arguments in CALLS.items() if "{dataset}" in arguments]
