@@ -23,14 +23,14 @@ from kdata.pipelines.cli.main import COMMANDS, app
 
 ENTRIES = {name: entry for group in COMMANDS.values() for name, entry in group.items()}
 # Options of the command line itself: they set no field of a settings model.
-OWN = {"--allow-secrets", 
+OWN = {
     "--out", "--set", "--config", "--resume", "--dry-run", "--save", "--plan", "--tokenizer",  # run, train, evaluate
     "--engine", "--json-schema",  # capture, generate, reread: which settings model, and a file that holds a setting
     "--deep", "--against-teacher", "--copy", "--hidden-size", "--head", "--block",  # verify, repair, audit
     "--from", "--unit", "--method", "--memory", "--threads", "--picture", "--positions",  # score, select, plan show
     "--check",  # sql
     "--price-per-hour", "--probe-tokens",  # estimate
-    "--public", "--columns", "--link", "--by", "--num-rows", "--watch",  # push, export, merge, split, head, status
+    "--public", "--allow-secrets", "--columns", "--link", "--by", "--num-rows", "--watch",  # push, export, merge, split, ...
 }  # fmt: skip
 FORMAT_OF_OUTPUT = {
     "info", "sql", "status", "verify", "audit", "evaluate", "plan show", "plan compare", "export", "estimate", "advise",
