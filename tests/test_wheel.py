@@ -18,6 +18,7 @@ DATA = {".yaml", ".j2", ".json", ".typed", ".safetensors"}
 # Evidence of measurements that the library does not read.
 NOT_INSTALLED = {
     "pipelines/evidence/mixture.json",
+    "pipelines/evidence/positions.json",
     "pipelines/evidence/selection.json",
 }
 pytestmark = pytest.mark.slow
