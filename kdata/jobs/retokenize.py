@@ -68,14 +68,15 @@ class RetokenizeConfig(Strict):
 
 @dataclass
 class RetokenizeReport:
-    """What was counted of the rows that one call wrote: targets of the student, those with entries, the kept mass that the
-    map dropped at them (sum), the rows, and those that were refused."""
+    """What was counted: targets of the student, those with entries, rows, and rows that were refused; of the rows that this
+    call wrote, positions whose ids were mapped, and the kept mass that the map dropped there (sum)."""
 
     targets: int = 0
     kept: int = 0
-    dropped: float = 0.0
     rows: int = 0
     refused: int = 0
+    mapped: int = 0
+    dropped: float = 0.0
 
     def lines(self) -> list[str]:
         """The same for a person."""
@@ -83,8 +84,8 @@ class RetokenizeReport:
             f"{self.kept:,} of {self.targets:,} targets of the student have a distribution "
             f"({self.kept / max(self.targets, 1):.0%}): they begin where a token of the teacher begins",
         ]
-        if self.dropped > 1e-6 * max(self.kept, 1):
-            lines.append(f"{self.dropped / max(self.kept, 1):.2%} of the kept mass has no token of the student")
+        if self.dropped > 1e-4 * self.mapped:
+            lines.append(f"{self.dropped / self.mapped:.2%} of the kept mass has no token of the student")
         return lines
 
 
@@ -111,7 +112,7 @@ def retokenize(
         resume: auto, never or must; see `Writer`.
         log: JSONL file for progress.
     Returns:
-        The dataset, and what was counted of the rows that this call wrote.
+        The dataset, and what was counted.
     Raises:
         MissingError: there is no such tokenizer, or the dataset carries none.
         ConfigError: the tokenizer is not fast, or is the dataset's own.
@@ -128,11 +129,16 @@ def retokenize(
         for source in dataset.info.sources:
             _run(root, info, work, source, config, files, report, task, resume)
             resume = goes_on(resume)
+    result = open_dataset(root)
+    report.targets = sum(entry.target_tokens for entry in result.manifest)
+    report.kept = sum(entry.num_kept_positions for entry in result.manifest)
+    report.rows = sum(entry.rows for entry in result.manifest)
+    report.refused = sum(entry.rejected for entry in result.manifest)
     if report.refused and not report.rows:
         raise DataError(
             f"none of {report.refused:,} rows could be aligned with {config.tokenizer}; the reasons are in {root}/rejects"
         )
-    return open_dataset(root), report
+    return result, report
 
 
 def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
@@ -227,8 +233,6 @@ def _unit(work: _Work, number: int, report: RetokenizeReport) -> UnitResult:
             result.records.append(_record(work, row, stored.one(place), report))
         except RowError as error:
             result.rejects.append(Reject(row.id, row.domain, error.reason, error.detail))
-    report.rows += len(result.records)
-    report.refused += len(result.rejects)
     result.inputs = inputs_digest(result.records)
     return result
 
@@ -265,8 +269,7 @@ def _record(work: _Work, row: InputSequence, stored: Sequences, report: Retokeni
     counts_S[:, kept_S] = kept.num_exact, kept.num_drawn
     log_tail_S = np.where(target_S, np.float32(0), np.float32(np.nan))
     log_tail_S[kept_S] = log_tail_P
-    report.targets += int(target_S.sum())
-    report.kept += int((counts_S.sum(0) > 0).sum())
+    report.mapped += int(kept_S.sum())
     report.dropped += dropped
     return Record(
         id=row.id,
