@@ -84,6 +84,8 @@ class RetokenizeReport:
             f"{self.kept:,} of {self.targets:,} targets of the student have a distribution "
             f"({self.kept / max(self.targets, 1):.0%}): they begin where a token of the teacher begins",
         ]
+        if self.kept < self.targets:
+            lines.append("train with objective.cross_entropy_elsewhere=1, so that the others count too")
         if self.dropped > 1e-4 * self.mapped:
             lines.append(f"{self.dropped / self.mapped:.2%} of the kept mass has no token of the student")
         return lines

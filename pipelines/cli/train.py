@@ -152,6 +152,7 @@ def train(
     folder, config = local_folder(out_dir), train_config(file, steps, set)
     opened = kdata.open(dataset)
     if tokenizer is not None:
+        config = with_all_targets(config)
         dataset, opened = retokenized(opened, tokenizer, plan, folder)
     chosen = None if plan is None else plan_file(opened, plan)
     from kdata.trainer.train import train as train_student
@@ -172,6 +173,16 @@ def retokenized(opened: kdata.Dataset, tokenizer: str, plan: str | None, folder:
     say(*(f"  {line}" for line in report.lines()))
     say_rejected([str(place)], list(made.info.sources))
     return str(place), made
+
+
+def with_all_targets(config: TrainConfig) -> TrainConfig:
+    """The settings for a retokenized dataset: without another word the text counts where no distribution is kept, since a
+    student whose tokens are shorter than the teacher's learns most of them from it."""
+    if config.objective.reads_all_targets:
+        return config
+    say("objective.cross_entropy_elsewhere is 1: where no distribution is kept, the text counts")
+    objective = config.objective.model_copy(update={"cross_entropy_elsewhere": 1.0})
+    return config.model_copy(update={"objective": objective})
 
 
 def train_config(file: str | None, steps: int | None, set: list[str] | None) -> TrainConfig:

@@ -68,7 +68,7 @@ def test_value_and_gradient_are_those_of_a_dense_softmax(seed: int, temperature:
     for own, other in zip(ours, theirs, strict=True):
         assert (own - other).abs().max() < 1e-9 * other.abs().max()
     assert loss.names == ("alm", "cross_entropy", "forward_kl")
-    assert float(loss.values_MO[:, 0].sum()) == pytest.approx(float(dense(problem, temperature)), rel=1e-9)
+    assert float(loss.values_MO[:, 0].sum()) == pytest.approx(float(dense(problem, temperature).detach()), rel=1e-9)
     torch.testing.assert_close(loss.values_MO[:, 1:], without.values_MO)
 
 
