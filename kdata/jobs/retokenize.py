@@ -321,7 +321,11 @@ def _spelled(ids: np.ndarray, special: np.ndarray, table: list[bytes | None]) ->
 
     Raises RowError where the bytes of a token are not known.
     """
-    contents = [b"" if around else table[number] for number, around in zip(ids.tolist(), special.tolist(), strict=True)]
+    size = len(table)  # a head may have more rows than there are tokens
+    contents = [
+        b"" if around else table[number] if number < size else None
+        for number, around in zip(ids.tolist(), special.tolist(), strict=True)
+    ]
     known = [content for content in contents if content is not None]
     if len(known) < len(contents):
         raise RowError("misaligned", f"it is not known which bytes token {ids[contents.index(None)]} stands for")

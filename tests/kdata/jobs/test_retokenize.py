@@ -19,7 +19,7 @@ import kdata
 from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.format.records import RowError
-from kdata.jobs.retokenize import RetokenizeConfig, RetokenizeReport, _students_tokens, _Work, retokenize
+from kdata.jobs.retokenize import RetokenizeConfig, RetokenizeReport, _spelled, _students_tokens, _Work, retokenize
 from kdata.store.token_map import token_bytes_of
 from kdata.store.tokens import read_tokenizer
 from kdata.teachers.model import load_tokenizer
@@ -310,6 +310,15 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     with pytest.raises(DataError, match="not complete"):
         made(open_one, tokenizers["bytes"], root)
     assert not root.exists()
+
+
+def test_an_id_of_which_no_byte_is_known_is_refused() -> None:
+    """A row of a head that is larger than its tokenizer, or a token that stands for no text."""
+    for ids in ([0, 7], [0, 1]):
+        with pytest.raises(RowError, match=f"token {ids[1]} stands for"):
+            _spelled(np.array(ids), np.zeros(2, bool), [b"a", None])
+    sizes, spelled = _spelled(np.array([1, 0]), np.array([True, False]), [b"a", None])
+    assert sizes.tolist() == [0, 1] and spelled == b"a"
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=40))
