@@ -20,10 +20,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import kdata
 import kdata.trainer.acceleration as acceleration
-import kdata.trainer.student as student_module
 from kdata.errors import ConfigError, CorruptError, DependencyError, MismatchError
 from kdata.format.files import file_info
 from kdata.format.manifest import digest_of, json_bytes
+from kdata.trainer import forward
 from kdata.trainer.acceleration import bounds_of, check_acceleration, use_varlen
 from kdata.trainer.config import OptimizerName, ScratchStudent, TrainConfig
 from kdata.trainer.distributed import Ranks
@@ -304,4 +304,4 @@ def test_bounds_of_documents() -> None:
     bounds = bounds_of(positions)
     assert bounds["cu_seq_lens_q"].tolist() == [0, 3, 5, 6, 10] and bounds["max_length_q"] == 4
     assert bounds["cu_seq_lens_q"].dtype == torch.int32
-    assert student_module.bounds_of is bounds_of
+    assert forward.bounds_of is bounds_of  # the one that hidden states are computed with
