@@ -20,6 +20,7 @@ NOT_INSTALLED = {
     "pipelines/evidence/mixture.json",
     "pipelines/evidence/positions.json",
     "pipelines/evidence/selection.json",
+    "pipelines/evidence/tokenizers.json",
 }
 pytestmark = pytest.mark.slow
 
