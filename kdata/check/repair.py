@@ -35,6 +35,9 @@ JSON = ("manifest.jsonl", "dataset.json")
 STAYS = {"data", "index", "rejects", "scores", "plans", "manifest.jsonl"}  # repaired in place, never moved whole
 
 
+MOST_LOST = 1_000_000  # units of a source: a shard each
+
+
 @dataclass(frozen=True)
 class Repair:
     """What a repair did.
@@ -325,7 +328,17 @@ def _whole(
 
 
 def _lost_units(root: Path, info: DatasetInfo, whole: list[ManifestEntry]) -> dict[str, list[int]]:
-    """Units to run again: those that a complete source lacks; of another those of files that no intact line names."""
+    """Units to run again: those that a complete source lacks; of another those of files that no intact line names.
+
+    Raises CorruptError where dataset.json names so many units that its number cannot be right.
+    """
+    for name, source in info.sources.items():
+        there = sum(entry.source == name for entry in whole)
+        if (source.num_units or 0) - there > MOST_LOST:
+            raise CorruptError(
+                f"{root}: dataset.json says that source {name!r} has {source.num_units:,} units, and {there:,} are there; "
+                "the number is damaged. Copy dataset.json again from where the dataset came from"
+            )
     lost = {name: set(range(source.num_units or 0)) for name, source in info.sources.items()}
     for path in (p for folder in ("data", "index", "rejects") for p in (root / folder).glob("*-*")):
         source, _, unit = path.stem.rpartition("-")

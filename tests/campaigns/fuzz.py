@@ -122,7 +122,9 @@ def by_table(file: Path, rng: random.Random) -> None:
     if rng.random() < 0.4 or file.read_bytes()[-4:] not in (b"PAR1", b"ROW1"):
         return by_bytes(file, rng)
     if file.suffix == ".parquet":
-        return pq.write_table(mutations.table_of(pq.read_table(file), rng), file)
+        changed = mutations.table_of(pq.read_table(file), rng)
+        fields = [field.with_nullable(True) for field in changed.schema]  # a column may have become null
+        return pq.write_table(changed.cast(pa.schema(fields, changed.schema.metadata)), file)
     with pa.ipc.open_file(file) as reader:
         table, metadata, footer = reader.read_all(), reader.schema.metadata, dict(reader.metadata or {})
     table = mutations.table_of(table, rng).replace_schema_metadata(metadata)

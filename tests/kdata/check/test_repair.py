@@ -313,3 +313,16 @@ def test_a_stray_name_with_a_number_that_is_none_is_set_aside(damaged: Path) -> 
     for name in ("capture-" + "9" * 200, "capture-²"):
         (damaged / "data" / f"{name}.arrow").write_text("stray")
     assert len(repair(damaged).moved) == 2 and not is_damaged(damaged)
+
+
+def test_a_number_of_units_that_cannot_be_is_refused(damaged: Path) -> None:
+    """Its digest fits: 10^12 units would be listed one by one, and fill the memory. Found by the fuzz campaign."""
+    about = json.loads((damaged / "dataset.json").read_bytes())
+    name = next(iter(about["sources"]))
+    about["sources"][name]["num_units"] = 10**12
+    about["digest"] = digest_of(about)
+    (damaged / "dataset.json").write_bytes(json_bytes(about))
+    before = digests(damaged)
+    with pytest.raises(CorruptError, match="1,000,000,000,000 units"):
+        repair(damaged)
+    assert digests(damaged) == before
