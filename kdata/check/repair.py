@@ -332,11 +332,11 @@ def _lost_units(root: Path, info: DatasetInfo, whole: list[ManifestEntry]) -> di
 
     Raises CorruptError where dataset.json names so many units that its number cannot be right.
     """
-    for name, source in info.sources.items():
+    for name, about in info.sources.items():
         there = sum(entry.source == name for entry in whole)
-        if (source.num_units or 0) - there > MOST_LOST:
+        if (about.num_units or 0) - there > MOST_LOST:
             raise CorruptError(
-                f"{root}: dataset.json says that source {name!r} has {source.num_units:,} units, and {there:,} are there; "
+                f"{root}: dataset.json says that source {name!r} has {about.num_units:,} units, and {there:,} are there; "
                 "the number is damaged. Copy dataset.json again from where the dataset came from"
             )
     lost = {name: set(range(source.num_units or 0)) for name, source in info.sources.items()}
