@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ class Sample(Campaign):
         if number == 3:
             return Outcome("memory", child(take_memory).complaint())
         return Outcome("drawn", None if rng.random() == random.Random("sample 7 0").random() else "another number")
+
+
+def ends_with(status: int) -> int:
+    return status
+
+
+def test_no_status_of_a_child_is_lost() -> None:
+    """Children that several threads start at once: multiprocessing alone loses the status of some."""
+    wanted = [number % 3 for number in range(500)]
+    with ThreadPoolExecutor(2) as pool:
+        assert [ended.status for ended in pool.map(child, [ends_with] * len(wanted), wanted)] == wanted
 
 
 def test_failures_are_counted_by_kind_and_say_how_to_repeat_them(capsys: pytest.CaptureFixture[str]) -> None:
