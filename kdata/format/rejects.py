@@ -32,6 +32,7 @@ REASONS = {
     "misaligned": "lists that do not fit the tokens",
     "twice": "entry twice in a list",
     "normalized": "changed by the tokenizer",
+    "not_spelled": "text that its tokens do not spell",
 }
 
 

@@ -32,7 +32,7 @@ from pydantic import Field
 
 from kdata.config import Strict
 from kdata.corpus.align import Alignment, align
-from kdata.corpus.encode import TextEncoder
+from kdata.corpus.encode import SpecialTokensInText, TextEncoder
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.format.keep import packed_version
 from kdata.format.keep_rules import KeepAligned
@@ -84,8 +84,6 @@ class RetokenizeReport:
             f"{self.kept:,} of {self.targets:,} targets of the student have a distribution "
             f"({self.kept / max(self.targets, 1):.0%}): they begin where a token of the teacher begins",
         ]
-        if self.kept < self.targets:
-            lines.append("train with objective.cross_entropy_elsewhere=1, so that the others count too")
         if self.dropped > 1e-4 * self.mapped:
             lines.append(f"{self.dropped / self.mapped:.2%} of the kept mass has no token of the student")
         return lines
@@ -93,11 +91,14 @@ class RetokenizeReport:
 
 @dataclass(frozen=True)
 class _Work:
-    """theirs, own: bytes of the ids of teacher and student. map_V: see `token_map`. draws: whether the dataset holds some."""
+    """encoders: of the student, by what the name of a special token in a text is. special: int64, ids of the teacher that
+    mark structure. theirs, own: bytes of the ids of teacher and student. map_V: see `token_map`. draws: whether the dataset
+    holds some."""
 
     dataset: Dataset
     tokenizer: Any
-    encoder: TextEncoder
+    encoders: dict[SpecialTokensInText, TextEncoder]
+    special: np.ndarray
     theirs: list[bytes | None]
     own: list[bytes | None]
     map_V: np.ndarray
@@ -171,8 +172,19 @@ def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
     ):
         if their_id is not None and their_id < len(map_V):
             map_V[their_id] = -1 if own_id is None else own_id
-    theirs, own = (token_bytes_of(one, names=True) for one in (teacher, student))
-    return _Work(dataset, tokenizer, TextEncoder(tokenizer), theirs, own, map_V, dataset.info.tail == "draws")
+    about, added = dataset.info.tokenizer, teacher.get_added_tokens_decoder()
+    marks = {number for number, token in added.items() if token.special} | {about.bos_id, about.eos_id}
+    modes: tuple[SpecialTokensInText, ...] = ("keep", "split")
+    return _Work(
+        dataset=dataset,
+        tokenizer=tokenizer,
+        encoders={mode: TextEncoder(tokenizer, special_tokens_in_text=mode) for mode in modes},
+        special=np.array(sorted(number for number in marks if number is not None), np.int64),
+        theirs=token_bytes_of(teacher, names=True),
+        own=token_bytes_of(student, names=True),
+        map_V=map_V,
+        draws=dataset.info.tail == "draws",
+    )
 
 
 def _identity(work: _Work, config: RetokenizeConfig) -> DatasetInfo:
@@ -253,7 +265,9 @@ class _Tokens:
 def _record(work: _Work, row: InputSequence, stored: Sequences, report: RetokenizeReport) -> Record:
     """One row with the student's tokens. Raises RowError where its text cannot be aligned."""
     text, theirs = _teachers_tokens(work, row)
-    own = _students_tokens(work, text, ends=theirs.ends)
+    # A name that the teacher read as text is text, not a mark of the student.
+    reads_marks = bool((np.isin(theirs.ids, work.special) & ~theirs.special).any())
+    own = _students_tokens(work, text, ends=theirs.ends, mode="keep" if reads_marks else "split")
     aligned = align(theirs.num_bytes, own.num_bytes, theirs.special, own.special)
     begins_S = aligned.begins_S
     size_T = len(theirs.ids)
@@ -302,18 +316,36 @@ def _teachers_tokens(work: _Work, row: InputSequence) -> tuple[str, _Tokens]:
         raise RowError(
             "chat", "a chat is written by the teacher's template; capture it as the student's template writes it"
         )
-    if row.text is None or row.token_bytes is None:
-        raise RowError("misaligned", "the dataset does not hold the text, or the bytes that each token stands for")
-    about, ids = work.dataset.info.tokenizer, row.token_ids
-    around = [number for number in (about.bos_id, about.eos_id) if number is not None]
-    special = (row.token_bytes == 0) & np.isin(ids, around)
+    if row.text is None:
+        raise RowError("not_spelled", "the dataset does not hold the text")
+    ids = row.token_ids
+    marks = np.isin(ids, work.special)
+    special = _around(marks if row.token_bytes is None else marks & (row.token_bytes == 0))
     num_bytes, spelled = _spelled(ids, special, work.theirs)
     content = row.text.encode()
     if spelled != content:
-        content, size = _up_to_a_character(spelled, num_bytes, row.text.rstrip(REPLACED).encode())
+        text = row.text.rstrip(REPLACED).encode()
+        num_bytes, spelled = _without_space_before(num_bytes, spelled, text)
+        content, size = _up_to_a_character(spelled, num_bytes, text)
         ids, num_bytes, special = ids[:size], num_bytes[:size], special[:size]
-    ends = bool(len(special) and special[-1] and ids[-1] == about.eos_id)
+    ends = bool(len(special) and special[-1] and ids[-1] == work.dataset.info.tokenizer.eos_id)
     return content.decode(), _Tokens(ids, num_bytes, special, ends)
+
+
+def _around(marks: np.ndarray) -> np.ndarray:
+    """Of tokens that mark structure and stand for no byte, those before and behind all others, bool [T]: elsewhere one would
+    part what the student reads as one text."""
+    around: np.ndarray = np.logical_and.accumulate(marks) | np.logical_and.accumulate(marks[::-1])[::-1]
+    return around
+
+
+def _without_space_before(num_bytes: np.ndarray, spelled: bytes, text: bytes) -> tuple[np.ndarray, bytes]:
+    """Bytes of each token and all of them, without the space that a tokenizer puts before every text."""
+    if spelled.startswith(text) or not spelled.startswith(b" " + text):
+        return num_bytes, spelled
+    shorter = num_bytes.copy()
+    shorter[np.flatnonzero(num_bytes)[0]] -= 1
+    return shorter, spelled[1:]
 
 
 def _spelled(ids: np.ndarray, special: np.ndarray, table: list[bytes | None]) -> tuple[np.ndarray, bytes]:
@@ -328,7 +360,7 @@ def _spelled(ids: np.ndarray, special: np.ndarray, table: list[bytes | None]) ->
     ]
     known = [content for content in contents if content is not None]
     if len(known) < len(contents):
-        raise RowError("misaligned", f"it is not known which bytes token {ids[contents.index(None)]} stands for")
+        raise RowError("not_spelled", f"it is not known which bytes token {ids[contents.index(None)]} stands for")
     return np.array([len(content) for content in known], np.int64), b"".join(known)
 
 
@@ -342,7 +374,7 @@ def _up_to_a_character(spelled: bytes, num_bytes: np.ndarray, text: bytes) -> tu
     """
     if not spelled.startswith(text) or len(spelled) - len(text) >= MOST_OF_A_CHARACTER:
         raise RowError(
-            "misaligned", "the tokens do not spell the text: it is not all UTF-8, or was cut inside a character"
+            "not_spelled", "the tokens do not spell the text: it is not all UTF-8, or was cut inside a character"
         )
     ends = np.cumsum(num_bytes)
     for size in range(len(num_bytes), 0, -1):
@@ -352,22 +384,26 @@ def _up_to_a_character(spelled: bytes, num_bytes: np.ndarray, text: bytes) -> tu
     return b"", 0
 
 
-def _students_tokens(work: _Work, text: str, *, ends: bool) -> _Tokens:
+def _students_tokens(work: _Work, text: str, *, ends: bool, mode: SpecialTokensInText = "keep") -> _Tokens:
     """The student's tokens of a text, with those that its tokenizer puts around one.
 
     Args:
         ends: the teacher's tokens hold the end of the sequence; the student's then do too, where its tokenizer has one.
+        mode: what the name of a special token in the text is.
     Raises:
         RowError: the tokens spell another text, because the tokenizer changes it, or there is nothing to predict.
     """
-    [(_, ids, given)] = work.encoder.pieces(text, WHOLE)
-    first, last, places = len(work.encoder.prefix), len(ids) - len(work.encoder.suffix), np.arange(len(ids))
+    encoder = work.encoders[mode]
+    try:
+        [(_, ids, given)] = encoder.pieces(text, WHOLE)
+    except ConfigError as error:  # of a kind whose special tokens cannot be read as text
+        raise RowError("special_tokens", "the text spells out special tokens of the student, and is text") from error
+    first, last, places = len(encoder.prefix), len(ids) - len(encoder.suffix), np.arange(len(ids))
     special = (given == 0) & ((places < first) | (places >= last))
     num_bytes, spelled = _spelled(ids, special, work.own)
     content = text.encode()
-    if spelled == b" " + content:  # a space that the tokenizer puts before every text
-        num_bytes[np.flatnonzero(num_bytes)[0]] -= 1
-    elif spelled != content:
+    num_bytes, spelled = _without_space_before(num_bytes, spelled, content)
+    if spelled != content:
         raise RowError("normalized", "the tokenizer of the student changes the text, so its tokens do not spell it")
     eos = work.tokenizer.eos_token_id
     has_end = bool(len(ids) and special[-1] and ids[-1] == eos)

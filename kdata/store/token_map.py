@@ -14,6 +14,7 @@ the prefix map is ours.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ REPLACED = "\ufffd"  # what a decoder writes for a part of a character
 # The characters that byte-level tokenizers write for bytes: printable ones for themselves, the others from 256 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")  # as sentencepiece writes a byte that it has no token for
 BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 
 
@@ -52,13 +54,9 @@ def token_map(teacher: Tokenizer, student: Tokenizer, kind: TokenMap, num_teache
                 open_ids.append(number)
     if kind == "exact" or not open_ids:
         return mapped_V
-    for number, first in zip(open_ids, _first_tokens(student, [contents[n] or b"" for n in open_ids]), strict=True):
-        content = contents[number] or b""
-        own = None if first is None else theirs[first]
-        if first is not None and own and content.startswith(own):
-            mapped_V[number] = first
-        else:
-            mapped_V[number] = _longest_prefix(content, by_bytes)
+    wanted = [contents[number] or b"" for number in open_ids]
+    for number, content, first in zip(open_ids, wanted, _first_tokens(student, theirs, wanted), strict=True):
+        mapped_V[number] = _longest_prefix(content, by_bytes) if first is None else first
     return mapped_V
 
 
@@ -72,13 +70,14 @@ def token_bytes_of(tokenizer: Tokenizer, *, names: bool = False) -> list[bytes |
     added = tokenizer.get_added_tokens_decoder()
     decoder, is_byte_level = tokenizer.decoder, type(tokenizer.decoder).__name__ == "ByteLevel"
     lead = "" if decoder is None else decoder.decode(["a"])
+    has_bytes = decoder is not None and decoder.decode(["a", "<0x41>"]).removeprefix(lead) == "A"
     for token, number in tokenizer.get_vocab(with_added_tokens=True).items():
         if number in added:
             table[number] = None if added[number].special and not names else added[number].content.encode()
         elif is_byte_level:
             table[number] = bytes(BYTE_OF[sign] for sign in token) if all(sign in BYTE_OF for sign in token) else None
-        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            table[number] = bytes.fromhex(token[3:5])
+        elif has_bytes and (byte := _BYTE_TOKEN.fullmatch(token)):
+            table[number] = bytes.fromhex(byte[1])
         else:
             # Behind another token, since decoders drop the space at the start of a text.
             text = token if decoder is None else decoder.decode(["a", token]).removeprefix(lead)
@@ -86,16 +85,42 @@ def token_bytes_of(tokenizer: Tokenizer, *, names: bool = False) -> list[bytes |
     return table
 
 
-def _first_tokens(student: Tokenizer, contents: list[bytes]) -> list[int | None]:
-    """The first token of each text by itself, None where the bytes are no text."""
-    texts: list[str | None] = []
-    for content in contents:
-        try:
-            texts.append(content.decode())
-        except UnicodeDecodeError:
-            texts.append(None)
-    encoded = iter(student.encode_batch_fast([text for text in texts if text is not None], add_special_tokens=False))
-    return [None if text is None else next(iter(next(encoded).ids), None) for text in texts]
+def _first_tokens(student: Tokenizer, theirs: list[bytes | None], contents: list[bytes]) -> list[int | None]:
+    """The first token of each text as the student cuts it, None where that is not known.
+
+    The text is cut by itself. A tokenizer that puts a space before every text would cut another one; then the text is cut
+    behind a line break, whose tokens are left out.
+
+    Args:
+        theirs: bytes of the student's ids.
+    """
+    first: list[int | None] = [None] * len(contents)
+    for lead in (b"", b"\n"):
+        places = [place for place, content in enumerate(contents) if first[place] is None and _is_text(content)]
+        texts = [(lead + contents[place]).decode() for place in places]
+        for place, encoding in zip(places, student.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+            first[place] = _token_behind(lead, contents[place], encoding.ids, theirs)
+    return first
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _token_behind(lead: bytes, content: bytes, ids: list[int], theirs: list[bytes | None]) -> int | None:
+    """The token with which the content begins behind the lead; None where tokens spell another text, or one lies across."""
+    spelled, begins = b"", {}
+    for number in ids:
+        begins[len(spelled)] = number
+        spelled += theirs[number] or b"\xff"  # no text holds it
+    for before in (lead, b" " + lead) if lead else (lead,):
+        if spelled == before + content:
+            return begins.get(len(before))
+    return None
 
 
 def _longest_prefix(content: bytes, by_bytes: dict[bytes, int]) -> int:

@@ -268,6 +268,8 @@ def retokenize(
     result, report = retokenize_dataset(local_folder(target), kdata.open(dataset), config, resume=resume.value)
     say_rows(result)
     say(*(f"  {line}" for line in report.lines()))
+    if report.kept < report.targets:
+        say("  train with objective.cross_entropy_elsewhere=1, so that the others count too")
     say_rejected([target], list(result.info.sources))
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from kdata.store.token_map import token_bytes_of, token_map
-from tests.tokenizers_of_kinds import byte_tokenizer, sentence_tokenizer
+from tests.tokenizers_of_kinds import bpe_tokenizer, byte_tokenizer, sentence_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +71,30 @@ def test_ids_without_a_token_have_none(teacher: Tokenizer) -> None:
     mapped = token_map(teacher, byte_tokenizer().backend_tokenizer, "prefix", len(token_bytes_of(teacher)) + 20)
     assert (mapped[-20:] == -1).all()
     assert json.loads(teacher.to_str())["model"]["type"] == "BPE"
+
+
+def test_a_token_that_only_looks_like_a_byte_is_its_text() -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"<0xZZ>": 0, "<0x4f>": 1, "<0x4F>": 2}, merges=[]))
+    tokenizer.decoder = decoders.ByteFallback()
+    assert token_bytes_of(tokenizer) == [b"<0xZZ>", b"O", b"O"]
+    tokenizer.decoder = decoders.Fuse()  # it has no such tokens
+    assert token_bytes_of(tokenizer)[2] == b"<0x4F>"
+
+
+@pytest.mark.parametrize("kind", ["sentence", "phrases", "bytes"])
+def test_a_token_becomes_what_begins_its_text_inside_a_text(teacher: Tokenizer, kind: str) -> None:
+    """The student's own cut of the same characters behind another word, where it cuts before them."""
+    lines = ["the cat sat on the mat, and information for the others", "a dog; naïve café"]
+    makers = {"sentence": sentence_tokenizer, "phrases": bpe_tokenizer, "bytes": lambda _: byte_tokenizer()}
+    student = makers[kind](lines).backend_tokenizer
+    theirs, own = token_bytes_of(teacher), token_bytes_of(student)
+    mapped, seen = token_map(teacher, student, "prefix", len(theirs)), 0
+    lead = student.encode("zq", add_special_tokens=False).ids
+    for number, content in enumerate(theirs):
+        text = (content or b"\xff").decode(errors="replace")
+        cut = student.encode(f"zq{text}", add_special_tokens=False).ids
+        if "\ufffd" in text or cut[: len(lead)] != lead:
+            continue
+        assert own[mapped[number]] == own[cut[len(lead)]], (content, own[mapped[number]])
+        seen += 1
+    assert seen > 150
