@@ -139,12 +139,14 @@ def distillation_loss_of_logits(
 
 
 def _loss(hidden_MD: Tensor, head_VD: Tensor | None, targets: Targets, loss_plan: LossPlan) -> Loss:
-    total, values_MO = _SparseLoss.apply(hidden_MD, head_VD, targets, loss_plan, torch.is_grad_enabled())
-    columns = dict(zip(loss_plan.weights, values_MO.unbind(-1), strict=True))
     config = loss_plan.config
+    alone = CHUNK_OBJECTIVES.issuperset(config.weights)  # then this pass is for the log-probabilities of actual tokens
+    grad = torch.is_grad_enabled() and not alone
+    total, values_MO = _SparseLoss.apply(hidden_MD, head_VD, targets, loss_plan, grad)
+    columns = dict(zip(loss_plan.weights, values_MO.unbind(-1), strict=True))
     if "alm" in config.weights:
-        own, columns["alm"] = _of_chunks(hidden_MD, head_VD, targets, loss_plan)
-        total = total + config.numbers()["alm"] * own
+        own, columns["alm"] = _of_chunks(hidden_MD, head_VD, targets, loss_plan, -columns["cross_entropy"])
+        total = config.numbers()["alm"] * own + (0.0 if alone else total)
     elsewhere = values_MO.new_zeros(())
     if targets.chosen_C is not None:
         elsewhere = (~targets.chosen_C).to(values_MO) @ columns["cross_entropy"]
@@ -153,25 +155,28 @@ def _loss(hidden_MD: Tensor, head_VD: Tensor | None, targets: Targets, loss_plan
 
 
 def _of_chunks(
-    hidden_MD: Tensor, head_VD: Tensor | None, targets: Targets, loss_plan: LossPlan
+    hidden_MD: Tensor, head_VD: Tensor | None, targets: Targets, loss_plan: LossPlan, log_q_M: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The loss `alm` (`kdata.trainer.chunks`), scaled and differentiable; and its values, float [M].
 
-    Its gradient is that of a cross-entropy in which each position weighs what the first pass found.
+    Its gradient is that of a cross-entropy in which each position weighs what the log-probabilities of the first pass say.
+
+    Args:
+        log_q_M: float [M], the student's log-probabilities of the actual tokens.
     """
     if targets.weights_C is not None:
         raise ConfigError(
             "objective alm is of chunks, and the plan gives weights to single positions; use a plan without weights"
         )
+    values_M, slope_M = chunk_loss(log_q_M, targets, loss_plan.config.alm_temperature)
+    value = (values_M.sum() * loss_plan.scale).to(log_q_M.dtype)
+    if not torch.is_grad_enabled():
+        return value, values_M.to(log_q_M.dtype)
     nothing = replace(targets, ids_CK=targets.ids_CK[:, :0], logprobs_CK=targets.logprobs_CK[:, :0], chosen_C=None)
     plain = replace(loss_plan, config=ObjectiveConfig(), weights={"cross_entropy": 1.0}, elsewhere=None)
-    with torch.no_grad():
-        _, cross_entropy_MO = _SparseLoss.apply(hidden_MD, head_VD, nothing, plain, False)
-    values_M, slope_M = chunk_loss(-cross_entropy_MO[:, 0], targets, loss_plan.config.alm_temperature)
-    weighted = replace(nothing, weights_C=-slope_M.to(cross_entropy_MO.dtype))
-    own, _ = _SparseLoss.apply(hidden_MD, head_VD, weighted, plain, torch.is_grad_enabled())
-    value = (values_M.sum() * loss_plan.scale).to(own.dtype)
-    return value + (own - own.detach()), values_M.to(cross_entropy_MO.dtype)
+    weighted = replace(nothing, weights_C=-slope_M.to(log_q_M.dtype))
+    own, _ = _SparseLoss.apply(hidden_MD, head_VD, weighted, plain, True)
+    return value + (own - own.detach()), values_M.to(log_q_M.dtype)
 
 
 def _plan_of(
@@ -194,7 +199,9 @@ def _plan_of(
             "objective, or use data of a teacher whose whole distribution was seen"
         )
     numbers, elsewhere = config.numbers(), None
-    weights = {n: w for n, w in numbers.items() if n not in CHUNK_OBJECTIVES} or {"cross_entropy": 0.0}
+    weights = {n: w for n, w in numbers.items() if n not in CHUNK_OBJECTIVES}
+    if len(weights) < len(numbers):  # they need the log-probabilities of actual tokens
+        weights = {**weights, "cross_entropy": weights.get("cross_entropy", 0.0)}
     if targets.chosen_C is not None:
         if not config.reads_all_targets:
             raise ConfigError(

@@ -59,7 +59,7 @@ from kdata.trainer.input_mask import check_mask, masked
 from kdata.trainer.learner import Learner, resolve_precision
 from kdata.trainer.loader import Batch
 from kdata.trainer.metrics import Metrics, check_installed
-from kdata.trainer.objective_config import ObjectiveConfig
+from kdata.trainer.objective_config import CHUNK_OBJECTIVES, ObjectiveConfig
 from kdata.trainer.optimizers import check_optimizer, make_optimizer
 from kdata.trainer.phases import OpenPhase, open_phases, others_of
 from kdata.trainer.schedule import learning_rate
@@ -291,7 +291,8 @@ def _gradients(
             total, values_MO = learner(batch, measured, open_phase.tail, total_weight)
             (total * ranks.world_size).backward()  # DDP and FSDP2 average gradients over ranks
         parts.append((total.detach(), values_MO))
-    sums = torch.stack([_sums(b, *part).double() for b, part in zip(batches, parts, strict=True)]).sum(0)
+    of_chunks = [name in CHUNK_OBJECTIVES for name in measured.weights]
+    sums = torch.stack([_sums(b, *part, of_chunks).double() for b, part in zip(batches, parts, strict=True)]).sum(0)
     loss, elsewhere_sum, *values = ranks.sum(sums.cpu().numpy()).tolist()
     if not math.isfinite(loss):
         rows = [_bad_rows(b, values_MO) for b, (_, values_MO) in zip(batches, parts, strict=True)]
@@ -303,21 +304,26 @@ def _gradients(
     if not math.isfinite(norm):
         named = _named(open_phase.dataset, [b.rows for b in batches], ranks)
         raise TrainingError(f"the gradient norm of step {step} is {norm}; {named}. {_REMEDY}")
-    per_token = [value / ((total_weight - elsewhere) or 1) for value in values]
+    chosen_weight = (total_weight - elsewhere) or 1
+    per_token = [
+        value / (total_weight if name in CHUNK_OBJECTIVES else chosen_weight)
+        for name, value in zip(measured.weights, values, strict=True)
+    ]
     losses = {"loss": loss, **dict(zip(measured.weights, per_token, strict=True))}
     if objective.cross_entropy_elsewhere is not None:
         losses["cross_entropy_elsewhere"] = elsewhere_sum / max(elsewhere, 1)
     return _Gradients(losses, norm, tokens, counted, tokens / positions)
 
 
-def _sums(batch: Batch, total: Tensor, values_MO: Tensor) -> Tensor:
+def _sums(batch: Batch, total: Tensor, values_MO: Tensor, of_chunks: list[bool]) -> Tensor:
     """Loss of a batch, sum of the cross-entropy where nothing else counts, and sum of each objective; [2 + O].
 
     Args:
         values_MO: the objectives, the cross-entropy first.
+        of_chunks: which of them count at every target.
     """
     targets = batch.targets
-    own = targets.sums(values_MO)
+    own = torch.where(torch.tensor(of_chunks).to(values_MO.device), values_MO.sum(0), targets.sums(values_MO))
     elsewhere = total.new_zeros(1) if targets.chosen_C is None else (~targets.chosen_C).to(own) @ values_MO[:, :1]
     return torch.cat([total[None], elsewhere, own])
 

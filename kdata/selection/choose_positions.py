@@ -66,10 +66,17 @@ def choose_positions(
         reader: the model of the rule `gap`.
         on_rows: called with the number of rows that were read since the last call, so that progress can be shown.
     Raises:
-        DataError, ConfigError: see the rule.
+        DataError, ConfigError: see the rule. DataError also where it reads log-probabilities, and those of the dataset are of
+            chunks of another tokenizer.
         MissingError: a score that the rule reads has no number for each token.
         CorruptError: a shard, or a part of a score, is not what was committed.
     """
+    positions = dataset.info.codec.parameters.get("positions") or {}
+    if "logprob" in rule.COLUMNS and positions.get("rule") == "aligned":
+        raise DataError(
+            f"the rule {rule.rule!r} compares the log-probabilities of single tokens, and those of {dataset.path} are of "
+            "chunks: it was made for another tokenizer. Choose in the dataset that it was made of, or by another rule"
+        )
     wanted = np.zeros(dataset.num_rows, bool)
     wanted[rows] = True
     parameters = {**rule.recorded(), **({} if reader is None else reader.recorded)}

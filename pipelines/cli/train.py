@@ -42,6 +42,7 @@ from kdata.selection.plan import Plan, open_plan
 from kdata.store.gguf import is_gguf
 from kdata.store.sql import is_name
 from kdata.trainer.config import EvaluateConfig, TrainConfig
+from kdata.trainer.objective_config import ObjectiveConfig, resolve_tail
 
 # Lines of the table of one student: heading and format, by the figure's name.
 FIGURES = {
@@ -152,8 +153,8 @@ def train(
     folder, config = local_folder(out_dir), train_config(file, steps, set)
     opened = kdata.open(dataset)
     if tokenizer is not None:
-        config = with_all_targets(config)
-        dataset, opened = retokenized(opened, tokenizer, plan, folder)
+        config = for_another_tokenizer(config, opened, plan)
+        dataset, opened = retokenized(opened, tokenizer, folder)
     chosen = None if plan is None else plan_file(opened, plan)
     from kdata.trainer.train import train as train_student
 
@@ -161,28 +162,45 @@ def train(
     say(f"student: {folder / 'model'}")
 
 
-def retokenized(opened: kdata.Dataset, tokenizer: str, plan: str | None, folder: Path) -> tuple[str, kdata.Dataset]:
-    """The dataset for a student with another tokenizer, made in FOLDER/retokenized. Raises as `kdata.retokenize`."""
-    if plan is not None:
+def for_another_tokenizer(config: TrainConfig, opened: kdata.Dataset, plan: str | None) -> TrainConfig:
+    """The settings for a dataset that is retokenized, checked before it is.
+
+    Without another word the text counts where no distribution is kept, in every phase, since a student whose tokens are
+    shorter than the teacher's learns most of them from it.
+
+    Raises:
+        ConfigError: a plan, or a phase with a dataset or a plan of its own; or an objective that draws cannot serve.
+    """
+    if plan is not None or any(phase.dataset or phase.plan for phase in config.phases):
         raise ConfigError(
-            "--plan chooses rows and tokens of the dataset as it is, and --tokenizer makes another one; run `kdata "
-            "retokenize` first, and choose from what it writes"
+            "a plan chooses rows and tokens of a dataset as it is, and --tokenizer makes another one, of the one that is "
+            "named first; run `kdata retokenize` for each, and name and choose from what it writes"
         )
+    phases = [
+        phase if phase.objective is None else phase.model_copy(update={"objective": _with_text(phase.objective)})
+        for phase in config.phases
+    ]
+    changed = config.model_copy(update={"objective": _with_text(config.objective), "phases": phases})
+    if changed != config:
+        say("objective.cross_entropy_elsewhere is 1: where no distribution is kept, the text counts")
+    for resolved in changed.resolved_phases():
+        resolve_tail(resolved.objective, opened.info.tail, kind="combined")
+    return changed
+
+
+def _with_text(objective: ObjectiveConfig) -> ObjectiveConfig:
+    if objective.reads_all_targets or "cross_entropy_elsewhere" in objective.model_fields_set:
+        return objective
+    return objective.model_copy(update={"cross_entropy_elsewhere": 1.0})
+
+
+def retokenized(opened: kdata.Dataset, tokenizer: str, folder: Path) -> tuple[str, kdata.Dataset]:
+    """The dataset for a student with another tokenizer, made in FOLDER/retokenized. Raises as `kdata.retokenize`."""
     place = folder / "retokenized"
     made, report = kdata.retokenize(place, opened, kdata.RetokenizeConfig(tokenizer=tokenizer))
     say(*(f"  {line}" for line in report.lines()))
     say_rejected([str(place)], list(made.info.sources))
     return str(place), made
-
-
-def with_all_targets(config: TrainConfig) -> TrainConfig:
-    """The settings for a retokenized dataset: without another word the text counts where no distribution is kept, since a
-    student whose tokens are shorter than the teacher's learns most of them from it."""
-    if config.objective.reads_all_targets:
-        return config
-    say("objective.cross_entropy_elsewhere is 1: where no distribution is kept, the text counts")
-    objective = config.objective.model_copy(update={"cross_entropy_elsewhere": 1.0})
-    return config.model_copy(update={"objective": objective})
 
 
 def train_config(file: str | None, steps: int | None, set: list[str] | None) -> TrainConfig:

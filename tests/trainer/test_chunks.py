@@ -16,6 +16,7 @@ from torch import Tensor
 import kdata
 from kdata.errors import ConfigError
 from kdata.jobs.retokenize import RetokenizeConfig, retokenize
+from kdata.trainer import fused
 from kdata.trainer.chunks import chunk_loss, chunks_of
 from kdata.trainer.config import ScratchStudent, TrainConfig
 from kdata.trainer.fused import distillation_loss, distillation_loss_of_logits
@@ -93,6 +94,23 @@ def test_alone_of_logits_and_with_positions_elsewhere() -> None:
         assert (gradient - wanted).abs().max() < 1e-9 * wanted.abs().max()
 
 
+def test_the_vocabulary_is_passed_over_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for the log-probabilities, which other objectives share, and once for the gradient; without one, once."""
+    passes, real = [], fused._logit_chunks
+    monkeypatch.setattr(fused, "_logit_chunks", lambda *given: passes.append(1) or real(*given))  # type: ignore[func-returns-value]
+    problem = chunked()
+    for weights in ({"alm": 1.0}, {"alm": 1.0, "forward_kl": 1.0}):
+        passes.clear()
+        distillation_loss(problem.hidden, problem.head, problem.targets, ObjectiveConfig(weights=weights), "ghost")
+        assert len(passes) == 2
+        with torch.no_grad():
+            config = ObjectiveConfig(weights=weights)
+            loss = distillation_loss(problem.hidden, problem.head, problem.targets, config, "ghost")
+        assert len(passes) == 3 and float(loss.values_MO[:, 0].sum()) == pytest.approx(
+            float(dense(problem).detach()), rel=1e-9
+        )
+
+
 def test_a_student_that_agrees_has_no_loss_and_no_gradient() -> None:
     problem = chunked(5)
     log_q = torch.log_softmax(problem.hidden @ problem.head.T, -1).gather(1, problem.targets.token_ids_C[:, None])[:, 0]
@@ -161,4 +179,6 @@ def test_a_student_of_bytes_learns_from_a_teacher_of_words(
         lines = [json.loads(line) for line in (tmp_path / str(micro) / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines])
         assert lines[-1]["alm"] < lines[0]["alm"]
+        if set(weights) == {"alm"}:  # every target counts, with entries or without
+            assert [line["alm"] for line in lines] == pytest.approx([line["loss"] for line in lines], rel=1e-6)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

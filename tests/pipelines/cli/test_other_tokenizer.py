@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
+import yaml
 from typer.testing import CliRunner
 
-from kdata.errors import ConfigError
+import kdata
+from kdata.errors import ConfigError, DataError
 from kdata.pipelines.cli.main import app
+from kdata.selection.position_rules import Surprise
+from kdata.selection.ranked import All
 from tests.tokenizers_of_kinds import byte_tokenizer, saved
+
+SIZES = ["student.kind=scratch", "student.hidden_size=32", "student.num_layers=1", "student.num_heads=2"]
+SIZES += ["student.max_positions=1024", "context_tokens=1024", "batch_tokens=2048", "warmup_steps=1", "precision=fp32"]
 
 
 def test_the_command_counts_the_text_where_no_distribution_is_kept(captured_once: Path, tmp_path: Path) -> None:
     """One command from a dataset to a student of bytes; the same command goes on and changes nothing."""
     folder = saved(byte_tokenizer(), tmp_path / "bytes")
-    settings = ["steps=3", "warmup_steps=1", "batch_tokens=2048", "context_tokens=1024", "precision=fp32"]
-    settings += [
-        "student.kind=scratch",
-        "student.hidden_size=32",
-        "student.num_layers=1",
-        "student.num_heads=2",
-        "student.max_positions=1024",
-    ]
+    settings = ["steps=3", *SIZES]
     arguments = ["train", str(captured_once), "--tokenizer", str(folder), "--out", str(tmp_path / "out")]
     arguments += [part for setting in settings for part in ("--set", setting)]
     for _ in range(2):
@@ -33,3 +35,56 @@ def test_the_command_counts_the_text_where_no_distribution_is_kept(captured_once
     assert line["cross_entropy_elsewhere"] > 0 and line["step"] == 3
     refused = CliRunner().invoke(app, [*arguments, "--plan", "x"])
     assert isinstance(refused.exception, ConfigError) and "retokenize" in str(refused.exception)
+
+
+def test_every_phase_counts_the_text_unless_it_says_otherwise(captured_once: Path, tmp_path: Path) -> None:
+    folder = saved(byte_tokenizer(), tmp_path / "bytes")
+    objectives: list[dict[str, Any]] = [{}, {"objective": {"weights": {"forward_kl": 1.0}}}]
+    objectives.append({"objective": {"weights": {"forward_kl": 1.0}, "cross_entropy_elsewhere": None}})
+    phases = [{"name": name, "steps": 2, **own} for name, own in zip("abc", objectives, strict=True)]
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"phases": phases, "log_every_steps": 1}))
+    arguments = [
+        "train",
+        str(captured_once),
+        "--tokenizer",
+        str(folder),
+        "--config",
+        str(file),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    result = CliRunner().invoke(app, [*arguments, *(part for setting in SIZES for part in ("--set", setting))])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    counted = {line["phase"]: "cross_entropy_elsewhere" in line for line in lines}
+    assert counted == {"a": True, "b": True, "c": False}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"phases": [{"name": "a", "dataset": "other"}]}, "retokenize"),
+        ({"phases": [{"name": "a", "plan": "other"}]}, "retokenize"),
+        ({"objective": {"weights": {"forward_kk": 1.0}}}, "forward_kl"),
+        ({"objective": {"weights": {"jsd": 1.0}}}, "not linear"),
+        ({"phases": [{"name": "a", "objective": {"temperature": 2.0}}]}, "temperature"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_made(
+    captured_once: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    folder, file, out = saved(byte_tokenizer(), tmp_path / "bytes"), tmp_path / "run.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump({"warmup_steps": 1, **settings}))
+    arguments = ["train", str(captured_once), "--tokenizer", str(folder), "--config", str(file), "--out", str(out)]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ConfigError) and message in str(result.exception)
+    assert not out.exists()
+
+
+def test_rules_of_single_tokens_refuse_log_probabilities_of_chunks(captured_once: Path, tmp_path: Path) -> None:
+    folder = saved(byte_tokenizer(), tmp_path / "bytes")
+    config = kdata.RetokenizeConfig(tokenizer=str(folder))
+    made, _ = kdata.retokenize(tmp_path / "made", kdata.open(captured_once), config)
+    with pytest.raises(DataError, match="of chunks"):
+        kdata.select(made, All(name="some", positions=Surprise(share=0.2)))
