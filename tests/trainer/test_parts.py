@@ -148,7 +148,9 @@ def test_items_outside_are_errors(rows: PackedRows) -> None:
             rows[index]
 
 
-def test_empty_items_fill_up_and_count_nothing(rows: PackedRows) -> None:
+@pytest.mark.parametrize("name", ["forward_kl", "deviation_kl"])  # one that reads the entropy, too
+def test_empty_items_fill_up_and_count_nothing(dataset: kdata.Dataset, name: str) -> None:
+    rows = PackedRows(dataset, context_tokens=64, items=12, objective={"weights": {"cross_entropy": 0.1, name: 0.9}})
     filled = rows.filled_to(5)
     assert (len(rows), len(filled)) == (12, 15)
     assert len(filled[14]["targets"]) == 0 and filled.documents(14).tolist() == []

@@ -47,7 +47,17 @@ class SparseTargets:
         ids, floats = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
         weights = floats if weighted else None
         return cls(
-            ids, Targets(ids, ids.view(0, 1), floats.view(0, 1), floats, temperature, ids, weights, None, floats)
+            ids,
+            Targets(
+                token_ids_C=ids,
+                ids_CK=ids.view(0, 1),
+                logprobs_CK=floats.view(0, 1),
+                log_tail_C=floats,
+                temperature=temperature,
+                num_exact_C=ids,
+                weights_C=weights,
+                entropy_C=floats,
+            ),
         )
 
     def __len__(self) -> int:
