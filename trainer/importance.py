@@ -353,9 +353,13 @@ def _read(path: Path, source: dict[str, Any], sizes: Sizes) -> tuple[Scores, lis
         table = pq.read_table(path)
         about = parse_object(table.schema.metadata[METADATA])
         own, losses, digest = about["source"], [float(loss) for loss in about["losses"]], about["digest"]
+        if table.schema.field("score").type != pa.float64() or len(losses) != len(own["candidates"]):
+            raise ValueError("a column or a list is not what it must be")
         flat = table["score"].to_numpy()
+        is_whole = _digest(flat, losses) == digest
+        scores = _scores(flat, sizes) if is_whole and own == source else None
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise CorruptError(f"{path} is damaged ({first_line(error)}); remove it, and it is computed again") from error
-    if _digest(flat, losses) != digest:
+    if not is_whole:
         raise CorruptError(f"{path} is damaged: it does not match its own digest; remove it, and it is computed again")
-    return (_scores(flat, sizes), losses) if own == source else None
+    return None if scores is None else (scores, losses)

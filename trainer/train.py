@@ -147,9 +147,6 @@ def _train(
     frozen = frozen_digest(student) if has_adapters(student) else None
     _hold(out_dir, ranks, stack)
     _make_writable(out_dir)
-    if chosen is not None and ranks.is_main:
-        with writing(out_dir):
-            write_atomically(out_dir / IMPORTANCE_FILE, chosen.to_bytes())
     params = num_parameters(student)
     student.train()
     if config.gradient_checkpointing:
@@ -164,6 +161,9 @@ def _train(
     settings = _settings(config, phases, frozen, chosen)
     progress, saved_step = Progress(), None
     saved = load_checkpoint(out_dir / "checkpoints", student, optimizer, settings, ranks, last_step=steps)
+    if chosen is not None and ranks.is_main:  # not before: a start that is refused leaves the file of the other run
+        with writing(out_dir):
+            write_atomically(out_dir / IMPORTANCE_FILE, chosen.to_bytes())
     if saved is not None:
         progress = saved.progress
         saved_step = progress.step

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -38,7 +39,7 @@ from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
 from kdata.pipelines.recipe import Recipe
 from kdata.pipelines.runner import Run
 from kdata.trainer.config import PrunedSizes, PrunedStudent, TrainConfig
-from kdata.trainer.importance import IMPORTANCE_FILE, calibration_of, measure_importance
+from kdata.trainer.importance import IMPORTANCE_FILE, METADATA, _digest, calibration_of, measure_importance
 from kdata.trainer.pruning import Scores, Sizes, largest_parts, num_weights, prune, refuse_unfit
 from kdata.trainer.student import build_student, importance_in
 from kdata.trainer.train import train
@@ -349,6 +350,29 @@ def test_a_damaged_file_of_scores_is_refused(dataset: kdata.Dataset, folder: Pat
     pq.write_table(table.set_column(3, "score", [scores]), file)
     with pytest.raises(CorruptError, match="does not match its own digest; remove it"):
         build_student(student, dataset, 0, importance=file)
+    for other in (pa.array([b"x"] * len(scores)), pa.array(scores, pa.float32()), pa.array(scores).cast(pa.string())):
+        pq.write_table(table.set_column(3, "score", other), file)
+        with pytest.raises(CorruptError, match=r"importance\.parquet is damaged .*; remove it"):
+            build_student(student, dataset, 0, importance=file)
+    about = json.loads(table.schema.metadata[METADATA])
+    for rows, losses in ((len(table) - 1, about["losses"]), (len(table), [*about["losses"], 1.0])):  # digests that fit
+        flat = table["score"].to_numpy()[:rows]
+        told = json.dumps({**about, "losses": losses, "digest": _digest(flat, losses)})
+        pq.write_table(table.slice(0, rows).replace_schema_metadata({METADATA: told}), file)
+        with pytest.raises(CorruptError, match=r"importance\.parquet is damaged .*; remove it"):
+            build_student(student, dataset, 0, importance=file)
+
+
+def test_a_start_that_is_refused_leaves_the_scores_of_the_run(
+    dataset: kdata.Dataset, folder: Path, tmp_path: Path
+) -> None:
+    train(config(folder), dataset.path, None, tmp_path)
+    before = (tmp_path / IMPORTANCE_FILE).read_bytes()
+    other = config(folder)
+    changed = other.model_copy(update={"student": other.student.model_copy(update={"importance_rows": 5})})
+    with pytest.raises(MismatchError, match="importance_rows"):
+        train(changed, dataset.path, None, tmp_path)
+    assert (tmp_path / IMPORTANCE_FILE).read_bytes() == before
 
 
 QUANTIZED = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
