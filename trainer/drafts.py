@@ -160,8 +160,8 @@ def measure_drafts(
     """What the teacher accepts of the student's drafts, on the beginnings of texts of each domain."""
     index = dataset.index(["domain", "num_tokens"])
     domains, domain_R = np.unique(np.array(index["domain"].to_pylist(), dtype=str), return_inverse=True)
-    rows = first_of_each(domain_R, config.draft_prompts)
-    rows = rows[index["num_tokens"].to_numpy()[rows] > 0]
+    written = np.flatnonzero(index["num_tokens"].to_numpy() > 0)
+    rows = written[first_of_each(domain_R[written], config.draft_prompts)]
     texts: dict[tuple[int | None, str], list[Written]] = {}
     with Task("drafts", 2 * len(rows), unit="texts") as task:
         for number, row in enumerate(rows.tolist()):

@@ -200,6 +200,17 @@ def test_the_figures_of_evaluate(folder: Path) -> None:
     assert drafts["domains"]["prose"]["sampling"] == figures_of(texts[1:])
 
 
+def test_empty_texts_begin_no_draft_and_take_no_place(tmp_path: Path) -> None:
+    """Domains alternate, and the first text of each is empty."""
+    dataset = make_dataset(tmp_path / "set", [0, 0, 9, 9, 9, 9])
+    for name, seed in (("teacher", 0), ("student", 1)):
+        llama(seed).save_pretrained(tmp_path / name)
+        save_tokenizer(tmp_path / name)
+    config = EvaluateConfig(draft_for=str(tmp_path / "teacher"), draft_prompts=1, sample_tokens=4, device="cpu")
+    drafts = evaluate(tmp_path / "student", dataset.path, config=config)["drafts"]
+    assert set(drafts["domains"]) == set(dataset.index(["domain"])["domain"].to_pylist())
+
+
 def test_the_command_prints_what_was_measured(folder: Path, tmp_path: Path) -> None:
     settings = [f"draft_for={folder / 'teacher'}", "draft_prompts=1", "sample_tokens=8"]
     arguments = [a for setting in settings for a in ("--set", setting)]
