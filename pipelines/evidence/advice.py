@@ -15,8 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+
 import kdata
-from kdata.errors import CorruptError
+from kdata.config import first_problem
+from kdata.errors import CorruptError, DataError
+from kdata.format.json_text import read_json
 from kdata.format.keep import KeepConfig
 from kdata.pipelines.evidence.summary import Estimate
 from kdata.selection.plan import Plan
@@ -67,25 +71,71 @@ class Measured:
         return {**own, "nll_against_online": asdict(self.gap)}
 
 
+class _Part(BaseModel):
+    """A part of results.json, as far as it is read."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Mean(_Part):
+    mean: FiniteFloat
+
+
+class _Gap(_Mean):
+    half_width: FiniteFloat | None
+    count: int = Field(ge=1)
+
+
+class _Content(_Part):
+    keep: dict[str, Any] | None
+    tail: str
+    objective: str
+
+    @model_validator(mode="after")
+    def _of_a_kind(self) -> _Content:
+        if self.keep is not None and not isinstance(self.keep.get("kind"), str):
+            raise ValueError("keep has no kind")
+        return self
+
+
+class _Setting(_Part):
+    content: _Content
+    bytes_per_token: _Mean | None = None
+    nll_against_online: _Gap | None
+
+
+class _SetUp(_Part):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    vocab_size: int | None = None
+    teacher_params: int | None = None
+
+
+class _Results(_Part):
+    set_up: _SetUp
+    settings: dict[str, _Setting]
+
+
 def read_results(path: Path = RESULTS) -> tuple[dict[str, Any], list[Measured]]:
     """What all runs share, and the settings that were compared with full distillation. Raises CorruptError."""
     try:
-        results = json.loads(path.read_text("utf-8"))
-        measured = [
-            Measured(
-                name,
-                _of_kind(setting["content"]["keep"]),
-                setting["content"]["tail"],
-                setting["content"]["objective"],
-                setting["bytes_per_token"]["mean"] if "bytes_per_token" in setting else None,
-                Estimate(**setting["nll_against_online"]),
-            )
-            for name, setting in results["settings"].items()
-            if setting["nll_against_online"] is not None
-        ]
-        return dict(results["set_up"]), measured
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{path} is no result of the evidence ({error!r}); install kdata again") from error
+        results = _Results.model_validate(read_json(path))
+    except (OSError, DataError, ValidationError) as error:
+        problem = first_problem(error) if isinstance(error, ValidationError) else error
+        raise CorruptError(f"{path} is no result of the evidence ({problem}); install kdata again") from error
+    measured = [
+        Measured(
+            name,
+            _of_kind(setting.content.keep),
+            setting.content.tail,
+            setting.content.objective,
+            None if setting.bytes_per_token is None else setting.bytes_per_token.mean,
+            Estimate(**setting.nll_against_online.model_dump()),
+        )
+        for name, setting in results.settings.items()
+        if setting.nll_against_online is not None
+    ]
+    return results.set_up.model_dump(exclude_unset=True), measured
 
 
 def advise(dataset: kdata.Dataset, plan: Plan | None = None, *, results: Path = RESULTS) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,25 @@ def test_damaged_results_are_one_error(hybrid: Dataset, tmp_path: Path, text: st
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(CorruptError, match="is no result of the evidence"):
         advise(hybrid, results=tmp_path / "results.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("nll_against_online", "mean", None), ("nll_against_online", "mean", "0.1"), ("nll_against_online", "mean", math.nan),
+        ("nll_against_online", "half_width", "x"), ("nll_against_online", "count", "x"), ("bytes_per_token", "mean", "1"),
+        ("content", "keep", {"k": 8}), ("content", "tail", None),
+    ],
+)  # fmt: skip
+def test_a_damaged_figure_is_one_error(hybrid: Dataset, results: Path, change: tuple[str, str, Any]) -> None:
+    part, key, value = change
+    near = {**SETTINGS["near"], part: {**SETTINGS["near"][part], key: value}}
+    with pytest.raises(CorruptError, match="is no result of the evidence"):
+        advise(hybrid, results=write(results.parent, {**SETTINGS, "near": near}))
+    with pytest.raises(CorruptError, match="is no result of the evidence"):
+        advise(hybrid, results=write(results.parent, SETTINGS, vocab_size="8192"))
+    with pytest.raises(CorruptError, match="is no result of the evidence"):
+        advise(hybrid, results=results.parent / "missing.json")
 
 
 def test_the_shipped_results_serve(hybrid: Dataset) -> None:
