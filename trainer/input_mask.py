@@ -6,7 +6,8 @@ is chosen by itself, document by document, which is our choice: no document depe
 teacher's stored beliefs is ours too.
 
 What is masked follows from the run's seed, the step, the row of the dataset and the position in it. So it is the same after a
-resume, on any number of ranks and however a step is split, and another one when a document is read again.
+resume, on any number of ranks and however a step is split, and another one when a document is read again in another step;
+where a step holds a document twice, both have the same mask.
 """
 
 from __future__ import annotations

@@ -44,16 +44,8 @@ def test_every_phase_counts_the_text_unless_it_says_otherwise(captured_once: Pat
     phases = [{"name": name, "steps": 2, **own} for name, own in zip("abc", objectives, strict=True)]
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"phases": phases, "log_every_steps": 1}))
-    arguments = [
-        "train",
-        str(captured_once),
-        "--tokenizer",
-        str(folder),
-        "--config",
-        str(file),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    out = tmp_path / "out"
+    arguments = ["train", str(captured_once), "--tokenizer", str(folder), "--config", str(file), "--out", str(out)]
     result = CliRunner().invoke(app, [*arguments, *(part for setting in SIZES for part in ("--set", setting))])
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
