@@ -22,12 +22,13 @@ import numpy as np
 class Alignment:
     """How the tokens of a text belong together.
 
-    begins_S: int64 [S], the teacher's token that begins at the byte where the student's token begins and ends no earlier, or
-    -1 where there is none. chunk_T: int64 [T] and chunk_S: int64 [S], chunk of each token, -1 of special tokens.
-    num_chunks: C.
+    within_S: int64 [S], the teacher's token that holds all bytes of the student's token, or -1 where there is none.
+    rest_S: int64 [S], bytes from where the student's token begins to the end of that token of the teacher; 0 without one.
+    chunk_T: int64 [T] and chunk_S: int64 [S], chunk of each token, -1 of special tokens. num_chunks: C.
     """
 
-    begins_S: np.ndarray
+    within_S: np.ndarray
+    rest_S: np.ndarray
     chunk_T: np.ndarray
     chunk_S: np.ndarray
     num_chunks: int
@@ -51,15 +52,17 @@ def align(
     whole_T, whole_S = _whole(teacher_bytes, plain_T), _whole(student_bytes, plain_S)
     starts_T, starts_S = ends_T - teacher_bytes, ends_S - student_bytes
     boundaries = np.intersect1d(ends_T[plain_T & (teacher_bytes > 0)], ends_S[plain_S & (student_bytes > 0)])
-    begins_S = np.full(len(ends_S), -1, np.int64)
+    within_S, rest_S = np.full(len(ends_S), -1, np.int64), np.zeros(len(ends_S), np.int64)
     candidates = np.flatnonzero(whole_T)
     if len(candidates):
-        place_S = np.minimum(np.searchsorted(starts_T[candidates], starts_S), len(candidates) - 1)
-        teacher_S = candidates[place_S]
-        found_S = whole_S & (starts_T[teacher_S] == starts_S) & (ends_T[teacher_S] >= ends_S)
-        begins_S[found_S] = teacher_S[found_S]
+        place_S = np.searchsorted(starts_T[candidates], starts_S, side="right") - 1
+        teacher_S = candidates[np.maximum(place_S, 0)]
+        found_S = whole_S & (place_S >= 0) & (ends_T[teacher_S] >= ends_S)
+        within_S[found_S] = teacher_S[found_S]
+        rest_S[found_S] = (ends_T[teacher_S] - starts_S)[found_S]
     return Alignment(
-        begins_S,
+        within_S,
+        rest_S,
         np.where(plain_T, np.searchsorted(boundaries, starts_T, side="right"), -1),
         np.where(plain_S, np.searchsorted(boundaries, starts_S, side="right"), -1),
         len(boundaries),

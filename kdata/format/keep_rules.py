@@ -174,12 +174,14 @@ class KeepAligned(KeepRule):
 
     rule: Literal["aligned"] = "aligned"
     map: str = Field(description="How the teacher's ids became the student's.")
+    inside: bool = Field(False, description="Whether entries are kept inside of the teacher's tokens too.")
     of: dict[str, Any] | None = Field(None, description="The rule of the dataset that it was made of; null: none.")
 
     def words(self) -> str:
         """See `KeepRule.words`."""
         of = "" if self.of is None else f", of {described(self.of)}"
-        return f"targets of another tokenizer that begin where a token of the teacher begins (map {self.map}){of}"
+        where = "lie in one token of the teacher" if self.inside else "begin where a token of the teacher begins"
+        return f"targets of another tokenizer that {where} (map {self.map}){of}"
 
 
 KEEP_RULES: dict[str, type[KeepRule]] = {

@@ -6,8 +6,13 @@ refused where it does. What the result holds at the student's tokens:
 
 - **Entries** where a token of the student begins at the byte where one of the teacher begins, and ends no later. The
   teacher's ids become the student's (`kdata.store.token_map`), and probabilities that meet in one id are summed. The
-  teacher's actual token becomes the student's actual token, whatever its text alone would become. Elsewhere nothing is kept:
-  the teacher did not say there what comes next. The dataset is one that keeps distributions at some positions only.
+  teacher's actual token becomes the student's actual token, whatever its text alone would become.
+- **Entries inside of tokens** (`inside`, ours): where a token of the student begins behind the first bytes of one
+  of the teacher and ends no later, the teacher's belief is what it believed of the tokens that begin with these bytes and
+  go on: their weights, divided by their sum, and each as the student's token for the bytes that are left. From exact
+  probabilities it is the teacher's conditional distribution given that its token goes on; from draws a ratio of two
+  unbiased sums; where no such token was kept, nothing is. From top-k data the whole tail counts as tokens that go on
+  otherwise: lower bounds. Elsewhere nothing is kept: the dataset keeps distributions at some positions only.
 - **log-probabilities** of chunks, the stretches between two boundaries of both tokenizations: the last token of a chunk has
   the sum of the teacher's log-probabilities of the chunk, the others have 0. So the sum over a row is the teacher's own, and
   bits per byte are exact. Ranks and entropies are not known.
@@ -45,7 +50,7 @@ from kdata.jobs.payloads import InputSequence, goes_on, inputs_of_shard
 from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
-from kdata.store.token_map import REPLACED, TokenMap, token_bytes_of, token_map
+from kdata.store.token_map import REPLACED, Beginnings, TokenMap, TokenMapper, token_bytes_of, token_map
 from kdata.store.tokens import read_tokenizer, tokenizer_hash
 from kdata.store.vocabulary import num_ids
 from kdata.store.writer import Writer
@@ -63,6 +68,11 @@ class RetokenizeConfig(Strict):
         "prefix",
         description="How the teacher's tokens become the student's. prefix: the student's token with which the text of the "
         "teacher's begins. exact: only tokens of equal text, the rest is dropped, or joins the tail of top-k data.",
+    )
+    inside: bool = Field(
+        True,
+        description="Also keep entries where a token of the student begins inside of one of the teacher: of the tokens that "
+        "begin as that one does up to there.",
     )
 
 
@@ -82,7 +92,8 @@ class RetokenizeReport:
         """The same for a person."""
         lines = [
             f"{self.kept:,} of {self.targets:,} targets of the student have a distribution "
-            f"({self.kept / max(self.targets, 1):.0%}): they begin where a token of the teacher begins",
+            f"({self.kept / max(self.targets, 1):.0%}); the others lie across two tokens of the teacher, or it kept nothing "
+            "that goes on so",
         ]
         if self.dropped > 1e-4 * self.mapped:
             lines.append(f"{self.dropped / self.mapped:.2%} of the kept mass has no token of the student")
@@ -92,8 +103,9 @@ class RetokenizeReport:
 @dataclass(frozen=True)
 class _Work:
     """encoders: of the student, by what the name of a special token in a text is. special: int64, ids of the teacher that
-    mark structure. theirs, own: bytes of the ids of teacher and student. map_V: see `token_map`. draws: whether the dataset
-    holds some."""
+    mark structure. theirs, own: bytes of the ids of teacher and student. map_V: see `token_map`. mapper: the same for other
+    texts. beginnings: of the teacher's tokens, None where nothing is kept inside of them. draws: whether the dataset holds
+    some."""
 
     dataset: Dataset
     tokenizer: Any
@@ -102,6 +114,8 @@ class _Work:
     theirs: list[bytes | None]
     own: list[bytes | None]
     map_V: np.ndarray
+    mapper: TokenMapper
+    beginnings: Beginnings | None
     draws: bool
 
 
@@ -164,7 +178,8 @@ def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
     student = tokenizer.backend_tokenizer
     if tokenizer_hash(student) == dataset.info.tokenizer.hash:
         raise ConfigError(f"{config.tokenizer} is the dataset's own tokenizer; train on the dataset as it is")
-    map_V = token_map(teacher, student, config.map, dataset.info.vocab_size)
+    mapper = TokenMapper(student, config.map)
+    map_V = token_map(mapper, teacher, dataset.info.vocab_size)
     # The tokens around a text are matched by what they are for.
     for their_id, own_id in (
         (dataset.info.tokenizer.bos_id, tokenizer.bos_token_id),
@@ -183,6 +198,8 @@ def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
         theirs=token_bytes_of(teacher, names=True),
         own=token_bytes_of(student, names=True),
         map_V=map_V,
+        mapper=mapper,
+        beginnings=Beginnings(token_bytes_of(teacher)) if config.inside else None,
         draws=dataset.info.tail == "draws",
     )
 
@@ -193,7 +210,7 @@ def _identity(work: _Work, config: RetokenizeConfig) -> DatasetInfo:
     if work.draws:
         most = about.codec.most_draws + int(about.codec.parameters.get("k", 0)) + 1
         parameters["num_draws"] = min(most, 2**16 - 1)
-    rule = KeepAligned(map=config.map, of=about.codec.parameters.get("positions"))
+    rule = KeepAligned(map=config.map, inside=config.inside, of=about.codec.parameters.get("positions"))
     parameters["positions"] = rule.model_dump()
     codec = CodecInfo(id="packed", version=packed_version(size, True), kind="combined", parameters=parameters)
     return new_info(
@@ -225,6 +242,7 @@ def _run(
     settings = {
         "of": {"fingerprint": dataset.content_digest, "codec": dataset.info.codec.model_dump()},
         "map": config.map,
+        "inside": config.inside,
         "made_by": {"kind": about.kind, **about.settings},
     }
     result = SourceInfo(kind="retokenize", settings=settings, num_units=None)
@@ -269,23 +287,23 @@ def _record(work: _Work, row: InputSequence, stored: Sequences, report: Retokeni
     reads_marks = bool((np.isin(theirs.ids, work.special) & ~theirs.special).any())
     own = _students_tokens(work, text, ends=theirs.ends, mode="keep" if reads_marks else "split")
     aligned = align(theirs.num_bytes, own.num_bytes, theirs.special, own.special)
-    begins_S = aligned.begins_S
-    size_T = len(theirs.ids)
+    at_S, size_T = aligned.within_S, len(theirs.ids)
     target_S, logprob_S = _chunks(aligned, row.target_mask[:size_T], stored.logprob[:size_T])
     if theirs.ends and own.ends:
-        begins_S[-1] = size_T - 1
+        at_S[-1] = size_T - 1
         target_S[-1], logprob_S[-1] = row.target_mask[size_T - 1], stored.logprob[size_T - 1]
     if not target_S.any():
         raise RowError("no_targets", "no token of the student is left that can be predicted")
-    kept_S = target_S & (begins_S >= 0)
-    kept_S[kept_S] = stored.num_kept[begins_S[kept_S]] > 0
-    kept, log_tail_P, dropped = _mapped(work, theirs.ids, stored, begins_S[kept_S], own.ids[kept_S])
+    before_S = _bytes_before(work, theirs, aligned)
+    kept_S = target_S & (at_S >= 0) & (before_S >= 0)
+    kept_S[kept_S] = stored.num_kept[at_S[kept_S]] > 0
+    kept, log_tail_P, dropped = _mapped(work, theirs.ids, stored, at_S[kept_S], before_S[kept_S], own.ids[kept_S])
     size = len(own.ids)
     counts_S = np.zeros((2, size), np.int32)
     counts_S[:, kept_S] = kept.num_exact, kept.num_drawn
     log_tail_S = np.where(target_S, np.float32(0), np.float32(np.nan))
     log_tail_S[kept_S] = log_tail_P
-    report.mapped += int(kept_S.sum())
+    report.mapped += int((kept.num_exact + kept.num_drawn > 0).sum())
     report.dropped += dropped
     return Record(
         id=row.id,
@@ -435,13 +453,24 @@ def _chunks(aligned: Alignment, target_T: np.ndarray, logprob_T: np.ndarray) -> 
     return target_S, logprob_S
 
 
+def _bytes_before(work: _Work, theirs: _Tokens, aligned: Alignment) -> np.ndarray:
+    """Bytes of the teacher's token before each token of the student, int64 [S]; -1 where nothing is kept inside."""
+    at_S, rest_S = aligned.within_S, aligned.rest_S
+    before_S = np.where(rest_S == theirs.num_bytes[at_S], 0, -1)  # num_bytes leaves out a space before the text
+    if work.beginnings is not None:
+        inside_S = np.flatnonzero(before_S < 0)
+        before_S[inside_S] = np.maximum(work.beginnings.size_V[theirs.ids[at_S[inside_S]]] - rest_S[inside_S], -1)
+    return before_S
+
+
 def _mapped(
-    work: _Work, theirs_T: np.ndarray, stored: Sequences, at_P: np.ndarray, actual_P: np.ndarray
+    work: _Work, theirs_T: np.ndarray, stored: Sequences, at_P: np.ndarray, before_P: np.ndarray, actual_P: np.ndarray
 ) -> tuple[Kept, np.ndarray, float]:
     """Entries of the teacher at positions at_P (int64 [P]) as the student's.
 
     Args:
-        theirs_T: int32 [T], the teacher's actual tokens. actual_P: int32 [P], the student's at those positions.
+        theirs_T: int32 [T], the teacher's actual tokens. before_P: int64 [P], bytes of these that stand before the student's
+            token. actual_P: int32 [P], the student's at those positions.
     Returns:
         The entries, the log of the mass of the tail, float32 [P], and the mass that the map dropped, summed.
     """
@@ -449,7 +478,21 @@ def _mapped(
     place_N = np.repeat(np.arange(len(at_P)), counts_P)
     entry_N = np.arange(len(place_N)) - np.repeat(np.cumsum(counts_P) - counts_P, counts_P) + first_P[place_N]
     theirs_N, weight_N = stored.entry_ids[entry_N], np.exp(stored.entry_logprobs[entry_N].astype(np.float64))
-    mapped_N = np.where(theirs_N == theirs_T[at_P][place_N], actual_P[place_N], work.map_V[theirs_N])
+    tail_P = np.exp(stored.log_tail[at_P].astype(np.float64))
+    mapped_N = work.map_V[theirs_N]
+    inside_N = before_P[place_N] > 0
+    if inside_N.any():
+        goes_on_N = ~inside_N
+        goes_on_N[inside_N], mapped_N[inside_N] = _inside(
+            work, theirs_T[at_P], before_P, place_N[inside_N], theirs_N[inside_N]
+        )
+        place_N, theirs_N, weight_N, mapped_N = (
+            values[goes_on_N] for values in (place_N, theirs_N, weight_N, mapped_N)
+        )
+        whole_P = np.bincount(place_N, weights=weight_N, minlength=len(at_P)) + (0 if work.draws else tail_P)
+        whole_P[(before_P == 0) | (whole_P == 0)] = 1
+        weight_N, tail_P = weight_N / whole_P[place_N], tail_P / whole_P
+    mapped_N = np.where(theirs_N == theirs_T[at_P][place_N], actual_P[place_N], mapped_N)
     known_N = mapped_N >= 0
     dropped_P = np.bincount(place_N[~known_N], weights=weight_N[~known_N], minlength=len(at_P))
     keys, where = np.unique(place_N[known_N] << 32 | mapped_N[known_N].astype(np.int64), return_inverse=True)
@@ -463,6 +506,33 @@ def _mapped(
     exact, drawn = (none, counts) if work.draws else (counts, none)
     with np.errstate(divide="ignore"):
         logprobs = np.log(sums).astype(np.float32)
-        tail_P = np.exp(stored.log_tail[at_P].astype(np.float64)) + dropped_P
-        log_tail_P = np.zeros(len(at_P)) if work.draws else np.log(np.minimum(tail_P, 1.0))
+        log_tail_P = np.zeros(len(at_P)) if work.draws else np.log(np.minimum(tail_P + dropped_P, 1.0))
     return Kept(exact, drawn, ids, logprobs), log_tail_P.astype(np.float32), float(dropped_P.sum())
+
+
+def _inside(
+    work: _Work, actual_P: np.ndarray, before_P: np.ndarray, place_N: np.ndarray, theirs_N: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which entries begin with the bytes that stand before and go on, bool [N], and the student's ids for what is left of
+    them, int32 [N].
+
+    Args:
+        actual_P: int32 [P], the teacher's actual tokens at the positions.
+    """
+    assert work.beginnings is not None
+    span_P = np.zeros((2, len(actual_P)), np.int64)
+    for place in np.unique(place_N).tolist():
+        content = work.theirs[actual_P[place]] or b""
+        span_P[:, place] = work.beginnings.span(content[: before_P[place]])
+    first_N, stop_N = span_P[:, place_N]
+    order_N = work.beginnings.places_of(theirs_N)
+    goes_on_N = (order_N >= first_N) & (order_N < stop_N)
+    before_N = before_P[place_N][goes_on_N]
+    goes_on_N[goes_on_N] = work.beginnings.size_V[theirs_N[goes_on_N]] > before_N
+    mapped_N = np.full(len(theirs_N), -1, np.int32)
+    pairs, where = np.unique(
+        theirs_N[goes_on_N].astype(np.int64) << 32 | before_P[place_N][goes_on_N], return_inverse=True
+    )
+    rests = [(work.theirs[pair >> 32] or b"")[pair & 0xFFFFFFFF :] for pair in pairs.tolist()]
+    mapped_N[goes_on_N] = np.array(work.mapper.ids_of(rests), np.int32)[where]
+    return goes_on_N, mapped_N

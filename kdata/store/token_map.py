@@ -15,6 +15,7 @@ the prefix map is ours.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -33,31 +34,69 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")  # as sentencepiece writes a by
 BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 
 
-def token_map(teacher: Tokenizer, student: Tokenizer, kind: TokenMap, num_teacher: int) -> np.ndarray:
+class TokenMapper:
+    """Texts as ids of the student, each text once.
+
+    kind: see the file.
+    """
+
+    def __init__(self, student: Tokenizer, kind: TokenMap) -> None:
+        self._student, self._kind = student, kind
+        self._theirs = token_bytes_of(student)
+        self._by_bytes = {content: n for n, content in reversed(list(enumerate(self._theirs))) if content}
+        self._known: dict[bytes, int] = {}
+
+    def ids_of(self, contents: list[bytes]) -> list[int]:
+        """The student's id for the text of each token; -1 where there is none."""
+        wanted = [content for content in dict.fromkeys(contents) if content not in self._known]
+        self._known.update((content, self._by_bytes.get(content, -1)) for content in wanted)
+        missing = [content for content in wanted if content and self._known[content] < 0]
+        if self._kind == "prefix" and missing:
+            for content, first in zip(missing, _first_tokens(self._student, self._theirs, missing), strict=True):
+                self._known[content] = _longest_prefix(content, self._by_bytes) if first is None else first
+        return [self._known[content] for content in contents]
+
+
+def token_map(mapper: TokenMapper, teacher: Tokenizer, num_teacher: int) -> np.ndarray:
     """The student's id for each id of the teacher.
 
     Args:
-        kind: see the file.
         num_teacher: V, ids that the teacher's data may hold.
     Returns:
         int32 [V]; -1 where there is none: special tokens, ids without a token, and tokens of which no byte is known.
     """
-    theirs = token_bytes_of(student)
-    by_bytes = {content: number for number, content in reversed(list(enumerate(theirs))) if content}
     mapped_V = np.full(num_teacher, -1, np.int32)
-    contents = token_bytes_of(teacher)[:num_teacher]
-    open_ids = []
-    for number, content in enumerate(contents):
-        if content:
-            mapped_V[number] = by_bytes.get(content, -1)
-            if mapped_V[number] < 0:
-                open_ids.append(number)
-    if kind == "exact" or not open_ids:
-        return mapped_V
-    wanted = [contents[number] or b"" for number in open_ids]
-    for number, content, first in zip(open_ids, wanted, _first_tokens(student, theirs, wanted), strict=True):
-        mapped_V[number] = _longest_prefix(content, by_bytes) if first is None else first
+    contents = [content or b"" for content in token_bytes_of(teacher)[:num_teacher]]
+    mapped_V[: len(contents)] = mapper.ids_of(contents)
     return mapped_V
+
+
+class Beginnings:
+    """Which tokens begin with some bytes, by the order of their bytes.
+
+    size_V: int64 [V], bytes of each token; 0 where they are not known.
+    """
+
+    def __init__(self, contents: list[bytes | None]) -> None:
+        order = sorted((content, number) for number, content in enumerate(contents) if content)
+        self._sorted = [content for content, _ in order]
+        self._place_V = np.full(len(contents) + 1, -1, np.int64)  # the last stands for every id behind them
+        self._place_V[[number for _, number in order]] = np.arange(len(order))
+        self.size_V = np.array([len(content or b"") for content in contents], np.int64)
+        self._spans: dict[bytes, tuple[int, int]] = {}
+
+    def span(self, begin: bytes) -> tuple[int, int]:
+        """First place, and the one behind the last, of the tokens that begin so."""
+        if begin not in self._spans:
+            last = begin.rstrip(b"\xff")  # the first bytes behind all that begin so
+            stop = bisect_left(self._sorted, last[:-1] + bytes([last[-1] + 1])) if last else len(self._sorted)
+            self._spans[begin] = bisect_left(self._sorted, begin), stop
+        return self._spans[begin]
+
+    def places_of(self, ids: np.ndarray) -> np.ndarray:
+        """Places of tokens in the order, int64 like `ids`; -1 where the bytes are not known, or there is no such token."""
+        places: np.ndarray = self._place_V[np.minimum(ids, len(self._place_V) - 1)]
+        return places
 
 
 def token_bytes_of(tokenizer: Tokenizer, *, names: bool = False) -> list[bytes | None]:

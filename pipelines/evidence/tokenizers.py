@@ -44,13 +44,14 @@ CONTEXT = 64  # tokens of the teacher in a sequence
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train. elsewhere: weight of the text where no distribution is kept. map: see `kdata.store.token_map`."""
+    """One way to train. elsewhere: weight of the text where no distribution is kept. map, inside: see `RetokenizeConfig`."""
 
     tokenizer: Kind
     name: str
     weights: Mapping[str, float] = field(default_factory=lambda: TEXT)
     elsewhere: float | None = None
     map: TokenMap = "prefix"
+    inside: bool = False
 
     @property
     def key(self) -> str:
@@ -64,6 +65,7 @@ def _other(tokenizer: Kind) -> tuple[Setting, ...]:
         Setting(tokenizer, "entries (prefix), with text", {"forward_kl": 1.0}, 1.0),
         Setting(tokenizer, "ALM", {"alm": 1.0}),
         Setting(tokenizer, "entries (prefix) and ALM", {"forward_kl": 1.0, "alm": 1.0}),
+        Setting(tokenizer, "entries (prefix, inside), with text", {"forward_kl": 1.0}, 1.0, inside=True),
         Setting(tokenizer, "entries (exact), with text", {"forward_kl": 1.0}, 1.0, "exact"),
     )
 
@@ -72,7 +74,7 @@ SETTINGS = (
     Setting("teacher's", "text alone"),
     Setting("teacher's", "entries", {"forward_kl": 1.0}),
     *_other("BPE 4k"),
-    *_other("bytes")[:4],  # no token of another vocabulary but bytes themselves is equal to a byte
+    *_other("bytes")[:5],  # no token of another vocabulary but bytes themselves is equal to a byte
 )
 
 
@@ -137,9 +139,10 @@ class Tokenizers:
             tokenizer = folder / "tokenizer"
             if not (tokenizer / "tokenizer.json").exists():
                 self._tokenizers[setting.tokenizer].save_pretrained(tokenizer)
-            config = RetokenizeConfig(tokenizer=str(tokenizer), map=setting.map)
+            config = RetokenizeConfig(tokenizer=str(tokenizer), map=setting.map, inside=setting.inside)
+            kind = f"{setting.map}-inside" if setting.inside else setting.map
             parts = zip(("train", "heldout"), made, strict=True)
-            train, heldout = (retokenize(folder / f"{name}-{setting.map}", part, config)[0] for name, part in parts)
+            train, heldout = (retokenize(folder / f"{name}-{kind}", part, config)[0] for name, part in parts)
         return train, heldout
 
     @cached_property
