@@ -193,7 +193,7 @@ class Figures:
             parts.append(f"{self.shards:,} shard{'s' if self.shards > 1 else ''}")
         if self.bytes_per_token is not None:
             parts.append(f"{self.bytes_per_token:,.1f} bytes/token")
-        if self.kept_mass is not None:
+        if self.kept_mass:  # 0 where all entries are draws
             parts.append(f"kept mass {self.kept_mass:.3f}")
         return parts + [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.facts.items()]
 
