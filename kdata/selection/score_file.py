@@ -71,7 +71,9 @@ def _connection(dataset: Dataset, file: Path, folder: Path, room: Room) -> duckd
         connection.execute(f"set memory_limit = {literal(room.memory_limit)}")
     if room.threads is not None:
         connection.execute(f"set threads = {int(room.threads)}")
-    files_view(connection, "rows", [dataset.sql_file(e, "index") for e in dataset.manifest], index_schema())
+    # Whole files, at a URL too: what is written here must not follow from ids that were not compared.
+    index = [unglobbed(dataset.checked_file(entry, "index").resolve()) for entry in dataset.manifest]
+    files_view(connection, "rows", index, index_schema())
     files_view(connection, "imported", [unglobbed(file.resolve())], pa.schema([]))
     return connection
 

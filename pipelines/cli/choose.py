@@ -216,9 +216,11 @@ def show(
         print_json(chosen.info.model_dump(mode="json"))
         if picture is not None:
             draw(opened, chosen, file)
+            say_unchecked(opened)
         return
     print_shown(table_of(chosen))
     say(f"picture: {draw(opened, chosen, file)}")
+    say_unchecked(opened)
 
 
 def compare(

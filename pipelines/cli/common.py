@@ -221,7 +221,7 @@ def say_unchecked(dataset: kdata.Dataset) -> None:
     why = (
         "--check later"
         if dataset.check == "later"
-        else f"parts were read from {dataset.place}; --check whole copies and compares"
+        else f"parts were read from {dataset.place}; `kdata sql` and `select` copy and compare with --check whole"
     )
     console.print(f"not compared with their digests ({why}): {names}; `kdata verify` compares them", soft_wrap=True)
 

@@ -54,6 +54,7 @@ def info(dataset: DatasetArgument, format: FormatOption = Format.table) -> None:
     facts, domains = facts_of(opened), opened.sql(DOMAINS, values="text")
     if format is Format.json:
         print_json({**facts, "domains": domains.to_pylist()})
+        say_unchecked(opened)
         return
     grid = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
     for name, line in lines_of(facts).items():
@@ -61,6 +62,7 @@ def info(dataset: DatasetArgument, format: FormatOption = Format.table) -> None:
     say(str(opened.path))
     out.print(grid)
     print_table(domains)
+    say_unchecked(opened)
 
 
 def facts_of(dataset: kdata.Dataset) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
@@ -156,10 +157,20 @@ def test_commands_at_a_url_say_what_was_not_compared(
     for command in (["sql", url, "select max(nll) from rows"], ["select", url, "--method", "all", "--name", "a"]):
         shown = CliRunner().invoke(app, command)
         assert shown.exit_code == 0
-        assert f"(parts were read from {url}; --check whole copies and compares): rows" in shown.stderr
+        assert f"(parts were read from {url}; `kdata sql` and `select` copy and compare with" in shown.stderr
         shown = CliRunner().invoke(app, [*command, "--check", "whole"])
         assert shown.exit_code == 0 and "not compared" not in shown.stderr
         shutil.rmtree(tmp_path / "cache")
+    for command in (["info", url], ["info", url, "--format", "json"]):
+        shown = CliRunner().invoke(app, command)
+        assert shown.exit_code == 0 and "not compared with their digests" in shown.stderr
+    shutil.rmtree(tmp_path / "cache")
+    numbers = tmp_path / "numbers.parquet"
+    ids = kdata.open(root).index(["id"])["id"]
+    pq.write_table(pa.table({"id": ids, "x": np.arange(len(ids))}), numbers)
+    shown = CliRunner().invoke(app, ["score", url, "--from", str(numbers), "--name", "x"])
+    assert shown.exit_code == 0 and "not compared" not in shown.stderr
+    assert kdata.open(url).sql("select x from scores.x join rows using (id)").num_rows == len(ids)
 
 
 def test_a_file_is_compared_once_per_process_and_again_when_it_changes(
