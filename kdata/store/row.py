@@ -105,6 +105,10 @@ class Row:
         token_bytes = self._source.token_bytes(self.number)
         return self._source.token_text.in_text(self.token_ids, self.text, token_bytes)
 
+    def texts_of(self, token_ids: np.ndarray) -> list[str]:
+        """Any tokens of the vocabulary as text. Raises as `tokens`."""
+        return self._source.token_text.of_ids(token_ids)
+
     @property
     def token_ids(self) -> np.ndarray:
         """int32 [T]."""

@@ -89,6 +89,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
     "Look": {
         "info": Entry("look:info", "Show what a dataset is and how much it holds."),
         "sql": Entry("look:sql", "Query a dataset in SQL."),
+        "view": Entry("view:view", "Look at a dataset in a browser."),
         "status": Entry("look:status", "Show how far a run or a capture is."),
         "report": Entry("look:report", "Write the report page of a run."),
         "advise": Entry("look:advise", "Say what measured runs recommend for a dataset."),

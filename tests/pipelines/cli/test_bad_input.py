@@ -53,6 +53,7 @@ CALLS = {
     "head": ["{dataset}", "{local}"],
     "info": ["{dataset}"],
     "sql": ["{dataset}", "select 1"],
+    "view": ["{dataset}", "--export", "{local}"],
     "status": ["{dataset}"],
     "report": ["{run}"],
     "advise": ["{dataset}"],

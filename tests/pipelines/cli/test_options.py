@@ -29,6 +29,7 @@ OWN = {
     "--deep", "--against-teacher", "--copy", "--hidden-size", "--head", "--block",  # verify, repair, audit
     "--from", "--unit", "--method", "--memory", "--threads", "--picture", "--positions",  # score, select, plan show
     "--check",  # sql
+    "--beside", "--port", "--open", "--export", "--rows", "--where",  # view
     "--price-per-hour", "--probe-tokens",  # estimate
     "--public", "--allow-secrets", "--columns", "--link", "--by", "--num-rows", "--watch",  # push, export, merge, split, ...
 }  # fmt: skip

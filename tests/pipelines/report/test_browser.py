@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import html
 import json
-import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kdata.pipelines.report.report import write_report
+from tests.browser import needs_browser, result_of
 from tests.pipelines.report.test_report import make_run
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)
 WIDTHS = {"desktop": 1280, "phone": 390}
-needs_browser = pytest.mark.skipif(
-    BROWSER is None, reason="NO BROWSER: the report was not opened. Install one: apt-get install chromium"
-)
-
 # Measured in the page itself: the report has no script, so the frame around it asks. A frame of 390 pixels is a phone
 # also for media queries; Chromium's own window is never narrower than 500.
 MEASURE = """
@@ -64,20 +55,7 @@ def measure(page: Path, width: int, folder: Path) -> dict[str, Any]:
     style = f"border:0;width:{width}px;height:900px"
     wrapper = folder / "wrapper.html"
     wrapper.write_text(f'<!doctype html><iframe style="{style}"></iframe><script>{script}</script>', encoding="utf-8")
-    flags = [
-        "--headless=new",
-        "--hide-scrollbars",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--virtual-time-budget=20000",
-        "--window-size=1400,1000",
-    ]
-    profile = f"--user-data-dir={folder / 'profile'}"
-    command = [str(BROWSER), *flags, profile, "--dump-dom", wrapper.as_uri()]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    match = re.search(r'<pre id="result">(.*?)</pre>', outcome.stdout, re.DOTALL)
-    assert match, f"the browser did not load the report:\n{outcome.stderr[-2000:]}"
-    measured = json.loads(html.unescape(match[1]))
+    measured = result_of(wrapper.as_uri(), folder)
     assert measured["width"] == width
     return measured
 

@@ -1,0 +1,302 @@
+"""What the page shows of a dataset, as JSON values: what it is, its rows, a histogram, and one row token by token.
+
+Whatever a person types (a condition in SQL, a column, the number of a row) is checked here, and its query runs as those of
+`kdata sql` do: it reads the views of the dataset and nothing else, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from kdata.errors import ConfigError, KdataError, MissingError
+from kdata.store.dataset import Dataset
+from kdata.store.kept_counts import kept_lines
+from kdata.store.listed import PLANS, SCORES
+from kdata.store.row import Row
+from kdata.store.sql import is_name
+from kdata.store.token_scores import TOKEN_NLL, has_tokens
+
+MOST_ROWS = 200  # in one answer
+MOST_TOKENS = 2_000
+SNIPPET = 160  # characters
+NUMBERS = ("nll", "mean_entropy", "kept_mass", "num_tokens", "num_target_tokens")
+TEXTS = ("text", "messages", "tools", "prompt")  # as long as a row; the tokens show them
+SHOWN = ("id", "domain", "shard", "row", "num_tokens", "nll", "mean_entropy")
+
+
+class View:
+    """A dataset, and perhaps another one of the same rows beside it, as values of a page. Safe for several threads.
+
+    beside: read by another teacher, or by a student (`kdata reread`); rows are matched by their ids.
+    """
+
+    def __init__(self, dataset: Dataset, beside: Dataset | None = None) -> None:
+        self.dataset, self.beside = dataset, beside
+        self._lock = threading.Lock()
+        self._first = dict(zip((e.name for e in dataset.manifest), dataset.shard_starts.tolist(), strict=False))
+
+    def about(self) -> dict[str, Any]:
+        """What the dataset is, and what can be chosen: numbers to sort by, domains, plans, scores of tokens."""
+        with self._lock:
+            dataset = self.dataset
+            plans, broken = self._plans()
+            return {
+                "name": dataset.place.rstrip("/").rpartition("/")[2],
+                "teacher": dataset.info.teacher.model,
+                "kept": dataset.info.codec.kind,
+                "positions": list(kept_lines(dataset)) if dataset.info.codec.keeps_some_positions else [],
+                "draws": dataset.info.tail == "draws",
+                "vocab_size": dataset.info.vocab_size,
+                "rows": dataset.num_rows,
+                "tokens": dataset.num_tokens,
+                "rejected": sum(entry.rejected for entry in dataset.manifest),
+                "domains": dataset.sql(
+                    "select domain, count(*) as n, sum(num_tokens)::bigint as tokens, avg(nll) as nll from rows "
+                    "group by domain order by domain"
+                ).to_pylist(),
+                "numbers": [*NUMBERS, *self._score_columns()],
+                "plans": plans,
+                "left_out": broken,
+                "token_scores": self._token_scores(),
+                "piece": MOST_TOKENS,
+                "beside": None
+                if self.beside is None
+                else {
+                    "name": self.beside.place.rstrip("/").rpartition("/")[2],
+                    "teacher": self.beside.info.teacher.model,
+                },
+            }
+
+    def rows(
+        self,
+        *,
+        where: str = "",
+        plan: str = "",
+        outside: bool = False,
+        order: str = "",
+        descending: bool = False,
+        offset: int = 0,
+        limit: int = 50,
+    ) -> dict[str, Any]:
+        """A stretch of the rows that a condition and a plan leave, and how many these are.
+
+        Args:
+            where: condition in SQL over the columns of `rows`, and of scores as NAME.COLUMN. Empty: all rows.
+            plan: only rows that this plan takes; with `outside`, only those that it leaves out.
+            order: one of the numbers in `about`. Empty: the order of the dataset.
+        Raises:
+            QueryError: DuckDB refused the condition.
+            ConfigError, MissingError: there is no such number or plan, or offset or limit cannot be.
+        """
+        if offset < 0 or not 0 < limit <= MOST_ROWS:
+            raise ConfigError(f"rows {offset} to {offset + limit} cannot be asked for; take 1 to {MOST_ROWS} from 0 on")
+        with self._lock:
+            chosen = self._chosen(where, plan, outside, order)
+            by = f"{self._number(order)} {'desc' if descending else 'asc'} nulls last, " if order else ""
+            columns = ", ".join(SHOWN)
+            table = self.dataset.sql(
+                f"select {columns}, left(coalesce(text, messages, prompt, ''), {SNIPPET}) as snippet"
+                f"{f', {self._number(order)}::double as value' if order else ''} from {chosen} "
+                f"order by {by} shard, row limit {limit} offset {offset}"
+            )
+            [total] = self.dataset.sql(f"select count(*) as n from {chosen}")["n"].to_pylist()
+        rows = table.to_pylist()
+        for row in rows:
+            row["number"] = self._first[row.pop("shard")] + row.pop("row")
+        return {"total": total, "rows": [{key: _value(value) for key, value in row.items()} for row in rows]}
+
+    def histogram(
+        self, column: str, *, where: str = "", plan: str = "", outside: bool = False, bins: int = 40
+    ) -> dict[str, Any]:
+        """How often which values of a number are: of all rows, and of those that condition and plan leave.
+
+        Returns: edges [bins + 1], and counts `all` and `chosen` [bins]. Both empty where no row has the number.
+        Raises as `rows`.
+        """
+        with self._lock:
+            every, chosen = self._chosen("", "", False, column), self._chosen(where, plan, outside, column)
+            number = f"{self._number(column)}::double"
+            found = self.dataset.sql(
+                f"select min({number}) as a, max({number}) as b from {every} where isfinite({number})"
+            )
+            [low], [high] = found["a"].to_pylist(), found["b"].to_pylist()
+            if low is None:
+                return {"edges": [], "all": [], "chosen": []}
+            width = (high - low) / bins or 1.0
+            counts = []
+            for rows in (every, chosen):
+                place = f"least(greatest(floor(({number} - {low!r}) / {width!r})::bigint, 0), {bins - 1})"
+                table = self.dataset.sql(
+                    f"select {place} as bin, count(*) as n from {rows} where isfinite({number}) group by 1"
+                )
+                line = [0] * bins
+                for one in table.to_pylist():
+                    line[one["bin"]] = one["n"]
+                counts.append(line)
+        return {"edges": [low + width * n for n in range(bins + 1)], "all": counts[0], "chosen": counts[1]}
+
+    def row(self, number: int, *, begin: int = 0) -> dict[str, Any]:
+        """One row, and its tokens from `begin` on, `MOST_TOKENS` at most; of `beside` the row of the same id.
+
+        Raises:
+            OutOfRangeError: there is no such row.
+            ConfigError: there is no such token.
+        """
+        with self._lock:
+            row = self.dataset[number]
+            if not 0 <= begin < max(len(row), 1):
+                raise ConfigError(f"row {row.id!r} has {len(row):,} tokens; there is no token {begin}")
+            shown = _tokens(row, begin)
+            shown["number"] = number
+            shown["scores"] = self._scores_of(number, begin)
+            columns = {key: value for key, value in row.columns.items() if key not in TEXTS and value is not None}
+            shown["columns"] = {key: _value(value) for key, value in columns.items()}
+            shown["plans"] = self._plans_of(row.id)
+            shown["beside"] = None if self.beside is None else self._row_beside(row, begin)
+            return shown
+
+    def rejects(self) -> dict[str, Any]:
+        """What was refused: how many for each reason, and the first of them."""
+        with self._lock:
+            counts = self.dataset.sql(
+                "select reason, count(*) as n from rejects group by reason order by n desc, reason"
+            )
+            first = self.dataset.sql(f"select id, domain, reason, detail from rejects order by id limit {MOST_ROWS}")
+        return {"counts": counts.to_pylist(), "first": first.to_pylist()}
+
+    def _chosen(self, where: str, plan: str, outside: bool, *texts: str) -> str:
+        """A table to select from: the columns of `rows`, and each score that a text names as a struct."""
+        words = " ".join((where, *texts))
+        names = [
+            n for n in self.dataset.listed(SCORES) if is_name(n) and re.search(rf"\b{n}\s*\.", words, re.IGNORECASE)
+        ]
+        scores = "".join(f', "{name}"' for name in names)
+        joins = "".join(f' left join scores."{name}" as "{name}" on "{name}".id = rows.id' for name in names)
+        conditions = []
+        if plan:
+            if not is_name(plan) or plan not in self.dataset.listed(PLANS):
+                raise MissingError(f"there is no plan {plan!r}; the plans are {self.dataset.listed(PLANS)}")
+            conditions.append(f'id {"not " if outside else ""}in (select id from plans."{plan}")')
+        if where.strip():
+            # On lines of their own, so that a comment ends in it.
+            conditions.append(f"(\n{where}\n)")
+        condition = f" where {' and '.join(conditions)}" if conditions else ""
+        return f"(select * from (select rows.*{scores} from rows{joins}){condition})"
+
+    def _number(self, name: str) -> str:
+        """A number to sort by, quoted. Raises ConfigError where there is none of the name."""
+        known = [*NUMBERS, *self._score_columns()]
+        if name not in known:
+            raise ConfigError(f"there is no number {name!r}; the numbers are {', '.join(known)}")
+        return ".".join(f'"{part}"' for part in name.split("."))
+
+    def _score_columns(self) -> list[str]:
+        found = []
+        for name in filter(is_name, self.dataset.listed(SCORES)):
+            try:
+                columns = self.dataset.listing(SCORES, name).columns
+            except KdataError:  # not of the dataset as it is now; `about` says so
+                continue
+            found += [f"{name}.{column}" for column in columns if is_name(column) and column != TOKEN_NLL.name]
+        return found
+
+    def _token_scores(self) -> list[str]:
+        return [name for name in filter(is_name, self.dataset.listed(SCORES)) if has_tokens(self.dataset, name)]
+
+    def _plans(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """Plans of the dataset as it is now, and why scores and plans were left out."""
+        plans, broken = [], []
+        for kind in (PLANS, SCORES):
+            for name in filter(is_name, self.dataset.listed(kind)):
+                try:
+                    self.dataset.listing(kind, name)
+                except KdataError as error:
+                    broken.append(str(error))
+                    continue
+                if kind is PLANS:
+                    [n] = self.dataset.sql(f'select count(*) as n from plans."{name}"')["n"].to_pylist()
+                    plans.append({"name": name, "rows": n})
+        return plans, broken
+
+    def _plans_of(self, row_id: str) -> dict[str, int]:
+        """How often each plan takes a row."""
+        found = {}
+        for plan in self._plans()[0]:
+            table = self.dataset.sql(f'select repeats from plans."{plan["name"]}" where id = ?', [row_id])
+            found[plan["name"]] = int(table["repeats"][0].as_py()) if len(table) else 0
+        return found
+
+    def _scores_of(self, number: int, begin: int) -> dict[str, list[float | None]]:
+        names = self._token_scores()
+        if not names:
+            return {}
+        columns = ", ".join(f'"nll_{name}"' for name in names)
+        table = self.dataset.sql(
+            f"select {columns} from tokens where global_row = {number} and position >= {begin} and "
+            f"position < {begin + MOST_TOKENS} order by position"
+        )
+        return {name: _numbers(table[f"nll_{name}"].to_pylist()) for name in names}
+
+    def _row_beside(self, row: Row, begin: int) -> dict[str, Any]:
+        assert self.beside is not None
+        try:
+            [number] = self.beside.rows_of([row.id]).tolist()
+        except MissingError:
+            return {"missing": True}
+        other = self.beside[number]
+        same = np.array_equal(other.token_ids, row.token_ids)
+        return {"missing": False, "same_tokens": same, **_tokens(other, begin if same else 0)}
+
+
+def _tokens(row: Row, begin: int) -> dict[str, Any]:
+    """The tokens of a row from `begin` on: what each is, what the teacher believed, and the kept entries of all in a line.
+
+    num_kept and num_exact say how many entries are a token's, exact ones first. probability: of a draw its weight.
+    """
+    end = min(begin + MOST_TOKENS, len(row))
+    first, last = (int(row.entry_offsets[place]) for place in (begin, end))
+    ids = row.entry_ids[first:last]
+    distinct, where = np.unique(ids, return_inverse=True)
+    try:
+        tokens, names, has_tokenizer = row.tokens[begin:end], row.texts_of(distinct), True
+    except MissingError:  # imported without a tokenizer: ids are all there is
+        tokens = [f"[{number}]" for number in row.token_ids[begin:end].tolist()]
+        names, has_tokenizer = [f"[{number}]" for number in distinct.tolist()], False
+    return {
+        "id": row.id,
+        "domain": row.domain,
+        "num_tokens": len(row),
+        "begin": begin,
+        "has_tokenizer": has_tokenizer,
+        "tokens": tokens,
+        "token_ids": row.token_ids[begin:end].tolist(),
+        "target": row.target_mask[begin:end].tolist(),
+        "logprob": _numbers(row.logprob[begin:end].tolist()),
+        "rank": row.rank[begin:end].tolist(),
+        "entropy": _numbers(row.entropy[begin:end].tolist()),
+        "tail": _numbers(np.exp(row.log_tail[begin:end].astype(np.float64)).tolist()),
+        "num_kept": row.num_kept[begin:end].tolist(),
+        "num_exact": row.num_exact[begin:end].tolist(),
+        "names": names,
+        "entry": where.tolist(),
+        "entry_id": ids.tolist(),
+        "probability": _numbers(np.exp(row.entry_logprobs[first:last].astype(np.float64)).tolist()),
+    }
+
+
+def _numbers(values: Iterable[float | None]) -> list[float | None]:
+    """Numbers to five digits; None where there is none."""
+    return [None if value is None or not math.isfinite(value) else float(f"{value:.5g}") for value in values]
+
+
+def _value(value: Any) -> Any:
+    """A value of a cell as JSON: no NaN, and text for what JSON lacks."""
+    if isinstance(value, float):
+        return _numbers([value])[0]
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

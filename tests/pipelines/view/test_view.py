@@ -1,0 +1,231 @@
+"""What the page is given: values against the dataset itself; who else gets nothing; the folder."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+import kdata
+from kdata.errors import ConfigError, DataError, MissingError, OutOfRangeError, QueryError, StorageError
+from kdata.pipelines.cli.main import app
+from kdata.pipelines.view import values
+from kdata.pipelines.view.export import export
+from kdata.pipelines.view.server import ViewServer
+from kdata.pipelines.view.values import View
+from kdata.selection.ranked import Random
+from kdata.selection.score_file import bring
+from tests.fakes import LINES, StandInTeacher, run_capture, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> kdata.Dataset:
+    folder = tmp_path_factory.mktemp("view")
+    rows = [{"id": f"r{n:02}", "domain": "it's"[n % 2 :], "text": text} for n, text in enumerate([*LINES, *LINES])]
+    data = run_capture(folder / "data", write_jsonl(folder / "texts.jsonl", rows), tokenizer_dir)
+    kdata.select(data, Random(name="half", share=0.5))
+    ids = data.index(["id"])["id"]
+    pq.write_table(pa.table({"id": ids, "odd": np.arange(len(ids)) % 2.0}), folder / "odd.parquet")
+    bring(data, folder / "odd.parquet", "mine")
+    return kdata.open(folder / "data")
+
+
+@pytest.fixture(scope="module")
+def view(dataset: kdata.Dataset) -> View:
+    return View(dataset)
+
+
+@pytest.fixture(scope="module")
+def server(view: View) -> Iterator[ViewServer]:
+    with ViewServer(view) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def asked(server: ViewServer, path: str, **headers: str) -> tuple[int, Any, dict[str, str]]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=30)
+    connection.putrequest("GET", path, skip_host=True)
+    for name, value in {"Host": f"127.0.0.1:{server.server_address[1]}", "X-Kdata": "1", **headers}.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    is_json = answer.headers["Content-Type"] == "application/json"
+    return answer.status, json.loads(content) if is_json else content.decode(), dict(answer.headers)
+
+
+def test_about(view: View, dataset: kdata.Dataset) -> None:
+    about = view.about()
+    assert about["rows"] == dataset.num_rows and about["tokens"] == dataset.num_tokens
+    assert {d["domain"]: d["n"] for d in about["domains"]} == {
+        one["domain"]: one["n"] for one in dataset.sql("select domain, count(*) as n from rows group by 1").to_pylist()
+    }
+    [taken] = dataset.sql("select count(*) as n from plans.half")["n"].to_pylist()
+    assert about["plans"] == [{"name": "half", "rows": taken}]
+    assert "mine.odd" in about["numbers"] and about["left_out"] == [] and about["token_scores"] == []
+    json.dumps(about, allow_nan=False)
+
+
+def test_rows_are_in_order_and_numbered(view: View, dataset: kdata.Dataset) -> None:
+    got = view.rows(order="nll", descending=True, limit=values.MOST_ROWS)
+    expected = dataset.sql("select id, nll from rows order by nll desc nulls last, shard, row")
+    assert [row["id"] for row in got["rows"]] == expected["id"].to_pylist() and got["total"] == dataset.num_rows
+    for row in got["rows"]:
+        assert dataset[row["number"]].id == row["id"] and row["value"] == pytest.approx(row["nll"])
+    page = view.rows(order="nll", descending=True, offset=2, limit=3)
+    assert page["rows"] == got["rows"][2:5] and page["total"] == got["total"]
+    assert {row["id"] for row in view.rows(where="mine.odd = 1")["rows"]} == set(
+        dataset.sql("select id from scores.mine where odd = 1")["id"].to_pylist()
+    )
+    assert view.rows(where="domain = 'it''s' -- a comment")["total"] > 0
+    taken, left = (view.rows(plan="half", outside=outside)["total"] for outside in (False, True))
+    assert taken + left == dataset.num_rows and taken == view.about()["plans"][0]["rows"]
+
+
+@pytest.mark.parametrize("column", ["nll", "num_tokens", "mine.odd"])
+def test_a_histogram_counts_every_row_once(view: View, dataset: kdata.Dataset, column: str) -> None:
+    got = view.histogram(column, where="nll > 0", plan="half", bins=7)
+    source = "rows join scores.mine using (id)"
+    all_rows = dataset.sql(f"select {column} as x from {source}")["x"].to_numpy().astype(float)
+    inside = f"{source} where rows.nll > 0 and id in (select id from plans.half)"
+    chosen = dataset.sql(f"select {column} as x from {inside}")["x"].to_numpy().astype(float)
+    for counts, numbers in ((got["all"], all_rows), (got["chosen"], chosen)):
+        assert sum(counts) == len(numbers)
+        expected, _ = np.histogram(numbers, np.array(got["edges"]))
+        assert np.abs(np.cumsum(counts) - np.cumsum(expected)).max() <= 1  # a value at an edge
+
+
+def test_a_row_is_what_the_dataset_says(view: View, dataset: kdata.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "MOST_TOKENS", 4)
+    for number in range(dataset.num_rows):
+        row, begin = dataset[number], 0
+        while begin < len(row):
+            got = view.row(number, begin=begin)
+            assert got["tokens"] == row.tokens[begin : begin + 4] and got["num_tokens"] == len(row)
+            first = 0
+            for place, count in enumerate(got["num_kept"]):
+                position = begin + place
+                kept = row.kept(position)
+                span = slice(first, first + count)
+                assert [got["names"][n] for n in got["entry"][span]] == kept.tokens
+                assert got["probability"][span] == pytest.approx(np.exp(kept.logprobs.astype(float)), rel=1e-4)
+                assert got["num_exact"][place] == int((~kept.is_draw).sum())
+                logprob = float(row.logprob[position])
+                assert got["logprob"][place] == (None if math.isnan(logprob) else pytest.approx(logprob, rel=1e-4))
+                first += count
+            begin += 4
+        assert got["plans"].keys() == {"half"} and got["columns"]["domain"] == row.domain
+        json.dumps(got, allow_nan=False)
+
+
+def test_another_teacher_beside(dataset: kdata.Dataset, tmp_path: Path, tokenizer_dir: Path) -> None:
+    rows = [{"id": f"r{n:02}", "domain": "d", "text": text} for n, text in enumerate(LINES)]
+    corpus = write_jsonl(tmp_path / "texts.jsonl", rows)
+    other = run_capture(tmp_path / "other", corpus, tokenizer_dir, teacher=StandInTeacher("another"))
+    both = View(dataset, other)
+    assert both.about()["beside"]["name"] == "other"
+    number = dataset.rows_of([other[0].id])[0]
+    got = both.row(int(number))["beside"]
+    assert got["same_tokens"] and got["logprob"] != both.row(int(number))["logprob"]
+    lacking = next(
+        n for n in range(dataset.num_rows) if dataset[n].id not in set(other.index(["id"])["id"].to_pylist())
+    )
+    assert both.row(lacking)["beside"] == {"missing": True}
+
+
+def test_what_cannot_be_asked(view: View) -> None:
+    for error, call in (
+        (ConfigError, lambda: view.rows(limit=0)), (ConfigError, lambda: view.rows(offset=-1)),
+        (ConfigError, lambda: view.rows(order="nll; drop table rows")), (ConfigError, lambda: view.histogram("text")),
+        (MissingError, lambda: view.rows(plan="none")), (QueryError, lambda: view.rows(where="nll >")),
+        (QueryError, lambda: view.rows(where="1 = 1); select 1; --")), (OutOfRangeError, lambda: view.row(10**6)),
+        (QueryError, lambda: view.rows(where="id in (select content from read_text('/etc/hostname'))")),
+        (ConfigError, lambda: view.row(0, begin=10**6)),
+    ):  # fmt: skip
+        with pytest.raises(error):
+            call()  # type: ignore[no-untyped-call]
+
+
+def test_the_server_answers_its_own_page_alone(server: ViewServer) -> None:
+    port = server.server_address[1]
+    for path, kind in (("/", "html"), ("/view.js", "javascript"), ("/view.css", "css")):
+        status, _, headers = asked(server, path)
+        assert status == 200 and kind in headers["Content-Type"]
+        assert (
+            "script-src 'self'" in headers["Content-Security-Policy"] and headers["X-Content-Type-Options"] == "nosniff"
+        )
+    assert asked(server, "/api/about")[0] == 200
+    assert asked(server, "/api/about", Host=f"localhost:{port}")[0] == 200
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", ""):
+        status, content, _ = asked(server, "/api/about", Host=host)
+        assert status == 403 and "name alone" in content
+    assert asked(server, "/api/about", **{"X-Kdata": ""})[0] == 404  # what another site can make a browser ask
+    for path in ("/api/nothing", "/../view.js", "/page/view.js", "/etc/passwd", "/%2e%2e/x"):
+        assert asked(server, path)[0] == 404
+    for path in ("/api/row?number=-1", "/api/row?number=1e9", "/api/row?number=%FF", "/api/rows?limit=1000"):
+        status, content, _ = asked(server, path)
+        assert status == 400 and content["error"]
+    assert asked(server, f"/api/row?{urlencode({'number': 10**6})}")[0] == 404
+    assert asked(server, f"/api/rows?{urlencode({'where': 'x' * 20_000})}")[0] == 400
+    with pytest.raises(StorageError, match="--port"):
+        ViewServer(server.view, port)
+
+
+def test_questions_at_once(server: ViewServer, dataset: kdata.Dataset) -> None:
+    answers: list[Any] = []
+
+    def ask(number: int) -> None:
+        answers.append(
+            (number, asked(server, f"/api/row?number={number}")[1]["id"], asked(server, "/api/rows")[1]["total"])
+        )
+
+    threads = [threading.Thread(target=ask, args=(n % dataset.num_rows,)) for n in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == sorted(
+        (n % dataset.num_rows, dataset[n % dataset.num_rows].id, dataset.num_rows) for n in range(12)
+    )
+
+
+def test_the_folder_holds_its_rows_and_no_markup(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["view", str(dataset.path), "--export", str(tmp_path / "page"), "--plan", "half"])
+    assert result.exit_code == 0, result.output
+    taken = View(dataset).rows(plan="half", limit=values.MOST_ROWS)["rows"]
+    assert f"{len(taken)} rows" in result.output
+    page = tmp_path / "page"
+    assert {path.name for path in page.iterdir()} == {"index.html", "view.js", "view.css", "data"}
+    assert 'data-mode="folder"' in (page / "index.html").read_text("utf-8")
+    for path in (page / "data").iterdir():
+        content = path.read_text("ascii")
+        assert "<" not in content and re.fullmatch(rf'kdataLoaded\("{path.stem}", .*\);\n', content)
+    shown = json.loads((page / "data" / "rows.js").read_text("ascii").partition(", ")[2].rpartition(");")[0])
+    assert [row["id"] for row in shown["rows"]] == [row["id"] for row in taken]
+
+
+def test_bad_calls_write_nothing(dataset: kdata.Dataset, view: View, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(ConfigError, match="not empty"):
+        export(view, tmp_path / "full")
+    with pytest.raises(DataError, match="no row is left"):
+        export(view, tmp_path / "none", where="false")
+    for arguments in (["--rows", "5"], ["--where", "true"], ["--export", str(tmp_path / "p"), "--open"]):
+        result = CliRunner().invoke(app, ["view", str(dataset.path), *arguments])
+        assert isinstance(result.exception, ConfigError)
+    assert {path.name for path in tmp_path.iterdir()} == {"full"}

@@ -1,0 +1,242 @@
+"""The page of a dataset in a real browser: clicks, keys, colors; text that would be a script is shown as text."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http import HTTPStatus
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kdata
+from kdata.pipelines.view.export import export
+from kdata.pipelines.view.server import ViewServer, _Handler
+from kdata.pipelines.view.values import View
+from kdata.selection.ranked import Random
+from tests.browser import needs_browser, result_of
+from tests.fakes import StandInTeacher, run_capture, write_jsonl
+
+pytestmark = needs_browser
+HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script> \u202eabc & \x01"
+
+# It clicks and types in a page, and says what it saw. STEPS is the script of a test.
+PROBE = """
+const sleep = ms => new Promise(done => setTimeout(done, ms));
+async function probe(page, view) {
+  const $ = id => page.getElementById(id);
+  const until = async what => { for (let n = 0; n < 300 && !what(); n += 1) await sleep(20); return what(); };
+  const key = name => page.activeElement.dispatchEvent(new view.KeyboardEvent("keydown", { key: name, bubbles: true }));
+  const listed = () => [...$("rows").children].map(one => one.querySelector("b").textContent);
+  const ask = async (id, value) => { $(id).value = value; $("filter").requestSubmit(); await sleep(200); };
+  let result;
+  try { result = await (async () => { STEPS })(); } catch (error) { result = { failed: String(error.stack) }; }
+  const output = document.createElement("pre");
+  output.id = "result";
+  output.textContent = JSON.stringify(result);
+  document.body.append(output);
+}
+"""
+
+
+def around(page: str, steps: str, width: int = 1280) -> str:
+    """A page with another one in a frame, which it looks into."""
+    start = "frame.onload = () => probe(frame.contentDocument, frame.contentWindow);"
+    script = f"const frame = document.querySelector('iframe'); {start} {PROBE.replace('STEPS', steps)}"
+    style = f"border:0;width:{width}px;height:900px"
+    return f'<!doctype html><iframe style="{style}" src="{page}"></iframe><script>{script}</script>'
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> kdata.Dataset:
+    folder = tmp_path_factory.mktemp("view")
+    lines = [
+        "the cat sat on the mat",
+        "a dog ran",
+        HOSTILE,
+        "naive words\nin two lines",
+        *(f"text {n}" for n in range(70)),
+    ]
+    rows = [{"id": f"r{n:02}", "domain": "ab"[n % 2], "text": text} for n, text in enumerate(lines)]
+    corpus = write_jsonl(folder / "texts.jsonl", rows)
+    data = run_capture(folder / "data", corpus, tokenizer_dir, teacher=StandInTeacher(context=512))
+    kdata.select(data, Random(name="half", share=0.5))
+    return kdata.open(folder / "data")
+
+
+def visible(text: str) -> str:
+    """Control characters as the page shows them."""
+    return "".join(chr(0x2400 + ord(sign)) if sign < " " and sign not in "\t\n" else sign for sign in text).replace(
+        "\n", "\u23ce\n"
+    )
+
+
+@contextmanager
+def served(view: View, harness: str) -> Iterator[str]:
+    """The real server of the page, and the harness beside it (same origin, so that it may look inside)."""
+
+    class Handler(_Handler):
+        def do_GET(self) -> None:
+            if self.path != "/harness":
+                return super().do_GET()
+            self.send_response(HTTPStatus.OK)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(harness.encode())))
+            self.end_headers()
+            self.wfile.write(harness.encode())
+            return None
+
+    with ViewServer(view) as server:
+        server.RequestHandlerClass = Handler  # type: ignore[assignment]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"{server.url}harness"
+        server.shutdown()
+
+
+def seen(
+    dataset: kdata.Dataset, steps: str, folder: Path, *, width: int = 1280, beside: kdata.Dataset | None = None
+) -> Any:
+    with served(View(dataset, beside), around("/", steps, width)) as address:
+        return result_of(address, folder)
+
+
+def test_rows_tokens_and_beliefs(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    steps = """
+      await until(() => $("rows").children.length && $("tokens").children.length);
+      const out = { rows: listed(), total: $("total").textContent, facts: $("facts").textContent };
+      const tokens = [...$("tokens").children];
+      out.text = tokens.map(one => one.textContent).join("");
+      out.shares = tokens.map(one => Number(one.style.getPropertyValue("--share")));
+      tokens[2].dispatchEvent(new view.PointerEvent("pointerover", { bubbles: true, pointerType: "mouse" }));
+      out.token = $("token").textContent;
+      out.token_facts = $("token-facts").textContent;
+      const cells = one => [...one.cells].map(cell => cell.textContent);
+      out.believed = [...page.querySelectorAll("#believed tr")].map(one => [one.className, ...cells(one)]);
+      tokens[3].click();
+      key("ArrowRight");
+      out.focus = [page.activeElement.dataset.n, $("token").textContent === tokens[4].textContent];
+      key("j");
+      await until(() => $("row-id").textContent === "r01");
+      out.next = $("row-id").textContent;
+      $("after").click();
+      await until(() => listed()[0] === "r50");
+      out.page = listed().length;
+      return out;
+    """
+    got = seen(dataset, steps, tmp_path)
+    assert "failed" not in got, got
+    row = dataset[0]
+    assert got["rows"] == [f"r{n:02}" for n in range(50)] and got["total"] == "Rows 1 to 50 of 74" and got["page"] == 24
+    assert got["text"] == "".join(row.tokens) and "74 rows" in got["facts"]
+    expected = [0 if n == 0 else min(-float(row.logprob[n]) / 8, 1) * 0.75 for n in range(len(row))]
+    assert got["shares"] == pytest.approx(expected, abs=1e-4)
+    assert got["token"] == row.tokens[2] and f"id {row.token_ids[2]}" in got["token_facts"]
+    kept = row.kept(2)
+    entries = [line for line in got["believed"] if "rest" not in line[0]]
+    assert [line[1] for line in entries] == [visible(text) for text in kept.tokens]
+    assert ["drawn" in line[0] for line in entries] == kept.is_draw.tolist()
+    assert ["actual" in line[0] for line in entries] == (kept.ids == row.token_ids[2]).tolist()
+    assert got["focus"] == ["4", True] and got["next"] == "r01"
+
+
+def test_conditions_plans_and_bars(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    steps = """
+      await until(() => $("rows").children.length && $("histogram").children.length);
+      const out = {};
+      await ask("where", "domain = 'b' and nll > 0");
+      out.domain = $("total").textContent;
+      await ask("where", "nll >");
+      out.error = [$("error").hidden, $("error").textContent];
+      await ask("where", "read_text('/etc/passwd') is null");
+      out.escape = $("error").textContent;
+      await ask("where", "");
+      $("plan").value = "+half"; $("plan").onchange(); await sleep(200);
+      out.plan = $("total").textContent;
+      $("plan").value = "-half"; $("plan").onchange(); await sleep(200);
+      out.outside = $("total").textContent;
+      $("plan").value = ""; $("plan").onchange(); await sleep(200);
+      $("order").value = "nll"; $("descending").checked = true; $("order").onchange(); await sleep(200);
+      out.largest = listed()[0];
+      const bars = [...$("histogram").children];
+      out.counts = bars.map(one => Number(one.title.match(/: (\\d+) of/)[1]));
+      const place = out.counts.indexOf(Math.max(...out.counts));
+      bars[place].click(); await sleep(200);
+      out.bar = [out.counts[place], $("total").textContent, $("range").textContent];
+      return out;
+    """
+    got = seen(dataset, steps, tmp_path)
+    assert "failed" not in got, got
+    count = dataset.sql("select count(*) as n from rows where domain = 'b' and nll > 0")["n"][0].as_py()
+    assert got["domain"] == f"Rows 1 to {count} of {count}"
+    assert got["error"][0] is False and got["error"][1].startswith("Parser Error")
+    assert "passwd" not in got["escape"] or "disabled" in got["escape"] or "not" in got["escape"]
+    assert got["escape"]
+    taken = dataset.sql("select count(*) as n from plans.half")["n"][0].as_py()
+    assert got["plan"].endswith(f"of {taken}") and got["outside"].endswith(f"of {74 - taken}")
+    assert got["largest"] == dataset.sql("select id from rows order by nll desc limit 1")["id"][0].as_py()
+    assert sum(got["counts"]) == dataset.sql("select count(nll) as n from rows")["n"][0].as_py()
+    assert got["bar"][1].endswith(f"of {got['bar'][0]}") and got["bar"][2].startswith("only")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_hostile_text_is_text_and_nothing_scrolls_sideways(dataset: kdata.Dataset, tmp_path: Path, width: int) -> None:
+    steps = """
+      await until(() => $("rows").children.length && $("tokens").children.length);
+      const at = listed().indexOf("r02");
+      $("rows").children[at].click();
+      await until(() => $("row-id").textContent === "r02");
+      $("tokens").children[3].click();
+      await sleep(200);
+      const snippet = $("rows").children[at].querySelector("span").textContent;
+      return { title: page.title, text: $("tokens").textContent, snippet,
+        made: page.querySelectorAll("#tokens img, #tokens script, #rows img, #believed img").length,
+        scroll: page.documentElement.scrollWidth, width: page.documentElement.clientWidth,
+        loads: view.performance.getEntriesByType("resource").map(one => new URL(one.name).origin === location.origin) };
+    """
+    got = seen(dataset, steps, tmp_path, width=width)
+    assert "failed" not in got, got
+    assert got["title"] == "data \u00b7 kdata" and got["made"] == 0 and all(got["loads"])
+    assert "<script>document.title='taken'</script>" in got["text"] and "\u202e" not in got["text"]
+    assert (
+        "\u2039U+202E\u203a" in got["snippet"] and "\u2401" in got["text"] and got["snippet"].startswith("<img src=x")
+    )
+    assert got["scroll"] <= got["width"] == width
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_the_folder_is_the_page_without_a_server(dataset: kdata.Dataset, tmp_path: Path, as_file: bool) -> None:
+    folder = tmp_path / "page"
+    assert export(View(dataset), folder, rows=60, where="num_tokens > 3") == 60
+    steps = """
+      await until(() => $("rows").children.length && $("tokens").children.length);
+      const out = { total: $("total").textContent, facts: $("facts").textContent, text: $("tokens").textContent };
+      out.bars = $("histogram").children.length;
+      $("where").value = "text 7"; $("filter").requestSubmit();
+      await until(() => listed()[0] !== "r00");
+      out.found = listed();
+      out.title = page.title;
+      return out;
+    """
+    if as_file:  # a file may not look into a frame: the page itself has the script
+        page = folder / "index.html"
+        page.write_text(page.read_text("utf-8").replace("</body>", "<script src='probe.js'></script></body>"), "utf-8")
+        script = f"{PROBE.replace('STEPS', steps)} window.onload = () => probe(document, window);"
+        (folder / "probe.js").write_text(script, encoding="utf-8")
+        got = result_of(page.as_uri(), tmp_path)
+    else:
+        (folder / "harness.html").write_text(around("index.html", steps), encoding="utf-8")
+        handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            got = result_of(f"http://127.0.0.1:{server.server_address[1]}/harness.html", tmp_path)
+            server.shutdown()
+    assert "failed" not in got, got
+    assert got["total"].endswith("of 60") and "60 rows are in this folder" in got["facts"] and got["bars"] == 40
+    assert got["text"] == "".join(dataset[0].tokens)
+    assert got["found"] and all(one.startswith("r") for one in got["found"]) and "r11" in got["found"]
+    assert json.dumps(got) and got["title"] == "data \u00b7 kdata"
