@@ -304,10 +304,10 @@ function believed(row, n, title) {
   };
   for (let k = 0; k < row.num_kept[n]; k += 1) {
     const p = row.probability[start + k], drawn = k >= row.num_exact[n], own = row.entry_id[start + k] === row.token_ids[n];
-    line(visible(row.names[row.entry[start + k]]) || "\u2205", p, `${drawn ? "drawn" : "exact"}${own ? " actual" : ""}`, `${drawn ? "drawn, weight " : ""}${percent(p)}`);
+    line(visible(row.names[row.entry[start + k]]) || "\u2205", p, `${drawn ? "drawn" : "exact"}${own ? " actual" : ""}`, `${drawn ? "draw " : ""}${percent(p)}`);
   }
   if (!row.num_kept[n]) line("no distribution is kept here", 0, "rest", "");
-  else if (row.tail[n]) line(state.about.draws ? "all others, for which the draws stand" : "all others", row.tail[n], "rest", percent(row.tail[n]));
+  else if (row.tail[n]) line(state.about.draws ? "the rest, by draws" : "the rest", row.tail[n], "rest", percent(row.tail[n]));
   return table;
 }
 
