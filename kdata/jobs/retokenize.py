@@ -57,6 +57,7 @@ from kdata.store.writer import Writer
 from kdata.teachers.model import load_tokenizer, tokenizer_files, tokenizer_info
 
 WHOLE = 1 << 40  # tokens: texts are not split
+SHORT_TOKENS = 1024  # ids of a tokenizer whose tokens are bytes, characters or little more
 MOST_OF_A_CHARACTER = 4  # bytes of UTF-8
 
 
@@ -69,10 +70,10 @@ class RetokenizeConfig(Strict):
         description="How the teacher's tokens become the student's. prefix: the student's token with which the text of the "
         "teacher's begins. exact: only tokens of equal text, the rest is dropped, or joins the tail of top-k data.",
     )
-    inside: bool = Field(
-        True,
+    inside: bool | None = Field(
+        None,
         description="Also keep entries where a token of the student begins inside of one of the teacher: of the tokens that "
-        "begin as that one does up to there.",
+        "begin as that one does up to there. null: for a tokenizer of at most 1,024 ids, such as one of bytes.",
     )
 
 
@@ -189,6 +190,8 @@ def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
             map_V[their_id] = -1 if own_id is None else own_id
     about, added = dataset.info.tokenizer, teacher.get_added_tokens_decoder()
     marks = {number for number, token in added.items() if token.special} | {about.bos_id, about.eos_id}
+    # Measured (trainer/README.md): it helps a student of bytes, and costs one of 4,096 tokens a little.
+    inside = num_ids(student) <= SHORT_TOKENS if config.inside is None else config.inside
     modes: tuple[SpecialTokensInText, ...] = ("keep", "split")
     return _Work(
         dataset=dataset,
@@ -199,7 +202,7 @@ def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
         own=token_bytes_of(student, names=True),
         map_V=map_V,
         mapper=mapper,
-        beginnings=Beginnings(token_bytes_of(teacher)) if config.inside else None,
+        beginnings=Beginnings(token_bytes_of(teacher)) if inside else None,
         draws=dataset.info.tail == "draws",
     )
 
@@ -210,7 +213,7 @@ def _identity(work: _Work, config: RetokenizeConfig) -> DatasetInfo:
     if work.draws:
         most = about.codec.most_draws + int(about.codec.parameters.get("k", 0)) + 1
         parameters["num_draws"] = min(most, 2**16 - 1)
-    rule = KeepAligned(map=config.map, inside=config.inside, of=about.codec.parameters.get("positions"))
+    rule = KeepAligned(map=config.map, inside=work.beginnings is not None, of=about.codec.parameters.get("positions"))
     parameters["positions"] = rule.model_dump()
     codec = CodecInfo(id="packed", version=packed_version(size, True), kind="combined", parameters=parameters)
     return new_info(
@@ -242,7 +245,7 @@ def _run(
     settings = {
         "of": {"fingerprint": dataset.content_digest, "codec": dataset.info.codec.model_dump()},
         "map": config.map,
-        "inside": config.inside,
+        "inside": work.beginnings is not None,
         "made_by": {"kind": about.kind, **about.settings},
     }
     result = SourceInfo(kind="retokenize", settings=settings, num_units=None)
