@@ -348,6 +348,7 @@ def work_of(tokenizer: Any, **fields: Any) -> _Work:
     info = SimpleNamespace(tokenizer=SimpleNamespace(bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_token_id))
     special = np.array(sorted(set(tokenizer.all_special_ids)))
     values = {"theirs": [], "own": [], "map_V": np.zeros(0), "draws": True, "special": special, **fields}
+    values |= {"spare": np.zeros(0), "config": RetokenizeConfig(tokenizer="x")}
     return _Work(dataset=SimpleNamespace(info=info), tokenizer=tokenizer, encoders=encoders, **values)  # type: ignore[arg-type]
 
 
