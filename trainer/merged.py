@@ -74,7 +74,7 @@ def gold(x: Sides, weights: tuple[float, float], beta: float) -> Tensor:
         ranked_CK = x.top_CN.gather(-1, place_CK.clamp(0, x.top_CN.shape[1] - 1)).where(is_one_CK, 0.0)
     sorted_C = (ranked_CK - x.p_CK).where(x.by_rank_CK, 0.0).abs().sum(-1)
     lacked_C = x.lacked_C - ranked_CK.sum(-1)
-    share_C = _least_share(x.rest_C.detach(), x.tail_C, x.tail_C - lacked_C.detach(), weights, beta)
+    share_C = _least_share(x.rest_C.detach(), x.tail_C, x.tail_C - lacked_C, weights, beta)
     matched_C = matched_C + _gap(share_C, x.rest_C, beta)
     sorted_C = sorted_C + (x.tail_C - share_C - lacked_C).abs()
     return weights[0] * matched_C + weights[1] * sorted_C
@@ -91,7 +91,8 @@ def _least_share(rest_C: Tensor, tail_C: Tensor, even_C: Tensor, weights: tuple[
     """The part of the teacher's tail on matched tokens that makes the loss least, [C].
 
     w_m j(a, rest) + w_u |even - a| is convex in a. The slope of the first part is w_m b log(a / m), m = b a + (1 - b) rest,
-    so it outweighs the second one where a / m is beyond e^(w_u / (b w_m)), or below its inverse.
+    so it outweighs the second one where a / m is beyond e^(w_u / (b w_m)), or below its inverse. Between these a is `even_C`,
+    and moves with it; elsewhere the loss does not change with a, so a is a constant.
     """
     low_C, high_C = torch.zeros_like(rest_C), torch.full_like(rest_C, torch.inf)
     if weights[0] > 0:
