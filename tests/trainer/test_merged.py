@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import kdata
 from kdata.errors import ConfigError
+from kdata.jobs.retokenize import RetokenizeConfig, retokenize
+from kdata.trainer.config import ScratchStudent, TrainConfig
 from kdata.trainer.fused import distillation_loss, distillation_loss_of_logits
 from kdata.trainer.merged import _least_share
 from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.objectives import Matched, Targets
+from kdata.trainer.train import train
+from tests.fakes import LINES
+from tests.tokenizers_of_kinds import bpe_tokenizer, saved
 from tests.trainer.oracle import Problem, make_problem
 
 VOCAB, TEACHERS, SHARED = 23, 17, 9  # ids of the student, of the teacher, and those that match: the first ones of both
@@ -120,7 +128,8 @@ def test_what_is_kept_gives_a_lower_bound(
 ) -> None:
     sparse, whole = (two_tokenizers(seed, n, places) for n in (kept, TEACHERS))
     wanted = trl(replace(sparse, p=whole.p), (w_m, w_u), beta)
-    assert 0 <= float(gold_of(sparse, gold_weights=(w_m, w_u), gold_beta=beta).detach()) <= float(wanted.detach()) * (1 + 1e-9) + 1e-12
+    value = float(gold_of(sparse, gold_weights=(w_m, w_u), gold_beta=beta).detach())
+    assert 0 <= value <= float(wanted.detach()) * (1 + 1e-9) + 1e-12
 
 
 @pytest.mark.parametrize("kept", [1, 4, 11])
@@ -192,7 +201,7 @@ def test_a_student_that_agrees_has_nothing_to_learn() -> None:
     logits.requires_grad_()
     loss = distillation_loss_of_logits(logits, targets, ObjectiveConfig(weights={"gold": 1.0}), "ghost")
     (gradient,) = torch.autograd.grad(loss.total, [logits])
-    assert float(loss.total) < 1e-9 and gradient.abs().max() < 1e-9
+    assert float(loss.total.detach()) < 1e-9 and gradient.abs().max() < 1e-9
 
 
 def test_targets_that_lack_what_it_needs_are_refused() -> None:
@@ -206,3 +215,51 @@ def test_targets_that_lack_what_it_needs_are_refused() -> None:
         targets = replace(problem.targets, **change)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=message):
             distillation_loss(problem.hidden, problem.head, targets, config, "ghost")
+
+
+# --------------------------------------------------------------------------------------------------------------- from text
+
+
+@pytest.fixture(scope="module")
+def phrases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer whose tokens lie across those of the teacher: chunks have several tokens of both."""
+    return saved(bpe_tokenizer(LINES), tmp_path_factory.mktemp("phrases") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def sorted_data(tmp_path_factory: pytest.TempPathFactory, captured_once: Path, phrases: Path) -> dict[str, Path]:
+    folder, source = tmp_path_factory.mktemp("sorted"), kdata.open(captured_once)
+    configs = {
+        "ranks": RetokenizeConfig(tokenizer=str(phrases), map="ranks"),
+        "matched": RetokenizeConfig(tokenizer=str(phrases), map="matched"),
+        "bayesian": RetokenizeConfig(tokenizer=str(phrases), map="matched", merge="bayesian"),
+    }
+    return {name: retokenize(folder / name, source, config)[0].path for name, config in configs.items()}
+
+
+@pytest.mark.parametrize(
+    ("data", "weights"),
+    [
+        ("ranks", {"cross_entropy": 1.0, "uld": 1.5}),
+        ("matched", {"gold": 1.0}),
+        ("bayesian", {"gold": 1.0, "alm": 0.5, "cross_entropy": 0.5}),
+    ],
+)
+def test_a_student_learns_whatever_the_size_of_its_micro_batches(
+    sorted_data: dict[str, Path], tmp_path: Path, data: str, weights: dict[str, float]
+) -> None:
+    student = ScratchStudent(hidden_size=32, num_layers=1, num_heads=2, max_positions=1024)
+    lines: dict[int, list[dict[str, float]]] = {}
+    for micro in (2048, 1024):
+        config = TrainConfig(
+            student=student, steps=12, batch_tokens=2048, micro_batch_tokens=micro, context_tokens=1024, precision="fp32",
+            learning_rate=1e-2, warmup_steps=2, objective=ObjectiveConfig(weights=weights, cross_entropy_elsewhere=1.0),
+            log_every_steps=1, checkpoint_every_steps=0,
+        )  # fmt: skip
+        train(config, sorted_data[data], None, tmp_path / str(micro))
+        lines[micro] = [json.loads(line) for line in (tmp_path / str(micro) / "metrics.jsonl").read_text().splitlines()]
+    name = "uld" if "uld" in weights else "gold"
+    assert lines[2048][-1]["loss"] < lines[2048][0]["loss"] and lines[2048][0][name] > 0
+    for whole, parts in zip(lines[2048], lines[1024], strict=True):
+        for key in ("loss", name):
+            assert parts[key] == pytest.approx(whole[key], rel=2e-3)

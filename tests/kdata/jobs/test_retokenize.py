@@ -30,7 +30,7 @@ from kdata.jobs.retokenize import (
     _Work,
     retokenize,
 )
-from kdata.store.token_map import token_bytes_of
+from kdata.store.token_map import read_matched, token_bytes_of
 from kdata.store.tokens import read_tokenizer
 from kdata.teachers.model import load_tokenizer
 from tests.fakes import LINES, StandInTeacher, digests, run_capture, run_generate, write_jsonl
@@ -177,6 +177,109 @@ def test_entries_are_those_of_a_plain_loop(
                 elif map == "prefix":
                     assert sum(got.values()) + dropped == pytest.approx(1, abs=5e-3)
     assert kept == report.kept > 20
+
+
+@pytest.mark.parametrize(("map", "merge"), [("ranks", "observed"), ("matched", "observed"), ("matched", "bayesian")])
+@pytest.mark.parametrize(
+    ("kind", "student"),
+    [(kind, student) for kind, student in CASES if kind != "sampled" and (kind, student) != (SPACED, "sentence")],
+)
+def test_sorted_entries_are_those_of_a_plain_loop(
+    kind: str, student: str, map: str, merge: str, sources: dict[str, kdata.Dataset], tokenizers: dict[str, Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Chunk by chunk in Python: the teacher's entries at its place, their ids, and where the teacher's own token is."""
+    source = sources[kind]
+    result, report = made(source, tokenizers[student], tmp_path / "out", map=map, merge=merge)
+    assert result.info.tail == "ghost" and result.info.codec.version == 4
+    exact = exact_map(source, result)
+    spare_ids = [n for n in range(result.info.vocab_size) if n not in set(exact)]
+    if map == "matched":
+        rule = result.info.codec.parameters["positions"]
+        assert (rule["matched"], rule["num_teacher"]) == (sum(n >= 0 for n in exact), source.info.vocab_size)
+        is_own = read_matched(result.tokenizer_dir, result.info.vocab_size)
+        assert np.flatnonzero(~is_own).tolist() == spare_ids
+    ids, kept = source.index(["id"])["id"].to_pylist(), 0
+    for row, row_id in enumerate(result.index(["id"])["id"].to_pylist()):
+        before = ids.index(row_id)
+        teacher, pupil = source.take(np.array([before])), result.take(np.array([row]))
+        sizes_T, sizes_S = token_bytes(source, before), token_bytes(result, row)
+        ends = sorted(set(np.cumsum(sizes_T)[sizes_T > 0].tolist()) & set(np.cumsum(sizes_S)[sizes_S > 0].tolist()))
+        places = set()
+        for start, end in zip([0, *ends], ends, strict=False):
+            of_T, of_S = (inside(sizes, start, end) for sizes in (sizes_T, sizes_S))
+            t, s = (of[-1 if merge == "bayesian" else 0] for of in (of_T, of_S))
+            if not pupil.target_mask[s]:
+                continue
+            sums = sum(float(teacher.logprob[n]) for n in of_T)
+            assert pupil.logprob[of_S[-1]] == pytest.approx(min(sums, -1 / 1024), abs=math.sqrt(-sums) / 32 + 1e-3)
+            assert (pupil.logprob[of_S[:-1]] == 0).all() and pupil.logprob[of_S[-1]] < 0
+            span = slice(int(teacher.entry_offsets[t]), int(teacher.entry_offsets[t]) + int(teacher.num_exact[t]))
+            entries = list(
+                zip(teacher.entry_ids[span].tolist(), np.exp(teacher.entry_logprobs[span]).tolist(), strict=True)
+            )
+            actual = int(teacher.token_ids[t]) if map == "matched" and len(of_T) > 1 else None
+            tail, num_exact = math.exp(float(teacher.log_tail[t])), len(entries)
+            if actual is not None and actual not in dict(entries):
+                entries.append((actual, min(math.exp(float(teacher.logprob[t])), tail, entries[-1][1])))
+                tail -= entries[-1][1]
+            expected: dict[int, float] = defaultdict(float)
+            rank, spare = 0, iter(spare_ids)
+            for number, (entry, mass) in enumerate(entries):
+                own = number if map == "ranks" else exact[entry] if exact[entry] >= 0 else next(spare, -1)
+                if own >= 0:
+                    expected[own] += mass
+                    continue
+                tail += mass
+                if entry == actual:
+                    expected.clear()
+                    break
+            span = slice(int(pupil.entry_offsets[s]), int(pupil.entry_offsets[s + 1]))
+            got = dict(zip(pupil.entry_ids[span].tolist(), np.exp(pupil.entry_logprobs[span]).tolist(), strict=True))
+            assert set(got) == set(expected), (row_id, start)
+            if not expected:
+                continue
+            places.add(s)
+            assert math.exp(float(pupil.log_tail[s])) == pytest.approx(tail, abs=6e-3) and pupil.num_exact[s] == len(
+                got
+            )
+            for number, mass in expected.items():
+                assert got[number] == pytest.approx(mass, rel=0.12, abs=1e-6)
+            rank = int(pupil.rank[s])
+            if actual is None:
+                assert rank == 0
+            else:
+                own = list(got)[min(rank, len(got)) - 1]
+                added = len(entries) > num_exact
+                assert own == exact[actual] or (exact[actual] < 0 and own in spare_ids)
+                assert math.log(got[own]) == pytest.approx(float(teacher.logprob[t]), abs=0.3) or added
+                assert rank <= len(got) or (added and rank == len(got) + 1)
+        kept += len(places)
+        around = [n for n in np.flatnonzero(pupil.num_kept).tolist() if n not in places]
+        assert all(sizes_S[n] == 0 for n in around)  # the end of a text
+        kept += len(around)
+    assert kept == report.kept > 20
+    assert not kdata.verify(kdata.open(result.path), deep=True)
+
+
+def inside(sizes: np.ndarray, start: int, end: int) -> list[int]:
+    """Tokens of the text between two bytes; a part of a character without bytes of its own belongs to what follows."""
+    return [
+        n for n, (begin, size) in enumerate(zip(starts_of(sizes), sizes.tolist(), strict=True))
+        if start <= begin and begin + size <= end and (size or begin < end) and 0 < len(sizes)
+    ]  # fmt: skip
+
+
+def exact_map(source: kdata.Dataset, result: kdata.Dataset) -> list[int]:
+    """Ids of equal bytes, and the ends of a text, which the student writes as 1 and 2."""
+    own, theirs = token_bytes_of(tokenizer_of(result)), token_bytes_of(tokenizer_of(source))
+    by_bytes = {content: n for n, content in reversed(list(enumerate(own))) if content}
+    mapped = [by_bytes.get(content or b"", -1) for content in theirs]
+    mapped += [-1] * (source.info.vocab_size - len(mapped))
+    for theirs_id, own_id in ((source.info.tokenizer.bos_id, 1), (source.info.tokenizer.eos_id, 2)):
+        if theirs_id is not None:
+            mapped[theirs_id] = own_id
+    return mapped
 
 
 def result_map(source: kdata.Dataset, result: kdata.Dataset) -> list[int]:
