@@ -165,6 +165,12 @@ class ObjectiveConfig(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _gold_weighs_something(self) -> ObjectiveConfig:
+        if self.gold_weights is not None and not any(self.gold_weights):
+            raise ValueError("gold_weights are both 0, so gold would be 0; remove the objective, or set one above 0")
+        return self
+
     def at(self, step: int, steps: int) -> ObjectiveConfig:
         """The same mix with numbers for what changes with the step: those of step 0, 1, ... of a phase of `steps` steps."""
         numbers = {n: w.at(step, steps) if isinstance(w, Ramp) else w for n, w in self.weights.items()}

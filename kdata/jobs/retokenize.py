@@ -145,7 +145,7 @@ def retokenize(
     Raises:
         MissingError: there is no such tokenizer, or the dataset carries none.
         ConfigError: the tokenizer is not fast, or is the dataset's own.
-        DataError: the dataset is not complete, lacks the mass of the tail, or no row could be aligned.
+        DataError: the dataset is not complete, lacks the mass of the tail, holds chats only, or no row could be aligned.
         MismatchError: `root` was begun with other settings.
         CorruptError: the dataset is damaged.
     """
@@ -185,6 +185,13 @@ def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
     unfinished = [name for name, source in dataset.info.sources.items() if source.num_units is None]
     if unfinished:
         raise DataError(f"source {unfinished[0]!r} of {dataset.path} is not complete; finish it first")
+    messages = dataset.index(["messages"])["messages"]
+    if len(messages) and not messages.null_count:
+        raise DataError(
+            f"every row of {dataset.place} is a chat, which the template of the teacher wrote; the student's template writes "
+            "another text around the messages, with marks that the teacher never read. Have the teacher read them as texts "
+            "that the student's template wrote: kdata capture --text-column"
+        )
     folder = dataset.tokenizer_dir
     if folder is None or not (folder / "tokenizer.json").is_file():
         raise MissingError(

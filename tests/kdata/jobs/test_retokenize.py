@@ -266,7 +266,7 @@ def inside(sizes: np.ndarray, start: int, end: int) -> list[int]:
     """Tokens of the text between two bytes; a part of a character without bytes of its own belongs to what follows."""
     return [
         n for n, (begin, size) in enumerate(zip(starts_of(sizes), sizes.tolist(), strict=True))
-        if start <= begin and begin + size <= end and (size or begin < end) and 0 < len(sizes)
+        if start <= begin and begin + size <= end and (size or begin < end) and len(sizes) > 0
     ]  # fmt: skip
 
 
@@ -511,3 +511,33 @@ def test_each_token_stands_for_its_own_bytes_or_the_text_is_refused(
     for number, begin, end in zip(tokens.ids.tolist(), (ends - tokens.num_bytes).tolist(), ends.tolist(), strict=True):
         own = table[number] or b"?"
         assert text.encode()[begin:end] == own or (begin == 0 and own == b" " + text.encode()[begin:end])
+
+
+def test_chats_and_data_without_ranks_are_refused_before_anything_is_written(
+    sources: dict[str, kdata.Dataset], tokenizers: dict[str, Path], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "id": "c",
+            "domain": "d",
+            "messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}],
+        }
+    ]
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.chat_template = "{% for m in messages %}{% generation %}{{ m.content }} {% endgeneration %}{% endfor %}"
+    file = write_jsonl(tmp_path / "chats.jsonl", rows)
+    chats = run_capture(
+        tmp_path / "chats",
+        file,
+        saved(tokenizer, tmp_path / "chatty"),
+        reading={"messages_column": "messages"},
+        targets="all",
+    )
+    with pytest.raises(DataError, match="is a chat, which the template of the teacher wrote"):
+        made(chats, tokenizers["bytes"], tmp_path / "out")
+    for map in ("ranks", "matched"):
+        with pytest.raises(ConfigError, match=f"map {map} needs exact entries at every target"):
+            made(sources["sampled"], tokenizers["bytes"], tmp_path / "out", map=map)
+    with pytest.raises(ValueError, match="merge bayesian is for map matched"):
+        RetokenizeConfig(tokenizer="x", merge="bayesian")
+    assert not (tmp_path / "out").exists()
