@@ -197,25 +197,34 @@ def _of_merged(
 ) -> tuple[Tensor, Tensor]:
     """The loss `gold` (`kdata.trainer.merged`), scaled and differentiable; and its values, float [M].
 
+    One pass over the chosen positions, and one over those whose chunks have several, for what other tokens multiply.
+
     Args:
         log_q_M: float [M], the student's log-probabilities of the actual tokens.
     """
     _refuse_weights("gold", targets)
+    if loss_plan.config.temperature != 1.0:
+        raise ConfigError(
+            f"objective gold is at temperature 1, and objective.temperature is {loss_plan.config.temperature}, at which the "
+            "probabilities of the teacher's other tokens of a chunk are not known; set it to 1"
+        )
     tokens = Tokens.of(loss_plan.config, targets, loss_plan.vocab_size)
     within = with_scales(log_q_M, targets)
-    weights = {"gold": 1.0, SLOPE: 0.0}
-    elsewhere = None if targets.chosen_C is None else dict.fromkeys(weights, 0.0)
-    merged = replace(loss_plan, weights=weights, elsewhere=elsewhere, tokens=tokens)
+    merged = replace(loss_plan, weights={"gold": 1.0, SLOPE: 0.0}, elsewhere=None, tokens=tokens)
     grad = torch.is_grad_enabled()
-    total, values_M2 = _SparseLoss.apply(hidden_MD, head_VD, within, merged, grad)
-    values_M, slope_M = values_M2.unbind(-1)
-    if grad and len(targets):
-        assert targets.chunk_C is not None
-        chunk_M = targets.chunk_C - targets.chunk_C[:1]
+    chosen_M = targets.token_ids_C >= 0 if targets.chosen_C is None else targets.chosen_C
+    places = chosen_M.nonzero()[:, 0]
+    some = replace(within.each(lambda x_M: x_M[places]), chosen_C=None)
+    total, values_P2 = _SparseLoss.apply(hidden_MD[places], head_VD, some, merged, grad)
+    values_M2 = log_q_M.new_zeros(len(targets), 2).index_copy_(0, places, values_P2)
+    if grad and targets.chunk_C is not None:
+        slope_M, chunk_M = values_M2[:, 1], targets.chunk_C - targets.chunk_C[:1]
         other_M = sums_of_chunks(slope_M, chunk_M)[chunk_M] - slope_M
-        own = _of_slopes(hidden_MD, head_VD, targets, replace(loss_plan, scale=1.0), other_M)
+        others = (torch.bincount(chunk_M)[chunk_M] > 1).nonzero()[:, 0]
+        rest = targets.each(lambda x_M: x_M[others])
+        own = _of_slopes(hidden_MD[others], head_VD, rest, replace(loss_plan, scale=1.0), other_M[others])
         total = total + (own - own.detach())
-    return total, values_M if targets.chosen_C is None else values_M * targets.chosen_C
+    return total, values_M2[:, 0]
 
 
 def _refuse_weights(name: str, targets: Targets) -> None:
@@ -519,8 +528,9 @@ def _gold(student: _Student, targets: Targets, config: ObjectiveConfig, tokens: 
     assert student.lacked_C is not None and student.log_s_C is not None
     rest_C2 = torch.stack([student.rest_C, student.lacked_C], dim=-1)
     log_sum_C1 = torch.logsumexp(torch.cat([student.kept_CK, rest_C2], dim=-1), dim=-1, keepdim=True)
-    parts = (x - log_sum_C1 for x in (student.kept_CK, student.top_CN, rest_C2))
-    return gold(sides(*parts, student.log_s_C, targets, tokens), tokens.weights, config.gold_beta)
+    log_q_CK, log_top_CN, log_rest_C2 = (x - log_sum_C1 for x in (student.kept_CK, student.top_CN, rest_C2))
+    compared = sides(log_q_CK, log_top_CN, log_rest_C2, student.log_s_C, targets, tokens)
+    return gold(compared, tokens.weights, config.gold_beta)
 
 
 def _total(values_CO: Tensor, targets: Targets, loss_plan: LossPlan, weights_O: Tensor) -> Tensor:
@@ -549,11 +559,11 @@ def _to_logit_gradient_(
     of the gathered logits are added at their ids, divided by T for those at T. If T is not 1, the log-sum-exp at 1 adds
     (d loss / d log_sum) softmax(z)_v.
     """
-    leaves = _Student(*(None if t is None else t.detach().requires_grad_() for t in student))
+    leaves = _Student._make(None if t is None else t.detach().requires_grad_() for t in student)
     with torch.enable_grad():
         values_CO = _values(leaves, targets, loss_plan)
         (_total(values_CO, targets, loss_plan, weights_O) * loss_plan.scale).backward()
-    d = _Student(*(None if x is None else torch.zeros_like(x) if x.grad is None else x.grad for x in leaves))
+    d = _Student._make(None if x is None else torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)
     temperature, tokens = loss_plan.config.temperature, loss_plan.tokens
     if tokens is None:
         exp_CV.mul_(_rate(d.rest_C, exp_CV.sum(-1), temperature)[:, None])

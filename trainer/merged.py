@@ -23,7 +23,8 @@ is a lower bound. It is exact where all of the teacher's probability is kept.
 
 The derivative of the loss by log s is that of a cross-entropy of the other tokens of the chunk with a weight, as in
 `kdata.trainer.chunks`. So the core of `kdata.trainer.fused` runs three times: for the probabilities of actual tokens, for the
-distributions, and for these weights. A [positions, vocabulary] matrix exists at no time.
+distributions at their places, and for these weights in chunks of several tokens. A [positions, vocabulary] matrix exists at
+no time.
 
 Shapes: M or C counted positions, K kept entries, N of the student's likeliest tokens that the teacher lacks, V vocabulary.
 """

@@ -215,6 +215,9 @@ def test_targets_that_lack_what_it_needs_are_refused() -> None:
         targets = replace(problem.targets, **change)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=message):
             distillation_loss(problem.hidden, problem.head, targets, config, "ghost")
+    warm = replace(problem.targets, temperature=2.0)
+    with pytest.raises(ConfigError, match="at temperature 1"):
+        distillation_loss(problem.hidden, problem.head, warm, config.model_copy(update={"temperature": 2.0}), "ghost")
 
 
 # --------------------------------------------------------------------------------------------------------------- from text
