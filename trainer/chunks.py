@@ -65,17 +65,18 @@ def chunk_loss(log_q_M: Tensor, targets: Targets, temperature: float) -> tuple[T
             "objective alm needs the teacher's log-probability of every actual token, and the dataset does not hold that of "
             "some; imported data often lacks it. Use another objective, or have a teacher read the text"
         )
-    chunk_M = targets.chunk_C - (targets.chunk_C[0] if len(targets.chunk_C) else 0)
-    count = int(chunk_M[-1]) + 1 if len(chunk_M) else 0
-
-    def sums(values_M: Tensor) -> Tensor:
-        return log_q_M.new_zeros(count, dtype=torch.float64).index_add_(0, chunk_M, values_M.double())
-
-    a_C, b_C = sums(targets.actual_logprobs_C) / temperature, sums(log_q_M) / temperature
+    chunk_M = targets.chunk_C - targets.chunk_C[:1]
+    a_C, b_C = (sums_of_chunks(x_M, chunk_M) / temperature for x_M in (targets.actual_logprobs_C, log_q_M))
     p_C, not_p_C, not_q_C = a_C.exp(), -torch.expm1(a_C), -torch.expm1(b_C)
     bounded_C = not_q_C.clamp_min(LEAST)
     loss_C = temperature * (p_C * (a_C - b_C) + torch.special.xlogy(not_p_C, not_p_C) - not_p_C * bounded_C.log())
     # The bound is a constant where it holds.
     slope_C = torch.where(not_q_C > LEAST, not_p_C * b_C.exp() / bounded_C, 0.0) - p_C
-    size_C = sums(torch.ones_like(log_q_M))
+    size_C = sums_of_chunks(torch.ones_like(log_q_M), chunk_M)
     return (loss_C / size_C)[chunk_M], slope_C[chunk_M]
+
+
+def sums_of_chunks(values_M: Tensor, chunk_M: Tensor) -> Tensor:
+    """float64 [C], the sum of the values of each chunk; chunk_M: int64 [M], rising from 0."""
+    count = int(chunk_M[-1]) + 1 if len(chunk_M) else 0
+    return values_M.new_zeros(count, dtype=torch.float64).index_add_(0, chunk_M, values_M.double())

@@ -33,6 +33,7 @@ import kdata
 from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MissingError
 from kdata.format.json_text import read_json
+from kdata.format.keep_rules import refuse_sorted
 from kdata.loader.batches import BatchesConfig, keeps_something
 from kdata.observe.progress import Task
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
@@ -120,6 +121,7 @@ def evaluate(
             f"{heldout} was imported from a format without the tail and without the actual tokens' log-probabilities, so a "
             "KL on it would be wrong; evaluate on a dataset of `kdata capture`"
         )
+    refuse_sorted(dataset.info.codec, str(heldout), "an evaluation")
     label, model_dir = label or (model_dir.name if is_gguf(model_dir) else None), Path(model_folder(model_dir))
     _check_folder(model_dir)
     _check_tokenizer(model_dir, dataset)

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from kdata.errors import ConfigError, ShapeError
-from kdata.trainer.chunks import chunk_loss
+from kdata.trainer.chunks import chunk_loss, sums_of_chunks
+from kdata.trainer.merged import MergedTargets, Tokens, gold, sides, with_scales
 from kdata.trainer.objective_config import CHUNK_OBJECTIVES, ObjectiveConfig, Tail, scale_of, tail_of
 from kdata.trainer.objectives import LOG_ZERO, OBJECTIVES, Outcomes, Targets, teacher_outcomes
 
@@ -35,6 +36,9 @@ from kdata.trainer.objectives import LOG_ZERO, OBJECTIVES, Outcomes, Targets, te
 # On a GPU the gradient of the head decides (computed, not measured): at V = 128k, D = 4,096 each chunk reads and writes 2 GiB
 # of it, so 32k tokens move 512 GiB each way in chunks of 128, and 64 GiB in chunks of 1,024.
 CHUNK_BYTES, CHUNK_MIN_POSITIONS = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}, 128
+
+
+SLOPE = "slope"  # in place of an objective: the derivative of `gold` by log s
 
 
 class Loss(NamedTuple):
@@ -64,6 +68,7 @@ class LossPlan:
     """How objectives become one loss. `scale` multiplies the sum over positions: 1 / the sum of their weights in the step.
 
     weights: of the objectives, by name, at chosen positions. elsewhere: the same at the others, or None where all are chosen.
+    tokens: of `gold`, which has a pass of its own.
     """
 
     config: ObjectiveConfig
@@ -74,6 +79,7 @@ class LossPlan:
     matmul_dtype: torch.dtype
     chunk_positions: int
     vocab_size: int
+    tokens: Tokens | None = None
 
 
 def distillation_loss(
@@ -144,9 +150,11 @@ def _loss(hidden_MD: Tensor, head_VD: Tensor | None, targets: Targets, loss_plan
     grad = torch.is_grad_enabled() and not alone
     total, values_MO = _SparseLoss.apply(hidden_MD, head_VD, targets, loss_plan, grad)
     columns = dict(zip(loss_plan.weights, values_MO.unbind(-1), strict=True))
-    if "alm" in config.weights:
-        own, columns["alm"] = _of_chunks(hidden_MD, head_VD, targets, loss_plan, -columns["cross_entropy"])
-        total = config.numbers()["alm"] * own + (0.0 if alone else total)
+    total = 0.0 if alone else total
+    for name, loss_of in (("alm", _of_chunks), ("gold", _of_merged)):
+        if name in config.weights:
+            own, columns[name] = loss_of(hidden_MD, head_VD, targets, loss_plan, -columns["cross_entropy"])
+            total = total + config.numbers()[name] * own
     elsewhere = values_MO.new_zeros(())
     if targets.chosen_C is not None:
         elsewhere = (~targets.chosen_C).to(values_MO) @ columns["cross_entropy"]
@@ -164,19 +172,66 @@ def _of_chunks(
     Args:
         log_q_M: float [M], the student's log-probabilities of the actual tokens.
     """
-    if targets.weights_C is not None:
-        raise ConfigError(
-            "objective alm is of chunks, and the plan gives weights to single positions; use a plan without weights"
-        )
+    _refuse_weights("alm", targets)
     values_M, slope_M = chunk_loss(log_q_M, targets, loss_plan.config.alm_temperature)
     value = (values_M.sum() * loss_plan.scale).to(log_q_M.dtype)
     if not torch.is_grad_enabled():
         return value, values_M.to(log_q_M.dtype)
+    own = _of_slopes(hidden_MD, head_VD, targets, loss_plan, slope_M)
+    return value + (own - own.detach()), values_M.to(log_q_M.dtype)
+
+
+def _of_slopes(
+    hidden_MD: Tensor, head_VD: Tensor | None, targets: Targets, loss_plan: LossPlan, slope_M: Tensor
+) -> Tensor:
+    """A loss whose derivative by the log-probability of each actual token is `slope_M` times the scale; only that counts."""
     nothing = replace(targets, ids_CK=targets.ids_CK[:, :0], logprobs_CK=targets.logprobs_CK[:, :0], chosen_C=None)
     plain = replace(loss_plan, config=ObjectiveConfig(), weights={"cross_entropy": 1.0}, elsewhere=None)
-    weighted = replace(nothing, weights_C=-slope_M.to(log_q_M.dtype))
-    own, _ = _SparseLoss.apply(hidden_MD, head_VD, weighted, plain, True)
-    return value + (own - own.detach()), values_M.to(log_q_M.dtype)
+    weighted = replace(nothing, weights_C=-slope_M.to(_wide(hidden_MD)))
+    own: Tensor = _SparseLoss.apply(hidden_MD, head_VD, weighted, plain, True)[0]
+    return own
+
+
+def _of_merged(
+    hidden_MD: Tensor, head_VD: Tensor | None, targets: Targets, loss_plan: LossPlan, log_q_M: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss `gold` (`kdata.trainer.merged`), scaled and differentiable; and its values, float [M].
+
+    One pass over the chosen positions, and one over those whose chunks have several, for what other tokens multiply.
+
+    Args:
+        log_q_M: float [M], the student's log-probabilities of the actual tokens.
+    """
+    _refuse_weights("gold", targets)
+    if loss_plan.config.temperature != 1.0:
+        raise ConfigError(
+            f"objective gold is at temperature 1, and objective.temperature is {loss_plan.config.temperature}, at which the "
+            "probabilities of the teacher's other tokens of a chunk are not known; set it to 1"
+        )
+    tokens = Tokens.of(loss_plan.config, targets, loss_plan.vocab_size)
+    within = with_scales(log_q_M, targets)
+    merged = replace(loss_plan, weights={"gold": 1.0, SLOPE: 0.0}, elsewhere=None, tokens=tokens)
+    grad = torch.is_grad_enabled()
+    chosen_M = targets.token_ids_C >= 0 if targets.chosen_C is None else targets.chosen_C
+    places = chosen_M.nonzero()[:, 0]
+    some = replace(within.each(lambda x_M: x_M[places]), chosen_C=None)
+    total, values_P2 = _SparseLoss.apply(hidden_MD[places], head_VD, some, merged, grad)
+    values_M2 = log_q_M.new_zeros(len(targets), 2).index_copy_(0, places, values_P2)
+    if grad and targets.chunk_C is not None:
+        slope_M, chunk_M = values_M2[:, 1], targets.chunk_C - targets.chunk_C[:1]
+        other_M = sums_of_chunks(slope_M, chunk_M)[chunk_M] - slope_M
+        others = (torch.bincount(chunk_M)[chunk_M] > 1).nonzero()[:, 0]
+        rest = targets.each(lambda x_M: x_M[others])
+        own = _of_slopes(hidden_MD[others], head_VD, rest, replace(loss_plan, scale=1.0), other_M[others])
+        total = total + (own - own.detach())
+    return total, values_M2[:, 0]
+
+
+def _refuse_weights(name: str, targets: Targets) -> None:
+    if targets.weights_C is not None:
+        raise ConfigError(
+            f"objective {name} is of chunks, and the plan gives weights to single positions; use a plan without weights"
+        )
 
 
 def _plan_of(
@@ -250,7 +305,8 @@ def measure(
     for part, logits_CV, _ in _logit_chunks(hidden_MD, head_VD.to(loss_plan.matmul_dtype), loss_plan):
         top_logits_CN, top_ids_CN = logits_CV.topk(min(top, logits_CV.shape[1]), dim=-1)
         chunk = targets.rows(part)
-        student = _student(logits_CV, chunk, 1.0)
+        top_CN, _ = _top(logits_CV, chunk, loss_plan)
+        student = _student(logits_CV, chunk, loss_plan)._replace(top_CN=top_CN)
         values.append(_values(student, chunk, loss_plan))
         top_ids.append(top_ids_CN)
         confidence.append((top_logits_CN[:, 0] - student.log_sum_C).exp())
@@ -264,13 +320,19 @@ class _Student(NamedTuple):
     """The student's side of a chunk, [C] or [C, K] each.
 
     At the temperature: kept_CK, logits of the kept entries (-inf where padded), and rest_C, log-sum-exp of the rest of the
-    vocabulary. At temperature 1: token_C, logit of the actual token, and log_sum_C, log-sum-exp of the vocabulary.
+    vocabulary. At temperature 1: token_C, logit of the actual token, and log_sum_C, log-sum-exp of the vocabulary. top_CN, at
+    the temperature, only for objectives that sort: the largest logits. In the pass for `gold`, top_CN is of the tokens that
+    the teacher lacks, lacked_C is the log-sum-exp of those of them that are no entry, which rest_C leaves out, and log_s_C is
+    that of the targets.
     """
 
     kept_CK: Tensor
     rest_C: Tensor
     token_C: Tensor
     log_sum_C: Tensor
+    top_CN: Tensor | None = None
+    lacked_C: Tensor | None = None
+    log_s_C: Tensor | None = None
 
 
 class _SparseLoss(torch.autograd.Function):
@@ -288,11 +350,12 @@ class _SparseLoss(torch.autograd.Function):
         head_cast_VD = None if head_VD is None else head_VD.to(loss_plan.matmul_dtype)
         for part, logits_CV, spare_CV in _logit_chunks(hidden_MD, head_cast_VD, loss_plan):
             chunk = targets.rows(part)
-            student = _student(logits_CV, chunk, loss_plan.config.temperature, spare_CV)
+            top_CN, top_ids_CN = _top(logits_CV, chunk, loss_plan)
+            student = _student(logits_CV, chunk, loss_plan, spare_CV)._replace(top_CN=top_CN)
             if grad_hidden_MD is None and grad_head_VD is None:
                 values_MO[part] = _values(student, chunk, loss_plan)
                 continue
-            values_MO[part] = _to_logit_gradient_(logits_CV, spare_CV, student, chunk, loss_plan, weights_O)
+            values_MO[part] = _to_logit_gradient_(logits_CV, spare_CV, student, top_ids_CN, chunk, loss_plan, weights_O)
             d_logits_CV = logits_CV.to(loss_plan.matmul_dtype)
             if head_cast_VD is None:
                 assert grad_hidden_MD is not None  # the hidden states are the logits themselves
@@ -361,11 +424,25 @@ def _logit_chunks(
         yield part, wide_CV[:count], None if spare_CV is None else spare_CV[:count]
 
 
-def _student(logits_CV: Tensor, targets: Targets, temperature: float, spare_CV: Tensor | None = None) -> _Student:
+def _top(logits_CV: Tensor, targets: Targets, loss_plan: LossPlan) -> tuple[Tensor | None, Tensor | None]:
+    """The student's largest logits at the temperature, falling, [C, N], and their ids, for objectives that sort."""
+    if loss_plan.tokens is not None:
+        is_lacked_V = loss_plan.tokens.is_lacked_V
+        logits_CV, most = logits_CV.masked_fill(~is_lacked_V, -torch.inf), int(is_lacked_V.sum())
+    elif "uld" in loss_plan.weights:
+        most = logits_CV.shape[1]
+    else:
+        return None, None
+    top_CN, ids_CN = logits_CV.topk(min(targets.ids_CK.shape[1], most), dim=-1)
+    return top_CN / loss_plan.config.temperature, ids_CN
+
+
+def _student(logits_CV: Tensor, targets: Targets, loss_plan: LossPlan, spare_CV: Tensor | None = None) -> _Student:
     """Gather what objectives need; afterwards `logits_CV` holds exp((logits - row maximum) / T), 0 at the kept entries.
 
     If T is not 1, `spare_CV` holds exp(logits - row maximum) afterwards.
     """
+    temperature = loss_plan.config.temperature
     pad_CK = targets.ids_CK < 0
     ids_CK = targets.ids_CK.clamp_min(0)
     kept_CK = logits_CV.gather(1, ids_CK).div_(temperature).masked_fill_(pad_CK, -torch.inf)
@@ -379,9 +456,19 @@ def _student(logits_CV: Tensor, targets: Targets, temperature: float, spare_CV: 
     # A float plus its negative is exactly 0. Padding adds 0 to entry 0.
     kept_mass_CK = logits_CV.gather(1, ids_CK).masked_fill_(pad_CK, 0.0)
     logits_CV.scatter_add_(1, ids_CK, kept_mass_CK.neg_())
+    if loss_plan.tokens is not None:
+        assert isinstance(targets, MergedTargets)
+        rest_C2 = _by_match(logits_CV, loss_plan.tokens).log() + peak_C[:, None]
+        log_sum_C = torch.logsumexp(torch.cat([kept_CK, rest_C2], dim=-1), dim=-1)
+        return _Student(kept_CK, rest_C2[:, 0], token_C, log_sum_C, lacked_C=rest_C2[:, 1], log_s_C=targets.log_s_C)
     rest_C = logits_CV.sum(-1).log().add_(peak_C / temperature)
     log_sum_C = _log_sum(kept_CK, rest_C) if spare_CV is None else spare_CV.sum(-1).log().add_(peak_C)
     return _Student(kept_CK, rest_C, token_C, log_sum_C)
+
+
+def _by_match(exp_CV: Tensor, tokens: Tokens) -> Tensor:
+    """Sums over the tokens that the teacher has, and over those that it lacks, [C, 2]."""
+    return exp_CV @ torch.stack([~tokens.is_lacked_V, tokens.is_lacked_V], dim=-1).to(exp_CV.dtype)
 
 
 def _log_sum(kept_CK: Tensor, rest_C: Tensor) -> Tensor:
@@ -413,6 +500,7 @@ def _outcomes(student: _Student, targets: Targets, loss_plan: LossPlan, tail: Ta
         log_q_token_C=student.token_C - (log_sum_C if loss_plan.config.temperature == 1.0 else student.log_sum_C),
         token_C=_outcome_of_token(targets),
         doubt_C=None if targets.entropy_C is None else targets.entropy_C.to(log_q_CJ) / math.log(loss_plan.vocab_size),
+        log_q_top_CN=None if student.top_CN is None else student.top_CN - log_sum_C[:, None],
     )
 
 
@@ -425,10 +513,24 @@ def _outcome_of_token(targets: Targets) -> Tensor:
 def _values(student: _Student, targets: Targets, loss_plan: LossPlan) -> Tensor:
     """[C, O]: every objective at every position of a chunk, differentiable in `student`."""
     config = loss_plan.config
+    if loss_plan.tokens is not None:
+        value_C = _gold(student, targets, config, loss_plan.tokens)
+        return torch.stack([value_C, torch.zeros_like(value_C)], dim=-1)
     tails = {name: tail_of(name, config, loss_plan.tail) for name in loss_plan.weights}
     outcomes = {tail: _outcomes(student, targets, loss_plan, tail) for tail in dict.fromkeys(tails.values())}
     values = [OBJECTIVES[n](outcomes[t], config) * scale_of(n, config.temperature) for n, t in tails.items()]
     return torch.stack(values, dim=-1)
+
+
+def _gold(student: _Student, targets: Targets, config: ObjectiveConfig, tokens: Tokens) -> Tensor:
+    """[C]: `gold` at every position of a chunk, differentiable in `student`."""
+    assert isinstance(targets, MergedTargets) and student.top_CN is not None
+    assert student.lacked_C is not None and student.log_s_C is not None
+    rest_C2 = torch.stack([student.rest_C, student.lacked_C], dim=-1)
+    log_sum_C1 = torch.logsumexp(torch.cat([student.kept_CK, rest_C2], dim=-1), dim=-1, keepdim=True)
+    log_q_CK, log_top_CN, log_rest_C2 = (x - log_sum_C1 for x in (student.kept_CK, student.top_CN, rest_C2))
+    compared = sides(log_q_CK, log_top_CN, log_rest_C2, student.log_s_C, targets, tokens)
+    return gold(compared, tokens.weights, config.gold_beta)
 
 
 def _total(values_CO: Tensor, targets: Targets, loss_plan: LossPlan, weights_O: Tensor) -> Tensor:
@@ -443,7 +545,13 @@ def _total(values_CO: Tensor, targets: Targets, loss_plan: LossPlan, weights_O: 
 
 
 def _to_logit_gradient_(
-    exp_CV: Tensor, spare_CV: Tensor | None, student: _Student, targets: Targets, loss_plan: LossPlan, weights_O: Tensor
+    exp_CV: Tensor,
+    spare_CV: Tensor | None,
+    student: _Student,
+    top_ids_CN: Tensor | None,
+    targets: Targets,
+    loss_plan: LossPlan,
+    weights_O: Tensor,
 ) -> Tensor:
     """Turn the buffers that `_student` filled into d loss / d logits, in place; return the values [C, O].
 
@@ -451,23 +559,37 @@ def _to_logit_gradient_(
     of the gathered logits are added at their ids, divided by T for those at T. If T is not 1, the log-sum-exp at 1 adds
     (d loss / d log_sum) softmax(z)_v.
     """
-    leaves = _Student(*(t.detach().requires_grad_() for t in student))
+    leaves = _Student._make(None if t is None else t.detach().requires_grad_() for t in student)
     with torch.enable_grad():
         values_CO = _values(leaves, targets, loss_plan)
         (_total(values_CO, targets, loss_plan, weights_O) * loss_plan.scale).backward()
-    d = _Student(*(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves))
-    temperature, mass_C = loss_plan.config.temperature, exp_CV.sum(-1)
-    largest = torch.finfo(
-        mass_C.dtype
-    ).max  # a mass of e^-100 is below float32's normal range, and its inverse above all
-    rate_C = (d.rest_C / mass_C / temperature).masked_fill(mass_C == 0, 0.0).clamp(-largest, largest)
-    exp_CV.mul_(rate_C[:, None])
+    d = _Student._make(None if x is None else torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)
+    temperature, tokens = loss_plan.config.temperature, loss_plan.tokens
+    if tokens is None:
+        exp_CV.mul_(_rate(d.rest_C, exp_CV.sum(-1), temperature)[:, None])
+    else:
+        mass_C2 = _by_match(exp_CV, tokens)
+        assert d.lacked_C is not None
+        matched_C, lacked_C = mass_C2.unbind(-1)
+        rates = (_rate(d.lacked_C, lacked_C, 1.0)[:, None], _rate(d.rest_C, matched_C, 1.0)[:, None])
+        exp_CV.mul_(torch.where(tokens.is_lacked_V, *rates))
+    if top_ids_CN is not None and d.top_CN is not None:
+        exp_CV.scatter_add_(1, top_ids_CN, d.top_CN / temperature)
     d_kept_CK = (d.kept_CK / temperature).masked_fill(targets.ids_CK < 0, 0.0)
     exp_CV.scatter_add_(1, targets.ids_CK.clamp_min(0), d_kept_CK)
     if spare_CV is not None:
         exp_CV.addcmul_(spare_CV, (d.log_sum_C / spare_CV.sum(-1))[:, None])
     exp_CV.scatter_add_(1, targets.token_ids_C[:, None], d.token_C[:, None])
-    return values_CO.detach()
+    values_CO = values_CO.detach()
+    if d.log_s_C is not None:
+        values_CO[:, list(loss_plan.weights).index(SLOPE)] = d.log_s_C
+    return values_CO
+
+
+def _rate(d_C: Tensor, mass_C: Tensor, temperature: float) -> Tensor:
+    """What a log-sum-exp's derivative makes of each exponential in it, [C], finite."""
+    largest = torch.finfo(mass_C.dtype).max  # a mass of e^-100 is below float32's normal range, its inverse above all
+    return (d_C / mass_C / temperature).masked_fill(mass_C == 0, 0.0).clamp(-largest, largest)
 
 
 def _add_head_gradient_(grad_head_VD: Tensor, d_logits_CV: Tensor, hidden_CD: Tensor) -> None:

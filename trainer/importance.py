@@ -151,7 +151,9 @@ def importance_of(
     """
     ranks, whole, info = calibration.ranks, Sizes.of(model.config), calibration.dataset.info
     compared = len(sizes) > 1
-    tail = resolve_tail(FORWARD_KL, info.tail, kind=info.codec.kind) if compared else "ghost"  # before time is spent
+    tail: Tail = "ghost"
+    if compared:  # before time is spent
+        tail = resolve_tail(FORWARD_KL, info.tail, kind=info.codec.kind, token_map=info.codec.token_map)
     source = {
         "model": config.model,
         "model_digest": parameters_digest(model.named_parameters()),

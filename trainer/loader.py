@@ -24,8 +24,10 @@ from kdata.format.temper import log_z_of, temper
 from kdata.loader.batches import Arrays, Batches, BatchesConfig, ahead
 from kdata.loader.packing import Place
 from kdata.store.dataset import Dataset
+from kdata.store.token_map import read_matched
 from kdata.trainer.chunks import chunks_of
-from kdata.trainer.objectives import Targets
+from kdata.trainer.objective_config import SORTED_OBJECTIVES
+from kdata.trainer.objectives import Matched, Targets
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Loader:
             dataset, rows, config, rank=rank, world_size=world_size, entry_dtype=np.int64, positions=positions,
             elsewhere=elsewhere,
         )  # fmt: skip
-        self.identity = self.arrays.identity
+        self.identity, self.matched = self.arrays.identity, matched_of(dataset)
         if positions is not None:
             self.identity = json_digest([self.identity, positions.digest])
         if order_key is not None:
@@ -111,7 +113,8 @@ class Loader:
 
     def to_batch(self, arrays: Arrays) -> Batch:
         """Tensors of one batch, the targets at this loader's temperature."""
-        return to_torch(tempered(arrays, self.temperature, self.arrays.dataset.info.codec), self.temperature)
+        at_temperature = tempered(arrays, self.temperature, self.arrays.dataset.info.codec)
+        return to_torch(at_temperature, self.temperature, self.matched)
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream and what decides its order, of constant size. It does not depend on the rank."""
@@ -168,11 +171,25 @@ def tempered(arrays: Arrays, temperature: float, codec: CodecInfo) -> Arrays:
     return replace(arrays, entry_logprobs=logprobs_MK, log_tail=tail_M)
 
 
-def to_torch(arrays: Arrays, temperature: float = 1.0) -> Batch:
+def matched_of(dataset: Dataset) -> Matched | None:
+    """Which tokens teacher and student share, where the dataset was retokenized for `gold`; else None.
+
+    Raises CorruptError where the dataset lacks the file that says it.
+    """
+    codec = dataset.info.codec
+    if codec.token_map != SORTED_OBJECTIVES["gold"]:
+        return None
+    rule = codec.parameters["positions"]
+    is_own_V = torch.from_numpy(read_matched(dataset.tokenizer_dir, dataset.info.vocab_size))
+    return Matched(is_own_V, rule["matched"] / rule["num_teacher"])
+
+
+def to_torch(arrays: Arrays, temperature: float = 1.0, matched: Matched | None = None) -> Batch:
     """Tensors of one batch: shares the memory of large arrays, converts the small ones to int64.
 
     Args:
         temperature: of the arrays' entries and tail.
+        matched: of the dataset, see `matched_of`.
     """
 
     def wide(values: np.ndarray) -> Tensor:
@@ -187,6 +204,8 @@ def to_torch(arrays: Arrays, temperature: float = 1.0) -> Batch:
         num_exact_C=wide(arrays.num_exact),
         weights_C=None if arrays.weights is None else torch.from_numpy(arrays.weights),
         chosen_C=None if arrays.chosen is None else torch.from_numpy(arrays.chosen),
+        rank_C=wide(arrays.rank),
+        matched=matched,
         actual_logprobs_C=torch.from_numpy(arrays.logprob),
         chunk_C=chunks_of(wide(arrays.predictor), torch.from_numpy(arrays.logprob)),
         entropy_C=torch.from_numpy(

@@ -26,10 +26,12 @@ Tail = Literal["ghost", "draws", "renormalise"]
 OBJECTIVE_NAMES = [
     "cross_entropy", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation",
     "balanced_kl", "adaptive_kl", "tail_aware_kl", "deviation_kl", "taid",
-    "plackett_luce", "first", "dac_kl",
+    "plackett_luce", "first", "dac_kl", "uld",
 ]  # fmt: skip
-# Not of single positions but of chunks of them: `kdata.trainer.chunks`. They need no entries.
-CHUNK_OBJECTIVES = frozenset({"alm"})
+# Not of single positions but of chunks of them: `kdata.trainer.chunks`, which needs no entries, and `kdata.trainer.merged`.
+CHUNK_OBJECTIVES = frozenset({"alm", "gold"})
+# The objectives that compare sorted probabilities, and the map of `kdata retokenize` that keeps them.
+SORTED_OBJECTIVES: dict[str, Literal["ranks", "matched"]] = {"uld": "ranks", "gold": "matched"}
 # Linear in the teacher's probabilities, up to a constant: draws give an unbiased gradient.
 LINEAR = frozenset({"cross_entropy", "forward_kl", "deviation_kl", *CHUNK_OBJECTIVES})
 # Infinite where the student has probability and the teacher none, so without a bucket.
@@ -131,6 +133,14 @@ class ObjectiveConfig(Strict):
         "paper's authors.",
         gt=0,
     )
+    gold_weights: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = _setting(
+        None,
+        "Weights of the two parts of `gold`: tokens that match by their divergence, others by rank. null: the share m of the "
+        "teacher's tokens that match, and 1 - m.",
+    )
+    gold_beta: float = _setting(
+        0.5, "Share of the teacher in the mixture of `gold`'s divergence. 0.5 is TRL's default.", gt=0, lt=1
+    )
     cross_entropy_elsewhere: float | None = Field(
         default=None,
         gt=0,
@@ -153,6 +163,12 @@ class ObjectiveConfig(Strict):
             raise ValueError(
                 f"dac_lower is {self.dac_lower} and dac_upper {self.dac_upper}; it must be the smaller one"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _gold_weighs_something(self) -> ObjectiveConfig:
+        if self.gold_weights is not None and not any(self.gold_weights):
+            raise ValueError("gold_weights are both 0, so gold would be 0; remove the objective, or set one above 0")
         return self
 
     def at(self, step: int, steps: int) -> ObjectiveConfig:
@@ -207,6 +223,39 @@ def refuse_chunks(config: ObjectiveConfig) -> None:
         )
 
 
+def token_map_of(config: ObjectiveConfig) -> Literal["prefix", "ranks", "matched"]:
+    """The map with which a dataset is to be retokenized for a mix. Raises ConfigError where none serves all of it."""
+    token_map: Literal["prefix", "ranks", "matched"] = "prefix"
+    for name, needed in SORTED_OBJECTIVES.items():
+        if name in config.weights:
+            token_map = needed
+    refuse_other_map(config, token_map)
+    return token_map
+
+
+def refuse_other_map(config: ObjectiveConfig, token_map: str | None) -> None:
+    """Raise ConfigError where entries have ids that an objective of a mix cannot use.
+
+    Args:
+        token_map: the dataset's (`CodecInfo.token_map`); None: entries are as a teacher with its tokenizer has them.
+    """
+    for name in config.weights:
+        needed = SORTED_OBJECTIVES.get(name)
+        if name in ("cross_entropy", "alm") or needed == token_map or (name == "uld" and token_map is None):
+            continue
+        if needed is not None:
+            own = "its teacher's own tokenizer" if token_map is None else f"map {token_map}"
+            raise ConfigError(
+                f"objective {name} needs data that was retokenized with --map {needed} (`kdata train --tokenizer` does), and "
+                f"this has {own}; retokenize for {name}, or use another objective"
+            )
+        if token_map in SORTED_OBJECTIVES.values():
+            raise ConfigError(
+                f"objective {name} needs to know which tokens the teacher believed in, and data with map {token_map} has "
+                "sorted probabilities; remove it (weight 0 would measure it too), or retokenize with --map prefix"
+            )
+
+
 def tail_of(name: str, config: ObjectiveConfig, tail: Tail) -> Tail:
     """The tail mode of one objective: `tail`, or ghost of the exact entries if draws would bias the objective."""
     linear = name in LINEAR or (name == "jsd" and config.jsd_beta == 0.0)
@@ -224,6 +273,7 @@ def resolve_tail(
     temperatures: Sequence[float] = (),
     *,
     kind: str = "sampled",
+    token_map: str | None = None,
 ) -> Tail:
     """Check an objective mix against what a dataset holds, and return the tail mode to train with.
 
@@ -233,6 +283,7 @@ def resolve_tail(
         temperatures: those other than 1 whose log-sum-exp the dataset holds.
         kind: the dataset's `codec.kind`. It matters for draws only: hybrid and threshold alone have exact entries at every
             position.
+        token_map: the dataset's `codec.token_map`, of data for another tokenizer.
 
     Raises:
         ConfigError: an unknown objective; no positive weight; a negative or non-finite weight; a temperature that the
@@ -245,6 +296,7 @@ def resolve_tail(
         hint = nearest(unknown[0], known)
         raise ConfigError(f"objective.weights names {unknown}{hint}; known objectives: {', '.join(known)}")
     _check_weights(config.weights)
+    refuse_other_map(config, token_map)
     if config.temperature != 1.0 and config.temperature not in temperatures:
         raise ConfigError(
             f"objective.temperature is {config.temperature}, but the dataset holds the teacher's log-sum-exp only at "

@@ -42,6 +42,15 @@ FIRST_ENTRIES = 5  # of FIRST's authors
 
 
 @dataclass(frozen=True)
+class Matched:
+    """Which tokens a student shares with a teacher of another tokenizer: is_own_V, bool [V], of the student's ids; share: of
+    the teacher's ids, in [0, 1]."""
+
+    is_own_V: Tensor
+    share: float
+
+
+@dataclass(frozen=True)
 class Targets:
     """The teacher's side of C counted positions, and the actual tokens there.
 
@@ -54,7 +63,8 @@ class Targets:
     have weight 1 and no entries. None: all are chosen. actual_logprobs_C: float [C], the teacher's log-probabilities of the
     actual tokens, and chunk_C: int64 [C], rising, number of the chunk of each; only the objective `alm` reads them.
     entropy_C: float [C], nats, of the teacher's whole distribution at temperature 1, NaN where it is not known; 0 where a
-    position is not chosen. None: not known.
+    position is not chosen. None: not known. rank_C: int64 [C], and matched: only `gold` reads them
+    (`kdata.jobs.retokenize`).
     """
 
     token_ids_C: Tensor
@@ -68,6 +78,8 @@ class Targets:
     actual_logprobs_C: Tensor | None = None
     chunk_C: Tensor | None = None
     entropy_C: Tensor | None = None
+    rank_C: Tensor | None = None
+    matched: Matched | None = None
 
     def __len__(self) -> int:
         return self.token_ids_C.shape[0]
@@ -151,6 +163,7 @@ class Outcomes(NamedTuple):
     log_q_token_C: Tensor  # student at temperature 1, differentiable
     token_C: Tensor  # int64 in [0, J), the outcome that the actual token is part of
     doubt_C: Tensor | None = None  # teacher's entropy at temperature 1 over log V, in [0, 1]; None: not known
+    log_q_top_CN: Tensor | None = None  # the student's largest of all its vocabulary, falling, min(K, V) of them
 
 
 def teacher_outcomes(targets: Targets, tail: Tail) -> Tensor:
@@ -428,6 +441,27 @@ def dac_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     return _kl_among(log_p_CK, log_q_CK, live_CK)
 
 
+def uld(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """sum_r |p_(r) - q_(r)|, the r-th largest probabilities of both, whatever their tokens; with it no ids are compared.
+
+    Source: Universal Logit Distillation, arXiv 2402.12030, and the authors' code (Nicolas-BZRD/llm-recipes), which we read:
+    both vocabularies sorted, the smaller one filled up with zeros, temperature 1, the sum over the vocabulary and the mean
+    over positions; the loss is the cross-entropy + 1.5 times it. There the first token of an answer is compared with the
+    first one, the second with the second, and so on; here those that begin at the same byte.
+
+    Over the ranks of the kept entries, + |m - n|, the masses of teacher and student behind them: by the triangle inequality
+    a lower bound, exact where all is kept. draws: the same, of the exact entries. renormalise: biased. The gradient is a
+    subgradient where two values are equal. It falls as 1/T, so at a T other than 1 the common factor T^2 makes it T times as
+    heavy in a mix.
+    """
+    assert o.log_q_top_CN is not None  # the core computes it for this objective
+    p_CK = _falling(o)[0]
+    live_CK = p_CK > math.exp(LOG_ZERO)
+    q_CK = torch.nn.functional.pad(o.log_q_top_CN.exp(), (0, p_CK.shape[1] - o.log_q_top_CN.shape[1])) * live_CK
+    gaps_CK = (p_CK - q_CK).masked_fill(~live_CK, 0.0).abs()
+    return gaps_CK.sum(-1) + (o.log_p_CJ[:, -1].exp() - (1 - q_CK.sum(-1))).abs()
+
+
 OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "cross_entropy": cross_entropy,
     "forward_kl": forward_kl,
@@ -444,4 +478,5 @@ OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "plackett_luce": plackett_luce,
     "first": first,
     "dac_kl": dac_kl,
+    "uld": uld,
 }

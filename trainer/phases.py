@@ -154,7 +154,8 @@ def _open(
     refuse_nothing_kept(dataset, rows, positions)
     refuse_unknown_entropy(dataset, rows, phase.objective)
     temperatures = dataset.info.codec.temperatures
-    tail = resolve_tail(phase.objective, dataset.info.tail, temperatures, kind=dataset.info.codec.kind)
+    codec = dataset.info.codec
+    tail = resolve_tail(phase.objective, dataset.info.tail, temperatures, kind=codec.kind, token_map=codec.token_map)
     refuse_elsewhere(phase.objective, has_positions=positions is not None or dataset.info.codec.keeps_some_positions)
     batches_config = BatchesConfig(
         context_tokens=config.context_tokens,

@@ -40,6 +40,7 @@ import kdata
 from kdata.errors import ConfigError, CorruptError, StorageError, TrainingError
 from kdata.format.files import copy_files, folder_beside, lock_of, sync_directory, sync_tree, write_atomically
 from kdata.observe.progress import Task
+from kdata.store.token_map import MATCHED
 from kdata.trainer.acceleration import check_acceleration, compile_layers
 from kdata.trainer.adapters import frozen_digest, has_adapters, open_adapter, save_adapter
 from kdata.trainer.checkpoint import CheckpointState, Progress, load_checkpoint, save_checkpoint, writing
@@ -440,6 +441,7 @@ def _commit(write: Callable[[Path], None], dataset: kdata.Dataset, folder: Path,
             write(aside)
             if dataset.tokenizer_dir is not None:
                 copy_files(dataset.tokenizer_dir, aside)
+                (aside / MATCHED).unlink(missing_ok=True)  # of the dataset, not of its tokenizer
             sync_tree(aside)
             if folder.is_symlink() or folder.exists():
                 os.rename(folder, former / folder.name)

@@ -33,6 +33,19 @@ class Alignment:
     chunk_S: np.ndarray
     num_chunks: int
 
+    def met_at(self, *, last: bool) -> np.ndarray:
+        """int64 [S], at the first token of each chunk the teacher's first token of it, or the last of both; else -1."""
+        met_S = np.full(len(self.chunk_S), -1, np.int64)
+        met_S[self.ends(self.chunk_S, last=last)] = self.ends(self.chunk_T, last=last)
+        return met_S
+
+    def ends(self, chunk_N: np.ndarray, *, last: bool) -> np.ndarray:
+        """int64 [C], the first or the last token of each chunk, of `chunk_T` or `chunk_S`."""
+        inside = np.flatnonzero(chunk_N >= 0)
+        ends = np.searchsorted(chunk_N[inside], np.arange(self.num_chunks), side="right" if last else "left")
+        own: np.ndarray = inside[ends - last]
+        return own
+
 
 def align(
     teacher_bytes: np.ndarray, student_bytes: np.ndarray, teacher_special: np.ndarray, student_special: np.ndarray

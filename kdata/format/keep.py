@@ -41,8 +41,10 @@ from kdata.format.schema import CodecInfo
 
 # Versions of the codec packed. 1: whole numbers beside the entries. 2: the same, and the dataset has `positions`: a kdata
 # that knows version 1 alone would train on targets that have no entries as if the teacher had put all probability outside of
-# them, so it has to refuse these datasets. 3: codes. A dataset that an earlier version began goes on with its version.
-PLAIN_VERSION, POSITIONS_VERSION, CODED_VERSION = 1, 2, 3
+# them, so it has to refuse these datasets. 3: codes. 4: the same, and the ids of entries are no tokens of the dataset, as
+# `kdata retokenize` has them for sorted probabilities: who reads them as tokens has to refuse. A dataset that an earlier
+# version began goes on with its version.
+PLAIN_VERSION, POSITIONS_VERSION, CODED_VERSION, RANKS_VERSION = 1, 2, 3, 4
 
 
 def packed_version(vocab_size: int, has_positions: bool) -> int:

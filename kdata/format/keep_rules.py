@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from kdata.config import Strict
 from kdata.errors import ConfigError
+from kdata.format.schema import CodecInfo
 
 MAX_PATTERN = 1_000  # characters of a marker's pattern
 
@@ -175,13 +176,46 @@ class KeepAligned(KeepRule):
     rule: Literal["aligned"] = "aligned"
     map: str = Field(description="How the teacher's ids became the student's.")
     inside: bool = Field(False, description="Whether entries are kept inside of the teacher's tokens too.")
+    merge: str | None = Field(
+        None,
+        exclude_if=lambda merge: merge is None,
+        description="Only of map matched: observed or bayesian, whose place in a chunk of equal bytes has the entries.",
+    )
+    matched: int | None = Field(
+        None,
+        exclude_if=lambda count: count is None,
+        description="Only of map matched: number of the teacher's ids whose bytes are those of a token of the student.",
+    )
+    num_teacher: int | None = Field(
+        None, exclude_if=lambda count: count is None, description="Only of map matched: number of the teacher's ids."
+    )
     of: dict[str, Any] | None = Field(None, description="The rule of the dataset that it was made of; null: none.")
 
     def words(self) -> str:
         """See `KeepRule.words`."""
         of = "" if self.of is None else f", of {described(self.of)}"
-        where = "lie in one token of the teacher" if self.inside else "begin where a token of the teacher begins"
+        where = "end where a token of the teacher ends"
+        if self.merge != "bayesian":
+            where = "lie in one token of the teacher" if self.inside else "begin where a token of the teacher begins"
         return f"targets of another tokenizer that {where} (map {self.map}){of}"
+
+
+# Maps of `KeepAligned` whose ids are no tokens of the dataset.
+SORTED_MAPS = ("ranks", "matched")
+
+
+def refuse_sorted(codec: CodecInfo, place: str, use: str) -> None:
+    """Raise ConfigError where the ids of a dataset's entries are no tokens, so that what is asked for would be wrong.
+
+    Args:
+        use: what needs the tokens of entries, as the subject of a sentence.
+    """
+    if codec.token_map in SORTED_MAPS:
+        raise ConfigError(
+            f"{use} needs the tokens that the teacher believed in, and {place} has sorted probabilities (map "
+            f"{codec.token_map}) for the objectives uld and gold; use the dataset that it was made of, or `kdata retokenize` "
+            "that one with --map prefix"
+        )
 
 
 KEEP_RULES: dict[str, type[KeepRule]] = {

@@ -152,6 +152,12 @@ class CodecInfo(Contract):
         """Whether a target position may have no entries, because a rule chose where distributions are kept."""
         return self.parameters.get("positions") is not None
 
+    @property
+    def token_map(self) -> str | None:
+        """How ids of another tokenizer became those of the entries (`kdata.jobs.retokenize`); None: they are as read."""
+        rule = self.parameters.get("positions") or {}
+        return str(rule.get("map")) if rule.get("rule") == "aligned" else None
+
 
 class TokenizerInfo(Contract):
     """Which tokenizer made the ids."""

@@ -19,6 +19,7 @@ from pydantic import Field
 from kdata.config import VERSION, Strict
 from kdata.errors import ConfigError, DataError, MismatchError
 from kdata.format.keep import packed_version
+from kdata.format.keep_rules import refuse_sorted
 from kdata.format.manifest import new_info
 from kdata.format.records import Shard, UnitResult, inputs_digest, inputs_of
 from kdata.format.schema import (
@@ -269,6 +270,7 @@ def _refuse_unfit(inputs: list[Dataset]) -> None:
                 f"{dataset.path} was imported from a format that does not hold the mass outside the kept entries, so no "
                 "average can be formed; have its teacher read the rows: kdata reread"
             )
+        refuse_sorted(dataset.info.codec, dataset.place, "an average")
         if dataset.info.teacher.members is not None:
             raise DataError(
                 f"{dataset.path} is a combination itself; name the payloads that it was made from, weights multiplied out"

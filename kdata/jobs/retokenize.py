@@ -17,9 +17,16 @@ refused where it does. What the result holds at the student's tokens:
   the sum of the teacher's log-probabilities of the chunk, the others have 0. So the sum over a row is the teacher's own, and
   bits per byte are exact. Ranks and entropies are not known.
 
-From draws the result holds draws, each id with the weight that fell on it: unbiased, as the map is linear. No id counts as
-exact, since ids that were not drawn may become it too. From top-k data it holds lower bounds, and the rest in the tail, as
-`kdata.jobs.average` does for ghost payloads.
+With the maps `ranks` and `matched`, for objectives that compare sorted probabilities, the result holds the teacher's exact
+entries, none merged and all else in the tail, at the first token of each chunk, where both have read the same bytes; with the
+merge `bayesian` at the last one. Ids are those of `kdata.store.token_map`. With `matched`, in a chunk of two or more tokens
+of the teacher, the rank at that place is that of its token there among the entries, so that its probability can be told from
+that of the others. Where that token is not kept exactly, its log-probability is known all the same: it is added as the last
+entry, with a rank one above their number.
+
+From draws the result of the other maps holds draws, each id with the weight that fell on it: unbiased, as the map is linear.
+No id counts as exact, since ids that were not drawn may become it too. From top-k data it holds lower bounds, and the rest in
+the tail, as `kdata.jobs.average` does for ghost payloads.
 
 The result is an ordinary dataset with the student's tokenizer: plans, SQL, the trainer and other trainers need nothing new.
 
@@ -30,17 +37,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdata.config import Strict
 from kdata.corpus.align import Alignment, align
 from kdata.corpus.encode import SpecialTokensInText, TextEncoder
 from kdata.errors import ConfigError, DataError, MissingError
-from kdata.format.keep import packed_version
-from kdata.format.keep_rules import KeepAligned
+from kdata.format.keep import RANKS_VERSION, packed_version
+from kdata.format.keep_rules import SORTED_MAPS, KeepAligned, refuse_sorted
 from kdata.format.kept import Kept
 from kdata.format.manifest import new_info
 from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest
@@ -50,7 +57,15 @@ from kdata.jobs.payloads import InputSequence, goes_on, inputs_of_shard
 from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
-from kdata.store.token_map import REPLACED, Beginnings, TokenMap, TokenMapper, token_bytes_of, token_map
+from kdata.store.token_map import (
+    REPLACED,
+    Beginnings,
+    TokenMap,
+    TokenMapper,
+    token_bytes_of,
+    token_map,
+    write_matched,
+)
 from kdata.store.tokens import read_tokenizer, tokenizer_hash
 from kdata.store.vocabulary import num_ids
 from kdata.store.writer import Writer
@@ -58,6 +73,7 @@ from kdata.teachers.model import load_tokenizer, tokenizer_files, tokenizer_info
 
 WHOLE = 1 << 40  # tokens: texts are not split
 SHORT_TOKENS = 1024  # ids of a tokenizer whose tokens are bytes, characters or little more
+SURE = -1 / 1024  # nats: the log-probability nearest to 0 that the codec tells from 0
 MOST_OF_A_CHARACTER = 4  # bytes of UTF-8
 
 
@@ -68,19 +84,35 @@ class RetokenizeConfig(Strict):
     map: TokenMap = Field(
         "prefix",
         description="How the teacher's tokens become the student's. prefix: the student's token with which the text of the "
-        "teacher's begins. exact: only tokens of equal text, the rest is dropped, or joins the tail of top-k data.",
+        "teacher's begins. exact: only tokens of equal text, the rest is dropped, or joins the tail of top-k data. ranks: "
+        "exact entries by falling probability, for the objective uld. matched: the same, with the ids of tokens of equal "
+        "text, for gold.",
     )
     inside: bool | None = Field(
         None,
         description="Also keep entries where a token of the student begins inside of one of the teacher: of the tokens that "
         "begin as that one does up to there. null: for a tokenizer of at most 1,024 ids, such as one of bytes.",
     )
+    merge: Literal["observed", "bayesian"] = Field(
+        "observed",
+        description="With map matched, whose distribution stands for a chunk of several tokens of the teacher. observed: "
+        "that of its first token. bayesian: that of its last one.",
+    )
+
+    @model_validator(mode="after")
+    def _merge_is_of_matched(self) -> RetokenizeConfig:
+        if self.merge != "observed" and self.map != "matched":
+            raise ValueError(f"merge {self.merge} is for map matched, and map is {self.map}")
+        if self.inside and self.map in SORTED_MAPS:
+            raise ValueError(f"inside is for the maps prefix and exact, and map is {self.map}")
+        return self
 
 
 @dataclass
 class RetokenizeReport:
     """What was counted: targets of the student, those with entries, rows, and rows that were refused; of the rows that this
-    call wrote, positions whose ids were mapped, and the kept mass that the map dropped there (sum)."""
+    call wrote, positions whose ids were mapped, and the kept mass that has no id of the student there (sum). is_sorted: the
+    map keeps that mass as sorted probabilities."""
 
     targets: int = 0
     kept: int = 0
@@ -88,6 +120,7 @@ class RetokenizeReport:
     refused: int = 0
     mapped: int = 0
     dropped: float = 0.0
+    is_sorted: bool = False
 
     def lines(self) -> list[str]:
         """The same for a person."""
@@ -97,7 +130,8 @@ class RetokenizeReport:
             "that goes on so",
         ]
         if self.dropped > 1e-4 * self.mapped:
-            lines.append(f"{self.dropped / self.mapped:.2%} of the kept mass has no token of the student")
+            but = ": it is compared by rank" if self.is_sorted else ""
+            lines.append(f"{self.dropped / self.mapped:.2%} of the kept mass has no token of the student{but}")
         return lines
 
 
@@ -105,8 +139,8 @@ class RetokenizeReport:
 class _Work:
     """encoders: of the student, by what the name of a special token in a text is. special: int64, ids of the teacher that
     mark structure. theirs, own: bytes of the ids of teacher and student. map_V: see `token_map`. mapper: the same for other
-    texts. beginnings: of the teacher's tokens, None where nothing is kept inside of them. draws: whether the dataset holds
-    some."""
+    texts. beginnings: of the teacher's tokens, None where nothing is kept inside of them. spare: int32, the student's ids
+    that no id of the teacher is mapped to. draws: whether the result holds some."""
 
     dataset: Dataset
     tokenizer: Any
@@ -117,7 +151,9 @@ class _Work:
     map_V: np.ndarray
     mapper: TokenMapper
     beginnings: Beginnings | None
+    spare: np.ndarray
     draws: bool
+    config: RetokenizeConfig
 
 
 def retokenize(
@@ -134,7 +170,7 @@ def retokenize(
     Raises:
         MissingError: there is no such tokenizer, or the dataset carries none.
         ConfigError: the tokenizer is not fast, or is the dataset's own.
-        DataError: the dataset is not complete, lacks the mass of the tail, or no row could be aligned.
+        DataError: the dataset is not complete, lacks the mass of the tail, holds chats only, or no row could be aligned.
         MismatchError: `root` was begun with other settings.
         CorruptError: the dataset is damaged.
     """
@@ -142,8 +178,10 @@ def retokenize(
     if root.resolve() == dataset.path.resolve():
         raise ConfigError(f"{root} is the dataset that is read; the result needs a folder of its own")
     work = _open(dataset, config)
-    info, report = _identity(work, config), RetokenizeReport()
+    info, report = _identity(work, config), RetokenizeReport(is_sorted=config.map == "matched")
     with Task("retokenize", dataset.num_tokens, "tokens", log) as task, tokenizer_files(work.tokenizer) as files:
+        if config.map == "matched":
+            write_matched(files, work.map_V, info.vocab_size)
         for source in dataset.info.sources:
             _run(root, info, work, source, config, files, report, task, resume)
             resume = goes_on(resume)
@@ -161,6 +199,9 @@ def retokenize(
 
 def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
     """Check what is asked for, and load the tokenizers."""
+    refuse_sorted(dataset.info.codec, dataset.place, "retokenize")
+    if config.map in SORTED_MAPS:
+        _refuse_unsorted(dataset, config.map)
     if dataset.info.tail == "absent":
         raise DataError(
             f"{dataset.path} was imported from a format that does not hold the mass outside the kept entries; have its "
@@ -169,6 +210,13 @@ def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
     unfinished = [name for name, source in dataset.info.sources.items() if source.num_units is None]
     if unfinished:
         raise DataError(f"source {unfinished[0]!r} of {dataset.path} is not complete; finish it first")
+    messages = dataset.index(["messages"])["messages"]
+    if len(messages) and not messages.null_count:
+        raise DataError(
+            f"every row of {dataset.place} is a chat, which the template of the teacher wrote; the student's template writes "
+            "another text around the messages, with marks that the teacher never read. Have the teacher read them as texts "
+            "that the student's template wrote: kdata capture --text-column"
+        )
     folder = dataset.tokenizer_dir
     if folder is None or not (folder / "tokenizer.json").is_file():
         raise MissingError(
@@ -192,6 +240,7 @@ def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
     marks = {number for number, token in added.items() if token.special} | {about.bos_id, about.eos_id}
     # Measured (trainer/README.md): it helps a student of bytes, and costs one of 4,096 tokens a little.
     inside = num_ids(student) <= SHORT_TOKENS if config.inside is None else config.inside
+    inside = inside and config.map not in SORTED_MAPS
     modes: tuple[SpecialTokensInText, ...] = ("keep", "split")
     return _Work(
         dataset=dataset,
@@ -203,8 +252,19 @@ def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
         map_V=map_V,
         mapper=mapper,
         beginnings=Beginnings(token_bytes_of(teacher)) if inside else None,
-        draws=dataset.info.tail == "draws",
+        spare=np.setdiff1d(np.arange(num_ids(student), dtype=np.int32), map_V),
+        draws=dataset.info.tail == "draws" and config.map not in SORTED_MAPS,
+        config=config,
     )
+
+
+def _refuse_unsorted(dataset: Dataset, map: TokenMap) -> None:
+    """Raise ConfigError where a dataset has no exact entries at every target."""
+    if dataset.info.tail == "draws" and dataset.info.codec.kind not in ("hybrid", "threshold"):
+        raise ConfigError(
+            f"map {map} needs exact entries at every target, and {dataset.place} is of kind {dataset.info.codec.kind}; have "
+            "its teacher read the rows with another kind (kdata reread), or use map prefix"
+        )
 
 
 def _identity(work: _Work, config: RetokenizeConfig) -> DatasetInfo:
@@ -214,8 +274,12 @@ def _identity(work: _Work, config: RetokenizeConfig) -> DatasetInfo:
         most = about.codec.most_draws + int(about.codec.parameters.get("k", 0)) + 1
         parameters["num_draws"] = min(most, 2**16 - 1)
     rule = KeepAligned(map=config.map, inside=work.beginnings is not None, of=about.codec.parameters.get("positions"))
+    if config.map == "matched":
+        counts = {"matched": int((work.map_V >= 0).sum()), "num_teacher": about.vocab_size}
+        rule = rule.model_copy(update={"merge": config.merge, **counts})
     parameters["positions"] = rule.model_dump()
-    codec = CodecInfo(id="packed", version=packed_version(size, True), kind="combined", parameters=parameters)
+    version = RANKS_VERSION if config.map in SORTED_MAPS else packed_version(size, True)
+    codec = CodecInfo(id="packed", version=version, kind="combined", parameters=parameters)
     return new_info(
         format_version=FORMAT_VERSION,
         vocab_size=size,
@@ -224,7 +288,7 @@ def _identity(work: _Work, config: RetokenizeConfig) -> DatasetInfo:
         ),
         tokenizer=tokenizer_info(work.tokenizer),
         codec=codec,
-        tail=about.tail,
+        tail="draws" if work.draws else "ghost",
     )
 
 
@@ -246,6 +310,7 @@ def _run(
         "of": {"fingerprint": dataset.content_digest, "codec": dataset.info.codec.model_dump()},
         "map": config.map,
         "inside": work.beginnings is not None,
+        **({"merge": config.merge} if config.map == "matched" else {}),
         "made_by": {"kind": about.kind, **about.settings},
     }
     result = SourceInfo(kind="retokenize", settings=settings, num_units=None)
@@ -290,18 +355,32 @@ def _record(work: _Work, row: InputSequence, stored: Sequences, report: Retokeni
     reads_marks = bool((np.isin(theirs.ids, work.special) & ~theirs.special).any())
     own = _students_tokens(work, text, ends=theirs.ends, mode="keep" if reads_marks else "split")
     aligned = align(theirs.num_bytes, own.num_bytes, theirs.special, own.special)
-    at_S, size_T = aligned.within_S, len(theirs.ids)
+    merge = work.config.merge if work.config.map in SORTED_MAPS else None
+    at_S = aligned.within_S if merge is None else aligned.met_at(last=merge == "bayesian")
+    size_T = len(theirs.ids)
     target_S, logprob_S = _chunks(aligned, row.target_mask[:size_T], stored.logprob[:size_T])
+    if merge is not None:  # so that the end of each chunk can be seen
+        last_S = aligned.ends(aligned.chunk_S, last=True)
+        logprob_S[last_S] = np.minimum(logprob_S[last_S], SURE)
     if theirs.ends and own.ends:
         at_S[-1] = size_T - 1
         target_S[-1], logprob_S[-1] = row.target_mask[size_T - 1], stored.logprob[size_T - 1]
     if not target_S.any():
         raise RowError("no_targets", "no token of the student is left that can be predicted")
-    before_S = _bytes_before(work, theirs, aligned)
-    kept_S = target_S & (at_S >= 0) & (before_S >= 0)
-    kept_S[kept_S] = stored.num_kept[at_S[kept_S]] > 0
-    kept, log_tail_P, dropped = _mapped(work, theirs.ids, stored, at_S[kept_S], before_S[kept_S], own.ids[kept_S])
+    kept_S = target_S & (at_S >= 0)
+    if merge is None:
+        before_S = _bytes_before(work, theirs, aligned)
+        kept_S &= before_S >= 0
+    kept_S[kept_S] = (stored.num_kept if merge is None else stored.num_exact)[at_S[kept_S]] > 0
     size = len(own.ids)
+    rank_S = np.zeros(size, np.int32)
+    if merge is None:
+        kept, log_tail_P, dropped = _mapped(work, theirs.ids, stored, at_S[kept_S], before_S[kept_S], own.ids[kept_S])
+    else:
+        merged_T = np.bincount(aligned.chunk_T[aligned.chunk_T >= 0], minlength=aligned.num_chunks)[aligned.chunk_T] > 1
+        merged_T &= aligned.chunk_T >= 0
+        kept, log_tail_P, rank_P, dropped = _sorted(work, theirs.ids, stored, at_S[kept_S], merged_T)
+        rank_S[kept_S] = rank_P
     counts_S = np.zeros((2, size), np.int32)
     counts_S[:, kept_S] = kept.num_exact, kept.num_drawn
     log_tail_S = np.where(target_S, np.float32(0), np.float32(np.nan))
@@ -321,7 +400,7 @@ def _record(work: _Work, row: InputSequence, stored: Sequences, report: Retokeni
         finish_reason=row.finish_reason,
         kept=Kept(counts_S[0], counts_S[1], kept.ids, kept.logprobs),
         logprob=np.where(target_S, logprob_S, np.nan).astype(np.float32),
-        rank=np.zeros(size, np.int32),
+        rank=rank_S,
         log_tail=log_tail_S,
         entropy=np.full(size, np.nan, np.float32),
     )
@@ -451,7 +530,7 @@ def _chunks(aligned: Alignment, target_T: np.ndarray, logprob_T: np.ndarray) -> 
     in_chunk = np.flatnonzero(of_S >= 0)
     target_S, logprob_S = np.zeros(len(of_S), bool), np.zeros(len(of_S))
     target_S[in_chunk] = ~open_C[of_S[in_chunk]]
-    last = in_chunk[np.diff(of_S[in_chunk], append=count) > 0]
+    last = aligned.ends(of_S, last=True)
     logprob_S[last] = sums_C[of_S[last]]
     return target_S, logprob_S
 
@@ -539,3 +618,77 @@ def _inside(
     rests = [(work.theirs[pair >> 32] or b"")[pair & 0xFFFFFFFF :] for pair in pairs.tolist()]
     mapped_N[goes_on_N] = np.array(work.mapper.ids_of(rests), np.int32)[where]
     return goes_on_N, mapped_N
+
+
+def _sorted(
+    work: _Work, theirs_T: np.ndarray, stored: Sequences, at_P: np.ndarray, merged_T: np.ndarray
+) -> tuple[Kept, np.ndarray, np.ndarray, float]:
+    """Exact entries of the teacher at positions at_P (int64 [P]), for objectives that compare sorted probabilities.
+
+    A position whose actual token needs a place of its own, and for which the student has no id to spare, has no entries.
+
+    Args:
+        theirs_T: int32 [T], the teacher's actual tokens. merged_T: bool [T], those in chunks of two or more of them.
+    Returns:
+        The entries, the log of the mass of the tail, float32 [P], the rank of the teacher's actual token among the entries
+        (see the file), int32 [P], and the mass of tokens that the student lacks, summed.
+    """
+    counts_P, first_P = stored.num_exact[at_P].astype(np.int64), stored.entry_offsets[at_P]
+    place_N = np.repeat(np.arange(len(at_P)), counts_P)
+    rank_N = np.arange(len(place_N)) - np.repeat(np.cumsum(counts_P) - counts_P, counts_P)
+    entry_N = rank_N + first_P[place_N]
+    theirs_N, p_N = stored.entry_ids[entry_N], np.exp(stored.entry_logprobs[entry_N].astype(np.float64))
+    tail_P = np.exp(stored.log_tail[at_P].astype(np.float64))
+    actual_P, added_N = np.full(len(at_P), -1), np.zeros(len(place_N), bool)
+    if work.config.map == "ranks":
+        own_N, lacked = np.where(rank_N < len(work.own), rank_N, -1), 0.0
+    else:
+        actual_P = np.where(merged_T[at_P], theirs_T[at_P], -1)
+        is_kept_P = np.bincount(place_N[theirs_N == actual_P[place_N]], minlength=len(at_P)) > 0
+        added_A = np.flatnonzero((actual_P >= 0) & ~is_kept_P)
+        least_P = np.minimum.reduceat(p_N, np.cumsum(counts_P) - counts_P) if len(p_N) else tail_P
+        p_A = np.exp(stored.logprob[at_P[added_A]].astype(np.float64))
+        p_A = np.minimum(p_A, np.minimum(least_P, tail_P)[added_A])  # a rounded one may be above what is kept
+        tail_P[added_A] -= p_A
+        place_N, theirs_N = np.append(place_N, added_A), np.append(theirs_N, actual_P[added_A])
+        p_N, added_N = np.append(p_N, p_A), np.append(added_N, np.ones(len(added_A), bool))
+        order = np.argsort(place_N, kind="stable")
+        place_N, theirs_N, p_N, added_N = place_N[order], theirs_N[order], p_N[order], added_N[order]
+        own_N = work.map_V[theirs_N].astype(np.int64)
+        lacked = float(p_N[own_N < 0].sum())
+        own_N = _with_spare(work.spare, place_N, own_N)
+        lost_P = np.bincount(place_N[(theirs_N == actual_P[place_N]) & (own_N < 0)], minlength=len(at_P)) > 0
+        own_N = np.where(lost_P[place_N], -1, own_N)
+        tail_P[lost_P] = 1.0  # as where nothing is kept
+    known_N = own_N >= 0
+    tail_P += np.bincount(place_N[~known_N], weights=p_N[~known_N], minlength=len(at_P))
+    keys, where = np.unique(place_N[known_N] << 32 | own_N[known_N], return_inverse=True)
+    sums, added = np.bincount(where, p_N[known_N], len(keys)), np.bincount(where, ~added_N[known_N], len(keys)) == 0
+    positions, ids = keys >> 32, (keys & 0xFFFFFFFF).astype(np.int32)
+    order = np.lexsort((ids, -sums, added, positions))
+    counts = np.bincount(positions, minlength=len(at_P)).astype(np.int32)
+    # Where the actual token of each position went, in the new order.
+    actual_N = (theirs_N == actual_P[place_N])[known_N]
+    ranks_P, place_of = np.zeros(len(at_P), np.int32), np.argsort(order)
+    new, at = place_of[where[actual_N]], place_N[known_N][actual_N]
+    ranks_P[at] = new - (np.cumsum(counts) - counts)[at] + 1 + added[where[actual_N]]
+    with np.errstate(divide="ignore"):
+        log_tail_P = np.log(np.clip(tail_P, 0.0, 1.0)).astype(np.float32)
+        logprobs = np.log(sums[order]).astype(np.float32)
+    return Kept(counts, np.zeros_like(counts), ids[order], logprobs), log_tail_P, ranks_P, lacked
+
+
+def _with_spare(spare: np.ndarray, place_N: np.ndarray, own_N: np.ndarray) -> np.ndarray:
+    """The ids of entries, int64 [N], -1 of those that the student lacks: these get spare ids, at each position the first the
+    first one, and -1 where none is left.
+
+    Args:
+        place_N: int64 [N], rising, the position of each entry; at a position they fall by probability.
+    """
+    lacked = np.flatnonzero(own_N < 0)
+    before = np.searchsorted(place_N[lacked], place_N[lacked], side="left")
+    number = np.arange(len(lacked)) - before
+    given = own_N.copy()
+    if len(spare):
+        given[lacked] = np.where(number < len(spare), spare[np.minimum(number, len(spare) - 1)], -1)
+    return given

@@ -8,24 +8,33 @@ next token is the first byte.
 
 `exact` keeps the tokens that both tokenizers have, by equal bytes. What the student lacks has no id (-1).
 
+`ranks` and `matched` are for objectives that compare sorted probabilities, so no id of the teacher may be merged with another
+one. Of the entries at a position, `ranks` gives the first the id 0, the second 1, and so on. `matched` gives tokens of equal
+bytes the student's id; the others get, by falling probability, the ids that the student has and the teacher lacks, from the
+lowest on (`kdata.jobs.retokenize`). Such ids say nothing of what comes next.
+
 Source: the exact map is that of X-Token (arXiv 2605.21699; read at second hand), with one bucket for what does not match;
-the prefix map is ours.
+that tokens match by equal strings is GOLD's (TRL) too, there as the vocabularies write them, here by bytes; the prefix map is
+ours.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from kdata.errors import CorruptError
 from kdata.store.vocabulary import num_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TokenMap = Literal["prefix", "exact"]
+TokenMap = Literal["prefix", "exact", "ranks", "matched"]
+MATCHED = "matched_ids.npy"  # beside a tokenizer's files
 REPLACED = "\ufffd"  # what a decoder writes for a part of a character
 # The characters that byte-level tokenizers write for bytes: printable ones for themselves, the others from 256 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -37,7 +46,7 @@ BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, 
 class TokenMapper:
     """Texts as ids of the student, each text once.
 
-    kind: see the file.
+    kind: see the file; of matched the ids that match, as of exact. ranks needs no ids.
     """
 
     def __init__(self, student: Tokenizer, kind: TokenMap) -> None:
@@ -97,6 +106,26 @@ class Beginnings:
         """Places of tokens in the order, int64 like `ids`; -1 where the bytes are not known, or there is no such token."""
         places: np.ndarray = self._place_V[np.minimum(ids, len(self._place_V) - 1)]
         return places
+
+
+def write_matched(folder: Path, map_V: np.ndarray, num_student: int) -> None:
+    """Write which of the student's ids a map gives, as the file `MATCHED` beside its tokenizer: bits, the first highest."""
+    own = np.zeros(num_student, bool)
+    own[map_V[map_V >= 0]] = True
+    np.save(folder / MATCHED, np.packbits(own), allow_pickle=False)
+
+
+def read_matched(folder: Path | None, num_student: int) -> np.ndarray:
+    """bool [num_student], as `write_matched` wrote it. Raises CorruptError where it is not there or has another size."""
+    try:
+        bits = np.load((folder or Path()) / MATCHED, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise CorruptError(
+            f"{folder} lacks {MATCHED}, which says what tokens match; run `kdata retokenize` again"
+        ) from error
+    if bits.dtype != np.uint8 or bits.shape != (-(-num_student // 8),):
+        raise CorruptError(f"{folder}/{MATCHED} is not of {num_student:,} ids; run `kdata retokenize` again")
+    return np.unpackbits(bits)[:num_student].astype(bool)
 
 
 def token_bytes_of(tokenizer: Tokenizer, *, names: bool = False) -> list[bytes | None]:

@@ -42,7 +42,7 @@ from kdata.selection.plan import Plan, open_plan
 from kdata.store.gguf import is_gguf
 from kdata.store.sql import is_name
 from kdata.trainer.config import EvaluateConfig, TrainConfig
-from kdata.trainer.objective_config import ObjectiveConfig, resolve_tail
+from kdata.trainer.objective_config import SORTED_OBJECTIVES, ObjectiveConfig, resolve_tail, token_map_of
 
 # Lines of the table of one student: heading and format, by the figure's name.
 FIGURES = {
@@ -153,8 +153,8 @@ def train(
     folder, config = local_folder(out_dir), train_config(file, steps, set)
     opened = kdata.open(dataset)
     if tokenizer is not None:
-        config = for_another_tokenizer(config, opened, plan)
-        dataset, opened = retokenized(opened, tokenizer, folder)
+        config, retokenize = for_another_tokenizer(config, opened, plan, tokenizer)
+        dataset, opened = retokenized(opened, retokenize, folder)
     chosen = None if plan is None else plan_file(opened, plan)
     from kdata.trainer.train import train as train_student
 
@@ -162,14 +162,17 @@ def train(
     say(f"student: {folder / 'model'}")
 
 
-def for_another_tokenizer(config: TrainConfig, opened: kdata.Dataset, plan: str | None) -> TrainConfig:
-    """The settings for a dataset that is retokenized, checked before it is.
+def for_another_tokenizer(
+    config: TrainConfig, opened: kdata.Dataset, plan: str | None, tokenizer: str
+) -> tuple[TrainConfig, kdata.RetokenizeConfig]:
+    """The settings for a dataset that is retokenized, checked before it is, and how it is to be.
 
     Without another word the text counts where no distribution is kept, in every phase, since a student whose tokens are
     shorter than the teacher's learns most of them from it.
 
     Raises:
-        ConfigError: a plan, or a phase with a dataset or a plan of its own; or an objective that draws cannot serve.
+        ConfigError: a plan, or a phase with a dataset or a plan of its own; an objective that draws cannot serve; or
+            objectives that need the ids of entries in different ways.
     """
     if plan is not None or any(phase.dataset or phase.plan for phase in config.phases):
         raise ConfigError(
@@ -183,21 +186,26 @@ def for_another_tokenizer(config: TrainConfig, opened: kdata.Dataset, plan: str 
     changed = config.model_copy(update={"objective": _with_text(config.objective), "phases": phases})
     if changed != config:
         say("objective.cross_entropy_elsewhere is 1: where no distribution is kept, the text counts")
-    for resolved in changed.resolved_phases():
-        resolve_tail(resolved.objective, opened.info.tail, kind="combined")
-    return changed
+    objectives = [resolved.objective for resolved in changed.resolved_phases()]
+    token_map = token_map_of(ObjectiveConfig(weights={name: 1.0 for o in objectives for name in o.weights}))
+    held = opened.info.tail
+    if token_map in SORTED_OBJECTIVES.values() and held == "draws":
+        held = "ghost"  # of exact entries
+    for objective in objectives:
+        resolve_tail(objective, held, kind="combined", token_map=token_map)
+    return changed, kdata.RetokenizeConfig(tokenizer=tokenizer, map=token_map)
 
 
 def _with_text(objective: ObjectiveConfig) -> ObjectiveConfig:
-    if objective.reads_all_targets or "cross_entropy_elsewhere" in objective.model_fields_set:
+    if "alm" in objective.weights or "cross_entropy_elsewhere" in objective.model_fields_set:
         return objective
     return objective.model_copy(update={"cross_entropy_elsewhere": 1.0})
 
 
-def retokenized(opened: kdata.Dataset, tokenizer: str, folder: Path) -> tuple[str, kdata.Dataset]:
+def retokenized(opened: kdata.Dataset, config: kdata.RetokenizeConfig, folder: Path) -> tuple[str, kdata.Dataset]:
     """The dataset for a student with another tokenizer, made in FOLDER/retokenized. Raises as `kdata.retokenize`."""
     place = folder / "retokenized"
-    made, report = kdata.retokenize(place, opened, kdata.RetokenizeConfig(tokenizer=tokenizer))
+    made, report = kdata.retokenize(place, opened, config)
     say(*(f"  {line}" for line in report.lines()))
     say_rejected([str(place)], list(made.info.sources))
     return str(place), made

@@ -3,7 +3,8 @@
 One dataset, captured with the teacher's tokenizer, is retokenized for a byte-level BPE of 4,096 ids that is trained on the
 same text, and for bytes (259 ids). Each student is compared with its twin, which has the same tokenizer, initial weights and
 batches, and learns from the text alone; students of different tokenizers by bits per byte. "with text" adds the cross-entropy
-of the actual token where no distribution is kept.
+of the actual token where no distribution is kept. With ULD and GOLD the text counts everywhere, as in ULD's own code; their
+students are measured on the same held-out data as the others.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import kdata
 from kdata.config import Strict
 from kdata.errors import ConfigError
 from kdata.format.keep import KeepConfig
+from kdata.format.keep_rules import SORTED_MAPS
 from kdata.jobs.retokenize import RetokenizeConfig, retokenize
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData
 from kdata.pipelines.evidence.figures import text_of, write_results
@@ -66,6 +68,8 @@ def _other(tokenizer: Kind) -> tuple[Setting, ...]:
         Setting(tokenizer, "ALM", {"alm": 1.0}),
         Setting(tokenizer, "entries (prefix) and ALM", {"forward_kl": 1.0, "alm": 1.0}),
         Setting(tokenizer, "entries (prefix, inside), with text", {"forward_kl": 1.0}, 1.0, inside=True),
+        Setting(tokenizer, "text and ULD", {"cross_entropy": 1.0, "uld": 1.5}, 1.0, "ranks"),
+        Setting(tokenizer, "text and GOLD", {"cross_entropy": 1.0, "gold": 1.0}, 1.0, "matched"),
         Setting(tokenizer, "entries (exact), with text", {"forward_kl": 1.0}, 1.0, "exact"),
     )
 
@@ -74,7 +78,7 @@ SETTINGS = (
     Setting("teacher's", "text alone"),
     Setting("teacher's", "entries", {"forward_kl": 1.0}),
     *_other("BPE 4k"),
-    *_other("bytes")[:5],  # no token of another vocabulary but bytes themselves is equal to a byte
+    *_other("bytes")[:7],  # no token of another vocabulary but bytes themselves is equal to a byte
 )
 
 
@@ -139,11 +143,17 @@ class Tokenizers:
             tokenizer = folder / "tokenizer"
             if not (tokenizer / "tokenizer.json").exists():
                 self._tokenizers[setting.tokenizer].save_pretrained(tokenizer)
-            config = RetokenizeConfig(tokenizer=str(tokenizer), map=setting.map, inside=setting.inside)
-            kind = f"{setting.map}-inside" if setting.inside else setting.map
-            parts = zip(("train", "heldout"), made, strict=True)
-            train, heldout = (retokenize(folder / f"{name}-{kind}", part, config)[0] for name, part in parts)
+            measured: TokenMap = "prefix" if setting.map in SORTED_MAPS else setting.map
+            parts = zip(("train", "heldout"), made, (setting.map, measured), strict=True)
+            common = {"tokenizer": str(tokenizer), "inside": setting.inside}
+            train, heldout = (
+                self._retokenized(folder, name, part, RetokenizeConfig(map=map, **common)) for name, part, map in parts
+            )
         return train, heldout
+
+    def _retokenized(self, folder: Path, name: str, part: kdata.Dataset, config: RetokenizeConfig) -> kdata.Dataset:
+        kind = f"{config.map}-inside" if config.inside else config.map
+        return retokenize(folder / f"{name}-{kind}", part, config)[0]
 
     @cached_property
     def _tokenizers(self) -> dict[str, Any]:

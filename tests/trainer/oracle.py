@@ -125,6 +125,7 @@ def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, ske
         "dac_kl": lambda: _dac(p, q),
         "first": lambda: _first(p, q),
         "plackett_luce": lambda: _plackett_luce(p, q, problem.targets),
+        "uld": lambda: _uld(p, problem),
         "deviation_kl": lambda: problem.targets.entropy_C / math.log(len(problem.head)) * kl(p, q),
     }[name]()
     return squared * divergence
@@ -178,6 +179,18 @@ def _plackett_luce(p: Tensor, q: Tensor, targets: Targets) -> Tensor:
         order = [own, *(j for j in [*kept, bucket] if j != own)]
         chosen, left = q_J[order], [q_J[order[k:]].sum() for k in range(len(order))]
         values.append(-(p_J[order] * (chosen / torch.stack(left)).log()).sum())
+    return torch.stack(values)
+
+
+def _uld(p: Tensor, problem: Problem) -> Tensor:
+    """Both whole vocabularies sorted; behind the kept ranks only the masses."""
+    logits = problem.hidden.double() @ problem.head.double().T
+    values = []
+    for p_J, q_V in zip(p, torch.softmax(logits / problem.targets.temperature, -1), strict=True):
+        kept = [j for j in range(len(p_J) - 1) if p_J[j] > 0]
+        sorted_p, sorted_q = p_J[kept].sort(descending=True)[0], q_V.sort(descending=True)[0]
+        gaps = (sorted_p - sorted_q[: len(kept)]).abs().sum()
+        values.append(gaps + (p_J[-1] - sorted_q[len(kept) :].sum()).abs())
     return torch.stack(values)
 
 

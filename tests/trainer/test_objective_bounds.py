@@ -205,6 +205,27 @@ def test_dac_kl_is_exact_where_the_kept_entries_reach_the_upper_bound(lower: flo
     assert reach.sum() > 20 or upper == 1.0
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_uld_is_exact_where_all_is_kept_and_else_a_lower_bound_that_rises(seed: int) -> None:
+    """With more entries kept; and it is 0 where the student has the same probabilities of other tokens."""
+    whole = make_problem(40, kept=VOCAB, ragged=False, seed=seed)
+    p, q = full(whole)
+    want = (p.sort(dim=-1)[0] - q.sort(dim=-1)[0]).abs().sum(-1)
+    torch.testing.assert_close(values(whole, "uld"), want, rtol=1e-9, atol=1e-12)
+    before = torch.zeros_like(want)
+    for kept in (0, 1, 3, 9, VOCAB):
+        got = values(make_problem(40, kept=kept, ragged=False, seed=seed), "uld")
+        assert (got >= before - 1e-12).all() and (got <= want + 1e-12).all()
+        before = got
+    other = dataclasses.replace(whole, hidden=p.log().roll(1, -1), head=torch.eye(VOCAB, dtype=torch.float64))
+    assert values(other, "uld").abs().max() < 1e-12 < float(values(other, "forward_kl").min())
+
+
+def test_gold_weights_that_are_all_0_are_refused() -> None:
+    with pytest.raises(ValueError, match="both 0"):
+        ObjectiveConfig(weights={"gold": 1.0}, gold_weights=(0.0, 0.0))
+
+
 def test_dac_bounds_in_the_wrong_order_are_refused() -> None:
     with pytest.raises(ValueError, match="must be the smaller one"):
         ObjectiveConfig(weights={"dac_kl": 1.0}, dac_lower=0.9, dac_upper=0.5)

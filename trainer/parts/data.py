@@ -77,7 +77,9 @@ class Source:
         refuse_no_targets(self.dataset, self.planned_rows)
         refuse_nothing_kept(self.dataset, self.planned_rows, self.positions)
         refuse_unknown_entropy(self.dataset, self.planned_rows, self.objective)
-        self.tail: Tail = resolve_tail(self.objective, info.tail, info.codec.temperatures, kind=info.codec.kind)
+        self.tail: Tail = resolve_tail(
+            self.objective, info.tail, info.codec.temperatures, kind=info.codec.kind, token_map=info.codec.token_map
+        )
         refuse_adaptive(self.objective)
         refuse_chunks(self.objective)
         refuse_elsewhere(self.objective, has_positions=self.positions is not None or info.codec.keeps_some_positions)

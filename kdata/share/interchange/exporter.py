@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from kdata.errors import ConfigError, DataError
 from kdata.format.files import local_path, lock_of, new_file, removed_on_failure, settle, storage_errors
+from kdata.format.keep_rules import refuse_sorted
 from kdata.observe.progress import Task
 from kdata.share.interchange import axolotl, plain
 from kdata.store.dataset import Dataset
@@ -33,6 +34,7 @@ def export_dataset(dataset: Dataset, target: Path | str, format: ExportFormat, *
         raise ConfigError(f"axolotl's columns have versions 1 and 2, not {version}; choose one of these")
     if not dataset.num_rows:
         raise DataError(f"{dataset.path} has no rows to export; capture or import some first")
+    refuse_sorted(dataset.info.codec, dataset.place, "an export")
     schema = plain.SCHEMA if format == "plain" else axolotl.SCHEMAS[version]
     temporary = target.with_name(target.name + ".tmp")
     with storage_errors(target), lock_of(target), Task("export", dataset.num_tokens, "tokens") as task:

@@ -62,6 +62,16 @@ def test_every_token_is_where_its_bytes_are(both: tuple[list[int], list[int]], b
     for place, (end, size) in enumerate(zip(t_ends, teacher_bytes.tolist(), strict=True)):
         chunk = aligned.chunk_T[place]
         assert chunk == (-1 if teacher_special[place] else sum(boundary <= end - size for boundary in shared))
+    for last in (False, True):  # each chunk begins at one byte on both sides, and so it ends
+        met = aligned.met_at(last=last)
+        places = np.flatnonzero(met >= 0)
+        assert aligned.chunk_S[places].tolist() == list(range(len(shared))) == aligned.chunk_T[met[places]].tolist()
+        for s, t, begin, end in zip(places.tolist(), met[places].tolist(), [0, *shared], shared, strict=False):
+            assert (
+                (s_ends[s], t_ends[t]) == (end, end)
+                if last
+                else (s_ends[s] - student[s] == t_ends[t] - teacher_bytes[t] == begin)
+            )
 
 
 def test_tokens_of_other_texts_are_refused() -> None:

@@ -30,7 +30,7 @@ from kdata.jobs.retokenize import (
     _Work,
     retokenize,
 )
-from kdata.store.token_map import TokenMap, TokenMapper, token_bytes_of, token_map
+from kdata.store.token_map import TokenMap, TokenMapper, read_matched, token_bytes_of, token_map
 from kdata.store.tokens import read_tokenizer
 from kdata.teachers.model import load_tokenizer
 from tests.fakes import LINES, StandInTeacher, digests, run_capture, run_generate, write_jsonl
@@ -215,6 +215,109 @@ def test_entries_are_those_of_a_plain_loop(
     assert num_inside > 20 or not inside or kind not in LONG
 
 
+@pytest.mark.parametrize(("map", "merge"), [("ranks", "observed"), ("matched", "observed"), ("matched", "bayesian")])
+@pytest.mark.parametrize(
+    ("kind", "student"),
+    [case for case in CASES if case[0] != "sampled" and case not in SAME],
+)
+def test_sorted_entries_are_those_of_a_plain_loop(
+    kind: str, student: str, map: str, merge: str, sources: dict[str, kdata.Dataset], tokenizers: dict[str, Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Chunk by chunk in Python: the teacher's entries at its place, their ids, and where the teacher's own token is."""
+    source = sources[kind]
+    result, report = made(source, tokenizers[student], tmp_path / "out", map=map, merge=merge)
+    assert result.info.tail == "ghost" and result.info.codec.version == 4
+    exact = exact_map(source, result)
+    spare_ids = [n for n in range(result.info.vocab_size) if n not in set(exact)]
+    if map == "matched":
+        rule = result.info.codec.parameters["positions"]
+        assert (rule["matched"], rule["num_teacher"]) == (sum(n >= 0 for n in exact), source.info.vocab_size)
+        is_own = read_matched(result.tokenizer_dir, result.info.vocab_size)
+        assert np.flatnonzero(~is_own).tolist() == spare_ids
+    ids, kept = source.index(["id"])["id"].to_pylist(), 0
+    for row, row_id in enumerate(result.index(["id"])["id"].to_pylist()):
+        before = ids.index(row_id)
+        teacher, pupil = source.take(np.array([before])), result.take(np.array([row]))
+        sizes_T, sizes_S = token_bytes(source, before), token_bytes(result, row)
+        ends = sorted(set(np.cumsum(sizes_T)[sizes_T > 0].tolist()) & set(np.cumsum(sizes_S)[sizes_S > 0].tolist()))
+        places = set()
+        for start, end in zip([0, *ends], ends, strict=False):
+            of_T, of_S = (inside(sizes, start, end) for sizes in (sizes_T, sizes_S))
+            t, s = (of[-1 if merge == "bayesian" else 0] for of in (of_T, of_S))
+            if not pupil.target_mask[s]:
+                continue
+            sums = sum(float(teacher.logprob[n]) for n in of_T)
+            assert pupil.logprob[of_S[-1]] == pytest.approx(min(sums, -1 / 1024), abs=math.sqrt(-sums) / 32 + 1e-3)
+            assert (pupil.logprob[of_S[:-1]] == 0).all() and pupil.logprob[of_S[-1]] < 0
+            span = slice(int(teacher.entry_offsets[t]), int(teacher.entry_offsets[t]) + int(teacher.num_exact[t]))
+            entries = list(
+                zip(teacher.entry_ids[span].tolist(), np.exp(teacher.entry_logprobs[span]).tolist(), strict=True)
+            )
+            actual = int(teacher.token_ids[t]) if map == "matched" and len(of_T) > 1 else None
+            tail, num_exact = math.exp(float(teacher.log_tail[t])), len(entries)
+            if actual is not None and actual not in dict(entries):
+                entries.append((actual, min(math.exp(float(teacher.logprob[t])), tail, entries[-1][1])))
+                tail -= entries[-1][1]
+            expected: dict[int, float] = defaultdict(float)
+            rank, spare = 0, iter(spare_ids)
+            for number, (entry, mass) in enumerate(entries):
+                own = number if map == "ranks" else exact[entry] if exact[entry] >= 0 else next(spare, -1)
+                if own >= 0:
+                    expected[own] += mass
+                    continue
+                tail += mass
+                if entry == actual:
+                    expected.clear()
+                    break
+            span = slice(int(pupil.entry_offsets[s]), int(pupil.entry_offsets[s + 1]))
+            got = dict(zip(pupil.entry_ids[span].tolist(), np.exp(pupil.entry_logprobs[span]).tolist(), strict=True))
+            assert set(got) == set(expected), (row_id, start)
+            if not expected:
+                continue
+            places.add(s)
+            assert math.exp(float(pupil.log_tail[s])) == pytest.approx(tail, abs=6e-3) and pupil.num_exact[s] == len(
+                got
+            )
+            for number, mass in expected.items():
+                assert got[number] == pytest.approx(mass, rel=0.12, abs=1e-6)
+            rank = int(pupil.rank[s])
+            if actual is None:
+                assert rank == 0
+            else:
+                own = list(got)[min(rank, len(got)) - 1]
+                added = len(entries) > num_exact
+                assert own == exact[actual] or (exact[actual] < 0 and own in spare_ids)
+                assert math.log(got[own]) == pytest.approx(float(teacher.logprob[t]), abs=0.3) or added
+                assert rank <= len(got) or (added and rank == len(got) + 1)
+        kept += len(places)
+        around = [n for n in np.flatnonzero(pupil.num_kept).tolist() if n not in places]
+        assert all(sizes_S[n] == 0 for n in around)  # the end of a text
+        kept += len(around)
+    assert kept == report.kept > 20
+    assert not kdata.verify(kdata.open(result.path), deep=True)
+
+
+def inside(sizes: np.ndarray, start: int, end: int) -> list[int]:
+    """Tokens of the text between two bytes; a part of a character without bytes of its own belongs to what follows."""
+    return [
+        n for n, (begin, size) in enumerate(zip(starts_of(sizes), sizes.tolist(), strict=True))
+        if start <= begin and begin + size <= end and (size or begin < end) and len(sizes) > 0
+    ]  # fmt: skip
+
+
+def exact_map(source: kdata.Dataset, result: kdata.Dataset) -> list[int]:
+    """Ids of equal bytes, and the ends of a text, which the student writes as 1 and 2."""
+    own, theirs = token_bytes_of(tokenizer_of(result)), token_bytes_of(tokenizer_of(source))
+    by_bytes = {content: n for n, content in reversed(list(enumerate(own))) if content}
+    mapped = [by_bytes.get(content or b"", -1) for content in theirs]
+    mapped += [-1] * (source.info.vocab_size - len(mapped))
+    for theirs_id, own_id in ((source.info.tokenizer.bos_id, 1), (source.info.tokenizer.eos_id, 2)):
+        if theirs_id is not None:
+            mapped[theirs_id] = own_id
+    return mapped
+
+
 @pytest.mark.parametrize("student", ["bytes", "phrases", "sentence"])
 def test_a_row_has_the_teachers_own_log_probability(
     student: str, sources: dict[str, kdata.Dataset], tokenizers: dict[str, Path], tmp_path: Path
@@ -383,16 +486,8 @@ def work_of(tokenizer: Any, **fields: Any) -> _Work:
     encoders = {mode: TextEncoder(tokenizer, special_tokens_in_text=mode) for mode in ("keep", "split")}
     info = SimpleNamespace(tokenizer=SimpleNamespace(bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_token_id))
     special = np.array(sorted(set(tokenizer.all_special_ids)))
-    values = {
-        "theirs": [],
-        "own": [],
-        "map_V": np.zeros(0),
-        "draws": True,
-        "special": special,
-        "mapper": None,
-        "beginnings": None,
-        **fields,
-    }
+    values = {"theirs": [], "own": [], "map_V": np.zeros(0), "draws": True, "special": special, "spare": np.zeros(0)}
+    values |= {"mapper": None, "beginnings": None, "config": RetokenizeConfig(tokenizer="x"), **fields}
     return _Work(dataset=SimpleNamespace(info=info), tokenizer=tokenizer, encoders=encoders, **values)  # type: ignore[arg-type]
 
 
@@ -452,3 +547,33 @@ def test_each_token_stands_for_its_own_bytes_or_the_text_is_refused(
     for number, begin, end in zip(tokens.ids.tolist(), (ends - tokens.num_bytes).tolist(), ends.tolist(), strict=True):
         own = table[number] or b"?"
         assert text.encode()[begin:end] == own or (begin == 0 and own == b" " + text.encode()[begin:end])
+
+
+def test_chats_and_data_without_ranks_are_refused_before_anything_is_written(
+    sources: dict[str, kdata.Dataset], tokenizers: dict[str, Path], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "id": "c",
+            "domain": "d",
+            "messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}],
+        }
+    ]
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.chat_template = "{% for m in messages %}{% generation %}{{ m.content }} {% endgeneration %}{% endfor %}"
+    file = write_jsonl(tmp_path / "chats.jsonl", rows)
+    chats = run_capture(
+        tmp_path / "chats",
+        file,
+        saved(tokenizer, tmp_path / "chatty"),
+        reading={"messages_column": "messages"},
+        targets="all",
+    )
+    with pytest.raises(DataError, match="is a chat, which the template of the teacher wrote"):
+        made(chats, tokenizers["bytes"], tmp_path / "out")
+    for map in ("ranks", "matched"):
+        with pytest.raises(ConfigError, match=f"map {map} needs exact entries at every target"):
+            made(sources["sampled"], tokenizers["bytes"], tmp_path / "out", map=map)
+    with pytest.raises(ValueError, match="merge bayesian is for map matched"):
+        RetokenizeConfig(tokenizer="x", merge="bayesian")
+    assert not (tmp_path / "out").exists()
