@@ -73,6 +73,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
     "Train": {
         "train": Entry("train:train", "Train a student from a dataset; no teacher is needed."),
         "evaluate": Entry("train:evaluate", "Measure a student on a held-out dataset."),
+        "hacking": Entry("train:hacking", "Find where a run learns its teacher's errors."),
     },
     "Check": {
         "verify": Entry("check:verify", "Check every byte of a dataset."),
