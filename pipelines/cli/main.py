@@ -79,6 +79,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "verify": Entry("check:verify", "Check every byte of a dataset."),
         "repair": Entry("check:repair", "Set damaged shards aside, so that the rest is a dataset again."),
         "audit": Entry("check:audit", "Test whether a release reveals the teacher's weights."),
+        "exposure": Entry("check:exposure", "Measure how far models give planted secrets away."),
     },
     "Share": {
         "push": Entry("share:push", "Copy a dataset to a folder or to the Hub."),

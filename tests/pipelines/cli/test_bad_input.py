@@ -48,6 +48,7 @@ CALLS = {
     "verify": ["{dataset}"],
     "repair": ["{dataset}"],
     "audit": ["{dataset}"],
+    "exposure": ["{llama}", "--canaries", "{canaries}"],
     "push": ["{dataset}", "{local}"],
     "export": ["{dataset}", "{local}"],
     "merge": ["{dataset}", "{other}", "{local}"],

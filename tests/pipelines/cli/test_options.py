@@ -27,7 +27,7 @@ OWN = {
     "--out", "--set", "--config", "--resume", "--dry-run", "--save", "--plan", "--tokenizer",  # run, train, evaluate
     "--engine", "--json-schema",  # capture, generate, reread: which settings model, and a file that holds a setting
     "--deep", "--against-teacher", "--copy", "--hidden-size", "--head", "--block",  # verify, repair, audit
-    "--oracle", "--trained-on",  # hacking
+    "--canaries", "--candidates", "--oracle", "--trained-on",  # exposure, hacking
     "--from", "--unit", "--method", "--memory", "--threads", "--picture", "--positions",  # score, select, plan show
     "--check",  # sql
     "--price-per-hour", "--probe-tokens",  # estimate
@@ -35,7 +35,7 @@ OWN = {
 }  # fmt: skip
 FORMAT_OF_OUTPUT = {
     "info", "sql", "status", "verify", "audit", "evaluate", "plan show", "plan compare", "export", "estimate", "advise",
-    "hacking",
+    "exposure", "hacking",
 }  # fmt: skip
 # Options with another name than their field: the option is named for the part of the settings that the field stands for.
 RENAMED = {
