@@ -62,6 +62,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "reread": Entry("make:reread", "Have a second teacher read the rows of a dataset."),
         "combine": Entry("make:combine", "Combine the distributions of several teachers."),
         "retokenize": Entry("make:retokenize", "Turn a dataset into one for another tokenizer."),
+        "soften": Entry("make:soften", "Soften what is stored where the text may be private."),
         "import": Entry("make:import_", "Import another tool's logit dataset."),
     },
     "Choose": {

@@ -37,6 +37,7 @@ CALLS = {
     "reread": ["{dataset}", "{new}", *TEACHER],
     "combine": ["{dataset}", "{dataset}", "{local}"],
     "retokenize": ["{dataset}", "{local}", "--tokenizer", "{pupil}"],
+    "soften": ["{dataset}", "{local}", "--pattern", "the"],
     "import": ["{files}", "{local}", "--format", "plain", "--vocab-size", "300"],
     "score": ["{dataset}", "--model", "{llama}"],
     "select": ["{dataset}", "--method", "random"],
@@ -145,7 +146,7 @@ def test_a_missing_argument_is_usage(world: World, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [name for name in ENTRIES if name in (
-    "run", "capture", "generate", "reread", "combine", "retokenize", "import", "score", "select", "train",
+    "run", "capture", "generate", "reread", "combine", "retokenize", "soften", "import", "score", "select", "train",
     "evaluate", "hacking",
 )])  # fmt: skip
 @pytest.mark.parametrize("setting", ["seeed=1", "seeed", "a.b=[1"])

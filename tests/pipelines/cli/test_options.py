@@ -27,7 +27,7 @@ OWN = {
     "--out", "--set", "--config", "--resume", "--dry-run", "--save", "--plan", "--tokenizer",  # run, train, evaluate
     "--engine", "--json-schema",  # capture, generate, reread: which settings model, and a file that holds a setting
     "--deep", "--against-teacher", "--copy", "--hidden-size", "--head", "--block",  # verify, repair, audit
-    "--canaries", "--candidates", "--oracle", "--trained-on",  # exposure, hacking
+    "--canaries", "--candidates", "--oracle", "--trained-on", "--pattern",  # exposure, hacking, soften
     "--from", "--unit", "--method", "--memory", "--threads", "--picture", "--positions",  # score, select, plan show
     "--check",  # sql
     "--price-per-hour", "--probe-tokens",  # estimate
