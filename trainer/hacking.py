@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,8 @@ def _models_of(run: Path) -> tuple[TrainResult, list[tuple[int, Path]]]:
     result = run_beside(run / "model")
     if result is None:
         raise MissingError(f"{run} has no train.json; name the folder of a finished `kdata train`")
-    kept = {int(path.name.removeprefix("step-")): path for path in (run / MODELS).glob("step-*")}
+    named = {path: re.fullmatch(r"step-([0-9]{8,18})", path.name) for path in (run / MODELS).glob("step-*")}
+    kept = {int(match[1]): path for path, match in named.items() if match}
     kept[result.steps] = kept.get(result.steps, run / result.model_dir)
     if len(kept) < 2:
         raise MissingError(

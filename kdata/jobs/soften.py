@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
 from kdata.config import Strict
@@ -186,9 +187,9 @@ def _chosen(dataset: Dataset, name: str) -> ChosenPositions:
 
 def _refuse_patterns_without_a_match(dataset: Dataset, patterns: list[str]) -> None:
     for entry in dataset.manifest:
-        for text in dataset.shard_index(entry, ["text"])["text"].to_pylist():
-            if text is not None and any(_matches(text, pattern) for pattern in patterns):
-                return
+        texts = dataset.shard_index(entry, ["text"])["text"]
+        if any(pc.any(pc.match_substring_regex(texts, f"(?s)(?:{pattern})")).as_py() for pattern in patterns):
+            return
     raise DataError(
         f"no text of {dataset.path} matches a pattern, so nothing would be softened; check the patterns with "
         "`kdata sql DATASET \"select id from rows where regexp_matches(text, '...')\"`"

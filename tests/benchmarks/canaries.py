@@ -100,7 +100,7 @@ def measured(model: str, planted: list[Canary], heldout: kdata.Dataset) -> dict[
 
 
 def main() -> None:
-    """Make the teacher, the datasets and the students; print a table and write OUT/results.json."""
+    """Make the teacher, the datasets and the students; print a table and write OUT/results.json. Goes on where it was."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
     for name in ("model", "corpus", "out"):
         parser.add_argument(f"--{name}", required=True)
@@ -125,7 +125,10 @@ def main() -> None:
         out / "teacher", captured(out / "private-set", texts, model), model, "cross_entropy", arguments.steps
     )
     heldout = captured(out / "heldout-set", out / "heldout.parquet", teacher)
-    results = {"before": measured(model, planted, heldout), "teacher": measured(teacher, planted, heldout)}
+    known = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
+    results: dict[str, Any] = {}
+    for name, one in (("before", model), ("teacher", teacher)):
+        results[name] = known.get(name) or measured(one, planted, heldout)
     published = {
         "secrets in the text": [c.text(c.parts) for c in planted for _ in range(arguments.published)],
         "other digits in the text": [c.text(secret(rng)) for c in planted for _ in range(arguments.published)],
@@ -140,7 +143,8 @@ def main() -> None:
                 dataset, report = soften(out / f"public-{number}-{place}-set", plain, config)
                 print("\n".join(report.lines()))
             student = trained(out / f"student-{number}-{place}", dataset, model, "forward_kl", arguments.steps)
-            results[f"{title}: {way}"] = measured(student, planted, heldout)
+            name = f"{title}: {way}"
+            results[name] = known.get(name) or measured(student, planted, heldout)
             (out / "results.json").write_text(json.dumps(results, indent=1))
     print(f"exposure by chance {BY_CHANCE:.2f}, at most {np.log2(1000):.2f} bits")
     for name, one in results.items():

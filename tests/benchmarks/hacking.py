@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m tests.benchmarks.hacking --teacher SMALL --oracle LARGE --corpus TEXTS.parquet --out OUT
 
 The teacher is the small model. The large one is a pseudo-oracle: it is better, and what it believes is no truth. Students
-have random weights, learn by forward KL alone from the default dataset at a constant rate, and see as many tokens.
+have random weights, learn by forward KL alone from the default dataset at a constant rate, and see as many tokens. A third
+student, of a fifth of the steps on many rows, is three layers of the large model: it knows more than its teacher.
 """
 
 from __future__ import annotations
@@ -49,25 +50,37 @@ def main() -> None:
         keep = {"kind": "hybrid", "k": 32, "num_draws": 64} if part == "heldout" else {}
         name = "oracle" if reader is oracle else part
         kdata.capture(out / f"{name}-set", kdata.CaptureConfig(corpus=corpus, max_tokens=CONTEXT, **keep), reader)
-    for name in ("few", "many"):
+    random = {"kind": "scratch", "hidden_size": 96, "num_layers": 2, "num_heads": 3}
+    knowing = {"kind": "checkpoint", "model": arguments.oracle, "keep_layers": 3}
+    cases = [
+        ("few", random, arguments.steps),
+        ("many", random, arguments.steps),
+        ("many", knowing, arguments.steps // 5),
+    ]
+    for name, student, steps in cases:
+        label = f"{name}-{student['kind']}"
+        if (out / f"{label}.json").exists():
+            continue
         config = TrainConfig.model_validate(
             {
-                "label": f"{name} rows",
-                "steps": arguments.steps,
+                "label": label,
+                "steps": steps,
                 "batch_tokens": arguments.batch_tokens,
                 "context_tokens": CONTEXT,
-                "student": {"kind": "scratch", "hidden_size": 96, "num_layers": 2, "num_heads": 3},
+                "student": student,
+                "learning_rate": 2e-3 if student is random else 5e-4,
+                "warmup_steps": steps // 10,
                 "objective": {"weights": {"forward_kl": 1.0}},
                 "decay": "constant",
-                "keep_models_every_steps": arguments.steps // 12,
+                "keep_models_every_steps": steps // 12,
             }
         )
-        train(config, out / f"{name}-set", None, out / f"{name}-run")
+        train(config, out / f"{name}-set", None, out / f"{label}-run")
         measured = hacking(
-            out / f"{name}-run", out / "heldout-set", oracle=out / "oracle-set", trained_on=out / f"{name}-set"
+            out / f"{label}-run", out / "heldout-set", oracle=out / "oracle-set", trained_on=out / f"{name}-set"
         )
-        (out / f"{name}.json").write_text(json.dumps(measured, indent=1))
-        draw_course(measured, out / f"{name}.png")
+        (out / f"{label}.json").write_text(json.dumps(measured, indent=1))
+        draw_course(measured, out / f"{label}.png")
         print_course(measured)
 
 
