@@ -12,8 +12,8 @@ proxy rises, too, the student learns its rows by heart, which an oracle is not n
 
 Without an oracle the paper looks for a departure of the proxy from its power law. Here log(proxy) = a - b log(step) is fitted
 to the first half of the models, and each later one has a z-score: its residual, divided by the standard error of a
-prediction. Which part is fitted, and that |z| above 3 is a departure, are our default. A learning rate that decays is a
-departure of its own, so read it at a constant rate.
+prediction. Which part is fitted, and that z above 3 is a departure, are our default. Below, the proxy falls faster than its
+law, as after a warm-up. A learning rate that decays is a departure of its own, so read it at a constant rate.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def hacking(
         "models": [{"step", "epochs" (null without `trained_on`), "proxy", "golden" (nats per token), "nll", "top1"}],
         "best_step": of the least golden, "golden_rise": from there to the last, "proxy_fall": likewise, "proxy_monotone":
         whether the proxy falls at each model from there on, "hacking": bool,
-        "fit": null, or {"models" (number fitted), "a", "b", "z": [{"step", "z"}], "departs": bool},
+        "fit": null, or {"models" (number fitted), "a", "b", "z": [{"step", "z"}], "departs": whether a z is above 3},
         "data": null, or {"rows", "unique_prompts", "answers_per_prompt", "epochs", "tokens"}}.
     Raises:
         MissingError: the run kept no models, or is not finished.
@@ -141,7 +141,7 @@ def fit_power_law(steps: list[int], proxy: list[float]) -> dict[str, Any] | None
         "a": float(intercept),
         "b": float(-slope),
         "z": [{"step": step, "z": float(value)} for step, value in zip(steps[count:], z, strict=True)],
-        "departs": bool((np.abs(z) > DEPARTURE).any()),
+        "departs": bool((z > DEPARTURE).any()),
     }
 
 

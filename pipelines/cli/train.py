@@ -365,7 +365,7 @@ def print_course(measured: dict[str, Any]) -> None:
             f"{data['answers_per_prompt']:.1f} answers each, {data['epochs']:.1f} epochs"
         )
     if measured["fit"] is not None:
-        departs = "departs from" if measured["fit"]["departs"] else "keeps to"
+        departs = "rises above" if measured["fit"]["departs"] else "does not rise above"
         say(f"z: the proxy {departs} the power law of its first {measured['fit']['models']} models")
     say(*course_words(measured))
 

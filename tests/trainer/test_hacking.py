@@ -149,6 +149,8 @@ def test_the_fit_has_the_z_of_a_prediction() -> None:
     exact = fit_power_law(steps, [3.0 * step**-0.5 for step in steps])
     assert exact is not None and exact["a"] == pytest.approx(math.log(3)) and exact["b"] == pytest.approx(0.5)
     assert not exact["departs"]
+    faster = fit_power_law(steps, [3.0 * step**-0.5 / (2 if step > 90 else 1) for step in steps])
+    assert faster is not None and not faster["departs"] and faster["z"][-1]["z"] < -3
     turned = fit_power_law(steps, [3.0 * step**-0.5 * (2 if step > 90 else 1) for step in steps])
     assert turned is not None and turned["departs"]
     assert fit_power_law(steps[:5], proxy[:5]) is None and fit_power_law(steps, [*proxy[:6], -0.1]) is None
