@@ -5,7 +5,8 @@
 The model is fine-tuned on text in which each secret (three digits out of 1,000) stands `--copies` times: the teacher. It
 reads the text that would be published, in which each canary stands in some rows: with its secret, as in the paper, or with
 other digits drawn at random, as text is often made anonymous. Students start from the model as it was and learn by forward
-KL alone. Each digit of the text counts as private, so ordinary numbers are softened too, and the NLL says what that costs.
+KL alone. A control learns from that text without any row of a canary. Each digit of the text counts as private, so ordinary
+numbers are softened too, and the NLL says what that costs.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def secret(rng: np.random.Generator) -> list[str]:
 def with_canaries(texts: Path, out: Path, rows: list[str]) -> Path:
     """The rows of a Parquet file and some more, in a random order."""
     frame = pl.read_parquet(texts).select("id", "domain", "text")
-    own = pl.DataFrame({"id": [f"canary-{n}" for n in range(len(rows))], "domain": "canary", "text": rows})
+    ids = [f"canary-{n}" for n in range(len(rows))]
+    own = pl.DataFrame({"id": ids, "domain": ["canary"] * len(ids), "text": rows}, schema=frame.schema)
     pl.concat([frame, own]).sample(fraction=1.0, shuffle=True, seed=0).write_parquet(out)
     return out
 
@@ -132,11 +134,12 @@ def main() -> None:
     published = {
         "secrets in the text": [c.text(c.parts) for c in planted for _ in range(arguments.published)],
         "other digits in the text": [c.text(secret(rng)) for c in planted for _ in range(arguments.published)],
+        "no canary in the text": [],
     }
     for number, (title, rows) in enumerate(published.items()):
         texts = with_canaries(out / "public.parquet", out / f"public-{number}.parquet", rows)
         plain = captured(out / f"public-{number}-set", texts, teacher)
-        for place, (way, settings) in enumerate(WAYS.items()):
+        for place, (way, settings) in enumerate(WAYS.items() if rows else [("as it is", None)]):
             dataset = plain
             if settings is not None:
                 config = SoftenConfig(patterns=["[0-9]"], **settings)
