@@ -17,7 +17,7 @@ from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.pipelines.cli.main import app
 from kdata.pipelines.cli.train import course_words
 from kdata.selection.ranked import Random
-from kdata.trainer.config import PhaseConfig, ScratchStudent, TrainConfig
+from kdata.trainer.config import CheckpointStudent, LoraConfig, PhaseConfig, ScratchStudent, TrainConfig
 from kdata.trainer.evaluate import evaluate
 from kdata.trainer.hacking import fit_power_law, hacking, verdict
 from kdata.trainer.train import train
@@ -88,6 +88,20 @@ def test_models_are_kept_whole_also_by_a_run_that_was_stopped(
     for name in names:
         weights = [root / "models" / name / "model.safetensors" for root in (run, tmp_path / "again")]
         assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_of_a_student_with_adapters_these_are_kept(run: Path, data: dict[str, kdata.Dataset], tmp_path: Path) -> None:
+    """Adapters, also where the last model is merged: the base is on disk already."""
+    student = CheckpointStudent(model=str(run / "model"), lora=LoraConfig(rank=2, merge=True))
+    config = TrainConfig(**{**CONFIG, "student": student, "steps": 8})
+    train(config, data["train"].path, None, tmp_path / "run")
+    for path in (tmp_path / "run/models").iterdir():
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in path.iterdir()}
+    measured = hacking(tmp_path / "run", data["heldout"].path)
+    whole = evaluate(tmp_path / "run/model", data["heldout"].path)["overall"]
+    assert [model["step"] for model in measured["models"]] == [4, 8]
+    assert measured["models"][-1]["proxy"] == pytest.approx(whole["kl"], rel=1e-5), "the adapter of the last step, merged"
+    assert measured["models"][0]["proxy"] != measured["models"][1]["proxy"]
 
 
 def test_figures_are_those_of_evaluate(run: Path, data: dict[str, kdata.Dataset]) -> None:
