@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from kdata.jobs.retokenize import RetokenizeConfig, retokenize
     from kdata.jobs.scoring import ScoreConfig, score
     from kdata.jobs.selecting import select
+    from kdata.jobs.soften import SoftenConfig, soften
     from kdata.jobs.writing import GenerateConfig, generate
     from kdata.selection.plan import Plan, make_plan
     from kdata.share.arrange import head, merge, split
@@ -76,6 +77,7 @@ __all__ = [
     "ScoreConfig",
     "Sequences",
     "ShapeError",
+    "SoftenConfig",
     "StorageError",
     "TeacherConfig",
     "TeacherError",
@@ -95,6 +97,7 @@ __all__ = [
     "retokenize",
     "score",
     "select",
+    "soften",
     "split",
     "verify",
 ]
@@ -112,6 +115,7 @@ _MODULES = {
     "SamplingConfig": "kdata.teachers.config",
     "ScoreConfig": "kdata.jobs.scoring",
     "Sequences": "kdata.format.sequences",
+    "SoftenConfig": "kdata.jobs.soften",
     "TeacherConfig": "kdata.teachers.config",
     "__version__": "kdata.config",
     "capture": "kdata.jobs.reading",
@@ -126,6 +130,7 @@ _MODULES = {
     "retokenize": "kdata.jobs.retokenize",
     "score": "kdata.jobs.scoring",
     "select": "kdata.jobs.selecting",
+    "soften": "kdata.jobs.soften",
     "split": "kdata.share.arrange",
     "verify": "kdata.check.verify",
     **{name: "kdata.errors" for name in __all__ if name.endswith("Error")},

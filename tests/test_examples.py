@@ -53,6 +53,16 @@ def test_the_examples_run_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_student_finds_text_that_the_teacher_knows(tmp_path: Path) -> None:
+    """The program computes how well each number finds the rows that it planted."""
+    printed = run("find_foreign_text.py", tmp_path)
+    assert printed.count("nats per token") == 5
+    auroc = {name: float(value) for name, value in re.findall(r"AUROC of (\w+): ([\d.]+)", printed)}
+    assert set(auroc) == {"teacher", "student", "excess"}
+    assert auroc["teacher"] < 0.5 < 0.9 < auroc["student"] and auroc["excess"] > 0.9
+
+
+@pytest.mark.slow
 def test_other_trainers_train_a_student(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "set", [5 + (i * 7) % 40 for i in range(60)])
     model = build_student(ScratchStudent(hidden_size=32, num_layers=2, num_heads=2, max_positions=256), dataset, 0)

@@ -23,6 +23,7 @@ Device = Literal["auto", "cpu", "cuda"]
 OptimizerName = Literal["adamw", "muon", "adamw_8bit"]
 Parallel = Literal["ddp", "fsdp"]
 Precision = Literal["fp32", "bf16"]
+MODELS = "models"  # folder of a run for the students of single steps
 
 
 class ScratchStudent(BaseModel):
@@ -331,6 +332,13 @@ class TrainConfig(WithoutSecrets):
     checkpoint_every_steps: int = Field(
         default=100, ge=0, description="Steps between two checkpoints; 0: only one, at the end."
     )
+    keep_models_every_steps: int = Field(
+        default=0,
+        ge=0,
+        exclude_if=lambda steps: steps == 0,
+        description="Also write the student of every so many steps, to OUT/models/step-00000100 and so on, and keep all of "
+        "them: `kdata hacking` compares them. 0: none.",
+    )
 
     def resolved_phases(self) -> list[Phase]:
         """The phases in order, every setting resolved.
@@ -401,6 +409,7 @@ SHARED = (
 RUNTIME = {
     "label", "device", "parallel", "micro_batch_tokens", "gradient_checkpointing", "compile", "attention",
     "prefetch_batches", "loggers", "log_every_steps", "checkpoint_every_steps",
+    "keep_models_every_steps",
 }  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def evaluate(
     tokenizer = _tokenizer(model_dir) if prompts or tasks is not None else None
     model.to(device_name(config.device)).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
     fit_vocabulary(model, [dataset])
-    run = _run_beside(model_dir)
+    run = run_beside(model_dir)
     domains, sums = _measure_dataset(model, dataset, config)
     samples, sampled_ids = write_samples(model, tokenizer, prompts, config)
     return {
@@ -454,7 +454,8 @@ def _load(model_dir: Path) -> PreTrainedModel:
         ) from error
 
 
-def _run_beside(model_dir: Path) -> TrainResult | None:
+def run_beside(model_dir: Path) -> TrainResult | None:
+    """What train.json beside a model says; None without one. Raises CorruptError where it is no training result."""
     path = model_dir.resolve().parent / "train.json"
     if not path.exists():
         return None

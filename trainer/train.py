@@ -5,6 +5,7 @@ the whole step, however the step is split into micro-batches and ranks. A run th
 bit-equal losses on a CPU. A non-finite loss stops the run before the weights change.
 
     OUT/model/          the student in Hugging Face format, with the tokenizer; with `student.lora`, its adapter
+    OUT/models/         the student of every `keep_models_every_steps` steps; with `student.lora`, its adapter
     OUT/adapter/        the adapter, where `student.lora.merge` asks for the whole student in OUT/model
     OUT/importance.parquet  why a pruned student has the parts that it has, see kdata.trainer.importance
     OUT/train.json      TrainResult
@@ -45,6 +46,7 @@ from kdata.trainer.acceleration import check_acceleration, compile_layers
 from kdata.trainer.adapters import frozen_digest, has_adapters, open_adapter, save_adapter
 from kdata.trainer.checkpoint import CheckpointState, Progress, load_checkpoint, save_checkpoint, writing
 from kdata.trainer.config import (
+    MODELS,
     RUNTIME,
     SHARED,
     CheckpointStudent,
@@ -241,6 +243,12 @@ def _train(
                     }
                     with writing(out_dir):
                         metrics.write(line)
+                kept_steps = config.keep_models_every_steps
+                if kept_steps and progress.step % kept_steps == 0:  # before the checkpoint, which would skip it
+                    with writing(out_dir):
+                        (out_dir / MODELS).mkdir(exist_ok=True)
+                        kept = out_dir / MODELS / f"step-{progress.step:08d}"
+                        _save_student(student, config, open_phase.dataset, kept, ranks)
                 if config.checkpoint_every_steps and progress.step % config.checkpoint_every_steps == 0:
                     checkpoint(open_phase)
         checkpoint(phases[-1])
@@ -261,7 +269,7 @@ def _train(
         config=config,
     )
     with writing(out_dir):
-        _save_student(student, config, last.dataset, out_dir, ranks)
+        _save_student(student, config, last.dataset, out_dir / "model", ranks, merged_from=out_dir / "adapter")
         if ranks.is_main:
             write_atomically(out_dir / "train.json", result.model_dump_json(indent=1).encode())
     return result
@@ -417,21 +425,31 @@ def _settings(
 
 
 def _save_student(
-    student: PreTrainedModel, config: TrainConfig, dataset: kdata.Dataset, out_dir: Path, ranks: Ranks
+    student: PreTrainedModel,
+    config: TrainConfig,
+    dataset: kdata.Dataset,
+    folder: Path,
+    ranks: Ranks,
+    *,
+    merged_from: Path | None = None,
 ) -> None:
-    """Write OUT/model, and OUT/adapter where the student is an adapter that is also merged."""
+    """Write the student to a folder: where it has adapters, these, or with `lora.merge` the whole student.
+
+    Args:
+        merged_from: where the adapter goes that is also merged; None: it is not merged.
+    """
     lora = config.student.lora if isinstance(config.student, CheckpointStudent) else None
     if lora is None:
         parts = {id(tensor): whole(tensor) for tensor in student.state_dict(keep_vars=True).values()}
         state = {name: parts[id(tensor)] for name, tensor in student.state_dict(keep_vars=True).items()}
-        _commit(lambda folder: student.save_pretrained(folder, state_dict=state), dataset, out_dir / "model", ranks)
+        _commit(lambda aside: student.save_pretrained(aside, state_dict=state), dataset, folder, ranks)
         return
     trained = {name: whole(p) for name, p in student.named_parameters() if p.requires_grad}
-    adapter = out_dir / ("adapter" if lora.merge else "model")
-    _commit(lambda folder: save_adapter(student, trained, folder), dataset, adapter, ranks)
-    if lora.merge:
+    adapter = merged_from if lora.merge and merged_from is not None else folder
+    _commit(lambda aside: save_adapter(student, trained, aside), dataset, adapter, ranks)
+    if adapter != folder:
         # From disk: what is merged is what was written, and on several ranks no rank holds the student whole.
-        _commit(lambda folder: open_adapter(adapter).save_pretrained(folder), dataset, out_dir / "model", ranks)
+        _commit(lambda aside: open_adapter(adapter).save_pretrained(aside), dataset, folder, ranks)
 
 
 def _commit(write: Callable[[Path], None], dataset: kdata.Dataset, folder: Path, ranks: Ranks) -> None:

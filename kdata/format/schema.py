@@ -233,10 +233,10 @@ Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 class SourceInfo(Contract):
     """One piece of work that wrote rows: a capture of a corpus, or a generation from prompts."""
 
-    kind: Literal["capture", "generate", "import", "split", "reread", "combine", "retokenize"] = Field(
+    kind: Literal["capture", "generate", "import", "split", "reread", "combine", "retokenize", "soften"] = Field(
         description="capture reads text, generate writes it, import takes another tool's rows, split a dataset's; reread: "
         "another teacher read a dataset's rows; combine: the average of several teachers' distributions; retokenize: the "
-        "same distributions for another tokenizer."
+        "same distributions for another tokenizer; soften: softer distributions where a position may be private."
     )
     settings: dict[str, Any] = Field(description="Everything that decides the rows; a resume must repeat it.")
     num_units: int | None = Field(description="Work units in all, once the work is complete; null before.")

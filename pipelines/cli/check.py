@@ -1,7 +1,8 @@
-"""Commands that check: verify, repair, audit."""
+"""Commands that check: verify, repair, audit, exposure."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 import kdata
 from kdata.check.audit import audit as find_weights
 from kdata.check.audit import load_head
+from kdata.check.exposure import BY_CHANCE, exposures, read_canaries
 from kdata.check.remeasure import against_teacher as read_again
 from kdata.check.repair import repair as set_aside
 from kdata.check.verify import outdated, unbound
@@ -32,6 +34,7 @@ from kdata.pipelines.cli.common import (
 )
 from kdata.store.url import is_url
 from kdata.teachers.load import load_teacher
+from kdata.teachers.model import load_tokenizer
 
 
 def verify(
@@ -179,3 +182,53 @@ def audit(
         say(*(f"  {line}" for line in result.lines()))
     if result.verdict == "FAIL":
         raise typer.Exit(1)
+
+
+def exposure(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL", help="Models to compare: a teacher, and students of it.")
+    ],
+    canaries: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Planted secrets, one JSON object a line: id, before, secret, after, choices.",
+        ),
+    ],
+    candidates: Annotated[
+        int, typer.Option(metavar="N", help="Candidates to compare for each secret, at most.", min=2)
+    ] = 1000,
+    backend: Annotated[str | None, option("backend", ReadingModel)] = None,
+    format: FormatOption = Format.table,
+) -> None:
+    """Measure how far models give planted secrets away.
+
+    In bits: log2 of the number of candidates for the secret, minus log2 of its
+    rank among them by the model's NLL. A model that knows nothing has 1.44.
+    """
+    planted = read_canaries(Path(canaries))
+    results = []
+    for name in models:
+        config = teacher_config({}, name, backend, ReadingModel)
+        tokenizer = load_tokenizer(config.model, config.revision, bos=config.bos)
+        loaded = load_teacher(config, max_k=1)
+        try:
+            measured = exposures(loaded, tokenizer, planted, most=candidates)
+        finally:
+            loaded.close()
+        mean = sum(one.exposure for one in measured) / len(measured)
+        results.append({"model": name, "mean": mean, "canaries": [one.as_dict() for one in measured]})
+    if format is Format.json:
+        print_json({"by_chance": BY_CHANCE, "models": results})
+        return
+    columns = [[one["exposure"] for one in result["canaries"]] + [result["mean"]] for result in results]  # type: ignore[attr-defined]
+    names = [*(canary.id for canary in planted), "mean"]
+    sizes = [f"{min(math.log2(canary.space), math.log2(candidates)):.1f}" for canary in planted]
+    lines = [
+        [name, size, *(f"{column[row]:.2f}" for column in columns)]
+        for row, (name, size) in enumerate(zip(names, [*sizes, ""], strict=True))
+    ]
+    print_rows(
+        ["canary", "at most", *models], lines, right=[False, *[True] * (1 + len(models))], title="Exposure, bits"
+    )
+    say(f"a model that knows nothing of a secret: {BY_CHANCE:.2f} on average")

@@ -235,6 +235,10 @@ def advice_lines(advised: dict[str, Any]) -> list[str]:
             f"{'objective' if own else '  on another kind'}: {best['objective']} is the best of {len(others) + 1} on "
             f"{settings_text(compared['on'])}: {gap_text(best)}; next {others[0]['objective']}: {gap_text(others[0])}"
         )
+    sizes = ", ".join(f"{size:,}" for size in advised["student_sizes"]) or "an unknown number of"
+    lines.append(
+        f"student size: no recommendation, no two runs differ in it alone; the students had {sizes} parameters"
+    )
     return [*lines, "no evidence for:", *(f"  {what}" for what in advised["no_evidence"])]
 
 

@@ -62,6 +62,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "reread": Entry("make:reread", "Have a second teacher read the rows of a dataset."),
         "combine": Entry("make:combine", "Combine the distributions of several teachers."),
         "retokenize": Entry("make:retokenize", "Turn a dataset into one for another tokenizer."),
+        "soften": Entry("make:soften", "Soften what is stored where the text may be private."),
         "import": Entry("make:import_", "Import another tool's logit dataset."),
     },
     "Choose": {
@@ -73,11 +74,13 @@ COMMANDS: dict[str, dict[str, Entry]] = {
     "Train": {
         "train": Entry("train:train", "Train a student from a dataset; no teacher is needed."),
         "evaluate": Entry("train:evaluate", "Measure a student on a held-out dataset."),
+        "hacking": Entry("train:hacking", "Find where a run learns its teacher's errors."),
     },
     "Check": {
         "verify": Entry("check:verify", "Check every byte of a dataset."),
         "repair": Entry("check:repair", "Set damaged shards aside, so that the rest is a dataset again."),
         "audit": Entry("check:audit", "Test whether a release reveals the teacher's weights."),
+        "exposure": Entry("check:exposure", "Measure how far models give planted secrets away."),
     },
     "Share": {
         "push": Entry("share:push", "Copy a dataset to a folder or to the Hub."),

@@ -20,6 +20,8 @@ from kdata.jobs.reading import CaptureConfig, CaptureJob
 from kdata.jobs.reread import keep_like, reread_with, work_on
 from kdata.jobs.retokenize import RetokenizeConfig
 from kdata.jobs.retokenize import retokenize as retokenize_dataset
+from kdata.jobs.soften import SoftenConfig
+from kdata.jobs.soften import soften as soften_dataset
 from kdata.jobs.writing import GenerateConfig, GenerateJob
 from kdata.pipelines.cli.common import (
     BackendOption,
@@ -270,6 +272,32 @@ def retokenize(
     say(*(f"  {line}" for line in report.lines()))
     if report.kept < report.targets:
         say("  train with objective.cross_entropy_elsewhere=1, so that the others count too")
+    say_rejected([target], list(result.info.sources))
+
+
+def soften(
+    dataset: DatasetArgument,
+    target: NewFolderArgument,
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option("--pattern", metavar="REGEX", help="Regular expression (RE2) of private text. May be repeated."),
+    ] = None,
+    plan: Annotated[str | None, option("plan", SoftenConfig)] = None,
+    likelihood: Annotated[float | None, option("likelihood", SoftenConfig)] = None,
+    drop_above: Annotated[float | None, option("drop_above", SoftenConfig)] = None,
+    resume: ResumeOption = Resume.auto,
+    set: SetOption = None,
+) -> None:
+    """Soften what is stored where the text may be private.
+
+    For a dataset to publish. The rows stay; at private positions distributions
+    get a higher temperature and noise, or are dropped. No formal guarantee.
+    """
+    values = without_none(patterns=pattern, plan=plan, likelihood=likelihood, drop_above=drop_above)
+    config = parse_config(SoftenConfig, with_settings(values, set), "soften settings")
+    result, report = soften_dataset(local_folder(target), kdata.open(dataset), config, resume=resume.value)
+    say_rows(result)
+    say(*(f"  {line}" for line in report.lines()))
     say_rejected([target], list(result.info.sources))
 
 

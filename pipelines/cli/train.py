@@ -1,4 +1,4 @@
-"""Commands that train: run (a whole recipe), train, evaluate.
+"""Commands that train: run (a whole recipe), train, evaluate, hacking.
 
 What needs torch is imported inside the functions, after the arguments are checked.
 """
@@ -6,6 +6,7 @@ What needs torch is imported inside the functions, after the arguments are check
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,10 +35,12 @@ from kdata.pipelines.cli.common import (
     option,
     out,
     print_json,
+    print_rows,
     say,
     say_rejected,
     with_settings,
 )
+from kdata.pipelines.report.course import check_picture, draw_course
 from kdata.selection.plan import Plan, open_plan
 from kdata.store.gguf import is_gguf
 from kdata.store.sql import is_name
@@ -239,20 +242,11 @@ def evaluate(
     folder = Path(model)
     if not folder.is_dir() and not is_gguf(model):
         raise MissingError(f"{model} does not exist or is not a folder; name a student's folder, such as student/model")
-    if save is not None and not Path(save).parent.is_dir():
-        raise MissingError(f"--save {save}: the folder {Path(save).parent} does not exist; create it first")
-    if save is not None and Path(save).is_dir():
-        raise ConfigError(f"--save {save} is a folder; name a file")
+    check_save(save)
     kdata.open(dataset)
     from kdata.trainer.evaluate import evaluate as measure_student
 
-    with ExitStack() as stack:
-        if save is not None:
-            stack.enter_context(lock_of(Path(save)))
-        measured = measure_student(folder, dataset, config=config)
-        if save is not None:
-            with storage_errors(Path(save)):
-                write_atomically(Path(save), json.dumps(measured, indent=2).encode() + b"\n")
+    measured = saved(save, lambda: measure_student(folder, dataset, config=config))
     if format is Format.json:
         print_json(measured)
         return
@@ -261,6 +255,26 @@ def evaluate(
         say(line)
     for task, scores in measured["tasks"].items():
         say(f"{task}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+
+def check_save(save: str | None) -> None:
+    """Refuse a place where a result cannot be written. Raises MissingError and ConfigError."""
+    if save is not None and not Path(save).parent.is_dir():
+        raise MissingError(f"--save {save}: the folder {Path(save).parent} does not exist; create it first")
+    if save is not None and Path(save).is_dir():
+        raise ConfigError(f"--save {save} is a folder; name a file")
+
+
+def saved(save: str | None, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `measure` returns, also written as JSON where that is asked for; the file is locked meanwhile."""
+    with ExitStack() as stack:
+        if save is not None:
+            stack.enter_context(lock_of(Path(save)))
+        measured = measure()
+        if save is not None:
+            with storage_errors(Path(save)):
+                write_atomically(Path(save), json.dumps(measured, indent=2).encode() + b"\n")
+    return measured
 
 
 def draft_lines(drafts: dict[str, Any] | None) -> list[str]:
@@ -291,3 +305,86 @@ def evaluation_table(measured: dict[str, Any], label: str) -> Table:
     for name, (heading, form) in FIGURES.items():
         table.add_row(heading, *(number(figures[name], form) for figures in scopes.values()))
     return table
+
+
+def hacking(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of `kdata train` with keep_models_every_steps.")],
+    dataset: DatasetArgument,
+    oracle: Annotated[
+        str | None,
+        typer.Option(metavar="DATASET", help="The same rows, read by an oracle. Without: the NLL of the text."),
+    ] = None,
+    trained_on: Annotated[
+        str | None, typer.Option(metavar="DATASET", help="The dataset that was trained on, to count its prompts.")
+    ] = None,
+    save: Annotated[str | None, typer.Option(metavar="FILE", help="Also write the result as JSON.")] = None,
+    picture: Annotated[str | None, typer.Option(metavar="FILE", help="Picture to write: .png, .svg or .pdf.")] = None,
+    format: FormatOption = Format.table,
+    set: SetOption = None,
+) -> None:
+    """Find where a run learns its teacher's errors.
+
+    Measures each kept model on held-out text (DATASET, of the teacher): its
+    distance to the teacher, and to an oracle or the text. Settings: evaluate's.
+    """
+    config = parse_config(EvaluateConfig, with_settings({}, set), "evaluate settings")
+    if not Path(run).is_dir():
+        raise MissingError(f"{run} does not exist or is not a folder; name the folder of a `kdata train`")
+    check_save(save)
+    if picture is not None:
+        check_picture(Path(picture))
+    for name in (dataset, oracle, trained_on):
+        if name is not None:
+            kdata.open(name)
+    from kdata.trainer.hacking import hacking as look_at
+
+    measured = saved(save, lambda: look_at(Path(run), dataset, oracle=oracle, trained_on=trained_on, config=config))
+    if picture is not None:
+        say(f"picture: {draw_course(measured, Path(picture))}")
+    if format is Format.json:
+        print_json(measured)
+        return
+    print_course(measured)
+
+
+def print_course(measured: dict[str, Any]) -> None:
+    """The table of a run's models, and what it says, for a person."""
+    z = {} if measured["fit"] is None else {one["step"]: one["z"] for one in measured["fit"]["z"]}
+    rows = [
+        [
+            f"{model['step']:,}",
+            number(model["epochs"], ".1f"),
+            f"{model['proxy']:.4f}",
+            f"{model['golden']:.4f}",
+            f"{model['nll']:.4f}",
+            f"{model['top1']:.1%}",
+            number(z.get(model["step"]), "+.1f"),
+        ]
+        for model in measured["models"]
+    ]
+    columns = ["step", "epochs", "proxy", "golden", "NLL", "top-1", "z"]
+    print_rows(
+        columns, rows, right=[True] * len(columns), title=f"{measured['label']}: nats per token on held-out text"
+    )
+    say(f"proxy: KL to the teacher, {measured['proxy_is']}", f"golden: {measured['golden_is']}")
+    if (data := measured["data"]) is not None:
+        say(
+            f"trained on {data['rows']:,} rows, {data['unique_prompts']:,} different prompts, "
+            f"{data['answers_per_prompt']:.1f} answers each, {data['epochs']:.1f} epochs"
+        )
+    if measured["fit"] is not None:
+        departs = "rises above" if measured["fit"]["departs"] else "does not rise above"
+        say(f"z: the proxy {departs} the power law of its first {measured['fit']['models']} models")
+    say(*course_words(measured))
+
+
+def course_words(measured: dict[str, Any]) -> list[str]:
+    """What the course of proxy and golden says."""
+    rise, fall, best = measured["golden_rise"], measured["proxy_fall"], measured["best_step"]
+    if rise <= 0:
+        return ["no hacking: golden is least at the last model"]
+    since = f"golden is least at step {best:,} and rises by {rise:.4f} to the end"
+    if not measured["hacking"]:
+        return [f"no hacking, but overfitting: {since}, and the proxy rises by {-fall:.4f}"]
+    steadily = "at each model" if measured["proxy_monotone"] else "not at each model"
+    return [f"teacher hacking: {since}, while the proxy falls by {fall:.4f}, {steadily}"]

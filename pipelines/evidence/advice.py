@@ -1,4 +1,6 @@
-"""What the evidence says about a dataset: what to keep of the teacher, and which objective. Needs no torch.
+"""What the evidence says about a dataset: what to keep of the teacher, which objective, and which size of student.
+
+Needs no torch.
 
 Every number is read from results.json, which the runs of question 1 wrote (`kdata.pipelines.evidence.offline`). Two settings
 are told apart where their 95 % intervals do not overlap. What no run was made for is listed, and nothing is guessed from runs
@@ -36,7 +38,8 @@ NOT_OF_THE_KIND = (
 
 @dataclass(frozen=True)
 class Measured:
-    """One setting of the evidence. keep: what was kept of the teacher, None: nothing. gap: NLL against full distillation."""
+    """One setting of the evidence. keep: what was kept of the teacher, None: nothing. gap: NLL against full distillation.
+    params: of the students, None: not recorded."""
 
     name: str
     keep: dict[str, Any] | None
@@ -44,6 +47,7 @@ class Measured:
     objective: str
     bytes_per_token: float | None
     gap: Estimate
+    params: float | None = None
 
     @property
     def low(self) -> float:
@@ -100,6 +104,7 @@ class _Content(_Part):
 
 class _Setting(_Part):
     content: _Content
+    params: _Mean | None = None
     bytes_per_token: _Mean | None = None
     nll_against_online: _Gap | None
 
@@ -131,6 +136,7 @@ def read_results(path: Path = RESULTS) -> tuple[dict[str, Any], list[Measured]]:
             setting.content.objective,
             None if setting.bytes_per_token is None else setting.bytes_per_token.mean,
             Estimate(**setting.nll_against_online.model_dump()),
+            None if setting.params is None else setting.params.mean,
         )
         for name, setting in results.settings.items()
         if setting.nll_against_online is not None
@@ -147,10 +153,11 @@ def advise(dataset: kdata.Dataset, plan: Plan | None = None, *, results: Path = 
         JSON values. "data": what it is about. "evidence": `set_up` and number of settings and runs. "keep": the setting with
         the fewest bytes whose interval overlaps with that of the closest to full distillation. "closest": that one. "own":
         the dataset's own setting, null if it was not measured. "alike": measured settings of its kind. "text_alone":
-        cross-entropy without a teacher. "objective": the comparisons of objectives, each with "on" (what was kept),
-        "of_this_kind", "best", "others". "no_evidence": sentences about what no run was made for. Null where nothing was
-        measured. Settings have name, keep, objective, bytes_per_token and nll_against_online (mean, half_width of the 95 %
-        interval or null, count of runs).
+        cross-entropy without a teacher. "student_sizes": parameters of the students of all runs, the different ones; no size
+        is recommended, since runs of different sizes are not compared. "objective": the comparisons of objectives, each with
+        "on" (what was kept), "of_this_kind", "best", "others". "no_evidence": sentences about what no run was made for. Null
+        where nothing was measured. Settings have name, keep, objective, bytes_per_token and nll_against_online (mean,
+        half_width of the 95 % interval or null, count of runs).
     Raises:
         CorruptError: the results are damaged.
         MismatchError: the plan is not of this dataset as it is.
@@ -172,6 +179,7 @@ def advise(dataset: kdata.Dataset, plan: Plan | None = None, *, results: Path = 
         "own": None if own is None else own.facts(),
         "alike": [m.facts() for m in alike],
         "text_alone": None if alone is None else alone.facts(),
+        "student_sizes": sorted({round(m.params) for m in measured if m.params is not None}),
         "objective": _objectives(measured, dataset.info.codec.kind),
         "no_evidence": _lacking(dataset, plan, set_up, own is not None, alike),
     }
@@ -249,6 +257,8 @@ def _lacking(
     if about.codec.parameters.get("temperatures"):
         lacking.append("temperatures other than 1")
     lacking.append(
-        "other teachers, students of another size or from random weights, and longer training than the runs'"
+        "the size of the student: no two runs differ in it alone. (MiniMA found the best teacher to have 2.5 times the "
+        "student's parameters, arXiv 2311.07052; that was not measured here.)"
     )
+    lacking.append("other teachers, students from random weights, and longer training than the runs'")
     return lacking

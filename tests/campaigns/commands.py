@@ -144,6 +144,7 @@ COMMANDS: dict[str, Command] = {
         seconds=0.8,
         dataset="out",
     ),
+    "soften": Command(("soften", "SHARED/first", "out", "--pattern", "the"), dataset="out"),
     "combine": Command(("combine", "SHARED/first", "SHARED/reread", "out", "--weights", "0.7,0.3"), dataset="out"),
     "import": Command(
         (

@@ -171,6 +171,20 @@ def test_the_shipped_results_serve(hybrid: Dataset) -> None:
     plain = [m for m in measured if m.is_plain]
     assert advised["closest"]["nll_against_online"]["mean"] == min(m.gap.mean for m in plain)
     assert any(f"all runs had {set_up['vocab_size']:,}" in what for what in advised["no_evidence"])
+    sizes = {round(m.params) for m in measured if m.params is not None}
+    assert advised["student_sizes"] == sorted(sizes) and len(sizes) == 1, "advice on sizes is due"
+
+
+def test_no_size_of_student_is_recommended(hybrid: Dataset, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advice, "RESULTS", results)
+    assert advise(hybrid, results=results)["student_sizes"] == []
+    sized = {name: {**SETTINGS[name], "params": {"mean": 1234567.0}} for name in ("near", "top")}
+    write(results.parent, {**SETTINGS, **sized})
+    advised = advise(hybrid, results=results)
+    assert advised["student_sizes"] == [1234567]
+    assert any(what.startswith("the size of the student: no two runs differ") for what in advised["no_evidence"])
+    shown = CliRunner().invoke(app, ["advise", str(hybrid.path)]).output
+    assert "student size: no recommendation" in shown and "the students had 1,234,567 parameters" in shown
 
 
 def test_no_torch_is_loaded() -> None:

@@ -6,6 +6,7 @@ CALLS has a call of every command; the cases below change one thing in it. A new
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ CALLS = {
     "reread": ["{dataset}", "{new}", *TEACHER],
     "combine": ["{dataset}", "{dataset}", "{local}"],
     "retokenize": ["{dataset}", "{local}", "--tokenizer", "{pupil}"],
+    "soften": ["{dataset}", "{local}", "--pattern", "the"],
     "import": ["{files}", "{local}", "--format", "plain", "--vocab-size", "300"],
     "score": ["{dataset}", "--model", "{llama}"],
     "select": ["{dataset}", "--method", "random"],
@@ -43,9 +45,11 @@ CALLS = {
     "plan compare": ["{dataset}", "chosen", "other"],
     "train": ["{dataset}", "--out", "{local}"],
     "evaluate": ["{llama}", "{dataset}"],
+    "hacking": ["{llama}", "{dataset}"],
     "verify": ["{dataset}"],
     "repair": ["{dataset}"],
     "audit": ["{dataset}"],
+    "exposure": ["{llama}", "--canaries", "{canaries}"],
     "push": ["{dataset}", "{local}"],
     "export": ["{dataset}", "{local}"],
     "merge": ["{dataset}", "{other}", "{local}"],
@@ -73,7 +77,7 @@ class World:
 
     def arguments(self, command: str, **places: object) -> list[str]:
         """The call of a command, with the places that differ."""
-        names = ("recipe", "llama", "pupil", "corpus", "files", "dataset", "other", "run", "new", "local")
+        names = ("recipe", "llama", "pupil", "corpus", "files", "dataset", "other", "run", "new", "local", "canaries")
         known = {name: self.root / name for name in names} | {"recipe": self.root / "recipe.yaml"} | places
         return [*command.split(), *(argument.format(**known) for argument in CALLS[command])]
 
@@ -109,6 +113,7 @@ def folder(captured: Path, llama_dir: Path, tokenizer_dir: Path) -> Iterator[Pat
     write_jsonl(root / "files/rows.jsonl", [row])
     others = [{**row, "id": f"other-{row['id']}"} for row in rows_of_text(6)]
     run_capture(root / "other", write_jsonl(root / "others.jsonl", others), tokenizer_dir)
+    (root / "canaries").write_text(json.dumps({"id": "pin", "before": "a ", "secret": "4", "choices": "0123456789"}))
     (root / "empty").mkdir()
     (root / "text.txt").write_text("no dataset")
     student = {"label": "a", "objective": {"weights": {"cross_entropy": 1.0}}}
@@ -142,7 +147,8 @@ def test_a_missing_argument_is_usage(world: World, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [name for name in ENTRIES if name in (
-    "run", "capture", "generate", "reread", "combine", "retokenize", "import", "score", "select", "train", "evaluate"
+    "run", "capture", "generate", "reread", "combine", "retokenize", "soften", "import", "score", "select", "train",
+    "evaluate", "hacking",
 )])  # fmt: skip
 @pytest.mark.parametrize("setting", ["seeed=1", "seeed", "a.b=[1"])
 def test_a_wrong_setting_is_usage_and_is_named(world: World, command: str, setting: str) -> None:

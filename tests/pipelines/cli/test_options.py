@@ -27,6 +27,7 @@ OWN = {
     "--out", "--set", "--config", "--resume", "--dry-run", "--save", "--plan", "--tokenizer",  # run, train, evaluate
     "--engine", "--json-schema",  # capture, generate, reread: which settings model, and a file that holds a setting
     "--deep", "--against-teacher", "--copy", "--hidden-size", "--head", "--block",  # verify, repair, audit
+    "--canaries", "--candidates", "--oracle", "--trained-on", "--pattern",  # exposure, hacking, soften
     "--from", "--unit", "--method", "--memory", "--threads", "--picture", "--positions",  # score, select, plan show
     "--check",  # sql
     "--beside", "--port", "--open", "--export", "--rows", "--where",  # view
@@ -35,6 +36,7 @@ OWN = {
 }  # fmt: skip
 FORMAT_OF_OUTPUT = {
     "info", "sql", "status", "verify", "audit", "evaluate", "plan show", "plan compare", "export", "estimate", "advise",
+    "exposure", "hacking",
 }  # fmt: skip
 # Options with another name than their field: the option is named for the part of the settings that the field stands for.
 RENAMED = {

@@ -1,0 +1,125 @@
+"""Exposure of canaries against brute force over a model whose distributions are known."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from kdata.check.exposure import BY_CHANCE, Canary, _exposure, exposures, read_canaries
+from kdata.errors import ConfigError, DataError, MissingError, TeacherError
+from kdata.pipelines.cli.main import app
+from kdata.teachers.model import load_tokenizer
+from tests.fakes import StandInTeacher, write_jsonl
+
+CANARY = {"id": "pin", "before": "the dog sat ", "secret": "42", "choices": "0123456789", "after": " on"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_dir: Path) -> Any:
+    return load_tokenizer(tokenizer_dir)
+
+
+def dense_nll(teacher: StandInTeacher, ids: np.ndarray) -> float:
+    """NLL of a sequence in float64 from the teacher's whole distributions."""
+    dense_TV = teacher.dense(ids)
+    return -float(sum(np.float64(dense_TV[t, ids[t]]) for t in range(1, len(ids))))
+
+
+def test_exposure_is_that_of_a_loop_over_all_candidates(tokenizer: Any) -> None:
+    teacher, canary = StandInTeacher("some"), Canary(**CANARY)
+    [result] = exposures(teacher, tokenizer, [canary])
+    nll = {
+        f"{a}{b}": dense_nll(teacher, np.array(tokenizer(f"the dog sat {a}{b} on")["input_ids"], np.int32))
+        for a in range(10)
+        for b in range(10)
+    }
+    rank = 1 + sum(value < nll["42"] - 1e-6 for value in nll.values())
+    assert result.rank == rank and result.space == result.compared == 100
+    assert result.nll == pytest.approx(nll["42"], rel=1e-5)
+    assert result.exposure == pytest.approx(math.log2(100) - math.log2(rank))
+
+
+@given(st.integers(2, 400), st.data())
+def test_ranks_of_all_secrets_of_a_space(size: int, data: Any) -> None:
+    """The likeliest secret has log2 |R| bits, the least likely 0; their mean approaches log2 e from below."""
+    canary = Canary(id="c", secret=["0"], choices=[str(n) for n in range(size)])
+    nlls = np.random.default_rng(data.draw(st.integers(0, 99))).permutation(size).astype(float)
+    bits = [_exposure(canary, np.concatenate([nlls[n : n + 1], np.delete(nlls, n)])).exposure for n in range(size)]
+    assert max(bits) == pytest.approx(math.log2(size)) and min(bits) == pytest.approx(0, abs=1e-12)
+    assert np.mean(bits) == pytest.approx(np.mean([math.log2(size / rank) for rank in range(1, size + 1)]))
+    assert np.mean(bits) < BY_CHANCE
+    assert _exposure(canary, np.zeros(size)).rank == 1 + (size - 1) / 2
+
+
+def test_of_a_large_space_candidates_are_drawn_each_once(tokenizer: Any) -> None:
+    canary = Canary(**{**CANARY, "secret": "424242"})
+    texts = canary.candidates(50, np.random.default_rng(0))
+    assert len(set(texts)) == 50 and texts[0] == "the dog sat 424242 on" and canary.space == 10**6
+    [result] = exposures(StandInTeacher(), tokenizer, [canary], most=50)
+    assert result.compared == 50 and result.exposure <= math.log2(50)
+    parts = Canary(id="w", secret=["red", " dog"], choices=[["red", "blue"], [" dog", " cat", " fox"]])
+    assert sorted(parts.candidates(9, np.random.default_rng(0))) == sorted(
+        a + b for a in ("red", "blue") for b in (" dog", " cat", " fox")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"secret": "4x"}, "not among its choices"),
+        ({"choices": [["1", "4"]]}, "choices are of 1 parts, the secret has 2"),
+        ({"choices": "4422"}, "a choice is there twice"),
+        ({"secret": "4", "choices": "4"}, "the only candidate"),
+        ({"secret": ""}, "the secret is empty"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_a_line_that_is_no_canary_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "c.jsonl", [{**CANARY, "id": "fine"}, {**CANARY, **change}])
+    with pytest.raises(DataError, match=f"line 2: .*{message}"):
+        read_canaries(path)
+
+
+def test_bad_files_and_models_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="nowhere"):
+        read_canaries(tmp_path / "nowhere")
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(DataError, match="no canary"):
+        read_canaries(tmp_path / "empty")
+    with pytest.raises(DataError, match="there twice"):
+        read_canaries(write_jsonl(tmp_path / "twice.jsonl", [CANARY, CANARY]))
+    canary = Canary(**CANARY)
+    with pytest.raises(ConfigError, match="2 or more"):
+        exposures(StandInTeacher(), tokenizer, [canary], most=1)
+    with pytest.raises(ConfigError, match="shorten `before`"):
+        exposures(StandInTeacher(), tokenizer, [Canary(**{**CANARY, "before": "the dog " * 99})])
+
+    class Broken(StandInTeacher):
+        def read(self, *arguments: Any) -> Any:
+            readouts = super().read(*arguments)
+            readouts[3].logprob[1] = np.nan
+            return readouts
+
+    with pytest.raises(TeacherError, match="not finite"):
+        exposures(Broken(), tokenizer, [canary])
+
+
+def test_the_command_compares_models(llama_dir: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "c.jsonl", [CANARY, {**CANARY, "id": "other", "secret": "07"}])
+    done = CliRunner().invoke(app, ["exposure", str(llama_dir), str(llama_dir), "--canaries", str(file)])
+    assert done.exit_code == 0, done.exception
+    assert "pin" in done.output and "other" in done.output and "mean" in done.output and "1.44" in done.output
+    done = CliRunner().invoke(
+        app, ["exposure", str(llama_dir), "--canaries", str(file), "--candidates", "30", "--format", "json"]
+    )
+    [model] = json.loads(done.stdout)["models"]
+    assert [canary["compared"] for canary in model["canaries"]] == [30, 30]
+    assert model["mean"] == pytest.approx(np.mean([canary["exposure"] for canary in model["canaries"]]))
