@@ -18,6 +18,7 @@ from kdata.trainer.metrics import LoggerName
 from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.schedule import Shape
 
+Architecture = Literal["llama", "mamba", "t5gemma"]
 Attention = Literal["default", "varlen"]
 Device = Literal["auto", "cpu", "cuda"]
 OptimizerName = Literal["adamw", "muon", "adamw_8bit"]
@@ -25,13 +26,23 @@ Parallel = Literal["ddp", "fsdp"]
 Precision = Literal["fp32", "bf16"]
 MODELS = "models"  # folder of a run for the students of single steps
 
+OF_ATTENTION = ("num_heads", "num_kv_heads", "intermediate_size", "max_positions")  # sizes of a student with attention
+
 
 class ScratchStudent(BaseModel):
-    """A student of the Llama architecture with random initial weights; its vocabulary is the dataset's."""
+    """A student with random initial weights; its vocabulary is the dataset's."""
 
     model_config = ConfigDict(extra="forbid")
 
     kind: Literal["scratch"] = "scratch"
+    architecture: Architecture = Field(
+        default="llama",
+        exclude_if=lambda architecture: architecture == "llama",  # as in records of runs before there were others
+        description="llama: a decoder with attention. mamba: a state-space model, which has no attention and no longest "
+        "document (Mamba, arXiv 2312.00752), so num_heads, num_kv_heads, intermediate_size and max_positions are not its. "
+        "t5gemma: an encoder that reads the prompt and a decoder that learns the rest, of these sizes each (T5Gemma, arXiv "
+        "2504.06225).",
+    )
     hidden_size: int = Field(default=128, ge=2, description="Width D of the hidden states.")
     num_layers: int = Field(default=4, ge=1, description="Number of transformer layers.")
     num_heads: int = Field(
@@ -50,6 +61,13 @@ class ScratchStudent(BaseModel):
     )
     tied_embeddings: bool = Field(default=True, description="Use one matrix for input and output embeddings.")
     init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
+
+    @model_validator(mode="after")
+    def _sizes_of_the_architecture(self) -> ScratchStudent:
+        for name in OF_ATTENTION if self.architecture == "mamba" else ():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={value} would be ignored: architecture mamba has no such size; leave it out")
+        return self
 
 
 class LoraConfig(Strict):
@@ -75,6 +93,27 @@ class LoraConfig(Strict):
     )
 
 
+class QuantizeConfig(Strict):
+    """Train for rounded weights (quantization-aware, by torchao): every linear layer but the head computes with them.
+
+    OUT/model is the quantized model in torchao's form, OUT/dequantized its rounded weights as an ordinary model.
+    """
+
+    weights: Literal["int2", "int3", "int4", "int8"] = Field(
+        default="int4", description="Type of the weights, symmetric around 0: int4 has the whole numbers from -8 to 7."
+    )
+    group_size: int | None = Field(
+        default=32,
+        ge=2,
+        description="Neighboring weights of one output that share a scale; must divide the inputs of every layer. null: all "
+        "weights of an output.",
+    )
+    inputs: Literal["int8"] | None = Field(
+        default="int8",
+        description="Type of a layer's inputs, with a scale and a zero for each token as it is read; null: not rounded.",
+    )
+
+
 class CheckpointStudent(BaseModel):
     """A student that starts from trained weights."""
 
@@ -97,13 +136,23 @@ class CheckpointStudent(BaseModel):
         default=None,
         description="Train low-rank adapters instead of the weights; needs the extra peft. null: train all weights.",
     )
+    quantize: QuantizeConfig | None = Field(
+        default=None,
+        exclude_if=lambda quantize: quantize is None,
+        description="Train for weights of a few bits, and write them; needs the extra torchao. null: float32.",
+    )
 
     @model_validator(mode="after")
-    def _adapters_of_a_model_on_disk(self) -> CheckpointStudent:
+    def _adapters_of_an_ordinary_model_on_disk(self) -> CheckpointStudent:
         if self.lora is not None and self.keep_layers is not None:
             raise ValueError(
                 "lora does not go with keep_layers: an adapter belongs to a model on disk, and the one with fewer layers "
                 "is on no disk. Leave lora at null, or train the smaller model first and name its folder"
+            )
+        if self.lora is not None and self.quantize is not None:
+            raise ValueError(
+                "lora does not go with quantize: rounding is learned by the weights themselves, which an adapter leaves as "
+                "they are; leave one of them at null"
             )
         return self
 
@@ -262,6 +311,15 @@ class TrainConfig(WithoutSecrets):
     )
     mixture: MixtureConfig | None = Field(
         default=None, description="Weights of the domains; null: the shares that the dataset and the plan have."
+    )
+    prompt_share: float | None = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        exclude_if=lambda share: share == 0.5,
+        description="Of students with an encoder: the share of a document without a prompt (its second token counts) that "
+        "the encoder reads; these tokens are not learned. The prompt of other documents is what stands before their first "
+        "token that counts. null: documents without a prompt are refused.",
     )
     input_mask: InputMask | None = Field(
         default=None,

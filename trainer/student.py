@@ -2,7 +2,8 @@
 
 Any Hugging Face causal language model works if its logits are `head @ hidden` and its attention keeps packed documents
 apart. Both are tested on a few tokens before training: a student that breaks either would train without complaint, on the
-wrong thing.
+wrong thing. What other kinds of students need stands in a file each: `kdata.trainer.documents` (state-space models),
+`kdata.trainer.encoder_decoder`, `kdata.trainer.quantization`, `kdata.trainer.adapters`, `kdata.trainer.pruning`.
 
 A head may have rows that no token has: checkpoints pad their vocabulary to a round number, and a teacher and a student of
 one tokenizer may be padded differently. Where the sizes differ, the loss is over the ids that tokens have, on both sides. The
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from kdata.errors import ConfigError, DataError, KdataError, MismatchError, MissingError
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
@@ -33,17 +34,26 @@ from kdata.store.dataset import Dataset
 from kdata.store.gguf import model_folder
 from kdata.store.pretrained import first_line, model_files
 from kdata.store.vocabulary import Vocabulary, num_ids, refuse_other_ids
+from kdata.trainer import encoder_decoder
 from kdata.trainer.acceleration import use_varlen
 from kdata.trainer.adapters import add_adapters, check_peft, is_adapter, open_adapter
+from kdata.trainer.architectures import from_scratch
 from kdata.trainer.config import CheckpointStudent, PrunedStudent, ScratchStudent
 from kdata.trainer.distributed import Ranks
 from kdata.trainer.forward import ROWS, fitting_targets, head_of, hidden_states
 from kdata.trainer.importance import Calibration, Importance, calibration_of, importance_of
 from kdata.trainer.pruning import prune, prune_layers, refuse_unfit
+from kdata.trainer.quantization import (
+    add_fake_quantization,
+    check_folder,
+    check_torchao,
+    is_quantized,
+    refuse_quantized,
+)
 
 __all__ = [
     "ROWS", "attend_by_documents", "build_student", "check_positions", "fit_vocabulary", "fitting_targets", "head_of",
-    "hidden_states", "importance_in", "num_parameters", "positions_of", "probe_head", "probe_isolation",
+    "hidden_states", "importance_in", "num_parameters", "positions_of", "probe", "probe_head", "probe_isolation",
     "refuse_other_tokenizer",
 ]  # fmt: skip
 
@@ -73,7 +83,7 @@ def build_student(
         MismatchError: the vocabulary or the tokenizer is not the dataset's.
         MissingError: the checkpoint does not exist or cannot be loaded.
         CorruptError: files of the checkpoint, or the file `importance`, are damaged.
-        DependencyError: adapters are asked for, and peft is not installed.
+        DependencyError: adapters are asked for, and peft is not installed, or quantized weights, and torchao is not.
     """
     datasets = [dataset, *others]
     if isinstance(config, PrunedStudent):
@@ -81,20 +91,21 @@ def build_student(
         return _pruned(config, datasets, calibration, importance)
     with nullcontext() if isinstance(config, ScratchStudent) else model_files(config.model, "a file"):
         model = (
-            _from_scratch(config, dataset, seed)
+            from_scratch(config, dataset.info, seed)
             if isinstance(config, ScratchStudent)
             else _from_checkpoint(config, dataset)
         )
         _check(model, datasets)
         if isinstance(config, CheckpointStudent) and config.lora is not None:
             add_adapters(model, config.lora, config.model, config.revision, seed)
+        if isinstance(config, CheckpointStudent) and config.quantize is not None:
+            add_fake_quantization(model, config.quantize)  # after the probes, which are of the model itself
     return model
 
 
 def _check(model: PreTrainedModel, datasets: Sequence[Dataset]) -> None:
     fit_vocabulary(model, datasets)
-    probe_head(model)
-    probe_isolation(model)
+    probe(model)
 
 
 def importance_in(student: PreTrainedModel) -> Importance | None:
@@ -160,11 +171,19 @@ def check_positions(model: PreTrainedModel, longest_tokens: int) -> None:
         )
 
 
+def probe(model: PreTrainedModel) -> None:
+    """Raise ConfigError unless logits are head @ hidden, and documents are kept apart."""
+    if encoder_decoder.is_encoder_decoder(model):
+        return encoder_decoder.probe(model)
+    probe_head(model)
+    probe_isolation(model)
+
+
 @torch.no_grad()
 def probe_head(model: PreTrainedModel) -> None:
     """Raise ConfigError unless the model's logits are head @ hidden (no bias, scaling or soft-capping)."""
     ids_BL, positions_BL = _probe_tokens(model, 6), torch.arange(6)[None]
-    logits_BLV = model(input_ids=ids_BL, position_ids=positions_BL, use_cache=False).logits
+    logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
     ours_BLV = hidden_states(model, ids_BL, positions_BL) @ model.get_output_embeddings().weight.T
     if not torch.allclose(logits_BLV, ours_BLV, rtol=1e-3, atol=1e-4):
         raise ConfigError(
@@ -181,7 +200,9 @@ def probe_isolation(model: PreTrainedModel) -> None:
     positions_BL = torch.cat([torch.arange(5), torch.arange(7)])[None]
     packed_LD = hidden_states(model, ids_BL, positions_BL)[0, 5:]
     alone_LD = hidden_states(model, ids_BL[:, 5:], positions_BL[:, 5:])[0]
-    if not torch.allclose(packed_LD, alone_LD, rtol=1e-3, atol=1e-3):
+    # Rounded inputs turn a difference in the last bit into one of a whole step; a leak changes more than a tenth.
+    rounded = is_quantized(model) and float((packed_LD - alone_LD).norm() / alone_LD.norm()) < 0.02
+    if not rounded and not torch.allclose(packed_LD, alone_LD, rtol=1e-3, atol=1e-3):
         raise ConfigError(
             f"{type(model).__name__} lets packed documents see each other (hidden states differ by "
             f"{float((packed_LD - alone_LD).abs().max()):.2g}); choose a student whose attention "
@@ -195,6 +216,10 @@ def attend_by_documents(model: PreTrainedModel) -> None:
 
     Raises ConfigError where its attention has what varlen leaves out, or its hidden states are others than before.
     """
+    if encoder_decoder.is_encoder_decoder(model):
+        raise ConfigError(
+            f"attention=varlen does not fit {type(model).__name__}, an encoder-decoder; use attention=default"
+        )
     device = head_of(model).device
     ids_BL = _probe_tokens(model, 24).view(2, 12).to(device)
     positions_BL = torch.stack([torch.cat([torch.arange(5), torch.arange(7)]), torch.arange(12)]).to(device)
@@ -217,39 +242,10 @@ def _probe_tokens(model: PreTrainedModel, count: int) -> Tensor:
     return (torch.arange(count) * 7 % head_of(model).shape[0])[None]
 
 
-def _from_scratch(config: ScratchStudent, dataset: Dataset, seed: int) -> PreTrainedModel:
-    head_width, odd = divmod(config.hidden_size, config.num_heads)
-    if odd or head_width % 2:
-        raise ConfigError(
-            f"student.hidden_size={config.hidden_size} over num_heads={config.num_heads} does not give an even "
-            "head width; choose a hidden_size that is a multiple of 2 * num_heads"
-        )
-    kv_heads = config.num_kv_heads or config.num_heads
-    if config.num_heads % kv_heads:
-        raise ConfigError(f"student.num_kv_heads={kv_heads} does not divide num_heads={config.num_heads}")
-    inner = config.intermediate_size or -(-config.hidden_size * 8 // 3 // 32) * 32
-    tokenizer = dataset.info.tokenizer
-    llama = LlamaConfig(
-        vocab_size=dataset.info.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=inner,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=config.max_positions,
-        tie_word_embeddings=config.tied_embeddings,
-        initializer_range=config.init_std,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: PreTrainedModel = LlamaForCausalLM(llama).float()
-    return model
-
-
 def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedModel:
     adapter = is_adapter(Path(config.model))
+    if config.quantize is not None:
+        check_torchao()
     if config.lora is not None:
         check_peft()
         if adapter:
@@ -258,11 +254,15 @@ def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedM
                 "merge it into its model first (PEFT's merge_and_unload), and name that folder"
             )
     if Path(config.model).is_dir() and not adapter:
-        refuse_other_kind(Path(config.model))
+        refuse_other_kind(Path(config.model), encoder_decoder=True)
     with _loading(config.model):
         folder = model_folder(config.model)
     _check_tokenizer(config, folder, dataset)  # before the weights, which take longer
+    check_folder(Path(folder))
     model = _load(config, folder) if not adapter else _load_adapter(config.model)
+    encoder_decoder.refuse_checkpoint(config, model)
+    if config.lora is None:
+        refuse_quantized(config.model, model)
     return model if config.keep_layers is None else prune_layers(model, config.keep_layers)
 
 
@@ -296,7 +296,7 @@ def _check_tokenizer(config: CheckpointStudent | PrunedStudent, folder: str, dat
 def _load(config: CheckpointStudent | PrunedStudent, folder: str) -> PreTrainedModel:
     """A whole model in float32."""
     with _loading(config.model):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = encoder_decoder.auto_class(folder, config.revision).from_pretrained(
             folder, revision=config.revision, dtype=torch.float32, trust_remote_code=False
         )
     use_exact_attention(model)

@@ -7,6 +7,7 @@ bit-equal losses on a CPU. A non-finite loss stops the run before the weights ch
     OUT/model/          the student in Hugging Face format, with the tokenizer; with `student.lora`, its adapter
     OUT/models/         the student of every `keep_models_every_steps` steps; with `student.lora`, its adapter
     OUT/adapter/        the adapter, where `student.lora.merge` asks for the whole student in OUT/model
+    OUT/dequantized/    of a quantized student its rounded weights as an ordinary model, see kdata.trainer.quantization
     OUT/importance.parquet  why a pruned student has the parts that it has, see kdata.trainer.importance
     OUT/train.json      TrainResult
     OUT/metrics.jsonl   one line per logged step
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,11 +54,14 @@ from kdata.trainer.config import (
     CheckpointStudent,
     PhaseConfig,
     Precision,
+    QuantizeConfig,
     ScratchStudent,
     TrainConfig,
     TrainResult,
 )
 from kdata.trainer.distributed import Ranks, accumulating, join, spread, whole
+from kdata.trainer.documents import refuse_unfit
+from kdata.trainer.encoder_decoder import prepare, with_prompts
 from kdata.trainer.importance import IMPORTANCE_FILE, Importance
 from kdata.trainer.input_mask import check_mask, masked
 from kdata.trainer.learner import Learner, resolve_precision
@@ -65,6 +70,7 @@ from kdata.trainer.metrics import Metrics, check_installed
 from kdata.trainer.objective_config import CHUNK_OBJECTIVES, ObjectiveConfig
 from kdata.trainer.optimizers import check_optimizer, make_optimizer
 from kdata.trainer.phases import OpenPhase, open_phases, others_of
+from kdata.trainer.quantization import dequantized, quantized
 from kdata.trainer.schedule import learning_rate
 from kdata.trainer.student import attend_by_documents, build_student, check_positions, importance_in, num_parameters
 
@@ -111,7 +117,8 @@ def train(
         DataError: a document is longer than the context or than the student's positions, or there is nothing to train on.
         StorageError: `out_dir` cannot be written, or another process writes to it.
         CorruptError: the checkpoint in `out_dir` is damaged.
-        DependencyError: a logger, PEFT (for adapters) or bitsandbytes (for an 8-bit optimizer) is not installed.
+        DependencyError: a logger, PEFT (for adapters), torchao (for quantized students) or bitsandbytes (for an 8-bit
+            optimizer) is not installed.
         TrainingError: a loss or a gradient is not finite; the message names step and rows.
     """
     check_installed(config.loggers)
@@ -140,9 +147,11 @@ def _train(
         config.student, phases[0].dataset, config.seed, others_of(phases), rows=phases[0].loader.rows, ranks=ranks,
         importance=out_dir / IMPORTANCE_FILE,
     )  # fmt: skip
+    refuse_unfit(student, config, ranks.world_size)
     chosen = importance_in(student)
     for open_phase in phases:
         check_positions(student, open_phase.longest_tokens)
+    prepare(student, config, [(open_phase.dataset, open_phase.loader.rows) for open_phase in phases])
     check_mask(config.input_mask, student)
     if config.attention == "varlen":
         student.to(ranks.device)  # type: ignore[arg-type]  # transformers wraps Module.to
@@ -204,6 +213,7 @@ def _train(
                 waited = time.perf_counter() - waiting
                 if config.input_mask is not None:
                     step_batches = [masked(b, config.input_mask, config.seed, progress.step) for b in step_batches]
+                step_batches = [with_prompts(student, batch) for batch in step_batches]
 
                 rate = learning_rate(phase, step_in_phase)
                 optimizer.set_rate(rate)
@@ -269,7 +279,7 @@ def _train(
         config=config,
     )
     with writing(out_dir):
-        _save_student(student, config, last.dataset, out_dir / "model", ranks, merged_from=out_dir / "adapter")
+        _save_student(student, config, last.dataset, out_dir / "model", ranks, beside=out_dir)
         if ranks.is_main:
             write_atomically(out_dir / "train.json", result.model_dump_json(indent=1).encode())
     return result
@@ -358,7 +368,9 @@ def _named(dataset: kdata.Dataset, rows: list[np.ndarray], ranks: Ranks) -> str:
 
 def _check_context(config: TrainConfig) -> None:
     student = config.student
-    if isinstance(student, ScratchStudent) and student.max_positions < config.context_tokens:
+    if not isinstance(student, ScratchStudent) or student.architecture == "mamba":
+        return
+    if student.max_positions < config.context_tokens:
         raise ConfigError(
             f"student.max_positions={student.max_positions} is less than context_tokens={config.context_tokens}; raise it"
         )
@@ -431,25 +443,42 @@ def _save_student(
     folder: Path,
     ranks: Ranks,
     *,
-    merged_from: Path | None = None,
+    beside: Path | None = None,
 ) -> None:
-    """Write the student to a folder: where it has adapters, these, or with `lora.merge` the whole student.
+    """Write the student to a folder: where it has adapters, these, or with `lora.merge` the whole student; a quantized one with
+    its rounded weights.
 
     Args:
-        merged_from: where the adapter goes that is also merged; None: it is not merged.
+        beside: where the other form goes, `adapter` or `dequantized`; None: it is not written, and adapters are not merged.
     """
     lora = config.student.lora if isinstance(config.student, CheckpointStudent) else None
     if lora is None:
         parts = {id(tensor): whole(tensor) for tensor in student.state_dict(keep_vars=True).values()}
         state = {name: parts[id(tensor)] for name, tensor in student.state_dict(keep_vars=True).items()}
+        if isinstance(config.student, CheckpointStudent) and (rounding := config.student.quantize) is not None:
+            if beside is not None:
+                save = partial(_save_rounded, dequantized, student, rounding, state)
+                _commit(save, dataset, beside / "dequantized", ranks)
+            _commit(partial(_save_rounded, quantized, student, rounding, state), dataset, folder, ranks)
+            return
         _commit(lambda aside: student.save_pretrained(aside, state_dict=state), dataset, folder, ranks)
         return
     trained = {name: whole(p) for name, p in student.named_parameters() if p.requires_grad}
-    adapter = merged_from if lora.merge and merged_from is not None else folder
+    adapter = beside / "adapter" if lora.merge and beside is not None else folder
     _commit(lambda aside: save_adapter(student, trained, aside), dataset, adapter, ranks)
     if adapter != folder:
         # From disk: what is merged is what was written, and on several ranks no rank holds the student whole.
         _commit(lambda aside: open_adapter(adapter).save_pretrained(aside), dataset, folder, ranks)
+
+
+def _save_rounded(
+    form: Callable[[PreTrainedModel, QuantizeConfig, dict[str, Tensor]], PreTrainedModel],
+    student: PreTrainedModel,
+    rounding: QuantizeConfig,
+    state: dict[str, Tensor],
+    folder: Path,
+) -> None:
+    form(student, rounding, state).save_pretrained(folder)
 
 
 def _commit(write: Callable[[Path], None], dataset: kdata.Dataset, folder: Path, ranks: Ranks) -> None:
