@@ -445,7 +445,7 @@ def _save_student(
     *,
     beside: Path | None = None,
 ) -> None:
-    """Write the student to a folder: its adapters, or with `lora.merge` the whole of it; a quantized one with rounded weights.
+    """Write the student to a folder: its adapters, or with `lora.merge` the whole of it; with `quantize`, rounded weights.
 
     Args:
         beside: where the other form goes, `adapter` or `dequantized`; None: it is not written, and adapters are not merged.
