@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from kdata.errors import ConfigError
 from kdata.trainer.config import Attention, Precision
+from kdata.trainer.documents import carries_state, document_bounds
 
 VARLEN = "kdata_varlen"  # name of the attention in transformers
 
@@ -60,6 +61,11 @@ def compile_layers(layers: list[nn.Module]) -> None:
 def use_varlen(model: PreTrainedModel) -> None:
     """Have a model compute attention over documents. Raises ConfigError where its attention has what varlen leaves out."""
     config = model.config.get_text_config()
+    if carries_state(model):
+        raise ConfigError(
+            f"attention=varlen does not fit {type(model).__name__}, which carries a state through a row and reads each "
+            "document by itself; use attention=default"
+        )
     for name in ("attn_logit_softcapping", "attention_dropout"):
         if getattr(config, name, None):
             raise ConfigError(
@@ -77,14 +83,8 @@ def use_varlen(model: PreTrainedModel) -> None:
 
 
 def bounds_of(position_ids_BL: Tensor) -> dict[str, Any]:
-    """Arguments of the backbone that say where documents begin and end, for rows laid end to end.
-
-    A document begins where a position is not the one before it plus 1, and at the start of each row.
-    """
-    begins_BL = torch.ones_like(position_ids_BL, dtype=torch.bool)
-    begins_BL[:, 1:] = position_ids_BL[:, 1:] != position_ids_BL[:, :-1] + 1
-    starts_S = begins_BL.flatten().nonzero()[:, 0]
-    bounds = torch.cat([starts_S, starts_S.new_tensor([position_ids_BL.numel()])]).int()
+    """Arguments of the backbone that say where documents begin and end, for rows laid end to end."""
+    bounds = document_bounds(position_ids_BL).int()
     longest = int(bounds.diff().max())
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 

@@ -18,19 +18,28 @@ from kdata.trainer.metrics import LoggerName
 from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.schedule import Shape
 
+Architecture = Literal["llama", "mamba"]
 Attention = Literal["default", "varlen"]
 Device = Literal["auto", "cpu", "cuda"]
 OptimizerName = Literal["adamw", "muon", "adamw_8bit"]
 Parallel = Literal["ddp", "fsdp"]
 Precision = Literal["fp32", "bf16"]
 
+OF_ATTENTION = ("num_heads", "num_kv_heads", "intermediate_size", "max_positions")  # sizes of a student with attention
+
 
 class ScratchStudent(BaseModel):
-    """A student of the Llama architecture with random initial weights; its vocabulary is the dataset's."""
+    """A student with random initial weights; its vocabulary is the dataset's."""
 
     model_config = ConfigDict(extra="forbid")
 
     kind: Literal["scratch"] = "scratch"
+    architecture: Architecture = Field(
+        default="llama",
+        exclude_if=lambda architecture: architecture == "llama",  # as in records of runs before there were others
+        description="llama: a decoder with attention. mamba: a state-space model, which has no attention and no longest "
+        "document (Mamba, arXiv 2312.00752), so num_heads, num_kv_heads, intermediate_size and max_positions are not its.",
+    )
     hidden_size: int = Field(default=128, ge=2, description="Width D of the hidden states.")
     num_layers: int = Field(default=4, ge=1, description="Number of transformer layers.")
     num_heads: int = Field(
@@ -49,6 +58,13 @@ class ScratchStudent(BaseModel):
     )
     tied_embeddings: bool = Field(default=True, description="Use one matrix for input and output embeddings.")
     init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
+
+    @model_validator(mode="after")
+    def _sizes_of_the_architecture(self) -> ScratchStudent:
+        for name in OF_ATTENTION if self.architecture == "mamba" else ():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={value} would be ignored: architecture mamba has no such size; leave it out")
+        return self
 
 
 class LoraConfig(Strict):

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdata.trainer.acceleration import VARLEN, bounds_of
+from kdata.trainer.documents import carries_state, states_by_document
 from kdata.trainer.objectives import Targets
 
 ROWS = "kdata_rows"  # attribute of a student: rows of its head that count; absent: all
@@ -19,9 +20,13 @@ def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor, position_ids_BL:
 
     No attention mask is passed. From positions that restart, transformers builds a block-causal mask itself
     (masking_utils.find_packed_sequence_indices), and no mask if each row is one document. With the attention varlen the rows
-    are laid end to end, and the documents' bounds are passed.
+    are laid end to end, and the documents' bounds are passed. A model that carries a state reads each document by itself.
     """
     backbone = getattr(model, model.base_model_prefix)
+    if carries_state(model):
+        return states_by_document(
+            lambda ids_SN: backbone(input_ids=ids_SN, use_cache=False).last_hidden_state, input_ids_BL, position_ids_BL
+        )
     if model.config._attn_implementation == VARLEN:
         hidden_TD: Tensor = backbone(
             input_ids=input_ids_BL.reshape(1, -1),

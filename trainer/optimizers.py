@@ -110,10 +110,11 @@ def make_optimizer(student: PreTrainedModel, config: TrainConfig, ranks: Ranks) 
         )
     parameters = [p for p in student.parameters() if p.requires_grad]
     hidden = _hidden_matrices(student) if config.optimizer == "muon" else set()
-    rest = [p for p in parameters if p not in hidden]
+    rest, rates = [p for p in parameters if p not in hidden], _decay_rates(student)
+    matrices = [p for p in rest if p.ndim >= 2 and p not in rates]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p not in set(matrices)], "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw_8bit":
         return Optimizer(_bitsandbytes().optim.AdamW8bit(groups, lr=config.learning_rate, betas=config.betas))
@@ -129,10 +130,15 @@ def make_optimizer(student: PreTrainedModel, config: TrainConfig, ranks: Ranks) 
     return Optimizer(muon, adamw)
 
 
+def _decay_rates(student: PreTrainedModel) -> set[nn.Parameter]:
+    """The rates at which states of a state-space model fade, which Mamba's authors do not decay either: no matrices."""
+    return {p for name, p in student.named_parameters() if name.rpartition(".")[2] == "A_log"}
+
+
 def _hidden_matrices(student: PreTrainedModel) -> set[nn.Parameter]:
     """The matrices of the student but for embeddings and head. Raises ConfigError where there are none."""
     outer = [student.get_input_embeddings(), student.get_output_embeddings()]
-    outside = {p for module in outer for p in module.parameters()}
+    outside = {p for module in outer for p in module.parameters()} | _decay_rates(student)
     hidden = {p for p in student.parameters() if p.requires_grad and p.ndim == 2 and p not in outside}
     if not hidden:
         raise ConfigError("optimizer=muon: the student has no matrix inside of its layers; use optimizer=adamw")

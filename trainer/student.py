@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kdata.errors import ConfigError, DataError, KdataError, MismatchError, MissingError
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
@@ -35,6 +35,7 @@ from kdata.store.pretrained import first_line, model_files
 from kdata.store.vocabulary import Vocabulary, num_ids, refuse_other_ids
 from kdata.trainer.acceleration import use_varlen
 from kdata.trainer.adapters import add_adapters, check_peft, is_adapter, open_adapter
+from kdata.trainer.architectures import from_scratch
 from kdata.trainer.config import CheckpointStudent, PrunedStudent, ScratchStudent
 from kdata.trainer.distributed import Ranks
 from kdata.trainer.forward import ROWS, fitting_targets, head_of, hidden_states
@@ -81,7 +82,7 @@ def build_student(
         return _pruned(config, datasets, calibration, importance)
     with nullcontext() if isinstance(config, ScratchStudent) else model_files(config.model, "a file"):
         model = (
-            _from_scratch(config, dataset, seed)
+            from_scratch(config, dataset.info, seed)
             if isinstance(config, ScratchStudent)
             else _from_checkpoint(config, dataset)
         )
@@ -164,7 +165,7 @@ def check_positions(model: PreTrainedModel, longest_tokens: int) -> None:
 def probe_head(model: PreTrainedModel) -> None:
     """Raise ConfigError unless the model's logits are head @ hidden (no bias, scaling or soft-capping)."""
     ids_BL, positions_BL = _probe_tokens(model, 6), torch.arange(6)[None]
-    logits_BLV = model(input_ids=ids_BL, position_ids=positions_BL, use_cache=False).logits
+    logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
     ours_BLV = hidden_states(model, ids_BL, positions_BL) @ model.get_output_embeddings().weight.T
     if not torch.allclose(logits_BLV, ours_BLV, rtol=1e-3, atol=1e-4):
         raise ConfigError(
@@ -215,37 +216,6 @@ def attend_by_documents(model: PreTrainedModel) -> None:
 
 def _probe_tokens(model: PreTrainedModel, count: int) -> Tensor:
     return (torch.arange(count) * 7 % head_of(model).shape[0])[None]
-
-
-def _from_scratch(config: ScratchStudent, dataset: Dataset, seed: int) -> PreTrainedModel:
-    head_width, odd = divmod(config.hidden_size, config.num_heads)
-    if odd or head_width % 2:
-        raise ConfigError(
-            f"student.hidden_size={config.hidden_size} over num_heads={config.num_heads} does not give an even "
-            "head width; choose a hidden_size that is a multiple of 2 * num_heads"
-        )
-    kv_heads = config.num_kv_heads or config.num_heads
-    if config.num_heads % kv_heads:
-        raise ConfigError(f"student.num_kv_heads={kv_heads} does not divide num_heads={config.num_heads}")
-    inner = config.intermediate_size or -(-config.hidden_size * 8 // 3 // 32) * 32
-    tokenizer = dataset.info.tokenizer
-    llama = LlamaConfig(
-        vocab_size=dataset.info.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=inner,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=config.max_positions,
-        tie_word_embeddings=config.tied_embeddings,
-        initializer_range=config.init_std,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: PreTrainedModel = LlamaForCausalLM(llama).float()
-    return model
 
 
 def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedModel:

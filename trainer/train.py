@@ -54,6 +54,7 @@ from kdata.trainer.config import (
     TrainResult,
 )
 from kdata.trainer.distributed import Ranks, accumulating, join, spread, whole
+from kdata.trainer.documents import refuse_unfit
 from kdata.trainer.importance import IMPORTANCE_FILE, Importance
 from kdata.trainer.input_mask import check_mask, masked
 from kdata.trainer.learner import Learner, resolve_precision
@@ -137,6 +138,7 @@ def _train(
         config.student, phases[0].dataset, config.seed, others_of(phases), rows=phases[0].loader.rows, ranks=ranks,
         importance=out_dir / IMPORTANCE_FILE,
     )  # fmt: skip
+    refuse_unfit(student, config, ranks.world_size)
     chosen = importance_in(student)
     for open_phase in phases:
         check_positions(student, open_phase.longest_tokens)
@@ -349,7 +351,9 @@ def _named(dataset: kdata.Dataset, rows: list[np.ndarray], ranks: Ranks) -> str:
 
 def _check_context(config: TrainConfig) -> None:
     student = config.student
-    if isinstance(student, ScratchStudent) and student.max_positions < config.context_tokens:
+    if not isinstance(student, ScratchStudent) or student.architecture == "mamba":
+        return
+    if student.max_positions < config.context_tokens:
         raise ConfigError(
             f"student.max_positions={student.max_positions} is less than context_tokens={config.context_tokens}; raise it"
         )

@@ -12,8 +12,8 @@ from transformers import (
     Cohere2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    MambaConfig,
-    MambaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 import kdata
@@ -94,14 +94,16 @@ def test_packed_loss_and_gradients_equal_unpacked(dataset: kdata.Dataset) -> Non
 
 def test_a_student_that_leaks_across_documents_is_refused() -> None:
     torch.manual_seed(0)
-    leaky = MambaForCausalLM(
-        MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4, use_mambapy=False)
-    )
+    leaky = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        )
+    )  # fmt: skip
     with torch.no_grad():
         for parameter in leaky.parameters():
             parameter.mul_(3.0)
-    original = leaky.backbone.forward
-    leaky.backbone.forward = lambda position_ids=None, **kw: original(**kw)
+    original = leaky.model.forward
+    leaky.model.forward = lambda position_ids=None, **kw: original(**kw)
     with pytest.raises(ConfigError, match="see each other"):
         probe_isolation(leaky)
 
