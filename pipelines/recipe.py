@@ -23,6 +23,7 @@ from kdata.trainer.config import (
     LoraConfig,
     PruneConfig,
     PrunedStudent,
+    QuantizeConfig,
     ScratchStudent,
     TrainConfig,
 )
@@ -115,6 +116,11 @@ class StudentStage(Strict):
         description="Sizes to prune the checkpoint to: every student starts from its most important parts, by their "
         "activations on the dataset. null: from all of it.",
     )
+    quantize: QuantizeConfig | None = Field(
+        None,
+        exclude_if=lambda quantize: quantize is None,
+        description="Train the checkpoint for weights of a few bits, and write them (extra torchao); null: float32.",
+    )
     scratch: ScratchStudent = Field(ScratchStudent(), description="Network at random initialisation.")
 
     @model_validator(mode="after")
@@ -127,10 +133,15 @@ class StudentStage(Strict):
             raise ValueError("lora adds adapters to a checkpoint: set student.model, or leave lora at null")
         if self.prune is not None and self.model is None:
             raise ValueError("prune chooses parts of a checkpoint: set student.model, or leave prune at null")
-        if self.prune is not None and (self.lora is not None or self.keep_layers is not None):
+        if self.quantize is not None and self.model is None:
             raise ValueError(
-                "prune does not go with lora or keep_layers: the number of layers is prune.num_layers, and an adapter "
-                "belongs to a model on disk; leave them at null"
+                "quantize rounds the weights of a checkpoint: set student.model, or leave quantize at null"
+            )
+        others = (self.lora, self.keep_layers, self.quantize)
+        if self.prune is not None and any(other is not None for other in others):
+            raise ValueError(
+                "prune does not go with lora, keep_layers or quantize: the number of layers is prune.num_layers, and "
+                "adapters and rounded weights belong to a model on disk; leave them at null"
             )
         return self
 
@@ -140,7 +151,13 @@ class StudentStage(Strict):
             return self.scratch
         if self.prune is not None:
             return PrunedStudent(model=self.model, revision=self.revision, **self.prune.model_dump())
-        return CheckpointStudent(model=self.model, revision=self.revision, keep_layers=self.keep_layers, lora=self.lora)
+        return CheckpointStudent(
+            model=self.model,
+            revision=self.revision,
+            keep_layers=self.keep_layers,
+            lora=self.lora,
+            quantize=self.quantize,
+        )
 
 
 class EvaluateStage(Strict):

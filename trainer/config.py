@@ -90,6 +90,27 @@ class LoraConfig(Strict):
     )
 
 
+class QuantizeConfig(Strict):
+    """Train for rounded weights (quantization-aware, by torchao): every linear layer but the head computes with them.
+
+    OUT/model is the quantized model in torchao's form, OUT/dequantized its rounded weights as an ordinary model.
+    """
+
+    weights: Literal["int2", "int3", "int4", "int8"] = Field(
+        default="int4", description="Type of the weights, symmetric around 0: int4 has the whole numbers from -8 to 7."
+    )
+    group_size: int | None = Field(
+        default=32,
+        ge=2,
+        description="Neighboring weights of one output that share a scale; must divide the inputs of every layer. null: all "
+        "weights of an output.",
+    )
+    inputs: Literal["int8"] | None = Field(
+        default="int8",
+        description="Type of a layer's inputs, with a scale and a zero for each token as it is read; null: not rounded.",
+    )
+
+
 class CheckpointStudent(BaseModel):
     """A student that starts from trained weights."""
 
@@ -112,13 +133,23 @@ class CheckpointStudent(BaseModel):
         default=None,
         description="Train low-rank adapters instead of the weights; needs the extra peft. null: train all weights.",
     )
+    quantize: QuantizeConfig | None = Field(
+        default=None,
+        exclude_if=lambda quantize: quantize is None,
+        description="Train for weights of a few bits, and write them; needs the extra torchao. null: float32.",
+    )
 
     @model_validator(mode="after")
-    def _adapters_of_a_model_on_disk(self) -> CheckpointStudent:
+    def _adapters_of_an_ordinary_model_on_disk(self) -> CheckpointStudent:
         if self.lora is not None and self.keep_layers is not None:
             raise ValueError(
                 "lora does not go with keep_layers: an adapter belongs to a model on disk, and the one with fewer layers "
                 "is on no disk. Leave lora at null, or train the smaller model first and name its folder"
+            )
+        if self.lora is not None and self.quantize is not None:
+            raise ValueError(
+                "lora does not go with quantize: rounding is learned by the weights themselves, which an adapter leaves as "
+                "they are; leave one of them at null"
             )
         return self
 

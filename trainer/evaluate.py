@@ -46,6 +46,7 @@ from kdata.trainer.drafts import expected_length, measure_drafts, refuse_other_s
 from kdata.trainer.fused import Measured, measure
 from kdata.trainer.heldout import first_of_each
 from kdata.trainer.loader import Batch, Loader
+from kdata.trainer.quantization import check_folder
 from kdata.trainer.samples import diversity_of, write_samples
 from kdata.trainer.student import (
     check_positions,
@@ -53,7 +54,6 @@ from kdata.trainer.student import (
     fitting_targets,
     head_of,
     hidden_states,
-    num_parameters,
     probe_head,
     probe_isolation,
     refuse_other_tokenizer,
@@ -110,7 +110,8 @@ def evaluate(
         DataError: a document is longer than the student's positions, no token counts, or a domain has targets and not one
             with a distribution.
         CorruptError: train.json beside the model is not a training result.
-        DependencyError: tasks are given and the harness is not installed, or an adapter and PEFT is not.
+        DependencyError: tasks are given and the harness is not installed, or an adapter and PEFT is not, or weights in
+            torchao's form and torchao is not.
     """
     config = config or EvaluateConfig()
     prompts = list(prompts)
@@ -137,7 +138,7 @@ def evaluate(
     samples, sampled_ids = write_samples(model, tokenizer, prompts, config)
     return {
         "label": label or (run.label if run else model_dir.name),
-        "params": num_parameters(model),
+        "params": sum(parameter.numel() for parameter in model.parameters()),
         "steps": run.steps if run else None,
         "tokens": run.tokens if run else None,
         "target_tokens": run.target_tokens if run else None,
@@ -442,6 +443,7 @@ def _check_folder(model_dir: Path) -> None:
 def _load(model_dir: Path) -> PreTrainedModel:
     if is_adapter(model_dir):
         return open_adapter(model_dir)
+    check_folder(model_dir)
     try:
         with model_files(model_dir, "a file"):
             return AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32, trust_remote_code=False)

@@ -41,6 +41,13 @@ from kdata.trainer.distributed import Ranks
 from kdata.trainer.forward import ROWS, fitting_targets, head_of, hidden_states
 from kdata.trainer.importance import Calibration, Importance, calibration_of, importance_of
 from kdata.trainer.pruning import prune, prune_layers, refuse_unfit
+from kdata.trainer.quantization import (
+    add_fake_quantization,
+    check_folder,
+    check_torchao,
+    is_quantized,
+    refuse_quantized,
+)
 
 __all__ = [
     "ROWS", "attend_by_documents", "build_student", "check_positions", "fit_vocabulary", "fitting_targets", "head_of",
@@ -74,7 +81,7 @@ def build_student(
         MismatchError: the vocabulary or the tokenizer is not the dataset's.
         MissingError: the checkpoint does not exist or cannot be loaded.
         CorruptError: files of the checkpoint, or the file `importance`, are damaged.
-        DependencyError: adapters are asked for, and peft is not installed.
+        DependencyError: adapters are asked for, and peft is not installed, or quantized weights, and torchao is not.
     """
     datasets = [dataset, *others]
     if isinstance(config, PrunedStudent):
@@ -89,6 +96,8 @@ def build_student(
         _check(model, datasets)
         if isinstance(config, CheckpointStudent) and config.lora is not None:
             add_adapters(model, config.lora, config.model, config.revision, seed)
+        if isinstance(config, CheckpointStudent) and config.quantize is not None:
+            add_fake_quantization(model, config.quantize)  # after the probes, which are of the model itself
     return model
 
 
@@ -182,7 +191,9 @@ def probe_isolation(model: PreTrainedModel) -> None:
     positions_BL = torch.cat([torch.arange(5), torch.arange(7)])[None]
     packed_LD = hidden_states(model, ids_BL, positions_BL)[0, 5:]
     alone_LD = hidden_states(model, ids_BL[:, 5:], positions_BL[:, 5:])[0]
-    if not torch.allclose(packed_LD, alone_LD, rtol=1e-3, atol=1e-3):
+    # Rounded inputs turn a difference in the last bit into one of a whole step; a leak changes more than a tenth.
+    rounded = is_quantized(model) and float((packed_LD - alone_LD).norm() / alone_LD.norm()) < 0.02
+    if not rounded and not torch.allclose(packed_LD, alone_LD, rtol=1e-3, atol=1e-3):
         raise ConfigError(
             f"{type(model).__name__} lets packed documents see each other (hidden states differ by "
             f"{float((packed_LD - alone_LD).abs().max()):.2g}); choose a student whose attention "
@@ -220,6 +231,8 @@ def _probe_tokens(model: PreTrainedModel, count: int) -> Tensor:
 
 def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedModel:
     adapter = is_adapter(Path(config.model))
+    if config.quantize is not None:
+        check_torchao()
     if config.lora is not None:
         check_peft()
         if adapter:
@@ -232,7 +245,10 @@ def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedM
     with _loading(config.model):
         folder = model_folder(config.model)
     _check_tokenizer(config, folder, dataset)  # before the weights, which take longer
+    check_folder(Path(folder))
     model = _load(config, folder) if not adapter else _load_adapter(config.model)
+    if config.lora is None:
+        refuse_quantized(config.model, model)
     return model if config.keep_layers is None else prune_layers(model, config.keep_layers)
 
 

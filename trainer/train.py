@@ -6,6 +6,7 @@ bit-equal losses on a CPU. A non-finite loss stops the run before the weights ch
 
     OUT/model/          the student in Hugging Face format, with the tokenizer; with `student.lora`, its adapter
     OUT/adapter/        the adapter, where `student.lora.merge` asks for the whole student in OUT/model
+    OUT/dequantized/    of a quantized student its rounded weights as an ordinary model, see kdata.trainer.quantization
     OUT/importance.parquet  why a pruned student has the parts that it has, see kdata.trainer.importance
     OUT/train.json      TrainResult
     OUT/metrics.jsonl   one line per logged step
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ from kdata.trainer.config import (
     CheckpointStudent,
     PhaseConfig,
     Precision,
+    QuantizeConfig,
     ScratchStudent,
     TrainConfig,
     TrainResult,
@@ -63,6 +66,7 @@ from kdata.trainer.metrics import Metrics, check_installed
 from kdata.trainer.objective_config import CHUNK_OBJECTIVES, ObjectiveConfig
 from kdata.trainer.optimizers import check_optimizer, make_optimizer
 from kdata.trainer.phases import OpenPhase, open_phases, others_of
+from kdata.trainer.quantization import dequantized, quantized
 from kdata.trainer.schedule import learning_rate
 from kdata.trainer.student import attend_by_documents, build_student, check_positions, importance_in, num_parameters
 
@@ -109,7 +113,8 @@ def train(
         DataError: a document is longer than the context or than the student's positions, or there is nothing to train on.
         StorageError: `out_dir` cannot be written, or another process writes to it.
         CorruptError: the checkpoint in `out_dir` is damaged.
-        DependencyError: a logger, PEFT (for adapters) or bitsandbytes (for an 8-bit optimizer) is not installed.
+        DependencyError: a logger, PEFT (for adapters), torchao (for quantized students) or bitsandbytes (for an 8-bit
+            optimizer) is not installed.
         TrainingError: a loss or a gradient is not finite; the message names step and rows.
     """
     check_installed(config.loggers)
@@ -422,11 +427,16 @@ def _settings(
 def _save_student(
     student: PreTrainedModel, config: TrainConfig, dataset: kdata.Dataset, out_dir: Path, ranks: Ranks
 ) -> None:
-    """Write OUT/model, and OUT/adapter where the student is an adapter that is also merged."""
+    """Write OUT/model, and beside it an adapter that is also merged, or the rounded weights of a quantized student."""
     lora = config.student.lora if isinstance(config.student, CheckpointStudent) else None
     if lora is None:
         parts = {id(tensor): whole(tensor) for tensor in student.state_dict(keep_vars=True).values()}
         state = {name: parts[id(tensor)] for name, tensor in student.state_dict(keep_vars=True).items()}
+        if isinstance(config.student, CheckpointStudent) and (rounding := config.student.quantize) is not None:
+            for name, form in (("dequantized", dequantized), ("model", quantized)):
+                save = partial(_save_rounded, form, student, rounding, state)
+                _commit(save, dataset, out_dir / name, ranks)
+            return
         _commit(lambda folder: student.save_pretrained(folder, state_dict=state), dataset, out_dir / "model", ranks)
         return
     trained = {name: whole(p) for name, p in student.named_parameters() if p.requires_grad}
@@ -435,6 +445,16 @@ def _save_student(
     if lora.merge:
         # From disk: what is merged is what was written, and on several ranks no rank holds the student whole.
         _commit(lambda folder: open_adapter(adapter).save_pretrained(folder), dataset, out_dir / "model", ranks)
+
+
+def _save_rounded(
+    form: Callable[[PreTrainedModel, QuantizeConfig, dict[str, Tensor]], PreTrainedModel],
+    student: PreTrainedModel,
+    rounding: QuantizeConfig,
+    state: dict[str, Tensor],
+    folder: Path,
+) -> None:
+    form(student, rounding, state).save_pretrained(folder)
 
 
 def _commit(write: Callable[[Path], None], dataset: kdata.Dataset, folder: Path, ranks: Ranks) -> None:
