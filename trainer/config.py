@@ -18,7 +18,7 @@ from kdata.trainer.metrics import LoggerName
 from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.schedule import Shape
 
-Architecture = Literal["llama", "mamba"]
+Architecture = Literal["llama", "mamba", "t5gemma"]
 Attention = Literal["default", "varlen"]
 Device = Literal["auto", "cpu", "cuda"]
 OptimizerName = Literal["adamw", "muon", "adamw_8bit"]
@@ -38,7 +38,9 @@ class ScratchStudent(BaseModel):
         default="llama",
         exclude_if=lambda architecture: architecture == "llama",  # as in records of runs before there were others
         description="llama: a decoder with attention. mamba: a state-space model, which has no attention and no longest "
-        "document (Mamba, arXiv 2312.00752), so num_heads, num_kv_heads, intermediate_size and max_positions are not its.",
+        "document (Mamba, arXiv 2312.00752), so num_heads, num_kv_heads, intermediate_size and max_positions are not its. "
+        "t5gemma: an encoder that reads the prompt and a decoder that learns the rest, of these sizes each (T5Gemma, arXiv "
+        "2504.06225).",
     )
     hidden_size: int = Field(default=128, ge=2, description="Width D of the hidden states.")
     num_layers: int = Field(default=4, ge=1, description="Number of transformer layers.")
@@ -308,6 +310,15 @@ class TrainConfig(WithoutSecrets):
     )
     mixture: MixtureConfig | None = Field(
         default=None, description="Weights of the domains; null: the shares that the dataset and the plan have."
+    )
+    prompt_share: float | None = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        exclude_if=lambda share: share == 0.5,
+        description="Of students with an encoder: the share of a document without a prompt (its second token counts) that "
+        "the encoder reads; these tokens are not learned. The prompt of other documents is what stands before their first "
+        "token that counts. null: documents without a prompt are refused.",
     )
     input_mask: InputMask | None = Field(
         default=None,

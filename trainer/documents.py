@@ -66,15 +66,13 @@ def states_by_document(read: Callable[[Tensor], Tensor], input_ids_BL: Tensor, p
 
 def refuse_unfit(model: PreTrainedModel, config: TrainConfig, world_size: int) -> None:
     """Raise ConfigError where settings of a run do not go with a model that reads each document by itself."""
-    if not carries_state(model):
-        return
-    name = type(model).__name__
-    if config.parallel == "fsdp" and world_size > 1:
+    name, encodes = type(model).__name__, bool(getattr(model.config, "is_encoder_decoder", False))
+    if (carries_state(model) or encodes) and config.parallel == "fsdp" and world_size > 1:
         raise ConfigError(
             f"parallel=fsdp on {world_size} ranks does not go with {name}, which reads documents of like length together: "
             "ranks have other numbers of such groups and would wait for each other for ever; use parallel=ddp"
         )
-    if config.compile:
+    if carries_state(model) and config.compile:
         raise ConfigError(
             f"compile=true does not go with {name}: torch cannot compile its scan over rows of changing length; use "
             "compile=false"

@@ -27,6 +27,7 @@ from kdata.observe.progress import Task
 from kdata.store.pretrained import without_warnings
 from kdata.trainer.config import EvaluateConfig
 from kdata.trainer.documents import carries_state
+from kdata.trainer.encoder_decoder import is_encoder_decoder
 from kdata.trainer.heldout import first_of_each
 from kdata.trainer.student import positions_of
 
@@ -80,13 +81,16 @@ def figures_of(texts: Sequence[Written]) -> dict[str, Any]:
 def refuse_other_sizes(teacher: PreTrainedModel, student: PreTrainedModel, tokens: int) -> None:
     """Raise MismatchError unless both heads have as many rows.
 
-    Raises ConfigError if `tokens` exceed the positions of one, or one carries a state.
+    Raises ConfigError if `tokens` exceed the positions of one, or one carries a state or has an encoder.
     """
     for owner, model in (("teacher", teacher), ("student", student)):
-        if carries_state(model):
+        if carries_state(model) or is_encoder_decoder(model):
+            why = "an encoder-decoder, which reads other tokens than a decoder"
+            if carries_state(model):
+                why = "whose state transformers cannot set back before a draft that was rejected"
             raise ConfigError(
-                f"draft_for: the {owner} is a {type(model).__name__}, whose state transformers cannot set back before a "
-                "draft that was rejected; leave draft_for out (acceptance is expected from the dataset all the same)"
+                f"draft_for: the {owner} is a {type(model).__name__}, {why}; leave draft_for out (acceptance is expected "
+                "from the dataset all the same)"
             )
     rows, drafted = (model.get_output_embeddings().weight.shape[0] for model in (teacher, student))
     if rows != drafted:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 import kdata
 from kdata.config import first_problem
@@ -43,6 +43,8 @@ from kdata.trainer.adapters import is_adapter, open_adapter
 from kdata.trainer.config import EvaluateConfig, TrainResult
 from kdata.trainer.distributed import device_name
 from kdata.trainer.drafts import expected_length, measure_drafts, refuse_other_sizes
+from kdata.trainer.encoder_decoder import auto_class, check_prompts, with_prompts
+from kdata.trainer.forward import predicting_states
 from kdata.trainer.fused import Measured, measure
 from kdata.trainer.heldout import first_of_each
 from kdata.trainer.loader import Batch, Loader
@@ -53,9 +55,7 @@ from kdata.trainer.student import (
     fit_vocabulary,
     fitting_targets,
     head_of,
-    hidden_states,
-    probe_head,
-    probe_isolation,
+    probe,
     refuse_other_tokenizer,
 )
 from kdata.trainer.tasks import Tasks
@@ -126,8 +126,7 @@ def evaluate(
     _check_tokenizer(model_dir, dataset)
     model = _load(model_dir)
     use_exact_attention(model)
-    probe_head(model)
-    probe_isolation(model)
+    probe(model)
     teacher = None if config.draft_for is None else _open_teacher(config, model, dataset)
     tasks = None if not config.tasks else Tasks(config.tasks, config.tasks_folder)
     tokenizer = _tokenizer(model_dir) if prompts or tasks is not None else None
@@ -332,6 +331,7 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
     context = max(int(index["num_tokens"].to_numpy()[rows].max(initial=2)), 2)
     check_positions(model, context)
     batches = BatchesConfig(context_tokens=context, batch_rows=max(1, config.batch_tokens // context))
+    check_prompts(model, dataset, rows)
     loader = Loader(dataset, rows, batches, elsewhere=True)
     kept_R = keeps_something(dataset)
     bare = [domain for number, domain in enumerate(domains) if not kept_R[rows][domain_R[rows] == number].any()]
@@ -346,8 +346,8 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
     with Task("evaluate", int(loader.lengths.sum()), unit="tokens") as task:
         for batch in loader.epoch():
             device = head_of(model).device
-            hidden_BLD = hidden_states(model, batch.input_ids.to(device), batch.position_ids.to(device))
-            hidden_MD = hidden_BLD.flatten(0, 1).index_select(0, batch.predictor_M.to(device))
+            batch = with_prompts(model, batch)
+            hidden_MD = predicting_states(model, batch)
             batch = replace(batch, targets=fitting_targets(model, batch.targets))
             measured = measure(hidden_MD, head_of(model), batch.targets.to(device), sums.names, tail)
             sums.add(batch, measured, domain_R[batch.rows[batch.document_M]])
@@ -437,7 +437,7 @@ def _check_folder(model_dir: Path) -> None:
             f"{model_dir} is not a folder; name the folder of a trained student, which is OUT/model after kdata train"
         )
     if not is_adapter(model_dir):
-        refuse_other_kind(model_dir)
+        refuse_other_kind(model_dir, encoder_decoder=True)
 
 
 def _load(model_dir: Path) -> PreTrainedModel:
@@ -446,7 +446,9 @@ def _load(model_dir: Path) -> PreTrainedModel:
     check_folder(model_dir)
     try:
         with model_files(model_dir, "a file"):
-            return AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32, trust_remote_code=False)
+            of = auto_class(str(model_dir))
+            model: PreTrainedModel = of.from_pretrained(str(model_dir), dtype=torch.float32, trust_remote_code=False)
+            return model
     except (OSError, ValueError) as error:
         raise MissingError(
             f"{model_dir} does not hold a model that loads: {first_line(error)}; name the folder of a trained "

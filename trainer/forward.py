@@ -5,12 +5,18 @@ Shapes: B rows, L context, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdata.trainer import encoder_decoder
 from kdata.trainer.acceleration import VARLEN, bounds_of
 from kdata.trainer.documents import carries_state, states_by_document
 from kdata.trainer.objectives import Targets
+
+if TYPE_CHECKING:
+    from kdata.trainer.loader import Batch
 
 ROWS = "kdata_rows"  # attribute of a student: rows of its head that count; absent: all
 
@@ -39,6 +45,19 @@ def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor, position_ids_BL:
         input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False
     ).last_hidden_state
     return hidden_BLD
+
+
+def predicting_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The last hidden states that predict the counted tokens of a batch, [M, D].
+
+    Args:
+        batch: where the model has an encoder, as `kdata.trainer.encoder_decoder.with_prompts` returns it.
+    """
+    device = head_of(model).device
+    if encoder_decoder.is_encoder_decoder(model):
+        return encoder_decoder.predicting_states(model, batch, device)
+    hidden_BLD = hidden_states(model, batch.input_ids.to(device), batch.position_ids.to(device))
+    return hidden_BLD.flatten(0, 1).index_select(0, batch.predictor_M.to(device))
 
 
 def head_of(model: PreTrainedModel) -> Tensor:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdata.trainer.config import Precision
+from kdata.trainer.forward import predicting_states
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.loader import Batch
 from kdata.trainer.objective_config import ObjectiveConfig, Tail
-from kdata.trainer.student import fitting_targets, head_of, hidden_states
+from kdata.trainer.student import fitting_targets, head_of
 
 
 def resolve_precision(precision: Literal["fp32", "bf16", "auto"], device_type: str) -> Precision:
@@ -65,8 +66,7 @@ class Learner(nn.Module):
         device = head_of(self.student).device
         half = self.precision == "bf16"
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            hidden_BLD = hidden_states(self.student, batch.input_ids.to(device), batch.position_ids.to(device))
-        hidden_MD = hidden_BLD.flatten(0, 1).index_select(0, batch.predictor_M.to(device))
+            hidden_MD = predicting_states(self.student, batch)
         loss = distillation_loss(
             hidden_MD,
             head_of(self.student),

@@ -138,6 +138,7 @@ def _decay_rates(student: PreTrainedModel) -> set[nn.Parameter]:
 def _hidden_matrices(student: PreTrainedModel) -> set[nn.Parameter]:
     """The matrices of the student but for embeddings and head. Raises ConfigError where there are none."""
     outer = [student.get_input_embeddings(), student.get_output_embeddings()]
+    outer += [module for module in student.modules() if isinstance(module, nn.Embedding)]
     outside = {p for module in outer for p in module.parameters()} | _decay_rates(student)
     hidden = {p for p in student.parameters() if p.requires_grad and p.ndim == 2 and p not in outside}
     if not hidden:

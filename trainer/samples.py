@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kdata.trainer.config import EvaluateConfig
+from kdata.trainer.encoder_decoder import is_encoder_decoder
 from kdata.trainer.student import positions_of
 
 SAMPLE_CONTEXT = 2048  # tokens of prompt and sample of a model that knows no longest sequence
@@ -58,5 +59,6 @@ def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, config: Evalu
             pad_token_id=tokenizer.eos_token_id or 0,
             **choice,
         )
-    ids: list[int] = written_BL[0, ids_BL.shape[1] :].tolist()
+    first = 1 if is_encoder_decoder(model) else ids_BL.shape[1]  # a decoder begins with its start token alone
+    ids: list[int] = written_BL[0, first:].tolist()
     return ids

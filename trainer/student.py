@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from kdata.errors import ConfigError, DataError, KdataError, MismatchError, MissingError
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
@@ -33,6 +33,7 @@ from kdata.store.dataset import Dataset
 from kdata.store.gguf import model_folder
 from kdata.store.pretrained import first_line, model_files
 from kdata.store.vocabulary import Vocabulary, num_ids, refuse_other_ids
+from kdata.trainer import encoder_decoder
 from kdata.trainer.acceleration import use_varlen
 from kdata.trainer.adapters import add_adapters, check_peft, is_adapter, open_adapter
 from kdata.trainer.architectures import from_scratch
@@ -51,7 +52,7 @@ from kdata.trainer.quantization import (
 
 __all__ = [
     "ROWS", "attend_by_documents", "build_student", "check_positions", "fit_vocabulary", "fitting_targets", "head_of",
-    "hidden_states", "importance_in", "num_parameters", "positions_of", "probe_head", "probe_isolation",
+    "hidden_states", "importance_in", "num_parameters", "positions_of", "probe", "probe_head", "probe_isolation",
     "refuse_other_tokenizer",
 ]  # fmt: skip
 
@@ -103,8 +104,7 @@ def build_student(
 
 def _check(model: PreTrainedModel, datasets: Sequence[Dataset]) -> None:
     fit_vocabulary(model, datasets)
-    probe_head(model)
-    probe_isolation(model)
+    probe(model)
 
 
 def importance_in(student: PreTrainedModel) -> Importance | None:
@@ -170,6 +170,14 @@ def check_positions(model: PreTrainedModel, longest_tokens: int) -> None:
         )
 
 
+def probe(model: PreTrainedModel) -> None:
+    """Raise ConfigError unless logits are head @ hidden, and documents are kept apart."""
+    if encoder_decoder.is_encoder_decoder(model):
+        return encoder_decoder.probe(model)
+    probe_head(model)
+    probe_isolation(model)
+
+
 @torch.no_grad()
 def probe_head(model: PreTrainedModel) -> None:
     """Raise ConfigError unless the model's logits are head @ hidden (no bias, scaling or soft-capping)."""
@@ -207,6 +215,10 @@ def attend_by_documents(model: PreTrainedModel) -> None:
 
     Raises ConfigError where its attention has what varlen leaves out, or its hidden states are others than before.
     """
+    if encoder_decoder.is_encoder_decoder(model):
+        raise ConfigError(
+            f"attention=varlen does not fit {type(model).__name__}, an encoder-decoder; use attention=default"
+        )
     device = head_of(model).device
     ids_BL = _probe_tokens(model, 24).view(2, 12).to(device)
     positions_BL = torch.stack([torch.cat([torch.arange(5), torch.arange(7)]), torch.arange(12)]).to(device)
@@ -241,12 +253,13 @@ def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedM
                 "merge it into its model first (PEFT's merge_and_unload), and name that folder"
             )
     if Path(config.model).is_dir() and not adapter:
-        refuse_other_kind(Path(config.model))
+        refuse_other_kind(Path(config.model), encoder_decoder=True)
     with _loading(config.model):
         folder = model_folder(config.model)
     _check_tokenizer(config, folder, dataset)  # before the weights, which take longer
     check_folder(Path(folder))
     model = _load(config, folder) if not adapter else _load_adapter(config.model)
+    encoder_decoder.refuse_checkpoint(config, model)
     if config.lora is None:
         refuse_quantized(config.model, model)
     return model if config.keep_layers is None else prune_layers(model, config.keep_layers)
@@ -282,7 +295,7 @@ def _check_tokenizer(config: CheckpointStudent | PrunedStudent, folder: str, dat
 def _load(config: CheckpointStudent | PrunedStudent, folder: str) -> PreTrainedModel:
     """A whole model in float32."""
     with _loading(config.model):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = encoder_decoder.auto_class(folder, config.revision).from_pretrained(
             folder, revision=config.revision, dtype=torch.float32, trust_remote_code=False
         )
     use_exact_attention(model)

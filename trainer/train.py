@@ -58,6 +58,7 @@ from kdata.trainer.config import (
 )
 from kdata.trainer.distributed import Ranks, accumulating, join, spread, whole
 from kdata.trainer.documents import refuse_unfit
+from kdata.trainer.encoder_decoder import prepare, with_prompts
 from kdata.trainer.importance import IMPORTANCE_FILE, Importance
 from kdata.trainer.input_mask import check_mask, masked
 from kdata.trainer.learner import Learner, resolve_precision
@@ -147,6 +148,7 @@ def _train(
     chosen = importance_in(student)
     for open_phase in phases:
         check_positions(student, open_phase.longest_tokens)
+    prepare(student, config, [(open_phase.dataset, open_phase.loader.rows) for open_phase in phases])
     check_mask(config.input_mask, student)
     if config.attention == "varlen":
         student.to(ranks.device)  # type: ignore[arg-type]  # transformers wraps Module.to
@@ -208,6 +210,7 @@ def _train(
                 waited = time.perf_counter() - waiting
                 if config.input_mask is not None:
                     step_batches = [masked(b, config.input_mask, config.seed, progress.step) for b in step_batches]
+                step_batches = [with_prompts(student, batch) for batch in step_batches]
 
                 rate = learning_rate(phase, step_in_phase)
                 optimizer.set_rate(rate)

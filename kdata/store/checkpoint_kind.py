@@ -17,19 +17,20 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 OTHER_TASKS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
-def refuse_other_kind(folder: Path, *, needs_weights: bool = True) -> None:
+def refuse_other_kind(folder: Path, *, needs_weights: bool = True, encoder_decoder: bool = False) -> None:
     """Raise ConfigError or MissingError where a folder holds something else than a language model with its weights.
 
     A folder that is none of the known kinds passes, and so does one without config.json: the caller says what it lacks.
 
     Args:
         needs_weights: false where only the tokenizer and config.json are read (a served model).
+        encoder_decoder: whether a model with an encoder may pass, as a student may be.
     """
     try:
         _refuse_parts(folder)
         config = _read(folder / "config.json")
         if config:
-            _refuse_config(folder, config)
+            _refuse_config(folder, config, encoder_decoder)
         if needs_weights:
             _refuse_weights(folder, has_config=bool(config))
             _refuse_sizes(folder, config)
@@ -69,10 +70,10 @@ def _refuse_parts(folder: Path) -> None:
         )
 
 
-def _refuse_config(folder: Path, config: dict[str, Any]) -> None:
+def _refuse_config(folder: Path, config: dict[str, Any], encoder_decoder: bool) -> None:
     """Models that do not predict the next token from the ones before it, or that need code of their own."""
     architecture = str((config.get("architectures") or ["?"])[0])
-    if config.get("is_encoder_decoder"):
+    if config.get("is_encoder_decoder") and not encoder_decoder:
         raise ConfigError(
             f"{folder} holds {architecture}, an encoder-decoder: it predicts a second text, not the next token of a text; "
             "name a decoder-only language model"

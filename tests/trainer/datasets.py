@@ -29,6 +29,12 @@ def save_tokenizer(folder: Path, vocab: int = VOCAB) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def chain_of(vocab: int = VOCAB) -> np.ndarray:
+    """The teacher: probabilities of the next token behind each, float64 [V, V]."""
+    logits = 2.5 * torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return torch.softmax(logits, -1).numpy()
+
+
 def make_dataset(
     root: Path,
     lengths: list[int],
@@ -38,21 +44,20 @@ def make_dataset(
     vocab: int = VOCAB,
     seed: int = 0,
     mask_every: int = 0,
+    prompt: int = 0,
     exact: int = 0,
     vocab_size: int | None = None,
 ) -> kdata.Dataset:
     """Documents of a Markov chain over `vocab` tokens; the teacher is the chain itself, so it can be learnt.
 
-    `mask_every` n > 0 takes every n-th token out of the target mask. `exact` n > 0 makes a hybrid of draws: the n likeliest
-    entries exact, the others draws whose weights are their probabilities. `vocab_size`: rows of the
-    teacher's head; None: `vocab`.
+    `mask_every` n > 0 takes every n-th token out of the target mask, `prompt` the first n, but for the last token. `exact`
+    n > 0 makes a hybrid of draws: the n likeliest entries exact, the others draws whose weights are their probabilities.
+    `vocab_size`: rows of the teacher's head; None: `vocab`.
     """
     kind = "topk" if tail == "ghost" else "hybrid" if exact else "sampled"
     rng = np.random.default_rng(seed)
     tokenizer = save_tokenizer(root.parent / f"{root.name}-tokenizer", vocab)
-    chain = torch.softmax(
-        2.5 * torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(7), dtype=torch.float64), -1
-    ).numpy()
+    chain = chain_of(vocab)
     info = new_info(
         format_version="1.0",
         vocab_size=vocab_size or vocab,
@@ -70,7 +75,7 @@ def make_dataset(
         codec=CodecInfo(id="plain", version=1, kind=kind, parameters={"k": kept}),
         tail=tail,
     )
-    records = [_record(f"doc-{i}", n, chain, rng, kept, tail, mask_every, exact) for i, n in enumerate(lengths)]
+    records = [_record(f"doc-{i}", n, chain, rng, kept, tail, mask_every, prompt, exact) for i, n in enumerate(lengths)]
     source = SourceInfo(kind="capture", settings={}, num_units=None)
     with Writer(root, info, "capture", source, tokenizer_dir=root.parent / f"{root.name}-tokenizer") as writer:
         half = len(records) // 2
@@ -87,6 +92,7 @@ def _record(
     kept: int,
     tail: str,
     mask_every: int,
+    prompt: int,
     exact: int,
 ) -> Record:
     ids = [int(rng.integers(len(chain)))]
@@ -103,6 +109,7 @@ def _record(
     mask = np.arange(length) > 0
     if mask_every:
         mask &= np.arange(length) % mask_every != 0
+    mask[: min(prompt, length - 1)] = False
     with np.errstate(divide="ignore"):
         rest = np.log(np.clip(1 - top[:, : exact or None].sum(-1), 0, 1))
         entropy = -(predicted * np.log(predicted)).sum(-1)

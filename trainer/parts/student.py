@@ -124,6 +124,11 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
             f"{type(model).__name__} is no causal language model of transformers; attach the loss to the model, before "
             "it is compiled or wrapped (DDP, FSDP, accelerator.prepare)"
         )
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{type(inner).__name__} is an encoder-decoder, and the batches for other trainers hold no prompts of their own; "
+            "train it with `kdata train`"
+        )
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
         raise ConfigError(
             "prompt learning puts tokens of its own before each row, which the targets do not know; use LoRA"
