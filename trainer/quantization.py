@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TorchAoConfig
-from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from kdata.errors import ConfigError, DependencyError
 from kdata.store.checkpoint_kind import read_config
@@ -137,6 +136,8 @@ def quantized(student: PreTrainedModel, config: QuantizeConfig, weights: dict[st
     Args:
         weights: the student's, whole, in float32, by name.
     """
+    from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer  # it imports torchao, which takes seconds
+
     model = _plain(student, weights)
     layers = list(_linear_layers(model).values())
     with _torchao() as quantization:

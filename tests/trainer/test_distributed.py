@@ -6,6 +6,7 @@ losses to 1e-4 over twenty steps (3e-2 for gradients in bfloat16). Counts of tok
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -231,3 +232,28 @@ def test_adapters_optimizers_and_compiled_students_on_two_ranks(dataset: kdata.D
                 assert {n: t.shape for n, t in got.items()} == {n: t.shape for n, t in expected.items()}
                 for tensor, value in got.items():
                     torch.testing.assert_close(value, expected[tensor], rtol=1e-2, atol=1e-3)
+
+
+def test_students_of_other_kinds_on_two_ranks(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    """A state-space student, an encoder-decoder, and a quantized one: the losses of one rank, and two ranks write them whole.
+
+    The quantized one rounds weights alone: a rounded input turns the last bit of a sum into a step.
+    """
+    build_student(ScratchStudent(**SMALL), dataset, 0).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    students: dict[str, dict] = {
+        "mamba": {"kind": "scratch", "architecture": "mamba", "hidden_size": 32, "num_layers": 2},
+        "t5gemma": {**SMALL, "architecture": "t5gemma"},
+    }
+    if importlib.util.find_spec("torchao"):
+        rounding = {"weights": "int4", "group_size": 16, "inputs": None}
+        students["rounded"] = {"kind": "checkpoint", "model": str(tmp_path / "base"), "quantize": rounding}
+    for name, student in students.items():
+        train(TrainConfig(**{**BASE, "student": student, "steps": 6}), dataset.path, None, tmp_path / f"{name}-one")
+    own = {n: {"config": {**BASE, "student": s, "steps": 6}, "dataset": str(dataset.path)} for n, s in students.items()}
+    run_ranks([{**job, "out": str(tmp_path / f"{name}-ddp")} for name, job in own.items()], tmp_path)
+    for name in students:
+        got, want = lines(tmp_path / f"{name}-ddp"), lines(tmp_path / f"{name}-one")
+        assert [line["target_tokens"] for line in got] == [line["target_tokens"] for line in want]
+        assert [line["loss"] for line in got] == pytest.approx([line["loss"] for line in want], rel=1e-3)
+        assert (tmp_path / f"{name}-ddp" / "model" / "model.safetensors").exists()
