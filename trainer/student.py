@@ -2,7 +2,8 @@
 
 Any Hugging Face causal language model works if its logits are `head @ hidden` and its attention keeps packed documents
 apart. Both are tested on a few tokens before training: a student that breaks either would train without complaint, on the
-wrong thing.
+wrong thing. What other kinds of students need stands in a file each: `kdata.trainer.documents` (state-space models),
+`kdata.trainer.encoder_decoder`, `kdata.trainer.quantization`, `kdata.trainer.adapters`, `kdata.trainer.pruning`.
 
 A head may have rows that no token has: checkpoints pad their vocabulary to a round number, and a teacher and a student of
 one tokenizer may be padded differently. Where the sizes differ, the loss is over the ids that tokens have, on both sides. The
