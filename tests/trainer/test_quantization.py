@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import kdata
 from kdata.config import parse_config
@@ -163,6 +163,26 @@ def test_training_for_the_rounding_recovers_what_rounding_loses(
     lost, left = (figures[name]["overall"]["kl"] - whole["kl"] for name in ("before", "after"))
     assert lost > 0.2 and left < 0.5 * lost
     assert figures["before"]["overall"]["top1"] < figures["after"]["overall"]["top1"]
+
+
+def test_a_folder_that_transformers_quantized_is_measured(dataset: kdata.Dataset, base: Path, tmp_path: Path) -> None:
+    """As a person quantizes a model without kdata; the distance to the stored beliefs is that of its rounded weights."""
+    quantization = pytest.importorskip("torchao.quantization")
+    settings = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "int8")
+    save_tokenizer(tmp_path / "int8")
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        for name, layer in plain.named_modules():
+            if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+                layer.weight.copy_(model.get_submodule(name).weight.dequantize())
+    plain.save_pretrained(tmp_path / "rounded")
+    theirs, ours = (evaluate(tmp_path / name, dataset.path)["overall"] for name in ("int8", "rounded"))
+    assert {name: theirs[name] for name in ("nll", "kl", "top1")} == pytest.approx(
+        {name: ours[name] for name in ("nll", "kl", "top1")}, rel=1e-3
+    )
+    assert theirs["nll"] != pytest.approx(evaluate(base, dataset.path)["overall"]["nll"], rel=1e-7)
 
 
 def test_bad_settings_are_refused_before_training(
