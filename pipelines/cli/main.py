@@ -341,5 +341,10 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # transformers imports torchao, which logs the kernels that it lacks
+        logging.getLogger(name).setLevel(logging.ERROR)
     sys.excepthook = report_defect
     sys.exit(call(sys.argv[1:]))
