@@ -75,12 +75,12 @@ def test_a_share_for_longer_takes_more_steps(data: EvidenceData) -> None:
 def test_tokenizers_from_text_to_table(data: EvidenceData, tmp_path: Path) -> None:
     config = tokenizers.TokenizersConfig.model_validate({"data": data.config, "batch_tokens": 1024, **SIZES})
     asked = tokenizers.Tokenizers(config, data)
-    names = ["teacher's: text alone", "bytes: text alone", "bytes: entries (prefix) and ALM"]
+    names = ["teacher's: text alone", "bytes: text alone", "bytes: text and ULD", "bytes: text and GOLD"]
     wanted = [(name, 0) for name in names]
-    assert run_all(tmp_path / "runs", wanted, asked.measure, config.identity()) == 3
+    assert run_all(tmp_path / "runs", wanted, asked.measure, config.identity()) == 4
     runs = load_runs(tmp_path / "runs", [s.key for s in tokenizers.SETTINGS])
     table = tokenizers.write_report(tmp_path, runs)
-    assert table.count("\n| ") == 3 and "| bytes: text alone |" in table
+    assert table.count("\n| ") == 4 and "| bytes: text alone |" in table
     heldout = data.heldout
     # Bits per byte by hand: every target of the teacher's own tokens, and the bytes of the texts but for the first token.
     targets = int(np.sum(heldout.index(["num_target_tokens"])["num_target_tokens"].to_numpy()))
@@ -88,7 +88,7 @@ def test_tokenizers_from_text_to_table(data: EvidenceData, tmp_path: Path) -> No
     by_hand = float(runs[names[0]][0]["nll"] or 0) * targets / math.log(2) / num_bytes
     assert runs[names[0]][0]["bits_per_byte"] == pytest.approx(by_hand, rel=0.2)
     teacher = [runs[name][0]["teacher_bits_per_byte"] for name in names]
-    assert teacher[1] == teacher[2] == pytest.approx(teacher[0], rel=0.2)
+    assert teacher[1] == teacher[2] == teacher[3] == pytest.approx(teacher[0], rel=0.2)
     with pytest.raises(ConfigError, match="there is no setting"):
         tokenizers.find("other")
 
