@@ -100,7 +100,9 @@ def test_of_a_student_with_adapters_these_are_kept(run: Path, data: dict[str, kd
     measured = hacking(tmp_path / "run", data["heldout"].path)
     whole = evaluate(tmp_path / "run/model", data["heldout"].path)["overall"]
     assert [model["step"] for model in measured["models"]] == [4, 8]
-    assert measured["models"][-1]["proxy"] == pytest.approx(whole["kl"], rel=1e-5), "the adapter of the last step, merged"
+    assert measured["models"][-1]["proxy"] == pytest.approx(whole["kl"], rel=1e-5), (
+        "the adapter of the last step, merged"
+    )
     assert measured["models"][0]["proxy"] != measured["models"][1]["proxy"]
 
 
