@@ -69,17 +69,18 @@ def captured(root: Path, texts: Path, model: str) -> kdata.Dataset:
     return kdata.capture(root, config, TeacherConfig(model=model, backend="transformers"))
 
 
-def trained(out: Path, dataset: kdata.Dataset, model: str, objective: str, steps: int) -> str:
-    """A student that starts from `model`."""
+def trained(out: Path, dataset: kdata.Dataset, model: str | None, objective: str, steps: int) -> str:
+    """A student that starts from `model`; None: from random weights."""
+    small = {"kind": "scratch", "hidden_size": 96, "num_layers": 2, "num_heads": 3}
     config = TrainConfig.model_validate(
         {
             "label": out.name,
             "steps": steps,
             "batch_tokens": 2048,
             "context_tokens": CONTEXT,
-            "learning_rate": 1e-3,
+            "learning_rate": 1e-3 if model else 3e-3,
             "warmup_steps": 5,
-            "student": {"kind": "checkpoint", "model": model},
+            "student": {"kind": "checkpoint", "model": model} if model else small,
             "objective": {"weights": {objective: 1.0}},
         }
     )
@@ -110,8 +111,10 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=40)
     parser.add_argument("--published", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--student", choices=("same", "random"), default="same", help="initial weights of students")
     arguments = parser.parse_args()
     out, model = Path(arguments.out), arguments.model
+    start, file = (model, "results.json") if arguments.student == "same" else (None, "results-random.json")
     parts = {
         "private": Part(0.0, 0.4, arguments.tokens),
         "public": Part(0.4, 0.8, arguments.tokens),
@@ -123,11 +126,9 @@ def main() -> None:
     planted = canaries(rng)
     private = [c.text(c.parts) for c in planted for _ in range(arguments.copies)]
     texts = with_canaries(out / "private.parquet", out / "private-canaries.parquet", private)
-    teacher = trained(
-        out / "teacher", captured(out / "private-set", texts, model), model, "cross_entropy", arguments.steps
-    )
+    teacher = trained(out / "teacher", captured(out / "private-set", texts, model), model, "cross_entropy", 60)
     heldout = captured(out / "heldout-set", out / "heldout.parquet", teacher)
-    known = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
+    known = json.loads((out / file).read_text()) if (out / file).exists() else {}
     results: dict[str, Any] = {}
     for name, one in (("before", model), ("teacher", teacher)):
         results[name] = known.get(name) or measured(one, planted, heldout)
@@ -145,10 +146,11 @@ def main() -> None:
                 config = SoftenConfig(patterns=["[0-9]"], **settings)
                 dataset, report = soften(out / f"public-{number}-{place}-set", plain, config)
                 print("\n".join(report.lines()))
-            student = trained(out / f"student-{number}-{place}", dataset, model, "forward_kl", arguments.steps)
+            prefix = "student" if start else "random"
+            student = trained(out / f"{prefix}-{number}-{place}", dataset, start, "forward_kl", arguments.steps)
             name = f"{title}: {way}"
             results[name] = known.get(name) or measured(student, planted, heldout)
-            (out / "results.json").write_text(json.dumps(results, indent=1))
+            (out / file).write_text(json.dumps(results, indent=1))
     print(f"exposure by chance {BY_CHANCE:.2f}, at most {np.log2(1000):.2f} bits")
     for name, one in results.items():
         print(
