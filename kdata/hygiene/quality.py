@@ -97,7 +97,7 @@ def quality_of(text: str, words_W: np.ndarray, chars_W: np.ndarray) -> dict[str,
         "words": len(words),
         "lines": len(lines),
         "mean_word_chars": sum(map(len, words)) / num_words if words else None,
-        "alpha_words": sum(map(_has_letter, words)) / num_words,
+        "alpha_words": sum(1 for word in words if word.isalpha() or any(map(str.isalpha, word))) / num_words,
         "stop_words": len(STOP_WORDS.intersection(map(str.lower, words))),
         "symbols_per_word": max(text.count("#"), text.count("...") + text.count("\u2026")) / num_words,
         "bullet_lines": sum(line.lstrip().startswith(("\u2022", "-", "*")) for line in lines) / num_lines,
@@ -135,10 +135,6 @@ def _table() -> np.ndarray:
     """Of each code point: 1 for a letter, 2 for a digit, 4 for upper case, added, uint8."""
     every = map(chr, range(sys.maxunicode + 1))
     return np.array([one.isalpha() + 2 * one.isdigit() + 4 * one.isupper() for one in every], np.uint8)
-
-
-def _has_letter(word: str) -> bool:
-    return word.isalpha() or any(map(str.isalpha, word))
 
 
 def _repeated(parts: list[str]) -> tuple[int, int]:
