@@ -28,8 +28,9 @@ POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "us
 SHORT_LINE = 30  # characters
 COMPRESSED = 1 << 16  # bytes of a text that are compressed at most
 # Replacement characters, control characters, and what UTF-8 looks like that was read as Latin-1 or Windows-1252.
+_CONTINUED = "\u0080-\u00bf" + bytes(set(range(0x80, 0xA0)) - {0x81, 0x8D, 0x8F, 0x90, 0x9D}).decode("cp1252")
 _BROKEN = re.compile(
-    "[\ufffd\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]|[\u00c2\u00c3][\u0080-\u00bf]|\u00e2\u20ac[\u0080-\uffff]?"
+    f"[\ufffd\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]|[\u00c2\u00c3][{_CONTINUED}]|\u00e2\u20ac[{_CONTINUED}]?"
 )
 _PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~\u2026\u2022\u2013\u2014\u201c\u201d\u2018\u2019"
 
