@@ -6,8 +6,8 @@ Documents are synthetic (tests/benchmarks/planted.py): half of a document's word
 sentences; a tenth each are exact and near copies, others have test questions, personal data, another language, or lines that
 repeat. What is measured is `kdata.hygiene.inspect.inspect_corpus`, as the command calls it, for each check alone and for all
 together: from Parquet to Parquet. Each measurement is a process of its own. `seconds` is the time that passed, `processor`
-that of all processes, which other work on the machine changes little; `memory` is the largest sum of resident sets of all
-its processes at a time, shared pages counted once for each.
+that of all processes, which other work on the machine changes less; `memory` is the largest sum of what all its processes
+have for themselves at a time: resident, without pages of files, which the system takes back where it needs memory.
 
 Peers, each in one process: rensa alone, in memory, as its README uses it (sets of runs of 5 words made in Python, one matrix
 of signatures, flags by LSH); and the filters and MinHash signatures of datatrove, with an interpreter that has it. What a
@@ -134,7 +134,7 @@ def measured(arguments: list[str], python: str = sys.executable) -> tuple[float,
         while not ended.wait(0.05):
             try:
                 every = [tree, *tree.children(recursive=True)]
-                peak = max(peak, sum(one.memory_info().rss for one in every))
+                peak = max(peak, sum(one.memory_info().rss - one.memory_info().shared for one in every))
             except psutil.Error:
                 continue
 
