@@ -24,6 +24,7 @@ from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Random
 from kdata.selection.select import select
 from kdata.selection.show import left_out_texts, table_of
+from kdata.selection.sidecar import finish_sidecar, load_score_info, write_part
 from tests.benchmarks.planted import Planted
 from tests.fakes import digests, run_capture, write_jsonl
 from tests.kdata.selection.plans import Row, dataset_of
@@ -175,6 +176,17 @@ def test_a_damaged_score_is_refused(dataset: kdata.Dataset) -> None:
         select(kdata.open(dataset.path), All(where=["language.code = 'en'"]))
 
 
+def test_a_score_with_an_id_twice_is_refused(dataset: kdata.Dataset) -> None:
+    """As a stranger could write it, digests and all: its row would be in the plan twice."""
+    inspect_dataset(dataset, CONFIG)
+    entry = dataset.manifest[0]
+    part = pq.read_table(dataset.path / "scores" / "language" / f"{entry.name}.parquet")
+    write_part(dataset, "language", entry, pa.concat_tables([part, part.slice(0, 1)]))
+    finish_sidecar(dataset, load_score_info(dataset, "language"))
+    with pytest.raises(kdata.CorruptError, match="an id twice"):
+        select(kdata.open(dataset.path), All(where=["language.confidence > 0"]))
+
+
 # --------------------------------------------------------------------------------------------------------- corpora
 
 
@@ -323,3 +335,12 @@ def test_a_capture_reads_what_passes_and_says_what_does_not(
     assert settings["corpus"]["where"] == condition
     with pytest.raises(MismatchError, match="where"):
         run_capture(tmp_path / "data", corpus, tokenizer_dir)
+
+
+def test_columns_with_an_id_twice_are_refused(corpus: Path, tmp_path: Path) -> None:
+    file = tmp_path / "columns.parquet"
+    inspect_corpus(CorpusConfig(path=str(corpus)), CONFIG, file)
+    table = pq.read_table(file)
+    pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), file)
+    with pytest.raises(DataError, match="an id twice"):
+        Corpus(CorpusConfig(path=str(corpus), hygiene=str(file), where="duplicates.exact_keep"))
