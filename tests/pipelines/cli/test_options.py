@@ -29,6 +29,7 @@ OWN = {
     "--deep", "--against-teacher", "--copy", "--hidden-size", "--head", "--block",  # verify, repair, audit
     "--canaries", "--candidates", "--oracle", "--trained-on", "--pattern",  # exposure, hacking, soften
     "--from", "--unit", "--method", "--memory", "--threads", "--picture", "--positions",  # score, select, plan show
+    "--where",  # hygiene
     "--check",  # sql
     "--beside", "--port", "--open", "--export", "--rows", "--where",  # view
     "--price-per-hour", "--probe-tokens",  # estimate
