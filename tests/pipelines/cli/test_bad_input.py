@@ -148,8 +148,8 @@ def test_a_missing_argument_is_usage(world: World, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [name for name in ENTRIES if name in (
-    "run", "capture", "generate", "reread", "combine", "retokenize", "soften", "import", "hygiene", "score", "select", "train",
-    "evaluate", "hacking",
+    "run", "capture", "generate", "reread", "combine", "retokenize", "soften", "import", "hygiene", "score", "select",
+    "train", "evaluate", "hacking",
 )])  # fmt: skip
 @pytest.mark.parametrize("setting", ["seeed=1", "seeed", "a.b=[1"])
 def test_a_wrong_setting_is_usage_and_is_named(world: World, command: str, setting: str) -> None:

@@ -29,9 +29,9 @@ OWN = {
     "--deep", "--against-teacher", "--copy", "--hidden-size", "--head", "--block",  # verify, repair, audit
     "--canaries", "--candidates", "--oracle", "--trained-on", "--pattern",  # exposure, hacking, soften
     "--from", "--unit", "--method", "--memory", "--threads", "--picture", "--positions",  # score, select, plan show
-    "--where",  # hygiene
+    "--where",  # hygiene, select, view
     "--check",  # sql
-    "--beside", "--port", "--open", "--export", "--rows", "--where",  # view
+    "--beside", "--port", "--open", "--export", "--rows",  # view
     "--price-per-hour", "--probe-tokens",  # estimate
     "--public", "--allow-secrets", "--columns", "--link", "--by", "--num-rows", "--watch",  # push, export, merge, split, ...
 }  # fmt: skip
