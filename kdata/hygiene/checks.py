@@ -80,7 +80,12 @@ class HygieneConfig(Strict):
     prefix: str = Field(
         "", pattern=r"^([A-Za-z][A-Za-z0-9_]*)?$", description="Goes before the names of the scores of a dataset."
     )
-    workers: int = Field(0, ge=0, description="Processes; 0: one for each core.")
+    workers: int = Field(
+        0,
+        ge=0,
+        description="Processes; 0: one for each core. For more than 1 a program of your own needs "
+        '`if __name__ == "__main__":`.',
+    )
 
     @field_validator("overlap")
     @classmethod

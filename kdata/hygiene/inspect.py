@@ -54,6 +54,7 @@ from kdata.store.dataset import Dataset
 from kdata.store.listed import SCORES
 
 SETTINGS = "settings.json"
+FEW_ROWS = 1_000  # take less time than a process takes to start
 CHARS, SHINGLES = "_chars", "_shingles"  # columns of a unit's file for duplicates
 
 
@@ -238,7 +239,7 @@ class _Work:
         looks_for_duplicates = "duplicates" in self._config.chosen
         sketches = Sketches(self._folder, (rows, shingles)) if looks_for_duplicates else None
         try:
-            with _workers(self._config) as check:
+            with _workers(self._config, self._texts.num_rows) as check:
                 for number, (unit, checked) in enumerate(_in_order(self._texts.units(num_units), check), num_units):
                     if sketches is not None:
                         sketches.append(checked.sketches)
@@ -312,10 +313,10 @@ Checker = Callable[[Unit], "Future[Checked] | Checked"]
 
 
 @contextmanager
-def _workers(config: HygieneConfig) -> Iterator[tuple[Checker, int]]:
-    """What checks a unit, and how many units may be under way."""
+def _workers(config: HygieneConfig, num_rows: int | None) -> Iterator[tuple[Checker, int]]:
+    """What checks a unit, and how many units may be under way. Few rows need no further processes."""
     count = config.workers or cpu_count() or 1
-    if count == 1:
+    if count == 1 or (num_rows is not None and num_rows <= FEW_ROWS):
         yield (lambda unit: check_texts(unit.texts, config)), 1
         return
     with ProcessPoolExecutor(count, get_context("spawn")) as pool:

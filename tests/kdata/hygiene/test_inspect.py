@@ -304,9 +304,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kdata.hygiene import texts
+    from kdata.hygiene import inspect, texts
 
     monkeypatch.setattr(texts, "UNIT_ROWS", 50)
+    monkeypatch.setattr(inspect, "FEW_ROWS", 0)
     corpus = CorpusConfig(path=str(write_jsonl(tmp_path / "corpus.jsonl", list(Planted(words=40).documents(200)))))
     for workers in (1, 2):
         inspect_corpus(corpus, HygieneConfig(workers=workers), tmp_path / f"{workers}.parquet")
