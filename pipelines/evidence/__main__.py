@@ -15,7 +15,7 @@ import torch
 import typer
 
 from kdata.pipelines.builtin.builtin import builtin_reference, builtin_teacher, ensure_corpus
-from kdata.pipelines.evidence import offline, positions, selection, tokenizers
+from kdata.pipelines.evidence import offline, positions, raw_question, selection, tokenizers
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData
 from kdata.pipelines.evidence.runs import Figures, load_runs, run_all
 from kdata.trainer.config import CheckpointStudent, ScratchStudent
@@ -41,6 +41,7 @@ class Question(StrEnum):
     tokenizers = "tokenizers"
     selection = "selection"
     mixture = "mixture"
+    raw = "raw"
 
 
 class Size(StrEnum):
@@ -77,7 +78,7 @@ def run(
         str | None, typer.Option(help="Parquet file with id, domain, text; default: like teacher.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds of each setting.")] = 3,
-    size: Annotated[Size, typer.Option(help="small: two cores. large: a GPU (selection, mixture).")] = Size.small,
+    size: Annotated[Size, typer.Option(help="small: two cores. large: a GPU (selection, mixture, raw).")] = Size.small,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default: depends on the question.")] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(min=2, help="Token positions of a step; default: like steps.")
@@ -107,7 +108,9 @@ def run(
     chosen = {**(LARGE if size is Size.large else {}), **sources, **{n: v for n, v in options.items() if v is not None}}
     if (changed := chosen.get("steps")) is not None:
         chosen["warmup_steps"] = changed // 10
-    comparison = (_targets if of_targets else _choice)(question, chosen, out, seeds)
+    comparison = (_targets if of_targets else _raw if question is Question.raw else _choice)(
+        question, chosen, out, seeds
+    )
 
     def measure(name: str, seed: int) -> Figures:
         figures = comparison.measure(name, seed)
@@ -128,7 +131,7 @@ def run(
 @app.command()
 def report(question: Which, out: Out) -> None:
     """Write results.json, table.md and evidence.png of the runs that are measured."""
-    from kdata.pipelines.evidence import figures, positions_figures, selection_figures
+    from kdata.pipelines.evidence import figures, positions_figures, raw_figures, selection_figures
 
     if question is Question.positions:
         settings = positions.settings("student")  # with the rule that needs one, whoever it was
@@ -142,6 +145,10 @@ def report(question: Which, out: Out) -> None:
     if question is Question.offline:
         runs = load_runs(out / "runs", [s.name for s in offline.SETTINGS])
         typer.echo(figures.write_report(out, runs, describe=offline.describe))
+        return
+    if question is Question.raw:
+        keys = [selection.key_of(s) for s in raw_question.SETTINGS]
+        typer.echo(raw_figures.write_report(out, load_runs(out / "runs", keys)))
         return
     choice = _name(question)
     keys = [selection.key_of(s) for s in selection.SETTINGS[choice]]
@@ -168,6 +175,15 @@ def _choice(question: Question, chosen: dict[str, Any], out: Path, seeds: int) -
     config = selection.SelectionConfig(backend=backend, **chosen)
     choice = selection.Selection(config, _name(question), out / "data")
     return Comparison(selection.runs(_name(question), seeds), config.identity(), choice.measure)
+
+
+def _raw(question: Question, chosen: dict[str, Any], out: Path, seeds: int) -> Comparison:
+    """Students start from the reference, unless another start is named: what has learned something can be harmed, too."""
+    start = {"student": CheckpointStudent(model=chosen["reference"])}
+    config = raw_question.RawConfig(**{**start, **chosen})
+    asked = raw_question.Raw(config, out / "data")
+    describe = cast(Callable[[str], dict[str, Any]], raw_question.describe)
+    return Comparison(raw_question.runs(seeds), config.identity(), asked.measure, describe)
 
 
 def _name(question: Question) -> selection.Question:

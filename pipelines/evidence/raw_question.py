@@ -1,0 +1,193 @@
+"""Question `raw`: does choosing help where there is something to choose? Methods of selection on a raw corpus (`raw.py`).
+
+Every student of a seed begins with the same weights and reads as many tokens as the others, of what one method kept; it is
+measured on held-out clean text. Part of the held-out text has leaked into the corpus (`benchmark`) and is measured apart. The
+judge says of each method which share of what it kept is good (precision), and which share of the good it kept (recall).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from filelock import FileLock
+from pydantic import Field
+
+import kdata
+from kdata.errors import ConfigError
+from kdata.pipelines.evidence.data import Part, split
+from kdata.pipelines.evidence.raw import Judge, write_raw
+from kdata.pipelines.evidence.runs import Figures
+from kdata.pipelines.evidence.selection import DISTIL, PLAIN, Selection, SelectionConfig, Setting, key_of
+from kdata.selection.band import Band
+from kdata.selection.confidence import Confidence, Margin
+from kdata.selection.margins import score_margins
+from kdata.selection.plan import Plan, make_plan
+from kdata.selection.prune import Prune, distillation_weight
+from kdata.selection.ranked import Difference, Random
+from kdata.selection.robust import Robust
+from kdata.selection.step import Step
+from kdata.trainer.domain_weights import DDKMixture
+from kdata.trainer.evaluate import evaluate
+
+REFERENCE = "ref"  # score of the small model: the reference of difference sampling, and the student before training
+NONE, ORACLE = "no selection", "oracle (knows the origin)"
+
+
+@dataclass(frozen=True)
+class Arm(Setting):
+    """A setting whose step may choose from the plan of other steps, done in order; oracle: the judge chooses."""
+
+    before: tuple[Step, ...] = ()
+    oracle: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as JSON values."""
+        steps = [step.model_dump(mode="json", exclude_none=True) for step in (*self.before, *_steps(self.step))]
+        mixture = {} if self.mixture is None else {"mixture": "ddk"}
+        return {
+            "steps": steps,
+            **mixture,
+            "objective": dict(self.objective),
+            "family": self.family,
+            "oracle": self.oracle,
+        }
+
+
+def _steps(step: Step | None) -> list[Step]:
+    return [] if step is None else [step]
+
+
+def _difference(name: str, share: float, **settings: Any) -> Difference:
+    return Difference(name=name, share=share, count_by="tokens", score=REFERENCE, **settings)
+
+
+HALF: dict[str, Any] = {"share": 0.5, "count_by": "tokens"}
+ARMS = (
+    Arm(NONE, ""),
+    Arm(ORACLE, "", oracle=True),
+    Arm("random half", "", Random(name="half", **HALF)),
+    Arm("difference, half", "", _difference("difference", 0.5)),
+    Arm("difference, half of each domain", "", _difference("each", 0.5, by_domain=True)),
+    Arm("difference, 30 % of each domain", "", _difference("each30", 0.3, by_domain=True)),
+    Arm("difference, 75 % of each domain", "", _difference("each75", 0.75, by_domain=True)),
+    Arm("middle of the teacher's NLL, half of each domain", "", Band(by_domain=True)),
+    Arm("easiest half of each domain", "", Prune(name="easy", keep="easy", by_domain=True, **HALF)),
+    Arm("hardest half of each domain", "", Prune(name="hard", keep="hard", by_domain=True, **HALF)),
+    Arm("joint confidence, half of each domain", "", Confidence(score=REFERENCE, **HALF)),
+    Arm("margin, half of each domain", "", Margin(**HALF)),
+    Arm("robust (max-min), half", "", Robust()),
+    Arm("DDK, trained student", "", mixture=lambda tokens, config: DDKMixture(every_steps=config.period_steps)),
+)  # fmt: skip
+MIXED = {"forward_kl": distillation_weight(0.5), "cross_entropy": 1 - distillation_weight(0.5)}
+SETTINGS: tuple[Arm, ...] = (
+    *(replace(arm, family="distillation", objective=DISTIL) for arm in ARMS),
+    *(replace(arm, family="cross-entropy", objective=PLAIN) for arm in ARMS),
+    Arm("random half", "distillation, weight 0.75", Prune(name="pruned", **HALF), objective=MIXED),
+)
+
+
+class RawConfig(SelectionConfig):
+    """Settings that all students share."""
+
+    train_tokens: int = Field(900_000, ge=1, description="Tokens of the raw corpus.")
+    heldout_tokens: int = Field(24_000, ge=1, description="Tokens to measure on, the same number of each domain.")
+    benchmark_tokens: int = Field(18_000, ge=1, description="Tokens of held-out text that leaked into the corpus.")
+    steps: int = Field(100, ge=1, description="Number of optimizer steps.")
+    batch_tokens: int = Field(4096, ge=2, description="Token positions of one step; padding counts.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    warmup_steps: int = Field(10, ge=0, description="Steps of linear rise to the peak; 0: none.")
+    period_steps: int = Field(10, ge=1, description="Steps between two updates of domain weights.")
+
+    def data_identity(self) -> dict[str, Any]:
+        """See `SelectionConfig.data_identity`."""
+        return {**super().data_identity(), "benchmark_tokens": self.benchmark_tokens}
+
+
+class Raw(Selection):
+    """The comparison: `measure` trains one setting with one seed, measures the student, and judges what was kept.
+
+    Its figures are those of `Selection.measure` and nll_benchmark, precision, recall and `kept ORIGIN`; of a mixture, which
+    reads all rows, as of everything.
+    """
+
+    PARTS: ClassVar[tuple[str, ...]] = ("heldout", "benchmark", "validation", "train")
+    config: RawConfig
+
+    def __init__(self, config: RawConfig, folder: Path) -> None:
+        super().__init__(config, "selection", folder)
+
+    def _write_texts(self) -> None:
+        c = self.config
+        parts = {
+            "heldout": Part(0.0, 0.1, c.heldout_tokens),
+            "benchmark": Part(0.1, 0.13, c.benchmark_tokens),
+            "validation": Part(0.13, 0.19, c.validation_tokens),
+            # Twice what there will be in all: the rest is what shuffled and repeated texts are made of.
+            "clean": Part(0.19, 1.0, 2 * c.train_tokens, balanced=False),
+        }
+        split(c.corpus, c.teacher, parts, self.folder)
+        write_raw(
+            self.folder / "clean.parquet", self.folder / "benchmark.parquet", c.teacher, c.train_tokens, self.folder,
+            context_tokens=c.context_tokens,
+        )  # fmt: skip
+
+    def _read(self) -> None:
+        super()._read()
+        score_margins(kdata.open(self.folder / "train"))
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Knows the origin of each row."""
+        index = self._datasets["train"].index(["id", "num_tokens"])
+        rows = dict(zip(index["id"].to_pylist(), index["num_tokens"].to_pylist(), strict=True))
+        return Judge(self.folder / "origins.parquet", rows)
+
+    def find(self, name: str) -> Arm:
+        """See `Selection.find`."""
+        return find(name)
+
+    def _plan_of(self, setting: Setting) -> Path | None:
+        assert isinstance(setting, Arm)
+        if setting.oracle:
+            dataset = self._datasets["train"]
+            path = dataset.path / "plans" / "oracle.parquet"
+            with FileLock(self.folder / "plans.lock"):
+                if not path.with_suffix(".json").exists():
+                    make_plan(dataset, "oracle", self.judge.good(), method="oracle", parameters={}).save(path.parent)
+            return path
+        for step in setting.before:
+            self._plan(step)
+        return self._plan(setting.step)
+
+    def _more_figures(self, plan: Path | None, model: Path) -> Figures:
+        data = self._datasets
+        ids = data["train"].index(["id"])["id"].to_pylist() if plan is None else Plan.load(plan).ids
+        verdict = self.judge.verdict(set(ids))
+        return {
+            "nll_benchmark": evaluate(model, data["benchmark"].path)["overall"]["nll"],
+            "precision": verdict.precision,
+            "recall": verdict.recall,
+            **{f"kept {origin}": share for origin, share in verdict.kept.items()},
+        }
+
+
+def find(key: str) -> Arm:
+    """A setting by its key. Raises ConfigError if there is none."""
+    by_key = {key_of(arm): arm for arm in SETTINGS}
+    if key not in by_key:
+        raise ConfigError(f"there is no setting {key!r}; the settings are {', '.join(by_key)}")
+    return by_key[key]
+
+
+def describe(key: str) -> Mapping[str, Any]:
+    """The content of a setting, by its key, as JSON values."""
+    return find(key).describe()
+
+
+def runs(seeds: int) -> list[tuple[str, int]]:
+    """(setting, seed) of every run: every setting with one seed, then with the next."""
+    return [(key_of(arm), seed) for seed in range(seeds) for arm in SETTINGS]
