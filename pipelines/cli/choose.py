@@ -124,7 +124,8 @@ def list_methods(value: bool) -> None:
     if value:
         found = verdicts()
         lines = [[name, method_words(method), method.SOURCE, str(found[name])] for name, method in METHODS.items()]
-        print_rows(["method", "what it chooses", "source", "on a raw corpus"], lines, title="methods of kdata select")
+        columns = ["method", "what it chooses", "source", "on a raw corpus"]
+        print_rows(columns, lines, right=[False] * len(columns), title="methods of kdata select")
         raise typer.Exit
 
 

@@ -162,7 +162,7 @@ class _Writer:
             prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=self._tokens, do_sample=False,
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
-        return [self._tokenizer.decode(row, skip_special_tokens=True) for row in whole]
+        return [str(self._tokenizer.decode(row, skip_special_tokens=True)) for row in whole]
 
 
 # ------------------------------------------------------------------------------------------------- what is not good
