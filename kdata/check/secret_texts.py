@@ -59,10 +59,16 @@ class Found:
     ids: list[str] = field(default_factory=list)
 
 
+def spans_in(text: str) -> Iterator[tuple[str, int, int]]:
+    """Form, begin and end, in characters, of each secret that a text holds, placeholders left out. A key may be cut short."""
+    for name, form in _FORMS.items():
+        yield from ((name, *match.span()) for match in form.finditer(text) if _is_secret(match[0]))
+    yield from (("private key", *match.span()) for match in _PRIVATE_KEY.finditer(text))
+
+
 def forms_in(text: str) -> set[str]:
     """Names of the forms of secrets that a text holds, placeholders left out."""
-    forms = {name for name, form in _FORMS.items() if any(_is_secret(match[0]) for match in form.finditer(text))}
-    return forms | {"private key"} if _PRIVATE_KEY.search(text) else forms
+    return {name for name, _, _ in spans_in(text)}
 
 
 def _is_secret(match: str) -> bool:

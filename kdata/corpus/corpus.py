@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from kdata.config import Strict
 from kdata.corpus.encode import SpecialTokensInText
 from kdata.corpus.files import FileRows, exists
+from kdata.corpus.hygiene import Passing, passing
 from kdata.corpus.library import hub_name, is_saved, open_hub, open_saved
 from kdata.corpus.messages import ALPACA, COMPANIONS, SHAREGPT, Chat, as_json, chat_of_row
 from kdata.corpus.values import as_text, checked_text, printable, text_of_column
@@ -28,7 +29,7 @@ COLUMNS = ("text_column", "messages_column", "tools_column", "id_column", "domai
 MAX_TEMPLATE_BYTES = 4 << 20
 OPTIONAL = ("source", "license")
 # Settings that were added later: left out of what is recorded where they are null, as in the datasets before.
-ADDED = ("chat_template", "special_tokens_in_text")
+ADDED = ("chat_template", "special_tokens_in_text", "where")
 REMEDIES = {
     "id_column": "; null numbers the rows",
     "domain_column": "; null puts all rows in the domain `domain`",
@@ -81,7 +82,17 @@ class CorpusConfig(Strict):
     domain_column: str | None = Field("domain", description="Column with the domain; null puts all in `domain`.")
     domain: str = Field("text", description="Domain of every row where there is no domain column.")
     domains: list[str] | None = Field(None, description="Only these domains; null takes all.")
-    limit: int | None = Field(None, ge=1, description="Only the first rows (after the choice of domains); null: all.")
+    hygiene: str | None = Field(
+        None, description="Parquet file that `kdata hygiene` wrote of this corpus, for `where`; null without one."
+    )
+    where: str | None = Field(
+        None,
+        description="Only rows for which this is true: SQL over the columns of `hygiene`, such as duplicates.near_keep and "
+        "language.code = 'en'. null: all rows.",
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Only the first rows (after the choice of domains and `where`); null: all."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -97,6 +108,8 @@ class CorpusConfig(Strict):
             raise ValueError(
                 f"text_column {self.text_column!r} and messages_column {self.messages_column!r}: name one of them"
             )
+        if (self.hygiene is None) != (self.where is None):
+            raise ValueError("hygiene (a file) and where (a condition on its columns) go together: name both")
         for name in ("tools_column", "template_options", "template_date", "chat_template"):
             if self.messages_column is None and getattr(self, name):
                 raise ValueError(f"{name} is for chats: name a messages_column")
@@ -222,7 +235,12 @@ class Corpus:
                 raise ConfigError(
                     f"{config.path} has no column {column!r} ({field_name}){hint}{_remedy(field_name, names)}; it has {names}"
                 )
+        self._passing: Passing | None = None
+        if config.hygiene is not None and config.where is not None:
+            self._passing = passing(Path(config.hygiene), config.where, self.rows_identity(), config.domains)
         count = self._rows.num_rows if config.domains is None else self._count_domains(config.domains)
+        if self._passing is not None:
+            count = self._passing.count
         self.num_rows: int | None = count if count is None else min(count, config.limit or count)
         """Documents in all; None where the number is known only after reading all of them."""
         if self.num_rows == 0:
@@ -253,10 +271,16 @@ class Corpus:
 
     def settings(self) -> dict[str, Any]:
         """What determines the rows, by content and not by place; part of the dataset's settings."""
-        own = self.config.model_dump(exclude={"path"})
+        own = self.config.model_dump(exclude={"path", "hygiene"})
         own = {name: value for name, value in own.items() if value is not None or name not in ADDED}
         template = {} if self._template is None else {"chat_template": self._template}
-        return {**self._rows.identity(), **own, **template}
+        chosen = {} if self._passing is None else {"hygiene": self._passing.digest}
+        return {**self._rows.identity(), **own, **template, **chosen}
+
+    def rows_identity(self) -> dict[str, Any]:
+        """What determines texts and ids of the rows, whichever of them are read; a file of `hygiene` records it."""
+        names = ("text_column", "messages_column", "tools_column", "id_column")
+        return {**self._rows.identity(), **{name: getattr(self.config, name) for name in names}}
 
     def documents(self) -> Iterator[Document | Reject]:
         """Rows in their order; a row that cannot be used comes as a reject with its reason."""
@@ -270,6 +294,9 @@ class Corpus:
                 continue
             else:
                 document = self._document(number, row)
+            if isinstance(document, Document) and self._is_left_out(document):
+                seen.add(document.id)
+                continue
             if isinstance(document, Document) and document.id in seen:
                 detail = "an earlier row has the same id; ids must be unique (id_column null makes new ones)"
                 document = Reject(document.id, document.domain, "id_twice", detail)
@@ -281,6 +308,17 @@ class Corpus:
                 return
         if not count:
             raise DataError(f"{config.path} holds no row{f' of {config.domains}' if config.domains else ''}")
+
+    def _is_left_out(self, document: Document) -> bool:
+        """Whether `where` leaves a row out. Raises DataError where `hygiene` has no such row."""
+        if self._passing is None:
+            return False
+        if document.id not in self._passing.ids:
+            raise DataError(
+                f"{self.config.hygiene} has no row {document.id!r} of {self.config.path}: it was made with a limit, or of "
+                "some domains; run `kdata hygiene` with the same corpus settings"
+            )
+        return not self._passing.ids[document.id]
 
     def _is_wanted(self, domain: Any) -> bool:
         return as_text(domain) in (self.config.domains or ())

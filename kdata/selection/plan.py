@@ -72,6 +72,24 @@ class PositionsInfo(Contract):
     domains: dict[str, PositionShare] = Field(description="The same numbers of each domain.")
 
 
+class ConditionInfo(Contract):
+    """A condition on the rows of a plan, and what it left out."""
+
+    condition: str = Field(description="The condition, SQL.")
+    left_out: int = Field(ge=0, description="Rows for which it is not true.")
+    unknown: int = Field(ge=0, description="Those of them for which it is null, because something is not known.")
+    alone: int = Field(ge=0, description="Rows that it leaves out and no other condition does.")
+    examples: list[str] = Field(description="Ids of some rows that it leaves out, those whose MD5 is smallest.")
+
+
+class ConditionsInfo(Contract):
+    """What the conditions of a plan left out, before its method chose."""
+
+    rows: int = Field(ge=0, description="Rows of the dataset, or of the parent plan.")
+    passed: int = Field(ge=0, description="Rows that meet every condition.")
+    conditions: list[ConditionInfo] = Field(description="Each condition.")
+
+
 class PlanInfo(Contract):
     """NAME.json beside NAME.parquet: how the rows of a plan were chosen."""
 
@@ -98,6 +116,11 @@ class PlanInfo(Contract):
     domains: dict[str, DomainChoice] = Field({}, description="What was requested and chosen of each domain.")
     shares: dict[str, dict[str, float]] = Field(
         description="Per domain: share of tokens in the dataset and in the plan."
+    )
+    where: ConditionsInfo | None = Field(
+        None,
+        exclude_if=lambda info: info is None,
+        description="What conditions left out before the method chose; absent without conditions.",
     )
     positions: PositionsInfo | None = Field(
         None,

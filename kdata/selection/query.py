@@ -47,7 +47,8 @@ class Sql(Step):
             raise ConfigError('method sql needs a query: --sql "select id from rows where ..."')
         session.show(session.dataset.manifest, [])
         if session.parent is None:  # as in `kdata sql`: a column `repeats` would clash in joins with plans
-            session.execute("create or replace view rows as from every_row")
+            rows = session.rows("every_row")
+            session.execute(f"create or replace view rows as select * exclude (repeats, place) from ({rows})")
         session.refuse_writing(self.sql)
         check_recordable(self.sql)
         # Column names in lower case, as SQL ignores case; the order of the answer in a column of its own.
@@ -68,7 +69,8 @@ class Sql(Step):
         unknown = session.fetch("select id from chosen where domain is null order by value desc limit 1")
         if unknown:
             where = f"{session.dataset.path}" + (f", plan {self.parent!r}," if self.parent else "")
-            raise MissingError(f"{where} has no row with id {unknown[0][0]!r}")
+            among = " among those that meet the conditions (where)" if self.where else ""
+            raise MissingError(f"{where} has no row with id {unknown[0][0]!r}{among}")
         counts = {domain: Counts(*numbers) for domain, *numbers in session.fetch(COUNTS)}
         parents = tuple(mentions(session.dataset, self.sql)["plans"])
         return Chosen(counts, self.sql.strip(), parents=parents), {}

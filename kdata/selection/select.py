@@ -18,13 +18,14 @@ million.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import BeforeValidator, Field
 
 from kdata.config import parse_config
-from kdata.errors import ConfigError, DataError, nearest
+from kdata.errors import ConfigError, DataError, MissingError, nearest
 from kdata.format.files import remove_leftover, removed_on_failure, settle, without_hidden
 from kdata.selection.band import Band
 from kdata.selection.choose_positions import choose_positions
@@ -32,6 +33,8 @@ from kdata.selection.confidence import Confidence, Margin
 from kdata.selection.ddk import Ddk
 from kdata.selection.mixtures import Cap, Proportional, Static, Temperature, Uniform
 from kdata.selection.plan import (
+    ConditionInfo,
+    ConditionsInfo,
     DomainChoice,
     Plan,
     PositionsInfo,
@@ -48,11 +51,13 @@ from kdata.selection.prune import Prune
 from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Difference, Random
 from kdata.selection.robust import Robust
-from kdata.selection.session import DomainSizes, Session, open_session
+from kdata.selection.session import Conditions, DomainSizes, Session, open_session
 from kdata.selection.sidecar import checked_score_digest
 from kdata.selection.step import Chosen, Counts, Step
 from kdata.selection.tables import RegMix, Table
+from kdata.store.conditions import EXAMPLES, check_condition
 from kdata.store.dataset import Dataset
+from kdata.store.listed import SCORES
 from kdata.store.sql import Room, check_new_name, literal
 
 METHODS: dict[str, type[Step]] = {
@@ -128,14 +133,17 @@ def select(dataset: Dataset, config: Step, room: Room | None = None, *, reader: 
             f"plan {config.parent!r} chooses positions, and a plan of rows from it would lose them; choose rows first and "
             "positions last, or name a rule (--positions) that chooses among its positions"
         )
+    conditions = _conditions(dataset, config)
     read = {"scores": [], "plans": []} if config.positions is None else config.positions.mentions(dataset)
-    names = dict.fromkeys([*config.sidecars(dataset), *read["scores"]])
+    names = dict.fromkeys([*config.sidecars(dataset), *read["scores"], *conditions.scores])
     scores = {score: checked_score_digest(dataset, score) for score in names}
     dataset.check_index()
-    with open_session(dataset, parent, f"select {name}", config.reads(dataset), room) as session:
+    reads = config.reads(dataset) | {f"scores.{score}".lower() for score in conditions.scores}
+    with open_session(dataset, parent, f"select {name}", reads, room, conditions) as session:
         domains = session.domains()
         if not domains:
             raise DataError(f"{dataset.path} has no rows to choose from; capture or generate some first")
+        left_out = _left_out(session, name) if conditions.texts else None
         chosen, parameters = config.choose(session, domains)
         read_plans = [open_plan(dataset, other) for other in chosen.parents]
         if config.positions is None:
@@ -156,10 +164,40 @@ def select(dataset: Dataset, config: Step, room: Room | None = None, *, reader: 
             parents={plan.info.name: plan.plan_digest for plan in parents},
             count_by=chosen.count_by,
             requested=None if chosen.requested is None else sum(chosen.requested.values()),
+            where=left_out,
             positions=positions,
         )
         path = _write(session, dataset.path / "plans" / name, positions)
         return Plan(path, info, write_plan_info(path, info))
+
+
+def _conditions(dataset: Dataset, config: Step) -> Conditions:
+    """The conditions of a step, and the scores that they name. Raises ConfigError, and MissingError for an unknown score."""
+    known = {name.lower(): name for name in dataset.listed(SCORES)}
+    scores: dict[str, None] = {}
+    for text in config.where:
+        for name in check_condition(text):
+            if name not in known and name != "rows":
+                raise MissingError(
+                    f"condition {text!r}: there is no score {name!r}{nearest(name, sorted(known.values()))}; write it with "
+                    "`kdata hygiene` or `kdata score`"
+                )
+            scores.update({known[name]: None} if name != "rows" else {})
+    return Conditions(tuple(config.where), tuple(scores))
+
+
+def _left_out(session: Session, name: str) -> ConditionsInfo:
+    """What the conditions leave out. Raises DataError where they leave nothing."""
+    rows, passed, *each = session.left_out()
+    infos = []
+    for number, text in enumerate(session.conditions.texts):
+        left_out, unknown, alone, examples = each[4 * number : 4 * number + 4]
+        first = sorted(examples, key=lambda row_id: (hashlib.md5(row_id.encode()).hexdigest(), row_id))[:EXAMPLES]
+        infos.append(ConditionInfo(condition=text, left_out=left_out, unknown=unknown, alone=alone, examples=first))
+    if not passed:
+        each_text = "; ".join(f"{one.condition!r} leaves out {one.left_out:,}" for one in infos)
+        raise DataError(f"plan {name!r}: no row of {rows:,} meets the conditions: {each_text}. Loosen one of them")
+    return ConditionsInfo(rows=rows, passed=passed, conditions=infos)
 
 
 def _refuse_lost_positions(session: Session, plans: list[Plan]) -> None:

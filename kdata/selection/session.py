@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from kdata.format.files import folder_beside, lock_of, storage_errors
 from kdata.format.schema import ManifestEntry, index_schema
 from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
+from kdata.store.conditions import added, all_true, counts_query
 from kdata.store.dataset import Dataset
 from kdata.store.listed import SCORES
 from kdata.store.sql import (
@@ -52,9 +54,29 @@ class DomainSize(NamedTuple):
 DomainSizes = Mapping[str, DomainSize]
 
 
-def rows_of(plan: str | None, rows: str) -> str:
-    """The query that a step reads as `rows`: the index, and how often and at which place the parent plan has each row."""
-    return ALL_ROWS.format(rows=rows) if plan is None else ROWS_OF_A_PLAN.format(rows=rows, plan=plan)
+@dataclass(frozen=True)
+class Conditions:
+    """Conditions on the rows to choose from, in the words of `kdata.store.conditions`, and the scores that they name."""
+
+    texts: tuple[str, ...] = ()
+    scores: tuple[str, ...] = ()
+
+    def source(self, rows: str) -> str:
+        """What stands behind `from` to evaluate the conditions on a query of rows, in parentheses."""
+        joins = "".join(f'\n    left join scores."{name}" as "{name}" using (id)' for name in self.scores)
+        return f"({rows}) as rows{joins}"
+
+
+def rows_of(plan: str | None, rows: str, conditions: Conditions | None = None) -> str:
+    """The query that a step reads as `rows`: the index, and how often and at which place the parent plan has each row.
+
+    Args:
+        conditions: only rows for which they are true.
+    """
+    every = ALL_ROWS.format(rows=rows) if plan is None else ROWS_OF_A_PLAN.format(rows=rows, plan=plan)
+    if conditions is None or not conditions.texts:
+        return every
+    return f"select rows.* from {conditions.source(every)}\n    where {all_true(conditions.texts)}"
 
 
 class Session:
@@ -67,14 +89,39 @@ class Session:
     """
 
     def __init__(
-        self, dataset: Dataset, connection: duckdb.DuckDBPyConnection, folder: Path, parent: Plan | None, task: Task
+        self,
+        dataset: Dataset,
+        connection: duckdb.DuckDBPyConnection,
+        folder: Path,
+        parent: Plan | None,
+        task: Task,
+        conditions: Conditions,
     ) -> None:
-        self.dataset, self.folder, self.parent = dataset, folder, parent
+        self.dataset, self.folder, self.parent, self.conditions = dataset, folder, parent, conditions
         self._connection, self._task = connection, task
 
     def rows(self, view: str) -> str:
         """The query behind `rows`, over a view of the index."""
-        return rows_of(None if self.parent is None else self.parent.info.name, view)
+        return rows_of(self._plan, view, self.conditions)
+
+    @property
+    def _plan(self) -> str | None:
+        return None if self.parent is None else self.parent.info.name
+
+    @property
+    def chooses_among_some(self) -> bool:
+        """Whether rows of the dataset may be missing in `rows`."""
+        return self.parent is not None or bool(self.conditions.texts)
+
+    def left_out(self) -> list[Any]:
+        """How many rows each condition leaves out, and which: see `kdata.store.conditions.counts_query`."""
+        source = self.conditions.source(rows_of(self._plan, "every_row"))
+        query, totals = counts_query(source, self.conditions.texts), None
+        for _ in self.pieces([]):
+            [row] = self.fetch(query)
+            totals = added(totals, row)
+        assert totals is not None
+        return totals
 
     def execute(self, sql: str, bindings: dict[str, Any] | None = None) -> duckdb.DuckDBPyConnection:
         """Run one statement with bound parameters."""
@@ -114,12 +161,12 @@ class Session:
         """Create the views of some shards: `every_row` (the index), `rows` (to choose from), `scores.NAME`."""
         index = [self.dataset.sql_file(entry, "index") for entry in entries]
         files_view(self._connection, "every_row", index, index_schema())
-        self.execute(f"create or replace view rows as {self.rows('every_row')}")
         shards = {f"{entry.name}.parquet" for entry in entries}
-        for name in scores:
+        for name in dict.fromkeys([*self.conditions.scores, *scores]):
             files = self.dataset.listed_files(SCORES, name)
             parts = [part for part in files if part.rpartition("/")[2] in shards]
             files_view(self._connection, f'scores."{name}"', parts, index_schema())
+        self.execute(f"create or replace view rows as {self.rows('every_row')}")
 
     def show_file(self, view: str, file: Path, schema: pa.Schema) -> None:
         """Show a Parquet file of `folder` in a view."""
@@ -143,9 +190,9 @@ class Session:
             for domain, sequences, tokens in self.fetch(counted):
                 before = sizes.get(domain, DomainSize(0, 0))
                 sizes[domain] = DomainSize(before.sequences + sequences, before.tokens + tokens)
-            if countable and self.parent is not None:
+            if countable and self.chooses_among_some:
                 present |= {domain for (domain,) in self.fetch(in_rows)}
-        return {d: size for d, size in sizes.items() if not countable or self.parent is None or d in present}
+        return {d: size for d, size in sizes.items() if not countable or not self.chooses_among_some or d in present}
 
     def tokens_of(self, text: str) -> AbstractContextManager[object]:
         """Show `tokens` and `entries` to one query, which must be run before the end; see `token_views`."""
@@ -180,12 +227,18 @@ def exclusive(dataset: Dataset, purpose: str) -> Iterator[Path]:
 
 @contextmanager
 def open_session(
-    dataset: Dataset, parent: Plan | None, what: str, reads: frozenset[str], room: Room | None = None
+    dataset: Dataset,
+    parent: Plan | None,
+    what: str,
+    reads: frozenset[str],
+    room: Room | None = None,
+    conditions: Conditions | None = None,
 ) -> Iterator[Session]:
     """Open the connection of a step, hold the dataset's lock and show progress.
 
     Args:
         reads: views that the step reads beside `rows` and the parent plan.
+        conditions: on the rows to choose from.
     Raises:
         StorageError: another process writes to the dataset, or memory or disk do not suffice.
         CorruptError, QueryError: see `kdata.store.sql.query`.
@@ -198,7 +251,7 @@ def open_session(
         Task(what, unit="rows read") as task,
         connect(dataset, reads | own, Room(room.memory_limit, room.threads, folder)) as connection,
     ):
-        yield Session(dataset, connection, folder, parent, task)
+        yield Session(dataset, connection, folder, parent, task, conditions or Conditions())
 
 
 @contextmanager

@@ -13,11 +13,12 @@ from kdata.errors import ConfigError, DependencyError, KdataError
 from kdata.format.files import storage_errors, write_atomically
 from kdata.observe.style import COLOURS, STYLE
 from kdata.observe.text import one_line
-from kdata.selection.plan import DomainChoice, Plan, PlanInfo, PositionsInfo, open_plan
+from kdata.selection.plan import ConditionsInfo, DomainChoice, Plan, PlanInfo, PositionsInfo, open_plan
 from kdata.selection.ranked import Ranked
 from kdata.selection.select import METHODS
-from kdata.selection.session import rows_of
+from kdata.selection.session import Conditions, rows_of
 from kdata.selection.sidecar import score_digest
+from kdata.store.conditions import check_condition
 from kdata.store.dataset import Dataset
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 ENDINGS = (".png", ".svg", ".pdf")
 BARS = 60  # of a histogram
 SHOWN_DOMAINS = 40  # in a picture
+SHOWN_CHARS = 300  # of the text of a row that was left out
 
 # Values of all rows to choose from, and of the chosen ones, counted in bars.
 RANGE = "with rows as ({rows}), candidates as ({values}) select min(value) as low, max(value) as high from candidates"
@@ -84,6 +86,8 @@ def table_of(plan: Plan) -> Shown:
     if info.requested is not None:
         num_chosen = sum(_units(domain, info) for domain in info.domains.values())
         notes.append(f"requested {info.requested:,} {info.count_by}, chose {num_chosen:,}")
+    if info.where is not None:
+        notes += _condition_notes(info.where)
     if chosen is not None:
         notes += _position_notes(chosen)
     notes += [f"from plan {name} ({digest[:12]})" for name, digest in sorted(info.parents.items())]
@@ -91,6 +95,35 @@ def table_of(plan: Plan) -> Shown:
     return Shown(
         f"plan {info.name}: {info.num_rows:,} rows, {info.num_tokens:,} tokens", ["domain", *cells_of], rows, notes
     )
+
+
+def conditions_of(info: PlanInfo) -> Conditions:
+    """The conditions of a plan, and the scores that they name."""
+    texts = () if info.where is None else tuple(one.condition for one in info.where.conditions)
+    named = {name for text in texts for name in check_condition(text)}
+    return Conditions(texts, tuple(name for name in info.scores if name.lower() in named))
+
+
+def _condition_notes(where: ConditionsInfo) -> list[str]:
+    """How many rows each condition left out."""
+    notes = [f"{where.passed:,} of {where.rows:,} rows meet the conditions"]
+    for one in where.conditions:
+        unknown = f", {one.unknown:,} of them because it is not known" if one.unknown else ""
+        notes.append(f"  {one.condition}: leaves out {one.left_out:,} ({one.alone:,} that no other does{unknown})")
+    return notes
+
+
+def left_out_texts(dataset: Dataset, plan: Plan) -> list[tuple[str, str, str]]:
+    """Condition, id and text of the examples of rows that a plan left out; the beginning of a long text."""
+    where = plan.info.where
+    ids = sorted({name for one in (where.conditions if where else []) for name in one.examples})
+    if where is None or not ids:
+        return []
+    table = dataset.sql(
+        f"select id, text[:{SHOWN_CHARS}] as text from rows where list_contains($ids, id)", {"ids": ids}
+    )
+    texts = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
+    return [(one.condition, name, texts.get(name) or "") for one in where.conditions for name in one.examples]
 
 
 def _position_notes(chosen: PositionsInfo) -> list[str]:
@@ -214,7 +247,7 @@ def _histogram(dataset: Dataset, plan: Plan) -> _Bars | None:
     if method is None or not issubclass(method, Ranked) or method.VALUE is None or not _inputs_unchanged(dataset, plan):
         return None
     step = method.from_recorded(plan.info.parameters)
-    rows = rows_of(next(iter(plan.info.parents), None), "main.rows")
+    rows = rows_of(next(iter(plan.info.parents), None), "main.rows", conditions_of(plan.info))
     form = {"rows": rows, "values": step.values(), "bars": BARS, "plan": plan.info.name}
     [ends] = dataset.sql(RANGE.format(**form), step.bindings() or None).to_pylist()
     if ends["low"] is None or ends["low"] == ends["high"]:

@@ -2,13 +2,15 @@
 
 A sidecar is a folder `scores/NAME/` with one Parquet part per shard, and `scores/NAME.json`, which names the model, the
 dataset and the digest of each part. `kdata.jobs.scoring` writes a model's scores (id, nll, num_target_tokens, and on request
-the NLL of each token, see `kdata.store.token_scores`); `kdata.selection.score_file` writes numbers from a file.
+the NLL of each token, see `kdata.store.token_scores`); `kdata.selection.score_file` writes numbers from a file;
+`kdata.hygiene.inspect` writes what the checks of hygiene found in the texts.
 """
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -57,29 +59,43 @@ class ScoreInfo(Contract):
     origin: FileInfo | None = Field(
         None, description="Digest and size of the file that the numbers are from; null where a model scored."
     )
+    settings: dict[str, Any] | None = Field(
+        None,
+        exclude_if=lambda settings: settings is None,
+        description="Check of `kdata hygiene` that made the columns, with its settings and the versions of its packages; "
+        "absent from other scores.",
+    )
     files: dict[str, FileInfo] = Field(description="Parts, by path inside the dataset; empty until all are written.")
     digest: str = Field("", description="SHA-256 of everything else in the file; shows a damaged byte.")
+
+
+def refuse_other_settings(dataset: Dataset, info: ScoreInfo) -> None:
+    """Raise MismatchError where a sidecar of that name has other settings, ConfigError where one differs in case alone."""
+    check_new_name("score", info.name, listed(dataset.path, SCORES))
+    path = dataset.path / "scores" / f"{info.name}.json"
+    if not path.exists():
+        return
+    before = load_score_info(dataset, info.name)
+    # The dataset digest may differ: rows were added. Each part records its shard, so parts of unchanged shards are kept.
+    changing = {"files", "dataset_digest", "dataset_identity", "digest"}
+    difference = settings_difference(before.model_dump(exclude=changing), info.model_dump(exclude=changing))
+    if difference:
+        raise MismatchError(
+            f"scores.{info.name} exists with other settings (before -> now):\n{difference}\n"
+            f"Choose another name, or remove {path.with_suffix('')} and {path.name}."
+        )
 
 
 def begin_sidecar(dataset: Dataset, info: ScoreInfo) -> None:
     """Start or continue a sidecar. Raises MismatchError where a sidecar of that name has other settings."""
     path = dataset.path / "scores" / f"{info.name}.json"
-    check_new_name("score", info.name, listed(dataset.path, SCORES))
+    refuse_other_settings(dataset, info)
     folder = dataset.path / "scores" / info.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / COPIED).unlink(missing_ok=True)
     older: list[ManifestEntry] = []
     if path.exists():
-        before = load_score_info(dataset, info.name)
-        # The dataset digest may differ: rows were added. Each part records its shard, so parts of unchanged shards are kept.
-        changing = {"files", "dataset_digest", "dataset_identity", "digest"}
-        difference = settings_difference(before.model_dump(exclude=changing), info.model_dump(exclude=changing))
-        if difference:
-            raise MismatchError(
-                f"scores.{info.name} exists with other settings (before -> now):\n{difference}\n"
-                f"Choose another name, or remove {path.with_suffix('')} and {path.name}."
-            )
-        older = _older_parts(dataset, before)
+        older = _older_parts(dataset, load_score_info(dataset, info.name))
     write_json(path, _of(dataset, info).model_dump())
     for entry in older:
         write_part(dataset, info.name, entry, _read(_part(dataset, info.name, entry)))

@@ -61,6 +61,12 @@ class Step(Strict):
     parent: str | None = Field(
         None, pattern=NAME.pattern, description="Choose from this plan of the dataset; null: from the whole dataset."
     )
+    where: list[str] = Field(
+        [],
+        exclude_if=lambda conditions: not conditions,
+        description="Only rows that meet this: SQL over their columns, and SCORE.COLUMN of scores. May be repeated; the plan "
+        "says what each leaves out.",
+    )
     positions: PositionsConfig | None = Field(
         None,
         exclude_if=lambda rule: rule is None,
@@ -87,7 +93,7 @@ class Step(Strict):
 
     def recorded(self) -> dict[str, Any]:
         """The settings that a plan records, under the keys that plans have always used."""
-        settings = self.model_dump(exclude={"method", "name", "parent", "positions"})
+        settings = self.model_dump(exclude={"method", "name", "parent", "positions", "where"})
         return {RECORDED_AS.get(key, key): value for key, value in settings.items()}
 
     @classmethod

@@ -299,7 +299,9 @@ class Dataset:
             )
         if kind is SCORES:
             if info.dataset_digest != self.content_digest or not info.files:
-                raise MissingError(f"score {name!r} does not cover the dataset as it is now; run `kdata score` again")
+                raise MissingError(
+                    f"score {name!r} does not cover the dataset as it is now; run `{info.command}` again"
+                )
             if set(info.files) != {f"scores/{name}/{entry.name}.parquet" for entry in self.manifest}:
                 raise CorruptError(
                     f"{path} does not list one part for each shard; remove it and run `kdata score` again"

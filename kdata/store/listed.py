@@ -42,7 +42,13 @@ class Listing(Contract):
     columns: list[str] = Field([])
     files: dict[str, FileInfo] = Field({})
     table: FileInfo | None = None
+    settings: dict[str, Any] | None = None
     digest: str = ""
+
+    @property
+    def command(self) -> str:
+        """The command that writes such a score."""
+        return SCORES.command if self.settings is None else "kdata hygiene"
 
     def files_of(self, kind: Kind) -> dict[str, FileInfo]:
         """Its files by path inside the dataset; none of a score that is not complete, or of a plan before version 1.0."""

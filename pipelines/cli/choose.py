@@ -38,7 +38,7 @@ from kdata.selection.plan import open_plan
 from kdata.selection.position_rules import RULES, Excess, ShareRule, SqlPositions
 from kdata.selection.score_file import ImportedScores, bring
 from kdata.selection.select import DEFAULT, METHODS, parse_step
-from kdata.selection.show import Shown, comparison_table, draw, table_of
+from kdata.selection.show import Shown, comparison_table, draw, left_out_texts, table_of
 from kdata.selection.show import compare as compare_plans
 from kdata.selection.step import Step
 from kdata.store.sql import Room
@@ -150,6 +150,7 @@ def select(
     by_domain: Annotated[bool | None, method_option("by_domain")] = None,
     score: Annotated[str | None, method_option("score", "NAME")] = None,
     sql: Annotated[str | None, method_option("sql", "QUERY")] = None,
+    where: Annotated[list[str] | None, option("where", Step, metavar="CONDITION")] = None,
     weights: Annotated[str | None, method_option("weights", "DOMAIN=W,...")] = None,
     temperature: Annotated[float | None, method_option("temperature")] = None,
     size: Annotated[int | None, method_option("size")] = None,
@@ -196,6 +197,7 @@ def select(
       kdata select my-dataset --method difference --share 0.5
       kdata select my-dataset --name easy --sql "select id from rows where nll<4"
       kdata select my-dataset --parent easy --method cap --size 1000000
+      kdata select D --where duplicates.near_keep --where "language.code = 'en'"
       kdata select my-dataset --positions entropy --positions-share 0.2
       kdata select D --positions excess --positions-score s --positions-share .6
     """
@@ -206,7 +208,7 @@ def select(
     chosen_rule = {key: value for key, value in rule.items() if value is not None}
     values = {
         "method": method or ("sql" if sql else "all" if chosen_rule else None), "positions": chosen_rule or None,
-        "parent": parent, "name": name, "share": share, "by_domain": by_domain,
+        "parent": parent, "name": name, "where": where or None, "share": share, "by_domain": by_domain,
         "score": score, "sql": sql, "weights": None if weights is None else weights_of(weights), "temperature": temperature,
         "size": size, "count_by": count_by, "max_repeats": max_repeats, "take": take, "seed": seed,
     }  # fmt: skip
@@ -249,7 +251,8 @@ def show(
 ) -> None:
     """Show what a plan takes of each domain.
 
-    Prints a table and draws a picture. --format json prints the plan's description, and draws only if --picture is given.
+    Prints a table, and rows that a condition left out, and draws a picture. --format json prints the plan's description, and
+    draws only if --picture is given.
     """
     opened = kdata.open(dataset)
     chosen = open_plan(opened, plan)
@@ -260,6 +263,9 @@ def show(
             draw(opened, chosen, file)
         return
     print_shown(table_of(chosen))
+    if examples := left_out_texts(opened, chosen):
+        rows = [[condition, name, text] for condition, name, text in examples]
+        print_rows(["left out by", "id", "text"], rows, right=[False] * 3, title="Rows that were left out, for example")
     say(f"picture: {draw(opened, chosen, file)}")
 
 

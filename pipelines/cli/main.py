@@ -65,6 +65,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "import": Entry("make:import_", "Import another tool's logit dataset."),
     },
     "Choose": {
+        "hygiene": Entry("hygiene:hygiene", "Find duplicates, test questions, poor and personal text."),
         "score": Entry("choose:score", "Add a score to every row of a dataset, or to every token."),
         "select": Entry("choose:select", "Choose what to train on: write a plan of rows, or of tokens."),
         "plan show": Entry("choose:show", "Show what a plan takes of each domain."),

@@ -28,6 +28,7 @@ OWN = {
     "--engine", "--json-schema",  # capture, generate, reread: which settings model, and a file that holds a setting
     "--deep", "--against-teacher", "--copy", "--hidden-size", "--head", "--block",  # verify, repair, audit
     "--from", "--unit", "--method", "--memory", "--threads", "--picture", "--positions",  # score, select, plan show
+    "--where",  # hygiene
     "--check",  # sql
     "--price-per-hour", "--probe-tokens",  # estimate
     "--public", "--allow-secrets", "--columns", "--link", "--by", "--num-rows", "--watch",  # push, export, merge, split, ...
