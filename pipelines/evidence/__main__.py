@@ -178,9 +178,7 @@ def _choice(question: Question, chosen: dict[str, Any], out: Path, seeds: int) -
 
 
 def _raw(question: Question, chosen: dict[str, Any], out: Path, seeds: int) -> Comparison:
-    """Students start from the reference, unless another start is named: what has learned something can be harmed, too."""
-    start = {"student": CheckpointStudent(model=chosen["reference"])}
-    config = raw_question.RawConfig(**{**start, **chosen})
+    config = raw_question.RawConfig(**chosen)
     asked = raw_question.Raw(config, out / "data")
     describe = cast(Callable[[str], dict[str, Any]], raw_question.describe)
     return Comparison(raw_question.runs(seeds), config.identity(), asked.measure, describe)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from kdata.pipelines.evidence.figures import text_of, write_results
 from kdata.pipelines.evidence.raw import SHARES
-from kdata.pipelines.evidence.raw_question import NONE, SETTINGS, describe
+from kdata.pipelines.evidence.raw_question import NONE, SETTINGS, TRAINED, describe
 from kdata.pipelines.evidence.runs import Figures
 from kdata.pipelines.evidence.selection import key_of
 from kdata.pipelines.evidence.summary import Estimate, relative_difference, summarise
@@ -41,7 +41,7 @@ def write_report(out: Path, runs: Runs) -> str:
 def none_of(key: str) -> str:
     """The setting that one is compared with: no selection, with the same objective or the nearest one."""
     family = next(s.family for s in SETTINGS if key_of(s) == key)
-    return f"{NONE} ({family if family in FAMILIES else 'distillation'})"
+    return f"{NONE} ({family if family in (*FAMILIES, TRAINED) else 'distillation'})"
 
 
 def names_of(means: Means) -> list[str]:
@@ -68,7 +68,7 @@ def markdown(means: Means, against: Against) -> str:
         lines.append(f"| {' | '.join([*cells, text_of(own['nll_benchmark'], 3), ' + '.join(dict.fromkeys(seeds))])} |")
     for setting in SETTINGS:
         if setting.family not in FAMILIES and (key := key_of(setting)) in means:
-            change = text_of(against.get(key), 2, 100, "%", sign="+")
+            change = "-" if key == none_of(key) else text_of(against.get(key), 2, 100, "%", sign="+")
             lines.append(
                 f"| {key} | {means[key]['precision'].mean:.2f} | {means[key]['recall'].mean:.2f} "
                 f"| {text_of(means[key]['nll'], 3)} | {change} | - | - "

@@ -66,8 +66,6 @@ def verdicts(path: Path = RESULTS) -> dict[str, Verdict]:
 
 
 def _method(content: dict[str, Any]) -> str | None:
-    """The method that alone makes a setting; None where several steps do, or none."""
-    names = [step["method"] for step in content["steps"]]
-    if "mixture" in content:
-        names.append(content["mixture"])
-    return names[0] if len(names) == 1 and names[0] in METHODS else None
+    """The method of a setting that has no conditions beside it; None where there is none."""
+    step = content.get("step", {"method": content.get("mixture")})
+    return step["method"] if step["method"] in METHODS and "where" not in step else None
