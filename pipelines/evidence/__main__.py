@@ -17,6 +17,7 @@ import typer
 from kdata.pipelines.builtin.builtin import builtin_reference, builtin_teacher, ensure_corpus
 from kdata.pipelines.evidence import offline, positions, raw_question, selection, tokenizers
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData
+from kdata.pipelines.evidence.raw import SHARES
 from kdata.pipelines.evidence.runs import Figures, load_runs, run_all
 from kdata.trainer.config import CheckpointStudent, ScratchStudent
 
@@ -78,7 +79,7 @@ def run(
         str | None, typer.Option(help="Parquet file with id, domain, text; default: like teacher.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds of each setting.")] = 3,
-    size: Annotated[Size, typer.Option(help="small: two cores. large: a GPU (selection, mixture, raw).")] = Size.small,
+    size: Annotated[Size, typer.Option(help="small: two cores. large: a GPU (selection, mixture).")] = Size.small,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default: depends on the question.")] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(min=2, help="Token positions of a step; default: like steps.")
@@ -104,6 +105,8 @@ def run(
         raise typer.BadParameter(
             f"the question {question.value} has the size small only: its reference, full distillation, is written for CPUs"
         )
+    if size is Size.large and question is Question.raw:
+        raise typer.BadParameter("the question raw has the size small only: its corpus is made in memory")
     sources = _sources(out, {"teacher": teacher, "reference": reference, "corpus": corpus})
     chosen = {**(LARGE if size is Size.large else {}), **sources, **{n: v for n, v in options.items() if v is not None}}
     if (changed := chosen.get("steps")) is not None:
@@ -178,7 +181,8 @@ def _choice(question: Question, chosen: dict[str, Any], out: Path, seeds: int) -
 
 
 def _raw(question: Question, chosen: dict[str, Any], out: Path, seeds: int) -> Comparison:
-    config = raw_question.RawConfig(**chosen)
+    tokens: int = chosen.get("train_tokens", raw_question.RawConfig.model_fields["train_tokens"].default)
+    config = raw_question.RawConfig(benchmark_tokens=round(SHARES["benchmark"] * tokens), **chosen)
     asked = raw_question.Raw(config, out / "data")
     describe = cast(Callable[[str], dict[str, Any]], raw_question.describe)
     return Comparison(raw_question.runs(seeds), config.identity(), asked.measure, describe)

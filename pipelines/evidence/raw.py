@@ -21,9 +21,10 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import polars as pl
 import torch
@@ -148,17 +149,20 @@ def _first_tokens(
 class _Writer:
     """The teacher, writing greedily."""
 
-    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, context_tokens: int) -> None:
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(self, teacher: str, tokenizer: PreTrainedTokenizerBase, context_tokens: int) -> None:
+        self._teacher, self._tokenizer = teacher, tokenizer
         self._tokens = context_tokens - PROMPT_TOKENS - 2
+
+    @cached_property
+    def _model(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self._teacher, dtype=torch.float32).eval()
 
     @torch.inference_mode()
     def write(self, texts: list[str]) -> list[str]:
         """What follows the first PROMPT_TOKENS tokens of each text; texts that have fewer are left out."""
-        model = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32).eval()
         ids = [self._tokenizer(text)["input_ids"][:PROMPT_TOKENS] for text in texts]
         prompts = torch.tensor([row for row in ids if len(row) == PROMPT_TOKENS])
-        whole = model.generate(
+        whole = self._model.generate(
             prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=self._tokens, do_sample=False,
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
