@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -13,7 +15,7 @@ from matplotlib.figure import Figure
 
 from kdata.pipelines.evidence.figures import text_of, write_results
 from kdata.pipelines.evidence.raw import SHARES
-from kdata.pipelines.evidence.raw_question import NONE, SETTINGS, TRAINED, describe
+from kdata.pipelines.evidence.raw_question import KEPT, NONE, SETTINGS, TRAINED, describe
 from kdata.pipelines.evidence.runs import Figures
 from kdata.pipelines.evidence.selection import key_of
 from kdata.pipelines.evidence.summary import Estimate, relative_difference, summarise
@@ -21,6 +23,7 @@ from kdata.pipelines.evidence.summary import Estimate, relative_difference, summ
 Runs = Mapping[str, Mapping[int, Figures]]
 Means = Mapping[str, Mapping[str, Estimate]]
 Against = Mapping[str, Estimate | None]
+Kept = Mapping[str, Mapping[str, Any]]
 FAMILIES = {"distillation": "#1f6fb5", "cross-entropy": "#c4501b"}
 
 
@@ -31,10 +34,14 @@ def write_report(out: Path, runs: Runs) -> str:
         name: None if name == none_of(name) else relative_difference(seeds, runs.get(none_of(name), {}), "nll")
         for name, seeds in runs.items()
     }
+    kept: Kept = json.loads((out / "data" / KEPT).read_text(encoding="utf-8"))
     write_results(out, runs, means, {"nll_against_none": against}, describe)
-    table = f"{markdown(means, against)}\n\n{kept_markdown(means)}"
+    made = json.loads((out / "data" / "raw.json").read_text(encoding="utf-8"))
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    (out / "results.json").write_text(json.dumps({**results, "corpus": made, "kept": kept}, indent=1), encoding="utf-8")
+    table = f"{markdown(means, against, kept)}\n\n{kept_markdown(kept)}"
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
-    _plot(means, against).savefig(out / "evidence.png", dpi=110)
+    _plot(against, kept).savefig(out / "evidence.png", dpi=110)
     return table
 
 
@@ -44,58 +51,52 @@ def none_of(key: str) -> str:
     return f"{NONE} ({family if family in (*FAMILIES, TRAINED) else 'distillation'})"
 
 
-def names_of(means: Means) -> list[str]:
-    """Names of the settings that are measured, once for all families, in their order."""
-    return list(dict.fromkeys(s.name for s in SETTINGS if key_of(s) in means))
-
-
-def markdown(means: Means, against: Against) -> str:
+def markdown(means: Means, against: Against, kept: Kept) -> str:
     """One line per method: what it kept, and the NLL of both kinds of students; mean ± half-width of the 95 % interval."""
     heads = [f"NLL, {family} | against no selection" for family in FAMILIES]
     lines = [f"| method | precision | recall | {' | '.join(heads)} | leaked text | seeds |", "|" + "---|" * 9]
-    for name in names_of(means):
+    for name, verdict in kept.items():
         keys = [f"{name} ({family})" for family in FAMILIES]
-        own = next((means[key] for key in keys if key in means), None)
-        if own is None:
-            continue
-        cells = [name, f"{own['precision'].mean:.2f}", f"{own['recall'].mean:.2f}"]
-        for key in keys:
-            cells += [
-                text_of(means[key]["nll"], 3) if key in means else "-",
-                text_of(against.get(key), 2, 100, "%", sign="+") if name != NONE else "-",
-            ]
-        seeds = [str(means[key]["nll"].count) for key in keys if key in means]
-        lines.append(f"| {' | '.join([*cells, text_of(own['nll_benchmark'], 3), ' + '.join(dict.fromkeys(seeds))])} |")
-    for setting in SETTINGS:
-        if setting.family not in FAMILIES and (key := key_of(setting)) in means:
-            change = "-" if key == none_of(key) else text_of(against.get(key), 2, 100, "%", sign="+")
-            lines.append(
-                f"| {key} | {means[key]['precision'].mean:.2f} | {means[key]['recall'].mean:.2f} "
-                f"| {text_of(means[key]['nll'], 3)} | {change} | - | - "
-                f"| {text_of(means[key]['nll_benchmark'], 3)} | {means[key]['nll'].count} |"
-            )
+        cells = [name, f"{verdict['precision']:.2f}", f"{verdict['recall']:.2f}"]
+        cells += [cell for key in keys for cell in _cells(key, means, against)]
+        measured = [means[key] for key in keys if key in means]
+        cells.append(text_of(measured[0]["nll_benchmark"], 3) if measured else "-")
+        lines.append(f"| {' | '.join([*cells, _seeds(measured)])} |")
+    for key in (key_of(s) for s in SETTINGS if s.family not in FAMILIES):
+        if key in means:
+            cells = [key, "", "", *_cells(key, means, against), "", "", text_of(means[key]["nll_benchmark"], 3)]
+            lines.append(f"| {' | '.join([*cells, _seeds([means[key]])])} |")
     return "\n".join(lines)
 
 
-def kept_markdown(means: Means) -> str:
+def _cells(key: str, means: Means, against: Against) -> list[str]:
+    if key not in means:
+        return ["-", "-"]
+    return [text_of(means[key]["nll"], 3), text_of(against.get(key), 2, 100, "%", sign="+")]
+
+
+def _seeds(measured: list[Mapping[str, Estimate]]) -> str:
+    return " + ".join(str(of["nll"].count) for of in measured) or "0"
+
+
+def kept_markdown(kept: Kept) -> str:
     """One line per method: the share of each origin's tokens that it kept, in percent."""
     lines = [f"| kept of, % | {' | '.join(SHARES)} |", "|" + "---|" * (len(SHARES) + 1)]
-    for name in names_of(means):
-        shares = [f"{100 * _any(means, name)[f'kept {origin}'].mean:.0f}" for origin in SHARES]
-        lines.append(f"| {name} | {' | '.join(shares)} |")
+    for name, verdict in kept.items():
+        lines.append(f"| {name} | {' | '.join(f'{100 * share:.0f}' for share in _shares(verdict))} |")
     return "\n".join(lines)
 
 
-def _any(means: Means, name: str) -> Mapping[str, Estimate]:
-    return next(means[key_of(s)] for s in SETTINGS if s.name == name and key_of(s) in means)
+def _shares(verdict: Mapping[str, Any]) -> list[float]:
+    return [verdict["kept"].get(origin, 0.0) for origin in SHARES]
 
 
-def _plot(means: Means, against: Against) -> Figure:
-    names = names_of(means)
+def _plot(against: Against, kept: Kept) -> Figure:
+    names = list(kept)
     figure = Figure(figsize=(10.5, 1.6 + 0.33 * len(names)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1.15])
     _changes(left, names, against)
-    _kept(right, names, means)
+    _kept(right, [_shares(verdict) for verdict in kept.values()])
     left.set_yticks(range(len(names)), names, fontsize=8.5)
     left.set_ylim(len(names) - 0.5, -0.5)
     return figure
@@ -118,9 +119,9 @@ def _changes(axes: Axes, names: list[str], against: Against) -> None:
     axes.legend(frameon=False, fontsize=8.5, ncols=2, loc="lower left", bbox_to_anchor=(0, 1.0))
 
 
-def _kept(axes: Axes, names: list[str], means: Means) -> None:
+def _kept(axes: Axes, shares_of: list[list[float]]) -> None:
     """The share of each origin that was kept, as a map of numbers."""
-    shares = [[100 * _any(means, name)[f"kept {origin}"].mean for origin in SHARES] for name in names]
+    shares = [[100 * share for share in line] for line in shares_of]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=130, aspect="auto")
     for y, line in enumerate(shares):
         for x, share in enumerate(line):

@@ -7,8 +7,9 @@ judge says of each method which share of what it kept is good (precision), and w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from pydantic import Field
 
 import kdata
 from kdata.errors import ConfigError
+from kdata.format.files import write_atomically
 from kdata.hygiene.checks import HygieneConfig
 from kdata.hygiene.inspect import inspect_dataset
 from kdata.pipelines.evidence.data import Part, split
@@ -36,6 +38,7 @@ from kdata.trainer.domain_weights import DDKMixture
 from kdata.trainer.evaluate import evaluate
 
 REFERENCE = "ref"  # score of the small model: the reference of difference sampling, and the student before training
+KEPT = "kept.json"
 NONE, ORACLE = "no selection", "oracle (knows the origin)"
 
 
@@ -135,10 +138,9 @@ class RawConfig(SelectionConfig):
 
 
 class Raw(Selection):
-    """The comparison: `measure` trains one setting with one seed, measures the student, and judges what was kept.
+    """The comparison: `measure` trains one setting with one seed and measures the student.
 
-    Its figures are those of `Selection.measure` and nll_benchmark, precision, recall and `kept ORIGIN`; of a mixture, which
-    reads all rows, as of everything.
+    Its figures are those of `Selection.measure` and nll_benchmark, the NLL of the leaked text.
     """
 
     PARTS: ClassVar[tuple[str, ...]] = ("heldout", "benchmark", "validation", "train")
@@ -202,16 +204,27 @@ class Raw(Selection):
             return path
         return self._plan(setting.step)
 
+    def measure(self, name: str, seed: int) -> Figures:
+        """See `Selection.measure`. The first call judges every setting, which takes no student: `KEPT` in the folder."""
+        self.judge_all()
+        return super().measure(name, seed)
+
+    def judge_all(self) -> None:
+        """Write what each setting keeps, as the judge sees it: `KEPT`. A mixture reads all rows, so it keeps everything."""
+        file = self.folder / KEPT
+        train = self._datasets["train"]
+        with FileLock(file.with_suffix(".lock")):
+            if file.exists():
+                return
+            kept = {}
+            for arm in {arm.name: arm for arm in SETTINGS}.values():
+                plan = self._plan_of(arm)
+                ids = train.index(["id"])["id"].to_pylist() if plan is None else Plan.load(plan).ids
+                kept[arm.name] = asdict(self.judge.verdict(set(ids)))
+            write_atomically(file, json.dumps(kept, indent=1).encode())
+
     def _more_figures(self, plan: Path | None, model: Path) -> Figures:
-        data = self._datasets
-        ids = data["train"].index(["id"])["id"].to_pylist() if plan is None else Plan.load(plan).ids
-        verdict = self.judge.verdict(set(ids))
-        return {
-            "nll_benchmark": evaluate(model, data["benchmark"].path)["overall"]["nll"],
-            "precision": verdict.precision,
-            "recall": verdict.recall,
-            **{f"kept {origin}": share for origin, share in verdict.kept.items()},
-        }
+        return {"nll_benchmark": evaluate(model, self._datasets["benchmark"].path)["overall"]["nll"]}
 
 
 def find(key: str) -> Arm:

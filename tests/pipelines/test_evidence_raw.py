@@ -12,7 +12,7 @@ from kdata.errors import ConfigError, CorruptError, DataError
 from kdata.pipelines.evidence import raw
 from kdata.pipelines.evidence.raw import GOOD, SHARES, Judge, write_raw
 from kdata.pipelines.evidence.raw_figures import write_report
-from kdata.pipelines.evidence.raw_question import NONE, ORACLE, SETTINGS, Raw, RawConfig, find, runs
+from kdata.pipelines.evidence.raw_question import KEPT, NONE, ORACLE, SETTINGS, Raw, RawConfig, find, runs
 from kdata.pipelines.evidence.runs import load_runs, run_all
 from kdata.pipelines.evidence.selection import key_of
 from kdata.pipelines.evidence.verdicts import verdicts
@@ -135,12 +135,11 @@ def test_a_tiny_comparison_from_text_to_verdicts(
         tmp_path / "runs", wanted, asked.measure, config.identity(), describe=lambda n: find(n).describe()
     ) == len(wanted)
     by_setting = load_runs(tmp_path / "runs", [key_of(s) for s in SETTINGS])
-    oracle = by_setting[f"{ORACLE} (distillation)"][0]
-    assert (
-        oracle["precision"] == oracle["recall"] == oracle[f"kept {GOOD}"] == 1.0 and oracle["kept boilerplate"] == 0.0
-    )
-    none = by_setting[f"{NONE} (distillation)"][0]
-    assert none["recall"] == 1.0 and 0.4 < (none["precision"] or 0) < 0.6
+    kept = json.loads((tmp_path / "data" / KEPT).read_text())
+    assert set(kept) == {s.name for s in SETTINGS}
+    oracle, none = kept[ORACLE], kept[NONE]
+    assert oracle["precision"] == oracle["recall"] == oracle["kept"][GOOD] == 1.0
+    assert oracle["kept"]["boilerplate"] == 0.0 and none["recall"] == 1.0 and 0.4 < none["precision"] < 0.6
     table = write_report(tmp_path, by_setting)
     assert table.count(f"| {ORACLE} |") == 2 and (tmp_path / "evidence.png").stat().st_size > 10_000
     (tmp_path / "results.json").rename(tmp_path / "raw.json")
