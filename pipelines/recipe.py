@@ -12,11 +12,13 @@ from kdata.corpus.chat_template import Targets
 from kdata.corpus.corpus import CorpusConfig
 from kdata.errors import ConfigError, nearest
 from kdata.format.keep import KeepConfig
+from kdata.hygiene.checks import HygieneConfig
 from kdata.jobs.reading import CaptureConfig
 from kdata.pipelines.engine import EngineConfig, LocalConfig
 from kdata.selection.ranked import Difference
 from kdata.selection.select import SelectConfig
 from kdata.selection.step import Step
+from kdata.store.conditions import check_condition
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.trainer.config import (
     CheckpointStudent,
@@ -167,6 +169,12 @@ class Recipe(RowsConfig):
     corpus: TextConfig = Field(TextConfig(), description="Text that the teacher reads.")
     heldout: TextConfig = Field(TextConfig(), description="Text that students are measured on; never trained on.")
     capture: CaptureStage = CaptureStage()
+    hygiene: HygieneConfig | None = Field(
+        None,
+        exclude_if=lambda hygiene: hygiene is None,
+        description="Checks of the dataset's texts before rows are chosen, as `kdata hygiene` does them, for `select.where`; "
+        "null: none.",
+    )
     select: SelectConfig = Difference()
     student: StudentStage = Field(StudentStage(), description="The network that every student starts from.")
     train: TrainConfig = Field(TrainConfig(), description="What every student's training has in common.")
@@ -235,6 +243,7 @@ def load_recipe(path: Path, settings: list[str], options: dict[str, Any] | None 
     by_difference = bool(uses_plan) and recipe.select.method == "difference"
     if uses_plan:
         _refuse_missing_scores(recipe.select)
+        _refuse_unknown_conditions(recipe)
     nameless = recipe.reference.model == "auto" and recipe.student.model in (None, TEACHER)
     if by_difference and nameless and recipe.teacher.model != BUILTIN:
         raise ConfigError(
@@ -254,6 +263,20 @@ def _refuse_missing_scores(select: Step) -> None:
                 f"select.positions reads the score {name!r} of tokens, and a run writes the one of difference sampling alone "
                 f"(select.method difference, select.score {name}); score and select by commands instead, or use another rule"
             )
+
+
+def _refuse_unknown_conditions(recipe: Recipe) -> None:
+    """Raise ConfigError where a condition is none, or names a score that the run does not write."""
+    hygiene = recipe.hygiene
+    written = [] if hygiene is None else [hygiene.prefix + check for check in hygiene.chosen]
+    written += [recipe.select.score] if isinstance(recipe.select, Difference) else []
+    for condition in recipe.select.where:
+        for name in check_condition(condition):
+            if name not in ("rows", *(one.lower() for one in written)):
+                raise ConfigError(
+                    f"select.where: {condition!r} reads the score {name!r}, and the run writes {written or 'none'}"
+                    f"{nearest(name, written)}; add the check to hygiene.checks (hygiene: {{}} does all)"
+                )
 
 
 def _packaged(path: Path) -> Path:

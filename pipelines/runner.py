@@ -24,6 +24,7 @@ from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, se
 from kdata.format.files import lock_of, storage_errors, write_atomically
 from kdata.format.json_text import read_json
 from kdata.format.rejects import refused, rejected_line
+from kdata.hygiene.inspect import inspect_dataset
 from kdata.jobs.job import Engine, devices_of, run_job
 from kdata.jobs.reading import CaptureJob
 from kdata.jobs.scoring import ScoreConfig, score
@@ -228,8 +229,10 @@ def _say_rejected(dataset: Dataset, source: str) -> None:
 
 
 def run_score(run: Run) -> None:
-    """The reference model scores every sequence."""
+    """The checks of hygiene, where the recipe has them; then the reference model scores every sequence."""
     run.close_engine()
+    if run.uses_plan and run.recipe.hygiene is not None:
+        inspect_dataset(open_dataset(run.dataset_path), run.recipe.hygiene, log=run.log)
     chosen = run.recipe.select
     if run.uses_plan and isinstance(chosen, Difference):
         config = ScoreConfig(model=run.reference_config, name=chosen.score, tokens=run.scores_tokens)

@@ -236,6 +236,7 @@ class Corpus:
                     f"{config.path} has no column {column!r} ({field_name}){hint}{_remedy(field_name, names)}; it has {names}"
                 )
         self._passing: Passing | None = None
+        self._num_left_out = 0  # by `where`, of the rows that were read last
         if config.hygiene is not None and config.where is not None:
             self._passing = passing(Path(config.hygiene), config.where, self.rows_identity(), config.domains)
         count = self._rows.num_rows if config.domains is None else self._count_domains(config.domains)
@@ -285,6 +286,7 @@ class Corpus:
     def documents(self) -> Iterator[Document | Reject]:
         """Rows in their order; a row that cannot be used comes as a reject with its reason."""
         config, seen, count = self.config, set[str](), 0
+        self._num_left_out = 0
         columns = {*config.columns, *config.further_columns}
         present = [name for name in self._rows.names if name in columns]
         for number, row in enumerate(self._rows.rows(present)):
@@ -296,6 +298,7 @@ class Corpus:
                 document = self._document(number, row)
             if isinstance(document, Document) and self._is_left_out(document):
                 seen.add(document.id)
+                self._num_left_out += 1
                 continue
             if isinstance(document, Document) and document.id in seen:
                 detail = "an earlier row has the same id; ids must be unique (id_column null makes new ones)"
@@ -308,6 +311,12 @@ class Corpus:
                 return
         if not count:
             raise DataError(f"{config.path} holds no row{f' of {config.domains}' if config.domains else ''}")
+
+    def note_lines(self) -> list[str]:
+        """A line for people on the rows that were read last: how many `where` left out."""
+        if self._passing is None:
+            return []
+        return [f"corpus.where: {self._num_left_out:,} rows are left out by {self.config.where}"]
 
     def _is_left_out(self, document: Document) -> bool:
         """Whether `where` leaves a row out. Raises DataError where `hygiene` has no such row."""

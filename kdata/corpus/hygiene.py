@@ -93,4 +93,7 @@ def passing(file: Path, condition: str, identity: dict[str, Any], domains: list[
     )
     if not count:
         raise DataError(f"condition {condition!r} leaves no row of {file}; loosen it")
-    return Passing(dict(zip(ids, passes, strict=True)), count, file_info(file).sha256)
+    by_id = dict(zip(ids, passes, strict=True))
+    if len(by_id) < len(ids):
+        raise DataError(f"{file} has an id twice; write it again with `kdata hygiene`")
+    return Passing(by_id, count, file_info(file).sha256)

@@ -30,7 +30,10 @@ VERSION = 1  # of the numbers: raised where a text would get others
 
 SPAN = pa.struct([("kind", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
 LANGUAGE = {
-    "code": ("string", "Language, ISO 639-1, of the first 1,000 characters; null with fewer than ten letters."),
+    "code": (
+        "string",
+        "Language, ISO 639-1, of the first 500 characters (zxx: no language); null with fewer than ten letters.",
+    ),
     "confidence": ("float32", "The model's probability of it, in [0, 1]."),
 }
 PERSONAL = {

@@ -96,14 +96,23 @@ class Sketches:
     NAMES = ("digests", "signatures", "shingles")
 
     def __init__(self, folder: Path, counts: tuple[int, int] = (0, 0)) -> None:
-        texts, shingles = counts
-        self._sizes = dict(zip(self.NAMES, (16 * texts, 4 * NUM_HASHES * texts, 4 * shingles), strict=True))
         self._paths = {name: folder / f"{name}.bin" for name in self.NAMES}
         self._files: dict[str, BinaryIO] = {}
-        for name, path in self._paths.items():
-            file = path.open("ab")
-            file.truncate(self._sizes[name])
-            self._files[name] = file
+        for name, size in self._sizes(counts).items():
+            self._files[name] = self._paths[name].open("ab")
+            self._files[name].truncate(size)
+
+    @classmethod
+    def _sizes(cls, counts: tuple[int, int]) -> dict[str, int]:
+        texts, shingles = counts
+        return dict(zip(cls.NAMES, (16 * texts, 4 * NUM_HASHES * texts, 4 * shingles), strict=True))
+
+    @classmethod
+    def check(cls, folder: Path, counts: tuple[int, int]) -> None:
+        """Raise OSError or ValueError where a file is not there, or shorter than the units that count."""
+        for name, size in cls._sizes(counts).items():
+            if size and (folder / f"{name}.bin").stat().st_size < size:
+                raise ValueError(f"{name}.bin is shorter than what was written")
 
     def append(self, sketches: list[Sketch]) -> None:
         """Add texts, and see that they are on the disk."""

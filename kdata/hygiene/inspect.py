@@ -109,7 +109,7 @@ def inspect_dataset(dataset: Dataset, config: HygieneConfig, *, log: Path | None
 def _info(dataset: Dataset, config: HygieneConfig, check: Check) -> ScoreInfo:
     return ScoreInfo(
         name=config.prefix + check,
-        unit="see settings.check",
+        unit=f"what the check {check} says of each text",
         model=None,
         tokenizer_hash=None,
         dataset_digest=dataset.content_digest,
@@ -209,14 +209,23 @@ class _Work:
         }
         digest = json_digest(settings).encode()
         path = self._folder / SETTINGS
-        if not path.is_file() or path.read_bytes() != digest:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder.mkdir()
-            write_atomically(path, digest)
+        if path.is_file() and path.read_bytes() == digest:
+            try:
+                return self._counted()
+            except (pa.ArrowException, OSError, ValueError, KeyError):
+                pass  # a unit is damaged; what is here can be made again
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir()
+        write_atomically(path, digest)
+        return 0, 0, 0
+
+    def _counted(self) -> tuple[int, int, int]:
         num_units = rows = shingles = 0
         while (part := self._part(num_units)).is_file():
             numbers = pq.read_table(part, columns=[SHINGLES])[SHINGLES]
             num_units, rows, shingles = num_units + 1, rows + len(numbers), shingles + (pc.sum(numbers).as_py() or 0)
+        if "duplicates" in self._config.chosen:
+            Sketches.check(self._folder, (rows, shingles))
         return num_units, rows, shingles
 
     def _part(self, number: int) -> Path:

@@ -145,7 +145,9 @@ def _iban_end(text: str, begin: int, end: int) -> int | None:
 
 def _is_card(text: str, begin: int, end: int) -> bool:
     digits = "".join(filter(str.isdigit, text[begin:end]))
-    return _stands_alone(text, begin, end, "-.") and len(set(digits)) > 1 and _has_issuer(digits) and _luhn(digits)
+    goes_on = text[begin - 2 : begin][:1].isdigit() and text[begin - 1] in "-."
+    goes_on = goes_on or (text[end : end + 1] in ("-", ".") and text[end + 1 : end + 2].isdigit())
+    return _stands_alone(text, begin, end) and not goes_on and _has_issuer(digits) and _luhn(digits)
 
 
 def _has_issuer(digits: str) -> bool:

@@ -28,8 +28,9 @@ POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "us
 SHORT_LINE = 30  # characters
 COMPRESSED = 1 << 16  # bytes of a text that are compressed at most
 # Replacement characters, control characters, and what UTF-8 looks like that was read as Latin-1 or Windows-1252.
+_CONTINUED = "\u0080-\u00bf" + bytes(set(range(0x80, 0xA0)) - {0x81, 0x8D, 0x8F, 0x90, 0x9D}).decode("cp1252")
 _BROKEN = re.compile(
-    "[\ufffd\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]|[\u00c2\u00c3][\u0080-\u00bf]|\u00e2\u20ac[\u0080-\uffff]?"
+    f"[\ufffd\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]|[\u00c2\u00c3][{_CONTINUED}]|\u00e2\u20ac[{_CONTINUED}]?"
 )
 _PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~\u2026\u2022\u2013\u2014\u201c\u201d\u2018\u2019"
 
@@ -97,7 +98,7 @@ def quality_of(text: str, words_W: np.ndarray, chars_W: np.ndarray) -> dict[str,
         "words": len(words),
         "lines": len(lines),
         "mean_word_chars": sum(map(len, words)) / num_words if words else None,
-        "alpha_words": sum(map(_has_letter, words)) / num_words,
+        "alpha_words": sum(1 for word in words if word.isalpha() or any(map(str.isalpha, word))) / num_words,
         "stop_words": len(STOP_WORDS.intersection(map(str.lower, words))),
         "symbols_per_word": max(text.count("#"), text.count("...") + text.count("\u2026")) / num_words,
         "bullet_lines": sum(line.lstrip().startswith(("\u2022", "-", "*")) for line in lines) / num_lines,
@@ -135,10 +136,6 @@ def _table() -> np.ndarray:
     """Of each code point: 1 for a letter, 2 for a digit, 4 for upper case, added, uint8."""
     every = map(chr, range(sys.maxunicode + 1))
     return np.array([one.isalpha() + 2 * one.isdigit() + 4 * one.isupper() for one in every], np.uint8)
-
-
-def _has_letter(word: str) -> bool:
-    return word.isalpha() or any(map(str.isalpha, word))
 
 
 def _repeated(parts: list[str]) -> tuple[int, int]:

@@ -153,7 +153,7 @@ class CorpusJob(ABC, Generic[I, C]):
 
         for document in self._corpus.documents():
             yield [document] if isinstance(document, Reject) else [once(part) for part in items_of(document)]
-        for line in texts.note_lines() if says else ():
+        for line in (*texts.note_lines(), *self._corpus.note_lines()) if says else ():
             console.print(line, soft_wrap=True)
 
     def units(self, facts: TeacherFacts, tokenizer: Any) -> Iterator[C]:

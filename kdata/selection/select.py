@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import BeforeValidator, Field
 
 from kdata.config import parse_config
-from kdata.errors import ConfigError, DataError, MissingError, nearest
+from kdata.errors import ConfigError, CorruptError, DataError, MissingError, nearest
 from kdata.format.files import remove_leftover, removed_on_failure, settle, without_hidden
 from kdata.selection.band import Band
 from kdata.selection.choose_positions import choose_positions
@@ -187,8 +187,16 @@ def _conditions(dataset: Dataset, config: Step) -> Conditions:
 
 
 def _left_out(session: Session, name: str) -> ConditionsInfo:
-    """What the conditions leave out. Raises DataError where they leave nothing."""
+    """What the conditions leave out.
+
+    Raises:
+        DataError: they leave nothing.
+        CorruptError: a score has an id twice, so that a row would be chosen twice.
+    """
     rows, passed, *each = session.left_out()
+    if rows != (session.dataset.num_rows if session.parent is None else session.parent.info.num_rows):
+        names = ", ".join(session.conditions.scores)
+        raise CorruptError(f"scores {names}: one has an id twice; remove it, and run the command that wrote it again")
     infos = []
     for number, text in enumerate(session.conditions.texts):
         left_out, unknown, alone, examples = each[4 * number : 4 * number + 4]

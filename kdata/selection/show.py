@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ENDINGS = (".png", ".svg", ".pdf")
 BARS = 60  # of a histogram
 SHOWN_DOMAINS = 40  # in a picture
-SHOWN_CHARS = 300  # of the text of a row that was left out
+SHOWN_CHARS = 160  # of the text of a row that was left out
 
 # Values of all rows to choose from, and of the chosen ones, counted in bars.
 RANGE = "with rows as ({rows}), candidates as ({values}) select min(value) as low, max(value) as high from candidates"
@@ -120,10 +120,14 @@ def left_out_texts(dataset: Dataset, plan: Plan) -> list[tuple[str, str, str]]:
     if where is None or not ids:
         return []
     table = dataset.sql(
-        f"select id, text[:{SHOWN_CHARS}] as text from rows where list_contains($ids, id)", {"ids": ids}
+        f"select id, text[:{4 * SHOWN_CHARS}] as text from rows where list_contains($ids, id)", {"ids": ids}
     )
     texts = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
-    return [(one.condition, name, texts.get(name) or "") for one in where.conditions for name in one.examples]
+    return [
+        (one.condition, name, one_line(texts.get(name) or "", SHOWN_CHARS))
+        for one in where.conditions
+        for name in one.examples
+    ]
 
 
 def _position_notes(chosen: PositionsInfo) -> list[str]:

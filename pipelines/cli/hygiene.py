@@ -17,11 +17,11 @@ from kdata.hygiene.checks import HygieneConfig
 from kdata.hygiene.inspect import Report, inspect_corpus, inspect_dataset
 from kdata.hygiene.summary import summary
 from kdata.hygiene.texts import chat_text, is_dataset
+from kdata.observe.text import one_line
 from kdata.pipelines.cli.common import SetOption, option, print_rows, say, with_settings
+from kdata.selection.show import SHOWN_CHARS
 from kdata.store.conditions import check_condition, counts_query
 from kdata.store.url import is_url
-
-SHOWN_CHARS = 300
 
 
 def hygiene(
@@ -135,7 +135,7 @@ def texts_of(corpus: CorpusConfig, ids: set[str]) -> dict[str, str]:
     for document in Corpus(corpus).documents():
         if isinstance(document, Document) and document.id in ids:
             text = document.text if document.chat is None else chat_text(document.chat.messages)
-            texts[document.id] = text[:SHOWN_CHARS]
+            texts[document.id] = one_line(text, SHOWN_CHARS)
         if len(texts) == len(ids):
             break
     return texts

@@ -176,6 +176,8 @@ COMMANDS: dict[str, Command] = {
     "score from a file": Command(
         ("score", "d", "--from", "SHARED/marks.parquet", "--name", "marks"), {"d": "first"}, ("d",), dataset="d"
     ),
+    "hygiene": Command(("hygiene", "d", "--set", "workers=1"), {"d": "first"}, ("d",), 0.8, "d"),
+    "hygiene of a corpus": Command(("hygiene", "SHARED/corpus.jsonl", "--out", "out.parquet", "--set", "workers=1")),
     "select difference": Command(("select", "d", "--method", "difference"), {"d": "first"}, ("d",), dataset="d"),
     "select sql": Command(
         ("select", "d", "--name", "easy", "--sql", "select id from rows where num_tokens > 5"),

@@ -75,6 +75,8 @@ WITH_PLACE = (
     "reread PLACE out --teacher model",
     "reread data PLACE --teacher model",
     "combine data PLACE out",
+    "hygiene PLACE",
+    "hygiene PLACE --out columns.parquet",
     "score PLACE --model model",
     "score data --model PLACE",
     "score data --from PLACE --name x",

@@ -88,3 +88,17 @@ def test_a_run_goes_on_whatever_memory_its_teacher_takes(tmp_path: Path) -> None
         open_run(recipe(engine_args={"quantization": "fp8"}), out, "must")
     with pytest.raises(MismatchError, match=r"teacher\.lora: None -> 'adapter'"):
         open_run(recipe(lora="adapter"), out, "must")
+
+
+def test_a_condition_names_scores_that_the_run_writes() -> None:
+    where = "select.where=[\"duplicates.near_keep and language.code = 'en'\"]"
+    recipe = load_recipe(Path("quickstart"), [where, "hygiene={}"])
+    assert recipe.settings()["hygiene"]["jaccard"] == 0.8
+    assert "hygiene" not in load_recipe(Path("quickstart"), []).settings()
+    for settings, message in (
+        ([where], "reads the score 'duplicates', and the run writes"),
+        ([where, "hygiene.checks=[duplicates]"], "reads the score 'language'"),
+        (["hygiene={}", "select.where=[nll >]"], "is not SQL"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_recipe(Path("quickstart"), settings)

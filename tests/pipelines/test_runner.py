@@ -75,3 +75,17 @@ def test_a_setting_wins_over_the_option(recipe: Path) -> None:
     assert yaml.safe_load(shown.stdout)["strict"] is False
     shown = CliRunner().invoke(app, ["run", str(recipe), "--strict", "--dry-run"])
     assert yaml.safe_load(shown.stdout)["strict"] is True
+
+
+def test_a_run_leaves_out_what_its_conditions_do_not_pass(recipe: Path, tmp_path: Path) -> None:
+    """The corpus repeats a few lines, so most of its rows are duplicates."""
+    settings = ["generate=null", "hygiene.checks=[duplicates]", "hygiene.workers=1", "select.share=1",
+                "select.where=[duplicates.exact_keep]", "students.ce.plan=true"]  # fmt: skip
+    out = tmp_path / "run"
+    _, error = call(recipe, "--out", out, *(part for setting in settings for part in ("--set", setting)))
+    assert error is None, str(error)
+    data = kdata.open(out / "dataset")
+    kept = data.sql("select id from scores.duplicates where exact_keep order by id")["id"].to_pylist()
+    plan = kdata.Plan.load(out / "dataset/plans/random")
+    assert sorted(plan.ids) == kept and 0 < len(kept) <= data.num_rows
+    assert plan.info.where is not None and plan.info.where.conditions[0].left_out == data.num_rows - len(kept)

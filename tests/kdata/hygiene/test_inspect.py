@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -23,8 +24,9 @@ from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Random
 from kdata.selection.select import select
 from kdata.selection.show import left_out_texts, table_of
+from kdata.selection.sidecar import finish_sidecar, load_score_info, write_part
 from tests.benchmarks.planted import Planted
-from tests.fakes import digests, write_jsonl
+from tests.fakes import digests, run_capture, write_jsonl
 from tests.kdata.selection.plans import Row, dataset_of
 
 ENGLISH = (
@@ -174,6 +176,17 @@ def test_a_damaged_score_is_refused(dataset: kdata.Dataset) -> None:
         select(kdata.open(dataset.path), All(where=["language.code = 'en'"]))
 
 
+def test_a_score_with_an_id_twice_is_refused(dataset: kdata.Dataset) -> None:
+    """As a stranger could write it, digests and all: its row would be in the plan twice."""
+    inspect_dataset(dataset, CONFIG)
+    entry = dataset.manifest[0]
+    part = pq.read_table(dataset.path / "scores" / "language" / f"{entry.name}.parquet")
+    write_part(dataset, "language", entry, pa.concat_tables([part, part.slice(0, 1)]))
+    finish_sidecar(dataset, load_score_info(dataset, "language"))
+    with pytest.raises(kdata.CorruptError, match="an id twice"):
+        select(kdata.open(dataset.path), All(where=["language.confidence > 0"]))
+
+
 # --------------------------------------------------------------------------------------------------------- corpora
 
 
@@ -278,12 +291,16 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert stops == 2 and not killed.exists()
     with (work / "shingles.bin").open("ab") as file:  # what a unit wrote that did not come to count
         file.write(b"torn")
-    left = {path: path.stat().st_mtime_ns for path in work.glob("unit-*.parquet")}
-    assert left
-    process = start(killed)
-    assert process.wait() == 0
+    assert list(work.glob("unit-*.parquet"))
+    damaged = shutil.copytree(work, tmp_path / ".damaged.parquet.hygiene")
+    assert start(killed).wait() == 0
     assert killed.read_bytes() == whole.read_bytes()
     assert not work.exists()
+
+    with (damaged / "signatures.bin").open("r+b") as file:  # then nothing of it is used
+        file.truncate(480)
+    assert start(tmp_path / "damaged.parquet").wait() == 0
+    assert (tmp_path / "damaged.parquet").read_bytes() == whole.read_bytes()
 
 
 def test_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,3 +318,29 @@ def test_a_missing_package_is_named_first(corpus: Path, tmp_path: Path, monkeypa
     with pytest.raises(DependencyError, match=r"kdata\[hygiene\]"):
         inspect_corpus(CorpusConfig(path=str(corpus)), CONFIG, tmp_path / "columns.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+def test_a_capture_reads_what_passes_and_says_what_does_not(
+    corpus: Path, tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, condition = tmp_path / "columns.parquet", "duplicates.near_keep and language.code = 'en'"
+    inspect_corpus(CorpusConfig(path=str(corpus)), CONFIG, file)
+    reading = {"hygiene": str(file), "where": condition}
+    captured = run_capture(tmp_path / "data", corpus, tokenizer_dir, reading=reading)
+    pieces = captured.index(["id"])["id"].to_pylist()  # of texts longer than the teacher's context
+    assert sorted({name.partition("#")[0] for name in pieces}) == ["b1", "b3", "b4"]
+    # The empty text is known by then for one that has no language.
+    assert f"corpus.where: 4 rows are left out by {condition}" in " ".join(capsys.readouterr().err.split())
+    settings = captured.info.sources["capture"].settings
+    assert settings["corpus"]["where"] == condition
+    with pytest.raises(MismatchError, match="where"):
+        run_capture(tmp_path / "data", corpus, tokenizer_dir)
+
+
+def test_columns_with_an_id_twice_are_refused(corpus: Path, tmp_path: Path) -> None:
+    file = tmp_path / "columns.parquet"
+    inspect_corpus(CorpusConfig(path=str(corpus)), CONFIG, file)
+    table = pq.read_table(file)
+    pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), file)
+    with pytest.raises(DataError, match="an id twice"):
+        Corpus(CorpusConfig(path=str(corpus), hygiene=str(file), where="duplicates.exact_keep"))

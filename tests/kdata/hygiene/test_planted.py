@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,9 @@ from hypothesis import strategies as st
 
 from kdata.corpus.corpus import CorpusConfig
 from kdata.hygiene.checks import HygieneConfig
+from kdata.hygiene.duplicates import Sketches, groups, sketch
 from kdata.hygiene.inspect import inspect_corpus
+from kdata.hygiene.words import hashed, normal_form, words_of
 from tests.benchmarks.planted import Planted, scores
 from tests.fakes import write_jsonl
 
@@ -67,54 +71,72 @@ def test_the_order_of_rows_changes_no_column(planted: dict[str, Any], tmp_path: 
     assert [shuffled[row["id"]] for row in planted["columns"]] == planted["columns"]
 
 
+def grouped(
+    texts: list[str], folder: Path, threshold: float, names: list[int] | None = None
+) -> dict[int, tuple[str, str]]:
+    """Kept rows of exact and near duplicates, by the number of a text; ids are these numbers with two digits."""
+    names = list(range(len(texts))) if names is None else names
+    normal = [normal_form(texts[name]) for name in names]
+    own = [sketch(text, hashed(words_of(text))[0]) for text in normal]
+    files = Sketches(folder)
+    for begin in range(0, len(own), 5):
+        files.append(own[begin : begin + 5])
+    files.close()
+    counts = np.array([len(one.shingles) for one in own])
+    ids, chars = pa.array([f"{name:02d}" for name in names]), np.array([len(texts[name]) for name in names])
+    columns = groups(ids, chars, files.read(counts), threshold, lambda: None)
+    return dict(
+        zip(names, zip(columns["exact_id"].to_pylist(), columns["near_id"].to_pylist(), strict=True), strict=True)
+    )
+
+
+def runs(text: str) -> frozenset[tuple[str, ...]]:
+    """The runs of five words of a text, of a shorter one all its words."""
+    some = text.split()
+    return frozenset(tuple(some[a : a + 5]) for a in range(max(1, len(some) - 4))) if some else frozenset()
+
+
+@pytest.mark.parametrize("threshold", [0.7, 0.8, 0.9])
+def test_pairs_are_near_where_their_similarity_says_so(tmp_path: Path, threshold: float) -> None:
+    """Pairs of every similarity: below the threshold none is joined, above it nearly all are."""
+    rng = random.Random(5)
+    texts = []
+    for _ in range(400):
+        some = [f"w{rng.randrange(10**6)}" for _ in range(150)]
+        other = list(some)
+        for place in rng.sample(range(150), rng.randint(0, 14)):
+            other[place] = "x"
+        texts += [" ".join(some), " ".join(other)]
+    near = grouped(texts, tmp_path, threshold)
+    similar = joined = 0
+    for a, b in zip(range(0, 800, 2), range(1, 800, 2), strict=True):
+        one, two = runs(texts[a]), runs(texts[b])
+        is_similar = len(one & two) / len(one | two) >= threshold
+        is_joined = near[a][1] == near[b][1]
+        assert is_similar or not is_joined
+        similar, joined = similar + is_similar, joined + is_joined
+    assert 30 < similar < 370
+    assert joined >= (0.97 if threshold >= 0.8 else 0.9) * similar
+
+
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "d", "e"]), max_size=12)
 
 
 @settings(max_examples=60, deadline=None)
 @given(texts=st.lists(WORDS.map(" ".join), min_size=1, max_size=12), order=st.randoms(use_true_random=False))
-def test_groups_are_connected_components_of_similar_texts(
+def test_groups_do_not_depend_on_the_order_of_rows(
     texts: list[str], order: random.Random, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Against brute force, with a threshold that every band finds: equal sets of runs of words."""
-    import numpy as np
-    import pyarrow as pa
-
-    from kdata.hygiene.duplicates import Sketches, groups, sketch
-    from kdata.hygiene.words import hashed, normal_form, words_of
-
-    def grouped(names: list[int]) -> dict[int, tuple[str, str]]:
-        folder = tmp_path_factory.mktemp("sketches")
-        own = []
-        for name in names:
-            normal = normal_form(texts[name])
-            own.append(sketch(normal, hashed(words_of(normal))[0]))
-        files = Sketches(folder)
-        for begin in range(0, len(own), 5):
-            files.append(own[begin : begin + 5])
-        files.close()
-        counts = np.array([len(one.shingles) for one in own])
-        ids = pa.array([f"{name:02d}" for name in names])
-        chars = np.array([len(texts[name]) for name in names])
-        columns = groups(ids, chars, files.read(counts), 1.0, lambda: None)
-        values = zip(columns["exact_id"].to_pylist(), columns["near_id"].to_pylist(), strict=True)
-        return dict(zip(names, values, strict=True))
-
+    """Against brute force, with a threshold for which every band finds what is equal: sets of runs of words."""
     names = list(range(len(texts)))
     shuffled = list(names)
     order.shuffle(shuffled)
-    result = grouped(names)
-    assert result == grouped(shuffled)
+    result = grouped(texts, tmp_path_factory.mktemp("sketches"), 1.0)
+    assert result == grouped(texts, tmp_path_factory.mktemp("sketches"), 1.0, shuffled)
 
     def kept(same: list[int]) -> str:
         return f"{min(same, key=lambda name: (-len(texts[name]), name)):02d}"
 
-    def runs(text: str) -> frozenset[tuple[str, ...]]:
-        words = text.split()
-        return frozenset(tuple(words[a : a + 5]) for a in range(max(1, len(words) - 4))) if words else frozenset()
-
     for name in names:
-        assert result[name][0] == kept([other for other in names if texts[other].split() == texts[name].split()])
-        alike = [
-            o for o in names if (runs(texts[o]) == runs(texts[name]) if texts[name].split() else not texts[o].split())
-        ]
-        assert result[name][1] == kept(alike)
+        assert result[name][0] == kept([other for other in names if texts[other] == texts[name]])
+        assert result[name][1] == kept([other for other in names if runs(texts[other]) == runs(texts[name])])

@@ -37,6 +37,7 @@ CALLS = {
     "combine": ["{dataset}", "{dataset}", "{local}"],
     "retokenize": ["{dataset}", "{local}", "--tokenizer", "{pupil}"],
     "import": ["{files}", "{local}", "--format", "plain", "--vocab-size", "300"],
+    "hygiene": ["{dataset}", "--set", "workers=1"],
     "score": ["{dataset}", "--model", "{llama}"],
     "select": ["{dataset}", "--method", "random"],
     "plan show": ["{dataset}", "chosen"],
@@ -141,7 +142,8 @@ def test_a_missing_argument_is_usage(world: World, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [name for name in ENTRIES if name in (
-    "run", "capture", "generate", "reread", "combine", "retokenize", "import", "score", "select", "train", "evaluate"
+    "run", "capture", "generate", "reread", "combine", "retokenize", "import", "hygiene", "score", "select", "train",
+    "evaluate",
 )])  # fmt: skip
 @pytest.mark.parametrize("setting", ["seeed=1", "seeed", "a.b=[1"])
 def test_a_wrong_setting_is_usage_and_is_named(world: World, command: str, setting: str) -> None:
@@ -203,7 +205,9 @@ def test_a_dataset_may_be_at_a_url_or_on_the_hub(world: World, command: str, add
     assert not list(Path().iterdir()) or {p.name for p in Path().iterdir()} <= {"cache"}
 
 
-@pytest.mark.parametrize("command", ["info", "sql", "verify", "audit", "select", "head", "export", "split", "push"])
+@pytest.mark.parametrize(
+    "command", ["info", "sql", "verify", "audit", "hygiene", "select", "head", "export", "split", "push"]
+)
 def test_a_dataset_at_a_url_is_read(world: World, command: str, tmp_path: Path) -> None:
     dataset = f"file://{world.root / 'dataset'}"
     extra = ["--hidden-size", "4"] if command == "audit" else []
@@ -282,7 +286,7 @@ def test_a_teacher_s_work_that_meets_a_full_disk_ends_in_one_line(world: World, 
     assert status == 1 and "disk is full" in line and "run the same command again" in line
 
 
-@pytest.mark.parametrize("command", ["train", "score", "select"])
+@pytest.mark.parametrize("command", ["train", "hygiene", "score", "select"])
 def test_work_on_a_dataset_that_meets_a_full_disk_ends_in_one_line(
     world: World, full_disk: Path, command: str, folder: Path
 ) -> None:

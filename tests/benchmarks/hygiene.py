@@ -1,0 +1,230 @@
+"""How fast hygiene is, in how much memory, and whether it finds what was planted. Prints tables, one JSON line last.
+
+    python tests/benchmarks/hygiene.py --documents 100000 [--workers 2] [--words 300] [--peer-python PYTHON]
+
+Documents are synthetic (tests/benchmarks/planted.py): half of a document's words are common ones, paragraphs have four
+sentences; a tenth each are exact and near copies, others have test questions, personal data, another language, or lines that
+repeat. What is measured is `kdata.hygiene.inspect.inspect_corpus`, as the command calls it, for each check alone and for all
+together: from Parquet to Parquet. Each measurement is a process of its own. `seconds` is the time that passed, `processor`
+that of all processes, which other work on the machine changes less; `memory` is the largest sum of what all its processes
+have for themselves at a time: resident, without pages of files, which the system takes back where it needs memory.
+
+Peers, each in one process: rensa alone, in memory, as its README uses it (sets of runs of 5 words made in Python, one matrix
+of signatures, flags by LSH); and the filters and MinHash signatures of datatrove, with an interpreter that has it. What a
+peer does is per second of its process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKS = ("duplicates", "overlap", "language", "quality", "personal", "all")
+
+
+def generate(folder: Path, documents: int, words: int) -> None:
+    """Write corpus.parquet, exam.jsonl, and what was planted as truth.json."""
+    from tests.benchmarks.planted import Planted
+
+    source = Planted(words=words)
+    schema = pa.schema([(name, pa.string()) for name in ("id", "domain", "text")])
+    waiting: list[dict[str, Any]] = []
+    with pq.ParquetWriter(folder / "corpus.parquet", schema, compression="zstd") as writer:
+        for row in source.documents(documents):
+            waiting.append(row)
+            if len(waiting) == 10_000:
+                writer.write_table(pa.Table.from_pylist(waiting, schema))
+                waiting = []
+        writer.write_table(pa.Table.from_pylist(waiting, schema))
+    (folder / "exam.jsonl").write_text("".join(json.dumps(item) + "\n" for item in source.items))
+    truth = {**vars(source.truth), "repeated": sorted(source.truth.repeated)}
+    (folder / "truth.json").write_text(json.dumps(truth))
+
+
+def check(folder: Path, name: str, workers: int) -> None:
+    """Do one check, or all, in this process."""
+    from kdata.corpus.corpus import CorpusConfig
+    from kdata.hygiene.checks import HygieneConfig
+    from kdata.hygiene.inspect import inspect_corpus
+
+    sets = {"exam": str(folder / "exam.jsonl")} if name in ("overlap", "all") else {}
+    chosen = [] if name == "all" else [name]
+    config = HygieneConfig.model_validate({"checks": chosen, "overlap": sets, "workers": workers})
+    inspect_corpus(CorpusConfig(path=str(folder / "corpus.parquet")), config, folder / f"{name}.parquet")
+
+
+def rensa_alone(texts: list[str]) -> float:
+    """Flags of duplicates by rensa in memory; seconds."""
+    from rensa import RMinHash, RMinHashLSH
+
+    begin = time.process_time()
+    words = [text.lower().split() for text in texts]
+    sets = [[" ".join(own[a : a + 5]) for a in range(max(1, len(own) - 4))] for own in words]
+    matrix = RMinHash.digest_matrix_from_token_sets(sets, 120, 1)
+    RMinHashLSH(0.8, 120, 20).query_duplicate_flags_matrix_one_shot(matrix)
+    return time.process_time() - begin
+
+
+def datatrove_alone(texts: list[str]) -> dict[str, float]:
+    """Filters and signatures of datatrove; seconds of each, its models loaded before."""
+    from datatrove.data import Document
+    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+    from datatrove.pipeline.filters import (
+        C4QualityFilter,
+        FineWebQualityFilter,
+        GopherQualityFilter,
+        GopherRepetitionFilter,
+    )
+    from datatrove.utils.hashing import HashConfig
+
+    hashes = HashConfig(hash_fc="sha1")  # its xxhash does not run with version 4 of that package
+    config = MinhashConfig(n_grams=5, num_buckets=20, hashes_per_bucket=6, hash_config=hashes)
+    signature = MinhashDedupSignature("/dev/null", config)
+    steps: dict[str, Callable[[Any], Any]] = {
+        "Gopher's quality": GopherQualityFilter().filter,
+        "Gopher's repetition": GopherRepetitionFilter().filter,
+        "C4": C4QualityFilter().filter,
+        "FineWeb": FineWebQualityFilter().filter,
+        "MinHash signatures": lambda one: signature.get_signature(signature.get_shingles(one.text)),
+    }
+    seconds = {}
+    for name, step in steps.items():
+        step(Document(text=texts[0], id=""))
+        begin = time.process_time()
+        for text in texts:
+            step(Document(text=text, id=""))
+        seconds[name] = time.process_time() - begin
+    return seconds
+
+
+def texts_of(folder: Path, count: int) -> list[str]:
+    """The first texts of the corpus."""
+    rows = next(pq.ParquetFile(folder / "corpus.parquet").iter_batches(count, columns=["text"]))
+    texts: list[str] = rows["text"].to_pylist()
+    return texts
+
+
+def measured(arguments: list[str], python: str = sys.executable) -> tuple[float, float, int, str]:
+    """Seconds, seconds of processors, largest memory in bytes, and output of this program in a process of its own."""
+    before, begin, peak = os.times(), time.perf_counter(), 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [python, __file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    ended = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        tree = psutil.Process(process.pid)
+        while not ended.wait(0.05):
+            try:
+                every = [tree, *tree.children(recursive=True)]
+                peak = max(peak, sum(one.memory_info().rss - one.memory_info().shared for one in every))
+            except psutil.Error:
+                continue
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    output, errors = process.communicate()
+    ended.set()
+    thread.join()
+    if process.returncode:
+        raise SystemExit(f"{arguments} failed:\n{errors[-3000:]}")
+    after = os.times()
+    processor = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - begin, processor, peak, output
+
+
+def quality_of_search(folder: Path) -> dict[str, dict[str, float]]:
+    """Precision and recall of each check, against what was planted."""
+    from tests.benchmarks.planted import Truth, scores
+
+    content = json.loads((folder / "truth.json").read_text())
+    personal = {name: [tuple(one) for one in own] for name, own in content["personal"].items()}
+    truth = Truth(**{**content, "personal": personal, "repeated": set(content["repeated"])})
+    columns = pq.read_table(folder / "all.parquet").to_pylist()
+    corpus = pq.read_table(folder / "corpus.parquet", columns=["id", "text"])
+    texts = dict(zip(corpus["id"].to_pylist(), corpus["text"].to_pylist(), strict=True))
+    return {
+        name: {"planted": score.planted, "precision": score.precision, "recall": score.recall}
+        for name, score in scores(truth, columns, texts).items()
+    }
+
+
+def main() -> None:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=100_000, help="how many")
+    parser.add_argument("--words", type=int, default=300, help="of a document, on average")
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core")
+    parser.add_argument("--checks", nargs="*", choices=CHECKS, default=CHECKS, help="what is measured")
+    parser.add_argument("--peer-python", help="an interpreter with datatrove and spacy")
+    parser.add_argument("--peer-documents", type=int, default=200, help="documents for datatrove")
+    parser.add_argument("--folder", type=Path, help="for the data; a temporary one if not given")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    own = parser.parse_args()
+    if own.child:
+        child(own.child[0], own.folder, own.child[1], own.peer_documents)
+        return
+    with tempfile.TemporaryDirectory(dir=own.folder) as temporary:
+        print(json.dumps(run(Path(temporary), own)))
+
+
+def child(name: str, folder: Path, workers: str, documents: int) -> None:
+    """One measurement."""
+    if name == "datatrove":
+        print(json.dumps(datatrove_alone(texts_of(folder, documents))))
+    elif name == "rensa":
+        print(json.dumps(rensa_alone(texts_of(folder, 1 << 40))))
+    else:
+        check(folder, name, int(workers))
+
+
+def run(folder: Path, own: argparse.Namespace) -> dict[str, Any]:
+    """All measurements; prints them as tables."""
+    generate(folder, own.documents, own.words)
+    size = sum(map(len, texts_of(folder, 1_000))) / min(own.documents, 1_000)
+    print(
+        f"{own.documents:,} documents of {size:,.0f} characters on average, {platform.processor() or platform.machine()}"
+    )
+    result: dict[str, Any] = {"documents": own.documents, "characters": size, "checks": {}, "peers": {}}
+    print(f"{'check':24} {'documents/s':>12} {'per processor':>14} {'memory':>10}")
+    for name in own.checks:
+        seconds, processor, peak, _ = measured(["--child", name, str(own.workers), "--folder", str(folder)])
+        line = {"seconds": seconds, "processor_sec": processor, "peak_bytes": peak}
+        result["checks"][name] = line
+        print(f"{name:24} {own.documents / seconds:12,.0f} {own.documents / processor:14,.0f} {peak / 2**20:7,.0f} MiB")
+    seconds, processor, peak, output = measured(["--child", "rensa", "1", "--folder", str(folder)])
+    result["peers"]["rensa"] = {"seconds": json.loads(output), "peak_bytes": peak}
+    print(f"{'rensa alone':24} {own.documents / json.loads(output):12,.0f} {'':14} {peak / 2**20:7,.0f} MiB")
+    if own.peer_python:
+        options = ["--child", "datatrove", "1", "--folder", str(folder), "--peer-documents", str(own.peer_documents)]
+        _, _, peak, output = measured(options, own.peer_python)
+        result["peers"]["datatrove"] = json.loads(output)
+        for name, value in json.loads(output).items():
+            print(f"{'datatrove: ' + name:38} {own.peer_documents / value:13,.0f} {peak / 2**20:7,.0f} MiB")
+    if "all" in own.checks:
+        result["found"] = quality_of_search(folder)
+        print(f"{'planted':24} {'how many':>12} {'precision':>10} {'recall':>8}")
+        for name, score in result["found"].items():
+            print(f"{name:24} {score['planted']:12,} {score['precision']:10.4f} {score['recall']:8.4f}")
+    return result
+
+
+if __name__ == "__main__":
+    main()
