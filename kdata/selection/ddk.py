@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -51,6 +51,8 @@ class Ddk(Mixture):
 
     The losses are means over the rows to choose from; the paper measures held-out text of each domain.
     """
+
+    SOURCE: ClassVar[str] = "arXiv 2407.16154"
 
     method: Literal["ddk"] = "ddk"
     score: str | None = Field(

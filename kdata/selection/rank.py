@@ -82,7 +82,7 @@ def count_units(session: Session, ranking: Ranking, domains: list[str]) -> dict[
             f"insert into keys select part, value, repeats::bigint * {WEIGHT[ranking.count_by]} from {_candidates(ranking)}",
             ranking.bindings,
         )
-    _check_values(session, ranking)
+    check_values(session, "keys", ranking.scores)
     masses = dict(session.fetch("select part, sum(mass)::bigint from keys group by part"))
     return {name: masses.get(part, 0) for part, name in enumerate(domains if ranking.by_domain else [""])}
 
@@ -118,17 +118,17 @@ def _candidates(ranking: Ranking) -> str:
     return f"(select *, 0 as part from ({ranking.sql}))"
 
 
-def _check_values(session: Session, ranking: Ranking) -> None:
+def check_values(session: Session, table: str, scores: list[str]) -> None:
+    """Raise DataError unless every `value` of a table is a finite number and every `mass` is above 0."""
     [(num_missing, num_infinite, num_empty)] = session.fetch(
         "select count(*) filter (value is null), count(*) filter (isnan(value) or abs(value) > 1e300), "
-        "count(*) filter (mass < 1) from keys"
+        f"count(*) filter (mass < 1) from {table}"
     )
     remedy = "make a plan without these rows (method sql) and choose from it (--parent PLAN)"
     if num_missing:
-        scores = " and ".join(repr(name) for name in ranking.scores)
+        lack = f"score {' and '.join(map(repr, scores))} lacks them (run `kdata score` again), or " if scores else ""
         raise DataError(
-            f"{num_missing} rows have no value: score {scores} lacks them (run `kdata score` again), or the teacher's NLL "
-            f"is not known, as in imported rows ({remedy})"
+            f"{num_missing} rows have no value: {lack}the teacher's NLL is not known, as in imported rows ({remedy})"
         )
     if num_infinite:
         raise DataError(f"{num_infinite} rows have a value that is not a finite number; {remedy}")

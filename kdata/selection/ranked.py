@@ -78,6 +78,8 @@ class Difference(Ranked):
 
     VALUE: ClassVar[str | None] = "NLL of the reference − NLL of the teacher, nats per target token"
 
+    SOURCE: ClassVar[str] = "MiniPLM, arXiv 2410.17215"
+
     method: Literal["difference"] = "difference"
     score: str = Field("ref", pattern=NAME.pattern, description="Sidecar with the reference NLL.")
 

@@ -3,11 +3,12 @@ writes a plan.
 
 To add a method:
 
-1. Choose the base class: `Ranked` (ranked.py) gives every row a number and chooses the rows with the largest; `Mixture`
-   (mixtures.py) gives every domain a share; `Step` (step.py) is for anything else.
+1. Choose the base class: `Ranked` (ranked.py) gives every row a number and chooses the rows with the largest; `Windowed`
+   (windowed.py) chooses by a window query over such numbers; `Mixture` (mixtures.py) gives every domain a share; `Step`
+   (step.py) is for anything else.
 2. Write a subclass with its settings as pydantic fields (each with a description) and `method: Literal["NAME"] = "NAME"`.
-3. Implement one method: `values()` of `Ranked` returns a query with a column `value`, `shares()` of `Mixture` returns a share
-   of each domain, `choose()` of `Step` fills the table `chosen`.
+3. Implement what it lacks: `values()` of `Ranked` returns a query with a column `value`, `shares()` of `Mixture` returns a
+   share of each domain, `choose()` of `Step` fills the table `chosen`.
 4. Add a line to METHODS below, and run `python -m tests.schemas.tables`, which writes the recipe's JSON Schema.
 5. Test it on numbers worked out by hand in tests/kdata/selection/test_select_methods.py, and name it in kdata/README.md.
 
@@ -26,7 +27,9 @@ from pydantic import BeforeValidator, Field
 from kdata.config import parse_config
 from kdata.errors import ConfigError, CorruptError, DataError, MissingError, nearest
 from kdata.format.files import remove_leftover, removed_on_failure, settle, without_hidden
+from kdata.selection.band import Band
 from kdata.selection.choose_positions import choose_positions
+from kdata.selection.confidence import Confidence, Margin
 from kdata.selection.ddk import Ddk
 from kdata.selection.mixtures import Cap, Proportional, Static, Temperature, Uniform
 from kdata.selection.plan import (
@@ -44,11 +47,14 @@ from kdata.selection.plan import (
     write_plan_info,
 )
 from kdata.selection.position_rules import Gap, PositionRule, TokenReader
+from kdata.selection.prune import Prune
 from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Difference, Random
+from kdata.selection.robust import Robust
 from kdata.selection.session import Conditions, DomainSizes, Session, open_session
 from kdata.selection.sidecar import checked_score_digest
 from kdata.selection.step import Chosen, Counts, Step
+from kdata.selection.tables import RegMix, Table
 from kdata.store.conditions import EXAMPLES, check_condition
 from kdata.store.dataset import Dataset
 from kdata.store.listed import SCORES
@@ -58,12 +64,19 @@ METHODS: dict[str, type[Step]] = {
     "difference": Difference,
     "random": Random,
     "all": All,
+    "prune": Prune,
+    "band": Band,
+    "confidence": Confidence,
+    "margin": Margin,
+    "robust": Robust,
     "sql": Sql,
     "static": Static,
     "uniform": Uniform,
     "proportional": Proportional,
     "temperature": Temperature,
+    "table": Table,
     "ddk": Ddk,
+    "regmix": RegMix,
     "cap": Cap,
 }
 DEFAULT = "difference"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from pydantic import Field
 
@@ -53,6 +53,8 @@ class Chosen:
 
 class Step(Strict):
     """Settings that every method has. `method` is its key in METHODS."""
+
+    SOURCE: ClassVar[str] = ""  # where the method is from, for `kdata select --list`
 
     method: str
     name: str | None = Field(None, pattern=NAME.pattern, description="Name of the plan; null takes the method's name.")

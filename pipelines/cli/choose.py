@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,9 +32,11 @@ from kdata.pipelines.cli.common import (
     say_unchecked,
     with_settings,
 )
+from kdata.pipelines.evidence.verdicts import verdicts
+from kdata.selection.margins import score_margins
 from kdata.selection.plan import open_plan
 from kdata.selection.position_rules import RULES, Excess, ShareRule, SqlPositions
-from kdata.selection.score_file import bring
+from kdata.selection.score_file import ImportedScores, bring
 from kdata.selection.select import DEFAULT, METHODS, parse_step
 from kdata.selection.show import Shown, comparison_table, draw, left_out_texts, table_of
 from kdata.selection.show import compare as compare_plans
@@ -68,15 +72,26 @@ def score(
     ] = None,
     backend: Annotated[str | None, option("backend", ReadingModel)] = None,
     tokens: Annotated[bool | None, option("tokens", ScoreConfig)] = None,
+    margins: Annotated[
+        bool, typer.Option("--margins", help="Add the teacher's mean margin p1 - p2 of each row; no model is read.")
+    ] = False,
     set: SetOption = None,
 ) -> None:
     """Add a score to every row of a dataset, or to every token.
 
-    Either a reference model's mean NLL of each row (--model, with the teacher's tokenizer), or numbers of your own (--from).
-    With --tokens the model's NLL of each token is stored, too.
+    A reference model's mean NLL of each row (--model, with the teacher's tokenizer), numbers of your own (--from), or the
+    teacher's margin (--margins). With --tokens the model's NLL of each token is stored, too.
     """
-    if (model is None) == (file is None):
-        raise ConfigError("give either --model MODEL (a reference model scores) or --from FILE (your own numbers)")
+    if (model is not None) + (file is not None) + margins != 1:
+        raise ConfigError(
+            "give one of --model MODEL (a reference model scores), --from FILE (your own numbers) and --margins"
+        )
+    if margins:
+        if set or backend or tokens or unit:
+            raise ConfigError("--margins takes --name alone")
+        opened, chosen = kdata.open(dataset), name or "margin"
+        say_covered(opened, chosen, score_margins(opened, chosen))
+        return
     if file is not None:
         if set or backend or tokens:
             raise ConfigError("--backend, --tokens and --set are for --model; --from takes --name and --unit")
@@ -95,8 +110,29 @@ def add_numbers(dataset: str, file: str, options: dict[str, Any], name: str | No
     """Make a score of the numbers in a Parquet file, and print what it covers."""
     opened, chosen = kdata.open(dataset), name or str(ScoreConfig.model_fields["name"].default)
     brought = bring(opened, Path(file), chosen, **{key: value for key, value in options.items() if value is not None})
+    say_covered(opened, chosen, brought)
+
+
+def say_covered(opened: kdata.Dataset, name: str, brought: ImportedScores) -> None:
+    """Print how many rows have a number, for each column of a score."""
     for column, num_rows in brought.covered.items():
-        say(f"scores.{chosen}.{column} covers {num_rows:,} of {opened.num_rows:,} rows of {opened.path}")
+        say(f"scores.{name}.{column} covers {num_rows:,} of {opened.num_rows:,} rows of {opened.path}")
+
+
+def list_methods(value: bool) -> None:
+    """Print every method in one line, and end."""
+    if value:
+        found = verdicts()
+        lines = [[name, method_words(method), method.SOURCE, str(found[name])] for name, method in METHODS.items()]
+        columns = ["method", "what it chooses", "source", "on a raw corpus"]
+        print_rows(columns, lines, right=[False] * len(columns), title="methods of kdata select")
+        raise typer.Exit
+
+
+def method_words(method: type[Step]) -> str:
+    """What a method chooses: the first sentence of its class, without the source."""
+    words = (inspect.getdoc(method) or "").partition("\n")[0].rstrip(".")
+    return re.sub(r"^.*? \(.*?\): ", "", words)
 
 
 def select(
@@ -144,6 +180,12 @@ def select(
     ] = None,
     check: CheckOption = CheckTime.first,
     set: SetOption = None,
+    list: Annotated[
+        bool,
+        typer.Option(
+            "--list", help="Print every method with source and evidence, and end.", callback=list_methods, is_eager=True
+        ),
+    ] = False,
 ) -> None:
     """Choose what to train on: write a plan of rows, or of tokens.
 

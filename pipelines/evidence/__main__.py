@@ -15,8 +15,9 @@ import torch
 import typer
 
 from kdata.pipelines.builtin.builtin import builtin_reference, builtin_teacher, ensure_corpus
-from kdata.pipelines.evidence import offline, positions, selection, tokenizers
+from kdata.pipelines.evidence import offline, positions, raw_question, selection, tokenizers
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData
+from kdata.pipelines.evidence.raw import SHARES
 from kdata.pipelines.evidence.runs import Figures, load_runs, run_all
 from kdata.trainer.config import CheckpointStudent, ScratchStudent
 
@@ -41,6 +42,7 @@ class Question(StrEnum):
     tokenizers = "tokenizers"
     selection = "selection"
     mixture = "mixture"
+    raw = "raw"
 
 
 class Size(StrEnum):
@@ -103,11 +105,15 @@ def run(
         raise typer.BadParameter(
             f"the question {question.value} has the size small only: its reference, full distillation, is written for CPUs"
         )
+    if size is Size.large and question is Question.raw:
+        raise typer.BadParameter("the question raw has the size small only: its corpus is made in memory")
     sources = _sources(out, {"teacher": teacher, "reference": reference, "corpus": corpus})
     chosen = {**(LARGE if size is Size.large else {}), **sources, **{n: v for n, v in options.items() if v is not None}}
     if (changed := chosen.get("steps")) is not None:
         chosen["warmup_steps"] = changed // 10
-    comparison = (_targets if of_targets else _choice)(question, chosen, out, seeds)
+    comparison = (_targets if of_targets else _raw if question is Question.raw else _choice)(
+        question, chosen, out, seeds
+    )
 
     def measure(name: str, seed: int) -> Figures:
         figures = comparison.measure(name, seed)
@@ -128,7 +134,7 @@ def run(
 @app.command()
 def report(question: Which, out: Out) -> None:
     """Write results.json, table.md and evidence.png of the runs that are measured."""
-    from kdata.pipelines.evidence import figures, positions_figures, selection_figures
+    from kdata.pipelines.evidence import figures, positions_figures, raw_figures, selection_figures
 
     if question is Question.positions:
         settings = positions.settings("student")  # with the rule that needs one, whoever it was
@@ -142,6 +148,10 @@ def report(question: Which, out: Out) -> None:
     if question is Question.offline:
         runs = load_runs(out / "runs", [s.name for s in offline.SETTINGS])
         typer.echo(figures.write_report(out, runs, describe=offline.describe))
+        return
+    if question is Question.raw:
+        keys = [selection.key_of(s) for s in raw_question.SETTINGS]
+        typer.echo(raw_figures.write_report(out, load_runs(out / "runs", keys)))
         return
     choice = _name(question)
     keys = [selection.key_of(s) for s in selection.SETTINGS[choice]]
@@ -168,6 +178,14 @@ def _choice(question: Question, chosen: dict[str, Any], out: Path, seeds: int) -
     config = selection.SelectionConfig(backend=backend, **chosen)
     choice = selection.Selection(config, _name(question), out / "data")
     return Comparison(selection.runs(_name(question), seeds), config.identity(), choice.measure)
+
+
+def _raw(question: Question, chosen: dict[str, Any], out: Path, seeds: int) -> Comparison:
+    tokens: int = chosen.get("train_tokens", raw_question.RawConfig.model_fields["train_tokens"].default)
+    config = raw_question.RawConfig(benchmark_tokens=round(SHARES["benchmark"] * tokens), **chosen)
+    asked = raw_question.Raw(config, out / "data")
+    describe = cast(Callable[[str], dict[str, Any]], raw_question.describe)
+    return Comparison(raw_question.runs(seeds), config.identity(), asked.measure, describe)
 
 
 def _name(question: Question) -> selection.Question:

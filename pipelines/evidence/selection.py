@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow.compute as pc
 from filelock import FileLock
@@ -151,37 +151,45 @@ class Selection:
     The data is built in `folder` when it is first used; several processes may use one folder.
     """
 
+    PARTS: ClassVar[tuple[str, ...]] = ("heldout", "validation", "train")
+
     def __init__(self, config: SelectionConfig, question: Question, folder: Path) -> None:
         self.config, self.question, self.folder = config, question, folder
 
     @cached_property
     def _datasets(self) -> dict[str, kdata.Dataset]:
         """train, validation and heldout as the teacher reads them; train with the scores of the reference."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = self.folder / "data.json"
+        with FileLock(self.folder / "data.lock"):
+            if not record.exists():
+                self._write_texts()
+                self._read()
+                record.write_text(json.dumps(self.config.data_identity()), encoding="utf-8")
+        if difference := settings_difference(
+            json.loads(record.read_text(encoding="utf-8")), self.config.data_identity()
+        ):
+            raise MismatchError(
+                f"{self.folder} was built with other settings (before -> now):\n{difference}\nUse another folder"
+            )
+        return {name: kdata.open(self.folder / name) for name in self.PARTS}
+
+    def _write_texts(self) -> None:
+        """Write NAME.parquet of each of PARTS."""
         c = self.config
         parts = {
             "heldout": Part(0.0, 0.1, c.heldout_tokens),
             "validation": Part(0.1, 0.16, c.validation_tokens),
             "train": Part(0.16, 1.0, c.train_tokens, balanced=False),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        record = self.folder / "data.json"
-        with FileLock(self.folder / "data.lock"):
-            if not record.exists():
-                split(c.corpus, c.teacher, parts, self.folder)
-                self._read(list(parts))
-                record.write_text(json.dumps(c.data_identity()), encoding="utf-8")
-        if difference := settings_difference(json.loads(record.read_text(encoding="utf-8")), c.data_identity()):
-            raise MismatchError(
-                f"{self.folder} was built with other settings (before -> now):\n{difference}\nUse another folder"
-            )
-        return {name: kdata.open(self.folder / name) for name in parts}
+        split(c.corpus, c.teacher, parts, self.folder)
 
-    def _read(self, parts: list[str]) -> None:
+    def _read(self) -> None:
         teacher_config = TeacherConfig(model=self.config.teacher, backend=self.config.backend)
         work = Work(self.config.context_tokens, writes=False)
         teacher = load_teacher(teacher_config, max_k=HELDOUT_KEEP.k, work=work)
         try:
-            for name in parts:
+            for name in self.PARTS:
                 keep = KeepConfig() if name == "train" else HELDOUT_KEEP
                 corpus = CorpusConfig(path=str(self.folder / f"{name}.parquet"))
                 config = CaptureConfig(corpus=corpus, max_tokens=self.config.context_tokens, **keep.model_dump())
@@ -237,13 +245,14 @@ class Selection:
             nll, kl, ece, top1 over all held-out tokens; `gap DOMAIN`, the student's NLL minus the teacher's in nats per
             token, with mean_gap and worst_gap; `share DOMAIN`, share of the training tokens; tokens and tokens_per_sec.
         """
-        setting = find(self.question, name)
-        config, plan = self.train_config(setting, seed), self._plan(setting.step)
+        setting = self.find(name)
+        config, plan = self.train_config(setting, seed), self._plan_of(setting)
         data = self._datasets
         with tempfile.TemporaryDirectory(prefix="kdata-evidence-") as out:
             result = train(config, data["train"].path, plan, Path(out))
             measured = evaluate(Path(out) / "model", data["heldout"].path)
             shares = _mean_weights(Path(out) / "metrics.jsonl", config.steps)
+            more = self._more_figures(plan, Path(out) / "model")
         if not shares:
             shares = _shares(data["train"]) if plan is None else {
                 d: s["plan"] for d, s in Plan.load(plan).info.shares.items()
@@ -258,7 +267,19 @@ class Selection:
             "tokens": result.tokens,
             "tokens_per_sec": result.tokens / result.train_seconds,
             "params": result.params,
+            **more,
         }
+
+    def find(self, name: str) -> Setting:
+        """A setting by its key. Raises ConfigError if there is none."""
+        return find(self.question, name)
+
+    def _plan_of(self, setting: Setting) -> Path | None:
+        return self._plan(setting.step)
+
+    def _more_figures(self, plan: Path | None, model: Path) -> Figures:
+        """Further figures of a student that was trained on a plan."""
+        return {}
 
 
 def _shares(dataset: kdata.Dataset) -> dict[str, float]:

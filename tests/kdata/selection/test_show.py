@@ -159,6 +159,10 @@ def test_the_commands(dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytes
     assert "plan sql: 2 rows" in call("select", root, "--sql", query)
     assert f"method sql: {query}" in call("plan", "show", root, "sql")
     assert all(method in call("select", "--help") for method in METHODS)
+    listed = call("select", "--list")
+    assert all(method in listed and about.SOURCE.split(",")[0] in listed for method, about in METHODS.items())
+    assert "scores.margin.margin covers 10 of 10 rows" in call("score", root, "--margins")
+    assert "scores.sure.margin covers 10 of 10 rows" in call("score", root, "--margins", "--name", "sure")
     assert "plan random: 4 rows" in call(
         "select", root, "--method", "random", "--share", "0.4", "--by-domain", "--seed", 3
     )

@@ -28,6 +28,7 @@ OWN = {
     "--engine", "--json-schema",  # capture, generate, reread: which settings model, and a file that holds a setting
     "--deep", "--against-teacher", "--copy", "--hidden-size", "--head", "--block",  # verify, repair, audit
     "--canaries", "--candidates", "--oracle", "--trained-on", "--pattern",  # exposure, hacking, soften
+    "--margins", "--list",  # score, select
     "--from", "--unit", "--method", "--memory", "--threads", "--picture", "--positions",  # score, select, plan show
     "--where",  # hygiene, select, view
     "--check",  # sql
@@ -81,8 +82,9 @@ def test_an_option_is_named_described_and_defaulted_as_its_model(command: str) -
             field = model.model_fields[about.field]
             assert field.description and field.description in flags[parameter.name].help
             if not field.is_required() and isinstance(field.default, str | int | float) and command != "reread":
-                assert f"[default: {str(field.default).lower() if field.default is False else field.default}]" in (
-                    flags[parameter.name].help
+                assert (
+                    f"[default: {str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
+                    in (flags[parameter.name].help)
                 )
         assert flags[parameter.name].required == (parameter.default is inspect.Parameter.empty)
 

@@ -1,0 +1,245 @@
+"""Question `raw`: does choosing help where there is something to choose? Methods of selection on a raw corpus (`raw.py`).
+
+Every student of a seed begins with the same weights and reads as many tokens as the others, of what one method kept; it is
+measured on held-out clean text. Part of the held-out text has leaked into the corpus (`benchmark`) and is measured apart. The
+judge says of each method which share of what it kept is good (precision), and which share of the good it kept (recall).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from filelock import FileLock
+from pydantic import Field
+
+import kdata
+from kdata.errors import ConfigError
+from kdata.format.files import write_atomically
+from kdata.hygiene.checks import HygieneConfig
+from kdata.hygiene.inspect import inspect_dataset
+from kdata.pipelines.evidence.data import Part, split
+from kdata.pipelines.evidence.raw import Judge, write_raw
+from kdata.pipelines.evidence.runs import Figures
+from kdata.pipelines.evidence.selection import DISTIL, PLAIN, Selection, SelectionConfig, Setting, Tokens, key_of
+from kdata.selection.band import Band
+from kdata.selection.confidence import Confidence, Margin
+from kdata.selection.margins import score_margins
+from kdata.selection.plan import Plan, make_plan
+from kdata.selection.prune import Prune, distillation_weight
+from kdata.selection.ranked import All, Difference, Random
+from kdata.selection.robust import Robust
+from kdata.trainer.config import CheckpointStudent, TrainConfig
+from kdata.trainer.domain_weights import DDKMixture
+from kdata.trainer.evaluate import evaluate
+
+REFERENCE = "ref"  # score of the small model: the reference of difference sampling, and the student before training
+KEPT = "kept.json"
+NONE, ORACLE = "no selection", "oracle (knows the origin)"
+
+
+@dataclass(frozen=True)
+class Arm(Setting):
+    """A setting of this question.
+
+    oracle: the judge chooses. trained: the student starts from the reference, not from random weights.
+    """
+
+    oracle: bool = False
+    trained: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as JSON values."""
+        step = {} if self.step is None else {"step": self.step.model_dump(mode="json", exclude_none=True)}
+        mixture = {} if self.mixture is None else {"mixture": "ddk"}
+        return {
+            **step,
+            **mixture,
+            "objective": dict(self.objective),
+            "family": self.family,
+            "oracle": self.oracle,
+            "trained": self.trained,
+        }
+
+
+def _difference(name: str, share: float, **settings: Any) -> Difference:
+    return Difference(name=name, share=share, count_by="tokens", score=REFERENCE, **settings)
+
+
+def _ddk(tokens: Tokens, config: SelectionConfig) -> DDKMixture:
+    return DDKMixture(every_steps=config.period_steps)
+
+
+# What a curator would ask for who knows the six sources and no origin: limits of Gopher and C4 that prose, verse, mathematics
+# and code pass alike. Set before the judge was asked.
+HYGIENE = [
+    "duplicates.near_keep",
+    "coalesce(overlap.benchmark_share, 0) < 0.5",
+    "language.code = 'en' or rows.domain = 'code'",
+    "quality.broken < 0.001",
+    "quality.top_2gram <= 0.20 and quality.repeated_10grams <= 0.10",
+    "quality.policy = 0",
+    "quality.digits < 0.3",
+    "quality.stop_words >= 2 or rows.domain = 'code'",
+]
+HALF: dict[str, Any] = {"share": 0.5, "count_by": "tokens"}
+ARMS = (
+    Arm(NONE, ""),
+    Arm(ORACLE, "", oracle=True),
+    Arm("hygiene", "", All(name="hygiene", where=HYGIENE)),
+    Arm("random half", "", Random(name="half", **HALF)),
+    Arm("difference, half of each domain", "", _difference("each", 0.5, by_domain=True)),
+    Arm("hygiene, then difference, 75 % of each domain", "",
+        _difference("clean75", 0.75, by_domain=True, where=HYGIENE)),
+    Arm("difference, half", "", _difference("difference", 0.5)),
+    Arm("DDK", "", mixture=_ddk),
+    Arm("hygiene, then the middle 80 % of the NLL of each domain", "",
+        Band(name="clean80", low=0.1, high=0.9, by_domain=True, where=HYGIENE)),
+    Arm("difference, 30 % of each domain", "", _difference("each30", 0.3, by_domain=True)),
+    Arm("difference, 75 % of each domain", "", _difference("each75", 0.75, by_domain=True)),
+    Arm("middle of the teacher's NLL, half of each domain", "", Band(by_domain=True)),
+    Arm("easiest half of each domain", "", Prune(name="easy", keep="easy", by_domain=True, **HALF)),
+    Arm("hardest half of each domain", "", Prune(name="hard", keep="hard", by_domain=True, **HALF)),
+    Arm("joint confidence, half of each domain", "", Confidence(score=REFERENCE, **HALF)),
+    Arm("margin, half of each domain", "", Margin(**HALF)),
+    Arm("robust (max-min), half", "", Robust()),
+)  # fmt: skip
+MIXED = {"forward_kl": distillation_weight(0.5), "cross_entropy": 1 - distillation_weight(0.5)}
+FAMILIES = {"distillation": DISTIL, "cross-entropy": PLAIN}
+TRAINED = "distillation, trained start"
+FIRST = 7  # arms; a run that is stopped early has measured these, with random and with trained start
+SETTINGS: tuple[Arm, ...] = (
+    *(replace(arm, family=family, objective=weights) for arm in ARMS[:FIRST] for family, weights in FAMILIES.items()),
+    Arm(NONE, TRAINED, trained=True),
+    Arm(ORACLE, TRAINED, oracle=True, trained=True),
+    Arm("DDK", TRAINED, mixture=_ddk, trained=True),
+    *(replace(arm, family=family, objective=weights) for arm in ARMS[FIRST:] for family, weights in FAMILIES.items()),
+    Arm("random half", "distillation, weight 0.75", Prune(name="pruned", **HALF), objective=MIXED),
+)
+
+
+class RawConfig(SelectionConfig):
+    """Settings that all students share."""
+
+    train_tokens: int = Field(900_000, ge=1, description="Tokens of the raw corpus.")
+    heldout_tokens: int = Field(24_000, ge=1, description="Tokens to measure on, the same number of each domain.")
+    benchmark_tokens: int = Field(18_000, ge=1, description="Tokens of held-out text that leaked into the corpus.")
+    steps: int = Field(400, ge=1, description="Number of optimizer steps; with the defaults half of the corpus.")
+    warmup_steps: int = Field(40, ge=0, description="Steps of linear rise to the peak; 0: none.")
+    period_steps: int = Field(40, ge=1, description="Steps between two updates of domain weights.")
+
+    def data_identity(self) -> dict[str, Any]:
+        """See `SelectionConfig.data_identity`."""
+        return {**super().data_identity(), "benchmark_tokens": self.benchmark_tokens}
+
+
+class Raw(Selection):
+    """The comparison: `measure` trains one setting with one seed and measures the student.
+
+    Its figures are those of `Selection.measure` and nll_benchmark, the NLL of the leaked text.
+    """
+
+    PARTS: ClassVar[tuple[str, ...]] = ("heldout", "benchmark", "validation", "train")
+    config: RawConfig
+
+    def __init__(self, config: RawConfig, folder: Path) -> None:
+        super().__init__(config, "selection", folder)
+
+    def _write_texts(self) -> None:
+        c = self.config
+        parts = {
+            "heldout": Part(0.0, 0.1, c.heldout_tokens),
+            "benchmark": Part(0.1, 0.13, c.benchmark_tokens),
+            "validation": Part(0.13, 0.19, c.validation_tokens),
+            # Twice what there will be in all: the rest is what shuffled and repeated texts are made of.
+            "clean": Part(0.19, 1.0, 2 * c.train_tokens, balanced=False),
+        }
+        split(c.corpus, c.teacher, parts, self.folder)
+        write_raw(
+            self.folder / "clean.parquet", self.folder / "benchmark.parquet", c.teacher, c.train_tokens, self.folder,
+            context_tokens=c.context_tokens,
+        )  # fmt: skip
+
+    def _read(self) -> None:
+        super()._read()
+        train = kdata.open(self.folder / "train")
+        score_margins(train)
+        # The sets that a curator would name: the benchmark, of which the corpus holds all.
+        sets = {"benchmark": str(self.folder / "benchmark.parquet")}
+        inspect_dataset(
+            train, HygieneConfig(checks=["duplicates", "overlap", "language", "quality"], overlap=sets, workers=1)
+        )
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Knows the origin of each row."""
+        index = self._datasets["train"].index(["id", "num_tokens"])
+        rows = dict(zip(index["id"].to_pylist(), index["num_tokens"].to_pylist(), strict=True))
+        return Judge(self.folder / "origins.parquet", rows)
+
+    def find(self, name: str) -> Arm:
+        """See `Selection.find`."""
+        return find(name)
+
+    def train_config(self, setting: Setting, seed: int) -> TrainConfig:
+        """See `Selection.train_config`. A trained student gets half the learning rate."""
+        config = super().train_config(setting, seed)
+        if isinstance(setting, Arm) and setting.trained:
+            start = CheckpointStudent(model=self.config.reference)
+            return config.model_copy(update={"student": start, "learning_rate": config.learning_rate / 2})
+        return config
+
+    def _plan_of(self, setting: Setting) -> Path | None:
+        assert isinstance(setting, Arm)
+        if setting.oracle:
+            dataset = self._datasets["train"]
+            path = dataset.path / "plans" / "oracle.parquet"
+            with FileLock(self.folder / "plans.lock"):
+                if not path.with_suffix(".json").exists():
+                    make_plan(dataset, "oracle", self.judge.good(), method="oracle", parameters={}).save(path.parent)
+            return path
+        return self._plan(setting.step)
+
+    def measure(self, name: str, seed: int) -> Figures:
+        """See `Selection.measure`. The first call judges every setting, which takes no student: `KEPT` in the folder."""
+        self.judge_all()
+        return super().measure(name, seed)
+
+    def judge_all(self) -> None:
+        """Write what each setting keeps, as the judge sees it: `KEPT`. A mixture reads all rows, so it keeps everything."""
+        file = self.folder / KEPT
+        train = self._datasets["train"]
+        with FileLock(file.with_suffix(".lock")):
+            if file.exists():
+                return
+            kept = {}
+            for arm in {arm.name: arm for arm in SETTINGS}.values():
+                plan = self._plan_of(arm)
+                ids = train.index(["id"])["id"].to_pylist() if plan is None else Plan.load(plan).ids
+                kept[arm.name] = asdict(self.judge.verdict(set(ids)))
+            write_atomically(file, json.dumps(kept, indent=1).encode())
+
+    def _more_figures(self, plan: Path | None, model: Path) -> Figures:
+        return {"nll_benchmark": evaluate(model, self._datasets["benchmark"].path)["overall"]["nll"]}
+
+
+def find(key: str) -> Arm:
+    """A setting by its key. Raises ConfigError if there is none."""
+    by_key = {key_of(arm): arm for arm in SETTINGS}
+    if key not in by_key:
+        raise ConfigError(f"there is no setting {key!r}; the settings are {', '.join(by_key)}")
+    return by_key[key]
+
+
+def describe(key: str) -> Mapping[str, Any]:
+    """The content of a setting, by its key, as JSON values."""
+    return find(key).describe()
+
+
+def runs(seeds: int) -> list[tuple[str, int]]:
+    """(setting, seed) of every run: every setting with one seed, then with the next."""
+    return [(key_of(arm), seed) for seed in range(seeds) for arm in SETTINGS]

@@ -1,0 +1,166 @@
+"""The raw corpus and its judge, and a tiny comparison of methods on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from kdata.errors import ConfigError, CorruptError, DataError
+from kdata.pipelines.evidence import raw
+from kdata.pipelines.evidence.raw import GOOD, SHARES, Judge, write_raw
+from kdata.pipelines.evidence.raw_figures import write_report
+from kdata.pipelines.evidence.raw_question import KEPT, NONE, ORACLE, SETTINGS, Raw, RawConfig, find, runs
+from kdata.pipelines.evidence.runs import load_runs, run_all
+from kdata.pipelines.evidence.selection import key_of
+from kdata.pipelines.evidence.verdicts import verdicts
+from kdata.selection.select import METHODS
+from kdata.trainer.config import ScratchStudent
+from tests.fakes import rows_of_text, save_llama
+
+TOKENS = 24_000
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text of two domains, two documents of which are equal."""
+    rows = rows_of_text(900, words=160)
+    rows[5]["text"] = rows[4]["text"]
+    file = tmp_path_factory.mktemp("clean") / "corpus.parquet"
+    pl.DataFrame([{n: r[n] for n in ("id", "domain", "text")} for r in rows]).write_parquet(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def made(corpus: Path, llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw corpus; its benchmark are the last documents."""
+    folder = tmp_path_factory.mktemp("raw")
+    frame = pl.read_parquet(corpus)
+    frame.head(800).write_parquet(folder / "clean.parquet")
+    frame.tail(100).write_parquet(folder / "benchmark.parquet")
+    counts = write_raw(
+        folder / "clean.parquet", folder / "benchmark.parquet", str(llama_dir), TOKENS, folder, context_tokens=64
+    )
+    assert counts == json.loads((folder / "raw.json").read_text())["tokens"]
+    return folder
+
+
+def test_every_origin_has_its_share_and_the_ids_do_not_tell(made: Path) -> None:
+    counts = json.loads((made / "raw.json").read_text())["tokens"]
+    assert set(counts) == set(SHARES)
+    for origin, share in SHARES.items():
+        # Documents are whole: the last one may pass the share, and texts in other languages have many tokens here.
+        assert counts[origin] >= share * TOKENS and counts[origin] - share * TOKENS < 8_000
+    text = pl.read_parquet(made / "train.parquet")
+    assert text.columns == ["id", "domain", "text"] and text["id"].n_unique() == len(text)
+    assert text["id"].is_sorted() and set(text["domain"]) == {"prose", "code"}
+    origins = pl.read_parquet(made / "origins.parquet")
+    assert origins["id"].to_list() == text["id"].to_list()
+    runs_of_origin = (origins["origin"] != origins["origin"].shift()).sum()
+    assert runs_of_origin > 0.3 * len(origins)  # mixed: the order does not tell either
+
+
+def test_what_is_not_good_is_what_it_is_called(made: Path) -> None:
+    frame = pl.read_parquet(made / "train.parquet").join(pl.read_parquet(made / "origins.parquet"), on="id")
+    of = {origin: frame.filter(pl.col("origin") == origin) for origin in SHARES}
+    clean = dict(of[GOOD].select("id", "text").iter_rows())
+    assert len(set(clean.values())) == len(clean)  # of equal documents one
+    assert all(clean[row["of"]] == row["text"] for row in of["exact duplicate"].iter_rows(named=True))
+    for row in of["near duplicate"].iter_rows(named=True):
+        own, other = set(row["text"].lower().split()), set(clean[row["of"]].lower().split())
+        assert row["text"] != clean[row["of"]] and len(own & other) >= 0.8 * len(other)
+    leaked = set(pl.read_parquet(made / "benchmark.parquet")["text"])
+    assert set(of["benchmark"]["text"]) <= leaked and not leaked & set(clean.values())
+    assert not set(of["shuffled words"]["text"]) & set(pl.read_parquet(made / "clean.parquet")["text"])
+    assert all(len(set(text.split())) <= 9 for text in of["repeated n-grams"]["text"])
+    assert any(not text.isascii() for text in of["other languages"]["text"])
+
+
+def test_the_same_text_is_made_again(made: Path, llama_dir: Path, tmp_path: Path) -> None:
+    write_raw(made / "clean.parquet", made / "benchmark.parquet", str(llama_dir), TOKENS, tmp_path, context_tokens=64)
+    assert (tmp_path / "raw.json").read_text() == (made / "raw.json").read_text()
+
+
+def test_too_little_text_is_one_error(made: Path, llama_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"clean: .* tokens of text and .* are needed; set fewer train_tokens"):
+        write_raw(made / "clean.parquet", made / "benchmark.parquet", str(llama_dir), 10**7, tmp_path)
+    assert not (tmp_path / "train.parquet").exists()
+
+
+def test_the_judge_counts_one_of_a_document_and_its_copies(tmp_path: Path) -> None:
+    rows = [
+        ("a", GOOD, "a"), ("b", GOOD, "b"), ("a2", "exact duplicate", "a"), ("a3", "near duplicate", "a"),
+        ("x", "boilerplate", None),
+    ]  # fmt: skip
+    pl.DataFrame(rows, schema=["id", "origin", "of"], orient="row").write_parquet(tmp_path / "origins.parquet")
+    judge = Judge(tmp_path / "origins.parquet", {"a": 10, "b": 30, "a2": 10, "a3": 12, "x": 20})
+    assert judge.good() == ["a", "b"]
+    every = judge.verdict({"a", "b", "a2", "a3", "x"})
+    assert (every.precision, every.recall) == (40 / 82, 1.0) and set(every.kept.values()) == {1.0}
+    for copies in ({"a2"}, {"a3"}, {"a2", "a3"}, {"a", "a3"}):
+        verdict = judge.verdict(copies)
+        assert verdict.recall == 10 / 40  # a copy that is longer holds no more of the document than there is
+        assert verdict.precision == 10 / sum({"a": 10, "a2": 10, "a3": 12}[i] for i in copies)
+    assert judge.verdict({"x"}).precision == 0.0 and judge.verdict(set()).recall == 0.0
+
+
+def test_pieces_of_a_copy_stand_for_pieces_of_the_document(tmp_path: Path) -> None:
+    rows = [("a", GOOD, "a"), ("c", "exact duplicate", "a")]
+    pl.DataFrame(rows, schema=["id", "origin", "of"], orient="row").write_parquet(tmp_path / "origins.parquet")
+    judge = Judge(tmp_path / "origins.parquet", {"a#0": 8, "a#1": 4, "c#0": 8, "c#1": 4})
+    assert judge.verdict({"a#0", "c#1"}).recall == 1.0 and judge.verdict({"a#0", "c#0"}).precision == 0.5
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, llama_dir: Path, corpus: Path) -> RawConfig:
+    return RawConfig(
+        teacher=str(llama_dir), reference=str(save_llama(tmp_path_factory.mktemp("ref") / "m", seed=5)), corpus=str(corpus),
+        train_tokens=8_000, heldout_tokens=300, benchmark_tokens=300, validation_tokens=300, context_tokens=64,
+        student=ScratchStudent(hidden_size=32, num_layers=1, num_heads=2), steps=2, batch_tokens=256, warmup_steps=1,
+        period_steps=1,
+    )  # fmt: skip
+
+
+def test_a_tiny_comparison_from_text_to_verdicts(
+    config: RawConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(raw, "LENGTH", (100, 300))
+    asked = Raw(config, tmp_path / "data")
+    wanted = [(f"{arm} ({family})", seed) for family in ("distillation", "cross-entropy") for seed in (0, 1)
+              for arm in (NONE, ORACLE, "difference, half of each domain")]  # fmt: skip
+    wanted += [(key, 0) for key, seed in runs(1) if (key, seed) not in wanted and key.endswith("(distillation)")]
+    assert run_all(
+        tmp_path / "runs", wanted, asked.measure, config.identity(), describe=lambda n: find(n).describe()
+    ) == len(wanted)
+    by_setting = load_runs(tmp_path / "runs", [key_of(s) for s in SETTINGS])
+    kept = json.loads((tmp_path / "data" / KEPT).read_text())
+    assert set(kept) == {s.name for s in SETTINGS}
+    oracle, none = kept[ORACLE], kept[NONE]
+    assert oracle["precision"] == oracle["recall"] == oracle["kept"][GOOD] == 1.0
+    assert oracle["kept"]["boilerplate"] == 0.0 and none["recall"] == 1.0 and 0.4 < none["precision"] < 0.6
+    table = write_report(tmp_path, by_setting)
+    assert table.count(f"| {ORACLE} |") == 2 and (tmp_path / "evidence.png").stat().st_size > 10_000
+    (tmp_path / "results.json").rename(tmp_path / "raw.json")
+    said = {name: str(verdict) for name, verdict in verdicts(tmp_path / "raw.json").items()}
+    assert set(said) == set(METHODS)
+    assert said["regmix"] == "not measured" and "one seed" in said["band"] and "one seed" in said["ddk"]
+    assert "±" in said["difference"] or "one seed" in said["difference"]
+    assert "cross-entropy" in said["difference"] and "best of 4" in said["difference"]
+
+
+def test_a_damaged_file_of_results_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "raw.json").write_text(json.dumps({"settings": {"a": {"content": {}}}}))
+    with pytest.raises(CorruptError, match="is damaged"):
+        verdicts(tmp_path / "raw.json")
+
+
+def test_settings_have_names_of_their_own_and_an_unknown_one_is_refused() -> None:
+    keys = [key_of(arm) for arm in SETTINGS]
+    assert len(set(keys)) == len(keys)
+    plans = [step.name or step.method for arm in SETTINGS for step in ([] if arm.step is None else [arm.step])]
+    steps = {step.model_dump_json() for arm in SETTINGS for step in ([] if arm.step is None else [arm.step])}
+    assert len(set(plans)) == len(steps)  # a plan is made once, so its name must mean one step
+    with pytest.raises(ConfigError, match="there is no setting 'none'"):
+        find("none")
