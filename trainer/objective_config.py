@@ -312,6 +312,8 @@ def resolve_tail(
             )
         held = "ghost"
     tail: Tail = held if config.tail == "auto" else config.tail
+    if tail == "renormalise" and "gold" in config.weights:
+        raise ConfigError("objective gold compares the tails, and tail is renormalise; set objective.tail to auto")
     if (tail == "draws") != (held == "draws"):
         allowed = "draws" if held == "draws" else "ghost or renormalise"
         raise ConfigError(f"objective.tail is {tail!r}, but the dataset's kept entries are for {held!r}; use {allowed}")

@@ -33,6 +33,7 @@ from kdata.check.attacks import (
     subspace_overlap,
 )
 from kdata.errors import ConfigError, DataError, DependencyError, MismatchError, MissingError
+from kdata.format.keep_rules import refuse_sorted
 from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
 from kdata.store.pretrained import model_files
@@ -134,6 +135,8 @@ def audit(
 def _check(datasets: list[Dataset], head_VD: np.ndarray | None, hidden_size: int | None) -> int:
     if not datasets or not any(dataset.num_rows for dataset in datasets):
         raise DataError("the datasets have no rows, so there is nothing to audit; name datasets with rows")
+    for dataset in datasets:
+        refuse_sorted(dataset.info.codec, dataset.place, "an audit")
     sizes = {dataset.info.vocab_size for dataset in datasets}
     if len(sizes) > 1:
         raise MismatchError(

@@ -74,6 +74,7 @@ from kdata.teachers.model import load_tokenizer, tokenizer_files, tokenizer_info
 WHOLE = 1 << 40  # tokens: texts are not split
 SHORT_TOKENS = 1024  # ids of a tokenizer whose tokens are bytes, characters or little more
 SURE = -1 / 1024  # nats: the log-probability nearest to 0 that the codec tells from 0
+LEAST = 1e-12  # probability of a token that was read, where what is stored leaves it nothing
 MOST_OF_A_CHARACTER = 4  # bytes of UTF-8
 
 
@@ -377,7 +378,8 @@ def _record(work: _Work, row: InputSequence, stored: Sequences, report: Retokeni
     if merge is None:
         kept, log_tail_P, dropped = _mapped(work, theirs.ids, stored, at_S[kept_S], before_S[kept_S], own.ids[kept_S])
     else:
-        merged_T = np.bincount(aligned.chunk_T[aligned.chunk_T >= 0], minlength=aligned.num_chunks)[aligned.chunk_T] > 1
+        counts_C = np.bincount(aligned.chunk_T[aligned.chunk_T >= 0], minlength=max(aligned.num_chunks, 1))
+        merged_T = counts_C[aligned.chunk_T] > 1
         merged_T &= aligned.chunk_T >= 0
         kept, log_tail_P, rank_P, dropped = _sorted(work, theirs.ids, stored, at_S[kept_S], merged_T)
         rank_S[kept_S] = rank_P
@@ -649,6 +651,7 @@ def _sorted(
         least_P = np.minimum.reduceat(p_N, np.cumsum(counts_P) - counts_P) if len(p_N) else tail_P
         p_A = np.exp(stored.logprob[at_P[added_A]].astype(np.float64))
         p_A = np.minimum(p_A, np.minimum(least_P, tail_P)[added_A])  # a rounded one may be above what is kept
+        p_A = np.maximum(p_A, LEAST)  # and a rounded tail may be 0
         tail_P[added_A] -= p_A
         place_N, theirs_N = np.append(place_N, added_A), np.append(theirs_N, actual_P[added_A])
         p_N, added_N = np.append(p_N, p_A), np.append(added_N, np.ones(len(added_A), bool))

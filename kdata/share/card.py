@@ -78,6 +78,18 @@ class Facts:
     rejects: list[dict[str, Any]]
 
 
+SOURCE_WORDS = {  # by the kind of a source
+    "generate": "text that the teacher wrote",
+    "capture": "text that the teacher read",
+    "import": "rows of another tool",
+    "split": "rows of another dataset",
+    "reread": "rows of another dataset, read again",
+    "combine": "the average of several teachers on the same rows",
+    "retokenize": "rows of another dataset, for another tokenizer",
+    "soften": "rows of another dataset, softer where the text may be private",
+}
+
+
 def facts(dataset: Dataset) -> Facts:
     """Numbers about a dataset, from its manifest and by SQL over its index and rejects."""
     entries = dataset.manifest
@@ -244,6 +256,7 @@ def _render(dataset: Dataset, title: str | None, cost: list[Took]) -> str:
         plans=dataset.listed(PLANS),
         positions=[(info.name, info.positions) for info in _plans(dataset)],
         kept_at=list(kept_lines(dataset)),
+        source_words=SOURCE_WORDS,
         kept_domains=kept_by_domain(dataset) if dataset.info.codec.keeps_some_positions else [],
         has_tokenizer=(dataset.path / "tokenizer").is_dir() or bool(dataset.info.tokenizer_files),
         index_columns=_columns(index_schema()),

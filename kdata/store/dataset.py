@@ -28,6 +28,7 @@ from kdata.errors import (
 )
 from kdata.format.codec import codec_of
 from kdata.format.files import inside, matches, without_hidden
+from kdata.format.keep_rules import SORTED_MAPS
 from kdata.format.manifest import check_binding, read_info, read_manifest
 from kdata.format.schema import (
     DatasetInfo,
@@ -48,7 +49,7 @@ from kdata.store.sql import Check, Values, query_stream, unglobbed
 from kdata.store.sql import query as run_query
 from kdata.store.token_frame import frame_of
 from kdata.store.token_table import TABLES, read_table, row_numbers
-from kdata.store.tokens import TokenText
+from kdata.store.tokens import NumberText, TokenText
 from kdata.store.torch_rows import TorchRows
 
 if TYPE_CHECKING:
@@ -463,6 +464,13 @@ class Dataset:
     def token_text(self) -> TokenText:
         """Token ids as text, by the tokenizer that the dataset carries."""
         return TokenText(self.tokenizer_dir, self.path)
+
+    @cached_property
+    def entry_text(self) -> TokenText:
+        """Ids of entries as text: tokens, but where a retokenized dataset has sorted probabilities."""
+        if self.info.codec.token_map in SORTED_MAPS:
+            return NumberText(None, self.path)
+        return self.token_text
 
     def token_bytes(self, row: int) -> np.ndarray | None:
         """Bytes of text per token of one row, uint16 [T]; None where they are not stored. Raises as `take`."""

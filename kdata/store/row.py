@@ -22,6 +22,11 @@ class RowSource(Protocol):
         """The dataset's tokenizer."""
         ...
 
+    @property
+    def entry_text(self) -> TokenText:
+        """Ids of entries as text."""
+        ...
+
     def token_bytes(self, row: int) -> np.ndarray | None:
         """Bytes of text per token, uint16 [T]; None where they are not stored."""
         ...
@@ -106,8 +111,8 @@ class Row:
         return self._source.token_text.in_text(self.token_ids, self.text, token_bytes)
 
     def texts_of(self, token_ids: np.ndarray) -> list[str]:
-        """Any tokens of the vocabulary as text. Raises as `tokens`."""
-        return self._source.token_text.of_ids(token_ids)
+        """Any ids of entries as text. Raises as `tokens`."""
+        return self._source.entry_text.of_ids(token_ids)
 
     @property
     def token_ids(self) -> np.ndarray:
@@ -188,7 +193,7 @@ class Row:
             self.sequence.entry_ids[begin:end],
             self.sequence.entry_logprobs[begin:end],
             np.arange(end - begin) >= self.num_exact[position],
-            self._source.token_text,
+            self._source.entry_text,
         )
 
     def padded(self, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -46,6 +46,11 @@ class TokenSource(ScoreSource, Protocol):
         """The dataset's tokenizer."""
         ...
 
+    @property
+    def entry_text(self) -> TokenText:
+        """Ids of entries as text."""
+        ...
+
     def open_shard(self, shard: int) -> np.ndarray:
         """Row starts of a shard's record batches; the shard is checked at first use."""
         ...
@@ -269,7 +274,7 @@ ENTRIES: dict[str, Column] = {
         lambda p: pa.array(p.entry),
     ),
     "token_id": Column(pa.int32(), "The token that the entry is about.", KEPT, lambda p: pa.array(p.kept.ids)),
-    "token": Column(TEXT, "Its text, as in `tokens`.", KEPT, lambda p: p.source.token_text.column(p.kept.ids)),
+    "token": Column(TEXT, "Its text, as in `tokens`.", KEPT, lambda p: p.source.entry_text.column(p.kept.ids)),
     "logprob": Column(
         pa.float32(),
         "Teacher's log-probability of it, nats. Null of a draw, unless further temperatures are stored.",

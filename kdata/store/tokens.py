@@ -135,3 +135,16 @@ class TokenText:
             content[end - size : end].decode(errors="replace") if size else self.of_id(token_id)
             for token_id, size, end in zip(token_ids.tolist(), token_bytes.tolist(), ends.tolist(), strict=True)
         ]
+
+
+class NumberText(TokenText):
+    """Ids that are no tokens, such as ranks (`kdata retokenize --map ranks`): each is shown as its number."""
+
+    @property
+    def is_there(self) -> bool:
+        """True: nothing is needed."""
+        return True
+
+    def of_id(self, token_id: int) -> str:
+        """The id as "[ID]"."""
+        return f"[{token_id}]"

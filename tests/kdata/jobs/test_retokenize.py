@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import kdata
+from kdata.check.audit import audit
 from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.format.records import RowError
@@ -33,7 +36,7 @@ from kdata.jobs.retokenize import (
 from kdata.store.token_map import TokenMap, TokenMapper, read_matched, token_bytes_of, token_map
 from kdata.store.tokens import read_tokenizer
 from kdata.teachers.model import load_tokenizer
-from tests.fakes import LINES, StandInTeacher, digests, run_capture, run_generate, write_jsonl
+from tests.fakes import EOS, LINES, StandInTeacher, digests, run_capture, run_generate, write_jsonl
 from tests.tokenizers_of_kinds import bpe_tokenizer, byte_tokenizer, lowercasing_tokenizer, saved, sentence_tokenizer
 
 TEXTS = [
@@ -405,6 +408,47 @@ def test_what_a_teacher_wrote_ends_where_it_ended(
         if ended:
             assert pupil.logprob[-1] == pytest.approx(teacher.logprob[-1], abs=0.06) and pupil.num_kept[-1]
     assert seen == {True, False}  # some texts end inside a character
+
+
+def test_sorted_data_is_pushed_and_its_ids_are_no_words(
+    sources: dict[str, kdata.Dataset], tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    source = sources["hybrid"]
+    result, _ = made(source, tokenizers["bytes"], tmp_path / "out", map="ranks")
+    kept = result[0].kept(int(np.flatnonzero(result[0].num_kept)[0]))
+    assert kept.tokens == [f"[{n}]" for n in range(len(kept))]
+    assert set(result.sql("select distinct token from entries")["token"].to_pylist()) <= {f"[{n}]" for n in range(300)}
+    with pytest.raises(ConfigError, match="an audit needs the tokens"):
+        audit([result])
+    kdata.push(result, str(tmp_path / "pushed"))
+    assert "for another tokenizer" in (tmp_path / "pushed" / "README.md").read_text("utf-8")
+
+
+class EndsAtOnce(StandInTeacher):
+    """Ends a text where nothing was written yet."""
+
+    def after(self, prefix: Sequence[int]) -> np.ndarray:
+        logits = super().after(prefix)
+        if len(prefix) == 1:
+            logits = logits.copy()
+            logits[EOS] = logits.max() + 8
+            logits -= np.log(np.exp(logits).sum())
+        return logits
+
+
+@pytest.mark.parametrize("map", ["prefix", "exact", "ranks", "matched"])
+def test_a_row_without_a_text_stops_nothing(map: str, tmp_path: Path, tokenizer_dir: Path) -> None:
+    """A teacher that ends at once; a student whose tokenizer marks both ends itself."""
+    backend = byte_tokenizer()
+    template = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    backend.backend_tokenizer.post_processor = template
+    prompts = write_jsonl(
+        tmp_path / "p.jsonl", [{"id": n, "domain": "d", "text": t} for n, t in (("e", ""), ("s", "a cat"))]
+    )
+    source = run_generate(tmp_path / "source", prompts, tokenizer_dir, teacher=EndsAtOnce(), kind="topk", k=12)
+    assert source.num_rows == 2
+    _, report = made(source, saved(backend, tmp_path / "marks"), tmp_path / "out", map=map)
+    assert report.rows + report.refused == source.num_rows
 
 
 def test_a_tokenizer_that_changes_the_text_is_refused_row_by_row(

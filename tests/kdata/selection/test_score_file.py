@@ -126,4 +126,4 @@ def test_the_command(dataset: kdata.Dataset, tmp_path: Path) -> None:
     assert done.exit_code == 0 and "scores.judge.mark covers 2 of 7 rows" in done.output
     for arguments in ([], ["--from", str(file), "--model", "x"]):
         done = RUNNER.invoke(app, ["score", str(dataset.path), *arguments])
-        assert isinstance(done.exception, KdataError) and "either --model" in str(done.exception)
+        assert isinstance(done.exception, KdataError) and "give one of --model" in str(done.exception)

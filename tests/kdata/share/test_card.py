@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from kdata.observe.journal import append, last_lines, read_journal
 from kdata.observe.progress import Task
 from kdata.observe.text import human_bytes, number
 from kdata.selection.plan import make_plan
-from kdata.share.card import codec_error, escape_markdown, facts, write_card
+from kdata.share.card import SOURCE_WORDS, codec_error, escape_markdown, facts, write_card
 from kdata.store.writer import Writer
 
 HOSTILE = "<script>alert(1)</script>|`rm`\n# **x** [a](http://evil.example) $&amp;"
@@ -320,3 +321,7 @@ def test_numbers_as_text() -> None:
         "5 GB",
     ]
     assert [number(v) for v in (1.23456, None, float("nan"), float("inf"), True, "9")] == ["1.235", *"—————"]
+
+
+def test_every_kind_of_source_has_words() -> None:
+    assert set(SOURCE_WORDS) == set(get_args(SourceInfo.model_fields["kind"].annotation))
