@@ -52,6 +52,7 @@ def view(
         raise ConfigError("--port and --open are of the page that is served; --export writes a folder")
     place = None if folder is None else local_folder(folder)
     shown = View(kdata.open(dataset), None if beside is None else kdata.open(beside))
+    shown.check_beside()
     if place is not None:
         count = export(shown, place, rows=rows or MOST_ROWS, where=where or "", plan=plan or "")
         say(f"{count:,} rows: open {place}/index.html, or put the folder on any web server")

@@ -8,6 +8,7 @@ with the header `X-Kdata`, which a browser lets no other site send.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,6 +50,11 @@ class ViewServer(ThreadingHTTPServer):
             raise StorageError(
                 f"port {port} of {HOST} cannot be used ({error.strerror}); take another: --port"
             ) from error
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away is nothing to speak of."""
+        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

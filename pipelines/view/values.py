@@ -7,20 +7,24 @@ Whatever a person types (a condition in SQL, a column, the number of a row) is c
 from __future__ import annotations
 
 import math
-import re
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from kdata.errors import ConfigError, KdataError, MissingError
+from kdata.format.schema import index_schema
+from kdata.store.conditions import check_condition
 from kdata.store.dataset import Dataset
 from kdata.store.kept_counts import kept_lines
-from kdata.store.listed import PLANS, SCORES
+from kdata.store.listed import PLANS, SCORES, Kind
 from kdata.store.row import Row
 from kdata.store.sql import is_name
-from kdata.store.token_scores import TOKEN_NLL, has_tokens
+from kdata.store.token_scores import has_tokens
 
 MOST_ROWS = 200  # in one answer
 MOST_TOKENS = 2_000
@@ -40,6 +44,16 @@ class View:
         self.dataset, self.beside = dataset, beside
         self._lock = threading.Lock()
         self._first = dict(zip((e.name for e in dataset.manifest), dataset.shard_starts.tolist(), strict=False))
+
+    def check_beside(self) -> None:
+        """Raise ConfigError where the dataset beside has none of the rows."""
+        if self.beside is None:
+            return
+        theirs = pa.array(self.beside.index(["id"])["id"].to_pylist(), pa.string())
+        if not pc.any(pc.is_in(self.dataset.index(["id"])["id"], theirs)).as_py():
+            raise ConfigError(
+                f"{self.beside.place} has no row of {self.dataset.place}, by id; name a dataset of the same rows (reread)"
+            )
 
     def about(self) -> dict[str, Any]:
         """What the dataset is, and what can be chosen: numbers to sort by, domains, plans, scores of tokens."""
@@ -92,7 +106,8 @@ class View:
             order: one of the numbers in `about`. Empty: the order of the dataset.
         Raises:
             QueryError: DuckDB refused the condition.
-            ConfigError, MissingError: there is no such number or plan, or offset or limit cannot be.
+            ConfigError, MissingError: it is no condition on one row (`check_condition`), there is no such number or plan, or
+                offset or limit cannot be.
         """
         if offset < 0 or not 0 < limit <= MOST_ROWS:
             raise ConfigError(f"rows {offset} to {offset + limit} cannot be asked for; take 1 to {MOST_ROWS} from 0 on")
@@ -128,7 +143,7 @@ class View:
             [low], [high] = found["a"].to_pylist(), found["b"].to_pylist()
             if low is None:
                 return {"edges": [], "all": [], "chosen": []}
-            width = (high - low) / bins or 1.0
+            width = high / bins - low / bins or 1.0  # the difference may be above what a float holds
             counts = []
             for rows in (every, chosen):
                 place = f"least(greatest(floor(({number} - {low!r}) / {width!r})::bigint, 0), {bins - 1})"
@@ -154,7 +169,7 @@ class View:
                 raise ConfigError(f"row {row.id!r} has {len(row):,} tokens; there is no token {begin}")
             shown = _tokens(row, begin)
             shown["number"] = number
-            shown["scores"] = self._scores_of(number, begin)
+            shown["scores"], shown["problem"] = self._scores_of(number, begin)
             columns = {key: value for key, value in row.columns.items() if key not in TEXTS and value is not None}
             shown["columns"] = {key: _value(value) for key, value in columns.items()}
             shown["plans"] = self._plans_of(row.id)
@@ -172,10 +187,11 @@ class View:
 
     def _chosen(self, where: str, plan: str, outside: bool, *texts: str) -> str:
         """A table to select from: the columns of `rows`, and each score that a text names as a struct."""
-        words = " ".join((where, *texts))
-        names = [
-            n for n in self.dataset.listed(SCORES) if is_name(n) and re.search(rf"\b{n}\s*\.", words, re.IGNORECASE)
-        ]
+        named = {
+            *(check_condition(where) if where.strip() else ()),
+            *(text.partition(".")[0].lower() for text in texts),
+        }
+        names = [name for name in self._usable(SCORES) if name.lower() in named]
         scores = "".join(f', "{name}"' for name in names)
         joins = "".join(f' left join scores."{name}" as "{name}" on "{name}".id = rows.id' for name in names)
         conditions = []
@@ -196,52 +212,71 @@ class View:
             raise ConfigError(f"there is no number {name!r}; the numbers are {', '.join(known)}")
         return ".".join(f'"{part}"' for part in name.split("."))
 
+    def _usable(self, kind: Kind) -> list[str]:
+        """Names of the scores or plans that belong to the dataset as it is now, and can be columns beside its own."""
+        return [name for name in self.dataset.listed(kind) if self._problem(kind, name) is None]
+
+    def _problem(self, kind: Kind, name: str) -> str | None:
+        """Why a score or a plan is left out; None where it is not."""
+        if not is_name(name):
+            return f"{kind.noun} {name!r} has a name that SQL needs quoted"
+        if kind is SCORES and name.lower() in {"rows", *(column.lower() for column in index_schema().names)}:
+            return f"score {name!r} has the name of a column of rows, and cannot be told from it here"
+        try:
+            self.dataset.listing(kind, name)
+        except KdataError as error:
+            return str(error)
+        return None
+
     def _score_columns(self) -> list[str]:
+        """Numbers, and what is true or false, of each score, as NAME.COLUMN."""
         found = []
-        for name in filter(is_name, self.dataset.listed(SCORES)):
+        for name in self._usable(SCORES):
             try:
-                columns = self.dataset.listing(SCORES, name).columns
-            except KdataError:  # not of the dataset as it is now; `about` says so
+                schema = self.dataset.sql(f'select * from scores."{name}" limit 0').schema
+            except KdataError:  # a part is damaged; a condition that names it says so
                 continue
-            found += [f"{name}.{column}" for column in columns if is_name(column) and column != TOKEN_NLL.name]
+            found += [f"{name}.{f.name}" for f in schema if is_name(f.name) and _is_number(f.type)]
         return found
 
     def _token_scores(self) -> list[str]:
-        return [name for name in filter(is_name, self.dataset.listed(SCORES)) if has_tokens(self.dataset, name)]
+        return [name for name in self._usable(SCORES) if has_tokens(self.dataset, name)]
 
     def _plans(self) -> tuple[list[dict[str, Any]], list[str]]:
         """Plans of the dataset as it is now, and why scores and plans were left out."""
-        plans, broken = [], []
-        for kind in (PLANS, SCORES):
-            for name in filter(is_name, self.dataset.listed(kind)):
-                try:
-                    self.dataset.listing(kind, name)
-                except KdataError as error:
-                    broken.append(str(error))
-                    continue
-                if kind is PLANS:
-                    [n] = self.dataset.sql(f'select count(*) as n from plans."{name}"')["n"].to_pylist()
-                    plans.append({"name": name, "rows": n})
+        plans = []
+        broken = [p for kind in (PLANS, SCORES) for n in self.dataset.listed(kind) if (p := self._problem(kind, n))]
+        for name in self._usable(PLANS):
+            try:
+                [n] = self.dataset.sql(f'select count(*) as n from plans."{name}"')["n"].to_pylist()
+                plans.append({"name": name, "rows": n})
+            except KdataError as error:
+                broken.append(str(error))
         return plans, broken
 
     def _plans_of(self, row_id: str) -> dict[str, int]:
         """How often each plan takes a row."""
         found = {}
-        for plan in self._plans()[0]:
-            table = self.dataset.sql(f'select repeats from plans."{plan["name"]}" where id = ?', [row_id])
-            found[plan["name"]] = int(table["repeats"][0].as_py()) if len(table) else 0
+        for name in self._usable(PLANS):
+            with suppress(KdataError):  # a damaged table; `about` says so
+                table = self.dataset.sql(f'select repeats from plans."{name}" where id = ?', [row_id])
+                found[name] = int(table["repeats"][0].as_py()) if len(table) else 0
         return found
 
-    def _scores_of(self, number: int, begin: int) -> dict[str, list[float | None]]:
+    def _scores_of(self, number: int, begin: int) -> tuple[dict[str, list[float | None]], str]:
+        """Numbers of each token by each score that has some; and why there are none, where a part is damaged."""
         names = self._token_scores()
         if not names:
-            return {}
+            return {}, ""
         columns = ", ".join(f'"nll_{name}"' for name in names)
-        table = self.dataset.sql(
-            f"select {columns} from tokens where global_row = {number} and position >= {begin} and "
-            f"position < {begin + MOST_TOKENS} order by position"
-        )
-        return {name: _numbers(table[f"nll_{name}"].to_pylist()) for name in names}
+        try:
+            table = self.dataset.sql(
+                f"select {columns} from tokens where global_row = {number} and position >= {begin} and "
+                f"position < {begin + MOST_TOKENS} order by position"
+            )
+        except KdataError as error:
+            return {}, str(error)
+        return {name: _numbers(table[f"nll_{name}"].to_pylist()) for name in names}, ""
 
     def _row_beside(self, row: Row, begin: int) -> dict[str, Any]:
         assert self.beside is not None
@@ -288,6 +323,10 @@ def _tokens(row: Row, begin: int) -> dict[str, Any]:
         "entry_id": ids.tolist(),
         "probability": _numbers(np.exp(row.entry_logprobs[first:last].astype(np.float64)).tolist()),
     }
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind))
 
 
 def _numbers(values: Iterable[float | None]) -> list[float | None]:

@@ -42,12 +42,14 @@ async function rowsOfFolder() {
   return left;
 }
 
+// On lines of their own, so that a comment ends in its condition.
+const all = conditions => conditions.length > 1 ? conditions.map(one => `(\n${one}\n)`).join(" and ") : conditions.join();
 const quoted = text => `'${text.replaceAll("'", "''")}'`;
 const name = column => column.split(".").map(part => `"${part}"`).join(".");
 
 function chosen() {
   const conditions = [];
-  if ($("where").value.trim()) conditions.push(`(\n${$("where").value}\n)`);
+  if ($("where").value.trim()) conditions.push($("where").value);
   if ($("domain").value) conditions.push(`domain = ${quoted($("domain").value)}`);
   return conditions;
 }
@@ -63,15 +65,18 @@ async function askRows(offset) {
     return { total: left.length, rows: left.slice(offset, offset + PAGE) };
   }
   const conditions = chosen();
-  if (state.bar) conditions.push(`${name($("column").value)} between ${state.bar[0]} and ${state.bar[1]}`);
+  if (state.bar) {
+    const [low, high, isLast] = state.bar, column = `${name($("column").value)}::double`;
+    conditions.push(isLast ? `${column} >= ${low}` : `${column} >= ${low} and ${column} < ${high}`);
+  }
   return fromServer("rows", {
-    ...words(), where: conditions.join(" and "), order: $("order").value, descending: $("descending").checked ? "1" : "0",
+    ...words(), where: all(conditions), order: $("order").value, descending: $("descending").checked ? "1" : "0",
     offset, limit: PAGE,
   });
 }
 
 async function askHistogram(column) {
-  if (isServer()) return fromServer("histogram", { ...words(), column, where: chosen().join(" and ") });
+  if (isServer()) return fromServer("histogram", { ...words(), column, where: all(chosen()) });
   const values = rows => rows.map(row => row[column]).filter(Number.isFinite);
   const bar = state.bar;
   state.bar = null;  // bars show all rows of the other conditions
@@ -91,11 +96,12 @@ const askRow = (number, begin) => isServer() ? fromServer("row", { number, begin
 
 // ---- What is shown now.
 
-const state = { about: null, offset: 0, total: 0, rows: [], row: null, starts: [], token: -1, pinned: false, bar: null, asked: 0 };
-const inBar = value => !state.bar || (value >= state.bar[0] && value <= state.bar[1]);
+const state = { about: null, offset: 0, total: 0, rows: [], row: null, starts: [], token: -1, pinned: false, bar: null, asked: 0, askedRow: 0 };
+const inBar = value => !state.bar || (value >= state.bar[0] && (state.bar[2] || value < state.bar[1]));
 
 const number = (value, digits = 3) => value === null || value === undefined ? "unknown" :
-  Number.isInteger(value) ? value.toLocaleString("en-US") : value.toPrecision(digits + 1).replace(/\.?0+$/, "");
+  Number.isInteger(value) ? value.toLocaleString("en-US") : String(Number(value.toPrecision(digits + 1)));
+window.kdataNumber = number;  // for the tests
 const percent = value => value === null ? "unknown" : value >= 0.1 ? `${(100 * value).toFixed(1)} %` :
   value >= 1e-5 ? `${(100 * value).toPrecision(2)} %` : `${(100 * value).toExponential(1)} %`;
 
@@ -105,6 +111,12 @@ function visible(text) {
     .replace(/\n/g, "\u23ce\n").replace(/\t/g, "\u21e5\t")
     .replace(/[\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g,
       sign => `\u2039U+${sign.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}\u203a`);
+}
+
+// A token in a table: spaces are seen, and a part of a character is told by its id.
+function shownToken(text, id) {
+  if (!text) return "\u2205";
+  return /^\ufffd+$/.test(text) ? `\u2039${id}\u203a` : visible(text).replace(/^ +| +$/g, spaces => "\u2423".repeat(spaces.length));
 }
 
 function element(kind, text, parts = {}) {
@@ -137,13 +149,14 @@ async function showRows(offset = 0) {
     return;
   }
   const list = state.rows.map((row, place) => {
-    const one = element("li", null, { role: "option", "aria-selected": "false", tabindex: "-1", id: `row-${row.number}` });
+    const one = element("li", null, { role: "option", "aria-selected": "false", tabindex: "0", id: `row-${row.number}` });
     const facts = [row.domain, `${number(row.num_tokens)} tokens`];
     if (row.nll !== null) facts.push(`NLL ${number(row.nll, 2)}`);
     if (row.value !== undefined && !["nll", "num_tokens"].includes($("order").value)) facts.push(`${$("order").value} ${number(row.value)}`);
     one.append(element("b", visible(row.id)), " ", element("small", visible(facts.join(" \u00b7 "))),
       element("span", visible(row.snippet.replace(/\s+/g, " "))));
     one.onclick = () => showRow(place);
+    one.onkeydown = event => { if (event.key === "Enter") showRow(place); };
     return one;
   });
   $("rows").replaceChildren(...list);
@@ -152,6 +165,7 @@ async function showRows(offset = 0) {
   $("before").disabled = offset === 0;
   $("after").disabled = last >= state.total;
   if (state.rows.length) await showRow(0);
+  else clearRow();
 }
 
 async function showHistogram() {
@@ -168,7 +182,7 @@ async function showHistogram() {
       part.style.height = `${100 * value / most}%`;
       bar.append(part);
     }
-    bar.onclick = () => { setBar(state.bar && state.bar[0] === low ? null : [low, high]); showRows(); };
+    bar.onclick = () => { setBar(state.bar && state.bar[0] === low ? null : [low, high, n === found.all.length - 1]); showRows(); };
     return bar;
   });
   $("histogram").replaceChildren(...bars);
@@ -184,10 +198,22 @@ function setBar(bar) {
 
 // ---- One row.
 
+function clearRow() {
+  state.askedRow += 1;
+  Object.assign(state, { row: null, token: -1 });
+  $("row-id").textContent = "Choose a row";
+  $("row-facts").textContent = "";
+  $("tokens").replaceChildren();
+  for (const id of ["pieces", "other"]) $(id).hidden = true;
+  showToken(-1);
+}
+
 async function showRow(place, begin = 0) {
-  const row = state.rows[place];
+  const row = state.rows[place], asked = ++state.askedRow;
   let shown;
-  try { shown = await askRow(row.number, begin); } catch (error) { complain(error); return; }
+  try { shown = await askRow(row.number, begin); } catch (error) { if (asked === state.askedRow) complain(error); return; }
+  if (asked !== state.askedRow) return;  // another row was chosen since
+  complain(shown.problem ? new Error(shown.problem) : null);
   Object.assign(state, { row: shown, place, token: -1, pinned: false, starts: [0] });
   for (const count of shown.num_kept) state.starts.push(state.starts.at(-1) + count);
   for (const one of $("rows").children) {
@@ -203,7 +229,7 @@ async function showRow(place, begin = 0) {
   $("row-facts").textContent = visible(facts.join(" \u00b7 "));
   $("tokens").replaceChildren(...shown.tokens.map((text, n) => {
     const one = element("span", visible(text), { role: "option", "aria-selected": "false", tabindex: n ? "-1" : "0", "data-n": n });
-    if (shown.logprob[n] === null) one.className = "none";
+    if (shown.logprob[n] === null && !shown.num_kept[n]) one.className = "none";
     return one;
   }));
   $("pieces").hidden = shown.num_tokens <= shown.tokens.length;
@@ -251,6 +277,7 @@ function colors() {
 const share = (value, full) => value === null || value === undefined ? 0 : Math.min(Math.abs(value) / full, 1) * 0.75;
 
 function paint() {
+  if (!state.row) return;
   const color = colors()[$("color").value];
   $("scale").textContent = `no color at 0, full at ${color.full} ${color.unit} or more${$("color").value.includes("less") ? "; blue below 0" : ""}`;
   for (const [n, one] of [...$("tokens").children].entries()) {
@@ -273,13 +300,13 @@ function showToken(n, focus = false) {
   tokens[n].setAttribute("aria-selected", "true");
   if (focus) tokens[n].focus();
   const row = state.row, facts = [`position ${row.begin + n}`, `id ${row.token_ids[n]}`];
-  $("token").textContent = visible(row.tokens[n]) || "\u2205";
-  if (row.logprob[n] === null) {
+  $("token").textContent = shownToken(row.tokens[n], row.token_ids[n]);
+  if (row.logprob[n] === null && !row.num_kept[n]) {
     $("token-facts").textContent = [...facts, "nothing was recorded here"].join(" \u00b7 ");
     $("believed").replaceChildren();
     return;
   }
-  facts.push(`probability ${percent(Math.exp(row.logprob[n]))}`);
+  facts.push(row.logprob[n] === null ? "its probability is not known" : `probability ${percent(Math.exp(row.logprob[n]))}`);
   if (row.rank[n]) facts.push(`rank ${number(row.rank[n])}`);
   if (row.entropy[n] !== null) facts.push(`entropy ${number(row.entropy[n], 2)} nats`);
   for (const [score, values] of Object.entries(row.scores)) if (values[n] !== null) facts.push(`by ${score}: ${percent(Math.exp(-values[n]))}`);
@@ -302,13 +329,23 @@ function believed(row, n, title) {
     one.append(element("td", text), cell, element("td", label));
     table.append(one);
   };
-  for (let k = 0; k < row.num_kept[n]; k += 1) {
+  const entries = Array.from({ length: row.num_kept[n] }, (_, k) => k);
+  entries.sort((a, b) => (a >= row.num_exact[n]) - (b >= row.num_exact[n]) || row.probability[start + b] - row.probability[start + a]);
+  for (const k of entries) {
     const p = row.probability[start + k], drawn = k >= row.num_exact[n], own = row.entry_id[start + k] === row.token_ids[n];
-    line(visible(row.names[row.entry[start + k]]) || "\u2205", p, `${drawn ? "drawn" : "exact"}${own ? " actual" : ""}`, `${drawn ? "draw " : ""}${percent(p)}`);
+    line(shownToken(row.names[row.entry[start + k]], row.entry_id[start + k]), p, `${drawn ? "drawn" : "exact"}${own ? " actual" : ""}`, `${drawn ? "draw " : ""}${percent(p)}`);
   }
   if (!row.num_kept[n]) line("no distribution is kept here", 0, "rest", "");
-  else if (row.tail[n]) line(state.about.draws ? "the rest, by draws" : "the rest", row.tail[n], "rest", percent(row.tail[n]));
+  else if (row.tail[n] && !state.about.draws) line("the rest", row.tail[n], "rest", percent(row.tail[n]));
+  else if (row.tail[n]) table.append(element("caption", `the draws stand for the rest, ${percent(row.tail[n])}`, { class: "under" }));
   return table;
+}
+
+async function showRejects() {
+  const found = await fromServer("rejects", {});
+  $("rejects").hidden = false;
+  $("rejects").querySelector("summary").textContent = `Rejected rows: ${found.counts.map(one => `${one.reason} ${one.n.toLocaleString("en-US")}`).join(", ")}`;
+  $("rejects").append(...found.first.map(one => element("p", visible(`${one.id} (${one.domain}): ${one.detail || one.reason}`))));
 }
 
 // ---- Hands.
@@ -332,7 +369,9 @@ function listen() {
     else if (token && state.row) {
       event.preventDefault();
       state.pinned = true;
-      showToken(Math.max(0, Math.min(state.row.tokens.length - 1, state.token + token)), true);
+      const to = state.token + token, end = state.row.begin + state.row.tokens.length;
+      if (to >= state.row.tokens.length && end < state.row.num_tokens) showRow(state.place, end);
+      else showToken(Math.max(0, Math.min(state.row.tokens.length - 1, to)), true);
     } else if (row && state.rows[state.place + row]) showRow(state.place + row);
   };
 }
@@ -349,6 +388,7 @@ async function begin() {
   if (about.exported) facts.push(`${about.exported.toLocaleString("en-US")} rows are in this folder`);
   if (about.beside) facts.push(`beside: ${about.beside.name} (${about.beside.teacher})`);
   $("facts").textContent = visible(facts.join(" \u00b7 "));
+  if (isServer() && about.rejected) showRejects();
   $("left-out").textContent = about.left_out.join(" ");
   $("left-out").hidden = !about.left_out.length;
   fill($("domain"), about.domains.map(one => [one.domain, `${visible(one.domain)} (${one.n.toLocaleString("en-US")})`]));

@@ -6,6 +6,7 @@ import http.client
 import json
 import math
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from kdata.pipelines.view.server import ViewServer
 from kdata.pipelines.view.values import View
 from kdata.selection.ranked import Random
 from kdata.selection.score_file import bring
+from kdata.share.interchange.importer import ImportConfig, import_dataset
 from tests.fakes import LINES, StandInTeacher, run_capture, write_jsonl
 
 
@@ -151,13 +153,36 @@ def test_what_cannot_be_asked(view: View) -> None:
     for error, call in (
         (ConfigError, lambda: view.rows(limit=0)), (ConfigError, lambda: view.rows(offset=-1)),
         (ConfigError, lambda: view.rows(order="nll; drop table rows")), (ConfigError, lambda: view.histogram("text")),
-        (MissingError, lambda: view.rows(plan="none")), (QueryError, lambda: view.rows(where="nll >")),
-        (QueryError, lambda: view.rows(where="1 = 1); select 1; --")), (OutOfRangeError, lambda: view.row(10**6)),
-        (QueryError, lambda: view.rows(where="id in (select content from read_text('/etc/hostname'))")),
+        (MissingError, lambda: view.rows(plan="none")), (ConfigError, lambda: view.rows(where="nll >")),
+        (ConfigError, lambda: view.rows(where="1 = 1); select 1; --")), (QueryError, lambda: view.rows(where="nosuch > 1")),
+        (ConfigError, lambda: view.rows(plan="half", where="1=1) or (1=1")), (OutOfRangeError, lambda: view.row(10**6)),
+        (ConfigError, lambda: view.rows(where="id in (select content from read_text('/etc/hostname'))")),
         (ConfigError, lambda: view.row(0, begin=10**6)),
     ):  # fmt: skip
         with pytest.raises(error):
             call()  # type: ignore[no-untyped-call]
+
+
+def test_a_damaged_plan_or_score_leaves_the_rest(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset.path, copy)
+    (copy / "plans" / "half.parquet").write_bytes(b"PAR1")
+    part = next((copy / "scores" / "mine").glob("*.parquet"))
+    part.write_bytes(part.read_bytes()[:-9])
+    damaged = View(kdata.open(copy))
+    about = damaged.about()
+    assert about["plans"] == [] and any("half" in why for why in about["left_out"])
+    assert damaged.rows()["total"] == dataset.num_rows and damaged.row(0)["id"] == dataset[0].id
+
+
+def test_entries_of_imported_data_are_shown_without_a_known_probability(tmp_path: Path) -> None:
+    """An import may lack the log-probability of the actual token, and has entries all the same."""
+    row = {"id": "a", "domain": "x", "text": "hello", "input_ids": [3, 4, 5], "topk_ids": [[], [7, 8], [9]]}
+    rows = write_jsonl(tmp_path / "rows.jsonl", [row | {"topk_logprobs": [[], [-0.5, -2.0], [-0.25]]}])
+    data, _ = import_dataset(rows, tmp_path / "imported", ImportConfig(format="plain", vocab_size=10))
+    got = View(data).row(0)
+    assert got["logprob"] == [None, None, None] and got["num_kept"] == [0, 2, 1] and not got["has_tokenizer"]
+    assert got["names"] == ["[7]", "[8]", "[9]"] and got["tokens"] == ["[3]", "[4]", "[5]"]
 
 
 def test_the_server_answers_its_own_page_alone(server: ViewServer) -> None:

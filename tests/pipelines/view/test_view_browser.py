@@ -12,6 +12,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import kdata
@@ -19,6 +22,7 @@ from kdata.pipelines.view.export import export
 from kdata.pipelines.view.server import ViewServer, _Handler
 from kdata.pipelines.view.values import View
 from kdata.selection.ranked import Random
+from kdata.selection.score_file import bring
 from tests.browser import needs_browser, result_of
 from tests.fakes import StandInTeacher, run_capture, write_jsonl
 
@@ -34,6 +38,12 @@ async function probe(page, view) {
   const key = name => page.activeElement.dispatchEvent(new view.KeyboardEvent("keydown", { key: name, bubbles: true }));
   const listed = () => [...$("rows").children].map(one => one.querySelector("b").textContent);
   const ask = async (id, value) => { $(id).value = value; $("filter").requestSubmit(); await sleep(200); };
+  const histogram = async column => {
+    const before = $("histogram").firstChild;
+    $("column").value = column;
+    $("column").onchange();
+    await until(() => $("histogram").firstChild && $("histogram").firstChild !== before);
+  };
   let result;
   try { result = await (async () => { STEPS })(); } catch (error) { result = { failed: String(error.stack) }; }
   const output = document.createElement("pre");
@@ -66,6 +76,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> kd
     corpus = write_jsonl(folder / "texts.jsonl", rows)
     data = run_capture(folder / "data", corpus, tokenizer_dir, teacher=StandInTeacher(context=512))
     kdata.select(data, Random(name="half", share=0.5))
+    ids = data.index(["id"])["id"]
+    pq.write_table(pa.table({"id": ids, "odd": np.arange(len(ids)) % 2.0}), folder / "odd.parquet")
+    bring(data, folder / "odd.parquet", "mine")
     return kdata.open(folder / "data")
 
 
@@ -74,6 +87,15 @@ def visible(text: str) -> str:
     return "".join(chr(0x2400 + ord(sign)) if sign < " " and sign not in "\t\n" else sign for sign in text).replace(
         "\n", "\u23ce\n"
     )
+
+
+def shown(text: str, number: int) -> str:
+    """A token in the table of beliefs."""
+    if not text.strip("\ufffd"):
+        return f"\u2039{number}\u203a" if text else "\u2205"
+    inner = visible(text)
+    left, right = len(inner) - len(inner.lstrip(" ")), len(inner) - len(inner.rstrip(" "))
+    return "\u2423" * len(inner) if not inner.strip(" ") else "\u2423" * left + inner.strip(" ") + "\u2423" * right
 
 
 @contextmanager
@@ -119,7 +141,7 @@ def test_rows_tokens_and_beliefs(dataset: kdata.Dataset, tmp_path: Path) -> None
       out.believed = [...page.querySelectorAll("#believed tr")].map(one => [one.className, ...cells(one)]);
       tokens[3].click();
       key("ArrowRight");
-      out.focus = [page.activeElement.dataset.n, $("token").textContent === tokens[4].textContent];
+      out.focus = [page.activeElement.dataset.n, $("token").textContent.replaceAll("\u2423", " ") === tokens[4].textContent];
       key("j");
       await until(() => $("row-id").textContent === "r01");
       out.next = $("row-id").textContent;
@@ -135,12 +157,13 @@ def test_rows_tokens_and_beliefs(dataset: kdata.Dataset, tmp_path: Path) -> None
     assert got["text"] == "".join(row.tokens) and "74 rows" in got["facts"]
     expected = [0 if n == 0 else min(-float(row.logprob[n]) / 8, 1) * 0.75 for n in range(len(row))]
     assert got["shares"] == pytest.approx(expected, abs=1e-4)
-    assert got["token"] == row.tokens[2] and f"id {row.token_ids[2]}" in got["token_facts"]
+    assert got["token"] == shown(row.tokens[2], row.token_ids[2]) and f"id {row.token_ids[2]}" in got["token_facts"]
     kept = row.kept(2)
     entries = [line for line in got["believed"] if "rest" not in line[0]]
-    assert [line[1] for line in entries] == [visible(text) for text in kept.tokens]
-    assert ["drawn" in line[0] for line in entries] == kept.is_draw.tolist()
-    assert ["actual" in line[0] for line in entries] == (kept.ids == row.token_ids[2]).tolist()
+    order = sorted(range(len(kept)), key=lambda k: (kept.is_draw[k], -float(kept.logprobs[k])))
+    assert [line[1] for line in entries] == [shown(kept.tokens[k], kept.ids[k]) for k in order]
+    assert ["drawn" in line[0] for line in entries] == [bool(kept.is_draw[k]) for k in order]
+    assert ["actual" in line[0] for line in entries] == [bool(kept.ids[k] == row.token_ids[2]) for k in order]
     assert got["focus"] == ["4", True] and got["next"] == "r01"
 
 
@@ -157,6 +180,10 @@ def test_conditions_plans_and_bars(dataset: kdata.Dataset, tmp_path: Path) -> No
       await ask("where", "");
       $("plan").value = "+half"; $("plan").onchange(); await sleep(200);
       out.plan = $("total").textContent;
+      await ask("where", "1=1) or (1=1");
+      out.inside = [$("error").hidden, $("total").textContent];
+      out.all_inside = [false, out.plan];
+      await ask("where", "");
       $("plan").value = "-half"; $("plan").onchange(); await sleep(200);
       out.outside = $("total").textContent;
       $("plan").value = ""; $("plan").onchange(); await sleep(200);
@@ -167,19 +194,32 @@ def test_conditions_plans_and_bars(dataset: kdata.Dataset, tmp_path: Path) -> No
       const place = out.counts.indexOf(Math.max(...out.counts));
       bars[place].click(); await sleep(200);
       out.bar = [out.counts[place], $("total").textContent, $("range").textContent];
+      await histogram("mine.odd");
+      $("histogram").children[39].click(); await sleep(200);
+      out.score_bar = [Number($("histogram").children[39].title.match(/: (\\d+) of/)[1]), $("total").textContent];
+      await histogram("num_tokens");
+      out.whole = [];
+      for (const [n, one] of [...$("histogram").children].entries()) {
+        const count = Number(one.title.match(/: (\\d+) of/)[1]);
+        if (!count || n % 3) continue;
+        $("histogram").children[n].click(); await sleep(150);
+        out.whole.push([count, Number($("total").textContent.split(" of ")[1])]);
+        $("histogram").children[n].click(); await sleep(100);
+      }
       return out;
     """
     got = seen(dataset, steps, tmp_path)
     assert "failed" not in got, got
     count = dataset.sql("select count(*) as n from rows where domain = 'b' and nll > 0")["n"][0].as_py()
     assert got["domain"] == f"Rows 1 to {count} of {count}"
-    assert got["error"][0] is False and got["error"][1].startswith("Parser Error")
-    assert "passwd" not in got["escape"] or "disabled" in got["escape"] or "not" in got["escape"]
+    assert got["error"][0] is False and got["error"][1].startswith("condition 'nll >' is not SQL")
     assert got["escape"]
+    assert got["inside"] == got["all_inside"] and got["score_bar"][1].endswith(f"of {got['score_bar'][0]}")
     taken = dataset.sql("select count(*) as n from plans.half")["n"][0].as_py()
     assert got["plan"].endswith(f"of {taken}") and got["outside"].endswith(f"of {74 - taken}")
     assert got["largest"] == dataset.sql("select id from rows order by nll desc limit 1")["id"][0].as_py()
     assert sum(got["counts"]) == dataset.sql("select count(nll) as n from rows")["n"][0].as_py()
+    assert got["whole"] and all(count == listed for count, listed in got["whole"])
     assert got["bar"][1].endswith(f"of {got['bar'][0]}") and got["bar"][2].startswith("only")
 
 
@@ -240,3 +280,12 @@ def test_the_folder_is_the_page_without_a_server(dataset: kdata.Dataset, tmp_pat
     assert got["text"] == "".join(dataset[0].tokens)
     assert got["found"] and all(one.startswith("r") for one in got["found"]) and "r11" in got["found"]
     assert json.dumps(got) and got["title"] == "data \u00b7 kdata"
+
+
+def test_numbers_are_whole(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    steps = """
+      await until(() => $("rows").children.length);
+      return { numbers: [1020.3, 1200.4, 100.2, 1.5e-10, 3, 12345678, -0.5, null].map(value => view.kdataNumber(value)) };
+    """
+    got = seen(dataset, steps, tmp_path)
+    assert got["numbers"] == ["1020", "1200", "100.2", "1.5e-10", "3", "12,345,678", "-0.5", "unknown"]
