@@ -43,7 +43,7 @@ async function rowsOfFolder() {
 }
 
 // On lines of their own, so that a comment ends in its condition.
-const all = conditions => conditions.length > 1 ? conditions.map(one => `(\n${one}\n)`).join(" and ") : conditions.join();
+const joined = conditions => conditions.length > 1 ? conditions.map(one => `(\n${one}\n)`).join(" and ") : conditions.join();
 const quoted = text => `'${text.replaceAll("'", "''")}'`;
 const name = column => column.split(".").map(part => `"${part}"`).join(".");
 
@@ -70,13 +70,13 @@ async function askRows(offset) {
     conditions.push(isLast ? `${column} >= ${low}` : `${column} >= ${low} and ${column} < ${high}`);
   }
   return fromServer("rows", {
-    ...words(), where: all(conditions), order: $("order").value, descending: $("descending").checked ? "1" : "0",
+    ...words(), where: joined(conditions), order: $("order").value, descending: $("descending").checked ? "1" : "0",
     offset, limit: PAGE,
   });
 }
 
 async function askHistogram(column) {
-  if (isServer()) return fromServer("histogram", { ...words(), column, where: all(chosen()) });
+  if (isServer()) return fromServer("histogram", { ...words(), column, where: joined(chosen()) });
   const values = rows => rows.map(row => row[column]).filter(Number.isFinite);
   const bar = state.bar;
   state.bar = null;  // bars show all rows of the other conditions
