@@ -28,8 +28,6 @@ MODELS = "models"  # folder of a run for the students of single steps
 
 OF_ATTENTION = ("num_heads", "num_kv_heads", "intermediate_size", "max_positions")  # sizes of a student with attention
 
-OF_ATTENTION = ("num_heads", "num_kv_heads", "intermediate_size", "max_positions")  # sizes of a student with attention
-
 
 class ScratchStudent(BaseModel):
     """A student with random initial weights; its vocabulary is the dataset's."""

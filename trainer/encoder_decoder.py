@@ -31,8 +31,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from kdata.errors import ConfigError, DataError
+from kdata.format.positions import ChosenPositions
+from kdata.loader.batches import first_targets
 from kdata.store.dataset import Dataset
-from kdata.store.token_columns import token_columns
+from kdata.store.token_columns import COUNTS, has_entries, token_columns
 from kdata.trainer.config import CheckpointStudent, TrainConfig
 from kdata.trainer.documents import cells_of, document_bounds, groups_of
 from kdata.trainer.domain_weights import DDKMixture
@@ -74,16 +76,8 @@ def with_prompts(model: PreTrainedModel, batch: Batch) -> Batch:
     """
     if not is_encoder_decoder(model):
         return batch
-    first_S, lengths_S = _first_targets(batch), document_bounds(batch.position_ids).diff()
     document_M, position_M = _places(batch)
-    bare_S = first_S <= 1
-    share = getattr(model.config, PROMPT_SHARE, None)
-    if share is None:
-        if bool(bare_S.any()):
-            raise ConfigError(_no_prompt("a document of the batch"))
-        return batch
-    prompts_S = torch.where(bare_S, (lengths_S.double() * share).ceil().long().clamp_min(1), first_S)
-    stays_M = position_M >= prompts_S[document_M]
+    stays_M = position_M >= _prompts(model, batch)[document_M]
     kept_M = stays_M.numpy()
     return replace(
         batch,
@@ -99,11 +93,11 @@ def with_prompts(model: PreTrainedModel, batch: Batch) -> Batch:
 def predicting_states(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
     """The decoder's last hidden states that predict the counted tokens, [M, D]."""
     bounds = document_bounds(batch.position_ids)
-    first_S, lengths_S = _first_targets(batch), bounds.diff()
-    read_S = first_S < lengths_S  # documents of which a token counts
+    lengths_S, prompts_S = bounds.diff(), _prompts(model, batch)
+    read_S = torch.zeros(len(lengths_S), dtype=torch.bool)
+    read_S[_places(batch)[0]] = True  # documents of which a token counts
     if not bool(read_S.any()):
         read_S[0] = True  # so that every parameter takes part
-    prompts_S = torch.where(read_S, first_S.minimum(lengths_S), lengths_S)
     cells, states = [], []
     documents = read_S.nonzero()[:, 0]
     for group in groups_of(lengths_S[documents]):
@@ -153,12 +147,38 @@ def _places(batch: Batch) -> tuple[Tensor, Tensor]:
     return document_T[batch.predictor_M], batch.position_ids.flatten()[batch.predictor_M] + 1
 
 
-def _first_targets(batch: Batch) -> Tensor:
-    """Position of the first counted token of each document, int64 [S]; beyond every document where none counts."""
-    document_M, position_M = _places(batch)
-    count = len(document_bounds(batch.position_ids)) - 1
-    none = batch.position_ids.numel()
-    return torch.full((count,), none).scatter_reduce(0, document_M, position_M, "amin")
+def _prompts(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Tokens that the encoder reads of each document among those of `document_bounds`, int64 [S]; of padding all.
+
+    They follow from the targets of the document, so they are the same in training and evaluation, whatever counts.
+    Raises ConfigError where a document has no prompt, and the model has no share to read of it.
+    """
+    bounds = document_bounds(batch.position_ids)
+    prompts_S, live_S = bounds.diff(), batch.segment_ids.flatten()[bounds[:-1]] >= 0
+    lengths_S = prompts_S[live_S].numpy()
+    share = getattr(model.config, PROMPT_SHARE, None)
+    if share is None and _is_bare(batch.first_target_S, lengths_S).any():
+        raise ConfigError(_no_prompt("a document of the batch"))
+    prompts_S[live_S] = torch.from_numpy(_prompt_lengths(batch.first_target_S, lengths_S, share))
+    return prompts_S
+
+
+def _is_bare(first_S: np.ndarray, lengths_S: np.ndarray) -> np.ndarray:
+    """Which documents have no prompt, bool [S]: their second token is a target."""
+    bare_S: np.ndarray = (first_S <= 1) & (lengths_S > 1)
+    return bare_S
+
+
+def _prompt_lengths(first_S: np.ndarray, lengths_S: np.ndarray, share: float | None) -> np.ndarray:
+    """Tokens of the prompts, int64 [S]: all before the first target, or a share of a document without any.
+
+    Args:
+        first_S: see `kdata.loader.batches.first_targets`. share: None: no document is without.
+    """
+    if share is None:
+        return first_S
+    own_S = np.maximum(np.ceil(lengths_S * share), 1).astype(np.int64)
+    return np.where(_is_bare(first_S, lengths_S), own_S, first_S)
 
 
 def _no_prompt(owner: str) -> str:
@@ -177,15 +197,17 @@ def refuse_checkpoint(config: CheckpointStudent, model: PreTrainedModel) -> None
         )
 
 
-def prepare(student: PreTrainedModel, config: TrainConfig, data: list[tuple[Dataset, np.ndarray]]) -> None:
+def prepare(
+    student: PreTrainedModel, config: TrainConfig, data: list[tuple[Dataset, np.ndarray, ChosenPositions | None]]
+) -> None:
     """Check a run of an encoder-decoder against its settings and data, and write the share of prompts into its config.
 
     Args:
-        data: a dataset and its planned rows, int64, for each phase.
+        data: a dataset, its planned rows, int64, and the positions that its plan chooses, for each phase.
     Raises:
         ConfigError: an objective, a mixture or a way to compute does not fit, or a row has no prompt and `prompt_share` is
             null.
-        DataError: no target is left behind the prompts.
+        DataError: no position that counts is left behind the prompts.
     """
     if not is_encoder_decoder(student):
         return
@@ -201,38 +223,54 @@ def prepare(student: PreTrainedModel, config: TrainConfig, data: list[tuple[Data
                 "behind the prompts; use a fixed mixture"
             )
     setattr(student.config, PROMPT_SHARE, config.prompt_share)
-    for dataset, rows in data:
-        check_prompts(student, dataset, rows)
+    for dataset, rows, positions in data:
+        check_prompts(student, dataset, rows, positions)
 
 
-def check_prompts(model: PreTrainedModel, dataset: Dataset, rows: np.ndarray) -> None:
-    """Check the target masks of rows, int64, before they are read; nothing is asked of a model without an encoder.
+def check_prompts(
+    model: PreTrainedModel, dataset: Dataset, rows: np.ndarray, positions: ChosenPositions | None = None
+) -> np.ndarray:
+    """Find out which rows, int64, have a token behind their prompt that counts, before they are read.
 
+    Args:
+        positions: those that a plan chooses among `rows`. Else every target counts, or every one that keeps a distribution.
+    Returns:
+        bool [R], of all rows of the dataset. Of a model without an encoder nothing is read, and every row has one.
     Raises:
         ConfigError: a row has no prompt, and the model has no share to read of it; it names the row.
         DataError: no row has a token behind its prompt that counts.
     """
     if not is_encoder_decoder(model):
-        return
+        return np.ones(dataset.num_rows, bool)
     share = getattr(model.config, PROMPT_SHARE, None)
-    wanted_R = np.zeros(dataset.num_rows, bool)
+    wanted_R, counts_R = np.zeros((2, dataset.num_rows), bool)
     wanted_R[rows] = True
-    left = 0
-    for read in token_columns(dataset, ["target_mask"], wanted_R):
-        for row, (begin, end) in enumerate(zip(read.offsets[:-1], read.offsets[1:], strict=True)):
-            targets = np.flatnonzero(read.values["target_mask"][begin:end])
-            targets = targets[targets > 0]
-            if not wanted_R[read.first_row + row] or not len(targets):
-                continue
-            if targets[0] == 1 and share is None:
-                row_id = dataset.index(["id"])["id"][int(read.first_row + row)].as_py()
-                raise ConfigError(_no_prompt(f"row {row_id!r} of {dataset.place}"))
-            left += int(targets[0] > 1 or targets[-1] >= np.ceil(share * (end - begin)))
-    if not left:
+    kept = COUNTS if dataset.info.codec.keeps_some_positions else ()
+    for read in token_columns(dataset, ["target_mask", *kept], wanted_R):
+        lengths_S = np.diff(read.offsets)
+        own_S = wanted_R[read.first_row : read.first_row + len(lengths_S)]
+        position_T = np.arange(read.offsets[-1]) - np.repeat(read.offsets[:-1], lengths_S)
+        target_T = read.values["target_mask"].astype(bool) & (position_T > 0)
+        first_S = first_targets(target_T, read.offsets)
+        if share is None and len(bare := np.flatnonzero(own_S & _is_bare(first_S, lengths_S))):
+            row_id = dataset.index(["id"])["id"][int(read.first_row + bare[0])].as_py()
+            raise ConfigError(_no_prompt(f"row {row_id!r} of {dataset.place}"))
+        if positions is not None:
+            own = np.flatnonzero(own_S)
+            target_T = np.zeros_like(target_T)
+            target_T[positions.tokens(own + read.first_row, np.append(read.offsets[own], 0))[0]] = True
+        elif kept:
+            target_T &= has_entries(read)
+        behind_T = target_T & (position_T >= np.repeat(_prompt_lengths(first_S, lengths_S, share), lengths_S))
+        document_T = np.repeat(np.arange(len(lengths_S)), lengths_S)
+        counts_R[read.first_row + document_T[behind_T]] = True
+    counts_R &= wanted_R
+    if not counts_R.any():
         raise DataError(
             f"{dataset.place}: no token that counts is left behind the prompts (prompt_share={share}), so there is nothing "
-            "to learn; lower prompt_share, or use longer texts"
+            "to learn or to measure; lower prompt_share, use longer texts, or keep or choose later positions"
         )
+    return counts_R
 
 
 @torch.no_grad()

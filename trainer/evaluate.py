@@ -44,7 +44,7 @@ from kdata.trainer.adapters import is_adapter, open_adapter
 from kdata.trainer.config import EvaluateConfig, TrainResult
 from kdata.trainer.distributed import device_name
 from kdata.trainer.drafts import expected_length, measure_drafts, refuse_other_sizes
-from kdata.trainer.encoder_decoder import auto_class, check_prompts, with_prompts
+from kdata.trainer.encoder_decoder import auto_class, check_prompts, is_encoder_decoder, with_prompts
 from kdata.trainer.forward import predicting_states
 from kdata.trainer.fused import Measured, measure
 from kdata.trainer.heldout import first_of_each
@@ -333,14 +333,16 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
     context = max(int(index["num_tokens"].to_numpy()[rows].max(initial=2)), 2)
     check_positions(model, context)
     batches = BatchesConfig(context_tokens=context, batch_rows=max(1, config.batch_tokens // context))
-    check_prompts(model, dataset, rows)
+    behind_R = check_prompts(model, dataset, rows)
     loader = Loader(dataset, rows, batches, elsewhere=True)
-    kept_R = keeps_something(dataset)
+    kept_R = keeps_something(dataset) & behind_R
     bare = [domain for number, domain in enumerate(domains) if not kept_R[rows][domain_R[rows] == number].any()]
     if bare and dataset.info.codec.keeps_some_positions:
+        where = " behind the prompts" if is_encoder_decoder(model) else ""
         raise DataError(
-            f"{dataset.place}: no distribution is kept at any target of domain {str(bare[0])!r}, so the distance to the "
-            "teacher cannot be measured there; evaluate on a dataset that keeps every position (captured without `positions`)"
+            f"{dataset.place}: no distribution is kept at any target{where} of domain {str(bare[0])!r}, so the "
+            "distance to the teacher cannot be measured there; evaluate on a dataset that keeps every position (captured "
+            "without `positions`)"
         )
     tail = dataset.info.tail
     assert tail != "absent"  # refused by the caller

@@ -39,7 +39,8 @@ class Batch:
     the hidden state that predicts each counted token (the position before it). targets: the teacher's side of the M
     positions, at the loader's temperature; everything else is at temperature 1. logprob_M float32, rank_M int32: of the
     actual tokens. entropy_M: float32. document_M: int64 [M], index into `rows` of the document of each counted token.
-    rows: int64 [S], global dataset rows. num_tokens: tokens of documents. place: position of the stream after this batch.
+    rows: int64 [S], global dataset rows. first_target_S: int64, see `kdata.loader.batches.Arrays`. num_tokens: tokens of
+    documents. place: position of the stream after this batch.
     """
 
     input_ids: Tensor
@@ -52,6 +53,7 @@ class Batch:
     entropy_M: np.ndarray
     document_M: np.ndarray
     rows: np.ndarray
+    first_target_S: np.ndarray
     num_tokens: int
     place: Place
 
@@ -88,7 +90,7 @@ class Loader:
         positions: ChosenPositions | None = None,
         elsewhere: bool = False,
     ) -> None:
-        self.config, self.temperature = config, temperature
+        self.config, self.temperature, self.positions = config, temperature, positions
         self.arrays = Batches(
             dataset, rows, config, rank=rank, world_size=world_size, entry_dtype=np.int64, positions=positions,
             elsewhere=elsewhere,
@@ -223,6 +225,7 @@ def to_torch(arrays: Arrays, temperature: float = 1.0, matched: Matched | None =
         entropy_M=arrays.entropy,
         document_M=arrays.document,
         rows=arrays.rows,
+        first_target_S=arrays.first_target,
         num_tokens=arrays.num_tokens,
         place=arrays.place,
     )

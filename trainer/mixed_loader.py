@@ -133,7 +133,7 @@ class MixedLoader:
         every = Loader(  # checks the data
             dataset, rows, config, rank=rank, world_size=world_size, positions=positions, elsewhere=elsewhere
         )
-        self.dataset, self.config, self._positions = dataset, config, positions
+        self.dataset, self.config, self.positions = dataset, config, positions
         self._elsewhere = elsewhere
         self._order_key = every.arrays.identity
         self._rank, self._world_size, self._temperature = rank, world_size, temperature
@@ -221,7 +221,7 @@ class MixedLoader:
             rank=self._rank,
             world_size=self._world_size,
             temperature=self._temperature,
-            positions=self._positions,
+            positions=self.positions,
             elsewhere=self._elsewhere,
         )
 

@@ -62,6 +62,16 @@ class OpenPhase:
         return int(max(self.loader.lengths.max(initial=0), heldout_lengths.max(initial=0)))
 
     @property
+    def drawn_rows(self) -> np.ndarray:
+        """Global rows of the plan, int64, without those of domains of weight 0."""
+        rows: np.ndarray = self.loader.rows
+        if isinstance(self.loader, MixedLoader):
+            assert self.domain_weights is not None
+            pools = zip(self.loader.domains, self.loader.pools, strict=True)
+            rows = np.concatenate([pool for domain, pool in pools if self.domain_weights.weights[domain]])
+        return rows
+
+    @property
     def identity(self) -> list[str]:
         """Digests of the training data and of the held-out data: what the phase's numbers depend on beside settings."""
         return [self.loader.identity, *([] if self.heldout is None else [self.heldout.dataset.content_digest])]
@@ -181,9 +191,9 @@ def _open(
     refuse_unread_domains(mixed, phase.mixture)
     domains = sorted([*mixed.domains, *mixed.unread_domains])
     weights = make_domain_weights(phase.mixture, domains, {} if heldout is None else heldout.teacher_losses)
-    weighted = [pool for domain, pool in zip(mixed.domains, mixed.pools, strict=True) if weights.weights[domain]]
-    refuse_nothing_kept(dataset, np.concatenate(weighted), None)
-    return OpenPhase(phase, dataset, plan, mixed, tail, weights, heldout, interpolation)
+    opened = OpenPhase(phase, dataset, plan, mixed, tail, weights, heldout, interpolation)
+    refuse_nothing_kept(dataset, opened.drawn_rows, None)
+    return opened
 
 
 def _copy_shards(dataset: kdata.Dataset, rows: np.ndarray) -> None:

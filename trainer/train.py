@@ -40,7 +40,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 import kdata
-from kdata.errors import ConfigError, CorruptError, StorageError, TrainingError
+from kdata.errors import ConfigError, CorruptError, DataError, StorageError, TrainingError
 from kdata.format.files import copy_files, folder_beside, lock_of, sync_directory, sync_tree, write_atomically
 from kdata.observe.progress import Task
 from kdata.store.token_map import MATCHED
@@ -151,7 +151,7 @@ def _train(
     chosen = importance_in(student)
     for open_phase in phases:
         check_positions(student, open_phase.longest_tokens)
-    prepare(student, config, [(open_phase.dataset, open_phase.loader.rows) for open_phase in phases])
+    prepare(student, config, [(phase.dataset, phase.drawn_rows, phase.loader.positions) for phase in phases])
     check_mask(config.input_mask, student)
     if config.attention == "varlen":
         student.to(ranks.device)  # type: ignore[arg-type]  # transformers wraps Module.to
@@ -261,6 +261,10 @@ def _train(
                         _save_student(student, config, open_phase.dataset, kept, ranks)
                 if config.checkpoint_every_steps and progress.step % config.checkpoint_every_steps == 0:
                     checkpoint(open_phase)
+        if not progress.target_tokens:
+            raise DataError(
+                f"no token of {steps:,} steps counted, so the student learned nothing; train for more steps, or on other rows"
+            )
         checkpoint(phases[-1])
     last = phases[-1]
     result = TrainResult(

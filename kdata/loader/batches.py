@@ -88,10 +88,11 @@ class Arrays(Measures):
     entry_ids: int32 (or `entry_dtype` of `Batches`) [M, K], -1 pads; entry_logprobs: float32 [M, K], nats, not renormalised,
     -inf pads. num_exact: int32 [M], kept entries that are no draws. draw_logprobs: float32 [M, K] or None, see `Sequences`.
     logprob, rank, log_tail, entropy, log_z: of the M counted tokens, see `Measures`. document: int64 [M], which of `rows`
-    a counted token belongs to. rows: int64 [S], global dataset rows. num_tokens: tokens in documents. place: the place in
-    the stream after it. weights: float32 [M], how much each counted token counts, or None where each counts 1. chosen: bool
-    [M], which counted tokens the plan chooses, where the other targets are wanted too (`elsewhere` of `Batches`); those have
-    no entries, a log_tail of 0 and weight 1. None: all.
+    a counted token belongs to. rows: int64 [S], global dataset rows. first_target: int64 [S], see `first_targets`; it does
+    not depend on what is kept or chosen. num_tokens: tokens in documents. place: the place in the stream after it. weights:
+    float32 [M], how much each counted token counts, or None where each counts 1. chosen: bool [M], which counted tokens the
+    plan chooses, where the other targets are wanted too (`elsewhere` of `Batches`); those have no entries, a log_tail of 0
+    and weight 1. None: all.
     """
 
     input_ids: np.ndarray
@@ -105,6 +106,7 @@ class Arrays(Measures):
     draw_logprobs: np.ndarray | None
     document: np.ndarray
     rows: np.ndarray
+    first_target: np.ndarray
     num_tokens: int
     place: Place
     weights: np.ndarray | None = None
@@ -307,7 +309,8 @@ class Batches:
         cell_T = np.repeat(starts, lengths) + position_T
         # Entry t is the prediction of token t, made by the hidden state of the cell before it; entry 0 has none.
         rows = self.rows[_flat(documents)]
-        counted_M, weights_M, chosen_M = self._counted(seqs, seqs.target_mask & (position_T > 0), rows)
+        target_T = seqs.target_mask & (position_T > 0)
+        counted_M, weights_M, chosen_M = self._counted(seqs, target_T, rows)
         input_ids, position_ids, segment_ids = _grid(
             len(documents), context, cell_T, seqs.token_ids, position_T, np.repeat(segments, lengths)
         )
@@ -319,6 +322,7 @@ class Batches:
             **_targets(seqs, counted_M, chosen_M, self.entry_dtype),
             document=np.repeat(np.arange(len(lengths)), lengths)[counted_M],
             rows=rows,
+            first_target=first_targets(target_T, seqs.offsets),
             num_tokens=len(seqs.token_ids),
             place=place,
             weights=weights_M,
@@ -333,6 +337,19 @@ def keeps_something(dataset: Dataset) -> np.ndarray:
     """Which rows of a dataset that keeps some positions only have a position with entries, bool [R]; see `kept_mass`."""
     known: np.ndarray = dataset.index(["kept_mass"])["kept_mass"].is_valid().to_numpy()
     return known
+
+
+def first_targets(target_T: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Position of the first target of each document, int64 [S]; the number of its tokens where it has none.
+
+    Args:
+        target_T: bool [T], of documents laid end to end; their first tokens are no targets.
+        offsets: int64 [S+1], where each document's tokens begin.
+    """
+    target_N = np.append(np.flatnonzero(target_T), len(target_T))
+    first_S = target_N[np.searchsorted(target_N, offsets[:-1])]
+    position_S: np.ndarray = np.minimum(first_S, offsets[1:]) - offsets[:-1]
+    return position_S
 
 
 def _flat(documents: list[list[int]]) -> np.ndarray:

@@ -343,7 +343,8 @@ def _batch(tokens: int, vocab: int) -> Batch:
         input_ids=torch.randint(0, vocab, (1, tokens)), position_ids=positions_BL, segment_ids=segments_BL,
         predictor_M=predictor_M, targets=targets_of(count, vocab, torch.device("cpu")),
         logprob_M=np.zeros(count, np.float32), rank_M=np.ones(count, np.int32), entropy_M=np.zeros(count, np.float32),
-        document_M=document_M, rows=np.arange(4), num_tokens=tokens, place=Place(0, 0, 0),
+        document_M=document_M, rows=np.arange(4), first_target_S=np.ones(4, np.int64), num_tokens=tokens,
+        place=Place(0, 0, 0),
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from transformers import (
 import kdata
 from kdata.config import parse_config
 from kdata.errors import ConfigError, DataError
+from kdata.format.positions import ChosenPositions
 from kdata.loader.batches import BatchesConfig
+from kdata.selection.plan import make_plan
 from kdata.trainer.config import CheckpointStudent, EvaluateConfig, ScratchStudent, TrainConfig
 from kdata.trainer.documents import refuse_unfit
 from kdata.trainer.drafts import refuse_other_sizes
@@ -34,6 +37,7 @@ from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.parts.student import causal_lm_of
 from kdata.trainer.student import attend_by_documents, build_student
 from kdata.trainer.train import train
+from tests.fakes import rows_of_text, run_capture, write_jsonl
 from tests.trainer.datasets import VOCAB, chain_of, make_dataset, save_tokenizer
 from tests.trainer.stopping import stop_before
 
@@ -217,6 +221,92 @@ def test_a_batch_without_a_counted_token_still_reaches_every_parameter(datasets:
     assert states.shape == (0, 16)
     states.sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> kdata.Dataset:
+    """A dataset that keeps distributions at a third of its positions."""
+    root = tmp_path_factory.mktemp("some")
+    corpus = write_jsonl(root / "corpus.jsonl", rows_of_text(30))
+    return run_capture(root / "d", corpus, tokenizer_dir, positions={"rule": "random", "share": 0.3})
+
+
+@pytest.mark.parametrize("by_plan", [False, True])
+def test_the_encoder_reads_the_same_whatever_counts(
+    by_plan: bool, some: kdata.Dataset, datasets: dict[str, kdata.Dataset]
+) -> None:
+    dataset = datasets["gaps"] if by_plan else some
+    model = model_of("t5gemma", dataset).eval()
+    setattr(model.config, PROMPT_SHARE, 0.5)
+    chosen, rows = None, None
+    if by_plan:
+        rng = np.random.default_rng(0)
+        targets = [np.flatnonzero(row.target_mask) for row in dataset]
+        own = [t[t > 0][rng.random((t > 0).sum()) < 0.3] for t in targets]
+        rows = np.flatnonzero([len(one) for one in own])
+        offsets = np.cumsum([0, *(len(own[row]) for row in rows)])
+        chosen = ChosenPositions(rows, offsets, np.concatenate([own[row] for row in rows]).astype(np.int32))
+    sizes = BatchesConfig(context_tokens=64, batch_rows=4)
+    states: list[dict[tuple[int, int], Tensor]] = []
+    for elsewhere in (False, True):
+        states.append({})
+        for batch in Loader(dataset, rows, sizes, positions=chosen, elsewhere=elsewhere).epoch():
+            counted = with_prompts(model, batch)
+            with torch.no_grad():
+                hidden_MD = predicting_states(model, counted)
+            places = counted.position_ids.flatten()[counted.predictor_M].tolist()
+            keys = zip(counted.rows[counted.document_M].tolist(), places, strict=True)
+            states[-1] |= dict(zip(keys, hidden_MD, strict=True))
+    assert 20 < len(states[0]) < 0.5 * len(states[1])
+    for place, hidden_D in states[0].items():
+        torch.testing.assert_close(hidden_D, states[1][place], rtol=1e-4, atol=1e-4)
+
+
+def test_positions_that_the_encoder_reads_are_no_training_data(
+    datasets: dict[str, kdata.Dataset], tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    plain = datasets["plain"]
+    nothing = "no token that counts is left behind the prompts"
+    ids = plain.index(["id"])["id"].to_pylist()
+    early = make_plan(plain, "early", ids, method="mine", parameters={}, positions=[np.array([1, 2])] * len(ids))
+    early.save(tmp_path / "plans")
+    with pytest.raises(DataError, match=nothing):
+        train(config(), plain.path, tmp_path / "plans" / "early.parquet", tmp_path / "run")
+    texts = {"late": "on the mat and the dog on the mat and the cat sat.", "early": "the cat sat. " + "on the mat " * 6}
+    rows = {
+        name: [{"id": f"{name}{i}", "domain": name, "text": text, "source": "s", "license": "c"} for i in range(8)]
+        for name, text in texts.items()
+    }
+    spans = {"rule": "span", "begin": "cat ", "end": r"\."}
+    first, both, whole = (
+        run_capture(tmp_path / name, write_jsonl(tmp_path / f"{name}.jsonl", own), tokenizer_dir, **settings)
+        for name, own, settings in (
+            ("first", rows["early"], {"positions": spans}),
+            ("both", rows["early"] + rows["late"], {"positions": spans}),
+            ("whole", rows["early"] + rows["late"], {}),
+        )
+    )
+    with pytest.raises(DataError, match=nothing):
+        train(config(), first.path, None, tmp_path / "run")
+    mixture = {"kind": "fixed", "every_steps": 2, "weights": {"early": 1.0, "late": 0.0}}
+    with pytest.raises(DataError, match=nothing):
+        train(config(mixture=mixture), both.path, None, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+    assert train(config(steps=2), both.path, None, tmp_path / "late").target_tokens
+    train(config(steps=2), whole.path, None, tmp_path / "run")
+    with pytest.raises(DataError, match=nothing):
+        evaluate(tmp_path / "run" / "model", first.path)
+    with pytest.raises(DataError, match="no distribution is kept at any target behind the prompts of domain 'early'"):
+        evaluate(tmp_path / "run" / "model", both.path)
+
+
+def test_a_run_in_which_no_token_counted_is_an_error(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "short", [2] * 400 + [40])
+    settings = config(prompt_share=0.9, steps=1, batch_tokens=64, data_order="seed")
+    with pytest.raises(DataError, match="no token of 1 steps counted"):
+        train(settings, dataset.path, None, tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_bad_data_and_settings_are_refused_by_name_before_training(

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 import kdata
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
-from kdata.loader.batches import Arrays, Batches, BatchesConfig
+from kdata.loader.batches import Arrays, Batches, BatchesConfig, first_targets
 from kdata.loader.packing import Place, Shape, best_fit, blocks_of, windows
 from kdata.loader.window import Window
 from kdata.store.shard import ROWS_PER_BATCH, TOKENS_PER_BATCH, rows_per_batch
@@ -354,3 +354,10 @@ def test_the_content_of_a_shard_is_checked_when_it_is_first_read(dataset: kdata.
 def test_arrays_need_no_torch() -> None:
     code = "import sys, kdata.loader.batches; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@given(st.lists(st.lists(st.booleans(), max_size=9), max_size=9))
+def test_the_first_target_is_the_first_of_each_document_or_its_end(masks: list[list[bool]]) -> None:
+    offsets = np.cumsum([0, *map(len, masks)])
+    flat = np.array([value for mask in masks for value in mask], bool)
+    assert first_targets(flat, offsets).tolist() == [[*mask, True].index(True) for mask in masks]

@@ -178,7 +178,7 @@ def test_the_first_choice_of_a_padded_teacher_is_the_first_that_has_a_token() ->
     targets = Targets(torch.tensor([3]), ids, torch.tensor([[0.5, 0.3, 0.1]]).log(), torch.tensor([0.1]).log(), 1.0,
                       torch.tensor([3]))  # fmt: skip
     empty = np.zeros(0)
-    batch = Batch(ids, ids, ids, ids[0], targets.within(17), empty, empty, empty, empty, empty, 1, Place())
+    batch = Batch(ids, ids, ids, ids[0], targets.within(17), empty, empty, empty, empty, empty, empty, 1, Place())
     ids_M, weights_M = _first_choice(batch)
     assert ids_M.tolist() == [3]
     np.testing.assert_allclose(weights_M, [0.3], rtol=1e-6)
