@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
@@ -78,10 +79,12 @@ class SoftenConfig(Strict):
     @field_validator("patterns")
     @classmethod
     def _compile(cls, patterns: list[str]) -> list[str]:
-        for pattern in patterns:
+        for number, pattern in enumerate(patterns, 1):
             if not pattern or len(pattern) > MAX_PATTERN:
                 raise ValueError(f"a pattern has 1 to {MAX_PATTERN:,} characters")
             checked_pattern(pattern)
+            if pc.match_substring_regex(pa.scalar(""), pattern).as_py():
+                raise ValueError(f"pattern {number} matches the empty string too; write x+ in place of x*")
         return patterns
 
 
@@ -130,7 +133,7 @@ def soften(
     Raises:
         ConfigError: nothing says what is private, or `root` is the dataset.
         DataError: the dataset cannot be softened, a likelihood is above 1, texts or bytes of tokens that a pattern needs are
-            missing, or nothing in the dataset is private.
+            missing, or a pattern matches nothing.
         MissingError: there is no such plan or file.
         MismatchError: the plan is not of this dataset, or `root` was begun with other settings.
         CorruptError: the dataset is damaged.
@@ -167,8 +170,7 @@ def _open(dataset: Dataset, config: SoftenConfig) -> _Work:
     if unfinished:
         raise DataError(f"source {unfinished[0]!r} of {dataset.path} is not complete; finish it first")
     chosen = None if config.plan is None else _chosen(dataset, config.plan)
-    if chosen is None:
-        _refuse_patterns_without_a_match(dataset, config.patterns)
+    _refuse_patterns_without_a_match(dataset, config.patterns)
     return _Work(dataset, config, chosen, _key(config))
 
 
@@ -186,19 +188,28 @@ def _chosen(dataset: Dataset, name: str) -> ChosenPositions:
 
 
 def _refuse_patterns_without_a_match(dataset: Dataset, patterns: list[str]) -> None:
+    left = dict(enumerate(patterns, 1))
     for entry in dataset.manifest:
-        texts = dataset.shard_index(entry, ["text"])["text"]
-        if any(pc.any(pc.match_substring_regex(texts, f"(?s)(?:{pattern})")).as_py() for pattern in patterns):
+        if not left:
             return
-    raise DataError(
-        f"no text of {dataset.path} matches a pattern, so nothing would be softened; check the patterns with "
-        "`kdata sql DATASET \"select id from rows where regexp_matches(text, '...')\"`"
-    )
+        texts = dataset.shard_index(entry, ["text"])["text"]
+        for number, pattern in list(left.items()):
+            found = texts.filter(pc.match_substring_regex(texts, f"(?s)(?:{pattern})"))
+            if any(_matches(text.as_py(), pattern) for text in found):
+                del left[number]
+    if left:
+        # By its number: the pattern itself may be a secret.
+        raise DataError(
+            f"no text of {dataset.path} matches pattern {min(left)} of {len(patterns)}, so nothing would be softened by it; "
+            "correct or remove it. `kdata sql DATASET \"select id from rows where regexp_matches(text, '...')\"` says what "
+            "a pattern matches"
+        )
 
 
 def _matches(text: str, pattern: str) -> list[tuple[int, int]]:
-    """Byte offsets of what a pattern matches in a text."""
-    return spans_of(text.encode(), f"(?s)(?P<whole>(?P<span>{pattern}))")
+    """Byte offsets of what a pattern matches in a text, without matches of no byte, as of `\\b`."""
+    spans = spans_of(text.encode(), f"(?s)(?P<whole>(?P<span>{pattern}))")
+    return [(start, stop) for start, stop in spans if start < stop]
 
 
 def _key(config: SoftenConfig) -> bytes:

@@ -236,7 +236,9 @@ def test_noise_follows_from_the_key_alone(sources: dict[str, kdata.Dataset], tmp
     [
         ("sampled", {}, DataError, "kind sampled"),
         ("topk", {"patterns": []}, ConfigError, "nothing says what is private"),
-        ("topk", {"patterns": ["no such text"]}, DataError, "no text of"),
+        ("topk", {"patterns": ["no such text"]}, DataError, "no text of .* matches pattern 1 of 1"),
+        ("topk", {"patterns": ["dog", "no such text"]}, DataError, "no text of .* matches pattern 2 of 2"),
+        ("topk", {"patterns": ["dog", r"\b"]}, DataError, "no text of .* matches pattern 2 of 2"),
         ("topk", {"key_file": "nowhere"}, MissingError, "nowhere"),
         ("topk", {"key_file": __file__[:-8] + "soften.py", "plan": "absent"}, KdataError, "absent"),
     ],
@@ -258,6 +260,26 @@ def test_a_key_that_can_be_guessed_and_a_wrong_pattern_are_refused(
         softer(sources["topk"], tmp_path / "soft", key_file=str(tmp_path / "key"))
     with pytest.raises(ConfigError, match="the result needs a folder of its own"):
         softer(sources["topk"], sources["topk"].path)
-    for pattern in ("(", "", "(?P<name>a)"):
+    for pattern in ("(", "", "(?P<name>a)", "x*", "dog|"):
         with pytest.raises(ValueError, match="pattern"):
             SoftenConfig(patterns=[pattern])
+
+
+def test_a_pattern_without_a_match_is_refused_beside_a_plan_and_not_repeated(
+    sources: dict[str, kdata.Dataset], tmp_path: Path
+) -> None:
+    source = kdata.open(sources["topk"].path)
+    query = "select id, position from tokens where target and position < 3"
+    kdata.select(source, All(name="beside", positions=SqlPositions(sql=query)))
+    with pytest.raises(DataError, match="matches pattern 1 of 1") as caught:
+        softer(source, tmp_path / "soft", plan="beside", patterns=["4851"])
+    assert "4851" not in str(caught.value) and not (tmp_path / "soft").exists()
+
+
+def test_a_match_of_no_byte_makes_nothing_private(sources: dict[str, kdata.Dataset], tmp_path: Path) -> None:
+    settings = {"likelihood": 0.5, "drop_above": 1.0}
+    plain, bounded = (
+        softer(sources["topk"], tmp_path / str(number), patterns=[pattern], **settings)[1]
+        for number, pattern in enumerate(["dog", r"dog|\b"])
+    )
+    assert plain == bounded and plain.softened > 0
