@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdata.config import Strict
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
@@ -87,6 +87,17 @@ class SoftenConfig(Strict):
             if pc.match_substring_regex(pa.scalar(""), pattern).as_py():
                 raise ValueError(f"pattern {number} matches the empty string too; write x+ in place of x*")
         return patterns
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> SoftenConfig:
+        # Of a plan with weights only 1 says that nothing is dropped.
+        drops = self.drop_above < (1.0 if self.plan is not None else self.likelihood)
+        if self.temperature_rise == 0 and self.noise == 0 and not drops:
+            raise ValueError(
+                "temperature_rise 0 and noise 0 soften nothing, and no position is dropped; raise one of them, or take "
+                "a drop_above that is below the likelihood"
+            )
+        return self
 
 
 @dataclass

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import kdata
 import kdata.jobs.soften as soften_module
 from kdata.check.verify import verify
+from kdata.config import parse_config
 from kdata.errors import ConfigError, DataError, KdataError, MismatchError, MissingError
 from kdata.format.coded import logprob_bound
 from kdata.format.kept import draw_mask
@@ -351,6 +352,27 @@ def test_a_pattern_without_a_match_is_refused_beside_a_plan_and_not_repeated(
     with pytest.raises(DataError, match="matches pattern 1 of 1") as caught:
         softer(source, tmp_path / "soft", plan="beside", patterns=["4851"])
     assert "4851" not in str(caught.value) and not (tmp_path / "soft").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"patterns": ["dog"], "drop_above": 1}, True),
+        ({"patterns": ["dog"], "likelihood": 0.5}, True),
+        ({"plan": "private", "drop_above": 1}, True),
+        ({"patterns": ["dog"]}, False),
+        ({"plan": "private", "likelihood": 0.5}, False),
+        ({"patterns": ["dog"], "drop_above": 1, "noise": 0.1}, False),
+        ({"patterns": ["dog"], "drop_above": 1, "temperature_rise": 0.1}, False),
+    ],
+)
+def test_settings_that_change_nothing_are_refused(settings: dict[str, Any], refused: bool) -> None:
+    values = {"temperature_rise": 0, "noise": 0, **settings}
+    if refused:
+        with pytest.raises(ConfigError, match="soften nothing"):
+            parse_config(SoftenConfig, values, "soften settings")
+    else:
+        parse_config(SoftenConfig, values, "soften settings")
 
 
 def test_a_match_of_no_byte_makes_nothing_private(sources: dict[str, kdata.Dataset], tmp_path: Path) -> None:
