@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import numpy as np
 import kdata
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.selection.plan import open_plan
+from kdata.trainer.checkpoint import step_folders
 from kdata.trainer.config import MODELS, EvaluateConfig, TrainResult
 from kdata.trainer.evaluate import evaluate, run_beside
 
@@ -150,8 +150,8 @@ def _models_of(run: Path) -> tuple[TrainResult, list[tuple[int, Path]]]:
     result = run_beside(run / "model")
     if result is None:
         raise MissingError(f"{run} has no train.json; name the folder of a finished `kdata train`")
-    named = {path: re.fullmatch(r"step-([0-9]{8,18})", path.name) for path in (run / MODELS).glob("step-*")}
-    kept = {int(match[1]): path for path, match in named.items() if match}
+    kept = {int(path.name.removeprefix("step-")): path for path in step_folders(run / MODELS)}
+    kept = {step: path for step, path in kept.items() if step <= result.steps}  # others are of a former run
     kept[result.steps] = kept.get(result.steps, run / result.model_dir)
     if len(kept) < 2:
         raise MissingError(
