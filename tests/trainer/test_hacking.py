@@ -221,6 +221,14 @@ def test_bad_input_is_refused(
         hacking(run, heldout, oracle=data["train"].path)
     with pytest.raises(MismatchError, match="is not the dataset"):
         hacking(run, heldout, trained_on=heldout)
+    shutil.copytree(heldout, tmp_path / "same")
+    with pytest.raises(ConfigError, match="is the held-out set itself"):
+        hacking(run, heldout, oracle=tmp_path / "same")
+    for number, change in enumerate([{"weights_hash": "1" * 64}, {"lora_hash": "2" * 64}]):
+        other = make_dataset(tmp_path / f"other{number}", LENGTHS[:8], kept=VOCAB, seed=1, teacher=change).path
+        with pytest.raises(MismatchError, match="beliefs of chain"):
+            hacking(run, other, trained_on=data["train"].path)
+    assert hacking(run, other)["data"] is None, "nothing says who the run's teacher is"
     shutil.copytree(run, tmp_path / "last", ignore=shutil.ignore_patterns("models"))
     with pytest.raises(MissingError, match="keep_models_every_steps"):
         hacking(tmp_path / "last", heldout)
