@@ -89,6 +89,15 @@ def test_a_line_that_is_no_canary_is_named(change: dict[str, Any], message: str,
         read_canaries(path)
 
 
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85"])
+def test_lines_end_at_newlines_only(inside: str, tmp_path: Path) -> None:
+    """JSON strings may hold other line separators as they are."""
+    canaries = [{**CANARY, "id": name, "before": f"line{inside}two "} for name in ("one", "two")]
+    path, text = tmp_path / "c.jsonl", "\r\n".join(json.dumps(one, ensure_ascii=False) for one in canaries)
+    path.write_bytes(text.encode())
+    assert [canary.before for canary in read_canaries(path)] == [f"line{inside}two "] * 2
+
+
 def test_bad_files_and_models_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="nowhere"):
         read_canaries(tmp_path / "nowhere")
