@@ -90,7 +90,7 @@ def save_checkpoint(root: Path, model: nn.Module, optimizer: Optimizer, state: C
     tensors = _gathered(model, optimizer, ranks)
     if ranks.is_main:
         root.mkdir(parents=True, exist_ok=True)
-        remove_others(root, keep=_steps(root))  # what a killed run left of another
+        remove_others(root, keep=step_folders(root))  # what a killed run left of another
         aside = root / f".{final.name}.tmp"
         aside.mkdir()
         save_file(tensors, aside / TENSORS)
@@ -99,7 +99,7 @@ def save_checkpoint(root: Path, model: nn.Module, optimizer: Optimizer, state: C
             file.write(json_bytes({**content, "digest": digest_of(content)}))
         sync_tree(aside)
         if final.exists():  # it is damaged: the run came from the one before it
-            remove_others(root, keep=[p for p in _steps(root) if p != final], keep_aside=aside)
+            remove_others(root, keep=[p for p in step_folders(root) if p != final], keep_aside=aside)
         os.rename(aside, final)
         sync_directory(root)
         remove_others(root, keep=[final])
@@ -140,7 +140,7 @@ def load_checkpoint(
         CorruptError: no checkpoint is whole. The model is as it was.
     """
     damage: CorruptError | None = None
-    for path in _steps(root):
+    for path in step_folders(root):
         try:
             state = _read_state(path, last_step)
             difference = settings_difference(state.settings, settings)
@@ -168,8 +168,8 @@ def load_checkpoint(
     return None
 
 
-def _steps(root: Path) -> list[Path]:
-    """Folders of checkpoints, the newest first."""
+def step_folders(root: Path) -> list[Path]:
+    """Folders of checkpoints, or of kept models, the last step first."""
     paths = [path for path in root.glob("step-*") if re.fullmatch(r"step-[0-9]{8,18}", path.name)]
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 

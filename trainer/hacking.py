@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,9 @@ import numpy as np
 
 import kdata
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
+from kdata.format.schema import TeacherInfo
 from kdata.selection.plan import open_plan
+from kdata.trainer.checkpoint import step_folders
 from kdata.trainer.config import MODELS, EvaluateConfig, TrainResult
 from kdata.trainer.evaluate import evaluate, run_beside
 
@@ -61,14 +62,20 @@ def hacking(
         "data": null, or {"rows", "unique_prompts", "answers_per_prompt", "epochs", "tokens"}}.
     Raises:
         MissingError: the run kept no models, or is not finished.
-        ConfigError: the run has several phases and `trained_on` is given.
+        ConfigError: the run has several phases and `trained_on` is given, or the oracle's dataset is the held-out one.
         DataError: there is no oracle, and the teacher wrote the held-out text.
-        MismatchError: the oracle's rows are not those of the held-out set, or `trained_on` is not what was trained on.
+        MismatchError: the oracle's rows are not those of the held-out set, `trained_on` is not what was trained on, or its
+            teacher is not that of the held-out set.
         Others: as `evaluate`.
     """
     result, folders = _models_of(run)
-    _check_heldout(kdata.open(heldout), None if oracle is None else kdata.open(oracle))
-    data = None if trained_on is None else _data(result, kdata.open(trained_on))
+    own_set = kdata.open(heldout)
+    _check_heldout(own_set, None if oracle is None else kdata.open(oracle))
+    data = None
+    if trained_on is not None:
+        learned_from = kdata.open(trained_on)
+        data = _data(result, learned_from)
+        _check_teacher(own_set, learned_from)
     models, proxy_is, golden_is = [], "", "NLL of the held-out text"
     for step, folder in folders:
         own = evaluate(folder, heldout, config=config, label=f"step {step}")
@@ -150,8 +157,8 @@ def _models_of(run: Path) -> tuple[TrainResult, list[tuple[int, Path]]]:
     result = run_beside(run / "model")
     if result is None:
         raise MissingError(f"{run} has no train.json; name the folder of a finished `kdata train`")
-    named = {path: re.fullmatch(r"step-([0-9]{8,18})", path.name) for path in (run / MODELS).glob("step-*")}
-    kept = {int(match[1]): path for path, match in named.items() if match}
+    kept = {int(path.name.removeprefix("step-")): path for path in step_folders(run / MODELS)}
+    kept = {step: path for step, path in kept.items() if step <= result.steps}  # others are of a former run
     kept[result.steps] = kept.get(result.steps, run / result.model_dir)
     if len(kept) < 2:
         raise MissingError(
@@ -171,12 +178,33 @@ def _check_heldout(heldout: kdata.Dataset, oracle: kdata.Dataset | None) -> None
                 "an oracle's dataset of the same rows (--oracle)"
             )
         return
+    if oracle.content_digest == heldout.content_digest:
+        raise ConfigError(
+            f"{oracle.place} is the held-out set itself, so golden would be the proxy; name a dataset of another model about "
+            f"the same rows: kdata reread {heldout.place} OUT --teacher ORACLE"
+        )
     columns = ["id", "content_hash"]
     if not heldout.index(columns).equals(oracle.index(columns)):
         raise MismatchError(
             f"{oracle.place} does not have the rows of {heldout.place}; have the oracle read them: "
             f"kdata reread {heldout.place} OUT --teacher ORACLE"
         )
+
+
+def _check_teacher(heldout: kdata.Dataset, trained_on: kdata.Dataset) -> None:
+    theirs, ours = heldout.info.teacher, trained_on.info.teacher
+    if _who(theirs) != _who(ours):
+        raise MismatchError(
+            f"{heldout.place} holds the beliefs of {theirs.model} ({theirs.weights_hash or theirs.revision}), and the run "
+            f"learned from those of {ours.model} ({ours.weights_hash or ours.revision}), so KL to the former is no proxy; "
+            f"have the run's teacher read the text: kdata reread {heldout.place} OUT --teacher {ours.model}"
+        )
+
+
+def _who(teacher: TeacherInfo) -> tuple[str | None, ...]:
+    """What tells models apart; by name where there is nothing else, as of data of another tool."""
+    known = teacher.weights_hash, teacher.revision, teacher.lora_hash
+    return known if any(known) else (teacher.model,)
 
 
 def _data(result: TrainResult, dataset: kdata.Dataset) -> dict[str, Any]:

@@ -5,7 +5,8 @@ the whole step, however the step is split into micro-batches and ranks. A run th
 bit-equal losses on a CPU. A non-finite loss stops the run before the weights change.
 
     OUT/model/          the student in Hugging Face format, with the tokenizer; with `student.lora`, its adapter
-    OUT/models/         the student of every `keep_models_every_steps` steps; with `student.lora`, its adapter
+    OUT/models/         the student of every `keep_models_every_steps` steps; with `student.lora`, its adapter. A run that
+                        starts without a checkpoint removes those of a former one.
     OUT/adapter/        the adapter, where `student.lora.merge` asks for the whole student in OUT/model
     OUT/dequantized/    of a quantized student its rounded weights as an ordinary model, see kdata.trainer.quantization
     OUT/importance.parquet  why a pruned student has the parts that it has, see kdata.trainer.importance
@@ -46,7 +47,7 @@ from kdata.observe.progress import Task
 from kdata.store.token_map import MATCHED
 from kdata.trainer.acceleration import check_acceleration, compile_layers
 from kdata.trainer.adapters import frozen_digest, has_adapters, open_adapter, save_adapter
-from kdata.trainer.checkpoint import CheckpointState, Progress, load_checkpoint, save_checkpoint, writing
+from kdata.trainer.checkpoint import CheckpointState, Progress, load_checkpoint, save_checkpoint, step_folders, writing
 from kdata.trainer.config import (
     MODELS,
     RUNTIME,
@@ -180,6 +181,8 @@ def _train(
         progress = saved.progress
         saved_step = progress.step
         _restore_data(phases, saved, out_dir)
+    elif ranks.is_main:
+        _remove_former_models(out_dir / MODELS)
 
     def checkpoint(open_phase: OpenPhase) -> None:
         nonlocal saved_step
@@ -409,6 +412,17 @@ def _restore_data(phases: list[OpenPhase], saved: CheckpointState, out_dir: Path
             f"{place}/step-{saved.step:08d}/state.json is damaged: {error}. Restore it from a copy, or remove {place} to "
             "train from the start."
         ) from error
+
+
+def _remove_former_models(root: Path) -> None:
+    """Remove the models that a run kept which this one does not continue: they are no part of this one's course."""
+    with writing(root):
+        for folder in step_folders(root):
+            by_run = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+            if folder.is_symlink() or not by_run:
+                continue
+            with folder_beside(folder) as aside:  # renamed first, so that one that is half removed does not look whole
+                os.rename(folder, aside / folder.name)
 
 
 def _make_writable(out_dir: Path) -> None:

@@ -126,7 +126,7 @@ def read_canaries(path: Path) -> list[Canary]:
         DataError: a line is no canary, an id is there twice, or there is none.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")  # JSON strings may hold what splitlines takes for an end
     except (OSError, UnicodeDecodeError) as error:
         raise MissingError(
             f"{path} cannot be read as UTF-8 text ({error}); name a file with one JSON object a line"

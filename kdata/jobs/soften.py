@@ -13,23 +13,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import hmac
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdata.config import Strict
-from kdata.errors import ConfigError, DataError, MissingError
+from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.format.keep import packed_version
 from kdata.format.keep_rules import MAX_PATTERN, checked_pattern
-from kdata.format.manifest import new_info
+from kdata.format.manifest import new_info, read_info
 from kdata.format.positions import ChosenPositions
 from kdata.format.records import Reject, UnitResult, inputs_digest
-from kdata.format.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, json_digest
+from kdata.format.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, canonical_json, json_digest
 from kdata.jobs.payloads import InputSequence, goes_on, inputs_of_shard
 from kdata.jobs.softening import Law, soften_sequences
 from kdata.observe.progress import Task
@@ -72,17 +74,30 @@ class SoftenConfig(Strict):
     key_file: str | None = Field(
         None,
         description="File whose content seeds the noise, to be kept as a secret: who has it can take the noise away. null: "
-        "a new seed in each run, kept nowhere.",
+        "a new seed in each run, kept nowhere; a run with patterns cannot be resumed then.",
     )
 
     @field_validator("patterns")
     @classmethod
     def _compile(cls, patterns: list[str]) -> list[str]:
-        for pattern in patterns:
+        for number, pattern in enumerate(patterns, 1):
             if not pattern or len(pattern) > MAX_PATTERN:
                 raise ValueError(f"a pattern has 1 to {MAX_PATTERN:,} characters")
             checked_pattern(pattern)
+            if pc.match_substring_regex(pa.scalar(""), pattern).as_py():
+                raise ValueError(f"pattern {number} matches the empty string too; write x+ in place of x*")
         return patterns
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> SoftenConfig:
+        # Of a plan with weights only 1 says that nothing is dropped.
+        drops = self.drop_above < (1.0 if self.plan is not None else self.likelihood)
+        if self.temperature_rise == 0 and self.noise == 0 and not drops:
+            raise ValueError(
+                "temperature_rise 0 and noise 0 soften nothing, and no position is dropped; raise one of them, or take "
+                "a drop_above that is below the likelihood"
+            )
+        return self
 
 
 @dataclass
@@ -112,6 +127,19 @@ class _Work:
     key: bytes
 
     @property
+    def private_digest(self) -> str | None:
+        """Digest of what is private, which a resume has to repeat; None where nothing can be told without giving it away.
+
+        Patterns may name a short secret, which a plain digest gives to whoever tries all, so it takes the key to make one.
+        """
+        config = self.config
+        positions = None if self.chosen is None else self.chosen.digest
+        private = {"patterns": config.patterns, "positions": positions, "likelihood": config.likelihood}
+        if config.key_file is not None:
+            return hmac.digest(self.key, b"kdata soften\0" + canonical_json(private), "sha256").hex()
+        return None if config.patterns else json_digest(private)
+
+    @property
     def law(self) -> Law:
         return Law(self.config.temperature_rise, self.config.noise, self.config.drop_above)
 
@@ -130,14 +158,16 @@ def soften(
     Raises:
         ConfigError: nothing says what is private, or `root` is the dataset.
         DataError: the dataset cannot be softened, a likelihood is above 1, texts or bytes of tokens that a pattern needs are
-            missing, or nothing in the dataset is private.
+            missing, or a pattern matches nothing.
         MissingError: there is no such plan or file.
-        MismatchError: the plan is not of this dataset, or `root` was begun with other settings.
+        MismatchError: the plan is not of this dataset; `root` was begun with other settings or another key, or it was begun
+            and there are patterns without a key.
         CorruptError: the dataset is damaged.
     """
     root = Path(root)
     if root.resolve() == dataset.path.resolve():
         raise ConfigError(f"{root} is the dataset that is read; the result needs a folder of its own")
+    _refuse_to_go_on_without_a_key(root, dataset, config)
     work = _open(dataset, config)
     info, report = _identity(dataset), SoftenReport()
     with Task("soften", dataset.num_tokens, "tokens", log) as task:
@@ -145,6 +175,16 @@ def soften(
             _run(root, info, work, source, report, task, resume)
             resume = goes_on(resume)
     return open_dataset(root), report
+
+
+def _refuse_to_go_on_without_a_key(root: Path, dataset: Dataset, config: SoftenConfig) -> None:
+    if not config.patterns or config.key_file is not None or not (root / "dataset.json").exists():
+        return
+    if read_info(root).sources.keys() & dataset.info.sources.keys():
+        raise MismatchError(
+            f"{root} was begun before, and without a key nothing says with which patterns; remove it or name another folder. "
+            "A run that can be resumed has a key from its start: --set key_file=FILE"
+        )
 
 
 def _open(dataset: Dataset, config: SoftenConfig) -> _Work:
@@ -167,8 +207,7 @@ def _open(dataset: Dataset, config: SoftenConfig) -> _Work:
     if unfinished:
         raise DataError(f"source {unfinished[0]!r} of {dataset.path} is not complete; finish it first")
     chosen = None if config.plan is None else _chosen(dataset, config.plan)
-    if chosen is None:
-        _refuse_patterns_without_a_match(dataset, config.patterns)
+    _refuse_patterns_without_a_match(dataset, config.patterns)
     return _Work(dataset, config, chosen, _key(config))
 
 
@@ -186,19 +225,28 @@ def _chosen(dataset: Dataset, name: str) -> ChosenPositions:
 
 
 def _refuse_patterns_without_a_match(dataset: Dataset, patterns: list[str]) -> None:
+    left = dict(enumerate(patterns, 1))
     for entry in dataset.manifest:
-        texts = dataset.shard_index(entry, ["text"])["text"]
-        if any(pc.any(pc.match_substring_regex(texts, f"(?s)(?:{pattern})")).as_py() for pattern in patterns):
+        if not left:
             return
-    raise DataError(
-        f"no text of {dataset.path} matches a pattern, so nothing would be softened; check the patterns with "
-        "`kdata sql DATASET \"select id from rows where regexp_matches(text, '...')\"`"
-    )
+        texts = dataset.shard_index(entry, ["text"])["text"]
+        for number, pattern in list(left.items()):
+            found = texts.filter(pc.match_substring_regex(texts, f"(?s)(?:{pattern})"))
+            if any(_matches(text.as_py(), pattern) for text in found):
+                del left[number]
+    if left:
+        # By its number: the pattern itself may be a secret.
+        raise DataError(
+            f"no text of {dataset.path} matches pattern {min(left)} of {len(patterns)}, so nothing would be softened by it; "
+            "correct or remove it. `kdata sql DATASET \"select id from rows where regexp_matches(text, '...')\"` says what "
+            "a pattern matches"
+        )
 
 
 def _matches(text: str, pattern: str) -> list[tuple[int, int]]:
-    """Byte offsets of what a pattern matches in a text."""
-    return spans_of(text.encode(), f"(?s)(?P<whole>(?P<span>{pattern}))")
+    """Byte offsets of what a pattern matches in a text, without matches of no byte, as of `\\b`."""
+    spans = spans_of(text.encode(), f"(?s)(?P<whole>(?P<span>{pattern}))")
+    return [(start, stop) for start, stop in spans if start < stop]
 
 
 def _key(config: SoftenConfig) -> bytes:
@@ -240,18 +288,12 @@ def _run(
     """Soften the shards of one source."""
     dataset, config = work.dataset, work.config
     about = dataset.info.sources[source]
-    # Patterns may name a secret, so only their digest is recorded.
-    private = {
-        "patterns": config.patterns,
-        "positions": None if work.chosen is None else work.chosen.digest,
-        "likelihood": config.likelihood,
-    }
     settings = {
         "of": {"fingerprint": dataset.content_digest, "codec": dataset.info.codec.model_dump()},
         "temperature_rise": config.temperature_rise,
         "noise": config.noise,
         "drop_above": config.drop_above,
-        "private_digest": json_digest(private),
+        "private_digest": work.private_digest,
         "made_by": {"kind": about.kind, **about.settings},
     }
     result = SourceInfo(kind="soften", settings=settings, num_units=None)

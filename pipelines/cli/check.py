@@ -33,7 +33,7 @@ from kdata.pipelines.cli.common import (
     teacher_config,
 )
 from kdata.store.url import is_url
-from kdata.teachers.load import load_teacher
+from kdata.teachers.load import check_teacher, load_teacher
 from kdata.teachers.model import load_tokenizer
 
 
@@ -207,10 +207,12 @@ def exposure(
     rank among them by the model's NLL. A model that knows nothing has 1.44.
     """
     planted = read_canaries(Path(canaries))
+    configs = [teacher_config({}, name, backend, ReadingModel) for name in models]
+    for config in configs:  # all before the first is measured
+        check_teacher(config, max_k=1)
+    tokenizers = [load_tokenizer(config.model, config.revision, bos=config.bos) for config in configs]
     results = []
-    for name in models:
-        config = teacher_config({}, name, backend, ReadingModel)
-        tokenizer = load_tokenizer(config.model, config.revision, bos=config.bos)
+    for name, config, tokenizer in zip(models, configs, tokenizers, strict=True):
         loaded = load_teacher(config, max_k=1)
         try:
             measured = exposures(loaded, tokenizer, planted, most=candidates)

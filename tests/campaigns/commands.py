@@ -144,7 +144,10 @@ COMMANDS: dict[str, Command] = {
         seconds=0.8,
         dataset="out",
     ),
-    "soften": Command(("soften", "SHARED/first", "out", "--pattern", "the"), dataset="out"),
+    "soften": Command(  # any file of 16 bytes is a key; without one a run with patterns is not resumed
+        ("soften", "SHARED/first", "out", "--pattern", "the", "--set", "key_file=SHARED/first/dataset.json"),
+        dataset="out",
+    ),
     "combine": Command(("combine", "SHARED/first", "SHARED/reread", "out", "--weights", "0.7,0.3"), dataset="out"),
     "import": Command(
         (

@@ -47,12 +47,13 @@ def make_dataset(
     prompt: int = 0,
     exact: int = 0,
     vocab_size: int | None = None,
+    teacher: dict[str, str] | None = None,
 ) -> kdata.Dataset:
     """Documents of a Markov chain over `vocab` tokens; the teacher is the chain itself, so it can be learnt.
 
     `mask_every` n > 0 takes every n-th token out of the target mask, `prompt` the first n, but for the last token. `exact`
     n > 0 makes a hybrid of draws: the n likeliest entries exact, the others draws whose weights are their probabilities.
-    `vocab_size`: rows of the teacher's head; None: `vocab`.
+    `vocab_size`: rows of the teacher's head; None: `vocab`. `teacher`: what its TeacherInfo says otherwise.
     """
     kind = "topk" if tail == "ghost" else "hybrid" if exact else "sampled"
     rng = np.random.default_rng(seed)
@@ -70,7 +71,7 @@ def make_dataset(
             dtype="float64",
             logprobs="raw log-softmax at temperature 1",
             deterministic=True,
-        ),
+        ).model_copy(update=teacher or {}),
         tokenizer=tokenizer_info(tokenizer),
         codec=CodecInfo(id="plain", version=1, kind=kind, parameters={"k": kept}),
         tail=tail,

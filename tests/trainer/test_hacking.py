@@ -23,6 +23,7 @@ from kdata.trainer.hacking import fit_power_law, hacking, verdict
 from kdata.trainer.train import train
 from tests.fakes import run_generate
 from tests.trainer.datasets import VOCAB, make_dataset
+from tests.trainer.stopping import stop_before
 
 LENGTHS = [5 + (i * 11) % 30 for i in range(30)]
 CONFIG: dict[str, Any] = {
@@ -88,6 +89,31 @@ def test_models_are_kept_whole_also_by_a_run_that_was_stopped(
     for name in names:
         weights = [root / "models" / name / "model.safetensors" for root in (run, tmp_path / "again")]
         assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_run_that_starts_anew_removes_the_models_of_the_former_one(
+    data: dict[str, kdata.Dataset], tmp_path: Path
+) -> None:
+    """Only what a run wrote: other folders, and other names, stay."""
+    out, unasked = tmp_path / "run", {**CONFIG, "checkpoint_every_steps": 0}
+    stop_before(9, TrainConfig(**{**unasked, "seed": 5}), data["train"], out)
+    names = ["step-00000004", "step-00000008"]
+    assert sorted(path.name for path in (out / "models").iterdir()) == names and not (out / "checkpoints").exists()
+    for mine in ("step-notes", "best", "step-00000006"):
+        (out / "models" / mine).mkdir()
+        (out / "models" / mine / "notes.txt").write_text("of a person")
+    train(TrainConfig(**{**unasked, "keep_models_every_steps": 15}), data["train"].path, None, out)
+    assert sorted(path.name for path in (out / "models").iterdir()) == [
+        "best", "step-00000006", "step-00000015", "step-notes",
+    ]  # fmt: skip
+
+
+def test_steps_above_the_last_one_are_no_part_of_the_course(
+    run: Path, data: dict[str, kdata.Dataset], tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(run / "models/step-00000004", tmp_path / "run/models/step-00000016")
+    assert [model["step"] for model in hacking(tmp_path / "run", data["heldout"].path)["models"]] == [4, 8, 12, 15]
 
 
 def test_of_a_student_with_adapters_these_are_kept(run: Path, data: dict[str, kdata.Dataset], tmp_path: Path) -> None:
@@ -195,6 +221,14 @@ def test_bad_input_is_refused(
         hacking(run, heldout, oracle=data["train"].path)
     with pytest.raises(MismatchError, match="is not the dataset"):
         hacking(run, heldout, trained_on=heldout)
+    shutil.copytree(heldout, tmp_path / "same")
+    with pytest.raises(ConfigError, match="is the held-out set itself"):
+        hacking(run, heldout, oracle=tmp_path / "same")
+    for number, change in enumerate([{"weights_hash": "1" * 64}, {"lora_hash": "2" * 64}]):
+        other = make_dataset(tmp_path / f"other{number}", LENGTHS[:8], kept=VOCAB, seed=1, teacher=change).path
+        with pytest.raises(MismatchError, match="beliefs of chain"):
+            hacking(run, other, trained_on=data["train"].path)
+    assert hacking(run, other)["data"] is None, "nothing says who the run's teacher is"
     shutil.copytree(run, tmp_path / "last", ignore=shutil.ignore_patterns("models"))
     with pytest.raises(MissingError, match="keep_models_every_steps"):
         hacking(tmp_path / "last", heldout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from kdata.check.exposure import BY_CHANCE, Canary, _exposure, exposures, read_canaries
-from kdata.errors import ConfigError, DataError, MissingError, TeacherError
+from kdata.errors import ConfigError, DataError, KdataError, MissingError, TeacherError
 from kdata.pipelines.cli.main import app
 from kdata.teachers.model import load_tokenizer
 from tests.fakes import StandInTeacher, write_jsonl
@@ -88,6 +89,15 @@ def test_a_line_that_is_no_canary_is_named(change: dict[str, Any], message: str,
         read_canaries(path)
 
 
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85"])
+def test_lines_end_at_newlines_only(inside: str, tmp_path: Path) -> None:
+    """JSON strings may hold other line separators as they are."""
+    canaries = [{**CANARY, "id": name, "before": f"line{inside}two "} for name in ("one", "two")]
+    path, text = tmp_path / "c.jsonl", "\r\n".join(json.dumps(one, ensure_ascii=False) for one in canaries)
+    path.write_bytes(text.encode())
+    assert [canary.before for canary in read_canaries(path)] == [f"line{inside}two "] * 2
+
+
 def test_bad_files_and_models_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="nowhere"):
         read_canaries(tmp_path / "nowhere")
@@ -123,3 +133,20 @@ def test_the_command_compares_models(llama_dir: Path, tmp_path: Path) -> None:
     [model] = json.loads(done.stdout)["models"]
     assert [canary["compared"] for canary in model["canaries"]] == [30, 30]
     assert model["mean"] == pytest.approx(np.mean([canary["exposure"] for canary in model["canaries"]]))
+
+
+@pytest.mark.parametrize("lacks", ["folder", "config.json", "tokenizer.json"])
+def test_all_models_are_checked_before_the_first_is_measured(
+    lacks: str, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("kdata.pipelines.cli.check.load_teacher", measured)
+    second = tmp_path / "second"
+    if lacks != "folder":
+        shutil.copytree(llama_dir, second)
+        (second / lacks).unlink()
+    file = write_jsonl(tmp_path / "c.jsonl", [CANARY])
+    done = CliRunner().invoke(app, ["exposure", str(llama_dir), str(second), "--canaries", str(file)])
+    assert isinstance(done.exception, KdataError) and str(second) in str(done.exception)

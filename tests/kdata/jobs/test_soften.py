@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import re
 from pathlib import Path
@@ -13,11 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdata
+import kdata.jobs.soften as soften_module
 from kdata.check.verify import verify
+from kdata.config import parse_config
 from kdata.errors import ConfigError, DataError, KdataError, MismatchError, MissingError
 from kdata.format.coded import logprob_bound
 from kdata.format.kept import draw_mask
 from kdata.format.measures import unknown
+from kdata.format.schema import canonical_json, json_digest
 from kdata.format.sequences import Sequences
 from kdata.jobs.payloads import inputs_of_shard
 from kdata.jobs.soften import SoftenConfig, SoftenReport, soften
@@ -25,7 +30,7 @@ from kdata.jobs.softening import Law, soften_sequences
 from kdata.jobs.softening import soften as soften_numbers
 from kdata.selection.position_rules import SqlPositions
 from kdata.selection.ranked import All
-from tests.fakes import StandInTeacher, digests, run_capture
+from tests.fakes import StandInTeacher, digests, run_capture, write_jsonl
 
 V = 40
 KINDS: dict[str, dict[str, Any]] = {
@@ -228,7 +233,80 @@ def test_noise_follows_from_the_key_alone(sources: dict[str, kdata.Dataset], tmp
     recorded = json.loads((one.path / "dataset.json").read_text())
     assert "fox" not in json.dumps(recorded) and str(key) not in json.dumps(recorded)
     with pytest.raises(MismatchError, match="noise"):
-        softer(source, tmp_path / "one", **settings, noise=0.1)
+        softer(source, tmp_path / "one", **settings, noise=0.1, key_file=str(key))
+
+
+def published(dataset: kdata.Dataset) -> str:
+    """All of dataset.json, as text."""
+    return (dataset.path / "dataset.json").read_text()
+
+
+@pytest.mark.parametrize("with_key", [True, False])
+def test_a_short_secret_is_not_found_by_trying_all(
+    with_key: bool, corpus_file: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """Every pattern of four digits, by each digest that can be made of it without the key."""
+    row = {"id": "r", "domain": "a", "text": "my pin is 4815 and the cat sat", "source": "s", "license": "CC0"}
+    corpus = write_jsonl(tmp_path / "c.jsonl", [row])
+    source = run_capture(tmp_path / "source", corpus, tokenizer_dir, kind="topk", k=12)
+    (tmp_path / "key").write_bytes(bytes(range(32)))
+    key = {"key_file": str(tmp_path / "key")} if with_key else {}
+    result, _ = softer(source, tmp_path / "soft", patterns=["4815"], likelihood=0.5, **key)
+    text = published(result)
+    for number in range(10**4):
+        pattern = f"{number:04}"
+        private = {"patterns": [pattern], "positions": None, "likelihood": 0.5}
+        content = canonical_json(private)
+        digests_of = [
+            json_digest(private),
+            json_digest([pattern]),
+            hashlib.sha256(pattern.encode()).hexdigest(),
+            hmac.digest(b"", b"kdata soften\0" + content, "sha256").hex(),
+        ]
+        assert not any(digest in text for digest in digests_of), "the pattern can be found from what is published"
+
+
+def test_a_resume_has_to_have_the_same_key_and_patterns(
+    sources: dict[str, kdata.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = kdata.open(sources["hybrid"].path)
+    query = "select id, position from tokens where target and position < 3"
+    kdata.select(source, All(name="keyed", positions=SqlPositions(sql=query)))
+    keys = []
+    for number in range(2):
+        (tmp_path / f"key{number}").write_bytes(bytes([number]) * 32)
+        keys.append({"key_file": str(tmp_path / f"key{number}")})
+    settings: dict[str, Any] = {"likelihood": 0.8}
+
+    def stop_in_the_second_shard(root: Path, **more: Any) -> None:
+        real = soften_module._unit
+
+        def stopping(work: Any, number: int, report: SoftenReport) -> Any:
+            if number == 1:
+                raise KeyboardInterrupt
+            return real(work, number, report)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(soften_module, "_unit", stopping)
+            softer(source, root, **{**settings, **more})
+
+    for name, private in (("patterns", {}), ("plan", {"patterns": [], "plan": "keyed"})):
+        stop_in_the_second_shard(tmp_path / name, **private, **keys[0])
+        for other in (keys[1], {}):
+            with pytest.raises(MismatchError):
+                softer(source, tmp_path / name, **settings, **private, **other)
+        resumed, _ = softer(source, tmp_path / name, **settings, **private, **keys[0])
+        whole, _ = softer(source, tmp_path / f"{name}-whole", **settings, **private, **keys[0])
+        assert digests(resumed.path) == digests(whole.path)
+    with pytest.raises(MismatchError, match="private_digest"):
+        softer(source, tmp_path / "patterns", **settings, patterns=["dog"], **keys[0])
+    stop_in_the_second_shard(tmp_path / "bare")
+    for other in ({}, keys[0]):
+        with pytest.raises(MismatchError, match=r"key|private_digest"):
+            softer(source, tmp_path / "bare", **settings, **other)
+    stop_in_the_second_shard(tmp_path / "random", patterns=[], plan="keyed")
+    random, _ = softer(source, tmp_path / "random", **settings, patterns=[], plan="keyed")
+    assert not verify(random, deep=True), "what is private by a plan is no secret, so this goes on with other noise"
 
 
 @pytest.mark.parametrize(
@@ -236,7 +314,9 @@ def test_noise_follows_from_the_key_alone(sources: dict[str, kdata.Dataset], tmp
     [
         ("sampled", {}, DataError, "kind sampled"),
         ("topk", {"patterns": []}, ConfigError, "nothing says what is private"),
-        ("topk", {"patterns": ["no such text"]}, DataError, "no text of"),
+        ("topk", {"patterns": ["no such text"]}, DataError, "no text of .* matches pattern 1 of 1"),
+        ("topk", {"patterns": ["dog", "no such text"]}, DataError, "no text of .* matches pattern 2 of 2"),
+        ("topk", {"patterns": ["dog", r"\b"]}, DataError, "no text of .* matches pattern 2 of 2"),
         ("topk", {"key_file": "nowhere"}, MissingError, "nowhere"),
         ("topk", {"key_file": __file__[:-8] + "soften.py", "plan": "absent"}, KdataError, "absent"),
     ],
@@ -258,6 +338,47 @@ def test_a_key_that_can_be_guessed_and_a_wrong_pattern_are_refused(
         softer(sources["topk"], tmp_path / "soft", key_file=str(tmp_path / "key"))
     with pytest.raises(ConfigError, match="the result needs a folder of its own"):
         softer(sources["topk"], sources["topk"].path)
-    for pattern in ("(", "", "(?P<name>a)"):
+    for pattern in ("(", "", "(?P<name>a)", "x*", "dog|"):
         with pytest.raises(ValueError, match="pattern"):
             SoftenConfig(patterns=[pattern])
+
+
+def test_a_pattern_without_a_match_is_refused_beside_a_plan_and_not_repeated(
+    sources: dict[str, kdata.Dataset], tmp_path: Path
+) -> None:
+    source = kdata.open(sources["topk"].path)
+    query = "select id, position from tokens where target and position < 3"
+    kdata.select(source, All(name="beside", positions=SqlPositions(sql=query)))
+    with pytest.raises(DataError, match="matches pattern 1 of 1") as caught:
+        softer(source, tmp_path / "soft", plan="beside", patterns=["4851"])
+    assert "4851" not in str(caught.value) and not (tmp_path / "soft").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"patterns": ["dog"], "drop_above": 1}, True),
+        ({"patterns": ["dog"], "likelihood": 0.5}, True),
+        ({"plan": "private", "drop_above": 1}, True),
+        ({"patterns": ["dog"]}, False),
+        ({"plan": "private", "likelihood": 0.5}, False),
+        ({"patterns": ["dog"], "drop_above": 1, "noise": 0.1}, False),
+        ({"patterns": ["dog"], "drop_above": 1, "temperature_rise": 0.1}, False),
+    ],
+)
+def test_settings_that_change_nothing_are_refused(settings: dict[str, Any], refused: bool) -> None:
+    values = {"temperature_rise": 0, "noise": 0, **settings}
+    if refused:
+        with pytest.raises(ConfigError, match="soften nothing"):
+            parse_config(SoftenConfig, values, "soften settings")
+    else:
+        parse_config(SoftenConfig, values, "soften settings")
+
+
+def test_a_match_of_no_byte_makes_nothing_private(sources: dict[str, kdata.Dataset], tmp_path: Path) -> None:
+    settings = {"likelihood": 0.5, "drop_above": 1.0}
+    plain, bounded = (
+        softer(sources["topk"], tmp_path / str(number), patterns=[pattern], **settings)[1]
+        for number, pattern in enumerate(["dog", r"dog|\b"])
+    )
+    assert plain == bounded and plain.softened > 0
