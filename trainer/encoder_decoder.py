@@ -197,6 +197,20 @@ def refuse_checkpoint(config: CheckpointStudent, model: PreTrainedModel) -> None
         )
 
 
+def refuse_settings(name: str, config: TrainConfig) -> None:
+    """Raise ConfigError where an objective or a mixture of a run does not go with an encoder-decoder of this name."""
+    for phase in config.resolved_phases():
+        if of_chunks := sorted(CHUNK_OBJECTIVES.intersection(phase.objective.weights)):
+            raise ConfigError(
+                f"objective {of_chunks[0]} does not go with {name}: a prompt would cut chunks; use another"
+            )
+        if isinstance(phase.mixture, DDKMixture):
+            raise ConfigError(
+                f"mixture ddk does not go with {name}: the teacher's losses are of whole texts, the student's of what is "
+                "behind the prompts; use a fixed mixture"
+            )
+
+
 def prepare(
     student: PreTrainedModel, config: TrainConfig, data: list[tuple[Dataset, np.ndarray, ChosenPositions | None]]
 ) -> None:
@@ -211,17 +225,7 @@ def prepare(
     """
     if not is_encoder_decoder(student):
         return
-    name = type(student).__name__
-    for phase in config.resolved_phases():
-        if of_chunks := sorted(set(phase.objective.weights) & set(CHUNK_OBJECTIVES)):
-            raise ConfigError(
-                f"objective {of_chunks[0]} does not go with {name}: a prompt would cut chunks; use another"
-            )
-        if isinstance(phase.mixture, DDKMixture):
-            raise ConfigError(
-                f"mixture ddk does not go with {name}: the teacher's losses are of whole texts, the student's of what is "
-                "behind the prompts; use a fixed mixture"
-            )
+    refuse_settings(type(student).__name__, config)
     setattr(student.config, PROMPT_SHARE, config.prompt_share)
     for dataset, rows, positions in data:
         check_prompts(student, dataset, rows, positions)

@@ -90,8 +90,8 @@ def add_fake_quantization(student: PreTrainedModel, config: QuantizeConfig) -> N
     """Have the linear layers of a student compute with rounded weights and inputs, in place.
 
     Raises:
-        ConfigError: the inputs of a layer are no multiple of the group's size, the student has no such layer, or the
-            quantized model would compute something else than the student.
+        ConfigError: the inputs of a layer are no multiple of the group's size, the student has no such layer, it has weights
+            in none, or the quantized model would compute something else than the student.
         DependencyError: torchao is not installed.
     """
     layers = _linear_layers(student)
@@ -109,6 +109,7 @@ def add_fake_quantization(student: PreTrainedModel, config: QuantizeConfig) -> N
         prepare = quantization.qat.QATConfig(_rounding(quantization, config), step="prepare")
         quantization.quantize_(student, prepare, filter_fn=lambda module, _: any(module is x for x in layers.values()))
     _probe_rounding(student, config)
+    _refuse_others(student)
 
 
 @torch.no_grad()
@@ -165,6 +166,29 @@ def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     head = model.get_output_embeddings()
     modules = model.named_modules()
     return {name: module for name, module in modules if isinstance(module, nn.Linear) and module is not head}
+
+
+def _refuse_others(model: PreTrainedModel) -> None:
+    """Raise ConfigError where weights lie in no linear layer, as experts do in transformers 5: they would not be rounded.
+
+    Vectors, embeddings, the head, norms and convolutions stay as they are.
+    """
+    stay = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    others = {
+        f"{name}.{own}".removeprefix("."): tuple(parameter.shape)
+        for name, module in model.named_modules()
+        if not isinstance(module, stay) and "norm" not in type(module).__name__.lower()
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim >= 2
+    }
+    if others:
+        share = sum(map(math.prod, others.values())) / sum(p.numel() for p in model.parameters())
+        name, shape = max(others.items(), key=lambda item: math.prod(item[1]))
+        raise ConfigError(
+            f"student.quantize: {name} {list(shape)} of {type(model).__name__} is in no linear layer, and is not rounded; "
+            f"{len(others)} tensors are in none, {share:.0%} of all weights (experts often are); use quantize: null, or a "
+            "model without experts"
+        )
 
 
 def _rounding(quantization: Any, config: QuantizeConfig) -> Any:

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from kdata.errors import ConfigError, DataError, KdataError, MismatchError, MissingError
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.dataset import Dataset
-from kdata.store.gguf import model_folder
+from kdata.store.gguf import is_gguf, model_folder
 from kdata.store.pretrained import first_line, model_files
 from kdata.store.vocabulary import Vocabulary, num_ids, refuse_other_ids
 from kdata.trainer import encoder_decoder
@@ -264,6 +264,20 @@ def _from_checkpoint(config: CheckpointStudent, dataset: Dataset) -> PreTrainedM
     if config.lora is None:
         refuse_quantized(config.model, model)
     return model if config.keep_layers is None else prune_layers(model, config.keep_layers)
+
+
+def encoder_decoder_of(config: ScratchStudent | CheckpointStudent | PrunedStudent) -> str | None:
+    """What settings and config.json of an encoder-decoder call it, before it is built; None: it has no encoder.
+
+    Raises MissingError where there is no model of the name.
+    """
+    if isinstance(config, ScratchStudent):
+        return "t5gemma" if config.architecture == "t5gemma" else None
+    if is_gguf(config.model) or is_adapter(Path(config.model)):  # of decoders alone
+        return None
+    with _loading(config.model):
+        own = AutoConfig.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
+    return str(own.model_type) if getattr(own, "is_encoder_decoder", False) else None
 
 
 def _pruned(

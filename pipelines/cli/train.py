@@ -174,8 +174,9 @@ def for_another_tokenizer(
     shorter than the teacher's learns most of them from it.
 
     Raises:
-        ConfigError: a plan, or a phase with a dataset or a plan of its own; an objective that draws cannot serve; or
-            objectives that need the ids of entries in different ways.
+        ConfigError: a plan, or a phase with a dataset or a plan of its own; an objective that draws cannot serve; objectives
+            that need the ids of entries in different ways; or one that does not go with an encoder-decoder.
+        MissingError: there is no model of the student's name.
     """
     if plan is not None or any(phase.dataset or phase.plan for phase in config.phases):
         raise ConfigError(
@@ -196,6 +197,11 @@ def for_another_tokenizer(
         held = "ghost"  # of exact entries
     for objective in objectives:
         resolve_tail(objective, held, kind="combined", token_map=token_map)
+    from kdata.trainer.encoder_decoder import refuse_settings
+    from kdata.trainer.student import encoder_decoder_of
+
+    if (name := encoder_decoder_of(changed.student)) is not None:
+        refuse_settings(name, changed)
     return changed, kdata.RetokenizeConfig(tokenizer=tokenizer, map=token_map)
 
 

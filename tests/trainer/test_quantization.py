@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TorchAoConfig
 
 import kdata
 from kdata.config import parse_config
@@ -23,7 +23,7 @@ from kdata.trainer.evaluate import evaluate
 from kdata.trainer.quantization import is_quantized
 from kdata.trainer.student import build_student, hidden_states
 from kdata.trainer.train import train
-from tests.trainer.datasets import make_dataset, save_tokenizer
+from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
 from tests.trainer.stopping import stop_before
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(60)]
@@ -215,6 +215,25 @@ def test_a_model_that_reads_its_weights_in_its_own_way_is_refused(dataset: kdata
     student = {"kind": "checkpoint", "model": str(tmp_path / "mamba"), "quantize": quantize}
     with pytest.raises(ConfigError, match="reads weights of its linear layers in a way of its own"):
         train(config(tmp_path, student=student), dataset.path, None, tmp_path / "run")
+
+
+def test_a_model_with_weights_outside_of_linear_layers_is_refused_by_name(
+    dataset: kdata.Dataset, tmp_path: Path
+) -> None:
+    """The experts of transformers 5 are parameters of three dimensions, and torchao rounds linear layers."""
+    pytest.importorskip("torchao")
+    sizes = MixtralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    MixtralForCausalLM(sizes).save_pretrained(tmp_path / "experts")
+    save_tokenizer(tmp_path / "experts")
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj \[4, 128, 32\] of MixtralForCausalLM is in no linear layer",
+    ):
+        train(config(tmp_path / "experts"), dataset.path, None, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_torchao_the_error_names_the_extra(

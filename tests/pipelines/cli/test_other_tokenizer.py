@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import BartConfig
 from typer.testing import CliRunner
 
 import kdata
@@ -30,6 +31,8 @@ from tests.tokenizers_of_kinds import byte_tokenizer, saved
 
 SIZES = ["student.kind=scratch", "student.hidden_size=32", "student.num_layers=1", "student.num_heads=2"]
 SIZES += ["student.max_positions=1024", "context_tokens=1024", "batch_tokens=2048", "warmup_steps=1", "precision=fp32"]
+T5GEMMA = {"kind": "scratch", "architecture": "t5gemma"}
+BART = {"kind": "checkpoint", "model": "BART"}  # a folder of the test
 
 
 def test_the_command_counts_the_text_where_no_distribution_is_kept(captured_once: Path, tmp_path: Path) -> None:
@@ -75,13 +78,22 @@ def test_every_phase_counts_the_text_unless_it_says_otherwise(captured_once: Pat
         ({"objective": {"weights": {"uld": 1.0, "gold": 0.0}}}, "gold needs data|uld needs data"),
         ({"phases": [{"name": n, "objective": {"weights": {n: 1.0}}} for n in ("gold", "jsd")]}, "jsd needs to know"),
         ({"phases": [{"name": "a", "objective": {"temperature": 2.0}}]}, "temperature"),
+        (
+            {"student": T5GEMMA, "objective": {"weights": {"gold": 1.0}}},
+            "gold does not go with t5gemma",
+        ),
+        (
+            {"student": BART, "phases": [{"name": "a", "objective": {"weights": {"alm": 1.0}}}]},
+            "alm does not go with bart",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_made(
     captured_once: Path, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     folder, file, out = saved(byte_tokenizer(), tmp_path / "bytes"), tmp_path / "run.yaml", tmp_path / "out"
-    file.write_text(yaml.safe_dump({"warmup_steps": 1, **settings}))
+    BartConfig().save_pretrained(tmp_path / "bart")
+    file.write_text(yaml.safe_dump({"warmup_steps": 1, **settings}).replace("BART", str(tmp_path / "bart")))
     arguments = ["train", str(captured_once), "--tokenizer", str(folder), "--config", str(file), "--out", str(out)]
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, ConfigError) and re.search(message, str(result.exception))
