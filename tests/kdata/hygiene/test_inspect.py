@@ -345,3 +345,50 @@ def test_columns_with_an_id_twice_are_refused(corpus: Path, tmp_path: Path) -> N
     pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), file)
     with pytest.raises(DataError, match="an id twice"):
         Corpus(CorpusConfig(path=str(corpus), hygiene=str(file), where="duplicates.exact_keep"))
+
+
+def test_no_file_of_another_program_is_written_over(corpus: Path, tmp_path: Path) -> None:
+    inside, file = tmp_path / "texts", tmp_path / "texts" / "c.parquet"
+    inside.mkdir()
+    pq.write_table(pa.table({"id": ["a"], "domain": ["d"], "text": [ENGLISH]}), file)
+    (tmp_path / "link.parquet").symlink_to(file)
+    before = file.read_bytes()
+    for source, out, message in (
+        (file, file, "is read as the corpus"),
+        (file, tmp_path / "link.parquet", "is read as the corpus"),
+        (inside, inside / "h.parquet", "lies in the folder of the corpus"),
+        (corpus, file, "did not write it"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            inspect_corpus(CorpusConfig(path=str(source)), CONFIG, out)
+    assert file.read_bytes() == before
+    assert [path.name for path in inside.iterdir()] == ["c.parquet"]
+
+
+def test_the_file_that_a_corpus_is_read_by_is_not_written_over(corpus: Path, tmp_path: Path) -> None:
+    file = tmp_path / "h.parquet"
+    inspect_corpus(CorpusConfig(path=str(corpus)), CONFIG, file)
+    before = file.read_bytes()
+    chosen = CorpusConfig(path=str(corpus), hygiene=str(file), where="duplicates.near_keep")
+    with pytest.raises(ConfigError, match="is read as the corpus"):
+        inspect_corpus(chosen, CONFIG, file)
+    assert file.read_bytes() == before
+
+
+def test_columns_of_other_checks_stay_in_a_file(corpus: Path, tmp_path: Path) -> None:
+    file, own = tmp_path / "h.parquet", CorpusConfig(path=str(corpus))
+    both = HygieneConfig(checks=["language", "quality"], workers=1)
+    inspect_corpus(own, both, file)
+    before = file.read_bytes()
+    assert inspect_corpus(own, HygieneConfig(checks=["quality"], workers=1), file).kept == [str(file.resolve())]
+    with pytest.raises(MismatchError, match="language"):
+        inspect_corpus(own, HygieneConfig(checks=["personal"], workers=1), file)
+    with corpus.open("a") as handle:
+        handle.write('{"id": "new", "domain": "a", "text": "x"}\n')
+    with pytest.raises(MismatchError, match="language"):
+        inspect_corpus(own, HygieneConfig(checks=["quality"], workers=1), file)
+    assert file.read_bytes() == before
+    assert inspect_corpus(own, both, file).rows == 8
+    assert inspect_corpus(own, HygieneConfig(checks=["language", "quality", "personal"], workers=1), file).written
+    with pytest.raises(MismatchError, match="phone_region"):
+        inspect_corpus(own, HygieneConfig(workers=1, phone_region="DE"), file)
