@@ -311,7 +311,7 @@ class _Work:
         with Task("hygiene: duplicates", BANDS, "bands") as task:
             return groups(
                 numbers["id"].combine_chunks(),
-                numbers[CHARS].to_numpy(),
+                numbers[CHARS].combine_chunks(),
                 sketches.read(counts),
                 self._config.jaccard,
                 partial(task.advance, 1),

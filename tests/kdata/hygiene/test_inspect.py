@@ -66,6 +66,20 @@ def test_scores_join_in_sql(dataset: kdata.Dataset) -> None:
     assert [path.name for path in dataset.path.parent.iterdir() if path.name.startswith(".")] == []
 
 
+def test_rows_without_a_text_are_no_duplicates(tmp_path: Path) -> None:
+    """And nobody's: a row with an empty text, whose digest they share, is its own."""
+    rows = [Row("a", text=None), Row("b", text=None), Row("c", text=""), Row("d", text=ENGLISH), Row("e", text=None)]
+    data = dataset_of(tmp_path / "data", rows)
+    inspect_dataset(data, HygieneConfig(checks=["duplicates", "quality"], workers=1))
+    found = {row.pop("id"): row for row in data.sql("from scores.duplicates").to_pylist()}
+    for name in "abe":
+        assert set(found[name].values()) == {None}, name
+    for name in "cd":
+        assert [found[name][f"exact_{column}"] for column in ("id", "rows", "keep")] == [name, 1, True]
+        assert [found[name][f"near_{column}"] for column in ("id", "rows", "keep")] == [name, 1, True]
+    assert select(data, All(where=["duplicates.near_keep"])).ids == ["c", "d"]
+
+
 def test_shards_change_nothing(dataset: kdata.Dataset, tmp_path: Path) -> None:
     other = dataset_of(tmp_path / "other", ROWS, shard_rows=7)
     for one in (dataset, other):
