@@ -166,6 +166,15 @@ def test_every_method_chooses_among_what_passes(dataset: kdata.Dataset, step: Al
         ("1) or (1", ConfigError, "is not SQL"),
         ("id in (select id from rows)", ConfigError, "a subquery"),
         ("row_number() over () > 1", ConfigError, "a window function"),
+        ("random() < 0.5", ConfigError, "calls random"),
+        ("uuid() > id", ConfigError, "calls uuid"),
+        ("now() > '2020-01-01'::timestamp", ConfigError, "calls now"),
+        ("current_date > '2020-01-01'::date", ConfigError, "calls current_date"),
+        ("age('2020-01-01'::timestamp) > interval 1 day", ConfigError, "calls age"),
+        ("ago(interval 1 day) > '2020-01-01'", ConfigError, "calls ago"),
+        ("list_sum(list_transform([1], x -> random())) > 0", ConfigError, "calls random"),
+        ("unnest([true, false])", ConfigError, "calls unnest"),
+        ("scores.duplicates.near_keep", ConfigError, "write duplicates.near_keep"),
         ("num_tokens > 1000", DataError, r"no row of 7 meets the conditions.*leaves out 7"),
         ("true from range(3)", ConfigError, None),
         ("text", QueryError, "Could not convert"),
@@ -178,6 +187,20 @@ def test_a_condition_that_is_none_is_one_error(
     with pytest.raises(error, match=message):
         select(dataset, All(where=[condition]))
     assert not list((dataset.path / "plans").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "len(text) > 3 and lower(text) like '%village%' and regexp_matches(text, 'river')",
+        "nullif(num_tokens, 0) * 2 + 1 > 3 and split_part(text, ' ', 1) = 'The'",
+        "list_sum([num_tokens, 1]) > 1 and list_contains(['en', 'de'], language.code)",
+        "year('2020-01-01'::date) = 2020 and contains(text, 'village') and text[:3] = 'The' and nll::int = 1",
+    ],
+)
+def test_a_function_with_one_answer_is_no_obstacle(dataset: kdata.Dataset, condition: str) -> None:
+    inspect_dataset(dataset, HygieneConfig(checks=["language"], workers=1))
+    assert "a1" in select(dataset, All(where=[condition])).ids
 
 
 def test_a_damaged_score_is_refused(dataset: kdata.Dataset) -> None:
@@ -255,6 +278,7 @@ def test_columns_of_another_corpus_are_refused(corpus: Path, tmp_path: Path) -> 
         ({"hygiene": "nowhere.parquet", "where": "true"}, MissingError, "kdata hygiene"),
         ({"hygiene": "CORPUS", "where": "true"}, DataError, "is not a file that"),
         ({"hygiene": "FILE", "where": "language.code = 'xx'"}, DataError, "leaves no row"),
+        ({"hygiene": "FILE", "where": "random() < 0.5"}, ConfigError, "calls random"),
         ({"hygiene": "FILE", "where": "nothing.code = 'en'"}, ConfigError, "nothing"),
     ],
 )
