@@ -40,7 +40,13 @@ PLAIN = {"COLUMN_REF", "CONSTANT", "COMPARISON", "CONJUNCTION", "BETWEEN", "OPER
 PLAIN |= {"PARAMETER", "SUBQUERY"}
 # What a subquery may consist of beside these and joins: its answer must be the same every time, but for the order.
 PLAIN_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "SUBQUERY", "EXPRESSION_LIST", "EMPTY"}
-TIMES = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}  # functions without parentheses
+TIMES = {
+    "current_date",
+    "current_time",
+    "current_timestamp",
+    "localtime",
+    "localtimestamp",
+}  # functions without parentheses
 IsBound = Callable[[str, frozenset[str]], bool]  # whether DuckDB finds what a query, with these parameters, names
 
 
@@ -97,7 +103,10 @@ def varying_functions() -> frozenset[str]:
     )
     macros = {name: [parsed(f"select {text}") for text in texts] for name, is_macro, texts in found if is_macro}
     varying = {name for name, is_macro, _ in found if not is_macro}
-    while more := {name for name, trees in macros.items() if any(varying_calls(tree, varying) for tree in trees)} - varying:
+    while (
+        more := {name for name, trees in macros.items() if any(varying_calls(tree, varying) for tree in trees)}
+        - varying
+    ):
         varying |= more
     return frozenset(varying)
 
