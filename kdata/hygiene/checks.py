@@ -26,7 +26,7 @@ from kdata.store.sql import NAME
 
 Check = Literal["duplicates", "overlap", "language", "quality", "personal"]
 CHECKS: tuple[Check, ...] = ("duplicates", "overlap", "language", "quality", "personal")
-VERSION = 1  # of the numbers: raised where a text would get others
+VERSION = 2  # of the numbers: raised where a text would get others
 
 SPAN = pa.struct([("kind", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
 LANGUAGE = {
@@ -160,12 +160,12 @@ class Checked:
 
     Attributes:
         columns: for each check but duplicates a struct array with its columns, null where there is no text.
-        chars: int [N], characters.
+        chars: [N], characters; None where there is no text.
         sketches: for duplicates; empty where they are not looked for.
     """
 
     columns: dict[Check, pa.StructArray]
-    chars: list[int]
+    chars: list[int | None]
     sketches: list[Sketch]
 
 
@@ -182,7 +182,7 @@ def check_texts(texts: Sequence[str | None], config: HygieneConfig) -> Checked:
     columns: dict[Check, pa.StructArray] = {
         check: pa.array(column, pa.struct(list(config.arrow_schema(check)))) for check, column in values.items()
     }
-    return Checked(columns, [len(text or "") for text in texts], sketches)
+    return Checked(columns, [None if text is None else len(text) for text in texts], sketches)
 
 
 def _values(

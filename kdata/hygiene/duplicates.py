@@ -160,21 +160,23 @@ class Sketches:
 
 def groups(
     ids: pa.Array,
-    chars_N: np.ndarray,
+    chars: pa.Array,
     sketches: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
     threshold: float,
     on_band: Callable[[], None],
 ) -> dict[str, pa.Array]:
-    """A value for each of COLUMNS and text.
+    """A value for each of COLUMNS and text; null where a row has no text.
 
     Args:
-        ids: of the texts, [N]. chars_N: int [N], their characters.
+        ids: of the texts, [N]. chars: int [N], their characters; null where a row has no text.
         sketches: see `Sketches.read`.
         on_band: called behind each of BANDS bands.
     """
     digests, signature, shingles, offsets = sketches
-    rank_N = _ranks(ids, chars_N)
-    exact_N = _exact(digests, rank_N)
+    lacks_N = chars.is_null().to_numpy(zero_copy_only=False)
+    # No text has the digest of an empty one; behind every text in rank, such a row is never kept in place of one.
+    rank_N = _ranks(ids, chars.fill_null(-1).to_numpy())
+    exact_N = np.where(lacks_N, np.arange(len(ids)), _exact(digests, rank_N))
     alone = np.flatnonzero(exact_N == np.arange(len(ids)))  # one of each text
     order = np.lexsort((digests[alone, 1], digests[alone, 0]))
     alone = alone[order]  # in an order that follows from the texts
@@ -189,18 +191,18 @@ def groups(
         on_band()
     near_N = _kept(_roots(parents_N)[exact_N], rank_N)
     return {
-        **_columns("exact", exact_N, ids),
-        **_columns("near", near_N, ids),
-        "jaccard": pa.array(_similarities(near_N, shingles, offsets), pa.float32()),
+        **_columns("exact", exact_N, ids, lacks_N),
+        **_columns("near", near_N, ids, lacks_N),
+        "jaccard": pa.array(_similarities(near_N, shingles, offsets), pa.float32(), mask=lacks_N),
     }
 
 
-def _columns(name: str, kept_N: np.ndarray, ids: pa.Array) -> dict[str, pa.Array]:
+def _columns(name: str, kept_N: np.ndarray, ids: pa.Array, lacks_N: np.ndarray) -> dict[str, pa.Array]:
     rows = np.bincount(kept_N, minlength=len(kept_N))[kept_N]
     return {
-        f"{name}_id": ids.take(pa.array(kept_N)),
-        f"{name}_rows": pa.array(rows, pa.int32()),
-        f"{name}_keep": pa.array(kept_N == np.arange(len(kept_N))),
+        f"{name}_id": ids.take(pa.array(kept_N, mask=lacks_N)),
+        f"{name}_rows": pa.array(rows, pa.int32(), mask=lacks_N),
+        f"{name}_keep": pa.array(kept_N == np.arange(len(kept_N)), mask=lacks_N),
     }
 
 

@@ -21,6 +21,7 @@ from functools import partial
 from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,7 +29,7 @@ import pyarrow.parquet as pq
 
 from kdata.corpus.corpus import CorpusConfig
 from kdata.corpus.hygiene import METADATA
-from kdata.errors import ConfigError, DataError, MissingError
+from kdata.errors import ConfigError, DataError, MismatchError, MissingError, settings_difference
 from kdata.format.files import (
     lock_of,
     remove_leftover,
@@ -37,6 +38,7 @@ from kdata.format.files import (
     storage_errors,
     write_atomically,
 )
+from kdata.format.json_text import parse_json
 from kdata.format.schema import json_digest
 from kdata.hygiene.checks import Check, Checked, HygieneConfig, check_texts, sets_of
 from kdata.hygiene.duplicates import BANDS, Sketches, groups
@@ -52,6 +54,7 @@ from kdata.selection.sidecar import (
 )
 from kdata.store.dataset import Dataset
 from kdata.store.listed import SCORES
+from kdata.store.url import is_url
 
 SETTINGS = "settings.json"
 FEW_ROWS = 1_000  # take less time than a process takes to start
@@ -130,11 +133,12 @@ def _is_complete(dataset: Dataset, info: ScoreInfo) -> bool:
 def inspect_corpus(corpus: CorpusConfig, config: HygieneConfig, file: Path, *, log: Path | None = None) -> Report:
     """Write the columns of a corpus as a Parquet file. It says of which corpus it is; `corpus.hygiene` compares that.
 
-    A file that is there already, of this corpus and with these settings, stays as it is.
+    A file that is there already and has these columns, of this corpus and with these settings, stays as it is.
 
     Raises:
-        ConfigError: the file does not end in .parquet; a column is not there.
+        ConfigError: the file does not end in .parquet, is read as the corpus, or is another program's; a column is not there.
         MissingError, DataError: see `kdata.corpus.corpus.Corpus`; its folder does not exist.
+        MismatchError: the file has columns of further checks, or with other settings, which would be lost.
         DependencyError: a package that a check takes is not installed.
         StorageError: another process is writing, or the disk refused.
     """
@@ -142,26 +146,62 @@ def inspect_corpus(corpus: CorpusConfig, config: HygieneConfig, file: Path, *, l
         raise ConfigError(f"{file} does not end in .parquet; name a Parquet file to write")
     if not file.parent.is_dir():
         raise MissingError(f"{file.parent} does not exist; make the folder, or name another file to write")
-    texts = CorpusTexts(corpus)
     file = file.resolve()
+    _refuse_input(corpus, file)
+    _about(file)
+    texts = CorpusTexts(corpus)
     with storage_errors(file), lock_of(file):
-        settings = {check: config.settings(check) for check in config.chosen}
-        about = json.dumps(
-            {"texts": texts.identity(), "corpus": texts.rows_identity(), "checks": settings}, sort_keys=True
-        ).encode()
-        if _is_of(file, about):
-            return Report(pq.read_metadata(file).num_rows, [], kept=[str(file)])
+        before = _about(file)
+        settings: dict[str, Any] = {check: config.settings(check) for check in config.chosen}
+        about = {"texts": texts.identity(), "corpus": texts.rows_identity(), "checks": settings}
+        if before is not None:
+            of_file = before["checks"]
+            same_texts = all(before.get(key) == about[key] for key in ("texts", "corpus"))
+            if same_texts and settings == {check: of_file.get(check) for check in settings}:
+                return Report(pq.read_metadata(file).num_rows, [], kept=[str(file)])
+            _refuse_loss(file, of_file, settings)
         with _work(texts, config, file.with_name(f".{file.name}.hygiene"), log) as work:
-            _write_file(work, file, {METADATA: about})
+            _write_file(work, file, {METADATA: json.dumps(about, sort_keys=True).encode()})
             return Report(work.rows, [str(file)], work.rejected, skipped_items=_skipped(config))
 
 
-def _is_of(file: Path, about: bytes) -> bool:
-    """Whether a file has the columns of these texts already."""
+def _refuse_input(corpus: CorpusConfig, file: Path) -> None:
+    """Raise ConfigError where a file to write is one that is read, or lies in a folder that is."""
+    for place in (corpus.path, corpus.hygiene):
+        if place is None or is_url(place):
+            continue
+        source = Path(place).resolve()
+        if file == source:
+            raise ConfigError(f"{file} is read as the corpus, and would be written over; name another file to write")
+        if source.is_dir() and file.is_relative_to(source):
+            raise ConfigError(
+                f"{file} lies in the folder of the corpus, {place}, whose next reader would take it for texts; "
+                "name a file outside of it"
+            )
+
+
+def _about(file: Path) -> dict[str, Any] | None:
+    """What a file says of itself; None where there is none. Raises ConfigError where `kdata hygiene` did not write it."""
+    if not file.exists():
+        return None
     try:
-        return file.is_file() and (pq.read_schema(file).metadata or {}).get(METADATA) == about
-    except pa.ArrowException:
-        return False
+        about = parse_json((pq.read_schema(file).metadata or {}).get(METADATA, b"null"))
+    except (pa.ArrowException, OSError, ValueError):
+        about = None
+    if not isinstance(about, dict) or not isinstance(about.get("checks"), dict):
+        raise ConfigError(
+            f"{file} exists, and `kdata hygiene` did not write it, so it is not written over; name another file to write"
+        )
+    return about
+
+
+def _refuse_loss(file: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise MismatchError where a file has columns that would not be there, or have other numbers, once written again."""
+    if difference := settings_difference(before, {check: now.get(check) for check in before}):
+        raise MismatchError(
+            f"{file} has columns of other checks or settings (before -> now):\n{difference}\n"
+            "Name all its checks with the same settings, name another file, or remove this one."
+        )
 
 
 def _write_file(work: _Work, file: Path, metadata: dict[bytes, bytes]) -> None:
@@ -271,7 +311,7 @@ class _Work:
         with Task("hygiene: duplicates", BANDS, "bands") as task:
             return groups(
                 numbers["id"].combine_chunks(),
-                numbers[CHARS].to_numpy(),
+                numbers[CHARS].combine_chunks(),
                 sketches.read(counts),
                 self._config.jaccard,
                 partial(task.advance, 1),

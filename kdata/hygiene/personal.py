@@ -1,9 +1,11 @@
 """Personal data and secrets in a text, with the span of each: email, card, IBAN, IP address, phone number, secret.
 
-Candidates are searched for with RE2 (google-re2, BSD-3-Clause), whose time is linear in the text whatever the text is, and
-then checked: a card by Luhn's sum and its issuer's length, an IBAN by its country's length and mod 97, an IP address by being
-a public one, a phone number by phonenumbers (Apache-2.0), a secret by the forms of `kdata.check.secret_texts`. Names and
-addresses of streets are not searched for: that takes a model of the language (presidio), and finds less surely.
+Candidates are searched for with RE2 (google-re2, BSD-3-Clause), whose time is linear in the text whatever the text is.
+Numbers that stand behind one another look like one: from each place where one may begin, ends between groups of digits are
+tried, and none is further away than some 50 characters, so that time stays linear. Each candidate is then checked: a card by
+Luhn's sum and its issuer's length, an IBAN by its country's length and mod 97, an IP address by being a public one, a phone
+number by phonenumbers (Apache-2.0), a secret by the forms of `kdata.check.secret_texts`. Names and addresses of streets are
+not searched for: that takes a model of the language (presidio), and finds less surely.
 
 Addresses that RFC 2606 keeps for examples, and IP addresses that are private or reserved, are nobody's.
 """
@@ -11,6 +13,8 @@ Addresses that RFC 2606 keeps for examples, and IP addresses that are private or
 from __future__ import annotations
 
 import ipaddress
+import re
+import unicodedata
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -21,16 +25,21 @@ from kdata.errors import DependencyError
 KINDS = ("email", "iban", "card", "ip", "phone", "secret")  # where two overlap, the first one counts
 MOST_SPANS = 1_000  # of a text that are written; the numbers count all
 
+# Whatever is no ASCII may stand in the local part; `_email_begin` then says where it begins.
 _EMAIL = (
-    r"[A-Za-z0-9_](?:[A-Za-z0-9._%+-]{0,62}[A-Za-z0-9_%+-])?@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,6}"
-    r"[A-Za-z]{2,24}"
+    r"[A-Za-z0-9_\x{80}-\x{10FFFF}](?:[A-Za-z0-9._%+\x{80}-\x{10FFFF}-]{0,62}[A-Za-z0-9_%+\x{80}-\x{10FFFF}-])?"
+    r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,6}[A-Za-z]{2,24}"
 )
-_IBAN = r"[A-Z]{2}[0-9]{2}(?: ?[A-Z0-9]{1,4}){3,9}"
-_CARD = r"[0-9](?:[ -]?[0-9]){12,18}"
+_IBAN = r"[A-Z]{2}[0-9]{2}"  # where one begins
+_CARD = r"[0-9](?:[ -]?[0-9]){12,}"  # numbers one behind the other
+_CARD_GROUPS = ((4, 4, 4, 4, 3), (4, 4, 4, 4), (4, 6, 5), (4, 6, 4))  # digits of the groups in which a card is written
 _IP4 = r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}"
-_IP6 = r"(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}"
-_PHONE = r"(?:\+|00)[1-9](?:[ ().\-/]{0,2}[0-9]){6,14}"
-_NATIONAL = r"[(]?[0-9](?:[ ().\-/]{0,2}[0-9]){6,13}"
+_IP6 = rf"(?:[0-9A-Fa-f]{{0,4}}:){{2,7}}(?:{_IP4}|[0-9A-Fa-f]{{0,4}})"
+_PHONE = r"(?:\+|00)[1-9]"  # where one begins
+# Python's own, which goes on from any place: its classes are disjoint and its numbers bounded, so time stays linear.
+_INTERNATIONAL_FORM = re.compile(r"(?:\+|00)[1-9](?:[ ().\-/]{0,2}[0-9]){6,14}")
+_NATIONAL_FORM = re.compile(r"[(]?[0-9](?:[ ().\-/]{0,2}[0-9]){6,13}")
+_DIGITS = re.compile(r"[0-9]+")
 _EXAMPLES = (".example", ".invalid", ".test", ".localhost", ".example.com", ".example.org", ".example.net")
 
 # Characters of an IBAN by country, from SWIFT's registry.
@@ -86,18 +95,9 @@ def _spans(kind: str, text: str, region: str | None) -> Iterator[Span]:
     if kind == "secret":
         if _form("secret").search(text) is not None:
             yield from (Span(kind, begin, end) for _, begin, end in spans_in(text))
-    elif kind == "email":
-        if "@" in text:
-            yield from (Span(kind, a, b) for a, b in _matches(kind, text) if _is_email(text, a, b))
-    elif kind == "iban":
-        yield from (Span(kind, a, end) for a, b in _matches(kind, text) if (end := _iban_end(text, a, b)) is not None)
-    elif kind == "card":
-        yield from (Span(kind, a, b) for a, b in _matches(kind, text) if _is_card(text, a, b))
-    elif kind == "ip":
-        yield from (Span(kind, a, b) for name in ("ip4", "ip6") for a, b in _matches(name, text) if _is_ip(text, a, b))
-    else:
-        for name in ["phone"] if region is None else ["phone", "national"]:
-            yield from (Span(kind, a, b) for a, b in _matches(name, text) if _is_phone(text, a, b, region))
+        return
+    found = {"email": _emails, "iban": _ibans, "card": _cards, "ip": _ips}.get(kind)
+    yield from (Span(kind, a, b) for a, b in (_phones(text, region) if found is None else found(text)))
 
 
 def _matches(name: str, text: str) -> Iterator[tuple[int, int]]:
@@ -111,7 +111,7 @@ def _form(name: str) -> Any:
     except ImportError as error:
         raise DependencyError("the check `personal` needs google-re2: pip install 'kdata[hygiene]'") from error
     patterns = {
-        "email": _EMAIL, "iban": _IBAN, "card": _CARD, "ip4": _IP4, "ip6": _IP6, "phone": _PHONE, "national": _NATIONAL,
+        "email": _EMAIL, "iban": _IBAN, "card": _CARD, "ip4": _IP4, "ip6": _IP6, "phone": _PHONE,
         "secret": ANY_FORM,
     }  # fmt: skip
     return re2.compile(patterns[name])
@@ -123,28 +123,74 @@ def _stands_alone(text: str, begin: int, end: int, more: str = "") -> bool:
     return not any(side and (side.isalnum() or side in more) for side in (before, after))
 
 
-def _is_email(text: str, begin: int, end: int) -> bool:
-    domain = text[begin:end].rpartition("@")[2].lower()
-    is_example = f".{domain}".endswith(_EXAMPLES)
-    return _stands_alone(text, begin, end, "@") and ".." not in text[begin:end] and not is_example
+def _emails(text: str) -> Iterator[tuple[int, int]]:
+    if "@" not in text:
+        return
+    for begin, end in _matches("email", text):
+        domain = text[begin:end].rpartition("@")[2].lower()
+        own = _email_begin(text, begin, end - len(domain) - 1)
+        before, after = text[own - 1 : own] if own == begin else "", text[end : end + 1]
+        # Where a script has no spaces, the next word follows at once.
+        is_whole = not (before.isalnum() or before == "@" or (after.isascii() and after.isalnum()) or after == "@")
+        is_example = f".{domain}".endswith(_EXAMPLES)
+        if own < end - len(domain) - 1 and is_whole and ".." not in text[own:end] and not is_example:
+            yield own, end
 
 
-def _iban_end(text: str, begin: int, end: int) -> int | None:
-    """Where the IBAN ends that begins at a candidate's begin; None where it is none."""
+def _email_begin(text: str, begin: int, at: int) -> int:
+    """Where a local part begins: behind whatever is neither ASCII, nor a mark, nor a letter with two cases (quotes, kana)."""
+    for place in range(at - 1, begin - 1, -1):
+        char = text[place]
+        if not (char.isascii() or char.lower() != char.upper() or unicodedata.category(char)[0] == "M"):
+            return at - len(text[place + 1 : at].lstrip(".%+-"))
+    return begin
+
+
+def _ibans(text: str) -> Iterator[tuple[int, int]]:
+    last = 0
+    for begin, _ in _matches("iban", text):
+        end = _iban_end(text, begin) if begin >= last else None
+        if end is not None:
+            yield begin, end
+            last = end
+
+
+def _iban_end(text: str, begin: int) -> int | None:
+    """Where the IBAN ends that begins here; None where there is none."""
     wanted = _IBAN_CHARS.get(text[begin : begin + 2])
-    if wanted is None or (begin and text[begin - 1].isalnum()):
+    if wanted is None or text[begin - 1 : begin].isalnum():
         return None
-    places = [place for place in range(begin, end) if text[place] != " "]
-    if len(places) < wanted:
-        return None
-    own = places[wanted - 1] + 1
-    compact = "".join(text[place] for place in places[:wanted])
+    compact, place = "", begin
+    while len(compact) < wanted:
+        place += text[place : place + 1] == " " and bool(compact)
+        char = text[place : place + 1]
+        if not ("A" <= char <= "Z" or "0" <= char <= "9"):
+            return None
+        compact, place = compact + char, place + 1
     number = "".join(str(int(char, 36)) for char in compact[4:] + compact[:4])
-    return own if int(number) % 97 == 1 and not text[own : own + 1].isalnum() else None
+    return place if int(number) % 97 == 1 and not text[place : place + 1].isalnum() else None
+
+
+def _cards(text: str) -> Iterator[tuple[int, int]]:
+    for begin, end in _matches("card", text):
+        groups = [(begin + match.start(), begin + match.end()) for match in _DIGITS.finditer(text[begin:end])]
+        first = 0
+        while first < len(groups):
+            counts = [b - a for a, b in groups[first : first + 5]]
+            shapes = [len(shape) for shape in _CARD_GROUPS if tuple(counts[: len(shape)]) == shape]
+            if first == 0 and 13 <= sum(b - a for a, b in groups[:19]) <= 19 >= len(groups):
+                shapes.insert(0, len(groups))  # all of it, in whatever groups
+            if 13 <= counts[0] <= 19:
+                shapes.append(1)
+            ends = (first + shape for shape in shapes)
+            last = next((n for n in ends if _is_card(text, groups[first][0], groups[n - 1][1])), None)
+            if last is not None:
+                yield groups[first][0], groups[last - 1][1]
+            first = first + 1 if last is None else last
 
 
 def _is_card(text: str, begin: int, end: int) -> bool:
-    digits = "".join(filter(str.isdigit, text[begin:end]))
+    digits = text[begin:end].replace(" ", "").replace("-", "")
     goes_on = text[begin - 2 : begin][:1].isdigit() and text[begin - 1] in "-."
     goes_on = goes_on or (text[end : end + 1] in ("-", ".") and text[end + 1 : end + 2].isdigit())
     return _stands_alone(text, begin, end) and not goes_on and _has_issuer(digits) and _luhn(digits)
@@ -169,32 +215,97 @@ def _luhn(digits: str) -> bool:
     return sum(number - 9 * (number > 9) for number in doubled) % 10 == 0
 
 
-def _is_ip(text: str, begin: int, end: int) -> bool:
+def _ips(text: str) -> Iterator[tuple[int, int]]:
+    for begin, end in _matches("ip4", text):
+        # A port may follow, and a name with a colon go before it.
+        if _is_ip(text, begin, end, port=True) and text[begin - 2 : begin] != "::":
+            yield begin, end
+    for begin, end in _matches("ip6", text):
+        own = begin + (text[begin] == ":" and text[begin + 1] != ":")
+        last = end - (text[end - 1] == ":" and text[end - 2] != ":")
+        if _is_ip(text, own, last, port=own > begin or last < end):
+            yield own, last
+
+
+def _is_ip(text: str, begin: int, end: int, *, port: bool) -> bool:
+    """Whether a span is a public address.
+
+    Args:
+        port: whether a colon may touch it.
+    """
     before, after = text[begin - 1 : begin], text[end : end + 2]
-    if before and (before.isalnum() or before in ".:"):
+    if before and (before.isalnum() or before == "." or (before == ":" and not port)):
         return False
-    if after and (after[0].isalnum() or after[0] == ":" or (after[0] == "." and after[1:].isalnum())):
+    if after and (after[0].isalnum() or (after[0] == ":" and not port) or (after[0] == "." and after[1:].isalnum())):
         return False
     try:
-        return ipaddress.ip_address(text[begin:end]).is_global
+        address = ipaddress.ip_address(text[begin:end])
     except ValueError:
         return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_global
 
 
-def _is_phone(text: str, begin: int, end: int, region: str | None) -> bool:
+def _phones(text: str, region: str | None) -> Iterator[tuple[int, int]]:
+    last = 0
+    for begin, _ in _matches("phone", text):
+        if begin >= last and (match := _INTERNATIONAL_FORM.match(text, begin)):
+            end = _phone_end(text, *match.span(), None)
+            if end is not None:
+                yield begin, end
+                last = end
+    place = 0
+    while region is not None and (match := _NATIONAL_FORM.search(text, place)):
+        end = _phone_end(text, *match.span(), region)
+        if end is not None:
+            yield match.start(), end
+        place = match.end() if end is None else end  # no number begins inside of one that is none
+
+
+def _phone_end(text: str, begin: int, end: int, region: str | None) -> int | None:
+    """Where the number ends that begins at a candidate's begin: between groups, the last such place; None where none is.
+
+    A last group of one or two digits behind a space is another number ("17 Uhr") where the one without it is written in
+    the groups of its country.
+    """
+    before = text[begin - 1 : begin]
+    if before.isalnum() or before == "+":
+        return None
+    ends = [begin + match.end() for match in _DIGITS.finditer(text[begin:end])][::-1]
+    for number, own in enumerate(ends):
+        if _phone(text, begin, own, region) is None:
+            continue
+        if number + 1 < len(ends):
+            shorter = ends[number + 1]
+            is_apart = text[shorter] == " " and own - shorter <= 3
+            if is_apart and _phone(text, begin, shorter, region) == _groups(text[begin:shorter].removeprefix("00")):
+                return shorter
+        return own
+    return None
+
+
+def _groups(number: str) -> list[str]:
+    return _DIGITS.findall(number)
+
+
+def _phone(text: str, begin: int, end: int, region: str | None) -> list[str] | None:
+    """Groups of digits in which the country of a valid number writes it; None where a span is none."""
     try:
         import phonenumbers
     except ImportError as error:
         raise DependencyError("the check `personal` needs phonenumbers: pip install 'kdata[hygiene]'") from error
     candidate = text[begin:end]
-    if not _stands_alone(text, begin, end, "+"):
-        return False
+    if text[end : end + 1].isalnum() or text[end : end + 1] == "+" or sum(map(str.isdigit, candidate)) < 7:
+        return None
     if candidate.startswith("00"):
         candidate = "+" + candidate[2:]
     elif not candidate.startswith("+") and not {" ", "-", ")", "/", "."} & set(candidate):
-        return False  # a plain run of digits is any number
+        return None  # a plain run of digits is any number
+    is_international = candidate.startswith("+")
     try:
-        number = phonenumbers.parse(candidate, None if candidate.startswith("+") else region)
+        number = phonenumbers.parse(candidate, None if is_international else region)
     except phonenumbers.NumberParseException:
-        return False
-    return bool(phonenumbers.is_valid_number(number))
+        return None
+    if not phonenumbers.is_valid_number(number):
+        return None
+    form = phonenumbers.PhoneNumberFormat
+    return _groups(phonenumbers.format_number(number, form.INTERNATIONAL if is_international else form.NATIONAL))

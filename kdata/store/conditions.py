@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kdata.errors import ConfigError
-from kdata.store.sql_tree import Tree, nodes, parsed
+from kdata.store.sql_tree import Tree, nodes, parsed, varying_calls, varying_functions
 
 EXAMPLES = 5  # ids of rows that a condition leaves out
 _REFUSED = {"SUBQUERY": "a subquery", "WINDOW": "a window function", "PARAMETER": "a parameter", "STAR": "a star"}
@@ -25,13 +25,21 @@ def check_condition(text: str) -> list[str]:
     node = _parse(text, f"select ({text}\n)")  # as it is used
     if any(_is_more(one) for one in (whole, node)):
         raise ConfigError(f"condition {text!r} is more than one condition; write what is true of a row that passes")
+    if calls := varying_calls(node["select_list"], varying_functions()):
+        raise ConfigError(
+            f"condition {text!r} calls {calls[0]}, which does not give one answer, the same every time; a condition must "
+            "pass the same rows whenever it is read"
+        )
     names: set[str] = set()
     for inner in nodes(node["select_list"]):
         what = _REFUSED.get(str(inner.get("class")))
         if what is not None:
             raise ConfigError(f"condition {text!r} has {what}; a condition is about the columns of one row")
-        if inner.get("class") == "COLUMN_REF" and len(inner["column_names"]) > 1:
-            names.add(str(inner["column_names"][-2 if inner["column_names"][0] == "scores" else 0]).lower())
+        path = inner["column_names"] if inner.get("class") == "COLUMN_REF" else []
+        if len(path) > 2 and path[0].lower() == "scores":
+            raise ConfigError(f"condition {text!r} names {'.'.join(path)}; write {'.'.join(path[1:])}")
+        if len(path) > 1:
+            names.add(str(path[0]).lower())
     return sorted(names)
 
 

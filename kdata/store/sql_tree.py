@@ -13,6 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -39,6 +40,13 @@ PLAIN = {"COLUMN_REF", "CONSTANT", "COMPARISON", "CONJUNCTION", "BETWEEN", "OPER
 PLAIN |= {"PARAMETER", "SUBQUERY"}
 # What a subquery may consist of beside these and joins: its answer must be the same every time, but for the order.
 PLAIN_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "SUBQUERY", "EXPRESSION_LIST", "EMPTY"}
+TIMES = {
+    "current_date",
+    "current_time",
+    "current_timestamp",
+    "localtime",
+    "localtimestamp",
+}  # functions without parentheses
 IsBound = Callable[[str, frozenset[str]], bool]  # whether DuckDB finds what a query, with these parameters, names
 
 
@@ -80,6 +88,41 @@ def _same_every_time() -> frozenset[str]:
         [],
     )
     return frozenset({*(name for (name,) in names), "+", "-", "*", "/", "//", "%"})
+
+
+@cache
+def varying_functions() -> frozenset[str]:
+    """Names of functions whose answer may be another one each time, or many rows, whatever their arguments are.
+
+    Those for which DuckDB knows no form that is CONSISTENT, and macros that call one of them.
+    """
+    found = _ask(
+        "select function_name, bool_and(function_type = 'macro'), list(macro_definition) from duckdb_functions() "
+        "group by 1 having not bool_or(coalesce(stability, '') = 'CONSISTENT')",
+        [],
+    )
+    macros = {name: [parsed(f"select {text}") for text in texts] for name, is_macro, texts in found if is_macro}
+    varying = {name for name, is_macro, _ in found if not is_macro}
+    while (
+        more := {name for name, trees in macros.items() if any(varying_calls(tree, varying) for tree in trees)}
+        - varying
+    ):
+        varying |= more
+    return frozenset(varying)
+
+
+def varying_calls(tree: Any, varying: AbstractSet[str]) -> list[str]:
+    """What a parsed query calls of these functions, and times that it asks for without parentheses."""
+    calls = []
+    for node in nodes(tree):
+        name = str(node.get("function_name") or "").lower()
+        arguments = node.get("arguments", node.get("children", ()))  # by DuckDB's version
+        # DuckDB calls age(X) consistent, though it counts from today.
+        if node.get("class") == "FUNCTION" and (name in varying or (name == "age" and len(arguments) == 1)):
+            calls.append(name)
+        elif node.get("class") == "COLUMN_REF" and str(node["column_names"][0]).lower() in TIMES:
+            calls.append(str(node["column_names"][0]))
+    return calls
 
 
 class _NotPlainError(Exception):

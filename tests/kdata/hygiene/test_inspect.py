@@ -66,6 +66,20 @@ def test_scores_join_in_sql(dataset: kdata.Dataset) -> None:
     assert [path.name for path in dataset.path.parent.iterdir() if path.name.startswith(".")] == []
 
 
+def test_rows_without_a_text_are_no_duplicates(tmp_path: Path) -> None:
+    """And nobody's: a row with an empty text, whose digest they share, is its own."""
+    rows = [Row("a", text=None), Row("b", text=None), Row("c", text=""), Row("d", text=ENGLISH), Row("e", text=None)]
+    data = dataset_of(tmp_path / "data", rows)
+    inspect_dataset(data, HygieneConfig(checks=["duplicates", "quality"], workers=1))
+    found = {row.pop("id"): row for row in data.sql("from scores.duplicates").to_pylist()}
+    for name in "abe":
+        assert set(found[name].values()) == {None}, name
+    for name in "cd":
+        assert [found[name][f"exact_{column}"] for column in ("id", "rows", "keep")] == [name, 1, True]
+        assert [found[name][f"near_{column}"] for column in ("id", "rows", "keep")] == [name, 1, True]
+    assert select(data, All(where=["duplicates.near_keep"])).ids == ["c", "d"]
+
+
 def test_shards_change_nothing(dataset: kdata.Dataset, tmp_path: Path) -> None:
     other = dataset_of(tmp_path / "other", ROWS, shard_rows=7)
     for one in (dataset, other):
@@ -152,6 +166,15 @@ def test_every_method_chooses_among_what_passes(dataset: kdata.Dataset, step: Al
         ("1) or (1", ConfigError, "is not SQL"),
         ("id in (select id from rows)", ConfigError, "a subquery"),
         ("row_number() over () > 1", ConfigError, "a window function"),
+        ("random() < 0.5", ConfigError, "calls random"),
+        ("uuid() > id", ConfigError, "calls uuid"),
+        ("now() > '2020-01-01'::timestamp", ConfigError, "calls now"),
+        ("current_date > '2020-01-01'::date", ConfigError, "calls current_date"),
+        ("age('2020-01-01'::timestamp) > interval 1 day", ConfigError, "calls age"),
+        ("ago(interval 1 day) > '2020-01-01'", ConfigError, "calls ago"),
+        ("list_sum(list_transform([1], x -> random())) > 0", ConfigError, "calls random"),
+        ("unnest([true, false])", ConfigError, "calls unnest"),
+        ("scores.duplicates.near_keep", ConfigError, "write duplicates.near_keep"),
         ("num_tokens > 1000", DataError, r"no row of 7 meets the conditions.*leaves out 7"),
         ("true from range(3)", ConfigError, None),
         ("text", QueryError, "Could not convert"),
@@ -164,6 +187,20 @@ def test_a_condition_that_is_none_is_one_error(
     with pytest.raises(error, match=message):
         select(dataset, All(where=[condition]))
     assert not list((dataset.path / "plans").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "len(text) > 3 and lower(text) like '%village%' and regexp_matches(text, 'river')",
+        "nullif(num_tokens, 0) * 2 + 1 > 3 and split_part(text, ' ', 1) = 'The'",
+        "list_sum([num_tokens, 1]) > 1 and list_contains(['en', 'de'], language.code)",
+        "year('2020-01-01'::date) = 2020 and contains(text, 'village') and text[:3] = 'The' and nll::int = 1",
+    ],
+)
+def test_a_function_with_one_answer_is_no_obstacle(dataset: kdata.Dataset, condition: str) -> None:
+    inspect_dataset(dataset, HygieneConfig(checks=["language"], workers=1))
+    assert "a1" in select(dataset, All(where=[condition])).ids
 
 
 def test_a_damaged_score_is_refused(dataset: kdata.Dataset) -> None:
@@ -241,6 +278,7 @@ def test_columns_of_another_corpus_are_refused(corpus: Path, tmp_path: Path) -> 
         ({"hygiene": "nowhere.parquet", "where": "true"}, MissingError, "kdata hygiene"),
         ({"hygiene": "CORPUS", "where": "true"}, DataError, "is not a file that"),
         ({"hygiene": "FILE", "where": "language.code = 'xx'"}, DataError, "leaves no row"),
+        ({"hygiene": "FILE", "where": "random() < 0.5"}, ConfigError, "calls random"),
         ({"hygiene": "FILE", "where": "nothing.code = 'en'"}, ConfigError, "nothing"),
     ],
 )
@@ -345,3 +383,50 @@ def test_columns_with_an_id_twice_are_refused(corpus: Path, tmp_path: Path) -> N
     pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), file)
     with pytest.raises(DataError, match="an id twice"):
         Corpus(CorpusConfig(path=str(corpus), hygiene=str(file), where="duplicates.exact_keep"))
+
+
+def test_no_file_of_another_program_is_written_over(corpus: Path, tmp_path: Path) -> None:
+    inside, file = tmp_path / "texts", tmp_path / "texts" / "c.parquet"
+    inside.mkdir()
+    pq.write_table(pa.table({"id": ["a"], "domain": ["d"], "text": [ENGLISH]}), file)
+    (tmp_path / "link.parquet").symlink_to(file)
+    before = file.read_bytes()
+    for source, out, message in (
+        (file, file, "is read as the corpus"),
+        (file, tmp_path / "link.parquet", "is read as the corpus"),
+        (inside, inside / "h.parquet", "lies in the folder of the corpus"),
+        (corpus, file, "did not write it"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            inspect_corpus(CorpusConfig(path=str(source)), CONFIG, out)
+    assert file.read_bytes() == before
+    assert [path.name for path in inside.iterdir()] == ["c.parquet"]
+
+
+def test_the_file_that_a_corpus_is_read_by_is_not_written_over(corpus: Path, tmp_path: Path) -> None:
+    file = tmp_path / "h.parquet"
+    inspect_corpus(CorpusConfig(path=str(corpus)), CONFIG, file)
+    before = file.read_bytes()
+    chosen = CorpusConfig(path=str(corpus), hygiene=str(file), where="duplicates.near_keep")
+    with pytest.raises(ConfigError, match="is read as the corpus"):
+        inspect_corpus(chosen, CONFIG, file)
+    assert file.read_bytes() == before
+
+
+def test_columns_of_other_checks_stay_in_a_file(corpus: Path, tmp_path: Path) -> None:
+    file, own = tmp_path / "h.parquet", CorpusConfig(path=str(corpus))
+    both = HygieneConfig(checks=["language", "quality"], workers=1)
+    inspect_corpus(own, both, file)
+    before = file.read_bytes()
+    assert inspect_corpus(own, HygieneConfig(checks=["quality"], workers=1), file).kept == [str(file.resolve())]
+    with pytest.raises(MismatchError, match="language"):
+        inspect_corpus(own, HygieneConfig(checks=["personal"], workers=1), file)
+    with corpus.open("a") as handle:
+        handle.write('{"id": "new", "domain": "a", "text": "x"}\n')
+    with pytest.raises(MismatchError, match="language"):
+        inspect_corpus(own, HygieneConfig(checks=["quality"], workers=1), file)
+    assert file.read_bytes() == before
+    assert inspect_corpus(own, both, file).rows == 8
+    assert inspect_corpus(own, HygieneConfig(checks=["language", "quality", "personal"], workers=1), file).written
+    with pytest.raises(MismatchError, match="phone_region"):
+        inspect_corpus(own, HygieneConfig(workers=1, phone_region="DE"), file)

@@ -83,7 +83,7 @@ def grouped(
         files.append(own[begin : begin + 5])
     files.close()
     counts = np.array([len(one.shingles) for one in own])
-    ids, chars = pa.array([f"{name:02d}" for name in names]), np.array([len(texts[name]) for name in names])
+    ids, chars = pa.array([f"{name:02d}" for name in names]), pa.array([len(texts[name]) for name in names])
     columns = groups(ids, chars, files.read(counts), threshold, lambda: None)
     return dict(
         zip(names, zip(columns["exact_id"].to_pylist(), columns["near_id"].to_pylist(), strict=True), strict=True)

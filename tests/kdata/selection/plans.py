@@ -36,7 +36,7 @@ class Row(NamedTuple):
     domain: str = "a"
     tokens: int = 2
     nll: float | None = 1.0
-    text: str = "text"
+    text: str | None = "text"
 
 
 def dataset_of(root: Path, rows: Sequence[Row], *, shard_rows: int = 3, source: str = "capture") -> kdata.Dataset:
