@@ -15,6 +15,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +30,7 @@ import pyarrow.parquet as pq
 
 from kdata.corpus.corpus import CorpusConfig
 from kdata.corpus.hygiene import METADATA
-from kdata.errors import ConfigError, DataError, MismatchError, MissingError, settings_difference
+from kdata.errors import ConfigError, DataError, MismatchError, MissingError, StorageError, settings_difference
 from kdata.format.files import (
     lock_of,
     remove_leftover,
@@ -85,7 +86,7 @@ def inspect_dataset(dataset: Dataset, config: HygieneConfig, *, log: Path | None
         MismatchError: a score of that name has other settings.
         DependencyError: a package that a check takes is not installed.
         CorruptError: a part of the index is not what was committed.
-        StorageError: another process is writing, or the disk refused.
+        StorageError: another process is writing, the disk refused, or a worker process was killed.
     """
     if not dataset.manifest:
         raise DataError(f"{dataset.path} has no rows to look at; capture or generate some first")
@@ -140,7 +141,7 @@ def inspect_corpus(corpus: CorpusConfig, config: HygieneConfig, file: Path, *, l
         MissingError, DataError: see `kdata.corpus.corpus.Corpus`; its folder does not exist.
         MismatchError: the file has columns of further checks, or with other settings, which would be lost.
         DependencyError: a package that a check takes is not installed.
-        StorageError: another process is writing, or the disk refused.
+        StorageError: another process is writing, the disk refused, or a worker process was killed.
     """
     if file.suffix != ".parquet":
         raise ConfigError(f"{file} does not end in .parquet; name a Parquet file to write")
@@ -362,6 +363,11 @@ def _workers(config: HygieneConfig, num_rows: int | None) -> Iterator[tuple[Chec
     with ProcessPoolExecutor(count, get_context("spawn")) as pool:
         try:
             yield (lambda unit: pool.submit(check_texts, unit.texts, config)), count + 1
+        except BrokenProcessPool as error:
+            raise StorageError(
+                "a worker process was killed, as systems do where memory runs out; run the same command again with fewer: "
+                f"--set workers={max(1, count // 2)} (now {count}). What was done so far is kept."
+            ) from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -116,7 +116,7 @@ def varying_calls(tree: Any, varying: AbstractSet[str]) -> list[str]:
     calls = []
     for node in nodes(tree):
         name = str(node.get("function_name") or "").lower()
-        arguments = node.get("arguments", node.get("children", ()))  # by DuckDB's version
+        arguments: list[Tree] = node.get("arguments") or node.get("children") or []  # by DuckDB's version
         # DuckDB calls age(X) consistent, though it counts from today.
         if node.get("class") == "FUNCTION" and (name in varying or (name == "age" and len(arguments) == 1)):
             calls.append(name)

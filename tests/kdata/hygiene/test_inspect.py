@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import pytest
 import kdata
 from kdata.check.verify import verify
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
-from kdata.errors import ConfigError, DataError, DependencyError, MismatchError, MissingError, QueryError
+from kdata.errors import ConfigError, DataError, DependencyError, MismatchError, MissingError, QueryError, StorageError
 from kdata.hygiene import checks
 from kdata.hygiene.checks import HygieneConfig
 from kdata.hygiene.inspect import inspect_corpus, inspect_dataset
@@ -350,6 +352,25 @@ def test_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for workers in (1, 2):
         inspect_corpus(corpus, HygieneConfig(workers=workers), tmp_path / f"{workers}.parquet")
     assert (tmp_path / "1.parquet").read_bytes() == (tmp_path / "2.parquet").read_bytes()
+
+
+def killed_worker(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_error_with_the_remedy(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdata.hygiene import inspect
+
+    own, file = CorpusConfig(path=str(corpus)), tmp_path / "columns.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr(inspect, "FEW_ROWS", 0)
+        patch.setattr(inspect, "check_texts", killed_worker)
+        with pytest.raises(StorageError, match=r"memory runs out; .* --set workers=1 \(now 2\)"):
+            inspect_corpus(own, HygieneConfig(workers=2), file)
+    assert not file.exists()
+    assert inspect_corpus(own, HygieneConfig(workers=1), file).rows == 7
 
 
 def test_a_missing_package_is_named_first(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
