@@ -46,7 +46,9 @@ def open_file(file: Path) -> tuple[duckdb.DuckDBPyConnection, dict[str, Any]]:
     if not file.is_file():
         raise MissingError(f"{file} does not exist; write it with `kdata hygiene CORPUS --out {file}`")
     try:
-        about = parse_json((pq.read_schema(file).metadata or {})[METADATA])
+        about = parse_json((pq.read_schema(file).metadata or {}).get(METADATA, b"null"))
+        if about is None:
+            raise ValueError("it does not say of which corpus it is")
         if not isinstance(about, dict) or not {"corpus", "checks"} <= set(about):
             raise ValueError("its metadata is incomplete")
         connection = duckdb.connect()
@@ -55,7 +57,7 @@ def open_file(file: Path) -> tuple[duckdb.DuckDBPyConnection, dict[str, Any]]:
         connection.execute(f"set allowed_paths = [{literal(str(file.resolve()))}]")
         connection.execute("set enable_external_access = false")
         connection.execute("set lock_configuration = true")
-    except (pa.ArrowException, OSError, KeyError, ValueError, duckdb.Error) as error:
+    except (pa.ArrowException, OSError, ValueError, duckdb.Error) as error:
         raise DataError(
             f"{file} is not a file that `kdata hygiene` wrote ({str(error).splitlines()[0]}); write it again"
         ) from error

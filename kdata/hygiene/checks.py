@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,10 +98,22 @@ class HygieneConfig(Strict):
             raise ValueError("two evaluation sets differ in case alone, and SQL ignores case; rename one")
         return sets
 
+    @field_validator("phone_region")
+    @classmethod
+    def _region(cls, region: str | None) -> str | None:
+        if region is not None and find_spec("phonenumbers") is not None:
+            from phonenumbers import SUPPORTED_REGIONS
+
+            if region not in SUPPORTED_REGIONS:
+                raise ValueError(f"{region!r} is no country with phone numbers; write for instance DE, GB or US")
+        return region
+
     @model_validator(mode="after")
     def _sets(self) -> HygieneConfig:
         if "overlap" in self.checks and not self.overlap:
             raise ValueError("the check overlap needs a set: --set overlap.NAME=FILE")
+        if self.checks and self.overlap and "overlap" not in self.checks:
+            raise ValueError("checks leaves overlap out, so no set of it is searched for; add --checks overlap")
         if len(set(self.checks)) < len(self.checks):
             raise ValueError("checks names one twice")
         return self

@@ -199,7 +199,7 @@ def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
         return ScoreInfo.model_validate(content)
     except ValidationError as error:
         raise CorruptError(
-            f"{path} is damaged ({first_problem(error)}); remove it and run `kdata score` again"
+            f"{path} is damaged ({first_problem(error)}); remove it and run `{listing.command}` again"
         ) from error
 
 

@@ -305,7 +305,7 @@ class Dataset:
                 )
             if set(info.files) != {f"scores/{name}/{entry.name}.parquet" for entry in self.manifest}:
                 raise CorruptError(
-                    f"{path} does not list one part for each shard; remove it and run `kdata score` again"
+                    f"{path} does not list one part for each shard; remove it and run `{info.command}` again"
                 )
         return info
 

@@ -29,6 +29,7 @@ class Kind:
 
 
 SCORES = Kind("scores", "score", "kdata score")
+HYGIENE = "kdata hygiene"  # writes a score with `settings`
 PLANS = Kind("plans", "plan", "kdata select")
 COPIED = ".copied"  # in the folder of a score: its parts are copies from a URL, and were not made here
 
@@ -48,7 +49,7 @@ class Listing(Contract):
     @property
     def command(self) -> str:
         """The command that writes such a score."""
-        return SCORES.command if self.settings is None else "kdata hygiene"
+        return SCORES.command if self.settings is None else HYGIENE
 
     def files_of(self, kind: Kind) -> dict[str, FileInfo]:
         """Its files by path inside the dataset; none of a score that is not complete, or of a plan before version 1.0."""
@@ -78,6 +79,8 @@ def read_listing(path: Path, kind: Kind) -> tuple[Listing, dict[str, Any]]:
         )
     try:
         content = read_json(path)
+        if kind is SCORES and content.get("settings") is not None:
+            remedy = f"remove it and run `{HYGIENE}` again"
         listing = Listing.model_validate(content)
     except ValidationError as error:
         raise CorruptError(
@@ -100,5 +103,5 @@ def refuse_other_dataset(listing: Listing, kind: Kind, identity_digest: str, pla
         raise MismatchError(
             f"{kind.noun} {listing.name!r} was written for another dataset than {place}: another teacher, tokenizer, codec "
             f"or vocabulary (fingerprint {str(listing.dataset_identity)[:12]}, here {identity_digest[:12]}); remove it, and "
-            f"run `{kind.command}` again"
+            f"run `{listing.command if kind is SCORES else kind.command}` again"
         )

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import duckdb
+import pyarrow as pa
 import typer
 
 import kdata
 from kdata.config import parse_config
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.corpus.hygiene import open_file
-from kdata.errors import ConfigError, MissingError
+from kdata.errors import ConfigError, MissingError, nearest
 from kdata.hygiene.checks import HygieneConfig
 from kdata.hygiene.inspect import Report, inspect_corpus, inspect_dataset
 from kdata.hygiene.summary import summary
@@ -21,6 +22,7 @@ from kdata.observe.text import one_line
 from kdata.pipelines.cli.common import SetOption, option, print_rows, say, with_settings
 from kdata.selection.show import SHOWN_CHARS
 from kdata.store.conditions import check_condition, counts_query
+from kdata.store.sql_tree import empty_database
 from kdata.store.url import is_url
 
 
@@ -67,6 +69,8 @@ def hygiene(
             )
         of_dataset(place, config)
         return
+    if is_dataset(place):
+        raise ConfigError(f"{place} is a dataset: leave --out away, and each check becomes a score of it")
     own = {"path": place, **({} if messages_column is None else {"messages_column": messages_column}), **source}
     of_corpus(parse_config(CorpusConfig, own, "corpus settings"), config, Path(out), where or [])
 
@@ -90,8 +94,7 @@ def of_dataset(place: str, config: HygieneConfig) -> None:
 
 def of_corpus(corpus: CorpusConfig, config: HygieneConfig, file: Path, conditions: list[str]) -> None:
     """Do the checks on a corpus, and say what they found, and what conditions would leave out."""
-    for condition in conditions:
-        check_condition(condition)
+    refuse_unknown(config, conditions)
     report = inspect_corpus(corpus, config, file)
     say(f"{file} has the columns of {report.rows:,} rows of {corpus.path}")
     say_report(report)
@@ -100,6 +103,24 @@ def of_corpus(corpus: CorpusConfig, config: HygieneConfig, file: Path, condition
         say(*summary(config, "rows", lambda query: connection.sql(query).fetchall()))
         if conditions:
             say_left_out(corpus, conditions, connection)
+
+
+def refuse_unknown(config: HygieneConfig, conditions: list[str]) -> None:
+    """Raise ConfigError, before time is spent, where conditions name what the file will not have."""
+    for condition in conditions:
+        for name in check_condition(condition):
+            if name not in ("rows", *config.chosen):
+                raise ConfigError(
+                    f"condition {condition!r} reads {name}, and the checks are {', '.join(config.chosen)}"
+                    f"{nearest(name, list(config.chosen))}; choose among their columns, or name further checks"
+                )
+    checks = [pa.field(check, pa.struct(list(config.arrow_schema(check)))) for check in config.chosen]
+    schema = pa.schema([("id", pa.string()), ("domain", pa.string()), *checks])
+    with empty_database({"rows": schema}) as scratch:
+        try:
+            scratch.execute(counts_query("rows", conditions) if conditions else "select 1")
+        except duckdb.Error as error:
+            raise ConfigError(f"conditions {conditions}: {str(error).strip()}") from error
 
 
 def say_report(report: Report) -> None:

@@ -215,6 +215,17 @@ def test_a_damaged_score_is_refused(dataset: kdata.Dataset) -> None:
         select(kdata.open(dataset.path), All(where=["language.code = 'en'"]))
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [('"confidence"', '"confidenze"'), ('"unit":', '"unti":'), ('"language"', '"other"')]
+)
+def test_a_damaged_json_names_the_command_that_wrote_it(dataset: kdata.Dataset, old: str, new: str) -> None:
+    inspect_dataset(dataset, HygieneConfig(checks=["language"], workers=1))
+    path = dataset.path / "scores" / "language.json"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(kdata.CorruptError, match="run `kdata hygiene` again"):
+        load_score_info(kdata.open(dataset.path), "language")
+
+
 def test_a_score_with_an_id_twice_is_refused(dataset: kdata.Dataset) -> None:
     """As a stranger could write it, digests and all: its row would be in the plan twice."""
     inspect_dataset(dataset, CONFIG)
@@ -279,6 +290,7 @@ def test_columns_of_another_corpus_are_refused(corpus: Path, tmp_path: Path) -> 
         ({"where": "true"}, ConfigError, "go together"),
         ({"hygiene": "nowhere.parquet", "where": "true"}, MissingError, "kdata hygiene"),
         ({"hygiene": "CORPUS", "where": "true"}, DataError, "is not a file that"),
+        ({"hygiene": "PLAIN", "where": "true"}, DataError, "does not say of which corpus"),
         ({"hygiene": "FILE", "where": "language.code = 'xx'"}, DataError, "leaves no row"),
         ({"hygiene": "FILE", "where": "random() < 0.5"}, ConfigError, "calls random"),
         ({"hygiene": "FILE", "where": "nothing.code = 'en'"}, ConfigError, "nothing"),
@@ -289,7 +301,8 @@ def test_bad_columns_of_a_corpus_are_one_error(
 ) -> None:
     file = tmp_path / "columns.parquet"
     inspect_corpus(CorpusConfig(path=str(corpus)), CONFIG, file)
-    places = {"FILE": str(file), "CORPUS": str(corpus)}
+    pq.write_table(pa.table({"id": ["a1"]}), tmp_path / "plain.parquet")
+    places = {"FILE": str(file), "CORPUS": str(corpus), "PLAIN": str(tmp_path / "plain.parquet")}
     from kdata.config import parse_config
 
     with pytest.raises(error, match=message):

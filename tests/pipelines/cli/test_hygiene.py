@@ -71,6 +71,11 @@ def test_a_corpus_gets_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) 
         (["c.jsonl", "--out", "no/h.parquet"], "no does not exist"),
         (["c.jsonl", "--out", "h.parquet", "--where", "nll >"], "is not SQL"),
         (["c.jsonl", "--out", "h.parquet", "--where", "nothing > 1"], "nothing"),
+        (["c.jsonl", "--out", "h.parquet", "--where", "lanugage.code = 'en'"], "did you mean 'language'"),
+        (["c.jsonl", "--out", "h.parquet", "--where", "duplicates.near_kept"], "near_kept"),
+        (["data", "--out", "h.parquet"], "data is a dataset: leave --out away"),
+        (["data", "--set", "phone_region=XX"], "'XX' is no country with phone numbers"),
+        (["data", "--checks", "language", "--set", "overlap.exam=exam.jsonl"], "add --checks overlap"),
         (["data", "--set", "overlap.exam=nowhere.jsonl"], "nowhere.jsonl does not exist"),
     ],
 )
@@ -80,3 +85,4 @@ def test_a_bad_call_is_one_line(
     assert call(["hygiene", *arguments, "--set", "workers=1"]) in (1, 2)
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0]
+    assert not Path("h.parquet").exists()
