@@ -368,7 +368,7 @@ def _workers(config: HygieneConfig, num_rows: int | None) -> Iterator[tuple[Chec
                 "a worker process was killed, as systems do where memory runs out; run the same command again with fewer: "
                 f"--set workers={max(1, count // 2)} (now {count}). What was done so far is kept."
             ) from error
-        except BaseException:
+        except BaseException:  # Ctrl-C too: what waits is not begun
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
