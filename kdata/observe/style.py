@@ -1,8 +1,18 @@
-"""Colors and style that all plots share."""
+"""Colors and style that all plots share, and how a picture becomes a file."""
 
 from __future__ import annotations
 
-from typing import Any
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdata.errors import ConfigError, DependencyError
+from kdata.format.files import storage_errors, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ENDINGS = (".png", ".svg", ".pdf")
 
 # Hues that stay apart for the colour-blind, 3:1 on white; `report.html.j2` has their dark counterparts.
 COLOURS = {
@@ -19,3 +29,23 @@ STYLE: dict[Any, Any] = {
     "xtick.color": COLOURS["muted"], "ytick.color": COLOURS["muted"], "legend.frameon": False,
     "legend.labelcolor": COLOURS["ink"], "legend.handlelength": 1.2, "figure.constrained_layout.h_pad": 0.03,
 }  # fmt: skip
+
+
+def check_picture(path: Path) -> None:
+    """Raise DependencyError where matplotlib is not installed, and ConfigError where the ending is none of a picture."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise DependencyError("the picture needs matplotlib: pip install 'kdata[report]'") from error
+    if path.suffix not in ENDINGS:
+        raise ConfigError(f"{path}: a picture ends in {', '.join(ENDINGS)}; give it one of these endings")
+
+
+def save_picture(figure: Figure, path: Path) -> Path:
+    """Write a figure to a file that `check_picture` accepts; return its path. Raises StorageError."""
+    sink = io.BytesIO()
+    figure.savefig(sink, format=path.suffix[1:], dpi=150, facecolor=COLOURS["page"])
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, sink.getvalue())
+    return path

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdata.errors import ConfigError, DependencyError, KdataError
-from kdata.format.files import storage_errors, write_atomically
-from kdata.observe.style import COLOURS, STYLE
+from kdata.errors import KdataError
+from kdata.observe.style import COLOURS, STYLE, check_picture, save_picture
 from kdata.observe.text import one_line
 from kdata.selection.plan import ConditionsInfo, DomainChoice, Plan, PlanInfo, PositionsInfo, open_plan
 from kdata.selection.ranked import Ranked
@@ -24,7 +22,6 @@ from kdata.store.dataset import Dataset
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ENDINGS = (".png", ".svg", ".pdf")
 BARS = 60  # of a histogram
 SHOWN_DOMAINS = 40  # in a picture
 SHOWN_CHARS = 160  # of the text of a row that was left out
@@ -181,13 +178,10 @@ def draw(dataset: Dataset, plan: Plan, path: Path) -> Path:
         DependencyError: matplotlib is not installed.
         StorageError: the disk refused.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DependencyError("the picture of a plan needs matplotlib: pip install 'kdata[report]'") from error
-    if path.suffix not in ENDINGS:
-        raise ConfigError(f"{path}: a picture ends in {', '.join(ENDINGS)}; give it one of these endings")
+    check_picture(path)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     bars = _histogram(dataset, plan)
     domains = sorted(plan.info.domains, key=lambda name: (-plan.info.domains[name].dataset_tokens, name))[
         :SHOWN_DOMAINS
@@ -202,12 +196,7 @@ def draw(dataset: Dataset, plan: Plan, path: Path) -> Path:
         if bars:
             _draw_histogram(panels[1], plan.info, bars)
         figure.suptitle(f"Plan {plan.info.name} ({plan.info.method})", x=0.01, ha="left", fontsize=11)
-        sink = io.BytesIO()
-        figure.savefig(sink, format=path.suffix[1:], dpi=150, facecolor=COLOURS["page"])
-        with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, sink.getvalue())
-    return path
+        return save_picture(figure, path)
 
 
 def _draw_shares(axes: Axes, info: PlanInfo, domains: list[str]) -> None:

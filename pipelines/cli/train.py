@@ -21,6 +21,7 @@ import kdata
 from kdata.config import parse_config, read_yaml
 from kdata.errors import ConfigError, MissingError
 from kdata.format.files import lock_of, storage_errors, write_atomically
+from kdata.observe.style import check_picture
 from kdata.observe.terminal import name_text
 from kdata.observe.text import number
 from kdata.pipelines.cli.common import (
@@ -40,7 +41,7 @@ from kdata.pipelines.cli.common import (
     say_rejected,
     with_settings,
 )
-from kdata.pipelines.report.course import check_picture, draw_course
+from kdata.pipelines.report.course import draw_course
 from kdata.selection.plan import Plan, open_plan
 from kdata.store.gguf import is_gguf
 from kdata.store.sql import is_name

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-from kdata.errors import ConfigError, DependencyError
-from kdata.format.files import storage_errors, write_atomically
-from kdata.observe.style import COLOURS, STYLE
-from kdata.selection.show import ENDINGS
-
-
-def check_picture(path: Path) -> None:
-    """Raise ConfigError where the ending is none of a picture, and DependencyError where matplotlib is not installed."""
-    if path.suffix not in ENDINGS:
-        raise ConfigError(f"{path}: a picture ends in {', '.join(ENDINGS)}; give it one of these endings")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise DependencyError("the picture needs matplotlib: pip install 'kdata[report]'") from error
+from kdata.observe.style import COLOURS, STYLE, check_picture, save_picture
 
 
 def draw_course(measured: dict[str, Any], path: Path) -> Path:
@@ -51,9 +37,4 @@ def draw_course(measured: dict[str, Any], path: Path) -> Path:
         panels[1].axvline(measured["best_step"], color=COLOURS["muted"], linestyle=":")
         panels[1].set_xlabel("step")
         figure.suptitle(measured["label"], x=0.01, ha="left", fontsize=11)
-        sink = io.BytesIO()
-        figure.savefig(sink, format=path.suffix[1:], dpi=150, facecolor=COLOURS["page"])
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, sink.getvalue())
-    return path
+        return save_picture(figure, path)
