@@ -103,11 +103,11 @@ def forget_after(metrics: Path, step: int) -> None:
     """Remove the lines of steps that a resumed run will repeat, and a last line that a kill cut off."""
 
     def valid_lines() -> Iterator[str]:
-        for line in metrics.read_text("utf-8").splitlines():
+        for line in metrics.read_bytes().splitlines():
             try:
-                if parse_object(line, finite=False)["step"] <= step:
-                    yield line + "\n"
-            except (ValueError, KeyError, TypeError):
+                if parse_object(line.decode(), finite=False)["step"] <= step:
+                    yield line.decode() + "\n"
+            except (ValueError, KeyError, TypeError):  # also bytes that are no UTF-8
                 return
 
     if metrics.exists():

@@ -45,9 +45,10 @@ def metrics(out: Path, loggers: list, step: int = 0, write: bool = True) -> Metr
     return Metrics(out, loggers, label="run", settings={"steps": 4}, step=step, write=write)
 
 
-def test_lines_after_the_checkpoint_and_a_cut_line_are_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [b'{"step": 3}\n{"st', b'{"step": 3, "\xa9": 1}\n'])
+def test_lines_after_the_checkpoint_and_a_damaged_line_are_removed(end: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + end)
     forget_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
