@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ CONFIG_NAMES = {
     "hidden_size": "hidden_size", "intermediate_size": "intermediate_size", "num_heads": "num_attention_heads",
     "num_layers": "num_hidden_layers",
 }  # fmt: skip
+# Lists of a config that may be as long as it has layers, and are not of layers.
+NOT_OF_LAYERS = re.compile(r"(_token_ids?|_section|_factors?)$|^(architectures|keys_to_ignore_at_inference)$")
 MOST_DIFFERENCE = 0.1  # of the parameters of two candidates, as a share of the larger; our default
 # The dimensions of each weight by what they count. A bias has the first of its weight's.
 OUTER = {"embed_tokens": ("id", "hidden"), "norm": ("hidden",), "lm_head": ("id", "hidden")}
@@ -250,12 +253,23 @@ def _scaled(weight: Tensor, part: str, dimensions: tuple[str, ...], config: Any,
 
 
 def with_layers(config: Any, numbers: list[int]) -> Any:
-    """A copy of a config for some of the layers; settings of each layer, such as its kind of attention, follow."""
+    """A copy of a config for some of the layers; settings of each layer, such as its kind of attention, follow.
+
+    Raises:
+        ConfigError: a setting names layers by their numbers, which would be other layers now.
+    """
     total = int(config.num_hidden_layers)
     config = copy.deepcopy(config)
     for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == total:
+        if not isinstance(value, list) or not value or NOT_OF_LAYERS.search(key):
+            continue
+        if len(value) == total:
             setattr(config, key, [value[number] for number in numbers])
+        elif "layer" in key and all(type(number) is int for number in value):
+            raise ConfigError(
+                f"layers cannot be left out: {key} of the model's config names layers by their numbers ({value[:8]}), which "
+                "would be others then; name a model without it"
+            )
     config.num_hidden_layers = len(numbers)
     return config
 

@@ -14,6 +14,10 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import kdata
@@ -198,6 +202,17 @@ def test_layers_keep_their_own_kind_of_attention() -> None:
     assert torch.equal(
         part.state_dict()["model.layers.5.mlp.up_proj.weight"], whole.model.layers[11].mlp.up_proj.weight
     )
+
+
+def test_a_list_of_a_config_that_is_as_long_as_it_has_layers_stays_where_it_is_not_of_layers() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = Qwen3Config(**sizes, num_hidden_layers=3, eos_token_id=[1, 2, 3])
+    part = prune_layers(Qwen3ForCausalLM(config), 2)
+    assert part.config.eos_token_id == [1, 2, 3]
+    assert part.config.layer_types == ["full_attention"] * 2
+    experts = Qwen3MoeConfig(**sizes, num_hidden_layers=3, moe_intermediate_size=8, num_experts=2, mlp_only_layers=[1])
+    with pytest.raises(ConfigError, match=r"mlp_only_layers of the model's config names layers by their numbers \(\[1\]\)"):
+        prune_layers(Qwen3MoeForCausalLM(experts), 2)
 
 
 @pytest.mark.parametrize("keep", [0, 3, [], [1, 0], [0, 0], [0, 2], [-1]])
