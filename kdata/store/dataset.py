@@ -6,7 +6,7 @@ A dataset at a URL or on the Hub is the same class with other ways to a file: se
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import islice, pairwise
@@ -181,6 +181,18 @@ class Dataset:
             return schema.empty_table().select(columns) if columns else schema.empty_table()
         # Parts that are older than a column lack it; their rows are null.
         return pa.concat_tables(parts, promote_options="default")
+
+    def index_ranges(self, entries: list[ManifestEntry], columns: list[str]) -> pa.Table:
+        """Columns of the index of some shards, at a URL without a copy of the files; then nothing compares them."""
+        return pa.concat_tables([self.shard_index(entry, columns) for entry in entries]) if entries else pa.table({})
+
+    @property
+    def streams(self) -> bool:
+        """Whether shards come from elsewhere, so that it matters how many a reader needs at once."""
+        return False
+
+    def copy_ahead(self, shards: Iterable[int]) -> None:
+        """Say which shards are read now and soon, the first needed first; at a URL copies are made. Nothing for a folder."""
 
     def shard_index(self, entry: ManifestEntry, columns: list[str] | None) -> pa.Table:
         unknown = sorted(set(columns or ()) - set(index_schema().names))
