@@ -33,6 +33,7 @@ from kdata.format.manifest import check_binding, read_info, read_manifest
 from kdata.format.schema import (
     DatasetInfo,
     FileInfo,
+    InputInfo,
     ManifestEntry,
     content_hash,
     index_schema,
@@ -161,6 +162,28 @@ class Dataset:
         shards = [(entry.name, sorted((k, v.sha256) for k, v in entry.files.items())) for entry in self.manifest]
         return json_digest({"identity": self.info.identity_digest, "shards": shards})
 
+    def as_input(self, source: str) -> InputInfo:
+        """What a dataset that is made from the rows of a source records of this one."""
+        teacher = self.info.teacher
+        address = {} if self.place == str(self.path) else {"address": self.place, "commit": self.commit}
+        return InputInfo(
+            digest=self.content_digest,
+            kind=self.info.sources[source].kind,
+            teacher=teacher.model,
+            teacher_revision=teacher.revision,
+            inputs=self.info.sources[source].inputs,
+            **address,
+        )
+
+    @property
+    def commit(self) -> str | None:
+        """Commit of a repository on the Hub; None for every other place."""
+        return None
+
+    def listings(self, kind: Kind) -> dict[str, Listing] | None:
+        """What NAME.json says of each score or plan by name; None where the place cannot list them (a web server)."""
+        return {name: read_listing(self.path / kind.folder / f"{name}.json", kind)[0] for name in self.listed(kind)}
+
     def rejected(self, sources: list[str] | None = None) -> dict[str, int]:
         """Number of rejects of some sources (None: all), by reason."""
         counts: Counter[str] = Counter()
@@ -184,7 +207,8 @@ class Dataset:
 
     def index_ranges(self, entries: list[ManifestEntry], columns: list[str]) -> pa.Table:
         """Columns of the index of some shards, at a URL without a copy of the files; then nothing compares them."""
-        return pa.concat_tables([self.shard_index(entry, columns) for entry in entries]) if entries else pa.table({})
+        parts = [self.shard_index(entry, columns) for entry in entries]
+        return pa.concat_tables([index_schema().empty_table().select(columns), *parts], promote_options="default")
 
     @property
     def streams(self) -> bool:

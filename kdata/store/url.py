@@ -126,9 +126,14 @@ class Store:
         with self._errors("read", relative):
             return self.fs.open(self._path(relative), "rb", cache_type="none")
 
+    @property
+    def has_listings(self) -> bool:
+        """Whether it can say which files there are; a web server cannot."""
+        return urlsplit(self.url).scheme not in ("http", "https")
+
     def names(self, folder: str = "") -> list[str]:
         """Names in a folder; none on a web server, which has no listings."""
-        if urlsplit(self.url).scheme in ("http", "https"):
+        if not self.has_listings:
             return []
         with self._errors("read", folder):
             try:

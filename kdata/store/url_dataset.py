@@ -15,7 +15,8 @@ Copies of payloads are bounded in size, and a loader has them made ahead of its 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,15 +26,15 @@ import numpy as np
 import pyarrow as pa
 from fsspec.spec import AbstractFileSystem
 
-from kdata.errors import ConfigError, CorruptError, MissingError, StorageError
-from kdata.format.files import inside, lock_of, matches, write_atomically
+from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, StorageError
+from kdata.format.files import inside, lock_of, matches, temporary_folder, write_atomically
 from kdata.format.json_text import read_json
 from kdata.format.schema import FileInfo, ManifestEntry, index_schema
-from kdata.store.cache import LIMIT_VARIABLE, Ahead, cache_limit, keep_all
+from kdata.store.cache import LIMIT_VARIABLE, THREADS, Ahead, cache_limit, keep_all
 from kdata.store.dataset import Dataset
 from kdata.store.hub import HubStore
 from kdata.store.index import read_index, replaced
-from kdata.store.listed import COPIED, SCORES, Kind, read_listing
+from kdata.store.listed import COPIED, PLANS, SCORES, Kind, Listing, read_listing
 from kdata.store.sql import Check, files_view, unglobbed
 from kdata.store.url import Store, copy_of, mirror
 
@@ -151,6 +152,66 @@ class RemoteDataset(Dataset):
 
     def _payload_place(self, relative: str) -> tuple[Path, int]:
         return inside(self.path, relative), self._payloads[relative].files[relative].bytes
+
+    @property
+    def commit(self) -> str | None:
+        """See `Dataset.commit`."""
+        return self._store.commit
+
+    def listings(self, kind: Kind) -> dict[str, Listing] | None:
+        """See `Dataset.listings`: those at the URL."""
+        if not self._store.has_listings:
+            return None
+        listings = {}
+        with temporary_folder("listings") as folder:
+            (folder / kind.folder).mkdir()
+            for name in self._names(kind.folder):
+                path = folder / kind.folder / f"{name}.json"
+                path.write_bytes(self._store.read(f"{kind.folder}/{name}.json") or b"")
+                listings[name] = read_listing(path, kind)[0]
+        return listings
+
+    def copy_to(self, root: Path, copied: Callable[[int], None]) -> None:
+        """Copy everything to a folder; what is there with the right digest stays. dataset.json and the manifest come last.
+
+        Args:
+            copied: is called with the bytes of each file that is there now, from any thread.
+        Raises:
+            MismatchError: the dataset has changed since it was opened.
+            CorruptError, StorageError: see `kdata.store.url.Store.fetch`.
+        """
+        files = {f"tokenizer/{name}": info for name, info in self.info.tokenizer_files.items()}
+        files |= {path: info for entry in self.manifest for path, info in entry.files.items()}
+        small: dict[str, bytes] = {"README.md": self._store.read("README.md") or b""}
+        for kind in (SCORES, PLANS):
+            for name, listing in (self.listings(kind) or {}).items():
+                small[f"{kind.folder}/{name}.json"] = self._store.read(f"{kind.folder}/{name}.json") or b""
+                files |= listing.files_of(kind)
+        for relative in ("manifest.jsonl", "dataset.json"):
+            small[relative] = self._store.read(relative) or b""
+
+        def fetch(file: tuple[str, FileInfo]) -> None:
+            self._store.fetch(file[0], inside(root, file[0]), file[1])
+            copied(file[1].bytes)
+
+        with ThreadPoolExecutor(THREADS, "copy") as threads:
+            futures = [threads.submit(fetch, file) for file in files.items()]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
+        for path in [path for path in root.rglob("*") if path.is_file()]:
+            if path.relative_to(root).as_posix() not in {*files, *small}:
+                path.unlink()
+        for relative, content in small.items():
+            if content:
+                inside(root, relative).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(inside(root, relative), content)
+        there = Dataset(root)
+        if there.info != self.info or there.manifest != self.manifest:
+            raise MismatchError(f"{self.place} has changed since it was opened; run the same command again")
 
     @property
     def streams(self) -> bool:
