@@ -237,6 +237,11 @@ class InputInfo(Contract):
     kind: str = Field(description="`kind` of the source there whose rows they are.")
     teacher: str = Field(description="`model` of its teacher.")
     teacher_revision: str | None = Field(description="Hub commit of that teacher; null for a local model.")
+    teacher_weights_hash: str | None = Field(
+        None,
+        exclude_if=lambda digest: digest is None,
+        description="`weights_hash` of a local one; absent for one on the Hub.",
+    )
     address: str | None = Field(
         None,
         exclude_if=lambda address: address is None,

@@ -53,9 +53,14 @@ def _step(
             _command_of(before) if earlier is None else earlier.kind,
             before,
             [] if earlier is None else earlier.inputs,
-            None if earlier is None else {"model": earlier.teacher, "revision": earlier.teacher_revision},
+            None if earlier is None else _earlier_teacher(earlier),
         ),
     }
+
+
+def _earlier_teacher(earlier: InputInfo) -> dict[str, Any]:
+    revision, digest = earlier.teacher_revision, earlier.teacher_weights_hash
+    return {"model": earlier.teacher, "revision": revision, "weights_hash": digest}
 
 
 def _command_of(settings: dict[str, Any]) -> str:

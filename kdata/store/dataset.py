@@ -171,6 +171,7 @@ class Dataset:
             kind=self.info.sources[source].kind,
             teacher=teacher.model,
             teacher_revision=teacher.revision,
+            teacher_weights_hash=teacher.weights_hash,
             inputs=self.info.sources[source].inputs,
             **address,
         )

@@ -175,13 +175,13 @@ class RemoteDataset(Dataset):
         """Copy everything to a folder; what is there with the right digest stays. dataset.json and the manifest come last.
 
         Args:
-            copied: is called with the bytes of each file that is there now, from any thread.
+            copied: is called with the bytes of each file of a shard that is there now, from any thread.
         Raises:
             MismatchError: the dataset has changed since it was opened.
             CorruptError, StorageError: see `kdata.store.url.Store.fetch`.
         """
-        files = {f"tokenizer/{name}": info for name, info in self.info.tokenizer_files.items()}
-        files |= {path: info for entry in self.manifest for path, info in entry.files.items()}
+        of_shards = {path: info for entry in self.manifest for path, info in entry.files.items()}
+        files = {f"tokenizer/{name}": info for name, info in self.info.tokenizer_files.items()} | of_shards
         small: dict[str, bytes] = {"README.md": self._store.read("README.md") or b""}
         for kind in (SCORES, PLANS):
             for name, listing in (self.listings(kind) or {}).items():
@@ -192,7 +192,8 @@ class RemoteDataset(Dataset):
 
         def fetch(file: tuple[str, FileInfo]) -> None:
             self._store.fetch(file[0], inside(root, file[0]), file[1])
-            copied(file[1].bytes)
+            if file[0] in of_shards:
+                copied(file[1].bytes)
 
         with ThreadPoolExecutor(THREADS, "copy") as threads:
             futures = [threads.submit(fetch, file) for file in files.items()]

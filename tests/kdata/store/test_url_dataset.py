@@ -84,6 +84,16 @@ def test_only_the_columns_of_a_query_are_fetched(dataset: kdata.Dataset, served:
     assert needed <= total <= needed + len(files) * (16384 + 1024) and total < whole / 8, (needed, total, whole)
 
 
+def test_the_end_of_a_file_is_fetched_once(dataset: kdata.Dataset, served: Files) -> None:
+    """Each query has a connection of its own, which begins with the footers; columns are fetched for each."""
+    opened = kdata.open(f"{served.url}/d")
+    for query in ("select max(nll) from rows", "select max(num_tokens) from rows", "select min(nll) from rows"):
+        assert opened.sql(query).to_pylist() == dataset.sql(query).to_pylist()
+    sizes = {f"d/index/{path.name}": path.stat().st_size for path in (dataset.path / "index").iterdir()}
+    ends = [path for path, first, count in served.sent if first + count == sizes.get(path)]
+    assert sorted(ends) == sorted(sizes)
+
+
 def test_a_plan_is_selected_without_a_copy_and_equals_the_local_one(dataset: kdata.Dataset, served: Files) -> None:
     opened = kdata.open(f"{served.url}/d")
     by_query = Sql(sql="select id from rows order by nll, id limit 9")
