@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from kdata.jobs.writing import GenerateConfig, generate
     from kdata.selection.plan import Plan, make_plan
     from kdata.share.arrange import head, merge, split
+    from kdata.share.diff import diff
+    from kdata.share.pull import pull
     from kdata.share.push import push
     from kdata.store.dataset import Dataset
     from kdata.store.open import open_dataset as open
@@ -87,11 +89,13 @@ __all__ = [
     "__version__",
     "capture",
     "combine",
+    "diff",
     "generate",
     "head",
     "make_plan",
     "merge",
     "open",
+    "pull",
     "push",
     "repair",
     "retokenize",
@@ -120,11 +124,13 @@ _MODULES = {
     "__version__": "kdata.config",
     "capture": "kdata.jobs.reading",
     "combine": "kdata.jobs.combine",
+    "diff": "kdata.share.diff",
     "generate": "kdata.jobs.writing",
     "head": "kdata.share.arrange",
     "make_plan": "kdata.selection.plan",
     "merge": "kdata.share.arrange",
     "open": "kdata.store.open",
+    "pull": "kdata.share.pull",
     "push": "kdata.share.push",
     "repair": "kdata.check.repair",
     "retokenize": "kdata.jobs.retokenize",

@@ -379,6 +379,13 @@ class TrainConfig(WithoutSecrets):
         ge=1,
         description="Number of shuffled documents that are packed together; more fills the rows better.",
     )
+    shuffle_group_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="Shards are read in random order, as many together as hold about this many tokens, and rows are shuffled "
+        "inside of such a group alone. 0: all shards together. null: 0 for a folder; 524,288 for a dataset at a URL or on "
+        "the Hub, where a group is copied before its first step and the next one meanwhile.",
+    )
     prefetch_batches: int = Field(
         default=4, ge=0, description="Micro-batches that are read ahead; 0: none, reading and training take turns."
     )

@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kdata.config import first_problem
-from kdata.errors import CorruptError, DataError, MismatchError
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
 from kdata.format.positions import ChosenPositions
 from kdata.loader.batches import BatchesConfig
 from kdata.loader.packing import Place, Shape, blocks_of, place_of, windows
@@ -130,6 +130,12 @@ class MixedLoader:
         positions: ChosenPositions | None = None,
         elsewhere: bool = False,
     ) -> None:
+        if config.shuffle_group_tokens:
+            raise ConfigError(
+                f"shuffle_group_tokens={config.shuffle_group_tokens} does not go with a mixture, which draws from all "
+                "shards; leave it out"
+            )
+        config = config.model_copy(update={"shuffle_group_tokens": 0})
         every = Loader(  # checks the data
             dataset, rows, config, rank=rank, world_size=world_size, positions=positions, elsewhere=elsewhere
         )

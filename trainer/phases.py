@@ -144,7 +144,8 @@ def open_phases(config: TrainConfig, dataset: Path | str, plan: Path | str | Non
         opened = [_open(config, phase, dataset, plan, ranks) for phase in config.resolved_phases()]
         if ranks.world_size > 1:
             for open_phase in opened:
-                _copy_shards(open_phase.dataset, open_phase.loader.rows)
+                if isinstance(open_phase.loader, MixedLoader) or open_phase.loader.arrays.groups is None:
+                    _copy_shards(open_phase.dataset, open_phase.loader.rows)
                 if open_phase.heldout is not None:
                     _copy_shards(open_phase.heldout.dataset, open_phase.heldout.rows)
     first = opened[0].dataset
@@ -172,6 +173,7 @@ def _open(
         batch_rows=micro_rows(config, ranks.world_size) * ranks.world_size,
         seed=config.seed,
         window_documents=config.window_documents,
+        shuffle_group_tokens=config.shuffle_group_tokens,
         prefetch_batches=config.prefetch_batches,
     )
     options: dict[str, Any] = {

@@ -230,6 +230,36 @@ FORMER = "former"
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
+class InputInfo(Contract):
+    """A dataset that rows were made from."""
+
+    digest: Digest = Field(description="Its content digest.")
+    kind: str = Field(description="`kind` of the source there whose rows they are.")
+    teacher: str = Field(description="`model` of its teacher.")
+    teacher_revision: str | None = Field(description="Hub commit of that teacher; null for a local model.")
+    teacher_weights_hash: str | None = Field(
+        None,
+        exclude_if=lambda digest: digest is None,
+        description="`weights_hash` of a local one; absent for one on the Hub.",
+    )
+    address: str | None = Field(
+        None,
+        exclude_if=lambda address: address is None,
+        description="URL or hf://OWNER/NAME by which it was opened; absent for a folder.",
+    )
+    commit: str | None = Field(
+        None, exclude_if=lambda commit: commit is None, description="Commit of its repository on the Hub; else absent."
+    )
+    inputs: list[InputInfo] = Field(
+        [],
+        exclude_if=lambda inputs: not inputs,
+        description="What the rows there were made from; absent where that is not recorded, or they are no dataset's.",
+    )
+
+
+InputInfo.model_rebuild()
+
+
 class SourceInfo(Contract):
     """One piece of work that wrote rows: a capture of a corpus, or a generation from prompts."""
 
@@ -250,6 +280,11 @@ class SourceInfo(Contract):
         [],
         exclude_if=lambda digests: not digests,
         description="`work_digest` of shards that were written before the inputs changed; the key is absent without any.",
+    )
+    inputs: list[InputInfo] = Field(
+        [],
+        exclude_if=lambda inputs: not inputs,
+        description="Datasets that the rows were made from, where a command made them from datasets; else the key is absent.",
     )
 
     @property

@@ -162,7 +162,8 @@ def _run(
         "of": [{"fingerprint": d.content_digest, "codec": d.info.codec.model_dump()} for d in plan.inputs],
         "made_by": {"kind": about.kind, **about.settings},
     }
-    about_result = SourceInfo(kind="combine", settings=settings, num_units=None)
+    inputs = [d.as_input(source) for d in plan.inputs]
+    about_result = SourceInfo(kind="combine", settings=settings, num_units=None, inputs=inputs)
     with Writer(root, info, source, about_result, resume=resume, tokenizer_dir=first.tokenizer_dir) as writer:
         shards = [number for number, entry in enumerate(first.manifest) if entry.source == source]
         for number in shards:

@@ -173,8 +173,8 @@ class RereadJob:
             )
         self._refuse_long(facts)
         settings = {**self.keep.settings(), "kind": self.keep.kind, "of": source_digest(dataset, self.name)}
-        made_by = {"kind": about.kind, **about.settings}
-        return SourceInfo(kind="reread", settings={**settings, "made_by": made_by}, num_units=None)
+        made_by, inputs = {"kind": about.kind, **about.settings}, [dataset.as_input(self.name)]
+        return SourceInfo(kind="reread", settings={**settings, "made_by": made_by}, num_units=None, inputs=inputs)
 
     def _refuse_long(self, facts: TeacherFacts) -> None:
         index = self._dataset.index(["id", "num_tokens", "source"])

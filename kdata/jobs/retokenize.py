@@ -305,7 +305,7 @@ def _run(
         **({"merge": config.merge} if config.map == "matched" else {}),
         "made_by": {"kind": about.kind, **about.settings},
     }
-    result = SourceInfo(kind="retokenize", settings=settings, num_units=None)
+    result = SourceInfo(kind="retokenize", settings=settings, num_units=None, inputs=[dataset.as_input(source)])
     with Writer(root, info, source, result, resume=resume, tokenizer_dir=files) as writer:
         shards = [number for number, entry in enumerate(dataset.manifest) if entry.source == source]
         for number in shards:

@@ -296,7 +296,7 @@ def _run(
         "private_digest": work.private_digest,
         "made_by": {"kind": about.kind, **about.settings},
     }
-    result = SourceInfo(kind="soften", settings=settings, num_units=None)
+    result = SourceInfo(kind="soften", settings=settings, num_units=None, inputs=[dataset.as_input(source)])
     with Writer(root, info, source, result, resume=resume, tokenizer_dir=dataset.tokenizer_dir) as writer:
         shards = [number for number, entry in enumerate(dataset.manifest) if entry.source == source]
         for number in shards:

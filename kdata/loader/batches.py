@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -42,7 +43,7 @@ from kdata.format.measures import Measures
 from kdata.format.positions import ChosenPositions
 from kdata.format.sequences import Sequences
 from kdata.loader.grid import entry_grid
-from kdata.loader.packing import Place, Shape, blocks_of, identity_of, place_of, windows
+from kdata.loader.packing import Place, Shape, ShardGroups, blocks_of, identity_of, place_of, windows
 from kdata.loader.window import Window
 from kdata.store.dataset import Dataset
 
@@ -72,6 +73,13 @@ class BatchesConfig(BaseModel):
         ge=1,
         description="Neighbours on disk that are shuffled as one, over the whole plan, and then mixed within a window. "
         "1: every document on its own, a uniform shuffle, slower on data larger than a few windows.",
+    )
+    shuffle_group_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="Shards are read in random order, as many together as hold about this many tokens, and rows are shuffled "
+        "inside of such a group alone. 0: all shards together. None: 0 for a folder; 524,288 for a dataset at a URL or on "
+        "the Hub, where a group is copied before its first batch and the next one meanwhile.",
     )
     prefetch_batches: int = Field(
         default=4, ge=0, description="Batches read ahead by a background thread; 0 reads in the caller's thread."
@@ -177,6 +185,7 @@ class Batches:
             )
         self.identity = identity_of(dataset.content_digest, self.rows)
         self.blocks = blocks_of(self.rows, dataset.shard_starts, config.shuffle_block_rows)
+        self.groups = groups_of(dataset, self.rows, config.shuffle_group_tokens)
         self.place = Place()
 
     def __iter__(self) -> Iterator[Arrays]:
@@ -195,7 +204,10 @@ class Batches:
         The positions do not change the order. Their digest is in the state all the same, where there are any.
         """
         own = {} if self.positions is None else {"positions": self.positions.digest}
-        return {**asdict(self.place), "identity": self.identity, **own, **self.config.model_dump(include=ORDER)}
+        # Absent without groups: so the states of older versions are of the same order.
+        grouped = {} if self.groups is None else {"shuffle_group_tokens": self.groups.group_tokens}
+        order = {**self.config.model_dump(include=ORDER), **grouped}
+        return {**asdict(self.place), "identity": self.identity, **own, **order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from another loader's state, of any rank.
@@ -204,12 +216,13 @@ class Batches:
             MismatchError: data or order differ.
             CorruptError: the place in the stream is not one of this data.
         """
-        own = {"positions": None, **self.state_dict()}
+        own = {"positions": None, "shuffle_group_tokens": None, **self.state_dict()}
         different = [k for k in own if k not in asdict(self.place) and own[k] != state.get(k)]
         if different:
             raise MismatchError(
                 f"the loader's state is of other data ({', '.join(different)} differ); resume with the same "
-                "dataset, plan and loader settings, or start again in another folder"
+                "dataset, plan and loader settings, or start again in another folder (shuffle_group_tokens has one default "
+                "for a folder, and another for a URL)"
             )
         self.place = place_of(state, len(self.rows))
 
@@ -226,7 +239,8 @@ class Batches:
         slices: list[pa.RecordBatch] = []
         c = self.config
         shape = Shape(c.context_tokens, c.window_documents, c.window_tokens)
-        for rows in windows(self.lengths, self.blocks, self.identity, c.seed, shape, start):
+        stream = windows(self.lengths, self.blocks, self.identity, c.seed, shape, start, self.groups)
+        for rows in self._copied_ahead(stream, epochs) if self.dataset.streams else stream:
             own = [n // size % workers == worker and n % size in self._share for n in range(number, number + len(rows))]
             window = Window(self.dataset, self.rows[_flat([d for (d, _), mine in zip(rows, own, strict=True) if mine])])
             for (row, place), mine in zip(rows, own, strict=True):
@@ -240,6 +254,26 @@ class Batches:
                     documents, slices = [], []
                 if done:
                     return
+
+    def _copied_ahead(
+        self, stream: Iterator[list[tuple[list[int], Place]]], epochs: int | None
+    ) -> Iterator[list[tuple[list[int], Place]]]:
+        """The same windows; while one is read, at least as many shards as it has are copied for those after it."""
+        ahead: deque[list[tuple[list[int], Place]]] = deque()
+        shards: deque[list[int]] = deque()
+        done = False
+        while True:
+            while not done and (not shards or (_more(shards) < len(shards[0]) and len(shards) < MOST_WINDOWS_AHEAD)):
+                window = next(stream)
+                rows = self.rows[_flat([documents for documents, _ in window])]
+                ahead.append(window)
+                shards.append(np.unique(np.searchsorted(self.dataset.shard_starts, rows, side="right") - 1).tolist())
+                done = window[-1][1].epoch == epochs
+            if not ahead:
+                return
+            self.dataset.copy_ahead(shard for window_shards in shards for shard in window_shards)
+            yield ahead.popleft()
+            shards.popleft()
 
     def _id_of(self, row: np.integer) -> str:
         name: str = self.dataset.index(["id"])["id"][int(row)].as_py()
@@ -331,6 +365,28 @@ class Batches:
 
 
 ORDER = {"context_tokens", "seed", "window_documents", "window_tokens", "shuffle_block_rows"}  # fields that decide it
+
+
+GROUP_TOKENS = 524_288  # of shards that are read together where they come from elsewhere: a window has as many
+MOST_WINDOWS_AHEAD = 64
+
+
+def groups_of(dataset: Dataset, rows: np.ndarray, group_tokens: int | None) -> ShardGroups | None:
+    """The shards that are read together, by the setting `shuffle_group_tokens`; None: all of them.
+
+    Args:
+        rows: int64 [R], global rows.
+    """
+    tokens = (GROUP_TOKENS if dataset.streams else 0) if group_tokens is None else group_tokens
+    if not tokens:
+        return None
+    of_document = np.searchsorted(dataset.shard_starts, rows, side="right") - 1
+    return ShardGroups(of_document, np.array([entry.tokens for entry in dataset.manifest], np.int64), tokens)
+
+
+def _more(shards: deque[list[int]]) -> int:
+    """Shards of windows that are not those of the first one."""
+    return len(set().union(*shards) - set(shards[0]))
 
 
 def keeps_something(dataset: Dataset) -> np.ndarray:

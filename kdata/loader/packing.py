@@ -8,7 +8,8 @@ A block is a run of neighbors on disk (see `blocks_of`). The trade-off: payload 
 time, so an order that scatters single documents over more data than a window holds decompresses ten to read one. Blocks
 of 32 are read at full speed, and the 32 documents of a block meet the 1,000 of their window in random order; blocks of
 1 are the uniform shuffle. A larger window mixes more, fills rows better and needs more memory; each window ends in
-about one row that is not full.
+about one row that is not full. Where shards come from elsewhere, they are taken in random order, some at a time
+(`ShardGroups`), so that the first row needs a few of them and not all; such an order mixes less.
 
 Property: the stream of rows is a pure function of (lengths, blocks, identity, seed, epoch, `Shape`), whatever the batch size,
 the number of ranks or of workers. It uses raw bits of PCG64, whose stream numpy guarantees, and a stable sort.
@@ -19,12 +20,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from kdata.errors import CorruptError
 
 MAX_EPOCHS = 2**31  # more than any run has
+SHARDS = 2**40  # number of the random stream for the order of shards: above those of windows
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,27 @@ class Shape:
     context_tokens: int
     window_documents: int
     window_tokens: int
+
+
+@dataclass(frozen=True)
+class ShardGroups:
+    """Shards that are read together: random ones, as many as hold about `group_tokens` stored tokens.
+
+    of_document: int64 [R], shard of each planned document. shard_tokens: int64 [shards], tokens that each shard stores.
+    """
+
+    of_document: np.ndarray
+    shard_tokens: np.ndarray
+    group_tokens: int
+
+    def numbers(self, keys: np.ndarray) -> np.ndarray:
+        """Number of the group of each planned document, int64 [R], by random keys uint64 [shards]."""
+        used = np.unique(self.of_document)
+        order = used[np.argsort(keys[used], kind="stable")]
+        tokens = self.shard_tokens[order]
+        group_of = np.zeros(len(self.shard_tokens), np.int64)
+        group_of[order] = (np.cumsum(tokens) - tokens) // self.group_tokens
+        return np.unique(group_of[self.of_document], return_inverse=True)[1].reshape(-1)
 
 
 def identity_of(content_digest: str, rows: np.ndarray) -> str:
@@ -91,7 +115,13 @@ def _mention(rows: np.ndarray) -> np.ndarray:
 
 
 def windows(
-    lengths: np.ndarray, blocks: np.ndarray, identity: str, seed: int, shape: Shape, start: Place
+    lengths: np.ndarray,
+    blocks: np.ndarray,
+    identity: str,
+    seed: int,
+    shape: Shape,
+    start: Place,
+    groups: ShardGroups | None = None,
 ) -> Iterator[list[tuple[list[int], Place]]]:
     """Yield the rows of each window without end, epoch after epoch; a row is (its documents, the place after it).
 
@@ -100,11 +130,14 @@ def windows(
         blocks: int64 [R], from `blocks_of`.
         identity: from `identity_of`; part of the shuffle's seed.
         start: where to begin; Place() is the beginning.
+        groups: documents are shuffled, and windows are cut, inside of these alone; None: over the whole plan.
     """
     while True:
         keys = _random(identity, seed, start.epoch, 0, int(blocks.max()) + 1)
-        order = np.argsort(keys[blocks], kind="stable")
-        bounds = _bounds(lengths[order], shape)
+        group = None
+        if groups is not None:
+            group = groups.numbers(_random(identity, seed, start.epoch, SHARDS, len(groups.shard_tokens)))
+        order, bounds = _order(lengths, keys[blocks], shape, group)
         for window in range(start.window, len(bounds) - 1):
             documents = order[bounds[window] : bounds[window + 1]]
             rows = best_fit(lengths[documents], shape.context_tokens)
@@ -115,6 +148,21 @@ def windows(
             shuffled_rows = [(documents[rows[n]].tolist(), place) for n, place in zip(shuffled, places, strict=True)]
             yield shuffled_rows[start.row :] if window == start.window else shuffled_rows
         start = Place(start.epoch + 1)
+
+
+def _order(
+    lengths: np.ndarray, keys: np.ndarray, shape: Shape, group: np.ndarray | None
+) -> tuple[np.ndarray, list[int]]:
+    """Documents of an epoch in their order, int64 [R], and where its windows begin and end. group: int64 [R], rising."""
+    if group is None:
+        order = np.argsort(keys, kind="stable")
+        return order, _bounds(lengths[order], shape)
+    order = np.lexsort((keys, group))
+    starts = np.searchsorted(group[order], np.arange(int(group.max()) + 2)).tolist()
+    bounds = [0]
+    for begin, end in pairwise(starts):
+        bounds += [begin + bound for bound in _bounds(lengths[order[begin:end]], shape)[1:]]
+    return order, bounds
 
 
 def _bounds(lengths: np.ndarray, shape: Shape) -> list[int]:

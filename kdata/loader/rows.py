@@ -109,7 +109,9 @@ class IndexedRows:
         batches, number = self.batches, len(self._epochs)
         c = batches.config
         shape = Shape(c.context_tokens, c.window_documents, c.window_tokens)
-        stream = windows(batches.lengths, batches.blocks, batches.identity, c.seed, shape, Place(number))
+        stream = windows(
+            batches.lengths, batches.blocks, batches.identity, c.seed, shape, Place(number), batches.groups
+        )
         rows: list[list[int]] = []
         window_starts = [0]
         for window in stream:

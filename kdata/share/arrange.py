@@ -133,7 +133,7 @@ def split(
         raise DataError(f"two parts would have the same folder: {folders}; rename a domain, or split by plan")
     with new_folder(target) as place:
         for name, rows in parts.items():
-            _write_rows(dataset, rows, place / folders[name], {"by": by, "part": name})
+            write_rows(dataset, rows, place / folders[name], {"by": by, "part": name})
     return {name: open_dataset(target / folders[name]) for name in parts}
 
 
@@ -147,7 +147,7 @@ def head(dataset: Dataset, target: Path | str, num_rows: int) -> Dataset:
     if num_rows < 1:
         raise ConfigError(f"-n {num_rows} is too few; ask for at least one row")
     with new_folder(target) as place:
-        _write_rows(dataset, np.arange(min(num_rows, dataset.num_rows)), place, {"by": "head", "part": num_rows})
+        write_rows(dataset, np.arange(min(num_rows, dataset.num_rows)), place, {"by": "head", "part": num_rows})
     return open_dataset(target)
 
 
@@ -277,14 +277,19 @@ def _tokenizer(dataset: Dataset, folder: Path) -> dict[str, FileInfo]:
     return {path.name: file_info(path) for path in sorted((folder / "tokenizer").iterdir())}
 
 
-def _write_rows(dataset: Dataset, rows: np.ndarray, root: Path, what: dict[str, object]) -> None:
-    """Write rows (rising numbers) as a dataset: the shards of each source in order, without empty ones."""
+def write_rows(dataset: Dataset, rows: np.ndarray, root: Path, what: dict[str, object]) -> None:
+    """Write rows (rising numbers) as a dataset: the shards of each source in order, without empty ones.
+
+    Args:
+        what: how the rows were chosen, the keys `by` and `part`; it becomes a part of the settings of each source.
+    """
     origin = dataset.content_digest
     info: DatasetInfo = dataset.info.model_copy(update={"sources": {}, "tokenizer_files": {}})
     with Task(f"write {what['part']}", len(rows), "rows") as task:
         for source, about in dataset.info.sources.items():
             settings = {**what, "of": origin, "made_by": {"kind": about.kind, **about.settings}}
-            part = SourceInfo(kind="split", settings=settings, num_units=None)
+            inputs = [dataset.as_input(source)]
+            part = SourceInfo(kind="split", settings=settings, num_units=None, inputs=inputs)
             with Writer(root, info, source, part, tokenizer_dir=dataset.tokenizer_dir) as writer:
                 units = 0
                 for number, entry in enumerate(dataset.manifest):

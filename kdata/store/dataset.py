@@ -6,7 +6,7 @@ A dataset at a URL or on the Hub is the same class with other ways to a file: se
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import islice, pairwise
@@ -33,6 +33,7 @@ from kdata.format.manifest import check_binding, read_info, read_manifest
 from kdata.format.schema import (
     DatasetInfo,
     FileInfo,
+    InputInfo,
     ManifestEntry,
     content_hash,
     index_schema,
@@ -161,6 +162,29 @@ class Dataset:
         shards = [(entry.name, sorted((k, v.sha256) for k, v in entry.files.items())) for entry in self.manifest]
         return json_digest({"identity": self.info.identity_digest, "shards": shards})
 
+    def as_input(self, source: str) -> InputInfo:
+        """What a dataset that is made from the rows of a source records of this one."""
+        teacher = self.info.teacher
+        address = {} if self.place == str(self.path) else {"address": self.place, "commit": self.commit}
+        return InputInfo(
+            digest=self.content_digest,
+            kind=self.info.sources[source].kind,
+            teacher=teacher.model,
+            teacher_revision=teacher.revision,
+            teacher_weights_hash=teacher.weights_hash,
+            inputs=self.info.sources[source].inputs,
+            **address,
+        )
+
+    @property
+    def commit(self) -> str | None:
+        """Commit of a repository on the Hub; None for every other place."""
+        return None
+
+    def listings(self, kind: Kind) -> dict[str, Listing] | None:
+        """What NAME.json says of each score or plan by name; None where the place cannot list them (a web server)."""
+        return {name: read_listing(self.path / kind.folder / f"{name}.json", kind)[0] for name in self.listed(kind)}
+
     def rejected(self, sources: list[str] | None = None) -> dict[str, int]:
         """Number of rejects of some sources (None: all), by reason."""
         counts: Counter[str] = Counter()
@@ -181,6 +205,19 @@ class Dataset:
             return schema.empty_table().select(columns) if columns else schema.empty_table()
         # Parts that are older than a column lack it; their rows are null.
         return pa.concat_tables(parts, promote_options="default")
+
+    def index_ranges(self, entries: list[ManifestEntry], columns: list[str]) -> pa.Table:
+        """Columns of the index of some shards, at a URL without a copy of the files; then nothing compares them."""
+        parts = [self.shard_index(entry, columns) for entry in entries]
+        return pa.concat_tables([index_schema().empty_table().select(columns), *parts], promote_options="default")
+
+    @property
+    def streams(self) -> bool:
+        """Whether shards come from elsewhere, so that it matters how many a reader needs at once."""
+        return False
+
+    def copy_ahead(self, shards: Iterable[int]) -> None:
+        """Say which shards are read now and soon, the first needed first; at a URL copies are made. Nothing for a folder."""
 
     def shard_index(self, entry: ManifestEntry, columns: list[str] | None) -> pa.Table:
         unknown = sorted(set(columns or ()) - set(index_schema().names))

@@ -36,6 +36,20 @@ def hub_errors() -> tuple[type[Exception], ...]:
     return (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError, *http)
 
 
+def _reason(error: Exception) -> str:
+    """Why a repository cannot be opened, and what to do, in one line: the client's text has several."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the Hub has no such revision; it was deleted or renamed, so name another branch, tag or commit"
+    if isinstance(error, errors.GatedRepoError):
+        return "access to it has to be granted; ask for it on its page, and set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is no such dataset, or HF_TOKEN has no right to see it; check the name and HF_TOKEN"
+    first = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first[0]}; check the name, HF_TOKEN and the network"
+
+
 def _commit_of(address: str) -> str:
     """The commit that a branch or tag names now. Raises MissingError, DependencyError."""
     name, revision = hub_address(address)
@@ -46,7 +60,7 @@ def _commit_of(address: str) -> str:
     try:
         commit = HfApi().dataset_info(name, revision=revision).sha
     except hub_errors() as error:
-        raise MissingError(f"{address} cannot be opened: {error}; check the name, HF_TOKEN and the network") from error
+        raise MissingError(f"{address} cannot be opened: {_reason(error)}") from error
     if commit is None:
         raise MissingError(f"{address} has no commit yet; push a dataset there first")
     return commit

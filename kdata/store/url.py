@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from fsspec.caching import BaseCache, register_cache
+
 from kdata.errors import (
     ConfigError,
     CorruptError,
@@ -58,6 +60,40 @@ def cache_dir() -> Path:
     return Path(os.environ.get("KDATA_CACHE") or Path.home() / ".cache" / "kdata")
 
 
+MOST_OF_A_TAIL, MOST_TAILS = 64 << 10, 64 << 20  # bytes kept of the end of one file, and of all of a store
+
+
+class Tails(BaseCache):
+    """What fsspec keeps of a file that is read in ranges: its end, which is read first each time (the footer of Parquet).
+
+    tails: the ends of all files of a store, with the byte at which each begins; no more than MOST_TAILS bytes.
+    """
+
+    name = "kdata-tails"
+
+    def __init__(
+        self, blocksize: int, fetcher: Any, size: int, *, tails: dict[str, tuple[int, bytes]], file: str
+    ) -> None:
+        super().__init__(blocksize, fetcher, size)
+        self._tails, self._file = tails, file
+
+    def _fetch(self, start: int | None, stop: int | None) -> bytes:
+        begin, end = start or 0, self.size if stop is None else min(stop, self.size)
+        if begin >= end:
+            return b""
+        known, tail = self._tails.get(self._file, (self.size, b""))
+        if begin >= known and known + len(tail) == self.size:
+            return tail[begin - known : end - known]
+        content: bytes = self.fetcher(begin, end)
+        is_footer = end == self.size and len(content) <= MOST_OF_A_TAIL
+        if is_footer and sum(len(one) for _, one in list(self._tails.values())) < MOST_TAILS:
+            self._tails[self._file] = begin, content
+        return content
+
+
+register_cache(Tails, clobber=True)
+
+
 class Store:
     """One folder of a file system that fsspec opens; paths are relative to it.
 
@@ -75,6 +111,7 @@ class Store:
         from fsspec.core import url_to_fs
 
         self.url = url.rstrip("/")
+        self._tails: dict[str, tuple[int, bytes]] = {}
         parts = urlsplit(url)
         if parts.password or has_secret(url):
             raise ConfigError(
@@ -122,13 +159,19 @@ class Store:
                 return 0
 
     def open_ranges(self, relative: str) -> Any:
-        """A file opened for reading; each read fetches exactly its range of bytes."""
+        """A file opened for reading; each read fetches exactly its range of bytes, but ends of files are kept (`Tails`)."""
+        options = {"tails": self._tails, "file": relative}
         with self._errors("read", relative):
-            return self.fs.open(self._path(relative), "rb", cache_type="none")
+            return self.fs.open(self._path(relative), "rb", cache_type=Tails.name, cache_options=options)
+
+    @property
+    def has_listings(self) -> bool:
+        """Whether it can say which files there are; a web server cannot."""
+        return urlsplit(self.url).scheme not in ("http", "https")
 
     def names(self, folder: str = "") -> list[str]:
         """Names in a folder; none on a web server, which has no listings."""
-        if urlsplit(self.url).scheme in ("http", "https"):
+        if not self.has_listings:
             return []
         with self._errors("read", folder):
             try:

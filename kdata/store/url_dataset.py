@@ -6,28 +6,43 @@ copied one by one. Scores and plans that are made here are written into the copy
 
 Every file that is copied is compared with its digest in the manifest before use. The ranges that a query reads are not,
 because only a whole file has a digest; `Dataset.unchecked` then names the view. With check="whole" a query reads copies.
+Columns of the index that plan and loader need (ids, lengths, ...) are read as ranges, too, and compared with the copy of a
+shard's index, which is made before any row of the shard is read. So no row is trained on that was not compared.
+
+Copies of payloads are bounded in size, and a loader has them made ahead of its use: see `kdata.store.cache`.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import duckdb
+import numpy as np
+import pyarrow as pa
 from fsspec.spec import AbstractFileSystem
 
-from kdata.errors import CorruptError, MissingError
-from kdata.format.files import inside, lock_of, matches, write_atomically
+from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, StorageError
+from kdata.format.files import inside, lock_of, matches, temporary_folder, write_atomically
 from kdata.format.json_text import read_json
-from kdata.format.schema import FileInfo, ManifestEntry
+from kdata.format.schema import FileInfo, ManifestEntry, index_schema
+from kdata.store.cache import LIMIT_VARIABLE, THREADS, Ahead, cache_limit, keep_all
 from kdata.store.dataset import Dataset
 from kdata.store.hub import HubStore
-from kdata.store.index import replaced
-from kdata.store.listed import COPIED, SCORES, Kind, read_listing
-from kdata.store.sql import Check, unglobbed
+from kdata.store.index import read_index, replaced
+from kdata.store.listed import COPIED, PLANS, SCORES, Kind, Listing, read_listing
+from kdata.store.sql import Check, files_view, unglobbed
 from kdata.store.url import Store, copy_of, mirror
 
 SCHEME = "kdata-index"
+# Columns of the index that are read whole, with the file, because they are most of it.
+LONG = {"text", "messages", "tools", "prompt"}
+# Columns that plan, loader and trainer need: read together, because each reading of a file begins with its footer.
+SHORT = ["id", "domain", "num_tokens", "num_target_tokens", "nll", "mean_entropy", "kept_mass"]
 
 
 class RangeFiles(AbstractFileSystem):
@@ -84,8 +99,18 @@ class RemoteDataset(Dataset):
                 raise MissingError(f"{address} is not a kdata dataset: it has no dataset.json")
         super().__init__(root, check)
         self.place = address
-        self._copies: set[tuple[str, str]] = set()  # files of the copy, with the digest that they have
+        # Files of the copy, with the digest that they have, and what they were when they were compared.
+        self._copies: dict[tuple[str, str], tuple[int, int]] = {}
         self._files = RangeFiles(self._store)
+        self._payloads = {self.file_name(entry, "data"): entry for entry in self.manifest}
+        self._ahead = Ahead(self._copy_payload, self._payload_place)
+        self._columns: dict[str, pa.ChunkedArray] = {}  # of the index, read as ranges
+        self._compared: dict[str, int] = {}  # shards, with the number of those columns that were compared
+        self._keeper: int | None = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_keeper", None) is not None:
+            os.close(self._keeper)  # type: ignore[arg-type]
 
     def __reduce__(self) -> tuple[type[Dataset], tuple[Any, ...]]:
         return RemoteDataset, (self.place, self._store.commit, self.check)
@@ -94,18 +119,174 @@ class RemoteDataset(Dataset):
         """See `Dataset.shard_file`; it is copied at first use."""
         relative = self.file_name(entry, folder)
         try:
-            return self._copied(relative, entry.files[relative])
+            if folder == "data":
+                self._ahead.get(relative)
+                return inside(self.path, relative)
+            path = self._copied(relative, entry.files[relative])
         except CorruptError:
             self._refuse_replaced(entry)
             raise
+        if folder == "index":
+            self._compare_columns(entry, path)
+        return path
 
     def _copied(self, relative: str, info: FileInfo) -> Path:
         """Path of a copy of a file that has the digest in `info`."""
         path = inside(self.path, relative)
-        if (relative, info.sha256) not in self._copies:
+        if not self._is_as_compared(relative, info):
             self._store.fetch(relative, path, info)
-            self._copies.add((relative, info.sha256))
+            about = path.stat()
+            self._copies[relative, info.sha256] = about.st_ino, about.st_mtime_ns
         return path
+
+    def _is_as_compared(self, relative: str, info: FileInfo) -> bool:
+        """Whether the copy was compared, and is the same file still: others may remove or replace it."""
+        try:
+            about = inside(self.path, relative).stat()
+        except FileNotFoundError:
+            return False
+        return self._copies.get((relative, info.sha256)) == (about.st_ino, about.st_mtime_ns)
+
+    def _copy_payload(self, relative: str) -> None:
+        self._copied(relative, self._payloads[relative].files[relative])
+
+    def _payload_place(self, relative: str) -> tuple[Path, int]:
+        return inside(self.path, relative), self._payloads[relative].files[relative].bytes
+
+    @property
+    def commit(self) -> str | None:
+        """See `Dataset.commit`."""
+        return self._store.commit
+
+    def listings(self, kind: Kind) -> dict[str, Listing] | None:
+        """See `Dataset.listings`: those at the URL."""
+        if not self._store.has_listings:
+            return None
+        listings = {}
+        with temporary_folder("listings") as folder:
+            (folder / kind.folder).mkdir()
+            for name in self._names(kind.folder):
+                path = folder / kind.folder / f"{name}.json"
+                path.write_bytes(self._store.read(f"{kind.folder}/{name}.json") or b"")
+                listings[name] = read_listing(path, kind)[0]
+        return listings
+
+    def copy_to(self, root: Path, copied: Callable[[int], None]) -> None:
+        """Copy everything to a folder; what is there with the right digest stays. dataset.json and the manifest come last.
+
+        Args:
+            copied: is called with the bytes of each file of a shard that is there now, from any thread.
+        Raises:
+            MismatchError: the dataset has changed since it was opened.
+            CorruptError, StorageError: see `kdata.store.url.Store.fetch`.
+        """
+        of_shards = {path: info for entry in self.manifest for path, info in entry.files.items()}
+        files = {f"tokenizer/{name}": info for name, info in self.info.tokenizer_files.items()} | of_shards
+        small: dict[str, bytes] = {"README.md": self._store.read("README.md") or b""}
+        for kind in (SCORES, PLANS):
+            for name, listing in (self.listings(kind) or {}).items():
+                small[f"{kind.folder}/{name}.json"] = self._store.read(f"{kind.folder}/{name}.json") or b""
+                files |= listing.files_of(kind)
+        for relative in ("manifest.jsonl", "dataset.json"):
+            small[relative] = self._store.read(relative) or b""
+
+        def fetch(file: tuple[str, FileInfo]) -> None:
+            self._store.fetch(file[0], inside(root, file[0]), file[1])
+            if file[0] in of_shards:
+                copied(file[1].bytes)
+
+        with ThreadPoolExecutor(THREADS, "copy") as threads:
+            futures = [threads.submit(fetch, file) for file in files.items()]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
+        for path in [path for path in root.rglob("*") if path.is_file()]:
+            if path.relative_to(root).as_posix() not in {*files, *small}:
+                path.unlink()
+        for relative, content in small.items():
+            if content:
+                inside(root, relative).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(inside(root, relative), content)
+        there = Dataset(root)
+        if there.info != self.info or there.manifest != self.manifest:
+            raise MismatchError(f"{self.place} has changed since it was opened; run the same command again")
+
+    @property
+    def streams(self) -> bool:
+        """See `Dataset.streams`."""
+        return True
+
+    @property
+    def num_waits(self) -> int:
+        """How often a reader had to wait for a payload that was not copied yet."""
+        return self._ahead.waits
+
+    def copy_ahead(self, shards: Iterable[int]) -> None:
+        """See `Dataset.copy_ahead`. Payloads of other shards may be removed from the cache from now on."""
+        numbers = list(shards)
+        for shard in [number for number in self._readers if number not in numbers]:
+            del self._readers[shard]  # an open file that is removed keeps its place on the disk
+        self._ahead.want(self.file_name(self.manifest[number], "data") for number in numbers)
+
+    def index(self, columns: list[str] | None = None) -> pa.Table:
+        """See `Dataset.index`. Short columns are read as ranges; they are compared when a row of their shard is read."""
+        if columns is None or self.check == "whole" or not self.manifest or not LONG.isdisjoint(columns):
+            return super().index(columns)
+        if unknown := sorted(set(columns) - set(index_schema().names)):
+            raise ConfigError(f"the index has no column {unknown[0]!r}; it has {index_schema().names}")
+        missing = [name for name in dict.fromkeys(columns) if name not in self._columns]
+        if missing:
+            missing = [name for name in dict.fromkeys([*missing, *SHORT]) if name not in self._columns]
+            table = self.index_ranges(self.manifest, missing)
+            self._columns |= dict(zip(missing, table.columns, strict=True))
+        schema = pa.schema([index_schema().field(name) for name in columns])
+        return pa.table([self._columns[name] for name in columns], schema=schema)
+
+    def index_ranges(self, entries: list[ManifestEntry], columns: list[str]) -> pa.Table:
+        """See `Dataset.index_ranges`: of files at the URL, the ranges of bytes that hold these columns."""
+        files = [self.sql_file(entry, "index") for entry in entries]
+        schema = pa.schema([index_schema().field(name) for name in columns])
+        with duckdb.connect() as connection:
+            connection.execute("set enable_progress_bar = false")
+            connection.register_filesystem(self._files)
+            connection.execute("set parquet_metadata_cache = true")
+            try:
+                files_view(connection, "part", files, index_schema())
+                there = connection.table("part").columns
+                # A column that all parts lack, because they are older, is null.
+                names = ", ".join(f'"{name}"' if name in there else f'null as "{name}"' for name in columns)
+                table = connection.sql(f"select {names} from part").to_arrow_table().cast(schema)
+            except (duckdb.Error, pa.ArrowException, ValueError) as error:
+                for entry in entries:
+                    self._refuse_replaced(entry)
+                raise StorageError(
+                    f"{self.place}: columns {columns} of the index cannot be read: {str(error).strip().splitlines()[0]}; try "
+                    "again, and see `kdata verify` where that does not help"
+                ) from error
+        if table.num_rows != sum(entry.rows for entry in entries):
+            raise CorruptError(
+                f"{self.place}: the index has {table.num_rows:,} rows, and the manifest says "
+                f"{sum(entry.rows for entry in entries):,}; restore it from a copy"
+            )
+        return table
+
+    def _compare_columns(self, entry: ManifestEntry, path: Path) -> None:
+        """Compare columns that were read as ranges with those of a shard's index file, which has the right digest."""
+        if self._compared.get(entry.name) == len(self._columns):
+            return
+        names = list(self._columns)
+        start = int(self.shard_starts[self.manifest.index(entry)])
+        theirs = read_index(path, names)
+        for name in names:
+            if not _equal(self._columns[name].slice(start, entry.rows), theirs[name]):
+                raise CorruptError(
+                    f"{self.place}: column {name} of the index of shard {entry.name} was read with other values than {path} "
+                    "has, whose digest is right; the store or the network changed bytes. Run the same command again"
+                )
+        self._compared[entry.name] = len(names)
 
     def _refuse_replaced(self, entry: ManifestEntry) -> None:
         """See `Dataset._refuse_replaced`: the manifest at the URL decides, the copy is that of when it was opened."""
@@ -121,7 +302,18 @@ class RemoteDataset(Dataset):
         return super().tokenizer_dir
 
     def fetch(self) -> None:
-        """See `Dataset.fetch`. Scores and plans are copied where the store can list them (a web server cannot)."""
+        """See `Dataset.fetch`. Scores and plans are copied where the store can list them (a web server cannot).
+
+        Raises StorageError where the payloads do not fit into the cache.
+        """
+        size = sum(self._payload_place(relative)[1] for relative in self._payloads)
+        if size > cache_limit():
+            raise StorageError(
+                f"{self.place}: its payloads take {size:,} bytes, and the cache has {cache_limit():,}; raise "
+                f"{LIMIT_VARIABLE}, or copy it to a folder with `kdata pull`"
+            )
+        if self._keeper is None:
+            self._keeper = keep_all(self.path)
         for entry in self.manifest:
             for relative, info in entry.files.items():
                 self._copied(relative, info)
@@ -157,10 +349,11 @@ class RemoteDataset(Dataset):
 
     def _has_copy(self, relative: str, info: FileInfo) -> bool:
         """Whether there is a copy with the digest in `info`, or a file that was made in its place."""
-        path, copy = inside(self.path, relative), (relative, info.sha256)
-        if copy not in self._copies and path.is_file() and matches(path, info):
-            self._copies.add(copy)
-        return copy in self._copies
+        path = inside(self.path, relative)
+        if not self._is_as_compared(relative, info) and path.is_file() and matches(path, info):
+            about = path.stat()
+            self._copies[relative, info.sha256] = about.st_ino, about.st_mtime_ns
+        return self._is_as_compared(relative, info)
 
     def _listed_file(self, relative: str, info: FileInfo, kind: Kind, compare: bool) -> str:
         """See `Dataset.listed_files`; the parts of a score stay at the URL, a plan was copied."""
@@ -209,3 +402,12 @@ class RemoteDataset(Dataset):
         """See `Dataset.check_index`. The index stays at the URL, where only a whole file has a digest, but for "whole"."""
         if self.check == "whole":
             super().check_index()
+
+
+def _equal(first: pa.ChunkedArray, second: pa.ChunkedArray) -> bool:
+    """Whether two columns of one type have the same values; NaN equals NaN."""
+    if pa.types.is_floating(first.type):
+        ours, theirs = first.to_numpy(), second.to_numpy()
+        same_nulls = bool(first.is_null().equals(second.is_null()))
+        return same_nulls and bool(np.array_equal(ours, theirs, equal_nan=True))
+    return bool(first.equals(second))

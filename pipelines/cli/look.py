@@ -34,6 +34,7 @@ from kdata.pipelines.cli.common import (
     say_unchecked,
 )
 from kdata.selection.plan import open_plan
+from kdata.share.provenance import provenance, provenance_lines
 from kdata.store.kept_counts import kept_lines
 
 DOMAINS = (
@@ -42,15 +43,28 @@ DOMAINS = (
 )
 
 
-def info(dataset: DatasetArgument, format: FormatOption = Format.table) -> None:
+def info(
+    dataset: DatasetArgument,
+    chain: Annotated[
+        bool, typer.Option("--provenance", help="Show by which commands it was made, of what, back to the teacher.")
+    ] = False,
+    format: FormatOption = Format.table,
+) -> None:
     """Show what a dataset is and how much it holds.
 
     \b
     Examples:
       kdata info my-dataset
       kdata info hf://OWNER/NAME --format json
+      kdata info my-dataset --provenance
     """
     opened = kdata.open(dataset)
+    if chain:
+        if format is Format.json:
+            print_json(provenance(opened.info))
+        else:
+            say(*provenance_lines(opened.info))
+        return
     facts, domains = facts_of(opened), opened.sql(DOMAINS, values="text")
     if format is Format.json:
         print_json({**facts, "domains": domains.to_pylist()})

@@ -85,6 +85,8 @@ COMMANDS: dict[str, dict[str, Entry]] = {
     },
     "Share": {
         "push": Entry("share:push", "Copy a dataset to a folder or to the Hub."),
+        "pull": Entry("share:pull", "Bring a dataset from the Hub or a URL, or rows of it."),
+        "diff": Entry("share:diff", "Show what differs between two datasets or versions."),
         "export": Entry("share:export", "Write a dataset in another tool's format."),
         "merge": Entry("share:merge", "Put the rows of several datasets into one."),
         "split": Entry("share:split", "Cut a dataset into parts."),

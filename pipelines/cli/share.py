@@ -1,19 +1,32 @@
-"""Commands that share and rearrange datasets: push, export, merge, split, head."""
+"""Commands that share and rearrange datasets: push, pull, diff, export, merge, split, head."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import kdata
 from kdata.errors import ConfigError
-from kdata.pipelines.cli.common import DatasetArgument, NewFolderArgument, local_folder, say, say_rows
+from kdata.pipelines.cli.common import (
+    DatasetArgument,
+    Format,
+    FormatOption,
+    NewFolderArgument,
+    local_folder,
+    print_json,
+    print_rows,
+    say,
+    say_rows,
+    say_unchecked,
+)
 from kdata.selection.plan import open_plan
 from kdata.share.arrange import head as take_head
 from kdata.share.arrange import merge as merge_datasets
 from kdata.share.arrange import split as split_dataset
+from kdata.share.diff import diff as diff_datasets
 from kdata.share.interchange.exporter import export_dataset
+from kdata.share.pull import pull as pull_dataset
 from kdata.share.push import push as push_dataset
 from kdata.store.url import is_url
 
@@ -39,6 +52,82 @@ def push(
         raise ConfigError(f"{destination}: push copies to a folder or to hf://OWNER/NAME; name one of these")
     place = push_dataset(kdata.open(dataset), destination, public=public, allow_secrets=allow_secrets)
     say(f"pushed to {place}")
+
+
+def pull(
+    dataset: DatasetArgument,
+    target: NewFolderArgument,
+    plan: Annotated[str | None, typer.Option(metavar="NAME", help="Only the rows of this plan, once each.")] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(metavar="SQL", help="Only rows for which this is true: columns of rows, or SCORE.COLUMN."),
+    ] = None,
+) -> None:
+    """Bring a dataset from the Hub or a URL, or rows of it.
+
+    The copy is verified. Called again after an interruption, it goes on.
+
+    \b
+    Examples:
+      kdata pull hf://OWNER/NAME@v1 my-dataset
+      kdata pull hf://OWNER/NAME some-code --where "domain = 'code'"
+    """
+    say_rows(pull_dataset(kdata.open(dataset), local_folder(target), plan=plan, where=where))
+
+
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="Dataset: a folder, hf://OWNER/NAME[@REVISION], or a URL.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another one, or another version of it.")],
+    limit: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Ids that are named of each kind; all are counted.")
+    ] = 10,
+    format: FormatOption = Format.table,
+) -> None:
+    """Show what differs between two datasets or versions.
+
+    Rows are compared by id and content, without the payload. Settings, teacher, scores and plans are compared, too.
+
+    \b
+    Examples:
+      kdata diff hf://OWNER/NAME@v1 hf://OWNER/NAME@v2
+      kdata diff my-dataset other --format json
+    """
+    a, b = kdata.open(first), kdata.open(second)
+    facts = diff_datasets(a, b, limit=limit)
+    if format is Format.json:
+        print_json(facts)
+    else:
+        print_difference(facts)
+    say_unchecked(a)
+    say_unchecked(b)
+
+
+def print_difference(facts: dict[str, Any]) -> None:
+    """Print the result of `diff` for a person."""
+    for name in ("a", "b"):
+        one = facts[name]
+        commit = "" if one["commit"] is None else f" at {one['commit'][:12]}"
+        say(
+            f"{name}: {one['place']}{commit}: {one['rows']:,} rows, {one['tokens']:,} tokens, {one['content_digest'][:12]}"
+        )
+    if facts["same"]:
+        say("no difference in rows, settings, teacher, scores and plans")
+        return
+    rows = [
+        [kind.replace("_", " "), f"{one['count']:,}", f"{one['tokens']:,}", ", ".join(one["first"])]
+        for kind, one in facts["rows"].items()
+    ]
+    print_rows(["rows", "count", "tokens", "first ids"], rows, right=[False, True, True, False])
+    different = [
+        [key, *(value or "" for value in pair)] for key, pair in (facts["teacher"] | facts["settings"]).items()
+    ]
+    if different:
+        print_rows(["setting", "a", "b"], different, right=[False] * 3)
+    for kind in ("scores", "plans"):
+        if facts[kind] is None:
+            say(f"{kind}: not compared, a web server does not list them")
+        elif any(facts[kind].values()):
+            say(f"{kind}: " + "; ".join(f"{what} {', '.join(names)}" for what, names in facts[kind].items() if names))
 
 
 def export(

@@ -17,7 +17,7 @@ from kdata import errors
 ROOT = Path(__file__).resolve().parents[2]
 FUNCTIONS = {
     "open", "capture", "generate", "score", "select", "make_plan", "combine", "merge", "split", "head", "verify", "repair",
-    "push", "retokenize", "soften",
+    "push", "retokenize", "soften", "pull", "diff",
 }  # fmt: skip
 CLASSES = {"Dataset", "Row", "Sequences", "Plan"}
 

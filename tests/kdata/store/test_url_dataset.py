@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import re
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
 
@@ -27,54 +24,7 @@ from kdata.selection.select import select
 from kdata.store.url_dataset import SCHEME
 from tests.fakes import digests
 from tests.kdata.selection.plans import Row, dataset_of, score_with
-
-
-class Files:
-    """A stand-in for a web server with a folder of files: GET and HEAD, ranges, no listing.
-
-    `sent` has path, first byte and number of bytes of each answer.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.sent: list[tuple[str, int, int]] = []
-        files = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args: object) -> None:
-                """Say nothing."""
-
-            def do_HEAD(self) -> None:
-                self._answer(False)
-
-            def do_GET(self) -> None:
-                self._answer(True)
-
-            def _answer(self, body: bool) -> None:
-                path = root / self.path.lstrip("/")
-                content = path.read_bytes() if path.is_file() else None
-                asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-                first, last = (int(asked[1]), int(asked[2] or 10**12)) if asked else (0, 10**12)
-                part = b"" if content is None else content[first : last + 1]
-                self.send_response(404 if content is None else 206 if asked else 200)
-                if content is not None:
-                    self.send_header("Accept-Ranges", "bytes")
-                    self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
-                self.send_header("Content-Length", str(len(part)))
-                self.end_headers()
-                if body:
-                    files.sent.append((self.path.lstrip("/"), first, len(part)))
-                    self.wfile.write(part)
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        """Stop serving."""
-        self._server.shutdown()
-        self._server.server_close()
+from tests.web import Files
 
 
 @pytest.fixture
@@ -134,6 +84,16 @@ def test_only_the_columns_of_a_query_are_fetched(dataset: kdata.Dataset, served:
     assert needed <= total <= needed + len(files) * (16384 + 1024) and total < whole / 8, (needed, total, whole)
 
 
+def test_the_end_of_a_file_is_fetched_once(dataset: kdata.Dataset, served: Files) -> None:
+    """Each query has a connection of its own, which begins with the footers; columns are fetched for each."""
+    opened = kdata.open(f"{served.url}/d")
+    for query in ("select max(nll) from rows", "select max(num_tokens) from rows", "select min(nll) from rows"):
+        assert opened.sql(query).to_pylist() == dataset.sql(query).to_pylist()
+    sizes = {f"d/index/{path.name}": path.stat().st_size for path in (dataset.path / "index").iterdir()}
+    ends = [path for path, first, count in served.sent if first + count == sizes.get(path)]
+    assert sorted(ends) == sorted(sizes)
+
+
 def test_a_plan_is_selected_without_a_copy_and_equals_the_local_one(dataset: kdata.Dataset, served: Files) -> None:
     opened = kdata.open(f"{served.url}/d")
     by_query = Sql(sql="select id from rows order by nll, id limit 9")
@@ -153,12 +113,12 @@ def test_a_plan_is_selected_without_a_copy_and_equals_the_local_one(dataset: kda
 
 def test_a_file_that_is_copied_is_compared_with_its_digest(dataset: kdata.Dataset, served: Files) -> None:
     opened = kdata.open(f"{served.url}/d")
-    assert opened.index(["id"]).equals(dataset.index(["id"]))
+    assert opened.index().equals(dataset.index())
     path = dataset.path / "index/capture-00001.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     (opened.path / "index/capture-00001.parquet").unlink()
     with pytest.raises(OSError, match="damaged"):
-        kdata.open(f"{served.url}/d").index(["id"])
+        kdata.open(f"{served.url}/d").index()
 
 
 def test_nothing_but_the_dataset_can_be_read(dataset: kdata.Dataset, served: Files, tmp_path: Path) -> None:
@@ -229,7 +189,7 @@ def test_another_process_opens_it_by_its_address(dataset: kdata.Dataset, served:
 
 def test_a_query_does_not_read_a_copy_that_is_out_of_date(dataset: kdata.Dataset, served: Files) -> None:
     opened = kdata.open(f"{served.url}/d")
-    opened.index(["id"])
+    opened.index()
     path = opened.path / "index/capture-00000.parquet"
     path.write_bytes((opened.path / "index/capture-00001.parquet").read_bytes())
     again = kdata.open(f"{served.url}/d")

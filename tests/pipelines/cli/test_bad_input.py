@@ -52,6 +52,8 @@ CALLS = {
     "audit": ["{dataset}"],
     "exposure": ["{llama}", "--canaries", "{canaries}"],
     "push": ["{dataset}", "{local}"],
+    "pull": ["{dataset}", "{local}", "--where", "num_tokens > 0"],
+    "diff": ["{dataset}", "{other}"],
     "export": ["{dataset}", "{local}"],
     "merge": ["{dataset}", "{other}", "{local}"],
     "split": ["{dataset}", "{local}"],

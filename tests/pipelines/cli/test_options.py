@@ -30,7 +30,8 @@ OWN = {
     "--canaries", "--candidates", "--oracle", "--trained-on", "--pattern",  # exposure, hacking, soften
     "--margins", "--list",  # score, select
     "--from", "--unit", "--method", "--memory", "--threads", "--picture", "--positions",  # score, select, plan show
-    "--where",  # hygiene, select, view
+    "--where",  # hygiene, select, view, pull
+    "--provenance", "--limit",  # info, diff
     "--check",  # sql
     "--beside", "--port", "--open", "--export", "--rows",  # view
     "--price-per-hour", "--probe-tokens",  # estimate
@@ -38,7 +39,7 @@ OWN = {
 }  # fmt: skip
 FORMAT_OF_OUTPUT = {
     "info", "sql", "status", "verify", "audit", "evaluate", "plan show", "plan compare", "export", "estimate", "advise",
-    "exposure", "hacking",
+    "exposure", "hacking", "diff",
 }  # fmt: skip
 # Options with another name than their field: the option is named for the part of the settings that the field stands for.
 RENAMED = {

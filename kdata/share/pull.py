@@ -1,0 +1,99 @@
+"""Bring a dataset from a URL or the Hub to a folder: all of it, or the rows of a plan or a condition."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from kdata.check.verify import verify
+from kdata.errors import ConfigError, CorruptError, DataError
+from kdata.format.files import local_path, lock_of, storage_errors, sync_directory, sync_tree
+from kdata.observe.progress import Task
+from kdata.selection.plan import open_plan
+from kdata.share.arrange import new_folder, write_rows
+from kdata.store.conditions import check_condition
+from kdata.store.dataset import Dataset
+from kdata.store.open import open_dataset
+from kdata.store.url_dataset import RemoteDataset
+
+
+def pull(dataset: Dataset, target: Path | str, *, plan: str | None = None, where: str | None = None) -> Dataset:
+    """Copy a dataset that is elsewhere, or some of its rows, to a folder, and verify what is there.
+
+    All of it is a copy, byte for byte, with scores, plans and card where the place can list them. It is made in `.NAME.pull`
+    beside the folder, which becomes the folder at the end: a call that was stopped goes on there. Rows are written as a
+    dataset of their own, as `kdata split` does, of shards in the cache; only shards that hold one are fetched.
+
+    Args:
+        target: a folder that does not exist yet, or is empty.
+        plan: name of a plan: its rows, once each.
+        where: a condition in SQL over the columns of `rows`, and of scores as NAME.COLUMN.
+    Raises:
+        ConfigError: plan and condition, or a folder as the dataset without one of them; the folder is not free.
+        DataError: no row meets the condition.
+        MismatchError: the dataset has changed since it was opened.
+        CorruptError: a file is not what was committed.
+        StorageError: the place cannot be read, another process writes to the folder, or the disk refused.
+    """
+    target = local_path(target, "name a new folder")
+    if plan is not None and where is not None:
+        raise ConfigError("--plan and --where both choose rows; give one of them (`kdata select --where` makes a plan)")
+    if plan is not None:
+        rows = np.unique(open_plan(dataset, plan).rows(dataset))
+        _pull_rows(dataset, rows, target, {"by": "plan", "part": plan})
+    elif where is not None:
+        _pull_rows(dataset, rows_where(dataset, where), target, {"by": "where", "part": where})
+    elif isinstance(dataset, RemoteDataset):
+        _pull_all(dataset, target)
+    else:
+        raise ConfigError(
+            f"{dataset.place} is a folder on this machine; copy it with `kdata push`, or name --plan or --where"
+        )
+    return open_dataset(target)
+
+
+def rows_where(dataset: Dataset, where: str) -> np.ndarray:
+    """Global row numbers int64, rising, of the rows that meet a condition. Raises ConfigError, QueryError, DataError."""
+    scores = sorted(set(check_condition(where)) - {"rows"})
+    joins = "".join(f' left join scores."{name}" as "{name}" on "{name}".id = rows.id' for name in scores)
+    for name in scores:
+        dataset.fetch_sidecar(name)
+    # On lines of its own, so that a comment ends in it.
+    ids = dataset.sql(f"select rows.id from rows{joins} where (\n{where}\n)")["id"].to_pylist()
+    if not ids:
+        raise DataError(f"no row of {dataset.place} meets the condition {where!r}")
+    return np.sort(dataset.rows_of(ids))
+
+
+def _pull_rows(dataset: Dataset, rows: np.ndarray, target: Path, what: dict[str, object]) -> None:
+    with new_folder(target) as folder:
+        write_rows(dataset, rows, folder, what)
+        _refuse_damaged(folder, dataset)
+
+
+def _pull_all(dataset: RemoteDataset, target: Path) -> None:
+    place = target.resolve()
+    partial = place.with_name(f".{place.name}.pull")
+    with storage_errors(target), lock_of(target):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ConfigError(f"{target} exists and is not an empty folder; name a new one")
+        partial.mkdir(parents=True, exist_ok=True)
+        total = sum(info.bytes for entry in dataset.manifest for info in entry.files.values())
+        with Task("pull", total, "bytes") as task:
+            dataset.copy_to(partial, task.advance)
+        _refuse_damaged(partial, dataset)
+        sync_tree(partial)
+        if place.exists():
+            place.rmdir()
+        os.rename(partial, place)
+        sync_directory(place.parent)
+
+
+def _refuse_damaged(folder: Path, dataset: Dataset) -> None:
+    problems = [problem for problem in verify(open_dataset(folder)) if not problem.stray]
+    if problems:
+        raise CorruptError(
+            f"the copy of {dataset.place} is not whole ({problems[0].path} {problems[0].what}); run the same command again"
+        )

@@ -1,0 +1,113 @@
+"""`kdata pull`: a copy byte for byte, or the rows of a plan or a condition; what happens when a connection ends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kdata
+from kdata.check.verify import verify
+from kdata.errors import ConfigError, DataError, MismatchError
+from kdata.pipelines.cli.main import call
+from kdata.selection.ranked import Random
+from kdata.selection.select import select
+from tests import bucket
+from tests.fakes import digests
+from tests.kdata.selection.plans import Row, dataset_of, score_with
+from tests.web import Files
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> kdata.Dataset:
+    """Twelve rows in six shards, with a score and a plan; an empty cache."""
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    rows = [Row(f"row-{n:02}", "ab"[n >= 6], 4 + n % 3, 1.0 + n) for n in range(12)]
+    written = dataset_of(tmp_path / "home" / "d", rows, shard_rows=2)
+    score_with(written, {row.id: n * 5 % 12 for n, row in enumerate(rows)})
+    select(written, Random(share=0.5, name="half"))
+    return written
+
+
+@pytest.fixture
+def served(home: kdata.Dataset) -> Iterator[Files]:
+    files = Files(home.path.parent)
+    yield files
+    files.close()
+
+
+def test_all_of_it_is_a_copy_byte_for_byte(home: kdata.Dataset, tmp_path: Path) -> None:
+    (home.path / "README.md").write_text("the card")
+    url = f"{bucket.Bucket.protocol}://{home.path}"
+    assert call(["pull", url, str(tmp_path / "here")]) == 0
+    assert digests(tmp_path / "here") == digests(home.path)
+    assert verify(kdata.open(tmp_path / "here")) == []
+    with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+        kdata.pull(kdata.open(url), tmp_path / "here")
+
+
+def test_a_call_that_was_interrupted_goes_on(
+    home: kdata.Dataset, served: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served.cut = re.compile("data/capture-00003")
+    url, target = f"{served.url}/d", tmp_path / "here"
+    assert call(["pull", url, str(target)]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "capture-00003" in errors[0] and not target.exists()
+    served.cut, before = re.compile("(?!)"), len(served.sent)
+    assert call(["pull", url, str(target)]) == 0
+    again = [path for path, _, _ in served.sent[before:]]
+    assert "d/data/capture-00003.arrow" in again and "d/data/capture-00000.arrow" not in again
+    assert kdata.open(target).content_digest == home.content_digest and verify(kdata.open(target)) == []
+    assert not [path for path in target.parent.iterdir() if path.name.endswith(".pull")]
+
+
+def test_a_dataset_that_changes_meanwhile_is_refused(home: kdata.Dataset, served: Files, tmp_path: Path) -> None:
+    opened = kdata.open(f"{served.url}/d")
+    manifest = home.path / "manifest.jsonl"
+    whole = manifest.read_bytes()
+    manifest.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
+    with pytest.raises(MismatchError, match="has changed since it was opened; run the same command again"):
+        kdata.pull(opened, tmp_path / "here")
+    assert not (tmp_path / "here").exists()
+    manifest.write_bytes(whole)
+    assert kdata.pull(opened, tmp_path / "here").content_digest == home.content_digest
+
+
+def test_rows_of_a_plan_or_a_condition_fetch_their_shards_only(
+    home: kdata.Dataset, served: Files, tmp_path: Path
+) -> None:
+    opened = kdata.open(f"{served.url}/d")
+    some = kdata.pull(opened, tmp_path / "some", where="domain = 'b' and ref.nll < 6 -- a comment")
+    query = "select rows.id from rows join scores.ref using (id) where domain = 'b' and ref.nll < 6 order by rows.id"
+    expected = home.sql(query)["id"].to_pylist()
+    assert some.index()["id"].to_pylist() == expected and expected
+    shards = {row["shard"] for row in home.index().to_pylist() if row["id"] in expected}
+    assert {path for path, _, _ in served.sent if "/data/" in path} == {f"d/data/{name}.arrow" for name in shards}
+    half = kdata.pull(kdata.open(f"{served.url}/d"), tmp_path / "half", plan="half")
+    assert sorted(half.index()["id"].to_pylist()) == sorted(kdata.Plan.load(home.path / "plans/half").ids)
+    theirs = {row.id: row for row in home}
+    for row in half:
+        assert (row.token_ids == theirs[row.id].token_ids).all()
+    assert verify(half) == []
+    [source] = half.info.sources.values()
+    assert source.inputs[0].address == f"{served.url}/d" and source.inputs[0].digest == home.content_digest
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"plan": "half", "where": "true"}, ConfigError, "give one of them"),
+        ({"where": "num_tokens > 100"}, DataError, "no row of .* meets the condition"),
+        ({"where": "1; drop table rows"}, ConfigError, "condition"),
+        ({}, ConfigError, "is a folder on this machine"),
+    ],
+)
+def test_what_cannot_be_pulled(
+    home: kdata.Dataset, tmp_path: Path, options: dict[str, str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        kdata.pull(home, tmp_path / "here", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "here").exists()
