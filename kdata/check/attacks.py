@@ -12,7 +12,7 @@ import numba
 import numpy as np
 
 from kdata.errors import DataError
-from kdata.format.kept import draw_mask
+from kdata.format.kept import draw_mask, mix64
 from kdata.format.sequences import Sequences
 from kdata.store.dataset import Dataset
 
@@ -52,17 +52,9 @@ def context_hashes(sequences: Sequences) -> np.ndarray:
     starts_T = np.repeat(sequences.offsets[:-1], lengths)
     place_T = np.arange(len(sequences.token_ids)) - starts_T
     powers = np.cumprod(np.full(int(lengths.max(initial=1)), 0x9E3779B97F4A7C15, np.uint64), dtype=np.uint64)
-    terms_T = _mixed(sequences.token_ids.astype(np.uint64) + np.uint64(1)) * powers[place_T]
+    terms_T = mix64(sequences.token_ids.astype(np.uint64) + np.uint64(1)) * powers[place_T]
     before_T = np.concatenate((np.zeros(1, np.uint64), np.cumsum(terms_T, dtype=np.uint64)))
-    return _mixed(before_T[:-1] - before_T[starts_T] + place_T.astype(np.uint64))
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014), a bijection of uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = x ^ (x >> np.uint64(31))
-    return mixed
+    return mix64(before_T[:-1] - before_T[starts_T] + place_T.astype(np.uint64))
 
 
 def _released(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
