@@ -5,8 +5,9 @@ Shapes: T positions, N entries, B ids of the block, E eigenvalues = B, d hidden 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numba
 import numpy as np
@@ -14,15 +15,25 @@ import numpy as np
 from kdata.errors import DataError
 from kdata.format.kept import draw_mask, mix64
 from kdata.format.sequences import Sequences
-from kdata.store.dataset import Dataset
 
 ROWS_AT_ONCE = 64
+
+
+class Released(Protocol):
+    """What the attacks read: a `Dataset`, or some of its rows."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows."""
+
+    def take(self, rows: np.ndarray) -> Sequences:
+        """Some of them, by number."""
 
 
 # ------------------------------------------------------------------------------------------------------ algebra
 
 
-def distinct_per_context(datasets: list[Dataset], hidden_size: int | None) -> tuple[int, int | None]:
+def distinct_per_context(datasets: Sequence[Released], hidden_size: int | None) -> tuple[int, int | None]:
     """Most distinct ids released for one context, and how many contexts have more than d.
 
     A context is input_ids[:t], hashed to 64 bits. Two passes, so that contexts that occur once need no set: memory is 8 bytes
@@ -70,7 +81,7 @@ def _released(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
 # --------------------------------------------------------------------------------------------------- statistics
 
 
-def frequent_ids(datasets: list[Dataset], vocab_size: int, size: int) -> np.ndarray:
+def frequent_ids(datasets: Sequence[Released], vocab_size: int, size: int) -> np.ndarray:
     """The ids that are stored most often with an exact log-probability, int64 [B], rising. Raises DataError without any."""
     counts_V = np.zeros(vocab_size, np.int64)
     for sequences in _all(datasets):
@@ -112,7 +123,7 @@ class Moments:
 
 
 def co_moments(
-    datasets: list[Dataset], ids_B: np.ndarray, vocab_size: int, rng: np.random.Generator | None
+    datasets: Sequence[Released], ids_B: np.ndarray, vocab_size: int, rng: np.random.Generator | None
 ) -> tuple[Moments, int]:
     """Co-moments of the block's log-probabilities about each id's own mean, and the number of positions.
 
@@ -189,7 +200,7 @@ def subspace_overlap(moments_BB: np.ndarray, head_BD: np.ndarray) -> float:
     return float(((top.T @ basis) ** 2).sum() / basis.shape[1])
 
 
-def _all(datasets: list[Dataset]) -> Iterator[Sequences]:
+def _all(datasets: Sequence[Released]) -> Iterator[Sequences]:
     """All sequences, some rows at a time."""
     for dataset in datasets:
         for start in range(0, dataset.num_rows, ROWS_AT_ONCE):
