@@ -85,12 +85,12 @@ class StandInTeacher:
         """What `read` returns for one sequence, recorded from `start` on."""
         import torch
 
-        from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
+        from kdata.teachers.reduce import draws_of, readout_of, reduce_logits
 
         ids = np.asarray(ids, np.int32)
         logits_MV = torch.from_numpy(self.dense(ids)[start:].astype(np.float32))
         actual_M = torch.from_numpy(ids[start:].astype(np.int64))
-        return readout_of(ids, start, reduce_logits(logits_MV, actual_M, keep, draw_seed(ids, keep)))
+        return readout_of(ids, start, reduce_logits(logits_MV, actual_M, keep, draws_of(ids, start, keep)))
 
     def _count(self) -> None:
         if self._before_call is not None:

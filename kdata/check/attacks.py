@@ -5,24 +5,35 @@ Shapes: T positions, N entries, B ids of the block, E eigenvalues = B, d hidden 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numba
 import numpy as np
 
 from kdata.errors import DataError
-from kdata.format.kept import draw_mask
+from kdata.format.kept import draw_mask, mix64
 from kdata.format.sequences import Sequences
-from kdata.store.dataset import Dataset
 
 ROWS_AT_ONCE = 64
+
+
+class Released(Protocol):
+    """What the attacks read: a `Dataset`, or some of its rows."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows."""
+
+    def take(self, rows: np.ndarray) -> Sequences:
+        """Some of them, by number."""
 
 
 # ------------------------------------------------------------------------------------------------------ algebra
 
 
-def distinct_per_context(datasets: list[Dataset], hidden_size: int | None) -> tuple[int, int | None]:
+def distinct_per_context(datasets: Sequence[Released], hidden_size: int | None) -> tuple[int, int | None]:
     """Most distinct ids released for one context, and how many contexts have more than d.
 
     A context is input_ids[:t], hashed to 64 bits. Two passes, so that contexts that occur once need no set: memory is 8 bytes
@@ -52,17 +63,9 @@ def context_hashes(sequences: Sequences) -> np.ndarray:
     starts_T = np.repeat(sequences.offsets[:-1], lengths)
     place_T = np.arange(len(sequences.token_ids)) - starts_T
     powers = np.cumprod(np.full(int(lengths.max(initial=1)), 0x9E3779B97F4A7C15, np.uint64), dtype=np.uint64)
-    terms_T = _mixed(sequences.token_ids.astype(np.uint64) + np.uint64(1)) * powers[place_T]
+    terms_T = mix64(sequences.token_ids.astype(np.uint64) + np.uint64(1)) * powers[place_T]
     before_T = np.concatenate((np.zeros(1, np.uint64), np.cumsum(terms_T, dtype=np.uint64)))
-    return _mixed(before_T[:-1] - before_T[starts_T] + place_T.astype(np.uint64))
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014), a bijection of uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = x ^ (x >> np.uint64(31))
-    return mixed
+    return mix64(before_T[:-1] - before_T[starts_T] + place_T.astype(np.uint64))
 
 
 def _released(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +81,7 @@ def _released(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
 # --------------------------------------------------------------------------------------------------- statistics
 
 
-def frequent_ids(datasets: list[Dataset], vocab_size: int, size: int) -> np.ndarray:
+def frequent_ids(datasets: Sequence[Released], vocab_size: int, size: int) -> np.ndarray:
     """The ids that are stored most often with an exact log-probability, int64 [B], rising. Raises DataError without any."""
     counts_V = np.zeros(vocab_size, np.int64)
     for sequences in _all(datasets):
@@ -120,7 +123,7 @@ class Moments:
 
 
 def co_moments(
-    datasets: list[Dataset], ids_B: np.ndarray, vocab_size: int, rng: np.random.Generator | None
+    datasets: Sequence[Released], ids_B: np.ndarray, vocab_size: int, rng: np.random.Generator | None
 ) -> tuple[Moments, int]:
     """Co-moments of the block's log-probabilities about each id's own mean, and the number of positions.
 
@@ -197,7 +200,7 @@ def subspace_overlap(moments_BB: np.ndarray, head_BD: np.ndarray) -> float:
     return float(((top.T @ basis) ** 2).sum() / basis.shape[1])
 
 
-def _all(datasets: list[Dataset]) -> Iterator[Sequences]:
+def _all(datasets: Sequence[Released]) -> Iterator[Sequences]:
     """All sequences, some rows at a time."""
     for dataset in datasets:
         for start in range(0, dataset.num_rows, ROWS_AT_ONCE):

@@ -18,6 +18,7 @@ WARN begins where the simulation begins to recover W (about 7 pairs: subspace ov
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from kdata.check.attacks import (
 )
 from kdata.errors import ConfigError, DataError, DependencyError, MismatchError, MissingError
 from kdata.format.keep_rules import refuse_sorted
+from kdata.format.schema import DatasetInfo
+from kdata.format.sequences import Sequences
 from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
 from kdata.store.pretrained import model_files
@@ -92,8 +95,42 @@ class Audit:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of a dataset, as the audit reads them."""
+
+    dataset: Dataset
+    rows: np.ndarray
+
+    @property
+    def info(self) -> DatasetInfo:
+        """See `Dataset.info`."""
+        return self.dataset.info
+
+    @property
+    def place(self) -> str:
+        """See `Dataset.place`."""
+        return self.dataset.place
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the sample."""
+        return len(self.rows)
+
+    def take(self, rows: np.ndarray) -> Sequences:
+        """See `Dataset.take`."""
+        return self.dataset.take(self.rows[rows])
+
+
+def sample_of(dataset: Dataset, tokens: int) -> Sample:
+    """Rows at even distances, as many as have about so many tokens."""
+    share = min(1.0, tokens / max(dataset.num_tokens, 1))
+    number = max(1, round(share * dataset.num_rows))
+    return Sample(dataset, np.arange(number) * dataset.num_rows // number)
+
+
 def audit(
-    datasets: list[Dataset],
+    datasets: Sequence[Dataset | Sample],
     *,
     hidden_size: int | None = None,
     head_VD: np.ndarray | None = None,
@@ -103,7 +140,7 @@ def audit(
     """Run both attacks on all datasets that are or would be released of one teacher.
 
     Args:
-        datasets: all of them, as leaks add up; of one vocabulary.
+        datasets: all of them, as leaks add up; of one vocabulary. A sample (`sample_of`) shows less than all rows.
         hidden_size: d, where it is known.
         head_VD: float [V, d], the teacher's true output projection, as ground truth.
         block: ids in the co-moment matrix; None takes 2d, or 512 where d is unknown. Memory is 40 bytes times its square.
@@ -132,7 +169,7 @@ def audit(
     return _judge(d, k_eff, over, positions, ids_B, moments, nulls, head_VD)
 
 
-def _check(datasets: list[Dataset], head_VD: np.ndarray | None, hidden_size: int | None) -> int:
+def _check(datasets: Sequence[Dataset | Sample], head_VD: np.ndarray | None, hidden_size: int | None) -> int:
     if not datasets or not any(dataset.num_rows for dataset in datasets):
         raise DataError("the datasets have no rows, so there is nothing to audit; name datasets with rows")
     for dataset in datasets:

@@ -39,6 +39,8 @@ class Problem:
     stray: bool = False
 
 
+# Beside the data: the card, and in a shared copy what was looked at before, and Croissant metadata. No answer needs them.
+PAGES = ("README.md", "audit.json", "croissant.json")
 # Folders in which every file is kdata's own.
 FOLDERS = ("data", "index", "rejects", "scores", "plans", "tokenizer")
 STRAY = "belongs to nothing: no manifest line or JSON names it; a killed run left it, or a person added it"
@@ -227,7 +229,7 @@ def _listed(dataset: Dataset, kind: Kind) -> list[Problem]:
 
 def _strays(dataset: Dataset) -> list[Problem]:
     """Files that nothing names, in every folder; of a folder that is not kdata's, the folder alone."""
-    known = {"dataset.json", "manifest.jsonl", "README.md"}
+    known = {"dataset.json", "manifest.jsonl", *PAGES}
     known |= {relative for entry in dataset.manifest for relative in entry.files}
     known |= {f"tokenizer/{name}" for name in dataset.info.tokenizer_files}
     problems = []

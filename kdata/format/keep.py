@@ -98,6 +98,13 @@ class KeepConfig(Strict):
         "at each position; unbiased as independent draws are, with less noise. independent: datasets from before there was a "
         "choice.",
     )
+    draws_by: Literal["sequence", "context"] = Field(
+        "sequence",
+        exclude_if=lambda by: by == "sequence",
+        description="What draws depend on (sampled, hybrid, threshold). sequence: on the whole text, so that "
+        "texts with a common beginning release other ids there. context: on the tokens before the position alone, so that "
+        "equal contexts release the same ids; for teachers whose weights are not public.",
+    )
     temperatures: list[float] = Field(
         [],
         description="Further temperatures at which training shall be exact; their log-sum-exp is stored too.",
@@ -133,6 +140,8 @@ class KeepConfig(Strict):
             raise ValueError(
                 f"draw_method={self.draw_method} is for sampled and hybrid; kind threshold needs draw_method=systematic"
             )
+        if self.draws_by == "context" and self.tail != "draws":
+            raise ValueError(f"draws_by=context is for kinds with draws, and {self.kind} has none; leave it out")
         return self
 
     @property
@@ -188,6 +197,8 @@ class KeepConfig(Strict):
             self.tail == "draws" and self.draw_method != "independent"
         ):  # datasets from before this setting are independent
             settings["draw_method"] = self.draw_method
+        if self.tail == "draws" and self.draws_by != "sequence":
+            settings["draws_by"] = self.draws_by
         if self.positions is not None:
             settings["positions"] = self.positions.model_dump()
         return {**settings, "temperatures": self.temperatures} if self.temperatures else settings

@@ -135,3 +135,11 @@ def pad(num_kept: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, width: int)
     ids_TK[filled_TK] = ids
     logprobs_TK[filled_TK] = logprobs
     return ids_TK, logprobs_TK
+
+
+def mix64(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele et al. 2014), a bijection of uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed

@@ -226,6 +226,8 @@ TeacherInfo.model_rebuild()
 
 # Setting of a source whose inputs have changed: how they were identified before, oldest first.
 FORMER = "former"
+# Keys of a source's corpus or prompts that identify it by content.
+IDENTITY_KEYS = ("sha256", "hub", "commit", "class_labels")
 # SHA-256 as text.
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from kdata.format.records import HasTokens, Reject, Shard
-from kdata.format.schema import ManifestEntry, shard_name
+from kdata.format.schema import IDENTITY_KEYS, ManifestEntry, shard_name
 from kdata.observe.progress import console
 from kdata.store.dataset import Dataset
 from kdata.store.index import read_index
@@ -33,7 +33,6 @@ from kdata.store.writer import Writer
 U = TypeVar("U")
 LABELS = ("id", "domain", "origin", "license")  # columns of the index that may change without being read again
 # Settings that identify a corpus by content.
-IDENTITY_KEYS = ("sha256", "hub", "commit", "class_labels")
 CORPUS_IDENTITY = tuple(f"{part}.{key}" for part in ("corpus", "prompts") for key in IDENTITY_KEYS)
 ID_ELSEWHERE = "the dataset has a row with this id already"  # of another source
 # Reasons that a teacher gives. Whether such a reject still holds is known only where its whole unit is as before.

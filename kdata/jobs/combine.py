@@ -363,9 +363,10 @@ def _vocab_size(inputs: list[Dataset]) -> int:
 
 
 def _unseeded(dataset: Dataset) -> CodecInfo:
-    """The codec without the seed of the draws: each teacher has its own, and no reader needs it."""
+    """The codec without what the draws come from: each teacher has its own seed, and no reader needs it."""
     codec = dataset.info.codec
-    return codec.model_copy(update={"parameters": {k: v for k, v in codec.parameters.items() if k != "draw_seed"}})
+    kept = {k: v for k, v in codec.parameters.items() if k not in ("draw_seed", "draws_by")}
+    return codec.model_copy(update={"parameters": kept})
 
 
 def _alike(dataset: Dataset) -> tuple[CodecInfo, int]:

@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kdata.errors import ConfigError, DataError, MismatchError, StorageError, settings_difference
 from kdata.format.files import (
@@ -46,7 +45,7 @@ from kdata.store.index import UNREADABLE, damaged, read_index, read_part
 from kdata.store.open import open_dataset
 from kdata.store.payload import read_payload
 from kdata.store.pick import renamed, tables
-from kdata.store.shard import bind_payload, check_header, fits, write_payload, write_tables
+from kdata.store.shard import bind_payload, check_header, fits, write_parquet, write_payload, write_tables
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.store.writer import Writer
 
@@ -232,7 +231,8 @@ def _copy_shard(
         elif kind == "data" or name == entry.name:
             shutil.copyfile(path, target)
         else:
-            pq.write_table(renamed(table_of(path, kind), name, source), target, compression="zstd")
+            with target.open("wb") as file:
+                write_parquet(renamed(table_of(path, kind), name, source), file)
         files[f"{kind}/{target.name}"] = file_info(target)
     return entry.model_copy(update={"name": name, "source": source, "files": files})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from kdata.errors import ConfigError, KdataError
 from kdata.format.codec import codec_of
-from kdata.format.files import lock_of, storage_errors, write_atomically
-from kdata.format.schema import CodecError, index_schema, payload_schema
+from kdata.format.files import inside, lock_of, storage_errors, write_atomically
+from kdata.format.json_text import read_json
+from kdata.format.schema import FORMER, IDENTITY_KEYS, CodecError, DatasetInfo, SourceInfo, index_schema, payload_schema
 from kdata.observe.journal import Took, find_journal, lines_of, read_journal, took
 from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line
 from kdata.selection.plan import PlanInfo
@@ -35,14 +37,17 @@ EMPTY_NOTES = (
     b"\nWhat a reader should know and the files do not say. This part is kept when the card is written again.\n"
 )
 
+AUDIT = "audit.json"  # what was looked at before the dataset was shared, see `kdata.share.publication`
+MAX_AUDIT_BYTES = 10 << 20
+
 # Licence identifiers that the Hub knows. Any other becomes `other`, and the table in the card gives its name.
 HUB_LICENSES = frozenset(
     """
     apache-2.0 mit isc unlicense wtfpl zlib ncsa postgresql ofl-1.1 bsl-1.0 mpl-2.0 ms-pl epl-1.0
     epl-2.0 eupl-1.1 eupl-1.2 ecl-2.0 afl-3.0 artistic-2.0 osl-3.0 bsd bsd-2-clause bsd-3-clause
-    bsd-3-clause-clear gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 agpl-3.0 gfdl cc cc0-1.0 cc-by-2.0 cc-
-    by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-
-    nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 odbl odc-by
+    bsd-3-clause-clear gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 agpl-3.0 gfdl cc cc0-1.0 cc-by-2.0
+    cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0
+    cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 odbl odc-by
     pddl cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0 c-uda openrail llama2 llama3 llama3.1
     llama3.2 llama3.3 gemma unknown
     """.split()  # noqa: SIM905, a word list reads better than sixty quoted lines
@@ -58,6 +63,31 @@ _MEANS = (
 )
 
 
+class Looked(BaseModel):
+    """One finding in audit.json; see `kdata.share.fitness.Finding`."""
+
+    check: str
+    level: str
+    what: str
+    source: str | None = None
+
+
+class Said(BaseModel):
+    """What whoever shared the dataset said; see `kdata.share.fitness.About`."""
+
+    closed_teacher: bool = False
+    teacher_license: str | None = None
+    languages: list[str] = []
+
+
+class Record(BaseModel):
+    """audit.json. A stranger may have written it: all of it is text to show."""
+
+    dataset: str = ""
+    about: Said = Said()
+    findings: list[Looked] = []
+
+
 @dataclass(frozen=True)
 class Facts:
     """Numbers about a dataset: sizes in bytes, NLL and entropy in nats per target token.
@@ -71,6 +101,7 @@ class Facts:
     shards: int
     payload_bytes: int
     index_bytes: int
+    kept_mass: float | None
     codec_error: CodecError | None
     domains: list[dict[str, Any]]
     sources: list[dict[str, Any]]
@@ -78,6 +109,10 @@ class Facts:
     rejects: list[dict[str, Any]]
 
 
+LEVELS = {  # of findings, for a person
+    "stop": "against sharing", "ask": "ask", "keep": "conditions", "free": "clear", "skipped": "skipped",
+    "unknown": "not known",
+}  # fmt: skip
 SOURCE_WORDS = {  # by the kind of a source
     "generate": "text that the teacher wrote",
     "capture": "text that the teacher read",
@@ -117,14 +152,11 @@ def facts(dataset: Dataset) -> Facts:
         shards=len(entries),
         payload_bytes=size("data"),
         index_bytes=size("index"),
+        kept_mass=_sql(dataset, f"select {_MEANS} from rows")[0]["kept_mass"],
         codec_error=codec_error(dataset),
         domains=_sql(dataset, f"select domain as name, {_MEANS} from rows group by 1 order by tokens desc, name"),
         sources=sources,
-        licenses=_sql(
-            dataset,
-            "select domain, license, count(*) as num_rows, count(distinct origin) as origins, "
-            "min(origin) as example from rows group by all order by domain, license nulls last",
-        ),
+        licenses=facts_licenses(dataset),
         rejects=_sql(
             dataset,
             "select source, reason, count(*) as num_rows, min(detail) as example from rejects group by all "
@@ -198,18 +230,22 @@ def write_card(dataset: Dataset, *, title: str | None = None, cost: list[Took] |
     return path
 
 
-def card_page(dataset: Dataset, *, title: str | None = None, cost: list[Took] | None = None) -> bytes:
+def card_page(
+    dataset: Dataset, *, title: str | None = None, cost: list[Took] | None = None, record: Record | None = None
+) -> bytes:
     """The card as UTF-8 bytes; the notes of a card that is there are kept byte for byte.
 
     Args:
         title: headline; None writes one with the teacher's name.
         cost: what each source took; None reads the log beside the dataset (a copy of a dataset has none).
+        record: what was looked at before it is shared; None reads audit.json, if it is of the dataset as it is.
     Raises:
         ConfigError: README.md exists and is not a card (it has no notes marks).
         CorruptError: a part of the index or of the rejects is missing or damaged.
     """
     notes = _notes(dataset.path / "README.md")
-    page = _render(dataset, title, cost_of(dataset) if cost is None else cost).encode()
+    took = cost_of(dataset) if cost is None else cost
+    page = _render(dataset, title, took, _recorded(dataset) if record is None else record).encode()
     before, after = page.split(NOTES_BEGIN + NOTES_END)
     return before + NOTES_BEGIN + notes + NOTES_END + after
 
@@ -228,10 +264,79 @@ def _notes(path: Path) -> bytes:
     return content[begin + len(NOTES_BEGIN) : end]
 
 
-def _render(dataset: Dataset, title: str | None, cost: list[Took]) -> str:
+def _recorded(dataset: Dataset) -> Record:
+    """audit.json; nothing where there is none, or where it is of another state of the dataset, or damaged."""
+    try:
+        record = Record.model_validate(read_json(inside(dataset.path, AUDIT), MAX_AUDIT_BYTES))
+    except (OSError, ValueError, KdataError):
+        return Record()
+    return record if record.dataset == dataset.content_digest else Record()
+
+
+def headline(dataset: Dataset) -> str:
+    """The title of a card to which nobody gave one."""
+    return one_line(f"What {dataset.info.teacher.model} believed, token by token")
+
+
+def licenses_of(dataset: Dataset) -> list[str]:
+    """The licenses of the texts as the Hub names them: one that it does not know is `other`, none stated `unknown`."""
+    return _hub_licenses(facts_licenses(dataset))
+
+
+def facts_licenses(dataset: Dataset) -> list[dict[str, Any]]:
+    """Licenses by domain: rows, origins, and one of these."""
+    return _sql(
+        dataset,
+        "select domain, license, count(*) as num_rows, count(distinct origin) as origins, "
+        "min(origin) as example from rows group by all order by domain, license nulls last",
+    )
+
+
+def _stated(licenses: list[dict[str, Any]]) -> set[str]:
+    return {str(row["license"] or "unknown").strip().lower() for row in licenses}
+
+
+def _hub_licenses(licenses: list[dict[str, Any]]) -> list[str]:
+    return sorted({name if name in HUB_LICENSES else "other" for name in _stated(licenses)})
+
+
+def command_of(source: SourceInfo, info: DatasetInfo) -> str | None:
+    """The command that would make a source again; None for kinds that start from another dataset.
+
+    The texts are named by their digest in "How it was made". A value that is no plain word is left as `...`: the command
+    stands where a reader copies it from.
+    """
+    texts = {"capture": "--corpus", "generate": "--prompts"}.get(source.kind)
+    if texts is None:
+        return None
+    teacher = info.teacher
+    words = ["kdata", source.kind, "OUT", "--teacher", _plain_word(teacher.model), texts, "TEXTS"]
+    if teacher.revision is not None:
+        words += ["--set", f"teacher.revision={_plain_word(teacher.revision)}"]
+    if teacher.backend in ("vllm", "vllm-server", "transformers"):
+        words += ["--backend", teacher.backend]
+    for key, value in flatten(source.settings):
+        key = "num_draws" if key == "draws" else key
+        is_identity = key.partition(".")[2] in IDENTITY_KEYS or key == FORMER
+        if value not in ("null", "[]", "{}") and not is_identity:
+            words += ["--set", f"{_plain_word(key)}={_plain_word(value)}"]
+    lines = [""]
+    for word in words:  # in an indented block of Markdown, which ends where a line is not indented
+        if word.startswith("-") and len(lines[-1]) > 60:
+            lines[-1] += " \\"
+            lines.append("     ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return "\n    ".join(lines)
+
+
+def _plain_word(value: str) -> str:
+    return shlex.quote(value) if re.fullmatch(r"[\w./:@+,\[\] \"{}-]{1,200}", value) and "\n" not in value else "..."
+
+
+def _render(dataset: Dataset, title: str | None, cost: list[Took], record: Record) -> str:
     codec_of(dataset.info.codec)  # an unknown one is refused
     numbers = facts(dataset)
-    headline = one_line(title or f"What {dataset.info.teacher.model} believed, token by token")
+    name = headline(dataset) if title is None else one_line(title)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kdata.share", ""),
         finalize=escape_markdown,
@@ -241,9 +346,17 @@ def _render(dataset: Dataset, title: str | None, cost: list[Took]) -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template("card.md.j2").render(
-        header=Markdown(_header(numbers, headline)),
+        header=Markdown(_header(numbers, name, record.about.languages)),
+        record=record,
+        levels=LEVELS,
+        licenses=sorted(_stated(numbers.licenses)),
+        commands=[
+            (source, Markdown(command))
+            for source, own in sorted(dataset.info.sources.items())
+            if (command := command_of(own, dataset.info)) is not None
+        ],
         notes=Markdown((NOTES_BEGIN + NOTES_END).decode()),
-        title=headline,
+        title=name,
         info=dataset.info,
         fingerprint=dataset.content_digest,
         facts=numbers,
@@ -296,20 +409,23 @@ def _type_name(kind: pa.DataType) -> str:
     return {"halffloat": "float16", "float": "float32", "double": "float64"}.get(str(kind), str(kind))
 
 
-def _header(numbers: Facts, title: str) -> str:
-    """The YAML that the Hub reads. Configs name the Parquet index only, as one folder cannot mix formats."""
+def _header(numbers: Facts, title: str, languages: list[str]) -> str:
+    """The YAML that the Hub reads. Configs name the Parquet index only: `datasets` reads all of a card's configurations with
+    the reader of the first one, so the Arrow files of the payload cannot be one beside it."""
     # Not `huggingface_hub.DatasetCardData`: the client is an optional extra, and the card has the same bytes without it.
-    stated = {str(row["license"] or "unknown").strip().lower() for row in numbers.licenses}
-    names = sorted({name if name in HUB_LICENSES else "other" for name in stated})
+    stated, names = _stated(numbers.licenses), _hub_licenses(numbers.licenses)
     header: dict[str, Any] = {"pretty_name": re.sub(r"[<>]", "", title)}
     if names:
         header["license"] = names[0] if len(names) == 1 else names
     if names == ["other"] and len(stated) == 1:
         header["license_name"] = re.sub(r"[^a-z0-9.]+", "-", stated.pop()).strip("-.") or "other"
+    if languages:
+        header["language"] = [str(code) for code in languages]
+    header["task_categories"] = ["text-generation"]
     header["tags"] = ["logits", "distillation", "kdata"]
     header["size_categories"] = [_size_category(numbers.rows)]
     data_files = [{"split": "train", "path": "index/*.parquet"}]
-    header["configs"] = [{"config_name": "default", "data_files": data_files}]
+    header["configs"] = [{"config_name": "index", "default": True, "data_files": data_files}]
     return yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=1000).rstrip("\n")
 
 

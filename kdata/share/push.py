@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdata.check.secret_texts import refuse_secrets
 from kdata.check.verify import FOLDERS, verify
 from kdata.errors import ConfigError, CorruptError, DependencyError, StorageError
 from kdata.format.files import inside, local_path, lock_of, without_hidden
 from kdata.share.arrange import new_folder
-from kdata.share.card import card_page, cost_of, write_card
+from kdata.share.fitness import About
+from kdata.share.publication import publication
 from kdata.store.dataset import Dataset
 from kdata.store.hub import hub_errors, hub_name
 from kdata.store.listed import PLANS, SCORES, read_listing
 from kdata.store.open import open_dataset
 
 
-def push(dataset: Dataset, destination: str | Path, *, public: bool = False, allow_secrets: bool = False) -> str:
-    """Verify a dataset, look for secrets in its texts, and copy it, with its card, to a folder or to the Hub.
+def push(dataset: Dataset, destination: str | Path, *, public: bool = False, about: About | None = None) -> str:
+    """Verify a dataset, look whether it may be shared, and copy it, with its card, to a folder or to the Hub.
 
     On the Hub it takes the place of the dataset that was there, in one commit: shards, scores and plans that it does not
     have are deleted. Other files of the repository stay.
@@ -28,28 +29,30 @@ def push(dataset: Dataset, destination: str | Path, *, public: bool = False, all
     Args:
         destination: a folder that does not exist yet (or is empty), or hf://OWNER/NAME.
         public: Hub only: whether a new repository is public; otherwise it is private.
-        allow_secrets: do not look for secrets in the texts.
+        about: what only the one who shares knows, and which checks of `kdata.share.fitness` are left out.
     Returns:
         The folder, or the address on the Hub.
     Raises:
         CorruptError: the dataset, or the copy, is not whole.
-        DataError: a text holds what looks like a secret; see `kdata.check.secret_texts`.
+        DataError: something is against sharing it, or a text holds what looks like a secret.
         ConfigError: the folder is not free, the Hub name is not valid, or `destination` is another URL.
         DependencyError: the Hub's client is not installed.
         StorageError: the disk or the Hub refused, or a process is writing to the dataset or to the folder.
     """
-    destination = str(destination)
+    destination, about = str(destination), about or About()
     refuse_while_written(dataset)
     if destination.startswith("hf:"):
-        _refuse_unfit(dataset, allow_secrets)
-        return _push_to_hub(dataset, destination, public)
+        _refuse_damaged(dataset)
+        return _push_to_hub(dataset, destination, public, about)
     target = local_path(destination, "push copies to a folder or to the Hub (hf://OWNER/NAME)")
     with new_folder(target) as folder:
-        _refuse_unfit(dataset, allow_secrets)
+        _refuse_damaged(dataset)
+        pages = publication(dataset, about)
         for relative in dataset_files(dataset):
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(dataset.path / relative, folder / relative)
-        write_card(open_dataset(folder), cost=cost_of(dataset))
+        for name, content in pages.items():
+            (folder / name).write_bytes(content)
         if differences := verify(open_dataset(folder)):
             refuse_while_written(dataset)
             raise CorruptError(
@@ -59,15 +62,13 @@ def push(dataset: Dataset, destination: str | Path, *, public: bool = False, all
     return str(target)
 
 
-def _refuse_unfit(dataset: Dataset, allow_secrets: bool) -> None:
+def _refuse_damaged(dataset: Dataset) -> None:
     problems = [problem for problem in verify(dataset) if not problem.stray]  # what belongs to nothing stays behind
     if problems:
         listing = "\n".join(f"  {p.path} {p.what}" for p in problems[:10])
         raise CorruptError(
             f"{dataset.path} is damaged and was not shared; repair it first (kdata repair {dataset.path}):\n{listing}"
         )
-    if not allow_secrets:
-        refuse_secrets(dataset)
 
 
 def refuse_while_written(dataset: Dataset) -> None:
@@ -96,8 +97,9 @@ def dataset_files(dataset: Dataset) -> list[str]:
     return files
 
 
-def _push_to_hub(dataset: Dataset, destination: str, public: bool) -> str:
+def _push_to_hub(dataset: Dataset, destination: str, public: bool, about: About) -> str:
     name = hub_name(destination)
+    about = replace(about, url=f"https://huggingface.co/datasets/{name}")
     try:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
         from huggingface_hub.errors import LocalTokenNotFoundError
@@ -105,7 +107,7 @@ def _push_to_hub(dataset: Dataset, destination: str, public: bool) -> str:
         raise DependencyError("sharing on the Hub needs huggingface_hub: pip install 'kdata[hub]'") from error
     # The card goes up from memory: the dataset may be read-only, or somebody else's.
     files: dict[str, Path | bytes] = {relative: dataset.path / relative for relative in dataset_files(dataset)}
-    files["README.md"] = card_page(dataset)
+    files |= publication(dataset, about)
     api = HfApi()
     try:
         url = api.create_repo(name, repo_type="dataset", private=not public, exist_ok=True)

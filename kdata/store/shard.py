@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +44,9 @@ from kdata.store.index import UNREADABLE, damaged, read_index, read_part
 # shuffling) never share a record batch. Smaller batches cost bytes: 1 and 2 % at 4,096 and 2,048 tokens, 13 to 25 % for
 # single rows (64 kept entries; 16 + 16).
 ROWS_PER_BATCH, TOKENS_PER_BATCH = 32, 8192
+# Of a row group of the index, before compression. The Hub's viewer reads whole groups, 100 rows at a time, and gives up at
+# 300,000,000 bytes. Documents of 32,768 tokens to a shard stay far below; one very long document, or an import, may not.
+GROUP_BYTES = 64 << 20
 MASS_SLACK = 1e-3  # a float32 softmax sums to 1 within 1e-6; a larger sum than 1 + 1e-3 is not a distribution
 # Level 1: higher levels look for matches, and these make the entropy-coded planes larger (93 against 90 bytes per token for
 # 64 ids).
@@ -156,8 +160,36 @@ def write_payload(root: Path, relative: str, table: pa.Table, info: DatasetInfo,
 
 def _write_parquet(root: Path, relative: str, table: pa.Table) -> FileInfo:
     with new_file(root / f"{relative}.tmp") as file:
-        pq.write_table(table, file, compression="zstd")
+        write_parquet(table, file)
     return _settle(root, relative)
+
+
+def write_parquet(table: pa.Table, file: BinaryIO) -> None:
+    """Write a part of the index or of the rejects: row groups of at most GROUP_BYTES, a larger row in one of its own."""
+    table = table.combine_chunks()
+    with pq.ParquetWriter(file, table.schema, compression="zstd") as writer:
+        for begin, end in row_groups(row_bytes(table), GROUP_BYTES):
+            writer.write_table(table.slice(begin, end - begin), row_group_size=max(end - begin, 1))
+
+
+def row_bytes(table: pa.Table) -> np.ndarray:
+    """Bytes of the texts of each row, int64 [rows]; numbers, 8 bytes each at most, are counted with them."""
+    sizes = np.full(table.num_rows, 8 * table.num_columns, np.int64)
+    for name, field in zip(table.column_names, table.schema, strict=True):
+        if pa.types.is_string(field.type) and table.num_rows:
+            sizes += pc.fill_null(pc.binary_length(table[name]), 0).to_numpy()
+    return sizes
+
+
+def row_groups(bytes_R: np.ndarray, most: int) -> list[tuple[int, int]]:
+    """Begin and end of runs of rows that have at most `most` bytes, or are a single row; one empty run of no rows."""
+    groups, begin, filled = [], 0, 0
+    for row, size in enumerate(bytes_R.tolist()):
+        if filled + size > most and row > begin:
+            groups.append((begin, row))
+            begin, filled = row, 0
+        filled += size
+    return [*groups, (begin, len(bytes_R))]
 
 
 def _settle(root: Path, relative: str) -> FileInfo:

@@ -3,9 +3,10 @@
 It computes exact entries, draws, tail mass, log-sum-exp at further temperatures, entropy, and log-probability and rank
 of the actual token. The tail is the sum of the entries that are not kept, not 1 minus the kept mass, so it is exact
 even if it is tiny. Draws depend on the settings and the token ids of the sequence only (for written text: on the
-prompt's ids and the seed of the sample), not on order, batching or backend: uniforms come from numpy's Philox, and both
-backends invert the same cumulative sum. A uniform within rounding of a border may fall on either side, and so may a
-probability within rounding of the threshold, or a tail within rounding of a multiple of it.
+prompt's ids and the seed of the sample; with `draws_by=context`: on the ids before the position), not on order, batching
+or backend: uniforms come from numpy's Philox (by context: from SplitMix64), and both backends invert the same cumulative
+sum. A uniform within rounding of a border may fall on either side, and so may a probability within rounding of the
+threshold, or a tail within rounding of a multiple of it.
 
 From hidden states the head is applied chunk by chunk: never [tokens, V].
 
@@ -15,7 +16,7 @@ Shapes: M predicted positions, C of them in a chunk, V vocabulary, D hidden, K e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +27,7 @@ import torch
 
 from kdata.errors import DistributionError
 from kdata.format.keep import KeepConfig, keep_top
-from kdata.format.kept import Kept
+from kdata.format.kept import Kept, mix64
 from kdata.format.measures import Measures, beside, joined
 from kdata.teachers.base import Readout
 from kdata.teachers.row_kernel import BELOW_1, any_bad, reduce_rows
@@ -39,6 +40,8 @@ CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 CHUNK_ROWS = 128
 
 Logits = Callable[[int, int], torch.Tensor]
+Seeds = int | np.ndarray  # of the draws: of a sequence, or of each of its positions, uint64 [M]
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # the step of SplitMix64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +64,14 @@ class Rows(Measures):
     draw_shares: np.ndarray
 
 
-def reduce_logits(logits_MV: torch.Tensor, actual_M: torch.Tensor, keep: KeepConfig, seed: int) -> Reduced:
+def reduce_logits(logits_MV: torch.Tensor, actual_M: torch.Tensor, keep: KeepConfig, seed: Seeds) -> Reduced:
     """Reduce logits of one sequence's predicted positions.
 
     Args:
         logits_MV: [M, V], converted to float32 where they are not.
         actual_M: int64 [M], the tokens that are there.
         keep: what to keep.
-        seed: of the draws, see `draw_seed`.
+        seed: of the draws, see `draws_of`.
     """
     return reduce_chunks(
         lambda a, b: logits_MV[a:b].float(), logits_MV.shape[1], actual_M, keep, [(len(actual_M), seed)]
@@ -76,7 +79,7 @@ def reduce_logits(logits_MV: torch.Tensor, actual_M: torch.Tensor, keep: KeepCon
 
 
 def reduce_chunks(
-    logits: Logits, vocab_size: int, actual_M: torch.Tensor, keep: KeepConfig, parts: list[tuple[int, int]]
+    logits: Logits, vocab_size: int, actual_M: torch.Tensor, keep: KeepConfig, parts: Sequence[tuple[int, Seeds]]
 ) -> Reduced:
     """Reduce positions whose logits are made on demand.
 
@@ -118,7 +121,7 @@ def reads_the_head(vocab_size: int, device: str) -> bool:
     return CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * vocab_size) < CHUNK_ROWS
 
 
-def uniforms_of(parts: list[tuple[int, int]], keep: KeepConfig) -> np.ndarray:
+def uniforms_of(parts: Sequence[tuple[int, Seeds]], keep: KeepConfig) -> np.ndarray:
     """Uniforms in [0, 1), float64 [M, N], rising along N; N = 0 for kinds without draws.
 
     Of the kind threshold N = 1: the shift alone, as the number of evenly spaced points depends on the position.
@@ -127,15 +130,23 @@ def uniforms_of(parts: list[tuple[int, int]], keep: KeepConfig) -> np.ndarray:
     if not parts or not width:
         return np.zeros((sum(count for count, _ in parts), width))
     systematic = keep.draw_method == "systematic"
-    drawn = np.concatenate(
-        [
-            np.random.Generator(np.random.Philox(key=seed)).random((count, 1 if systematic else width))
-            for count, seed in parts
-        ]
-    )
+    drawn = np.concatenate([_uniforms(count, 1 if systematic else width, seed) for count, seed in parts])
     if not systematic:
         return np.sort(drawn, -1)
     uniforms: np.ndarray = np.minimum((np.arange(width) + drawn) / width, BELOW_1)
+    return uniforms
+
+
+def _uniforms(count: int, width: int, seed: Seeds) -> np.ndarray:
+    """Uniforms in [0, 1), float64 [count, width]: numpy's Philox, or SplitMix64 from the seed of each position.
+
+    SplitMix64 (Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014) needs no state that costs
+    more to make than the few numbers that a position draws.
+    """
+    if isinstance(seed, int):
+        return np.random.Generator(np.random.Philox(key=seed)).random((count, width))
+    mixed_MN = mix64(seed[:, None] + GOLDEN * np.arange(1, width + 1, dtype=np.uint64))
+    uniforms: np.ndarray = (mixed_MN >> np.uint64(11)) * 2.0**-53
     return uniforms
 
 
@@ -288,6 +299,29 @@ def draw_seed(token_ids: np.ndarray, keep: KeepConfig, sample: int | None = None
     if sample is not None:
         digest.update(b"written" + sample.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def draws_of(token_ids: np.ndarray, start: int, keep: KeepConfig, sample: int | None = None) -> Seeds:
+    """What the draws of the positions from `start` on come from, as `keep.draws_by` says.
+
+    Args:
+        token_ids: int32 [T], the whole sequence.
+        sample: seed of the sample, of text that was written behind token_ids[:start].
+    Returns:
+        `draw_seed`, or of each position a digest of the setting and the ids before it, uint64 [T - start]. Then equal
+        contexts have equal uniforms, whatever follows and wherever they stand, and equal draws where the teacher's
+        distribution is equal to the bit.
+    """
+    if keep.draws_by == "sequence":
+        return draw_seed(token_ids if sample is None else token_ids[:start], keep, sample)
+    digest = hashlib.blake2b(digest_size=8, key=keep.draw_seed.to_bytes(8, "little"), person=b"context")
+    ids = np.ascontiguousarray(token_ids, "<i4").tobytes()
+    digest.update(ids[: 4 * start])
+    seeds = []
+    for place in range(start, len(token_ids)):
+        seeds.append(digest.copy().digest())
+        digest.update(ids[4 * place : 4 * place + 4])
+    return np.frombuffer(b"".join(seeds), "<u8")
 
 
 def readout_of(token_ids: np.ndarray, start: int, reduced: Reduced) -> Readout:

@@ -21,7 +21,7 @@ import torch
 from kdata.errors import DistributionError, TeacherError
 from kdata.format.keep import KeepConfig
 from kdata.format.measures import joined
-from kdata.teachers.reduce import Reduced, Rows, assemble, draw_seed, picked, reduce_each, uniforms_of
+from kdata.teachers.reduce import Reduced, Rows, assemble, draw_seed, draws_of, picked, reduce_each, uniforms_of
 
 KEY = "kdata_tape"  # of SamplingParams.extra_args: (tape, number of the request on it)
 TAPES: dict[int, Tape] = {}
@@ -40,11 +40,18 @@ class Tape:
     """
 
     def __init__(self, prompts: Sequence[np.ndarray], seeds: Sequence[int], keep: KeepConfig, max_tokens: int) -> None:
-        self._keep, self._number = keep, next(_NUMBERS)
-        self._uniforms = [
-            uniforms_of([(max_tokens, draw_seed(prompt, keep, seed))], keep)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+        self._keep, self._number, self._max_tokens = keep, next(_NUMBERS), max_tokens
+        self._prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
+        self._by_context = keep.draws_by == "context"
+        self._uniforms = (
+            []
+            if self._by_context
+            else [
+                uniforms_of([(max_tokens, draw_seed(prompt, keep, seed))], keep)
+                for prompt, seed in zip(self._prompts, seeds, strict=True)
+            ]
+        )
+        self._seeds: list[dict[int, int]] = [{} for _ in prompts]
         self._chunks: list[Rows] = []
         self._num_rows = 0
         self._places: list[dict[int, int]] = [{} for _ in prompts]
@@ -60,27 +67,38 @@ class Tape:
         """The `extra_args` of a request."""
         return {KEY: (self._number, request)}
 
-    def take(self, logits_BV: torch.Tensor, requests: Sequence[tuple[int, int]]) -> None:
-        """Reduce rows; `requests` has the request of each row and the number of tokens that it has written so far."""
+    def take(self, logits_BV: torch.Tensor, requests: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Reduce rows; `requests` has the request of each row and the tokens that it has written so far."""
         is_finite = (logits_BV < torch.inf).all(1).tolist()  # -inf is the logit of an id that is impossible
         live = []
-        for n, (request, t) in enumerate(requests):
+        for n, (request, written) in enumerate(requests):
             if not is_finite[n]:
-                self._places[request][t] = NOT_FINITE
-            elif t < len(self._uniforms[request]):  # else the request has ended: no token is drawn from the row
+                self._places[request][len(written)] = NOT_FINITE
+            elif len(written) < self._max_tokens:  # else the request has ended: no token is drawn from the row
                 live.append(n)
         if not live:
             return
-        uniforms_BN = np.stack([self._uniforms[requests[n][0]][requests[n][1]] for n in live])
+        uniforms_BN = np.stack([self._uniforms_of(*requests[n]) for n in live])
         rows_BV = logits_BV if len(live) == len(logits_BV) else logits_BV[live]
         nothing_B = torch.zeros(len(live), dtype=torch.long, device=logits_BV.device)  # the tokens are not drawn yet
         self._chunks += reduce_each(
             lambda a, b: rows_BV[a:b].contiguous(), rows_BV.shape[1], nothing_B, self._keep, uniforms_BN
         )
         for place, n in enumerate(live):
-            request, t = requests[n]
-            self._places[request][t] = self._num_rows + place
+            request, written = requests[n]
+            self._places[request][len(written)] = self._num_rows + place
         self._num_rows += len(live)
+
+    def _uniforms_of(self, request: int, written: Sequence[int]) -> Any:
+        """Uniforms [N] of the next token of a request."""
+        place = len(written)
+        if not self._by_context:
+            return self._uniforms[request][place]
+        ids = np.concatenate([self._prompts[request], np.asarray(written, np.int32), np.zeros(1, np.int32)])
+        seeds = draws_of(ids, len(ids) - 1, self._keep)
+        assert isinstance(seeds, np.ndarray)
+        self._seeds[request][place] = int(seeds[0])
+        return uniforms_of([(1, seeds)], self._keep)[0]
 
     def reduced(
         self, request: int, token_ids: np.ndarray, logprob_L: np.ndarray, rank_L: np.ndarray, tolerance: float
@@ -102,6 +120,11 @@ class Tape:
             raise DistributionError("the teacher's logits hold NaN or infinity")
         if -1 in places:
             raise TeacherError("vLLM drew tokens from rows that it did not show; set path=hidden")
+        if self._by_context:
+            ids = np.concatenate([self._prompts[request], token_ids])
+            seeds = draws_of(ids, len(self._prompts[request]), self._keep)
+            if [self._seeds[request][place] for place in range(len(token_ids))] != np.asarray(seeds).tolist():
+                raise TeacherError("vLLM showed rows before the tokens that they follow were known; set path=hidden")
         rows = picked(self._chunks[0], np.array(places))
         hit_LK = rows.ids == token_ids[:, None]
         is_kept = hit_LK.any(1)

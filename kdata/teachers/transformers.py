@@ -20,7 +20,7 @@ from kdata.store.checkpoint_kind import use_exact_attention
 from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig, refuse_structure
 from kdata.teachers.model import as_folder, model_identity, sizes_of
-from kdata.teachers.reduce import draw_seed, readout_of, reduce_logits
+from kdata.teachers.reduce import draws_of, readout_of, reduce_logits
 from kdata.teachers.windows import by_windows, rows_per_step
 
 
@@ -89,13 +89,11 @@ class TransformersTeacher:
         return readouts
 
     def _read_one(
-        self, ids: np.ndarray, logits_MV: torch.Tensor, start: int, keep: KeepConfig, draws: int | None = None
+        self, ids: np.ndarray, logits_MV: torch.Tensor, start: int, keep: KeepConfig, sample: int | None = None
     ) -> Readout:
-        """Readout of `ids` whose positions from `start` on are predicted by the rows of `logits_MV`; `draws`: their seed."""
+        """Readout of `ids` whose positions from `start` on the rows of `logits_MV` predict; `sample`: see `draws_of`."""
         actual_M = torch.tensor(ids[start:], dtype=torch.long, device=logits_MV.device)
-        return readout_of(
-            ids, start, reduce_logits(logits_MV, actual_M, keep, draw_seed(ids, keep) if draws is None else draws)
-        )
+        return readout_of(ids, start, reduce_logits(logits_MV, actual_M, keep, draws_of(ids, start, keep, sample)))
 
     @torch.inference_mode()
     def write(
@@ -138,8 +136,7 @@ class TransformersTeacher:
                 finish = "stop"
                 break
         whole = np.array(ids, np.int32)
-        draws = draw_seed(prompt, keep, seed)
-        return Completion(self._read_one(whole, torch.stack(rows), len(prompt), keep, draws), len(prompt), finish)  # type: ignore[arg-type]
+        return Completion(self._read_one(whole, torch.stack(rows), len(prompt), keep, seed), len(prompt), finish)  # type: ignore[arg-type]
 
     def _pad(self, sequences: list[np.ndarray]) -> torch.Tensor:
         longest = max(len(ids) for ids in sequences)

@@ -59,7 +59,7 @@ from kdata.teachers.reduce import (
     CHUNK_ROWS,
     Rows,
     assemble,
-    draw_seed,
+    draws_of,
     picked,
     readout_of,
     reads_the_head,
@@ -368,7 +368,7 @@ class VllmTeacher:
         actual_M = torch.tensor(
             np.concatenate([ids[1:] for ids, _ in inputs]), dtype=torch.long, device=hidden_MD.device
         )
-        uniforms_MN = uniforms_of([(len(ids) - 1, draw_seed(ids, keep)) for ids, _ in inputs], keep)
+        uniforms_MN = uniforms_of([(len(ids) - 1, draws_of(ids, 1, keep)) for ids, _ in inputs], keep)
         logits = lambda begin, end: self._head.logits(hidden_MD[begin:end])  # noqa: E731
         rows = Rows(**joined(reduce_each(logits, self.vocab_size, actual_M, keep, uniforms_MN)))
         readouts, begin = [], 0
@@ -672,14 +672,14 @@ class TapeProcessor(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Reduce the rows; the logits are returned as they are."""
-        by_tape: dict[int, list[tuple[int, int, int]]] = {}
+        by_tape: dict[int, list[tuple[int, int, list[int]]]] = {}
         for place, (tape, request, output) in sorted(self._requests.items()):
-            by_tape.setdefault(tape, []).append((place, request, len(output)))
+            by_tape.setdefault(tape, []).append((place, request, output))
         for number, entries in by_tape.items():
             if number in TAPES:
                 places = [place for place, _, _ in entries]
                 mine = logits if places == list(range(len(logits))) else logits[places]
-                TAPES[number].take(mine, [(request, t) for _, request, t in entries])
+                TAPES[number].take(mine, [(request, output) for _, request, output in entries])
         return logits
 
 

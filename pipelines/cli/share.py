@@ -25,6 +25,7 @@ from kdata.share.arrange import head as take_head
 from kdata.share.arrange import merge as merge_datasets
 from kdata.share.arrange import split as split_dataset
 from kdata.share.diff import diff as diff_datasets
+from kdata.share.fitness import About
 from kdata.share.interchange.exporter import export_dataset
 from kdata.share.pull import pull as pull_dataset
 from kdata.share.push import push as push_dataset
@@ -42,15 +43,36 @@ def push(
     allow_secrets: Annotated[
         bool, typer.Option("--allow-secrets", help="Share texts that hold what looks like a key or token.")
     ] = False,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CHECK", help="Leave a check out: leakage, personal, licenses or secrets."),
+    ] = None,
+    closed_teacher: Annotated[
+        bool, typer.Option("--closed-teacher", help="The teacher's weights are not public: look whether they leak.")
+    ] = False,
+    teacher_license: Annotated[
+        str | None, typer.Option(metavar="ID", help="The teacher's license, such as apache-2.0 or llama3.1.")
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(metavar="CODE", help="Language of the texts, such as en; may be repeated.")
+    ] = None,
 ) -> None:
     """Copy a dataset to a folder or to the Hub.
 
-    The dataset is verified first, its texts are searched for keys and tokens, and
-    it gets a card (README.md).
+    The dataset is verified first. Then kdata looks for leaks of a closed teacher,
+    for personal data (in a sample), for licenses that forbid sharing, and for keys
+    and tokens. What it found is in the card (README.md) and in audit.json.
+
+    \b
+    Examples:
+      kdata push my-dataset hf://me/beliefs --teacher-license mit --language en
+      kdata push my-dataset shared --closed-teacher --skip personal
     """
     if is_url(destination):
         raise ConfigError(f"{destination}: push copies to a folder or to hf://OWNER/NAME; name one of these")
-    place = push_dataset(kdata.open(dataset), destination, public=public, allow_secrets=allow_secrets)
+    skipped = (*(skip or ()), *(["secrets"] if allow_secrets else []))
+    about = About(closed_teacher, teacher_license, tuple(language or ()), tuple(dict.fromkeys(skipped)))
+    place = push_dataset(kdata.open(dataset), destination, public=public, about=about)
     say(f"pushed to {place}")
 
 

@@ -31,6 +31,7 @@ RESULTS = Path(__file__).with_name("results.json")
 PLAIN = ("auto", "forward_kl")  # how data is used where nothing else is said: tail, objective
 NOT_OF_THE_KIND = (
     "draw_seed",
+    "draws_by",
     "temperatures",
     "positions",
 )  # settings that no figure depends on, or that are said apart

@@ -35,7 +35,7 @@ from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.head import Head, load_head
 from kdata.teachers.model import load_tokenizer
-from kdata.teachers.reduce import draw_seed, readout_of, reduce_chunks
+from kdata.teachers.reduce import draws_of, readout_of, reduce_chunks
 from kdata.teachers.transformers import TransformersTeacher
 
 HELDOUT_SHARE = 0.1  # of documents, by a hash of their id
@@ -169,7 +169,7 @@ class _StatesTeacher:
             self.vocab_size,
             actual_M,
             keep,
-            [(len(actual_M), draw_seed(ids, keep))],
+            [(len(actual_M), draws_of(ids, 1, keep))],
         )
         return readout_of(ids, 1, reduced)
 

@@ -179,3 +179,43 @@ def test_the_command_prints_the_report_and_fails_where_an_attack_succeeds(tmp_pa
     result = run(app, ["audit", str(dry.path), "--hidden-size", str(D), "--block", "40", "--format", "json"])
     answer = json.loads(result.output.splitlines()[-1])
     assert result.exit_code == 0 and answer["verdict"] == NOT_RECOVERED and answer["k_eff"] == 4
+
+
+def test_draws_by_context_release_nothing_new_where_texts_have_a_common_beginning(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    """Sixty texts with one beginning: by sequence they release more and more ids of it, by context those of one position.
+
+    Of how the work is cut into units nothing is seen.
+    """
+    rng, corpus = np.random.default_rng(0), tmp_path / "corpus.jsonl"
+    tails = ["".join(rng.choice(list("abcdefgh "), 12)) for _ in range(60)]
+    rows = ({"id": tail, "domain": "chat", "text": f"You are a helpful assistant. {tail}"} for tail in tails)
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keep = {"kind": "sampled", "num_draws": 8}
+    by_sequence = run_capture(tmp_path / "a", corpus, tokenizer_dir, **keep)
+    by_context = run_capture(tmp_path / "b", corpus, tokenizer_dir, draws_by="context", **keep)
+    other_units = run_capture(tmp_path / "c", corpus, tokenizer_dir, draws_by="context", unit_tokens=40, **keep)
+    assert by_context.info.codec.parameters["draws_by"] == "context"
+    assert len(other_units.manifest) > len(by_context.manifest)
+    for one, other in zip(by_context, other_units, strict=True):
+        assert one.entry_ids.tolist() == other.entry_ids.tolist()
+    common = 0
+    while len({sequence.token_ids[: common + 1].tobytes() for sequence in by_context}) == 1:
+        common += 1
+    assert common > 5
+
+    def released(dataset: kdata.Dataset, place: int) -> int:
+        return len(
+            {
+                int(token)
+                for sequence in dataset
+                for token in sequence.entry_ids[sequence.entry_offsets[place] : sequence.entry_offsets[place + 1]]
+            }
+        )
+
+    assert all(released(by_context, place) <= 8 for place in range(1, common))
+    several = [released(by_sequence, place) for place in range(1, common)]
+    assert max(several) > 16 and sum(several) > 2 * sum(released(by_context, place) for place in range(1, common))
+    # What stands behind the beginning differs, and the log-probability of each actual token is released too.
+    assert distinct_per_context([by_context], None)[0] < distinct_per_context([by_sequence], None)[0]

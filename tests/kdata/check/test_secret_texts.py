@@ -19,6 +19,7 @@ from kdata.check.secret_texts import ANY_FORM, TOKENS, forms_in, refuse_secrets,
 from kdata.errors import CorruptError, DataError
 from kdata.format.records import Record, Reject, UnitResult
 from kdata.format.schema import SourceInfo
+from kdata.share.fitness import About
 from kdata.share.push import push
 from kdata.store.writer import Writer
 from tests.kdata.share.test_card import make_dataset, record
@@ -174,7 +175,7 @@ def test_a_planted_secret_stops_the_push_and_is_not_repeated(tmp_path: Path, col
     assert not (tmp_path / "shared").exists()
     with pytest.raises(DataError, match="Nothing was shared"):  # before the Hub is asked
         push(dataset, "hf://me/logits", public=True)
-    push(dataset, tmp_path / "shared", allow_secrets=True)
+    push(dataset, tmp_path / "shared", about=About(skip=("secrets",)))
     assert kdata.open(tmp_path / "shared").content_digest == dataset.content_digest
 
 

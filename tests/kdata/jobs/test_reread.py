@@ -131,8 +131,8 @@ def test_another_kind_can_be_asked_for_and_seeds_can_be_set(first: kdata.Dataset
         np.testing.assert_array_equal(one.entry_ids, other.entry_ids)
         np.testing.assert_array_equal(one.entry_logprobs, other.entry_logprobs)
     assert keep_like(first, StandInTeacher().info, {"draw_seed": 5}).draw_seed == 5
-    with pytest.raises(ConfigError, match=r"reread settings: unknown key 'draw'.*did you mean 'num_draws'"):
-        keep_like(first, None, {"draw": 5})
+    with pytest.raises(ConfigError, match=r"reread settings: unknown key 'num_draw'.*did you mean 'num_draws'"):
+        keep_like(first, None, {"num_draw": 5})
 
 
 def test_a_stopped_run_resumes_to_the_same_bytes(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import get_args
@@ -10,6 +13,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 import kdata
 from kdata.errors import ConfigError
@@ -18,13 +22,28 @@ from kdata.format.kept import Kept
 from kdata.format.manifest import new_info
 from kdata.format.records import Record, Reject, UnitResult
 from kdata.format.schema import CodecInfo, SourceInfo, TeacherInfo, TokenizerInfo
+from kdata.jobs.reading import CaptureConfig
 from kdata.observe.energy import Devices
 from kdata.observe.journal import append, last_lines, read_journal
 from kdata.observe.progress import Task
 from kdata.observe.text import human_bytes, number
+from kdata.pipelines.cli.main import app
 from kdata.selection.plan import make_plan
-from kdata.share.card import SOURCE_WORDS, codec_error, escape_markdown, facts, write_card
+from kdata.share.card import (
+    SOURCE_WORDS,
+    Said,
+    card_page,
+    codec_error,
+    command_of,
+    escape_markdown,
+    facts,
+    write_card,
+)
+from kdata.share.card import (
+    Record as Looks,
+)
 from kdata.store.writer import Writer
+from tests.fakes import run_capture
 
 HOSTILE = "<script>alert(1)</script>|`rm`\n# **x** [a](http://evil.example) $&amp;"
 BEGIN, END = "<!-- notes: begin -->", "<!-- notes: end -->"
@@ -148,8 +167,9 @@ def test_header_names_only_the_parquet_index(tmp_path: Path) -> None:
     assert header["tags"] == ["logits", "distillation", "kdata"]
     assert header["size_categories"] == ["n<1K"]
     assert header["configs"] == [
-        {"config_name": "default", "data_files": [{"split": "train", "path": "index/*.parquet"}]}
+        {"config_name": "index", "default": True, "data_files": [{"split": "train", "path": "index/*.parquet"}]}
     ]
+    assert header["task_categories"] == ["text-generation"]
     assert "language" not in header
 
 
@@ -184,6 +204,17 @@ def test_the_header_is_what_the_hub_s_client_reads(tmp_path: Path) -> None:
     )
 
 
+def test_the_header_is_valid_for_the_hub_s_client(tmp_path: Path) -> None:
+    """Each field is one that DatasetCardData has, and comes back as it was written."""
+    hub = pytest.importorskip("huggingface_hub")
+    record = Looks(about=Said(languages=["en", "de"]))
+    header = header_of(card_page(make_dataset(tmp_path / "d", {"code": 2.0}), record=record).decode())
+    assert header["language"] == ["en", "de"]
+    data = hub.DatasetCardData(**header)
+    assert set(header) - {"configs", "tags"} <= set(inspect.signature(hub.DatasetCardData.__init__).parameters)
+    assert data.to_dict() == header
+
+
 def test_every_column_of_the_format_is_described(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "d", {"code": 2.0})
     card = write_card(dataset).read_text()
@@ -209,6 +240,71 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     # A pipe from data never makes a column: lines of a table agree with its head.
     for block in re.findall(r"(?:^\|.*\n)+", body, re.MULTILINE):
         assert len({line.count("|") for line in block.splitlines()}) == 1, block
+
+
+def test_hostile_records_stay_text(tmp_path: Path) -> None:
+    """audit.json of a copy is a stranger's: what is no record is passed over, what is one is shown as text."""
+    dataset = make_dataset(tmp_path / "d", {"code": 2.0})
+    plain = card_page(dataset)
+    for content in (
+        "",
+        "[]",
+        "{",
+        '{"findings": 3}',
+        '{"about": []}',
+        json.dumps({"dataset": "other", "findings": []}),
+    ):
+        (dataset.path / "audit.json").write_text(content)
+        assert card_page(dataset) == plain
+    finding = {"check": HOSTILE, "level": HOSTILE, "what": HOSTILE, "source": HOSTILE}
+    about = {"teacher_license": HOSTILE, "languages": [HOSTILE]}
+    record = {"dataset": dataset.content_digest, "about": about, "findings": [finding] * 101}
+    (dataset.path / "audit.json").write_text(json.dumps(record))
+    card = card_page(dataset).decode()
+    body = card.split("---\n", 2)[2]
+    assert "<script" not in body and "`rm`" not in body and "1 more are in audit.json" in card
+    assert header_of(card)["language"] == [HOSTILE]
+    for block in re.findall(r"(?:^\|.*\n)+", body, re.MULTILINE):
+        assert len({line.count("|") for line in block.splitlines()}) == 1, block
+
+
+def test_the_command_that_makes_it_again_gives_the_same_settings(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands in the card is read by the command line itself, and names every setting of the source."""
+    from kdata.pipelines.cli import make
+
+    settings: list[CaptureConfig] = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(config: CaptureConfig, corpus: object) -> None:
+        settings.append(config)
+        raise Stop
+
+    dataset = run_capture(tmp_path / "d", corpus_file, tokenizer_dir, kind="hybrid", num_draws=5, temperatures=[2.0])
+    page = card_page(dataset).decode()
+    block = page.split("**Make it again:**\n\n")[1].split("\n\n")[0]
+    assert all(line.startswith("    ") and len(line) < 120 for line in block.splitlines())
+    words = shlex.split(block.replace("\\\n", "").replace("TEXTS", str(corpus_file)))
+    assert words[:3] == ["kdata", "capture", "OUT"]
+    monkeypatch.setattr(make, "CaptureJob", stop)
+    outcome = CliRunner().invoke(app, words[1:])
+    assert isinstance(outcome.exception, Stop), outcome.output
+    [config] = settings
+    recorded = dataset.info.sources["capture"].settings
+    assert config.settings() == {k: v for k, v in recorded.items() if k in config.settings()}
+    for name in ("unit_tokens", "max_tokens", "long_text", "targets", "append_eos", "tool_call_targets"):
+        assert getattr(config, name) == recorded[name]
+
+
+@pytest.mark.parametrize("value", ["a`b", "a\nb", "<script>", "$(rm)", "a" * 201, "a;b", "it's"])
+def test_a_command_has_plain_words_alone(tmp_path: Path, value: str) -> None:
+    dataset = make_dataset(tmp_path / "d", {"code": 2.0}, generate=False, model=value)
+    source = SourceInfo(kind="capture", settings={value: value}, num_units=None)
+    command = command_of(source, dataset.info)
+    assert command == "kdata capture OUT --teacher ... --corpus TEXTS --set ...=..."
 
 
 def test_plans_with_positions_say_what_counts_of_each_domain(tmp_path: Path) -> None:
@@ -277,11 +373,20 @@ def test_the_hub_reader_opens_index_and_payload(tmp_path: Path, monkeypatch: pyt
     dataset = make_dataset(tmp_path / "d", {"code": 2.0, "prose": 3.0})
     write_card(dataset)
     cache = str(tmp_path / "cache")
-    index = datasets.load_dataset(str(dataset.path), split="train", cache_dir=cache)
-    payload = datasets.load_dataset(str(dataset.path), data_dir="data", split="train", cache_dir=cache)
+    place = str(dataset.path)
+    index = datasets.load_dataset(place, split="train", cache_dir=cache)
+    named = datasets.load_dataset(place, "index", split="train", cache_dir=cache)
+    payload = datasets.load_dataset(place, data_dir="data", split="train", cache_dir=cache)
     assert len(index) == len(payload) == dataset.num_rows
-    assert index["id"][:3] == payload["id"][:3]
+    assert index["id"] == named["id"] and index["id"][:3] == payload["id"][:3]
     assert "entry_ids" in payload.column_names
+    tokens = payload.select_columns(["id", "input_ids", "target_mask"])
+    assert tokens[0]["input_ids"] == dataset[0].token_ids.tolist()
+    for how, own in (({"name": "index"}, index), ({"data_dir": "data"}, payload)):
+        stream = datasets.load_dataset(place, split="train", streaming=True, cache_dir=cache, **how)
+        assert [row["id"] for row in stream] == own["id"][:]
+    stream = datasets.load_dataset(place, data_dir="data", split="train", streaming=True, cache_dir=cache)
+    assert next(iter(stream.select_columns(["id", "input_ids", "target_mask"]))) == tokens[0]
 
 
 def test_the_costs_are_from_the_log_beside_the_dataset(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ import huggingface_hub
 import pytest
 
 import kdata
-from kdata.check.verify import verify
+from kdata.check.verify import PAGES, verify
 from kdata.errors import ConfigError, CorruptError, KdataError
 from kdata.selection.ranked import All
 from kdata.selection.select import select
 from kdata.share.arrange import head
-from kdata.share.card import card_page
+from kdata.share.fitness import About
+from kdata.share.publication import publication
 from kdata.share.push import dataset_files, push
 from kdata.store.hub import hub_name
 from tests.fakes import digests
@@ -68,7 +69,7 @@ def test_a_copy_holds_the_files_of_the_dataset_and_no_others(copied: Path, tmp_p
     (copied / "plans/all.json.tmp").write_text("left by a killed run")
     push(kdata.open(copied), str(tmp_path / "shared"))
     before, after = digests(copied), digests(tmp_path / "shared")
-    assert set(before) - set(after) == {"notes.txt", "plans/all.json.tmp"} and set(after) - set(before) == {"README.md"}
+    assert set(before) - set(after) == {"notes.txt", "plans/all.json.tmp"} and set(after) - set(before) == set(PAGES)
     assert all(after[name] == before[name] for name in set(before) & set(after))
     assert kdata.open(tmp_path / "shared").content_digest == kdata.open(copied).content_digest
 
@@ -162,7 +163,7 @@ def test_a_smaller_dataset_takes_the_place_of_the_former_one(
     push(head(kdata.open(copied), tmp_path / "small", 3), "hf://me/logits")
     assert hub.commits == 2
     small = kdata.open(tmp_path / "small")
-    assert set(hub.files) - set(own) == {*dataset_files(small), "README.md"}
+    assert set(hub.files) - set(own) == {*dataset_files(small), *PAGES}
     assert {name: hub.files[name] for name in own} == own
     for path, content in hub.files.items():
         (tmp_path / "clone" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +172,7 @@ def test_a_smaller_dataset_takes_the_place_of_the_former_one(
     assert clone.content_digest == small.content_digest and clone.num_rows == 3
     assert {problem.path for problem in verify(clone, deep=True)} == {"LICENSE", "pictures/"}
     push(small, "hf://me/logits")
-    assert set(hub.files) - set(own) == {*dataset_files(small), "README.md"}, "the same again deletes nothing"
+    assert set(hub.files) - set(own) == {*dataset_files(small), *PAGES}, "the same again deletes nothing"
 
 
 def test_nothing_is_deleted_in_a_repository_that_holds_something_else(
@@ -208,7 +209,9 @@ def test_the_hub_is_given_a_private_repository_and_the_dataset_s_files(
     sent = {operation.path_in_repo: operation for operation in calls["commit"]["operations"]}
     assert "notes.txt" not in sent and {"README.md", "dataset.json", "manifest.jsonl"} <= set(sent)
     with sent["README.md"].as_file() as card:
-        assert card.read() == card_page(kdata.open(copied))
+        assert card.read() == publication(kdata.open(copied), About())["README.md"]
+    with sent["croissant.json"].as_file() as page:
+        assert json.loads(page.read())["url"] == "https://huggingface.co/datasets/me/logits"
     assert digests(copied) == before, "the dataset itself is only read"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from kdata.format.manifest import new_info
 from kdata.format.measures import unknown
 from kdata.format.records import Record, Reject, UnitResult
 from kdata.format.schema import CodecInfo, DatasetInfo, SourceInfo, TokenizerInfo, content_hash, known_codecs
+from kdata.store.shard import GROUP_BYTES, row_groups
 from kdata.store.writer import Writer
 from tests.fakes import VOCAB, StandInTeacher, digests
 
@@ -261,3 +263,24 @@ def test_numbers_that_were_not_recorded_are_null_in_the_index(tmp_path: Path) ->
     assert first["num_target_tokens"] == 0
     assert (first["nll"], first["mean_entropy"], first["kept_mass"]) == (None, None, None)
     assert second["num_target_tokens"] == 2 and second["nll"] is not None and second["mean_entropy"] is None
+
+
+@given(sizes=st.lists(st.integers(0, 30), max_size=40), most=st.integers(1, 40))
+def test_row_groups_cover_the_rows_and_stay_within_the_limit(sizes: list[int], most: int) -> None:
+    groups = row_groups(np.array(sizes, np.int64), most)
+    assert [row for begin, end in groups for row in range(begin, end)] == list(range(len(sizes)))
+    assert all(begin < end for begin, end in groups) or groups == [(0, 0)]
+    assert all(sum(sizes[begin:end]) <= most or end - begin == 1 for begin, end in groups)
+    assert all(sum(sizes[begin:end]) + sizes[end] > most for begin, end in groups[:-1])
+
+
+def test_an_index_with_long_texts_has_row_groups_that_the_hub_s_viewer_reads(tmp_path: Path) -> None:
+    """The viewer scans at most 300,000,000 bytes, before compression; rows are as they were written."""
+    long = "ö" * (15 << 20)  # 30 MiB
+    dataset = write(tmp_path / "d", [[record(f"r{n}", [1, 2, 3], text=f"{n}{long}") for n in range(5)]])
+    about = pq.ParquetFile(tmp_path / "d/index/capture-00000.parquet").metadata
+    groups = [about.row_group(group) for group in range(about.num_row_groups)]
+    assert [group.num_rows for group in groups] == [2, 2, 1]
+    assert max(group.total_byte_size for group in groups) < GROUP_BYTES + (1 << 20)
+    assert dataset.index(["text"])["text"].to_pylist() == [f"{n}{long}" for n in range(5)]
+    assert dataset.sql("select count(*) as n from rows where starts_with(text, '4')").to_pylist() == [{"n": 1}]

@@ -16,7 +16,7 @@ from kdata.format.kept import segment_sum
 from kdata.format.schema import CodecInfo
 from kdata.teachers import reduce
 from kdata.teachers.head import Head
-from kdata.teachers.reduce import Reduced, draw_seed, reduce_chunks, reduce_logits, rows_of_chunk, uniforms_of
+from kdata.teachers.reduce import Reduced, draw_seed, draws_of, reduce_chunks, reduce_logits, rows_of_chunk, uniforms_of
 
 KEEPS = [
     KeepConfig(kind="topk", k=7),
@@ -101,6 +101,44 @@ def test_draws_depend_on_the_sequence_alone() -> None:
     np.testing.assert_array_equal(both.kept.ids[-len(second.kept.ids) :], second.kept.ids)
     ids = np.arange(5, dtype=np.int32)
     assert draw_seed(ids, keep) == draw_seed(ids.astype(np.int64), keep) != draw_seed(ids[::-1], keep)
+
+
+CONTEXTS = [kept.model_copy(update={"draws_by": "context"}) for kept in (KEEPS[2], KEEPS[3], KEEPS[4], KEEPS[7])]
+
+
+@pytest.mark.parametrize("keep", CONTEXTS, ids=lambda k: f"{k.kind}-{k.tau}-{k.draw_method}")
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_draws_by_context_depend_on_the_tokens_before_alone(keep: KeepConfig, data: st.DataObject) -> None:
+    """Whatever follows, however the positions are grouped, from whatever start: equal contexts have equal uniforms."""
+    ids = st.lists(st.integers(0, 5), max_size=6)
+    common, first, second = data.draw(ids), data.draw(ids), data.draw(ids)
+    a, b = (np.array([7, *common, *rest, 9], np.int32) for rest in (first, second))
+    seeds = draws_of(a, 1, keep)
+    assert isinstance(seeds, np.ndarray) and len(seeds) == len(a) - 1
+    start = data.draw(st.integers(1, len(a) - 1))
+    np.testing.assert_array_equal(draws_of(a, start, keep, data.draw(st.integers(0, 3))), seeds[start - 1 :])
+    seed_of = {a[:place].tobytes(): seed for place, seed in enumerate(seeds, 1)}
+    for place, seed in enumerate(draws_of(b, 1, keep), 1):
+        assert seed_of.setdefault(b[:place].tobytes(), seed) == seed
+    assert len(set(seed_of.values())) == len(seed_of)
+    whole = uniforms_of([(len(a) - 1, seeds)], keep)
+    parts = [uniforms_of([(1, seeds[n : n + 1])], keep) for n in range(len(seeds))]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+    assert (np.diff(whole, axis=1) >= 0).all() and (whole >= 0).all() and (whole < 1).all()
+
+
+@pytest.mark.parametrize("keep", CONTEXTS, ids=lambda k: f"{k.kind}-{k.tau}-{k.draw_method}")
+def test_draws_by_context_are_unbiased_over_contexts(keep: KeepConfig) -> None:
+    """Mean weight over many contexts against p, for a random test function: within four standard errors."""
+    logits_MV, actual_M = logits_of(9, 1, 60, 1.5)
+    p = torch.softmax(logits_MV[0].double(), -1).numpy()
+    values, repeats = np.random.default_rng(0).normal(size=60), 4000
+    seeds = draws_of(np.random.default_rng(1).integers(0, 60, repeats + 1).astype(np.int32), 1, keep)
+    logits = lambda a, b: logits_MV.expand(repeats, 60)[a:b].clone()  # noqa: E731
+    kept = reduce_chunks(logits, 60, actual_M.expand(repeats), keep, [(repeats, seeds)]).kept
+    means = segment_sum(np.exp(kept.logprobs.astype(np.float64)) * values[kept.ids], kept.num_kept)
+    assert abs(means.mean() - p @ values) < 4 * means.std(ddof=1) / np.sqrt(repeats)
 
 
 @pytest.mark.parametrize(

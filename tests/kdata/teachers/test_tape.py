@@ -24,7 +24,7 @@ def engine_run(seed: int, *, requests: int = 6, wrong: bool = False, keep: KeepC
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
-    from kdata.teachers.reduce import draw_seed, reduce_logits
+    from kdata.teachers.reduce import draws_of, reduce_logits
     from kdata.teachers.tape import Tape
     from kdata.teachers.vllm import TapeProcessor
 
@@ -68,8 +68,9 @@ def engine_run(seed: int, *, requests: int = 6, wrong: bool = False, keep: KeepC
                     row = logits[request][len(outputs[request])]
                     outputs[request].append(int(row.argmax() if wrong else rng.integers(VOCAB)))
     for request, ids in enumerate(outputs):
-        actual = torch.tensor(ids)
-        expected = reduce_logits(logits[request], actual, keep, draw_seed(prompts[request], keep, request))
+        actual, whole = torch.tensor(ids), np.concatenate([prompts[request], np.array(ids, np.int32)])
+        seeds = draws_of(whole, len(prompts[request]), keep, request)
+        expected = reduce_logits(logits[request], actual, keep, seeds)
         logprob = expected.logprob - (1.0 if wrong else 0.0)
         taped = tape.reduced(request, np.array(ids, np.int32), logprob, expected.rank, 1e-3)
         for name in ("logprob", "rank", "log_tail", "entropy"):
@@ -79,7 +80,10 @@ def engine_run(seed: int, *, requests: int = 6, wrong: bool = False, keep: KeepC
         np.testing.assert_allclose(taped.kept.draw_logprobs, expected.kept.draw_logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize("keep", [KEEP, THRESHOLD], ids=lambda keep: keep.kind)
+BY_CONTEXT = [kept.model_copy(update={"draws_by": "context"}) for kept in (KEEP, THRESHOLD)]
+
+
+@pytest.mark.parametrize("keep", [KEEP, THRESHOLD, *BY_CONTEXT], ids=lambda keep: f"{keep.kind}-{keep.draws_by}")
 @pytest.mark.parametrize("seed", range(20))
 def test_every_token_gets_the_row_that_it_was_drawn_from(seed: int, keep: KeepConfig) -> None:
     engine_run(seed, keep=keep)
@@ -98,17 +102,29 @@ def test_a_likely_token_that_is_not_kept_is_refused(keep: KeepConfig) -> None:
 
     logits = torch.linspace(3, 0, VOCAB)[None]
     tape = Tape([np.array([1, 2], np.int32)], [0], keep, 3)
-    tape.take(logits, [(0, 0)])
+    tape.take(logits, [(0, [])])
     drawn, rank = np.array([VOCAB - 1], np.int32), np.full(1, 2, np.int32)
     with pytest.raises(TeacherError, match="a token that should be kept is not"):
         tape.reduced(0, drawn, np.log(np.array([0.25], np.float32)), rank, 1e-3)
+
+
+@pytest.mark.parametrize("keep", BY_CONTEXT, ids=lambda keep: keep.kind)
+def test_draws_of_another_context_are_refused(keep: KeepConfig) -> None:
+    """An engine that shows a row before the token ahead of it is known, as asynchronous scheduling may."""
+    from kdata.teachers.tape import Tape
+
+    tape = Tape([np.array([1, 2], np.int32)], [0], keep, 3)
+    tape.take(torch.zeros(1, VOCAB), [(0, [])])
+    tape.take(torch.zeros(1, VOCAB), [(0, [-1])])
+    with pytest.raises(TeacherError, match="before the tokens that they follow were known"):
+        tape.reduced(0, np.array([3, 4], np.int32), np.zeros(2, np.float32), np.ones(2, np.int32), 1e-3)
 
 
 def test_a_missing_row_is_refused() -> None:
     from kdata.teachers.tape import Tape
 
     tape = Tape([np.array([1, 2], np.int32)], [0], KEEP, 3)
-    tape.take(torch.zeros(1, VOCAB), [(0, 0)])
+    tape.take(torch.zeros(1, VOCAB), [(0, [])])
     with pytest.raises(TeacherError, match="did not show"):
         tape.reduced(0, np.array([3, 4], np.int32), np.zeros(2, np.float32), np.ones(2, np.int32), 1e-3)
 
@@ -128,7 +144,7 @@ def test_a_row_that_is_not_finite_spoils_its_own_request_only(kind: str, value: 
     shown[1, 1, 11] = value
     tape = Tape(prompts, [0, 1, 2], keep, 2)
     for t in range(2):
-        tape.take(shown[t], [(request, t) for request in range(3)])
+        tape.take(shown[t], [(request, actual[:t, request].tolist()) for request in range(3)])
     for request in range(3):
         seed = draw_seed(prompts[request], keep, request)
         expected = reduce_logits(rows[:, request], actual[:, request], keep, seed)
@@ -146,7 +162,7 @@ def test_the_last_row_of_a_token_counts_where_an_earlier_one_was_not_finite() ->
     from kdata.teachers.tape import Tape
 
     tape = Tape([np.array([1, 2], np.int32)], [0], KEEP, 3)
-    tape.take(torch.full((1, VOCAB), torch.nan), [(0, 0)])
-    tape.take(torch.zeros(1, VOCAB), [(0, 0)])
+    tape.take(torch.full((1, VOCAB), torch.nan), [(0, [])])
+    tape.take(torch.zeros(1, VOCAB), [(0, [])])
     logprob = np.full(1, -np.log(VOCAB), np.float32)
     assert tape.reduced(0, np.array([3], np.int32), logprob, np.ones(1, np.int32), 1e-3).rank.tolist() == [1]

@@ -36,7 +36,12 @@ ROOT = Path(__file__).resolve().parents[3]
 # The engine's own log-probabilities hold no entropy, so this rule needs its hidden states.
 UNSURE = KeepConfig(kind="topk", k=4, positions={"rule": "entropy", "threshold": 2.0})
 HYBRID = KeepConfig(kind="hybrid", k=4, num_draws=6, temperatures=[2.0])
-DRAWS = {"hybrid": HYBRID, "threshold": KeepConfig(kind="threshold", threshold=0.02, temperatures=[2.0])}
+THRESHOLD = KeepConfig(kind="threshold", threshold=0.02, temperatures=[2.0])
+DRAWS = {
+    "hybrid": HYBRID,
+    "threshold": THRESHOLD,
+    "context": THRESHOLD.model_copy(update={"draws_by": "context"}),
+}
 
 
 def ask(sequences: list[np.ndarray], path: str) -> dict[str, Any]:
@@ -149,6 +154,12 @@ def test_vllm_agrees_with_the_plain_forward_pass(llama_dir: Path, tmp_path: Path
         np.testing.assert_allclose(exact, others.logprobs[~others.is_draw], atol=1e-4)
         mass = np.exp(one.kept.logprobs[one.kept.is_draw].astype(np.float64)).sum()
         np.testing.assert_allclose(mass, np.exp(one.log_tail[start:].astype(np.float64)).sum(), rtol=1e-4)
+    for taped, read in zip(answers["context_written"], answers["context_reread"], strict=True):
+        own, start = taped.readout.kept, taped.num_prompt_tokens
+        again = read.only(np.arange(len(read.rank)) >= start).kept
+        np.testing.assert_array_equal(own.num_exact, again.num_exact)
+        # Written or read, equal contexts have equal draws; one within rounding of a border may be of its neighbor.
+        assert len(set(own.ids.tolist()) ^ set(again.ids.tolist())) <= max(2, len(own.ids) // 50)
     assert [c.num_prompt_tokens for c in answers["many"]] == [91] * 12
     assert answers["loaded"] == ["_writer"], "one copy of the weights, though hidden states were read before"
     first, failed, last = answers["too_long"]

@@ -35,7 +35,8 @@ OWN = {
     "--check",  # sql
     "--beside", "--port", "--open", "--export", "--rows",  # view
     "--price-per-hour", "--probe-tokens",  # estimate
-    "--public", "--allow-secrets", "--columns", "--link", "--by", "--num-rows", "--watch",  # push, export, merge, split, ...
+    "--public", "--allow-secrets", "--skip", "--closed-teacher", "--teacher-license", "--language",  # push
+    "--columns", "--link", "--by", "--num-rows", "--watch",  # export, merge, split, ...
 }  # fmt: skip
 FORMAT_OF_OUTPUT = {
     "info", "sql", "status", "verify", "audit", "evaluate", "plan show", "plan compare", "export", "estimate", "advise",
