@@ -1,50 +1,61 @@
-"""Share a dataset: verify it, write its card, and copy it to a folder or to the Hub."""
+"""Share a dataset: verify it, write its card, and copy it to a folder, to the Hub or to another URL."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from kdata.check.verify import FOLDERS, verify
-from kdata.errors import ConfigError, CorruptError, DependencyError, StorageError
+from kdata.check.verify import verify
+from kdata.errors import ConfigError, CorruptError, StorageError
 from kdata.format.files import inside, local_path, lock_of, without_hidden
 from kdata.share.arrange import new_folder
 from kdata.share.fitness import About
+from kdata.share.hub_push import push_to_hub, refuse_tag
 from kdata.share.publication import publication
+from kdata.share.url_push import push_to_url
 from kdata.store.dataset import Dataset
-from kdata.store.hub import hub_errors, hub_name
+from kdata.store.hub import hub_name
 from kdata.store.listed import PLANS, SCORES, read_listing
 from kdata.store.open import open_dataset
 
 
-def push(dataset: Dataset, destination: str | Path, *, public: bool = False, about: About | None = None) -> str:
-    """Verify a dataset, look whether it may be shared, and copy it, with its card, to a folder or to the Hub.
+def push(
+    dataset: Dataset,
+    destination: str | Path,
+    *,
+    public: bool = False,
+    about: About | None = None,
+    tag: str | None = None,
+) -> str:
+    """Verify a dataset, look whether it may be shared, and copy it, with its card, to a folder, the Hub or another URL.
 
-    On the Hub it takes the place of the dataset that was there, in one commit: shards, scores and plans that it does not
-    have are deleted. Other files of the repository stay.
+    On the Hub and at a URL it takes the place of the dataset that was there. Only files with other digests are sent, and
+    shards, scores and plans that it does not have are deleted. Other files stay. On the Hub that is one commit.
 
     Args:
-        destination: a folder that does not exist yet (or is empty), or hf://OWNER/NAME.
+        destination: a folder that does not exist yet (or is empty), hf://OWNER/NAME, or a URL such as s3://BUCKET/NAME.
         public: Hub only: whether a new repository is public; otherwise it is private.
         about: what only the one who shares knows, and which checks of `kdata.share.fitness` are left out.
+        tag: Hub only: a name for this version, which hf://OWNER/NAME@TAG opens from then on.
     Returns:
-        The folder, or the address on the Hub.
+        The folder, or the address.
     Raises:
         CorruptError: the dataset, or the copy, is not whole.
         DataError: something is against sharing it, or a text holds what looks like a secret.
-        ConfigError: the folder is not free, the Hub name is not valid, or `destination` is another URL.
-        DependencyError: the Hub's client is not installed.
+        ConfigError: the folder is not free, the Hub name is not valid, the tag stands for another version, or another
+            dataset is at the URL.
+        DependencyError: the Hub's client, or that of the URL, is not installed.
         StorageError: the disk or the Hub refused, or a process is writing to the dataset or to the folder.
     """
     destination, about = str(destination), about or About()
+    refuse_destination(destination, tag)
     refuse_while_written(dataset)
-    if destination.startswith("hf:"):
+    if "://" in destination or destination.startswith("hf:"):
         _refuse_damaged(dataset)
-        return _push_to_hub(dataset, destination, public, about)
-    target = local_path(destination, "push copies to a folder or to the Hub (hf://OWNER/NAME)")
+        return publish(dataset, destination, public=public, about=about, tag=tag)
+    target = local_path(destination, "push copies to a folder, to the Hub (hf://OWNER/NAME) or to a URL")
     with new_folder(target) as folder:
         _refuse_damaged(dataset)
         pages = publication(dataset, about)
@@ -60,6 +71,43 @@ def push(dataset: Dataset, destination: str | Path, *, public: bool = False, abo
                 "dataset changed meanwhile, or the disk is failing. Run the same command again."
             )
     return str(target)
+
+
+def refuse_destination(destination: str, tag: str | None) -> None:
+    """Raise ConfigError where a name on the Hub or a tag is none, or a tag is given for another place."""
+    refuse_tag(tag)
+    if destination.startswith("hf:"):
+        hub_name(destination)
+    elif tag is not None:
+        raise ConfigError(f"--tag names a version on the Hub, and {destination} is not there; leave it out")
+
+
+def publish(
+    dataset: Dataset,
+    destination: str,
+    *,
+    public: bool = False,
+    about: About,
+    tag: str | None = None,
+    own: Mapping[str, bytes] | None = None,
+) -> str:
+    """Send a dataset that is whole to the Hub or to a URL. Arguments, errors and result as `push`.
+
+    Args:
+        own: content of files that may change on the disk meanwhile.
+    """
+    name = hub_name(destination) if destination.startswith("hf:") else None
+    if name is not None:
+        about = replace(about, url=f"https://huggingface.co/datasets/{name}")
+    # The card goes up from memory: the dataset may be read-only, or somebody else's.
+    files: dict[str, Path | bytes] = {relative: dataset.path / relative for relative in dataset_files(dataset)}
+    files |= {**(own or {}), **publication(dataset, about)}
+    sha256 = {path: file.sha256 for entry in dataset.manifest for path, file in entry.files.items()}
+    if name is None:
+        push_to_url(destination, dataset.info, files, sha256)
+        return destination
+    message = f"kdata dataset {dataset.content_digest[:12]}"
+    return push_to_hub(name, files, sha256, message=message, public=public, tag=tag)[0]
 
 
 def _refuse_damaged(dataset: Dataset) -> None:
@@ -95,50 +143,3 @@ def dataset_files(dataset: Dataset) -> list[str]:
     for relative in files:
         inside(dataset.path, relative)  # refuses a link, which would share a file from elsewhere
     return files
-
-
-def _push_to_hub(dataset: Dataset, destination: str, public: bool, about: About) -> str:
-    name = hub_name(destination)
-    about = replace(about, url=f"https://huggingface.co/datasets/{name}")
-    try:
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-        from huggingface_hub.errors import LocalTokenNotFoundError
-    except ModuleNotFoundError as error:
-        raise DependencyError("sharing on the Hub needs huggingface_hub: pip install 'kdata[hub]'") from error
-    # The card goes up from memory: the dataset may be read-only, or somebody else's.
-    files: dict[str, Path | bytes] = {relative: dataset.path / relative for relative in dataset_files(dataset)}
-    files |= publication(dataset, about)
-    api = HfApi()
-    try:
-        url = api.create_repo(name, repo_type="dataset", private=not public, exist_ok=True)
-        commit, there = _files_there(api, name)
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            *(CommitOperationAdd(relative, content) for relative, content in files.items()),
-            *(CommitOperationDelete(relative) for relative in left_over(there, files)),
-        ]
-        api.create_commit(
-            repo_id=name,
-            repo_type="dataset",
-            operations=operations,
-            parent_commit=commit,  # refused where somebody else pushed since
-            commit_message=f"kdata dataset {dataset.content_digest[:12]}",
-        )
-    except LocalTokenNotFoundError as error:
-        raise ConfigError("the Hub needs a token: set HF_TOKEN, or run `hf auth login`") from error
-    except hub_errors() as error:
-        raise StorageError(f"the Hub refused {name}: {error}; check HF_TOKEN, the name and the network") from error
-    return str(url)
-
-
-def _files_there(api: Any, name: str) -> tuple[str | None, list[str]]:
-    """The newest commit of a repository, and the paths of its files."""
-    commit = api.dataset_info(name).sha
-    return commit, api.list_repo_files(name, revision=commit, repo_type="dataset")
-
-
-def left_over(there: Iterable[str], new: Iterable[str]) -> list[str]:
-    """Files of a former dataset that are not in the new one; none where the repository does not hold a dataset of kdata."""
-    former = set(there)
-    if not {"dataset.json", "manifest.jsonl"} <= former:
-        return []
-    return sorted(path for path in former - set(new) if path.partition("/")[0] in FOLDERS and "/" in path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,17 +27,27 @@ from kdata.share.arrange import merge as merge_datasets
 from kdata.share.arrange import split as split_dataset
 from kdata.share.diff import diff as diff_datasets
 from kdata.share.fitness import About
+from kdata.share.follow import push_while_written
 from kdata.share.interchange.exporter import export_dataset
 from kdata.share.pull import pull as pull_dataset
 from kdata.share.push import push as push_dataset
-from kdata.store.url import is_url
 
 
 def push(
     dataset: DatasetArgument,
     destination: Annotated[
-        str, typer.Argument(metavar="DESTINATION", help="A new folder, or hf://OWNER/NAME (needs HF_TOKEN).")
+        str,
+        typer.Argument(metavar="DESTINATION", help="A new folder, hf://OWNER/NAME (needs HF_TOKEN), or a URL."),
     ],
+    tag: Annotated[
+        str | None, typer.Option(metavar="NAME", help="On the Hub: a name for this version, such as v1.")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--while", help="Also while it is written: push what is committed, again and again.")
+    ] = False,
+    every: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, help="With --while: least time between two pushes.")
+    ] = 60.0,
     public: Annotated[
         bool, typer.Option("--public", help="On the Hub: everyone may read it. Otherwise it is private.")
     ] = False,
@@ -57,9 +68,10 @@ def push(
         list[str] | None, typer.Option(metavar="CODE", help="Language of the texts, such as en; may be repeated.")
     ] = None,
 ) -> None:
-    """Copy a dataset to a folder or to the Hub.
+    """Copy a dataset to a folder, to the Hub or to another URL.
 
-    The dataset is verified first. Then kdata looks for leaks of a closed teacher,
+    At a URL and on the Hub only what is new is sent, and shards that are no longer
+    part are deleted. The dataset is verified first. Then kdata looks for leaks of a closed teacher,
     for personal data (in a sample), for licenses that forbid sharing, and for keys
     and tokens. What it found is in the card (README.md) and in audit.json.
 
@@ -67,12 +79,18 @@ def push(
     Examples:
       kdata push my-dataset hf://me/beliefs --teacher-license mit --language en
       kdata push my-dataset shared --closed-teacher --skip personal
+      kdata push my-dataset hf://me/beliefs --tag v2
+      kdata push being-captured s3://BUCKET/NAME --while
     """
-    if is_url(destination):
-        raise ConfigError(f"{destination}: push copies to a folder or to hf://OWNER/NAME; name one of these")
     skipped = (*(skip or ()), *(["secrets"] if allow_secrets else []))
     about = About(closed_teacher, teacher_license, tuple(language or ()), tuple(dict.fromkeys(skipped)))
-    place = push_dataset(kdata.open(dataset), destination, public=public, about=about)
+    if follow:
+        place = push_while_written(
+            local_folder(Path(dataset)), destination, every_sec=every, public=public, about=about, tag=tag,
+            sent=lambda state: say(f"pushed {state.num_rows:,} rows to {destination}; more is being written"),
+        )  # fmt: skip
+    else:
+        place = push_dataset(kdata.open(dataset), destination, public=public, about=about, tag=tag)
     say(f"pushed to {place}")
 
 

@@ -1,4 +1,4 @@
-"""hf:// with the real client of the Hub, against a stand-in for the Hub that is read over HTTP (`tests.hub_reader`)."""
+"""hf:// with the real client of the Hub, against a stand-in for the Hub over HTTP (`tests.hub_server`)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 import kdata
 from kdata.selection.ranked import Random
 from kdata.selection.select import select
-from tests.hub_reader import HubReader
+from tests.hub_server import HubServer
 from tests.kdata.selection.plans import Row, dataset_of
 
 A, B, EMPTY = "a" * 40, "b" * 40, "e" * 40
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubReader]:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     """me/logits: v1 is a dataset of 300 rows in three shards; v2 and main have another shard; empty is no dataset."""
     root = tmp_path_factory.mktemp("hub")
     rows = [Row(f"row-{n:03}", "ab"[n % 2], 30, 1.0 + n % 7) for n in range(400)]
@@ -31,7 +31,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubReader]:
     dataset_of(root / "v2", rows, shard_rows=100)
     (root / "empty").mkdir()
     (root / "empty/README.md").write_text("no dataset")
-    server = HubReader()
+    server = HubServer()
     server.push(root / "v1", A, "v1")
     server.push(root / "v2", B, "v2", "main")
     server.push(root / "empty", EMPTY, "empty")
@@ -39,7 +39,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubReader]:
     server.close()
 
 
-def run(hub: HubReader, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(hub: HubServer, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own; what the server sent is only that."""
     hub.sent.clear()
     code = "import sys; from kdata.pipelines.cli.main import main; main()"
@@ -52,7 +52,7 @@ def run(hub: HubReader, cache: Path, *arguments: str) -> subprocess.CompletedPro
     )
 
 
-def test_sql_fetches_the_columns_that_it_needs(hub: HubReader, tmp_path: Path) -> None:
+def test_sql_fetches_the_columns_that_it_needs(hub: HubServer, tmp_path: Path) -> None:
     query = "select domain, max(nll) as m from rows group by 1 order by 1"
     done = run(hub, tmp_path, "sql", "hf://me/logits@v1", query, "--format", "json")
     assert json.loads(done.stdout) == kdata.open(hub.commits[A]).sql(query).to_pylist(), done.stderr
@@ -62,7 +62,7 @@ def test_sql_fetches_the_columns_that_it_needs(hub: HubReader, tmp_path: Path) -
     )
 
 
-def test_pull_and_diff_of_two_versions(hub: HubReader, tmp_path: Path) -> None:
+def test_pull_and_diff_of_two_versions(hub: HubServer, tmp_path: Path) -> None:
     done = run(hub, tmp_path, "diff", "hf://me/logits@v1", "hf://me/logits", "--format", "json", "--limit", "1")
     facts = json.loads(done.stdout)
     assert (facts["a"]["commit"], facts["b"]["commit"], facts["shards_in_both"]) == (A, B, 3)
@@ -78,7 +78,7 @@ def test_pull_and_diff_of_two_versions(hub: HubReader, tmp_path: Path) -> None:
     assert kdata.Plan.load(tmp_path / "all/plans/some").ids == kdata.Plan.load(hub.commits[A] / "plans/some").ids
 
 
-def test_the_commit_stays_when_the_branch_moves(hub: HubReader, tmp_path: Path) -> None:
+def test_the_commit_stays_when_the_branch_moves(hub: HubServer, tmp_path: Path) -> None:
     """The first process opens main; main gets another commit, which a second process opens; the first one reads on."""
     code = (
         "import kdata; d = kdata.open('hf://me/logits@moving'); print(len(d), flush=True); input(); "
@@ -109,13 +109,13 @@ def test_the_commit_stays_when_the_branch_moves(hub: HubReader, tmp_path: Path) 
         ("hf://me/logits@empty", "is not a kdata dataset: it has no dataset.json"),
     ],
 )
-def test_what_cannot_be_opened_is_one_line(hub: HubReader, tmp_path: Path, address: str, message: str) -> None:
+def test_what_cannot_be_opened_is_one_line(hub: HubServer, tmp_path: Path, address: str, message: str) -> None:
     done = run(hub, tmp_path, "info", address)
     assert done.returncode == 1 and message in done.stderr and address in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_a_connection_that_ends_half_way(hub: HubReader, tmp_path: Path) -> None:
+def test_a_connection_that_ends_half_way(hub: HubServer, tmp_path: Path) -> None:
     hub.cut = re.compile("data/capture-00001")
     failed = run(hub, tmp_path, "pull", "hf://me/logits@v1", str(tmp_path / "here"))
     hub.cut = re.compile("(?!)")
