@@ -31,8 +31,8 @@ def push(
 ) -> str:
     """Verify a dataset, look whether it may be shared, and copy it, with its card, to a folder, the Hub or another URL.
 
-    On the Hub and at a URL it takes the place of the dataset that was there. Only files with other digests are sent, and
-    shards, scores and plans that it does not have are deleted. Other files stay. On the Hub that is one commit.
+    On the Hub it takes the place of the dataset that was there, in one commit; at a URL it may be the dataset that is there,
+    and more. Only what is new is sent; shards, scores and plans that it does not have are deleted, and other files stay.
 
     Args:
         destination: a folder that does not exist yet (or is empty), hf://OWNER/NAME, or a URL such as s3://BUCKET/NAME.
@@ -45,7 +45,7 @@ def push(
         CorruptError: the dataset, or the copy, is not whole.
         DataError: something is against sharing it, or a text holds what looks like a secret.
         ConfigError: the folder is not free, the Hub name is not valid, the tag stands for another version, or another
-            dataset is at the URL.
+            dataset, or other shards, are at the URL.
         DependencyError: the Hub's client, or that of the URL, is not installed.
         StorageError: the disk or the Hub refused, or a process is writing to the dataset or to the folder.
     """
@@ -102,10 +102,10 @@ def publish(
     # The card goes up from memory: the dataset may be read-only, or somebody else's.
     files: dict[str, Path | bytes] = {relative: dataset.path / relative for relative in dataset_files(dataset)}
     files |= {**(own or {}), **publication(dataset, about)}
-    sha256 = {path: file.sha256 for entry in dataset.manifest for path, file in entry.files.items()}
     if name is None:
-        push_to_url(destination, dataset.info, files, sha256)
+        push_to_url(destination, dataset.info, dataset.manifest, files)
         return destination
+    sha256 = {path: file.sha256 for entry in dataset.manifest for path, file in entry.files.items()}
     message = f"kdata dataset {dataset.content_digest[:12]}"
     return push_to_hub(name, files, sha256, message=message, public=public, tag=tag)[0]
 

@@ -1,0 +1,295 @@
+"""Push to the Hub with its real client, against a stand-in for the Hub over HTTP (`tests.hub_server`), and to URLs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import kdata
+from kdata.check.verify import verify
+from kdata.errors import ConfigError, StorageError
+from kdata.selection.ranked import All
+from kdata.selection.select import select
+from kdata.share.arrange import head
+from kdata.share.fitness import About
+from kdata.share.follow import push_while_written
+from kdata.share.publication import publication
+from kdata.share.push import dataset_files, push
+from kdata.share.url_push import push_to_url
+from kdata.store.url import Store
+from tests.fakes import digests, rows_of_text, write_jsonl
+from tests.hub_server import HubServer
+
+ADDRESS = "hf://me/logits"
+PAGES = {"README.md", "audit.json", "croissant.json"}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """An empty server that this process asks."""
+    server = HubServer()
+    server.in_process(monkeypatch, tmp_path / "cache")
+    yield server
+    server.close()
+
+
+def newest(hub: HubServer) -> Path:
+    """The files of the newest commit."""
+    return hub.commits[hub.refs["main"]]
+
+
+def test_a_repository_is_the_dataset_with_its_pages(hub: HubServer, copied: Path) -> None:
+    (copied / "notes.txt").write_text("mine")
+    before = digests(copied)
+    address = push(kdata.open(copied), ADDRESS)
+    assert address.endswith("/datasets/me/logits")
+    assert digests(copied) == before, "the dataset itself is only read"
+    pushed = digests(newest(hub))
+    assert set(pushed) == {*dataset_files(kdata.open(copied)), *PAGES, ".gitattributes"}
+    assert all(pushed[name] == before[name] for name in set(pushed) & set(before))
+    about = About(url="https://huggingface.co/datasets/me/logits")
+    assert (newest(hub) / "README.md").read_bytes() == publication(kdata.open(copied), about)["README.md"]
+    assert json.loads((newest(hub) / "croissant.json").read_bytes())["url"] == about.url
+    assert kdata.open(newest(hub)).content_digest == kdata.open(copied).content_digest
+
+
+def test_only_what_is_new_is_sent(hub: HubServer, copied: Path) -> None:
+    push(kdata.open(copied), ADDRESS)
+    commit, first = hub.refs["main"], sum(count for _, count in hub.received)
+    hub.received.clear()
+    push(kdata.open(copied), ADDRESS)
+    assert hub.refs["main"] == commit and not hub.received, "nothing changed: no commit"
+    select(kdata.open(copied), All())
+    push(kdata.open(copied), ADDRESS)
+    assert hub.refs["main"] != commit
+    assert 0 < sum(count for _, count in hub.received) < first / 3
+    assert {path for path in digests(newest(hub)) if path.startswith("plans/")} == {
+        "plans/all.json",
+        "plans/all.parquet",
+    }
+
+
+def test_a_smaller_dataset_takes_the_place_of_the_former_one(hub: HubServer, copied: Path, tmp_path: Path) -> None:
+    push(kdata.open(copied), ADDRESS)
+    for name in ("LICENSE", "pictures/index/cat.png"):
+        (newest(hub) / name).parent.mkdir(parents=True, exist_ok=True)
+        (newest(hub) / name).write_text("mine")
+    small = head(kdata.open(copied), tmp_path / "small", 3)
+    push(small, ADDRESS)
+    own = {"LICENSE", "pictures/index/cat.png", ".gitattributes"}
+    assert set(digests(newest(hub))) == {*dataset_files(small), *PAGES, *own}
+    clone = kdata.open(newest(hub))
+    assert clone.content_digest == small.content_digest and clone.num_rows == 3
+    assert len(kdata.open(hub.commits[f"{2:040x}"])) == 25, "the commit before stays as it was"
+
+
+def test_nothing_is_deleted_in_a_repository_that_holds_something_else(
+    hub: HubServer, captured: Path, tmp_path: Path
+) -> None:
+    own = {"data/train-0.parquet", "index/page.html"}
+    for name in own:
+        (tmp_path / "other" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "other" / name).write_text("x")
+    hub.push(tmp_path / "other", "a" * 40, "main")
+    push(kdata.open(captured), ADDRESS)
+    assert own <= set(digests(newest(hub)))
+
+
+def test_a_tag_is_a_version_that_stays(hub: HubServer, copied: Path, tmp_path: Path) -> None:
+    push(kdata.open(copied), ADDRESS, tag="v1")
+    assert hub.refs["v1"] == hub.refs["main"]
+    push(kdata.open(copied), ADDRESS, tag="v1")
+    push(kdata.open(copied), ADDRESS, tag="same")
+    assert hub.refs["v1"] == hub.refs["same"] == hub.refs["main"]
+    hub.received.clear()
+    small = head(kdata.open(copied), tmp_path / "small", 3)
+    with pytest.raises(ConfigError, match=r"the tag v1 of me/logits stands for commit 0{8}, which is another state"):
+        push(small, ADDRESS, tag="v1")
+    assert not hub.received and hub.refs["v1"] == hub.refs["main"]
+    push(small, ADDRESS, tag="v2")
+    assert hub.refs["v2"] == hub.refs["main"] != hub.refs["v1"]
+    with pytest.raises(ConfigError, match=r"the tag v1 of me/logits stands for commit"):
+        push(small, ADDRESS, tag="v1")
+    for wrong in ("", "-x", "a..b", "v1.lock", "a b", "../x", "x" * 65):
+        with pytest.raises(ConfigError, match="a tag has up to 64 letters"):
+            push(small, ADDRESS, tag=wrong)
+    with pytest.raises(ConfigError, match="--tag names a version on the Hub"):
+        push(small, str(tmp_path / "copy"), tag="v1")
+
+
+def test_a_broken_connection_publishes_nothing_and_the_same_command_sends_the_rest(
+    hub: HubServer, captured: Path
+) -> None:
+    hub.breaks_after = 2
+    with pytest.raises(StorageError, match=r"the Hub refused me/logits: .*what was sent is not sent again"):
+        push(kdata.open(captured), ADDRESS)
+    assert set(digests(newest(hub))) == {".gitattributes"} and len(hub.received) == 2
+    hub.breaks_after = None
+    push(kdata.open(captured), ADDRESS)
+    digests_sent = [name for name, _ in hub.received if len(name) == 64]
+    assert len(digests_sent) == len(set(digests_sent)) and kdata.open(newest(hub)).num_rows == 25
+
+
+def test_a_commit_of_somebody_else_is_not_overwritten(hub: HubServer, captured: Path, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/theirs.txt").write_text("theirs")
+    hub.meanwhile = lambda: hub.push(tmp_path / "theirs", "b" * 40, "main")
+    with pytest.raises(StorageError, match="somebody else pushed to me/logits meanwhile"):
+        push(kdata.open(captured), ADDRESS)
+    assert digests(newest(hub)).keys() == {"theirs.txt"}
+    hub.meanwhile = lambda: None
+    push(kdata.open(captured), ADDRESS)
+    assert kdata.open(newest(hub)).num_rows == 25 and (newest(hub) / "theirs.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("token", "address", "message"),
+    [
+        ("hf_" + "r" * 34, ADDRESS, r"does not let this token write to me/logits \(401\)"),
+        (None, "hf://you/logits", r"does not let this token write to you/logits \(403\)"),
+        ("", ADDRESS, "the Hub needs a token: set HF_TOKEN"),
+    ],
+)
+def test_who_may_not_write_is_told_so(
+    hub: HubServer, captured: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, address: str, message: str
+) -> None:
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises((StorageError, ConfigError), match=message):
+        push(kdata.open(captured), address)
+    assert not hub.commits
+
+
+# A capture that waits after each shard.
+CAPTURE = """
+import sys, time
+from pathlib import Path
+from kdata.store.writer import Writer
+from tests.fakes import run_capture
+accept = Writer.accept
+def slow(self, shard):
+    result = accept(self, shard)
+    time.sleep(0.7)
+    return result
+Writer.accept = slow
+run_capture(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), kind="topk", k=4, unit_tokens=200)
+"""
+
+
+def capture_slowly(out: Path, tokenizer_dir: Path) -> subprocess.Popen[bytes]:
+    """A capture in a process of its own, which has begun."""
+    corpus = write_jsonl(out.with_suffix(".jsonl"), rows_of_text(40, words=20))
+    process = subprocess.Popen([sys.executable, "-c", CAPTURE, str(out), str(corpus), str(tokenizer_dir)])
+    while not (out / "dataset.json").exists() and process.poll() is None:
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [ADDRESS, "memory://kdata-while/d"])
+def test_each_state_that_is_pushed_while_a_capture_runs_is_whole(
+    hub: HubServer, tmp_path: Path, tokenizer_dir: Path, place: str
+) -> None:
+    process = capture_slowly(tmp_path / "d", tokenizer_dir)
+    rows: list[int] = []
+
+    def sent(state: kdata.Dataset) -> None:
+        rows.append(len(kdata.open(newest(hub) if place == ADDRESS else place)))
+        assert rows[-1] == len(state)
+
+    push_while_written(tmp_path / "d", place, every_sec=0.1, sent=sent)
+    assert process.wait() == 0
+    whole = kdata.open(tmp_path / "d")
+    assert len(rows) > 1 and rows == sorted(set(rows)) and rows[0] < len(whole), rows
+    assert kdata.open(newest(hub) if place == ADDRESS else place).content_digest == whole.content_digest
+    for commit in [folder for folder in hub.commits.values() if (folder / "dataset.json").exists()]:
+        assert [problem for problem in verify(kdata.open(commit), deep=True) if not problem.stray] == []
+
+
+def test_a_reader_of_a_url_sees_a_whole_dataset_at_every_moment(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, dataset = "memory://kdata-push/d", kdata.open(copied)
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("kdata.share.push.push_to_url", partial(push_to_url, lines=2))
+    sent, rows = list[str](), list[int]()
+    replace = Store.replace
+
+    def watched(self: Store, source: Path, relative: str) -> None:
+        replace(self, source, relative)
+        sent.append(relative)
+        if Store(url).read("dataset.json") is not None:
+            opened = kdata.open(url)
+            opened.fetch()
+            rows.append(len(opened))
+            assert verify(opened, deep=True) == []
+
+    monkeypatch.setattr(Store, "replace", watched)
+    assert push(dataset, url) == url
+    assert len(set(rows)) > 2 and rows == sorted(rows) and rows[0] == 0 and rows[-1] == 25
+    assert sent.count("manifest.jsonl") == -(-len(dataset.manifest) // 2) and sent[-1] == "dataset.json"
+    assert digests_at(url).keys() == {*dataset_files(dataset), *PAGES}
+    assert {name: digests_at(url)[name] for name in digests(copied)} == digests(copied)
+    sent.clear()
+    push(kdata.open(copied), url)
+    assert sent == []
+    select(kdata.open(copied), All())
+    push(kdata.open(copied), url)
+    assert "plans/all.json" in sent and not [path for path in sent if path.startswith(("data/", "index/", "manifest"))]
+    (copied / "plans/all.json").unlink()
+    (copied / "plans/all.parquet").unlink()
+    push(kdata.open(copied), url)
+    assert digests_at(url).keys() == {*dataset_files(dataset), *PAGES}
+    before = digests_at(url)
+    with pytest.raises(ConfigError, match=r"holds other rows \(shard capture-\d+\), which cannot be replaced"):
+        push(head(kdata.open(copied), tmp_path / "part", 3), url)
+    assert digests_at(url) == before
+
+
+def digests_at(url: str) -> dict[str, str]:
+    """SHA-256 of each file at a URL."""
+    store = Store(url)
+    return {name: hashlib.sha256(store.read(name) or b"").hexdigest() for name in store.files()}
+
+
+def test_a_push_to_a_url_that_broke_off_goes_on(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, dataset = "memory://kdata-broken/d", kdata.open(copied)
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("kdata.share.push.push_to_url", partial(push_to_url, lines=1))
+    replace, sent = Store.replace, list[str]()
+
+    def broken(self: Store, source: Path, relative: str) -> None:
+        sent.append(relative)
+        if len(sent) == 10:
+            raise StorageError("broken")
+        replace(self, source, relative)
+
+    monkeypatch.setattr(Store, "replace", broken)
+    with pytest.raises(StorageError, match="broken"):
+        push(dataset, url)
+    assert 0 < len(kdata.open(url)) < 25
+    push(dataset, url)
+    shards = [path for path in sent if path.startswith("data/")]
+    assert len(shards) <= len(set(shards)) + 1 and digests_at(url).keys() == {*dataset_files(dataset), *PAGES}
+    assert kdata.open(url).content_digest == dataset.content_digest
+
+
+def test_a_url_that_holds_something_else_is_left_alone(
+    captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.png").write_text("cat")
+    with pytest.raises(ConfigError, match=r"is not a dataset and holds other things \('cat.png'\)"):
+        push(kdata.open(captured), f"file://{tmp_path}/photos")
+    assert digests(tmp_path / "photos").keys() == {"cat.png"}
+    with pytest.raises(ConfigError, match="a web server is only read"):
+        push(kdata.open(captured), "https://127.0.0.1:9/d")
