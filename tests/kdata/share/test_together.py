@@ -20,6 +20,7 @@ from kdata.pipelines.cli.main import call
 from kdata.selection.plan import make_plan
 from kdata.share.arrange import head
 from kdata.share.card import write_card
+from kdata.share.fitness import About
 from kdata.share.push import push
 from tests.fakes import digests, rows_of_text, run_capture, write_jsonl
 
@@ -199,13 +200,14 @@ def test_a_source_that_changes_while_it_is_pushed_is_not_published(
     make_plan(dataset, "p", dataset.index(["id"])["id"].to_pylist()[:2], method="sql", parameters={}).save(
         root / "plans"
     )
-    real = module.write_card
+    real = module.publication
 
-    def change(copy: kdata.Dataset, **options: object) -> Path:
-        (copy.path / "plans" / "p.parquet").write_bytes(b"half of another plan")
-        return real(copy, **options)  # type: ignore[arg-type]
+    def change(own: kdata.Dataset, about: About) -> dict[str, bytes]:
+        pages = real(own, about)
+        (root / "plans" / "p.parquet").write_bytes(b"half of another plan")
+        return pages
 
-    monkeypatch.setattr(module, "write_card", change)
+    monkeypatch.setattr(module, "publication", change)
     with pytest.raises(KdataError, match="was not whole and is removed"):
         push(dataset, tmp_path / "pushed")
     assert {p.name for p in tmp_path.iterdir()} == {"d"}

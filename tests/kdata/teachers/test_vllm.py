@@ -40,7 +40,7 @@ THRESHOLD = KeepConfig(kind="threshold", threshold=0.02, temperatures=[2.0])
 DRAWS = {
     "hybrid": HYBRID,
     "threshold": THRESHOLD,
-    "context": THRESHOLD.model_copy(update={"draws_by": "context"}),
+    "by_context": THRESHOLD.model_copy(update={"draws_by": "context"}),
 }
 
 
@@ -154,7 +154,7 @@ def test_vllm_agrees_with_the_plain_forward_pass(llama_dir: Path, tmp_path: Path
         np.testing.assert_allclose(exact, others.logprobs[~others.is_draw], atol=1e-4)
         mass = np.exp(one.kept.logprobs[one.kept.is_draw].astype(np.float64)).sum()
         np.testing.assert_allclose(mass, np.exp(one.log_tail[start:].astype(np.float64)).sum(), rtol=1e-4)
-    for taped, read in zip(answers["context_written"], answers["context_reread"], strict=True):
+    for taped, read in zip(answers["by_context_written"], answers["by_context_reread"], strict=True):
         own, start = taped.readout.kept, taped.num_prompt_tokens
         again = read.only(np.arange(len(read.rank)) >= start).kept
         np.testing.assert_array_equal(own.num_exact, again.num_exact)
