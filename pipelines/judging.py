@@ -42,7 +42,7 @@ def judge(run: Run, number: int, stage: JudgeStage) -> None:
     folder = run.round_folder(number)
     answers = run.generate_job(LITTLE)
     assert answers is not None  # the recipe was checked
-    _write(run, folder / "answers", answers, TeacherConfig(model=stage.student, backend="transformers"))
+    _write(run, folder / "answers", answers, TeacherConfig(model=stage.student, backend=stage.backend))
     dataset, given = open_dataset(run.dataset_path), open_dataset(folder / "answers")
     questions = _questions(dataset, given, stage)
     if not questions:

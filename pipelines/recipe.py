@@ -15,7 +15,7 @@ from kdata.format.keep import KeepConfig
 from kdata.hygiene.checks import HygieneConfig
 from kdata.jobs.reading import CaptureConfig
 from kdata.pipelines.engine import EngineConfig, LocalConfig
-from kdata.pipelines.rounds import RoundsConfig
+from kdata.pipelines.rounds import JudgeStage, RequestStage, RoundsConfig
 from kdata.selection.ranked import Difference
 from kdata.selection.select import SelectConfig
 from kdata.selection.step import Step
@@ -300,12 +300,28 @@ def _refuse_rounds(recipe: Recipe, rounds: RoundsConfig) -> None:
         scores = [] if recipe.hygiene is None else [recipe.hygiene.prefix + check for check in recipe.hygiene.chosen]
         scores += [recipe.select.score] if isinstance(recipe.select, Difference) else []
     last = rounds.check(scores=scores, plans=plans, generates=recipe.generate is not None)
+    for number in range(1, rounds.count + 1):
+        for stage in rounds.stages_of(number, dict.fromkeys(("last", "best"), "student")):
+            if isinstance(stage, JudgeStage):
+                of_teacher = stage.judge.model == TEACHER
+                _refuse_writing(stage.sampling, recipe.teacher.backend if of_teacher else stage.judge.backend, "judge")
+                assert recipe.generate is not None  # checked
+                _refuse_writing(recipe.generate.sampling, stage.backend, "judge (the student answers as in `generate`)")
+            if isinstance(stage, RequestStage):
+                _refuse_writing(stage.sampling, recipe.teacher.backend, "request")
     run = recipe.students[name]
     for chosen in last:
         has_positions = recipe.keep.positions is not None or (chosen is not None and chosen.step.positions is not None)
         for phase in recipe.train_config(run).resolved_phases():
             if phase.dataset is None:
                 refuse_elsewhere(phase.objective, has_positions=has_positions or phase.plan is not None)
+
+
+def _refuse_writing(sampling: SamplingConfig, backend: str, what: str) -> None:
+    """Raise ConfigError where a backend could not write so."""
+    if backend == "transformers" and (sampling.stop or sampling.structured_output is not None):
+        key = "stop" if sampling.stop else "structured_output"
+        raise ConfigError(f"rounds: {what}: backend transformers does not write with sampling.{key}; use backend vllm")
 
 
 def _refuse_missing_scores(select: Step) -> None:

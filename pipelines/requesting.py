@@ -58,8 +58,7 @@ def request(run: Run, number: int, stage: RequestStage) -> None:
     examples = labelled(open_dataset(run.validation_path), stage.marker)
     predictions = classify(stage.student, examples, stage.marker)
     _write_lines(folder / "predictions.jsonl", [asdict(one) for one in predictions])
-    seed = f"{run.recipe.seed}:{number}"
-    rows = requests_of(predictions, stage, seed)
+    rows = requests_of(predictions, stage, run.recipe.seed, number)
     config = writing_config(folder / "requests.jsonl", rows, stage.chat, stage.sampling, run.recipe.seed, "written")
     job = GenerateJob(config, Corpus(config.prompts))
     teacher = run.teacher_config
@@ -170,7 +169,7 @@ def _is_hard(one: Prediction, stage: RequestStage) -> bool:
     return one.label != one.predicted and one.confidence >= stage.hard_above
 
 
-def requests_of(predictions: Sequence[Prediction], stage: RequestStage, seed: str) -> list[dict[str, Any]]:
+def requests_of(predictions: Sequence[Prediction], stage: RequestStage, seed: int, number: int) -> list[dict[str, Any]]:
     """One prompt for each text to ask for: id, domain (the class that is asked for), prompt."""
     template, report = JINJA.from_string(stage.prompt), report_of(predictions)
     labels = sorted({one.label for one in predictions})
@@ -185,7 +184,9 @@ def requests_of(predictions: Sequence[Prediction], stage: RequestStage, seed: st
             "hard": [one for one in own if _is_hard(one, stage)],
         }
         for count in range(shares[label]):
-            row_id = f"{place:03}-{count:05}"
+            row_id = (
+                f"{number}-{place:03}-{count:05}"  # what is sampled follows from the id: another round, other texts
+            )
             drawn = {name: _drawn(group, stage.examples, f"{seed}:{row_id}") for name, group in groups.items()}
             prompt = template.render(label=label, labels=labels, report=report, **drawn)
             rows.append({"id": row_id, "domain": label, "prompt": prompt})

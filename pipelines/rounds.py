@@ -91,6 +91,7 @@ class JudgeStage(Strict):
     stage: Literal["judge"] = "judge"
     name: str = Field("marks_{round}", pattern=NAME.pattern, description="Name of the score.")
     student: str = Field("{last}", description="Folder of the model that answers.")
+    backend: Literal["vllm", "transformers"] = Field("transformers", description="What runs the student.")
     judge: JudgeConfig = JudgeConfig()
     prompt: str = Field(JUDGE_PROMPT, description="Jinja template of `question` and `answer`: what the judge reads.")
     chat: bool = Field(False, description="Send the prompt as a user's message, by the judge's chat template.")
