@@ -241,6 +241,31 @@ def test_references_are_replaced_outside_of_templates_only() -> None:
     assert judged.model_dump()["student"] == "/m" and judged.model_dump()["name"] == "marks_2"
 
 
+def test_margins_of_the_student_choose_rows_and_those_of_the_teacher_weigh_tokens(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    """WAD, as the README writes it."""
+    page = (Path(__file__).parents[2] / "pipelines/README.md").read_text("utf-8")
+    block = next(part for part in page.split("```yaml\n") if "max(logprob, 2)" in part.partition("```")[0])
+    stages = yaml.safe_load(block.partition("```")[0])["rounds"]["stages"]
+    output, error = call("run", write(values, tmp_path, count=1, stages=stages), "--out", tmp_path / "run")
+    assert error is None, output
+    data = kdata.open(tmp_path / "run/dataset")
+    margins = dict(
+        data.sql("select id, margin from scores.student_1").select(["id", "margin"]).to_pandas().values.tolist()
+    )
+    plan = open_plan(data, "round_1")
+    domain = {row["id"]: row["domain"] for row in data.sql("select id, domain from rows").to_pylist()}
+    for name in ("code", "prose"):
+        own = sorted((i for i in margins if domain[i] == name), key=lambda i: (-margins[i], i))
+        chosen = [i for i in plan.ids if domain[i] == name]
+        assert chosen and set(chosen) == set(own[: len(chosen)])
+    rows, positions = plan.choice(data)
+    assert positions is not None and plan.info.positions is not None and plan.info.positions.weighted
+    assert positions.weights is not None and (positions.weights > 0).all() and (positions.weights <= 1).all()
+    assert len(rows) == len(plan.ids)
+
+
 def test_validation_text_that_is_held_out_too_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
     file = write(values, tmp_path, validation=values["heldout"])
     _, error = call("run", file, "--out", tmp_path / "run")
