@@ -566,7 +566,7 @@ def estimate_recipe(recipe: Any, probe_tokens: int) -> tuple[list[Stage], Memory
 
     Raises ConfigError where the recipe names a cluster.
     """
-    from kdata.pipelines.runner import Run
+    from kdata.pipelines.run import Run
 
     refuse_cluster(recipe.engine)
     with temporary_folder("estimate") as folder:
@@ -604,6 +604,8 @@ def estimate_recipe(recipe: Any, probe_tokens: int) -> tuple[list[Stage], Memory
                 one = estimate_student(f"train {student}", config, learned, tokens, lengths, own)
                 stages.append(replace(one, note=note))
                 task.advance(1)
+            if recipe.rounds is not None:
+                stages.append(_rounds_like(run, stages[-len(recipe.students) :]))
             model = folder / f"train-{next(iter(recipe.students))}" / "out" / "model"
             stage, number = recipe.evaluate, len(recipe.students)
             prompts = _num_prompts(heldout, stage.samples)
@@ -624,6 +626,21 @@ def _num_prompts(heldout: CaptureJob, samples: int) -> int:
         if not isinstance(document, Reject) and characters(document) > 160:
             per_domain[document.domain] = per_domain.get(document.domain, 0) + 1
     return sum(min(number, samples) for number in per_domain.values())
+
+
+def _rounds_like(run: Any, trained: list[Stage]) -> Stage:
+    """Training of all rounds; what they score, judge and write in between is not tried."""
+    rounds, names = run.recipe.rounds_of(), list(run.recipe.students)
+    one, count = trained[names.index(rounds.student_of(names))], rounds.count
+    return replace(
+        one,
+        name="train rounds",
+        tokens=one.tokens * count,
+        disk_bytes=None if one.disk_bytes is None else one.disk_bytes * count,
+        seconds=None if one.seconds is None else one.seconds * count,
+        load_seconds=None if one.load_seconds is None else one.load_seconds * count,
+        note=f"{count} rounds, if none ends them early; what rounds score, judge and request is not in this",
+    )
 
 
 def _more_bytes(stage: Stage, size: int) -> Stage:

@@ -15,6 +15,7 @@ from kdata.format.keep import KeepConfig
 from kdata.hygiene.checks import HygieneConfig
 from kdata.jobs.reading import CaptureConfig
 from kdata.pipelines.engine import EngineConfig, LocalConfig
+from kdata.pipelines.rounds import JudgeStage, RequestStage, RoundsConfig
 from kdata.selection.ranked import Difference
 from kdata.selection.select import SelectConfig
 from kdata.selection.step import Step
@@ -197,6 +198,11 @@ class Recipe(RowsConfig):
     train: TrainConfig = Field(TrainConfig(), description="What every student's training has in common.")
     students: dict[str, StudentRun] = Field(description="Students by name.", min_length=1)
     evaluate: EvaluateStage = EvaluateStage()
+    rounds: RoundsConfig | None = Field(
+        None,
+        exclude_if=lambda rounds: rounds is None,
+        description="Stages that are repeated with what the last round made, after training; null: none.",
+    )
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> Recipe:
@@ -206,6 +212,11 @@ class Recipe(RowsConfig):
                 "and the seed at the top of the recipe"
             )
         return self
+
+    def rounds_of(self) -> RoundsConfig:
+        """`rounds` of a recipe that has them."""
+        assert self.rounds is not None
+        return self.rounds
 
     def settings(self) -> dict[str, Any]:
         """The settings that a run folder keeps: all but what may change, the address of a model server and `strict`."""
@@ -230,7 +241,7 @@ class Recipe(RowsConfig):
             "name": name,
             "strict": self.strict,
         }
-        if name == "heldout":
+        if name in ("heldout", "validation"):
             values.pop("positions", None)
         return parse_config(CaptureConfig, values, "capture")
 
@@ -267,7 +278,50 @@ def load_recipe(path: Path, settings: list[str], options: dict[str, Any] | None 
             "difference sampling needs a reference model with the teacher's tokenizer: set reference.model, or "
             "student.model (a checkpoint, which then is also the reference), or select.method=random"
         )
+    if recipe.rounds is not None:
+        _refuse_rounds(recipe, recipe.rounds)
     return recipe
+
+
+def _refuse_rounds(recipe: Recipe, rounds: RoundsConfig) -> None:
+    """Raise ConfigError where rounds could not end well; see `RoundsConfig.check`."""
+    name = rounds.student_of(list(recipe.students))
+    if recipe.student.lora is not None or recipe.student.quantize is not None:
+        raise ConfigError(
+            "rounds read and train the student of the last round on, and not adapters or rounded weights: leave student.lora "
+            "and student.quantize at null"
+        )
+    if not isinstance(recipe.engine, LocalConfig):
+        raise ConfigError("rounds work in this process: leave engine at local")
+    uses_plan = any(run.plan for run in recipe.students.values())
+    plans = [recipe.select.name or recipe.select.method] if uses_plan else []
+    scores: list[str] = []
+    if uses_plan:
+        scores = [] if recipe.hygiene is None else [recipe.hygiene.prefix + check for check in recipe.hygiene.chosen]
+        scores += [recipe.select.score] if isinstance(recipe.select, Difference) else []
+    last = rounds.check(scores=scores, plans=plans, generates=recipe.generate is not None)
+    for number in range(1, rounds.count + 1):
+        for stage in rounds.stages_of(number, dict.fromkeys(("last", "best"), "student")):
+            if isinstance(stage, JudgeStage):
+                of_teacher = stage.judge.model == TEACHER
+                _refuse_writing(stage.sampling, recipe.teacher.backend if of_teacher else stage.judge.backend, "judge")
+                assert recipe.generate is not None  # checked
+                _refuse_writing(recipe.generate.sampling, stage.backend, "judge (the student answers as in `generate`)")
+            if isinstance(stage, RequestStage):
+                _refuse_writing(stage.sampling, recipe.teacher.backend, "request")
+    run = recipe.students[name]
+    for chosen in last:
+        has_positions = recipe.keep.positions is not None or (chosen is not None and chosen.step.positions is not None)
+        for phase in recipe.train_config(run).resolved_phases():
+            if phase.dataset is None:
+                refuse_elsewhere(phase.objective, has_positions=has_positions or phase.plan is not None)
+
+
+def _refuse_writing(sampling: SamplingConfig, backend: str, what: str) -> None:
+    """Raise ConfigError where a backend could not write so."""
+    if backend == "transformers" and (sampling.stop or sampling.structured_output is not None):
+        key = "stop" if sampling.stop else "structured_output"
+        raise ConfigError(f"rounds: {what}: backend transformers does not write with sampling.{key}; use backend vllm")
 
 
 def _refuse_missing_scores(select: Step) -> None:

@@ -1,4 +1,4 @@
-"""Executes a recipe, stage by stage: generate, capture, heldout, score, select, train, evaluate, report.
+"""Executes a recipe, stage by stage: generate, capture, heldout, score, select, train, rounds, evaluate, report.
 
 A run that was stopped continues where it stopped: a finished stage is not run again. The run folder holds the resolved
 recipe; the same folder with other settings is refused.
@@ -6,190 +6,36 @@ recipe; the same folder with other settings is refused.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from operator import or_
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from kdata.config import parse_config
-from kdata.corpus.corpus import Corpus, CorpusConfig
-from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, settings_difference
-from kdata.format.files import lock_of, storage_errors, write_atomically
-from kdata.format.json_text import read_json
+from kdata.errors import ConfigError, CorruptError, MismatchError, settings_difference
+from kdata.format.files import lock_of, storage_errors
 from kdata.format.rejects import refused, rejected_line
 from kdata.hygiene.inspect import inspect_dataset
-from kdata.jobs.job import Engine, devices_of, run_job
-from kdata.jobs.reading import CaptureJob
+from kdata.jobs.job import devices_of, run_job
 from kdata.jobs.scoring import ScoreConfig, score
 from kdata.jobs.selecting import select
-from kdata.jobs.writing import GenerateConfig, GenerateJob
 from kdata.observe.energy import Devices, local_devices
 from kdata.observe.journal import Took, read_journal, took
 from kdata.observe.progress import RunStage, console
-from kdata.pipelines.builtin.builtin import builtin_reference, builtin_teacher, ensure_corpus
-from kdata.pipelines.builtin.corpus import CorpusFiles
-from kdata.pipelines.builtin.gemma import gemma_teacher
-from kdata.pipelines.engine import is_here, open_engine
 from kdata.pipelines.ray.workers import RayConfig
-from kdata.pipelines.recipe import BUILTIN, GEMMA, TEACHER, Recipe, StudentRun, TextConfig
+from kdata.pipelines.recipe import BUILTIN, Recipe
 from kdata.pipelines.report.report import write_report
+from kdata.pipelines.round_stages import round_stages, rounds_left, rounds_table
+from kdata.pipelines.run import Run, read_state, write_json
 from kdata.selection.ranked import Difference
 from kdata.share.card import tokens_of, write_card
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.shard import stored_rejects
-from kdata.store.url import cache_dir
-from kdata.teachers.config import TeacherConfig
 from kdata.teachers.engine_args import of_identity
-from kdata.trainer.config import ScratchStudent, TrainConfig
 from kdata.trainer.evaluate import EvaluateConfig, evaluate
 from kdata.trainer.train import train
-
-
-@dataclass
-class Run:
-    """A recipe and its folder."""
-
-    recipe: Recipe
-    out: Path
-    seconds: dict[str, float]
-    _opened: ExitStack = field(default_factory=ExitStack)
-
-    @property
-    def dataset_path(self) -> Path:
-        return self.out / "dataset"
-
-    @property
-    def heldout_path(self) -> Path:
-        return self.out / "heldout"
-
-    @property
-    def datasets(self) -> dict[str, Path]:
-        """The dataset that each stage of the teacher writes into, by the name of stage and source."""
-        return {"generate": self.dataset_path, "capture": self.dataset_path, "heldout": self.heldout_path}
-
-    @property
-    def log(self) -> Path:
-        return self.out / "progress.jsonl"
-
-    @cached_property
-    def builtin_corpus(self) -> CorpusFiles:
-        return ensure_corpus(cache_dir())
-
-    @cached_property
-    def teacher_config(self) -> TeacherConfig:
-        """The teacher, `builtin` and `gemma` resolved to their files."""
-        values = self.recipe.teacher.model_dump()
-        if values["model"] == BUILTIN:
-            values["model"] = str(builtin_teacher())
-        elif values["model"] == GEMMA:
-            values["model"] = str(gemma_teacher(cache_dir()))
-        return TeacherConfig(**values)
-
-    def model_of(self, name: str, revision: str | None) -> tuple[str, str | None]:
-        """A reference or student and its revision; `teacher` is the teacher's own, `gemma` the file of its packages."""
-        if name == TEACHER or name == GEMMA == self.recipe.teacher.model:
-            return self.teacher_config.model, self.teacher_config.revision
-        return (str(gemma_teacher(cache_dir())), None) if name == GEMMA else (name, revision)
-
-    @cached_property
-    def reference_config(self) -> TeacherConfig:
-        """The reference, `auto`, `builtin`, `gemma` and `teacher` resolved."""
-        values = self.recipe.reference.model_dump()
-        if values["model"] == "auto":
-            built_in = self.recipe.teacher.model == BUILTIN
-            values["model"] = BUILTIN if built_in else self.recipe.student.model
-            values["revision"] = None if built_in else self.recipe.student.revision
-        if values["model"] == BUILTIN:
-            values["model"] = str(builtin_reference())
-        values["model"], values["revision"] = self.model_of(values["model"], values["revision"])
-        return TeacherConfig(**values)
-
-    def train_config(self, student: StudentRun) -> TrainConfig:
-        """Settings of one student's training, its model resolved."""
-        config = self.recipe.train_config(student)
-        if not isinstance(config.student, ScratchStudent):
-            model, revision = self.model_of(config.student.model, config.student.revision)
-            own = config.student.model_copy(update={"model": model, "revision": revision})
-            config = config.model_copy(update={"student": own})
-        return config
-
-    @cached_property
-    def engine(self) -> Engine:
-        """The loaded teacher: loaded once for generation and both captures."""
-        jobs, look = [self.capture_job("capture"), self.capture_job("heldout")], is_here(self.recipe.engine)
-        work = reduce(or_, [job.work(self.teacher_config, look=look) for job in jobs])
-        generating = self.generate_job()
-        if generating is not None:
-            work |= generating.work(self.teacher_config, look=look)
-        return self._opened.enter_context(
-            open_engine(self.recipe.engine, self.teacher_config, max_k=self.recipe.keep.k, work=work)
-        )
-
-    def generate_job(self) -> GenerateJob | None:
-        """What the teacher writes; None where the recipe leaves it out."""
-        stage = self.recipe.generate
-        if stage is None:
-            return None
-        prompts = self.corpus(stage.prompts, "prompts")
-        values = {
-            **self.recipe.keep.model_dump(),
-            **stage.model_dump(),
-            "prompts": prompts.model_dump(),
-            "seed": self.recipe.seed,
-            "strict": self.recipe.strict,
-        }
-        return GenerateJob(parse_config(GenerateConfig, values, "generate"), Corpus(prompts))
-
-    def capture_job(self, name: Literal["capture", "heldout"]) -> CaptureJob:
-        """What the teacher reads: the corpus, or the held-out text."""
-        corpus = (
-            self.corpus(self.recipe.corpus, "corpus")
-            if name == "capture"
-            else self.corpus(self.recipe.heldout, "heldout")
-        )
-        return CaptureJob(self.recipe.capture_config(corpus, name), Corpus(corpus))
-
-    def close_engine(self) -> None:
-        """Free the teacher's memory; later stages do not need it."""
-        self._opened.close()
-        self.__dict__.pop("engine", None)
-
-    def corpus(self, config: TextConfig, kind: str) -> CorpusConfig:
-        """A corpus, `builtin` resolved to the file of that kind (corpus, heldout, prompts)."""
-        values = config.model_dump()
-        if values["path"] == BUILTIN:
-            values["path"] = str(getattr(self.builtin_corpus, kind))
-        return CorpusConfig(**values)
-
-    @property
-    def scores_tokens(self) -> bool:
-        """Whether the score of difference sampling needs a number for each token, because a rule for positions reads them."""
-        chosen = self.recipe.select
-        return (
-            isinstance(chosen, Difference)
-            and chosen.positions is not None
-            and chosen.score.lower() in [name.lower() for name in chosen.positions.named_scores()]
-        )
-
-    @property
-    def uses_score(self) -> bool:
-        return self.uses_plan and isinstance(self.recipe.select, Difference)
-
-    @property
-    def uses_plan(self) -> bool:
-        return any(student.plan for student in self.recipe.students.values())
-
-    @property
-    def plan_name(self) -> str:
-        return self.recipe.select.name or self.recipe.select.method
 
 
 def prepare(run: Run) -> None:
@@ -213,6 +59,11 @@ def run_generate(run: Run) -> None:
 def run_capture(run: Run) -> None:
     """The teacher reads the corpus."""
     _say_rejected(run_job(run.dataset_path, run.capture_job("capture"), run.engine, log=run.log), "capture")
+
+
+def run_validation(run: Run) -> None:
+    """The teacher reads the validation text into a dataset of its own, which every round is measured on."""
+    _say_rejected(run_job(run.validation_path, run.validation_job(), run.engine, log=run.log), "validation")
 
 
 def run_heldout(run: Run) -> None:
@@ -264,7 +115,16 @@ def run_evaluate(run: Run) -> None:
         config = EvaluateConfig(sample_tokens=stage.sample_tokens)
         measured = evaluate(folder / "model", run.heldout_path, prompts=prompts, label=student.label, config=config)
         students[name] = {**measured, "metrics": f"students/{name}/metrics.jsonl"}
-    write_json(run.out / "results.json", {**_results_head(run), "students": students})
+    rounds = {}
+    if run.recipe.rounds is not None:
+        rounds = {"rounds": rounds_table(run)}
+        name, best = rounds["rounds"]["student"], rounds["rounds"]["best"]
+        label = f"{run.recipe.students[name].label}, round {best}"
+        folder = run.round_student(best)
+        config = EvaluateConfig(sample_tokens=stage.sample_tokens)
+        measured = evaluate(folder / "model", run.heldout_path, prompts=prompts, label=label, config=config)
+        students[f"{name}-rounds"] = {**measured, "metrics": f"{folder.relative_to(run.out).as_posix()}/metrics.jsonl"}
+    write_json(run.out / "results.json", {**_results_head(run), "students": students, **rounds})
 
 
 def heldout_prompts(heldout: Dataset, number: int) -> list[dict[str, str]]:
@@ -290,9 +150,9 @@ def _results_head(run: Run) -> dict[str, Any]:
 
 def run_report(run: Run) -> None:
     """Write the datasets' cards and the report."""
-    for path in (run.dataset_path, run.heldout_path):
+    for path in dict.fromkeys(run.datasets.values()):
         write_card(open_dataset(path))
-    results = _read(run.out / "results.json")
+    results = read_state(run.out / "results.json")
     results["stages"] = [stage.model_dump() for stage in _took(run)]
     write_json(run.out / "results.json", results)
     write_report(run.out)
@@ -339,7 +199,7 @@ def execute(recipe: Recipe, out: Path, *, resume: str = "auto") -> Path:
 def _execute(recipe: Recipe, out: Path, resume: str) -> Path:
     run = open_run(recipe, out, resume)
     try:
-        for name, stage in STAGES.items():
+        for name, stage in stages_of(run):
             # `prepare` runs every time: it is cheap, and it resolves the models that later stages name.
             if name in run.seconds and name != "prepare":
                 console.print(f"{name}: already done, in {run.seconds[name]:.1f} s", style="dim")
@@ -354,6 +214,27 @@ def _execute(recipe: Recipe, out: Path, resume: str) -> Path:
     return out / "report.html"
 
 
+def stages_of(run: Run) -> Iterator[tuple[str, Callable[[Run], None]]]:
+    """The stages of a run in their order; those of a round once it is known that there is such a round."""
+    for name, stage in STAGES.items():
+        if name == "heldout" and run.recipe.rounds is not None:
+            yield "validation", run_validation
+        yield name, stage
+        if name == "train" and run.recipe.rounds is not None:
+            yield from round_stages(run)
+
+
+def stage_names(run: Run) -> list[str]:
+    """The names of all stages that there will be, as far as that is known."""
+    rounds = run.recipe.rounds
+    if rounds is None:
+        return list(STAGES)
+    names = list(STAGES)
+    names.insert(names.index("heldout"), "validation")
+    after = names.index("train") + 1
+    return names[:after] + [name for number in rounds_left(run) for name in rounds.names_of(number)] + names[after:]
+
+
 def _refuse_rejects(run: Run, stage: str) -> None:
     """Raise DataError where `strict` is set and a finished stage of the teacher put a row aside."""
     root = run.datasets.get(stage)
@@ -366,19 +247,11 @@ def _refuse_rejects(run: Run, stage: str) -> None:
 
 def _devices(run: Run, stage: str) -> Devices:
     """The devices that a stage works on."""
-    if stage in ("generate", "capture", "heldout"):
+    if stage in run.datasets:
         if isinstance(run.recipe.engine, RayConfig):  # unknown until the first actor is ready
             return Devices(kind="remote", count=0, name="Ray cluster", here=False)
         return devices_of(run.recipe.teacher)
     return local_devices(0 if stage == "train" and run.recipe.train.device == "cpu" else 1)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file of the run. Raises CorruptError where it cannot be read."""
-    try:
-        return read_json(path)
-    except (OSError, DataError) as error:
-        raise CorruptError(f"{path} cannot be read ({error}); name another folder with --out") from error
 
 
 def open_run(recipe: Recipe, out: Path, resume: str) -> Run:
@@ -398,7 +271,7 @@ def open_run(recipe: Recipe, out: Path, resume: str) -> Run:
         return run
     if resume == "never":
         raise ConfigError(f"--resume never: {out} already holds a run; name another folder with --out")
-    before = _read(path)
+    before = read_state(path)
     try:
         difference = settings_difference(_that_matter(before["settings"]), _that_matter(settings))
         seconds = {str(name): float(took) for name, took in before["seconds"].items()}
@@ -426,13 +299,8 @@ def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _write_state(run: Run) -> None:
     with storage_errors(run.out):
-        state = {"settings": run.recipe.settings(), "stages": list(STAGES), "seconds": run.seconds}
+        state = {"settings": run.recipe.settings(), "stages": stage_names(run), "seconds": run.seconds}
         write_json(run.out / "run.json", state)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON atomically."""
-    write_atomically(path, json.dumps(values, indent=2).encode() + b"\n")
 
 
 def machine() -> dict[str, Any]:

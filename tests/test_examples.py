@@ -83,6 +83,16 @@ def test_other_trainers_train_a_student(tmp_path: Path) -> None:
     assert "target_token_ids" in columns.column_names
 
 
+@pytest.mark.slow
+def test_a_recipe_with_rounds_keeps_the_best(tmp_path: Path) -> None:
+    printed = run("train_in_rounds.py", tmp_path)
+    lines = re.findall(r"round (\d): NLL ([\d.]+) on the validation text", printed)
+    assert [number for number, _ in lines] == ["0", "1", "2"]
+    best = min(lines, key=lambda line: float(line[1]))[0]
+    assert f"round {best} is the best" in printed
+    assert (tmp_path / "runs/examples/rounds/report.html").is_file()
+
+
 def test_every_example_is_listed_and_short() -> None:
     listed = (EXAMPLES / "README.md").read_text("utf-8")
     for path in EXAMPLES.glob("*.py"):

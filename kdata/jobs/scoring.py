@@ -15,12 +15,12 @@ from kdata.config import Strict
 from kdata.errors import ConfigError, TeacherError
 from kdata.format.files import lock_of, storage_errors
 from kdata.format.keep import KeepConfig
+from kdata.format.kept import Kept
 from kdata.format.schema import ManifestEntry
 from kdata.jobs.job import UnitCounter
 from kdata.observe.progress import Task
 from kdata.selection.sidecar import (
     SCORE_SCHEMA,
-    TOKEN_SCORE_SCHEMA,
     ScoreInfo,
     begin_sidecar,
     finish_sidecar,
@@ -46,6 +46,18 @@ class ScoreConfig(Strict):
     tokens: bool = Field(
         False, description="Store the NLL of each token, too (2 bytes each): nll_NAME of tokens in SQL."
     )
+    margins: bool = Field(
+        False, description="Store the model's mean margin p1 - p2 over the targets of each row, too: column margin."
+    )
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Columns of the sidecar's parts."""
+        own = SCORE_SCHEMA.append(MARGIN) if self.margins else SCORE_SCHEMA
+        return own.append(TOKEN_NLL) if self.tokens else own
+
+
+MARGIN = pa.field("margin", pa.float64(), True)
 
 
 def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> ScoreInfo:
@@ -78,7 +90,7 @@ def open_reader(dataset: Dataset, config: TeacherConfig) -> Iterator[tuple[Teach
     own = Vocabulary.of_model(config.model, tokenizer)
     refuse_other_ids(Vocabulary.of_dataset(dataset), own, "score with a model of the teacher's tokenizer")
     longest = max(dataset.index(["num_tokens"])["num_tokens"].to_pylist(), default=0)
-    model = load_teacher(config, max_k=1, work=Work(longest, writes=False))
+    model = load_teacher(config, max_k=2, work=Work(longest, writes=False))
     try:
         if longest > model.context:
             raise ConfigError(
@@ -98,7 +110,7 @@ def _score(dataset: Dataset, config: ScoreConfig, log: Path | None) -> ScoreInfo
             model=model.info,
             tokenizer_hash=own.hash,
             dataset_digest=dataset.content_digest,
-            columns=(TOKEN_SCORE_SCHEMA if config.tokens else SCORE_SCHEMA).names[1:],
+            columns=config.columns.names[1:],
             files={},
         )
         with (
@@ -112,29 +124,43 @@ def _score(dataset: Dataset, config: ScoreConfig, log: Path | None) -> ScoreInfo
                     continue
                 task.plan(number, entry.tokens, entry.tokens)
                 count = UnitCounter(partial(task.under_way, number))
-                table = _score_shard(dataset, number, entry, model, count, tokens=config.tokens)
+                table = _score_shard(dataset, number, entry, model, count, config.columns)
                 write_part(dataset, config.name, entry, table)
                 task.advance(entry.tokens, part=number)
             return finish_sidecar(dataset, info)
 
 
 def _score_shard(
-    dataset: Dataset, number: int, entry: ManifestEntry, model: Teacher, on_tokens: OnTokens, *, tokens: bool = False
+    dataset: Dataset, number: int, entry: ManifestEntry, model: Teacher, on_tokens: OnTokens, schema: pa.Schema
 ) -> pa.Table:
     sequences = dataset.shard(number)
     ids = [sequences.token_ids[a:b] for a, b in sequences.spans()]
-    readouts = model.read(ids, KeepConfig(kind="topk", k=1), on_tokens)
-    nlls = [
-        sequence_nll(readout.logprob, sequences.target_mask[a:b])
-        for readout, (a, b) in zip(readouts, sequences.spans(), strict=True)
-    ]
-    counts = [int(sequences.target_mask[a:b].sum()) for a, b in sequences.spans()]
+    readouts = model.read(ids, KeepConfig(kind="topk", k=2 if MARGIN.name in schema.names else 1), on_tokens)
+    masks = [sequences.target_mask[a:b] for a, b in sequences.spans()]
+    nlls = [sequence_nll(readout.logprob, mask_T) for readout, mask_T in zip(readouts, masks, strict=True)]
     names = read_index(dataset.shard_file(entry, "index"), ["id"])["id"]
-    columns = {"id": names, "nll": nlls, "num_target_tokens": counts}
-    if not tokens:
-        return pa.table(columns, schema=SCORE_SCHEMA)
-    each = [stored_nll(readout.logprob) for readout in readouts]
-    return pa.table({**columns, TOKEN_NLL.name: each}, schema=TOKEN_SCORE_SCHEMA)
+    columns = {"id": names, "nll": nlls, "num_target_tokens": [int(mask_T.sum()) for mask_T in masks]}
+    if MARGIN.name in schema.names:
+        columns[MARGIN.name] = [
+            sequence_margin(readout.kept, mask_T) for readout, mask_T in zip(readouts, masks, strict=True)
+        ]
+    if TOKEN_NLL.name in schema.names:
+        columns[TOKEN_NLL.name] = [stored_nll(readout.logprob) for readout in readouts]
+    return pa.table(columns, schema=schema)
+
+
+def sequence_margin(kept: Kept, mask_T: np.ndarray) -> float | None:
+    """Mean of p1 - p2 over the masked positions, in [0, 1]; None without any.
+
+    Args:
+        kept: the two most probable entries of each position that has a distribution.
+    """
+    if not mask_T.any():
+        return None
+    starts_T = np.cumsum(kept.num_kept) - kept.num_kept
+    p_N = np.exp(kept.logprobs.astype(np.float64))
+    first_M = starts_T[mask_T]
+    return float((p_N[first_M] - p_N[first_M + 1]).mean())
 
 
 def sequence_nll(logprob_T: np.ndarray, mask_T: np.ndarray) -> float | None:

@@ -361,7 +361,13 @@ def write_plan_info(table_path: Path, info: PlanInfo) -> str:
 def plan_info(domains: dict[str, DomainChoice], dataset: Dataset, **fields: Any) -> PlanInfo:
     """The description of a plan of a dataset from what it chose of each domain. Raises DataError where it chose nothing."""
     if not any(domain.rows for domain in domains.values()):
-        raise DataError(f"plan {fields['name']!r} selects no row; request more, or loosen its condition")
+        why = "; request more, or loosen its condition"
+        if fields.get("count_by") == "tokens" and fields.get("requested"):
+            why = (
+                f": {fields['requested']:,} tokens are requested in all, and the first sequence of each domain (or of "
+                "all, where they are chosen together) is longer than what is requested there; request more (size or share)"
+            )
+        raise DataError(f"plan {fields['name']!r} selects no row{why}")
     in_dataset = sum(domain.dataset_tokens for domain in domains.values())
     in_plan = sum(domain.tokens for domain in domains.values())
     shares = {

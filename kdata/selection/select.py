@@ -30,6 +30,7 @@ from kdata.format.files import remove_leftover, removed_on_failure, settle, with
 from kdata.selection.band import Band
 from kdata.selection.choose_positions import choose_positions
 from kdata.selection.confidence import Confidence, Margin
+from kdata.selection.curriculum import Curriculum
 from kdata.selection.ddk import Ddk
 from kdata.selection.mixtures import Cap, Proportional, Static, Temperature, Uniform
 from kdata.selection.plan import (
@@ -54,7 +55,7 @@ from kdata.selection.robust import Robust
 from kdata.selection.session import Conditions, DomainSizes, Session, open_session
 from kdata.selection.sidecar import checked_score_digest
 from kdata.selection.step import Chosen, Counts, Step
-from kdata.selection.tables import RegMix, Table
+from kdata.selection.tables import Olmix, RegMix, Table
 from kdata.store.conditions import EXAMPLES, check_condition
 from kdata.store.dataset import Dataset
 from kdata.store.listed import SCORES
@@ -69,6 +70,7 @@ METHODS: dict[str, type[Step]] = {
     "confidence": Confidence,
     "margin": Margin,
     "robust": Robust,
+    "curriculum": Curriculum,
     "sql": Sql,
     "static": Static,
     "uniform": Uniform,
@@ -77,6 +79,7 @@ METHODS: dict[str, type[Step]] = {
     "table": Table,
     "ddk": Ddk,
     "regmix": RegMix,
+    "olmix": Olmix,
     "cap": Cap,
 }
 DEFAULT = "difference"

@@ -1,4 +1,4 @@
-"""Domain weights from a file: brought as a table, or regressed on small runs (RegMix)."""
+"""Domain weights from a file: brought as a table, regressed on small runs (RegMix), or partly reused (Olmix)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from kdata.errors import DataError, MissingError, nearest
+from kdata.errors import ConfigError, DataError, MissingError, nearest
 from kdata.format.files import file_info
+from kdata.selection.apportion import as_written, exact
 from kdata.selection.mixtures import Mixture, units_of
 from kdata.selection.session import DomainSizes, Session
 
@@ -46,6 +47,23 @@ def numbers_of(table: pa.Table, column: str, file: str) -> list[float]:
     return [float(v) for v in values]
 
 
+def weights_in(file: str) -> dict[str, float]:
+    """The weights, >= 0, of a table with the columns `domain` and `weight`. Raises DataError, MissingError."""
+    table = read_table(file)
+    weights = numbers_of(table, "weight", file)
+    if "domain" not in table.column_names:
+        raise DataError(f"{file} has no column 'domain'; it has {table.column_names}")
+    names = table["domain"].to_pylist()
+    if not names:
+        raise DataError(f"{file} has no line; write a line with domain and weight for each domain")
+    for number, name in enumerate(names):
+        if not isinstance(name, str):
+            raise DataError(f"{file} names the domain {name!r}, which is no text; write its name")
+        if name in names[:number]:
+            raise DataError(f"{file} names the domain {name!r} twice; give each domain one line")
+    return dict(zip(names, weights, strict=True))
+
+
 class Table(Mixture):
     """The shares in a table with the columns `domain` and `weight`. A domain without a line gets none."""
 
@@ -54,35 +72,17 @@ class Table(Mixture):
 
     def shares(self, session: Session, domains: DomainSizes) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Mixture.shares`."""
-        table = read_table(self.file)
-        weights = numbers_of(table, "weight", self.file)
-        if "domain" not in table.column_names:
-            raise DataError(f"{self.file} has no column 'domain'; it has {table.column_names}")
-        names = table["domain"].to_pylist()
-        every = sorted(session.domains())
-        for number, name in enumerate(names):
+        weights, every = weights_in(self.file), sorted(session.domains())
+        for name in weights:
             if name not in every:
-                near = nearest(str(name), every)
+                near = nearest(name, every)
                 raise DataError(f"{self.file} names the domain {name!r}{near}; the dataset has the domains {every}")
-            if name in names[:number]:
-                raise DataError(f"{self.file} names the domain {name!r} twice; give each domain one line")
-        return dict(zip(names, weights, strict=True)), {"table": file_info(Path(self.file)).model_dump()}
+        return weights, {"table": file_info(Path(self.file)).model_dump()}
 
 
-class RegMix(Mixture):
-    """RegMix (arXiv 2407.01492): fit the loss of small runs to their domain weights, and take the weights that are best.
+class Regression(Mixture):
+    """Weights from a linear regression on small runs: the simpler of the two regressions of RegMix."""
 
-    The regression is linear, the simpler of the two in the paper: loss = sum of c[i] w[i]. Candidates are drawn from a
-    Dirichlet distribution around the dataset's shares, and the best of them are averaged. The paper makes some 500 runs.
-    """
-
-    SOURCE: ClassVar[str] = "arXiv 2407.01492"
-
-    method: Literal["regmix"] = "regmix"
-    runs: str = Field(
-        description="Table of the runs (.parquet, .csv or .jsonl): a column for each domain with its weight, and `loss`. "
-        "At least two runs more than domains."
-    )
     candidates: int = Field(100_000, ge=1, le=10_000_000, description="Mixtures whose loss is predicted.")
     best: int = Field(100, ge=1, description="Of them, the mixtures of least loss that are averaged.")
     concentration: float = Field(
@@ -92,23 +92,26 @@ class RegMix(Mixture):
         description="Sum of the Dirichlet's parameters: larger keeps closer to the dataset's shares.",
     )
 
-    def shares(self, session: Session, domains: DomainSizes) -> tuple[Mapping[str, float], dict[str, Any]]:
-        """See `Mixture.shares`."""
-        names, table = sorted(domains), read_table(self.runs)
-        loss_R = np.array(numbers_of(table, "loss", self.runs))
-        weight_RN = np.array([numbers_of(table, name, self.runs) for name in names]).T
+    def fitted(self, file: str, units: Mapping[str, int]) -> tuple[dict[str, float], dict[str, Any]]:
+        """The best weights of these names by the runs in a table, and parameters to record.
+
+        Args:
+            units: what the dataset holds of each name; the table has a column for each, and `loss`.
+        Raises:
+            DataError: the table lacks a column or has others, or its runs are too few or do not vary enough.
+        """
+        names, table = sorted(units), read_table(file)
+        loss_R = np.array(numbers_of(table, "loss", file))
+        weight_RN = np.array([numbers_of(table, name, file) for name in names]).T
         if unknown := sorted(set(table.column_names) - {*names, "loss"}):
             raise DataError(
-                f"{self.runs} has a column {unknown[0]!r}, which is no domain to choose from: {names}; remove it"
+                f"{file} has a column {unknown[0]!r}, which is no domain to choose from: {names}; remove it"
             )
         if len(loss_R) < len(names) + 2:
-            raise DataError(
-                f"{self.runs} has {len(loss_R)} runs for {len(names)} domains; make at least {len(names) + 2}"
-            )
+            raise DataError(f"{file} has {len(loss_R)} runs for {len(names)} domains; make at least {len(names) + 2}")
         total_R = weight_RN.sum(1)
         if (weight_RN < 0).any() or not total_R.all():
-            raise DataError(f"{self.runs}: weights must be >= 0 and not all 0 in a run")
-        units = units_of(domains, self.count_by)
+            raise DataError(f"{file}: weights must be >= 0 and not all 0 in a run")
         share_N = np.array([units[name] for name in names]) / sum(units.values())
         weights, slope_N = regression_weights(
             weight_RN / total_R[:, None], loss_R, share_N * self.concentration, self.candidates, self.best, self.seed
@@ -116,8 +119,88 @@ class RegMix(Mixture):
         parameters = {"slopes": dict(zip(names, np.round(slope_N, 9).tolist(), strict=True)), "num_runs": len(loss_R)}
         return dict(zip(names, np.round(weights, 9).tolist(), strict=True)), {
             **parameters,
-            "table": file_info(Path(self.runs)).model_dump(),
+            "table": file_info(Path(file)).model_dump(),
         }
+
+
+class RegMix(Regression):
+    """RegMix (arXiv 2407.01492): fit the loss of small runs to their domain weights, and take the weights that are best.
+
+    The regression is linear: loss = sum of c[i] w[i]. Candidates are drawn from a Dirichlet distribution around the dataset's
+    shares, and the best of them are averaged. The paper makes some 500 runs.
+    """
+
+    SOURCE: ClassVar[str] = "arXiv 2407.01492"
+
+    method: Literal["regmix"] = "regmix"
+    runs: str = Field(
+        description="Table of the runs (.parquet, .csv or .jsonl): a column for each domain with its weight, and `loss`. "
+        "At least two runs more than domains."
+    )
+
+    def shares(self, session: Session, domains: DomainSizes) -> tuple[Mapping[str, float], dict[str, Any]]:
+        """See `Mixture.shares`."""
+        return self.fitted(self.runs, units_of(domains, self.count_by))
+
+
+REUSED = "reused"  # the column of small runs with the weight of all domains that did not change
+
+
+class Olmix(Regression):
+    """Mixture reuse (Olmix, arXiv 2602.12237): former weights where domains did not change, new small runs for the others.
+
+    Domains of the former table keep their ratios to each other, and count together as one domain of the small runs, `reused`.
+    All others (added, or parts of one that was split) and those in `changed` are fitted. Former domains that the dataset does
+    not have any more are left out. The regression is RegMix's, linear, and not the paper's, which we could not read.
+    """
+
+    SOURCE: ClassVar[str] = "arXiv 2602.12237"
+
+    method: Literal["olmix"] = "olmix"
+    former: str = Field(description="Table of the former weights: .parquet, .csv or .jsonl with `domain` and `weight`.")
+    changed: list[str] = Field(
+        [], description="Domains of the former table whose text is another now; their weights are fitted anew."
+    )
+    runs: str | None = Field(
+        None,
+        description="Table of small runs: a column for each domain that is fitted, one named `reused` for all others, and "
+        "`loss`. null: no domain was added or changed.",
+    )
+
+    def shares(self, session: Session, domains: DomainSizes) -> tuple[Mapping[str, float], dict[str, Any]]:
+        """See `Mixture.shares`. Raises DataError, ConfigError where table, runs and domains do not fit."""
+        former = weights_in(self.former)
+        for name in self.changed:
+            if name not in former or name not in domains:
+                where = "former table" if name not in former else "domains to choose from"
+                near = nearest(name, sorted(set(former) & set(domains)))
+                raise ConfigError(f"changed names {name!r}{near}, which is not among the {where}")
+        reused = {n: as_written(w) for n, w in former.items() if n in domains and n not in self.changed}
+        fitted = sorted(set(domains) - set(reused))
+        exact(former)
+        whole = sum(reused.values())
+        if not whole:
+            raise DataError(
+                f"no domain to choose from has a weight above 0 in {self.former} to reuse: {sorted(domains)}; use the "
+                "method regmix"
+            )
+        table = {"former": file_info(Path(self.former)).model_dump(), "fitted": fitted}
+        if not fitted and self.runs is not None:
+            raise ConfigError(
+                "runs would be ignored: no domain was added or changed; leave runs out, or name `changed`"
+            )
+        if not fitted:
+            return {name: float(share / whole) for name, share in reused.items()}, table
+        if self.runs is None:
+            raise ConfigError(f"domains {fitted} have no former weight to reuse: fit them on small runs (runs)")
+        if REUSED in fitted:
+            raise ConfigError(f"a domain that is fitted is called {REUSED!r}, as the column of all others; rename it")
+        units = units_of(domains, self.count_by)
+        own = {REUSED: sum(units[name] for name in reused), **{name: units[name] for name in fitted}}
+        weights, parameters = self.fitted(self.runs, own)
+        rest = weights.pop(REUSED)
+        kept = {name: round(rest * float(share / whole), 12) for name, share in reused.items()}
+        return {**kept, **weights}, {**parameters, **table, "reused_weight": rest}
 
 
 def regression_weights(

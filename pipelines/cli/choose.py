@@ -73,7 +73,8 @@ def score(
     backend: Annotated[str | None, option("backend", ReadingModel)] = None,
     tokens: Annotated[bool | None, option("tokens", ScoreConfig)] = None,
     margins: Annotated[
-        bool, typer.Option("--margins", help="Add the teacher's mean margin p1 - p2 of each row; no model is read.")
+        bool,
+        typer.Option("--margins", help="Add the teacher's mean margin p1 - p2 of each row; with --model: the model's."),
     ] = False,
     set: SetOption = None,
 ) -> None:
@@ -82,11 +83,11 @@ def score(
     A reference model's mean NLL of each row (--model, with the teacher's tokenizer), numbers of your own (--from), or the
     teacher's margin (--margins). With --tokens the model's NLL of each token is stored, too.
     """
-    if (model is not None) + (file is not None) + margins != 1:
+    if (model is not None) + (file is not None) + (margins and model is None) != 1:
         raise ConfigError(
             "give one of --model MODEL (a reference model scores), --from FILE (your own numbers) and --margins"
         )
-    if margins:
+    if margins and model is None:
         if set or backend or tokens or unit:
             raise ConfigError("--margins takes --name alone")
         opened, chosen = kdata.open(dataset), name or "margin"
@@ -98,7 +99,7 @@ def score(
         add_numbers(dataset, file, {"unit": unit}, name)
         return
     reader = {key: value for key, value in {"model": model, "backend": backend}.items() if value is not None}
-    values = {"model": reader, "name": name, "tokens": tokens}
+    values = {"model": reader, "name": name, "tokens": tokens, "margins": margins or None}
     config = parse_config(ScoreSettings, with_settings(values, set), "score settings")
     opened = kdata.open(dataset)
     score_rows(opened, config)

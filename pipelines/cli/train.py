@@ -89,7 +89,7 @@ def run(
     results = json.loads((folder / "results.json").read_text("utf-8"))
     out.print(students_table(results))
     say(f"report: {page}")
-    say_rejected([f"{folder}/{name}" for name in ("dataset", "heldout")])
+    say_rejected([f"{folder}/{name}" for name in ("dataset", "heldout", *(["validation"] if resolved.rounds else []))])
 
 
 def students_table(results: dict[str, Any]) -> Table:

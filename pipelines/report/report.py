@@ -133,6 +133,7 @@ def write_report(run: Path) -> Path:
             (n, d, facts(d), kept_where(d)) for n, d in (("dataset", dataset), ("heldout", heldout)) if d is not None
         ],
         plans=plans_of(dataset),
+        rounds=rounds_of(results),
         prompts=prompts(students),
         stages=ran,
         whole=whole(ran),
@@ -161,6 +162,36 @@ def write_report(run: Path) -> Path:
     path = run / "report.html"
     write_atomically(path, page.encode("utf-8", "replace"))
     return path
+
+
+class _Round(BaseModel):
+    round: int
+    value: float
+    plan: str | None = None
+    rows: int | None = None
+    accuracy: float | None = None
+
+
+class _Rounds(BaseModel):
+    student: str
+    measure: str
+    best: int
+    count: int
+    ended_early: bool = False
+    rounds: list[_Round]
+
+    @property
+    def asks(self) -> bool:
+        """Whether a round asked the teacher for texts like the student's mistakes."""
+        return any(one.accuracy is not None for one in self.rounds)
+
+
+def rounds_of(results: dict[str, Any]) -> _Rounds | None:
+    """What results.json says of rounds; None where the recipe has none. Raises CorruptError where it is malformed."""
+    try:
+        return None if results.get("rounds") is None else _Rounds.model_validate(results["rounds"])
+    except ValidationError as error:
+        raise CorruptError(f"results.json: rounds: {first_problem(error)}; run `kdata run` again") from error
 
 
 def read_results(path: Path) -> dict[str, Any] | None:
@@ -395,6 +426,7 @@ def stages(
     for name, wrote in evidence.items():
         rows.append({"name": name, "wrote": wrote or None, "took": recorded.get(name), "part": False})
         inner = [n for n in parts if n.startswith(f"{name} ")]
+        inner += [n for n in parts if name == "train" and n.startswith("round ")]
         rows += [{"name": n, "wrote": "", "took": parts.pop(n), "part": True} for n in inner]
     others = [{"name": n, "wrote": "", "took": one, "part": False} for n, one in parts.items()]
     return others + rows

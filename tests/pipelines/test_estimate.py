@@ -20,7 +20,7 @@ from kdata.jobs.reading import CaptureConfig, CaptureJob
 from kdata.pipelines import estimate
 from kdata.pipelines.cli.main import call
 from kdata.pipelines.recipe import Recipe, load_recipe
-from kdata.pipelines.runner import Run
+from kdata.pipelines.run import Run
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.sizing import Work
 from kdata.trainer.config import CheckpointStudent, PrunedStudent, TrainConfig

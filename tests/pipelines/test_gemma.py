@@ -11,7 +11,7 @@ import pytest
 from kdata.errors import CorruptError, DependencyError
 from kdata.pipelines.builtin import gemma
 from kdata.pipelines.recipe import load_recipe
-from kdata.pipelines.runner import Run
+from kdata.pipelines.run import Run
 from kdata.trainer.config import CheckpointStudent
 
 

@@ -470,7 +470,8 @@ def test_command_and_recipe_write_the_bytes_of_the_local_engine(
 ) -> None:
     """With a real (tiny) model. The command's process holds no torch; the recipe's would, once it trains."""
     from kdata.pipelines.recipe import load_recipe
-    from kdata.pipelines.runner import Run, run_capture
+    from kdata.pipelines.run import Run
+    from kdata.pipelines.runner import run_capture
     from kdata.teachers.load import load_teacher
 
     monkeypatch.setenv("RAY_ADDRESS", two.address)

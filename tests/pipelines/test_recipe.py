@@ -10,7 +10,7 @@ import pytest
 
 from kdata.errors import ConfigError, MismatchError
 from kdata.pipelines.recipe import Recipe, load_recipe
-from kdata.pipelines.runner import Run
+from kdata.pipelines.run import Run
 from kdata.selection.position_rules import Entropy
 
 

@@ -37,7 +37,7 @@ import kdata.trainer.train as module
 from kdata.config import parse_config
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
 from kdata.pipelines.recipe import Recipe
-from kdata.pipelines.runner import Run
+from kdata.pipelines.run import Run
 from kdata.trainer.config import PrunedSizes, PrunedStudent, TrainConfig
 from kdata.trainer.importance import IMPORTANCE_FILE, METADATA, _digest, calibration_of, measure_importance
 from kdata.trainer.pruning import Scores, Sizes, largest_parts, num_weights, prune, refuse_unfit

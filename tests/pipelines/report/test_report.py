@@ -364,7 +364,8 @@ def test_a_run_of_an_older_version_knows_times_only(tmp_path: Path) -> None:
 def test_a_run_adds_its_attempts_up(tmp_path: Path) -> None:
     """The runner's last stage, after a capture that failed at first: both attempts are in results, page and card."""
     from kdata.pipelines.recipe import load_recipe
-    from kdata.pipelines.runner import Run, run_report
+    from kdata.pipelines.run import Run
+    from kdata.pipelines.runner import run_report
 
     run = Run(load_recipe(Path("quickstart"), []), make_run(tmp_path / "run"), {})
     (run.out / "run.json").write_text("{}")
