@@ -230,15 +230,17 @@ async function showOverview() {
   const plan = $("plan").value;
   $("overview-facts").textContent = `Chosen: ${whole(own.rows)} of ${whole(total.rows)} rows, ${whole(own.tokens)} of ${whole(total.tokens)} tokens${plan.startsWith("+") ? ", repeats counted" : ""}. Blue: what is chosen. Gray: what is left out.`;
   const share = (part, of) => of ? percent(part / of) : "";
+  const some = own.rows !== total.rows || own.tokens !== total.tokens;  // otherwise the same numbers would stand there twice
   const cells = (all, mine) => [whole(all.rows), whole(all.tokens), share(all.tokens, total.tokens), all.nll === undefined ? "" : number(all.nll, 2),
-    whole(mine.rows), whole(mine.tokens), share(mine.tokens, own.tokens), mine.nll === undefined || !mine.rows ? "" : number(mine.nll, 2)];
+    ...(some ? chosenCells(mine) : [])];
+  const chosenCells = mine => [whole(mine.rows), whole(mine.tokens), share(mine.tokens, own.tokens), mine.nll === undefined || !mine.rows ? "" : number(mine.nll, 2)];
   const line = (kind, first, values) => {
     const one = element("tr", null), head = element(kind, null);
     head.append(first);
     one.append(head, ...values.map(value => element(kind, value)));
     return one;
   };
-  const parts = [["thead", [line("th", "domain", ["rows", "tokens", "share", "NLL", "chosen rows", "tokens", "share", "NLL"])]],
+  const parts = [["thead", [line("th", "domain", ["rows", "tokens", "share", "NLL", ...(some ? ["chosen: rows", "tokens", "share", "NLL"] : [])])]],
     ["tbody", found.domains.map(one => {
       const button = element(isServer() ? "button" : "span", visible(one.domain), isServer() ? { type: "button" } : {});
       button.onclick = () => { $("domain").value = one.domain; setBar(null); showPage("text"); showRows(); showHistogram(); };
