@@ -26,6 +26,7 @@ PAGES = {
     "trainer/parts/README.md": "your-trainer.md",
     "pipelines/README.md": "runs.md",
     "examples/README.md": "examples.md",
+    "examples/curate.md": "curate.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",

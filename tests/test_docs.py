@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "kdata/README.md", "schemas/README.md", "trainer/README.md",
     "pipelines/README.md", "examples/README.md", "SECURITY.md", "trainer/parts/README.md", "kdata/store/README.md",
+    "examples/curate.md",
 ]  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMANDS: Any = typer.main.get_command(app)

@@ -323,6 +323,8 @@ class Corpus:
         if self._passing is None:
             return False
         if document.id not in self._passing.ids:
+            if self._passing.lacks_left_out:
+                return True
             raise DataError(
                 f"{self.config.hygiene} has no row {document.id!r} of {self.config.path}: it was made with a limit, or of "
                 "some domains; run `kdata hygiene` with the same corpus settings"

@@ -16,9 +16,8 @@ from kdata.format.json_text import parse_json
 from kdata.store.conditions import all_true, check_condition
 from kdata.store.sql import files_view, literal, unglobbed
 
-METADATA = (
-    b"kdata.hygiene"  # of the file: JSON with `corpus` (see `Corpus.rows_identity`) and `checks` (their settings)
-)
+# Of the file: JSON with `corpus` (see `Corpus.rows_identity`) and `checks` (settings); `where`, if it has only such rows.
+METADATA = b"kdata.hygiene"
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,13 @@ class Passing:
         ids: of every row of the file, and whether it passes.
         count: rows that pass, of the domains that are read.
         digest: SHA-256 (hex) of the file.
+        lacks_left_out: whether the file was made of the rows that met a condition, and all others of the corpus are left out.
     """
 
     ids: dict[str, bool]
     count: int
     digest: str
+    lacks_left_out: bool
 
 
 def open_file(file: Path) -> tuple[duckdb.DuckDBPyConnection, dict[str, Any]]:
@@ -98,4 +99,4 @@ def passing(file: Path, condition: str, identity: dict[str, Any], domains: list[
     by_id = dict(zip(ids, passes, strict=True))
     if len(by_id) < len(ids):
         raise DataError(f"{file} has an id twice; write it again with `kdata hygiene`")
-    return Passing(by_id, count, file_info(file).sha256)
+    return Passing(by_id, count, file_info(file).sha256, "where" in about)

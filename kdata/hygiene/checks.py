@@ -11,13 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from kdata.config import Strict
 from kdata.errors import DependencyError
 from kdata.hygiene import duplicates, overlap, quality
-from kdata.hygiene.duplicates import Sketch, sketch
+from kdata.hygiene.duplicates import Sketch, signatures, sketch
 from kdata.hygiene.language import language_of
 from kdata.hygiene.overlap import EvaluationSet, open_set, overlap_of, set_digest
 from kdata.hygiene.personal import KINDS, MOST_SPANS, personal_of
@@ -174,12 +175,13 @@ class Checked:
     Attributes:
         columns: for each check but duplicates a struct array with its columns, null where there is no text.
         chars: [N], characters; None where there is no text.
-        sketches: for duplicates; empty where they are not looked for.
+        sketches: for duplicates; empty where they are not looked for. signatures: theirs, uint32 [N, NUM_HASHES].
     """
 
     columns: dict[Check, pa.StructArray]
     chars: list[int | None]
     sketches: list[Sketch]
+    signatures: np.ndarray
 
 
 def check_texts(texts: Sequence[str | None], config: HygieneConfig) -> Checked:
@@ -195,7 +197,8 @@ def check_texts(texts: Sequence[str | None], config: HygieneConfig) -> Checked:
     columns: dict[Check, pa.StructArray] = {
         check: pa.array(column, pa.struct(list(config.arrow_schema(check)))) for check, column in values.items()
     }
-    return Checked(columns, [None if text is None else len(text) for text in texts], sketches)
+    chars = [None if text is None else len(text) for text in texts]
+    return Checked(columns, chars, sketches, signatures([one.shingles for one in sketches]))
 
 
 def _values(

@@ -73,12 +73,12 @@ def sketch(normal: str, words_W: np.ndarray) -> Sketch:
 
 def signatures(shingles: list[np.ndarray]) -> np.ndarray:
     """MinHash signatures, uint32 [N, NUM_HASHES]."""
+    if not shingles:
+        return np.zeros((0, NUM_HASHES), np.uint32)
     try:
         from rensa import RMinHash
     except ImportError as error:
         raise DependencyError("the check `duplicates` needs rensa: pip install 'kdata[hygiene]'") from error
-    if not shingles:
-        return np.zeros((0, NUM_HASHES), np.uint32)
     offsets = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)
     # rensa wants hashes whose bits are all random.
     flat = np.concatenate(shingles).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -114,13 +114,12 @@ class Sketches:
             if size and (folder / f"{name}.bin").stat().st_size < size:
                 raise ValueError(f"{name}.bin is shorter than what was written")
 
-    def append(self, sketches: list[Sketch]) -> None:
-        """Add texts, and see that they are on the disk."""
-        shingles = [one.shingles for one in sketches]
+    def append(self, sketches: list[Sketch], signatures_NK: np.ndarray) -> None:
+        """Add texts and their signatures, and see that they are on the disk."""
         content = {
             "digests": b"".join(one.digest for one in sketches),
-            "signatures": signatures(shingles).tobytes(),
-            "shingles": b"".join(one.tobytes() for one in shingles),
+            "signatures": signatures_NK.tobytes(),
+            "shingles": b"".join(one.shingles.tobytes() for one in sketches),
         }
         for name, file in self._files.items():
             file.write(content[name])

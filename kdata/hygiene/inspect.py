@@ -45,6 +45,7 @@ from kdata.hygiene.checks import Check, Checked, HygieneConfig, check_texts, set
 from kdata.hygiene.duplicates import BANDS, Sketches, groups
 from kdata.hygiene.texts import CorpusTexts, DatasetTexts, Texts, Unit
 from kdata.observe.progress import Task
+from kdata.selection.session import Pool
 from kdata.selection.sidecar import (
     ScoreInfo,
     begin_sidecar,
@@ -79,8 +80,13 @@ class Report:
     skipped_items: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def inspect_dataset(dataset: Dataset, config: HygieneConfig, *, log: Path | None = None) -> Report:
+def inspect_dataset(
+    dataset: Dataset, config: HygieneConfig, *, log: Path | None = None, pool: Pool | None = None
+) -> Report:
     """Write a score for each check. A score that is complete, with these settings, stays as it is.
+
+    Args:
+        pool: what checks the texts of a unit, in place of processes here; the result is the same.
 
     Raises:
         MismatchError: a score of that name has other settings.
@@ -100,7 +106,7 @@ def inspect_dataset(dataset: Dataset, config: HygieneConfig, *, log: Path | None
             return Report(dataset.num_rows, [], kept=kept)
         config = config.model_copy(update={"checks": missing})
         folder = dataset.path.resolve().with_name(f".{dataset.path.resolve().name}.hygiene")
-        with _work(DatasetTexts(dataset), config, folder, log) as work:
+        with _work(DatasetTexts(dataset), config, folder, log, pool) as work:
             for check in missing:
                 begin_sidecar(dataset, infos[check])
             for entry, table in zip(dataset.manifest, work.tables(), strict=True):
@@ -131,10 +137,15 @@ def _is_complete(dataset: Dataset, info: ScoreInfo) -> bool:
     return before.dataset_digest == info.dataset_digest and bool(before.files)
 
 
-def inspect_corpus(corpus: CorpusConfig, config: HygieneConfig, file: Path, *, log: Path | None = None) -> Report:
+def inspect_corpus(
+    corpus: CorpusConfig, config: HygieneConfig, file: Path, *, log: Path | None = None, pool: Pool | None = None
+) -> Report:
     """Write the columns of a corpus as a Parquet file. It says of which corpus it is; `corpus.hygiene` compares that.
 
     A file that is there already and has these columns, of this corpus and with these settings, stays as it is.
+
+    Args:
+        pool: see `inspect_dataset`.
 
     Raises:
         ConfigError: the file does not end in .parquet, is read as the corpus, or is another program's; a column is not there.
@@ -155,13 +166,15 @@ def inspect_corpus(corpus: CorpusConfig, config: HygieneConfig, file: Path, *, l
         before = _about(file)
         settings: dict[str, Any] = {check: config.settings(check) for check in config.chosen}
         about = {"texts": texts.identity(), "corpus": texts.rows_identity(), "checks": settings}
+        if corpus.where is not None and corpus.limit is None and corpus.domains is None:
+            about["where"] = corpus.where  # a row of the corpus that is not in the file is left out by this
         if before is not None:
             of_file = before["checks"]
             same_texts = all(before.get(key) == about[key] for key in ("texts", "corpus"))
             if same_texts and settings == {check: of_file.get(check) for check in settings}:
                 return Report(pq.read_metadata(file).num_rows, [], kept=[str(file)])
             _refuse_loss(file, of_file, settings)
-        with _work(texts, config, file.with_name(f".{file.name}.hygiene"), log) as work:
+        with _work(texts, config, file.with_name(f".{file.name}.hygiene"), log, pool) as work:
             _write_file(work, file, {METADATA: json.dumps(about, sort_keys=True).encode()})
             return Report(work.rows, [str(file)], work.rejected, skipped_items=_skipped(config))
 
@@ -273,17 +286,17 @@ class _Work:
     def _part(self, number: int) -> Path:
         return self._folder / f"unit-{number:06d}.parquet"
 
-    def do(self, task: Task) -> None:
+    def do(self, task: Task, pool: Pool | None) -> None:
         """Do the units that are left, and then look for duplicates among all."""
         num_units, rows, shingles = self.begin()
         task.skip(rows)
         looks_for_duplicates = "duplicates" in self._config.chosen
         sketches = Sketches(self._folder, (rows, shingles)) if looks_for_duplicates else None
         try:
-            with _workers(self._config, self._texts.num_rows) as check:
+            with _workers(self._config, self._texts.num_rows, pool) as check:
                 for number, (unit, checked) in enumerate(_in_order(self._texts.units(num_units), check), num_units):
                     if sketches is not None:
-                        sketches.append(checked.sketches)
+                        sketches.append(checked.sketches, checked.signatures)
                     self._write(number, unit, checked)
                     task.advance(len(unit.ids))
         finally:
@@ -339,13 +352,13 @@ class _Work:
 
 
 @contextmanager
-def _work(texts: Texts, config: HygieneConfig, folder: Path, log: Path | None) -> Iterator[_Work]:
+def _work(texts: Texts, config: HygieneConfig, folder: Path, log: Path | None, pool: Pool | None) -> Iterator[_Work]:
     """All units done; the folder is removed once the result is written."""
     if "overlap" in config.chosen:
         sets_of(config)  # refuses a set that cannot be used before time is spent
     work = _Work(folder, texts, config)
     with Task("hygiene: reading", texts.num_rows, "rows", log) as task:
-        work.do(task)
+        work.do(task, pool)
     yield work
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -354,8 +367,11 @@ Checker = Callable[[Unit], "Future[Checked] | Checked"]
 
 
 @contextmanager
-def _workers(config: HygieneConfig, num_rows: int | None) -> Iterator[tuple[Checker, int]]:
+def _workers(config: HygieneConfig, num_rows: int | None, spread: Pool | None) -> Iterator[tuple[Checker, int]]:
     """What checks a unit, and how many units may be under way. Few rows need no further processes."""
+    if spread is not None:
+        yield (lambda unit: spread.submit(check_texts, unit.texts, config)), spread.under_way
+        return
     count = config.workers or cpu_count() or 1
     if count == 1 or (num_rows is not None and num_rows <= FEW_ROWS):
         yield (lambda unit: check_texts(unit.texts, config)), 1

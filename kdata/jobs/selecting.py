@@ -13,6 +13,7 @@ from kdata.jobs.scoring import open_reader
 from kdata.selection.plan import Plan
 from kdata.selection.position_rules import Gap
 from kdata.selection.select import select as select_rows
+from kdata.selection.session import Pool
 from kdata.selection.step import Step
 from kdata.store.dataset import Dataset
 from kdata.store.sql import Room
@@ -34,7 +35,7 @@ class _Reader:
         return [readout.logprob for readout in self.model.read(sequences, KeepConfig(kind="topk", k=1))]
 
 
-def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
+def select(dataset: Dataset, config: Step, room: Room | None = None, *, pool: Pool | None = None) -> Plan:
     """Do one step of selection and save its plan; see `kdata.selection.select.select`, also for the errors.
 
     Raises:
@@ -43,8 +44,8 @@ def select(dataset: Dataset, config: Step, room: Room | None = None) -> Plan:
         TeacherError: a log-probability of that model is not finite.
     """
     if not isinstance(config.positions, Gap):
-        return select_rows(dataset, config, room)
+        return select_rows(dataset, config, room, pool=pool)
     rule = config.positions
     reader = TeacherConfig(model=rule.model, revision=rule.revision, backend=rule.backend)
     with open_reader(dataset, reader) as (model, _):
-        return select_rows(dataset, config, room, reader=_Reader(model))
+        return select_rows(dataset, config, room, reader=_Reader(model), pool=pool)

@@ -77,11 +77,8 @@ def count_units(session: Session, ranking: Ranking, domains: list[str]) -> dict[
     """
     session.put("codes", {"code": pa.int32(), "domain": pa.string()}, list(enumerate(domains)))
     session.execute("create or replace temp table keys (part integer, value double, mass bigint)")
-    for _ in session.pieces(ranking.scores):
-        session.execute(
-            f"insert into keys select part, value, repeats::bigint * {WEIGHT[ranking.count_by]} from {_candidates(ranking)}",
-            ranking.bindings,
-        )
+    query = f"select part, value, repeats::bigint * {WEIGHT[ranking.count_by]} from {_candidates(ranking)}"
+    session.gather("keys", query, ranking.scores, ranking.bindings, ["codes"])
     check_values(session, "keys", ranking.scores)
     masses = dict(session.fetch("select part, sum(mass)::bigint from keys group by part"))
     return {name: masses.get(part, 0) for part, name in enumerate(domains if ranking.by_domain else [""])}
@@ -173,13 +170,12 @@ def _fill_chosen(session: Session, ranking: Ranking) -> None:
         "(id varchar, value double, repeats integer, code integer, num_tokens integer, each integer)"
     )
     part, codes = ("code", "") if ranking.by_domain else ("0", "join codes using (domain)")
-    for _ in session.pieces(ranking.scores):
-        session.execute(
-            "insert into chosen select id, value, case when value > high then (passes + 1) * repeats "
-            "when value < low then passes * repeats end, code, num_tokens, repeats "
-            f"from {_candidates(ranking)} join bounds using (part) {codes} where value >= low or passes > 0",
-            ranking.bindings,
-        )
+    query = (
+        "select id, value, case when value > high then (passes + 1) * repeats when value < low then passes * repeats end, "
+        f"code, num_tokens, repeats from {_candidates(ranking)} join bounds using (part) {codes} "
+        "where value >= low or passes > 0"
+    )
+    session.gather("chosen", query, ranking.scores, ranking.bindings, ["codes", "bounds"])
     session.execute(
         "create or replace temp table edge as select chosen.* exclude (repeats), each as repeats, part, passes, rest "
         f"from chosen join bounds on part = {part} where repeats is null"

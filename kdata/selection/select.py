@@ -52,7 +52,7 @@ from kdata.selection.prune import Prune
 from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Difference, Random
 from kdata.selection.robust import Robust
-from kdata.selection.session import Conditions, DomainSizes, Session, open_session
+from kdata.selection.session import Conditions, DomainSizes, Pool, Session, open_session
 from kdata.selection.sidecar import checked_score_digest
 from kdata.selection.step import Chosen, Counts, Step
 from kdata.selection.tables import Olmix, RegMix, Table
@@ -109,13 +109,21 @@ def parse_step(values: dict[str, Any], where: str = "select settings") -> Step:
     return parse_config(METHODS[method], values, where)
 
 
-def select(dataset: Dataset, config: Step, room: Room | None = None, *, reader: TokenReader | None = None) -> Plan:
+def select(
+    dataset: Dataset,
+    config: Step,
+    room: Room | None = None,
+    *,
+    reader: TokenReader | None = None,
+    pool: Pool | None = None,
+) -> Plan:
     """Do one step and save its plan at `plans/NAME.parquet` of the dataset.
 
     Args:
         config: settings of one of METHODS, for instance `Difference(share=0.5)`.
         room: memory and threads that DuckDB may use; the result does not depend on them.
         reader: the model of the rule `gap`; `kdata.select` opens it.
+        pool: what reads index and scores for a ranking of the whole dataset, in place of this process. The plan is the same.
     Raises:
         ConfigError: method and settings do not fit.
         DataError: no row is chosen, a target cannot be met, or a score does not cover the rows.
@@ -142,7 +150,7 @@ def select(dataset: Dataset, config: Step, room: Room | None = None, *, reader: 
     scores = {score: checked_score_digest(dataset, score) for score in names}
     dataset.check_index()
     reads = config.reads(dataset) | {f"scores.{score}".lower() for score in conditions.scores}
-    with open_session(dataset, parent, f"select {name}", reads, room, conditions) as session:
+    with open_session(dataset, parent, f"select {name}", reads, room, conditions, pool) as session:
         domains = session.domains()
         if not domains:
             raise DataError(f"{dataset.path} has no rows to choose from; capture or generate some first")

@@ -8,23 +8,30 @@ are kept; DuckDB moves them to disk when memory is full.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import duckdb
 import pyarrow as pa
 
-from kdata.errors import QueryError, StorageError
+from kdata.errors import MismatchError, QueryError, StorageError
 from kdata.format.files import folder_beside, lock_of, storage_errors
 from kdata.format.schema import ManifestEntry, index_schema
 from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
+from kdata.selection.sidecar import score_digest
 from kdata.store.conditions import added, all_true, counts_query
 from kdata.store.dataset import Dataset
 from kdata.store.listed import SCORES
+from kdata.store.open import open_dataset
 from kdata.store.sql import (
     Room,
     connect,
@@ -52,6 +59,20 @@ class DomainSize(NamedTuple):
 
 
 DomainSizes = Mapping[str, DomainSize]
+
+
+class Pool(Protocol):
+    """What runs functions elsewhere, for instance on the machines of a cluster; arguments and results are pickled.
+
+    Attributes:
+        under_way: calls that may wait or run at a time.
+    """
+
+    under_way: int
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        """Call a function of a module. Its errors are those of the future."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -86,6 +107,7 @@ class Session:
         connection: see `kdata.store.sql.connect`; the view `rows` is replaced for every piece.
         folder: for temporary files.
         parent: the plan to choose from; None: the whole dataset. A plan is read as a single piece.
+        pool: what reads the pieces of a whole dataset, in place of this connection; see `gather`.
     """
 
     def __init__(
@@ -96,7 +118,9 @@ class Session:
         parent: Plan | None,
         task: Task,
         conditions: Conditions,
+        pool: Pool | None = None,
     ) -> None:
+        self.pool = pool
         self.dataset, self.folder, self.parent, self.conditions = dataset, folder, parent, conditions
         self._connection, self._task = connection, task
 
@@ -153,17 +177,59 @@ class Session:
             yield
             self._task.advance(sum(entry.rows for entry in entries))
 
+    def gather(
+        self,
+        table: str,
+        query: str,
+        scores: list[str],
+        bindings: dict[str, Any] | None = None,
+        tables: Sequence[str] = (),
+    ) -> None:
+        """Add to a table what a query gives of each piece.
+
+        Args:
+            scores: sidecars that the query reads. tables: temporary tables that it reads; they are small.
+        """
+        if self.pool is None or self.parent is not None:
+            for _ in self.pieces(scores):
+                self.execute(f"insert into {table} {query}", bindings)
+            return
+        sent = {name: self.table(f"from {name}") for name in tables}
+        pieces, under_way = _groups(self.dataset.manifest), deque[tuple[int, Future[pa.Table]]]()
+        names = dict.fromkeys([*self.conditions.scores, *scores])
+        state = State(
+            self.dataset.place,
+            self.dataset.content_digest,
+            tuple((name, score_digest(self.dataset, name)) for name in names),
+        )
+        while True:
+            for entries in islice(pieces, self.pool.under_way - len(under_way)):
+                shards = [entry.name for entry in entries]
+                answer = self.pool.submit(piece_of, state, shards, self.conditions, scores, query, bindings or {}, sent)
+                under_way.append((sum(entry.rows for entry in entries), answer))
+            if not under_way:
+                return
+            rows, answer = under_way.popleft()
+            self._connection.register("_piece", answer.result())
+            self.execute(f"insert into {table} from _piece")
+            self._connection.unregister("_piece")
+            self._task.advance(rows)
+
     def read(self, rows: int) -> None:
         """Count rows that were read outside of DuckDB, for the progress that is shown."""
         self._task.advance(rows)
 
-    def show(self, entries: list[ManifestEntry], scores: list[str]) -> None:
-        """Create the views of some shards: `every_row` (the index), `rows` (to choose from), `scores.NAME`."""
-        index = [self.dataset.sql_file(entry, "index") for entry in entries]
+    def show(self, entries: list[ManifestEntry], scores: list[str], *, compare: bool = True) -> None:
+        """Create the views of some shards: `every_row` (the index), `rows` (to choose from), `scores.NAME`.
+
+        Args:
+            compare: whether files are compared with their digests, once in a process.
+        """
+        index = [self.dataset.sql_file(entry, "index", compare=compare) for entry in entries]
         files_view(self._connection, "every_row", index, index_schema())
         shards = {f"{entry.name}.parquet" for entry in entries}
         for name in dict.fromkeys([*self.conditions.scores, *scores]):
-            files = self.dataset.listed_files(SCORES, name)
+            files = self.dataset.listed_files(SCORES, name, compare=compare)
             parts = [part for part in files if part.rpartition("/")[2] in shards]
             files_view(self._connection, f'scores."{name}"', parts, index_schema())
         self.execute(f"create or replace view rows as {self.rows('every_row')}")
@@ -203,6 +269,50 @@ class Session:
         refuse_writing(self._connection, text)
 
 
+@dataclass(frozen=True)
+class State:
+    """Where a dataset is, the digest of its content, and name and digest of each score that is read."""
+
+    place: str
+    content_digest: str
+    scores: tuple[tuple[str, str], ...]
+
+
+def piece_of(
+    state: State, shards: list[str], conditions: Conditions, scores: list[str], query: str,
+    bindings: dict[str, Any], tables: dict[str, pa.Table],
+) -> pa.Table:  # fmt: skip
+    """What a query of `Session.gather` gives of some shards, in the process of a pool.
+
+    Args:
+        state: of the dataset in the process that began the work, which compared index and scores with their digests.
+        tables: to be read beside `rows` and the scores.
+    Raises:
+        MismatchError: at that place is another state of the dataset, as where a machine has an old copy.
+        CorruptError, QueryError, StorageError: see `open_session`.
+    """
+    opened = _opened(state)
+    with query_errors(opened), connect(opened, frozenset(), Room(threads=1)) as connection:
+        session = Session(opened, connection, Path(), None, Task("piece"), conditions)
+        for name, table in tables.items():
+            connection.register(name, table)
+        session.show([entry for entry in opened.manifest if entry.name in set(shards)], scores, compare=False)
+        return session.execute(query, bindings).to_arrow_table()
+
+
+@cache
+def _opened(state: State) -> Dataset:
+    """A dataset, opened once in a process."""
+    dataset = open_dataset(state.place, check="later")
+    scores = tuple((name, score_digest(dataset, name)) for name, _ in state.scores)
+    if (dataset.content_digest, scores) != (state.content_digest, state.scores):
+        raise MismatchError(
+            f"{state.place} on {socket.gethostname()} is not the dataset in its present state, or has other scores; give "
+            "every machine the same folder, or push the scores to the URL"
+        )
+    return dataset
+
+
 def _groups(entries: list[ManifestEntry]) -> Iterator[list[ManifestEntry]]:
     """Shards in order, in groups of at most PIECE_ROWS rows; a larger shard is a group of its own."""
     group: list[ManifestEntry] = []
@@ -233,12 +343,14 @@ def open_session(
     reads: frozenset[str],
     room: Room | None = None,
     conditions: Conditions | None = None,
+    pool: Pool | None = None,
 ) -> Iterator[Session]:
     """Open the connection of a step, hold the dataset's lock and show progress.
 
     Args:
         reads: views that the step reads beside `rows` and the parent plan.
         conditions: on the rows to choose from.
+        pool: see `Session`.
     Raises:
         StorageError: another process writes to the dataset, or memory or disk do not suffice.
         CorruptError, QueryError: see `kdata.store.sql.query`.
@@ -251,7 +363,7 @@ def open_session(
         Task(what, unit="rows read") as task,
         connect(dataset, reads | own, Room(room.memory_limit, room.threads, folder)) as connection,
     ):
-        yield Session(dataset, connection, folder, parent, task, conditions or Conditions())
+        yield Session(dataset, connection, folder, parent, task, conditions or Conditions(), pool)
 
 
 @contextmanager

@@ -25,11 +25,13 @@ from kdata.pipelines.cli.common import (
     FormatOption,
     ReadingModel,
     SetOption,
+    SpreadOption,
     option,
     print_json,
     print_rows,
     say,
     say_unchecked,
+    spread,
     with_settings,
 )
 from kdata.pipelines.evidence.verdicts import verdicts
@@ -180,6 +182,7 @@ def select(
         int | None, typer.Option(min=1, metavar="N", help="Threads of DuckDB; one for each core if not given.")
     ] = None,
     check: CheckOption = CheckTime.first,
+    engine: SpreadOption = None,
     set: SetOption = None,
     list: Annotated[
         bool,
@@ -219,9 +222,10 @@ def select(
             f"{', '.join(f'positions.{key}' for key in settings['positions'])} without a rule that chooses positions: add "
             f"--positions RULE, one of {', '.join(RULES)}"
         )
-    step = parse_step(settings)
-    opened = kdata.open(dataset, check=check.value)
-    print_shown(table_of(select_rows(opened, step, Room(memory, threads))))
+    with spread(settings, engine) as pool:
+        step = parse_step(settings)
+        opened = kdata.open(dataset, check=check.value)
+        print_shown(table_of(select_rows(opened, step, Room(memory, threads), pool=pool)))
     say_unchecked(opened)
 
 

@@ -6,7 +6,8 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
@@ -23,11 +24,12 @@ from typer.models import OptionInfo
 
 import kdata
 from kdata.config import RowsConfig, apply_settings, parse_config
-from kdata.errors import ConfigError, QueryError
+from kdata.errors import ConfigError, QueryError, nearest
 from kdata.format.rejects import rejected_line
 from kdata.observe.progress import console
 from kdata.observe.terminal import PlainConsole, name_text
 from kdata.observe.text import visible, visible_json, visible_name
+from kdata.pipelines.ray.tasks import RayTasks, RayTasksConfig
 from kdata.store.open import open_dataset
 from kdata.store.sql import strict_json
 from kdata.store.url import is_url
@@ -54,6 +56,13 @@ class CheckTime(StrEnum):
     whole = "whole"
 
 
+SpreadOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="local|ray",
+        help="Where the work is done: here, or on a Ray cluster (--set engine.KEY=VALUE). [default: local]",
+    ),
+]
 CheckOption = Annotated[
     CheckTime,
     typer.Option(
@@ -85,6 +94,26 @@ class FieldOption(OptionInfo):
     def __init__(self, field: str, models: tuple[type[BaseModel], ...], **options: Any) -> None:
         super().__init__(default=..., **options)
         self.field, self.models = field, models
+
+
+@contextmanager
+def spread(values: dict[str, Any], kind: str | None) -> Iterator[RayTasks | None]:
+    """Take the `engine` part out of a command's settings; give what does its work elsewhere, or None. Raises ConfigError."""
+    own = values.pop("engine", {})
+    if not isinstance(own, dict):
+        raise ConfigError("engine must be a mapping; write for instance --engine ray --set engine.address=auto")
+    name = kind or own.get("kind", "local")
+    if name == "local" and not set(own) - {"kind"}:
+        yield None
+    elif name == "ray":
+        with RayTasks(parse_config(RayTasksConfig, {**own, "kind": name}, "engine settings")) as tasks:
+            yield tasks
+    elif name == "local":
+        raise ConfigError(f"engine.{min(set(own) - {'kind'})} is a setting of the Ray engine; add --engine ray")
+    else:
+        raise ConfigError(
+            f"--engine {name}: there is no such engine{nearest(name, ['local', 'ray'])}; use local or ray"
+        )
 
 
 def option(

@@ -19,7 +19,8 @@ from kdata.hygiene.inspect import Report, inspect_corpus, inspect_dataset
 from kdata.hygiene.summary import summary
 from kdata.hygiene.texts import chat_text, is_dataset
 from kdata.observe.text import one_line
-from kdata.pipelines.cli.common import SetOption, option, print_rows, say, with_settings
+from kdata.pipelines.cli.common import SetOption, SpreadOption, option, print_rows, say, spread, with_settings
+from kdata.pipelines.ray.tasks import RayTasks
 from kdata.selection.show import SHOWN_CHARS
 from kdata.store.conditions import check_condition, counts_query
 from kdata.store.sql_tree import empty_database
@@ -41,6 +42,7 @@ def hygiene(
         ),
     ] = None,
     messages_column: Annotated[str | None, option("messages_column", CorpusConfig, metavar="COLUMN")] = None,
+    engine: SpreadOption = None,
     set: SetOption = None,
 ) -> None:
     """Find duplicates, test questions, poor and personal text.
@@ -58,6 +60,19 @@ def hygiene(
         --set corpus.hygiene=h.parquet --set corpus.where=duplicates.near_keep
     """
     settings = with_settings({"checks": checks or None}, set)
+    with spread(settings, engine) as pool:
+        check(place, out, settings, messages_column, where or [], pool)
+
+
+def check(
+    place: str,
+    out: str | None,
+    settings: dict[str, Any],
+    messages_column: str | None,
+    where: list[str],
+    pool: RayTasks | None,
+) -> None:
+    """Do the checks, here or in a pool, and say what they found."""
     source = settings.pop("corpus", {})
     if not isinstance(source, dict):
         raise ConfigError("corpus must be a mapping; write for instance --set corpus.text_column=content")
@@ -67,20 +82,20 @@ def hygiene(
             raise ConfigError(
                 "--messages-column, --where and corpus.KEY are for a corpus: name a file to write with --out"
             )
-        of_dataset(place, config)
+        of_dataset(place, config, pool)
         return
     if is_dataset(place):
         raise ConfigError(f"{place} is a dataset: leave --out away, and each check becomes a score of it")
     own = {"path": place, **({} if messages_column is None else {"messages_column": messages_column}), **source}
-    of_corpus(parse_config(CorpusConfig, own, "corpus settings"), config, Path(out), where or [])
+    of_corpus(parse_config(CorpusConfig, own, "corpus settings"), config, Path(out), where, pool)
 
 
-def of_dataset(place: str, config: HygieneConfig) -> None:
+def of_dataset(place: str, config: HygieneConfig, pool: RayTasks | None) -> None:
     """Do the checks on a dataset, and say what they found."""
     if not (is_url(place) or place.startswith("hf:") or is_dataset(place)) and Path(place).exists():
         raise MissingError(f"{place} is not a dataset; for a corpus name the file to write: --out FILE.parquet")
     dataset = kdata.open(place)
-    report = inspect_dataset(dataset, config)
+    report = inspect_dataset(dataset, config, pool=pool)
     joins = " ".join(f"left join scores.{config.prefix}{check} as {check} using (id)" for check in config.chosen)
 
     def fetch(query: str) -> list[list[Any]]:
@@ -92,10 +107,12 @@ def of_dataset(place: str, config: HygieneConfig) -> None:
     say(*summary(config, f"rows {joins}", fetch))
 
 
-def of_corpus(corpus: CorpusConfig, config: HygieneConfig, file: Path, conditions: list[str]) -> None:
+def of_corpus(
+    corpus: CorpusConfig, config: HygieneConfig, file: Path, conditions: list[str], pool: RayTasks | None
+) -> None:
     """Do the checks on a corpus, and say what they found, and what conditions would leave out."""
     refuse_unknown(config, conditions)
-    report = inspect_corpus(corpus, config, file)
+    report = inspect_corpus(corpus, config, file, pool=pool)
     say(f"{file} has the columns of {report.rows:,} rows of {corpus.path}")
     say_report(report)
     connection, _ = open_file(file)

@@ -22,8 +22,8 @@ POLL_SEC = 0.5  # longest sleep of the driver, so that it notices what depends o
 CLIENT = "ray://"
 
 
-class RayConfig(Strict):
-    """Teachers on a Ray cluster."""
+class ClusterConfig(Strict):
+    """Which Ray cluster."""
 
     kind: Literal["ray"] = Field("ray", description="The Ray engine.")
     address: str | None = Field(
@@ -31,6 +31,18 @@ class RayConfig(Strict):
         description="HOST:PORT of the cluster's head; auto: the cluster that this machine is in; local: Ray is started here, "
         "on this machine alone; null: RAY_ADDRESS, else as auto, else as local.",
     )
+
+    @field_validator("address")
+    @classmethod
+    def _no_client(cls, address: str | None) -> str | None:
+        if address is not None and address.startswith(CLIENT):
+            raise ValueError("the driver must run on a machine of the cluster; use HOST:PORT or auto there")
+        return address
+
+
+class RayConfig(ClusterConfig):
+    """Teachers on a Ray cluster."""
+
     min_teachers: int = Field(1, ge=1, description="Actors with a teacher each that are started at once.")
     max_teachers: int | None = Field(
         None,
@@ -69,13 +81,6 @@ class RayConfig(Strict):
         gt=0,
         description="Longest wait, in seconds, while not one teacher is ready; covers a machine being added.",
     )
-
-    @field_validator("address")
-    @classmethod
-    def _no_client(cls, address: str | None) -> str | None:
-        if address is not None and address.startswith(CLIENT):
-            raise ValueError("the driver must run on a machine of the cluster; use HOST:PORT or auto there")
-        return address
 
     @model_validator(mode="after")
     def _numbers(self) -> RayConfig:

@@ -54,6 +54,7 @@ def export(view: View, folder: Path, *, rows: int = MOST_ROWS, where: str = "", 
             (place / name).write_bytes(content)
         shown = {**about, "plans": [], "exported": len(chosen)}
         _write(place, "about", shown)
+        _write(place, "overview", view.overview(where=where, plan=plan))
         _write(place, "rows", {"total": len(chosen), "rows": chosen})
         for row in chosen:
             _write_row(place, view, row["number"])

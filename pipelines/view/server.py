@@ -67,6 +67,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds until a connection that says nothing is closed
 
+    def do_HEAD(self) -> None:
+        """Answer as `do_GET` does, without the content."""
+        self.do_GET()
+
     def do_GET(self) -> None:
         """Answer with a file of the page, or with values."""
         port = self.server.server_address[1]
@@ -106,7 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Referrer-Policy", "no-referrer")
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Say nothing: the terminal belongs to the person."""
@@ -137,6 +142,7 @@ ANSWERS: dict[str, Callable[[View, dict[str, str]], Any]] = {
         limit=_whole(words, "limit", 50),
     ),
     "/api/histogram": lambda view, words: view.histogram(words.get("column", ""), **_choice(words)),
+    "/api/overview": lambda view, words: view.overview(**_choice(words)),
     "/api/row": lambda view, words: view.row(_whole(words, "number"), begin=_whole(words, "begin")),
     "/api/rejects": lambda view, words: view.rejects(),
 }

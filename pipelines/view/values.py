@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from kdata.errors import ConfigError, KdataError, MissingError
 from kdata.format.schema import index_schema
+from kdata.pipelines.view.overview import domains_of, histogram_of, overview_query
 from kdata.store.conditions import check_condition
 from kdata.store.dataset import Dataset
 from kdata.store.kept_counts import kept_lines
@@ -31,6 +32,8 @@ MOST_TOKENS = 2_000
 SNIPPET = 160  # characters
 NUMBERS = ("nll", "mean_entropy", "kept_mass", "num_tokens", "num_target_tokens")
 TEXTS = ("text", "messages", "tools", "prompt")  # as long as a row; the tokens show them
+RANDOM = "random"
+MINUS = " - "
 SHOWN = ("id", "domain", "shard", "row", "num_tokens", "nll", "mean_entropy")
 
 
@@ -74,7 +77,7 @@ class View:
                     "select domain, count(*) as n, sum(num_tokens)::bigint as tokens, avg(nll) as nll from rows "
                     "group by domain order by domain"
                 ).to_pylist(),
-                "numbers": [*NUMBERS, *self._score_columns()],
+                "numbers": self._numbers(),
                 "plans": plans,
                 "left_out": broken,
                 "token_scores": self._token_scores(),
@@ -103,7 +106,7 @@ class View:
         Args:
             where: condition in SQL over the columns of `rows`, and of scores as NAME.COLUMN. Empty: all rows.
             plan: only rows that this plan takes; with `outside`, only those that it leaves out.
-            order: one of the numbers in `about`. Empty: the order of the dataset.
+            order: one of the numbers in `about`; "random": the order of the MD5 of ids. Empty: the order of the dataset.
         Raises:
             QueryError: DuckDB refused the condition.
             ConfigError, MissingError: it is no condition on one row (`check_condition`), there is no such number or plan, or
@@ -113,11 +116,12 @@ class View:
             raise ConfigError(f"rows {offset} to {offset + limit} cannot be asked for; take 1 to {MOST_ROWS} from 0 on")
         with self._lock:
             chosen = self._chosen(where, plan, outside, order)
-            by = f"{self._number(order)} {'desc' if descending else 'asc'} nulls last, " if order else ""
+            value = self._number(order) if order not in ("", RANDOM) else ""
+            by = f"{value} {'desc' if descending else 'asc'} nulls last, " if value else "md5(id), " if order else ""
             columns = ", ".join(SHOWN)
             table = self.dataset.sql(
                 f"select {columns}, left(coalesce(text, messages, prompt, ''), {SNIPPET}) as snippet"
-                f"{f', {self._number(order)}::double as value' if order else ''} from {chosen} "
+                f"{f', {value}::double as value' if value else ''} from {chosen} "
                 f"order by {by} shard, row limit {limit} offset {offset}"
             )
             [total] = self.dataset.sql(f"select count(*) as n from {chosen}")["n"].to_pylist()
@@ -126,35 +130,34 @@ class View:
             row["number"] = self._first[row.pop("shard")] + row.pop("row")
         return {"total": total, "rows": [{key: _value(value) for key, value in row.items()} for row in rows]}
 
-    def histogram(
-        self, column: str, *, where: str = "", plan: str = "", outside: bool = False, bins: int = 40
-    ) -> dict[str, Any]:
+    def histogram(self, column: str, *, where: str = "", plan: str = "", outside: bool = False) -> dict[str, Any]:
         """How often which values of a number are: of all rows, and of those that condition and plan leave.
 
-        Returns: edges [bins + 1], and counts `all` and `chosen` [bins]. Both empty where no row has the number.
+        Returns: edges [BINS + 1], and counts `all` and `chosen` [BINS]. Both empty where no row has the number.
         Raises as `rows`.
         """
         with self._lock:
-            every, chosen = self._chosen("", "", False, column), self._chosen(where, plan, outside, column)
-            number = f"{self._number(column)}::double"
-            found = self.dataset.sql(
-                f"select min({number}) as a, max({number}) as b from {every} where isfinite({number})"
-            )
-            [low], [high] = found["a"].to_pylist(), found["b"].to_pylist()
-            if low is None:
-                return {"edges": [], "all": [], "chosen": []}
-            width = high / bins - low / bins or 1.0  # the difference may be above what a float holds
-            counts = []
-            for rows in (every, chosen):
-                place = f"least(greatest(floor(({number} - {low!r}) / {width!r})::bigint, 0), {bins - 1})"
-                table = self.dataset.sql(
-                    f"select {place} as bin, count(*) as n from {rows} where isfinite({number}) group by 1"
-                )
-                line = [0] * bins
-                for one in table.to_pylist():
-                    line[one["bin"]] = one["n"]
-                counts.append(line)
-        return {"edges": [low + width * n for n in range(bins + 1)], "all": counts[0], "chosen": counts[1]}
+            source = self._flagged(where, plan, outside, column)
+            found = self.dataset.sql(overview_query(source, [self._number(column)], by_domain=False)).to_pylist()
+        return histogram_of(found, 0)
+
+    def overview(self, *, where: str = "", plan: str = "", outside: bool = False) -> dict[str, Any]:
+        """Domains, and histograms of lengths, NLL and differences: of all rows, and of those that condition and plan leave.
+
+        A difference is the NLL of a score less that of the teacher; see `kdata.selection.ranked.Difference`. One query, which
+        reads these columns of the index, and ids where a score or a plan is joined.
+
+        Returns: `domains` with rows, tokens and mean nll of `all` and `chosen`; the tokens of `chosen` count as often as the
+            plan takes them. `histograms`: those of `histogram`, each with its column.
+        Raises as `rows`.
+        """
+        with self._lock:
+            columns = ["num_tokens", "nll", *self._differences()]
+            source = self._flagged(where, plan, outside, *columns)
+            numbers = [self._number(column) for column in columns]
+            found = self.dataset.sql(overview_query(source, numbers, by_domain=True)).to_pylist()
+        histograms = [{"column": column, **histogram_of(found, place)} for place, column in enumerate(columns)]
+        return {"domains": domains_of(found), "histograms": histograms}
 
     def row(self, number: int, *, begin: int = 0) -> dict[str, Any]:
         """One row, and its tokens from `begin` on, `MOST_TOKENS` at most; of `beside` the row of the same id.
@@ -187,6 +190,30 @@ class View:
 
     def _chosen(self, where: str, plan: str, outside: bool, *texts: str) -> str:
         """A table to select from: the columns of `rows`, and each score that a text names as a struct."""
+        conditions = []
+        if plan:
+            self._check_plan(plan)
+            conditions.append(f'id {"not " if outside else ""}in (select id from plans."{plan}")')
+        if where.strip():
+            # On lines of their own, so that a comment ends in it.
+            conditions.append(f"(\n{where}\n)")
+        condition = f" where {' and '.join(conditions)}" if conditions else ""
+        return f"(select * from ({self._joined(where, *texts)}){condition})"
+
+    def _flagged(self, where: str, plan: str, outside: bool, *texts: str) -> str:
+        """Every row as `_chosen` has it, with `is_chosen` and with `times`, how often the plan takes it."""
+        condition, times, join = "true", "1", ""
+        if plan:
+            self._check_plan(plan)
+            join = f' left join (select id as plan_id, repeats as plan_repeats from plans."{plan}") on plan_id = id'
+            condition = f"plan_id is {'' if outside else 'not '}null"
+            times = "1" if outside else "plan_repeats"
+        if where.strip():
+            condition += f" and coalesce((\n{where}\n), false)"
+        return f"(select *, {condition} as is_chosen, {times} as times from ({self._joined(where, *texts)}){join})"
+
+    def _joined(self, where: str, *texts: str) -> str:
+        """A query: the columns of `rows`, and each score that a condition or a number names as a struct."""
         named = {
             *(check_condition(where) if where.strip() else ()),
             *(text.partition(".")[0].lower() for text in texts),
@@ -194,23 +221,27 @@ class View:
         names = [name for name in self._usable(SCORES) if name.lower() in named]
         scores = "".join(f', "{name}"' for name in names)
         joins = "".join(f' left join scores."{name}" as "{name}" on "{name}".id = rows.id' for name in names)
-        conditions = []
-        if plan:
-            if not is_name(plan) or plan not in self.dataset.listed(PLANS):
-                raise MissingError(f"there is no plan {plan!r}; the plans are {self.dataset.listed(PLANS)}")
-            conditions.append(f'id {"not " if outside else ""}in (select id from plans."{plan}")')
-        if where.strip():
-            # On lines of their own, so that a comment ends in it.
-            conditions.append(f"(\n{where}\n)")
-        condition = f" where {' and '.join(conditions)}" if conditions else ""
-        return f"(select * from (select rows.*{scores} from rows{joins}){condition})"
+        return f"select rows.*{scores} from rows{joins}"
+
+    def _check_plan(self, plan: str) -> None:
+        if not is_name(plan) or plan not in self.dataset.listed(PLANS):
+            raise MissingError(f"there is no plan {plan!r}; the plans are {self.dataset.listed(PLANS)}")
 
     def _number(self, name: str) -> str:
         """A number to sort by, quoted. Raises ConfigError where there is none of the name."""
-        known = [*NUMBERS, *self._score_columns()]
+        known = self._numbers()
         if name not in known:
             raise ConfigError(f"there is no number {name!r}; the numbers are {', '.join(known)}")
-        return ".".join(f'"{part}"' for part in name.split("."))
+        terms = (".".join(f'"{part}"' for part in term.split(".")) for term in name.split(MINUS))
+        return f"({MINUS.join(terms)})"
+
+    def _numbers(self) -> list[str]:
+        """What can be sorted by: columns of `rows`, NAME.COLUMN of scores, and differences."""
+        return [*NUMBERS, *self._score_columns(), *self._differences()]
+
+    def _differences(self) -> list[str]:
+        """Of each score with an NLL its difference from the teacher's."""
+        return [f"{column}{MINUS}nll" for column in self._score_columns() if column.endswith(".nll")]
 
     def _usable(self, kind: Kind) -> list[str]:
         """Names of the scores or plans that belong to the dataset as it is now, and can be columns beside its own."""

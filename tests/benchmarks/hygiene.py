@@ -1,17 +1,18 @@
 """How fast hygiene is, in how much memory, and whether it finds what was planted. Prints tables, one JSON line last.
 
-    python tests/benchmarks/hygiene.py --documents 100000 [--workers 2] [--words 300] [--peer-python PYTHON]
+    python -m tests.benchmarks.hygiene --documents 100000 300000 1000000 [--workers 2] [--words 300] [--peer-python PYTHON]
 
 Documents are synthetic (tests/benchmarks/planted.py): half of a document's words are common ones, paragraphs have four
 sentences; a tenth each are exact and near copies, others have test questions, personal data, another language, or lines that
 repeat. What is measured is `kdata.hygiene.inspect.inspect_corpus`, as the command calls it, for each check alone and for all
 together: from Parquet to Parquet. Each measurement is a process of its own. `seconds` is the time that passed, `processor`
 that of all processes, which other work on the machine changes less; `memory` is the largest sum of what all its processes
-have for themselves at a time: resident, without pages of files, which the system takes back where it needs memory.
+have for themselves at a time: resident, without pages of files, which the system takes back where it needs memory. `exponent`
+is the slope of log processor seconds against log documents, where several sizes are named.
 
 Peers, each in one process: rensa alone, in memory, as its README uses it (sets of runs of 5 words made in Python, one matrix
 of signatures, flags by LSH); and the filters and MinHash signatures of datatrove, with an interpreter that has it. What a
-peer does is per second of its process.
+peer does is per second of its process, and of the first size alone.
 """
 
 from __future__ import annotations
@@ -33,7 +34,13 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.benchmarks.selection import exponent
+
 ROOT = Path(__file__).resolve().parents[2]
+COMPARED = [
+    "id", "duplicates.near_id", "duplicates.exact_rows", "duplicates.near_rows", "overlap.exam_item", "overlap.exam_share",
+    "language.code", "quality.repeated_line_chars", "personal.spans",
+]  # fmt: skip
 CHECKS = ("duplicates", "overlap", "language", "quality", "personal", "all")
 
 
@@ -157,8 +164,10 @@ def quality_of_search(folder: Path) -> dict[str, dict[str, float]]:
     content = json.loads((folder / "truth.json").read_text())
     personal = {name: [tuple(one) for one in own] for name, own in content["personal"].items()}
     truth = Truth(**{**content, "personal": personal, "repeated": set(content["repeated"])})
-    columns = pq.read_table(folder / "all.parquet").to_pylist()
+    columns = pq.ParquetFile(folder / "all.parquet").read(COMPARED).to_pylist()
     corpus = pq.read_table(folder / "corpus.parquet", columns=["id", "text"])
+    with_spans = [bool(row["personal"]["spans"]) for row in columns]
+    corpus = corpus.filter(pa.array(with_spans))  # rows are in the same order
     texts = dict(zip(corpus["id"].to_pylist(), corpus["text"].to_pylist(), strict=True))
     return {
         name: {"planted": score.planted, "precision": score.precision, "recall": score.recall}
@@ -169,7 +178,7 @@ def quality_of_search(folder: Path) -> dict[str, dict[str, float]]:
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=100_000, help="how many")
+    parser.add_argument("--documents", type=int, nargs="+", default=[100_000], help="how many; several sizes in turn")
     parser.add_argument("--words", type=int, default=300, help="of a document, on average")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core")
     parser.add_argument("--checks", nargs="*", choices=CHECKS, default=CHECKS, help="what is measured")
@@ -181,8 +190,23 @@ def main() -> None:
     if own.child:
         child(own.child[0], own.folder, own.child[1], own.peer_documents)
         return
-    with tempfile.TemporaryDirectory(dir=own.folder) as temporary:
-        print(json.dumps(run(Path(temporary), own)))
+    results = []
+    for number, documents in enumerate(own.documents):
+        with tempfile.TemporaryDirectory(dir=own.folder) as temporary:
+            results.append(run(Path(temporary), documents, own, with_peers=number == 0))
+    print(json.dumps({"sizes": results, "exponent": exponents(results)}))
+
+
+def exponents(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Of each check the exponent of its processor time; empty where there is one size."""
+    if len(results) < 2:
+        return {}
+    slopes = {}
+    print(f"{'check':24} {'exponent':>12}")
+    for name in results[0]["checks"]:
+        slopes[name] = exponent([(one["documents"], one["checks"][name]["processor_sec"]) for one in results])
+        print(f"{name:24} {slopes[name]:12.3f}")
+    return slopes
 
 
 def child(name: str, folder: Path, workers: str, documents: int) -> None:
@@ -195,34 +219,39 @@ def child(name: str, folder: Path, workers: str, documents: int) -> None:
         check(folder, name, int(workers))
 
 
-def run(folder: Path, own: argparse.Namespace) -> dict[str, Any]:
-    """All measurements; prints them as tables."""
-    generate(folder, own.documents, own.words)
-    size = sum(map(len, texts_of(folder, 1_000))) / min(own.documents, 1_000)
-    print(
-        f"{own.documents:,} documents of {size:,.0f} characters on average, {platform.processor() or platform.machine()}"
-    )
-    result: dict[str, Any] = {"documents": own.documents, "characters": size, "checks": {}, "peers": {}}
+def run(folder: Path, documents: int, own: argparse.Namespace, *, with_peers: bool) -> dict[str, Any]:
+    """All measurements of one size; prints them as tables."""
+    generate(folder, documents, own.words)
+    size = sum(map(len, texts_of(folder, 1_000))) / min(documents, 1_000)
+    print(f"{documents:,} documents of {size:,.0f} characters on average, {platform.processor() or platform.machine()}")
+    result: dict[str, Any] = {"documents": documents, "characters": size, "checks": {}}
     print(f"{'check':24} {'documents/s':>12} {'per processor':>14} {'memory':>10}")
     for name in own.checks:
         seconds, processor, peak, _ = measured(["--child", name, str(own.workers), "--folder", str(folder)])
         line = {"seconds": seconds, "processor_sec": processor, "peak_bytes": peak}
         result["checks"][name] = line
-        print(f"{name:24} {own.documents / seconds:12,.0f} {own.documents / processor:14,.0f} {peak / 2**20:7,.0f} MiB")
-    seconds, processor, peak, output = measured(["--child", "rensa", "1", "--folder", str(folder)])
-    result["peers"]["rensa"] = {"seconds": json.loads(output), "peak_bytes": peak}
-    print(f"{'rensa alone':24} {own.documents / json.loads(output):12,.0f} {'':14} {peak / 2**20:7,.0f} MiB")
-    if own.peer_python:
-        options = ["--child", "datatrove", "1", "--folder", str(folder), "--peer-documents", str(own.peer_documents)]
-        _, _, peak, output = measured(options, own.peer_python)
-        result["peers"]["datatrove"] = json.loads(output)
-        for name, value in json.loads(output).items():
-            print(f"{'datatrove: ' + name:38} {own.peer_documents / value:13,.0f} {peak / 2**20:7,.0f} MiB")
+        print(f"{name:24} {documents / seconds:12,.0f} {documents / processor:14,.0f} {peak / 2**20:7,.0f} MiB")
+    if with_peers:
+        result["peers"] = peers_of(folder, documents, own)
     if "all" in own.checks:
         result["found"] = quality_of_search(folder)
         print(f"{'planted':24} {'how many':>12} {'precision':>10} {'recall':>8}")
         for name, score in result["found"].items():
             print(f"{name:24} {score['planted']:12,} {score['precision']:10.4f} {score['recall']:8.4f}")
+    return result
+
+
+def peers_of(folder: Path, documents: int, own: argparse.Namespace) -> dict[str, Any]:
+    """What other libraries take for the same documents."""
+    _, _, peak, output = measured(["--child", "rensa", "1", "--folder", str(folder)])
+    result: dict[str, Any] = {"rensa": {"seconds": json.loads(output), "peak_bytes": peak}}
+    print(f"{'rensa alone':24} {documents / json.loads(output):12,.0f} {'':14} {peak / 2**20:7,.0f} MiB")
+    if own.peer_python:
+        options = ["--child", "datatrove", "1", "--folder", str(folder), "--peer-documents", str(own.peer_documents)]
+        _, _, peak, output = measured(options, own.peer_python)
+        result["datatrove"] = json.loads(output)
+        for name, value in json.loads(output).items():
+            print(f"{'datatrove: ' + name:38} {own.peer_documents / value:13,.0f} {peak / 2**20:7,.0f} MiB")
     return result
 
 

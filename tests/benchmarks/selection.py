@@ -12,7 +12,8 @@ its resident set at most. Two selections:
 - mixture: temperature 2 over the domains, half of the tokens in all, small domains repeated up to 4 times.
 
 Sizes grow from 1M rows by factors of about 3; `exponent` is the slope of log seconds against log rows, the larger of the
-two selections. pandas and `datasets.filter` do the same difference sampling for as long as 4 GB (RLIMIT_DATA) suffice.
+two selections. `a processor` is rows per second of processor time, which other work on the machine changes less.
+pandas and `datasets.filter` do the same difference sampling for as long as 4 GB (RLIMIT_DATA) suffice.
 """
 
 from __future__ import annotations
@@ -255,11 +256,12 @@ def report(results: dict[str, dict[int, dict[str, float]]], sizes: list[int], op
     """Print the table, and the JSON line last."""
     labels = {"difference": "kdata: difference, half", "mixture": "kdata: mixture, T = 2, repeats", "pandas": "pandas: difference",  # noqa: E501
               "datasets": "datasets.filter: difference"}  # fmt: skip
-    table = Table("selection", "rows", "seconds", "M rows/s", "peak GB", "rows taken", "load",
+    table = Table("selection", "rows", "seconds", "M rows/s", "a processor", "peak GB", "rows taken", "load",
                   title=f"memory_limit {options.memory}, {options.threads} threads")  # fmt: skip
     for name, by_size in results.items():
         for size, result in by_size.items():
             table.add_row(labels[name], f"{size:,}", f"{result['seconds']:.1f}", f"{size / result['seconds'] / 1e6:.2f}",
+                          f"{size / result['cpu_seconds'] / 1e6:.2f}",
                           f"{result['peak_gb']:.2f}", f"{result['taken']:,.0f}", f"{result['load']:.1f}")  # fmt: skip
     Console(width=110).print(table)
     largest, kept = sizes[-1], ("difference", "mixture")
@@ -276,6 +278,7 @@ def report(results: dict[str, dict[int, dict[str, float]]], sizes: list[int], op
                 "exponent": round(max(slopes.values()), 3) if slopes else None,
                 "rows": largest,
                 **{f"{name}_rows_s": round(largest / results[name][largest]["seconds"]) for name in kept},
+                **{f"{name}_rows_cpu_s": round(largest / results[name][largest]["cpu_seconds"]) for name in kept},
                 **{f"{name}_exponent": round(slope, 3) for name, slope in slopes.items()},
                 **{f"{name}_most_rows": max(results[name], default=0) for name in ("pandas", "datasets")},
                 **{f"{name}_rows_s": round(max(results[name]) / results[name][max(results[name])]["seconds"])

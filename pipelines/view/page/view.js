@@ -1,4 +1,5 @@
 // The page of a dataset: rows on the left, the text of one in the middle, what the teacher believed at a token on the right.
+// Or beside the rows an overview: what the dataset holds of each domain, length and NLL, and what a choice leaves of it.
 // Everything that came from the dataset is written as text (textContent), never as HTML.
 "use strict";
 
@@ -45,7 +46,8 @@ async function rowsOfFolder() {
 // On lines of their own, so that a comment ends in its condition.
 const joined = conditions => conditions.length > 1 ? conditions.map(one => `(\n${one}\n)`).join(" and ") : conditions.join();
 const quoted = text => `'${text.replaceAll("'", "''")}'`;
-const name = column => column.split(".").map(part => `"${part}"`).join(".");
+// NAME.COLUMN, or a difference of two of them.
+const name = column => column.split(" - ").map(term => term.split(".").map(part => `"${part}"`).join(".")).join(" - ");
 
 function chosen() {
   const conditions = [];
@@ -66,7 +68,7 @@ async function askRows(offset) {
   }
   const conditions = chosen();
   if (state.bar) {
-    const [low, high, isLast] = state.bar, column = `${name($("column").value)}::double`;
+    const [low, high, isLast] = state.bar, column = `(${name($("column").value)})::double`;
     conditions.push(isLast ? `${column} >= ${low}` : `${column} >= ${low} and ${column} < ${high}`);
   }
   return fromServer("rows", {
@@ -96,7 +98,7 @@ const askRow = (number, begin) => isServer() ? fromServer("row", { number, begin
 
 // ---- What is shown now.
 
-const state = { about: null, offset: 0, total: 0, rows: [], row: null, starts: [], token: -1, pinned: false, bar: null, asked: 0, askedRow: 0 };
+const state = { about: null, offset: 0, total: 0, rows: [], row: null, starts: [], token: -1, pinned: false, bar: null, asked: 0, askedRow: 0, askedOverview: 0 };
 const inBar = value => !state.bar || (value >= state.bar[0] && (state.bar[2] || value < state.bar[1]));
 
 const number = (value, digits = 3) => value === null || value === undefined ? "unknown" :
@@ -172,21 +174,25 @@ async function showHistogram() {
   const column = $("column").value;
   let found;
   try { found = await askHistogram(column); } catch (error) { complain(error); return; }
+  const [first, last] = $("ends").children;
+  drawBars($("histogram"), first, last, found, bar => { setBar(state.bar && state.bar[0] === bar[0] ? null : bar); showRows(); });
+}
+
+// The bars of a histogram: all rows, and before them those that are chosen. pick: gets the two ends of a bar, and whether it is the last.
+function drawBars(box, first, last, found, pick) {
   const most = Math.max(1, ...found.all);
-  const bars = found.all.map((count, n) => {
+  box.replaceChildren(...found.all.map((count, n) => {
     const [low, high] = [found.edges[n], found.edges[n + 1]];
-    const text = `${number(low)} to ${number(high)}: ${found.chosen[n].toLocaleString("en-US")} of ${count.toLocaleString("en-US")} rows`;
-    const bar = element("button", null, { type: "button", title: text, "aria-label": text });
+    const text = `${number(low)} to ${number(high)}: ${whole(found.chosen[n])} of ${whole(count)} rows`;
+    const bar = element("button", null, { type: "button", title: text, "aria-label": text, tabindex: n ? "-1" : "0" });
     for (const value of [count, found.chosen[n]]) {
       const part = element("i", null);
       part.style.height = `${100 * value / most}%`;
       bar.append(part);
     }
-    bar.onclick = () => { setBar(state.bar && state.bar[0] === low ? null : [low, high, n === found.all.length - 1]); showRows(); };
+    if (pick) bar.onclick = () => pick([low, high, n === found.all.length - 1]);
     return bar;
-  });
-  $("histogram").replaceChildren(...bars);
-  const [first, last] = $("ends").children;
+  }));
   first.textContent = found.edges.length ? number(found.edges[0]) : "no row has it";
   last.textContent = found.edges.length ? number(found.edges.at(-1)) : "";
 }
@@ -194,6 +200,73 @@ async function showHistogram() {
 function setBar(bar) {
   state.bar = bar;
   $("range").textContent = bar ? `only ${number(bar[0])} to ${number(bar[1])}` : "";
+}
+
+// ---- The overview.
+
+const whole = value => value.toLocaleString("en-US");
+
+function showPage(page) {
+  document.body.dataset.page = page;
+  for (const one of ["text", "overview"]) $(`show-${one}`).setAttribute("aria-pressed", one === page ? "true" : "false");
+  if (page === "overview") showOverview();
+}
+
+async function showOverview() {
+  const asked = ++state.askedOverview;
+  $("overview-facts").textContent = "Counting\u2026";
+  let found;
+  try {
+    found = isServer() ? await fromServer("overview", { ...words(), where: joined(chosen()) }) : await fromFolder("overview");
+  } catch (error) {
+    if (asked !== state.askedOverview) return;
+    $("overview-facts").textContent = "";
+    complain(error);
+    return;
+  }
+  if (asked !== state.askedOverview) return;  // the choice has changed since
+  const sum = (part, key) => found.domains.reduce((total, one) => total + one[part][key], 0);
+  const total = { rows: sum("all", "rows"), tokens: sum("all", "tokens") }, own = { rows: sum("chosen", "rows"), tokens: sum("chosen", "tokens") };
+  const plan = $("plan").value;
+  $("overview-facts").textContent = `Chosen: ${whole(own.rows)} of ${whole(total.rows)} rows, ${whole(own.tokens)} of ${whole(total.tokens)} tokens${plan.startsWith("+") ? ", repeats counted" : ""}. Blue: what is chosen. Gray: what is left out.`;
+  const share = (part, of) => of ? percent(part / of) : "";
+  const some = own.rows !== total.rows || own.tokens !== total.tokens;  // otherwise the same numbers would stand there twice
+  const cells = (all, mine) => [whole(all.rows), whole(all.tokens), share(all.tokens, total.tokens), all.nll === undefined ? "" : number(all.nll, 2),
+    ...(some ? chosenCells(mine) : [])];
+  const chosenCells = mine => [whole(mine.rows), whole(mine.tokens), share(mine.tokens, own.tokens), mine.nll === undefined || !mine.rows ? "" : number(mine.nll, 2)];
+  const line = (kind, first, values) => {
+    const one = element("tr", null), head = element(kind, null);
+    head.append(first);
+    one.append(head, ...values.map(value => element(kind, value)));
+    return one;
+  };
+  const parts = [["thead", [line("th", "domain", ["rows", "tokens", "share", "NLL", ...(some ? ["chosen: rows", "tokens", "share", "NLL"] : [])])]],
+    ["tbody", found.domains.map(one => {
+      const button = element(isServer() ? "button" : "span", visible(one.domain), isServer() ? { type: "button" } : {});
+      button.onclick = () => { $("domain").value = one.domain; setBar(null); showPage("text"); showRows(); showHistogram(); };
+      return line("td", button, cells(one.all, one.chosen));
+    })], ["tfoot", [line("td", "all", cells(total, own))]]];
+  $("domains").replaceChildren(...parts.map(([kind, lines]) => { const part = element(kind, null); part.append(...lines); return part; }));
+  $("histograms").replaceChildren(...found.histograms.map(one => {
+    const figure = element("figure", null), box = element("div", null, { class: "bars", role: "group", "aria-label": `Histogram of ${one.column}` });
+    const ends = element("p", null, { class: "ends" }), [first, last] = [element("span", null), element("span", null)];
+    ends.append(first, last);
+    figure.append(element("figcaption", LABELS[one.column] ?? (one.column.endsWith(" - nll") ? `${one.column}: NLL of ${one.column.split(".")[0]} less the teacher's` : one.column)), box, ends);
+    drawBars(box, first, last, one, isServer() ? bar => showBin(one.column, bar) : null);
+    return figure;
+  }));
+}
+
+const LABELS = { num_tokens: "num_tokens: length of a row in tokens", nll: "nll: the teacher's NLL, nats per target token" };
+
+// Rows of a bin, a random few of them first unless an order was chosen.
+function showBin(column, bar) {
+  $("column").value = column;
+  setBar(bar);
+  if (!$("order").value) $("order").value = "random";
+  showPage("text");
+  showHistogram();
+  showRows();
 }
 
 // ---- One row.
@@ -351,8 +424,10 @@ async function showRejects() {
 // ---- Hands.
 
 function listen() {
-  $("filter").onsubmit = event => { event.preventDefault(); setBar(null); showRows(); showHistogram(); };
-  for (const id of ["domain", "plan", "order", "descending"]) $(id).onchange = () => { setBar(null); showRows(); showHistogram(); };
+  const again = () => { setBar(null); showRows(); showHistogram(); if (document.body.dataset.page === "overview") showOverview(); };
+  $("filter").onsubmit = event => { event.preventDefault(); again(); };
+  for (const id of ["domain", "plan", "order", "descending"]) $(id).onchange = again;
+  for (const page of ["text", "overview"]) $(`show-${page}`).onclick = () => showPage(page);
   $("column").onchange = () => { const had = state.bar; setBar(null); showHistogram(); if (had) showRows(); };
   $("color").onchange = paint;
   $("before").onclick = () => showRows(Math.max(0, state.offset - PAGE));
@@ -365,7 +440,13 @@ function listen() {
   document.onkeydown = event => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select, textarea")) return;
     const token = { ArrowLeft: -1, ArrowRight: 1 }[event.key], row = { k: -1, j: 1 }[event.key];
+    const bar = token && event.target.parentElement?.classList.contains("bars") ? event.target : null;
     if (event.key === "/") { event.preventDefault(); $("where").focus(); }
+    else if (event.key === "o") showPage(document.body.dataset.page === "overview" ? "text" : "overview");
+    else if (bar) {
+      event.preventDefault();
+      (token < 0 ? bar.previousElementSibling : bar.nextElementSibling)?.focus();
+    }
     else if (token && state.row) {
       event.preventDefault();
       state.pinned = true;
@@ -394,7 +475,7 @@ async function begin() {
   fill($("domain"), about.domains.map(one => [one.domain, `${visible(one.domain)} (${one.n.toLocaleString("en-US")})`]));
   fill($("plan"), about.plans.flatMap(one => [[`+${one.name}`, `taken by ${one.name} (${one.rows.toLocaleString("en-US")})`], [`-${one.name}`, `left out by ${one.name}`]]));
   const numbers = isServer() ? about.numbers : ["nll", "mean_entropy", "num_tokens"];
-  fill($("order"), numbers.map(one => [one, one]));
+  fill($("order"), [...numbers, ...(isServer() ? ["random"] : [])].map(one => [one, one]));
   fill($("column"), numbers.map(one => [one, one]));
   fill($("color"), Object.keys(colors()).map(one => [one, one]));
   if (!isServer()) {
@@ -403,6 +484,7 @@ async function begin() {
     $("plan").parentElement.hidden = true;
   }
   listen();
+  if (location.hash === "#overview") showPage("overview");
   await Promise.all([showRows(), showHistogram()]);
 }
 

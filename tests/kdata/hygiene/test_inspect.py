@@ -259,6 +259,36 @@ def test_a_corpus_is_read_where_a_condition_is_true(corpus: Path, tmp_path: Path
     assert [document.id for document in first.documents()] == ["b1", "b3"]
 
 
+def test_a_check_of_the_rows_that_another_check_left(tmp_path: Path) -> None:
+    """The longest row of a group of duplicates is kept, and has an address: so duplicates are looked for in what is left."""
+    rows = [
+        {"id": "plain", "domain": "d", "text": ENGLISH},
+        {"id": "copy", "domain": "d", "text": ENGLISH.upper()},
+        {"id": "mail", "domain": "d", "text": " ".join([ENGLISH, "They wrote to jane.roe@acme-mail.org."])},
+    ]
+    path = str(write_jsonl(tmp_path / "corpus.jsonl", rows))
+    config = HygieneConfig(workers=1, jaccard=0.5)
+    at_once, first, second = (tmp_path / f"{name}.parquet" for name in ("at_once", "first", "second"))
+    inspect_corpus(CorpusConfig(path=path), config, at_once)
+    both = "duplicates.near_keep and personal.total = 0"
+    with pytest.raises(DataError, match="leaves no row"):
+        Corpus(CorpusConfig(path=path, hygiene=str(at_once), where=both))
+
+    inspect_corpus(CorpusConfig(path=path), config.model_copy(update={"checks": ["personal"]}), first)
+    passed = CorpusConfig(path=path, hygiene=str(first), where="personal.total = 0")
+    only_duplicates = config.model_copy(update={"checks": ["duplicates"]})
+    assert inspect_corpus(passed, only_duplicates, second).rows == 2
+    opened = Corpus(CorpusConfig(path=path, hygiene=str(second), where="duplicates.near_keep"))
+    assert [document.id for document in opened.documents() if isinstance(document, Document)] == ["copy"]
+    assert opened.num_rows == 1 and "2 rows are left out" in opened.note_lines()[0]
+
+    for some in ({"limit": 1}, {"domains": ["d"]}):  # nobody knows why a row is not in such a file
+        second.unlink()
+        inspect_corpus(passed.model_copy(update=some), only_duplicates, second)
+        with pytest.raises(DataError, match="made with a limit, or of some domains"):
+            list(Corpus(CorpusConfig(path=path, hygiene=str(second), where="duplicates.near_keep")).documents())
+
+
 def test_the_columns_of_a_corpus_are_those_of_a_dataset(corpus: Path, dataset: kdata.Dataset, tmp_path: Path) -> None:
     inspect_corpus(CorpusConfig(path=str(corpus)), CONFIG, tmp_path / "columns.parquet")
     inspect_dataset(dataset, CONFIG)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kdata.corpus.corpus import CorpusConfig
 from kdata.hygiene.checks import HygieneConfig
-from kdata.hygiene.duplicates import Sketches, groups, sketch
+from kdata.hygiene.duplicates import Sketches, groups, signatures, sketch
 from kdata.hygiene.inspect import inspect_corpus
 from kdata.hygiene.words import hashed, normal_form, words_of
 from tests.benchmarks.planted import Planted, scores
@@ -80,7 +80,8 @@ def grouped(
     own = [sketch(text, hashed(words_of(text))[0]) for text in normal]
     files = Sketches(folder)
     for begin in range(0, len(own), 5):
-        files.append(own[begin : begin + 5])
+        part = own[begin : begin + 5]
+        files.append(part, signatures([one.shingles for one in part]))
     files.close()
     counts = np.array([len(one.shingles) for one in own])
     ids, chars = pa.array([f"{name:02d}" for name in names]), pa.array([len(texts[name]) for name in names])

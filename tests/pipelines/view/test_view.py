@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import math
@@ -26,6 +27,7 @@ from kdata.pipelines.view import values
 from kdata.pipelines.view.export import export
 from kdata.pipelines.view.server import ViewServer
 from kdata.pipelines.view.values import View
+from kdata.selection.query import Sql
 from kdata.selection.ranked import Random
 from kdata.selection.score_file import bring
 from kdata.share.interchange.importer import ImportConfig, import_dataset
@@ -98,9 +100,60 @@ def test_rows_are_in_order_and_numbered(view: View, dataset: kdata.Dataset) -> N
     assert taken + left == dataset.num_rows and taken == view.about()["plans"][0]["rows"]
 
 
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory, dataset: kdata.Dataset) -> kdata.Dataset:
+    """The dataset with an NLL of another model, which lacks a row, and with a plan that repeats rows."""
+    folder = tmp_path_factory.mktemp("scored") / "data"
+    shutil.copytree(dataset.path, folder)
+    data = kdata.open(folder)
+    table = data.sql("select id, nll + 1 + random() as nll from rows order by id")
+    pq.write_table(table, folder.parent / "ref.parquet")
+    bring(data, folder.parent / "ref.parquet", "ref")
+    kdata.select(data, Sql(name="twice", sql="select id, 2 as repeats from rows where domain = 't''s'"))
+    return kdata.open(folder)
+
+
+@pytest.mark.parametrize("choice", [{}, {"where": "nll > 5"}, {"plan": "twice"}, {"plan": "twice", "outside": True},
+                                    {"plan": "half", "where": "mine.odd = 1 -- a comment"}])  # fmt: skip
+def test_the_overview_is_what_sql_says(scored: kdata.Dataset, choice: dict[str, Any]) -> None:
+    view = View(scored)
+    got = view.overview(**choice)
+    chosen = {row["id"] for row in view.rows(**choice, limit=values.MOST_ROWS)["rows"]}
+    repeats = 2 if choice == {"plan": "twice"} else 1
+    rows = scored.sql(
+        "select rows.*, ref.nll - rows.nll as difference from rows join scores.ref as ref using (id) order by domain, id"
+    ).to_pylist()
+    for line in got["domains"]:
+        own = [row for row in rows if row["domain"] == line["domain"]]
+        taken = [row for row in own if row["id"] in chosen]
+        for part, some, times in (("all", own, 1), ("chosen", taken, repeats)):
+            assert line[part]["rows"] == len(some)
+            assert line[part]["tokens"] == times * sum(row["num_tokens"] for row in some)
+            assert line[part]["nll"] == (pytest.approx(np.mean([row["nll"] for row in some])) if some else None)
+    assert [line["domain"] for line in got["domains"]] == sorted({row["domain"] for row in rows})
+    assert [one["column"] for one in got["histograms"]] == ["num_tokens", "nll", "ref.nll - nll"]
+    for one, key in zip(got["histograms"], ("num_tokens", "nll", "difference"), strict=True):
+        assert {name: one[name] for name in ("edges", "all", "chosen")} == view.histogram(one["column"], **choice)
+        counted, _ = np.histogram([row[key] for row in rows if row["id"] in chosen], np.array(one["edges"]))
+        assert np.abs(np.cumsum(one["chosen"]) - np.cumsum(counted)).max() <= 1  # a value at an edge
+    json.dumps(got, allow_nan=False)
+
+
+def test_rows_of_a_bin_of_differences_in_random_order(scored: kdata.Dataset) -> None:
+    view = View(scored)
+    shown = view.histogram("ref.nll - nll")
+    low, high = shown["edges"][20], shown["edges"][-1]
+    got = view.rows(where=f"(ref.nll - nll)::double >= {low} and (ref.nll - nll)::double <= {high}", order="random")
+    assert got["total"] == sum(shown["all"][20:])
+    ids = [row["id"] for row in view.rows(order="random")["rows"]]
+    assert ids == sorted(ids, key=lambda one: hashlib.md5(one.encode()).hexdigest()) and len(ids) == scored.num_rows
+    largest = view.rows(order="ref.nll - nll", descending=True)["rows"][0]
+    assert largest["value"] == pytest.approx(shown["edges"][-1], rel=1e-4)
+
+
 @pytest.mark.parametrize("column", ["nll", "num_tokens", "mine.odd"])
 def test_a_histogram_counts_every_row_once(view: View, dataset: kdata.Dataset, column: str) -> None:
-    got = view.histogram(column, where="nll > 0", plan="half", bins=7)
+    got = view.histogram(column, where="nll > 0", plan="half")
     source = "rows join scores.mine using (id)"
     all_rows = dataset.sql(f"select {column} as x from {source}")["x"].to_numpy().astype(float)
     inside = f"{source} where rows.nll > 0 and id in (select id from plans.half)"
@@ -208,6 +261,24 @@ def test_the_server_answers_its_own_page_alone(server: ViewServer) -> None:
     assert asked(server, f"/api/rows?{urlencode({'where': 'x' * 20_000})}")[0] == 400
     with pytest.raises(StorageError, match="--port"):
         ViewServer(server.view, port)
+
+
+def test_head_is_get_without_the_content(server: ViewServer) -> None:
+    port = server.server_address[1]
+    for path in ("/", "/api/about", "/nothing"):
+        answers = []
+        for method in ("GET", "HEAD"):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            connection.request(method, path, headers={"X-Kdata": "1"})
+            answer = connection.getresponse()
+            content = answer.read()
+            connection.request(method, path, headers={"X-Kdata": "1"})  # the connection is still in order
+            assert connection.getresponse().status == answer.status
+            connection.close()
+            headers = {name: value for name, value in answer.headers.items() if name != "Date"}
+            answers.append((answer.status, headers))
+            assert bool(content) == (method == "GET")
+        assert answers[0] == answers[1]
 
 
 def test_questions_at_once(server: ViewServer, dataset: kdata.Dataset) -> None:

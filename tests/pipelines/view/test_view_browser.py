@@ -79,6 +79,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> kd
     ids = data.index(["id"])["id"]
     pq.write_table(pa.table({"id": ids, "odd": np.arange(len(ids)) % 2.0}), folder / "odd.parquet")
     bring(data, folder / "odd.parquet", "mine")
+    ref = pa.table({"id": ids, "nll": np.arange(len(ids)) / 7.0})
+    pq.write_table(ref, folder / "ref.parquet")
+    bring(data, folder / "ref.parquet", "ref")
     return kdata.open(folder / "data")
 
 
@@ -223,6 +226,70 @@ def test_conditions_plans_and_bars(dataset: kdata.Dataset, tmp_path: Path) -> No
     assert got["bar"][1].endswith(f"of {got['bar'][0]}") and got["bar"][2].startswith("only")
 
 
+def test_the_overview_counts_a_plan_and_leads_to_the_rows_of_a_bin(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    steps = """
+      await until(() => $("rows").children.length && $("tokens").children.length);
+      const seen = one => view.getComputedStyle(page.querySelector(one)).display !== "none";
+      const out = { before: [seen(".overview"), seen(".text")] };
+      key("o");
+      await until(() => $("histograms").children.length);
+      out.after = [seen(".overview"), seen(".text"), $("show-overview").getAttribute("aria-pressed")];
+      $("plan").value = "+half"; $("plan").onchange();
+      await until(() => /Chosen: (?!74)/.test($("overview-facts").textContent));
+      out.facts = $("overview-facts").textContent;
+      const lines = [...page.querySelectorAll("#domains tbody tr, #domains tfoot tr")];
+      out.lines = lines.map(one => [...one.cells].map(cell => cell.textContent));
+      out.captions = [...page.querySelectorAll("#histograms figcaption")].map(one => one.textContent);
+      const difference = [...$("histograms").children].at(-1).querySelector(".bars");
+      out.counts = [...difference.children].map(one => one.title.match(/: (\\d+) of (\\d+)/).slice(1).map(Number));
+      difference.children[0].focus();
+      key("ArrowRight");
+      out.focus = page.activeElement === difference.children[1];
+      const place = out.counts.findIndex(([chosen, every]) => chosen > 1 && chosen < every);
+      difference.children[place].click();
+      await until(() => $("total").textContent.endsWith(`of ${out.counts[place][0]}`));
+      out.bin = [out.counts[place], $("total").textContent, $("range").textContent, $("order").value, $("column").value];
+      out.text = [seen(".overview"), seen(".text"), $("tokens").children.length];
+      out.error = $("error").hidden;
+      key("o");
+      await until(() => page.querySelector("#domains button"));
+      page.querySelector("#domains button").click();
+      await until(() => $("domain").value === "a" && listed().length && $("range").textContent === "");
+      await sleep(200);
+      out.domain = $("total").textContent;
+      return out;
+    """
+    got = seen(dataset, steps, tmp_path)
+    assert "failed" not in got, got
+    taken = dataset.sql(
+        "select count(*) as n, sum(num_tokens)::bigint as tokens from rows where id in (select id from plans.half)"
+    ).to_pylist()[0]
+    assert got["before"] == [False, True] and got["after"] == [True, False, "true"]
+    assert f"Chosen: {taken['n']} of 74 rows, {taken['tokens']:,} of {dataset.num_tokens:,} tokens" in got["facts"]
+    assert [line[0] for line in got["lines"]] == ["a", "b", "all"] and len(got["captions"]) == 3
+    assert [sum(int(line[5]) for line in got["lines"][:2]), int(got["lines"][2][5])] == [taken["n"], taken["n"]]
+    assert [sum(column) for column in zip(*got["counts"], strict=True)] == [taken["n"], 74]
+    assert got["focus"] and got["error"] and got["text"][:2] == [False, True] and got["text"][2] > 0
+    assert got["bin"][2].startswith("only") and got["bin"][3:] == ["random", "ref.nll - nll"]
+    in_a = dataset.sql("select count(*) as n from rows where domain = 'a' and id in (select id from plans.half)")
+    assert got["domain"].endswith(f"of {in_a['n'][0].as_py()}")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_overview_does_not_scroll_sideways(dataset: kdata.Dataset, tmp_path: Path, width: int) -> None:
+    steps = """
+      await until(() => $("rows").children.length);
+      $("show-overview").click();
+      await until(() => $("histograms").children.length);
+      await sleep(100);
+      return { scroll: page.documentElement.scrollWidth, width: page.documentElement.clientWidth,
+        bars: [...page.querySelectorAll("#histograms .bars")].map(one => one.getBoundingClientRect().width) };
+    """
+    got = seen(dataset, steps, tmp_path, width=width)
+    assert "failed" not in got, got
+    assert got["scroll"] <= got["width"] == width and min(got["bars"]) > 200
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_hostile_text_is_text_and_nothing_scrolls_sideways(dataset: kdata.Dataset, tmp_path: Path, width: int) -> None:
     steps = """
@@ -256,6 +323,9 @@ def test_the_folder_is_the_page_without_a_server(dataset: kdata.Dataset, tmp_pat
       await until(() => $("rows").children.length && $("tokens").children.length);
       const out = { total: $("total").textContent, facts: $("facts").textContent, text: $("tokens").textContent };
       out.bars = $("histogram").children.length;
+      $("show-overview").click();
+      await until(() => $("histograms").children.length);
+      out.overview = $("overview-facts").textContent;
       $("where").value = "text 7"; $("filter").requestSubmit();
       await until(() => listed()[0] !== "r00");
       out.found = listed();
@@ -278,6 +348,8 @@ def test_the_folder_is_the_page_without_a_server(dataset: kdata.Dataset, tmp_pat
     assert "failed" not in got, got
     assert got["total"].endswith("of 60") and "60 rows are in this folder" in got["facts"] and got["bars"] == 40
     assert got["text"] == "".join(dataset[0].tokens)
+    count = dataset.sql("select count(*) as n from rows where num_tokens > 3")["n"][0].as_py()
+    assert f"Chosen: {count} of 74 rows" in got["overview"]
     assert got["found"] and all(one.startswith("r") for one in got["found"]) and "r11" in got["found"]
     assert json.dumps(got) and got["title"] == "data \u00b7 kdata"
 
