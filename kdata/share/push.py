@@ -15,11 +15,18 @@ from kdata.share.arrange import new_folder
 from kdata.share.card import card_page, cost_of, write_card
 from kdata.store.dataset import Dataset
 from kdata.store.hub import hub_errors, hub_name
-from kdata.store.listed import PLANS, SCORES, read_listing
+from kdata.store.listed import HIDDEN, PLANS, SCORES, read_listing
 from kdata.store.open import open_dataset
 
 
-def push(dataset: Dataset, destination: str | Path, *, public: bool = False, allow_secrets: bool = False) -> str:
+def push(
+    dataset: Dataset,
+    destination: str | Path,
+    *,
+    public: bool = False,
+    allow_secrets: bool = False,
+    hidden: bool = False,
+) -> str:
     """Verify a dataset, look for secrets in its texts, and copy it, with its card, to a folder or to the Hub.
 
     On the Hub it takes the place of the dataset that was there, in one commit: shards, scores and plans that it does not
@@ -29,6 +36,7 @@ def push(dataset: Dataset, destination: str | Path, *, public: bool = False, all
         destination: a folder that does not exist yet (or is empty), or hf://OWNER/NAME.
         public: Hub only: whether a new repository is public; otherwise it is private.
         allow_secrets: do not look for secrets in the texts.
+        hidden: also share hidden states (`kdata hidden`), which are many times as large as everything else.
     Returns:
         The folder, or the address on the Hub.
     Raises:
@@ -42,11 +50,11 @@ def push(dataset: Dataset, destination: str | Path, *, public: bool = False, all
     refuse_while_written(dataset)
     if destination.startswith("hf:"):
         _refuse_unfit(dataset, allow_secrets)
-        return _push_to_hub(dataset, destination, public)
+        return _push_to_hub(dataset, destination, public, hidden)
     target = local_path(destination, "push copies to a folder or to the Hub (hf://OWNER/NAME)")
     with new_folder(target) as folder:
         _refuse_unfit(dataset, allow_secrets)
-        for relative in dataset_files(dataset):
+        for relative in dataset_files(dataset, hidden=hidden):
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(dataset.path / relative, folder / relative)
         write_card(open_dataset(folder), cost=cost_of(dataset))
@@ -77,11 +85,15 @@ def refuse_while_written(dataset: Dataset) -> None:
         raise StorageError(f"{dataset.path} is being written by {holder}; share it when that has finished")
 
 
-def dataset_files(dataset: Dataset) -> list[str]:
-    """Relative paths of all files that belong to a verified dataset: shards, sidecars, plans, tokenizer, card."""
+def dataset_files(dataset: Dataset, *, hidden: bool = False) -> list[str]:
+    """Relative paths of all files that belong to a verified dataset: shards, sidecars, plans, tokenizer, card.
+
+    Args:
+        hidden: also hidden states.
+    """
     files = ["dataset.json", "manifest.jsonl"]
     files += [relative for entry in dataset.manifest for relative in entry.files]
-    for kind in (SCORES, PLANS):
+    for kind in (SCORES, PLANS, *([HIDDEN] if hidden else [])):
         for name in dataset.listed(kind):
             info, _ = read_listing(dataset.path / kind.folder / f"{name}.json", kind)
             own = info.files_of(kind) or ([f"plans/{name}.parquet"] if kind is PLANS else [])
@@ -96,7 +108,7 @@ def dataset_files(dataset: Dataset) -> list[str]:
     return files
 
 
-def _push_to_hub(dataset: Dataset, destination: str, public: bool) -> str:
+def _push_to_hub(dataset: Dataset, destination: str, public: bool, hidden: bool) -> str:
     name = hub_name(destination)
     try:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -104,7 +116,9 @@ def _push_to_hub(dataset: Dataset, destination: str, public: bool) -> str:
     except ModuleNotFoundError as error:
         raise DependencyError("sharing on the Hub needs huggingface_hub: pip install 'kdata[hub]'") from error
     # The card goes up from memory: the dataset may be read-only, or somebody else's.
-    files: dict[str, Path | bytes] = {relative: dataset.path / relative for relative in dataset_files(dataset)}
+    files: dict[str, Path | bytes] = {
+        relative: dataset.path / relative for relative in dataset_files(dataset, hidden=hidden)
+    }
     files["README.md"] = card_page(dataset)
     api = HfApi()
     try:

@@ -126,6 +126,16 @@ class Store:
         with self._errors("read", relative):
             return self.fs.open(self._path(relative), "rb", cache_type="none")
 
+    def open_on(self, relative: str, block: int) -> Any:
+        """A file opened to be read from its beginning on, `block` bytes ahead."""
+        with self._errors("read", relative):
+            return self.fs.open(self._path(relative), "rb", cache_type="readahead", block_size=block)
+
+    def token(self, relative: str) -> str:
+        """What the store says of a file's version: it differs where the file was written again."""
+        with self._errors("read", relative):
+            return str(self.fs.ukey(self._path(relative)))
+
     def names(self, folder: str = "") -> list[str]:
         """Names in a folder; none on a web server, which has no listings."""
         if urlsplit(self.url).scheme in ("http", "https"):

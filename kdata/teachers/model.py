@@ -98,6 +98,16 @@ def as_folder(config: TeacherConfig) -> TeacherConfig:
     return config.model_copy(update={"model": model_folder(config.model)})
 
 
+def weights_folder(model: str, commit: str | None) -> Path:
+    """A model folder itself, or for a Hub name its copy at this commit: config.json and *.safetensors."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, revision=commit, allow_patterns=["config.json", "*.safetensors"]))
+
+
 def _exists(path: Path) -> bool:
     """As `Path.exists`; False too for a name that the file system does not allow."""
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -13,7 +13,9 @@ from kdata.selection.plan import open_plan
 from kdata.share.arrange import head as take_head
 from kdata.share.arrange import merge as merge_datasets
 from kdata.share.arrange import split as split_dataset
-from kdata.share.interchange.exporter import export_dataset
+from kdata.share.interchange.exporter import ExportFormat, export_dataset
+from kdata.share.interchange.megatron import export_megatron
+from kdata.share.interchange.speculators import export_speculators
 from kdata.share.push import push as push_dataset
 from kdata.store.url import is_url
 
@@ -29,6 +31,7 @@ def push(
     allow_secrets: Annotated[
         bool, typer.Option("--allow-secrets", help="Share texts that hold what looks like a key or token.")
     ] = False,
+    hidden: Annotated[bool, typer.Option("--with-hidden", help="Share hidden states, too; they are large.")] = False,
 ) -> None:
     """Copy a dataset to a folder or to the Hub.
 
@@ -37,26 +40,49 @@ def push(
     """
     if is_url(destination):
         raise ConfigError(f"{destination}: push copies to a folder or to hf://OWNER/NAME; name one of these")
-    place = push_dataset(kdata.open(dataset), destination, public=public, allow_secrets=allow_secrets)
+    place = push_dataset(kdata.open(dataset), destination, public=public, allow_secrets=allow_secrets, hidden=hidden)
     say(f"pushed to {place}")
 
 
 def export(
     dataset: DatasetArgument,
-    target: Annotated[str, typer.Argument(metavar="FILE", help="Parquet file to write.")],
+    target: Annotated[
+        str, typer.Argument(metavar="FILE", help="Parquet file to write; megatron and speculators: a new folder.")
+    ],
     format: Annotated[
-        str, typer.Option(metavar="plain|axolotl", help="plain: nested lists. axolotl: its columns.")
+        str,
+        typer.Option(
+            metavar="plain|axolotl|megatron|speculators",
+            help="plain: nested lists. axolotl: its columns. megatron: its cache of log-probabilities. speculators: hidden "
+            "states (see `kdata hidden`) and tokens.",
+        ),
     ] = "plain",
     version: Annotated[int, typer.Option("--columns", metavar="1|2", help="Version of axolotl's columns.")] = 2,
+    hidden: Annotated[
+        str | None, typer.Option("--hidden", metavar="NAME", help="Hidden states, for speculators.")
+    ] = None,
+    seq_length: Annotated[
+        int | None,
+        typer.Option("--seq-length", metavar="N", help="Tokens of a sample, for megatron: its --seq-length."),
+    ] = None,
 ) -> None:
     """Write a dataset in another tool's format.
 
     Prints what that format cannot hold.
     """
-    if format not in ("plain", "axolotl"):
-        raise ConfigError(f"--format {format}: use plain or axolotl")
+    if format not in (*get_args(ExportFormat), "megatron", "speculators"):
+        raise ConfigError(f"--format {format}: use plain, axolotl, megatron or speculators")
+    if (format == "speculators") != (hidden is not None) or (format == "megatron") != (seq_length is not None):
+        raise ConfigError(
+            "--format speculators needs --hidden NAME, --format megatron needs --seq-length N, and other formats take neither"
+        )
     file = local_folder(target)
-    losses = export_dataset(kdata.open(dataset), file, format, version=version)  # type: ignore[arg-type]
+    if hidden is not None:
+        losses = export_speculators(kdata.open(dataset), hidden, file)
+    elif seq_length is not None:
+        losses = export_megatron(kdata.open(dataset), file, seq_length)
+    else:
+        losses = export_dataset(kdata.open(dataset), file, format, version=version)  # type: ignore[arg-type]
     say(f"{file}: written{'; not in it:' if losses else ''}", *(f"  {line}" for line in losses))
 
 

@@ -34,6 +34,7 @@ OWN = {
     "--check",  # sql
     "--beside", "--port", "--open", "--export", "--rows",  # view
     "--price-per-hour", "--probe-tokens",  # estimate
+    "--with-hidden", "--hidden", "--seq-length",  # push, export
     "--public", "--allow-secrets", "--columns", "--link", "--by", "--num-rows", "--watch",  # push, export, merge, split, ...
 }  # fmt: skip
 FORMAT_OF_OUTPUT = {
