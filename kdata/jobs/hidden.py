@@ -7,13 +7,13 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 from pydantic import Field
 
 from kdata.config import Strict
-from kdata.errors import ConfigError, DependencyError, MismatchError, StorageError, settings_difference
+from kdata.errors import ConfigError, MismatchError, StorageError, settings_difference
 from kdata.format.files import file_info, lock_of, matches, new_file, removed_on_failure, settle, storage_errors
 from kdata.format.schema import ManifestEntry
 from kdata.jobs.scoring import open_with
@@ -34,6 +34,8 @@ from kdata.store.hidden import (
 from kdata.store.listed import HIDDEN, listed
 from kdata.store.sql import check_new_name
 from kdata.teachers.config import TeacherConfig
+from kdata.teachers.load import load_state_reader
+from kdata.teachers.model import model_shape
 
 if TYPE_CHECKING:
     from kdata.teachers.hidden import StateReader
@@ -88,7 +90,7 @@ def plan_hidden(dataset: Dataset, config: HiddenConfig) -> HiddenPlan:
     Raises:
         ConfigError: the model has no such layer, or a layer is named twice. CorruptError: its config.json is damaged.
     """
-    num_layers, width = _reading().model_shape(config.model)
+    num_layers, width = model_shape(config.model)
     layers = default_layers(num_layers) if config.layers is None else config.layers
     for layer in layers:
         if layers.count(layer) > 1 or (layer != "head" and not 0 <= layer <= num_layers):
@@ -134,7 +136,7 @@ def store_hidden(dataset: Dataset, config: HiddenConfig, *, log: Path | None = N
 
 
 def _store(dataset: Dataset, config: HiddenConfig, plan: HiddenPlan, log: Path | None) -> HiddenInfo:
-    with open_with(dataset, config.model, _reading().load_reader) as (model, own):
+    with open_with(dataset, config.model, load_state_reader) as (model, own):
         info = _begin(
             dataset,
             HiddenInfo(
@@ -194,10 +196,6 @@ def _write_part(
     dataset: Dataset, number: int, entry: ManifestEntry, info: HiddenInfo, model: StateReader, path: Path
 ) -> None:
     """Write the states of a shard, whole or not at all; in memory are those of one window of the model."""
-    import torch
-
-    from kdata.teachers.hidden import stored_states
-
     sequences = dataset.shard(number)
     ids = [sequences.token_ids[a:b] for a, b in sequences.spans()]
     slots, is_fp8 = len(info.layers), info.dtype == "float8_e4m3fn"
@@ -220,13 +218,11 @@ def _write_part(
 
             put("offsets", sequences.offsets.astype("<i8"))
             put("token_ids", sequences.token_ids.astype("<i4"))
-            for row, states_TLD in model.states(ids, info.layers):
-                first = int(sequences.offsets[row])
-                stored_TLD, scales_TL1 = stored_states(states_TLD, info.dtype)
-                raw_TLD = stored_TLD.contiguous().view(torch.uint8 if is_fp8 else torch.int16).numpy()
-                put("hidden_states", raw_TLD, first * slots * info.width * raw_TLD.itemsize)
+            for row, bits_TLD, scales_TL1 in model.stored(ids, info.layers, info.dtype):
+                first = int(sequences.offsets[row]) * slots
+                put("hidden_states", bits_TLD, first * info.width * bits_TLD.itemsize)
                 if scales_TL1 is not None:
-                    put("hidden_states_scales", scales_TL1.numpy(), first * slots * 4)
+                    put("hidden_states_scales", scales_TL1, first * scales_TL1.itemsize)
         settle(temporary, path)
 
 
@@ -245,14 +241,3 @@ def _reserve(file: BinaryIO, tensors: dict[str, tuple[str, list[int]]], metadata
     file.write(len(text).to_bytes(8, "little") + text)
     file.truncate(8 + len(text) + end)
     return {name: 8 + len(text) + begin for name, begin in begins.items()}
-
-
-def _reading() -> Any:
-    """`kdata.teachers.hidden`, which loads torch. Raises DependencyError."""
-    try:
-        from kdata.teachers import hidden
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("torch", "transformers", "safetensors"):
-            raise
-        raise DependencyError(f"hidden states need {error.name!r}: pip install 'kdata[train]'") from error
-    return hidden

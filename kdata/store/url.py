@@ -113,6 +113,12 @@ class Store:
             except FileNotFoundError:
                 return None
 
+    @property
+    def is_file(self) -> bool:
+        """Whether the URL is that of one file."""
+        with self._errors("read", ""):
+            return bool(self.fs.isfile(self._root))
+
     def size(self, relative: str) -> int:
         """Size of a file in bytes; 0 where the file does not exist."""
         with self._errors("read", relative):

@@ -16,33 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdata.errors import ConfigError, MismatchError, TeacherError
+from kdata.errors import MismatchError, TeacherError
 from kdata.store.hidden import HiddenStates, Slot, Width
-from kdata.store.pretrained import model_files
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.head import head_digest, is_known, load_head
-from kdata.teachers.load import check_teacher
-from kdata.teachers.model import as_folder, model_identity, weights_folder
-from kdata.teachers.sizing import Work
+from kdata.teachers.model import as_folder, weights_folder
 from kdata.teachers.transformers import TransformersTeacher
 from kdata.teachers.windows import windows
 
 MOST_FP8 = torch.finfo(torch.float8_e4m3fn).max
-
-
-def model_shape(config: TeacherConfig) -> tuple[int, int]:
-    """Layers of a model and numbers of a state, by its config.json; nothing is loaded."""
-    from transformers import AutoConfig
-
-    place = as_folder(config).model
-    with model_files(place, "the configuration"):
-        text: Any = AutoConfig.from_pretrained(place, revision=model_identity_commit(config)).get_text_config()
-        return int(text.num_hidden_layers), int(text.hidden_size)
-
-
-def model_identity_commit(config: TeacherConfig) -> str | None:
-    """Commit of a model on the Hub; None for a folder or a file."""
-    return None if Path(config.model).exists() else model_identity(config)[1]
 
 
 class StateReader(TransformersTeacher):
@@ -72,6 +54,15 @@ class StateReader(TransformersTeacher):
                         "enough (float16 ends at 65,504)?"
                     )
                 yield number, states_TLD
+
+    def stored(
+        self, sequences: Sequence[np.ndarray], layers: list[Slot], dtype: Width
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
+        """As `states`, as stored: the bits of the numbers, int16 or uint8 [T, L, D], and scales float32 [T, L, 1]."""
+        for number, states_TLD in self.states(sequences, layers):
+            stored_TLD, scales_TL1 = stored_states(states_TLD, dtype)
+            bits = stored_TLD.contiguous().view(torch.int16 if dtype == "bfloat16" else torch.uint8)
+            yield number, bits.numpy(), None if scales_TL1 is None else scales_TL1.numpy()
 
     def _states(self, ids_BT: torch.Tensor, layers: list[Slot]) -> torch.Tensor:
         decoder = self._model.get_decoder()
@@ -110,14 +101,6 @@ def _hook(blocks: torch.nn.ModuleList, layer: int, kept: dict[Slot, torch.Tensor
     if layer == 0:
         return blocks[0].register_forward_pre_hook(before, with_kwargs=True)
     return blocks[layer - 1].register_forward_hook(after)
-
-
-def load_reader(config: TeacherConfig, *, max_k: int, work: Work) -> StateReader:
-    """Load a model that gives hidden states. Raises as `kdata.teachers.load.load_teacher`."""
-    if config.backend != "transformers":
-        raise ConfigError(f"hidden states are read with backend transformers, not {config.backend}; name that backend")
-    check_teacher(config, max_k=max_k, work=work)
-    return StateReader(config)
 
 
 def stored_states(states_TLD: torch.Tensor, dtype: Width) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -115,6 +115,11 @@ def import_dataset(
         MismatchError: the dataset was begun with other settings.
     """
     root = local_path(root, "import into a folder, and copy it to the Hub with `kdata push`")
+    if config.format == "megatron" and config.samples is None:
+        raise ConfigError(
+            "Megatron's cache holds no tokens, because a student run draws them again; name a file with the token ids of its "
+            "samples in their order: --set samples=FILE (Parquet or JSON lines, column input_ids)"
+        )
     where = Source(source)
     files = where.files(SUFFIXES.get(config.format, PEER_SUFFIXES))
     tokenizer = _tokenizer(where, config)
@@ -122,8 +127,8 @@ def import_dataset(
     if config.format == "distillkit":
         compression = distillkit.find_compression(where, config.compression, lambda: next(_first(batches(files)), None))
     info = _identity(config, compression, tokenizer)
-    apart = {"name", "strict", "tokenizer", "compression", "teacher", "vocab_size"}
-    new = {"values", "ids_column", "values_column", "samples"}  # absent where not set, as an older kdata wrote it
+    apart = {"name", "strict", "tokenizer", "compression", "teacher", "vocab_size", "samples"}
+    new = {"values", "ids_column", "values_column"}  # absent where not set, as an older kdata wrote it
     settings = {
         **config.model_dump(exclude=apart | {name for name in new if getattr(config, name) is None}),
         "aligned": config.aligned or ALIGNED[config.format],
@@ -188,12 +193,8 @@ def _first(read: Iterator[pa.RecordBatch | RowError]) -> Iterator[pa.RecordBatch
 
 
 def _samples(config: ImportConfig) -> Iterator[np.ndarray]:
-    """Token ids of the samples of Megatron's cache. Raises ConfigError where no file of them is named."""
-    if config.samples is None:
-        raise ConfigError(
-            "Megatron's cache holds no tokens, because a student run draws them again; name a file with the token ids of its "
-            "samples in their order: --set samples=FILE (Parquet or JSON lines, column input_ids)"
-        )
+    """Token ids of the samples of Megatron's cache."""
+    assert config.samples is not None
     for batch in _first(batches(Source(config.samples).files(PEER_SUFFIXES))):
         if megatron.TOKENS_COLUMN not in batch.schema.names:
             raise DataError(f"{config.samples} has no column {megatron.TOKENS_COLUMN!r} with the token ids of samples")

@@ -71,9 +71,7 @@ class Source:
 
     def _open_store(self) -> None:
         self._store = HubStore(self.place) if self.place.startswith("hf://") else Store(self.place)
-        if not self.place.startswith("hf://") and self._store.size(
-            ""
-        ):  # a single file: an object with bytes of its own
+        if not self.place.startswith("hf://") and self._store.is_file:
             folder, _, self._name = self.place.rpartition("/")
             self._store = Store(folder)
 
