@@ -453,3 +453,26 @@ def test_an_export_says_beside_the_file_what_is_not_in_it(captured: Path, tmp_pa
     lines = export_dataset(kdata.open(captured), tmp_path / "x.parquet", format)
     page = (tmp_path / "x.parquet.README.md").read_text()
     assert lines and all(line in page for line in lines)
+
+
+def test_a_repository_on_the_hub_is_read_at_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the client's file system: it knows the repository at the commit that was looked up, and no other."""
+    import fsspec
+
+    from kdata.store import hub
+    from tests.bucket import Bucket
+
+    class Hub(Bucket):
+        protocol = "hf"
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            name = str(path).removeprefix("hf://")
+            known = name.replace("datasets/owner/name@c0ffee", str(tmp_path / "s"))
+            return super()._strip_protocol(known)
+
+    monkeypatch.setattr(hub, "_commit_of", lambda address: "c0ffee")
+    monkeypatch.setitem(fsspec.registry._registry, "hf", Hub)  # type: ignore[attr-defined]
+    many_rows(tmp_path / "s")
+    dataset = imported("hf://owner/name@v1", tmp_path / "d", "plain", vocab_size=VOCAB)
+    assert dataset.num_rows == 60 and verify(dataset, deep=True) == []
