@@ -7,7 +7,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 from pydantic import Field
@@ -33,12 +33,10 @@ from kdata.store.hidden import (
 )
 from kdata.store.listed import HIDDEN, listed
 from kdata.store.sql import check_new_name
+from kdata.teachers.base import StateReading
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_state_reader
 from kdata.teachers.model import model_shape
-
-if TYPE_CHECKING:
-    from kdata.teachers.hidden import StateReader
 
 WIDTHS: dict[str, Width] = {"bf16": "bfloat16", "fp8": "float8_e4m3fn"}
 ITEM_BYTES = {"BF16": 2, "F8_E4M3": 1, "F32": 4, "I32": 4, "I64": 8}
@@ -193,7 +191,7 @@ def _begin(dataset: Dataset, info: HiddenInfo) -> HiddenInfo:
 
 
 def _write_part(
-    dataset: Dataset, number: int, entry: ManifestEntry, info: HiddenInfo, model: StateReader, path: Path
+    dataset: Dataset, number: int, entry: ManifestEntry, info: HiddenInfo, model: StateReading, path: Path
 ) -> None:
     """Write the states of a shard, whole or not at all; in memory are those of one window of the model."""
     sequences = dataset.shard(number)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kdata.errors import ConfigError, DependencyError
-from kdata.teachers.base import Teacher
+from kdata.teachers.base import StateReading, Teacher
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.engine_args import check_known, lora_rank
 from kdata.teachers.model import as_folder, check_model
 from kdata.teachers.sizing import ANY_WORK, Work, model_size, plan_memory
-
-if TYPE_CHECKING:
-    from kdata.teachers.hidden import StateReader
 
 
 def load_teacher(config: TeacherConfig, *, max_k: int, work: Work = ANY_WORK) -> Teacher:
@@ -52,7 +48,7 @@ def load_teacher(config: TeacherConfig, *, max_k: int, work: Work = ANY_WORK) ->
         ) from error
 
 
-def load_state_reader(config: TeacherConfig, *, max_k: int, work: Work = ANY_WORK) -> StateReader:
+def load_state_reader(config: TeacherConfig, *, max_k: int, work: Work = ANY_WORK) -> StateReading:
     """Load a model that gives its hidden states. Raises as `load_teacher`, and ConfigError for another backend."""
     if config.backend != "transformers":
         raise ConfigError(f"hidden states are read with backend transformers, not {config.backend}; name that backend")

@@ -337,7 +337,7 @@ def import_(
 
     Nothing is recomputed: what the files lack stays unknown, and what is wrong with them is counted and printed.
     """
-    values = with_settings(
+    settings = with_settings(
         without_none(
             format=format,
             tokenizer=tokenizer,
@@ -349,7 +349,7 @@ def import_(
         ),
         set,
     )
-    config = parse_config(ImportConfig, values, "import settings")
+    config = parse_config(ImportConfig, settings, "import settings")
     root = local_folder(dataset)
     result, report = import_dataset(source, root, config, resume=resume.value)
     say(f"{result.path}: imported from {config.format}")

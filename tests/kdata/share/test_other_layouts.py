@@ -457,7 +457,7 @@ def test_an_export_says_beside_the_file_what_is_not_in_it(captured: Path, tmp_pa
 
 def test_a_repository_on_the_hub_is_read_at_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the client's file system: it knows the repository at the commit that was looked up, and no other."""
-    import fsspec
+    import sys
 
     from kdata.store import hub
     from tests.bucket import Bucket
@@ -472,7 +472,7 @@ def test_a_repository_on_the_hub_is_read_at_one_commit(tmp_path: Path, monkeypat
             return super()._strip_protocol(known)
 
     monkeypatch.setattr(hub, "_commit_of", lambda address: "c0ffee")
-    monkeypatch.setitem(fsspec.registry._registry, "hf", Hub)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "hf", Hub)
     many_rows(tmp_path / "s")
     dataset = imported("hf://owner/name@v1", tmp_path / "d", "plain", vocab_size=VOCAB)
     assert dataset.num_rows == 60 and verify(dataset, deep=True) == []
