@@ -26,6 +26,7 @@ NEEDS_EXTRA = {
     "kdata.teachers.server": "server",
     "kdata.teachers.wire": "server",
     "kdata.teachers.head": "train",
+    "kdata.teachers.hidden": "train",
     "kdata.teachers.reduce": "train",
     "kdata.teachers.tape": "train",
     "kdata.teachers.transformers": "train",

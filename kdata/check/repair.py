@@ -28,11 +28,21 @@ from kdata.format.json_text import parse_json, read_json
 from kdata.format.manifest import digest_of, json_bytes, manifest_line, read_info, write_info, write_manifest
 from kdata.format.schema import FORMAT_VERSION, DatasetInfo, ManifestEntry
 from kdata.store.dataset import Dataset
+from kdata.store.hidden import forget_part
+from kdata.store.listed import HIDDEN
 from kdata.store.shard import check_header
 from kdata.store.url import Store, copy_of, is_url
 
 JSON = ("manifest.jsonl", "dataset.json")
-STAYS = {"data", "index", "rejects", "scores", "plans", "manifest.jsonl"}  # repaired in place, never moved whole
+STAYS = {
+    "data",
+    "index",
+    "rejects",
+    "scores",
+    "plans",
+    "hidden",
+    "manifest.jsonl",
+}  # repaired in place, never moved whole
 
 
 MOST_LOST = 1_000_000  # units of a source: a shard each
@@ -373,6 +383,14 @@ def _sweep(root: Path, aside: _Aside, place: Path | str) -> tuple[list[Problem],
         if problem.stray:
             if _is_left(problem):
                 aside.move([problem.path])
+        elif folder == HIDDEN.folder:
+            # One part is made again in minutes, all of them perhaps in days: the others stay.
+            own = [f"hidden/{stem}.json", f"hidden/{stem}"]
+            if problem.path.endswith(HIDDEN.suffix) and own[0] not in aside.moved:
+                forget_part(root, stem, problem.path)
+                own = [problem.path]
+            aside.move(own)
+            commands.add(f"kdata hidden {place} ... --name {stem}")
         elif folder in ("scores", "plans"):
             aside.move([f"{folder}/{stem}.json", f"{folder}/{stem}" + (".parquet" if folder == "plans" else "")])
             commands.add(f"kdata {'score' if folder == 'scores' else 'select'} {place} ... --name {stem}")

@@ -19,8 +19,9 @@ from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.selection.sidecar import SCORE_SCHEMA, load_score_info
 from kdata.store.dataset import Dataset
+from kdata.store.hidden import check_part, load_hidden_info
 from kdata.store.index import damaged, read_index
-from kdata.store.listed import PLANS, SCORES, Kind, read_listing, refuse_other_dataset
+from kdata.store.listed import HIDDEN, KINDS, PLANS, SCORES, Kind, read_listing, refuse_other_dataset
 from kdata.store.shard import check_header
 from kdata.store.token_scores import TokenScore, has_tokens
 
@@ -42,7 +43,7 @@ class Problem:
 # Beside the data: the card, and in a shared copy what was looked at before, and Croissant metadata. No answer needs them.
 PAGES = ("README.md", "audit.json", "croissant.json")
 # Folders in which every file is kdata's own.
-FOLDERS = ("data", "index", "rejects", "scores", "plans", "tokenizer")
+FOLDERS = ("data", "index", "rejects", "scores", "plans", "hidden", "tokenizer")
 STRAY = "belongs to nothing: no manifest line or JSON names it; a killed run left it, or a person added it"
 
 
@@ -75,7 +76,8 @@ def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
                 task.advance(info.bytes)
     problems += check_json(dataset.path, "dataset.json") + check_json(dataset.path, "manifest.jsonl")
     problems += _tokenizer(dataset)
-    problems += _listed(dataset, SCORES) + _listed(dataset, PLANS)
+    for kind in KINDS:
+        problems += _listed(dataset, kind)
     problems += _strays(dataset)
     if deep and not any(not problem.stray for problem in problems):
         problems += _deep(dataset)
@@ -146,9 +148,9 @@ def unbound(dataset: Dataset) -> list[str]:
 
 
 def outdated(dataset: Dataset) -> list[str]:
-    """Scores and plans of another state of the dataset, or of another dataset of the same teacher: nothing reads them."""
+    """Scores, plans and hidden states of another state of the dataset, or of another of the same teacher: none is read."""
     names = []
-    for kind in (SCORES, PLANS):
+    for kind in KINDS:
         for name in dataset.listed(kind):
             try:
                 info, _ = read_listing(dataset.path / kind.folder / f"{name}.json", kind)
@@ -206,7 +208,7 @@ def _tokenizer(dataset: Dataset) -> list[Problem]:
 
 
 def _listed(dataset: Dataset, kind: Kind) -> list[Problem]:
-    """Scores or plans: their JSON, whether it is of this dataset and has its name, and the files that it lists."""
+    """Those of a kind: their JSON, whether it is of this dataset and has its name, and the files that it lists."""
     problems: list[Problem] = []
     for name in dataset.listed(kind):
         where = f"{kind.folder}/{name}.json"
@@ -219,11 +221,25 @@ def _listed(dataset: Dataset, kind: Kind) -> list[Problem]:
                     own += check_file(dataset.path, relative, file)
                 if not own and kind is PLANS:
                     Plan.load(dataset.path / "plans" / name)
-                elif not own:
+                elif not own and kind is SCORES:
                     load_score_info(dataset, name)
+                elif not own:
+                    own += _hidden(dataset, name)
             except KdataError as error:
                 own = [Problem(where, f"cannot be used: {str(error).splitlines()[0]}")]
         problems += own
+    return problems
+
+
+def _hidden(dataset: Dataset, name: str) -> list[Problem]:
+    """The header of each part: which dataset and shard it is of, and shapes that fit the shard."""
+    about = load_hidden_info(dataset, name)
+    problems = []
+    for entry in dataset.manifest:
+        relative = HIDDEN.part(name, entry.name)
+        if relative in about.files and about.dataset_digest == dataset.content_digest:
+            reason = check_part(dataset.path / relative, about, entry)
+            problems += [Problem(relative, reason)] if reason else []
     return problems
 
 
@@ -243,7 +259,7 @@ def _strays(dataset: Dataset) -> list[Problem]:
             continue
         if path.name == "tokenizer" and not dataset.info.tokenizer_files:
             continue  # an older kdata recorded no digests of them
-        for kind in (SCORES, PLANS):
+        for kind in KINDS:
             if path.name == kind.folder:
                 known |= _known(dataset, kind)
         names = [file.relative_to(dataset.path).as_posix() for file in files]
@@ -252,7 +268,7 @@ def _strays(dataset: Dataset) -> list[Problem]:
 
 
 def _known(dataset: Dataset, kind: Kind) -> set[str]:
-    """The JSON of scores or plans, and the files that it lists. Parts of a score that is not complete are its own."""
+    """The JSON of a kind, and the files that it lists. Parts of one that is not complete are its own."""
     known: set[str] = set()
     for name in dataset.listed(kind):
         known.add(f"{kind.folder}/{name}.json")
@@ -262,9 +278,9 @@ def _known(dataset: Dataset, kind: Kind) -> set[str]:
             info = None
         listed_files = {} if info is None else info.files_of(kind)
         known |= set(listed_files)
-        if not listed_files:
-            parts = (f"scores/{name}/{entry.name}.parquet" for entry in dataset.manifest)
-            known |= set(parts) if kind is SCORES else {f"plans/{name}.parquet"}
+        if not listed_files or kind is HIDDEN:
+            parts = (kind.part(name, entry.name) for entry in dataset.manifest)
+            known |= {f"plans/{name}.parquet"} if kind is PLANS else set(parts)
     return known
 
 

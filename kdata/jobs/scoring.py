@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +37,8 @@ from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_teacher
 from kdata.teachers.model import load_tokenizer
 from kdata.teachers.sizing import Work
+
+T = TypeVar("T", bound=Teacher)
 
 
 class ScoreConfig(Strict):
@@ -78,9 +81,14 @@ def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> 
         return _score(dataset, config, log)
 
 
+def open_reader(dataset: Dataset, config: TeacherConfig) -> AbstractContextManager[tuple[Teacher, Vocabulary]]:
+    """Open a model that can read every sequence of a dataset, and its vocabulary. Raises as `open_with`."""
+    return open_with(dataset, config, load_teacher)
+
+
 @contextmanager
-def open_reader(dataset: Dataset, config: TeacherConfig) -> Iterator[tuple[Teacher, Vocabulary]]:
-    """Open a model that can read every sequence of a dataset, and its vocabulary.
+def open_with(dataset: Dataset, config: TeacherConfig, load: Callable[..., T]) -> Iterator[tuple[T, Vocabulary]]:
+    """Open a model that can read every sequence of a dataset, and its vocabulary; `load` is called as `load_teacher`.
 
     Raises:
         MismatchError: the model has another tokenizer.
@@ -88,14 +96,14 @@ def open_reader(dataset: Dataset, config: TeacherConfig) -> Iterator[tuple[Teach
     """
     tokenizer = load_tokenizer(config.model, config.revision, bos=config.bos)
     own = Vocabulary.of_model(config.model, tokenizer)
-    refuse_other_ids(Vocabulary.of_dataset(dataset), own, "score with a model of the teacher's tokenizer")
+    refuse_other_ids(Vocabulary.of_dataset(dataset), own, "name a model of the teacher's tokenizer")
     longest = max(dataset.index(["num_tokens"])["num_tokens"].to_pylist(), default=0)
-    model = load_teacher(config, max_k=2, work=Work(longest, writes=False))
+    model = load(config, max_k=2, work=Work(longest, writes=False))
     try:
         if longest > model.context:
             raise ConfigError(
                 f"the dataset has a sequence of {longest:,} tokens, {config.model} reads at most {model.context:,}; "
-                "score with a model of a longer context"
+                "name a model of a longer context"
             )
         yield model, own
     finally:

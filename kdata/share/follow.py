@@ -25,6 +25,7 @@ def push_while_written(
     public: bool = False,
     about: About | None = None,
     tag: str | None = None,
+    hidden: bool = False,
     sent: Callable[[Dataset], None] = lambda dataset: None,
 ) -> str:
     """Push what is committed, again and again until no process writes to the dataset, and then all of it.
@@ -54,7 +55,7 @@ def push_while_written(
                 shards, last = len(dataset.manifest), time.monotonic()
                 sent(dataset)
         time.sleep(min(POLL_SEC, every_sec))
-    return push(open_dataset(place), destination, public=public, about=about, tag=tag)
+    return push(open_dataset(place), destination, public=public, about=about, tag=tag, hidden=hidden)
 
 
 def _state(place: Path) -> tuple[Dataset, dict[str, bytes]] | None:

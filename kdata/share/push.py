@@ -17,7 +17,7 @@ from kdata.share.publication import publication
 from kdata.share.url_push import push_to_url
 from kdata.store.dataset import Dataset
 from kdata.store.hub import hub_name
-from kdata.store.listed import PLANS, SCORES, read_listing
+from kdata.store.listed import HIDDEN, PLANS, SCORES, read_listing
 from kdata.store.open import open_dataset
 
 
@@ -28,6 +28,7 @@ def push(
     public: bool = False,
     about: About | None = None,
     tag: str | None = None,
+    hidden: bool = False,
 ) -> str:
     """Verify a dataset, look whether it may be shared, and copy it, with its card, to a folder, the Hub or another URL.
 
@@ -39,6 +40,7 @@ def push(
         public: Hub only: whether a new repository is public; otherwise it is private.
         about: what only the one who shares knows, and which checks of `kdata.share.fitness` are left out.
         tag: Hub only: a name for this version, which hf://OWNER/NAME@TAG opens from then on.
+        hidden: also share hidden states (`kdata hidden`), which are many times as large as everything else.
     Returns:
         The folder, or the address.
     Raises:
@@ -54,12 +56,12 @@ def push(
     refuse_while_written(dataset)
     if "://" in destination or destination.startswith("hf:"):
         _refuse_damaged(dataset)
-        return publish(dataset, destination, public=public, about=about, tag=tag)
+        return publish(dataset, destination, public=public, about=about, tag=tag, hidden=hidden)
     target = local_path(destination, "push copies to a folder, to the Hub (hf://OWNER/NAME) or to a URL")
     with new_folder(target) as folder:
         _refuse_damaged(dataset)
         pages = publication(dataset, about)
-        for relative in dataset_files(dataset):
+        for relative in dataset_files(dataset, hidden=hidden):
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(dataset.path / relative, folder / relative)
         for name, content in pages.items():
@@ -89,6 +91,7 @@ def publish(
     public: bool = False,
     about: About,
     tag: str | None = None,
+    hidden: bool = False,
     own: Mapping[str, bytes] | None = None,
 ) -> str:
     """Send a dataset that is whole to the Hub or to a URL. Arguments, errors and result as `push`.
@@ -100,7 +103,9 @@ def publish(
     if name is not None:
         about = replace(about, url=f"https://huggingface.co/datasets/{name}")
     # The card goes up from memory: the dataset may be read-only, or somebody else's.
-    files: dict[str, Path | bytes] = {relative: dataset.path / relative for relative in dataset_files(dataset)}
+    files: dict[str, Path | bytes] = {
+        relative: dataset.path / relative for relative in dataset_files(dataset, hidden=hidden)
+    }
     files |= {**(own or {}), **publication(dataset, about)}
     if name is None:
         push_to_url(destination, dataset.info, dataset.manifest, files)
@@ -126,11 +131,15 @@ def refuse_while_written(dataset: Dataset) -> None:
         raise StorageError(f"{dataset.path} is being written by {holder}; share it when that has finished")
 
 
-def dataset_files(dataset: Dataset) -> list[str]:
-    """Relative paths of all files that belong to a verified dataset: shards, sidecars, plans, tokenizer, card."""
+def dataset_files(dataset: Dataset, *, hidden: bool = False) -> list[str]:
+    """Relative paths of all files that belong to a verified dataset: shards, sidecars, plans, tokenizer, card.
+
+    Args:
+        hidden: also hidden states.
+    """
     files = ["dataset.json", "manifest.jsonl"]
     files += [relative for entry in dataset.manifest for relative in entry.files]
-    for kind in (SCORES, PLANS):
+    for kind in (SCORES, PLANS, *([HIDDEN] if hidden else [])):
         for name in dataset.listed(kind):
             info, _ = read_listing(dataset.path / kind.folder / f"{name}.json", kind)
             own = info.files_of(kind) or ([f"plans/{name}.parquet"] if kind is PLANS else [])

@@ -41,8 +41,9 @@ from kdata.format.schema import (
     rejects_schema,
 )
 from kdata.format.sequences import Sequences, decode, flat, nothing
+from kdata.store.hidden import HiddenStates
 from kdata.store.index import UNREADABLE, damaged, read_index, read_part, replaced
-from kdata.store.listed import PLANS, SCORES, Kind, Listing, listed, read_listing, refuse_other_dataset
+from kdata.store.listed import HIDDEN, PLANS, SCORES, Kind, Listing, listed, read_listing, refuse_other_dataset
 from kdata.store.payload import PayloadReader, used_columns
 from kdata.store.row import Row
 from kdata.store.shard import check_header
@@ -316,14 +317,14 @@ class Dataset:
         return unglobbed((self.checked_file if compare else self.shard_file)(entry, folder).resolve())
 
     def listed(self, kind: Kind) -> list[str]:
-        """Names of the scores or plans that are here; see `kdata.store.listed`."""
+        """Names of those of a kind that are here; see `kdata.store.listed`."""
         return listed(self.path, kind)
 
     def listing(self, kind: Kind, name: str) -> Listing:
-        """What NAME.json says of a complete score, or of a plan.
+        """What NAME.json says of a complete score or set of hidden states, or of a plan.
 
         Raises:
-            MissingError: there is none, or the score is not complete, or of another state of the dataset.
+            MissingError: there is none, or it is not complete, or of another state of the dataset (a plan: MismatchError).
             MismatchError: it is of another dataset, or the plan of another state of this one.
             CorruptError: it is damaged, was renamed, or lists other files than the dataset has shards.
         """
@@ -335,15 +336,16 @@ class Dataset:
                 f"plan {name!r} belongs to another state of {self.path} (digest {info.dataset_digest[:12]}, now "
                 f"{self.content_digest[:12]}): rows were added or changed. Run `kdata select` again."
             )
-        if kind is SCORES:
-            if info.dataset_digest != self.content_digest or not info.files:
+        if kind is not PLANS:
+            command = info.command if kind is SCORES else kind.command
+            parts = {kind.part(name, entry.name) for entry in self.manifest}
+            unfinished = not info.files or (kind is HIDDEN and set(info.files) < parts)
+            if info.dataset_digest != self.content_digest or unfinished:
                 raise MissingError(
-                    f"score {name!r} does not cover the dataset as it is now; run `{info.command}` again"
+                    f"{kind.noun} {name!r} does not cover the dataset as it is now; run `{command}` again"
                 )
-            if set(info.files) != {f"scores/{name}/{entry.name}.parquet" for entry in self.manifest}:
-                raise CorruptError(
-                    f"{path} does not list one part for each shard; remove it and run `{info.command}` again"
-                )
+            if set(info.files) != parts:
+                raise CorruptError(f"{path} does not list one part for each shard; remove it and run `{command}` again")
         return info
 
     def listed_files(self, kind: Kind, name: str, *, compare: bool = True) -> list[str]:
@@ -372,6 +374,20 @@ class Dataset:
                 else f"{path} is not the plan that was saved; run `{kind.command}` again"
             )
         return unglobbed(path.resolve())
+
+    def hidden(self, name: str) -> HiddenStates:
+        """A model's hidden states of every token, by row (`kdata hidden`). Raises as `kdata.store.hidden.HiddenStates`."""
+        return HiddenStates(self, name)
+
+    def fetch_hidden(self, name: str) -> None:
+        """Copy hidden/NAME.json here where the dataset is elsewhere."""
+
+    def hidden_part(self, relative: str, info: FileInfo) -> Path:
+        """Path of a part of hidden states whose bytes were compared with its digest. Raises CorruptError."""
+        path = inside(self.path, relative)
+        if not path.is_file() or not matches(path, info):
+            raise damaged(path, "it is missing, or its SHA-256 is not the one in the JSON beside its folder")
+        return path
 
     def fetch_sidecar(self, name: str) -> None:
         """Copy scores/NAME.json here where the dataset is elsewhere."""

@@ -1,4 +1,4 @@
-"""Scores and plans as the JSON beside them describes them: which files they have, and of which dataset they are.
+"""Scores, plans and hidden states as the JSON beside them describes them: which files they have, and of which dataset.
 
 A file that the JSON does not list does not count. SQL, selection and verify all read the JSON here.
 """
@@ -21,21 +21,31 @@ from kdata.format.schema import Contract, Digest, FileInfo
 
 @dataclass(frozen=True)
 class Kind:
-    """Scores or plans: the folder and the SQL schema, one of them in words, and the command that writes one."""
+    """Scores, plans or hidden states: the folder, one of them in words, the command that writes one, how its files end.
+
+    The folder of scores and of plans is also the name of their SQL schema.
+    """
 
     folder: str
     noun: str
     command: str
+    suffix: str = ".parquet"
+
+    def part(self, name: str, shard: str) -> str:
+        """Path of the part of a shard inside the dataset; scores and hidden states have parts."""
+        return f"{self.folder}/{name}/{shard}{self.suffix}"
 
 
 SCORES = Kind("scores", "score", "kdata score")
 HYGIENE = "kdata hygiene"  # writes a score with `settings`
 PLANS = Kind("plans", "plan", "kdata select")
+HIDDEN = Kind("hidden", "set of hidden states", "kdata hidden", ".safetensors")
+KINDS = (SCORES, PLANS, HIDDEN)
 COPIED = ".copied"  # in the folder of a score: its parts are copies from a URL, and were not made here
 
 
 class Listing(Contract):
-    """What NAME.json says of a score and of a plan alike; see `ScoreInfo` and `PlanInfo`."""
+    """What NAME.json says of all kinds alike; see `ScoreInfo`, `PlanInfo` and `HiddenInfo`."""
 
     name: str
     dataset_digest: str = Field(alias="dataset_fingerprint")
@@ -52,19 +62,22 @@ class Listing(Contract):
         return SCORES.command if self.settings is None else HYGIENE
 
     def files_of(self, kind: Kind) -> dict[str, FileInfo]:
-        """Its files by path inside the dataset; none of a score that is not complete, or of a plan before version 1.0."""
-        if kind is SCORES:
+        """Its files by path inside the dataset; none of a score that is not complete, or of a plan before version 1.0.
+
+        Of hidden states that are not complete: those that are written so far.
+        """
+        if kind is not PLANS:
             return self.files
         return {} if self.table is None else {f"plans/{self.name}.parquet": self.table}
 
 
 def listed(root: Path, kind: Kind) -> list[str]:
-    """Names of the scores or plans that have a JSON, in order."""
+    """Names of those of a kind that have a JSON, in order."""
     return [path.stem for path in without_hidden(root, f"{kind.folder}/*.json")]
 
 
 def read_listing(path: Path, kind: Kind) -> tuple[Listing, dict[str, Any]]:
-    """Read NAME.json: what a score and a plan have in common, and all that it holds.
+    """Read NAME.json: what all kinds have in common, and all that it holds.
 
     Raises:
         MissingError: there is none.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from kdata.errors import CorruptError, KdataError
+from kdata.errors import ConfigError, CorruptError, KdataError
+from kdata.format.json_text import MAX_DOCUMENT_BYTES, parse_object
 
 
 def first_line(error: BaseException) -> str:
@@ -49,3 +52,20 @@ def without_warnings() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file. Raises ConfigError where the file is not as long as its header says."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            header = parse_object(handle.read(min(length, size, MAX_DOCUMENT_BYTES + 1)))
+        end = max((about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file} is not a safetensors file ({error}); copy the model's folder again") from error
+    if size != 8 + length + end:
+        raise ConfigError(
+            f"{file} is damaged: it has {size:,} bytes, its header says {8 + length + end:,}; copy the model's folder again"
+        )
+    return header

@@ -150,6 +150,12 @@ class Store:
             except FileNotFoundError:
                 return None
 
+    @property
+    def is_file(self) -> bool:
+        """Whether the URL is that of one file."""
+        with self._errors("read", ""):
+            return bool(self.fs.isfile(self._root))
+
     def size(self, relative: str) -> int:
         """Size of a file in bytes; 0 where the file does not exist."""
         with self._errors("read", relative):
@@ -168,6 +174,16 @@ class Store:
     def has_listings(self) -> bool:
         """Whether it can say which files there are; a web server cannot."""
         return urlsplit(self.url).scheme not in ("http", "https")
+
+    def open_on(self, relative: str, block: int) -> Any:
+        """A file opened to be read from its beginning on, `block` bytes ahead."""
+        with self._errors("read", relative):
+            return self.fs.open(self._path(relative), "rb", cache_type="readahead", block_size=block)
+
+    def token(self, relative: str) -> str:
+        """What the store says of a file's version: it differs where the file was written again."""
+        with self._errors("read", relative):
+            return str(self.fs.ukey(self._path(relative)))
 
     def names(self, folder: str = "") -> list[str]:
         """Names in a folder; none on a web server, which has no listings."""

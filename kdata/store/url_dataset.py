@@ -370,6 +370,15 @@ class RemoteDataset(Dataset):
         (path.parent / COPIED).touch()
         return self._copied(relative, info)
 
+    def fetch_hidden(self, name: str) -> None:
+        """See `Dataset.fetch_hidden`. What was made in the copy stays, if it belongs to the dataset as it is now."""
+        if not self._is_current(f"hidden/{name}.json"):
+            self._copy_small(f"hidden/{name}.json")
+
+    def hidden_part(self, relative: str, info: FileInfo) -> Path:
+        """See `Dataset.hidden_part`; it is copied at first use."""
+        return self._copied(relative, info)
+
     def fetch_sidecar(self, name: str) -> None:
         """See `Dataset.fetch_sidecar`. One that was made in the copy stays, if it belongs to the dataset as it is now."""
         folder = self.path / "scores" / name

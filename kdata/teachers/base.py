@@ -10,7 +10,7 @@ torch or vLLM until a teacher is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -20,6 +20,7 @@ from kdata.format.keep import KeepConfig, keep_top
 from kdata.format.kept import Kept, log_tail
 from kdata.format.measures import Measures, beside, only
 from kdata.format.schema import TeacherInfo
+from kdata.store.hidden import Slot, Width
 from kdata.teachers.config import SamplingConfig
 
 OnTokens = Callable[[int], None]
@@ -87,6 +88,23 @@ class Teacher(Protocol):
 
     def close(self) -> None:
         """Free what the model holds."""
+        ...
+
+
+class StateReading(Teacher, Protocol):
+    """A teacher that also gives its hidden states."""
+
+    head_digest: str | None
+    """SHA-256 of its head; None where the head is of no known kind."""
+
+    def stored(
+        self, sequences: Sequence[np.ndarray], layers: list[Slot], dtype: Width
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
+        """Each sequence's number, the bits of its states int16 or uint8 [T, L, D], and their scales float32 [T, L, 1].
+
+        Args:
+            layers, dtype: as in `kdata.store.hidden`.
+        """
         ...
 
 

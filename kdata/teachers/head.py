@@ -7,6 +7,7 @@ its logits needed more than that, the capture would be silently wrong.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,34 @@ class Head:
         return logits_CV
 
 
-def load_head(folder: Path, vocab_size: int, dtype: torch.dtype, device: str) -> Head:
+def load_head(folder: Path, vocab_size: int | None, dtype: torch.dtype, device: str) -> Head:
     """Read the head of a model folder.
 
     Args:
         folder: with config.json and *.safetensors.
-        vocab_size: rows that the engine has; the checkpoint must have as many.
+        vocab_size: rows that the engine has; the checkpoint must have as many. None takes those of the checkpoint.
         dtype: of the matrix product; the forward pass's.
     Raises:
         TeacherError: an architecture or option that is not known, or no head in the files.
     """
+    weight, bias, scale, cap = _stored(folder)
+    if vocab_size not in (None, len(weight)):
+        raise TeacherError(f"the head in {folder} has {len(weight)} rows, the engine says {vocab_size}")
+    weight = weight.to(device, dtype)
+    if device == "cpu" and torch.backends.mkldnn.is_available() and _onednn_multiplies(dtype):
+        # oneDNN, with the weight laid out once as its kernel reads it: 1.5 to 2.3 times as fast as torch's own product (MKL)
+        # on the AMD it was measured on, and safe to call from several threads, which vLLM's kernel is not.
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return Head(
+        weight,
+        None if bias is None else bias.to(device, torch.float32),
+        scale,
+        cap,
+    )
+
+
+def _stored(folder: Path) -> tuple[torch.Tensor, torch.Tensor | None, float, float | None]:
+    """The head as the files have it: weight [V, D], bias [V] or None, scale, cap. Raises as `load_head`."""
     config = read_config(folder)
     architecture = _architecture(config)
     if architecture not in KNOWN:
@@ -91,20 +110,21 @@ def load_head(folder: Path, vocab_size: int, dtype: torch.dtype, device: str) ->
             f"{folder} holds neither a head nor an embedding under a name that is known; use path=logprobs, "
             "or backend transformers"
         )
-    if len(weight) != vocab_size:
-        raise TeacherError(f"the head in {folder} has {len(weight)} rows, the engine says {vocab_size}")
-    bias = _tensor(folder, ("lm_head.bias",))
-    weight = weight.to(device, dtype)
-    if device == "cpu" and torch.backends.mkldnn.is_available() and _onednn_multiplies(dtype):
-        # oneDNN, with the weight laid out once as its kernel reads it: 1.5 to 2.3 times as fast as torch's own product (MKL)
-        # on the AMD it was measured on, and safe to call from several threads, which vLLM's kernel is not.
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    return Head(
-        weight,
-        None if bias is None else bias.to(device, torch.float32),
-        _scale(config),
-        config.get("final_logit_softcapping", text.get("final_logit_softcapping")),
-    )
+    cap = config.get("final_logit_softcapping", text.get("final_logit_softcapping"))
+    return weight, _tensor(folder, ("lm_head.bias",)), _scale(config), cap
+
+
+def head_digest(folder: Path) -> str:
+    """SHA-256 (hex) of the head of a model folder: shape, scale and cap, then weight and bias as little-endian float32.
+
+    Raises TeacherError as `load_head`.
+    """
+    weight, bias, scale, cap = _stored(folder)
+    digest = hashlib.sha256(f"{list(weight.shape)} {float(scale)!r} {cap if cap is None else float(cap)!r}\n".encode())
+    for tensor in (weight, bias):
+        for rows in () if tensor is None else tensor.split(4096):  # no second copy of a large head
+            digest.update(rows.float().contiguous().numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
 
 
 def _onednn_multiplies(dtype: torch.dtype) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdata.errors import DependencyError
-from kdata.teachers.base import Teacher
+from kdata.errors import ConfigError, DependencyError
+from kdata.teachers.base import StateReading, Teacher
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.engine_args import check_known, lora_rank
 from kdata.teachers.model import as_folder, check_model
@@ -46,6 +46,20 @@ def load_teacher(config: TeacherConfig, *, max_k: int, work: Work = ANY_WORK) ->
             f"the {config.backend} teacher needs {error.name!r}, which is not installed: "
             f"pip install 'kdata[{extra.split(' ')[0]}]'; the extra is {extra}"
         ) from error
+
+
+def load_state_reader(config: TeacherConfig, *, max_k: int, work: Work = ANY_WORK) -> StateReading:
+    """Load a model that gives its hidden states. Raises as `load_teacher`, and ConfigError for another backend."""
+    if config.backend != "transformers":
+        raise ConfigError(f"hidden states are read with backend transformers, not {config.backend}; name that backend")
+    check_teacher(config, max_k=max_k, work=work)
+    try:
+        from kdata.teachers.hidden import StateReader
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("torch", "transformers", "safetensors"):
+            raise
+        raise DependencyError(f"hidden states need {error.name!r}: pip install 'kdata[train]'") from error
+    return StateReader(config)
 
 
 def check_teacher(config: TeacherConfig, *, max_k: int, work: Work = ANY_WORK) -> None:

@@ -44,6 +44,22 @@ def sizes_of(model: Any, config: TeacherConfig) -> tuple[int, int]:
     return int(text.vocab_size), int(longest)
 
 
+def model_shape(config: TeacherConfig) -> tuple[int, int]:
+    """Layers of a model and numbers of a hidden state, by its config.json; nothing is loaded.
+
+    Raises DependencyError where transformers is not installed, CorruptError where config.json is damaged.
+    """
+    try:
+        from transformers import AutoConfig
+    except ModuleNotFoundError as error:
+        raise DependencyError("hidden states need transformers: pip install 'kdata[train]'") from error
+    check_model(config, max_k=1)
+    place = as_folder(config).model
+    with model_files(place, "the configuration"):
+        text: Any = AutoConfig.from_pretrained(place, revision=config.revision).get_text_config()
+        return int(text.num_hidden_layers), int(text.hidden_size)
+
+
 def check_model(config: TeacherConfig, *, max_k: int) -> None:
     """Refuse a model folder that cannot be this teacher, by its small files, before anything is loaded.
 
@@ -96,6 +112,16 @@ def check_model(config: TeacherConfig, *, max_k: int) -> None:
 def as_folder(config: TeacherConfig) -> TeacherConfig:
     """The settings with a model folder in place of a GGUF file; see `model_folder` for errors."""
     return config.model_copy(update={"model": model_folder(config.model)})
+
+
+def weights_folder(model: str, commit: str | None) -> Path:
+    """A model folder itself, or for a Hub name its copy at this commit: config.json and *.safetensors."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, revision=commit, allow_patterns=["config.json", "*.safetensors"]))
 
 
 def _exists(path: Path) -> bool:

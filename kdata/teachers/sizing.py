@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -20,8 +19,8 @@ import psutil
 import pynvml
 
 from kdata.errors import ConfigError, KdataError
-from kdata.format.json_text import MAX_DOCUMENT_BYTES, parse_object
 from kdata.store.checkpoint_kind import read_config
+from kdata.store.pretrained import safetensors_header
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.model import HEADS, LENGTH_KEYS
 from kdata.teachers.windows import GIB, rows_per_step
@@ -155,7 +154,7 @@ def _model_size(folder: Path, config: TeacherConfig) -> ModelSize | None:
     return ModelSize(
         weights=int(weights),
         head=vocab_size * hidden * width,
-        is_tied=not any(name in HEADS for file in _weight_files(folder) for name in _header(file)),
+        is_tied=not any(name in HEADS for file in _weight_files(folder) for name in safetensors_header(file)),
         vocab_size=vocab_size,
         longest=_number(next((text[key] for key in LENGTH_KEYS if text.get(key)), None)),
         kv_full=of_layer * kinds.count("full"),
@@ -196,7 +195,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _tensors(folder: Path) -> Iterator[tuple[int, str, int]]:
     """Dimensions, type and number of elements of every tensor."""
     for file in _weight_files(folder):
-        for name, about in _header(file).items():
+        for name, about in safetensors_header(file).items():
             if name != "__metadata__":
                 yield len(about["shape"]), about["dtype"], math.prod(about["shape"])
 
@@ -207,23 +206,6 @@ def _width(kind: str) -> float:
         return 1
     digits = "".join(c for c in kind.split("_")[0] if c.isdigit())
     return int(digits or 8) / 8
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file. Raises ConfigError where the file is not as long as its header says."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header = parse_object(handle.read(min(length, size, MAX_DOCUMENT_BYTES + 1)))
-        end = max((about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file} is not a safetensors file ({error}); copy the model's folder again") from error
-    if size != 8 + length + end:
-        raise ConfigError(
-            f"{file} is damaged: it has {size:,} bytes, its header says {8 + length + end:,}; copy the model's folder again"
-        )
-    return header
 
 
 def free_memory() -> tuple[int, int]:

@@ -54,7 +54,7 @@ from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens, re
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.engine_args import lora_hash, lora_rank, of_identity, of_speed
 from kdata.teachers.head import Head, is_known, load_head
-from kdata.teachers.model import as_folder, model_identity
+from kdata.teachers.model import as_folder, model_identity, weights_folder
 from kdata.teachers.reduce import (
     CHUNK_ROWS,
     Rows,
@@ -227,16 +227,7 @@ class VllmTeacher:
     @cached_property
     def _folder(self) -> Path:
         """The checkpoint's files."""
-        folder = Path(self._config.model)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(
-                snapshot_download(
-                    self._config.model, revision=self._commit, allow_patterns=["config.json", "*.safetensors"]
-                )
-            )
-        return folder
+        return weights_folder(self._config.model, self._commit)
 
     @cached_property
     def _head(self) -> Head:

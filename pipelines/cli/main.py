@@ -68,6 +68,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
     "Choose": {
         "hygiene": Entry("hygiene:hygiene", "Find duplicates, test questions, poor and personal text."),
         "score": Entry("choose:score", "Add a score to every row of a dataset, or to every token."),
+        "hidden": Entry("hidden:hidden", "Store a model's hidden states beside a dataset."),
         "select": Entry("choose:select", "Choose what to train on: write a plan of rows, or of tokens."),
         "plan show": Entry("choose:show", "Show what a plan takes of each domain."),
         "plan compare": Entry("choose:compare", "Show what two plans have in common."),

@@ -11,7 +11,7 @@ from pydantic import Field
 import kdata
 from kdata.config import parse_config, read_yaml
 from kdata.corpus.corpus import Corpus, CorpusConfig
-from kdata.errors import ConfigError, MissingError, nearest
+from kdata.errors import ConfigError, nearest
 from kdata.format.keep import KeepConfig
 from kdata.jobs.combine import CombineConfig
 from kdata.jobs.combine import combine as combine_datasets
@@ -316,13 +316,18 @@ def shares_of(text: str, datasets: list[str]) -> list[float]:
 def import_(
     source: Annotated[
         str,
-        typer.Argument(metavar="FILES", help="File or folder of another tool's Parquet or JSON lines (vllm: JSON)."),
+        typer.Argument(
+            metavar="FILES",
+            help="File or folder of another tool's Parquet or JSON lines (vllm: JSON, megatron: tar), hf://OWNER/NAME, or "
+            "a URL.",
+        ),
     ],
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Folder of the dataset to write.")],
     format: Annotated[str, option("format", ImportConfig)],
     tokenizer: Annotated[str | None, option("tokenizer", ImportConfig, metavar="PLACE")] = None,
     vocab_size: Annotated[int | None, option("vocab_size", ImportConfig)] = None,
     aligned: Annotated[str | None, option("aligned", ImportConfig)] = None,
+    values: Annotated[str | None, option("values", ImportConfig)] = None,
     over_one: Annotated[str | None, option("over_one", ImportConfig)] = None,
     strict: StrictOption = None,
     resume: ResumeOption = Resume.auto,
@@ -332,17 +337,21 @@ def import_(
 
     Nothing is recomputed: what the files lack stays unknown, and what is wrong with them is counted and printed.
     """
-    values = with_settings(
+    settings = with_settings(
         without_none(
-            format=format, tokenizer=tokenizer, vocab_size=vocab_size, aligned=aligned, over_one=over_one, strict=strict
+            format=format,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            aligned=aligned,
+            values=values,
+            over_one=over_one,
+            strict=strict,
         ),
         set,
     )
-    config = parse_config(ImportConfig, values, "import settings")
+    config = parse_config(ImportConfig, settings, "import settings")
     root = local_folder(dataset)
-    if "://" in source:
-        raise MissingError(f"{source} is a URL; import reads files on this machine, so copy them first")
-    result, report = import_dataset(Path(source), root, config, resume=resume.value)
+    result, report = import_dataset(source, root, config, resume=resume.value)
     say(f"{result.path}: imported from {config.format}")
     say(*(f"  {line}" for line in report.lines(config.over_one)))
     say_rejected([dataset], [config.name])

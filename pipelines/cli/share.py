@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -28,7 +27,9 @@ from kdata.share.arrange import split as split_dataset
 from kdata.share.diff import diff as diff_datasets
 from kdata.share.fitness import About
 from kdata.share.follow import push_while_written
-from kdata.share.interchange.exporter import export_dataset
+from kdata.share.interchange.exporter import ExportFormat, export_dataset
+from kdata.share.interchange.megatron import export_megatron
+from kdata.share.interchange.speculators import export_speculators
 from kdata.share.pull import pull as pull_dataset
 from kdata.share.push import push as push_dataset
 
@@ -67,13 +68,14 @@ def push(
     language: Annotated[
         list[str] | None, typer.Option(metavar="CODE", help="Language of the texts, such as en; may be repeated.")
     ] = None,
+    hidden: Annotated[bool, typer.Option("--with-hidden", help="Share hidden states, too; they are large.")] = False,
 ) -> None:
     """Copy a dataset to a folder, to the Hub or to another URL.
 
-    At a URL and on the Hub only what is new is sent, and shards that are no longer
-    part are deleted. The dataset is verified first. Then kdata looks for leaks of a closed teacher,
-    for personal data (in a sample), for licenses that forbid sharing, and for keys
-    and tokens. What it found is in the card (README.md) and in audit.json.
+    On the Hub and at a URL only what is new is sent. The dataset is verified
+    first. Then kdata looks for leaks of a closed teacher, for personal data (in a
+    sample), for licenses that forbid sharing, and for keys and tokens. What it
+    found is in the card (README.md) and in audit.json.
 
     \b
     Examples:
@@ -86,11 +88,11 @@ def push(
     about = About(closed_teacher, teacher_license, tuple(language or ()), tuple(dict.fromkeys(skipped)))
     if follow:
         place = push_while_written(
-            local_folder(Path(dataset)), destination, every_sec=every, public=public, about=about, tag=tag,
+            local_folder(dataset), destination, every_sec=every, public=public, about=about, tag=tag, hidden=hidden,
             sent=lambda state: say(f"pushed {state.num_rows:,} rows to {destination}; more is being written"),
         )  # fmt: skip
     else:
-        place = push_dataset(kdata.open(dataset), destination, public=public, about=about, tag=tag)
+        place = push_dataset(kdata.open(dataset), destination, public=public, about=about, tag=tag, hidden=hidden)
     say(f"pushed to {place}")
 
 
@@ -172,20 +174,43 @@ def print_difference(facts: dict[str, Any]) -> None:
 
 def export(
     dataset: DatasetArgument,
-    target: Annotated[str, typer.Argument(metavar="FILE", help="Parquet file to write.")],
+    target: Annotated[
+        str, typer.Argument(metavar="FILE", help="Parquet file to write; megatron and speculators: a new folder.")
+    ],
     format: Annotated[
-        str, typer.Option(metavar="plain|axolotl", help="plain: nested lists. axolotl: its columns.")
+        str,
+        typer.Option(
+            metavar="plain|axolotl|megatron|speculators",
+            help="plain: nested lists. axolotl: its columns. megatron: its cache of log-probabilities. speculators: hidden "
+            "states (see `kdata hidden`) and tokens.",
+        ),
     ] = "plain",
     version: Annotated[int, typer.Option("--columns", metavar="1|2", help="Version of axolotl's columns.")] = 2,
+    hidden: Annotated[
+        str | None, typer.Option("--hidden", metavar="NAME", help="Hidden states, for speculators.")
+    ] = None,
+    seq_length: Annotated[
+        int | None,
+        typer.Option("--seq-length", metavar="N", help="Tokens of a sample, for megatron: its --seq-length."),
+    ] = None,
 ) -> None:
     """Write a dataset in another tool's format.
 
     Prints what that format cannot hold.
     """
-    if format not in ("plain", "axolotl"):
-        raise ConfigError(f"--format {format}: use plain or axolotl")
+    if format not in (*get_args(ExportFormat), "megatron", "speculators"):
+        raise ConfigError(f"--format {format}: use plain, axolotl, megatron or speculators")
+    if (format == "speculators") != (hidden is not None) or (format == "megatron") != (seq_length is not None):
+        raise ConfigError(
+            "--format speculators needs --hidden NAME, --format megatron needs --seq-length N, and other formats take neither"
+        )
     file = local_folder(target)
-    losses = export_dataset(kdata.open(dataset), file, format, version=version)  # type: ignore[arg-type]
+    if hidden is not None:
+        losses = export_speculators(kdata.open(dataset), hidden, file)
+    elif seq_length is not None:
+        losses = export_megatron(kdata.open(dataset), file, seq_length)
+    else:
+        losses = export_dataset(kdata.open(dataset), file, format, version=version)  # type: ignore[arg-type]
     say(f"{file}: written{'; not in it:' if losses else ''}", *(f"  {line}" for line in losses))
 
 

@@ -36,6 +36,7 @@ from kdata.selection.plan import (
     PositionsInfo,
 )
 from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo
+from kdata.store.hidden import HiddenInfo
 from kdata.store.token_scores import TOKEN_NLL
 
 FOLDER = Path(__file__).resolve().parents[2] / "schemas"
@@ -45,6 +46,7 @@ JSON_FILES: dict[str, type[BaseModel]] = {
     "manifest": ManifestEntry,
     "plan": PlanInfo,
     "score": ScoreInfo,
+    "hidden": HiddenInfo,
     "recipe": Recipe,
 }
 MODELS = [
@@ -58,6 +60,7 @@ MODELS = [
     FileInfo,
     CodecError,
     ScoreInfo,
+    HiddenInfo,
     PlanInfo,
     DomainChoice,
     PositionsInfo,

@@ -23,8 +23,10 @@ import kdata
 from kdata.errors import QueryError
 from kdata.format.codec import CODECS
 from kdata.format.schema import index_schema, known_codecs, payload_schema, rejects_schema
+from kdata.jobs.hidden import HiddenConfig, store_hidden
 from kdata.selection.ranked import Difference
 from kdata.selection.select import select
+from kdata.teachers.config import TeacherConfig
 from tests.fakes import codec_version, run_capture
 from tests.kdata.selection.test_score_select import give_scores
 from tests.schemas.raw import ids_by_number, plain_row
@@ -44,11 +46,12 @@ REMEDY = "run `python -m tests.schemas.tables`"
 
 
 @pytest.fixture(scope="module")
-def furnished(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
-    """A dataset with a sidecar and a plan."""
+def furnished(captured: Path, llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
+    """A dataset with a sidecar, a plan and hidden states."""
     dataset = kdata.open(shutil.copytree(captured, tmp_path_factory.mktemp("furnished") / "d"))
     give_scores(dataset, dict.fromkeys(dataset.index(["id"])["id"].to_pylist(), 9.5))
     select(dataset, Difference(share=0.5))
+    store_hidden(dataset, HiddenConfig(model=TeacherConfig(model=str(llama_dir), backend="transformers")))
     return dataset
 
 
@@ -64,6 +67,7 @@ def test_the_files_of_a_dataset_follow_the_json_schemas(furnished: kdata.Dataset
         "manifest": (root / "manifest.jsonl").read_text().splitlines(),
         "plan": [(root / "plans/difference.json").read_text()],
         "score": [(root / "scores/ref.json").read_text()],
+        "hidden": [(root / "hidden/states.json").read_text()],
         "recipe": [
             json.dumps(yaml.safe_load(path.read_text())) for path in (FOLDER.parent / "pipelines").glob("*.yaml")
         ],

@@ -9,7 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdata.errors import ConfigError, DataError
-from kdata.format.files import local_path, lock_of, new_file, removed_on_failure, settle, storage_errors
+from kdata.format.files import (
+    local_path,
+    lock_of,
+    new_file,
+    removed_on_failure,
+    settle,
+    storage_errors,
+    write_atomically,
+)
 from kdata.format.keep_rules import refuse_sorted
 from kdata.observe.progress import Task
 from kdata.share.interchange import axolotl, plain
@@ -21,6 +29,8 @@ ExportFormat = Literal["plain", "axolotl"]
 
 def export_dataset(dataset: Dataset, target: Path | str, format: ExportFormat, *, version: int = 2) -> list[str]:
     """Write every row to one Parquet file; return what the file does not hold, one line each.
+
+    The same lines stand in FILE.README.md beside it.
 
     Args:
         target: a file that does not exist yet.
@@ -47,7 +57,15 @@ def export_dataset(dataset: Dataset, target: Path | str, format: ExportFormat, *
                         writer.write_table(_table(dataset, number, format, version))
                     task.advance(entry.tokens)
             settle(temporary, target)
-    return losses(dataset, format)
+            lines = losses(dataset, format)
+            write_atomically(target.with_name(f"{target.name}.README.md"), _readme(dataset, format, lines))
+    return lines
+
+
+def _readme(dataset: Dataset, format: ExportFormat, lines: list[str]) -> bytes:
+    """The page beside the file: what it is, and what it does not hold."""
+    page = f"# Distributions of {dataset.info.teacher.model}\n\nWritten by `kdata export --format {format}`.\n"
+    return (page + "\nNot in it:\n\n" * bool(lines) + "".join(f"- {line}\n" for line in lines)).encode()
 
 
 def _table(dataset: Dataset, number: int, format: ExportFormat, version: int) -> pa.Table:

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
 from kdata.config import RowsConfig
 from kdata.corpus.encode import TextEncoder
-from kdata.errors import ConfigError, DataError, MissingError
-from kdata.format.files import journal_of, local_path, without_hidden
-from kdata.format.json_text import parse_row
+from kdata.errors import ConfigError, DataError
+from kdata.format.files import journal_of, local_path, temporary_folder
+from kdata.format.json_text import MAX_TOKENIZER_BYTES, parse_row
 from kdata.format.manifest import new_info
 from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest
 from kdata.format.rejects import checked
 from kdata.format.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo, TeacherInfo, TokenizerInfo
 from kdata.observe.progress import Task
-from kdata.share.interchange import axolotl, distillkit, plain, vllm_json
-from kdata.share.interchange.rows import Aligned, ImportReport, OverOne, PeerRow, place, unusable
+from kdata.share.interchange import axolotl, distillkit, megatron, nemo, plain, vllm_json
+from kdata.share.interchange.rows import (
+    Aligned,
+    ImportReport,
+    OverOne,
+    PeerRow,
+    as_ids,
+    flat,
+    place,
+    spans,
+    unusable,
+)
+from kdata.share.interchange.source import PeerFile, Source, identity_of
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.shard import stored_rejects, stored_shard
@@ -33,9 +45,13 @@ from kdata.store.vocabulary import num_ids
 from kdata.store.writer import Writer
 from kdata.teachers.model import load_tokenizer, tokenizer_files, tokenizer_info
 
-Format = Literal["distillkit", "axolotl", "plain", "vllm"]
-ALIGNED: dict[Format, Aligned] = {"distillkit": "after", "axolotl": "end", "plain": "with", "vllm": "with"}
+Format = Literal["distillkit", "axolotl", "plain", "vllm", "nemo", "megatron"]
+ALIGNED: dict[Format, Aligned] = {
+    "distillkit": "after", "axolotl": "end", "plain": "with", "vllm": "with", "nemo": "after", "megatron": "after",
+}  # fmt: skip
 PEER_SUFFIXES = (".parquet", ".jsonl")
+SUFFIXES: dict[Format, tuple[str, ...]] = {"vllm": vllm_json.SUFFIXES, "megatron": (".tar",)}
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 ROWS_AT_ONCE = 64
 ReadRows = Callable[[Iterator[pa.RecordBatch]], Iterator[PeerRow]]
 
@@ -43,18 +59,35 @@ ReadRows = Callable[[Iterator[pa.RecordBatch]], Iterator[PeerRow]]
 class ImportConfig(RowsConfig):
     """What is imported, and how to read it."""
 
-    format: Format = Field(description="Which tool wrote it; plain: nested lists; vllm: its JSON with prompt_logprobs.")
+    format: Format = Field(
+        description="Which tool wrote it; plain: nested lists, also under other names; vllm: its JSON with prompt_logprobs; "
+        "nemo: NeMo-Aligner's top-k logits; megatron: its cache."
+    )
     aligned: Aligned | None = Field(
         None,
         description="Token that list j is about: with (token j), after (j + 1), end (the last list is about the last token). "
-        "Null takes the format's own: distillkit after, axolotl end, plain and vllm with.",
+        "Null takes the format's own: distillkit, nemo and megatron after, axolotl end, plain and vllm with.",
     )
     over_one: OverOne = Field(
         "keep",
         description="A position whose probabilities sum to more than 1: keep it as it is, mask (leave it out), or refuse "
         "the import. It is counted in any case.",
     )
-    tokenizer: str | None = Field(None, description="Folder or Hub name of the tokenizer that produced the ids.")
+    values: plain.Values | None = Field(
+        None, description="What the numbers of plain lists are. Null reads it from the column's name, or the numbers."
+    )
+    ids_column: str | None = Field(None, description="Column with the ids of plain lists, where several could be it.")
+    values_column: str | None = Field(None, description="Column with their values, where several could be it.")
+    samples: str | None = Field(
+        None,
+        description="Parquet or JSON lines with the token ids (input_ids) of the samples of Megatron's cache, in the order "
+        "in which the run drew them.",
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="Folder or Hub name of the tokenizer that produced the ids. Null takes the one beside the files, unless "
+        "vocab_size is given.",
+    )
     vocab_size: int | None = Field(None, gt=1, lt=2**31, description="Null takes the format's own, or the tokenizer's.")
     teacher: str = Field("unknown", description="Name of the model that gave the log-probabilities.")
     domain: str = Field("imported", description="Domain of rows without one.")
@@ -69,37 +102,43 @@ def import_dataset(
     """Import another tool's files into the dataset at `root`.
 
     Args:
-        source: a file or folder of Parquet or JSONL files; of format vllm: of .jsonl or .json files.
+        source: a file or folder of Parquet or JSONL files (vllm: .jsonl or .json; megatron: .tar), here, on the Hub
+            (hf://OWNER/NAME) or at a URL; files are read where they are, a few rows at a time.
         resume: auto, never or must; see `Writer`.
     Returns:
         The dataset, and the counts of all rows of the source that are in it.
     Raises:
         MissingError: the source does not exist.
-        ConfigError: the vocabulary's size is not known, or a path is a URL.
+        ConfigError: the vocabulary's size is not known, or `root` is a URL.
         DataError: the columns are not the format's, the numbers are not log-probabilities, or no row at all can be used;
             `strict` is set and a row cannot be used.
         MismatchError: the dataset was begun with other settings.
     """
-    source = local_path(source, "download the other tool's files first, and name their folder")
     root = local_path(root, "import into a folder, and copy it to the Hub with `kdata push`")
-    files = source_files(source, vllm_json.SUFFIXES if config.format == "vllm" else PEER_SUFFIXES)
-    tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer, None)
+    if config.format == "megatron" and config.samples is None:
+        raise ConfigError(
+            "Megatron's cache holds no tokens, because a student run draws them again; name a file with the token ids of its "
+            "samples in their order: --set samples=FILE (Parquet or JSON lines, column input_ids)"
+        )
+    where = Source(source)
+    files = where.files(SUFFIXES.get(config.format, PEER_SUFFIXES))
+    tokenizer = _tokenizer(where, config)
     compression = None
     if config.format == "distillkit":
-        named = None if config.compression is None else Path(config.compression)
-        compression = distillkit.read_compression(source, named)
+        compression = distillkit.find_compression(where, config.compression, lambda: next(_first(batches(files)), None))
     info = _identity(config, compression, tokenizer)
+    apart = {"name", "strict", "tokenizer", "compression", "teacher", "vocab_size", "samples"}
+    new = {"values", "ids_column", "values_column"}  # absent where not set, as an older kdata wrote it
     settings = {
-        **config.model_dump(exclude={"name", "strict", "tokenizer", "compression", "teacher", "vocab_size"}),
+        **config.model_dump(exclude=apart | {name for name in new if getattr(config, name) is None}),
         "aligned": config.aligned or ALIGNED[config.format],
-        "sha256": _digest(files),
+        "sha256": identity_of(
+            [*files, *([] if config.samples is None else Source(config.samples).files(PEER_SUFFIXES))]
+        ),
         "compression": None if compression is None else compression.model_dump(),
     }
     report = ImportReport(notes=compression.notes() if compression else [])
-    if config.format == "vllm":
-        rows = vllm_json.read_rows(files)
-    else:
-        rows = _row_by_row(_peer_rows(config.format, compression), batches(files))
+    rows = _peer_rows(config, compression, files)
     with ExitStack() as stack:
         folder = None if tokenizer is None else stack.enter_context(tokenizer_files(tokenizer))
         kind = SourceInfo(kind="import", settings=settings, num_units=None)
@@ -133,32 +172,52 @@ def import_dataset(
     return open_dataset(root), report
 
 
-def source_files(source: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files of a source that have one of these suffixes, in order. Raises MissingError or ConfigError."""
-    if not source.exists():
-        raise MissingError(f"{source} does not exist; name a file or folder of {' or '.join(suffixes)} files")
-    paths = [source] if source.is_file() else without_hidden(source, "**/*")
-    files = [path for path in paths if path.suffix in suffixes]
-    if not files:
-        raise ConfigError(f"{source} has no {' or '.join(suffixes)} file; name a file or folder of these")
-    return files
+def _tokenizer(where: Source, config: ImportConfig) -> Any:
+    """The tokenizer that is named, or the one beside the files; None without any."""
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer, None)
+    if config.vocab_size is not None:
+        return None
+    beside = {file.name.rpartition("/")[2]: file for file in where.beside(*TOKENIZER_NAMES, most=MAX_TOKENIZER_BYTES)}
+    if "tokenizer.json" not in beside:
+        return None
+    with temporary_folder("tokenizer") as folder:
+        for name, file in beside.items():
+            with file.open() as content:
+                (folder / name).write_bytes(content.read())
+        return load_tokenizer(folder, None)
 
 
-def batches(files: list[Path]) -> Iterator[pa.RecordBatch | RowError]:
+def _first(read: Iterator[pa.RecordBatch | RowError]) -> Iterator[pa.RecordBatch]:
+    return (batch for batch in read if isinstance(batch, pa.RecordBatch))
+
+
+def _samples(config: ImportConfig) -> Iterator[np.ndarray]:
+    """Token ids of the samples of Megatron's cache."""
+    assert config.samples is not None
+    for batch in _first(batches(Source(config.samples).files(PEER_SUFFIXES))):
+        if megatron.TOKENS_COLUMN not in batch.schema.names:
+            raise DataError(f"{config.samples} has no column {megatron.TOKENS_COLUMN!r} with the token ids of samples")
+        lengths, token_ids = flat(batch.column(megatron.TOKENS_COLUMN), as_ids)
+        yield from (token_ids[part] for part in spans(lengths))
+
+
+def batches(files: list[PeerFile]) -> Iterator[pa.RecordBatch | RowError]:
     """Rows of all files, a few at a time, and lines that are no rows. Raises DataError for a file that cannot be read."""
-    for path in files:
+    for peer in files:
+        path = peer.place
         try:
-            if path.suffix == ".parquet":
-                file = pq.ParquetFile(path)
+            if peer.suffix == ".parquet":
+                file = pq.ParquetFile(peer.open())
                 names = file.schema_arrow.names
                 if twice := sorted({name for name in names if names.count(name) > 1}):
                     raise DataError(f"{path} has the column {twice[0]!r} twice; leave one out")
                 yield from file.iter_batches(batch_size=ROWS_AT_ONCE)
                 continue
-            with path.open("rb") as lines:
+            with peer.open() as lines:
                 numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
                 while some := list(itertools.islice(numbered, ROWS_AT_ONCE)):
-                    yield from _of_lines([_parsed(line, f"line {number} of {path.name}") for number, line in some])
+                    yield from _of_lines([_parsed(line, f"line {number} of {peer.name}") for number, line in some])
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             if isinstance(error, DataError):
                 raise
@@ -200,10 +259,22 @@ def _of_one_line(row: dict[str, Any]) -> pa.RecordBatch | RowError:
         return RowError("form", f"the values of row {row.get('id')!r} cannot be columns: {str(error).splitlines()[0]}")
 
 
-def _peer_rows(format: Format, compression: distillkit.Compression | None) -> ReadRows:
+def _peer_rows(
+    config: ImportConfig, compression: distillkit.AnyCompression | None, files: list[PeerFile]
+) -> Iterator[PeerRow]:
+    """Rows of all files, before they are placed."""
+    if config.format == "vllm":
+        return vllm_json.read_rows(files)
+    if config.format == "megatron":
+        return megatron.read_rows(files, _samples(config))
+    read: ReadRows
     if compression is not None:
-        return lambda source_batches: distillkit.read_rows(source_batches, compression)
-    return axolotl.read_rows if format == "axolotl" else plain.read_rows
+        read = partial(distillkit.read_rows, compression=compression)
+    elif config.format == "plain":
+        read = plain.Reader(config.ids_column, config.values_column, config.values)
+    else:
+        read = axolotl.read_rows if config.format == "axolotl" else nemo.read_rows
+    return _row_by_row(read, batches(files))
 
 
 def _row_by_row(read: ReadRows, source_batches: Iterator[pa.RecordBatch | RowError]) -> Iterator[PeerRow]:
@@ -247,16 +318,7 @@ def _without_present(unit: UnitResult, writer: Writer, usable: bool) -> UnitResu
     return UnitResult(unit.number, records, [*unit.rejects, *rejects], inputs_digest(records))
 
 
-def _digest(files: list[Path]) -> str:
-    """SHA-256 of the files' SHA-256, in order."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _identity(config: ImportConfig, compression: distillkit.Compression | None, tokenizer: Any) -> DatasetInfo:
+def _identity(config: ImportConfig, compression: distillkit.AnyCompression | None, tokenizer: Any) -> DatasetInfo:
     """The identity of the dataset; what the files do not say is marked unknown."""
     own = compression.d if compression else None
     vocab_size = config.vocab_size or own or (None if tokenizer is None else num_ids(tokenizer.backend_tokenizer))

@@ -99,7 +99,7 @@ def nested(column: pa.Array) -> tuple[np.ndarray, np.ndarray, pa.Array]:
     Raises:
         DataError: the column does not hold lists of lists.
     """
-    if not _is_list(column.type) or not (_is_list(column.type.value_type) or pa.types.is_null(column.type.value_type)):
+    if not is_list(column.type) or not (is_list(column.type.value_type) or pa.types.is_null(column.type.value_type)):
         raise DataError(
             f"a column has the type {column.type}, but lists of lists are needed; check --format and the files"
         )
@@ -111,7 +111,7 @@ def nested(column: pa.Array) -> tuple[np.ndarray, np.ndarray, pa.Array]:
 
 def flat(column: pa.Array, convert: Callable[[pa.Array], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """A list column as (values per row int64 [S], values [N] as `convert` gives them). Raises DataError for another type."""
-    if not _is_list(column.type):
+    if not is_list(column.type):
         raise DataError(
             f"a column has the type {column.type}, but lists of numbers are needed; check --format and the files"
         )
@@ -149,9 +149,10 @@ def as_ids(values: pa.Array) -> np.ndarray:
     return np.where(fits, np.where(fits, numbers, 0).astype(np.int32), np.int32(-1))
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    is_list: bool = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return is_list
+def is_list(kind: pa.DataType) -> bool:
+    """Whether values are lists, of any length or of one."""
+    a_list: bool = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return a_list
 
 
 def _lengths(column: pa.Array) -> np.ndarray:

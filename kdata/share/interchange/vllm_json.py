@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,34 +24,37 @@ from kdata.errors import DataError
 from kdata.format.json_text import MAX_ROW_CHARACTERS, parse_row
 from kdata.format.records import RowError
 from kdata.share.interchange.rows import PeerRow, unusable
+from kdata.share.interchange.source import PeerFile
 
 SUFFIXES = (".jsonl", ".json")
 LEAST = -9999.0  # the server writes it for probability 0, since JSON has no infinity
 _ID = re.compile(r"[0-9]{1,10}")
 
 
-def read_rows(files: list[Path]) -> Iterator[PeerRow]:
+def read_rows(files: list[PeerFile]) -> Iterator[PeerRow]:
     """Rows of all files. A row that cannot be used carries its reason. Raises DataError for a file that cannot be read."""
-    for path in files:
-        for line in _lines(path):
+    for peer in files:
+        for line in _lines(peer):
             yield from _rows(line)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(peer: PeerFile) -> Iterator[bytes]:
     try:
-        if path.suffix == ".json":
-            with path.open("rb") as file:
+        if peer.suffix == ".json":
+            with peer.open() as file:
                 content = file.read(MAX_ROW_CHARACTERS + 1).strip()
             if content.startswith(b"["):
                 yield from (json.dumps(one).encode() for one in parse_row(content))
             else:
                 yield content
             return
-        with path.open("rb") as lines:
+        with peer.open() as lines:
             read = iter(lambda: lines.readline(MAX_ROW_CHARACTERS + 1), b"")
             yield from (line for line in read if line.strip())
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        raise DataError(
+            f"{peer.place} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
 
 
 def _rows(line: bytes) -> Iterator[PeerRow]:

@@ -26,6 +26,7 @@ from kdata.share.interchange.distillkit import Compression, decode_logprobs, unp
 from kdata.share.interchange.exporter import export_dataset
 from kdata.share.interchange.importer import ImportConfig, batches, import_dataset
 from kdata.share.interchange.rows import ImportReport, as_ids
+from kdata.share.interchange.source import PeerFile
 from tests.fakes import VOCAB, digests, run_capture, write_jsonl
 
 PEERS = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "peers"
@@ -480,7 +481,7 @@ def test_the_commands(captured: Path, tmp_path: Path) -> None:
     result = run(app, arguments)
     assert result.exit_code == 0 and "sum to more than 1: 0 (0.00%)" in result.output
     assert "marked absent: the mass of the rest" in result.output
-    bad = run(app, [*arguments[:-4], "--format", "nemo"])
+    bad = run(app, [*arguments[:-4], "--format", "nemon"])
     assert isinstance(bad.exception, ConfigError) and "format" in str(bad.exception)
 
 
@@ -502,4 +503,4 @@ def test_a_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:
     table = pa.table([pa.array([[1, 2]]), pa.array([[3, 4]])], names=["input_ids", "input_ids"])
     pq.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="has the column 'input_ids' twice; leave one out"):
-        list(batches([tmp_path / "rows.parquet"]))
+        list(batches([PeerFile.of(tmp_path / "rows.parquet")]))

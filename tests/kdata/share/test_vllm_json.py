@@ -19,6 +19,7 @@ from kdata.errors import ConfigError
 from kdata.pipelines.cli.main import call
 from kdata.share.interchange.importer import ImportConfig, import_dataset
 from kdata.share.interchange.rows import ImportReport, RowError, place
+from kdata.share.interchange.source import PeerFile
 from kdata.share.interchange.vllm_json import read_rows
 from tests.fakes import write_jsonl
 
@@ -153,7 +154,7 @@ def test_whatever_stands_in_a_line_it_is_a_row_or_a_reason(
 ) -> None:
     file = tmp_path_factory.getbasetemp() / "any.jsonl"
     write_jsonl(file, [{"prompt_token_ids": tokens, "prompt_logprobs": lists, "x": rest}, rest, {"choices": rest}])
-    for row in read_rows([file]):
+    for row in read_rows([PeerFile.of(file)]):
         try:
             assert len(place(row, "with", 100, "keep")[0].token_ids) >= 2
         except RowError as error:

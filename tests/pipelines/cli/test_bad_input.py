@@ -41,6 +41,7 @@ CALLS = {
     "import": ["{files}", "{local}", "--format", "plain", "--vocab-size", "300"],
     "hygiene": ["{dataset}", "--set", "workers=1"],
     "score": ["{dataset}", "--model", "{llama}"],
+    "hidden": ["{dataset}", "--teacher", "{llama}"],
     "select": ["{dataset}", "--method", "random"],
     "plan show": ["{dataset}", "chosen"],
     "plan compare": ["{dataset}", "chosen", "other"],

@@ -36,7 +36,8 @@ OWN = {
     "--beside", "--port", "--open", "--export", "--rows",  # view
     "--price-per-hour", "--probe-tokens",  # estimate
     "--public", "--allow-secrets", "--skip", "--closed-teacher", "--teacher-license", "--language",  # push
-    "--columns", "--link", "--by", "--num-rows", "--watch",  # export, merge, split, ...
+    "--tag", "--while", "--every", "--with-hidden",  # push
+    "--columns", "--link", "--by", "--num-rows", "--watch", "--hidden", "--seq-length",  # export, merge, split, ...
 }  # fmt: skip
 FORMAT_OF_OUTPUT = {
     "info", "sql", "status", "verify", "audit", "evaluate", "plan show", "plan compare", "export", "estimate", "advise",
