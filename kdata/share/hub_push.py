@@ -123,9 +123,10 @@ def _commit_of_tag(api: Any, name: str, tag: str) -> str | None:
 
 @contextmanager
 def _errors(name: str) -> Iterator[None]:
+    failures: tuple[type[BaseException], ...] = (*hub_errors(), RuntimeError)  # the latter where an upload breaks off
     try:
         yield
-    except (*hub_errors(), RuntimeError) as error:  # the client raises RuntimeError where an upload breaks off
+    except failures as error:
         code = getattr(getattr(error, "response", None), "status_code", None)
         if code == _WRITTEN_BY_ANOTHER:
             raise StorageError(
