@@ -82,7 +82,7 @@ METHODS: dict[str, type[Step]] = {
     "olmix": Olmix,
     "cap": Cap,
 }
-DEFAULT = "difference"
+DEFAULT = "all"  # what won in our evidence: every row that passes the conditions of hygiene (`where`)
 
 
 def _with_method(values: Any) -> Any:
@@ -101,6 +101,9 @@ else:  # for pydantic: the settings of any method, told apart by `method`
 def parse_step(values: dict[str, Any], where: str = "select settings") -> Step:
     """The settings of a method from a mapping with `method`. Raises ConfigError naming keys, values and the nearest key."""
     method = values.get("method", DEFAULT)
+    for key in values.keys() - All.model_fields.keys() if "method" not in values else ():
+        if takers := [name for name, one in METHODS.items() if key in one.model_fields]:
+            raise ConfigError(f"{where}: {key} needs a method that takes it: add one of {', '.join(takers)} as method")
     if method not in METHODS:
         known = ", ".join(repr(name) for name in METHODS)
         raise ConfigError(

@@ -144,7 +144,7 @@ def select(
         str | None,
         typer.Option(
             metavar="METHOD",
-            help=f"One of {', '.join(METHODS)}. [default: {DEFAULT}; with --sql: sql; with --positions: all]",
+            help=f"One of {', '.join(METHODS)}. [default: {DEFAULT}; with --sql: sql]",
         ),
     ] = None,
     parent: Annotated[str | None, option("parent", Step, metavar="PLAN")] = None,
@@ -211,7 +211,7 @@ def select(
     }  # fmt: skip
     chosen_rule = {key: value for key, value in rule.items() if value is not None}
     values = {
-        "method": method or ("sql" if sql else "all" if chosen_rule else None), "positions": chosen_rule or None,
+        "method": method or ("sql" if sql else None), "positions": chosen_rule or None,
         "parent": parent, "name": name, "where": where or None, "share": share, "by_domain": by_domain,
         "score": score, "sql": sql, "weights": None if weights is None else weights_of(weights), "temperature": temperature,
         "size": size, "count_by": count_by, "max_repeats": max_repeats, "take": take, "seed": seed,

@@ -182,7 +182,7 @@ def test_an_old_copy_on_a_machine_is_refused(tasks: RayTasks, tmp_path: Path) ->
 
 def test_the_commands_take_the_engine(tasks: RayTasks, tmp_path: Path) -> None:
     data = scored(tmp_path / "data")
-    for words in (["hygiene", "--checks", "duplicates"], ["select", "--share", "0.5"]):
+    for words in (["hygiene", "--checks", "duplicates"], ["select", "--method", "difference", "--share", "0.5"]):
         command = [words[0], str(data.path), *words[1:], "--engine", "ray"]
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output

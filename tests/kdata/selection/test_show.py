@@ -128,7 +128,8 @@ def test_the_commands(dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytes
         return done.output
 
     root = dataset.path
-    assert "plan difference: 5 rows" in call("select", root)
+    assert "plan all: 10 rows" in call("select", root), "the default"
+    assert "plan difference: 5 rows" in call("select", root, "--method", "difference")
     call("select", root, "--method", "static", "--parent", "difference", "--weights", "code=0,prose=1", "--count-by",
          "sequences", "--size", 8, "--max-repeats", 2, "--name", "mixed", "--threads", 1, "--memory", "1GB")  # fmt: skip
     call(

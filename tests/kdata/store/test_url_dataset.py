@@ -215,7 +215,7 @@ def test_the_commands_take_a_url(dataset: kdata.Dataset, served: Files) -> None:
         app, ["sql", url, "select count(*) as n from rows join scores.ref using (id)", "--format", "json"]
     )
     assert shown.stdout.strip() == '[{"n": 6000}]', shown.exception
-    done = runner.invoke(app, ["select", url, "--share", "0.1"])
+    done = runner.invoke(app, ["select", url, "--method", "difference", "--share", "0.1"])
     assert done.exit_code == 0 and "plan difference: 600 rows" in done.output
     assert {path.split("/")[1] for path, _, _ in served.sent} == {"dataset.json", "manifest.jsonl", "index", "scores"}
     before = digests(dataset.path)

@@ -40,7 +40,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, llama_dir: Path) -> Path:
     assert "1 rows" in out
     assert "11 rows" in call("capture", root, *teacher, "--corpus", corpus, "--set", "unit_tokens=100")
     assert "covers 11 rows" in call("score", root, "--model", llama_dir)
-    assert "6 rows" in call("select", root, "--share", "0.5").replace("plan difference: ", "")
+    assert "6 rows" in call("select", root, "--method", "difference", "--share", "0.5").replace("plan difference: ", "")
     return root
 
 
@@ -116,7 +116,11 @@ def test_chats_are_captured_and_continued_by_the_commands(tmp_path: Path) -> Non
             "did you mean 'dtype'",
         ),
         (["select", "{dataset}", "--method", "differenc"], "method: Input should be"),
-        (["select", "{dataset}", "--score", "nobody"], "no score 'nobody'"),
+        (["select", "{dataset}", "--method", "difference", "--score", "nobody"], "no score 'nobody'"),
+        (
+            ["select", "{dataset}", "--share", "0.5"],
+            "share needs a method that takes it: add one of difference, random",
+        ),
         (["push", "{dataset}", "{dataset}"], "not an empty folder"),
     ],
 )
