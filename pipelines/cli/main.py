@@ -85,7 +85,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "exposure": Entry("check:exposure", "Measure how far models give planted secrets away."),
     },
     "Share": {
-        "push": Entry("share:push", "Copy a dataset to a folder or to the Hub."),
+        "push": Entry("share:push", "Copy a dataset to a folder, to the Hub or to another URL."),
         "pull": Entry("share:pull", "Bring a dataset from the Hub or a URL, or rows of it."),
         "diff": Entry("share:diff", "Show what differs between two datasets or versions."),
         "export": Entry("share:export", "Write a dataset in another tool's format."),

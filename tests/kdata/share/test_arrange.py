@@ -176,7 +176,6 @@ def test_inputs_may_be_at_a_url_and_outputs_may_not(
         lambda: split(local, Path("s3://bucket/d"), by="domain"),  # a Path has one slash less
         lambda: merge(list(parts.values()), "s3://bucket/d"),
         lambda: export_dataset(local, "s3://bucket/rows.parquet", "plain"),
-        lambda: import_dataset("s3://bucket/rows", tmp_path / "d", ImportConfig(format="plain")),
         lambda: import_dataset(tmp_path / "rows.parquet", "s3://bucket/d", ImportConfig(format="plain")),
     ):
         with pytest.raises(ConfigError, match=r"^s3:/.* is a URL, and this needs a local path: [^\n]+$"):

@@ -120,9 +120,9 @@ def test_a_card_is_not_written_under_a_writer(inputs: Path, tmp_path: Path) -> N
 def test_two_splits_to_one_target(inputs: Path, tmp_path: Path) -> None:
     """The first goes on undisturbed while the second is refused."""
     code = (
-        "import sys, kdata, kdata.share.arrange as arrange\nreal = arrange._write_rows\n"
+        "import sys, kdata, kdata.share.arrange as arrange\nreal = arrange.write_rows\n"
         "def slow(*arguments):\n    print('writing', flush=True)\n    sys.stdin.readline()\n    real(*arguments)\n"
-        "arrange._write_rows = slow\narrange.split(kdata.open(sys.argv[1]), sys.argv[2], by='domain')\n"
+        "arrange.write_rows = slow\narrange.split(kdata.open(sys.argv[1]), sys.argv[2], by='domain')\n"
     )
     first = subprocess.Popen(
         [sys.executable, "-c", code, str(inputs / "d"), str(tmp_path / "t")],

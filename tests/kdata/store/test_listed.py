@@ -280,7 +280,7 @@ def test_stray_files_change_no_answer_are_named_and_are_not_shared(root: Path, t
     assert {problem.path for problem in problems} == shown and len(problems) == len(shown)
     assert all(problem.stray and "belongs to nothing" in problem.what for problem in problems)
     push(kdata.open(root), str(tmp_path / "shared"))
-    assert set(digests(tmp_path / "shared")) == {*clean, "README.md"}
+    assert set(digests(tmp_path / "shared")) == {*clean, "README.md", "audit.json", "croissant.json"}
     result = CliRunner().invoke(app, ["verify", str(root)])
     assert result.exit_code == 1 and all(name in str(result.exception) for name in shown)
     assert "is whole, but holds files that are no part of it" in str(result.exception)
