@@ -211,7 +211,9 @@ def test_a_list_of_a_config_that_is_as_long_as_it_has_layers_stays_where_it_is_n
     assert part.config.eos_token_id == [1, 2, 3]
     assert part.config.layer_types == ["full_attention"] * 2
     experts = Qwen3MoeConfig(**sizes, num_hidden_layers=3, moe_intermediate_size=8, num_experts=2, mlp_only_layers=[1])
-    with pytest.raises(ConfigError, match=r"mlp_only_layers of the model's config names layers by their numbers \(\[1\]\)"):
+    with pytest.raises(
+        ConfigError, match=r"mlp_only_layers of the model's config names layers by their numbers \(\[1\]\)"
+    ):
         prune_layers(Qwen3MoeForCausalLM(experts), 2)
 
 
