@@ -229,8 +229,7 @@ def _refuse_a_plan_that_changes_nothing(dataset: Dataset, config: SoftenConfig, 
     """What `SoftenConfig` cannot see: how likely the positions of a plan are private."""
     if chosen is None or config.temperature_rise > 0 or config.noise > 0:
         return
-    says_nothing = chosen.weights is None
-    likeliest = config.likelihood if says_nothing else float(chosen.weights.max(initial=0))
+    likeliest = config.likelihood if chosen.weights is None else float(chosen.weights.max(initial=0))
     if config.patterns:
         likeliest = max(likeliest, config.likelihood)
     if likeliest <= config.drop_above:
