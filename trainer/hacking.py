@@ -29,6 +29,8 @@ import kdata
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.format.schema import TeacherInfo
 from kdata.selection.plan import open_plan
+from kdata.store.hub import hub_errors
+from kdata.store.pretrained import weights_digest
 from kdata.trainer.checkpoint import step_folders
 from kdata.trainer.config import MODELS, EvaluateConfig, TrainResult
 from kdata.trainer.evaluate import evaluate, run_beside
@@ -65,7 +67,7 @@ def hacking(
         ConfigError: the run has several phases and `trained_on` is given, or the oracle's dataset is the held-out one.
         DataError: there is no oracle, and the teacher wrote the held-out text.
         MismatchError: the oracle's rows are not those of the held-out set, `trained_on` is not what was trained on, or its
-            teacher is not that of the held-out set.
+            teacher is not that of the held-out set (compared by weights, wherever they are read from).
         Others: as `evaluate`.
     """
     result, folders = _models_of(run)
@@ -193,7 +195,7 @@ def _check_heldout(heldout: kdata.Dataset, oracle: kdata.Dataset | None) -> None
 
 def _check_teacher(heldout: kdata.Dataset, trained_on: kdata.Dataset) -> None:
     theirs, ours = heldout.info.teacher, trained_on.info.teacher
-    if _who(theirs) != _who(ours):
+    if not _is_same(theirs, ours):
         raise MismatchError(
             f"{heldout.place} holds the beliefs of {theirs.model} ({theirs.weights_hash or theirs.revision}), and the run "
             f"learned from those of {ours.model} ({ours.weights_hash or ours.revision}), so KL to the former is no proxy; "
@@ -201,10 +203,32 @@ def _check_teacher(heldout: kdata.Dataset, trained_on: kdata.Dataset) -> None:
         )
 
 
-def _who(teacher: TeacherInfo) -> tuple[str | None, ...]:
-    """What tells models apart; by name where there is nothing else, as of data of another tool."""
-    known = teacher.weights_hash, teacher.revision, teacher.lora_hash
-    return known if any(known) else (teacher.model,)
+def _is_same(one: TeacherInfo, other: TeacherInfo) -> bool:
+    """Whether two teachers are one model; by name where nothing else is recorded, as of data of another tool.
+
+    A folder is known by a digest of its files and a model of the Hub by its commit. Where there is one of each, the files of
+    the commit decide, if they are on this machine.
+    """
+    if one.lora_hash != other.lora_hash:
+        return False
+    if bool(one.weights_hash) != bool(other.weights_hash) and (one.revision or other.revision):
+        return _digest_of(one) == _digest_of(other)
+    if one.weights_hash or one.revision or other.weights_hash or other.revision:
+        return (one.weights_hash, one.revision) == (other.weights_hash, other.revision)
+    return one.model == other.model
+
+
+def _digest_of(teacher: TeacherInfo) -> str | None:
+    """`weights_digest` of a teacher; None where its files are those of the Hub and not on this machine."""
+    if teacher.weights_hash is not None:
+        return teacher.weights_hash
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(teacher.model, revision=teacher.revision, local_files_only=True)
+    except hub_errors():
+        return None
+    return weights_digest(Path(folder))
 
 
 def _data(result: TrainResult, dataset: kdata.Dataset) -> dict[str, Any]:

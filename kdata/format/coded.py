@@ -103,7 +103,9 @@ def encode_tail(log_tail_T: np.ndarray, num_exact_T: np.ndarray) -> np.ndarray:
     mass_T = np.exp(log_tail_T.astype(np.float64))
     codes_T = np.searchsorted(_TAIL_BORDERS, mass_T)
     codes_T = np.where(log_tail_T > -np.inf, np.maximum(codes_T, 1), 0)
-    codes_T = np.where((num_exact_T > 0) & (log_tail_T < 0), np.minimum(codes_T, MOST - 1), codes_T)
+    codes_T = np.where(
+        num_exact_T > 0, np.minimum(codes_T, MOST - 1), codes_T
+    )  # e^-200 beside a tail of 1 is no mass of 0
     codes_T[np.isnan(log_tail_T)] = UNKNOWN
     return codes_T.astype(np.uint8)
 

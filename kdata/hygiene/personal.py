@@ -40,6 +40,8 @@ _PHONE = r"(?:\+|00)[1-9]"  # where one begins
 _INTERNATIONAL_FORM = re.compile(r"(?:\+|00)[1-9](?:[ ().\-/]{0,2}[0-9]){6,14}")
 _NATIONAL_FORM = re.compile(r"[(]?[0-9](?:[ ().\-/]{0,2}[0-9]){6,13}")
 _DIGITS = re.compile(r"[0-9]+")
+_NUMBER_BEFORE = re.compile(r"[0-9][ ().\-/]{1,2}\Z")
+_NUMBER_BEHIND = re.compile(r"[ ().\-/]{1,2}[0-9]")
 _EXAMPLES = (".example", ".invalid", ".test", ".localhost", ".example.com", ".example.org", ".example.net")
 
 # Characters of an IBAN by country, from SWIFT's registry.
@@ -266,14 +268,20 @@ def _phone_end(text: str, begin: int, end: int, region: str | None) -> int | Non
     """Where the number ends that begins at a candidate's begin: between groups, the last such place; None where none is.
 
     A last group of one or two digits behind a space is another number ("17 Uhr") where the one without it is written in
-    the groups of its country.
+    the groups of its country. Without a country code a number that stands in a longer row of numbers has to be written in
+    these groups: cut out anywhere, three years or two cells of a table are a valid number, too.
     """
     before = text[begin - 1 : begin]
     if before.isalnum() or before == "+":
         return None
     ends = [begin + match.end() for match in _DIGITS.finditer(text[begin:end])][::-1]
+    follows = region is not None and _NUMBER_BEFORE.search(text[max(begin - 3, 0) : begin])
     for number, own in enumerate(ends):
-        if _phone(text, begin, own, region) is None:
+        groups = _phone(text, begin, own, region)
+        if groups is None:
+            continue
+        in_row = follows or (region is not None and _NUMBER_BEHIND.match(text, own))
+        if in_row and groups != _groups(text[begin:own]):
             continue
         if number + 1 < len(ends):
             shorter = ends[number + 1]

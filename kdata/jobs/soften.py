@@ -207,6 +207,7 @@ def _open(dataset: Dataset, config: SoftenConfig) -> _Work:
     if unfinished:
         raise DataError(f"source {unfinished[0]!r} of {dataset.path} is not complete; finish it first")
     chosen = None if config.plan is None else _chosen(dataset, config.plan)
+    _refuse_a_plan_that_changes_nothing(dataset, config, chosen)
     _refuse_patterns_without_a_match(dataset, config.patterns)
     return _Work(dataset, config, chosen, _key(config))
 
@@ -222,6 +223,21 @@ def _chosen(dataset: Dataset, name: str) -> ChosenPositions:
             f"plan {name!r} has a weight of {chosen.weights.max():g}, and a likelihood is at most 1; divide the weights"
         )
     return chosen
+
+
+def _refuse_a_plan_that_changes_nothing(dataset: Dataset, config: SoftenConfig, chosen: ChosenPositions | None) -> None:
+    """What `SoftenConfig` cannot see: how likely the positions of a plan are private."""
+    if chosen is None or config.temperature_rise > 0 or config.noise > 0:
+        return
+    likeliest = config.likelihood if chosen.weights is None else float(chosen.weights.max(initial=0))
+    if config.patterns:
+        likeliest = max(likeliest, config.likelihood)
+    if likeliest <= config.drop_above:
+        raise ConfigError(
+            f"temperature_rise 0 and noise 0 soften nothing, and plan {config.plan!r} of {dataset.path} drops nothing: its "
+            f"likelihoods are at most {likeliest:g}, and drop_above is {config.drop_above:g}; raise one of the former, or "
+            "lower drop_above"
+        )
 
 
 def _refuse_patterns_without_a_match(dataset: Dataset, patterns: list[str]) -> None:

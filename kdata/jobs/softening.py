@@ -10,6 +10,8 @@ Only its abstract was at hand, so the map and the law of the noise are our defau
                                                   the vocabulary), summed over the rest
     s > drop_above                                the position is no target any more, and nothing of it is stored
 
+With c and lam both 0 the other positions stay as they are.
+
 The sum of p^(1/tau) over the rest is not known. The formula is that of R equal probabilities, the largest that it can be
 (p^(1/tau) is concave), so the rest never gets less than softmax(z / tau) would give it. Noise over the stored entries alone
 would give the mass back to a secret that is the only one.
@@ -78,8 +80,9 @@ def soften_sequences(
     s_T = np.where(sequences.target_mask, likelihood_T.astype(np.float64), 0.0)
     rest_T = np.exp(sequences.log_tail.astype(np.float64))
     fits_T = (num_exact_T > 0) & (rest_T > 0) & ((num_drawn_T > 0) | (not draws))
-    dropped_T = (s_T > law.drop_above) | ((s_T > 0) & ~fits_T)
-    soft_T = (s_T > 0) & ~dropped_T
+    to_soften_T = (s_T > 0) & (law.temperature_rise > 0 or law.noise > 0)
+    dropped_T = (s_T > law.drop_above) | (to_soften_T & ~fits_T)
+    soft_T = to_soften_T & ~dropped_T
 
     is_draw_N = draw_mask(num_exact_T, num_drawn_T)
     place_N = np.repeat(np.arange(len(s_T)), num_kept_T)

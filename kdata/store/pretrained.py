@@ -1,7 +1,8 @@
-"""One boundary around the libraries that read a model's files: whatever they raise becomes an error that names the files."""
+"""A model's files: their digest, and one boundary around the libraries that read them, whose errors then name the files."""
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,16 @@ from kdata.format.json_text import MAX_DOCUMENT_BYTES, parse_object
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its kind where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the config and the weights of a model folder: the same wherever the folder is."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.iterdir() if p.name == "config.json" or p.suffix == ".safetensors"):
+        digest.update(file.name.encode() + b"\0")
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -226,6 +226,15 @@ def shard_tables(
     entries, stored = codecs.to_columns(kept, tail, offsets, info.codec)
     comparison = codecs.compare(kept, stored, info.codec)
     error = comparison.error
+    if error is not None and not np.isfinite([error.max_nats, error.kl_nats]).all():
+        own = np.flatnonzero(~np.isfinite(stored.logprobs[~stored.is_draw]))[0]
+        place = int(np.searchsorted(np.cumsum(stored.num_exact), own, side="right"))
+        row = int(np.searchsorted(offsets, place, side="right")) - 1
+        raise DataError(
+            f"{ids[row]}: the exact entries of token {place - offsets[row]} have too little mass to be stored beside a tail "
+            f"of {np.exp(np.float64(tail[place])):.17g}, by codec {info.codec.id} {info.codec.version}; keep a likelier "
+            "entry there, or none"
+        )
     if info.codec.id != "verbatim":
         _check_mass(comparison.true_mass, offsets, ids)
     if error is not None and error.max_sum > 1.0 and info.codec.id != "verbatim":

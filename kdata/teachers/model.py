@@ -15,7 +15,7 @@ from kdata.format.schema import TokenizerInfo
 from kdata.store.checkpoint_kind import refuse_other_kind
 from kdata.store.gguf import begin_with_bos, gguf_identity, is_gguf, model_folder
 from kdata.store.hub import hub_errors
-from kdata.store.pretrained import model_files
+from kdata.store.pretrained import model_files, weights_digest
 from kdata.store.tokens import tokenizer_hash
 from kdata.teachers.config import TeacherConfig
 
@@ -140,12 +140,7 @@ def model_identity(config: TeacherConfig) -> tuple[str, str | None, str | None]:
         return name, None, file_digest
     if not path.is_dir():
         return config.model, _hub_commit(config), None
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.iterdir() if p.name == "config.json" or p.suffix == ".safetensors"):
-        digest.update(file.name.encode() + b"\0")
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return path.resolve().name, None, digest.hexdigest()
+    return path.resolve().name, None, weights_digest(path)
 
 
 def _hub_commit(config: TeacherConfig) -> str:

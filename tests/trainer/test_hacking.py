@@ -17,9 +17,10 @@ from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.pipelines.cli.main import app
 from kdata.pipelines.cli.train import course_words
 from kdata.selection.ranked import Random
+from kdata.store.pretrained import weights_digest
 from kdata.trainer.config import CheckpointStudent, LoraConfig, PhaseConfig, ScratchStudent, TrainConfig
 from kdata.trainer.evaluate import evaluate
-from kdata.trainer.hacking import fit_power_law, hacking, verdict
+from kdata.trainer.hacking import _check_teacher, fit_power_law, hacking, verdict
 from kdata.trainer.train import train
 from tests.fakes import run_generate
 from tests.trainer.datasets import VOCAB, make_dataset
@@ -239,6 +240,29 @@ def test_bad_input_is_refused(
     run_generate(tmp_path / "written", corpus_file, tokenizer_dir)
     with pytest.raises(DataError, match="the teacher wrote the text"):
         hacking(run, tmp_path / "written")
+
+
+def test_a_teacher_from_the_hub_and_its_copy_in_a_folder_are_one(
+    run: Path, data: dict[str, kdata.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the commit's files are in the Hub's cache. The run's teacher is a folder, the held-out set's a commit."""
+    commit = "c" * 40
+    snapshot = tmp_path / "hub" / "models--owner--chain" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    heldout = {"model": "owner/chain", "revision": commit, "weights_hash": None}
+    from_hub = make_dataset(tmp_path / "hub-heldout", LENGTHS[:8], kept=VOCAB, seed=1, teacher=heldout)
+    here = weights_digest(shutil.copytree(snapshot, tmp_path / "chain"))
+    copied = make_dataset(tmp_path / "copied", LENGTHS[:8], kept=VOCAB, seed=1, teacher={"weights_hash": here})
+    _check_teacher(from_hub, copied)
+    _check_teacher(copied, from_hub)
+    with pytest.raises(MismatchError, match="beliefs of owner/chain"):
+        hacking(run, from_hub.path, trained_on=data["train"].path)
+    shutil.rmtree(snapshot)
+    with pytest.raises(MismatchError, match="beliefs of owner/chain"):
+        _check_teacher(from_hub, copied)
 
 
 def test_the_command(run: Path, data: dict[str, kdata.Dataset], tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_tails_are_off_by_at_most_what_is_said(logs: list[float], exact: bool) -
         kept = -np.expm1(tail.astype(np.float64))  # the exact entries
         some = (kept < 0.0101) & (kept > 2.0**-16)
         assert (np.abs((1 - read) - kept)[some] <= 0.0911 * kept[some] + 1e-12).all()
-        assert (1 - read[tail < 0] >= 2.0**-16 - 1e-12).all()
+        assert (1 - read >= 2.0**-16 - 1e-12).all()
 
 
 def test_a_tail_that_is_off_costs_little_wherever_it_is() -> None:
@@ -82,7 +82,7 @@ def test_what_is_special_stays_special() -> None:
     none, one = np.zeros(3, int), np.ones(3, int)
     tail = np.array([np.nan, 0.0, -np.inf], np.float32)
     assert coded.encode_tail(tail, none).tolist() == [254, 253, 0]
-    assert coded.encode_tail(tail, one).tolist() == [254, 253, 0]
+    assert coded.encode_tail(tail, one).tolist() == [254, 252, 0], "exact entries have a mass"
     np.testing.assert_array_equal(coded.round_tail(tail, none), tail)
     assert coded.encode_whole(np.array([0, 253, 254, 70_000, -1])).tolist() == [0, 253, 255, 255, 255]
 

@@ -209,6 +209,24 @@ def test_numbers_of_a_region_need_no_country_code() -> None:
     assert [span[1:] for span in two] == [(0, 14), (15, 29)]
 
 
+@pytest.mark.parametrize(
+    ("region", "text", "found"),
+    [
+        ("DE", "2019 2020 2021 2022 2023 2024 2025", []),
+        ("DE", "1234 5678 9012 3456 7890 1234 5678 9012", []),
+        ("DE", "7 06131 90 18 20 3 4 5 6 7 8 9 1 2 3", []),
+        ("DE", "030 901820 040 123456", ["030 901820", "040 123456"]),
+        ("US", "212-736-5000 10 20 30 40 50 60 70 80 90 11 12", ["212-736-5000"]),
+        ("US", "212 7365 000 10 20 30 40 50 60 70 80 90 11 12", []),
+        ("US", "212 7365 000", ["212 7365 000"]),
+    ],
+)
+def test_in_a_row_of_numbers_a_number_of_a_region_has_its_country_s_groups(
+    region: str, text: str, found: list[str]
+) -> None:
+    assert [text[span.start : span.end] for span in personal_of(text, region)] == found
+
+
 @given(st.text(st.sampled_from("a1@.:+- (DEé/\x00\n47"), max_size=80))
 def test_spans_are_in_order_and_do_not_overlap(text: str) -> None:
     spans = personal_of(text, "US")

@@ -172,7 +172,9 @@ def test_scoring_moves_within_a_shard(captured: Path, tasks: list[Task], monkeyp
     with Task("score", dataset.num_tokens, "tokens") as task:
         task.plan(0, dataset.manifest[0].tokens, dataset.manifest[0].tokens)
         count: Any = scoring.UnitCounter(lambda tokens: task.under_way(0, tokens))
-        scoring._score_shard(dataset, 0, dataset.manifest[0], teacher, count, scoring.ScoreConfig(model={"model": "m"}).columns)
+        scoring._score_shard(
+            dataset, 0, dataset.manifest[0], teacher, count, scoring.ScoreConfig(model={"model": "m"}).columns
+        )
         assert [seen[0] for seen in teacher.seen] == np.cumsum(np.diff(dataset.shard(0).offsets)).tolist()
         task.advance(dataset.manifest[0].tokens, part=0)
         assert task.figures.progress == (dataset.manifest[0].tokens, dataset.num_tokens)

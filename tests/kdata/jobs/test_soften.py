@@ -213,6 +213,16 @@ def test_a_plan_says_how_likely_each_position_is_private(sources: dict[str, kdat
     half = query.replace("0.95", "3.0")
     kdata.select(source, All(name="wrong", positions=SqlPositions(sql=half)))
     kdata.select(source, All(name="rows_only"))
+    nothing = {"temperature_rise": 0, "noise": 0}
+    only_drops, dropped = soften(tmp_path / "drops", source, SoftenConfig(plan="private", **nothing))
+    assert dropped.dropped == rows and dropped.softened == 0
+    for row in range(rows):
+        before, after = source.take(np.array([row])), only_drops.take(np.array([row]))
+        np.testing.assert_array_equal(after.rank[2:], before.rank[2:])
+        np.testing.assert_array_equal(after.entropy[2:], before.entropy[2:])
+        np.testing.assert_array_equal(after.num_kept[2:], before.num_kept[2:])
+    with pytest.raises(ConfigError, match=r"drops nothing: its likelihoods are at most 0\.95"):
+        soften(tmp_path / "no", source, SoftenConfig(plan="private", drop_above=0.95, **nothing))
     with pytest.raises(DataError, match="a weight of 3"):
         soften(tmp_path / "no", source, SoftenConfig(plan="wrong"))
     with pytest.raises(ConfigError, match="chooses rows and no positions"):

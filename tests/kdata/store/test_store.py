@@ -93,6 +93,34 @@ def test_what_is_written_is_read(codec: str, units: list[list[int]], seed: int) 
         assert_is_one_by_one(dataset, order)
 
 
+def unlikely(nats: float) -> Record:
+    """A record whose only exact entry at each position has a log-probability of -nats; the tail has all the rest."""
+    own = record("r", [1, 2, 3], k=1)
+    kept = replace(own.kept, logprobs=np.full(2, -nats, np.float32))
+    tail = np.append(np.float32(np.nan), np.full(2, np.log1p(-np.exp(-nats)), np.float32))
+    return replace(own, kept=kept, log_tail=tail)
+
+
+@given(st.floats(1, 490))
+def test_entries_of_next_to_no_mass_have_a_finite_error_and_are_read_again(nats: float) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = write(Path(folder) / "dataset", [[unlikely(nats)]])
+        error = dataset.manifest[0].codec_error
+        assert error is not None and np.isfinite([error.mean_nats, error.max_nats, error.kl_nats]).all()
+        assert error.kl_nats < 1e-4, "a mass of 2^-16 in place of none"
+        assert np.isfinite(dataset.take(np.array([0])).entry_logprobs).all()
+
+
+def test_an_older_version_refuses_entries_that_its_tail_cannot_be_told_from(tmp_path: Path) -> None:
+    info = identity().model_copy(
+        update={"codec": CodecInfo(id="packed", version=1, kind="topk", parameters={"k": 1, "id_bytes": 2})}
+    )
+    with Writer(tmp_path / "dataset", info, "capture", SOURCE) as writer:
+        writer.commit(UnitResult(0, [replace(unlikely(20), id="fits")]))
+        with pytest.raises(DataError, match="r: the exact entries of token 1 have too little mass"):
+            writer.commit(UnitResult(1, [unlikely(90)]))
+
+
 def same_numbers(dataset: kdata.Dataset, got: Any, expected: Any) -> None:
     """Compare what may be rounded, each to the bound that its codec states."""
     if not dataset.info.codec.is_coded:
