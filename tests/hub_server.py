@@ -25,7 +25,7 @@ import pytest
 
 ERRORS = {
     "RevisionNotFound": 404, "EntryNotFound": 404, "RepoNotFound": 404, "GatedRepo": 403, "Forbidden": 403,
-    "NoToken": 401, "Exists": 409, "Stale": 412,
+    "NoToken": 401, "Exists": 409, "Stale": 412, "Bad": 400, "Failed": 500,
 }  # fmt: skip
 LFS_BYTES = 1000  # files from this size on are LFS objects
 
@@ -37,7 +37,8 @@ class HubServer:
     half is sent. me/gated refuses everybody.
 
     `received` has path or digest, and number of bytes, of each file that came; `breaks_after`: the connection breaks at the
-    upload after so many. `token`: the only one with which something may be written, in me/.
+    upload after so many. `token`: the only one with which something may be written, in me/. `refuses`: part of a path, and
+    the name of the error that is the answer there. `is_full`: no large file is taken.
     """
 
     def __init__(self) -> None:
@@ -47,6 +48,8 @@ class HubServer:
         self.cut = re.compile("(?!)")
         self.received: list[tuple[str, int]] = []
         self.breaks_after: int | None = None
+        self.refuses: dict[str, str] = {}
+        self.is_full = False
         self.token = "hf_" + "w" * 34
         self.meanwhile = lambda: None  # called before each commit, as what somebody else does then
         self._objects: dict[str, bytes] = {}
@@ -84,7 +87,7 @@ class HubServer:
 
     def in_process(self, patch: pytest.MonkeyPatch, cache: Path) -> None:
         """Let the client of this process ask this server, with its token."""
-        import huggingface_hub
+        import huggingface_hub.constants
 
         patch.setattr(huggingface_hub.constants, "ENDPOINT", self.url)
         patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
@@ -95,7 +98,14 @@ class HubServer:
     def environment(self, cache: Path) -> dict[str, str]:
         """For a process that reads it, with an own cache."""
         own = {"HF_ENDPOINT": self.url, "HF_HOME": str(cache / "hf"), "KDATA_CACHE": str(cache / "kdata")}
-        return {**os.environ, **own, "COLUMNS": "300", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
+        return {
+            **os.environ,
+            **own,
+            "COLUMNS": "300",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
 
     def push(self, folder: Path, commit: str, *names: str) -> None:
         """Make a folder the content of a commit, which branches and tags then stand for."""
@@ -151,6 +161,8 @@ class HubServer:
             return {"errors": [], "warnings": []}
         if request.headers.get("Authorization") != f"Bearer {self.token}":
             return "NoToken"
+        if refused := [error for part, error in self.refuses.items() if part in path]:
+            return refused[0]
         if path == "/api/repos/create":
             asked = json.loads(body)
             if (asked.get("organization"), asked["name"]) != ("me", "logits"):
@@ -182,6 +194,8 @@ class HubServer:
         return {"commitOid": commit, "commitUrl": f"{self.url}/datasets/me/logits/commit/{commit}"}
 
     def _wanted(self, one: dict[str, Any]) -> dict[str, Any]:
+        if self.is_full:
+            return {**one, "error": {"code": 507, "message": "no storage left\nsee the page of prices"}}
         upload = {"actions": {"upload": {"href": f"{self.url}/objects/{one['oid']}"}}}
         return {**one, **({} if one["oid"] in self._objects else upload)}
 

@@ -51,7 +51,7 @@ def push_while_written(
         if time.monotonic() - last >= every_sec and (state := _state(place)) is not None:
             dataset, own = state
             if len(dataset.manifest) > shards:
-                publish(dataset, destination, public=public, about=about, own=own)
+                publish(dataset, destination, public=public, about=about, tag=tag, own=own, is_last=False)
                 shards, last = len(dataset.manifest), time.monotonic()
                 sent(dataset)
         time.sleep(min(POLL_SEC, every_sec))

@@ -11,6 +11,7 @@ from typing import Any
 
 from kdata.check.verify import FOLDERS
 from kdata.errors import ConfigError, DependencyError, StorageError
+from kdata.format.files import file_info
 from kdata.store.hub import hub_errors
 
 TAG = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,62}[A-Za-z0-9])?")  # our default: what any version is called
@@ -26,6 +27,25 @@ def refuse_tag(tag: str | None) -> None:
         )
 
 
+def refuse_without_right_to_ask(name: str) -> None:
+    """Raise ConfigError where the Hub takes no such name or there is no token, and DependencyError without its client.
+
+    Nothing is asked of the Hub: this comes before a dataset is read.
+    """
+    try:
+        from huggingface_hub import get_token
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public in its documentation
+    except ModuleNotFoundError as error:
+        raise DependencyError("sharing on the Hub needs huggingface_hub: pip install 'kdata[hub]'") from error
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(f"the Hub takes no such name: {_one_line(str(error))}") from error
+    if get_token() is None:
+        raise ConfigError("the Hub needs a token: set HF_TOKEN, or run `hf auth login`")
+
+
 def push_to_hub(
     name: str,
     files: Mapping[str, Path | bytes],
@@ -34,6 +54,7 @@ def push_to_hub(
     message: str,
     public: bool,
     tag: str | None,
+    is_last: bool = True,
 ) -> tuple[str, int]:
     """Make `files` the dataset in a repository, in one commit; with nothing to change there is none.
 
@@ -47,19 +68,17 @@ def push_to_hub(
         sha256: digests of some of the files, in hexadecimal; the others are read.
         public: whether a new repository is public.
         tag: a name for the commit.
+        is_last: False: the tag is for a later commit, and now it is only refused where it stands for another one.
     Returns:
         Its address, and how many files were sent.
     Raises:
-        ConfigError: there is no token, or the tag stands for another commit.
+        ConfigError: there is no token, the name is none, or the tag stands for another commit.
         DependencyError: the Hub's client is not installed.
         StorageError: the Hub refused, cannot be reached, or somebody else pushed meanwhile.
     """
-    try:
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-    except ModuleNotFoundError as error:
-        raise DependencyError("sharing on the Hub needs huggingface_hub: pip install 'kdata[hub]'") from error
-    if get_token() is None:
-        raise ConfigError("the Hub needs a token: set HF_TOKEN, or run `hf auth login`")
+    refuse_without_right_to_ask(name)
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
     api = HfApi()
     with _errors(name):
         url = str(api.create_repo(name, repo_type="dataset", private=not public, exist_ok=True))
@@ -83,7 +102,7 @@ def push_to_hub(
                 name, operations, commit_message=message, repo_type="dataset", parent_commit=commit
             )
             commit = made.oid
-        if tag and tagged is None:
+        if tag and tagged is None and is_last:
             api.create_tag(name, tag=tag, revision=commit, repo_type="dataset")
     return url, len(changed)
 
@@ -109,6 +128,8 @@ def _is_there(there: tuple[str, str] | None, content: Path | bytes, sha256: str 
     kind, digest = there
     if kind == "sha256" and sha256 is not None:
         return digest == sha256
+    if kind == "sha256" and isinstance(content, Path):
+        return digest == file_info(content).sha256
     data = content if isinstance(content, bytes) else content.read_bytes()
     if kind == "sha256":
         return digest == hashlib.sha256(data).hexdigest()
@@ -123,7 +144,8 @@ def _commit_of_tag(api: Any, name: str, tag: str) -> str | None:
 
 @contextmanager
 def _errors(name: str) -> Iterator[None]:
-    failures: tuple[type[BaseException], ...] = (*hub_errors(), RuntimeError)  # the latter where an upload breaks off
+    # RuntimeError where an upload breaks off, ValueError where the store of large files refuses one.
+    failures: tuple[type[BaseException], ...] = (*hub_errors(), RuntimeError, ValueError)
     try:
         yield
     except failures as error:
@@ -137,8 +159,21 @@ def _errors(name: str) -> Iterator[None]:
                 f"the Hub does not let this token write to {name} ({code}); set HF_TOKEN to one that has the right to, or "
                 "name a repository of your own"
             ) from error
-        cause = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
         raise StorageError(
-            f"the Hub refused {name}: {cause}; check HF_TOKEN, the name and the network, then run the same command: what "
-            "was sent is not sent again"
+            f"the Hub refused {name}: {_cause(error)}; check HF_TOKEN, the name and the network, then run the same command: "
+            "what was sent is not sent again"
         ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """What the Hub says, or else what became of the connection, in one line: the client's text has several."""
+    if said := getattr(error, "server_message", None):
+        return _one_line(said)
+    lines = [
+        str(one).strip().splitlines() or [type(one).__name__] for one in (error, error.__cause__) if one is not None
+    ]
+    return " ".join(lines[0]) if len(lines) == 1 else f"{lines[0][0]} ({lines[1][0]})"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -12,7 +12,7 @@ from kdata.errors import ConfigError, CorruptError, StorageError
 from kdata.format.files import inside, local_path, lock_of, without_hidden
 from kdata.share.arrange import new_folder
 from kdata.share.fitness import About
-from kdata.share.hub_push import push_to_hub, refuse_tag
+from kdata.share.hub_push import push_to_hub, refuse_tag, refuse_without_right_to_ask
 from kdata.share.publication import publication
 from kdata.share.url_push import push_to_url
 from kdata.store.dataset import Dataset
@@ -76,10 +76,10 @@ def push(
 
 
 def refuse_destination(destination: str, tag: str | None) -> None:
-    """Raise ConfigError where a name on the Hub or a tag is none, or a tag is given for another place."""
+    """Raise ConfigError where a name on the Hub or a tag is none, a tag is given for another place, or a token is missing."""
     refuse_tag(tag)
     if destination.startswith("hf:"):
-        hub_name(destination)
+        refuse_without_right_to_ask(hub_name(destination))
     elif tag is not None:
         raise ConfigError(f"--tag names a version on the Hub, and {destination} is not there; leave it out")
 
@@ -93,11 +93,13 @@ def publish(
     tag: str | None = None,
     hidden: bool = False,
     own: Mapping[str, bytes] | None = None,
+    is_last: bool = True,
 ) -> str:
     """Send a dataset that is whole to the Hub or to a URL. Arguments, errors and result as `push`.
 
     Args:
         own: content of files that may change on the disk meanwhile.
+        is_last: False: the tag is for a later state, and now it is only refused where it stands for another one.
     """
     name = hub_name(destination) if destination.startswith("hf:") else None
     if name is not None:
@@ -112,7 +114,7 @@ def publish(
         return destination
     sha256 = {path: file.sha256 for entry in dataset.manifest for path, file in entry.files.items()}
     message = f"kdata dataset {dataset.content_digest[:12]}"
-    return push_to_hub(name, files, sha256, message=message, public=public, tag=tag)[0]
+    return push_to_hub(name, files, sha256, message=message, public=public, tag=tag, is_last=is_last)[0]
 
 
 def _refuse_damaged(dataset: Dataset) -> None:

@@ -156,6 +156,8 @@ def test_a_commit_of_somebody_else_is_not_overwritten(hub: HubServer, captured: 
         ("hf_" + "r" * 34, ADDRESS, r"does not let this token write to me/logits \(401\)"),
         (None, "hf://you/logits", r"does not let this token write to you/logits \(403\)"),
         ("", ADDRESS, "the Hub needs a token: set HF_TOKEN"),
+        (None, "hf://me/a--b", "the Hub takes no such name: .*a--b"),
+        (None, "hf://me/logits.git", "the Hub takes no such name: .*logits.git"),
     ],
 )
 def test_who_may_not_write_is_told_so(
@@ -166,6 +168,40 @@ def test_who_may_not_write_is_told_so(
     with pytest.raises((StorageError, ConfigError), match=message):
         push(kdata.open(captured), address)
     assert not hub.commits
+
+
+@pytest.mark.parametrize(("token", "address"), [("", ADDRESS), (None, "hf://me/a--b")])
+def test_what_needs_no_answer_is_refused_before_the_dataset_is_read(
+    hub: HubServer, copied: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, address: str
+) -> None:
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    dataset = kdata.open(copied)
+    (copied / "index/capture-00001.parquet").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=r"needs a token|takes no such name"):
+        push(dataset, address)
+
+
+@pytest.mark.parametrize(
+    ("part", "error", "message"),
+    [
+        ("/create", "Bad", "the Hub refused me/logits: Bad; check HF_TOKEN"),
+        ("/create", "Failed", "the Hub refused me/logits: Failed; check HF_TOKEN"),
+        ("/preupload", "RepoNotFound", "the Hub refused me/logits: RepoNotFound; check HF_TOKEN"),
+        ("/batch", "Forbidden", r"the Hub does not let this token write to me/logits \(403\)"),
+        ("/commit", "Bad", "the Hub refused me/logits: Bad; check HF_TOKEN"),
+        ("", "", "the Hub refused me/logits: LFS batch API returned errors: .*no storage left see the page of prices"),
+    ],
+)
+def test_a_refusal_at_any_step_is_one_line_and_publishes_nothing(
+    hub: HubServer, captured: Path, part: str, error: str, message: str
+) -> None:
+    hub.refuses, hub.is_full = ({part: error}, False) if part else ({}, True)
+    with pytest.raises(StorageError, match=message) as raised:
+        push(kdata.open(captured), ADDRESS, tag="v1")
+    assert "\n" not in str(raised.value)
+    assert not hub.commits or set(digests(newest(hub))) == {".gitattributes"}
+    assert "v1" not in hub.refs
 
 
 # A capture that waits after each shard.
@@ -212,6 +248,61 @@ def test_each_state_that_is_pushed_while_a_capture_runs_is_whole(
     assert kdata.open(newest(hub) if place == ADDRESS else place).content_digest == whole.content_digest
     for commit in [folder for folder in hub.commits.values() if (folder / "dataset.json").exists()]:
         assert [problem for problem in verify(kdata.open(commit), deep=True) if not problem.stray] == []
+
+
+# `kdata push` as it is called.
+PUSH = "from kdata.pipelines.cli.main import main; main()"
+
+
+def push_while(hub: HubServer, dataset: Path, *options: str) -> subprocess.Popen[bytes]:
+    """`kdata push --while` in a process of its own."""
+    command = [sys.executable, "-c", PUSH, "push", str(dataset), ADDRESS, "--while", "--every", "0.1", *options]
+    environment = {**hub.environment(dataset.parent / "cache"), "HF_TOKEN": hub.token}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_at", [1, 2])
+def test_a_push_that_was_killed_goes_on_by_the_same_command(
+    hub: HubServer, tmp_path: Path, tokenizer_dir: Path, kill_at: int
+) -> None:
+    """It is killed when all files of a commit went up, and never hears of the commit that it asked for."""
+    capture = capture_slowly(tmp_path / "d", tokenizer_dir)
+    commits, pushes = list[str](), [push_while(hub, tmp_path / "d")]
+
+    def kill() -> None:
+        commits.append(hub.refs["main"])
+        if len(commits) == kill_at:
+            pushes[0].kill()
+
+    hub.meanwhile = kill
+    pushes[0].wait(120)
+    assert len(commits) == kill_at, pushes[0].communicate()
+    between = kdata.open(newest(hub))
+    assert verify(between, deep=True) == [] and 0 < len(between) < 40
+    pushes.append(push_while(hub, tmp_path / "d", "--tag", "v1"))
+    output, _ = pushes[1].communicate(timeout=120)
+    assert (capture.wait(), pushes[1].returncode) == (0, 0), output
+    assert kdata.open(newest(hub)).content_digest == kdata.open(tmp_path / "d").content_digest
+    assert hub.refs["v1"] == hub.refs["main"]
+    sent = [name for name, _ in hub.received if len(name) == 64]
+    assert len(sent) == len(set(sent)), "no large file went up twice"
+
+
+@pytest.mark.slow
+def test_a_tag_of_another_version_is_refused_before_a_capture_that_runs_is_sent(
+    hub: HubServer, captured: Path, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    push(kdata.open(captured), ADDRESS, tag="v1")
+    commit = hub.refs["main"]
+    hub.received.clear()
+    capture = capture_slowly(tmp_path / "d", tokenizer_dir)
+    with pytest.raises(ConfigError, match="the tag v1 of me/logits stands for commit"):
+        push_while_written(tmp_path / "d", ADDRESS, every_sec=0.1, tag="v1")
+    assert capture.poll() is None, "it was refused while the capture ran"
+    assert not hub.received and hub.refs["main"] == commit
+    capture.kill()
+    capture.wait()
 
 
 def test_a_reader_of_a_url_sees_a_whole_dataset_at_every_moment(
