@@ -28,6 +28,8 @@ From draws the result of the other maps holds draws, each id with the weight tha
 No id counts as exact, since ids that were not drawn may become it too. From top-k data it holds lower bounds, and the rest in
 the tail, as `kdata.jobs.average` does for ghost payloads.
 
+Chats are written anew by the student's template; what of them is compared stands in `kdata.jobs.row_tokens`.
+
 The result is an ordinary dataset with the student's tokenizer: plans, SQL, the trainer and other trainers need nothing new.
 
 Shapes: T tokens of the teacher, S of the student, N entries, P positions with entries.
@@ -35,6 +37,7 @@ Shapes: T tokens of the teacher, S of the student, N entries, P positions with e
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +47,8 @@ from pydantic import Field, model_validator
 
 from kdata.config import Strict
 from kdata.corpus.align import Alignment, align
+from kdata.corpus.chat_template import chat_encoder
+from kdata.corpus.corpus import CorpusConfig
 from kdata.corpus.encode import SpecialTokensInText, TextEncoder
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.format.keep import RANKS_VERSION, packed_version
@@ -54,6 +59,7 @@ from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_di
 from kdata.format.schema import FORMAT_VERSION, CodecInfo, DatasetInfo, SourceInfo
 from kdata.format.sequences import Sequences
 from kdata.jobs.payloads import InputSequence, goes_on, inputs_of_shard
+from kdata.jobs.row_tokens import ChatRows, Compared, RowTokens, spelled_by, without_space_before
 from kdata.jobs.token_entries import EntryMaps, by_falling_probability, bytes_before, mapped
 from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
@@ -100,6 +106,33 @@ class RetokenizeConfig(Strict):
         "that of its first token. bayesian: that of its last one.",
     )
 
+    template_options: dict[str, Any] = Field(
+        {},
+        description="Of chats: variables that the student's chat template takes, for instance enable_thinking: false.",
+    )
+    template_date: str | None = Field(
+        None, description="Of chats: YYYY-MM-DD, the day that the student's template writes where it asks for today's."
+    )
+    chat_template: str | None = Field(
+        None,
+        description="Of chats: template in place of that of the student's tokenizer, a path to a Jinja file or its text.",
+    )
+
+    def chats(self) -> CorpusConfig:
+        """How the student's template writes chats."""
+        return CorpusConfig(
+            path="-",
+            messages_column="messages",
+            template_options=self.template_options,
+            template_date=self.template_date,
+            chat_template=self.chat_template,
+        )
+
+    def template(self) -> dict[str, Any]:
+        """The same as a source records it: the text of a template that stands in a file, too."""
+        own = self.chats().own_template()
+        return {"template_options": self.template_options, "template_date": self.template_date, "chat_template": own}
+
     @model_validator(mode="after")
     def _merge_is_of_matched(self) -> RetokenizeConfig:
         if self.merge != "observed" and self.map != "matched":
@@ -113,7 +146,8 @@ class RetokenizeConfig(Strict):
 class RetokenizeReport:
     """What was counted: targets of the student, those with entries, rows, and rows that were refused; of the rows that this
     call wrote, positions whose ids were mapped, and the kept mass that has no id of the student there (sum). is_sorted: the
-    map keeps that mass as sorted probabilities."""
+    map keeps that mass as sorted probabilities. of_turns: tokens of the assistant's turns in chats, as the student's template
+    writes them; without_target: those of them that are no targets."""
 
     targets: int = 0
     kept: int = 0
@@ -121,6 +155,8 @@ class RetokenizeReport:
     refused: int = 0
     mapped: int = 0
     dropped: float = 0.0
+    of_turns: int = 0
+    without_target: int = 0
     is_sorted: bool = False
 
     def lines(self) -> list[str]:
@@ -130,6 +166,11 @@ class RetokenizeReport:
             f"({self.kept / max(self.targets, 1):.0%}); the others lie across two tokens of the teacher, or it kept nothing "
             "that goes on so",
         ]
+        if self.of_turns:
+            lines.append(
+                f"{self.without_target:,} of {self.of_turns:,} tokens of the assistant's turns are no targets: the student's "
+                "template writes them, or they reach over the border of a message"
+            )
         if self.dropped > 1e-4 * self.mapped:
             but = ": it is compared by rank" if self.is_sorted else ""
             lines.append(f"{self.dropped / self.mapped:.2%} of the kept mass has no token of the student{but}")
@@ -139,12 +180,13 @@ class RetokenizeReport:
 @dataclass(frozen=True)
 class _Work(EntryMaps):
     """encoders: of the student, by what the name of a special token in a text is. special: int64, ids of the teacher that
-    mark structure."""
+    mark structure. chats: None where the dataset has none."""
 
     dataset: Dataset
     tokenizer: Any
     encoders: dict[SpecialTokensInText, TextEncoder]
     special: np.ndarray
+    chats: ChatRows | None
     config: RetokenizeConfig
 
 
@@ -161,8 +203,8 @@ def retokenize(
         The dataset, and what was counted.
     Raises:
         MissingError: there is no such tokenizer, or the dataset carries none.
-        ConfigError: the tokenizer is not fast, or is the dataset's own.
-        DataError: the dataset is not complete, lacks the mass of the tail, holds chats only, or no row could be aligned.
+        ConfigError: the tokenizer is not fast, or is the dataset's own; there are chats, and it has no chat template.
+        DataError: the dataset is not complete, lacks the mass of the tail, or no row could be aligned.
         MismatchError: `root` was begun with other settings.
         CorruptError: the dataset is damaged.
     """
@@ -202,13 +244,6 @@ def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
     unfinished = [name for name, source in dataset.info.sources.items() if source.num_units is None]
     if unfinished:
         raise DataError(f"source {unfinished[0]!r} of {dataset.path} is not complete; finish it first")
-    messages = dataset.index(["messages"])["messages"]
-    if len(messages) and not messages.null_count:
-        raise DataError(
-            f"every row of {dataset.place} is a chat, which the template of the teacher wrote; the student's template writes "
-            "another text around the messages, with marks that the teacher never read. Have the teacher read them as texts "
-            "that the student's template wrote: kdata capture --text-column"
-        )
     folder = dataset.tokenizer_dir
     if folder is None or not (folder / "tokenizer.json").is_file():
         raise MissingError(
@@ -228,8 +263,15 @@ def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
     ):
         if their_id is not None and their_id < len(map_V):
             map_V[their_id] = -1 if own_id is None else own_id
-    about, added = dataset.info.tokenizer, teacher.get_added_tokens_decoder()
-    marks = {number for number, token in added.items() if token.special} | {about.bos_id, about.eos_id}
+    about = dataset.info.tokenizer
+    special = _marks(teacher, about.bos_id, about.eos_id)
+    theirs, own = token_bytes_of(teacher, names=True), token_bytes_of(student, names=True)
+    chats = None
+    if dataset.index(["messages"])["messages"].null_count < dataset.num_rows:
+        own_special = _marks(student, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        chats = ChatRows(chat_encoder(tokenizer, config.chats()), theirs, own, special, own_special)
+        for their_id, own_id in _end_of_turn(dataset, chats):
+            map_V[their_id] = own_id
     # Measured (trainer/README.md): it helps a student of bytes, and costs one of 4,096 tokens a little.
     inside = num_ids(student) <= SHORT_TOKENS if config.inside is None else config.inside
     inside = inside and config.map not in SORTED_MAPS
@@ -238,9 +280,10 @@ def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
         dataset=dataset,
         tokenizer=tokenizer,
         encoders={mode: TextEncoder(tokenizer, special_tokens_in_text=mode) for mode in modes},
-        special=np.array(sorted(number for number in marks if number is not None), np.int64),
-        theirs=token_bytes_of(teacher, names=True),
-        own=token_bytes_of(student, names=True),
+        special=special,
+        chats=chats,
+        theirs=theirs,
+        own=own,
         map_V=map_V,
         mapper=mapper,
         beginnings=Beginnings(token_bytes_of(teacher)) if inside else None,
@@ -248,6 +291,32 @@ def _open(dataset: Dataset, config: RetokenizeConfig) -> _Work:
         draws=dataset.info.tail == "draws" and config.map not in SORTED_MAPS,
         config=config,
     )
+
+
+def _marks(tokenizer: Any, *more: int | None) -> np.ndarray:
+    """Ids of a tokenizer that mark structure, int64."""
+    added = tokenizer.get_added_tokens_decoder()
+    marks = {number for number, token in added.items() if token.special} | {
+        number for number in more if number is not None
+    }
+    return np.array(sorted(marks), np.int64)
+
+
+def _end_of_turn(dataset: Dataset, chats: ChatRows) -> list[tuple[int, int]]:
+    """The ids that end a turn, of teacher and student, by the first chats that show them; none where these show none."""
+    for number in range(len(dataset.manifest)):
+        rows = [row for row in inputs_of_shard(dataset, number, dataset.shard(number)) if row.messages is not None]
+        for row in rows:
+            try:
+                compared = chats.compared(row)
+            except RowError:
+                continue
+            if compared.marks:
+                t, s = compared.marks[0]
+                return [(int(compared.theirs.ids[t]), int(compared.own.ids[s]))]
+        if rows:
+            break
+    return []
 
 
 def _refuse_unsorted(dataset: Dataset, map: TokenMap) -> None:
@@ -303,6 +372,7 @@ def _run(
         "map": config.map,
         "inside": work.beginnings is not None,
         **({"merge": config.merge} if config.map == "matched" else {}),
+        **({} if work.chats is None else config.template()),
         "made_by": {"kind": about.kind, **about.settings},
     }
     result = SourceInfo(kind="retokenize", settings=settings, num_units=None, inputs=[dataset.as_input(source)])
@@ -329,34 +399,21 @@ def _unit(work: _Work, number: int, report: RetokenizeReport) -> UnitResult:
     return result
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """The tokens of a text: ids int32 [T], bytes of the text that each stands for int64 [T], special bool [T] (those around
-    it), and whether the last one ends the sequence."""
-
-    ids: np.ndarray
-    num_bytes: np.ndarray
-    special: np.ndarray
-    ends: bool
-
-
 def _record(work: _Work, row: InputSequence, stored: Sequences, report: RetokenizeReport) -> Record:
     """One row with the student's tokens. Raises RowError where its text cannot be aligned."""
-    text, theirs = _teachers_tokens(work, row)
-    # A name that the teacher read as text is text, not a mark of the student.
-    reads_marks = bool((np.isin(theirs.ids, work.special) & ~theirs.special).any())
-    own = _students_tokens(work, text, ends=theirs.ends, mode="keep" if reads_marks else "split")
+    compared = _compared(work, row)
+    theirs, own = compared.theirs, compared.own
     aligned = align(theirs.num_bytes, own.num_bytes, theirs.special, own.special)
     merge = work.config.merge if work.config.map in SORTED_MAPS else None
     at_S = aligned.within_S if merge is None else aligned.met_at(last=merge == "bayesian")
     size_T = len(theirs.ids)
-    target_S, logprob_S = _chunks(aligned, row.target_mask[:size_T], stored.logprob[:size_T])
+    target_T = row.target_mask[:size_T] & ~compared.closed_T
+    target_S, logprob_S = _chunks(aligned, target_T, compared.closed_S, stored.logprob[:size_T])
     if merge is not None:  # so that the end of each chunk can be seen
         last_S = aligned.ends(aligned.chunk_S, last=True)
         logprob_S[last_S] = np.minimum(logprob_S[last_S], SURE)
-    if theirs.ends and own.ends:
-        at_S[-1] = size_T - 1
-        target_S[-1], logprob_S[-1] = row.target_mask[size_T - 1], stored.logprob[size_T - 1]
+    for t, s in compared.marks:
+        at_S[s], target_S[s], logprob_S[s] = t, row.target_mask[t], stored.logprob[t]
     if not target_S.any():
         raise RowError("no_targets", "no token of the student is left that can be predicted")
     kept_S = target_S & (at_S >= 0)
@@ -383,16 +440,21 @@ def _record(work: _Work, row: InputSequence, stored: Sequences, report: Retokeni
     log_tail_S[kept_S] = log_tail_P
     report.mapped += int((kept.num_exact + kept.num_drawn > 0).sum())
     report.dropped += dropped
+    if compared.turns_S is not None:
+        report.of_turns += int(compared.turns_S.sum())
+        report.without_target += int((compared.turns_S & ~target_S).sum())
     return Record(
         id=row.id,
         domain=row.domain,
         token_ids=own.ids,
         target_mask=target_S,
-        text=text,
-        token_bytes=own.num_bytes.astype(np.uint16),
+        text=compared.text,
+        messages=row.messages,
+        tools=row.tools,
+        token_bytes=compared.token_bytes,
         origin=row.origin,
         license=row.license,
-        prompt=row.prompt,
+        prompt=compared.prompt,
         finish_reason=row.finish_reason,
         kept=Kept(counts_S[0], counts_S[1], kept.ids, kept.logprobs),
         logprob=np.where(target_S, logprob_S, np.nan).astype(np.float32),
@@ -402,30 +464,51 @@ def _record(work: _Work, row: InputSequence, stored: Sequences, report: Retokeni
     )
 
 
-def _teachers_tokens(work: _Work, row: InputSequence) -> tuple[str, _Tokens]:
+def _compared(work: _Work, row: InputSequence) -> Compared:
+    """Both sides of a row. Raises RowError where it cannot be aligned."""
+    if row.messages is not None:
+        assert work.chats is not None
+        chat = work.chats.compared(row)
+        # Only the mark that the ids are mapped to: another one ends something else.
+        marks = [(t, s) for t, s in chat.marks if work.map_V[chat.theirs.ids[t]] == chat.own.ids[s]]
+        return dataclasses.replace(chat, marks=marks)
+    text, theirs = _teachers_tokens(work, row)
+    # A name that the teacher read as text is text, not a mark of the student.
+    reads_marks = bool((np.isin(theirs.ids, work.special) & ~theirs.special).any())
+    own = _students_tokens(work, text, ends=theirs.ends, mode="keep" if reads_marks else "split")
+    return Compared(
+        text=text,
+        theirs=theirs,
+        own=own,
+        token_bytes=own.num_bytes.astype(np.uint16),
+        closed_T=np.zeros(len(theirs.ids), bool),
+        closed_S=np.zeros(len(own.ids), bool),
+        marks=[(len(theirs.ids) - 1, len(own.ids) - 1)] if theirs.ends and own.ends else [],
+        turns_S=None,
+        prompt=row.prompt,
+    )
+
+
+def _teachers_tokens(work: _Work, row: InputSequence) -> tuple[str, RowTokens]:
     """Text and tokens of a row; of a text that was cut inside a character, without its last tokens.
 
     Raises:
-        RowError: it is a chat, its text is not known, or its tokens do not spell it.
+        RowError: its text is not known, or its tokens do not spell it.
     """
-    if row.messages is not None:
-        raise RowError(
-            "chat", "a chat is written by the teacher's template; capture it as the student's template writes it"
-        )
     if row.text is None:
         raise RowError("not_spelled", "the dataset does not hold the text")
     ids = row.token_ids
     marks = np.isin(ids, work.special)
     special = _around(marks if row.token_bytes is None else marks & (row.token_bytes == 0))
-    num_bytes, spelled = _spelled(ids, special, work.theirs)
+    num_bytes, spelled = spelled_by(ids, special, work.theirs)
     content = row.text.encode()
     if spelled != content:
         text = row.text.rstrip(REPLACED).encode()
-        num_bytes, spelled = _without_space_before(num_bytes, spelled, text)
+        num_bytes, spelled = without_space_before(num_bytes, spelled, text)
         content, size = _up_to_a_character(spelled, num_bytes, text)
         ids, num_bytes, special = ids[:size], num_bytes[:size], special[:size]
     ends = bool(len(special) and special[-1] and ids[-1] == work.dataset.info.tokenizer.eos_id)
-    return content.decode(), _Tokens(ids, num_bytes, special, ends)
+    return content.decode(), RowTokens(ids, num_bytes, special, ends)
 
 
 def _around(marks: np.ndarray) -> np.ndarray:
@@ -433,31 +516,6 @@ def _around(marks: np.ndarray) -> np.ndarray:
     part what the student reads as one text."""
     around: np.ndarray = np.logical_and.accumulate(marks) | np.logical_and.accumulate(marks[::-1])[::-1]
     return around
-
-
-def _without_space_before(num_bytes: np.ndarray, spelled: bytes, text: bytes) -> tuple[np.ndarray, bytes]:
-    """Bytes of each token and all of them, without the space that a tokenizer puts before every text."""
-    if spelled.startswith(text) or not spelled.startswith(b" " + text):
-        return num_bytes, spelled
-    shorter = num_bytes.copy()
-    shorter[np.flatnonzero(num_bytes)[0]] -= 1
-    return shorter, spelled[1:]
-
-
-def _spelled(ids: np.ndarray, special: np.ndarray, table: list[bytes | None]) -> tuple[np.ndarray, bytes]:
-    """Bytes of each token, int64 [T], and all of them; special tokens around a text have none.
-
-    Raises RowError where the bytes of a token are not known.
-    """
-    size = len(table)  # a head may have more rows than there are tokens
-    contents = [
-        b"" if around else table[number] if number < size else None
-        for number, around in zip(ids.tolist(), special.tolist(), strict=True)
-    ]
-    known = [content for content in contents if content is not None]
-    if len(known) < len(contents):
-        raise RowError("not_spelled", f"it is not known which bytes token {ids[contents.index(None)]} stands for")
-    return np.array([len(content) for content in known], np.int64), b"".join(known)
 
 
 def _up_to_a_character(spelled: bytes, num_bytes: np.ndarray, text: bytes) -> tuple[bytes, int]:
@@ -480,7 +538,7 @@ def _up_to_a_character(spelled: bytes, num_bytes: np.ndarray, text: bytes) -> tu
     return b"", 0
 
 
-def _students_tokens(work: _Work, text: str, *, ends: bool, mode: SpecialTokensInText = "keep") -> _Tokens:
+def _students_tokens(work: _Work, text: str, *, ends: bool, mode: SpecialTokensInText = "keep") -> RowTokens:
     """The student's tokens of a text, with those that its tokenizer puts around one.
 
     Args:
@@ -496,9 +554,9 @@ def _students_tokens(work: _Work, text: str, *, ends: bool, mode: SpecialTokensI
         raise RowError("special_tokens", "the text spells out special tokens of the student, and is text") from error
     first, last, places = len(encoder.prefix), len(ids) - len(encoder.suffix), np.arange(len(ids))
     special = (given == 0) & ((places < first) | (places >= last))
-    num_bytes, spelled = _spelled(ids, special, work.own)
+    num_bytes, spelled = spelled_by(ids, special, work.own)
     content = text.encode()
-    num_bytes, spelled = _without_space_before(num_bytes, spelled, content)
+    num_bytes, spelled = without_space_before(num_bytes, spelled, content)
     if spelled != content:
         raise RowError("normalized", "the tokenizer of the student changes the text, so its tokens do not spell it")
     eos = work.tokenizer.eos_token_id
@@ -508,18 +566,24 @@ def _students_tokens(work: _Work, text: str, *, ends: bool, mode: SpecialTokensI
         has_end = True
     if len(ids) < 2:
         raise RowError("no_targets", f"the text is {len(ids)} token of the student, and nothing predicts the first")
-    return _Tokens(ids, num_bytes, special, has_end)
+    return RowTokens(ids, num_bytes, special, has_end)
 
 
-def _chunks(aligned: Alignment, target_T: np.ndarray, logprob_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _chunks(
+    aligned: Alignment, target_T: np.ndarray, closed_S: np.ndarray, logprob_T: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Targets of the student, bool [S], and log-probabilities, float64 [S]: those of a chunk at its last token.
 
     A token is a target where every token of its chunk can be one, of the teacher and of the student: of a chunk whose first
     token nothing predicts, the rest has no log-probability of its own.
+
+    Args:
+        closed_S: tokens of the student that can be none.
     """
     of_T, of_S, count = aligned.chunk_T, aligned.chunk_S, aligned.num_chunks
     counted_T = (of_T >= 0) & target_T
     open_C = np.bincount(of_T[(of_T >= 0) & ~target_T], minlength=count) > 0
+    open_C[of_S[(of_S >= 0) & closed_S]] = True
     if of_S[0] >= 0:
         open_C[of_S[0]] = True
     sums_C = np.bincount(of_T[counted_T], weights=logprob_T[counted_T].astype(np.float64), minlength=count)

@@ -27,12 +27,12 @@ from kdata.jobs.payloads import InputSequence
 from kdata.jobs.retokenize import (
     RetokenizeConfig,
     RetokenizeReport,
-    _spelled,
     _students_tokens,
     _teachers_tokens,
     _Work,
     retokenize,
 )
+from kdata.jobs.row_tokens import spelled_by
 from kdata.store.token_map import TokenMap, TokenMapper, read_matched, token_bytes_of, token_map
 from kdata.store.tokens import read_tokenizer
 from kdata.teachers.model import load_tokenizer
@@ -520,8 +520,8 @@ def test_an_id_of_which_no_byte_is_known_is_refused() -> None:
     """A row of a head that is larger than its tokenizer, or a token that stands for no text."""
     for ids in ([0, 7], [0, 1]):
         with pytest.raises(RowError, match=f"token {ids[1]} stands for"):
-            _spelled(np.array(ids), np.zeros(2, bool), [b"a", None])
-    sizes, spelled = _spelled(np.array([1, 0]), np.array([True, False]), [b"a", None])
+            spelled_by(np.array(ids), np.zeros(2, bool), [b"a", None])
+    sizes, spelled = spelled_by(np.array([1, 0]), np.array([True, False]), [b"a", None])
     assert sizes.tolist() == [0, 1] and spelled == b"a"
 
 
@@ -530,7 +530,15 @@ def work_of(tokenizer: Any, **fields: Any) -> _Work:
     encoders = {mode: TextEncoder(tokenizer, special_tokens_in_text=mode) for mode in ("keep", "split")}
     info = SimpleNamespace(tokenizer=SimpleNamespace(bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_token_id))
     special = np.array(sorted(set(tokenizer.all_special_ids)))
-    values = {"theirs": [], "own": [], "map_V": np.zeros(0), "draws": True, "special": special, "spare": np.zeros(0)}
+    values = {
+        "theirs": [],
+        "own": [],
+        "map_V": np.zeros(0),
+        "draws": True,
+        "special": special,
+        "chats": None,
+        "spare": np.zeros(0),
+    }
     values |= {"mapper": None, "beginnings": None, "config": RetokenizeConfig(tokenizer="x"), **fields}
     return _Work(dataset=SimpleNamespace(info=info), tokenizer=tokenizer, encoders=encoders, **values)  # type: ignore[arg-type]
 
@@ -593,28 +601,9 @@ def test_each_token_stands_for_its_own_bytes_or_the_text_is_refused(
         assert text.encode()[begin:end] == own or (begin == 0 and own == b" " + text.encode()[begin:end])
 
 
-def test_chats_and_data_without_ranks_are_refused_before_anything_is_written(
-    sources: dict[str, kdata.Dataset], tokenizers: dict[str, Path], tokenizer_dir: Path, tmp_path: Path
+def test_data_without_ranks_is_refused_before_anything_is_written(
+    sources: dict[str, kdata.Dataset], tokenizers: dict[str, Path], tmp_path: Path
 ) -> None:
-    rows = [
-        {
-            "id": "c",
-            "domain": "d",
-            "messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}],
-        }
-    ]
-    tokenizer = load_tokenizer(tokenizer_dir)
-    tokenizer.chat_template = "{% for m in messages %}{% generation %}{{ m.content }} {% endgeneration %}{% endfor %}"
-    file = write_jsonl(tmp_path / "chats.jsonl", rows)
-    chats = run_capture(
-        tmp_path / "chats",
-        file,
-        saved(tokenizer, tmp_path / "chatty"),
-        reading={"messages_column": "messages"},
-        targets="all",
-    )
-    with pytest.raises(DataError, match="is a chat, which the template of the teacher wrote"):
-        made(chats, tokenizers["bytes"], tmp_path / "out")
     for map in ("ranks", "matched"):
         with pytest.raises(ConfigError, match=f"map {map} needs exact entries at every target"):
             made(sources["sampled"], tokenizers["bytes"], tmp_path / "out", map=map)
