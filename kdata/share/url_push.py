@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from kdata.check.verify import FOLDERS, PAGES
 from kdata.errors import ConfigError
 from kdata.format.files import lock_of, temporary_folder
 from kdata.format.manifest import manifest_line, read_info, read_manifest, write_info
@@ -19,18 +20,7 @@ from kdata.share.hub_push import left_over
 from kdata.store.url import Store, copy_of
 
 LINES = 16  # our default: shards that are sent before the manifest names them
-_BEGUN = {
-    "data",
-    "index",
-    "rejects",
-    "scores",
-    "plans",
-    "hidden",
-    "tokenizer",
-    "README.md",
-    "audit.json",
-    "croissant.json",
-}
+_BEGUN = {*FOLDERS, *PAGES}  # what a push that broke off may have left
 
 
 def push_to_url(

@@ -200,7 +200,7 @@ class RemoteDataset(Dataset):
             try:
                 for future in futures:
                     future.result()
-            except BaseException:
+            except BaseException:  # Ctrl-C too: what waits is not begun
                 threads.shutdown(cancel_futures=True)
                 raise
         for path in [path for path in root.rglob("*") if path.is_file()]:
