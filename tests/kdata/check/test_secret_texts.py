@@ -161,7 +161,10 @@ def plain(name: str) -> Record:
 
 
 @pytest.mark.parametrize("column", ["text", "messages", "tools", "prompt", "origin", "license", "rejects"])
-def test_a_planted_secret_stops_the_push_and_is_not_repeated(tmp_path: Path, column: str) -> None:
+def test_a_planted_secret_stops_the_push_and_is_not_repeated(
+    tmp_path: Path, column: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hush-hush-hush")  # a push without a token is refused before the texts are read
     secret = planted(random.Random(3))["Hugging Face token"][0]
     value = json.dumps([{"role": "user", "content": f"mine:\n{secret}"}]) if column in ("messages", "tools") else secret
     if column == "rejects":
