@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from kdata.jobs.job import run_job
 from kdata.jobs.writing import GenerateConfig, GenerateJob
 from kdata.observe.progress import console
 from kdata.pipelines.engine import LocalConfig, open_engine
-from kdata.pipelines.rounds import JINJA, JudgeStage
+from kdata.pipelines.rounds import JudgeStage, filled, first_groups
 from kdata.pipelines.run import Run
 from kdata.selection.score_file import bring
 from kdata.store.dataset import Dataset
@@ -109,7 +109,7 @@ def _question(row: dict[str, Any]) -> str:
 
 def _questions(dataset: Dataset, answers: Dataset, stage: JudgeStage) -> list[dict[str, Any]]:
     """What the judge reads, two rows for each answer of both, in the order of ids."""
-    template, of_student = JINJA.from_string(stage.prompt), dict(replies_of(answers))
+    of_student = dict(replies_of(answers))
     rows = dataset.sql(
         "select id, domain, prompt, text, messages from rows where prompt is not null order by id"
     ).to_pylist()
@@ -117,26 +117,29 @@ def _questions(dataset: Dataset, answers: Dataset, stage: JudgeStage) -> list[di
     for row in rows:
         if row["id"] in of_student:
             for side, answer in zip(SIDES, (_written(row), of_student[row["id"]]), strict=True):
-                prompt = template.render(question=_question(row), answer=answer)
+                prompt = filled(stage.prompt, {"question": _question(row), "answer": answer})
                 questions.append({"id": f"{row['id']}#{side}", "domain": row["domain"], "prompt": prompt})
     return questions
 
 
-def mark_of(reply: str, stage: JudgeStage) -> float | None:
-    """The mark in a judge's reply; None where there is none, or it is out of range."""
-    match = re.search(stage.pattern, reply)
+def marks_of(replies: Sequence[str], stage: JudgeStage) -> list[float | None]:
+    """The mark in each of a judge's replies; None where there is none, or it is out of range."""
+    return [_mark(found, stage) for found in first_groups(replies, stage.pattern)]
+
+
+def _mark(found: str, stage: JudgeStage) -> float | None:
     try:
-        mark = None if match is None or match[1] is None else float(match[1])
+        mark = float(found)
     except ValueError:
         return None
-    return mark if mark is not None and stage.lowest <= mark <= stage.highest else None
+    return mark if stage.lowest <= mark <= stage.highest else None
 
 
 def _bring(
     dataset: Dataset, number: int, stage: JudgeStage, ids: list[str], replies: dict[str, str], folder: Path
 ) -> None:
     """Write the score from the judge's replies. Raises DataError where no pair of answers has two marks."""
-    marks = {side: [mark_of(replies.get(f"{row_id}#{side}", ""), stage) for row_id in ids] for side in SIDES}
+    marks = {side: marks_of([replies.get(f"{row_id}#{side}", "") for row_id in ids], stage) for side in SIDES}
     pairs = zip(marks["teacher"], marks["student"], strict=True)
     gaps = [None if teacher is None or student is None else teacher - student for teacher, student in pairs]
     known = sum(gap is not None for gap in gaps)

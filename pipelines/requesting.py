@@ -23,7 +23,7 @@ from kdata.jobs.writing import GenerateJob
 from kdata.observe.progress import Task, console
 from kdata.pipelines.engine import open_engine
 from kdata.pipelines.judging import LITTLE, replies_of, writing_config
-from kdata.pipelines.rounds import JINJA, RequestStage
+from kdata.pipelines.rounds import RequestStage, filled
 from kdata.pipelines.run import Run, write_json
 from kdata.selection.apportion import apportion
 from kdata.store.dataset import Dataset
@@ -171,7 +171,7 @@ def _is_hard(one: Prediction, stage: RequestStage) -> bool:
 
 def requests_of(predictions: Sequence[Prediction], stage: RequestStage, seed: int, number: int) -> list[dict[str, Any]]:
     """One prompt for each text to ask for: id, domain (the class that is asked for), prompt."""
-    template, report = JINJA.from_string(stage.prompt), report_of(predictions)
+    report = report_of(predictions)
     labels = sorted({one.label for one in predictions})
     mistakes = Counter(one.label for one in predictions if one.label != one.predicted)
     shares = apportion(stage.num_requests, {label: mistakes[label] + 1 for label in labels})
@@ -188,7 +188,8 @@ def requests_of(predictions: Sequence[Prediction], stage: RequestStage, seed: in
                 f"{number}-{place:03}-{count:05}"  # what is sampled follows from the id: another round, other texts
             )
             drawn = {name: _drawn(group, stage.examples, f"{seed}:{row_id}") for name, group in groups.items()}
-            prompt = template.render(label=label, labels=labels, report=report, **drawn)
+            examples = {name: [asdict(one) for one in group] for name, group in drawn.items()}
+            prompt = filled(stage.prompt, {"label": label, "labels": labels, "report": report, **examples})
             rows.append({"id": row_id, "domain": label, "prompt": prompt})
     return rows
 

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import duckdb
 from pydantic import Field, field_validator
 
 from kdata.config import Strict, parse_config
 from kdata.corpus.corpus import CorpusConfig
-from kdata.errors import ConfigError, nearest
+from kdata.corpus.template_process import RENDERER, TemplateRefusal
+from kdata.errors import ConfigError, DataError, nearest
 from kdata.selection.prune import Prune
 from kdata.selection.query import Sql
 from kdata.selection.select import parse_step
@@ -30,7 +30,6 @@ from kdata.teachers.config import SamplingConfig, TeacherConfig
 # Not in doubled braces, which are Jinja's.
 REFERENCE = re.compile(r"(?<!\{)\{([a-z_]+)\}(?!\})")
 REFERENCES = ["round", "last", "best"]
-JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
 
 JUDGE_PROMPT = """Rate the answer to the question from 0 (useless) to 9 (perfect): is it correct, complete and helpful?
 Write the number alone.
@@ -56,12 +55,42 @@ Write one new text of the class {{ label }} from which it would learn what it do
 Text: """
 
 
-def _template(text: str) -> str:
+def filled(template: str, values: dict[str, Any]) -> str:
+    """The text of a Jinja template of a recipe, rendered with the limits that a stranger's template has.
+
+    Raises:
+        DataError: the template is not valid, asks for what it does not get, or takes too much time or memory.
+    """
     try:
-        JINJA.from_string(text)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"it is no Jinja template: {error}") from error
-    return text
+        return RENDERER.fill(template, values)
+    except TemplateRefusal as error:
+        names = ", ".join(values)
+        raise DataError(f"the template of the prompt cannot be filled: {error}; it gets {names}") from error
+
+
+def _checked(template: str, example: dict[str, Any]) -> str:
+    """The template, filled once with an example of what it will get. Raises ValueError where that fails."""
+    try:
+        filled(template, example)
+    except DataError as error:
+        raise ValueError(str(error)) from error
+    return template
+
+
+def first_groups(texts: Sequence[str], pattern: str) -> list[str]:
+    """What the first group of a pattern of RE2 holds in its first match in each text; "" where it does not match.
+
+    RE2 takes time in proportion to the text, whatever the pattern, which comes from a recipe.
+
+    Raises:
+        ValueError: the pattern does not compile, or has no group.
+    """
+    query = "select regexp_extract(text, $pattern, ['mark']).mark from unnest($texts) as t(text)"
+    try:
+        return [found for (found,) in duckdb.execute(query, {"texts": list(texts), "pattern": pattern}).fetchall()]
+    except duckdb.Error as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{reason}; write a pattern of RE2 with the mark in parentheses") from error
 
 
 class ScoreStage(Strict):
@@ -98,23 +127,21 @@ class JudgeStage(Strict):
     sampling: SamplingConfig = Field(SamplingConfig(temperature=0, max_tokens=8), description="How the judge writes.")
     pattern: str = Field(
         r"(\d+(?:\.\d+)?)",
-        description="Regular expression whose first group is the mark, in the first match of a reply.",
+        description="Regular expression (RE2) whose first group is the mark, in the first match of a reply.",
     )
     lowest: float = Field(0.0, description="Marks below are none.")
     highest: float = Field(9.0, description="Marks above are none.")
 
-    _is_template = field_validator("prompt")(_template)
+    @field_validator("prompt")
+    @classmethod
+    def _can_be_filled(cls, template: str) -> str:
+        return _checked(template, {"question": "1 + 1?", "answer": "2"})
 
     @field_validator("pattern")
     @classmethod
-    def _one_group(cls, text: str) -> str:
-        try:
-            groups = re.compile(text).groups
-        except re.error as error:
-            raise ValueError(f"it is no regular expression: {error}") from error
-        if not groups:
-            raise ValueError("it has no group: put the mark in parentheses")
-        return text
+    def _has_a_group(cls, pattern: str) -> str:
+        first_groups([""], pattern)
+        return pattern
 
 
 class RequestStage(Strict):
@@ -145,7 +172,12 @@ class RequestStage(Strict):
     )
     sampling: SamplingConfig = Field(SamplingConfig(max_tokens=96), description="How the teacher writes.")
 
-    _is_template = field_validator("prompt")(_template)
+    @field_validator("prompt")
+    @classmethod
+    def _can_be_filled(cls, template: str) -> str:
+        example = {"id": "1", "text": "A text.", "label": "a", "predicted": "b", "confidence": 0.9}
+        lists = {name: [example] for name in ("correct", "wrong", "hard")}
+        return _checked(template, {"label": "a", "labels": ["a", "b"], "report": "accuracy 0.500", **lists})
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Chat templates are rendered in a process of their own, with limits of memory and of processor time.
+"""Templates are rendered in a process of their own, with limits of memory and of processor time.
 
-A chat template is a program that comes with somebody's model. Jinja's sandbox keeps it from Python's objects, not from a loop
-without end or from a text of gigabytes. So one child process renders the templates of this process: it gets a template once,
-then messages, and answers with the text. It has `MEMORY_BYTES` above what it takes to start, `CPU_SEC` for one chat, may
-write no file, and does not have the secrets of the environment. A template that exceeds a limit ends the child, and the next
-chat starts a new one.
+A chat template is a program that comes with somebody's model, and that of a prompt comes with somebody's recipe. Jinja's
+sandbox keeps it from Python's objects, not from a loop without end or from a text of gigabytes. So one child process renders
+the templates of this process: it gets a template once, then messages, and answers with the text. It has `MEMORY_BYTES` above
+what it takes to start, `CPU_SEC` for one text, may write no file, and does not have the secrets of the environment. A
+template that exceeds a limit ends the child, and the next text starts a new one.
 
 Requests and answers are JSON behind their length (8 bytes). The cost is 0.3 ms of processor time a rendering, and
 once 1 to 2 s for the start.
@@ -38,7 +38,7 @@ class TemplateRefusal(DataError):
 
 
 class TemplateLimitError(TemplateRefusal):
-    """A template takes too much time or memory for one chat."""
+    """A template takes too much time or memory for one text."""
 
 
 class NeedsDateError(ConfigError):
@@ -65,7 +65,7 @@ class TemplateProcess:
     """The child process; started by the first request, and again where it ended. Safe to use from several threads.
 
     Args:
-        cpu_sec: processor time for one chat.
+        cpu_sec: processor time for one text.
     """
 
     def __init__(self, cpu_sec: float = CPU_SEC) -> None:
@@ -83,6 +83,19 @@ class TemplateProcess:
             raise ConfigError(
                 f"chat_template is not valid Jinja{f' (line {line})' if line else ''}: {answer['invalid']}"
             )
+
+    def fill(self, template: str, values: dict[str, Any]) -> str:
+        """The text of a template that is no chat's. A name that has no value is refused, and the last line break stays.
+
+        Args:
+            values: by name, as JSON has them.
+        Raises:
+            TemplateRefusal: the template is not valid Jinja, raises an error, or exceeds a limit.
+        """
+        answer = self._ask({"values": values}, template)
+        if "refused" in answer:
+            raise TemplateRefusal(answer["refused"])
+        return str(answer["text"])
 
     def render(self, template: str, request: dict[str, Any]) -> tuple[str, list[Span] | None]:
         """See `Renderer.render`."""
@@ -140,7 +153,7 @@ class TemplateProcess:
         status = process.wait()
         self._process = None
         if status == -signal.SIGPROF:
-            return TemplateLimitError(f"it takes more than {self._cpu_sec:g} s of processor time for one chat")
+            return TemplateLimitError(f"it takes more than {self._cpu_sec:g} s of processor time for one text")
         return TemplateLimitError(f"it ends the process that renders it (exit status {status})")
 
     def close(self) -> None:
@@ -191,6 +204,7 @@ def _limit_this_process() -> None:
 
 def _answer(request: dict[str, Any], templates: dict[int, str]) -> dict[str, Any]:
     import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
     from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
     errors = (
@@ -205,6 +219,13 @@ def _answer(request: dict[str, Any], templates: dict[int, str]) -> dict[str, Any
         return {}
     if "template" in request:
         templates[request["number"]] = request["template"]
+    if "values" in request:
+        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+        try:
+            text = environment.from_string(templates[request["number"]]).render(request["values"])
+        except errors as error:
+            return {"refused": _reason(error)}
+        return _text(text, None)
 
     def now(layout: str) -> str:
         if request["date"] is None:
@@ -222,9 +243,13 @@ def _answer(request: dict[str, Any], templates: dict[int, str]) -> dict[str, Any
         return {"date": None}
     except errors as error:
         return {"refused": _reason(error)}
+    return _text(text, marks[0] if request["marked"] else None)
+
+
+def _text(text: str, marks: list[Span] | None) -> dict[str, Any]:
     if len(text) > LONGEST_TEXT:
         return {"refused": f"its text has more than {LONGEST_TEXT:,} characters"}
-    return {"text": text, "marks": marks[0] if request["marked"] else None}
+    return {"text": text, "marks": marks}
 
 
 def _reason(error: BaseException) -> str:

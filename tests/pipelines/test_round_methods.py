@@ -14,7 +14,7 @@ import yaml
 import kdata
 from kdata.errors import DataError
 from kdata.pipelines import runner
-from kdata.pipelines.judging import mark_of
+from kdata.pipelines.judging import marks_of
 from kdata.pipelines.recipe import Recipe, load_recipe
 from kdata.pipelines.requesting import Prediction, classify, report_of, requests_of
 from kdata.pipelines.rounds import JudgeStage, RequestStage
@@ -229,17 +229,40 @@ def test_requests_show_right_wrong_and_hard_texts_of_the_class() -> None:
 
 def test_a_mark_is_the_first_number_in_range() -> None:
     stage = JudgeStage()
-    assert [mark_of(text, stage) for text in ("7", " 8 of 9", "mark: 3.5", "10", "none", "")] == [
-        7,
-        8,
-        3.5,
-        None,
-        None,
-        None,
-    ]
+    replies = ["7", " 8 of 9", "mark: 3.5", "10", "none", ""]
+    assert marks_of(replies, stage) == [7, 8, 3.5, None, None, None]
     tagged = JudgeStage(pattern=r"<score>\s*(\d)\s*</score>")
-    assert mark_of("2 or <score> 6 </score>", tagged) == 6
-    assert mark_of("2 or 6", tagged) is None
+    assert marks_of(["2 or <score> 6 </score>", "2 or 6"], tagged) == [6, None]
+
+
+def test_a_pattern_that_would_look_for_ever_is_quick() -> None:
+    assert marks_of(["a" * 100_000 + "!"], JudgeStage(pattern=r"(a+)+\$")) == [None]
+
+
+@pytest.mark.parametrize(
+    ("stage", "reason"),
+    [
+        ({"pattern": r"\d"}, "the mark in parentheses"),
+        ({"pattern": r"(\d"}, "missing \\)"),
+        ({"pattern": r"(?=x)(\d)"}, "a pattern of RE2"),
+        ({"prompt": "{{ question }} {{ reply }}"}, "'reply' is undefined; it gets question, answer"),
+        (
+            {"prompt": "{% for n in range(99999) %}{% for n in range(99999) %}{% endfor %}{% endfor %}"},
+            "processor time",
+        ),
+        ({"prompt": "{{ 'a' * 3000000000 }}"}, "memory"),
+        ({"prompt": "{% if %}"}, "the template of the prompt cannot be filled"),
+        ({"prompt": "{{ question.__class__.__mro__ }}"}, "unsafe"),
+    ],
+)
+def test_a_template_or_pattern_of_a_stranger_is_refused_before_anything_runs(
+    stage: dict[str, str], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        JudgeStage(**stage)
+    if "prompt" in stage and "question" not in stage["prompt"]:
+        with pytest.raises(ValueError, match=reason):
+            RequestStage(**stage)
 
 
 @pytest.fixture(scope="module")

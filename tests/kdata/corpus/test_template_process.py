@@ -103,3 +103,18 @@ def test_a_template_sees_no_secret_of_the_environment(monkeypatch: pytest.Monkey
 def test_a_template_that_is_not_jinja_is_named() -> None:
     with pytest.raises(ConfigError, match=r"not valid Jinja \(line 1\)"):
         RENDERER.check("{% if %}")
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=range(len(TEMPLATES)))
+def test_every_template_of_the_campaign_is_filled_or_refused(template: str) -> None:
+    try:
+        text = RENDERER.fill(template, {"messages": MESSAGES, "text": "a"})
+        assert len(text) < template_process.LONGEST_TEXT
+    except KdataError as error:
+        assert str(error)
+
+
+def test_a_text_is_filled_with_its_values_alone() -> None:
+    assert RENDERER.fill("{{ a.b }}: {{ c | join(', ') }}\n", {"a": {"b": "hé 🙂"}, "c": [1, 2]}) == "hé 🙂: 1, 2\n"
+    with pytest.raises(TemplateRefusal, match="'d' is undefined"):
+        RENDERER.fill("{{ d }}", {"a": 1})
