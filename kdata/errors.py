@@ -100,6 +100,11 @@ def secret_path(value: Any, path: tuple[str, ...] = ()) -> tuple[str, ...] | Non
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, known: list[str]) -> str:
     """' (did you mean X?)' where something close is known, else ''."""
     close = difflib.get_close_matches(name, known, 1)

@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kdata.errors import ConfigError, CorruptError, DependencyError, MissingError
+from kdata.errors import ConfigError, CorruptError, DependencyError, MissingError, first_line
 from kdata.format.json_text import read_json
 from kdata.store.checkpoint_kind import refuse_other_kind
 from kdata.store.gguf import model_folder
-from kdata.store.pretrained import first_line, model_files
+from kdata.store.pretrained import model_files
 from kdata.trainer.config import LoraConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

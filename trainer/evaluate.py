@@ -31,14 +31,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import kdata
 from kdata.config import first_problem
-from kdata.errors import ConfigError, CorruptError, DataError, MissingError
+from kdata.errors import ConfigError, CorruptError, DataError, MissingError, first_line
 from kdata.format.json_text import read_json
 from kdata.format.keep_rules import refuse_sorted
 from kdata.loader.batches import BatchesConfig, keeps_something
 from kdata.observe.progress import Task
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.gguf import is_gguf, model_folder
-from kdata.store.pretrained import first_line, model_files
+from kdata.store.pretrained import model_files
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.trainer.adapters import is_adapter, open_adapter
 from kdata.trainer.config import EvaluateConfig, TrainResult

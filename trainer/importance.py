@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdata.errors import CorruptError, DataError
+from kdata.errors import CorruptError, DataError, first_line
 from kdata.format.json_text import parse_object
 from kdata.format.manifest import json_bytes
 from kdata.format.schema import json_digest
@@ -46,7 +46,6 @@ from kdata.loader.batches import BatchesConfig
 from kdata.loader.packing import identity_of
 from kdata.observe.progress import Task, console
 from kdata.store.dataset import Dataset
-from kdata.store.pretrained import first_line
 from kdata.trainer.adapters import parameters_digest
 from kdata.trainer.config import PrunedStudent
 from kdata.trainer.distributed import Ranks

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from kdata.errors import ConfigError, DataError, KdataError, MismatchError, MissingError
+from kdata.errors import ConfigError, DataError, KdataError, MismatchError, MissingError, first_line
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.dataset import Dataset
 from kdata.store.gguf import is_gguf, model_folder
-from kdata.store.pretrained import first_line, model_files
+from kdata.store.pretrained import model_files
 from kdata.store.vocabulary import Vocabulary, num_ids, refuse_other_ids
 from kdata.trainer import encoder_decoder
 from kdata.trainer.acceleration import use_varlen

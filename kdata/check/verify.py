@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from kdata.errors import CorruptError, KdataError, ShapeError
+from kdata.errors import CorruptError, KdataError, ShapeError, first_line
 from kdata.format.files import inside, lock_of, without_hidden
 from kdata.format.json_text import MAX_TOKENIZER_BYTES, parse_object, read_json
 from kdata.format.manifest import digest_of, foreign, json_bytes, read_manifest
@@ -226,7 +226,7 @@ def _listed(dataset: Dataset, kind: Kind) -> list[Problem]:
                 elif not own:
                     own += _hidden(dataset, name)
             except KdataError as error:
-                own = [Problem(where, f"cannot be used: {str(error).splitlines()[0]}")]
+                own = [Problem(where, f"cannot be used: {first_line(error)}")]
         problems += own
     return problems
 

@@ -26,7 +26,7 @@ import pyarrow.dataset as pads
 
 from kdata.corpus.json_rows import JsonFile, refuse_bomb
 from kdata.corpus.values import time_with_nanoseconds
-from kdata.errors import ConfigError, DataError, KdataError, MissingError
+from kdata.errors import ConfigError, DataError, KdataError, MissingError, first_line
 from kdata.format.json_text import parse_json, parse_row
 from kdata.format.records import RowError
 
@@ -122,7 +122,7 @@ class FileRows:
         ) as error:  # fmt: skip  # of pyarrow, and of Python where a value has no object
             if isinstance(error, KdataError):
                 raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             if "straddl" in reason:
                 reason = f"a row is longer than {BLOCK_BYTES:,} bytes; store such text as Parquet or JSONL"
             raise DataError(f"{file} cannot be read as {self._kind}: {reason}") from error

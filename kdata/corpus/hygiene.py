@@ -10,7 +10,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdata.errors import ConfigError, DataError, MismatchError, MissingError
+from kdata.errors import ConfigError, DataError, MismatchError, MissingError, first_line
 from kdata.format.files import file_info
 from kdata.format.json_text import parse_json
 from kdata.store.conditions import all_true, check_condition
@@ -60,7 +60,7 @@ def open_file(file: Path) -> tuple[duckdb.DuckDBPyConnection, dict[str, Any]]:
         connection.execute("set lock_configuration = true")
     except (pa.ArrowException, OSError, ValueError, duckdb.Error) as error:
         raise DataError(
-            f"{file} is not a file that `kdata hygiene` wrote ({str(error).splitlines()[0]}); write it again"
+            f"{file} is not a file that `kdata hygiene` wrote ({first_line(error)}); write it again"
         ) from error
     return connection, about
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from kdata.corpus.files import exists, files_digest, format_of, labelled, labels_identity, rows_of
-from kdata.errors import ConfigError, DataError, DependencyError, KdataError, MissingError
+from kdata.errors import ConfigError, DataError, DependencyError, KdataError, MissingError, first_line
 from kdata.store.hub import hub_errors
 
 HUB_NAME = re.compile(r"^(?:hf://(?:datasets/)?)?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
@@ -82,7 +82,7 @@ def open_hub(remote: tuple[str, str | None], subset: str | None, split: str | No
     except hub_errors() as error:
         raise MissingError(
             f"data set {name!r} is neither a local path nor available on the Hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}); check the name, the network and HF_TOKEN"
+            f"{first_line(error)}); check the name, the network and HF_TOKEN"
         ) from error
     except ValueError as error:
         if isinstance(error, KdataError):
@@ -131,7 +131,7 @@ def _readable(what: str) -> Iterator[None]:
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, KdataError):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"{what}: {reason}") from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from kdata.errors import ConfigError, DataError, MissingError
+from kdata.errors import ConfigError, DataError, MissingError, first_line
 from kdata.format.files import file_info
 from kdata.format.schema import index_schema
 from kdata.selection.session import exclusive
@@ -59,7 +59,7 @@ def bring(
         with exclusive(dataset, "score") as folder, _connection(dataset, file, folder, room or Room()) as connection:
             return _bring(dataset, file, name, unit, connection)
     except duckdb.Error as error:
-        raise DataError(f"{file} cannot be read as scores: {str(error).strip().splitlines()[0]}") from error
+        raise DataError(f"{file} cannot be read as scores: {first_line(error)}") from error
 
 
 def _connection(dataset: Dataset, file: Path, folder: Path, room: Room) -> duckdb.DuckDBPyConnection:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import duckdb
 import pyarrow as pa
 
-from kdata.errors import MismatchError, QueryError, StorageError
+from kdata.errors import MismatchError, QueryError, StorageError, first_line
 from kdata.format.files import folder_beside, lock_of, storage_errors
 from kdata.format.schema import ManifestEntry, index_schema
 from kdata.observe.progress import Task
@@ -373,7 +373,7 @@ def query_errors(dataset: Dataset) -> Iterator[None]:
         yield
     except duckdb.OutOfMemoryException as error:
         raise StorageError(
-            f"out of memory while reading {dataset.path}: {str(error).splitlines()[0]}. Allow more (--memory), or free space "
+            f"out of memory while reading {dataset.path}: {first_line(error)}. Allow more (--memory), or free space "
             "on its disk"
         ) from error
     except duckdb.Error as error:

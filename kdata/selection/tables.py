@@ -13,7 +13,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from kdata.errors import ConfigError, DataError, MissingError, nearest
+from kdata.errors import ConfigError, DataError, MissingError, first_line, nearest
 from kdata.format.files import file_info
 from kdata.selection.apportion import as_written, exact
 from kdata.selection.mixtures import Mixture, units_of
@@ -32,7 +32,7 @@ def read_table(file: str) -> pa.Table:
     try:
         return READERS[path.suffix](path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{file} cannot be read: {first_line(error)}") from error
 
 
 def numbers_of(table: pa.Table, column: str, file: str) -> list[float]:

@@ -9,13 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdata.errors import ConfigError, CorruptError, KdataError
+from kdata.errors import ConfigError, CorruptError, KdataError, first_line
 from kdata.format.json_text import MAX_DOCUMENT_BYTES, parse_object
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def weights_digest(folder: Path) -> str:

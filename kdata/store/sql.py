@@ -30,6 +30,7 @@ from kdata.errors import (
     MissingError,
     QueryError,
     StorageError,
+    first_line,
     nearest,
 )
 from kdata.format.files import REMEDIES, disk_errno
@@ -539,7 +540,7 @@ def refuse_disk(dataset: Queryable, error: duckdb.Error) -> None:
     """Raise StorageError where DuckDB failed because a disk refused: full, broken, too many open files."""
     number = disk_errno(str(error)) if isinstance(error, duckdb.IOException) else None
     if number is not None:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise StorageError(
             f"{dataset.path}: {reason}: {REMEDIES[number]}, then run the same command again. What was committed is intact."
         ) from error

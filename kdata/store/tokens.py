@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from kdata.errors import CorruptError, DependencyError, MissingError
+from kdata.errors import CorruptError, DependencyError, MissingError, first_line
 from kdata.format.json_text import MAX_TOKENIZER_BYTES, read_json
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
     except Exception as error:  # the library raises Exception itself, of no further kind
         if type(error) is not Exception and not isinstance(error, OSError | ValueError | TypeError):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CorruptError(f"{file} is not a tokenizer ({reason}); copy it again from the model") from error
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 from fsspec.spec import AbstractFileSystem
 
-from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, StorageError
+from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, StorageError, first_line
 from kdata.format.files import inside, lock_of, matches, temporary_folder, write_atomically
 from kdata.format.json_text import read_json
 from kdata.format.schema import FileInfo, ManifestEntry, index_schema
@@ -263,7 +263,7 @@ class RemoteDataset(Dataset):
                 for entry in entries:
                     self._refuse_replaced(entry)
                 raise StorageError(
-                    f"{self.place}: columns {columns} of the index cannot be read: {str(error).strip().splitlines()[0]}; try "
+                    f"{self.place}: columns {columns} of the index cannot be read: {first_line(error)}; try "
                     "again, and see `kdata verify` where that does not help"
                 ) from error
         if table.num_rows != sum(entry.rows for entry in entries):

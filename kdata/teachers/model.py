@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdata.errors import ConfigError, DependencyError, MissingError
+from kdata.errors import ConfigError, DependencyError, MissingError, first_line
 from kdata.format.files import rust_errors, storage_errors, temporary_folder
 from kdata.format.json_text import read_json
 from kdata.format.schema import TokenizerInfo
@@ -177,7 +177,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None, *, bos: str |
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(model), revision=revision, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise MissingError(f"no tokenizer at {str(model)!r}: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer of {model} has no tokenizer.json; kdata needs a fast tokenizer")

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from kdata.errors import ConfigError, MismatchError, MissingError, TeacherError, settings_difference
+from kdata.errors import ConfigError, MismatchError, MissingError, TeacherError, first_line, settings_difference
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import TeacherInfo
 from kdata.store.gguf import model_folder
@@ -342,7 +342,7 @@ def _vocab_size(model: str, commit: str | None) -> int:
     try:
         config = AutoConfig.from_pretrained(model, revision=commit, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise MissingError(f"no configuration at {model!r}: {str(error).splitlines()[0]}") from error
+        raise MissingError(f"no configuration at {model!r}: {first_line(error)}") from error
     return int(config.get_text_config().vocab_size)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from kdata.errors import KdataError, StorageError
+from kdata.errors import KdataError, StorageError, first_line
 from kdata.pipelines.ray.workers import ClusterConfig, connect, load_ray
 
 
@@ -76,6 +76,6 @@ def _own(error: BaseException) -> BaseException:
     if isinstance(error, RayTaskError):
         return error.cause if isinstance(error.cause, KdataError) else error
     if isinstance(error, RayError):
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         return StorageError(f"a task on the Ray cluster was lost ({reason}); run the same command again")
     return error

@@ -13,7 +13,15 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kdata.config import Strict
-from kdata.errors import ConfigError, DependencyError, KdataError, MismatchError, TeacherError, settings_difference
+from kdata.errors import (
+    ConfigError,
+    DependencyError,
+    KdataError,
+    MismatchError,
+    TeacherError,
+    first_line,
+    settings_difference,
+)
 from kdata.observe.progress import console
 from kdata.pipelines.ray.actor import ActorFacts, Loader, TeacherActor
 from kdata.teachers.config import TeacherConfig
@@ -261,6 +269,6 @@ def connect(ray: Any, address: str | None) -> None:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"no Ray cluster can be joined at {place or 'this machine'}: {str(error).splitlines()[0]}; start one with "
+            f"no Ray cluster can be joined at {place or 'this machine'}: {first_line(error)}; start one with "
             "`ray start --head` and name its HOST:PORT"
         ) from error

@@ -31,7 +31,7 @@ import kdata
 from kdata.errors import KdataError
 from kdata.format.manifest import digest_of, json_bytes
 from kdata.format.schema import canonical_json
-from tests.campaigns import mutations
+from tests.campaigns import layouts, mutations
 from tests.campaigns.campaign import Campaign, Outcome, child, main
 from tests.fakes import CHATML, rows_of_text, run_capture, save_llama, save_tokenizer, write_jsonl
 from tests.gguf_files import write_gguf
@@ -163,6 +163,18 @@ def fitted(file: Path, rng: random.Random) -> None:
             content["table"] = info
         content["dataset_fingerprint"] = kdata.open(root).content_digest
         path.write_bytes(json_bytes({**content, "digest": digest_of(content)}))
+
+
+def by_listed_bytes(file: Path, rng: random.Random) -> None:
+    """Change bytes of a part of hidden states, with its digest in the JSON beside it fitted to it."""
+    by_bytes(file, rng)
+    if rng.random() < 0.1:
+        return
+    listing = file.parent.with_suffix(".json")
+    content = json.loads(listing.read_bytes())
+    info = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "bytes": file.stat().st_size}
+    content["files"][f"hidden/{file.parent.name}/{file.name}"] = info
+    listing.write_bytes(json_bytes({**content, "digest": digest_of(content)}))
 
 
 def by_bytes_of_archive(file: Path, rng: random.Random) -> None:
@@ -298,16 +310,41 @@ def read_import(folder: Path) -> None:
     from kdata.share.interchange.importer import ImportConfig, import_dataset
 
     source = folder / "peer"
-    format = next(f for f in ("distillkit", "axolotl", "plain", "vllm") if any(f in p.name for p in source.iterdir()))
+    format = next(f for f in FORMATS if any(f in p.name for p in source.iterdir()))
     fields: dict[str, Any] = {} if format == "distillkit" else {"vocab_size": 300}
     import_dataset(source, folder / "imported", ImportConfig(format=format, **fields))
     read_imported(folder / "imported")
 
 
+def read_megatron(folder: Path) -> None:
+    """An import of a cache of Megatron, whose tokens are in a file of their own."""
+    from kdata.share.interchange.importer import ImportConfig, import_dataset
+
+    samples = str(folder / "cache/samples.parquet")
+    config = ImportConfig(format="megatron", samples=samples, vocab_size=300)
+    import_dataset(folder / "cache", folder / "imported", config)
+    read_imported(folder / "imported")
+
+
+def read_hidden(folder: Path) -> None:
+    """Hidden states of every row, verify, and the export that drafts train on."""
+    from kdata.check.verify import verify
+    from kdata.share.interchange.speculators import export_speculators
+    from kdata.store.hidden import HiddenStates
+
+    dataset = kdata.open(folder / "dataset")
+    verify(dataset, deep=True)
+    [name] = [path.stem for path in (dataset.path / "hidden").glob("*.json")]
+    states = HiddenStates(dataset, name)
+    for row in range(dataset.num_rows):
+        states.row(row)
+    export_speculators(dataset, name, folder / "exported")
+
+
 def read_imported(root: Path) -> None:
     """What was imported must be readable."""
     for row in kdata.open(root):
-        _ = row.kept(3)
+        _ = row.kept(len(row) - 1)
 
 
 def read_scores(folder: Path) -> None:
@@ -409,6 +446,7 @@ def read_checkpoint(folder: Path) -> None:
 
 
 SETTINGS = {"steps": 3}
+FORMATS = ("distillkit", "axolotl", "plain", "vllm", "nemo")
 EXAMPLES: list[Path] = [Path()]  # where the examples are, in this process
 
 # What is changed and who reads it. Readers of one kind of file share a name in `by_kind`: the name of the example and file.
@@ -459,9 +497,15 @@ TARGETS: dict[str, Target] = {
     **{f"capture {name}": Target(f"corpora/{name}", "corpus/*", change, read_capture, 2) for name, change in {
         "jsonl": by_lines, "parquet": by_table, "chats": by_lines, "chat-parquet": by_table}.items()},
     **{f"import {name}": Target(f"peers/{name}", "peer/*", change, read_import, 2) for name, change in {
-        "plain": by_table, "axolotl": by_table, "distillkit": by_table, "plain-jsonl": by_lines, "vllm": by_lines}.items()},
+        "plain": by_table, "axolotl": by_table, "distillkit": by_table, "plain-jsonl": by_lines, "vllm": by_lines,
+        "nemo": by_lines}.items()},
+    "import megatron": Target("megatron", "cache/*.tar", layouts.by_member(by_bytes), read_megatron, 3),
+    "import megatron, tokens": Target("megatron", "cache/samples.parquet", by_table, read_megatron),
+    "hidden states": Target("hidden", "dataset/hidden/*/*.safetensors", by_listed_bytes, read_hidden, 2),
+    "hidden states, json": Target("hidden", "dataset/hidden/*.json", by_digested_json, read_hidden, 2),
     "import yaml": Target("peers/distillkit", "peer/*.yaml", by_yaml, read_import, 2),
     "recipe": Target("settings", "recipe.yaml", by_yaml, read_recipe, 3),
+    "recipe with rounds": Target("rounds", "recipe.yaml", by_yaml, read_recipe, 3),
     "config.json": Target("models", "model/config.json", by_json, read_model, 2),
     "tokenizer.json": Target("models", "model/tokenizer.json", by_json, read_model, 2),
     "tokenizer_config.json": Target("models", "model/tokenizer_config.json", by_json, read_model),
@@ -498,7 +542,13 @@ def make_examples(folder: Path) -> None:
     _peers(folder / "peers", folder / "data/dataset")
     (folder / "settings").mkdir()
     shutil.copyfile(Path(kdata.__file__).parent.parent / "pipelines/quickstart.yaml", folder / "settings/recipe.yaml")
+    (folder / "rounds").mkdir()
+    layouts.with_rounds(folder / "settings/recipe.yaml", folder / "rounds/recipe.yaml")
     save_llama(folder / "models/model")
+    (folder / "megatron").mkdir()
+    layouts.megatron(folder / "megatron", folder / "data/dataset")
+    (folder / "hidden").mkdir()
+    layouts.hidden(folder / "hidden", folder / "models/model")
     (folder / "models/adapter").mkdir()
     (folder / "models/adapter/adapter_config.json").write_text(
         '{"r": 8, "rank_pattern": {"a": 4}, "peft_type": "LORA"}'
@@ -576,8 +626,9 @@ def _corpora(folder: Path) -> None:
 def _peers(folder: Path, dataset: Path) -> None:
     from kdata.share.interchange.exporter import export_dataset
 
-    for name in ("plain", "axolotl", "distillkit", "plain-jsonl", "vllm"):
+    for name in ("plain", "axolotl", "distillkit", "plain-jsonl", "vllm", "nemo"):
         (folder / name / "peer").mkdir(parents=True)
+    layouts.nemo(folder / "nemo/peer")
     for name in ("plain", "axolotl"):
         export_dataset(kdata.open(dataset), folder / name / f"peer/{name}.parquet", name)  # type: ignore[arg-type]
     write_jsonl(

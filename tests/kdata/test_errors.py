@@ -9,7 +9,16 @@ import pytest
 from pydantic import Field
 
 from kdata.config import Strict, parse_config
-from kdata.errors import ConfigError, CorruptError, DataError, StorageError, never_show, public_environment, redacted
+from kdata.errors import (
+    ConfigError,
+    CorruptError,
+    DataError,
+    StorageError,
+    first_line,
+    never_show,
+    public_environment,
+    redacted,
+)
 from kdata.format.records import RowError
 from kdata.store.url import Store
 from kdata.teachers.config import ServerConfig
@@ -97,3 +106,8 @@ def test_a_dataset_s_url_holds_no_secret(url: str) -> None:
     with pytest.raises(ConfigError, match="no password and no token") as caught:
         Store(url)
     assert "hush" not in str(caught.value)
+
+
+def test_an_error_without_words_is_named_by_its_kind() -> None:
+    assert first_line(EOFError()) == "EOFError" and first_line(ValueError("\n")) == "ValueError"
+    assert first_line(ValueError("\na b\nc")) == "a b"

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdata.errors import DataError
+from kdata.errors import DataError, first_line
 from kdata.format.sequences import Sequences
 from kdata.share.interchange.plain import about_rows, lists
 from kdata.share.interchange.rows import PeerRow, as_ids, as_logprobs, flat, nested, spans
@@ -87,7 +87,7 @@ def _token_ids(names: pa.Array) -> np.ndarray:
         ids = pc.cast(pc.replace_substring(names, "token_id:", ""), pa.int32())
     except pa.ArrowInvalid as error:
         raise DataError(
-            f"an entry's token is not of the form 'token_id:N' ({str(error).splitlines()[0]}), and a token's text does not "
+            f"an entry's token is not of the form 'token_id:N' ({first_line(error)}), and a token's text does not "
             "determine its id; let the server return ids (vLLM: --return-tokens-as-token-ids)"
         ) from error
     token_ids: np.ndarray = ids.to_numpy(zero_copy_only=False)

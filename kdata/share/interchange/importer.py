@@ -17,7 +17,7 @@ from pydantic import Field
 
 from kdata.config import RowsConfig
 from kdata.corpus.encode import TextEncoder
-from kdata.errors import ConfigError, DataError
+from kdata.errors import ConfigError, DataError, first_line
 from kdata.format.files import journal_of, local_path, temporary_folder
 from kdata.format.json_text import MAX_TOKENIZER_BYTES, parse_row
 from kdata.format.manifest import new_info
@@ -221,14 +221,14 @@ def batches(files: list[PeerFile]) -> Iterator[pa.RecordBatch | RowError]:
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+            raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def _parsed(line: bytes, place: str) -> dict[str, Any] | RowError:
     try:
         row = parse_row(line)
     except DataError as error:
-        return RowError("not_json", f"{place} is not JSON: {str(error).splitlines()[0]}")
+        return RowError("not_json", f"{place} is not JSON: {first_line(error)}")
     if not isinstance(row, dict):
         return RowError("not_json", f"{place} is not a JSON object")
     return row or RowError("form", f"{place} is an object without a value")  # of which pyarrow makes no row
@@ -256,7 +256,7 @@ def _of_one_line(row: dict[str, Any]) -> pa.RecordBatch | RowError:
     try:
         return pa.RecordBatch.from_pylist([row])
     except (pa.ArrowException, OverflowError) as error:
-        return RowError("form", f"the values of row {row.get('id')!r} cannot be columns: {str(error).splitlines()[0]}")
+        return RowError("form", f"the values of row {row.get('id')!r} cannot be columns: {first_line(error)}")
 
 
 def _peer_rows(

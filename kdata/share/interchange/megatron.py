@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdata.corpus.json_rows import MOST_BYTES, MOST_TIMES
-from kdata.errors import ConfigError, DataError, DependencyError
+from kdata.errors import ConfigError, DataError, DependencyError, first_line
 from kdata.format.files import local_path
 from kdata.format.keep_rules import refuse_sorted
 from kdata.format.records import RowError
@@ -111,9 +111,7 @@ def _iterations(files: list[PeerFile]) -> Iterator[Iteration]:
         try:
             yield from _members(file)
         except (tarfile.TarError, OSError, pa.ArrowException, EOFError) as error:
-            raise DataError(
-                f"{file.place} cannot be read: {str(error).splitlines()[0] or type(error).__name__}"
-            ) from error
+            raise DataError(f"{file.place} cannot be read: {first_line(error)}") from error
 
 
 def _members(file: PeerFile) -> Iterator[Iteration]:
@@ -156,7 +154,7 @@ def _decoded(packed: bytes, what: str, saver: dict[str, Any]) -> tuple[np.ndarra
             part.to(kind).numpy() for part, kind in zip(parts, (torch.float32, torch.int64, torch.int64), strict=True)
         )
     except Exception as error:  # torch raises whatever a hostile file makes of it
-        raise DataError(f"{what} is not a payload of Megatron's cache ({str(error).splitlines()[0][:120]})") from error
+        raise DataError(f"{what} is not a payload of Megatron's cache ({first_line(error)[:120]})") from error
     if not (values.ndim == 3 and values.shape == low.shape == high.shape):
         raise DataError(
             f"{what} has tensors of the shapes {values.shape}, {low.shape}, {high.shape}; they must be equal"

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from kdata.errors import DataError
+from kdata.errors import DataError, first_line
 from kdata.format.json_text import MAX_ROW_CHARACTERS, parse_row
 from kdata.format.records import RowError
 from kdata.share.interchange.rows import PeerRow, unusable
@@ -52,9 +52,7 @@ def _lines(peer: PeerFile) -> Iterator[bytes]:
             read = iter(lambda: lines.readline(MAX_ROW_CHARACTERS + 1), b"")
             yield from (line for line in read if line.strip())
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{peer.place} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from error
+        raise DataError(f"{peer.place} cannot be read: {first_line(error)}") from error
 
 
 def _rows(line: bytes) -> Iterator[PeerRow]:
@@ -62,7 +60,7 @@ def _rows(line: bytes) -> Iterator[PeerRow]:
     try:
         answer = parse_row(line)
     except DataError as error:
-        yield unusable(RowError("not_json", f"a line is not JSON: {str(error).splitlines()[0]}"))
+        yield unusable(RowError("not_json", f"a line is not JSON: {first_line(error)}"))
         return
     if not isinstance(answer, dict):
         yield unusable(RowError("not_json", "a line is not a JSON object"))
