@@ -34,6 +34,8 @@ from typing import Any, Literal
 
 import pytest
 
+from tests.clock import in_time
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(__file__).with_suffix(".c")
 CALLS = {
@@ -148,18 +150,21 @@ class Server:
         fault: Fault | None = None,
         *,
         timeout: float = 60.0,
+        exactly: bool = False,
     ) -> Outcome:
         """Call MODULE:FUNCTION with JSON arguments in a fork; paths become text. Without a fault, calls are only counted.
 
         Args:
             folders: only calls below these are counted and fail.
-            timeout: seconds after which the fork is killed.
+            timeout: seconds after which the fork is killed, by its `Clock`: a busy machine gives it more.
+            exactly: seconds by the clock on the wall.
         """
         fault = fault or Fault("once", at=0)
         request = {
             "target": target, "arguments": list(arguments), "folders": [str(f.resolve()) for f in folders],
             "how": HOW[fault.how], "number": fault.number, "at": fault.at,
             "calls": sum(CALLS[call] for call in set(fault.calls)), "timeout": timeout,
+            "exactly": exactly,
         }  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request, default=str) + "\n")
@@ -185,43 +190,59 @@ def _serve() -> None:
 def _case(request: dict[str, Any]) -> dict[str, Any]:
     """Run one case in a fork and say how it ended."""
     reader, writer = os.pipe()
+    output, printed = os.pipe()  # not a file: a limit of file size would cut off the error that it causes
     begun = time.monotonic()
-    with tempfile.TemporaryFile() as printed:
-        child = os.fork()
-        if not child:
-            os.close(reader)
-            os.setsid()
-            os.dup2(printed.fileno(), 1)
-            os.dup2(printed.fileno(), 2)
-            _child(request, writer)
-        os.close(writer)
-        content, state = _read(reader, child, begun + request["timeout"])
+    child = os.fork()
+    if not child:
         os.close(reader)
-        printed.seek(0)
-        output = printed.read().decode(errors="replace")
+        os.close(output)
+        os.setsid()
+        os.dup2(printed, 1)
+        os.dup2(printed, 2)
+        os.close(printed)
+        _child(request, writer)
+    os.close(writer)
+    os.close(printed)
+    content, text, state = _read(reader, output, child, request["timeout"], exactly=request["exactly"])
+    os.close(reader)
+    os.close(output)
     values = json.loads(content) if content else {"result": None, "error": [], "text": "", "calls": 0}
     if state == "ended":
         state = values.pop("state", "killed")
     values.pop("state", None)
-    return {**values, "state": state, "output": output, "seconds": time.monotonic() - begun}
+    return {**values, "state": state, "output": text, "seconds": time.monotonic() - begun}
 
 
-def _read(reader: int, child: int, deadline: float) -> tuple[bytes, str]:
-    """What the child answers before the deadline, and whether it ended or hung."""
-    content = b""
-    while True:
-        left = deadline - time.monotonic()
-        ready = select.select([reader], [], [], max(left, 0))[0]
-        block = os.read(reader, 1 << 16) if ready else b""
-        content += block
-        if not block:
+def _read(reader: int, output: int, child: int, timeout: float, *, exactly: bool) -> tuple[bytes, str, str]:
+    """What the child answers before its time is over, what it printed, and whether it ended or hung."""
+    blocks: dict[int, list[bytes]] = {reader: [], output: []}
+    is_open = {reader, output}
+
+    def ended(limit: float) -> bool:
+        deadline = time.monotonic() + limit
+        while reader in is_open:
+            ready = select.select(list(is_open), [], [], max(deadline - time.monotonic(), 0))[0]
             if not ready:
-                try:
-                    os.killpg(child, signal.SIGKILL)
-                except ProcessLookupError:  # the deadline came before the child had a group of its own
-                    os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return (content, "ended") if ready else (b"", "hung")
+                return False
+            for handle in ready:
+                blocks[handle].append(os.read(handle, 1 << 16))
+                if not blocks[handle][-1]:
+                    is_open.remove(handle)
+        return True
+
+    is_ended = ended(timeout) if exactly else in_time(ended, child, timeout)
+    if not is_ended:
+        try:
+            os.killpg(child, signal.SIGKILL)
+        except ProcessLookupError:  # its time was over before the child had a group of its own
+            os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while output in is_open and select.select([output], [], [], 0)[0]:  # a process of its own may still hold it
+        blocks[output].append(os.read(output, 1 << 16))
+        if not blocks[output][-1]:
+            break
+    content, text = (b"".join(blocks[handle]) for handle in (reader, output))
+    return content if is_ended else b"", text.decode(errors="replace"), "ended" if is_ended else "hung"
 
 
 def _child(request: dict[str, Any], writer: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,3 +97,13 @@ def sleep_long() -> None:
 def test_a_case_that_hangs_is_ended(server: Server, tmp_path: Path) -> None:
     assert server.run("tests.test_faults:sleep_long", [], [tmp_path], timeout=0.2).state == "hung"
     assert set(FULL) < set(CHANGES) and explain(errno.ENOSPC) == "ENOSPC"
+
+
+def print_beyond_the_limit_of_a_file() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    print("x" * 100_000, flush=True)
+
+
+def test_a_limit_of_file_size_does_not_cut_off_what_is_printed(server: Server, tmp_path: Path) -> None:
+    outcome = server.run("tests.test_faults:print_beyond_the_limit_of_a_file", [], [tmp_path])
+    assert outcome.state == "done" and outcome.output == "x" * 100_000 + "\n"

@@ -386,16 +386,18 @@ def _check_context(config: TrainConfig) -> None:
 def _hold(out_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
     """Have the main rank hold the lock of the output folder until `stack` is closed.
 
-    Every rank raises StorageError where another process holds it.
+    Every rank raises StorageError where another process holds it, ConfigError where it is a dataset.
     """
-    refusal: StorageError | None = None
+    refusal: StorageError | ConfigError | None = None
     if ranks.is_main:
         try:
             stack.enter_context(lock_of(out_dir))
-        except StorageError as error:
+            if (out_dir / "dataset.json").exists() or (out_dir / "manifest.jsonl").exists():
+                raise ConfigError(f"{out_dir} is a dataset; name another folder for what is trained (--out)")
+        except (StorageError, ConfigError) as error:
             refusal = error
     if ranks.sum(np.array([refusal is not None])).any():
-        raise refusal or StorageError(f"{out_dir} cannot be locked; the main rank says why")
+        raise refusal or StorageError(f"{out_dir} cannot be used; the main rank says why")
 
 
 def _restore_data(phases: list[OpenPhase], saved: CheckpointState, out_dir: Path) -> None:

@@ -9,12 +9,19 @@ Then `python -m tests.campaigns.kills --seed 0 --count 100` runs cases 0 to 99 o
 number alone, so `--only 17` repeats case 17, and keeps its folder. Progress goes to stderr. The last line of stdout is JSON:
 `campaign`, `seed`, `cases`, `failures`, `by_kind` (cases and failures of each kind) and `seconds`. The exit status is 1
 where a case failed.
+
+Most cases of `damage` and `fuzz` share a child with others (`Campaign.child`), because starting one takes longer than the
+case. What is found there counts only if the case, made anew, fails alone in a child of its own; so does a case that leaves
+something behind (files, open files, threads, processes, settings), and that child is replaced. Every fiftieth case runs in
+both ways. Everything is in memory (/dev/shm) where the system has that: flushing to a disk would only take time.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -24,16 +31,21 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from kdata.observe.text import visible
+from tests.clock import in_time
 
 # A server that imported everything once; each child is a fork of it, and begins after milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -44,6 +56,10 @@ CONTEXT.set_forkserver_preload(["tests.campaigns.preload"])
 
 SECONDS = 10.0
 MEMORY = 4 << 30
+# Cases of a shared child, after which it is replaced; which cases run alone in any case; and bytes that it may grow by.
+SHARED_CASES = 100
+ALONE_EVERY = 50
+GROWTH = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -59,12 +75,14 @@ class Ended:
     """How a child ended.
 
     status: its exit status; the negative number of a signal that ended it. hung: it was ended because its time was over.
+    left: what it left behind, in words.
     """
 
     status: int
     stdout: str
     stderr: str
     hung: bool = False
+    left: str = ""
 
     @property
     def killed(self) -> bool:
@@ -81,7 +99,7 @@ class Ended:
             return f"a traceback: {self.stderr[-1500:]}"
         if self.status != 0 and "error:" not in self.stderr and "stopped;" not in self.stderr:
             return f"exit status {self.status} without an error message; stderr: {self.stderr[-500:]}"
-        return None
+        return f"it left behind: {self.left}" if self.left else None
 
 
 class Campaign:
@@ -92,12 +110,31 @@ class Campaign:
 
     name = ""
     total: int | None = None
+    shares = False  # whether cases share children, by `child`
+    first: Callable[[], object] | None = None  # called once in each child that cases share
+
+    def __init__(self) -> None:
+        self._local = threading.local()
 
     def prepare(self, folder: Path, seed: int) -> None:
         """Make what all cases share, in an empty folder; runs once, before the first case."""
 
     def close(self) -> None:
         """End what `prepare` started; runs once, after the last case."""
+
+    @contextlib.contextmanager
+    def sharing(self, shared: SharedChild) -> Iterator[None]:
+        """Within this context, `child` of this thread runs in a child that cases share."""
+        self._local.shared = shared
+        try:
+            yield
+        finally:
+            self._local.shared = None
+
+    def child(self, function: Callable[..., int | None], *arguments: Any) -> Ended:
+        """Run a function in a child, alone or in the one that cases share."""
+        shared: SharedChild | None = getattr(self._local, "shared", None)
+        return child(function, *arguments) if shared is None else shared.run(function, *arguments)
 
     def run(self, number: int, rng: random.Random, folder: Path) -> Outcome:
         """Run one case in an empty folder of its own. Must depend on its arguments and `prepare` alone.
@@ -128,19 +165,63 @@ class Child:
             os.kill(self.process.pid or 0, signal_number)
 
     def wait(self, seconds: float = SECONDS) -> Ended:
-        """Wait for its end; a child that takes longer is killed, and `hung`. A busy machine has more time."""
-        share = os.getloadavg()[0] / (os.cpu_count() or 1)
-        self.process.join(seconds * max(1.0, share))
-        hung = self.process.is_alive()
+        """Wait for its end; a child that takes longer is killed, and `hung`. A busy machine has more time (`Clock`)."""
+        hung = not in_time(lambda limit: bool(wait([self.process.sentinel], limit)), self.process.pid or 0, seconds)
         if hung:
             self.process.kill()
-            self.process.join()
+        self.process.join()
         out, err, told = ((self.output / name).read_bytes().decode(errors="replace") if (self.output / name).exists() else ""
                           for name in ("stdout", "stderr", "status"))  # fmt: skip
+        left = sorted(path.name for path in (self.output / "tmp").iterdir()) if told and not hung else []
         shutil.rmtree(self.output, ignore_errors=True)
         status = self.process.exitcode
         assert status is not None
-        return Ended(int(told) if status == LOST and told else status, out, err, hung)
+        return Ended(int(told) if status == LOST and told else status, out, err, hung, ", ".join(left))
+
+
+class SharedChild:
+    """A child that runs many functions, one after the other, with the same limits for each; replaced as need be.
+
+    Args:
+        first: called once in each child, before the first function.
+    """
+
+    def __init__(self, first: Callable[[], object] | None = None) -> None:
+        self._first = first
+        self._process: BaseProcess | None = None
+
+    def close(self) -> None:
+        """End the child."""
+        if self._process is not None:
+            self._asking.close()
+            self._process.kill()
+            self._process.join()
+            shutil.rmtree(self._output, ignore_errors=True)
+            self._process = None
+
+    def run(self, function: Callable[..., int | None], *arguments: Any) -> Ended:
+        """Run a function in it. It is replaced where that fails, leaves something behind, or was the last of many."""
+        if self._process is None:
+            self._output = Path(tempfile.mkdtemp(prefix="kdata-child-"))
+            self._asking, answering = CONTEXT.Pipe()
+            self._process = CONTEXT.Process(target=_serve, args=(str(self._output), self._first, answering))
+            self._process.start()
+            answering.close()
+            self._asking.recv()
+            self._cases = 0
+        self._asking.send((function, arguments))
+        hung = not in_time(self._asking.poll, self._process.pid or 0, SECONDS)
+        try:
+            status, left = (-signal.SIGKILL, "") if hung else self._asking.recv()
+        except EOFError:
+            self._process.join()
+            status, left = self._process.exitcode or 0, "its process"
+        out, err = ((self._output / name).read_bytes().decode(errors="replace") for name in ("stdout", "stderr"))
+        self._cases += 1
+        ended = Ended(status, out, err, hung, left)
+        if ended.complaint() is not None or self._cases == SHARED_CASES:
+            self.close()
+        return ended
 
 
 def child(
@@ -170,18 +251,38 @@ def command(arguments: Sequence[object], folder: Path | None = None, **limits: A
 
 def _inside(output: str, memory: int, function: Callable[..., int | None], arguments: tuple[Any, ...]) -> None:
     """The child's own side: redirect its output, limit its memory, call the function, end without cleaning up for others."""
+    _redirect(output)
+    told = os.open(os.path.join(output, "status"), os.O_WRONLY | os.O_CREAT, 0o600)
+    _own_temporary_folder(output)
+    status = _call(memory, function, arguments)
+    atexit._run_exitfuncs()  # multiprocessing leaves them out
+    with contextlib.suppress(OSError):  # the case took the room on the disk
+        os.write(told, str(status).encode())
+    sys.exit(status)
+
+
+def _redirect(output: str) -> None:
     for name, number in (("stdout", 1), ("stderr", 2)):
         handle = os.open(os.path.join(output, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(handle, number)
         os.close(handle)
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
-    told = os.open(os.path.join(output, "status"), os.O_WRONLY | os.O_CREAT, 0o600)
     sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  # stays open as long as the child lives
-    with open("/proc/self/statm", encoding="ascii") as file:
-        size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (size + memory, size + memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _own_temporary_folder(output: str) -> Path:
+    temporary = Path(output, "tmp")
+    temporary.mkdir()
+    os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None
+    return temporary
+
+
+def _call(memory: int, function: Callable[..., int | None], arguments: tuple[Any, ...]) -> int:
+    """Call a function with so much more memory than the process has; returns its exit status."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + memory, hard))
     try:
         status = function(*arguments) or 0
     except SystemExit as error:
@@ -191,9 +292,59 @@ def _inside(output: str, memory: int, function: Callable[..., int | None], argum
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    with contextlib.suppress(OSError):  # the case took the room on the disk
-        os.write(told, str(status).encode())
-    sys.exit(status)
+    return status
+
+
+def _serve(output: str, first: Callable[[], object] | None, asked: Connection) -> None:
+    """A shared child's own side: run what is asked for, and say what each function left behind."""
+    _redirect(output)
+    temporary = _own_temporary_folder(output)
+    if first is not None:
+        first()
+    gc.collect()
+    gc.freeze()  # what all cases share is not looked at again
+    begun = psutil.Process().memory_info().rss
+    before = _belongings(temporary)
+    asked.send(None)
+    while True:
+        try:
+            function, arguments = asked.recv()
+        except EOFError:
+            os._exit(0)
+        for handle in (1, 2):
+            os.ftruncate(handle, 0)
+        status = _call(MEMORY, function, arguments)
+        left = _further(before, temporary)
+        if left:
+            gc.collect()
+            left = _further(before, temporary)
+        if psutil.Process().memory_info().rss > begun + GROWTH:
+            left = "memory"
+        asked.send((status, left))
+
+
+def _belongings(temporary: Path) -> set[tuple[str, str]]:
+    """What a case might leave in its process, or in its temporary folder."""
+    found = {("file", path.name) for path in temporary.iterdir()}
+    for handle in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            found.add(("open file", f"{handle} {os.readlink(f'/proc/self/fd/{handle}')}"))
+    found |= {("thread", thread.name) for thread in threading.enumerate()}
+    with contextlib.suppress(ChildProcessError):  # there is none, which takes less to ask than which they are
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        found |= {("process", str(number)) for number, _ in enumerate(psutil.Process().children())}
+    found |= {("variable", f"{name}={value}") for name, value in os.environ.items()}
+    found |= {
+        ("signal", f"{number} {signal.getsignal(number)}") for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    }
+    found |= {
+        ("limit", f"{kind} {resource.getrlimit(kind)}") for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE)
+    }
+    return found | {("folder", os.getcwd()), ("output", f"{id(sys.stdout)} {id(sys.stderr)}")}
+
+
+def _further(before: set[tuple[str, str]], temporary: Path) -> str:
+    return ", ".join(" ".join(one) for one in sorted(_belongings(temporary) - before))
 
 
 def run(
@@ -217,6 +368,7 @@ def run(
     begun = time.monotonic()
     temporary = tempfile.TemporaryDirectory(prefix=f"kdata-{campaign.name}-") if folder is None else None
     place = Path(temporary.name) if temporary is not None else Path(folder or "")
+    children: list[SharedChild] = []
     try:
         shared = place / "shared"
         shutil.rmtree(shared, ignore_errors=True)
@@ -226,8 +378,9 @@ def run(
         numbers = [only] if only is not None else list(range(min(count, campaign.total or count)))
         by_kind: dict[str, dict[str, int]] = {}
         problems: list[dict[str, Any]] = []
+        threads = threading.local()
 
-        def one(number: int) -> tuple[int, Outcome]:
+        def alone(number: int) -> Outcome:
             own = place / f"case-{number}"
             shutil.rmtree(own, ignore_errors=True)
             own.mkdir()
@@ -237,6 +390,20 @@ def run(
                 outcome = Outcome("unforeseen", traceback.format_exc())
             if outcome.problem is None and only is None:
                 shutil.rmtree(own, ignore_errors=True)
+            return outcome
+
+        def one(number: int) -> tuple[int, Outcome]:
+            if only is not None:
+                return number, alone(number)
+            if not hasattr(threads, "shared"):
+                threads.shared = SharedChild(campaign.first)
+                children.append(threads.shared)
+            with campaign.sharing(threads.shared):
+                outcome = alone(number)
+            if campaign.shares and (outcome.problem is not None or number % ALONE_EVERY == ALONE_EVERY - 1):
+                first, outcome = outcome, alone(number)
+                if first.problem is not None and outcome.problem is None:
+                    log(f"case {number} ({outcome.kind}) fails only after others: {visible(first.problem)}")
             return number, outcome
 
         with ThreadPoolExecutor(workers) as pool:
@@ -251,6 +418,8 @@ def run(
                 if done % 100 == 0:
                     log(f"{campaign.name}: {done:,} of {len(numbers):,} cases, {len(problems)} failed")
     finally:
+        for shared_child in children:
+            shared_child.close()
         campaign.close()
         if temporary is not None:
             temporary.cleanup()
@@ -277,6 +446,8 @@ def main(kind: Callable[[], Campaign], arguments: Sequence[str] | None = None) -
     folder = options.folder
     if folder is None and options.only is not None:
         folder = Path(tempfile.mkdtemp(prefix=f"kdata-{kind().name}-"))
+    if "TMPDIR" not in os.environ and os.access("/dev/shm", os.W_OK):
+        tempfile.tempdir = os.environ["TMPDIR"] = "/dev/shm"
     if folder is not None:
         print(f"working in {folder}", file=sys.stderr)
     report = run(

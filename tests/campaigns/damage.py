@@ -11,6 +11,7 @@ The dataset holds two sources, rejects, a sidecar, a plan and a tokenizer. Two t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -131,6 +132,12 @@ class Damage(Campaign):
     """Damage one file of a dataset, verify it and read it."""
 
     name = "damage"
+    shares = True
+    examine = staticmethod(examine)  # what a child does with a damaged dataset
+
+    def __init__(self, damages: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.damages = damages or tuple(DAMAGES)
 
     def prepare(self, folder: Path, seed: int) -> None:
         """See `Campaign.prepare`."""
@@ -149,22 +156,28 @@ class Damage(Campaign):
         answer = json.loads(ended.stdout)
         assert answer["verify"] == [] and not any(":" in text for text in answer["readings"].values()), answer
         self.expected = answer["readings"]
+        self.first = functools.partial(examine, [str(self.whole)])
+        self.times = self._times()
+
+    def _times(self) -> list[int]:
+        """When each file of the original was last changed."""
+        return [(self.whole / name).stat().st_mtime_ns for name in self.files]
 
     def run(self, number: int, rng: random.Random, folder: Path) -> Outcome:
         """See `Campaign.run`."""
         root = folder / "d"
-        shutil.copytree(self.whole, root)
+        self._link(root)
         # Kinds of files in turn, so that small ones come as often as those of which there are many.
         name = rng.choice([n for n in self.files if kind_of(n) == self.kinds[number % len(self.kinds)]])
-        how = rng.choice(tuple(DAMAGES))
+        how = rng.choice(self.damages)
         what = DAMAGES[how](rng, root, name, self)
         while what is None:  # it changed nothing, such as a hole where there were zeros
             shutil.rmtree(root)
-            shutil.copytree(self.whole, root)
-            how = rng.choice(tuple(DAMAGES))
+            self._link(root)
+            how = rng.choice(self.damages)
             what = DAMAGES[how](rng, root, name, self)
         kind = f"{how}, {kind_of(name)}"
-        ended = child(examine, [str(root)])
+        ended = self.child(self.examine, [str(root)])
         complaint = ended.complaint()
         if complaint is not None:
             return Outcome(kind, f"{what}: {complaint}")
@@ -177,7 +190,15 @@ class Damage(Campaign):
                 problems.append(f"{reading}: {seen}")
             elif seen != self.expected[reading] and not seen.startswith("refused"):
                 problems.append(f"{reading} gives other values without an error")
+        if self._times() != self.times:
+            raise AssertionError(
+                f"{what}: a reader changed a file of the dataset, and of the original, which is no more whole"
+            )
         return Outcome(kind, f"{what}: {'; '.join(problems)}" if problems else None)
+
+    def _link(self, root: Path) -> None:
+        """A copy of the original with hard links in place of files, which `_write` replaces."""
+        shutil.copytree(self.whole, root, copy_function=os.link)
 
 
 def _flip(rng: random.Random, root: Path, name: str, campaign: Damage) -> str:
@@ -228,9 +249,8 @@ def _swapped(rng: random.Random, root: Path, name: str, campaign: Damage) -> str
     one, two = (root / name).read_bytes(), (root / other).read_bytes()
     if one == two:
         return None
-    (root / name).write_bytes(two)
-    (root / other).write_bytes(one)
-    return f"{name} and {other} swapped"
+    _write(root, other, one, "")
+    return _write(root, name, two, f"{name} and {other} swapped")
 
 
 def _foreign(rng: random.Random, root: Path, name: str, campaign: Damage) -> str | None:
@@ -297,6 +317,7 @@ def _line(rng: random.Random, root: Path, name: str, campaign: Damage) -> str | 
 
 
 def _write(root: Path, name: str, content: bytes, what: str) -> str:
+    (root / name).unlink()  # the original has another name for it
     (root / name).write_bytes(content)
     return what
 

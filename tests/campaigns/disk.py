@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tests.campaigns.campaign import Outcome, main
-from tests.campaigns.commands import COMMANDS, difference, in_folder, patience, state
+from tests.campaigns.commands import COMMANDS, difference, in_folder, state
 from tests.campaigns.kills import HANG_SEC, Kills
 from tests.faults import BROKEN, FULL, READ_ONLY, TOO_MANY_FILES, Fault
 from tests.faults import Outcome as Ended
@@ -96,7 +96,7 @@ class Disk(Kills):
             what = f"a limit of {limit} bytes"
             target = "tests.campaigns.disk:in_small_folder"
             arguments = [str(place), self.bench.arguments(command.arguments), limit]
-            ended = self.bench.server.run(target, arguments, [place], timeout=patience(patient))
+            ended = self.bench.server.run(target, arguments, [place], timeout=patient)
         else:
             what, causes = "a small disk", REAL[how]
             ended = self.bench.run(command, place, None, patient)

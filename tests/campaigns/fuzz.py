@@ -10,6 +10,7 @@ crash, a hang, and a file outside of the case's folder.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
@@ -32,7 +33,7 @@ from kdata.errors import KdataError
 from kdata.format.manifest import digest_of, json_bytes
 from kdata.format.schema import canonical_json
 from tests.campaigns import layouts, mutations
-from tests.campaigns.campaign import Campaign, Outcome, child, main
+from tests.campaigns.campaign import Campaign, Outcome, main
 from tests.fakes import CHATML, rows_of_text, run_capture, save_llama, save_tokenizer, write_jsonl
 from tests.gguf_files import write_gguf
 
@@ -47,6 +48,7 @@ VLLM = {
     "prompt_logprobs": [None, {"20": {"logprob": -0.5, "rank": 1}, "7": {"logprob": -1.5}}, {"30": {"logprob": -0.1}}],
 }
 BOMB_BYTES = 400 << 20
+TEMPLATE_SEC = 0.3
 
 
 @dataclass(frozen=True)
@@ -414,13 +416,11 @@ def read_template(folder: Path) -> None:
     """A chat template with three chats."""
     from transformers import AutoTokenizer
 
-    from kdata.corpus import chat_template
     from kdata.corpus.chat_template import ChatError, chat_encoder
     from kdata.corpus.corpus import CorpusConfig
     from kdata.corpus.messages import parse_chat
-    from kdata.corpus.template_process import TemplateProcess
 
-    chat_template.RENDERER = TemplateProcess(cpu_sec=0.3)  # starting it again and again takes long enough
+    _quick_templates()
     corpus = CorpusConfig(path="unused", messages_column="messages", chat_template=str(folder / "template.jinja"))
     encoder = chat_encoder(AutoTokenizer.from_pretrained(EXAMPLES[0] / "chat-tokenizer"), corpus)
     for row in CHATS[:2]:
@@ -679,18 +679,39 @@ def read(name: str, case: str, examples: str) -> int:
     return 0
 
 
+def begin(examples: str) -> None:
+    """In a child that cases share, before the first: what many of them start, so that none seems to leave it behind."""
+    read_rows(Path(examples) / "data")
+    read_sql(Path(examples) / "data")
+    _quick_templates()
+
+
+def _quick_templates() -> None:
+    """A process for chat templates that ends soon where one takes long: starting it again takes long enough."""
+    from kdata.corpus import chat_template
+    from kdata.corpus.template_process import TemplateProcess
+
+    if not (isinstance(chat_template.RENDERER, TemplateProcess) and chat_template.RENDERER._cpu_sec == TEMPLATE_SEC):
+        chat_template.RENDERER = TemplateProcess(cpu_sec=TEMPLATE_SEC)
+        chat_template.RENDERER.check("{{ messages }}")
+
+
 class Fuzz(Campaign):
     """Readers of files that somebody else may have written, with hostile and damaged files."""
 
     name = "fuzz"
+    shares = True
+    read = staticmethod(read)  # what a child does with a changed example
 
     def __init__(self, only: str = "") -> None:
+        super().__init__()
         self._names = [name for name, target in TARGETS.items() for _ in range(target.weight) if only in name]
 
     def prepare(self, folder: Path, seed: int) -> None:
         """See `Campaign.prepare`."""
         self._examples = folder / "examples"
         make_examples(self._examples)
+        self.first = functools.partial(begin, str(self._examples))
 
     def run(self, number: int, rng: random.Random, folder: Path) -> Outcome:
         """See `Campaign.run`."""
@@ -701,7 +722,7 @@ class Fuzz(Campaign):
         file = rng.choice(sorted(case.glob(target.files)))
         target.change(file, rng)
         before = {path.name for path in folder.iterdir()}
-        ended = child(read, name, str(case), str(self._examples))
+        ended = self.child(self.read, name, str(case), str(self._examples))
         problem = ended.complaint()
         stray = sorted({path.name for path in folder.iterdir()} - before)
         if problem is None and stray:

@@ -18,7 +18,7 @@ import kdata
 from kdata.check.verify import verify
 from kdata.errors import KdataError
 from tests.campaigns.campaign import Campaign, Outcome, main
-from tests.campaigns.commands import COMMANDS, Bench, Command, difference, patience, state
+from tests.campaigns.commands import COMMANDS, Bench, Command, difference, state
 from tests.faults import CHANGES, Fault
 
 HANG_SEC = 10.0
@@ -30,6 +30,7 @@ class Kills(Campaign):
     name = "kills"
 
     def __init__(self, commands: tuple[str, ...] = tuple(COMMANDS)) -> None:
+        super().__init__()
         self.commands = commands
 
     def prepare(self, folder: Path, seed: int) -> None:
@@ -63,7 +64,7 @@ class Kills(Campaign):
                 fault = Fault("kill" if how == "before a call" else "kill inside", at=call, calls=CHANGES)
                 outcome = self.bench.run(command, folder, fault, patient)
                 if outcome.state == "hung":
-                    return Outcome(kind, f"no end after {patience(patient):.0f} s")
+                    return Outcome(kind, f"no end after {patient:.0f} s")
             problem = self.between(command, folder, before, rows)
             if problem is not None:
                 return Outcome(kind, f"after a kill at call {call}: {problem}")

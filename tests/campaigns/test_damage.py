@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
-from tests.campaigns.campaign import Campaign, Outcome, child, main, run
-from tests.campaigns.damage import Damage
+from tests.campaigns.campaign import Campaign, Outcome, SharedChild, child, main, run
+from tests.campaigns.damage import Damage, examine
 
 
 def test_damages_are_all_noticed() -> None:
@@ -23,6 +28,75 @@ def test_damages_are_all_noticed() -> None:
 def test_many_damages_are_all_noticed() -> None:
     report = run(Damage(), seed=1, count=120)
     assert report["cases"] == 120 and report["problems"] == []
+
+
+def examine_blindly(roots: list[str]) -> int:
+    with patch("kdata.check.verify._strays", lambda dataset: []):
+        return examine(roots)
+
+
+class Blind(Damage):
+    """With a `verify` that sees no stray files."""
+
+    examine = staticmethod(examine_blindly)
+
+
+def test_a_verify_that_is_blind_to_strays_is_found() -> None:
+    report = run(Blind(("stray",)), seed=0, count=2)
+    assert ["verify finds nothing" in one["problem"] for one in report["problems"]] == [True, True]
+
+
+def sleep() -> None:
+    time.sleep(600)
+
+
+def leave(what: str) -> int:
+    match what:
+        case "file":
+            tempfile.mkstemp()
+        case "process":
+            os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "30")
+        case "thread":
+            threading.Thread(target=time.sleep, args=(30,), name="left", daemon=True).start()
+        case "variable":
+            os.environ["KDATA_LEFT"] = "x"
+        case "open file":
+            os.open(os.devnull, os.O_RDONLY)
+    print(os.getpid())
+    return 0
+
+
+def test_what_a_case_leaves_in_a_shared_child_is_named_and_goes_with_the_child() -> None:
+    shared = SharedChild()
+    try:
+        for what in ("file", "process", "thread", "variable", "open file"):
+            assert what in (shared.run(leave, what).complaint() or "")
+            first, second = shared.run(leave, "nothing"), shared.run(leave, "nothing")
+            assert first.complaint() is None and first.stdout == second.stdout
+    finally:
+        shared.close()
+
+
+def test_a_crash_a_hang_and_an_error_of_one_case_are_not_those_of_the_next() -> None:
+    shared = SharedChild()
+    try:
+        assert "signal 6" in (shared.run(os.abort).complaint() or "")
+        assert "KeyError" in (shared.run(fail).complaint() or "")
+        assert "MemoryError" in (shared.run(take_memory).complaint() or "")
+        assert shared.run(ends_with, 0).complaint() is None
+    finally:
+        shared.close()
+
+
+def fail() -> None:
+    raise KeyError("raw")
+
+
+def test_a_process_that_sleeps_or_works_for_too_long_hangs() -> None:
+    for function in (hang, sleep):
+        begun = time.monotonic()
+        assert "no end after" in (child(function, seconds=0.5).complaint() or "")
+        assert time.monotonic() - begun < 60
 
 
 def hang() -> None:

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from kdata.format.schema import DatasetInfo
 from tests.campaigns.campaign import run
-from tests.campaigns.fuzz import TARGETS, Fuzz
+from tests.campaigns.fuzz import TARGETS, Fuzz, read
 
 
 def test_hostile_files_are_refused_or_read(tmp_path: Path) -> None:
     report = run(Fuzz(), seed=1, count=12, folder=tmp_path)
     assert not report["problems"] and report["cases"] == 12
+
+
+def read_carelessly(name: str, case: str, examples: str) -> int:
+    def info(root: Path) -> DatasetInfo:
+        return DatasetInfo(**json.loads((root / "dataset.json").read_bytes()))
+
+    with patch("kdata.store.dataset.read_info", info):
+        return read(name, case, examples)
+
+
+class Careless(Fuzz):
+    """With a reader of dataset.json that checks nothing."""
+
+    read = staticmethod(read_carelessly)
+
+
+def test_a_reader_that_checks_nothing_is_found(tmp_path: Path) -> None:
+    report = run(Careless("dataset.json"), seed=1, count=4, folder=tmp_path)
+    assert "Traceback" in report["problems"][0]["problem"]
 
 
 @pytest.mark.slow

@@ -202,6 +202,15 @@ def test_an_output_folder_that_cannot_be_made_is_named(dataset: kdata.Dataset, t
         train(config(), dataset.path, None, tmp_path / "file" / "out")
 
 
+@pytest.mark.parametrize("name", ["dataset.json", "manifest.jsonl"])
+def test_a_dataset_s_folder_is_not_trained_into(dataset: kdata.Dataset, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("{}")
+    with pytest.raises(ConfigError, match="is a dataset; name another folder"):
+        train(config(), dataset, None, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [

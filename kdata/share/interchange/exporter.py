@@ -50,15 +50,16 @@ def export_dataset(dataset: Dataset, target: Path | str, format: ExportFormat, *
     with storage_errors(target), lock_of(target), Task("export", dataset.num_tokens, "tokens") as task:
         if target.exists():
             raise ConfigError(f"{target} exists; name a new file")
-        with removed_on_failure(temporary, target):
+        page = target.with_name(f"{target.name}.README.md")
+        with removed_on_failure(temporary, page, target):
             with new_file(temporary) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
                 for number, entry in enumerate(dataset.manifest):
                     if entry.rows:
                         writer.write_table(_table(dataset, number, format, version))
                     task.advance(entry.tokens)
-            settle(temporary, target)
             lines = losses(dataset, format)
-            write_atomically(target.with_name(f"{target.name}.README.md"), _readme(dataset, format, lines))
+            write_atomically(page, _readme(dataset, format, lines))
+            settle(temporary, target)  # last: a file that exists is not written again, so its page must be there
     return lines
 
 

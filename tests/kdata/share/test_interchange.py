@@ -17,17 +17,18 @@ from typer.testing import CliRunner
 
 import kdata
 from kdata.check.verify import verify
-from kdata.errors import ConfigError, DataError, FormatError, MismatchError, MissingError
+from kdata.errors import ConfigError, DataError, FormatError, MismatchError, MissingError, StorageError
 from kdata.format.manifest import write_info, write_manifest
 from kdata.format.schema import json_digest
 from kdata.pipelines.cli.main import app
 from kdata.share.card import write_card
+from kdata.share.interchange import exporter
 from kdata.share.interchange.distillkit import Compression, decode_logprobs, unpack
 from kdata.share.interchange.exporter import export_dataset
 from kdata.share.interchange.importer import ImportConfig, batches, import_dataset
 from kdata.share.interchange.rows import ImportReport, as_ids
 from kdata.share.interchange.source import PeerFile
-from tests.fakes import VOCAB, digests, run_capture, write_jsonl
+from tests.fakes import VOCAB, digests, rows_of_text, run_capture, save_tokenizer, write_jsonl
 
 PEERS = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "peers"
 needs_peers = pytest.mark.skipif(not PEERS.is_dir(), reason="the files of other tools are not here")
@@ -504,3 +505,20 @@ def test_a_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="has the column 'input_ids' twice; leave one out"):
         list(batches([PeerFile.of(tmp_path / "rows.parquet")]))
+
+
+def test_the_page_of_an_export_is_there_before_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill after the file got its name would leave it without its page for ever: what exists is not exported again."""
+    write_jsonl(tmp_path / "rows.jsonl", rows_of_text(3))
+    save_tokenizer(tmp_path / "tokenizer")
+    dataset = run_capture(tmp_path / "d", tmp_path / "rows.jsonl", tmp_path / "tokenizer")
+    pages = []
+
+    def settle(temporary: Path, target: Path) -> None:
+        pages.append(target.with_name("x.parquet.README.md").read_text())
+        raise OSError("no room")
+
+    monkeypatch.setattr(exporter, "settle", settle)
+    with pytest.raises(StorageError):
+        export_dataset(dataset, tmp_path / "x.parquet", "plain")
+    assert "Written by `kdata export" in pages[0] and not list(tmp_path.glob("x.parquet*[!k]"))
