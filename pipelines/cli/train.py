@@ -41,6 +41,7 @@ from kdata.pipelines.cli.common import (
     say_rejected,
     with_settings,
 )
+from kdata.pipelines.report.audits import course_words
 from kdata.pipelines.report.course import draw_course
 from kdata.selection.plan import Plan, open_plan
 from kdata.store.gguf import is_gguf
@@ -383,15 +384,3 @@ def print_course(measured: dict[str, Any]) -> None:
         departs = "rises above" if measured["fit"]["departs"] else "does not rise above"
         say(f"z: the proxy {departs} the power law of its first {measured['fit']['models']} models")
     say(*course_words(measured))
-
-
-def course_words(measured: dict[str, Any]) -> list[str]:
-    """What the course of proxy and golden says."""
-    rise, fall, best = measured["golden_rise"], measured["proxy_fall"], measured["best_step"]
-    if rise <= 0:
-        return ["no hacking: golden is least at the last model"]
-    since = f"golden is least at step {best:,} and rises by {rise:.4f} to the end"
-    if not measured["hacking"]:
-        return [f"no hacking, but overfitting: {since}, and the proxy rises by {-fall:.4f}"]
-    steadily = "at each model" if measured["proxy_monotone"] else "not at each model"
-    return [f"teacher hacking: {since}, while the proxy falls by {fall:.4f}, {steadily}"]

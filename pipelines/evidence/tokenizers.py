@@ -70,6 +70,7 @@ def _other(tokenizer: Kind) -> tuple[Setting, ...]:
         Setting(tokenizer, "entries (prefix, inside), with text", {"forward_kl": 1.0}, 1.0, inside=True),
         Setting(tokenizer, "text and ULD", {"cross_entropy": 1.0, "uld": 1.5}, 1.0, "ranks"),
         Setting(tokenizer, "text and GOLD", {"cross_entropy": 1.0, "gold": 1.0}, 1.0, "matched"),
+        Setting(tokenizer, "GOLD alone", {"gold": 1.0}, map="matched"),
         Setting(tokenizer, "entries (exact), with text", {"forward_kl": 1.0}, 1.0, "exact"),
     )
 
@@ -78,7 +79,7 @@ SETTINGS = (
     Setting("teacher's", "text alone"),
     Setting("teacher's", "entries", {"forward_kl": 1.0}),
     *_other("BPE 4k"),
-    *_other("bytes")[:7],  # no token of another vocabulary but bytes themselves is equal to a byte
+    *_other("bytes")[:-1],  # no token of another vocabulary but bytes themselves is equal to a byte
 )
 
 

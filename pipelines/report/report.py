@@ -1,6 +1,7 @@
 """The report of a run: one self-contained HTML page. Every number on it is read from the run's files.
 
-It reads RUN/results.json, RUN/students/NAME/metrics.jsonl, RUN/dataset and RUN/heldout, and writes RUN/report.html.
+It reads RUN/results.json, RUN/students/NAME/metrics.jsonl, RUN/dataset, RUN/heldout and the audits that lie in RUN (see
+`kdata.pipelines.report.audits`), and writes RUN/report.html.
 Where a part has not run yet, the page says so. Plots are inline SVG; their colors are CSS variables, so the page
 follows the reader's light or dark setting. The same files give the same bytes.
 """
@@ -24,6 +25,7 @@ from kdata.format.json_text import read_json
 from kdata.observe.journal import Took, total
 from kdata.observe.style import COLOURS, STYLE
 from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line, visible
+from kdata.pipelines.report.audits import audits_of
 from kdata.pipelines.report.plots import (
     BASELINE,
     Students,
@@ -103,7 +105,7 @@ def write_report(run: Path) -> Path:
     Raises:
         MissingError: the folder holds neither a dataset nor results.
         FormatError: results.json is of a newer format.
-        CorruptError: results.json, the dataset or a plan is damaged.
+        CorruptError: results.json, the dataset, a plan or an audit is damaged.
     """
     results = read_results(run / "results.json")
     dataset, heldout = _open(run / "dataset"), _open(run / "heldout")
@@ -135,9 +137,11 @@ def write_report(run: Path) -> Path:
         plans=plans_of(dataset),
         rounds=rounds_of(results),
         prompts=prompts(students),
+        audits=audits_of(run),
         stages=ran,
         whole=whole(ran),
         teacher_tokens=teacher_tokens(ran),
+        diversity=varied,
         machine=flatten(results.get("machine", {})),
         settings=yaml.safe_dump(results["settings"], sort_keys=False, allow_unicode=True)
         if results.get("settings")
@@ -148,6 +152,7 @@ def write_report(run: Path) -> Path:
         palette=palette(students),
         kl_note=_kl_note(students, heldout),
         bounds_note=_bounds_note(students),
+        loyalty_note=_loyalty_note(students),
         first_of=first_of,
         label_of=label_of,
         measure=measure,
@@ -388,6 +393,13 @@ def prompts(students: Students) -> list[tuple[str, str, dict[str, str]]]:
     return [(domain, prompt, texts) for (domain, prompt), texts in by_prompt.items()]
 
 
+def varied(student: dict[str, Any]) -> dict[str, float]:
+    """How varied the student's samples are: shares of different tokens and pairs, and their number of tokens; or nothing."""
+    found = student.get("diversity")
+    names = ("distinct1", "distinct2", "tokens")
+    return {n: v for n in names if (v := finite(found.get(n))) is not None} if isinstance(found, dict) else {}
+
+
 def _kl_note(students: Students, heldout: Dataset | None) -> str:
     """How the KL was estimated: as evaluation recorded it, or as the held-out dataset's tail implies."""
     stated = sorted({one_line(s["kl_is"]) for s in students.values() if isinstance(s.get("kl_is"), str)})
@@ -401,6 +413,16 @@ def _bounds_note(students: Students) -> str:
     """What reverse KL and total variation are, where evaluation recorded it; else empty."""
     stated = sorted({one_line(s["bounds_are"]) for s in students.values() if isinstance(s.get("bounds_are"), str)})
     return f"Reverse KL and total variation are {'; '.join(stated)}." if stated else ""
+
+
+def _loyalty_note(students: Students) -> str | None:
+    """What probability loyalty and acceptance are; None where no student has them or samples that were counted."""
+    if not any(measure(s, "loyalty") is not None or varied(s) for s in students.values()):
+        return None
+    stated = sorted(
+        {one_line(s["acceptance_is"]) for s in students.values() if isinstance(s.get("acceptance_is"), str)}
+    )
+    return f"Probability loyalty and accepted drafts are {'; '.join(stated)}." if stated else ""
 
 
 def stages(

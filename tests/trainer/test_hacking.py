@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import kdata
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.pipelines.cli.main import app
-from kdata.pipelines.cli.train import course_words
+from kdata.pipelines.report.audits import course_words
 from kdata.selection.ranked import Random
 from kdata.store.pretrained import weights_digest
 from kdata.trainer.config import CheckpointStudent, LoraConfig, PhaseConfig, ScratchStudent, TrainConfig

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import kdata
+from kdata.check.audit import Audit
 from kdata.errors import CorruptError, FormatError, MissingError
 from kdata.format.records import Reject
 from kdata.observe.journal import read_journal
@@ -527,6 +528,50 @@ def test_calibration_is_drawn_and_the_table_has_every_measure(tmp_path: Path) ->
     for words in ("1.234", "0.345", "67.8%", "1.23%", "4.56%", "Calibration error (ECE): One 1.23 %, teacher 4.56 %"):
         assert words in text
     assert "Reverse KL and total variation are lower bounds." in text
+
+
+def test_loyalty_and_variety_stand_in_a_table_where_they_were_measured(tmp_path: Path) -> None:
+    one, odd = student("One", 4.0, acceptance_is="an upper bound"), student("Odd", 4.1, diversity={"distinct1": None})
+    one["overall"] |= {"loyalty": 0.5432, "acceptance": 0.4321, "accepted_length": 1.765}
+    one["diversity"] = {"distinct1": 0.1234, "distinct2": 0.6543, "tokens": 1234}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"format": 1, "students": {"one": one, "odd": odd}}))
+    rows = {
+        name.split(">")[-1]: cells for name, cells in rows_of(write_report(tmp_path), "Loyalty and variety").items()
+    }
+    assert rows["One"] == ["40.0%", "54.3%", "43.2%", "1.76", "12.3%", "65.4%", "1,234"]
+    assert rows["Odd"] == ["40.0%", *["—"] * 6]
+    assert "Probability loyalty and accepted drafts are an upper bound." in Page(tmp_path / "report.html").text
+    path.write_text(json.dumps({"format": 1, "students": {"odd": odd}}))
+    assert "Loyalty and variety" not in Page(write_report(tmp_path)).text
+
+
+def test_audits_that_lie_in_the_run_are_on_its_page(tmp_path: Path) -> None:
+    """What the commands write as JSON, read by name; a file that is none of theirs is refused."""
+    tmp_path_with_dataset(tmp_path)
+    assert "Audits" not in Page(write_report(tmp_path)).text
+    leak = Audit("FAIL", ["an <attack> finds it"], 1234, 8, 9, 1, 16, 40.0, 9.0, 8, 1.5, None, None)
+    (tmp_path / "audit.json").write_text(json.dumps(leak.as_dict()))
+    known = {"by_chance": 1.44, "models": [{"model": "teacher", "mean": 9.5, "canaries": []}]}
+    (tmp_path / "exposure.json").write_text(json.dumps(known))
+    course = {
+        "label": "kd", "models": [{"step": 5}], "best_step": 5, "golden_rise": 0.2, "proxy_fall": 0.1,
+        "proxy_monotone": True, "hacking": True, "golden_is": "NLL", "fit": None,
+    }  # fmt: skip
+    (tmp_path / "hacking.json").write_text(json.dumps(course))
+    text = Page(write_report(tmp_path)).text
+    for words in (
+        "FAIL, from 1,234 positions", "an <attack> finds it", "teacher: 9.50 bits on average",
+        "a model that knows nothing: 1.44", "kd: teacher hacking: golden is least at step 5 and rises by 0.2000",
+    ):  # fmt: skip
+        assert words in text
+    for name, content in (("hacking", "{}"), ("exposure", '{"models": 3}'), ("audit", "no JSON")):
+        path = tmp_path / f"{name}.json"
+        kept = path.read_text()
+        path.write_text(content)
+        with pytest.raises(CorruptError, match=rf"{name}\.json is not what `kdata {name}` writes.*or remove it"):
+            write_report(tmp_path)
+        path.write_text(kept)
 
 
 def test_odd_datasets_still_make_a_page(tmp_path: Path) -> None:
