@@ -64,6 +64,7 @@ from kdata.jobs.token_entries import EntryMaps, by_falling_probability, bytes_be
 from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
+from kdata.store.shard import stored_rejects
 from kdata.store.token_map import (
     REPLACED,
     Beginnings,
@@ -225,8 +226,10 @@ def retokenize(
     report.rows = sum(entry.rows for entry in result.manifest)
     report.refused = sum(entry.rejected for entry in result.manifest)
     if report.refused and not report.rows:
+        first = next(reject for entry in result.manifest for reject in stored_rejects(root, entry))
         raise DataError(
-            f"none of {report.refused:,} rows could be aligned with {config.tokenizer}; the reasons are in {root}/rejects"
+            f"none of {report.refused:,} rows could be aligned with {config.tokenizer}. Row {first.id!r}: {first.detail}; "
+            f"all reasons are in {root}/rejects"
         )
     return result, report
 

@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from kdata.selection.apportion import as_written
 from kdata.selection.prune import by_number
 from kdata.selection.windowed import Windowed
-from kdata.store.dataset import Dataset
 from kdata.store.sql import NAME
 
 # Rows in the order of their numbers, ties by id; those at places from low to high of their part, in whole numbers, so that
@@ -45,14 +44,16 @@ class Band(Windowed):
     column: str = Field("nll", pattern=NAME.pattern, description="Column of that sidecar.")
 
     @model_validator(mode="after")
-    def _not_empty(self) -> Band:
+    def _fits(self) -> Band:
         if self.low >= self.high:
             raise ValueError(f"the band from {self.low} to {self.high} is empty; set low below high")
+        if self.score is None and self.column != "nll":
+            raise ValueError(f"column {self.column!r} is of a score; name the score, too")
         return self
 
-    def sidecars(self, dataset: Dataset) -> list[str]:
-        """See `Step.sidecars`."""
-        return [self.score] if self.score else []
+    def score_columns(self) -> dict[str, str]:
+        """See `Step.score_columns`."""
+        return {self.score: self.column} if self.score else {}
 
     def values(self) -> str:
         """See `Windowed.values`."""

@@ -8,7 +8,6 @@ from pydantic import Field
 
 from kdata.selection.prune import by_number
 from kdata.selection.ranked import Ranked
-from kdata.store.dataset import Dataset
 from kdata.store.sql import NAME
 
 # log of p_teacher * p_student, geometric means over the target tokens of a row.
@@ -35,9 +34,9 @@ class Confidence(Ranked):
     score: str = Field("student", pattern=NAME.pattern, description="Sidecar with the student's NLL.")
     by_domain: bool = Field(True, description="Choose the share of each domain; otherwise of all sequences together.")
 
-    def sidecars(self, dataset: Dataset) -> list[str]:
-        """See `Step.sidecars`."""
-        return [self.score]
+    def score_columns(self) -> dict[str, str]:
+        """See `Step.score_columns`."""
+        return {self.score: "nll"}
 
     def values(self) -> str:
         """See `Ranked.values`."""
@@ -60,9 +59,9 @@ class Margin(Ranked):
     )
     by_domain: bool = Field(True, description="Choose the share of each domain; otherwise of all sequences together.")
 
-    def sidecars(self, dataset: Dataset) -> list[str]:
-        """See `Step.sidecars`."""
-        return [self.score]
+    def score_columns(self) -> dict[str, str]:
+        """See `Step.score_columns`."""
+        return {self.score: "margin"}
 
     def values(self) -> str:
         """See `Ranked.values`."""

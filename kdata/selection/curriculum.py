@@ -13,7 +13,6 @@ from kdata.selection.plan import CountBy
 from kdata.selection.rank import Ranking, choose_best, count_units
 from kdata.selection.session import DomainSizes, Session
 from kdata.selection.step import Chosen, Counts, Step
-from kdata.store.dataset import Dataset
 from kdata.store.sql import NAME
 
 # The ratios of easydistill's `operators/balance.py` (the recipe of DistilQwen2, by TAPIR's authors); they sum to 1.
@@ -71,9 +70,9 @@ class Curriculum(Step):
     )
     seed: int = Field(0, ge=0, description="Seed of the draw.")
 
-    def sidecars(self, dataset: Dataset) -> list[str]:
-        """See `Step.sidecars`."""
-        return [self.score]
+    def score_columns(self) -> dict[str, str]:
+        """See `Step.score_columns`."""
+        return {self.score: self.column}
 
     def choose(self, session: Session, domains: DomainSizes) -> tuple[Chosen, dict[str, Any]]:
         """See `Step.choose`. Raises DataError where no row has a mark, or a ratio cannot be met."""

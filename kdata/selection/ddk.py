@@ -15,7 +15,6 @@ from pydantic import Field, FiniteFloat, model_validator
 from kdata.errors import ConfigError, DataError
 from kdata.selection.mixtures import Mixture
 from kdata.selection.session import DomainSizes, Session
-from kdata.store.dataset import Dataset
 from kdata.store.sql import NAME
 
 # Sums of cross-entropy and of target tokens, and the number of rows that lack one. It runs on one piece of the dataset at a
@@ -72,9 +71,9 @@ class Ddk(Mixture):
             raise ValueError("ddk needs the student's losses: either score (a sidecar) or losses (numbers), not both")
         return self
 
-    def sidecars(self, dataset: Dataset) -> list[str]:
-        """See `Step.sidecars`."""
-        return [self.score] if self.score else []
+    def score_columns(self) -> dict[str, str]:
+        """See `Step.score_columns`."""
+        return {self.score: "nll"} if self.score else {}
 
     def shares(self, session: Session, domains: DomainSizes) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Mixture.shares`."""

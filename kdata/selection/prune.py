@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdata.selection.ranked import RANDOM, Ranked
 from kdata.selection.session import DomainSizes, Session
 from kdata.selection.step import Chosen
-from kdata.store.dataset import Dataset
 from kdata.store.sql import NAME
 
 # The number of each row. A score that has none for a row leaves it null, which is an error.
@@ -50,9 +49,20 @@ class Prune(Ranked):
     column: str = Field("nll", pattern=NAME.pattern, description="Column of that sidecar.")
     seed: int = Field(0, ge=0, description="Seed (random).")
 
-    def sidecars(self, dataset: Dataset) -> list[str]:
-        """See `Step.sidecars`."""
-        return [self.score] if self.score and self.keep != "random" else []
+    @model_validator(mode="after")
+    def _numbers_are_read(self) -> Prune:
+        # With a score or a column at hand, a random choice is not what was meant.
+        if self.keep == "random" and (self.score is not None or self.column != "nll"):
+            raise ValueError(
+                "keep 'random' reads no numbers; add keep=easy or keep=hard, or leave score and column out"
+            )
+        if self.score is None and self.column != "nll":
+            raise ValueError(f"column {self.column!r} is of a score; name the score, too")
+        return self
+
+    def score_columns(self) -> dict[str, str]:
+        """See `Step.score_columns`."""
+        return {self.score: self.column} if self.score else {}
 
     def values(self) -> str:
         """See `Ranked.values`."""

@@ -13,7 +13,6 @@ from kdata.selection.plan import CountBy
 from kdata.selection.rank import Ranking, choose_best, count_units
 from kdata.selection.session import DomainSizes, Session
 from kdata.selection.step import Chosen, Step
-from kdata.store.dataset import Dataset
 from kdata.store.sql import NAME
 
 # r(x) = NLL_ref(x) - NLL_teacher(x), mean per token of a chunk; the top share of all chunks is kept, deterministically.
@@ -83,9 +82,9 @@ class Difference(Ranked):
     method: Literal["difference"] = "difference"
     score: str = Field("ref", pattern=NAME.pattern, description="Sidecar with the reference NLL.")
 
-    def sidecars(self, dataset: Dataset) -> list[str]:
-        """See `Step.sidecars`."""
-        return [self.score]
+    def score_columns(self) -> dict[str, str]:
+        """See `Step.score_columns`."""
+        return {self.score: "nll"}
 
     def values(self) -> str:
         """See `Ranked.values`."""

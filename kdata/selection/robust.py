@@ -8,7 +8,6 @@ from pydantic import Field
 
 from kdata.selection.apportion import as_written
 from kdata.selection.windowed import Windowed, random_number
-from kdata.store.dataset import Dataset
 from kdata.store.sql import NAME
 
 # Null stays null, and what is no margin becomes NaN: both are errors. `greatest` would ignore them.
@@ -66,9 +65,9 @@ class Robust(Windowed):
     )
     seed: int = Field(0, ge=0, description="Seed of the random start.")
 
-    def sidecars(self, dataset: Dataset) -> list[str]:
-        """See `Step.sidecars`."""
-        return [self.score]
+    def score_columns(self) -> dict[str, str]:
+        """See `Step.score_columns`."""
+        return {self.score: "margin"}
 
     def values(self) -> str:
         """See `Windowed.values`."""

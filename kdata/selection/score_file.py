@@ -59,7 +59,16 @@ def bring(
         with exclusive(dataset, "score") as folder, _connection(dataset, file, folder, room or Room()) as connection:
             return _bring(dataset, file, name, unit, connection)
     except duckdb.Error as error:
+        if not _is_parquet(file):
+            raise DataError(
+                f"{file} is no Parquet file; write your numbers as one, with a column `id` and numeric columns"
+            ) from error
         raise DataError(f"{file} cannot be read as scores: {first_line(error)}") from error
+
+
+def _is_parquet(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(4) in (b"PAR1", b"PARE")
 
 
 def _connection(dataset: Dataset, file: Path, folder: Path, room: Room) -> duckdb.DuckDBPyConnection:

@@ -53,7 +53,7 @@ from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Difference, Random
 from kdata.selection.robust import Robust
 from kdata.selection.session import Conditions, DomainSizes, Pool, Session, open_session
-from kdata.selection.sidecar import checked_score_digest
+from kdata.selection.sidecar import checked_score_digest, refuse_missing_column
 from kdata.selection.step import Chosen, Counts, Step
 from kdata.selection.tables import Olmix, RegMix, Table
 from kdata.store.conditions import EXAMPLES, check_condition
@@ -150,6 +150,8 @@ def select(
     conditions = _conditions(dataset, config)
     read = {"scores": [], "plans": []} if config.positions is None else config.positions.mentions(dataset)
     names = dict.fromkeys([*config.sidecars(dataset), *read["scores"], *conditions.scores])
+    for score, column in config.score_columns().items():
+        refuse_missing_column(dataset, score, column, config.method)
     scores = {score: checked_score_digest(dataset, score) for score in names}
     dataset.check_index()
     reads = config.reads(dataset) | {f"scores.{score}".lower() for score in conditions.scores}

@@ -203,6 +203,16 @@ def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
         ) from error
 
 
+def refuse_missing_column(dataset: Dataset, name: str, column: str, method: str) -> None:
+    """Raise ConfigError where a score lacks the column that a method reads, and as `load_score_info` does."""
+    columns = load_score_info(dataset, name).columns
+    if column.lower() not in (one.lower() for one in columns):
+        raise ConfigError(
+            f"{method} needs the column {column!r} of the score {name!r}, which has {', '.join(columns)}; name another score "
+            "(--score), or another column where the method takes one (--set column=COLUMN)"
+        )
+
+
 def score_digest(dataset: Dataset, name: str) -> str:
     """SHA-256 (hex) of a complete sidecar. Raises as `load_score_info` and `Dataset.listing`."""
     info = load_score_info(dataset, name)

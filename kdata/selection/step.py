@@ -73,9 +73,13 @@ class Step(Strict):
         description="Which tokens of the chosen rows count in training, by a `rule`; null: every target.",
     )
 
+    def score_columns(self) -> dict[str, str]:
+        """The scores that the method ranks by, each with the column that it needs."""
+        return {}
+
     def sidecars(self, dataset: Dataset) -> list[str]:
         """Names of the scores that the step reads."""
-        return []
+        return list(self.score_columns())
 
     def reads(self, dataset: Dataset) -> frozenset[str]:
         """The views that the step reads beside `rows` and the parent plan, as `kdata.store.sql.reads_of` names them."""

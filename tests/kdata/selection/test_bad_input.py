@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kdata
-from kdata.errors import DataError, KdataError, MissingError
+from kdata.errors import ConfigError, DataError, KdataError, MissingError
 from kdata.pipelines.cli.main import app
 from kdata.selection.plan import open_plan
 from kdata.selection.score_file import bring
@@ -100,6 +100,34 @@ def test_scores_that_lack_rows_or_do_not_exist(own: dict[str, list[str]], tmp_pa
         assert isinstance(error, DataError) and (
             "rows have no value" in str(error) or "lack the student's" in str(error)
         )
+
+
+@pytest.mark.parametrize("method", [*SCORED, "prune", "band"])
+def test_a_score_without_the_column_of_the_method(own: dict[str, list[str]], tmp_path: Path, method: str) -> None:
+    data, file = dataset(tmp_path, scores=False), tmp_path / "other.parquet"
+    pq.write_table(pa.table({"id": IDS, "other": [1.0] * 9}), file)
+    bring(data, file, "mine")
+    needs = [*own.get(method, []), *(["--set", "keep=hard"] if method == "prune" else [])]
+    error = select(data, method, *needs, "--score", "mine")
+    column = COLUMNS.get(SCORED.get(method, "ref"), "nll")
+    assert isinstance(error, ConfigError)
+    assert f"{method} needs the column '{column}' of the score 'mine', which has other" in str(error)
+    if method in ("prune", "band"):
+        assert select(data, method, *needs, "--score", "mine", "--set", "column=other") is None
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("prune", ["score=ref"], "keep 'random' reads no numbers"),
+        ("prune", ["column=other"], "keep 'random' reads no numbers"),
+        ("prune", ["keep=hard", "column=other"], "column 'other' is of a score"),
+        ("band", ["column=other"], "column 'other' is of a score"),
+    ],
+)
+def test_settings_that_nothing_would_read(tmp_path: Path, method: str, settings: list[str], message: str) -> None:
+    error = select(dataset(tmp_path), method, *(word for one in settings for word in ("--set", one)))
+    assert isinstance(error, ConfigError) and message in str(error)
 
 
 @pytest.mark.parametrize("method", MIXTURES)

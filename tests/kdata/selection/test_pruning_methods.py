@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdata
-from kdata.errors import ConfigError, DataError, KdataError, MissingError, QueryError
+from kdata.errors import ConfigError, DataError, KdataError, MissingError
 from kdata.selection import session
 from kdata.selection.apportion import as_written
 from kdata.selection.band import Band
@@ -89,7 +89,7 @@ def test_prune_reads_a_column_of_a_sidecar(dataset: kdata.Dataset, tmp_path: Pat
     bring_numbers(dataset, tmp_path, "judge", "mark", marks)
     plan = select(dataset, Prune(keep="hard", score="judge", column="mark", share=0.25))
     assert plan.ids == list(OF)[:-4:-1]
-    with pytest.raises(QueryError, match="no_such"):
+    with pytest.raises(ConfigError, match="no_such"):
         select(dataset, Prune(keep="hard", score="judge", column="no_such"))
 
 

@@ -109,9 +109,13 @@ def test_what_is_refused(dataset: kdata.Dataset, tmp_path: Path, columns: dict[s
 def test_invalid_files_and_names_are_refused(dataset: kdata.Dataset, tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="does not exist"):
         bring(dataset, tmp_path / "none.parquet", "mine")
-    (tmp_path / "text.parquet").write_text("id,nll\nr0,1\n")
+    for name in ("text.parquet", "marks.jsonl", "marks.csv"):
+        (tmp_path / name).write_text("id,nll\nr0,1\n")
+        with pytest.raises(DataError, match=f"{name} is no Parquet file; write your numbers as one"):
+            bring(dataset, tmp_path / name, "mine")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(DataError, match="cannot be read as scores"):
-        bring(dataset, tmp_path / "text.parquet", "mine")
+        bring(dataset, tmp_path / "broken.parquet", "mine")
     file = write(tmp_path / "f.parquet", id=["r0"], nll=[1.0])
     for name in ("a/b", "mine\n"):
         with pytest.raises(ConfigError, match="is not a valid score name"):
