@@ -45,6 +45,20 @@ class Question(StrEnum):
     raw = "raw"
 
 
+class Bos(StrEnum):
+    """What `teacher.bos` can be."""
+
+    add = "add"
+    omit = "omit"
+
+
+class Precision(StrEnum):
+    """Of a student's matrix products."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class Size(StrEnum):
     """Size of the runs: small for two cores, large for a GPU with a teacher and a corpus of your own."""
 
@@ -87,9 +101,18 @@ def run(
     train_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of training text; default: like steps.")
     ] = None,
+    heldout_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of text to measure on; default: like steps.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: like steps.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="fp32 or bf16, of the student; default: fp32.")] = None,
+    bos: Annotated[
+        Bos | None, typer.Option(help="As teacher.bos (offline, positions, tokenizers): add or omit.")
+    ] = None,
     student: Annotated[str | None, typer.Option(help="Trained student to start from; default: random weights.")] = None,
-    only: Annotated[str | None, typer.Option(help="Only settings whose name contains this; default: all.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only the setting of this name, or all with it in theirs; repeatable.")
+    ] = None,
     minutes: Annotated[float, typer.Option(help="Start no run after this many minutes.")] = 1e9,
     threads: Annotated[int, typer.Option(min=1, help="Number of threads of this process.")] = 1,
 ) -> None:
@@ -97,13 +120,18 @@ def run(
     torch.set_num_threads(threads)
     ends = time.monotonic() + 60 * minutes
     options = {
-        "steps": steps, "batch_tokens": batch_tokens, "train_tokens": train_tokens, "learning_rate": learning_rate,
+        "steps": steps, "batch_tokens": batch_tokens, "train_tokens": train_tokens, "heldout_tokens": heldout_tokens,
+        "learning_rate": learning_rate, "precision": precision, "bos": bos,
         "student": None if student is None else CheckpointStudent(model=student),
     }  # fmt: skip
     of_targets = question in (Question.offline, Question.positions, Question.tokenizers)
     if size is Size.large and of_targets:
         raise typer.BadParameter(
             f"the question {question.value} has the size small only: its reference, full distillation, is written for CPUs"
+        )
+    if bos is not None and not of_targets:
+        raise typer.BadParameter(
+            f"the question {question.value} takes no --bos: it reads the text as the tokenizer says"
         )
     if size is Size.large and question is Question.raw:
         raise typer.BadParameter("the question raw has the size small only: its corpus is made in memory")
@@ -120,7 +148,12 @@ def run(
         typer.echo(f"{name}, seed {seed}: nll {figures['nll']:.4f}, kl {figures['kl']:.4f}")
         return figures
 
-    wanted = [(name, seed) for name, seed in comparison.runs if only is None or only in name]
+    names = {name for name, _ in comparison.runs}
+    wanted = [
+        (name, seed)
+        for name, seed in comparison.runs
+        if not only or any(name == part if part in names else part in name for part in only)
+    ]
     run_all(
         out / "runs",
         wanted,
@@ -159,7 +192,8 @@ def report(question: Which, out: Out) -> None:
 
 
 def _targets(question: Question, chosen: dict[str, Any], out: Path, seeds: int) -> Comparison:
-    data = {name: chosen.pop(name) for name in ("teacher", "corpus", "train_tokens") if name in chosen}
+    of_data = ("teacher", "bos", "corpus", "train_tokens", "heldout_tokens")
+    data = {name: chosen.pop(name) for name in of_data if name in chosen}
     chosen.pop("reference", None)
     if question is Question.tokenizers:
         own = tokenizers.TokenizersConfig(data=DataConfig(**data, context_tokens=tokenizers.CONTEXT), **chosen)

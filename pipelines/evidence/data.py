@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -29,8 +30,11 @@ from kdata.corpus.corpus import Corpus, CorpusConfig
 from kdata.errors import DataError, MissingError
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import content_hash
+from kdata.jobs.bos import check_bos
 from kdata.jobs.job import LocalEngine, run_job
 from kdata.jobs.reading import CaptureConfig, CaptureJob
+from kdata.store.checkpoint_kind import use_exact_attention
+from kdata.store.gguf import model_folder
 from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.head import Head, load_head
@@ -49,7 +53,10 @@ HELDOUT_KEEP = KeepConfig(kind="hybrid", k=64, num_draws=64, draw_method="indepe
 class DataConfig(Strict):
     """The text and the teacher."""
 
-    teacher: str = Field(description="Folder of a model in Hugging Face format.")
+    teacher: str = Field(description="Folder of a model in Hugging Face format, or a GGUF file.")
+    bos: Literal["add", "omit"] | None = Field(
+        None, exclude_if=lambda bos: bos is None, description="Beginning-of-sequence token, as teacher.bos."
+    )
     corpus: str = Field(description="Parquet file with id, domain and text.")
     train_tokens: int = Field(
         400_000,
@@ -130,9 +137,14 @@ class States:
     def __init__(self, folder: Path, config: DataConfig) -> None:
         self.states_TD = np.load(folder / "states.npy", mmap_mode="r")
         self._starts: dict[str, int] = json.loads((folder / "sequences.json").read_text(encoding="utf-8"))
-        model = json.loads((Path(config.teacher) / "config.json").read_text(encoding="utf-8"))
-        self.head: Head = load_head(Path(config.teacher), model["vocab_size"], torch.float32, "cpu")
+        teacher = Path(model_folder(config.teacher))
+        model = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
+        self.head: Head = load_head(teacher, model["vocab_size"], torch.float32, "cpu")
         self.vocab_size: int = model["vocab_size"]
+
+    def __contains__(self, token_ids: np.ndarray) -> bool:
+        """Whether the teacher read this sequence."""
+        return content_hash(token_ids) in self._starts
 
     def of(self, token_ids: np.ndarray) -> torch.Tensor:
         """States float32 [len(token_ids), D] of a sequence that the teacher read."""
@@ -149,19 +161,19 @@ class _StatesTeacher:
     """A `kdata.teachers.base.Teacher` whose forward pass is done: it applies head and reduction to stored states."""
 
     def __init__(self, original: TransformersTeacher, states: States) -> None:
-        # States are of the texts as they are: none is behind a token that the tokenizer does not add.
-        self.info = original.info.model_copy(update={"bos": original.info.bos or "omit"})
-        self.context, self.vocab_size = original.context, original.vocab_size
-        self._states = states
+        self.info, self.context, self.vocab_size = original.info, original.context, original.vocab_size
+        self._original, self._states = original, states
 
     @torch.inference_mode()
     def read(
         self, sequences: Sequence[np.ndarray], keep: KeepConfig, on_tokens: OnTokens = ignore_tokens
     ) -> list[Readout]:
-        """Read sequences whose states are stored. It is too fast to report to `on_tokens`."""
+        """Read sequences, too fast to report to `on_tokens`. Those without states, of `check_bos`, the model reads."""
         return [self._read_one(np.asarray(ids, np.int32), keep) for ids in sequences]
 
     def _read_one(self, ids: np.ndarray, keep: KeepConfig) -> Readout:
+        if ids not in self._states:
+            return self._original.read([ids], keep)[0]
         hidden_MD = self._states.of(ids)[:-1]
         actual_M = torch.from_numpy(ids[1:].astype(np.int64))
         reduced = reduce_chunks(
@@ -222,7 +234,13 @@ class EvidenceData:
 
     @cached_property
     def _teacher(self) -> TransformersTeacher:
-        return TransformersTeacher(TeacherConfig(model=self.config.teacher, backend="transformers"))
+        return TransformersTeacher(
+            TeacherConfig(model=self.config.teacher, backend="transformers", bos=self.config.bos)
+        )
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.config.teacher, bos=self.config.bos)
 
     def _job(self, part: str, keep: KeepConfig) -> CaptureJob:
         corpus = CorpusConfig(path=str(self.folder / f"{part}.parquet"))
@@ -233,8 +251,11 @@ class EvidenceData:
     def _read(self, part: str, folder: Path) -> None:
         """Let the teacher read one part, sequence by sequence, and store its last hidden states."""
         folder.mkdir(exist_ok=True)
-        tokenizer = load_tokenizer(self.config.teacher)
-        model = AutoModelForCausalLM.from_pretrained(self.config.teacher, dtype=torch.float32).eval()
+        units = list(self._job(part, KeepConfig()).units(self._teacher, self._tokenizer))
+        check_bos(self._teacher, self._tokenizer, [s.token_ids for s in units[0].sequences], KeepConfig())
+        folder_of_model = model_folder(self.config.teacher)
+        model = AutoModelForCausalLM.from_pretrained(folder_of_model, dtype=torch.float32).eval()
+        use_exact_attention(model)
         about = {
             "teacher": Path(self.config.teacher).name,
             "teacher_params": model.num_parameters(),
@@ -246,7 +267,7 @@ class EvidenceData:
         starts: dict[str, int] = {}
         num_tokens = 0
         with torch.inference_mode():
-            for unit in self._job(part, KeepConfig()).units(self._teacher, tokenizer):
+            for unit in units:
                 for sequence in unit.sequences:
                     ids_1T = torch.from_numpy(sequence.token_ids.astype(np.int64))[None]
                     states.append(backbone(input_ids=ids_1T, use_cache=False).last_hidden_state[0].numpy())
@@ -263,8 +284,7 @@ class EvidenceData:
         states = self.states(part)
         with FileLock(self.folder / f"{name}.lock"):
             job = self._job(part, keep)
-            tokenizer = load_tokenizer(self.config.teacher)
-            return run_job(root, job, LocalEngine(_StatesTeacher(self._teacher, states), tokenizer))
+            return run_job(root, job, LocalEngine(_StatesTeacher(self._teacher, states), self._tokenizer))
 
 
 def bytes_per_token(dataset: kdata.Dataset) -> float:

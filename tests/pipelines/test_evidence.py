@@ -6,6 +6,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -24,6 +25,7 @@ from kdata.pipelines.evidence.offline import BASELINE, REFERENCE, SETTINGS, Offl
 from kdata.pipelines.evidence.online import OnlineLearner
 from kdata.pipelines.evidence.runs import load_runs, path_of, run_all
 from kdata.pipelines.evidence.summary import T_975, estimate, relative_difference, summarise
+from kdata.teachers.transformers import TransformersTeacher
 from kdata.trainer.config import CheckpointStudent, ScratchStudent, TrainConfig
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.learner import Learner
@@ -32,7 +34,7 @@ from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.objectives import Targets
 from kdata.trainer.student import build_student, head_of, hidden_states
 from kdata.trainer.train import train
-from tests.fakes import rows_of_text
+from tests.fakes import BOS, rows_of_text, save_llama, save_tokenizer
 
 # ------------------------------------------------------------------------------------------------ means and intervals
 
@@ -168,6 +170,54 @@ def test_held_out_text_is_not_trained_on_and_every_kind_has_the_same_rows(data: 
     assert not {name.split("#")[0] for name in held} & {name.split("#")[0] for name in first["id"].to_pylist()}
     assert all(unit_hash(name.split("#")[0]) < 0.1 for name in held)
     assert bytes_per_token(data.train(keeps[1])) > 0
+
+
+def data_without_bos(data: EvidenceData, folder: Path, bos: Literal["add", "omit"] | None) -> EvidenceData:
+    """Data of a teacher whose tokenizer has <s> and puts it nowhere."""
+    save_llama(folder / "teacher")
+    save_tokenizer(folder / "teacher", bos=False)
+    changes = {"teacher": str(folder / "teacher"), "bos": bos, "train_tokens": 200}
+    return EvidenceData(data.config.model_copy(update=changes), folder / "data")
+
+
+@pytest.mark.parametrize("bos", ["add", "omit", None])
+def test_the_states_are_of_the_texts_behind_bos_where_that_is_asked_for(
+    data: EvidenceData, tmp_path: Path, bos: Literal["add", "omit"] | None
+) -> None:
+    """The stored log-probabilities are those of a plain forward pass over the ids of the row, with or without <s>."""
+    own = data_without_bos(data, tmp_path, bos)
+    dataset = own.train(KeepConfig(kind="topk", k=4))
+    assert dataset.info.teacher.bos == bos
+    rows = list(dataset)
+    assert {row.token_ids[0] == BOS for row in rows} == {bos == "add"}
+    teacher = AutoModelForCausalLM.from_pretrained(own.config.teacher, dtype=torch.float32).eval()
+    for row in rows:
+        ids = torch.from_numpy(row.token_ids.astype(np.int64))
+        with torch.no_grad():
+            logprobs = torch.log_softmax(teacher(ids[None]).logits[0, :-1], -1)
+        expected = logprobs.gather(1, ids[1:, None])[:, 0].numpy()
+        rounding = np.sqrt(-expected) / 32 + 1e-3
+        assert (np.abs(row.logprob[1:] - expected) <= rounding).all()
+    assert ("bos" in own.config.model_dump()) == (bos is not None)  # data of before this setting stay comparable
+
+
+def test_a_teacher_that_needs_bos_is_refused_before_it_reads(
+    data: EvidenceData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is gained for a random teacher, so its readings behind <s> are made better by a nat."""
+    own = data_without_bos(data, tmp_path, None)
+    read = TransformersTeacher.read
+
+    def better(self: Any, sequences: Any, *rest: Any) -> list[Any]:
+        answers = read(self, sequences, *rest)
+        for ids, answer in zip(sequences, answers, strict=True):
+            answer.logprob[1:] += float(ids[0] == BOS)
+        return answers
+
+    monkeypatch.setattr(TransformersTeacher, "read", better)
+    with pytest.raises(ConfigError, match=r"teacher\.bos=add"):
+        own.states("heldout")
+    assert not (own.folder / "states-heldout" / "states.npy").exists()
 
 
 def test_students_of_a_seed_see_the_same_batches_whatever_is_kept(data: EvidenceData, tmp_path: Path) -> None:
