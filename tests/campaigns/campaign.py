@@ -253,9 +253,10 @@ def _inside(output: str, memory: int, function: Callable[..., int | None], argum
     """The child's own side: redirect its output, limit its memory, call the function, end without cleaning up for others."""
     _redirect(output)
     told = os.open(os.path.join(output, "status"), os.O_WRONLY | os.O_CREAT, 0o600)
-    _own_temporary_folder(output)
+    temporary = _own_temporary_folder(output)
     status = _call(memory, function, arguments)
-    atexit._run_exitfuncs()  # multiprocessing leaves them out
+    if any(temporary.iterdir()):
+        atexit._run_exitfuncs()  # multiprocessing leaves them out, and some remove temporary folders
     with contextlib.suppress(OSError):  # the case took the room on the disk
         os.write(told, str(status).encode())
     sys.exit(status)
