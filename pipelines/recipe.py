@@ -16,7 +16,7 @@ from kdata.hygiene.checks import HygieneConfig
 from kdata.jobs.reading import CaptureConfig
 from kdata.pipelines.engine import EngineConfig, LocalConfig
 from kdata.pipelines.rounds import JudgeStage, RequestStage, RoundsConfig
-from kdata.selection.ranked import Difference
+from kdata.selection.ranked import All, Difference
 from kdata.selection.select import SelectConfig
 from kdata.selection.step import Step
 from kdata.store.conditions import check_condition
@@ -193,7 +193,9 @@ class Recipe(RowsConfig):
         description="Checks of the dataset's texts before rows are chosen, as `kdata hygiene` does them, for `select.where`; "
         "null: none.",
     )
-    select: SelectConfig = Difference()
+    select: SelectConfig = Field(
+        All(), description="How the rows of the plan are chosen; by default every row that meets `where`."
+    )
     student: StudentStage = Field(StudentStage(), description="The network that every student starts from.")
     train: TrainConfig = Field(TrainConfig(), description="What every student's training has in common.")
     students: dict[str, StudentRun] = Field(description="Students by name.", min_length=1)

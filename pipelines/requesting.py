@@ -171,17 +171,18 @@ def _is_hard(one: Prediction, stage: RequestStage) -> bool:
 
 def requests_of(predictions: Sequence[Prediction], stage: RequestStage, seed: int, number: int) -> list[dict[str, Any]]:
     """One prompt for each text to ask for: id, domain (the class that is asked for), prompt."""
-    report = report_of(predictions)
+    blind = stage.ask == "random"  # what the student answers is neither counted nor shown
+    report = "(not shown)" if blind else report_of(predictions)
     labels = sorted({one.label for one in predictions})
-    mistakes = Counter(one.label for one in predictions if one.label != one.predicted)
+    mistakes = Counter(one.label for one in predictions if one.label != one.predicted and not blind)
     shares = apportion(stage.num_requests, {label: mistakes[label] + 1 for label in labels})
     rows = []
     for place, label in enumerate(labels):
         own = [one for one in predictions if one.label == label]
         groups = {
-            "correct": [one for one in own if one.predicted == label],
-            "wrong": [one for one in own if one.predicted != label and not _is_hard(one, stage)],
-            "hard": [one for one in own if _is_hard(one, stage)],
+            "correct": [one for one in own if blind or one.predicted == label],
+            "wrong": [one for one in own if not blind and one.predicted != label and not _is_hard(one, stage)],
+            "hard": [one for one in own if not blind and _is_hard(one, stage)],
         }
         for count in range(shares[label]):
             row_id = (

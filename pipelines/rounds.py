@@ -162,6 +162,13 @@ class RequestStage(Strict):
         "`correct`, `wrong`, `hard` of validation texts of that class: text, label, predicted, confidence.",
     )
     chat: bool = Field(False, description="Send the prompt as a user's message, by the teacher's chat template.")
+    ask: Literal["mistakes", "random"] = Field(
+        "mistakes",
+        exclude_if=lambda ask: ask == "mistakes",
+        description="What is asked for. mistakes: more of the classes that the student gets wrong, and its answers are "
+        "shown. random: as much of every class, with validation texts of it whatever the student makes of them: the twin of "
+        "equal cost.",
+    )
     num_requests: int = Field(64, ge=1, description="Texts to ask for.")
     examples: int = Field(2, ge=0, description="Texts of each of the three lists in a request, drawn for each.")
     hard_above: float = Field(

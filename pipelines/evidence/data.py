@@ -240,7 +240,8 @@ class EvidenceData:
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.config.teacher, bos=self.config.bos)
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.config.teacher, bos=self.config.bos)
+        return tokenizer
 
     def _job(self, part: str, keep: KeepConfig) -> CaptureJob:
         corpus = CorpusConfig(path=str(self.folder / f"{part}.parquet"))

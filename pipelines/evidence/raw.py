@@ -31,6 +31,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from kdata.errors import DataError
+from kdata.store.gguf import model_folder
 from kdata.teachers.model import load_tokenizer
 
 GOOD = "clean"
@@ -71,7 +72,15 @@ class Material:
 
 
 def write_raw(
-    clean: Path, benchmark: Path, teacher: str, tokens: int, folder: Path, *, context_tokens: int = 256
+    clean: Path,
+    benchmark: Path,
+    teacher: str,
+    tokens: int,
+    folder: Path,
+    *,
+    context_tokens: int = 256,
+    bos: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Mapping[str, int]:
     """Write folder/train.parquet (id, domain, text), origins.parquet (id, origin, of) and raw.json (what it was made of).
 
@@ -79,6 +88,7 @@ def write_raw(
         clean, benchmark: Parquet files with id, domain and text, of different documents.
         teacher: folder of the model that writes and whose tokenizer counts.
         tokens: in all.
+        bos, dtype: see `TeacherConfig`; how the teacher writes.
     Returns:
         Tokens of each origin.
     Raises:
@@ -88,7 +98,7 @@ def write_raw(
     rng = random.Random(0)
     documents = [d for d in _read(clean) if len(d.text) <= MAX_CHARACTERS]
     good, spare = _first_tokens(documents, tokens * SHARES[GOOD], tokenizer)
-    writer = _Writer(teacher, tokenizer, context_tokens)
+    writer = _Writer(teacher, load_tokenizer(teacher, bos=bos), context_tokens, dtype)
     material = Material(good, spare, _read(benchmark), writer.write)
     domains = [d.domain for d in good]
     rows: list[tuple[str, Document]] = [(GOOD, d) for d in good]
@@ -149,13 +159,15 @@ def _first_tokens(
 class _Writer:
     """The teacher, writing greedily."""
 
-    def __init__(self, teacher: str, tokenizer: PreTrainedTokenizerBase, context_tokens: int) -> None:
-        self._teacher, self._tokenizer = teacher, tokenizer
+    def __init__(
+        self, teacher: str, tokenizer: PreTrainedTokenizerBase, context_tokens: int, dtype: torch.dtype
+    ) -> None:
+        self._teacher, self._tokenizer, self._dtype = teacher, tokenizer, dtype
         self._tokens = context_tokens - PROMPT_TOKENS - 2
 
     @cached_property
     def _model(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self._teacher, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(model_folder(self._teacher), dtype=self._dtype).eval()
 
     @torch.inference_mode()
     def write(self, texts: list[str]) -> list[str]:

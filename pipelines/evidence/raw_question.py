@@ -3,6 +3,9 @@
 Every student of a seed begins with the same weights and reads as many tokens as the others, of what one method kept; it is
 measured on held-out clean text. Part of the held-out text has leaked into the corpus (`benchmark`) and is measured apart. The
 judge says of each method which share of what it kept is good (precision), and which share of the good it kept (recall).
+
+With a language model as teacher the rows are retokenized for students with a small tokenizer, that of the reference: methods
+and students then see what the teacher believes of the reference's tokens, and the question fits two cores.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from filelock import FileLock
 from pydantic import Field
 
@@ -22,10 +26,12 @@ from kdata.errors import ConfigError
 from kdata.format.files import write_atomically
 from kdata.hygiene.checks import HygieneConfig
 from kdata.hygiene.inspect import inspect_dataset
+from kdata.jobs.retokenize import RetokenizeConfig, retokenize
 from kdata.pipelines.evidence.data import Part, split
 from kdata.pipelines.evidence.raw import Judge, write_raw
 from kdata.pipelines.evidence.runs import Figures
 from kdata.pipelines.evidence.selection import DISTIL, PLAIN, Selection, SelectionConfig, Setting, Tokens, key_of
+from kdata.pipelines.evidence.tokenizers import bits_per_byte
 from kdata.selection.band import Band
 from kdata.selection.confidence import Confidence, Margin
 from kdata.selection.margins import score_margins
@@ -33,9 +39,13 @@ from kdata.selection.plan import Plan, make_plan
 from kdata.selection.prune import Prune, distillation_weight
 from kdata.selection.ranked import All, Difference, Random
 from kdata.selection.robust import Robust
+from kdata.selection.select import select
+from kdata.share.arrange import split as split_rows
+from kdata.teachers.config import TeacherConfig
 from kdata.trainer.config import CheckpointStudent, TrainConfig
 from kdata.trainer.domain_weights import DDKMixture
 from kdata.trainer.evaluate import evaluate
+from kdata.trainer.objective_config import ObjectiveConfig
 
 REFERENCE = "ref"  # score of the small model: the reference of difference sampling, and the student before training
 KEPT = "kept.json"
@@ -122,6 +132,21 @@ SETTINGS: tuple[Arm, ...] = (
 )
 
 
+def settings_of(tokenizer: str | None) -> tuple[Arm, ...]:
+    """The settings of a comparison.
+
+    With a tokenizer of the students' own, those that need neither entropies nor margins, which retokenized rows lack; no
+    trained start and no DDK, which small sizes do not answer.
+    """
+    if tokenizer is None:
+        return SETTINGS
+    return tuple(
+        arm
+        for arm in SETTINGS
+        if arm.family in FAMILIES and arm.mixture is None and not isinstance(arm.step, Margin | Robust | Confidence)
+    )
+
+
 class RawConfig(SelectionConfig):
     """Settings that all students share."""
 
@@ -132,9 +157,30 @@ class RawConfig(SelectionConfig):
     warmup_steps: int = Field(40, ge=0, description="Steps of linear rise to the peak; 0: none.")
     period_steps: int = Field(40, ge=1, description="Steps between two updates of domain weights.")
 
+    clean_times: int = Field(
+        2,
+        ge=2,
+        exclude_if=lambda times: times == 2,
+        description="Clean text to make the corpus of, in multiples of its tokens; long documents are left out of it.",
+    )
+    tokenizer: str | None = Field(
+        None,
+        exclude_if=lambda tokenizer: tokenizer is None,
+        description="Folder of the students' tokenizer, which is that of the reference; null: the teacher's.",
+    )
+    bos: Literal["add", "omit"] | None = Field(
+        None, exclude_if=lambda bos: bos is None, description="See `TeacherConfig`."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", exclude_if=lambda dtype: dtype == "float32", description="See `TeacherConfig`."
+    )
+
     def data_identity(self) -> dict[str, Any]:
         """See `SelectionConfig.data_identity`."""
-        return {**super().data_identity(), "benchmark_tokens": self.benchmark_tokens}
+        own = self.model_dump(mode="json", include={"clean_times", "tokenizer", "bos", "dtype"})
+        if self.tokenizer is not None:
+            own["tokenizer"] = Path(self.tokenizer).name
+        return {**super().data_identity(), "benchmark_tokens": self.benchmark_tokens, **own}
 
 
 class Raw(Selection):
@@ -150,24 +196,49 @@ class Raw(Selection):
         super().__init__(config, "selection", folder)
 
     def _write_texts(self) -> None:
+        """The corpus, unless an attempt that was stopped has written it: a language model takes minutes for its part."""
         c = self.config
+        identity, record = json.dumps(c.data_identity()).encode(), self.folder / "texts.json"
+        if record.exists() and record.read_bytes() == identity:
+            return
         parts = {
             "heldout": Part(0.0, 0.1, c.heldout_tokens),
             "benchmark": Part(0.1, 0.13, c.benchmark_tokens),
             "validation": Part(0.13, 0.19, c.validation_tokens),
-            # Twice what there will be in all: the rest is what shuffled and repeated texts are made of.
-            "clean": Part(0.19, 1.0, 2 * c.train_tokens, balanced=False),
+            # More than there will be in all: the rest is what shuffled and repeated texts are made of.
+            "clean": Part(0.19, 1.0, c.clean_times * c.train_tokens, balanced=False),
         }
         split(c.corpus, c.teacher, parts, self.folder)
         write_raw(
             self.folder / "clean.parquet", self.folder / "benchmark.parquet", c.teacher, c.train_tokens, self.folder,
-            context_tokens=c.context_tokens,
+            context_tokens=c.context_tokens, bos=c.bos, dtype=getattr(torch, c.dtype),
         )  # fmt: skip
+        write_atomically(record, identity)
+
+    def teacher_config(self) -> TeacherConfig:
+        """See `Selection.teacher_config`."""
+        return super().teacher_config().model_copy(update={"bos": self.config.bos, "dtype": self.config.dtype})
+
+    def _captured(self, name: str) -> Path:
+        return self.folder / (name if self.config.tokenizer is None else f"{name}-read")
+
+    def _prepare(self) -> None:
+        """Retokenized parts, without rows longer than a step: scripts that a small tokenizer spells byte by byte."""
+        if self.config.tokenizer is None:
+            return
+        for name in (name for name in self.PARTS if not (self.folder / name).exists()):
+            config, whole = RetokenizeConfig(tokenizer=self.config.tokenizer), self.folder / f"{name}-whole"
+            rows, _ = retokenize(whole, kdata.open(self._captured(name)), config)
+            select(rows, All(name=name, where=[f"num_tokens <= {self.config.batch_tokens}"]))
+            plan = Plan.load(whole / "plans" / f"{name}.parquet")
+            parts = split_rows(rows, self.folder / f"{name}-parts", by="plan", plan=plan)
+            parts[name].path.rename(self.folder / name)
 
     def _read(self) -> None:
         super()._read()
         train = kdata.open(self.folder / "train")
-        score_margins(train)
+        if self.config.tokenizer is None:
+            score_margins(train)
         # The sets that a curator would name: the benchmark, of which the corpus holds all.
         sets = {"benchmark": str(self.folder / "benchmark.parquet")}
         inspect_dataset(
@@ -186,8 +257,18 @@ class Raw(Selection):
         return find(name)
 
     def train_config(self, setting: Setting, seed: int) -> TrainConfig:
-        """See `Selection.train_config`. A trained student gets half the learning rate."""
+        """See `Selection.train_config`.
+
+        A trained student gets half the learning rate. Retokenized rows hold distributions at some tokens; a distilled student
+        learns from the text at the others.
+        """
         config = super().train_config(setting, seed)
+        if self.config.tokenizer is not None:
+            longest = max(self._datasets["train"].index(["num_tokens"])["num_tokens"].to_pylist())
+            elsewhere = 1.0 if "forward_kl" in setting.objective else None
+            objective = ObjectiveConfig(weights=dict(setting.objective), cross_entropy_elsewhere=elsewhere)
+            context_tokens = 1 << (longest - 1).bit_length()  # a step is a multiple of it
+            config = config.model_copy(update={"objective": objective, "context_tokens": context_tokens})
         if isinstance(setting, Arm) and setting.trained:
             start = CheckpointStudent(model=self.config.reference)
             return config.model_copy(update={"student": start, "learning_rate": config.learning_rate / 2})
@@ -207,7 +288,12 @@ class Raw(Selection):
     def measure(self, name: str, seed: int) -> Figures:
         """See `Selection.measure`. The first call judges every setting, which takes no student: `KEPT` in the folder."""
         self.judge_all()
-        return super().measure(name, seed)
+        figures = super().measure(name, seed)
+        return (
+            figures
+            if self.config.tokenizer is None
+            else {**figures, **bits_per_byte(self._datasets["heldout"], figures)}
+        )
 
     def judge_all(self) -> None:
         """Write what each setting keeps, as the judge sees it: `KEPT`. A mixture reads all rows, so it keeps everything."""
@@ -217,7 +303,7 @@ class Raw(Selection):
             if file.exists():
                 return
             kept = {}
-            for arm in {arm.name: arm for arm in SETTINGS}.values():
+            for arm in {arm.name: arm for arm in settings_of(self.config.tokenizer)}.values():
                 plan = self._plan_of(arm)
                 ids = train.index(["id"])["id"].to_pylist() if plan is None else Plan.load(plan).ids
                 kept[arm.name] = asdict(self.judge.verdict(set(ids)))
@@ -240,6 +326,6 @@ def describe(key: str) -> Mapping[str, Any]:
     return find(key).describe()
 
 
-def runs(seeds: int) -> list[tuple[str, int]]:
+def runs(seeds: int, tokenizer: str | None = None) -> list[tuple[str, int]]:
     """(setting, seed) of every run: every setting with one seed, then with the next."""
-    return [(key_of(arm), seed) for seed in range(seeds) for arm in SETTINGS]
+    return [(key_of(arm), seed) for seed in range(seeds) for arm in settings_of(tokenizer)]

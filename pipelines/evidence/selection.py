@@ -185,7 +185,7 @@ class Selection:
         split(c.corpus, c.teacher, parts, self.folder)
 
     def _read(self) -> None:
-        teacher_config = TeacherConfig(model=self.config.teacher, backend=self.config.backend)
+        teacher_config = self.teacher_config()
         work = Work(self.config.context_tokens, writes=False)
         teacher = load_teacher(teacher_config, max_k=HELDOUT_KEEP.k, work=work)
         try:
@@ -193,11 +193,23 @@ class Selection:
                 keep = KeepConfig() if name == "train" else HELDOUT_KEEP
                 corpus = CorpusConfig(path=str(self.folder / f"{name}.parquet"))
                 config = CaptureConfig(corpus=corpus, max_tokens=self.config.context_tokens, **keep.model_dump())
-                capture_with(self.folder / name, teacher, teacher_config, Corpus(corpus), config)
+                capture_with(self._captured(name), teacher, teacher_config, Corpus(corpus), config)
         finally:
             teacher.close()
+        self._prepare()
         reference = TeacherConfig(model=self.config.reference, backend="transformers")
         score(kdata.open(self.folder / "train"), ScoreConfig(model=reference))
+
+    def teacher_config(self) -> TeacherConfig:
+        """Settings of the teacher."""
+        return TeacherConfig(model=self.config.teacher, backend=self.config.backend)
+
+    def _captured(self, name: str) -> Path:
+        """Folder of what the teacher reads of a part."""
+        return self.folder / name
+
+    def _prepare(self) -> None:
+        """Make each part's dataset of what was captured, where it is another one."""
 
     def _plan(self, step: Step | None) -> Path | None:
         if step is None:

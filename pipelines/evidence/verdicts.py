@@ -13,7 +13,7 @@ from typing import Any
 from kdata.errors import CorruptError
 from kdata.format.json_text import read_json
 from kdata.pipelines.evidence.summary import Estimate
-from kdata.selection.select import METHODS
+from kdata.selection.select import DEFAULT, METHODS
 
 RESULTS = Path(__file__).with_name("raw.json")
 FAMILIES = {"distillation": "distilled", "cross-entropy": "cross-entropy"}
@@ -21,16 +21,21 @@ FAMILIES = {"distillation": "distilled", "cross-entropy": "cross-entropy"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """One method: the best difference in each family of students, and how many settings were measured; empty: none was."""
+    """One method: the best difference in each family of students, and how many settings were measured; empty: none was.
+
+    cleaned: the rows were those that meet conditions of hygiene.
+    """
 
     best: dict[str, Estimate]
     settings: int
+    cleaned: bool = False
 
     def __str__(self) -> str:
         if not self.best:
             return "not measured"
         parts = [f"{FAMILIES[family]}: {_words(gap)}" for family, gap in self.best.items()]
-        return "; ".join(parts) + (f" (best of {self.settings})" if self.settings > 1 else "")
+        text = "; ".join(parts) + (f" (best of {self.settings})" if self.settings > 1 else "")
+        return f"with the conditions of hygiene, {text}" if self.cleaned else text
 
 
 def _words(gap: Estimate) -> str:
@@ -60,12 +65,13 @@ def verdicts(path: Path = RESULTS) -> dict[str, Verdict]:
         name: Verdict(
             {family: min(of[family], key=lambda gap: gap.mean) for family in FAMILIES if family in of},
             max(map(len, of.values()), default=0),
+            name == DEFAULT,
         )
         for name, of in gaps.items()
     }
 
 
 def _method(content: dict[str, Any]) -> str | None:
-    """The method of a setting that has no conditions beside it; None where there is none."""
+    """The method of a setting that has no conditions beside it; None where there is none. `all` is nothing without them."""
     step = content.get("step", {"method": content.get("mixture")})
-    return step["method"] if step["method"] in METHODS and "where" not in step else None
+    return step["method"] if step["method"] in METHODS and ("where" in step) == (step["method"] == DEFAULT) else None

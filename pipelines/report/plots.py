@@ -90,13 +90,13 @@ def make_plots(run: Path, students: Students, dataset: Dataset | None) -> dict[s
         mass += " The rest is stored as one exact number."
     nll = "How surprised the teacher was by each sequence: low means easy text, or text that the teacher wrote."
     logs = logs_of(run, students)
-    mixture = _mixture(logs, students)
+    mixture, difference = _mixture(logs, students), _difference(dataset)
     return {
         "curves": _curves(logs, students),
         **({} if mixture is None else {"mixture": mixture}),
         "calibration": _calibration(students),
         "domains": _domains(students),
-        "difference": _difference(dataset),
+        **({} if difference is None else {"difference": difference}),
         "shares": _shares(dataset),
         "kept_mass": _rows(
             dataset, "kept_mass", "Stored probability", "probability of the stored entries, mean of a sequence", mass
@@ -295,10 +295,14 @@ def _shares(dataset: Dataset | None) -> Plot:
     return Plot(title, caption + _left_out(len(domains)), _bars("shares", names, series, "share of tokens, %", ".1f"))
 
 
-def _difference(dataset: Dataset | None) -> Plot:
+def _difference(dataset: Dataset | None) -> Plot | None:
+    """None where rows were chosen in another way, which needs no score."""
     title = "Where the teacher knows more than a small model"
-    plan = next((p for p in plans_of(dataset) if finite(p.info.parameters.get("threshold")) is not None), None)
+    plans = plans_of(dataset)
+    plan = next((p for p in plans if finite(p.info.parameters.get("threshold")) is not None), None)
     score = str(plan.info.parameters.get("score", "ref")) if plan else "ref"
+    if dataset is not None and plans and plan is None and not (dataset.path / "scores" / score).is_dir():
+        return None
     if dataset is None or not (dataset.path / "scores" / score).is_dir():
         return Plot(title, f"Scoring has not run: the dataset has no score “{one_line(score)}”.")
     try:

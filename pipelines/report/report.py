@@ -39,7 +39,9 @@ from kdata.pipelines.report.plots import (
     palette,
     plans_of,
 )
+from kdata.selection.plan import ConditionInfo, Plan
 from kdata.selection.position_rules import rule_words
+from kdata.selection.show import left_out_texts
 from kdata.share.card import facts, flatten
 from kdata.store.dataset import Dataset
 from kdata.store.kept_counts import kept_by_domain, kept_lines
@@ -99,6 +101,14 @@ class KeptWhere:
         return self.positions / (sum(targets for targets, _ in self.domains.values()) or 1)
 
 
+def left_out(dataset: Dataset, plan: Plan) -> list[tuple[ConditionInfo, str]]:
+    """Each condition of a plan, and the beginning of a text that it left out; empty where the dataset holds none."""
+    if plan.info.where is None:
+        return []
+    texts = {condition: text for condition, _, text in reversed(left_out_texts(dataset, plan))}
+    return [(one, texts.get(one.condition, "")) for one in plan.info.where.conditions]
+
+
 def write_report(run: Path) -> Path:
     """Write RUN/report.html and return its path.
 
@@ -135,6 +145,7 @@ def write_report(run: Path) -> Path:
             (n, d, facts(d), kept_where(d)) for n, d in (("dataset", dataset), ("heldout", heldout)) if d is not None
         ],
         plans=plans_of(dataset),
+        left_out={} if dataset is None else {p.info.name: left_out(dataset, p) for p in plans_of(dataset)},
         rounds=rounds_of(results),
         prompts=prompts(students),
         audits=audits_of(run),

@@ -8,13 +8,15 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from kdata.errors import ConfigError, CorruptError, DataError
+import kdata
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
 from kdata.pipelines.evidence import raw
 from kdata.pipelines.evidence.raw import GOOD, SHARES, Judge, write_raw
 from kdata.pipelines.evidence.raw_figures import write_report
-from kdata.pipelines.evidence.raw_question import KEPT, NONE, ORACLE, SETTINGS, Raw, RawConfig, find, runs
+from kdata.pipelines.evidence.raw_question import KEPT, NONE, ORACLE, SETTINGS, Raw, RawConfig, find, runs, settings_of
 from kdata.pipelines.evidence.runs import load_runs, run_all
 from kdata.pipelines.evidence.selection import key_of
+from kdata.pipelines.evidence.tokenizers import byte_level
 from kdata.pipelines.evidence.verdicts import verdicts
 from kdata.selection.select import METHODS
 from kdata.trainer.config import ScratchStudent
@@ -148,6 +150,7 @@ def test_a_tiny_comparison_from_text_to_verdicts(
     assert said["regmix"] == "not measured" and "one seed" in said["band"] and "one seed" in said["ddk"]
     assert "±" in said["difference"] or "one seed" in said["difference"]
     assert "cross-entropy" in said["difference"] and "best of 4" in said["difference"]
+    assert said["all"].startswith("with the conditions of hygiene, distilled: ")
 
 
 def test_a_damaged_file_of_results_is_one_error(tmp_path: Path) -> None:
@@ -164,3 +167,35 @@ def test_settings_have_names_of_their_own_and_an_unknown_one_is_refused() -> Non
     assert len(set(plans)) == len(steps)  # a plan is made once, so its name must mean one step
     with pytest.raises(ConfigError, match="there is no setting 'none'"):
         find("none")
+
+
+def test_rows_of_a_language_model_are_chosen_and_taught_in_the_tokens_of_the_reference(
+    config: RawConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher reads behind its <bos>; methods and students see retokenized rows, and bits per byte are told."""
+    monkeypatch.setattr(raw, "LENGTH", (100, 300))
+    reference = str(save_llama(tmp_path / "ref", seed=5, context=1024))
+    byte_level([], 0).save_pretrained(reference)
+    more = {"reference": reference, "tokenizer": reference, "bos": "add", "clean_times": 3, "batch_tokens": 1024}
+    asked = Raw(config.model_copy(update=more), tmp_path / "data")
+    figures = {name: asked.measure(f"{ORACLE} ({name})", 0) for name in ("distillation", "cross-entropy")}
+    assert all(one["bits_per_byte"] > one["teacher_bits_per_byte"] > 0 for one in figures.values())
+    assert figures["distillation"]["nll"] != figures["cross-entropy"]["nll"]
+    read, train = (kdata.open(tmp_path / "data" / name) for name in ("train-read", "train"))
+    nats_of = [
+        dict(of.sql("select id, nll * num_target_tokens as nats from rows").to_pandas().itertuples(index=False))
+        for of in (read, train)
+    ]
+    assert read.info.teacher.bos == "add" and set(nats_of[1]) == set(asked.judge.origins()) <= set(nats_of[0])
+    assert len(nats_of[1]) > 0.7 * len(
+        nats_of[0]
+    )  # the teacher has no token for some signs, so the rest is not spelled
+    # The same nats, but for those of the first token, which the other tokenizer puts nothing before.
+    assert all(0.5 < nats / nats_of[0][row_id] < 1.005 for row_id, nats in nats_of[1].items())
+    kept = json.loads((tmp_path / "data" / KEPT).read_text())
+    assert set(kept) == {arm.name for arm in settings_of("any")} < {arm.name for arm in SETTINGS}
+    assert [key for key, _ in runs(1, "any")] == [key_of(arm) for arm in settings_of("any")]
+    identity = json.loads((tmp_path / "data/data.json").read_text())
+    assert identity["bos"] == "add" and "/" not in identity["tokenizer"] and "dtype" not in identity
+    with pytest.raises(MismatchError, match="clean_times: 3 -> None"):
+        Raw(config.model_copy(update={**more, "clean_times": 2}), tmp_path / "data").judge_all()

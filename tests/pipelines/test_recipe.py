@@ -12,6 +12,7 @@ from kdata.errors import ConfigError, MismatchError
 from kdata.pipelines.recipe import Recipe, load_recipe
 from kdata.pipelines.run import Run
 from kdata.selection.position_rules import Entropy
+from kdata.selection.ranked import All
 
 
 def test_an_objective_that_the_kept_targets_could_not_serve_is_refused() -> None:
@@ -41,10 +42,10 @@ def test_positions_are_a_part_of_selection() -> None:
 def test_a_rule_that_reads_scores_reads_the_one_that_the_run_writes() -> None:
     """Difference sampling scores with the reference model, then token by token too."""
     positions = "select.positions={{rule: excess, share: 0.6, score: {}}}"
-    recipe = load_recipe(Path("quickstart"), ["select.score=ref", positions.format("ref")])
+    recipe = load_recipe(Path("quickstart"), ["select.method=difference", positions.format("ref")])
     assert recipe.select.positions is not None and recipe.select.positions.token_scores() == ["ref"]
     for settings in (
-        ["select.score=ref", positions.format("student")],
+        ["select.method=difference", positions.format("student")],
         ["select.method=random", positions.format("ref")],
     ):
         with pytest.raises(ConfigError, match=r"select\.positions reads the score '(student|ref)' of tokens"):
@@ -53,12 +54,12 @@ def test_a_rule_that_reads_scores_reads_the_one_that_the_run_writes() -> None:
 
 def test_a_query_that_names_a_score_of_tokens_is_such_a_rule(tmp_path: Path) -> None:
     positions = "select.positions={{rule: sql, sql: 'select id, position from tokens where nll_{} > 3'}}"
-    recipe = load_recipe(Path("quickstart"), ["select.score=ref", positions.format("ref")])
+    recipe = load_recipe(Path("quickstart"), ["select.method=difference", positions.format("ref")])
     assert Run(recipe, tmp_path, {}).scores_tokens
     plain = "select.positions={rule: sql, sql: 'select id, position from tokens where logprob < -3'}"
-    assert not Run(load_recipe(Path("quickstart"), ["select.score=ref", plain]), tmp_path, {}).scores_tokens
+    assert not Run(load_recipe(Path("quickstart"), ["select.method=difference", plain]), tmp_path, {}).scores_tokens
     with pytest.raises(ConfigError, match=r"select\.positions reads the score 'student' of tokens"):
-        load_recipe(Path("quickstart"), ["select.score=ref", positions.format("student")])
+        load_recipe(Path("quickstart"), ["select.method=difference", positions.format("student")])
 
 
 def test_settings_of_the_former_builtin_section_are_refused() -> None:
@@ -94,11 +95,21 @@ def test_a_condition_names_scores_that_the_run_writes() -> None:
     where = "select.where=[\"duplicates.near_keep and language.code = 'en'\"]"
     recipe = load_recipe(Path("quickstart"), [where, "hygiene={}"])
     assert recipe.settings()["hygiene"]["jaccard"] == 0.8
-    assert "hygiene" not in load_recipe(Path("quickstart"), []).settings()
+    assert "hygiene" not in load_recipe(Path("gemma"), []).settings()
     for settings, message in (
-        ([where], "reads the score 'duplicates', and the run writes"),
+        (["hygiene=null"], "reads the score 'duplicates', and the run writes none"),
+        ([where, "hygiene.checks=[quality]"], "reads the score 'duplicates', and the run writes"),
         ([where, "hygiene.checks=[duplicates]"], "reads the score 'language'"),
         (["hygiene={}", "select.where=[nll >]"], "is not SQL"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_recipe(Path("quickstart"), settings)
+
+
+def test_without_a_method_a_recipe_takes_every_row_that_meets_its_conditions() -> None:
+    """What won in the evidence; the demo does the same, with conditions of hygiene, and needs no reference model."""
+    student = {"label": "a", "plan": True, "objective": {"weights": {"cross_entropy": 1.0}}}
+    assert Recipe.model_validate({"name": "r", "students": {"a": student}}).select == All()
+    demo = load_recipe(Path("quickstart"), [])
+    assert isinstance(demo.select, All) and len(demo.select.where) == 4 and demo.hygiene is not None
+    assert not Run(demo, Path("out"), {}).uses_score

@@ -47,11 +47,15 @@ def sentences(number: int, seed: int) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("classes") / "teacher")
+
+
+def make_teacher(folder: Path) -> Path:
     """A Llama that learned the set, request by request: it writes sentences of a class."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = save_llama(tmp_path_factory.mktemp("classes") / "teacher")
+    save_llama(folder)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     rows = sentences(240, seed=9)
     lines = []
@@ -221,6 +225,13 @@ def test_requests_show_right_wrong_and_hard_texts_of_the_class() -> None:
     rows = requests_of(predictions, RequestStage(prompt=form, num_requests=4), 0, 1)
     assert [row["prompt"] for row in rows] == ["x|a|c|b"] * 3 + ["y|d||"]
     assert rows == requests_of(predictions, RequestStage(prompt=form, num_requests=4), 0, 1)
+    twin = requests_of(
+        predictions, RequestStage(prompt=form + "|{{ report }}", num_requests=4, ask="random", examples=9), 0, 1
+    )
+    assert sorted("".join(sorted(row["prompt"])) for row in twin) == sorted(
+        "".join(sorted(text)) for text in ["x|abc|||(not shown)"] * 2 + ["y|d|||(not shown)"] * 2
+    )
+    assert [row["id"] for row in twin] == ["1-000-00000", "1-000-00001", "1-001-00000", "1-001-00001"]
     assert "Write one new text of the class x" in requests_of(predictions, RequestStage(), 0, 1)[0]["prompt"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from kdata.selection.plan import make_plan
 from kdata.selection.position_rules import RULES, Surprise, rule_words
 from kdata.selection.ranked import All
 from kdata.selection.score_file import bring
+from kdata.selection.select import select
 from tests.fakes import rows_of_text, run_capture, write_jsonl
 from tests.kdata.share.test_card import HOSTILE, make_dataset
 
@@ -328,6 +330,26 @@ def test_whole_run(tmp_path: Path) -> None:
     assert "<b>4.590</b>" in path.read_text()
     assert "kdata run quickstart --out runs/quickstart-again" in page.text
     assert "difference sampling kept everything from 0.600 on" in page.text
+
+
+def test_what_the_conditions_of_a_plan_leave_out_is_shown(tmp_path: Path) -> None:
+    """A plan without a score has no plot of differences; its conditions are a table with counts and a text each."""
+    run = make_run(tmp_path / "run")
+    for name in ("plans", "scores"):
+        shutil.rmtree(run / "dataset" / name)
+    dataset = kdata.open(run / "dataset")
+    select(dataset, All(name="clean", where=["domain = 'code'", "nll >= 0"]))
+    page = Page(write_report(run))
+    out = dataset.sql("select id, text from rows where domain <> 'code'").to_pylist()
+    for words in (
+        "What the conditions of the plan “clean” leave out",
+        f"{dataset.num_rows - len(out)} of {dataset.num_rows} sequences meet all of them",
+    ):
+        assert words in page.text
+    assert "Where the teacher knows more than a small model" not in page.text and "Difference sampling" not in page.text
+    table = dict(re.findall(r"<code>(.*?)</code></th><td>(.*?)</td>", (run / "report.html").read_text()))
+    assert table == {"domain = &#39;code&#39;": str(len(out)), "nll &gt;= 0": "0"}
+    assert any(row["text"][:20] in page.text for row in out)
 
 
 def test_time_and_energy(tmp_path: Path) -> None:
