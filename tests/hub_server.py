@@ -109,7 +109,10 @@ class HubServer:
         """Let the client of this process ask this server, with its token."""
         import huggingface_hub.constants
 
+        huggingface_hub.HfFileSystem.clear_instance_cache()  # one that knows another server
         patch.setattr(huggingface_hub.constants, "ENDPOINT", self.url)
+        address = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
         assert self.xet is None, "hf_xet keeps one session for each process"
         patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
