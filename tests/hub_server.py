@@ -1,9 +1,11 @@
 """A stand-in for the Hub: what the real client asks for about a dataset repository, on the loopback.
 
-Read: repository, revision, tree and file paths as JSON, and files with ranges. Written: new repository, which files go as LFS
-objects, upload of these, commits (small files in them, and deletions), and tags. Each commit is a folder of its own, so old
-ones stay. It does not speak xet: a client has to run with HF_HUB_DISABLE_XET=1. The client takes the server's address from
-HF_ENDPOINT at import, so it is another process (`environment`), or one whose constants are set (`in_process`).
+Read: repository, revision, tree (in pages) and file paths as JSON, and files with ranges. Written: new repository, which
+files go as LFS objects, upload of these, commits (small files in them, and deletions), and tags. Each commit is a folder of
+its own, so old ones stay. Large files go by HTTP, or by xet (`HubServer(xet=True)`, see `tests.xet_store`): then hf_xet sends
+and fetches them, and ranges come by the way that the Hub has for clients without it, a redirect to another address.
+The client takes the server's address from HF_ENDPOINT at import, so it is another process (`environment`), or one whose
+constants are set (`in_process`, which is without xet).
 """
 
 from __future__ import annotations
@@ -16,32 +18,46 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 import pytest
 
+from tests.xet_store import XetStore
+
 ERRORS = {
     "RevisionNotFound": 404, "EntryNotFound": 404, "RepoNotFound": 404, "GatedRepo": 403, "Forbidden": 403,
-    "NoToken": 401, "Exists": 409, "Stale": 412, "Bad": 400, "Failed": 500,
+    "NoToken": 401, "Exists": 409, "Stale": 412, "BadRange": 416, "Bad": 400, "Failed": 500,
 }  # fmt: skip
 LFS_BYTES = 1000  # files from this size on are LFS objects
+# The client tries five times more where a connection breaks, and waits 23 seconds in all. This lets it try at once.
+AT_ONCE = """
+import time, types, huggingface_hub.file_download as download, huggingface_hub.utils._http as http
+http.time = download.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+"""
 
 
 class HubServer:
     """One server. commits: folder of each commit, by its 40 digits. refs: commit of each branch and tag of me/logits.
 
-    `sent` has path, first byte and number of bytes of each answer with content of a file; of paths that match `cut` only a
-    half is sent. me/gated refuses everybody.
+    `sent` has path (xorb/HASH for a part of a xorb), first byte and number of bytes of each answer with content of a file; of
+    paths that match `cut` only a half is sent. All of them together take a second for each `bytes_per_sec`, where that is not
+    0. `page`: entries in one answer of a tree. `asked` has method and path of each request, and `transfers`
+    the ways by which a client offered to send large files by HTTP. me/gated refuses everybody.
 
-    `received` has path or digest, and number of bytes, of each file that came; `breaks_after`: the connection breaks at the
-    upload after so many. `token`: the only one with which something may be written, in me/. `refuses`: part of a path, and
-    the name of the error that is the answer there. `is_full`: no large file is taken.
+    `received` has path or digest, and number of bytes, of each file or xorb that came; `breaks_after`: the connection breaks
+    at the upload after so many. `token`: the only one with which something may be written, in me/. `refuses`: part of a path,
+    and the name of the error that is the answer there. `is_full`: no large file is taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, xet: bool = False) -> None:
+        self.xet = XetStore() if xet else None
+        self.asked: list[tuple[str, str]] = []
+        self.transfers: list[list[str]] = []
+        self.bytes_per_sec, self.page = 0.0, 1000
         self.commits: dict[str, Path] = {}
         self.refs: dict[str, str] = {}
         self.sent: list[tuple[str, int, int]] = []
@@ -54,7 +70,7 @@ class HubServer:
         self.meanwhile = lambda: None  # called before each commit, as what somebody else does then
         self._objects: dict[str, bytes] = {}
         self._root = Path(tempfile.mkdtemp(prefix="hub"))
-        self._guard = threading.Lock()
+        self._guard, self._line = threading.Lock(), threading.Lock()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -73,7 +89,11 @@ class HubServer:
                 hub._answer(self, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
 
             def do_PUT(self) -> None:
+                hub.asked.append(("PUT", self.path))
                 hub._upload(self)
+
+            def do_DELETE(self) -> None:
+                hub._answer(self, b"")
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -89,7 +109,11 @@ class HubServer:
         """Let the client of this process ask this server, with its token."""
         import huggingface_hub.constants
 
+        huggingface_hub.HfFileSystem.clear_instance_cache()  # one that knows another server
         patch.setattr(huggingface_hub.constants, "ENDPOINT", self.url)
+        address = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        assert self.xet is None, "hf_xet keeps one session for each process"
         patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         patch.setenv("HF_TOKEN", self.token)
@@ -104,7 +128,9 @@ class HubServer:
             "COLUMNS": "300",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": "0" if self.xet else "1",
+            "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
+            "HF_TOKEN": self.token,
         }
 
     def push(self, folder: Path, commit: str, *names: str) -> None:
@@ -112,10 +138,22 @@ class HubServer:
         self.commits[commit] = folder
         self.refs |= dict.fromkeys(names, commit)
 
+    def bytes_sent(self) -> int:
+        """Bytes of all answers with content of a file."""
+        return sum(count for _, _, count in self.sent)
+
     def _answer(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
         path = unquote(urlsplit(request.path).path)
+        self.asked.append((request.command, path))
+        if path.startswith("/cas/"):
+            self._cas(request, path.removeprefix("/cas"), body)
+            return
+        if path.startswith("/objects/"):
+            digest = path.rpartition("/")[2]
+            self._part(request, parse_qs(urlsplit(request.path).query)["name"][0], self._objects[digest], {})
+            return
         with self._guard:
-            if request.command == "POST" and "/paths-info/" not in path:
+            if request.command in ("POST", "DELETE") and "/paths-info/" not in path:
                 self._json(request, self._written(request, path, body))
                 return
         parts = re.fullmatch(r"(?:/api)?/datasets/([^/]+/[^/]+)(?:/([a-z-]+)(?:/([^/]+)(?:/(.*))?)?)?", path)
@@ -130,18 +168,28 @@ class HubServer:
         if commit not in self.commits:
             self._json(request, "RevisionNotFound")
             return
+        if what in ("xet-read-token", "xet-write-token") and self.xet:
+            refusal = self._refusal(request, path) if what == "xet-write-token" else None
+            if refusal:
+                self._json(request, refusal)
+            else:
+                self._xet_token(request)
+            return
         root = self.commits[commit]
         place = root / rest
         if what == "revision":
             self._json(request, {"id": "me/logits", "sha": commit, "private": False, "siblings": [], "tags": []})
         elif what == "paths-info":
             asked = json.loads(body) if body.startswith(b"{") else parse_qs(body.decode())
-            self._json(request, [_entry(root, root / name) for name in asked["paths"] if (root / name).exists()])
+            self._json(request, [self._entry(root, root / name) for name in asked["paths"] if (root / name).exists()])
         elif what == "tree" and place.is_dir():
-            is_deep = parse_qs(urlsplit(request.path).query).get("recursive", ["false"])[0].lower() == "true"
-            self._json(
-                request, [_entry(root, path) for path in sorted(place.rglob("*") if is_deep else place.iterdir())]
-            )
+            asked = {name: values[0] for name, values in parse_qs(urlsplit(request.path).query).items()}
+            is_deep, first = asked.get("recursive", "false").lower() == "true", int(asked.get("cursor", "0"))
+            paths = sorted(place.rglob("*") if is_deep else place.iterdir())
+            entries = [self._entry(root, path) for path in paths[first : first + self.page]]
+            after = urlencode({**asked, "cursor": first + self.page})
+            more = {"Link": f'<{self.url}{urlsplit(request.path).path}?{after}>; rel="next"'}
+            self._json(request, entries, more if first + self.page < len(paths) else {})
         elif what == "resolve" and place.is_file():
             self._file(request, rest, place.read_bytes(), commit)
         else:
@@ -159,10 +207,8 @@ class HubServer:
         """The answer to what changes something, or the name of an error."""
         if path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}
-        if request.headers.get("Authorization") != f"Bearer {self.token}":
-            return "NoToken"
-        if refused := [error for part, error in self.refuses.items() if part in path]:
-            return refused[0]
+        if refusal := self._refusal(request, path):
+            return refusal
         if path == "/api/repos/create":
             asked = json.loads(body)
             if (asked.get("organization"), asked["name"]) != ("me", "logits"):
@@ -172,7 +218,9 @@ class HubServer:
             self._commit([], None)
             return {"url": f"{self.url}/datasets/me/logits"}
         if path.endswith("/info/lfs/objects/batch"):
-            return {"transfer": "basic", "objects": [self._wanted(one) for one in json.loads(body)["objects"]]}
+            asked = json.loads(body)
+            self.transfers.append(asked["transfers"])
+            return {"transfer": "basic", "objects": [self._wanted(one) for one in asked["objects"]]}
         what = re.fullmatch(r"/api/datasets/me/logits/(preupload|commit|tag)/([^/]+)", path)
         if what is None or not self.commits:
             return "RepoNotFound"
@@ -180,6 +228,8 @@ class HubServer:
             large = {one["path"]: one["size"] >= LFS_BYTES for one in json.loads(body)["files"]}
             modes = {name: "lfs" if is_large else "regular" for name, is_large in large.items()}
             return {"files": [{"path": n, "uploadMode": mode, "shouldIgnore": False} for n, mode in modes.items()]}
+        if what[1] == "tag" and request.command == "DELETE":
+            return {} if self.refs.pop(what[2], None) else "RevisionNotFound"
         if what[1] == "tag":
             tag = json.loads(body)["tag"]
             if tag in self.refs:
@@ -190,8 +240,16 @@ class HubServer:
         header, *changes = [json.loads(line) for line in body.splitlines()]
         if header["value"].get("parentCommit") not in (None, self.refs["main"]):
             return "Stale"
+        if any(change["value"]["oid"] not in self._objects for change in changes if change["key"] == "lfsFile"):
+            return "Bad"
         commit = self._commit(changes, self.refs["main"])
         return {"commitOid": commit, "commitUrl": f"{self.url}/datasets/me/logits/commit/{commit}"}
+
+    def _refusal(self, request: BaseHTTPRequestHandler, path: str) -> str | None:
+        """The name of the error that is the answer to somebody without the right token, and where a test wants one."""
+        if request.headers.get("Authorization") != f"Bearer {self.token}":
+            return "NoToken"
+        return next((error for part, error in self.refuses.items() if part in path), None)
 
     def _wanted(self, one: dict[str, Any]) -> dict[str, Any]:
         if self.is_full:
@@ -235,13 +293,47 @@ class HubServer:
             return
         self._json(request, {})
 
-    def _json(self, request: BaseHTTPRequestHandler, content: Any) -> None:
+    def _xet_token(self, request: BaseHTTPRequestHandler) -> None:
+        """Where xorbs are, and what allows a client to go there for an hour."""
+        until = int(time.time()) + 3600
+        token = {"casUrl": f"{self.url}/cas", "exp": until, "accessToken": "x" * 20}
+        headers = {"Cas-Url": token["casUrl"], "Token-Expiration": str(until), "Access-Token": token["accessToken"]}
+        self._json(request, token, {f"X-Xet-{name}": str(value) for name, value in headers.items()})
+
+    def _cas(self, request: BaseHTTPRequestHandler, path: str, body: bytes) -> None:
+        """What hf_xet asks for, below its own address."""
+        assert self.xet is not None
+        name = path.rpartition("/")[2]
+        first, last = _range(request)
+        if path.startswith("/xorb/"):
+            self._part(request, f"xorb/{name}", self.xet.xorbs[name], {})
+        elif path.startswith("/v2/reconstructions/") and name in self.xet.files:
+            known = self.xet.reconstruction(name, first, last, f"{self.url}/cas/xorb/")
+            self._json(request, known or "BadRange")
+        elif path.startswith("/v1/xorbs/default/"):
+            with self._guard:
+                is_broken = self.breaks_after is not None and len(self.received) >= self.breaks_after
+                if is_broken:
+                    self._json(request, "Failed")
+                    return
+                self.received.append((name, len(body)))
+                self._json(request, {"was_inserted": self.xet.add_xorb(name, body)})
+        elif path == "/v2/shards":
+            with self._guard:
+                self._objects |= self.xet.add_shard(body)
+            self._json(request, {"type": "result"})
+        else:  # what the client can do without: others' chunks, and telling how it went
+            self._json(request, "EntryNotFound")
+
+    def _json(self, request: BaseHTTPRequestHandler, content: Any, headers: dict[str, str] | None = None) -> None:
         """Content, or the name of an error."""
         failed = isinstance(content, str)
         text = json.dumps({"error": content, "url": f"{self.url}/datasets/me/logits"} if failed else content).encode()
         request.send_response(ERRORS[content] if failed else 200)
         if failed:
             request.send_header("X-Error-Code", content)
+        for name, value in (headers or {}).items():
+            request.send_header(name, value)
         request.send_header("Content-Type", "application/json")
         request.send_header("Content-Length", str(len(text)))
         request.end_headers()
@@ -249,30 +341,61 @@ class HubServer:
             request.wfile.write(text)
 
     def _file(self, request: BaseHTTPRequestHandler, name: str, content: bytes, commit: str) -> None:
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
-        first, last = (int(asked[1]), int(asked[2] or 10**12)) if asked else (0, 10**12)
-        part = content[first : last + 1]
-        request.send_response(206 if asked else 200)
-        request.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        request.send_header("X-Repo-Commit", commit)
-        if asked:
+        digest = hashlib.sha256(content).hexdigest()
+        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": commit}
+        known = self.xet.hash_of.get(digest) if self.xet else None
+        if known is None:
+            self._part(request, name, content, headers)
+            return
+        token = f'<{self.url}/api/datasets/me/logits/xet-read-token/{commit}>; rel="xet-auth"'
+        request.send_response(302)
+        request.send_header("Location", f"{self.url}/objects/{digest}?{urlencode({'name': name})}")
+        linked = {
+            "X-Linked-Etag": headers["ETag"],
+            "X-Linked-Size": str(len(content)),
+            "X-Xet-Hash": known,
+            "Link": token,
+        }
+        for header, value in (headers | linked | {"Content-Length": "0"}).items():
+            request.send_header(header, value)
+        request.end_headers()
+
+    def _part(self, request: BaseHTTPRequestHandler, name: str, content: bytes, headers: dict[str, str]) -> None:
+        """A file, or a range of it."""
+        first, last = _range(request)
+        has_range = "Range" in request.headers
+        part = content[first:] if last is None else content[first : last + 1]
+        request.send_response(206 if has_range else 200)
+        for header, value in headers.items():
+            request.send_header(header, value)
+        if has_range:
             request.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
         request.send_header("Content-Length", str(len(part)))
         request.end_headers()
         if request.command == "GET":
             self.sent.append((name, first, len(part)))
+            if self.bytes_per_sec:
+                with self._line:
+                    time.sleep(len(part) / self.bytes_per_sec)
             is_cut = self.cut.search(name) is not None
             request.wfile.write(part[: len(part) // 2] if is_cut else part)
             request.close_connection = is_cut
 
+    def _entry(self, root: Path, path: Path) -> dict[str, Any]:
+        place = path.relative_to(root).as_posix()
+        if path.is_dir():
+            return {"type": "directory", "path": place, "oid": "0" * 40, "size": 0}
+        data = path.read_bytes()
+        about = {"type": "file", "path": place, "size": len(data)}
+        if len(data) >= LFS_BYTES:
+            digest = hashlib.sha256(data).hexdigest()
+            known = self.xet.hash_of.get(digest) if self.xet else None
+            lfs = {"oid": digest, "size": len(data), "pointerSize": 130}
+            return {**about, "oid": "0" * 40, "lfs": lfs, **({"xetHash": known} if known else {})}
+        return {**about, "oid": hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()}
 
-def _entry(root: Path, path: Path) -> dict[str, Any]:
-    place = path.relative_to(root).as_posix()
-    if path.is_dir():
-        return {"type": "directory", "path": place, "oid": "0" * 40, "size": 0}
-    data = path.read_bytes()
-    about = {"type": "file", "path": place, "size": len(data)}
-    if len(data) >= LFS_BYTES:
-        lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-        return {**about, "oid": "0" * 40, "lfs": lfs}
-    return {**about, "oid": hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()}
+
+def _range(request: BaseHTTPRequestHandler) -> tuple[int, int | None]:
+    """First byte that a request wants, and the last one; None is to the end."""
+    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
+    return (int(asked[1]), int(asked[2]) if asked[2] else None) if asked else (0, None)

@@ -185,7 +185,7 @@ def _personal(dataset: Dataset, about: About) -> Iterator[Finding]:
 
 @cache
 def terms() -> dict[str, list[dict[str, Any]]]:
-    """terms.yaml: `text` and `teacher`, each a list of ids, names, verdict, why and source."""
+    """terms.yaml: `text` and `teacher`, each a list of ids, names, verdict, why, source and seen."""
     table: dict[str, list[dict[str, Any]]] = yaml.safe_load(
         resources.files("kdata.share").joinpath("terms.yaml").read_text("utf-8")
     )

@@ -1,4 +1,9 @@
-"""The files of a dataset on the Hub: one commit, with what is new and without what is no longer part."""
+"""The files of a dataset on the Hub: one commit, with what is new and without what is no longer part.
+
+Large files go up before it in groups, so that what was sent stays sent when a push breaks off. The Hub advises fewer than 100
+files in a commit, because those of a longer upload fail late; here only names and digests are left for the commit, whose
+limit is 25,000 large files. Files of a repository that no commit names are not seen by anybody.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +22,7 @@ from kdata.store.hub import hub_errors
 TAG = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,62}[A-Za-z0-9])?")  # our default: what any version is called
 _WRITTEN_BY_ANOTHER = 412  # the newest commit is no longer the one that a new one was made for
 _NO_RIGHT = (401, 403)
+GROUP_FILES, GROUP_BYTES = 100, 2 << 30  # of what goes up together; our default
 
 
 def refuse_tag(tag: str | None) -> None:
@@ -93,8 +99,11 @@ def push_to_hub(
         )
     with _errors(name):
         if changed or gone:
+            additions = [CommitOperationAdd(path, files[path]) for path in changed]
+            for group in _groups(additions):
+                api.preupload_lfs_files(name, group, repo_type="dataset")
             operations: list[CommitOperationAdd | CommitOperationDelete] = [
-                *(CommitOperationAdd(path, files[path]) for path in changed),
+                *additions,
                 *(CommitOperationDelete(path) for path in gone),
             ]
             # Refused where the newest commit is another one by now.
@@ -105,6 +114,19 @@ def push_to_hub(
         if tag and tagged is None and is_last:
             api.create_tag(name, tag=tag, revision=commit, repo_type="dataset")
     return url, len(changed)
+
+
+def _groups(additions: list[Any]) -> Iterator[list[Any]]:
+    """Additions of a commit, in order, that go up together."""
+    group: list[Any] = []
+    size = 0
+    for addition in additions:
+        if group and (len(group) == GROUP_FILES or size + addition.upload_info.size > GROUP_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(addition)
+        size += addition.upload_info.size
+    yield group
 
 
 def left_over(there: Iterable[str], new: Iterable[str]) -> list[str]:

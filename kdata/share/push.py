@@ -10,6 +10,7 @@ from pathlib import Path
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, StorageError
 from kdata.format.files import inside, local_path, lock_of, without_hidden
+from kdata.format.schema import FileInfo
 from kdata.share.arrange import new_folder
 from kdata.share.fitness import About
 from kdata.share.hub_push import push_to_hub, refuse_tag, refuse_without_right_to_ask
@@ -17,7 +18,7 @@ from kdata.share.publication import publication
 from kdata.share.url_push import push_to_url
 from kdata.store.dataset import Dataset
 from kdata.store.hub import hub_name
-from kdata.store.listed import HIDDEN, PLANS, SCORES, read_listing
+from kdata.store.listed import HIDDEN, KINDS, PLANS, SCORES, Kind, read_listing
 from kdata.store.open import open_dataset
 
 
@@ -109,10 +110,13 @@ def publish(
         relative: dataset.path / relative for relative in dataset_files(dataset, hidden=hidden)
     }
     files |= {**(own or {}), **publication(dataset, about)}
-    if name is None:
-        push_to_url(destination, dataset.info, dataset.manifest, files)
-        return destination
     sha256 = {path: file.sha256 for entry in dataset.manifest for path, file in entry.files.items()}
+    for kind in KINDS:
+        for one in dataset.listed(kind):
+            sha256 |= {path: file.sha256 for path, file in _files_of(dataset, kind, one).items()}
+    if name is None:
+        push_to_url(destination, dataset.info, dataset.manifest, files, sha256)
+        return destination
     message = f"kdata dataset {dataset.content_digest[:12]}"
     return push_to_hub(name, files, sha256, message=message, public=public, tag=tag, is_last=is_last)[0]
 
@@ -133,6 +137,11 @@ def refuse_while_written(dataset: Dataset) -> None:
         raise StorageError(f"{dataset.path} is being written by {holder}; share it when that has finished")
 
 
+def _files_of(dataset: Dataset, kind: Kind, name: str) -> dict[str, FileInfo]:
+    """The files that the JSON of a score, plan or set of hidden states names."""
+    return read_listing(dataset.path / kind.folder / f"{name}.json", kind)[0].files_of(kind)
+
+
 def dataset_files(dataset: Dataset, *, hidden: bool = False) -> list[str]:
     """Relative paths of all files that belong to a verified dataset: shards, sidecars, plans, tokenizer, card.
 
@@ -143,8 +152,7 @@ def dataset_files(dataset: Dataset, *, hidden: bool = False) -> list[str]:
     files += [relative for entry in dataset.manifest for relative in entry.files]
     for kind in (SCORES, PLANS, *([HIDDEN] if hidden else [])):
         for name in dataset.listed(kind):
-            info, _ = read_listing(dataset.path / kind.folder / f"{name}.json", kind)
-            own = info.files_of(kind) or ([f"plans/{name}.parquet"] if kind is PLANS else [])
+            own = list(_files_of(dataset, kind, name)) or ([f"plans/{name}.parquet"] if kind is PLANS else [])
             files += [f"{kind.folder}/{name}.json", *sorted(own)]
     recorded = dataset.info.tokenizer_files or [
         p.name for p in without_hidden(dataset.path, "tokenizer/*") if p.is_file()

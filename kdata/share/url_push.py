@@ -2,21 +2,24 @@
 
 A store has no change of several files at once. So dataset.json first says that its sources are not complete, the manifest
 names more and more shards that are there, and what else belongs to the dataset and the last dataset.json come at the end.
-What would need a change of several files at once, other shards in place of those there, is refused.
+What would need a change of several files at once, other shards in place of those there, is refused. A score or plan that is
+replaced has no JSON meanwhile, and so is not there.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from kdata.check.verify import FOLDERS, PAGES
-from kdata.errors import ConfigError
-from kdata.format.files import lock_of, temporary_folder
+from kdata.errors import ConfigError, CorruptError
+from kdata.format.files import file_info, lock_of, temporary_folder
 from kdata.format.manifest import manifest_line, read_info, read_manifest, write_info
 from kdata.format.schema import DatasetInfo, ManifestEntry
 from kdata.share.hub_push import left_over
+from kdata.store.listed import KINDS, read_listing
 from kdata.store.url import Store, copy_of
 
 LINES = 16  # our default: shards that are sent before the manifest names them
@@ -24,17 +27,24 @@ _BEGUN = {*FOLDERS, *PAGES}  # what a push that broke off may have left
 
 
 def push_to_url(
-    url: str, info: DatasetInfo, manifest: list[ManifestEntry], files: Mapping[str, Path | bytes], *, lines: int = LINES
+    url: str,
+    info: DatasetInfo,
+    manifest: list[ManifestEntry],
+    files: Mapping[str, Path | bytes],
+    sha256: Mapping[str, str],
+    *,
+    lines: int = LINES,
 ) -> int:
     """Make a dataset the one at a URL: a new one, or one that is there and has grown.
 
-    Shards that the manifest there names are not sent again, nor other files with the same bytes. Each file is written under a
-    temporary name and moved. Called again after an interruption, it sends the rest. A score, a plan or the card that is
-    replaced by one of the same name is another for a moment than the file that describes it, and then refused.
+    Shards that the manifest there names are not sent again, nor other files with the same bytes; parts of scores, plans and
+    hidden states are compared by the digests in the JSON beside them, and read only where there is none yet. Each file is
+    written under a temporary name and moved. Called again after an interruption, it sends the rest.
 
     Args:
         info, manifest: of the dataset.
         files: relative path to content of all its files.
+        sha256: digests of some of the files, in hexadecimal; the others are read.
         lines: how many shards are sent before the manifest names them.
     Returns:
         How many files were sent, not counting dataset.json and manifest.jsonl.
@@ -49,11 +59,15 @@ def push_to_url(
             f"{store.url}: a web server is only read; push to a store such as s3://, or copy a folder there"
         )
     with lock_of(copy_of(store.canonical, "writing"), shown=store.url):
-        there = _there(store, info, manifest)
+        there, listed = _there(store, info, manifest), _listed(store)
+
+        def send_others(*paths: str) -> int:
+            return _send_others(store, {path: files[path] for path in paths}, sha256, listed)
+
         names = {entry.name for entry in there}
         new = [entry for entry in manifest if entry.name not in names]
         shards = {path for entry in manifest for path in entry.files}
-        sent = _send_others(store, {path: c for path, c in files.items() if path.startswith("tokenizer/")})
+        sent = send_others(*(path for path in files if path.startswith("tokenizer/")))
         if new:
             _send_info(store, _begun(info, there))
         for start in range(0, len(new), lines):
@@ -63,9 +77,9 @@ def push_to_url(
             known = [manifest_line(entry) for entry in manifest if entry.name in names]
             _send(store, "manifest.jsonl", b"".join(known))
         own = ("dataset.json", "manifest.jsonl")
-        sent += _send_others(store, {path: c for path, c in files.items() if path not in shards and path not in own})
+        sent += send_others(*(path for path in files if path not in shards and path not in own))
         for path in reversed(own):
-            _send_others(store, {path: files[path]})
+            send_others(path)
         for path in left_over(store.files(), files):
             store.remove(path)
     return sent
@@ -112,22 +126,43 @@ def _send_info(store: Store, info: DatasetInfo) -> None:
         store.replace(folder / "dataset.json", "dataset.json")
 
 
-def _send_others(store: Store, files: Mapping[str, Path | bytes]) -> int:
+def _listed(store: Store) -> dict[str, tuple[str, str]]:
+    """Of the files of scores, plans and hidden states that are there: SHA-256, and path of the JSON that says so."""
+    digests: dict[str, tuple[str, str]] = {}
+    with temporary_folder("push") as folder:
+        for kind in KINDS:
+            for name in [name for name in store.names(kind.folder) if name.endswith(".json")]:
+                (folder / name).write_bytes(store.read(f"{kind.folder}/{name}") or b"")
+                with suppress(CorruptError):  # a damaged one says nothing, and is replaced
+                    about = read_listing(folder / name, kind)[0].files_of(kind)
+                    digests |= {path: (file.sha256, f"{kind.folder}/{name}") for path, file in about.items()}
+    return digests
+
+
+def _send_others(
+    store: Store, files: Mapping[str, Path | bytes], sha256: Mapping[str, str], listed: Mapping[str, tuple[str, str]]
+) -> int:
     """Send those that are not there: parts of scores and plans before the JSON that names them."""
-    present = set(store.files())
-    return sum(
-        _send(store, path, files[path])
-        for path in sorted(files, key=lambda path: (path.endswith(".json"), path))
-        if path not in present or not _is_same(store, path, files[path])
-    )
+    present, sent = set(store.files()), 0
+    for path in sorted(files, key=lambda path: (path.endswith(".json"), path)):
+        theirs, beside = listed.get(path, (None, ""))
+        if path in present and _is_same(store, path, files[path], sha256.get(path), theirs):
+            continue
+        if beside in present:  # it would name another file than the one that is there
+            store.remove(beside)
+            present.remove(beside)
+        sent += _send(store, path, files[path])
+    return sent
 
 
-def _is_same(store: Store, path: str, content: Path | bytes) -> bool:
+def _is_same(store: Store, path: str, content: Path | bytes, ours: str | None, theirs: str | None) -> bool:
+    """ours, theirs: digests in the JSON beside the file, here and there; None where there is no such JSON."""
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
     if store.size(path) != size:
         return False
-    data = content if isinstance(content, bytes) else content.read_bytes()
-    return hashlib.sha256(store.read(path) or b"").digest() == hashlib.sha256(data).digest()
+    if ours is None:
+        ours = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_info(content).sha256
+    return ours == (theirs or hashlib.sha256(store.read(path) or b"").hexdigest())
 
 
 def _send(store: Store, path: str, content: Path | bytes) -> int:

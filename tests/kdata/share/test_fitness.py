@@ -42,6 +42,7 @@ def test_every_line_of_the_table_has_a_verdict_a_reason_and_a_source() -> None:
         for line in lines:
             assert line["verdict"] in ("free", "keep", "ask", "stop") and line["why"]
             assert re.fullmatch(r"https://[\w.-]+/\S*", line["source"])
+            assert line["seen"] in ("text", "quoted", "general")
             re.compile(line.get("names", ""))
     texts = {one for line in terms()["text"] for one in line["ids"]}
     models = {"llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma", "openrail", "cc", "unknown"}
@@ -58,6 +59,11 @@ def test_every_line_of_the_table_has_a_verdict_a_reason_and_a_source() -> None:
         ("google/gemma-3-270m", "ask"),
         ("gemma3-270m-q4_k_m.gguf", "ask"),
         ("Qwen/Qwen2.5-72B-Instruct", "keep"),
+        ("Qwen/Qwen2.5-3B", "ask"),
+        ("Qwen/Qwen2-72B-Instruct", "stop"),
+        ("Qwen/Qwen1.5-7B", "stop"),
+        ("Qwen/Qwen-7B-Chat", "stop"),
+        ("Qwen/Qwen2-7B", "ask"),
         ("openai/gpt-4o", "stop"),
         ("gpt-3.5-turbo-instruct", "stop"),
         ("claude-3-opus", "stop"),

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
+import huggingface_hub.utils._http as http
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 import kdata
 from kdata.check.verify import verify
-from kdata.errors import ConfigError, StorageError
+from kdata.errors import ConfigError, MissingError, StorageError
 from kdata.selection.ranked import All
+from kdata.selection.score_file import bring
 from kdata.selection.select import select
+from kdata.share import hub_push
 from kdata.share.arrange import head
 from kdata.share.fitness import About
 from kdata.share.follow import push_while_written
@@ -62,6 +72,7 @@ def test_a_repository_is_the_dataset_with_its_pages(hub: HubServer, copied: Path
 
 
 def test_only_what_is_new_is_sent(hub: HubServer, copied: Path) -> None:
+    hub.page = 4  # the list of what is there comes in several answers
     push(kdata.open(copied), ADDRESS)
     commit, first = hub.refs["main"], sum(count for _, count in hub.received)
     hub.received.clear()
@@ -118,6 +129,11 @@ def test_a_tag_is_a_version_that_stays(hub: HubServer, copied: Path, tmp_path: P
     assert hub.refs["v2"] == hub.refs["main"] != hub.refs["v1"]
     with pytest.raises(ConfigError, match=r"the tag v1 of me/logits stands for commit"):
         push(small, ADDRESS, tag="v1")
+    huggingface_hub.HfApi().delete_tag("me/logits", tag="v2", repo_type="dataset")
+    with pytest.raises(MissingError, match="the Hub has no such revision"):
+        kdata.open(f"{ADDRESS}@v2")
+    push(small, ADDRESS, tag="v2")
+    assert hub.refs["v2"] == hub.refs["main"], "a name that was given back"
     for wrong in ("", "-x", "a..b", "v1.lock", "a b", "../x", "x" * 65):
         with pytest.raises(ConfigError, match="a tag has up to 64 letters"):
             push(small, ADDRESS, tag=wrong)
@@ -126,16 +142,21 @@ def test_a_tag_is_a_version_that_stays(hub: HubServer, copied: Path, tmp_path: P
 
 
 def test_a_broken_connection_publishes_nothing_and_the_same_command_sends_the_rest(
-    hub: HubServer, captured: Path
+    hub: HubServer, captured: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.breaks_after = 2
+    monkeypatch.setattr(http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
+    monkeypatch.setattr(hub_push, "GROUP_FILES", 3)
+    hub.breaks_after = 4
     with pytest.raises(StorageError, match=r"the Hub refused me/logits: .*what was sent is not sent again"):
         push(kdata.open(captured), ADDRESS)
-    assert set(digests(newest(hub))) == {".gitattributes"} and len(hub.received) == 2
+    assert set(digests(newest(hub))) == {".gitattributes"} and len(hub.received) == 4, "a group, and one of the next"
+    tried = [path for method, path in hub.asked if method == "PUT"]
+    assert len(tried) == 4 + 2 * 6, "six times each of the other two of that group, and none of a later one"
     hub.breaks_after = None
     push(kdata.open(captured), ADDRESS)
     digests_sent = [name for name, _ in hub.received if len(name) == 64]
     assert len(digests_sent) == len(set(digests_sent)) and kdata.open(newest(hub)).num_rows == 25
+    assert len(hub.commits) == 2, "the empty one and that of the dataset"
 
 
 def test_a_commit_of_somebody_else_is_not_overwritten(hub: HubServer, captured: Path, tmp_path: Path) -> None:
@@ -343,6 +364,42 @@ def test_a_reader_of_a_url_sees_a_whole_dataset_at_every_moment(
     with pytest.raises(ConfigError, match=r"holds other rows \(shard capture-\d+\), which cannot be replaced"):
         push(head(kdata.open(copied), tmp_path / "part", 3), url)
     assert digests_at(url) == before
+
+
+def test_scores_at_a_url_are_compared_by_the_digests_beside_them(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, dataset = "memory://kdata-compared/d", kdata.open(copied)
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    numbers = pa.table({"id": dataset.index(["id"])["id"], "mark": np.arange(len(dataset), dtype=np.float64)})
+    pq.write_table(numbers, tmp_path / "marks.parquet")
+    bring(dataset, tmp_path / "marks.parquet", "mine")
+    push(dataset, url)
+    parts = {path for path in dataset_files(dataset) if path.startswith("scores/mine/")}
+    read, sent = list[str](), list[str]()
+    store_read, replace = Store.read, Store.replace
+    monkeypatch.setattr(Store, "read", lambda self, path: read.append(path) or store_read(self, path))
+    monkeypatch.setattr(Store, "replace", lambda self, source, path: sent.append(path) or replace(self, source, path))
+    push(kdata.open(copied), url)
+    assert parts and not parts & set(read) and sent == [] and "scores/mine.json" in read
+
+    # Other values of the same size: the JSON goes first, so that it never names another file than the one that is there.
+    shutil.rmtree(copied / "scores")
+    pq.write_table(numbers.set_column(1, "mark", pc.negate(numbers["mark"])), tmp_path / "marks.parquet")
+    bring(kdata.open(copied), tmp_path / "marks.parquet", "mine")
+
+    def broken(self: Store, source: Path, relative: str) -> None:
+        if relative == "scores/mine.json":
+            raise StorageError("broken")
+        replace(self, source, relative)
+
+    monkeypatch.setattr(Store, "replace", broken)
+    with pytest.raises(StorageError, match="broken"):
+        push(kdata.open(copied), url)
+    assert "scores/mine.json" not in digests_at(url)
+    monkeypatch.setattr(Store, "replace", replace)
+    push(kdata.open(copied), url)
+    assert {path: digest for path, digest in digests_at(url).items() if path not in PAGES} == digests(copied)
 
 
 def digests_at(url: str) -> dict[str, str]:

@@ -26,6 +26,8 @@ from kdata.share.interchange.megatron import export_megatron
 from kdata.share.interchange.plain import kind_of
 from kdata.store.writer import Writer
 from tests.fakes import VOCAB, digests, write_jsonl
+from tests.hub_server import HubServer
+from tests.kdata.share.test_interchange import save_distillkit
 
 RNG = np.random.default_rng(0)
 
@@ -455,24 +457,35 @@ def test_an_export_says_beside_the_file_what_is_not_in_it(captured: Path, tmp_pa
     assert lines and all(line in page for line in lines)
 
 
-def test_a_repository_on_the_hub_is_read_at_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the client's file system: it knows the repository at the commit that was looked up, and no other."""
-    import sys
+@pytest.mark.parametrize("format", ["plain", "distillkit"])
+def test_a_repository_on_the_hub_is_read_at_one_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Any
+) -> None:
+    """With the client of the Hub; the branch moves on while rows are read."""
+    hub = HubServer()
+    hub.in_process(monkeypatch, tmp_path / "cache")
+    settings: dict[str, Any] = {"vocab_size": VOCAB}
+    if format == "plain":
+        many_rows(tmp_path / "s")
+    else:
+        logprobs = [np.log(np.sort(RNG.dirichlet(np.ones(3), length))[:, ::-1]) for length in range(3, 23)]
+        save_distillkit(tmp_path / "s", logprobs, [np.argsort(RNG.random((len(x), 300)))[:, :3] for x in logprobs])
+        settings = {}
+    (tmp_path / "other").mkdir()
+    hub.push(tmp_path / "s", "a" * 40, "v1", "main")
+    plain_commit = Writer.commit
 
-    from kdata.store import hub
-    from tests.bucket import Bucket
+    def commit(self: Writer, unit: Any) -> Any:
+        hub.push(tmp_path / "other", "b" * 40, "v1", "main")
+        return plain_commit(self, unit)
 
-    class Hub(Bucket):
-        protocol = "hf"
-
-        @classmethod
-        def _strip_protocol(cls, path: str) -> str:
-            name = str(path).removeprefix("hf://")
-            known = name.replace("datasets/owner/name@c0ffee", str(tmp_path / "s"))
-            return super()._strip_protocol(known)
-
-    monkeypatch.setattr(hub, "_commit_of", lambda address: "c0ffee")
-    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "hf", Hub)
-    many_rows(tmp_path / "s")
-    dataset = imported("hf://owner/name@v1", tmp_path / "d", "plain", vocab_size=VOCAB)
-    assert dataset.num_rows == 60 and verify(dataset, deep=True) == []
+    monkeypatch.setattr(Writer, "commit", commit)
+    dataset = imported("hf://me/logits@v1", tmp_path / "d", format, unit_tokens=30, **settings)
+    monkeypatch.setattr(Writer, "commit", plain_commit)
+    here = imported(tmp_path / "s", tmp_path / "here", format, unit_tokens=30, **settings)
+    hub.close()
+    assert hub.refs["v1"] == "b" * 40 and len(dataset) == len(here) > 0 and verify(dataset, deep=True) == []
+    assert [one.name for one in dataset.manifest] == [one.name for one in here.manifest]
+    for row, same in enumerate(here):
+        np.testing.assert_array_equal(dataset[row].token_ids, same.token_ids)
+        np.testing.assert_array_equal(dataset[row].entry_logprobs, same.entry_logprobs)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,14 @@ from kdata.selection.query import Sql
 from kdata.selection.select import select
 from kdata.trainer.config import ScratchStudent, TrainConfig
 from kdata.trainer.train import train
+from tests.browser import BROWSER, FLAGS, needs_browser
 from tests.fakes import rows_of_text, run_capture, write_jsonl
+from tests.hub_server import HubServer
 from tests.web import Files
 
 UNIT = 4000  # tokens of a shard
+# Of another dataset, whose shards have 2 MB: below the default, but not so small that each command reads as much of footers.
+LARGER = 5000
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +83,109 @@ def test_the_second_machine_trains_long_before_it_has_the_dataset(
     train(settings, published / "d", opened.path / "plans/half", tmp_path / "local")
     weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("run", "local")]
     assert weights[0] == weights[1], "the order is that of a folder with the same setting"
+
+
+# The first machine: a capture as it runs, and `kdata` as it is called.
+CAPTURE = """
+import sys
+from pathlib import Path
+from tests.fakes import run_capture
+out, corpus, tokenizer, unit = sys.argv[1:]
+run_capture(Path(out), Path(corpus), Path(tokenizer), kind="topk", k=250, unit_tokens=int(unit))
+"""
+MAIN = "from kdata.pipelines.cli.main import main; main()"
+
+# The second machine: a plan of what it opened by name, and training, which stops before its first step until it is told.
+TRAIN = """
+import json, sys
+from pathlib import Path
+import kdata
+from kdata.loader.batches import Batches
+from kdata.selection.query import Sql
+from kdata.selection.select import select
+from kdata.trainer.config import TrainConfig
+from kdata.trainer.train import train
+settings, address, out = TrainConfig.model_validate_json(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+opened = kdata.open(address)
+plan = select(opened, Sql(name="half", sql="select id from rows where domain = 'prose' order by id"))
+assemble = Batches.assemble
+def asking(*arguments, **options):
+    Batches.assemble = assemble
+    print("first step", flush=True)
+    input()
+    return assemble(*arguments, **options)
+Batches.assemble = asking
+train(settings, address, "half", out)
+print(json.dumps({"plan": str(opened.path / "plans/half"), "rows": plan.info.num_rows, "commit": opened.commit}))
+"""
+
+
+@pytest.mark.slow
+@needs_browser
+def test_by_the_hub_from_a_capture_that_runs_to_a_student(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """The real client, with xet, in processes of their own; the server counts what it sends to the second machine."""
+    hub, first, second = HubServer(xet=True), tmp_path / "first", tmp_path / "second"
+    one, two = hub.environment(first), hub.environment(second)
+    first.mkdir()
+    corpus = write_jsonl(first / "c.jsonl", rows_of_text(2000, words=120))
+    arguments = [str(first / "d"), str(corpus), str(tokenizer_dir), str(LARGER)]
+    capture = subprocess.Popen([sys.executable, "-c", CAPTURE, *arguments], stderr=subprocess.DEVNULL)
+    while not (first / "d/dataset.json").exists():
+        assert capture.poll() is None
+    pushing = [sys.executable, "-c", MAIN, "push", str(first / "d"), "hf://me/logits", "--while", "--every", "1"]
+    push = subprocess.Popen([*pushing, "--tag", "v1"], env=one, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    seen_by_then = []
+    hub.meanwhile = lambda: seen_by_then.append(capture.poll())
+    output, _ = push.communicate(timeout=600)
+    assert (capture.wait(), push.returncode) == (0, 0), output
+    assert len(seen_by_then) > 1 and seen_by_then[0] is None, "it pushed while it captured"
+    home, whole = kdata.open(first / "d"), sum(len(content) for content in hub.xet.xorbs.values())  # type: ignore[union-attr]
+    assert hub.refs["v1"] == hub.refs["main"] and not hub.sent
+
+    query = "select domain, count(*) as n, max(mean_entropy) as h from rows group by 1 order by 1"
+    command = [sys.executable, "-c", MAIN, "sql", "hf://me/logits", query, "--format", "json"]
+    asked = subprocess.run(command, env=two, capture_output=True, text=True, check=True)
+    assert json.loads(asked.stdout) == home.sql(query).to_pylist()
+    sql_bytes = hub.bytes_sent()
+    page, rows = seen_in_a_browser("hf://me/logits@v1", two, tmp_path)
+    assert len(set(rows)) == 50 and f"of {len(home):,}" in page and "stand-in" in page
+    assert 'role="gridcell"' in page or page.count("--share") > 2, "the tokens of the first row, colored"
+    view_bytes = hub.bytes_sent() - sql_bytes
+
+    student = ScratchStudent(hidden_size=16, num_layers=1, num_heads=2, max_positions=128)
+    settings = TrainConfig(
+        student=student, steps=4, batch_tokens=512, context_tokens=128, shuffle_group_tokens=LARGER, warmup_steps=0
+    )
+    hub.bytes_per_sec = 5e6
+    command = [sys.executable, "-c", TRAIN, settings.model_dump_json(), "hf://me/logits@v1", str(second / "run")]
+    training = subprocess.Popen(command, env=two, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert training.stdout is not None and training.stdout.readline() == "first step\n"
+    before_first = hub.bytes_sent()
+    hub.bytes_per_sec = 0
+    told, _ = training.communicate("go on\n", timeout=300)
+    result = json.loads(told.splitlines()[-1])
+    print(f"{whole:,} bytes: sql {sql_bytes:,}, view {view_bytes:,}, all before the first step {before_first:,}")
+    assert before_first < whole / 10, (sql_bytes, view_bytes, before_first, whole)
+    assert result["commit"] == hub.refs["v1"] and result["rows"] == len(
+        home.sql("select id from rows where domain = 'prose'")
+    )
+    train(settings, first / "d", result["plan"], tmp_path / "local")
+    weights = [(folder / "model/model.safetensors").read_bytes() for folder in (second / "run", tmp_path / "local")]
+    assert weights[0] == weights[1]
+    hub.close()
+
+
+def seen_in_a_browser(address: str, environment: dict[str, str], folder: Path) -> tuple[str, list[str]]:
+    """What `kdata view` shows: the page as it stands after its script ran, and ids of the rows in its list."""
+    command = [sys.executable, "-c", MAIN, "view", address]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as view:
+        lines = iter(view.stdout or [])
+        url = next(match[0] for line in lines if (match := re.search(r"http://\S+", line)))
+        profile = f"--user-data-dir={folder / 'profile'}"
+        browser = [str(BROWSER), *FLAGS, "--virtual-time-budget=60000", profile, "--dump-dom", url]
+        page = subprocess.run(browser, capture_output=True, text=True, timeout=180).stdout
+        view.terminate()
+    listed = re.search(r'<ol id="rows".*?</ol>', page, re.DOTALL)
+    return page, re.findall(r"<b>(doc-[\d#]+)</b>", listed[0] if listed else "")

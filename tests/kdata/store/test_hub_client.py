@@ -15,7 +15,7 @@ import pytest
 import kdata
 from kdata.selection.ranked import Random
 from kdata.selection.select import select
-from tests.hub_server import HubServer
+from tests.hub_server import AT_ONCE, HubServer
 from tests.kdata.selection.plans import Row, dataset_of
 
 A, B, EMPTY = "a" * 40, "b" * 40, "e" * 40
@@ -44,7 +44,7 @@ def run(hub: HubServer, cache: Path, *arguments: str) -> subprocess.CompletedPro
     hub.sent.clear()
     code = "import sys; from kdata.pipelines.cli.main import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", AT_ONCE + code, *arguments],
         env=hub.environment(cache),
         capture_output=True,
         text=True,
