@@ -74,7 +74,7 @@ class RemoteWriter(Writer):
         self._manifest_bytes = self._store.size("manifest.jsonl")
         super()._open()
         for path in sorted((self.root / "tokenizer").glob("*")):
-            if not exists:
+            if self.is_anew:
                 self._store.replace(path, f"tokenizer/{path.name}")
         self._store.replace(self.root / "dataset.json", "dataset.json")
 

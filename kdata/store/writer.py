@@ -104,19 +104,25 @@ class Writer:
         self._lock.release()
 
     def _open(self) -> None:
-        known = None
-        if (self.root / "dataset.json").exists():
+        known, manifest = None, read_manifest(self.root, heal=True)
+        entries = [e for e in manifest if e.source == self.source]
+        self.is_anew = not (self.root / "dataset.json").exists()
+        if not self.is_anew:
             before = read_info(self.root)
             self.info = _of_version(self.info, before)
+            # A run that ended before its first shard binds nobody: its settings may be set right in the same folder.
+            self.is_anew = not manifest and bool(settings_difference(before.identity(), self.info.identity()))
+        if self.is_anew:
+            self._clear_begun()
+        else:
             _refuse_difference("the dataset", before.identity(), self.info.identity(), self.root)
             known = before.sources.get(self.source)
+            if known is not None and not entries and self._differs(known):
+                known = None
             if known is not None:
                 self._followed_info = self._compare(known)
                 self._source_info = known
             self.info = before
-        else:
-            _refuse_foreign(self.root)
-            journal_of(self.root).unlink(missing_ok=True)  # of a dataset that was deleted
         if known is None:
             self._source_info = self._source_info.model_copy(update={"shards_bound": True})
         if known is None and self._resume == "must":
@@ -126,10 +132,8 @@ class Writer:
         for name in ("data", "index"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         self._clear_temporary()
-        manifest = read_manifest(self.root, heal=True)
         check_binding(self.root, self.info, manifest)
         self._ids = _committed_ids(self.root, manifest)
-        entries = [e for e in manifest if e.source == self.source]
         if entries and self._resume == "never":
             raise MismatchError(
                 f"--resume never: {self.root} already holds {len(entries)} shards of {self.source!r}; "
@@ -138,6 +142,20 @@ class Writer:
         self.committed = {entry.unit: entry for entry in entries}
         self._copy_tokenizer()
         self._write_info(self._source_info)
+
+    def _clear_begun(self) -> None:
+        """Remove what a run left that ended before its first shard. Raises as `_refuse_foreign` for other folders."""
+        if not (self.root / "dataset.json").exists():
+            _refuse_foreign(self.root)
+        if self._tokenizer_dir is not None and (self.root / "tokenizer").exists():
+            _remove_tree(self.root / "tokenizer")
+        for name in ("manifest.jsonl", "dataset.json"):
+            (self.root / name).unlink(missing_ok=True)
+        journal_of(self.root).unlink(missing_ok=True)  # of a dataset that was deleted, or of the failed run
+
+    def _differs(self, known: SourceInfo) -> bool:
+        """Whether a source without shards was begun as other work, or with other settings or inputs."""
+        return (known.kind, known.settings) != (self._source_info.kind, self._source_info.settings)
 
     def _compare(self, known: SourceInfo) -> SourceInfo | None:
         """The source as it will be recorded where its inputs have changed, now or in an earlier run; else None.

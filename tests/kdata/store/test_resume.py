@@ -86,6 +86,43 @@ def test_a_resume_with_another_corpus_or_tokenizer_is_refused(
     assert run_capture(begun, moved, tokenizer_dir).num_rows == 25  # the same content under another name
 
 
+class Stopped(Exception):
+    pass
+
+
+def begun_in_vain(place: Path, corpus_file: Path, tokenizer_dir: Path) -> Path:
+    """A dataset whose capture stopped before its first shard."""
+
+    def stop(call: int) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        run_capture(place, corpus_file, tokenizer_dir, teacher=StandInTeacher(before_call=stop))
+    assert (place / "dataset.json").exists() and not kdata.open(place).manifest
+    return place
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_that_ended_before_its_first_shard_binds_nobody(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, change: str
+) -> None:
+    place, settings = begun_in_vain(tmp_path / "d", corpus_file, tokenizer_dir), CHANGES[change][0]
+    run_capture(place, corpus_file, tokenizer_dir, **settings)
+    run_capture(tmp_path / "fresh", corpus_file, tokenizer_dir, **settings)
+    assert digests(place) == digests(tmp_path / "fresh")
+
+
+def test_another_tokenizer_takes_the_place_of_that_of_a_run_without_shards(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
+    save_tokenizer(tmp_path / "tokenizer", lines=["quite another text to learn from, zzz zzz zzz"])
+    place = begun_in_vain(tmp_path / "d", corpus_file, tmp_path / "tokenizer")
+    run_capture(place, corpus_file, tokenizer_dir)
+    assert verify(kdata.open(place), deep=True) == []
+    run_capture(tmp_path / "fresh", corpus_file, tokenizer_dir)
+    assert digests(place) == digests(tmp_path / "fresh")
+
+
 def test_a_generation_cannot_continue_with_other_settings(
     tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
