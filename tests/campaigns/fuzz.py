@@ -191,7 +191,7 @@ def read_rows(folder: Path) -> None:
     dataset.index()
     dataset.rejected()
     for row in dataset:
-        _ = row.messages, row.token_ids, row.logprob, row.rank, row.text, row.kept(5).tokens, row.tokens
+        _ = row.messages, row.token_ids, row.logprob, row.rank, row.text, row.kept(len(row) - 1).tokens, row.tokens
     dataset.take(np.arange(dataset.num_rows)[::-1])
 
 
@@ -309,7 +309,7 @@ def read_import(folder: Path) -> None:
 def read_imported(root: Path) -> None:
     """What was imported must be readable."""
     for row in kdata.open(root):
-        _ = row.kept(3)
+        _ = row.kept(len(row) - 1)
 
 
 def read_scores(folder: Path) -> None:
