@@ -17,7 +17,7 @@ class Clock:
     """Seconds that a process and its children would have taken alone on the machine: they ran or slept.
 
     Time in which a thread of them waited for a processor does not count (`/proc/PID/task/TID/schedstat`), nor does time in
-    which nobody could look, because everything was stopped. Their processor time is counted besides, at half, as two
+    which one of them was stopped, or nobody could look. Their processor time is counted besides, at half, as two
     threads may run at once; and so is all that passed, at a thirtieth, so that nothing lasts for ever.
 
     Args:
@@ -44,8 +44,10 @@ class Clock:
         used = waited = 0.0
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self._pid)
-            for pid in (self._pid, *(child.pid for child in process.children(recursive=True))):
-                for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            for one in (process, *process.children(recursive=True)):
+                if one.status() == psutil.STATUS_STOPPED:
+                    waited += GAP_SEC
+                for task in Path(f"/proc/{one.pid}/task").glob("*/schedstat"):
                     with contextlib.suppress(OSError):  # the thread ended
                         ran, queued = (int(word) / 1e9 for word in task.read_text().split()[:2])
                         used += ran

@@ -199,16 +199,27 @@ class SharedChild:
             shutil.rmtree(self._output, ignore_errors=True)
             self._process = None
 
+    def start(self) -> None:
+        """Start the child, if none is ready. Raises RuntimeError where what it calls first fails."""
+        if self._process is not None:
+            return
+        self._output = Path(tempfile.mkdtemp(prefix="kdata-child-"))
+        self._asking, answering = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(target=_serve, args=(str(self._output), self._first, answering))
+        self._process.start()
+        answering.close()
+        self._cases = 0
+        try:
+            self._asking.recv()
+        except EOFError as error:
+            text = (self._output / "stderr").read_text(errors="replace")
+            self.close()
+            raise RuntimeError(f"a child that cases share did not start: {text}") from error
+
     def run(self, function: Callable[..., int | None], *arguments: Any) -> Ended:
         """Run a function in it. It is replaced where that fails, leaves something behind, or was the last of many."""
-        if self._process is None:
-            self._output = Path(tempfile.mkdtemp(prefix="kdata-child-"))
-            self._asking, answering = CONTEXT.Pipe()
-            self._process = CONTEXT.Process(target=_serve, args=(str(self._output), self._first, answering))
-            self._process.start()
-            answering.close()
-            self._asking.recv()
-            self._cases = 0
+        self.start()
+        assert self._process is not None
         self._asking.send((function, arguments))
         hung = not in_time(self._asking.poll, self._process.pid or 0, SECONDS)
         try:
@@ -399,6 +410,8 @@ def run(
             if not hasattr(threads, "shared"):
                 threads.shared = SharedChild(campaign.first)
                 children.append(threads.shared)
+            if campaign.shares:
+                threads.shared.start()
             with campaign.sharing(threads.shared):
                 outcome = alone(number)
             if campaign.shares and (outcome.problem is not None or number % ALONE_EVERY == ALONE_EVERY - 1):

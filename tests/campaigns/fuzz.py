@@ -203,7 +203,7 @@ def read_rows(folder: Path) -> None:
     dataset.index()
     dataset.rejected()
     for row in dataset:
-        _ = row.messages, row.token_ids, row.logprob, row.rank, row.text, row.kept(5).tokens, row.tokens
+        _ = row.messages, row.token_ids, row.logprob, row.rank, row.text, row.kept(len(row) - 1).tokens, row.tokens
     dataset.take(np.arange(dataset.num_rows)[::-1])
 
 

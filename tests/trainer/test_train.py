@@ -207,7 +207,7 @@ def test_a_dataset_s_folder_is_not_trained_into(dataset: kdata.Dataset, tmp_path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("{}")
     with pytest.raises(ConfigError, match="is a dataset; name another folder"):
-        train(config(), dataset, None, tmp_path / "out")
+        train(config(), dataset.path, None, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
 
 

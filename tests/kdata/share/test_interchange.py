@@ -516,7 +516,7 @@ def test_the_page_of_an_export_is_there_before_the_file(tmp_path: Path, monkeypa
 
     def settle(temporary: Path, target: Path) -> None:
         pages.append(target.with_name("x.parquet.README.md").read_text())
-        raise OSError("no room")
+        raise StorageError("no room")
 
     monkeypatch.setattr(exporter, "settle", settle)
     with pytest.raises(StorageError):
