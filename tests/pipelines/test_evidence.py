@@ -15,11 +15,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
 from kdata.format.keep import KeepConfig
 from kdata.loader.batches import BatchesConfig
 from kdata.pipelines.evidence import advice, figures, offline
+from kdata.pipelines.evidence.__main__ import app
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_token, unit_hash
 from kdata.pipelines.evidence.offline import BASELINE, REFERENCE, SETTINGS, Offline, OfflineConfig, Setting
 from kdata.pipelines.evidence.online import OnlineLearner
@@ -218,6 +220,20 @@ def test_a_teacher_that_needs_bos_is_refused_before_it_reads(
     with pytest.raises(ConfigError, match=r"teacher\.bos=add"):
         own.states("heldout")
     assert not (own.folder / "states-heldout" / "states.npy").exists()
+
+
+def test_a_name_chooses_one_setting_and_a_part_of_one_all_that_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(Offline, "measure", lambda _, name, seed: asked.append(name) or {"nll": 1.0, "kl": 1.0})
+    sources = [argument for name in ("teacher", "reference", "corpus") for argument in (f"--{name}", "x")]
+    command = ["run", "offline", "--out", str(tmp_path), *sources, "--seeds", "1", "--only"]
+    assert CliRunner().invoke(app, [*command, "sampled 12"]).exit_code == 0 and asked == ["sampled 12"]
+    assert CliRunner().invoke(app, [*command, "8 + 28", "--only", "topk 16"]).exit_code == 0
+    assert asked[1:] == ["hybrid 8 + 28", "topk 16, ghost", "topk 16, renormalised"]
+    bad = CliRunner().invoke(app, ["run", "selection", "--out", str(tmp_path), *sources, "--bos", "add"])
+    assert bad.exit_code == 2 and "takes no --bos" in bad.output
 
 
 def test_students_of_a_seed_see_the_same_batches_whatever_is_kept(data: EvidenceData, tmp_path: Path) -> None:
