@@ -24,7 +24,17 @@ from kdata.format.records import Record, RowError
 # Which token list j is about: j (with), j + 1 (after), or T - P + j (end: the last list is about the last token).
 Aligned = Literal["with", "after", "end"]
 OverOne = Literal["keep", "mask", "refuse"]
-COUNTERS = ("rows", "tokens", "positions", "entries", "sums_over_one", "rising", "beyond_end", "padding_entries")
+COUNTERS = (
+    "rows",
+    "tokens",
+    "positions",
+    "entries",
+    "sums_over_one",
+    "rising",
+    "beyond_end",
+    "padding_entries",
+    "actual",
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,9 @@ class PeerRow:
     """One row as another tool stores it, before its P lists are placed.
 
     token_ids int32 [T]; counts int32 [P], entries of each list; ids int32 [N]; logprobs float32 [N], nats; target_mask
-    bool [T], or None where every position that has a list counts. Other fields are None where the tool does not keep them.
+    bool [T], or None where every position that has a list counts. ranks: int32 [P], of the actual token, 1 = first choice,
+    0 = not known; the tool that has them puts the actual token into every list, so that its log-probability is there, too.
+    Other fields are None where the tool does not keep them.
     `refusal` is why the reader of a format cannot use the row.
     """
 
@@ -44,6 +56,7 @@ class PeerRow:
     domain: str | None = None
     text: str | None = None
     target_mask: np.ndarray | None = None
+    ranks: np.ndarray | None = None
     refusal: RowError | None = None
 
 
@@ -66,6 +79,7 @@ class ImportReport:
     rising: int = 0
     beyond_end: int = 0
     padding_entries: int = 0
+    actual: int = 0
     notes: list[str] = field(default_factory=list)
 
     def add(self, other: ImportReport) -> None:
@@ -78,11 +92,12 @@ class ImportReport:
         """The report as text."""
         outcome = {"keep": "; kept as they are", "mask": "; left out of the targets", "refuse": ""}[over_one]
         share = self.sums_over_one / max(self.positions, 1)
+        actual = "" if self.actual else "the actual token's log-probability and rank, "
         lines = [
             f"{self.rows:,} rows, {self.tokens:,} tokens, {self.positions:,} positions with {self.entries:,} entries",
             f"positions whose probabilities sum to more than 1: {self.sums_over_one:,} ({share:.2%}), "
             f"largest sum {self.max_sum:.4f}{outcome if self.sums_over_one else ''}",
-            "marked absent: the mass of the rest, the actual token's log-probability and rank, the entropy",
+            f"marked absent: the mass of the rest, {actual}the entropy",
         ]
         if self.rising:
             lines.append(f"positions where a log-probability rises along the list: {self.rising:,}; order kept")
@@ -201,7 +216,9 @@ def place(row: PeerRow, aligned: Aligned, vocab_size: int, over_one: OverOne) ->
         )
     if over_one == "mask":
         kept = _leave_out(kept, over_T)
-    return _record(row, kept), report
+    record = _record(row, kept, aligned)
+    report.actual = int(np.isfinite(record.logprob).sum())
+    return record, report
 
 
 def _cut(row: PeerRow, aligned: Aligned, report: ImportReport) -> PeerRow:
@@ -219,7 +236,8 @@ def _cut(row: PeerRow, aligned: Aligned, report: ImportReport) -> PeerRow:
         detail = "the first token has a list of entries, but nothing predicts it; if list j is about token j + 1, set "
         raise RowError("misaligned", f"{detail}--aligned after")
     if aligned == "with" and lists == tokens - 1:  # the empty first list was left off
-        return replace(row, counts=np.concatenate(([0], row.counts)))
+        ranks = None if row.ranks is None else np.concatenate(([0], row.ranks))
+        return replace(row, counts=np.concatenate(([0], row.counts)), ranks=ranks)
     return row
 
 
@@ -258,15 +276,24 @@ def _leave_out(kept: Kept, out_T: np.ndarray) -> Kept:
     return Kept(counts_T, kept.num_drawn, kept.ids[stays_N], kept.logprobs[stays_N])
 
 
-def _record(row: PeerRow, kept: Kept) -> Record:
+def _record(row: PeerRow, kept: Kept, aligned: Aligned) -> Record:
     """The row as a record; what the row does not hold is marked absent, by NaN or rank 0."""
     recorded_T = kept.num_exact > 0
+    measures = unknown(len(row.token_ids))
+    if row.ranks is not None and aligned == "with":
+        place_N = np.repeat(np.arange(len(row.token_ids)), kept.num_exact)
+        actual_N = kept.ids == row.token_ids[place_N]
+        logprob_T = measures.logprob.copy()
+        logprob_T[place_N[actual_N]] = kept.logprobs[actual_N]
+        measures = replace(
+            measures, logprob=logprob_T, rank=np.where(np.isnan(logprob_T), 0, row.ranks).astype(np.int32)
+        )
     return Record(
         id=row.id or "",
         domain=row.domain or "",
         token_ids=row.token_ids,
         target_mask=recorded_T if row.target_mask is None else recorded_T & row.target_mask,
         kept=kept,
-        **unknown(len(row.token_ids)).measures(),
+        **measures.measures(),
         text=row.text,
     )

@@ -5,8 +5,9 @@
     chat            {"id", "prompt_token_ids", "prompt_logprobs", "choices"}
 
 List j is about token j: null for the first token, then {"ID": {"logprob", "rank", "decoded_token"}}. vLLM always returns the
-actual token, beside the top k, so a list without it belongs to another token and its row is rejected. The flat form
-(`flat_logprobs`) is read too. `id`, `domain` and `text` beside it are kept. What the model wrote (`outputs`) is not read.
+actual token, beside the top k. So its log-probability and rank are known, and a list without it belongs to another token and
+its row is rejected. The flat form (`flat_logprobs`) is read too. `id`, `domain` and `text` beside it are kept. What the model
+wrote (`outputs`) is not read.
 
 A .json file holds one such object, or a list of them.
 """
@@ -29,6 +30,7 @@ from kdata.share.interchange.source import PeerFile
 SUFFIXES = (".jsonl", ".json")
 LEAST = -9999.0  # the server writes it for probability 0, since JSON has no infinity
 _ID = re.compile(r"[0-9]{1,10}")
+Entry = tuple[float, int]  # log-probability and rank, 0 where there is none
 
 
 def read_rows(files: list[PeerFile]) -> Iterator[PeerRow]:
@@ -100,26 +102,27 @@ def _row(part: Any, about: dict[str, Any]) -> PeerRow:
     for place, (token_id, entries) in enumerate(zip(token_ids, lists, strict=False)):
         if entries and token_id not in entries:
             raise RowError("misaligned", f"list {place} of prompt_logprobs does not hold token {token_id}")
-    logprobs = np.array([value for entries in lists for value in entries.values()], np.float64)
+    logprobs = np.array([value for entries in lists for value, _ in entries.values()], np.float64)
     logprobs[logprobs <= LEAST] = -np.inf
     return PeerRow(
         np.array(token_ids, np.int32),
         np.array([len(entries) for entries in lists], np.int32),
         np.array([token_id for entries in lists for token_id in entries], np.int32),
         logprobs.astype(np.float32),
+        ranks=np.array([e.get(t, (0.0, 0))[1] for t, e in zip(token_ids, lists, strict=False)], np.int32),
         **about,
     )
 
 
-def _lists(value: Any) -> list[dict[int, float]]:
-    """Log-probabilities by id, a dictionary per token. Raises RowError."""
+def _lists(value: Any) -> list[dict[int, Entry]]:
+    """Entries by id, a dictionary per token. Raises RowError."""
     if value is None:
         raise RowError("no_logprobs", "it has no prompt_logprobs; ask vLLM for them with prompt_logprobs=K")
     if isinstance(value, dict):
         return _flat(value)
     if not isinstance(value, list):
         raise RowError("form", "prompt_logprobs is not a list")
-    lists: list[dict[int, float]] = []
+    lists: list[dict[int, Entry]] = []
     for entries in value:
         if entries is not None and not isinstance(entries, dict):
             raise RowError("form", "a list of prompt_logprobs is neither null nor an object with an entry for each id")
@@ -127,21 +130,25 @@ def _lists(value: Any) -> list[dict[int, float]]:
     return lists
 
 
-def _flat(value: dict[str, Any]) -> list[dict[int, float]]:
+def _flat(value: dict[str, Any]) -> list[dict[int, Entry]]:
     """vLLM's flat form: one list of all ids, one of all log-probabilities, and where each token's part begins and ends."""
     names = ("start_indices", "end_indices", "token_ids", "logprobs")
     parts = [value.get(name) for name in names]
     if not all(isinstance(part, list) for part in parts):
         raise RowError("form", f"flat prompt_logprobs lack one of the lists {', '.join(names)}")
     starts, ends, ids, logprobs = (list(part or ()) for part in parts)
+    ranks = value.get("ranks")
+    if not (isinstance(ranks, list) and len(ranks) == len(ids)):
+        ranks = [None] * len(ids)
     edges = [0, *ends]
     if len(ids) != len(logprobs) or starts != edges[:-1] or edges != sorted(edges) or edges[-1] != len(ids):
         raise RowError("form", "the lists of flat prompt_logprobs do not fit each other")
-    return [_by_id(zip(ids[a:b], logprobs[a:b], strict=True)) for a, b in zip(starts, ends, strict=True)]
+    pairs = [(token_id, {"logprob": p, "rank": r}) for token_id, p, r in zip(ids, logprobs, ranks, strict=True)]
+    return [_by_id(pairs[a:b]) for a, b in zip(starts, ends, strict=True)]
 
 
-def _by_id(pairs: Any) -> dict[int, float]:
-    entries: dict[int, float] = {}
+def _by_id(pairs: Any) -> dict[int, Entry]:
+    entries: dict[int, Entry] = {}
     for key, entry in pairs:
         token_id = _token_id(int(key) if isinstance(key, str) and _ID.fullmatch(key) else key)
         logprob = entry.get("logprob") if isinstance(entry, dict) else entry
@@ -149,7 +156,9 @@ def _by_id(pairs: Any) -> dict[int, float]:
             raise RowError("form", f"the log-probability of token {token_id} is not a number")
         if token_id in entries:
             raise RowError("twice", f"id {token_id} is repeated in a list")
-        entries[token_id] = _finite(logprob)
+        rank = entry.get("rank") if isinstance(entry, dict) else None
+        is_rank = isinstance(rank, int) and not isinstance(rank, bool) and 0 < rank < 2**31
+        entries[token_id] = _finite(logprob), rank if is_rank else 0
     return entries
 
 

@@ -65,6 +65,28 @@ def test_every_form_gives_the_same_row(tmp_path: Path, form: str) -> None:
     assert dataset.take(np.array([0])).entry_ids.tolist() == [20, 21, 30, 31]
     np.testing.assert_allclose(dataset.take(np.array([0])).entry_logprobs, [-0.5, -1.5, -0.1, -4.0], rtol=1e-6)
     assert verify(dataset, deep=True) == [] and dataset.info.teacher.backend == "imported from vllm"
+    np.testing.assert_allclose(row.logprob, [np.nan, -0.5, -0.1], rtol=2**-10)  # float16
+    assert row.rank.tolist() == ([0, 0, 0] if form == "plain numbers" else [0, 1, 1])
+    assert dataset.index(["nll"])["nll"].to_pylist() == [pytest.approx(0.3, rel=2**-10)]
+
+
+def test_an_actual_token_behind_the_top_has_the_rank_that_vllm_gave_it(tmp_path: Path) -> None:
+    lists = [
+        None,
+        {"5": {"logprob": -0.1, "rank": 1}, "20": {"logprob": -6.0, "rank": 77}},
+        {"6": {"logprob": -0.2, "rank": 1}, "30": {"logprob": -9999.0, "rank": 99}},
+    ]
+    dataset, report = imported(tmp_path, [{**OUTPUT, "prompt_logprobs": lists}])
+    assert dataset[0].rank.tolist() == [0, 77, 0] and dataset[0].logprob[1] == -6 and np.isnan(dataset[0].logprob[2])
+    assert dataset.index(["nll"])["nll"].to_pylist() == [None]  # a probability of 0 is the server's rounding
+    assert verify(dataset, deep=True) == [] and report.actual == 1 and "rank" not in " ".join(report.lines("keep"))
+
+
+@pytest.mark.parametrize("rank", [True, 0, -1, 2**40, "1", None, 1.5, []])
+def test_what_is_no_rank_is_not_known(tmp_path: Path, rank: Any) -> None:
+    lists = [None, *({str(token): {"logprob": -0.1, "rank": rank}} for token in TOKENS[1:])]
+    dataset, _ = imported(tmp_path, [{**OUTPUT, "prompt_logprobs": lists}])
+    assert dataset[0].rank.tolist() == [0, 0, 0] and np.isfinite(dataset[0].logprob[1:]).all()
 
 
 def test_several_choices_are_several_rows(tmp_path: Path) -> None:
