@@ -215,7 +215,9 @@ def advise(
     from kdata.pipelines.evidence import advice
 
     opened = kdata.open(dataset)
-    advised = advice.advise(opened, None if plan is None else open_plan(opened, plan), results=advice.RESULTS)
+    advised = advice.advise(
+        opened, None if plan is None else open_plan(opened, plan), results=advice.RESULTS, capacity=advice.CAPACITY
+    )
     if format is Format.json:
         print_json(advised)
     else:
@@ -249,11 +251,40 @@ def advice_lines(advised: dict[str, Any]) -> list[str]:
             f"{'objective' if own else '  on another kind'}: {best['objective']} is the best of {len(others) + 1} on "
             f"{settings_text(compared['on'])}: {gap_text(best)}; next {others[0]['objective']}: {gap_text(others[0])}"
         )
-    sizes = ", ".join(f"{size:,}" for size in advised["student_sizes"]) or "an unknown number of"
-    lines.append(
-        f"student size: no recommendation, no two runs differ in it alone; the students had {sizes} parameters"
-    )
-    return [*lines, "no evidence for:", *(f"  {what}" for what in advised["no_evidence"])]
+    return [
+        *lines,
+        *size_lines(advised["sizes"]),
+        "no evidence for:",
+        *(f"  {what}" for what in advised["no_evidence"]),
+    ]
+
+
+def size_lines(sizes: list[dict[str, Any]]) -> list[str]:
+    """What was measured of sizes, and what follows from it."""
+    if not sizes:
+        return ["student size: not measured"]
+    best = min(sizes, key=lambda size: size["nll"]["mean"])
+    ends = {
+        size["params"]: [size["nll"]["mean"] + sign * (size["nll"]["half_width"] or 0.0) for sign in (-1, 1)]
+        for size in sizes
+    }
+    apart = all(low > ends[best["params"]][1] for params, (low, _) in ends.items() if params != best["params"])
+    named = ", ".join(f"{params:,}" for params in ends)
+    lines = [
+        f"student size: of {named} parameters {best['params']:,} had the lowest "
+        f"NLL, and its interval {'is apart from' if apart else 'overlaps with'} the others'"
+    ]
+    for size in sizes:
+        parts = [f"  {size['params']:,}: NLL {size['nll']['mean']:.3f} ({size['nll']['count']} runs)"]
+        if size["against_text_alone"] is not None:
+            parts.append(f"{percent_text(size['against_text_alone'])} against the text alone")
+        if size["smaller_teacher"] is not None:
+            own, smaller = ("—" if params is None else f"{params:,.0f}" for params in size["teachers"])
+            parts.append(
+                f"{percent_text(size['smaller_teacher'])} with a teacher of {smaller} in place of {own} parameters"
+            )
+        lines.append(", ".join(parts))
+    return lines
 
 
 def measured_text(setting: dict[str, Any] | None) -> str:
@@ -267,8 +298,12 @@ def measured_text(setting: dict[str, Any] | None) -> str:
 def gap_text(setting: dict[str, Any]) -> str:
     """Mean and interval of a setting, in percent, and how many runs it is from."""
     gap = setting["nll_against_online"]
-    width = "" if gap["half_width"] is None else f" ± {gap['half_width']:.2%}"
-    return f"{gap['mean']:+.2%}{width} ({gap['count']} runs)"
+    return f"{percent_text(gap)} ({gap['count']} runs)"
+
+
+def percent_text(gap: dict[str, Any]) -> str:
+    """Mean and interval of a difference, in percent."""
+    return f"{gap['mean']:+.2%}" + ("" if gap["half_width"] is None else f" ± {gap['half_width']:.2%}")
 
 
 def settings_text(keep: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@
 
 Questions: `offline` (what to keep of the teacher, and which objective), `positions` (at which tokens), `tokenizers` (students
 with another tokenizer), `selection` (difference sampling against random and everything), `mixture` (DDK against fixed domain
-weights).
+weights), `raw` (hygiene and rules on a raw corpus), `capacity` (sizes of students, and a smaller teacher).
 
     runs.py       named settings x seeds, measured once each and stored as JSON; independent of distillation
     summary.py    means and 95 % intervals over seeds, paired differences
@@ -16,6 +16,7 @@ weights).
     positions.py  question 2: fewer positions against fewer entries and fewer rows
     tokenizers.py question 3: entries and chunks for another tokenizer
     selection.py  questions 4 and 5: plans and mixtures
+    capacity.py   sizes of students, each with the teacher and with a smaller one
     figures.py, positions_figures.py, selection_figures.py    tables and plots
 
 To ask another question, use `runs.py` and `summary.py` and write its settings and its `measure`.

@@ -15,7 +15,7 @@ import torch
 import typer
 
 from kdata.pipelines.builtin.builtin import builtin_reference, builtin_teacher, ensure_corpus
-from kdata.pipelines.evidence import offline, positions, raw_question, selection, tokenizers
+from kdata.pipelines.evidence import capacity, offline, positions, raw_question, selection, tokenizers
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData
 from kdata.pipelines.evidence.raw import SHARES
 from kdata.pipelines.evidence.runs import Figures, load_runs, run_all
@@ -53,6 +53,7 @@ class Question(StrEnum):
     selection = "selection"
     mixture = "mixture"
     raw = "raw"
+    capacity = "capacity"
 
 
 class Bos(StrEnum):
@@ -149,6 +150,8 @@ def run(
         raise typer.BadParameter(
             f"the question {question.value} takes no --bos: it reads the text as the tokenizer says"
         )
+    if size is Size.large and question is Question.capacity:
+        raise typer.BadParameter("the question capacity has the size small only: its students are small")
     if size is Size.large and question is Question.raw:
         raise typer.BadParameter("the question raw has the size small only: its corpus is made in memory")
     if size is Size.llm and (question is not Question.raw or teacher is None):
@@ -158,9 +161,8 @@ def run(
     chosen = {**sized, **sources, **{n: v for n, v in options.items() if v is not None}}
     if (changed := chosen.get("steps")) is not None:
         chosen["warmup_steps"] = changed // 10
-    comparison = (_targets if of_targets else _raw if question is Question.raw else _choice)(
-        question, chosen, out, seeds
-    )
+    others: dict[Question, Callable[..., Comparison]] = {Question.raw: _raw, Question.capacity: _capacity}
+    comparison = (_targets if of_targets else others.get(question, _choice))(question, chosen, out, seeds)
 
     def measure(name: str, seed: int) -> Figures:
         figures = comparison.measure(name, seed)
@@ -197,6 +199,9 @@ def report(question: Which, out: Out) -> None:
         keys = [s.key for s in tokenizers.SETTINGS]
         typer.echo(tokenizers.write_report(out, load_runs(out / "runs", keys)))
         return
+    if question is Question.capacity:
+        typer.echo(capacity.write_report(out, load_runs(out / "runs", [s.key for s in capacity.SETTINGS])))
+        return
     if question is Question.offline:
         runs = load_runs(out / "runs", [s.name for s in offline.SETTINGS])
         typer.echo(figures.write_report(out, runs, describe=offline.describe))
@@ -224,6 +229,16 @@ def _targets(question: Question, chosen: dict[str, Any], out: Path, seeds: int) 
     asked = offline.Offline(config, EvidenceData(config.data, out / "data"), settings)
     runs = offline.runs(seeds) if question is Question.offline else positions.runs(settings, seeds)
     return Comparison(runs, config.identity(), asked.measure, lambda name: offline.find(name, settings).describe())
+
+
+def _capacity(question: Question, chosen: dict[str, Any], out: Path, seeds: int) -> Comparison:
+    data: dict[str, Any] = {"train_tokens": 60_000, "heldout_tokens": 12_000, "context_tokens": 128}
+    data |= {name: chosen.pop(name) for name in ("teacher", "corpus", "train_tokens") if name in chosen}
+    config = capacity.CapacityConfig(data=DataConfig(**data), **chosen)
+    describe = cast(Callable[[str], dict[str, Any]], lambda name: capacity.find(name).describe())
+    return Comparison(
+        capacity.runs(seeds), config.identity(), capacity.Capacity(config, out / "data").measure, describe
+    )
 
 
 def _choice(question: Question, chosen: dict[str, Any], out: Path, seeds: int) -> Comparison:

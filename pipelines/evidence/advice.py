@@ -2,11 +2,12 @@
 
 Needs no torch.
 
-Every number is read from results.json, which the runs of question 1 wrote (`kdata.pipelines.evidence.offline`). Two settings
-are told apart where their 95 % intervals do not overlap. What no run was made for is listed, and nothing is guessed from runs
-of other kinds, sizes or vocabularies.
+Every number is read from results.json, which the runs of question 1 wrote (`kdata.pipelines.evidence.offline`), and those of
+sizes from capacity.json (`kdata.pipelines.evidence.capacity`). Two settings are told apart where their 95 % intervals do not
+overlap. What no run was made for is listed, and nothing is guessed from runs of other kinds, sizes or vocabularies.
 
-A figure is the relative difference of the held-out NLL to full distillation, in pairs of the same seed.
+A figure is the relative difference of the held-out NLL to full distillation, in pairs of the same seed; for sizes see
+`sizes_of`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
@@ -28,6 +29,8 @@ from kdata.pipelines.evidence.summary import Estimate
 from kdata.selection.plan import Plan
 
 RESULTS = Path(__file__).with_name("results.json")
+R = TypeVar("R", bound=BaseModel)
+CAPACITY = Path(__file__).with_name("capacity.json")
 PLAIN = ("auto", "forward_kl")  # how data is used where nothing else is said: tail, objective
 NOT_OF_THE_KIND = (
     "draw_seed",
@@ -39,8 +42,7 @@ NOT_OF_THE_KIND = (
 
 @dataclass(frozen=True)
 class Measured:
-    """One setting of the evidence. keep: what was kept of the teacher, None: nothing. gap: NLL against full distillation.
-    params: of the students, None: not recorded."""
+    """One setting of the evidence. keep: what was kept of the teacher, None: nothing. gap: NLL against full distillation."""
 
     name: str
     keep: dict[str, Any] | None
@@ -48,7 +50,6 @@ class Measured:
     objective: str
     bytes_per_token: float | None
     gap: Estimate
-    params: float | None = None
 
     @property
     def low(self) -> float:
@@ -105,7 +106,6 @@ class _Content(_Part):
 
 class _Setting(_Part):
     content: _Content
-    params: _Mean | None = None
     bytes_per_token: _Mean | None = None
     nll_against_online: _Gap | None
 
@@ -122,13 +122,17 @@ class _Results(_Part):
     settings: dict[str, _Setting]
 
 
-def read_results(path: Path = RESULTS) -> tuple[dict[str, Any], list[Measured]]:
-    """What all runs share, and the settings that were compared with full distillation. Raises CorruptError."""
+def _read(path: Path, kind: type[R]) -> R:
     try:
-        results = _Results.model_validate(read_json(path))
+        return kind.model_validate(read_json(path))
     except (OSError, DataError, ValidationError) as error:
         problem = first_problem(error) if isinstance(error, ValidationError) else error
         raise CorruptError(f"{path} is no result of the evidence ({problem}); install kdata again") from error
+
+
+def read_results(path: Path = RESULTS) -> tuple[dict[str, Any], list[Measured]]:
+    """What all runs share, and the settings that were compared with full distillation. Raises CorruptError."""
+    results = _read(path, _Results)
     measured = [
         Measured(
             name,
@@ -137,7 +141,6 @@ def read_results(path: Path = RESULTS) -> tuple[dict[str, Any], list[Measured]]:
             setting.content.objective,
             None if setting.bytes_per_token is None else setting.bytes_per_token.mean,
             Estimate(**setting.nll_against_online.model_dump()),
-            None if setting.params is None else setting.params.mean,
         )
         for name, setting in results.settings.items()
         if setting.nll_against_online is not None
@@ -145,17 +148,67 @@ def read_results(path: Path = RESULTS) -> tuple[dict[str, Any], list[Measured]]:
     return results.set_up.model_dump(exclude_unset=True), measured
 
 
-def advise(dataset: kdata.Dataset, plan: Plan | None = None, *, results: Path = RESULTS) -> dict[str, Any]:
+class _Source(_Part):
+    size: str
+    source: str
+
+
+class _Sized(_Part):
+    content: _Source
+    params: _Mean
+    teacher_params: _Mean | None = None
+    nll: _Gap
+    nll_against_text_alone: _Gap | None
+    nll_against_teacher: _Gap | None
+
+
+class _Capacity(_Part):
+    settings: dict[str, _Sized]
+
+
+def sizes_of(path: Path = CAPACITY) -> list[dict[str, Any]]:
+    """The sizes of students that were compared with nothing else changed, smallest first. Raises CorruptError.
+
+    Returns:
+        Of each: "params", "nll" of the student of the teacher, "against_text_alone", and "smaller_teacher", the NLL of the
+        student of a smaller teacher against that of the teacher: mean, half_width of the 95 % interval (null: one run) and
+        count of runs; the two differences are relative, in pairs of the same seed. "teachers": parameters of both teachers.
+    """
+    settings = _read(path, _Capacity).settings.values()
+    by_size: dict[str, dict[str, _Sized]] = defaultdict(dict)
+    for one in settings:
+        by_size[one.content.size][one.content.source] = one
+    sizes = []
+    for found in by_size.values():
+        if (own := found.get("teacher")) is None:
+            continue
+        smaller = found.get("reference")
+        gaps = {
+            "nll": own.nll,
+            "against_text_alone": own.nll_against_text_alone,
+            "smaller_teacher": None if smaller is None else smaller.nll_against_teacher,
+        }
+        teachers = [
+            None if one is None or one.teacher_params is None else one.teacher_params.mean for one in (own, smaller)
+        ]
+        estimates = {name: None if gap is None else gap.model_dump() for name, gap in gaps.items()}
+        sizes.append({"params": round(own.params.mean), "teachers": teachers, **estimates})
+    return sorted(sizes, key=lambda size: size["params"])
+
+
+def advise(
+    dataset: kdata.Dataset, plan: Plan | None = None, *, results: Path = RESULTS, capacity: Path = CAPACITY
+) -> dict[str, Any]:
     """Recommend what to keep and which objective, for a dataset or for what a plan takes of it.
 
     Args:
         results: results.json of the runs.
+        capacity: that of the runs of sizes.
     Returns:
         JSON values. "data": what it is about. "evidence": `set_up` and number of settings and runs. "keep": the setting with
         the fewest bytes whose interval overlaps with that of the closest to full distillation. "closest": that one. "own":
         the dataset's own setting, null if it was not measured. "alike": measured settings of its kind. "text_alone":
-        cross-entropy without a teacher. "student_sizes": parameters of the students of all runs, the different ones; no size
-        is recommended, since runs of different sizes are not compared. "objective": the comparisons of objectives, each with
+        cross-entropy without a teacher. "sizes": see `sizes_of`. "objective": the comparisons of objectives, each with
         "on" (what was kept), "of_this_kind", "best", "others". "no_evidence": sentences about what no run was made for. Null
         where nothing was measured. Settings have name, keep, objective, bytes_per_token and nll_against_online (mean,
         half_width of the 95 % interval or null, count of runs).
@@ -180,7 +233,7 @@ def advise(dataset: kdata.Dataset, plan: Plan | None = None, *, results: Path = 
         "own": None if own is None else own.facts(),
         "alike": [m.facts() for m in alike],
         "text_alone": None if alone is None else alone.facts(),
-        "student_sizes": sorted({round(m.params) for m in measured if m.params is not None}),
+        "sizes": sizes_of(capacity),
         "objective": _objectives(measured, dataset.info.codec.kind),
         "no_evidence": _lacking(dataset, plan, set_up, own is not None, alike),
     }
@@ -257,9 +310,8 @@ def _lacking(
         lacking.append("some positions only: in these runs every target counts")
     if about.codec.parameters.get("temperatures"):
         lacking.append("temperatures other than 1")
+    lacking.append("sizes of students and teachers other than those, larger ones above all")
     lacking.append(
-        "the size of the student: no two runs differ in it alone. (MiniMA found the best teacher to have 2.5 times the "
-        "student's parameters, arXiv 2311.07052; that was not measured here.)"
+        "other teachers, students from random weights (but for the sizes), and longer training than the runs'"
     )
-    lacking.append("other teachers, students from random weights, and longer training than the runs'")
     return lacking

@@ -18,7 +18,7 @@ from kdata.errors import CorruptError
 from kdata.format.keep import KeepConfig
 from kdata.pipelines.cli.main import app
 from kdata.pipelines.evidence import advice
-from kdata.pipelines.evidence.advice import advise, read_results
+from kdata.pipelines.evidence.advice import advise, read_results, sizes_of
 from kdata.selection.plan import make_plan
 from kdata.store.dataset import Dataset
 from tests.fakes import VOCAB, run_capture
@@ -171,20 +171,57 @@ def test_the_shipped_results_serve(hybrid: Dataset) -> None:
     plain = [m for m in measured if m.is_plain]
     assert advised["closest"]["nll_against_online"]["mean"] == min(m.gap.mean for m in plain)
     assert any(f"all runs had {set_up['vocab_size']:,}" in what for what in advised["no_evidence"])
-    sizes = {round(m.params) for m in measured if m.params is not None}
-    assert advised["student_sizes"] == sorted(sizes) and len(sizes) == 1, "advice on sizes is due"
+    assert [size["params"] for size in advised["sizes"]] == sorted({size["params"] for size in sizes_of()})
 
 
-def test_no_size_of_student_is_recommended(hybrid: Dataset, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def sized(
+    size: str, source: str, params: float, nll: tuple[float, float | None], against: tuple[float, ...] = ()
+) -> dict[str, Any]:
+    """An entry of capacity.json, as the report writes it: against the text alone, and against the teacher."""
+    gaps = [*({"mean": mean, "half_width": None, "count": 1} for mean in against), None, None][:2]
+    return {
+        "content": {"size": size, "source": source}, "params": {"mean": params},
+        **({} if source == "text alone" else {"teacher_params": {"mean": 9e6 if source == "teacher" else 1e6}}),
+        "nll": {"mean": nll[0], "half_width": nll[1], "count": 3},
+        "nll_against_text_alone": gaps[0], "nll_against_teacher": gaps[1],
+    }  # fmt: skip
+
+
+def test_sizes_are_compared_with_nothing_else_changed(
+    hybrid: Dataset, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size that learned from the teacher with the least NLL, whether its interval is apart, and the smaller teacher's."""
+    capacity = results.with_name("capacity.json")
+
+    def shown(wide: float, width: float) -> str:
+        settings = {
+            "a": sized("wide", "teacher", 2e6, (wide, width), (-0.05, 0.0)), "b": sized("wide", "text alone", 2e6, (5, 0.1)),
+            "c": sized("narrow", "teacher", 4e5, (5.5, 0.1), (-0.01,)),
+            "d": sized("narrow", "reference", 4e5, (5.6, 0.1), (0.0, 0.02)),
+        }  # fmt: skip
+        capacity.write_text(json.dumps({"set_up": {}, "settings": settings}))
+        return CliRunner().invoke(app, ["advise", str(hybrid.path)]).output
+
     monkeypatch.setattr(advice, "RESULTS", results)
-    assert advise(hybrid, results=results)["student_sizes"] == []
-    sized = {name: {**SETTINGS[name], "params": {"mean": 1234567.0}} for name in ("near", "top")}
-    write(results.parent, {**SETTINGS, **sized})
-    advised = advise(hybrid, results=results)
-    assert advised["student_sizes"] == [1234567]
-    assert any(what.startswith("the size of the student: no two runs differ") for what in advised["no_evidence"])
-    shown = CliRunner().invoke(app, ["advise", str(hybrid.path)]).output
-    assert "student size: no recommendation" in shown and "the students had 1,234,567 parameters" in shown
+    monkeypatch.setattr(advice, "CAPACITY", capacity)
+    apart = shown(4.75, 0.2)
+    assert (
+        "student size: of 400,000, 2,000,000 parameters 2,000,000 had the lowest NLL, and its interval is apart"
+        in apart
+    )
+    assert (
+        "  400,000: NLL 5.500 (3 runs), -1.00% against the text alone, +2.00% with a teacher of 1,000,000 in" in apart
+    )
+    assert "  2,000,000: NLL 4.750 (3 runs), -5.00% against the text alone\n" in apart
+    assert "2,000,000 had the lowest NLL, and its interval overlaps with the others'" in shown(5.3, 0.2)
+    assert "400,000 had the lowest NLL" in shown(5.7, 0.1)
+    capacity.write_text(json.dumps({"set_up": {}, "settings": {}}))
+    assert "student size: not measured" in CliRunner().invoke(app, ["advise", str(hybrid.path)]).output
+    capacity.write_text(
+        json.dumps({"set_up": {}, "settings": {"a": {**sized("wide", "teacher", 1, (5, 0)), "nll": 5}}})
+    )
+    with pytest.raises(CorruptError, match=r"capacity\.json is no result of the evidence"):
+        sizes_of(capacity)
 
 
 def test_no_torch_is_loaded() -> None:

@@ -12,12 +12,13 @@ import pytest
 
 from kdata.errors import ConfigError
 from kdata.format.keep import KeepConfig
-from kdata.pipelines.evidence import figures, positions, positions_figures, tokenizers
+from kdata.pipelines.evidence import capacity, figures, positions, positions_figures, tokenizers
+from kdata.pipelines.evidence.advice import sizes_of
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData
 from kdata.pipelines.evidence.offline import REFERENCE, Offline, OfflineConfig, find
 from kdata.pipelines.evidence.runs import load_runs, path_of, run_all
 from kdata.trainer.config import ScratchStudent
-from tests.fakes import rows_of_text
+from tests.fakes import rows_of_text, save_llama
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,32 @@ def test_tokenizers_from_text_to_table(data: EvidenceData, tmp_path: Path) -> No
     assert teacher[1] == teacher[2] == teacher[3] == pytest.approx(teacher[0], rel=0.2)
     with pytest.raises(ConfigError, match="there is no setting"):
         tokenizers.find("other")
+
+
+def test_sizes_from_text_to_table(data: EvidenceData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes differ in nothing else; the smaller teacher's students are measured on the teacher's held-out text."""
+    smaller = save_llama(tmp_path / "reference", seed=1)
+    monkeypatch.setattr(capacity, "SIZES", {"narrow": (16, 1, 2), "wide": (32, 1, 2)})
+    sizes = {"steps": 4, "warmup_steps": 1, "batch_tokens": 256}
+    config = capacity.CapacityConfig.model_validate({"data": data.config, "reference": str(smaller), **sizes})
+    asked = capacity.Capacity(config, data.folder)
+    names = ["narrow: text alone", "narrow: teacher", "narrow: reference", "wide: teacher"]
+    wanted, describe = [(name, 0) for name in names], lambda name: capacity.find(name).describe()
+    assert run_all(tmp_path / "runs", wanted, asked.measure, config.identity(), describe=describe) == 4
+    runs = {name: seeds[0] for name, seeds in load_runs(tmp_path / "runs", names).items()}
+    table = capacity.write_report(tmp_path, load_runs(tmp_path / "runs", [s.key for s in capacity.SETTINGS]))
+    assert table.count("\n| ") == 4 and "| narrow, 0.01M | text alone |" in table
+    assert runs[names[0]]["teacher_params"] is None and runs[names[2]]["teacher_params"]
+    assert (
+        runs[names[1]]["nll"] != runs[names[2]]["nll"]
+        and runs[names[1]]["teacher_nll"] == runs[names[2]]["teacher_nll"]
+    )
+    narrow, wide = sizes_of(tmp_path / "results.json")
+    assert (narrow["params"], wide["params"]) == (runs[names[0]]["params"], runs[names[3]]["params"])
+    gap = runs[names[2]]["nll"] / runs[names[1]]["nll"] - 1  # type: ignore[operator]
+    assert narrow["smaller_teacher"]["mean"] == pytest.approx(gap) and wide["smaller_teacher"] is None
+    with pytest.raises(ConfigError, match="there is no setting"):
+        capacity.find("other")
 
 
 def test_every_dataset_is_made_once(data: EvidenceData) -> None:
