@@ -234,17 +234,19 @@ from tests.fakes import run_capture
 accept = Writer.accept
 def slow(self, shard):
     result = accept(self, shard)
-    time.sleep(0.7)
+    time.sleep(float(sys.argv[4]))
     return result
 Writer.accept = slow
 run_capture(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), kind="topk", k=4, unit_tokens=200)
 """
 
 
-def capture_slowly(out: Path, tokenizer_dir: Path) -> subprocess.Popen[bytes]:
+def capture_slowly(out: Path, tokenizer_dir: Path, *, pause_sec: float = 0.7) -> subprocess.Popen[bytes]:
     """A capture in a process of its own, which has begun."""
     corpus = write_jsonl(out.with_suffix(".jsonl"), rows_of_text(40, words=20))
-    process = subprocess.Popen([sys.executable, "-c", CAPTURE, str(out), str(corpus), str(tokenizer_dir)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", CAPTURE, str(out), str(corpus), str(tokenizer_dir), str(pause_sec)]
+    )
     while not (out / "dataset.json").exists() and process.poll() is None:
         time.sleep(0.05)
     return process
@@ -288,7 +290,7 @@ def test_a_push_that_was_killed_goes_on_by_the_same_command(
     hub: HubServer, tmp_path: Path, tokenizer_dir: Path, kill_at: int
 ) -> None:
     """It is killed when all files of a commit went up, and never hears of the commit that it asked for."""
-    capture = capture_slowly(tmp_path / "d", tokenizer_dir)
+    capture = capture_slowly(tmp_path / "d", tokenizer_dir, pause_sec=3)  # a busy machine begins `kdata` in ten seconds
     commits, pushes = list[str](), [push_while(hub, tmp_path / "d")]
 
     def kill() -> None:
