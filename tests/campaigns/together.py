@@ -90,7 +90,7 @@ ACTS: dict[str, Act] = {
 # One of these must be in the error of a command that was refused.
 REFUSALS = {
     "held": r"being written by another process|another process|is held by|holds",
-    "taken": r"exists|not an empty folder|already|holds other things|begun with other settings|is not a dataset",
+    "taken": r"exists|not an empty folder|already|holds other things|begun with other settings|is (not )?a dataset",
     "changed": r"has changed|changed while|another state|rows were added|again|does not cover|not the one|not the same rows"
     r"|is not complete|both have a row with id|has ids that d does not have",
 }
