@@ -233,7 +233,9 @@ def _targets(question: Question, chosen: dict[str, Any], out: Path, seeds: int) 
 
 def _capacity(question: Question, chosen: dict[str, Any], out: Path, seeds: int) -> Comparison:
     data: dict[str, Any] = {"train_tokens": 60_000, "heldout_tokens": 12_000, "context_tokens": 128}
-    data |= {name: chosen.pop(name) for name in ("teacher", "corpus", "train_tokens") if name in chosen}
+    data |= {
+        name: chosen.pop(name) for name in ("teacher", "corpus", "train_tokens", "heldout_tokens") if name in chosen
+    }
     config = capacity.CapacityConfig(data=DataConfig(**data), **chosen)
     describe = cast(Callable[[str], dict[str, Any]], lambda name: capacity.find(name).describe())
     return Comparison(

@@ -157,9 +157,13 @@ def _by_id(pairs: Any) -> dict[int, Entry]:
         if token_id in entries:
             raise RowError("twice", f"id {token_id} is repeated in a list")
         rank = entry.get("rank") if isinstance(entry, dict) else None
-        is_rank = isinstance(rank, int) and not isinstance(rank, bool) and 0 < rank < 2**31
-        entries[token_id] = _finite(logprob), rank if is_rank else 0
+        entries[token_id] = _finite(logprob), _rank(rank)
     return entries
+
+
+def _rank(value: Any) -> int:
+    is_rank = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+    return int(value) if is_rank else 0
 
 
 def _finite(logprob: float) -> float:
