@@ -639,7 +639,7 @@ def _peers(folder: Path, dataset: Path) -> None:
     settings = {"d": 300, "k": 2, "exact_k": 2, "residual_bins": [], "delta_encoding": False}
     (folder / "distillkit/peer/compression_config.yaml").write_text(yaml.safe_dump(settings))
     logprobs = np.log(np.array([[0.5, 0.25]] * 3, np.float32)).view(np.uint8).reshape(3, -1)
-    ids = [[1, 0, 128], [0, 128, 64], [2, 0, 192]]  # two ids of 9 bits each
+    ids = [[0, 128, 128], [0, 0, 64], [1, 0, 192]]  # two ids of 9 bits each, the high bits first: 1 2, 0 1, 2 3
     table = {"input_ids": [[2, 3, 4, 5]], "compressed_logprobs": [logprobs.tolist()], "bytepacked_indices": [ids]}
     pq.write_table(pa.table(table), folder / "distillkit/peer/distillkit.parquet")
 
