@@ -268,7 +268,13 @@ def test_a_reference_that_is_the_teacher_itself_is_refused_for_difference_sampli
     student = {"label": "a", "plan": True, "objective": {"weights": {"cross_entropy": 1.0}}}
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump(
-            {"name": "own", "teacher": {"model": "x"}, "student": {"model": "teacher"}, "students": {"a": student}}
+            {
+                "name": "own",
+                "teacher": {"model": "x"},
+                "student": {"model": "teacher"},
+                "students": {"a": student},
+                "select": {"method": "difference"},
+            }
         )
     )
     with pytest.raises(ConfigError, match="difference sampling needs a reference model"):
