@@ -20,6 +20,7 @@ NOT_INSTALLED = {
     "pipelines/evidence/gemma.json",
     "pipelines/evidence/mixture.json",
     "pipelines/evidence/positions.json",
+    "pipelines/evidence/raw_gemma.json",
     "pipelines/evidence/selection.json",
     "pipelines/evidence/tokenizers.json",
 }
