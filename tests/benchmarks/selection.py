@@ -228,6 +228,8 @@ def main() -> None:
     if options.measure:
         return measured(options.folder, options.measure, options.memory, options.threads)
     sizes = [size for size in SIZES if size < options.rows] + [options.rows]
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="kdata-selection-") as folder:
         root = Path(folder)
         generate(root / "files", sizes[-1])
