@@ -17,6 +17,8 @@ from kdata.format.json_text import MAX_TOKENIZER_BYTES, read_json
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+MAX_IDS = 1 << 24  # the largest vocabularies have 2^18
+
 
 def read_tokenizer(file: Path) -> Tokenizer:
     """Read tokenizer.json.
@@ -33,16 +35,32 @@ def read_tokenizer(file: Path) -> Tokenizer:
         ) from error
     try:
         read_json(file, MAX_TOKENIZER_BYTES, finite=False)
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises Exception itself, of no further kind
         if type(error) is not Exception and not isinstance(error, OSError | ValueError | TypeError):
             raise
         reason = first_line(error)
         raise CorruptError(f"{file} is not a tokenizer ({reason}); copy it again from the model") from error
+    refuse_far_ids(tokenizer, file)
+    return tokenizer
+
+
+def refuse_far_ids(tokenizer: Tokenizer, place: Path | str) -> None:
+    """Raise CorruptError where an id is so high that the library, which reserves memory up to it, could end the process."""
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if highest >= MAX_IDS:
+        raise CorruptError(
+            f"the tokenizer of {place} has a token with the id {highest:,}; kdata reads ids below {MAX_IDS:,}: copy it "
+            "again from the model"
+        )
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """SHA-256 (hex) of a tokenizer's JSON without truncation and padding: the hash that datasets store."""
+    """SHA-256 (hex) of a tokenizer's JSON without truncation and padding: the hash that datasets store.
+
+    Raises CorruptError as `refuse_far_ids`.
+    """
+    refuse_far_ids(tokenizer, "the model")
     state = json.loads(tokenizer.to_str())
     state.pop("truncation", None)
     state.pop("padding", None)

@@ -16,7 +16,7 @@ from kdata.store.checkpoint_kind import refuse_other_kind
 from kdata.store.gguf import begin_with_bos, gguf_identity, is_gguf, model_folder
 from kdata.store.hub import hub_errors
 from kdata.store.pretrained import model_files, weights_digest
-from kdata.store.tokens import tokenizer_hash
+from kdata.store.tokens import refuse_far_ids, tokenizer_hash
 from kdata.teachers.config import TeacherConfig
 
 # One of these is in the folder of every model that has a tokenizer.
@@ -181,6 +181,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None, *, bos: str |
             raise MissingError(f"no tokenizer at {str(model)!r}: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer of {model} has no tokenizer.json; kdata needs a fast tokenizer")
+    refuse_far_ids(tokenizer.backend_tokenizer, model)
     if bos == "add":
         begin_with_bos(tokenizer)
     return tokenizer
