@@ -16,11 +16,10 @@ from typing import Any
 from pydantic import Field
 
 from kdata.config import Strict
-from kdata.errors import ConfigError
 from kdata.format.keep import KeepConfig
 from kdata.pipelines.evidence.data import TEACHER_FILE, DataConfig, EvidenceData
 from kdata.pipelines.evidence.figures import text_of, write_results
-from kdata.pipelines.evidence.runs import Figures
+from kdata.pipelines.evidence.runs import Figures, by_name
 from kdata.pipelines.evidence.students import train_and_measure
 from kdata.pipelines.evidence.summary import Estimate, relative_difference, summarise
 from kdata.trainer.config import ScratchStudent, TrainConfig
@@ -137,10 +136,7 @@ def _against(by_setting: Mapping[str, Mapping[int, Figures]], source: str) -> di
 
 def find(key: str) -> Setting:
     """A setting by its name. Raises ConfigError if there is none."""
-    by_key = {s.key: s for s in SETTINGS}
-    if key not in by_key:
-        raise ConfigError(f"there is no setting {key!r}; the settings are {', '.join(by_key)}")
-    return by_key[key]
+    return by_name({s.key: s for s in SETTINGS}, key)
 
 
 def runs(seeds: int) -> list[tuple[str, int]]:

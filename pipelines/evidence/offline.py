@@ -17,11 +17,10 @@ from pydantic import Field
 
 import kdata
 from kdata.config import Strict
-from kdata.errors import ConfigError
 from kdata.format.keep import KeepConfig
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData, bytes_per_token
 from kdata.pipelines.evidence.online import OnlineLearner
-from kdata.pipelines.evidence.runs import Figures
+from kdata.pipelines.evidence.runs import Figures, by_name
 from kdata.pipelines.evidence.students import train_and_measure
 from kdata.selection.ranked import Random
 from kdata.selection.step import Step
@@ -230,10 +229,7 @@ def describe(name: str) -> dict[str, Any]:
 
 def find(name: str, settings: Sequence[Setting] | None = None) -> Setting:
     """A setting by its name. Raises ConfigError if there is none."""
-    by_name = {s.name: s for s in (SETTINGS if settings is None else settings)}
-    if name not in by_name:
-        raise ConfigError(f"there is no setting {name!r}; the settings are {', '.join(by_name)}")
-    return by_name[name]
+    return by_name({s.name: s for s in (SETTINGS if settings is None else settings)}, name)
 
 
 def runs(seeds: int) -> list[tuple[str, int]]:

@@ -22,14 +22,13 @@ from filelock import FileLock
 from pydantic import Field
 
 import kdata
-from kdata.errors import ConfigError
 from kdata.format.files import write_atomically
 from kdata.hygiene.checks import HygieneConfig
 from kdata.hygiene.inspect import inspect_dataset
 from kdata.jobs.retokenize import RetokenizeConfig, retokenize
 from kdata.pipelines.evidence.data import Part, split
 from kdata.pipelines.evidence.raw import Judge, write_raw
-from kdata.pipelines.evidence.runs import Figures
+from kdata.pipelines.evidence.runs import Figures, by_name
 from kdata.pipelines.evidence.selection import DISTIL, PLAIN, Selection, SelectionConfig, Setting, Tokens, key_of
 from kdata.pipelines.evidence.tokenizers import bits_per_byte
 from kdata.selection.band import Band
@@ -315,10 +314,7 @@ class Raw(Selection):
 
 def find(key: str) -> Arm:
     """A setting by its key. Raises ConfigError if there is none."""
-    by_key = {key_of(arm): arm for arm in SETTINGS}
-    if key not in by_key:
-        raise ConfigError(f"there is no setting {key!r}; the settings are {', '.join(by_key)}")
-    return by_key[key]
+    return by_name({key_of(arm): arm for arm in SETTINGS}, key)
 
 
 def describe(key: str) -> Mapping[str, Any]:

@@ -10,14 +10,22 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from kdata.errors import CorruptError, MismatchError, settings_difference
+from kdata.errors import ConfigError, CorruptError, MismatchError, settings_difference
 
+T = TypeVar("T")
 Figures = dict[str, float | None]
 """What one run measured, by name; None: not measured in this run."""
+
+
+def by_name(settings: Mapping[str, T], name: str) -> T:
+    """A setting by its name. Raises ConfigError if there is none."""
+    if name not in settings:
+        raise ConfigError(f"there is no setting {name!r}; the settings are {', '.join(settings)}")
+    return settings[name]
 
 
 def run_all(

@@ -23,12 +23,12 @@ from pydantic import Field
 import kdata
 from kdata.config import Strict
 from kdata.corpus.corpus import Corpus, CorpusConfig
-from kdata.errors import ConfigError, MismatchError, settings_difference
+from kdata.errors import MismatchError, settings_difference
 from kdata.format.keep import KeepConfig
 from kdata.jobs.reading import CaptureConfig, capture_with
 from kdata.jobs.scoring import ScoreConfig, score
 from kdata.pipelines.evidence.data import HELDOUT_KEEP, Part, split
-from kdata.pipelines.evidence.runs import Figures
+from kdata.pipelines.evidence.runs import Figures, by_name
 from kdata.selection.plan import Plan
 from kdata.selection.ranked import Difference, Random
 from kdata.selection.select import select
@@ -323,10 +323,7 @@ def key_of(setting: Setting) -> str:
 
 def find(question: Question, key: str) -> Setting:
     """A setting by its key. Raises ConfigError if there is none."""
-    by_key = {key_of(s): s for s in SETTINGS[question]}
-    if key not in by_key:
-        raise ConfigError(f"there is no setting {key!r}; the settings are {', '.join(by_key)}")
-    return by_key[key]
+    return by_name({key_of(s): s for s in SETTINGS[question]}, key)
 
 
 def runs(question: Question, seeds: int) -> list[tuple[str, int]]:

@@ -24,13 +24,12 @@ from transformers import PreTrainedTokenizerFast
 
 import kdata
 from kdata.config import Strict
-from kdata.errors import ConfigError
 from kdata.format.keep import KeepConfig
 from kdata.format.keep_rules import SORTED_MAPS
 from kdata.jobs.retokenize import RetokenizeConfig, retokenize
 from kdata.pipelines.evidence.data import DataConfig, EvidenceData
 from kdata.pipelines.evidence.figures import text_of, write_results
-from kdata.pipelines.evidence.runs import Figures
+from kdata.pipelines.evidence.runs import Figures, by_name
 from kdata.pipelines.evidence.students import train_and_measure
 from kdata.pipelines.evidence.summary import relative_difference, summarise
 from kdata.store.payload import PayloadReader
@@ -220,10 +219,7 @@ def write_report(out: Path, by_setting: Mapping[str, Mapping[int, Figures]]) -> 
 
 def find(key: str) -> Setting:
     """A setting by its name. Raises ConfigError if there is none."""
-    by_key = {s.key: s for s in SETTINGS}
-    if key not in by_key:
-        raise ConfigError(f"there is no setting {key!r}; the settings are {', '.join(by_key)}")
-    return by_key[key]
+    return by_name({s.key: s for s in SETTINGS}, key)
 
 
 def runs(seeds: int) -> list[tuple[str, int]]:
