@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -82,9 +83,12 @@ class _Aside:
             dataset = self.root.resolve()
             base = dataset.with_name(f"{dataset.name}.aside")
             numbers = [int(p.name) for p in base.glob("*") if p.name.isdigit()] if base.exists() else []
-            for number in numbers:
-                for name in JSON:  # half a copy that a killed repair left
+            for number in numbers:  # what a killed repair left: half a copy, and folders of files that it did not move
+                for name in JSON:
                     (base / str(number) / f"{name}.tmp").unlink(missing_ok=True)
+                for folder in sorted((base / str(number)).glob("**/"), reverse=True):
+                    with suppress(OSError):  # it holds something
+                        folder.rmdir()
             self.folder = base / str(max(numbers, default=0) + 1)
             self.folder.mkdir(parents=True)
         return self.folder

@@ -60,6 +60,8 @@ MEMORY = 4 << 30
 SHARED_CASES = 100
 ALONE_EVERY = 50
 GROWTH = 1 << 30
+# Threads that a process keeps for its life once it has needed them.
+KEPT_THREADS = ("kdata-rows", "tqdm_monitor")
 
 
 @dataclass(frozen=True)
@@ -341,7 +343,7 @@ def _belongings(temporary: Path) -> set[tuple[str, str]]:
     for handle in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the listing's own
             found.add(("open file", f"{handle} {os.readlink(f'/proc/self/fd/{handle}')}"))
-    found |= {("thread", thread.name) for thread in threading.enumerate()}
+    found |= {("thread", t.name) for t in threading.enumerate() if not t.name.startswith(KEPT_THREADS)}
     with contextlib.suppress(ChildProcessError):  # there is none, which takes less to ask than which they are
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         found |= {("process", str(number)) for number, _ in enumerate(psutil.Process().children())}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import importlib.util
 import json
 import random
 import shutil
@@ -683,6 +684,9 @@ def begin(examples: str) -> None:
     """In a child that cases share, before the first: what many of them start, so that none seems to leave it behind."""
     read_rows(Path(examples) / "data")
     read_sql(Path(examples) / "data")
+    read_report(Path(examples) / "run")  # opens the fonts of matplotlib
+    if importlib.util.find_spec("cv2"):  # sets LD_LIBRARY_PATH; transformers imports it where it is installed
+        importlib.import_module("cv2")
     _quick_templates()
 
 

@@ -171,6 +171,17 @@ def test_a_damaged_shard_is_set_aside_and_the_same_capture_writes_the_same_bytes
     assert repair(copied).problems == []
 
 
+def test_folders_that_a_killed_repair_made_and_did_not_fill_are_removed(damaged: Path) -> None:
+    """A kill between making the folder and moving the file into it."""
+    aside = damaged.with_name(f"{damaged.name}.aside")
+    (aside / "1/rejects").mkdir(parents=True)
+    (aside / "1/data").mkdir()
+    (aside / "1/data/capture-00007.arrow").write_bytes(b"moved before the kill")
+    (damaged / "data/capture-99999.arrow").write_bytes(b"of a killed run")
+    assert repair(damaged).aside == aside / "2"
+    assert not (aside / "1/rejects").exists() and (aside / "1/data/capture-00007.arrow").exists()
+
+
 def test_the_lines_of_two_sources_keep_their_order(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
     root = tmp_path / "d"
     run_generate(root, corpus_file, tokenizer_dir)
