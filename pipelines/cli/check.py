@@ -72,7 +72,7 @@ def verify(
         listing = "\n".join(f"  {p.path}: {p.what}" for p in problems)
         if all(problem.stray for problem in problems):
             raise CorruptError(
-                f"{opened.path} is whole, but holds files that are no part of it; remove them:\n{listing}"
+                f"{opened.path} is whole, but holds what is no part of it; remove that:\n{listing}"
             )
         raise CorruptError(f"{opened.path} is damaged; `kdata repair` sets damaged shards aside:\n{listing}")
     else:

@@ -135,6 +135,21 @@ def test_a_missing_repeated_wrong_or_torn_manifest_line_is_found_and_repaired(
     assert digests(copied) == before
 
 
+@pytest.mark.parametrize("left", [0.1, 0.5, 0.99, 1])
+def test_half_a_line_at_the_end_is_what_a_kill_leaves_and_a_whole_one_without_its_end_is_damage(
+    copied: Path, left: float
+) -> None:
+    """Readers ignore both. Of half a line nothing was promised; a whole one was a commit."""
+    content = (copied / "manifest.jsonl").read_bytes()
+    line = content.splitlines()[-1]
+    with (copied / "manifest.jsonl").open("ab") as file:
+        file.write(line[: int(left * len(line))])
+    (problem,) = verify(kdata.open(copied), deep=True)
+    assert problem.path == "manifest.jsonl" and problem.stray == (left < 1)
+    assert ("killed run" in problem.what) == (left < 1)
+    assert repair(copied).remaining == [] and (copied / "manifest.jsonl").read_bytes() == content
+
+
 @pytest.mark.parametrize("folder", ["data", "index", "rejects"])
 @pytest.mark.parametrize("how", ["flip", "cut", "remove"])
 def test_a_damaged_shard_is_set_aside_and_the_same_capture_writes_the_same_bytes(

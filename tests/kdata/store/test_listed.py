@@ -283,7 +283,7 @@ def test_stray_files_change_no_answer_are_named_and_are_not_shared(root: Path, t
     assert set(digests(tmp_path / "shared")) == {*clean, "README.md", "audit.json", "croissant.json"}
     result = CliRunner().invoke(app, ["verify", str(root)])
     assert result.exit_code == 1 and all(name in str(result.exception) for name in shown)
-    assert "is whole, but holds files that are no part of it" in str(result.exception)
+    assert "is whole, but holds what is no part of it" in str(result.exception)
     done = repair(root)
     persons = {"notes.txt", "photos/"}
     assert not done.remaining and not done.units and set(done.moved) == shown - persons
