@@ -323,7 +323,7 @@ def close_gaps(writer: Writer) -> None:
         payload, index = tables(Dataset(writer.root), entry, np.arange(entry.rows), shard_name(writer.source, gap))
         shard = write_tables(
             writer.root, writer.info, writer.source, gap, payload, index, entry.codec_error,
-            rejects=stored_rejects(writer.root, entry), inputs=entry.inputs,
+            rejects=stored_rejects(writer.root, entry), inputs=entry.inputs, work_digest=entry.work_digest,
         )  # fmt: skip
         writer.follow([entry], [shard])
 
@@ -345,7 +345,7 @@ def _copied(writer: Writer, job: Followed, shard: _Committed, number: int) -> Sh
     error = entry.codec_error if claims else None
     return write_tables(
         writer.root, writer.info, writer.source, number, payload, index, error,
-        rejects=shard.kept_rejects, inputs=job.inputs_of(payload),
+        rejects=shard.kept_rejects, inputs=job.inputs_of(payload), work_digest=entry.work_digest,
     )  # fmt: skip
 
 

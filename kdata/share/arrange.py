@@ -159,20 +159,20 @@ def new_folder(target: Path) -> Iterator[Path]:
         StorageError: another process writes to `target`, or the disk refused.
     """
     place = target.resolve()
-    with storage_errors(target), lock_of(target):
+    # The folder beside it comes before the look at it: what a run left that was killed after its rename goes here too.
+    with storage_errors(target), lock_of(target), folder_beside(place) as temporary:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ConfigError(f"{target} exists and is not an empty folder; name a new one")
-        with folder_beside(place) as temporary:
-            yield temporary
-            sync_tree(temporary)
-            if place.exists():
-                place.rmdir()
-            os.rename(temporary, place)
-            try:
-                sync_directory(place.parent)
-            except OSError:  # the name may not outlive a power cut: as if there were none
-                os.rename(place, temporary)
-                raise
+        yield temporary
+        sync_tree(temporary)
+        if place.exists():
+            place.rmdir()
+        os.rename(temporary, place)
+        try:
+            sync_directory(place.parent)
+        except OSError:  # the name may not outlive a power cut: as if there were none
+            os.rename(place, temporary)
+            raise
 
 
 def folder_name(name: str) -> str:

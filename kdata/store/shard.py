@@ -66,15 +66,16 @@ def write_shard(root: Path, info: DatasetInfo, source: str, unit: UnitResult) ->
 
 def write_tables(
     root: Path, info: DatasetInfo, source: str, number: int, table: pa.Table, index: pa.Table, error: CodecError | None,
-    *, rejects: Sequence[Reject] = (), inputs: str = "",
+    *, rejects: Sequence[Reject] = (), inputs: str = "", work_digest: str | None = None,
 ) -> Shard:  # fmt: skip
     """The same from a payload table and an index table, for instance rows of another dataset.
 
     Args:
         info: of the dataset that the shard becomes part of; it has the source.
         table: whatever its metadata names, the shard is bound to `info`.
+        work_digest: of the inputs that the rows were made from; by default those that the source has now.
     """
-    name, work = shard_name(source, number), info.sources[source].work_digest
+    name, work = shard_name(source, number), work_digest or info.sources[source].work_digest
     paths = shard_files(name)
     files: dict[str, FileInfo] = {}
     with storage_errors(root):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -285,6 +286,27 @@ def test_a_crash_while_shards_are_replaced_loses_no_row(
     dataset = run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=8, teacher=teacher)
     assert teacher.calls == 0
     assert_as_fresh(dataset, run_capture(tmp_path / "fresh", corpus, tokenizer_dir, unit_tokens=8))
+
+
+def test_the_bytes_after_a_crash_are_those_of_a_run_without(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard of rows that stay names the work that read them, whether or not the new inputs were recorded before."""
+    corpus = save(tmp_path / "c.jsonl", ROWS)
+    run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=20)
+    shutil.copytree(tmp_path / "d", tmp_path / "undisturbed")
+    save(corpus, [ROWS[0], *ROWS[2:], row("new", "in")])
+
+    def crash(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kdata.store.writer.write_manifest", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run_capture(tmp_path / "d", corpus, tokenizer_dir, unit_tokens=20)
+    for name in ("d", "undisturbed"):
+        run_capture(tmp_path / name, corpus, tokenizer_dir, unit_tokens=20)
+    assert digests(tmp_path / "d") == digests(tmp_path / "undisturbed")
 
 
 def test_an_id_of_another_source_stays_a_reject_and_nothing_is_written_again(

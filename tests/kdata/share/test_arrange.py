@@ -142,6 +142,16 @@ def test_the_head_is_the_first_rows(tmp_path: Path, captured: Path, count: int) 
     assert part.info.sources["capture"].num_units == len(part.manifest)
 
 
+def test_what_a_run_left_that_was_killed_after_its_rename_is_removed(tmp_path: Path, captured: Path) -> None:
+    """The same command is refused then, as its work is done, and cleans up nevertheless."""
+    head(kdata.open(captured), tmp_path / "out", 3)
+    left = tmp_path / ".out.0123abcd.tmp.lock"
+    left.touch()
+    with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+        head(kdata.open(captured), tmp_path / "out", 3)
+    assert not left.exists()
+
+
 def test_a_part_is_not_continued_by_the_capture_of_the_whole(
     tmp_path: Path, captured: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
