@@ -694,9 +694,10 @@ def _quick_templates() -> None:
     """A process for chat templates that ends soon where one takes long: starting it again takes long enough."""
     from kdata.corpus import chat_template
     from kdata.corpus.template_process import TemplateProcess
+    from kdata.pipelines import rounds
 
     if not (isinstance(chat_template.RENDERER, TemplateProcess) and chat_template.RENDERER._cpu_sec == TEMPLATE_SEC):
-        chat_template.RENDERER = TemplateProcess(cpu_sec=TEMPLATE_SEC)
+        chat_template.RENDERER = rounds.RENDERER = TemplateProcess(cpu_sec=TEMPLATE_SEC)
         chat_template.RENDERER.check("{{ messages }}")
 
 
