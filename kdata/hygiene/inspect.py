@@ -18,7 +18,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
@@ -102,10 +102,11 @@ def inspect_dataset(
             refuse_other_settings(dataset, info)
         missing = [check for check in infos if not _is_complete(dataset, infos[check])]
         kept = [infos[check].name for check in infos if check not in missing]
+        folder = dataset.path.resolve().with_name(f".{dataset.path.resolve().name}.hygiene")
         if not missing:
+            _Work(folder, DatasetTexts(dataset), config).forget()
             return Report(dataset.num_rows, [], kept=kept)
         config = config.model_copy(update={"checks": missing})
-        folder = dataset.path.resolve().with_name(f".{dataset.path.resolve().name}.hygiene")
         with _work(DatasetTexts(dataset), config, folder, log, pool) as work:
             for check in missing:
                 begin_sidecar(dataset, infos[check])
@@ -162,6 +163,7 @@ def inspect_corpus(
     _refuse_input(corpus, file)
     _about(file)
     texts = CorpusTexts(corpus)
+    folder = file.with_name(f".{file.name}.hygiene")
     with storage_errors(file), lock_of(file):
         before = _about(file)
         settings: dict[str, Any] = {check: config.settings(check) for check in config.chosen}
@@ -172,9 +174,10 @@ def inspect_corpus(
             of_file = before["checks"]
             same_texts = all(before.get(key) == about[key] for key in ("texts", "corpus"))
             if same_texts and settings == {check: of_file.get(check) for check in settings}:
+                _Work(folder, texts, config).forget()
                 return Report(pq.read_metadata(file).num_rows, [], kept=[str(file)])
             _refuse_loss(file, of_file, settings)
-        with _work(texts, config, file.with_name(f".{file.name}.hygiene"), log, pool) as work:
+        with _work(texts, config, folder, log, pool) as work:
             _write_file(work, file, {METADATA: json.dumps(about, sort_keys=True).encode()})
             return Report(work.rows, [str(file)], work.rejected, skipped_items=_skipped(config))
 
@@ -258,21 +261,27 @@ class _Work:
 
     def begin(self) -> tuple[int, int, int]:
         """Take up the units that an earlier run left, or begin anew. Returns their number, their rows and their shingles."""
-        settings = {
-            "texts": self._texts.identity(),
-            "checks": {check: self._config.settings(check) for check in self._config.chosen},
-        }
-        digest = json_digest(settings).encode()
         path = self._folder / SETTINGS
-        if path.is_file() and path.read_bytes() == digest:
+        if path.is_file() and path.read_bytes() == self._digest:
             try:
                 return self._counted()
             except (pa.ArrowException, OSError, ValueError, KeyError):
                 pass  # a unit is damaged; what is here can be made again
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir()
-        write_atomically(path, digest)
+        write_atomically(path, self._digest)
         return 0, 0, 0
+
+    def forget(self) -> None:
+        """Remove what a run left that was killed after its result was written; work with other settings stays."""
+        path = self._folder / SETTINGS
+        if not path.is_file() or path.read_bytes() == self._digest:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @cached_property
+    def _digest(self) -> bytes:
+        checks = {check: self._config.settings(check) for check in self._config.chosen}
+        return json_digest({"texts": self._texts.identity(), "checks": checks}).encode()
 
     def _counted(self) -> tuple[int, int, int]:
         num_units = rows = shingles = 0

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +22,7 @@ from kdata.corpus.corpus import Corpus, CorpusConfig, Document
 from kdata.errors import ConfigError, DataError, DependencyError, MismatchError, MissingError, QueryError, StorageError
 from kdata.hygiene import checks
 from kdata.hygiene.checks import HygieneConfig
-from kdata.hygiene.inspect import inspect_corpus, inspect_dataset
+from kdata.hygiene.inspect import SETTINGS, inspect_corpus, inspect_dataset
 from kdata.selection.mixtures import Uniform
 from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Random
@@ -384,6 +386,28 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         file.truncate(480)
     assert start(tmp_path / "damaged.parquet").wait() == 0
     assert (tmp_path / "damaged.parquet").read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("left", ["own", "half removed", "of other settings"])
+def test_work_that_a_kill_left_after_the_result_goes_and_other_work_stays(tmp_path: Path, left: str) -> None:
+    corpus = CorpusConfig(path=str(write_jsonl(tmp_path / "corpus.jsonl", list(Planted(words=40).documents(60)))))
+    config, file, work = HygieneConfig(checks=["quality"]), tmp_path / "out.parquet", tmp_path / ".out.parquet.hygiene"
+    kept: dict[str, bytes] = {}
+
+    def keep(folder: Path, **_: Any) -> None:
+        if folder == work and folder.exists():
+            kept[SETTINGS] = (folder / SETTINGS).read_bytes()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdata.hygiene.inspect.shutil", SimpleNamespace(rmtree=keep))
+        inspect_corpus(corpus, config, file)
+    work.mkdir()
+    (work / "unit-000000.parquet").touch()
+    if left != "half removed":
+        (work / SETTINGS).write_bytes(kept[SETTINGS] if left == "own" else b"of other settings")
+    inspect_corpus(corpus, config, file)
+    assert work.exists() == (left == "of other settings")
 
 
 def test_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
