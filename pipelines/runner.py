@@ -261,7 +261,8 @@ def open_run(recipe: Recipe, out: Path, resume: str) -> Run:
     if not path.exists():
         if resume == "must":
             raise ConfigError(f"--resume must: there is no run at {out}")
-        if out.exists() and any(out.iterdir()):
+        # run.json.tmp: what a run left that was killed while it wrote its first file.
+        if out.exists() and any(file.name != "run.json.tmp" for file in out.iterdir()):
             raise ConfigError(f"{out} is not empty and is not a run folder; name another one with --out")
         run = Run(recipe, out, {})
         _ = run.teacher_config  # a model that is not installed is refused before anything is written

@@ -169,10 +169,15 @@ def folder_beside(folder: Path) -> Iterator[Path]:
 
     Those that killed processes left are removed first.
     """
-    remove_abandoned(folder.parent, rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}\.tmp")
+    remove_left_beside(folder)
     # Not mkdtemp: its mode 0700 would stay with a folder that people may share.
     with _own_folder(lambda: folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")) as temporary:
         yield temporary
+
+
+def remove_left_beside(folder: Path) -> None:
+    """Remove what killed processes left of `folder_beside`, as one does that ends after its rename."""
+    remove_abandoned(folder.parent, rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}\.tmp")
 
 
 @contextmanager

@@ -164,6 +164,7 @@ class Plan:
         schema = plan_schema(positions=chosen is not None, weights=chosen is not None and chosen.weighted)
         try:
             table = pq.read_table(self._table).cast(schema)
+            table.validate(full=True)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptError(f"{self._table} is not a plan: {error}") from error
         if any(column.null_count for column in table.columns):

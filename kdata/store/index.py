@@ -42,7 +42,10 @@ def replaced(place: object, shard: str) -> MismatchError:
 
 
 def check_columns(table: pa.Table, schema: pa.Schema) -> None:
-    """Raise ValueError where a column of the schema has another type, is repeated, or has nulls that it may not have."""
+    """Raise ValueError where a column of the schema has another type, is repeated, or has nulls that it may not have.
+
+    So where a text is not UTF-8: pyarrow reads it, and fails where Python asks for the value.
+    """
     for name in table.column_names:
         if table.column_names.count(name) > 1:
             raise ValueError(f"column {name!r} is repeated")
@@ -54,6 +57,7 @@ def check_columns(table: pa.Table, schema: pa.Schema) -> None:
             raise ValueError(f"column {name} has the type {column.type}, not {field.type}")
         if column.null_count and not field.nullable:
             raise ValueError(f"column {name} has nulls")
+    table.validate(full=True)
 
 
 def largest_column(path: Path) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdata.errors import ConfigError, DataError
-from kdata.format.files import committed_folder, storage_errors
+from kdata.format.files import committed_folder, remove_left_beside, storage_errors
 from kdata.observe.progress import Task
 from kdata.pipelines.view.server import PAGE, page_file
 from kdata.pipelines.view.values import MOST_ROWS, MOST_TOKENS, View
@@ -32,6 +32,7 @@ def export(view: View, folder: Path, *, rows: int = MOST_ROWS, where: str = "", 
         QueryError, MissingError: see `View.rows`.
     """
     if folder.exists() and any(folder.iterdir()):
+        remove_left_beside(folder)
         raise ConfigError(f"{folder} is not empty; name a new folder")
     if not 1 <= rows <= MOST_EXPORTED:
         raise ConfigError(f"{rows} rows cannot be exported; take 1 to {MOST_EXPORTED:,}")

@@ -7,13 +7,14 @@ from typing import Any
 
 BINS = 40
 
+# Threads add in any order, which shows in the last digit: an export of the same rows has the same bytes by rounding.
 # A bin's number follows from its value by the same arithmetic as `histogram_of` makes edges by.
 _WITH = """with base as materialized (select domain, num_tokens, nll, is_chosen, times{numbers} from {source}),
 ends as (select {ends} from base)
 """
 _DOMAINS = """select -1 as part, domain, null::bigint as bin, count(*) as every, count(*) filter (is_chosen) as chosen,
     sum(num_tokens)::bigint as tokens, (sum(num_tokens * times) filter (is_chosen))::bigint as chosen_tokens,
-    avg(nll) as nll, avg(nll) filter (is_chosen) as chosen_nll, null::double as low, null::double as high
+    round(avg(nll), 9) as nll, round(avg(nll) filter (is_chosen), 9) as chosen_nll, null::double as low, null::double as high
 from base group by domain
 """
 _HISTOGRAM = """select {part} as part, null as domain,

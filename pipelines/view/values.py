@@ -74,7 +74,7 @@ class View:
                 "tokens": dataset.num_tokens,
                 "rejected": sum(entry.rejected for entry in dataset.manifest),
                 "domains": dataset.sql(
-                    "select domain, count(*) as n, sum(num_tokens)::bigint as tokens, avg(nll) as nll from rows "
+                    "select domain, count(*) as n, sum(num_tokens)::bigint as tokens, round(avg(nll), 9) as nll from rows "
                     "group by domain order by domain"
                 ).to_pylist(),
                 "numbers": self._numbers(),

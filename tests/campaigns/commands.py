@@ -27,6 +27,7 @@ import kdata
 from tests.campaigns.campaign import kdata_command
 from tests.fakes import rows_of_text, save_llama, write_jsonl
 from tests.faults import Fault, Outcome, Server
+from tests.tokenizers_of_kinds import byte_tokenizer
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,14 @@ COMMANDS: dict[str, Command] = {
         ),
         dataset="out",
     ),
+    "retokenize": Command(("retokenize", "SHARED/first", "out", "--tokenizer", "SHARED/bytes"), dataset="out"),
+    "hidden": Command(
+        ("hidden", "d", "--teacher", "SHARED/teacher", "--layers", "1,head"), {"d": "first"}, ("d",), 0.8, "d"
+    ),
+    "pull of rows": Command(("pull", "SHARED/first", "out", "--plan", "half"), dataset="out"),
+    "view": Command(("view", "SHARED/first", "--export", "out")),
     "export": Command(("export", "SHARED/first", "out.parquet")),
+    "export for Megatron": Command(("export", "SHARED/first", "out", "--format", "megatron", "--seq-length", "16")),
     "merge": Command(("merge", "SHARED/first", "SHARED/second", "out"), dataset="out"),
     "merge with links": Command(("merge", "d", "e", "out", "--link"), {"d": "first", "e": "second"}, dataset="out"),
     "split": Command(("split", "SHARED/first", "out")),
@@ -374,6 +382,7 @@ MAKERS: dict[str, Callable[[Bench], Any]] = {
         "reread", "SHARED/first", "reread", "--teacher", "SHARED/other", "--backend", "transformers"
     ),
     "plain.parquet": lambda bench: bench.kdata("export", "SHARED/first", "plain.parquet"),
+    "bytes": lambda bench: byte_tokenizer().save_pretrained(bench.folder / "bytes"),
     "student": lambda bench: bench.kdata("train", "SHARED/first", "--out", "student", *STUDENT),
     "marks.parquet": _marks,
     "damaged": _damaged,

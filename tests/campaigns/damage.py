@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 import kdata
 from kdata.check.verify import verify
 from kdata.errors import KdataError
+from kdata.format.schema import canonical_json
 from kdata.loader.batches import Batches, BatchesConfig
 from kdata.selection.plan import make_plan, open_plan
 from kdata.selection.score_file import bring
@@ -83,7 +84,10 @@ def _sql(query: str) -> Callable[[kdata.Dataset], str]:
 
 
 READINGS: dict[str, Callable[[kdata.Dataset], str]] = {
-    "info": lambda dataset: _digest(dataset.info.model_dump(), dataset.content_digest, dataset.num_tokens),
+    # Lines that change places are the same values in another order.
+    "info": lambda dataset: _digest(
+        canonical_json(dataset.info.model_dump()), dataset.content_digest, dataset.num_tokens
+    ),
     "index": lambda dataset: _digest(dataset.index().to_pylist()),
     "rows": _rows,
     "batches": _batches,

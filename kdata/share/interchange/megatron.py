@@ -45,7 +45,7 @@ from kdata.share.interchange.source import PeerFile
 from kdata.store.dataset import Dataset
 
 TAR = re.compile(r"^(?:cp(?P<cp>\d+)_)?dp(?P<dp>\d+)__(?P<iter>\d+)\.tar$")
-MEMBER = re.compile(r"^(?P<iter>\d+)\.pt\.zst$")
+MEMBER = re.compile(r"^(?P<iter>\d{1,18})\.pt\.zst$")
 META = "_meta.json"
 MAX_VOCAB = 1 << 17
 LEAST = -999.0  # what is below was left out: -1e3 or -1e4
@@ -74,7 +74,8 @@ def read_rows(files: list[PeerFile], samples: Iterator[np.ndarray]) -> Iterator[
         rows = _in_order([part[1:] for part in parts])
         begin = at * len(rows)
         for _ in range(begin - drawn):  # samples of iterations that the cache does not have
-            next(samples, None)
+            if next(samples, None) is None:  # a name may say any number, but the samples come to an end
+                break
         drawn = begin + len(rows)
         for place, (values_SK, ids_SK) in enumerate(rows):
             yield _row(f"sample-{begin + place:09d}", next(samples, None), values_SK, ids_SK)

@@ -178,6 +178,26 @@ def test_a_cache_without_tokens_or_ranks_is_refused(tmp_path: Path) -> None:
         imported(tmp_path / "cache", tmp_path / "e", "megatron", samples=str(samples), vocab_size=VOCAB)
 
 
+@pytest.mark.parametrize("name", ["99999999999999999", "9" * 30])
+def test_an_iteration_of_any_number_takes_no_time(tmp_path: Path, name: str) -> None:
+    """Samples that the cache leaves out are passed over, and a name may say that these are any number."""
+    values = np.log(np.full((1, 4, 3, 2), 0.25))
+    ids = np.broadcast_to([5, 6], values.shape).copy()
+    megatron_saves(tmp_path / "made", values, ids, dp=1, mbs=1, version=2)
+    (tmp_path / "cache").mkdir()
+    with (
+        tarfile.open(tmp_path / "made/dp0__0.tar") as made,
+        tarfile.open(tmp_path / "cache/dp0__0.tar", "w") as archive,
+    ):
+        for member in made:
+            content = made.extractfile(member)
+            member.name = member.name.replace("0.pt.zst", f"{name}.pt.zst")
+            archive.addfile(member, content)
+    samples = write_jsonl(tmp_path / "s.jsonl", [{"input_ids": [1, 2, 3, 4]}] * 3)
+    with pytest.raises(DataError):
+        imported(tmp_path / "cache", tmp_path / "d", "megatron", samples=str(samples), vocab_size=VOCAB)
+
+
 class Hostile:
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("hostile"),)

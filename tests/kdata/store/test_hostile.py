@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import kdata
 from kdata.check.verify import verify
-from kdata.errors import CorruptError
+from kdata.errors import CorruptError, KdataError
 from kdata.format.files import file_info
 from kdata.format.manifest import digest_of, json_bytes
 from kdata.format.schema import NO_IDENTITY, canonical_json, json_digest
@@ -101,6 +102,25 @@ def refused(root: Path, reason: str) -> None:
     with pytest.raises(CorruptError, match=reason):
         list(dataset)
     assert [p.path for p in verify(kdata.open(root), deep=True)] == ["data/capture-00000.arrow"]
+
+
+def test_text_of_the_index_that_is_no_utf_8_is_damage(copied: Path) -> None:
+    """pyarrow reads it from Parquet as it is; nothing shows before Python asks for the value."""
+    path = copied / "index/capture-00000.parquet"
+    table = pq.read_table(path)
+    texts = pa.array([b"\xac", *[b"text"] * (table.num_rows - 1)]).view(pa.string())
+    place = table.schema.get_field_index("text")
+    pq.write_table(table.set_column(place, table.schema.field("text"), texts), path)
+
+    def with_new_digest(line: dict[str, Any]) -> None:
+        if line["name"] == "capture-00000":
+            line["files"]["index/capture-00000.parquet"] = file_info(path).model_dump()
+
+    rewrite_lines(copied, with_new_digest)
+    with pytest.raises(CorruptError, match="UTF8"):
+        list(kdata.open(copied))
+    with pytest.raises(KdataError, match=r"(?i)utf"):
+        kdata.open(copied).sql("select text from rows")
 
 
 @pytest.fixture
