@@ -57,6 +57,7 @@ def histogram_of(found: Iterable[dict[str, Any]], part: int) -> dict[str, Any]:
             continue
         width = one["high"] / BINS - one["low"] / BINS or 1.0
         edges = [one["low"] + width * n for n in range(BINS + 1)]
+        edges[-1] = max(edges[-1], one["high"])  # rounding may put it below the largest value
         counts["all"][one["bin"]], counts["chosen"][one["bin"]] = one["every"], one["chosen"]
     return {"edges": edges, **counts} if edges else {"edges": [], "all": [], "chosen": []}
 

@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import kdata
@@ -25,6 +27,7 @@ from kdata.errors import ConfigError, DataError, MissingError, OutOfRangeError, 
 from kdata.pipelines.cli.main import app
 from kdata.pipelines.view import values
 from kdata.pipelines.view.export import export
+from kdata.pipelines.view.overview import histogram_of
 from kdata.pipelines.view.server import ViewServer
 from kdata.pipelines.view.values import View
 from kdata.selection.query import Sql
@@ -137,6 +140,13 @@ def test_the_overview_is_what_sql_says(scored: kdata.Dataset, choice: dict[str, 
         counted, _ = np.histogram([row[key] for row in rows if row["id"] in chosen], np.array(one["edges"]))
         assert np.abs(np.cumsum(one["chosen"]) - np.cumsum(counted)).max() <= 1  # a value at an edge
     json.dumps(got, allow_nan=False)
+
+
+@given(low=st.floats(-1e6, 1e6), span=st.floats(0, 1e6))
+def test_the_last_bin_has_the_largest_value(low: float, span: float) -> None:
+    found = {"part": 0, "bin": 0, "every": 1, "chosen": 0, "low": low, "high": low + span}
+    edges = histogram_of([found], 0)["edges"]
+    assert edges[0] == low and edges[-1] >= low + span
 
 
 def test_rows_of_a_bin_of_differences_in_random_order(scored: kdata.Dataset) -> None:
