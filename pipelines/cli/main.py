@@ -33,7 +33,7 @@ from typer.main import get_command
 
 import kdata
 from kdata.errors import ConfigError, KdataError, redacted
-from kdata.observe.terminal import PlainConsole
+from kdata.observe.terminal import PlainConsole, prepare_streams
 from kdata.observe.text import visible
 from kdata.teachers.environment import set_environment
 
@@ -290,11 +290,21 @@ def flush_output() -> None:
         raise
 
 
+def refuse_bytes(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for an argument that is no text: Arrow and DuckDB take names of files in UTF-8 only."""
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise ConfigError(
+                f"{argument} is not UTF-8 text, or the locale is not; rename the file, or set LC_ALL=C.UTF-8"
+            )
+
+
 def call(arguments: Sequence[str]) -> int:
     """Run a command, print an error as one line on stderr, and return the exit status."""
     errors = PlainConsole(stderr=True, soft_wrap=True)
     try:
         try:
+            refuse_bytes(arguments)
             status = get_command(app).main(list(arguments), prog_name="kdata", standalone_mode=False) or 0
         finally:
             flush_output()
@@ -338,6 +348,7 @@ class VisibleFormatter(logging.Formatter):
 
 def main() -> None:
     """Entry point."""
+    prepare_streams()
     set_environment()
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(VisibleFormatter())

@@ -387,3 +387,33 @@ def test_output_to_a_full_disk_is_one_line(world: World) -> None:
         )
     assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith("free some space on the disk")
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_the_output_s_encoding_lacks_is_an_escape(world: World, encoding: str) -> None:
+    text, dataset = "\u00fc\u0416\U0001f600", str(world.root / "dataset")
+    for format in ("json", "table"):
+        arguments = [*COMMAND, "sql", dataset, f"select '{text}' as v", "--format", format]
+        done = subprocess.run(
+            arguments, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=True
+        )
+        printed = done.stdout.decode(encoding)
+        if format == "json":
+            assert json.loads(printed) == [{"v": text}]
+        assert "\\u0416\\ud83d\\ude00" in printed
+
+
+@pytest.mark.parametrize(("closed", "status"), [((1,), 0), ((0, 1, 2), 0), ((2,), 1)])
+def test_a_closed_stream_is_the_null_device(world: World, closed: tuple[int, ...], status: int, tmp_path: Path) -> None:
+    """No file that the command opens gets the number of a stream."""
+    dataset = world.root / ("nowhere" if status else "dataset")
+    shell = f'"$@" {" ".join(f"{number}>&-" for number in closed)}'
+    arguments = ["sh", "-c", shell, "sh", *COMMAND, "head", str(dataset), str(tmp_path / "copy"), "--num-rows", "3"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert status or call(["verify", str(tmp_path / "copy"), "--deep"]) == 0
+
+
+def test_a_name_that_is_not_utf_8_is_refused(world: World) -> None:
+    status, line = world.fails(["info", os.fsdecode(b"d\xff")])
+    assert status == 2 and "d\\udcff is not UTF-8 text" in line and "rename" in line
