@@ -19,13 +19,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from types import TracebackType
-from typing import Annotated, Any, NamedTuple
+from types import FrameType, TracebackType
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -35,6 +37,7 @@ import kdata
 from kdata.errors import ConfigError, KdataError, redacted
 from kdata.observe.terminal import PlainConsole, prepare_streams
 from kdata.observe.text import visible
+from kdata.pipelines.cli import STOPPED
 from kdata.teachers.environment import set_environment
 
 
@@ -281,6 +284,15 @@ def status_and_text(error: BaseException) -> tuple[int, str]:
     return 1, f"{text}; {advice}"
 
 
+interrupted = threading.Event()  # Ctrl-C was pressed, whatever became of the exception
+
+
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """What a signal of Ctrl-C does: note it, and raise KeyboardInterrupt."""
+    interrupted.set()
+    raise KeyboardInterrupt
+
+
 def flush_output() -> None:
     """Write what is buffered; where that fails, drop it, so that the interpreter does not try again. Raises OSError."""
     try:
@@ -306,6 +318,10 @@ def call(arguments: Sequence[str]) -> int:
         try:
             refuse_bytes(arguments)
             status = get_command(app).main(list(arguments), prog_name="kdata", standalone_mode=False) or 0
+        except Exception as error:  # numpy makes an ImportError of it, DuckDB an error of its own
+            if interrupted.is_set():
+                raise KeyboardInterrupt from error
+            raise
         finally:
             flush_output()
     except BrokenPipeError:  # whoever read the output has seen enough: `kdata sql ... | head`
@@ -327,7 +343,7 @@ def call(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         status = 130
     if status == 130:
-        errors.print("stopped; the same command continues where it was")
+        errors.print(STOPPED)
     return int(status)
 
 
@@ -349,6 +365,8 @@ class VisibleFormatter(logging.Formatter):
 def main() -> None:
     """Entry point."""
     prepare_streams()
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
     set_environment()
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(VisibleFormatter())

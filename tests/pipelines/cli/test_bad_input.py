@@ -9,9 +9,11 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -364,6 +366,50 @@ def test_ctrl_c_says_that_the_same_command_continues(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(look.kdata, "open", stop, raising=False)
     assert call(world.arguments("info")) == 130
     assert world.capsys.readouterr().err == "stopped; the same command continues where it was\n"
+
+
+def test_ctrl_c_of_which_a_library_made_another_error_is_still_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    def stop(*arguments: Any) -> NoReturn:
+        try:
+            main.interrupt(signal.SIGINT, None)
+        except KeyboardInterrupt:
+            raise ImportError("numpy._core.multiarray failed to import") from None
+
+    monkeypatch.setattr(main, "interrupted", threading.Event())
+    monkeypatch.setattr(look.kdata, "open", stop, raising=False)
+    assert call(world.arguments("info")) == 130
+    assert world.capsys.readouterr().err == "stopped; the same command continues where it was\n"
+
+
+# Sends itself Ctrl-C when a module is looked for.
+AT_IMPORT = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from kdata.pipelines.cli.start import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "numpy", "kdata.pipelines.cli.look"])
+def test_ctrl_c_while_libraries_are_loaded_is_one_line(world: World, module: str) -> None:
+    arguments = [sys.executable, "-c", AT_IMPORT.replace("{module}", module), "info", str(world.root / "dataset")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "stopped; the same command continues where it was\n")
+
+
+def test_ctrl_c_ends_a_query(world: World) -> None:
+    """DuckDB would look for no signal before the end of the query, which is hours away."""
+    query = "select count(*) from range(1000000000000) t(a) where a % 7 = 3"
+    code = "import os, signal, threading; threading.Timer(4, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+    arguments = [sys.executable, "-c", code + COMMAND[-1], "sql", str(world.root / "dataset"), query]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "stopped; the same command continues where it was\n")
 
 
 COMMAND = [sys.executable, "-c", "from kdata.pipelines.cli.main import main; main()"]
