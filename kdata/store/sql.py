@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, TypeVar
+from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args
 
 import duckdb
 import pyarrow as pa
@@ -514,8 +514,10 @@ def _leaf_types(kind: Any) -> Iterator[str]:
 def _shown(relation: duckdb.DuckDBPyRelation, values: Values) -> tuple[duckdb.DuckDBPyRelation, list[bool]]:
     """The relation with columns for `values` of `query`, and which of them are JSON.
 
-    Raises QueryError for a column whose type Arrow lacks.
+    Raises QueryError for a column whose type Arrow lacks, ConfigError for other `values`.
     """
+    if values not in get_args(Values):
+        raise ConfigError(f"values={values!r}: use one of {', '.join(get_args(Values))}")
     if values == "arrow":
         for name, kind in zip(relation.columns, relation.types, strict=True):
             if lacking := sorted(NOT_IN_ARROW & set(_leaf_types(kind))):
