@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numba
 import numpy as np
 
 from kdata.errors import DataError
+from kdata.format.compiled import compiled
 from kdata.format.kept import draw_mask, mix64
 from kdata.format.sequences import Sequences
 
@@ -149,7 +149,7 @@ def co_moments(
     return Moments(pairs_BB, sums_BB / np.maximum(pairs_BB, 1.0)), positions
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _add_pairs(
     ends: np.ndarray,
     column_N: np.ndarray,

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-import numba
 import numpy as np
 import pyarrow as pa
 
 from kdata.errors import ShapeError
+from kdata.format.compiled import compiled
 
 LEAST_COUNT = 4  # below, naming an id costs more than its place among the common ones saves
 DIRECT, PER_DOUBLING = 128, 8
@@ -131,7 +131,7 @@ def _codes(values_N: np.ndarray) -> np.ndarray:
     return (np.searchsorted(LEAST_VALUE, values_N, side="right") - 1).astype(np.uint8)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _put_bits(
     values_N: np.ndarray, codes_N: np.ndarray, offsets: np.ndarray, at: np.ndarray, bits: np.ndarray,
     least: np.ndarray, num_bits: np.ndarray,
@@ -171,7 +171,7 @@ def decode_values(parts: list[tuple[np.ndarray, np.ndarray]], bits: np.ndarray, 
     return found
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _take_bits(
     codes_N: np.ndarray, offsets: np.ndarray, at: np.ndarray, bits: np.ndarray, least: np.ndarray,
     num_bits: np.ndarray, values_N: np.ndarray,
@@ -209,7 +209,7 @@ def steps_of_draws(numbers_D: np.ndarray, num_drawn_T: np.ndarray) -> np.ndarray
     return steps_D
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _steps_of_draws(numbers_D: np.ndarray, num_drawn_T: np.ndarray, steps_D: np.ndarray) -> None:
     begin = 0
     for t in range(len(num_drawn_T)):
@@ -235,7 +235,7 @@ def ids_of_draws(steps_D: np.ndarray, num_drawn_T: np.ndarray, id_of_V: np.ndarr
     return ids_D
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _ids_of_draws(steps_D: np.ndarray, num_drawn_T: np.ndarray, id_of_V: np.ndarray, ids_D: np.ndarray) -> bool:
     """Each id goes to the place that the number of smaller ones says: for 20 ids 4 times as fast as sorting by insertion."""
     n = 0

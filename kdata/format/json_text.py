@@ -71,12 +71,12 @@ def parse_json(content: bytes | str, limit: int = MAX_DOCUMENT_BYTES, *, finite:
 
 
 def parse_row(content: bytes | str) -> Any:
-    """The value of a JSON text that is a row of data. Raises DataError as `parse_json`."""
+    """The value of a JSON text in UTF-8 that is a row of data. Raises DataError as `parse_json`."""
     if len(content) > MAX_ROW_CHARACTERS:
         raise DataError(f"it has more than {MAX_ROW_CHARACTERS:,} characters")
     try:
         if isinstance(content, bytes):
-            content = content.decode(json.detect_encoding(content), "surrogatepass")
+            content = content.decode("utf-8-sig", "surrogatepass")  # in UTF-16 a line's end is half of a character
         value = json.loads(content)
     except RecursionError as error:
         raise DataError(f"lists and objects lie more than {MAX_DEPTH} deep inside of each other") from error

@@ -23,10 +23,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 
 from kdata.errors import DataError, ShapeError
+from kdata.format.compiled import compiled
 
 
 def join_bytes(planes: list[np.ndarray]) -> np.ndarray:
@@ -40,7 +40,7 @@ def join_bytes(planes: list[np.ndarray]) -> np.ndarray:
     return joined_N
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _join_bytes(
     low_N: np.ndarray, middle_N: np.ndarray, high_N: np.ndarray, has_high: bool, joined_N: np.ndarray
 ) -> None:
@@ -128,7 +128,7 @@ def encode_gaps(logprobs_N: np.ndarray, num_exact_T: np.ndarray) -> np.ndarray:
     return codes_N
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _encode_gaps(logprobs_N: np.ndarray, num_exact_T: np.ndarray, gap_steps: np.ndarray, codes_N: np.ndarray) -> int:
     n = 0
     for t in range(len(num_exact_T)):
@@ -169,7 +169,7 @@ def decode_gaps(codes_N: np.ndarray, num_exact_T: np.ndarray, log_tail_T: np.nda
     return logprobs_N
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _decode_gaps(
     codes_N: np.ndarray,
     num_exact_T: np.ndarray,
@@ -253,7 +253,7 @@ def decode_counts(
 _LOGS = np.log(np.maximum(np.arange(1 << 16, dtype=np.float64), 1))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _decode_counts(
     counts_D: np.ndarray, num_drawn_T: np.ndarray, log_tail_T: np.ndarray, num_draws: int,
     logs: np.ndarray, weights_D: np.ndarray, bits_D: np.ndarray,
@@ -292,7 +292,7 @@ def interleaved(
     return entries
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _interleave(
     exact_N: np.ndarray, draws_D: np.ndarray, num_exact_T: np.ndarray, num_drawn_T: np.ndarray, entries: np.ndarray
 ) -> None:
@@ -336,7 +336,7 @@ def compare_entries(
     return Compared(*sums, *masses)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _compare_entries(
     true_N: np.ndarray, stored_N: np.ndarray, num_exact_T: np.ndarray, num_drawn_T: np.ndarray, masses: np.ndarray
 ) -> tuple[float, float, float]:

@@ -9,8 +9,9 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
-import numba
 import numpy as np
+
+from kdata.format.compiled import compiled
 
 LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30  # beyond, a weighted sum in float32 is 0 or infinite
 
@@ -97,7 +98,7 @@ def position_problem(
     return row, f"the weight of position {position} is {weights[at]}; it must lie in 1e-30 to 1e30"
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _first_problem(
     offsets: np.ndarray, positions: np.ndarray, num_tokens: np.ndarray, weights: np.ndarray, bounds: np.ndarray
 ) -> tuple[int, int]:

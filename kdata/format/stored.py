@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-import numba
 import numpy as np
 import pyarrow as pa
 
 from kdata.errors import ShapeError
 from kdata.format import coded, packed
 from kdata.format.common_ids import CommonIds, decode_values, encode_values, ids_of_draws, steps_of_draws
+from kdata.format.compiled import compiled
 from kdata.format.schema import CodecInfo, is_coded, payload_schema
 
 IDS_KEY = b"kdata.common_ids"  # in the metadata of a shard's footer: the schema's would stand in the file twice
@@ -125,7 +125,7 @@ def _code_of(name: str, values: np.ndarray) -> np.ndarray:
     return _FLOATS[name].encode(values) if name in _FLOATS else coded.encode_whole(values)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _find_actual(
     input_ids_T: np.ndarray, rank_T: np.ndarray, num_exact_T: np.ndarray, exact_ids_N: np.ndarray,
     rank_codes_T: np.ndarray, given_N: np.ndarray,
@@ -281,7 +281,7 @@ class _Decoder:
         return _lists(ids_of_draws(self._entry_numbers[1], counts_T, self._common.id_of), ends)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _with_actual(
     input_ids_T: np.ndarray, place_T: np.ndarray, num_exact_T: np.ndarray, others: np.ndarray, ids_N: np.ndarray
 ) -> None:

@@ -25,9 +25,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numba import njit
 
 from kdata.errors import DependencyError
+from kdata.format.compiled import compiled
 from kdata.hygiene.words import ngrams
 
 SHINGLE_WORDS = 5
@@ -241,7 +241,7 @@ def _band(signature: np.ndarray, rows: np.ndarray, band: int) -> np.ndarray:
     return keys
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _band_keys(signature: Any, rows: Any, begin: int, count: int) -> Any:
     keys = np.empty(len(rows), np.uint64)
     for place in range(len(rows)):
@@ -253,7 +253,7 @@ def _band_keys(signature: Any, rows: Any, begin: int, count: int) -> Any:
     return keys
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _root(parents: Any, row: int) -> int:
     while parents[row] != row:
         parents[row] = parents[parents[row]]
@@ -261,7 +261,7 @@ def _root(parents: Any, row: int) -> int:
     return row
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _roots(parents: Any) -> Any:
     roots = np.empty(len(parents), np.int64)
     for row in range(len(parents)):
@@ -269,7 +269,7 @@ def _roots(parents: Any) -> Any:
     return roots
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _jaccard(shingles: Any, offsets: Any, a: int, b: int) -> float:
     """Jaccard similarity of two sets of shingles; of two empty ones 1."""
     i, end_i, j, end_j = offsets[a], offsets[a + 1], offsets[b], offsets[b + 1]
@@ -282,7 +282,7 @@ def _jaccard(shingles: Any, offsets: Any, a: int, b: int) -> float:
     return both / (total - both) if total else 1.0
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _join(
     keys: Any, rows: Any, parents: Any, signature: Any, shingles: Any, offsets: Any, threshold: float, least: float,
     window: int,
@@ -308,7 +308,7 @@ def _join(
         begin = end
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _similarities(kept: Any, shingles: Any, offsets: Any) -> Any:
     values = np.ones(len(kept), np.float32)
     for row in range(len(kept)):

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from kdata.corpus.files import FileRows
 from kdata.corpus.values import as_text
 from kdata.errors import DataError
+from kdata.format.compiled import compiled
 from kdata.format.records import RowError
 from kdata.hygiene.words import hashed, ngrams, normal_form, words_of
 
@@ -141,7 +141,7 @@ def overlap_of(words: list[str], words_W: np.ndarray, evaluation: EvaluationSet)
     return {f"{evaluation.name}_{key}": value for key, value in values.items()}
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _places(hashes: Any, near: Any, known: Any) -> Any:
     """Place of each hash among the known ones, which rise; -1 where it is not there."""
     places = np.full(len(hashes), -1, np.int64)

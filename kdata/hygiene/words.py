@@ -15,7 +15,8 @@ import unicodedata
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from kdata.format.compiled import compiled
 
 # Scripts that are written without spaces between words.
 _UNSPACED = (
@@ -58,7 +59,7 @@ def ngrams(words_W: np.ndarray, n: int) -> np.ndarray:
     return hashes
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _mixed(value: Any) -> Any:
     """The finalizer of SplitMix64: every bit of the result depends on every bit of the value."""
     value = (value ^ (value >> np.uint64(30))) * _MIX_A
@@ -66,7 +67,7 @@ def _mixed(value: Any) -> Any:
     return value ^ (value >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _hash_words(content: Any, count: int) -> Any:
     """FNV-1a of each word of a UTF-8 text with a word a line, mixed; and its number of characters."""
     hashes = np.empty(count, np.uint64)
@@ -83,7 +84,7 @@ def _hash_words(content: Any, count: int) -> Any:
     return hashes, chars
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _ngrams(words: Any, n: int) -> Any:
     hashes = np.empty(len(words) - n + 1, np.uint64)
     for begin in range(len(hashes)):
@@ -94,7 +95,7 @@ def _ngrams(words: Any, n: int) -> Any:
     return hashes
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def repeated(words: Any, chars: Any) -> Any:
     """Characters in repeated n-grams, int64 [9].
 

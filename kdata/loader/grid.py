@@ -8,8 +8,9 @@ Shapes: N entries, M positions, K columns.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from kdata.format.compiled import compiled
 
 
 def entry_grid(
@@ -40,7 +41,7 @@ def entry_grid(
     return grid_MK
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _entry_grid(
     first_M: np.ndarray, count_M: np.ndarray, values_N: np.ndarray, fill: np.generic, grid_MK: np.ndarray
 ) -> None:

@@ -199,7 +199,9 @@ class Dataset:
         return dict(sorted(counts.items(), key=str))
 
     def index(self, columns: list[str] | None = None) -> pa.Table:
-        """The readable index, one row per sequence in global row order."""
+        """The readable index, one row per sequence in global row order. Raises ConfigError for a column that it lacks."""
+        if isinstance(columns, str):
+            raise ConfigError(f"columns are a list of names; write [{columns!r}]")
         parts = [self.shard_index(entry, columns) for entry in self.manifest]
         if not parts:
             schema = index_schema()
@@ -415,9 +417,13 @@ class Dataset:
             rows: int64 [S], each in [0, num_rows).
         Raises:
             OutOfRangeError: there is no such row.
+            ShapeError: `rows` is no list of numbers; `data[mask]` takes a mask.
             CorruptError: a shard is not what was committed.
         """
-        located = np.stack(self.locate(np.asarray(rows, np.int64)), 1)
+        numbers = np.asarray(rows)
+        if numbers.ndim != 1 or (len(numbers) and numbers.dtype.kind not in "iu"):
+            raise ShapeError(f"take needs int64 [S], one row number each, got {numbers.dtype} {list(numbers.shape)}")
+        located = np.stack(self.locate(numbers.astype(np.int64)), 1)
         begins = np.flatnonzero(
             (np.diff(located, axis=0, prepend=-1) != (0, 0, 1)).any(1)
         )  # of runs of neighbours within a record batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 from kdata.errors import ConfigError, MissingError
 from kdata.store.dataset import Dataset
@@ -22,11 +23,14 @@ def open_dataset(path: str | Path, *, check: Check = "first") -> Dataset:
             queries and selection read parts of index, rejects and scores, which have no digests, so with first these views
             are in `unchecked`, too. whole: such files are copied and compared first; in a folder the same as first.
     Raises:
+        ConfigError: `path` is a file, or `check` is none of these.
         MissingError: nothing there.
         FormatError: written by a newer major version.
         CorruptError: dataset.json or manifest.jsonl is damaged.
         StorageError: the URL cannot be read.
     """
+    if check not in get_args(Check):
+        raise ConfigError(f"check={check!r}: use one of {', '.join(get_args(Check))}")
     if "://" in str(path):
         return RemoteDataset(str(path), check=check)
     local = Path(path)

@@ -13,11 +13,13 @@ from __future__ import annotations
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args
 
 import duckdb
 import pyarrow as pa
@@ -43,6 +45,7 @@ from kdata.store.token_views import named_scores, token_views
 
 Values = Literal["arrow", "text", "json"]
 Check = Literal["first", "later", "whole"]
+T = TypeVar("T")
 
 
 class Queryable(TokenSource, Protocol):
@@ -332,9 +335,9 @@ def query(dataset: Queryable, text: str, parameters: Parameters = None, values: 
         StorageError: a disk refused.
         CorruptError, MissingError, MismatchError: see `connect`, or a payload is not what was committed.
     """
-    with _relation_of(dataset, text, parameters) as (relation, _):
+    with _relation_of(dataset, text, parameters) as (connection, relation, _):
         shown, is_json = _shown(relation, values)
-        return _strict(shown.to_arrow_table(), is_json, relation.columns)
+        return _strict(interruptible(connection, shown.to_arrow_table), is_json, relation.columns)
 
 
 @contextmanager
@@ -345,24 +348,37 @@ def query_stream(
 
     DuckDB works while the stream is read, so the errors of `query` may come between two record batches.
     """
-    with _relation_of(dataset, text, parameters) as (relation, failures):
+    with _relation_of(dataset, text, parameters) as (connection, relation, failures):
         shown, is_json = _shown(relation, values)
-        reader = shown.to_arrow_reader(ROWS_AT_A_TIME)
+        reader = interruptible(connection, lambda: shown.to_arrow_reader(ROWS_AT_A_TIME))
         schema = _strict(reader.schema.empty_table(), is_json, relation.columns).schema
 
         def batches() -> Iterator[pa.RecordBatch]:
             while True:
                 try:
-                    batch = reader.read_next_batch()
-                except StopIteration:
-                    return
+                    batch = interruptible(connection, lambda: next(reader, None))
                 except (OSError, pa.ArrowException) as error:  # what ended the query behind its first record batch
                     if failures:
                         raise failures[0] from error
                     raise_named(dataset, text, _duckdb_error(error))
+                if batch is None:
+                    return
                 yield from _strict(pa.Table.from_batches([batch]), is_json, relation.columns).to_batches()
 
         yield pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def interruptible(connection: duckdb.DuckDBPyConnection, work: Callable[[], T]) -> T:
+    """What `work` returns, and Ctrl-C ends it: DuckDB looks for no signal while it makes Arrow's tables and streams."""
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(work)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            while not future.done():  # it may not have begun
+                connection.interrupt()
+                time.sleep(0.01)
+            raise
 
 
 def _duckdb_error(error: Exception) -> duckdb.Error:
@@ -373,8 +389,8 @@ def _duckdb_error(error: Exception) -> duckdb.Error:
 @contextmanager
 def _relation_of(
     dataset: Queryable, text: str, parameters: Parameters
-) -> Iterator[tuple[duckdb.DuckDBPyRelation, list[KdataError]]]:
-    """One query, not yet run, and the errors that ended its streams so far.
+) -> Iterator[tuple[duckdb.DuckDBPyConnection, duckdb.DuckDBPyRelation, list[KdataError]]]:
+    """A connection, one query of it, not yet run, and the errors that ended its streams so far.
 
     What DuckDB raises until the end is raised as an error of kdata, see `query`.
     """
@@ -384,7 +400,7 @@ def _relation_of(
             try:
                 refuse_writing(connection, text)
                 with token_views(connection, dataset, reads, text, parameters) as failures:
-                    yield _bound(connection, text, parameters), failures
+                    yield connection, _bound(connection, text, parameters), failures
             except duckdb.Error as error:
                 raise_named(dataset, text, error)
     except duckdb.Error as error:
@@ -498,8 +514,10 @@ def _leaf_types(kind: Any) -> Iterator[str]:
 def _shown(relation: duckdb.DuckDBPyRelation, values: Values) -> tuple[duckdb.DuckDBPyRelation, list[bool]]:
     """The relation with columns for `values` of `query`, and which of them are JSON.
 
-    Raises QueryError for a column whose type Arrow lacks.
+    Raises QueryError for a column whose type Arrow lacks, ConfigError for other `values`.
     """
+    if values not in get_args(Values):
+        raise ConfigError(f"values={values!r}: use one of {', '.join(get_args(Values))}")
     if values == "arrow":
         for name, kind in zip(relation.columns, relation.types, strict=True):
             if lacking := sorted(NOT_IN_ARROW & set(_leaf_types(kind))):

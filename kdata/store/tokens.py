@@ -117,7 +117,7 @@ class TokenText:
 
     def of_ids(self, token_ids: np.ndarray) -> list[str]:
         """`of_id` of each of token_ids int [T]."""
-        return [self.of_id(token_id) for token_id in token_ids.tolist()]
+        return [self.of_id(token_id) for token_id in np.asarray(token_ids).tolist()]
 
     def column(self, token_ids: np.ndarray) -> pa.Array:
         """`of_id` of each of token_ids int32 [T], dictionary-encoded; null where the dataset carries no tokenizer.

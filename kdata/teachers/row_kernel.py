@@ -17,6 +17,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from kdata.format.compiled import compiled
+
 BLOCK = 64  # ids whose largest value, or whose sum, is looked at before the ids themselves
 FLOOR = np.float32(-87.0)  # below it exp is no normal float32: taken as 0
 BELOW_1 = float(np.nextafter(1.0, 0.0))  # the largest uniform: rounding may reach 1
@@ -56,7 +58,7 @@ def _exp(x):
     return y * _float_of_bits((n + np.int32(127)) << np.int32(23))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def any_bad(logits_CV):
     """True where a logit is NaN or +inf. Apart from the rest, whose arithmetic takes for granted that none is."""
     for c in range(logits_CV.shape[0]):
@@ -68,7 +70,7 @@ def any_bad(logits_CV):
     return False
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_FAST)
+@compiled(fastmath=_FAST)
 def reduce_rows(
     logits_CV, own_C, uniforms_CN, threshold,
     logprob_C, rank_C, entropy_C, log_tail_C, ids_CK, logprobs_CK, draws_CN,
@@ -131,7 +133,7 @@ def _ordered(bits):
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
-@numba.njit(cache=True, nogil=True, forceinline=True)
+@compiled(forceinline=True)
 def _largest(bits_V, largest_B):
     """The largest value of each block of a row, given as its bits (int32), into largest_B; returns the largest of all."""
     width = len(bits_V)
@@ -147,7 +149,7 @@ def _largest(bits_V, largest_B):
     return largest_B.max()
 
 
-@numba.njit(cache=True, nogil=True, forceinline=True, fastmath={"contract"})
+@compiled(forceinline=True, fastmath={"contract"})
 def _exponentials(z, top, p, weighted):
     """p = exp(z - top), 0 where that is no normal float32; weighted = p (z - top)."""
     for v in range(len(z)):
@@ -158,7 +160,7 @@ def _exponentials(z, top, p, weighted):
         weighted[v] = e * inside
 
 
-@numba.njit(cache=True, nogil=True, forceinline=True, fastmath=_FAST)
+@compiled(forceinline=True, fastmath=_FAST)
 def _sums(z, own, p, weighted_V, sums_B):
     """Sums of p in each block; returns the sum of p, that of weighted_V, and how many logits exceed `own`."""
     width, total, weighted, above = len(z), 0.0, 0.0, 0
@@ -183,7 +185,7 @@ def _sums(z, own, p, weighted_V, sums_B):
     return total, weighted, above
 
 
-@numba.njit(cache=True, nogil=True, forceinline=True, fastmath=_FAST)
+@compiled(forceinline=True, fastmath=_FAST)
 def _sum_block(p, b, sums_B):
     part = np.float32(0)
     for v in range(b * BLOCK, min((b + 1) * BLOCK, len(p))):
@@ -191,7 +193,7 @@ def _sum_block(p, b, sums_B):
     sums_B[b] = part
 
 
-@numba.njit(cache=True, nogil=True, forceinline=True, fastmath=_FAST)
+@compiled(forceinline=True, fastmath=_FAST)
 def _top(z, largest_B, ids_K, best_K):
     """The K largest values and their ids, falling; equal values by rising id.
 
@@ -212,7 +214,7 @@ def _top(z, largest_B, ids_K, best_K):
                 filled = _insert(best_K, ids_K, filled, z[v], v)
 
 
-@numba.njit(cache=True, nogil=True, forceinline=True, fastmath=_FAST)
+@compiled(forceinline=True, fastmath=_FAST)
 def _above(z, largest_B, top, lse, log_threshold, ids_K, best_K):
     """The values whose log-probability, as float32, is log_threshold or more, and their ids, as in `_top`; returns how many.
 
@@ -234,7 +236,7 @@ def _above(z, largest_B, top, lse, log_threshold, ids_K, best_K):
     return 0
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled(inline="always")
 def _insert(best_K, ids_K, filled, value, number):
     """Put a value into its place of a falling list of at most K, behind equal ones; returns how many there are."""
     k = len(best_K)
@@ -250,7 +252,7 @@ def _insert(best_K, ids_K, filled, value, number):
     return min(filled + 1, k)
 
 
-@numba.njit(cache=True, nogil=True, forceinline=True, fastmath=_FAST)
+@compiled(forceinline=True, fastmath=_FAST)
 def _draw(p, sums_B, rest, uniforms_N, draws_N):
     """Ids whose share of the running sum of p covers each (rising) uniform; -1 where nothing is left to draw from."""
     n, drawn, before, last = len(uniforms_N), 0, 0.0, -1

@@ -19,13 +19,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from types import TracebackType
-from typing import Annotated, Any, NamedTuple
+from types import FrameType, TracebackType
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -33,8 +35,9 @@ from typer.main import get_command
 
 import kdata
 from kdata.errors import ConfigError, KdataError, redacted
-from kdata.observe.terminal import PlainConsole
+from kdata.observe.terminal import PlainConsole, prepare_streams
 from kdata.observe.text import visible
+from kdata.pipelines.cli import STOPPED
 from kdata.teachers.environment import set_environment
 
 
@@ -281,6 +284,15 @@ def status_and_text(error: BaseException) -> tuple[int, str]:
     return 1, f"{text}; {advice}"
 
 
+interrupted = threading.Event()  # Ctrl-C was pressed, whatever became of the exception
+
+
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """What a signal of Ctrl-C does: note it, and raise KeyboardInterrupt."""
+    interrupted.set()
+    raise KeyboardInterrupt
+
+
 def flush_output() -> None:
     """Write what is buffered; where that fails, drop it, so that the interpreter does not try again. Raises OSError."""
     try:
@@ -290,12 +302,26 @@ def flush_output() -> None:
         raise
 
 
+def refuse_bytes(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for an argument that is no text: Arrow and DuckDB take names of files in UTF-8 only."""
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise ConfigError(
+                f"{argument} is not UTF-8 text, or the locale is not; rename the file, or set LC_ALL=C.UTF-8"
+            )
+
+
 def call(arguments: Sequence[str]) -> int:
     """Run a command, print an error as one line on stderr, and return the exit status."""
     errors = PlainConsole(stderr=True, soft_wrap=True)
     try:
         try:
+            refuse_bytes(arguments)
             status = get_command(app).main(list(arguments), prog_name="kdata", standalone_mode=False) or 0
+        except Exception as error:  # numpy makes an ImportError of it, DuckDB an error of its own
+            if interrupted.is_set():
+                raise KeyboardInterrupt from error
+            raise
         finally:
             flush_output()
     except BrokenPipeError:  # whoever read the output has seen enough: `kdata sql ... | head`
@@ -317,7 +343,7 @@ def call(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         status = 130
     if status == 130:
-        errors.print("stopped; the same command continues where it was")
+        errors.print(STOPPED)
     return int(status)
 
 
@@ -338,6 +364,9 @@ class VisibleFormatter(logging.Formatter):
 
 def main() -> None:
     """Entry point."""
+    prepare_streams()
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
     set_environment()
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(VisibleFormatter())

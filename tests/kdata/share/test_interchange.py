@@ -330,6 +330,28 @@ def test_ids_that_32_bits_do_not_hold_do_not_become_others(tmp_path: Path) -> No
     assert as_ids(pa.nulls(1)).tolist() == [-1]
 
 
+def test_logarithms_to_base_two_are_refused_unless_they_are_said_to_be_natural(tmp_path: Path) -> None:
+    """They sum to less than natural ones, so no sum above 1 shows them."""
+    logprobs_PV = np.log(np.random.default_rng(0).dirichlet(np.full(10, 0.4), size=300).clip(1e-6))
+    lists = [[], *logprobs_PV[:, :8].tolist()]
+    row = plain_row(input_ids=[3] * 301, topk_ids=[[], *[list(range(8))] * 300], topk_logprobs=lists)
+    _, report = imported(write_jsonl(tmp_path / "e.jsonl", [row]), tmp_path / "e", "plain", vocab_size=10)
+    assert report.positions == 300
+    two = write_jsonl(tmp_path / "two.jsonl", [{**row, "topk_logprobs": [[x / np.log(2) for x in y] for y in lists]}])
+    with pytest.raises(DataError, match=r"base 2.* not one of 300 positions .*--values logprobs"):
+        imported(two, tmp_path / "two", "plain", vocab_size=10)
+    dataset, _ = imported(two, tmp_path / "two", "plain", vocab_size=10, values="logprobs")
+    assert dataset.num_rows == 1
+
+
+def test_a_file_in_utf_16_is_refused(tmp_path: Path) -> None:
+    """Every second line of it could be read, as the line's end is half of a character."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [plain_row(id=name) for name in "abcd"])
+    rows.write_bytes(rows.read_text().encode("utf-16"))
+    with pytest.raises(DataError, match=r"not one row could be imported.*line 1 of rows.jsonl is not JSON"):
+        imported(rows, tmp_path / "d", "plain", vocab_size=10)
+
+
 def test_sums_above_one_are_kept_masked_or_refused(tmp_path: Path) -> None:
     over = plain_row(topk_logprobs=[[], [-0.1, -0.2], [-0.25]])
     source = write_jsonl(tmp_path / "rows.jsonl", [over, plain_row(id="b")])

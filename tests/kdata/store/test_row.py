@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import kdata
-from kdata.errors import CorruptError, DependencyError, MissingError, OutOfRangeError, ShapeError
+from kdata.errors import ConfigError, CorruptError, DependencyError, MissingError, OutOfRangeError, ShapeError
 from kdata.format.files import file_info
 from kdata.store.dataset import Dataset
 from tests.fakes import CHATML, run_capture, run_generate, save_tokenizer, write_jsonl
@@ -140,6 +140,23 @@ def test_other_indexes_are_refused(hybrid: Dataset, rows: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- no tokenizer
+
+
+@pytest.mark.parametrize("rows", [np.array([1.5]), np.ones(3, bool), np.zeros((2, 2), np.int64), 3])
+def test_take_refuses_what_is_no_list_of_numbers(hybrid: Dataset, rows: Any) -> None:
+    """1.5 would be row 1, and a mask rows 0 and 1."""
+    with pytest.raises(ShapeError, match=r"take needs int64 \[S\]"):
+        hybrid.take(rows)
+    assert len(hybrid.take([])) == 0 and len(hybrid.take([1, 0])) == 2  # type: ignore[arg-type]
+
+
+def test_a_wrong_choice_or_name_is_refused(hybrid: Dataset) -> None:
+    with pytest.raises(ConfigError, match="check='hole': use one of first, later, whole"):
+        kdata.open(hybrid.path, check="hole")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="values='dicts': use one of arrow, text, json"):
+        hybrid.sql("select 1", values="dicts")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"write \['id'\]"):
+        hybrid.index("id")  # type: ignore[arg-type]
 
 
 def test_without_tokenizer_files_only_tokens_fail(hybrid: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

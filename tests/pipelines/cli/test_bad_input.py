@@ -9,9 +9,11 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -366,6 +368,50 @@ def test_ctrl_c_says_that_the_same_command_continues(monkeypatch: pytest.MonkeyP
     assert world.capsys.readouterr().err == "stopped; the same command continues where it was\n"
 
 
+def test_ctrl_c_of_which_a_library_made_another_error_is_still_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    def stop(*arguments: Any) -> NoReturn:
+        try:
+            main.interrupt(signal.SIGINT, None)
+        except KeyboardInterrupt:
+            raise ImportError("numpy._core.multiarray failed to import") from None
+
+    monkeypatch.setattr(main, "interrupted", threading.Event())
+    monkeypatch.setattr(look.kdata, "open", stop, raising=False)
+    assert call(world.arguments("info")) == 130
+    assert world.capsys.readouterr().err == "stopped; the same command continues where it was\n"
+
+
+# Sends itself Ctrl-C when a module is looked for.
+AT_IMPORT = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from kdata.pipelines.cli.start import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "numpy", "kdata.pipelines.cli.look"])
+def test_ctrl_c_while_libraries_are_loaded_is_one_line(world: World, module: str) -> None:
+    arguments = [sys.executable, "-c", AT_IMPORT.replace("{module}", module), "info", str(world.root / "dataset")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "stopped; the same command continues where it was\n")
+
+
+def test_ctrl_c_ends_a_query(world: World) -> None:
+    """DuckDB would look for no signal before the end of the query, which is hours away."""
+    query = "select count(*) from range(1000000000000) t(a) where a % 7 = 3"
+    code = "import os, signal, threading; threading.Timer(4, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+    arguments = [sys.executable, "-c", code + COMMAND[-1], "sql", str(world.root / "dataset"), query]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "stopped; the same command continues where it was\n")
+
+
 COMMAND = [sys.executable, "-c", "from kdata.pipelines.cli.main import main; main()"]
 
 
@@ -387,3 +433,33 @@ def test_output_to_a_full_disk_is_one_line(world: World) -> None:
         )
     assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith("free some space on the disk")
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_the_output_s_encoding_lacks_is_an_escape(world: World, encoding: str) -> None:
+    text, dataset = "\u00fc\u0416\U0001f600", str(world.root / "dataset")
+    for format in ("json", "table"):
+        arguments = [*COMMAND, "sql", dataset, f"select '{text}' as v", "--format", format]
+        done = subprocess.run(
+            arguments, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=True
+        )
+        printed = done.stdout.decode(encoding)
+        if format == "json":
+            assert json.loads(printed) == [{"v": text}]
+        assert "\\u0416\\ud83d\\ude00" in printed
+
+
+@pytest.mark.parametrize(("closed", "status"), [((1,), 0), ((0, 1, 2), 0), ((2,), 1)])
+def test_a_closed_stream_is_the_null_device(world: World, closed: tuple[int, ...], status: int, tmp_path: Path) -> None:
+    """No file that the command opens gets the number of a stream."""
+    dataset = world.root / ("nowhere" if status else "dataset")
+    shell = f'"$@" {" ".join(f"{number}>&-" for number in closed)}'
+    arguments = ["sh", "-c", shell, "sh", *COMMAND, "head", str(dataset), str(tmp_path / "copy"), "--num-rows", "3"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert status or call(["verify", str(tmp_path / "copy"), "--deep"]) == 0
+
+
+def test_a_name_that_is_not_utf_8_is_refused(world: World) -> None:
+    status, line = world.fails(["info", os.fsdecode(b"d\xff")])
+    assert status == 2 and "d\\udcff is not UTF-8 text" in line and "rename" in line
