@@ -55,7 +55,7 @@ class Queryable(TokenSource, Protocol):
 
     @property
     def sql_filesystem(self) -> Any:
-        """The fsspec file system through which DuckDB reads; None: the local one."""
+        """The fsspec file system through which DuckDB reads (`url_dataset.RangeFiles`); None: the local one."""
         ...
 
     @property
@@ -552,13 +552,15 @@ def name_damage(dataset: Queryable, error: duckdb.Error, text: str = "") -> None
     Args:
         text: the query; scores and plans whose names are in it are compared too.
     """
-    if dataset.sql_filesystem is None:  # otherwise the files stay at the URL
+    if dataset.sql_filesystem is None:
         for entry in dataset.manifest:
             for folder in ("index", "rejects") if entry.rejected else ("index",):
                 try:
                     dataset.checked_file(entry, folder)
                 except CorruptError as damage:
                     raise damage from error
+    elif not isinstance(error, (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException)):
+        dataset.sql_filesystem.forget()  # the next query fetches what this one may have stumbled over
     for kind, name in listed_views(dataset):
         if re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE):
             try:

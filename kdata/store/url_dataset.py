@@ -35,6 +35,7 @@ from kdata.store.dataset import Dataset
 from kdata.store.hub import HubStore
 from kdata.store.index import read_index, replaced
 from kdata.store.listed import COPIED, PLANS, SCORES, Kind, Listing, read_listing
+from kdata.store.ranges import KeptRanges, Ranges
 from kdata.store.sql import Check, files_view, unglobbed
 from kdata.store.url import Store, copy_of, mirror
 
@@ -53,7 +54,18 @@ class RangeFiles(AbstractFileSystem):
 
     def __init__(self, store: Store) -> None:
         super().__init__()
-        self._store = store
+        self._store, self._ranges = store, Ranges()
+        self._known: dict[str, FileInfo] = {}
+
+    def know(self, relative: str, info: FileInfo) -> str:
+        """Say what a file is by its manifest, so that its parts are kept in the cache; its name here."""
+        self._known[relative] = info
+        return f"{SCHEME}://{relative}"
+
+    def forget(self) -> None:
+        """Remove the kept parts of the files that were read, because something was wrong with one of them."""
+        for info in self._known.values():
+            self._ranges.forget(info.sha256)
 
     def _relative(self, path: str) -> str:
         """The path inside the store. Raises PermissionError where it leaves it."""
@@ -63,12 +75,18 @@ class RangeFiles(AbstractFileSystem):
         return str(pure)
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
-        return self._store.open_ranges(self._relative(path))
+        relative = self._relative(path)
+        info = self._known.get(relative)
+        if info is None:
+            return self._store.open_ranges(relative)
+        kept = {"ranges": self._ranges, "digest": info.sha256}
+        return self._store.open_ranges(relative, size=info.bytes, cache_type=KeptRanges.name, cache_options=kept)
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
         """Size and kind of a file."""
         relative = self._relative(path)
-        return {"name": relative, "size": self._store.size(relative), "type": "file"}
+        size = self._known[relative].bytes if relative in self._known else self._store.size(relative)
+        return {"name": relative, "size": size, "type": "file"}
 
     def glob(self, path: str, **options: Any) -> list[str]:
         """The file itself: names come in full, and a web server has no listings."""
@@ -260,6 +278,7 @@ class RemoteDataset(Dataset):
                 names = ", ".join(f'"{name}"' if name in there else f'null as "{name}"' for name in columns)
                 table = connection.sql(f"select {names} from part").to_arrow_table().cast(schema)
             except (duckdb.Error, pa.ArrowException, ValueError) as error:
+                self._files.forget()
                 for entry in entries:
                     self._refuse_replaced(entry)
                 raise StorageError(
@@ -267,6 +286,7 @@ class RemoteDataset(Dataset):
                     "again, and see `kdata verify` where that does not help"
                 ) from error
         if table.num_rows != sum(entry.rows for entry in entries):
+            self._files.forget()
             raise CorruptError(
                 f"{self.place}: the index has {table.num_rows:,} rows, and the manifest says "
                 f"{sum(entry.rows for entry in entries):,}; restore it from a copy"
@@ -282,6 +302,7 @@ class RemoteDataset(Dataset):
         theirs = read_index(path, names)
         for name in names:
             if not _equal(self._columns[name].slice(start, entry.rows), theirs[name]):
+                self._files.forget()
                 raise CorruptError(
                     f"{self.place}: column {name} of the index of shard {entry.name} was read with other values than {path} "
                     "has, whose digest is right; the store or the network changed bytes. Run the same command again"
@@ -345,7 +366,7 @@ class RemoteDataset(Dataset):
         if self._has_copy(relative, info):
             return unglobbed(inside(self.path, relative).resolve())
         self.unchecked.add(view)
-        return f"{SCHEME}://{relative}"
+        return self._files.know(relative, info)
 
     def _has_copy(self, relative: str, info: FileInfo) -> bool:
         """Whether there is a copy with the digest in `info`, or a file that was made in its place."""
