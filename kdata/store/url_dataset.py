@@ -112,10 +112,18 @@ class RemoteDataset(Dataset):
         self._store = HubStore(address, commit) if address.startswith("hf://") else Store(address)
         root = copy_of(self._store.url, "datasets")
         root.parent.mkdir(parents=True, exist_ok=True)
-        with lock_of(root.with_name(f"{root.name}.copy"), wait=True):  # readers wait for each other, not for a scoring
-            if not mirror(self._store, root, ()):
-                raise MissingError(f"{address} is not a kdata dataset: it has no dataset.json")
-        super().__init__(root, check)
+        # Readers wait for each other, not for a scoring; another one would change the copy while it is read.
+        with lock_of(root.with_name(f"{root.name}.copy"), wait=True):
+            while True:
+                if not mirror(self._store, root, ()):
+                    raise MissingError(f"{address} is not a kdata dataset: it has no dataset.json")
+                try:
+                    super().__init__(root, check)
+                except CorruptError:
+                    if self._store.read("dataset.json") == (root / "dataset.json").read_bytes():
+                        raise
+                    continue  # a writer has replaced both between the two reads
+                break
         self.place = address
         # Files of the copy, with the digest that they have, and what they were when they were compared.
         self._copies: dict[tuple[str, str], tuple[int, int]] = {}

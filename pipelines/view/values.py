@@ -23,6 +23,7 @@ from kdata.store.conditions import check_condition
 from kdata.store.dataset import Dataset
 from kdata.store.kept_counts import kept_lines
 from kdata.store.listed import PLANS, SCORES, Kind
+from kdata.store.open import open_dataset
 from kdata.store.row import Row
 from kdata.store.sql import is_name
 from kdata.store.token_scores import has_tokens
@@ -48,6 +49,19 @@ class View:
         self._lock = threading.Lock()
         self._first = dict(zip((e.name for e in dataset.manifest), dataset.shard_starts.tolist(), strict=False))
 
+    @property
+    def state(self) -> str:
+        """Which rows it shows: another one where a row was added or changed since."""
+        return "-".join(one.content_digest[:16] for one in (self.dataset, self.beside) if one is not None)
+
+    def newest(self) -> View:
+        """The view of what is there now, because another process may write to the dataset; this one where nothing changed.
+
+        Raises what opening the dataset raises.
+        """
+        newer = View(_again(self.dataset), None if self.beside is None else _again(self.beside))
+        return self if newer.state == self.state else newer
+
     def check_beside(self) -> None:
         """Raise ConfigError where the dataset beside has none of the rows."""
         if self.beside is None:
@@ -64,6 +78,7 @@ class View:
             dataset = self.dataset
             plans, broken = self._plans()
             return {
+                "state": self.state,
                 "name": dataset.place.rstrip("/").rpartition("/")[2],
                 "teacher": dataset.info.teacher.model,
                 "kept": dataset.info.codec.kind,
@@ -318,6 +333,10 @@ class View:
         other = self.beside[number]
         same = np.array_equal(other.token_ids, row.token_ids)
         return {"missing": False, "same_tokens": same, **_tokens(other, begin if same else 0)}
+
+
+def _again(dataset: Dataset) -> Dataset:
+    return open_dataset(dataset.place, check=dataset.check)
 
 
 def _tokens(row: Row, begin: int) -> dict[str, Any]:
