@@ -45,8 +45,8 @@ class HubServer:
 
     `sent` has path (xorb/HASH for a part of a xorb), first byte and number of bytes of each answer with content of a file; of
     paths that match `cut` only a half is sent. All of them together take a second for each `bytes_per_sec`, where that is not
-    0. `page`: entries in one answer of a tree. `asked` has method and path of each request, and `transfers`
-    the ways by which a client offered to send large files by HTTP. me/gated refuses everybody.
+    0, and each answer `answer_sec` beside that. `page`: entries in one answer of a tree. `asked` has method and path of each
+    request, and `transfers` the ways by which a client offered to send large files by HTTP. me/gated refuses everybody.
 
     `received` has path or digest, and number of bytes, of each file or xorb that came; `breaks_after`: the connection breaks
     at the upload after so many. `token`: the only one with which something may be written, in me/. `refuses`: part of a path,
@@ -57,7 +57,7 @@ class HubServer:
         self.xet = XetStore() if xet else None
         self.asked: list[tuple[str, str]] = []
         self.transfers: list[list[str]] = []
-        self.bytes_per_sec, self.page = 0.0, 1000
+        self.bytes_per_sec, self.answer_sec, self.page = 0.0, 0.0, 1000
         self.commits: dict[str, Path] = {}
         self.refs: dict[str, str] = {}
         self.sent: list[tuple[str, int, int]] = []
@@ -145,6 +145,7 @@ class HubServer:
     def _answer(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
         path = unquote(urlsplit(request.path).path)
         self.asked.append((request.command, path))
+        time.sleep(self.answer_sec)
         if path.startswith("/cas/"):
             self._cas(request, path.removeprefix("/cas"), body)
             return

@@ -10,6 +10,7 @@ their digests. So a query cannot read what was not compared.
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import tempfile
@@ -110,6 +111,7 @@ def check_new_name(kind: str, name: str, existing: Iterable[str]) -> None:
             )
 
 
+CONNECTIONS = 16  # to a dataset that is elsewhere, at once: an answer of the Hub takes some 50 ms, whatever its size
 ROWS_AT_A_TIME = 100_000  # of a result that is read as a stream
 RECORDABLE = {"range", "generate_series", "unnest", "repeat", "repeat_row"}  # table functions that read nothing
 
@@ -180,6 +182,8 @@ def connect(dataset: Queryable, reads: Reads, room: Room | None = None) -> duckd
     if dataset.sql_filesystem is not None:
         connection.register_filesystem(dataset.sql_filesystem)
         connection.execute("set parquet_metadata_cache = true")  # a footer is fetched once
+        if room.threads is None:  # they wait for answers more than they work
+            connection.execute(f"set threads = {max(CONNECTIONS, os.cpu_count() or 1)}")
         places.add(f"{dataset.sql_filesystem.protocol}://")
     _make_views(connection, dataset, reads)
     # DuckDB checks a pattern as it is written, and each file that matches it.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,10 +36,12 @@ from kdata.store.hub import HubStore
 from kdata.store.index import read_index, replaced
 from kdata.store.listed import COPIED, PLANS, SCORES, Kind, Listing, read_listing
 from kdata.store.ranges import KeptRanges, Ranges
-from kdata.store.sql import Check, files_view, unglobbed
+from kdata.store.sql import CONNECTIONS, Check, files_view, unglobbed
 from kdata.store.url import Store, copy_of, mirror
 
 SCHEME = "kdata-index"
+FOOTER = 16384  # bytes that DuckDB reads first, of the end of a file
+FAILURES = (OSError, ValueError)  # of an answer that is no part of the file
 # Columns of the index that are read whole, with the file, because they are most of it.
 LONG = {"text", "messages", "tools", "prompt"}
 # Columns that plan, loader and trainer need: read together, because each reading of a file begins with its footer.
@@ -56,11 +58,33 @@ class RangeFiles(AbstractFileSystem):
         super().__init__()
         self._store, self._ranges = store, Ranges()
         self._known: dict[str, FileInfo] = {}
+        self._coming: dict[str, Future[None]] = {}
+        self._threads: tuple[int, ThreadPoolExecutor] | None = None  # with the process: a fork has no threads
+        self._failed = False
 
     def know(self, relative: str, info: FileInfo) -> str:
-        """Say what a file is by its manifest, so that its parts are kept in the cache; its name here."""
-        self._known[relative] = info
+        """Say what a file is by its manifest, so that its parts are kept in the cache; its name here.
+
+        Its footer is fetched from now on, because DuckDB asks for those of many files one after the other.
+        """
+        if self._known.get(relative) != info:
+            self._known[relative] = info
+            if self._threads is None or self._threads[0] != os.getpid():
+                self._threads, self._coming = (os.getpid(), ThreadPoolExecutor(CONNECTIONS, "footer")), {}
+            self._coming[relative] = self._threads[1].submit(self._fetch_footer, relative, info)
         return f"{SCHEME}://{relative}"
+
+    def _fetch_footer(self, relative: str, info: FileInfo) -> None:
+        begin = max(info.bytes - FOOTER, 0)
+        if self._failed or self._ranges.read(info.sha256, begin, info.bytes) is not None:
+            return
+        failures: tuple[type[BaseException], ...] = (*FAILURES, *self._store.client_errors())
+        try:
+            with self._opened(relative, info) as file:
+                file.seek(begin)
+                file.read()
+        except failures:
+            self._failed = True  # others would wait in vain; DuckDB's own reading says what is wrong
 
     def forget(self) -> None:
         """Remove the kept parts of the files that were read, because something was wrong with one of them."""
@@ -79,6 +103,11 @@ class RangeFiles(AbstractFileSystem):
         info = self._known.get(relative)
         if info is None:
             return self._store.open_ranges(relative)
+        if (coming := self._coming.pop(relative, None)) is not None:
+            coming.result()
+        return self._opened(relative, info)
+
+    def _opened(self, relative: str, info: FileInfo) -> Any:
         kept = {"ranges": self._ranges, "digest": info.sha256}
         return self._store.open_ranges(relative, size=info.bytes, cache_type=KeptRanges.name, cache_options=kept)
 
@@ -279,6 +308,7 @@ class RemoteDataset(Dataset):
             connection.execute("set enable_progress_bar = false")
             connection.register_filesystem(self._files)
             connection.execute("set parquet_metadata_cache = true")
+            connection.execute(f"set threads = {max(CONNECTIONS, os.cpu_count() or 1)}")
             try:
                 files_view(connection, "part", files, index_schema())
                 there = connection.table("part").columns
@@ -420,6 +450,13 @@ class RemoteDataset(Dataset):
         if not self._is_current(f"plans/{name}.json"):
             self._copy_small(f"plans/{name}.parquet")
             self._copy_small(f"plans/{name}.json")
+
+    def fetch_listed(self) -> None:
+        """See `Dataset.fetch_listed`."""
+        for name in self._names("scores"):
+            self.fetch_sidecar(name)
+        for name in self._names("plans"):
+            self.fetch_plan(name)
 
     def _is_current(self, relative: str) -> bool:
         """Whether the copy has a score or plan that belongs to the dataset as it is now."""

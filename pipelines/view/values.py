@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdata.errors import ConfigError, KdataError, MissingError
+from kdata.errors import ConfigError, CorruptError, KdataError, MissingError
 from kdata.format.schema import index_schema
 from kdata.pipelines.view.overview import domains_of, histogram_of, overview_query
 from kdata.store.conditions import check_condition
@@ -25,7 +25,7 @@ from kdata.store.kept_counts import kept_lines
 from kdata.store.listed import PLANS, SCORES, Kind
 from kdata.store.open import open_dataset
 from kdata.store.row import Row
-from kdata.store.sql import is_name
+from kdata.store.sql import is_name, literal
 from kdata.store.token_scores import has_tokens
 
 MOST_ROWS = 200  # in one answer
@@ -76,6 +76,7 @@ class View:
         """What the dataset is, and what can be chosen: numbers to sort by, domains, plans, scores of tokens."""
         with self._lock:
             dataset = self.dataset
+            dataset.fetch_listed()
             plans, broken = self._plans()
             return {
                 "state": self.state,
@@ -130,20 +131,45 @@ class View:
         if offset < 0 or not 0 < limit <= MOST_ROWS:
             raise ConfigError(f"rows {offset} to {offset + limit} cannot be asked for; take 1 to {MOST_ROWS} from 0 on")
         with self._lock:
-            chosen = self._chosen(where, plan, outside, order)
-            value = self._number(order) if order not in ("", RANDOM) else ""
-            by = f"{value} {'desc' if descending else 'asc'} nulls last, " if value else "md5(id), " if order else ""
-            columns = ", ".join(SHOWN)
-            table = self.dataset.sql(
-                f"select {columns}, left(coalesce(text, messages, prompt, ''), {SNIPPET}) as snippet"
-                f"{f', {value}::double as value' if value else ''} from {chosen} "
-                f"order by {by} shard, row limit {limit} offset {offset}"
-            )
-            [total] = self.dataset.sql(f"select count(*) as n from {chosen}")["n"].to_pylist()
-        rows = table.to_pylist()
-        for row in rows:
-            row["number"] = self._first[row.pop("shard")] + row.pop("row")
+            if where.strip() or plan or order:
+                chosen = self._chosen(where, plan, outside, order)
+                places = self._places(chosen, order, descending, offset, limit)
+                [total] = self.dataset.sql(f"select count(*) as n from {chosen}")["n"].to_pylist()
+            else:
+                total = self.dataset.num_rows
+                places = [{"number": number} for number in range(offset, min(offset + limit, total))]
+            rows = self._listed(places)
         return {"total": total, "rows": [{key: _value(value) for key, value in row.items()} for row in rows]}
+
+    def _places(self, chosen: str, order: str, descending: bool, offset: int, limit: int) -> list[dict[str, Any]]:
+        """Numbers of a stretch of rows, each with its `value` where that is what orders them. No text is read for them."""
+        value = self._number(order) if order not in ("", RANDOM) else ""
+        by = f"{value} {'desc' if descending else 'asc'} nulls last, " if value else "md5(id), " if order else ""
+        places: list[dict[str, Any]] = self.dataset.sql(
+            f"select shard, row{f', {value}::double as value' if value else ''} from {chosen} "
+            f"order by {by} shard, row limit {limit} offset {offset}"
+        ).to_pylist()
+        for place in places:
+            place["number"] = self._first[place.pop("shard")] + place.pop("row")
+        return places
+
+    def _listed(self, places: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows as the list shows them. The index of other shards is not read, as each part has one value of `shard`."""
+        numbers = np.array([place["number"] for place in places], np.int64)
+        shards = np.searchsorted(self.dataset.shard_starts, numbers, side="right") - 1
+        names = [literal(self.dataset.manifest[shard].name) for shard in shards.tolist()]
+        if not names:
+            return []
+        local = (numbers - self.dataset.shard_starts[shards]).tolist()
+        pairs = ", ".join(f"({name}, {row})" for name, row in zip(names, local, strict=True))
+        table = self.dataset.sql(
+            f"select {', '.join(SHOWN)}, left(coalesce(text, messages, prompt, ''), {SNIPPET}) as snippet from rows "
+            f"where shard in ({', '.join(sorted(set(names)))}) and (shard, row) in ({pairs})"
+        )
+        found = {self._first[row.pop("shard")] + row.pop("row"): row for row in table.to_pylist()}
+        if missing := sorted(set(numbers.tolist()) - set(found)):
+            raise CorruptError(f"{self.dataset.place}: the index lacks row {missing[0]}; restore it from a copy")
+        return [found[place["number"]] | place for place in places]
 
     def histogram(self, column: str, *, where: str = "", plan: str = "", outside: bool = False) -> dict[str, Any]:
         """How often which values of a number are: of all rows, and of those that condition and plan leave.

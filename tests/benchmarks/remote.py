@@ -1,14 +1,16 @@
 """A dataset on the Hub over a line of 10 MB/s: does training wait, and what does a look at it cost? Prints lines, JSON last.
 
-    python -m tests.benchmarks.remote [--tokens 1000000] [--mb-per-sec 10] [--cache 60MB] [--view-tokens 10000000]
+    python -m tests.benchmarks.remote [--tokens 1000000] [--mb-per-sec 10] [--cache 60MB]
+                                      [--view-tokens 10000000] [--answer-ms 50]
 
 The Hub is the stand-in of the tests on the loopback (`tests.hub_server`), which waits for as long as its bytes would take on
-the line; all connections share the line, and a question takes no time of its own. The client is the real one.
+the line; all connections share the line. The client is the real one.
 
 train    The demo's student (pipelines/quickstart.yaml) on rows with 64 entries a token, four times the bytes that the demo
          keeps, in one epoch. Waiting is the trainer's own figure (`wait_share`), with and without its first step.
-view     Texts of some 1,500 characters in shards of 32,768 tokens: bytes, questions and seconds until the first page is
-         there, for another page, for a row, and for a filter.
+view     Texts of some 1,500 characters in shards of 32,768 tokens, and a score: bytes, questions and seconds until the first
+         page is there, for other pages, a row, a filter, and two orders. An answer takes --answer-ms beside its bytes. Then
+         the same in another process, which finds in the cache what the first one fetched.
 """
 
 from __future__ import annotations
@@ -21,14 +23,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 import kdata
+from kdata.selection.score_file import bring
 from tests.benchmarks import loader
 from tests.hub_server import HubServer
 
@@ -74,9 +80,12 @@ steps = {
     "first page": lambda: view.rows(),
     "overview": lambda: view.overview(),
     "next page": lambda: view.rows(offset=50),
+    "page in the middle": lambda: view.rows(offset=view.dataset.num_rows // 2),
     "a row": lambda: view.row(view.dataset.num_rows // 2),
     "a row of the same shard": lambda: view.row(view.dataset.num_rows // 2 + 1),
     "filter": lambda: view.rows(where="nll > 2.5 and domain = 'b'"),
+    "sorted by a score": lambda: view.rows(order="ref.nll", descending=True),
+    "sorted by the difference": lambda: view.rows(order="ref.nll - nll"),
 }
 print("opened", flush=True)
 for name, ask in steps.items():
@@ -148,13 +157,31 @@ def with_texts(root: Path, tokens: int) -> kdata.Dataset:
         loader._record = plain
 
 
-def measure_view(root: Path, tokens: int, bytes_per_sec: float) -> dict[str, Any]:
+def measure_view(root: Path, tokens: int, bytes_per_sec: float, answer_sec: float) -> dict[str, Any]:
     """What each thing that a person does fetches."""
     dataset = with_texts(root / "v", tokens)
+    ids, rng = dataset.index(["id"])["id"], np.random.default_rng(2)
+    pq.write_table(pa.table({"id": ids, "nll": rng.gamma(2.0, size=len(ids))}), root / "ref.parquet")
+    bring(dataset, root / "ref.parquet", "ref")
     hub = served(root / "v", bytes_per_sec)
+    hub.answer_sec = answer_sec
     index = sum(path.stat().st_size for path in (root / "v/index").iterdir())
+    first, second = (view_steps(hub, root / "view-cache") for _ in range(2))
+    hub.close()
+    return {
+        "rows": len(dataset),
+        "tokens": dataset.num_tokens,
+        "shards": len(dataset.manifest),
+        "index_bytes": index,
+        "first": first,
+        "second": second,
+    }
+
+
+def view_steps(hub: HubServer, cache: Path) -> dict[str, Any]:
+    """The steps of a person, in a process of their own."""
     steps: dict[str, Any] = {}
-    process = asked(hub, root / "view-cache", VIEW, "hf://me/logits")
+    process = asked(hub, cache, VIEW, "hf://me/logits")
     assert process.stdin is not None and process.stdout is not None
     while True:
         before, questions, started = hub.bytes_sent(), len(hub.asked), time.perf_counter()
@@ -164,17 +191,11 @@ def measure_view(root: Path, tokens: int, bytes_per_sec: float) -> dict[str, Any
         step = {"bytes": hub.bytes_sent() - before, "questions": len(hub.asked) - questions}
         steps[name] = {**step, "seconds": time.perf_counter() - started}
         print(name, steps[name], flush=True)
-        if process.poll() is None:
+        with suppress(BrokenPipeError):  # after the last one
             process.stdin.write("go on\n")
             process.stdin.flush()
-    hub.close()
-    return {
-        "rows": len(dataset),
-        "tokens": dataset.num_tokens,
-        "shards": len(dataset.manifest),
-        "index_bytes": index,
-        **steps,
-    }
+    process.wait()
+    return steps
 
 
 def main() -> None:
@@ -183,6 +204,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--mb-per-sec", type=float, default=10.0)
     parser.add_argument("--cache", default="60MB")
+    parser.add_argument("--answer-ms", type=float, default=50.0)
     parser.add_argument("--view-tokens", type=int, default=10_000_000)
     options = parser.parse_args()
     line = options.mb_per_sec * 1e6
@@ -192,7 +214,7 @@ def main() -> None:
             results["train"] = measure_training(Path(folder), options.tokens, line, options.cache)
             print(results["train"], flush=True)
         if options.view_tokens:
-            results["view"] = measure_view(Path(folder), options.view_tokens, line)
+            results["view"] = measure_view(Path(folder), options.view_tokens, line, options.answer_ms / 1e3)
     print(json.dumps(results))
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import kdata
-from kdata.errors import CorruptError, KdataError
-from kdata.store import ranges
+from kdata.errors import CorruptError, KdataError, StorageError
+from kdata.store import ranges, url_dataset
 from kdata.store.ranges import SHARE, SWEEPS, Ranges
 from kdata.store.shard import write_parquet
+from kdata.store.url import Store
 from tests.kdata.selection.plans import Row, dataset_of
 from tests.web import Files
 
@@ -273,3 +275,39 @@ def test_half_an_answer_is_not_kept(home: kdata.Dataset, served: Files, cache: P
         kdata.open(f"{served.url}/d").sql(QUERY)
     served.cut = re.compile("(?!)")
     assert kdata.open(f"{served.url}/d").sql(QUERY).equals(home.sql(QUERY))
+
+
+def test_footers_are_fetched_at_once(
+    home: kdata.Dataset, served: Files, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question waits until all three were asked; one after the other they would wait for ever."""
+    together, opened = threading.Barrier(3), kdata.open(f"{served.url}/d")
+    open_ranges = Store.open_ranges
+
+    def waiting(self: Store, *arguments: Any, **options: Any) -> Any:
+        if threading.current_thread().name.startswith("footer"):
+            together.wait(30)
+        return open_ranges(self, *arguments, **options)
+
+    monkeypatch.setattr(Store, "open_ranges", waiting)
+    assert opened.sql(QUERY).equals(home.sql(QUERY)) and not together.broken
+    sizes = {f"d/index/{path.name}": path.stat().st_size for path in (home.path / "index").iterdir()}
+    ends = [path for path, first, count in served.sent if first + count == sizes.get(path)]
+    assert sorted(ends) == sorted(sizes), "each once"
+
+
+def test_a_footer_that_cannot_be_fetched_is_one_error_and_the_others_do_not_wait(
+    home: kdata.Dataset, served: Files, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def refused(self: Store, relative: str, **options: Any) -> Any:
+        tried.append(relative)
+        raise StorageError("cannot read it")
+
+    monkeypatch.setattr(url_dataset, "CONNECTIONS", 1)
+    monkeypatch.setattr(Store, "open_ranges", refused)
+    opened = kdata.open(f"{served.url}/d")
+    with pytest.raises(KdataError, match="cannot read it"):
+        opened.sql(QUERY)
+    assert len(tried) <= 3, "one by a thread, and then DuckDB's own"
