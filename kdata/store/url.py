@@ -38,6 +38,7 @@ from kdata.format.manifest import read_info, read_manifest
 from kdata.format.schema import DatasetInfo, FileInfo
 
 SIZED = ("hf://", "http://", "https://")  # files of these clients can be opened without a question, by their size
+WAIT = "too much was asked of it in a short time: wait some minutes"
 STAGING = "units-"  # prefix of the folders, at the URL, in which shards wait
 # Errors of the stores' own clients that are no OSError.
 CLIENT_ERRORS = {
@@ -259,10 +260,18 @@ class Store:
         except failures as error:
             if isinstance(error, KdataError):
                 raise
+            remedy = WAIT if is_limit(error) else "check the URL, the network and the credentials"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise StorageError(
-                f"cannot {what} {self.url}/{relative}: {type(error).__name__}: {error}; check the URL, the network and the "
-                "credentials, then run the same command again. What was committed is intact."
+                f"cannot {what} {self.url}/{relative}: {reason}; {remedy}, then run the same command again. "
+                "What was committed is intact."
             ) from error
+
+
+def is_limit(error: BaseException) -> bool:
+    """Whether a server refused because too much was asked of it in a short time (429)."""
+    response = getattr(error, "response", None)
+    return 429 in (getattr(error, "status", None), getattr(response, "status_code", None))
 
 
 def _client_errors() -> tuple[type[BaseException], ...]:
