@@ -1,6 +1,6 @@
 """A dataset on the Hub over a line of 10 MB/s: does training wait, and what does a look at it cost? Prints lines, JSON last.
 
-    python -m tests.benchmarks.remote [--tokens 80000] [--steps 16] [--mb-per-sec 10] [--cache 3MB]
+    python -m tests.benchmarks.remote [--tokens 80000] [--steps 12] [--mb-per-sec 10] [--cache 3MB]
                                       [--view-tokens 10000000] [--answer-ms 50]
 
 The Hub is the stand-in of the tests on the loopback (`tests.hub_server`), which waits for as long as its bytes would take on
@@ -144,8 +144,10 @@ def measure_training(root: Path, tokens: int, steps: int, bytes_per_sec: float, 
 
     def trained(name: str, place: str, steps: int) -> dict[str, Any]:
         arguments = [place, str(root / name), json.dumps(student), json.dumps({**settings, "steps": steps})]
-        output, _ = asked(hub, root / f"cache-{name}", TRAIN, *arguments, limit=limit).communicate()
-        result: dict[str, Any] = json.loads(output.splitlines()[-1])
+        process = asked(hub, root / f"cache-{name}", TRAIN, *arguments, limit=limit)
+        result: dict[str, Any] = json.loads(next(line for line in process.stdout or () if line.startswith("{")))
+        process.kill()  # it would wait for what is copied ahead
+        process.communicate()
         print(name, {key: value for key, value in result.items() if key != "losses"}, flush=True)
         return result
 
@@ -229,7 +231,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=80_000)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--mb-per-sec", type=float, default=10.0)
     parser.add_argument("--cache", default="3MB")
     parser.add_argument("--answer-ms", type=float, default=50.0)
