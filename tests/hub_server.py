@@ -30,8 +30,9 @@ from tests.xet_store import XetStore
 
 ERRORS = {
     "RevisionNotFound": 404, "EntryNotFound": 404, "RepoNotFound": 404, "GatedRepo": 403, "Forbidden": 403,
-    "NoToken": 401, "Exists": 409, "Stale": 412, "BadRange": 416, "Bad": 400, "Failed": 500,
+    "NoToken": 401, "Exists": 409, "Stale": 412, "BadRange": 416, "TooMany": 429, "Bad": 400, "Failed": 500,
 }  # fmt: skip
+PIECES_PER_SEC = 20  # that all connections together send, where there is a rate
 LFS_BYTES = 1000  # files from this size on are LFS objects
 # The client tries five times more where a connection breaks, and waits 23 seconds in all. This lets it try at once.
 AT_ONCE = """
@@ -45,19 +46,21 @@ class HubServer:
 
     `sent` has path (xorb/HASH for a part of a xorb), first byte and number of bytes of each answer with content of a file; of
     paths that match `cut` only a half is sent. All of them together take a second for each `bytes_per_sec`, where that is not
-    0. `page`: entries in one answer of a tree. `asked` has method and path of each request, and `transfers`
-    the ways by which a client offered to send large files by HTTP. me/gated refuses everybody.
+    0, and each answer `answer_sec` beside that. `page`: entries in one answer of a tree. `asked` has method and path of each
+    request, and `transfers` the ways by which a client offered to send large files by HTTP. me/gated refuses everybody.
 
     `received` has path or digest, and number of bytes, of each file or xorb that came; `breaks_after`: the connection breaks
     at the upload after so many. `token`: the only one with which something may be written, in me/. `refuses`: part of a path,
-    and the name of the error that is the answer there. `is_full`: no large file is taken.
+    and the name of the error that is the answer there. `is_full`: no large file is taken. `limited`: part of a path, and how
+    many questions there are still answered with 429, and "Retry-After: 30". `chunk_bytes`: a larger file goes up by the way
+    `multipart`, in parts of so many; 0: none does.
     """
 
     def __init__(self, *, xet: bool = False) -> None:
         self.xet = XetStore() if xet else None
         self.asked: list[tuple[str, str]] = []
         self.transfers: list[list[str]] = []
-        self.bytes_per_sec, self.page = 0.0, 1000
+        self.bytes_per_sec, self.answer_sec, self.page = 0.0, 0.0, 1000
         self.commits: dict[str, Path] = {}
         self.refs: dict[str, str] = {}
         self.sent: list[tuple[str, int, int]] = []
@@ -66,9 +69,12 @@ class HubServer:
         self.breaks_after: int | None = None
         self.refuses: dict[str, str] = {}
         self.is_full = False
+        self.limited: dict[str, int] = {}
+        self.chunk_bytes = 0
         self.token = "hf_" + "w" * 34
         self.meanwhile = lambda: None  # called before each commit, as what somebody else does then
         self._objects: dict[str, bytes] = {}
+        self._parts: dict[tuple[str, int], bytes] = {}  # of objects that are not complete
         self._root = Path(tempfile.mkdtemp(prefix="hub"))
         self._guard, self._line = threading.Lock(), threading.Lock()
         hub = self
@@ -145,6 +151,12 @@ class HubServer:
     def _answer(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
         path = unquote(urlsplit(request.path).path)
         self.asked.append((request.command, path))
+        time.sleep(self.answer_sec)
+        if self._is_limited(request, path):
+            return
+        if path.startswith("/complete/"):
+            self._complete(request, path.rpartition("/")[2], json.loads(body))
+            return
         if path.startswith("/cas/"):
             self._cas(request, path.removeprefix("/cas"), body)
             return
@@ -220,7 +232,8 @@ class HubServer:
         if path.endswith("/info/lfs/objects/batch"):
             asked = json.loads(body)
             self.transfers.append(asked["transfers"])
-            return {"transfer": "basic", "objects": [self._wanted(one) for one in asked["objects"]]}
+            way = "multipart" if self.chunk_bytes and "multipart" in asked["transfers"] else "basic"
+            return {"transfer": way, "objects": [self._wanted(one, way) for one in asked["objects"]]}
         what = re.fullmatch(r"/api/datasets/me/logits/(preupload|commit|tag)/([^/]+)", path)
         if what is None or not self.commits:
             return "RepoNotFound"
@@ -251,11 +264,39 @@ class HubServer:
             return "NoToken"
         return next((error for part, error in self.refuses.items() if part in path), None)
 
-    def _wanted(self, one: dict[str, Any]) -> dict[str, Any]:
+    def _is_limited(self, request: BaseHTTPRequestHandler, path: str) -> bool:
+        """Answer with 429 while that is to be the answer."""
+        with self._guard:
+            part = next((part for part, left in self.limited.items() if left and part in path), None)
+            if part is None:
+                return False
+            self.limited[part] -= 1
+        self._json(request, "TooMany", {"Retry-After": "30"})
+        return True
+
+    def _wanted(self, one: dict[str, Any], way: str) -> dict[str, Any]:
         if self.is_full:
             return {**one, "error": {"code": 507, "message": "no storage left\nsee the page of prices"}}
-        upload = {"actions": {"upload": {"href": f"{self.url}/objects/{one['oid']}"}}}
-        return {**one, **({} if one["oid"] in self._objects else upload)}
+        if one["oid"] in self._objects:
+            return one
+        upload: dict[str, Any] = {"href": f"{self.url}/objects/{one['oid']}"}
+        if way == "multipart" and one["size"] > self.chunk_bytes:
+            numbers = range(1, -(-one["size"] // self.chunk_bytes) + 1)
+            parts = {f"{number:05}": f"{self.url}/parts/{number}/{one['oid']}" for number in numbers}
+            header = {"chunk_size": str(self.chunk_bytes), **parts}
+            upload = {"href": f"{self.url}/complete/{one['oid']}", "header": header}
+        return {**one, "actions": {"upload": upload}}
+
+    def _complete(self, request: BaseHTTPRequestHandler, digest: str, asked: dict[str, Any]) -> None:
+        """Join the parts of an object, whose ETags the client repeats."""
+        parts = [self._parts.get((digest, one["partNumber"]), b"") for one in asked["parts"]]
+        etags = [hashlib.sha256(part).hexdigest() for part in parts]
+        content = b"".join(parts)
+        if etags != [one["etag"] for one in asked["parts"]] or hashlib.sha256(content).hexdigest() != digest:
+            self._json(request, "Bad")
+            return
+        self._objects[digest] = content
+        self._json(request, {})
 
     def _commit(self, changes: list[dict[str, Any]], parent: str | None) -> str:
         commit = f"{len(self.commits) + 1:040x}"
@@ -282,16 +323,21 @@ class HubServer:
 
     def _upload(self, request: BaseHTTPRequestHandler) -> None:
         content = request.rfile.read(int(request.headers["Content-Length"]))
-        digest = request.path.rpartition("/")[2]
+        digest, part = request.path.rpartition("/")[2], re.fullmatch(r"/parts/(\d+)/.*", request.path)
+        if self._is_limited(request, request.path):
+            return
         with self._guard:
             is_broken = self.breaks_after is not None and len(self.received) >= self.breaks_after
-            if not is_broken and hashlib.sha256(content).hexdigest() == digest:
+            if not is_broken and part:
+                self.received.append((request.path, len(content)))
+                self._parts[digest, int(part[1])] = content
+            elif not is_broken and hashlib.sha256(content).hexdigest() == digest:
                 self.received.append((digest, len(content)))
                 self._objects[digest] = content
         if is_broken:
             request.close_connection = True
             return
-        self._json(request, {})
+        self._json(request, {}, {"ETag": hashlib.sha256(content).hexdigest()})
 
     def _xet_token(self, request: BaseHTTPRequestHandler) -> None:
         """Where xorbs are, and what allows a client to go there for an hour."""
@@ -374,12 +420,21 @@ class HubServer:
         request.end_headers()
         if request.command == "GET":
             self.sent.append((name, first, len(part)))
-            if self.bytes_per_sec:
-                with self._line:
-                    time.sleep(len(part) / self.bytes_per_sec)
             is_cut = self.cut.search(name) is not None
-            request.wfile.write(part[: len(part) // 2] if is_cut else part)
+            self._send_slowly(request, part[: len(part) // 2] if is_cut else part)
             request.close_connection = is_cut
+
+    def _send_slowly(self, request: BaseHTTPRequestHandler, content: bytes) -> None:
+        """Some pieces a second, so that a client with patience for ten seconds sees that something comes."""
+        place = 0
+        while place < len(content):
+            rate = self.bytes_per_sec
+            piece = content[place : place + int(rate / PIECES_PER_SEC) + 1] if rate else content[place:]
+            if rate:
+                with self._line:
+                    time.sleep(len(piece) / rate)
+            request.wfile.write(piece)
+            place += len(piece)
 
     def _entry(self, root: Path, path: Path) -> dict[str, Any]:
         place = path.relative_to(root).as_posix()

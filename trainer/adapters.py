@@ -24,7 +24,7 @@ from kdata.errors import ConfigError, CorruptError, DependencyError, MissingErro
 from kdata.format.json_text import read_json
 from kdata.store.checkpoint_kind import refuse_other_kind
 from kdata.store.gguf import model_folder
-from kdata.store.pretrained import model_files
+from kdata.store.pretrained import model_files, without_bars
 from kdata.trainer.config import LoraConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -135,7 +135,7 @@ def open_adapter(folder: Path) -> PreTrainedModel:
     if Path(base).is_dir():
         refuse_other_kind(Path(base))
     try:
-        with model_files(base, "a file"):
+        with model_files(base, "a file"), without_bars():
             load: Any = AutoModelForCausalLM
             model = load.from_pretrained(
                 model_folder(base), revision=revision, dtype=torch.float32, trust_remote_code=False

@@ -38,7 +38,7 @@ from kdata.loader.batches import BatchesConfig, keeps_something
 from kdata.observe.progress import Task
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.gguf import is_gguf, model_folder
-from kdata.store.pretrained import model_files
+from kdata.store.pretrained import model_files, without_bars
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.trainer.adapters import is_adapter, open_adapter
 from kdata.trainer.config import EvaluateConfig, TrainResult
@@ -449,7 +449,7 @@ def _load(model_dir: Path) -> PreTrainedModel:
         return open_adapter(model_dir)
     check_folder(model_dir)
     try:
-        with model_files(model_dir, "a file"):
+        with model_files(model_dir, "a file"), without_bars():
             of = auto_class(str(model_dir))
             model: PreTrainedModel = of.from_pretrained(str(model_dir), dtype=torch.float32, trust_remote_code=False)
             return model

@@ -32,7 +32,7 @@ from kdata.errors import ConfigError, DataError, KdataError, MismatchError, Miss
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.dataset import Dataset
 from kdata.store.gguf import is_gguf, model_folder
-from kdata.store.pretrained import model_files
+from kdata.store.pretrained import model_files, without_bars
 from kdata.store.vocabulary import Vocabulary, num_ids, refuse_other_ids
 from kdata.trainer import encoder_decoder
 from kdata.trainer.acceleration import use_varlen
@@ -309,7 +309,7 @@ def _check_tokenizer(config: CheckpointStudent | PrunedStudent, folder: str, dat
 
 def _load(config: CheckpointStudent | PrunedStudent, folder: str) -> PreTrainedModel:
     """A whole model in float32."""
-    with _loading(config.model):
+    with _loading(config.model), without_bars():
         model: PreTrainedModel = encoder_decoder.auto_class(folder, config.revision).from_pretrained(
             folder, revision=config.revision, dtype=torch.float32, trust_remote_code=False
         )

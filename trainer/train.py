@@ -44,6 +44,7 @@ import kdata
 from kdata.errors import ConfigError, CorruptError, DataError, StorageError, TrainingError
 from kdata.format.files import copy_files, folder_beside, lock_of, sync_directory, sync_tree, write_atomically
 from kdata.observe.progress import Task
+from kdata.store.pretrained import without_bars
 from kdata.store.token_map import MATCHED
 from kdata.trainer.acceleration import check_acceleration, compile_layers
 from kdata.trainer.adapters import frozen_digest, has_adapters, open_adapter, save_adapter
@@ -504,7 +505,8 @@ def _commit(write: Callable[[Path], None], dataset: kdata.Dataset, folder: Path,
     """Write a folder on the main rank, with the dataset's tokenizer, and put it where it belongs when it is whole."""
     if ranks.is_main:
         with folder_beside(folder) as aside, folder_beside(folder) as former:
-            write(aside)
+            with without_bars():
+                write(aside)
             if dataset.tokenizer_dir is not None:
                 copy_files(dataset.tokenizer_dir, aside)
                 (aside / MATCHED).unlink(missing_ok=True)  # of the dataset, not of its tokenizer

@@ -18,6 +18,7 @@ from kdata.check.verify import FOLDERS
 from kdata.errors import ConfigError, DependencyError, StorageError
 from kdata.format.files import file_info
 from kdata.store.hub import hub_errors
+from kdata.store.url import WAIT, is_limit
 
 TAG = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,62}[A-Za-z0-9])?")  # our default: what any version is called
 _WRITTEN_BY_ANOTHER = 412  # the newest commit is no longer the one that a new one was made for
@@ -180,6 +181,10 @@ def _errors(name: str) -> Iterator[None]:
             raise StorageError(
                 f"the Hub does not let this token write to {name} ({code}); set HF_TOKEN to one that has the right to, or "
                 "name a repository of your own"
+            ) from error
+        if is_limit(error):
+            raise StorageError(
+                f"the Hub refused {name}: {_cause(error)}; {WAIT}, then run the same command: what was sent is not sent again"
             ) from error
         raise StorageError(
             f"the Hub refused {name}: {_cause(error)}; check HF_TOKEN, the name and the network, then run the same command: "

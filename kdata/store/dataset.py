@@ -397,6 +397,9 @@ class Dataset:
     def fetch_plan(self, name: str) -> None:
         """Copy plans/NAME.json and NAME.parquet here where the dataset is elsewhere."""
 
+    def fetch_listed(self) -> None:
+        """Copy what says which scores there are, and all plans, here where the dataset is elsewhere and can list them."""
+
     def rows_of(self, ids: list[str]) -> np.ndarray:
         """Global row numbers int64 of these ids. Raises MissingError with the first unknown id."""
         positions = pc.index_in(pa.array(ids, pa.string()), value_set=self._ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from kdata.errors import ConfigError, DependencyError, MissingError
-from kdata.store.url import Store
+from kdata.store.url import WAIT, Store, is_limit
 
 ADDRESS = re.compile(r"^hf://(?:datasets/)?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
 
@@ -46,6 +46,8 @@ def _reason(error: Exception) -> str:
         return "access to it has to be granted; ask for it on its page, and set HF_TOKEN"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "there is no such dataset, or HF_TOKEN has no right to see it; check the name and HF_TOKEN"
+    if is_limit(error):
+        return f"{WAIT}, then run the same command again"
     first = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first[0]}; check the name, HF_TOKEN and the network"
 

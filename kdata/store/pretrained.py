@@ -60,6 +60,21 @@ def without_warnings() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, of weights that are read and written: our tasks say what is done.
+
+    Those of downloads stay. `kdata` turns them all off, by HF_HUB_DISABLE_PROGRESS_BARS.
+    """
+    from transformers.utils import logging
+
+    before = logging.set_tqdm_hook(lambda factory, arguments, options: logging.EmptyTqdm(*arguments, **options))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
 def safetensors_header(file: Path) -> dict[str, Any]:
     """The header of a safetensors file. Raises ConfigError where the file is not as long as its header says."""
     size = file.stat().st_size

@@ -10,6 +10,7 @@ their digests. So a query cannot read what was not compared.
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import tempfile
@@ -58,7 +59,7 @@ class Queryable(TokenSource, Protocol):
 
     @property
     def sql_filesystem(self) -> Any:
-        """The fsspec file system through which DuckDB reads; None: the local one."""
+        """The fsspec file system through which DuckDB reads (`url_dataset.RangeFiles`); None: the local one."""
         ...
 
     @property
@@ -113,6 +114,7 @@ def check_new_name(kind: str, name: str, existing: Iterable[str]) -> None:
             )
 
 
+CONNECTIONS = 16  # to a dataset that is elsewhere, at once: an answer of the Hub takes some 50 ms, whatever its size
 ROWS_AT_A_TIME = 100_000  # of a result that is read as a stream
 RECORDABLE = {"range", "generate_series", "unnest", "repeat", "repeat_row"}  # table functions that read nothing
 
@@ -183,6 +185,8 @@ def connect(dataset: Queryable, reads: Reads, room: Room | None = None) -> duckd
     if dataset.sql_filesystem is not None:
         connection.register_filesystem(dataset.sql_filesystem)
         connection.execute("set parquet_metadata_cache = true")  # a footer is fetched once
+        if room.threads is None:  # they wait for answers more than they work
+            connection.execute(f"set threads = {max(CONNECTIONS, os.cpu_count() or 1)}")
         places.add(f"{dataset.sql_filesystem.protocol}://")
     _make_views(connection, dataset, reads)
     # DuckDB checks a pattern as it is written, and each file that matches it.
@@ -570,13 +574,15 @@ def name_damage(dataset: Queryable, error: duckdb.Error, text: str = "") -> None
     Args:
         text: the query; scores and plans whose names are in it are compared too.
     """
-    if dataset.sql_filesystem is None:  # otherwise the files stay at the URL
+    if dataset.sql_filesystem is None:
         for entry in dataset.manifest:
             for folder in ("index", "rejects") if entry.rejected else ("index",):
                 try:
                     dataset.checked_file(entry, folder)
                 except CorruptError as damage:
                     raise damage from error
+    elif not isinstance(error, (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException)):
+        dataset.sql_filesystem.forget()  # the next query fetches what this one may have stumbled over
     for kind, name in listed_views(dataset):
         if re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE):
             try:

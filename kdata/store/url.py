@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fsspec.caching import BaseCache, register_cache
-
 from kdata.errors import (
     ConfigError,
     CorruptError,
@@ -39,6 +37,8 @@ from kdata.format.files import file_info, inside, storage_errors, temporary_fold
 from kdata.format.manifest import read_info, read_manifest
 from kdata.format.schema import DatasetInfo, FileInfo
 
+SIZED = ("hf://", "http://", "https://")  # files of these clients can be opened without a question, by their size
+WAIT = "too much was asked of it in a short time: wait some minutes"
 STAGING = "units-"  # prefix of the folders, at the URL, in which shards wait
 # Errors of the stores' own clients that are no OSError.
 CLIENT_ERRORS = {
@@ -60,40 +60,6 @@ def cache_dir() -> Path:
     return Path(os.environ.get("KDATA_CACHE") or Path.home() / ".cache" / "kdata")
 
 
-MOST_OF_A_TAIL, MOST_TAILS = 64 << 10, 64 << 20  # bytes kept of the end of one file, and of all of a store
-
-
-class Tails(BaseCache):
-    """What fsspec keeps of a file that is read in ranges: its end, which is read first each time (the footer of Parquet).
-
-    tails: the ends of all files of a store, with the byte at which each begins; no more than MOST_TAILS bytes.
-    """
-
-    name = "kdata-tails"
-
-    def __init__(
-        self, blocksize: int, fetcher: Any, size: int, *, tails: dict[str, tuple[int, bytes]], file: str
-    ) -> None:
-        super().__init__(blocksize, fetcher, size)
-        self._tails, self._file = tails, file
-
-    def _fetch(self, start: int | None, stop: int | None) -> bytes:
-        begin, end = start or 0, self.size if stop is None else min(stop, self.size)
-        if begin >= end:
-            return b""
-        known, tail = self._tails.get(self._file, (self.size, b""))
-        if begin >= known and known + len(tail) == self.size:
-            return tail[begin - known : end - known]
-        content: bytes = self.fetcher(begin, end)
-        is_footer = end == self.size and len(content) <= MOST_OF_A_TAIL
-        if is_footer and sum(len(one) for _, one in list(self._tails.values())) < MOST_TAILS:
-            self._tails[self._file] = begin, content
-        return content
-
-
-register_cache(Tails, clobber=True)
-
-
 class Store:
     """One folder of a file system that fsspec opens; paths are relative to it.
 
@@ -111,7 +77,6 @@ class Store:
         from fsspec.core import url_to_fs
 
         self.url = url.rstrip("/")
-        self._tails: dict[str, tuple[int, bytes]] = {}
         parts = urlsplit(url)
         if parts.password or has_secret(url):
             raise ConfigError(
@@ -164,11 +129,24 @@ class Store:
             except FileNotFoundError:
                 return 0
 
-    def open_ranges(self, relative: str) -> Any:
-        """A file opened for reading; each read fetches exactly its range of bytes, but ends of files are kept (`Tails`)."""
-        options = {"tails": self._tails, "file": relative}
+    def open_ranges(
+        self,
+        relative: str,
+        *,
+        size: int | None = None,
+        cache_type: str = "none",
+        cache_options: dict[str, Any] | None = None,
+    ) -> Any:
+        """A file opened for reading; each read fetches exactly its range of bytes, but for what the cache keeps.
+
+        Args:
+            size: of the file, where it is known; clients whose files need no more than that then ask for nothing here.
+            cache_type, cache_options: name of a cache of fsspec, and its arguments.
+        """
+        known = {} if size is None or not self.url.startswith(SIZED) else {"size": size}
+        options = {"cache_type": cache_type, "cache_options": cache_options or {}, **known}
         with self._errors("read", relative):
-            return self.fs.open(self._path(relative), "rb", cache_type=Tails.name, cache_options=options)
+            return self.fs.open(self._path(relative), "rb", **options)
 
     @property
     def has_listings(self) -> bool:
@@ -282,10 +260,18 @@ class Store:
         except failures as error:
             if isinstance(error, KdataError):
                 raise
+            remedy = WAIT if is_limit(error) else "check the URL, the network and the credentials"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise StorageError(
-                f"cannot {what} {self.url}/{relative}: {type(error).__name__}: {error}; check the URL, the network and the "
-                "credentials, then run the same command again. What was committed is intact."
+                f"cannot {what} {self.url}/{relative}: {reason}; {remedy}, then run the same command again. "
+                "What was committed is intact."
             ) from error
+
+
+def is_limit(error: BaseException) -> bool:
+    """Whether a server refused because too much was asked of it in a short time (429)."""
+    response = getattr(error, "response", None)
+    return 429 in (getattr(error, "status", None), getattr(response, "status_code", None))
 
 
 def _client_errors() -> tuple[type[BaseException], ...]:

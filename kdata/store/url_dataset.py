@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,10 +35,13 @@ from kdata.store.dataset import Dataset
 from kdata.store.hub import HubStore
 from kdata.store.index import read_index, replaced
 from kdata.store.listed import COPIED, PLANS, SCORES, Kind, Listing, read_listing
-from kdata.store.sql import Check, files_view, unglobbed
+from kdata.store.ranges import KeptRanges, Ranges
+from kdata.store.sql import CONNECTIONS, Check, files_view, unglobbed
 from kdata.store.url import Store, copy_of, mirror
 
 SCHEME = "kdata-index"
+FOOTER = 16384  # bytes that DuckDB reads first, of the end of a file
+FAILURES = (OSError, ValueError)  # of an answer that is no part of the file
 # Columns of the index that are read whole, with the file, because they are most of it.
 LONG = {"text", "messages", "tools", "prompt"}
 # Columns that plan, loader and trainer need: read together, because each reading of a file begins with its footer.
@@ -53,7 +56,40 @@ class RangeFiles(AbstractFileSystem):
 
     def __init__(self, store: Store) -> None:
         super().__init__()
-        self._store = store
+        self._store, self._ranges = store, Ranges()
+        self._known: dict[str, FileInfo] = {}
+        self._coming: dict[str, Future[None]] = {}
+        self._threads: tuple[int, ThreadPoolExecutor] | None = None  # with the process: a fork has no threads
+        self._failed = False
+
+    def know(self, relative: str, info: FileInfo) -> str:
+        """Say what a file is by its manifest, so that its parts are kept in the cache; its name here.
+
+        Its footer is fetched from now on, because DuckDB asks for those of many files one after the other.
+        """
+        if self._known.get(relative) != info:
+            self._known[relative] = info
+            if self._threads is None or self._threads[0] != os.getpid():
+                self._threads, self._coming = (os.getpid(), ThreadPoolExecutor(CONNECTIONS, "footer")), {}
+            self._coming[relative] = self._threads[1].submit(self._fetch_footer, relative, info)
+        return f"{SCHEME}://{relative}"
+
+    def _fetch_footer(self, relative: str, info: FileInfo) -> None:
+        begin = max(info.bytes - FOOTER, 0)
+        if self._failed or self._ranges.read(info.sha256, begin, info.bytes) is not None:
+            return
+        failures: tuple[type[BaseException], ...] = (*FAILURES, *self._store.client_errors())
+        try:
+            with self._opened(relative, info) as file:
+                file.seek(begin)
+                file.read()
+        except failures:
+            self._failed = True  # others would wait in vain; DuckDB's own reading says what is wrong
+
+    def forget(self) -> None:
+        """Remove the kept parts of the files that were read, because something was wrong with one of them."""
+        for info in self._known.values():
+            self._ranges.forget(info.sha256)
 
     def _relative(self, path: str) -> str:
         """The path inside the store. Raises PermissionError where it leaves it."""
@@ -63,12 +99,23 @@ class RangeFiles(AbstractFileSystem):
         return str(pure)
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
-        return self._store.open_ranges(self._relative(path))
+        relative = self._relative(path)
+        info = self._known.get(relative)
+        if info is None:
+            return self._store.open_ranges(relative)
+        if (coming := self._coming.pop(relative, None)) is not None:
+            coming.result()
+        return self._opened(relative, info)
+
+    def _opened(self, relative: str, info: FileInfo) -> Any:
+        kept = {"ranges": self._ranges, "digest": info.sha256}
+        return self._store.open_ranges(relative, size=info.bytes, cache_type=KeptRanges.name, cache_options=kept)
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
         """Size and kind of a file."""
         relative = self._relative(path)
-        return {"name": relative, "size": self._store.size(relative), "type": "file"}
+        size = self._known[relative].bytes if relative in self._known else self._store.size(relative)
+        return {"name": relative, "size": size, "type": "file"}
 
     def glob(self, path: str, **options: Any) -> list[str]:
         """The file itself: names come in full, and a web server has no listings."""
@@ -94,10 +141,18 @@ class RemoteDataset(Dataset):
         self._store = HubStore(address, commit) if address.startswith("hf://") else Store(address)
         root = copy_of(self._store.url, "datasets")
         root.parent.mkdir(parents=True, exist_ok=True)
-        with lock_of(root.with_name(f"{root.name}.copy"), wait=True):  # readers wait for each other, not for a scoring
-            if not mirror(self._store, root, ()):
-                raise MissingError(f"{address} is not a kdata dataset: it has no dataset.json")
-        super().__init__(root, check)
+        # Readers wait for each other, not for a scoring; another one would change the copy while it is read.
+        with lock_of(root.with_name(f"{root.name}.copy"), wait=True):
+            while True:
+                if not mirror(self._store, root, ()):
+                    raise MissingError(f"{address} is not a kdata dataset: it has no dataset.json")
+                try:
+                    super().__init__(root, check)
+                except CorruptError:
+                    if self._store.read("dataset.json") == (root / "dataset.json").read_bytes():
+                        raise
+                    continue  # a writer has replaced both between the two reads
+                break
         self.place = address
         # Files of the copy, with the digest that they have, and what they were when they were compared.
         self._copies: dict[tuple[str, str], tuple[int, int]] = {}
@@ -253,6 +308,7 @@ class RemoteDataset(Dataset):
             connection.execute("set enable_progress_bar = false")
             connection.register_filesystem(self._files)
             connection.execute("set parquet_metadata_cache = true")
+            connection.execute(f"set threads = {max(CONNECTIONS, os.cpu_count() or 1)}")
             try:
                 files_view(connection, "part", files, index_schema())
                 there = connection.table("part").columns
@@ -260,6 +316,7 @@ class RemoteDataset(Dataset):
                 names = ", ".join(f'"{name}"' if name in there else f'null as "{name}"' for name in columns)
                 table = connection.sql(f"select {names} from part").to_arrow_table().cast(schema)
             except (duckdb.Error, pa.ArrowException, ValueError) as error:
+                self._files.forget()
                 for entry in entries:
                     self._refuse_replaced(entry)
                 raise StorageError(
@@ -267,6 +324,7 @@ class RemoteDataset(Dataset):
                     "again, and see `kdata verify` where that does not help"
                 ) from error
         if table.num_rows != sum(entry.rows for entry in entries):
+            self._files.forget()
             raise CorruptError(
                 f"{self.place}: the index has {table.num_rows:,} rows, and the manifest says "
                 f"{sum(entry.rows for entry in entries):,}; restore it from a copy"
@@ -282,6 +340,7 @@ class RemoteDataset(Dataset):
         theirs = read_index(path, names)
         for name in names:
             if not _equal(self._columns[name].slice(start, entry.rows), theirs[name]):
+                self._files.forget()
                 raise CorruptError(
                     f"{self.place}: column {name} of the index of shard {entry.name} was read with other values than {path} "
                     "has, whose digest is right; the store or the network changed bytes. Run the same command again"
@@ -345,7 +404,7 @@ class RemoteDataset(Dataset):
         if self._has_copy(relative, info):
             return unglobbed(inside(self.path, relative).resolve())
         self.unchecked.add(view)
-        return f"{SCHEME}://{relative}"
+        return self._files.know(relative, info)
 
     def _has_copy(self, relative: str, info: FileInfo) -> bool:
         """Whether there is a copy with the digest in `info`, or a file that was made in its place."""
@@ -391,6 +450,13 @@ class RemoteDataset(Dataset):
         if not self._is_current(f"plans/{name}.json"):
             self._copy_small(f"plans/{name}.parquet")
             self._copy_small(f"plans/{name}.json")
+
+    def fetch_listed(self) -> None:
+        """See `Dataset.fetch_listed`."""
+        for name in self._names("scores"):
+            self.fetch_sidecar(name)
+        for name in self._names("plans"):
+            self.fetch_plan(name)
 
     def _is_current(self, relative: str) -> bool:
         """Whether the copy has a score or plan that belongs to the dataset as it is now."""

@@ -17,6 +17,7 @@ from kdata.errors import TeacherError
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import TeacherInfo
 from kdata.store.checkpoint_kind import use_exact_attention
+from kdata.store.pretrained import without_bars
 from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig, refuse_structure
 from kdata.teachers.model import as_folder, model_identity, sizes_of
@@ -31,12 +32,13 @@ class TransformersTeacher:
         name, commit, weights_hash = model_identity(config)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self._model = AutoModelForCausalLM.from_pretrained(
-                as_folder(config).model,
-                revision=commit,
-                dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
-                trust_remote_code=False,
-            )
+            with without_bars():
+                self._model = AutoModelForCausalLM.from_pretrained(
+                    as_folder(config).model,
+                    revision=commit,
+                    dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+                    trust_remote_code=False,
+                )
         except (OSError, ValueError) as error:
             raise TeacherError(f"transformers cannot load {config.model!r}: {error}") from error
         self._model.to(self._device).eval()  # type: ignore[arg-type]  # transformers wraps Module.to

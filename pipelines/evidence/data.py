@@ -35,6 +35,7 @@ from kdata.jobs.job import LocalEngine, run_job
 from kdata.jobs.reading import CaptureConfig, CaptureJob
 from kdata.store.checkpoint_kind import use_exact_attention
 from kdata.store.gguf import model_folder
+from kdata.store.pretrained import without_bars
 from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 from kdata.teachers.head import Head, load_head
@@ -255,7 +256,8 @@ class EvidenceData:
         units = list(self._job(part, KeepConfig()).units(self._teacher, self._tokenizer))
         check_bos(self._teacher, self._tokenizer, [s.token_ids for s in units[0].sequences], KeepConfig())
         folder_of_model = model_folder(self.config.teacher)
-        model = AutoModelForCausalLM.from_pretrained(folder_of_model, dtype=torch.float32).eval()
+        with without_bars():
+            model = AutoModelForCausalLM.from_pretrained(folder_of_model, dtype=torch.float32).eval()
         use_exact_attention(model)
         about = {
             "teacher": Path(self.config.teacher).name,

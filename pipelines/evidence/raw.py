@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from kdata.errors import DataError
 from kdata.store.gguf import model_folder
+from kdata.store.pretrained import without_bars
 from kdata.teachers.model import load_tokenizer
 
 GOOD = "clean"
@@ -167,7 +168,8 @@ class _Writer:
 
     @cached_property
     def _model(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(model_folder(self._teacher), dtype=self._dtype).eval()
+        with without_bars():
+            return AutoModelForCausalLM.from_pretrained(model_folder(self._teacher), dtype=self._dtype).eval()
 
     @torch.inference_mode()
     def write(self, texts: list[str]) -> list[str]:

@@ -3,12 +3,17 @@
 It listens on the loopback alone and only reads. A page of another site that is open in the same browser gets nothing:
 requests need this server's own name (`Host`), so that no foreign name can be bound to it, and data is given only to those
 with the header `X-Kdata`, which a browser lets no other site send.
+
+A page that is loaded shows the dataset as it is then, while another process may write to it. What the page asks for later is
+of the same state, so that numbers of rows mean the same rows until it is loaded again.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +21,7 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from kdata.errors import ConfigError, KdataError, MissingError, OutOfRangeError, StorageError
+from kdata.errors import ConfigError, KdataError, MismatchError, MissingError, OutOfRangeError, StorageError
 from kdata.pipelines.view.values import View
 
 HOST = "127.0.0.1"
@@ -27,6 +32,7 @@ POLICY = (
     "form-action 'none'; frame-ancestors 'self'"
 )
 MOST_OF_A_QUERY = 10_000  # characters
+MOST_STATES = 8  # of a dataset that grows: pages that show older ones have to be loaded again
 
 
 def page_file(name: str) -> bytes:
@@ -37,13 +43,17 @@ def page_file(name: str) -> bytes:
 class ViewServer(ThreadingHTTPServer):
     """Serves the page of a view. port 0 takes a free one; `url` says which.
 
-    Raises StorageError where the port is taken.
+    Attributes:
+        view: of the newest state that a page has shown.
+    Raises:
+        StorageError: the port is taken.
     """
 
     daemon_threads = True
 
     def __init__(self, view: View, port: int = 0) -> None:
         self.view = view
+        self._states, self._guard = OrderedDict({view.state: view}), threading.Lock()
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
@@ -55,6 +65,25 @@ class ViewServer(ThreadingHTTPServer):
         """A browser that went away is nothing to speak of."""
         if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
+
+    def newest(self) -> View:
+        """The view for a page that is loaded now. Raises as `View.newest`."""
+        with self._guard:
+            self.view = self.view.newest()
+            self._states[self.view.state] = self.view
+            self._states.move_to_end(self.view.state)
+            while len(self._states) > MOST_STATES:
+                self._states.popitem(last=False)
+            return self.view
+
+    def of_state(self, state: str) -> View:
+        """The view of a page that was loaded before. Raises MismatchError where that is too long ago."""
+        if not state:
+            return self.view
+        try:
+            return self._states[state]
+        except KeyError as error:
+            raise MismatchError("the dataset has changed since this page was loaded; load it again") from error
 
     @property
     def url(self) -> str:
@@ -91,7 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
             if len(query) > MOST_OF_A_QUERY:
                 raise ConfigError(f"the question has more than {MOST_OF_A_QUERY:,} characters")
             words = {name: values[-1] for name, values in parse_qs(query, errors="strict").items()}
-            status, content = HTTPStatus.OK, answer(self.server.view, words)
+            is_new = urlsplit(self.path).path == "/api/about"
+            view = self.server.newest() if is_new else self.server.of_state(words.get("state", ""))
+            status, content = HTTPStatus.OK, answer(view, words)
         except KdataError as error:
             status = (
                 HTTPStatus.NOT_FOUND if isinstance(error, (MissingError, OutOfRangeError)) else HTTPStatus.BAD_REQUEST

@@ -16,15 +16,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdata.errors import ConfigError, KdataError, MissingError
+from kdata.errors import ConfigError, CorruptError, KdataError, MissingError
 from kdata.format.schema import index_schema
 from kdata.pipelines.view.overview import domains_of, histogram_of, overview_query
 from kdata.store.conditions import check_condition
 from kdata.store.dataset import Dataset
 from kdata.store.kept_counts import kept_lines
 from kdata.store.listed import PLANS, SCORES, Kind
+from kdata.store.open import open_dataset
 from kdata.store.row import Row
-from kdata.store.sql import is_name
+from kdata.store.sql import is_name, literal
 from kdata.store.token_scores import has_tokens
 
 MOST_ROWS = 200  # in one answer
@@ -48,6 +49,19 @@ class View:
         self._lock = threading.Lock()
         self._first = dict(zip((e.name for e in dataset.manifest), dataset.shard_starts.tolist(), strict=False))
 
+    @property
+    def state(self) -> str:
+        """Which rows it shows: another one where a row was added or changed since."""
+        return "-".join(one.content_digest[:16] for one in (self.dataset, self.beside) if one is not None)
+
+    def newest(self) -> View:
+        """The view of what is there now, because another process may write to the dataset; this one where nothing changed.
+
+        Raises what opening the dataset raises.
+        """
+        newer = View(_again(self.dataset), None if self.beside is None else _again(self.beside))
+        return self if newer.state == self.state else newer
+
     def check_beside(self) -> None:
         """Raise ConfigError where the dataset beside has none of the rows."""
         if self.beside is None:
@@ -62,8 +76,10 @@ class View:
         """What the dataset is, and what can be chosen: numbers to sort by, domains, plans, scores of tokens."""
         with self._lock:
             dataset = self.dataset
+            dataset.fetch_listed()
             plans, broken = self._plans()
             return {
+                "state": self.state,
                 "name": dataset.place.rstrip("/").rpartition("/")[2],
                 "teacher": dataset.info.teacher.model,
                 "kept": dataset.info.codec.kind,
@@ -115,20 +131,45 @@ class View:
         if offset < 0 or not 0 < limit <= MOST_ROWS:
             raise ConfigError(f"rows {offset} to {offset + limit} cannot be asked for; take 1 to {MOST_ROWS} from 0 on")
         with self._lock:
-            chosen = self._chosen(where, plan, outside, order)
-            value = self._number(order) if order not in ("", RANDOM) else ""
-            by = f"{value} {'desc' if descending else 'asc'} nulls last, " if value else "md5(id), " if order else ""
-            columns = ", ".join(SHOWN)
-            table = self.dataset.sql(
-                f"select {columns}, left(coalesce(text, messages, prompt, ''), {SNIPPET}) as snippet"
-                f"{f', {value}::double as value' if value else ''} from {chosen} "
-                f"order by {by} shard, row limit {limit} offset {offset}"
-            )
-            [total] = self.dataset.sql(f"select count(*) as n from {chosen}")["n"].to_pylist()
-        rows = table.to_pylist()
-        for row in rows:
-            row["number"] = self._first[row.pop("shard")] + row.pop("row")
+            if where.strip() or plan or order:
+                chosen = self._chosen(where, plan, outside, order)
+                places = self._places(chosen, order, descending, offset, limit)
+                [total] = self.dataset.sql(f"select count(*) as n from {chosen}")["n"].to_pylist()
+            else:
+                total = self.dataset.num_rows
+                places = [{"number": number} for number in range(offset, min(offset + limit, total))]
+            rows = self._listed(places)
         return {"total": total, "rows": [{key: _value(value) for key, value in row.items()} for row in rows]}
+
+    def _places(self, chosen: str, order: str, descending: bool, offset: int, limit: int) -> list[dict[str, Any]]:
+        """Numbers of a stretch of rows, each with its `value` where that is what orders them. No text is read for them."""
+        value = self._number(order) if order not in ("", RANDOM) else ""
+        by = f"{value} {'desc' if descending else 'asc'} nulls last, " if value else "md5(id), " if order else ""
+        places: list[dict[str, Any]] = self.dataset.sql(
+            f"select shard, row{f', {value}::double as value' if value else ''} from {chosen} "
+            f"order by {by} shard, row limit {limit} offset {offset}"
+        ).to_pylist()
+        for place in places:
+            place["number"] = self._first[place.pop("shard")] + place.pop("row")
+        return places
+
+    def _listed(self, places: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows as the list shows them. The index of other shards is not read, as each part has one value of `shard`."""
+        numbers = np.array([place["number"] for place in places], np.int64)
+        shards = np.searchsorted(self.dataset.shard_starts, numbers, side="right") - 1
+        names = [literal(self.dataset.manifest[shard].name) for shard in shards.tolist()]
+        if not names:
+            return []
+        local = (numbers - self.dataset.shard_starts[shards]).tolist()
+        pairs = ", ".join(f"({name}, {row})" for name, row in zip(names, local, strict=True))
+        table = self.dataset.sql(
+            f"select {', '.join(SHOWN)}, left(coalesce(text, messages, prompt, ''), {SNIPPET}) as snippet from rows "
+            f"where shard in ({', '.join(sorted(set(names)))}) and (shard, row) in ({pairs})"
+        )
+        found = {self._first[row.pop("shard")] + row.pop("row"): row for row in table.to_pylist()}
+        if missing := sorted(set(numbers.tolist()) - set(found)):
+            raise CorruptError(f"{self.dataset.place}: the index lacks row {missing[0]}; restore it from a copy")
+        return [found[place["number"]] | place for place in places]
 
     def histogram(self, column: str, *, where: str = "", plan: str = "", outside: bool = False) -> dict[str, Any]:
         """How often which values of a number are: of all rows, and of those that condition and plan leave.
@@ -318,6 +359,10 @@ class View:
         other = self.beside[number]
         same = np.array_equal(other.token_ids, row.token_ids)
         return {"missing": False, "same_tokens": same, **_tokens(other, begin if same else 0)}
+
+
+def _again(dataset: Dataset) -> Dataset:
+    return open_dataset(dataset.place, check=dataset.check)
 
 
 def _tokens(row: Row, begin: int) -> dict[str, Any]:

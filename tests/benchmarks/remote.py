@@ -1,14 +1,23 @@
 """A dataset on the Hub over a line of 10 MB/s: does training wait, and what does a look at it cost? Prints lines, JSON last.
 
-    python -m tests.benchmarks.remote [--tokens 1000000] [--mb-per-sec 10] [--cache 60MB] [--view-tokens 10000000]
+    python -m tests.benchmarks.remote [--tokens 80000] [--steps 12] [--mb-per-sec 10] [--cache 3MB]
+                                      [--view-tokens 10000000] [--answer-ms 50]
 
 The Hub is the stand-in of the tests on the loopback (`tests.hub_server`), which waits for as long as its bytes would take on
-the line; all connections share the line, and a question takes no time of its own. The client is the real one.
+the line; all connections share the line. The client is the real one.
 
 train    The demo's student (pipelines/quickstart.yaml) on rows with 64 entries a token, four times the bytes that the demo
-         keeps, in one epoch. Waiting is the trainer's own figure (`wait_share`), with and without its first step.
-view     Texts of some 1,500 characters in shards of 32,768 tokens: bytes, questions and seconds until the first page is
-         there, for another page, for a row, and for a filter.
+         keeps. A shard is 8,192 tokens and one is taken at a time, so that a short run comes to new ones. The same steps
+         from a folder, from the Hub over the line, and half of them, so that one sees what waiting looks like, over a line
+         of half the bytes that the folder's run took in a second. `waited` is the share of its time that the trainer waited
+         for data after the first step; `late` how often a payload was not there yet when a reader wanted it. The order, and
+         so the losses, are the same each time. The machine should be quiet: what is not computed needs no data. On two
+         cores some two minutes (--view-tokens 0).
+view     Texts of some 1,500 characters in shards of 32,768 tokens, and a score: bytes, questions and seconds until the first
+         page is there, for other pages, a row, a filter, and two orders. An answer takes --answer-ms beside its bytes. Then
+         the same in another process, which finds in the cache what the first one fetched.
+
+--tokens 0 or --view-tokens 0 leaves a part out.
 """
 
 from __future__ import annotations
@@ -21,45 +30,58 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 import kdata
+from kdata.selection.score_file import bring
 from tests.benchmarks import loader
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARD_TOKENS = 32_768
+TRAIN_SHARD_TOKENS, VIEW_SHARD_TOKENS = 8192, 32_768
 VOCAB = 8192
 
 TRAIN = """
 import json, sys
 from pathlib import Path
-from kdata.store.cache import payloads
+from kdata.store.cache import Ahead, payloads
 from kdata.trainer.config import ScratchStudent, TrainConfig
 from kdata.trainer.learner import Learner
 from kdata.trainer.train import train
 
 place, out, student, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
-most = 0
+most, late, readers, start = 0, [], [], Ahead.__init__
+
+def begin(self, *arguments):
+    readers.append(self)
+    start(self, *arguments)
 
 class Watching(Learner):
     def forward(self, *arguments):
         global most
         most = max(most, sum(about.st_size for _, about in payloads()))
+        late.append(sum(reader.waits for reader in readers))
         return super().forward(*arguments)
 
+Ahead.__init__ = begin
 config = TrainConfig(student=ScratchStudent(**student), log_every_steps=1, **settings)
 result = train(config, place, None, out, learner_of=Watching)
 lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-rest = [line for line in lines if "wait_share" in line][1:]
+lines = [line for line in lines if "wait_share" in line]
+seconds = [after["seconds"] - before["seconds"] for before, after in zip([{"seconds": 0.0}, *lines], lines)]
+waited = [line["wait_share"] * took for line, took in zip(lines, seconds)]
 print(json.dumps({
-    "steps": result.steps, "seconds": result.train_seconds, "wait_share": result.wait_share, "cache_bytes": most,
-    "wait_share_after_first": sum(line["wait_share"] for line in rest) / len(rest),
+    "steps": result.steps, "tokens": result.tokens, "seconds": sum(seconds[1:]), "first_step_seconds": seconds[0],
+    "waited": sum(waited[1:]) / sum(seconds[1:]), "late": late[-1] - late[0], "cache_bytes": most,
+    "losses": [line["loss"] for line in lines],
 }))
 """
 
@@ -74,9 +96,12 @@ steps = {
     "first page": lambda: view.rows(),
     "overview": lambda: view.overview(),
     "next page": lambda: view.rows(offset=50),
+    "page in the middle": lambda: view.rows(offset=view.dataset.num_rows // 2),
     "a row": lambda: view.row(view.dataset.num_rows // 2),
     "a row of the same shard": lambda: view.row(view.dataset.num_rows // 2 + 1),
     "filter": lambda: view.rows(where="nll > 2.5 and domain = 'b'"),
+    "sorted by a score": lambda: view.rows(order="ref.nll", descending=True),
+    "sorted by the difference": lambda: view.rows(order="ref.nll - nll"),
 }
 print("opened", flush=True)
 for name, ask in steps.items():
@@ -102,32 +127,45 @@ def served(dataset: Path, bytes_per_sec: float) -> HubServer:
     return hub
 
 
-def measure_training(root: Path, tokens: int, bytes_per_sec: float, limit: str) -> dict[str, Any]:
-    """One epoch from the Hub, and the same from the folder."""
-    loader.UNIT_TOKENS = SHARD_TOKENS
+def measure_training(root: Path, tokens: int, steps: int, bytes_per_sec: float, limit: str) -> dict[str, Any]:
+    """The same steps from a folder, over the line, and over one that is too slow."""
+    loader.UNIT_TOKENS = TRAIN_SHARD_TOKENS
     dataset = loader.build_dataset(root / "d", tokens, VOCAB)
-    size = sum(path.stat().st_size for path in (root / "d/data").iterdir())
+    per_token = sum(path.stat().st_size for path in (root / "d/data").iterdir()) / dataset.num_tokens
     recipe = yaml.safe_load((ROOT / "pipelines/quickstart.yaml").read_text())
     student, settings = recipe["student"]["scratch"], recipe["train"]
     settings |= {
         "context_tokens": loader.CONTEXT,
-        "steps": tokens // settings["batch_tokens"],
+        "warmup_steps": 1,
+        "decay": "constant",  # half of the steps are then those of the whole
+        "shuffle_group_tokens": TRAIN_SHARD_TOKENS,
         "objective": recipe["students"]["everything"]["objective"],
     }
-    hub, results = served(root / "d", bytes_per_sec), {}
-    for name, place in (("hub", "hf://me/logits"), ("folder", str(root / "d"))):
-        arguments = [place, str(root / name), json.dumps(student), json.dumps(settings)]
-        output, _ = asked(hub, root / "cache", TRAIN, *arguments, limit=limit).communicate()
-        results[name] = json.loads(output.splitlines()[-1])
+
+    def trained(name: str, place: str, steps: int) -> dict[str, Any]:
+        arguments = [place, str(root / name), json.dumps(student), json.dumps({**settings, "steps": steps})]
+        process = asked(hub, root / f"cache-{name}", TRAIN, *arguments, limit=limit)
+        result: dict[str, Any] = json.loads(next(line for line in process.stdout or () if line.startswith("{")))
+        process.kill()  # it would wait for what is copied ahead
+        process.communicate()
+        print(name, {key: value for key, value in result.items() if key != "losses"}, flush=True)
+        return result
+
+    hub = served(root / "d", bytes_per_sec)
+    runs = {"folder": trained("folder", str(root / "d"), steps), "hub": trained("hub", "hf://me/logits", steps)}
+    tokens_per_sec = runs["folder"]["tokens"] * (1 - 1 / steps) / runs["folder"]["seconds"]
+    hub.bytes_per_sec = tokens_per_sec * per_token / 2
+    runs["too slow"] = trained("slow", "hf://me/logits", max(steps // 2, 2))
     hub.close()
-    per_token = size / dataset.num_tokens
-    needs = dataset.num_tokens / results["folder"]["seconds"] * per_token
+    losses = [run.pop("losses") for run in runs.values()]
+    if any(loss != losses[0][: len(loss)] for loss in losses):
+        raise SystemExit("the runs have other losses, so they did not read the same rows in the same order")
     return {
-        "tokens": dataset.num_tokens,
-        "bytes": size,
         "bytes_a_token": per_token,
-        "needs_bytes_per_sec": needs,
-        **results,
+        "tokens_per_sec": tokens_per_sec,
+        "needs_bytes_per_sec": tokens_per_sec * per_token,
+        "line_bytes_per_sec": bytes_per_sec,
+        **runs,
     }
 
 
@@ -141,20 +179,38 @@ def with_texts(root: Path, tokens: int) -> kdata.Dataset:
         text = " ".join(words[rng.integers(0, len(words), len(made.token_ids) // 2)])
         return replace(made, text=text, domain="ab"[int(rng.integers(2))])
 
-    loader.UNIT_TOKENS, loader._record = SHARD_TOKENS, record
+    loader.UNIT_TOKENS, loader._record = VIEW_SHARD_TOKENS, record
     try:
         return loader.build_dataset(root, tokens, VOCAB, k=2)
     finally:
         loader._record = plain
 
 
-def measure_view(root: Path, tokens: int, bytes_per_sec: float) -> dict[str, Any]:
+def measure_view(root: Path, tokens: int, bytes_per_sec: float, answer_sec: float) -> dict[str, Any]:
     """What each thing that a person does fetches."""
     dataset = with_texts(root / "v", tokens)
+    ids, rng = dataset.index(["id"])["id"], np.random.default_rng(2)
+    pq.write_table(pa.table({"id": ids, "nll": rng.gamma(2.0, size=len(ids))}), root / "ref.parquet")
+    bring(dataset, root / "ref.parquet", "ref")
     hub = served(root / "v", bytes_per_sec)
+    hub.answer_sec = answer_sec
     index = sum(path.stat().st_size for path in (root / "v/index").iterdir())
+    first, second = (view_steps(hub, root / "view-cache") for _ in range(2))
+    hub.close()
+    return {
+        "rows": len(dataset),
+        "tokens": dataset.num_tokens,
+        "shards": len(dataset.manifest),
+        "index_bytes": index,
+        "first": first,
+        "second": second,
+    }
+
+
+def view_steps(hub: HubServer, cache: Path) -> dict[str, Any]:
+    """The steps of a person, in a process of their own."""
     steps: dict[str, Any] = {}
-    process = asked(hub, root / "view-cache", VIEW, "hf://me/logits")
+    process = asked(hub, cache, VIEW, "hf://me/logits")
     assert process.stdin is not None and process.stdout is not None
     while True:
         before, questions, started = hub.bytes_sent(), len(hub.asked), time.perf_counter()
@@ -164,35 +220,31 @@ def measure_view(root: Path, tokens: int, bytes_per_sec: float) -> dict[str, Any
         step = {"bytes": hub.bytes_sent() - before, "questions": len(hub.asked) - questions}
         steps[name] = {**step, "seconds": time.perf_counter() - started}
         print(name, steps[name], flush=True)
-        if process.poll() is None:
+        with suppress(BrokenPipeError):  # after the last one
             process.stdin.write("go on\n")
             process.stdin.flush()
-    hub.close()
-    return {
-        "rows": len(dataset),
-        "tokens": dataset.num_tokens,
-        "shards": len(dataset.manifest),
-        "index_bytes": index,
-        **steps,
-    }
+    process.wait()
+    return steps
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--tokens", type=int, default=80_000)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--mb-per-sec", type=float, default=10.0)
-    parser.add_argument("--cache", default="60MB")
+    parser.add_argument("--cache", default="3MB")
+    parser.add_argument("--answer-ms", type=float, default=50.0)
     parser.add_argument("--view-tokens", type=int, default=10_000_000)
     options = parser.parse_args()
     line = options.mb_per_sec * 1e6
     results: dict[str, Any] = {"cores": os.cpu_count(), "machine": platform.machine(), "mb_per_sec": options.mb_per_sec}
     with tempfile.TemporaryDirectory() as folder:
         if options.tokens:
-            results["train"] = measure_training(Path(folder), options.tokens, line, options.cache)
+            results["train"] = measure_training(Path(folder), options.tokens, options.steps, line, options.cache)
             print(results["train"], flush=True)
         if options.view_tokens:
-            results["view"] = measure_view(Path(folder), options.view_tokens, line)
+            results["view"] = measure_view(Path(folder), options.view_tokens, line, options.answer_ms / 1e3)
     print(json.dumps(results))
 
 

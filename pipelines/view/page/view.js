@@ -26,7 +26,8 @@ function fromFolder(name) {
 }
 
 async function fromServer(name, words) {
-  const answer = await fetch(`/api/${name}?${new URLSearchParams(words)}`, { headers: { "X-Kdata": "1" } });
+  const own = state.about ? { state: state.about.state } : {};  // the rows as they were when this page was loaded
+  const answer = await fetch(`/api/${name}?${new URLSearchParams({ ...own, ...words })}`, { headers: { "X-Kdata": "1" } });
   const value = await answer.json();
   if (!answer.ok) throw new Error(value.error.split("\n")[0]);
   return value;

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import huggingface_hub.file_download as download
 import huggingface_hub.utils._http as http
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ import pytest
 
 import kdata
 from kdata.check.verify import verify
-from kdata.errors import ConfigError, MissingError, StorageError
+from kdata.errors import ConfigError, KdataError, MissingError, StorageError
 from kdata.selection.ranked import All
 from kdata.selection.score_file import bring
 from kdata.selection.select import select
@@ -157,6 +158,86 @@ def test_a_broken_connection_publishes_nothing_and_the_same_command_sends_the_re
     digests_sent = [name for name, _ in hub.received if len(name) == 64]
     assert len(digests_sent) == len(set(digests_sent)) and kdata.open(newest(hub)).num_rows == 25
     assert len(hub.commits) == 2, "the empty one and that of the dataset"
+
+
+def without_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let the client try again at once; for how long it would have waited each time."""
+    waits: list[float] = []
+    monkeypatch.setattr(http, "time", SimpleNamespace(**vars(time) | {"sleep": waits.append}))
+    return waits
+
+
+def test_a_large_file_goes_up_in_parts(hub: HubServer, captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the way `multipart` of LFS, which the client takes where the Hub says so; a break in the middle of a file."""
+    hub.chunk_bytes, hub.breaks_after = 2000, 5
+    without_waiting(monkeypatch)
+    with pytest.raises(StorageError, match=r"the Hub refused me/logits: .*what was sent is not sent again") as raised:
+        push(kdata.open(captured), ADDRESS)
+    assert "\n" not in str(raised.value) and set(digests(newest(hub))) == {".gitattributes"}
+    assert hub.transfers[0] == ["basic", "multipart"]
+    hub.breaks_after = None
+    push(kdata.open(captured), ADDRESS)
+    parts = [size for path, size in hub.received if path.startswith("/parts/")]
+    assert len(parts) > 10 and max(parts) == 2000
+    assert (
+        not verify(kdata.open(newest(hub)))
+        and kdata.open(newest(hub)).content_digest == kdata.open(captured).content_digest
+    )
+
+
+@pytest.mark.parametrize(
+    "part", ["/create", "/api/datasets/me/logits", "/tree/", "/preupload", "/batch", "/objects/", "/commit"]
+)
+def test_a_push_waits_as_long_as_the_hub_says(
+    hub: HubServer, captured: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Too many questions (429): the client waits where it tries again at all. Otherwise the same command goes on."""
+    waits, hub.limited = without_waiting(monkeypatch), {part: 2}
+    for _ in range(3):
+        try:
+            push(kdata.open(captured), ADDRESS)
+            break
+        except StorageError as error:
+            assert "\n" not in str(error) and "the Hub refused me/logits: TooMany" in str(error)
+            assert "wait some minutes, then run the same command" in str(error)
+    assert hub.limited[part] == 0 and kdata.open(newest(hub)).content_digest == kdata.open(captured).content_digest
+    assert set(waits) <= {31.0}, "Retry-After, and a second"
+    assert len(hub.commits) == 2
+
+
+def test_a_limit_that_stays_is_one_line(hub: HubServer, captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, hub.limited = without_waiting(monkeypatch), {"/objects/": 1000}
+    with pytest.raises(StorageError, match=r"the Hub refused me/logits: .*wait") as raised:
+        push(kdata.open(captured), ADDRESS)
+    assert "\n" not in str(raised.value) and waits and set(waits) == {31.0}
+    assert set(digests(newest(hub))) == {".gitattributes"}
+
+
+def test_reading_waits_as_long_as_the_hub_says(
+    hub: HubServer, captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(kdata.open(captured), ADDRESS)
+    waits, home = without_waiting(monkeypatch), kdata.open(captured)
+    monkeypatch.setattr(download, "time", http.time, raising=False)
+    query = "select domain, count(*) as n from rows group by 1 order by 1"
+    for part in ("/api/datasets/me/logits", "/tree/", "/dataset.json", "/index/", "/data/"):
+        monkeypatch.setenv("KDATA_CACHE", str(tmp_path / part.strip("/").replace("/", "-")))
+        huggingface_hub.HfFileSystem.clear_instance_cache()
+        for limit in (2, 1000):
+            hub.limited = {part: limit}
+            for _ in range(3):
+                try:
+                    opened = kdata.open(ADDRESS)
+                    assert opened.sql(query).equals(home.sql(query)) and opened[3].id == home[3].id
+                    break
+                except KdataError as error:
+                    assert "\n" not in str(error).strip(), part
+                    assert "wait some minutes, then run the same command" in str(error)
+                    if limit == 1000:
+                        hub.limited = {}
+            else:
+                raise AssertionError(f"{part}: it does not go on")
+    assert 31.0 in waits
 
 
 def test_a_commit_of_somebody_else_is_not_overwritten(hub: HubServer, captured: Path, tmp_path: Path) -> None:

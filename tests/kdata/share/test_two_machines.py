@@ -24,8 +24,7 @@ from tests.hub_server import HubServer
 from tests.web import Files
 
 UNIT = 4000  # tokens of a shard
-# Of another dataset, whose shards have 2 MB: below the default, but not so small that each command reads as much of footers.
-LARGER = 5000
+LARGER = 5000  # of another dataset, whose shards have 0.8 MB: far below the default, so footers are a great part of it
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,7 @@ import sys
 from pathlib import Path
 from tests.fakes import run_capture
 out, corpus, tokenizer, unit = sys.argv[1:]
-run_capture(Path(out), Path(corpus), Path(tokenizer), kind="topk", k=250, unit_tokens=int(unit))
+run_capture(Path(out), Path(corpus), Path(tokenizer), kind="topk", k=100, unit_tokens=int(unit))
 """
 MAIN = "from kdata.pipelines.cli.main import main; main()"
 

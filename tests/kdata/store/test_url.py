@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 import time
 import types
@@ -312,3 +314,51 @@ def test_a_mistyped_name_does_not_create_a_bucket(monkeypatch: pytest.MonkeyPatc
 def test_writers_and_readers_have_separate_copies(url: str) -> None:
     assert copy_of(url, "datasets") != copy_of(f"{url}x", "datasets")
     assert copy_of(url, "datasets") == copy_of(f"{url}/", "datasets") != copy_of(url, "writing")
+
+
+def test_a_dataset_that_grows_between_the_two_reads_of_an_opening_is_read_again(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dataset.json is of before another source began, the manifest of after: the two do not belong together."""
+    run_generate(tmp_path / "d", corpus_file, tokenizer_dir)
+    shutil.copytree(tmp_path / "d", tmp_path / "before")
+    run_capture(tmp_path / "d", corpus_file, tokenizer_dir)
+    expected, read, asked = kdata.open(tmp_path / "d").num_rows, Store.read, []
+    assert expected > kdata.open(tmp_path / "before").num_rows
+
+    def growing(self: Store, relative: str) -> bytes | None:
+        asked.append(relative)
+        if asked == ["dataset.json"]:
+            return (tmp_path / "before" / relative).read_bytes()
+        return read(self, relative)
+
+    monkeypatch.setattr(Store, "read", growing)
+    assert kdata.open(f"file://{tmp_path}/d").num_rows == expected and len(asked) == 5
+    asked.clear()
+    shutil.copyfile(tmp_path / "before/dataset.json", tmp_path / "d/dataset.json")
+    with pytest.raises(CorruptError, match="does not belong to this dataset"):
+        kdata.open(f"file://{tmp_path}/d")
+
+
+OPEN = """
+import sys, kdata
+print("ready", flush=True)
+sys.stdin.readline()
+print({kdata.open(sys.argv[1]).num_rows for _ in range(60)})
+"""
+
+
+def test_processes_that_open_a_url_at_once_share_a_copy_and_see_all_of_it(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
+    """Each opening writes the manifest's copy again, which others read."""
+    expected = run_capture(tmp_path / "d", corpus_file, tokenizer_dir, unit_tokens=30).num_rows
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", OPEN, f"file://{tmp_path}/d"]
+    openers = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(4)]
+    for one in openers:
+        assert one.stdout is not None and one.stdout.readline() == "ready\n"
+    for one in openers:
+        assert one.stdin is not None
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    assert [one.communicate()[0] for one in openers] == [f"{{{expected}}}\n"] * 4

@@ -35,6 +35,8 @@ from kdata.selection.ranked import Random
 from kdata.selection.score_file import bring
 from kdata.share.interchange.importer import ImportConfig, import_dataset
 from tests.fakes import LINES, StandInTeacher, run_capture, write_jsonl
+from tests.kdata.selection.plans import Row, dataset_of
+from tests.web import Files
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +197,38 @@ def test_a_row_is_what_the_dataset_says(view: View, dataset: kdata.Dataset, monk
             begin += 4
         assert got["plans"].keys() == {"half"} and got["columns"]["domain"] == row.domain
         json.dumps(got, allow_nan=False)
+
+
+def test_scores_and_plans_at_a_url_are_there_to_choose(
+    scored: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    here, there = View(scored), View(kdata.open(f"file://{scored.path}"))
+    assert there.about() == here.about() and {"mine.odd", "ref.nll", "ref.nll - nll"} <= set(there.about()["numbers"])
+    for choice in ({"order": "ref.nll - nll", "descending": True}, {"plan": "twice", "where": "mine.odd = 1"}):
+        assert there.rows(**choice) == here.rows(**choice)  # type: ignore[arg-type]
+
+
+def test_the_list_reads_the_texts_of_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a URL: of 40 shards, one for a page in order, and those with the rows of a page in another order."""
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    rows = [Row(f"r{n:04}", "ab"[n % 2], 8, 1.0 + n * 7 % 31 / 7, rng.bytes(800).hex()) for n in range(1200)]
+    home = dataset_of(tmp_path / "home/d", rows, shard_rows=30)
+    files = Files(tmp_path / "home")
+    view, local = View(kdata.open(f"{files.url}/d")), View(home)
+    view.rows(where="nll > 0", order="nll", limit=1)  # footers and short columns
+    index = sum(path.stat().st_size for path in (home.path / "index").iterdir())
+    for choice in (
+        {"offset": 612},
+        {"offset": 312, "where": "nll > 0"},
+        {"order": "nll", "descending": True, "limit": 3},
+    ):
+        files.sent.clear()
+        assert view.rows(**choice) == local.rows(**choice)  # type: ignore[arg-type]
+        assert 0 < len({path for path, _, _ in files.sent}) <= 3 and files.bytes_sent() < index / 10
+    assert view.rows(offset=1199) == local.rows(offset=1199) and view.rows(offset=1200) == {"total": 1200, "rows": []}
+    files.close()
 
 
 def test_another_teacher_beside(dataset: kdata.Dataset, tmp_path: Path, tokenizer_dir: Path) -> None:

@@ -1,0 +1,313 @@
+"""Parts of files at a URL are kept between processes: what is fetched again, what is believed, how much there may be."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import kdata
+from kdata.errors import CorruptError, KdataError, StorageError
+from kdata.store import ranges, url_dataset
+from kdata.store.ranges import SHARE, SWEEPS, Ranges
+from kdata.store.shard import write_parquet
+from kdata.store.url import Store
+from tests.kdata.selection.plans import Row, dataset_of
+from tests.web import Files
+
+QUERY = "select domain, sum(num_tokens)::bigint as n, max(nll) as nll from rows group by 1 order by 1"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
+    """3,000 rows in three shards, the text of each row longer than all its numbers."""
+    text = Random(0)
+    rows = [
+        Row(
+            f"row-{n * 7919 % 3000:05}", "abc"[n % 3], 2 + n % 5, 1.0 + n * 31 % 17 + n / 1e4, text.randbytes(100).hex()
+        )
+        for n in range(3000)
+    ]
+    return dataset_of(tmp_path_factory.mktemp("home") / "d", rows, shard_rows=1000)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def served(home: kdata.Dataset, cache: Path) -> Iterator[Files]:
+    """The dataset at a URL."""
+    files = Files(home.path.parent)
+    yield files
+    files.close()
+
+
+def parts(cache: Path) -> list[Path]:
+    return sorted((cache / "ranges").glob("*/*"))
+
+
+def test_another_process_fetches_only_what_none_has_fetched(home: kdata.Dataset, served: Files) -> None:
+    assert kdata.open(f"{served.url}/d").sql(QUERY).equals(home.sql(QUERY))
+    served.sent.clear()
+    code = "import kdata, sys; print(kdata.open(sys.argv[1]).sql(sys.argv[2], values='json').to_pylist())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"{served.url}/d", QUERY], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(home.sql(QUERY, values="json").to_pylist())
+    assert {path for path, _, _ in served.sent} == {"d/dataset.json", "d/manifest.jsonl"}
+    served.sent.clear()
+    other = "select max(text) as t from rows"
+    assert kdata.open(f"{served.url}/d").sql(other).equals(home.sql(other))
+    sizes = {f"d/index/{path.name}": path.stat().st_size for path in (home.path / "index").iterdir()}
+    fetched = [(path, first + count) for path, first, count in served.sent if path in sizes]
+    assert len(fetched) == 3 and all(end < sizes[path] for path, end in fetched)  # no footer
+
+
+def test_what_was_damaged_on_the_disk_is_fetched_again(home: kdata.Dataset, served: Files, cache: Path) -> None:
+    expected = home.sql(QUERY)
+    assert kdata.open(f"{served.url}/d").sql(QUERY).equals(expected)
+    rng, whole = np.random.default_rng(3), {path: path.read_bytes() for path in parts(cache)}
+    assert len(whole) > 3
+    for path, content in whole.items():
+        other = next(one for one in whole if one.parent != path.parent)
+        harms = [bytearray(content) for _ in range(3)]
+        for flipped in harms:
+            flipped[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
+        for harm in [*harms, content[:-1], content[:20], b"", content + b"x", whole[other]]:
+            path.write_bytes(harm)
+            served.sent.clear()
+            assert kdata.open(f"{served.url}/d").sql(QUERY).equals(expected)
+            assert [one for one in served.sent if "/index/" in one[0]], "it was believed"
+            assert path.read_bytes() == content and path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("by", ["group", "link", "owner"])
+def test_what_others_could_have_written_is_not_believed(by: str, cache: Path, tmp_path: Path) -> None:
+    """The checksum keeps nobody out who can write: he would make another one."""
+    kept, digest = Ranges(), "a" * 64
+    kept.keep(digest, 10, b"content")
+    [path] = parts(cache)
+    assert kept.read(digest, 11, 14) == b"ont"
+    if by == "group":
+        path.chmod(0o620)
+    elif by == "link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    elif os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+    else:
+        pytest.skip("only root can give a file away")
+    assert kept.read(digest, 11, 14) is None
+    kept.keep(digest, 10, b"content")
+    assert kept.read(digest, 11, 14) == b"ont"
+
+
+def test_a_part_belongs_to_its_file_and_place(cache: Path) -> None:
+    kept, rng = Ranges(), np.random.default_rng(0)
+    files = {letter * 64: rng.bytes(5000) for letter in "abc"}
+    for _ in range(400):
+        digest = "abc"[int(rng.integers(3))] * 64
+        begin, end = sorted(rng.integers(0, 5001, 2).tolist())
+        known = kept.read(digest, begin, end)
+        assert known is None or known == files[digest][begin:end]
+        kept.keep(digest, begin, files[digest][begin:end])
+        if end > begin:
+            assert kept.read(digest, begin, end) == files[digest][begin:end]
+    first, second = (next(path for path in parts(cache) if path.parent.name == letter * 64) for letter in "ab")
+    for source, name in ((first, "10000-10009"), (second, "20000-20009")):  # of another place, of another file
+        os.replace(source, first.with_name(name))
+        assert kept.read("a" * 64, int(name[:5]), int(name[:5]) + 1) is None
+    kept.forget("b" * 64)
+    assert kept.read("b" * 64, 0, 1) is None
+
+
+def test_parts_stay_within_their_bound_and_those_used_last_stay(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDATA_CACHE_LIMIT", "1MB")
+    most, kept = 10**6 // SHARE, Ranges()
+    content, used = os.urandom(most // SWEEPS - 100), "f" * 64
+    kept.keep(used, 0, content)
+    for number in range(60):
+        kept.keep(f"{number:064x}", 0, content)
+        time.sleep(0.002)  # of another time in the file system's clock
+        assert kept.read(used, 0, 9) == content[:9]
+        assert sum(path.stat().st_size for path in parts(cache)) <= most
+    assert kept.read(f"{59:064x}", 0, 9) is not None and kept.read(f"{0:064x}", 0, 9) is None
+    assert all(any(folder.iterdir()) for folder in (cache / "ranges").iterdir())
+    kept.keep("e" * 64, 0, os.urandom(most // 2))
+    assert kept.read("e" * 64, 0, 9) is None  # a single part is no reason to forget most others
+    monkeypatch.setenv("KDATA_CACHE_LIMIT", "0")
+    Ranges().keep("d" * 64, 0, b"one")
+    assert not [path for path in parts(cache) if path.parent.name == "d" * 64]
+
+
+WRITER = """
+import sys
+import numpy as np
+from kdata.store.ranges import Ranges
+kept, rng = Ranges(), np.random.default_rng(int(sys.argv[1]))
+files = {letter * 64: np.random.default_rng(ord(letter)).bytes(20_000) for letter in "abcd"}
+print("ready", flush=True)
+while True:
+    digest = "abcd"[int(rng.integers(4))] * 64
+    begin, end = sorted(rng.integers(0, 20_001, 2).tolist())
+    known = kept.read(digest, begin, end)
+    assert known is None or known == files[digest][begin:end]
+    kept.keep(digest, begin, files[digest][begin:end])
+    if rng.random() < 0.01:
+        kept.forget(digest)
+"""
+
+
+def test_several_processes_and_kills_leave_whole_parts(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDATA_CACHE_LIMIT", "10MB")
+    files = {letter * 64: np.random.default_rng(ord(letter)).bytes(20_000) for letter in "abcd"}
+    for turn in range(3):
+        writers = [
+            subprocess.Popen([sys.executable, "-c", WRITER, str(3 * turn + n)], stdout=subprocess.PIPE, text=True)
+            for n in range(3)
+        ]
+        for writer in writers:
+            assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+        time.sleep(0.3 + 0.1 * turn)
+        assert all(writer.poll() is None for writer in writers), "what it read was wrong"
+        for writer in writers:
+            writer.send_signal(signal.SIGKILL)
+            writer.communicate()
+    whole = [path for path in parts(cache) if path.suffix != ".tmp"]
+    assert len(whole) > 20
+    for path in whole:
+        begin, end = (int(number) for number in path.name.split("-"))
+        assert Ranges().read(path.parent.name, begin, end) == files[path.parent.name][begin:end]
+        assert path.stat().st_size == 32 + end - begin
+    left = cache / "ranges" / ("a" * 64) / ".0123456789abcdef.tmp"
+    left.write_bytes(b"half")
+    monkeypatch.setattr(ranges, "ABANDONED_SEC", -1)
+    Ranges().keep("a" * 64, 0, b"x")
+    assert not left.exists()
+
+
+def test_threads_read_and_keep_at_once(cache: Path) -> None:
+    kept, content, wrong = Ranges(), os.urandom(4000), []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(100):
+            begin, end = sorted(rng.integers(0, 4001, 2).tolist())
+            if kept.read("a" * 64, begin, end) not in (None, content[begin:end]):
+                wrong.append((begin, end))
+            kept.keep("a" * 64, begin, content[begin:end])
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and kept.read("a" * 64, 0, 1) in (None, content[:1])
+
+
+def with_another_value(path: Path, size: int) -> bytes:
+    """An index file of the same size, in which a row has an NLL of 99."""
+    table = pq.read_table(path)
+    place = table.column_names.index("nll")
+    for row in range(table.num_rows):
+        values = table["nll"].to_numpy().copy()
+        values[row] = 99.0
+        file = io.BytesIO()
+        write_parquet(table.set_column(place, table.schema.field(place), pa.array(values)), file)
+        if len(file.getvalue()) == size:
+            return file.getvalue()
+    raise AssertionError("none has this size")
+
+
+def test_what_came_damaged_is_forgotten_once_it_is_noticed(home: kdata.Dataset, served: Files, cache: Path) -> None:
+    """A column that was read with other values than the index file has, and a footer that cannot be read."""
+    path = next(iter(sorted((home.path / "index").iterdir())))
+    right = path.read_bytes()
+    wrong, footer = with_another_value(path, len(right)), len(right) - 8 - int.from_bytes(right[-8:-4], "little")
+    try:
+        path.write_bytes(wrong)
+        opened = kdata.open(f"{served.url}/d")
+        assert 99.0 in opened.index(["nll"])["nll"].to_pylist()
+        path.write_bytes(right)
+        assert 99.0 in kdata.open(f"{served.url}/d").index(["nll"])["nll"].to_pylist(), "kept"
+        with pytest.raises(CorruptError, match="was read with other values"):
+            _ = opened[3]
+        again = kdata.open(f"{served.url}/d")
+        assert again.index(["nll"]).equals(home.index(["nll"])) and again[3].id == home[3].id
+        for ask in (
+            lambda: kdata.open(f"{served.url}/d").sql(QUERY),
+            lambda: kdata.open(f"{served.url}/d").index(["id"]),
+        ):
+            for one in parts(cache):
+                one.unlink()
+            for copy in cache.glob("datasets/*/*/index/*"):
+                copy.unlink()
+            path.write_bytes(right[:footer] + bytes(300) + right[footer + 300 :])
+            with pytest.raises(KdataError):
+                ask()
+            path.write_bytes(right)
+            ask()
+    finally:
+        path.write_bytes(right)
+
+
+def test_half_an_answer_is_not_kept(home: kdata.Dataset, served: Files, cache: Path) -> None:
+    served.cut = re.compile("index/")
+    with pytest.raises(KdataError):
+        kdata.open(f"{served.url}/d").sql(QUERY)
+    served.cut = re.compile("(?!)")
+    assert kdata.open(f"{served.url}/d").sql(QUERY).equals(home.sql(QUERY))
+
+
+def test_footers_are_fetched_at_once(
+    home: kdata.Dataset, served: Files, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question waits until all three were asked; one after the other they would wait for ever."""
+    together, opened = threading.Barrier(3), kdata.open(f"{served.url}/d")
+    open_ranges = Store.open_ranges
+
+    def waiting(self: Store, *arguments: Any, **options: Any) -> Any:
+        if threading.current_thread().name.startswith("footer"):
+            together.wait(30)
+        return open_ranges(self, *arguments, **options)
+
+    monkeypatch.setattr(Store, "open_ranges", waiting)
+    assert opened.sql(QUERY).equals(home.sql(QUERY)) and not together.broken
+    sizes = {f"d/index/{path.name}": path.stat().st_size for path in (home.path / "index").iterdir()}
+    ends = [path for path, first, count in served.sent if first + count == sizes.get(path)]
+    assert sorted(ends) == sorted(sizes), "each once"
+
+
+def test_a_footer_that_cannot_be_fetched_is_one_error_and_the_others_do_not_wait(
+    home: kdata.Dataset, served: Files, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def refused(self: Store, relative: str, **options: Any) -> Any:
+        tried.append(relative)
+        raise StorageError("cannot read it")
+
+    monkeypatch.setattr(url_dataset, "CONNECTIONS", 1)
+    monkeypatch.setattr(Store, "open_ranges", refused)
+    opened = kdata.open(f"{served.url}/d")
+    with pytest.raises(KdataError, match="cannot read it"):
+        opened.sql(QUERY)
+    assert len(tried) <= 3, "one by a thread, and then DuckDB's own"
