@@ -1,7 +1,7 @@
 """What the evidence says about each method of `kdata select`, from raw.json: the runs of question `raw`. Needs no torch.
 
 A figure is the relative difference of the held-out NLL to training without selection, in pairs of the same seed. Of several
-settings of a method the best counts, and how many there were is said.
+settings of a method the best counts.
 """
 
 from __future__ import annotations
@@ -17,34 +17,41 @@ from kdata.selection.select import DEFAULT, METHODS
 
 RESULTS = Path(__file__).with_name("raw.json")
 FAMILIES = {"distillation": "distilled", "cross-entropy": "cross-entropy"}
+# Methods that bring no choice of their own to measure, and what to read instead.
+UNMEASURED = {
+    "sql": "your own choice",
+    "static": "your own shares",
+    "table": "your own shares",
+    "proportional": "see random",
+    "cap": "see random",
+    "curriculum": "needs a judge",
+}
+LEGEND = (
+    "NLL of students on held-out text against those of the whole corpus, in %, of a",
+    "raw corpus (55 % good): below 0 is better. *: the interval leaves out 0. Of",
+    "several settings of a method the best. all: with the conditions of hygiene.",
+)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One method: the best difference in each family of students, and how many settings were measured; empty: none was.
-
-    cleaned: the rows were those that meet conditions of hygiene.
-    """
+    """One method: the best difference in each family of students; empty: none was measured, and `instead` says why."""
 
     best: dict[str, Estimate]
-    settings: int
-    cleaned: bool = False
+    instead: str = ""
 
-    def __str__(self) -> str:
-        if not self.best:
-            return "not measured"
-        parts = [f"{FAMILIES[family]}: {_words(gap)}" for family, gap in self.best.items()]
-        text = "; ".join(parts) + (f" (best of {self.settings})" if self.settings > 1 else "")
-        return f"with the conditions of hygiene, {text}" if self.cleaned else text
+    def cells(self) -> list[str]:
+        """A cell for each of FAMILIES: `-1.2 ± 0.3 *` is in percent, with a star where the interval leaves out 0."""
+        return [_cell(self.best.get(family)) for family in FAMILIES] if self.best else [self.instead, ""]
 
 
-def _words(gap: Estimate) -> str:
-    """`helps, NLL -1.2 ± 0.3 %`: it helps or hurts where the interval leaves out 0; of one seed there is none."""
+def _cell(gap: Estimate | None) -> str:
+    if gap is None:
+        return "not measured"
+    mean = f"{100 * gap.mean:+.1f}"
     if gap.half_width is None:
-        return f"NLL {100 * gap.mean:+.1f} %, one seed"
-    low, high = gap.mean - gap.half_width, gap.mean + gap.half_width
-    word = "helps" if high < 0 else "hurts" if low > 0 else "no difference"
-    return f"{word}, NLL {100 * gap.mean:+.1f} ± {100 * gap.half_width:.1f} %"
+        return f"{mean}, one seed"
+    return f"{mean} ± {100 * gap.half_width:.1f} {'*' if abs(gap.mean) > gap.half_width else ' '}"
 
 
 def verdicts(path: Path = RESULTS) -> dict[str, Verdict]:
@@ -64,8 +71,7 @@ def verdicts(path: Path = RESULTS) -> dict[str, Verdict]:
     return {
         name: Verdict(
             {family: min(of[family], key=lambda gap: gap.mean) for family in FAMILIES if family in of},
-            max(map(len, of.values()), default=0),
-            name == DEFAULT,
+            UNMEASURED.get(name, "not measured"),
         )
         for name, of in gaps.items()
     }
