@@ -113,7 +113,7 @@ class Proportional(Mixture):
 
 
 class Temperature(Mixture):
-    """Shares from proportional (T = 1) to uniform (large T): p^(1/T) of a domain with the share p of the dataset's units."""
+    """Shares p^(1/T), p being a domain's share of the dataset: proportional at T = 1, near uniform at large T."""
 
     method: Literal["temperature"] = "temperature"
     temperature: float = Field(

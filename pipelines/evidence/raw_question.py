@@ -39,7 +39,7 @@ from kdata.pipelines.evidence.tokenizers import bits_per_byte
 from kdata.selection.band import Band
 from kdata.selection.confidence import Confidence, Margin
 from kdata.selection.margins import score_margins
-from kdata.selection.mixtures import Mixture, Temperature, Uniform
+from kdata.selection.mixtures import Mixture
 from kdata.selection.plan import Plan, make_plan
 from kdata.selection.prune import Prune, distillation_weight
 from kdata.selection.ranked import All, Difference, Random
@@ -130,8 +130,6 @@ ARMS = (
     Arm("robust (max-min), half", "", Robust()),
     Arm("RegMix", "", RegMix(runs=TABLES["regmix"])),
     Arm("Olmix", "", Olmix(former=TABLES["former"], runs=TABLES["olmix"])),
-    Arm("temperature 2", "", Temperature(temperature=2)),
-    Arm("uniform", "", Uniform()),
     Arm("difference, reference read the corpus, half of each domain", "",
         _difference("read_on_each", 0.5, by_domain=True, score="read_on")),
     Arm("difference, reference read the corpus, half", "", _difference("read_on_half", 0.5, score="read_on")),

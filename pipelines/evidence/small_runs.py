@@ -19,7 +19,7 @@ from kdata.trainer.config import ScratchStudent
 STUDENT = ScratchStudent(hidden_size=48, num_layers=2, num_heads=2)
 SHARE_OF_STEPS = 0.25  # of the students that are compared
 SEED = 200  # no other student has it
-RUNS, RUNS_FORMER = 20, 12  # of RegMix; of the former weights of Olmix
+RUNS, RUNS_FORMER = 16, 10  # of RegMix; of the former weights of Olmix
 TABLES = {"regmix": "regmix.parquet", "former": "former.parquet", "olmix": "olmix.parquet"}
 
 Weights = Mapping[str, float]
