@@ -17,7 +17,7 @@ from kdata.selection.tables import REUSED, RegMix
 from kdata.trainer.config import ScratchStudent
 
 STUDENT = ScratchStudent(hidden_size=48, num_layers=2, num_heads=2)
-SHARE_OF_STEPS = 0.25  # of the students that are compared
+SHARE_OF_STEPS = 0.1  # of the students that are compared
 SEED = 200  # no other student has it
 RUNS, RUNS_FORMER = 16, 10  # of RegMix; of the former weights of Olmix
 TABLES = {"regmix": "regmix.parquet", "former": "former.parquet", "olmix": "olmix.parquet"}
