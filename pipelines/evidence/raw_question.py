@@ -107,6 +107,7 @@ HYGIENE = [
     "quality.digits < 0.3",
     "quality.stop_words >= 2 or rows.domain = 'code'",
 ]
+REPEATS = 3.0  # how often a document of a domain may be read that is small for its weight; without, plans are too small
 HALF: dict[str, Any] = {"share": 0.5, "count_by": "tokens"}
 ARMS = (
     Arm(NONE, ""),
@@ -128,8 +129,8 @@ ARMS = (
     Arm("joint confidence, half of each domain", "", Confidence(score=REFERENCE, **HALF)),
     Arm("margin, half of each domain", "", Margin(**HALF)),
     Arm("robust (max-min), half", "", Robust()),
-    Arm("RegMix", "", RegMix(runs=TABLES["regmix"])),
-    Arm("Olmix", "", Olmix(former=TABLES["former"], runs=TABLES["olmix"])),
+    Arm("RegMix", "", RegMix(runs=TABLES["regmix"], max_repeats=REPEATS)),
+    Arm("Olmix", "", Olmix(former=TABLES["former"], runs=TABLES["olmix"], max_repeats=REPEATS)),
     Arm("difference, reference read the corpus, half of each domain", "",
         _difference("read_on_each", 0.5, by_domain=True, score="read_on")),
     Arm("difference, reference read the corpus, half", "", _difference("read_on_half", 0.5, score="read_on")),
