@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,12 +75,12 @@ def parse_config(model: type[Model], values: dict[str, Any], where: str) -> Mode
 
 
 def _problem(model: type[BaseModel], problem: Any) -> str:
-    path, known = _follow(model, [str(part) for part in problem["loc"]])
-    key = ".".join(path)
+    path, models = _follow(model, [str(part) for part in problem["loc"]])
+    key, known = ".".join(path), sorted({name for m in models for name in m.model_fields})
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}{nearest(path[-1], known)}; known here: {', '.join(known)}"
     if problem["type"] == "missing":
-        return f"{key!r} is missing"
+        return f"{key!r} is missing{_meaning(models, path)}"
     if problem["type"] == "union_tag_not_found":
         return f"{'.'.join([*path, problem['ctx']['discriminator'].strip(chr(39))])!r} is missing"
     if problem["type"] == "union_tag_invalid":
@@ -97,8 +99,21 @@ def _problem(model: type[BaseModel], problem: Any) -> str:
     return f"{key + ': ' if key else ''}{message}{value}"
 
 
-def _follow(model: type[BaseModel], location: list[str]) -> tuple[list[str], list[str]]:
-    """The keys of a location in a model, and the keys that are known where the last one stands.
+def _meaning(models: list[type[BaseModel]], path: list[str]) -> str:
+    """What a setting means, and how it is set where its field has an example."""
+    field = next((m.model_fields[path[-1]] for m in models if path[-1] in m.model_fields), None)
+    if field is None or not field.description:
+        return ""
+    text = f". {field.description.rstrip('.')}"
+    if not field.examples:
+        return text
+    example = field.examples[0]
+    value = example if isinstance(example, str) else json.dumps(example)
+    return f"{text}. For instance: --set {shlex.quote('.'.join(path) + '=' + value)}"
+
+
+def _follow(model: type[BaseModel], location: list[str]) -> tuple[list[str], list[type[BaseModel]]]:
+    """The keys of a location in a model, and the models that may have the last one.
 
     Where `kind`, `method` or `rule` chooses one of several models, pydantic adds its value to the location, although it is
     not a key.
@@ -113,7 +128,7 @@ def _follow(model: type[BaseModel], location: list[str]) -> tuple[list[str], lis
         models = [
             i for m in models if part in m.model_fields for i in _inner(m.model_fields[part].annotation)
         ] or models
-    return [*path, *location[-1:]], sorted({key for m in models for key in m.model_fields})
+    return [*path, *location[-1:]], models
 
 
 def _inner(annotation: Any) -> list[type[BaseModel]]:

@@ -19,7 +19,7 @@ where rows.num_target_tokens > 0
 
 
 class Confidence(Ranked):
-    """Joint confidence of teacher and student (KD^3, ICCV 2023): text that both predict well, of each domain.
+    """Joint confidence (KD^3, ICCV 2023): text that teacher and student predict well, of each domain.
 
     KD^3 keeps the web images of which both networks are confident, and renews the choice while the student learns. We could
     not verify its formula. A row of text has no class: ours is the product of both models' probabilities of the actual

@@ -46,7 +46,7 @@ class Cap(OfDomains):
     """A budget, usually the last step: at most `size` units, each domain keeping its share. Fewer units are all chosen."""
 
     method: Literal["cap"] = "cap"
-    size: int = Field(ge=1, description="Most units, divided by largest remainder.")
+    size: int = Field(ge=1, examples=[1_000_000], description="Most units, divided by largest remainder.")
 
     def choose(self, session: Session, domains: DomainSizes) -> tuple[Chosen, dict[str, Any]]:
         """See `Step.choose`."""
@@ -113,12 +113,13 @@ class Proportional(Mixture):
 
 
 class Temperature(Mixture):
-    """Share proportional to p^(1/T), p the domain's share of the dataset's units: T = 1 is proportional, large T uniform."""
+    """Shares p^(1/T), p being a domain's share of the dataset: proportional at T = 1, near uniform at large T."""
 
     method: Literal["temperature"] = "temperature"
     temperature: float = Field(
         gt=0,
         allow_inf_nan=False,
+        examples=[2.0],
         description="T: above 1 flattens the shares, below 1 sharpens them. Often 5 for languages.",
     )
 
@@ -133,7 +134,9 @@ class Static(Mixture):
     """The shares that you set. Name every domain of the dataset; 0 leaves one out."""
 
     method: Literal["static"] = "static"
-    weights: dict[str, float] = Field(description="Domain -> share, >= 0; scaled to sum to 1.")
+    weights: dict[str, float] = Field(
+        examples=[{"prose": 0.7, "code": 0.3}], description="Domain -> share, >= 0; scaled to sum to 1."
+    )
 
     def shares(self, session: Session, domains: DomainSizes) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Mixture.shares`."""

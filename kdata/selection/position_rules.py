@@ -164,7 +164,10 @@ class ShareRule(PositionRule):
     MEANS_SOMETHING: ClassVar[bool] = True  # whether a reader learns something from the number at which the choice ends
 
     share: float = Field(
-        gt=0, le=1, description="Share of the target positions to choose; the number of them is rounded up."
+        gt=0,
+        le=1,
+        examples=[0.2],
+        description="Share of the target positions to choose; the number of them is rounded up.",
     )
     per: Literal["dataset", "row"] = Field(
         "dataset",

@@ -26,7 +26,10 @@ from chosen group by domain order by domain
 
 
 class Sql(Step):
-    """A query over `rows` (with `repeats` and `place` where there is a parent plan), tokens, entries, scores and plans."""
+    """The rows that your query returns, in its order.
+
+    It reads `rows` (with `repeats` and `place` where there is a parent plan), tokens, entries, scores and plans.
+    """
 
     method: Literal["sql"] = "sql"
     sql: str | None = Field(

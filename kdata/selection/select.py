@@ -58,7 +58,7 @@ from kdata.selection.step import Chosen, Counts, Step
 from kdata.selection.tables import Olmix, RegMix, Table
 from kdata.store.conditions import EXAMPLES, check_condition
 from kdata.store.dataset import Dataset
-from kdata.store.listed import SCORES
+from kdata.store.listed import MARGINS, SCORES
 from kdata.store.sql import Room, check_new_name, literal
 
 METHODS: dict[str, type[Step]] = {
@@ -109,7 +109,7 @@ def parse_step(values: dict[str, Any], where: str = "select settings") -> Step:
         raise ConfigError(
             f"{where}: method: Input should be one of {known}{nearest(str(method), list(METHODS))} (got {method!r})"
         )
-    return parse_config(METHODS[method], values, where)
+    return parse_config(METHODS[method], values, f"{where}, method {method}" if "method" in values else where)
 
 
 def select(
@@ -194,9 +194,10 @@ def _conditions(dataset: Dataset, config: Step) -> Conditions:
     for text in config.where:
         for name in check_condition(text):
             if name not in known and name != "rows":
+                how = MARGINS if name == "margin" else "kdata hygiene` or `kdata score"
                 raise MissingError(
                     f"condition {text!r}: there is no score {name!r}{nearest(name, sorted(known.values()))}; write it with "
-                    "`kdata hygiene` or `kdata score`"
+                    f"`{how}`"
                 )
             scores.update({known[name]: None} if name != "rows" else {})
     return Conditions(tuple(config.where), tuple(scores))

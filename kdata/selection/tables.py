@@ -68,7 +68,7 @@ class Table(Mixture):
     """The shares in a table with the columns `domain` and `weight`. A domain without a line gets none."""
 
     method: Literal["table"] = "table"
-    file: str = Field(description="The table: .parquet, .csv or .jsonl.")
+    file: str = Field(examples=["weights.csv"], description="The table: .parquet, .csv or .jsonl.")
 
     def shares(self, session: Session, domains: DomainSizes) -> tuple[Mapping[str, float], dict[str, Any]]:
         """See `Mixture.shares`."""
@@ -134,8 +134,9 @@ class RegMix(Regression):
 
     method: Literal["regmix"] = "regmix"
     runs: str = Field(
+        examples=["runs.csv"],
         description="Table of the runs (.parquet, .csv or .jsonl): a column for each domain with its weight, and `loss`. "
-        "At least two runs more than domains."
+        "At least two runs more than domains.",
     )
 
     def shares(self, session: Session, domains: DomainSizes) -> tuple[Mapping[str, float], dict[str, Any]]:
@@ -157,7 +158,10 @@ class Olmix(Regression):
     SOURCE: ClassVar[str] = "arXiv 2602.12237"
 
     method: Literal["olmix"] = "olmix"
-    former: str = Field(description="Table of the former weights: .parquet, .csv or .jsonl with `domain` and `weight`.")
+    former: str = Field(
+        examples=["former.csv"],
+        description="Table of the former weights: .parquet, .csv or .jsonl with `domain` and `weight`.",
+    )
     changed: list[str] = Field(
         [], description="Domains of the former table whose text is another now; their weights are fitted anew."
     )

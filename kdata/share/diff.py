@@ -8,7 +8,6 @@ same and the teacher's mean NLL is not, it was read again: by another teacher, o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import duckdb
@@ -16,6 +15,7 @@ import pyarrow as pa
 
 from kdata.errors import ConfigError
 from kdata.format.schema import ManifestEntry, SourceInfo, json_digest
+from kdata.share.provenance import flat
 from kdata.store.dataset import Dataset
 from kdata.store.listed import PLANS, SCORES, Kind, Listing
 
@@ -101,19 +101,12 @@ def _compare(ours: pa.Table, theirs: pa.Table, limit: int) -> dict[str, dict[str
 def _settings(dataset: Dataset) -> dict[str, str]:
     """Dotted settings, each as JSON: the identity, and kind and settings of each source."""
     sources = {name: _of_source(source) for name, source in dataset.info.sources.items()}
-    return dict(_flat({**dataset.info.identity(), "sources": sources}))
+    settings = flat({**dataset.info.identity(), "sources": sources})
+    return {key: json.dumps(value, ensure_ascii=False, sort_keys=True) for key, value in settings}
 
 
 def _of_source(source: SourceInfo) -> dict[str, Any]:
     return {"kind": source.kind, "complete": source.num_units is not None, "settings": source.settings}
-
-
-def _flat(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        for key in value:
-            yield from _flat(value[key], f"{path}.{key}" if path else str(key))
-    else:
-        yield path, json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def _different(ours: dict[str, str], theirs: dict[str, str]) -> dict[str, list[str | None]]:

@@ -8,12 +8,15 @@ the Hub where they were opened there. A file of its own would have to be kept in
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from kdata.format.schema import DatasetInfo, InputInfo
 
 FROM_DATASETS = {"split", "reread", "combine", "retokenize", "soften"}
 NOT_SHOWN = {"made_by", "of", "former"}
+DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def provenance(info: DatasetInfo) -> dict[str, Any]:
@@ -80,7 +83,7 @@ def _of(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def provenance_lines(info: DatasetInfo) -> list[str]:
-    """The same for a person, the last command first."""
+    """The same for a person, the last command first, a setting a line; what is not set is left out."""
     lines = []
     for name, step in provenance(info).items():
         lines.append(f"{name}:")
@@ -104,5 +107,20 @@ def _lines_of(step: dict[str, Any]) -> list[str]:
             "" if one["address"] is None else f" {one['address']}" + (f" at {one['commit']}" if one["commit"] else "")
         )
         lines.append(f"  of dataset {str(one['digest'])[:12]}{place}")
-    settings = " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in step["settings"].items())
-    return [*lines, *([f"  {settings}"] if settings else [])]
+    return lines + [f"  {key}={shown(value)}" for key, value in flat(step["settings"]) if value not in (None, {}, [])]
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested settings, with its dotted key. An empty mapping is a value."""
+    if isinstance(value, dict) and value:
+        for key in value:
+            yield from flat(value[key], f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def shown(value: Any) -> str:
+    """A setting for a person: text without quotes, of a digest its beginning, all else as JSON."""
+    if not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return value[:12] if DIGEST.fullmatch(value) else value

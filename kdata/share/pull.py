@@ -15,6 +15,7 @@ from kdata.selection.plan import open_plan
 from kdata.share.arrange import new_folder, write_rows
 from kdata.store.conditions import check_condition
 from kdata.store.dataset import Dataset
+from kdata.store.listed import PLANS, SCORES
 from kdata.store.open import open_dataset
 from kdata.store.url_dataset import RemoteDataset
 
@@ -24,10 +25,11 @@ def pull(dataset: Dataset, target: Path | str, *, plan: str | None = None, where
 
     All of it is a copy, byte for byte, with scores, plans and card where the place can list them. It is made in `.NAME.pull`
     beside the folder, which becomes the folder at the end: a call that was stopped goes on there. Rows are written as a
-    dataset of their own, as `kdata split` does, of shards in the cache; only shards that hold one are fetched.
+    dataset of their own, as `kdata split` does, of shards in the cache; only shards that hold one are fetched. Where the
+    folder is what the same call made, it is verified, and stays.
 
     Args:
-        target: a folder that does not exist yet, or is empty.
+        target: a folder that does not exist yet, is empty, or is of the same call.
         plan: name of a plan: its rows, once each.
         where: a condition in SQL over the columns of `rows`, and of scores as NAME.COLUMN.
     Raises:
@@ -68,12 +70,18 @@ def rows_where(dataset: Dataset, where: str) -> np.ndarray:
 
 
 def _pull_rows(dataset: Dataset, rows: np.ndarray, target: Path, what: dict[str, object]) -> None:
+    if _holds_rows(target, dataset, rows, {**what, "of": dataset.content_digest}):
+        _refuse_damaged(target, dataset, "remove it, and run the same command again")
+        return
     with new_folder(target) as folder:
         write_rows(dataset, rows, folder, what)
         _refuse_damaged(folder, dataset)
 
 
 def _pull_all(dataset: RemoteDataset, target: Path) -> None:
+    if _holds_all(target, dataset):
+        _refuse_damaged(target, dataset, "remove it, and run the same command again")
+        return
     place = target.resolve()
     partial = place.with_name(f".{place.name}.pull")
     with storage_errors(target), lock_of(target):
@@ -91,9 +99,32 @@ def _pull_all(dataset: RemoteDataset, target: Path) -> None:
         sync_directory(place.parent)
 
 
-def _refuse_damaged(folder: Path, dataset: Dataset) -> None:
+def _holds_rows(target: Path, dataset: Dataset, rows: np.ndarray, settings: dict[str, object]) -> bool:
+    """Whether the folder has these rows, written with these settings. A plan of the same name may have had others."""
+    if not (target / "dataset.json").is_file():
+        return False
+    here = open_dataset(target)
+    if any(
+        about.kind != "split" or not settings.items() <= about.settings.items() for about in here.info.sources.values()
+    ):
+        return False
+    ids = dataset.index(["id"])["id"].take(rows).to_pylist()
+    return sorted(here.index(["id"])["id"].to_pylist()) == sorted(ids)
+
+
+def _holds_all(target: Path, dataset: Dataset) -> bool:
+    """Whether the folder has the same rows, scores and plans."""
+    if not (target / "dataset.json").is_file():
+        return False
+    here = open_dataset(target)
+    return here.content_digest == dataset.content_digest and all(
+        dataset.listings(kind) in (None, here.listings(kind)) for kind in (SCORES, PLANS)
+    )
+
+
+def _refuse_damaged(folder: Path, dataset: Dataset, remedy: str = "run the same command again") -> None:
     problems = [problem for problem in verify(open_dataset(folder)) if not problem.stray]
     if problems:
         raise CorruptError(
-            f"the copy of {dataset.place} is not whole ({problems[0].path} {problems[0].what}); run the same command again"
+            f"the copy of {dataset.place} is not whole ({problems[0].path} {problems[0].what}); {remedy}"
         )

@@ -38,6 +38,7 @@ class Kind:
 
 SCORES = Kind("scores", "score", "kdata score")
 HYGIENE = "kdata hygiene"  # writes a score with `settings`
+MARGINS = "kdata score DATASET --margins"  # writes the score `margin`
 PLANS = Kind("plans", "plan", "kdata select")
 HIDDEN = Kind("hidden", "set of hidden states", "kdata hidden", ".safetensors")
 KINDS = (SCORES, PLANS, HIDDEN)
@@ -88,7 +89,7 @@ def read_listing(path: Path, kind: Kind) -> tuple[Listing, dict[str, Any]]:
         names = ", ".join(listed(path.parent.parent, kind)) or "none"
         raise MissingError(
             f"there is no {kind.noun} {path.stem!r}: {path} does not exist ({kind.folder}: {names}); write it with "
-            f"`{kind.command}`"
+            f"`{MARGINS if kind is SCORES and path.stem == 'margin' else kind.command}`"
         )
     try:
         content = read_json(path)

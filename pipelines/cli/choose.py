@@ -34,7 +34,7 @@ from kdata.pipelines.cli.common import (
     spread,
     with_settings,
 )
-from kdata.pipelines.evidence.verdicts import verdicts
+from kdata.pipelines.evidence.verdicts import FAMILIES, LEGEND, verdicts
 from kdata.selection.margins import score_margins
 from kdata.selection.plan import open_plan
 from kdata.selection.position_rules import RULES, Excess, ShareRule, SqlPositions
@@ -123,19 +123,21 @@ def say_covered(opened: kdata.Dataset, name: str, brought: ImportedScores) -> No
 
 
 def list_methods(value: bool) -> None:
-    """Print every method in one line, and end."""
+    """Print every method with its source and what the evidence says, and end."""
     if value:
-        found = verdicts()
-        lines = [[name, method_words(method), method.SOURCE, str(found[name])] for name, method in METHODS.items()]
-        columns = ["method", "what it chooses", "source", "on a raw corpus"]
+        known = verdicts()
+        lines = [[name, method_words(method), *known[name].cells()] for name, method in METHODS.items()]
+        columns = ["method", "what it chooses", *FAMILIES.values()]
         print_rows(columns, lines, right=[False] * len(columns), title="methods of kdata select")
+        say(*LEGEND)
         raise typer.Exit
 
 
 def method_words(method: type[Step]) -> str:
-    """What a method chooses: the first sentence of its class, without the source."""
-    words = (inspect.getdoc(method) or "").partition("\n")[0].rstrip(".")
-    return re.sub(r"^.*? \(.*?\): ", "", words)
+    """What a method chooses: the first sentence of its class, and behind it the source."""
+    words = (inspect.getdoc(method) or "").partition("\n")[0].partition(". ")[0].rstrip(".")
+    words = re.sub(r"^.*? \(.*?\): ", "", words).replace(f" ({method.SOURCE})", "")
+    return words[:1].upper() + words[1:] + (f" ({method.SOURCE})" if method.SOURCE else "")
 
 
 def select(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from textwrap import wrap
 from typing import Annotated, Any, get_args
 
 import typer
@@ -14,6 +16,7 @@ from kdata.pipelines.cli.common import (
     FormatOption,
     NewFolderArgument,
     local_folder,
+    out,
     print_json,
     print_rows,
     say,
@@ -30,6 +33,7 @@ from kdata.share.follow import push_while_written
 from kdata.share.interchange.exporter import ExportFormat, export_dataset
 from kdata.share.interchange.megatron import export_megatron
 from kdata.share.interchange.speculators import export_speculators
+from kdata.share.provenance import shown
 from kdata.share.pull import pull as pull_dataset
 from kdata.share.push import push as push_dataset
 
@@ -107,7 +111,8 @@ def pull(
 ) -> None:
     """Bring a dataset from the Hub or a URL, or rows of it.
 
-    The copy is verified. Called again after an interruption, it goes on.
+    The copy is verified. Called again after an interruption, it goes on; called
+    again after its end, it verifies what is there.
 
     \b
     Examples:
@@ -160,16 +165,27 @@ def print_difference(facts: dict[str, Any]) -> None:
         for kind, one in facts["rows"].items()
     ]
     print_rows(["rows", "count", "tokens", "first ids"], rows, right=[False, True, True, False])
-    different = [
-        [key, *(value or "" for value in pair)] for key, pair in (facts["teacher"] | facts["settings"]).items()
-    ]
-    if different:
-        print_rows(["setting", "a", "b"], different, right=[False] * 3)
+    say(*setting_lines(facts["teacher"] | facts["settings"], out.width))
     for kind in ("scores", "plans"):
         if facts[kind] is None:
             say(f"{kind}: not compared, a web server does not list them")
         elif any(facts[kind].values()):
-            say(f"{kind}: " + "; ".join(f"{what} {', '.join(names)}" for what, names in facts[kind].items() if names))
+            text = "; ".join(f"{what} {', '.join(names)}" for what, names in facts[kind].items() if names)
+            say(*wrap(f"{kind}: {text}", out.width, subsequent_indent="  ", break_on_hyphens=False))
+
+
+def setting_lines(settings: dict[str, list[str | None]], width: int) -> list[str]:
+    """What differs, `a -> b`, below the part of the key that several have in common; long values get lines of their own."""
+    lines, above = [], ""
+    for key, values in settings.items():
+        group, _, name = key.rpartition(".")
+        if group != above:
+            lines.append(f"{group}:")
+            above = group
+        a, b = ("(not set)" if value is None else shown(json.loads(value)) for value in values)
+        line = f"  {name}: {a} -> {b}"
+        lines += [line] if len(line) <= width else [f"  {name}:", f"    {a}", f"    -> {b}"]
+    return ["settings, a -> b:", *lines] if lines else []
 
 
 def export(

@@ -11,6 +11,8 @@ and students then see what the teacher believes of the reference's tokens, and t
 from __future__ import annotations
 
 import json
+import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -23,30 +25,40 @@ from pydantic import Field
 
 import kdata
 from kdata.format.files import write_atomically
+from kdata.format.json_text import read_json
 from kdata.hygiene.checks import HygieneConfig
 from kdata.hygiene.inspect import inspect_dataset
 from kdata.jobs.retokenize import RetokenizeConfig, retokenize
+from kdata.jobs.scoring import ScoreConfig, score
 from kdata.pipelines.evidence.data import Part, split
 from kdata.pipelines.evidence.raw import Judge, write_raw
 from kdata.pipelines.evidence.runs import Figures, by_name
 from kdata.pipelines.evidence.selection import DISTIL, PLAIN, Selection, SelectionConfig, Setting, Tokens, key_of
+from kdata.pipelines.evidence.small_runs import SEED, SHARE_OF_STEPS, STUDENT, TABLES, olmix_tables, regmix_table
 from kdata.pipelines.evidence.tokenizers import bits_per_byte
 from kdata.selection.band import Band
 from kdata.selection.confidence import Confidence, Margin
 from kdata.selection.margins import score_margins
+from kdata.selection.mixtures import Mixture
 from kdata.selection.plan import Plan, make_plan
 from kdata.selection.prune import Prune, distillation_weight
 from kdata.selection.ranked import All, Difference, Random
 from kdata.selection.robust import Robust
 from kdata.selection.select import select
+from kdata.selection.step import Step
+from kdata.selection.tables import Olmix, RegMix
 from kdata.share.arrange import split as split_rows
 from kdata.teachers.config import TeacherConfig
 from kdata.trainer.config import CheckpointStudent, TrainConfig
-from kdata.trainer.domain_weights import DDKMixture
+from kdata.trainer.domain_weights import DDKMixture, FixedMixture
 from kdata.trainer.evaluate import evaluate
 from kdata.trainer.objective_config import ObjectiveConfig
+from kdata.trainer.train import train
 
 REFERENCE = "ref"  # score of the small model: the reference of difference sampling, and the student before training
+# Scores of references that have read the raw corpus once, as that of MiniPLM, and whether they start from the small model.
+READERS = {"read_on": True, "read_alone": False}
+READER_SEED = 100  # no student has it
 KEPT = "kept.json"
 NONE, ORACLE = "no selection", "oracle (knows the origin)"
 
@@ -75,8 +87,8 @@ class Arm(Setting):
         }
 
 
-def _difference(name: str, share: float, **settings: Any) -> Difference:
-    return Difference(name=name, share=share, count_by="tokens", score=REFERENCE, **settings)
+def _difference(name: str, share: float, *, score: str = REFERENCE, **settings: Any) -> Difference:
+    return Difference(name=name, share=share, count_by="tokens", score=score, **settings)
 
 
 def _ddk(tokens: Tokens, config: SelectionConfig) -> DDKMixture:
@@ -95,6 +107,7 @@ HYGIENE = [
     "quality.digits < 0.3",
     "quality.stop_words >= 2 or rows.domain = 'code'",
 ]
+REPEATS = 3.0  # how often a document of a domain may be read that is small for its weight; without, plans are too small
 HALF: dict[str, Any] = {"share": 0.5, "count_by": "tokens"}
 ARMS = (
     Arm(NONE, ""),
@@ -116,6 +129,14 @@ ARMS = (
     Arm("joint confidence, half of each domain", "", Confidence(score=REFERENCE, **HALF)),
     Arm("margin, half of each domain", "", Margin(**HALF)),
     Arm("robust (max-min), half", "", Robust()),
+    Arm("RegMix", "", RegMix(runs=TABLES["regmix"], max_repeats=REPEATS)),
+    Arm("Olmix", "", Olmix(former=TABLES["former"], runs=TABLES["olmix"], max_repeats=REPEATS)),
+    Arm("difference, reference read the corpus, half of each domain", "",
+        _difference("read_on_each", 0.5, by_domain=True, score="read_on")),
+    Arm("difference, reference read the corpus, half", "", _difference("read_on_half", 0.5, score="read_on")),
+    Arm("difference, reference read the corpus alone, half of each domain", "",
+        _difference("read_alone_each", 0.5, by_domain=True, score="read_alone")),
+    Arm("difference, reference read the corpus alone, half", "", _difference("read_alone_half", 0.5, score="read_alone")),
 )  # fmt: skip
 MIXED = {"forward_kl": distillation_weight(0.5), "cross_entropy": 1 - distillation_weight(0.5)}
 FAMILIES = {"distillation": DISTIL, "cross-entropy": PLAIN}
@@ -135,14 +156,16 @@ def settings_of(tokenizer: str | None) -> tuple[Arm, ...]:
     """The settings of a comparison.
 
     With a tokenizer of the students' own, those that need neither entropies nor margins, which retokenized rows lack; no
-    trained start and no DDK, which small sizes do not answer.
+    trained start and no weights of domains, which small sizes do not answer.
     """
     if tokenizer is None:
         return SETTINGS
     return tuple(
         arm
         for arm in SETTINGS
-        if arm.family in FAMILIES and arm.mixture is None and not isinstance(arm.step, Margin | Robust | Confidence)
+        if arm.family in FAMILIES
+        and arm.mixture is None
+        and not isinstance(arm.step, Margin | Robust | Confidence | Mixture)
     )
 
 
@@ -284,6 +307,39 @@ class Raw(Selection):
             return path
         return self._plan(setting.step)
 
+    def _ready(self, step: Step) -> Step:
+        """See `Selection._ready`: references that read the corpus, and the small runs, are trained when a plan needs them."""
+        if isinstance(step, Difference) and step.score in READERS:
+            self._let_read(step.score)
+        if isinstance(step, RegMix):
+            return step.model_copy(update={"runs": str(regmix_table(self.folder, self._tokens(), self._small_loss))})
+        if isinstance(step, Olmix):
+            former, runs = olmix_tables(self.folder, self._tokens(), self._small_loss)
+            return step.model_copy(update={"former": str(former), "runs": str(runs)})
+        return step
+
+    def _small_loss(self, weights: Mapping[str, float]) -> float:
+        """Loss of a tiny student on the validation text, nats per token, after it has read domains with these weights."""
+        mixture = FixedMixture(
+            weights={**dict.fromkeys(self._tokens(), 0.0), **weights}, every_steps=self.config.period_steps
+        )
+        config = self.train_config(Setting("small run", "mixture", mixture=lambda tokens, config: mixture), SEED)
+        steps = math.ceil(SHARE_OF_STEPS * config.steps)
+        config = config.model_copy(update={"student": STUDENT, "steps": steps, "warmup_steps": steps // 10})
+        with tempfile.TemporaryDirectory(prefix="kdata-evidence-") as out:
+            model = Path(out) / train(config, self._datasets["train"].path, None, Path(out)).model_dir
+            return float(evaluate(model, self._datasets["validation"].path)["overall"]["nll"])
+
+    def _let_read(self, name: str) -> None:
+        """Train a reference on the raw corpus, and score the corpus with it: one of READERS."""
+        dataset, out = self._datasets["train"], self.folder / f"reference-{name}"
+        arm = Arm(name, "cross-entropy", objective=PLAIN, trained=READERS[name])
+        config = self.train_config(arm, READER_SEED)
+        steps = math.ceil(dataset.num_tokens / config.batch_tokens)
+        config = config.model_copy(update={"steps": steps, "warmup_steps": steps // 10})
+        model = out / train(config, dataset.path, None, out).model_dir
+        score(dataset, ScoreConfig(name=name, model=TeacherConfig(model=str(model), backend="transformers")))
+
     def measure(self, name: str, seed: int) -> Figures:
         """See `Selection.measure`. The first call judges every setting, which takes no student: `KEPT` in the folder."""
         self.judge_all()
@@ -297,16 +353,19 @@ class Raw(Selection):
     def judge_all(self) -> None:
         """Write what each setting keeps, as the judge sees it: `KEPT`. A mixture reads all rows, so it keeps everything."""
         file = self.folder / KEPT
-        train = self._datasets["train"]
+        rows = self._datasets["train"]
         with FileLock(file.with_suffix(".lock")):
-            if file.exists():
+            before = read_json(file) if file.exists() else {}
+            arms = {arm.name: arm for arm in settings_of(self.config.tokenizer)}
+            if before.keys() == arms.keys():
                 return
-            kept = {}
-            for arm in {arm.name: arm for arm in settings_of(self.config.tokenizer)}.values():
-                plan = self._plan_of(arm)
-                ids = train.index(["id"])["id"].to_pylist() if plan is None else Plan.load(plan).ids
-                kept[arm.name] = asdict(self.judge.verdict(set(ids)))
+            kept = {name: before.get(name) or self._judge(rows, arm) for name, arm in arms.items()}
             write_atomically(file, json.dumps(kept, indent=1).encode())
+
+    def _judge(self, rows: kdata.Dataset, arm: Arm) -> dict[str, Any]:
+        plan = self._plan_of(arm)
+        ids = rows.index(["id"])["id"].to_pylist() if plan is None else Plan.load(plan).ids
+        return asdict(self.judge.verdict(set(ids)))
 
     def _more_figures(self, plan: Path | None, model: Path) -> Figures:
         return {"nll_benchmark": evaluate(model, self._datasets["benchmark"].path)["overall"]["nll"]}

@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import pyarrow.compute as pc
 from filelock import FileLock
 from pydantic import Field
 
@@ -218,21 +217,24 @@ class Selection:
         path = dataset.path / "plans" / f"{step.name or step.method}.parquet"
         with FileLock(self.folder / "plans.lock"):
             if not path.with_suffix(".json").exists():
-                select(dataset, step)
+                select(dataset, self._ready(step))
         Plan.load(path).check(dataset)
         return path
+
+    def _ready(self, step: Step) -> Step:
+        """Make what a step needs beside the dataset, and return the step with it."""
+        return step
+
+    def _tokens(self) -> dict[str, int]:
+        """Tokens of each domain of the training text, by name."""
+        index = self._datasets["train"].index(["domain", "num_tokens"])
+        tokens = index.group_by("domain").aggregate([("num_tokens", "sum")])
+        return dict(sorted(zip(tokens["domain"].to_pylist(), tokens["num_tokens_sum"].to_pylist(), strict=True)))
 
     def train_config(self, setting: Setting, seed: int) -> TrainConfig:
         """Settings of one training run."""
         c = self.config
-        tokens = (
-            self._datasets["train"]
-            .index(["domain", "num_tokens"])
-            .group_by("domain")
-            .aggregate([("num_tokens", "sum")])
-        )
-        of_domain = dict(zip(tokens["domain"].to_pylist(), tokens["num_tokens_sum"].to_pylist(), strict=True))
-        mixture = None if setting.mixture is None else setting.mixture(of_domain, c)
+        mixture = None if setting.mixture is None else setting.mixture(self._tokens(), c)
         if isinstance(mixture, DDKMixture):
             mixture = mixture.model_copy(update={"heldout": str(self._datasets["validation"].path)})
         return TrainConfig(
@@ -266,7 +268,7 @@ class Selection:
             shares = _mean_weights(Path(out) / "metrics.jsonl", config.steps)
             more = self._more_figures(plan, Path(out) / "model")
         if not shares:
-            shares = _shares(data["train"]) if plan is None else {
+            shares = _shares(self._tokens()) if plan is None else {
                 d: s["plan"] for d, s in Plan.load(plan).info.shares.items()
             }  # fmt: skip
         gaps = {domain: figures["nll"] - figures["teacher_nll"] for domain, figures in measured["domains"].items()}
@@ -294,14 +296,9 @@ class Selection:
         return {}
 
 
-def _shares(dataset: kdata.Dataset) -> dict[str, float]:
-    """Share of the tokens of each domain."""
-    index = dataset.index(["domain", "num_tokens"])
-    total = pc.sum(index["num_tokens"]).as_py()
-    summed = index.group_by("domain").aggregate([("num_tokens", "sum")])
-    return {
-        d: n / total for d, n in zip(summed["domain"].to_pylist(), summed["num_tokens_sum"].to_pylist(), strict=True)
-    }
+def _shares(tokens: Tokens) -> dict[str, float]:
+    """Share of each domain."""
+    return {domain: number / sum(tokens.values()) for domain, number in tokens.items()}
 
 
 def _mean_weights(metrics: Path, steps: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What the evidence says about each method of `kdata select`, from raw.json: the runs of question `raw`. Needs no torch.
 
 A figure is the relative difference of the held-out NLL to training without selection, in pairs of the same seed. Of several
-settings of a method the best counts, and how many there were is said.
+settings of a method the best counts.
 """
 
 from __future__ import annotations
@@ -12,46 +12,64 @@ from typing import Any
 
 from kdata.errors import CorruptError
 from kdata.format.json_text import read_json
-from kdata.pipelines.evidence.summary import Estimate
+from kdata.pipelines.evidence.summary import Estimate, relative_difference
 from kdata.selection.select import DEFAULT, METHODS
 
 RESULTS = Path(__file__).with_name("raw.json")
+CLEAN = Path(__file__).with_name("mixture.json")
+# Settings of the question `mixture` by method: weights of domains alone, on a clean corpus, against its own shares.
+OF_CLEAN, OWN_SHARES = {"uniform": "uniform", "temperature": "static (square root of tokens)"}, "proportional"
 FAMILIES = {"distillation": "distilled", "cross-entropy": "cross-entropy"}
+# Methods that bring no choice of their own to measure, and what to read instead.
+UNMEASURED = {
+    "sql": "your own choice",
+    "static": "your own shares",
+    "table": "your own shares",
+    "proportional": "see random",
+    "cap": "see random",
+    "curriculum": "needs a judge",
+}
+LEGEND = (
+    "NLL of students on held-out text against those of the whole corpus, in %, of a",
+    "raw corpus (55 % good): below 0 is better. *: the interval leaves out 0. Of",
+    "several settings of a method the best. all: with the conditions of hygiene.",
+    "(1): of a clean corpus, against its own shares.",
+)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One method: the best difference in each family of students, and how many settings were measured; empty: none was.
+    """One method: the best difference in each family of students; empty: none was measured, and `instead` says why.
 
-    cleaned: the rows were those that meet conditions of hygiene.
+    mark: stands behind the numbers; see LEGEND.
     """
 
     best: dict[str, Estimate]
-    settings: int
-    cleaned: bool = False
+    instead: str = ""
+    mark: str = ""
 
-    def __str__(self) -> str:
+    def cells(self) -> list[str]:
+        """A cell for each of FAMILIES: `-1.2 ± 0.3 *` is in percent, with a star where the interval leaves out 0."""
         if not self.best:
-            return "not measured"
-        parts = [f"{FAMILIES[family]}: {_words(gap)}" for family, gap in self.best.items()]
-        text = "; ".join(parts) + (f" (best of {self.settings})" if self.settings > 1 else "")
-        return f"with the conditions of hygiene, {text}" if self.cleaned else text
+            return [self.instead, ""]
+        return [_cell(gap) + self.mark if (gap := self.best.get(family)) else "not measured" for family in FAMILIES]
 
 
-def _words(gap: Estimate) -> str:
-    """`helps, NLL -1.2 ± 0.3 %`: it helps or hurts where the interval leaves out 0; of one seed there is none."""
+def _cell(gap: Estimate) -> str:
+    mean = f"{100 * gap.mean:+.1f}"
     if gap.half_width is None:
-        return f"NLL {100 * gap.mean:+.1f} %, one seed"
-    low, high = gap.mean - gap.half_width, gap.mean + gap.half_width
-    word = "helps" if high < 0 else "hurts" if low > 0 else "no difference"
-    return f"{word}, NLL {100 * gap.mean:+.1f} ± {100 * gap.half_width:.1f} %"
+        return f"{mean}, one seed"
+    return f"{mean} ± {100 * gap.half_width:.1f} {'*' if abs(gap.mean) > gap.half_width else ' '}"
 
 
-def verdicts(path: Path = RESULTS) -> dict[str, Verdict]:
+def verdicts(path: Path = RESULTS, clean: Path = CLEAN) -> dict[str, Verdict]:
     """A verdict on each method of `kdata select`.
 
+    Args:
+        path: results of the question `raw`.
+        clean: results of the question `mixture`, for methods that the other one has no setting of.
     Raises:
-        CorruptError: raw.json is not what `report raw` writes.
+        CorruptError: a file is not what `report` writes.
     """
     gaps: dict[str, dict[str, list[Estimate]]] = {name: {} for name in METHODS}
     try:
@@ -61,14 +79,24 @@ def verdicts(path: Path = RESULTS) -> dict[str, Verdict]:
                 gaps[name].setdefault(setting["content"]["family"], []).append(Estimate(**gap))
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptError(f"{path} is damaged ({error!r}); install kdata again") from error
-    return {
+    of_raw = {
         name: Verdict(
             {family: min(of[family], key=lambda gap: gap.mean) for family in FAMILIES if family in of},
-            max(map(len, of.values()), default=0),
-            name == DEFAULT,
+            UNMEASURED.get(name, "not measured"),
         )
         for name, of in gaps.items()
     }
+    return {**of_raw, **{name: of for name, of in _of_clean(clean).items() if not of_raw[name].best}}
+
+
+def _of_clean(path: Path) -> dict[str, Verdict]:
+    """Verdicts by weights of domains alone."""
+    try:
+        settings = {name: one["seeds"] for name, one in read_json(path)["settings"].items()}
+        gaps = {name: relative_difference(settings[key], settings[OWN_SHARES], "nll") for name, key in OF_CLEAN.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptError(f"{path} is damaged ({error!r}); install kdata again") from error
+    return {name: Verdict({"distillation": gap}, mark=" (1)") for name, gap in gaps.items() if gap is not None}
 
 
 def _method(content: dict[str, Any]) -> str | None:

@@ -11,8 +11,9 @@ have for themselves at a time: resident, without pages of files, which the syste
 is the slope of log processor seconds against log documents, where several sizes are named.
 
 Peers, each in one process: rensa alone, in memory, as its README uses it (sets of runs of 5 words made in Python, one matrix
-of signatures, flags by LSH); and the filters and MinHash signatures of datatrove, with an interpreter that has it. What a
-peer does is per second of its process, and of the first size alone.
+of signatures, flags by LSH); and the filters and MinHash signatures of datatrove, with an interpreter that has datatrove,
+spacy, regex, tldextract, tokenizers and pyarrow (no kdata). What a peer does is per second of its process, and of the first
+size alone.
 """
 
 from __future__ import annotations
@@ -30,11 +31,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from tests.benchmarks.selection import exponent
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED = [
@@ -128,10 +126,16 @@ def texts_of(folder: Path, count: int) -> list[str]:
 
 def measured(arguments: list[str], python: str = sys.executable) -> tuple[float, float, int, str]:
     """Seconds, seconds of processors, largest memory in bytes, and output of this program in a process of its own."""
+    import psutil  # here, since the peers' interpreter lacks it
+
     before, begin, peak = os.times(), time.perf_counter(), 0
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [python, __file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [python, "-m", "tests.benchmarks.hygiene", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     ended = threading.Event()
 
@@ -182,7 +186,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=300, help="of a document, on average")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core")
     parser.add_argument("--checks", nargs="*", choices=CHECKS, default=CHECKS, help="what is measured")
-    parser.add_argument("--peer-python", help="an interpreter with datatrove and spacy")
+    parser.add_argument("--peer-python", help="an interpreter with datatrove and what it needs")
     parser.add_argument("--peer-documents", type=int, default=200, help="documents for datatrove")
     parser.add_argument("--folder", type=Path, help="for the data; a temporary one if not given")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -199,6 +203,8 @@ def main() -> None:
 
 def exponents(results: list[dict[str, Any]]) -> dict[str, float]:
     """Of each check the exponent of its processor time; empty where there is one size."""
+    from tests.benchmarks.selection import exponent  # here, since the peers' interpreter has no kdata
+
     if len(results) < 2:
         return {}
     slopes = {}

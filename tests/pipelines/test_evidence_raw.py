@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
 import pytest
+from typer.testing import CliRunner
 
 import kdata
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
-from kdata.pipelines.evidence import raw
+from kdata.pipelines.evidence import raw, small_runs
+from kdata.pipelines.evidence.__main__ import app
 from kdata.pipelines.evidence.raw import GOOD, SHARES, Judge, write_raw
 from kdata.pipelines.evidence.raw_figures import write_report
 from kdata.pipelines.evidence.raw_question import KEPT, NONE, ORACLE, SETTINGS, Raw, RawConfig, find, runs, settings_of
 from kdata.pipelines.evidence.runs import load_runs, run_all
 from kdata.pipelines.evidence.selection import key_of
 from kdata.pipelines.evidence.tokenizers import byte_level
-from kdata.pipelines.evidence.verdicts import verdicts
+from kdata.pipelines.evidence.verdicts import FAMILIES, UNMEASURED, verdicts
 from kdata.selection.select import METHODS
+from kdata.selection.tables import REUSED, RegMix
 from kdata.trainer.config import ScratchStudent
 from tests.fakes import rows_of_text, save_llama
 
@@ -129,6 +133,8 @@ def test_a_tiny_comparison_from_text_to_verdicts(
     config: RawConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(raw, "LENGTH", (100, 300))
+    monkeypatch.setattr(small_runs, "RUNS", 7)
+    monkeypatch.setattr(small_runs, "RUNS_FORMER", 3)
     asked = Raw(config, tmp_path / "data")
     wanted = [(f"{arm} ({family})", seed) for family in ("distillation", "cross-entropy") for seed in (0, 1)
               for arm in (NONE, ORACLE, "difference, half of each domain")]  # fmt: skip
@@ -142,21 +148,71 @@ def test_a_tiny_comparison_from_text_to_verdicts(
     oracle, none = kept[ORACLE], kept[NONE]
     assert oracle["precision"] == oracle["recall"] == oracle["kept"][GOOD] == 1.0
     assert oracle["kept"]["boilerplate"] == 0.0 and none["recall"] == 1.0 and 0.4 < none["precision"] < 0.6
+    scores = kdata.open(tmp_path / "data/train").sql("""select count(*) as a, count(ref.nll) as b, count(read_on.nll) as c,
+        count(read_alone.nll) as d, count(*) filter (ref.nll <> read_on.nll) as e from rows join scores.ref as ref using (id)
+        left join scores.read_on as read_on using (id) left join scores.read_alone as read_alone using (id)""")
+    assert (
+        len(set(scores.to_pylist()[0].values())) == 1
+    )  # each has read every row, and reading on changed the small model
     table = write_report(tmp_path, by_setting)
     assert table.count(f"| {ORACLE} |") == 2 and (tmp_path / "evidence.png").stat().st_size > 10_000
     (tmp_path / "results.json").rename(tmp_path / "raw.json")
-    said = {name: str(verdict) for name, verdict in verdicts(tmp_path / "raw.json").items()}
+    said = {name: verdict.cells() for name, verdict in verdicts(tmp_path / "raw.json").items()}
     assert set(said) == set(METHODS)
-    assert said["regmix"] == "not measured" and "one seed" in said["band"] and "one seed" in said["ddk"]
-    assert "±" in said["difference"] or "one seed" in said["difference"]
-    assert "cross-entropy" in said["difference"] and "best of 4" in said["difference"]
-    assert said["all"].startswith("with the conditions of hygiene, distilled: ")
+    for name in ("all", "regmix", "olmix", "band", "ddk"):
+        assert said[name][0].endswith(", one seed")
+        assert said[name][1] == "not measured"
+    assert "(1)" in said["uniform"][0] and said["uniform"][0] != said["temperature"][0]
+    assert "±" in said["difference"][1] and said["sql"] == [UNMEASURED["sql"], ""]
+    results = json.loads((tmp_path / "raw.json").read_text())["settings"]
+    means = [one["nll_against_none"]["mean"] for name, one in results.items()
+             if name.startswith("difference") and name.endswith("(distillation)")]  # fmt: skip
+    assert len(means) == 8 and said["difference"][0].startswith(f"{100 * min(means):+.1f}")
+
+
+def test_small_runs_vary_what_is_fitted_and_are_measured_once(tmp_path: Path) -> None:
+    """On a loss that is linear in the weights, the tables have its slopes; Olmix's keep the ratios of the former weights."""
+    units, slopes, calls = {"a": 50, "b": 30, "c": 20}, {"a": 5.0, "b": 4.0, "c": 3.0}, []
+
+    def loss_of(weights: Mapping[str, float]) -> float:
+        calls.append(weights)
+        assert sum(weights.values()) == pytest.approx(1)
+        return sum(slopes[name] * weight for name, weight in weights.items())
+
+    runs_of_all = small_runs.regmix_table(tmp_path, units, loss_of)
+    weights, facts = RegMix(runs=str(runs_of_all)).fitted(str(runs_of_all), units)
+    assert facts["num_runs"] == small_runs.RUNS and facts["slopes"] == pytest.approx(slopes)
+    assert weights["c"] > 0.2 and weights["a"] < 0.5
+    former, runs_of_new = small_runs.olmix_tables(tmp_path, units, loss_of)
+    assert len(calls) == 2 * small_runs.RUNS
+    before = dict(pl.read_parquet(former).iter_rows())
+    assert before.keys() == {"a", "b"} and before["b"] > 0.375
+    added = small_runs.RUNS - small_runs.RUNS_FORMER
+    assert all(of["a"] * before["b"] == pytest.approx(of["b"] * before["a"]) for of in calls[-added:])
+    new = pl.read_parquet(runs_of_new)
+    assert set(new.columns) == {REUSED, "c", "loss"} and new["c"].n_unique() == len(new) == added
+    assert (small_runs.regmix_table(tmp_path, units, loss_of), len(calls)) == (runs_of_all, 2 * small_runs.RUNS)
 
 
 def test_a_damaged_file_of_results_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "raw.json").write_text(json.dumps({"settings": {"a": {"content": {}}}}))
-    with pytest.raises(CorruptError, match="is damaged"):
-        verdicts(tmp_path / "raw.json")
+    for files in ({"path": tmp_path / "raw.json"}, {"clean": tmp_path / "raw.json"}):
+        with pytest.raises(CorruptError, match="is damaged"):
+            verdicts(**files)
+
+
+def test_the_size_of_a_language_model_needs_one(tmp_path: Path) -> None:
+    runner, out = CliRunner(), str(tmp_path / "out")
+    for words in (["raw", "--size", "llm"], ["mixture", "--size", "llm", "--teacher", str(tmp_path)]):
+        done = runner.invoke(app, ["run", *words, "--out", out], env={"COLUMNS": "200"})
+        assert done.exit_code == 2 and "needs --teacher: the language model" in done.output
+    assert not (tmp_path / "out").exists()  # refused before any text is made
+
+
+def test_every_method_has_a_verdict_or_a_reason() -> None:
+    of = verdicts()
+    assert {name for name, verdict in of.items() if not verdict.best} >= set(UNMEASURED)
+    assert all(len(verdict.cells()) == len(FAMILIES) and verdict.cells()[0] for verdict in of.values())
 
 
 def test_settings_have_names_of_their_own_and_an_unknown_one_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,11 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 import kdata
+from kdata.config import apply_settings
 from kdata.errors import ConfigError, DataError, KdataError, MissingError
 from kdata.pipelines.cli.main import app
 from kdata.selection.plan import open_plan
 from kdata.selection.score_file import bring
-from kdata.selection.select import METHODS
+from kdata.selection.select import METHODS, parse_step
 from kdata.selection.step import Step
 from tests.kdata.selection.plans import Row, dataset_of
 
@@ -128,6 +130,35 @@ def test_a_score_without_the_column_of_the_method(own: dict[str, list[str]], tmp
 def test_settings_that_nothing_would_read(tmp_path: Path, method: str, settings: list[str], message: str) -> None:
     error = select(dataset(tmp_path), method, *(word for one in settings for word in ("--set", one)))
     assert isinstance(error, ConfigError) and message in str(error)
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        (name, key)
+        for name, method in METHODS.items()
+        for key, field in method.model_fields.items()
+        if field.is_required()
+    ],
+)
+def test_a_missing_setting_says_method_meaning_and_an_example_that_is_valid(
+    tmp_path: Path, method: str, key: str
+) -> None:
+    error = str(select(dataset(tmp_path), method))
+    meaning = str(METHODS[method].model_fields[key].description).rstrip(".")
+    begin, found, example = error.partition(f"method {method}: {key!r} is missing. {meaning}. For instance: --set ")
+    assert begin == "select settings, " and found
+    [setting] = shlex.split(example)
+    step = parse_step(apply_settings({"method": method}, [setting]))
+    assert getattr(step, key) is not None
+
+
+def test_a_missing_score_of_margins_names_the_option(tmp_path: Path) -> None:
+    data = dataset(tmp_path, scores=False)
+    for words in (["margin"], ["robust"], ["all", "--where", "margin.margin > 0"]):
+        error = select(data, *words)
+        assert isinstance(error, MissingError) and "write it with `kdata score DATASET --margins`" in str(error)
+    assert "--margins" not in str(select(data, "difference"))
 
 
 @pytest.mark.parametrize("method", MIXTURES)

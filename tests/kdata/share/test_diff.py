@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import kdata
 from kdata.errors import ConfigError
 from kdata.pipelines.cli.main import call
+from kdata.pipelines.cli.share import setting_lines
 from kdata.selection.ranked import Random
 from kdata.selection.select import select
 from kdata.share.arrange import head
@@ -74,7 +75,9 @@ def test_shards_in_both_are_not_read_and_of_others_the_columns_alone(
     assert facts["plans"] is None and diff(first, second)["plans"] == {"added": [], "removed": [], "changed": []}
 
 
-def test_scores_plans_and_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_plans_and_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     a, b = (dataset_of(tmp_path / name, rows(20), shard_rows=10) for name in "ab")
     for dataset, share in ((a, 0.5), (b, 0.25)):
         select(dataset, Random(share=share, name="some"))
@@ -90,6 +93,18 @@ def test_scores_plans_and_settings(tmp_path: Path, capsys: pytest.CaptureFixture
     facts = diff(a, other)
     assert {key.split(".")[1] for key in facts["settings"]} == {"capture", "generate"} and not facts["teacher"]
     capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(["diff", str(a.path), str(other.path)]) == 0
+    page = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in page[2:])  # the first two name the datasets
+    begin = page.index("settings, a -> b:")
+    assert "sources.capture:" in page[begin:] and "  kind: capture -> (not set)" in page[begin:]
+    assert not any('"' in line for line in page[begin:])
+    long = {"teacher.model": ['"' + "a" * 50 + '"', '"' + "b" * 50 + '"'], "teacher.dtype": [None, '"float32"']}
+    assert setting_lines(long, 80) == [
+        "settings, a -> b:", "teacher:", "  model:", "    " + "a" * 50, "    -> " + "b" * 50,
+        "  dtype: (not set) -> float32",
+    ]  # fmt: skip
     assert call(["diff", str(a.path), str(b.path)]) == 0
     page = capsys.readouterr().out
     assert "read again" in page and "plans: removed only_here; changed some" in page and "scores: added ref" in page
@@ -125,4 +140,8 @@ def test_the_chain_goes_back_to_the_teacher(
     assert call(["info", str(last.path), "--provenance"]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines() == provenance_lines(last.info)
+    settings = dict(line.strip().split("=", 1) for line in printed.splitlines() if "=" in line)
+    assert settings["part"] == "num_tokens > 3" and settings["by"] == "where"  # the step before, which is below
+    assert settings["corpus.sha256"] == before["before"]["settings"]["corpus"]["sha256"][:12]
+    assert all(len(line) <= 80 for line in printed.splitlines() if "=" in line) and "null" not in printed
     assert url in printed and "kdata capture" in printed and origin.info.teacher.model in printed

@@ -44,7 +44,9 @@ def test_all_of_it_is_a_copy_byte_for_byte(home: kdata.Dataset, tmp_path: Path) 
     assert call(["pull", url, str(tmp_path / "here")]) == 0
     assert digests(tmp_path / "here") == digests(home.path)
     assert verify(kdata.open(tmp_path / "here")) == []
-    with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+    assert call(["pull", url, str(tmp_path / "here")]) == 0  # verifies what is there
+    select(home, Random(share=0.25, name="newer"))
+    with pytest.raises(ConfigError, match="exists and is not an empty folder"):  # the copy lacks a plan
         kdata.pull(kdata.open(url), tmp_path / "here")
 
 
@@ -94,6 +96,28 @@ def test_rows_of_a_plan_or_a_condition_fetch_their_shards_only(
     assert verify(half) == []
     [source] = half.info.sources.values()
     assert source.inputs[0].address == f"{served.url}/d" and source.inputs[0].digest == home.content_digest
+
+
+def test_the_same_call_again_verifies_what_is_there(
+    home: kdata.Dataset, served: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["pull", f"{served.url}/d", str(tmp_path / "some"), "--where"]
+    assert call([*command, "domain = 'b'"]) == 0
+    before = digests(tmp_path / "some")
+    assert call([*command, "domain = 'b'"]) == 0 and digests(tmp_path / "some") == before
+    assert "6 rows" in capsys.readouterr().out.splitlines()[-1]
+    for other in ("domain = 'a'", "domain >= 'b'"):  # other rows, and the same rows by another condition
+        assert call([*command, other]) == 2 and "not an empty folder" in capsys.readouterr().err
+    kdata.pull(home, tmp_path / "half", plan="half")
+    kdata.pull(home, tmp_path / "half", plan="half")
+    for file in home.path.glob("plans/half.*"):
+        file.unlink()
+    select(home, Random(share=0.5, name="half", seed=1))
+    with pytest.raises(ConfigError, match="not an empty folder"):  # the plan of this name has other rows now
+        kdata.pull(home, tmp_path / "half", plan="half")
+    part = next((tmp_path / "some" / "data").iterdir())
+    part.write_bytes(part.read_bytes()[:-9])
+    assert call([*command, "domain = 'b'"]) == 1 and "remove it, and run the same command" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
