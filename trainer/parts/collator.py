@@ -57,6 +57,8 @@ class SparseTargets:
                 num_exact_C=ids,
                 weights_C=weights,
                 entropy_C=floats,
+                document_C=ids,
+                position_C=ids,
             ),
         )
 
@@ -191,9 +193,22 @@ def join(parts: Sequence[SparseTargets], starts: Sequence[int]) -> SparseTargets
         weights_C=_joined([t.weights_C for t in each], each, torch.float32),
         chosen_C=_joined([t.chosen_C for t in each], each, torch.bool),
         entropy_C=torch.cat(entropy) if len(entropy) == len(each) else None,
+        **_places(each),
     )
     predictor_M = torch.cat([part.predictor_M + start for part, start in zip(parts, starts, strict=True)])
     return SparseTargets(predictor_M, targets)
+
+
+def _places(each: Sequence[Targets]) -> dict[str, Tensor]:
+    """Documents and positions in them of several items, each with documents of its own; nothing where an item has none."""
+    documents, positions, first = [], [], 0
+    for t in each:
+        if t.document_C is None or t.position_C is None:
+            return {}
+        documents.append(t.document_C - t.document_C[:1] + first)
+        positions.append(t.position_C)
+        first += int(t.document_C[-1] - t.document_C[0]) + 1 if len(t) else 0
+    return {"document_C": torch.cat(documents), "position_C": torch.cat(positions)}
 
 
 def _joined(parts: Sequence[Tensor | None], each: Sequence[Targets], dtype: torch.dtype) -> Tensor | None:
