@@ -1,7 +1,8 @@
 """What a student can minimize, as formulas over a few outcomes per position.
 
 A position has J = K + 1 outcomes: the K kept entries and one bucket for the rest of the vocabulary. An objective is a
-function of the teacher's and the student's log-probabilities of those outcomes, and of nothing else. `kdata.trainer.fused`
+function of the teacher's and the student's log-probabilities of those outcomes, and of nothing else; two compare positions
+of one document too (`kdata.trainer.windows`). `kdata.trainer.fused`
 computes the student's side without a [positions, vocabulary] matrix, differentiates the formula by autograd on [C, J], and
 carries the result back to hidden states and head. To add an objective, write one function, add a line to `OBJECTIVES` and
 its name to `OBJECTIVE_NAMES`, and add an oracle to the tests.
