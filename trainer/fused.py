@@ -26,8 +26,16 @@ from torch import Tensor
 from kdata.errors import ConfigError, ShapeError
 from kdata.trainer.chunks import chunk_loss, sums_of_chunks
 from kdata.trainer.merged import MergedTargets, Tokens, gold, sides, with_scales
-from kdata.trainer.objective_config import CHUNK_OBJECTIVES, ObjectiveConfig, Tail, scale_of, tail_of
+from kdata.trainer.objective_config import (
+    CHUNK_OBJECTIVES,
+    WINDOW_OBJECTIVES,
+    ObjectiveConfig,
+    Tail,
+    scale_of,
+    tail_of,
+)
 from kdata.trainer.objectives import LOG_ZERO, OBJECTIVES, Outcomes, Targets, teacher_outcomes
+from kdata.trainer.windows import begins_of, windows_of
 
 # The logits buffer should stay in a CPU cache: at V = 8k, bf16, one thread, 4096 tokens take 0.14 s with 8 MiB and 0.27 s
 # with 64 MiB. Large vocabularies need enough positions for the matrix products to run at full speed, and each chunk reads and
@@ -80,6 +88,33 @@ class LossPlan:
     chunk_positions: int
     vocab_size: int
     tokens: Tokens | None = None
+
+    def chunks(self, targets: Targets) -> list[slice]:
+        """Ranges of positions whose logits exist at a time: whole windows, where an objective compares positions of one."""
+        size = max(self.chunk_positions, 1)
+        if WINDOW_OBJECTIVES.isdisjoint(self.weights):
+            return [slice(start, min(start + size, len(targets))) for start in range(0, len(targets), size)]
+        assert targets.document_C is not None and targets.position_C is not None
+        begins_C = begins_of(targets.document_C, targets.position_C, self.config.window_tokens)
+        chunks: list[slice] = []
+        start = stop = 0
+        for end in [*begins_C.nonzero()[1:, 0].tolist(), len(targets)]:
+            if end - start > size and stop > start:
+                chunks.append(slice(start, stop))
+                start = stop
+            stop = end
+        return [*chunks, slice(start, stop)] if stop else []
+
+    def rows(self, targets: Targets, part: slice) -> Targets:
+        """The targets of such a range, with their windows where an objective needs them."""
+        chunk = targets.rows(part)
+        if WINDOW_OBJECTIVES.isdisjoint(self.weights):
+            return chunk
+        assert chunk.document_C is not None and chunk.position_C is not None
+        counts_C = torch.ones_like(chunk.document_C, dtype=torch.bool) if chunk.chosen_C is None else chunk.chosen_C
+        return replace(
+            chunk, windows=windows_of(chunk.document_C, chunk.position_C, counts_C, self.config.window_tokens)
+        )
 
 
 def distillation_loss(
@@ -253,6 +288,7 @@ def _plan_of(
             "deviation_kl needs the teacher's entropy, which the targets do not hold at every position; remove the "
             "objective, or use data of a teacher whose whole distribution was seen"
         )
+    _refuse_windows(targets, config)
     numbers, elsewhere = config.numbers(), None
     weights = {n: w for n, w in numbers.items() if n not in CHUNK_OBJECTIVES}
     if len(weights) < len(numbers):  # they need the log-probabilities of actual tokens
@@ -276,6 +312,19 @@ def _plan_of(
         chunk_positions=chunk_positions or _chunk_positions(vocab_size, matmul_dtype, targets.token_ids_C.device),
         vocab_size=vocab_size,
     )
+
+
+def _refuse_windows(targets: Targets, config: ObjectiveConfig) -> None:
+    """Raise ConfigError where an objective of windows lacks what it needs of the targets."""
+    for name in WINDOW_OBJECTIVES.intersection(config.weights):
+        if targets.document_C is None or targets.position_C is None:
+            raise ConfigError(f"objective {name} needs document_C and position_C of the targets; set them")
+    logprobs_C = targets.actual_logprobs_C
+    if "span_correlation" in config.weights and (logprobs_C is None or not bool(torch.isfinite(logprobs_C).all())):
+        raise ConfigError(
+            "objective span_correlation needs the teacher's log-probability of every actual token, and the targets do not "
+            "hold that of some; imported data often lacks it. Remove the objective, or have a teacher read the text"
+        )
 
 
 @torch.no_grad()
@@ -302,9 +351,9 @@ def measure(
         ObjectiveConfig(), tail, dict.fromkeys(names, 1.0), None, 1.0, hidden_MD.dtype, size, head_VD.shape[0]
     )
     values, top_ids, confidence = [], [], []
-    for part, logits_CV, _ in _logit_chunks(hidden_MD, head_VD.to(loss_plan.matmul_dtype), loss_plan):
+    for part, logits_CV, _ in _logit_chunks(hidden_MD, head_VD.to(loss_plan.matmul_dtype), targets, loss_plan):
         top_logits_CN, top_ids_CN = logits_CV.topk(min(top, logits_CV.shape[1]), dim=-1)
-        chunk = targets.rows(part)
+        chunk = loss_plan.rows(targets, part)
         top_CN, _ = _top(logits_CV, chunk, loss_plan)
         student = _student(logits_CV, chunk, loss_plan)._replace(top_CN=top_CN)
         values.append(_values(student, chunk, loss_plan))
@@ -323,7 +372,7 @@ class _Student(NamedTuple):
     vocabulary. At temperature 1: token_C, logit of the actual token, and log_sum_C, log-sum-exp of the vocabulary. top_CN, at
     the temperature, only for objectives that sort: the largest logits. In the pass for `gold`, top_CN is of the tokens that
     the teacher lacks, lacked_C is the log-sum-exp of those of them that are no entry, which rest_C leaves out, and log_s_C is
-    that of the targets.
+    that of the targets. window_CNK, at the temperature, only for `sinkd`: logits of the entries of every place of a window.
     """
 
     kept_CK: Tensor
@@ -333,6 +382,7 @@ class _Student(NamedTuple):
     top_CN: Tensor | None = None
     lacked_C: Tensor | None = None
     log_s_C: Tensor | None = None
+    window_CNK: Tensor | None = None
 
 
 class _SparseLoss(torch.autograd.Function):
@@ -348,8 +398,8 @@ class _SparseLoss(torch.autograd.Function):
         if head_VD is not None and grad and ctx.needs_input_grad[1]:
             grad_head_VD = torch.zeros_like(head_VD, dtype=wide)
         head_cast_VD = None if head_VD is None else head_VD.to(loss_plan.matmul_dtype)
-        for part, logits_CV, spare_CV in _logit_chunks(hidden_MD, head_cast_VD, loss_plan):
-            chunk = targets.rows(part)
+        for part, logits_CV, spare_CV in _logit_chunks(hidden_MD, head_cast_VD, targets, loss_plan):
+            chunk = loss_plan.rows(targets, part)
             top_CN, top_ids_CN = _top(logits_CV, chunk, loss_plan)
             student = _student(logits_CV, chunk, loss_plan, spare_CV)._replace(top_CN=top_CN)
             if grad_hidden_MD is None and grad_head_VD is None:
@@ -398,7 +448,7 @@ def _chunk_positions(vocab_size: int, dtype: torch.dtype, device: torch.device) 
 
 
 def _logit_chunks(
-    hidden_MD: Tensor, head_cast_VD: Tensor | None, loss_plan: LossPlan
+    hidden_MD: Tensor, head_cast_VD: Tensor | None, targets: Targets, loss_plan: LossPlan
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Yield (range of positions, logits [C, V] in the wide dtype, a second buffer of that shape if T is not 1).
 
@@ -406,14 +456,14 @@ def _logit_chunks(
     float32, AVX2, 152 positions, the product for the logits runs at 94 Gflop/s in this layout and 62 in [C, V]; the product
     for d hidden at 100 and 83. Without a head, `hidden_MD` are the logits, and a chunk is a copy of theirs.
     """
-    num_positions, size = hidden_MD.shape[0], min(loss_plan.chunk_positions, hidden_MD.shape[0])
+    chunks = loss_plan.chunks(targets)
+    size = max((part.stop - part.start for part in chunks), default=0)
     vocab_size = hidden_MD.shape[1] if head_cast_VD is None else head_cast_VD.shape[0]
     wide_CV = hidden_MD.new_empty(vocab_size, size, dtype=_wide(hidden_MD)).T
     spare_CV = None if loss_plan.config.temperature == 1.0 else torch.empty_like(wide_CV)
     narrow_CV = wide_CV if loss_plan.matmul_dtype == wide_CV.dtype else wide_CV.to(loss_plan.matmul_dtype)
-    for start in range(0, num_positions, max(size, 1)):
-        part = slice(start, min(start + size, num_positions))
-        count = part.stop - start
+    for part in chunks:
+        count = part.stop - part.start
         if head_cast_VD is None:
             wide_CV[:count].copy_(hidden_MD[part])
             yield part, wide_CV[:count], None if spare_CV is None else spare_CV[:count]
@@ -447,6 +497,7 @@ def _student(logits_CV: Tensor, targets: Targets, loss_plan: LossPlan, spare_CV:
     ids_CK = targets.ids_CK.clamp_min(0)
     kept_CK = logits_CV.gather(1, ids_CK).div_(temperature).masked_fill_(pad_CK, -torch.inf)
     token_C = logits_CV.gather(1, targets.token_ids_C[:, None])[:, 0]
+    window_CNK = _of_windows(logits_CV, targets, loss_plan)
     peak_C = logits_CV.amax(-1)
     logits_CV.sub_(peak_C[:, None])
     if spare_CV is not None:
@@ -463,7 +514,17 @@ def _student(logits_CV: Tensor, targets: Targets, loss_plan: LossPlan, spare_CV:
         return _Student(kept_CK, rest_C2[:, 0], token_C, log_sum_C, lacked_C=rest_C2[:, 1], log_s_C=targets.log_s_C)
     rest_C = logits_CV.sum(-1).log().add_(peak_C / temperature)
     log_sum_C = _log_sum(kept_CK, rest_C) if spare_CV is None else spare_CV.sum(-1).log().add_(peak_C)
-    return _Student(kept_CK, rest_C, token_C, log_sum_C)
+    return _Student(kept_CK, rest_C, token_C, log_sum_C, window_CNK=window_CNK)
+
+
+def _of_windows(logits_CV: Tensor, targets: Targets, loss_plan: LossPlan) -> Tensor | None:
+    """The student's logits, at the temperature, of the entries of every place of a position's window, -inf where none is."""
+    if "sinkd" not in loss_plan.weights:
+        return None
+    assert targets.windows is not None
+    ids_CNK = targets.windows.of_all(targets.ids_CK, -1)
+    window_CNK = logits_CV.gather(1, ids_CNK.clamp_min(0).flatten(1)).view(ids_CNK.shape)
+    return window_CNK.div_(loss_plan.config.temperature).masked_fill_(ids_CNK < 0, -torch.inf)
 
 
 def _by_match(exp_CV: Tensor, tokens: Tokens) -> Tensor:
@@ -501,6 +562,8 @@ def _outcomes(student: _Student, targets: Targets, loss_plan: LossPlan, tail: Ta
         token_C=_outcome_of_token(targets),
         doubt_C=None if targets.entropy_C is None else targets.entropy_C.to(log_q_CJ) / math.log(loss_plan.vocab_size),
         log_q_top_CN=None if student.top_CN is None else student.top_CN - log_sum_C[:, None],
+        log_q_window_CNK=None if student.window_CNK is None else student.window_CNK - log_sum_C[:, None, None],
+        targets=targets,
     )
 
 
@@ -575,6 +638,10 @@ def _to_logit_gradient_(
         exp_CV.mul_(torch.where(tokens.is_lacked_V, *rates))
     if top_ids_CN is not None and d.top_CN is not None:
         exp_CV.scatter_add_(1, top_ids_CN, d.top_CN / temperature)
+    if targets.windows is not None and d.window_CNK is not None:
+        ids_CNK = targets.windows.of_all(targets.ids_CK, -1)
+        d_window_CNK = (d.window_CNK / temperature).masked_fill(ids_CNK < 0, 0.0)
+        exp_CV.scatter_add_(1, ids_CNK.clamp_min(0).flatten(1), d_window_CNK.flatten(1))
     d_kept_CK = (d.kept_CK / temperature).masked_fill(targets.ids_CK < 0, 0.0)
     exp_CV.scatter_add_(1, targets.ids_CK.clamp_min(0), d_kept_CK)
     if spare_CV is not None:

@@ -213,6 +213,8 @@ def to_torch(arrays: Arrays, temperature: float = 1.0, matched: Matched | None =
         entropy_C=torch.from_numpy(
             arrays.entropy if arrays.chosen is None else np.where(arrays.chosen, arrays.entropy, np.float32(0))
         ),
+        document_C=wide(arrays.document),
+        position_C=wide(arrays.position_ids.reshape(-1)[arrays.predictor] + 1),
     )
     return Batch(
         input_ids=wide(arrays.input_ids),

@@ -26,8 +26,10 @@ Tail = Literal["ghost", "draws", "renormalise"]
 OBJECTIVE_NAMES = [
     "cross_entropy", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation",
     "balanced_kl", "adaptive_kl", "tail_aware_kl", "deviation_kl", "taid",
-    "plackett_luce", "first", "dac_kl", "uld",
+    "plackett_luce", "first", "dac_kl", "uld", "sinkd", "span_correlation",
 ]  # fmt: skip
+# They compare positions of a window of one document: `kdata.trainer.windows`.
+WINDOW_OBJECTIVES = frozenset({"sinkd", "span_correlation"})
 # Not of single positions but of chunks of them: `kdata.trainer.chunks`, which needs no entries, and `kdata.trainer.merged`.
 CHUNK_OBJECTIVES = frozenset({"alm", "gold"})
 # The objectives that compare sorted probabilities, and the map of `kdata retokenize` that keeps them.
@@ -127,6 +129,12 @@ class ObjectiveConfig(Strict):
         le=1,
     )
 
+    window_tokens: int = _setting(
+        32,
+        "Tokens of a window, counted from a document's first one: `sinkd` compares all positions of a window with each "
+        "other, and takes time and memory in proportion; `span_correlation` each with the one before. 32 is our default.",
+        ge=2,
+    )
     alm_temperature: float = _setting(
         100.0,
         "Temperature T of `alm`, which compares the probabilities of chunks to the power 1 / T. 100 is the choice of the "
@@ -162,6 +170,15 @@ class ObjectiveConfig(Strict):
         if self.dac_lower >= self.dac_upper:
             raise ValueError(
                 f"dac_lower is {self.dac_lower} and dac_upper {self.dac_upper}; it must be the smaller one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _spans_are_at_temperature_1(self) -> ObjectiveConfig:
+        if "span_correlation" in self.weights and self.temperature != 1.0:
+            raise ValueError(
+                f"temperature is {self.temperature}, at which the teacher's probability of an actual token is not known, and "
+                "span_correlation needs it; set temperature to 1, or remove span_correlation"
             )
         return self
 
@@ -248,6 +265,11 @@ def refuse_other_map(config: ObjectiveConfig, token_map: str | None) -> None:
             raise ConfigError(
                 f"objective {name} needs data that was retokenized with --map {needed} (`kdata train --tokenizer` does), and "
                 f"this has {own}; retokenize for {name}, or use another objective"
+            )
+        if name == "span_correlation" and token_map is not None:
+            raise ConfigError(
+                "objective span_correlation needs the teacher's probability of every actual token, and data that was "
+                "retokenized holds that of chunks; use alm, which compares chunks, or the dataset it was made of"
             )
         if token_map in SORTED_OBJECTIVES.values():
             raise ConfigError(

@@ -1,7 +1,8 @@
 """What a student can minimize, as formulas over a few outcomes per position.
 
 A position has J = K + 1 outcomes: the K kept entries and one bucket for the rest of the vocabulary. An objective is a
-function of the teacher's and the student's log-probabilities of those outcomes, and of nothing else. `kdata.trainer.fused`
+function of the teacher's and the student's log-probabilities of those outcomes, and of nothing else; two compare positions
+of one document too (`kdata.trainer.windows`). `kdata.trainer.fused`
 computes the student's side without a [positions, vocabulary] matrix, differentiates the formula by autograd on [C, J], and
 carries the result back to hidden states and head. To add an objective, write one function, add a line to `OBJECTIVES` and
 its name to `OBJECTIVE_NAMES`, and add an oracle to the tests.
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from kdata.errors import ConfigError, ShapeError
 from kdata.trainer.objective_config import ObjectiveConfig, Tail
+from kdata.trainer.windows import Windows, distances, shared_places, transported
 
 # Stands for log 0: e^-100 is below float32's normal range, and a finite number keeps 0 * log 0 at 0 and every gradient free
 # of NaN, without a mask in each formula.
@@ -64,7 +66,8 @@ class Targets:
     actual tokens, and chunk_C: int64 [C], rising, number of the chunk of each; only the objective `alm` reads them.
     entropy_C: float [C], nats, of the teacher's whole distribution at temperature 1, NaN where it is not known; 0 where a
     position is not chosen. None: not known. rank_C: int64 [C], and matched: only `gold` reads them
-    (`kdata.jobs.retokenize`).
+    (`kdata.jobs.retokenize`). document_C: int64 [C], rising, number of the document of each position, and position_C: int64
+    [C], place of the actual token in it; only objectives of windows read them. windows: set by the core, for a chunk.
     """
 
     token_ids_C: Tensor
@@ -80,6 +83,9 @@ class Targets:
     entropy_C: Tensor | None = None
     rank_C: Tensor | None = None
     matched: Matched | None = None
+    document_C: Tensor | None = None
+    position_C: Tensor | None = None
+    windows: Windows | None = None
 
     def __len__(self) -> int:
         return self.token_ids_C.shape[0]
@@ -164,6 +170,8 @@ class Outcomes(NamedTuple):
     token_C: Tensor  # int64 in [0, J), the outcome that the actual token is part of
     doubt_C: Tensor | None = None  # teacher's entropy at temperature 1 over log V, in [0, 1]; None: not known
     log_q_top_CN: Tensor | None = None  # the student's largest of all its vocabulary, falling, min(K, V) of them
+    log_q_window_CNK: Tensor | None = None  # student's of the entries of all places of the window, -inf where none is
+    targets: Targets | None = None  # of the positions, for objectives of windows
 
 
 def teacher_outcomes(targets: Targets, tail: Tail) -> Tensor:
@@ -462,6 +470,48 @@ def uld(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     return gaps_CK.sum(-1) + (o.log_p_CJ[:, -1].exp() - (1 - q_CK.sum(-1))).abs()
 
 
+def sinkd(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """sum_i P_ij W_ij at position j of a window of `window_tokens`: what the student there is moved to be like the teacher.
+
+    W, P, source and what of it is ours: `kdata.trainer.windows`. The gradient goes through W and P, as in the authors' code.
+    P blurs: it is no permutation where positions are alike, so that the value of a student that is the teacher is not 0.
+
+    Each W is a lower bound, with the rest of the vocabulary as one item, and exact where all is kept; the value, whose P
+    follows from W, is no bound. draws: the same, of the exact entries. renormalise: biased. The gradient is a subgradient
+    where probabilities are equal. It falls as 1/T, so at a T other than 1 the common factor T^2 makes it T times as heavy
+    in a mix.
+    """
+    assert o.targets is not None and o.targets.windows is not None and o.log_q_window_CNK is not None
+    windows, p_CJ = o.targets.windows, o.log_p_CJ.exp() * (o.log_p_CJ > LOG_ZERO)
+    p_CNJ = windows.of_all(p_CJ, 0.0)
+    return transported(distances(o.log_q_window_CNK.exp() * (p_CNJ[..., :-1] > 0), p_CNJ), windows)
+
+
+def span_correlation(o: Outcomes, config: ObjectiveConfig) -> Tensor:
+    """sum of (p_t(v) p_t+1(w) - q_t(v) q_t+1(w))^2 over some pairs of ids at a position and the one before, in one window.
+
+    Pairs: the two actual tokens, and v = w for every id that is kept at both, each once. 0 at the first position of a window.
+
+    Source: DAC-KL, arXiv 2407.10068, at second hand; what is ours is in `kdata.trainer.windows`.
+
+    Exact for these pairs, so a lower bound of the sum over all pairs of the vocabulary. draws: the same, of the exact
+    entries. renormalise: biased. At temperature 1 only, where the teacher's probability of every actual token is known; data
+    that holds it of chunks (another tokenizer) or not at all is refused.
+    """
+    assert o.targets is not None and o.targets.windows is not None and o.targets.actual_logprobs_C is not None
+    token_C, previous_C = o.targets.token_ids_C, o.targets.windows.previous_C
+    second_P = (previous_C >= 0).nonzero()[:, 0]
+    first_P = previous_C[second_P]
+    log_p_C, log_q_C = o.targets.actual_logprobs_C.to(o.log_q_token_C), o.log_q_token_C
+    value_P = ((log_p_C[first_P] + log_p_C[second_P]).exp() - (log_q_C[first_P] + log_q_C[second_P]).exp()).square()
+    ids_CK = o.targets.ids_CK.masked_fill(o.log_p_CJ[:, :-1] <= LOG_ZERO, -1)
+    shared_PK, at_PK = shared_places(ids_CK[first_P], ids_CK[second_P])
+    is_actual_PK = (ids_CK[first_P] == token_C[first_P][:, None]) & (token_C[first_P] == token_C[second_P])[:, None]
+    products = [x_CJ[first_P, :-1] + x_CJ[second_P].gather(1, at_PK) for x_CJ in (o.log_p_CJ, o.log_q_CJ)]
+    gap_PK = (products[0].exp() - products[1].exp()).masked_fill(~shared_PK | is_actual_PK, 0.0)
+    return torch.zeros_like(log_q_C).index_add(0, second_P, value_P + gap_PK.square().sum(-1))
+
+
 OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "cross_entropy": cross_entropy,
     "forward_kl": forward_kl,
@@ -479,4 +529,6 @@ OBJECTIVES: dict[str, Callable[[Outcomes, ObjectiveConfig], Tensor]] = {
     "first": first,
     "dac_kl": dac_kl,
     "uld": uld,
+    "sinkd": sinkd,
+    "span_correlation": span_correlation,
 }

@@ -39,9 +39,9 @@ class Setting:
     """One way to train.
 
     keep: what is kept of the teacher; None: nothing (cross-entropy), or everything (online). family: its curve in the plot.
-    peer: who distributes or recommends such targets, as far as our kinds can reproduce them. step: chooses rows or positions
-    of the dataset, None: all. elsewhere: weight of the cross-entropy where positions keep or count nothing. times: factor on
-    the number of steps.
+    beside: weights of other objectives in the mix, in which `objective` has weight 1. peer: who distributes or recommends
+    such targets, as far as our kinds can reproduce them. step: chooses rows or positions of the dataset, None: all.
+    elsewhere: weight of the cross-entropy where positions keep or count nothing. times: factor on the number of steps.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Setting:
     keep: KeepConfig | None = None
     tail: Literal["auto", "ghost", "draws", "renormalise"] = "auto"
     objective: str = "forward_kl"
+    beside: tuple[tuple[str, float], ...] = ()
     peer: str | None = None
     step: Step | None = None
     elsewhere: float | None = None
@@ -57,7 +58,8 @@ class Setting:
     def describe(self) -> dict[str, Any]:
         """What it is, as JSON values; of a model that chooses positions, the folder's name alone."""
         keep = None if self.keep is None else {"kind": self.keep.kind, **self.keep.settings()}
-        content: dict[str, Any] = {"keep": keep, "tail": self.tail, "objective": self.objective}
+        mix = " + ".join([self.objective, *(f"{weight:g} {name}" for name, weight in self.beside)])
+        content: dict[str, Any] = {"keep": keep, "tail": self.tail, "objective": mix}
         if self.step is not None:
             step = self.step.model_dump(mode="json")
             if "model" in (step.get("positions") or {}):
@@ -143,6 +145,11 @@ OBJECTIVES = (
         for name in OBJECTIVE_NAMES
         if name not in ("cross_entropy", "forward_kl")
     ),
+    # As their sources use them: added to another objective. 0.032 is SinKD's 0.001 of a sum, for windows of 32 positions.
+    Setting("default, forward_kl and sinkd", "objective", _threshold(0.03), beside=(("sinkd", 0.032),)),
+    Setting(
+        "default, forward_kl and span_correlation", "objective", _threshold(0.03), beside=(("span_correlation", 1.0),)
+    ),
 )
 SETTINGS = (*FIRST, *SECOND, *OBJECTIVES)
 
@@ -184,7 +191,9 @@ class Offline:
             label=setting.name,
             student=c.student,
             objective=ObjectiveConfig(
-                weights={setting.objective: 1.0}, tail=setting.tail, cross_entropy_elsewhere=setting.elsewhere
+                weights={setting.objective: 1.0, **dict(setting.beside)},
+                tail=setting.tail,
+                cross_entropy_elsewhere=setting.elsewhere,
             ),
             steps=round(c.steps * setting.times),
             batch_tokens=c.batch_tokens,

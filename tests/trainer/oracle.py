@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from kdata.trainer.objectives import Targets
 
+WINDOW = 3  # tokens of a window, in tests
 TAID_T = 0.7  # the share of the teacher in the target of `taid`, in tests
+AT_1 = ("span_correlation",)  # refused at other temperatures
 # The objectives that use draws as they are.
 LINEAR = ("cross_entropy", "forward_kl", "deviation_kl")
 
@@ -40,7 +43,8 @@ def make_problem(
 ) -> Problem:
     """Top-k targets of a random teacher; `ragged` pads some positions, one down to no entry at all.
 
-    For tail draws the entries behind the first `exact` count as draws.
+    For tail draws the entries behind the first `exact` count as draws. The first four positions are of one document and the
+    others of a second; in both the third position is missing.
     """
     rng = torch.Generator().manual_seed(seed)
     hidden = torch.randn(num_positions, hidden_size, generator=rng, dtype=torch.float64) * scale
@@ -57,7 +61,13 @@ def make_problem(
     tokens[0] = p[0].argmax()  # one actual token among the kept entries, others where they fall
     num_exact = (ids >= 0).sum(-1).clamp_max(exact)
     entropy = torch.special.entr(torch.softmax(logits, -1)).sum(-1)
-    targets = Targets(tokens, ids, top.log(), tail.log(), temperature, num_exact, entropy_C=entropy)
+    number = torch.arange(num_positions)
+    place = torch.where(number >= 4, number - 4, number)
+    actual = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
+    targets = Targets(
+        tokens, ids, top.log(), tail.log(), temperature, num_exact, entropy_C=entropy, actual_logprobs_C=actual,
+        document_C=(number >= 4).long(), position_C=1 + place + (place > 1),
+    )  # fmt: skip
     return Problem(hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), p, targets)
 
 
@@ -126,6 +136,8 @@ def oracle_values(problem: Problem, name: str, tail: str, beta: float = 0.5, ske
         "first": lambda: _first(p, q),
         "plackett_luce": lambda: _plackett_luce(p, q, problem.targets),
         "uld": lambda: _uld(p, problem),
+        "sinkd": lambda: _sinkd(p, problem),
+        "span_correlation": lambda: _span_correlation(p, q, problem),
         "deviation_kl": lambda: problem.targets.entropy_C / math.log(len(problem.head)) * kl(p, q),
     }[name]()
     return squared * divergence
@@ -191,6 +203,67 @@ def _uld(p: Tensor, problem: Problem) -> Tensor:
         sorted_p, sorted_q = p_J[kept].sort(descending=True)[0], q_V.sort(descending=True)[0]
         gaps = (sorted_p - sorted_q[: len(kept)]).abs().sum()
         values.append(gaps + (p_J[-1] - sorted_q[len(kept) :].sum()).abs())
+    return torch.stack(values)
+
+
+def windows(targets: Targets, window_tokens: int = WINDOW) -> list[list[int]]:
+    """Positions of each window, those that are not chosen left out."""
+    members: dict[tuple[int, int], list[int]] = {}
+    for c, (document, position) in enumerate(
+        zip(targets.document_C.tolist(), targets.position_C.tolist(), strict=True)
+    ):
+        if targets.chosen_C is None or targets.chosen_C[c]:
+            members.setdefault((document, position // window_tokens), []).append(c)
+    return list(members.values())
+
+
+def source_sinkhorn(distance: Tensor) -> Tensor:
+    """P W of a matrix of distances, as SinKD's authors compute it."""
+    plan = torch.exp(-distance / 0.1)
+    for _ in range(20):
+        plan = plan / plan.sum(1, keepdim=True)
+        plan = plan / plan.sum(0, keepdim=True)
+    return plan * distance
+
+
+def _sinkd(p: Tensor, problem: Problem) -> Tensor:
+    """Window by window; the teacher's entries at each position and everything else, which the student's softmax is cut to."""
+    targets = problem.targets
+    q = torch.softmax(problem.hidden.double() @ problem.head.double().T / targets.temperature, -1)
+    values = [q.sum() * 0] * len(targets)
+    for members in windows(targets):
+        rows = []
+        for i in members:
+            row = []
+            for j in members:
+                kept = [k for k in range(p.shape[1] - 1) if targets.ids_CK[j, k] >= 0]
+                own = q[i, targets.ids_CK[j, kept]]
+                row.append((own - p[j, kept]).abs().sum() + (1 - own.sum() - p[j, -1]).abs())
+            rows.append(torch.stack(row))
+        for j, value in zip(members, source_sinkhorn(torch.stack(rows)).sum(0), strict=True):
+            values[j] = value
+    return torch.stack(values)
+
+
+def _span_correlation(p: Tensor, q: Tensor, problem: Problem) -> Tensor:
+    """Position by position; a set of pairs of ids, so that none counts twice."""
+    targets = problem.targets
+    actual_q = torch.softmax(problem.hidden.double() @ problem.head.double().T, -1)
+    values = [q.sum() * 0] * len(targets)
+    for members in windows(targets):
+        for a, b in pairwise(members):
+            if targets.position_C[b] != targets.position_C[a] + 1:
+                continue
+            tokens = [int(targets.token_ids_C[c]) for c in (a, b)]
+            pairs = {tuple(tokens): (
+                (targets.actual_logprobs_C[a] + targets.actual_logprobs_C[b]).exp(),
+                actual_q[a, tokens[0]] * actual_q[b, tokens[1]],
+            )}  # fmt: skip
+            entries = [{v: k for k, v in enumerate(targets.ids_CK[c].tolist()) if v >= 0} for c in (a, b)]
+            for v in entries[0].keys() & entries[1].keys():
+                k, m = entries[0][v], entries[1][v]
+                pairs.setdefault((v, v), (p[a, k] * p[b, m], q[a, k] * q[b, m]))
+            values[b] = sum((x - y) ** 2 for x, y in pairs.values())
     return torch.stack(values)
 
 

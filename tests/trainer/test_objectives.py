@@ -16,7 +16,7 @@ from kdata.trainer.fused import Loss, _chunk_positions, _exact_only, _Student, d
 from kdata.trainer.objective_config import NEEDS_BUCKET, OBJECTIVE_NAMES, ObjectiveConfig, resolve_tail
 from kdata.trainer.objectives import OBJECTIVES, Targets
 from kdata.trainer.schedule import Ramp
-from tests.trainer.oracle import TAID_T, Problem, kl, make_problem, oracle_values
+from tests.trainer.oracle import AT_1, TAID_T, WINDOW, Problem, kl, make_problem, oracle_values
 
 BUCKETLESS = [n for n in OBJECTIVES if n not in NEEDS_BUCKET]
 # These hold a function of the student constant, so their gradient is not that of their value. The oracle does the same.
@@ -29,6 +29,7 @@ def fused(problem: Problem, weights: dict[str, float], tail: str, **kwargs: obje
         weights=weights,
         temperature=problem.targets.temperature,
         taid_t=TAID_T,
+        window_tokens=WINDOW,
         **{k: kwargs.pop(k) for k in ("jsd_beta",) if k in kwargs},
     )
     return distillation_loss(problem.hidden, problem.head, problem.targets, config, tail, **kwargs)
@@ -92,7 +93,7 @@ def test_value_and_gradient_equal_the_dense_oracle(name: str, tail: str, ragged:
 
 
 @pytest.mark.parametrize("temperature", [2.0, 0.6])
-@pytest.mark.parametrize(("name", "tail"), CASES)
+@pytest.mark.parametrize(("name", "tail"), [case for case in CASES if case[0] not in AT_1])
 def test_at_a_temperature_value_and_gradient_equal_the_dense_oracle(name: str, tail: str, temperature: float) -> None:
     """Both sides at T and times T^2, but the cross-entropy at 1; alone and in a mix with the cross-entropy."""
     problem = make_problem(temperature=temperature)
@@ -283,8 +284,9 @@ def test_a_student_without_mass_outside_the_exact_entries_has_a_finite_gradient(
     assert rest_C.grad is not None and torch.isfinite(rest_C.grad).all()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize(("name", "tail"), CASES)
+@pytest.mark.parametrize(
+    ("name", "tail", "temperature"), [(n, t, x) for n, t in CASES for x in (1.0, 2.0) if x == 1.0 or n not in AT_1]
+)
 def test_a_student_that_is_certain_has_finite_values_and_gradients(name: str, tail: str, temperature: float) -> None:
     """Two tokens have all of its probability, by 80 nats and by 200, in float32; entries are among them, or not, or none."""
     for gap in (80.0, 200.0):
@@ -305,7 +307,7 @@ def test_a_student_that_is_certain_has_finite_values_and_gradients(name: str, ta
 
 
 @pytest.mark.parametrize("tail", ["ghost", "draws"])
-@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "span_correlation"])
 def test_targets_of_no_width_say_nothing_beyond_the_actual_token(name: str, tail: str) -> None:
     problem = make_problem(4)
     targets = problem.targets

@@ -28,6 +28,7 @@ from kdata.trainer.objective_config import LINEAR, ObjectiveConfig, Tail
 from kdata.trainer.objectives import OBJECTIVES
 from kdata.trainer.student import build_student, head_of, hidden_states
 from kdata.trainer.train import train
+from tests.trainer.oracle import AT_1
 
 VOCAB, POSITIONS, HIDDEN = 97, 400, 12
 
@@ -123,8 +124,10 @@ def test_the_loss_equals_the_dense_one(temperature: float, tmp_path: Path) -> No
     assert float((gradient - exact_gradient).norm() / exact_gradient.norm()) < 0.03
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in LINEAR])
+@pytest.mark.parametrize(
+    ("name", "temperature"),
+    [(n, x) for n in OBJECTIVES if n not in LINEAR for x in (1.0, 2.0, 0.7) if x == 1.0 or n not in AT_1],
+)
 def test_on_a_hybrid_a_biased_objective_is_that_of_the_exact_entries(
     name: str, temperature: float, tmp_path: Path
 ) -> None:

@@ -56,7 +56,10 @@ class SparseTargets:
                 temperature=temperature,
                 num_exact_C=ids,
                 weights_C=weights,
+                actual_logprobs_C=floats,
                 entropy_C=floats,
+                document_C=ids,
+                position_C=ids,
             ),
         )
 
@@ -179,21 +182,41 @@ def join(parts: Sequence[SparseTargets], starts: Sequence[int]) -> SparseTargets
         raise ConfigError(f"items have targets at temperatures {sorted(temperatures)}; a batch has one temperature")
     width = max(part.targets.ids_CK.shape[1] for part in parts)
     each = [part.targets for part in parts]
-    exact = [t.num_exact_C for t in each if t.num_exact_C is not None]
-    entropy = [t.entropy_C for t in each if t.entropy_C is not None]
+    document_C, position_C = _places(each)
     targets = Targets(
         token_ids_C=torch.cat([t.token_ids_C for t in each]),
         ids_CK=torch.cat([_widened(t.ids_CK, width, -1) for t in each]),
         logprobs_CK=torch.cat([_widened(t.logprobs_CK, width, -torch.inf) for t in each]),
         log_tail_C=torch.cat([t.log_tail_C for t in each]),
         temperature=temperatures.pop(),
-        num_exact_C=torch.cat(exact) if len(exact) == len(each) else None,
+        num_exact_C=_of_all([t.num_exact_C for t in each]),
         weights_C=_joined([t.weights_C for t in each], each, torch.float32),
         chosen_C=_joined([t.chosen_C for t in each], each, torch.bool),
-        entropy_C=torch.cat(entropy) if len(entropy) == len(each) else None,
+        actual_logprobs_C=_of_all([t.actual_logprobs_C for t in each]),
+        entropy_C=_of_all([t.entropy_C for t in each]),
+        document_C=document_C,
+        position_C=position_C,
     )
     predictor_M = torch.cat([part.predictor_M + start for part, start in zip(parts, starts, strict=True)])
     return SparseTargets(predictor_M, targets)
+
+
+def _of_all(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The tensors of several items as one; None where an item has none."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if len(known) == len(parts) else None
+
+
+def _places(each: Sequence[Targets]) -> tuple[Tensor | None, Tensor | None]:
+    """Documents and positions in them of several items, each with documents of its own; None where an item has none."""
+    documents, positions, first = [], [], 0
+    for t in each:
+        if t.document_C is None or t.position_C is None:
+            return None, None
+        documents.append(t.document_C - t.document_C[:1] + first)
+        positions.append(t.position_C)
+        first += int(t.document_C[-1] - t.document_C[0]) + 1 if len(t) else 0
+    return torch.cat(documents), torch.cat(positions)
 
 
 def _joined(parts: Sequence[Tensor | None], each: Sequence[Targets], dtype: torch.dtype) -> Tensor | None:
