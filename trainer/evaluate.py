@@ -1,7 +1,8 @@
 """How good a student is, measured offline against what the teacher predicted on held-out text.
 
 The held-out set is a logit dataset, captured like any other; no teacher runs here. Every figure is an average over counted
-tokens. NLL, perplexity and the teacher's NLL are exact. These are not:
+tokens. NLL and perplexity are exact; the teacher's NLL is, to the rounding of what is stored (`schemas/README.md`), which
+averages out. These are not:
 
 - `kl`, `reverse_kl` and `tv` on a dataset of exact entries and tail (ghost) compare the kept entries and one bucket for the
   rest. By the log-sum inequality they are lower bounds of the full divergences.

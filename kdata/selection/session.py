@@ -36,6 +36,7 @@ from kdata.store.sql import (
     Room,
     connect,
     files_view,
+    interruptible,
     name_damage,
     reads_of,
     refuse_disk,
@@ -157,7 +158,7 @@ class Session:
 
     def table(self, sql: str) -> pa.Table:
         """The result of one query as a table."""
-        return self._connection.sql(sql).to_arrow_table()
+        return interruptible(self._connection, lambda: self._connection.sql(sql).to_arrow_table())
 
     def put(self, table: str, columns: dict[str, pa.DataType], rows: list[tuple[Any, ...]]) -> None:
         """Create or replace a temporary table of a few rows."""

@@ -282,7 +282,7 @@ def soften(
         list[str] | None,
         typer.Option("--pattern", metavar="REGEX", help="Regular expression (RE2) of private text. May be repeated."),
     ] = None,
-    plan: Annotated[str | None, option("plan", SoftenConfig)] = None,
+    plan: Annotated[str | None, option("plan", SoftenConfig, metavar="PLAN")] = None,
     likelihood: Annotated[float | None, option("likelihood", SoftenConfig)] = None,
     drop_above: Annotated[float | None, option("drop_above", SoftenConfig)] = None,
     resume: ResumeOption = Resume.auto,

@@ -22,14 +22,19 @@ def view(
         str | None,
         typer.Option(metavar="DATASET", help="The same rows, read by another teacher or a student, to show beside."),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0: a free one.")] = 0,
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port on this machine; 0: a free one.")] = 0,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     folder: Annotated[
         str | None, typer.Option("--export", metavar="FOLDER", help="Write the page as a folder for any web server.")
     ] = None,
     rows: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST_EXPORTED, help=f"Rows in the folder, at most (--export). [default: {MOST_ROWS}]"),
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=MOST_EXPORTED,
+            help=f"Rows in the folder, at most (--export). [default: {MOST_ROWS}]",
+        ),
     ] = None,
     where: Annotated[
         str | None, typer.Option(metavar="SQL", help="Condition on the rows in the folder (--export).")

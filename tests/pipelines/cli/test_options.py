@@ -146,6 +146,14 @@ def test_help_fits_80_columns(command: str) -> None:
     assert not long, long
 
 
+@pytest.mark.parametrize("command", ENTRIES)
+def test_the_help_says_which_options_take_a_value(command: str) -> None:
+    """Without a name for the value `--port` looks like a flag."""
+    for parameter, about in options_of(command):
+        flag = parameter.annotation is not None and "bool" in str(get_args(parameter.annotation)[0])
+        assert flag or about.metavar, (command, parameter.name)
+
+
 def test_the_help_lists_every_command_in_its_group() -> None:
     shown = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["--help"]).output
     for title, group in COMMANDS.items():
