@@ -1,3 +1,3 @@
 """The command `kdata`."""
 
-STOPPED = "stopped; the same command continues where it was"  # after Ctrl-C
+STOPPED = "stopped; run the same command again: what it committed is kept"  # after Ctrl-C

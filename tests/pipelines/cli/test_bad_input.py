@@ -365,7 +365,7 @@ def test_ctrl_c_says_that_the_same_command_continues(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(look.kdata, "open", stop, raising=False)
     assert call(world.arguments("info")) == 130
-    assert world.capsys.readouterr().err == "stopped; the same command continues where it was\n"
+    assert world.capsys.readouterr().err == "stopped; run the same command again: what it committed is kept\n"
 
 
 def test_ctrl_c_of_which_a_library_made_another_error_is_still_ctrl_c(
@@ -380,7 +380,7 @@ def test_ctrl_c_of_which_a_library_made_another_error_is_still_ctrl_c(
     monkeypatch.setattr(main, "interrupted", threading.Event())
     monkeypatch.setattr(look.kdata, "open", stop, raising=False)
     assert call(world.arguments("info")) == 130
-    assert world.capsys.readouterr().err == "stopped; the same command continues where it was\n"
+    assert world.capsys.readouterr().err == "stopped; run the same command again: what it committed is kept\n"
 
 
 # Sends itself Ctrl-C when a module is looked for.
@@ -400,7 +400,7 @@ main()
 def test_ctrl_c_while_libraries_are_loaded_is_one_line(world: World, module: str) -> None:
     arguments = [sys.executable, "-c", AT_IMPORT.replace("{module}", module), "info", str(world.root / "dataset")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
-    assert (done.returncode, done.stderr) == (130, "stopped; the same command continues where it was\n")
+    assert (done.returncode, done.stderr) == (130, "stopped; run the same command again: what it committed is kept\n")
 
 
 def test_ctrl_c_ends_a_query(world: World) -> None:
@@ -409,7 +409,7 @@ def test_ctrl_c_ends_a_query(world: World) -> None:
     code = "import os, signal, threading; threading.Timer(4, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
     arguments = [sys.executable, "-c", code + COMMAND[-1], "sql", str(world.root / "dataset"), query]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
-    assert (done.returncode, done.stderr) == (130, "stopped; the same command continues where it was\n")
+    assert (done.returncode, done.stderr) == (130, "stopped; run the same command again: what it committed is kept\n")
 
 
 COMMAND = [sys.executable, "-c", "from kdata.pipelines.cli.main import main; main()"]
