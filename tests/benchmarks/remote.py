@@ -1,6 +1,6 @@
 """A dataset on the Hub over a line of 10 MB/s: does training wait, and what does a look at it cost? Prints lines, JSON last.
 
-    python -m tests.benchmarks.remote [--tokens 80000] [--steps 12] [--mb-per-sec 10] [--cache 3MB]
+    python -m tests.benchmarks.remote [--tokens 80000] [--steps 12] [--mb-per-sec 10] [--cache 6MB]
                                       [--view-tokens 10000000] [--answer-ms 50]
 
 The Hub is the stand-in of the tests on the loopback (`tests.hub_server`), which waits for as long as its bytes would take on
@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=80_000)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--mb-per-sec", type=float, default=10.0)
-    parser.add_argument("--cache", default="3MB")
+    parser.add_argument("--cache", default="6MB")
     parser.add_argument("--answer-ms", type=float, default=50.0)
     parser.add_argument("--view-tokens", type=int, default=10_000_000)
     options = parser.parse_args()
