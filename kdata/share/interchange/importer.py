@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -54,6 +55,7 @@ SUFFIXES: dict[Format, tuple[str, ...]] = {"vllm": vllm_json.SUFFIXES, "megatron
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 ROWS_AT_ONCE = 64
 ENOUGH_POSITIONS, ENOUGH_ENTRIES = 200, 4  # positions, and entries of each, from which the base of logarithms shows
+MOST_HELD = 8  # units that wait for so many positions
 ReadRows = Callable[[Iterator[pa.RecordBatch]], Iterator[PeerRow]]
 
 
@@ -226,6 +228,8 @@ def batches(files: list[PeerFile]) -> Iterator[pa.RecordBatch | RowError]:
 
 
 def _parsed(line: bytes, place: str) -> dict[str, Any] | RowError:
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{place} is in UTF-16; convert the file to UTF-8 first: iconv -f UTF-16 -t UTF-8")
     try:
         row = parse_row(line)
     except DataError as error:
@@ -357,6 +361,7 @@ def _units(
     aligned = config.aligned or ALIGNED[config.format]
     encoder = None if tokenizer is None else TextEncoder(tokenizer)
     number, read, unit = 0, ImportReport(), _Unit()
+    held: list[tuple[UnitResult, dict[str, ImportReport]]] = []
     seen = set[str]()
     for row_number, row in enumerate(rows):
         row_id, domain = row.id or f"row-{row_number:07d}", row.domain or config.domain
@@ -373,11 +378,17 @@ def _units(
             unit.records.append(record if encoder is None else _with_text(record, tokenizer, encoder))
             unit.tokens += counts.tokens
         if unit.tokens >= config.unit_tokens:
-            _refuse_other_numbers(read, config)
-            yield unit.result(number), unit.counts
+            held.append((unit.result(number), unit.counts))
             number, unit = number + 1, _Unit()
+            if (
+                read.positions >= ENOUGH_POSITIONS or len(held) > MOST_HELD
+            ):  # so that nothing is written before a refusal
+                _refuse_other_numbers(read, config)
+                yield from held
+                held.clear()
+    _refuse_other_numbers(read, config)
+    yield from held
     if unit.records or unit.rejects:
-        _refuse_other_numbers(read, config)
         yield unit.result(number), unit.counts
 
 
@@ -398,8 +409,10 @@ class _Unit:
 def _refuse_other_numbers(report: ImportReport, config: ImportConfig) -> None:
     """Raise DataError where most positions cannot be probabilities, or where the numbers look like logarithms to base 2.
 
-    The latter are lower than natural ones, so no sum shows them. But read to base 2, natural ones (p becomes p^0.69) sum to
-    more than 1 at most positions that keep more than a few entries: at 67 % of 8 of a small model, at 99 % of its 90 %.
+    The latter are lower than natural ones, so no sum above 1 shows them. But where a list holds nearly all of the
+    probability, it sums to 1 when it is read to base 2, and to clearly less as it is. Natural lists do so by chance, and then
+    others sum to more than 1 to base 2. On lists of a language model: at 13 % of the positions and above 1 at none with 4
+    entries to base 2; at 3 and 63 % with natural ones. Lists that hold little, or always all, show nothing.
     """
     if report.sums_over_one > report.positions / 2 and report.max_sum > 1.5:
         raise DataError(
@@ -408,11 +421,15 @@ def _refuse_other_numbers(report: ImportReport, config: ImportConfig) -> None:
             "to natural log-probabilities first"
         )
     enough = report.positions >= ENOUGH_POSITIONS and report.entries >= ENOUGH_ENTRIES * report.positions
-    if config.format == "plain" and config.values is None and enough and report.over_one_in_base_two == 0:
+    shown = (
+        report.about_one_in_base_two >= 0.05 * report.positions
+        and report.over_one_in_base_two <= 0.01 * report.positions
+    )
+    if config.format == "plain" and config.values is None and enough and shown:
         raise DataError(
-            f"the numbers look like logarithms to base 2: read so, not one of {report.positions:,} positions sums to more "
-            "than 1, as natural ones would at many. Multiply them by ln 2 = 0.6931; if they are natural, say so with "
-            "--values logprobs"
+            f"the numbers look like logarithms to base 2: read so, {report.about_one_in_base_two:,} of {report.positions:,} "
+            f"positions sum to about 1, and {report.over_one_in_base_two:,} to more. Multiply them by ln 2 = 0.6931; if they "
+            "are natural, say so with --values logprobs, and name a new folder"
         )
 
 

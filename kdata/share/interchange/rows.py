@@ -31,6 +31,7 @@ COUNTERS = (
     "entries",
     "sums_over_one",
     "over_one_in_base_two",
+    "about_one_in_base_two",
     "rising",
     "beyond_end",
     "padding_entries",
@@ -71,7 +72,8 @@ def unusable(error: RowError, *, id: str | None = None, domain: str | None = Non
 class ImportReport:
     """Counters of what was imported, without rejects; positions, unless the name says otherwise.
 
-    over_one_in_base_two: positions whose sum would be above 1 if the numbers were logarithms to base 2.
+    over_one_in_base_two, about_one_in_base_two: positions whose sum would be above 1.001 if the numbers were logarithms to
+    base 2; and above 0.95, but not above 1.001, though as natural ones they sum to less than 0.9.
     """
 
     rows: int = 0
@@ -81,6 +83,7 @@ class ImportReport:
     sums_over_one: int = 0
     max_sum: float = 0.0
     over_one_in_base_two: int = 0
+    about_one_in_base_two: int = 0
     rising: int = 0
     beyond_end: int = 0
     padding_entries: int = 0
@@ -211,7 +214,9 @@ def place(row: PeerRow, aligned: Aligned, vocab_size: int, over_one: OverOne) ->
         )
     over_T = sum_T > 1
     report.max_sum, report.sums_over_one = float(sum_T.max(initial=0.0)), int(over_T.sum())
-    report.over_one_in_base_two = int((segment_sum(np.exp2(row.logprobs.astype(np.float64)), counts_T) > 1.001).sum())
+    in_base_two_T = segment_sum(np.exp2(row.logprobs.astype(np.float64)), counts_T)
+    report.over_one_in_base_two = int((in_base_two_T > 1.001).sum())
+    report.about_one_in_base_two = int(((in_base_two_T > 0.95) & (in_base_two_T <= 1.001) & (sum_T < 0.9)).sum())
     report.rising = _rising(row.logprobs, counts_T)
     report.positions, report.entries = int((counts_T > 0).sum()), len(row.ids)
     kept = Kept(counts_T, np.zeros(tokens, np.int32), row.ids, row.logprobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -338,17 +339,65 @@ def test_logarithms_to_base_two_are_refused_unless_they_are_said_to_be_natural(t
     _, report = imported(write_jsonl(tmp_path / "e.jsonl", [row]), tmp_path / "e", "plain", vocab_size=10)
     assert report.positions == 300
     two = write_jsonl(tmp_path / "two.jsonl", [{**row, "topk_logprobs": [[x / np.log(2) for x in y] for y in lists]}])
-    with pytest.raises(DataError, match=r"base 2.* not one of 300 positions .*--values logprobs"):
+    with pytest.raises(DataError, match=r"base 2.* of 300 positions sum to about 1, .*--values logprobs"):
         imported(two, tmp_path / "two", "plain", vocab_size=10)
     dataset, _ = imported(two, tmp_path / "two", "plain", vocab_size=10, values="logprobs")
     assert dataset.num_rows == 1
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def _flat(rng: np.random.Generator) -> np.ndarray:
+    return np.sort(_softmax(rng.normal(0, 0.3, (400, 1024))), -1)[:, :-9:-1]
+
+
+def _certain(rng: np.random.Generator) -> np.ndarray:
+    rest = rng.uniform(1e-7, 1e-6, (400, 3))
+    return np.concatenate([1 - 3e-6 - rest.sum(-1, keepdims=True), rest], -1)
+
+
+def _language(rng: np.random.Generator) -> np.ndarray:
+    scale = rng.uniform(0.5, 6, (400, 1))  # from unsure to certain, as positions of a text are
+    return np.sort(_softmax(scale * rng.normal(0, 1, (400, 500))), -1)[:, :-9:-1]
+
+
+@pytest.mark.parametrize("column", ["topk_logprobs", "topk_probs"])
+@pytest.mark.parametrize("lists", [_flat, _certain, _language])
+@pytest.mark.parametrize("seed", range(3))
+def test_natural_lists_of_any_teacher_are_taken(
+    tmp_path: Path, lists: Callable[[np.random.Generator], np.ndarray], column: str, seed: int
+) -> None:
+    """Those of an unsure teacher hold little of the probability, those of a certain one all of it."""
+    probs_PK = lists(np.random.default_rng(seed))
+    numbers = np.log(probs_PK) if column == "topk_logprobs" else probs_PK
+    ids = [list(range(probs_PK.shape[1]))] * len(probs_PK)
+    row = plain_row(input_ids=[3] * (len(ids) + 1), topk_ids=[[], *ids])
+    row = {key: value for key, value in row.items() if key != "topk_logprobs"} | {column: [[], *numbers.tolist()]}
+    _, report = imported(write_jsonl(tmp_path / "e.jsonl", [row]), tmp_path / "e", "plain", vocab_size=10)
+    assert report.positions == len(ids)
+
+
+def test_nothing_is_written_before_the_base_of_logarithms_shows(tmp_path: Path) -> None:
+    """Answers of one token: each row is a unit, and has one list."""
+    probs_PK = _language(np.random.default_rng(0))[:300]
+    two = [
+        plain_row(id=str(n), input_ids=[3, 3], topk_ids=[[], list(range(8))], topk_logprobs=[[], np.log2(p).tolist()])
+        for n, p in enumerate(probs_PK)
+    ]
+    rows = write_jsonl(tmp_path / "two.jsonl", two)
+    with pytest.raises(DataError, match="base 2"):
+        imported(rows, tmp_path / "d", "plain", vocab_size=10, unit_tokens=50)
+    assert not list((tmp_path / "d").rglob("*.arrow"))
 
 
 def test_a_file_in_utf_16_is_refused(tmp_path: Path) -> None:
     """Every second line of it could be read, as the line's end is half of a character."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [plain_row(id=name) for name in "abcd"])
     rows.write_bytes(rows.read_text().encode("utf-16"))
-    with pytest.raises(DataError, match=r"not one row could be imported.*line 1 of rows.jsonl is not JSON"):
+    with pytest.raises(DataError, match=r"line 1 of rows.jsonl is in UTF-16; convert"):
         imported(rows, tmp_path / "d", "plain", vocab_size=10)
 
 

@@ -453,7 +453,7 @@ def test_files_at_a_url_give_the_same_dataset_and_a_kill_costs_no_shard(
 
 
 def test_rows_come_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the last file is opened, the first shards are committed."""
+    """Before the last file is opened, the first shards are committed. (Without `values` they wait for 200 positions.)"""
     opened: list[str] = []
     plain_batches = importer.batches
 
@@ -466,7 +466,7 @@ def test_rows_come_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     plain_commit = Writer.commit
     monkeypatch.setattr(importer, "batches", batches)
     monkeypatch.setattr(Writer, "commit", lambda s, u: (states.append((len(opened), u.number)), plain_commit(s, u))[1])
-    imported(many_rows(tmp_path / "s"), tmp_path / "d", "plain", vocab_size=VOCAB, unit_tokens=30)
+    imported(many_rows(tmp_path / "s"), tmp_path / "d", "plain", vocab_size=VOCAB, unit_tokens=30, values="logprobs")
     assert states[0] == (1, 0) and states[-1][0] == 3
 
 
