@@ -361,7 +361,8 @@ def _units(
     aligned = config.aligned or ALIGNED[config.format]
     encoder = None if tokenizer is None else TextEncoder(tokenizer)
     number, read, unit = 0, ImportReport(), _Unit()
-    held: list[tuple[UnitResult, dict[str, ImportReport]]] = []
+    may_refuse = config.format == "plain" and config.values is None
+    held: list[tuple[UnitResult, dict[str, ImportReport]]] = []  # so that nothing is written before a refusal
     seen = set[str]()
     for row_number, row in enumerate(rows):
         row_id, domain = row.id or f"row-{row_number:07d}", row.domain or config.domain
@@ -380,9 +381,7 @@ def _units(
         if unit.tokens >= config.unit_tokens:
             held.append((unit.result(number), unit.counts))
             number, unit = number + 1, _Unit()
-            if (
-                read.positions >= ENOUGH_POSITIONS or len(held) > MOST_HELD
-            ):  # so that nothing is written before a refusal
+            if not may_refuse or read.positions >= ENOUGH_POSITIONS or len(held) > MOST_HELD:
                 _refuse_other_numbers(read, config)
                 yield from held
                 held.clear()
