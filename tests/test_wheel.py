@@ -18,7 +18,6 @@ DATA = {".yaml", ".j2", ".json", ".typed", ".safetensors"}
 # Evidence of measurements that the library does not read.
 NOT_INSTALLED = {
     "pipelines/evidence/gemma.json",
-    "pipelines/evidence/mixture.json",
     "pipelines/evidence/positions.json",
     "pipelines/evidence/raw_gemma.json",
     "pipelines/evidence/selection.json",
@@ -96,6 +95,7 @@ def test_the_command_works_where_a_users_files_have_our_folders_names(environmen
     assert str(environment) in run(python, "-c", "import kdata; print(kdata.__file__)", folder=tmp_path)
     assert "quickstart" in run(command, "run", "quickstart", "--dry-run", folder=tmp_path)
     assert "Usage" in run(command, "--help", folder=tmp_path)
+    assert "regmix" in run(command, "select", "--list", folder=tmp_path)
     read = "from kdata.pipelines.evidence.advice import read_results; print(len(read_results()[1]))"
     assert int(run(python, "-c", read, folder=tmp_path)) > 1
     # `python -c` puts the folder itself on the path, as a user's own program does.

@@ -46,7 +46,10 @@ PAGES = ("README.md", "audit.json", "croissant.json")
 FOLDERS = ("data", "index", "rejects", "scores", "plans", "hidden", "tokenizer")
 STRAY = "belongs to nothing: no manifest line or JSON names it; a killed run left it, or a person added it"
 
-TORN = "ends in half a line: a killed run left it, and nothing reads it; the same command, or repair, removes it"
+TORN = (
+    "ends in half a line, which nothing reads: a killed run left it, and the same command, run again, or `kdata repair` "
+    "removes it; if no run was killed, the disk lost a part"
+)
 
 
 def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
@@ -181,18 +184,15 @@ def check_json(root: Path, relative: str) -> list[Problem]:
     return [] if whole else [Problem(relative, CHANGED)]
 
 
-def _is_object(line: bytes) -> bool:
-    try:
-        return bool(parse_object(line))
-    except ValueError:
-        return False
-
-
 def check_lines(content: bytes) -> list[Problem]:
-    """Compare each line of the manifest with its form. Readers ignore a last line that was not written to its end."""
+    """Compare each line of the manifest with its form.
+
+    A last line that was not written to its end is ignored by readers. It is a problem nevertheless, because a disk that lost
+    what was committed leaves the same.
+    """
     end = content.rfind(b"\n") + 1
-    if content[end:] and not any(_is_object(line) for line in (content[end:], content[end:-1])):
-        return [*check_lines(content[:end]), Problem("manifest.jsonl", TORN, stray=True)]
+    if content[end:].startswith(b'{"') and b"\0" not in content[end:] and not content.endswith(b"}"):
+        return [*check_lines(content[:end]), Problem("manifest.jsonl", TORN)]
     try:
         whole = b"".join(canonical_json(parse_object(line)) + b"\n" for line in content.splitlines()) == content
     except ValueError as error:

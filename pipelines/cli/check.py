@@ -71,7 +71,9 @@ def verify(
     elif problems:
         listing = "\n".join(f"  {p.path}: {p.what}" for p in problems)
         if all(problem.stray for problem in problems):
-            raise CorruptError(f"{opened.path} is whole, but holds what is no part of it; remove that:\n{listing}")
+            raise CorruptError(
+                f"{opened.path} is whole, but holds what is no part of it; remove it, or set it aside with `kdata repair`:\n{listing}"
+            )
         raise CorruptError(f"{opened.path} is damaged; `kdata repair` sets damaged shards aside:\n{listing}")
     else:
         say(f"whole: {len(opened.manifest)} shards, {opened.num_rows:,} rows, {opened.num_tokens:,} tokens")

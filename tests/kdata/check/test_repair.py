@@ -18,10 +18,11 @@ from kdata.check.repair import Repair, repair
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, KdataError, MismatchError, StorageError
 from kdata.format.files import lock_of
-from kdata.format.manifest import digest_of, json_bytes, read_manifest
+from kdata.format.manifest import digest_of, json_bytes, read_manifest, write_info
 from kdata.pipelines.cli.main import app
 from kdata.selection.ranked import Difference
 from kdata.selection.select import select
+from kdata.share.push import push
 from tests import bucket  # noqa: F401  registers bucket://
 from tests.fakes import digests, run_capture, run_generate
 from tests.kdata.selection.test_score_select import give_scores
@@ -135,19 +136,40 @@ def test_a_missing_repeated_wrong_or_torn_manifest_line_is_found_and_repaired(
     assert digests(copied) == before
 
 
-@pytest.mark.parametrize("left", [0.1, 0.5, 0.99, 1])
-def test_half_a_line_at_the_end_is_what_a_kill_leaves_and_a_whole_one_without_its_end_is_damage(
-    copied: Path, left: float
-) -> None:
-    """Readers ignore both. Of half a line nothing was promised; a whole one was a commit."""
+@pytest.mark.parametrize("left", [0.1, 0.5, 0.99])
+def test_half_a_line_at_the_end_is_what_a_kill_leaves(copied: Path, left: float) -> None:
     content = (copied / "manifest.jsonl").read_bytes()
-    line = content.splitlines()[-1]
+    line = content.splitlines()[-1].replace(b"}", b"]")  # so that no half of it ends in a brace
     with (copied / "manifest.jsonl").open("ab") as file:
         file.write(line[: int(left * len(line))])
     (problem,) = verify(kdata.open(copied), deep=True)
-    assert problem.path == "manifest.jsonl" and problem.stray == (left < 1)
-    assert ("killed run" in problem.what) == (left < 1)
+    assert problem.path == "manifest.jsonl" and "a killed run left it" in problem.what and not problem.stray
     assert repair(copied).remaining == [] and (copied / "manifest.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize("tail", ["nothing but zeros", "zeros from the second line on", "the last line's end"])
+def test_lost_lines_of_committed_shards_are_damage_and_not_shared(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, tail: str
+) -> None:
+    """Of a capture that was stopped, whose source is not complete: nothing else says how many shards there are."""
+    root = tmp_path / "d"
+    run_capture(root, corpus_file, tokenizer_dir, unit_tokens=20)
+    info = kdata.open(root).info
+    source = info.sources["capture"].model_copy(update={"num_units": None})
+    write_info(root, info.model_copy(update={"sources": {"capture": source}}))
+    content = (root / "manifest.jsonl").read_bytes()
+    first = content.index(b"\n") + 1
+    changed = {
+        "nothing but zeros": bytes(len(content)),
+        "zeros from the second line on": content[:first] + bytes(len(content) - first),
+        "the last line's end": content[:-2] + b"\xff\xff",
+    }[tail]
+    (root / "manifest.jsonl").write_bytes(changed)
+    with pytest.raises(CorruptError):
+        dataset = kdata.open(root)
+        assert [p for p in verify(dataset) if p.path == "manifest.jsonl" and not p.stray]
+        push(dataset, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("folder", ["data", "index", "rejects"])
