@@ -72,7 +72,8 @@ def verify(
         listing = "\n".join(f"  {p.path}: {p.what}" for p in problems)
         if all(problem.stray for problem in problems):
             raise CorruptError(
-                f"{opened.path} is whole, but holds what is no part of it; remove it, or set it aside with `kdata repair`:\n{listing}"
+                f"{opened.path} is whole, but holds what is no part of it; remove it, or let `kdata repair` set it aside:\n"
+                f"{listing}"
             )
         raise CorruptError(f"{opened.path} is damaged; `kdata repair` sets damaged shards aside:\n{listing}")
     else:
