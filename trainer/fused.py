@@ -319,6 +319,13 @@ def _refuse_windows(targets: Targets, config: ObjectiveConfig) -> None:
     for name in WINDOW_OBJECTIVES.intersection(config.weights):
         if targets.document_C is None or targets.position_C is None:
             raise ConfigError(f"objective {name} needs document_C and position_C of the targets; set them")
+        step_C = targets.document_C.diff()
+        if bool(((step_C < 0) | ((step_C == 0) & (targets.position_C.diff() <= 0))).any()):
+            raise ConfigError(
+                f"objective {name} needs document_C that does not fall, and position_C that rises within a document, and the "
+                "targets have others; join the targets of several rows with kdata.trainer.parts.collator.join, which "
+                "numbers their documents"
+            )
     logprobs_C = targets.actual_logprobs_C
     if "span_correlation" in config.weights and (logprobs_C is None or not bool(torch.isfinite(logprobs_C).all())):
         raise ConfigError(

@@ -169,6 +169,27 @@ def test_targets_without_documents_are_refused(name: str) -> None:
         values(bare, name)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("documents", "positions"),
+    [
+        ([0, 0, 0, 0], [1, 2, 1, 2]),
+        ([0, 0, 0, 0], [1, 2, 2, 3]),
+        ([1, 1, 0, 0], [1, 2, 3, 4]),
+        ([0, 0, 1, 0], [1, 2, 3, 4]),
+    ],
+)
+def test_targets_whose_documents_or_positions_are_out_of_order_are_refused(
+    name: str, documents: list[int], positions: list[int]
+) -> None:
+    """As of two rows that were joined without numbering their documents again."""
+    problem = make_problem(4)
+    other = replace(problem.targets, document_C=torch.tensor(documents), position_C=torch.tensor(positions))
+    with pytest.raises(ConfigError, match=rf"objective {name} needs document_C that does not fall.*collator\.join"):
+        values(replace(problem, targets=other), name)
+    values(replace(problem, targets=replace(other, document_C=torch.arange(4))), name)
+
+
 def test_span_correlation_is_refused_where_a_token_of_the_teacher_is_not_known() -> None:
     problem = make_problem()
     unknown = replace(problem.targets, actual_logprobs_C=torch.full((len(problem.targets),), math.nan))
