@@ -15,10 +15,16 @@ from torch import Tensor
 
 from kdata.errors import ConfigError
 from kdata.loader.batches import BatchesConfig
+from kdata.selection.plan import make_plan
+from kdata.share.interchange.importer import ImportConfig, import_dataset
+from kdata.trainer.config import TrainConfig
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.loader import Loader
 from kdata.trainer.objective_config import WINDOW_OBJECTIVES, ObjectiveConfig, resolve_tail
+from kdata.trainer.parts import PackedRows
+from kdata.trainer.train import train
 from kdata.trainer.windows import Windows, distances, transported, windows_of
+from tests.fakes import write_jsonl
 from tests.trainer import datasets
 from tests.trainer.oracle import Problem, make_problem, source_sinkhorn, windows
 
@@ -202,6 +208,39 @@ def test_span_correlation_is_refused_where_a_token_of_the_teacher_is_not_known()
             )
     with pytest.raises(ValueError, match=r"temperature is 2\.0, at which the teacher's probability of an actual token"):
         ObjectiveConfig(weights={"span_correlation": 1.0}, temperature=2.0)
+
+
+def test_rows_without_a_log_probability_of_an_actual_token_are_refused_before_training(tmp_path: Path) -> None:
+    """Of another tool's files one format holds none, and the other rounds that of a token in one row to 0."""
+    numbers = ({"20": -0.5, "21": -1.5, "22": -9999.0}, {"30": -0.1})
+    lists = [{key: {"logprob": value, "rank": 1} for key, value in part.items()} for part in numbers]
+    rows = {
+        "plain": [
+            {"id": name, "input_ids": [10, 20, 30], "topk_ids": [[], [20], [30]], "topk_logprobs": [[], [-0.5], [-0.1]]}
+            for name in ("a", "b", "c")
+        ],
+        "vllm": [
+            {"id": name, "prompt_token_ids": [10, second, 30], "prompt_logprobs": [None, *lists]}
+            for name, second in (("a", 20), ("b", 22), ("c", 21))
+        ],
+    }
+    objective = ObjectiveConfig(weights={"forward_kl": 1.0, "span_correlation": 1.0}, tail="renormalise")
+    for format, bare in (
+        ("plain", "3 of 3 rows, the first of them 'a'"),
+        ("vllm", "1 of 3 rows, the first of them 'b'"),
+    ):
+        write_jsonl(tmp_path / f"{format}.jsonl", rows[format])
+        settings = ImportConfig(format=format, vocab_size=40)
+        dataset, _ = import_dataset(tmp_path / f"{format}.jsonl", tmp_path / format, settings)
+        with pytest.raises(ConfigError, match=rf"log-probability of every target.* in {bare}.*where nll is not null"):
+            PackedRows(dataset, items=4, objective=objective)
+        with pytest.raises(ConfigError, match=rf"log-probability of every target.* in {bare}"):
+            train(TrainConfig(objective=objective, context_tokens=64), dataset.path, None, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    PackedRows(dataset, items=4, objective=ObjectiveConfig(tail="renormalise"))
+    PackedRows(
+        dataset, make_plan(dataset, "known", ["a", "c"], method="mine", parameters={}), items=4, objective=objective
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
