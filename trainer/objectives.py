@@ -34,7 +34,7 @@ from torch import Tensor
 
 from kdata.errors import ConfigError, ShapeError
 from kdata.trainer.objective_config import ObjectiveConfig, Tail
-from kdata.trainer.windows import Windows, distances, shared_places, transported
+from kdata.trainer.windows import Windows, distances, follows, shared_places, transported
 
 # Stands for log 0: e^-100 is below float32's normal range, and a finite number keeps 0 * log 0 at 0 and every gradient free
 # of NaN, without a mask in each formula.
@@ -499,9 +499,10 @@ def span_correlation(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     that holds it of chunks (another tokenizer) or not at all is refused.
     """
     assert o.targets is not None and o.targets.windows is not None and o.targets.actual_logprobs_C is not None
-    token_C, previous_C = o.targets.token_ids_C, o.targets.windows.previous_C
-    second_P = (previous_C >= 0).nonzero()[:, 0]
-    first_P = previous_C[second_P]
+    assert o.targets.document_C is not None and o.targets.position_C is not None
+    place = (o.targets.document_C, o.targets.position_C, o.targets.windows.counts_C)
+    token_C, second_P = o.targets.token_ids_C, follows(*place, config.window_tokens).nonzero()[:, 0]
+    first_P = second_P - 1
     log_p_C, log_q_C = o.targets.actual_logprobs_C.to(o.log_q_token_C), o.log_q_token_C
     value_P = ((log_p_C[first_P] + log_p_C[second_P]).exp() - (log_q_C[first_P] + log_q_C[second_P]).exp()).square()
     ids_CK = o.targets.ids_CK.masked_fill(o.log_p_CJ[:, :-1] <= LOG_ZERO, -1)

@@ -21,9 +21,10 @@ from kdata.trainer.config import TrainConfig
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.loader import Loader
 from kdata.trainer.objective_config import WINDOW_OBJECTIVES, ObjectiveConfig, resolve_tail
+from kdata.trainer.objectives import Targets
 from kdata.trainer.parts import PackedRows
 from kdata.trainer.train import train
-from kdata.trainer.windows import Windows, distances, transported, windows_of
+from kdata.trainer.windows import Windows, distances, follows, transported, windows_of
 from tests.fakes import write_jsonl
 from tests.trainer import datasets
 from tests.trainer.oracle import Problem, make_problem, source_sinkhorn, windows
@@ -85,12 +86,14 @@ def test_positions_are_moved_within_their_window_and_each_wholly(
     counts_C = torch.rand(len(places), generator=torch.Generator().manual_seed(seed)) < 0.8
     made: Windows = windows_of(document_C, position_C, counts_C, window_tokens)
     own_C = (100 * document_C + position_C // window_tokens) % 7 / 4.0 + 0.25
-    got = transported(own_C[:, None].expand(-1, window_tokens).double(), made)
+    got = transported(own_C[:, None].expand(-1, made.place_GN.shape[1]).double(), made)
     torch.testing.assert_close(got, own_C.double() * counts_C)
+    assert made.place_GN.shape[1] <= min(window_tokens, len(places))
     counted = {place for place, counts in zip(sorted(places), counts_C.tolist(), strict=True) if counts}
-    for (document, position), previous in zip(sorted(places), made.previous_C.tolist(), strict=True):
+    follows_C = follows(document_C, position_C, counts_C, window_tokens)
+    for c, (document, position) in enumerate(sorted(places)):
         is_one = {(document, position), (document, position - 1)} <= counted and position % window_tokens > 0
-        assert (sorted(places)[previous] == (document, position - 1)) if is_one else previous == -1
+        assert bool(follows_C[c]) == is_one and (not is_one or sorted(places)[c - 1] == (document, position - 1))
 
 
 def test_a_student_that_is_the_teacher_is_nearer_than_another_but_not_at_0() -> None:
@@ -147,6 +150,14 @@ def test_chunks_of_logits_change_nothing(name: str, window_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_window_longer_than_every_document_costs_no_more_and_changes_nothing(name: str) -> None:
+    problem = make_problem(40)
+    want = values(problem, name, 64)
+    for window_tokens in (100_000, 2**62):
+        torch.testing.assert_close(values(problem, name, window_tokens), want, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_packing_batches_and_order_change_nothing(name: str, tmp_path: Path) -> None:
     """The values of each document, of a student that sees one token alone, are the same however documents are packed."""
     dataset = datasets.make_dataset(tmp_path / "set", [30, 7, 19, 2, 40, 11, 25, 3])
@@ -198,9 +209,10 @@ def test_targets_whose_documents_or_positions_are_out_of_order_are_refused(
 
 def test_span_correlation_is_refused_where_a_token_of_the_teacher_is_not_known() -> None:
     problem = make_problem()
-    unknown = replace(problem.targets, actual_logprobs_C=torch.full((len(problem.targets),), math.nan))
-    with pytest.raises(ConfigError, match="do not hold that of some"):
-        values(replace(problem, targets=unknown), "span_correlation")
+    for unknown in (problem.targets.actual_logprobs_C.index_fill(0, torch.tensor([1]), math.nan), None):
+        targets = replace(problem.targets, actual_logprobs_C=unknown)
+        with pytest.raises(ConfigError, match="do not hold that of some"):
+            values(replace(problem, targets=targets), "span_correlation")
     for token_map in ("prefix", "exact", "matched"):
         with pytest.raises(ConfigError, match="objective span_correlation needs the teacher's probability of every"):
             resolve_tail(
@@ -241,6 +253,32 @@ def test_rows_without_a_log_probability_of_an_actual_token_are_refused_before_tr
     PackedRows(
         dataset, make_plan(dataset, "known", ["a", "c"], method="mine", parameters={}), items=4, objective=objective
     )
+
+
+def test_only_log_probabilities_that_are_read_need_to_be_known() -> None:
+    """Not those of positions that are not chosen, or without a neighbor in their window; a probability of 0 is known."""
+    problem = make_problem()  # at 1, 2, 4, 5 of a document and 1, 2, 4 of the next one
+    logprobs = problem.targets.actual_logprobs_C.index_fill(0, torch.tensor([4, 5, 6]), math.nan)
+    chosen = torch.arange(7) != 4
+    targets = replace(problem.targets, actual_logprobs_C=logprobs, chosen_C=chosen)
+    mix = {"weights": {"span_correlation": 1.0}, "cross_entropy_elsewhere": 1.0}
+
+    def of(targets: Targets) -> tuple[Tensor, ...]:
+        loss = distillation_loss(
+            problem.hidden, problem.head, targets, ObjectiveConfig(**mix, window_tokens=4), "ghost"
+        )
+        return loss.values_MO[:, 0], *torch.autograd.grad(loss.total, (problem.hidden, problem.head))
+
+    known = replace(targets, actual_logprobs_C=problem.targets.actual_logprobs_C)
+    for got, want in zip(of(targets), of(known), strict=True):
+        assert torch.equal(got, want)
+    zero, least = (
+        replace(targets, actual_logprobs_C=logprobs.index_fill(0, torch.tensor([1]), x)) for x in (-math.inf, -800)
+    )
+    for got, want in zip(of(zero), of(least), strict=True):
+        assert torch.equal(got, want) and got.isfinite().all()
+    with pytest.raises(ConfigError, match="do not hold that of some"):
+        of(replace(targets, actual_logprobs_C=logprobs.index_fill(0, torch.tensor([0]), math.nan)))
 
 
 @pytest.mark.parametrize("name", NAMES)
