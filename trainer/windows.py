@@ -1,8 +1,8 @@
 """SinKD and span correlation: positions of one document that lie close together, compared with each other.
 
 Both are of pairs of positions. A window is `window_tokens` consecutive tokens of a document, counted from its first token, so
-what is compared follows from the document alone: not from how documents are packed, and not from micro-batches, ranks or the
-chunks of `kdata.trainer.fused`, which end where windows end.
+what is compared follows from the document alone, and the positions that count: not from how documents are packed, and not
+from micro-batches, ranks or the chunks of `kdata.trainer.fused`, which end where windows end.
 
 SinKD: W_ij is the sum of the absolute differences of the student's probabilities at position i and the teacher's at position
 j, K = exp(-W / 0.1), and P is K after 20 times dividing rows and then columns by their sums. The value at position j is
@@ -111,12 +111,11 @@ def transported(distance_CN: Tensor, windows: Windows) -> Tensor:
 
 
 def shared_places(ids_PK: Tensor, next_ids_PK: Tensor) -> tuple[Tensor, Tensor]:
-    """Which entries of a position are entries of the next one too, bool [P, K], and their places there, int64 [P, K].
+    """Which entries of a position are entries of the next one too, bool [P, K], and the places of those there, int64 [P, K].
 
     Args:
         ids_PK, next_ids_PK: distinct within a position, but for -1, which is no entry.
     """
-    if not ids_PK.shape[1]:
-        return ids_PK >= 0, ids_PK
-    same_PKK = (ids_PK[:, :, None] == next_ids_PK[:, None, :]) & (ids_PK >= 0)[:, :, None]
-    return same_PKK.any(-1), same_PKK.int().argmax(-1)
+    sorted_PK, place_PK = next_ids_PK.sort(-1)
+    at_PK = torch.searchsorted(sorted_PK, ids_PK).clamp_max(ids_PK.shape[1] - 1)
+    return (sorted_PK.gather(1, at_PK) == ids_PK) & (ids_PK >= 0), place_PK.gather(1, at_PK)

@@ -24,7 +24,7 @@ from kdata.trainer.objective_config import WINDOW_OBJECTIVES, ObjectiveConfig, r
 from kdata.trainer.objectives import Targets
 from kdata.trainer.parts import PackedRows
 from kdata.trainer.train import train
-from kdata.trainer.windows import Windows, distances, follows, transported, windows_of
+from kdata.trainer.windows import Windows, distances, follows, shared_places, transported, windows_of
 from tests.fakes import write_jsonl
 from tests.trainer import datasets
 from tests.trainer.oracle import Problem, make_problem, source_sinkhorn, windows
@@ -130,6 +130,17 @@ def test_span_correlation_of_a_student_that_is_the_teacher_is_0() -> None:
     problem = make_problem(12, kept=5, ragged=False)
     same = replace(problem, hidden=problem.p.log(), head=torch.eye(VOCAB, dtype=torch.float64))
     assert values(same, "span_correlation").abs().max() < 1e-15 < values(problem, "span_correlation").max()
+
+
+@given(count=st.integers(0, 5), kept=st.integers(0, 9), seed=st.integers(0, 99))
+def test_shared_places_are_those_of_every_pair_of_entries(count: int, kept: int, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    drawn = [torch.rand(count, 12, generator=rng).argsort(-1)[:, :kept] for _ in range(2)]
+    ids, others = (x.masked_fill(torch.rand(x.shape, generator=rng) < 0.3, -1) for x in drawn)
+    is_shared, place = shared_places(ids, others)
+    pairs = (ids[:, :, None] == others[:, None, :]) & (ids >= 0)[:, :, None]
+    assert torch.equal(is_shared, pairs.any(-1)) and is_shared.shape == place.shape
+    assert torch.equal(others.gather(1, place)[is_shared], ids[is_shared])
 
 
 # ------------------------------------------------------------------------------------------------------------- both
