@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from kdata.trainer.loader import Loader
 from kdata.trainer.objective_config import WINDOW_OBJECTIVES, ObjectiveConfig, resolve_tail
 from kdata.trainer.objectives import Targets
 from kdata.trainer.parts import PackedRows
+from kdata.trainer.parts.collator import SparseTargets, join
 from kdata.trainer.train import train
 from kdata.trainer.windows import Windows, distances, follows, shared_places, transported, windows_of
 from tests.fakes import write_jsonl
@@ -187,6 +189,25 @@ def test_packing_batches_and_order_change_nothing(name: str, tmp_path: Path) -> 
     assert (sums[0] > 0).sum() >= 7  # of two tokens one is a target, which is no pair
     for other in sums[1:]:
         torch.testing.assert_close(other, sums[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cuts", [(4,), (2, 2, 20), (0, 7, 40)])
+def test_joined_rows_have_the_values_of_each_alone(name: str, cuts: tuple[int, ...]) -> None:
+    """Rows number their documents from anywhere, also as others do; one of them may have no position."""
+    problem = make_problem(40)
+    ends = [0, *cuts, 40]
+    parts = [slice(*pair) for pair in pairwise(ends)]
+    each = [problem.targets.rows(part) for part in parts]
+    each = [replace(t, document_C=t.document_C + number % 2) for number, t in enumerate(each)]
+    joined = join([SparseTargets(torch.arange(len(t)), t) for t in each], [100 * n for n in range(len(each))]).targets
+    got = values(replace(problem, targets=joined), name)
+    alone = [
+        values(replace(problem, hidden=problem.hidden[part], targets=t), name)
+        for part, t in zip(parts, each, strict=True)
+    ]
+    torch.testing.assert_close(got, torch.cat(alone), rtol=1e-10, atol=1e-13)
+    assert (got > 0).sum() > 20
 
 
 @pytest.mark.parametrize("name", NAMES)
