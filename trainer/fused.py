@@ -35,7 +35,7 @@ from kdata.trainer.objective_config import (
     tail_of,
 )
 from kdata.trainer.objectives import LOG_ZERO, OBJECTIVES, Outcomes, Targets, teacher_outcomes
-from kdata.trainer.windows import begins_of, windows_of
+from kdata.trainer.windows import begins_of, follows, windows_of
 
 # The logits buffer should stay in a CPU cache: at V = 8k, bf16, one thread, 4096 tokens take 0.14 s with 8 MiB and 0.27 s
 # with 64 MiB. Large vocabularies need enough positions for the matrix products to run at full speed, and each chunk reads and
@@ -111,10 +111,8 @@ class LossPlan:
         if WINDOW_OBJECTIVES.isdisjoint(self.weights):
             return chunk
         assert chunk.document_C is not None and chunk.position_C is not None
-        counts_C = torch.ones_like(chunk.document_C, dtype=torch.bool) if chunk.chosen_C is None else chunk.chosen_C
-        return replace(
-            chunk, windows=windows_of(chunk.document_C, chunk.position_C, counts_C, self.config.window_tokens)
-        )
+        place = (chunk.document_C, chunk.position_C, _chosen(chunk))
+        return replace(chunk, windows=windows_of(*place, self.config.window_tokens))
 
 
 def distillation_loss(
@@ -314,16 +312,34 @@ def _plan_of(
     )
 
 
+def _chosen(targets: Targets) -> Tensor:
+    """Positions where the whole mix counts, bool [C]."""
+    return torch.ones_like(targets.token_ids_C, dtype=torch.bool) if targets.chosen_C is None else targets.chosen_C
+
+
 def _refuse_windows(targets: Targets, config: ObjectiveConfig) -> None:
     """Raise ConfigError where an objective of windows lacks what it needs of the targets."""
     for name in WINDOW_OBJECTIVES.intersection(config.weights):
         if targets.document_C is None or targets.position_C is None:
             raise ConfigError(f"objective {name} needs document_C and position_C of the targets; set them")
+        step_C = targets.document_C.diff()
+        if bool(((step_C < 0) | ((step_C == 0) & (targets.position_C.diff() <= 0))).any()):
+            raise ConfigError(
+                f"objective {name} needs document_C that does not fall, and position_C that rises within a document, and the "
+                "targets have others; join the targets of several rows with kdata.trainer.parts.collator.join, which "
+                "numbers their documents"
+            )
+    if "span_correlation" not in config.weights:
+        return
+    assert targets.document_C is not None and targets.position_C is not None
+    read_C = follows(targets.document_C, targets.position_C, _chosen(targets), config.window_tokens)
+    read_C[:-1] |= read_C.clone()[1:]
     logprobs_C = targets.actual_logprobs_C
-    if "span_correlation" in config.weights and (logprobs_C is None or not bool(torch.isfinite(logprobs_C).all())):
+    if logprobs_C is None or bool((logprobs_C.isnan() & read_C).any()):  # -inf is a probability of 0
         raise ConfigError(
-            "objective span_correlation needs the teacher's log-probability of every actual token, and the targets do not "
-            "hold that of some; imported data often lacks it. Remove the objective, or have a teacher read the text"
+            "objective span_correlation needs the teacher's log-probability of every actual token that it compares, and the "
+            "targets do not hold that of some; imported data often lacks it. Remove the objective, or have a teacher read "
+            "the text"
         )
 
 

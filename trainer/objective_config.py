@@ -132,7 +132,8 @@ class ObjectiveConfig(Strict):
     window_tokens: int = _setting(
         32,
         "Tokens of a window, counted from a document's first one: `sinkd` compares all positions of a window with each "
-        "other, and takes time and memory in proportion; `span_correlation` each with the one before. 32 is our default.",
+        "other, and takes time and memory in proportion; `span_correlation` each with the one before. The student's logits "
+        "of a whole window exist at a time. 32 is our default.",
         ge=2,
     )
     alm_temperature: float = _setting(

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from kdata.errors import ConfigError, ShapeError
 from kdata.trainer.objective_config import ObjectiveConfig, Tail
-from kdata.trainer.windows import Windows, distances, shared_places, transported
+from kdata.trainer.windows import Windows, distances, follows, shared_places, transported
 
 # Stands for log 0: e^-100 is below float32's normal range, and a finite number keeps 0 * log 0 at 0 and every gradient free
 # of NaN, without a mask in each formula.
@@ -63,7 +63,8 @@ class Targets:
     it; None: not known. weights_C: float32 [C] > 0, how much each position counts; None: 1. chosen_C: bool [C], positions
     where the whole mix counts; at the others only the cross-entropy does (`ObjectiveConfig.cross_entropy_elsewhere`); they
     have weight 1 and no entries. None: all are chosen. actual_logprobs_C: float [C], the teacher's log-probabilities of the
-    actual tokens, and chunk_C: int64 [C], rising, number of the chunk of each; only the objective `alm` reads them.
+    actual tokens, NaN where not known; `alm`, `gold` and `span_correlation` read them. chunk_C: int64 [C], rising, number of
+    the chunk of each; only `alm` and `gold` read it.
     entropy_C: float [C], nats, of the teacher's whole distribution at temperature 1, NaN where it is not known; 0 where a
     position is not chosen. None: not known. rank_C: int64 [C], and matched: only `gold` reads them
     (`kdata.jobs.retokenize`). document_C: int64 [C], rising, number of the document of each position, and position_C: int64
@@ -471,7 +472,10 @@ def uld(o: Outcomes, config: ObjectiveConfig) -> Tensor:
 
 
 def sinkd(o: Outcomes, config: ObjectiveConfig) -> Tensor:
-    """sum_i P_ij W_ij at position j of a window of `window_tokens`: what the student there is moved to be like the teacher.
+    """sum_i P_ij W_ij at position j of a window of `window_tokens`: the students of all its i, moved to the teacher at j.
+
+    So its gradient reaches the student at every i, and where a plan weighs positions, the weight of j is that of the
+    teacher's column j, not of the student at j.
 
     W, P, source and what of it is ours: `kdata.trainer.windows`. The gradient goes through W and P, as in the authors' code.
     P blurs: it is no permutation where positions are alike, so that the value of a student that is the teacher is not 0.
@@ -499,9 +503,10 @@ def span_correlation(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     that holds it of chunks (another tokenizer) or not at all is refused.
     """
     assert o.targets is not None and o.targets.windows is not None and o.targets.actual_logprobs_C is not None
-    token_C, previous_C = o.targets.token_ids_C, o.targets.windows.previous_C
-    second_P = (previous_C >= 0).nonzero()[:, 0]
-    first_P = previous_C[second_P]
+    assert o.targets.document_C is not None and o.targets.position_C is not None
+    place = (o.targets.document_C, o.targets.position_C, o.targets.windows.counts_C)
+    token_C, second_P = o.targets.token_ids_C, follows(*place, config.window_tokens).nonzero()[:, 0]
+    first_P = second_P - 1
     log_p_C, log_q_C = o.targets.actual_logprobs_C.to(o.log_q_token_C), o.log_q_token_C
     value_P = ((log_p_C[first_P] + log_p_C[second_P]).exp() - (log_q_C[first_P] + log_q_C[second_P]).exp()).square()
     ids_CK = o.targets.ids_CK.masked_fill(o.log_p_CJ[:, :-1] <= LOG_ZERO, -1)

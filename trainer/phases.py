@@ -167,6 +167,7 @@ def _open(
     temperatures = dataset.info.codec.temperatures
     codec = dataset.info.codec
     tail = resolve_tail(phase.objective, dataset.info.tail, temperatures, kind=codec.kind, token_map=codec.token_map)
+    refuse_unknown_logprobs(dataset, rows, phase.objective)
     refuse_elsewhere(phase.objective, has_positions=positions is not None or dataset.info.codec.keeps_some_positions)
     batches_config = BatchesConfig(
         context_tokens=config.context_tokens,
@@ -222,18 +223,29 @@ def refuse_no_targets(dataset: kdata.Dataset, rows: np.ndarray | None) -> None:
 
 def refuse_unknown_entropy(dataset: kdata.Dataset, rows: np.ndarray | None, objective: ObjectiveConfig) -> None:
     """Raise ConfigError if an objective needs the teacher's entropy, and a planned row does not hold it at every target."""
-    if "deviation_kl" not in objective.weights:
-        return
-    index = dataset.index(["mean_entropy", "num_target_tokens"])
-    unknown = index["mean_entropy"].is_null().to_numpy() & (index["num_target_tokens"].to_numpy() > 0)
+    if "deviation_kl" in objective.weights:
+        why = "they were imported, combined of several teachers, or read through a server"
+        _refuse_null(dataset, rows, "mean_entropy", "deviation_kl needs the teacher's entropy at every target", why)
+
+
+def refuse_unknown_logprobs(dataset: kdata.Dataset, rows: np.ndarray | None, objective: ObjectiveConfig) -> None:
+    """Raise ConfigError if an objective needs the teacher's log-probability of every target, and a planned row lacks one."""
+    if "span_correlation" in objective.weights:
+        needs = "span_correlation needs the teacher's log-probability of every target"
+        _refuse_null(dataset, rows, "nll", needs, "they were imported")
+
+
+def _refuse_null(dataset: kdata.Dataset, rows: np.ndarray | None, column: str, needs: str, why: str) -> None:
+    """Raise ConfigError if a column of the index, a mean over targets, is null in a planned row that has some."""
+    index = dataset.index([column, "num_target_tokens"])
+    unknown = index[column].is_null().to_numpy() & (index["num_target_tokens"].to_numpy() > 0)
     planned = np.arange(dataset.num_rows) if rows is None else np.unique(rows)
     if len(bare := planned[unknown[planned]]):
         row_id = dataset.index(["id"])["id"][int(bare[0])].as_py()
         raise ConfigError(
-            f"deviation_kl needs the teacher's entropy at every target, and {dataset.place} does not hold it in "
-            f"{len(bare):,} of {len(planned):,} rows, the first of them {row_id!r} (they were imported, combined of several "
-            "teachers, or read through a server); remove the objective, or leave these rows out with a plan (kdata select "
-            "--sql 'select id from rows where mean_entropy is not null')"
+            f"{needs}, and {dataset.place} does not hold it in {len(bare):,} of {len(planned):,} rows, the first of them "
+            f"{row_id!r} ({why}); remove the objective, or leave these rows out with a plan (kdata select --sql "
+            f"'select id from rows where {column} is not null')"
         )
 
 

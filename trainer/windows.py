@@ -1,8 +1,8 @@
 """SinKD and span correlation: positions of one document that lie close together, compared with each other.
 
 Both are of pairs of positions. A window is `window_tokens` consecutive tokens of a document, counted from its first token, so
-what is compared follows from the document alone: not from how documents are packed, and not from micro-batches, ranks or the
-chunks of `kdata.trainer.fused`, which end where windows end.
+what is compared follows from the document alone, and the positions that count: not from how documents are packed, and not
+from micro-batches, ranks or the chunks of `kdata.trainer.fused`, which end where windows end.
 
 SinKD: W_ij is the sum of the absolute differences of the student's probabilities at position i and the teacher's at position
 j, K = exp(-W / 0.1), and P is K after 20 times dividing rows and then columns by their sums. The value at position j is
@@ -32,19 +32,13 @@ SINKHORN_EPSILON, SINKHORN_ROUNDS = 0.1, 20  # of SinKD's authors
 
 
 class Windows(NamedTuple):
-    """Positions by windows. place_GN: int64 [G, N], the position at each place, -1 where none counts. window_C, at_C: int64
-    [C], window and place of each position. counts_C: bool [C]."""
+    """Positions by windows. place_GN: int64 [G, N], the position at each place, -1 where none counts; N is the number of
+    positions of the largest window. window_C, at_C: int64 [C], window and place of each position. counts_C: bool [C]."""
 
     place_GN: Tensor
     window_C: Tensor
     at_C: Tensor
     counts_C: Tensor
-
-    @property
-    def previous_C(self) -> Tensor:
-        """The position of the token before, int64 [C]; -1 where it is in another window or does not count."""
-        before_C = self.place_GN[self.window_C, (self.at_C - 1).clamp_min(0)]
-        return before_C.masked_fill((self.at_C == 0) | ~self.counts_C, -1)
 
     def of_all(self, values_CK: Tensor, fill: float) -> Tensor:
         """[C, N, K]: at each position the values of every place of its window, `fill` where there is none."""
@@ -64,6 +58,17 @@ def begins_of(document_C: Tensor, position_C: Tensor, window_tokens: int) -> Ten
     return begins_C
 
 
+def follows(document_C: Tensor, position_C: Tensor, counts_C: Tensor, window_tokens: int) -> Tensor:
+    """Which positions are compared with the one before, bool [C]: of the token before, in the same window; both count.
+
+    Args: see `windows_of`.
+    """
+    follows_C = torch.zeros_like(counts_C)
+    is_next_C = (position_C.diff() == 1) & ~begins_of(document_C, position_C, window_tokens)[1:]
+    follows_C[1:] = is_next_C & counts_C[1:] & counts_C[:-1]
+    return follows_C
+
+
 def windows_of(document_C: Tensor, position_C: Tensor, counts_C: Tensor, window_tokens: int) -> Windows:
     """The windows of some positions.
 
@@ -71,9 +76,10 @@ def windows_of(document_C: Tensor, position_C: Tensor, counts_C: Tensor, window_
         document_C, position_C: see `begins_of`.
         counts_C: bool [C], which positions are compared.
     """
-    window_C, at_C = begins_of(document_C, position_C, window_tokens).cumsum(0) - 1, position_C % window_tokens
-    count = int(window_C[-1]) + 1 if len(window_C) else 0
-    place_GN = window_C.new_full((count, window_tokens), -1)
+    begins_C = begins_of(document_C, position_C, window_tokens)
+    window_C, first_G = begins_C.cumsum(0) - 1, begins_C.nonzero()[:, 0]
+    at_C = torch.arange(len(window_C), device=window_C.device) - first_G[window_C]
+    place_GN = window_C.new_full((len(first_G), int(at_C.max()) + 1 if len(at_C) else 0), -1)
     own_C = counts_C.nonzero()[:, 0]
     place_GN[window_C[own_C], at_C[own_C]] = own_C
     return Windows(place_GN, window_C, at_C, counts_C)
@@ -105,12 +111,11 @@ def transported(distance_CN: Tensor, windows: Windows) -> Tensor:
 
 
 def shared_places(ids_PK: Tensor, next_ids_PK: Tensor) -> tuple[Tensor, Tensor]:
-    """Which entries of a position are entries of the next one too, bool [P, K], and their places there, int64 [P, K].
+    """Which entries of a position are entries of the next one too, bool [P, K], and the places of those there, int64 [P, K].
 
     Args:
         ids_PK, next_ids_PK: distinct within a position, but for -1, which is no entry.
     """
-    if not ids_PK.shape[1]:
-        return ids_PK >= 0, ids_PK
-    same_PKK = (ids_PK[:, :, None] == next_ids_PK[:, None, :]) & (ids_PK >= 0)[:, :, None]
-    return same_PKK.any(-1), same_PKK.int().argmax(-1)
+    sorted_PK, place_PK = next_ids_PK.sort(-1)
+    at_PK = torch.searchsorted(sorted_PK, ids_PK).clamp_max(ids_PK.shape[1] - 1)
+    return (sorted_PK.gather(1, at_PK) == ids_PK) & (ids_PK >= 0), place_PK.gather(1, at_PK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,18 @@ from torch import Tensor
 
 from kdata.errors import ConfigError
 from kdata.loader.batches import BatchesConfig
+from kdata.selection.plan import make_plan
+from kdata.share.interchange.importer import ImportConfig, import_dataset
+from kdata.trainer.config import TrainConfig
 from kdata.trainer.fused import distillation_loss
 from kdata.trainer.loader import Loader
 from kdata.trainer.objective_config import WINDOW_OBJECTIVES, ObjectiveConfig, resolve_tail
-from kdata.trainer.windows import Windows, distances, transported, windows_of
+from kdata.trainer.objectives import Targets
+from kdata.trainer.parts import PackedRows
+from kdata.trainer.parts.collator import SparseTargets, join
+from kdata.trainer.train import train
+from kdata.trainer.windows import Windows, distances, follows, shared_places, transported, windows_of
+from tests.fakes import write_jsonl
 from tests.trainer import datasets
 from tests.trainer.oracle import Problem, make_problem, source_sinkhorn, windows
 
@@ -79,12 +88,14 @@ def test_positions_are_moved_within_their_window_and_each_wholly(
     counts_C = torch.rand(len(places), generator=torch.Generator().manual_seed(seed)) < 0.8
     made: Windows = windows_of(document_C, position_C, counts_C, window_tokens)
     own_C = (100 * document_C + position_C // window_tokens) % 7 / 4.0 + 0.25
-    got = transported(own_C[:, None].expand(-1, window_tokens).double(), made)
+    got = transported(own_C[:, None].expand(-1, made.place_GN.shape[1]).double(), made)
     torch.testing.assert_close(got, own_C.double() * counts_C)
+    assert made.place_GN.shape[1] <= min(window_tokens, len(places))
     counted = {place for place, counts in zip(sorted(places), counts_C.tolist(), strict=True) if counts}
-    for (document, position), previous in zip(sorted(places), made.previous_C.tolist(), strict=True):
+    follows_C = follows(document_C, position_C, counts_C, window_tokens)
+    for c, (document, position) in enumerate(sorted(places)):
         is_one = {(document, position), (document, position - 1)} <= counted and position % window_tokens > 0
-        assert (sorted(places)[previous] == (document, position - 1)) if is_one else previous == -1
+        assert bool(follows_C[c]) == is_one and (not is_one or sorted(places)[c - 1] == (document, position - 1))
 
 
 def test_a_student_that_is_the_teacher_is_nearer_than_another_but_not_at_0() -> None:
@@ -123,6 +134,17 @@ def test_span_correlation_of_a_student_that_is_the_teacher_is_0() -> None:
     assert values(same, "span_correlation").abs().max() < 1e-15 < values(problem, "span_correlation").max()
 
 
+@given(count=st.integers(0, 5), kept=st.integers(0, 9), seed=st.integers(0, 99))
+def test_shared_places_are_those_of_every_pair_of_entries(count: int, kept: int, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    drawn = [torch.rand(count, 12, generator=rng).argsort(-1)[:, :kept] for _ in range(2)]
+    ids, others = (x.masked_fill(torch.rand(x.shape, generator=rng) < 0.3, -1) for x in drawn)
+    is_shared, place = shared_places(ids, others)
+    pairs = (ids[:, :, None] == others[:, None, :]) & (ids >= 0)[:, :, None]
+    assert torch.equal(is_shared, pairs.any(-1)) and is_shared.shape == place.shape
+    assert torch.equal(others.gather(1, place)[is_shared], ids[is_shared])
+
+
 # ------------------------------------------------------------------------------------------------------------- both
 
 
@@ -138,6 +160,14 @@ def test_chunks_of_logits_change_nothing(name: str, window_tokens: int) -> None:
     for other in results[1:]:
         for got, want in zip(other, results[0], strict=True):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_window_longer_than_every_document_costs_no_more_and_changes_nothing(name: str) -> None:
+    problem = make_problem(40)
+    want = values(problem, name, 64)
+    for window_tokens in (100_000, 2**62):
+        torch.testing.assert_close(values(problem, name, window_tokens), want, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -162,6 +192,25 @@ def test_packing_batches_and_order_change_nothing(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cuts", [(4,), (2, 2, 20), (0, 7, 40)])
+def test_joined_rows_have_the_values_of_each_alone(name: str, cuts: tuple[int, ...]) -> None:
+    """Rows number their documents from anywhere, also as others do; one of them may have no position."""
+    problem = make_problem(40)
+    ends = [0, *cuts, 40]
+    parts = [slice(*pair) for pair in pairwise(ends)]
+    each = [problem.targets.rows(part) for part in parts]
+    each = [replace(t, document_C=t.document_C + number % 2) for number, t in enumerate(each)]
+    joined = join([SparseTargets(torch.arange(len(t)), t) for t in each], [100 * n for n in range(len(each))]).targets
+    got = values(replace(problem, targets=joined), name)
+    alone = [
+        values(replace(problem, hidden=problem.hidden[part], targets=t), name)
+        for part, t in zip(parts, each, strict=True)
+    ]
+    torch.testing.assert_close(got, torch.cat(alone), rtol=1e-10, atol=1e-13)
+    assert (got > 0).sum() > 20
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_targets_without_documents_are_refused(name: str) -> None:
     problem = make_problem()
     bare = replace(problem, targets=replace(problem.targets, document_C=None))
@@ -169,11 +218,33 @@ def test_targets_without_documents_are_refused(name: str) -> None:
         values(bare, name)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("documents", "positions"),
+    [
+        ([0, 0, 0, 0], [1, 2, 1, 2]),
+        ([0, 0, 0, 0], [1, 2, 2, 3]),
+        ([1, 1, 0, 0], [1, 2, 3, 4]),
+        ([0, 0, 1, 0], [1, 2, 3, 4]),
+    ],
+)
+def test_targets_whose_documents_or_positions_are_out_of_order_are_refused(
+    name: str, documents: list[int], positions: list[int]
+) -> None:
+    """As of two rows that were joined without numbering their documents again."""
+    problem = make_problem(4)
+    other = replace(problem.targets, document_C=torch.tensor(documents), position_C=torch.tensor(positions))
+    with pytest.raises(ConfigError, match=rf"objective {name} needs document_C that does not fall.*collator\.join"):
+        values(replace(problem, targets=other), name)
+    values(replace(problem, targets=replace(other, document_C=torch.arange(4))), name)
+
+
 def test_span_correlation_is_refused_where_a_token_of_the_teacher_is_not_known() -> None:
     problem = make_problem()
-    unknown = replace(problem.targets, actual_logprobs_C=torch.full((len(problem.targets),), math.nan))
-    with pytest.raises(ConfigError, match="do not hold that of some"):
-        values(replace(problem, targets=unknown), "span_correlation")
+    for unknown in (problem.targets.actual_logprobs_C.index_fill(0, torch.tensor([1]), math.nan), None):
+        targets = replace(problem.targets, actual_logprobs_C=unknown)
+        with pytest.raises(ConfigError, match="do not hold that of some"):
+            values(replace(problem, targets=targets), "span_correlation")
     for token_map in ("prefix", "exact", "matched"):
         with pytest.raises(ConfigError, match="objective span_correlation needs the teacher's probability of every"):
             resolve_tail(
@@ -181,6 +252,65 @@ def test_span_correlation_is_refused_where_a_token_of_the_teacher_is_not_known()
             )
     with pytest.raises(ValueError, match=r"temperature is 2\.0, at which the teacher's probability of an actual token"):
         ObjectiveConfig(weights={"span_correlation": 1.0}, temperature=2.0)
+
+
+def test_rows_without_a_log_probability_of_an_actual_token_are_refused_before_training(tmp_path: Path) -> None:
+    """Of another tool's files one format holds none, and the other rounds that of a token in one row to 0."""
+    numbers = ({"20": -0.5, "21": -1.5, "22": -9999.0}, {"30": -0.1})
+    lists = [{key: {"logprob": value, "rank": 1} for key, value in part.items()} for part in numbers]
+    rows = {
+        "plain": [
+            {"id": name, "input_ids": [10, 20, 30], "topk_ids": [[], [20], [30]], "topk_logprobs": [[], [-0.5], [-0.1]]}
+            for name in ("a", "b", "c")
+        ],
+        "vllm": [
+            {"id": name, "prompt_token_ids": [10, second, 30], "prompt_logprobs": [None, *lists]}
+            for name, second in (("a", 20), ("b", 22), ("c", 21))
+        ],
+    }
+    objective = ObjectiveConfig(weights={"forward_kl": 1.0, "span_correlation": 1.0}, tail="renormalise")
+    for format, bare in (
+        ("plain", "3 of 3 rows, the first of them 'a'"),
+        ("vllm", "1 of 3 rows, the first of them 'b'"),
+    ):
+        write_jsonl(tmp_path / f"{format}.jsonl", rows[format])
+        settings = ImportConfig(format=format, vocab_size=40)
+        dataset, _ = import_dataset(tmp_path / f"{format}.jsonl", tmp_path / format, settings)
+        with pytest.raises(ConfigError, match=rf"log-probability of every target.* in {bare}.*where nll is not null"):
+            PackedRows(dataset, items=4, objective=objective)
+        with pytest.raises(ConfigError, match=rf"log-probability of every target.* in {bare}"):
+            train(TrainConfig(objective=objective, context_tokens=64), dataset.path, None, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    PackedRows(dataset, items=4, objective=ObjectiveConfig(tail="renormalise"))
+    PackedRows(
+        dataset, make_plan(dataset, "known", ["a", "c"], method="mine", parameters={}), items=4, objective=objective
+    )
+
+
+def test_only_log_probabilities_that_are_read_need_to_be_known() -> None:
+    """Not those of positions that are not chosen, or without a neighbor in their window; a probability of 0 is known."""
+    problem = make_problem()  # at 1, 2, 4, 5 of a document and 1, 2, 4 of the next one
+    logprobs = problem.targets.actual_logprobs_C.index_fill(0, torch.tensor([4, 5, 6]), math.nan)
+    chosen = torch.arange(7) != 4
+    targets = replace(problem.targets, actual_logprobs_C=logprobs, chosen_C=chosen)
+    mix = {"weights": {"span_correlation": 1.0}, "cross_entropy_elsewhere": 1.0}
+
+    def of(targets: Targets) -> tuple[Tensor, ...]:
+        loss = distillation_loss(
+            problem.hidden, problem.head, targets, ObjectiveConfig(**mix, window_tokens=4), "ghost"
+        )
+        return loss.values_MO[:, 0], *torch.autograd.grad(loss.total, (problem.hidden, problem.head))
+
+    known = replace(targets, actual_logprobs_C=problem.targets.actual_logprobs_C)
+    for got, want in zip(of(targets), of(known), strict=True):
+        assert torch.equal(got, want)
+    zero, least = (
+        replace(targets, actual_logprobs_C=logprobs.index_fill(0, torch.tensor([1]), x)) for x in (-math.inf, -800)
+    )
+    for got, want in zip(of(zero), of(least), strict=True):
+        assert torch.equal(got, want) and got.isfinite().all()
+    with pytest.raises(ConfigError, match="do not hold that of some"):
+        of(replace(targets, actual_logprobs_C=logprobs.index_fill(0, torch.tensor([0]), math.nan)))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -38,7 +38,13 @@ from kdata.trainer.objective_config import (
     resolve_tail,
 )
 from kdata.trainer.parts.collator import Collator, Item, Layout, SparseTargets
-from kdata.trainer.phases import plan_of, refuse_no_targets, refuse_nothing_kept, refuse_unknown_entropy
+from kdata.trainer.phases import (
+    plan_of,
+    refuse_no_targets,
+    refuse_nothing_kept,
+    refuse_unknown_entropy,
+    refuse_unknown_logprobs,
+)
 
 Objective = ObjectiveConfig | Mapping[str, Any]
 
@@ -80,6 +86,7 @@ class Source:
         self.tail: Tail = resolve_tail(
             self.objective, info.tail, info.codec.temperatures, kind=info.codec.kind, token_map=info.codec.token_map
         )
+        refuse_unknown_logprobs(self.dataset, self.planned_rows, self.objective)
         refuse_adaptive(self.objective)
         refuse_chunks(self.objective)
         refuse_elsewhere(self.objective, has_positions=self.positions is not None or info.codec.keeps_some_positions)
