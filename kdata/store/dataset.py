@@ -469,6 +469,9 @@ class Dataset:
 
     def shard(self, number: int) -> Sequences:
         """All sequences of one shard, in order."""
+        self.open_shard(
+            number
+        )  # compares the rows of the manifest line, which may be any number, with those that are there
         return self.take(np.arange(self.shard_starts[number], self.shard_starts[number + 1]))
 
     def __iter__(self) -> Iterator[Row]:

@@ -37,6 +37,7 @@ MOST_KV_BYTES = GIB  # of a CPU's cache where one sequence takes less
 UNKNOWN_LENGTH = 2048  # of an engine where the longest sequence is not known; it grows
 PROC_FILE, CGROUP_FOLDER = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # Tables of positions that depend on the engine's length: it must stay the model's own.
+MOST_LAYERS = 10_000  # more is damage, and a list of them would take the memory
 LENGTH_MATTERS = ("longrope", "su")
 
 
@@ -127,6 +128,8 @@ def _model_size(folder: Path, config: TeacherConfig) -> ModelSize | None:
     text = {**model, **(model.get("text_config") or {})}
     try:
         layers = int(_first(text, "num_hidden_layers", "n_layer"))
+        if layers > MOST_LAYERS:
+            raise ValueError(f"{layers} layers")
         heads = int(_first(text, "num_attention_heads", "n_head"))
         hidden = int(_first(text, "hidden_size", "n_embd"))
         vocab_size = int(text["vocab_size"])

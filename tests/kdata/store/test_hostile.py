@@ -104,6 +104,13 @@ def refused(root: Path, reason: str) -> None:
     assert [p.path for p in verify(kdata.open(root), deep=True)] == ["data/capture-00000.arrow"]
 
 
+def test_a_manifest_line_may_say_any_number_of_rows(copied: Path) -> None:
+    """Of one shard: a list of their numbers would take the memory."""
+    rewrite_lines(copied, lambda line: line.update(rows=9_999_999_999, tokens=9_999_999_999) if line["unit"] == 0 else None)
+    with pytest.raises(CorruptError, match="the manifest says 9999999999"):
+        kdata.open(copied).shard(0)
+
+
 def test_text_of_the_index_that_is_no_utf_8_is_damage(copied: Path) -> None:
     """pyarrow reads it from Parquet as it is; nothing shows before Python asks for the value."""
     path = copied / "index/capture-00000.parquet"

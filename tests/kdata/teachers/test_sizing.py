@@ -346,3 +346,9 @@ def test_arguments_that_change_numbers_are_part_of_the_identity(captured: Path, 
     [(name, source)] = info.sources.items()
     with pytest.raises(MismatchError, match="engine_args: None -> "):
         Writer(root, with_args(engine_args={"quantization": "fp8"}), name, source).__enter__()
+
+
+def test_a_model_of_any_number_of_layers_is_damage(gemma: Path) -> None:
+    (gemma / "config.json").write_text(json.dumps({**GEMMA, "num_hidden_layers": 10**12, "layer_types": None}))
+    with pytest.raises(ConfigError, match="1000000000000 layers"):
+        model_size(gemma, TeacherConfig(model=str(gemma)))
