@@ -106,7 +106,9 @@ def refused(root: Path, reason: str) -> None:
 
 def test_a_manifest_line_may_say_any_number_of_rows(copied: Path) -> None:
     """Of one shard: a list of their numbers would take the memory."""
-    rewrite_lines(copied, lambda line: line.update(rows=9_999_999_999, tokens=9_999_999_999) if line["unit"] == 0 else None)
+    rewrite_lines(
+        copied, lambda line: line.update(rows=9_999_999_999, tokens=9_999_999_999) if line["unit"] == 0 else None
+    )
     with pytest.raises(CorruptError, match="the manifest says 9999999999"):
         kdata.open(copied).shard(0)
 
