@@ -14,9 +14,10 @@ import os
 import re
 import secrets
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,7 @@ def check_new_name(kind: str, name: str, existing: Iterable[str]) -> None:
 
 
 CONNECTIONS = 16  # to a dataset that is elsewhere, at once: an answer of the Hub takes some 50 ms, whatever its size
+PATIENCE_SEC = 3.0  # after Ctrl-C, until a query is left behind that does not end
 ROWS_AT_A_TIME = 100_000  # of a result that is read as a stream
 RECORDABLE = {"range", "generate_series", "unnest", "repeat", "repeat_row"}  # table functions that read nothing
 
@@ -373,16 +375,30 @@ def query_stream(
 
 
 def interruptible(connection: duckdb.DuckDBPyConnection, work: Callable[[], T]) -> T:
-    """What `work` returns, and Ctrl-C ends it: DuckDB looks for no signal while it makes Arrow's tables and streams."""
-    with ThreadPoolExecutor(1) as thread:
-        future = thread.submit(work)
+    """What `work` returns, and Ctrl-C ends it: DuckDB looks for no signal while it makes Arrow's tables and streams.
+
+    DuckDB does not end a long function of one value either, so it is left behind after PATIENCE_SEC or at a second Ctrl-C.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C reaches the main thread alone
+        return work()
+    future: Future[T] = Future()
+
+    def run() -> None:
         try:
-            return future.result()
-        except KeyboardInterrupt:
-            while not future.done():  # it may not have begun
-                connection.interrupt()
-                time.sleep(0.01)
-            raise
+            future.set_result(work())
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    try:
+        # Not a pool, whose threads the interpreter waits for at its end.
+        threading.Thread(target=run, name="query", daemon=True).start()
+        return future.result()
+    except KeyboardInterrupt:
+        until = time.monotonic() + PATIENCE_SEC
+        while not future.done() and time.monotonic() < until:  # it may not have begun
+            connection.interrupt()
+            time.sleep(0.01)
+        raise
 
 
 def _duckdb_error(error: Exception) -> duckdb.Error:

@@ -412,6 +412,30 @@ def test_ctrl_c_ends_a_query(world: World) -> None:
     assert (done.returncode, done.stderr) == (130, "stopped; run the same command again: what it committed is kept\n")
 
 
+# A query that does not end when it is interrupted, as DuckDB's long functions of one value.
+DEAF = """
+import os, signal, sys, threading, time
+from kdata.pipelines.cli import main
+from kdata.store import sql
+def work():
+    for after in {signals}:
+        threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
+    time.sleep(3600)
+class Deaf:
+    interrupt = print
+main.get_command = lambda app: type("", (), {{"main": lambda *a, **k: sql.interruptible(Deaf(), work)}})()
+sql.PATIENCE_SEC = {patience}
+main.main()
+"""
+
+
+@pytest.mark.parametrize(("signals", "patience"), [([0.2], 0.5), ([0.2, 1], 3600)])
+def test_a_query_that_does_not_end_is_left_behind(signals: list[float], patience: float) -> None:
+    code = DEAF.format(signals=signals, patience=patience)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "stopped; run the same command again: what it committed is kept\n")
+
+
 COMMAND = [sys.executable, "-c", "from kdata.pipelines.cli.main import main; main()"]
 
 
