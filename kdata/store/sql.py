@@ -40,10 +40,12 @@ from kdata.errors import (
 from kdata.format.files import REMEDIES, disk_errno
 from kdata.format.schema import ManifestEntry, index_schema, rejects_schema
 from kdata.store.listed import PLANS, SCORES, Kind
+from kdata.store.ranges import Ranges
 from kdata.store.sql_tree import Parameters, missing_column, nodes, parsed
 from kdata.store.token_scores import missing_score, present_scores
 from kdata.store.token_table import TABLES, TokenSource
 from kdata.store.token_views import named_scores, token_views
+from kdata.store.url import WAIT
 
 Values = Literal["arrow", "text", "json"]
 Check = Literal["first", "later", "whole"]
@@ -56,6 +58,11 @@ class Queryable(TokenSource, Protocol):
     @property
     def path(self) -> Path:
         """Folder of the dataset, or of its local copy."""
+        ...
+
+    @property
+    def place(self) -> str:
+        """The address by which it was opened."""
         ...
 
     @property
@@ -575,13 +582,53 @@ def strict_json(text: str) -> str:
 
 
 def refuse_disk(dataset: Queryable, error: duckdb.Error) -> None:
-    """Raise StorageError where DuckDB failed because a disk refused: full, broken, too many open files."""
+    """Raise StorageError where DuckDB failed because a disk refused (full, broken, too many files) or a server (429)."""
+    reason = first_line(error)
     number = disk_errno(str(error)) if isinstance(error, duckdb.IOException) else None
     if number is not None:
-        reason = first_line(error)
         raise StorageError(
             f"{dataset.path}: {reason}: {REMEDIES[number]}, then run the same command again. What was committed is intact."
         ) from error
+    own = _own_text(error)
+    if own.startswith(OF_PYTHON) and LIMIT.search(reason := own.splitlines()[-1].strip()) is not None:
+        raise StorageError(
+            f"cannot read {dataset.place}: {reason}; {WAIT}, then run the same command again. What was committed is intact."
+        ) from error
+
+
+# A server refused because too much was asked of it, in the words of aiohttp, requests and httpx.
+LIMIT = re.compile(r"Error: 429\b|\b429 (Client Error|Too Many Requests)")
+OF_PYTHON = "Traceback"  # how DuckDB's text of an exception begins that a file system raised
+
+
+def _own_text(error: duckdb.Error) -> str:
+    """DuckDB's text without the lines of the query that it shows."""
+    return str(error).partition("\n\nLINE ")[0].strip()
+
+
+def is_of_bytes(error: duckdb.Error) -> bool:
+    """Whether a query failed for the bytes of a file, not for what it asks, for Ctrl-C or for the network.
+
+    Most of what DuckDB says of a damaged Parquet file names no kind of error.
+    """
+    text = _own_text(error)
+    kind = re.match(r"([A-Za-z ]+) Error: ", text)
+    if kind is None:
+        return not text.startswith(OF_PYTHON)
+    if kind[1] == "Invalid Input":
+        return re.search("parquet|thrift|magic bytes|failed to read file", text, re.IGNORECASE) is not None
+    return kind[1] in ("IO", "Serialization", "INTERNAL")
+
+
+def _forget_parts(dataset: Queryable, error: duckdb.Error) -> None:
+    """Remove the kept parts of the file that the error names, or of all, so that the next query fetches them."""
+    names = set(re.findall(rf"{dataset.sql_filesystem.protocol}://([^\s'\"]+)", _own_text(error)))
+    files = {path: info for entry in dataset.manifest for path, info in entry.files.items()}
+    if not names or not names <= files.keys():
+        dataset.sql_filesystem.forget()
+        return
+    for name in names:
+        Ranges().forget(files[name].sha256)
 
 
 def name_damage(dataset: Queryable, error: duckdb.Error, text: str = "") -> None:
@@ -597,8 +644,8 @@ def name_damage(dataset: Queryable, error: duckdb.Error, text: str = "") -> None
                     dataset.checked_file(entry, folder)
                 except CorruptError as damage:
                     raise damage from error
-    elif not isinstance(error, (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException)):
-        dataset.sql_filesystem.forget()  # the next query fetches what this one may have stumbled over
+    elif is_of_bytes(error):
+        _forget_parts(dataset, error)
     for kind, name in listed_views(dataset):
         if re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE):
             try:
