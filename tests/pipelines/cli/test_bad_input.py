@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -377,7 +376,7 @@ def test_ctrl_c_of_which_a_library_made_another_error_is_still_ctrl_c(
         except KeyboardInterrupt:
             raise ImportError("numpy._core.multiarray failed to import") from None
 
-    monkeypatch.setattr(main, "interrupted", threading.Event())
+    monkeypatch.setattr(main, "interrupted", False)
     monkeypatch.setattr(look.kdata, "open", stop, raising=False)
     assert call(world.arguments("info")) == 130
     assert world.capsys.readouterr().err == "stopped; run the same command again: what it committed is kept\n"
@@ -482,6 +481,17 @@ def test_a_closed_stream_is_the_null_device(world: World, closed: tuple[int, ...
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == status and "Traceback" not in done.stderr
     assert status or call(["verify", str(tmp_path / "copy"), "--deep"]) == 0
+
+
+def test_a_closed_stream_is_the_null_device_before_libraries_are_loaded(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text(
+        "import os\nopen('number', 'w').write(str(os.open(__file__, os.O_RDONLY)))\nos._exit(0)\n"
+    )
+    code = "from kdata.pipelines.cli.start import main; main()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    arguments = ["sh", "-c", '"$@" 0>&- 1>&- 2>&-', "sh", sys.executable, "-c", code]
+    subprocess.run(arguments, env=environment, cwd=tmp_path, check=True)
+    assert int((tmp_path / "number").read_text()) > 2
 
 
 def test_a_name_that_is_not_utf_8_is_refused(world: World) -> None:

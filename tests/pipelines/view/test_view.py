@@ -390,3 +390,13 @@ def test_ctrl_c_ends_the_server_while_a_query_runs(dataset: kdata.Dataset) -> No
         assert process.returncode == 0 and "Traceback" not in output
     finally:
         process.kill()
+
+
+def test_a_relative_folder_stays_the_same(
+    dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(dataset.path.parent)
+    here = View(kdata.open(dataset.path.name), kdata.open(dataset.path.name))
+    monkeypatch.chdir(tmp_path)
+    assert here.newest() is here
+    assert here.row(0)["id"] == dataset[0].id and len(here.rows(limit=3)["rows"]) == 3
