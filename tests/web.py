@@ -13,12 +13,14 @@ class Files:
     """A stand-in for a web server with a folder of files: GET and HEAD, ranges, no listing.
 
     `sent` has path, first byte and number of bytes of each answer. All answers together take a second for each
-    `bytes_per_sec`, where that is not 0. `cut` says of which paths only a half is sent before the connection ends.
+    `bytes_per_sec`, where that is not 0. `cut` says of which paths only a half is sent before the connection ends,
+    `busy` which are refused because too much was asked (429).
     """
 
     def __init__(self, root: Path, bytes_per_sec: float = 0.0) -> None:
         self.sent: list[tuple[str, int, int]] = []
         self.bytes_per_sec, self.cut = bytes_per_sec, re.compile("(?!)")
+        self.busy = re.compile("(?!)")
         line = threading.Lock()
         files = self
 
@@ -35,6 +37,11 @@ class Files:
                 self._answer(True)
 
             def _answer(self, body: bool) -> None:
+                if files.busy.search(self.path):
+                    self.send_response(429)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
                 path = root / self.path.lstrip("/")
                 content = path.read_bytes() if path.is_file() else None
                 asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))

@@ -336,7 +336,9 @@ class Excess(ShareRule):
     COLUMNS = ("logprob",)
 
     rule: Literal["excess"] = "excess"
-    score: str = Field(pattern=NAME.pattern, description="Score with the student's NLL of each token.")
+    score: str = Field(
+        pattern=NAME.pattern, examples=["student"], description="Score with the student's NLL of each token."
+    )
     reference: str | None = Field(
         None, pattern=NAME.pattern, description="Score with the reference's NLL of each token; null: the teacher's NLL."
     )

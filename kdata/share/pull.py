@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from kdata.check.verify import verify
-from kdata.errors import ConfigError, CorruptError, DataError
+from kdata.errors import ConfigError, CorruptError, DataError, FormatError
 from kdata.format.files import local_path, lock_of, storage_errors, sync_directory, sync_tree
 from kdata.observe.progress import Task
 from kdata.selection.plan import open_plan
@@ -18,6 +20,8 @@ from kdata.store.dataset import Dataset
 from kdata.store.listed import PLANS, SCORES
 from kdata.store.open import open_dataset
 from kdata.store.url_dataset import RemoteDataset
+
+REMOVE = "remove it, and run the same command again"
 
 
 def pull(dataset: Dataset, target: Path | str, *, plan: str | None = None, where: str | None = None) -> Dataset:
@@ -71,7 +75,7 @@ def rows_where(dataset: Dataset, where: str) -> np.ndarray:
 
 def _pull_rows(dataset: Dataset, rows: np.ndarray, target: Path, what: dict[str, object]) -> None:
     if _holds_rows(target, dataset, rows, {**what, "of": dataset.content_digest}):
-        _refuse_damaged(target, dataset, "remove it, and run the same command again")
+        _refuse_damaged(target, dataset, REMOVE)
         return
     with new_folder(target) as folder:
         write_rows(dataset, rows, folder, what)
@@ -80,7 +84,7 @@ def _pull_rows(dataset: Dataset, rows: np.ndarray, target: Path, what: dict[str,
 
 def _pull_all(dataset: RemoteDataset, target: Path) -> None:
     if _holds_all(target, dataset):
-        _refuse_damaged(target, dataset, "remove it, and run the same command again")
+        _refuse_damaged(target, dataset, REMOVE)
         return
     place = target.resolve()
     partial = place.with_name(f".{place.name}.pull")
@@ -103,23 +107,35 @@ def _holds_rows(target: Path, dataset: Dataset, rows: np.ndarray, settings: dict
     """Whether the folder has these rows, written with these settings. A plan of the same name may have had others."""
     if not (target / "dataset.json").is_file():
         return False
-    here = open_dataset(target)
-    if any(
-        about.kind != "split" or not settings.items() <= about.settings.items() for about in here.info.sources.values()
-    ):
-        return False
     ids = dataset.index(["id"])["id"].take(rows).to_pylist()
-    return sorted(here.index(["id"])["id"].to_pylist()) == sorted(ids)
+    with _readable(target, dataset):
+        here = open_dataset(target)
+        sources = here.info.sources.values()
+        if any(about.kind != "split" or not settings.items() <= about.settings.items() for about in sources):
+            return False
+        return sorted(here.index(["id"])["id"].to_pylist()) == sorted(ids)
 
 
 def _holds_all(target: Path, dataset: Dataset) -> bool:
     """Whether the folder has the same rows, scores and plans."""
     if not (target / "dataset.json").is_file():
         return False
-    here = open_dataset(target)
-    return here.content_digest == dataset.content_digest and all(
-        dataset.listings(kind) in (None, here.listings(kind)) for kind in (SCORES, PLANS)
-    )
+    theirs = {kind: dataset.listings(kind) for kind in (SCORES, PLANS)}
+    with _readable(target, dataset):
+        here = open_dataset(target)
+        return here.content_digest == dataset.content_digest and all(
+            listings in (None, here.listings(kind)) for kind, listings in theirs.items()
+        )
+
+
+@contextmanager
+def _readable(target: Path, dataset: Dataset) -> Iterator[None]:
+    """Raise CorruptError with a remedy where the folder is a copy that cannot be read any more."""
+    try:
+        yield
+    except (CorruptError, FormatError) as error:
+        reason = str(error).rpartition("; ")[0] or str(error)  # to restore it from a copy is no advice for a copy
+        raise CorruptError(f"the copy of {dataset.place} in {target} is damaged ({reason}); {REMOVE}") from error
 
 
 def _refuse_damaged(folder: Path, dataset: Dataset, remedy: str = "run the same command again") -> None:

@@ -14,9 +14,10 @@ import os
 import re
 import secrets
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +40,12 @@ from kdata.errors import (
 from kdata.format.files import REMEDIES, disk_errno
 from kdata.format.schema import ManifestEntry, index_schema, rejects_schema
 from kdata.store.listed import PLANS, SCORES, Kind
+from kdata.store.ranges import Ranges
 from kdata.store.sql_tree import Parameters, missing_column, nodes, parsed
 from kdata.store.token_scores import missing_score, present_scores
 from kdata.store.token_table import TABLES, TokenSource
 from kdata.store.token_views import named_scores, token_views
+from kdata.store.url import WAIT
 
 Values = Literal["arrow", "text", "json"]
 Check = Literal["first", "later", "whole"]
@@ -55,6 +58,11 @@ class Queryable(TokenSource, Protocol):
     @property
     def path(self) -> Path:
         """Folder of the dataset, or of its local copy."""
+        ...
+
+    @property
+    def place(self) -> str:
+        """The address by which it was opened."""
         ...
 
     @property
@@ -115,6 +123,7 @@ def check_new_name(kind: str, name: str, existing: Iterable[str]) -> None:
 
 
 CONNECTIONS = 16  # to a dataset that is elsewhere, at once: an answer of the Hub takes some 50 ms, whatever its size
+PATIENCE_SEC = 3.0  # after Ctrl-C, until a query is left behind that does not end
 ROWS_AT_A_TIME = 100_000  # of a result that is read as a stream
 RECORDABLE = {"range", "generate_series", "unnest", "repeat", "repeat_row"}  # table functions that read nothing
 
@@ -373,16 +382,30 @@ def query_stream(
 
 
 def interruptible(connection: duckdb.DuckDBPyConnection, work: Callable[[], T]) -> T:
-    """What `work` returns, and Ctrl-C ends it: DuckDB looks for no signal while it makes Arrow's tables and streams."""
-    with ThreadPoolExecutor(1) as thread:
-        future = thread.submit(work)
+    """What `work` returns, and Ctrl-C ends it: DuckDB looks for no signal while it makes Arrow's tables and streams.
+
+    DuckDB does not end a long function of one value either, so it is left behind after PATIENCE_SEC or at a second Ctrl-C.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C reaches the main thread alone
+        return work()
+    future: Future[T] = Future()
+
+    def run() -> None:
         try:
-            return future.result()
-        except KeyboardInterrupt:
-            while not future.done():  # it may not have begun
-                connection.interrupt()
-                time.sleep(0.01)
-            raise
+            future.set_result(work())
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    try:
+        # Not a pool, whose threads the interpreter waits for at its end.
+        threading.Thread(target=run, name="query", daemon=True).start()
+        return future.result()
+    except KeyboardInterrupt:
+        until = time.monotonic() + PATIENCE_SEC
+        while not future.done() and time.monotonic() < until:  # it may not have begun
+            connection.interrupt()
+            time.sleep(0.01)
+        raise
 
 
 def _duckdb_error(error: Exception) -> duckdb.Error:
@@ -559,13 +582,53 @@ def strict_json(text: str) -> str:
 
 
 def refuse_disk(dataset: Queryable, error: duckdb.Error) -> None:
-    """Raise StorageError where DuckDB failed because a disk refused: full, broken, too many open files."""
+    """Raise StorageError where DuckDB failed because a disk refused (full, broken, too many files) or a server (429)."""
+    reason = first_line(error)
     number = disk_errno(str(error)) if isinstance(error, duckdb.IOException) else None
     if number is not None:
-        reason = first_line(error)
         raise StorageError(
             f"{dataset.path}: {reason}: {REMEDIES[number]}, then run the same command again. What was committed is intact."
         ) from error
+    own = _own_text(error)
+    if own.startswith(OF_PYTHON) and LIMIT.search(reason := own.splitlines()[-1].strip()) is not None:
+        raise StorageError(
+            f"cannot read {dataset.place}: {reason}; {WAIT}, then run the same command again. What was committed is intact."
+        ) from error
+
+
+# A server refused because too much was asked of it, in the words of aiohttp, requests and httpx.
+LIMIT = re.compile(r"Error: 429\b|\b429 (Client Error|Too Many Requests)")
+OF_PYTHON = "Traceback"  # how DuckDB's text of an exception begins that a file system raised
+
+
+def _own_text(error: duckdb.Error) -> str:
+    """DuckDB's text without the lines of the query that it shows."""
+    return str(error).partition("\n\nLINE ")[0].strip()
+
+
+def is_of_bytes(error: duckdb.Error) -> bool:
+    """Whether a query failed for the bytes of a file, not for what it asks, for Ctrl-C or for the network.
+
+    Most of what DuckDB says of a damaged Parquet file names no kind of error.
+    """
+    text = _own_text(error)
+    kind = re.match(r"([A-Za-z ]+) Error: ", text)
+    if kind is None:
+        return not text.startswith(OF_PYTHON)
+    if kind[1] == "Invalid Input":
+        return re.search("parquet|thrift|magic bytes|failed to read file", text, re.IGNORECASE) is not None
+    return kind[1] in ("IO", "Serialization", "INTERNAL")
+
+
+def _forget_parts(dataset: Queryable, error: duckdb.Error) -> None:
+    """Remove the kept parts of the file that the error names, or of all, so that the next query fetches them."""
+    names = set(re.findall(rf"{dataset.sql_filesystem.protocol}://([^\s'\"]+)", _own_text(error)))
+    files = {path: info for entry in dataset.manifest for path, info in entry.files.items()}
+    if not names or not names <= files.keys():
+        dataset.sql_filesystem.forget()
+        return
+    for name in names:
+        Ranges().forget(files[name].sha256)
 
 
 def name_damage(dataset: Queryable, error: duckdb.Error, text: str = "") -> None:
@@ -581,8 +644,8 @@ def name_damage(dataset: Queryable, error: duckdb.Error, text: str = "") -> None
                     dataset.checked_file(entry, folder)
                 except CorruptError as damage:
                     raise damage from error
-    elif not isinstance(error, (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException)):
-        dataset.sql_filesystem.forget()  # the next query fetches what this one may have stumbled over
+    elif is_of_bytes(error):
+        _forget_parts(dataset, error)
     for kind, name in listed_views(dataset):
         if re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE):
             try:

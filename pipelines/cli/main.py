@@ -21,7 +21,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -284,12 +283,13 @@ def status_and_text(error: BaseException) -> tuple[int, str]:
     return 1, f"{text}; {advice}"
 
 
-interrupted = threading.Event()  # Ctrl-C was pressed, whatever became of the exception
+interrupted = False  # whether Ctrl-C was pressed, whatever became of the exception
 
 
 def interrupt(number: int, frame: FrameType | None) -> NoReturn:
     """What a signal of Ctrl-C does: note it, and raise KeyboardInterrupt."""
-    interrupted.set()
+    global interrupted  # a lock, as of threading.Event, could be held by what the signal interrupts
+    interrupted = True
     raise KeyboardInterrupt
 
 
@@ -319,7 +319,7 @@ def call(arguments: Sequence[str]) -> int:
             refuse_bytes(arguments)
             status = get_command(app).main(list(arguments), prog_name="kdata", standalone_mode=False) or 0
         except Exception as error:  # numpy makes an ImportError of it, DuckDB an error of its own
-            if interrupted.is_set():
+            if interrupted:
                 raise KeyboardInterrupt from error
             raise
         finally:

@@ -17,6 +17,10 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 def main() -> None:
     """Load the command line and run it."""
+    # A closed stream becomes the null device; else the first file that a library opens would get its number.
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest free number
+        pass
+    os.close(handle)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored: `nohup`, a shell's `&`
         signal.signal(signal.SIGINT, _end)
     from kdata.pipelines.cli.main import main as run

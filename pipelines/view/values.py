@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class View:
     """
 
     def __init__(self, dataset: Dataset, beside: Dataset | None = None) -> None:
-        self.dataset, self.beside = dataset, beside
+        self.dataset, self.beside = _absolute(dataset), None if beside is None else _absolute(beside)
         self._lock = threading.Lock()
         self._first = dict(zip((e.name for e in dataset.manifest), dataset.shard_starts.tolist(), strict=False))
 
@@ -359,6 +360,13 @@ class View:
         other = self.beside[number]
         same = np.array_equal(other.token_ids, row.token_ids)
         return {"missing": False, "same_tokens": same, **_tokens(other, begin if same else 0)}
+
+
+def _absolute(dataset: Dataset) -> Dataset:
+    """The dataset by a place that stays the same when the process changes its folder."""
+    if "://" in dataset.place or Path(dataset.place).is_absolute():
+        return dataset
+    return open_dataset(Path(dataset.place).absolute(), check=dataset.check)
 
 
 def _again(dataset: Dataset) -> Dataset:

@@ -135,3 +135,18 @@ def test_what_cannot_be_pulled(
     with pytest.raises(error, match=message):
         kdata.pull(home, tmp_path / "here", **options)  # type: ignore[arg-type]
     assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--where", "domain = 'b'"]])
+@pytest.mark.parametrize("file", ["dataset.json", "manifest.jsonl"])
+def test_a_copy_that_cannot_be_read_is_to_be_removed(
+    served: Files, tmp_path: Path, options: list[str], file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["pull", f"{served.url}/d", str(tmp_path / "here"), *options]
+    assert call(command) == 0
+    (tmp_path / "here" / file).write_text("{\n")
+    capsys.readouterr()
+    assert call(command) == 1
+    error = capsys.readouterr().err
+    assert f"error: the copy of {served.url}/d in {tmp_path}/here is damaged (" in error
+    assert error.endswith("; remove it, and run the same command again\n")

@@ -15,16 +15,19 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import kdata
-from kdata.errors import CorruptError, KdataError, StorageError
+from kdata.errors import CorruptError, KdataError, QueryError, StorageError
+from kdata.pipelines.cli.main import call
 from kdata.store import ranges, url_dataset
 from kdata.store.ranges import SHARE, SWEEPS, Ranges
 from kdata.store.shard import write_parquet
+from kdata.store.sql import is_of_bytes
 from kdata.store.url import Store
 from tests.kdata.selection.plans import Row, dataset_of
 from tests.web import Files
@@ -267,6 +270,83 @@ def test_what_came_damaged_is_forgotten_once_it_is_noticed(home: kdata.Dataset, 
             ask()
     finally:
         path.write_bytes(right)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select cast(domain as int) from rows",
+        "select error('x' || domain) from rows",
+        "select (num_tokens * 0 + 100)::tinyint + 100::tinyint from rows",
+        "select nope from rows",
+    ],
+)
+def test_an_error_of_the_query_is_no_reason_to_forget(
+    home: kdata.Dataset, served: Files, cache: Path, query: str
+) -> None:
+    opened = kdata.open(f"{served.url}/d")
+    opened.sql(QUERY)
+    kept = set(parts(cache))
+    with pytest.raises(QueryError):
+        opened.sql(query)
+    assert kept <= set(parts(cache)) and kept
+
+
+def test_ctrl_c_is_no_reason_to_forget(home: kdata.Dataset, served: Files, cache: Path) -> None:
+    opened = kdata.open(f"{served.url}/d")
+    opened.sql(QUERY)
+    kept = set(parts(cache))
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        opened.sql("select sum(nll) from rows, range(1000000000000) t(a) where a % 7 = 3")
+    assert kept <= set(parts(cache)) and kept
+
+
+def test_the_file_that_an_error_names_is_forgotten_alone(home: kdata.Dataset, served: Files, cache: Path) -> None:
+    entry = home.manifest[1]
+    [path] = [home.path / name for name in entry.files if name.startswith("index/")]
+    right = path.read_bytes()
+    digest = entry.files[path.relative_to(home.path).as_posix()].sha256
+    try:
+        path.write_bytes(b"x" * len(right))
+        with pytest.raises(QueryError, match="No magic bytes"):
+            kdata.open(f"{served.url}/d").sql(QUERY)
+    finally:
+        path.write_bytes(right)
+    assert digest not in {one.parent.name for one in parts(cache)} and len(parts(cache)) > 1
+    assert kdata.open(f"{served.url}/d").sql(QUERY).equals(home.sql(QUERY))
+
+
+@pytest.mark.parametrize(
+    ("text", "of_bytes"),
+    [
+        ("TProtocolException: Invalid data", True),
+        ('Invalid Input Error: Failed to read file "a": ZSTD Decompression failure', True),
+        ('Invalid Input Error: Invalid string encoding found in Parquet file "a"', True),
+        ('IO Error: Could not read enough bytes from file "a"', True),
+        ("Parquet file is likely corrupted, dictionary offset out of range", True),
+        ("Invalid Input Error: xa\n\nLINE 1: from read_parquet(['a'])", False),
+        ("Out of Range Error: Overflow in addition of INT8", False),
+        ("INTERRUPT Error: Interrupted!", False),
+        ('Traceback (most recent call last):\n  File "a.py"\nKeyboardInterrupt: ', False),
+    ],
+)
+def test_which_errors_are_of_the_bytes_of_a_file(text: str, of_bytes: bool) -> None:
+    assert is_of_bytes(duckdb.Error(text)) == of_bytes
+
+
+@pytest.mark.parametrize("command", [["sql", QUERY], ["select", "--method", "cap", "--set", "size=5"]])
+def test_a_server_that_was_asked_too_much_is_one_line(
+    home: kdata.Dataset, served: Files, cache: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    served.busy = re.compile("index/")
+    assert call([command[0], f"{served.url}/d", *command[1:]]) == 1
+    [line] = [
+        line for line in capsys.readouterr().err.splitlines() if "done in" not in line and "failed in" not in line
+    ]
+    assert line.startswith(f"error: cannot read {served.url}/d: ") and "429" in line and "index/capture-" in line
+    assert "wait some minutes, then run the same command again" in line and "Traceback" not in line
 
 
 def test_half_an_answer_is_not_kept(home: kdata.Dataset, served: Files, cache: Path) -> None:

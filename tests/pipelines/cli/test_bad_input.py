@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -377,7 +376,7 @@ def test_ctrl_c_of_which_a_library_made_another_error_is_still_ctrl_c(
         except KeyboardInterrupt:
             raise ImportError("numpy._core.multiarray failed to import") from None
 
-    monkeypatch.setattr(main, "interrupted", threading.Event())
+    monkeypatch.setattr(main, "interrupted", False)
     monkeypatch.setattr(look.kdata, "open", stop, raising=False)
     assert call(world.arguments("info")) == 130
     assert world.capsys.readouterr().err == "stopped; run the same command again: what it committed is kept\n"
@@ -409,6 +408,30 @@ def test_ctrl_c_ends_a_query(world: World) -> None:
     code = "import os, signal, threading; threading.Timer(4, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
     arguments = [sys.executable, "-c", code + COMMAND[-1], "sql", str(world.root / "dataset"), query]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "stopped; run the same command again: what it committed is kept\n")
+
+
+# A query that does not end when it is interrupted, as DuckDB's long functions of one value.
+DEAF = """
+import os, signal, sys, threading, time
+from kdata.pipelines.cli import main
+from kdata.store import sql
+def work():
+    for after in {signals}:
+        threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
+    time.sleep(3600)
+class Deaf:
+    interrupt = print
+main.get_command = lambda app: type("", (), {{"main": lambda *a, **k: sql.interruptible(Deaf(), work)}})()
+sql.PATIENCE_SEC = {patience}
+main.main()
+"""
+
+
+@pytest.mark.parametrize(("signals", "patience"), [([0.2], 0.5), ([0.2, 1], 3600)])
+def test_a_query_that_does_not_end_is_left_behind(signals: list[float], patience: float) -> None:
+    code = DEAF.format(signals=signals, patience=patience)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (130, "stopped; run the same command again: what it committed is kept\n")
 
 
@@ -458,6 +481,17 @@ def test_a_closed_stream_is_the_null_device(world: World, closed: tuple[int, ...
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == status and "Traceback" not in done.stderr
     assert status or call(["verify", str(tmp_path / "copy"), "--deep"]) == 0
+
+
+def test_a_closed_stream_is_the_null_device_before_libraries_are_loaded(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text(
+        "import os\nopen('number', 'w').write(str(os.open(__file__, os.O_RDONLY)))\nos._exit(0)\n"
+    )
+    code = "from kdata.pipelines.cli.start import main; main()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    arguments = ["sh", "-c", '"$@" 0>&- 1>&- 2>&-', "sh", sys.executable, "-c", code]
+    subprocess.run(arguments, env=environment, cwd=tmp_path, check=True)
+    assert int((tmp_path / "number").read_text()) > 2
 
 
 def test_a_name_that_is_not_utf_8_is_refused(world: World) -> None:

@@ -8,11 +8,15 @@ import json
 import math
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -369,3 +373,30 @@ def test_bad_calls_write_nothing(dataset: kdata.Dataset, view: View, tmp_path: P
         result = CliRunner().invoke(app, ["view", str(dataset.path), *arguments])
         assert isinstance(result.exception, ConfigError)
     assert {path.name for path in tmp_path.iterdir()} == {"full"}
+
+
+def test_ctrl_c_ends_the_server_while_a_query_runs(dataset: kdata.Dataset) -> None:
+    command = [sys.executable, "-c", "from kdata.pipelines.cli.main import main; main()", "view", str(dataset.path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout is not None
+        url = urlsplit(next(match[0] for line in process.stdout if (match := re.search(r"http://\S+", line))))
+        connection = http.client.HTTPConnection(url.netloc)
+        where = "(select count(*) from range(1000000000000) t(a) where a % 7 = 3) > 0"  # hours
+        connection.request("GET", f"/api/rows?{urlencode({'where': where})}", headers={"X-Kdata": "1"})
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 0 and "Traceback" not in output
+    finally:
+        process.kill()
+
+
+def test_a_relative_folder_stays_the_same(
+    dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(dataset.path.parent)
+    here = View(kdata.open(dataset.path.name), kdata.open(dataset.path.name))
+    monkeypatch.chdir(tmp_path)
+    assert here.newest() is here
+    assert here.row(0)["id"] == dataset[0].id and len(here.rows(limit=3)["rows"]) == 3
