@@ -193,7 +193,8 @@ def _checked(path: Path) -> bytes | None:
 def _make_room(most: int) -> None:
     """Remove parts, those that were used last at the end, until an eighth of `most` is free; and what was abandoned."""
     parts, now = [], time.time()
-    for path in (cache_dir() / "ranges").glob("*/*"):
+    found = (Path(folder) / name for folder, _, names in os.walk(cache_dir() / "ranges") for name in names)
+    for path in found:  # not glob: it fails where another process removes a folder meanwhile
         with suppress(OSError):
             about = path.lstat()
             if path.suffix == ".tmp" and now - about.st_mtime > ABANDONED_SEC:

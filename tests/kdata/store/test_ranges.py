@@ -472,6 +472,22 @@ def test_small_parts_are_bounded_in_number_and_by_their_blocks(cache: Path, monk
         assert sum(path.stat().st_blocks * 512 for path in parts(cache)) <= 10**6 // SHARE
 
 
+def test_folders_may_vanish_while_room_is_made(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, scandir = Ranges(), os.scandir
+    for number in range(5):
+        kept.keep(f"{number:064x}", 0, b"content")
+
+    def late(path: Any) -> Any:
+        if not isinstance(path, int) and Path(path).parent.name == "ranges":  # another process was faster
+            shutil.rmtree(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", late)
+    Ranges().keep("a" * 64, 0, b"content")
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert [path.parent.name for path in parts(cache)] == ["a" * 64]
+
+
 def test_what_is_no_file_is_passed_over_and_leaves_no_handle(cache: Path) -> None:
     kept, key = Ranges(), "a" * 64
     kept.keep(key, 10, b"content")
