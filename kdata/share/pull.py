@@ -11,7 +11,7 @@ import numpy as np
 
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, DataError, FormatError
-from kdata.format.files import local_path, lock_of, storage_errors, sync_directory, sync_tree
+from kdata.format.files import local_path, lock_of, remove_left_beside, storage_errors, sync_directory, sync_tree
 from kdata.observe.progress import Task
 from kdata.selection.plan import open_plan
 from kdata.share.arrange import new_folder, write_rows
@@ -75,7 +75,7 @@ def rows_where(dataset: Dataset, where: str) -> np.ndarray:
 
 def _pull_rows(dataset: Dataset, rows: np.ndarray, target: Path, what: dict[str, object]) -> None:
     if _holds_rows(target, dataset, rows, {**what, "of": dataset.content_digest}):
-        _refuse_damaged(target, dataset, REMOVE)
+        _look_again(target, dataset)
         return
     with new_folder(target) as folder:
         write_rows(dataset, rows, folder, what)
@@ -84,7 +84,7 @@ def _pull_rows(dataset: Dataset, rows: np.ndarray, target: Path, what: dict[str,
 
 def _pull_all(dataset: RemoteDataset, target: Path) -> None:
     if _holds_all(target, dataset):
-        _refuse_damaged(target, dataset, REMOVE)
+        _look_again(target, dataset)
         return
     place = target.resolve()
     partial = place.with_name(f".{place.name}.pull")
@@ -126,6 +126,13 @@ def _holds_all(target: Path, dataset: Dataset) -> bool:
         return here.content_digest == dataset.content_digest and all(
             listings in (None, here.listings(kind)) for kind, listings in theirs.items()
         )
+
+
+def _look_again(target: Path, dataset: Dataset) -> None:
+    """Verify a copy that is there, and remove what a run left that was killed after its rename."""
+    with storage_errors(target), lock_of(target):
+        remove_left_beside(target.resolve())
+        _refuse_damaged(target, dataset, REMOVE)
 
 
 @contextmanager

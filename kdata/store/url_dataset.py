@@ -15,8 +15,10 @@ Copies of payloads are bounded in size, and a loader has them made ahead of its 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,8 +37,8 @@ from kdata.store.dataset import Dataset
 from kdata.store.hub import HubStore
 from kdata.store.index import read_index, replaced
 from kdata.store.listed import COPIED, PLANS, SCORES, Kind, Listing, read_listing
-from kdata.store.ranges import KeptRanges, Ranges
-from kdata.store.sql import CONNECTIONS, Check, files_view, unglobbed
+from kdata.store.ranges import KeptRanges, Ranges, key_of, place_of
+from kdata.store.sql import CONNECTIONS, Check, Values, files_view, unglobbed
 from kdata.store.url import Store, copy_of, mirror
 
 SCHEME = "kdata-index"
@@ -48,48 +50,130 @@ LONG = {"text", "messages", "tools", "prompt"}
 SHORT = ["id", "domain", "num_tokens", "num_target_tokens", "nll", "mean_entropy", "kept_mass"]
 
 
+class Footers:
+    """Footers that are fetched before DuckDB asks for them, which it does one file after the other.
+
+    At most two for each connection are under way or wait for DuckDB. So little is fetched in vain where a query ends early,
+    and a process that ends does not wait for the rest.
+
+    Args:
+        fetch: fetches the footer of a file; False where it cannot, and then no others are until `stop`.
+    """
+
+    def __init__(self, fetch: Callable[[str, FileInfo], bool]) -> None:
+        self._fetch, self._lock = fetch, threading.Lock()
+        self._threads = ThreadPoolExecutor(CONNECTIONS, "footer")
+        self._wanted: dict[str, FileInfo] = {}
+        self._waiting: dict[str, FileInfo] = {}
+        self._coming: dict[str, Future[None]] = {}
+        self._failed, self._queries = False, 0
+
+    @contextmanager
+    def query(self) -> Iterator[None]:
+        """While a query runs. When the last one ends, however it does, nothing more is fetched ahead."""
+        with self._lock:
+            self._queries += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._queries -= 1
+                is_last = self._queries == 0
+            if is_last:
+                self.stop()
+
+    def want(self, relative: str, info: FileInfo) -> None:
+        """Fetch it soon, once."""
+        with self._lock:
+            if self._wanted.get(relative) != info:
+                self._wanted[relative] = self._waiting[relative] = info
+                self._begin()
+
+    def wait(self, relative: str) -> None:
+        """Return when a footer that is under way is here; one that was not begun is the caller's."""
+        with self._lock:
+            self._waiting.pop(relative, None)
+            coming = self._coming.pop(relative, None)
+            self._begin()
+        if coming is not None:
+            with suppress(CancelledError):
+                coming.result()
+
+    def stop(self) -> None:
+        """Begin no more of those that were wanted so far."""
+        with self._lock:
+            for relative in self._waiting:
+                self._wanted.pop(relative, None)
+            for relative, coming in self._coming.items():
+                if coming.cancel():
+                    self._wanted.pop(relative, None)
+            self._waiting, self._coming, self._failed = {}, {}, False
+
+    def _begin(self) -> None:
+        while self._waiting and len(self._coming) < 2 * CONNECTIONS:
+            relative = next(iter(self._waiting))
+            self._coming[relative] = self._threads.submit(self._work, relative, self._waiting.pop(relative))
+
+    def _work(self, relative: str, info: FileInfo) -> None:
+        if not self._failed and not self._fetch(relative, info):
+            self._failed = True  # others would wait in vain; DuckDB's own reading says what is wrong
+
+
 class RangeFiles(AbstractFileSystem):
     """The files of one store as DuckDB opens them, SCHEME://PATH, each read being one range."""
 
     protocol = SCHEME
     cachable = False
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, ranges: Ranges) -> None:
         super().__init__()
-        self._store, self._ranges = store, Ranges()
+        self._store, self._ranges, self._place = store, ranges, place_of(store)
         self._known: dict[str, FileInfo] = {}
-        self._coming: dict[str, Future[None]] = {}
-        self._threads: tuple[int, ThreadPoolExecutor] | None = None  # with the process: a fork has no threads
-        self._failed = False
+        self._own: tuple[int, Footers] | None = None  # with the process: a fork has no threads
 
     def know(self, relative: str, info: FileInfo) -> str:
         """Say what a file is by its manifest, so that its parts are kept in the cache; its name here.
 
-        Its footer is fetched from now on, because DuckDB asks for those of many files one after the other.
+        Its footer is fetched from now on.
         """
-        if self._known.get(relative) != info:
-            self._known[relative] = info
-            if self._threads is None or self._threads[0] != os.getpid():
-                self._threads, self._coming = (os.getpid(), ThreadPoolExecutor(CONNECTIONS, "footer")), {}
-            self._coming[relative] = self._threads[1].submit(self._fetch_footer, relative, info)
+        self._known[relative] = info
+        self._footers().want(relative, info)
         return f"{SCHEME}://{relative}"
 
-    def _fetch_footer(self, relative: str, info: FileInfo) -> None:
+    def _footers(self) -> Footers:
+        if self._own is None or self._own[0] != os.getpid():
+            self._own = os.getpid(), Footers(self._fetch_footer)
+        return self._own[1]
+
+    def _fetch_footer(self, relative: str, info: FileInfo) -> bool:
         begin = max(info.bytes - FOOTER, 0)
-        if self._failed or self._ranges.read(info.sha256, begin, info.bytes) is not None:
-            return
+        if self._ranges.read(self._key(info), begin, info.bytes) is not None:
+            return True
         failures: tuple[type[BaseException], ...] = (*FAILURES, *self._store.client_errors())
         try:
             with self._opened(relative, info) as file:
                 file.seek(begin)
                 file.read()
         except failures:
-            self._failed = True  # others would wait in vain; DuckDB's own reading says what is wrong
+            return False
+        return True
+
+    def query(self) -> AbstractContextManager[None]:
+        """See `Footers.query`."""
+        return self._footers().query()
 
     def forget(self) -> None:
         """Remove the kept parts of the files that were read, because something was wrong with one of them."""
+        self._footers().stop()
         for info in self._known.values():
-            self._ranges.forget(info.sha256)
+            self.drop(info)
+
+    def drop(self, info: FileInfo) -> None:
+        """Remove the kept parts of a file, because all of it was fetched and compared."""
+        self._ranges.forget(self._key(info))
+
+    def _key(self, info: FileInfo) -> str:
+        return key_of(self._place, info.sha256)
 
     def _relative(self, path: str) -> str:
         """The path inside the store. Raises PermissionError where it leaves it."""
@@ -103,12 +187,11 @@ class RangeFiles(AbstractFileSystem):
         info = self._known.get(relative)
         if info is None:
             return self._store.open_ranges(relative)
-        if (coming := self._coming.pop(relative, None)) is not None:
-            coming.result()
+        self._footers().wait(relative)
         return self._opened(relative, info)
 
     def _opened(self, relative: str, info: FileInfo) -> Any:
-        kept = {"ranges": self._ranges, "digest": info.sha256}
+        kept = {"ranges": self._ranges, "key": self._key(info)}
         return self._store.open_ranges(relative, size=info.bytes, cache_type=KeptRanges.name, cache_options=kept)
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
@@ -138,6 +221,7 @@ class RemoteDataset(Dataset):
     """
 
     def __init__(self, address: str, commit: str | None = None, check: Check = "first") -> None:
+        ranges = Ranges()  # first, because it may refuse the settings
         self._store = HubStore(address, commit) if address.startswith("hf://") else Store(address)
         root = copy_of(self._store.url, "datasets")
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +240,7 @@ class RemoteDataset(Dataset):
         self.place = address
         # Files of the copy, with the digest that they have, and what they were when they were compared.
         self._copies: dict[tuple[str, str], tuple[int, int]] = {}
-        self._files = RangeFiles(self._store)
+        self._files = RangeFiles(self._store, ranges)
         self._payloads = {self.file_name(entry, "data"): entry for entry in self.manifest}
         self._ahead = Ahead(self._copy_payload, self._payload_place)
         self._columns: dict[str, pa.ChunkedArray] = {}  # of the index, read as ranges
@@ -190,6 +274,7 @@ class RemoteDataset(Dataset):
         path = inside(self.path, relative)
         if not self._is_as_compared(relative, info):
             self._store.fetch(relative, path, info)
+            self._files.drop(info)
             about = path.stat()
             self._copies[relative, info.sha256] = about.st_ino, about.st_mtime_ns
         return path
@@ -247,6 +332,7 @@ class RemoteDataset(Dataset):
 
         def fetch(file: tuple[str, FileInfo]) -> None:
             self._store.fetch(file[0], inside(root, file[0]), file[1])
+            self._files.drop(file[1])
             if file[0] in of_shards:
                 copied(file[1].bytes)
 
@@ -304,7 +390,7 @@ class RemoteDataset(Dataset):
         """See `Dataset.index_ranges`: of files at the URL, the ranges of bytes that hold these columns."""
         files = [self.sql_file(entry, "index") for entry in entries]
         schema = pa.schema([index_schema().field(name) for name in columns])
-        with duckdb.connect() as connection:
+        with self._files.query(), duckdb.connect() as connection:
             connection.execute("set enable_progress_bar = false")
             connection.register_filesystem(self._files)
             connection.execute("set parquet_metadata_cache = true")
@@ -386,6 +472,21 @@ class RemoteDataset(Dataset):
 
     def _names(self, folder: str) -> list[str]:
         return sorted(name.removesuffix(".json") for name in self._store.names(folder) if name.endswith(".json"))
+
+    def sql(
+        self, query: str, parameters: list[Any] | dict[str, Any] | None = None, *, values: Values = "arrow"
+    ) -> pa.Table:
+        """See `Dataset.sql`."""
+        with self._files.query():
+            return super().sql(query, parameters, values=values)
+
+    @contextmanager
+    def sql_stream(
+        self, query: str, parameters: list[Any] | dict[str, Any] | None = None, *, values: Values = "arrow"
+    ) -> Iterator[pa.RecordBatchReader]:
+        """See `Dataset.sql_stream`."""
+        with self._files.query(), super().sql_stream(query, parameters, values=values) as batches:
+            yield batches
 
     @property
     def sql_filesystem(self) -> Any:

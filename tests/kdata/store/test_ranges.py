@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,13 +25,15 @@ import pyarrow.parquet as pq
 import pytest
 
 import kdata
-from kdata.errors import CorruptError, KdataError, QueryError, StorageError
+from kdata.errors import ConfigError, CorruptError, KdataError, QueryError, StorageError
+from kdata.format.schema import FileInfo
 from kdata.pipelines.cli.main import call
 from kdata.store import ranges, url_dataset
-from kdata.store.ranges import SHARE, SWEEPS, Ranges
+from kdata.store.ranges import SHARE, SWEEPS, Ranges, key_of, place_of
 from kdata.store.shard import write_parquet
 from kdata.store.sql import is_of_bytes
 from kdata.store.url import Store
+from kdata.store.url_dataset import Footers
 from tests.kdata.selection.plans import Row, dataset_of
 from tests.web import Files
 
@@ -382,7 +387,7 @@ def test_a_footer_that_cannot_be_fetched_is_one_error_and_the_others_do_not_wait
     tried: list[str] = []
 
     def refused(self: Store, relative: str, **options: Any) -> Any:
-        tried.append(relative)
+        tried.append(threading.current_thread().name.partition("_")[0])
         raise StorageError("cannot read it")
 
     monkeypatch.setattr(url_dataset, "CONNECTIONS", 1)
@@ -390,4 +395,199 @@ def test_a_footer_that_cannot_be_fetched_is_one_error_and_the_others_do_not_wait
     opened = kdata.open(f"{served.url}/d")
     with pytest.raises(KdataError, match="cannot read it"):
         opened.sql(QUERY)
-    assert len(tried) <= 3, "one by a thread, and then DuckDB's own"
+    assert tried.count("footer") == 1, "the others are DuckDB's own"
+
+
+def test_parts_of_one_place_are_not_taken_for_those_of_another(
+    home: kdata.Dataset, served: Files, cache: Path, tmp_path: Path
+) -> None:
+    """A server may have any bytes under a manifest that it copied."""
+    expected = home.sql(QUERY)
+    shutil.copytree(home.path, tmp_path / "copied" / "d")
+    for path in sorted((tmp_path / "copied" / "d" / "index").iterdir()):
+        path.write_bytes(with_another_value(path, path.stat().st_size))
+    copied = Files(tmp_path / "copied")
+    try:
+        assert kdata.open(f"{copied.url}/d").sql(QUERY)["nll"].to_pylist() != expected["nll"].to_pylist()
+        assert kdata.open(f"{served.url}/d").sql(QUERY).equals(expected)
+        assert kdata.open(f"{copied.url}/d").manifest == kdata.open(f"{served.url}/d").manifest
+    finally:
+        copied.close()
+
+
+def test_a_place_is_host_folder_and_commit_without_the_user() -> None:
+    places = ["http://a/d", "http://b/d", "http://a/e", "http://a/d?of=1", "file:///d"]
+    assert len({place_of(Store(place)) for place in places}) == len(places)
+    assert place_of(Store("http://someone-special@a/d/")) == place_of(Store("http://a/d"))
+    at_commits = [Store("http://a/d") for _ in range(2)]
+    at_commits[0].commit, at_commits[1].commit = "1" * 40, "2" * 40
+    assert place_of(at_commits[0]) != place_of(at_commits[1])
+    assert len({key_of("p", "1"), key_of("p", "2"), key_of("q", "1")}) == 3
+
+
+def test_parts_of_a_file_go_when_all_of_it_is_fetched(home: kdata.Dataset, served: Files, cache: Path) -> None:
+    path = next(iter(sorted((home.path / "index").iterdir())))
+    right, expected = path.read_bytes(), home.sql(QUERY)
+    try:
+        path.write_bytes(with_another_value(path, len(right)))
+        assert 99.0 in kdata.open(f"{served.url}/d").sql("select nll from rows")["nll"].to_pylist()
+    finally:
+        path.write_bytes(right)
+    assert kdata.open(f"{served.url}/d", check="whole").sql(QUERY).equals(expected)
+    assert not parts(cache)
+    for copy in cache.glob("datasets/*/*/index/*"):
+        copy.unlink()
+    assert kdata.open(f"{served.url}/d").sql(QUERY).equals(expected)
+
+
+def infos(number: int) -> dict[str, FileInfo]:
+    return {f"{n}": FileInfo(bytes=1, sha256=f"{n:064x}") for n in range(number)}
+
+
+@pytest.mark.parametrize("ends", ["well", "Ctrl-C", "error"])
+def test_a_query_that_ends_leaves_no_footer_waiting(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(url_dataset, "CONNECTIONS", 2)
+    fetched: list[str] = []
+    begun, go = threading.Semaphore(0), threading.Event()
+
+    def fetch(relative: str, info: FileInfo) -> bool:
+        fetched.append(relative)
+        begun.release()
+        return go.wait(30)
+
+    footers, wanted = Footers(fetch), infos(40)
+    failure = {"well": None, "Ctrl-C": KeyboardInterrupt, "error": StorageError}[ends]
+    with nullcontext() if failure is None else pytest.raises(failure), footers.query():
+        for relative, info in wanted.items():
+            footers.want(relative, info)
+        for _ in range(2):
+            assert begun.acquire(timeout=30)
+        if failure is not None:
+            raise failure
+    go.set()
+    footers.wait("3")  # was cancelled
+    footers.want("39", wanted["39"])
+    footers.wait("39")
+    assert fetched == ["0", "1", "39"], "two were under way; the next query begins anew"
+
+
+def test_footers_come_a_few_ahead_of_their_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nobody says that the query has ended, few are fetched in vain."""
+    monkeypatch.setattr(url_dataset, "CONNECTIONS", 2)
+    fetched: list[str] = []
+    footers, wanted = Footers(lambda relative, info: fetched.append(relative) is None), infos(40)
+    for relative, info in wanted.items():
+        footers.want(relative, info)
+    for number, relative in enumerate(wanted):
+        footers.wait(relative)
+        assert fetched[: number + 1] == list(wanted)[: number + 1] and len(fetched) <= number + 5
+    footers.want("3", wanted["3"])
+    footers.wait("3")
+    assert len(fetched) == 40, "each once"
+
+
+def test_a_forked_process_does_not_wait_for_footers_of_its_parent(
+    home: kdata.Dataset, served: Files, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, go, begun = kdata.open(f"{served.url}/d"), threading.Event(), threading.Event()
+    files, entry = opened.sql_filesystem, opened.manifest[0]
+
+    def fetch(relative: str, info: FileInfo) -> bool:
+        begun.set()
+        return go.wait(30)
+
+    monkeypatch.setattr(files, "_fetch_footer", fetch)
+    name = opened.sql_file(entry, "index")
+    assert begun.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        monkeypatch.setattr(Store, "open_ranges", lambda *arguments, **options: "opened")  # its loop has no thread here
+        os._exit(0 if files._open(name) == "opened" else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    go.set()
+
+
+def test_a_wrong_limit_is_refused_before_anything_is_asked(
+    home: kdata.Dataset, served: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDATA_CACHE_LIMIT", "much")
+    with pytest.raises(ConfigError, match="KDATA_CACHE_LIMIT='much'"):
+        kdata.open(f"{served.url}/d")
+    assert not served.sent
+
+
+def test_one_thread_makes_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, sweeps, together = Ranges(), [], threading.Barrier(8)
+
+    def slowly(most: int) -> None:
+        sweeps.append(most)
+        time.sleep(0.1)
+
+    def work(number: int) -> None:
+        together.wait(30)
+        kept.keep(f"{number:064x}", 0, b"content")
+
+    monkeypatch.setattr(ranges, "_make_room", slowly)
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(sweeps) == 1 and len(parts(cache)) == 8
+
+
+def test_small_parts_are_bounded_in_number_and_by_their_blocks(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "MOST_PARTS", 64)
+    kept = Ranges()
+    for number in range(200):
+        kept.keep(f"{number:064x}", 0, b"x")
+        assert len(parts(cache)) <= 64
+    assert kept.read(f"{199:064x}", 0, 1) == b"x"
+    monkeypatch.setattr(ranges, "MOST_PARTS", 10**6)
+    monkeypatch.setenv("KDATA_CACHE_LIMIT", "1MB")
+    kept = Ranges()
+    for number in range(100):
+        kept.keep(f"{number:064x}", 0, b"x")
+        assert sum(path.stat().st_blocks * 512 for path in parts(cache)) <= 10**6 // SHARE
+
+
+def test_folders_may_vanish_while_room_is_made(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, scandir = Ranges(), os.scandir
+    for number in range(5):
+        kept.keep(f"{number:064x}", 0, b"content")
+
+    def late(path: Any) -> Any:
+        if not isinstance(path, int) and Path(path).parent.name == "ranges":  # another process was faster
+            shutil.rmtree(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", late)
+    Ranges().keep("a" * 64, 0, b"content")
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert [path.parent.name for path in parts(cache)] == ["a" * 64]
+
+
+def test_what_is_no_file_is_passed_over_and_leaves_no_handle(cache: Path) -> None:
+    kept, key = Ranges(), "a" * 64
+    kept.keep(key, 10, b"content")
+    os.mkfifo(cache / "ranges" / key / "0-100")
+    (cache / "ranges" / key / "0-200").mkdir()
+    handles = len(os.listdir("/proc/self/fd"))
+    signal.alarm(60)  # a pipe would wait for ever
+    try:
+        for _ in range(5):
+            assert kept.read(key, 10, 17) == b"content" and kept.read(key, 0, 50) is None
+    finally:
+        signal.alarm(0)
+    assert len(os.listdir("/proc/self/fd")) == handles
+
+
+def test_a_disk_that_is_read_only_is_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any) -> None:
+        raise OSError(errno.EROFS, "read-only file system")
+
+    kept = Ranges()
+    kept.keep("a" * 64, 0, b"content")
+    monkeypatch.setattr(ranges.os, "utime", refused)
+    assert kept.read("a" * 64, 0, 7) == b"content"
