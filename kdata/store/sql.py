@@ -40,7 +40,6 @@ from kdata.errors import (
 from kdata.format.files import REMEDIES, disk_errno
 from kdata.format.schema import ManifestEntry, index_schema, rejects_schema
 from kdata.store.listed import PLANS, SCORES, Kind
-from kdata.store.ranges import Ranges
 from kdata.store.sql_tree import Parameters, missing_column, nodes, parsed
 from kdata.store.token_scores import missing_score, present_scores
 from kdata.store.token_table import TABLES, TokenSource
@@ -628,7 +627,7 @@ def _forget_parts(dataset: Queryable, error: duckdb.Error) -> None:
         dataset.sql_filesystem.forget()
         return
     for name in names:
-        Ranges().forget(files[name].sha256)
+        dataset.sql_filesystem.drop(files[name])
 
 
 def name_damage(dataset: Queryable, error: duckdb.Error, text: str = "") -> None:
