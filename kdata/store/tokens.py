@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from kdata.errors import CorruptError, DependencyError, MissingError, first_line
+from kdata.errors import CorruptError, DependencyError, KdataError, MissingError, first_line
 from kdata.format.json_text import MAX_TOKENIZER_BYTES, read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MAX_IDS = 1 << 24  # the largest vocabularies have 2^18
+LONG_NUMBER = re.compile(rb"[:,\[]\s*[1-9][0-9]{7}")
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
@@ -34,6 +36,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
             "reading a tokenizer needs the package tokenizers: pip install tokenizers (kdata[train] brings it too)"
         ) from error
     try:
+        refuse_far_ids_of(file)
         read_json(file, MAX_TOKENIZER_BYTES, finite=False)
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises Exception itself, of no further kind
@@ -45,9 +48,31 @@ def read_tokenizer(file: Path) -> Tokenizer:
     return tokenizer
 
 
+def refuse_far_ids_of(file: Path) -> None:
+    """The same of tokenizer.json, before the library reads it: where memory is short, that alone ends the process.
+
+    A file without a number of eight digits, which is every usual one, is not parsed for this. One that cannot be parsed is for
+    the library to refuse.
+    """
+    if not file.is_file() or file.stat().st_size > MAX_TOKENIZER_BYTES or not LONG_NUMBER.search(file.read_bytes()):
+        return
+    try:
+        content: Any = read_json(file, MAX_TOKENIZER_BYTES, finite=False)
+        vocab = content["model"]["vocab"]
+        ids = [*vocab.values()] if isinstance(vocab, dict) else []
+        ids += [token["id"] for token in content.get("added_tokens") or ()]
+        highest = max((number for number in ids if isinstance(number, int)), default=0)
+    except (KdataError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    _refuse_far_id(highest, file)
+
+
 def refuse_far_ids(tokenizer: Tokenizer, place: Path | str) -> None:
     """Raise CorruptError where an id is so high that the library, which reserves memory up to it, could end the process."""
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    _refuse_far_id(max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0), place)
+
+
+def _refuse_far_id(highest: int, place: Path | str) -> None:
     if highest >= MAX_IDS:
         raise CorruptError(
             f"the tokenizer of {place} has a token with the id {highest:,}; kdata reads ids below {MAX_IDS:,}: copy it "

@@ -16,7 +16,7 @@ from kdata.store.checkpoint_kind import refuse_other_kind
 from kdata.store.gguf import begin_with_bos, gguf_identity, is_gguf, model_folder
 from kdata.store.hub import hub_errors
 from kdata.store.pretrained import model_files, weights_digest
-from kdata.store.tokens import refuse_far_ids, tokenizer_hash
+from kdata.store.tokens import refuse_far_ids, refuse_far_ids_of, tokenizer_hash
 from kdata.teachers.config import TeacherConfig
 
 # One of these is in the folder of every model that has a tokenizer.
@@ -173,6 +173,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None, *, bos: str |
     model = model_folder(model)
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).count("/") > 1):
         raise MissingError(f"model {str(model)!r} does not exist; name a model folder or a Hub name")
+    refuse_far_ids_of(Path(model) / "tokenizer.json")
     with model_files(model, "the tokenizer"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(model), revision=revision, trust_remote_code=False)
