@@ -51,8 +51,8 @@ def read_tokenizer(file: Path) -> Tokenizer:
 def refuse_far_ids_of(file: Path) -> None:
     """The same of tokenizer.json, before the library reads it: where memory is short, that alone ends the process.
 
-    A file without a number of eight digits, which is every usual one, is not parsed for this. One that cannot be parsed is for
-    the library to refuse.
+    A file without a number of eight digits, which is every usual one, is not parsed for this. One that cannot be parsed is
+    for the library to refuse.
     """
     if not file.is_file() or file.stat().st_size > MAX_TOKENIZER_BYTES or not LONG_NUMBER.search(file.read_bytes()):
         return
