@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,3 +127,11 @@ def jsonl(tmp_path: Path) -> Callable[..., Path]:
     from tests.fakes import write_jsonl
 
     return lambda rows, name="rows.jsonl": write_jsonl(tmp_path / name, rows)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own answer to SIGINT: a process that was started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

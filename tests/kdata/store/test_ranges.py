@@ -297,7 +297,7 @@ def test_an_error_of_the_query_is_no_reason_to_forget(
     assert kept <= set(parts(cache)) and kept
 
 
-def test_ctrl_c_is_no_reason_to_forget(home: kdata.Dataset, served: Files, cache: Path) -> None:
+def test_ctrl_c_is_no_reason_to_forget(home: kdata.Dataset, served: Files, cache: Path, interruptible: None) -> None:
     opened = kdata.open(f"{served.url}/d")
     opened.sql(QUERY)
     kept = set(parts(cache))

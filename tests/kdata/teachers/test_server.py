@@ -381,14 +381,6 @@ def test_a_dead_endpoint_is_ignored_while_another_lives(llama_dir: Path, opened:
             time.sleep(0.15)  # longer in all than the patience with a run in which nobody answers
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Python's own answer to SIGINT: a process that was started in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_an_interrupt_ends_the_wait_and_the_teacher_still_works(
     llama_dir: Path, opened: Load, interruptible: None
 ) -> None:

@@ -396,13 +396,13 @@ main()
 
 
 @pytest.mark.parametrize("module", ["typer", "numpy", "kdata.pipelines.cli.look"])
-def test_ctrl_c_while_libraries_are_loaded_is_one_line(world: World, module: str) -> None:
+def test_ctrl_c_while_libraries_are_loaded_is_one_line(world: World, module: str, interruptible: None) -> None:
     arguments = [sys.executable, "-c", AT_IMPORT.replace("{module}", module), "info", str(world.root / "dataset")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stderr) == (130, "stopped; run the same command again: what it committed is kept\n")
 
 
-def test_ctrl_c_ends_a_query(world: World) -> None:
+def test_ctrl_c_ends_a_query(world: World, interruptible: None) -> None:
     """DuckDB would look for no signal before the end of the query, which is hours away."""
     query = "select count(*) from range(1000000000000) t(a) where a % 7 = 3"
     code = "import os, signal, threading; threading.Timer(4, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
@@ -429,7 +429,7 @@ main.main()
 
 
 @pytest.mark.parametrize(("signals", "patience"), [([0.2], 0.5), ([0.2, 1], 3600)])
-def test_a_query_that_does_not_end_is_left_behind(signals: list[float], patience: float) -> None:
+def test_a_query_that_does_not_end_is_left_behind(signals: list[float], patience: float, interruptible: None) -> None:
     code = DEAF.format(signals=signals, patience=patience)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (130, "stopped; run the same command again: what it committed is kept\n")

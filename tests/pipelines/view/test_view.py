@@ -375,7 +375,7 @@ def test_bad_calls_write_nothing(dataset: kdata.Dataset, view: View, tmp_path: P
     assert {path.name for path in tmp_path.iterdir()} == {"full"}
 
 
-def test_ctrl_c_ends_the_server_while_a_query_runs(dataset: kdata.Dataset) -> None:
+def test_ctrl_c_ends_the_server_while_a_query_runs(dataset: kdata.Dataset, interruptible: None) -> None:
     command = [sys.executable, "-c", "from kdata.pipelines.cli.main import main; main()", "view", str(dataset.path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
