@@ -33,7 +33,7 @@ def export(view: View, folder: Path, *, rows: int = MOST_ROWS, where: str = "", 
     """
     if folder.exists() and any(folder.iterdir()):
         remove_left_beside(folder)
-        raise ConfigError(f"{folder} is not empty; name a new folder")
+        raise ConfigError(f"{folder} exists and is not empty; name a new folder")
     if not 1 <= rows <= MOST_EXPORTED:
         raise ConfigError(f"{rows} rows cannot be exported; take 1 to {MOST_EXPORTED:,}")
     about = view.about()
