@@ -16,7 +16,9 @@ import numpy as np
 from kdata.errors import ConfigError, TeacherError
 from kdata.format.keep_rules import KeepEntropy, KeepRandom, KeepRule, KeepSpan
 from kdata.format.measures import Measures
-from kdata.selection.position_rules import highest_of_rows, random_numbers, rising_keys, tokens_in_spans
+from kdata.selection.position_base import highest_of_rows, rising_keys
+from kdata.selection.position_rules import random_numbers
+from kdata.selection.spans import tokens_in_spans
 
 
 class ReadRow(Protocol):

@@ -23,7 +23,7 @@ from kdata.teachers.config import TeacherConfig
 
 @dataclass(frozen=True)
 class _Reader:
-    """A `kdata.selection.position_rules.TokenReader` over an open model."""
+    """A `kdata.selection.position_base.TokenReader` over an open model."""
 
     model: Teacher
 

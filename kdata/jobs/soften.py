@@ -36,7 +36,7 @@ from kdata.jobs.payloads import InputSequence, goes_on, inputs_of_shard
 from kdata.jobs.softening import Law, soften_sequences
 from kdata.observe.progress import Task
 from kdata.selection.plan import open_plan
-from kdata.selection.position_rules import spans_of
+from kdata.selection.spans import spans_of
 from kdata.store.dataset import Dataset
 from kdata.store.open import open_dataset
 from kdata.store.writer import Writer

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from kdata.errors import DataError
 from kdata.format.positions import ChosenPositions
 from kdata.selection.plan import plan_schema
-from kdata.selection.position_rules import Marker, Piece, PositionRule, ShareRule, TokenReader, number_to_choose
+from kdata.selection.position_base import Marker, Piece, PositionRule, ShareRule, TokenReader, number_to_choose
 from kdata.store.dataset import Dataset
 from kdata.store.index import read_index
 from kdata.store.token_columns import COUNTS, has_entries, token_columns

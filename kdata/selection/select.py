@@ -47,7 +47,8 @@ from kdata.selection.plan import (
     positions_info,
     write_plan_info,
 )
-from kdata.selection.position_rules import Gap, PositionRule, TokenReader
+from kdata.selection.position_base import PositionRule, TokenReader
+from kdata.selection.position_rules import Gap
 from kdata.selection.prune import Prune
 from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Difference, Random

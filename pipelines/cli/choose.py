@@ -37,7 +37,8 @@ from kdata.pipelines.cli.common import (
 from kdata.pipelines.evidence.verdicts import FAMILIES, LEGEND, verdicts
 from kdata.selection.margins import score_margins
 from kdata.selection.plan import open_plan
-from kdata.selection.position_rules import RULES, Excess, ShareRule, SqlPositions
+from kdata.selection.position_base import ShareRule
+from kdata.selection.position_rules import RULES, Excess, SqlPositions
 from kdata.selection.score_file import ImportedScores, bring
 from kdata.selection.select import DEFAULT, METHODS, parse_step
 from kdata.selection.show import Shown, comparison_table, draw, left_out_texts, table_of

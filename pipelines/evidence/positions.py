@@ -17,7 +17,8 @@ from typing import Any
 from kdata.format.keep import KeepConfig
 from kdata.format.keep_rules import KeepEntropy, KeepPositions, KeepRandom
 from kdata.pipelines.evidence.offline import BASELINE, REFERENCE, Setting
-from kdata.selection.position_rules import Gap, Margin, PositionRule
+from kdata.selection.position_base import PositionRule
+from kdata.selection.position_rules import Gap, Margin
 from kdata.selection.ranked import All, Random
 
 ROWS = (0.6, 0.4, 0.25, 0.15)

@@ -24,12 +24,14 @@ from kdata.format.schema import CodecInfo, SourceInfo, TokenizerInfo
 from kdata.pipelines.cli.main import app
 from kdata.selection import choose_positions as driver
 from kdata.selection.plan import Plan, open_plan
-from kdata.selection.position_rules import RULES, PositionRule, RandomPositions, rising_keys, spans_of
+from kdata.selection.position_base import PositionRule, rising_keys
+from kdata.selection.position_rules import RULES, RandomPositions
 from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Random
 from kdata.selection.select import parse_step, select
 from kdata.selection.show import CountedTokens, compare, comparison_table
 from kdata.selection.sidecar import score_digest
+from kdata.selection.spans import spans_of
 from kdata.store.row import Row as StoredRow
 from kdata.store.writer import Writer
 from tests.fakes import VOCAB, StandInTeacher, run_capture
