@@ -22,6 +22,7 @@ from kdata.store.dataset import Dataset
 from kdata.store.hidden import check_part, load_hidden_info
 from kdata.store.index import damaged, read_index
 from kdata.store.listed import HIDDEN, KINDS, PLANS, SCORES, Kind, read_listing, refuse_other_dataset
+from kdata.store.open import AnyDataset, opened
 from kdata.store.shard import check_header
 from kdata.store.token_scores import TokenScore, has_tokens
 
@@ -52,7 +53,7 @@ TORN = (
 )
 
 
-def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
+def verify(dataset: AnyDataset, *, deep: bool = False) -> list[Problem]:
     """Check every byte of a dataset except the card's (a person may edit it), and list files that do not belong to it.
 
     Shards, sidecars' parts, plans and the tokenizer's files are compared with their SHA-256. JSON files are compared with
@@ -67,6 +68,7 @@ def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
     Raises:
         CorruptError: the dataset is at a URL or on the Hub, and a file there is not what was committed.
     """
+    dataset = opened(dataset)
     dataset.fetch()
     writer = lock_of(dataset.path).holder()
     problems: list[Problem] = []
