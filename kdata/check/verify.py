@@ -11,8 +11,9 @@ import pyarrow as pa
 
 from kdata.errors import CorruptError, KdataError, ShapeError, first_line
 from kdata.format.files import inside, lock_of, without_hidden
-from kdata.format.json_text import MAX_TOKENIZER_BYTES, parse_object, read_json
+from kdata.format.json_text import MAX_DOCUMENT_BYTES, MAX_TOKENIZER_BYTES, parse_object, read_json
 from kdata.format.manifest import digest_of, foreign, json_bytes, read_manifest
+from kdata.format.plain import GET_FILES, is_pointer, is_special, open_plain
 from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, canonical_json, json_digest
 from kdata.format.sequences import Sequences
 from kdata.observe.progress import Task
@@ -122,11 +123,15 @@ def _of_what_is_committed(dataset: Dataset, problems: list[Problem]) -> list[Pro
 
 def check_file(root: Path, relative: str, info: FileInfo) -> list[Problem]:
     """Compare one file with its committed size and digest."""
+    if is_special(root / relative):
+        return [Problem(relative, "is a pipe, a socket or a device, not a file")]
     path = inside(root, relative)
     if not path.is_file():
         return [Problem(relative, "is missing")]
     size = path.stat().st_size
     if size != info.bytes:
+        if is_pointer(path):
+            return [Problem(relative, GET_FILES)]
         return [Problem(relative, f"has {size:,} bytes, but {info.bytes:,} were committed")]
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
@@ -174,9 +179,10 @@ def check_json(root: Path, relative: str) -> list[Problem]:
     if not path.exists():  # a dataset without shards has no manifest
         return []
     try:
-        content = path.read_bytes()
-        if relative == "manifest.jsonl":
-            return check_lines(content)
+        with open_plain(path) as file:
+            if relative == "manifest.jsonl":
+                return check_lines(file.read())
+            content = file.read(MAX_DOCUMENT_BYTES + 1)
         values = parse_object(content)
         if values.get("digest") != digest_of(values):
             return [Problem(relative, "does not match its own digest")]

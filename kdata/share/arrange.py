@@ -134,6 +134,10 @@ def split(
         raise DataError(f"two parts would have the same folder: {folders}; rename a domain, or split by plan")
     with new_folder(target) as place:
         for name, rows in parts.items():
+            if (place / folders[name]).exists():  # on a disk for which a and A are one name
+                raise DataError(
+                    f"part {name!r} would have the folder of another one, {folders[name]!r}; rename a domain"
+                )
             write_rows(dataset, rows, place / folders[name], {"by": by, "part": name})
     return {name: open_dataset(target / folders[name]) for name in parts}
 

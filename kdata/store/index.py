@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from kdata.errors import CorruptError, KdataError, MismatchError
 from kdata.format.manifest import read_manifest
+from kdata.format.plain import GET_FILES, is_pointer
 from kdata.format.schema import index_schema
 
 # What pyarrow and numpy raise when they read damaged bytes.
@@ -28,6 +29,8 @@ def damaged(path: Path, reason: object) -> KdataError:
         of_a_shard = folder in ("data", "index", "rejects") and (root / "manifest.jsonl").exists()
         if of_a_shard and all(f"{folder}/{path.name}" not in entry.files for entry in read_manifest(root)):
             return replaced(root, path.stem)
+    if is_pointer(path):
+        return CorruptError(f"{path} {GET_FILES}")
     return CorruptError(
         f"{path} is damaged: {reason}. Restore it from a copy, or run `kdata verify` to see what is whole."
     )
