@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdata.check.verify import FOLDERS, Problem, check_file, check_shard, verify
+from kdata.check.verify import FOLDERS, Problem, check_file, check_index, check_shard, verify
 from kdata.errors import CorruptError, FormatError, MismatchError, MissingError, ShapeError, StorageError
 from kdata.format.codec import codec_of
 from kdata.format.files import inside, local_path, lock_of, storage_errors, without_hidden, write_atomically
@@ -284,11 +284,11 @@ def _refuse_other_shards(root: Path, info: DatasetInfo) -> None:
                 "older; name another copy"
             )
         try:
-            schema = pa.ipc.open_file(inside(root, f"data/{entry.name}.arrow")).schema
+            reader = pa.ipc.open_file(inside(root, f"data/{entry.name}.arrow"))
         except (pa.ArrowException, OSError):
             continue
         try:
-            check_header(schema, info, entry)
+            check_header(reader, info, entry)
         except ShapeError as error:
             raise MismatchError(
                 f"the copy of dataset.json does not fit shard {entry.name}: {error}; name another copy"
@@ -344,7 +344,7 @@ def _whole(
     problems: list[Problem] = []
     for entry in entries:
         own = [p for path, file in entry.files.items() for p in check_file(root, path, file)]
-        own = own or check_shard(root, entry, info)
+        own = own or check_shard(root, entry, info) or check_index(root, entry)
         if entry.source not in info.sources:
             own.append(Problem("manifest.jsonl", f"{entry.name} is of a source that dataset.json does not have"))
         problems += own

@@ -250,7 +250,7 @@ def _earlier(path: Path, own: DatasetInfo, entry: ManifestEntry, codec: CodecInf
     Raises CorruptError where it is not the payload of `own` that the manifest line says.
     """
     try:
-        check_header(pa.ipc.open_file(pa.OSFile(str(path))).schema, own, entry)
+        check_header(pa.ipc.open_file(pa.OSFile(str(path))), own, entry)
         return as_earlier(read_payload(path, own.codec), codec)
     except UNREADABLE as error:
         raise damaged(path, error) from error
