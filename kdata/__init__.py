@@ -3,6 +3,7 @@
     data = kdata.open("runs/quickstart/dataset")    a folder, a URL, or hf://OWNER/NAME
     data[0]                                         one sequence with the teacher's numbers
     data.sql("select domain, avg(nll) from rows group by 1")
+    kdata.head(data, "first", 10)                   functions take a dataset, or where it is
 
 This is the public API. `import kdata` itself is quick: it loads no numpy, pyarrow, DuckDB, torch or vLLM. Each name below is
 imported from its module when it is first used.

@@ -7,7 +7,7 @@ import math
 import shlex
 from collections import Counter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,7 +28,25 @@ def first_problem(error: ValidationError) -> str:
     return f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"
 
 
-class WithoutSecrets(BaseModel):
+class _CalledFromPython(type(BaseModel)):  # type: ignore[misc]
+    """Turns what pydantic says of a call into a ConfigError. What is validated inside of a model stays pydantic's."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*args, **values)
+        except ValidationError as error:
+            raise _refused(cls, error, cls.__name__, in_python=True) from error
+
+
+if TYPE_CHECKING:
+    Settings = BaseModel
+else:  # a type checker knows pydantic's own metaclass alone
+
+    class Settings(BaseModel, metaclass=_CalledFromPython):
+        """A model whose call with wrong values raises ConfigError, as `parse_config` does."""
+
+
+class WithoutSecrets(Settings):
     """A model that refuses passwords and tokens in its values: they would be recorded and shown."""
 
     @model_validator(mode="before")
@@ -69,18 +87,22 @@ def parse_config(model: type[Model], values: dict[str, Any], where: str) -> Mode
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_problem(model, problem) for problem in error.errors()]
-        listing = f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
-        raise ConfigError(f"{where}:{listing}") from error
+        raise _refused(model, error, where) from error
 
 
-def _problem(model: type[BaseModel], problem: Any) -> str:
+def _refused(model: type[BaseModel], error: ValidationError, where: str, *, in_python: bool = False) -> ConfigError:
+    lines = [_problem(model, problem, in_python) for problem in error.errors()]
+    listing = f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
+    return ConfigError(f"{where}:{listing}")
+
+
+def _problem(model: type[BaseModel], problem: Any, in_python: bool) -> str:
     path, models = _follow(model, [str(part) for part in problem["loc"]])
     key, known = ".".join(path), sorted({name for m in models for name in m.model_fields})
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}{nearest(path[-1], known)}; known here: {', '.join(known)}"
     if problem["type"] == "missing":
-        return f"{key!r} is missing{_meaning(models, path)}"
+        return f"{key!r} is missing{_meaning(models, path, in_python)}"
     if problem["type"] == "union_tag_not_found":
         return f"{'.'.join([*path, problem['ctx']['discriminator'].strip(chr(39))])!r} is missing"
     if problem["type"] == "union_tag_invalid":
@@ -99,7 +121,7 @@ def _problem(model: type[BaseModel], problem: Any) -> str:
     return f"{key + ': ' if key else ''}{message}{value}"
 
 
-def _meaning(models: list[type[BaseModel]], path: list[str]) -> str:
+def _meaning(models: list[type[BaseModel]], path: list[str], in_python: bool) -> str:
     """What a setting means, and how it is set where its field has an example."""
     field = next((m.model_fields[path[-1]] for m in models if path[-1] in m.model_fields), None)
     if field is None or not field.description:
@@ -108,6 +130,8 @@ def _meaning(models: list[type[BaseModel]], path: list[str]) -> str:
     if not field.examples:
         return text
     example = field.examples[0]
+    if in_python:
+        return f"{text}. For instance: {path[-1]}={example!r}"
     value = example if isinstance(example, str) else json.dumps(example)
     return f"{text}. For instance: --set {shlex.quote('.'.join(path) + '=' + value)}"
 

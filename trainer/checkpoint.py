@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from kdata.config import first_problem
 from kdata.errors import CorruptError, MismatchError, settings_difference
 from kdata.format.files import file_info, new_file, rust_errors, storage_errors, sync_directory, sync_tree
-from kdata.format.json_text import parse_object
+from kdata.format.json_text import MAX_DOCUMENT_BYTES, parse_object
 from kdata.format.manifest import digest_of, json_bytes
+from kdata.format.plain import open_plain
 from kdata.format.schema import FileInfo
 from kdata.observe.progress import console
 from kdata.trainer.distributed import Ranks, cut_like, whole
@@ -178,7 +179,8 @@ def _read_state(path: Path, last_step: int | None) -> CheckpointState:
     """state.json, compared with its own digest, form and folder. Raises CorruptError."""
     where = path / STATE
     try:
-        content = where.read_bytes()
+        with open_plain(where) as file:
+            content = file.read(MAX_DOCUMENT_BYTES + 1)
         raw = parse_object(content, finite=False)
         state = CheckpointState.model_validate(raw)
     except ValidationError as error:

@@ -21,12 +21,21 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdata.check.verify import FOLDERS, Problem, check_file, check_shard, verify
+from kdata.check.verify import FOLDERS, Problem, check_file, check_index, check_shard, verify
 from kdata.errors import CorruptError, FormatError, MismatchError, MissingError, ShapeError, StorageError
 from kdata.format.codec import codec_of
-from kdata.format.files import inside, local_path, lock_of, storage_errors, write_atomically
+from kdata.format.files import inside, local_path, lock_of, storage_errors, without_hidden, write_atomically
 from kdata.format.json_text import parse_json, read_json
-from kdata.format.manifest import digest_of, json_bytes, manifest_line, read_info, write_info, write_manifest
+from kdata.format.manifest import (
+    MAX_LINE_BYTES,
+    digest_of,
+    json_bytes,
+    manifest_line,
+    read_info,
+    write_info,
+    write_manifest,
+)
+from kdata.format.plain import GET_FILES, is_pointer, plain_lines
 from kdata.format.schema import FORMAT_VERSION, DatasetInfo, ManifestEntry
 from kdata.store.dataset import Dataset
 from kdata.store.hidden import forget_part
@@ -198,6 +207,9 @@ def _copy_as_it_is(store: Store, root: Path) -> int:
 
 def _repair(root: Path, copy: Path | None, place: str | None = None) -> Repair:
     """Repair a folder; `place` is where people know the dataset, if that is another."""
+    for path in (path for folder in ("data", "index") for path in without_hidden(root / folder, "*")):
+        if is_pointer(path):
+            raise MissingError(f"{path} {GET_FILES}. Nothing was set aside")
     aside = _Aside(root)
     info, problems = _info(root, copy, aside)
     if info.format_version != FORMAT_VERSION:
@@ -272,11 +284,11 @@ def _refuse_other_shards(root: Path, info: DatasetInfo) -> None:
                 "older; name another copy"
             )
         try:
-            schema = pa.ipc.open_file(inside(root, f"data/{entry.name}.arrow")).schema
+            reader = pa.ipc.open_file(inside(root, f"data/{entry.name}.arrow"))
         except (pa.ArrowException, OSError):
             continue
         try:
-            check_header(schema, info, entry)
+            check_header(reader, info, entry)
         except ShapeError as error:
             raise MismatchError(
                 f"the copy of dataset.json does not fit shard {entry.name}: {error}; name another copy"
@@ -286,26 +298,25 @@ def _refuse_other_shards(root: Path, info: DatasetInfo) -> None:
 def _entries(root: Path) -> tuple[list[ManifestEntry], list[Problem]]:
     """Manifest lines that are whole, one per shard, and the problems of the others."""
     path = root / "manifest.jsonl"
-    content = path.read_bytes() if path.exists() else b""
-    lines_of: dict[str, list[ManifestEntry]] = {}
+    by_name: dict[str, list[ManifestEntry]] = {}
     problems = []
-    if content and not content.endswith(b"\n"):
-        problems.append(Problem("manifest.jsonl", "ends in the middle of a line: its last commit did not complete"))
-        content = content[: content.rfind(b"\n") + 1]
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+    for number, line in enumerate(plain_lines(path, MAX_LINE_BYTES) if path.exists() else (), 1):
+        if not line.endswith(b"\n"):
+            problems.append(Problem("manifest.jsonl", "ends in the middle of a line: its last commit did not complete"))
+            break
         entry = _entry(root, line)
-        if entry is not None and manifest_line(entry) != line + b"\n":
+        if entry is not None and manifest_line(entry) != line:
             problems.append(
                 Problem("manifest.jsonl", f"line {number} is not in the form that kdata writes; its values are whole")
             )
         if entry is None:
             problems.append(Problem("manifest.jsonl", f"line {number} is damaged"))
-        elif entry.name in lines_of:
+        elif entry.name in by_name:
             problems.append(Problem("manifest.jsonl", f"line {number}: shard {entry.name} is repeated"))
-            lines_of[entry.name].append(entry)
+            by_name[entry.name].append(entry)
         else:
-            lines_of[entry.name] = [entry]
-    return [_likeliest(root, same) for same in lines_of.values()], problems
+            by_name[entry.name] = [entry]
+    return [_likeliest(root, same) for same in by_name.values()], problems
 
 
 def _entry(root: Path, line: bytes) -> ManifestEntry | None:
@@ -333,7 +344,7 @@ def _whole(
     problems: list[Problem] = []
     for entry in entries:
         own = [p for path, file in entry.files.items() for p in check_file(root, path, file)]
-        own = own or check_shard(root, entry, info)
+        own = own or check_shard(root, entry, info) or check_index(root, entry)
         if entry.source not in info.sources:
             own.append(Problem("manifest.jsonl", f"{entry.name} is of a source that dataset.json does not have"))
         problems += own

@@ -11,8 +11,10 @@ import pyarrow as pa
 
 from kdata.errors import CorruptError, KdataError, ShapeError, first_line
 from kdata.format.files import inside, lock_of, without_hidden
-from kdata.format.json_text import MAX_TOKENIZER_BYTES, parse_object, read_json
+from kdata.format.json_text import MAX_DOCUMENT_BYTES, MAX_TOKENIZER_BYTES, parse_object, read_json
+from kdata.format.kept import segment_sum
 from kdata.format.manifest import digest_of, foreign, json_bytes, read_manifest
+from kdata.format.plain import GET_FILES, is_pointer, is_special, open_plain
 from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, canonical_json, json_digest
 from kdata.format.sequences import Sequences
 from kdata.observe.progress import Task
@@ -20,8 +22,9 @@ from kdata.selection.plan import Plan
 from kdata.selection.sidecar import SCORE_SCHEMA, load_score_info
 from kdata.store.dataset import Dataset
 from kdata.store.hidden import check_part, load_hidden_info
-from kdata.store.index import damaged, read_index
+from kdata.store.index import check_counts, damaged, read_index
 from kdata.store.listed import HIDDEN, KINDS, PLANS, SCORES, Kind, read_listing, refuse_other_dataset
+from kdata.store.open import AnyDataset, opened
 from kdata.store.shard import check_header
 from kdata.store.token_scores import TokenScore, has_tokens
 
@@ -52,7 +55,7 @@ TORN = (
 )
 
 
-def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
+def verify(dataset: AnyDataset, *, deep: bool = False) -> list[Problem]:
     """Check every byte of a dataset except the card's (a person may edit it), and list files that do not belong to it.
 
     Shards, sidecars' parts, plans and the tokenizer's files are compared with their SHA-256. JSON files are compared with
@@ -67,6 +70,7 @@ def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
     Raises:
         CorruptError: the dataset is at a URL or on the Hub, and a file there is not what was committed.
     """
+    dataset = opened(dataset)
     dataset.fetch()
     writer = lock_of(dataset.path).holder()
     problems: list[Problem] = []
@@ -75,9 +79,11 @@ def verify(dataset: Dataset, *, deep: bool = False) -> list[Problem]:
         for entry in dataset.manifest:
             for relative, info in entry.files.items():
                 own = check_file(dataset.path, relative, info)
-                problems += own or (
-                    check_shard(dataset.path, entry, dataset.info) if relative.startswith("data/") else []
-                )
+                if not own and relative.startswith("data/"):
+                    own = check_shard(dataset.path, entry, dataset.info)
+                elif not own and relative.startswith("index/"):
+                    own = check_index(dataset.path, entry)
+                problems += own
                 task.advance(info.bytes)
     problems += check_json(dataset.path, "dataset.json") + check_json(dataset.path, "manifest.jsonl")
     problems += _tokenizer(dataset)
@@ -118,13 +124,27 @@ def _of_what_is_committed(dataset: Dataset, problems: list[Problem]) -> list[Pro
     return kept
 
 
+def check_index(root: Path, entry: ManifestEntry) -> list[Problem]:
+    """Compare the counts of a shard's index with its manifest line."""
+    relative = f"index/{entry.name}.parquet"
+    try:
+        check_counts(inside(root, relative), entry)
+    except KdataError as error:
+        return [Problem(relative, str(error))]
+    return []
+
+
 def check_file(root: Path, relative: str, info: FileInfo) -> list[Problem]:
     """Compare one file with its committed size and digest."""
+    if is_special(root / relative):
+        return [Problem(relative, "is a pipe, a socket or a device, not a file")]
     path = inside(root, relative)
     if not path.is_file():
         return [Problem(relative, "is missing")]
     size = path.stat().st_size
     if size != info.bytes:
+        if is_pointer(path):
+            return [Problem(relative, GET_FILES)]
         return [Problem(relative, f"has {size:,} bytes, but {info.bytes:,} were committed")]
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
@@ -138,7 +158,7 @@ def check_shard(root: Path, entry: ManifestEntry, about: DatasetInfo) -> list[Pr
     if reason := foreign(about, entry):
         return [Problem("manifest.jsonl", f"shard {entry.name} does not belong to this dataset: {reason}")]
     try:
-        check_header(pa.ipc.open_file(pa.OSFile(str(inside(root, where)))).schema, about, entry)
+        check_header(pa.ipc.open_file(pa.OSFile(str(inside(root, where)))), about, entry)
     except (pa.ArrowException, OSError, ShapeError) as error:
         return [Problem(where, f"is not a shard of this dataset: {error}")]
     return []
@@ -172,9 +192,10 @@ def check_json(root: Path, relative: str) -> list[Problem]:
     if not path.exists():  # a dataset without shards has no manifest
         return []
     try:
-        content = path.read_bytes()
-        if relative == "manifest.jsonl":
-            return check_lines(content)
+        with open_plain(path) as file:
+            if relative == "manifest.jsonl":
+                return check_lines(file.read())
+            content = file.read(MAX_DOCUMENT_BYTES + 1)
         values = parse_object(content)
         if values.get("digest") != digest_of(values):
             return [Problem(relative, "does not match its own digest")]
@@ -313,10 +334,16 @@ def _deep_shard(
     where = f"data/{entry.name}.arrow"
     try:
         sequences = dataset.shard(number)
-        ids = read_index(dataset.checked_file(entry, "index"), ["id"])["id"].to_pylist()
+        index = read_index(dataset.checked_file(entry, "index"), ["id", "num_tokens", "num_target_tokens"])
     except KdataError as error:
         return [Problem(where, str(error))]
-    problems = []
+    ids, problems = index["id"].to_pylist(), []
+    counts_S = np.diff(sequences.offsets)
+    payload = {"num_tokens": counts_S, "num_target_tokens": segment_sum(sequences.target_mask, counts_S)}
+    for name, numbers_S in payload.items():
+        if len(wrong := np.flatnonzero(index[name].to_numpy() != numbers_S)):
+            row = int(wrong[0])
+            problems.append(Problem(where, f"row {ids[row]!r} has another {name} than its index says"))
     if len(sequences.token_ids) != entry.tokens:
         problems.append(Problem(where, f"holds {len(sequences.token_ids)} tokens, the manifest says {entry.tokens}"))
     kept = int((sequences.target_mask & (sequences.num_kept > 0)).sum())

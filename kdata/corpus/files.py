@@ -28,6 +28,7 @@ from kdata.corpus.json_rows import JsonFile, refuse_bomb
 from kdata.corpus.values import time_with_nanoseconds
 from kdata.errors import ConfigError, DataError, KdataError, MissingError, first_line
 from kdata.format.json_text import parse_json, parse_row
+from kdata.format.plain import GET_FILES, is_pointer
 from kdata.format.records import RowError
 
 # By the end of the file's name.
@@ -120,8 +121,10 @@ class FileRows:
             pa.ArrowException, OSError, EOFError, ValueError, TypeError, LookupError, OverflowError, RecursionError,
             MemoryError,
         ) as error:  # fmt: skip  # of pyarrow, and of Python where a value has no object
-            if isinstance(error, KdataError):
+            if isinstance(error, KdataError) and not is_pointer(file):
                 raise
+            if is_pointer(file):
+                raise DataError(f"{file} {GET_FILES}") from error
             reason = first_line(error)
             if "straddl" in reason:
                 reason = f"a row is longer than {BLOCK_BYTES:,} bytes; store such text as Parquet or JSONL"

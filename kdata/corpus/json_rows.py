@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from kdata.errors import DataError
-from kdata.format.json_text import MAX_ROW_CHARACTERS, check_depth, parse_row
+from kdata.format.json_text import MAX_ROW_CHARACTERS, check_depth, parse_row, row_lines
 from kdata.format.records import RowError
 
 CHUNK_CHARACTERS = 1 << 20
@@ -123,7 +123,7 @@ class JsonFile:
             if self._form != "lines":
                 yield from Values(text, self._file.name, self._named).objects(in_array=self._form == "array")
                 return
-            for number, line in enumerate(text, 1):
+            for number, line in enumerate(row_lines(text), 1):
                 if line.strip():
                     yield self._row(line.rstrip("\r\n"), number)
 

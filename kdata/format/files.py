@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 from kdata.errors import ConfigError, CorruptError, KdataError, StorageError, redacted
 from kdata.format.json_text import parse_object
+from kdata.format.plain import refuse_special
 from kdata.format.schema import FileInfo
 
 
@@ -241,6 +242,7 @@ def inside(root: Path, relative: str) -> Path:
     unsafe = pure.is_absolute() or not pure.parts or ".." in pure.parts or "\0" in relative
     if unsafe or not path.resolve().is_relative_to(root.resolve()):
         raise CorruptError(f"{root}: the manifest names {relative!r}, which lies outside the dataset; do not trust it")
+    refuse_special(path)
     return path
 
 

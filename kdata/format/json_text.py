@@ -11,16 +11,20 @@ Speed: a document takes 1.4 times as long as `json.loads`; a row as long, unless
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, AnyStr
 
 from kdata.errors import DataError
+from kdata.format.plain import open_plain
 
 MAX_DEPTH = 64  # lists and objects inside of each other; what people write has ten
 MAX_DIGITS = 25  # of an integer; 64 bits have 20
 MAX_DOCUMENT_BYTES = 64 << 20
 MAX_TOKENIZER_BYTES = 512 << 20  # tokenizer.json of a vocabulary of 262,144 tokens has 33 MB
 MAX_ROW_CHARACTERS = 256 << 20
+MAX_LINE_CHARACTERS = 1 << 30  # what is passed over of a line that is no row
+MAX_PIECE_CHARACTERS = 1 << 20
 
 
 def _integer(digits: str) -> int:
@@ -86,6 +90,21 @@ def parse_row(content: bytes | str) -> Any:
     return value
 
 
+def row_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
+    """Lines of rows, one at a time; of one that is longer than a row may be its beginning, which `parse_row` refuses.
+
+    Raises DataError for a line that goes on for `MAX_LINE_CHARACTERS`, as the hole of a sparse file does.
+    """
+    while line := file.readline(MAX_ROW_CHARACTERS + 1):
+        yield line
+        passed = len(line)
+        while len(line) > MAX_PIECE_CHARACTERS and line[-1:] not in ("\n", b"\n"):
+            line = file.readline(MAX_PIECE_CHARACTERS + 1)
+            passed += len(line)
+            if passed > MAX_LINE_CHARACTERS:
+                raise DataError(f"a line has more than {MAX_LINE_CHARACTERS:,} characters; is the file whole?")
+
+
 def parse_object(content: bytes | str, limit: int = MAX_DOCUMENT_BYTES, *, finite: bool = True) -> dict[str, Any]:
     """`parse_json` of what must be an object. Raises DataError."""
     value = parse_json(content, limit, finite=finite)
@@ -96,7 +115,7 @@ def parse_object(content: bytes | str, limit: int = MAX_DOCUMENT_BYTES, *, finit
 
 def read_json(path: Path, limit: int = MAX_DOCUMENT_BYTES, *, finite: bool = True) -> dict[str, Any]:
     """The object in a JSON file; no more than `limit` bytes are read. Raises DataError as `parse_json`, and OSError."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         return parse_object(file.read(limit + 1), limit, finite=finite)
 
 

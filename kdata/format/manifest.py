@@ -20,6 +20,7 @@ from kdata.config import first_problem
 from kdata.errors import CorruptError, DataError, FormatError, MissingError
 from kdata.format.files import inside, not_through_a_link, sync_directory, write_atomically
 from kdata.format.json_text import parse_object, read_json
+from kdata.format.plain import plain_lines
 from kdata.format.schema import (
     FORMAT_MAJOR,
     FORMAT_VERSION,
@@ -138,15 +139,15 @@ def read_manifest(root: Path, *, heal: bool = False) -> list[ManifestEntry]:
         return []
     if path.is_dir():
         raise CorruptError(f"{path} is a folder; restore the file from a copy of the dataset")
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if heal and len(whole) < len(content):
-        with path.open("rb+") as file:
-            file.truncate(len(whole))
-            os.fsync(file.fileno())
     entries: list[ManifestEntry] = []
     names: set[str] = set()
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(plain_lines(path, MAX_LINE_BYTES), 1):
+        if not line.endswith(b"\n"):
+            if heal:
+                with path.open("rb+") as file:
+                    file.truncate(path.stat().st_size - len(line))
+                    os.fsync(file.fileno())
+            break
         entry = _entry(line, f"{path} line {number}")
         if entry.name in names:
             raise CorruptError(f"{path} line {number}: shard {entry.name} occurs twice; restore the file from a copy")

@@ -7,6 +7,7 @@ at a time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -44,7 +45,7 @@ from kdata.jobs.payloads import (
 )
 from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
-from kdata.store.open import open_dataset
+from kdata.store.open import AnyDataset, open_dataset, opened
 from kdata.store.pick import tables
 from kdata.store.shard import kept_positions_of, write_tables
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
@@ -111,7 +112,12 @@ class _Plan:
 
 
 def combine(
-    root: Path | str, inputs: list[Dataset], config: CombineConfig, *, resume: str = "auto", log: Path | None = None
+    root: Path | str,
+    inputs: Sequence[AnyDataset],
+    config: CombineConfig,
+    *,
+    resume: str = "auto",
+    log: Path | None = None,
 ) -> tuple[Dataset, CombineReport]:
     """Average payloads of the same rows into a dataset.
 
@@ -128,25 +134,26 @@ def combine(
         DataError: an input is not complete, is a combination itself, or lacks the mass of the tail.
         CorruptError: an input is damaged.
     """
+    payloads = [opened(dataset) for dataset in inputs]
     root = Path(root)
-    _refuse_unfit(inputs)
-    for other in inputs[1:]:
-        a, b = inputs[0], other
+    _refuse_unfit(payloads)
+    for other in payloads[1:]:
+        a, b = payloads[0], other
         refuse_other_ids(Vocabulary.of_dataset(a), Vocabulary.of_dataset(b), OTHER_TEACHER)
         refuse_other_rows(a, b)
-    shares = _shares(config, inputs)
+    shares = _shares(config, payloads)
     pure = all(np.count_nonzero(share) == 1 for share in shares.values())
-    alike = all(_alike(dataset) == _alike(inputs[0]) for dataset in inputs)
-    plan = _Plan(inputs, shares, pure and alike)
-    info, report = _identity(plan, config), CombineReport(plan.lossless, ghost=inputs[0].info.tail == "ghost")
-    dropped = sorted({t for d in inputs for t in d.info.codec.temperatures})
+    alike = all(_alike(dataset) == _alike(payloads[0]) for dataset in payloads)
+    plan = _Plan(payloads, shares, pure and alike)
+    info, report = _identity(plan, config), CombineReport(plan.lossless, ghost=payloads[0].info.tail == "ghost")
+    dropped = sorted({t for d in payloads for t in d.info.codec.temperatures})
     if dropped and not plan.lossless:
         report.notes.append(
             f"without the further temperatures {dropped}: the sum over the vocabulary at another temperature does not follow "
             "from those of the teachers"
         )
-    with Task("combine", inputs[0].num_tokens, "tokens", log) as task:
-        for source in inputs[0].info.sources:
+    with Task("combine", payloads[0].num_tokens, "tokens", log) as task:
+        for source in payloads[0].info.sources:
             _run(root, info, plan, source, report, task, resume)
             resume = goes_on(resume)
     return open_dataset(root), report

@@ -63,7 +63,7 @@ from kdata.jobs.row_tokens import ChatRows, Compared, RowTokens, spelled_by, wit
 from kdata.jobs.token_entries import EntryMaps, by_falling_probability, bytes_before, mapped
 from kdata.observe.progress import Task
 from kdata.store.dataset import Dataset
-from kdata.store.open import open_dataset
+from kdata.store.open import AnyDataset, open_dataset, opened
 from kdata.store.shard import stored_rejects
 from kdata.store.token_map import (
     REPLACED,
@@ -192,7 +192,7 @@ class _Work(EntryMaps):
 
 
 def retokenize(
-    root: Path | str, dataset: Dataset, config: RetokenizeConfig, *, resume: str = "auto", log: Path | None = None
+    root: Path | str, dataset: AnyDataset, config: RetokenizeConfig, *, resume: str = "auto", log: Path | None = None
 ) -> tuple[Dataset, RetokenizeReport]:
     """Write a dataset of the same texts with another tokenizer.
 
@@ -209,6 +209,7 @@ def retokenize(
         MismatchError: `root` was begun with other settings.
         CorruptError: the dataset is damaged.
     """
+    dataset = opened(dataset)
     root = Path(root)
     if root.resolve() == dataset.path.resolve():
         raise ConfigError(f"{root} is the dataset that is read; the result needs a folder of its own")

@@ -30,6 +30,7 @@ from kdata.selection.sidecar import (
 )
 from kdata.store.dataset import Dataset
 from kdata.store.index import read_index
+from kdata.store.open import AnyDataset, opened
 from kdata.store.token_scores import TOKEN_NLL, stored_nll
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.teachers.base import OnTokens, Teacher
@@ -63,7 +64,7 @@ class ScoreConfig(Strict):
 MARGIN = pa.field("margin", pa.float64(), True)
 
 
-def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> ScoreInfo:
+def score(dataset: AnyDataset, config: ScoreConfig, *, log: Path | None = None) -> ScoreInfo:
     """Score every sequence of a dataset: mean NLL in nats over the same target positions as the teacher's.
 
     With `config.tokens` also the NLL of each token, target or not, as float16: off by at most 2^-11 of itself (0.05 %), or
@@ -77,6 +78,7 @@ def score(dataset: Dataset, config: ScoreConfig, *, log: Path | None = None) -> 
         TeacherError: the model's log-probabilities are not finite, or with `config.tokens` one is below -65,504 nats.
         StorageError: another process is writing, or the disk refused.
     """
+    dataset = opened(dataset)
     with lock_of(dataset.path):
         return _score(dataset, config, log)
 

@@ -15,7 +15,7 @@ from kdata.selection.position_rules import Gap
 from kdata.selection.select import select as select_rows
 from kdata.selection.session import Pool
 from kdata.selection.step import Step
-from kdata.store.dataset import Dataset
+from kdata.store.open import AnyDataset, opened
 from kdata.store.sql import Room
 from kdata.teachers.base import Teacher
 from kdata.teachers.config import TeacherConfig
@@ -35,7 +35,7 @@ class _Reader:
         return [readout.logprob for readout in self.model.read(sequences, KeepConfig(kind="topk", k=1))]
 
 
-def select(dataset: Dataset, config: Step, room: Room | None = None, *, pool: Pool | None = None) -> Plan:
+def select(dataset: AnyDataset, config: Step, room: Room | None = None, *, pool: Pool | None = None) -> Plan:
     """Do one step of selection and save its plan; see `kdata.selection.select.select`, also for the errors.
 
     Raises:
@@ -43,6 +43,7 @@ def select(dataset: Dataset, config: Step, room: Room | None = None, *, pool: Po
         ConfigError: also where a sequence is longer than that model's context.
         TeacherError: a log-probability of that model is not finite.
     """
+    dataset = opened(dataset)
     if not isinstance(config.positions, Gap):
         return select_rows(dataset, config, room, pool=pool)
     rule = config.positions

@@ -38,7 +38,7 @@ from kdata.observe.progress import Task
 from kdata.selection.plan import open_plan
 from kdata.selection.spans import spans_of
 from kdata.store.dataset import Dataset
-from kdata.store.open import open_dataset
+from kdata.store.open import AnyDataset, open_dataset, opened
 from kdata.store.writer import Writer
 
 
@@ -145,7 +145,7 @@ class _Work:
 
 
 def soften(
-    root: Path | str, dataset: Dataset, config: SoftenConfig, *, resume: str = "auto", log: Path | None = None
+    root: Path | str, dataset: AnyDataset, config: SoftenConfig, *, resume: str = "auto", log: Path | None = None
 ) -> tuple[Dataset, SoftenReport]:
     """Write a dataset of the same rows whose distributions are softer at private positions.
 
@@ -164,6 +164,7 @@ def soften(
             and there are patterns without a key.
         CorruptError: the dataset is damaged.
     """
+    dataset = opened(dataset)
     root = Path(root)
     if root.resolve() == dataset.path.resolve():
         raise ConfigError(f"{root} is the dataset that is read; the result needs a folder of its own")

@@ -18,10 +18,12 @@ import psutil
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from kdata.format.files import journal_of, not_through_a_link, storage_errors
+from kdata.format.plain import plain_lines
 from kdata.observe.energy import Devices
 
 # The start of a process is computed from the system clock, so it moves when the clock is set. A process that gets the id of a
 # dead process within a minute of that process's start does not occur in practice.
+MAX_LINE_BYTES = 1 << 20
 START_SLACK_SEC = 60.0
 Count = Annotated[int, Field(ge=-(2**53), le=2**53)]  # what arithmetic of a display bears
 State = Literal["running", "done", "failed", "stopped"]
@@ -104,9 +106,12 @@ def _ends_with_newline(path: Path) -> bool:
 
 
 def read_journal(path: Path) -> list[Line]:
-    """All lines of a log, in order; none where there is no log. Lines of another form are ignored."""
+    """All lines of a log, in order; none where there is no log. Lines of another form are ignored.
+
+    Raises CorruptError for what is no log at all: a device, or a line without an end.
+    """
     lines = []
-    for text in path.read_bytes().splitlines() if path.exists() else []:
+    for text in plain_lines(path, MAX_LINE_BYTES) if path.exists() else ():
         try:
             lines.append(Line.model_validate_json(text))
         except (ValidationError, RecursionError):  # cut off, or of another version

@@ -26,6 +26,7 @@ from kdata.format.schema import Contract, Digest, FileInfo
 from kdata.store.dataset import Dataset
 from kdata.store.index import largest_column
 from kdata.store.listed import PLANS, read_listing
+from kdata.store.open import AnyDataset, opened
 from kdata.store.sql import check_new_name, is_name
 
 PLAN_SCHEMA = pa.schema([pa.field("id", pa.string(), False), pa.field("repeats", pa.int32(), False)])
@@ -443,7 +444,7 @@ def positions_info(dataset: Dataset, rows: np.ndarray, counts: np.ndarray, **fie
 
 
 def make_plan(
-    dataset: Dataset,
+    dataset: AnyDataset,
     name: str,
     ids: list[str],
     *,
@@ -463,6 +464,7 @@ def make_plan(
     Raises:
         DataError: no id, a repeated id, invalid repeats, positions or weights.
     """
+    dataset = opened(dataset)
     if not ids:
         raise DataError(f"plan {name!r} selects no row: the list of ids is empty; give at least one id")
     if len(set(ids)) != len(ids):

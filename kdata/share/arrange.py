@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,7 @@ from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset
 from kdata.store.index import UNREADABLE, damaged, read_index, read_part
-from kdata.store.open import open_dataset
+from kdata.store.open import AnyDataset, open_dataset, opened
 from kdata.store.payload import read_payload
 from kdata.store.pick import renamed, tables
 from kdata.store.shard import bind_payload, check_header, fits, write_parquet, write_payload, write_tables
@@ -52,7 +52,7 @@ from kdata.store.writer import Writer
 LOCAL_TARGET = "name a new folder, and copy it to the Hub with `kdata push`"
 
 
-def merge(datasets: list[Dataset], target: Path | str, *, link: bool = False) -> Dataset:
+def merge(datasets: Sequence[AnyDataset], target: Path | str, *, link: bool = False) -> Dataset:
     """Write the rows of several datasets into a new one.
 
     Args:
@@ -65,23 +65,24 @@ def merge(datasets: list[Dataset], target: Path | str, *, link: bool = False) ->
         DataError: two datasets share an id, or there is only one dataset.
         StorageError: the file system does not link to that place.
     """
+    inputs = [opened(dataset) for dataset in datasets]
     target = local_path(target, LOCAL_TARGET)
-    if len(datasets) < 2:
-        raise DataError(f"merge needs two datasets or more, but got {len(datasets)}; name another one")
-    first = datasets[0]
+    if len(inputs) < 2:
+        raise DataError(f"merge needs two datasets or more, but got {len(inputs)}; name another one")
+    first = inputs[0]
     # The earliest version of the codec, so that no row is rounded again.
-    info = of_version(first.info, min(dataset.info.codec.version for dataset in datasets))
-    for other in datasets[1:]:
+    info = of_version(first.info, min(dataset.info.codec.version for dataset in inputs))
+    for other in inputs[1:]:
         difference = settings_difference(info.identity(), _identity_like(first, other, info))
         if difference:
             raise MismatchError(
                 f"{first.path} and {other.path} cannot be merged, because they differ (first -> other):\n{difference}"
             )
-    _refuse_shared_ids(datasets)
-    total = sum(dataset.num_tokens for dataset in datasets)
+    _refuse_shared_ids(inputs)
+    total = sum(dataset.num_tokens for dataset in inputs)
     with new_folder(target) as folder, Task("merge", total, "tokens") as task:
         sources: dict[str, SourceInfo] = {}
-        for dataset in datasets:
+        for dataset in inputs:
             names = _free_names(list(dataset.info.sources), set(sources))
             sources |= {names[name]: source for name, source in dataset.info.sources.items()}
             for entry in dataset.manifest:
@@ -108,7 +109,7 @@ def _identity_like(first: Dataset, other: Dataset, info: DatasetInfo) -> dict[st
 
 
 def split(
-    dataset: Dataset, target: Path | str, *, by: Literal["domain", "plan"], plan: Plan | None = None
+    dataset: AnyDataset, target: Path | str, *, by: Literal["domain", "plan"], plan: Plan | None = None
 ) -> dict[str, Dataset]:
     """Divide a dataset into disjoint parts, each a dataset of its own in a folder of `target`.
 
@@ -118,6 +119,7 @@ def split(
         ConfigError: by plan without a plan, the folder is not free, or `target` is a URL.
         DataError: the folders of two domains would have the same name.
     """
+    dataset = opened(dataset)
     target = local_path(target, LOCAL_TARGET)
     if by == "plan":
         if plan is None:
@@ -132,16 +134,21 @@ def split(
         raise DataError(f"two parts would have the same folder: {folders}; rename a domain, or split by plan")
     with new_folder(target) as place:
         for name, rows in parts.items():
+            if (place / folders[name]).exists():  # on a disk for which a and A are one name
+                raise DataError(
+                    f"part {name!r} would have the folder of another one, {folders[name]!r}; rename a domain"
+                )
             write_rows(dataset, rows, place / folders[name], {"by": by, "part": name})
     return {name: open_dataset(target / folders[name]) for name in parts}
 
 
-def head(dataset: Dataset, target: Path | str, num_rows: int) -> Dataset:
+def head(dataset: AnyDataset, target: Path | str, num_rows: int) -> Dataset:
     """Write the first rows of a dataset, in its own order, as a dataset.
 
     Raises:
         ConfigError: fewer than one row, the folder is not free, or `target` is a URL.
     """
+    dataset = opened(dataset)
     target = local_path(target, LOCAL_TARGET)
     if num_rows < 1:
         raise ConfigError(f"-n {num_rows} is too few; ask for at least one row")
@@ -243,7 +250,7 @@ def _earlier(path: Path, own: DatasetInfo, entry: ManifestEntry, codec: CodecInf
     Raises CorruptError where it is not the payload of `own` that the manifest line says.
     """
     try:
-        check_header(pa.ipc.open_file(pa.OSFile(str(path))).schema, own, entry)
+        check_header(pa.ipc.open_file(pa.OSFile(str(path))), own, entry)
         return as_earlier(read_payload(path, own.codec), codec)
     except UNREADABLE as error:
         raise damaged(path, error) from error

@@ -23,6 +23,7 @@ from kdata.errors import ConfigError, KdataError
 from kdata.format.codec import codec_of
 from kdata.format.files import inside, lock_of, storage_errors, write_atomically
 from kdata.format.json_text import read_json
+from kdata.format.plain import open_plain
 from kdata.format.schema import FORMER, IDENTITY_KEYS, CodecError, DatasetInfo, SourceInfo, index_schema, payload_schema
 from kdata.observe.journal import Took, find_journal, lines_of, read_journal, took
 from kdata.observe.text import duration, energy_text, hours_text, human_bytes, number, one_line
@@ -39,6 +40,7 @@ EMPTY_NOTES = (
 
 AUDIT = "audit.json"  # what was looked at before the dataset was shared, see `kdata.share.publication`
 MAX_AUDIT_BYTES = 10 << 20
+MAX_CARD_BYTES = 64 << 20
 
 # Licence identifiers that the Hub knows. Any other becomes `other`, and the table in the card gives its name.
 HUB_LICENSES = frozenset(
@@ -254,12 +256,14 @@ def _notes(path: Path) -> bytes:
     """The bytes between the marks of the card; EMPTY_NOTES where there is no card yet."""
     if not path.exists():
         return EMPTY_NOTES
-    content = path.read_bytes()
+    with open_plain(path) as file:
+        content = file.read(MAX_CARD_BYTES + 1)
     begin, end = content.find(NOTES_BEGIN), content.rfind(NOTES_END)
-    if begin < 0 or end < begin:
+    if begin < 0 or end < begin or len(content) > MAX_CARD_BYTES:
         raise ConfigError(
-            f"{path} is not a card of kdata, or it lost its notes marks. Move it away, or put its text between "
-            f"{NOTES_BEGIN.decode()} and {NOTES_END.decode()}, then run the same command again."
+            f"{path} is not a card of kdata, lost its notes marks, or has more than {MAX_CARD_BYTES >> 20} MiB. "
+            f"Move it away, or put its text between {NOTES_BEGIN.decode()} and {NOTES_END.decode()}, then run "
+            "the same command again."
         )
     return content[begin + len(NOTES_BEGIN) : end]
 

@@ -18,6 +18,7 @@ from kdata.format.schema import ManifestEntry, SourceInfo, json_digest
 from kdata.share.provenance import flat
 from kdata.store.dataset import Dataset
 from kdata.store.listed import PLANS, SCORES, Kind, Listing
+from kdata.store.open import AnyDataset, opened
 
 COLUMNS = ["id", "content_hash", "num_tokens", "nll"]
 KINDS = {
@@ -28,7 +29,7 @@ KINDS = {
 }
 
 
-def diff(a: Dataset, b: Dataset, *, limit: int = 10) -> dict[str, Any]:
+def diff(a: AnyDataset, b: AnyDataset, *, limit: int = 10) -> dict[str, Any]:
     """What is different in `b`, from `a` on.
 
     Args:
@@ -42,6 +43,7 @@ def diff(a: Dataset, b: Dataset, *, limit: int = 10) -> dict[str, Any]:
         ConfigError: limit is negative.
         StorageError, CorruptError: an index cannot be read.
     """
+    a, b = opened(a), opened(b)
     if limit < 0:
         raise ConfigError(f"--limit {limit} is negative; 0 names no rows")
     known = {_shard_digest(entry) for entry in a.manifest} & {_shard_digest(entry) for entry in b.manifest}

@@ -18,13 +18,13 @@ from kdata.share.arrange import new_folder, write_rows
 from kdata.store.conditions import check_condition
 from kdata.store.dataset import Dataset
 from kdata.store.listed import PLANS, SCORES
-from kdata.store.open import open_dataset
+from kdata.store.open import AnyDataset, open_dataset, opened
 from kdata.store.url_dataset import RemoteDataset
 
 REMOVE = "remove it, and run the same command again"
 
 
-def pull(dataset: Dataset, target: Path | str, *, plan: str | None = None, where: str | None = None) -> Dataset:
+def pull(dataset: AnyDataset, target: Path | str, *, plan: str | None = None, where: str | None = None) -> Dataset:
     """Copy a dataset that is elsewhere, or some of its rows, to a folder, and verify what is there.
 
     All of it is a copy, byte for byte, with scores, plans and card where the place can list them. It is made in `.NAME.pull`
@@ -43,6 +43,7 @@ def pull(dataset: Dataset, target: Path | str, *, plan: str | None = None, where
         CorruptError: a file is not what was committed.
         StorageError: the place cannot be read, another process writes to the folder, or the disk refused.
     """
+    dataset = opened(dataset)
     target = local_path(target, "name a new folder")
     if plan is not None and where is not None:
         raise ConfigError("--plan and --where both choose rows; give one of them (`kdata select --where` makes a plan)")

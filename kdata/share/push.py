@@ -19,11 +19,11 @@ from kdata.share.url_push import push_to_url
 from kdata.store.dataset import Dataset
 from kdata.store.hub import hub_name
 from kdata.store.listed import HIDDEN, KINDS, PLANS, SCORES, Kind, read_listing
-from kdata.store.open import open_dataset
+from kdata.store.open import AnyDataset, open_dataset, opened
 
 
 def push(
-    dataset: Dataset,
+    dataset: AnyDataset,
     destination: str | Path,
     *,
     public: bool = False,
@@ -52,6 +52,7 @@ def push(
         DependencyError: the Hub's client, or that of the URL, is not installed.
         StorageError: the disk or the Hub refused, or a process is writing to the dataset or to the folder.
     """
+    dataset = opened(dataset)
     destination, about = str(destination), about or About()
     refuse_destination(destination, tag)
     refuse_while_written(dataset)

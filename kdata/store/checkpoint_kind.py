@@ -11,6 +11,7 @@ from typing import Any
 
 from kdata.errors import ConfigError, MissingError
 from kdata.format.json_text import read_json
+from kdata.format.plain import GET_FILES, is_pointer
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Architectures without a next-token head.
@@ -102,10 +103,8 @@ def _refuse_weights(folder: Path, *, has_config: bool) -> None:
     """Weights in other formats, or not all here."""
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
-        if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
-            raise MissingError(
-                f"{file} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull` in {folder}"
-            )
+        if is_pointer(file):
+            raise MissingError(f"{file} {GET_FILES}")
     index = _read(folder / "model.safetensors.index.json").get("weight_map")
     needed = set(index.values()) if isinstance(index, dict) else set()
     if absent := sorted(str(name) for name in needed - {file.name for file in files}):

@@ -42,7 +42,7 @@ from kdata.format.schema import (
 )
 from kdata.format.sequences import Sequences, decode, flat, nothing
 from kdata.store.hidden import HiddenStates
-from kdata.store.index import UNREADABLE, damaged, read_index, read_part, replaced
+from kdata.store.index import UNREADABLE, check_counts, damaged, read_index, read_part, replaced
 from kdata.store.listed import HIDDEN, PLANS, SCORES, Kind, Listing, listed, read_listing, refuse_other_dataset
 from kdata.store.payload import PayloadReader, used_columns
 from kdata.store.row import Row
@@ -254,7 +254,10 @@ class Dataset:
         return path
 
     def checked_file(self, entry: ManifestEntry, folder: str) -> Path:
-        """The same; its bytes are compared with the digest in the manifest, see `matches`. CorruptError where they differ."""
+        """The same; its bytes are compared with the digest in the manifest (`matches`), and counts of an index with its line.
+
+        Raises CorruptError where they differ.
+        """
         path = self.shard_file(entry, folder)
         try:
             is_committed = matches(path, entry.files[self.file_name(entry, folder)])
@@ -264,6 +267,8 @@ class Dataset:
         if not is_committed:
             self._refuse_replaced(entry)
             raise damaged(path, "its SHA-256 is not the one in the manifest")
+        if folder == "index":
+            check_counts(path, entry)
         return path
 
     def _refuse_replaced(self, entry: ManifestEntry) -> None:
@@ -645,7 +650,7 @@ class Dataset:
         """
         index = self.shard_index(entry, ["id", "content_hash"])
         expected = zip(index["id"].to_pylist(), index["content_hash"].to_pylist(), strict=True)
-        check_header(pa.ipc.open_file(pa.OSFile(str(path))).schema, self.info, entry)
+        check_header(pa.ipc.open_file(pa.OSFile(str(path))), self.info, entry)
         reader, sizes = PayloadReader(path, ["id", "input_ids"]), []
         for number in range(reader.num_record_batches):
             batch = reader.batch(number)

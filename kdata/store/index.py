@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 
 from kdata.errors import CorruptError, KdataError, MismatchError
 from kdata.format.manifest import read_manifest
-from kdata.format.schema import index_schema
+from kdata.format.plain import GET_FILES, is_pointer
+from kdata.format.schema import ManifestEntry, index_schema
 
+_COUNTED: set[tuple[str, int, int, int]] = set()  # digest of an index part, and what it was compared with
 # What pyarrow and numpy raise when they read damaged bytes.
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, MemoryError)
 
@@ -28,6 +30,8 @@ def damaged(path: Path, reason: object) -> KdataError:
         of_a_shard = folder in ("data", "index", "rejects") and (root / "manifest.jsonl").exists()
         if of_a_shard and all(f"{folder}/{path.name}" not in entry.files for entry in read_manifest(root)):
             return replaced(root, path.stem)
+    if is_pointer(path):
+        return CorruptError(f"{path} {GET_FILES}")
     return CorruptError(
         f"{path} is damaged: {reason}. Restore it from a copy, or run `kdata verify` to see what is whole."
     )
@@ -58,6 +62,33 @@ def check_columns(table: pa.Table, schema: pa.Schema) -> None:
         if column.null_count and not field.nullable:
             raise ValueError(f"column {name} has nulls")
     table.validate(full=True)
+
+
+def check_counts(path: Path, entry: ManifestEntry) -> None:
+    """Compare the numbers of rows, tokens and targets of an index part with the manifest, once per process and content.
+
+    A stranger fits digests, and a query counts what is there: with a row twice, all of its answers would be others.
+
+    Raises:
+        CorruptError: they differ, or a row has a negative number of them.
+    """
+    totals = {"num_tokens": entry.tokens, "num_target_tokens": entry.target_tokens}
+    key = (entry.files[f"index/{entry.name}.parquet"].sha256, entry.rows, entry.tokens, entry.target_tokens)
+    if key in _COUNTED:
+        return
+    try:
+        rows = pq.read_metadata(path).num_rows
+        if rows != entry.rows:
+            raise ValueError(f"it holds {rows} rows, the manifest says {entry.rows}")
+        check_columns(pq.read_schema(path).empty_table(), index_schema())
+        table = read_index(path, list(totals))
+    except UNREADABLE as error:
+        raise damaged(path, error) from error
+    for name, total in totals.items():
+        counts = table[name].to_numpy()
+        if counts.min(initial=0) < 0 or counts.sum() != total:
+            raise damaged(path, f"its column {name} has the sum {counts.sum()}, the manifest says {total}")
+    _COUNTED.add(key)
 
 
 def largest_column(path: Path) -> int:

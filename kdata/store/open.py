@@ -10,6 +10,8 @@ from kdata.store.dataset import Dataset
 from kdata.store.sql import Check
 from kdata.store.url_dataset import RemoteDataset
 
+AnyDataset = Dataset | str | Path  # what the functions of `kdata` take: a dataset, or where it is
+
 
 def open_dataset(path: str | Path, *, check: Check = "first") -> Dataset:
     """Open a dataset: a folder, any URL that fsspec opens ("s3://BUCKET/NAME"), or "hf://OWNER/NAME[@REVISION]".
@@ -39,3 +41,12 @@ def open_dataset(path: str | Path, *, check: Check = "first") -> Dataset:
     if not local.is_dir():
         raise ConfigError(f"{local} is a file; name the dataset's folder")
     return Dataset(local, check)
+
+
+def opened(dataset: AnyDataset) -> Dataset:
+    """A dataset itself, or the one at a path or URL. Raises ConfigError for anything else, and what `open_dataset` raises."""
+    if isinstance(dataset, Dataset):
+        return dataset
+    if isinstance(dataset, str | Path):
+        return open_dataset(dataset)
+    raise ConfigError(f"{type(dataset).__name__} is no dataset; name its folder or URL, or open it with kdata.open")

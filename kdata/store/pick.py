@@ -33,7 +33,7 @@ def tables(
     data, index_path = dataset.checked_file(entry, "data"), dataset.checked_file(entry, "index")
     chosen = pa.array(local)
     try:
-        check_header(pa.ipc.open_file(pa.OSFile(str(data))).schema, dataset.info, entry)
+        check_header(pa.ipc.open_file(pa.OSFile(str(data))), dataset.info, entry)
         payload = read_payload(data, dataset.info.codec).take(chosen)
         index = read_index(index_path, index_schema().names).take(chosen)
     except UNREADABLE as error:

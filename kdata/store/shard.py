@@ -284,11 +284,11 @@ def fits(path: Path, own: DatasetInfo, entry: ManifestEntry, other: DatasetInfo)
     Raises CorruptError where it is not the payload of `own` that the manifest line says.
     """
     try:
-        schema = pa.ipc.open_file(pa.OSFile(str(path))).schema
-        check_header(schema, own, entry)
+        reader = pa.ipc.open_file(pa.OSFile(str(path)))
+        check_header(reader, own, entry)
     except UNREADABLE as error:
         raise damaged(path, error) from error
-    return (schema.metadata or {}).get(b"kdata.fingerprint") in (None, other.identity_digest.encode())
+    return (reader.schema.metadata or {}).get(b"kdata.fingerprint") in (None, other.identity_digest.encode())
 
 
 def bind_payload(path: Path, target: Path, info: DatasetInfo, work_digest: str) -> None:
@@ -311,13 +311,16 @@ def bind_payload(path: Path, target: Path, info: DatasetInfo, work_digest: str) 
         raise damaged(path, error) from error
 
 
-def check_header(schema: pa.Schema, info: DatasetInfo, entry: ManifestEntry) -> None:
-    """Compare the schema of a stored shard, and the metadata in it, with its dataset and its manifest line.
+def check_header(reader: pa.ipc.RecordBatchFileReader, info: DatasetInfo, entry: ManifestEntry) -> None:
+    """Compare the schema of a stored shard, the metadata and the number of its record batches with dataset and manifest line.
 
     Raises:
         ShapeError: a column is missing or has another type, or the shard was written for another codec, vocabulary or tail,
-            for another dataset, or by other work.
+            for another dataset, or by other work; or there are more record batches than rows.
     """
+    schema = reader.schema
+    if reader.num_record_batches > max(entry.rows, 1):  # each takes time, whatever is in it
+        raise ShapeError(f"it has {reader.num_record_batches:,} record batches for {entry.rows:,} rows")
     expected = payload_schema(info.codec.id, info.codec.version)
     for field in expected:
         place = schema.get_field_index(field.name)

@@ -79,3 +79,17 @@ def test_the_first_arguments_are_where_then_what_then_who() -> None:
     for name in ("capture", "generate"):
         parameters = list(inspect.signature(getattr(kdata, name)).parameters)
         assert parameters[:3] == ["root", "config", "teacher_config"]
+
+
+def test_functions_take_a_dataset_or_where_it_is(copied: Path, tmp_path: Path) -> None:
+    """An open dataset was needed once, and a path ended as an AttributeError."""
+    data = kdata.open(copied)
+    assert kdata.verify(str(copied)) == [] == kdata.verify(data)
+    assert kdata.diff(copied, str(copied))["same"] is kdata.diff(data, data)["same"]
+    one, two = kdata.head(str(copied), tmp_path / "one", 2), kdata.split(copied, tmp_path / "parts", by="domain")
+    assert one.num_rows == 2 and kdata.merge([tmp_path / "parts" / name for name in two], tmp_path / "all").num_rows
+    assert kdata.make_plan(copied, "some", [data[0].id], method="sql", parameters={}).rows(data).tolist() == [0]
+    with pytest.raises(errors.MissingError, match="nowhere does not exist"):
+        kdata.head(tmp_path / "nowhere", tmp_path / "two", 2)
+    with pytest.raises(errors.ConfigError, match=r"^NoneType is no dataset; name its folder"):
+        kdata.verify(None)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -9,11 +10,15 @@ import pytest
 
 from kdata import errors
 from kdata.config import apply_settings, parse_config, read_yaml
+from kdata.corpus.corpus import CorpusConfig
 from kdata.errors import ConfigError, KdataError, MissingError, settings_difference
 from kdata.format.keep import KINDS_WITH, KeepConfig
 from kdata.jobs.reading import CaptureConfig
 from kdata.jobs.writing import GenerateConfig
+from kdata.loader.batches import BatchesConfig
+from kdata.selection.position_rules import Entropy
 from kdata.teachers.config import TeacherConfig
+from kdata.trainer.config import CheckpointStudent
 
 
 @pytest.mark.parametrize(
@@ -130,3 +135,27 @@ def test_a_setting_of_another_kind_is_refused_where_no_kind_is_named(name: str) 
         parse_config(KeepConfig, {name: values[name]}, "here")
     kind = KINDS_WITH[name][0]
     assert parse_config(KeepConfig, {name: values[name], "kind": kind}, "here").kind == kind
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CaptureConfig(corpus={"path": "x"}, kk=3), r"CaptureConfig: unknown key 'kk' \(did you mean"),
+        (lambda: CaptureConfig(corpus={"pth": "x"}), r"CaptureConfig:\n  'corpus.path' is missing"),
+        (lambda: CaptureConfig(corpus=CorpusConfig(path="x"), k="many"), r"CaptureConfig: k: .*\(got 'many'\)"),
+        (lambda: CaptureConfig(corpus=CorpusConfig(path="x", id_colum="a")), "CorpusConfig: unknown key 'id_colum'"),
+        (lambda: Entropy(), r"share.* is missing.*For instance: share=0\.2$"),
+        (lambda: BatchesConfig(context_tokens=0), "BatchesConfig: context_tokens: .*equal to 2 .got 0."),
+        (lambda: CheckpointStudent(modle="x"), "CheckpointStudent:\n  'model' is missing"),
+    ],
+)
+def test_a_call_in_python_ends_as_settings_of_a_file_do(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        make()
+    assert "pydantic" not in str(caught.value) and "--set" not in str(caught.value)
+
+
+def test_a_token_in_a_call_is_not_repeated() -> None:
+    with pytest.raises(ConfigError, match=r"CorpusConfig: path holds what looks like a password") as caught:
+        CorpusConfig(path="https://me:hunter2hunter2@host/x.jsonl")
+    assert "hunter2" not in str(caught.value)

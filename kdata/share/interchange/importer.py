@@ -20,7 +20,7 @@ from kdata.config import RowsConfig
 from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, first_line
 from kdata.format.files import journal_of, local_path, temporary_folder
-from kdata.format.json_text import MAX_TOKENIZER_BYTES, parse_row
+from kdata.format.json_text import MAX_TOKENIZER_BYTES, parse_row, row_lines
 from kdata.format.manifest import new_info
 from kdata.format.records import Record, Reject, RowError, UnitResult, inputs_digest
 from kdata.format.rejects import checked
@@ -218,7 +218,7 @@ def batches(files: list[PeerFile]) -> Iterator[pa.RecordBatch | RowError]:
                 yield from file.iter_batches(batch_size=ROWS_AT_ONCE)
                 continue
             with peer.open() as lines:
-                numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+                numbered = ((number, line) for number, line in enumerate(row_lines(lines), 1) if line.strip())
                 while some := list(itertools.islice(numbered, ROWS_AT_ONCE)):
                     yield from _of_lines([_parsed(line, f"line {number} of {peer.name}") for number, line in some])
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from kdata.errors import DataError, first_line
-from kdata.format.json_text import MAX_ROW_CHARACTERS, parse_row
+from kdata.format.json_text import MAX_ROW_CHARACTERS, parse_row, row_lines
 from kdata.format.records import RowError
 from kdata.share.interchange.rows import PeerRow, unusable
 from kdata.share.interchange.source import PeerFile
@@ -51,8 +51,7 @@ def _lines(peer: PeerFile) -> Iterator[bytes]:
                 yield content
             return
         with peer.open() as lines:
-            read = iter(lambda: lines.readline(MAX_ROW_CHARACTERS + 1), b"")
-            yield from (line for line in read if line.strip())
+            yield from (line for line in row_lines(lines) if line.strip())
     except (OSError, ValueError) as error:
         raise DataError(f"{peer.place} cannot be read: {first_line(error)}") from error
 

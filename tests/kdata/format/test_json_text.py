@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdata.corpus.json_rows import JsonFile
 from kdata.errors import DataError
+from kdata.format import json_text
 from kdata.format.json_text import MAX_DEPTH, parse_json, parse_object, parse_row, read_json
+from kdata.format.records import RowError
 
 VALUES = st.recursive(
     st.none()
@@ -72,3 +77,34 @@ def test_no_more_of_a_file_than_the_limit_is_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="object"):
         parse_object("[1]")
     assert read_json(tmp_path / "large.json") == {"a": "x" * 1000}
+
+
+@pytest.fixture
+def short_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, most in (("MAX_ROW_CHARACTERS", 32), ("MAX_PIECE_CHARACTERS", 8), ("MAX_LINE_CHARACTERS", 100)):
+        monkeypatch.setattr(json_text, name, most)
+
+
+@pytest.mark.usefixtures("short_lines")
+@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 34, 40, 41, 42, 49, 50, 51, 99])
+def test_of_a_line_longer_than_a_row_the_beginning_is_given(length: int, end: str) -> None:
+    """And the lines around it are whole, wherever the pieces in which it is passed over end."""
+    content = "a\n" + "x" * length + "\nlast" + end
+    lines = ["a\n", ("x" * length + "\n")[:33], "last" + end]
+    assert list(json_text.row_lines(io.StringIO(content))) == lines
+    assert list(json_text.row_lines(io.BytesIO(content.encode()))) == [line.encode() for line in lines]
+
+
+@pytest.mark.usefixtures("short_lines")
+def test_a_line_without_an_end_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"id": "a", "text": "b"}\n')
+    os.truncate(path, 20 << 30)  # a hole: what a copy leaves that was cut off
+    with pytest.raises(DataError, match="a line has more than 100 characters"):
+        list(json_text.row_lines(path.open("rb")))
+    with pytest.raises(DataError, match="a line has more than 100 characters"):
+        JsonFile(path, "rows.jsonl")
+    path.write_bytes(b'{"id": "a", "text": "b"}\n' + b"x" * 60 + b'\n{"id": "c"}\n')
+    rows = list(JsonFile(path, "rows.jsonl").rows(["id"]))
+    assert [isinstance(row, RowError) for row in rows] == [False, True, False], "a long line spoils its own row only"

@@ -421,3 +421,87 @@ def test_a_merge_of_two_versions_takes_no_foreign_or_damaged_shard(
     with pytest.raises(CorruptError, match="is damaged"):
         merge([kdata.open(copied), other], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def rewrite_index(root: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Change the index of the first shard, and make its digest fit."""
+    path = root / "index/capture-00000.parquet"
+    pq.write_table(change(pq.read_table(path)), path)
+
+    def with_new_digest(line: dict[str, Any]) -> None:
+        if line["name"] == "capture-00000":
+            line["files"]["index/capture-00000.parquet"] = file_info(path).model_dump()
+
+    rewrite_lines(root, with_new_digest)
+
+
+def with_column(name: str, change: Callable[[np.ndarray], Any]) -> Callable[[pa.Table], pa.Table]:
+    def changed_table(table: pa.Table) -> pa.Table:
+        place = table.schema.get_field_index(name)
+        field = table.schema.field(name)
+        return table.set_column(place, field, pa.array(change(table[name].to_numpy().copy()), field.type))
+
+    return changed_table
+
+
+INDEXES: list[tuple[Callable[[pa.Table], pa.Table], str]] = [
+    (lambda table: pa.concat_tables([table, table]), "rows, the manifest says"),
+    (lambda table: table.slice(1), "rows, the manifest says"),
+    (with_column("num_tokens", lambda counts: counts + 1), "num_tokens has the sum"),
+    (
+        with_column("num_tokens", lambda counts: np.append(-1, [counts.sum() + 1, *[0] * (len(counts) - 2)])),
+        "num_tokens",
+    ),
+    (with_column("num_target_tokens", lambda counts: counts * 0), "num_target_tokens has the sum 0"),
+    (
+        lambda table: table.set_column(2, "domain", table["domain"].dictionary_encode()),
+        "column domain has the type dict",
+    ),
+    (lambda table: table.append_column("id", table["id"]), "column 'id' is repeated"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), INDEXES)
+def test_an_index_has_the_rows_and_tokens_of_the_manifest(
+    copied: Path, change: Callable[[pa.Table], pa.Table], reason: str
+) -> None:
+    """Rows that were there twice were counted twice by SQL and chosen by `select`, and `repair` called it whole."""
+    rewrite_index(copied, lambda table: table)
+    assert kdata.open(copied).sql("select count(*) n from rows")["n"].to_pylist() == [kdata.open(copied).num_rows]
+    rewrite_index(copied, change)
+    for read in (lambda d: d.sql("from rows"), lambda d: d.index(["id"]), lambda d: d.take(np.arange(2)), list):
+        with pytest.raises(CorruptError, match=reason):
+            _ = read(kdata.open(copied)), kdata.open(copied).index(["id"])
+    assert [p.path for p in verify(kdata.open(copied))] == ["index/capture-00000.parquet"]
+    assert kdata.repair(copied).units == {"capture": [0]}
+    assert verify(kdata.open(copied), deep=True) == []
+
+
+def test_verify_deep_compares_each_row_s_counts_with_its_payload(copied: Path) -> None:
+    rewrite_index(copied, with_column("num_tokens", lambda counts: counts[::-1] + np.arange(len(counts)) - 1))
+    total = kdata.open(copied).manifest[0].tokens
+    path = copied / "index/capture-00000.parquet"
+    difference = total - sum(pq.read_table(path)["num_tokens"].to_pylist())
+    rewrite_index(copied, with_column("num_tokens", lambda counts: np.append(counts[0] + difference, counts[1:])))
+    assert verify(kdata.open(copied)) == []
+    [problem] = verify(kdata.open(copied), deep=True)
+    assert problem.path == "data/capture-00000.arrow" and "another num_tokens than its index says" in problem.what
+
+
+def test_a_shard_has_no_more_record_batches_than_rows(copied: Path) -> None:
+    """Twenty thousand empty ones took `head` half a minute."""
+    path = copied / "data/capture-00000.arrow"
+    file = pa.ipc.open_file(path.read_bytes())
+    batches = [file.get_batch(number) for number in range(file.num_record_batches)]
+    with pa.ipc.new_file(str(path), file.schema, metadata=file.metadata) as writer:
+        for batch in [*batches, *[batches[0].slice(0, 0)] * 50]:
+            writer.write_batch(batch)
+
+    def with_new_digest(line: dict[str, Any]) -> None:
+        if line["name"] == "capture-00000":
+            line["files"]["data/capture-00000.arrow"] = file_info(path).model_dump()
+
+    rewrite_lines(copied, with_new_digest)
+    refused(copied, "record batches for")
+    with pytest.raises(CorruptError, match="record batches for"):
+        kdata.head(copied, copied.parent / "head", 2)
