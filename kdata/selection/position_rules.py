@@ -37,7 +37,8 @@ from kdata.format.positions import ChosenPositions, position_problem
 from kdata.format.sequences import Sequences
 from kdata.selection.apportion import as_written
 from kdata.store.dataset import Dataset
-from kdata.store.sql import NAME, check_recordable, mentions
+from kdata.store.queryable import NAME
+from kdata.store.sql import check_recordable, mentions
 from kdata.store.token_columns import TokenColumns, has_entries
 from kdata.store.token_scores import TokenScore
 from kdata.store.token_views import named_scores

@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import duckdb
 import numpy as np
 import pyarrow as pa
+
+from kdata.store.background import interruptible
 
 Tree = dict[str, Any]
 Parameters = list[Any] | dict[str, Any] | None  # of a query, as DuckDB takes them
@@ -555,11 +557,16 @@ def rows_of(
             if not (conditions or query.part.chooses) or not is_bound(text, names):
                 return None
             try:
-                answer = connection.sql(text, params=_named(parameters, names)).to_arrow_table()
+                own = _named(parameters, names)
+                answer = interruptible(connection, partial(_answer, connection, text, own))
             except duckdb.Error:  # a cast that fails for a row, say: the query may never evaluate it for this row
                 return None
             numbers.append(answer.column(0).to_numpy())
     return None if queries is None or not numbers else np.unique(np.concatenate(numbers))
+
+
+def _answer(connection: duckdb.DuckDBPyConnection, text: str, parameters: Parameters) -> pa.Table:
+    return connection.sql(text, params=parameters).to_arrow_table()
 
 
 def columns_of(connection: duckdb.DuckDBPyConnection, views: Iterable[str]) -> dict[str, Columns]:

@@ -31,7 +31,7 @@ from kdata.pipelines.cli.main import call
 from kdata.store import ranges, url_dataset
 from kdata.store.ranges import SHARE, SWEEPS, Ranges, key_of, place_of
 from kdata.store.shard import write_parquet
-from kdata.store.sql import is_of_bytes
+from kdata.store.sql_errors import is_of_bytes
 from kdata.store.url import Store
 from kdata.store.url_dataset import Footers
 from tests.kdata.selection.plans import Row, dataset_of
