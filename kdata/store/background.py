@@ -6,11 +6,15 @@ Such work must not mind being left behind: it writes under temporary names, or n
 
 from __future__ import annotations
 
+import atexit
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -98,8 +102,18 @@ def interruptible(connection: Interrupts, work: Callable[[], T]) -> T:
         threading.Thread(target=_settle, args=(future, work), name="query", daemon=True).start()
         return future.result()
     except KeyboardInterrupt:
+        atexit.register(_leave, future)  # first: a second Ctrl-C ends the waiting
         until = time.monotonic() + PATIENCE_SEC
         while not future.done() and time.monotonic() < until:  # it may not have begun
             connection.interrupt()
             time.sleep(0.01)
         raise
+
+
+def _leave(future: Future[Any]) -> None:
+    """End the process at once where a query was left behind: DuckDB's threads would call an interpreter that is gone."""
+    if not future.done():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(130)

@@ -296,7 +296,10 @@ class RemoteDataset(Dataset):
         return self._copies.get((relative, info.sha256)) == (about.st_ino, about.st_mtime_ns)
 
     def _copy_payload(self, relative: str) -> None:
-        self._copied(relative, self._payloads[relative].files[relative])
+        """And the shard's index: it is compared before a row is read, and a step would wait for it."""
+        entry = self._payloads[relative]
+        for name in (relative, self.file_name(entry, "index")):
+            self._copied(name, entry.files[name])
 
     def _payload_place(self, relative: str) -> tuple[Path, int]:
         return inside(self.path, relative), self._payloads[relative].files[relative].bytes
