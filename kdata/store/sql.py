@@ -33,6 +33,7 @@ from kdata.errors import (
 )
 from kdata.format.schema import index_schema, rejects_schema
 from kdata.store.background import interruptible
+from kdata.store.late_rows import shards_of
 from kdata.store.listed import PLANS, SCORES
 from kdata.store.queryable import Queryable, is_name, listed_views
 from kdata.store.sql_errors import name_damage, refuse_storage
@@ -60,7 +61,12 @@ def unglobbed(path: Path) -> str:
 
 
 def files_view(
-    connection: duckdb.DuckDBPyConnection, view: str, files: list[str], schema: pa.Schema, columns: str = "*"
+    connection: duckdb.DuckDBPyConnection,
+    view: str,
+    files: list[str],
+    schema: pa.Schema,
+    columns: str = "*",
+    where: str = "true",
 ) -> None:
     """Make or replace a view on Parquet files (names of `Queryable.sql_file`). Without files it is empty, with `schema`."""
     if files:
@@ -69,7 +75,7 @@ def files_view(
     else:
         source = "_empty_" + re.sub(r"\W", "_", view)
         connection.register(source, schema.empty_table())
-    text = f"create or replace view {view} as select {columns} from {source}"
+    text = f"create or replace view {view} as select {columns} from {source} where {where}"
     interruptible(connection, lambda: connection.execute(text))  # it reads the footers
 
 
@@ -316,6 +322,8 @@ def _relation_of(
         with connect(dataset, reads) as connection:
             try:
                 refuse_writing(connection, text)
+                if dataset.sql_filesystem is not None and reads is not None and "rows" in reads:
+                    _fetch_late(connection, dataset, text, parameters)
                 with token_views(connection, dataset, reads, text, parameters) as failures:
                     yield connection, _bound(connection, text, parameters), failures
             except duckdb.Error as error:
@@ -324,6 +332,17 @@ def _relation_of(
         refuse_storage(dataset, error)
         name_damage(dataset, error, text)
         raise QueryError(f"{dataset.path}: DuckDB cannot read the files: {str(error).strip()}") from error
+
+
+def _fetch_late(connection: duckdb.DuckDBPyConnection, dataset: Queryable, text: str, parameters: Parameters) -> None:
+    """Let `rows` be those of the shards that a query needs, where its text says that they are some."""
+    shards = shards_of(connection, text, parameters)
+    if shards is None:
+        return
+    index = [dataset.sql_file(entry, "index", compare=dataset.check != "later") for entry in dataset.manifest]
+    # Each file has one value of `shard`, so those of others are not read.
+    names = ", ".join(literal(name) for name in sorted(shards)) or "null"
+    files_view(connection, "rows", index, index_schema(), where=f"shard in ({names})")
 
 
 def _bound(connection: duckdb.DuckDBPyConnection, text: str, parameters: Parameters) -> duckdb.DuckDBPyRelation:
