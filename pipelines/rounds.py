@@ -24,7 +24,7 @@ from kdata.selection.query import Sql
 from kdata.selection.select import parse_step
 from kdata.selection.step import Step
 from kdata.store.conditions import check_condition
-from kdata.store.sql import NAME
+from kdata.store.queryable import NAME
 from kdata.teachers.config import SamplingConfig, TeacherConfig
 
 # Not in doubled braces, which are Jinja's.

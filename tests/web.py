@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import socket
+import struct
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,13 +17,18 @@ class Files:
 
     `sent` has path, first byte and number of bytes of each answer. All answers together take a second for each
     `bytes_per_sec`, where that is not 0. `cut` says of which paths only a half is sent before the connection ends,
-    `busy` which are refused because too much was asked (429).
+    `faults` what is the answer to paths that match: a status of HTTP, "reset" (the connection breaks), "hang" (none, until
+    `close`), or a URL to which the client is sent. `hanging` counts those without an answer.
+    `before_sending` is called with the bytes of each answer.
     """
 
     def __init__(self, root: Path, bytes_per_sec: float = 0.0) -> None:
         self.sent: list[tuple[str, int, int]] = []
         self.bytes_per_sec, self.cut = bytes_per_sec, re.compile("(?!)")
-        self.busy = re.compile("(?!)")
+        self.faults: dict[str, int | str] = {}
+        self.before_sending: Callable[[int], None] = lambda size: None
+        self.hanging = 0
+        self._closed = threading.Event()
         line = threading.Lock()
         files = self
 
@@ -37,10 +45,9 @@ class Files:
                 self._answer(True)
 
             def _answer(self, body: bool) -> None:
-                if files.busy.search(self.path):
-                    self.send_response(429)
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
+                fault = next((fault for part, fault in files.faults.items() if re.search(part, self.path)), None)
+                if fault is not None:
+                    self._fail(fault)
                     return
                 path = root / self.path.lstrip("/")
                 content = path.read_bytes() if path.is_file() else None
@@ -54,6 +61,7 @@ class Files:
                 self.send_header("Content-Length", str(len(part)))
                 self.end_headers()
                 if body:
+                    files.before_sending(len(part))
                     files.sent.append((self.path.lstrip("/"), first, len(part)))
                     if files.bytes_per_sec:
                         with line:
@@ -63,6 +71,22 @@ class Files:
                         self.close_connection = True
                     else:
                         self.wfile.write(part)
+
+            def _fail(self, fault: int | str) -> None:
+                if fault == "hang":
+                    files.hanging += 1
+                    files._closed.wait()
+                    self.close_connection = True
+                elif fault == "reset":
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.connection.close()
+                    self.close_connection = True
+                else:
+                    self.send_response(fault if isinstance(fault, int) else 302)
+                    if isinstance(fault, str):
+                        self.send_header("Location", fault)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -74,5 +98,6 @@ class Files:
 
     def close(self) -> None:
         """Stop serving."""
+        self._closed.set()
         self._server.shutdown()
         self._server.server_close()

@@ -19,7 +19,7 @@ from kdata.format.keep_rules import described
 from kdata.format.positions import ChosenPositions
 from kdata.loader.batches import BatchesConfig, keeps_something
 from kdata.selection.plan import Plan, open_plan
-from kdata.store.sql import is_name
+from kdata.store.queryable import is_name
 from kdata.store.token_columns import COUNTS, has_entries, token_columns
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.trainer.config import Phase, TrainConfig

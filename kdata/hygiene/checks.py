@@ -24,7 +24,7 @@ from kdata.hygiene.overlap import EvaluationSet, open_set, overlap_of, set_diges
 from kdata.hygiene.personal import KINDS, MOST_SPANS, personal_of
 from kdata.hygiene.quality import quality_of
 from kdata.hygiene.words import hashed, normal_form, words_of
-from kdata.store.sql import NAME
+from kdata.store.queryable import NAME
 
 Check = Literal["duplicates", "overlap", "language", "quality", "personal"]
 CHECKS: tuple[Check, ...] = ("duplicates", "overlap", "language", "quality", "personal")

@@ -32,7 +32,7 @@ from kdata.store.hidden import (
     write_hidden_info,
 )
 from kdata.store.listed import HIDDEN, listed
-from kdata.store.sql import check_new_name
+from kdata.store.queryable import check_new_name
 from kdata.teachers.base import StateReading
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.load import load_state_reader

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from kdata.selection.apportion import as_written
 from kdata.selection.prune import by_number
 from kdata.selection.windowed import Windowed
-from kdata.store.sql import NAME
+from kdata.store.queryable import NAME
 
 # Rows in the order of their numbers, ties by id; those at places from low to high of their part, in whole numbers, so that
 # nothing depends on rounding. The middle of the band comes first.

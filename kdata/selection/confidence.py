@@ -8,7 +8,7 @@ from pydantic import Field
 
 from kdata.selection.prune import by_number
 from kdata.selection.ranked import Ranked
-from kdata.store.sql import NAME
+from kdata.store.queryable import NAME
 
 # log of p_teacher * p_student, geometric means over the target tokens of a row.
 JOINT = """

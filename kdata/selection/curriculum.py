@@ -13,7 +13,7 @@ from kdata.selection.plan import CountBy
 from kdata.selection.rank import Ranking, choose_best, count_units
 from kdata.selection.session import DomainSizes, Session
 from kdata.selection.step import Chosen, Counts, Step
-from kdata.store.sql import NAME
+from kdata.store.queryable import NAME
 
 # The ratios of easydistill's `operators/balance.py` (the recipe of DistilQwen2, by TAPIR's authors); they sum to 1.
 OTHER_TASKS = (

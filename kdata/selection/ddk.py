@@ -15,7 +15,7 @@ from pydantic import Field, FiniteFloat, model_validator
 from kdata.errors import ConfigError, DataError
 from kdata.selection.mixtures import Mixture
 from kdata.selection.session import DomainSizes, Session
-from kdata.store.sql import NAME
+from kdata.store.queryable import NAME
 
 # Sums of cross-entropy and of target tokens, and the number of rows that lack one. It runs on one piece of the dataset at a
 # time.

@@ -27,7 +27,7 @@ from kdata.store.dataset import Dataset
 from kdata.store.index import largest_column
 from kdata.store.listed import PLANS, read_listing
 from kdata.store.open import AnyDataset, opened
-from kdata.store.sql import check_new_name, is_name
+from kdata.store.queryable import check_new_name, is_name
 
 PLAN_SCHEMA = pa.schema([pa.field("id", pa.string(), False), pa.field("repeats", pa.int32(), False)])
 # Columns that a plan has where it chooses positions of its rows; weights only where they are not all 1.

@@ -32,7 +32,8 @@ from kdata.format.positions import ChosenPositions, position_problem
 from kdata.selection.position_base import Marker, Piece, PositionRule, ShareRule
 from kdata.selection.spans import tokens_in_spans
 from kdata.store.dataset import Dataset
-from kdata.store.sql import NAME, check_recordable, mentions
+from kdata.store.queryable import NAME
+from kdata.store.sql import check_recordable, mentions
 from kdata.store.token_columns import has_entries
 from kdata.store.token_views import named_scores
 

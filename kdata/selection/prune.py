@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from kdata.selection.ranked import RANDOM, Ranked
 from kdata.selection.session import DomainSizes, Session
 from kdata.selection.step import Chosen
-from kdata.store.sql import NAME
+from kdata.store.queryable import NAME
 
 # The number of each row. A score that has none for a row leaves it null, which is an error.
 BY_NUMBER = """

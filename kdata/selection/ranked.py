@@ -13,7 +13,7 @@ from kdata.selection.plan import CountBy
 from kdata.selection.rank import Ranking, choose_best, count_units
 from kdata.selection.session import DomainSizes, Session
 from kdata.selection.step import Chosen, Step
-from kdata.store.sql import NAME
+from kdata.store.queryable import NAME
 
 # r(x) = NLL_ref(x) - NLL_teacher(x), mean per token of a chunk; the top share of all chunks is kept, deterministically.
 DIFFERENCE = """

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from kdata.selection.apportion import as_written
 from kdata.selection.windowed import Windowed, random_number
-from kdata.store.sql import NAME
+from kdata.store.queryable import NAME
 
 # Null stays null, and what is no margin becomes NaN: both are errors. `greatest` would ignore them.
 GAINS = """

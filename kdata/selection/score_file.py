@@ -20,7 +20,8 @@ from kdata.format.schema import index_schema
 from kdata.selection.session import exclusive
 from kdata.selection.sidecar import ScoreInfo, begin_sidecar, finish_sidecar, write_part
 from kdata.store.dataset import Dataset
-from kdata.store.sql import Room, files_view, is_name, literal, unglobbed
+from kdata.store.queryable import is_name
+from kdata.store.sql import Room, files_view, literal, unglobbed
 
 WHOLE = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"}
 REAL = {"FLOAT", "DOUBLE", "UBIGINT", "HUGEINT", "UHUGEINT", "DECIMAL"}

@@ -60,7 +60,8 @@ from kdata.selection.tables import Olmix, RegMix, Table
 from kdata.store.conditions import EXAMPLES, check_condition
 from kdata.store.dataset import Dataset
 from kdata.store.listed import MARGINS, SCORES
-from kdata.store.sql import Room, check_new_name, literal
+from kdata.store.queryable import check_new_name
+from kdata.store.sql import Room, literal
 
 METHODS: dict[str, type[Step]] = {
     "difference": Difference,

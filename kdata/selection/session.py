@@ -28,21 +28,13 @@ from kdata.format.schema import ManifestEntry, index_schema
 from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.selection.sidecar import score_digest
+from kdata.store.background import interruptible
 from kdata.store.conditions import added, all_true, counts_query
 from kdata.store.dataset import Dataset
 from kdata.store.listed import SCORES
 from kdata.store.open import open_dataset
-from kdata.store.sql import (
-    Room,
-    connect,
-    files_view,
-    interruptible,
-    name_damage,
-    reads_of,
-    refuse_disk,
-    refuse_writing,
-    unglobbed,
-)
+from kdata.store.sql import Room, connect, files_view, reads_of, refuse_writing, unglobbed
+from kdata.store.sql_errors import name_damage, refuse_storage
 from kdata.store.token_views import token_views
 
 PIECE_ROWS = 2_000_000
@@ -150,11 +142,12 @@ class Session:
 
     def execute(self, sql: str, bindings: dict[str, Any] | None = None) -> duckdb.DuckDBPyConnection:
         """Run one statement with bound parameters."""
-        return self._connection.execute(sql, bindings) if bindings else self._connection.execute(sql)
+        own = self._connection
+        return interruptible(own, lambda: own.execute(sql, bindings) if bindings else own.execute(sql))
 
     def fetch(self, sql: str, bindings: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
         """Rows of a small result."""
-        return self.execute(sql, bindings).fetchall()
+        return interruptible(self._connection, self.execute(sql, bindings).fetchall)
 
     def table(self, sql: str) -> pa.Table:
         """The result of one query as a table."""
@@ -378,6 +371,6 @@ def query_errors(dataset: Dataset) -> Iterator[None]:
             "on its disk"
         ) from error
     except duckdb.Error as error:
-        refuse_disk(dataset, error)
+        refuse_storage(dataset, error)
         name_damage(dataset, error)
         raise QueryError(str(error).strip()) from error

@@ -23,7 +23,7 @@ from kdata.format.manifest import write_json
 from kdata.format.schema import Contract, Digest, FileInfo, ManifestEntry, TeacherInfo, json_digest
 from kdata.store.dataset import Dataset
 from kdata.store.listed import COPIED, SCORES, listed, read_listing, refuse_other_dataset
-from kdata.store.sql import check_new_name, is_name
+from kdata.store.queryable import check_new_name, is_name
 from kdata.store.token_scores import TOKEN_NLL
 
 SCORE_SCHEMA = pa.schema(

@@ -14,7 +14,7 @@ from kdata.selection.plan import CountBy
 from kdata.selection.position_rules import PositionsConfig
 from kdata.selection.session import DomainSizes, Session
 from kdata.store.dataset import Dataset
-from kdata.store.sql import NAME
+from kdata.store.queryable import NAME
 
 # Plans record this setting under an older key. They keep it, so that old and new plans read alike.
 RECORDED_AS = {"count_by": "unit"}

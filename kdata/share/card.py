@@ -31,7 +31,7 @@ from kdata.selection.plan import PlanInfo
 from kdata.store.dataset import Dataset
 from kdata.store.kept_counts import kept_by_domain, kept_lines
 from kdata.store.listed import PLANS, SCORES, read_listing
-from kdata.store.sql import is_name
+from kdata.store.queryable import is_name
 
 NOTES_BEGIN, NOTES_END = b"<!-- notes: begin -->", b"<!-- notes: end -->"
 EMPTY_NOTES = (

@@ -13,10 +13,11 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 from kdata.errors import ConfigError
+from kdata.store.background import Background
 from kdata.store.url import cache_dir
 
 LIMIT_VARIABLE, DEFAULT_LIMIT = "KDATA_CACHE_LIMIT", "50GB"
@@ -128,14 +129,14 @@ class Ahead:
         self._held: OrderedDict[str, int] = OrderedDict()
         self._wanted: list[str] = []
         self._coming: dict[str, Future[bool]] = {}
-        self._threads: tuple[int, ThreadPoolExecutor] | None = None  # with the process: a fork has no threads
+        self._threads: tuple[int, Background] | None = None  # with the process: a fork has no threads
         self.waits = 0
 
     def __del__(self) -> None:
         for handle in self._held.values():
             os.close(handle)
         if self._threads is not None and self._threads[0] == os.getpid():
-            self._threads[1].shutdown(wait=False, cancel_futures=True)
+            self._threads[1].close()
 
     def want(self, files: Iterable[str]) -> None:
         """Say which payloads are in use or will be soon, the first wanted first; the others are let go."""
@@ -150,9 +151,9 @@ class Ahead:
                 if relative not in self._held and relative not in self._coming:
                     self._coming[relative] = self._pool().submit(self._in_time, relative)
 
-    def _pool(self) -> ThreadPoolExecutor:
+    def _pool(self) -> Background:
         if self._threads is None or self._threads[0] != os.getpid():
-            self._threads = os.getpid(), ThreadPoolExecutor(THREADS, "copy")
+            self._threads = os.getpid(), Background(THREADS, "copy")
         return self._threads[1]
 
     def _in_time(self, relative: str) -> bool:

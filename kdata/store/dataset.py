@@ -45,9 +45,10 @@ from kdata.store.hidden import HiddenStates
 from kdata.store.index import UNREADABLE, check_counts, damaged, read_index, read_part, replaced
 from kdata.store.listed import HIDDEN, PLANS, SCORES, Kind, Listing, listed, read_listing, refuse_other_dataset
 from kdata.store.payload import PayloadReader, used_columns
+from kdata.store.queryable import Check
 from kdata.store.row import Row
 from kdata.store.shard import check_header
-from kdata.store.sql import Check, Values, query_stream, unglobbed
+from kdata.store.sql import Values, query_stream, unglobbed
 from kdata.store.sql import query as run_query
 from kdata.store.token_frame import frame_of
 from kdata.store.token_table import TABLES, read_table, row_numbers

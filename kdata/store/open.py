@@ -7,7 +7,7 @@ from typing import get_args
 
 from kdata.errors import ConfigError, MissingError
 from kdata.store.dataset import Dataset
-from kdata.store.sql import Check
+from kdata.store.queryable import Check
 from kdata.store.url_dataset import RemoteDataset
 
 AnyDataset = Dataset | str | Path  # what the functions of `kdata` take: a dataset, or where it is

@@ -20,7 +20,8 @@ import shutil
 import stat
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -136,14 +137,23 @@ class Ranges:
 class KeptRanges(BaseCache):
     """What fsspec knows of a file that is read in ranges: each is kept, and fetched only where it is not.
 
-    key: of its parts, see `key_of`.
+    ranges, key: of its parts, see `key_of`. errors: raises what a client raises as an error of kdata.
     """
 
     name = "kdata-ranges"
 
-    def __init__(self, blocksize: int, fetcher: Any, size: int, *, ranges: Ranges, key: str) -> None:
+    def __init__(
+        self,
+        blocksize: int,
+        fetcher: Any,
+        size: int,
+        *,
+        ranges: Ranges,
+        key: str,
+        errors: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         super().__init__(blocksize, fetcher, size)
-        self._ranges, self._key = ranges, key
+        self._ranges, self._key, self._errors = ranges, key, errors
 
     def _fetch(self, start: int | None, stop: int | None) -> bytes:
         begin, end = start or 0, self.size if stop is None else min(stop, self.size)
@@ -151,7 +161,8 @@ class KeptRanges(BaseCache):
             return b""
         content = self._ranges.read(self._key, begin, end)
         if content is None:
-            content = bytes(self.fetcher(begin, end))
+            with self._errors():
+                content = bytes(self.fetcher(begin, end))
             if len(content) == end - begin:
                 self._ranges.keep(self._key, begin, content)
         return content

@@ -14,115 +14,38 @@ import os
 import re
 import secrets
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import duckdb
 import pyarrow as pa
 
 from kdata.errors import (
     ConfigError,
-    CorruptError,
     KdataError,
     MismatchError,
     MissingError,
     QueryError,
-    StorageError,
-    first_line,
     nearest,
 )
-from kdata.format.files import REMEDIES, disk_errno
-from kdata.format.schema import ManifestEntry, index_schema, rejects_schema
-from kdata.store.listed import PLANS, SCORES, Kind
+from kdata.format.schema import index_schema, rejects_schema
+from kdata.store.background import interruptible
+from kdata.store.late_rows import shards_of
+from kdata.store.listed import PLANS, SCORES
+from kdata.store.queryable import Queryable, is_name, listed_views
+from kdata.store.sql_errors import name_damage, refuse_storage
 from kdata.store.sql_tree import Parameters, missing_column, nodes, parsed
 from kdata.store.token_scores import missing_score, present_scores
-from kdata.store.token_table import TABLES, TokenSource
+from kdata.store.token_table import TABLES
 from kdata.store.token_views import named_scores, token_views
-from kdata.store.url import WAIT
 
 Values = Literal["arrow", "text", "json"]
-Check = Literal["first", "later", "whole"]
-T = TypeVar("T")
-
-
-class Queryable(TokenSource, Protocol):
-    """What SQL needs of a dataset: its manifest, and the names by which DuckDB opens its files."""
-
-    @property
-    def path(self) -> Path:
-        """Folder of the dataset, or of its local copy."""
-        ...
-
-    @property
-    def place(self) -> str:
-        """The address by which it was opened."""
-        ...
-
-    @property
-    def sql_filesystem(self) -> Any:
-        """The fsspec file system through which DuckDB reads (`url_dataset.RangeFiles`); None: the local one."""
-        ...
-
-    @property
-    def check(self) -> Check:
-        """When files are compared with their digests; see `Dataset`."""
-        ...
-
-    @property
-    def unchecked(self) -> set[str]:
-        """Views that answered without that."""
-        ...
-
-    def sql_file(self, entry: ManifestEntry, folder: str, *, compare: bool = True) -> str:
-        """The name under which DuckDB opens a file of a shard."""
-        ...
-
-    def listed(self, kind: Kind) -> list[str]:
-        """Names of the scores or plans that are here."""
-        ...
-
-    def listed_files(self, kind: Kind, name: str, *, compare: bool = True) -> list[str]:
-        """The names under which DuckDB opens the files of a score or a plan."""
-        ...
-
-    def fetch_sidecar(self, name: str) -> None:
-        """Copy scores/NAME.json here where the dataset is elsewhere."""
-        ...
-
-    def fetch_plan(self, name: str) -> None:
-        """Copy plans/NAME.json and NAME.parquet here where the dataset is elsewhere."""
-        ...
-
-    def checked_file(self, entry: ManifestEntry, folder: str) -> Path:
-        """A file of a shard whose bytes were compared with the manifest."""
-        ...
-
-
-NAME = re.compile(r"^[A-Za-z][A-Za-z0-9_]*$")
-
-
-def is_name(text: str) -> bool:
-    """Whether a sidecar, its column or a plan may have this name. (With `$` alone a newline would pass.)"""
-    return NAME.fullmatch(text) is not None
-
-
-def check_new_name(kind: str, name: str, existing: Iterable[str]) -> None:
-    """Raise ConfigError where a new name differs from an existing one in case alone, because SQL ignores case."""
-    for other in existing:
-        if other.lower() == name.lower() and other != name:
-            raise ConfigError(
-                f"there is a {kind} {other!r} already, and SQL does not distinguish it from {name!r}; choose another name"
-            )
 
 
 CONNECTIONS = 16  # to a dataset that is elsewhere, at once: an answer of the Hub takes some 50 ms, whatever its size
-PATIENCE_SEC = 3.0  # after Ctrl-C, until a query is left behind that does not end
 ROWS_AT_A_TIME = 100_000  # of a result that is read as a stream
 RECORDABLE = {"range", "generate_series", "unnest", "repeat", "repeat_row"}  # table functions that read nothing
 
@@ -138,7 +61,12 @@ def unglobbed(path: Path) -> str:
 
 
 def files_view(
-    connection: duckdb.DuckDBPyConnection, view: str, files: list[str], schema: pa.Schema, columns: str = "*"
+    connection: duckdb.DuckDBPyConnection,
+    view: str,
+    files: list[str],
+    schema: pa.Schema,
+    columns: str = "*",
+    where: str = "true",
 ) -> None:
     """Make or replace a view on Parquet files (names of `Queryable.sql_file`). Without files it is empty, with `schema`."""
     if files:
@@ -147,7 +75,8 @@ def files_view(
     else:
         source = "_empty_" + re.sub(r"\W", "_", view)
         connection.register(source, schema.empty_table())
-    connection.execute(f"create or replace view {view} as select {columns} from {source}")
+    text = f"create or replace view {view} as select {columns} from {source} where {where}"
+    interruptible(connection, lambda: connection.execute(text))  # it reads the footers
 
 
 @dataclass(frozen=True)
@@ -235,11 +164,6 @@ def _make_views(connection: duckdb.DuckDBPyConnection, dataset: Queryable, reads
                     raise
                 continue  # the query may not read it; where it does, DuckDB's error leads to `name_damage`
             files_view(connection, f'{kind.folder}."{name}"', files, pa.schema([]))
-
-
-def listed_views(dataset: Queryable) -> list[tuple[Kind, str]]:
-    """Scores and plans whose names can be views."""
-    return [(kind, name) for kind in (SCORES, PLANS) for name in dataset.listed(kind) if is_name(name)]
 
 
 def _check_distinct(schema: str, names: Iterable[str]) -> None:
@@ -380,33 +304,6 @@ def query_stream(
         yield pa.RecordBatchReader.from_batches(schema, batches())
 
 
-def interruptible(connection: duckdb.DuckDBPyConnection, work: Callable[[], T]) -> T:
-    """What `work` returns, and Ctrl-C ends it: DuckDB looks for no signal while it makes Arrow's tables and streams.
-
-    DuckDB does not end a long function of one value either, so it is left behind after PATIENCE_SEC or at a second Ctrl-C.
-    """
-    if threading.current_thread() is not threading.main_thread():  # Ctrl-C reaches the main thread alone
-        return work()
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # raised where the result is asked for
-            future.set_exception(error)
-
-    try:
-        # Not a pool, whose threads the interpreter waits for at its end.
-        threading.Thread(target=run, name="query", daemon=True).start()
-        return future.result()
-    except KeyboardInterrupt:
-        until = time.monotonic() + PATIENCE_SEC
-        while not future.done() and time.monotonic() < until:  # it may not have begun
-            connection.interrupt()
-            time.sleep(0.01)
-        raise
-
-
 def _duckdb_error(error: Exception) -> duckdb.Error:
     """DuckDB's error, which Arrow's stream has made one of Arrow's, with the same text."""
     return duckdb.IOException(str(error)) if str(error).startswith("IO Error") else duckdb.Error(str(error))
@@ -425,27 +322,40 @@ def _relation_of(
         with connect(dataset, reads) as connection:
             try:
                 refuse_writing(connection, text)
+                if dataset.sql_filesystem is not None and reads is not None and "rows" in reads:
+                    _fetch_late(connection, dataset, text, parameters)
                 with token_views(connection, dataset, reads, text, parameters) as failures:
                     yield connection, _bound(connection, text, parameters), failures
             except duckdb.Error as error:
                 raise_named(dataset, text, error)
     except duckdb.Error as error:
-        refuse_disk(dataset, error)
+        refuse_storage(dataset, error)
         name_damage(dataset, error, text)
         raise QueryError(f"{dataset.path}: DuckDB cannot read the files: {str(error).strip()}") from error
+
+
+def _fetch_late(connection: duckdb.DuckDBPyConnection, dataset: Queryable, text: str, parameters: Parameters) -> None:
+    """Let `rows` be those of the shards that a query needs, where its text says that they are some."""
+    shards = shards_of(connection, text, parameters)
+    if shards is None:
+        return
+    index = [dataset.sql_file(entry, "index", compare=dataset.check != "later") for entry in dataset.manifest]
+    # Each file has one value of `shard`, so those of others are not read.
+    names = ", ".join(literal(name) for name in sorted(shards)) or "null"
+    files_view(connection, "rows", index, index_schema(), where=f"shard in ({names})")
 
 
 def _bound(connection: duckdb.DuckDBPyConnection, text: str, parameters: Parameters) -> duckdb.DuckDBPyRelation:
     """The query with its names resolved. Raises duckdb.Error."""
     try:
-        return connection.sql(text, params=parameters)
+        return interruptible(connection, lambda: connection.sql(text, params=parameters))
     except RuntimeError as error:  # of DuckDB's binding to Python, for a column of a damaged file
         raise duckdb.Error(f"a name in a file that it reads is no UTF-8 ({error})") from error
 
 
 def raise_named(dataset: Queryable, text: str, error: duckdb.Error) -> NoReturn:
     """Raise what a query failed for: the disk, damage, or else QueryError with DuckDB's reason."""
-    refuse_disk(dataset, error)
+    refuse_storage(dataset, error)
     name_damage(dataset, error, text)
     later = "" if dataset.check != "later" else "\nNothing was compared with its digest (check='later')."
     known, reason = views(dataset), str(error).strip()
@@ -578,79 +488,6 @@ def strict_json(text: str) -> str:
     if "NaN" not in text and "Infinity" not in text:
         return text
     return re.sub(r'("(?:[^"\\]|\\.)*")|-?Infinity|NaN', lambda match: match[1] or f'"{match[0]}"', text)
-
-
-def refuse_disk(dataset: Queryable, error: duckdb.Error) -> None:
-    """Raise StorageError where DuckDB failed because a disk refused (full, broken, too many files) or a server (429)."""
-    reason = first_line(error)
-    number = disk_errno(str(error)) if isinstance(error, duckdb.IOException) else None
-    if number is not None:
-        raise StorageError(
-            f"{dataset.path}: {reason}: {REMEDIES[number]}, then run the same command again. What was committed is intact."
-        ) from error
-    own = _own_text(error)
-    if own.startswith(OF_PYTHON) and LIMIT.search(reason := own.splitlines()[-1].strip()) is not None:
-        raise StorageError(
-            f"cannot read {dataset.place}: {reason}; {WAIT}, then run the same command again. What was committed is intact."
-        ) from error
-
-
-# A server refused because too much was asked of it, in the words of aiohttp, requests and httpx.
-LIMIT = re.compile(r"Error: 429\b|\b429 (Client Error|Too Many Requests)")
-OF_PYTHON = "Traceback"  # how DuckDB's text of an exception begins that a file system raised
-
-
-def _own_text(error: duckdb.Error) -> str:
-    """DuckDB's text without the lines of the query that it shows."""
-    return str(error).partition("\n\nLINE ")[0].strip()
-
-
-def is_of_bytes(error: duckdb.Error) -> bool:
-    """Whether a query failed for the bytes of a file, not for what it asks, for Ctrl-C or for the network.
-
-    Most of what DuckDB says of a damaged Parquet file names no kind of error.
-    """
-    text = _own_text(error)
-    kind = re.match(r"([A-Za-z ]+) Error: ", text)
-    if kind is None:
-        return not text.startswith(OF_PYTHON)
-    if kind[1] == "Invalid Input":
-        return re.search("parquet|thrift|magic bytes|failed to read file", text, re.IGNORECASE) is not None
-    return kind[1] in ("IO", "Serialization", "INTERNAL")
-
-
-def _forget_parts(dataset: Queryable, error: duckdb.Error) -> None:
-    """Remove the kept parts of the file that the error names, or of all, so that the next query fetches them."""
-    names = set(re.findall(rf"{dataset.sql_filesystem.protocol}://([^\s'\"]+)", _own_text(error)))
-    files = {path: info for entry in dataset.manifest for path, info in entry.files.items()}
-    if not names or not names <= files.keys():
-        dataset.sql_filesystem.forget()
-        return
-    for name in names:
-        dataset.sql_filesystem.drop(files[name])
-
-
-def name_damage(dataset: Queryable, error: duckdb.Error, text: str = "") -> None:
-    """Raise what is wrong with the files where a query failed for that: damage, or a score or plan that does not belong here.
-
-    Args:
-        text: the query; scores and plans whose names are in it are compared too.
-    """
-    if dataset.sql_filesystem is None:
-        for entry in dataset.manifest:
-            for folder in ("index", "rejects") if entry.rejected else ("index",):
-                try:
-                    dataset.checked_file(entry, folder)
-                except CorruptError as damage:
-                    raise damage from error
-    elif is_of_bytes(error):
-        _forget_parts(dataset, error)
-    for kind, name in listed_views(dataset):
-        if re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE):
-            try:
-                dataset.listed_files(kind, name)
-            except (CorruptError, MissingError, MismatchError) as damage:
-                raise damage from error
 
 
 def views(dataset: Queryable) -> list[str]:

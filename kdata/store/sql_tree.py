@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import duckdb
 import numpy as np
 import pyarrow as pa
+
+from kdata.store.background import interruptible
 
 Tree = dict[str, Any]
 Parameters = list[Any] | dict[str, Any] | None  # of a query, as DuckDB takes them
@@ -77,7 +79,7 @@ def nodes(tree: Any) -> Iterator[Tree]:
 
 
 @cache
-def _same_every_time() -> frozenset[str]:
+def same_every_time() -> frozenset[str]:
     """Names of scalar functions whose answer follows from their arguments.
 
     So do those of arithmetic, some of which (of times) ask for the time zone.
@@ -179,7 +181,7 @@ def row_queries(tree: Tree, view: str, views: Iterable[str], is_bound: IsBound) 
     once = {name for name, count in names.items() if count == 1 and name not in {*views}}
     tree = _Inlining(known, once, is_bound).inlined(tree, {})
     # In whatever schema: one that is not understood makes the numbers differ.
-    references = sum(_view_of(node).split(".")[-1] == view for node in nodes(tree) if _is_table(node))
+    references = sum(view_of(node).split(".")[-1] == view for node in nodes(tree) if _is_table(node))
     queries: list[RowQuery] = []
     try:
         for node in nodes(tree):
@@ -268,7 +270,7 @@ def _is_plain(tree: Tree, known: set[str], unsure: Iterable[str] = ()) -> bool:
                 return False
         elif kind is not None and kind not in PLAIN:
             return False
-        if kind == "FUNCTION" and str(node.get("function_name")).lower() not in _same_every_time():
+        if kind == "FUNCTION" and str(node.get("function_name")).lower() not in same_every_time():
             return False
         if kind == "COLUMN_REF" and len(node["column_names"]) == 1 and node["column_names"][0].lower() in names:
             return False
@@ -294,7 +296,7 @@ def _is_plain_table(node: Tree, known: set[str]) -> bool:
         return False
     kind = node.get("type")
     if kind == "BASE_TABLE":
-        return _view_of(node) in known
+        return view_of(node) in known
     if kind == "JOIN":
         return node.get("ref_type") in ("REGULAR", "CROSS")
     if kind == "DISTINCT_MODIFIER":
@@ -304,10 +306,10 @@ def _is_plain_table(node: Tree, known: set[str]) -> bool:
 
 def tables_of(tree: Tree) -> set[str]:
     """The views and CTEs that a parsed query names, in lower case."""
-    return {_view_of(node) for node in nodes(tree) if _is_table(node)}
+    return {view_of(node) for node in nodes(tree) if _is_table(node)}
 
 
-def _view_of(table: Tree) -> str:
+def view_of(table: Tree) -> str:
     """The view that a table of a FROM names, in lower case ("rows", "scores.ref")."""
     path = [str(name).lower() for name in (table.get("qualified_name") or {}).get("path", [])]
     return ".".join(path[1:] if len(path) > 1 and path[0] == "main" else path)
@@ -325,7 +327,7 @@ class _Select:
         self.tables: list[Tree] = []
         self.conditions: list[Tree] = []
         self.filters: list[Tree] = []  # semi and anti joins
-        if any(_is_table(table) and _view_of(table) in TOKEN_VIEWS for table in _joined(node["from_table"])):
+        if any(_is_table(table) and view_of(table) in TOKEN_VIEWS for table in _joined(node["from_table"])):
             if node.get("sample"):
                 raise _NotPlainError
             self._walk(node["from_table"])
@@ -367,7 +369,7 @@ class _Select:
 
     def row_queries(self, view: str) -> list[RowQuery]:
         """One row query for each table of the FROM that is `view`."""
-        return [self._row_query(table) for table in self.tables if _view_of(table) == view and _is_table(table)]
+        return [self._row_query(table) for table in self.tables if view_of(table) == view and _is_table(table)]
 
     def _row_query(self, own: Tree) -> RowQuery:
         part = self._part(self.node["from_table"], own)
@@ -393,7 +395,7 @@ class _Select:
             return None
         if using := {str(name).lower() for name in join["using_columns"]}:
             left = _joined(join["left"])
-            is_whole = all(_view_of(table) in self.known | TOKEN_VIEWS for table in left)
+            is_whole = all(view_of(table) in self.known | TOKEN_VIEWS for table in left)
             if not using <= {*ROW_COLUMNS} or not is_whole or right["type"] == "JOIN":
                 return None
             if not any(table is own for table in left):
@@ -418,7 +420,7 @@ class _Select:
         names = {
             str(name).lower() for node in nodes(self.node["from_table"]) for name in node.get("using_columns") or ()
         }
-        is_whole = all(_view_of(t) in self.known | TOKEN_VIEWS for t in self.tables)
+        is_whole = all(view_of(t) in self.known | TOKEN_VIEWS for t in self.tables)
         return names - set(ROW_COLUMNS) if is_whole else names
 
     def _part(self, table: Tree, own: Tree) -> Part | None:
@@ -429,7 +431,7 @@ class _Select:
         """
         if table["type"] == "JOIN":
             return self._part(table["left"], own) if table["join_type"] in FILTERS else self._join(table, own)
-        view, alias = _view_of(table), _alias(table)
+        view, alias = view_of(table), _alias(table)
         if table["type"] == "SUBQUERY":
             if not _is_whole(table, self.known, self.is_bound):
                 return None
@@ -519,8 +521,13 @@ def _table_sql(table: Tree) -> str:
 
 def _text_with(**parts: Any) -> str:
     """`select 1` with other parts, as SQL."""
+    return text_of({**_node("select 1"), **parts})
+
+
+def text_of(select: Tree) -> str:
+    """A select of a parsed query as SQL, by DuckDB."""
     statement = parsed("select 1")
-    statement["statements"][0]["node"].update(parts)
+    statement["statements"][0]["node"] = select
     (text,) = _ask("select json_deserialize_sql(?::json)", [json.dumps(statement)])[0]
     return str(text)
 
@@ -555,11 +562,16 @@ def rows_of(
             if not (conditions or query.part.chooses) or not is_bound(text, names):
                 return None
             try:
-                answer = connection.sql(text, params=_named(parameters, names)).to_arrow_table()
+                own = _named(parameters, names)
+                answer = interruptible(connection, partial(_answer, connection, text, own))
             except duckdb.Error:  # a cast that fails for a row, say: the query may never evaluate it for this row
                 return None
             numbers.append(answer.column(0).to_numpy())
     return None if queries is None or not numbers else np.unique(np.concatenate(numbers))
+
+
+def _answer(connection: duckdb.DuckDBPyConnection, text: str, parameters: Parameters) -> pa.Table:
+    return connection.sql(text, params=parameters).to_arrow_table()
 
 
 def columns_of(connection: duckdb.DuckDBPyConnection, views: Iterable[str]) -> dict[str, Columns]:

@@ -11,10 +11,13 @@ refused as soon as the manifest is not the one that it wrote last.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
 import shutil
+import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,12 +36,28 @@ from kdata.errors import (
     has_secret,
     never_show,
 )
-from kdata.format.files import file_info, inside, storage_errors, temporary_folder
+from kdata.format.files import REMEDIES, file_info, inside, storage_errors, temporary_folder
 from kdata.format.manifest import read_info, read_manifest
 from kdata.format.schema import DatasetInfo, FileInfo
 
 SIZED = ("hf://", "http://", "https://")  # files of these clients can be opened without a question, by their size
 WAIT = "too much was asked of it in a short time: wait some minutes"
+DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+}  # of this machine, not the store
+# What a connection failed for, the plainest cause first.
+CONNECTIONS_FAIL: list[tuple[tuple[type[BaseException], ...], str]] = [
+    ((socket.gaierror,), "no such server is known: check the URL and the network"),
+    ((ssl.SSLError,), "no secure connection: check the URL, this machine's clock and its certificates"),
+    ((ConnectionRefusedError,), "no server listens there: check the URL, or wait until it runs"),
+    ((TimeoutError,), "the server did not answer in time: check the network, or wait a moment"),
+    ((ConnectionError,), "the connection broke: check the network"),
+]
 STAGING = "units-"  # prefix of the folders, at the URL, in which shards wait
 # Errors of the stores' own clients that are no OSError.
 CLIENT_ERRORS = {
@@ -254,24 +273,71 @@ class Store:
     def _errors(self, what: str, relative: str) -> Iterator[None]:
         if what == "read":
             self.forget_listings()
+        with self.errors(what, relative):
+            yield
+
+    @contextmanager
+    def errors(self, what: str, relative: str) -> Iterator[None]:
+        """Raise what the store's client raises as StorageError, in one line with cause and remedy.
+
+        Args:
+            what: "read" or "write", for the message.
+        """
         failures: tuple[type[BaseException], ...] = (OSError, *self.client_errors())
         try:
             yield
         except failures as error:
             if isinstance(error, KdataError):
                 raise
-            remedy = WAIT if is_limit(error) else "check the URL, the network and the credentials"
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise StorageError(
-                f"cannot {what} {self.url}/{relative}: {reason}; {remedy}, then run the same command again. "
+                f"cannot {what} {self.url}/{relative}: {reason}; {remedy_of(error)}, then run the same command again. "
                 "What was committed is intact."
             ) from error
 
 
 def is_limit(error: BaseException) -> bool:
     """Whether a server refused because too much was asked of it in a short time (429)."""
+    return _status_of(error) == 429
+
+
+def _status_of(error: BaseException) -> int:
+    """The status of HTTP with which a server answered; 0 where it did not, or the client does not say."""
     response = getattr(error, "response", None)
-    return 429 in (getattr(error, "status", None), getattr(response, "status_code", None))
+    status = getattr(error, "status", None) or getattr(response, "status_code", None)
+    return status if isinstance(status, int) else 0
+
+
+def remedy_of(error: BaseException) -> str:
+    """What a person can do about an error of a store's client."""
+    status, causes = _status_of(error), [*_causes(error)]
+    if status == 429:
+        return WAIT
+    if status in (401, 403) or isinstance(error, PermissionError):
+        return "it may not be read with these credentials: check them (HF_TOKEN on the Hub), and the name"
+    if status in (404, 410) or isinstance(error, FileNotFoundError):
+        return "it is not there, or not any more: check the name, and open the newest version"
+    if status >= 500:
+        return "the server failed: wait a moment"
+    numbers = [cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno in DISK]
+    if numbers:
+        return REMEDIES[numbers[0]]
+    for kinds, remedy in CONNECTIONS_FAIL:
+        if any(isinstance(cause, kinds) for cause in causes):
+            return remedy
+    return "check the URL, the network and the credentials"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and those that led to it."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop(0)
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            todo += [one.__cause__, one.__context__, getattr(one, "os_error", None)]
 
 
 def _client_errors() -> tuple[type[BaseException], ...]:

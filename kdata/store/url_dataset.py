@@ -17,9 +17,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -32,13 +33,16 @@ from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError,
 from kdata.format.files import inside, lock_of, matches, temporary_folder, write_atomically
 from kdata.format.json_text import read_json
 from kdata.format.schema import FileInfo, ManifestEntry, index_schema
+from kdata.store.background import Background, interruptible
 from kdata.store.cache import LIMIT_VARIABLE, THREADS, Ahead, cache_limit, keep_all
 from kdata.store.dataset import Dataset
 from kdata.store.hub import HubStore
 from kdata.store.index import read_index, replaced
 from kdata.store.listed import COPIED, PLANS, SCORES, Kind, Listing, read_listing
+from kdata.store.queryable import Check
 from kdata.store.ranges import KeptRanges, Ranges, key_of, place_of
-from kdata.store.sql import CONNECTIONS, Check, Values, files_view, unglobbed
+from kdata.store.sql import CONNECTIONS, Values, files_view, unglobbed
+from kdata.store.sql_errors import refuse_storage
 from kdata.store.url import Store, copy_of, mirror
 
 SCHEME = "kdata-index"
@@ -62,7 +66,7 @@ class Footers:
 
     def __init__(self, fetch: Callable[[str, FileInfo], bool]) -> None:
         self._fetch, self._lock = fetch, threading.Lock()
-        self._threads = ThreadPoolExecutor(CONNECTIONS, "footer")
+        self._threads = Background(CONNECTIONS, "footer")
         self._wanted: dict[str, FileInfo] = {}
         self._waiting: dict[str, FileInfo] = {}
         self._coming: dict[str, Future[None]] = {}
@@ -191,7 +195,11 @@ class RangeFiles(AbstractFileSystem):
         return self._opened(relative, info)
 
     def _opened(self, relative: str, info: FileInfo) -> Any:
-        kept = {"ranges": self._ranges, "key": self._key(info)}
+        kept = {
+            "ranges": self._ranges,
+            "key": self._key(info),
+            "errors": partial(self._store.errors, "read", relative),
+        }
         return self._store.open_ranges(relative, size=info.bytes, cache_type=KeptRanges.name, cache_options=kept)
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
@@ -288,7 +296,10 @@ class RemoteDataset(Dataset):
         return self._copies.get((relative, info.sha256)) == (about.st_ino, about.st_mtime_ns)
 
     def _copy_payload(self, relative: str) -> None:
-        self._copied(relative, self._payloads[relative].files[relative])
+        """And the shard's index: it is compared before a row is read, and a step would wait for it."""
+        entry = self._payloads[relative]
+        for name in (relative, self.file_name(entry, "index")):
+            self._copied(name, entry.files[name])
 
     def _payload_place(self, relative: str) -> tuple[Path, int]:
         return inside(self.path, relative), self._payloads[relative].files[relative].bytes
@@ -336,14 +347,12 @@ class RemoteDataset(Dataset):
             if file[0] in of_shards:
                 copied(file[1].bytes)
 
-        with ThreadPoolExecutor(THREADS, "copy") as threads:
-            futures = [threads.submit(fetch, file) for file in files.items()]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:  # Ctrl-C too: what waits is not begun
-                threads.shutdown(cancel_futures=True)
-                raise
+        threads = Background(THREADS, "copy")
+        try:
+            for future in [threads.submit(fetch, file) for file in files.items()]:
+                future.result()
+        finally:  # at Ctrl-C too: what waits is not begun
+            threads.close()
         for path in [path for path in root.rglob("*") if path.is_file()]:
             if path.relative_to(root).as_posix() not in {*files, *small}:
                 path.unlink()
@@ -400,8 +409,11 @@ class RemoteDataset(Dataset):
                 there = connection.table("part").columns
                 # A column that all parts lack, because they are older, is null.
                 names = ", ".join(f'"{name}"' if name in there else f'null as "{name}"' for name in columns)
-                table = connection.sql(f"select {names} from part").to_arrow_table().cast(schema)
+                query = f"select {names} from part"
+                table = interruptible(connection, lambda: connection.sql(query).to_arrow_table()).cast(schema)
             except (duckdb.Error, pa.ArrowException, ValueError) as error:
+                if isinstance(error, duckdb.Error):
+                    refuse_storage(self, error)
                 self._files.forget()
                 for entry in entries:
                     self._refuse_replaced(entry)

@@ -45,7 +45,7 @@ from kdata.pipelines.report.audits import course_words
 from kdata.pipelines.report.course import draw_course
 from kdata.selection.plan import Plan, open_plan
 from kdata.store.gguf import is_gguf
-from kdata.store.sql import is_name
+from kdata.store.queryable import is_name
 from kdata.trainer.config import EvaluateConfig, TrainConfig
 from kdata.trainer.objective_config import SORTED_OBJECTIVES, ObjectiveConfig, resolve_tail, token_map_of
 

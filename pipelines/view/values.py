@@ -25,8 +25,9 @@ from kdata.store.dataset import Dataset
 from kdata.store.kept_counts import kept_lines
 from kdata.store.listed import PLANS, SCORES, Kind
 from kdata.store.open import open_dataset
+from kdata.store.queryable import is_name
 from kdata.store.row import Row
-from kdata.store.sql import is_name, literal
+from kdata.store.sql import literal
 from kdata.store.token_scores import has_tokens
 
 MOST_ROWS = 200  # in one answer

@@ -1,23 +1,24 @@
 """A dataset on the Hub over a line of 10 MB/s: does training wait, and what does a look at it cost? Prints lines, JSON last.
 
-    python -m tests.benchmarks.remote [--tokens 80000] [--steps 12] [--mb-per-sec 10] [--cache 6MB]
+    python -m tests.benchmarks.remote [--steps 24] [--mb-per-sec 10] [--cache 2MB]
                                       [--view-tokens 10000000] [--answer-ms 50]
 
 The Hub is the stand-in of the tests on the loopback (`tests.hub_server`), which waits for as long as its bytes would take on
 the line; all connections share the line. The client is the real one.
 
 train    The demo's student (pipelines/quickstart.yaml) on rows with 64 entries a token, four times the bytes that the demo
-         keeps. A shard is 8,192 tokens and one is taken at a time, so that a short run comes to new ones. The same steps
-         from a folder, from the Hub over the line, and half of them, so that one sees what waiting looks like, over a line
-         of half the bytes that the folder's run took in a second. `waited` is the share of its time that the trainer waited
-         for data after the first step; `late` how often a payload was not there yet when a reader wanted it. The order, and
-         so the losses, are the same each time. The machine should be quiet: what is not computed needs no data. On two
-         cores some two minutes (--view-tokens 0).
+         keeps. The same steps from a folder, from the Hub over the line, and over a line of half the bytes that the folder's
+         run took in a second: so slow a line must show as waiting, or the program fails, as it then measured nothing. No row
+         is read twice. A shard is 2,048 tokens, a step, and is taken at a time; the cache holds some eight of 27, so that
+         what a loader has before the first step is a small part of the run. `waited` is the share of its time that the
+         trainer waited for data after the first step; `late` how often a payload was not there yet when a reader wanted it.
+         The order, and so the losses, are the same each time. What is not computed needs no data, so busy cores make the
+         line look better, but not the slow one: it follows from the folder's run. (--view-tokens 0)
 view     Texts of some 1,500 characters in shards of 32,768 tokens, and a score: bytes, questions and seconds until the first
          page is there, for other pages, a row, a filter, and two orders. An answer takes --answer-ms beside its bytes. Then
          the same in another process, which finds in the cache what the first one fetched.
 
---tokens 0 or --view-tokens 0 leaves a part out.
+--steps 0 or --view-tokens 0 leaves a part out.
 """
 
 from __future__ import annotations
@@ -46,7 +47,11 @@ from tests.benchmarks import loader
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN_SHARD_TOKENS, VIEW_SHARD_TOKENS = 8192, 32_768
+TRAIN_SHARD_TOKENS, VIEW_SHARD_TOKENS = 2048, 32_768
+STALLS, FLOWS = (
+    0.2,
+    0.05,
+)  # share of its time: what a run waits at least that its line holds up, and at most one that it does not
 VOCAB = 8192
 
 TRAIN = """
@@ -127,39 +132,42 @@ def served(dataset: Path, bytes_per_sec: float) -> HubServer:
     return hub
 
 
-def measure_training(root: Path, tokens: int, steps: int, bytes_per_sec: float, limit: str) -> dict[str, Any]:
+def measure_training(root: Path, steps: int, bytes_per_sec: float, limit: str) -> dict[str, Any]:
     """The same steps from a folder, over the line, and over one that is too slow."""
+    recipe = yaml.safe_load((ROOT / "pipelines/quickstart.yaml").read_text())
     loader.UNIT_TOKENS = TRAIN_SHARD_TOKENS
+    tokens = steps * recipe["train"]["batch_tokens"] + 3 * TRAIN_SHARD_TOKENS  # more than the steps read
     dataset = loader.build_dataset(root / "d", tokens, VOCAB)
     per_token = sum(path.stat().st_size for path in (root / "d/data").iterdir()) / dataset.num_tokens
-    recipe = yaml.safe_load((ROOT / "pipelines/quickstart.yaml").read_text())
     student, settings = recipe["student"]["scratch"], recipe["train"]
     settings |= {
         "context_tokens": loader.CONTEXT,
+        "steps": steps,
         "warmup_steps": 1,
-        "decay": "constant",  # half of the steps are then those of the whole
         "shuffle_group_tokens": TRAIN_SHARD_TOKENS,
         "objective": recipe["students"]["everything"]["objective"],
     }
 
-    def trained(name: str, place: str, steps: int) -> dict[str, Any]:
-        arguments = [place, str(root / name), json.dumps(student), json.dumps({**settings, "steps": steps})]
+    def trained(name: str, place: str) -> dict[str, Any]:
+        arguments = [place, str(root / name), json.dumps(student), json.dumps(settings)]
         process = asked(hub, root / f"cache-{name}", TRAIN, *arguments, limit=limit)
         result: dict[str, Any] = json.loads(next(line for line in process.stdout or () if line.startswith("{")))
-        process.kill()  # it would wait for what is copied ahead
-        process.communicate()
+        process.wait()
         print(name, {key: value for key, value in result.items() if key != "losses"}, flush=True)
         return result
 
     hub = served(root / "d", bytes_per_sec)
-    runs = {"folder": trained("folder", str(root / "d"), steps), "hub": trained("hub", "hf://me/logits", steps)}
+    runs = {"folder": trained("folder", str(root / "d")), "hub": trained("hub", "hf://me/logits")}
     tokens_per_sec = runs["folder"]["tokens"] * (1 - 1 / steps) / runs["folder"]["seconds"]
     hub.bytes_per_sec = tokens_per_sec * per_token / 2
-    runs["too slow"] = trained("slow", "hf://me/logits", max(steps // 2, 2))
+    runs["too slow"] = trained("slow", "hf://me/logits")
     hub.close()
-    losses = [run.pop("losses") for run in runs.values()]
-    if any(loss != losses[0][: len(loss)] for loss in losses):
+    if len({tuple(run.pop("losses")) for run in runs.values()}) > 1:
         raise SystemExit("the runs have other losses, so they did not read the same rows in the same order")
+    if runs["too slow"]["waited"] < STALLS:
+        raise SystemExit("a line of half the bytes did not hold training up: the program measured nothing")
+    if bytes_per_sec > tokens_per_sec * per_token and runs["hub"]["waited"] > runs["folder"]["waited"] + FLOWS:
+        raise SystemExit("training waited for a line that carries more than it needs")
     return {
         "bytes_a_token": per_token,
         "tokens_per_sec": tokens_per_sec,
@@ -230,18 +238,17 @@ def view_steps(hub: HubServer, cache: Path) -> dict[str, Any]:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=80_000)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--mb-per-sec", type=float, default=10.0)
-    parser.add_argument("--cache", default="6MB")
+    parser.add_argument("--cache", default="2MB")
     parser.add_argument("--answer-ms", type=float, default=50.0)
     parser.add_argument("--view-tokens", type=int, default=10_000_000)
     options = parser.parse_args()
     line = options.mb_per_sec * 1e6
     results: dict[str, Any] = {"cores": os.cpu_count(), "machine": platform.machine(), "mb_per_sec": options.mb_per_sec}
     with tempfile.TemporaryDirectory() as folder:
-        if options.tokens:
-            results["train"] = measure_training(Path(folder), options.tokens, options.steps, line, options.cache)
+        if options.steps:
+            results["train"] = measure_training(Path(folder), options.steps, line, options.cache)
             print(results["train"], flush=True)
         if options.view_tokens:
             results["view"] = measure_view(Path(folder), options.view_tokens, line, options.answer_ms / 1e3)

@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import aiohttp
 import duckdb
 import numpy as np
 import pyarrow as pa
@@ -31,7 +32,7 @@ from kdata.pipelines.cli.main import call
 from kdata.store import ranges, url_dataset
 from kdata.store.ranges import SHARE, SWEEPS, Ranges, key_of, place_of
 from kdata.store.shard import write_parquet
-from kdata.store.sql import is_of_bytes
+from kdata.store.sql_errors import is_of_bytes
 from kdata.store.url import Store
 from kdata.store.url_dataset import Footers
 from tests.kdata.selection.plans import Row, dataset_of
@@ -344,17 +345,69 @@ def test_which_errors_are_of_the_bytes_of_a_file(text: str, of_bytes: bool) -> N
     assert is_of_bytes(duckdb.Error(text)) == of_bytes
 
 
-@pytest.mark.parametrize("command", [["sql", QUERY], ["select", "--method", "cap", "--set", "size=5"]])
-def test_a_server_that_was_asked_too_much_is_one_line(
-    home: kdata.Dataset, served: Files, cache: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+AGAIN = ", then run the same command again. What was committed is intact."
+FAULTS: dict[str, tuple[int | str, str, str]] = {
+    "too much": (429, "429", "too much was asked of it in a short time: wait some minutes"),
+    "server": (500, "500", "the server failed: wait a moment"),
+    "gateway": (503, "503", "the server failed: wait a moment"),
+    "forbidden": (403, "403", "it may not be read with these credentials"),
+    "no token": (401, "401", "it may not be read with these credentials"),
+    "gone": (404, "404|FileNotFoundError", "it is not there, or not any more"),
+    "reset": (
+        "reset",
+        "ServerDisconnectedError|ClientOSError|ConnectionResetError",
+        "the connection broke: check the network",
+    ),
+    "refused": ("http://127.0.0.1:1/x", "Connect", "no server listens there"),
+    "DNS": ("http://no-such-server.invalid/x", "Connect", "no such server is known: check the URL and the network"),
+    "TLS": ("https://127.0.0.1:{port}/x", "SSL", "no secure connection: check the URL, this machine's clock"),
+}
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Lines of the error output that are not progress."""
+    lines = capsys.readouterr().err.splitlines()
+    return [line for line in lines if "done in" not in line and "failed in" not in line and " rows read" not in line]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("command", [["sql", QUERY], ["select", "--method", "cap", "--set", "size=4000"]])
+def test_what_a_server_does_wrong_in_a_query_is_one_line_with_its_remedy(
+    home: kdata.Dataset, served: Files, cache: Path, command: list[str], fault: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    served.busy = re.compile("index/")
+    answer, reason, remedy = FAULTS[fault]
+    served.faults["index/"] = answer.format(port=served.url.rpartition(":")[2]) if isinstance(answer, str) else answer
     assert call([command[0], f"{served.url}/d", *command[1:]]) == 1
-    [line] = [
-        line for line in capsys.readouterr().err.splitlines() if "done in" not in line and "failed in" not in line
-    ]
-    assert line.startswith(f"error: cannot read {served.url}/d: ") and "429" in line and "index/capture-" in line
-    assert "wait some minutes, then run the same command again" in line and "Traceback" not in line
+    [line] = said(capsys)
+    assert line.startswith(f"error: cannot read {served.url}/d/index/capture-") and line.endswith(AGAIN)
+    assert re.search(reason, line) and remedy in line and "Traceback" not in line
+    served.faults.clear()
+    assert call([command[0], f"{served.url}/d", *command[1:]]) == 0
+
+
+def test_a_server_that_does_not_answer_in_time_is_one_line(
+    home: kdata.Dataset, served: Files, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiohttp waits for five minutes."""
+    opened = kdata.open(f"{served.url}/d")
+    monkeypatch.setattr(opened._store.fs, "client_kwargs", {"timeout": aiohttp.ClientTimeout(total=0.5)})
+    opened._store.fs._session = None
+    served.faults["index/"] = "hang"
+    with pytest.raises(StorageError, match=r"cannot read .*TimeoutError.*; the server did not answer in time") as error:
+        opened.sql(QUERY)
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_of_a_query_shows_no_secret(
+    home: kdata.Dataset, served: Files, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store sends clients to addresses that are signed for a time."""
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "w" * 34)
+    query = "X-Amz-Signature=5ec2e7&X-Amz-Credential=5ec2e7&Expires=1&token=hf_" + "w" * 34
+    served.faults |= {"signed": 403, "index/": f"{served.url}/signed/5ecret-not?{query}"}
+    assert call(["sql", f"{served.url}/d", QUERY]) == 1
+    [line] = said(capsys)
+    assert "5ec2e7" not in line and "w" * 34 not in line and "403" in line and "signed/5ecret-not" in line
 
 
 def test_half_an_answer_is_not_kept(home: kdata.Dataset, served: Files, cache: Path) -> None:

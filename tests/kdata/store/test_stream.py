@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +23,7 @@ from kdata.errors import ConfigError, CorruptError, MismatchError, StorageError
 from kdata.loader.batches import Batches, BatchesConfig
 from kdata.loader.packing import Place, Shape, ShardGroups, blocks_of, windows
 from kdata.loader.rows import IndexedRows
-from kdata.store.cache import cache_limit, hold, keep_all, make_room, payloads
+from kdata.store.cache import THREADS, cache_limit, hold, keep_all, make_room, payloads
 from kdata.store.url_dataset import RemoteDataset
 from tests.kdata.selection.plans import Row, dataset_of
 from tests.web import Files
@@ -140,18 +142,83 @@ def test_a_state_of_the_other_order_is_refused(home: kdata.Dataset, served: File
     same.load_state_dict(local.state_dict())
 
 
-def test_shards_are_there_before_the_step_that_needs_them(home: kdata.Dataset, served: Files) -> None:
-    """The line carries three times what the steps read. A reader then waits for its first window and for no other."""
+class Line:
+    """A line that carries bytes for each step that is made, and as many as it takes while a step waits. It knows no clock.
+
+    Args:
+        files: the server, whose answers are held back until the line carried them.
+        opened: what is read; the main thread makes the steps.
+    """
+
+    def __init__(self, files: Files, opened: RemoteDataset) -> None:
+        self._moved, self._carried, self._waiting, self._held = threading.Condition(), 0.0, 0, 0
+        self._opened = opened
+        files.before_sending = self._send
+        opened._ahead.get = self._freely(opened._ahead.get, self._is_coming)  # type: ignore[method-assign]
+        opened._store.fetch = self._freely(opened._store.fetch, lambda relative: True)  # type: ignore[method-assign]
+
+    def _is_coming(self, relative: str) -> bool:
+        future = self._opened._ahead._coming.get(relative)
+        return future is not None and not future.done()
+
+    def _freely(self, call: Callable[..., None], waits: Callable[[str], bool]) -> Callable[..., None]:
+        """The same call; where the main thread waits in it, and so makes no step, the line carries all."""
+
+        def waiting(*arguments: Any) -> None:
+            own = int(threading.current_thread() is threading.main_thread() and waits(arguments[0]))
+            with self._moved:
+                self._waiting += own
+                self._moved.notify_all()
+            try:
+                call(*arguments)
+            finally:
+                self._waiting -= own
+
+        return waiting
+
+    def _send(self, size: int) -> None:
+        with self._moved:
+            self._held += 1
+            self._moved.wait_for(lambda: self._waiting or self._carried >= size)
+            self._held -= 1
+            self._carried = max(self._carried - size, 0.0)
+
+    def step(self, size: float) -> None:
+        """What comes while a step is computed. Returns when an answer is too large for the rest, or nothing is asked for."""
+        with self._moved:
+            self._carried += size
+            self._moved.notify_all()
+        for _ in range(3):  # a copy that has come is taken, and the next one is asked for
+            until = time.monotonic() + 60
+            while not self._held and not all(future.done() for future in list(self._opened._ahead._coming.values())):
+                assert time.monotonic() < until, "neither the line nor the copying comes to rest"
+                time.sleep(0.001)
+            time.sleep(0.002)
+
+
+def waits_on(line_share: float, home: kdata.Dataset, served: Files) -> int:
+    """How often a reader waited in an epoch after its first step, where the line carries this share of what it reads."""
     opened = remote(served)
-    batches = Batches(opened, None, STREAM)
+    batches = Batches(opened, None, STREAM.model_copy(update={"prefetch_batches": 0}))
     payload = sum(path.stat().st_size for folder in ("data", "index") for path in (home.path / folder).iterdir())
     steps = -(-home.num_tokens // (STREAM.context_tokens * STREAM.batch_rows))
-    served.bytes_per_sec = payload / (steps * 0.02) * 3
-    waits = []
+    line, first, count = Line(served, opened), None, 0
     for _ in batches.epoch():
-        waits.append(opened.num_waits)
-        time.sleep(0.02)
-    assert len(waits) >= steps and opened.num_waits <= 4, waits  # of about forty shards
+        first = opened.num_waits if first is None else first
+        line.step(line_share * payload / steps)
+        count += 1
+    assert first is not None and count >= steps
+    return opened.num_waits - first
+
+
+def test_shards_are_there_before_the_step_that_needs_them(home: kdata.Dataset, served: Files) -> None:
+    """A line that carries twice what the steps read holds none of them up. One that carries half holds up many."""
+    assert waits_on(2.0, home, served) == 0
+
+
+def test_a_line_that_is_too_slow_shows_as_waits(home: kdata.Dataset, served: Files) -> None:
+    """Half of forty shards come while steps are computed; what comes in a wait is at most what four threads copy then."""
+    assert waits_on(0.5, home, served) >= SHARDS / 2 / THREADS - 2
 
 
 def test_the_cache_stays_within_its_bound(

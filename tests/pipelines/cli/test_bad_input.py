@@ -415,15 +415,15 @@ def test_ctrl_c_ends_a_query(world: World, interruptible: None) -> None:
 DEAF = """
 import os, signal, sys, threading, time
 from kdata.pipelines.cli import main
-from kdata.store import sql
+from kdata.store import background
 def work():
     for after in {signals}:
         threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
     time.sleep(3600)
 class Deaf:
     interrupt = print
-main.get_command = lambda app: type("", (), {{"main": lambda *a, **k: sql.interruptible(Deaf(), work)}})()
-sql.PATIENCE_SEC = {patience}
+main.get_command = lambda app: type("", (), {{"main": lambda *a, **k: background.interruptible(Deaf(), work)}})()
+background.PATIENCE_SEC = {patience}
 main.main()
 """
 
