@@ -43,9 +43,11 @@ class ScoreInfo(Contract):
     unit: str = Field(
         description="What the number is: nats per target token, or what the user says of an imported number."
     )
-    model: TeacherInfo | None = Field(description="The model that scored; null where the numbers are from a file.")
+    model: TeacherInfo | None = Field(
+        description="The model that scored; null where the numbers are from a file, or from the dataset itself."
+    )
     tokenizer_hash: str | None = Field(
-        description="Its tokenizer, the same as the dataset's; null where the numbers are from a file."
+        description="Its tokenizer, the same as the dataset's; null where there is no model."
     )
     dataset_digest: str = Field(
         alias="dataset_fingerprint", description="Content digest of the dataset that was scored."
@@ -57,7 +59,7 @@ class ScoreInfo(Contract):
     )
     columns: list[str] = Field(["nll", "num_target_tokens"], description="Columns of the parts beside `id`.")
     origin: FileInfo | None = Field(
-        None, description="Digest and size of the file that the numbers are from; null where a model scored."
+        None, description="Digest and size of the file that the numbers are from; null where they were computed."
     )
     settings: dict[str, Any] | None = Field(
         None,

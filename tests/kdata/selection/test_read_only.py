@@ -1,4 +1,4 @@
-"""A dataset that cannot be written is refused before a model is loaded or a row is read."""
+"""A dataset that cannot be written is refused before a model is loaded or a row is read; margins go on where they stopped."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import kdata
+from kdata.check.verify import verify
 from kdata.errors import MismatchError, StorageError
 from kdata.format.files import require_writable
 from kdata.hygiene import inspect
@@ -24,6 +25,7 @@ from kdata.selection.ranked import All
 from kdata.teachers.config import TeacherConfig
 from tests.fakes import digests, rows_of_text, write_jsonl
 from tests.faults import mounted
+from tests.kdata.selection.plans import Row, dataset_of
 
 STEP = All()
 
@@ -123,3 +125,13 @@ def test_margins_go_on_where_they_were_stopped(whole: Path, tmp_path: Path, monk
     with pytest.raises(MismatchError, match=r"scores\.mine exists with other settings"):
         margins.score_margins(data, "mine")
     assert number == 2 + len(data.manifest) - 1
+
+
+def test_margins_are_written_again_after_rows_were_added(tmp_path: Path) -> None:
+    rows = [Row(f"r{n}", tokens=4) for n in range(6)]
+    data = dataset_of(tmp_path / "d", rows[:4], shard_rows=2)
+    margins.score_margins(data)
+    more = dataset_of(tmp_path / "d", rows[4:], shard_rows=2, source="more")
+    assert margins.score_margins(more).covered == {"margin": 6}
+    assert sorted(more.sql("select id from scores.margin")["id"].to_pylist()) == [row.id for row in rows]
+    assert verify(more, deep=True) == []
