@@ -283,6 +283,17 @@ def storage_errors(root: Path) -> Iterator[None]:
         raise storage_error(error.errno, error.filename2 or error.filename or root) from error
 
 
+def require_writable(path: Path) -> None:
+    """Write a byte where `path` is to be written, so that a place that refuses is an error before the work, not after it.
+
+    Nothing stays there. Raises StorageError.
+    """
+    with storage_errors(path):
+        place = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"0")
+
+
 def storage_error(number: int, place: object) -> StorageError:
     """The error for a path that cannot be written, by its errno."""
     remedy = REMEDIES.get(number) or f"{os.strerror(number)}; remove the cause"

@@ -28,7 +28,7 @@ from kdata.store.queryable import NAME
 
 Check = Literal["duplicates", "overlap", "language", "quality", "personal"]
 CHECKS: tuple[Check, ...] = ("duplicates", "overlap", "language", "quality", "personal")
-VERSION = 2  # of the numbers: raised where a text would get others
+VERSION = 3  # of the numbers: raised where a text would get others
 
 SPAN = pa.struct([("kind", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
 LANGUAGE = {

@@ -35,6 +35,7 @@ from kdata.format.files import (
     lock_of,
     remove_leftover,
     removed_on_failure,
+    require_writable,
     settle,
     storage_errors,
     write_atomically,
@@ -106,6 +107,7 @@ def inspect_dataset(
         if not missing:
             _Work(folder, DatasetTexts(dataset), config).forget()
             return Report(dataset.num_rows, [], kept=kept)
+        require_writable(dataset.path / SCORES.folder / infos[missing[0]].name)
         config = config.model_copy(update={"checks": missing})
         with _work(DatasetTexts(dataset), config, folder, log, pool) as work:
             for check in missing:

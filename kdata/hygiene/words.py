@@ -1,8 +1,8 @@
 """Texts as words and hashed n-grams: what duplicates, overlap and repetition have in common.
 
-A text is compared in a normal form: NFKC, case folded. Its words are runs of letters, digits and underscores; where a script
-has no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese), each character is a word. Punctuation and the
-kind of white space do not count.
+A text is compared in a normal form: NFKC, case folded, without characters that nobody sees. Its words are runs of letters,
+digits and underscores; where a script has no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese), each
+character is a word. Punctuation and the kind of white space do not count.
 
 Hashes have 64 bits and no key: two different n-grams of a million documents share one with a probability of 1e-2 in all.
 Whoever wants to can make two texts that share one, so a hash marks a text and proves nothing.
@@ -23,14 +23,19 @@ _UNSPACED = (
     "\u0e00-\u0e7f\u0e80-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\U00020000-\U0003ffff"
 )
+# Unicode's Default_Ignorable_Code_Point: soft hyphen, zero-width space and joiners, marks of direction, variation selectors.
+_UNSEEN = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
+)
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _MIX_A, _MIX_B, _STEP = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15)
 
 
 def normal_form(text: str) -> str:
-    """NFKC, case folded, runs of white space as one space, none at the ends."""
-    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    """NFKC, case folded, no characters that nobody sees, runs of white space as one space, none at the ends."""
+    plain = text if text.isascii() else _UNSEEN.sub("", unicodedata.normalize("NFKC", text))
     return " ".join(plain.casefold().split())
 
 

@@ -14,7 +14,16 @@ from pydantic import Field
 
 from kdata.config import Strict
 from kdata.errors import ConfigError, MismatchError, StorageError, settings_difference
-from kdata.format.files import file_info, lock_of, matches, new_file, removed_on_failure, settle, storage_errors
+from kdata.format.files import (
+    file_info,
+    lock_of,
+    matches,
+    new_file,
+    removed_on_failure,
+    require_writable,
+    settle,
+    storage_errors,
+)
 from kdata.format.schema import ManifestEntry
 from kdata.jobs.scoring import open_with
 from kdata.observe.progress import Task
@@ -123,6 +132,7 @@ def store_hidden(dataset: Dataset, config: HiddenConfig, *, log: Path | None = N
         DependencyError: torch or transformers is not installed.
     """
     with lock_of(dataset.path):
+        require_writable(dataset.path / HIDDEN.folder / config.name)
         plan = plan_hidden(dataset, config)
         if plan.missing > plan.free:
             raise StorageError(

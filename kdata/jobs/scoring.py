@@ -14,7 +14,7 @@ from pydantic import Field
 
 from kdata.config import Strict
 from kdata.errors import ConfigError, TeacherError
-from kdata.format.files import lock_of, storage_errors
+from kdata.format.files import lock_of, require_writable, storage_errors
 from kdata.format.keep import KeepConfig
 from kdata.format.kept import Kept
 from kdata.format.schema import ManifestEntry
@@ -80,6 +80,7 @@ def score(dataset: AnyDataset, config: ScoreConfig, *, log: Path | None = None) 
     """
     dataset = opened(dataset)
     with lock_of(dataset.path):
+        require_writable(dataset.path / "scores" / config.name)
         return _score(dataset, config, log)
 
 

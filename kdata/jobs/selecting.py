@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kdata.format.files import require_writable
 from kdata.format.keep import KeepConfig
 from kdata.jobs.scoring import open_reader
 from kdata.selection.plan import Plan
@@ -46,6 +47,7 @@ def select(dataset: AnyDataset, config: Step, room: Room | None = None, *, pool:
     dataset = opened(dataset)
     if not isinstance(config.positions, Gap):
         return select_rows(dataset, config, room, pool=pool)
+    require_writable(dataset.path / "plans" / (config.name or config.method))  # before a model is loaded
     rule = config.positions
     reader = TeacherConfig(model=rule.model, revision=rule.revision, backend=rule.backend)
     with open_reader(dataset, reader) as (model, _):

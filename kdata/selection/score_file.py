@@ -14,11 +14,11 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from kdata.errors import ConfigError, DataError, MissingError, first_line
-from kdata.format.files import file_info
+from kdata.errors import DataError, MissingError, first_line
+from kdata.format.files import file_info, require_writable
 from kdata.format.schema import index_schema
 from kdata.selection.session import exclusive
-from kdata.selection.sidecar import ScoreInfo, begin_sidecar, finish_sidecar, write_part
+from kdata.selection.sidecar import ScoreInfo, begin_sidecar, check_score_name, finish_sidecar, write_part
 from kdata.store.dataset import Dataset
 from kdata.store.queryable import is_name
 from kdata.store.sql import Room, files_view, literal, unglobbed
@@ -54,11 +54,12 @@ def bring(
     """
     if not file.is_file():
         raise MissingError(f"{file} does not exist; name a Parquet file with a column `id` and numeric columns")
-    if not is_name(name):
-        raise ConfigError(f"{name!r} is not a valid score name; use letters, digits and _, beginning with a letter")
+    check_score_name(name)
     try:
-        with exclusive(dataset, "score") as folder, _connection(dataset, file, folder, room or Room()) as connection:
-            return _bring(dataset, file, name, unit, connection)
+        with exclusive(dataset, "score") as folder:
+            require_writable(dataset.path / "scores" / name)
+            with _connection(dataset, file, folder, room or Room()) as connection:
+                return _bring(dataset, file, name, unit, connection)
     except duckdb.Error as error:
         if not _is_parquet(file):
             raise DataError(

@@ -26,7 +26,7 @@ from pydantic import BeforeValidator, Field
 
 from kdata.config import parse_config
 from kdata.errors import ConfigError, CorruptError, DataError, MissingError, nearest
-from kdata.format.files import remove_leftover, removed_on_failure, settle, without_hidden
+from kdata.format.files import remove_leftover, removed_on_failure, require_writable, settle, without_hidden
 from kdata.selection.band import Band
 from kdata.selection.choose_positions import choose_positions
 from kdata.selection.confidence import Confidence, Margin
@@ -141,6 +141,7 @@ def select(
     check_new_name("plan", name, (path.stem for path in without_hidden(dataset.path, "plans/*.parquet")))
     if config.parent == name:
         raise ConfigError(f"plan {name!r} cannot be its own parent; give the new plan another name (--name)")
+    require_writable(dataset.path / "plans" / name)
     parent = None if config.parent is None else open_plan(dataset, config.parent)
     if isinstance(config.positions, Gap) and reader is None:
         raise ConfigError("the rule 'gap' reads the text with a model; call kdata.select, which opens it")

@@ -43,9 +43,11 @@ class ScoreInfo(Contract):
     unit: str = Field(
         description="What the number is: nats per target token, or what the user says of an imported number."
     )
-    model: TeacherInfo | None = Field(description="The model that scored; null where the numbers are from a file.")
+    model: TeacherInfo | None = Field(
+        description="The model that scored; null where the numbers are from a file, or from the dataset itself."
+    )
     tokenizer_hash: str | None = Field(
-        description="Its tokenizer, the same as the dataset's; null where the numbers are from a file."
+        description="Its tokenizer, the same as the dataset's; null where there is no model."
     )
     dataset_digest: str = Field(
         alias="dataset_fingerprint", description="Content digest of the dataset that was scored."
@@ -57,7 +59,7 @@ class ScoreInfo(Contract):
     )
     columns: list[str] = Field(["nll", "num_target_tokens"], description="Columns of the parts beside `id`.")
     origin: FileInfo | None = Field(
-        None, description="Digest and size of the file that the numbers are from; null where a model scored."
+        None, description="Digest and size of the file that the numbers are from; null where they were computed."
     )
     settings: dict[str, Any] | None = Field(
         None,
@@ -69,6 +71,12 @@ class ScoreInfo(Contract):
     digest: str = Field("", description="SHA-256 of everything else in the file; shows a damaged byte.")
 
 
+def check_score_name(name: str) -> None:
+    """Raise ConfigError where SQL could not name such a score without quotes."""
+    if not is_name(name):
+        raise ConfigError(f"{name!r} is not a valid score name; use letters, digits and _, beginning with a letter")
+
+
 def refuse_other_settings(dataset: Dataset, info: ScoreInfo) -> None:
     """Raise MismatchError where a sidecar of that name has other settings, ConfigError where one differs in case alone."""
     check_new_name("score", info.name, listed(dataset.path, SCORES))
@@ -78,6 +86,8 @@ def refuse_other_settings(dataset: Dataset, info: ScoreInfo) -> None:
     before = load_score_info(dataset, info.name)
     # The dataset digest may differ: rows were added. Each part records its shard, so parts of unchanged shards are kept.
     changing = {"files", "dataset_digest", "dataset_identity", "digest"}
+    if info.origin is None:
+        changing.add("origin")  # margins of an older kdata name a temporary file
     difference = settings_difference(before.model_dump(exclude=changing), info.model_dump(exclude=changing))
     if difference:
         raise MismatchError(
@@ -189,8 +199,7 @@ def load_score_info(dataset: Dataset, name: str) -> ScoreInfo:
         CorruptError: it is damaged, or was renamed.
         MismatchError: it is of another dataset.
     """
-    if not is_name(name):
-        raise ConfigError(f"{name!r} is not a valid score name; use letters, digits and _, beginning with a letter")
+    check_score_name(name)
     dataset.fetch_sidecar(name)
     path = dataset.path / "scores" / f"{name}.json"
     listing, content = read_listing(path, SCORES)

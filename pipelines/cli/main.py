@@ -104,6 +104,8 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "advise": Entry("look:advise", "Say what measured runs recommend for a dataset."),
     },
 }
+# What others call it; close spellings are suggested anyway.
+OTHER_WORDS = {"explore": "view", "browse": "view", "dedup": "hygiene", "filter": "select", "distill": "train"}
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
@@ -158,6 +160,14 @@ class Group(TyperGroup):
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """Names, in the order of the table."""
         return list(self.commands)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Name the command that does what another word asks for."""
+        if args and args[0] in OTHER_WORDS and self.commands.prefix == "":  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"No such command {args[0]!r}. Did you mean {OTHER_WORDS[args[0]]!r}?; see `kdata --help`"
+            )
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run a command; without one, print the help."""

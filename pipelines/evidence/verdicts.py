@@ -20,7 +20,7 @@ CLEAN = Path(__file__).with_name("mixture.json")
 # Settings of the question `mixture` by method: weights of domains alone, on a clean corpus, against its own shares.
 OF_CLEAN, OWN_SHARES = {"uniform": "uniform", "temperature": "static (square root of tokens)"}, "proportional"
 FAMILIES = {"distillation": "distilled", "cross-entropy": "cross-entropy"}
-# Methods without a run, and why: most bring no choice of their own. Of olmix there is a setting in the question `raw`.
+# Methods without a run, and why: most bring no choice of their own.
 UNMEASURED = {
     "sql": "your own choice",
     "static": "your own shares",
@@ -28,7 +28,6 @@ UNMEASURED = {
     "proportional": "see random",
     "cap": "see random",
     "curriculum": "needs a judge",
-    "olmix": "not measured",
 }
 LEGEND = (
     "NLL of students on held-out text against those of the whole corpus, in %, of a",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from tests.fakes import (
     save_tokenizer,
     write_jsonl,
 )
+from tests.faults import mounted
 
 
 @pytest.fixture
@@ -213,18 +213,6 @@ def test_a_manifest_without_its_dataset_json_is_refused(begun: Path, corpus_file
 
 
 # ---------------------------------------------------------------------------------------- disks that refuse
-
-
-@contextlib.contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A file system of its own; skips where this user may not mount one."""
-    folder.mkdir(exist_ok=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("mounting a file system needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("kib", [0, 4, 8, 24, 40, 56, 72, 88, 104, 120])

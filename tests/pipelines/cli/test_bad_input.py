@@ -139,6 +139,13 @@ def test_every_command_is_called_here() -> None:
     assert set(CALLS) == set(ENTRIES)
 
 
+@pytest.mark.parametrize(("word", "command"), main.OTHER_WORDS.items())
+def test_another_word_for_a_command_is_answered_with_it(world: World, word: str, command: str) -> None:
+    assert word not in ENTRIES and command in ENTRIES
+    status, line = world.fails([word, "d"])
+    assert status == 2 and f"Did you mean {command!r}?" in line
+
+
 @pytest.mark.parametrize("command", ENTRIES)
 def test_an_unknown_option_is_usage(world: World, command: str) -> None:
     status, line = world.fails([*world.arguments(command), "--no-such-option"])
