@@ -7,7 +7,7 @@ import math
 import shlex
 from collections import Counter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,8 +28,34 @@ def first_problem(error: ValidationError) -> str:
     return f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"
 
 
-class WithoutSecrets(BaseModel):
-    """A model that refuses passwords and tokens in its values: they would be recorded and shown."""
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _Settings(ModelMetaclass):
+    """What a program's own `TrainConfig(steps=0)` goes through: a refusal is a ConfigError, as it is from YAML.
+
+    In the metaclass, because pydantic does not come through it for models inside of others: what it says of those stays
+    whole.
+    """
+
+    if not TYPE_CHECKING:  # the types of the fields are those that pydantic declares
+
+        def __call__(cls, *values: Any, **named: Any) -> Any:
+            try:
+                return super().__call__(*values, **named)
+            except ValidationError as error:
+                raise _refusal(cls, error, cls.__name__) from error
+
+
+class WithoutSecrets(BaseModel, metaclass=_Settings):
+    """A model that refuses passwords and tokens in its values: they would be recorded and shown.
+
+    Raises:
+        ConfigError: a program makes one with a value that does not fit.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -69,9 +95,13 @@ def parse_config(model: type[Model], values: dict[str, Any], where: str) -> Mode
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_problem(model, problem) for problem in error.errors()]
-        listing = f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
-        raise ConfigError(f"{where}:{listing}") from error
+        raise _refusal(model, error, where) from error
+
+
+def _refusal(model: type[BaseModel], error: ValidationError, where: str) -> ConfigError:
+    lines = [_problem(model, problem) for problem in error.errors()]
+    listing = f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
+    return ConfigError(f"{where}:{listing}")
 
 
 def _problem(model: type[BaseModel], problem: Any) -> str:

@@ -29,7 +29,7 @@ MODELS = "models"  # folder of a run for the students of single steps
 OF_ATTENTION = ("num_heads", "num_kv_heads", "intermediate_size", "max_positions")  # sizes of a student with attention
 
 
-class ScratchStudent(BaseModel):
+class ScratchStudent(WithoutSecrets):
     """A student with random initial weights; its vocabulary is the dataset's."""
 
     model_config = ConfigDict(extra="forbid")
@@ -114,7 +114,7 @@ class QuantizeConfig(Strict):
     )
 
 
-class CheckpointStudent(BaseModel):
+class CheckpointStudent(WithoutSecrets):
     """A student that starts from trained weights."""
 
     model_config = ConfigDict(extra="forbid")

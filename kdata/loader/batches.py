@@ -36,8 +36,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from kdata.config import WithoutSecrets
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
 from kdata.format.measures import Measures
 from kdata.format.positions import ChosenPositions
@@ -50,7 +51,7 @@ from kdata.store.dataset import Dataset
 Item = TypeVar("Item")
 
 
-class BatchesConfig(BaseModel):
+class BatchesConfig(WithoutSecrets):
     """How documents are packed, ordered and read ahead."""
 
     model_config = ConfigDict(extra="forbid")

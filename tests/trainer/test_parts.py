@@ -251,7 +251,7 @@ def test_logits_give_the_loss_and_gradient_of_hidden_states_and_head(name: str, 
         torch.randint(13, (9,)), ids, kept, tail, temperature, entropy_C=entropy, actual_logprobs_C=logprobs[:, 0],
         document_C=torch.arange(9) // 5, position_C=torch.arange(9) % 5 + 1,
     )  # fmt: skip
-    config = ObjectiveConfig(weights={name: 1.0}, temperature=temperature, taid_t=0.7, window_tokens=3)
+    config = ObjectiveConfig(weights={name: 1.0}, temperature=temperature, taid_t=0.7, compared_tokens=3)
     results = []
     for over in ("hidden", "logits"):
         h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
@@ -443,6 +443,13 @@ def test_objectives_that_the_data_cannot_serve_are_refused(dataset: kdata.Datase
         PackedRows(draws, items=4, objective={"weights": {"reverse_kl": 1.0}})
     with pytest.raises(ConfigError, match="alm is of chunks"):
         PackedRows(dataset, items=4, objective={"weights": {"alm": 1.0}})
+    for weight in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=f"finite number .got {weight}"):
+            PackedRows(dataset, objective={"weights": {"forward_kl": weight}}, epochs=1)
+    with pytest.raises(ConfigError, match="did you mean 'weights'"):
+        PackedRows(dataset, objective={"weigths": {"forward_kl": 1.0}}, epochs=1)
+    with pytest.raises(ConfigError, match=r"context_tokens: .* greater than or equal to 2 .got -1"):
+        PackedRows(dataset, context_tokens=-1, epochs=1)
     with pytest.raises(ConfigError, match="forwardkl"):
         PackedRows(dataset, items=4, objective={"weights": {"forwardkl": 1.0}})
     for ends in ({}, {"items": 4, "epochs": 1}, {"items": 0}, {"epochs": 0}):
