@@ -95,7 +95,7 @@ class LossPlan:
         if WINDOW_OBJECTIVES.isdisjoint(self.weights):
             return [slice(start, min(start + size, len(targets))) for start in range(0, len(targets), size)]
         assert targets.document_C is not None and targets.position_C is not None
-        begins_C = begins_of(targets.document_C, targets.position_C, self.config.window_tokens)
+        begins_C = begins_of(targets.document_C, targets.position_C, self.config.compared_tokens)
         chunks: list[slice] = []
         start = stop = 0
         for end in [*begins_C.nonzero()[1:, 0].tolist(), len(targets)]:
@@ -112,7 +112,7 @@ class LossPlan:
             return chunk
         assert chunk.document_C is not None and chunk.position_C is not None
         place = (chunk.document_C, chunk.position_C, _chosen(chunk))
-        return replace(chunk, windows=windows_of(*place, self.config.window_tokens))
+        return replace(chunk, windows=windows_of(*place, self.config.compared_tokens))
 
 
 def distillation_loss(
@@ -332,7 +332,7 @@ def _refuse_windows(targets: Targets, config: ObjectiveConfig) -> None:
     if "span_correlation" not in config.weights:
         return
     assert targets.document_C is not None and targets.position_C is not None
-    read_C = follows(targets.document_C, targets.position_C, _chosen(targets), config.window_tokens)
+    read_C = follows(targets.document_C, targets.position_C, _chosen(targets), config.compared_tokens)
     read_C[:-1] |= read_C.clone()[1:]
     logprobs_C = targets.actual_logprobs_C
     if logprobs_C is None or bool((logprobs_C.isnan() & read_C).any()):  # -inf is a probability of 0

@@ -129,7 +129,7 @@ class ObjectiveConfig(Strict):
         le=1,
     )
 
-    window_tokens: int = _setting(
+    compared_tokens: int = _setting(
         32,
         "Tokens of a window, counted from a document's first one: `sinkd` compares all positions of a window with each "
         "other, and takes time and memory in proportion; `span_correlation` each with the one before. The student's logits "

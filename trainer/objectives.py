@@ -472,7 +472,7 @@ def uld(o: Outcomes, config: ObjectiveConfig) -> Tensor:
 
 
 def sinkd(o: Outcomes, config: ObjectiveConfig) -> Tensor:
-    """sum_i P_ij W_ij at position j of a window of `window_tokens`: the students of all its i, moved to the teacher at j.
+    """sum_i P_ij W_ij at position j of a window of `compared_tokens`: the students of all its i, moved to the teacher at j.
 
     So its gradient reaches the student at every i, and where a plan weighs positions, the weight of j is that of the
     teacher's column j, not of the student at j.
@@ -505,7 +505,7 @@ def span_correlation(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     assert o.targets is not None and o.targets.windows is not None and o.targets.actual_logprobs_C is not None
     assert o.targets.document_C is not None and o.targets.position_C is not None
     place = (o.targets.document_C, o.targets.position_C, o.targets.windows.counts_C)
-    token_C, second_P = o.targets.token_ids_C, follows(*place, config.window_tokens).nonzero()[:, 0]
+    token_C, second_P = o.targets.token_ids_C, follows(*place, config.compared_tokens).nonzero()[:, 0]
     first_P = second_P - 1
     log_p_C, log_q_C = o.targets.actual_logprobs_C.to(o.log_q_token_C), o.log_q_token_C
     value_P = ((log_p_C[first_P] + log_p_C[second_P]).exp() - (log_q_C[first_P] + log_q_C[second_P]).exp()).square()

@@ -1,7 +1,7 @@
 """SinKD and span correlation: positions of one document that lie close together, compared with each other.
 
-Both are of pairs of positions. A window is `window_tokens` consecutive tokens of a document, counted from its first token, so
-what is compared follows from the document alone, and the positions that count: not from how documents are packed, and not
+Both are of pairs of positions. A window is `compared_tokens` consecutive tokens of a document, counted from its first token,
+so what is compared follows from the document alone, and the positions that count: not from how documents are packed, and not
 from micro-batches, ranks or the chunks of `kdata.trainer.fused`, which end where windows end.
 
 SinKD: W_ij is the sum of the absolute differences of the student's probabilities at position i and the teacher's at position
@@ -46,37 +46,37 @@ class Windows(NamedTuple):
         return values_GNK[self.window_C]
 
 
-def begins_of(document_C: Tensor, position_C: Tensor, window_tokens: int) -> Tensor:
+def begins_of(document_C: Tensor, position_C: Tensor, compared_tokens: int) -> Tensor:
     """Which positions are the first of their window, bool [C].
 
     Args:
         document_C: int64 [C], rising. position_C: int64 [C], place of the token in its document, rising within one.
     """
-    key_2C = torch.stack([document_C, position_C // window_tokens])
+    key_2C = torch.stack([document_C, position_C // compared_tokens])
     begins_C = torch.ones_like(document_C, dtype=torch.bool)
     begins_C[1:] = (key_2C[:, 1:] != key_2C[:, :-1]).any(0)
     return begins_C
 
 
-def follows(document_C: Tensor, position_C: Tensor, counts_C: Tensor, window_tokens: int) -> Tensor:
+def follows(document_C: Tensor, position_C: Tensor, counts_C: Tensor, compared_tokens: int) -> Tensor:
     """Which positions are compared with the one before, bool [C]: of the token before, in the same window; both count.
 
     Args: see `windows_of`.
     """
     follows_C = torch.zeros_like(counts_C)
-    is_next_C = (position_C.diff() == 1) & ~begins_of(document_C, position_C, window_tokens)[1:]
+    is_next_C = (position_C.diff() == 1) & ~begins_of(document_C, position_C, compared_tokens)[1:]
     follows_C[1:] = is_next_C & counts_C[1:] & counts_C[:-1]
     return follows_C
 
 
-def windows_of(document_C: Tensor, position_C: Tensor, counts_C: Tensor, window_tokens: int) -> Windows:
+def windows_of(document_C: Tensor, position_C: Tensor, counts_C: Tensor, compared_tokens: int) -> Windows:
     """The windows of some positions.
 
     Args:
         document_C, position_C: see `begins_of`.
         counts_C: bool [C], which positions are compared.
     """
-    begins_C = begins_of(document_C, position_C, window_tokens)
+    begins_C = begins_of(document_C, position_C, compared_tokens)
     window_C, first_G = begins_C.cumsum(0) - 1, begins_C.nonzero()[:, 0]
     at_C = torch.arange(len(window_C), device=window_C.device) - first_G[window_C]
     place_GN = window_C.new_full((len(first_G), int(at_C.max()) + 1 if len(at_C) else 0), -1)

@@ -165,29 +165,46 @@ def exposures(
         DataError: a candidate has fewer than two tokens, or has the same tokens as the secret.
         TeacherError: the model's log-probabilities are not finite.
     """
-    if most < 2:
-        raise ConfigError(f"{most} candidates cannot be compared; take 2 or more")
-    rng = np.random.default_rng(seed)
+    ids_of = candidates_of(tokenizer, canaries, most=most, seed=seed)
+    for canary, ids in zip(canaries, ids_of, strict=True):
+        longest = max(len(one) for one in ids)
+        if longest > teacher.context:
+            raise ConfigError(
+                f"canary {canary.id!r} has {longest:,} tokens, {teacher.info.model} reads {teacher.context:,}; "
+                "shorten `before`"
+            )
     results = []
-    with Task("exposure", sum(min(c.space, most) for c in canaries), "candidates") as task:
-        for canary in canaries:
-            texts = canary.candidates(most, rng)
-            ids = [np.array(one, np.int32) for one in tokenizer(texts)["input_ids"]]
-            _check(canary, ids, teacher)
+    with Task("exposure", sum(len(ids) for ids in ids_of), "candidates") as task:
+        for canary, ids in zip(canaries, ids_of, strict=True):
             nll_C = _nlls(teacher, ids)
             if not np.isfinite(nll_C).all():
                 raise TeacherError(f"canary {canary.id!r}: the model's NLL of a candidate is not finite; is it sound?")
             results.append(_exposure(canary, nll_C))
-            task.advance(len(texts))
+            task.advance(len(ids))
     return results
 
 
-def _check(canary: Canary, ids: list[np.ndarray], teacher: Teacher) -> None:
-    longest = max(len(one) for one in ids)
-    if longest > teacher.context:
-        raise ConfigError(
-            f"canary {canary.id!r} has {longest:,} tokens, {teacher.info.model} reads {teacher.context:,}; shorten `before`"
-        )
+def candidates_of(
+    tokenizer: Any, canaries: Sequence[Canary], *, most: int = 1000, seed: int = 0
+) -> list[list[np.ndarray]]:
+    """Token ids of the candidates of each canary, int32, those of the secret first. No model is needed.
+
+    Raises:
+        ConfigError: `most` is below 2.
+        DataError: a candidate has fewer than two tokens, or has the same tokens as the secret.
+    """
+    if most < 2:
+        raise ConfigError(f"{most} candidates cannot be compared; take 2 or more")
+    rng = np.random.default_rng(seed)
+    ids_of = []
+    for canary in canaries:
+        ids = [np.array(one, np.int32) for one in tokenizer(canary.candidates(most, rng))["input_ids"]]
+        _check(canary, ids)
+        ids_of.append(ids)
+    return ids_of
+
+
+def _check(canary: Canary, ids: list[np.ndarray]) -> None:
     if min(len(one) for one in ids) < 2:
         raise DataError(
             f"canary {canary.id!r} has a candidate of one token, which nothing predicts; give it a `before`"

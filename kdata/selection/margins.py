@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from kdata.format.files import lock_of, require_writable, storage_errors
 from kdata.observe.progress import Task
 from kdata.selection.choose_positions import pieces
-from kdata.selection.position_rules import Margin, Piece
+from kdata.selection.position_base import Piece
+from kdata.selection.position_rules import Margin
 from kdata.selection.score_file import ImportedScores
 from kdata.selection.sidecar import (
     ScoreInfo,

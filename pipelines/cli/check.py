@@ -11,7 +11,7 @@ import typer
 import kdata
 from kdata.check.audit import audit as find_weights
 from kdata.check.audit import load_head
-from kdata.check.exposure import BY_CHANCE, exposures, read_canaries
+from kdata.check.exposure import BY_CHANCE, candidates_of, exposures, read_canaries
 from kdata.check.remeasure import against_teacher as read_again
 from kdata.check.repair import repair as set_aside
 from kdata.check.verify import outdated, unbound
@@ -212,6 +212,8 @@ def exposure(
     for config in configs:  # all before the first is measured
         check_teacher(config, max_k=1)
     tokenizers = [load_tokenizer(config.model, config.revision, bos=config.bos) for config in configs]
+    for tokenizer in tokenizers:
+        candidates_of(tokenizer, planted, most=candidates)
     results = []
     for name, config, tokenizer in zip(models, configs, tokenizers, strict=True):
         loaded = load_teacher(config, max_k=1)

@@ -206,14 +206,14 @@ def _uld(p: Tensor, problem: Problem) -> Tensor:
     return torch.stack(values)
 
 
-def windows(targets: Targets, window_tokens: int = WINDOW) -> list[list[int]]:
+def windows(targets: Targets, compared_tokens: int = WINDOW) -> list[list[int]]:
     """Positions of each window, those that are not chosen left out."""
     members: dict[tuple[int, int], list[int]] = {}
     for c, (document, position) in enumerate(
         zip(targets.document_C.tolist(), targets.position_C.tolist(), strict=True)
     ):
         if targets.chosen_C is None or targets.chosen_C[c]:
-            members.setdefault((document, position // window_tokens), []).append(c)
+            members.setdefault((document, position // compared_tokens), []).append(c)
     return list(members.values())
 
 

@@ -29,7 +29,7 @@ def fused(problem: Problem, weights: dict[str, float], tail: str, **kwargs: obje
         weights=weights,
         temperature=problem.targets.temperature,
         taid_t=TAID_T,
-        window_tokens=WINDOW,
+        compared_tokens=WINDOW,
         **{k: kwargs.pop(k) for k in ("jsd_beta",) if k in kwargs},
     )
     return distillation_loss(problem.hidden, problem.head, problem.targets, config, tail, **kwargs)

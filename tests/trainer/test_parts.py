@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -251,7 +252,7 @@ def test_logits_give_the_loss_and_gradient_of_hidden_states_and_head(name: str, 
         torch.randint(13, (9,)), ids, kept, tail, temperature, entropy_C=entropy, actual_logprobs_C=logprobs[:, 0],
         document_C=torch.arange(9) // 5, position_C=torch.arange(9) % 5 + 1,
     )  # fmt: skip
-    config = ObjectiveConfig(weights={name: 1.0}, temperature=temperature, taid_t=0.7, window_tokens=3)
+    config = ObjectiveConfig(weights={name: 1.0}, temperature=temperature, taid_t=0.7, compared_tokens=3)
     results = []
     for over in ("hidden", "logits"):
         h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
@@ -443,6 +444,13 @@ def test_objectives_that_the_data_cannot_serve_are_refused(dataset: kdata.Datase
         PackedRows(draws, items=4, objective={"weights": {"reverse_kl": 1.0}})
     with pytest.raises(ConfigError, match="alm is of chunks"):
         PackedRows(dataset, items=4, objective={"weights": {"alm": 1.0}})
+    for weight in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=f"finite number .got {weight}"):
+            PackedRows(dataset, objective={"weights": {"forward_kl": weight}}, epochs=1)
+    with pytest.raises(ConfigError, match="did you mean 'weights'"):
+        PackedRows(dataset, objective={"weigths": {"forward_kl": 1.0}}, epochs=1)
+    with pytest.raises(ConfigError, match=r"context_tokens: .* greater than or equal to 2 .got -1"):
+        PackedRows(dataset, context_tokens=-1, epochs=1)
     with pytest.raises(ConfigError, match="forwardkl"):
         PackedRows(dataset, items=4, objective={"weights": {"forwardkl": 1.0}})
     for ends in ({}, {"items": 4, "epochs": 1}, {"items": 0}, {"epochs": 0}):
@@ -481,6 +489,42 @@ def test_a_trainer_that_drops_the_targets_is_refused(rows: PackedRows, tmp_path:
     trainer.data_collator = lambda items: {"input_ids": torch.stack([item["input_ids"] for item in items])}
     with pytest.raises(ConfigError, match="a collator dropped them"):
         trainer.train()
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_huggingfaces_own_trainer_has_the_loss_of_the_whole_step(
+    accumulated: int, dataset: kdata.Dataset, tmp_path: Path
+) -> None:
+    """It gives the model the step's counted tokens, and divides by nothing else."""
+    rows = PackedRows(dataset, context_tokens=64, items=9)
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return SequentialSampler(rows)
+
+    losses = []
+    for trainer, model in ((DistillTrainer, llama()), (InOrder, attach_loss(llama(), rows))):
+        args = TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], max_steps=3, save_strategy="no", logging_steps=1, learning_rate=1e-2,
+            per_device_train_batch_size=3 // accumulated, gradient_accumulation_steps=accumulated,
+            remove_unused_columns=False,
+        )  # fmt: skip
+        run = trainer(model=model, args=args, train_dataset=rows, data_collator=Collator())
+        run.train()
+        losses.append([(line["loss"], line["grad_norm"]) for line in run.state.log_history if "loss" in line])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert len(losses[0]) == 3
+    whole = attach_loss(llama(), rows)(**batch_of(rows, 3)).loss.detach()
+    assert losses[1][0][0] == pytest.approx(float(whole), rel=1e-4)
+
+
+def test_a_number_of_tokens_does_not_stand_for_the_weights_of_a_plan(rows: PackedRows) -> None:
+    model, batch = attach_loss(llama(), rows), batch_of(rows, 2)
+    assert torch.equal(model(**batch, num_items_in_batch=40).loss, model(**batch, counted_tokens=40).loss)
+    targets = batch["targets"]
+    weighted = replace(targets.targets, weights_C=torch.full((len(targets),), 0.5))
+    with pytest.raises(ConfigError, match="use DistillTrainer in place of Trainer"):
+        model(**{**batch, "targets": replace(targets, targets=weighted)}, num_items_in_batch=40)
 
 
 def test_settings_of_a_trainer_that_change_the_loss_are_refused(rows: PackedRows, dataset, tmp_path: Path) -> None:

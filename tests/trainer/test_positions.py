@@ -276,7 +276,7 @@ def test_value_and_gradient_equal_the_dense_oracle(
     problem = weighted(make_problem(9, temperature=temperature), weights=weights, elsewhere=elsewhere is not None)
     mix = {name: 1.7} if name == "cross_entropy" else {name: 1.7, "cross_entropy": 0.2}
     config = ObjectiveConfig(
-        weights=mix, temperature=temperature, cross_entropy_elsewhere=elsewhere, taid_t=TAID_T, window_tokens=WINDOW
+        weights=mix, temperature=temperature, cross_entropy_elsewhere=elsewhere, taid_t=TAID_T, compared_tokens=WINDOW
     )
     expected = oracle_loss(problem, mix, tail, elsewhere)
     wanted = gradients(problem, expected)

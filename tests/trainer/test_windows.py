@@ -35,8 +35,10 @@ VOCAB = 23
 NAMES = sorted(WINDOW_OBJECTIVES)
 
 
-def values(problem: Problem, name: str, window_tokens: int = 4, **options: Any) -> Tensor:
-    config = ObjectiveConfig(weights={name: 1.0}, window_tokens=window_tokens, temperature=problem.targets.temperature)
+def values(problem: Problem, name: str, compared_tokens: int = 4, **options: Any) -> Tensor:
+    config = ObjectiveConfig(
+        weights={name: 1.0}, compared_tokens=compared_tokens, temperature=problem.targets.temperature
+    )
     return distillation_loss(problem.hidden, problem.head, problem.targets, config, "ghost", **options).values_MO[:, 0]
 
 
@@ -48,12 +50,12 @@ def student(problem: Problem) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- SinKD
 
 
-@pytest.mark.parametrize(("temperature", "window_tokens"), [(1.0, 4), (2.0, 4), (2.0, 50), (1.0, 2)])
-def test_sinkd_is_the_authors_of_each_window_where_everything_is_kept(temperature: float, window_tokens: int) -> None:
+@pytest.mark.parametrize(("temperature", "compared_tokens"), [(1.0, 4), (2.0, 4), (2.0, 50), (1.0, 2)])
+def test_sinkd_is_the_authors_of_each_window_where_everything_is_kept(temperature: float, compared_tokens: int) -> None:
     """Their code on the whole distributions of a window is the sum over its positions; times T^2, as every divergence."""
     problem = make_problem(23, kept=VOCAB, ragged=False, temperature=temperature)
-    got, q = values(problem, "sinkd", window_tokens), student(problem)
-    members = windows(problem.targets, window_tokens)
+    got, q = values(problem, "sinkd", compared_tokens), student(problem)
+    members = windows(problem.targets, compared_tokens)
     assert max(map(len, members)) > 1
     for own in members:
         want = source_sinkhorn(torch.cdist(q[own], problem.p[own], p=1)).sum()
@@ -77,24 +79,24 @@ def test_a_distance_is_exact_where_all_is_kept_and_else_a_lower_bound_that_rises
 
 @given(
     places=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=25, unique=True),
-    window_tokens=st.integers(2, 17),
+    compared_tokens=st.integers(2, 17),
     seed=st.integers(0, 9),
 )
 def test_positions_are_moved_within_their_window_and_each_wholly(
-    places: list[tuple[int, int]], window_tokens: int, seed: int
+    places: list[tuple[int, int]], compared_tokens: int, seed: int
 ) -> None:
     """Where all distances of a window are equal, that is the value at each of its positions that counts; elsewhere 0."""
     document_C, position_C = torch.tensor(sorted(places)).unbind(-1)
     counts_C = torch.rand(len(places), generator=torch.Generator().manual_seed(seed)) < 0.8
-    made: Windows = windows_of(document_C, position_C, counts_C, window_tokens)
-    own_C = (100 * document_C + position_C // window_tokens) % 7 / 4.0 + 0.25
+    made: Windows = windows_of(document_C, position_C, counts_C, compared_tokens)
+    own_C = (100 * document_C + position_C // compared_tokens) % 7 / 4.0 + 0.25
     got = transported(own_C[:, None].expand(-1, made.place_GN.shape[1]).double(), made)
     torch.testing.assert_close(got, own_C.double() * counts_C)
-    assert made.place_GN.shape[1] <= min(window_tokens, len(places))
+    assert made.place_GN.shape[1] <= min(compared_tokens, len(places))
     counted = {place for place, counts in zip(sorted(places), counts_C.tolist(), strict=True) if counts}
-    follows_C = follows(document_C, position_C, counts_C, window_tokens)
+    follows_C = follows(document_C, position_C, counts_C, compared_tokens)
     for c, (document, position) in enumerate(sorted(places)):
-        is_one = {(document, position), (document, position - 1)} <= counted and position % window_tokens > 0
+        is_one = {(document, position), (document, position - 1)} <= counted and position % compared_tokens > 0
         assert bool(follows_C[c]) == is_one and (not is_one or sorted(places)[c - 1] == (document, position - 1))
 
 
@@ -149,10 +151,10 @@ def test_shared_places_are_those_of_every_pair_of_entries(count: int, kept: int,
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("window_tokens", [2, 5, 64])
-def test_chunks_of_logits_change_nothing(name: str, window_tokens: int) -> None:
+@pytest.mark.parametrize("compared_tokens", [2, 5, 64])
+def test_chunks_of_logits_change_nothing(name: str, compared_tokens: int) -> None:
     problem = make_problem(40)
-    config = ObjectiveConfig(weights={name: 1.0, "forward_kl": 0.3}, window_tokens=window_tokens)
+    config = ObjectiveConfig(weights={name: 1.0, "forward_kl": 0.3}, compared_tokens=compared_tokens)
     results = []
     for size in (None, 1, 3, 16):
         loss = distillation_loss(problem.hidden, problem.head, problem.targets, config, "ghost", chunk_positions=size)
@@ -166,8 +168,8 @@ def test_chunks_of_logits_change_nothing(name: str, window_tokens: int) -> None:
 def test_a_window_longer_than_every_document_costs_no_more_and_changes_nothing(name: str) -> None:
     problem = make_problem(40)
     want = values(problem, name, 64)
-    for window_tokens in (100_000, 2**62):
-        torch.testing.assert_close(values(problem, name, window_tokens), want, rtol=1e-12, atol=1e-15)
+    for compared_tokens in (100_000, 2**62):
+        torch.testing.assert_close(values(problem, name, compared_tokens), want, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -176,7 +178,7 @@ def test_packing_batches_and_order_change_nothing(name: str, tmp_path: Path) -> 
     dataset = datasets.make_dataset(tmp_path / "set", [30, 7, 19, 2, 40, 11, 25, 3])
     rng = torch.Generator().manual_seed(2)
     table, head = (torch.randn(datasets.VOCAB, 6, generator=rng, dtype=torch.float64) for _ in range(2))
-    config = ObjectiveConfig(weights={name: 1.0}, window_tokens=8)
+    config = ObjectiveConfig(weights={name: 1.0}, compared_tokens=8)
     sums = []
     for rows, context, seed in ((1, 40, 0), (4, 64, 0), (2, 48, 5), (1, 256, 1)):
         of_document = torch.zeros(dataset.num_rows, dtype=torch.float64)
@@ -297,7 +299,7 @@ def test_only_log_probabilities_that_are_read_need_to_be_known() -> None:
 
     def of(targets: Targets) -> tuple[Tensor, ...]:
         loss = distillation_loss(
-            problem.hidden, problem.head, targets, ObjectiveConfig(**mix, window_tokens=4), "ghost"
+            problem.hidden, problem.head, targets, ObjectiveConfig(**mix, compared_tokens=4), "ghost"
         )
         return loss.values_MO[:, 0], *torch.autograd.grad(loss.total, (problem.hidden, problem.head))
 

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset
 
 import kdata
+from kdata.config import parse_config
 from kdata.errors import ConfigError, OutOfRangeError
 from kdata.format.positions import ChosenPositions
 from kdata.loader.batches import Arrays, Batches, BatchesConfig
@@ -59,8 +60,8 @@ class Source:
         objective: settings of the loss, as `ObjectiveConfig` or as its fields. The temperature decides the targets.
         config: how documents are packed and ordered.
     Raises:
-        ConfigError: the data cannot serve the objective (its temperature, draws, the tail mode), or the objective needs
-            state that only `kdata train` keeps.
+        ConfigError: a setting has no possible value; the data cannot serve the objective (its temperature, draws, the tail
+            mode); or the objective needs state that only `kdata train` keeps.
         DataError: a document is longer than the context, or no token counts.
         MissingError: dataset or plan does not exist.
     """
@@ -74,7 +75,9 @@ class Source:
     ) -> None:
         self.dataset = dataset if isinstance(dataset, kdata.Dataset) else kdata.open(dataset)
         self.plan = plan if plan is None or isinstance(plan, Plan) else plan_of(self.dataset, plan)
-        self.objective = ObjectiveConfig.model_validate({} if objective is None else objective)
+        if not isinstance(objective, ObjectiveConfig):
+            objective = parse_config(ObjectiveConfig, {} if objective is None else dict(objective), "objective")
+        self.objective = objective
         choice = (None, None) if self.plan is None else self.plan.choice(self.dataset)
         self.planned_rows: np.ndarray | None = choice[0]
         self.positions: ChosenPositions | None = choice[1]

@@ -3,6 +3,9 @@
     model = attach_loss(model, data)                       checked, and changed in place
     output = model(**batch, counted_tokens=count)          output.loss, or logits as ever where a call has no targets
 
+`counted_tokens` is what the loss is divided by, where a step has several batches; None: the batch's own. Hugging Face's
+Trainer gives it as `num_items_in_batch`, its name for the same number.
+
 The loss is computed inside the model's own forward pass, and the head's part of it inside the head's. DDP, FSDP and DeepSpeed
 act on the calls of modules: they gather a module's weights before its call and divide its gradients after it. So a head that
 is divided among ranks is whole when the loss reads it, and is never copied. Accelerate, torch.compile and PEFT wrap such a
@@ -176,10 +179,20 @@ def _replace_forward(student: PreTrainedModel) -> None:
         *args: Any,
         targets: SparseTargets | None = None,
         counted_tokens: Tensor | float | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **inputs: Any,
     ) -> Any:
+        if num_items_in_batch is not None and targets is None:
+            inputs["num_items_in_batch"] = num_items_in_batch
         if targets is None:
             return former(*args, **inputs)
+        if counted_tokens is None and num_items_in_batch is not None:
+            if targets.targets.weights_C is not None:
+                raise ConfigError(
+                    "num_items_in_batch is a number of tokens, and a plan with weights divides by their sum; use "
+                    "DistillTrainer in place of Trainer, or give counted_tokens, the total_weight of the step's targets"
+                )
+            counted_tokens = num_items_in_batch
         attached: _Attached = getattr(self, SETTINGS)
         _refuse_other_labels({**inputs, "targets": targets})
         inputs.pop("labels", None)

@@ -150,3 +150,23 @@ def test_all_models_are_checked_before_the_first_is_measured(
     file = write_jsonl(tmp_path / "c.jsonl", [CANARY])
     done = CliRunner().invoke(app, ["exposure", str(llama_dir), str(second), "--canaries", str(file)])
     assert isinstance(done.exception, KdataError) and str(second) in str(done.exception)
+
+
+def test_canaries_that_cannot_be_measured_are_refused_before_a_model_is_loaded(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one of the file has candidates of one token."""
+
+    def measured(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("kdata.pipelines.cli.check.load_teacher", measured)
+    bare = shutil.copytree(llama_dir, tmp_path / "bare")
+    known = json.loads((bare / "tokenizer.json").read_text())
+    (bare / "tokenizer.json").write_text(
+        json.dumps({**known, "post_processor": None})
+    )  # which puts a mark before texts
+    short = {"id": "short", "secret": "4", "choices": "0123456789"}
+    file = write_jsonl(tmp_path / "c.jsonl", [CANARY, short])
+    done = CliRunner().invoke(app, ["exposure", str(bare), "--canaries", str(file)])
+    assert isinstance(done.exception, DataError) and "'short' has a candidate of one token" in str(done.exception)
