@@ -546,6 +546,30 @@ def test_settings_of_a_trainer_that_change_the_loss_are_refused(rows: PackedRows
         )
 
 
+def test_data_to_evaluate_on_that_the_loss_does_not_fit_is_refused(rows: PackedRows, tmp_path: Path) -> None:
+    """A model has the loss of the data it trains on."""
+
+    def evaluated_on(data: Any, **changes: Any) -> None:
+        DistillTrainer(model=llama(), args=arguments(tmp_path), train_dataset=rows, eval_dataset=data, **changes)
+
+    def held(name: str, objective: dict[str, Any] | None = None, **settings: Any) -> PackedRows:
+        lengths = settings.pop("lengths", [10] * 8)
+        return PackedRows(
+            make_dataset(tmp_path / name, lengths, **settings), context_tokens=80, items=2, objective=objective
+        )
+
+    evaluated_on(held("same"))
+    with pytest.raises(ConfigError, match=r"(?s)one loss.*weights.*jsd"):
+        evaluated_on(held("other", {"weights": {"jsd": 1.0}}))
+    with pytest.raises(ConfigError, match=r"(?s)one loss.*tail: 'ghost' -> 'draws'"):
+        evaluated_on(held("draws", tail="draws"))
+    with pytest.raises(DataError, match="a document has 70 tokens, the student has 64 positions"):
+        evaluated_on(held("long", lengths=[70] * 3))
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        with pytest.raises(ConfigError, match=f"{name} needs logits"):
+            evaluated_on(None, **{name: lambda *_: {}})
+
+
 class StopAt(TrainerCallback):
     """Ends training after a step, as a kill after a checkpoint does."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tokenizers import normalizers
 from transformers import BartConfig
 from typer.testing import CliRunner
 
@@ -49,6 +50,26 @@ def test_the_command_counts_the_text_where_no_distribution_is_kept(captured_once
     assert line["cross_entropy_elsewhere"] > 0 and line["step"] == 3
     refused = CliRunner().invoke(app, [*arguments, "--plan", "x"])
     assert isinstance(refused.exception, ConfigError) and "retokenize" in str(refused.exception)
+
+
+def test_a_tokenizer_that_changes_most_texts_is_refused_before_training(captured_once: Path, tmp_path: Path) -> None:
+    """What is left can be trained on by its name."""
+    tokenizer = byte_tokenizer()
+    texts = kdata.open(captured_once).index(["text"])["text"].to_pylist()
+    word = max((word for text in texts for word in set(text.split())), key=lambda w: sum(w in t for t in texts))
+    changed = sum(word in text for text in texts)
+    assert len(texts) / 2 < changed < len(texts)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(word, word.upper() + "!")
+    arguments = ["--out", str(tmp_path / "out"), "--steps", "2"]
+    arguments += [part for setting in SIZES for part in ("--set", setting)]
+    other = ["--tokenizer", str(saved(tokenizer, tmp_path / "other"))]
+    refused = CliRunner().invoke(app, ["train", str(captured_once), *other, *arguments])
+    assert isinstance(refused.exception, DataError)
+    left = tmp_path / "out" / "retokenized"
+    assert str(refused.exception).startswith(f"{changed} of {len(texts)} rows were left out")
+    assert f"`kdata train {left}`" in str(refused.exception) and not (tmp_path / "out" / "model").exists()
+    trained = CliRunner().invoke(app, ["train", str(left), "--set", "objective.cross_entropy_elsewhere=1", *arguments])
+    assert trained.exit_code == 0, trained.output
 
 
 def test_every_phase_counts_the_text_unless_it_says_otherwise(captured_once: Path, tmp_path: Path) -> None:
