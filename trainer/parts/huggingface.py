@@ -106,7 +106,7 @@ class DistillMixin:
                 "a kdata.trainer.parts.Collator"
             )
         if model.training:
-            loss_of(trainer.accelerator.unwrap_model(model)).set_step(
+            loss_of(trainer.accelerator.unwrap_model(model, keep_torch_compile=False)).set_step(
                 trainer.state.global_step, trainer.state.max_steps
             )
         output: DistillOutput = model(**inputs, counted_tokens=num_items_in_batch)
