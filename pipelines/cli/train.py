@@ -52,6 +52,7 @@ from kdata.trainer.objective_config import SORTED_OBJECTIVES, ObjectiveConfig, r
 # Lines of the table of one student: heading and format, by the figure's name.
 FIGURES = {
     "nll": ("NLL", ".3f"), "teacher_nll": ("  of the teacher", ".3f"), "ppl": ("perplexity", ",.1f"),
+    "bits_per_byte": ("bits per byte of text", ".3f"),
     "kl": ("KL(teacher || student)", ".3f"), "reverse_kl": ("reverse KL", ".3f"), "tv": ("total variation", ".3f"),
     "acceptance": ("acceptance of drafts", ".1%"), "accepted_length": ("  tokens per step", ".2f"),
     "loyalty": ("probability loyalty", ".1%"), "top1": ("label loyalty: top-1 agreement", ".1%"),
