@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -69,6 +69,40 @@ def lowercasing_tokenizer(lines: Sequence[str]) -> Any:
     tokenizer = bpe_tokenizer([line.lower() for line in lines])
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     return tokenizer
+
+
+def compatibility_tokenizer(lines: Sequence[str]) -> Any:
+    """A byte-level BPE that puts a space before every text, and reads compatible characters as one (NFKC)."""
+    tokenizer = bpe_tokenizer(lines)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def unigram_tokenizer(lines: Sequence[str], size: int = 400) -> Any:
+    """As SentencePiece's: likely pieces, a sign for spaces, one before the text, an id for what it does not know."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    known = [*SPECIAL, "<unk>"]
+    backend.train_from_iterator(
+        lines, trainers.UnigramTrainer(vocab_size=size, special_tokens=known, unk_token="<unk>", show_progress=False)
+    )
+    return _fast(backend)
+
+
+def word_tokenizer(lines: Sequence[str], size: int = 400) -> Any:
+    """As BERT's: words in lower case without accents, in pieces; marks around the text."""
+    backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    backend.normalizer, backend.decoder = normalizers.BertNormalizer(lowercase=True), decoders.WordPiece()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    known = [*SPECIAL, "<unk>"]
+    backend.train_from_iterator(
+        lines, trainers.WordPieceTrainer(vocab_size=size, special_tokens=known, show_progress=False)
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", SPECIAL.index("<s>")), ("</s>", SPECIAL.index("</s>"))]
+    )
+    return _fast(backend)
 
 
 def saved(tokenizer: Any, folder: Path) -> Path:

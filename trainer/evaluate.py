@@ -102,8 +102,10 @@ def evaluate(
         teacher accepts), accepted_length (expected tokens per pass of the teacher), loyalty (probability loyalty, the mean of
         1 - sqrt(JSD) in base 2; Xu et al., EMNLP 2021), top1 (label loyalty), top5 (share of positions where the
         teacher's first choice is the student's first, or among its first five), ece, teacher_ece (calibration error of the
-        most likely token), tokens (counted positions). Of a dataset that keeps distributions at some positions only, nll,
-        ppl, ece and teacher_nll are of all targets; all else is of those with a distribution, whose number is kept_tokens.
+        most likely token), tokens (counted positions), bits_per_byte (of the text that they stand for; None where the
+        dataset does not hold their bytes). Of a dataset that keeps distributions at some positions only, nll,
+        ppl, bits_per_byte, ece and teacher_nll are of all targets; all else is of those with a distribution, whose number is
+        kept_tokens.
     Raises:
         MissingError: the dataset or the model does not exist, or prompts or tasks are given and there is no tokenizer.
         MismatchError: the model's vocabulary or tokenizer is not the dataset's, or that of `draft_for` is not.
@@ -210,6 +212,9 @@ class _Sums:
         self.student = _Calibration(num_domains)
         self.teacher = _Calibration(num_domains)
         self.entropy_known = True
+        self.bytes: np.ndarray | None = np.zeros(
+            num_domains, np.int64
+        )  # of text; None where it is not known of a token
         self.knows_top = tail == "ghost" or kind in (
             "hybrid",
             "threshold",
@@ -245,6 +250,19 @@ class _Sums:
         if self.bounds_are is None or (self.tail == "ghost" and self.combined):
             return self.bounds_are
         return "an upper bound: exact entries and one bucket for the rest"
+
+    def add_bytes(self, dataset: kdata.Dataset, batch: Batch, domain_M: np.ndarray) -> None:
+        """The bytes of text that the counted tokens of a batch stand for."""
+        assert batch.targets.position_C is not None  # the loader sets it
+        position_M = batch.targets.position_C.numpy()
+        for document in np.unique(batch.document_M):
+            own = batch.document_M == document
+            bytes_T = dataset.token_bytes(int(batch.rows[document]))
+            if self.bytes is None or bytes_T is None:
+                self.bytes = None
+                return
+            weights_M = bytes_T[position_M[own]].astype(np.int64)
+            self.bytes += np.bincount(domain_M[own], weights_M, minlength=len(self.bytes)).astype(np.int64)
 
     def add(self, batch: Batch, measured: Measured, domain_M: np.ndarray) -> None:
         chosen_C = batch.targets.chosen_C
@@ -304,11 +322,13 @@ class _Sums:
         from_entropy = mean.pop("kl_from_entropy", None)
         if from_entropy is not None and self.entropy_known:
             mean["kl"] = from_entropy
+        num_bytes = 0 if self.bytes is None else int(self.bytes[part].sum())
         tv = mean.get("tv")
         acceptance = None if tv is None else max(0.0, 1.0 - tv)
         return {
             "nll": mean["nll"],
             "ppl": math.exp(min(mean["nll"], 700.0)),  # e^710 overflows a float
+            "bits_per_byte": mean["nll"] * tokens / num_bytes / math.log(2.0) if num_bytes else None,
             "kl": mean["kl"],
             "reverse_kl": mean.get("reverse_kl"),
             "tv": tv,
@@ -355,7 +375,9 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
             hidden_MD = predicting_states(model, batch)
             batch = replace(batch, targets=fitting_targets(model, batch.targets))
             measured = measure(hidden_MD, head_of(model), batch.targets.to(device), sums.names, tail)
-            sums.add(batch, measured, domain_R[batch.rows[batch.document_M]])
+            domain_M = domain_R[batch.rows[batch.document_M]]
+            sums.add(batch, measured, domain_M)
+            sums.add_bytes(dataset, batch, domain_M)
             task.advance(batch.num_tokens)
     if not sums.tokens.sum():
         raise DataError(

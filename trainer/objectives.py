@@ -437,7 +437,8 @@ def dac_kl(o: Outcomes, config: ObjectiveConfig) -> Tensor:
     With b_k the sum of the probabilities before entry k, by falling probability: those with dac_lower <= b_k < dac_upper.
 
     Source: DAC-KL, arXiv 2407.10068, of which we read the abstract: a small network learns what to clip from the teacher's
-    output. Here the bounds are fixed, quantiles of probability, and both they and the scaling are our defaults.
+    output. Here the bounds are fixed, quantiles of probability, and both they and the scaling are our defaults. Learned ones
+    are not built: trained by this divergence they would close on one entry, and what holds them open we could not read.
 
     Exact where the kept entries reach the upper bound, in every tail mode but renormalise; otherwise they end before it, and
     what is not kept never counts. It says nothing of the probability outside of the bounds. draws: the same, of the exact

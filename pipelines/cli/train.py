@@ -19,7 +19,7 @@ from rich.text import Text
 
 import kdata
 from kdata.config import parse_config, read_yaml
-from kdata.errors import ConfigError, MissingError
+from kdata.errors import ConfigError, DataError, MissingError
 from kdata.format.files import lock_of, storage_errors, write_atomically
 from kdata.observe.style import check_picture
 from kdata.observe.terminal import name_text
@@ -52,6 +52,7 @@ from kdata.trainer.objective_config import SORTED_OBJECTIVES, ObjectiveConfig, r
 # Lines of the table of one student: heading and format, by the figure's name.
 FIGURES = {
     "nll": ("NLL", ".3f"), "teacher_nll": ("  of the teacher", ".3f"), "ppl": ("perplexity", ",.1f"),
+    "bits_per_byte": ("bits per byte of text", ".3f"),
     "kl": ("KL(teacher || student)", ".3f"), "reverse_kl": ("reverse KL", ".3f"), "tv": ("total variation", ".3f"),
     "acceptance": ("acceptance of drafts", ".1%"), "accepted_length": ("  tokens per step", ".2f"),
     "loyalty": ("probability loyalty", ".1%"), "top1": ("label loyalty: top-1 agreement", ".1%"),
@@ -214,11 +215,22 @@ def _with_text(objective: ObjectiveConfig) -> ObjectiveConfig:
 
 
 def retokenized(opened: kdata.Dataset, config: kdata.RetokenizeConfig, folder: Path) -> tuple[str, kdata.Dataset]:
-    """The dataset for a student with another tokenizer, made in FOLDER/retokenized. Raises as `kdata.retokenize`."""
+    """The dataset for a student with another tokenizer, made in FOLDER/retokenized.
+
+    Raises:
+        DataError: most of the rows do not go into it.
+        And as `kdata.retokenize`.
+    """
     place = folder / "retokenized"
     made, report = kdata.retokenize(place, opened, config)
     say(*(f"  {line}" for line in report.lines()))
     say_rejected([str(place)], list(made.info.sources))
+    if report.refused > report.rows:
+        raise DataError(
+            f"{report.refused:,} of {report.refused + report.rows:,} rows were left out, for the reasons above, so the "
+            "student would learn from a small part of the text; take a tokenizer that keeps texts as they are (look at lower "
+            f"case and normalization in that of {config.tokenizer}), or train on what is left: `kdata train {place}`"
+        )
     return str(place), made
 
 

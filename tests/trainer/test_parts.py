@@ -518,6 +518,23 @@ def test_huggingfaces_own_trainer_has_the_loss_of_the_whole_step(
     assert losses[1][0][0] == pytest.approx(float(whole), rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_trainer_may_compile_the_student(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    """By its own setting, in its constructor or later; the loss is found in what it wrapped."""
+    losses = []
+    for changes in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        torch._dynamo.reset()
+        args = TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], max_steps=2, save_strategy="no", logging_steps=1, **changes
+        )
+        objective = {"weights": {"forward_kl": 1.0, "cross_entropy": {"start": 1.0, "end": 0.0}}}
+        data = PackedRows(dataset, context_tokens=64, items=16, objective=objective)
+        run = DistillTrainer(model=llama(), args=args, train_dataset=data)
+        run.train()
+        losses.append([line["loss"] for line in run.state.log_history if "loss" in line])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+
+
 def test_a_number_of_tokens_does_not_stand_for_the_weights_of_a_plan(rows: PackedRows) -> None:
     model, batch = attach_loss(llama(), rows), batch_of(rows, 2)
     assert torch.equal(model(**batch, num_items_in_batch=40).loss, model(**batch, counted_tokens=40).loss)
@@ -544,6 +561,30 @@ def test_settings_of_a_trainer_that_change_the_loss_are_refused(rows: PackedRows
         DistillSFTTrainer(
             model=llama(), args=SFTConfig(str(tmp_path), packing=True, bf16=False, use_cpu=True), train_dataset=rows
         )
+
+
+def test_data_to_evaluate_on_that_the_loss_does_not_fit_is_refused(rows: PackedRows, tmp_path: Path) -> None:
+    """A model has the loss of the data it trains on."""
+
+    def evaluated_on(data: Any, **changes: Any) -> None:
+        DistillTrainer(model=llama(), args=arguments(tmp_path), train_dataset=rows, eval_dataset=data, **changes)
+
+    def held(name: str, objective: dict[str, Any] | None = None, **settings: Any) -> PackedRows:
+        lengths = settings.pop("lengths", [10] * 8)
+        return PackedRows(
+            make_dataset(tmp_path / name, lengths, **settings), context_tokens=80, items=2, objective=objective
+        )
+
+    evaluated_on(held("same"))
+    with pytest.raises(ConfigError, match=r"(?s)one loss.*weights.*jsd"):
+        evaluated_on(held("other", {"weights": {"jsd": 1.0}}))
+    with pytest.raises(ConfigError, match=r"(?s)one loss.*tail: 'ghost' -> 'draws'"):
+        evaluated_on(held("draws", tail="draws"))
+    with pytest.raises(DataError, match="a document has 70 tokens, the student has 64 positions"):
+        evaluated_on(held("long", lengths=[70] * 3))
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        with pytest.raises(ConfigError, match=f"{name} needs logits"):
+            evaluated_on(None, **{name: lambda *_: {}})
 
 
 class StopAt(TrainerCallback):

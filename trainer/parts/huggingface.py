@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
-from kdata.errors import ConfigError
+from kdata.errors import ConfigError, settings_difference
+from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.trainer.parts.collator import Collator, Layout
-from kdata.trainer.parts.data import Documents, PackedRows
-from kdata.trainer.parts.student import DistillOutput, Over, attach_loss, loss_of
+from kdata.trainer.parts.data import Documents, PackedRows, Source
+from kdata.trainer.parts.student import DistillOutput, Over, attach_loss, causal_lm_of, loss_of
+from kdata.trainer.student import check_positions
 
 
 class DistillMixin:
@@ -31,8 +33,8 @@ class DistillMixin:
         over: hidden (fused, never [tokens, V] logits) or logits; see `attach_loss`.
         layout: of the batches; auto: flat with flash attention, padded for `Documents`, else rows.
     Raises (from the constructor, before the first step):
-        ConfigError: the dataset is not from `kdata.trainer.parts`, settings of Trainer would change the loss, or see
-            `attach_loss`.
+        ConfigError: the dataset is not from `kdata.trainer.parts`, `eval_dataset` is measured by another loss, settings of
+            Trainer would change the loss or do nothing, or see `attach_loss`.
         MismatchError, DataError: see `attach_loss`.
     """
 
@@ -44,6 +46,14 @@ class DistillMixin:
             _refuse_other_data(name, kwargs.get(name))
         if kwargs.get("compute_loss_func") is not None:
             raise ConfigError("compute_loss_func would replace the loss; set the objective of the dataset instead")
+        for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ConfigError(
+                    f"{name} needs logits, which the sparse loss never has; leave it out: eval_dataset gives the loss and "
+                    "each objective, and `kdata evaluate` measures the saved model"
+                )
+        if kwargs.get("eval_dataset") is not None:
+            _refuse_other_measure(data, kwargs["eval_dataset"])
         collator = kwargs.get("data_collator")
         if not isinstance(collator, Collator | None):
             raise ConfigError(
@@ -56,6 +66,8 @@ class DistillMixin:
         trainer.train_dataset, trainer.eval_dataset = data, kwargs.get("eval_dataset")
         layout = collator.layout if collator is not None else _layout(layout, trainer.model, data)
         trainer.data_collator = collator or Collator(layout)
+        if kwargs.get("eval_dataset") is not None:
+            check_positions(causal_lm_of(trainer.model), kwargs["eval_dataset"].longest_tokens)
         attach_loss(trainer.model, data, over=over, layout=layout, tokenizer=_tokenizer_of(trainer.processing_class))
         trainer.model_accepts_loss_kwargs = True  # have Trainer count the labels of the whole step
         trainer._loss_shifts_labels = True
@@ -94,7 +106,7 @@ class DistillMixin:
                 "a kdata.trainer.parts.Collator"
             )
         if model.training:
-            loss_of(trainer.accelerator.unwrap_model(model)).set_step(
+            loss_of(trainer.accelerator.unwrap_model(model, keep_torch_compile=False)).set_step(
                 trainer.state.global_step, trainer.state.max_steps
             )
         output: DistillOutput = model(**inputs, counted_tokens=num_items_in_batch)
@@ -164,6 +176,21 @@ def _refuse_other_data(name: str, data: Any) -> None:
             f"{name} is {type(data).__name__}; it must be a kdata.trainer.parts.PackedRows or Documents, which hold the "
             "teacher's targets and the objective (a RowStream is for loops of your own: Trainer would divide it once more)"
         )
+
+
+def _refuse_other_measure(data: Source, held: Source) -> None:
+    """Raise unless the loss of the training data, which the model has, is that of the data to evaluate on."""
+    if held.objective != data.objective or held.tail != data.tail:
+        difference = settings_difference(
+            {**data.objective.model_dump(), "tail": data.tail}, {**held.objective.model_dump(), "tail": held.tail}
+        )
+        raise ConfigError(
+            "a model has one loss, that of train_dataset, and eval_dataset has another one; give it the same objective "
+            f"(objective=train_dataset.objective), and data of the same kind. They differ in:\n{difference}"
+        )
+    ours, theirs = Vocabulary.of_dataset(data.dataset), Vocabulary.of_dataset(held.dataset)
+    if ours.hash != theirs.hash:
+        refuse_other_ids(ours, theirs, "evaluate on data of the same tokenizer")
 
 
 def _refuse_settings(trainer: Any) -> None:

@@ -37,7 +37,17 @@ from kdata.store.token_map import TokenMap, TokenMapper, read_matched, token_byt
 from kdata.store.tokens import read_tokenizer
 from kdata.teachers.model import load_tokenizer
 from tests.fakes import EOS, LINES, StandInTeacher, digests, run_capture, run_generate, write_jsonl
-from tests.tokenizers_of_kinds import bpe_tokenizer, byte_tokenizer, lowercasing_tokenizer, saved, sentence_tokenizer
+from tests.tokenizers_of_kinds import (
+    SPECIAL,
+    bpe_tokenizer,
+    byte_tokenizer,
+    compatibility_tokenizer,
+    lowercasing_tokenizer,
+    saved,
+    sentence_tokenizer,
+    unigram_tokenizer,
+    word_tokenizer,
+)
 
 TEXTS = [
     *LINES,
@@ -61,6 +71,7 @@ LONG = {  # a teacher of long tokens, of which other tokens lie inside
     "long, draws": {"kind": "hybrid", "k": 20, "num_draws": 200},
 }
 CASES = [(kind, student) for kind in (*KINDS, SPACED, *LONG) for student in ("bytes", "phrases", "sentence")]
+CASES += [("hybrid", "compatibility"), ("threshold", "unigram")]
 SAME = [(SPACED, "sentence"), *((kind, "phrases") for kind in LONG)]  # the student's tokenizer is the teacher's
 
 
@@ -72,6 +83,9 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "phrases": saved(bpe_tokenizer(TEXTS), folder / "phrases"),
         "sentence": saved(sentence_tokenizer(TEXTS), folder / "sentence"),
         "lower": saved(lowercasing_tokenizer(TEXTS), folder / "lower"),
+        "compatibility": saved(compatibility_tokenizer(TEXTS), folder / "compatibility"),
+        "unigram": saved(unigram_tokenizer(TEXTS), folder / "unigram"),
+        "words": saved(word_tokenizer(TEXTS), folder / "words"),
     }
 
 
@@ -144,9 +158,11 @@ def test_entries_are_those_of_a_plain_loop(
     result, report = made(source, tokenizers[student], tmp_path / "out", map=map, inside=inside)
     assert result.num_rows + report.refused == source.num_rows
     rejects = [r for file in (tmp_path / "out" / "rejects").glob("*.parquet") for r in pq.read_table(file).to_pylist()]
-    # Of a text that was cut inside a character the second piece; of one with the sign for spaces, where a space has it too.
+    # Of a text that was cut inside a character the second piece; of one with the sign for spaces, where a space has it too;
+    # of one with a letter and its accent apart, where they are read as one.
+    changed = {("t-05#0", "normalized")} if student == "compatibility" else set()
     assert {(r["id"], r["reason"]) for r in rejects} <= {
-        ("t-04#1", "not_spelled"), ("t-08", "not_spelled" if kind == SPACED else "normalized"),
+        ("t-04#1", "not_spelled"), ("t-08", "not_spelled" if kind == SPACED else "normalized"), *changed,
     }, rejects  # fmt: skip
     own, theirs = token_bytes_of(tokenizer_of(result)), token_bytes_of(tokenizer_of(source))
     by_bytes = {content: n for n, content in reversed(list(enumerate(own))) if content}
@@ -579,7 +595,9 @@ def test_the_name_of_a_mark_that_the_teacher_read_as_text_is_text(
 @given(st.text(st.characters(codec="utf-8"), max_size=40))
 @example(" \u2581 ")
 @example("e\u0301\u200d🙂\x00\x1f")
-@pytest.mark.parametrize("student", ["bytes", "phrases", "sentence", "lower"])
+@example("ﬁve ½ №1 the dog")
+@example(" the dog sat. On the log")
+@pytest.mark.parametrize("student", ["bytes", "phrases", "sentence", "lower", "compatibility", "unigram", "words"])
 def test_each_token_stands_for_its_own_bytes_or_the_text_is_refused(
     student: str, tokenizers: dict[str, Path], text: str
 ) -> None:
@@ -597,6 +615,8 @@ def test_each_token_stands_for_its_own_bytes_or_the_text_is_refused(
     ends = np.cumsum(tokens.num_bytes)
     assert ends[-1] == len(text.encode())
     for number, begin, end in zip(tokens.ids.tolist(), (ends - tokens.num_bytes).tolist(), ends.tolist(), strict=True):
+        if number in range(len(SPECIAL)) and begin == end:
+            continue  # around the text
         own = table[number] or b"?"
         assert text.encode()[begin:end] == own or (begin == 0 and own == b" " + text.encode()[begin:end])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tokenizers import normalizers
 from transformers import BartConfig
 from typer.testing import CliRunner
 
@@ -27,7 +29,7 @@ from kdata.trainer.evaluate import evaluate
 from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.parts.data import PackedRows
 from kdata.trainer.train import train
-from tests.tokenizers_of_kinds import byte_tokenizer, saved
+from tests.tokenizers_of_kinds import SPECIAL, byte_tokenizer, saved
 
 SIZES = ["student.kind=scratch", "student.hidden_size=32", "student.num_layers=1", "student.num_heads=2"]
 SIZES += ["student.max_positions=1024", "context_tokens=1024", "batch_tokens=2048", "warmup_steps=1", "precision=fp32"]
@@ -49,6 +51,43 @@ def test_the_command_counts_the_text_where_no_distribution_is_kept(captured_once
     assert line["cross_entropy_elsewhere"] > 0 and line["step"] == 3
     refused = CliRunner().invoke(app, [*arguments, "--plan", "x"])
     assert isinstance(refused.exception, ConfigError) and "retokenize" in str(refused.exception)
+
+
+def test_students_of_two_tokenizers_are_compared_by_bits_per_byte(captured_once: Path, tmp_path: Path) -> None:
+    """Of a student of bytes every target but the ends is one byte."""
+    folder, out = saved(byte_tokenizer(), tmp_path / "bytes"), tmp_path / "out"
+    arguments = ["train", str(captured_once), "--tokenizer", str(folder), "--out", str(out)]
+    arguments += [part for setting in ["steps=2", *SIZES] for part in ("--set", setting)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    made = kdata.open(out / "retokenized")
+    rows = [made[row] for row in range(made.num_rows)]
+    measured = evaluate(out / "model", made.path)
+    for domain, figures in [*measured["domains"].items(), ("overall", measured["overall"])]:
+        own = [row for row in rows if domain in ("overall", row.domain)]
+        num_bytes = sum(int((row.token_ids[row.target_mask] >= len(SPECIAL)).sum()) for row in own)
+        want = figures["nll"] * figures["tokens"] / num_bytes / math.log(2)
+        assert figures["bits_per_byte"] == pytest.approx(want) and num_bytes > 20
+
+
+def test_a_tokenizer_that_changes_most_texts_is_refused_before_training(captured_once: Path, tmp_path: Path) -> None:
+    """What is left can be trained on by its name."""
+    tokenizer = byte_tokenizer()
+    texts = kdata.open(captured_once).index(["text"])["text"].to_pylist()
+    word = max((word for text in texts for word in set(text.split())), key=lambda w: sum(w in t for t in texts))
+    changed = sum(word in text for text in texts)
+    assert len(texts) / 2 < changed < len(texts)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(word, word.upper() + "!")
+    arguments = ["--out", str(tmp_path / "out"), "--steps", "2"]
+    arguments += [part for setting in SIZES for part in ("--set", setting)]
+    other = ["--tokenizer", str(saved(tokenizer, tmp_path / "other"))]
+    refused = CliRunner().invoke(app, ["train", str(captured_once), *other, *arguments])
+    assert isinstance(refused.exception, DataError)
+    left = tmp_path / "out" / "retokenized"
+    assert str(refused.exception).startswith(f"{changed} of {len(texts)} rows were left out")
+    assert f"`kdata train {left}`" in str(refused.exception) and not (tmp_path / "out" / "model").exists()
+    trained = CliRunner().invoke(app, ["train", str(left), "--set", "objective.cross_entropy_elsewhere=1", *arguments])
+    assert trained.exit_code == 0, trained.output
 
 
 def test_every_phase_counts_the_text_unless_it_says_otherwise(captured_once: Path, tmp_path: Path) -> None:
