@@ -21,7 +21,7 @@ def weights_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.iterdir() if p.name == "config.json" or p.suffix == ".safetensors"):
         digest.update(file.name.encode() + b"\0")
-        with file.open("rb") as handle:
+        with open_plain(file) as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
 
