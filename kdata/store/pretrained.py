@@ -38,6 +38,7 @@ def model_files(place: str | Path, what: str) -> Iterator[None]:
         place: the model's folder or name. what: what is read, for the message ("the tokenizer").
     """
     try:
+        refuse_special(Path(place))
         if Path(place).is_dir():
             _refuse_endless(Path(place))
         yield

@@ -551,3 +551,13 @@ def test_verify_reads_the_rows_of_a_plan(copied: Path) -> None:
     repeats = pa.array([-1] * 3, pa.int32())
     rewrite_listed(copied, "plans/some.parquet", lambda table: table.set_column(1, table.schema.field(1), repeats))
     assert [(p.path, "repeats below 1" in p.what) for p in verify(data)] == [("plans/some.json", True)]
+
+
+def test_a_token_that_is_another_one_than_its_index_means(copied: Path) -> None:
+    def other_token(columns: Columns) -> None:
+        last = columns["input_ids"].values[-1].as_py()
+        columns["input_ids"] = changed(columns["input_ids"], 7 if last != 7 else 8)
+
+    rewrite_shard(copied, other_token)
+    assert verify(kdata.open(copied)) == []
+    refused(copied, "other token ids than the index says")
