@@ -19,6 +19,7 @@ MAX_YAML_BYTES = 1 << 20
 MAX_YAML_DEPTH = 64
 MAX_YAML_VALUES = 20_000  # aliases counted as what they stand for
 MAX_DIGITS = 25  # of a number, before it is read
+MAX_SHOWN = 200  # characters of a wrong value in a message
 MAX_WHOLE = 2**63  # integers: what everything that is written holds
 
 
@@ -29,9 +30,13 @@ def first_problem(error: ValidationError) -> str:
 
 
 class _CalledFromPython(type(BaseModel)):  # type: ignore[misc]
-    """Turns what pydantic says of a call into a ConfigError. What is validated inside of a model stays pydantic's."""
+    """Turns what pydantic says of a call into a ConfigError, and a Path into its text, as it will be recorded.
+
+    What is validated inside of a model stays pydantic's.
+    """
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
+        values = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
         try:
             return super().__call__(*args, **values)
         except ValidationError as error:
@@ -116,9 +121,15 @@ def _problem(model: type[BaseModel], problem: Any, in_python: bool) -> str:
     value = (
         ""
         if problem["type"] == "value_error" and isinstance(problem["input"], dict)
-        else f" (got {problem['input']!r})"
+        else f" (got {_shown(problem['input'])})"
     )
     return f"{key + ': ' if key else ''}{message}{value}"
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; of one that would fill a page, such as a table, its type."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN and "\n" not in text else f"a {type(value).__name__}"
 
 
 def _meaning(models: list[type[BaseModel]], path: list[str], in_python: bool) -> str:

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from kdata.config import first_problem
 from kdata.errors import CorruptError, MismatchError, settings_difference
-from kdata.format.files import file_info, new_file, rust_errors, storage_errors, sync_directory, sync_tree
+from kdata.format.files import file_info, matches, new_file, rust_errors, storage_errors, sync_directory, sync_tree
 from kdata.format.json_text import MAX_DOCUMENT_BYTES, parse_object
 from kdata.format.manifest import digest_of, json_bytes
-from kdata.format.plain import open_plain
+from kdata.format.plain import open_plain, refuse_special
 from kdata.format.schema import FileInfo
 from kdata.observe.progress import console
 from kdata.trainer.distributed import Ranks, cut_like, whole
@@ -202,7 +202,8 @@ def _load_tensors(path: Path, state: CheckpointState, model: nn.Module, optimize
     """Check the file of tensors whole, then copy it into model and optimizer. Raises CorruptError."""
     where = path / TENSORS
     try:
-        if state.tensors is not None and file_info(where) != state.tensors:
+        refuse_special(where)
+        if state.tensors is not None and not matches(where, state.tensors):
             raise CorruptError(f"{where} is damaged: its SHA-256 or its size is not that in {STATE}")
         with safe_open(where, framework="pt") as tensors:
             _check_tensors(where, tensors, model, optimizer, state.step, ranks)

@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from kdata.errors import ConfigError, DataError
 from kdata.format.positions import ChosenPositions
 from kdata.loader.batches import first_targets
+from kdata.store.checkpoint_kind import refuse_kernels_of
 from kdata.store.dataset import Dataset
 from kdata.store.token_columns import COUNTS, has_entries, token_columns
 from kdata.trainer.config import CheckpointStudent, TrainConfig
@@ -51,6 +52,7 @@ def is_encoder_decoder(model: PreTrainedModel) -> bool:
 
 def auto_class(folder: str, revision: str | None = None) -> Any:
     """The class of transformers that opens a model with a next-token head, of either kind."""
+    refuse_kernels_of(folder, revision)
     config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
     return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
 

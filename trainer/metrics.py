@@ -27,8 +27,10 @@ from typing import Any, Literal, Protocol
 from kdata.errors import DependencyError
 from kdata.format.files import write_atomically
 from kdata.format.json_text import parse_object
+from kdata.format.plain import plain_lines
 
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
+MAX_LINE_BYTES = 1 << 20
 PROJECT = "kdata"
 
 
@@ -103,7 +105,8 @@ def forget_after(metrics: Path, step: int) -> None:
     """Remove the lines of steps that a resumed run will repeat, and a last line that a kill cut off."""
 
     def valid_lines() -> Iterator[str]:
-        for line in metrics.read_bytes().splitlines():
+        for whole in plain_lines(metrics, MAX_LINE_BYTES):
+            line = whole.rstrip(b"\r\n")
             try:
                 if parse_object(line.decode(), finite=False)["step"] <= step:
                     yield line.decode() + "\n"

@@ -19,7 +19,7 @@ from kdata.format.schema import DatasetInfo, FileInfo, ManifestEntry, canonical_
 from kdata.format.sequences import Sequences
 from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
-from kdata.selection.sidecar import SCORE_SCHEMA, load_score_info
+from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, load_score_info, read_ids
 from kdata.store.dataset import Dataset
 from kdata.store.hidden import check_part, load_hidden_info
 from kdata.store.index import check_counts, damaged, read_index
@@ -253,14 +253,34 @@ def _listed(dataset: Dataset, kind: Kind) -> list[Problem]:
                 for relative, file in info.files_of(kind).items():
                     own += check_file(dataset.path, relative, file)
                 if not own and kind is PLANS:
-                    Plan.load(dataset.path / "plans" / name)
+                    _check_plan(dataset, Plan.load(dataset.path / "plans" / name))
                 elif not own and kind is SCORES:
-                    load_score_info(dataset, name)
+                    own += _score_parts(dataset, load_score_info(dataset, name))
                 elif not own:
                     own += _hidden(dataset, name)
             except KdataError as error:
                 own = [Problem(where, f"cannot be used: {first_line(error)}")]
         problems += own
+    return problems
+
+
+def _check_plan(dataset: Dataset, plan: Plan) -> None:
+    """Repeats, and rows that the dataset has. Positions are compared where a plan is used. Raises KdataError."""
+    if plan.info.positions is None and plan.info.dataset_digest == dataset.content_digest:
+        dataset.rows_of(plan.ids)
+
+
+def _score_parts(dataset: Dataset, info: ScoreInfo) -> list[Problem]:
+    """Parts with an id twice, or with more rows than their shard: a join would count a row twice."""
+    problems = []
+    for entry in dataset.manifest:
+        relative = SCORES.part(info.name, entry.name)
+        if relative in info.files and info.dataset_digest == dataset.content_digest:
+            ids = read_ids(dataset.path / relative)
+            if len(ids) > entry.rows or len(ids.unique()) < len(ids):
+                problems.append(
+                    Problem(relative, f"has an id twice, or more than the {entry.rows:,} rows of its shard")
+                )
     return problems
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdata.config import Strict
 from kdata.corpus.encode import SpecialTokensInText
@@ -28,6 +28,12 @@ from kdata.format.records import Reject, RowError
 COLUMNS = ("text_column", "messages_column", "tools_column", "id_column", "domain_column")
 MAX_TEMPLATE_BYTES = 4 << 20
 OPTIONAL = ("source", "license")
+WAYS_TO_SAVE = {  # by a method of what people have their rows in: datasets, pandas, polars, pyarrow
+    "save_to_disk": 'rows.save_to_disk("rows")',
+    "to_parquet": 'rows.to_parquet("rows.parquet")',
+    "write_parquet": 'rows.write_parquet("rows.parquet")',
+    "to_pylist": 'pyarrow.parquet.write_table(rows, "rows.parquet")',
+}
 # Settings that were added later: left out of what is recorded where they are null, as in the datasets before.
 ADDED = ("chat_template", "special_tokens_in_text", "where")
 REMEDIES = {
@@ -93,6 +99,17 @@ class CorpusConfig(Strict):
     limit: int | None = Field(
         None, ge=1, description="Only the first rows (after the choice of domains and `where`); null: all."
     )
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _names_files(cls, path: Any) -> Any:
+        """Rows in memory have no digest that a later run could compare, so they are written first."""
+        if not isinstance(path, str | Path):
+            way = next(
+                (way for kind, way in WAYS_TO_SAVE.items() if hasattr(path, kind)), "one JSON object a line (.jsonl)"
+            )
+            raise ValueError(f"{type(path).__name__} is no path; save the rows to a file first, and name it: {way}")
+        return path
 
     @model_validator(mode="before")
     @classmethod

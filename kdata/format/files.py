@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from kdata.errors import ConfigError, CorruptError, KdataError, StorageError, redacted
 from kdata.format.json_text import parse_object
-from kdata.format.plain import refuse_special
+from kdata.format.plain import open_plain, refuse_special
 from kdata.format.schema import FileInfo
 
 
@@ -34,8 +34,8 @@ def journal_of(root: Path) -> Path:
 
 
 def file_info(path: Path) -> FileInfo:
-    """Digest and size of a file."""
-    with path.open("rb") as file:
+    """Digest and size of a file. Raises CorruptError for a pipe or a device."""
+    with open_plain(path) as file:
         return FileInfo(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=path.stat().st_size)
 
 

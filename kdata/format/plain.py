@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from kdata.errors import CorruptError
 
@@ -14,7 +14,7 @@ POINTER = b"version https://git-lfs"
 GET_FILES = "is a pointer of Git LFS, not the file itself; fetch the files with `git lfs pull` in its folder"
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> BufferedReader:
     """Open a file to read its bytes. Raises CorruptError for a pipe, a socket or a device, and OSError."""
     refuse_special(path)
     return open(path, "rb", opener=_not_waiting)

@@ -22,6 +22,7 @@ from kdata.format.files import matches, write_atomically
 from kdata.format.manifest import write_json
 from kdata.format.schema import Contract, Digest, FileInfo, ManifestEntry, TeacherInfo, json_digest
 from kdata.store.dataset import Dataset
+from kdata.store.index import UNREADABLE, damaged
 from kdata.store.listed import COPIED, SCORES, listed, read_listing, refuse_other_dataset
 from kdata.store.queryable import check_new_name, is_name
 from kdata.store.token_scores import TOKEN_NLL
@@ -113,6 +114,14 @@ def begin_sidecar(dataset: Dataset, info: ScoreInfo) -> None:
 
 def _read(path: Path) -> pa.Table:
     return pq.read_table(path, partitioning=None)  # otherwise a folder NAME=VALUE above would become a column
+
+
+def read_ids(path: Path) -> pa.ChunkedArray:
+    """The ids of a part of a score. Raises CorruptError where it has none."""
+    try:
+        return pq.read_table(path, columns=["id"], partitioning=None)["id"]
+    except UNREADABLE as error:
+        raise damaged(path, error) from error
 
 
 def _older_parts(dataset: Dataset, info: ScoreInfo) -> list[ManifestEntry]:

@@ -6,6 +6,7 @@ Each refusal says what the folder is and what to do. Weights in pickle files and
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kdata.format.json_text import read_json
 from kdata.format.plain import GET_FILES, is_pointer
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+OWN_NAME = re.compile("[A-Za-z0-9_]*")  # of an implementation that transformers has itself: sdpa, flash_attention_2
 # Architectures without a next-token head.
 OTHER_TASKS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
@@ -83,11 +85,37 @@ def _refuse_config(folder: Path, config: dict[str, Any], encoder_decoder: bool) 
         raise ConfigError(
             f"{folder} holds {architecture}, which does not predict the next token; name a language model"
         )
+    refuse_kernels(folder, config)
     if config.get("auto_map") and not _is_native(str(config.get("model_type"))):
         raise ConfigError(
             f"{folder} holds {architecture}, which needs Python code of its own (auto_map in config.json); kdata never runs "
             "code from a model, on purpose. Name a model of an architecture that transformers has, or convert this one"
         )
+
+
+def refuse_kernels_of(model: str | Path, revision: str | None = None) -> None:
+    """`refuse_kernels` of a model that may be on the Hub. Raises OSError where there is none."""
+    from transformers import PreTrainedConfig
+
+    refuse_kernels(model, PreTrainedConfig.get_config_dict(str(model), revision=revision)[0])
+
+
+def refuse_kernels(place: str | Path, config: dict[str, Any]) -> None:
+    """Raise ConfigError where config.json names an attention, or experts, of the Hub.
+
+    transformers takes `"_attn_implementation": "OWNER/NAME"` for a kernel, which it downloads and runs where the package
+    `kernels` is installed; `trust_remote_code=False` does not prevent it.
+    """
+    for key, value in config.items():
+        if "implementation" in key:
+            names = [*value.values()] if isinstance(value, dict) else [value]
+            if other := next((name for name in names if isinstance(name, str) and not OWN_NAME.fullmatch(name)), None):
+                raise ConfigError(
+                    f"{place}: config.json has {key} {other[:80]!r}, code that transformers would download and run; kdata "
+                    "never runs code from a model, on purpose. Remove that line from config.json"
+                )
+        elif isinstance(value, dict):
+            refuse_kernels(place, value)
 
 
 def _is_native(model_type: str) -> bool:

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import islice, pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from kdata.errors import (
     ConfigError,
@@ -381,7 +382,23 @@ class Dataset:
                 if kind is SCORES
                 else f"{path} is not the plan that was saved; run `{kind.command}` again"
             )
+        if kind is SCORES and compare:
+            self._check_score_rows(path, relative)
         return unglobbed(path.resolve())
+
+    @cached_property
+    def _rows_of_shards(self) -> dict[str, int]:
+        return {entry.name: entry.rows for entry in self.manifest}
+
+    def _check_score_rows(self, path: Path, relative: str) -> None:
+        """Raise CorruptError where a part of a score has more rows than its shard: a join would count rows twice."""
+        most = self._rows_of_shards[PurePosixPath(relative).stem]
+        try:
+            rows = pq.read_metadata(path).num_rows
+        except UNREADABLE as error:
+            raise damaged(path, error) from error
+        if rows > most:
+            raise damaged(path, f"it holds {rows:,} rows, its shard {most:,}")
 
     def hidden(self, name: str) -> HiddenStates:
         """A model's hidden states of every token, by row (`kdata hidden`). Raises as `kdata.store.hidden.HiddenStates`."""

@@ -30,6 +30,7 @@ from filelock import FileLock
 
 from kdata.errors import ConfigError, CorruptError, DependencyError, KdataError, MissingError
 from kdata.format.files import committed_folder, file_info, rust_errors, storage_errors, temporary_folder
+from kdata.format.plain import open_plain
 from kdata.store.pretrained import without_warnings
 from kdata.store.url import cache_dir
 
@@ -133,7 +134,7 @@ def read_header(path: Path) -> Header:
         CorruptError: the file is cut short, or no GGUF file of version 2 or 3.
         ConfigError: it is one part of several.
     """
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         try:
             header, end = _Reader(file, path.stat().st_size).header()
             parts = int(header.values.get("split.count", 1))

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kdata.errors import ConfigError, CorruptError, KdataError, first_line
-from kdata.format.json_text import MAX_DOCUMENT_BYTES, parse_object
+from kdata.format.json_text import MAX_DOCUMENT_BYTES, MAX_TOKENIZER_BYTES, parse_object
+from kdata.format.plain import open_plain, refuse_special
+
+TEXTS = (".json", ".jinja", ".txt", ".model")  # of a tokenizer or a configuration
 
 
 def weights_digest(folder: Path) -> str:
@@ -18,7 +21,7 @@ def weights_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.iterdir() if p.name == "config.json" or p.suffix == ".safetensors"):
         digest.update(file.name.encode() + b"\0")
-        with file.open("rb") as handle:
+        with open_plain(file) as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
 
@@ -35,6 +38,9 @@ def model_files(place: str | Path, what: str) -> Iterator[None]:
         place: the model's folder or name. what: what is read, for the message ("the tokenizer").
     """
     try:
+        refuse_special(Path(place))
+        if Path(place).is_dir():
+            _refuse_endless(Path(place))
         yield
     except (KdataError, ImportError):
         raise
@@ -45,6 +51,16 @@ def model_files(place: str | Path, what: str) -> Iterator[None]:
             f"{what} of {str(place)!r} cannot be read ({type(error).__name__}: {first_line(error)}); copy the model again, "
             "or name another one"
         ) from error
+
+
+def _refuse_endless(folder: Path) -> None:
+    """Raise CorruptError where the libraries would read a pipe, a device, or a text of a model that fills the memory."""
+    for file in folder.iterdir():
+        refuse_special(file)
+        if file.suffix in TEXTS and file.is_file() and file.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise CorruptError(
+                f"{file} has more than {MAX_TOKENIZER_BYTES:,} bytes; copy the model again, or name another one"
+            )
 
 
 @contextmanager
@@ -79,7 +95,7 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     """The header of a safetensors file. Raises ConfigError where the file is not as long as its header says."""
     size = file.stat().st_size
     try:
-        with file.open("rb") as handle:
+        with open_plain(file) as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
             header = parse_object(handle.read(min(length, size, MAX_DOCUMENT_BYTES + 1)))
         end = max((about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"), default=0)

@@ -13,10 +13,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from kdata.errors import TeacherError
+from kdata.errors import ConfigError, TeacherError
 from kdata.format.keep import KeepConfig
 from kdata.format.schema import TeacherInfo
-from kdata.store.checkpoint_kind import use_exact_attention
+from kdata.store.checkpoint_kind import refuse_kernels_of, use_exact_attention
 from kdata.store.pretrained import without_bars
 from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens
 from kdata.teachers.config import SamplingConfig, TeacherConfig, refuse_structure
@@ -33,12 +33,15 @@ class TransformersTeacher:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             with without_bars():
+                refuse_kernels_of(as_folder(config).model, commit)
                 self._model = AutoModelForCausalLM.from_pretrained(
                     as_folder(config).model,
                     revision=commit,
                     dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
                     trust_remote_code=False,
                 )
+        except ConfigError:
+            raise
         except (OSError, ValueError) as error:
             raise TeacherError(f"transformers cannot load {config.model!r}: {error}") from error
         self._model.to(self._device).eval()  # type: ignore[arg-type]  # transformers wraps Module.to

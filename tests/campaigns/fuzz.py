@@ -50,6 +50,7 @@ VLLM = {
 }
 BOMB_BYTES = 400 << 20
 TEMPLATE_SEC = 0.3
+NO_FILE = 0.02  # share of cases in which no file is left in the place of the file
 
 
 @dataclass(frozen=True)
@@ -726,6 +727,8 @@ class Fuzz(Campaign):
         shutil.copytree(self._examples / target.example, case)
         file = rng.choice(sorted(case.glob(target.files)))
         target.change(file, rng)
+        if rng.random() < NO_FILE:
+            mutations.no_file(file, rng)
         before = {path.name for path in folder.iterdir()}
         ended = self.child(self.read, name, str(case), str(self._examples))
         problem = ended.complaint()

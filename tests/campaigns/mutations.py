@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,12 @@ def bytes_of(content: bytes, rng: random.Random) -> bytes:
             number = rng.choice(NUMBERS) % (1 << 8 * size)
             data[place : place + size] = number.to_bytes(size, rng.choice(("little", "little", "big")))
     return bytes(data)
+
+
+def no_file(path: Path, rng: random.Random) -> None:
+    """Put what is no file in the place of a file: a pipe, which would wait for ever, or a device, which has no end."""
+    path.unlink()
+    os.mkfifo(path) if rng.random() < 0.5 else path.symlink_to("/dev/zero")
 
 
 def json_of(value: Any, rng: random.Random) -> tuple[Any, str | None]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
+import pyarrow as pa
 import pytest
 
 from kdata import errors
@@ -159,3 +162,27 @@ def test_a_token_in_a_call_is_not_repeated() -> None:
     with pytest.raises(ConfigError, match=r"CorpusConfig: path holds what looks like a password") as caught:
         CorpusConfig(path="https://me:hunter2hunter2@host/x.jsonl")
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_path_in_python_is_taken_and_recorded_as_text() -> None:
+    assert CaptureConfig(corpus=CorpusConfig(path=Path("texts.jsonl"))).corpus.path == "texts.jsonl"
+    assert TeacherConfig(model=Path("/models/m")).model == "/models/m"
+
+
+@pytest.mark.parametrize(
+    ("rows", "way"),
+    [
+        (pa.table({"text": ["a"]}), r"Table is no path.*pyarrow\.parquet\.write_table\(rows"),
+        (datasets.Dataset.from_dict({"text": ["a"] * 50}), r'^.*Dataset is no path.*rows\.save_to_disk\("rows"\)'),
+        (
+            SimpleNamespace(to_parquet=print),
+            r'SimpleNamespace is no path.*rows\.to_parquet\("rows\.parquet"\)',
+        ),  # pandas
+        ([{"text": "a"}] * 1000, r"list is no path.*one JSON object a line.*\(got a list\)"),
+        ((n for n in "ab"), "generator is no path.*one JSON object a line"),
+    ],
+)
+def test_rows_in_memory_are_told_which_file_to_write(rows: object, way: str) -> None:
+    with pytest.raises(ConfigError, match=way) as caught:
+        CorpusConfig(path=rows)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 400

@@ -109,10 +109,15 @@ Iteration = tuple[int, np.ndarray, np.ndarray, int]
 def _iterations(files: list[PeerFile]) -> Iterator[Iteration]:
     """Iterations of one rank: number, values float32 [S, B, K], ids int64 [S, B, K], and the micro-batch."""
     for file in files:
+        is_empty = True
         try:
-            yield from _members(file)
+            for iteration in _members(file):
+                is_empty = False
+                yield iteration
         except (tarfile.TarError, OSError, pa.ArrowException, EOFError) as error:
             raise DataError(f"{file.place} cannot be read: {first_line(error)}") from error
+        if is_empty:
+            raise DataError(f"{file.place} holds no iteration of Megatron's cache; copy it again, or leave it out")
 
 
 def _members(file: PeerFile) -> Iterator[Iteration]:

@@ -164,6 +164,36 @@ def test_megatron_reads_the_export_and_it_comes_back(captured: Path, tmp_path: P
         assert [sorted(a) for a in one] == [sorted(b) for b in two]
 
 
+@pytest.mark.parametrize("name", ["../../{}", "/tmp/{}", "x/{}", "{}.link"])
+def test_an_archive_whose_members_cannot_be_read_is_not_passed_over(tmp_path: Path, name: str) -> None:
+    """Its samples were left out without a word. Nothing is written where such a name leads."""
+    values = np.log(np.full((1, 4, 3, 2), 0.25))
+    megatron_saves(tmp_path / "cache", values, np.broadcast_to([5, 6], values.shape).copy(), dp=1, mbs=1, version=2)
+    [path] = (tmp_path / "cache").glob("*.tar")
+    with tarfile.open(path) as archive:
+        members = [(member, archive.extractfile(member)) for member in archive.getmembers()]
+        contents = [(member, file.read() if file else b"") for member, file in members]
+    with tarfile.open(path, "w") as archive:
+        for member, content in contents:
+            member.name = name.format(member.name)
+            if name.endswith(".link"):
+                member.name, member.type, member.linkname, member.size = (
+                    member.name[:-5],
+                    tarfile.SYMTYPE,
+                    "/etc/passwd",
+                    0,
+                )
+            archive.addfile(member, io.BytesIO(content))
+    samples = write_jsonl(tmp_path / "s.jsonl", [{"input_ids": [1, 2, 3, 4]}] * 4)
+    before = sorted(tmp_path.parent.rglob("*"))
+    with pytest.raises(DataError, match=r"\.tar holds no iteration of Megatron's cache"):
+        imported(tmp_path / "cache", tmp_path / "d", "megatron", samples=str(samples), vocab_size=VOCAB)
+    left = {path.name for path in set(tmp_path.parent.rglob("*")) - set(before)}
+    assert left <= {"d", "dataset.json", "data", "index", "rejects", ".d.progress.jsonl"}, (
+        "nothing but a dataset that was begun"
+    )
+
+
 def test_a_cache_without_tokens_or_ranks_is_refused(tmp_path: Path) -> None:
     values = np.log(np.full((1, 4, 3, 2), 0.25))
     ids = np.broadcast_to([5, 6], values.shape).copy()

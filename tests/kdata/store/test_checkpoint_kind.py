@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 
 import kdata
-from kdata.errors import ConfigError, MissingError
-from kdata.store.checkpoint_kind import refuse_other_kind
+from kdata.errors import ConfigError, CorruptError, KdataError, MissingError
+from kdata.store.checkpoint_kind import refuse_kernels_of, refuse_other_kind
 from kdata.teachers.config import ServerConfig, TeacherConfig
 from kdata.teachers.load import load_teacher
-from kdata.teachers.model import check_model
+from kdata.teachers.model import check_model, load_tokenizer
 from kdata.trainer.config import CheckpointStudent
+from kdata.trainer.encoder_decoder import auto_class
 from kdata.trainer.evaluate import evaluate
 from kdata.trainer.student import build_student
 
@@ -97,6 +99,14 @@ def lost_shard(folder: Path) -> None:
     )
 
 
+def kernel(folder: Path) -> None:
+    configure(folder, _attn_implementation="kernels-community/flash-attn")
+
+
+def kernel_of_a_part(folder: Path) -> None:
+    configure(folder, text_config={"attn_implementation": {"": "OWNER/NAME@main:forward"}})
+
+
 KINDS: list[tuple[Callable[[Path], None], type[Exception], str]] = [
     (pickles, ConfigError, r"weights in pytorch_model\.bin, a pickle file: .*Convert it once.*save_pretrained\(NEW\)"),
     (sharded_pickles, ConfigError, r"weights in pytorch_model-00001-of-00002\.bin, a pickle file"),
@@ -111,6 +121,12 @@ KINDS: list[tuple[Callable[[Path], None], type[Exception], str]] = [
     ),
     (sentences, ConfigError, r"is a model of sentence embeddings"),
     (gguf, MissingError, r"holds GGUF files; name the file itself, for instance .*model-Q4_K_M\.gguf"),
+    (
+        kernel,
+        ConfigError,
+        r"_attn_implementation 'kernels-community/flash-attn', code that transformers would download",
+    ),
+    (kernel_of_a_part, ConfigError, r"attn_implementation 'OWNER/NAME@main:forward', code that .* never runs code"),
     (lfs_pointer, MissingError, r"is a pointer of Git LFS.*`git lfs pull`"),
     (lost_shard, MissingError, r"lacks 1 of the 2 weight files .* for instance model-2\.safetensors; download"),
 ]
@@ -140,10 +156,39 @@ def test_what_it_is_and_what_to_do(
 def test_whole_models_pass(model: Path) -> None:
     refuse_other_kind(model)
     configure(model, auto_map={"AutoModelForCausalLM": "modeling.X"})  # transformers knows a Llama without it
+    configure(model, attn_implementation="sdpa", text_config={"_attn_implementation": None})
     (model / "training_args.bin").write_bytes(b"")
     (model / "adapter_config.json").write_text("{}")  # beside merged weights
     refuse_other_kind(model)
     check_model(TeacherConfig(model=str(model)), max_k=8)
+
+
+def test_a_model_of_the_hub_names_no_kernel_either(model: Path) -> None:
+    """Of such a name no folder is looked at before transformers loads it."""
+    refuse_kernels_of(model)
+    kernel(model)
+    with pytest.raises(ConfigError, match="never runs code from a model"):
+        refuse_kernels_of(model)
+    with pytest.raises(ConfigError, match="never runs code from a model"):
+        auto_class(str(model))
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "model.safetensors", "generation_config.json", "chat_template.jinja"]
+)
+@pytest.mark.parametrize("change", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_pipes_and_devices_of_a_model_are_not_read(model: Path, name: str, change: Callable[[Path], None]) -> None:
+    (model / name).unlink(missing_ok=True)
+    change(model / name)
+    with pytest.raises(KdataError):
+        check_model(TeacherConfig(model=str(model), backend="transformers"), max_k=8)
+        load_tokenizer(model)
+
+
+def test_a_text_of_a_model_that_fills_the_memory_is_not_read(model: Path) -> None:
+    os.truncate(model / "tokenizer.json", 20 << 30)
+    with pytest.raises(CorruptError, match=r"tokenizer\.json has more than 536,870,912 bytes"):
+        load_tokenizer(model)
 
 
 def test_a_served_model_needs_no_weights_here(model: Path) -> None:

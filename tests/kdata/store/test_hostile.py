@@ -18,6 +18,7 @@ from kdata.errors import CorruptError, KdataError
 from kdata.format.files import file_info
 from kdata.format.manifest import digest_of, json_bytes
 from kdata.format.schema import NO_IDENTITY, canonical_json, json_digest
+from kdata.selection.score_file import bring
 from tests.fakes import codec_version, run_capture
 
 Columns = dict[str, pa.Array]
@@ -505,3 +506,58 @@ def test_a_shard_has_no_more_record_batches_than_rows(copied: Path) -> None:
     refused(copied, "record batches for")
     with pytest.raises(CorruptError, match="record batches for"):
         kdata.head(copied, copied.parent / "head", 2)
+
+
+def rewrite_listed(root: Path, relative: str, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Change a part of a score, or a plan, and make its digest fit."""
+    path = root / relative
+    pq.write_table(change(pq.read_table(path, partitioning=None)), path)
+    listing = root / relative.split("/")[0] / f"{relative.split('/')[1].removesuffix('.parquet')}.json"
+    content = json.loads(listing.read_text())
+    if relative in content.get("files", {}):
+        content["files"][relative] = file_info(path).model_dump()
+    else:
+        content["table"] = file_info(path).model_dump()
+    listing.write_bytes(json_bytes({**content, "digest": digest_of(content)}))
+
+
+def test_a_score_has_each_row_once(copied: Path, tmp_path: Path) -> None:
+    """A part whose rows are there twice doubled every join with it, and `verify --deep` called it whole."""
+    data, part = kdata.open(copied), "scores/judge/capture-00000.parquet"
+    ids = data.index(["id"])["id"].to_pylist()
+    pq.write_table(pa.table({"id": ids, "mark": [float(n) for n in range(len(ids))]}), tmp_path / "marks.parquet")
+    bring(data, tmp_path / "marks.parquet", "judge")
+    joined = "select count(*) n from rows join scores.judge using (id)"
+    rewrite_listed(copied, part, lambda table: table)
+    assert verify(data) == [] and kdata.open(copied).sql(joined)["n"].to_pylist() == [len(ids)]
+    rewrite_listed(copied, part, lambda table: pa.concat_tables([table, table]))
+    with pytest.raises(CorruptError, match=r"capture-00000\.parquet is damaged: it holds .* rows, its shard"):
+        kdata.open(copied).sql(joined)
+    assert [(p.path, "twice" in p.what) for p in verify(kdata.open(copied))] == [(part, True)]
+    rewrite_listed(copied, part, lambda table: table.slice(0, 1).take([0] * kdata.open(copied).manifest[0].rows))
+    assert [p.path for p in verify(kdata.open(copied))] == [part]
+
+
+def test_verify_reads_the_rows_of_a_plan(copied: Path) -> None:
+    data = kdata.open(copied)
+    kdata.make_plan(data, "some", [row.id for row in data][:3], method="sql", parameters={}).save(copied / "plans")
+    assert verify(data) == []
+    rewrite_listed(
+        copied,
+        "plans/some.parquet",
+        lambda table: table.set_column(0, table.schema.field(0), pa.array(["x", "y", "z"])),
+    )
+    assert [(p.path, "'x'" in p.what) for p in verify(data)] == [("plans/some.json", True)]
+    repeats = pa.array([-1] * 3, pa.int32())
+    rewrite_listed(copied, "plans/some.parquet", lambda table: table.set_column(1, table.schema.field(1), repeats))
+    assert [(p.path, "repeats below 1" in p.what) for p in verify(data)] == [("plans/some.json", True)]
+
+
+def test_a_token_that_is_another_one_than_its_index_means(copied: Path) -> None:
+    def other_token(columns: Columns) -> None:
+        last = columns["input_ids"].values[-1].as_py()
+        columns["input_ids"] = changed(columns["input_ids"], 7 if last != 7 else 8)
+
+    rewrite_shard(copied, other_token)
+    assert verify(kdata.open(copied)) == []
+    refused(copied, "other token ids than the index says")
