@@ -47,6 +47,7 @@ def test_the_session_runs_from_raw_text_to_a_student(tmp_path: Path) -> None:
     chosen = kinds([one.partition("#")[0] for one in plan.ids])
     everything = kinds([one.partition("#")[0] for one in data.index(["id"])["id"].to_pylist()])
     assert chosen.get("shuffled", 0) / sum(chosen.values()) < everything["shuffled"] / sum(everything.values())
+    assert (folder / "plan.png").is_file() and not list(tmp_path.glob("*.png")), "nothing is left in the repository"
     assert (folder / "page/index.html").is_file() and (folder / "student/model/model.safetensors").is_file()
 
 

@@ -1,7 +1,8 @@
 """DDK's first weights (arXiv 2407.16154): more of the domains in which the student is far behind the teacher.
 
 Here the weights are computed once and stay the same for the whole plan. The trainer can update such weights while it trains
-(`trainer/domain_weights.py`).
+(`trainer/domain_weights.py`). On our raw corpus such updates gave students of cross-entropy 1.3 ± 0.7 % of NLL, and distilled
+ones nothing that three seeds can show: weights of domains cannot tell good rows of a domain from bad ones.
 """
 
 from __future__ import annotations

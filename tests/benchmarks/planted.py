@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,11 +56,11 @@ class Planted:
         self._rare = ["".join(self._rng.choices(letters, k=self._rng.randint(4, 10))) for _ in range(20_000)]
         self.truth = Truth()
         self.items = [
-            {"id": f"q{number}", "question": self._prose(24, 12), "answer": self._rng.choice(self._rare)}
+            {"id": f"q{number}", "question": self.prose(24, 12), "answer": self._rng.choice(self._rare)}
             for number in range(100)
         ]
 
-    def _prose(self, count: int, line: int = 14) -> str:
+    def prose(self, count: int, line: int = 14) -> str:
         """Sentences of `line` words, four to a paragraph."""
         words = [self._rng.choice(COMMON if self._rng.random() < 0.5 else self._rare) for _ in range(count)]
         sentences = [" ".join(words[a : a + line]).capitalize() + "." for a in range(0, count, line)]
@@ -70,7 +71,7 @@ class Planted:
         rng, recent = self._rng, list[tuple[str, str]]()
         for number in range(count):
             name, draw = f"doc-{number:08d}", rng.random()
-            text = self._prose(rng.randint(self._words // 2, self._words * 3 // 2))
+            text = self.prose(rng.randint(self._words // 2, self._words * 3 // 2))
             if draw < 0.1 and recent:
                 original, old = rng.choice(recent)
                 self.truth.exact[name] = original
@@ -82,7 +83,7 @@ class Planted:
             elif draw < 0.23:
                 item = rng.choice(self.items)
                 self.truth.overlap[name] = item["id"]
-                text = f"{text}\n{item['question']}\n{self._prose(40)}"
+                text = f"{text}\n{item['question']}\n{self.prose(40)}"
             elif draw < 0.28:
                 planted = self._personal()
                 self.truth.personal[name] = planted
@@ -131,6 +132,27 @@ def _doubled(digits: str) -> list[int]:
     return [number - 9 * (number > 9) for number in numbers]
 
 
+def pairs_of_every_similarity(count: int, words: int) -> tuple[list[dict[str, str]], dict[tuple[str, str], float]]:
+    """Pairs of documents, the second with some words of the first replaced.
+
+    Returns:
+        The documents, and for each pair of ids the Jaccard similarity of their runs of 5 words.
+    """
+    source, rng = Planted(seed=1, words=words), random.Random(1)
+    rows, similarity = list[dict[str, str]](), dict[tuple[str, str], float]()
+    for number in range(count):
+        first = source.prose(words)
+        second = first.split(" ")
+        for place in rng.sample(range(len(second)), round(rng.random() * len(second) / 10)):
+            second[place] = "changed"
+        names = (f"{number:06d}-a", f"{number:06d}-b")
+        texts = (first, " ".join(second))
+        rows += [{"id": name, "domain": "web", "text": text} for name, text in zip(names, texts, strict=True)]
+        own, other = (set(zip(*(one.lower().split()[a:] for a in range(5)), strict=False)) for one in texts)
+        similarity[names] = len(own & other) / len(own | other)
+    return rows, similarity
+
+
 @dataclass(frozen=True)
 class Score:
     """How many were planted and found, and what of the found was planted."""
@@ -162,14 +184,6 @@ def scores(truth: Truth, rows: list[dict[str, Any]], texts: dict[str, str]) -> d
         rows: of the file that `kdata hygiene` wrote, with an evaluation set named `exam`.
         texts: of the documents, for the spans.
     """
-    root = {**truth.exact, **truth.near}
-    group = {row["id"]: root.get(row["id"], row["id"]) for row in rows}
-    sizes: dict[str, int] = {}
-    for name in group.values():
-        sizes[name] = sizes.get(name, 0) + 1
-    members = {row["id"] for row in rows if sizes[group[row["id"]]] > 1}
-    pairs = {(row["id"], group[row["id"]]) for row in rows}
-    kept = {row["id"]: row["duplicates"]["near_id"] for row in rows}
     spans = {
         (row["id"], span["kind"], texts[row["id"]][span["start"] : span["end"]])
         for row in rows
@@ -179,8 +193,7 @@ def scores(truth: Truth, rows: list[dict[str, Any]], texts: dict[str, str]) -> d
     originals = set(truth.exact.values())
     return {
         "exact duplicates": scored(set(truth.exact) | originals, exact),
-        "near duplicates": scored(members, {row["id"] for row in rows if row["duplicates"]["near_rows"] > 1}),
-        "groups": scored(pairs, {(name, root.get(kept[name], kept[name])) for name in kept}),
+        **near_scores(truth, {row["id"]: row["duplicates"]["near_id"] for row in rows}),
         "overlap": scored(
             set(truth.overlap.items()),
             {(r["id"], r["overlap"]["exam_item"]) for r in rows if r["overlap"]["exam_share"]},
@@ -191,3 +204,39 @@ def scores(truth: Truth, rows: list[dict[str, Any]], texts: dict[str, str]) -> d
         ),
         "repetition": scored(truth.repeated, {r["id"] for r in rows if r["quality"]["repeated_line_chars"] > 0.2}),
     }
+
+
+def near_scores(truth: Truth, member: dict[str, str]) -> dict[str, Score]:
+    """Precision and recall of groups of near duplicates: which documents are in one of several, and in which.
+
+    Args:
+        member: of each document one of its group, the same for the whole group; itself where it is alone.
+    """
+    root = {**truth.exact, **truth.near}
+    group = {name: root.get(name, name) for name in member}
+    planted, found = Counter(group.values()), Counter(member.values())
+    # Of several groups with copies of one document the largest is that document's; the others are apart from it.
+    largest = {root.get(one, one): one for one in sorted(found, key=lambda one: (found[one], one))}
+    own = {one: root.get(one, one) if largest[root.get(one, one)] == one else f"apart: {one}" for one in found}
+    return {
+        "near duplicates": scored(
+            {name for name in member if planted[group[name]] > 1}, {name for name in member if found[member[name]] > 1}
+        ),
+        "groups": scored(set(group.items()), {(name, own[one]) for name, one in member.items()}),
+    }
+
+
+def peer_scores(truth: Truth, ids: list[str], finds: dict[str, Any]) -> dict[str, Score]:
+    """The same of what datatrove finds, see `tests.benchmarks.peer_finds.found`; of duplicates for each layout of bands."""
+    result = {}
+    for layout, clusters in finds["near"].items():
+        first: dict[int, str] = {}
+        for name in sorted(clusters):
+            first.setdefault(clusters[name], name)
+        near = near_scores(truth, {name: first[clusters[name]] if name in clusters else name for name in ids})
+        result.update({f"{what}, {layout}": score for what, score in near.items()})
+    if "language" in finds:
+        codes = {(name, finds["language"][name]) for name in truth.language}
+        result["language"] = scored(set(truth.language.items()), codes)
+    result["repetition"] = scored(truth.repeated, set(finds["lines"]))
+    return result

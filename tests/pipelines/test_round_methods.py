@@ -303,8 +303,9 @@ def judge_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_marks_are_kept_and_the_share_of_hard_rows_grows(judge_model: Path, llama_dir: Path, tmp_path: Path) -> None:
-    prompts = write_jsonl(tmp_path / "prompts.jsonl", texts(5, 30))
+def judged(judge_model: Path, llama_dir: Path, folder: Path) -> Recipe:
+    """TAPIR's rounds."""
+    prompts = write_jsonl(folder / "prompts.jsonl", texts(5, 30))
     stages = [
         {"stage": "judge", "judge": {"model": str(judge_model), "backend": "transformers"},
          "prompt": "{{ answer[:8] | replace('\\n', ' ') }} mark:", "sampling": {"max_tokens": 1, "temperature": 0}},
@@ -312,14 +313,53 @@ def test_marks_are_kept_and_the_share_of_hard_rows_grows(judge_model: Path, llam
          "hard_share": {"by_round": [0.2, 0.6]}, "size": 10, "max_repeats": 10, "ratios": {"code": 3, "prose": 2}},
     ]  # fmt: skip
     more = {"generate": {"prompts": {"path": str(prompts)}, "sampling": {"max_tokens": 6}, "unit_prompts": 8}}
-    recipe = recipe_of(tmp_path, llama_dir, stages, corpus={"path": str(write_jsonl(tmp_path / "more.jsonl", texts(6, 6)))},
+    recipe = recipe_of(folder, llama_dir, stages, corpus={"path": str(write_jsonl(folder / "more.jsonl", texts(6, 6)))},
                        **more)  # fmt: skip
-    recipe = recipe.model_copy(update={"rounds": recipe.rounds_of().model_copy(update={"patience": None})})
-    out = tmp_path / "run"
+    return recipe.model_copy(update={"rounds": recipe.rounds_of().model_copy(update={"patience": None})})
+
+
+@pytest.fixture(scope="module")
+def marked(judge_model: Path, llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("marked")
+    runner.execute(judged(judge_model, llama_dir, folder), folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_a_judge_that_is_stopped_anywhere_gives_the_same_plans(
+    marked: Path, judge_model: Path, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process ends before or after each file and job of the stage: questions, answers, replies, marks, score."""
+    from kdata.pipelines import judging
+
+    recipe, out = judged(judge_model, llama_dir, tmp_path), tmp_path / "run"
+    stops = [(name, nth, moment) for name, calls in (("run_job", 2), ("write_atomically", 1), ("settle", 1), ("bring", 1))
+             for nth in range(calls) for moment in ("before", "after")]  # fmt: skip
+    for name, nth, moment in stops:
+        real, seen = getattr(judging, name), 0
+
+        def ends(*arguments: Any, real: Any = real, nth: int = nth, moment: str = moment, **more: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen <= nth:
+                return real(*arguments, **more)
+            if moment == "after":
+                real(*arguments, **more)
+            raise _Stop
+
+        with monkeypatch.context() as patch, pytest.raises(_Stop):
+            patch.setattr(judging, name, ends)
+            runner.execute(recipe, out)
     runner.execute(recipe, out)
-    data = kdata.open(out / "dataset")
+    ours, theirs = contents(out), contents(marked)
+    assert ours.keys() == theirs.keys()
+    assert {name for name in ours if ours[name] != theirs[name]} == set()
+
+
+def test_marks_are_kept_and_the_share_of_hard_rows_grows(marked: Path, judge_model: Path, llama_dir: Path) -> None:
+    data = kdata.open(marked / "dataset")
     for number, hard_share in ((1, 0.2), (2, 0.6)):
-        folder = out / f"rounds/{number}"
+        folder = marked / f"rounds/{number}"
         raw = kdata.open(folder / "marks").sql("select id, prompt, text from rows order by id").to_pylist()
         assert len(raw) == 60, "both answers to each of 30 prompts, as the judge read and marked them"
         marks = pq.read_table(folder / "marks.parquet").to_pylist()
@@ -336,6 +376,6 @@ def test_marks_are_kept_and_the_share_of_hard_rows_grows(judge_model: Path, llam
         hard = sum(times for row, times in zip(plan.ids, plan.repeats, strict=True) if gaps[row] >= 0)
         assert sum(plan.repeats) == 10 and hard == 10 * hard_share
         assert plan.info.domains["code"].sequences == 6
-    before = contents(out)
-    runner.execute(recipe, out)
-    assert contents(out) == before
+    before = contents(marked)
+    runner.execute(judged(judge_model, llama_dir, marked.parent), marked)
+    assert contents(marked) == before

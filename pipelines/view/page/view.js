@@ -195,7 +195,7 @@ function drawBars(box, first, last, found, pick) {
     return bar;
   }));
   first.textContent = found.edges.length ? number(found.edges[0]) : "no row has it";
-  last.textContent = found.edges.length ? number(found.edges.at(-1)) : "";
+  last.textContent = found.all.at(-1) ? number(found.edges.at(-1)) : "";  // the largest value is in the last bar, unless all are equal
 }
 
 function setBar(bar) {

@@ -19,7 +19,7 @@ from kdata.hygiene.checks import HygieneConfig
 from kdata.hygiene.duplicates import Sketches, groups, signatures, sketch
 from kdata.hygiene.inspect import inspect_corpus
 from kdata.hygiene.words import hashed, normal_form, words_of
-from tests.benchmarks.planted import Planted, scores
+from tests.benchmarks.planted import Planted, Truth, pairs_of_every_similarity, peer_scores, scores
 from tests.fakes import write_jsonl
 
 
@@ -141,3 +141,29 @@ def test_groups_do_not_depend_on_the_order_of_rows(
     for name in names:
         assert result[name][0] == kept([other for other in names if texts[other] == texts[name]])
         assert result[name][1] == kept([other for other in names if runs(texts[other]) == runs(texts[name])])
+
+
+def test_pairs_are_joined_from_the_threshold_on(tmp_path: Path) -> None:
+    rows, similarity = pairs_of_every_similarity(60, 150)
+    config = HygieneConfig(checks=["duplicates"], workers=1)
+    inspect_corpus(CorpusConfig(path=str(write_jsonl(tmp_path / "c.jsonl", rows))), config, tmp_path / "c.parquet")
+    group = {row["id"]: row["duplicates"]["near_id"] for row in pq.read_table(tmp_path / "c.parquet").to_pylist()}
+    assert min(similarity.values()) < 0.6 and max(similarity.values()) > 0.9
+    for (first, second), value in similarity.items():
+        if not 0.79 < value < 0.86:  # signatures miss few pairs there
+            assert (group[first] == group[second]) == (value > 0.8), value
+
+
+def test_what_a_peer_finds_is_counted_as_what_kdata_finds() -> None:
+    truth = Truth(exact={"b": "a"}, near={"c": "a"}, language={"d": "de", "e": "fr"}, repeated={"f"})
+    finds = {"near": {"x": {"a": 1, "b": 1, "e": 2, "f": 2}}, "language": {"d": "de", "e": "es"}, "lines": ["e", "f"]}
+    found = peer_scores(truth, list("abcdef"), finds)
+    near, groups, language, repetition = (
+        found["near duplicates, x"],
+        found["groups, x"],
+        found["language"],
+        found["repetition"],
+    )
+    assert (near.planted, near.found, near.both) == (3, 4, 2)
+    assert (groups.planted, groups.both) == (6, 4)  # c is alone, and f is with e
+    assert (language.recall, repetition.precision, repetition.recall) == (0.5, 0.5, 1.0)

@@ -77,7 +77,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> kd
     data = run_capture(folder / "data", corpus, tokenizer_dir, teacher=StandInTeacher(context=512))
     kdata.select(data, Random(name="half", share=0.5))
     ids = data.index(["id"])["id"]
-    pq.write_table(pa.table({"id": ids, "odd": np.arange(len(ids)) % 2.0}), folder / "odd.parquet")
+    mine = pa.table({"id": ids, "odd": np.arange(len(ids)) % 2.0, "same": np.full(len(ids), 2.5)})
+    pq.write_table(mine, folder / "odd.parquet")
     bring(data, folder / "odd.parquet", "mine")
     ref = pa.table({"id": ids, "nll": np.arange(len(ids)) / 7.0})
     pq.write_table(ref, folder / "ref.parquet")
@@ -273,6 +274,18 @@ def test_the_overview_counts_a_plan_and_leads_to_the_rows_of_a_bin(dataset: kdat
     assert got["bin"][2].startswith("only") and got["bin"][3:] == ["random", "ref.nll - nll"]
     in_a = dataset.sql("select count(*) as n from rows where domain = 'a' and id in (select id from plans.half)")
     assert got["domain"].endswith(f"of {in_a['n'][0].as_py()}")
+
+
+def test_a_histogram_of_equal_numbers_names_no_larger_one(dataset: kdata.Dataset, tmp_path: Path) -> None:
+    steps = """
+      await until(() => $("rows").children.length);
+      const ends = async column => {
+        $("column").value = column; $("column").onchange(); await sleep(300);
+        return [...$("ends").children].map(one => one.textContent);
+      };
+      return { same: await ends("mine.same"), odd: await ends("mine.odd") };
+    """
+    assert seen(dataset, steps, tmp_path) == {"same": ["2.5", ""], "odd": ["0", "1"]}
 
 
 @pytest.mark.parametrize("width", [1280, 390])
