@@ -14,11 +14,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import socket
 import ssl
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +60,7 @@ CONNECTIONS_FAIL: list[tuple[tuple[type[BaseException], ...], str]] = [
     ((TimeoutError,), "the server did not answer in time: check the network, or wait a moment"),
     ((ConnectionError,), "the connection broke: check the network"),
 ]
+ABANDONED_SEC = 600  # a temporary file that nobody wrote to for so long was left by a process that ended
 STAGING = "units-"  # prefix of the folders, at the URL, in which shards wait
 # Errors of the stores' own clients that are no OSError.
 CLIENT_ERRORS = {
@@ -289,7 +292,8 @@ class Store:
         except failures as error:
             if isinstance(error, KdataError):
                 raise
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            said = re.sub(r" For more (information|details),? (check:|see) \S+", "", " ".join(str(error).split()))
+            reason = f"{type(error).__name__}: {said}"
             raise StorageError(
                 f"cannot {what} {self.url}/{relative}: {reason}; {remedy_of(error)}, then run the same command again. "
                 "What was committed is intact."
@@ -379,8 +383,8 @@ def mirror(store: Store, root: Path, folders: tuple[str, ...]) -> bool:
         named = {f"tokenizer/{name}": about for name, about in info.tokenizer_files.items()}
         named |= {path: about for entry in manifest for path, about in entry.files.items()}
         for path in [p for f in ("data", "index", "rejects", "tokenizer") for p in (root / f).glob("*")]:
-            if path.relative_to(root).as_posix() not in named:
-                path.unlink()
+            if path.relative_to(root).as_posix() not in named and not _is_coming(path):
+                path.unlink(missing_ok=True)
         for relative, file in named.items():
             if relative.split("/")[0] in folders:
                 store.fetch(relative, inside(root, relative), file)
@@ -388,6 +392,14 @@ def mirror(store: Store, root: Path, folders: tuple[str, ...]) -> bool:
         for name in ("manifest.jsonl", "dataset.json"):
             shutil.copyfile(folder / name, root / name)
     return True
+
+
+def _is_coming(path: Path) -> bool:
+    """Whether another process may be copying this file right now, under a temporary name."""
+    try:
+        return path.suffix == ".tmp" and time.time() - path.stat().st_mtime < ABANDONED_SEC
+    except FileNotFoundError:
+        return False
 
 
 def _another(root: Path, info: DatasetInfo) -> bool:
