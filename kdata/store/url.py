@@ -52,13 +52,18 @@ DISK = {
     errno.EMFILE,
     errno.ENFILE,
 }  # of this machine, not the store
-# What a connection failed for, the plainest cause first.
-CONNECTIONS_FAIL: list[tuple[tuple[type[BaseException], ...], str]] = [
-    ((socket.gaierror,), "no such server is known: check the URL and the network"),
-    ((ssl.SSLError,), "no secure connection: check the URL, this machine's clock and its certificates"),
-    ((ConnectionRefusedError,), "no server listens there: check the URL, or wait until it runs"),
-    ((TimeoutError,), "the server did not answer in time: check the network, or wait a moment"),
-    ((ConnectionError,), "the connection broke: check the network"),
+# What a connection failed for, the plainest cause first: errors, and names of those that clients have of their own.
+CONNECTIONS_FAIL: list[tuple[tuple[type[BaseException], ...], str, str]] = [
+    ((socket.gaierror,), "DNSError", "no such server is known: check the URL and the network"),
+    ((ssl.SSLError,), "SSLError", "no secure connection: check the URL, this machine's clock and its certificates"),
+    ((ConnectionRefusedError,), "(?!)", "no server listens there: check the URL, or wait until it runs"),
+    ((TimeoutError,), "Timeout", "the server did not answer in time: check the network, or wait a moment"),
+    (
+        (ConnectionError,),
+        "^(ReadError|WriteError|RemoteProtocolError|IncompleteRead|ClientPayloadError|ChunkedEncodingError|"
+        "ConnectionClosedError)$",
+        "the connection broke: check the network",
+    ),
 ]
 ABANDONED_SEC = 600  # a temporary file that nobody wrote to for so long was left by a process that ended
 STAGING = "units-"  # prefix of the folders, at the URL, in which shards wait
@@ -318,7 +323,7 @@ def remedy_of(error: BaseException) -> str:
     if status == 429:
         return WAIT
     if status in (401, 403) or isinstance(error, PermissionError):
-        return "it may not be read with these credentials: check them (HF_TOKEN on the Hub), and the name"
+        return "access is refused: check the credentials (HF_TOKEN on the Hub) and the name"
     if status in (404, 410) or isinstance(error, FileNotFoundError):
         return "it is not there, or not any more: check the name, and open the newest version"
     if status >= 500:
@@ -326,8 +331,8 @@ def remedy_of(error: BaseException) -> str:
     numbers = [cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno in DISK]
     if numbers:
         return REMEDIES[numbers[0]]
-    for kinds, remedy in CONNECTIONS_FAIL:
-        if any(isinstance(cause, kinds) for cause in causes):
+    for kinds, names, remedy in CONNECTIONS_FAIL:
+        if any(isinstance(cause, kinds) or re.search(names, type(cause).__name__) for cause in causes):
             return remedy
     return "check the URL, the network and the credentials"
 
