@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import socket
 import struct
-import sys
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from kdata.teachers.config import SamplingConfig
 from kdata.teachers.model import load_tokenizer
 from kdata.teachers.server import PROBE_TEXT
 from tests.fakes import StandInTeacher
+from tests.web import Quiet
 
 
 class Call:
@@ -103,18 +103,6 @@ class Handler(BaseHTTPRequestHandler):
             return True
         self.answer(401, {"error": "Unauthorized"})
         return False
-
-
-class Quiet(ThreadingHTTPServer):
-    """One thread for each connection; a client that has left is no matter."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a connection that is gone; anything else is a mistake in here."""
-        if not isinstance(sys.exception(), OSError | ValueError):
-            super().handle_error(request, client_address)
 
 
 class StandInServer:

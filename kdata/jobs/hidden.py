@@ -66,7 +66,10 @@ class HiddenConfig(Strict):
 
 @dataclass(frozen=True)
 class HiddenPlan:
-    """What storing will take, in bytes. missing: of the parts that are not there yet. free: on the dataset's disk."""
+    """What storing will take, in bytes. missing: of the parts that are not there yet. free: on the dataset's disk.
+
+    maybe_missing: the same if parts that were written under another name of the model are of another model, too.
+    """
 
     layers: list[Slot]
     num_layers: int
@@ -74,14 +77,16 @@ class HiddenPlan:
     per_token: int
     total: int
     missing: int
+    maybe_missing: int
     free: int
 
     def lines(self) -> list[str]:
         """The plan as text."""
+        missing = dict.fromkeys(map(human_bytes, (self.missing, self.maybe_missing)))
         return [
             f"layers {', '.join(map(str, self.layers))} of {self.num_layers}, {self.width:,} numbers each: "
             f"{self.per_token:,} bytes a token",
-            f"{human_bytes(self.total)} in all, {human_bytes(self.missing)} still to write, {human_bytes(self.free)} free",
+            f"{human_bytes(self.total)} in all, {' or '.join(missing)} still to write, {human_bytes(self.free)} free",
         ]
 
 
@@ -96,6 +101,7 @@ def plan_hidden(dataset: Dataset, config: HiddenConfig) -> HiddenPlan:
 
     Raises:
         ConfigError: the model has no such layer, or a layer is named twice. CorruptError: its config.json is damaged.
+        MismatchError: there are hidden states of that name with other settings.
     """
     num_layers, width = model_shape(config.model)
     layers = default_layers(num_layers) if config.layers is None else config.layers
@@ -105,17 +111,27 @@ def plan_hidden(dataset: Dataset, config: HiddenConfig) -> HiddenPlan:
                 f"layer {layer}: name 0 to {num_layers} or head, each once; {config.model.model} has no other"
             )
     per_token = bytes_per_token(len(layers), width, WIDTHS[config.dtype])
-    written = _written(dataset, config.name)
+    own = {"layers": layers, "num_layers": num_layers, "width": width, "dtype": WIDTHS[config.dtype]}
+    before = load_hidden_info(dataset, config.name) if config.name in listed(dataset.path, HIDDEN) else None
+    if before is not None:
+        _refuse_others(dataset, before, own)
+    written = {relative for relative in (before.files if before else ()) if (dataset.path / relative).is_file()}
     missing = sum(entry.tokens for entry in dataset.manifest if HIDDEN.part(config.name, entry.name) not in written)
     free = shutil.disk_usage(dataset.path).free
-    return HiddenPlan(layers, num_layers, width, per_token, per_token * dataset.num_tokens, per_token * missing, free)
+    named = Path(config.model.model).resolve().name if Path(config.model.model).is_dir() else config.model.model
+    maybe = missing if before is None or before.model.model == named else dataset.num_tokens
+    total, missing, maybe = (per_token * tokens for tokens in (dataset.num_tokens, missing, maybe))
+    return HiddenPlan(layers, num_layers, width, per_token, total, missing, maybe, free)
 
 
-def _written(dataset: Dataset, name: str) -> set[str]:
-    if name not in listed(dataset.path, HIDDEN):
-        return set()
-    info = load_hidden_info(dataset, name)
-    return {relative for relative in info.files if (dataset.path / relative).is_file()}
+def _refuse_others(dataset: Dataset, before: HiddenInfo, own: dict[str, object]) -> None:
+    """Raise MismatchError where there are hidden states of the name with other settings than these."""
+    stored = before.model_dump(include=set(own))
+    if difference := settings_difference(stored, own):
+        raise MismatchError(
+            f"hidden states {before.name!r} exist with other settings (before -> now):\n{difference}\n"
+            f"Choose another name, or remove {dataset.path}/hidden/{before.name} and {before.name}.json."
+        )
 
 
 def store_hidden(dataset: Dataset, config: HiddenConfig, *, log: Path | None = None) -> HiddenInfo:
@@ -181,13 +197,7 @@ def _begin(dataset: Dataset, info: HiddenInfo) -> HiddenInfo:
     check_new_name(HIDDEN.noun, info.name, listed(dataset.path, HIDDEN))
     if info.name in listed(dataset.path, HIDDEN):
         before = load_hidden_info(dataset, info.name)
-        changing = {"files", "dataset_digest", "digest"}
-        difference = settings_difference(before.model_dump(exclude=changing), info.model_dump(exclude=changing))
-        if difference:
-            raise MismatchError(
-                f"hidden states {info.name!r} exist with other settings (before -> now):\n{difference}\n"
-                f"Choose another name, or remove {dataset.path}/hidden/{info.name} and {info.name}.json."
-            )
+        _refuse_others(dataset, before, info.model_dump(exclude={"files", "dataset_digest", "digest"}))
         good = {}
         for entry in dataset.manifest:
             relative = HIDDEN.part(info.name, entry.name)

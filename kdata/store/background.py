@@ -12,10 +12,12 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, ParamSpec, Protocol, TypeVar
+
+import duckdb
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -108,6 +110,16 @@ def interruptible(connection: Interrupts, work: Callable[[], T]) -> T:
             connection.interrupt()
             time.sleep(0.01)
         raise
+
+
+@contextmanager
+def closed_after(connection: duckdb.DuckDBPyConnection) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection that is closed at the end, unless a query was left behind there: DuckDB refuses, and it is in the way."""
+    try:
+        yield connection
+    finally:
+        with suppress(duckdb.Error):
+            connection.close()
 
 
 def _leave(future: Future[Any]) -> None:

@@ -29,13 +29,12 @@ from urllib.parse import urlsplit
 from fsspec.caching import BaseCache, register_cache
 
 from kdata.store.cache import cache_limit
-from kdata.store.url import Store, cache_dir
+from kdata.store.url import ABANDONED_SEC, Store, cache_dir
 
 SHARE = 10  # of the limit, parts may take one in so many bytes
 MOST_PARTS = 50_000  # whatever their sizes: 30,000 are counted in some two seconds
 SWEEPS = 16  # parts are counted at the first write of a process, and each time when so much of their limit was written
 BLOCK = 4096  # bytes of the disk that a part takes at least
-ABANDONED_SEC = 600  # a temporary file that is older was left by a process that ended
 _DIGEST = 32  # bytes of a SHA-256
 _PART = re.compile(r"(\d+)-(\d+)")
 

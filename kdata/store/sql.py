@@ -32,7 +32,7 @@ from kdata.errors import (
     nearest,
 )
 from kdata.format.schema import index_schema, rejects_schema
-from kdata.store.background import interruptible
+from kdata.store.background import closed_after, interruptible
 from kdata.store.late_rows import shards_of
 from kdata.store.listed import PLANS, SCORES
 from kdata.store.queryable import Queryable, is_name, listed_views
@@ -319,7 +319,7 @@ def _relation_of(
     """
     try:
         reads = reads_of(dataset, text)
-        with connect(dataset, reads) as connection:
+        with closed_after(connect(dataset, reads)) as connection:
             try:
                 refuse_writing(connection, text)
                 if dataset.sql_filesystem is not None and reads is not None and "rows" in reads:

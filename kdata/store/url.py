@@ -14,11 +14,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import socket
 import ssl
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,14 +52,20 @@ DISK = {
     errno.EMFILE,
     errno.ENFILE,
 }  # of this machine, not the store
-# What a connection failed for, the plainest cause first.
-CONNECTIONS_FAIL: list[tuple[tuple[type[BaseException], ...], str]] = [
-    ((socket.gaierror,), "no such server is known: check the URL and the network"),
-    ((ssl.SSLError,), "no secure connection: check the URL, this machine's clock and its certificates"),
-    ((ConnectionRefusedError,), "no server listens there: check the URL, or wait until it runs"),
-    ((TimeoutError,), "the server did not answer in time: check the network, or wait a moment"),
-    ((ConnectionError,), "the connection broke: check the network"),
+# What a connection failed for, the plainest cause first: errors, and names of those that clients have of their own.
+CONNECTIONS_FAIL: list[tuple[tuple[type[BaseException], ...], str, str]] = [
+    ((socket.gaierror,), "DNSError", "no such server is known: check the URL and the network"),
+    ((ssl.SSLError,), "SSLError", "no secure connection: check the URL, this machine's clock and its certificates"),
+    ((ConnectionRefusedError,), "(?!)", "no server listens there: check the URL, or wait until it runs"),
+    ((TimeoutError,), "Timeout", "the server did not answer in time: check the network, or wait a moment"),
+    (
+        (ConnectionError,),
+        "^(ReadError|WriteError|RemoteProtocolError|IncompleteRead|ClientPayloadError|ChunkedEncodingError|"
+        "ConnectionClosedError)$",
+        "the connection broke: check the network",
+    ),
 ]
+ABANDONED_SEC = 600  # a temporary file that nobody wrote to for so long was left by a process that ended
 STAGING = "units-"  # prefix of the folders, at the URL, in which shards wait
 # Errors of the stores' own clients that are no OSError.
 CLIENT_ERRORS = {
@@ -289,7 +297,8 @@ class Store:
         except failures as error:
             if isinstance(error, KdataError):
                 raise
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            said = re.sub(r" For more (information|details),? (check:|see) \S+", "", " ".join(str(error).split()))
+            reason = f"{type(error).__name__}: {said}"
             raise StorageError(
                 f"cannot {what} {self.url}/{relative}: {reason}; {remedy_of(error)}, then run the same command again. "
                 "What was committed is intact."
@@ -314,7 +323,7 @@ def remedy_of(error: BaseException) -> str:
     if status == 429:
         return WAIT
     if status in (401, 403) or isinstance(error, PermissionError):
-        return "it may not be read with these credentials: check them (HF_TOKEN on the Hub), and the name"
+        return "access is refused: check the credentials (HF_TOKEN on the Hub) and the name"
     if status in (404, 410) or isinstance(error, FileNotFoundError):
         return "it is not there, or not any more: check the name, and open the newest version"
     if status >= 500:
@@ -322,8 +331,8 @@ def remedy_of(error: BaseException) -> str:
     numbers = [cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno in DISK]
     if numbers:
         return REMEDIES[numbers[0]]
-    for kinds, remedy in CONNECTIONS_FAIL:
-        if any(isinstance(cause, kinds) for cause in causes):
+    for kinds, names, remedy in CONNECTIONS_FAIL:
+        if any(isinstance(cause, kinds) or re.search(names, type(cause).__name__) for cause in causes):
             return remedy
     return "check the URL, the network and the credentials"
 
@@ -379,8 +388,8 @@ def mirror(store: Store, root: Path, folders: tuple[str, ...]) -> bool:
         named = {f"tokenizer/{name}": about for name, about in info.tokenizer_files.items()}
         named |= {path: about for entry in manifest for path, about in entry.files.items()}
         for path in [p for f in ("data", "index", "rejects", "tokenizer") for p in (root / f).glob("*")]:
-            if path.relative_to(root).as_posix() not in named:
-                path.unlink()
+            if path.relative_to(root).as_posix() not in named and not _is_coming(path):
+                path.unlink(missing_ok=True)
         for relative, file in named.items():
             if relative.split("/")[0] in folders:
                 store.fetch(relative, inside(root, relative), file)
@@ -388,6 +397,14 @@ def mirror(store: Store, root: Path, folders: tuple[str, ...]) -> bool:
         for name in ("manifest.jsonl", "dataset.json"):
             shutil.copyfile(folder / name, root / name)
     return True
+
+
+def _is_coming(path: Path) -> bool:
+    """Whether another process may be copying this file right now, under a temporary name."""
+    try:
+        return path.suffix == ".tmp" and time.time() - path.stat().st_mtime < ABANDONED_SEC
+    except FileNotFoundError:
+        return False
 
 
 def _another(root: Path, info: DatasetInfo) -> bool:

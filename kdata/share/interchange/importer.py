@@ -77,7 +77,9 @@ class ImportConfig(RowsConfig):
         "the import. It is counted in any case.",
     )
     values: plain.Values | None = Field(
-        None, description="What the numbers of plain lists are. Null reads it from the column's name, or the numbers."
+        None,
+        description="What the numbers of plain lists are. Null reads it from the column's name, or the numbers. logprobs is "
+        "for axolotl, too: its numbers are natural logarithms, even where they look like others.",
     )
     ids_column: str | None = Field(None, description="Column with the ids of plain lists, where several could be it.")
     values_column: str | None = Field(None, description="Column with their values, where several could be it.")
@@ -112,7 +114,7 @@ def import_dataset(
         The dataset, and the counts of all rows of the source that are in it.
     Raises:
         MissingError: the source does not exist.
-        ConfigError: the vocabulary's size is not known, or `root` is a URL.
+        ConfigError: the vocabulary's size is not known, `root` is a URL, or `values` are not for this format.
         DataError: the columns are not the format's, the numbers are not log-probabilities, or no row at all can be used;
             `strict` is set and a row cannot be used.
         MismatchError: the dataset was begun with other settings.
@@ -122,6 +124,14 @@ def import_dataset(
         raise ConfigError(
             "Megatron's cache holds no tokens, because a student run draws them again; name a file with the token ids of its "
             "samples in their order: --set samples=FILE (Parquet or JSON lines, column input_ids)"
+        )
+    if (
+        config.values is not None
+        and config.format != "plain"
+        and (config.format, config.values) != ("axolotl", "logprobs")
+    ):
+        raise ConfigError(
+            f"values={config.values!r} is for plain lists; the format {config.format} says what its numbers are"
         )
     where = Source(source)
     files = where.files(SUFFIXES.get(config.format, PEER_SUFFIXES))
@@ -424,7 +434,7 @@ def _refuse_other_numbers(report: ImportReport, config: ImportConfig) -> None:
         report.about_one_in_base_two >= 0.05 * report.positions
         and report.over_one_in_base_two <= 0.01 * report.positions
     )
-    if config.format == "plain" and config.values is None and enough and shown:
+    if config.format in ("plain", "axolotl") and config.values is None and enough and shown:
         raise DataError(
             f"the numbers look like logarithms to base 2: read so, {report.about_one_in_base_two:,} of {report.positions:,} "
             f"positions sum to about 1, and {report.over_one_in_base_two:,} to more. Multiply them by ln 2 = 0.6931; if they "

@@ -17,6 +17,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,25 @@ def export_speculators(dataset: Dataset, name: str, target: Path | str) -> list[
             writer.finalize()
         rows = datasets.Dataset.from_file(str(folder / "rows/rows.arrow"))
         rows.set_format("torch")
-        rows.save_to_disk(folder)
+        with _no_bar_of(datasets):
+            rows.save_to_disk(folder)
         shutil.rmtree(folder / "rows")
         torch.save(dict(counts), folder / "token_freq.pt")
         lines = losses(dataset, states)
         (folder / "README.md").write_text(_readme(states, lines), "utf-8")
     return lines
+
+
+@contextmanager
+def _no_bar_of(datasets: Any) -> Iterator[None]:
+    """Without the progress bar of the library: the command has one of its own."""
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _slots(states: HiddenStates) -> list[int]:

@@ -346,3 +346,16 @@ def test_the_command_plans_stores_and_exports(dataset: kdata.Dataset, llama_dir:
     export = ["export", str(dataset.path), str(tmp_path / "out"), "--format", "speculators", "--hidden", "states"]
     printed = CliRunner().invoke(app, export)
     assert printed.exit_code == 0 and "not in it" in printed.output and (tmp_path / "out/hidden_states").is_dir()
+    assert "Saving the dataset" not in printed.output, "the library's own progress bar"
+    other = CliRunner().invoke(app, [*call, "--set", "dtype=fp8"])
+    assert other.exit_code == 1 and "still to write" not in other.output
+
+
+def test_of_another_model_s_states_all_may_have_to_be_written(
+    dataset: kdata.Dataset, llama_dir: Path, tmp_path: Path
+) -> None:
+    store_hidden(dataset, settings(llama_dir))
+    elsewhere = Path(shutil.copytree(llama_dir, tmp_path / "moved"))
+    plan = plan_hidden(dataset, settings(elsewhere))
+    assert (plan.missing, plan.maybe_missing) == (0, plan.total) and "0 B or " in plan.lines()[1]
+    assert plan_hidden(dataset, settings(llama_dir)).maybe_missing == 0

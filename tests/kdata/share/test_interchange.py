@@ -345,6 +345,30 @@ def test_logarithms_to_base_two_are_refused_unless_they_are_said_to_be_natural(t
     assert dataset.num_rows == 1
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_logarithms_to_base_two_in_axolotl_s_files_are_noticed(tmp_path: Path, version: int) -> None:
+    logprobs_PV = np.log(np.random.default_rng(0).dirichlet(np.full(10, 0.4), size=300).clip(1e-6))[:, :8]
+
+    def rows_to(base: float) -> list[dict[str, Any]]:
+        lists, ids = (logprobs_PV / np.log(base)).tolist(), [list(range(8))] * 300
+        if version == 2:
+            return [{"id": "a", "input_ids": [3] * 301, "logprobs": lists, "target_token_ids": ids}]
+        named = [[{"token": f"token_id:{n}", "logprob": x} for n, x in enumerate(own)] for own in lists]
+        return [{"id": "a", "input_ids": [3] * 301, "kd": named}]
+
+    natural, two = (write_jsonl(tmp_path / f"{base}.jsonl", rows_to(base)) for base in (np.e, 2.0))
+    assert imported(natural, tmp_path / "natural", "axolotl", vocab_size=10)[1].positions == 300
+    with pytest.raises(DataError, match=r"base 2.* of 300 positions sum to about 1, .*--values logprobs"):
+        imported(two, tmp_path / "two", "axolotl", vocab_size=10)
+    assert imported(two, tmp_path / "two", "axolotl", vocab_size=10, values="logprobs")[1].positions == 300
+
+
+@pytest.mark.parametrize(("format", "values"), [("axolotl", "probs"), ("nemo", "logprobs"), ("distillkit", "logits")])
+def test_a_format_that_says_what_its_numbers_are_is_told_nothing_else(tmp_path: Path, format: str, values: str) -> None:
+    with pytest.raises(ConfigError, match=f"values='{values}' is for plain lists; the format {format} says"):
+        imported(tmp_path / "none", tmp_path / "d", format, vocab_size=10, values=values)
+
+
 def _softmax(logits: np.ndarray) -> np.ndarray:
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)

@@ -48,7 +48,7 @@ opened = kdata.open(sys.argv[1])
 QUERIES = {
     "binding": "opened.sql('select sum(nll) from rows')",
     "short columns": "opened.index(['id'])",
-    "a plan": "kdata.select(opened, kdata.Uniform(size=10))",
+    "a plan": "from kdata.selection.mixtures import Uniform; kdata.select(opened, Uniform(size=10))",
     "a row": "opened[0]",
 }
 

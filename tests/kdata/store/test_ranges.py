@@ -350,8 +350,8 @@ FAULTS: dict[str, tuple[int | str, str, str]] = {
     "too much": (429, "429", "too much was asked of it in a short time: wait some minutes"),
     "server": (500, "500", "the server failed: wait a moment"),
     "gateway": (503, "503", "the server failed: wait a moment"),
-    "forbidden": (403, "403", "it may not be read with these credentials"),
-    "no token": (401, "401", "it may not be read with these credentials"),
+    "forbidden": (403, "403", "access is refused: check the credentials"),
+    "no token": (401, "401", "access is refused: check the credentials"),
     "gone": (404, "404|FileNotFoundError", "it is not there, or not any more"),
     "reset": (
         "reset",

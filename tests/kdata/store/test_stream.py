@@ -304,3 +304,15 @@ def test_a_connection_that_ends_half_way_is_one_line_and_the_next_call_goes_on(
         "d/data/capture-00003.arrow",
         "d/index/capture-00003.parquet",
     }
+
+
+def test_what_another_process_is_copying_stays(home: kdata.Dataset, served: Files) -> None:
+    opened = remote(served)
+    opened.shard(0)
+    coming = opened.path / "data/capture-00001.arrow.0123abcd.tmp"
+    coming.write_bytes(b"the first half")
+    remote(served)
+    assert coming.exists()
+    os.utime(coming, (time.time() - 3600,) * 2)
+    remote(served)
+    assert not coming.exists(), "its process has ended"

@@ -288,13 +288,14 @@ def test_an_error_of_a_store_becomes_one_error_with_its_reason(url: str, monkeyp
     client.HttpError = type("HttpError", (Exception,), {})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gcsfs.retry", client)
     store = Store(url)
-    for error in (client.HttpError("Forbidden, 403"), PermissionError("Forbidden, 403")):
+    check, refused = "check the URL, the network and the credentials", "access is refused: check the credentials"
+    for error, remedy in ((client.HttpError("no, 403"), check), (PermissionError("no, 403"), refused)):
 
         def refuse(*arguments: Any, error: Exception = error, **options: Any) -> bytes:
             raise error
 
         monkeypatch.setattr(store.fs, "cat_file", refuse, raising=False)
-        with pytest.raises(StorageError, match=rf"cannot read {url}/x: {type(error).__name__}: Forbidden, 403; check"):
+        with pytest.raises(StorageError, match=rf"cannot read {url}/x: {type(error).__name__}: no, 403; {remedy}"):
             store.read("x")
     monkeypatch.undo()
 
