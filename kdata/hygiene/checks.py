@@ -28,7 +28,8 @@ from kdata.store.queryable import NAME
 
 Check = Literal["duplicates", "overlap", "language", "quality", "personal"]
 CHECKS: tuple[Check, ...] = ("duplicates", "overlap", "language", "quality", "personal")
-VERSION = 3  # of the numbers: raised where a text would get others
+# Of the numbers of a check: raised where a text would get others.
+VERSIONS: dict[Check, int] = {"duplicates": 3, "overlap": 3, "language": 2, "quality": 3, "personal": 2}
 
 SPAN = pa.struct([("kind", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
 LANGUAGE = {
@@ -132,7 +133,7 @@ class HygieneConfig(Strict):
             DependencyError: a package is not installed.
             MissingError, ConfigError, DataError: a set cannot be read.
         """
-        own: dict[str, Any] = {"check": check, "version": VERSION}
+        own: dict[str, Any] = {"check": check, "version": VERSIONS[check]}
         if check == "duplicates":
             own |= {"jaccard": self.jaccard}
         elif check == "overlap":

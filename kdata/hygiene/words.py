@@ -35,7 +35,8 @@ _MIX_A, _MIX_B, _STEP = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB13311
 
 def normal_form(text: str) -> str:
     """NFKC, case folded, no characters that nobody sees, runs of white space as one space, none at the ends."""
-    plain = text if text.isascii() else _UNSEEN.sub("", unicodedata.normalize("NFKC", text))
+    # Before NFKC, which does not join a letter and its accent where such a character is between them.
+    plain = text if text.isascii() else unicodedata.normalize("NFKC", _UNSEEN.sub("", text))
     return " ".join(plain.casefold().split())
 
 

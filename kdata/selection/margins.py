@@ -63,6 +63,8 @@ def score_margins(dataset: Dataset, name: str = "margin") -> ImportedScores:
         for entry, begin in zip(dataset.manifest, dataset.shard_starts.tolist(), strict=False):
             if has_part(dataset, name, entry):
                 task.skip(entry.rows)
+            elif not entry.rows:  # no piece comes of it
+                write_part(dataset, name, entry, SCHEMA.empty_table())
             else:
                 missing[begin : begin + entry.rows] = True
         read = pieces(dataset, rule.COLUMNS, missing, None)

@@ -491,11 +491,11 @@ def test_a_trainer_that_drops_the_targets_is_refused(rows: PackedRows, tmp_path:
         trainer.train()
 
 
-@pytest.mark.parametrize("accumulated", [1, 3])
+@pytest.mark.parametrize(("accumulated", "accepts"), [(1, None), (3, None), (3, False)])
 def test_huggingfaces_own_trainer_has_the_loss_of_the_whole_step(
-    accumulated: int, dataset: kdata.Dataset, tmp_path: Path
+    accumulated: int, accepts: bool | None, dataset: kdata.Dataset, tmp_path: Path
 ) -> None:
-    """It gives the model the step's counted tokens, and divides by nothing else."""
+    """It gives the model the step's counted tokens, and divides by nothing else; whatever the model's class says it takes."""
     rows = PackedRows(dataset, context_tokens=64, items=9)
 
     class InOrder(Trainer):
@@ -503,7 +503,12 @@ def test_huggingfaces_own_trainer_has_the_loss_of_the_whole_step(
             return SequentialSampler(rows)
 
     losses = []
-    for trainer, model in ((DistillTrainer, llama()), (InOrder, attach_loss(llama(), rows))):
+    for trainer, attach in ((DistillTrainer, False), (InOrder, True)):
+        model = llama()
+        if accepts is not None:
+            model.accepts_loss_kwargs = accepts
+        if attach:
+            model = attach_loss(model, rows)
         args = TrainingArguments(
             str(tmp_path), use_cpu=True, report_to=[], max_steps=3, save_strategy="no", logging_steps=1, learning_rate=1e-2,
             per_device_train_batch_size=3 // accumulated, gradient_accumulation_steps=accumulated,

@@ -208,6 +208,8 @@ def _replace_forward(student: PreTrainedModel) -> None:
         return DistillOutput(loss=loss.total, sums_O=fitting.sums(loss.values_MO), elsewhere=loss.elsewhere)
 
     student.forward = MethodType(forward, student)
+    # Some models say no, which makes Trainer average the batches of a step.
+    student.accepts_loss_kwargs = True  # type: ignore[assignment]
 
 
 def _replace_head_forward(head: nn.Module, student: PreTrainedModel) -> None:

@@ -31,6 +31,7 @@ def words(text: str) -> list[str]:
 
 def test_a_normal_form_ignores_case_width_and_white_space() -> None:
     assert normal_form("so\u00adft \u200bzero\u2060-width\ufeff \u202eturned\u202c") == "soft zero-width turned"
+    assert normal_form("cafe\u200d\u0301") == "caf\u00e9" and normal_form("\u1112\u200b\u1161") == "\ud558"
     assert words_of(normal_form("new\u00adspaper \u200b \ufe0f")) == ["newspaper"]
     assert normal_form("  Ｓtraße\u00a0\n\tÉCOLE ") == normal_form("STRASSE e\u0301cole") == "strasse école"
 

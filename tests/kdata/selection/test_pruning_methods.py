@@ -17,7 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdata
+from kdata.check.verify import verify
 from kdata.errors import ConfigError, DataError, KdataError, MissingError
+from kdata.format.records import UnitResult
+from kdata.format.schema import SourceInfo
 from kdata.selection import session
 from kdata.selection.apportion import as_written
 from kdata.selection.band import Band
@@ -31,6 +34,7 @@ from kdata.selection.score_file import bring
 from kdata.selection.select import parse_step, select
 from kdata.selection.tables import RegMix, Table, regression_weights
 from kdata.store.sql import Room
+from kdata.store.writer import Writer
 from tests.kdata.selection.plans import Row, dataset_of, score_with
 from tests.trainer.datasets import make_dataset
 
@@ -174,6 +178,17 @@ def test_margins_are_means_over_target_positions(tmp_path: Path) -> None:
     targets = set(data.sql("select id from rows where num_target_tokens > 0")["id"].to_pylist())
     surest = max(targets, key=lambda row_id: stored[row_id])
     assert select(data, Margin(share=0.01, by_domain=False)).ids == [surest]
+
+
+def test_margins_of_a_shard_of_rejects_alone_are_a_part_without_rows(tmp_path: Path) -> None:
+    first = dataset_of(tmp_path / "set", [Row("a", tokens=3)])
+    with Writer(first.path, first.info, "empty", SourceInfo(kind="capture", settings={}, num_units=None)) as writer:
+        writer.commit(UnitResult(0, []))
+    data = dataset_of(first.path, [Row("b", tokens=4)], source="more")
+    assert [entry.rows for entry in data.manifest] == [1, 0, 1]
+    assert score_margins(data).covered == {"margin": 2}
+    assert data.sql("select count(*) as n from scores.margin")["n"].to_pylist() == [2]
+    assert not verify(data, deep=True)
 
 
 def test_margin_keeps_the_surest_of_each_domain(dataset: kdata.Dataset, tmp_path: Path) -> None:
