@@ -36,11 +36,20 @@ class _CalledFromPython(type(BaseModel)):  # type: ignore[misc]
     """
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
-        values = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+        values = {key: _as_written(value) for key, value in values.items()}
         try:
             return super().__call__(*args, **values)
         except ValidationError as error:
             raise _refused(cls, error, cls.__name__, in_python=True) from error
+
+
+def _as_written(value: Any) -> Any:
+    """A value with texts for paths, in tables and lists too."""
+    if isinstance(value, Path):
+        return str(value)
+    if type(value) is dict:
+        return {key: _as_written(inner) for key, inner in value.items()}
+    return [_as_written(inner) for inner in value] if type(value) is list else value
 
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdata.errors import ConfigError, CorruptError, DependencyError, MissingError, first_line
 from kdata.format.json_text import read_json
-from kdata.store.checkpoint_kind import refuse_other_kind
+from kdata.store.checkpoint_kind import refuse_kernels_of, refuse_other_kind
 from kdata.store.gguf import model_folder
 from kdata.store.pretrained import model_files, without_bars
 from kdata.trainer.config import LoraConfig
@@ -136,6 +136,7 @@ def open_adapter(folder: Path) -> PreTrainedModel:
         refuse_other_kind(Path(base))
     try:
         with model_files(base, "a file"), without_bars():
+            refuse_kernels_of(model_folder(base), revision)
             load: Any = AutoModelForCausalLM
             model = load.from_pretrained(
                 model_folder(base), revision=revision, dtype=torch.float32, trust_remote_code=False

@@ -500,13 +500,17 @@ class TrainResult(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _former_keys(cls, values: Any) -> Any:
-        """Read the train.json of older runs, in which `phases` is `stages` and `student.model` is `student.path`."""
+        """Read the train.json of older runs, in which `phases`, `student.model` and `compared_tokens` have other names."""
         config = values.get("config") if isinstance(values, dict) else None
         if not isinstance(config, dict):
             return values
         config = {"phases" if key == "stages" else key: value for key, value in config.items()}
         if isinstance(student := config.get("student"), dict):
             config["student"] = {"model" if key == "path" else key: value for key, value in student.items()}
+        for part in (config, *(config.get("phases") or [])):
+            if isinstance(part, dict) and isinstance(objective := part.get("objective"), dict):
+                names = {"window_tokens": "compared_tokens"}
+                part["objective"] = {names.get(key, key): value for key, value in objective.items()}
         return {**values, "config": config}
 
 

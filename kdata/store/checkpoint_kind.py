@@ -15,7 +15,7 @@ from kdata.format.json_text import read_json
 from kdata.format.plain import GET_FILES, is_pointer
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-OWN_NAME = re.compile("[A-Za-z0-9_]*")  # of an implementation that transformers has itself: sdpa, flash_attention_2
+OWN_NAME = re.compile("[A-Za-z0-9_|]*")  # of an implementation that transformers has itself: sdpa, paged|sdpa
 # Architectures without a next-token head.
 OTHER_TASKS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 

@@ -14,6 +14,7 @@ from kdata.format.json_text import MAX_DOCUMENT_BYTES, MAX_TOKENIZER_BYTES, pars
 from kdata.format.plain import open_plain, refuse_special
 
 TEXTS = (".json", ".jinja", ".txt", ".model")  # of a tokenizer or a configuration
+OPENED = (*TEXTS, ".safetensors", ".gguf")
 
 
 def weights_digest(folder: Path) -> str:
@@ -56,6 +57,8 @@ def model_files(place: str | Path, what: str) -> Iterator[None]:
 def _refuse_endless(folder: Path) -> None:
     """Raise CorruptError where the libraries would read a pipe, a device, or a text of a model that fills the memory."""
     for file in folder.iterdir():
+        if file.suffix not in OPENED or (file.suffix == ".txt" and not file.stem.startswith(("vocab", "merges"))):
+            continue
         refuse_special(file)
         if file.suffix in TEXTS and file.is_file() and file.stat().st_size > MAX_TOKENIZER_BYTES:
             raise CorruptError(

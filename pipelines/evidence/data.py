@@ -33,7 +33,7 @@ from kdata.format.schema import content_hash
 from kdata.jobs.bos import check_bos
 from kdata.jobs.job import LocalEngine, run_job
 from kdata.jobs.reading import CaptureConfig, CaptureJob
-from kdata.store.checkpoint_kind import use_exact_attention
+from kdata.store.checkpoint_kind import refuse_kernels_of, use_exact_attention
 from kdata.store.gguf import model_folder
 from kdata.store.pretrained import without_bars
 from kdata.teachers.base import Completion, OnTokens, Readout, ignore_tokens
@@ -257,6 +257,7 @@ class EvidenceData:
         check_bos(self._teacher, self._tokenizer, [s.token_ids for s in units[0].sequences], KeepConfig())
         folder_of_model = model_folder(self.config.teacher)
         with without_bars():
+            refuse_kernels_of(folder_of_model)
             model = AutoModelForCausalLM.from_pretrained(folder_of_model, dtype=torch.float32).eval()
         use_exact_attention(model)
         about = {

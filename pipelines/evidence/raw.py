@@ -31,6 +31,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from kdata.errors import DataError
+from kdata.store.checkpoint_kind import refuse_kernels_of
 from kdata.store.gguf import model_folder
 from kdata.store.pretrained import without_bars
 from kdata.teachers.model import load_tokenizer
@@ -169,7 +170,8 @@ class _Writer:
     @cached_property
     def _model(self) -> Any:
         with without_bars():
-            return AutoModelForCausalLM.from_pretrained(model_folder(self._teacher), dtype=self._dtype).eval()
+            refuse_kernels_of(folder := model_folder(self._teacher))
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=self._dtype).eval()
 
     @torch.inference_mode()
     def write(self, texts: list[str]) -> list[str]:

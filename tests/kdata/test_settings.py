@@ -167,6 +167,7 @@ def test_a_token_in_a_call_is_not_repeated() -> None:
 def test_a_path_in_python_is_taken_and_recorded_as_text() -> None:
     assert CaptureConfig(corpus=CorpusConfig(path=Path("texts.jsonl"))).corpus.path == "texts.jsonl"
     assert TeacherConfig(model=Path("/models/m")).model == "/models/m"
+    assert CaptureConfig(corpus={"path": Path("texts.jsonl")}).corpus.path == "texts.jsonl"
 
 
 @pytest.mark.parametrize(

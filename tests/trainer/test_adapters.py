@@ -137,6 +137,18 @@ def test_a_resumed_run_is_exact_also_with_dropout(
     assert (tmp_path / "adapter" / weights).read_bytes() == (whole / "model" / weights).read_bytes()
 
 
+def test_a_base_on_the_hub_names_no_kernel_that_is_run(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever made the adapter chose its base."""
+    adapter = Path(shutil.copytree(whole / "model", tmp_path / "adapter"))
+    edit(adapter, base_model_name_or_path="someone/base")
+    asked = {"model_type": "llama", "_attn_implementation": "someone/kernel"}
+    monkeypatch.setattr("transformers.PreTrainedConfig.get_config_dict", lambda *_, **__: (asked, {}))
+    with pytest.raises(ConfigError, match=r"'someone/kernel', code that transformers would download and run"):
+        open_adapter(adapter)
+
+
 def test_a_run_does_not_resume_on_a_base_that_changed(dataset: kdata.Dataset, base: Path, tmp_path: Path) -> None:
     """The checkpoint does not hold the base, so its digest must."""
     own = Path(shutil.copytree(base, tmp_path / "base"))

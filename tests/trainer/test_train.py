@@ -279,13 +279,15 @@ def test_a_dataset_at_a_url_trains_and_measures_the_same_student(
 
 
 def test_the_result_of_an_older_run_is_read(whole: Path) -> None:
-    """`phases` was `stages` and `student.model` was `student.path`; both are refused in settings."""
+    """`phases` was `stages`, `student.model` `student.path`, `compared_tokens` `window_tokens`; refused in settings."""
     content = json.loads((whole / "train.json").read_text())
+    content["config"]["objective"] = {"window_tokens": 8}
     content["config"]["stages"] = content["config"].pop("phases") or [{"name": "one"}]
     content["config"]["student"] = {"kind": "checkpoint", "path": "MODEL", "revision": None}
     result = TrainResult.model_validate_json(json.dumps(content))
     assert result.config.phases == [PhaseConfig(name="one")]
     assert result.config.student == CheckpointStudent(model="MODEL")
+    assert result.config.objective.compared_tokens == 8
     assert result.dataset_digest == content["dataset_fingerprint"]
     with pytest.raises(ConfigError, match="unknown key 'stages'"):
         parse_config(TrainConfig, {"stages": []}, "settings")

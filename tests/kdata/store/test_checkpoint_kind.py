@@ -165,7 +165,9 @@ def test_whole_models_pass(model: Path) -> None:
 
 def test_a_model_of_the_hub_names_no_kernel_either(model: Path) -> None:
     """Of such a name no folder is looked at before transformers loads it."""
-    refuse_kernels_of(model)
+    for own in (None, "sdpa", "flash_attention_2", "paged|sdpa"):
+        configure(model, _attn_implementation=own)
+        refuse_kernels_of(model)
     kernel(model)
     with pytest.raises(ConfigError, match="never runs code from a model"):
         refuse_kernels_of(model)

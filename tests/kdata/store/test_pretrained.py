@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from kdata.store.pretrained import without_bars
+from kdata.errors import CorruptError
+from kdata.format.json_text import MAX_TOKENIZER_BYTES
+from kdata.store.pretrained import model_files, without_bars
 from kdata.teachers.config import TeacherConfig
 from kdata.teachers.transformers import TransformersTeacher
 from kdata.trainer.config import CheckpointStudent, TrainConfig
@@ -47,3 +51,16 @@ def test_a_model_is_loaded_and_saved_without_a_bar(llama_dir: Path, tmp_path: Pa
     train(settings, tmp_path / "d", None, tmp_path / "run")
     _load(tmp_path / "run/model")
     assert bars == []
+
+
+def test_files_that_nothing_opens_do_not_stop_a_model(llama_dir: Path, tmp_path: Path) -> None:
+    """A text beside the model may be large, and a pipe may stand there; of a tokenizer's own files neither may."""
+    folder = Path(shutil.copytree(llama_dir, tmp_path / "model"))
+    with (folder / "corpus.txt").open("wb") as file:
+        file.truncate(MAX_TOKENIZER_BYTES + 1)
+    os.mkfifo(folder / "log.fifo")
+    with model_files(folder, "a file"):
+        pass
+    (folder / "corpus.txt").rename(folder / "vocab.txt")
+    with pytest.raises(CorruptError, match=r"vocab\.txt has more than"), model_files(folder, "a file"):
+        pass
