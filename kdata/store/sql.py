@@ -336,7 +336,7 @@ def _relation_of(
 
 def _fetch_late(connection: duckdb.DuckDBPyConnection, dataset: Queryable, text: str, parameters: Parameters) -> None:
     """Let `rows` be those of the shards that a query needs, where its text says that they are some."""
-    shards = shards_of(connection, text, parameters)
+    shards = shards_of(connection, text, parameters, {entry.name for entry in dataset.manifest})
     if shards is None:
         return
     index = [dataset.sql_file(entry, "index", compare=dataset.check != "later") for entry in dataset.manifest]
