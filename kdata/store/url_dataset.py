@@ -348,10 +348,17 @@ class RemoteDataset(Dataset):
                 copied(file[1].bytes)
 
         threads = Background(THREADS, "copy")
+        futures = [threads.submit(fetch, file) for file in files.items()]
         try:
-            for future in [threads.submit(fetch, file) for file in files.items()]:
+            for future in futures:
                 future.result()
-        finally:  # at Ctrl-C too: what waits is not begun
+        except Exception:
+            threads.close()
+            for future in futures:  # under way: the folder's lock is about to be let go
+                with suppress(CancelledError):
+                    future.exception()
+            raise
+        finally:  # at Ctrl-C what waits is not begun, and nothing is waited for, because the process ends
             threads.close()
         for path in [path for path in root.rglob("*") if path.is_file()]:
             if path.relative_to(root).as_posix() not in {*files, *small}:
