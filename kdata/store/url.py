@@ -399,10 +399,15 @@ def mirror(store: Store, root: Path, folders: tuple[str, ...]) -> bool:
     return True
 
 
+def is_abandoned(path: Path, about: os.stat_result) -> bool:
+    """Whether this is half a copy, left by a process that ended."""
+    return path.suffix == ".tmp" and time.time() - about.st_mtime > ABANDONED_SEC
+
+
 def _is_coming(path: Path) -> bool:
     """Whether another process may be copying this file right now, under a temporary name."""
     try:
-        return path.suffix == ".tmp" and time.time() - path.stat().st_mtime < ABANDONED_SEC
+        return path.suffix == ".tmp" and not is_abandoned(path, path.stat())
     except FileNotFoundError:
         return False
 
