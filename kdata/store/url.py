@@ -284,6 +284,15 @@ class Store:
         with self.errors(what, relative):
             yield
 
+    def _remedy(self, error: BaseException, what: str) -> str:
+        """Of this machine's disk where a local file that is not the store's was refused, else of the store."""
+        for cause in _causes(error):
+            place = str(getattr(cause, "filename", ""))
+            is_own = what == "read" and place.startswith(self._path(""))
+            if isinstance(cause, OSError) and cause.errno in REMEDIES and os.path.isabs(place) and not is_own:
+                return REMEDIES[cause.errno]
+        return remedy_of(error, what)
+
     @contextmanager
     def errors(self, what: str, relative: str) -> Iterator[None]:
         """Raise what the store's client raises as StorageError, in one line with cause and remedy.
@@ -300,8 +309,8 @@ class Store:
             said = re.sub(r" For more (information|details),? (check:|see) \S+", "", " ".join(str(error).split()))
             reason = f"{type(error).__name__}: {said}"
             raise StorageError(
-                f"cannot {what} {self.url}/{relative}: {reason}; {remedy_of(error)}, then run the same command again. "
-                "What was committed is intact."
+                f"cannot {what} {self.url}/{relative}: {reason}; {self._remedy(error, what)}, then run the same command "
+                "again. What was committed is intact."
             ) from error
 
 
@@ -317,13 +326,15 @@ def _status_of(error: BaseException) -> int:
     return status if isinstance(status, int) else 0
 
 
-def remedy_of(error: BaseException) -> str:
-    """What a person can do about an error of a store's client."""
+def remedy_of(error: BaseException, what: str) -> str:
+    """What a person can do about an error of a store's client at a "read" or "write"."""
     status, causes = _status_of(error), [*_causes(error)]
     if status == 429:
         return WAIT
     if status in (401, 403) or isinstance(error, PermissionError):
         return "access is refused: check the credentials (HF_TOKEN on the Hub) and the name"
+    if what == "write" and (status in (404, 410) or isinstance(error, FileNotFoundError)):
+        return "there is no such place: check the name, and make the bucket first"
     if status in (404, 410) or isinstance(error, FileNotFoundError):
         return "it is not there, or not any more: check the name, and open the newest version"
     if status >= 500:
