@@ -35,6 +35,7 @@ from kdata.errors import (
     KdataError,
     MissingError,
     StorageError,
+    causes,
     has_secret,
     never_show,
 )
@@ -286,7 +287,7 @@ class Store:
 
     def _remedy(self, error: BaseException, what: str) -> str:
         """Of this machine's disk where a local file that is not the store's was refused, else of the store."""
-        for cause in _causes(error):
+        for cause in causes(error):
             place = str(getattr(cause, "filename", ""))
             is_own = what == "read" and place.startswith(self._path(""))
             if isinstance(cause, OSError) and cause.errno in REMEDIES and os.path.isabs(place) and not is_own:
@@ -328,7 +329,7 @@ def _status_of(error: BaseException) -> int:
 
 def remedy_of(error: BaseException, what: str) -> str:
     """What a person can do about an error of a store's client at a "read" or "write"."""
-    status, causes = _status_of(error), [*_causes(error)]
+    status, chain = _status_of(error), [*causes(error)]
     if status == 429:
         return WAIT
     if status in (401, 403) or isinstance(error, PermissionError):
@@ -339,25 +340,13 @@ def remedy_of(error: BaseException, what: str) -> str:
         return "it is not there, or not any more: check the name, and open the newest version"
     if status >= 500:
         return "the server failed: wait a moment"
-    numbers = [cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno in DISK]
+    numbers = [cause.errno for cause in chain if isinstance(cause, OSError) and cause.errno in DISK]
     if numbers:
         return REMEDIES[numbers[0]]
     for kinds, names, remedy in CONNECTIONS_FAIL:
-        if any(isinstance(cause, kinds) or re.search(names, type(cause).__name__) for cause in causes):
+        if any(isinstance(cause, kinds) or re.search(names, type(cause).__name__) for cause in chain):
             return remedy
     return "check the URL, the network and the credentials"
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and those that led to it."""
-    seen: set[int] = set()
-    todo: list[BaseException | None] = [error]
-    while todo:
-        one = todo.pop(0)
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            yield one
-            todo += [one.__cause__, one.__context__, getattr(one, "os_error", None)]
 
 
 def _client_errors() -> tuple[type[BaseException], ...]:

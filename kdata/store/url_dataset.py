@@ -33,7 +33,7 @@ from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError,
 from kdata.format.files import inside, lock_of, matches, temporary_folder, write_atomically
 from kdata.format.json_text import read_json
 from kdata.format.schema import FileInfo, ManifestEntry, index_schema
-from kdata.store.background import Background, closed_after, interruptible
+from kdata.store.background import Background, ctrl_c_first, interruptible
 from kdata.store.cache import LIMIT_VARIABLE, THREADS, Ahead, cache_limit, keep_all
 from kdata.store.dataset import Dataset
 from kdata.store.hub import HubStore
@@ -406,7 +406,7 @@ class RemoteDataset(Dataset):
         """See `Dataset.index_ranges`: of files at the URL, the ranges of bytes that hold these columns."""
         files = [self.sql_file(entry, "index") for entry in entries]
         schema = pa.schema([index_schema().field(name) for name in columns])
-        with self._files.query(), closed_after(duckdb.connect()) as connection:
+        with self._files.query(), ctrl_c_first(), duckdb.connect() as connection:
             connection.execute("set enable_progress_bar = false")
             connection.register_filesystem(self._files)
             connection.execute("set parquet_metadata_cache = true")
