@@ -198,3 +198,15 @@ def settings_difference(before: Mapping[str, object], after: Mapping[str, object
 
     walk(before, after, "")
     return "\n".join(lines)
+
+
+def causes(error: BaseException, but: BaseException | None = None) -> Iterator[BaseException]:
+    """The error and those that led to it, but for one and what led to that."""
+    seen = {id(but)}
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop(0)
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            todo += [one.__cause__, one.__context__, getattr(one, "os_error", None)]

@@ -28,7 +28,7 @@ from kdata.format.schema import ManifestEntry, index_schema
 from kdata.observe.progress import Task
 from kdata.selection.plan import Plan
 from kdata.selection.sidecar import score_digest
-from kdata.store.background import closed_after, interruptible
+from kdata.store.background import ctrl_c_first, interruptible
 from kdata.store.conditions import added, all_true, counts_query
 from kdata.store.dataset import Dataset
 from kdata.store.listed import SCORES
@@ -355,7 +355,8 @@ def open_session(
         exclusive(dataset, "select") as folder,
         query_errors(dataset),
         Task(what, unit="rows read") as task,
-        closed_after(connect(dataset, reads | own, Room(room.memory_limit, room.threads, folder))) as connection,
+        ctrl_c_first(),
+        connect(dataset, reads | own, Room(room.memory_limit, room.threads, folder)) as connection,
     ):
         yield Session(dataset, connection, folder, parent, task, conditions or Conditions(), pool)
 

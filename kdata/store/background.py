@@ -19,6 +19,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import duckdb
 
+from kdata.errors import KdataError, causes
+
 T = TypeVar("T")
 P = ParamSpec("P")
 Job = tuple[Future[Any], Callable[[], Any]]
@@ -113,13 +115,19 @@ def interruptible(connection: Interrupts, work: Callable[[], T]) -> T:
 
 
 @contextmanager
-def closed_after(connection: duckdb.DuckDBPyConnection) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection that is closed at the end, unless a query was left behind there: DuckDB refuses, and it is in the way."""
+def ctrl_c_first() -> Iterator[None]:
+    """Ctrl-C ends as KeyboardInterrupt, whatever was made of it meanwhile.
+
+    DuckDB refuses to close where a query was left behind, and a short statement makes a RuntimeError of the signal.
+    """
+    handled = sys.exc_info()[1]
     try:
-        yield connection
-    finally:
-        with suppress(duckdb.Error):
-            connection.close()
+        yield
+    except (duckdb.Error, KdataError, RuntimeError) as error:
+        for cause in causes(error, but=handled):
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
+        raise
 
 
 def _leave(future: Future[Any]) -> None:

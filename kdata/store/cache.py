@@ -14,11 +14,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 
 from kdata.errors import ConfigError
 from kdata.store.background import Background
-from kdata.store.url import cache_dir
+from kdata.store.url import cache_dir, is_abandoned
 
 LIMIT_VARIABLE, DEFAULT_LIMIT = "KDATA_CACHE_LIMIT", "50GB"
 THREADS = 4  # that copy ahead; one connection rarely fills a line
@@ -38,13 +39,15 @@ def cache_limit() -> int:
 
 
 def payloads() -> list[tuple[Path, os.stat_result]]:
-    """Copies of payloads in the cache, the oldest first."""
+    """Copies of payloads in the cache, the oldest first. Halves that were left behind are removed."""
     files = []
-    for path in (cache_dir() / "datasets").glob("*/*/data/*.arrow"):
-        try:
-            files.append((path, path.stat()))
-        except FileNotFoundError:  # another process has removed it
-            continue
+    for path in (cache_dir() / "datasets").glob("*/*/data/*.arrow*"):
+        with suppress(FileNotFoundError):  # another process has removed it
+            about = path.stat()
+            if is_abandoned(path, about):
+                path.unlink()
+            elif path.suffix == ".arrow":
+                files.append((path, about))
     return sorted(files, key=lambda file: (file[1].st_mtime_ns, file[0]))
 
 

@@ -50,18 +50,24 @@ def check_columns(table: pa.Table, schema: pa.Schema) -> None:
 
     So where a text is not UTF-8: pyarrow reads it, and fails where Python asks for the value.
     """
+    check_types(table.schema, schema)
     for name in table.column_names:
-        if table.column_names.count(name) > 1:
-            raise ValueError(f"column {name!r} is repeated")
         place = schema.get_field_index(name)
-        if place < 0:
-            continue
-        field, column = schema.field(place), table.column(name)
-        if column.type != field.type:
-            raise ValueError(f"column {name} has the type {column.type}, not {field.type}")
-        if column.null_count and not field.nullable:
+        if place >= 0 and table.column(name).null_count and not schema.field(place).nullable:
             raise ValueError(f"column {name} has nulls")
     table.validate(full=True)
+
+
+def check_types(stored: pa.Schema, schema: pa.Schema) -> None:
+    """Raise ValueError where a column of the schema is stored with another type, or a name is repeated."""
+    names = set()
+    for field in stored:
+        if field.name in names:
+            raise ValueError(f"column {field.name!r} is repeated")
+        names.add(field.name)
+        place = schema.get_field_index(field.name)
+        if place >= 0 and field.type != schema.field(place).type:
+            raise ValueError(f"column {field.name} has the type {field.type}, not {schema.field(place).type}")
 
 
 def check_counts(path: Path, entry: ManifestEntry) -> None:
@@ -77,15 +83,17 @@ def check_counts(path: Path, entry: ManifestEntry) -> None:
     if key in _COUNTED:
         return
     try:
-        rows = pq.read_metadata(path).num_rows
-        if rows != entry.rows:
-            raise ValueError(f"it holds {rows} rows, the manifest says {entry.rows}")
-        check_columns(pq.read_schema(path).empty_table(), index_schema())
-        table = read_index(path, list(totals))
+        with pq.ParquetFile(path) as file:
+            rows = file.metadata.num_rows
+            if rows != entry.rows:
+                raise ValueError(f"it holds {rows} rows, the manifest says {entry.rows}")
+            check_types(file.schema_arrow, index_schema())
+            table = file.read(list(totals))
+            counted = {name: table[name].to_numpy() for name in totals}  # a null becomes NaN, which is no sum
     except UNREADABLE as error:
         raise damaged(path, error) from error
     for name, total in totals.items():
-        counts = table[name].to_numpy()
+        counts = counted[name]
         if counts.min(initial=0) < 0 or counts.sum() != total:
             raise damaged(path, f"its column {name} has the sum {counts.sum()}, the manifest says {total}")
     _COUNTED.add(key)

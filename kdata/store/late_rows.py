@@ -29,20 +29,23 @@ MOST_ROWS = 10_000  # of an answer: a longer one is in nearly all shards
 SHARD = "_kdata_shard"
 
 
-def shards_of(connection: duckdb.DuckDBPyConnection, text: str, parameters: Parameters) -> set[str] | None:
+def shards_of(
+    connection: duckdb.DuckDBPyConnection, text: str, parameters: Parameters, known: set[str]
+) -> set[str] | None:
     """Names of shards whose rows are enough for a query; None where all may be needed, or it reads no text.
 
     Args:
         connection: has the views of the query.
+        known: names of all shards; an index that names others, or none, does not say which are needed.
     """
     query = _shards_query(parsed(text))
-    if query is None:
+    if query is None or SHARD in text.lower():  # a name of its own that is ours
         return None
     try:
         answer = interruptible(connection, lambda: connection.sql(query, params=parameters).fetchall())
     except duckdb.Error:  # the query itself says what is wrong with it
         return None
-    return {name for (name,) in answer}
+    return {name for (name,) in answer} if all(name in known for (name,) in answer) else None
 
 
 def _shards_query(tree: Tree) -> str | None:

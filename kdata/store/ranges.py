@@ -19,7 +19,6 @@ import secrets
 import shutil
 import stat
 import threading
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -29,7 +28,7 @@ from urllib.parse import urlsplit
 from fsspec.caching import BaseCache, register_cache
 
 from kdata.store.cache import cache_limit
-from kdata.store.url import ABANDONED_SEC, Store, cache_dir
+from kdata.store.url import Store, cache_dir, is_abandoned
 
 SHARE = 10  # of the limit, parts may take one in so many bytes
 MOST_PARTS = 50_000  # whatever their sizes: 30,000 are counted in some two seconds
@@ -202,12 +201,12 @@ def _checked(path: Path) -> bytes | None:
 
 def _make_room(most: int) -> None:
     """Remove parts, those that were used last at the end, until an eighth of `most` is free; and what was abandoned."""
-    parts, now = [], time.time()
+    parts = []
     found = (Path(folder) / name for folder, _, names in os.walk(cache_dir() / "ranges") for name in names)
     for path in found:  # not glob: it fails where another process removes a folder meanwhile
         with suppress(OSError):
             about = path.lstat()
-            if path.suffix == ".tmp" and now - about.st_mtime > ABANDONED_SEC:
+            if is_abandoned(path, about):
                 path.unlink()
             else:  # the disk may not have decided yet how many blocks a new file takes
                 parts.append((about.st_mtime_ns, path, max(about.st_size, about.st_blocks * 512)))

@@ -15,7 +15,7 @@ import re
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
@@ -32,7 +32,7 @@ from kdata.errors import (
     nearest,
 )
 from kdata.format.schema import index_schema, rejects_schema
-from kdata.store.background import closed_after, interruptible
+from kdata.store.background import ctrl_c_first, interruptible
 from kdata.store.late_rows import shards_of
 from kdata.store.listed import PLANS, SCORES
 from kdata.store.queryable import Queryable, is_name, listed_views
@@ -318,8 +318,9 @@ def _relation_of(
     What DuckDB raises until the end is raised as an error of kdata, see `query`.
     """
     try:
-        reads = reads_of(dataset, text)
-        with closed_after(connect(dataset, reads)) as connection:
+        with ctrl_c_first(), ExitStack() as stack:
+            reads = reads_of(dataset, text)
+            connection = stack.enter_context(connect(dataset, reads))
             try:
                 refuse_writing(connection, text)
                 if dataset.sql_filesystem is not None and reads is not None and "rows" in reads:
@@ -336,7 +337,7 @@ def _relation_of(
 
 def _fetch_late(connection: duckdb.DuckDBPyConnection, dataset: Queryable, text: str, parameters: Parameters) -> None:
     """Let `rows` be those of the shards that a query needs, where its text says that they are some."""
-    shards = shards_of(connection, text, parameters)
+    shards = shards_of(connection, text, parameters, {entry.name for entry in dataset.manifest})
     if shards is None:
         return
     index = [dataset.sql_file(entry, "index", compare=dataset.check != "later") for entry in dataset.manifest]

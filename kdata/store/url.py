@@ -35,6 +35,7 @@ from kdata.errors import (
     KdataError,
     MissingError,
     StorageError,
+    causes,
     has_secret,
     never_show,
 )
@@ -284,6 +285,15 @@ class Store:
         with self.errors(what, relative):
             yield
 
+    def _remedy(self, error: BaseException, what: str) -> str:
+        """Of this machine's disk where a local file that is not the store's was refused, else of the store."""
+        for cause in causes(error):
+            place = str(getattr(cause, "filename", ""))
+            is_own = what == "read" and place.startswith(self._path(""))
+            if isinstance(cause, OSError) and cause.errno in REMEDIES and os.path.isabs(place) and not is_own:
+                return REMEDIES[cause.errno]
+        return remedy_of(error, what)
+
     @contextmanager
     def errors(self, what: str, relative: str) -> Iterator[None]:
         """Raise what the store's client raises as StorageError, in one line with cause and remedy.
@@ -300,8 +310,8 @@ class Store:
             said = re.sub(r" For more (information|details),? (check:|see) \S+", "", " ".join(str(error).split()))
             reason = f"{type(error).__name__}: {said}"
             raise StorageError(
-                f"cannot {what} {self.url}/{relative}: {reason}; {remedy_of(error)}, then run the same command again. "
-                "What was committed is intact."
+                f"cannot {what} {self.url}/{relative}: {reason}; {self._remedy(error, what)}, then run the same command "
+                "again. What was committed is intact."
             ) from error
 
 
@@ -317,36 +327,26 @@ def _status_of(error: BaseException) -> int:
     return status if isinstance(status, int) else 0
 
 
-def remedy_of(error: BaseException) -> str:
-    """What a person can do about an error of a store's client."""
-    status, causes = _status_of(error), [*_causes(error)]
+def remedy_of(error: BaseException, what: str) -> str:
+    """What a person can do about an error of a store's client at a "read" or "write"."""
+    status, chain = _status_of(error), [*causes(error)]
     if status == 429:
         return WAIT
     if status in (401, 403) or isinstance(error, PermissionError):
         return "access is refused: check the credentials (HF_TOKEN on the Hub) and the name"
+    if what == "write" and (status in (404, 410) or isinstance(error, FileNotFoundError)):
+        return "there is no such place: check the name, and make the bucket first"
     if status in (404, 410) or isinstance(error, FileNotFoundError):
         return "it is not there, or not any more: check the name, and open the newest version"
     if status >= 500:
         return "the server failed: wait a moment"
-    numbers = [cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno in DISK]
+    numbers = [cause.errno for cause in chain if isinstance(cause, OSError) and cause.errno in DISK]
     if numbers:
         return REMEDIES[numbers[0]]
     for kinds, names, remedy in CONNECTIONS_FAIL:
-        if any(isinstance(cause, kinds) or re.search(names, type(cause).__name__) for cause in causes):
+        if any(isinstance(cause, kinds) or re.search(names, type(cause).__name__) for cause in chain):
             return remedy
     return "check the URL, the network and the credentials"
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and those that led to it."""
-    seen: set[int] = set()
-    todo: list[BaseException | None] = [error]
-    while todo:
-        one = todo.pop(0)
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            yield one
-            todo += [one.__cause__, one.__context__, getattr(one, "os_error", None)]
 
 
 def _client_errors() -> tuple[type[BaseException], ...]:
@@ -399,10 +399,15 @@ def mirror(store: Store, root: Path, folders: tuple[str, ...]) -> bool:
     return True
 
 
+def is_abandoned(path: Path, about: os.stat_result) -> bool:
+    """Whether this is half a copy, left by a process that ended."""
+    return path.suffix == ".tmp" and time.time() - about.st_mtime > ABANDONED_SEC
+
+
 def _is_coming(path: Path) -> bool:
     """Whether another process may be copying this file right now, under a temporary name."""
     try:
-        return path.suffix == ".tmp" and time.time() - path.stat().st_mtime < ABANDONED_SEC
+        return path.suffix == ".tmp" and not is_abandoned(path, path.stat())
     except FileNotFoundError:
         return False
 

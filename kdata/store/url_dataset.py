@@ -33,7 +33,7 @@ from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError,
 from kdata.format.files import inside, lock_of, matches, temporary_folder, write_atomically
 from kdata.format.json_text import read_json
 from kdata.format.schema import FileInfo, ManifestEntry, index_schema
-from kdata.store.background import Background, closed_after, interruptible
+from kdata.store.background import Background, ctrl_c_first, interruptible
 from kdata.store.cache import LIMIT_VARIABLE, THREADS, Ahead, cache_limit, keep_all
 from kdata.store.dataset import Dataset
 from kdata.store.hub import HubStore
@@ -348,10 +348,17 @@ class RemoteDataset(Dataset):
                 copied(file[1].bytes)
 
         threads = Background(THREADS, "copy")
+        futures = [threads.submit(fetch, file) for file in files.items()]
         try:
-            for future in [threads.submit(fetch, file) for file in files.items()]:
+            for future in futures:
                 future.result()
-        finally:  # at Ctrl-C too: what waits is not begun
+        except Exception:
+            threads.close()
+            for future in futures:  # under way: the folder's lock is about to be let go
+                with suppress(CancelledError):
+                    future.exception()
+            raise
+        finally:  # at Ctrl-C what waits is not begun, and nothing is waited for, because the process ends
             threads.close()
         for path in [path for path in root.rglob("*") if path.is_file()]:
             if path.relative_to(root).as_posix() not in {*files, *small}:
@@ -399,7 +406,7 @@ class RemoteDataset(Dataset):
         """See `Dataset.index_ranges`: of files at the URL, the ranges of bytes that hold these columns."""
         files = [self.sql_file(entry, "index") for entry in entries]
         schema = pa.schema([index_schema().field(name) for name in columns])
-        with self._files.query(), closed_after(duckdb.connect()) as connection:
+        with self._files.query(), ctrl_c_first(), duckdb.connect() as connection:
             connection.execute("set enable_progress_bar = false")
             connection.register_filesystem(self._files)
             connection.execute("set parquet_metadata_cache = true")

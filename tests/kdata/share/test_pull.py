@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import pytest
 
 import kdata
 from kdata.check.verify import verify
-from kdata.errors import ConfigError, DataError, MismatchError
+from kdata.errors import ConfigError, DataError, MismatchError, StorageError
+from kdata.format.schema import FileInfo
 from kdata.pipelines.cli.main import call
 from kdata.selection.ranked import Random
 from kdata.selection.select import select
+from kdata.store.url import Store
 from tests import bucket
 from tests.fakes import digests
 from tests.kdata.selection.plans import Row, dataset_of, score_with
@@ -64,6 +68,29 @@ def test_a_call_that_was_interrupted_goes_on(
     assert "d/data/capture-00003.arrow" in again and "d/data/capture-00000.arrow" not in again
     assert kdata.open(target).content_digest == home.content_digest and verify(kdata.open(target)) == []
     assert not [path for path in target.parent.iterdir() if path.name.endswith(".pull")]
+
+
+def test_a_pull_that_fails_leaves_no_copy_under_way(
+    home: kdata.Dataset, served: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    ended: list[str] = []
+    several = threading.Event()
+
+    def fetch(self: Store, relative: str, target: Path, info: FileInfo) -> None:
+        begun.append(relative)
+        if len(begun) == 1:
+            several.wait(10)
+            raise StorageError("no")
+        several.set()
+        time.sleep(0.5)
+        ended.append(relative)
+
+    opened = kdata.open(f"{served.url}/d")
+    monkeypatch.setattr(Store, "fetch", fetch)
+    with pytest.raises(StorageError, match="no"):
+        opened.copy_to(tmp_path / "here", lambda size: None)  # type: ignore[attr-defined]
+    assert sorted(begun[1:]) == sorted(ended) != []
 
 
 def test_a_dataset_that_changes_meanwhile_is_refused(home: kdata.Dataset, served: Files, tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+import duckdb
 import pytest
 
 from kdata.selection.session import open_session
-from kdata.store.background import Background
+from kdata.store.background import Background, ctrl_c_first
 from tests.kdata.selection.plans import Row, dataset_of
 from tests.web import Files
 
@@ -101,6 +102,24 @@ def test_ctrl_c_ends_the_binding_of_a_query(tmp_path: Path, interruptible: None)
     with pytest.raises(KeyboardInterrupt):
         dataset.sql("pivot (select a % 3 as a from range(1000000000000) t(a)) on a using count(*)")
     timer.join()
+
+
+def test_what_was_made_of_ctrl_c_is_ctrl_c_again() -> None:
+    def refuse(first: BaseException) -> None:
+        try:
+            raise first
+        finally:
+            raise duckdb.Error("Query interrupted")
+
+    with pytest.raises(KeyboardInterrupt), ctrl_c_first():
+        refuse(KeyboardInterrupt())
+    with pytest.raises(duckdb.Error), ctrl_c_first():
+        refuse(ValueError())
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:  # one that the caller has dealt with
+        with pytest.raises(duckdb.Error), ctrl_c_first():
+            refuse(ValueError())
 
 
 def test_background_does_all_and_gives_results_and_errors() -> None:

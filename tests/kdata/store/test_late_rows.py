@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import kdata
+from kdata.format.files import file_info
+from kdata.format.manifest import write_manifest
 from kdata.selection.score_file import bring
 from tests.kdata.selection.plans import Row, dataset_of
 from tests.web import Files
@@ -68,6 +70,8 @@ WHOLE = [
     "select text from rows join scores.ref using (id) where domain = 'none' order by ref.nll limit 3",
     "select text from rows join scores.ref using (id) order by ref.nll limit 0",
     "select text from rows using sample 5 rows order by nll limit 0",
+    "select text, 'x' as _kdata_shard from rows join scores.ref using (id) order by ref.nll limit 3",
+    "select text, null as _KDATA_shard from rows join scores.ref using (id) order by ref.nll limit 3",
 ]
 
 
@@ -84,6 +88,26 @@ def test_texts_of_the_shown_rows_alone_are_fetched(home: kdata.Dataset, served: 
     opened.sql(query)
     of_texts = ROWS * TEXT / 2  # bytes of a shard's, at least: four bits a digit
     assert served.bytes_sent() - before < 2 * 1.5 * of_texts < SHARDS * of_texts / 3
+
+
+def test_an_index_that_names_no_shard_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger wrote it, and its digest is right."""
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "d"
+    written = dataset_of(root, [Row(f"r{n}", "a", 4, float(n), f"t{n}") for n in range(6)], shard_rows=3)
+    entries = []
+    for entry in written.manifest:
+        name = f"index/{entry.name}.parquet"
+        table = pq.read_table(root / name)
+        place = table.schema.get_field_index("shard")
+        pq.write_table(table.set_column(place, "shard", pa.nulls(len(table), pa.string())), root / name)
+        entries.append(entry.model_copy(update={"files": {**entry.files, name: file_info(root / name)}}))
+    write_manifest(root, entries)
+    query, files = "select id, text from rows order by nll limit 4", Files(tmp_path)
+    try:
+        assert kdata.open(f"{files.url}/d").sql(query)["text"].to_pylist() == ["t0", "t1", "t2", "t3"]
+    finally:
+        files.close()
 
 
 def test_parameters_are_bound_in_both_queries(home: kdata.Dataset, served: Files) -> None:

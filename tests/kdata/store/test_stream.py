@@ -259,6 +259,12 @@ def test_what_is_in_use_is_not_removed(home: kdata.Dataset, served: Files, monke
     os.close(keeper)
     make_room(files[0].with_name("new"), 1)
     assert payloads() == [] and hold(files[0]) is None
+    halves = [files[0].with_name(f"{files[0].name}.{n}.tmp") for n in ("left", "coming")]
+    for half in halves:
+        half.write_bytes(b"half")
+    os.utime(halves[0], (0, 0))
+    make_room(files[0], 1)
+    assert [half.exists() for half in halves] == [False, True]
     assert opened[40].id == home[40].id
 
 

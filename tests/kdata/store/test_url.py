@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from fsspec.registry import _registry
 import kdata
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, DependencyError, MismatchError, MissingError, StorageError
+from kdata.format.schema import FileInfo
 from kdata.store.url import Store, copy_of, is_url
 from tests.bucket import Bucket
 from tests.fakes import (
@@ -307,9 +309,24 @@ def test_a_mistyped_name_does_not_create_a_bucket(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Bucket, "makedirs", lambda self, path, **options: folders.append(path))
     monkeypatch.setattr(Bucket, "exists", lambda self, path, **options: False)
     monkeypatch.setattr(Bucket, "put_file", lambda self, *a, **o: os.stat(tmp_path / "absent"))
-    with pytest.raises(StorageError, match="cannot write"):
+    with pytest.raises(StorageError, match=r"cannot write .*; there is no such place: check the name"):
         store.put(tmp_path / "x", "data/x")
     assert folders == []
+
+
+def test_a_disk_that_refuses_a_copy_is_not_taken_for_the_store(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, about = Store(url), FileInfo(bytes=1, sha256="0" * 64)
+    for place, remedy in (("/cache/x", "no permission to write there"), (store._path("x"), "access is refused")):
+
+        def refuse(*arguments: Any, place: str = place, **options: Any) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", place)
+
+        monkeypatch.setattr(store.fs, "get_file", refuse, raising=False)
+        with pytest.raises(StorageError, match=rf"cannot read {url}/x: .*; {remedy}"):
+            store.fetch("x", tmp_path / "copy" / "x", about)
+    monkeypatch.undo()
 
 
 def test_writers_and_readers_have_separate_copies(url: str) -> None:
