@@ -94,7 +94,9 @@ def check_counts(path: Path, entry: ManifestEntry) -> None:
         raise damaged(path, error) from error
     for name, total in totals.items():
         counts = counted[name]
-        if counts.min(initial=0) < 0 or counts.sum() != total:
+        if counts.min(initial=0) < 0:
+            raise damaged(path, f"its column {name} has a negative number")
+        if counts.sum() != total:
             raise damaged(path, f"its column {name} has the sum {counts.sum()}, the manifest says {total}")
     _COUNTED.add(key)
 

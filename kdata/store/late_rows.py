@@ -83,7 +83,8 @@ def _is_plain(node: Tree) -> bool:
         and not varying_calls(node, set())
         and sum(one.get("type") == "SELECT_NODE" for one in inner) == 1
         and not any(one.get("class") in ("WINDOW", "SUBQUERY") or one.get("sample") for one in inner)
-        and not any(node.get(key) for key in ("group_expressions", "having", "qualify"))
+        and not any(node.get(key) for key in ("group_expressions", "group_sets", "having", "qualify"))
+        and node.get("aggregate_handling") == "STANDARD_HANDLING"  # not of `group by all`, which has no expressions
         and not any(one.get("class") == "STAR" for one in nodes(_orders(node)))  # order by all: by the texts, too
     )
 

@@ -6,6 +6,7 @@ file system raises errors of kdata, whose message is the last line.
 
 from __future__ import annotations
 
+import os
 import re
 
 import duckdb
@@ -20,6 +21,7 @@ def refuse_storage(dataset: Queryable, error: duckdb.Error) -> None:
     reason = first_line(error)
     number = disk_errno(str(error)) if isinstance(error, duckdb.IOException) else None
     if number is not None:
+        reason = reason.removesuffix(f": {os.strerror(number)}")  # the remedy says it
         raise StorageError(
             f"{dataset.path}: {reason}: {REMEDIES[number]}, then run the same command again. What was committed is intact."
         ) from error

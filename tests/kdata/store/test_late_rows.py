@@ -58,6 +58,8 @@ WHOLE = [
     "select distinct domain, text from rows order by text limit 3",
     "select domain, max(text) as t from rows group by 1 order by 1 limit 1",
     "select max(text) from rows order by 1 limit 1",
+    "select domain, text from rows group by all order by text limit 3",
+    "select distinct on (domain) domain, text from rows order by domain, nll limit 2",
     "select text, row_number() over (order by nll) as n from rows order by n desc limit 3",
     "select text from rows order by (select max(nll) from rows as o where o.domain = rows.domain), nll limit 3",
     "select text from rows join scores.ref using (id) order by all limit 3",
