@@ -131,8 +131,13 @@ def ctrl_c_first() -> Iterator[None]:
 
 
 def _leave(future: Future[Any]) -> None:
-    """End the process at once where a query was left behind: DuckDB's threads would call an interpreter that is gone."""
+    """End the process with 130 where a query was left behind: DuckDB's threads would call an interpreter that is gone.
+
+    What others registered for the end is done before.
+    """
     if not future.done():
+        atexit.unregister(_leave)
+        atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()

@@ -40,7 +40,8 @@ print("both")
 """
 # Ctrl-C once the server was asked. A process that was born in the background ignores it until told otherwise.
 ASKS = """
-import signal, sys
+import atexit, signal, sys
+atexit.register(print, "its own end")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import kdata
 opened = kdata.open(sys.argv[1])
@@ -73,12 +74,14 @@ def test_ctrl_c_ends_what_waits_for_a_server(ask: str, served: Files, tmp_path: 
     served.faults = {"data/": "hang"} if ask == "a row" else {"index/": "hang"}
     arguments = [sys.executable, "-c", ASKS.format(ask=QUERIES[ask]), f"{served.url}/d"]
     environment = {**os.environ, "KDATA_CACHE": str(tmp_path / "cache")}
-    process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(arguments, env=environment, text=True, **pipes)
     while not served.hanging:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    told, said = process.communicate(timeout=60)
+    assert told == "its own end\n"
     assert said.rstrip().endswith("KeyboardInterrupt") and process.returncode in (130, -signal.SIGINT)
 
 
