@@ -208,7 +208,7 @@ def test_several_processes_and_kills_leave_whole_parts(cache: Path, monkeypatch:
         assert path.stat().st_size == 32 + end - begin
     left = cache / "ranges" / ("a" * 64) / ".0123456789abcdef.tmp"
     left.write_bytes(b"half")
-    monkeypatch.setattr(ranges, "ABANDONED_SEC", -1)
+    monkeypatch.setattr("kdata.store.url.ABANDONED_SEC", -1)
     Ranges().keep("a" * 64, 0, b"x")
     assert not left.exists()
 
