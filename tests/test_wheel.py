@@ -19,7 +19,6 @@ DATA = {".yaml", ".j2", ".json", ".typed", ".safetensors"}
 NOT_INSTALLED = {
     "pipelines/evidence/gemma.json",
     "pipelines/evidence/positions.json",
-    "pipelines/evidence/raw_gemma.json",
     "pipelines/evidence/selection.json",
     "pipelines/evidence/tokenizers.json",
 }

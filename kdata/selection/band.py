@@ -31,6 +31,7 @@ class Band(Windowed):
     the best band (low, medium, high) depends on the corpus; When Less Is More (arXiv 2309.04564) finds the middle best.
     """
 
+    CHOOSES: ClassVar[str] = "middle of the NLL"
     SOURCE: ClassVar[str] = "arXiv 2405.20541"
 
     method: Literal["band"] = "band"

@@ -26,9 +26,10 @@ class Confidence(Ranked):
     tokens, as geometric means. To renew it, score the current student (`kdata score --name student2`) and select again.
     """
 
-    VALUE: ClassVar[str | None] = "log of the teacher's times the student's probability, per target token"
-
+    CHOOSES: ClassVar[str] = "KD^3: both models sure"
     SOURCE: ClassVar[str] = "KD^3, ICCV 2023"
+
+    VALUE: ClassVar[str | None] = "log of the teacher's times the student's probability, per target token"
 
     method: Literal["confidence"] = "confidence"
     score: str = Field("student", pattern=NAME.pattern, description="Sidecar with the student's NLL.")
@@ -49,9 +50,10 @@ class Margin(Ranked):
     WAD weights pseudo-labels by that margin, and each of five rounds admits a smaller share; a round here is one plan.
     """
 
-    VALUE: ClassVar[str | None] = "mean of p1 − p2 over the targets"
-
+    CHOOSES: ClassVar[str] = "WAD: clear favorites"
     SOURCE: ClassVar[str] = "WAD, ICCV 2023"
+
+    VALUE: ClassVar[str | None] = "mean of p1 − p2 over the targets"
 
     method: Literal["margin"] = "margin"
     score: str = Field(

@@ -50,6 +50,7 @@ class Curriculum(Step):
     and `hard_share` are our defaults: we could verify no number of the paper.
     """
 
+    CHOOSES: ClassVar[str] = "TAPIR: hard, by task"
     SOURCE: ClassVar[str] = "TAPIR, arXiv 2405.13448"
 
     method: Literal["curriculum"] = "curriculum"

@@ -52,6 +52,7 @@ class Ddk(Mixture):
     The losses are means over the rows to choose from; the paper measures held-out text of each domain.
     """
 
+    CHOOSES: ClassVar[str] = "domains that lag"
     SOURCE: ClassVar[str] = "arXiv 2407.16154"
 
     method: Literal["ddk"] = "ddk"

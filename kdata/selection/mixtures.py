@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -44,6 +44,8 @@ class OfDomains(Step):
 
 class Cap(OfDomains):
     """A budget, usually the last step: at most `size` units, each domain keeping its share. Fewer units are all chosen."""
+
+    CHOOSES: ClassVar[str] = "at most --size units"
 
     method: Literal["cap"] = "cap"
     size: int = Field(ge=1, examples=[1_000_000], description="Most units, divided by largest remainder.")
@@ -95,6 +97,8 @@ class Mixture(OfDomains):
 class Uniform(Mixture):
     """The same share for every domain."""
 
+    CHOOSES: ClassVar[str] = "every domain alike"
+
     method: Literal["uniform"] = "uniform"
 
     def shares(self, session: Session, domains: DomainSizes) -> tuple[Mapping[str, float], dict[str, Any]]:
@@ -105,6 +109,8 @@ class Uniform(Mixture):
 class Proportional(Mixture):
     """Each domain's share of the dataset's units, whatever the parent plan holds."""
 
+    CHOOSES: ClassVar[str] = "domains by size"
+
     method: Literal["proportional"] = "proportional"
 
     def shares(self, session: Session, domains: DomainSizes) -> tuple[Mapping[str, float], dict[str, Any]]:
@@ -114,6 +120,8 @@ class Proportional(Mixture):
 
 class Temperature(Mixture):
     """Shares p^(1/T), p being a domain's share of the dataset: proportional at T = 1, near uniform at large T."""
+
+    CHOOSES: ClassVar[str] = "domains by size^(1/T)"
 
     method: Literal["temperature"] = "temperature"
     temperature: float = Field(
@@ -132,6 +140,8 @@ class Temperature(Mixture):
 
 class Static(Mixture):
     """The shares that you set. Name every domain of the dataset; 0 leaves one out."""
+
+    CHOOSES: ClassVar[str] = "your domain weights"
 
     method: Literal["static"] = "static"
     weights: dict[str, float] = Field(

@@ -37,6 +37,7 @@ class Prune(Ranked):
     weight as `distillation_weight`: of forward_kl in `objective.weights`, the rest being cross_entropy.
     """
 
+    CHOOSES: ClassVar[str] = "the easiest or hardest"
     SOURCE: ClassVar[str] = "arXiv 2403.07854"
 
     method: Literal["prune"] = "prune"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -30,6 +30,8 @@ class Sql(Step):
 
     It reads `rows` (with `repeats` and `place` where there is a parent plan), tokens, entries, scores and plans.
     """
+
+    CHOOSES: ClassVar[str] = "rows of your query"
 
     method: Literal["sql"] = "sql"
     sql: str | None = Field(

@@ -77,9 +77,10 @@ class Difference(Ranked):
     has read clean text alone it does not, and the half of everything costs (`kdata select --list`, pipelines/README.md).
     """
 
-    VALUE: ClassVar[str | None] = "NLL of the reference − NLL of the teacher, nats per target token"
-
+    CHOOSES: ClassVar[str] = "MiniPLM: teacher leads"
     SOURCE: ClassVar[str] = "MiniPLM, arXiv 2410.17215"
+
+    VALUE: ClassVar[str | None] = "NLL of the reference − NLL of the teacher, nats per target token"
 
     method: Literal["difference"] = "difference"
     score: str = Field("ref", pattern=NAME.pattern, description="Sidecar with the reference NLL.")
@@ -96,6 +97,8 @@ class Difference(Ranked):
 class Random(Ranked):
     """A random share. Another seed gives another choice; with the same seed a larger share contains the smaller one."""
 
+    CHOOSES: ClassVar[str] = "a random share"
+
     method: Literal["random"] = "random"
     seed: int = Field(0, ge=0, description="Seed.")
 
@@ -110,6 +113,8 @@ class Random(Ranked):
 
 class All(Step):
     """Every row that has a target, in the order of ids."""
+
+    CHOOSES: ClassVar[str] = "all that meet --where"
 
     method: Literal["all"] = "all"
 

@@ -51,6 +51,7 @@ class Robust(Windowed):
     against a linear program. The estimate of `wrong` is the user's.
     """
 
+    CHOOSES: ClassVar[str] = "unsure but trusted"
     SOURCE: ClassVar[str] = "arXiv 2210.01213"
 
     method: Literal["robust"] = "robust"

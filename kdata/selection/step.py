@@ -54,7 +54,9 @@ class Chosen:
 class Step(Strict):
     """Settings that every method has. `method` is its key in METHODS."""
 
-    SOURCE: ClassVar[str] = ""  # where the method is from, for `kdata select --list`
+    # For `kdata select --list`, a line of 80 columns for each method: what it chooses, and where it is from.
+    CHOOSES: ClassVar[str] = ""
+    SOURCE: ClassVar[str] = ""
 
     method: str
     name: str | None = Field(None, pattern=NAME.pattern, description="Name of the plan; null takes the method's name.")

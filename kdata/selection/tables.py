@@ -67,6 +67,8 @@ def weights_in(file: str) -> dict[str, float]:
 class Table(Mixture):
     """The shares in a table with the columns `domain` and `weight`. A domain without a line gets none."""
 
+    CHOOSES: ClassVar[str] = "weights from a file"
+
     method: Literal["table"] = "table"
     file: str = Field(examples=["weights.csv"], description="The table: .parquet, .csv or .jsonl.")
 
@@ -130,6 +132,7 @@ class RegMix(Regression):
     shares, and the best of them are averaged. The paper makes some 500 runs.
     """
 
+    CHOOSES: ClassVar[str] = "domains by small runs"
     SOURCE: ClassVar[str] = "arXiv 2407.01492"
 
     method: Literal["regmix"] = "regmix"
@@ -155,6 +158,7 @@ class Olmix(Regression):
     not have any more are left out. The regression is RegMix's, linear, and not the paper's, which we could not read.
     """
 
+    CHOOSES: ClassVar[str] = "former weights reused"
     SOURCE: ClassVar[str] = "arXiv 2602.12237"
 
     method: Literal["olmix"] = "olmix"

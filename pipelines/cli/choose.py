@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +32,7 @@ from kdata.pipelines.cli.common import (
     spread,
     with_settings,
 )
-from kdata.pipelines.evidence.verdicts import FAMILIES, LEGEND, verdicts
+from kdata.pipelines.evidence.verdicts import COLUMNS, LEGEND, verdicts
 from kdata.selection.margins import score_margins
 from kdata.selection.plan import open_plan
 from kdata.selection.position_base import ShareRule
@@ -127,18 +125,14 @@ def list_methods(value: bool) -> None:
     """Print every method with its source and what the evidence says, and end."""
     if value:
         known = verdicts()
-        lines = [[name, method_words(method), *known[name].cells()] for name, method in METHODS.items()]
-        columns = ["method", "what it chooses", *FAMILIES.values()]
-        print_rows(columns, lines, right=[False] * len(columns), title="methods of kdata select")
-        say(*LEGEND)
+        lines = [
+            [name, method.CHOOSES, method.SOURCE.rpartition(", ")[2].removeprefix("arXiv "), *known[name].cells()]
+            for name, method in METHODS.items()
+        ]
+        columns = ["method", "what it chooses", "source", *COLUMNS]
+        print_rows(columns, lines, right=[False] * len(columns), title="methods of kdata select", narrow=True)
+        say("", *LEGEND)
         raise typer.Exit
-
-
-def method_words(method: type[Step]) -> str:
-    """What a method chooses: the first sentence of its class, and behind it the source."""
-    words = (inspect.getdoc(method) or "").partition("\n")[0].partition(". ")[0].rstrip(".")
-    words = re.sub(r"^.*? \(.*?\): ", "", words).replace(f" ({method.SOURCE})", "")
-    return words[:1].upper() + words[1:] + (f" ({method.SOURCE})" if method.SOURCE else "")
 
 
 def select(

@@ -352,10 +352,17 @@ def print_records(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def print_rows(
-    columns: Iterable[str], rows: Iterable[list[str]], *, right: list[bool], title: str | None = None
+    columns: Iterable[str],
+    rows: Iterable[list[str]],
+    *,
+    right: list[bool],
+    title: str | None = None,
+    narrow: bool = False,
 ) -> None:
-    """Print a table; columns that are marked in `right` are numbers."""
+    """Print a table; columns that are marked in `right` are numbers. narrow: one space between columns and no line."""
     table = Table(title=title and name_text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    if narrow:
+        table.box, table.padding, table.pad_edge = None, (0, 1, 0, 0), False
     for column, is_number in zip(columns, right, strict=True):
         table.add_column(name_text(column), justify="right" if is_number else "left", overflow="fold")
     for row in rows:

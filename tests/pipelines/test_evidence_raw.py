@@ -20,7 +20,7 @@ from kdata.pipelines.evidence.raw_question import KEPT, NONE, ORACLE, SETTINGS, 
 from kdata.pipelines.evidence.runs import load_runs, run_all
 from kdata.pipelines.evidence.selection import key_of
 from kdata.pipelines.evidence.tokenizers import byte_level
-from kdata.pipelines.evidence.verdicts import FAMILIES, UNMEASURED, verdicts
+from kdata.pipelines.evidence.verdicts import COLUMNS, NO_RUNS, verdicts
 from kdata.selection.select import METHODS
 from kdata.selection.tables import REUSED, RegMix
 from kdata.trainer.config import ScratchStudent
@@ -157,13 +157,14 @@ def test_a_tiny_comparison_from_text_to_verdicts(
     table = write_report(tmp_path, by_setting)
     assert table.count(f"| {ORACLE} |") == 2 and (tmp_path / "evidence.png").stat().st_size > 10_000
     (tmp_path / "results.json").rename(tmp_path / "raw.json")
-    said = {name: verdict.cells() for name, verdict in verdicts(tmp_path / "raw.json").items()}
+    raw_json = tmp_path / "raw.json"
+    said = {name: verdict.cells() for name, verdict in verdicts(raw_json, raw_json).items()}
     assert set(said) == set(METHODS)
     for name in ("all", "regmix", "olmix", "band", "ddk"):
-        assert said[name][0].endswith(", one seed")
-        assert said[name][1] == "not measured"
-    assert "(1)" in said["uniform"][0] and said["uniform"][0] != said["temperature"][0]
-    assert "±" in said["difference"][1] and said["sql"] == [UNMEASURED["sql"], ""]
+        assert said[name][0].endswith(", n=1")
+        assert said[name][1:] == ["-", said[name][0]]
+    assert said["uniform"][0].endswith("c") and said["uniform"][0] != said["temperature"][0]
+    assert "±" in said["difference"][1] and set(said["sql"]) == {"-"}
     results = json.loads((tmp_path / "raw.json").read_text())["settings"]
     means = [one["nll_against_none"]["mean"] for name, one in results.items()
              if name.startswith("difference") and name.endswith("(distillation)")]  # fmt: skip
@@ -196,9 +197,9 @@ def test_small_runs_vary_what_is_fitted_and_are_measured_once(tmp_path: Path) ->
 
 def test_a_damaged_file_of_results_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "raw.json").write_text(json.dumps({"settings": {"a": {"content": {}}}}))
-    for files in ({"path": tmp_path / "raw.json"}, {"clean": tmp_path / "raw.json"}):
+    for file in ("path", "gemma", "clean"):
         with pytest.raises(CorruptError, match="is damaged"):
-            verdicts(**files)
+            verdicts(**{file: tmp_path / "raw.json"})
 
 
 def test_the_size_of_a_language_model_needs_one(tmp_path: Path) -> None:
@@ -209,10 +210,10 @@ def test_the_size_of_a_language_model_needs_one(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()  # refused before any text is made
 
 
-def test_every_method_has_a_verdict_or_a_reason() -> None:
+def test_every_method_has_a_verdict_or_brings_no_choice_of_its_own() -> None:
     of = verdicts()
-    assert {name for name, verdict in of.items() if not verdict.best} == set(UNMEASURED)
-    assert all(len(verdict.cells()) == len(FAMILIES) and verdict.cells()[0] for verdict in of.values())
+    assert {name for name, verdict in of.items() if not verdict.best} == NO_RUNS
+    assert all(len(verdict.cells()) == len(COLUMNS) for verdict in of.values())
 
 
 def test_settings_have_names_of_their_own_and_an_unknown_one_is_refused() -> None:
