@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
 from pydantic import Field
@@ -44,10 +45,12 @@ from kdata.selection.plan import Plan, make_plan
 from kdata.selection.prune import Prune, distillation_weight
 from kdata.selection.ranked import All, Difference, Random
 from kdata.selection.robust import Robust
+from kdata.selection.score_file import bring
 from kdata.selection.select import select
 from kdata.selection.step import Step
 from kdata.selection.tables import Olmix, RegMix
 from kdata.share.arrange import split as split_rows
+from kdata.store.listed import SCORES
 from kdata.teachers.config import TeacherConfig
 from kdata.trainer.config import CheckpointStudent, TrainConfig
 from kdata.trainer.domain_weights import DDKMixture, FixedMixture
@@ -155,17 +158,12 @@ SETTINGS: tuple[Arm, ...] = (
 def settings_of(tokenizer: str | None) -> tuple[Arm, ...]:
     """The settings of a comparison.
 
-    With a tokenizer of the students' own, those that need neither entropies nor margins, which retokenized rows lack; no
-    trained start and no weights of domains, which small sizes do not answer.
+    With a tokenizer of the students' own, no trained start and no weights of domains, which small sizes do not answer.
     """
     if tokenizer is None:
         return SETTINGS
     return tuple(
-        arm
-        for arm in SETTINGS
-        if arm.family in FAMILIES
-        and arm.mixture is None
-        and not isinstance(arm.step, Margin | Robust | Confidence | Mixture)
+        arm for arm in SETTINGS if arm.family in FAMILIES and arm.mixture is None and not isinstance(arm.step, Mixture)
     )
 
 
@@ -311,12 +309,27 @@ class Raw(Selection):
         """See `Selection._ready`: references that read the corpus, and the small runs, are trained when a plan needs them."""
         if isinstance(step, Difference) and step.score in READERS:
             self._let_read(step.score)
+        if isinstance(step, Margin | Robust) and self.config.tokenizer is not None:
+            self._bring_margins()
         if isinstance(step, RegMix):
             return step.model_copy(update={"runs": str(regmix_table(self.folder, self._tokens(), self._small_loss))})
         if isinstance(step, Olmix):
             former, runs = olmix_tables(self.folder, self._tokens(), self._small_loss)
             return step.model_copy(update={"former": str(former), "runs": str(runs)})
         return step
+
+    def _bring_margins(self) -> None:
+        """Give retokenized rows, which lack second choices, the margins of the same rows in the teacher's tokens."""
+        dataset, read = self._datasets["train"], kdata.open(self._captured("train"))
+        if "margin" in dataset.listed(SCORES):
+            return
+        score_margins(read)
+        ids = dataset.index(["id"])["id"].to_pylist()
+        margins = read.sql("select id, margin from scores.margin where list_contains($ids, id)", {"ids": ids})
+        with tempfile.TemporaryDirectory(prefix="kdata-evidence-") as folder:
+            file = Path(folder) / "margins.parquet"
+            pq.write_table(margins, file)
+            bring(dataset, file, "margin", unit="mean of p1 - p2 over the targets in the teacher's tokens")
 
     def _small_loss(self, weights: Mapping[str, float]) -> float:
         """Loss of a tiny student on the validation text, nats per token, after it has read domains with these weights."""

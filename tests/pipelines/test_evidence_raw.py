@@ -249,7 +249,12 @@ def test_rows_of_a_language_model_are_chosen_and_taught_in_the_tokens_of_the_ref
     )  # the teacher has no token for some signs, so the rest is not spelled
     # The same nats, but for those of the first token, which the other tokenizer puts nothing before.
     assert all(0.5 < nats / nats_of[0][row_id] < 1.005 for row_id, nats in nats_of[1].items())
+    margins = [
+        dict(of.sql("select id, margin from scores.margin").to_pandas().itertuples(index=False)) for of in (read, train)
+    ]
+    assert all(0 < margins[0][row_id] == margin < 1 for row_id, margin in margins[1].items())
     kept = json.loads((tmp_path / "data" / KEPT).read_text())
+    assert {"margin, half of each domain", "robust (max-min), half"} < set(kept)
     assert set(kept) == {arm.name for arm in settings_of("any")} < {arm.name for arm in SETTINGS}
     assert [key for key, _ in runs(1, "any")] == [key_of(arm) for arm in settings_of("any")]
     identity = json.loads((tmp_path / "data/data.json").read_text())
