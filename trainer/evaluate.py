@@ -31,6 +31,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer, PreTrainedModel
 
 import kdata
+from kdata.calls import validated
 from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MissingError, first_line
 from kdata.format.json_text import read_json
@@ -69,6 +70,7 @@ OF_ALL_TARGETS = ("nll", "teacher_nll")  # figures that need no distribution of 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
+@validated
 def evaluate(
     model_dir: Path,
     heldout: Path | str,
