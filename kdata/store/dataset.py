@@ -52,6 +52,7 @@ from kdata.store.row import Row
 from kdata.store.shard import check_header
 from kdata.store.sql import Values, query_stream, unglobbed
 from kdata.store.sql import query as run_query
+from kdata.store.token_bytes import TokenBytes
 from kdata.store.token_frame import frame_of
 from kdata.store.token_table import TABLES, read_table, row_numbers
 from kdata.store.tokens import NumberText, TokenText
@@ -571,16 +572,28 @@ class Dataset:
     @validated
     def token_bytes(self, row: int) -> np.ndarray | None:
         """Bytes of text per token of one row, uint16 [T]; None where they are not stored. Raises as `take`."""
-        [shard], [number], [local] = self.locate(np.array([row]))
-        path = self.checked_file(self.manifest[shard], "data")
-        try:
-            batch = PayloadReader(path, ["id", "token_bytes"]).batch(int(number))
-            if "token_bytes" not in batch.schema.names:
-                return None
-            value = batch.column("token_bytes")[int(local)]
-            return value.values.to_numpy() if value.is_valid else None
-        except UNREADABLE as error:
-            raise damaged(path, error) from error
+        own = self.bytes_of(np.array([row]))
+        return own.sizes if own.starts[0] >= 0 else None
+
+    def bytes_of(self, rows: np.ndarray) -> TokenBytes:
+        """Bytes of text per token of distinct rows, int64 [R] in rising order. Raises as `take`."""
+        columns: list[pa.ListArray] = []
+        shard_R, number_R, local_R = self.locate(rows)
+        for shard in np.unique(shard_R):
+            path = self.checked_file(self.manifest[shard], "data")
+            try:
+                reader = PayloadReader(path, ["id", "token_bytes"])
+                for number in np.unique(number_R[shard_R == shard]):
+                    batch, local = reader.batch(int(number)), local_R[(shard_R == shard) & (number_R == number)]
+                    is_there = "token_bytes" in batch.schema.names
+                    columns.append(
+                        batch.column("token_bytes").take(pa.array(local))
+                        if is_there
+                        else pa.nulls(len(local), pa.list_(pa.uint16()))
+                    )
+            except UNREADABLE as error:
+                raise damaged(path, error) from error
+        return TokenBytes.of(rows, columns)
 
     def iter_sequences(self) -> Iterator[Sequences]:
         """All sequences in order, a record batch at a time."""
