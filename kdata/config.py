@@ -36,20 +36,20 @@ class _CalledFromPython(type(BaseModel)):  # type: ignore[misc]
     """
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
-        values = {key: _as_written(value) for key, value in values.items()}
+        values = {key: as_written(value) for key, value in values.items()}
         try:
             return super().__call__(*args, **values)
         except ValidationError as error:
             raise _refused(cls, error, cls.__name__, in_python=True) from error
 
 
-def _as_written(value: Any) -> Any:
+def as_written(value: Any) -> Any:
     """A value with texts for paths, in tables and lists too."""
     if isinstance(value, Path):
         return str(value)
     if type(value) is dict:
-        return {key: _as_written(inner) for key, inner in value.items()}
-    return [_as_written(inner) for inner in value] if type(value) is list else value
+        return {key: as_written(inner) for key, inner in value.items()}
+    return [as_written(inner) for inner in value] if type(value) is list else value
 
 
 if TYPE_CHECKING:
@@ -130,12 +130,12 @@ def _problem(model: type[BaseModel], problem: Any, in_python: bool) -> str:
     value = (
         ""
         if problem["type"] == "value_error" and isinstance(problem["input"], dict)
-        else f" (got {_shown(problem['input'])})"
+        else f" (got {shown(problem['input'])})"
     )
     return f"{key + ': ' if key else ''}{message}{value}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for a message; of one that would fill a page, such as a table, its type."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN and "\n" not in text else f"a {type(value).__name__}"

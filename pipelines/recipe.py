@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from kdata.calls import validated
 from kdata.config import RowsConfig, Strict, apply_settings, parse_config, read_yaml
 from kdata.corpus.chat_template import Targets
 from kdata.corpus.corpus import CorpusConfig
@@ -248,6 +249,7 @@ class Recipe(RowsConfig):
         return parse_config(CaptureConfig, values, "capture")
 
 
+@validated
 def load_recipe(path: Path, settings: list[str], options: dict[str, Any] | None = None) -> Recipe:
     """Read a recipe file and apply `--set` settings.
 

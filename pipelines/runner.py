@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from kdata.calls import validated
 from kdata.errors import ConfigError, CorruptError, MismatchError, settings_difference
 from kdata.format.files import lock_of, storage_errors
 from kdata.format.rejects import refused, rejected_line
@@ -178,6 +179,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
 }
 
 
+@validated
 def execute(recipe: Recipe, out: Path, *, resume: str = "auto") -> Path:
     """Run every stage of a recipe that is not finished yet; return the report's path.
 

@@ -31,6 +31,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer, PreTrainedModel
 
 import kdata
+from kdata.calls import validated
 from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MissingError, first_line
 from kdata.format.json_text import read_json
@@ -40,6 +41,7 @@ from kdata.observe.progress import Task
 from kdata.store.checkpoint_kind import refuse_other_kind, use_exact_attention
 from kdata.store.gguf import is_gguf, model_folder
 from kdata.store.pretrained import model_files, without_bars
+from kdata.store.token_bytes import TokenBytes
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.trainer.adapters import is_adapter, open_adapter
 from kdata.trainer.config import EvaluateConfig, TrainResult
@@ -69,6 +71,7 @@ OF_ALL_TARGETS = ("nll", "teacher_nll")  # figures that need no distribution of 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
+@validated
 def evaluate(
     model_dir: Path,
     heldout: Path | str,
@@ -251,18 +254,14 @@ class _Sums:
             return self.bounds_are
         return "an upper bound: exact entries and one bucket for the rest"
 
-    def add_bytes(self, dataset: kdata.Dataset, batch: Batch, domain_M: np.ndarray) -> None:
+    def add_bytes(self, known: TokenBytes, batch: Batch, domain_M: np.ndarray) -> None:
         """The bytes of text that the counted tokens of a batch stand for."""
         assert batch.targets.position_C is not None  # the loader sets it
-        position_M = batch.targets.position_C.numpy()
-        for document in np.unique(batch.document_M):
-            own = batch.document_M == document
-            bytes_T = dataset.token_bytes(int(batch.rows[document]))
-            if self.bytes is None or bytes_T is None:
-                self.bytes = None
-                return
-            weights_M = bytes_T[position_M[own]].astype(np.int64)
-            self.bytes += np.bincount(domain_M[own], weights_M, minlength=len(self.bytes)).astype(np.int64)
+        bytes_M = known.at(batch.rows[batch.document_M], batch.targets.position_C.numpy())
+        if self.bytes is None or bytes_M is None:
+            self.bytes = None
+            return
+        self.bytes += np.bincount(domain_M, bytes_M, minlength=len(self.bytes)).astype(np.int64)
 
     def add(self, batch: Batch, measured: Measured, domain_M: np.ndarray) -> None:
         chosen_C = batch.targets.chosen_C
@@ -367,7 +366,7 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
         )
     tail = dataset.info.tail
     assert tail != "absent"  # refused by the caller
-    sums = _Sums(len(domains), tail, kind=dataset.info.codec.kind)
+    sums, known = _Sums(len(domains), tail, kind=dataset.info.codec.kind), dataset.bytes_of(rows)
     with Task("evaluate", int(loader.lengths.sum()), unit="tokens") as task:
         for batch in loader.epoch():
             device = head_of(model).device
@@ -377,7 +376,7 @@ def _measure_dataset(model: PreTrainedModel, dataset: kdata.Dataset, config: Eva
             measured = measure(hidden_MD, head_of(model), batch.targets.to(device), sums.names, tail)
             domain_M = domain_R[batch.rows[batch.document_M]]
             sums.add(batch, measured, domain_M)
-            sums.add_bytes(dataset, batch, domain_M)
+            sums.add_bytes(known, batch, domain_M)
             task.advance(batch.num_tokens)
     if not sums.tokens.sum():
         raise DataError(

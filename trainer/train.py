@@ -41,6 +41,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 import kdata
+from kdata.calls import validated
 from kdata.errors import ConfigError, CorruptError, DataError, StorageError, TrainingError
 from kdata.format.files import copy_files, folder_beside, lock_of, sync_directory, sync_tree, write_atomically
 from kdata.observe.progress import Task
@@ -95,6 +96,7 @@ class _Gradients:
     fill: float
 
 
+@validated
 def train(
     config: TrainConfig,
     dataset: Path | str,

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from kdata.calls import validated
 from kdata.check.attacks import (
     Moments,
     co_moments,
@@ -129,6 +130,7 @@ def sample_of(dataset: Dataset, tokens: int) -> Sample:
     return Sample(dataset, np.arange(number) * dataset.num_rows // number)
 
 
+@validated
 def audit(
     datasets: Sequence[Dataset | Sample],
     *,

@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from kdata.calls import validated
 from kdata.check.verify import FOLDERS, Problem, check_file, check_index, check_shard, verify
 from kdata.errors import CorruptError, FormatError, MismatchError, MissingError, ShapeError, StorageError
 from kdata.format.codec import codec_of
@@ -131,6 +132,7 @@ class _Aside:
         return is_below and pure.as_posix() not in STAYS
 
 
+@validated
 def repair(root: Path | str, *, copy: Path | None = None) -> Repair:
     """Set aside what is damaged in the dataset at `root`.
 

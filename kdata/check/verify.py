@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from kdata.calls import validated
 from kdata.errors import CorruptError, KdataError, ShapeError, first_line
 from kdata.format.files import inside, lock_of, without_hidden
 from kdata.format.json_text import MAX_DOCUMENT_BYTES, MAX_TOKENIZER_BYTES, parse_object, read_json
@@ -55,6 +56,7 @@ TORN = (
 )
 
 
+@validated
 def verify(dataset: AnyDataset, *, deep: bool = False) -> list[Problem]:
     """Check every byte of a dataset except the card's (a person may edit it), and list files that do not belong to it.
 

@@ -28,7 +28,7 @@ from kdata.corpus.json_rows import JsonFile, refuse_bomb
 from kdata.corpus.values import time_with_nanoseconds
 from kdata.errors import ConfigError, DataError, KdataError, MissingError, first_line
 from kdata.format.json_text import parse_json, parse_row
-from kdata.format.plain import GET_FILES, is_pointer
+from kdata.format.plain import GET_FILES, is_pointer, what_instead
 from kdata.format.records import RowError
 
 # By the end of the file's name.
@@ -44,6 +44,7 @@ FORMATS = {
     ".arrow": "ipc",
 }
 
+ENDINGS = {"parquet": ".parquet", "json": ".json", "csv": ".csv", "ipc": ".arrow"}
 BLOCK_BYTES = 1 << 24  # a row of CSV must fit a block; pyarrow's own default is 1 MiB
 KEY_FOLDER = re.compile(r"^([^=]+)=(.*)$", re.DOTALL)
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # how Hive and Spark write null in the name of a folder
@@ -126,9 +127,12 @@ class FileRows:
             if is_pointer(file):
                 raise DataError(f"{file} {GET_FILES}") from error
             reason = first_line(error)
+            reason = reason.rpartition(f"'{file}'")[2].lstrip(".: ") or reason  # pyarrow names the file, twice
             if "straddl" in reason:
                 reason = f"a row is longer than {BLOCK_BYTES:,} bytes; store such text as Parquet or JSONL"
-            raise DataError(f"{file} cannot be read as {self._kind}: {reason}") from error
+                raise DataError(f"{file} cannot be read as csv: {reason}") from error
+            instead = what_instead(file, ENDINGS[str(self._kind)])
+            raise DataError(f"{file} cannot be read as {self._kind}: {reason.removesuffix('.')}; {instead}") from error
 
     def identity(self) -> dict[str, Any]:
         """SHA-256 over the SHA-256 of each file, each with the columns that its folders' names give and that are read."""

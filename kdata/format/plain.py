@@ -46,6 +46,69 @@ def is_pointer(path: Path) -> bool:
         return False
 
 
+# How files begin that stand in the place of others: what they are, and what to do.
+_AGAIN = "copy or download it again"
+_BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
+    (POINTER, "a pointer of Git LFS", "fetch the file itself with `git lfs pull` in its folder"),
+    (
+        b"\x1f\x8b",
+        "a file that gzip compressed",
+        "unpack it with `gunzip`, or give it its own ending, such as .jsonl.gz",
+    ),
+    (
+        b"\x28\xb5\x2f\xfd",
+        "a file that zstd compressed",
+        "unpack it with `unzstd`, or give it its own ending, such as .jsonl.zst",
+    ),
+    (b"BZh", "a file that bzip2 compressed", "unpack it with `bunzip2`, or give it its own ending, such as .jsonl.bz2"),
+    (b"\xfd7zXZ", "a file that xz compressed", "unpack it with `unxz`"),
+    (b"PK\x03\x04", "a zip archive", "unpack it with `unzip`"),
+    (b"PARE", "encrypted Parquet", "write it without encryption"),
+    (b"PAR1", "Parquet", "give it the ending .parquet"),
+    (b"ARROW1", "an Arrow file", "give it the ending .arrow"),
+)
+_PAGES = (b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")
+
+
+def what_instead(path: Path, ending: str) -> str:
+    """What a file looks like that cannot be read by its ending, and what to do, as one sentence without its end.
+
+    Args:
+        ending: .parquet, .csv, .json or .arrow: the kind that it was read as.
+    """
+    try:
+        with open_plain(path) as file:
+            first = file.read(4096)
+    except OSError:
+        return f"see who may read it, or {_AGAIN}"
+    if not first.strip(b"\0"):
+        return f"it {'has no more than zeros' if first else 'is empty'}; {_AGAIN}"
+    text = first.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.lower().startswith(_PAGES):
+        return (
+            "it looks like a web page, as a server sends one to sign in or to say that there is no such file; open its "
+            "address in a browser, and download the file itself (on the Hub .../resolve/main/...)"
+        )
+    for beginning, what, remedy in _BEGINNINGS:
+        if first.startswith(beginning):
+            own = ending.strip(".") in what.lower()
+            return (
+                f"it begins as {what}, and was cut off or damaged; {_AGAIN}"
+                if own
+                else f"it looks like {what}; {remedy}"
+            )
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(text) - 3:  # not a character that the end of `first` cuts
+            return f"it looks like no kind of file that kdata reads; {_AGAIN}"
+    lines = text.splitlines()
+    kind, other = ("JSON", ".jsonl") if text[:1] in b"{[" else ("CSV", ".csv") if b"," in lines[0] else ("text", "")
+    if other[:4] == ending[:4] or not other:
+        return f"it looks like {'plain text' if not other else kind}; {_AGAIN}"
+    return f"it looks like {kind}; give it the ending {other}"
+
+
 def _not_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # whatever became of it meanwhile
 

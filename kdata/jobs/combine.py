@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
+from kdata.calls import validated
 from kdata.config import VERSION, Strict
 from kdata.errors import ConfigError, DataError, MismatchError
 from kdata.format.keep import packed_version
@@ -111,6 +112,7 @@ class _Plan:
     lossless: bool
 
 
+@validated
 def combine(
     root: Path | str,
     inputs: Sequence[AnyDataset],

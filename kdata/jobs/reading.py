@@ -18,6 +18,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field, model_validator
 
+from kdata.calls import validated
 from kdata.config import RowsConfig
 from kdata.corpus.chat_template import ChatError, Targets, chat_encoder
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
@@ -146,6 +147,7 @@ class ReadingUnit:
         self.sequences = [s for s in self.sequences if s.id not in ids]
 
 
+@validated
 def capture(
     root: Path | str,
     config: CaptureConfig,

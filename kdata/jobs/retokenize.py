@@ -45,6 +45,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from kdata.calls import validated
 from kdata.config import Strict
 from kdata.corpus.align import Alignment, align
 from kdata.corpus.chat_template import chat_encoder
@@ -191,6 +192,7 @@ class _Work(EntryMaps):
     config: RetokenizeConfig
 
 
+@validated
 def retokenize(
     root: Path | str, dataset: AnyDataset, config: RetokenizeConfig, *, resume: str = "auto", log: Path | None = None
 ) -> tuple[Dataset, RetokenizeReport]:

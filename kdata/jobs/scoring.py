@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from kdata.calls import validated
 from kdata.config import Strict
 from kdata.errors import ConfigError, TeacherError
 from kdata.format.files import lock_of, require_writable, storage_errors
@@ -64,6 +65,7 @@ class ScoreConfig(Strict):
 MARGIN = pa.field("margin", pa.float64(), True)
 
 
+@validated
 def score(dataset: AnyDataset, config: ScoreConfig, *, log: Path | None = None) -> ScoreInfo:
     """Score every sequence of a dataset: mean NLL in nats over the same target positions as the teacher's.
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import BeforeValidator, Field
 
+from kdata.calls import validated
+from kdata.config import as_written
 from kdata.format.files import require_writable
 from kdata.format.keep import KeepConfig
 from kdata.jobs.scoring import open_reader
 from kdata.selection.plan import Plan
 from kdata.selection.position_rules import Gap
+from kdata.selection.select import parse_step
 from kdata.selection.select import select as select_rows
 from kdata.selection.session import Pool
 from kdata.selection.step import Step
@@ -20,6 +24,16 @@ from kdata.store.open import AnyDataset, opened
 from kdata.store.sql import Room
 from kdata.teachers.base import Teacher
 from kdata.teachers.config import TeacherConfig
+
+
+def _as_step(value: Any) -> Any:
+    return parse_step(as_written(dict(value))) if isinstance(value, Mapping) else value
+
+
+if TYPE_CHECKING:
+    AnyStep = Step
+else:  # for `validated`: a mapping with `method` becomes the settings of that method
+    AnyStep = Annotated[Step, BeforeValidator(_as_step), Field(examples=[{"method": "random", "share": 0.5}])]
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,8 @@ class _Reader:
         return [readout.logprob for readout in self.model.read(sequences, KeepConfig(kind="topk", k=1))]
 
 
-def select(dataset: AnyDataset, config: Step, room: Room | None = None, *, pool: Pool | None = None) -> Plan:
+@validated
+def select(dataset: AnyDataset, config: AnyStep, room: Room | None = None, *, pool: Pool | None = None) -> Plan:
     """Do one step of selection and save its plan; see `kdata.selection.select.select`, also for the errors.
 
     Raises:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
+from kdata.calls import validated
 from kdata.config import Strict
 from kdata.errors import ConfigError, DataError, MismatchError, MissingError
 from kdata.format.keep import packed_version
@@ -144,6 +145,7 @@ class _Work:
         return Law(self.config.temperature_rise, self.config.noise, self.config.drop_above)
 
 
+@validated
 def soften(
     root: Path | str, dataset: AnyDataset, config: SoftenConfig, *, resume: str = "auto", log: Path | None = None
 ) -> tuple[Dataset, SoftenReport]:

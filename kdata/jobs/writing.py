@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
+from kdata.calls import validated
 from kdata.config import RowsConfig
 from kdata.corpus.chat_template import ChatError, chat_encoder
 from kdata.corpus.corpus import Corpus, CorpusConfig, Document
@@ -128,6 +129,7 @@ class WritingUnit:
         self.rejects += [Reject(prompt, domain, reason, detail) for prompt, domain in refused.items()]
 
 
+@validated
 def generate(
     root: Path | str,
     config: GenerateConfig,

@@ -38,6 +38,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ConfigDict, Field
 
+from kdata.calls import validated
 from kdata.config import Settings
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
 from kdata.format.measures import Measures
@@ -148,6 +149,7 @@ class Batches:
     `positions` is None. Rows that keep nothing are then left out, as such a plan leaves them out, unless `elsewhere` is set.
     """
 
+    @validated
     def __init__(
         self,
         dataset: Dataset,

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
+from kdata.calls import validated
 from kdata.config import first_problem
 from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
 from kdata.format.files import file_info, lock_of, matches, storage_errors, without_hidden, write_atomically
@@ -188,6 +189,7 @@ class Plan:
         repeats: np.ndarray = self.table["repeats"].to_numpy()
         return repeats
 
+    @validated
     def choice(self, dataset: Dataset) -> tuple[np.ndarray, ChosenPositions | None]:
         """Global row numbers int64 [sum of repeats], in plan order; and which positions of them count, None: every target.
 
@@ -234,6 +236,7 @@ class Plan:
         return self.info.dataset_digest
 
     @classmethod
+    @validated
     def load(cls, path: str | Path) -> Plan:
         """Open NAME.parquet and NAME.json; `path` is either of them, or the path without an ending.
 
@@ -263,6 +266,7 @@ class Plan:
         unsaved = info.model_copy(update={"table": None, "digest": ""})  # the two fields describe the files
         return cls(table_path, unsaved, info.digest, info.table)
 
+    @validated
     def save(self, directory: Path) -> Path:
         """Write NAME.parquet and NAME.json into `directory` (the JSON last); return the Parquet's path.
 
@@ -280,6 +284,7 @@ class Plan:
             self.plan_digest = write_plan_info(path, self.info)
         return path
 
+    @validated
     def check(self, dataset: Dataset) -> None:
         """Raise MismatchError where the plan is of another dataset, or the dataset has changed since it was written."""
         if self.info.dataset_identity not in (None, dataset.info.identity_digest):
@@ -294,6 +299,7 @@ class Plan:
                 "`kdata select` again."
             )
 
+    @validated
     def rows(self, dataset: Dataset) -> np.ndarray:
         """Global row numbers int64 [sum of repeats], in plan order. `choice` gives the positions, too.
 
@@ -343,6 +349,7 @@ def plan_files(path: Path) -> tuple[Path, Path]:
     return base.with_name(base.name + ".parquet"), base.with_name(base.name + ".json")
 
 
+@validated
 def open_plan(dataset: Dataset, name: str) -> Plan:
     """A plan of this dataset by its name. Raises as `Plan.load` and `Plan.check`, and ConfigError for an invalid name."""
     if not is_name(name):
@@ -443,6 +450,7 @@ def positions_info(dataset: Dataset, rows: np.ndarray, counts: np.ndarray, **fie
     )
 
 
+@validated
 def make_plan(
     dataset: AnyDataset,
     name: str,

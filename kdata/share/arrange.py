@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from kdata.calls import validated
 from kdata.errors import ConfigError, DataError, MismatchError, StorageError, settings_difference
 from kdata.format.files import (
     copy_files,
@@ -52,6 +53,7 @@ from kdata.store.writer import Writer
 LOCAL_TARGET = "name a new folder, and copy it to the Hub with `kdata push`"
 
 
+@validated
 def merge(datasets: Sequence[AnyDataset], target: Path | str, *, link: bool = False) -> Dataset:
     """Write the rows of several datasets into a new one.
 
@@ -108,6 +110,7 @@ def _identity_like(first: Dataset, other: Dataset, info: DatasetInfo) -> dict[st
     return identity
 
 
+@validated
 def split(
     dataset: AnyDataset, target: Path | str, *, by: Literal["domain", "plan"], plan: Plan | None = None
 ) -> dict[str, Dataset]:
@@ -142,6 +145,7 @@ def split(
     return {name: open_dataset(target / folders[name]) for name in parts}
 
 
+@validated
 def head(dataset: AnyDataset, target: Path | str, num_rows: int) -> Dataset:
     """Write the first rows of a dataset, in its own order, as a dataset.
 

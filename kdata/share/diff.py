@@ -13,6 +13,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from kdata.calls import validated
 from kdata.errors import ConfigError
 from kdata.format.schema import ManifestEntry, SourceInfo, json_digest
 from kdata.share.provenance import flat
@@ -29,6 +30,7 @@ KINDS = {
 }
 
 
+@validated
 def diff(a: AnyDataset, b: AnyDataset, *, limit: int = 10) -> dict[str, Any]:
     """What is different in `b`, from `a` on.
 

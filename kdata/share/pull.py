@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kdata.calls import validated
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, DataError, FormatError
 from kdata.format.files import local_path, lock_of, remove_left_beside, storage_errors, sync_directory, sync_tree
@@ -24,6 +25,7 @@ from kdata.store.url_dataset import RemoteDataset
 REMOVE = "remove it, and run the same command again"
 
 
+@validated
 def pull(dataset: AnyDataset, target: Path | str, *, plan: str | None = None, where: str | None = None) -> Dataset:
     """Copy a dataset that is elsewhere, or some of its rows, to a folder, and verify what is there.
 

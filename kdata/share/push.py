@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from kdata.calls import validated
 from kdata.check.verify import verify
 from kdata.errors import ConfigError, CorruptError, StorageError
 from kdata.format.files import inside, local_path, lock_of, without_hidden
@@ -22,6 +23,7 @@ from kdata.store.listed import HIDDEN, KINDS, PLANS, SCORES, Kind, read_listing
 from kdata.store.open import AnyDataset, open_dataset, opened
 
 
+@validated
 def push(
     dataset: AnyDataset,
     destination: str | Path,

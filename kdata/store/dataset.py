@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kdata.calls import validated
 from kdata.errors import (
     ConfigError,
     CorruptError,
@@ -51,6 +52,7 @@ from kdata.store.row import Row
 from kdata.store.shard import check_header
 from kdata.store.sql import Values, query_stream, unglobbed
 from kdata.store.sql import query as run_query
+from kdata.store.token_bytes import TokenBytes
 from kdata.store.token_frame import frame_of
 from kdata.store.token_table import TABLES, read_table, row_numbers
 from kdata.store.tokens import NumberText, TokenText
@@ -104,6 +106,7 @@ class Dataset:
         unchecked: views that answered queries without that comparison.
     """
 
+    @validated
     def __init__(self, path: Path, check: Check = "first") -> None:
         self.path, self.place = path, str(path)  # the folder; the address by which it was opened
         self.check = check
@@ -188,6 +191,7 @@ class Dataset:
         """What NAME.json says of each score or plan by name; None where the place cannot list them (a web server)."""
         return {name: read_listing(self.path / kind.folder / f"{name}.json", kind)[0] for name in self.listed(kind)}
 
+    @validated
     def rejected(self, sources: list[str] | None = None) -> dict[str, int]:
         """Number of rejects of some sources (None: all), by reason."""
         counts: Counter[str] = Counter()
@@ -200,10 +204,9 @@ class Dataset:
                     raise damaged(path, error) from error
         return dict(sorted(counts.items(), key=str))
 
+    @validated
     def index(self, columns: list[str] | None = None) -> pa.Table:
         """The readable index, one row per sequence in global row order. Raises ConfigError for a column that it lacks."""
-        if isinstance(columns, str):
-            raise ConfigError(f"columns are a list of names; write [{columns!r}]")
         parts = [self.shard_index(entry, columns) for entry in self.manifest]
         if not parts:
             schema = index_schema()
@@ -291,6 +294,7 @@ class Dataset:
         for entry in self.manifest:
             self.checked_file(entry, "index")
 
+    @validated
     def sql(
         self, query: str, parameters: list[Any] | dict[str, Any] | None = None, *, values: Values = "arrow"
     ) -> pa.Table:
@@ -304,6 +308,7 @@ class Dataset:
         """
         return run_query(self, query, parameters, values)
 
+    @validated
     def sql_stream(
         self, query: str, parameters: list[Any] | dict[str, Any] | None = None, *, values: Values = "arrow"
     ) -> AbstractContextManager[pa.RecordBatchReader]:
@@ -400,6 +405,7 @@ class Dataset:
         if rows > most:
             raise damaged(path, f"it holds {rows:,} rows, its shard {most:,}")
 
+    @validated
     def hidden(self, name: str) -> HiddenStates:
         """A model's hidden states of every token, by row (`kdata hidden`). Raises as `kdata.store.hidden.HiddenStates`."""
         return HiddenStates(self, name)
@@ -423,6 +429,7 @@ class Dataset:
     def fetch_listed(self) -> None:
         """Copy what says which scores there are, and all plans, here where the dataset is elsewhere and can list them."""
 
+    @validated
     def rows_of(self, ids: list[str]) -> np.ndarray:
         """Global row numbers int64 of these ids. Raises MissingError with the first unknown id."""
         positions = pc.index_in(pa.array(ids, pa.string()), value_set=self._ids)
@@ -436,6 +443,7 @@ class Dataset:
     def _ids(self) -> pa.Array:
         return self.index(["id"])["id"].combine_chunks()
 
+    @validated
     def take(self, rows: np.ndarray) -> Sequences:
         """Decode sequences by global row number, in the order of `rows`.
 
@@ -490,6 +498,7 @@ class Dataset:
         except UNREADABLE as error:
             raise damaged(self.path / "data", error) from error
 
+    @validated
     def shard(self, number: int) -> Sequences:
         """All sequences of one shard, in order."""
         self.open_shard(
@@ -560,18 +569,31 @@ class Dataset:
             return NumberText(None, self.path)
         return self.token_text
 
+    @validated
     def token_bytes(self, row: int) -> np.ndarray | None:
         """Bytes of text per token of one row, uint16 [T]; None where they are not stored. Raises as `take`."""
-        [shard], [number], [local] = self.locate(np.array([row]))
-        path = self.checked_file(self.manifest[shard], "data")
-        try:
-            batch = PayloadReader(path, ["id", "token_bytes"]).batch(int(number))
-            if "token_bytes" not in batch.schema.names:
-                return None
-            value = batch.column("token_bytes")[int(local)]
-            return value.values.to_numpy() if value.is_valid else None
-        except UNREADABLE as error:
-            raise damaged(path, error) from error
+        own = self.bytes_of(np.array([row]))
+        return own.sizes if own.starts[0] >= 0 else None
+
+    def bytes_of(self, rows: np.ndarray) -> TokenBytes:
+        """Bytes of text per token of distinct rows, int64 [R] in rising order. Raises as `take`."""
+        columns: list[pa.ListArray] = []
+        shard_R, number_R, local_R = self.locate(rows)
+        for shard in np.unique(shard_R):
+            path = self.checked_file(self.manifest[shard], "data")
+            try:
+                reader = PayloadReader(path, ["id", "token_bytes"])
+                for number in np.unique(number_R[shard_R == shard]):
+                    batch, local = reader.batch(int(number)), local_R[(shard_R == shard) & (number_R == number)]
+                    is_there = "token_bytes" in batch.schema.names
+                    columns.append(
+                        batch.column("token_bytes").take(pa.array(local))
+                        if is_there
+                        else pa.nulls(len(local), pa.list_(pa.uint16()))
+                    )
+            except UNREADABLE as error:
+                raise damaged(path, error) from error
+        return TokenBytes.of(rows, columns)
 
     def iter_sequences(self) -> Iterator[Sequences]:
         """All sequences in order, a record batch at a time."""
@@ -579,10 +601,12 @@ class Dataset:
             for number in range(len(self.open_shard(shard)) - 1):
                 yield self.decode([self.record_batch(shard, number)])
 
+    @validated
     def to_arrow(self, columns: list[str] | None = None) -> pa.Table:
         """The readable index, one row per sequence; the teacher's numbers are in `data[...].to_arrow()`."""
         return self.index(columns)
 
+    @validated
     def to_polars(
         self, table: Literal["rows", "tokens", "entries"] = "rows", *, scores: Sequence[str] = ()
     ) -> polars.LazyFrame:
@@ -615,6 +639,7 @@ class Dataset:
             return polars.LazyFrame(schema=schema)
         return polars.scan_parquet(files, schema=schema, missing_columns="insert", extra_columns="ignore", glob=False)
 
+    @validated
     def tokens(
         self, columns: Sequence[str] | None = None, rows: Sequence[int] | np.ndarray | None = None
     ) -> pa.RecordBatchReader:
@@ -634,6 +659,7 @@ class Dataset:
         """
         return read_table(self, "tokens", columns, None if rows is None else row_numbers(rows, self.num_rows))
 
+    @validated
     def entries(
         self, columns: Sequence[str] | None = None, rows: Sequence[int] | np.ndarray | None = None
     ) -> pa.RecordBatchReader:

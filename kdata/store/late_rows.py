@@ -3,6 +3,10 @@
 DuckDB reads the columns of a sort first, and the others of the rows that are left, but not behind a join. So `select id, text
 from rows join scores.ref using (id) order by ref.nll limit 5` would fetch the texts of all shards. `shards_of` asks the same
 query for the shards of these rows. The rows of these shards hold an answer of the whole: what is left out sorts behind it.
+
+What is selected may fail for a row that is not shown (a cast of a word to a number): behind a join DuckDB computes it for
+every row, so it is an error in a folder. The query for the shards computes it for every row, too, by sorting by it last.
+Where it needs a text, all texts are read.
 """
 
 from __future__ import annotations
@@ -27,6 +31,14 @@ from kdata.store.sql_tree import (
 LONG = {"text", "messages", "tools", "prompt"}  # columns of `rows` that are most of it
 MOST_ROWS = 10_000  # of an answer: a longer one is in nearly all shards
 SHARD = "_kdata_shard"
+# What cannot fail for one row where it does not for another. Not among them: casts, also those that a comparison implies.
+TOTAL_CLASSES = {"COLUMN_REF", "CONSTANT", "PARAMETER", "STAR"}
+TOTAL_OPERATORS = {"ARRAY_SLICE", "ARRAY_EXTRACT", "OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL"}
+TOTAL_FUNCTIONS = {
+    "left", "right", "substring", "substr", "length", "len", "strlen", "upper", "ucase", "lower", "lcase", "trim", "ltrim",
+    "rtrim", "reverse", "replace", "concat", "||", "contains", "starts_with", "prefix", "suffix", "ends_with",
+    "~~", "!~~", "~~*", "!~~*", "list_value", "struct_pack", "md5", "sha256", "hash",
+}  # fmt: skip
 
 
 def shards_of(
@@ -56,13 +68,16 @@ def _shards_query(tree: Tree) -> str | None:
         return None
     limit = _rows_of(node["modifiers"])
     names = [own for table in _kept_whole(node["from_table"]) if (own := _name_of_rows(table))]
-    if limit is None or len(names) != 1 or not _reads_text(node["select_list"]):
+    may_fail = [one for one in node["select_list"] if not _is_total(one)]
+    if limit is None or len(names) != 1 or not _reads_text(node["select_list"]) or _reads_text(may_fail):
         return None
     inner = deepcopy(node)
     inner["select_list"] = [*inner["select_list"], _column(names[0])]
     for modifier in inner["modifiers"]:
         if modifier["type"] == "LIMIT_MODIFIER":
             modifier["limit"], modifier["offset"] = _constant(limit), None
+        else:
+            modifier["orders"] += [{**modifier["orders"][0], "expression": {**one, "alias": ""}} for one in may_fail]
     return f'select distinct "{SHARD}" from ({text_of(inner)})'
 
 
@@ -113,6 +128,18 @@ def _reads_text(expressions: list[Tree]) -> bool:
     inner = [*nodes(expressions)]
     columns = {str(node["column_names"][-1]).lower() for node in inner if node.get("class") == "COLUMN_REF"}
     return bool(columns & LONG) or any(node.get("class") == "STAR" for node in inner)
+
+
+def _is_total(expression: Tree) -> bool:
+    """Whether it plainly has a value for every row, once DuckDB takes it at all."""
+    return all(
+        node["class"] in TOTAL_CLASSES
+        or (node["class"] == "OPERATOR" and node["type"] in TOTAL_OPERATORS)
+        or (node["class"] == "CAST" and node.get("try_cast"))
+        or (node["class"] == "FUNCTION" and str(node["function_name"]).lower() in TOTAL_FUNCTIONS)
+        for node in nodes(expression)
+        if "class" in node
+    ) and (expression["class"] == "STAR" or not any(node.get("class") == "STAR" for node in nodes(expression)))
 
 
 def _rows_of(modifiers: list[Tree]) -> int | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
 
+from kdata.calls import validated
 from kdata.errors import ConfigError, MissingError
 from kdata.store.dataset import Dataset
 from kdata.store.queryable import Check
@@ -13,6 +13,7 @@ from kdata.store.url_dataset import RemoteDataset
 AnyDataset = Dataset | str | Path  # what the functions of `kdata` take: a dataset, or where it is
 
 
+@validated
 def open_dataset(path: str | Path, *, check: Check = "first") -> Dataset:
     """Open a dataset: a folder, any URL that fsspec opens ("s3://BUCKET/NAME"), or "hf://OWNER/NAME[@REVISION]".
 
@@ -25,14 +26,12 @@ def open_dataset(path: str | Path, *, check: Check = "first") -> Dataset:
             queries and selection read parts of index, rejects and scores, which have no digests, so with first these views
             are in `unchecked`, too. whole: such files are copied and compared first; in a folder the same as first.
     Raises:
-        ConfigError: `path` is a file, or `check` is none of these.
+        ConfigError: `path` is a file.
         MissingError: nothing there.
         FormatError: written by a newer major version.
         CorruptError: dataset.json or manifest.jsonl is damaged.
         StorageError: the URL cannot be read.
     """
-    if check not in get_args(Check):
-        raise ConfigError(f"check={check!r}: use one of {', '.join(get_args(Check))}")
     if "://" in str(path):
         return RemoteDataset(str(path), check=check)
     local = Path(path)
@@ -44,9 +43,5 @@ def open_dataset(path: str | Path, *, check: Check = "first") -> Dataset:
 
 
 def opened(dataset: AnyDataset) -> Dataset:
-    """A dataset itself, or the one at a path or URL. Raises ConfigError for anything else, and what `open_dataset` raises."""
-    if isinstance(dataset, Dataset):
-        return dataset
-    if isinstance(dataset, str | Path):
-        return open_dataset(dataset)
-    raise ConfigError(f"{type(dataset).__name__} is no dataset; name its folder or URL, or open it with kdata.open")
+    """A dataset itself, or the one at a path or URL. Raises what `open_dataset` raises."""
+    return dataset if isinstance(dataset, Dataset) else open_dataset(dataset)

@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 from fsspec.spec import AbstractFileSystem
 
+from kdata.calls import validated
 from kdata.errors import ConfigError, CorruptError, MismatchError, MissingError, StorageError, first_line
 from kdata.format.files import inside, lock_of, matches, temporary_folder, write_atomically
 from kdata.format.json_text import read_json
@@ -388,6 +389,7 @@ class RemoteDataset(Dataset):
             del self._readers[shard]  # an open file that is removed keeps its place on the disk
         self._ahead.want(self.file_name(self.manifest[number], "data") for number in numbers)
 
+    @validated
     def index(self, columns: list[str] | None = None) -> pa.Table:
         """See `Dataset.index`. Short columns are read as ranges; they are compared when a row of their shard is read."""
         if columns is None or self.check == "whole" or not self.manifest or not LONG.isdisjoint(columns):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from kdata.calls import validated
 from kdata.errors import CorruptError
 from kdata.format.files import committed_folder, storage_errors
 from kdata.observe.progress import Task
@@ -56,6 +57,7 @@ def checked_model(models: Path, name: str) -> Path:
     return models / name
 
 
+@validated
 def ensure_corpus(cache_dir: Path) -> CorpusFiles:
     """The corpus of this interpreter, from the cache, or built now (four seconds)."""
     key = hashlib.sha256(json.dumps([sys.version, _source_digest(), stdlib_listing()]).encode()).hexdigest()[:16]

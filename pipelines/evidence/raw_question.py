@@ -36,7 +36,6 @@ from kdata.pipelines.evidence.raw import Judge, write_raw
 from kdata.pipelines.evidence.runs import Figures, by_name
 from kdata.pipelines.evidence.selection import DISTIL, PLAIN, Selection, SelectionConfig, Setting, Tokens, key_of
 from kdata.pipelines.evidence.small_runs import SEED, SHARE_OF_STEPS, STUDENT, TABLES, olmix_tables, regmix_table
-from kdata.pipelines.evidence.tokenizers import bits_per_byte
 from kdata.selection.band import Band
 from kdata.selection.confidence import Confidence, Margin
 from kdata.selection.margins import score_margins
@@ -356,12 +355,7 @@ class Raw(Selection):
     def measure(self, name: str, seed: int) -> Figures:
         """See `Selection.measure`. The first call judges every setting, which takes no student: `KEPT` in the folder."""
         self.judge_all()
-        figures = super().measure(name, seed)
-        return (
-            figures
-            if self.config.tokenizer is None
-            else {**figures, **bits_per_byte(self._datasets["heldout"], figures)}
-        )
+        return super().measure(name, seed)
 
     def judge_all(self) -> None:
         """Write what each setting keeps, as the judge sees it: `KEPT`. A mixture reads all rows, so it keeps everything."""

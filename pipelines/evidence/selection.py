@@ -28,6 +28,7 @@ from kdata.jobs.reading import CaptureConfig, capture_with
 from kdata.jobs.scoring import ScoreConfig, score
 from kdata.pipelines.evidence.data import HELDOUT_KEEP, Part, split
 from kdata.pipelines.evidence.runs import Figures, by_name
+from kdata.pipelines.evidence.students import bits_per_byte
 from kdata.selection.plan import Plan
 from kdata.selection.ranked import Difference, Random
 from kdata.selection.select import select
@@ -256,8 +257,9 @@ class Selection:
         """Train and measure one student.
 
         Returns:
-            nll, kl, ece, top1 over all held-out tokens; `gap DOMAIN`, the student's NLL minus the teacher's in nats per
-            token, with mean_gap and worst_gap; `share DOMAIN`, share of the training tokens; tokens and tokens_per_sec.
+            nll, kl, ece, top1 over all held-out tokens, and `bits_per_byte`; `gap DOMAIN`, the student's NLL minus the
+            teacher's in nats per token, with mean_gap and worst_gap; `share DOMAIN`, share of the training tokens; tokens
+            and tokens_per_sec.
         """
         setting = self.find(name)
         config, plan = self.train_config(setting, seed), self._plan_of(setting)
@@ -274,6 +276,7 @@ class Selection:
         gaps = {domain: figures["nll"] - figures["teacher_nll"] for domain, figures in measured["domains"].items()}
         return {
             **{name: measured["overall"][name] for name in ("nll", "kl", "ece", "top1", "teacher_nll")},
+            **bits_per_byte(measured["overall"]),
             "mean_gap": sum(gaps.values()) / len(gaps),
             "worst_gap": max(gaps.values()),
             **{f"gap {domain}": gap for domain, gap in sorted(gaps.items())},

@@ -9,7 +9,6 @@ students are measured on the same held-out data as the others.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,7 +31,6 @@ from kdata.pipelines.evidence.figures import text_of, write_results
 from kdata.pipelines.evidence.runs import Figures, by_name
 from kdata.pipelines.evidence.students import train_and_measure
 from kdata.pipelines.evidence.summary import relative_difference, summarise
-from kdata.store.payload import PayloadReader
 from kdata.store.token_map import TokenMap
 from kdata.trainer.config import ScratchStudent, TrainConfig
 from kdata.trainer.objective_config import ObjectiveConfig
@@ -129,8 +127,7 @@ class Tokenizers:
             data_order="seed",
             checkpoint_every_steps=0,
         )
-        figures = train_and_measure(config, train, heldout)
-        return {**figures, **bits_per_byte(heldout, figures)}
+        return train_and_measure(config, train, heldout)
 
     def _datasets(self, setting: Setting) -> tuple[kdata.Dataset, kdata.Dataset]:
         """Text to train on, and held-out text, in the setting's tokens. Without distributions every target counts."""
@@ -180,23 +177,6 @@ def byte_level(texts: list[str], size: int) -> Any:
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
     )
-
-
-def bits_per_byte(heldout: kdata.Dataset, figures: Figures) -> Figures:
-    """Bits per byte of student and teacher on held-out text: the NLL of all targets by the bytes that they stand for."""
-    targets = num_bytes = 0
-    for entry in heldout.manifest:
-        reader = PayloadReader(heldout.checked_file(entry, "data"), ["token_bytes", "target_mask"])
-        for number in range(reader.num_record_batches):
-            batch = reader.batch(number)
-            target_T = batch.column("target_mask").flatten().to_numpy(zero_copy_only=False)
-            targets += int(target_T.sum())
-            num_bytes += int(batch.column("token_bytes").flatten().to_numpy()[target_T].sum(dtype="int64"))
-    per_byte = targets / num_bytes / math.log(2)
-    return {
-        "bits_per_byte": float(figures["nll"] or 0.0) * per_byte,
-        "teacher_bits_per_byte": float(figures["teacher_nll"] or 0.0) * per_byte,
-    }
 
 
 def write_report(out: Path, by_setting: Mapping[str, Mapping[int, Figures]]) -> str:

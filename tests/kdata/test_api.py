@@ -91,5 +91,5 @@ def test_functions_take_a_dataset_or_where_it_is(copied: Path, tmp_path: Path) -
     assert kdata.make_plan(copied, "some", [data[0].id], method="sql", parameters={}).rows(data).tolist() == [0]
     with pytest.raises(errors.MissingError, match="nowhere does not exist"):
         kdata.head(tmp_path / "nowhere", tmp_path / "two", 2)
-    with pytest.raises(errors.ConfigError, match=r"^NoneType is no dataset; name its folder"):
+    with pytest.raises(errors.ConfigError, match=r"^verify: dataset is None"):
         kdata.verify(None)  # type: ignore[arg-type]

@@ -88,8 +88,15 @@ def test_tokenizers_from_text_to_table(data: EvidenceData, tmp_path: Path) -> No
     num_bytes = sum(len(text.encode()) for text in heldout.index(["text"])["text"].to_pylist())
     by_hand = float(runs[names[0]][0]["nll"] or 0) * targets / math.log(2) / num_bytes
     assert runs[names[0]][0]["bits_per_byte"] == pytest.approx(by_hand, rel=0.2)
+    of_rows = [(heldout.token_bytes(row.number), row.target_mask) for row in heldout]
+    num_bytes = sum(int(sizes[mask].sum(dtype=np.int64)) for sizes, mask in of_rows if sizes is not None)
+    for kind in ("", "teacher_"):
+        exact = float(runs[names[0]][0][f"{kind}nll"] or 0) * targets / math.log(2) / num_bytes
+        assert runs[names[0]][0][f"{kind}bits_per_byte"] == pytest.approx(exact, rel=1e-12)
     teacher = [runs[name][0]["teacher_bits_per_byte"] for name in names]
-    assert teacher[1] == teacher[2] == teacher[3] == pytest.approx(teacher[0], rel=0.2)
+    assert teacher[1] == pytest.approx(teacher[0], rel=0.2) and teacher[2:] == pytest.approx(
+        [teacher[1]] * 2, rel=1e-12
+    )
     with pytest.raises(ConfigError, match="there is no setting"):
         tokenizers.find("other")
 

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
+from kdata.calls import validated
 from kdata.errors import ConfigError
 from kdata.loader.packing import Place
 from kdata.trainer.objectives import Targets
@@ -107,9 +108,8 @@ class Collator:
         pad_to_multiple_of: of the padded layout's width.
     """
 
+    @validated
     def __init__(self, layout: Layout = "rows", *, pad_token_id: int = 0, pad_to_multiple_of: int = 1) -> None:
-        if layout not in ("rows", "flat", "padded"):
-            raise ConfigError(f"layout is {layout!r}; use rows, flat or padded")
         self.layout, self.pad_token_id, self.pad_to_multiple_of = layout, pad_token_id, pad_to_multiple_of
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset
 
 import kdata
+from kdata.calls import validated
 from kdata.config import parse_config
 from kdata.errors import ConfigError, OutOfRangeError
 from kdata.format.positions import ChosenPositions
@@ -66,6 +67,7 @@ class Source:
         MissingError: dataset or plan does not exist.
     """
 
+    @validated
     def __init__(
         self,
         dataset: kdata.Dataset | Path | str,
@@ -109,6 +111,7 @@ class _Indexed(Source, TorchDataset[Item]):
 
     single = False
 
+    @validated
     def __init__(
         self,
         dataset: kdata.Dataset | Path | str,
@@ -140,6 +143,7 @@ class _Indexed(Source, TorchDataset[Item]):
     def __len__(self) -> int:
         return self._length
 
+    @validated
     def filled_to(self, multiple: int) -> Self:
         """The same items and, at the end, empty ones up to a multiple, in which no token counts.
 
@@ -160,6 +164,7 @@ class _Indexed(Source, TorchDataset[Item]):
         read = iter(self._split(self._rows.read(real)) if real else [])
         return [next(read) if number < self.num_items else self._empty() for number in numbers]
 
+    @validated
     def documents(self, index: int) -> np.ndarray:
         """Global dataset rows of the documents of an item, int64; none for an empty item."""
         number = self._number(index)
@@ -247,6 +252,7 @@ class RowStream(Source, IterableDataset[dict[str, Any]]):
         ConfigError, DataError, MissingError: see `Source`; ConfigError also if ranks cannot share a batch evenly.
     """
 
+    @validated
     def __init__(
         self,
         dataset: kdata.Dataset | Path | str,
@@ -269,6 +275,7 @@ class RowStream(Source, IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return map(partial(_laid_out, self.collator), IterableBatches(self.loader, self.epochs))
 
+    @validated
     def state_dict(self, batch: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The place after a batch, and what decides the order; the same on every rank.
 
@@ -284,6 +291,7 @@ class RowStream(Source, IterableDataset[dict[str, Any]]):
             raise ConfigError("this batch has no place in the stream; give a batch that this RowStream yielded")
         return {**state, **asdict(place)}
 
+    @validated
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begin at a saved place. Raises MismatchError if data or order differ, CorruptError for an impossible place."""
         self.loader.load_state_dict(state)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
+from kdata.calls import validated
 from kdata.errors import ConfigError, settings_difference
 from kdata.store.vocabulary import Vocabulary, refuse_other_ids
 from kdata.trainer.parts.collator import Collator, Layout
@@ -38,6 +39,7 @@ class DistillMixin:
         MismatchError, DataError: see `attach_loss`.
     """
 
+    @validated
     def __init__(
         self, *args: Any, over: Over = "hidden", layout: Layout | Literal["auto"] = "auto", **kwargs: Any
     ) -> None:

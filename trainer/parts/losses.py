@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from kdata.calls import validated
 from kdata.trainer.fused import Loss, distillation_loss, distillation_loss_of_logits
 from kdata.trainer.objective_config import ObjectiveConfig, Tail
 from kdata.trainer.objectives import Targets
@@ -29,12 +30,14 @@ class _SparseLossModule(nn.Module):
         chunk_positions: positions whose logits exist at a time; None: chosen from the size of the vocabulary.
     """
 
+    @validated
     def __init__(self, objective: ObjectiveConfig, tail: Tail, *, chunk_positions: int | None = None) -> None:
         super().__init__()
         self.objective, self.tail, self.chunk_positions = objective, tail, chunk_positions
         self.mix = objective
 
     @classmethod
+    @validated
     def of(cls, data: Source) -> Self:
         """The loss with the objective of a dataset."""
         return cls(data.objective, data.tail)

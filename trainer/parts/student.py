@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from kdata.calls import validated
 from kdata.errors import ConfigError
 from kdata.store.checkpoint_kind import use_exact_attention
 from kdata.trainer.fused import Loss
@@ -63,6 +64,7 @@ class _Attached:
     head: nn.Module | None
 
 
+@validated
 def attach_loss(
     model: Model,
     data: Source,

@@ -8,6 +8,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kdata.calls import validated
 from kdata.errors import ConfigError, DataError
 from kdata.format.files import (
     local_path,
@@ -27,6 +28,7 @@ from kdata.store.index import read_index
 ExportFormat = Literal["plain", "axolotl"]
 
 
+@validated
 def export_dataset(dataset: Dataset, target: Path | str, format: ExportFormat, *, version: int = 2) -> list[str]:
     """Write every row to one Parquet file; return what the file does not hold, one line each.
 

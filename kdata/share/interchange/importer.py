@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from kdata.calls import validated
 from kdata.config import RowsConfig
 from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, DataError, first_line
@@ -101,6 +102,7 @@ class ImportConfig(RowsConfig):
     name: str = Field("import", pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of the source; prefix of shards.")
 
 
+@validated
 def import_dataset(
     source: Path | str, root: Path | str, config: ImportConfig, *, resume: str = "auto", log: Path | None = None
 ) -> tuple[Dataset, ImportReport]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -285,8 +286,40 @@ def test_a_key_that_first_appears_late_is_a_column(tmp_path: Path) -> None:
 def test_a_truncated_parquet_gives_one_data_error(tmp_path: Path) -> None:
     path = save(tmp_path / "rows.parquet", ROWS * 1)
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(DataError, match=r"rows.parquet cannot be read as parquet"):
+    with pytest.raises(
+        DataError, match=r"rows.parquet cannot be read as parquet: .*; it begins as Parquet, and was cut off"
+    ):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "instead"),
+    [
+        (b"", "it is empty; copy or download it again"),
+        (bytes(100), "it has no more than zeros; copy or download it again"),
+        (b"\n <!DOCTYPE html><html><title>Sign in</title>", "it looks like a web page, .*download the file itself"),
+        (
+            gzip.compress(b'{"text": "a"}'),
+            r"it looks like a file that gzip compressed; unpack it with `gunzip`, .*\.jsonl\.gz",
+        ),
+        (b"\x28\xb5\x2f\xfd" + bytes(9), "it looks like a file that zstd compressed; unpack it with `unzstd`"),
+        (b"PK\x03\x04" + bytes(9), "it looks like a zip archive; unpack it with `unzip`"),
+        (b"ARROW1\0\0" + bytes(9), r"it looks like an Arrow file; give it the ending \.arrow"),
+        (b'{"text": "a"}\n', r"it looks like JSON; give it the ending \.jsonl"),
+        (b"id,text\n1,a\n", r"it looks like CSV; give it the ending \.csv"),
+        (b"id,text\n1," + "é".encode() * 4000, r"it looks like CSV; give it the ending \.csv"),
+        (b"only words\n", "it looks like plain text; copy or download it again"),
+        (
+            b"\x89PNG\r\n" + bytes(range(256)),
+            "it looks like no kind of file that kdata reads; copy or download it again",
+        ),
+    ],
+)
+def test_what_stands_in_the_place_of_a_parquet_is_named(tmp_path: Path, content: bytes, instead: str) -> None:
+    (tmp_path / "rows.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=rf"rows\.parquet cannot be read as parquet: .*; {instead}") as caught:
+        read(tmp_path / "rows.parquet")
+    assert "\n" not in str(caught.value) and str(caught.value).count(str(tmp_path)) == 1
 
 
 def test_settings_identify_the_content_not_the_place(tmp_path: Path) -> None:
@@ -605,7 +638,7 @@ def test_an_empty_file_and_an_empty_folder_are_refused_in_one_line(tmp_path: Pat
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(DataError, match=rf"{name}.*(holds no row|cannot be read)") as caught:
             Corpus(CorpusConfig(path=str(tmp_path / name)))
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and str(caught.value).count(str(tmp_path)) == 1
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match="holds no file that kdata reads"):
         Corpus(CorpusConfig(path=str(tmp_path / "folder")))

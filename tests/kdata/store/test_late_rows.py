@@ -51,6 +51,8 @@ LATE = [
     'select "Big R".* from scores.ref join rows as "Big R" using (id) order by ref.nll - "Big R".nll limit 1 offset 1',
     "select text, ref.nll as other from rows left join scores.ref using (id) order by 2 nulls last limit 2",
     "from rows semi join scores.ref using (id) order by rows.nll desc limit 2",
+    "select left(text, 80) || '...' as t, length(text), rows.nll * ? as more, try_cast(domain as int) from rows "
+    "join scores.ref using (id) order by ref.nll limit 2",
 ]
 WHOLE = [
     "select text from rows right join scores.ref using (id) order by ref.nll desc limit 3",
@@ -73,13 +75,16 @@ WHOLE = [
     "select text from rows join scores.ref using (id) order by ref.nll limit 0",
     "select text from rows using sample 5 rows order by nll limit 0",
     "select text, 'x' as _kdata_shard from rows join scores.ref using (id) order by ref.nll limit 3",
+    "select text, cast(text as blob) as b from rows join scores.ref using (id) order by ref.nll limit 3",
+    "select * replace (rows.nll::int as id) from rows join scores.ref using (id) order by ref.nll limit 3",
     "select text, null as _KDATA_shard from rows join scores.ref using (id) order by ref.nll limit 3",
 ]
 
 
 @pytest.mark.parametrize("query", [*LATE, *WHOLE])
 def test_a_query_at_a_url_answers_as_in_a_folder(home: kdata.Dataset, served: Files, query: str) -> None:
-    assert kdata.open(f"{served.url}/d").sql(query).equals(home.sql(query))
+    own = [2.0] * query.count("?")
+    assert kdata.open(f"{served.url}/d").sql(query, own).equals(home.sql(query, own))
 
 
 @pytest.mark.parametrize("query", LATE)
@@ -87,7 +92,7 @@ def test_texts_of_the_shown_rows_alone_are_fetched(home: kdata.Dataset, served: 
     opened = kdata.open(f"{served.url}/d")
     opened.sql("select count(*) from rows join scores.ref using (id)")  # footers
     before = served.bytes_sent()
-    opened.sql(query)
+    opened.sql(query, [2.0] * query.count("?"))
     of_texts = ROWS * TEXT / 2  # bytes of a shard's, at least: four bits a digit
     assert served.bytes_sent() - before < 2 * 1.5 * of_texts < SHARDS * of_texts / 3
 
@@ -115,6 +120,27 @@ def test_an_index_that_names_no_shard_is_read_whole(tmp_path: Path, monkeypatch:
 def test_parameters_are_bound_in_both_queries(home: kdata.Dataset, served: Files) -> None:
     query = "select id, text from rows join scores.ref using (id) where rows.domain = ? order by ref.nll limit 3"
     assert kdata.open(f"{served.url}/d").sql(query, ["b"]).equals(home.sql(query, ["b"]))
+
+
+@pytest.mark.parametrize(
+    "selected",
+    [
+        "text, cast(case rows.id when '{last}' then 'x' else '1' end as int)",  # by a column that is no text
+        "cast(case rows.id when '{last}' then text else '1' end as int)",
+        "text, (case rows.id when '{last}' then 200 else 1 end)::int8::tinyint as t, t + 1::tinyint",
+        "* replace (cast(case rows.id when '{last}' then 'x' else '1' end as int) as domain)",
+    ],
+)
+def test_what_fails_for_a_row_that_is_not_shown_is_an_error_as_in_a_folder(
+    home: kdata.Dataset, served: Files, selected: str
+) -> None:
+    last = home.sql("select id from scores.ref order by nll desc limit 1")["id"][0]
+    query = f"select {selected.format(last=last)} from rows join scores.ref using (id) order by ref.nll limit 2"
+    with pytest.raises(kdata.QueryError, match="Conversion Error") as here:
+        home.sql(query)
+    with pytest.raises(kdata.QueryError) as there:
+        kdata.open(f"{served.url}/d").sql(query)
+    assert str(there.value) == str(here.value)
 
 
 def test_a_wrong_name_is_said_as_ever(home: kdata.Dataset, served: Files) -> None:

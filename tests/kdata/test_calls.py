@@ -1,0 +1,205 @@
+"""Arguments of the wrong type: every public function says so, before it does anything, and takes what is meant."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+from pydantic import BaseModel
+
+import kdata
+from kdata.calls import validated
+from kdata.errors import ConfigError
+from kdata.loader.batches import BatchesConfig
+from kdata.selection.plan import Plan
+from kdata.selection.ranked import Random
+from kdata.trainer import parts
+from kdata.trainer.parts import Collator, DistillationLoss, PackedRows, RowStream
+from kdata.trainer.train import train
+
+ROOT = Path(__file__).resolve().parents[2]
+# What a public function takes as a value of ours: by the text of its annotation.
+OURS = re.compile(r"\w*(Config|Step|Plan|Dataset|Path|Source|Collator|Objective)\b|list\[str\]|Sequence\[str\]")
+NOT_OURS = {"Plan.__init__", "Row.__init__", "Dataset.index_ranges", "Dataset.shard_index"}  # called by code of ours
+CHECKED = {  # by words in an annotation: values that no such parameter takes
+    "Config": (3.5, "random", {"no_such_setting": 1}, ["random"]),
+    "Step": (3.5, "random", {"method": "no such method"}, ["random"]),
+    "Objective": (3.5, "forward_kl"),
+    "list[str]": ([1.5], [Path("a")], "text", 3, {"a": 1}),
+    "Sequence[str]": ([1.5], [Path("a")], "text", 3, {"a": 1}),
+    "Sequence[AnyDataset]": ("a", [1.5], 3),
+    "Plan": (1.5, [1.5]),
+    "Dataset": (1.5, [1.5], {"a": 1}),
+    "Path": (1.5, [1.5], {"a": 1}),
+    "Source": (1.5, "a"),
+    "Collator": (1.5, "rows"),
+}
+
+
+def documented() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Functions of ours that the pages and the examples import."""
+    files = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("trainer/parts/*.md"), *ROOT.glob("examples/*.py")]
+    for text in (file.read_text("utf-8") for file in files):
+        for module, names in re.findall(r"^ *from (kdata\.[\w.]+) import ([\w, ]+)", text, re.MULTILINE):
+            for name in re.findall(r"\w+", names):
+                if inspect.isfunction(value := getattr(import_module(module), name)):
+                    yield name, value
+
+
+def public() -> dict[str, Callable[..., Any]]:
+    """Functions and methods that are for users, by name: `kdata`, `kdata.trainer.parts`, and what the pages import."""
+    functions = dict(documented())
+    for module in (kdata, parts):
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isfunction(value):
+                functions[name] = value
+            elif inspect.isclass(value) and not issubclass(value, BaseModel | BaseException):
+                own = {key: one for key, one in inspect.getmembers(value) if key == "__init__" or key[0] != "_"}
+                methods = {key: getattr(one, "__func__", one) for key, one in own.items() if inspect.isroutine(one)}
+                functions |= {f"{name}.{key}": one for key, one in methods.items() if inspect.isfunction(one)}
+    return {
+        name: function
+        for name, function in functions.items()
+        if inspect.unwrap(function).__module__.startswith("kdata.") and name not in NOT_OURS
+    }
+
+
+def parameters(function: Callable[..., Any]) -> dict[str, str]:
+    """Parameters that take something of ours, with their annotations."""
+    named = inspect.signature(function).parameters.values()
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    own = {one.name: str(one.annotation) for one in named if one.kind not in several}
+    return {name: text for name, text in own.items() if OURS.search(text)}
+
+
+CASES = [(name, parameter) for name, function in sorted(public().items()) for parameter in parameters(function)]
+
+
+def test_the_walk_meets_the_functions() -> None:
+    names = {name for name, _ in CASES}
+    assert names >= {
+        "capture",
+        "select",
+        "make_plan",
+        "push",
+        "verify",
+        "train",
+        "evaluate",
+        "export_dataset",
+        "attach_loss",
+    }
+    assert names >= {
+        "RowStream.__init__",
+        "PackedRows.__init__",
+        "Dataset.index",
+        "Plan.load",
+        "DistillationLoss.__init__",
+    }
+
+
+@pytest.mark.parametrize(("name", "parameter"), CASES)
+def test_a_wrong_argument_is_named(name: str, parameter: str) -> None:
+    function = public()[name]
+    annotation = parameters(function)[parameter]
+    wrong = [object(), *next(values for word, values in CHECKED.items() if word in annotation)]
+    if "None" not in annotation:
+        wrong.append(None)
+    needed = [one.name for one in inspect.signature(function).parameters.values() if one.default is one.empty]
+    for value in wrong:
+        # The others are wrong, too, so that nothing is done where this one is taken; each has a line of its own.
+        others = {one: object() for one in needed if one not in ("args", "kwargs")}
+        with pytest.raises(ConfigError) as caught:
+            function(**{**others, parameter: value})
+        assert re.search(rf"^(\S+: | *){parameter}\b", str(caught.value), re.MULTILINE), str(caught.value)
+
+
+def test_what_is_meant_is_taken(copied: Path) -> None:
+    data = kdata.open(copied)
+    half = kdata.select(data, Random(name="half", share=0.5))
+    also = kdata.select(data, {"method": "random", "name": "also", "share": 0.5})
+    assert also.ids == half.ids and also.info.parameters == half.info.parameters
+    named = kdata.select(data, {"share": 0.5, "method": "random", "positions": {"rule": "entropy", "share": 0.2}})
+    assert named.info.positions is not None and named.info.positions.rule == "entropy"
+    for ids in (tuple(half.ids), np.array(half.ids), pl.Series(half.ids), pa.array(half.ids)):
+        assert kdata.make_plan(data, "some", ids, method="x", parameters={}, repeats=[2] * len(ids)).ids == half.ids
+    assert data.tokens(rows=range(2)).read_all() == data.tokens(rows=np.arange(2)).read_all()
+    assert Plan.load(str(half.save(str(copied / "plans")))).ids == half.ids
+    stream = RowStream(data, config={"context_tokens": 128, "batch_rows": 2, "seed": 3})
+    assert stream.config == BatchesConfig(context_tokens=128, batch_rows=2, seed=3)
+    assert DistillationLoss({"weights": {"jsd": 1.0}}, "ghost").objective.weights == {"jsd": 1.0}
+
+
+def test_a_path_in_a_mapping_of_settings_is_its_text() -> None:
+    @validated
+    def capture(config: kdata.CaptureConfig) -> kdata.CaptureConfig:
+        return config
+
+    config = capture({"corpus": {"path": Path("a")}, "unit_tokens": np.int64(4)})
+    assert config == kdata.CaptureConfig(corpus=kdata.CorpusConfig(path="a"), unit_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: kdata.select("D", "random"),
+            "select: config is 'random' (str); config takes Step or a mapping of its settings, for instance "
+            "config={'method': 'random', 'share': 0.5}",
+        ),
+        (
+            lambda: kdata.make_plan("D", "some", ["a", Path("b")], method="x", parameters={}),
+            "make_plan: ids[1] is PosixPath('b') (PosixPath); ids takes a list (text each), for instance ids=['TEXT']",
+        ),
+        (
+            lambda: kdata.make_plan("D", "some", "row-1", method="x", parameters={}),
+            "make_plan: ids is 'row-1' (str); ids takes a list (text each), for instance ids=['row-1']",
+        ),
+        (
+            lambda: kdata.merge(["D", 3], 1.5),
+            "merge:\n  datasets[1] is 3 (int); datasets takes a list (Dataset or text or a path each), for instance "
+            "datasets=['FOLDER']\n  target is 1.5 (float); target takes a path or text, for instance target='FOLDER'",
+        ),
+        (
+            lambda: kdata.verify(None),
+            "verify: dataset is None (NoneType); dataset takes Dataset or text or a path, for instance dataset='FOLDER'",
+        ),
+        (lambda: Collator("row"), "Collator: layout is 'row' (str); layout takes one of 'rows', 'flat', 'padded', for"),
+        (
+            lambda: PackedRows("D", items=1.5),
+            "PackedRows: items is 1.5 (float); items takes a whole number or None, for",
+        ),
+        (
+            lambda: RowStream("D", config={"context": 3}),
+            "RowStream: config: BatchesConfig: unknown key 'context' (did you mean 'context_tokens'?); known here: ",
+        ),
+        (
+            lambda: kdata.capture("D", {"corpus": "texts"}, {"model": 3}),
+            "capture:\n  config: CaptureConfig: corpus: Input should be a valid dictionary or instance of CorpusConfig (got "
+            "'texts')\n  teacher_config: TeacherConfig: model: Input should be a valid string (got 3)",
+        ),
+        (
+            lambda: train({"step": 3}, 3, None, "out"),
+            "train:\n  config: TrainConfig: unknown key 'step' (did you mean 'steps'?); known here: ",
+        ),
+    ],
+)
+def test_messages(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        call()
+    assert str(caught.value).startswith(message)
+
+
+def test_a_missing_argument_is_told_as_python_does() -> None:
+    with pytest.raises(TypeError, match=r"capture\(\) missing 2 required positional arguments"):
+        kdata.capture("D")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'share'"):
+        kdata.select("D", share=0.5)
