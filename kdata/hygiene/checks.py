@@ -29,7 +29,7 @@ from kdata.store.queryable import NAME
 Check = Literal["duplicates", "overlap", "language", "quality", "personal"]
 CHECKS: tuple[Check, ...] = ("duplicates", "overlap", "language", "quality", "personal")
 # Of the numbers of a check: raised where a text would get others.
-VERSIONS: dict[Check, int] = {"duplicates": 3, "overlap": 3, "language": 2, "quality": 3, "personal": 2}
+VERSIONS: dict[Check, int] = {"duplicates": 4, "overlap": 4, "language": 2, "quality": 4, "personal": 3}
 
 SPAN = pa.struct([("kind", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
 LANGUAGE = {

@@ -31,8 +31,10 @@ from kdata.format.compiled import compiled
 from kdata.hygiene.words import ngrams
 
 SHINGLE_WORDS = 5
-BANDS, BAND_HASHES = 20, 6  # at a similarity of 0.8 a pair shares a band with a probability of 0.998, at 0.5 of 0.27
-NUM_HASHES = BANDS * BAND_HASHES
+NUM_HASHES = 120
+# Hashes of a band: of the numbers that divide NUM_HASHES the largest one by which a pair at the threshold shares a band with
+# this probability. 6 at a threshold of 0.8 and above (0.998 at 0.8, where the default is), 5 at 0.75, 4 at 0.7, 3 at 0.5.
+LEAST_RECALL, MOST_BAND_HASHES = 0.995, 6
 SEED = 1
 # Texts that share a band, in the order of their digests: each is compared with so many that follow it. Above this number of
 # texts in one band a pair may be missed; a boilerplate that many texts consist of is found all the same, by way of others.
@@ -157,6 +159,15 @@ class Sketches:
             file.close()
 
 
+def band_hashes(threshold: float) -> int:
+    """Hashes of a band, of NUM_HASHES in all, by the least similarity that is looked for."""
+    fitting = (
+        n for n in range(MOST_BAND_HASHES, 1, -1)
+        if NUM_HASHES % n == 0 and 1 - (1 - threshold**n) ** (NUM_HASHES // n) >= LEAST_RECALL
+    )  # fmt: skip
+    return next(fitting, 2)
+
+
 def groups(
     ids: pa.Array,
     chars: pa.Array,
@@ -169,7 +180,7 @@ def groups(
     Args:
         ids: of the texts, [N]. chars: int [N], their characters; null where a row has no text.
         sketches: see `Sketches.read`.
-        on_band: called behind each of BANDS bands.
+        on_band: called behind each band, of which there are NUM_HASHES / `band_hashes(threshold)`.
     """
     digests, signature, shingles, offsets = sketches
     lacks_N = chars.is_null().to_numpy(zero_copy_only=False)
@@ -183,8 +194,9 @@ def groups(
     sizes = np.diff(offsets)
     alone = alone[sizes[alone] > 0]  # texts without a word have no near duplicates
     least = threshold - SIGMAS * math.sqrt(threshold * (1 - threshold) / NUM_HASHES)
-    for band in range(BANDS):
-        keys = _band(signature, alone, band)
+    each = band_hashes(threshold)
+    for begin in range(0, NUM_HASHES, each):
+        keys = _band(signature, alone, begin, each)
         by_key = np.argsort(keys, kind="stable")
         _join(keys[by_key], alone[by_key], parents_N, signature, shingles, offsets, threshold, least, WINDOW)
         on_band()
@@ -235,9 +247,9 @@ def _exact(digests: np.ndarray, rank_N: np.ndarray) -> np.ndarray:
     return _kept(group_N, rank_N)
 
 
-def _band(signature: np.ndarray, rows: np.ndarray, band: int) -> np.ndarray:
-    """Hash of one band of the signatures of some rows, uint64 [R]."""
-    keys: np.ndarray = _band_keys(signature, rows, band * BAND_HASHES, BAND_HASHES)
+def _band(signature: np.ndarray, rows: np.ndarray, begin: int, count: int) -> np.ndarray:
+    """Hash of `count` columns of the signatures of some rows, uint64 [R]."""
+    keys: np.ndarray = _band_keys(signature, rows, begin, count)
     return keys
 
 

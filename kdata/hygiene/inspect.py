@@ -43,7 +43,7 @@ from kdata.format.files import (
 from kdata.format.json_text import parse_json
 from kdata.format.schema import json_digest
 from kdata.hygiene.checks import Check, Checked, HygieneConfig, check_texts, sets_of
-from kdata.hygiene.duplicates import BANDS, Sketches, groups
+from kdata.hygiene.duplicates import NUM_HASHES, Sketches, band_hashes, groups
 from kdata.hygiene.texts import CorpusTexts, DatasetTexts, Texts, Unit
 from kdata.observe.progress import Task
 from kdata.selection.session import Pool
@@ -333,7 +333,7 @@ class _Work:
     def _duplicates(self, sketches: Sketches) -> dict[str, pa.Array]:
         numbers = pa.concat_tables(self._units(["id", CHARS, SHINGLES])).combine_chunks()
         counts = numbers[SHINGLES].to_numpy()
-        with Task("hygiene: duplicates", BANDS, "bands") as task:
+        with Task("hygiene: duplicates", NUM_HASHES // band_hashes(self._config.jaccard), "bands") as task:
             return groups(
                 numbers["id"].combine_chunks(),
                 numbers[CHARS].combine_chunks(),

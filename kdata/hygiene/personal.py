@@ -7,6 +7,10 @@ Luhn's sum and its issuer's length, an IBAN by its country's length and mod 97, 
 number by phonenumbers (Apache-2.0), a secret by the forms of `kdata.check.secret_texts`. Names and addresses of streets are
 not searched for: that takes a model of the language (presidio), and finds less surely.
 
+Digits of every script, spaces that do not break and the dashes of typesetters count as the plain ones that they stand for.
+A letter ends a number that it touches only where its script has two cases: others write a number between words, or before a
+particle, without a space.
+
 Addresses that RFC 2606 keeps for examples, and IP addresses that are private or reserved, are nobody's.
 """
 
@@ -42,6 +46,15 @@ _NATIONAL_FORM = re.compile(r"[(]?[0-9](?:[ ().\-/]{0,2}[0-9]){6,13}")
 _DIGITS = re.compile(r"[0-9]+")
 _NUMBER_BEFORE = re.compile(r"[0-9][ ().\-/]{1,2}\Z")
 _NUMBER_BEHIND = re.compile(r"[ ().\-/]{1,2}[0-9]")
+# One character for one, so that spans stay: decimal digits, full-width forms of ASCII, spaces, hyphens and dashes.
+_PLAIN = {
+    **{chr(c): str(unicodedata.decimal(chr(c))) for c in range(0x80, 0x1D800) if unicodedata.category(chr(c)) == "Nd"},
+    **{chr(c): chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)},
+    **{chr(c): " " for c in (0xA0, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000)},
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63", "-"),
+}
+_NOT_PLAIN = re.compile(f"[{''.join(char for char in _PLAIN if ord(char) < 0x10000)}\U0001d7ce-\U0001d7ff]")
+_IP6_PUBLIC = ipaddress.ip_network("2000::/3")  # IANA's global unicast; "dead::beef" and "a::b" are no addresses
 _EXAMPLES = (".example", ".invalid", ".test", ".localhost", ".example.com", ".example.org", ".example.net")
 
 # Characters of an IBAN by country, from SWIFT's registry.
@@ -51,7 +64,7 @@ _IBAN_CHARS = {
         "15": "NO", "16": "BE", "18": "DK FK FI FO GL NL SD", "19": "MK SI", "20": "AT BA EE KZ LT LU MN XK",
         "21": "CH HR LI LV", "22": "BG BH CR DE GB GE IE ME RS VA", "23": "AE GI IL IQ OM SO TL",
         "24": "AD CZ ES MD PK RO SA SE SK TN VG", "25": "LY PT ST", "26": "IS TR", "27": "BI DJ FR GR IT MC MR SM",
-        "28": "AL AZ BY CY DO GT HU LB NI PL SV", "29": "BR EG PS QA UA", "30": "JO KW MU", "31": "MT SC", "32": "LC",
+        "28": "AL AZ BY CY DO GT HN HU LB NI PL SV", "29": "BR EG PS QA UA", "30": "JO KW MU YE", "31": "MT SC", "32": "LC",
         "33": "RU",
     }.items()
     for country in countries.split()
@@ -73,6 +86,8 @@ def personal_of(text: str, region: str | None = None) -> list[Span]:
         region: two letters of the country whose phone numbers are searched for without a country code, too; None: none.
     """
     taken: list[Span] = []
+    if not text.isascii():
+        text = _NOT_PLAIN.sub(lambda match: _PLAIN[match[0]], text)
     for kind in KINDS:
         spans = sorted(set(_spans(kind, text, region)))
         taken += _free(spans, taken)
@@ -119,10 +134,9 @@ def _form(name: str) -> Any:
     return re2.compile(patterns[name])
 
 
-def _stands_alone(text: str, begin: int, end: int, more: str = "") -> bool:
-    """Whether no letter, digit or character of `more` touches a span."""
-    before, after = text[begin - 1 : begin], text[end : end + 1]
-    return not any(side and (side.isalnum() or side in more) for side in (before, after))
+def _goes_on(char: str) -> bool:
+    """Whether a number that this character touches is part of something longer: a digit, or a letter of two cases."""
+    return char.isalnum() and (char.isascii() or char.isdigit() or char.lower() != char.upper())
 
 
 def _emails(text: str) -> Iterator[tuple[int, int]]:
@@ -144,7 +158,10 @@ def _email_begin(text: str, begin: int, at: int) -> int:
     for place in range(at - 1, begin - 1, -1):
         char = text[place]
         if not (char.isascii() or char.lower() != char.upper() or unicodedata.category(char)[0] == "M"):
-            return at - len(text[place + 1 : at].lstrip(".%+-"))
+            begin = place + 1
+            while begin < at and (text[begin] in ".%+-" or unicodedata.category(text[begin])[0] == "M"):
+                begin += 1  # marks here belong to the letter that is left out
+            break
     return begin
 
 
@@ -160,7 +177,7 @@ def _ibans(text: str) -> Iterator[tuple[int, int]]:
 def _iban_end(text: str, begin: int) -> int | None:
     """Where the IBAN ends that begins here; None where there is none."""
     wanted = _IBAN_CHARS.get(text[begin : begin + 2])
-    if wanted is None or text[begin - 1 : begin].isalnum():
+    if wanted is None or _goes_on(text[begin - 1 : begin]):
         return None
     compact, place = "", begin
     while len(compact) < wanted:
@@ -170,7 +187,7 @@ def _iban_end(text: str, begin: int) -> int | None:
             return None
         compact, place = compact + char, place + 1
     number = "".join(str(int(char, 36)) for char in compact[4:] + compact[:4])
-    return place if int(number) % 97 == 1 and not text[place : place + 1].isalnum() else None
+    return place if int(number) % 97 == 1 and not _goes_on(text[place : place + 1]) else None
 
 
 def _cards(text: str) -> Iterator[tuple[int, int]]:
@@ -195,7 +212,8 @@ def _is_card(text: str, begin: int, end: int) -> bool:
     digits = text[begin:end].replace(" ", "").replace("-", "")
     goes_on = text[begin - 2 : begin][:1].isdigit() and text[begin - 1] in "-."
     goes_on = goes_on or (text[end : end + 1] in ("-", ".") and text[end + 1 : end + 2].isdigit())
-    return _stands_alone(text, begin, end) and not goes_on and _has_issuer(digits) and _luhn(digits)
+    goes_on = goes_on or _goes_on(text[begin - 1 : begin]) or _goes_on(text[end : end + 1])
+    return not goes_on and _has_issuer(digits) and _luhn(digits)
 
 
 def _has_issuer(digits: str) -> bool:
@@ -236,15 +254,16 @@ def _is_ip(text: str, begin: int, end: int, *, port: bool) -> bool:
         port: whether a colon may touch it.
     """
     before, after = text[begin - 1 : begin], text[end : end + 2]
-    if before and (before.isalnum() or before == "." or (before == ":" and not port)):
+    if before and (_goes_on(before) or before == "." or (before == ":" and not port)):
         return False
-    if after and (after[0].isalnum() or (after[0] == ":" and not port) or (after[0] == "." and after[1:].isalnum())):
+    if after and (_goes_on(after[0]) or (after[0] == ":" and not port) or (after[0] == "." and _goes_on(after[1:]))):
         return False
     try:
         address = ipaddress.ip_address(text[begin:end])
     except ValueError:
         return False
-    return (getattr(address, "ipv4_mapped", None) or address).is_global
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_global and not address.is_multicast and (address.version == 4 or address in _IP6_PUBLIC)
 
 
 def _phones(text: str, region: str | None) -> Iterator[tuple[int, int]]:
@@ -272,7 +291,7 @@ def _phone_end(text: str, begin: int, end: int, region: str | None) -> int | Non
     these groups: cut out anywhere, three years or two cells of a table are a valid number, too.
     """
     before = text[begin - 1 : begin]
-    if before.isalnum() or before == "+":
+    if _goes_on(before) or before == "+":
         return None
     ends = [begin + match.end() for match in _DIGITS.finditer(text[begin:end])][::-1]
     follows = region is not None and _NUMBER_BEFORE.search(text[max(begin - 3, 0) : begin])
@@ -303,7 +322,7 @@ def _phone(text: str, begin: int, end: int, region: str | None) -> list[str] | N
     except ImportError as error:
         raise DependencyError("the check `personal` needs phonenumbers: pip install 'kdata[hygiene]'") from error
     candidate = text[begin:end]
-    if text[end : end + 1].isalnum() or text[end : end + 1] == "+" or sum(map(str.isdigit, candidate)) < 7:
+    if _goes_on(text[end : end + 1]) or text[end : end + 1] == "+" or sum(map(str.isdigit, candidate)) < 7:
         return None
     if candidate.startswith("00"):
         candidate = "+" + candidate[2:]

@@ -86,6 +86,8 @@ def quality_of(text: str, words_W: np.ndarray, chars_W: np.ndarray) -> dict[str,
     Args:
         words_W, chars_W: see `kdata.hygiene.words.hashed`.
     """
+    chars_of_all = len(text)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # a line ends as its system writes it
     lines = [line for line in text.splitlines() if not line.isspace() and line]
     paragraphs = [part for part in re.split(r"\n{2,}", text.strip()) if part]
     words = [word for part in text.split() if (word := part.strip(_PUNCTUATION))]
@@ -94,7 +96,7 @@ def quality_of(text: str, words_W: np.ndarray, chars_W: np.ndarray) -> dict[str,
     letters, digits, uppercase = _kinds(text)
     content = text[:COMPRESSED].encode()[:COMPRESSED]
     signals: dict[str, Any] = {
-        "chars": len(text),
+        "chars": chars_of_all,
         "words": len(words),
         "lines": len(lines),
         "mean_word_chars": sum(map(len, words)) / num_words if words else None,

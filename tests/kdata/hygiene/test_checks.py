@@ -33,11 +33,18 @@ def test_a_normal_form_ignores_case_width_and_white_space() -> None:
     assert normal_form("so\u00adft \u200bzero\u2060-width\ufeff \u202eturned\u202c") == "soft zero-width turned"
     assert normal_form("cafe\u200d\u0301") == "caf\u00e9" and normal_form("\u1112\u200b\u1161") == "\ud558"
     assert words_of(normal_form("new\u00adspaper \u200b \ufe0f")) == ["newspaper"]
+    assert normal_form("\u0390") == normal_form("\u0399\u0308\u0301")  # which folds into three characters
     assert normal_form("  Ｓtraße\u00a0\n\tÉCOLE ") == normal_form("STRASSE e\u0301cole") == "strasse école"
 
 
 def test_where_a_script_has_no_spaces_each_character_is_a_word() -> None:
     assert words("Das (erste) Wort, 日本語です. x_1") == ["das", "erste", "wort", *"日本語です", "x_1"]
+    assert words("စာ။ ทั่ว・") == ["စာ", "ทั่", "ว"]  # with its marks; punctuation is none
+
+
+@pytest.mark.parametrize("word", ["हिन्दी", "தமிழ்", "مُحَمَّد", "שָׁלוֹם", "q\u0307x", "\U00011013\U00011038\U00011013"])
+def test_a_word_holds_its_vowel_signs_and_accents(word: str) -> None:
+    assert words(f"{word}, {word}।") == [normal_form(word)] * 2
 
 
 @given(st.lists(st.text(st.characters(whitelist_categories=("L", "Nd")), min_size=1), max_size=30), st.integers(1, 8))
@@ -128,6 +135,12 @@ def test_a_good_text_fails_no_rule() -> None:
     assert (signals["gopher"], signals["c4"], signals["fineweb"]) == ("", "", "")
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_a_text_is_as_good_whatever_ends_its_lines(end: str) -> None:
+    text = "\n\n".join(["The first paragraph of that house.\nIt is to be with you."] * 8)
+    assert quality(text.replace("\n", end)) == {**quality(text), "chars": len(text.replace("\n", end))}
+
+
 def test_mojibake_is_broken_and_umlauts_are_not() -> None:
     assert quality("Übergröße")["broken"] == 0
     assert quality("Übergröße".encode().decode("cp1252"))["broken"] > 0.3  # type: ignore[operator]
@@ -178,6 +191,34 @@ def test_mojibake_is_broken_and_umlauts_are_not() -> None:
         (
             "::ffff:8.8.8.8 ip:2001:4860:4860::8888: ::ffff:192.168.1.1",
             [("ip", "::ffff:8.8.8.8"), ("ip", "2001:4860:4860::8888")],
+        ),
+        # Between words that no space parts, and before particles; with spaces and hyphens that do not break; in other digits.
+        (
+            "电话+8613800138000谢谢 号码4111111111111111です ที่8.8.8.8ครับ 계좌DE89370400440532013000로",
+            [
+                ("phone", "+8613800138000"),
+                ("card", "4111111111111111"),
+                ("ip", "8.8.8.8"),
+                ("iban", "DE89370400440532013000"),
+            ],
+        ),
+        ("é8.8.8.8, 4111111111111111ж", []),
+        (
+            "DE89\u00a03704\u00a00044\u00a00532\u00a00130\u00a000; 4111\u202f1111\u202f1111\u202f1111; "
+            "+49\u201130\u2011901820",
+            [
+                ("iban", "DE89\u00a03704\u00a00044\u00a00532\u00a00130\u00a000"),
+                ("card", "4111\u202f1111\u202f1111\u202f1111"),
+                ("phone", "+49\u201130\u2011901820"),
+            ],
+        ),
+        ("＋４９ ３０ ９０１８２０", [("phone", "＋４９ ３０ ９０１８２０")]),
+        ("+٩٦٦ ٥٠ ١٢٣ ٤٥٦٧", [("phone", "+٩٦٦ ٥٠ ١٢٣ ٤٥٦٧")]),
+        ("ที่jane@acme.org, पताjoe@acme.org", [("email", "jane@acme.org"), ("email", "joe@acme.org")]),
+        ("dead::beef, a::b, 239.255.255.250", []),
+        (
+            "YE15CBYE0001018861234567891234, HN88CABF00000000000250005469",
+            [("iban", "YE15CBYE0001018861234567891234"), ("iban", "HN88CABF00000000000250005469")],
         ),
         ("jürgen.müller@gmail.com", [("email", "jürgen.müller@gmail.com")]),
         (

@@ -97,7 +97,7 @@ def runs(text: str) -> frozenset[tuple[str, ...]]:
     return frozenset(tuple(some[a : a + 5]) for a in range(max(1, len(some) - 4))) if some else frozenset()
 
 
-@pytest.mark.parametrize("threshold", [0.7, 0.8, 0.9])
+@pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.8, 0.9])
 def test_pairs_are_near_where_their_similarity_says_so(tmp_path: Path, threshold: float) -> None:
     """Pairs of every similarity: below the threshold none is joined, above it nearly all are."""
     rng = random.Random(5)
@@ -105,7 +105,7 @@ def test_pairs_are_near_where_their_similarity_says_so(tmp_path: Path, threshold
     for _ in range(400):
         some = [f"w{rng.randrange(10**6)}" for _ in range(150)]
         other = list(some)
-        for place in rng.sample(range(150), rng.randint(0, 14)):
+        for place in rng.sample(range(150), rng.randint(0, 18)):
             other[place] = "x"
         texts += [" ".join(some), " ".join(other)]
     near = grouped(texts, tmp_path, threshold)
@@ -117,7 +117,7 @@ def test_pairs_are_near_where_their_similarity_says_so(tmp_path: Path, threshold
         assert is_similar or not is_joined
         similar, joined = similar + is_similar, joined + is_joined
     assert 30 < similar < 370
-    assert joined >= (0.97 if threshold >= 0.8 else 0.9) * similar
+    assert joined >= 0.97 * similar
 
 
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "d", "e"]), max_size=12)
