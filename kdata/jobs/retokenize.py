@@ -67,7 +67,6 @@ from kdata.store.dataset import Dataset
 from kdata.store.open import AnyDataset, open_dataset, opened
 from kdata.store.shard import stored_rejects
 from kdata.store.token_map import (
-    REPLACED,
     Beginnings,
     TokenMap,
     TokenMapper,
@@ -75,7 +74,7 @@ from kdata.store.token_map import (
     token_map,
     write_matched,
 )
-from kdata.store.tokens import read_tokenizer, tokenizer_hash
+from kdata.store.tokens import REPLACED, read_tokenizer, tokenizer_hash
 from kdata.store.vocabulary import num_ids
 from kdata.store.writer import Writer
 from kdata.teachers.model import load_tokenizer, tokenizer_files, tokenizer_info

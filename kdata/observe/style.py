@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdata.errors import ConfigError, DependencyError
 from kdata.format.files import storage_errors, write_atomically
+from kdata.observe.progress import console
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MISSING = re.compile(r"Glyph .* missing from font")
 ENDINGS = (".png", ".svg", ".pdf")
 
 # Hues that stay apart for the colour-blind, 3:1 on white; `report.html.j2` has their dark counterparts.
@@ -41,10 +47,30 @@ def check_picture(path: Path) -> None:
         raise ConfigError(f"{path}: a picture ends in {', '.join(ENDINGS)}; give it one of these endings")
 
 
+@contextmanager
+def missing_signs() -> Iterator[list[str]]:
+    """Collect matplotlib's warnings about signs that its font lacks, instead of printing them."""
+    missing: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield missing
+    for one in caught:
+        if _MISSING.match(str(one.message)):
+            missing.append(str(one.message))
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
 def save_picture(figure: Figure, path: Path) -> Path:
     """Write a figure to a file that `check_picture` accepts; return its path. Raises StorageError."""
     sink = io.BytesIO()
-    figure.savefig(sink, format=path.suffix[1:], dpi=150, facecolor=COLOURS["page"])
+    with missing_signs() as missing:
+        figure.savefig(sink, format=path.suffix[1:], dpi=150, facecolor=COLOURS["page"])
+    if missing and path.suffix != ".svg":
+        console.print(
+            f"{path}: the font lacks signs of the names, so some are boxes; in an .svg the browser has its own fonts",
+            soft_wrap=True,
+        )
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, sink.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BARS = 60  # of a histogram
-SHOWN_DOMAINS = 40  # in a picture
+SHOWN_DOMAINS = 40  # in a picture or a table; the others are one line of a table
+SHOWN_VALUES = 12  # of a parameter that has one for each domain, where all would fill the screen
+EMPTY = "(empty)"  # the name of a domain that has none
 SHOWN_CHARS = 160  # of the text of a row that was left out
 
 # Values of all rows to choose from, and of the chosen ones, counted in bars.
@@ -59,8 +62,12 @@ class Shown:
 
 
 def table_of(plan: Plan) -> Shown:
-    """What was requested and chosen of each domain: amounts, and their shares of the whole column."""
+    """What was requested and chosen of each domain: amounts, and their shares of the whole column.
+
+    Of many domains the largest have lines of their own.
+    """
     info = plan.info
+    names = _shown_domains({name: domain.dataset_tokens for name, domain in info.domains.items()})
     columns: dict[str, list[int | None]] = {
         "sequences": [domain.dataset_sequences for domain in info.domains.values()],
         "tokens": [domain.dataset_tokens for domain in info.domains.values()],
@@ -76,10 +83,14 @@ def table_of(plan: Plan) -> Shown:
         columns["positions chosen"] = [0 if share is None else share.positions for share in shares]
     if columns["rows chosen"] == columns["sequences chosen"]:
         del columns["rows chosen"]  # nothing is repeated
-    cells_of = {name: _amounts(values) for name, values in columns.items() if any(v is not None for v in values)}
-    rows = [[name, *cells] for name, *cells in zip([*info.domains, "all"], *cells_of.values(), strict=True)]
+    own = [name in names for name in info.domains]
+    cells_of = {name: _amounts(values, own) for name, values in columns.items() if any(v is not None for v in values)}
+    left = len(own) - sum(own)
+    lines = [*_named(names), *([f"{left:,} others"] if left else []), "all"]
+    rows = [[name, *cells] for name, *cells in zip(lines, *cells_of.values(), strict=True)]
     parameters = ", ".join(f"{k} {_brief(v)}" for k, v in info.parameters.items())
-    notes = [f"method {info.method}: {info.sql if info.method == 'sql' else parameters}"]
+    notes = [_left_note(left, len(own))] if left else []
+    notes.append(f"method {info.method}: {info.sql if info.method == 'sql' else parameters}")
     if info.requested is not None:
         num_chosen = sum(_units(domain, info) for domain in info.domains.values())
         notes.append(f"requested {info.requested:,} {info.count_by}, chose {num_chosen:,}")
@@ -131,9 +142,13 @@ def _position_notes(chosen: PositionsInfo) -> list[str]:
     """How the positions of a plan were chosen, how many of how many, and their share in each domain."""
     parameters = ", ".join(f"{name} {_brief(value)}" for name, value in chosen.parameters.items())
     weights = " with weights" if chosen.weighted else ""
+    names = _shown_domains({name: share.targets for name, share in chosen.domains.items()}, SHOWN_VALUES)
     shares = ", ".join(
-        f"{one_line(name, 32)} {share.positions / max(share.targets, 1):.1%}" for name, share in chosen.domains.items()
+        f"{one_line(name, 32) or EMPTY} {chosen.domains[name].positions / max(chosen.domains[name].targets, 1):.1%}"
+        for name in names
     )
+    if left := len(chosen.domains) - len(names):
+        shares += f", {left:,} other domains"
     how = parameters if chosen.sql is None else chosen.sql
     return [
         f"positions by rule {chosen.rule}{': ' if how else ''}{how}",
@@ -142,11 +157,28 @@ def _position_notes(chosen: PositionsInfo) -> list[str]:
     ]
 
 
-def _amounts(values: list[int | None]) -> list[str]:
-    """Numbers with their share of the sum, and the sum."""
-    total = sum(value or 0 for value in values)
-    cells = [f"{_short(value or 0)} {(value or 0) / max(total, 1):5.1%}" for value in values]
-    return [*cells, f"{_short(total)} {'':5}"]
+def _shown_domains(sizes: Mapping[str, int], most: int = SHOWN_DOMAINS) -> list[str]:
+    """The largest domains, in the order of all."""
+    largest = set(sorted(sizes, key=lambda name: (-sizes[name], name))[:most])
+    return [name for name in sizes if name in largest]
+
+
+def _named(domains: Iterable[str]) -> list[str]:
+    return [name or EMPTY for name in domains]
+
+
+def _left_note(left: int, domains: int) -> str:
+    return (
+        f"the {domains - left} largest of {domains:,} domains; kdata plan show and compare print all with --format json"
+    )
+
+
+def _amounts(values: list[int | None], own: list[bool]) -> list[str]:
+    """Numbers with their share of the sum: those that have a line of their own, the sum of the others, if any, and of all."""
+    numbers = [value or 0 for value in values]
+    total, shown = sum(numbers), [number for number, has in zip(numbers, own, strict=True) if has]
+    shown += [] if all(own) else [total - sum(shown)]
+    return [*(f"{_short(number)} {number / max(total, 1):5.1%}" for number in shown), f"{_short(total)} {'':5}"]
 
 
 def _short(number: int) -> str:
@@ -164,7 +196,9 @@ def _units(domain: DomainChoice, info: PlanInfo) -> int:
 
 def _brief(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {_brief(v)}" for k, v in value.items()) + "}"
+        first = [f"{k or EMPTY}: {_brief(v)}" for k, v in list(value.items())[:SHOWN_VALUES]]
+        left = len(value) - len(first)
+        return "{" + ", ".join([*first, *([f"{left:,} others"] if left else [])]) + "}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -214,7 +248,7 @@ def _draw_shares(axes: Axes, info: PlanInfo, domains: list[str]) -> None:
     if total:
         marks = [100 * (d.requested or 0) / total for d in shown]
         axes.vlines(marks, places, places + 0.4, color=COLOURS["ink"], linewidth=1.8, label="requested")
-    axes.set_yticks(places, [one_line(name, 32) for name in domains])
+    axes.set_yticks(places, [one_line(name, 32) or EMPTY for name in domains])
     axes.set(xlabel=f"share of {'sequences' if sequences else 'tokens'}, %", ylim=(len(domains) - 0.5, -0.5))
     axes.grid(axis="x")
     axes.margins(x=0.12)
@@ -330,10 +364,15 @@ def compare(dataset: Dataset, first: str, second: str) -> Comparison:
         only_first, both, only_second, _, _ = overlap.get(name, (0, 0, 0, None, None))
         shares = a.shares[name]["plan"], b.shares[name]["plan"]
         domains[name] = Overlap(only_first, both, only_second, *shares)
-    overall = Overlap(**{part.name: sum(getattr(d, part.name) for d in domains.values()) for part in fields(Overlap)})
+    overall = _sum(domains.values())
     examples = [sorted(row[place] for row in overlap.values() if row[place] is not None)[:5] for place in (3, 4)]
     first_ids, second_ids = examples
     return Comparison(first, second, domains, overall, first_ids, second_ids, _counted(dataset, a, b))
+
+
+def _sum(overlaps: Iterable[Overlap]) -> Overlap:
+    some = list(overlaps)
+    return Overlap(**{part.name: sum(getattr(one, part.name) for one in some) for part in fields(Overlap)})
 
 
 def _counted(dataset: Dataset, a: PlanInfo, b: PlanInfo) -> CountedTokens | None:
@@ -355,8 +394,15 @@ def _counted(dataset: Dataset, a: PlanInfo, b: PlanInfo) -> CountedTokens | None
 def comparison_table(comparison: Comparison) -> Shown:
     """Two plans compared, as a table; the last column is the difference of the shares in percentage points."""
     first, second = comparison.first, comparison.second
-    rows, notes = [], []
-    for name, domain in comparison.domains.items():
+    rows: list[list[str]] = []
+    notes: list[str] = []
+    every = comparison.domains
+    names = _shown_domains({name: one.only_first + one.both + one.only_second for name, one in every.items()})
+    lines = list(zip(_named(names), (every[name] for name in names), strict=True))
+    if left := len(every) - len(names):
+        lines.append((f"{left:,} others", _sum(one for name, one in every.items() if name not in set(names))))
+        notes.append(_left_note(left, len(every)))
+    for name, domain in lines:
         points = 100 * (domain.second_token_share - domain.first_token_share)
         rows.append([name, *_cells(domain), f"{points:+.1f}"])
     rows.append(["all", *_cells(comparison.overall), ""])

@@ -110,6 +110,15 @@ class Row:
         token_bytes = self._source.token_bytes(self.number)
         return self._source.token_text.in_text(self.token_ids, self.text, token_bytes)
 
+    @property
+    def whole_tokens(self) -> list[str]:
+        """`tokens`, but a character that several tokens make is whole with the first of them; the others read as "".
+
+        Raises as `tokens`.
+        """
+        token_bytes = self._source.token_bytes(self.number)
+        return self._source.token_text.whole_in_text(self.token_ids, self.text, token_bytes)
+
     def texts_of(self, token_ids: np.ndarray) -> list[str]:
         """Any ids of entries as text. Raises as `tokens`."""
         return self._source.entry_text.of_ids(token_ids)

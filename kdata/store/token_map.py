@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from kdata.errors import CorruptError
+from kdata.store.tokens import REPLACED
 from kdata.store.vocabulary import num_ids
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 TokenMap = Literal["prefix", "exact", "ranks", "matched"]
 MATCHED = "matched_ids.npy"  # beside a tokenizer's files
-REPLACED = "\ufffd"  # what a decoder writes for a part of a character
 # The characters that byte-level tokenizers write for bytes: printable ones for themselves, the others from 256 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]

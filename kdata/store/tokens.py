@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MAX_IDS = 1 << 24  # the largest vocabularies have 2^18
+REPLACED = "\ufffd"  # what a decoder writes for a part of a character
+MOST_JOINED = (
+    8  # tokens that are joined to whole characters: a character has four bytes, and a token may hold parts of two
+)
 LONG_NUMBER = re.compile(rb"[:,\[]\s*[1-9][0-9]{7}")
 
 
@@ -170,14 +174,53 @@ class TokenText:
             text: what they were made from; None where it is not stored.
             token_bytes: uint16 [T], bytes of the text's UTF-8 per token; None where it is not stored.
         """
-        content = b"" if text is None else text.encode()
-        if token_bytes is None or int(token_bytes.sum(dtype=np.int64)) != len(content):
+        ends = _ends(text, token_bytes)
+        if text is None or token_bytes is None or ends is None:
             return self.of_ids(token_ids)
-        ends = np.cumsum(token_bytes, dtype=np.int64)
+        content = text.encode()
         return [
             content[end - size : end].decode(errors="replace") if size else self.of_id(token_id)
             for token_id, size, end in zip(token_ids.tolist(), token_bytes.tolist(), ends.tolist(), strict=True)
         ]
+
+    def whole_in_text(self, token_ids: np.ndarray, text: str | None, token_bytes: np.ndarray | None) -> list[str]:
+        """`in_text`, but a character that several tokens make is whole with the first of them; the others have "".
+
+        Args: as `in_text`.
+        """
+        pieces, ends = self.in_text(token_ids, text, token_bytes), _ends(text, token_bytes)
+        content = b"" if text is None else text.encode()
+        begin = 0
+        while begin < len(pieces):
+            end = begin + 1
+            if pieces[begin].endswith(REPLACED):
+                for last in range(begin + 2, min(begin + MOST_JOINED, len(pieces)) + 1):
+                    if ends is not None:
+                        first = int(ends[begin - 1]) if begin else 0
+                        joined = content[first : int(ends[last - 1])].decode(errors="replace")
+                    else:
+                        joined = self._joined(token_ids[begin:last].tolist())
+                    if REPLACED not in joined and all(REPLACED in piece for piece in pieces[begin:last]):
+                        pieces[begin:last] = [joined, *[""] * (last - begin - 1)]
+                        end = last
+                        break
+            begin = end
+        return pieces
+
+    def _joined(self, token_ids: list[int]) -> str:
+        """Tokens as one text, as `of_id` has one of them."""
+        tokens, decoder = [self._tokenizer.id_to_token(number) or "" for number in token_ids], self._tokenizer.decoder
+        if decoder is None or any(number in self._added for number in token_ids):
+            return REPLACED
+        text: str = decoder.decode(["a", *tokens]).removeprefix(decoder.decode(["a"]))
+        return text
+
+
+def _ends(text: str | None, token_bytes: np.ndarray | None) -> np.ndarray | None:
+    """Where each token ends in the UTF-8 of a text, int64 [T]; None where that is not known."""
+    if text is None or token_bytes is None or int(token_bytes.sum(dtype=np.int64)) != len(text.encode()):
+        return None
+    return np.cumsum(token_bytes, dtype=np.int64)
 
 
 class NumberText(TokenText):

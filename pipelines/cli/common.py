@@ -18,6 +18,7 @@ import typer
 from pyarrow import csv
 from pydantic import BaseModel, Field
 from rich import box
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 from typer.models import OptionInfo
@@ -36,6 +37,8 @@ from kdata.store.url import is_url
 from kdata.teachers.config import TeacherConfig
 
 MAX_ROWS = 200  # of a table on a terminal
+MAX_DOMAINS = 20  # that a table on a terminal has columns for
+BESIDE = 2  # spaces before a column of a table
 WIDE = 20  # characters that a column needs at most; longer text is wrapped
 out = PlainConsole()
 
@@ -321,8 +324,11 @@ def print_first_rows(batches: pa.RecordBatchReader) -> None:
     print_table(pa.Table.from_batches(first, schema=batches.schema), num_rows)
 
 
-def print_table(table: pa.Table, num_rows: int | None = None) -> None:
-    """Print a table for a person, at most MAX_ROWS rows of it, and how many there are: `num_rows`, or those of the table."""
+def print_table(table: pa.Table, num_rows: int | None = None, *, of: str = "rows", every: str = "csv") -> None:
+    """Print a table for a person, at most MAX_ROWS rows of it, and how many there are: `num_rows`, or those of the table.
+
+    of: what a row of it is. every: the --format of the command that prints all.
+    """
     num_rows = table.num_rows if num_rows is None else num_rows
     numbers = [
         pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
@@ -337,7 +343,7 @@ def print_table(table: pa.Table, num_rows: int | None = None) -> None:
     else:
         print_rows(columns, rows, right=numbers)
     if num_rows > MAX_ROWS:
-        say(f"{MAX_ROWS} of {num_rows:,} rows; --format csv prints all")
+        say(f"{MAX_ROWS} of {num_rows:,} {of}; --format {every} prints all")
 
 
 def print_records(columns: list[str], rows: list[list[str]]) -> None:
@@ -357,17 +363,50 @@ def print_rows(
     *,
     right: list[bool],
     title: str | None = None,
+    caption: str | None = None,
     narrow: bool = False,
 ) -> None:
-    """Print a table; columns that are marked in `right` are numbers. narrow: one space between columns and no line."""
-    table = Table(title=title and name_text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    if narrow:
-        table.box, table.padding, table.pad_edge = None, (0, 1, 0, 0), False
-    for column, is_number in zip(columns, right, strict=True):
-        table.add_column(name_text(column), justify="right" if is_number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(visible, row))
-    out.print(table)
+    """Print a table; columns that are marked in `right` are numbers.
+
+    Columns that do not fit into the terminal stand in further tables below, each with the first column again.
+    narrow: one space between columns and no line, in one table whatever its width.
+    """
+    names, cells = list(columns), list(rows)
+    blocks = [list(range(len(names)))] if narrow else column_blocks(names, cells, right, out.width)
+    for number, block in enumerate(blocks, 1):
+        table = Table(
+            title=name_text(title) if title and number == 1 else None, title_justify="left",
+            caption=caption if number == len(blocks) else None, caption_justify="left",
+            box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1),
+        )  # fmt: skip
+        if narrow:
+            table.box, table.padding, table.pad_edge = None, (0, 1, 0, 0), False
+        for place in block:
+            table.add_column(name_text(names[place]), justify="right" if right[place] else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*(visible(row[place]) for place in block))
+        out.print(table)
+
+
+def column_blocks(names: list[str], rows: list[list[str]], right: list[bool], width: int) -> list[list[int]]:
+    """Places of the columns of each table, so that no number and no word of a heading is broken; one where all fit."""
+    if not names:
+        return []
+
+    def least(place: int) -> int:
+        longest = max((cell_len(row[place]) for row in rows), default=0)
+        word = max(map(cell_len, names[place].split()), default=0)
+        needed = max(longest, word)
+        return BESIDE + (needed if right[place] else min(needed, WIDE // 2 if place else WIDE))
+
+    blocks, free = [[0]], width - 1 - least(0)
+    for place in range(1, len(names)):
+        if least(place) > free and len(blocks[-1]) > 1:
+            blocks.append([0])
+            free = width - 1 - least(0)
+        blocks[-1].append(place)
+        free -= least(place)
+    return blocks
 
 
 def cell(value: Any) -> str:

@@ -75,7 +75,7 @@ def info(
         grid.add_row(name_text(name, "bold"), name_text(line))
     say(str(opened.path))
     out.print(grid)
-    print_table(domains)
+    print_table(domains, of="domains and sources", every="json")
     say_unchecked(opened)
 
 

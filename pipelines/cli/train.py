@@ -6,25 +6,22 @@ What needs torch is imported inside the functions, after the arguments are check
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 import kdata
 from kdata.config import parse_config, read_yaml
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.format.files import lock_of, storage_errors, write_atomically
 from kdata.observe.style import check_picture
-from kdata.observe.terminal import name_text
 from kdata.observe.text import number
 from kdata.pipelines.cli.common import (
+    MAX_DOMAINS,
     DatasetArgument,
     Format,
     FormatOption,
@@ -34,7 +31,6 @@ from kdata.pipelines.cli.common import (
     StrictOption,
     local_folder,
     option,
-    out,
     print_json,
     print_rows,
     say,
@@ -89,37 +85,46 @@ def run(
 
     page = execute(resolved, folder, resume=resume.value)
     results = json.loads((folder / "results.json").read_text("utf-8"))
-    out.print(students_table(results))
+    print_students(results, folder / "results.json")
     say(f"report: {page}")
     say_rejected([f"{folder}/{name}" for name in ("dataset", "heldout", *(["validation"] if resolved.rounds else []))])
 
 
-def students_table(results: dict[str, Any]) -> Table:
-    """One row per student: held-out NLL per domain and overall, KL to the teacher, top-1 agreement."""
+def largest_domains(tokens_of: Mapping[str, int]) -> tuple[list[str], str]:
+    """The domains that a table has columns for, in their order, and a line about the others; "" where there are none."""
+    largest = set(sorted(tokens_of, key=lambda name: (-tokens_of[name], name))[:MAX_DOMAINS])
+    left = f"the {len(largest)} largest of {len(tokens_of):,} domains" if len(tokens_of) > len(largest) else ""
+    return [name for name in tokens_of if name in largest], left
+
+
+def print_students(results: dict[str, Any], file: Path) -> None:
+    """One row per student: held-out NLL per domain and overall, KL to the teacher, top-1 agreement.
+
+    file: has all of it.
+    """
     students = list(results["students"].values())
-    domains = list(students[0]["domains"])
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title="Held-out text: NLL per domain and in all, KL to the teacher, top-1 agreement",
-        caption="NLL and KL in nats per token: lower is better",
-        padding=(0, 0, 0, 1),
-    )
-    table.add_column("student")
-    for column in (*domains, "all", "KL", "top-1"):
-        table.add_column(name_text(column), justify="right")
-    for student in students:
-        overall = student["overall"]
-        table.add_row(
-            name_text(student["label"]),
+    first = students[0]["domains"]
+    domains, left = largest_domains({name: first[name]["tokens"] for name in first})
+    columns = ["student", *domains, "all", "KL", "top-1"]
+    rows = [
+        [
+            student["label"],
             *(f"{student['domains'][d]['nll']:.3f}" for d in domains),
-            Text(f"{overall['nll']:.3f}", "bold"),
-            f"{overall['kl']:.3f}",
-            f"{overall['top1']:.1%}",
-        )
-    floor = [f"{students[0]['domains'][d]['teacher_nll']:.3f}" for d in domains]
-    table.add_section()
-    table.add_row(Text("the teacher itself", "dim"), *floor, f"{students[0]['overall']['teacher_nll']:.3f}", "", "")
-    return table
+            f"{student['overall']['nll']:.3f}",
+            f"{student['overall']['kl']:.3f}",
+            f"{student['overall']['top1']:.1%}",
+        ]
+        for student in students
+    ]
+    floor = [f"{first[d]['teacher_nll']:.3f}" for d in domains]
+    rows.append(["the teacher itself", *floor, f"{students[0]['overall']['teacher_nll']:.3f}", "", ""])
+    print_rows(
+        columns,
+        rows,
+        right=[False, *(True for _ in columns[1:])],
+        title="Held-out text: NLL per domain and in all, KL to the teacher, top-1 agreement",
+        caption="NLL and KL in nats per token: lower is better" + (f"; {left}: {file} has all" if left else ""),
+    )
 
 
 def train(
@@ -270,7 +275,7 @@ def evaluate(
     if format is Format.json:
         print_json(measured)
         return
-    out.print(evaluation_table(measured, measured["label"]))
+    print_evaluation(measured)
     for line in draft_lines(measured["drafts"]):
         say(line)
     for task, scores in measured["tasks"].items():
@@ -309,22 +314,26 @@ def draft_lines(drafts: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def evaluation_table(measured: dict[str, Any], label: str) -> Table:
+def print_evaluation(measured: dict[str, Any]) -> None:
     """Every figure of one student, by domain and overall."""
     caption = f"nats per token; KL is {measured['kl_is']}"
     if measured["bounds_are"]:
         caption += f"; reverse KL and total variation are {measured['bounds_are']}"
         caption += f"; acceptance, tokens per step and probability loyalty are {measured['acceptance_is']}"
-    table = Table(
-        box=box.SIMPLE_HEAD, title=name_text(f"{label} on held-out text"), title_justify="left", caption=caption,
-        caption_justify="left", padding=(0, 0, 0, 1),
-    )  # fmt: skip
-    scopes = {**measured["domains"], "all": measured["overall"]}
-    for column in ("", *scopes):
-        table.add_column(name_text(column), justify="right" if column else "left")
-    for name, (heading, form) in FIGURES.items():
-        table.add_row(heading, *(number(figures[name], form) for figures in scopes.values()))
-    return table
+    domains, left = largest_domains({name: figures["tokens"] for name, figures in measured["domains"].items()})
+    caption += f"; {left}: --format json prints all" if left else ""
+    scopes = {**{name: measured["domains"][name] for name in domains}, "all": measured["overall"]}
+    rows = [
+        [heading, *(number(figures[name], form) for figures in scopes.values())]
+        for name, (heading, form) in FIGURES.items()
+    ]
+    print_rows(
+        ["", *scopes],
+        rows,
+        right=[False, *(True for _ in scopes)],
+        title=f"{measured['label']} on held-out text",
+        caption=caption,
+    )
 
 
 def hacking(

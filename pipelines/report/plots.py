@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from kdata.errors import QueryError
 from kdata.format.files import without_hidden
 from kdata.format.json_text import parse_json
-from kdata.observe.style import COLOURS
+from kdata.observe.style import COLOURS, missing_signs
 from kdata.observe.text import number, one_line
 from kdata.selection.plan import Plan
 from kdata.store.dataset import Dataset
@@ -437,7 +437,7 @@ def _svg(figure: Figure, name: str) -> Markup:
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, handleheight=0.9)
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context({"svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.hashsalt": name}), missing_signs():  # the browser has them
         figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     drawing = buffer.getvalue()
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing[drawing.index("<svg") :], flags=re.DOTALL)

@@ -29,6 +29,7 @@ from kdata.store.queryable import is_name
 from kdata.store.row import Row
 from kdata.store.sql import literal
 from kdata.store.token_scores import has_tokens
+from kdata.store.tokens import REPLACED
 
 MOST_ROWS = 200  # in one answer
 MOST_TOKENS = 2_000
@@ -176,13 +177,14 @@ class View:
     def histogram(self, column: str, *, where: str = "", plan: str = "", outside: bool = False) -> dict[str, Any]:
         """How often which values of a number are: of all rows, and of those that condition and plan leave.
 
-        Returns: edges [BINS + 1], and counts `all` and `chosen` [BINS]. Both empty where no row has the number.
+        Returns: what `histogram_of` returns.
         Raises as `rows`.
         """
         with self._lock:
             source = self._flagged(where, plan, outside, column)
-            found = self.dataset.sql(overview_query(source, [self._number(column)], by_domain=False)).to_pylist()
-        return histogram_of(found, 0)
+            number, whole = self._number(column), self._whole(column)
+            found = self.dataset.sql(overview_query(source, [number], [whole], by_domain=False)).to_pylist()
+        return histogram_of(found, 0, whole=whole)
 
     def overview(self, *, where: str = "", plan: str = "", outside: bool = False) -> dict[str, Any]:
         """Domains, and histograms of lengths, NLL and differences: of all rows, and of those that condition and plan leave.
@@ -197,9 +199,11 @@ class View:
         with self._lock:
             columns = ["num_tokens", "nll", *self._differences()]
             source = self._flagged(where, plan, outside, *columns)
-            numbers = [self._number(column) for column in columns]
-            found = self.dataset.sql(overview_query(source, numbers, by_domain=True)).to_pylist()
-        histograms = [{"column": column, **histogram_of(found, place)} for place, column in enumerate(columns)]
+            numbers, whole = [self._number(column) for column in columns], [self._whole(column) for column in columns]
+            found = self.dataset.sql(overview_query(source, numbers, whole, by_domain=True)).to_pylist()
+        histograms = [
+            {"column": column, **histogram_of(found, place, whole=whole[place])} for place, column in enumerate(columns)
+        ]
         return {"domains": domains_of(found), "histograms": histograms}
 
     def row(self, number: int, *, begin: int = 0) -> dict[str, Any]:
@@ -277,6 +281,16 @@ class View:
             raise ConfigError(f"there is no number {name!r}; the numbers are {', '.join(known)}")
         terms = (".".join(f'"{part}"' for part in term.split(".")) for term in name.split(MINUS))
         return f"({MINUS.join(terms)})"
+
+    def _whole(self, name: str) -> bool:
+        """Whether a number of `_numbers` is a whole one of every row: a length, a mark, true or false."""
+        if name in NUMBERS:
+            return name.startswith("num_")
+        if MINUS in name:
+            return False
+        score, column = name.split(".")
+        kind = self.dataset.sql(f'select "{column}" from scores."{score}" limit 0').schema.field(0).type
+        return bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind))
 
     def _numbers(self) -> list[str]:
         """What can be sorted by: columns of `rows`, NAME.COLUMN of scores, and differences."""
@@ -377,6 +391,7 @@ def _again(dataset: Dataset) -> Dataset:
 def _tokens(row: Row, begin: int) -> dict[str, Any]:
     """The tokens of a row from `begin` on: what each is, what the teacher believed, and the kept entries of all in a line.
 
+    whole: the tokens with whole characters (`Row.whole_tokens`), where these are others.
     num_kept and num_exact say how many entries are a token's, exact ones first. probability: of a draw its weight.
     """
     end = min(begin + MOST_TOKENS, len(row))
@@ -385,8 +400,9 @@ def _tokens(row: Row, begin: int) -> dict[str, Any]:
     distinct, where = np.unique(ids, return_inverse=True)
     try:
         tokens, names, has_tokenizer = row.tokens[begin:end], row.texts_of(distinct), True
+        whole = row.whole_tokens[begin:end] if any(REPLACED in token for token in tokens) else tokens
     except MissingError:  # imported without a tokenizer: ids are all there is
-        tokens = [f"[{number}]" for number in row.token_ids[begin:end].tolist()]
+        tokens = whole = [f"[{number}]" for number in row.token_ids[begin:end].tolist()]
         names, has_tokenizer = [f"[{number}]" for number in distinct.tolist()], False
     return {
         "id": row.id,
@@ -395,6 +411,7 @@ def _tokens(row: Row, begin: int) -> dict[str, Any]:
         "begin": begin,
         "has_tokenizer": has_tokenizer,
         "tokens": tokens,
+        "whole": None if whole == tokens else whole,
         "token_ids": row.token_ids[begin:end].tolist(),
         "target": row.target_mask[begin:end].tolist(),
         "logprob": _numbers(row.logprob[begin:end].tolist()),

@@ -37,7 +37,7 @@ async function rowsOfFolder() {
   const all = (await fromFolder("rows")).rows;
   const words = $("where").value.toLowerCase(), domain = $("domain").value, order = $("order").value;
   const sign = $("descending").checked ? -1 : 1;
-  const left = all.filter(row => (!domain || row.domain === domain) &&
+  const left = all.filter(row => (!domain || row.domain === domain.slice(1)) &&
     (!words || `${row.id}\n${row.snippet}`.toLowerCase().includes(words)) && inBar(row[$("column").value]));
   const missing = value => value === null || value === undefined;
   if (order) left.sort((a, b) => missing(a[order]) - missing(b[order]) || sign * (a[order] - b[order]));
@@ -53,7 +53,7 @@ const name = column => column.split(" - ").map(term => term.split(".").map(part 
 function chosen() {
   const conditions = [];
   if ($("where").value.trim()) conditions.push($("where").value);
-  if ($("domain").value) conditions.push(`domain = ${quoted($("domain").value)}`);
+  if ($("domain").value) conditions.push(`domain = ${quoted($("domain").value.slice(1))}`);
   return conditions;
 }
 
@@ -85,14 +85,15 @@ async function askHistogram(column) {
   state.bar = null;  // bars show all rows of the other conditions
   const [all, own] = [values((await fromFolder("rows")).rows), values(await rowsOfFolder())];
   state.bar = bar;
-  if (!all.length) return { edges: [], all: [], chosen: [] };
-  const bins = 40, low = Math.min(...all), width = (Math.max(...all) - low) / bins || 1;
+  if (!all.length) return { edges: [], all: [], chosen: [], whole: false };
+  const whole = column.startsWith("num_"), low = Math.min(...all), high = Math.max(...all);
+  const width = whole ? Math.ceil((high - low + 1) / 40) : (high - low) / 40 || 1, bins = whole ? Math.floor((high - low) / width) + 1 : 40;
   const counts = rows => {
     const line = new Array(bins).fill(0);
     for (const value of rows) line[Math.min(bins - 1, Math.floor((value - low) / width))] += 1;
     return line;
   };
-  return { edges: Array.from({ length: bins + 1 }, (_, n) => low + n * width), all: counts(all), chosen: counts(own) };
+  return { whole, edges: Array.from({ length: bins + 1 }, (_, n) => whole && n === bins ? high + 1 : low + n * width), all: counts(all), chosen: counts(own) };
 }
 
 const askRow = (number, begin) => isServer() ? fromServer("row", { number, begin }) : fromFolder(`row-${number}-${begin}`);
@@ -120,6 +121,14 @@ function visible(text) {
 function shownToken(text, id) {
   if (!text) return "\u2205";
   return /^\ufffd+$/.test(text) ? `\u2039${id}\u203a` : visible(text).replace(/^ +| +$/g, spaces => "\u2423".repeat(spaces.length));
+}
+
+// The name of a domain; one that has none can be seen, too.
+const named = domain => visible(domain) || "(empty)";
+
+// Parts of a line. Each keeps its direction to itself: an Arabic name turns no number beside it around.
+function line(parts) {
+  return parts.flatMap((part, n) => [...(n ? [" \u00b7 "] : []), element("bdi", visible(part))]);
 }
 
 function element(kind, text, parts = {}) {
@@ -153,11 +162,11 @@ async function showRows(offset = 0) {
   }
   const list = state.rows.map((row, place) => {
     const one = element("li", null, { role: "option", "aria-selected": "false", tabindex: "0", id: `row-${row.number}` });
-    const facts = [row.domain, `${number(row.num_tokens)} tokens`];
+    const facts = [named(row.domain), `${number(row.num_tokens)} tokens`], small = element("small", null);
     if (row.nll !== null) facts.push(`NLL ${number(row.nll, 2)}`);
     if (row.value !== undefined && !["nll", "num_tokens"].includes($("order").value)) facts.push(`${$("order").value} ${number(row.value)}`);
-    one.append(element("b", visible(row.id)), " ", element("small", visible(facts.join(" \u00b7 "))),
-      element("span", visible(row.snippet.replace(/\s+/g, " "))));
+    small.append(...line(facts));
+    one.append(element("b", visible(row.id), { dir: "auto" }), " ", small, element("span", visible(row.snippet.replace(/\s+/g, " ")), { dir: "auto" }));
     one.onclick = () => showRow(place);
     one.onkeydown = event => { if (event.key === "Enter") showRow(place); };
     return one;
@@ -184,23 +193,25 @@ function drawBars(box, first, last, found, pick) {
   const most = Math.max(1, ...found.all);
   box.replaceChildren(...found.all.map((count, n) => {
     const [low, high] = [found.edges[n], found.edges[n + 1]];
-    const text = `${number(low)} to ${number(high)}: ${whole(found.chosen[n])} of ${whole(count)} rows`;
+    const range = rangeOf(low, found.whole ? high - 1 : high), text = `${range}: ${whole(found.chosen[n])} of ${whole(count)} rows`;
     const bar = element("button", null, { type: "button", title: text, "aria-label": text, tabindex: n ? "-1" : "0" });
     for (const value of [count, found.chosen[n]]) {
       const part = element("i", null);
       part.style.height = `${100 * value / most}%`;
       bar.append(part);
     }
-    if (pick) bar.onclick = () => pick([low, high, n === found.all.length - 1]);
+    if (pick) bar.onclick = () => pick([low, high, n === found.all.length - 1, range]);
     return bar;
   }));
   first.textContent = found.edges.length ? number(found.edges[0]) : "no row has it";
-  last.textContent = found.all.at(-1) ? number(found.edges.at(-1)) : "";  // the largest value is in the last bar, unless all are equal
+  last.textContent = found.all.at(-1) && found.all.length > 1 ? number(found.edges.at(-1) - (found.whole ? 1 : 0)) : "";  // the largest value is in the last bar, unless all are equal
 }
+
+const rangeOf = (low, high) => low === high ? number(low) : `${number(low)} to ${number(high)}`;
 
 function setBar(bar) {
   state.bar = bar;
-  $("range").textContent = bar ? `only ${number(bar[0])} to ${number(bar[1])}` : "";
+  $("range").textContent = bar ? `only ${bar[3]}` : "";
 }
 
 // ---- The overview.
@@ -243,8 +254,8 @@ async function showOverview() {
   };
   const parts = [["thead", [line("th", "domain", ["rows", "tokens", "share", "NLL", ...(some ? ["chosen: rows", "tokens", "share", "NLL"] : [])])]],
     ["tbody", found.domains.map(one => {
-      const button = element(isServer() ? "button" : "span", visible(one.domain), isServer() ? { type: "button" } : {});
-      button.onclick = () => { $("domain").value = one.domain; setBar(null); showPage("text"); showRows(); showHistogram(); };
+      const button = element(isServer() ? "button" : "span", named(one.domain), isServer() ? { type: "button" } : {});
+      button.onclick = () => { $("domain").value = `=${one.domain}`; setBar(null); showPage("text"); showRows(); showHistogram(); };
       return line("td", button, cells(one.all, one.chosen));
     })], ["tfoot", [line("td", "all", cells(total, own))]]];
   $("domains").replaceChildren(...parts.map(([kind, lines]) => { const part = element(kind, null); part.append(...lines); return part; }));
@@ -296,14 +307,14 @@ async function showRow(place, begin = 0) {
     if (own) one.scrollIntoView({ block: "nearest" });
   }
   $("row-id").textContent = visible(shown.id);
-  const facts = [shown.domain, `${number(shown.num_tokens)} tokens`];
+  const facts = [named(shown.domain), `${number(shown.num_tokens)} tokens`];
   for (const key of ["nll", "mean_entropy", "kept_mass", "source", "license", "finish_reason"])
     if (shown.columns[key] !== undefined && shown.columns[key] !== null) facts.push(`${key} ${typeof shown.columns[key] === "number" ? number(shown.columns[key]) : shown.columns[key]}`);
   for (const [plan, repeats] of Object.entries(shown.plans)) facts.push(`plan ${plan}: ${repeats ? `taken ${repeats > 1 ? `${repeats} times` : ""}` : "left out"}`);
-  $("row-facts").textContent = visible(facts.join(" \u00b7 "));
-  $("tokens").replaceChildren(...shown.tokens.map((text, n) => {
-    const one = element("span", visible(text), { role: "option", "aria-selected": "false", tabindex: n ? "-1" : "0", "data-n": n });
-    if (shown.logprob[n] === null && !shown.num_kept[n]) one.className = "none";
+  $("row-facts").replaceChildren(...line(facts));
+  $("tokens").replaceChildren(...shown.tokens.map((_, n) => {
+    const one = tokenOf(shown, n, { role: "option", "aria-selected": "false", tabindex: n ? "-1" : "0", "data-n": n });
+    if (shown.logprob[n] === null && !shown.num_kept[n]) one.classList.add("none");
     return one;
   }));
   $("pieces").hidden = shown.num_tokens <= shown.tokens.length;
@@ -314,6 +325,12 @@ async function showRow(place, begin = 0) {
   showToken(-1);
 }
 
+// A token in its text. A character of several tokens stands at the first of them, and narrow fields for the others.
+function tokenOf(row, n, parts) {
+  const text = row.whole ? row.whole[n] : row.tokens[n], goesOn = !text && row.tokens[n];
+  return element("span", visible(text), goesOn ? { ...parts, class: "part", "aria-label": "goes on with the character before" } : parts);
+}
+
 function showOther() {
   const beside = state.row.beside, box = $("other");
   box.hidden = !beside || (!beside.missing && beside.same_tokens);
@@ -321,8 +338,8 @@ function showOther() {
   box.querySelector("h3").textContent = beside.missing ? `${state.about.beside.name} does not have this row` : `The same row in ${state.about.beside.name}, in its own tokens`;
   box.querySelector("p").hidden = beside.missing;
   if (beside.missing) return;
-  box.querySelector("p").replaceChildren(...beside.tokens.map((text, n) => {
-    const one = element("span", visible(text), { title: beside.logprob[n] === null ? "not predicted" : `probability ${percent(Math.exp(beside.logprob[n]))}` });
+  box.querySelector("p").replaceChildren(...beside.tokens.map((_, n) => {
+    const one = tokenOf(beside, n, { title: beside.logprob[n] === null ? "not predicted" : `probability ${percent(Math.exp(beside.logprob[n]))}` });
     one.style.setProperty("--share", share(beside.logprob[n] === null ? null : -beside.logprob[n], 8));
     return one;
   }));
@@ -473,7 +490,7 @@ async function begin() {
   if (isServer() && about.rejected) showRejects();
   $("left-out").textContent = about.left_out.join(" ");
   $("left-out").hidden = !about.left_out.length;
-  fill($("domain"), about.domains.map(one => [one.domain, `${visible(one.domain)} (${one.n.toLocaleString("en-US")})`]));
+  fill($("domain"), about.domains.map(one => [`=${one.domain}`, `${named(one.domain)} (${one.n.toLocaleString("en-US")})`]));
   fill($("plan"), about.plans.flatMap(one => [[`+${one.name}`, `taken by ${one.name} (${one.rows.toLocaleString("en-US")})`], [`-${one.name}`, `left out by ${one.name}`]]));
   const numbers = isServer() ? about.numbers : ["nll", "mean_entropy", "num_tokens"];
   fill($("order"), [...numbers, ...(isServer() ? ["random"] : [])].map(one => [one, one]));

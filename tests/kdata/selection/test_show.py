@@ -63,6 +63,23 @@ def test_a_table_shows_what_was_requested_and_chosen(dataset: kdata.Dataset) -> 
     assert any(note.startswith("from plan difference (") for note in shown.notes)
 
 
+def test_of_many_domains_the_largest_have_lines_of_their_own(tmp_path: Path) -> None:
+    """Thousands of lines would push what the plan says off the screen; the others are one line, and sums stay."""
+    rows = [Row(f"r{n:03}", "" if n == 99 else f"d{n:02}", 2 + n, float(n)) for n in range(100)]
+    data = dataset_of(tmp_path / "many", rows)
+    plan = select(data, Random(name="a", share=0.5, by_domain=False))
+    select(data, Static(name="b", weights={row.domain: 1 for row in rows}, size=100, count_by="sequences"))
+    for shown in (table_of(plan), comparison_table(compare(data, "a", "b"))):
+        names = [row[0] for row in shown.rows]
+        assert len(names) == 42 and names[-2:] == ["60 others", "all"]
+        assert "40 largest of 100 domains" in " ".join(shown.notes)
+        own = [int(row[1].split()[0].replace(",", "")) for row in shown.rows]
+        assert sum(own[:-1]) == own[-1]
+    assert "(empty)" in [row[0] for row in table_of(plan).rows]
+    weights = next(note for note in table_of(open_plan(data, "b")).notes if note.startswith("method static"))
+    assert "88 others}" in weights
+
+
 def test_the_picture_shows_shares_and_the_cut(dataset: kdata.Dataset, tmp_path: Path) -> None:
     plan = select(dataset, Difference(share=0.3))
     bars = plan_show._histogram(dataset, plan)
@@ -76,6 +93,18 @@ def test_the_picture_shows_shares_and_the_cut(dataset: kdata.Dataset, tmp_path: 
         assert draw(dataset, plan, path).stat().st_size > 1000
     with pytest.raises(ConfigError, match=r"a picture ends in \.png, \.svg, \.pdf"):
         draw(dataset, plan, tmp_path / "p.html")
+
+
+def test_signs_that_the_font_lacks_are_one_line(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = dataset_of(tmp_path / "d", [Row("a", "\u4e2d\u6587", 2, 1.0), Row("b", "\u65e5\u672c", 2, 2.0)])
+    plan = select(data, All())
+    draw(data, plan, tmp_path / "a.png")
+    assert capsys.readouterr().err.count("some are boxes") == 1 and not recwarn.list
+    draw(data, plan, tmp_path / "a.svg")
+    assert "\u4e2d\u6587" in (tmp_path / "a.svg").read_text() and "boxes" not in capsys.readouterr().err
+    assert not recwarn.list
 
 
 def test_no_histogram_where_the_plan_s_inputs_have_changed(dataset: kdata.Dataset, tmp_path: Path) -> None:

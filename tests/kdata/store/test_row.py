@@ -8,11 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import kdata
+from kdata.corpus.encode import TextEncoder
 from kdata.errors import ConfigError, CorruptError, DependencyError, MissingError, OutOfRangeError, ShapeError
 from kdata.format.files import file_info
 from kdata.store.dataset import Dataset
+from kdata.store.tokens import TokenText
+from kdata.teachers.model import load_tokenizer
 from tests.fakes import CHATML, run_capture, run_generate, save_tokenizer, write_jsonl
 
 
@@ -70,6 +75,22 @@ def test_a_token_that_is_part_of_a_character_is_marked(tmp_path: Path, tokenizer
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"id": "a", "domain": "d", "text": "cat 語 z"}])
     row = run_capture(tmp_path / "d", corpus, tokenizer_dir)[0]
     assert row.tokens[0] == "<s>" and "�" in "".join(row.tokens) and row.tokens[-1].endswith("z")
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whole_tokens_join_to_the_text(tokenizer_dir: Path, text: str) -> None:
+    """By the bytes of each token in the text, and without them by the tokenizer's decoder."""
+    shown = TokenText(tokenizer_dir, tokenizer_dir)
+    encoder = TextEncoder(load_tokenizer(str(tokenizer_dir), None))
+    [(_, ids, sizes)] = encoder.pieces(text, 1000)
+    pieces = shown.whole_in_text(ids, text, sizes)
+    assert "".join(pieces).removeprefix("<s>") == text
+    alone = shown.in_text(ids, text, sizes)
+    assert all(piece in ("", token) or "\ufffd" in token for piece, token in zip(pieces, alone, strict=True))
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert "".join(shown.whole_in_text(ids, None, None)).removeprefix("<s>") == text
 
 
 def test_tokens_without_stored_bytes_are_decoded_one_by_one(tmp_path: Path, tokenizer_dir: Path) -> None:

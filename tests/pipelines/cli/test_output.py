@@ -8,17 +8,23 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import kdata
 from kdata.errors import QueryError
+from kdata.observe.terminal import PlainConsole
 from kdata.pipelines.cli import common
 from kdata.pipelines.cli.main import app, call
+from kdata.pipelines.cli.train import FIGURES, print_evaluation
 from kdata.selection.ranked import All
 from kdata.selection.select import select
 from kdata.store import sql
+from tests.kdata.selection.plans import Row, dataset_of
 
 RUNNER = CliRunner(env={"COLUMNS": "400"})
 HOSTILE = "a\x1b[31m]0;b\x07\u202ec\x9b2J\rd[bold]e[/]:smile:"
@@ -200,3 +206,44 @@ def test_a_wrong_argument_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[
     assert SHOWN in capsys.readouterr().err
     assert call(["info", f"./{HOSTILE}"]) == 1
     assert SHOWN in capsys.readouterr().err
+
+
+@given(
+    names=st.lists(st.text("ab ", min_size=1, max_size=30), min_size=1, max_size=12),
+    numbers=st.lists(st.integers(0, 10**9), min_size=1, max_size=4),
+    width=st.integers(30, 200),
+)
+def test_no_number_of_a_table_is_broken_or_lost(names: list[str], numbers: list[int], width: int) -> None:
+    """Columns that do not fit stand below, each table with the first column again."""
+    rows = [["label", *(f"{number:,}" for _ in names)] for number in numbers]
+    buffer = io.StringIO()
+    with patch.object(common, "out", PlainConsole(file=buffer, width=width)):
+        common.print_rows(["", *names], rows, right=[False, *(True for _ in names)], title="t", caption="c")
+    lines = buffer.getvalue().splitlines()
+    for number in set(numbers):
+        cells = sum(line.split().count(f"{number:,}") for line in lines)
+        assert cells == len(names) * numbers.count(number)
+    assert max(map(len, lines)) <= width
+
+
+def test_a_student_measured_in_many_domains(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = dict.fromkeys(FIGURES, 0.5)
+    domains = {f"d{n:03}": {**figures, "nll": 2.0 + n, "tokens": n} for n in range(300)}
+    measured = {"label": "student", "kl_is": "exact", "bounds_are": "", "domains": domains,
+                "overall": {**figures, "nll": 1.25, "tokens": 44_850}}  # fmt: skip
+    buffer = io.StringIO()
+    monkeypatch.setattr(common, "out", PlainConsole(file=buffer, width=80))
+    print_evaluation(measured)
+    said = buffer.getvalue()
+    assert "301.000" in said and "282.000" in said and "281.000" not in said and "1.250" in said
+    assert "20 largest of 300 domains" in said
+
+
+def test_a_table_that_is_cut_says_how_its_command_prints_all(tmp_path: Path) -> None:
+    data = dataset_of(tmp_path / "many", [Row(f"r{n}", f"d{n}", 2, 1.0) for n in range(common.MAX_ROWS + 1)])
+    said = RUNNER.invoke(app, ["info", str(data.path)]).stdout
+    assert "200 of 201 domains and sources; --format json prints all" in said
+    whole = json.loads(RUNNER.invoke(app, ["info", str(data.path), "--format", "json"]).stdout)
+    assert len(whole["domains"]) == common.MAX_ROWS + 1

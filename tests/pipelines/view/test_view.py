@@ -14,10 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,7 +33,7 @@ from kdata.errors import ConfigError, DataError, MissingError, OutOfRangeError, 
 from kdata.pipelines.cli.main import app
 from kdata.pipelines.view import values
 from kdata.pipelines.view.export import export
-from kdata.pipelines.view.overview import histogram_of
+from kdata.pipelines.view.overview import BINS, histogram_of, overview_query
 from kdata.pipelines.view.server import ViewServer
 from kdata.pipelines.view.values import View
 from kdata.selection.query import Sql
@@ -139,10 +141,14 @@ def test_the_overview_is_what_sql_says(scored: kdata.Dataset, choice: dict[str, 
             assert line[part]["rows"] == len(some)
             assert line[part]["tokens"] == times * sum(row["num_tokens"] for row in some)
             assert line[part]["nll"] == (pytest.approx(np.mean([row["nll"] for row in some])) if some else None)
-    assert [line["domain"] for line in got["domains"]] == sorted({row["domain"] for row in rows})
+    tokens_of = {
+        name: -sum(row["num_tokens"] for row in rows if row["domain"] == name)
+        for name in {row["domain"] for row in rows}
+    }
+    assert [line["domain"] for line in got["domains"]] == sorted(tokens_of, key=lambda name: (tokens_of[name], name))
     assert [one["column"] for one in got["histograms"]] == ["num_tokens", "nll", "ref.nll - nll"]
     for one, key in zip(got["histograms"], ("num_tokens", "nll", "difference"), strict=True):
-        assert {name: one[name] for name in ("edges", "all", "chosen")} == view.histogram(one["column"], **choice)
+        assert {name: one[name] for name in one if name != "column"} == view.histogram(one["column"], **choice)
         counted, _ = np.histogram([row[key] for row in rows if row["id"] in chosen], np.array(one["edges"]))
         assert np.abs(np.cumsum(one["chosen"]) - np.cumsum(counted)).max() <= 1  # a value at an edge
     json.dumps(got, allow_nan=False)
@@ -151,8 +157,24 @@ def test_the_overview_is_what_sql_says(scored: kdata.Dataset, choice: dict[str, 
 @given(low=st.floats(-1e6, 1e6), span=st.floats(0, 1e6))
 def test_the_last_bin_has_the_largest_value(low: float, span: float) -> None:
     found = {"part": 0, "bin": 0, "every": 1, "chosen": 0, "low": low, "high": low + span}
-    edges = histogram_of([found], 0)["edges"]
+    edges = histogram_of([found], 0, whole=False)["edges"]
     assert edges[0] == low and edges[-1] >= low + span
+
+
+@given(lengths=st.lists(st.integers(0, 300), min_size=1, max_size=60))
+def test_bins_of_whole_numbers_hold_as_many_numbers_each(lengths: list[int]) -> None:
+    """Bins of other widths would have gaps and peaks where the lengths have none."""
+    values_of = ", ".join(f"('a', {length}, 0.0, true, 1)" for length in lengths)
+    source = f"(values {values_of}) as t(domain, num_tokens, nll, is_chosen, times)"
+    query = overview_query(source, ["num_tokens"], [True], by_domain=False)
+    got = histogram_of(duckdb.sql(query).to_arrow_table().to_pylist(), 0, whole=True)
+    widths = np.diff(got["edges"])
+    assert len(set(widths[:-1])) <= 1 and all(width == int(width) >= 1 for width in widths) and len(widths) <= BINS
+    assert got["edges"][0] == min(lengths) and got["edges"][-1] == max(lengths) + 1
+    counted = [sum(low <= length < high for length in lengths) for low, high in pairwise(got["edges"])]
+    assert got["all"] == got["chosen"] == counted
+    if max(lengths) - min(lengths) < BINS:
+        assert set(widths) == {1}
 
 
 def test_rows_of_a_bin_of_differences_in_random_order(scored: kdata.Dataset) -> None:

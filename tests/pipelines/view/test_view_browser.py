@@ -255,7 +255,7 @@ def test_the_overview_counts_a_plan_and_leads_to_the_rows_of_a_bin(dataset: kdat
       key("o");
       await until(() => page.querySelector("#domains button"));
       page.querySelector("#domains button").click();
-      await until(() => $("domain").value === "a" && listed().length && $("range").textContent === "");
+      await until(() => $("domain").value === "=a" && listed().length && $("range").textContent === "");
       await sleep(200);
       out.domain = $("total").textContent;
       return out;
@@ -274,6 +274,41 @@ def test_the_overview_counts_a_plan_and_leads_to_the_rows_of_a_bin(dataset: kdat
     assert got["bin"][2].startswith("only") and got["bin"][3:] == ["random", "ref.nll - nll"]
     in_a = dataset.sql("select count(*) as n from rows where domain = 'a' and id in (select id from plans.half)")
     assert got["domain"].endswith(f"of {in_a['n'][0].as_py()}")
+
+
+def test_other_scripts_are_read_as_they_are_written(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Tokens that are parts of characters show the characters; names from right to left leave the numbers beside them."""
+    texts = ["\u0647\u0630\u0627 \u0646\u0635", "\u8fd9\u662f text", "\U0001f389 party"]
+    names = [("\u0627\u0628-0", "\u0627\u0628"), ("r1", "zh"), ("r2", "")]
+    rows = [{"id": one, "domain": domain, "text": text} for (one, domain), text in zip(names, texts, strict=True)]
+    data = run_capture(tmp_path / "data", write_jsonl(tmp_path / "texts.jsonl", rows), tokenizer_dir)
+    assert any("\ufffd" in token for row in data for token in row.tokens)
+    steps = """
+      await until(() => $("rows").children.length && $("tokens").children.length);
+      const out = { texts: [], colored: [] };
+      const parts = [$("rows").querySelector("b"), ...$("rows").querySelectorAll("bdi")];
+      const [id, domain, length] = parts.map(one => one.getBoundingClientRect());
+      out.order = id.right <= domain.left && domain.right <= length.left;
+      for (const one of [...$("rows").children]) {
+        const before = $("row-id").textContent;
+        one.click();
+        await until(() => $("row-id").textContent === one.querySelector("b").textContent);
+        const tokens = [...$("tokens").children];
+        out.texts.push($("tokens").textContent);
+        out.colored.push(tokens.every(token => token.getBoundingClientRect().width > 0));
+      }
+      $("show-overview").click();
+      await until(() => page.querySelectorAll("#domains button").length);
+      const empty = [...page.querySelectorAll("#domains button")].find(one => one.textContent === "(empty)");
+      empty.click();
+      await until(() => listed().length === 1);
+      out.empty = listed();
+      return out;
+    """
+    got = seen(data, steps, tmp_path)
+    assert "failed" not in got, got
+    assert got["texts"] == [f"<s>{text}" for text in texts] and got["colored"] == [True] * 3
+    assert got["order"] and got["empty"] == ["r2"]
 
 
 def test_a_histogram_of_equal_numbers_names_no_larger_one(dataset: kdata.Dataset, tmp_path: Path) -> None:
