@@ -13,6 +13,8 @@ from fractions import Fraction
 
 from kdata.errors import ConfigError, DataError
 
+MOST_REPEATS = 10_000  # of `max_repeats`
+
 
 def exact(weights: Mapping[str, float]) -> dict[str, Fraction]:
     """Weights as fractions that sum to 1. Raises ConfigError unless they are finite, >= 0 and not all 0."""
@@ -78,6 +80,7 @@ def share_out(
             raise DataError(
                 f"domain {name!r}: {requested[name]:,} {count_by} are requested, but it holds {held[name]:,}"
                 + (f", {limits[name]:,} with max_repeats={max_repeats:g}" if max_repeats > 1 else "")
-                + f". Request at most {most:,} {count_by} in all (size), or set max_repeats={factor:g}."
+                + f". Request at most {most:,} {count_by} in all (size)"
+                + (f", or set max_repeats={factor:g}." if factor <= MOST_REPEATS else ".")
             )
     return requested

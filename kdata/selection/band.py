@@ -62,7 +62,8 @@ class Band(Windowed):
 
     def window(self) -> str:
         """See `Windowed.window`."""
-        low, high = as_written(self.low), as_written(self.high)
+        # A quantile of more digits is that of fewer in any dataset, and DuckDB's integers have 38.
+        low, high = (as_written(quantile).limit_denominator(10**18) for quantile in (self.low, self.high))
         return BAND.format(
             low=low.numerator, low_of=low.denominator, high=high.numerator, high_of=high.denominator,
             middle=float((low + high) / 2),

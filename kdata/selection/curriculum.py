@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from kdata.errors import ConfigError, DataError, nearest
-from kdata.selection.apportion import exact, share_out
+from kdata.selection.apportion import MOST_REPEATS, exact, share_out
 from kdata.selection.plan import CountBy
 from kdata.selection.rank import Ranking, choose_best, count_units
 from kdata.selection.session import DomainSizes, Session
@@ -67,7 +67,11 @@ class Curriculum(Step):
     )
     size: int | None = Field(None, ge=1, description="Rows in all; null: the most that shares and ratios allow.")
     max_repeats: float = Field(
-        1.0, ge=1, le=10_000, allow_inf_nan=False, description="A row is repeated at most this many times, on average."
+        1.0,
+        ge=1,
+        le=MOST_REPEATS,
+        allow_inf_nan=False,
+        description="A row is repeated at most this many times, on average.",
     )
     seed: int = Field(0, ge=0, description="Seed of the draw.")
 

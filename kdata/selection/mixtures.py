@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from kdata.errors import ConfigError, nearest
-from kdata.selection.apportion import apportion, exact, share_out
+from kdata.selection.apportion import MOST_REPEATS, apportion, exact, share_out
 from kdata.selection.plan import CountBy
 from kdata.selection.rank import Ranking, choose_best, count_units
 from kdata.selection.ranked import RANDOM
@@ -67,7 +67,7 @@ class Mixture(OfDomains):
     max_repeats: float = Field(
         1.0,
         ge=1,
-        le=10_000,
+        le=MOST_REPEATS,
         allow_inf_nan=False,
         description="A domain gives at most this many times what it holds; 1: no sequence is repeated.",
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +22,13 @@ from kdata.selection.apportion import as_written, exact
 from kdata.selection.mixtures import Mixture, units_of
 from kdata.selection.session import DomainSizes, Session
 
-READERS = {".parquet": pq.read_table, ".csv": pyarrow.csv.read_csv, ".jsonl": pyarrow.json.read_json}
+
+def _read_csv(path: Path) -> pa.Table:
+    """A CSV in which a domain is text, also where it looks like a number or a date."""
+    return pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types={"domain": pa.string()}))
+
+
+READERS = {".parquet": pq.read_table, ".csv": _read_csv, ".jsonl": pyarrow.json.read_json}
 
 
 def read_table(file: str) -> pa.Table:
@@ -30,9 +39,12 @@ def read_table(file: str) -> pa.Table:
     if not path.is_file():
         raise MissingError(f"{file} does not exist; name a table ({', '.join(READERS)})")
     try:
-        return READERS[path.suffix](path)
+        table = READERS[path.suffix](path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} cannot be read: {first_line(error)}") from error
+    if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
+        raise DataError(f"{file} has the column {twice[0]!r} twice; keep one")
+    return table
 
 
 def numbers_of(table: pa.Table, column: str, file: str) -> list[float]:
@@ -42,7 +54,9 @@ def numbers_of(table: pa.Table, column: str, file: str) -> list[float]:
             f"{file} has no column {column!r}{nearest(column, table.column_names)}; it has {table.column_names}"
         )
     values = table[column].to_pylist()
-    if bad := [v for v in values if isinstance(v, bool) or not isinstance(v, (int, float)) or not np.isfinite(v)]:
+    if bad := [
+        v for v in values if isinstance(v, bool) or not isinstance(v, int | float | Decimal) or not math.isfinite(v)
+    ]:
         raise DataError(f"{file}: column {column!r} holds {bad[0]!r}; every line needs a finite number")
     return [float(v) for v in values]
 
@@ -53,15 +67,15 @@ def weights_in(file: str) -> dict[str, float]:
     weights = numbers_of(table, "weight", file)
     if "domain" not in table.column_names:
         raise DataError(f"{file} has no column 'domain'; it has {table.column_names}")
-    names = table["domain"].to_pylist()
+    names = [None if value is None else str(value) for value in table["domain"].to_pylist()]
     if not names:
         raise DataError(f"{file} has no line; write a line with domain and weight for each domain")
     for number, name in enumerate(names):
-        if not isinstance(name, str):
-            raise DataError(f"{file} names the domain {name!r}, which is no text; write its name")
+        if name is None:
+            raise DataError(f"{file} names no domain in line {number + 1} of its weights; write its name")
         if name in names[:number]:
             raise DataError(f"{file} names the domain {name!r} twice; give each domain one line")
-    return dict(zip(names, weights, strict=True))
+    return {str(name): weight for name, weight in zip(names, weights, strict=True)}
 
 
 class Table(Mixture):
@@ -80,6 +94,9 @@ class Table(Mixture):
                 near = nearest(name, every)
                 raise DataError(f"{self.file} names the domain {name!r}{near}; the dataset has the domains {every}")
         return weights, {"table": file_info(Path(self.file)).model_dump()}
+
+
+LOSS = "loss"  # the column of small runs with what they lost
 
 
 class Regression(Mixture):
@@ -101,11 +118,16 @@ class Regression(Mixture):
             units: what the dataset holds of each name; the table has a column for each, and `loss`.
         Raises:
             DataError: the table lacks a column or has others, or its runs are too few or do not vary enough.
+            ConfigError: a name is that of the column of losses.
         """
         names, table = sorted(units), read_table(file)
-        loss_R = np.array(numbers_of(table, "loss", file))
+        if LOSS in names:
+            raise ConfigError(
+                f"a domain that is fitted is called {LOSS!r}, as the column of the runs' losses; rename it"
+            )
+        loss_R = np.array(numbers_of(table, LOSS, file))
         weight_RN = np.array([numbers_of(table, name, file) for name in names]).T
-        if unknown := sorted(set(table.column_names) - {*names, "loss"}):
+        if unknown := sorted(set(table.column_names) - {*names, LOSS}):
             raise DataError(
                 f"{file} has a column {unknown[0]!r}, which is no domain to choose from: {names}; remove it"
             )

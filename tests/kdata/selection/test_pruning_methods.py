@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,10 @@ def test_a_band_equals_brute_force(dataset: kdata.Dataset, bounds: list[float], 
     assert {d: c.rows for d, c in plan.info.domains.items()} == {
         d: sum(OF[i].domain == d for i in expected) for d in "abc"
     }
+
+
+def test_a_band_may_begin_at_a_quantile_of_many_digits(dataset: kdata.Dataset) -> None:
+    assert set(select(dataset, Band(low=1e-60, high=1 - 1e-16)).ids) <= set(select(dataset, Band(low=0, high=1)).ids)
 
 
 def test_bands_side_by_side_cover_every_row_once(dataset: kdata.Dataset) -> None:
@@ -313,7 +318,7 @@ def test_runs_that_do_not_tell_domains_apart_are_refused() -> None:
 BAD_TABLES: list[tuple[dict[str, Any], str, str]] = [
     ({"domain": ["a", "x"], "weight": [1.0, 1.0]}, "weights.parquet", "names the domain 'x'"),
     ({"domain": ["a", "a"], "weight": [1.0, 1.0]}, "weights.parquet", "names the domain 'a' twice"),
-    ({"domain": ["a", None], "weight": [1.0, 1.0]}, "weights.parquet", "names the domain None"),
+    ({"domain": ["a", None], "weight": [1.0, 1.0]}, "weights.parquet", "names no domain in line 2"),
     ({"domain": ["a"], "weight": [math.nan]}, "weights.parquet", "every line needs a finite number"),
     ({"domain": ["a"], "weight": [None]}, "weights.parquet", "every line needs a finite number"),
     ({"domain": ["a"], "weight": [-1.0]}, "weights.parquet", "must be finite and >= 0"),
@@ -336,6 +341,45 @@ def test_a_bad_table_is_one_error(
     step = Table(file=str(file)) if name.startswith("weights") else RegMix(runs=str(file))
     with pytest.raises((DataError, ConfigError), match=message):
         select(dataset, step)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "domains"),
+    [
+        ("w.csv", "domain,weight\n007,0.5\n2024-01-01,1.5\n", ["007", "2024-01-01", "7"]),
+        ("w.csv", "domain,weight\n7,1\n8,3\n", ["7", "8"]),
+        ("w.jsonl", '{"domain": 7, "weight": 1}\n{"domain": 8, "weight": 3}\n', ["7", "8"]),
+        ("w.parquet", None, ["7", "8"]),
+    ],
+)
+def test_a_domain_may_look_like_a_number_or_a_date(
+    tmp_path: Path, name: str, text: str | None, domains: list[str]
+) -> None:
+    data = dataset_of(tmp_path / "d", [Row(f"r{n}", domains[n % len(domains)]) for n in range(12)])
+    if text is None:
+        decimals = pa.array([Decimal("0.25"), Decimal("0.75")])
+        pq.write_table(pa.table({"domain": pa.array([7, 8]), "weight": decimals}), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(text)
+    plan = select(data, Table(file=str(tmp_path / name), size=4, count_by="sequences"))
+    assert [plan.info.domains[domain].sequences for domain in domains[:2]] == [1, 3]
+
+
+@pytest.mark.parametrize("method", ["table", "regmix"])
+def test_a_table_with_a_column_twice_is_one_error(dataset: kdata.Dataset, tmp_path: Path, method: str) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text("domain,weight,weight\na,1,2\n" if method == "table" else "a,a,c,loss\n" + "1,2,3,4\n" * 5)
+    step = Table(file=str(file)) if method == "table" else RegMix(runs=str(file))
+    with pytest.raises(DataError, match=r"has the column .(weight|a). twice"):
+        select(dataset, step)
+
+
+def test_a_domain_named_as_the_column_of_losses_is_refused(tmp_path: Path) -> None:
+    """Its column would be taken for both."""
+    data = dataset_of(tmp_path / "d", [Row(f"r{n}", ("a", "loss")[n % 2]) for n in range(8)])
+    (tmp_path / "r.csv").write_text("a,loss\n.1,.9\n.2,.8\n.4,.6\n.7,.3\n")
+    with pytest.raises(ConfigError, match="is called 'loss'"):
+        select(data, RegMix(runs=str(tmp_path / "r.csv")))
 
 
 def test_a_table_that_is_none_is_refused(dataset: kdata.Dataset, tmp_path: Path) -> None:
