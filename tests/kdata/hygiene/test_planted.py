@@ -18,8 +18,17 @@ from kdata.corpus.corpus import CorpusConfig
 from kdata.hygiene.checks import HygieneConfig
 from kdata.hygiene.duplicates import Sketches, groups, signatures, sketch
 from kdata.hygiene.inspect import inspect_corpus
+from kdata.hygiene.personal import personal_of
 from kdata.hygiene.words import hashed, normal_form, words_of
-from tests.benchmarks.planted import Planted, Truth, pairs_of_every_similarity, peer_scores, scores
+from tests.benchmarks.planted import (
+    ADDRESSES,
+    Planted,
+    Truth,
+    addresses_told_apart,
+    pairs_of_every_similarity,
+    peer_scores,
+    scores,
+)
 from tests.fakes import write_jsonl
 
 
@@ -154,9 +163,24 @@ def test_pairs_are_joined_from_the_threshold_on(tmp_path: Path) -> None:
             assert (group[first] == group[second]) == (value > 0.8), value
 
 
+def test_addresses_are_told_from_what_looks_like_one() -> None:
+    found = [[(one.kind, text[one.start : one.end]) for one in personal_of(text)] for text, _ in ADDRESSES]
+    own = sum(wanted is not None for _, wanted in ADDRESSES)
+    assert addresses_told_apart(found) == (own, len(ADDRESSES) - own, [])
+    worse = [[], [("email", "ürgen@firma.org")], *found[2:]]
+    assert addresses_told_apart(worse) == (own - 2, len(ADDRESSES) - own, [text for text, _ in ADDRESSES[:2]])
+
+
 def test_what_a_peer_finds_is_counted_as_what_kdata_finds() -> None:
-    truth = Truth(exact={"b": "a"}, near={"c": "a"}, language={"d": "de", "e": "fr"}, repeated={"f"})
-    finds = {"near": {"x": {"a": 1, "b": 1, "e": 2, "f": 2}}, "language": {"d": "de", "e": "es"}, "lines": ["e", "f"]}
+    personal = {"a": [("email", "x@y.org"), ("phone", "+49 30 1234567")], "b": [("ip", "8.1.1.1")]}
+    truth = Truth({"b": "a"}, {"c": "a"}, {"a": "q1", "b": "q2"}, personal, {"d": "de", "e": "fr"}, {"f"})
+    finds = {
+        "near": {"x": {"a": 1, "b": 1, "e": 2, "f": 2}},
+        "language": {"d": "de", "e": "es"},
+        "lines": ["e", "f"],
+        "overlap": {"y": ["a", "c", "d"]},
+        "personal": {"a": [["email", "x@y.org"]], "b": [["ip", "8.1.1.1"]], "c": [["ip", "9.1.1.1"]]},
+    }
     found = peer_scores(truth, list("abcdef"), finds)
     near, groups, language, repetition = (
         found["near duplicates, x"],
@@ -166,4 +190,7 @@ def test_what_a_peer_finds_is_counted_as_what_kdata_finds() -> None:
     )
     assert (near.planted, near.found, near.both) == (3, 4, 2)
     assert (groups.planted, groups.both) == (6, 4)  # c is alone, and f is with e
+    overlap, email, ip = found["documents of overlap: y"], found["personal data: email"], found["personal data: ip"]
+    assert (overlap.planted, overlap.found, overlap.both) == (2, 3, 1)
+    assert (email.precision, email.recall, ip.precision, ip.recall) == (1.0, 1.0, 0.5, 1.0)
     assert (language.recall, repetition.precision, repetition.recall) == (0.5, 0.5, 1.0)
