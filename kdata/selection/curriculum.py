@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from kdata.errors import ConfigError, DataError, nearest
 from kdata.selection.apportion import exact, share_out
@@ -69,6 +69,13 @@ class Curriculum(Step):
         1.0, ge=1, le=10_000, allow_inf_nan=False, description="A row is repeated at most this many times, on average."
     )
     seed: int = Field(0, ge=0, description="Seed of the draw.")
+
+    @field_validator("ratios")
+    @classmethod
+    def _can_be_shares(cls, ratios: dict[str, float] | str | None) -> dict[str, float] | str | None:
+        if isinstance(ratios, dict):
+            exact(ratios)
+        return ratios
 
     def score_columns(self) -> dict[str, str]:
         """See `Step.score_columns`."""
