@@ -22,6 +22,7 @@ from kdata.observe.style import check_picture
 from kdata.observe.text import number
 from kdata.pipelines.cli.common import (
     MAX_DOMAINS,
+    WIDE,
     DatasetArgument,
     Format,
     FormatOption,
@@ -333,6 +334,7 @@ def print_evaluation(measured: dict[str, Any]) -> None:
         right=[False, *(True for _ in scopes)],
         title=f"{measured['label']} on held-out text",
         caption=caption,
+        first=WIDE,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -211,17 +212,18 @@ def test_a_wrong_argument_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[
 @given(
     names=st.lists(st.text("ab ", min_size=1, max_size=30), min_size=1, max_size=12),
     numbers=st.lists(st.integers(0, 10**9), min_size=1, max_size=4),
-    width=st.integers(30, 200),
+    label=st.integers(0, 40),
+    width=st.integers(50, 200),
 )
-def test_no_number_of_a_table_is_broken_or_lost(names: list[str], numbers: list[int], width: int) -> None:
+def test_no_number_of_a_table_is_broken_or_lost(names: list[str], numbers: list[int], label: int, width: int) -> None:
     """Columns that do not fit stand below, each table with the first column again."""
-    rows = [["label", *(f"{number:,}" for _ in names)] for number in numbers]
+    rows = [[label * "x", *(f"{number:,} 12.3%" for _ in names)] for number in numbers]
     buffer = io.StringIO()
     with patch.object(common, "out", PlainConsole(file=buffer, width=width)):
         common.print_rows(["", *names], rows, right=[False, *(True for _ in names)], title="t", caption="c")
     lines = buffer.getvalue().splitlines()
     for number in set(numbers):
-        cells = sum(line.split().count(f"{number:,}") for line in lines)
+        cells = sum(re.findall(r"\S+ 12\.3%", line).count(f"{number:,} 12.3%") for line in lines)
         assert cells == len(names) * numbers.count(number)
     assert max(map(len, lines)) <= width
 
