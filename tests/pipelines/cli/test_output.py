@@ -231,7 +231,7 @@ def test_no_number_of_a_table_is_broken_or_lost(names: list[str], numbers: list[
 def test_a_student_measured_in_many_domains(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    figures = dict.fromkeys(FIGURES, 0.5)
+    figures: dict[str, Any] = {**dict.fromkeys(FIGURES, 0.5), "tokens": 5}
     domains = {f"d{n:03}": {**figures, "nll": 2.0 + n, "tokens": n} for n in range(300)}
     measured = {"label": "student", "kl_is": "exact", "bounds_are": "", "domains": domains,
                 "overall": {**figures, "nll": 1.25, "tokens": 44_850}}  # fmt: skip
@@ -241,6 +241,9 @@ def test_a_student_measured_in_many_domains(
     said = buffer.getvalue()
     assert "301.000" in said and "282.000" in said and "281.000" not in said and "1.250" in said
     assert "20 largest of 300 domains" in said
+    print_evaluation({**measured, "domains": {"": figures, "all": {**figures, "nll": 7.5}}})
+    said = buffer.getvalue().removeprefix(said)
+    assert "(empty)" in said and "7.500" in said and "1.250" in said and "largest" not in said
 
 
 def test_a_table_that_is_cut_says_how_its_command_prints_all(tmp_path: Path) -> None:
