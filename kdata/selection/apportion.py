@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from kdata.errors import ConfigError, DataError
 
@@ -26,6 +29,15 @@ def exact(weights: Mapping[str, float]) -> dict[str, Fraction]:
     if not whole:
         raise ConfigError(f"weights {dict(weights)} are all 0; give at least one domain a weight above 0")
     return {name: fraction / whole for name, fraction in fractions.items()}
+
+
+def _checked(weights: dict[str, float]) -> dict[str, float]:
+    exact(weights)
+    return weights
+
+
+# A field of settings: refused where `exact` refuses it, before anything is read.
+Weights = Annotated[dict[str, float], AfterValidator(_checked)]
 
 
 def as_written(number: float) -> Fraction:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from kdata.errors import ConfigError, DataError, nearest
 from kdata.selection.apportion import MOST_REPEATS, exact, share_out
@@ -74,6 +74,13 @@ class Curriculum(Step):
         description="A row is repeated at most this many times, on average.",
     )
     seed: int = Field(0, ge=0, description="Seed of the draw.")
+
+    @field_validator("ratios")
+    @classmethod
+    def _can_be_shares(cls, ratios: dict[str, float] | str | None) -> dict[str, float] | str | None:
+        if isinstance(ratios, dict):
+            exact(ratios)
+        return ratios
 
     def score_columns(self) -> dict[str, str]:
         """See `Step.score_columns`."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from kdata.errors import ConfigError, nearest
-from kdata.selection.apportion import MOST_REPEATS, apportion, exact, share_out
+from kdata.selection.apportion import MOST_REPEATS, Weights, apportion, exact, share_out
 from kdata.selection.plan import CountBy
 from kdata.selection.rank import Ranking, choose_best, count_units
 from kdata.selection.ranked import RANDOM
@@ -144,7 +144,7 @@ class Static(Mixture):
     CHOOSES: ClassVar[str] = "your domain weights"
 
     method: Literal["static"] = "static"
-    weights: dict[str, float] = Field(
+    weights: Weights = Field(
         examples=[{"prose": 0.7, "code": 0.3}], description="Domain -> share, >= 0; scaled to sum to 1."
     )
 

@@ -55,13 +55,12 @@ DomainSizes = Mapping[str, DomainSize]
 
 
 class Pool(Protocol):
-    """What runs functions elsewhere, for instance on the machines of a cluster; arguments and results are pickled.
+    """What runs functions elsewhere, for instance on the machines of a cluster; arguments and results are pickled."""
 
-    Attributes:
-        under_way: calls that may wait or run at a time.
-    """
-
-    under_way: int
+    @property
+    def under_way(self) -> int:
+        """Calls that may wait or run at a time."""
+        ...
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
         """Call a function of a module. Its errors are those of the future."""

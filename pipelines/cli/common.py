@@ -39,6 +39,7 @@ from kdata.teachers.config import TeacherConfig
 MAX_ROWS = 200  # of a table on a terminal
 MAX_DOMAINS = 20  # that a table on a terminal has columns for
 BESIDE = 2  # spaces before a column of a table
+NARROW = 12  # characters of text to which a column may shrink; longer text is wrapped
 WIDE = 20  # characters that a column needs at most; longer text is wrapped
 out = PlainConsole()
 
@@ -365,14 +366,15 @@ def print_rows(
     title: str | None = None,
     caption: str | None = None,
     narrow: bool = False,
+    first: int = NARROW,
 ) -> None:
     """Print a table; columns that are marked in `right` are numbers.
 
-    Columns that do not fit into the terminal stand in further tables below, each with the first column again.
-    narrow: one space between columns and no line, in one table whatever its width.
+    Columns that do not fit into the terminal stand in further tables below, each with the first column again, which gets at
+    least `first` characters. narrow: one space between columns and no line, in one table whatever its width.
     """
     names, cells = list(columns), list(rows)
-    blocks = [list(range(len(names)))] if narrow else column_blocks(names, cells, right, out.width)
+    blocks = [list(range(len(names)))] if narrow else column_blocks(names, cells, right, out.width, first)
     for number, block in enumerate(blocks, 1):
         table = Table(
             title=name_text(title) if title and number == 1 else None, title_justify="left",
@@ -381,31 +383,42 @@ def print_rows(
         )  # fmt: skip
         if narrow:
             table.box, table.padding, table.pad_edge = None, (0, 1, 0, 0), False
-        for place in block:
-            table.add_column(name_text(names[place]), justify="right" if right[place] else "left", overflow="fold")
+        whole = sum(BESIDE + max(cell_len(names[n]), longest_cell(cells, n)) for n in block)
+        for n in block:
+            # Where something has to be narrower it is headings and text: of a fixed width, numbers are never broken.
+            width = narrowest(names, cells, n) if right[n] and whole >= out.width else None
+            justify: Literal["left", "right"] = "right" if right[n] else "left"
+            table.add_column(name_text(names[n]), justify=justify, overflow="fold", width=width)
         for row in cells:
-            table.add_row(*(visible(row[place]) for place in block))
+            table.add_row(*(visible(row[n]) for n in block))
         out.print(table)
 
 
-def column_blocks(names: list[str], rows: list[list[str]], right: list[bool], width: int) -> list[list[int]]:
+def longest_cell(rows: list[list[str]], column: int) -> int:
+    """The width of the widest cell of a column, 0 without rows."""
+    return max((cell_len(visible(row[column])) for row in rows), default=0)
+
+
+def narrowest(names: list[str], rows: list[list[str]], column: int) -> int:
+    """The width in which no cell of a column and no word of its heading is broken."""
+    return max(longest_cell(rows, column), max(map(cell_len, names[column].split()), default=0))
+
+
+def column_blocks(
+    names: list[str], rows: list[list[str]], right: list[bool], width: int, first: int
+) -> list[list[int]]:
     """Places of the columns of each table, so that no number and no word of a heading is broken; one where all fit."""
     if not names:
         return []
-
-    def least(place: int) -> int:
-        longest = max((cell_len(row[place]) for row in rows), default=0)
-        word = max(map(cell_len, names[place].split()), default=0)
-        needed = max(longest, word)
-        return BESIDE + (needed if right[place] else min(needed, WIDE // 2 if place else WIDE))
-
-    blocks, free = [[0]], width - 1 - least(0)
+    needed = [narrowest(names, rows, n) for n in range(len(names))]
+    least = [BESIDE + (size if right[n] else min(size, NARROW if n else first)) for n, size in enumerate(needed)]
+    blocks, free = [[0]], width - 1 - least[0]
     for place in range(1, len(names)):
-        if least(place) > free and len(blocks[-1]) > 1:
+        if least[place] > free and len(blocks[-1]) > 1:
             blocks.append([0])
-            free = width - 1 - least(0)
+            free = width - 1 - least[0]
         blocks[-1].append(place)
-        free -= least(place)
+        free -= least[place]
     return blocks
 
 

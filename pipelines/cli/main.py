@@ -272,7 +272,8 @@ def status_and_text(error: BaseException) -> tuple[int, str]:
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         command = "kdata" if context is None else context.command_path
-        return error.exit_code, f"{error.format_message().rstrip('.')}; see `{command} --help`"
+        message = error.format_message().rstrip(".")
+        return error.exit_code, f"{message}{' See' if message.endswith('?') else '; see'} `{command} --help`"
     if isinstance(error, KdataError):
         return 2 if isinstance(error, ConfigError) else 1, str(error)
     text = " ".join(str(error).split())

@@ -22,6 +22,7 @@ from kdata.observe.style import check_picture
 from kdata.observe.text import number
 from kdata.pipelines.cli.common import (
     MAX_DOMAINS,
+    WIDE,
     DatasetArgument,
     Format,
     FormatOption,
@@ -40,6 +41,7 @@ from kdata.pipelines.cli.common import (
 from kdata.pipelines.report.audits import course_words
 from kdata.pipelines.report.course import draw_course
 from kdata.selection.plan import Plan, open_plan
+from kdata.selection.show import EMPTY
 from kdata.store.gguf import is_gguf
 from kdata.store.queryable import is_name
 from kdata.trainer.config import EvaluateConfig, TrainConfig
@@ -105,7 +107,7 @@ def print_students(results: dict[str, Any], file: Path) -> None:
     students = list(results["students"].values())
     first = students[0]["domains"]
     domains, left = largest_domains({name: first[name]["tokens"] for name in first})
-    columns = ["student", *domains, "all", "KL", "top-1"]
+    columns = ["student", *(name or EMPTY for name in domains), "all", "KL", "top-1"]
     rows = [
         [
             student["label"],
@@ -322,17 +324,15 @@ def print_evaluation(measured: dict[str, Any]) -> None:
         caption += f"; acceptance, tokens per step and probability loyalty are {measured['acceptance_is']}"
     domains, left = largest_domains({name: figures["tokens"] for name, figures in measured["domains"].items()})
     caption += f"; {left}: --format json prints all" if left else ""
-    scopes = {**{name: measured["domains"][name] for name in domains}, "all": measured["overall"]}
-    rows = [
-        [heading, *(number(figures[name], form) for figures in scopes.values())]
-        for name, (heading, form) in FIGURES.items()
-    ]
+    scopes = [*(measured["domains"][name] for name in domains), measured["overall"]]  # a domain may be called all
+    rows = [[heading, *(number(one[name], form) for one in scopes)] for name, (heading, form) in FIGURES.items()]
     print_rows(
-        ["", *scopes],
+        ["", *(name or EMPTY for name in domains), "all"],
         rows,
         right=[False, *(True for _ in scopes)],
         title=f"{measured['label']} on held-out text",
         caption=caption,
+        first=WIDE,
     )
 
 

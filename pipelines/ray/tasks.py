@@ -33,25 +33,39 @@ class RayTasks:
     """
 
     def __init__(self, config: RayTasksConfig) -> None:
-        self._config, self.under_way = config, 0
+        self._config = config
+        self._ray: Any = None
 
     def __enter__(self) -> RayTasks:
-        self._ray = load_ray()
-        self._joined = not self._ray.is_initialized()
-        if self._joined:
-            connect(self._ray, self._config.address)
-        cpus = self._config.cpus_per_task
-        most = self._config.tasks or max(1, int(self._ray.cluster_resources().get("CPU", 1) / cpus))
-        self.under_way = 2 * most  # one waits for each that runs
-        self._call = self._ray.remote(num_cpus=cpus, scheduling_strategy="SPREAD")(_called)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._joined:
+        if self._ray is not None and self._joined:
             self._ray.shutdown()
+
+    def _start(self) -> None:
+        """Join the cluster when there is something to do: what is wrong with the settings is said without one."""
+        if self._ray is not None:
+            return
+        ray = load_ray()
+        self._joined = not ray.is_initialized()
+        if self._joined:
+            connect(ray, self._config.address)
+        self._ray = ray
+        cpus = self._config.cpus_per_task
+        most = self._config.tasks or max(1, int(ray.cluster_resources().get("CPU", 1) / cpus))
+        self._under_way = 2 * most  # one waits for each that runs
+        self._call = ray.remote(num_cpus=cpus, scheduling_strategy="SPREAD")(_called)
+
+    @property
+    def under_way(self) -> int:
+        """See `kdata.selection.session.Pool`."""
+        self._start()
+        return self._under_way
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
         """See `kdata.selection.session.Pool`. The future raises a KdataError as the function raised it, or StorageError."""
+        self._start()
         result: Future[Any] = Future()
 
         def settle(answer: Future[Any]) -> None:

@@ -113,6 +113,14 @@ def test_a_curriculum_that_cannot_be_is_refused(dataset: kdata.Dataset, settings
     assert not (dataset.path / "plans/curriculum.parquet").exists()
 
 
+@pytest.mark.parametrize("ratios", [{"math": -1, "code": 1}, {"math": 0, "code": 0}, {"math": float("nan")}])
+def test_ratios_that_no_dataset_could_have_are_refused_as_settings(ratios: dict[str, float]) -> None:
+    """A recipe with rounds chooses after hours of a teacher's work, so it must not learn of them then."""
+    for values in ({"method": "curriculum", "ratios": ratios}, {"method": "static", "weights": ratios}):
+        with pytest.raises(ConfigError, match=r"must be finite and >= 0|are all 0|finite number"):
+            parse_step(values)
+
+
 # ------------------------------------------------------------------------------------------------------------ olmix
 
 

@@ -26,6 +26,7 @@ import yaml
 from kdata.errors import ConfigError, CorruptError
 from kdata.pipelines.cli import look, main
 from kdata.pipelines.cli.main import COMMANDS, call
+from kdata.pipelines.ray.tasks import RayTasks
 from tests.fakes import digests, rows_of_text, run_capture, write_jsonl
 from tests.tokenizers_of_kinds import byte_tokenizer, saved
 
@@ -504,3 +505,28 @@ def test_a_closed_stream_is_the_null_device_before_libraries_are_loaded(tmp_path
 def test_a_name_that_is_not_utf_8_is_refused(world: World) -> None:
     status, line = world.fails(["info", os.fsdecode(b"d\xff")])
     assert status == 2 and "d\\udcff is not UTF-8 text" in line and "rename" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["select", "{dataset}", "--engine", "ray", "--method", "prune", "--set", "keep=hardest"],
+        ["select", "missing", "--engine", "ray"],
+        ["hygiene", "{dataset}", "--engine", "ray", "--set", "language.nothing=1"],
+        ["hygiene", "missing.parquet", "--engine", "ray", "--out", "h.parquet"],
+    ],
+)
+def test_no_cluster_is_joined_for_what_cannot_be(
+    arguments: list[str], captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starting Ray takes most of a minute on a small machine."""
+    joined = []
+    monkeypatch.setattr(RayTasks, "_start", lambda self: joined.append(1))
+    monkeypatch.chdir(tmp_path)
+    assert call([one.format(dataset=captured) for one in arguments]) in (1, 2)
+    assert not joined
+
+
+def test_an_unknown_command_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["vew"]) == 2
+    assert "Did you mean 'view'? See `kdata --help`" in capsys.readouterr().err

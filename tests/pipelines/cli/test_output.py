@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -211,17 +212,18 @@ def test_a_wrong_argument_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[
 @given(
     names=st.lists(st.text("ab ", min_size=1, max_size=30), min_size=1, max_size=12),
     numbers=st.lists(st.integers(0, 10**9), min_size=1, max_size=4),
-    width=st.integers(30, 200),
+    label=st.integers(0, 40),
+    width=st.integers(50, 200),
 )
-def test_no_number_of_a_table_is_broken_or_lost(names: list[str], numbers: list[int], width: int) -> None:
+def test_no_number_of_a_table_is_broken_or_lost(names: list[str], numbers: list[int], label: int, width: int) -> None:
     """Columns that do not fit stand below, each table with the first column again."""
-    rows = [["label", *(f"{number:,}" for _ in names)] for number in numbers]
+    rows = [[label * "x", *(f"{number:,} 12.3%" for _ in names)] for number in numbers]
     buffer = io.StringIO()
     with patch.object(common, "out", PlainConsole(file=buffer, width=width)):
         common.print_rows(["", *names], rows, right=[False, *(True for _ in names)], title="t", caption="c")
     lines = buffer.getvalue().splitlines()
     for number in set(numbers):
-        cells = sum(line.split().count(f"{number:,}") for line in lines)
+        cells = sum(re.findall(r"\S+ 12\.3%", line).count(f"{number:,} 12.3%") for line in lines)
         assert cells == len(names) * numbers.count(number)
     assert max(map(len, lines)) <= width
 
@@ -229,7 +231,7 @@ def test_no_number_of_a_table_is_broken_or_lost(names: list[str], numbers: list[
 def test_a_student_measured_in_many_domains(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    figures = dict.fromkeys(FIGURES, 0.5)
+    figures: dict[str, Any] = {**dict.fromkeys(FIGURES, 0.5), "tokens": 5}
     domains = {f"d{n:03}": {**figures, "nll": 2.0 + n, "tokens": n} for n in range(300)}
     measured = {"label": "student", "kl_is": "exact", "bounds_are": "", "domains": domains,
                 "overall": {**figures, "nll": 1.25, "tokens": 44_850}}  # fmt: skip
@@ -239,6 +241,9 @@ def test_a_student_measured_in_many_domains(
     said = buffer.getvalue()
     assert "301.000" in said and "282.000" in said and "281.000" not in said and "1.250" in said
     assert "20 largest of 300 domains" in said
+    print_evaluation({**measured, "domains": {"": figures, "all": {**figures, "nll": 7.5}}})
+    said = buffer.getvalue().removeprefix(said)
+    assert "(empty)" in said and "7.500" in said and "1.250" in said and "largest" not in said
 
 
 def test_a_table_that_is_cut_says_how_its_command_prints_all(tmp_path: Path) -> None:
