@@ -7,12 +7,16 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
+
+if TYPE_CHECKING:
+    from tests.web import Files
 
 ROOT = Path(__file__).resolve().parent.parent
 # The packages first: tests/kdata would otherwise be found where the tests' folder is on the path.
@@ -69,6 +73,16 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a ChatML template."""
+    from tests.fakes import CHATML, save_tokenizer
+
+    folder = tmp_path_factory.mktemp("chatty")
+    save_tokenizer(folder, chat_template=CHATML)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with that tokenizer."""
@@ -104,6 +118,22 @@ def captured(captured_once: Path) -> Iterator[Path]:
     before = digests(captured_once)
     yield captured_once
     assert digests(captured_once) == before, "a test of this module changed the dataset that all modules share"
+
+
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Files]]:
+    """Puts folders at URLs until the test ends; the cache is empty."""
+    from tests.web import Files
+
+    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
+    with ExitStack() as servers:
+
+        def at_url(folder: Path) -> Files:
+            files = Files(folder)
+            servers.callback(files.close)
+            return files
+
+        yield at_url
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from kdata.selection.ranked import Difference
 from kdata.selection.select import select
 from kdata.teachers.config import TeacherConfig
 from tests.fakes import codec_version, run_capture
-from tests.kdata.selection.test_score_select import give_scores
+from tests.kdata.selection.plans import score_with
 from tests.schemas.raw import ids_by_number, plain_row
 from tests.schemas.tables import (
     FOLDER,
@@ -49,7 +49,7 @@ REMEDY = "run `python -m tests.schemas.tables`"
 def furnished(captured: Path, llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
     """A dataset with a sidecar, a plan and hidden states."""
     dataset = kdata.open(shutil.copytree(captured, tmp_path_factory.mktemp("furnished") / "d"))
-    give_scores(dataset, dict.fromkeys(dataset.index(["id"])["id"].to_pylist(), 9.5))
+    score_with(dataset, dict.fromkeys(dataset.index(["id"])["id"].to_pylist(), 9.5))
     select(dataset, Difference(share=0.5))
     store_hidden(dataset, HiddenConfig(model=TeacherConfig(model=str(llama_dir), backend="transformers")))
     return dataset

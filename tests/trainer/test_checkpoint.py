@@ -27,15 +27,9 @@ from kdata.trainer.config import ScratchStudent, TrainConfig
 from kdata.trainer.domain_weights import DDKMixture
 from kdata.trainer.train import train
 from tests.faults import FULL, Fault, Server
-from tests.trainer.datasets import make_dataset
 from tests.trainer.stopping import stop_before
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(60)]
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
-    return make_dataset(tmp_path_factory.mktemp("data") / "set", LENGTHS)
 
 
 def config(**changes: object) -> TrainConfig:

@@ -23,7 +23,8 @@ from kdata.trainer.config import ScratchStudent, TrainConfig, TrainResult
 from kdata.trainer.student import build_student
 from kdata.trainer.train import train
 from tests.trainer import rank
-from tests.trainer.datasets import make_dataset, save_tokenizer
+from tests.trainer.datasets import save_tokenizer
+from tests.trainer.runs import lines
 
 pytestmark = pytest.mark.slow
 
@@ -63,17 +64,8 @@ def run_ranks(jobs: list[dict], folder: Path, ranks: int = 2) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def tensors(out: Path) -> dict[str, torch.Tensor]:
     return load_file(next(out.glob("checkpoints/step-*/tensors.safetensors")))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
-    return make_dataset(tmp_path_factory.mktemp("data") / "set", LENGTHS)
 
 
 @pytest.fixture(scope="module")

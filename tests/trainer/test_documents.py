@@ -38,7 +38,7 @@ from kdata.trainer.objective_config import ObjectiveConfig
 from kdata.trainer.optimizers import make_optimizer
 from kdata.trainer.student import build_student, hidden_states, probe_isolation
 from kdata.trainer.train import train
-from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
+from tests.trainer.datasets import VOCAB, save_tokenizer
 from tests.trainer.stopping import stop_before
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(40)]
@@ -51,11 +51,6 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "mamba2": (Mamba2ForCausalLM, Mamba2Config, {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8}),
     "falcon mamba": (FalconMambaForCausalLM, FalconMambaConfig, {}),
 }
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
-    return make_dataset(tmp_path_factory.mktemp("data") / "set", LENGTHS)
 
 
 def random_model(kind: str, **sizes: int) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from kdata.trainer.student import attend_by_documents, build_student
 from kdata.trainer.train import train
 from tests.fakes import rows_of_text, run_capture, write_jsonl
 from tests.trainer.datasets import VOCAB, chain_of, make_dataset, save_tokenizer
+from tests.trainer.runs import lines
 from tests.trainer.stopping import stop_before
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(40)]
@@ -84,10 +84,6 @@ def config(**changes: object) -> TrainConfig:
         "learning_rate": 1e-2, "log_every_steps": 1, "checkpoint_every_steps": 2,
     }  # fmt: skip
     return parse_config(TrainConfig, {**values, **changes}, "test")
-
-
-def lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def oracle(model: PreTrainedModel, ids: list[int], prompt: int, targets: list[int]) -> Tensor:

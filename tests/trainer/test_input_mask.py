@@ -18,18 +18,13 @@ from kdata.trainer.config import InputMask, ScratchStudent, TrainConfig
 from kdata.trainer.input_mask import masked
 from kdata.trainer.loader import Batch, Loader
 from kdata.trainer.train import train
-from tests.trainer.datasets import VOCAB, make_dataset
+from tests.trainer.datasets import VOCAB
 from tests.trainer.stopping import stop_before
 from tests.trainer.test_distributed import BASE, run_ranks
 
 MASK = InputMask(token_id=VOCAB - 1)
 LENGTHS = [5 + (i * 7) % 40 for i in range(90)]
 READ = BatchesConfig(context_tokens=64, batch_rows=4, window_documents=16)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
-    return make_dataset(tmp_path_factory.mktemp("data") / "set", LENGTHS)
 
 
 def config(**changes: Any) -> TrainConfig:

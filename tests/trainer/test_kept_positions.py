@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from kdata.trainer.phases import open_phases
 from kdata.trainer.student import build_student
 from kdata.trainer.train import train
 from tests.fakes import VOCAB, rows_of_text, run_capture, write_jsonl
+from tests.trainer.runs import lines
 
 KINDS: dict[str, dict[str, Any]] = {
     "topk": {"temperatures": [2.0]},
@@ -162,10 +162,6 @@ def config(**changes: object) -> TrainConfig:
         "checkpoint_every_steps": 0, "window_documents": 16, "data_order": "seed",
     }  # fmt: skip
     return TrainConfig(**{**base, **changes})
-
-
-def lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("elsewhere", [None, 0.4])

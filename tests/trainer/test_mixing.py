@@ -27,6 +27,7 @@ from kdata.trainer.mixed_loader import MixedLoader
 from kdata.trainer.student import build_student, head_of, hidden_states
 from kdata.trainer.train import train
 from tests.trainer.datasets import make_dataset
+from tests.trainer.runs import lines
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(120)]
 TINY = ScratchStudent(hidden_size=16, num_layers=1, num_heads=2, max_positions=64)
@@ -263,10 +264,6 @@ def config(**changes: object) -> TrainConfig:
         "mixture": DDKMixture(every_steps=6, heldout_share=0.1),
     }
     return TrainConfig(**{**base, **changes})
-
-
-def lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

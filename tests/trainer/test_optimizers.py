@@ -31,18 +31,12 @@ from kdata.trainer.loader import BatchesConfig, Loader
 from kdata.trainer.optimizers import make_optimizer
 from kdata.trainer.student import attend_by_documents, build_student, hidden_states
 from kdata.trainer.train import train
-from tests.trainer.datasets import make_dataset
 from tests.trainer.stopping import stop_before
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(60)]
 CPU = Ranks(torch.device("cpu"))
 # 64 x 64: a matrix of 4,096 values, which the 8-bit optimizer packs; 61 x 64 is a smaller one, which it does not.
 SIZES = ScratchStudent(hidden_size=64, num_layers=1, num_heads=2, max_positions=64, intermediate_size=65)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
-    return make_dataset(tmp_path_factory.mktemp("data") / "set", LENGTHS)
 
 
 def config(**changes: object) -> TrainConfig:

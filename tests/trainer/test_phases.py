@@ -28,6 +28,7 @@ from kdata.trainer.phases import open_phases
 from kdata.trainer.schedule import Ramp
 from kdata.trainer.train import train
 from tests.trainer.datasets import VOCAB, make_dataset
+from tests.trainer.runs import lines
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(120)]
 GENERAL, TASK = 8, 6  # steps
@@ -67,10 +68,6 @@ def phased(task: kdata.Dataset, **changes: object) -> TrainConfig:
     own = {"steps": TASK, "learning_rate": 1e-3, "warmup_steps": 0, "decay": "constant", "objective": MIX}
     phases = [PhaseConfig(name="general"), PhaseConfig(name="task", dataset=str(task.path), **own)]
     return config(phases=phases, **changes)
-
-
-def lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(out: Path) -> list[tuple]:

@@ -32,6 +32,7 @@ from kdata.trainer.train import train
 from tests.trainer import rank
 from tests.trainer.datasets import make_dataset
 from tests.trainer.oracle import AT_1, TAID_T, WINDOW, Problem, make_problem, oracle_values
+from tests.trainer.runs import lines
 from tests.trainer.stopping import stop_before
 from tests.trainer.test_distributed import BASE, ONE, run_ranks, tensors
 
@@ -372,10 +373,6 @@ def config(**changes: object) -> TrainConfig:
         "log_every_steps": 1, "checkpoint_every_steps": 0, "window_documents": 16, "clip_norm": 0.0,
     }  # fmt: skip
     return TrainConfig(**{**base, **changes})
-
-
-def lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def run(

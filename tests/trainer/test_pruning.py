@@ -44,7 +44,7 @@ from kdata.trainer.pruning import Scores, Sizes, largest_parts, num_weights, pru
 from kdata.trainer.student import build_student, importance_in
 from kdata.trainer.train import train
 from tests.fakes import rows_of_text, run_capture, write_jsonl
-from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
+from tests.trainer.datasets import VOCAB, save_tokenizer
 from tests.trainer.test_distributed import run_ranks
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(40)]
@@ -81,11 +81,6 @@ def random_model(kind: str = "llama, biases", seed: int = 0) -> PreTrainedModel:
                 if "norm" in name or name.endswith("bias"):
                     parameter.add_(0.3 * torch.randn_like(parameter))
     return model
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
-    return make_dataset(tmp_path_factory.mktemp("data") / "set", LENGTHS)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TorchAoConfig
 
 import kdata
-from kdata.config import parse_config
 from kdata.errors import ConfigError, DependencyError, MismatchError
 from kdata.pipelines.recipe import StudentStage
 from kdata.trainer.config import CheckpointStudent, QuantizeConfig, ScratchStudent, TrainConfig
@@ -23,7 +22,8 @@ from kdata.trainer.evaluate import evaluate
 from kdata.trainer.quantization import is_quantized
 from kdata.trainer.student import build_student, hidden_states
 from kdata.trainer.train import train
-from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
+from tests.trainer.datasets import VOCAB, save_tokenizer
+from tests.trainer.runs import lines, save_base, six_steps
 from tests.trainer.stopping import stop_before
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(60)]
@@ -31,26 +31,12 @@ INT4 = {"weights": "int4", "group_size": 16}
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
-    return make_dataset(tmp_path_factory.mktemp("data") / "set", LENGTHS)
-
-
-@pytest.fixture(scope="module")
 def base(dataset: kdata.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "model"
-    sizes = ScratchStudent(hidden_size=32, num_layers=2, num_heads=2, max_positions=64, init_std=0.2)
-    build_student(sizes, dataset, 0).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
+    return save_base(tmp_path_factory.mktemp("base") / "model", dataset, init_std=0.2)
 
 
 def config(base: Path, quantize: dict[str, Any] | None = None, **changes: object) -> TrainConfig:
-    student = {"kind": "checkpoint", "model": str(base), "quantize": INT4 | (quantize or {})}
-    values: dict[str, object] = {
-        "student": student, "steps": 6, "batch_tokens": 128, "context_tokens": 64, "warmup_steps": 0, "learning_rate": 1e-2,
-        "log_every_steps": 1, "checkpoint_every_steps": 2,
-    }  # fmt: skip
-    return parse_config(TrainConfig, {**values, **changes}, "test")
+    return six_steps(base, {"quantize": INT4 | (quantize or {})}, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +45,6 @@ def whole(dataset: kdata.Dataset, base: Path, tmp_path_factory: pytest.TempPathF
     out = tmp_path_factory.mktemp("whole") / "run"
     train(config(base), dataset.path, None, out)
     return out
-
-
-def lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(out: Path) -> list[tuple[float, ...]]:

@@ -19,6 +19,7 @@ from kdata.trainer.parts import DistillationLoss, PackedRows
 from kdata.trainer.train import train
 from tests.trainer.datasets import make_dataset
 from tests.trainer.oracle import make_problem
+from tests.trainer.runs import lines
 from tests.trainer.stopping import stop_before
 from tests.trainer.test_distributed import BASE, run_ranks
 
@@ -38,10 +39,6 @@ def config(**changes: Any) -> TrainConfig:
         "log_every_steps": 1, "checkpoint_every_steps": 1,
     }  # fmt: skip
     return TrainConfig(**{**base, **changes})
-
-
-def lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def shares(out: Path) -> list[float]:

@@ -53,13 +53,9 @@ from kdata.trainer.student import build_student, num_parameters
 from kdata.trainer.train import train
 from tests import bucket  # noqa: F401  registers bucket://
 from tests.trainer.datasets import VOCAB, make_dataset, save_tokenizer
+from tests.trainer.runs import lines
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(120)]
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
-    return make_dataset(tmp_path_factory.mktemp("data") / "set", LENGTHS)
 
 
 def config(**changes: object) -> TrainConfig:
@@ -74,10 +70,6 @@ def config(**changes: object) -> TrainConfig:
         "checkpoint_every_steps": 10,
     }
     return TrainConfig(**{**base, **changes})
-
-
-def lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(out: Path) -> list[tuple]:

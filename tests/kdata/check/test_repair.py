@@ -25,7 +25,7 @@ from kdata.selection.select import select
 from kdata.share.push import push
 from tests import bucket  # noqa: F401  registers bucket://
 from tests.fakes import digests, run_capture, run_generate
-from tests.kdata.selection.test_score_select import give_scores
+from tests.kdata.selection.plans import score_with
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def furnished(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset with everything that a dataset can have: sidecar, plan, rejects, tokenizer."""
     root = Path(shutil.copytree(captured, tmp_path_factory.mktemp("furnished") / "d"))
     dataset = kdata.open(root)
-    give_scores(dataset, dict.fromkeys(dataset.index(["id"])["id"].to_pylist(), 9.5))
+    score_with(dataset, dict.fromkeys(dataset.index(["id"])["id"].to_pylist(), 9.5))
     select(dataset, Difference(share=0.5))
     assert (root / "rejects").is_dir() and (root / "tokenizer").is_dir()
     return root

@@ -23,16 +23,9 @@ from kdata.corpus.encode import TextEncoder
 from kdata.corpus.messages import Chat, as_json, chat_of_row, parse_chat
 from kdata.errors import ConfigError, DataError, MissingError
 from kdata.teachers.model import load_tokenizer
-from tests.fakes import CHATML, MARKED, TURN, TURN_END, StandInTeacher, run_capture, run_generate, save_tokenizer
+from tests.fakes import CHATML, MARKED, TURN, TURN_END, StandInTeacher, run_capture, run_generate
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-
-
-@pytest.fixture(scope="module")
-def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chatty")
-    save_tokenizer(folder, chat_template=CHATML)
-    return folder
 
 
 @pytest.fixture(scope="module")

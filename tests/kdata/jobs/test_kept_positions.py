@@ -37,14 +37,12 @@ from kdata.store.kept_counts import kept_by_domain, kept_lines
 from kdata.teachers.config import refuse_kept
 from kdata.teachers.model import load_tokenizer
 from tests.fakes import (
-    CHATML,
     TURN_END,
     StandInTeacher,
     digests,
     rows_of_text,
     run_capture,
     run_generate,
-    save_tokenizer,
     write_jsonl,
 )
 from tests.kdata.store.test_hostile import rewrite_info
@@ -178,13 +176,6 @@ MESSAGES = [
     {"role": "user", "content": "and the dog"},
     {"role": "assistant", "content": "café"},
 ]
-
-
-@pytest.fixture(scope="module")
-def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chatty")
-    save_tokenizer(folder, chat_template=CHATML)
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -299,14 +299,6 @@ def chat_rows(*names: str) -> list[dict[str, object]]:
 CHAT_COLUMNS = {"messages_column": "messages", "tools_column": "tools"}
 
 
-@pytest.fixture(scope="module")
-def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer with a ChatML template."""
-    folder = tmp_path_factory.mktemp("chatty")
-    save_tokenizer(folder, chat_template=CHATML)
-    return folder
-
-
 def capture_chats(root: Path, corpus: Path, tokenizer: Path, **settings: object) -> kdata.Dataset:
     teacher = settings.pop("teacher", None) or StandInTeacher(context=200)
     columns = {**CHAT_COLUMNS, **settings.pop("reading", {})}  # type: ignore[dict-item]

@@ -138,14 +138,6 @@ ASKED = [
 CHATS = {"messages_column": "messages", "domain_column": None}
 
 
-@pytest.fixture(scope="module")
-def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer with a ChatML template."""
-    folder = tmp_path_factory.mktemp("chatty")
-    save_tokenizer(folder, chat_template=CHATML)
-    return folder
-
-
 def generate_chats(root: Path, prompts: Path, tokenizer: Path, **settings: object) -> kdata.Dataset:
     teacher = settings.pop("teacher", None) or StandInTeacher(context=150)
     return run_generate(root, prompts, tokenizer, teacher=teacher, reading=CHATS, **settings)

@@ -39,11 +39,12 @@ from kdata.selection.query import Sql
 from kdata.selection.ranked import All, Difference, Random
 from kdata.selection.select import select
 from kdata.selection.show import compare
-from kdata.selection.sidecar import SCORE_SCHEMA, ScoreInfo, begin_sidecar, finish_sidecar, load_score_info, write_part
+from kdata.selection.sidecar import load_score_info
 from kdata.store.token_scores import stored_nll
 from kdata.store.writer import Writer
 from kdata.teachers.config import TeacherConfig
 from tests.fakes import VOCAB, StandInTeacher, digests, run_capture, save_llama, save_tokenizer
+from tests.kdata.selection.plans import score_with
 
 TEACHER = StandInTeacher()
 
@@ -80,27 +81,12 @@ def tiny(
     return kdata.open(root)
 
 
-def give_scores(dataset: kdata.Dataset, nlls: dict[str, float], name: str = "ref") -> None:
-    """A complete sidecar with these numbers; ids that are not named get none."""
-    info = ScoreInfo(
-        name=name, unit="nats per target token", model=TEACHER.info, tokenizer_hash="0" * 64,
-        dataset_digest=dataset.content_digest, files={},
-    )  # fmt: skip
-    begin_sidecar(dataset, info)
-    for entry in dataset.manifest:
-        ids = dataset.sql(f"select id from rows where shard = '{entry.name}' order by row")["id"].to_pylist()
-        numbers = [nlls.get(i) for i in ids]
-        table = pa.table({"id": ids, "nll": numbers, "num_target_tokens": [1] * len(ids)}, schema=SCORE_SCHEMA)
-        write_part(dataset, name, entry, table)
-    finish_sidecar(dataset, info)
-
-
 # ------------------------------------------------------------------------------------------------ selection
 
 
 def test_difference_chooses_where_the_reference_is_worst_against_the_teacher(tmp_path: Path) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0, "c": 1.0, "d": 3.0})
-    give_scores(dataset, {"a": 4.0, "b": 2.5, "c": 2.0, "d": 3.25})  # differences 3, 0.5, 1, 0.25
+    score_with(dataset, {"a": 4.0, "b": 2.5, "c": 2.0, "d": 3.25})  # differences 3, 0.5, 1, 0.25
     plan = select(dataset, Difference(share=0.5))
     assert plan.ids == ["a", "c"] and plan.repeats.tolist() == [1, 1]
     settings = {"share": 0.5, "unit": "sequences", "by_domain": False, "score": "ref"}
@@ -115,7 +101,7 @@ def test_difference_chooses_where_the_reference_is_worst_against_the_teacher(tmp
 def test_ties_are_broken_by_id_and_a_share_is_never_off_by_one(tmp_path: Path) -> None:
     names = [f"r{n:03}" for n in range(100)]
     dataset = tiny(tmp_path / "d", dict.fromkeys(reversed(names), 1.0), shard_rows=60)
-    give_scores(dataset, dict.fromkeys(names, 2.0))
+    score_with(dataset, dict.fromkeys(names, 2.0))
     for share, count in ((0.07, 7), (0.29, 29), (0.5, 50), (0.501, 51), (0.001, 1), (1.0, 100)):
         assert select(dataset, Difference(share=share)).ids == names[:count]
         assert len(select(dataset, Random(share=share)).ids) == count
@@ -176,14 +162,14 @@ def test_rows_that_the_score_does_not_cover_are_refused(tmp_path: Path) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0, "c": 1.0})
     with pytest.raises(MissingError, match=r"no score 'ref': .* \(scores: none\); write it with `kdata score`"):
         select(dataset, Difference())
-    give_scores(dataset, {"a": 4.0, "c": 2.0})
+    score_with(dataset, {"a": 4.0, "c": 2.0})
     with pytest.raises(DataError, match="1 rows have no value: score 'ref' lacks them"):
         select(dataset, Difference())
 
 
 def test_a_dataset_that_has_grown_needs_new_scores_and_plans(tmp_path: Path) -> None:
     dataset = tiny(tmp_path / "d", {"a": 1.0, "b": 2.0})
-    give_scores(dataset, {"a": 4.0, "b": 2.0})
+    score_with(dataset, {"a": 4.0, "b": 2.0})
     plan = select(dataset, Difference(share=0.5))
     grown = tiny(tmp_path / "d", {"c": 1.0}, source="more")
     with pytest.raises(
@@ -273,17 +259,11 @@ def test_a_score_is_the_model_s_nll_over_the_same_positions(read_by_llama: kdata
         assert row["nll"] == pytest.approx(expected.item(), rel=1e-5) and row["n"] == row["m"]
 
 
-def test_scoring_continues_where_it_stopped_and_follows_growth(
-    read_by_llama: kdata.Dataset,
-    llama_dir: Path,
-    corpus_file: Path,
-    tokenizer_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls = []
+def stopped_at_the_third(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards whose scoring begins, in order; the third time it is stopped, as by Ctrl-C."""
     import kdata.jobs.scoring as module
 
-    real = module._score_shard
+    calls, real = list[str](), module._score_shard
 
     def counted(dataset, number, entry, *others, **settings):  # type: ignore[no-untyped-def]
         calls.append(entry.name)
@@ -292,6 +272,17 @@ def test_scoring_continues_where_it_stopped_and_follows_growth(
         return real(dataset, number, entry, *others, **settings)
 
     monkeypatch.setattr(module, "_score_shard", counted)
+    return calls
+
+
+def test_scoring_continues_where_it_stopped_and_follows_growth(
+    read_by_llama: kdata.Dataset,
+    llama_dir: Path,
+    corpus_file: Path,
+    tokenizer_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = stopped_at_the_third(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         score(read_by_llama, config(llama_dir))
     assert not load_score_info(read_by_llama, "ref").files
@@ -416,18 +407,7 @@ def test_scoring_tokens_continues_where_it_stopped(
     want = digests(folder)
     (folder / "student.json").unlink()
     shutil.rmtree(folder / "student")
-    calls: list[str] = []
-    import kdata.jobs.scoring as module
-
-    real = module._score_shard
-
-    def counted(dataset, number, entry, *others, **settings):  # type: ignore[no-untyped-def]
-        calls.append(entry.name)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(dataset, number, entry, *others, **settings)
-
-    monkeypatch.setattr(module, "_score_shard", counted)
+    calls = stopped_at_the_third(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         score(read_by_llama, token_config(llama_dir))
     with pytest.raises(QueryError, match="score 'student' does not cover the dataset as it is now"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,10 +36,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> kdata.Dataset:
 
 
 @pytest.fixture
-def served(home: kdata.Dataset) -> Iterator[Files]:
-    files = Files(home.path.parent)
-    yield files
-    files.close()
+def served(home: kdata.Dataset, serve: Callable[[Path], Files]) -> Files:
+    return serve(home.path.parent)
 
 
 def test_all_of_it_is_a_copy_byte_for_byte(home: kdata.Dataset, tmp_path: Path) -> None:

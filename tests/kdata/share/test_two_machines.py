@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,9 @@ def published(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
 
 
 @pytest.fixture
-def server(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+def server(published: Path, serve: Callable[[Path], Files]) -> Files:
     """The server, and the empty cache of the second machine."""
-    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
-    files = Files(published)
-    yield files
-    files.close()
+    return serve(published)
 
 
 @pytest.mark.slow

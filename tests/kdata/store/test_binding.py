@@ -23,7 +23,7 @@ from kdata.selection.select import select
 from kdata.selection.sidecar import load_score_info
 from kdata.share.arrange import head, merge, split
 from tests.fakes import StandInTeacher, digests, rows_of_text, run_capture, write_jsonl
-from tests.kdata.selection.test_score_select import give_scores
+from tests.kdata.selection.plans import score_with
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden/v1"
 
@@ -259,7 +259,7 @@ def furnished(copied: Path) -> Path:
 
 def furnish(root: Path) -> None:
     dataset = kdata.open(root)
-    give_scores(dataset, dict.fromkeys(dataset.index(["id"])["id"].to_pylist(), 9.5))
+    score_with(dataset, dict.fromkeys(dataset.index(["id"])["id"].to_pylist(), 9.5))
     select(dataset, Difference(share=0.5))
     select(dataset, All())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -38,11 +38,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
 
 
 @pytest.fixture
-def served(home: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
-    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
-    files = Files(home.path.parent)
-    yield files
-    files.close()
+def served(home: kdata.Dataset, serve: Callable[[Path], Files]) -> Files:
+    return serve(home.path.parent)
 
 
 LATE = [

@@ -28,7 +28,7 @@ from kdata.selection.sidecar import begin_sidecar, has_part, load_score_info
 from kdata.share.push import push
 from kdata.store.sql import reads_of
 from tests.fakes import digests
-from tests.kdata.selection.test_score_select import give_scores
+from tests.kdata.selection.plans import score_with
 
 FLIPS = 48  # for each way to read
 
@@ -39,8 +39,8 @@ def furnished(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = Path(shutil.copytree(captured, tmp_path_factory.mktemp("furnished") / "d"))
     dataset = kdata.open(root)
     ids = dataset.index(["id"])["id"].to_pylist()
-    give_scores(dataset, {row: 9.5 + n for n, row in enumerate(ids)})
-    give_scores(dataset, dict.fromkeys(ids, 1.5), "judge")
+    score_with(dataset, {row: 9.5 + n for n, row in enumerate(ids)})
+    score_with(dataset, dict.fromkeys(ids, 1.5), "judge")
     select(dataset, Difference(share=0.5))
     select(dataset, All())
     return root

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from random import Random
@@ -62,11 +62,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def served(home: kdata.Dataset, cache: Path) -> Iterator[Files]:
+def served(home: kdata.Dataset, serve: Callable[[Path], Files]) -> Files:
     """The dataset at a URL."""
-    files = Files(home.path.parent)
-    yield files
-    files.close()
+    return serve(home.path.parent)
 
 
 def parts(cache: Path) -> list[Path]:

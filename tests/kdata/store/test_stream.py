@@ -41,12 +41,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> kdata.Dataset:
 
 
 @pytest.fixture
-def served(home: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+def served(home: kdata.Dataset, serve: Callable[[Path], Files]) -> Files:
     """The dataset at a URL, and an empty cache."""
-    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
-    files = Files(home.path.parent)
-    yield files
-    files.close()
+    return serve(home.path.parent)
 
 
 def remote(served: Files) -> RemoteDataset:

@@ -407,68 +407,50 @@ def test_a_copy_has_the_score_and_a_part_of_a_dataset_has_none(changed: Dataset,
     assert not list((head(changed, tmp_path / "head", 3).path).glob("scores/*"))
 
 
-def test_at_a_url_the_parts_of_needed_shards_are_copied(
-    changed: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
-    served = Files(changed.path.parent)
-    try:
-        opened = kdata.open(f"{served.url}/d")
-        first = changed.manifest[0].name
-        query = f"select sum(nll_student) as s from tokens join rows using (id) where shard = '{first}'"
-        assert opened.sql(query) == changed.sql(query)
-        parts = [path for path, _, _ in served.sent if path.startswith("d/scores/student/")]
-        assert parts == [f"d/scores/student/{first}.parquet"]
-        assert not [path for path, _, _ in served.sent if path.startswith("d/data/")]
-        names = ["id", "position", "nll_Ref"]
-        assert opened.tokens(names).read_all() == changed.tokens(names).read_all()
-        with pytest.raises(QueryError, match="there is no score 'nobody'"):
-            opened.sql("select nll_nobody from tokens")
-        plan = select(
-            opened,
-            All(
-                name="asked", positions=SqlPositions(sql="select id, position from tokens where target and nll_Ref > 3")
-            ),
-        )
-        assert plan.info.scores == {"Ref": score_digest(changed, "Ref")}
-    finally:
-        served.close()
+def test_at_a_url_the_parts_of_needed_shards_are_copied(changed: Dataset, serve: Callable[[Path], Files]) -> None:
+    served = serve(changed.path.parent)
+    opened = kdata.open(f"{served.url}/d")
+    first = changed.manifest[0].name
+    query = f"select sum(nll_student) as s from tokens join rows using (id) where shard = '{first}'"
+    assert opened.sql(query) == changed.sql(query)
+    parts = [path for path, _, _ in served.sent if path.startswith("d/scores/student/")]
+    assert parts == [f"d/scores/student/{first}.parquet"]
+    assert not [path for path, _, _ in served.sent if path.startswith("d/data/")]
+    names = ["id", "position", "nll_Ref"]
+    assert opened.tokens(names).read_all() == changed.tokens(names).read_all()
+    with pytest.raises(QueryError, match="there is no score 'nobody'"):
+        opened.sql("select nll_nobody from tokens")
+    plan = select(
+        opened,
+        All(name="asked", positions=SqlPositions(sql="select id, position from tokens where target and nll_Ref > 3")),
+    )
+    assert plan.info.scores == {"Ref": score_digest(changed, "Ref")}
 
 
 def test_a_score_at_a_url_that_was_made_again_is_read_as_it_is_now(
-    changed: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changed: Dataset, serve: Callable[[Path], Files]
 ) -> None:
     """After a part of the former one was copied, in the same process and in a later one."""
-    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
-    served = Files(changed.path.parent)
-    try:
-        opened = kdata.open(f"{served.url}/d")
-        first = changed.manifest[0].name
-        part = f"select max(nll_student) as s from tokens join rows using (id) where shard = '{first}'"
-        before = opened.sql(part)
-        shutil.rmtree(changed.path / "scores/student")
-        (changed.path / "scores/student.json").unlink()
-        score_tokens_with(changed, "student", seed=7)
-        assert changed.sql(part) != before
-        for reader in (opened, kdata.open(f"{served.url}/d")):
-            for query in (part, "select max(nll) from scores.student", "select id, position, nll_student from tokens"):
-                assert reader.sql(query) == changed.sql(query)
-    finally:
-        served.close()
+    served = serve(changed.path.parent)
+    opened = kdata.open(f"{served.url}/d")
+    first = changed.manifest[0].name
+    part = f"select max(nll_student) as s from tokens join rows using (id) where shard = '{first}'"
+    before = opened.sql(part)
+    shutil.rmtree(changed.path / "scores/student")
+    (changed.path / "scores/student.json").unlink()
+    score_tokens_with(changed, "student", seed=7)
+    assert changed.sql(part) != before
+    for reader in (opened, kdata.open(f"{served.url}/d")):
+        for query in (part, "select max(nll) from scores.student", "select id, position, nll_student from tokens"):
+            assert reader.sql(query) == changed.sql(query)
 
 
-def test_a_score_that_was_made_in_the_copy_of_a_url_stays(
-    changed: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
-    served = Files(changed.path.parent)
-    try:
-        opened = kdata.open(f"{served.url}/d")
-        score_tokens_with(opened, "mine", seed=3)
-        own = opened.sql("select id, position, nll_mine from tokens")
-        assert kdata.open(f"{served.url}/d").sql("select id, position, nll_mine from tokens") == own
-    finally:
-        served.close()
+def test_a_score_that_was_made_in_the_copy_of_a_url_stays(changed: Dataset, serve: Callable[[Path], Files]) -> None:
+    served = serve(changed.path.parent)
+    opened = kdata.open(f"{served.url}/d")
+    score_tokens_with(opened, "mine", seed=3)
+    own = opened.sql("select id, position, nll_mine from tokens")
+    assert kdata.open(f"{served.url}/d").sql("select id, position, nll_mine from tokens") == own
 
 
 def test_errors_are_kdata_s(scored: Dataset) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -47,12 +47,9 @@ def dataset(tmp_path: Path) -> kdata.Dataset:
 
 
 @pytest.fixture
-def served(dataset: kdata.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+def served(dataset: kdata.Dataset, serve: Callable[[Path], Files]) -> Files:
     """The dataset at a URL, and an empty cache."""
-    monkeypatch.setenv("KDATA_CACHE", str(tmp_path / "cache"))
-    files = Files(dataset.path.parent)
-    yield files
-    files.close()
+    return serve(dataset.path.parent)
 
 
 def chunks(path: Path) -> dict[str, tuple[int, int]]:
