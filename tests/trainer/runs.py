@@ -26,10 +26,10 @@ def save_base(folder: Path, dataset: kdata.Dataset, **sizes: Any) -> Path:
     return folder
 
 
-def six_steps(base: Path, student: dict[str, Any], **changes: object) -> TrainConfig:
+def six_steps(base: Path, more: dict[str, Any], /, **changes: object) -> TrainConfig:
     """Settings of a short run with checkpoints, from a model's folder with more settings of the student."""
     values: dict[str, object] = {
-        "student": {"kind": "checkpoint", "model": str(base), **student}, "steps": 6, "batch_tokens": 128,
+        "student": {"kind": "checkpoint", "model": str(base), **more}, "steps": 6, "batch_tokens": 128,
         "context_tokens": 64, "warmup_steps": 0, "learning_rate": 1e-2, "log_every_steps": 1, "checkpoint_every_steps": 2,
     }  # fmt: skip
     return parse_config(TrainConfig, {**values, **changes}, "test")
