@@ -156,14 +156,15 @@ class ArrowFile:
 
 
 class CsvFile(ArrowFile):
-    """A CSV: ids and texts are text, even where they look like numbers."""
+    """A CSV: ids and texts are text, even where they look like numbers; an empty cell of them is null."""
 
     def __init__(self, file: Path, texts: list[str], optional: tuple[str, ...]) -> None:
         kinds = dict.fromkeys(texts, pa.string())
         super().__init__(file, _csv_format(kinds))
         own = [name for name in optional if name in self.names and name not in kinds]
-        # pyarrow takes a column that is empty in the first block for one of nulls.
-        self._nulls = {name for name in own if pa.types.is_null(self._data.schema.field(name).type)}
+        # pyarrow takes a column that is empty in the first block for one of nulls. A CSV has no other way to write null: an
+        # empty id would be the id of one row, and a second one there twice; an empty domain could not be named.
+        self._nulls = {name for name in own if pa.types.is_null(self._data.schema.field(name).type)} | {*texts}
         self._data = pads.dataset([str(file)], format=_csv_format({**kinds, **dict.fromkeys(own, pa.string())}))
 
     def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:

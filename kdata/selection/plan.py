@@ -368,7 +368,10 @@ def write_plan_info(table_path: Path, info: PlanInfo) -> str:
 
 
 def plan_info(domains: dict[str, DomainChoice], dataset: Dataset, **fields: Any) -> PlanInfo:
-    """The description of a plan of a dataset from what it chose of each domain. Raises DataError where it chose nothing."""
+    """The description of a plan of a dataset from what it chose of each domain.
+
+    Raises DataError where it chose nothing, or more than any reader takes.
+    """
     if not any(domain.rows for domain in domains.values()):
         why = "; request more, or loosen its condition"
         if fields.get("count_by") == "tokens" and fields.get("requested"):
@@ -377,6 +380,12 @@ def plan_info(domains: dict[str, DomainChoice], dataset: Dataset, **fields: Any)
                 "all, where they are chosen together) is longer than what is requested there; request more (size or share)"
             )
         raise DataError(f"plan {fields['name']!r} selects no row{why}")
+    sequences = sum(domain.sequences for domain in domains.values())
+    if sequences > MAX_SEQUENCES:
+        raise DataError(
+            f"plan {fields['name']!r} would choose {sequences:,} sequences, repeats counted, and a plan has at most "
+            f"{MAX_SEQUENCES:,}; repeat rows less often, or request less"
+        )
     in_dataset = sum(domain.dataset_tokens for domain in domains.values())
     in_plan = sum(domain.tokens for domain in domains.values())
     shares = {

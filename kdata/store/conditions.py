@@ -30,8 +30,10 @@ def check_condition(text: str) -> list[str]:
             f"condition {text!r} calls {calls[0]}, which does not give one answer, the same every time; a condition must "
             "pass the same rows whenever it is read"
         )
-    names: set[str] = set()
+    names, bound = set[str](), set[str]()
     for inner in nodes(node["select_list"]):
+        if inner.get("class") == "LAMBDA":  # its parameters are no scores
+            bound |= {one["column_names"][0].lower() for one in nodes(inner["lhs"]) if one.get("class") == "COLUMN_REF"}
         what = _REFUSED.get(str(inner.get("class")))
         if what is not None:
             raise ConfigError(f"condition {text!r} has {what}; a condition is about the columns of one row")
@@ -40,7 +42,7 @@ def check_condition(text: str) -> list[str]:
             raise ConfigError(f"condition {text!r} names {'.'.join(path)}; write {'.'.join(path[1:])}")
         if len(path) > 1:
             names.add(str(path[0]).lower())
-    return sorted(names)
+    return sorted(names - bound)
 
 
 def _parse(text: str, query: str) -> Tree:

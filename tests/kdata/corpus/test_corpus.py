@@ -67,6 +67,13 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, ending: str) -> None:
     assert documents[1].origin in (None, "")  # CSV knows no null
 
 
+def test_an_empty_cell_of_a_csv_is_a_missing_id_or_domain(tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "id": ""}, {**ROWS[1], "id": ""}, {**ROWS[2], "domain": ""}, ROWS[0]]
+    documents = list(Corpus(CorpusConfig(path=str(save(tmp_path / "rows.csv", rows)))).documents())
+    reasons = [one.reason if isinstance(one, Reject) else one.id for one in documents]
+    assert reasons == ["no_id", "no_id", "no_domain", "007"]
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
 def test_a_row_of_megabytes_and_lines_inside_a_cell_are_read(tmp_path: Path, ending: str) -> None:
     """pyarrow's own defaults refuse the first, and cut the second at block borders."""

@@ -29,6 +29,7 @@ from kdata.selection.ranked import All, Random
 from kdata.selection.select import select
 from kdata.selection.show import left_out_texts, table_of
 from kdata.selection.sidecar import finish_sidecar, load_score_info, write_part
+from kdata.store.conditions import check_condition
 from tests.benchmarks.planted import Planted
 from tests.fakes import digests, run_capture, write_jsonl
 from tests.kdata.selection.plans import Row, dataset_of
@@ -518,3 +519,14 @@ def test_columns_of_other_checks_stay_in_a_file(corpus: Path, tmp_path: Path) ->
     assert inspect_corpus(own, HygieneConfig(checks=["language", "quality", "personal"], workers=1), file).written
     with pytest.raises(MismatchError, match="phone_region"):
         inspect_corpus(own, HygieneConfig(workers=1, phone_region="DE"), file)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "list_filter(personal.spans, lambda x: x.kind = 'email') = []",
+        "len(list_transform(personal.spans, lambda s, n: s.start + n)) > 0",
+    ],
+)
+def test_what_a_lambda_names_is_no_score(condition: str) -> None:
+    assert check_condition(condition) == ["personal"]

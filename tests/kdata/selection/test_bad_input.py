@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -192,3 +193,12 @@ def test_settings_that_are_no_numbers(
         if field.annotation in (float, "float"):
             error = select(data, method, *own.get(method, []), "--set", f"{name}=.nan")
             assert error is not None and name in str(error)
+
+
+def test_a_plan_that_no_reader_takes_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    query = "select id, 200_000_000 as repeats from rows where num_target_tokens > 0"
+    error = select(data, "sql", "--sql", query)
+    assert isinstance(error, DataError) and "would choose 1,600,000,000 sequences" in str(error)
+    with pytest.raises(DataError, match="at most 1,000,000,000; repeat rows less often"):
+        kdata.make_plan(data, "p", IDS[:8], repeats=np.full(8, 200_000_000), method="own", parameters={})
