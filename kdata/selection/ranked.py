@@ -73,7 +73,7 @@ class Difference(Ranked):
     """Difference sampling (MiniPLM, arXiv 2410.17215): text that the teacher predicts much better than a small model does.
 
     The paper keeps half of all chunks, globally; `by_domain` keeps the same share of each domain, and so the mixture.
-    On our raw corpus, with a small teacher, it helps where the reference has read that corpus and each domain keeps its share.
+    On our raw corpus with a small teacher it helps where the reference has read that corpus and each domain keeps its share.
     With a reference that has read clean text alone it does not, the half of everything costs, and so does all of it with a
     language model as teacher: that knows what a crawl brings along (`kdata select --list`, pipelines/README.md).
     """
