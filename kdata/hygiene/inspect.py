@@ -153,7 +153,7 @@ def inspect_corpus(
     Raises:
         ConfigError: the file does not end in .parquet, is read as the corpus, or is another program's; a column is not there.
         MissingError, DataError: see `kdata.corpus.corpus.Corpus`; its folder does not exist.
-        MismatchError: the file has columns of further checks, or with other settings, which would be lost.
+        MismatchError: the file has columns of further checks, of other rows or with other settings, which would be lost.
         DependencyError: a package that a check takes is not installed.
         StorageError: another process is writing, the disk refused, or a worker process was killed.
     """
@@ -178,6 +178,11 @@ def inspect_corpus(
             if same_texts and settings == {check: of_file.get(check) for check in settings}:
                 _Work(folder, texts, config).forget()
                 return Report(pq.read_metadata(file).num_rows, [], kept=[str(file)])
+            if before.get("corpus") == about["corpus"] and not same_texts:
+                raise MismatchError(
+                    f"{file} has the columns of other rows of the same corpus: it was written with other settings of the corpus, "
+                    "such as `limit`, `where`, `domains` or `hygiene`. Name another file, or remove this one"
+                )
             _refuse_loss(file, of_file, settings)
         with _work(texts, config, folder, log, pool) as work:
             _write_file(work, file, {METADATA: json.dumps(about, sort_keys=True).encode()})

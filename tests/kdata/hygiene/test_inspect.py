@@ -305,6 +305,20 @@ def test_the_columns_of_a_corpus_are_those_of_a_dataset(corpus: Path, dataset: k
             assert own == expected, check
 
 
+def test_a_file_of_all_rows_is_not_written_over_by_one_of_some(corpus: Path, tmp_path: Path) -> None:
+    """Of another state of the corpus it is: a new row may be a duplicate of any."""
+    file, every = tmp_path / "columns.parquet", CorpusConfig(path=str(corpus))
+    rows = inspect_corpus(every, CONFIG, file).rows
+    before = file.read_bytes()
+    for some in ({"limit": 1}, {"domains": ["b"]}):
+        with pytest.raises(MismatchError, match="other rows of the same corpus"):
+            inspect_corpus(every.model_copy(update=some), CONFIG, file)
+    assert file.read_bytes() == before
+    with corpus.open("a") as handle:
+        handle.write('{"id": "new", "domain": "a", "text": "one more row"}\n')
+    assert inspect_corpus(every, CONFIG, file).rows == rows + 1
+
+
 def test_columns_of_another_corpus_are_refused(corpus: Path, tmp_path: Path) -> None:
     file = tmp_path / "columns.parquet"
     inspect_corpus(CorpusConfig(path=str(corpus), limit=3), CONFIG, file)
