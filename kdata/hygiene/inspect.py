@@ -180,7 +180,7 @@ def inspect_corpus(
                 return Report(pq.read_metadata(file).num_rows, [], kept=[str(file)])
             if before.get("corpus") == about["corpus"] and not same_texts:
                 raise MismatchError(
-                    f"{file} has the columns of other rows of the same corpus: it was written with other settings of the corpus, "
+                    f"{file} has the columns of other rows of the same corpus: it was written with other settings of it, "
                     "such as `limit`, `where`, `domains` or `hygiene`. Name another file, or remove this one"
                 )
             _refuse_loss(file, of_file, settings)
