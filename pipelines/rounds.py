@@ -7,8 +7,9 @@ that the round before trained (before round 1: the ordinary training of that stu
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -382,3 +383,31 @@ def best_of(values: Sequence[float], least_gain: float) -> int:
 def has_ended(values: Sequence[float], patience: int | None, least_gain: float) -> bool:
     """Whether `patience` rounds have passed since the best; values of round 0 and those after it."""
     return patience is not None and bool(values) and len(values) - 1 - best_of(values, least_gain) >= patience
+
+
+def may_change(before: Any, now: Any, done: Container[str]) -> bool:
+    """Whether rounds can go on with other settings: no stage that is done would have been another one with them.
+
+    Args:
+        before, now: `rounds` of a recipe as JSON values. done: names of finished stages.
+    """
+    if before is None or now is None:
+        return False
+    changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    former, latter = (parse_config(RoundsConfig, rounds, "rounds") for rounds in (before, now))
+    models = dict.fromkeys(("last", "best"), "MODEL")
+    for number in itertools.count(1):
+        names = [name for name in former.names_of(number) if name in done]
+        if not names:
+            free = (
+                {"stages", "count", "patience"}
+                if number > 1
+                else {"stages", "count", "patience", "least_gain", "begin"}
+            )
+            return changed <= free
+        if latter.names_of(number)[: len(names)] != names:
+            return False
+        stages = [rounds.stages_of(number, models)[: len(names)] for rounds in (former, latter)]
+        if stages[0] != stages[1]:
+            return False
+    raise AssertionError  # names end where rounds do

@@ -1,14 +1,14 @@
 """Executes a recipe, stage by stage: generate, capture, heldout, score, select, train, rounds, evaluate, report.
 
 A run that was stopped continues where it stopped: a finished stage is not run again. The run folder holds the resolved
-recipe; the same folder with other settings is refused.
+recipe. Settings of stages to come may change; the same folder with other settings of finished ones is refused.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from kdata.pipelines.ray.workers import RayConfig
 from kdata.pipelines.recipe import BUILTIN, Recipe
 from kdata.pipelines.report.report import write_report
 from kdata.pipelines.round_stages import round_stages, rounds_left, rounds_table
+from kdata.pipelines.rounds import may_change
 from kdata.pipelines.run import Run, read_state, write_json
 from kdata.selection.ranked import Difference
 from kdata.share.card import tokens_of, write_card
@@ -178,6 +179,14 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "report": run_report,
 }
 
+# The first stage that reads a setting, of those that come late; all others are read by the first stages. `score` reads the
+# choice of rows too, but keeps what it has done. Of rounds see `may_change`.
+READ_LATE = {
+    "select": ("hygiene", "select", "student", "students"),
+    "train": ("train",),
+    "evaluate": ("evaluate", "rounds"),
+}
+
 
 @validated
 def execute(recipe: Recipe, out: Path, *, resume: str = "auto") -> Path:
@@ -188,7 +197,7 @@ def execute(recipe: Recipe, out: Path, *, resume: str = "auto") -> Path:
         resume: auto continues a run that was stopped; never refuses a folder that holds a run; must refuses a folder
             without one.
     Raises:
-        MismatchError: the folder holds a run with other settings; the message lists them.
+        MismatchError: a stage that is finished had other settings; the message lists them.
         ConfigError: `resume` does not allow this folder.
         StorageError: another process runs in this folder, or the disk refused.
         DataError: `strict` is set and a row could not be used, in this run or in the run that it continues.
@@ -276,16 +285,34 @@ def open_run(recipe: Recipe, out: Path, resume: str) -> Run:
         raise ConfigError(f"--resume never: {out} already holds a run; name another folder with --out")
     before = read_state(path)
     try:
-        difference = settings_difference(_that_matter(before["settings"]), _that_matter(settings))
+        former, latter = _that_matter(before["settings"]), _that_matter(settings)
+        difference = settings_difference(former, latter)
         seconds = {str(name): float(took) for name, took in before["seconds"].items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CorruptError(f"{path} is damaged ({error!r}); name another folder with --out") from error
+    run = Run(recipe, out, seconds)
     if difference:
-        raise MismatchError(
-            f"{out} holds a run with other settings (before -> now):\n{difference}\n"
-            "Use the former settings to continue it, or name another folder with --out."
-        )
-    return Run(recipe, out, seconds)
+        if not _are_to_come(former, latter, seconds):
+            raise MismatchError(
+                f"{out} holds a run with other settings (before -> now):\n{difference}\n"
+                "Use the former settings to continue it, or name another folder with --out. Settings of stages that are not "
+                "finished may change."
+            )
+        console.print(f"settings of stages to come have changed (before -> now):\n{difference}", soft_wrap=True)
+        run.seconds.pop("score", None)  # does again what a changed choice of rows needs; the scores that are there stay
+        with storage_errors(out):
+            _write_state(run)
+    return run
+
+
+def _are_to_come(before: dict[str, Any], now: dict[str, Any], done: Mapping[str, float]) -> bool:
+    """Whether nothing that is done read a setting that has changed. A stage in progress knows what it was begun with."""
+    changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    if "rounds" in changed and not may_change(before.get("rounds"), now.get("rounds"), done):
+        return False
+    read_by = {key: stage for stage, keys in READ_LATE.items() for key in keys}
+    first = min(list(STAGES).index(read_by.get(key, "prepare")) for key in changed)
+    return not done.keys() & set(list(STAGES)[first:])
 
 
 def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:

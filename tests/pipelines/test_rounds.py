@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import kdata
-from kdata.errors import ConfigError, DataError
+from kdata.errors import ConfigError, DataError, MismatchError
 from kdata.format.files import file_info
 from kdata.pipelines import runner
 from kdata.pipelines.cli.main import app
@@ -163,6 +163,28 @@ def test_a_run_stopped_at_any_stage_goes_on_to_the_same_bytes(
             stops += 1
     assert stops == len(written) - 1 == 8
     assert contents(out) == contents(finished)
+
+
+def test_a_setting_of_a_round_that_failed_is_mended_in_its_folder(
+    values: dict[str, Any], finished: Path, tmp_path: Path
+) -> None:
+    """Round 1 has scored when its choice fails. What has been done stays, and the end is as if nothing had been wrong."""
+    scored, chosen = ROUNDS["stages"]
+    wrong = {"stage": "select", "method": "sql", "sql": "select id from rows where nll > 1e9"}
+    out = tmp_path / "run"
+    _, error = call("run", write(values, tmp_path, stages=[scored, wrong]), "--out", out)
+    assert isinstance(error, DataError), error
+    before = json.loads((out / "run.json").read_text())
+    assert list(before["seconds"])[-1] == "round 1: score"
+    for finished_ones in ({"stages": [{**scored, "margins": False}, chosen]}, {"begin": "best"}, {"measure": "kl"}):
+        _, error = call("run", write(values, tmp_path, **finished_ones), "--out", out)
+        assert isinstance(error, MismatchError) and "may change" in str(error), error
+    output, error = call("run", write(values, tmp_path), "--out", out)
+    assert error is None and "settings of stages to come have changed" in output, output
+    assert "round 1: score: already done" in output and contents(out) == contents(finished)
+    assert json.loads((out / "run.json").read_text())["settings"] != before["settings"]
+    _, error = call("run", write(values, tmp_path, count=3), "--out", out)
+    assert isinstance(error, MismatchError), "measured already"
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=12), st.integers(1, 4), st.floats(0, 1))

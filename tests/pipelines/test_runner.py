@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 import kdata
-from kdata.errors import DataError
+from kdata.errors import DataError, MismatchError
 from kdata.pipelines.cli.main import app
 from tests.fakes import rows_of_text, write_jsonl
 
@@ -89,3 +89,28 @@ def test_a_run_leaves_out_what_its_conditions_do_not_pass(recipe: Path, tmp_path
     plan = kdata.Plan.load(out / "dataset/plans/random")
     assert sorted(plan.ids) == kept and 0 < len(kept) <= data.num_rows
     assert plan.info.where is not None and plan.info.where.conditions[0].left_out == data.num_rows - len(kept)
+
+
+def test_settings_of_stages_to_come_may_change(recipe: Path, tmp_path: Path) -> None:
+    """The choice cannot be met, so the run ends there; with another one it goes on, and the teacher does nothing again."""
+
+    def run(*settings: str) -> tuple[str, BaseException | None]:
+        parts = (part for one in ("students.ce.plan=true", *settings) for part in ("--set", one))
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(
+            app, ["run", str(recipe), "--out", str(tmp_path / "run"), *parts]
+        )
+        return done.output, done.exception
+
+    _, error = run("select.where=[num_tokens > 100000]")
+    assert isinstance(error, DataError), error
+    digest = kdata.open(tmp_path / "run/dataset").content_digest
+    for early in ("keep.k=4", "seed=1", "capture.unit_tokens=100", "heldout.limit=3"):
+        _, error = run(early)
+        assert isinstance(error, MismatchError) and early.split("=")[0] in str(error), error
+    output, error = run("select.share=0.25", "train.steps=3", "evaluate.samples=1")
+    assert error is None and "capture: already done" in output and "select.share: 0.5 -> 0.25" in output, output
+    assert kdata.open(tmp_path / "run/dataset").content_digest == digest
+    assert json.loads((tmp_path / "run/students/ce/train.json").read_text())["config"]["steps"] == 3
+    assert json.loads((tmp_path / "run/results.json").read_text())["settings"]["select"]["share"] == 0.25
+    _, error = run("select.share=0.25", "train.steps=4", "evaluate.samples=1")
+    assert isinstance(error, MismatchError) and "train.steps: 3 -> 4" in str(error), error
