@@ -7,9 +7,9 @@ Luhn's sum and its issuer's length, an IBAN by its country's length and mod 97, 
 number by phonenumbers (Apache-2.0), a secret by the forms of `kdata.check.secret_texts`. Names and addresses of streets are
 not searched for: that takes a model of the language (presidio), and finds less surely.
 
-Digits of every script, spaces that do not break and the dashes of typesetters count as the plain ones that they stand for.
-A letter ends a number that it touches only where its script has two cases: others write a number between words, or before a
-particle, without a space.
+Digits of every script, and spaces and hyphens that do not break, count as the plain ones that they stand for; in numbers
+dashes do, too. A letter ends a number that it touches only where its script has two cases: others write a number between
+words, or before a particle, without a space.
 
 Addresses that RFC 2606 keeps for examples, and IP addresses that are private or reserved, are nobody's.
 """
@@ -46,14 +46,15 @@ _NATIONAL_FORM = re.compile(r"[(]?[0-9](?:[ ().\-/]{0,2}[0-9]){6,13}")
 _DIGITS = re.compile(r"[0-9]+")
 _NUMBER_BEFORE = re.compile(r"[0-9][ ().\-/]{1,2}\Z")
 _NUMBER_BEHIND = re.compile(r"[ ().\-/]{1,2}[0-9]")
-# One character for one, so that spans stay: decimal digits, full-width forms of ASCII, spaces, hyphens and dashes.
+# One character for one, so that spans stay: decimal digits, full-width forms of ASCII, spaces and hyphens.
 _PLAIN = {
     **{chr(c): str(unicodedata.decimal(chr(c))) for c in range(0x80, 0x1D800) if unicodedata.category(chr(c)) == "Nd"},
     **{chr(c): chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)},
     **{chr(c): " " for c in (0xA0, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000)},
-    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63", "-"),
+    **dict.fromkeys("\u2010\u2011\ufe63", "-"),
 }
 _NOT_PLAIN = re.compile(f"[{''.join(char for char in _PLAIN if ord(char) < 0x10000)}\U0001d7ce-\U0001d7ff]")
+_DASH = re.compile("[\u2012\u2013\u2212]")  # hyphens in numbers alone: between words they part sentences
 _IP6_PUBLIC = ipaddress.ip_network("2000::/3")  # IANA's global unicast; "dead::beef" and "a::b" are no addresses
 _EXAMPLES = (".example", ".invalid", ".test", ".localhost", ".example.com", ".example.org", ".example.net")
 
@@ -88,8 +89,9 @@ def personal_of(text: str, region: str | None = None) -> list[Span]:
     taken: list[Span] = []
     if not text.isascii():
         text = _NOT_PLAIN.sub(lambda match: _PLAIN[match[0]], text)
+    numbers = _DASH.sub("-", text)
     for kind in KINDS:
-        spans = sorted(set(_spans(kind, text, region)))
+        spans = sorted(set(_spans(kind, text if kind in ("email", "secret") else numbers, region)))
         taken += _free(spans, taken)
     return sorted(taken, key=lambda span: (span.start, span.end))
 

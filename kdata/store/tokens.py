@@ -200,7 +200,10 @@ class TokenText:
                         joined = content[first : int(ends[last - 1])].decode(errors="replace")
                     else:
                         joined = self._joined(token_ids[begin:last].tolist())
-                    if REPLACED not in joined and all(REPLACED in piece for piece in pieces[begin:last]):
+                    if not joined or REPLACED in joined or not all(REPLACED in one for one in pieces[begin : last - 1]):
+                        continue
+                    # A long text that was cut gives a character's bytes to the last of its tokens.
+                    if REPLACED in pieces[last - 1] or joined == self._joined(token_ids[begin:last].tolist()):
                         pieces[begin:last] = [joined, *[""] * (last - begin - 1)]
                         end = last
                         break

@@ -339,7 +339,7 @@ def print_table(table: pa.Table, num_rows: int | None = None, *, of: str = "rows
     shown = [[cell(value) for value in column.to_pylist()] for column in table.slice(0, MAX_ROWS).columns]
     rows = [list(row) for row in zip(*shown, strict=True)]
     widths = [max(len(column), *(min(len(row[n]), WIDE) for row in rows), 0) for n, column in enumerate(columns)]
-    if sum(widths) + 2 * len(widths) > out.width:
+    if rows and sum(widths) + 2 * len(widths) > out.width:
         print_records(columns, rows)
     else:
         print_rows(columns, rows, right=numbers)
@@ -353,6 +353,8 @@ def print_records(columns: list[str], rows: list[list[str]]) -> None:
         grid = Table(
             title=Text(f"row {number}"), title_justify="left", box=None, show_header=False, padding=(0, 1, 0, 0)
         )
+        for _ in range(2):
+            grid.add_column(overflow="fold")  # a number or an id that does not fit goes on below
         for column, text in zip(columns, row, strict=True):
             grid.add_row(name_text(f"  {column}", "bold"), visible(text))
         out.print(grid)

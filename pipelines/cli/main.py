@@ -164,9 +164,7 @@ class Group(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Name the command that does what another word asks for."""
         if args and args[0] in OTHER_WORDS and self.commands.prefix == "":  # type: ignore[attr-defined]
-            raise ConfigError(
-                f"No such command {args[0]!r}. Did you mean {OTHER_WORDS[args[0]]!r}?; see `kdata --help`"
-            )
+            raise ConfigError(f"No such command {args[0]!r}. Did you mean {OTHER_WORDS[args[0]]!r}? See `kdata --help`")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]

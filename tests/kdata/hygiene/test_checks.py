@@ -214,6 +214,16 @@ def test_mojibake_is_broken_and_umlauts_are_not() -> None:
         ),
         ("＋４９ ３０ ９０１８２０", [("phone", "＋４９ ３０ ９０１８２０")]),
         ("+٩٦٦ ٥٠ ١٢٣ ٤٥٦٧", [("phone", "+٩٦٦ ٥٠ ١٢٣ ٤٥٦٧")]),
+        # A dash is a hyphen in a number, and parts words.
+        (
+            "+49 30\u2013901820 Contact\u2013jane@acme.org\u2013or joe\u2010roe@acme.org; AKIAIOSFODNN7QXAMPLZ\u2013x",
+            [
+                ("phone", "+49 30\u2013901820"),
+                ("email", "jane@acme.org"),
+                ("email", "joe\u2010roe@acme.org"),
+                ("secret", "AKIAIOSFODNN7QXAMPLZ"),
+            ],
+        ),
         ("ที่jane@acme.org, पताjoe@acme.org", [("email", "jane@acme.org"), ("email", "joe@acme.org")]),
         ("dead::beef, a::b, 239.255.255.250", []),
         (

@@ -93,6 +93,19 @@ def test_whole_tokens_join_to_the_text(tokenizer_dir: Path, text: str) -> None:
         assert "".join(shown.whole_in_text(ids, None, None)).removeprefix("<s>") == text
 
 
+@pytest.mark.parametrize("text", ["今天天气很好我们去公园散步", "a\u00a0b\u00a0c é\u00e9 😀😀"])
+def test_whole_tokens_of_a_text_that_is_cut_within_characters(tokenizer_dir: Path, text: str) -> None:
+    shown, encoder = TokenText(tokenizer_dir, tokenizer_dir), TextEncoder(load_tokenizer(str(tokenizer_dir), None))
+    cut = 0
+    for limit in range(5, 12):
+        for content, ids, sizes in encoder.pieces(text, limit):
+            pieces = shown.whole_in_text(ids, content, sizes)
+            cut += "\ufffd" in pieces[-1]
+            whole = "".join(pieces).removeprefix("<s>").strip("\ufffd")  # parts of characters that are cut
+            assert whole == content and (not content or pieces[1] != "")
+    assert cut
+
+
 def test_tokens_without_stored_bytes_are_decoded_one_by_one(tmp_path: Path, tokenizer_dir: Path) -> None:
     dataset = kdata.open(
         run_capture(

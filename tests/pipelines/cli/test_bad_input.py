@@ -144,7 +144,7 @@ def test_every_command_is_called_here() -> None:
 def test_another_word_for_a_command_is_answered_with_it(world: World, word: str, command: str) -> None:
     assert word not in ENTRIES and command in ENTRIES
     status, line = world.fails([word, "d"])
-    assert status == 2 and f"Did you mean {command!r}?" in line
+    assert status == 2 and f"Did you mean {command!r}? See `kdata --help`" in line
 
 
 @pytest.mark.parametrize("command", ENTRIES)

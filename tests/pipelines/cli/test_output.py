@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -252,3 +253,17 @@ def test_a_table_that_is_cut_says_how_its_command_prints_all(tmp_path: Path) -> 
     assert "200 of 201 domains and sources; --format json prints all" in said
     whole = json.loads(RUNNER.invoke(app, ["info", str(data.path), "--format", "json"]).stdout)
     assert len(whole["domains"]) == common.MAX_ROWS + 1
+
+
+def test_a_wide_table_without_rows_has_its_headings_and_one_with_rows_all_digits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    columns = {f"column_{n}": pa.array([10**17 + n]) for n in range(9)}
+    buffer = io.StringIO()
+    monkeypatch.setattr(common, "out", PlainConsole(file=buffer, width=30))
+    common.print_table(pa.table(columns).slice(0, 0))
+    said = buffer.getvalue()
+    assert all(name in said for name in columns)
+    common.print_table(pa.table({**columns, "n" * 40: pa.array([1])}))
+    records = "".join(buffer.getvalue().removeprefix(said).split())
+    assert all(f"{10**17 + n:,}" in records for n in range(9)) and "…" not in records
