@@ -631,8 +631,6 @@ class Dataset:
             return frame_of(self, table, columns)
         if columns:
             raise ConfigError(f"scores are columns of the table tokens; join {table!r} with data.sql instead")
-        if table != "rows":
-            raise ConfigError(f"{table!r} is no table of a dataset; it has rows, {', '.join(TABLES)}")
         files = [self.checked_file(entry, "index") for entry in self.manifest]
         schema = polars.from_arrow(index_schema().empty_table()).schema  # type: ignore[union-attr]
         if not files:

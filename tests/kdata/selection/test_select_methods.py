@@ -450,13 +450,14 @@ def test_what_is_refused(four: kdata.Dataset, tmp_path: Path) -> None:
         (Sql(sql="copy (select 1) to 'x'"), QueryError, "reads, it does not change"),
         (Sql(sql="select id from read_parquet('/tmp/*.parquet')"), QueryError, "cannot record what read_parquet"),
         (Sql(sql="select id, 'x' as repeats from rows"), QueryError, "Could not convert"),
-        (Static(weights={"code": -1, "prose": 2}), ConfigError, "finite and >= 0"),
         (Uniform(size=1), DataError, "selects no row"),
     ]
     for step, error, words in cases:
         with pytest.raises(error, match=words):
             select(four, step)
     assert not (four.path / "plans").exists() and not list(tmp_path.glob(".four.*/"))
+    with pytest.raises(ConfigError, match="finite and >= 0"):
+        Static(weights={"code": -1, "prose": 2})
     with pytest.raises(ConfigError, match=r"not an amount of memory"):
         select(four, All(), Room(memory_limit="much"))
     with pytest.raises(StorageError, match="being written by another process"), lock_of(four.path):

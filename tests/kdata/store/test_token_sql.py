@@ -812,7 +812,7 @@ def test_polars_frames_hold_what_sql_holds(hybrid: Dataset) -> None:
         frame = hybrid.to_polars(name)  # type: ignore[arg-type]
         assert frame.collect().to_dicts() == hybrid.sql(f"from {name}").to_pylist()
         assert frame.collect_schema() == frame.collect().schema
-    with pytest.raises(ConfigError, match="'token' is no table of a dataset; it has rows, tokens, entries"):
+    with pytest.raises(ConfigError, match="table is 'token'.*one of 'rows', 'tokens', 'entries'"):
         hybrid.to_polars("token")  # type: ignore[arg-type]
 
 
@@ -874,7 +874,7 @@ def test_a_name_that_using_merges_is_not_that_of_another_table(hybrid: Dataset) 
 
 @pytest.mark.parametrize("rows", [[True, False], [1.7], slice(0, 3), [[1]], "12"])
 def test_rows_of_a_stream_are_numbers(hybrid: Dataset, rows: Any) -> None:
-    with pytest.raises(ShapeError, match="global row numbers"):
+    with pytest.raises((ShapeError, ConfigError), match=r"global row numbers|rows.* takes a list \(a whole number each\)"):
         list(hybrid.tokens(rows=rows))
 
 
