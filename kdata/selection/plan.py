@@ -390,6 +390,8 @@ def plan_info(domains: dict[str, DomainChoice], dataset: Dataset, **fields: Any)
 
 def _whole(name: str, repeats: np.ndarray) -> np.ndarray:
     """Repeats as int32 [R]. Raises DataError unless each is a whole number >= 1."""
+    if repeats.dtype.kind not in "iufO":
+        raise DataError(f"plan {name!r}: repeats must be whole numbers >= 1, not {repeats.dtype}")
     numbers = np.array([np.nan if value is None else float(value) for value in repeats], np.float64)
     bad = np.flatnonzero(~((numbers >= 1) & (numbers < 2**31) & (numbers == np.floor(numbers))))
     if len(bad):
@@ -478,6 +480,8 @@ def make_plan(
     if len(set(ids)) != len(ids):
         raise DataError(f"plan {name!r}: an id is in the list twice; list it once, and give its `repeats`")
     times = np.ones(len(ids), np.int32) if repeats is None else _whole(name, repeats)
+    if times.shape != (len(ids),):
+        raise DataError(f"plan {name!r}: give one number of repeats for each id, {len(ids):,}, not {list(times.shape)}")
     rows = dataset.rows_of(ids)
     columns: dict[str, Any] = {"id": ids, "repeats": times}
     chosen = None
@@ -509,6 +513,9 @@ def _position_columns(
     for row_id, own in zip(ids, positions, strict=True):
         if len(own) and np.asarray(own).dtype.kind not in "iu":
             raise DataError(f"plan {name!r}, row {row_id!r}: positions are whole numbers, and {own[0]!r} is none")
+    for row_id, weight in zip(ids, weights or (), strict=weights is not None):
+        if len(weight) and np.asarray(weight).dtype.kind not in "iuf":
+            raise DataError(f"plan {name!r}, row {row_id!r}: weights are numbers, and {weight[0]!r} is none")
     flat = np.concatenate([np.asarray(own, np.int64) for own in positions])
     own_weights = None if weights is None else np.concatenate([np.asarray(own, np.float32) for own in weights])
     num_tokens = dataset.index(["num_tokens"])["num_tokens"].to_numpy()[rows]
