@@ -6,6 +6,7 @@ step can choose the first ones. Opening a plan of 100 million rows does not read
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,8 @@ import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
 from kdata.calls import validated
-from kdata.config import first_problem
-from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
+from kdata.config import as_written, first_problem
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError, first_line
 from kdata.format.files import file_info, lock_of, matches, storage_errors, without_hidden, write_atomically
 from kdata.format.manifest import digest_of, write_json
 from kdata.format.positions import ChosenPositions, position_problem
@@ -474,7 +475,13 @@ def make_plan(
     Raises:
         DataError: no id, a repeated id, invalid repeats, positions or weights.
     """
-    dataset = opened(dataset)
+    dataset, parameters = opened(dataset), as_written(parameters)
+    try:
+        json.dumps(parameters)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"plan {name!r}: parameters are kept as JSON, and this cannot be: {first_line(error)}"
+        ) from error
     if not ids:
         raise DataError(f"plan {name!r} selects no row: the list of ids is empty; give at least one id")
     if len(set(ids)) != len(ids):

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 import kdata
 from kdata.calls import validated
 from kdata.errors import ConfigError
-from kdata.loader.batches import BatchesConfig
+from kdata.loader.batches import Batches, BatchesConfig
 from kdata.selection.plan import Plan
 from kdata.selection.ranked import Random
 from kdata.trainer import parts
@@ -256,6 +256,41 @@ def test_values_of_a_mapping_are_not_shown() -> None:
 
 def test_settings_read_whole_numbers_of_numpy_exactly() -> None:
     assert Random(share=0.5, seed=np.int64(2**53 + 1)).seed == 2**53 + 1
+
+
+def test_wrong_values_of_the_right_type_are_errors_of_ours(captured: Path, tmp_path: Path) -> None:
+    """Not numpy's or pyarrow's, and no other rows than were meant."""
+    data = kdata.open(captured)
+    ids, settings = data.index(["id"])["id"].to_pylist()[:2], BatchesConfig(context_tokens=128)
+    for rows in (np.array([True, False]), [1.0], ["1"], [-1], [data.num_rows], [[0]]):
+        with pytest.raises((kdata.ShapeError, kdata.OutOfRangeError)):
+            Batches(data, rows, settings)
+    with pytest.raises(ConfigError, match="rank 0 of 0"):
+        Batches(data, None, settings, world_size=0)
+    for number in (-1, len(data.manifest)):
+        with pytest.raises(kdata.OutOfRangeError, match=f"there is no shard {number}"):
+            data.shard(number)
+    with pytest.raises(ConfigError, match="name each once"):
+        data.index(["id", "id"])
+    with pytest.raises(ConfigError, match="no place in the stream"):
+        RowStream(data, config={"context_tokens": 128}).state_dict({"input_ids": 1})
+    for repeats in ([1], [True, True], np.array([True, True]), ["1", "2"]):
+        with pytest.raises((ConfigError, kdata.DataError), match="repeats"):
+            kdata.make_plan(data, "some", ids, method="x", parameters={}, repeats=repeats)
+    with pytest.raises(kdata.DataError, match="weights are numbers"):
+        weights = [np.array([True]), np.array([True])]
+        kdata.make_plan(data, "some", ids, method="x", parameters={}, positions=[[1], [1]], weights=weights)
+    with pytest.raises(kdata.DataError, match="kept as JSON"):
+        kdata.make_plan(data, "some", ids, method="x", parameters={"a": b"x"})
+    plan = kdata.make_plan(data, "some", ids, method="x", parameters={"a": np.int64(3), "b": Path("c")})
+    assert Plan.load(plan.save(tmp_path)).info.parameters == {"a": 3, "b": "c"}
+
+
+def test_a_row_that_is_none_is_named_briefly(captured: Path) -> None:
+    for rows in (list(range(10**5)), ["x" * 10**5]):
+        with pytest.raises((kdata.ShapeError, kdata.OutOfRangeError)) as caught:
+            kdata.open(captured)[rows]
+        assert len(str(caught.value)) < 1000
 
 
 def test_a_path_in_a_mapping_of_settings_is_its_text() -> None:
