@@ -8,7 +8,7 @@ import shlex
 from collections import Counter
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -64,7 +64,33 @@ if TYPE_CHECKING:
 else:  # a type checker knows pydantic's own metaclass alone
 
     class Settings(BaseModel, metaclass=_CalledFromPython):
-        """A model whose call with wrong values raises ConfigError, as `parse_config` does."""
+        """A model whose call with wrong values raises ConfigError, as `parse_config` does.
+
+        It takes no True or False for a number, as pydantic does: `share: on` is True in YAML, and would be 1, all rows.
+        """
+
+        @model_validator(mode="before")
+        @classmethod
+        def _no_truth_for_a_number(cls, values: Any) -> Any:
+            for key, value in values.items() if isinstance(values, dict) else ():
+                leaves = _leaves(cls.model_fields[key].annotation) if key in cls.model_fields else set()
+                if leaves & {int, float} and not leaves & {bool, Any} and _has_truth(value):
+                    raise ValueError(f"{key} takes a number, and True and False are none (got {shown(value)})")
+            return values
+
+
+def _leaves(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of; the class of each value of a literal."""
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    inner = get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)
+    return {leaf for one in inner for leaf in _leaves(one)} if inner else {annotation}
+
+
+def _has_truth(value: Any) -> bool:
+    if isinstance(value, dict | list | tuple):
+        return any(_has_truth(one) for one in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bool)
 
 
 class WithoutSecrets(Settings):

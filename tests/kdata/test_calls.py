@@ -20,11 +20,13 @@ from pydantic import BaseModel
 
 import kdata
 from kdata.calls import validated
+from kdata.config import parse_config
 from kdata.errors import ConfigError
 from kdata.loader.batches import Batches, BatchesConfig
 from kdata.selection.plan import Plan
 from kdata.selection.ranked import Random
 from kdata.trainer import parts
+from kdata.trainer.config import TrainConfig
 from kdata.trainer.parts import Collator, DistillationLoss, PackedRows, RowStream
 from kdata.trainer.train import train
 
@@ -252,6 +254,30 @@ def test_values_of_a_mapping_are_not_shown() -> None:
     """People put tokens there."""
     with pytest.raises(ConfigError, match=r"destination is \{'token': \.\.\.\} \(dict\)"):
         kdata.push("D", {"token": "a-secret-of-no-known-form"})
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "key"),
+    [
+        (Random, {"share": True}, "share"),
+        (Random, {"share": 0.5, "seed": True}, "seed"),
+        (TrainConfig, {"steps": True}, "steps"),
+        (TrainConfig, {"objective": {"weights": {"jsd": True}}}, "weights"),
+        (TrainConfig, {"objective": {"taid_t": True}}, "taid_t"),
+        (BatchesConfig, {"context_tokens": 64, "batch_rows": True}, "batch_rows"),
+    ],
+)
+def test_settings_take_no_true_for_a_number(model: type[BaseModel], values: dict[str, Any], key: str) -> None:
+    """`share: on` in YAML would choose every row."""
+    for read in (lambda: model(**values), lambda: parse_config(model, values, "recipe")):
+        with pytest.raises(ConfigError, match=rf"{key} takes a number, and True and False are none \(got"):
+            read()
+
+
+def test_settings_that_take_true_or_false_still_do() -> None:
+    assert Random(share=0.5, by_domain=True).by_domain
+    engine_args = {"enforce_eager": True}
+    assert kdata.TeacherConfig(model="m", backend="vllm", engine_args=engine_args).engine_args == engine_args
 
 
 def test_settings_read_whole_numbers_of_numpy_exactly() -> None:
